@@ -1,0 +1,30 @@
+"""The one family of errors: what is wrong, and what to do about it."""
+
+
+class PopError(Exception):
+    """A failure that the user can understand; `hint` says what to do, or is empty."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class FormatError(PopError):
+    """Not what it should be: no GGUF, cut short, or with POP keys that do not fit."""
+
+
+class UnsupportedArchitecture(PopError):
+    """Pruning is not defined (or not built) for this model's architecture."""
+
+
+class PlanError(PopError):
+    """The boundary, the skipped share or the token counts do not fit the model."""
+
+
+class OutputExists(PopError):
+    """The output is there already and nobody said that it may be replaced."""
+
+
+class WriteError(PopError):
+    """The output could not be written, or is not what was meant to be written."""

@@ -1,0 +1,157 @@
+"""The POP file format: the one definition of its keys, and of the schedule they describe.
+
+An ordinary GGUF with keys `pop.*`. Stock llama.cpp ignores keys that it does not know, so a file
+whose skipped layers use their own K/V projections opens everywhere.
+"""
+
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFValueType
+
+from .errors import FormatError
+from .header import Header, read_header
+from .shape import ARCHITECTURES, ModelShape, read_shape
+
+__all__ = [
+    "ARCHITECTURES",
+    "ModelShape",
+    "PopMeta",
+    "check_schedule",
+    "encode_keys",
+    "make_schedule",
+    "pop_meta",
+    "read_pop_meta",
+    "read_shape",
+]
+
+PREFIX = "pop."
+VERSION = 1
+OWN = "own"
+FITTED = "fitted"
+CONVERT_AGAIN = "update pop-local, or convert the model again"
+
+
+@dataclass(frozen=True)
+class PopMeta:
+    """What a converted file says about its pruning.
+
+    `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
+    `sink_tokens` and `tail_tokens` run in full at the prompt's two ends; prompts shorter than
+    `min_prompt` run in full altogether. `source_sha256` is the hash of the file that stripping
+    gives back: the source, or the single file that the source's parts add up to.
+    """
+
+    schedule: str
+    projection: str = OWN
+    sink_tokens: int = 1
+    tail_tokens: int = 16
+    min_prompt: int = 0
+    source_name: str = ""
+    source_sha256: str = ""
+    tool: str = ""
+    version: int = VERSION
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.schedule)
+
+    @property
+    def boundary(self) -> int:
+        """The first layer that context tokens skip."""
+        return self.schedule.index("S")
+
+
+# Key, field of PopMeta, type of the value; in the order in which they are written.
+_KEYS: tuple[tuple[str, str, type], ...] = (
+    ("pop.version", "version", int),
+    ("pop.schedule", "schedule", str),
+    ("pop.projection", "projection", str),
+    ("pop.sink_tokens", "sink_tokens", int),
+    ("pop.tail_tokens", "tail_tokens", int),
+    ("pop.min_prompt", "min_prompt", int),
+    ("pop.source.name", "source_name", str),
+    ("pop.source.sha256", "source_sha256", str),
+    ("pop.tool", "tool", str),
+)
+
+
+def make_schedule(n_layer: int, boundary: int) -> str:
+    return "F" * boundary + "S" * (n_layer - boundary)
+
+
+def check_schedule(schedule: str) -> None:
+    """Version 1 takes F's followed by S's, at least one of each. Raises FormatError."""
+    unknown = sorted(set(schedule) - set("FS"))
+    if unknown:
+        raise FormatError(
+            f"schedule {schedule!r} uses the letters {', '.join(unknown)}; only F and S are known",
+            CONVERT_AGAIN,
+        )
+    if not re.fullmatch("F+S+", schedule):
+        raise FormatError(
+            f"schedule {schedule!r} is not F's followed by S's, at least one of each",
+            CONVERT_AGAIN,
+        )
+
+
+def read_pop_meta(path: Path) -> PopMeta | None:
+    """Read the POP keys of a file; None when it has none. Raises FormatError."""
+    return pop_meta(read_header(path))
+
+
+def pop_meta(header: Header) -> PopMeta | None:
+    """The POP keys of a header; None when it has none. Raises FormatError when they do not fit."""
+    if not any(name.startswith(PREFIX) for name in header.keys):
+        return None
+    if (version := header.get("pop.version")) != VERSION:
+        raise FormatError(
+            f"{header.path} has POP version {version}; known is {VERSION}", CONVERT_AGAIN
+        )
+    fields: dict[str, Any] = {}
+    for name, field, kind in _KEYS:
+        value = header.get(name)
+        if value is None:
+            continue
+        if type(value) is not kind:
+            raise FormatError(f"{header.path}: {name} is not of type {kind.__name__}")
+        fields[field] = value
+    if "schedule" not in fields:
+        raise FormatError(f"{header.path} has POP keys but no pop.schedule", CONVERT_AGAIN)
+    meta = PopMeta(**fields)
+    _check_fit(meta, header)
+    return meta
+
+
+def _check_fit(meta: PopMeta, header: Header) -> None:
+    check_schedule(meta.schedule)
+    if meta.projection not in (OWN, FITTED):
+        raise FormatError(
+            f"{header.path} has K/V projections of the unknown kind {meta.projection!r}",
+            CONVERT_AGAIN,
+        )
+    n_layer = header.get(f"{header.get('general.architecture')}.block_count")
+    if isinstance(n_layer, int) and n_layer != meta.n_layer:
+        raise FormatError(
+            f"{header.path} has {n_layer} layers, its schedule {meta.schedule!r} {meta.n_layer}",
+            CONVERT_AGAIN,
+        )
+
+
+def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
+    """The keys as they stand in a file, one after the other."""
+    return tuple(_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS)
+
+
+def _encode_key(name: str, value: int | str) -> bytes:
+    if isinstance(value, str):
+        return _text(name) + struct.pack("<I", GGUFValueType.STRING) + _text(value)
+    return _text(name) + struct.pack("<II", GGUFValueType.UINT32, value)
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw

@@ -1,0 +1,288 @@
+"""The GGUF container: keys and tensor table of one file, without reading its tensors.
+
+`gguf.GGUFReader` keeps two numpy arrays per vocabulary entry (Gemma-3-270M: 12 s, 680 MB), hence
+a scanner of our own; types and block sizes still come from the gguf package.
+Layout: magic, version, counts, keys, tensor table, padding, data (ggml/docs/gguf.md).
+"""
+
+import mmap
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from gguf import GGML_QUANT_SIZES, GGUFValueType
+
+from .errors import FormatError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+# Longer arrays are vocabulary, never settings (llama.cpp allows at most 512 layers).
+MAX_KEPT_ITEMS = 1024
+
+_SCALARS: dict[int, str] = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+# (elements, bytes) per block by ggml type; Q2_0 (42) is newer than the gguf package.
+BLOCK_SIZES = {42: (64, 18)} | {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+
+Scalar = int | float | bool | str
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array key: its length, and its items unless they are strings or too many."""
+
+    length: int
+    items: tuple[Scalar, ...] | None
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key with the byte range in the file that holds it, name included."""
+
+    name: str
+    value: Scalar | Array
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One row of the tensor table; `dims` as ggml has them (row length first), `offset` in data."""
+
+    name: str
+    dims: tuple[int, ...]
+    type: int
+    offset: int
+    size_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        product = 1
+        for dim in self.dims:
+            product *= dim
+        return product
+
+
+@dataclass(frozen=True)
+class Header:
+    """All of a GGUF file but its data; the ranges are byte positions in the file."""
+
+    path: Path
+    version: int
+    keys: Mapping[str, Key]
+    keys_end: int
+    tensors: tuple[TensorInfo, ...]
+    tensors_end: int
+    alignment: int
+    data_start: int
+    size_bytes: int
+
+    def get(self, name: str) -> Scalar | Array | None:
+        key = self.keys.get(name)
+        return None if key is None else key.value
+
+
+class _Cursor:
+    """Reads little-endian values one after the other; past the end is a FormatError."""
+
+    def __init__(self, view: mmap.mmap, path: Path) -> None:
+        self.view = view
+        self.path = path
+        self.at = 0
+
+    def skip(self, n_bytes: int) -> int:
+        """Step over `n_bytes` and return where they begin."""
+        start = self.at
+        if n_bytes > len(self.view) - start:
+            raise truncated(self.path, "its header ends in mid-sentence")
+        self.at = start + n_bytes
+        return start
+
+    def number(self, code: str) -> int:
+        start = self.skip(struct.calcsize("<" + code))
+        return struct.unpack_from("<" + code, self.view, start)[0]
+
+    def text(self) -> str:
+        start = self.skip(self.number("Q"))
+        try:
+            return self.view[start : self.at].decode()
+        except UnicodeDecodeError as error:
+            raise corrupt(self.path, "a name that is not UTF-8") from error
+
+    def value(self, kind: int) -> Scalar | Array:
+        if kind == GGUFValueType.ARRAY:
+            return self._array()
+        if kind == GGUFValueType.STRING:
+            start = self.skip(self.number("Q"))
+            return self.view[start : self.at].decode(errors="replace")
+        return self.number(self._code(kind))
+
+    def _code(self, kind: int) -> str:
+        code = _SCALARS.get(kind)
+        if code is None:
+            raise corrupt(self.path, f"a value of unknown type {kind}")
+        return code
+
+    def _array(self) -> Array:
+        kind, length = self.number("I"), self.number("Q")
+        if kind == GGUFValueType.STRING:
+            self._skip_texts(length)
+            return Array(length, None)
+        code = self._code(kind)
+        start = self.skip(length * struct.calcsize("<" + code))
+        if length > MAX_KEPT_ITEMS:
+            return Array(length, None)
+        return Array(length, struct.unpack_from(f"<{length}{code}", self.view, start))
+
+    def _skip_texts(self, count: int) -> None:
+        # A vocabulary has up to half a million entries: no method call for each.
+        view, at, end = self.view, self.at, len(self.view)
+        size = struct.Struct("<Q")
+        for _ in range(count):
+            if at + size.size > end:
+                break
+            at += size.size + size.unpack_from(view, at)[0]
+        else:
+            self.skip(at - self.at)
+            return
+        raise truncated(self.path, "its header ends in mid-sentence")
+
+
+def truncated(path: Path, detail: str) -> FormatError:
+    return FormatError(f"{path} is cut short: {detail}", "download or copy the file again")
+
+
+def corrupt(path: Path, detail: str) -> FormatError:
+    return FormatError(f"{path} is not a valid GGUF file: it has {detail}", "download it again")
+
+
+def align(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
+def read_header(path: Path) -> Header:
+    """Scan keys and tensor table; memory is bounded by the number of tensors.
+
+    Raises FormatError for anything but a whole little-endian GGUF of version 2 or 3.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC) + 4)
+            _check_magic(path, start)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                return _scan(path, view)
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _check_magic(path: Path, start: bytes) -> None:
+    if start[:4] != MAGIC:
+        raise FormatError(
+            f"{path} is not a GGUF file", "give a model in llama.cpp's format (NAME.gguf)"
+        )
+    if len(start) < len(MAGIC) + 4:
+        raise truncated(path, "nothing follows its first bytes")
+    version = int.from_bytes(start[4:8], "little")
+    if version not in VERSIONS:
+        # As llama.cpp tells them apart: a swapped small number has nothing in its low half.
+        if version & 0xFFFF == 0:
+            raise FormatError(f"{path} is a big-endian GGUF file", "use a little-endian one")
+        raise FormatError(
+            f"{path} has GGUF version {version}; known are {' and '.join(map(str, VERSIONS))}",
+            "convert the model anew with a current llama.cpp",
+        )
+    if sys.byteorder != "little":
+        raise FormatError("this machine is big-endian, which pop-local does not support")
+
+
+def _scan(path: Path, view: mmap.mmap) -> Header:
+    cursor = _Cursor(view, path)
+    cursor.skip(len(MAGIC))
+    version, n_tensors, n_keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    keys = _scan_keys(cursor, n_keys)
+    keys_end = cursor.at
+    alignment = _alignment(path, keys)
+    tensors = tuple(_scan_tensor(cursor) for _ in range(n_tensors))
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise corrupt(path, "two tensors of one name")
+    header = Header(
+        path=path,
+        version=version,
+        keys=MappingProxyType(keys),
+        keys_end=keys_end,
+        tensors=tensors,
+        tensors_end=cursor.at,
+        alignment=alignment,
+        data_start=align(cursor.at, alignment) if tensors else cursor.at,
+        size_bytes=len(view),
+    )
+    _check_data(header)
+    return header
+
+
+def _scan_keys(cursor: _Cursor, count: int) -> dict[str, Key]:
+    keys: dict[str, Key] = {}
+    for _ in range(count):
+        start = cursor.at
+        name = cursor.text()
+        if name in keys:
+            raise corrupt(cursor.path, f"two keys named {name}")
+        keys[name] = Key(name, cursor.value(cursor.number("I")), start, cursor.at)
+    return keys
+
+
+def _scan_tensor(cursor: _Cursor) -> TensorInfo:
+    name = cursor.text()
+    n_dims = cursor.number("I")
+    if n_dims > 4:
+        raise corrupt(cursor.path, f"a tensor of {n_dims} dimensions ({name})")
+    dims = tuple(cursor.number("Q") for _ in range(n_dims))
+    kind, offset = cursor.number("I"), cursor.number("Q")
+    if kind not in BLOCK_SIZES:
+        raise FormatError(
+            f"{cursor.path}: tensor {name} has type {kind}, which is not known here",
+            "use a newer pop-local, or another quantisation",
+        )
+    info = TensorInfo(name, dims, kind, offset, 0)
+    elements, size = BLOCK_SIZES[kind]
+    return TensorInfo(name, dims, kind, offset, info.n_elements // elements * size)
+
+
+def _alignment(path: Path, keys: Mapping[str, Key]) -> int:
+    if "general.alignment" not in keys:
+        return DEFAULT_ALIGNMENT
+    value = keys["general.alignment"].value
+    if not isinstance(value, int) or value <= 0 or value & (value - 1):
+        raise corrupt(path, "an alignment that is not a power of two")
+    return value
+
+
+def _check_data(header: Header) -> None:
+    """Every tensor lies where the ones before it end (llama.cpp insists), and inside the file."""
+    expected = 0
+    for tensor in header.tensors:
+        if tensor.offset != expected:
+            raise corrupt(header.path, f"tensor {tensor.name} at an unexpected place")
+        expected = align(expected + tensor.size_bytes, header.alignment)
+    if header.tensors:
+        last = header.tensors[-1]
+        needed = header.data_start + last.offset + last.size_bytes
+        if needed > header.size_bytes:
+            raise truncated(
+                header.path, f"{needed:,} bytes are needed and it has {header.size_bytes:,}"
+            )

@@ -1,0 +1,180 @@
+"""What a model's layers cost: multiply-accumulates per token, from keys and tensor shapes.
+
+Key names and defaults as llama.cpp reads them (llama-model.cpp, models/ARCH.cpp).
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import FormatError, UnsupportedArchitecture
+from .header import Array, Header, TensorInfo
+from .source import Source, read_source
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Sliding-window attention of an architecture: the last layer of each period is full."""
+
+    period: int
+    default_tokens: int
+
+
+# Architectures whose graphs have the pruning hook, and their sliding windows if they have any.
+ARCHITECTURES: dict[str, _Window | None] = {
+    "llama": None,
+    "qwen2": None,
+    "qwen3": None,
+    "qwen3moe": None,
+    "gemma2": _Window(period=2, default_tokens=4096),
+    "gemma3": _Window(period=6, default_tokens=0),
+    # llama.cpp reads phi3's window and switches it off.
+    "phi3": None,
+}
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.weight")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Multiply-accumulates per token; the tuples have one entry per layer.
+
+    `attn_proj_macs`: attention's projections but K and V. `kv_macs`: K and V. `ffn_macs`: experts
+    count as often as they are used. `attn_dim`: multiply-accumulates per token and visible
+    position, n_head * (head_dim_k + head_dim_v). `swa_window`: visible positions, 0 for all.
+    `head_macs`: the LM head.
+    """
+
+    arch: str
+    n_layer: int
+    n_vocab: int
+    n_embd: int
+    attn_proj_macs: tuple[int, ...]
+    kv_macs: tuple[int, ...]
+    ffn_macs: tuple[int, ...]
+    attn_dim: tuple[int, ...]
+    swa_window: tuple[int, ...]
+    head_macs: int
+
+
+def read_shape(path: Path) -> ModelShape:
+    """Read the shape of a model, split or not. Raises FormatError, UnsupportedArchitecture."""
+    return source_shape(read_source(path))
+
+
+def source_shape(source: Source) -> ModelShape:
+    keys = _ArchKeys(source.first)
+    n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
+    blocks = _blocks(source.tensors, n_layer, source.first.path)
+    n_embd = keys.number("embedding_length")
+    heads = keys.per_layer("attention.head_count", n_layer)
+    kv_heads = keys.per_layer("attention.head_count_kv", n_layer, heads)
+    dim_k = keys.number("attention.key_length", n_embd // max(heads[0], 1))
+    dim_v = keys.number("attention.value_length", n_embd // max(heads[0], 1))
+    kv_macs = tuple(n_embd * n * (dim_k + dim_v) for n in kv_heads)
+    n_vocab, head_macs = _head(source)
+    return ModelShape(
+        arch=keys.arch,
+        n_layer=n_layer,
+        n_vocab=n_vocab,
+        n_embd=n_embd,
+        attn_proj_macs=tuple(
+            _elements(block, lambda name: name.startswith("attn_")) - kv
+            for block, kv in zip(blocks, kv_macs, strict=True)
+        ),
+        kv_macs=kv_macs,
+        ffn_macs=_ffn_macs(blocks, keys, n_layer),
+        attn_dim=tuple(n * (dim_k + dim_v) for n in heads),
+        swa_window=_windows(keys, n_layer),
+        head_macs=head_macs,
+    )
+
+
+class _ArchKeys:
+    """The keys `ARCH.*` of a supported architecture."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.arch = str(header.get("general.architecture"))
+        if self.arch not in ARCHITECTURES:
+            raise UnsupportedArchitecture(
+                f"{header.path}: the architecture {self.arch!r} cannot be pruned",
+                f"supported are {', '.join(sorted(ARCHITECTURES))}",
+            )
+
+    def number(self, name: str, default: int | None = None) -> int:
+        value = self.header.get(f"{self.arch}.{name}")
+        if value is None and default is not None:
+            return default
+        if isinstance(value, int):
+            return value
+        raise FormatError(f"{self.header.path} has no number {self.arch}.{name}")
+
+    def per_layer(
+        self, name: str, n_layer: int, default: tuple[int, ...] | None = None
+    ) -> tuple[int, ...]:
+        """A number for all layers or one for each."""
+        value = self.header.get(f"{self.arch}.{name}")
+        if isinstance(value, Array):
+            items = tuple(int(item) for item in value.items or ())
+            if len(items) < n_layer:
+                raise FormatError(f"{self.header.path}: {self.arch}.{name} is too short")
+            return items[:n_layer]
+        if value is None and default is not None:
+            return default
+        return (self.number(name),) * n_layer
+
+
+_Block = dict[str, TensorInfo]
+
+
+def _blocks(tensors: Iterable[TensorInfo], n_layer: int, path: Path) -> list[_Block]:
+    """The weights of each layer by their name within it."""
+    blocks: list[_Block] = [{} for _ in range(n_layer)]
+    for tensor in tensors:
+        match = _BLOCK.fullmatch(tensor.name)
+        if match and int(match[1]) < n_layer:
+            blocks[int(match[1])][match[2]] = tensor
+    empty = [number for number, block in enumerate(blocks) if not block]
+    if empty:
+        raise FormatError(f"{path} has no tensors for layer {empty[0]}", "download it again")
+    return blocks
+
+
+def _elements(block: _Block, wanted: Callable[[str], bool]) -> int:
+    # A vector (norm gain) multiplies nothing but itself.
+    return sum(t.n_elements for name, t in block.items() if wanted(name) and len(t.dims) > 1)
+
+
+def _ffn_macs(blocks: list[_Block], keys: _ArchKeys, n_layer: int) -> tuple[int, ...]:
+    n_expert = keys.number("expert_count", 0)
+    used = keys.per_layer("expert_used_count", n_layer, (0,) * n_layer)
+    return tuple(
+        _elements(block, lambda name: name.startswith("ffn_") and not name.endswith("_exps"))
+        + _elements(block, lambda name: name.endswith("_exps")) * n_used // max(n_expert, 1)
+        for block, n_used in zip(blocks, used, strict=True)
+    )
+
+
+def _head(source: Source) -> tuple[int, int]:
+    """Vocabulary size, and multiply-accumulates of the LM head (tied to the embeddings or not)."""
+    by_name = {tensor.name: tensor for tensor in source.tensors}
+    embeddings = by_name.get("token_embd.weight")
+    if embeddings is None or len(embeddings.dims) != 2:
+        raise FormatError(f"{source.first.path} has no token embeddings", "give a language model")
+    return embeddings.dims[1], by_name.get("output.weight", embeddings).n_elements
+
+
+def _windows(keys: _ArchKeys, n_layer: int) -> tuple[int, ...]:
+    rule = ARCHITECTURES[keys.arch]
+    if rule is None:
+        return (0,) * n_layer
+    tokens = keys.number("attention.sliding_window", rule.default_tokens)
+    pattern = keys.header.get(f"{keys.arch}.attention.sliding_window_pattern")
+    if isinstance(pattern, Array):
+        flags = keys.per_layer("attention.sliding_window_pattern", n_layer)
+    else:
+        period = keys.number("attention.sliding_window_pattern", rule.period)
+        flags = tuple(period == 0 or layer % period < period - 1 for layer in range(n_layer))
+    return tuple(tokens if flag else 0 for flag in flags)
