@@ -1,0 +1,51 @@
+"""Names the commands, nothing else."""
+
+from typing import Annotated
+
+import typer
+
+from pop_local import __version__
+from pop_local.ui.lazy import Entry, lazy_group
+
+COMMANDS = (
+    Entry("chat", "pop_local.commands.chat", "Talk to a model in the terminal."),
+    Entry("run", "pop_local.commands.run", "Ask one question, also about a file or piped text."),
+    Entry("convert", "pop_local.commands.convert", "Make a pruned-prefill copy of a GGUF model."),
+    Entry("strip", "pop_local.commands.strip", "Turn a converted file back into the original."),
+    Entry("bench", "pop_local.commands.bench", "Measure time to first token, full against pruned."),
+    Entry("demo", "pop_local.commands.demo", "Answer one long prompt with and without pruning."),
+    Entry("inspect", "pop_local.commands.inspect", "Show what is in a model file."),
+    Entry("pull", "pop_local.commands.pull", "Fetch a model of the catalog."),
+    Entry("doctor", "pop_local.commands.doctor", "Check this installation and say what to fix."),
+)
+
+app = typer.Typer(
+    name="pop-local",
+    cls=lazy_group(COMMANDS),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pop-local {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the full trace of an error.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Prefill-only pruning for GGUF models: long prompts are read faster, on your own machine."""
+
+
+def main() -> None:
+    app()

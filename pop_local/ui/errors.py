@@ -1,0 +1,111 @@
+"""The one place that turns an exception into two lines on stderr and an exit code."""
+
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+from pop_converter.errors import PopError
+from rich.text import Text
+
+from pop_local.ui.theme import err
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+EXIT_PIPE_CLOSED = 141
+
+_TRACE_HINT = "`pop-local --debug COMMAND ...` shows where it happened"
+_SPACE_HINT = "free some space, or write to another disk"
+_PERMISSION_HINT = "check the permissions of the file and of its folder"
+_MEMORY_HINT = "close other programs, or take a smaller model or context (--ctx)"
+_OS_HINTS = {
+    errno.ENOSPC: _SPACE_HINT,
+    errno.EDQUOT: _SPACE_HINT,
+    errno.EACCES: _PERMISSION_HINT,
+    errno.EPERM: _PERMISSION_HINT,
+    errno.EROFS: "that disk is read-only: choose another folder",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path: a part of it is a file, not a folder",
+    errno.EISDIR: "that is a folder: give a file",
+    errno.ENOMEM: _MEMORY_HINT,
+}
+
+
+@contextmanager
+def guard(*, debug: bool) -> Iterator[None]:
+    """Runs a command: a failure becomes two lines on stderr and exit code 1, without a trace."""
+    try:
+        with _terminations_unwind():
+            yield
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        err.print("Stopped.", style="note")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        _forget_stdout()
+        raise typer.Exit(EXIT_PIPE_CLOSED) from None
+    except Exception as error:
+        if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
+            raise  # typer's own, wrong usage among them
+        if debug:
+            traceback.print_exc()
+        show(as_pop_error(error))
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+def as_pop_error(error: Exception) -> PopError:
+    """What went wrong and what to do, for failures of the machine as for our own."""
+    if isinstance(error, PopError):
+        return error
+    if isinstance(error, MemoryError):
+        return PopError("there is not enough memory", _MEMORY_HINT)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return PopError(f"{where}{error.strerror}", _OS_HINTS.get(error.errno or 0, _TRACE_HINT))
+    return PopError(f"unexpected {type(error).__name__}: {error}", _TRACE_HINT)
+
+
+def show(error: PopError) -> None:
+    """Two lines on stderr: what is wrong, what to do."""
+    _labelled("error", error.message)
+    if error.hint:
+        _labelled("hint", error.hint)
+
+
+def _labelled(label: str, text: str) -> None:
+    err.print(Text.assemble((f"{label}: ", label), " ".join(text.split())), soft_wrap=True)
+
+
+def _forget_stdout() -> None:
+    # The reader has gone; without this the interpreter complains again when it flushes at exit.
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
+
+
+@contextmanager
+def _terminations_unwind() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, so that temporary files are cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    # One that is ignored already (nohup) stays ignored.
+    ours = [n for n in numbers if n is not None and signal.getsignal(n) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

