@@ -115,7 +115,8 @@ class _Cursor:
 
     def number(self, code: str) -> int:
         start = self.skip(struct.calcsize("<" + code))
-        return struct.unpack_from("<" + code, self.view, start)[0]
+        value: int = struct.unpack_from("<" + code, self.view, start)[0]
+        return value
 
     def text(self) -> str:
         start = self.skip(self.number("Q"))

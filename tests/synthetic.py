@@ -1,0 +1,243 @@
+"""Tiny random models that llama.cpp loads and decodes, one for each architecture.
+
+Keys and tensors are those that models/ARCH.cpp and llama-model.cpp of llama.cpp ask for. None of
+the supported architectures lets head counts differ between layers.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from numpy.typing import NDArray
+from pop_converter.header import read_header
+
+Weights = NDArray[np.float32]
+
+FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+}
+GEMMAS = ("gemma2", "gemma3")
+# Without these a layer adds nothing to the residual stream.
+DEEP_OUTPUTS = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to build; `make_gguf` takes every field as a keyword.
+
+    `type`: of the weight matrices. `zero_deep`: from this layer on attn_output and ffn_down are
+    zero (None: nowhere). `rope_factors`: rope_freqs (llama) or the long/short pair (phi3).
+    `head_arrays`: head counts written as one number per layer. `swa_period` 0: the default of the
+    architecture. `n_expert` 0: a dense FFN.
+    """
+
+    arch: str = "llama"
+    n_layer: int = 8
+    n_embd: int = 128
+    n_head: int = 4
+    n_head_kv: int = 2
+    head_dim: int = 32
+    n_ff: int = 192
+    n_expert: int = 0
+    n_expert_used: int = 2
+    n_ctx_train: int = 4096
+    n_vocab: int = 384
+    swa_window: int = 16
+    swa_period: int = 0
+    type: GGMLQuantizationType = GGMLQuantizationType.F16
+    qkv_bias: bool = False
+    fused_qkv: bool = False
+    tied_output: bool = False
+    rope_factors: bool = False
+    head_arrays: bool = False
+    zero_deep: int | None = None
+    chat_template: str = ""
+    seed: int = 0
+
+
+# Head dimensions unlike n_embd / n_head wherever the architecture allows it.
+DEFAULTS = {
+    "llama": Recipe(),
+    "qwen2": Recipe(arch="qwen2", qkv_bias=True, tied_output=True),
+    "qwen3": Recipe(arch="qwen3", head_dim=64),
+    "qwen3moe": Recipe(arch="qwen3moe", head_dim=64, n_expert=8, n_ff=64),
+    "gemma2": Recipe(arch="gemma2", head_dim=64, tied_output=True),
+    "gemma3": Recipe(arch="gemma3", head_dim=64, n_head_kv=1, tied_output=True),
+    "phi3": Recipe(arch="phi3", fused_qkv=True),
+    "olmo2": Recipe(arch="olmo2"),
+}
+
+
+def make_gguf(path: Path, arch: str, **overrides: object) -> Path:
+    """Write a random model of `arch` to `path` and return it; `overrides` are Recipe's fields."""
+    recipe = replace(DEFAULTS[arch], **overrides)  # type: ignore[arg-type]
+    writer = GGUFWriter(path, arch)
+    _add_keys(writer, recipe)
+    _add_tokenizer(writer, recipe)
+    rng = np.random.default_rng(recipe.seed)
+    for name, weights in _tensors(recipe, rng):
+        # As llama.cpp's converters do: vectors and the router stay in F32.
+        precise = weights.ndim == 1 or "ffn_gate_inp" in name
+        kind = GGMLQuantizationType.F32 if precise else recipe.type
+        writer.add_tensor(name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if recipe.zero_deep is not None:
+        _zero_deep(path, recipe.zero_deep)
+    return path
+
+
+def zero_deep_copy(src: Path, dst: Path, boundary: int) -> Path:
+    """Copy a model so that layers from `boundary` on leave the residual stream as it is.
+
+    An all-zero block is zero in every ggml type (its scale is), and a zero vector stays zero
+    under the post-norms of gemma.
+    """
+    shutil.copyfile(src, dst)
+    _zero_deep(dst, boundary)
+    return dst
+
+
+def _zero_deep(path: Path, boundary: int) -> None:
+    header = read_header(path)
+    with path.open("r+b") as file:
+        for tensor in header.tensors:
+            prefix, *rest = tensor.name.split(".")
+            if prefix == "blk" and int(rest[0]) >= boundary and rest[1] in DEEP_OUTPUTS:
+                file.seek(header.data_start + tensor.offset)
+                file.write(bytes(tensor.size_bytes))
+
+
+def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
+    # llama.cpp expects phi-3's own special tokens when the name says phi3.
+    writer.add_name("tiny random model")
+    writer.add_file_type(FILE_TYPES[recipe.type])
+    writer.add_context_length(recipe.n_ctx_train)
+    writer.add_embedding_length(recipe.n_embd)
+    writer.add_block_count(recipe.n_layer)
+    writer.add_feed_forward_length(recipe.n_ff)
+    layers = recipe.n_layer
+    writer.add_head_count([recipe.n_head] * layers if recipe.head_arrays else recipe.n_head)
+    writer.add_head_count_kv(
+        [recipe.n_head_kv] * layers if recipe.head_arrays else recipe.n_head_kv
+    )
+    writer.add_key_length(recipe.head_dim)
+    writer.add_value_length(recipe.head_dim)
+    writer.add_rope_dimension_count(recipe.head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    if recipe.n_expert:
+        writer.add_expert_count(recipe.n_expert)
+        writer.add_expert_used_count(recipe.n_expert_used)
+        writer.add_expert_feed_forward_length(recipe.n_ff)
+    if recipe.arch in GEMMAS:
+        writer.add_sliding_window(recipe.swa_window)
+        if recipe.swa_period:
+            writer.add_sliding_window_pattern(recipe.swa_period)
+    if recipe.arch == "gemma2":
+        writer.add_attn_logit_softcapping(50.0)
+        writer.add_final_logit_softcapping(30.0)
+    if recipe.arch == "phi3" and recipe.rope_factors:
+        writer.add_rope_scaling_orig_ctx_len(recipe.n_ctx_train)
+        writer.add_rope_scaling_attn_factors(1.1)
+    if recipe.chat_template:
+        writer.add_chat_template(recipe.chat_template)
+
+
+def _add_tokenizer(writer: GGUFWriter, recipe: Recipe) -> None:
+    """A SentencePiece vocabulary: three specials, all bytes, letters, then made-up words."""
+    special = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", gguf.TokenType.CONTROL)]
+    special.append(("</s>", gguf.TokenType.CONTROL))
+    pieces = special + [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(256)]
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    normal = ["\u2581", *letters, *("\u2581" + letter for letter in letters)]
+    count = recipe.n_vocab - len(pieces)
+    normal += [f"\u2581w{number}" for number in range(max(0, count - len(normal)))]
+    pieces += [(piece, gguf.TokenType.NORMAL) for piece in normal[:count]]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece for piece, _ in pieces])
+    writer.add_token_scores([-float(rank) for rank in range(len(pieces))])
+    writer.add_token_types([kind for _, kind in pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+
+
+def _tensors(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, Weights]]:
+    yield "token_embd.weight", _matrix(rng, recipe.n_vocab, recipe.n_embd)
+    yield "output_norm.weight", _gain(rng, recipe.n_embd)
+    if not recipe.tied_output:
+        yield "output.weight", _matrix(rng, recipe.n_vocab, recipe.n_embd)
+    if recipe.rope_factors:
+        factors = np.linspace(1.0, 8.0, recipe.head_dim // 2, dtype=np.float32)
+        names = ("long", "short") if recipe.arch == "phi3" else ("freqs",)
+        for number, name in enumerate(names, start=1):
+            prefix = "rope_factors_" if recipe.arch == "phi3" else "rope_"
+            yield f"{prefix}{name}.weight", factors / number
+    for layer in range(recipe.n_layer):
+        for parts in (_norms, _attention, _experts if recipe.n_expert else _dense_ffn):
+            for name, weights in parts(recipe, rng):
+                yield f"blk.{layer}.{name}", weights
+
+
+def _norms(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, Weights]]:
+    names = [] if recipe.arch == "olmo2" else ["attn_norm", "ffn_norm"]
+    if recipe.arch in (*GEMMAS, "olmo2"):
+        names += ["post_attention_norm", "post_ffw_norm"]
+    for name in names:
+        yield f"{name}.weight", _gain(rng, recipe.n_embd)
+    if recipe.arch in ("qwen3", "qwen3moe", "gemma3"):
+        for name in ("attn_q_norm", "attn_k_norm"):
+            yield f"{name}.weight", _gain(rng, recipe.head_dim)
+    if recipe.arch == "olmo2":
+        yield "attn_q_norm.weight", _gain(rng, recipe.n_head * recipe.head_dim)
+        yield "attn_k_norm.weight", _gain(rng, recipe.n_head_kv * recipe.head_dim)
+
+
+def _attention(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, Weights]]:
+    n_q, n_kv = recipe.n_head * recipe.head_dim, recipe.n_head_kv * recipe.head_dim
+    sizes = {"q": n_q, "k": n_kv, "v": n_kv}
+    if recipe.fused_qkv:
+        sizes = {"qkv": n_q + 2 * n_kv}
+    for name, size in sizes.items():
+        yield f"attn_{name}.weight", _matrix(rng, size, recipe.n_embd)
+        if recipe.qkv_bias:
+            yield f"attn_{name}.bias", rng.standard_normal(size, dtype=np.float32)
+    yield "attn_output.weight", _matrix(rng, recipe.n_embd, n_q)
+
+
+def _dense_ffn(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, Weights]]:
+    if recipe.arch == "phi3":
+        yield "ffn_up.weight", _matrix(rng, 2 * recipe.n_ff, recipe.n_embd)
+    else:
+        yield "ffn_gate.weight", _matrix(rng, recipe.n_ff, recipe.n_embd)
+        yield "ffn_up.weight", _matrix(rng, recipe.n_ff, recipe.n_embd)
+    yield "ffn_down.weight", _matrix(rng, recipe.n_embd, recipe.n_ff)
+
+
+def _experts(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, Weights]]:
+    n = recipe.n_expert
+    yield "ffn_gate_inp.weight", _matrix(rng, n, recipe.n_embd)
+    yield "ffn_gate_exps.weight", _matrix(rng, n, recipe.n_ff, recipe.n_embd)
+    yield "ffn_up_exps.weight", _matrix(rng, n, recipe.n_ff, recipe.n_embd)
+    yield "ffn_down_exps.weight", _matrix(rng, n, recipe.n_embd, recipe.n_ff)
+
+
+def _matrix(rng: np.random.Generator, *dims: int) -> Weights:
+    """Rows of unit gain: the state keeps its size through the layers."""
+    return rng.standard_normal(dims, dtype=np.float32) / np.float32(np.sqrt(dims[-1]))
+
+
+def _gain(rng: np.random.Generator, size: int) -> Weights:
+    return 1 + 0.1 * rng.standard_normal(size, dtype=np.float32)
