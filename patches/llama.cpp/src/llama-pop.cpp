@@ -1,0 +1,379 @@
+// prefill-only pruning: what the file says, which rows are full, and the C ABI, see llama-pop.h
+
+#include "llama-pop.h"
+
+#include "llama-context.h"
+#include "llama-graph.h"
+#include "llama-impl.h"
+#include "llama-model-loader.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+//
+// architectures: those whose loop over the layers calls llama_pop_enter_layer()
+//
+
+struct llama_pop_arch {
+    llm_arch arch;
+    bool     rope_per_layer; // the RoPE base and scale of sliding-window layers are their own
+};
+
+static const llama_pop_arch LLAMA_POP_ARCHS[] = {
+    { LLM_ARCH_LLAMA,    false },
+    { LLM_ARCH_QWEN2,    false },
+    { LLM_ARCH_QWEN3,    false },
+    { LLM_ARCH_QWEN3MOE, false },
+    { LLM_ARCH_GEMMA2,   true  },
+    { LLM_ARCH_GEMMA3,   true  },
+    { LLM_ARCH_PHI3,     false },
+};
+
+static const llama_pop_arch * find_arch(llm_arch arch) {
+    for (const auto & cur : LLAMA_POP_ARCHS) {
+        if (cur.arch == arch) {
+            return &cur;
+        }
+    }
+    return nullptr;
+}
+
+bool llama_pop_supports(llm_arch arch) {
+    return find_arch(arch) != nullptr;
+}
+
+bool llama_pop_rope_per_layer(llm_arch arch) {
+    return find_arch(arch)->rope_per_layer;
+}
+
+//
+// what the file says
+//
+
+[[noreturn]] static void refuse(const std::string & why) {
+    throw std::runtime_error("prefill-only pruning: " + why);
+}
+
+static bool has_pop_keys(const gguf_context * gguf) {
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
+        if (strncmp(gguf_get_key(gguf, i), "pop.", 4) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static int64_t find_key(const gguf_context * gguf, const char * key, gguf_type type) {
+    const int64_t id = gguf_find_key(gguf, key);
+    if (id >= 0 && gguf_get_kv_type(gguf, id) != type) {
+        refuse(format("key %s has type %s, expected %s", key, gguf_type_name(gguf_get_kv_type(gguf, id)), gguf_type_name(type)));
+    }
+    return id;
+}
+
+static uint32_t get_u32(const gguf_context * gguf, const char * key, uint32_t fallback) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_UINT32);
+    return id < 0 ? fallback : gguf_get_val_u32(gguf, id);
+}
+
+static std::string get_str(const gguf_context * gguf, const char * key) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_STRING);
+    if (id < 0) {
+        refuse(format("key %s is missing", key));
+    }
+    return gguf_get_val_str(gguf, id);
+}
+
+static uint32_t parse_schedule(const std::string & schedule, uint32_t n_layer) {
+    const size_t boundary = schedule.find('S');
+
+    if (schedule.size() != n_layer || boundary == 0 || boundary == std::string::npos ||
+            schedule != std::string(boundary, 'F') + std::string(n_layer - boundary, 'S')) {
+        refuse(format("pop.schedule is '%s', expected one letter for each of the %u layers: F's, then S's, at least one of each",
+                schedule.c_str(), n_layer));
+    }
+
+    return boundary;
+}
+
+void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
+    const gguf_context * gguf = ml.metadata;
+
+    if (!gguf || !has_pop_keys(gguf)) {
+        return;
+    }
+
+    if (!llama_pop_supports(model.arch) || model.hparams.use_kq_norm) {
+        refuse(format("architecture '%s' does not support it, use the original file", llm_arch_name(model.arch)));
+    }
+
+    const uint32_t version = get_u32(gguf, "pop.version", 0);
+    if (version != 1) {
+        refuse(format("pop.version is %u, this library reads version 1", version));
+    }
+
+    const std::string projection = get_str(gguf, "pop.projection");
+    if (projection != "own" && projection != "fitted") {
+        refuse(format("pop.projection is '%s', expected 'own' or 'fitted'", projection.c_str()));
+    }
+
+    auto & pop = model.hparams.pop;
+
+    pop.fitted      = projection == "fitted";
+    pop.boundary    = parse_schedule(get_str(gguf, "pop.schedule"), model.hparams.n_layer());
+    pop.sink_tokens = get_u32(gguf, "pop.sink_tokens", pop.sink_tokens);
+    pop.tail_tokens = get_u32(gguf, "pop.tail_tokens", pop.tail_tokens);
+
+    LLAMA_LOG_INFO("%s: boundary = %u of %u layers, %s projections\n", __func__, pop.boundary, model.hparams.n_layer(), projection.c_str());
+}
+
+void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
+    const auto & hparams = model.hparams;
+
+    // the layer at the boundary has none: its own projections are exact
+    const uint32_t first = hparams.pop.fitted ? hparams.pop.boundary + 1 : hparams.n_layer();
+
+    for (const auto & [name, _] : ml.weights_map) {
+        uint32_t il = 0;
+        if (name.find(".pop_") != std::string::npos && (sscanf(name.c_str(), "blk.%u.", &il) != 1 || il < first)) {
+            refuse(format("tensor '%s' does not belong to the schedule and projection of the file", name.c_str()));
+        }
+    }
+
+    for (uint32_t il = first; il < hparams.n_layer(); ++il) {
+        auto & pop = model.layers[il].pop;
+
+        const int64_t n_embd = hparams.n_embd;
+        const int64_t n_k    = hparams.n_embd_k_gqa(il);
+        const int64_t n_v    = hparams.n_embd_v_gqa(il);
+
+        pop.wk   = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_K, "weight", il), { n_embd, n_k }, 0);
+        pop.wk_b = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_K, "bias",   il), { n_k },         0);
+        pop.wv   = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V, "weight", il), { n_embd, n_v }, 0);
+        pop.wv_b = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V, "bias",   il), { n_v },         0);
+    }
+}
+
+static void check_finite(const ggml_tensor * tensor) {
+    std::vector<uint8_t> data(ggml_nbytes(tensor));
+    ggml_backend_tensor_get(tensor, data.data(), 0, data.size());
+
+    if (!ggml_validate_row_data(tensor->type, data.data(), data.size())) {
+        refuse(format("tensor '%s' has values that are not finite", tensor->name));
+    }
+}
+
+void llama_pop_check_tensors(const llama_model_base & model) {
+    for (const auto & layer : model.layers) {
+        for (const ggml_tensor * tensor : { layer.pop.wk, layer.pop.wk_b, layer.pop.wv, layer.pop.wv_b }) {
+            if (tensor) {
+                check_finite(tensor);
+            }
+        }
+    }
+}
+
+//
+// rows
+//
+
+static bool is_full(const llama_pop_cparams & pop, const llama_ubatch & ubatch, uint32_t i) {
+    const llama_pos pos = ubatch.pos[i];
+
+    if (ubatch.output[i] || pos < (llama_pos) pop.sink_tokens) {
+        return true;
+    }
+
+    for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
+        const size_t seq_id = ubatch.seq_id[i][s];
+        if (seq_id < pop.full_from.size() && pos >= pop.full_from[seq_id]) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
+static llama_pop_plan plan_reserve(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
+    const uint32_t n_full = hparams.pop.sink_tokens + hparams.pop.tail_tokens;
+
+    llama_pop_plan plan;
+    plan.il = cparams.pop.boundary;
+    for (uint32_t i = 0; i < n_full && i + 1 < ubatch.n_tokens; ++i) {
+        plan.rows.push_back(i);
+    }
+    return plan;
+}
+
+llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
+    const auto & pop = cparams.pop;
+
+    const bool is_reserve = ubatch.seq_id[0] == nullptr;
+    if (is_reserve) {
+        return pop.reserving ? plan_reserve(hparams, cparams, ubatch) : llama_pop_plan();
+    }
+
+    // whoever reads the state of every row needs every row
+    const auto & layer_inp = cparams.embeddings_layer_inp;
+    const bool reads_all = cparams.embeddings || cparams.embeddings_nextn || cparams.training ||
+        std::find(layer_inp.begin(), layer_inp.end(), true) != layer_inp.end();
+
+    llama_pop_plan plan;
+
+    if (pop.mode == LLAMA_POP_MODE_OFF || pop.boundary == 0 || reads_all || !cparams.causal_attn) {
+        return plan;
+    }
+
+    if (pop.mode == LLAMA_POP_MODE_CONTEXT) {
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            if (is_full(pop, ubatch, i)) {
+                plan.rows.push_back(i);
+            }
+        }
+    }
+
+    if (plan.rows.size() < ubatch.n_tokens) {
+        plan.il = pop.boundary;
+    }
+
+    return plan;
+}
+
+bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b) {
+    const auto plan_a = llama_pop_make_plan(a.hparams, a.cparams, a.ubatch);
+    const auto plan_b = llama_pop_make_plan(b.hparams, b.cparams, b.ubatch);
+
+    return plan_a.il == plan_b.il && (plan_a.il < 0 || plan_a.rows.size() == plan_b.rows.size());
+}
+
+void llama_pop_count(llama_pop_counters & counters, const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
+    const auto plan = llama_pop_make_plan(hparams, cparams, ubatch);
+
+    const int64_t n_full = plan.il < 0 ? ubatch.n_tokens : plan.rows.size();
+
+    counters.n_full    += n_full;
+    counters.n_context += ubatch.n_tokens - n_full;
+}
+
+bool llama_pop_one_seq(const llama_cparams & cparams, uint32_t n_outputs, uint32_t n_tokens) {
+    const auto & pop = cparams.pop;
+
+    return pop.boundary > 0 && !cparams.kv_unified &&
+        (pop.mode == LLAMA_POP_MODE_ALWAYS || (pop.mode == LLAMA_POP_MODE_CONTEXT && n_outputs < n_tokens));
+}
+
+bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_tokens, const llama_memory_context_i * mctx) {
+    if (pop.boundary == 0 || ctx.get_model().hparams.no_alloc) {
+        return true;
+    }
+
+    pop.reserving = true;
+    const bool ok = ctx.graph_reserve(n_tokens, 1, 1, mctx) != nullptr;
+    pop.reserving = false;
+
+    return ok;
+}
+
+//
+// C ABI
+//
+
+llama_pop_cparams llama_pop_init(const llama_model & model) {
+    const auto & hparams = model.hparams.pop;
+
+    llama_pop_cparams pop;
+
+    pop.mode        = hparams.boundary > 0 ? LLAMA_POP_MODE_CONTEXT : LLAMA_POP_MODE_OFF;
+    pop.boundary    = hparams.boundary;
+    pop.sink_tokens = hparams.sink_tokens;
+
+    return pop;
+}
+
+int32_t llama_pop_abi(void) {
+    return 1;
+}
+
+int32_t llama_pop_model_boundary(const llama_model * model) {
+    return llama_pop_supports(model->arch) && !model->hparams.use_kq_norm ? (int32_t) model->hparams.pop.boundary : -1;
+}
+
+int32_t llama_pop_set_mode(llama_context * ctx, int32_t mode) {
+    auto & pop = ctx->pop();
+
+    if (mode < LLAMA_POP_MODE_OFF || mode > LLAMA_POP_MODE_ALWAYS) {
+        LLAMA_LOG_ERROR("%s: unknown mode %d\n", __func__, mode);
+        return -1;
+    }
+    if (mode != LLAMA_POP_MODE_OFF && pop.boundary == 0) {
+        LLAMA_LOG_ERROR("%s: the model has no boundary\n", __func__);
+        return -1;
+    }
+
+    pop.mode = (llama_pop_mode) mode;
+    return 0;
+}
+
+int32_t llama_pop_get_mode(const llama_context * ctx) {
+    return ctx->get_cparams().pop.mode;
+}
+
+int32_t llama_pop_set_boundary(llama_context * ctx, int32_t layer) {
+    const auto & model   = ctx->get_model();
+    const auto & hparams = model.hparams;
+
+    auto & pop = ctx->pop();
+
+    if (layer == 0) {
+        pop.boundary = hparams.pop.boundary;
+        pop.mode     = pop.boundary > 0 ? pop.mode : LLAMA_POP_MODE_OFF;
+        return 0;
+    }
+    if (llama_pop_model_boundary(&model) < 0) {
+        LLAMA_LOG_ERROR("%s: architecture '%s' does not support prefill-only pruning\n", __func__, llm_arch_name(model.arch));
+        return -1;
+    }
+    if (layer < 0 || layer >= (int32_t) hparams.n_layer()) {
+        LLAMA_LOG_ERROR("%s: boundary %d is not between 1 and %d\n", __func__, layer, (int32_t) hparams.n_layer() - 1);
+        return -1;
+    }
+    if (hparams.pop.fitted && layer != (int32_t) hparams.pop.boundary) {
+        LLAMA_LOG_ERROR("%s: the projections are fitted to boundary %u\n", __func__, hparams.pop.boundary);
+        return -1;
+    }
+
+    pop.boundary = layer;
+    return 0;
+}
+
+int32_t llama_pop_get_boundary(const llama_context * ctx) {
+    return ctx->get_cparams().pop.boundary;
+}
+
+int32_t llama_pop_set_full_from(llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
+    if (seq_id < 0 || seq_id >= LLAMA_MAX_SEQ) {
+        LLAMA_LOG_ERROR("%s: sequence %d is not between 0 and %d\n", __func__, seq_id, LLAMA_MAX_SEQ - 1);
+        return -1;
+    }
+
+    const llama_pos none = std::numeric_limits<llama_pos>::max();
+
+    auto & full_from = ctx->pop().full_from;
+    if (full_from.size() <= (size_t) seq_id) {
+        full_from.resize(seq_id + 1, none);
+    }
+    full_from[seq_id] = pos < 0 ? none : pos;
+    return 0;
+}
+
+void llama_pop_get_counters(const llama_context * ctx, llama_pop_counters * counters) {
+    *counters = ctx->pop_counters;
+}
+
+void llama_pop_reset_counters(llama_context * ctx) {
+    ctx->pop_counters = {};
+}
