@@ -14,7 +14,7 @@ class FormatError(PopError):
     """Not what it should be: no GGUF, cut short, or with POP keys that do not fit."""
 
 
-class UnsupportedArchitecture(PopError):
+class UnsupportedArchitectureError(PopError):
     """Pruning is not defined (or not built) for this model's architecture."""
 
 
@@ -22,7 +22,7 @@ class PlanError(PopError):
     """The boundary, the skipped share or the token counts do not fit the model."""
 
 
-class OutputExists(PopError):
+class OutputExistsError(PopError):
     """The output is there already and nobody said that it may be replaced."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import FormatError, UnsupportedArchitecture
+from .errors import FormatError, UnsupportedArchitectureError
 from .header import Array, Header, TensorInfo
 from .source import Source, read_source
 
@@ -59,7 +59,7 @@ class ModelShape:
 
 
 def read_shape(path: Path) -> ModelShape:
-    """Read the shape of a model, split or not. Raises FormatError, UnsupportedArchitecture."""
+    """Read the shape of a model, split or not. Raises FormatError, UnsupportedArchitectureError."""
     return source_shape(read_source(path))
 
 
@@ -98,7 +98,7 @@ class _ArchKeys:
         self.header = header
         self.arch = str(header.get("general.architecture"))
         if self.arch not in ARCHITECTURES:
-            raise UnsupportedArchitecture(
+            raise UnsupportedArchitectureError(
                 f"{header.path}: the architecture {self.arch!r} cannot be pruned",
                 f"supported are {', '.join(sorted(ARCHITECTURES))}",
             )

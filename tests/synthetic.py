@@ -184,7 +184,7 @@ def _tensors(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, We
         names = ("long", "short") if recipe.arch == "phi3" else ("freqs",)
         for number, name in enumerate(names, start=1):
             prefix = "rope_factors_" if recipe.arch == "phi3" else "rope_"
-            yield f"{prefix}{name}.weight", factors / number
+            yield f"{prefix}{name}.weight", factors / np.float32(number)
     for layer in range(recipe.n_layer):
         for parts in (_norms, _attention, _experts if recipe.n_expert else _dense_ffn):
             for name, weights in parts(recipe, rng):
@@ -236,7 +236,7 @@ def _experts(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, We
 
 def _matrix(rng: np.random.Generator, *dims: int) -> Weights:
     """Rows of unit gain: the state keeps its size through the layers."""
-    return rng.standard_normal(dims, dtype=np.float32) / np.float32(np.sqrt(dims[-1]))
+    return rng.standard_normal(dims, dtype=np.float32) * np.float32(dims[-1] ** -0.5)
 
 
 def _gain(rng: np.random.Generator, size: int) -> Weights:
