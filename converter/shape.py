@@ -96,6 +96,8 @@ class _ArchKeys:
 
     def __init__(self, header: Header) -> None:
         self.header = header
+        if "general.architecture" not in header.keys:
+            raise FormatError(f"{header.path} names no architecture", "give a language model")
         self.arch = str(header.get("general.architecture"))
         if self.arch not in ARCHITECTURES:
             raise UnsupportedArchitectureError(

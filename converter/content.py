@@ -1,0 +1,184 @@
+"""A GGUF file to be written: a header made here, and data that is copied from other files.
+
+Every byte of the source goes through as it is: keys, tensor table and data.
+"""
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .errors import FormatError
+from .header import MAGIC, Header, TensorInfo, align, truncated
+from .source import SPLIT_PREFIX, Source
+
+CHUNK_BYTES = 4 << 20
+N_BUFFERS = 3
+_COUNTS = struct.Struct("<IQQ")
+
+Write = Callable[[memoryview], object]
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Bytes of an existing file, followed by zeros."""
+
+    path: Path
+    start: int
+    size_bytes: int
+    n_zeros: int = 0
+
+
+@dataclass(frozen=True)
+class Content:
+    """All of a file: `keys` and `tensors` are the raw bytes of its two tables."""
+
+    version: int
+    n_keys: int
+    keys: bytes
+    n_tensors: int
+    tensors: bytes
+    alignment: int
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def header(self) -> bytes:
+        """Everything before the data, padding included."""
+        counts = _COUNTS.pack(self.version, self.n_tensors, self.n_keys)
+        table = MAGIC + counts + self.keys + self.tensors
+        return table.ljust(align(len(table), self.alignment), b"\0")
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(stretch.size_bytes + stretch.n_zeros for stretch in self.stretches)
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.header) + self.data_bytes
+
+    def with_keys(self, keys: tuple[bytes, ...]) -> "Content":
+        return replace(self, n_keys=self.n_keys + len(keys), keys=self.keys + b"".join(keys))
+
+
+def read_content(source: Source, *, without: str) -> Content:
+    """The source as one file, less the keys that begin with `without`; parts are joined.
+
+    Raises FormatError.
+    """
+    first = source.first
+    dropped = (without, SPLIT_PREFIX) if source.is_split else (without,)
+    raw = _read_tables(first)
+    keys = [key for name, key in first.keys.items() if not name.startswith(dropped)]
+    return Content(
+        version=first.version,
+        n_keys=len(keys),
+        keys=b"".join(raw[key.start : key.end] for key in keys),
+        n_tensors=len(source.tensors),
+        tensors=_joined_table(source) if source.is_split else raw[first.keys_end :],
+        alignment=first.alignment,
+        stretches=_joined_data(source) if source.is_split else (_all_data(first),),
+    )
+
+
+def _read_tables(header: Header) -> bytes:
+    with header.path.open("rb") as file:
+        raw = file.read(header.data_start)
+    if any(raw[header.tensors_end :]):
+        raise FormatError(
+            f"{header.path} has bytes between its tensor table and its data, which could not be "
+            "restored",
+            "write it anew with llama-quantize (type COPY)",
+        )
+    return raw[: header.tensors_end]
+
+
+def _all_data(header: Header) -> Stretch:
+    return Stretch(header.path, header.data_start, header.size_bytes - header.data_start)
+
+
+def _joined_data(source: Source) -> tuple[Stretch, ...]:
+    return tuple(
+        Stretch(
+            part.path,
+            part.data_start + tensor.offset,
+            tensor.size_bytes,
+            -tensor.size_bytes % source.first.alignment,
+        )
+        for part in source.parts
+        for tensor in part.tensors
+    )
+
+
+def _joined_table(source: Source) -> bytes:
+    rows = []
+    offset = 0
+    for tensor in source.tensors:
+        rows.append(_encode_tensor(tensor, offset))
+        offset = align(offset + tensor.size_bytes, source.first.alignment)
+    return b"".join(rows)
+
+
+def _encode_tensor(tensor: TensorInfo, offset: int) -> bytes:
+    name = tensor.name.encode()
+    n_dims = len(tensor.dims)
+    return struct.pack(
+        f"<Q{len(name)}sI{n_dims}QIQ", len(name), name, n_dims, *tensor.dims, tensor.type, offset
+    )
+
+
+def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Advance) -> str:
+    """Pass all data to `write`; return the sha256 of `hashed_header` and the data.
+
+    `advance` gets the number of bytes done each time. Memory is bounded by N_BUFFERS. Raises
+    FormatError when a source cannot be read, and whatever `write` raises.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        hashing = _Hashing(pool, hashed_header)
+        for stretch in content.stretches:
+            for chunk in _read(stretch, hashing.free_buffer):
+                hashing.add(chunk)
+                write(chunk)
+                advance(len(chunk))
+    return hashing.digest.hexdigest()
+
+
+class _Hashing:
+    """Hashes chunks in order beside reading and writing, since hashlib drops the GIL."""
+
+    def __init__(self, pool: ThreadPoolExecutor, first: bytes) -> None:
+        self.digest = hashlib.sha256(first)
+        self._pool = pool
+        self._buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(N_BUFFERS)]
+        self._jobs: list[Future[None] | None] = [None] * N_BUFFERS
+        self._turn = 0
+
+    def free_buffer(self) -> memoryview:
+        """The buffer lent longest ago, once its chunk is hashed."""
+        self._turn = (self._turn + 1) % N_BUFFERS
+        if (job := self._jobs[self._turn]) is not None:
+            job.result()
+        return self._buffers[self._turn]
+
+    def add(self, chunk: memoryview) -> None:
+        self._jobs[self._turn] = self._pool.submit(self.digest.update, chunk)
+
+
+def _read(stretch: Stretch, free_buffer: Callable[[], memoryview]) -> Iterator[memoryview]:
+    try:
+        with stretch.path.open("rb", buffering=0) as file:
+            file.seek(stretch.start)
+            left = stretch.size_bytes
+            while left:
+                buffer = free_buffer()
+                n_bytes = file.readinto(buffer[:left])
+                if not n_bytes:
+                    raise truncated(stretch.path, "it became shorter while it was read")
+                yield buffer[:n_bytes]
+                left -= n_bytes
+    except OSError as error:
+        raise FormatError(f"cannot read {stretch.path}: {error.strerror}") from error
+    if stretch.n_zeros:
+        yield memoryview(bytes(stretch.n_zeros))

@@ -1,0 +1,77 @@
+"""Writing a file that is either whole and in its place, or not there at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import OutputExistsError, WriteError
+
+_SUFFIX = ".partial"
+
+
+def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: bool) -> None:
+    """Refuse, before anything is read in full, an output that cannot be or must not be written.
+
+    Raises OutputExistsError, WriteError.
+    """
+    try:
+        _check_name(dst, sources, force=force)
+        free_bytes = shutil.disk_usage(dst.parent).free
+    except OSError as error:
+        raise WriteError(f"cannot write {dst}: {error.strerror}", _hint(dst)) from error
+    if free_bytes < n_bytes:
+        raise WriteError(
+            f"{dst} needs {n_bytes:,} bytes and its disk has {free_bytes:,} left",
+            "free some space, or write to another disk",
+        )
+
+
+def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
+    if not dst.parent.is_dir():
+        raise WriteError(f"there is no folder {dst.parent}", "create it, or write elsewhere")
+    if dst.is_dir():
+        raise WriteError(f"{dst} is a folder", "give the name of a file")
+    if not dst.exists():
+        return
+    if any(dst.samefile(source) for source in sources):
+        raise WriteError(f"the output {dst} is the input itself", "give another name")
+    if not force:
+        raise OutputExistsError(f"{dst} exists", "choose another name, or replace it: --force")
+
+
+@contextmanager
+def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
+    """A new file beside `dst`, which takes its place when the block ends without an exception.
+
+    Whatever goes wrong, it is removed; after a kill -9 the next call for `dst` removes it.
+    Raises WriteError for what the machine refuses, disk full among it.
+    """
+    temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
+    _remove_leftovers(dst)
+    try:
+        with temporary.open("x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if dst.exists() and not force:
+            raise OutputExistsError(f"{dst} appeared meanwhile", "choose another name, or --force")
+        temporary.replace(dst)
+    except OSError as error:
+        raise WriteError(f"cannot write {dst}: {error.strerror}", _hint(dst)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _remove_leftovers(dst: Path) -> None:
+    with suppress(OSError):
+        for path in dst.parent.iterdir():
+            if path.name.startswith(f".{dst.name}.") and path.name.endswith(_SUFFIX):
+                path.unlink()
+
+
+def _hint(dst: Path) -> str:
+    return f"check the free space and the permissions of {dst.parent}"

@@ -1,0 +1,92 @@
+"""Which layers context tokens skip, and which tokens run in full."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .errors import PlanError
+from .format import OWN, PopMeta, make_schedule
+from .shape import ModelShape
+
+# The paper's middle setting: most of the speed for little of the quality.
+DEFAULT_SKIP = Fraction(1, 3)
+MAX_U32 = 2**32 - 1
+
+Skip = Fraction | int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decided conversion; layers from `boundary` on are skipped by context tokens."""
+
+    shape: ModelShape
+    boundary: int
+    projection: str
+    sink_tokens: int
+    tail_tokens: int
+    min_prompt: int
+
+    @property
+    def schedule(self) -> str:
+        return make_schedule(self.shape.n_layer, self.boundary)
+
+    @property
+    def n_skipped(self) -> int:
+        return self.shape.n_layer - self.boundary
+
+    def meta(self, source_name: str, source_sha256: str, tool: str) -> PopMeta:
+        return PopMeta(
+            schedule=self.schedule,
+            projection=self.projection,
+            sink_tokens=self.sink_tokens,
+            tail_tokens=self.tail_tokens,
+            min_prompt=self.min_prompt,
+            source_name=source_name,
+            source_sha256=source_sha256,
+            tool=tool,
+        )
+
+
+def parse_skip(text: str) -> Skip:
+    """'1/3' and '0.33' are shares of the layers, '10' is a number of layers. Raises PlanError."""
+    try:
+        skip: Skip = int(text) if text.strip().isdecimal() else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        skip = 0
+    if skip <= 0 or (isinstance(skip, Fraction) and skip >= 1):
+        raise PlanError(
+            f"{text!r} says neither a share of the layers nor how many",
+            "give a fraction (1/3), a decimal below one (0.33) or a number of layers (10)",
+        )
+    return skip
+
+
+def make_plan(
+    shape: ModelShape,
+    *,
+    skip: Skip = DEFAULT_SKIP,
+    boundary: int | None = None,
+    sink_tokens: int = PopMeta.sink_tokens,
+    tail_tokens: int = PopMeta.tail_tokens,
+    min_prompt: int = PopMeta.min_prompt,
+) -> Plan:
+    """Settle the boundary: as given, else from `skip`, rounded to whole layers but never to none.
+
+    Raises PlanError when nothing would be kept or skipped, or a token count does not fit.
+    """
+    if boundary is None:
+        boundary = shape.n_layer - _n_skipped(shape.n_layer, skip)
+    if not 0 < boundary < shape.n_layer:
+        raise PlanError(
+            f"boundary {boundary} leaves no layer to keep or to skip: there are {shape.n_layer}",
+            f"choose one from 1 to {shape.n_layer - 1}",
+        )
+    for name, value in (("sink", sink_tokens), ("tail", tail_tokens), ("min-prompt", min_prompt)):
+        if not 0 <= value <= MAX_U32:
+            raise PlanError(f"--{name} {value} is not a number of tokens")
+    return Plan(shape, boundary, OWN, sink_tokens, tail_tokens, min_prompt)
+
+
+def _n_skipped(n_layer: int, skip: Skip) -> int:
+    if isinstance(skip, int):
+        return skip
+    return max(1, int(n_layer * skip + Fraction(1, 2)))
