@@ -1,0 +1,124 @@
+"""Reads unified diffs."""
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from .errors import BuildError
+
+_HUNK = re.compile(r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+_UNSUPPORTED = ("rename from ", "copy from ", "Binary files ", "GIT binary patch", "old mode ")
+_NO_NEWLINE = "\\ No newline"
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """One hunk: the lines it expects and the lines it leaves, without line ends.
+
+    `old_start` counts from 1; `after_open` says that the last line it leaves has no newline.
+    """
+
+    header: str
+    old_start: int
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    after_open: bool
+
+
+@dataclass(frozen=True)
+class FileDiff:
+    """All hunks for one file; `creates` when the old side is /dev/null."""
+
+    path: str
+    creates: bool
+    hunks: tuple[Hunk, ...]
+
+
+def parse(text: str, name: str) -> tuple[FileDiff, ...]:
+    """The files of a diff whose paths are a/... and b/...; prose before and between is skipped."""
+    return _Reader(text.replace("\r\n", "\n").split("\n"), name).files()
+
+
+class _Reader:
+    def __init__(self, lines: list[str], name: str) -> None:
+        self.lines = lines
+        self.name = name
+        self.at = 0
+
+    def files(self) -> tuple[FileDiff, ...]:
+        found: list[FileDiff] = []
+        while self.at < len(self.lines):
+            if self.lines[self.at].startswith(_UNSUPPORTED):
+                raise self._error(f"has a part that is not a plain text diff: {self._here()!r}")
+            if self._at_file():
+                found.append(self._file())
+            elif _HUNK.match(self._here()):
+                raise self._error("has a hunk outside any file")
+            else:
+                self.at += 1
+        if not found:
+            raise self._error("holds no diff")
+        paths = [file.path for file in found]
+        if len(set(paths)) < len(paths):
+            raise self._error("names the same file twice")
+        return tuple(found)
+
+    def _here(self) -> str:
+        return self.lines[self.at] if self.at < len(self.lines) else ""
+
+    def _at_file(self) -> bool:
+        here, following = self.lines[self.at : self.at + 1], self.lines[self.at + 1 : self.at + 2]
+        return bool(following) and here[0].startswith("--- ") and following[0].startswith("+++ ")
+
+    def _file(self) -> FileDiff:
+        old, new = (line[4:].split("\t")[0].strip() for line in self.lines[self.at : self.at + 2])
+        if new == "/dev/null":
+            raise self._error(f"deletes {old}, which is not supported")
+        self.at += 2
+        hunks: list[Hunk] = []
+        while match := _HUNK.match(self._here()):
+            hunks.append(self._hunk(match))
+        if not hunks:
+            raise self._error(f"changes nothing in {new}")
+        if old == "/dev/null" and (len(hunks) > 1 or hunks[0].before):
+            raise self._error(f"creates {new} from lines that it expects to be there")
+        return FileDiff(self._path(new), old == "/dev/null", tuple(hunks))
+
+    def _path(self, new: str) -> str:
+        path = PurePosixPath(new)
+        if len(path.parts) < 2 or path.parts[0] != "b" or ".." in path.parts:
+            raise self._error(f"names a file outside the tree: {new}")
+        return str(PurePosixPath(*path.parts[1:]))
+
+    def _hunk(self, match: re.Match[str]) -> Hunk:
+        old_start, old_left, new_left = (int(match[i] or 1) for i in (1, 2, 4))
+        header = match[0]
+        self.at += 1
+        before: list[str] = []
+        after: list[str] = []
+        after_open = False
+        previous = ""
+        while old_left > 0 or new_left > 0 or self._here().startswith(_NO_NEWLINE):
+            # Editors strip the single space of an empty context line.
+            sign, line = (self._here() or " ")[0], self._here()[1:]
+            if self.at >= len(self.lines) or sign not in " +-\\":
+                raise self._error(f"is cut short in {header}")
+            if sign == "\\":
+                after_open |= previous in " +"
+            if sign in " -":
+                before.append(line)
+                old_left -= 1
+            if sign in " +":
+                after.append(line)
+                new_left -= 1
+            previous = sign
+            self.at += 1
+        if old_left or new_left:
+            raise self._error(f"has the wrong line counts in {header}")
+        return Hunk(header, old_start, tuple(before), tuple(after), after_open)
+
+    def _error(self, what: str) -> BuildError:
+        return BuildError(
+            f"{self.name} {what} (line {self.at + 1}).",
+            "Write it anew with `diff -u` or `git diff`; see patches/README.md.",
+        )

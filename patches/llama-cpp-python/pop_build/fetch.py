@@ -1,0 +1,106 @@
+"""The pinned source distribution: fetched with pip, kept in the user's cache, checked each time."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BuildError
+
+SOURCE_VARIABLE = "POP_LLAMA_CPP_PYTHON_SOURCE"
+_PIN = re.compile(r"^([A-Za-z0-9_-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The upstream release: the one line of upstream.txt, which is a requirement of pip."""
+
+    name: str
+    version: str
+    sha256: str
+    requirement: Path
+
+    @property
+    def sdist(self) -> str:
+        return f"{self.name.replace('-', '_')}-{self.version}.tar.gz"
+
+
+def read_pin(requirement: Path) -> Pin:
+    match = _PIN.search(requirement.read_text(encoding="utf-8"))
+    if match is None:
+        raise BuildError(
+            f"{requirement.name} does not pin a release.",
+            "Its one line is NAME==VERSION --hash=sha256:DIGEST.",
+        )
+    return Pin(match[1], match[2], match[3], requirement)
+
+
+def cache_folder() -> Path:
+    """Where source distributions are kept for the next build, by the platform's custom."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "pop-local"
+
+
+def fetch(pin: Pin, folder: Path) -> Path:
+    """The pinned source distribution in the folder, downloaded when it is not there or damaged."""
+    kept = folder / pin.sdist
+    if kept.is_file() and _sha256(kept) == pin.sha256:
+        return kept
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        _download(pin, Path(scratch))
+        arrived = Path(scratch) / pin.sdist
+        check(pin, arrived)
+        return Path(shutil.move(arrived, kept))
+
+
+def check(pin: Pin, sdist: Path) -> None:
+    if not sdist.is_file():
+        raise BuildError(f"pip fetched no {pin.sdist}.", _hint())
+    found = _sha256(sdist)
+    if found != pin.sha256:
+        raise BuildError(
+            f"{sdist.name} is not the pinned release: sha256 {found}, not {pin.sha256}.",
+            "The index serves another file. Do not use it; if you trust a copy of your own,"
+            f" point {SOURCE_VARIABLE} at it.",
+        )
+
+
+def _download(pin: Pin, folder: Path) -> None:
+    # Not our build's environment: its backend settings would be taken for those of upstream.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("_PYPROJECT_HOOKS", "PEP517_"))}
+    # With a hash in the requirement pip refuses another file before it runs anything of it.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
+    command += ["--no-binary", pin.name, "--no-input", "--disable-pip-version-check"]
+    command += ["--progress-bar", "off", "-d", str(folder), "-r", str(pin.requirement)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+    if run.returncode != 0:
+        lines = [line for line in run.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR: ")] or lines[-5:]
+        reason = "\n     ".join(errors)
+        raise BuildError(f"pip could not fetch {pin.name} {pin.version}:\n     {reason}", _hint())
+
+
+def _hint() -> str:
+    return (
+        "Check the network and pip's index settings (`pip config list`, PIP_INDEX_URL), or point"
+        f" {SOURCE_VARIABLE} at a source distribution or an extracted tree of your own."
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

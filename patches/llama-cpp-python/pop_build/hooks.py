@@ -1,0 +1,119 @@
+"""The build backend (PEP 517): prepares the tree, then hands over to scikit-build-core in it."""
+
+import os
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import BuildError
+from .tree import find_hooks, hook_files, package_files, prepare, recipe
+
+Settings = dict[str, "list[str] | str"] | None
+
+PACKAGE = Path(__file__).resolve().parent.parent
+_NAME = "llama_cpp_python"
+# One file per library instead of three copies of each (a wheel holds no links), and llama.cpp's
+# multimodal library, which only llama_cpp.mtmd_cpp opens, is left out.
+_DEFINES = {"LLAVA_BUILD": "OFF", "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON"}
+
+
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    from scikit_build_core import build
+
+    # Asked in our own folder: fetching the tree already needs what this answers (cmake).
+    with _in(PACKAGE):
+        return build.get_requires_for_build_wheel(config_settings)
+
+
+def prepare_metadata_for_build_wheel(
+    metadata_directory: str, config_settings: Settings = None
+) -> str:
+    from scikit_build_core import build
+
+    target = os.path.abspath(metadata_directory)
+    with _prepared(config_settings) as settings:
+        return build.prepare_metadata_for_build_wheel(target, settings)
+
+
+def build_wheel(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    from scikit_build_core import build
+
+    target = os.path.abspath(wheel_directory)
+    metadata = metadata_directory and os.path.abspath(metadata_directory)
+    with _prepared(config_settings) as settings:
+        return build.build_wheel(target, settings, metadata)
+
+
+def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
+    return []
+
+
+def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
+    """An sdist of this package: the recipe and the patches, not upstream's sources."""
+    with _short_errors():
+        hooks = find_hooks(PACKAGE)
+        root = f"{_NAME}-{recipe(PACKAGE, os.environ).version}"
+        name, _, version = root.rpartition("-")
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()
+        with tarfile.open(Path(sdist_directory, f"{root}.tar.gz"), "w:gz") as archive:
+            for path in package_files(PACKAGE):
+                archive.add(path, f"{root}/{path.relative_to(PACKAGE).as_posix()}")
+            for path in hook_files(hooks):
+                archive.add(path, f"{root}/llama.cpp/{path.relative_to(hooks).as_posix()}")
+            info = tarfile.TarInfo(f"{root}/PKG-INFO")
+            info.size = len(metadata)
+            archive.addfile(info, BytesIO(metadata))
+    return f"{root}.tar.gz"
+
+
+def build_editable(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> NoReturn:
+    with _short_errors():
+        raise BuildError(
+            "The patched llama-cpp-python cannot be installed as editable.",
+            "Leave out -e: `pip install ./patches/llama-cpp-python`; after a change of a patch,"
+            " run it again.",
+        )
+    raise AssertionError
+
+
+@contextmanager
+def _prepared(config_settings: Settings) -> Iterator[Settings]:
+    """Inside the patched tree, with our settings beneath those of the user."""
+    with _short_errors():
+        folder = prepare(recipe(PACKAGE, os.environ))
+    settings: dict[str, list[str] | str] = {"build-dir": str(folder / "cmake")}
+    settings |= {f"cmake.define.{name}": value for name, value in _DEFINES.items()}
+    # Make and Visual Studio build one file at a time unless told otherwise.
+    os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+    # llama.cpp finds ccache by itself; paths below the folder must not count, or each patch
+    # would compile everything anew.
+    os.environ.setdefault("CCACHE_BASEDIR", str(folder))
+    with _in(folder / "src"):
+        yield settings | (config_settings or {})
+
+
+@contextmanager
+def _in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def _short_errors() -> Iterator[None]:
+    """A frontend shows all that the backend prints: the message, and no traceback."""
+    try:
+        yield
+    except BuildError as error:
+        sys.exit(str(error))

@@ -1,0 +1,48 @@
+"""The unpatched libraries of the same release and flags, to compare with."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from .errors import BuildError
+from .tree import UNPATCHED_VARIABLE, key, recipe
+
+_IN_WHEEL = "llama_cpp/lib/"
+
+
+def build_unpatched(package: Path, target: Path) -> bool:
+    """Puts the libraries into the folder `target`; False when they were there already.
+
+    The folder serves as LLAMA_CPP_LIB_PATH of an installed llama_cpp.
+    """
+    env = os.environ | {UNPATCHED_VARIABLE: "1"}
+    wanted = key(recipe(package, env))
+    stamp = target / "key"
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        wheel = _wheel(package, Path(scratch), env)
+        fresh = Path(scratch, "lib")
+        fresh.mkdir()
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.infolist():
+                if member.filename.startswith(_IN_WHEEL) and not member.is_dir():
+                    (fresh / Path(member.filename).name).write_bytes(archive.read(member))
+        (fresh / "key").write_text(wanted)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.replace(target)
+    return True
+
+
+def _wheel(package: Path, folder: Path, env: dict[str, str]) -> Path:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--disable-pip-version-check"]
+    command += ["--wheel-dir", str(folder), str(package)]
+    if subprocess.run(command, env=env, stdout=sys.stderr).returncode != 0:
+        raise BuildError("The unpatched library was not built.", "pip says why above.")
+    (wheel,) = folder.glob("*.whl")
+    return wheel

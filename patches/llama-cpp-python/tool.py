@@ -1,0 +1,35 @@
+"""What the Makefile asks of this package.
+
+python tool.py key               prints the key of the build: pin, patches and compiler flags
+python tool.py unpatched FOLDER  builds the unpatched libraries into the folder, once
+"""
+
+import os
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+sys.path.insert(0, str(PACKAGE))
+
+from pop_build.errors import BuildError  # noqa: E402
+from pop_build.tree import key, recipe  # noqa: E402
+from pop_build.unpatched import build_unpatched  # noqa: E402
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if arguments == ["key"]:
+            print(key(recipe(PACKAGE, os.environ)))
+        elif len(arguments) == 2 and arguments[0] == "unpatched":
+            build_unpatched(PACKAGE, Path(arguments[1]))
+        else:
+            print(__doc__, file=sys.stderr)
+            return 2
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
