@@ -77,8 +77,9 @@ def make_plan(
         boundary = shape.n_layer - _n_skipped(shape.n_layer, skip)
     if not 0 < boundary < shape.n_layer:
         raise PlanError(
-            f"boundary {boundary} leaves no layer to keep or to skip: there are {shape.n_layer}",
-            f"choose one from 1 to {shape.n_layer - 1}",
+            f"of {shape.n_layer} layers at least one must be kept and one skipped: boundary "
+            f"{boundary} does not",
+            f"choose a boundary from 1 to {shape.n_layer - 1}",
         )
     for name, value in (("sink", sink_tokens), ("tail", tail_tokens), ("min-prompt", min_prompt)):
         if not 0 <= value <= MAX_U32:

@@ -1,0 +1,163 @@
+"""`pop-local convert IN.gguf [OUT.gguf]`: write the model with its pruning schedule."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pop_converter.errors import PlanError
+from pop_converter.format import PopMeta
+from pop_converter.plan import DEFAULT_SKIP, Plan, Skip, make_plan, parse_skip
+from pop_converter.rewrite import Sizes, measure
+from pop_converter.rewrite import convert as write_converted
+from pop_converter.shape import source_shape
+from pop_converter.source import Source, read_source
+
+from pop_local.measure.limit import speedup_limit
+from pop_local.models import resolve_base
+from pop_local.ui.progress import bytes_progress
+from pop_local.ui.tables import Fact, print_facts, print_json, size
+
+# Long enough that the full rows hardly count, short enough for a question about a document.
+LIMIT_PROMPT = 2048
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `--json` prints; `source_sha256` is None when nothing was written."""
+
+    source: str
+    output: str
+    architecture: str
+    n_layer: int
+    boundary: int
+    n_skipped: int
+    schedule: str
+    projection: str
+    sink_tokens: int
+    tail_tokens: int
+    min_prompt: int
+    source_bytes: int
+    output_bytes: int
+    limit_n_prompt: int
+    speedup_limit: float
+    source_sha256: str | None
+
+
+def convert(
+    model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A model, or its first part.")],
+    output: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT.gguf", help="Default: IN.pop.gguf beside it."),
+    ] = None,
+    skip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help=f"Layers to skip: 1/3, 0.33, or a number. Default: {DEFAULT_SKIP}"
+        ),
+    ] = None,
+    boundary: Annotated[
+        int | None,
+        typer.Option(metavar="LAYER", help="The first layer to skip, instead of --skip."),
+    ] = None,
+    sink: Annotated[
+        int, typer.Option(min=0, help="First tokens of a prompt to run in full.")
+    ] = PopMeta.sink_tokens,
+    tail: Annotated[
+        int, typer.Option(min=0, help="Last tokens of a prompt to run in full.")
+    ] = PopMeta.tail_tokens,
+    min_prompt: Annotated[
+        int, typer.Option(min=0, help="Shorter prompts run in full altogether.")
+    ] = PopMeta.min_prompt,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace an existing output.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a copy of a model that reads long prompts faster.
+
+    The weights stay as they are, so stock llama.cpp opens the copy too (and runs it in full).
+    """
+    share = _share(skip, boundary)
+    path = resolve_base(model)
+    source = read_source(path)
+    plan = make_plan(
+        source_shape(source),
+        skip=share,
+        boundary=boundary,
+        sink_tokens=sink,
+        tail_tokens=tail,
+        min_prompt=min_prompt,
+    )
+    sizes = measure(plan, path)
+    target = output or _default_output(source)
+    if not json:
+        print_facts(_facts(path, plan, sizes))
+    meta = None if dry_run else _write(plan, path, target, force=force)
+    if json:
+        print_json(_report(path, target, plan, sizes, meta))
+    elif meta is not None:
+        print_facts([("Written", str(target))])
+
+
+def _share(skip: str | None, boundary: int | None) -> Skip:
+    if skip is None:
+        return DEFAULT_SKIP
+    if boundary is not None:
+        raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
+    try:
+        return parse_skip(skip)
+    except PlanError as error:
+        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--skip") from error
+
+
+def _default_output(source: Source) -> Path:
+    return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
+
+
+def _write(plan: Plan, src: Path, dst: Path, *, force: bool) -> PopMeta:
+    with bytes_progress("Writing, then reading back") as advance:
+        return write_converted(plan, src, dst, progress=advance, force=force)
+
+
+def _limit(plan: Plan) -> float:
+    n_full = plan.sink_tokens + plan.tail_tokens
+    return speedup_limit(plan.shape, LIMIT_PROMPT, plan.boundary, n_full)
+
+
+def _facts(src: Path, plan: Plan, sizes: Sizes) -> list[Fact]:
+    n_layer = plan.shape.n_layer
+    return [
+        ("Model", str(src)),
+        ("Architecture", plan.shape.arch),
+        ("Layers", f"{n_layer}, of which context tokens skip {plan.n_skipped}"),
+        ("Boundary", f"layer {plan.boundary}"),
+        ("Schedule", plan.schedule),
+        ("Always in full", f"the first {plan.sink_tokens} and last {plan.tail_tokens} tokens"),
+        ("Size", f"{size(sizes.source_bytes)}, converted {size(sizes.output_bytes)}"),
+        ("Speed-up", f"at most {_limit(plan):.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"),
+    ]
+
+
+def _report(src: Path, dst: Path, plan: Plan, sizes: Sizes, meta: PopMeta | None) -> Report:
+    return Report(
+        source=str(src),
+        output=str(dst),
+        architecture=plan.shape.arch,
+        n_layer=plan.shape.n_layer,
+        boundary=plan.boundary,
+        n_skipped=plan.n_skipped,
+        schedule=plan.schedule,
+        projection=plan.projection,
+        sink_tokens=plan.sink_tokens,
+        tail_tokens=plan.tail_tokens,
+        min_prompt=plan.min_prompt,
+        source_bytes=sizes.source_bytes,
+        output_bytes=sizes.output_bytes,
+        limit_n_prompt=LIMIT_PROMPT,
+        speedup_limit=_limit(plan),
+        source_sha256=meta and meta.source_sha256,
+    )

@@ -1,0 +1,61 @@
+"""`pop-local strip IN.pop.gguf [OUT.gguf]`: back to the original, byte for byte."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pop_converter.format import PopMeta, read_pop_meta
+from pop_converter.rewrite import strip as write_original
+
+from pop_local.models import resolve
+from pop_local.ui.progress import bytes_progress
+from pop_local.ui.tables import print_facts, print_json, size
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `--json` prints."""
+
+    source: str
+    output: str
+    output_bytes: int
+    sha256: str
+
+
+def strip(
+    model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A converted model.")],
+    output: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT.gguf", help="Default: the original's name, beside IN."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace an existing output.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Turn a converted file back into the original, byte for byte (checked by its hash).
+
+    A model that came in several parts comes back as one file.
+    """
+    path = resolve(model)
+    target = output or _default_output(path, read_pop_meta(path))
+    with bytes_progress("Restoring") as advance:
+        meta = write_original(path, target, progress=advance, force=force)
+    report = Report(str(path), str(target), target.stat().st_size, meta.source_sha256)
+    if json:
+        print_json(report)
+    else:
+        print_facts(
+            [
+                ("Written", report.output),
+                ("Size", size(report.output_bytes)),
+                ("sha256", f"{report.sha256}, as before its conversion"),
+            ]
+        )
+
+
+def _default_output(path: Path, meta: PopMeta | None) -> Path:
+    # The name comes from a file that may come from anywhere: its folder is not followed.
+    name = Path(meta.source_name).name if meta else ""
+    return path.with_name(name or f"{path.name.removesuffix('.gguf')}.stripped.gguf")
