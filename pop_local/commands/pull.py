@@ -11,8 +11,10 @@ from pop_local.ui.theme import note, out
 
 
 def pull(
-    name: Annotated[str, typer.Argument(help="The model's name in the catalog, or its alias.")],
-    dir: Annotated[
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The model's name in the catalog, or its alias.")
+    ],
+    folder: Annotated[
         Path | None, typer.Option("--dir", help="Where to put it, instead of the models folder.")
     ] = None,
 ) -> None:
@@ -20,5 +22,5 @@ def pull(
     model = find(name)
     note(f"{model.name}: licence {model.licence}")
     with bytes_progress(f"Fetching {model.name}") as advance:
-        path = fetch(name, advance, dir)
+        path = fetch(name, advance, folder)
     out.print(path, soft_wrap=True, markup=False)

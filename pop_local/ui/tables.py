@@ -81,7 +81,9 @@ def records(table: Table) -> list[Mapping[str, Any]]:
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout; dataclasses become objects, paths become strings."""
-    out.file.write(json.dumps(value, indent=2, ensure_ascii=False, default=_jsonable) + "\n")
+    out.file.write(
+        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_jsonable) + "\n"
+    )
 
 
 def _jsonable(value: object) -> object:
@@ -100,3 +102,20 @@ def size(n_bytes: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1000
     return f"{amount:.2f} GB"
+
+
+Fact = tuple[str, str]
+
+
+def print_facts(facts: Sequence[Fact]) -> None:
+    """Labels and values in two columns on stdout; unwrapped where no terminal is."""
+    if not out.is_terminal:
+        width = max(len(label) for label, _ in facts)
+        out.file.writelines(f"{label.ljust(width)}  {value}\n" for label, value in facts)
+        return
+    grid = RichTable.grid(padding=(0, 2))
+    grid.add_column(style="note", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in facts:
+        grid.add_row(label, Text(value))
+    out.print(grid)

@@ -1,0 +1,147 @@
+"""`pop-local doctor`: what this installation has, and what to fix."""
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import typer
+from pop_converter.errors import PopError
+from rich.text import Text
+
+from pop_local import __version__
+from pop_local.engine import backend
+from pop_local.models import DEFAULT_MODEL, find, models_dir
+from pop_local.ui.tables import print_json, size
+from pop_local.ui.theme import out
+
+Status = Literal["ok", "note", "fix"]
+MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
+SMALL_MEMORY_BYTES = 4_000_000_000
+CUDA_HINT = 'to use it: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at; `to_do` says what to do unless all is well."""
+
+    key: str
+    title: str
+    status: Status
+    found: str
+    to_do: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `--json` prints."""
+
+    ok: bool
+    checks: tuple[Check, ...]
+
+
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check the backend, the devices, memory and models; exit 1 if something must be fixed."""
+    checks = (*_program(), *_backend(), *_machine(), *_models())
+    diagnosis = Diagnosis(all(check.status != "fix" for check in checks), checks)
+    if json:
+        print_json(diagnosis)
+    else:
+        _draw(checks)
+    if not diagnosis.ok:
+        raise typer.Exit(1)
+
+
+def _draw(checks: tuple[Check, ...]) -> None:
+    width = max(len(check.title) for check in checks)
+    for check in checks:
+        line = Text.assemble(MARKS[check.status], f"  {check.title.ljust(width)}  {check.found}")
+        out.print(line, soft_wrap=True)
+        if check.to_do:
+            out.print(Text(f"      {' ' * width}  {check.to_do}", style="hint"), soft_wrap=True)
+
+
+def _program() -> list[Check]:
+    version = platform.python_version()
+    return [
+        Check("python", "Python", "ok", f"{version} ({sys.executable})"),
+        Check("pop_local", "pop-local", "ok", __version__),
+    ]
+
+
+def _backend() -> list[Check]:
+    try:
+        info = backend.describe_backend()
+    except PopError as error:
+        return [Check("backend", "Backend", "fix", error.message, error.hint)]
+    return [
+        Check("backend", "Backend", "ok", f"llama-cpp-python {info.version} ({info.library_path})"),
+        _abi(info.abi),
+        *_gpus(info.devices),
+        Check("cpu_features", "CPU features", "ok", _enabled(info.features)),
+        Check("threads", "Threads", "ok", f"{info.n_threads} ({os.cpu_count()} logical CPUs)"),
+    ]
+
+
+def _abi(abi: int | None) -> Check:
+    if abi == backend.ABI:
+        return Check("pop_abi", "Pruning", "ok", f"patched, ABI {abi}")
+    unpatched = "not possible: this llama.cpp is not patched"
+    found = unpatched if abi is None else f"ABI {abi}, needed is {backend.ABI}"
+    return Check("pop_abi", "Pruning", "fix", found, backend.INSTALL_HINT)
+
+
+def _gpus(devices: tuple[backend.Device, ...]) -> list[Check]:
+    gpus = [
+        Check("gpu", "GPU", "ok", f"{device.name}: {device.description}, {_free(device)} free")
+        for device in devices
+        if device.is_gpu
+    ]
+    if gpus:
+        return gpus
+    if shutil.which("nvidia-smi"):
+        found = "there is an NVIDIA GPU, but this build is for the CPU only"
+        return [Check("gpu", "GPU", "note", found, CUDA_HINT)]
+    return [Check("gpu", "GPU", "ok", "none in this build: models run on the CPU")]
+
+
+def _free(device: backend.Device) -> str:
+    return f"{size(device.memory_free_bytes)} of {size(device.memory_total_bytes)}"
+
+
+def _enabled(features: str) -> str:
+    """'CPU : AVX = 1 | AVX2 = 1 | ...' as llama.cpp prints it, less what is off."""
+    names = [part.split(":")[-1].partition("=") for part in features.split("|")]
+    return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
+
+
+def _machine() -> list[Check]:
+    total_bytes = _total_memory_bytes()
+    if total_bytes is None:
+        return []
+    if total_bytes < SMALL_MEMORY_BYTES:
+        to_do = "take small models, and a small context (--ctx)"
+        return [Check("memory", "Memory", "note", size(total_bytes), to_do)]
+    return [Check("memory", "Memory", "ok", size(total_bytes))]
+
+
+def _total_memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+def _models() -> list[Check]:
+    folder = models_dir()
+    model = find(DEFAULT_MODEL)
+    for file in (model.pop_file, model.file):
+        if (folder / file).is_file():
+            return [Check("model", "Default model", "ok", str(folder / file))]
+    to_do = f"run `pop-local pull {model.name}`, or `pop-local chat`, which fetches it too"
+    found = f"{model.name} is not in {folder} yet"
+    return [Check("model", "Default model", "note", found, to_do)]

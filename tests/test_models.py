@@ -1,0 +1,214 @@
+"""The catalog and fetching, against an index made of a folder of small wheels."""
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from pop_converter.errors import PopError
+
+from pop_local import models, wheels
+from pop_local.models import Model, fetch, find, load_catalog, models_dir, resolve, resolve_base
+from pop_local.wheels import Part
+
+PIECES = (b"GGUF first half, " * 1000, b"second half" * 1000)
+
+
+def part(number: int) -> Part:
+    return Part(f"tiny-part{number}==1.0", f"tiny_part{number}/tiny.part{number}", 20_000)
+
+
+def make_wheel(index: Path, number: int, content: bytes) -> Path:
+    """A wheel that pip accepts, with one data file."""
+    info = f"tiny_part{number}-1.0.dist-info"
+    path = index / f"tiny_part{number}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(part(number).member, content)
+        archive.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny-part{number}\nVersion: 1.0\n"
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> Model:
+    whole = b"".join(PIECES)
+    model = Model(
+        name="Tiny-1M",
+        aliases=("tiny",),
+        file="Tiny-1M.Q8_0.gguf",
+        sha256=hashlib.sha256(whole).hexdigest(),
+        size_bytes=len(whole),
+        licence="MIT",
+        parts=(part(1), part(2)),
+    )
+    monkeypatch.setattr(models, "load_catalog", lambda: (model,))
+    return model
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "store"
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
+    return folder
+
+
+def test_fetch_joins_the_parts_and_leaves_nothing_else(index, tiny, store):
+    for number, piece in enumerate(PIECES, start=1):
+        make_wheel(index, number, piece)
+    seen: list[tuple[int, int]] = []
+    path = fetch("TINY", lambda done, total: seen.append((done, total)))
+    assert path == store / tiny.file
+    assert path.read_bytes() == b"".join(PIECES)
+    assert [file.name for file in store.iterdir()] == [tiny.file]
+    assert seen[-1] == (tiny.wheel_bytes, tiny.wheel_bytes)
+    assert seen == sorted(seen)
+
+
+def test_fetch_again_does_not_ask_the_index(index, tiny, store):
+    for number, piece in enumerate(PIECES, start=1):
+        make_wheel(index, number, piece)
+    first = fetch("tiny")
+    for wheel in index.iterdir():
+        wheel.unlink()
+    assert fetch("tiny") == first
+
+
+def test_parts_that_arrived_are_kept_for_the_next_run(index, tiny, store):
+    first = make_wheel(index, 1, PIECES[0])
+    with pytest.raises(PopError, match=r"tiny-part2==1\.0 could not be fetched") as failure:
+        fetch("tiny")
+    assert "kept" in failure.value.hint
+    assert not (store / tiny.file).exists()
+    first.unlink()
+    make_wheel(index, 2, PIECES[1])
+    assert fetch("tiny").read_bytes() == b"".join(PIECES)
+    assert [file.name for file in store.iterdir()] == [tiny.file]
+
+
+def test_nothing_fetched_leaves_no_folder(index, tiny, store):
+    with pytest.raises(PopError, match="could not be fetched"):
+        fetch("tiny")
+    assert list(store.iterdir()) == []
+
+
+def test_wrong_content_is_refused_and_not_kept(index, tiny, store):
+    make_wheel(index, 1, PIECES[0])
+    make_wheel(index, 2, b"something else")
+    with pytest.raises(PopError, match="is not the catalog's file"):
+        fetch("tiny")
+    assert list(store.iterdir()) == []
+
+
+def test_wheel_without_the_file_is_refused(index, tiny, store):
+    make_wheel(index, 1, PIECES[0])
+    wheel = make_wheel(index, 2, PIECES[1])
+    text = wheel.read_bytes().replace(b"tiny.part2", b"tiny.partX")
+    wheel.write_bytes(text)
+    with pytest.raises(PopError, match="the wheel of .* is damaged"):
+        fetch("tiny")
+    assert not (store / tiny.file).exists()
+
+
+def test_another_file_of_that_name_is_left_alone(index, tiny, store):
+    store.mkdir()
+    (store / tiny.file).write_bytes(b"mine")
+    with pytest.raises(PopError, match="sha256 differs"):
+        fetch("tiny")
+    assert (store / tiny.file).read_bytes() == b"mine"
+
+
+def test_interrupt_stops_pip_and_cleans_up(index, tiny, store, monkeypatch):
+    for number, piece in enumerate(PIECES, start=1):
+        make_wheel(index, number, piece)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch("tiny", interrupt)
+    assert list(store.iterdir()) == []
+
+
+def test_no_pip_says_so(index, tiny, store, monkeypatch):
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PopError, match="has no pip") as failure:
+        fetch("tiny")
+    assert "ensurepip" in failure.value.hint
+
+
+def test_too_little_space_is_said_before_the_download(index, tiny, store, monkeypatch):
+    usage = models.shutil.disk_usage(store.parent)._replace(free=10)
+    monkeypatch.setattr(models.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(PopError, match="0 MB free"):
+        fetch("tiny")
+
+
+def test_catalog_is_well_formed():
+    catalog = load_catalog()
+    assert models.DEFAULT_MODEL in [model.name for model in catalog]
+    for model in catalog:
+        assert len(bytes.fromhex(model.sha256)) == 32
+        assert model.file.endswith(".gguf")
+        assert model.licence
+        assert all(part.wheel_glob.endswith("-*.whl") for part in model.parts)
+
+
+@pytest.mark.parametrize(
+    "name", ["SmolLM2-135M-Instruct", "smollm2", "SMOLLM2", "smollm2-135m-instruct"]
+)
+def test_names_are_found_in_any_case(name):
+    assert find(name).name == "SmolLM2-135M-Instruct"
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(PopError, match="no model named 'smolm2'") as failure:
+        find("smolm2")
+    assert "did you mean SmolLM2-135M-Instruct?" in failure.value.hint
+
+
+def test_resolve_prefers_the_converted_file(tiny, store):
+    with pytest.raises(PopError, match="not been fetched") as failure:
+        resolve("tiny")
+    assert "pop-local pull Tiny-1M" in failure.value.hint
+    store.mkdir()
+    (store / tiny.file).touch()
+    assert resolve("tiny") == store / tiny.file
+    (store / tiny.pop_file).touch()
+    assert resolve("tiny") == store / tiny.pop_file
+    assert resolve_base("tiny") == store / tiny.file
+
+
+def test_resolve_takes_paths(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert resolve(str(file)) == file
+    with pytest.raises(PopError, match="no file") as failure:
+        resolve(str(tmp_path / "modle.gguf"))
+    assert str(file) in failure.value.hint
+    with pytest.raises(PopError, match="is a folder"):
+        resolve(str(tmp_path))
+
+
+def test_models_dir_is_the_variable_the_clone_or_the_users_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(models.MODELS_VARIABLE, raising=False)
+    assert models_dir().parts[-2:] == ("pop-local", "models")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "catalog.toml").touch()
+    assert models_dir() == Path("models")
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "elsewhere"))
+    assert models_dir() == tmp_path / "elsewhere"

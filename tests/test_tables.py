@@ -1,0 +1,74 @@
+"""Tables, facts and JSON."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pop_local.ui import tables, theme
+from pop_local.ui.tables import Column, Table, markdown, print_facts, print_json, records, size
+
+SPEEDS = Table(
+    title="Speed",
+    columns=(
+        Column("name", "Name"),
+        Column("speedup", "Speed-up", show=lambda ratio: f"{ratio:.2f}x", numeric=True),
+    ),
+    rows=(("a|b", 1.4142), ("longer name", 12.0)),
+)
+
+
+def test_markdown_is_aligned_and_escaped():
+    assert markdown(SPEEDS).splitlines() == [
+        "### Speed",
+        "",
+        "| Name        | Speed-up |",
+        "| ----------- | -------: |",
+        "| a\\|b        |    1.41x |",
+        "| longer name |   12.00x |",
+    ]
+
+
+def test_records_hold_the_values_themselves():
+    assert records(SPEEDS)[0] == {"name": "a|b", "speedup": 1.4142}
+
+
+def test_rich_table_shows_the_same_cells(monkeypatch, capsys):
+    theme.out.print(tables.rich_table(SPEEDS))
+    shown = capsys.readouterr().out
+    assert "a|b" in shown
+    assert "12.00x" in shown
+
+
+def test_json_takes_dataclasses_and_paths(capsys):
+    @dataclass(frozen=True)
+    class Inner:
+        n: int
+
+    @dataclass(frozen=True)
+    class Outer:
+        inner: tuple[Inner, ...]
+
+    print_json([Outer((Inner(1),)), Path("a") / "b", "ü"])
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == [{"inner": [{"n": 1}]}, str(Path("a") / "b"), "ü"]
+    assert "ü" in printed
+
+
+def test_json_refuses_what_no_json_reader_takes():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        print_json({"ratio": float("nan")})
+
+
+def test_facts_in_a_pipe_are_not_wrapped(capsys):
+    print_facts([("A", "x" * 200), ("Longer", "y")])
+    assert capsys.readouterr().out.splitlines() == ["A       " + "x" * 200, "Longer  y"]
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (4 * 10**9, "4.00 GB")],
+)
+def test_sizes_for_people(n_bytes, text):
+    assert size(n_bytes) == text
