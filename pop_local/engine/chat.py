@@ -1,0 +1,187 @@
+"""From a conversation to prompt tokens, and from sampled tokens to an answer with its figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from pop_converter.errors import PopError
+
+from . import backend
+from .interrupt import PrefillStoppedError
+from .text import Pieces, TextStream
+from .turn import Chunk, FinishReason, Message, TurnStats
+
+if TYPE_CHECKING:
+    from .model import PopModel
+
+# For base models, which come without a template; it needs no special tokens.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
+    "{% endfor %}Assistant:"
+)
+PLAIN_STOPS = ("\nUser:", "\nSystem:")
+
+
+@dataclass(frozen=True)
+class TurnOptions:
+    """How to answer. `max_tokens`: None for as many as the context holds. `seed`: None for chance.
+
+    `on_prefill(done, total)` counts the prompt tokens that are not cached, once per batch.
+    `should_stop` is asked during the prefill and after each token; an answer that it ends is
+    "interrupted" and has its figures all the same. `stops` end the answer and are not part of it.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    grammar: Any = None
+    on_prefill: Callable[[int, int], None] | None = None
+    should_stop: Callable[[], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens, and the strings that end the answer."""
+
+    tokens: list[int]
+    stops: tuple[str, ...]
+
+
+class Prompts:
+    """Renders conversations by the model's own chat template."""
+
+    def __init__(self, model: PopModel) -> None:
+        template = model.metadata.get("tokenizer.chat_template")
+        self._stops = () if template else PLAIN_STOPS
+        self._internals = model._model
+        self._formatter = Jinja2ChatFormatter(
+            template=template or PLAIN_TEMPLATE,
+            eos_token=self._text_of(model.token_eos()),
+            bos_token=self._text_of(model.token_bos()),
+        )
+
+    def _text_of(self, token: int) -> str:
+        return self._internals.token_get_text(token) if token != -1 else ""
+
+    def render(self, messages: Sequence[Message]) -> Prompt:
+        """Raises PopError when the template refuses the conversation."""
+        plain: Any = [asdict(message) for message in messages]
+        try:
+            text = self._formatter(messages=plain).prompt
+        except (ValueError, TemplateError) as error:
+            raise PopError(f"the chat template refuses this conversation: {error}") from error
+        tokens = self._internals.tokenize(text.encode(), add_bos=False, special=True)
+        bos = self._internals.token_bos()
+        if self._internals.add_bos_token() and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        return Prompt(tokens, self._stops)
+
+
+def answer(
+    model: PopModel, prompts: Prompts, messages: Sequence[Message], options: TurnOptions
+) -> Iterator[Chunk]:
+    """Stream the answer to the last message; the last chunk carries the figures."""
+    turn = _Turn(model, prompts.render(messages), options)
+    try:
+        yield from turn.chunks()
+    finally:
+        turn.close()
+
+
+class _Turn:
+    """One answer while it comes into being; time starts with the object."""
+
+    def __init__(self, model: PopModel, prompt: Prompt, options: TurnOptions) -> None:
+        self._started_s = time.perf_counter()
+        self._model = model
+        self._options = options
+        self._n_prompt = len(prompt.tokens)
+        room = model.n_ctx() - self._n_prompt
+        if room < 1:
+            raise PopError(
+                f"the prompt has {self._n_prompt} tokens, the context holds {model.n_ctx()}",
+                f"give a larger context (--ctx {self._n_prompt + 512}) or a shorter prompt",
+            )
+        self._limit = min(options.max_tokens or room, room)
+        self._text = TextStream((*prompt.stops, *options.stops))
+        self._pieces = Pieces(model._model.vocab)
+        self._sampled = model.sampled(prompt.tokens, options)
+        self._epoch = model.epoch
+        self._n_decoded = 0
+        self._decode_s = 0.0
+
+    def close(self) -> None:
+        self._sampled.close()
+        self._model.watch_prefill(None, None)
+
+    def chunks(self) -> Iterator[Chunk]:
+        backend.reset_counters(self._model.ctx)
+        prefill_started_s = time.perf_counter()
+        self._model.watch_prefill(self._options.on_prefill, self._options.should_stop)
+        try:
+            token = next(self._sampled)
+        except PrefillStoppedError:
+            token = -1
+        self._model.watch_prefill(None, None)
+        now_s = time.perf_counter()
+        self._ttft_s, self._prefill_s = now_s - self._started_s, now_s - prefill_started_s
+        self._evaluated = backend.get_counters(self._model.ctx)
+        self._n_cached = self._model.n_tokens - self._evaluated.n_context - self._evaluated.n_full
+        if token == -1:
+            yield Chunk("", self._stats("interrupted"))
+            return
+        yield from self._decode(token)
+
+    def _decode(self, token: int) -> Iterator[Chunk]:
+        while True:
+            self._n_decoded += 1
+            at_end = self._is_end(token)
+            shown = "" if at_end else self._text.push(self._pieces[token])
+            reason = "stop" if at_end or self._text.stopped else self._cut_short()
+            if reason is not None:
+                yield Chunk(shown + self._text.flush(), self._stats(reason))
+                return
+            if shown:
+                yield Chunk(shown)
+            token = self._next_token()
+
+    def _next_token(self) -> int:
+        if self._model.epoch != self._epoch:
+            raise PopError("the KV cache was emptied while the answer was being read")
+        started_s = time.perf_counter()
+        token = next(self._sampled)
+        self._decode_s += time.perf_counter() - started_s
+        return token
+
+    def _is_end(self, token: int) -> bool:
+        return bool(backend.bindings().llama_vocab_is_eog(self._model._model.vocab, token))
+
+    def _cut_short(self) -> FinishReason | None:
+        if self._n_decoded >= self._limit:
+            return "length"
+        if self._options.should_stop is not None and self._options.should_stop():
+            return "interrupted"
+        return None
+
+    def _stats(self, reason: FinishReason) -> TurnStats:
+        return TurnStats(
+            n_prompt=self._n_prompt,
+            n_cached=self._n_cached,
+            n_pruned=self._evaluated.n_context,
+            n_full=self._evaluated.n_full,
+            ttft_s=self._ttft_s,
+            prefill_s=self._prefill_s,
+            n_decoded=self._n_decoded,
+            decode_s=self._decode_s,
+            finish_reason=reason,
+        )

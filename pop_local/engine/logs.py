@@ -1,0 +1,61 @@
+"""llama.cpp's log, taken over: handed to `logging`, and its complaints kept for error messages.
+
+Silent unless the application configures the logger "pop_local.llama_cpp".
+"""
+
+import ctypes
+import logging
+import re
+from collections import deque
+from typing import Any
+
+logger = logging.getLogger("pop_local.llama_cpp")
+logger.addHandler(logging.NullHandler())
+
+# enum ggml_log_level of ggml.h; llama_cpp's own table numbers them differently.
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+_CONTINUED = 5
+
+_errors: deque[str] = deque(maxlen=64)
+_last_level = logging.DEBUG
+_callback: Any = None
+
+_FUNCTION = re.compile(r"^\w+: ")
+_WRAPPING = re.compile(r"^error loading model( \w+)?: ")
+
+
+def take_over(llama_cpp: Any) -> None:
+    """Make llama.cpp log here; llama_cpp's own callback printed to stderr."""
+    global _callback
+    if _callback is None:
+        _callback = llama_cpp.llama_log_callback(_on_log)
+        llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+
+
+def _on_log(level: int, text: bytes, _user_data: object) -> None:
+    global _last_level
+    line = text.decode("utf-8", errors="replace").rstrip()
+    if level != _CONTINUED:
+        _last_level = _LEVELS.get(level, logging.DEBUG)
+    if _last_level == logging.ERROR and line:
+        if level == _CONTINUED and _errors:
+            _errors[-1] += line
+        else:
+            _errors.append(line)
+    if line and logger.isEnabledFor(_last_level):
+        logger.log(_last_level, line)
+
+
+def forget_errors() -> None:
+    """To be called before something is tried, so that `first_error` speaks of that."""
+    _errors.clear()
+
+
+def first_error() -> str:
+    """The first error line since then without the names of functions, or nothing."""
+    if not _errors:
+        return ""
+    line = _FUNCTION.sub("", _errors[0])
+    while (shorter := _WRAPPING.sub("", line)) != line:
+        line = shorter
+    return line

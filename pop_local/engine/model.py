@@ -1,0 +1,334 @@
+"""Open a model, read prompts with pruning, decode.
+
+`PopModel` is llama_cpp's `Llama` with its own `eval`, so templates, samplers, grammars and
+completions on top of it work as they are.
+"""
+
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pop_converter.errors import PopError
+from pop_converter.format import PopMeta, pop_meta
+from pop_converter.header import Header, read_header
+
+from . import backend, logs
+from .backend import Mode
+
+api = backend.bindings()  # before the first import of llama_cpp: it explains a failure
+
+import numpy as np  # noqa: E402
+from llama_cpp import Llama  # noqa: E402
+from llama_cpp.llama import LlamaState  # noqa: E402
+from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
+
+from .batch import Outputs, TokenBatch  # noqa: E402
+from .chat import Prompts, TurnOptions, answer  # noqa: E402
+from .interrupt import Interrupt  # noqa: E402
+from .prefill import RowRule, plan_prefill  # noqa: E402
+from .sampling import GreedySampler  # noqa: E402
+from .state import FULL, KeyedCache, KvKey, PopState  # noqa: E402
+from .turn import Chunk, Message  # noqa: E402
+
+DEFAULT_CTX = 8192
+CONVERT_HINT = "convert it first: pop-local convert {}"
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    n_gpu_layers: int = -1,
+    **options: Any,
+) -> "PopModel":
+    """Load a model; raises PopError with llama.cpp's reason when it cannot be.
+
+    `n_ctx`: None takes the model's own context, at most 8192. `n_threads`: for prefill and decode,
+    None takes the physical cores. `n_gpu_layers`: -1 for all, of no effect without a GPU.
+    `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...).
+    """
+    n_threads = n_threads or backend.default_threads()
+    return PopModel(
+        os.fspath(path),
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        **options,
+    )
+
+
+class PopModel(Llama):
+    """A model on the patched backend; a converted one starts in mode CONTEXT.
+
+    The KV cache belongs to one mode and boundary: switching either empties it.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        n_ctx: int | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> None:
+        backend.require_patched()
+        header = read_header(Path(model_path))
+        self.meta = pop_meta(header)
+        self.rule = _rule(self.meta)
+        logs.forget_errors()
+        try:
+            super().__init__(
+                model_path, n_ctx=n_ctx or _default_ctx(header), verbose=verbose, **options
+            )
+        except ValueError as error:
+            raise PopError(
+                f"{model_path} cannot be opened: {logs.first_error() or error}"
+            ) from error
+        self.pop_mode = backend.get_mode(self.ctx)
+        # llama.cpp rounds the context up.
+        self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
+        self._is_full = np.zeros(self._n_ctx, dtype=bool)
+        self.epoch = 0
+        self._rows = TokenBatch(self.n_batch)
+        self._stack.callback(self._rows.close)
+        self._interrupt = Interrupt()
+        self._on_prefill: Callable[[int, int], None] | None = None
+        self._prompts = Prompts(self)
+
+    # Pruning
+
+    @property
+    def boundary(self) -> int:
+        """The first layer that context tokens skip; 0 when there is none."""
+        return backend.get_boundary(self.ctx)
+
+    @property
+    def kv_key(self) -> KvKey:
+        return FULL if self.pop_mode is Mode.OFF else KvKey(self.pop_mode, self.boundary)
+
+    def set_pop(self, mode: Mode) -> None:
+        """Switch pruning; the KV cache is emptied. Raises PopError for a model without boundary."""
+        if mode is self.pop_mode:
+            return
+        if mode is not Mode.OFF and self.boundary == 0:
+            raise PopError(
+                f"{self.model_path} has no pruning keys", CONVERT_HINT.format(self.model_path)
+            )
+        backend.set_mode(self.ctx, mode)
+        self._switched()
+
+    def set_boundary(self, layer: int) -> None:
+        """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
+        backend.set_boundary(self.ctx, layer)
+        self._switched()
+
+    def _switched(self) -> None:
+        self.pop_mode = backend.get_mode(self.ctx)
+        self.clear()
+        if isinstance(self.cache, KeyedCache):
+            self.set_cache(self.cache.cache)
+
+    # The KV cache
+
+    def clear(self) -> None:
+        """Empty the KV cache."""
+        self.n_tokens = 0
+        self._requires_eval = True
+        if memory := self._ctx.memory:
+            api.llama_memory_clear(memory, True)
+        self.epoch += 1
+
+    def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        self.cache = None if cache is None else KeyedCache(cache, self.kv_key)
+
+    def save_state(self) -> PopState:
+        buffer = np.empty(api.llama_state_get_size(self.ctx), dtype=np.uint8)
+        pointer = buffer.ctypes.data_as(api.ctypes.POINTER(api.ctypes.c_uint8))
+        n_bytes = api.llama_state_get_data(self.ctx, pointer, buffer.size)
+        return PopState(
+            key=self.kv_key,
+            is_full=self._is_full[: self.n_tokens].copy(),
+            input_ids=self.input_ids.copy(),
+            scores=self.scores[: self.n_tokens if self._logits_all else 0].copy(),
+            n_tokens=self.n_tokens,
+            llama_state=buffer[:n_bytes].tobytes(),
+            llama_state_size=n_bytes,
+            seed=self._seed,
+        )
+
+    def load_state(self, state: LlamaState) -> None:
+        """Raises PopError when the state was computed under another mode or boundary."""
+        key = state.key if isinstance(state, PopState) else FULL
+        if key != self.kv_key:
+            raise PopError(
+                f"the saved state belongs to {key}, the model is set to {self.kv_key}",
+                "switch the model first, or read the prompt again",
+            )
+        self.clear()
+        buffer = np.frombuffer(state.llama_state, dtype=np.uint8).copy()
+        pointer = buffer.ctypes.data_as(api.ctypes.POINTER(api.ctypes.c_uint8))
+        if api.llama_state_set_data(self.ctx, pointer, buffer.size) != buffer.size:
+            self.clear()
+            raise PopError("the saved state does not fit this model and context")
+        n = state.n_tokens
+        self.input_ids[:n] = state.input_ids[:n]
+        self._is_full[:n] = state.is_full if isinstance(state, PopState) else True
+        self.scores[: len(state.scores)] = state.scores
+        self.n_tokens = n
+        self._seed = state.seed
+
+    # Evaluation
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the KV cache. Several at once are a prompt, and are pruned as one.
+
+        Raises PopError when they do not fit the context or cannot be decoded; when interrupted,
+        PrefillStoppedError or whatever Ctrl-C raises. What was decoded by then stays.
+        """
+        if len(tokens) == 0:
+            return
+        self._make_room(len(tokens))
+        if len(tokens) == 1:
+            self._decode(tokens, Outputs.LAST, self.n_tokens)
+        else:
+            self._prefill(tokens)
+
+    def _prefill(self, tokens: Sequence[int]) -> None:
+        plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch)
+        backend.set_full_from(self.ctx, plan.full_from)
+        self._report(0, plan.n_tokens)
+        with self._interrupt.watching(self.ctx):
+            for start, end in plan.chunks:
+                # llama_cpp asks for the logits of each batch's last token, which makes it full.
+                outputs = Outputs.LAST if end == plan.n_tokens else Outputs.NONE
+                self._decode(tokens[start:end], outputs, plan.full_from)
+                self._report(end, plan.n_tokens)
+
+    def _report(self, done: int, total: int) -> None:
+        if self._on_prefill is not None:
+            self._on_prefill(done, total)
+
+    def _decode(self, tokens: Sequence[int], outputs: Outputs, full_from: int) -> None:
+        if self._logits_all or self.context_params.embeddings:
+            outputs = Outputs.ALL
+        start = self.n_tokens
+        end = start + len(tokens)
+        code = self._rows.decode(self.ctx, tokens, start, outputs)
+        if len(tokens) > 1:
+            self._interrupt.check()
+        if code != 0:
+            raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
+        self.input_ids[start:end] = tokens
+        self._mark_full(start, end, outputs, full_from)
+        if self._logits_all and end <= len(self.scores):
+            logits = api.llama_get_logits(self.ctx)
+            self.scores[start:end] = np.ctypeslib.as_array(logits, (len(tokens), self._n_vocab))
+        self.n_tokens = end
+        self._requires_eval = outputs is Outputs.NONE
+
+    def _mark_full(self, start: int, end: int, outputs: Outputs, full_from: int) -> None:
+        all_full = self.pop_mode is Mode.OFF or outputs is Outputs.ALL
+        if all_full or end - start == 1:
+            self._is_full[start:end] = all_full or self.pop_mode is Mode.CONTEXT
+            return
+        positions = np.arange(start, end)
+        full = (positions < self.rule.sink_tokens) | (positions >= full_from)
+        self._is_full[start:end] = full & (self.pop_mode is Mode.CONTEXT)
+
+    def _make_room(self, n_tokens: int) -> None:
+        total = self.n_tokens + n_tokens
+        if total > self._n_ctx:
+            raise PopError(
+                f"{total} tokens do not fit the context of {self._n_ctx}",
+                f"open the model with a larger one: --ctx {total + 256}",
+            )
+        memory = self._ctx.memory
+        if memory and api.llama_memory_seq_pos_max(memory, 0) >= self.n_tokens:
+            api.llama_memory_seq_rm(memory, 0, self.n_tokens, -1)
+
+    # Generation
+
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **options: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """As llama_cpp's, K/V of the prompt's beginning reused; its tail is full all the same."""
+        tokens = list(tokens)
+        if options.get("reset", True):
+            self._forget_pruned_tail(tokens)
+        yield from super().generate(tokens, *args, **options)
+
+    def _forget_pruned_tail(self, tokens: Sequence[int]) -> None:
+        """Drop what is cached from the first row on that the prompt's tail needs in full."""
+        n = min(len(tokens), self.n_tokens)
+        differ = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], dtype=np.intc))
+        n_same = int(differ[0]) if differ.size else n
+        tail_start = max(0, len(tokens) - self.rule.tail_tokens)
+        pruned = np.flatnonzero(~self._is_full[tail_start:n_same])
+        if self.pop_mode is Mode.CONTEXT and pruned.size:
+            self.n_tokens = tail_start + int(pruned[0])
+            self._requires_eval = True
+
+    def _init_sampler(self, *args: Any, **options: Any) -> Any:
+        neutral = {
+            "temp": 0.0,
+            "repeat_penalty": 1.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+            "logits_processor": None,
+            "grammar": None,
+        }
+        if all(options.get(name) == value for name, value in neutral.items()):
+            return GreedySampler(self._n_vocab)
+        return super()._init_sampler(*args, **options)
+
+    def sampled(
+        self, tokens: Sequence[int], options: TurnOptions
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """The tokens that follow, one after the other and without end."""
+        self.set_seed(api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed)
+        return self.generate(
+            tokens,
+            temp=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repeat_penalty=options.repeat_penalty,
+            grammar=options.grammar,
+        )
+
+    def watch_prefill(
+        self,
+        on_prefill: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        """Who is told how far a prefill is, and who may end it; see TurnOptions."""
+        self._on_prefill = on_prefill
+        self._interrupt.should_stop = should_stop
+
+    def chat_turn(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+        """Answer the last message; `options` are the fields of TurnOptions.
+
+        The last chunk carries the figures. Closing the iterator, or an exception in it, leaves the
+        model usable. Raises PopError when the prompt does not fit the context or the template
+        refuses the conversation.
+        """
+        return answer(self, self._prompts, messages, TurnOptions(**options))
+
+    def close(self) -> None:
+        # __del__ calls it after a failed __init__ too.
+        if hasattr(self, "_stack"):
+            super().close()
+
+
+def _rule(meta: PopMeta | None) -> RowRule:
+    if meta is None:
+        return RowRule()
+    return RowRule(meta.sink_tokens, meta.tail_tokens, meta.min_prompt)
+
+
+def _default_ctx(header: Header) -> int:
+    trained = header.get(f"{header.get('general.architecture')}.context_length")
+    return min(trained, DEFAULT_CTX) if isinstance(trained, int) else DEFAULT_CTX

@@ -1,0 +1,1 @@
+"""What pruning gains, measured and bounded."""
