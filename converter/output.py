@@ -19,12 +19,13 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
     """
     try:
         _check_name(dst, sources, force=force)
-        free_bytes = shutil.disk_usage(dst.parent).free
+        disk = shutil.disk_usage(dst.parent)
     except OSError as error:
         raise WriteError(f"cannot write {dst}: {error.strerror}", _hint(dst)) from error
-    if free_bytes < n_bytes:
+    # Some network drives tell neither their size nor what is left.
+    if disk.total and disk.free < n_bytes:
         raise WriteError(
-            f"{dst} needs {n_bytes:,} bytes and its disk has {free_bytes:,} left",
+            f"{dst} needs {n_bytes:,} bytes and its disk has {disk.free:,} left",
             "free some space, or write to another disk",
         )
 

@@ -33,6 +33,8 @@ ARCHITECTURES: dict[str, _Window | None] = {
     "phi3": None,
 }
 
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.weight")
 
 
@@ -66,6 +68,8 @@ def read_shape(path: Path) -> ModelShape:
 def source_shape(source: Source) -> ModelShape:
     keys = _ArchKeys(source.first)
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
+    if not 0 < n_layer <= MAX_LAYERS:
+        raise FormatError(f"{source.first.path} says it has {n_layer} layers", "download it again")
     blocks = _blocks(source.tensors, n_layer, source.first.path)
     n_embd = keys.number("embedding_length")
     heads = keys.per_layer("attention.head_count", n_layer)

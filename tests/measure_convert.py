@@ -33,8 +33,9 @@ def make_big(path: Path, size_bytes: int) -> None:
     writer.add_token_list([f"token{number}" for number in range(N_VOCAB)])
     writer.add_token_types([1] * N_VOCAB)
     writer.add_token_merges([f"a{number} b{number}" for number in range(N_VOCAB)])
-    n_ff = size_bytes // (2 * 3 * N_EMBD * N_LAYER) // 32 * 32
     rows = {"attn_q": N_EMBD, "attn_k": 512, "attn_v": 512, "attn_output": N_EMBD}
+    n_rows = size_bytes // (2 * N_EMBD) - N_VOCAB
+    n_ff = (n_rows // N_LAYER - sum(rows.values())) // 3
     rows |= {"ffn_gate": n_ff, "ffn_up": n_ff, "ffn_down": n_ff}
     n_bytes = 0
     shapes = [("token_embd.weight", N_VOCAB)]

@@ -5,7 +5,8 @@ the supported architectures lets head counts differ between layers.
 """
 
 import shutil
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
+from pop_converter.content import copy_data, read_content
 from pop_converter.header import read_header
+from pop_converter.source import read_source
 
 Weights = NDArray[np.float32]
 
@@ -35,7 +38,7 @@ class Recipe:
     `type`: of the weight matrices. `zero_deep`: from this layer on attn_output and ffn_down are
     zero (None: nowhere). `rope_factors`: rope_freqs (llama) or the long/short pair (phi3).
     `head_arrays`: head counts written as one number per layer. `swa_period` 0: the default of the
-    architecture. `n_expert` 0: a dense FFN.
+    architecture; `swa_pattern`: a flag for each layer instead. `n_expert` 0: a dense FFN.
     """
 
     arch: str = "llama"
@@ -51,6 +54,7 @@ class Recipe:
     n_vocab: int = 384
     swa_window: int = 16
     swa_period: int = 0
+    swa_pattern: Sequence[bool] = ()
     type: GGMLQuantizationType = GGMLQuantizationType.F16
     qkv_bias: bool = False
     fused_qkv: bool = False
@@ -78,7 +82,41 @@ DEFAULTS = {
 def make_gguf(path: Path, arch: str, **overrides: object) -> Path:
     """Write a random model of `arch` to `path` and return it; `overrides` are Recipe's fields."""
     recipe = replace(DEFAULTS[arch], **overrides)  # type: ignore[arg-type]
-    writer = GGUFWriter(path, arch)
+    _write(GGUFWriter(path, arch), recipe)
+    if recipe.zero_deep is not None:
+        _zero_deep(path, recipe.zero_deep)
+    return path
+
+
+def make_split(path: Path, arch: str, *, max_tensors: int, empty_first: bool = False) -> list[Path]:
+    """Write the model that `make_gguf(path, arch)` writes as several parts; return them in order.
+
+    `empty_first`: all tensors are in the later parts.
+    """
+    writer = GGUFWriter(path, arch, split_max_tensors=max_tensors, small_first_shard=empty_first)
+    _write(writer, DEFAULTS[arch])
+    return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
+
+
+def add_keys(src: Path, dst: Path, **keys: int | str) -> Path:
+    """Copy a model with further keys (u32 or string), whatever they say; `__` stands for a dot."""
+    content = read_content(read_source(src), without="\0")
+    raw = tuple(_encode_key(name.replace("__", "."), value) for name, value in keys.items())
+    with dst.open("wb") as file:
+        file.write(content.with_keys(raw).header)
+        copy_data(content, b"", file.write, lambda n_bytes: None)
+    return dst
+
+
+def _encode_key(name: str, value: int | str) -> bytes:
+    raw_name = len(name).to_bytes(8, "little") + name.encode()
+    if isinstance(value, int):
+        return raw_name + struct.pack("<II", gguf.GGUFValueType.UINT32, value)
+    raw_value = value.encode()
+    return raw_name + struct.pack("<IQ", gguf.GGUFValueType.STRING, len(raw_value)) + raw_value
+
+
+def _write(writer: GGUFWriter, recipe: Recipe) -> None:
     _add_keys(writer, recipe)
     _add_tokenizer(writer, recipe)
     rng = np.random.default_rng(recipe.seed)
@@ -91,9 +129,6 @@ def make_gguf(path: Path, arch: str, **overrides: object) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    if recipe.zero_deep is not None:
-        _zero_deep(path, recipe.zero_deep)
-    return path
 
 
 def zero_deep_copy(src: Path, dst: Path, boundary: int) -> Path:
@@ -141,8 +176,8 @@ def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
         writer.add_expert_feed_forward_length(recipe.n_ff)
     if recipe.arch in GEMMAS:
         writer.add_sliding_window(recipe.swa_window)
-        if recipe.swa_period:
-            writer.add_sliding_window_pattern(recipe.swa_period)
+        if recipe.swa_pattern or recipe.swa_period:
+            writer.add_sliding_window_pattern(recipe.swa_pattern or recipe.swa_period)
     if recipe.arch == "gemma2":
         writer.add_attn_logit_softcapping(50.0)
         writer.add_final_logit_softcapping(30.0)
