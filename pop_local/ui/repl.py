@@ -5,8 +5,7 @@ and what is to be seen goes to a Screen.
 """
 
 import difflib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from pop_local.engine.backend import Mode
 from pop_local.engine.turn import Chunk, Message, TurnStats
 from pop_local.ui.interrupt import Interrupt, deferred_interrupt
 from pop_local.ui.progress import Advance
-from pop_local.ui.screen import Screen
+from pop_local.ui.screen import Screen, showing_prefill
 from pop_local.ui.stats import session_lines, stats_line
 
 
@@ -24,34 +23,17 @@ class ChatModel(Protocol):
     """What the loop needs of an engine's model."""
 
     @property
-    def boundary(self) -> int | None: ...
+    def boundary(self) -> int: ...
 
-    @property
-    def pop_mode(self) -> Mode: ...
+    pop_mode: Mode
 
     def set_pop(self, mode: Mode) -> None: ...
 
     def n_ctx(self) -> int: ...
 
-    def chat_turn(
-        self, messages: Sequence[Message], *, on_prefill: Advance, **sampling: Any
-    ) -> Generator[Chunk, None, None]: ...
+    def chat_turn(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]: ...
 
 
-@dataclass(frozen=True)
-class Command:
-    usage: str
-    help: str
-
-
-COMMANDS = {
-    "/pop": Command("/pop on|off", "skip layers while reading, or read everything in full"),
-    "/stats": Command("/stats", "figures of this conversation"),
-    "/clear": Command("/clear", "forget the conversation, keep the system prompt"),
-    "/system": Command("/system TEXT", "set the system prompt; without TEXT: show it"),
-    "/help": Command("/help", "this list"),
-    "/exit": Command("/exit", "leave (Ctrl-D does too)"),
-}
 LEAVE_HINT = "To leave, type /exit or press Ctrl-D."
 HELP_NOTES = (
     "Ctrl-C stops an answer.",
@@ -82,14 +64,6 @@ class Repl:
         self._sampling = sampling
         self._turns: list[Message] = []
         self._stats: list[TurnStats] = []
-        self._actions: dict[str, Callable[[str], None]] = {
-            "/pop": self._pop,
-            "/stats": self._show_stats,
-            "/clear": self._clear,
-            "/system": self._set_system,
-            "/help": self._help,
-            "/exit": self._leave,
-        }
 
     def run(self) -> None:
         while True:
@@ -107,11 +81,11 @@ class Repl:
             self._turn(line.strip())
             return
         name, _, argument = line.strip().partition(" ")
-        action = self._actions.get(name.lower())
-        if action is None:
+        command = COMMANDS.get(name.lower())
+        if command is None:
             self._unknown(name)
         else:
-            action(argument.strip())
+            command.action(self, argument.strip())
 
     def _unknown(self, name: str) -> None:
         near = difflib.get_close_matches(name.lower(), COMMANDS, n=1, cutoff=0.4)
@@ -129,17 +103,18 @@ class Repl:
             except PopError as error:
                 self._screen.error(error)
                 return
-        self._screen.note(self._pop_state())
+        self._screen.note(self.pop_state())
 
-    def _pop_state(self) -> str:
+    def pop_state(self) -> str:
+        """Whether prompts are pruned, in a sentence."""
         if not self._model.boundary:
             return "Pruning is not possible: this model is not converted."
         if self._model.pop_mode is Mode.OFF:
             return "Pruning is off: prompts are read in full."
-        return f"Pruning is on: context tokens stop at layer {self._model.boundary}."
+        return f"Pruning is on: context tokens skip the layers from {self._model.boundary} on."
 
     def _show_stats(self, argument: str) -> None:
-        self._screen.note(self._pop_state())
+        self._screen.note(self.pop_state())
         for line in session_lines(self._stats, self._model.n_ctx()):
             self._screen.note(line)
 
@@ -175,42 +150,60 @@ class Repl:
             with deferred_interrupt() as interrupt:
                 self._answer([*system, *self._turns, question], said, interrupt)
         except KeyboardInterrupt:
-            self._screen.note("Stopped." if said else "Stopped: the question is dropped.")
+            self._screen.note("Stopped.")
         except PopError as error:
             self._screen.error(error)
         # What was said before Ctrl-C stays said, and its KV cache stays useful.
         if said:
             self._turns += [question, Message("assistant", "".join(said))]
+        else:
+            self._screen.note("The question is dropped.")
 
     def _answer(self, messages: Sequence[Message], said: list[str], interrupt: Interrupt) -> None:
+        """Shows the answer and collects it in `said`, whatever ends it."""
+
+        def start(advance: Advance) -> Iterator[Chunk]:
+            return self._model.chat_turn(
+                messages,
+                on_prefill=advance,
+                should_stop=lambda: interrupt.asked,
+                **self._sampling,
+            )
+
         stats: TurnStats | None = None
         try:
-            for chunk in self._chunks(messages, interrupt):
-                stats = chunk.stats or stats
+            for chunk in showing_prefill(self._screen, start):
+                stats = chunk.stats
                 if chunk.text:
                     said.append(chunk.text)
                     self._screen.text(chunk.text)
-                interrupt.check()
         finally:
             if said:
                 self._screen.end_answer()
         if stats is not None:
             self._stats.append(stats)
-            self._screen.note(stats_line(stats))
+            self._finish(stats)
 
-    def _chunks(
-        self, messages: Sequence[Message], interrupt: Interrupt
-    ) -> Generator[Chunk, None, None]:
-        """The model's chunks, with the reading of the prompt shown until the first one comes."""
-        with self._screen.reading() as advance:
+    def _finish(self, stats: TurnStats) -> None:
+        self._screen.note(stats_line(stats))
+        if stats.n_prompt + stats.n_decoded >= self._model.n_ctx():
+            self._screen.note("The context is full: /clear, or start with a larger one (--ctx).")
 
-            def on_prefill(done: int, total: int) -> None:
-                interrupt.check()
-                advance(done, total)
 
-            answer = self._model.chat_turn(messages, on_prefill=on_prefill, **self._sampling)
-            first = next(answer, None)
-        with closing(answer):
-            if first is not None:
-                yield first
-                yield from answer
+@dataclass(frozen=True)
+class Command:
+    """A slash command; the action gets what follows its name."""
+
+    usage: str
+    help: str
+    action: Callable[[Repl, str], None]
+
+
+COMMANDS = {
+    "/pop": Command("/pop on|off", "skip layers while reading, or read all in full", Repl._pop),
+    "/stats": Command("/stats", "figures of this conversation", Repl._show_stats),
+    "/clear": Command("/clear", "forget the conversation, keep the system prompt", Repl._clear),
+    "/system": Command("/system TEXT", "set the system prompt; alone: show it", Repl._set_system),
+    "/help": Command("/help", "this list", Repl._help),
+    "/exit": Command("/exit", "leave (Ctrl-D does too)", Repl._leave),
+}

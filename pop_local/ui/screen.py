@@ -1,11 +1,13 @@
 """Where an answer goes: text on stdout, everything else on stderr."""
 
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from pop_converter.errors import PopError
 
+from pop_local.engine.turn import Chunk
 from pop_local.ui import errors
 from pop_local.ui.progress import Advance, token_progress
 from pop_local.ui.theme import note
@@ -32,6 +34,16 @@ class Screen(Protocol):
     def reading(self) -> AbstractContextManager[Advance]:
         """Takes (done_tokens, total_tokens) while a prompt is read."""
         ...
+
+
+def showing_prefill(screen: Screen, start: Callable[[Advance], Iterator[Chunk]]) -> Iterator[Chunk]:
+    """The chunks of `start(on_prefill)`; until the first one the reading of the prompt is shown."""
+    with screen.reading() as advance:
+        chunks = start(advance)
+        first = next(chunks, None)
+    if first is not None:
+        yield first
+        yield from chunks
 
 
 class TerminalScreen:

@@ -4,16 +4,17 @@ from collections.abc import Iterator, Sequence
 
 from pop_local.engine.turn import TurnStats
 
+ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted": " · stopped"}
+
 
 def stats_line(stats: TurnStats) -> str:
     """Prompt tokens (of which cached and pruned), TTFT, prefill and decode tokens per second."""
     cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
-    cut = " · cut off by the token limit" if stats.finish_reason == "length" else ""
     return (
         f"prompt {stats.n_prompt:,} tokens ({cached}{stats.n_pruned:,} pruned)"
         f" · TTFT {stats.ttft_s:.2f} s"
         f" · prefill {stats.prefill_tokens_per_s:,.0f} tokens/s"
-        f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{cut}"
+        f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{ENDINGS[stats.finish_reason]}"
     )
 
 

@@ -39,9 +39,9 @@ err = _console(stderr=True)
 
 def note(message: str) -> None:
     """One line of what is going on, on stderr."""
-    err.print(message, style="note", markup=False)
+    err.print(message, style="note", markup=False, soft_wrap=not err.is_terminal)
 
 
 def warn(message: str) -> None:
     """One line that the user should not miss, on stderr."""
-    err.print(message, style="warn", markup=False)
+    err.print(message, style="warn", markup=False, soft_wrap=not err.is_terminal)

@@ -1,0 +1,33 @@
+"""Options that several commands share, and what they turn into."""
+
+from typing import Annotated, Any
+
+import typer
+
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads. Default: the physical cores.")
+]
+Ctx = Annotated[
+    int | None,
+    typer.Option("--ctx", min=1, help="Context in tokens. Default: the model's, at most 8192."),
+]
+GpuLayers = Annotated[
+    int, typer.Option("--gpu-layers", min=-1, help="Layers on the GPU; -1 for all, 0 for none.")
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", min=1, help="Longest answer. Default: what the context holds."),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
+]
+TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Makes an answer repeatable. Default: chance.")
+]
+NoPop = Annotated[bool, typer.Option("--no-pop", help="Read prompts in full, without pruning.")]
+
+
+def sampling(**options: Any) -> dict[str, Any]:
+    """The options that were given; the engine has its own defaults for the others."""
+    return {name: value for name, value in options.items() if value is not None}

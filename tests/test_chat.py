@@ -1,0 +1,247 @@
+"""The chat loop, driven by scripted lines and a scripted model; whole transcripts are compared."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+from pop_converter.errors import PopError
+from pop_local.engine.backend import Mode
+from pop_local.engine.turn import Chunk, Message, TurnStats
+from pop_local.ui.repl import COMMANDS, HELP_NOTES, LEAVE_HINT, Repl
+from pop_local.ui.stats import stats_line
+
+STATS = TurnStats(
+    n_prompt=1200,
+    n_cached=200,
+    n_pruned=983,
+    n_full=17,
+    ttft_s=0.5,
+    prefill_s=0.25,
+    n_decoded=11,
+    decode_s=0.5,
+    finish_reason="stop",
+)
+STATS_LINE = (
+    "# prompt 1,200 tokens (200 cached, 983 pruned) · TTFT 0.50 s"
+    " · prefill 4,000 tokens/s · decode 20.0 tokens/s"
+)
+
+
+class ScriptedModel:
+    """Gives the scripted answers; a step is text, the figures, or an exception to raise."""
+
+    def __init__(self, *answers: Sequence[str | TurnStats | BaseException]) -> None:
+        self.answers = list(answers)
+        self.asked: list[list[Message]] = []
+        self.options: dict[str, object] = {}
+        self.pop_mode = Mode.CONTEXT
+        self.boundary = 20
+
+    def set_pop(self, mode: Mode) -> None:
+        if not self.boundary:
+            raise PopError("model.gguf has no pruning keys", "convert it first")
+        self.pop_mode = mode
+
+    def n_ctx(self) -> int:
+        return 4096
+
+    def chat_turn(self, messages: Sequence[Message], **options: object) -> Iterator[Chunk]:
+        self.asked.append(list(messages))
+        self.options = options
+        options["on_prefill"](512, 1000)  # type: ignore[operator]
+        for step in self.answers.pop(0):
+            if isinstance(step, BaseException):
+                raise step
+            yield Chunk("", step) if isinstance(step, TurnStats) else Chunk(step)
+
+
+class Transcript:
+    """A Screen and a reader of lines in one; `#` begins what does not belong to an answer."""
+
+    def __init__(self, *lines: str | BaseException) -> None:
+        self.lines = list(lines)
+        self.shown = ""
+
+    def read_line(self) -> str:
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        self.shown += f"> {line}\n"
+        return line
+
+    def text(self, piece: str) -> None:
+        self.shown += piece
+
+    def end_answer(self) -> None:
+        self.shown += "\n"
+
+    def note(self, line: str) -> None:
+        self.shown += f"# {line}\n"
+
+    def error(self, error: PopError) -> None:
+        self.shown += f"! {error.message}; {error.hint}\n"
+
+    @contextmanager
+    def reading(self):
+        yield lambda done, total: self.note(f"reading {done} of {total}")
+
+
+def talk(model: ScriptedModel, *lines: str | BaseException, system: str = "") -> list[str]:
+    transcript = Transcript(*lines)
+    Repl(model, transcript.read_line, transcript, system=system, sampling={"seed": 7}).run()
+    return transcript.shown.splitlines()
+
+
+def test_two_turns_keep_the_conversation():
+    model = ScriptedModel(["Hel", "lo.", STATS], ["Bye.", STATS])
+    assert talk(model, "hi", "", "  and now?  ") == [
+        "> hi",
+        "# reading 512 of 1000",
+        "Hello.",
+        STATS_LINE,
+        "> ",
+        ">   and now?  ",
+        "# reading 512 of 1000",
+        "Bye.",
+        STATS_LINE,
+    ]
+    assert model.asked[1] == [
+        Message("user", "hi"),
+        Message("assistant", "Hello."),
+        Message("user", "and now?"),
+    ]
+    assert model.options["seed"] == 7
+
+
+def test_pop_is_switched_and_shown():
+    model = ScriptedModel()
+    assert talk(model, "/pop", "/pop off", "/POP ON", "/pop maybe") == [
+        "> /pop",
+        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "> /pop off",
+        "# Pruning is off: prompts are read in full.",
+        "> /POP ON",
+        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "> /pop maybe",
+        "# /pop takes on or off, not maybe.",
+    ]
+    assert model.pop_mode is Mode.CONTEXT
+
+
+def test_pop_on_a_model_that_is_not_converted():
+    model = ScriptedModel()
+    model.boundary, model.pop_mode = 0, Mode.OFF
+    assert talk(model, "/pop", "/pop on") == [
+        "> /pop",
+        "# Pruning is not possible: this model is not converted.",
+        "> /pop on",
+        "! model.gguf has no pruning keys; convert it first",
+    ]
+
+
+def test_clear_forgets_the_turns_but_not_the_system_prompt():
+    model = ScriptedModel(["One.", STATS], ["Two.", STATS])
+    shown = talk(model, "a", "/clear", "/stats", "b", system="Be brief.")
+    assert "# The conversation is forgotten." in shown
+    assert "# Nothing has been answered yet." in shown
+    assert model.asked[1] == [Message("system", "Be brief."), Message("user", "b")]
+
+
+def test_system_is_set_and_shown():
+    model = ScriptedModel(["Aye.", STATS])
+    shown = talk(model, "/system", "/system Talk like a sailor.", "/system", "hi")
+    assert shown[:6] == [
+        "> /system",
+        "# There is no system prompt.",
+        "> /system Talk like a sailor.",
+        "# The system prompt is set.",
+        "> /system",
+        "# The system prompt is: Talk like a sailor.",
+    ]
+    assert model.asked[0][0] == Message("system", "Talk like a sailor.")
+
+
+def test_stats_add_up():
+    model = ScriptedModel(["One.", STATS], ["Two.", STATS])
+    assert talk(model, "a", "b", "/stats")[-5:] == [
+        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "# Answers: 2, with 22 tokens written.",
+        "# Prompt tokens: 1,966 pruned, 34 in full, 400 reused from the cache.",
+        "# Context: 1,211 of 4,096 tokens used.",
+        "# Last answer: " + STATS_LINE.removeprefix("# "),
+    ]
+
+
+def test_help_lists_every_command():
+    shown = talk(ScriptedModel(), "/help")
+    assert [line.split()[1] for line in shown[1 : 1 + len(COMMANDS)]] == list(COMMANDS)
+    assert shown[1 + len(COMMANDS) :] == [f"# {line}" for line in HELP_NOTES]
+
+
+def test_exit_leaves():
+    assert talk(ScriptedModel(), "/exit", "never read") == ["> /exit"]
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("/clera", "There is no command /clera: did you mean /clear?"),
+        ("/quit", "There is no command /quit: did you mean /exit?"),
+        ("/zzz", "There is no command /zzz: /help lists the commands."),
+    ],
+)
+def test_unknown_command_suggests_the_nearest(line, answer):
+    assert talk(ScriptedModel(), line) == [f"> {line}", f"# {answer}"]
+
+
+def test_a_space_before_a_slash_makes_it_text():
+    model = ScriptedModel(["Fine.", STATS])
+    talk(model, " /etc/hosts, what is it?")
+    assert model.asked[0] == [Message("user", "/etc/hosts, what is it?")]
+
+
+def test_interrupt_in_the_answer_keeps_what_was_said():
+    model = ScriptedModel(["Once upon", KeyboardInterrupt()], ["a time.", STATS])
+    assert talk(model, "tell", "go on")[2:5] == ["Once upon", "# Stopped.", "> go on"]
+    assert model.asked[1][1] == Message("assistant", "Once upon")
+
+
+def test_interrupt_before_the_answer_drops_the_turn():
+    model = ScriptedModel([KeyboardInterrupt()], ["Yes.", STATS])
+    assert talk(model, "tell", "again")[2:5] == [
+        "# Stopped.",
+        "# The question is dropped.",
+        "> again",
+    ]
+    assert model.asked[1] == [Message("user", "again")]
+
+
+def test_an_answer_that_the_engine_stopped_has_its_figures():
+    stopped = TurnStats(100, 0, 83, 17, 0.5, 0.25, 3, 0.5, "interrupted")
+    shown = talk(ScriptedModel(["Once", stopped]), "tell")
+    assert shown[-2:] == ["Once", f"# {stats_line(stopped)}"]
+    assert shown[-1].endswith("· stopped")
+
+
+def test_interrupt_at_the_prompt_says_how_to_leave():
+    assert talk(ScriptedModel(), KeyboardInterrupt(), "/exit") == [f"# {LEAVE_HINT}", "> /exit"]
+
+
+def test_too_long_a_prompt_is_dropped_and_the_program_goes_on():
+    too_long = PopError("the prompt has 5000 tokens, the context holds 4096", "/clear, or --ctx")
+    model = ScriptedModel([too_long], ["Yes.", STATS])
+    assert talk(model, "long", "short")[2:5] == [
+        "! the prompt has 5000 tokens, the context holds 4096; /clear, or --ctx",
+        "# The question is dropped.",
+        "> short",
+    ]
+    assert model.asked[1] == [Message("user", "short")]
+
+
+def test_a_full_context_says_what_to_do():
+    full = TurnStats(4000, 0, 3983, 17, 0.5, 0.25, 96, 0.5, "length")
+    shown = talk(ScriptedModel(["And so", full]), "tell")
+    assert shown[-2].endswith("· cut off at the token limit")
+    assert shown[-1] == "# The context is full: /clear, or start with a larger one (--ctx)."
