@@ -62,6 +62,7 @@ class Recipe:
     rope_factors: bool = False
     head_arrays: bool = False
     zero_deep: int | None = None
+    alignment: int = gguf.GGUF_DEFAULT_ALIGNMENT
     chat_template: str = ""
     seed: int = 0
 
@@ -153,6 +154,8 @@ def _zero_deep(path: Path, boundary: int) -> None:
 
 
 def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
+    if recipe.alignment != gguf.GGUF_DEFAULT_ALIGNMENT:
+        writer.add_custom_alignment(recipe.alignment)
     # llama.cpp expects phi-3's own special tokens when the name says phi3.
     writer.add_name("tiny random model")
     writer.add_file_type(FILE_TYPES[recipe.type])
