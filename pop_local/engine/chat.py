@@ -87,11 +87,9 @@ class Prompts:
         return Prompt(tokens, self._stops)
 
 
-def answer(
-    model: PopModel, prompts: Prompts, messages: Sequence[Message], options: TurnOptions
-) -> Iterator[Chunk]:
-    """Stream the answer to the last message; the last chunk carries the figures."""
-    turn = _Turn(model, prompts.render(messages), options)
+def answer(model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> Iterator[Chunk]:
+    """Stream the answer to a prompt; the last chunk carries the figures."""
+    turn = _Turn(model, render, options)
     try:
         yield from turn.chunks()
     finally:
@@ -101,8 +99,9 @@ def answer(
 class _Turn:
     """One answer while it comes into being; time starts with the object."""
 
-    def __init__(self, model: PopModel, prompt: Prompt, options: TurnOptions) -> None:
+    def __init__(self, model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> None:
         self._started_s = time.perf_counter()
+        prompt = render()
         self._model = model
         self._options = options
         self._n_prompt = len(prompt.tokens)

@@ -315,7 +315,7 @@ class PopModel(Llama):
         model usable. Raises PopError when the prompt does not fit the context or the template
         refuses the conversation.
         """
-        return answer(self, self._prompts, messages, TurnOptions(**options))
+        return answer(self, lambda: self._prompts.render(messages), TurnOptions(**options))
 
     def close(self) -> None:
         # __del__ calls it after a failed __init__ too.

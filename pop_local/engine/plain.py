@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .chat import Prompt, Prompts, TurnOptions, answer
-from .turn import Chunk, Message
+from .chat import Prompt, TurnOptions, answer
+from .turn import Chunk
 
 if TYPE_CHECKING:
     from .model import PopModel
@@ -14,15 +14,8 @@ if TYPE_CHECKING:
 
 def continue_text(model: PopModel, text: str, **options: Any) -> Iterator[Chunk]:
     """Continue the text; otherwise as PopModel.chat_turn."""
-    prompts = _PlainPrompts(model)
-    return answer(model, prompts, [Message("user", text)], TurnOptions(**options))
 
+    def render() -> Prompt:
+        return Prompt(model.tokenize(text.encode(), add_bos=True, special=False), ())
 
-class _PlainPrompts(Prompts):
-    def __init__(self, model: PopModel) -> None:
-        super().__init__(model)
-        self._model = model
-
-    def render(self, messages: Sequence[Message]) -> Prompt:
-        text = messages[-1].content.encode()
-        return Prompt(self._model.tokenize(text, add_bos=True, special=False), ())
+    return answer(model, render, TurnOptions(**options))

@@ -1,0 +1,175 @@
+"""`pop-local bench MODEL`: time to first token, pruned against full."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pop_converter.errors import PopError
+from pop_converter.format import pop_meta
+from pop_converter.shape import source_shape
+from pop_converter.source import Source, read_source
+
+from pop_local.commands.options import Ctx, GpuLayers, Threads
+from pop_local.models import resolve
+from pop_local.ui.progress import token_progress
+from pop_local.ui.tables import Column, Table, markdown, print_json
+from pop_local.ui.theme import out
+
+if TYPE_CHECKING:
+    from pop_local.engine.model import PopModel
+    from pop_local.measure.speed import ModePair, SpeedRow, Spread
+
+DEFAULT_PROMPTS = "512,1024,2048"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `--json` prints."""
+
+    model: str
+    backend: str
+    rows: "tuple[SpeedRow, ...]"
+
+
+def bench(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or a catalog name.")
+    ],
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="N,N,...", help="Prompt lengths in tokens.")
+    ] = DEFAULT_PROMPTS,
+    repeat: Annotated[
+        int, typer.Option("--repeat", min=1, help="Pairs of runs for each length.")
+    ] = 5,
+    boundary: Annotated[
+        int | None,
+        typer.Option("--boundary", min=1, help="Prune from this layer on, whatever the file says."),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Tokens that are read at once.")
+    ] = 512,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    threads: Threads = None,
+    ctx: Ctx = None,
+    gpu_layers: GpuLayers = -1,
+) -> None:
+    """Measure time to first token with and without pruning, in alternation on the same weights."""
+    n_prompts = _lengths(prompt)
+    source = read_source(resolve(model))
+    shape = source_shape(source)
+    _require_boundary(source, boundary)
+    from pop_local.measure.speed import N_DECODE, measure_speed
+
+    n_ctx = _context(source, max(n_prompts) + N_DECODE, ctx)
+    opened = _opened(source, boundary, n_ctx, batch, threads, gpu_layers)
+    with token_progress("Measuring") as advance:
+        rows = measure_speed(opened, shape, n_prompts, repeat, advance)
+    report = Report(str(source.first.path), _backend(opened, gpu_layers), rows)
+    if json:
+        print_json(report)
+    else:
+        _show(report, opened.boundary, shape.n_layer)
+
+
+def _lengths(prompt: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in prompt.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{prompt!r} is not a list of lengths such as {DEFAULT_PROMPTS}")
+    return tuple(int(part) for part in parts)
+
+
+def _require_boundary(source: Source, boundary: int | None) -> None:
+    path = source.first.path
+    if boundary is None and pop_meta(source.first) is None:
+        raise PopError(
+            f"{path} is not converted: there is nothing to compare",
+            f"convert it (pop-local convert {path}), or choose a --boundary",
+        )
+
+
+def _context(source: Source, n_needed: int, ctx: int | None) -> int:
+    """The context to open, which must hold the longest prompt and what is decoded after it."""
+    trained = source.first.get(f"{source.first.get('general.architecture')}.context_length")
+    if ctx is not None and ctx < n_needed:
+        raise PopError(
+            f"the longest prompt takes {n_needed} tokens of context, --ctx gives {ctx}",
+            "leave --ctx out, or give shorter prompts (--prompt)",
+        )
+    if isinstance(trained, int) and trained < n_needed:
+        raise PopError(
+            f"the longest prompt takes {n_needed} tokens of context, the model has {trained}",
+            "give shorter prompts (--prompt)",
+        )
+    return ctx or n_needed
+
+
+def _opened(
+    source: Source,
+    boundary: int | None,
+    n_ctx: int,
+    batch: int,
+    threads: int | None,
+    gpu_layers: int,
+) -> "PopModel":
+    from pop_local.engine.model import open_model
+
+    opened = open_model(
+        source.first.path,
+        n_ctx=n_ctx,
+        n_threads=threads,
+        n_gpu_layers=gpu_layers,
+        n_batch=batch,
+        n_ubatch=batch,
+    )
+    if boundary is not None:
+        opened.set_boundary(boundary)
+    return opened
+
+
+def _backend(opened: "PopModel", gpu_layers: int) -> str:
+    """The device that does the work, and the threads."""
+    from pop_local.engine.backend import devices
+
+    found = devices()
+    gpus = [device for device in found if device.is_gpu]
+    device = gpus[0] if gpus and gpu_layers != 0 else found[-1]
+    threads = "1 thread" if opened.n_threads == 1 else f"{opened.n_threads} threads"
+    return f"{device.name} ({device.description}), {threads}"
+
+
+def _show(report: Report, boundary: int, n_layer: int) -> None:
+    skipped = f"context tokens skip layers {boundary} to {n_layer - 1} of {n_layer}"
+    lines = [
+        f"{report.model}: {skipped}",
+        f"{report.backend}; medians, in brackets the extremes",
+        "",
+        markdown(_table(report.rows)),
+    ]
+    out.file.write("\n".join(lines) + "\n")
+
+
+def _table(rows: "tuple[SpeedRow, ...]") -> Table:
+    columns = (
+        Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
+        Column("n_pruned", "pruned", "{:,}".format, numeric=True),
+        Column("full_ttft_s", "TTFT full (s)", _seconds, numeric=True),
+        Column("pop_ttft_s", "TTFT pruned (s)", _seconds, numeric=True),
+        Column("speedup", "Speed-up", _ratio, numeric=True),
+        Column("limit", "Limit", "{:.2f}".format, numeric=True),
+        Column("of_limit", "of limit", "{:.0%}".format, numeric=True),
+        Column("decode_tokens_per_s", "Decode full / pruned (tokens/s)", _rates, numeric=True),
+    )
+    values = [[getattr(row, column.key) for column in columns] for row in rows]
+    return Table(columns, tuple(tuple(row) for row in values))
+
+
+def _seconds(spread: "Spread") -> str:
+    return f"{spread.median:.3f} ({spread.min:.3f}-{spread.max:.3f})"
+
+
+def _ratio(spread: "Spread") -> str:
+    return f"{spread.median:.2f}x ({spread.min:.2f}-{spread.max:.2f})"
+
+
+def _rates(pair: "ModePair") -> str:
+    return f"{pair.full:.1f} / {pair.pop:.1f}"

@@ -1,0 +1,168 @@
+"""Time to first token, pruned against full: in pairs, in one process, on the same weights.
+
+The two runs of a pair follow each other, in an order that changes from pair to pair, and what is
+reported is the ratio within the pair: a machine that slows down for a while slows down both. Each
+run starts from an empty KV cache, and the backend's row counters must say that every prompt token
+was evaluated, and pruned or not as expected; otherwise nothing is reported.
+
+A run is what a user waits for: prefill and the sampling of the first token. Some more tokens are
+then decoded, which always run all layers.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pop_converter.errors import PopError
+from pop_converter.shape import ModelShape
+
+from pop_local.engine import backend
+from pop_local.engine.backend import Counters, Mode
+from pop_local.engine.chat import TurnOptions
+from pop_local.engine.model import PopModel
+from pop_local.engine.prefill import plan_prefill
+
+from .limit import speedup_limit
+
+N_DECODE = 32
+_SEED = 20260203
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of repeated measurements."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class ModePair:
+    """The same figure in full and in pruned mode."""
+
+    full: float
+    pop: float
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One prompt length; `speedup` is of the pairs, `of_limit` its median by the limit."""
+
+    n_prompt: int
+    n_pruned: int
+    full_ttft_s: Spread
+    pop_ttft_s: Spread
+    speedup: Spread
+    limit: float
+    of_limit: float
+    decode_tokens_per_s: ModePair
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measurement; the counters are those of the prefill."""
+
+    ttft_s: float
+    decode_tokens_per_s: float
+    counters: Counters
+
+
+def measure_speed(
+    model: PopModel,
+    shape: ModelShape,
+    n_prompts: Sequence[int],
+    n_pairs: int,
+    on_progress: Callable[[int, int], None],
+) -> tuple[SpeedRow, ...]:
+    """Measure each prompt length in `n_pairs` pairs after one to warm up.
+
+    `on_progress` gets (done_tokens, total_tokens). The context must hold the longest prompt and
+    N_DECODE more tokens. Raises PopError when the counters do not prove what is measured.
+    """
+    total = sum(n_prompts) * 2 * (n_pairs + 1)
+    done = 0
+    on_progress(0, total)
+
+    def ran(n_tokens: int) -> None:
+        nonlocal done
+        done += n_tokens
+        on_progress(done, total)
+
+    return tuple(_row(model, shape, n_prompt, n_pairs, ran) for n_prompt in n_prompts)
+
+
+def _row(
+    model: PopModel, shape: ModelShape, n_prompt: int, n_pairs: int, ran: Callable[[int], None]
+) -> SpeedRow:
+    tokens = random_prompt(model, n_prompt)
+    runs: dict[Mode, list[Run]] = {Mode.OFF: [], Mode.CONTEXT: []}
+    for pair in range(n_pairs + 1):
+        modes = list(runs) if pair % 2 else list(reversed(runs))
+        for mode in modes:
+            runs[mode].append(run(model, mode, tokens))
+            ran(n_prompt)
+    return _summary(model, shape, n_prompt, runs[Mode.OFF][1:], runs[Mode.CONTEXT][1:])
+
+
+def _summary(
+    model: PopModel, shape: ModelShape, n_prompt: int, full: list[Run], pop: list[Run]
+) -> SpeedRow:
+    rows = pop[0].counters
+    limit = speedup_limit(shape, n_prompt, model.boundary, rows.n_full)
+    speedup = spread(a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True))
+    return SpeedRow(
+        n_prompt=n_prompt,
+        n_pruned=rows.n_context,
+        full_ttft_s=spread(run.ttft_s for run in full),
+        pop_ttft_s=spread(run.ttft_s for run in pop),
+        speedup=speedup,
+        limit=limit,
+        of_limit=speedup.median / limit,
+        decode_tokens_per_s=ModePair(
+            full=statistics.median(run.decode_tokens_per_s for run in full),
+            pop=statistics.median(run.decode_tokens_per_s for run in pop),
+        ),
+    )
+
+
+def run(model: PopModel, mode: Mode, tokens: Sequence[int]) -> Run:
+    """Read the tokens into an empty cache, take the first token, decode N_DECODE more."""
+    model.set_pop(mode)
+    model.clear()
+    backend.reset_counters(model.ctx)
+    sampled = model.sampled(tokens, TurnOptions(temperature=0.0))
+    started_s = time.perf_counter()
+    next(sampled)
+    first_s = time.perf_counter()
+    counters = backend.get_counters(model.ctx)
+    for _ in range(N_DECODE):
+        next(sampled)
+    decoded_s = time.perf_counter()
+    sampled.close()
+    require_rows(model, mode, len(tokens), counters)
+    return Run(first_s - started_s, N_DECODE / (decoded_s - first_s), counters)
+
+
+def require_rows(model: PopModel, mode: Mode, n_prompt: int, counters: Counters) -> None:
+    """Raise PopError unless the whole prompt was evaluated, and pruned as the mode says."""
+    plan = plan_prefill(0, n_prompt, model.rule, model.n_batch)
+    n_context = 0 if mode is Mode.OFF else plan.n_pruned
+    if counters != Counters(n_context, n_prompt - n_context):
+        raise PopError(
+            f"the measurement does not hold: of {n_prompt} prompt tokens {n_context} should be"
+            f" pruned; the backend counted {counters.n_context} pruned, {counters.n_full} full"
+        )
+
+
+def random_prompt(model: PopModel, n_prompt: int) -> list[int]:
+    """Token ids drawn evenly: what they say does not matter to the time they take."""
+    tokens: list[int] = np.random.default_rng(_SEED).integers(0, model.n_vocab(), n_prompt).tolist()
+    return tokens
+
+
+def spread(values: Iterable[float]) -> Spread:
+    known = list(values)
+    return Spread(statistics.median(known), min(known), max(known))
