@@ -69,11 +69,15 @@ def check(pin: Pin, sdist: Path) -> None:
         raise BuildError(f"pip fetched no {pin.sdist}.", _hint())
     found = _sha256(sdist)
     if found != pin.sha256:
-        raise BuildError(
-            f"{sdist.name} is not the pinned release: sha256 {found}, not {pin.sha256}.",
-            "The index serves another file. Do not use it; if you trust a copy of your own,"
-            f" point {SOURCE_VARIABLE} at it.",
-        )
+        raise _other_file(pin, f"its sha256 is {found}")
+
+
+def _other_file(pin: Pin, found: str) -> BuildError:
+    return BuildError(
+        f"The index serves another {pin.sdist} than the pinned one: {found},"
+        f" not sha256 {pin.sha256}.",
+        f"Do not use it. If you trust a copy of your own, point {SOURCE_VARIABLE} at it.",
+    )
 
 
 def _download(pin: Pin, folder: Path) -> None:
@@ -84,6 +88,8 @@ def _download(pin: Pin, folder: Path) -> None:
     command += ["--no-binary", pin.name, "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", "-d", str(folder), "-r", str(pin.requirement)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+    if run.returncode != 0 and "DO NOT MATCH THE HASHES" in run.stderr:
+        raise _other_file(pin, "pip refused it")
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR: ")] or lines[-5:]

@@ -1,0 +1,69 @@
+# make demo: everything, then one long prompt answered with and without pruning
+# make test: everything that the tests need, then ruff, mypy and pytest (ARGS="-k name")
+# CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGE := patches/llama-cpp-python
+SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1
+GEMMA := models/gemma-3-270m.Q4_K_M
+# Folders too, so that a deleted file counts.
+SOURCES := pyproject.toml models/catalog.toml \
+	$(shell find converter pop_local -name __pycache__ -prune -o -print)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint backend unpatched clean
+
+demo: $(VENV)/.app $(SMOLLM2).pop.gguf
+	@$(BIN)/pop-local demo $(SMOLLM2).pop.gguf
+
+test: lint unpatched $(SMOLLM2).gguf $(GEMMA).gguf
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.ready:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "pop-local needs \
+	Python 3.10 or newer; $(PYTHON) is " + sys.version.split()[0] + \
+	". Name another one: make PYTHON=python3.12 demo")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@touch $@
+
+# Keyed by the pin, the patches and the flags, so that Python changes never rebuild it.
+backend: $(VENV)/.ready
+	@key=$$($(BIN)/python $(PACKAGE)/tool.py key) || exit 1; \
+	test -e $(VENV)/.backend-$$key && exit 0; \
+	echo "Building the patched backend $$key (minutes; seconds when ccache has it)"; \
+	rm -f $(VENV)/.backend-*; \
+	$(BIN)/python -m pip install ./$(PACKAGE) && touch $(VENV)/.backend-$$key
+
+$(VENV)/.app: $(SOURCES) | backend
+	@rm -rf build pop_local.egg-info
+	$(BIN)/python -m pip install --quiet .
+	@rm -rf build pop_local.egg-info
+	@touch $@
+
+$(VENV)/.tools: pyproject.toml | $(VENV)/.app
+	$(BIN)/python -m pip install --quiet ".[test]"
+	@rm -rf build pop_local.egg-info
+	@touch $@
+
+unpatched: $(VENV)/.ready
+	@$(BIN)/python $(PACKAGE)/tool.py unpatched $(PACKAGE)/build/unpatched
+
+$(SMOLLM2).gguf: | $(VENV)/.app
+	@$(BIN)/pop-local pull SmolLM2-135M-Instruct --dir models
+
+$(GEMMA).gguf: | $(VENV)/.app
+	@$(BIN)/pop-local pull Gemma-3-270M --dir models
+
+$(SMOLLM2).pop.gguf: $(SMOLLM2).gguf $(wildcard converter/*.py) | $(VENV)/.app
+	@$(BIN)/pop-local convert --skip 1/3 --force $< $@
+
+clean:
+	rm -rf $(VENV) build pop_local.egg-info $(PACKAGE)/build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,31 @@
+"""The real parts that tests share: two small models and the unpatched library."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pop_local.models import fetch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "patches" / "llama-cpp-python"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct Q4_1, in the clone's models folder; never write there."""
+    return fetch("SmolLM2-135M-Instruct", folder=ROOT / "models")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    """Gemma-3-270M Q4_K_M (a base model), in the clone's models folder; never write there."""
+    return fetch("Gemma-3-270M", folder=ROOT / "models")
+
+
+@pytest.fixture(scope="session")
+def unpatched_lib() -> Path:
+    """Upstream's own libraries of the same release and flags: LLAMA_CPP_LIB_PATH of a child."""
+    folder = PACKAGE / "build" / "unpatched"
+    subprocess.run([sys.executable, PACKAGE / "tool.py", "unpatched", folder], check=True)
+    return folder
