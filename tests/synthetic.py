@@ -274,8 +274,10 @@ def _experts(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, We
 
 def _matrix(rng: np.random.Generator, *dims: int) -> Weights:
     """Rows of unit gain: the state keeps its size through the layers."""
-    return rng.standard_normal(dims, dtype=np.float32) * np.float32(dims[-1] ** -0.5)
+    weights: Weights = rng.standard_normal(dims, dtype=np.float32) * np.float32(dims[-1] ** -0.5)
+    return weights
 
 
 def _gain(rng: np.random.Generator, size: int) -> Weights:
-    return 1 + 0.1 * rng.standard_normal(size, dtype=np.float32)
+    weights: Weights = 1 + np.float32(0.1) * rng.standard_normal(size, dtype=np.float32)
+    return weights

@@ -117,7 +117,7 @@ def test_command_restores_the_original_name(tiny, pop):
 
 
 def test_name_from_the_file_does_not_leave_its_folder(tmp_path, tiny):
-    keys = {"pop__version": 1, "pop__schedule": "F" * 4 + "S" * 4}
+    keys: dict[str, int | str] = {"pop__version": 1, "pop__schedule": "F" * 4 + "S" * 4}
     keys |= {"pop__source__name": "../elsewhere.gguf", "pop__source__sha256": "0" * 64}
     (tmp_path / "in").mkdir()
     pop = add_keys(tiny, tmp_path / "in" / "evil.pop.gguf", **keys)

@@ -159,5 +159,5 @@ def _report(src: Path, dst: Path, plan: Plan, sizes: Sizes, meta: PopMeta | None
         output_bytes=sizes.output_bytes,
         limit_n_prompt=LIMIT_PROMPT,
         speedup_limit=_limit(plan),
-        source_sha256=meta and meta.source_sha256,
+        source_sha256=meta.source_sha256 if meta else None,
     )
