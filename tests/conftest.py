@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from pop_local.models import fetch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,7 +26,8 @@ def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
 
     # Asked in our own folder: fetching the tree already needs what this answers (cmake).
     with _in(PACKAGE):
-        return build.get_requires_for_build_wheel(config_settings)
+        requires: list[str] = build.get_requires_for_build_wheel(config_settings)
+    return requires
 
 
 def prepare_metadata_for_build_wheel(
@@ -34,9 +35,10 @@ def prepare_metadata_for_build_wheel(
 ) -> str:
     from scikit_build_core import build
 
-    target = os.path.abspath(metadata_directory)
+    target = str(Path(metadata_directory).resolve())
     with _prepared(config_settings) as settings:
-        return build.prepare_metadata_for_build_wheel(target, settings)
+        name: str = build.prepare_metadata_for_build_wheel(target, settings)
+    return name
 
 
 def build_wheel(
@@ -44,10 +46,11 @@ def build_wheel(
 ) -> str:
     from scikit_build_core import build
 
-    target = os.path.abspath(wheel_directory)
-    metadata = metadata_directory and os.path.abspath(metadata_directory)
+    target = str(Path(wheel_directory).resolve())
+    metadata = metadata_directory and str(Path(metadata_directory).resolve())
     with _prepared(config_settings) as settings:
-        return build.build_wheel(target, settings, metadata)
+        name: str = build.build_wheel(target, settings, metadata)
+    return name
 
 
 def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
