@@ -124,13 +124,13 @@ def _replace(text: _Text, hunk: Hunk, at: int) -> _Text:
 def _misfit(
     name: str, diff: FileDiff, where: str, text: _Text, hunk: Hunk, expected: int, floor: int
 ) -> str:
-    places = _matches(text, hunk.before, floor)
     head = f"{name} does not fit {diff.path}: {where}"
+    if not hunk.before:
+        return f"{head} has no context lines to find its place by."
+    places = _matches(text, hunk.before, floor)
     if len(places) > 1:
         lines = ", ".join(str(at + 1) for at in places)
         return f"{head} fits at several places (lines {lines}), none of them line {expected + 1}."
-    if not hunk.before:
-        return f"{head} has no context lines to find its place by."
     at = max(
         range(max(len(text.lines), 1)),
         key=lambda at: (_agreement(text, hunk, at), -abs(at - expected)),
