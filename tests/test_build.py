@@ -301,9 +301,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
 
 def test_another_file_than_the_pinned_one_is_refused(pin, tmp_path, monkeypatch):
     serve(monkeypatch, b"not the release")
-    with pytest.raises(
-        BuildError, match=r"serves another llama_cpp_python-0.3.36.tar.gz"
-    ) as caught:
+    with pytest.raises(BuildError, match="serves another llama_cpp_python") as caught:
         fetch(pin, tmp_path / "cache")
     assert hashlib.sha256(b"not the release").hexdigest() in caught.value.message
     assert SOURCE_VARIABLE in caught.value.hint
