@@ -37,7 +37,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the full trace of an error.")
+        bool, typer.Option("--debug", help="Show the trace of an error, and llama.cpp's log.")
     ] = False,
     version: Annotated[
         bool,

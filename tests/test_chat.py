@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 from pop_converter.errors import PopError
+
 from pop_local.engine.backend import Mode
 from pop_local.engine.turn import Chunk, Message, TurnStats
 from pop_local.ui.repl import COMMANDS, HELP_NOTES, LEAVE_HINT, Repl
@@ -223,6 +224,17 @@ def test_an_answer_that_the_engine_stopped_has_its_figures():
     shown = talk(ScriptedModel(["Once", stopped]), "tell")
     assert shown[-2:] == ["Once", f"# {stats_line(stopped)}"]
     assert shown[-1].endswith("· stopped")
+
+
+def test_an_answer_that_was_stopped_before_it_began():
+    unread = TurnStats(1000, 100, 412, 0, 0.5, 0.25, 0, 0.0, "interrupted")
+    assert talk(ScriptedModel([unread]), "tell", "/stats")[2:] == [
+        "# Stopped after reading 512 of 1,000 prompt tokens.",
+        "# The question is dropped.",
+        "> /stats",
+        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "# Nothing has been answered yet.",
+    ]
 
 
 def test_interrupt_at_the_prompt_says_how_to_leave():

@@ -25,7 +25,7 @@ def plain(tmp_path) -> Path:
 
 
 @pytest.fixture
-def converted(plain) -> Path:
+def converted(plain: Path) -> Path:
     target = plain.with_name("tiny.pop.gguf")
     convert(make_plan(read_shape(plain), boundary=5, tail_tokens=7), plain, target)
     return target

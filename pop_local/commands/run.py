@@ -22,6 +22,7 @@ from pop_local.commands.options import (
 )
 from pop_local.commands.ready import open_ready
 from pop_local.engine.turn import Chunk, Message, TurnStats
+from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.screen import TerminalScreen, showing_prefill
 from pop_local.ui.stats import stats_line
 from pop_local.ui.tables import print_json
@@ -48,7 +49,7 @@ def run(
         str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
     ],
     question: Annotated[
-        str, typer.Argument(metavar="[QUESTION]", help="Not needed when text is piped in.")
+        str, typer.Argument(metavar="QUESTION", help="Not needed when text is piped in.")
     ] = "",
     file: Annotated[
         list[Path] | None,
@@ -73,13 +74,18 @@ def run(
     options = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     opened = open_ready(model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop)
     screen = TerminalScreen()
-    chunks = showing_prefill(
-        screen, lambda advance: _chunks(opened, system, prompt, options | {"on_prefill": advance})
-    )
-    if json:
-        print_json(_collected(opened, chunks))
-    else:
-        _show(screen, chunks)
+    with deferred_interrupt() as interrupt:
+        options["should_stop"] = lambda: interrupt.asked
+        chunks = showing_prefill(
+            screen,
+            lambda advance: _chunks(opened, system, prompt, options | {"on_prefill": advance}),
+        )
+        if json:
+            print_json(_collected(opened, chunks))
+        else:
+            _show(screen, chunks)
+    if interrupt.asked:
+        raise KeyboardInterrupt
 
 
 def _prompt(question: str, files: list[Path]) -> str:
@@ -113,15 +119,11 @@ def _chunks(
 
 
 def _show(screen: TerminalScreen, chunks: Iterator[Chunk]) -> None:
-    try:
-        for chunk in chunks:
-            screen.text(chunk.text)
-            if chunk.stats is not None:
-                screen.end_answer()
-                screen.note(stats_line(chunk.stats))
-    except KeyboardInterrupt:
-        screen.end_answer()
-        raise
+    for chunk in chunks:
+        screen.text(chunk.text)
+        if chunk.stats is not None:
+            screen.end_answer()
+            screen.note(stats_line(chunk.stats))
 
 
 def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> Answer:

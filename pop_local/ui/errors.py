@@ -1,6 +1,7 @@
 """The one place that turns an exception into two lines on stderr and an exit code."""
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -39,7 +40,12 @@ _OS_HINTS = {
 
 @contextmanager
 def guard(*, debug: bool) -> Iterator[None]:
-    """Runs a command: a failure becomes two lines on stderr and exit code 1, without a trace."""
+    """Runs a command: a failure becomes two lines on stderr and exit code 1, without a trace.
+
+    With `debug` the trace comes first, and llama.cpp's log goes to stderr meanwhile.
+    """
+    if debug:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         with _terminations_unwind():
             yield

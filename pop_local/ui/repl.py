@@ -16,7 +16,7 @@ from pop_local.engine.turn import Chunk, Message, TurnStats
 from pop_local.ui.interrupt import Interrupt, deferred_interrupt
 from pop_local.ui.progress import Advance
 from pop_local.ui.screen import Screen, showing_prefill
-from pop_local.ui.stats import session_lines, stats_line
+from pop_local.ui.stats import session_lines, stats_line, unread_line
 
 
 class ChatModel(Protocol):
@@ -181,10 +181,13 @@ class Repl:
             if said:
                 self._screen.end_answer()
         if stats is not None:
-            self._stats.append(stats)
             self._finish(stats)
 
     def _finish(self, stats: TurnStats) -> None:
+        if stats.n_decoded == 0:
+            self._screen.note(unread_line(stats))
+            return
+        self._stats.append(stats)
         self._screen.note(stats_line(stats))
         if stats.n_prompt + stats.n_decoded >= self._model.n_ctx():
             self._screen.note("The context is full: /clear, or start with a larger one (--ctx).")

@@ -18,6 +18,12 @@ def stats_line(stats: TurnStats) -> str:
     )
 
 
+def unread_line(stats: TurnStats) -> str:
+    """For an answer that was stopped while its prompt was being read."""
+    n_read = stats.n_cached + stats.n_pruned + stats.n_full
+    return f"Stopped after reading {n_read:,} of {stats.n_prompt:,} prompt tokens."
+
+
 def session_lines(answers: Sequence[TurnStats], n_ctx: int) -> Iterator[str]:
     """A conversation's totals, and how much of the context it fills."""
     if not answers:

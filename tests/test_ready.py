@@ -1,0 +1,72 @@
+"""A model of the catalog becomes a file to open: fetched, converted, and said so."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pop_converter.errors import PopError
+from pop_converter.format import read_pop_meta
+from pop_local import models
+from pop_local.commands import ready
+from pop_local.commands.ready import model_file
+from pop_local.models import DEFAULT_MODEL, find
+from synthetic import make_gguf
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    """A models folder, and a catalog whose default model is a tiny one."""
+    source = make_gguf(tmp_path / "tiny.gguf", "llama")
+    folder = tmp_path / "store"
+    folder.mkdir()
+    entry = replace(find(DEFAULT_MODEL), file="tiny.gguf")
+
+    def fetch(name: str, on_progress: object) -> Path:
+        return Path(shutil.copy(source, folder / "tiny.gguf"))
+
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
+    monkeypatch.setattr(models, "load_catalog", lambda: (entry,))
+    monkeypatch.setattr(ready, "fetch", fetch)
+    return folder
+
+
+@pytest.mark.parametrize("name", [None, "smollm2"])
+def test_first_time_it_is_fetched_and_converted(store, capsys, name):
+    path = model_file(name)
+    assert path == store / "tiny.pop.gguf"
+    meta = read_pop_meta(path)
+    assert meta is not None
+    assert meta.boundary == 5
+    said = capsys.readouterr()
+    assert said.out == ""
+    fetching, converting = said.err.splitlines()
+    assert fetching.startswith(f"Fetching {DEFAULT_MODEL} (92.9 MB, licence Apache-2.0)")
+    assert converting.startswith(f"Converting it to {path}")
+
+
+def test_second_time_nothing_is_done_nor_said(store, capsys):
+    first = model_file(None)
+    capsys.readouterr()
+    before = first.stat().st_mtime_ns
+    assert model_file(None) == first
+    assert first.stat().st_mtime_ns == before
+    assert capsys.readouterr().err == ""
+
+
+def test_a_fetched_model_is_only_converted(store, capsys, tmp_path):
+    shutil.copy(tmp_path / "tiny.gguf", store / "tiny.gguf")
+    model_file(None)
+    assert "Fetching" not in capsys.readouterr().err
+
+
+def test_a_path_is_taken_as_it_is(store, tmp_path, capsys):
+    path = tmp_path / "tiny.gguf"
+    assert model_file(str(path)) == path
+    assert capsys.readouterr().err == ""
+
+
+def test_unknown_names_and_paths_are_refused(store):
+    for model in ("nonsense", "no/such/file.gguf"):
+        with pytest.raises(PopError, match="there is no"):
+            model_file(model)

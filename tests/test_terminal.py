@@ -1,0 +1,222 @@
+"""The program on a real terminal and in real pipes, with tiny models of random weights."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pop_converter.plan import make_plan
+from pop_converter.rewrite import convert
+from pop_converter.shape import read_shape
+from synthetic import make_gguf
+
+pexpect = pytest.importorskip("pexpect", reason="a pseudo-terminal is needed")
+if sys.platform == "win32":
+    pytest.skip("a pseudo-terminal is needed", allow_module_level=True)
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+ANSWER_OPTIONS = ("--temperature", "0", "--threads", "1")
+STATS = r"prompt ([\d,]+) tokens \((?:([\d,]+) cached, )?([\d,]+) pruned\)"
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model that chats, if only nonsense."""
+    folder = tmp_path_factory.mktemp("terminal")
+    plain = make_gguf(folder / "tiny.gguf", "llama", chat_template=TEMPLATE)
+    target = folder / "tiny.pop.gguf"
+    convert(make_plan(read_shape(plain), boundary=5), plain, target)
+    return target
+
+
+def terminal(*arguments: str, width: int = 200, **environment: str):
+    clean = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    return pexpect.spawn(
+        sys.executable,
+        ["-m", "pop_local", *arguments],
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(40, width),
+        env=clean | {"TERM": "xterm-256color"} | environment,
+    )
+
+
+def piped(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pop_local", *arguments],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_chat_in_a_terminal(model):
+    chat = terminal("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
+    chat.expect("Pruning is on: context tokens skip the layers from 5 on")
+    chat.expect("> ")
+    chat.sendline("hello there, " * 20)
+    chat.expect(STATS)
+    assert int(chat.match[3]) > 0
+    chat.expect("> ")
+    chat.sendline("/stats")
+    chat.expect("Answers: 1, with 5 tokens written")
+    chat.sendline("/exit")
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+
+
+def test_second_turn_reuses_the_first(model):
+    chat = terminal("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
+    chat.sendline("hello there, " * 20)
+    chat.expect(STATS)
+    n_first = int(chat.match[1])
+    chat.sendline("and now?")
+    chat.expect(STATS)
+    assert int(chat.match[2] or 0) >= n_first - 20
+    chat.sendline("/pop off")
+    chat.expect("Pruning is off")
+    chat.sendline("and now?")
+    chat.expect(STATS)
+    assert chat.match[2] is None
+    assert int(chat.match[3]) == 0
+    chat.sendeof()
+    chat.expect(pexpect.EOF)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(model):
+    chat = terminal("chat", str(model), *ANSWER_OPTIONS)
+    chat.expect("> ")
+    chat.sendline("hello there")
+    chat.expect("hello there\r\n.")
+    chat.sendintr()
+    chat.expect("· stopped")
+    chat.expect("> ")
+    chat.sendintr()
+    chat.expect("To leave, type /exit or press Ctrl-D")
+    chat.sendline("/stats")
+    chat.expect("Answers: 1")
+    chat.sendeof()
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+
+
+def test_ctrl_c_in_run_is_exit_130(model):
+    run = terminal("run", str(model), "hello there", *ANSWER_OPTIONS)
+    run.expect(r"\S")
+    run.sendintr()
+    run.expect("Stopped.")
+    run.expect(pexpect.EOF)
+    run.close()
+    assert run.exitstatus == 130
+
+
+def test_prompt_longer_than_the_context(model):
+    chat = terminal("chat", str(model), "--ctx", "256", "--max-tokens", "3", *ANSWER_OPTIONS)
+    chat.sendline("long " * 150)
+    chat.expect(r"the prompt has \d+ tokens, the context holds 256")
+    chat.expect("The question is dropped")
+    chat.sendline("short")
+    chat.expect(STATS)
+    chat.sendline("/exit")
+    chat.expect(pexpect.EOF)
+
+
+def test_no_color_and_a_narrow_terminal(model):
+    arguments = ("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
+    plain = terminal(*arguments, width=40, NO_COLOR="1")
+    plain.sendline("hello")
+    plain.expect("TTFT")
+    plain.sendeof()
+    plain.expect(pexpect.EOF)
+    assert "\x1b[2m" not in plain.before
+    assert not re.search(r"\x1b\[[0-9;]*m", plain.before)
+    coloured = terminal(*arguments, width=40)
+    coloured.sendline("hello")
+    coloured.expect("TTFT")
+    coloured.sendeof()
+    coloured.expect(pexpect.EOF)
+    assert re.search(r"\x1b\[[0-9;]*m", coloured.before)
+    notes = ESCAPE.sub("", coloured.before).splitlines()
+    assert max(map(len, notes)) <= 40
+
+
+def test_piped_chat_prints_answers_alone(model):
+    done = piped(
+        "chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS, text="hi\n/pop off\nho\n"
+    )
+    assert done.returncode == 0
+    assert "> " not in done.stdout
+    assert "TTFT" not in done.stdout
+    assert len(re.findall(STATS, done.stderr)) == 2
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_run_reads_files_and_pipes_before_the_question(model, tmp_path):
+    file = tmp_path / "doc.txt"
+    file.write_text("A document about nothing. " * 10)
+    arguments = ("run", str(model), "What is it about?", "--max-tokens", "4", *ANSWER_OPTIONS)
+    alone = json.loads(piped(*arguments, "--json").stdout)
+    both = json.loads(piped(*arguments, "--json", "--file", str(file), text="More. " * 30).stdout)
+    assert both["stats"]["n_prompt"] > alone["stats"]["n_prompt"] + 60
+    assert both["stats"]["n_pruned"] > 0
+    assert both["boundary"] == 5
+    assert both["stats"]["n_decoded"] == 4
+    full = json.loads(piped(*arguments, "--json", "--file", str(file), "--no-pop").stdout)
+    assert (full["pop"], full["stats"]["n_pruned"]) == (False, 0)
+
+
+def test_run_prints_the_same_answer_with_and_without_json(model):
+    arguments = ("run", str(model), "--max-tokens", "6", *ANSWER_OPTIONS)
+    plain = piped(*arguments, text="piped question")
+    in_json = json.loads(piped(*arguments, "--json", text="piped question").stdout)
+    assert plain.stdout.rstrip("\n") == in_json["text"].rstrip("\n")
+    assert re.search(STATS, plain.stderr)
+
+
+def test_run_without_a_question_is_wrong_usage(model):
+    done = piped("run", str(model))
+    assert done.returncode == 2
+    assert "give a question" in done.stderr
+
+
+def test_run_without_a_template_continues_the_text(tmp_path):
+    base = make_gguf(tmp_path / "base.gguf", "llama")
+    done = json.loads(
+        piped("run", str(base), "abc", "--json", "--max-tokens", "4", *ANSWER_OPTIONS).stdout
+    )
+    assert done["stats"]["n_prompt"] < 8
+    assert not done["pop"]
+
+
+@pytest.mark.parametrize("command", ["chat", "run"])
+def test_bad_models_are_one_error(command, tmp_path, model):
+    text = tmp_path / "notes.gguf"
+    text.write_text("not a model")
+    short = tmp_path / "short.gguf"
+    short.write_bytes(model.read_bytes()[:-1000])
+    other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=8)
+    for path, reason in ((text, "is not a GGUF file"), (short, "is cut short")):
+        done = piped(command, str(path), text="hi")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert reason in done.stderr
+        assert len(done.stderr.splitlines()) == 2
+    done = piped(command, str(other), "--max-tokens", "2", *ANSWER_OPTIONS, text="hi")
+    assert done.returncode == 0
+
+
+def test_run_refuses_what_is_no_text(model, tmp_path):
+    image = tmp_path / "image.png"
+    image.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    done = piped("run", str(model), "What is it?", "--file", str(image))
+    assert done.returncode == 1
+    assert "is not UTF-8 text" in done.stderr
+    absent = piped("run", str(model), "What is it?", "--file", str(tmp_path / "absent.txt"))
+    assert absent.returncode == 1
+    assert "absent.txt: No such file" in absent.stderr
