@@ -16,9 +16,14 @@ Settings = dict[str, "list[str] | str"] | None
 
 PACKAGE = Path(__file__).resolve().parent.parent
 _NAME = "llama_cpp_python"
-# One file per library instead of three copies of each (a wheel holds no links), and llama.cpp's
-# multimodal library, which only llama_cpp.mtmd_cpp opens, is left out.
-_DEFINES = {"LLAVA_BUILD": "OFF", "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON"}
+_DEFINES = {
+    # llama.cpp's multimodal library, which only llama_cpp.mtmd_cpp opens.
+    "LLAVA_BUILD": "OFF",
+    # One file per library instead of three copies of each, since a wheel holds no links.
+    "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
+    # Keeps the folder's path out of what ccache compares (CMake 4).
+    "CMAKE_UNITY_BUILD_RELOCATABLE": "ON",
+}
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
