@@ -24,7 +24,7 @@ from pop_local.wheels import Part, download, require_pip, unpack
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+    import tomli as tomllib
 
 Advance = Callable[[int, int], None]
 

@@ -102,6 +102,18 @@ def test_an_error_is_two_lines_on_stderr_and_exit_1():
     assert second.startswith("hint: did you mean SmolLM2-135M-Instruct?")
 
 
+def test_pull_into_what_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    done = pop_local("pull", "smollm2", "--dir", str(tmp_path / "file" / "models"))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    licence, error, hint = done.stderr.splitlines()
+    assert "Apache-2.0" in licence
+    assert error.startswith("error: ")
+    assert error.endswith("Not a directory")
+    assert "not a folder" in hint
+
+
 def test_debug_shows_the_trace_before_the_two_lines():
     done = pop_local("--debug", "pull", "smolm2")
     assert done.returncode == 1

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from pop_converter.errors import PopError
 from pop_converter.format import read_pop_meta
+from synthetic import make_gguf
+
 from pop_local import models
 from pop_local.commands import ready
 from pop_local.commands.ready import model_file
 from pop_local.models import DEFAULT_MODEL, find
-from synthetic import make_gguf
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ if sys.platform == "win32":
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 ANSWER_OPTIONS = ("--temperature", "0", "--threads", "1")
 STATS = r"prompt ([\d,]+) tokens \((?:([\d,]+) cached, )?([\d,]+) pruned\)"
+# Nothing else on the screen is that long without an escape sequence or a bar.
+ANSWER = "[^\x1b━]{60}"
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -93,7 +95,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model):
     chat = terminal("chat", str(model), *ANSWER_OPTIONS)
     chat.expect("> ")
     chat.sendline("hello there")
-    chat.expect("hello there\r\n.")
+    chat.expect(ANSWER)
     chat.sendintr()
     chat.expect("· stopped")
     chat.expect("> ")
@@ -109,7 +111,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model):
 
 def test_ctrl_c_in_run_is_exit_130(model):
     run = terminal("run", str(model), "hello there", *ANSWER_OPTIONS)
-    run.expect(r"\S")
+    run.expect(ANSWER)
     run.sendintr()
     run.expect("Stopped.")
     run.expect(pexpect.EOF)
@@ -145,6 +147,15 @@ def test_no_color_and_a_narrow_terminal(model):
     assert re.search(r"\x1b\[[0-9;]*m", coloured.before)
     notes = ESCAPE.sub("", coloured.before).splitlines()
     assert max(map(len, notes)) <= 40
+
+
+def test_progress_and_facts_fit_a_narrow_terminal(model):
+    inspect = terminal("inspect", str(model), "--verify", width=40)
+    inspect.expect(pexpect.EOF)
+    assert "Reading all of it" in inspect.before
+    lines = ESCAPE.sub("", inspect.before).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= 40
+    assert piped("inspect", str(model), "--verify").stderr == ""
 
 
 def test_piped_chat_prints_answers_alone(model):
@@ -220,3 +231,21 @@ def test_run_refuses_what_is_no_text(model, tmp_path):
     absent = piped("run", str(model), "What is it?", "--file", str(tmp_path / "absent.txt"))
     assert absent.returncode == 1
     assert "absent.txt: No such file" in absent.stderr
+
+
+@pytest.mark.slow
+def test_a_real_conversation(smollm2, tmp_path):
+    """The second turn reads little more than its own question; run gives the first answer too."""
+    target = tmp_path / "smollm2.pop.gguf"
+    convert(make_plan(read_shape(smollm2)), smollm2, target)
+    question = "Name three animals that live in the sea, and say one thing about each of them."
+    options = ("--max-tokens", "24", "--temperature", "0")
+    chat = piped("chat", str(target), *options, text=f"{question}\nWhich is the largest?\n")
+    assert chat.returncode == 0, chat.stderr
+    first, second = re.finditer(STATS, chat.stderr)
+    assert int(first[3]) > 0
+    assert int(second[2]) >= int(first[1])
+    alone = json.loads(piped("run", str(target), question, *options, "--json").stdout)
+    assert alone["boundary"] == 20
+    assert alone["stats"]["n_pruned"] == int(first[3])
+    assert chat.stdout.startswith(alone["text"])
