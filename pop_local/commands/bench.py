@@ -10,7 +10,7 @@ from pop_converter.shape import source_shape
 from pop_converter.source import Source, read_source
 
 from pop_local.commands.options import Ctx, GpuLayers, Threads
-from pop_local.models import resolve
+from pop_local.commands.ready import model_file
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Column, Table, markdown, print_json
 from pop_local.ui.theme import out
@@ -55,7 +55,7 @@ def bench(
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
     n_prompts = _lengths(prompt)
-    source = read_source(resolve(model))
+    source = read_source(model_file(model))
     shape = source_shape(source)
     _require_boundary(source, boundary)
     from pop_local.measure.speed import N_DECODE, measure_speed
