@@ -17,6 +17,7 @@ from pop_build import fetch as fetching  # noqa: E402
 from pop_build.apply import apply_patch  # noqa: E402
 from pop_build.errors import BuildError  # noqa: E402
 from pop_build.fetch import SOURCE_VARIABLE, Pin, fetch  # noqa: E402
+from pop_build.hooks import launchers  # noqa: E402
 from pop_build.tree import UNPATCHED_VARIABLE, key, prepare, recipe  # noqa: E402
 from pop_build.unpatched import build_unpatched  # noqa: E402
 
@@ -326,6 +327,17 @@ def test_the_unpatched_library_is_built_once(package, tmp_path):
     wanted = key(recipe(package, {UNPATCHED_VARIABLE: "1"}))
     write(target / "key", wanted)
     assert build_unpatched(package, target) is False
+
+
+def test_ccache_is_used_where_the_path_leads_to_it(tmp_path):
+    ccache = write(tmp_path / ("ccache.exe" if sys.platform == "win32" else "ccache"), "")
+    ccache.chmod(0o755)
+    here = {"PATH": str(tmp_path)}
+    assert launchers(here)["CMAKE_CUDA_COMPILER_LAUNCHER"] == str(ccache)
+    assert launchers({"PATH": str(tmp_path / "elsewhere")}) == {"GGML_CCACHE": "OFF"}
+    assert launchers(here | {"CMAKE_ARGS": "-DGGML_CCACHE=OFF"}) == {}
+    assert launchers(here | {"CMAKE_ARGS": "-DCMAKE_C_COMPILER_LAUNCHER=distcc"}) == {}
+    assert launchers(here | {"CMAKE_CXX_COMPILER_LAUNCHER": "distcc"}) == {}
 
 
 @pytest.mark.parametrize(

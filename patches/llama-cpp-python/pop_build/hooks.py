@@ -1,9 +1,10 @@
 """The build backend (PEP 517): prepares the tree, then hands over to scikit-build-core in it."""
 
 import os
+import shutil
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +25,7 @@ _DEFINES = {
     # Keeps the folder's path out of what ccache compares (CMake 4).
     "CMAKE_UNITY_BUILD_RELOCATABLE": "ON",
 }
+_CACHED_LANGUAGES = ("C", "CXX", "CUDA", "HIP", "OBJC")
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
@@ -98,14 +100,31 @@ def _prepared(config_settings: Settings) -> Iterator[Settings]:
     with _short_errors():
         folder = prepare(recipe(PACKAGE, os.environ))
     settings: dict[str, list[str] | str] = {"build-dir": str(folder / "cmake")}
-    settings |= {f"cmake.define.{name}": value for name, value in _DEFINES.items()}
+    defines = _DEFINES | launchers(os.environ)
+    settings |= {f"cmake.define.{name}": value for name, value in defines.items()}
     # Make and Visual Studio build one file at a time unless told otherwise.
     os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-    # llama.cpp finds ccache by itself; paths below the folder must not count, or each patch
-    # would compile everything anew.
+    # Paths below the folder must not count for ccache, or each patch compiles everything anew.
     os.environ.setdefault("CCACHE_BASEDIR", str(folder))
     with _in(folder / "src"):
         yield settings | (config_settings or {})
+
+
+def launchers(env: Mapping[str, str]) -> dict[str, str]:
+    """CMake's defines for ccache or sccache, unless the user chose something.
+
+    llama.cpp looks for them itself, but also where PATH does not lead, and then fails.
+    """
+    arguments = env.get("CMAKE_ARGS", "")
+    if "COMPILER_LAUNCHER" in arguments or "GGML_CCACHE" in arguments:
+        return {}
+    if any(name.endswith("_COMPILER_LAUNCHER") for name in env):
+        return {}
+    found = [shutil.which(name, path=env.get("PATH")) for name in ("ccache", "sccache")]
+    tool = next(filter(None, found), None)
+    if tool is None:
+        return {"GGML_CCACHE": "OFF"}
+    return {f"CMAKE_{language}_COMPILER_LAUNCHER": tool for language in _CACHED_LANGUAGES}
 
 
 @contextmanager
