@@ -1,0 +1,77 @@
+"""Which rows are full and how prompts are cut; how bytes become text."""
+
+import pytest
+
+from pop_local.engine.prefill import RowRule, plan_prefill
+from pop_local.engine.text import TextStream
+
+RULE = RowRule(sink_tokens=1, tail_tokens=16)
+
+
+def rows_by_position(n_past: int, n_tokens: int, rule: RowRule) -> list[bool]:
+    """The backend's rule written out: whether each row to decode is full."""
+    end = n_past + n_tokens
+    short = n_tokens < rule.min_prompt
+    return [
+        short or p < rule.sink_tokens or p >= end - rule.tail_tokens or p == end - 1
+        for p in range(n_past, end)
+    ]
+
+
+@pytest.mark.parametrize("n_past", [0, 1, 5, 300])
+@pytest.mark.parametrize("n_tokens", [1, 2, 16, 17, 18, 100, 513])
+@pytest.mark.parametrize("rule", [RULE, RowRule(0, 0), RowRule(4, 1), RowRule(1, 16, 64)])
+def test_pruned_rows_follow_the_rule(n_past, n_tokens, rule):
+    plan = plan_prefill(n_past, n_tokens, rule, n_batch=64)
+    full = rows_by_position(n_past, n_tokens, rule)
+    assert (plan.n_full, plan.n_pruned) == (full.count(True), full.count(False))
+
+
+@pytest.mark.parametrize("n_tokens", [*range(1, 40), 64, 65, 79, 80, 81, 128, 129, 200])
+@pytest.mark.parametrize("tail_tokens", [0, 1, 16, 64, 100])
+def test_chunks_cover_the_prompt_and_keep_the_tail_together(n_tokens, tail_tokens):
+    plan = plan_prefill(7, n_tokens, RowRule(1, tail_tokens), n_batch=64)
+    covered = [i for start, end in plan.chunks for i in range(start, end)]
+    assert covered == list(range(n_tokens))
+    assert all(0 < end - start <= 64 for start, end in plan.chunks)
+    assert len(plan.chunks) == -(-n_tokens // 64)
+    if 0 < tail_tokens <= 64:
+        start, _ = plan.chunks[-1]
+        assert start <= plan.full_from - 7
+
+
+def shown(pieces: list[bytes], stops: tuple[str, ...] = ()) -> tuple[list[str], str, bool]:
+    stream = TextStream(stops)
+    texts = [stream.push(piece) for piece in pieces]
+    return texts, stream.flush(), stream.stopped
+
+
+def test_half_a_character_is_held_back():
+    euro = "€".encode()
+    texts, rest, _ = shown([b"5 ", euro[:1], euro[1:2], euro[2:], b"!"])
+    assert texts == ["5 ", "", "", "€", "!"]
+    assert rest == ""
+
+
+def test_half_a_character_at_the_end_is_marked():
+    texts, rest, _ = shown([b"a", "€".encode()[:2]])
+    assert (texts, rest) == (["a", ""], "\N{REPLACEMENT CHARACTER}")
+
+
+def test_a_stop_string_and_what_follows_is_never_shown():
+    texts, rest, stopped = shown([b"fine\nUs", b"er", b": no"], ("\nUser:",))
+    assert "".join(texts) + rest == "fine"
+    assert texts[0] == "fine"
+    assert stopped
+
+
+def test_what_only_begins_like_a_stop_string_is_shown_in_the_end():
+    texts, rest, stopped = shown([b"fine\nUs", b"ual"], ("\nUser:",))
+    assert texts == ["fine", "\nUsual"]
+    assert (rest, stopped) == ("", False)
+    assert shown([b"fine\nUs"], ("\nUser:",))[1] == "\nUs"
+
+
+def test_the_earliest_of_several_stop_strings_counts():
+    texts, _, stopped = shown([b"one two three"], ("three", "two"))
+    assert (texts, stopped) == (["one "], True)
