@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "patches" / "llama-cpp-python"
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "patches" / "llama-cpp-python"
 sys.path.insert(0, str(PACKAGE))
 
 from pop_build import fetch as fetching  # noqa: E402
@@ -352,3 +358,17 @@ def test_tool(arguments, code, channel, text):
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == code
     assert text in getattr(run, channel)
+
+
+def test_the_app_asks_for_the_version_that_is_built():
+    built = recipe(PACKAGE, {})
+    assert built.version.startswith(f"{built.pin.version}+pop")
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
+    assert f"llama-cpp-python=={built.version}" in project["dependencies"]
+
+
+def test_every_package_is_installed():
+    packages = set(tomllib.loads(read(ROOT / "pyproject.toml"))["tool"]["setuptools"]["packages"])
+    modules = (path.parent.relative_to(ROOT) for path in (ROOT / "pop_local").rglob("*.py"))
+    present = {".".join(folder.parts) for folder in modules}
+    assert present | {"pop_converter", "pop_local.catalog"} == packages
