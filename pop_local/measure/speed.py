@@ -128,8 +128,8 @@ def _summary(
     )
 
 
-def run(model: PopModel, mode: Mode, tokens: Sequence[int]) -> Run:
-    """Read the tokens into an empty cache, take the first token, decode N_DECODE more."""
+def run(model: PopModel, mode: Mode, tokens: Sequence[int], n_decode: int = N_DECODE) -> Run:
+    """Read the tokens into an empty cache, take the first token, decode `n_decode` more."""
     model.set_pop(mode)
     model.clear()
     backend.reset_counters(model.ctx)
@@ -138,12 +138,12 @@ def run(model: PopModel, mode: Mode, tokens: Sequence[int]) -> Run:
     next(sampled)
     first_s = time.perf_counter()
     counters = backend.get_counters(model.ctx)
-    for _ in range(N_DECODE):
+    for _ in range(n_decode):
         next(sampled)
     decoded_s = time.perf_counter()
     sampled.close()
     require_rows(model, mode, len(tokens), counters)
-    return Run(first_s - started_s, N_DECODE / (decoded_s - first_s), counters)
+    return Run(first_s - started_s, n_decode / (decoded_s - first_s), counters)
 
 
 def require_rows(model: PopModel, mode: Mode, n_prompt: int, counters: Counters) -> None:
