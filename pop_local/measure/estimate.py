@@ -1,0 +1,57 @@
+"""Figures over windows with their standard errors.
+
+Tokens of one window depend on each other, so a window is the unit: errors of means come from the
+spread between windows, errors of quantiles from windows drawn again (bootstrap).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_N_BOOTSTRAP = 200
+_SEED = 20260203
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its standard error, which is None where there is one window only."""
+
+    value: float
+    se: float | None
+
+
+def mean(per_window: Floats | Flags) -> Estimate:
+    """Of (n_windows, ...) numbers or flags."""
+    windows = per_window.reshape(len(per_window), -1).mean(axis=1, dtype=np.float64)
+    n = len(windows)
+    se = float(windows.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+    return Estimate(float(windows.mean()), se)
+
+
+def exp_mean(per_window: Floats) -> Estimate:
+    """exp of the mean, as in a perplexity; its error to first order."""
+    inner = mean(per_window)
+    value = math.exp(inner.value)
+    return Estimate(value, None if inner.se is None else value * inner.se)
+
+
+def ratio(upper: Floats, lower: Floats) -> Estimate:
+    """Of the means of two figures of the same windows (n_windows); its error to first order."""
+    value = float(upper.mean() / lower.mean())
+    return Estimate(value, mean((upper - value * lower) / lower.mean()).se)
+
+
+def quantile(per_window: Floats, share: float) -> Estimate:
+    """Over all values of (n_windows, n_tokens)."""
+    n = len(per_window)
+    value = float(np.quantile(per_window, share))
+    if n < 2:
+        return Estimate(value, None)
+    drawn = np.random.default_rng(_SEED).integers(0, n, (_N_BOOTSTRAP, n))
+    again = [float(np.quantile(per_window[windows], share)) for windows in drawn]
+    return Estimate(value, float(np.std(again, ddof=1)))

@@ -1,0 +1,138 @@
+"""Teacher forcing: a context read in one mode, then texts that follow it, scored in full.
+
+Logits exist only where they are requested, and rows that request logits are full. So nothing of the
+context is ever scored but what its last token predicts, and the row counters must show after each
+context that as many rows were pruned as planned; otherwise PopError.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from pop_converter.errors import PopError
+
+from pop_local.engine import backend, logs
+from pop_local.engine.backend import Counters, Mode
+from pop_local.engine.batch import Outputs, TokenBatch
+from pop_local.engine.interrupt import Interrupt
+from pop_local.engine.model import PopModel
+from pop_local.engine.prefill import RowRule, plan_prefill
+
+Logits = NDArray[np.float32]
+Tokens = Sequence[int]
+
+# Rows of one batch that all request logits, which is what takes memory (n_vocab * 4 bytes each).
+_MAX_SCORED_ROWS = 128
+
+
+def n_pruned(rule: RowRule, n_context: int, mode: Mode) -> int:
+    """How many tokens of a context must stop at the boundary."""
+    if mode is Mode.CONTEXT:
+        return plan_prefill(0, n_context, rule, n_context).n_pruned
+    return n_context if mode is Mode.ALWAYS else 0
+
+
+def use_rule(model: PopModel, rule: RowRule) -> None:
+    """Let the model's prefills follow another rule; empties the KV cache."""
+    if rule.sink_tokens != model.rule.sink_tokens:
+        backend.set_sink(model.ctx, rule.sink_tokens)
+    model.rule = rule
+    model.clear()
+
+
+@contextmanager
+def forced(model: PopModel) -> Iterator["Forced"]:
+    """The model for teacher forcing; afterwards mode and boundary are as before, the cache empty."""
+    mode, boundary = model.pop_mode, model.boundary
+    reader = Forced(model)
+    try:
+        yield reader
+    finally:
+        reader.close()
+        backend.set_boundary(model.ctx, boundary)
+        backend.set_mode(model.ctx, mode)
+        model.clear()
+
+
+class Forced:
+    """Use it through `forced`: it goes round the model's own record of its KV cache.
+
+    Contexts of any length are pruned: `min_prompt` is a matter of speed.
+    """
+
+    def __init__(self, model: PopModel) -> None:
+        self.rule = replace(model.rule, min_prompt=0)
+        self._api = backend.bindings()
+        self.model = model
+        self._ctx = model.ctx
+        self._n_vocab = model.n_vocab()
+        self._rows = TokenBatch(model.n_batch)
+        self._interrupt = Interrupt()
+        self._n_context = 0
+        self._next = np.empty((0, self._n_vocab), np.float32)
+
+    def close(self) -> None:
+        self._rows.close()
+
+    def set_boundary(self, layer: int) -> None:
+        backend.set_boundary(self._ctx, layer)
+
+    def read(self, context: Tokens, mode: Mode) -> None:
+        """Read a context into an empty cache. Raises PopError unless it is pruned as planned."""
+        self.model.clear()
+        backend.set_mode(self._ctx, mode)
+        backend.reset_counters(self._ctx)
+        plan = plan_prefill(0, len(context), self.rule, self.model.n_batch)
+        backend.set_full_from(self._ctx, plan.full_from)
+        for start, end in plan.chunks:
+            outputs = Outputs.LAST if end == plan.n_tokens else Outputs.NONE
+            self._decode(context[start:end], start, outputs)
+        expected = n_pruned(self.rule, len(context), mode)
+        _require(backend.get_counters(self._ctx), len(context), expected)
+        self._n_context = len(context)
+        self._next = self._logits(1).copy()
+
+    def predict(self, tokens: Tokens) -> Logits:
+        """Logits (len(tokens), n_vocab) for a text right after the context.
+
+        Row i is what context and tokens[:i] predict; all rows but those of the context are full.
+        The text is forgotten again, so that another may follow the same context.
+        """
+        backend.set_mode(self._ctx, Mode.OFF)
+        logits = np.empty((len(tokens), self._n_vocab), np.float32)
+        logits[:1] = self._next
+        step = min(_MAX_SCORED_ROWS, self.model.n_batch)
+        for start in range(0, len(tokens) - 1, step):
+            piece = tokens[start : min(start + step, len(tokens) - 1)]
+            self._decode(piece, self._n_context + start, Outputs.ALL)
+            logits[start + 1 : start + 1 + len(piece)] = self._logits(len(piece))
+        self._forget_from(self._n_context)
+        return logits
+
+    def _decode(self, tokens: Tokens, first_pos: int, outputs: Outputs) -> None:
+        logs.forget_errors()
+        with self._interrupt.watching(self._ctx):
+            code = self._rows.decode(self._ctx, tokens, first_pos, outputs)
+            self._interrupt.check()
+        if code != 0:
+            raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
+
+    def _logits(self, n_rows: int) -> Logits:
+        """Of the last batch's outputs; the next batch overwrites them."""
+        buffer = self._api.llama_get_logits(self._ctx)
+        return np.ctypeslib.as_array(buffer, (n_rows, self._n_vocab))
+
+    def _forget_from(self, position: int) -> None:
+        memory = self._api.llama_get_memory(self._ctx)
+        if not self._api.llama_memory_seq_rm(memory, 0, position, -1):
+            raise PopError("this model's KV cache cannot forget its last tokens")
+
+
+def _require(counters: Counters, n_context: int, expected: int) -> None:
+    if counters != Counters(expected, n_context - expected):
+        raise PopError(
+            f"the measurement does not hold: of {n_context} context tokens {expected} should be"
+            f" pruned; the backend counted {counters.n_context} pruned, {counters.n_full} full"
+        )

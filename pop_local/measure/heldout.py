@@ -1,0 +1,90 @@
+"""Text to measure on: ours, which nothing is ever calibrated on, or the user's; and its windows."""
+
+import importlib.resources
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from pop_converter.errors import PopError
+
+from pop_local.engine.model import PopModel
+
+TextTokens = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Parts that no window goes across, such as several kinds of text."""
+
+    name: str
+    parts: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        return sha256("".join(self.parts).encode()).hexdigest()
+
+
+def shipped_text() -> Text:
+    """Prose, dialogue, code and tables, one part each."""
+    folder = importlib.resources.files("pop_local") / "data" / "heldout"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
+    return Text("held-out text of pop-local", tuple(f.read_text("utf-8") for f in files))
+
+
+def shipped_part(name: str) -> str:
+    """One kind of the shipped text."""
+    path = importlib.resources.files("pop_local") / "data" / "heldout" / f"{name}.txt"
+    return path.read_text("utf-8")
+
+
+def read_text(path: Path) -> Text:
+    """A file as one part. Raises PopError when it is empty or not text."""
+    raw = path.read_bytes()
+    hint = "give a file of plain text in UTF-8"
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PopError(f"{path} is not text: byte {error.start} is not UTF-8", hint) from error
+    if "\0" in text:
+        raise PopError(f"{path} is not text: it contains zero bytes", hint)
+    if not text.strip():
+        raise PopError(f"{path} is empty", hint)
+    return Text(path.name, (text,))
+
+
+def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each part, without BOS."""
+    return tuple(
+        tuple(model.tokenize(part.encode(), add_bos=False, special=False)) for part in text.parts
+    )
+
+
+def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
+    """Windows of n_tokens that do not overlap, spread evenly over all parts and within each.
+
+    Parts too short for their share leave it to the others. Raises PopError when all are too short.
+    """
+    room = [len(text) // n_tokens for text in texts]
+    if sum(room) < n_windows:
+        raise PopError(
+            f"the text has room for {sum(room)} windows of {n_tokens:,} tokens, {n_windows} are"
+            f" wanted: at least {n_windows * n_tokens:,} tokens are needed, it has"
+            f" {sum(len(text) for text in texts):,}",
+            "give a longer text (--text), or fewer or shorter windows (--windows, --context)",
+        )
+    return [
+        text[start : start + n_tokens]
+        for text, count in zip(texts, _shares(room, n_windows), strict=True)
+        for start in np.linspace(0, len(text) - n_tokens, count).astype(int).tolist()
+    ]
+
+
+def _shares(room: list[int], n_windows: int) -> list[int]:
+    """As equal as room allows; the first parts get what does not divide."""
+    shares = [0] * len(room)
+    for _ in range(n_windows):
+        open_parts = [part for part, limit in enumerate(room) if shares[part] < limit]
+        shares[min(open_parts, key=lambda part: shares[part])] += 1
+    return shares

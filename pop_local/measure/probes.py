@@ -1,0 +1,117 @@
+"""Can the model still copy from what it has read? Two probes that see what the KL of prose hides.
+
+*Copy*: a passage of the context follows the context again. *Induction*: random token ids, twice;
+it needs no text, and the first occurrence says what not copying at all would cost. Both score only
+tokens whose first occurrence was pruned.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pop_converter.errors import PopError
+
+from pop_local.engine import backend
+from pop_local.engine.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.engine.prefill import RowRule
+
+from .divergence import Likelihood, likelihood
+from .forced import Forced
+
+Floats = NDArray[np.float64]
+
+N_REPEATED = 128
+N_DRAWS = 8
+_NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
+
+
+@dataclass(frozen=True)
+class Induction:
+    """Mean NLL of each draw (n_draws) in nats: of the first occurrence, and of the second one."""
+
+    first: Floats
+    full: Floats
+    pruned: Floats
+
+
+def pick_passage(
+    context: Sequence[int], n_tokens: int, rule: RowRule, rng: np.random.Generator
+) -> Sequence[int]:
+    """Consecutive pruned tokens of the context, n_tokens if it has as many, from anywhere in it."""
+    start, end = max(1, rule.sink_tokens), len(context) - rule.tail_tokens
+    n_tokens = min(n_tokens, end - start)
+    if n_tokens < 2:
+        raise PopError(
+            f"of {len(context)} context tokens the first {rule.sink_tokens} and the last"
+            f" {rule.tail_tokens} are full: too few are left to measure",
+            "give a longer context (--context) or a shorter tail (--tail)",
+        )
+    first = int(rng.integers(start, end - n_tokens + 1))
+    return context[first : first + n_tokens]
+
+
+def copied(reader: Forced, passage: Sequence[int]) -> Likelihood:
+    """Of the passage but its first token, which nothing announces."""
+    targets = np.asarray(passage)[1:]
+    return likelihood(reader.predict(passage)[1:], targets)
+
+
+def n_induction_tokens(n_depths: int) -> int:
+    """Tokens that `measure_induction` evaluates, but for BOS."""
+    return N_DRAWS * N_REPEATED * (3 + 2 * n_depths)
+
+
+def measure_induction(
+    reader: Forced, depths: Sequence[int], mode: Mode, seed: int, ran: Callable[[int], None]
+) -> list[Induction]:
+    """One result for each depth (boundary); `ran` gets the number of tokens evaluated."""
+    rng = np.random.default_rng(seed)
+    first, full = np.empty(N_DRAWS), np.empty(N_DRAWS)
+    pruned = np.empty((len(depths), N_DRAWS))
+    for draw in range(N_DRAWS):
+        tokens = random_tokens(reader.model, N_REPEATED, rng)
+        first[draw] = _first_nll(reader, tokens)
+        full[draw] = _second_nll(reader, tokens, Mode.OFF)
+        ran(3 * N_REPEATED)
+        for i, boundary in enumerate(depths):
+            reader.set_boundary(boundary)
+            pruned[i, draw] = _second_nll(reader, tokens, mode)
+            ran(2 * N_REPEATED)
+    return [Induction(first, full, row) for row in pruned]
+
+
+def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
+    context = [*bos(reader.model), *tokens]
+    reader.read(context[:1], Mode.OFF)
+    nll = likelihood(reader.predict(context[1:]), np.asarray(context)[1:]).nll
+    return _mean_pruned(reader, nll[len(context) - len(tokens) :])
+
+
+def _second_nll(reader: Forced, tokens: Sequence[int], mode: Mode) -> float:
+    reader.read([*bos(reader.model), *tokens], mode)
+    return _mean_pruned(reader, copied(reader, tokens).nll)
+
+
+def _mean_pruned(reader: Forced, nll: Floats) -> float:
+    """Over the tokens (of which the first has no NLL) that are pruned when they are read first."""
+    first = 1 + len(bos(reader.model))
+    pruned = slice(max(0, reader.rule.sink_tokens - first), len(nll) - reader.rule.tail_tokens)
+    return float(nll[pruned].mean())
+
+
+def bos(model: PopModel) -> tuple[int, ...]:
+    """What the model wants at the start of every text: BOS or nothing."""
+    return (model.token_bos(),) if model._model.add_bos_token() else ()
+
+
+def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
+    """Ordinary tokens, drawn evenly: no control tokens, which models treat in their own way."""
+    vocab, attribute = model._model.vocab, backend.bindings().llama_vocab_get_attr
+    tokens: list[int] = []
+    while len(tokens) < n_tokens:
+        token = int(rng.integers(model.n_vocab()))
+        if attribute(vocab, token) & _NORMAL:
+            tokens.append(token)
+    return tokens

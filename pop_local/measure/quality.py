@@ -1,0 +1,241 @@
+"""What pruning costs: a pruned context, then its continuation, against the full model.
+
+A window is a context, which is read in the mode to be measured, and a continuation, which is teacher-forced
+in full over that context's K/V. Both models see the same windows, in one process, on the
+same weights; only the mode of the context differs. Compared are the distributions that predict each
+token of the continuation, the first of which comes from the context's last token.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pop_converter.errors import PopError
+
+from pop_local.engine.backend import Mode
+from pop_local.engine.model import PopModel
+
+from .divergence import Divergence, Likelihood, divergence, likelihood
+from .estimate import Estimate, exp_mean, mean, quantile, ratio
+from .forced import Forced, forced, n_pruned
+from .heldout import TextTokens, spread_windows
+from .probes import Induction, bos, copied, measure_induction, n_induction_tokens, pick_passage
+
+# Below this share of the first occurrence's NLL the full model itself does not copy random tokens.
+_LEAST_INDUCTION = 0.1
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """Lengths in tokens. `mode`: of the context; OFF compares the full model with itself."""
+
+    n_windows: int = 32
+    n_context: int = 512
+    n_continuation: int = 128
+    mode: Mode = Mode.CONTEXT
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Pruned against full, at one boundary.
+
+    kl_*: KL(full || pruned) of the continuation's tokens in nats; kl_first of its first one.
+    ppl_*: perplexity of the continuation. top1_agreement: share of tokens where both have the same
+    first choice. copy_*: a passage of the context repeated; copy_top1 is the share of its tokens
+    that the model puts first. induction_*: random tokens repeated; delta_nll is what pruning adds
+    to the NLL of the second occurrence, retention is how much of the full model's gain over the
+    first occurrence is left (None where the full model has none).
+    n_pruned: context tokens of all windows that stopped at the boundary, as the backend counted.
+    """
+
+    boundary: int
+    n_windows: int
+    n_context: int
+    n_continuation: int
+    n_pruned: int
+    kl_mean: Estimate
+    kl_median: Estimate
+    kl_p99: Estimate
+    kl_first: Estimate
+    ppl_full: Estimate
+    ppl_pruned: Estimate
+    ppl_ratio: Estimate
+    top1_agreement: Estimate
+    copy_ppl_ratio: Estimate
+    copy_top1: Estimate
+    copy_top1_full: Estimate
+    induction_delta_nll: Estimate
+    induction_retention: Estimate | None
+
+
+@dataclass(frozen=True)
+class _Window:
+    context: Sequence[int]
+    continuation: Sequence[int]
+    passage: Sequence[int]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.context) + len(self.continuation) + len(self.passage)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One window at one depth."""
+
+    divergence: Divergence
+    full: Likelihood
+    pruned: Likelihood
+    copy_full: Likelihood
+    copy_pruned: Likelihood
+
+
+def measure_quality(
+    model: PopModel,
+    text_tokens: TextTokens,
+    settings: QualitySettings,
+    on_progress: Callable[[int, int], None],
+) -> Quality:
+    """Measure at the model's own boundary; see `measure_depths`."""
+    return measure_depths(model, text_tokens, settings, (model.boundary,), on_progress)[0]
+
+
+def measure_depths(
+    model: PopModel,
+    text_tokens: TextTokens,
+    settings: QualitySettings,
+    boundaries: Sequence[int],
+    on_progress: Callable[[int, int], None],
+) -> tuple[Quality, ...]:
+    """Measure at each boundary; the full model runs once. Other than the file's: own projections.
+
+    `text_tokens`: one sequence for each part of the text, without BOS. `on_progress` gets
+    (done_tokens, total_tokens). Memory: 8 * n_continuation * n_vocab bytes. Raises PopError when
+    the text is too short, nothing would be pruned, or the counters do not show what was planned.
+    """
+    with forced(model) as reader:
+        windows = _windows(reader, text_tokens, settings)
+        steps = _Steps(windows, len(boundaries), on_progress)
+        scores: list[list[_Scores]] = [[] for _ in boundaries]
+        for window in windows:
+            scored = _score(reader, window, boundaries, settings.mode, steps)
+            for depth, score in zip(scores, scored, strict=True):
+                depth.append(score)
+        induction = measure_induction(reader, boundaries, settings.mode, settings.seed, steps.ran)
+        rows = n_pruned(reader.rule, settings.n_context, settings.mode)
+    return tuple(
+        _summary(boundary, settings, rows, depth, repeated)
+        for boundary, depth, repeated in zip(boundaries, scores, induction, strict=True)
+    )
+
+
+class _Steps:
+    """Counts tokens for the progress bar."""
+
+    def __init__(
+        self, windows: Sequence[_Window], n_depths: int, on_progress: Callable[[int, int], None]
+    ) -> None:
+        per_mode = sum(window.n_tokens for window in windows)
+        self._total = per_mode * (1 + n_depths) + n_induction_tokens(n_depths)
+        self._done = 0
+        self._on_progress = on_progress
+        self.ran(0)
+
+    def ran(self, n_tokens: int) -> None:
+        self._done += n_tokens
+        self._on_progress(self._done, self._total)
+
+
+def _windows(
+    reader: Forced, text_tokens: TextTokens, settings: QualitySettings
+) -> tuple[_Window, ...]:
+    if settings.mode is not Mode.OFF and not n_pruned(
+        reader.rule, settings.n_context, settings.mode
+    ):
+        raise PopError(
+            f"of a context of {settings.n_context} tokens none would be pruned: the first"
+            f" {reader.rule.sink_tokens} and the last {reader.rule.tail_tokens} are full",
+            "give a longer context (--context)",
+        )
+    start = bos(reader.model)
+    n_text = settings.n_context - len(start)
+    rng = np.random.default_rng(settings.seed)
+    windows = []
+    for text in spread_windows(text_tokens, settings.n_windows, n_text + settings.n_continuation):
+        context = [*start, *text[:n_text]]
+        passage = pick_passage(context, settings.n_continuation, reader.rule, rng)
+        windows.append(_Window(context, text[n_text:], passage))
+    return tuple(windows)
+
+
+def _score(
+    reader: Forced, window: _Window, boundaries: Sequence[int], mode: Mode, steps: _Steps
+) -> list[_Scores]:
+    """At each boundary."""
+    targets = np.asarray(window.continuation)
+    reader.read(window.context, Mode.OFF)
+    full_logits = reader.predict(window.continuation)
+    full = likelihood(full_logits, targets)
+    copy_full = copied(reader, window.passage)
+    steps.ran(window.n_tokens)
+    scores = []
+    for boundary in boundaries:
+        reader.set_boundary(boundary)
+        reader.read(window.context, mode)
+        logits = reader.predict(window.continuation)
+        scores.append(
+            _Scores(
+                divergence=divergence(full_logits, logits),
+                full=full,
+                pruned=likelihood(logits, targets),
+                copy_full=copy_full,
+                copy_pruned=copied(reader, window.passage),
+            )
+        )
+        steps.ran(window.n_tokens)
+    return scores
+
+
+def _summary(
+    boundary: int,
+    settings: QualitySettings,
+    rows: int,
+    scores: Sequence[_Scores],
+    induction: Induction,
+) -> Quality:
+    kl = np.stack([score.divergence.kl for score in scores])
+    full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
+    copy_full, copy = _nll(s.copy_full for s in scores), _nll(s.copy_pruned for s in scores)
+    return Quality(
+        boundary=boundary,
+        n_windows=len(scores),
+        n_context=settings.n_context,
+        n_continuation=settings.n_continuation,
+        n_pruned=rows * len(scores),
+        kl_mean=mean(kl),
+        kl_median=quantile(kl, 0.5),
+        kl_p99=quantile(kl, 0.99),
+        kl_first=mean(kl[:, 0]),
+        ppl_full=exp_mean(full),
+        ppl_pruned=exp_mean(pruned),
+        ppl_ratio=exp_mean(pruned - full),
+        top1_agreement=mean(np.stack([s.divergence.same_top1 for s in scores])),
+        copy_ppl_ratio=exp_mean(copy - copy_full),
+        copy_top1=mean(np.stack([s.copy_pruned.is_top1 for s in scores])),
+        copy_top1_full=mean(np.stack([s.copy_full.is_top1 for s in scores])),
+        induction_delta_nll=mean(induction.pruned - induction.full),
+        induction_retention=_retention(induction),
+    )
+
+
+def _nll(scores: Iterable[Likelihood]) -> NDArray[np.float64]:
+    return np.stack([score.nll for score in scores])
+
+
+def _retention(induction: Induction) -> Estimate | None:
+    gain = induction.first - induction.full
+    if gain.mean() < _LEAST_INDUCTION * induction.first.mean():
+        return None
+    return ratio(induction.first - induction.pruned, gain)
