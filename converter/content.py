@@ -10,12 +10,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from .errors import FormatError
 from .header import MAGIC, Header, TensorInfo, align, truncated
 from .source import SPLIT_PREFIX, Source
 
-CHUNK_BYTES = 4 << 20
-N_BUFFERS = 3
+# Larger writes cost more: the kernel then looks for larger pages (docs/lab-notebook.md).
+CHUNK_BYTES = 256 << 10
+N_BUFFERS = 8
 _COUNTS = struct.Struct("<IQQ")
 
 Write = Callable[[memoryview], object]
@@ -145,6 +148,24 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Adv
     return hashing.digest.hexdigest()
 
 
+def same_data(content: Content, written: Path, start: int, advance: Advance) -> bool:
+    """Whether `written` holds, from byte `start` to its end, exactly the data of `content`.
+
+    Raises FormatError when a source cannot be read, OSError when `written` cannot.
+    """
+    expected, found = (memoryview(bytearray(CHUNK_BYTES)) for _ in range(2))
+    with written.open("rb") as file:
+        file.seek(start)
+        for stretch in content.stretches:
+            for chunk in _read(stretch, lambda: expected):
+                n_bytes = file.readinto(found[: len(chunk)])
+                # numpy, since memoryviews compare one element after the other.
+                if not np.array_equal(np.asarray(chunk), np.asarray(found[:n_bytes])):
+                    return False
+                advance(len(chunk))
+        return not file.read(1)
+
+
 class _Hashing:
     """Hashes chunks in order beside reading and writing, since hashlib drops the GIL."""
 
@@ -180,5 +201,5 @@ def _read(stretch: Stretch, free_buffer: Callable[[], memoryview]) -> Iterator[m
                 left -= n_bytes
     except OSError as error:
         raise FormatError(f"cannot read {stretch.path}: {error.strerror}") from error
-    if stretch.n_zeros:
-        yield memoryview(bytes(stretch.n_zeros))
+    for done in range(0, stretch.n_zeros, CHUNK_BYTES):
+        yield memoryview(bytes(min(stretch.n_zeros - done, CHUNK_BYTES)))

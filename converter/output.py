@@ -47,7 +47,8 @@ def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
 def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
     """A new file beside `dst`, which takes its place when the block ends without an exception.
 
-    Whatever goes wrong, it is removed; after a kill -9 the next call for `dst` removes it.
+    Whatever goes wrong, it is removed; after a kill -9 the next call for `dst` removes it. As with
+    cp, the data may still be on its way to the disk: the source is there as long as one keeps it.
     Raises WriteError for what the machine refuses, disk full among it.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
@@ -55,8 +56,6 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
     try:
         with temporary.open("x+b") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         if dst.exists() and not force:
             raise OutputExistsError(f"{dst} appeared meanwhile", "choose another name, or --force")
         temporary.replace(dst)

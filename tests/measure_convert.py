@@ -3,11 +3,13 @@
     python tests/measure_convert.py FOLDER [GIGABYTES]
 
 The model is synthetic (random bytes, a vocabulary of 128k); FOLDER needs three times its size.
-Prints one JSON object. Linux only: memory comes from /proc.
+Prints one JSON object: medians of several
+rounds, since the page cache and other programs disturb each. Linux only: memory comes from /proc.
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ N_VOCAB = 128_256
 N_EMBD = 2048
 N_LAYER = 24
 BLOCK_BYTES = 64 << 20
+N_ROUNDS = 5
 
 
 def make_big(path: Path, size_bytes: int) -> None:
@@ -83,30 +86,37 @@ def main(folder: Path, gigabytes: float) -> None:
     src, dst = folder / "big.gguf", folder / "big.pop.gguf"
     pop_local = [sys.executable, "-m", "pop_local"]
     make_big(src, int(gigabytes * 1e9))
+    sha256 = subprocess.check_output(["sha256sum", src]).split()[0]
+    rounds = []
+    peak_bytes = 0
     try:
-        copy_s, _ = timed("cp", src, dst)
-        hash_s, _ = timed("sha256sum", src)
-        dst.unlink()
-        convert_s, convert_bytes = timed(*pop_local, "convert", src, dst)
-        src_sha256 = subprocess.check_output(["sha256sum", src]).split()[0]
-        src.unlink()
-        strip_s, strip_bytes = timed(*pop_local, "strip", dst, src)
-        if subprocess.check_output(["sha256sum", src]).split()[0] != src_sha256:
-            raise SystemExit("stripping did not restore the model")
-        figures = {
-            "model_bytes": src.stat().st_size,
-            "cp_s": round(copy_s, 2),
-            "sha256sum_s": round(hash_s, 2),
-            "convert_s": round(convert_s, 2),
-            "convert_ratio": round(convert_s / (copy_s + hash_s), 2),
-            "convert_peak_rss_anon_bytes": convert_bytes,
-            "strip_s": round(strip_s, 2),
-            "strip_peak_rss_anon_bytes": strip_bytes,
+        for _ in range(N_ROUNDS):
+            copy_s, _ = timed("cp", src, dst)
+            hash_s, _ = timed("sha256sum", src)
+            dst.unlink()
+            convert_s, n_bytes = timed(*pop_local, "convert", src, dst)
+            back = folder / "back.gguf"
+            strip_s, more_bytes = timed(*pop_local, "strip", dst, back)
+            if subprocess.check_output(["sha256sum", back]).split()[0] != sha256:
+                raise SystemExit("stripping did not restore the model")
+            back.unlink()
+            dst.unlink()
+            peak_bytes = max(peak_bytes, n_bytes, more_bytes)
+            rounds.append((copy_s, hash_s, convert_s, strip_s, convert_s / (copy_s + hash_s)))
+        names = ("cp_s", "sha256sum_s", "convert_s", "strip_s", "convert_ratio")
+        figures = {"model_bytes": src.stat().st_size, "peak_rss_anon_bytes": peak_bytes}
+        spread = {
+            name: {
+                "median": round(statistics.median(values), 2),
+                "min": round(min(values), 2),
+                "max": round(max(values), 2),
+            }
+            for name, values in zip(names, zip(*rounds, strict=True), strict=True)
         }
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(figures | spread, indent=2))
     finally:
-        src.unlink(missing_ok=True)
-        dst.unlink(missing_ok=True)
+        for path in (src, dst, folder / "back.gguf"):
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
