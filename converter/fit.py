@@ -1,0 +1,216 @@
+"""Fits the K/V projections of skipped layers to what the full model computes.
+
+Weighted least squares with a ridge toward the layer's own projections, in float64, from Gram
+matrices alone. With x the normalised boundary state, X = [x, 1], Y the full model's K and V,
+D the token weights and W0 the own projections:
+
+    W = W0 + (X'DX + ridge)^-1 X'D (Y - X W0)
+
+The input of the stored tensor is gain * x, so its weight is W / gain. Scaling x by the gain scales
+a ridge proportional to diag(X'DX) alike, so both coordinates have one solution.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
+from numpy.typing import NDArray
+
+from .errors import PopError
+from .weights import OwnProjection
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+RIDGE = 1e-3
+BIAS_RIDGE = 1e-6
+# Inputs whose gain makes them this much weaker than the average (in power) keep their own weights:
+# dividing by such a gain would spoil the scale of the quantised block that they share.
+WEAK_INPUT = 1e-4
+# Of the token weights: the least, and the most attention in units of its mean.
+LEAST_WEIGHT = 0.2
+MOST_ATTENTION = 50.0
+# A text that repeats one phrase spans a few directions, ordinary text dozens.
+LEAST_DIRECTIONS = 4.0
+
+
+class FitError(PopError):
+    """The activations do not determine projections."""
+
+
+class Weighting(str, Enum):
+    """How tokens count: by the attention that they receive, or all alike."""
+
+    ATTENTION = "attention"
+    NONE = "none"
+
+
+class KvType(str, Enum):
+    """How the fitted weights are stored."""
+
+    Q8_0 = "q8_0"
+    F16 = "f16"
+    F32 = "f32"
+    Q4_0 = "q4_0"
+
+    @property
+    def ggml(self) -> GGMLQuantizationType:
+        return GGMLQuantizationType[self.name]
+
+
+@dataclass(frozen=True)
+class FittedTensor:
+    """A tensor to be written; `dims` as ggml has them (row length first)."""
+
+    name: str
+    dims: tuple[int, ...]
+    type: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Projection:
+    """`weight` [n_out, n_embd] after the layer's gain, `bias` [n_out]."""
+
+    weight: Floats
+    bias: Floats
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """The projections that stand in for a skipped layer's own."""
+
+    layer: int
+    k: Projection
+    v: Projection
+
+
+class Gram:
+    """X'DX [n_embd + 1, n_embd + 1] and X'DY [n_embd + 1, n_k + n_v] of one layer, float64."""
+
+    def __init__(self, n_embd: int, n_kv: int) -> None:
+        self.xx: Doubles = np.zeros((n_embd + 1, n_embd + 1))
+        self.xy: Doubles = np.zeros((n_embd + 1, n_kv))
+
+    def add(self, x: Floats, y: Floats, weights: Floats) -> None:
+        """Add one window: x [n, n_embd + 1] (see `with_bias`), y [n, n_k + n_v], weights [n]."""
+        root = np.sqrt(weights)[:, None]
+        weighted = x * root
+        # numpy takes the product with its own transpose by half the work (syrk).
+        self.xx += weighted.T @ weighted
+        self.xy += weighted.T @ (y * root)
+
+
+def gram_bytes(n_embd: int, n_kv: int) -> int:
+    """What the sums of one layer take."""
+    return 8 * (n_embd + 1) * (n_embd + 1 + n_kv)
+
+
+def scratch_bytes(n_embd: int, n_kv: int, n_rows: int) -> int:
+    """The most that adding a window of `n_rows`, or solving a layer, takes beside the sums."""
+    adding = 4 * ((n_embd + 1) * (n_embd + 1 + n_kv) + 4 * n_rows * (n_embd + 1 + n_kv))
+    solving = 8 * (3 * (n_embd + 1) ** 2 + 6 * (n_embd + 1) * n_kv)
+    return max(adding, solving)
+
+
+def with_bias(state: Floats, eps: float) -> Floats:
+    """State [n, n_embd] divided by its root mean square, and a column of ones."""
+    rms = np.sqrt(np.mean(np.square(state, dtype=np.float64), axis=1, keepdims=True) + eps)
+    x = np.ones((len(state), state.shape[1] + 1), np.float32)
+    x[:, :-1] = state / rms
+    return x
+
+
+def token_weights(mass: Floats, weighting: Weighting) -> Floats:
+    """Weights [n] from the attention that each token receives from later ones."""
+    mean = float(mass.mean())
+    if weighting is Weighting.NONE or mean <= 0:
+        return np.ones_like(mass)
+    share = np.clip(mass / mean, 0, MOST_ATTENTION)
+    return np.asarray(LEAST_WEIGHT + (1 - LEAST_WEIGHT) * share, np.float32)
+
+
+def fit_layer(layer: int, gram: Gram, own: OwnProjection, ridge: float = RIDGE) -> FittedLayer:
+    """Solve for one layer. Raises FitError when the sums are not finite or of too low a rank."""
+    _check(layer, gram)
+    gain = own.gain.astype(np.float64)
+    start = np.vstack([gain[:, None] * own.weight.T, own.bias])
+    delta = _solve(gram.xx, gram.xy - gram.xx @ start, _ridge(gram.xx, gain, ridge))
+    used = gain != 0
+    step = np.zeros((gain.size, own.bias.size))
+    step[used] = delta[:-1][used] / gain[used, None]
+    weight = (own.weight + step.T).astype(np.float32)
+    bias = (own.bias + delta[-1]).astype(np.float32)
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        raise FitError(f"the fit of layer {layer} is not finite", "use other or more text (--text)")
+    n_k = own.n_k
+    return FittedLayer(
+        layer, Projection(weight[:n_k], bias[:n_k]), Projection(weight[n_k:], bias[n_k:])
+    )
+
+
+def _check(layer: int, gram: Gram) -> None:
+    if not (np.isfinite(gram.xx).all() and np.isfinite(gram.xy).all()):
+        raise FitError(
+            f"the activations for layer {layer} are not finite",
+            "the model's file may be damaged: try whether it answers (pop-local run)",
+        )
+    n_directions = directions(gram.xx)
+    if n_directions < LEAST_DIRECTIONS:
+        raise FitError(
+            f"the text spans only {n_directions:.1f} directions of the model's state: it repeats "
+            "itself, and the Gram matrix is singular",
+            "give a text of ordinary variety (--text)",
+        )
+
+
+def directions(xx: Doubles) -> float:
+    """Over how many directions the normalised inputs spread: (sum of eigenvalues)^2 / of squares."""
+    power = xx.diagonal()[:-1]
+    used = power > 0
+    scale = 1 / np.sqrt(power[used])
+    correlation = xx[:-1, :-1][np.ix_(used, used)] * scale * scale[:, None]
+    return float(used.sum() ** 2 / max(np.square(correlation).sum(), 1e-300))
+
+
+def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
+    """The ridge of each input, in units of its diagonal of X'DX."""
+    seen = gain**2 * xx.diagonal()[:-1]
+    weak = WEAK_INPUT * seen.mean()
+    raised = np.maximum(1, weak / np.maximum(seen, 1e-12 * weak + 1e-300))
+    return np.append(ridge * raised, BIAS_RIDGE)
+
+
+def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
+    """(xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first."""
+    power = xx.diagonal()
+    scale = 1 / np.sqrt(np.where(power > 0, power, 1))
+    system = xx * scale * scale[:, None]
+    system[np.diag_indices_from(system)] = np.where(power > 0, 1 + ridge, 1)
+    solution: Doubles = _dense_solve(system, rest * scale[:, None])
+    return solution * scale[:, None]
+
+
+def _dense_solve(system: Doubles, rest: Doubles) -> Doubles:
+    try:
+        solution: Doubles = np.linalg.solve(system, rest)
+    except np.linalg.LinAlgError as error:
+        raise FitError(
+            "the Gram matrix is singular", "use more text, or a larger ridge (--ridge)"
+        ) from error
+    return solution
+
+
+def encode(fitted: FittedLayer, kind: KvType) -> tuple[FittedTensor, ...]:
+    """The four tensors of a layer as they go into the file."""
+    tensors = []
+    for part, projection in (("k", fitted.k), ("v", fitted.v)):
+        name = f"blk.{fitted.layer}.pop_attn_{part}"
+        n_out, n_embd = projection.weight.shape
+        weight = quantize(projection.weight, kind.ggml)
+        bias = projection.bias
+        tensors.append(FittedTensor(f"{name}.weight", (n_embd, n_out), kind.ggml, weight.tobytes()))
+        tensors.append(FittedTensor(f"{name}.bias", (n_out,), 0, bias.tobytes()))
+    return tuple(tensors)

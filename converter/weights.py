@@ -1,0 +1,75 @@
+"""A layer's own K/V projections, dequantised from the model's file."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from .errors import FormatError
+from .header import Header, TensorInfo
+from .source import Source
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class OwnProjection:
+    """K and V of a layer from its normalised input: `weight` [n_k + n_v, n_embd] after `gain`.
+
+    `gain` [n_embd] is that of attn_norm, `bias` [n_k + n_v].
+    """
+
+    gain: Floats
+    weight: Floats
+    bias: Floats
+    n_k: int
+
+
+class Weights:
+    """The tensors of a source by name. Raises FormatError for one that is missing or unreadable."""
+
+    def __init__(self, source: Source) -> None:
+        self._places = {
+            tensor.name: (part, tensor) for part in source.parts for tensor in part.tensors
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __getitem__(self, name: str) -> Floats:
+        if name not in self._places:
+            raise FormatError("the model has no tensor " + name, "download it again")
+        return _read(*self._places[name])
+
+    def own_projection(self, layer: int, n_kv: int) -> OwnProjection:
+        """`n_kv` is n_k + n_v, which a fused tensor does not tell."""
+        gain = self[f"blk.{layer}.attn_norm.weight"]
+        if f"blk.{layer}.attn_qkv.weight" in self:
+            weight = self._part(layer, "qkv")[-n_kv:]
+            return OwnProjection(gain, weight, self._bias(layer, "qkv", n_kv), n_kv // 2)
+        k, v = self._part(layer, "k"), self._part(layer, "v")
+        bias = np.concatenate([self._bias(layer, "k", len(k)), self._bias(layer, "v", len(v))])
+        return OwnProjection(gain, np.concatenate([k, v]), bias, len(k))
+
+    def _part(self, layer: int, part: str) -> Floats:
+        return self[f"blk.{layer}.attn_{part}.weight"]
+
+    def _bias(self, layer: int, part: str, n: int) -> Floats:
+        name = f"blk.{layer}.attn_{part}.bias"
+        return self[name][-n:] if name in self else np.zeros(n, np.float32)
+
+
+def _read(part: Header, tensor: TensorInfo) -> Floats:
+    start = part.data_start + tensor.offset
+    raw = np.memmap(part.path, np.uint8, "r", start, (tensor.size_bytes,))
+    rows = raw.reshape(*tensor.dims[:0:-1], -1)
+    try:
+        values = dequantize(rows, GGMLQuantizationType(tensor.type))
+    except (ValueError, NotImplementedError) as error:
+        raise FormatError(
+            f"{part.path}: tensor {tensor.name} has a type that cannot be read here",
+            "convert with --projection own, or take another quantisation",
+        ) from error
+    return np.asarray(values, np.float32)
