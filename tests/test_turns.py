@@ -219,6 +219,11 @@ def test_a_template_that_refuses_the_conversation_is_an_error(tmp_path):
         ask(model, QUESTION)
 
 
+def test_a_template_that_is_broken_is_an_error(tmp_path):
+    with pytest.raises(PopError, match="cannot be opened"):
+        open_model(make_gguf(tmp_path / "m.gguf", "llama", chat_template="{% for %}"), n_threads=1)
+
+
 def test_a_base_model_gets_a_plain_transcript(gemma):
     model = open_model(gemma, n_ctx=256, n_threads=1)
     text, stats = ask(model, Message("user", "What is the capital of France?"))

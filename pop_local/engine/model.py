@@ -19,6 +19,7 @@ from .backend import Mode
 api = backend.bindings()  # before the first import of llama_cpp: it explains a failure
 
 import numpy as np  # noqa: E402
+from jinja2 import TemplateError  # noqa: E402
 from llama_cpp import Llama  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
@@ -83,7 +84,7 @@ class PopModel(Llama):
             super().__init__(
                 model_path, n_ctx=n_ctx or _default_ctx(header), verbose=verbose, **options
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError, TemplateError) as error:
             raise PopError(
                 f"{model_path} cannot be opened: {logs.first_error() or error}"
             ) from error
