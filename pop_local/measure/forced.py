@@ -44,7 +44,7 @@ def use_rule(model: PopModel, rule: RowRule) -> None:
 
 @contextmanager
 def forced(model: PopModel) -> Iterator["Forced"]:
-    """The model for teacher forcing; afterwards mode and boundary are as before, the cache empty."""
+    """For teacher forcing; afterwards mode and boundary are as before and the cache is empty."""
     mode, boundary = model.pop_mode, model.boundary
     reader = Forced(model)
     try:

@@ -1,9 +1,9 @@
 """What pruning costs: a pruned context, then its continuation, against the full model.
 
-A window is a context, which is read in the mode to be measured, and a continuation, which is teacher-forced
-in full over that context's K/V. Both models see the same windows, in one process, on the
-same weights; only the mode of the context differs. Compared are the distributions that predict each
-token of the continuation, the first of which comes from the context's last token.
+A window is a context, read in the mode to be measured, and a continuation, teacher-forced in full
+over that context's K/V. Both models see the same windows, in one process, on the same weights; only
+the mode of the context differs. Compared are the distributions that predict each token of the
+continuation, the first of which comes from the context's last token.
 """
 
 from collections.abc import Callable, Iterable, Sequence
