@@ -5,7 +5,7 @@ Every byte of the source goes through as it is: keys, tensor table and data.
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,12 @@ from .errors import FormatError
 from .header import MAGIC, Header, TensorInfo, align, truncated
 from .source import SPLIT_PREFIX, Source
 
-# Larger writes cost more: the kernel then looks for larger pages (docs/lab-notebook.md).
+# Larger writes took the kernel twice as long (docs/lab-notebook.md).
 CHUNK_BYTES = 256 << 10
 N_BUFFERS = 8
 _COUNTS = struct.Struct("<IQQ")
 
+TensorTable = Sequence[TensorInfo]
 Write = Callable[[memoryview], object]
 Advance = Callable[[int], object]
 
@@ -36,8 +37,21 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class NewTensor:
+    """A tensor made here; `dims` as ggml has them (row length first)."""
+
+    name: str
+    dims: tuple[int, ...]
+    type: int
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Content:
-    """All of a file: `keys` and `tensors` are the raw bytes of its two tables."""
+    """All of a file: `keys` and `tensors` are the raw bytes of its two tables.
+
+    `added` follows the data of `stretches`: padding and new tensors.
+    """
 
     version: int
     n_keys: int
@@ -46,6 +60,7 @@ class Content:
     tensors: bytes
     alignment: int
     stretches: tuple[Stretch, ...]
+    added: tuple[bytes, ...] = ()
 
     @property
     def header(self) -> bytes:
@@ -56,14 +71,61 @@ class Content:
 
     @property
     def data_bytes(self) -> int:
+        """What is copied."""
         return sum(stretch.size_bytes + stretch.n_zeros for stretch in self.stretches)
 
     @property
     def size_bytes(self) -> int:
-        return len(self.header) + self.data_bytes
+        return len(self.header) + self.data_bytes + sum(map(len, self.added))
 
     def with_keys(self, keys: tuple[bytes, ...]) -> "Content":
         return replace(self, n_keys=self.n_keys + len(keys), keys=self.keys + b"".join(keys))
+
+
+def with_tensors(content: Content, tensors: Sequence[NewTensor], table: TensorTable) -> Content:
+    """Append tensors; `table` is the one of `content`. Raises FormatError for trailing bytes."""
+    end = max((info.offset + info.size_bytes for info in table), default=0)
+    offset = align(end, content.alignment)
+    gap = offset - content.data_bytes
+    if gap < 0:
+        raise FormatError(
+            "the model has bytes after its last tensor, so that none can be added",
+            "write it anew with llama-quantize (type COPY), or use --projection own",
+        )
+    rows, added = [], [bytes(gap)]
+    for tensor in tensors:
+        size = len(tensor.data)
+        rows.append(
+            _encode_tensor(TensorInfo(tensor.name, tensor.dims, tensor.type, 0, size), offset)
+        )
+        added.append(tensor.data + bytes(-size % content.alignment))
+        offset += len(added[-1])
+    return replace(
+        content,
+        n_tensors=content.n_tensors + len(tensors),
+        tensors=content.tensors + b"".join(rows),
+        added=tuple(added),
+    )
+
+
+def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
+    """Less the last rows of its table: the file of `size_bytes` that it was without them.
+
+    Raises FormatError when such a file cannot have been.
+    """
+    n_row_bytes = sum(len(_encode_tensor(tensor, 0)) for tensor in tensors)
+    shorter = replace(
+        content,
+        n_tensors=content.n_tensors - len(tensors),
+        tensors=content.tensors[:-n_row_bytes],
+    )
+    [stretch] = content.stretches
+    n_data_bytes = size_bytes - len(shorter.header)
+    if not 0 <= n_data_bytes <= stretch.size_bytes:
+        raise FormatError(
+            f"{stretch.path} was changed after its conversion", "take the original file"
+        )
+    return replace(shorter, stretches=(replace(stretch, size_bytes=n_data_bytes),))
 
 
 def read_content(source: Source, *, without: str) -> Content:
@@ -163,7 +225,8 @@ def same_data(content: Content, written: Path, start: int, advance: Advance) -> 
                 if not np.array_equal(np.asarray(chunk), np.asarray(found[:n_bytes])):
                     return False
                 advance(len(chunk))
-        return not file.read(1)
+        added = all(file.read(len(blob)) == blob for blob in content.added)
+        return added and not file.read(1)
 
 
 class _Hashing:
