@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
+from .content import NewTensor
 from .errors import PopError
 from .weights import OwnProjection
 
@@ -58,16 +59,6 @@ class KvType(str, Enum):
     @property
     def ggml(self) -> GGMLQuantizationType:
         return GGMLQuantizationType[self.name]
-
-
-@dataclass(frozen=True)
-class FittedTensor:
-    """A tensor to be written; `dims` as ggml has them (row length first)."""
-
-    name: str
-    dims: tuple[int, ...]
-    type: int
-    data: bytes
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,7 @@ def _check(layer: int, gram: Gram) -> None:
 
 
 def directions(xx: Doubles) -> float:
-    """Over how many directions the normalised inputs spread: (sum of eigenvalues)^2 / of squares."""
+    """Over how many directions the normalised inputs spread: trace^2 / sum of squares."""
     power = xx.diagonal()[:-1]
     used = power > 0
     scale = 1 / np.sqrt(power[used])
@@ -203,7 +194,7 @@ def _dense_solve(system: Doubles, rest: Doubles) -> Doubles:
     return solution
 
 
-def encode(fitted: FittedLayer, kind: KvType) -> tuple[FittedTensor, ...]:
+def encode(fitted: FittedLayer, kind: KvType) -> tuple[NewTensor, ...]:
     """The four tensors of a layer as they go into the file."""
     tensors = []
     for part, projection in (("k", fitted.k), ("v", fitted.v)):
@@ -211,6 +202,6 @@ def encode(fitted: FittedLayer, kind: KvType) -> tuple[FittedTensor, ...]:
         n_out, n_embd = projection.weight.shape
         weight = quantize(projection.weight, kind.ggml)
         bias = projection.bias
-        tensors.append(FittedTensor(f"{name}.weight", (n_embd, n_out), kind.ggml, weight.tobytes()))
-        tensors.append(FittedTensor(f"{name}.bias", (n_out,), 0, bias.tobytes()))
+        tensors.append(NewTensor(f"{name}.weight", (n_embd, n_out), kind.ggml, weight.tobytes()))
+        tensors.append(NewTensor(f"{name}.bias", (n_out,), 0, bias.tobytes()))
     return tuple(tensors)

@@ -6,9 +6,9 @@ whose skipped layers use their own K/V projections opens everywhere.
 
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gguf import GGUFValueType
 
@@ -32,7 +32,36 @@ PREFIX = "pop."
 VERSION = 1
 OWN = "own"
 FITTED = "fitted"
+# In the names of fitted tensors, and of no others.
+TENSOR_MARK = ".pop_"
 CONVERT_AGAIN = "update pop-local, or convert the model again"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What projections were fitted on. `sha256`: of the text, or of the tokens when sampled."""
+
+    name: str
+    sha256: str
+    n_tokens: int
+    ridge: float
+    weighting: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Quality on text that was not calibrated on: pruned against full; see `pop-local eval`."""
+
+    kl_mean: float = 0.0
+    kl_se: float = 0.0
+    kl_p99: float = 0.0
+    kl_first: float = 0.0
+    ppl_full: float = 0.0
+    ppl_ratio: float = 0.0
+    top1_agreement: float = 0.0
+    copy_ppl_ratio: float = 0.0
+    copy_top1: float = 0.0
+    induction_delta_nll: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +71,8 @@ class PopMeta:
     `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
     `sink_tokens` and `tail_tokens` run in full at the prompt's two ends; prompts shorter than
     `min_prompt` run in full altogether. `source_sha256` is the hash of the file that stripping
-    gives back: the source, or the single file that the source's parts add up to.
+    gives back: the source, or the single file that the source's parts add up to. `source_bytes`
+    is its size when tensors were added, otherwise 0.
     """
 
     schedule: str
@@ -54,6 +84,9 @@ class PopMeta:
     source_sha256: str = ""
     tool: str = ""
     version: int = VERSION
+    source_bytes: int = 0
+    calibration: Calibration | None = None
+    measured: Measured | None = None
 
     @property
     def n_layer(self) -> int:
@@ -77,6 +110,10 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
 )
+# Only in files with fitted projections; 64 bits wide.
+_SOURCE_BYTES = "pop.source.size_bytes"
+_CALIBRATION = "pop.calibration."
+_MEASURED = "pop.measured."
 
 
 def make_schedule(n_layer: int, boundary: int) -> str:
@@ -111,19 +148,40 @@ def pop_meta(header: Header) -> PopMeta | None:
         raise FormatError(
             f"{header.path} has POP version {version}; known is {VERSION}", CONVERT_AGAIN
         )
-    fields: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, field, kind in _KEYS:
         value = header.get(name)
         if value is None:
             continue
         if type(value) is not kind:
             raise FormatError(f"{header.path}: {name} is not of type {kind.__name__}")
-        fields[field] = value
-    if "schedule" not in fields:
+        values[field] = value
+    values["source_bytes"] = header.get(_SOURCE_BYTES) or 0
+    values["calibration"] = _read_group(header, _CALIBRATION, Calibration)
+    values["measured"] = _read_group(header, _MEASURED, Measured)
+    if "schedule" not in values:
         raise FormatError(f"{header.path} has POP keys but no pop.schedule", CONVERT_AGAIN)
-    meta = PopMeta(**fields)
+    meta = PopMeta(**values)
     _check_fit(meta, header)
     return meta
+
+
+Group = TypeVar("Group", Calibration, Measured)
+
+
+def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
+    """The keys that begin with `prefix`, or None when there are none. Raises FormatError."""
+    found = {field.name: header.get(prefix + field.name) for field in fields(group)}
+    if all(value is None for value in found.values()):
+        return None
+    for field in fields(group):
+        if type(found[field.name]) is not field.type:
+            raise FormatError(
+                f"{header.path}: {prefix}{field.name} is missing or not of type "
+                f"{field.type.__name__}",  # type: ignore[union-attr]
+                CONVERT_AGAIN,
+            )
+    return group(**found)
 
 
 def _check_fit(meta: PopMeta, header: Header) -> None:
@@ -143,12 +201,21 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     """The keys as they stand in a file, one after the other."""
-    return tuple(_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS)
+    keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
+    if meta.source_bytes:
+        kind = struct.pack("<IQ", GGUFValueType.UINT64, meta.source_bytes)
+        keys.append(_text(_SOURCE_BYTES) + kind)
+    for prefix, group in ((_CALIBRATION, meta.calibration), (_MEASURED, meta.measured)):
+        if group is not None:
+            keys += [_encode_key(prefix + name, value) for name, value in vars(group).items()]
+    return tuple(keys)
 
 
-def _encode_key(name: str, value: int | str) -> bytes:
+def _encode_key(name: str, value: float | str) -> bytes:
     if isinstance(value, str):
         return _text(name) + struct.pack("<I", GGUFValueType.STRING) + _text(value)
+    if isinstance(value, float):
+        return _text(name) + struct.pack("<Id", GGUFValueType.FLOAT64, value)
     return _text(name) + struct.pack("<II", GGUFValueType.UINT32, value)
 
 

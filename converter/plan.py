@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .errors import PlanError
-from .format import OWN, PopMeta, make_schedule
+from .format import OWN, Calibration, Measured, PopMeta, make_schedule
 from .shape import ModelShape
 
 # The paper's middle setting: most of the speed for little of the quality.
@@ -33,7 +33,21 @@ class Plan:
     def n_skipped(self) -> int:
         return self.shape.n_layer - self.boundary
 
-    def meta(self, source_name: str, source_sha256: str, tool: str) -> PopMeta:
+    @property
+    def fitted_layers(self) -> range:
+        """Layers whose K/V projections are fitted: the boundary's own are exact."""
+        return range(self.boundary + 1, self.shape.n_layer)
+
+    def meta(
+        self,
+        source_name: str,
+        source_sha256: str,
+        tool: str,
+        *,
+        source_bytes: int = 0,
+        calibration: Calibration | None = None,
+        measured: Measured | None = None,
+    ) -> PopMeta:
         return PopMeta(
             schedule=self.schedule,
             projection=self.projection,
@@ -43,6 +57,9 @@ class Plan:
             source_name=source_name,
             source_sha256=source_sha256,
             tool=tool,
+            source_bytes=source_bytes,
+            calibration=calibration,
+            measured=measured,
         )
 
 
@@ -68,6 +85,7 @@ def make_plan(
     sink_tokens: int = PopMeta.sink_tokens,
     tail_tokens: int = PopMeta.tail_tokens,
     min_prompt: int = PopMeta.min_prompt,
+    projection: str = OWN,
 ) -> Plan:
     """Settle the boundary: as given, else from `skip`, rounded to whole layers but never to none.
 
@@ -84,7 +102,7 @@ def make_plan(
     for name, value in (("sink", sink_tokens), ("tail", tail_tokens), ("min-prompt", min_prompt)):
         if not 0 <= value <= MAX_U32:
             raise PlanError(f"--{name} {value} is not a number of tokens")
-    return Plan(shape, boundary, OWN, sink_tokens, tail_tokens, min_prompt)
+    return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)
 
 
 def _n_skipped(n_layer: int, skip: Skip) -> int:

@@ -1,13 +1,31 @@
 """Writes converted files, and turns them back: streaming, atomic, and proved by reading back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .content import Advance, Content, copy_data, read_content, same_data
+from .content import (
+    Advance,
+    Content,
+    NewTensor,
+    copy_data,
+    read_content,
+    same_data,
+    with_tensors,
+    without_last,
+)
 from .errors import FormatError, PlanError, WriteError
-from .format import PREFIX, PopMeta, encode_keys, pop_meta
+from .format import (
+    FITTED,
+    PREFIX,
+    TENSOR_MARK,
+    Calibration,
+    Measured,
+    PopMeta,
+    encode_keys,
+    pop_meta,
+)
 from .output import check_output, replacing
 from .plan import Plan
 from .shape import source_shape
@@ -20,6 +38,18 @@ _UNKNOWN_SHA256 = "0" * 64
 
 def _nothing(done_bytes: int, total_bytes: int) -> None:
     return
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Fitted projections as they go into the file, and what they were fitted on."""
+
+    calibration: Calibration
+    tensors: tuple[NewTensor, ...]
+
+
+# Called with the written file before it takes its place; raising keeps it from doing so.
+Examine = Callable[[Path], Measured]
 
 
 @dataclass(frozen=True)
@@ -43,30 +73,48 @@ def convert(
     src: Path,
     dst: Path,
     *,
+    fitted: Fitted | None = None,
+    examine: Examine | None = None,
     progress: Progress = _nothing,
     force: bool = False,
 ) -> PopMeta:
     """Write `src`, one file or the first of several parts, to `dst` with the keys of `plan`.
 
     Then read both again and compare every byte. `progress` gets the bytes done and those in total,
-    of both passes. Raises FormatError, PlanError,
-    OutputExistsError, WriteError; an earlier `dst` stays then, and nothing new is left.
+    of both passes. `fitted` belongs to a plan with fitted projections; `examine` measures the
+    written file. Raises FormatError, PlanError, OutputExistsError, WriteError; an earlier `dst`
+    stays then, and nothing new is left.
     """
     source = _unconverted(src)
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan was made for another model than {src}")
+    if (plan.projection == FITTED) != (fitted is not None):
+        raise PlanError("the plan is for fitted projections, and there are none (or the reverse)")
     original = read_content(source, without=PREFIX)
-    draft = original.with_keys(encode_keys(plan.meta(source.name, _UNKNOWN_SHA256, _tool())))
+    meta = plan.meta(
+        source.name,
+        _UNKNOWN_SHA256,
+        _tool(),
+        source_bytes=original.size_bytes if fitted else 0,
+        calibration=fitted.calibration if fitted else None,
+        measured=Measured() if examine else None,
+    )
+    whole = with_tensors(original, fitted.tensors, source.tensors) if fitted else original
+    draft = whole.with_keys(encode_keys(meta))
     check_output(dst, _paths(source), draft.size_bytes, force=force)
     meter = _Meter(progress, 2 * original.data_bytes)
     with replacing(dst, force=force) as file:
         file.write(draft.header)
         sha256 = copy_data(original, original.header, file.write, meter.add)
-        meta = plan.meta(source.name, sha256, _tool())
-        file.seek(0)
-        file.write(original.with_keys(encode_keys(meta)).header)
+        file.writelines(draft.added)
         file.flush()
-        if not _verify(Path(file.name), original, meta, meter.add):
+        written = Path(file.name)
+        measured = examine(written) if examine else None
+        meta = replace(meta, source_sha256=sha256, measured=measured)
+        file.seek(0)
+        file.write(whole.with_keys(encode_keys(meta)).header)
+        file.flush()
+        if not _verify(written, original, whole, meta, meter.add):
             raise WriteError(
                 f"what was written to {dst} is not what was read", "check the disk, then try again"
             )
@@ -83,7 +131,7 @@ def strip(src: Path, dst: Path, *, progress: Progress = _nothing, force: bool = 
     meta = pop_meta(source.first)
     if meta is None:
         raise FormatError(f"{src} has no POP keys: there is nothing to strip")
-    original = read_content(source, without=PREFIX)
+    original = _original(source, meta)
     check_output(dst, _paths(source), original.size_bytes, force=force)
     meter = _Meter(progress, original.data_bytes)
     with replacing(dst, force=force) as file:
@@ -97,14 +145,22 @@ def strip(src: Path, dst: Path, *, progress: Progress = _nothing, force: bool = 
     return meta
 
 
-def _verify(written: Path, original: Content, meta: PopMeta, advance: Advance) -> bool:
-    """Whether what lies on disk is the original, byte for byte, and the keys of `meta`."""
-    source = read_source(written)
+def _original(source: Source, meta: PopMeta) -> Content:
+    """What a converted file was made from. Raises FormatError."""
     content = read_content(source, without=PREFIX)
+    added = [tensor for tensor in source.tensors if TENSOR_MARK in tensor.name]
+    return without_last(content, added, meta.source_bytes) if added else content
+
+
+def _verify(
+    written: Path, original: Content, whole: Content, meta: PopMeta, advance: Advance
+) -> bool:
+    """Whether what lies on disk is the original, byte for byte, what was added, and `meta`."""
+    source = read_source(written)
     return (
         pop_meta(source.first) == meta
-        and content.header == original.header
-        and same_data(original, written, source.first.data_start, advance)
+        and _original(source, meta).header == original.header
+        and same_data(whole, written, source.first.data_start, advance)
     )
 
 
