@@ -49,7 +49,7 @@ def expected(trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: 
         (trio.original, lambda n: (n - n_tail, n)),
     ]
     results: dict[str, np.ndarray] = {}
-    for model, span in phases:
+    for model, span in phases if trio.n_sink else phases[1:]:
         steps: list[Step] = []
         for number, tokens in enumerate(prompts):
             start, end = span(len(tokens))
@@ -58,12 +58,13 @@ def expected(trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: 
             steps += [Step("load", path=state)] if start > 0 else []
             steps.append(Step("decode", str(number), tokens=tokens[start:end], pos=start))
             steps.append(Step("save", path=state))
-        if trio.n_sink or model == trio.silent or results:
-            results = run(replace(job, model=str(model), steps=tuple(steps)))
-    return np.stack([results[str(number)][-1] for number in range(len(prompts))])
+        results = run(replace(job, model=str(model), steps=tuple(steps)))
+    return np.concatenate([results[str(number)] for number in range(len(prompts))])
 
 
-def pruned(trio: Trio, prompts: list[Tokens], n_tail: int, job: Job) -> tuple[np.ndarray, tuple[int, int]]:
+def pruned(
+    trio: Trio, prompts: list[Tokens], n_tail: int, job: Job
+) -> tuple[np.ndarray, tuple[int, int]]:
     """The patched library's logits, float32 [n_prompts, n_vocab], and its (context, full) counts."""
     steps: list[Step] = []
     for number, tokens in enumerate(prompts):
@@ -77,22 +78,19 @@ def pruned(trio: Trio, prompts: list[Tokens], n_tail: int, job: Job) -> tuple[np
     return logits, (n_context, n_full)
 
 
-def unpatched_noise(trio: Trio, prompts: list[Tokens], n_tail: int, job: Job) -> float:
-    """How far the unpatched library is from itself when the same tokens come in other batches.
+def unpatched_noise(
+    trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: Job
+) -> float:
+    """How far the oracle, all unpatched, is from itself when its batches have other shapes.
 
-    The largest distance over the prompts and three ways to cut them, the first being the oracle's own.
+    The largest distance over the prompts and two ubatches that no kernel is tiled for.
     """
-    steps: list[Step] = []
-    for number, tokens in enumerate(prompts):
-        n = len(tokens)
-        for way, cuts in enumerate([(), (trio.n_sink, n - n_tail), (n - n_tail,), (n // 2,)]):
-            steps += [Step("remove"), *_decode_in_parts(f"{number} {way}", tokens, cuts)]
-    results = run(replace(job, model=str(trio.original), steps=tuple(steps)))
-    return max(
-        distance(results[f"{number} 0"], results[f"{number} {way}"])
-        for number in range(len(prompts))
-        for way in (1, 2, 3)
+    want = expected(trio, prompts, n_tail, folder, job)
+    others = (
+        expected(trio, prompts, n_tail, folder, replace(job, n_ubatch=n_ubatch))
+        for n_ubatch in (71, 7)
     )
+    return max(distance(*pair) for other in others for pair in zip(want, other, strict=True))
 
 
 def distance(logits: np.ndarray, other: np.ndarray) -> float:
@@ -100,9 +98,5 @@ def distance(logits: np.ndarray, other: np.ndarray) -> float:
     return float(np.sqrt(np.mean((logits - other) ** 2)))
 
 
-def _decode_in_parts(name: str, tokens: Tokens, cuts: tuple[int, ...]) -> list[Step]:
-    edges = (0, *(cut for cut in cuts if cut > 0), len(tokens))
-    return [
-        Step("decode", name, tokens=tokens[start:end], pos=start)
-        for start, end in zip(edges, edges[1:], strict=False)
-    ]
+def mean_distance(logits: np.ndarray, other: np.ndarray) -> float:
+    return float(np.mean([distance(*pair) for pair in zip(logits, other, strict=True)]))

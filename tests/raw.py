@@ -20,7 +20,8 @@ COUNTERS = "counters"
 
 @dataclass(frozen=True)
 class Step:
-    """One call. `op`: decode, save, load, remove, shift, mode, boundary, full_from, counters.
+    """One call. `op`: decode, save, load, remove, shift, mode, boundary, full_from,
+    sink, counters.
 
     decode: `tokens` from `pos` on in `seq`; `logits` "last", "all" or "none"; `more`: further
     (seq, pos, tokens) in the same batch, with the logits of their last token. save, load: the state of
@@ -113,13 +114,16 @@ class Session:
 
     def _set_lora(self, path: str) -> None:
         adapter = self.lib.llama_adapter_lora_init(self.model, path.encode())
-        adapters = (ctypes.c_void_p * 1)(adapter)
+        adapters = (self.lib.llama_adapter_lora_p_ctypes * 1)(adapter)
         if self.lib.llama_set_adapters_lora(self.ctx, adapters, 1, (ctypes.c_float * 1)(1.0)):
             raise RuntimeError("the LoRA adapter does not apply")
 
     def _set_cvec(self, cvec: tuple[float, ...]) -> None:
         data = (ctypes.c_float * len(cvec))(*cvec)
-        n_embd, n_layer = self.lib.llama_model_n_embd(self.model), self.lib.llama_model_n_layer(self.model)
+        n_embd, n_layer = (
+            self.lib.llama_model_n_embd(self.model),
+            self.lib.llama_model_n_layer(self.model),
+        )
         if self.lib.llama_set_adapter_cvec(self.ctx, data, len(cvec), n_embd, 1, n_layer):
             raise RuntimeError("the control vector does not apply")
 
@@ -133,7 +137,9 @@ class Session:
         outputs, row = [], 0
         for seq, pos, tokens in parts:
             for offset, token in enumerate(tokens):
-                is_output = step.logits == "all" or (step.logits == "last" and offset == len(tokens) - 1)
+                is_output = step.logits == "all" or (
+                    step.logits == "last" and offset == len(tokens) - 1
+                )
                 batch.token[row], batch.pos[row] = token, pos + offset
                 batch.n_seq_id[row], batch.seq_id[row][0] = 1, seq
                 batch.logits[row] = is_output
@@ -144,7 +150,9 @@ class Session:
         if status != 0:
             raise RuntimeError(f"llama_decode returned {status}")
         rows = [
-            np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.ctx, row), (self.n_vocab,)).copy()
+            np.ctypeslib.as_array(
+                self.lib.llama_get_logits_ith(self.ctx, row), (self.n_vocab,)
+            ).copy()
             for row in outputs
         ]
         self.lib.llama_batch_free(batch)
@@ -178,6 +186,9 @@ class Session:
 
     def _full_from(self, step: Step) -> None:
         self._pop("llama_pop_set_full_from", step.seq, step.value)
+
+    def _sink(self, step: Step) -> None:
+        self._pop("llama_pop_set_sink", step.value)
 
     def _counters(self, step: Step) -> np.ndarray:
         counters = (ctypes.c_int64 * 2)()

@@ -52,6 +52,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_set_boundary": ([_POINTER, _INT32], _INT32),
     "llama_pop_get_boundary": ([_POINTER], _INT32),
     "llama_pop_set_full_from": ([_POINTER, _INT32, _INT32], _INT32),
+    "llama_pop_set_sink": ([_POINTER, _INT32], _INT32),
     "llama_pop_get_counters": ([_POINTER, ctypes.POINTER(_CCounters)], None),
     "llama_pop_reset_counters": ([_POINTER], None),
 }
@@ -120,6 +121,11 @@ def set_boundary(ctx: Any, layer: int) -> None:
 def set_full_from(ctx: Any, position: int, sequence: int = 0) -> None:
     """Rows of the sequence at or past the position are full; -1: none by position."""
     _set("llama_pop_set_full_from", ctx, sequence, position)
+
+
+def set_sink(ctx: Any, n_tokens: int) -> None:
+    """Rows of every sequence below this position are full; -1 goes back to the file's number."""
+    _set("llama_pop_set_sink", ctx, n_tokens)
 
 
 def get_counters(ctx: Any) -> Counters:

@@ -370,6 +370,11 @@ int32_t llama_pop_set_full_from(llama_context * ctx, llama_seq_id seq_id, llama_
     return 0;
 }
 
+int32_t llama_pop_set_sink(llama_context * ctx, int32_t n_tokens) {
+    ctx->pop().sink_tokens = n_tokens < 0 ? ctx->get_model().hparams.pop.sink_tokens : n_tokens;
+    return 0;
+}
+
 void llama_pop_get_counters(const llama_context * ctx, llama_pop_counters * counters) {
     *counters = ctx->pop_counters;
 }

@@ -66,6 +66,9 @@ extern "C" {
     // the rows of this sequence at or past pos are full, -1: none by position
     LLAMA_API int32_t llama_pop_set_full_from(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
 
+    // the rows of every sequence below position n are full, -1: as many as the file asks for
+    LLAMA_API int32_t llama_pop_set_sink(struct llama_context * ctx, int32_t n_tokens);
+
     LLAMA_API void llama_pop_get_counters  (const struct llama_context * ctx, struct llama_pop_counters * counters);
     LLAMA_API void llama_pop_reset_counters(struct llama_context * ctx);
 
