@@ -1,8 +1,9 @@
 """What pruning must give, computed by the unpatched library alone (DESIGN.md, section 3).
 
-A model whose deep layers' attn_output and ffn_down are zero keeps the boundary state through them, so it
-fills the deep KV cache from that state exactly as pruning does. Context tokens run through that model,
-full tokens through the real one, and the state of the KV cache is carried from one to the other.
+A model whose deep layers' attn_output and ffn_down are zero keeps the boundary state through them,
+so it fills the deep KV cache from that state exactly as pruning does. Context tokens run through
+that model, full tokens through the real one, and the state of the KV cache is carried from one to
+the other.
 """
 
 from dataclasses import dataclass, replace
@@ -65,7 +66,7 @@ def expected(trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: 
 def pruned(
     trio: Trio, prompts: list[Tokens], n_tail: int, job: Job
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """The patched library's logits, float32 [n_prompts, n_vocab], and its (context, full) counts."""
+    """The patched library's logits, float32 [n_prompts, n_vocab], and (context, full) counts."""
     steps: list[Step] = []
     for number, tokens in enumerate(prompts):
         steps.append(Step("remove"))

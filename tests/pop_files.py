@@ -42,7 +42,7 @@ def add_to(src: Path, dst: Path, keys: Keys, tensors: Tensors | None = None) -> 
 
 
 def own_as_fitted(src: Path, boundary: int, n_layer: int) -> Tensors:
-    """Fitted tensors that are the layers' own projections, bias and all: pruning must not differ."""
+    """Fitted tensors that are the layers' own projections: pruning must not differ."""
     by_name = {tensor.name: tensor for tensor in gguf.GGUFReader(src).tensors}
     tensors: Tensors = {}
     for layer in range(boundary + 1, n_layer):

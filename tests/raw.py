@@ -1,7 +1,7 @@
 """A script of llama.cpp calls, run in a child process with the patched or the unpatched library.
 
-`run(Job(...))` gives back, by name, the logits of each decode step that has a name. What is shared between
-jobs (states of a sequence) goes through files. This module imports no code of pop_local.
+`run(Job(...))` gives back, by name, the logits of each decode step that has a name. What is shared
+between jobs (states of a sequence) goes through files. This module imports no code of pop_local.
 """
 
 import ctypes
@@ -24,8 +24,9 @@ class Step:
     sink, counters.
 
     decode: `tokens` from `pos` on in `seq`; `logits` "last", "all" or "none"; `more`: further
-    (seq, pos, tokens) in the same batch, with the logits of their last token. save, load: the state of
-    `seq` to or from `path`. shift: positions from `pos` on move by `value` (the tokens before are removed).
+    (seq, pos, tokens) in the same batch, with the logits of their last token. save, load: the
+    state of `seq` to or from `path`. shift: positions from `pos` on move by `value`, the tokens
+    before them are removed.
     """
 
     op: str

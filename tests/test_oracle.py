@@ -1,4 +1,4 @@
-"""The patched library against the oracle of the unpatched one, and against the unpatched one itself."""
+"""The patched library against the oracle, and against the unpatched library itself."""
 
 from dataclasses import replace
 from pathlib import Path
