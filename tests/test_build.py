@@ -190,6 +190,7 @@ def make_sdist(path: Path, extra: str = "src/extra.cpp") -> Path:
     files = {
         "llama_cpp/__init__.py": '__version__ = "0.3.36"\n',
         "vendor/llama.cpp/src/a.cpp": "\n".join(LINES) + "\n",
+        "vendor/llama.cpp/tools/ui/deep/in/a/path.svelte": "",
         extra: "",
     }
     with tarfile.open(path, "w:gz") as archive:
@@ -231,6 +232,7 @@ def test_prepare_extracts_patches_and_names_the_version(package, tmp_path):
     source = prepare(recipe(package, env)) / "src"
     assert read(source / "vendor/llama.cpp/src/a.cpp") == "\n".join(PATCHED) + "\n"
     assert read(source / "vendor/llama.cpp/src/llama-pop.cpp") == "int pop;\n"
+    assert not (source / "vendor/llama.cpp/tools/ui").exists()
     assert read(source / "llama_cpp/__init__.py") == '__version__ = "0.3.36+pop1"\n'
 
 
@@ -367,8 +369,7 @@ def test_the_app_asks_for_the_version_that_is_built():
     assert f"llama-cpp-python=={built.version}" in project["dependencies"]
 
 
-def test_every_package_is_installed():
-    packages = set(tomllib.loads(read(ROOT / "pyproject.toml"))["tool"]["setuptools"]["packages"])
-    modules = (path.parent.relative_to(ROOT) for path in (ROOT / "pop_local").rglob("*.py"))
-    present = {".".join(folder.parts) for folder in modules}
-    assert present | {"pop_converter", "pop_local.catalog"} == packages
+def test_every_module_lies_in_a_package_that_setup_finds():
+    for folder in ("pop_local", "converter"):
+        for module in (ROOT / folder).rglob("*.py"):
+            assert (module.parent / "__init__.py").is_file()
