@@ -85,6 +85,13 @@ class Gram:
         self.xx: Doubles = np.zeros((n_embd + 1, n_embd + 1))
         self.xy: Doubles = np.zeros((n_embd + 1, n_kv))
 
+    @classmethod
+    def of(cls, xx: Doubles, xy: Doubles) -> "Gram":
+        """The sums themselves, as an earlier run left them."""
+        gram = cls.__new__(cls)
+        gram.xx, gram.xy = xx, xy
+        return gram
+
     def add(self, x: Floats, y: Floats, weights: Floats) -> None:
         """Add one window: x [n, n_embd + 1] (see `with_bias`), y [n, n_k + n_v], weights [n]."""
         root = np.sqrt(weights)[:, None]
@@ -170,14 +177,14 @@ def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
     """The ridge of each input, in units of its diagonal of X'DX."""
     seen = gain**2 * xx.diagonal()[:-1]
     weak = WEAK_INPUT * seen.mean()
-    raised = np.maximum(1, weak / np.maximum(seen, 1e-12 * weak + 1e-300))
+    raised = np.maximum(1, weak / np.maximum(seen, 1e-30 * weak + 1e-300))
     return np.append(ridge * raised, BIAS_RIDGE)
 
 
 def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
     """(xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first."""
     power = xx.diagonal()
-    scale = 1 / np.sqrt(np.where(power > 0, power, 1))
+    scale: Doubles = np.asarray(1 / np.sqrt(np.where(power > 0, power, 1)), np.float64)
     system = xx * scale * scale[:, None]
     system[np.diag_indices_from(system)] = np.where(power > 0, 1 + ridge, 1)
     solution: Doubles = _dense_solve(system, rest * scale[:, None])

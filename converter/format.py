@@ -171,7 +171,7 @@ Group = TypeVar("Group", Calibration, Measured)
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
     """The keys that begin with `prefix`, or None when there are none. Raises FormatError."""
-    found = {field.name: header.get(prefix + field.name) for field in fields(group)}
+    found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None
     for field in fields(group):
@@ -211,7 +211,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     return tuple(keys)
 
 
-def _encode_key(name: str, value: float | str) -> bytes:
+def _encode_key(name: str, value: int | float | str) -> bytes:
     if isinstance(value, str):
         return _text(name) + struct.pack("<I", GGUFValueType.STRING) + _text(value)
     if isinstance(value, float):

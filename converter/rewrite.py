@@ -16,6 +16,7 @@ from .content import (
     without_last,
 )
 from .errors import FormatError, PlanError, WriteError
+from .fit import KvType
 from .format import (
     FITTED,
     PREFIX,
@@ -26,6 +27,7 @@ from .format import (
     encode_keys,
     pop_meta,
 )
+from .header import BLOCK_SIZES
 from .output import check_output, replacing
 from .plan import Plan
 from .shape import source_shape
@@ -60,12 +62,31 @@ class Sizes:
     output_bytes: int
 
 
-def measure(plan: Plan, src: Path) -> Sizes:
-    """The sizes of a conversion, without doing it. Raises as `convert` does for a bad source."""
+def measure(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
+    """The sizes of a conversion, without doing it (padding and measured quality aside).
+
+    Raises as `convert` does for a bad source.
+    """
     source = _unconverted(src)
     content = read_content(source, without=PREFIX)
     meta = plan.meta(source.name, _UNKNOWN_SHA256, _tool())
-    return Sizes(source.size_bytes, content.with_keys(encode_keys(meta)).size_bytes)
+    written = content.with_keys(encode_keys(meta)).size_bytes
+    if plan.projection == FITTED:
+        written += stored_bytes(plan, KvType(kv_type))
+    return Sizes(source.size_bytes, written)
+
+
+def stored_bytes(plan: Plan, kind: KvType) -> int:
+    """What fitted weights and biases take in a file."""
+    n_embd = plan.shape.n_embd
+    n_weights = sum(plan.shape.kv_macs[layer] for layer in plan.fitted_layers)
+    n_elements, n_bytes = BLOCK_SIZES[kind.ggml]
+    return n_weights // n_elements * n_bytes + 4 * n_weights // n_embd
+
+
+def check_target(src: Path, dst: Path, sizes: Sizes, *, force: bool) -> None:
+    """Refuse an output beforehand, as `convert` would. Raises OutputExistsError, WriteError."""
+    check_output(dst, _paths(_unconverted(src)), sizes.output_bytes, force=force)
 
 
 def convert(

@@ -6,13 +6,24 @@ from typing import Annotated
 
 import typer
 from pop_converter.errors import PlanError
-from pop_converter.format import PopMeta
+from pop_converter.fit import RIDGE
+from pop_converter.format import FITTED, Calibration, Measured, PopMeta
 from pop_converter.plan import DEFAULT_SKIP, Plan, Skip, make_plan, parse_skip
-from pop_converter.rewrite import Sizes, measure
+from pop_converter.rewrite import Fitted, Sizes, check_target, measure
 from pop_converter.rewrite import convert as write_converted
 from pop_converter.shape import source_shape
 from pop_converter.source import Source, read_source
 
+from pop_local.commands.fitting import (
+    FitOptions,
+    KvTypeName,
+    ProjectionName,
+    WeightingName,
+    fit,
+    fit_facts,
+    n_tokens,
+)
+from pop_local.commands.options import GpuLayers, Threads
 from pop_local.measure.limit import speedup_limit
 from pop_local.models import resolve_base
 from pop_local.ui.progress import bytes_progress
@@ -42,6 +53,8 @@ class Report:
     limit_n_prompt: int
     speedup_limit: float
     source_sha256: str | None
+    calibration: Calibration | None
+    measured: Measured | None
 
 
 def convert(
@@ -69,6 +82,46 @@ def convert(
     min_prompt: Annotated[
         int, typer.Option(min=0, help="Shorter prompts run in full altogether.")
     ] = PopMeta.min_prompt,
+    projection: Annotated[
+        ProjectionName,
+        typer.Option(
+            help="K/V of skipped layers: fitted to the model, or their own (lower quality)."
+        ),
+    ] = ProjectionName.FITTED,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="Text to fit on. Default: Python's documentation and samples of the model.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens to fit on. Default: 24 per dimension, 16384 at least."),
+    ] = None,
+    kv_type: Annotated[
+        KvTypeName, typer.Option(help="Type of the fitted weights.")
+    ] = KvTypeName.Q8_0,
+    ridge: Annotated[
+        float, typer.Option(min=0.0, help="Pull of the fit toward the layers' own projections.")
+    ] = RIDGE,
+    weighting: Annotated[
+        WeightingName, typer.Option(help="Whether tokens count by the attention they receive.")
+    ] = WeightingName.ATTENTION,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB", min=0.0, help="For the fit's sums. Default: half of what is free."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Keep the fit when it is stopped, and go on with a kept one."
+        ),
+    ] = False,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = -1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
@@ -79,7 +132,8 @@ def convert(
 ) -> None:
     """Make a copy of a model that reads long prompts faster.
 
-    The weights stay as they are, so stock llama.cpp opens the copy too (and runs it in full).
+    The weights stay as they are. With --projection own stock llama.cpp opens the copy too (and runs
+    it in full); with fitted projections only pop-local does.
     """
     share = _share(skip, boundary)
     path = resolve_base(model)
@@ -91,12 +145,30 @@ def convert(
         sink_tokens=sink,
         tail_tokens=tail,
         min_prompt=min_prompt,
+        projection=projection.value,
     )
-    sizes = measure(plan, path)
+    options = FitOptions(
+        n_tokens=n_tokens(plan, tokens),
+        text=text,
+        kv_type=kv_type.value,
+        ridge=ridge,
+        weighting=weighting.value,
+        memory_gb=memory,
+        resume=resume,
+        n_threads=threads,
+        n_gpu_layers=gpu_layers,
+    )
+    sizes = measure(plan, path, kv_type.value)
     target = output or _default_output(source)
+    is_fitted = plan.projection == FITTED
     if not json:
-        print_facts(_facts(path, plan, sizes))
-    meta = None if dry_run else _write(plan, path, target, force=force)
+        facts = fit_facts(plan, source, options) if is_fitted else []
+        print_facts([*_facts(path, plan, sizes), *facts])
+    meta = None
+    if not dry_run:
+        check_target(path, target, sizes, force=force)
+        fitted = fit(plan, source, target, options) if is_fitted else None
+        meta = _write(plan, path, target, fitted, force=force)
     if json:
         print_json(_report(path, target, plan, sizes, meta))
     elif meta is not None:
@@ -118,9 +190,9 @@ def _default_output(source: Source) -> Path:
     return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
 
 
-def _write(plan: Plan, src: Path, dst: Path, *, force: bool) -> PopMeta:
+def _write(plan: Plan, src: Path, dst: Path, fitted: Fitted | None, *, force: bool) -> PopMeta:
     with bytes_progress("Writing, then reading back") as advance:
-        return write_converted(plan, src, dst, progress=advance, force=force)
+        return write_converted(plan, src, dst, fitted=fitted, progress=advance, force=force)
 
 
 def _limit(plan: Plan) -> float:
@@ -160,4 +232,6 @@ def _report(src: Path, dst: Path, plan: Plan, sizes: Sizes, meta: PopMeta | None
         limit_n_prompt=LIMIT_PROMPT,
         speedup_limit=_limit(plan),
         source_sha256=meta.source_sha256 if meta else None,
+        calibration=meta.calibration if meta else None,
+        measured=meta.measured if meta else None,
     )

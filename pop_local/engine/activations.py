@@ -76,7 +76,8 @@ class _Reader:
         shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
         n_bytes = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + strides[-1]
         raw = self._bytes(address, tensor, n_bytes)
-        return np.ndarray(shape, np.float32, raw, strides=strides)
+        values: Rows = np.ndarray(shape, np.float32, raw, strides=strides)
+        return values
 
     def _bytes(self, address: int, tensor: _Tensor, n_bytes: int) -> Any:
         buffer = ctypes.c_void_p(tensor.buffer)
@@ -98,7 +99,9 @@ class _Reader:
 class _Taps:
     """The evaluation callback: collects a layer's three tensors, then hands them on."""
 
-    def __init__(self, observer: Observer, boundaries: Sequence[int], layers: Sequence[int]) -> None:
+    def __init__(
+        self, observer: Observer, boundaries: Sequence[int], layers: Sequence[int]
+    ) -> None:
         self._observer = observer
         self._wanted: dict[bytes, tuple[str, int]] = {}
         for boundary in boundaries:

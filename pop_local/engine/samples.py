@@ -31,8 +31,9 @@ def sample_windows(
     parts = []
     done, total = 0, n_windows * n_window
     for n in _batches(n_windows):
-        for tokens, step in _sample(model, n, n_window, rng):
-            on_progress(done + n * step, total)
+        tokens = np.full((n, n_window), model.first_token, np.int32)
+        for n_steps in _fill(tokens, model, rng):
+            on_progress(done + n * n_steps, total)
         done += n * n_window
         parts.append(tokens)
     return np.concatenate(parts)
@@ -44,17 +45,16 @@ def _batches(n_windows: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(n_windows), n_batches)]
 
 
-def _sample(
-    model: LoadedModel, n: int, n_window: int, rng: np.random.Generator
-) -> Iterator[tuple[NDArray[np.int32], int]]:
-    tokens = np.full((n, n_window), model.first_token, np.int32)
+def _fill(tokens: NDArray[np.int32], model: LoadedModel, rng: np.random.Generator) -> Iterator[int]:
+    """Sample all but the first column; yields how many columns there are."""
+    n, n_window = tokens.shape
     with model.context(n_ctx=n * n_window, n_batch=n, n_ubatch=n, n_seq_max=n) as ctx:
         batch = _StepBatch(n)
         try:
             for step in range(1, n_window):
                 logits = batch.decode(ctx, tokens[:, step - 1], step - 1, model.n_vocab)
                 tokens[:, step] = [draw(row, rng.random()) for row in logits]
-                yield tokens, step + 1
+                yield step + 1
         finally:
             batch.close()
 

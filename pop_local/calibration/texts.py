@@ -1,0 +1,141 @@
+"""What to calibrate on: the user's text, or what every machine has at hand."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pop_converter.errors import PopError
+
+from pop_local.engine.loaded import LoadedModel
+from pop_local.engine.samples import sample_windows
+
+Windows = NDArray[np.int32]
+
+N_WINDOW = 512
+SEED = 0
+DEFAULT_NAME = "Python documentation topics and samples of the model, half and half"
+# Text is far shorter than this for a token; more of it is not needed to fill a window.
+_MAX_CHARS_PER_TOKEN = 16
+
+
+class CalibrationError(PopError):
+    """The text cannot be used, or is too short."""
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows [n_windows, N_WINDOW]; `sha256` is of the text, of the tokens if some are sampled."""
+
+    name: str
+    sha256: str
+    windows: Windows
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.windows.size)
+
+
+def default_tokens(n_embd: int) -> int:
+    """24 tokens for each dimension of the state, 16k at least, in pairs of windows.
+
+    The error of the fit falls like n_embd / n_tokens: 16k where n_embd is 640, 96k for 4096.
+    """
+    pair = 2 * N_WINDOW
+    return max(16 * 1024, -(-24 * n_embd // pair) * pair)
+
+
+def least_tokens(n_embd: int) -> int:
+    """Fewer leave the fit to the ridge: as many tokens as dimensions, four windows at least."""
+    return max(4, -(-n_embd // N_WINDOW)) * N_WINDOW
+
+
+def n_windows(n_tokens: int, n_embd: int) -> int:
+    """Raises CalibrationError for fewer tokens than the model needs."""
+    least = least_tokens(n_embd)
+    if n_tokens < least:
+        raise CalibrationError(
+            f"{n_tokens:,} tokens are too few to calibrate on: this model needs {least:,}",
+            f"give --tokens {least} or more; the default is {default_tokens(n_embd)}",
+        )
+    return -(-n_tokens // N_WINDOW)
+
+
+def own_text(
+    model: LoadedModel, count: int, on_progress: Callable[[int, int], object]
+) -> CalibrationText:
+    """Half topics of Python's documentation, half samples of the model; no download."""
+    n_sampled = count // 2
+    topics = _cut(model, _topics(), count - n_sampled)
+    sampled = sample_windows(model, n_sampled, N_WINDOW, seed=SEED, on_progress=on_progress)
+    windows = np.concatenate([topics, sampled])
+    return CalibrationText(DEFAULT_NAME, hashlib.sha256(windows.tobytes()).hexdigest(), windows)
+
+
+def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> CalibrationText:
+    """Windows spread evenly over a text; of a shorter text, all there are.
+
+    Raises CalibrationError when the text is empty, binary, or too short for the model.
+    """
+    text = read_text(path)
+    windows = _cut(model, text, count)
+    least = least_tokens(n_embd)
+    if windows.size < least:
+        raise CalibrationError(
+            f"{path} has {windows.size:,} tokens in whole windows of {N_WINDOW}: this model needs "
+            f"{least:,}",
+            "give more text, or leave out --text",
+        )
+    return CalibrationText(path.name, hashlib.sha256(text.encode()).hexdigest(), windows)
+
+
+def read_text(path: Path) -> str:
+    """A file, or all UTF-8 files below a folder in the order of their names."""
+    try:
+        if path.is_dir():
+            raws = [file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()]
+            text = "\n\n".join(part for raw in raws if (part := _decoded(raw)) is not None)
+        else:
+            decoded = _decoded(path.read_bytes())
+            if decoded is None:
+                raise CalibrationError(f"{path} is not text in UTF-8", "give a plain text file")
+            text = decoded
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path}: {error.strerror}", "check --text") from error
+    if not text.strip():
+        raise CalibrationError(f"{path} holds no text", "give a file, or a folder of text files")
+    return text
+
+
+def _decoded(raw: bytes) -> str | None:
+    if b"\0" in raw:
+        return None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+
+
+def _topics() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _cut(model: LoadedModel, text: str, count: int) -> Windows:
+    """Up to `count` windows, spread evenly; each begins as the model wants a text to begin."""
+    prefix = list(model.prefix)
+    n_text = N_WINDOW - len(prefix)
+    n_chars = n_text * _MAX_CHARS_PER_TOKEN
+    if len(text) > count * n_chars:
+        starts = [i * (len(text) - n_chars) // max(count - 1, 1) for i in range(count)]
+        parts = [model.tokenize(text[start : start + n_chars])[:n_text] for start in starts]
+    else:
+        tokens = model.tokenize(text)
+        n_whole = len(tokens) // n_text
+        chosen = [i * n_whole // count for i in range(count)] if n_whole > count else range(n_whole)
+        parts = [tokens[i * n_text : (i + 1) * n_text] for i in chosen]
+    whole = [prefix + part for part in parts if len(part) == n_text]
+    return np.array(whole, np.int32).reshape(-1, N_WINDOW)
