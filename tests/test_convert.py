@@ -22,7 +22,8 @@ PROMPT = tuple(range(3, 60))
 
 
 def command(*arguments: object):
-    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
+    """Own projections: what the fit adds is tested with the fit."""
+    return CliRunner().invoke(app, ["convert", "--projection", "own", *map(str, arguments)])
 
 
 def names(folder: Path) -> set[str]:
