@@ -33,8 +33,8 @@ WEAK_INPUT = 1e-4
 # Of the token weights: the least, and the most attention in units of its mean.
 LEAST_WEIGHT = 0.2
 MOST_ATTENTION = 50.0
-# A text that repeats one phrase spans a few directions, ordinary text dozens.
-LEAST_DIRECTIONS = 4.0
+# Least pivot of the system, whose diagonal is 1: below it rounding decides.
+LEAST_PIVOT = 1e-12
 
 
 class FitError(PopError):
@@ -131,7 +131,7 @@ def token_weights(mass: Floats, weighting: Weighting) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: OwnProjection, ridge: float = RIDGE) -> FittedLayer:
-    """Solve for one layer. Raises FitError when the sums are not finite or of too low a rank."""
+    """Solve for one layer. Raises FitError when the sums are not finite or singular."""
     _check(layer, gram)
     gain = own.gain.astype(np.float64)
     start = np.vstack([gain[:, None] * own.weight.T, own.bias])
@@ -155,22 +155,6 @@ def _check(layer: int, gram: Gram) -> None:
             f"the activations for layer {layer} are not finite",
             "the model's file may be damaged: try whether it answers (pop-local run)",
         )
-    n_directions = directions(gram.xx)
-    if n_directions < LEAST_DIRECTIONS:
-        raise FitError(
-            f"the text spans only {n_directions:.1f} directions of the model's state: it repeats "
-            "itself, and the Gram matrix is singular",
-            "give a text of ordinary variety (--text)",
-        )
-
-
-def directions(xx: Doubles) -> float:
-    """Over how many directions the normalised inputs spread: trace^2 / sum of squares."""
-    power = xx.diagonal()[:-1]
-    used = power > 0
-    scale = 1 / np.sqrt(power[used])
-    correlation = xx[:-1, :-1][np.ix_(used, used)] * scale * scale[:, None]
-    return float(used.sum() ** 2 / max(np.square(correlation).sum(), 1e-300))
 
 
 def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
@@ -187,17 +171,19 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
     scale: Doubles = np.asarray(1 / np.sqrt(np.where(power > 0, power, 1)), np.float64)
     system = xx * scale * scale[:, None]
     system[np.diag_indices_from(system)] = np.where(power > 0, 1 + ridge, 1)
-    solution: Doubles = _dense_solve(system, rest * scale[:, None])
-    return solution * scale[:, None]
+    return np.asarray(_dense_solve(system, rest * scale[:, None]) * scale[:, None], np.float64)
 
 
 def _dense_solve(system: Doubles, rest: Doubles) -> Doubles:
     try:
-        solution: Doubles = np.linalg.solve(system, rest)
-    except np.linalg.LinAlgError as error:
+        least_pivot = float(np.linalg.cholesky(system).diagonal().min()) ** 2
+    except np.linalg.LinAlgError:
+        least_pivot = 0.0
+    if least_pivot < LEAST_PIVOT:
         raise FitError(
-            "the Gram matrix is singular", "use more text, or a larger ridge (--ridge)"
-        ) from error
+            "the Gram matrix is singular", "use more varied text (--text), or a larger --ridge"
+        )
+    solution: Doubles = np.linalg.solve(system, rest)
     return solution
 
 

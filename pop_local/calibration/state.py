@@ -48,7 +48,7 @@ def save(path: Path, identity: str, state: State) -> None:
     temporary = path.with_name(path.name + ".partial")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)
         temporary.replace(path)
     except OSError as error:
         raise WriteError(

@@ -19,6 +19,7 @@ SEED = 0
 DEFAULT_NAME = "Python documentation topics and samples of the model, half and half"
 # Text is far shorter than this for a token; more of it is not needed to fill a window.
 _MAX_CHARS_PER_TOKEN = 16
+_LEAST_DISTINCT = 16
 
 
 class CalibrationError(PopError):
@@ -77,7 +78,7 @@ def own_text(
 def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> CalibrationText:
     """Windows spread evenly over a text; of a shorter text, all there are.
 
-    Raises CalibrationError when the text is empty, binary, or too short for the model.
+    Raises CalibrationError when the text is empty, binary, too short, or of one phrase.
     """
     text = read_text(path)
     windows = _cut(model, text, count)
@@ -87,6 +88,11 @@ def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> Calib
             f"{path} has {windows.size:,} tokens in whole windows of {N_WINDOW}: this model needs "
             f"{least:,}",
             "give more text, or leave out --text",
+        )
+    if np.unique(windows).size < _LEAST_DISTINCT:
+        raise CalibrationError(
+            f"{path} repeats itself: it has fewer than {_LEAST_DISTINCT} different tokens",
+            "give a text of ordinary variety, or leave out --text",
         )
     return CalibrationText(path.name, hashlib.sha256(text.encode()).hexdigest(), windows)
 
