@@ -1,0 +1,186 @@
+"""`pop-local eval`: options, output, refusals; the needle."""
+
+import json
+import sys
+
+import pytest
+from converted import tiny
+from synthetic import make_gguf
+from typer.testing import CliRunner
+
+from pop_local.cli import app
+from pop_local.engine.backend import Mode
+from pop_local.engine.model import open_model
+from pop_local.measure import needle
+from pop_local.measure.needle import measure_needle
+
+KEYS = (
+    "kl_mean kl_se kl_p99 ppl_full ppl_ratio top1_agreement kl_first copy_ppl_ratio copy_top1"
+    " induction_delta_nll needle n_windows n_pruned"
+).split()
+SHORT = ("--windows", "2", "--context", "60", "--continuation", "20", "--threads", "1")
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("eval"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+def evaluate(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def measured(*arguments):
+    done = evaluate(*arguments, *SHORT, "--needles", 0, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_json_has_the_keys_of_one_depth(pop_file, text):
+    report = measured(pop_file, "--text", text)
+    assert set(KEYS) <= set(report)
+    assert (report["n_pruned"], report["n_windows"], report["n_skipped"]) == (2 * 43, 2, 4)
+    assert report["text"]["name"] == "text.txt"
+    assert report["projection"] == "own"
+
+
+@pytest.mark.parametrize(
+    ("options", "n_pruned"),
+    [
+        (["--tail", 4], 2 * 55),
+        (["--tail", 4, "--sink", 0], 2 * 56),
+        (["--no-boundary"], 2 * 60),
+        (["--no-pop"], 0),
+    ],
+)
+def test_ablations_change_the_tokens_pruned(pop_file, text, options, n_pruned):
+    assert measured(pop_file, "--text", text, *options)["n_pruned"] == n_pruned
+
+
+def test_full_against_full_is_zero(pop_file, text):
+    assert abs(measured(pop_file, "--text", text, "--no-pop")["kl_mean"]) < 1e-6
+
+
+def test_a_sweep_gives_a_row_for_each_depth(pop_file, text):
+    rows = measured(pop_file, "--text", text, "--sweep", "1/4, 3/4")["rows"]
+    assert [row["n_skipped"] for row in rows] == [2, 6]
+    assert rows[0]["kl_mean"] < rows[1]["kl_mean"]
+    assert rows[0]["speedup_limit"] < rows[1]["speedup_limit"]
+
+
+def test_a_model_without_keys_is_measured_at_a_given_depth(tmp_path, text):
+    plain = make_gguf(tmp_path / "plain.gguf", "gemma3")
+    assert measured(plain, "--text", text, "--boundary", 6)["boundary"] == 6
+    refused = evaluate(plain, "--text", text, *SHORT)
+    assert refused.exit_code == 1
+    assert "--sweep" in refused.stderr
+
+
+def test_people_get_facts_or_a_table(pop_file, text):
+    one = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0)
+    assert "Same first choice" in one.stdout
+    several = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0, "--sweep", "2,4")
+    assert several.stdout.count("\n| ") == 4
+    assert "Copy ratio" in several.stdout
+
+
+def test_a_plot_is_a_png_and_replaces_nothing(pop_file, text, tmp_path):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "out.png"
+    sweep = (pop_file, "--text", text, *SHORT, "--needles", 0, "--sweep", "2,4", "--plot", target)
+    assert evaluate(*sweep).exit_code == 0
+    drawn = target.read_bytes()
+    assert drawn.startswith(PNG)
+    refused = evaluate(*sweep)
+    assert refused.exit_code == 1
+    assert "--force" in refused.stderr
+    assert target.read_bytes() == drawn
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_plot_without_matplotlib_fails_before_measuring(pop_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = evaluate(pop_file, "--sweep", "2,4", "--plot", tmp_path / "out.png")
+    assert done.exit_code == 1
+    assert "pop-local[plot]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--skip", "1/3", "--boundary", "4"],
+        ["--sweep", "2,4", "--boundary", "4"],
+        ["--no-pop", "--no-boundary"],
+        ["--plot", "out.png"],
+    ],
+)
+def test_contradictions_are_wrong_usage(pop_file, options):
+    assert evaluate(pop_file, *options).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--boundary", "8"], "1 to 7"),
+        (["--sweep", "1/3,soon"], "soon"),
+        (["--ctx", "100"], "--ctx gives 100"),
+        (["--windows", "500"], "tokens are needed"),
+        (["--context", "17"], "none would be pruned"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, reason):
+    given = [pop_file, "--text", text, *SHORT, "--needles", 0, *options]
+    done = evaluate(*given)
+    assert done.exit_code == 1
+    assert reason in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+# --- needle
+
+
+@pytest.fixture
+def small_document(monkeypatch):
+    monkeypatch.setattr(needle, "N_TOKENS", 300)
+    monkeypatch.setattr(needle, "shipped_part", lambda name: "\n\n".join(["Some words."] * 40))
+
+
+def test_facts_lie_at_different_depths_and_once(pop_file, small_document):
+    hidden = needle._hide(open_model(pop_file, n_ctx=512, n_threads=1), 3, seed=0)
+    depths = [fact.document.index(fact.code) / len(fact.document) for fact in hidden]
+    assert depths == pytest.approx([1 / 6, 1 / 2, 5 / 6], abs=0.1)
+    assert all(fact.document.count(fact.code) == 1 for fact in hidden)
+
+
+@pytest.mark.parametrize("template", ["", "{{ messages[0]['content'] }}"])
+def test_hits_are_counted_for_full_and_pruned(tmp_path, small_document, monkeypatch, template):
+    model = open_model(tiny(tmp_path, chat_template=template), n_ctx=1024, n_threads=1)
+    answers = []
+
+    def answer(model, hidden):
+        answers.append(ask(model, hidden))
+        return hidden.code if model.pop_mode is Mode.OFF else ""
+
+    ask = needle._answer
+    monkeypatch.setattr(needle, "_answer", answer)
+    shallow, deep = measure_needle(model, (6, 2), 2, 0, lambda done, total: None)
+    assert (shallow.full_hits, shallow.pruned_hits) == (2, 0)
+    assert (deep.n, deep.full_hits) == (2, 2)
+    assert len(answers) == 6
+    assert (model.boundary, model.pop_mode) == (4, Mode.CONTEXT)
+
+
+@pytest.mark.slow
+def test_a_real_model_finds_a_needle_after_pruning(smollm2):
+    model = open_model(smollm2, n_ctx=needle.context_tokens(), n_threads=1)
+    found = measure_needle(model, (20,), 1, 0, lambda done, total: None)[0]
+    assert (found.full_hits, found.pruned_hits) == (1, 1)

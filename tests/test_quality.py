@@ -1,0 +1,271 @@
+"""Quality: the statistics, the windows, the counters' proof; on tiny models, two figures on real."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from converted import tiny
+from pop_converter.errors import PopError
+from synthetic import make_gguf
+
+from pop_local.engine import backend
+from pop_local.engine.backend import Counters, Mode
+from pop_local.engine.model import PopModel, open_model
+from pop_local.measure.divergence import divergence, likelihood, log_softmax
+from pop_local.measure.estimate import exp_mean, mean, quantile, ratio
+from pop_local.measure.forced import forced, use_rule
+from pop_local.measure.heldout import Text, read_text, shipped_text, spread_windows, tokenize
+from pop_local.measure.probes import pick_passage, random_tokens
+from pop_local.measure.quality import QualitySettings, measure_depths, measure_quality
+
+SHORT = QualitySettings(n_windows=3, n_context=60, n_continuation=20)
+N_VOCAB = 384
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("quality"))
+
+
+@pytest.fixture
+def model(pop_file) -> PopModel:
+    return opened(pop_file)
+
+
+def opened(path: Path) -> PopModel:
+    return open_model(path, n_ctx=512, n_threads=1)
+
+
+def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, N_VOCAB, n_tokens).tolist()
+
+
+def ignore(done: int, total: int) -> None:
+    return
+
+
+# --- figures from logits
+
+
+def test_divergence_is_that_of_the_definition_whatever_the_chunks(monkeypatch):
+    rng = np.random.default_rng(0)
+    full, pruned = rng.normal(0, 3, (2, 7, 50)).astype(np.float32)
+    expected = []
+    for a, b in zip(full.astype(float), pruned.astype(float), strict=True):
+        p, q = np.exp(a) / np.exp(a).sum(), np.exp(b) / np.exp(b).sum()
+        expected.append(sum(p * np.log(p / q)))
+    monkeypatch.setattr("pop_local.measure.divergence._CHUNK_VALUES", 120)
+    measured = divergence(full, pruned)
+    np.testing.assert_allclose(measured.kl, expected, rtol=1e-12)
+    assert (measured.same_top1 == (full.argmax(1) == pruned.argmax(1))).all()
+    np.testing.assert_array_equal(divergence(full, full).kl, 0)
+
+
+def test_likelihood_takes_the_targets_rows():
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], np.float32))
+    measured = likelihood(logits, np.array([1, 2]))
+    np.testing.assert_allclose(measured.nll, -np.log([0.25, 0.7]), rtol=1e-6)
+    assert measured.is_top1.tolist() == [False, True]
+
+
+def test_large_logits_do_not_overflow():
+    assert np.isfinite(log_softmax(np.array([[1e4, -1e4, 0]], np.float32))).all()
+
+
+def test_the_standard_error_is_that_of_windows_not_of_tokens():
+    values = np.array([[1.0, 1.0], [3.0, 3.0]])
+    assert mean(values).value == 2
+    assert mean(values).se == pytest.approx(1.0)
+    assert mean(values[:1]).se is None
+    assert exp_mean(values).value == pytest.approx(np.exp(2))
+    assert exp_mean(values).se == pytest.approx(np.exp(2))
+
+
+def test_bootstrap_agrees_with_the_plain_error_where_both_are_known():
+    values = np.random.default_rng(1).normal(size=(400, 1))
+    # Of the median of a normal distribution: sqrt(pi / 2n).
+    assert quantile(values, 0.5).se == pytest.approx(np.sqrt(np.pi / 800), rel=0.3)
+
+
+def test_ratio_of_proportional_figures_has_no_error():
+    lower = np.array([1.0, 2.0, 4.0])
+    assert ratio(0.5 * lower, lower).value == pytest.approx(0.5)
+    assert ratio(0.5 * lower, lower).se == pytest.approx(0)
+
+
+# --- text and windows
+
+
+def test_windows_do_not_overlap_and_are_shared_out_evenly():
+    parts = [range(0, 1000), range(2000, 2250), range(3000, 4000)]
+    windows = spread_windows(parts, 8, 100)
+    flat = [token for window in windows for token in window]
+    assert len(flat) == len(set(flat)) == 800
+    starts = [window[0] // 1000 for window in windows]
+    # The second part has room for two only.
+    assert [starts.count(part) for part in (0, 2, 3)] == [3, 2, 3]
+
+
+def test_a_text_that_is_too_short_names_what_is_needed():
+    with pytest.raises(PopError, match=r"800 tokens are needed, it has 799"):
+        spread_windows([range(799)], 8, 100)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "empty"), (b" \n", "empty"), (b"a\0b", "zero"), (b"\xff", "UTF")]
+)
+def test_what_is_not_text_is_refused(tmp_path, content, reason):
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    with pytest.raises(PopError, match=reason):
+        read_text(path)
+
+
+def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):
+    shipped = shipped_text()
+    tokens = tokenize(open_model(smollm2, n_ctx=64, n_threads=1), shipped)
+    assert len(tokens) == 4
+    assert sum(len(part) for part in tokens) >= 25_000
+    assert len(spread_windows(tokens, 32, 640)) == 32
+    for part in tokens:
+        grams = [tuple(part[i : i + 8]) for i in range(len(part) - 8)]
+        assert len(set(grams)) > 0.97 * len(grams)
+
+
+# --- reading
+
+
+def test_predictions_are_those_of_one_full_pass(model):
+    tokens = text(90)
+    with forced(model) as reader:
+        reader.read(tokens[:60], Mode.OFF)
+        predicted = reader.predict(tokens[60:])
+        again = reader.predict(tokens[60:])
+        reader.read(tokens[:30], Mode.OFF)
+        longer = reader.predict(tokens[30:])
+    np.testing.assert_array_equal(predicted, again)
+    np.testing.assert_allclose(longer[30:], predicted, atol=0.02)
+    assert abs(predicted - np.roll(predicted, 1, axis=0)).max() > 1
+
+
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
+def test_the_model_is_left_as_it_was(model, mode):
+    model.set_pop(mode)
+    before = model.boundary
+    measure_depths(model, [text()], SHORT, (2, 6), ignore)
+    assert model.boundary == before
+    assert model.pop_mode is backend.get_mode(model.ctx) is mode
+    assert model.n_tokens == 0
+
+
+def test_a_model_without_keys_is_left_without_a_boundary(tmp_path):
+    model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
+    quality = measure_depths(model, [text()], SHORT, (4,), ignore)[0]
+    assert quality.n_pruned > 0
+    assert (model.boundary, model.pop_mode) == (0, Mode.OFF)
+
+
+def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
+    monkeypatch.setattr(backend, "get_counters", lambda ctx: Counters(0, 60))
+    with forced(model) as reader, pytest.raises(PopError, match="of 60 context tokens 43 should"):
+        reader.read(text(60), Mode.CONTEXT)
+
+
+def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
+    monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: None)
+    model.set_pop(Mode.CONTEXT)
+    with pytest.raises(PopError, match="does not hold"):
+        measure_quality(model, [text()], SHORT, ignore)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mode", "n_pruned"),
+    [
+        ({}, Mode.CONTEXT, 60 - 17),
+        ({"tail_tokens": 0}, Mode.CONTEXT, 60 - 2),
+        ({"tail_tokens": 4, "sink_tokens": 0}, Mode.CONTEXT, 60 - 4),
+        ({"min_prompt": 1000}, Mode.CONTEXT, 60 - 17),
+        ({}, Mode.ALWAYS, 60),
+        ({}, Mode.OFF, 0),
+    ],
+)
+def test_tokens_pruned_follow_rule_and_mode(model, rule, mode, n_pruned):
+    use_rule(model, replace(model.rule, **rule))
+    quality = measure_quality(model, [text()], replace(SHORT, mode=mode), ignore)
+    assert quality.n_pruned == 3 * n_pruned
+
+
+def test_a_context_of_full_tokens_only_is_an_error(model):
+    with pytest.raises(PopError, match="none would be pruned"):
+        measure_quality(model, [text()], replace(SHORT, n_context=17), ignore)
+
+
+# --- measuring
+
+
+def test_full_against_full_is_zero(model):
+    quality = measure_quality(model, [text()], replace(SHORT, mode=Mode.OFF), ignore)
+    assert quality.kl_p99.value < 1e-9
+    assert quality.ppl_ratio.value == quality.copy_ppl_ratio.value == 1
+    assert quality.top1_agreement.value == 1
+    assert quality.induction_delta_nll.value == 0
+
+
+def test_layers_that_add_nothing_cost_nothing(model, tmp_path):
+    idle = opened(tiny(tmp_path, zero_deep=4))
+    assert measure_quality(idle, [text()], SHORT, ignore).kl_mean.value < 1e-4
+    assert measure_quality(model, [text()], SHORT, ignore).kl_mean.value > 1e-2
+
+
+def test_depths_in_one_run_are_those_of_single_runs(model):
+    both = measure_depths(model, [text()], SHORT, (6, 2), ignore)
+    model.set_boundary(2)
+    assert measure_quality(model, [text()], SHORT, ignore) == both[1]
+    assert both[0].kl_mean.value < both[1].kl_mean.value
+
+
+def test_progress_ends_at_its_total(model):
+    seen = []
+    measure_depths(model, [text()], SHORT, (2, 4), lambda done, total: seen.append((done, total)))
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1] == seen[0][1]
+
+
+def test_passages_are_pruned_tokens(model):
+    context = list(range(100))
+    rule = model.rule
+    picked = {
+        tuple(pick_passage(context, 20, rule, np.random.default_rng(seed))) for seed in range(200)
+    }
+    assert min(min(p) for p in picked) == 1
+    assert max(max(p) for p in picked) == 83
+    assert all(p == tuple(range(p[0], p[0] + 20)) for p in picked)
+
+
+def test_random_tokens_are_no_control_tokens(model):
+    tokens = random_tokens(model, 2000, np.random.default_rng(0))
+    vocab = model._model.vocab
+    attribute = backend.bindings().llama_vocab_get_attr
+    assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
+
+
+@pytest.mark.slow
+def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
+    """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it."""
+    model = open_model(smollm2, n_ctx=512, n_threads=1)
+    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
+    settings = QualitySettings(n_windows=3, n_context=256, n_continuation=64)
+    third, half = measure_depths(model, tokens, settings, (20, 16), ignore)
+    assert 0.05 < third.kl_mean.value < 0.3
+    assert third.copy_ppl_ratio.value < 1.5 < 3 < half.copy_ppl_ratio.value
+    assert third.induction_retention.value > 0.7
+    assert half.induction_retention.value < 0.2
+
+
+@pytest.mark.slow
+def test_without_boundary_handling_the_first_token_is_lost(smollm2):
+    model = open_model(smollm2, n_ctx=512, n_threads=1)
+    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
+    settings = QualitySettings(n_windows=2, n_context=128, n_continuation=8, mode=Mode.ALWAYS)
+    assert measure_depths(model, tokens, settings, (20,), ignore)[0].kl_first.value > 3
