@@ -1,4 +1,4 @@
-"""PopModel: what is pruned, whose K/V are reused, what llama_cpp offers on top. Tiny models."""
+"""PopModel: what is pruned, what llama_cpp offers on top, what goes wrong. Tiny models."""
 
 import os
 import subprocess
@@ -6,59 +6,20 @@ import sys
 
 import numpy as np
 import pytest
+from calls import NOISE, completed, evaluated, greedy, opened, prompt, read
 from converted import converted, tiny
-from llama_cpp import Llama, LlamaGrammar, LlamaRAMCache, LogitsProcessorList
+from llama_cpp import LlamaGrammar, LogitsProcessorList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from pop_converter.errors import PopError
 from synthetic import add_keys, make_gguf
 
 from pop_local.engine import backend
 from pop_local.engine.backend import Counters, Mode
-from pop_local.engine.model import PopModel, open_model
-
-N_VOCAB = 384
-# Of the logits (standard deviation 1): other batch shapes change them by up to 0.002, switching the
-# mode by 1.2, and 15 context rows in a prompt's tail by 0.14.
-NOISE = 0.01
-MODES = [Mode.OFF, Mode.CONTEXT]
 
 
 @pytest.fixture(scope="module")
 def pop_file(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("engine"))
-
-
-def opened(path, **options) -> PopModel:
-    return open_model(
-        path, **{"n_ctx": 1024, "n_threads": 1, "n_batch": 64, "n_ubatch": 64} | options
-    )
-
-
-def prompt(n_tokens: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, N_VOCAB, n_tokens).tolist()
-
-
-def last_logits(model: PopModel) -> np.ndarray:
-    row = backend.bindings().llama_get_logits_ith(model.ctx, -1)
-    return np.ctypeslib.as_array(row, (N_VOCAB,)).copy()
-
-
-def read(model: PopModel, tokens: list[int]) -> np.ndarray:
-    """Logits after the prompt, its beginning taken from the KV cache if it is there."""
-    sampled = model.generate(tokens, temp=0.0)
-    next(sampled)
-    return last_logits(model)
-
-
-def evaluated(model: PopModel, tokens: list[int]) -> Counters:
-    backend.reset_counters(model.ctx)
-    read(model, tokens)
-    return backend.get_counters(model.ctx)
-
-
-def greedy(model: Llama, tokens: list[int], n: int = 12, **options) -> list[int]:
-    sampled = model.generate(tokens, temp=0.0, **options)
-    return [next(sampled) for _ in range(n)]
 
 
 # --- what is pruned
@@ -143,113 +104,6 @@ def test_an_unconverted_model_runs_full_and_says_how_to_convert(tmp_path):
     assert "pop-local convert" in caught.value.hint
 
 
-# --- whose K/V are reused
-
-
-@pytest.mark.parametrize("first", MODES)
-def test_switching_never_reuses_the_other_modes_cache(pop_file, first):
-    (second,) = (mode for mode in MODES if mode is not first)
-    tokens = prompt(200)
-    expected = {}
-    for mode in MODES:
-        fresh = opened(pop_file)
-        fresh.set_pop(mode)
-        expected[mode] = read(fresh, tokens)
-    model = opened(pop_file)
-    for mode in (first, second, first):
-        model.set_pop(mode)
-        np.testing.assert_array_equal(read(model, tokens), expected[mode])
-    assert np.abs(expected[Mode.OFF] - expected[Mode.CONTEXT]).max() > 10 * NOISE
-
-
-def test_switching_to_the_mode_it_has_keeps_the_cache(pop_file):
-    model = opened(pop_file)
-    read(model, prompt(100))
-    model.set_pop(Mode.CONTEXT)
-    assert evaluated(model, prompt(100) + prompt(40, seed=1)) == Counters(24, 16)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_the_beginning_of_a_prompt_is_reused(pop_file, mode):
-    model = opened(pop_file)
-    model.set_pop(mode)
-    answered = prompt(100) + greedy(model, prompt(100))
-    longer = answered + prompt(40, seed=1)
-    counters = evaluated(model, longer)
-    # The last sampled token was not decoded before.
-    assert counters.n_context + counters.n_full == 41
-    fresh = opened(pop_file)
-    fresh.set_pop(mode)
-    if mode is Mode.OFF:
-        np.testing.assert_allclose(last_logits(model), read(fresh, longer), atol=NOISE)
-
-
-def test_a_cached_context_token_does_not_end_up_in_a_prompts_tail(pop_file):
-    model = opened(pop_file)
-    tokens = prompt(200)
-    read(model, tokens)
-    shorter = tokens[:150]
-    assert evaluated(model, shorter) == Counters(0, 16)
-    reused = last_logits(model)
-    expected = read(opened(pop_file), shorter)
-    np.testing.assert_allclose(reused, expected, atol=NOISE)
-
-
-def test_the_same_prompt_again_evaluates_nothing(pop_file):
-    model = opened(pop_file)
-    first = read(model, prompt(100))
-    assert evaluated(model, prompt(100)) == Counters(0, 0)
-    np.testing.assert_array_equal(last_logits(model), first)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_saved_state_comes_back(pop_file, mode):
-    model = opened(pop_file)
-    model.set_pop(mode)
-    read(model, prompt(100))
-    state = model.save_state()
-    expected = greedy(model, prompt(100) + prompt(30, seed=1))
-    read(model, prompt(90, seed=2))
-    model.load_state(state)
-    backend.reset_counters(model.ctx)
-    assert greedy(model, prompt(100) + prompt(30, seed=1), 1) == expected[:1]
-    counters = backend.get_counters(model.ctx)
-    assert counters.n_context + counters.n_full == 30
-
-
-def test_a_saved_state_of_another_mode_or_boundary_is_refused(pop_file):
-    model = opened(pop_file)
-    read(model, prompt(100))
-    state = model.save_state()
-    model.set_pop(Mode.OFF)
-    with pytest.raises(PopError, match="OFF"):
-        model.load_state(state)
-    model.set_pop(Mode.CONTEXT)
-    model.set_boundary(6)
-    with pytest.raises(PopError, match="boundary 4"):
-        model.load_state(state)
-
-
-def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):
-    model = opened(pop_file)
-    model.set_cache(LlamaRAMCache())
-    tokens = prompt(100)
-    expected = {}
-    for mode in MODES:
-        model.set_pop(mode)
-        model.clear()
-        expected[mode] = model.create_completion(tokens, max_tokens=8, temperature=0.0)
-    for mode in MODES:
-        model.set_pop(mode)
-        read(model, prompt(50, seed=3))
-        backend.reset_counters(model.ctx)
-        again = model.create_completion(tokens, max_tokens=8, temperature=0.0)
-        counters = backend.get_counters(model.ctx)
-        assert again["choices"] == expected[mode]["choices"]
-        assert counters.n_context == 0, "the prompt was in the cache"
-        assert counters.n_full < 30
-
-
 # --- what llama_cpp offers on top
 
 
@@ -293,14 +147,13 @@ def test_greedy_takes_the_token_that_llama_cpps_sampler_takes(pop_file):
 def test_grammars_hold(pop_file):
     model = opened(pop_file)
     grammar = LlamaGrammar.from_string('root ::= "a" | "b"', verbose=False)
-    answer = model.create_completion(prompt(100), max_tokens=5, temperature=0.0, grammar=grammar)
-    assert answer["choices"][0]["text"] in ("a", "b")
+    assert completed(model, prompt(100), max_tokens=5, grammar=grammar) in ("a", "b")
 
 
 def test_completions_are_pruned_as_prompts_are(pop_file):
     model = opened(pop_file)
     backend.reset_counters(model.ctx)
-    model.create_completion(prompt(100), max_tokens=1)
+    completed(model, prompt(100), max_tokens=1)
     assert backend.get_counters(model.ctx) == Counters(83, 17)
 
 
@@ -338,9 +191,10 @@ def test_an_unpatched_library_is_refused_with_the_cure(pop_file, unpatched_lib):
 
 def test_an_architecture_without_the_hook_is_named(tmp_path):
     plain = make_gguf(tmp_path / "olmo2.gguf", "olmo2")
-    keys = {"pop__version": 1, "pop__schedule": "FFFFSSSS", "pop__projection": "own"}
+    keyed = tmp_path / "olmo2.pop.gguf"
+    add_keys(plain, keyed, pop__version=1, pop__schedule="FFFFSSSS", pop__projection="own")
     with pytest.raises(PopError, match="olmo2"):
-        opened(add_keys(plain, tmp_path / "olmo2.pop.gguf", **keys))
+        opened(keyed)
 
 
 def test_a_file_cut_short_is_an_error_with_a_reason(pop_file, tmp_path):

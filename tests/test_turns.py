@@ -147,7 +147,7 @@ def test_an_answer_that_is_abandoned_leaves_the_model_usable(model):
     chunks = model.chat_turn([QUESTION], temperature=0.0)
     for _ in range(4):
         next(chunks)
-    chunks.close()  # type: ignore[attr-defined]
+    chunks.close()
     text, stats = ask(model, QUESTION)
     assert text == expected
     assert stats.n_cached > 0

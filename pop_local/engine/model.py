@@ -28,8 +28,16 @@ from .batch import Outputs, TokenBatch  # noqa: E402
 from .chat import Prompts, TurnOptions, answer  # noqa: E402
 from .interrupt import Interrupt  # noqa: E402
 from .prefill import RowRule, plan_prefill  # noqa: E402
+from .rows import CachedRows  # noqa: E402
 from .sampling import GreedySampler  # noqa: E402
-from .state import FULL, KeyedCache, KvKey, PopState  # noqa: E402
+from .state import (  # noqa: E402
+    FULL,
+    KeyedCache,
+    KvKey,
+    PopState,
+    context_state,
+    restore_context_state,
+)
 from .turn import Chunk, Message  # noqa: E402
 
 DEFAULT_CTX = 8192
@@ -91,7 +99,7 @@ class PopModel(Llama):
         self.pop_mode = backend.get_mode(self.ctx)
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
-        self._is_full = np.zeros(self._n_ctx, dtype=bool)
+        self._cached = CachedRows(self._n_ctx, self.rule)
         self.epoch = 0
         self._rows = TokenBatch(self.n_batch)
         self._stack.callback(self._rows.close)
@@ -146,17 +154,15 @@ class PopModel(Llama):
         self.cache = None if cache is None else KeyedCache(cache, self.kv_key)
 
     def save_state(self) -> PopState:
-        buffer = np.empty(api.llama_state_get_size(self.ctx), dtype=np.uint8)
-        pointer = buffer.ctypes.data_as(api.ctypes.POINTER(api.ctypes.c_uint8))
-        n_bytes = api.llama_state_get_data(self.ctx, pointer, buffer.size)
+        kv = context_state(self.ctx)
         return PopState(
             key=self.kv_key,
-            is_full=self._is_full[: self.n_tokens].copy(),
+            is_full=self._cached.saved(self.n_tokens),
             input_ids=self.input_ids.copy(),
             scores=self.scores[: self.n_tokens if self._logits_all else 0].copy(),
             n_tokens=self.n_tokens,
-            llama_state=buffer[:n_bytes].tobytes(),
-            llama_state_size=n_bytes,
+            llama_state=kv,
+            llama_state_size=len(kv),
             seed=self._seed,
         )
 
@@ -169,14 +175,12 @@ class PopModel(Llama):
                 "switch the model first, or read the prompt again",
             )
         self.clear()
-        buffer = np.frombuffer(state.llama_state, dtype=np.uint8).copy()
-        pointer = buffer.ctypes.data_as(api.ctypes.POINTER(api.ctypes.c_uint8))
-        if api.llama_state_set_data(self.ctx, pointer, buffer.size) != buffer.size:
+        if not restore_context_state(self.ctx, state.llama_state):
             self.clear()
             raise PopError("the saved state does not fit this model and context")
         n = state.n_tokens
         self.input_ids[:n] = state.input_ids[:n]
-        self._is_full[:n] = state.is_full if isinstance(state, PopState) else True
+        self._cached.restore(state.is_full if isinstance(state, PopState) else np.ones(n, bool))
         self.scores[: len(state.scores)] = state.scores
         self.n_tokens = n
         self._seed = state.seed
@@ -223,21 +227,15 @@ class PopModel(Llama):
         if code != 0:
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
         self.input_ids[start:end] = tokens
-        self._mark_full(start, end, outputs, full_from)
+        if self.pop_mode is Mode.CONTEXT:
+            self._cached.mark(start, end, full_from, outputs)
+        else:
+            self._cached.mark_all(start, end, is_full=self.pop_mode is Mode.OFF)
         if self._logits_all and end <= len(self.scores):
             logits = api.llama_get_logits(self.ctx)
             self.scores[start:end] = np.ctypeslib.as_array(logits, (len(tokens), self._n_vocab))
         self.n_tokens = end
         self._requires_eval = outputs is Outputs.NONE
-
-    def _mark_full(self, start: int, end: int, outputs: Outputs, full_from: int) -> None:
-        all_full = self.pop_mode is Mode.OFF or outputs is Outputs.ALL
-        if all_full or end - start == 1:
-            self._is_full[start:end] = all_full or self.pop_mode is Mode.CONTEXT
-            return
-        positions = np.arange(start, end)
-        full = (positions < self.rule.sink_tokens) | (positions >= full_from)
-        self._is_full[start:end] = full & (self.pop_mode is Mode.CONTEXT)
 
     def _make_room(self, n_tokens: int) -> None:
         total = self.n_tokens + n_tokens
@@ -246,6 +244,7 @@ class PopModel(Llama):
                 f"{total} tokens do not fit the context of {self._n_ctx}",
                 f"open the model with a larger one: --ctx {total + 256}",
             )
+        logs.forget_errors()
         memory = self._ctx.memory
         if memory and api.llama_memory_seq_pos_max(memory, 0) >= self.n_tokens:
             api.llama_memory_seq_rm(memory, 0, self.n_tokens, -1)
@@ -257,20 +256,11 @@ class PopModel(Llama):
     ) -> Generator[int, Sequence[int] | None, None]:
         """As llama_cpp's, K/V of the prompt's beginning reused; its tail is full all the same."""
         tokens = list(tokens)
-        if options.get("reset", True):
-            self._forget_pruned_tail(tokens)
-        yield from super().generate(tokens, *args, **options)
-
-    def _forget_pruned_tail(self, tokens: Sequence[int]) -> None:
-        """Drop what is cached from the first row on that the prompt's tail needs in full."""
-        n = min(len(tokens), self.n_tokens)
-        differ = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], dtype=np.intc))
-        n_same = int(differ[0]) if differ.size else n
-        tail_start = max(0, len(tokens) - self.rule.tail_tokens)
-        pruned = np.flatnonzero(~self._is_full[tail_start:n_same])
-        if self.pop_mode is Mode.CONTEXT and pruned.size:
-            self.n_tokens = tail_start + int(pruned[0])
+        usable = self._cached.n_usable(tokens, self._input_ids)
+        if options.get("reset", True) and usable < self.n_tokens:
+            self.n_tokens = usable
             self._requires_eval = True
+        yield from super().generate(tokens, *args, **options)
 
     def _init_sampler(self, *args: Any, **options: Any) -> Any:
         neutral = {

@@ -1,5 +1,6 @@
 """Saved KV states that know under which mode and boundary they were computed."""
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 
-from .backend import Mode
+from .backend import Mode, bindings
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ class PopState(LlamaState):
         super().__init__(**fields)
         self.key = key
         self.is_full = is_full
+
+
+def context_state(ctx: Any) -> bytes:
+    """All that a llama_context holds."""
+    api = bindings()
+    buffer = np.empty(api.llama_state_get_size(ctx), dtype=np.uint8)
+    return buffer[: api.llama_state_get_data(ctx, _bytes_at(buffer), buffer.size)].tobytes()
+
+
+def restore_context_state(ctx: Any, state: bytes) -> bool:
+    """Whether it could be restored; what the context holds is undefined if not."""
+    buffer = np.frombuffer(state, dtype=np.uint8).copy()
+    return bool(bindings().llama_state_set_data(ctx, _bytes_at(buffer), buffer.size) == buffer.size)
+
+
+def _bytes_at(buffer: np.ndarray) -> Any:
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 class KeyedCache(BaseLlamaCache):

@@ -1,0 +1,57 @@
+"""Calls of the engine that its tests share, on tiny random models."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import Llama
+
+from pop_local.engine import backend
+from pop_local.engine.backend import Counters, Mode
+from pop_local.engine.model import PopModel, open_model
+
+N_VOCAB = 384
+# Of the logits (standard deviation 1): other batch shapes change them by up to 0.002, switching the
+# mode by 1.2, and 15 context rows in a prompt's tail by 0.14.
+NOISE = 0.01
+MODES = [Mode.OFF, Mode.CONTEXT]
+
+
+def opened(path: Path, **options: Any) -> PopModel:
+    defaults: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "n_batch": 64, "n_ubatch": 64}
+    return open_model(path, **defaults | options)
+
+
+def prompt(n_tokens: int, seed: int = 0) -> list[int]:
+    tokens: list[int] = np.random.default_rng(seed).integers(3, N_VOCAB, n_tokens).tolist()
+    return tokens
+
+
+def last_logits(model: PopModel) -> np.ndarray:
+    row = backend.bindings().llama_get_logits_ith(model.ctx, -1)
+    return np.ctypeslib.as_array(row, (N_VOCAB,)).copy()
+
+
+def read(model: PopModel, tokens: list[int]) -> np.ndarray:
+    """Logits after the prompt, its beginning taken from the KV cache if it is there."""
+    sampled = model.generate(tokens, temp=0.0)
+    next(sampled)
+    return last_logits(model)
+
+
+def evaluated(model: PopModel, tokens: list[int]) -> Counters:
+    backend.reset_counters(model.ctx)
+    read(model, tokens)
+    return backend.get_counters(model.ctx)
+
+
+def greedy(model: Llama, tokens: list[int], n: int = 12, **options: Any) -> list[int]:
+    sampled = model.generate(tokens, temp=0.0, **options)
+    return [next(sampled) for _ in range(n)]
+
+
+def completed(model: PopModel, tokens: list[int], **options: Any) -> str:
+    """The text of llama_cpp's own completion at temperature 0."""
+    answer: Any = model.create_completion(tokens, temperature=0.0, **options)
+    text: str = answer["choices"][0]["text"]
+    return text
