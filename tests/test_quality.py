@@ -1,4 +1,4 @@
-"""Quality: the statistics, the windows, the counters' proof; on tiny models, two figures on real."""
+"""Quality: statistics, windows, proof by the counters; on tiny models, some figures on a real one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_ratio_of_proportional_figures_has_no_error():
 
 
 def test_windows_do_not_overlap_and_are_shared_out_evenly():
-    parts = [range(0, 1000), range(2000, 2250), range(3000, 4000)]
+    parts = [range(1000), range(2000, 2250), range(3000, 4000)]
     windows = spread_windows(parts, 8, 100)
     flat = [token for window in windows for token in window]
     assert len(flat) == len(set(flat)) == 800
@@ -259,8 +259,9 @@ def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
     third, half = measure_depths(model, tokens, settings, (20, 16), ignore)
     assert 0.05 < third.kl_mean.value < 0.3
     assert third.copy_ppl_ratio.value < 1.5 < 3 < half.copy_ppl_ratio.value
-    assert third.induction_retention.value > 0.7
-    assert half.induction_retention.value < 0.2
+    assert third.induction_retention is not None
+    assert half.induction_retention is not None
+    assert third.induction_retention.value > 0.7 > 0.2 > half.induction_retention.value
 
 
 @pytest.mark.slow
