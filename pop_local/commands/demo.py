@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pop_local.engine.backend import Mode
     from pop_local.engine.model import PopModel
 
-MAX_TOKENS = 64
+MAX_TOKENS = 32
 WARM_UP_TOKENS = 64
 
 
