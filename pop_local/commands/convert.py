@@ -14,6 +14,7 @@ from pop_converter.rewrite import convert as write_converted
 from pop_converter.shape import source_shape
 from pop_converter.source import Source, read_source
 
+from pop_local.commands.examining import Examiner, measured_facts
 from pop_local.commands.fitting import (
     FitOptions,
     KvTypeName,
@@ -85,9 +86,9 @@ def convert(
     projection: Annotated[
         ProjectionName,
         typer.Option(
-            help="K/V of skipped layers: fitted to the model, or their own (lower quality)."
+            help="K/V of skipped layers: their own, or fitted to the model (better, takes a while)."
         ),
-    ] = ProjectionName.FITTED,
+    ] = ProjectionName.OWN,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -168,11 +169,13 @@ def convert(
     if not dry_run:
         check_target(path, target, sizes, force=force)
         fitted = fit(plan, source, target, options) if is_fitted else None
-        meta = _write(plan, path, target, fitted, force=force)
+        examine = Examiner(plan, path, n_threads=threads, n_gpu_layers=gpu_layers, force=force)
+        meta = _write(plan, path, target, fitted, examine if fitted else None, force=force)
     if json:
         print_json(_report(path, target, plan, sizes, meta))
     elif meta is not None:
-        print_facts([("Written", str(target))])
+        quality = measured_facts(meta.measured) if meta.measured else []
+        print_facts([*quality, ("Written", str(target))])
 
 
 def _share(skip: str | None, boundary: int | None) -> Skip:
@@ -190,9 +193,19 @@ def _default_output(source: Source) -> Path:
     return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
 
 
-def _write(plan: Plan, src: Path, dst: Path, fitted: Fitted | None, *, force: bool) -> PopMeta:
+def _write(
+    plan: Plan,
+    src: Path,
+    dst: Path,
+    fitted: Fitted | None,
+    examine: Examiner | None,
+    *,
+    force: bool,
+) -> PopMeta:
     with bytes_progress("Writing, then reading back") as advance:
-        return write_converted(plan, src, dst, fitted=fitted, progress=advance, force=force)
+        return write_converted(
+            plan, src, dst, fitted=fitted, examine=examine, progress=advance, force=force
+        )
 
 
 def _limit(plan: Plan) -> float:

@@ -1,0 +1,121 @@
+"""The short evaluation of a fitted file before `convert` lets it take its place."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pop_converter.errors import PopError
+from pop_converter.format import Measured
+from pop_converter.plan import Plan
+
+from pop_local.ui.tables import Fact
+from pop_local.ui.theme import note, warn
+
+if TYPE_CHECKING:
+    from pop_local.measure.quality import Quality
+
+N_WINDOWS = 8
+# Windows of the search for a boundary that would pass, which measures many of them.
+_N_SEARCHED = 2
+# Past them copying from the prompt is broken: perplexity of a repeated passage against the full
+# model's, and the part of the full model's gain on repeated random tokens that is left.
+MAX_COPY_RATIO = 1.3
+LEAST_RETENTION = 0.7
+
+
+class CopyingBrokenError(PopError):
+    """Context tokens skip so many layers that the model cannot copy from its prompt."""
+
+
+class Examiner:
+    """Measures a written file; with `force` a broken one is let through with a warning."""
+
+    def __init__(
+        self, plan: Plan, src: Path, *, n_threads: int | None, n_gpu_layers: int, force: bool
+    ) -> None:
+        self._plan, self._src, self._force = plan, src, force
+        self._n_threads, self._n_gpu_layers = n_threads, n_gpu_layers
+
+    def __call__(self, written: Path) -> Measured:
+        """Raises CopyingBrokenError, and PopError when the file cannot be measured."""
+        note("Measuring what was written on held-out text")
+        [quality] = self._measure(written, (self._plan.boundary,), N_WINDOWS)
+        if not copies(quality):
+            self._refuse(quality)
+        return measured(quality)
+
+    def _measure(
+        self, path: Path, boundaries: tuple[int, ...], n_windows: int
+    ) -> "tuple[Quality, ...]":
+        from pop_local.engine.model import open_model
+        from pop_local.measure.heldout import shipped_text, tokenize
+        from pop_local.measure.quality import QualitySettings, measure_depths
+
+        settings = QualitySettings(n_windows=n_windows)
+        opened = open_model(
+            path,
+            n_ctx=2 * (settings.n_context + settings.n_continuation),
+            n_threads=self._n_threads,
+            n_gpu_layers=self._n_gpu_layers,
+        )
+        try:
+            tokens = tokenize(opened, shipped_text())
+            return measure_depths(opened, tokens, settings, boundaries, lambda done, total: None)
+        finally:
+            opened.close()
+
+    def _refuse(self, quality: "Quality") -> None:
+        message = (
+            f"with boundary {quality.boundary} the model can no longer copy from its prompt "
+            f"(perplexity of a repeated passage {quality.copy_ppl_ratio.value:.2f} times the full "
+            "model's)"
+        )
+        if self._force:
+            warn(message)
+            return
+        note("Looking for the deepest boundary that would pass")
+        deeper = tuple(range(quality.boundary + 1, self._plan.shape.n_layer))
+        passing = [
+            found.boundary
+            for found in (self._measure(self._src, deeper, _N_SEARCHED) if deeper else ())
+            if copies(found)
+        ]
+        advice = f"--boundary {min(passing)} would pass" if passing else "skip fewer layers"
+        raise CopyingBrokenError(message, f"{advice}; --force writes it all the same")
+
+
+def copies(quality: "Quality") -> bool:
+    """Whether both probes say that the model still copies from pruned context."""
+    retention = quality.induction_retention
+    return quality.copy_ppl_ratio.value <= MAX_COPY_RATIO and (
+        retention is None or retention.value >= LEAST_RETENTION
+    )
+
+
+def measured(quality: "Quality") -> Measured:
+    return Measured(
+        kl_mean=quality.kl_mean.value,
+        kl_se=quality.kl_mean.se or 0.0,
+        kl_p99=quality.kl_p99.value,
+        kl_first=quality.kl_first.value,
+        ppl_full=quality.ppl_full.value,
+        ppl_ratio=quality.ppl_ratio.value,
+        top1_agreement=quality.top1_agreement.value,
+        copy_ppl_ratio=quality.copy_ppl_ratio.value,
+        copy_top1=quality.copy_top1.value,
+        induction_delta_nll=quality.induction_delta_nll.value,
+    )
+
+
+def measured_facts(found: Measured) -> list[Fact]:
+    return [
+        (
+            "Quality",
+            f"KL {found.kl_mean:.4f} ± {found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times "
+            f"the full model's, same first choice {found.top1_agreement:.1%}",
+        ),
+        (
+            "Copying",
+            f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, "
+            f"{found.copy_top1:.1%} of the tokens",
+        ),
+    ]
