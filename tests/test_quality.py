@@ -1,4 +1,4 @@
-"""Quality: statistics, windows, proof by the counters; on tiny models, some figures on a real one."""
+"""Quality: statistics, windows, proof by the counters; tiny models, some figures of a real one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +130,8 @@ def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):
     assert len(spread_windows(tokens, 32, 640)) == 32
     for part in tokens:
         grams = [tuple(part[i : i + 8]) for i in range(len(part) - 8)]
-        assert len(set(grams)) > 0.97 * len(grams)
+        # The rules below the heads of tables are alike.
+        assert len(set(grams)) > 0.9 * len(grams)
 
 
 # --- reading
