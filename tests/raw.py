@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -208,7 +209,8 @@ def main() -> None:
     steps = tuple(Step(**step) for step in raw.pop("steps"))
     session = Session(Job(steps=steps, **raw))
     results = {step.name: session.step(step) for step in steps}
-    np.savez(out, **{name: array for name, array in results.items() if name and array is not None})
+    named: dict[str, Any] = {name: array for name, array in results.items() if name}
+    np.savez(out, **named)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import gguf
 import numpy as np
@@ -24,7 +25,7 @@ from synthetic import make_gguf
 N_VOCAB = 380
 Q8_0 = 8  # GGML_TYPE_Q8_0
 
-SYNTHETIC = {
+SYNTHETIC: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-moe": {"n_expert": 4},
     "llama-rope-factors": {"rope_factors": True},

@@ -4,6 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import BadZipFile
+from typing import Any
 
 import numpy as np
 from pop_converter.content import NewTensor
@@ -31,7 +32,7 @@ class State:
 
 def save(path: Path, identity: str, state: State) -> None:
     """Write beside `path`, then replace it. Raises WriteError."""
-    arrays: dict[str, np.ndarray] = {"windows": state.text.windows}
+    arrays: dict[str, Any] = {"windows": state.text.windows}
     for layer, gram in state.grams.items():
         arrays[f"xx.{layer}"], arrays[f"xy.{layer}"] = gram.xx, gram.xy
     for number, tensor in enumerate(state.tensors):
