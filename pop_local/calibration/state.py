@@ -3,8 +3,8 @@
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from pop_converter.content import NewTensor
