@@ -183,7 +183,7 @@ def _dense_solve(system: Doubles, rest: Doubles) -> Doubles:
         raise FitError(
             "the Gram matrix is singular", "use more varied text (--text), or a larger --ridge"
         )
-    solution: Doubles = np.linalg.solve(system, rest)
+    solution: Doubles = np.asarray(np.linalg.solve(system, rest), np.float64)
     return solution
 
 
