@@ -7,7 +7,8 @@ one core and one thread: one with the unpatched library and llama_cpp's own `Lla
 with the patched library and PopModel. In each round every variant runs once, in an order that
 rotates; ratios are taken within the round. The patched runs prove by the row counters that all of
 the prompt was evaluated and what of it was pruned. Decoding is compared from a prompt of 16 tokens
-on, as llama-bench's `tg` has none (give its path with --llama-bench).
+on, as llama-bench's `tg` has none (give its path with --llama-bench). On a machine with other work
+to do, `--clock cpu` takes the process's CPU time, which one thread makes comparable.
 
 Prints tables and, last, one JSON object.
 """
@@ -19,7 +20,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,14 +70,19 @@ class Row:
 # --- the child
 
 
-def child(lib_is_patched: bool, model: str, n_ctx: int) -> None:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Clock = Callable[[], float]
+
+
+def child(lib_is_patched: bool, model: str, n_ctx: int, clock: Clock) -> None:
     """Answers one JSON line with another until its input ends."""
-    runner = _patched(model, n_ctx) if lib_is_patched else _unpatched(model, n_ctx)
+    open_runner = _patched if lib_is_patched else _unpatched
+    runner = open_runner(model, n_ctx, clock)
     for line in sys.stdin:
         print(json.dumps(runner(**json.loads(line))), flush=True)
 
 
-def _patched(model: str, n_ctx: int) -> Any:
+def _patched(model: str, n_ctx: int, clock: Clock) -> Any:
     from pop_local.engine.backend import Mode
     from pop_local.engine.model import open_model
     from pop_local.measure.speed import run
@@ -87,7 +93,7 @@ def _patched(model: str, n_ctx: int) -> Any:
         if boundary:
             opened.set_boundary(boundary)
         mode = Mode.CONTEXT if boundary else Mode.OFF
-        done = run(opened, mode, tokens, n_decode)
+        done = run(opened, mode, tokens, n_decode, clock)
         return {
             "ttft_s": done.ttft_s,
             "decode": done.decode_tokens_per_s,
@@ -97,7 +103,7 @@ def _patched(model: str, n_ctx: int) -> Any:
     return runner
 
 
-def _unpatched(model: str, n_ctx: int) -> Any:
+def _unpatched(model: str, n_ctx: int, clock: Clock) -> Any:
     import llama_cpp
 
     assert not hasattr(llama_cpp.llama_cpp._lib, "llama_pop_abi"), "this library is patched"
@@ -109,12 +115,12 @@ def _unpatched(model: str, n_ctx: int) -> Any:
         opened.reset()
         opened._ctx.kv_cache_clear()
         sampled = opened.generate(tokens, temp=0.0)
-        started_s = time.perf_counter()
+        started_s = clock()
         next(sampled)
-        first_s = time.perf_counter()
+        first_s = clock()
         for _ in range(n_decode):
             next(sampled)
-        decoded_s = time.perf_counter()
+        decoded_s = clock()
         return {
             "ttft_s": first_s - started_s,
             "decode": n_decode / (decoded_s - first_s),
@@ -133,6 +139,7 @@ class Child:
     def __init__(self, options: argparse.Namespace, n_ctx: int, unpatched: Path | None) -> None:
         environment = os.environ | ({"LLAMA_CPP_LIB_PATH": str(unpatched)} if unpatched else {})
         arguments = [options.model, "--child", "unpatched" if unpatched else "patched"]
+        arguments += ["--clock", options.clock]
         self._process = subprocess.Popen(
             [sys.executable, __file__, *arguments, "--ctx", str(n_ctx)],
             stdin=subprocess.PIPE,
@@ -302,6 +309,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=128, help="tokens to decode; 0: none")
     parser.add_argument("--cpu", type=int, help="pin the children to this CPU")
     parser.add_argument("--llama-bench", help="path of llama-bench")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--child", choices=["patched", "unpatched"], help=argparse.SUPPRESS)
     parser.add_argument("--ctx", type=int, help=argparse.SUPPRESS)
@@ -311,7 +319,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     options = parsed()
     if options.child:
-        child(options.child == "patched", options.model, options.ctx)
+        child(options.child == "patched", options.model, options.ctx, CLOCKS[options.clock])
         return
     shape = read_shape(Path(options.model))
     n_prompts = [int(n) for n in options.prompts.split(",") if n]
@@ -322,7 +330,7 @@ def main() -> None:
         Variant("full", is_patched=True),
         *(Variant(f"boundary {b}", is_patched=True, boundary=b) for b in boundaries),
     ]
-    print(f"{options.model}: {machine()}, 1 thread, {options.pairs} rounds\n")
+    print(f"{options.model}: {machine()}, 1 thread, {options.pairs} rounds, {options.clock} time\n")
     rows: list[Row] = []
     with children(options, max([*n_prompts, options.decode]) + 64) as pair:
         for n_prompt in n_prompts:

@@ -128,19 +128,25 @@ def _summary(
     )
 
 
-def run(model: PopModel, mode: Mode, tokens: Sequence[int], n_decode: int = N_DECODE) -> Run:
+def run(
+    model: PopModel,
+    mode: Mode,
+    tokens: Sequence[int],
+    n_decode: int = N_DECODE,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Run:
     """Read the tokens into an empty cache, take the first token, decode `n_decode` more."""
     model.set_pop(mode)
     model.clear()
     backend.reset_counters(model.ctx)
     sampled = model.sampled(tokens, TurnOptions(temperature=0.0))
-    started_s = time.perf_counter()
+    started_s = clock()
     next(sampled)
-    first_s = time.perf_counter()
+    first_s = clock()
     counters = backend.get_counters(model.ctx)
     for _ in range(n_decode):
         next(sampled)
-    decoded_s = time.perf_counter()
+    decoded_s = clock()
     sampled.close()
     require_rows(model, mode, len(tokens), counters)
     return Run(first_s - started_s, n_decode / (decoded_s - first_s), counters)
