@@ -119,6 +119,8 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
         n_tensors=content.n_tensors - len(tensors),
         tensors=content.tensors[:-n_row_bytes],
     )
+    if len(content.stretches) != 1:
+        raise FormatError("a fitted model in parts cannot be stripped", "join its parts first")
     [stretch] = content.stretches
     n_data_bytes = size_bytes - len(shorter.header)
     if not 0 <= n_data_bytes <= stretch.size_bytes:

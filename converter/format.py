@@ -157,10 +157,13 @@ def pop_meta(header: Header) -> PopMeta | None:
             raise FormatError(f"{header.path}: {name} is not of type {kind.__name__}")
         values[field] = value
     values["source_bytes"] = header.get(_SOURCE_BYTES) or 0
+    if not isinstance(values["source_bytes"], int):
+        raise FormatError(f"{header.path}: {_SOURCE_BYTES} is not of type int")
     values["calibration"] = _read_group(header, _CALIBRATION, Calibration)
     values["measured"] = _read_group(header, _MEASURED, Measured)
-    if "schedule" not in values:
-        raise FormatError(f"{header.path} has POP keys but no pop.schedule", CONVERT_AGAIN)
+    for field in ("schedule", "projection"):
+        if field not in values:
+            raise FormatError(f"{header.path} has POP keys but no pop.{field}", CONVERT_AGAIN)
     meta = PopMeta(**values)
     _check_fit(meta, header)
     return meta

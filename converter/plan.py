@@ -9,7 +9,7 @@ from .shape import ModelShape
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
-MAX_U32 = 2**32 - 1
+MAX_TOKENS = 2**31 - 1
 
 Skip = Fraction | int
 
@@ -100,7 +100,7 @@ def make_plan(
             f"choose a boundary from 1 to {shape.n_layer - 1}",
         )
     for name, value in (("sink", sink_tokens), ("tail", tail_tokens), ("min-prompt", min_prompt)):
-        if not 0 <= value <= MAX_U32:
+        if not 0 <= value <= MAX_TOKENS:
             raise PlanError(f"--{name} {value} is not a number of tokens")
     return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)
 

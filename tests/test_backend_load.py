@@ -93,6 +93,15 @@ def test_fitted_tensors_that_are_not_finite_are_refused(llama: Path, tmp_path: P
         run(Job(str(model), steps=()))
 
 
+def test_fitted_biases_are_f32(llama: Path, tmp_path: Path) -> None:
+    tensors = own_as_fitted(llama, 5, 8)
+    bias, _ = tensors["blk.7.pop_attn_k.bias"]
+    tensors["blk.7.pop_attn_k.bias"] = (bias.astype(np.float16), Type.F16)
+    model = add_to(llama, tmp_path / "wrong.gguf", FITTED, tensors)
+    with pytest.raises(RuntimeError, match=r"blk\.7\.pop_attn_k\.bias.*type f16"):
+        run(Job(str(model), steps=()))
+
+
 @pytest.mark.parametrize("keys", [OWN, {**FITTED, "pop.schedule": "FFFFFFSS"}, {}])
 def test_tensors_of_another_schedule_are_refused(keys: Keys, llama: Path, tmp_path: Path) -> None:
     model = add_to(llama, tmp_path / "wrong.gguf", keys, own_as_fitted(llama, 5, 8))

@@ -87,6 +87,7 @@ def test_second_turn_reuses_the_first(model):
     chat.expect(STATS)
     assert chat.match[2] is None
     assert int(chat.match[3]) == 0
+    chat.expect("> ")
     chat.sendeof()
     chat.expect(pexpect.EOF)
 
@@ -103,6 +104,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model):
     chat.expect("To leave, type /exit or press Ctrl-D")
     chat.sendline("/stats")
     chat.expect("Answers: 1")
+    chat.expect("> ")
     chat.sendeof()
     chat.expect(pexpect.EOF)
     chat.close()
@@ -135,6 +137,7 @@ def test_no_color_and_a_narrow_terminal(model):
     plain = terminal(*arguments, width=40, NO_COLOR="1")
     plain.sendline("hello")
     plain.expect("TTFT")
+    plain.expect("> ")
     plain.sendeof()
     plain.expect(pexpect.EOF)
     assert "\x1b[2m" not in plain.before
@@ -142,6 +145,7 @@ def test_no_color_and_a_narrow_terminal(model):
     coloured = terminal(*arguments, width=40)
     coloured.sendline("hello")
     coloured.expect("TTFT")
+    coloured.expect("> ")
     coloured.sendeof()
     coloured.expect(pexpect.EOF)
     assert re.search(r"\x1b\[[0-9;]*m", coloured.before)

@@ -135,7 +135,9 @@ class _Turn:
         now_s = time.perf_counter()
         self._ttft_s, self._prefill_s = now_s - self._started_s, now_s - prefill_started_s
         self._evaluated = backend.get_counters(self._model.ctx)
-        self._n_cached = self._model.n_tokens - self._evaluated.n_context - self._evaluated.n_full
+        n_evaluated = self._evaluated.n_context + self._evaluated.n_full
+        # A batch that was stopped has been counted in part, and dropped.
+        self._n_cached = max(0, self._model.n_tokens - n_evaluated)
         if token == -1:
             yield Chunk("", self._stats("interrupted"))
             return

@@ -210,6 +210,7 @@ class PopModel(Llama):
                 # llama_cpp asks for the logits of each batch's last token, which makes it full.
                 outputs = Outputs.LAST if end == plan.n_tokens else Outputs.NONE
                 self._decode(tokens[start:end], outputs, plan.full_from)
+                self._interrupt.check()
                 self._report(end, plan.n_tokens)
 
     def _report(self, done: int, total: int) -> None:
@@ -222,9 +223,8 @@ class PopModel(Llama):
         start = self.n_tokens
         end = start + len(tokens)
         code = self._rows.decode(self.ctx, tokens, start, outputs)
-        if len(tokens) > 1:
-            self._interrupt.check()
         if code != 0:
+            self._interrupt.check()
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
         self.input_ids[start:end] = tokens
         if self.pop_mode is Mode.CONTEXT:

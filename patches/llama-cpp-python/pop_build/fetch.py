@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,7 +60,7 @@ def fetch(pin: Pin, folder: Path) -> Path:
         _download(pin, Path(scratch))
         arrived = Path(scratch) / pin.sdist
         check(pin, arrived)
-        return Path(shutil.move(arrived, kept))
+        return arrived.replace(kept)
 
 
 def check(pin: Pin, sdist: Path) -> None:

@@ -105,6 +105,8 @@ public:
 
         pos.set_input(&sub);
 
+        reduced.mctx = whole->mctx; // that of this batch: the one before is gone
+
         const auto src = get_attn(*whole);
         const auto dst = get_attn(reduced);
 
@@ -124,6 +126,8 @@ public:
         bool res = plan_new.il == plan.il && plan_new.rows.size() == plan.rows.size();
 
         plan = std::move(plan_new);
+
+        reduced.mctx = whole->mctx; // that of this batch: the one before is gone
 
         const auto src = get_attn(*whole);
         const auto dst = get_attn(reduced);

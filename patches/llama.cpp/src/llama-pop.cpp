@@ -158,7 +158,14 @@ void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
     }
 }
 
-static void check_finite(const ggml_tensor * tensor) {
+static void check_tensor(const ggml_tensor * tensor) {
+    const bool is_bias = ggml_n_dims(tensor) == 1;
+    const bool is_float = tensor->type == GGML_TYPE_F32 || tensor->type == GGML_TYPE_F16 || tensor->type == GGML_TYPE_BF16;
+
+    if (is_bias ? tensor->type != GGML_TYPE_F32 : !is_float && !ggml_is_quantized(tensor->type)) {
+        refuse(format("tensor '%s' has type %s", tensor->name, ggml_type_name(tensor->type)));
+    }
+
     std::vector<uint8_t> data(ggml_nbytes(tensor));
     ggml_backend_tensor_get(tensor, data.data(), 0, data.size());
 
@@ -171,7 +178,7 @@ void llama_pop_check_tensors(const llama_model_base & model) {
     for (const auto & layer : model.layers) {
         for (const ggml_tensor * tensor : { layer.pop.wk, layer.pop.wk_b, layer.pop.wv, layer.pop.wv_b }) {
             if (tensor) {
-                check_finite(tensor);
+                check_tensor(tensor);
             }
         }
     }
@@ -184,7 +191,7 @@ void llama_pop_check_tensors(const llama_model_base & model) {
 static bool is_full(const llama_pop_cparams & pop, const llama_ubatch & ubatch, uint32_t i) {
     const llama_pos pos = ubatch.pos[i];
 
-    if (ubatch.output[i] || pos < (llama_pos) pop.sink_tokens) {
+    if (ubatch.output[i] || pos < (int64_t) pop.sink_tokens) {
         return true;
     }
 
