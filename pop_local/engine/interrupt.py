@@ -35,7 +35,6 @@ class Interrupt:
 
     @contextmanager
     def watching(self, ctx: Any) -> Iterator[None]:
-        self._raised = None
         self._put_off_signals()
         self._api.llama_set_abort_callback(ctx, self._callback, None)
         try:
@@ -44,6 +43,7 @@ class Interrupt:
             self._api.llama_set_abort_callback(ctx, self._no_callback, None)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
+            self._raised = None
             self._deliver()
 
     def check(self) -> None:
