@@ -127,7 +127,10 @@ def convert(
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace an existing output.")
+        bool,
+        typer.Option(
+            "--force", "-f", help="Replace an existing output; keep a fit that cannot copy."
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
