@@ -161,9 +161,8 @@ def pop_meta(header: Header) -> PopMeta | None:
         raise FormatError(f"{header.path}: {_SOURCE_BYTES} is not of type int")
     values["calibration"] = _read_group(header, _CALIBRATION, Calibration)
     values["measured"] = _read_group(header, _MEASURED, Measured)
-    for field in ("schedule", "projection"):
-        if field not in values:
-            raise FormatError(f"{header.path} has POP keys but no pop.{field}", CONVERT_AGAIN)
+    if "schedule" not in values:
+        raise FormatError(f"{header.path} has POP keys but no pop.schedule", CONVERT_AGAIN)
     meta = PopMeta(**values)
     _check_fit(meta, header)
     return meta
