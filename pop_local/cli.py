@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from pop_local import __version__
-from pop_local.ui.lazy import Entry, lazy_group
+from pop_local import __version__, settings
+from pop_local.ui.lazy import HELP_OPTIONS, Entry, lazy_group
 
 COMMANDS = (
     Entry("chat", "pop_local.commands.chat", "Talk to a model in the terminal."),
@@ -16,16 +16,19 @@ COMMANDS = (
     Entry("eval", "pop_local.commands.eval", "Measure quality, pruned against full."),
     Entry("demo", "pop_local.commands.demo", "Answer one long prompt with and without pruning."),
     Entry("inspect", "pop_local.commands.inspect", "Show what is in a model file."),
-    Entry("pull", "pop_local.commands.pull", "Fetch a model of the catalog."),
+    Entry("pull", "pop_local.commands.pull", "Fetch a model by name, from a hub or a URL."),
+    Entry("list", "pop_local.commands.list", "Show the models that are here."),
+    Entry("rm", "pop_local.commands.rm", "Remove models."),
+    Entry("config", "pop_local.commands.config", "Show and change the settings."),
     Entry("doctor", "pop_local.commands.doctor", "Check this installation and say what to fix."),
 )
 
 app = typer.Typer(
     name="pop-local",
-    cls=lazy_group(COMMANDS),
+    cls=lazy_group(COMMANDS, settings.KEYS, settings.given),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": HELP_OPTIONS},
 )
 
 

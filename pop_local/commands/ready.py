@@ -7,7 +7,8 @@ from pop_converter.plan import DEFAULT_SKIP, make_plan
 from pop_converter.rewrite import convert
 from pop_converter.shape import read_shape
 
-from pop_local.models import DEFAULT_MODEL, Model, fetch, find, lookup, models_dir, resolve
+from pop_local.fetching.catalog import fetch
+from pop_local.models import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import size
 from pop_local.ui.theme import note

@@ -1,7 +1,7 @@
 """A typer group that imports a command's module only when that command is used."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,46 +10,75 @@ from typer.core import TyperCommand, TyperGroup
 
 from pop_local.ui.errors import guard
 
+HELP_OPTIONS = ["-h", "--help"]
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A command: its module holds one function of the command's own name."""
+    """A command: its module holds a function, or a Typer app, of the command's own name."""
 
     name: str
     module: str
     help: str
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """Values for parameters, by name; `load` is only called for a command that has one of them."""
+
+    names: Collection[str]
+    load: Callable[[], Mapping[str, Any]]
+
+    def of(self, command: Any) -> dict[str, Any]:
+        # What must be given is never filled in: `rm` would take the default model.
+        wanted = {param.name for param in command.params if not param.required} & {*self.names}
+        values = self.load() if wanted else {}
+        return {name: value for name, value in values.items() if name in wanted}
+
+
 class LazyCommand(TyperCommand):
     """Stands in the group's listing; becomes the real command once it gets arguments."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: Entry, defaults: Defaults) -> None:
         super().__init__(name=entry.name, help=entry.help)
         self._entry = entry
+        self._defaults = defaults
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
-        return self._load().make_context(info_name, args, parent=parent, **extra)
+        command = self._load()
+        # Completion and help work whatever the values are.
+        if not extra.get("resilient_parsing") and not {*args} & {*HELP_OPTIONS}:
+            extra["default_map"] = self._defaults.of(command)
+        return command.make_context(info_name, args, parent=parent, **extra)
 
     def _load(self) -> Any:
         function = getattr(importlib.import_module(self._entry.module), self._entry.name)
+        if isinstance(function, typer.Typer):
+            return typer.main.get_command(function)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(
             name=self._entry.name,
             no_args_is_help=False,
-            context_settings={"help_option_names": ["-h", "--help"]},
+            context_settings={"help_option_names": HELP_OPTIONS},
         )(function)
         return typer.main.get_command(single)
 
 
-def lazy_group(entries: Sequence[Entry]) -> type[TyperGroup]:
-    """A group class for `typer.Typer(cls=...)` that knows these commands by name."""
+def lazy_group(
+    entries: Sequence[Entry], names: Collection[str], load: Callable[[], Mapping[str, Any]]
+) -> type[TyperGroup]:
+    """A group class for `typer.Typer(cls=...)` that knows these commands by name.
+
+    `load` gives values for parameters of these `names`, used where no flag is given.
+    """
+    defaults = Defaults(names, load)
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
-            self.commands = {entry.name: LazyCommand(entry) for entry in entries}
+            self.commands = {entry.name: LazyCommand(entry, defaults) for entry in entries}
 
         def invoke(self, ctx: Any) -> Any:
             with guard(debug=ctx.params["debug"]):

@@ -54,6 +54,6 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...]) -> Iterator[Advance]:
         task = progress.add_task(what, total=None)
 
         def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+            progress.update(task, completed=done, total=total or None)
 
         yield advance

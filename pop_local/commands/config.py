@@ -1,0 +1,117 @@
+"""`pop-local config`: the settings, where they come from, and changing them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tomlkit
+import typer
+from pop_converter.errors import PopError
+from pop_converter.output import replacing
+
+from pop_local import settings
+from pop_local.models import DEFAULT_MODEL, models_dir
+from pop_local.settings import Scalar, Setting, Value
+from pop_local.ui.lazy import HELP_OPTIONS
+from pop_local.ui.tables import Column, Table, markdown, print_json, rich_table
+from pop_local.ui.theme import note, out, warn
+
+config = typer.Typer(
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": HELP_OPTIONS},
+)
+
+_COLUMNS = (
+    Column("key", "Setting"),
+    Column("value", "Value"),
+    Column("origin", "From"),
+    Column("variable", "Variable"),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `--json` prints."""
+
+    file: Path
+    settings: tuple[Value, ...]
+
+
+@config.callback()
+def show(
+    context: typer.Context,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show each setting and where it comes from: a default, the file, the environment.
+
+    A command's own flags come before all of them.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    report = Report(settings.config_path(), settings.load())
+    for name in settings.unknown_variables():
+        warn(f"{name} is set, but there is no such setting.")
+    if json:
+        print_json(report)
+        return
+    note(f"{report.file}{'' if report.file.exists() else ' (not there yet)'}:")
+    table = Table(_COLUMNS, tuple(_row(value) for value in report.settings))
+    if out.is_terminal:
+        out.print(rich_table(table))
+    else:
+        out.file.write(markdown(table) + "\n")
+
+
+def _row(value: Value) -> tuple[Scalar, ...]:
+    setting = settings.find(value.key)
+    shown = _default(setting) if value.value is None else value.value
+    return value.key, shown, value.origin, setting.variable
+
+
+def _default(setting: Setting) -> str:
+    computed = {"models_dir": lambda: str(models_dir()), "model": lambda: DEFAULT_MODEL}
+    return computed.get(setting.key, lambda: setting.default)()
+
+
+@config.command()
+def path() -> None:
+    """Print where the settings file is, or would be."""
+    out.print(settings.config_path(), soft_wrap=True, markup=False)
+
+
+# So that -1 is a value.
+@config.command("set", context_settings={"ignore_unknown_options": True})
+def set_value(
+    key: Annotated[str, typer.Argument(metavar="KEY", help=", ".join(settings.KEYS))],
+    value: Annotated[str, typer.Argument(metavar="VALUE")],
+) -> None:
+    """Write a setting to the file; its comments stay."""
+    setting = settings.find(key)
+    try:
+        parsed = settings.parse(setting, value)
+    except PopError as error:
+        raise PopError(f"{key}: {error.message}") from error
+    _edit(key, parsed)
+
+
+@config.command()
+def unset(key: Annotated[str, typer.Argument(metavar="KEY", help="As `config` shows it.")]) -> None:
+    """Take a setting out of the file."""
+    _edit(settings.find(key).key, None)
+
+
+def _edit(key: str, value: Scalar | None) -> None:
+    file = settings.config_path()
+    text = settings.read_text(file)
+    settings.parse_file(file, text)  # the error names the line
+    document = tomlkit.parse(text)
+    if value is not None:
+        document[key] = value
+    elif key in document:
+        del document[key]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # A link stays one: what it points to is replaced.
+    with replacing(file.resolve(), force=True) as output:
+        output.write(tomlkit.dumps(document).encode())

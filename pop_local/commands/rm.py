@@ -1,0 +1,59 @@
+"""`pop-local rm NAME...`: remove models from the models folder."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pop_converter.errors import PopError
+
+from pop_local.models import models_dir
+from pop_local.stored import removable, total_bytes
+from pop_local.ui.tables import print_json, size
+from pop_local.ui.theme import note, out
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What `--json` prints."""
+
+    files: tuple[Path, ...]
+    freed_bytes: int
+
+
+def rm(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="As `pop-local list` shows them.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Remove models, converted copies or unfinished downloads from the models folder.
+
+    A model goes with its sidecars; its converted copy is a model of its own and stays.
+    """
+    folder = models_dir()
+    # All names are looked up before anything goes; one given twice goes once.
+    files = tuple(dict.fromkeys(file for name in names for file in removable(folder, name)))
+    freed_bytes = total_bytes(files)
+    if not yes:
+        _ask(files, freed_bytes)
+    for file in files:
+        file.unlink()
+    if json:
+        print_json(Removal(files, freed_bytes))
+        return
+    for file in files:
+        out.print(f"Removed {file}", soft_wrap=True, markup=False)
+    out.print(f"Freed {size(freed_bytes)}")
+
+
+def _ask(files: tuple[Path, ...], freed_bytes: int) -> None:
+    if not sys.stdin.isatty():
+        raise PopError("nobody can be asked whether to remove it", "to remove it unasked: --yes")
+    for file in files:
+        note(str(file))
+    question = f"Remove {len(files)} file{'s' if len(files) > 1 else ''} ({size(freed_bytes)})?"
+    if not typer.confirm(question, err=True):
+        raise PopError("nothing was removed")

@@ -1,0 +1,168 @@
+"""Models of a Hugging Face hub, through its own client.
+
+The client knows the endpoint, the token and what a refusal means (HF_ENDPOINT, HF_TOKEN). The
+bytes are fetched here, since it throws away what has arrived when it is interrupted.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from pop_converter.errors import PopError
+
+from pop_local.fetching.download import Remote, download
+from pop_local.fetching.quants import choose
+from pop_local.fetching.target import Advance, harmless, is_there, require_space
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+PREFIX = "hf:"
+_SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """`sha256` is "" for a file that the hub keeps in git itself, which happens to tiny ones."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """One model of a repository at one commit, in one file or in the parts of a split one."""
+
+    repo: str
+    commit: str
+    licence: str
+    files: tuple[HubFile, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+def is_hub(name: str) -> bool:
+    return name.lower().startswith(PREFIX)
+
+
+def find_on_hub(name: str) -> HubModel:
+    """The model meant by hf:OWNER/REPO[:FILE]; FILE may be a part of its name, as Q4_K_M.
+
+    Raises PopError for a repository that is not there or not open to the user, and listing the
+    choices for a name that fits no file, or several.
+    """
+    match = _SPEC.fullmatch(name)
+    if match is None:
+        raise PopError(f"{name!r} names no model of a hub", "write hf:OWNER/REPO[:Q4_K_M]")
+    repo = match["repo"]
+    with _explained(repo):
+        info = _client().model_info(repo, files_metadata=True)
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    choice = choose(repo, tuple(siblings), match["file"] or "")
+    return HubModel(
+        repo=repo,
+        commit=info.sha or "main",
+        licence=_licence(info),
+        files=tuple(_hub_file(siblings[file]) for file in choice.files),
+    )
+
+
+def fetch_from_hub(model: HubModel, folder: Path, advance: Advance, *, force: bool) -> Path:
+    """The model's files in `folder`, checked against the hub's hashes; the path of the first.
+
+    Files that are there already are kept; others of the same name are refused unless `force`.
+    """
+    targets = [folder / harmless(PurePosixPath(file.name).name) for file in model.files]
+    missing = [
+        (file, target)
+        for file, target in zip(model.files, targets, strict=True)
+        if not is_there(target, file.sha256, f"{model.repo}'s {file.name}", force=force)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(file.size_bytes for file, _ in missing)
+    partials = [target.with_name(f"{target.name}.partial") for _, target in missing]
+    here = sum(path.stat().st_size for path in partials if path.exists())
+    require_space(folder, total - here, model.repo)
+    before = 0
+    for file, target in missing:
+        download(_remote(model, file), target, _offset(advance, before, total))
+        before += file.size_bytes
+    return targets[0]
+
+
+def _licence(info: "ModelInfo") -> str:
+    licence = info.card_data.get("license") if info.card_data else None
+    return str(licence or "not stated")
+
+
+def _offset(advance: Advance, before: int, total: int) -> Advance:
+    return lambda done, _: advance(before + done, total)
+
+
+def _hub_file(sibling: "RepoSibling") -> HubFile:
+    return HubFile(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else "")
+
+
+def _remote(model: HubModel, file: HubFile) -> Remote:
+    from huggingface_hub import hf_hub_url
+
+    with _explained(model.repo):
+        # Asked first, since a model may be described to all and open to few.
+        url = hf_hub_url(model.repo, file.name, revision=model.commit)
+        _client().get_hf_file_metadata(url=url)
+        headers = _client()._build_hf_headers()
+    return Remote(
+        url,
+        identity=f"{PREFIX}{model.repo}@{file.sha256 or model.commit}:{file.name}",
+        headers={name: headers[name] for name in headers if name.lower() == "authorization"},
+        sha256=file.sha256,
+    )
+
+
+def _client() -> "HfApi":
+    from huggingface_hub import HfApi
+
+    # Its notes on retries would be written across the bar.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    return HfApi(library_name="pop-local")
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turns the client's exceptions into one line."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise PopError(f"{repo!r} names no repository", "write hf:OWNER/REPO") from error
+    except errors.GatedRepoError as error:
+        raise PopError(
+            f"{repo} is gated: its owner lets only those in who accepted its terms",
+            f"accept them on the page of {repo}, then set HF_TOKEN or run `hf auth login`",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise PopError(
+            f"there is no repository {repo}, or it is private",
+            "check the name; for a private one set HF_TOKEN or run `hf auth login`",
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise PopError("the hub's client is offline (HF_HUB_OFFLINE)", "unset it") from error
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code
+        raise PopError(
+            f"the hub answers {code} for {repo}",
+            "check HF_TOKEN" if code in (401, 403) else "try again later",
+        ) from error
+    except (errors.HTTPError, OSError) as error:
+        raise PopError(
+            f"the hub cannot be reached: {error}", "check the network, proxies and HF_ENDPOINT"
+        ) from error

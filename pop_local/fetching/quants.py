@@ -1,0 +1,100 @@
+"""Which of a repository's GGUF files is meant."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pop_converter.errors import PopError
+
+# The first that a repository has is taken when nobody says which: small enough for most machines,
+# good enough for most questions, then by size upward and downward.
+PREFERRED = (
+    *("Q4_K_M", "Q4_K_S", "Q4_K_L", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"),
+    *("Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
+    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "Q2_K", "BF16", "F16", "F32"),
+)
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+# GGUF files that are no language models: projectors of images, statistics of calibration.
+_HELPERS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
+_MAX_LISTED = 40
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model of a repository: its name there without the ending, and its files in order."""
+
+    name: str
+    files: tuple[str, ...]
+
+
+def choices(files: Sequence[str]) -> tuple[Choice, ...]:
+    """The models among a repository's files; the parts of a split one are one.
+
+    Raises PopError when parts are missing.
+    """
+    found: list[Choice] = []
+    for file in sorted(file for file in files if file.lower().endswith(".gguf")):
+        match = _PART.fullmatch(file)
+        if match is None:
+            found.append(Choice(file[: -len(".gguf")], (file,)))
+        elif int(match["number"]) == 1:
+            found.append(Choice(match["stem"], _parts(match["stem"], int(match["count"]), files)))
+    return tuple(found)
+
+
+def _parts(stem: str, count: int, files: Sequence[str]) -> tuple[str, ...]:
+    parts = tuple(f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
+    missing = [part for part in parts if part not in files]
+    if missing:
+        raise PopError(f"the repository lacks {missing[0]}", "take another file of it")
+    return parts
+
+
+def choose(repo: str, files: Sequence[str], wanted: str) -> Choice:
+    """The model named by `wanted`: a file, or a part of its name; "" for the usual one.
+
+    Raises PopError listing the choices when there is none, or more than one.
+    """
+    known = choices(files)
+    models = [choice for choice in known if not _HELPERS.search(choice.name)]
+    if not known:
+        raise PopError(f"{repo} has no GGUF files", "look for a repository of that model with them")
+    if wanted:
+        return _only(repo, _named(known, models, wanted), models, wanted)
+    if len(models) == 1:
+        return models[0]
+    for quant in PREFERRED:
+        if found := _matching(models, quant):
+            return _only(repo, found, models, quant)
+    raise PopError(f"{repo} has several models; say which", _listed(repo, models))
+
+
+def _named(known: Sequence[Choice], models: list[Choice], wanted: str) -> list[Choice]:
+    for choice in known:
+        if wanted in (choice.name, *choice.files):
+            return [choice]
+    stem = wanted.lower().removesuffix(".gguf")
+    by_file_name = [c for c in known if c.name.lower().rpartition("/")[2] == stem]
+    return by_file_name or _matching(models, wanted)
+
+
+def _matching(models: list[Choice], wanted: str) -> list[Choice]:
+    """Those whose name contains it, in any case; as a word of its own when some do (F16, BF16)."""
+    contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
+    word = re.compile(rf"(?<![a-z0-9]){re.escape(wanted.lower())}(?![a-z0-9_])")
+    whole = [choice for choice in contained if word.search(choice.name.lower())]
+    return whole or contained
+
+
+def _only(repo: str, found: list[Choice], models: list[Choice], wanted: str) -> Choice:
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PopError(f"{wanted!r} names {len(found)} files of {repo}", _listed(repo, found))
+    raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, models))
+
+
+def _listed(repo: str, models: Sequence[Choice]) -> str:
+    names = [choice.name for choice in models[:_MAX_LISTED]]
+    more = f" and {len(models) - len(names)} more" if len(models) > len(names) else ""
+    return f"choose with hf:{repo}:NAME from {', '.join(names)}{more}"

@@ -1,0 +1,65 @@
+"""What all ways of fetching ask of the place where the model shall lie."""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from pop_converter.errors import OutputExistsError, PopError
+
+from pop_local.models import MODELS_VARIABLE
+
+Advance = Callable[[int, int], None]
+_CHUNK_BYTES = 1 << 20
+
+
+def nothing(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def harmless(name: str) -> str:
+    """A name given by a server, as a file name that is one everywhere; may be empty."""
+    return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
+    """Whether the file is there already, so that nothing need be fetched.
+
+    Without a `sha256` nobody can tell. Raises OutputExistsError when another file has that name
+    and `force` does not let it be replaced.
+    """
+    if target.is_dir():
+        raise PopError(f"{target} is a folder", "move it away, or choose another folder (--dir)")
+    if not target.exists():
+        return False
+    if sha256 and file_sha256(target) == sha256:
+        return True
+    if force:
+        return False
+    if not sha256:
+        raise OutputExistsError(
+            f"{target} exists", "replace it (--force), or choose another folder (--dir)"
+        )
+    raise OutputExistsError(
+        f"{target} exists but is not {what}: its sha256 differs",
+        "move it away, replace it (--force), or choose another folder (--dir)",
+    )
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise PopError(
+            f"{folder} has {free / 1e6:.0f} MB free; fetching {what} takes"
+            f" {needed_bytes / 1e6:.0f} MB",
+            f"free some space, or choose another folder (--dir, or ${MODELS_VARIABLE})",
+        )

@@ -1,0 +1,41 @@
+"""A GGUF file at any address."""
+
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from pop_converter.errors import PopError
+
+from pop_local.fetching.download import Remote, download
+from pop_local.fetching.target import Advance, harmless, is_there
+from pop_local.stored import SUFFIX
+
+SCHEMES = ("https://", "http://")
+
+
+def is_url(name: str) -> bool:
+    return name.lower().startswith(SCHEMES)
+
+
+def fetch_url(url: str, folder: Path, sha256: str, advance: Advance, *, force: bool) -> Path:
+    """The file at `url`, put into `folder` under its own name; `sha256` may be "".
+
+    A file that is there already is returned when its hash is the given one, and otherwise refused
+    unless `force` says to replace it.
+    """
+    target = folder / file_name(url)
+    if is_there(target, sha256, f"the file of sha256 {sha256}", force=force):
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    download(Remote(url, sha256=sha256), target, advance)
+    return target
+
+
+def file_name(url: str) -> str:
+    """The last part of the address, as a file name that is harmless everywhere."""
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise PopError(f"{url!r} names no host", "give the whole address of a GGUF file")
+    name = harmless(PurePosixPath(unquote(parts.path)).name)
+    if not name:
+        raise PopError(f"{url} names no file", "give the address of the file itself (NAME.gguf)")
+    return name if name.lower().endswith(SUFFIX) else name + SUFFIX
