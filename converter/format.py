@@ -15,6 +15,7 @@ from gguf import GGUFValueType
 from .errors import FormatError
 from .header import Header, read_header
 from .shape import ARCHITECTURES, ModelShape, read_shape
+from .source import SIDECAR_ARCH
 
 __all__ = [
     "ARCHITECTURES",
@@ -65,14 +66,22 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Binding:
+    """The base of a sidecar: its size, and the sha256 of all that precedes its tensors' data."""
+
+    base_bytes: int
+    header_sha256: str
+
+
+@dataclass(frozen=True)
 class PopMeta:
     """What a converted file says about its pruning.
 
     `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
     `sink_tokens` and `tail_tokens` run in full at the prompt's two ends; prompts shorter than
     `min_prompt` run in full altogether. `source_sha256` is the hash of the file that stripping
-    gives back: the source, or the single file that the source's parts add up to. `source_bytes`
-    is its size when tensors were added, otherwise 0.
+    gives back, or that a sidecar is for: the source, or the single file that the source's parts
+    add up to. `source_bytes` is its size when tensors were added to it, otherwise 0.
     """
 
     schedule: str
@@ -114,6 +123,8 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
 _SOURCE_BYTES = "pop.source.size_bytes"
 _CALIBRATION = "pop.calibration."
 _MEASURED = "pop.measured."
+# Only in sidecars; `base_bytes` is 64 bits wide.
+_BINDING = "pop.sidecar."
 
 
 def make_schedule(n_layer: int, boundary: int) -> str:
@@ -168,7 +179,15 @@ def pop_meta(header: Header) -> PopMeta | None:
     return meta
 
 
-Group = TypeVar("Group", Calibration, Measured)
+def read_binding(header: Header) -> Binding:
+    """What the sidecar of this header is bound to. Raises FormatError."""
+    binding = _read_group(header, _BINDING, Binding)
+    if binding is None:
+        raise FormatError(f"{header.path} does not say whose sidecar it is", CONVERT_AGAIN)
+    return binding
+
+
+Group = TypeVar("Group", Calibration, Measured, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
@@ -205,12 +224,25 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     """The keys as they stand in a file, one after the other."""
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
     if meta.source_bytes:
-        kind = struct.pack("<IQ", GGUFValueType.UINT64, meta.source_bytes)
-        keys.append(_text(_SOURCE_BYTES) + kind)
+        keys.append(_encode_size(_SOURCE_BYTES, meta.source_bytes))
     for prefix, group in ((_CALIBRATION, meta.calibration), (_MEASURED, meta.measured)):
         if group is not None:
             keys += [_encode_key(prefix + name, value) for name, value in vars(group).items()]
     return tuple(keys)
+
+
+def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
+    """All keys of a sidecar."""
+    return (
+        _encode_key("general.architecture", SIDECAR_ARCH),
+        *encode_keys(meta),
+        _encode_size(f"{_BINDING}base_bytes", binding.base_bytes),
+        _encode_key(f"{_BINDING}header_sha256", binding.header_sha256),
+    )
+
+
+def _encode_size(name: str, n_bytes: int) -> bytes:
+    return _text(name) + struct.pack("<IQ", GGUFValueType.UINT64, n_bytes)
 
 
 def _encode_key(name: str, value: int | float | str) -> bytes:

@@ -35,10 +35,10 @@ from .source import Source, read_source
 
 Progress = Callable[[int, int], object]
 # As long as a real one, so that the header keeps its size.
-_UNKNOWN_SHA256 = "0" * 64
+UNKNOWN_SHA256 = "0" * 64
 
 
-def _nothing(done_bytes: int, total_bytes: int) -> None:
+def no_progress(done_bytes: int, total_bytes: int) -> None:
     return
 
 
@@ -67,9 +67,9 @@ def measure(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
 
     Raises as `convert` does for a bad source.
     """
-    source = _unconverted(src)
+    source = unconverted(src)
     content = read_content(source, without=PREFIX)
-    meta = plan.meta(source.name, _UNKNOWN_SHA256, _tool())
+    meta = plan.meta(source.name, UNKNOWN_SHA256, tool_name())
     written = content.with_keys(encode_keys(meta)).size_bytes
     if plan.projection == FITTED:
         written += stored_bytes(plan, KvType(kv_type))
@@ -86,7 +86,7 @@ def stored_bytes(plan: Plan, kind: KvType) -> int:
 
 def check_target(src: Path, dst: Path, sizes: Sizes, *, force: bool) -> None:
     """Refuse an output beforehand, as `convert` would. Raises OutputExistsError, WriteError."""
-    check_output(dst, _paths(_unconverted(src)), sizes.output_bytes, force=force)
+    check_output(dst, paths(unconverted(src)), sizes.output_bytes, force=force)
 
 
 def convert(
@@ -96,7 +96,7 @@ def convert(
     *,
     fitted: Fitted | None = None,
     examine: Examine | None = None,
-    progress: Progress = _nothing,
+    progress: Progress = no_progress,
     force: bool = False,
 ) -> PopMeta:
     """Write `src`, one file or the first of several parts, to `dst` with the keys of `plan`.
@@ -106,27 +106,23 @@ def convert(
     written file. Raises FormatError, PlanError, OutputExistsError, WriteError; an earlier `dst`
     stays then, and nothing new is left.
     """
-    source = _unconverted(src)
-    if source_shape(source) != plan.shape:
-        raise PlanError(f"the plan was made for another model than {src}")
-    if (plan.projection == FITTED) != (fitted is not None):
-        raise PlanError("the plan is for fitted projections, and there are none (or the reverse)")
-    original = read_content(source, without=PREFIX)
+    source = planned_source(plan, src, fitted)
+    content = read_content(source, without=PREFIX)
     meta = plan.meta(
         source.name,
-        _UNKNOWN_SHA256,
-        _tool(),
-        source_bytes=original.size_bytes if fitted else 0,
+        UNKNOWN_SHA256,
+        tool_name(),
+        source_bytes=content.size_bytes if fitted else 0,
         calibration=fitted.calibration if fitted else None,
         measured=Measured() if examine else None,
     )
-    whole = with_tensors(original, fitted.tensors, source.tensors) if fitted else original
+    whole = with_tensors(content, fitted.tensors, source.tensors) if fitted else content
     draft = whole.with_keys(encode_keys(meta))
-    check_output(dst, _paths(source), draft.size_bytes, force=force)
-    meter = _Meter(progress, 2 * original.data_bytes)
+    check_output(dst, paths(source), draft.size_bytes, force=force)
+    meter = Meter(progress, 2 * content.data_bytes)
     with replacing(dst, force=force) as file:
         file.write(draft.header)
-        sha256 = copy_data(original, original.header, file.write, meter.add)
+        sha256 = copy_data(content, content.header, file.write, meter.add)
         file.writelines(draft.added)
         file.flush()
         written = Path(file.name)
@@ -135,14 +131,16 @@ def convert(
         file.seek(0)
         file.write(whole.with_keys(encode_keys(meta)).header)
         file.flush()
-        if not _verify(written, original, whole, meta, meter.add):
+        if not _verify(written, content, whole, meta, meter.add):
             raise WriteError(
                 f"what was written to {dst} is not what was read", "check the disk, then try again"
             )
     return meta
 
 
-def strip(src: Path, dst: Path, *, progress: Progress = _nothing, force: bool = False) -> PopMeta:
+def strip(
+    src: Path, dst: Path, *, progress: Progress = no_progress, force: bool = False
+) -> PopMeta:
     """Write to `dst` the file that `src` was converted from, byte for byte (parts as one file).
 
     The bytes written must hash to `pop.source.sha256`. Raises FormatError, OutputExistsError,
@@ -152,12 +150,12 @@ def strip(src: Path, dst: Path, *, progress: Progress = _nothing, force: bool = 
     meta = pop_meta(source.first)
     if meta is None:
         raise FormatError(f"{src} has no POP keys: there is nothing to strip")
-    original = _original(source, meta)
-    check_output(dst, _paths(source), original.size_bytes, force=force)
-    meter = _Meter(progress, original.data_bytes)
+    restored = original(source, meta)
+    check_output(dst, paths(source), restored.size_bytes, force=force)
+    meter = Meter(progress, restored.data_bytes)
     with replacing(dst, force=force) as file:
-        file.write(original.header)
-        sha256 = copy_data(original, original.header, file.write, meter.add)
+        file.write(restored.header)
+        sha256 = copy_data(restored, restored.header, file.write, meter.add)
         if sha256 != meta.source_sha256:
             raise FormatError(
                 f"{src} was changed after its conversion: the original cannot be restored from it",
@@ -166,7 +164,7 @@ def strip(src: Path, dst: Path, *, progress: Progress = _nothing, force: bool = 
     return meta
 
 
-def _original(source: Source, meta: PopMeta) -> Content:
+def original(source: Source, meta: PopMeta) -> Content:
     """What a converted file was made from. Raises FormatError."""
     content = read_content(source, without=PREFIX)
     added = [tensor for tensor in source.tensors if TENSOR_MARK in tensor.name]
@@ -174,18 +172,28 @@ def _original(source: Source, meta: PopMeta) -> Content:
 
 
 def _verify(
-    written: Path, original: Content, whole: Content, meta: PopMeta, advance: Advance
+    written: Path, content: Content, whole: Content, meta: PopMeta, advance: Advance
 ) -> bool:
     """Whether what lies on disk is the original, byte for byte, what was added, and `meta`."""
     source = read_source(written)
     return (
         pop_meta(source.first) == meta
-        and _original(source, meta).header == original.header
+        and original(source, meta).header == content.header
         and same_data(whole, written, source.first.data_start, advance)
     )
 
 
-def _unconverted(src: Path) -> Source:
+def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
+    """The source that `plan` and `fitted` were made for. Raises FormatError, PlanError."""
+    source = unconverted(src)
+    if source_shape(source) != plan.shape:
+        raise PlanError(f"the plan was made for another model than {src}")
+    if (plan.projection == FITTED) != (fitted is not None):
+        raise PlanError("the plan is for fitted projections, and there are none (or the reverse)")
+    return source
+
+
+def unconverted(src: Path) -> Source:
     source = read_source(src)
     if pop_meta(source.first) is not None:
         raise FormatError(
@@ -194,18 +202,18 @@ def _unconverted(src: Path) -> Source:
     return source
 
 
-def _paths(source: Source) -> tuple[Path, ...]:
+def paths(source: Source) -> tuple[Path, ...]:
     return tuple(part.path for part in source.parts)
 
 
-def _tool() -> str:
+def tool_name() -> str:
     try:
         return f"pop-local {version('pop-local')}"
     except PackageNotFoundError:
         return "pop-local"
 
 
-class _Meter:
+class Meter:
     """Adds up the bytes done."""
 
     def __init__(self, progress: Progress, total_bytes: int) -> None:

@@ -8,6 +8,8 @@ from .errors import FormatError
 from .header import Header, Scalar, TensorInfo, read_header
 
 SPLIT_PREFIX = "split."
+# The architecture that a sidecar names: llama.cpp knows none of this name and says so.
+SIDECAR_ARCH = "pop-sidecar"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -43,9 +45,15 @@ class Source:
 def read_source(path: Path) -> Source:
     """Read the header of `path` and, when it begins a split model, of the other parts.
 
-    Raises FormatError when a part is missing or does not belong, or when `path` is a later part.
+    Raises FormatError when a part is missing or does not belong, or when `path` is a later part or
+    a sidecar.
     """
     first = read_header(path)
+    if is_sidecar(first):
+        raise FormatError(
+            f"{path} is a sidecar: it has no model in it",
+            f"give the model itself ({first.get('pop.source.name') or 'NAME.gguf'}), and --pop",
+        )
     count = _number(first, "split.count") or 0
     if count == 0:
         return Source((first,))
@@ -67,6 +75,10 @@ def read_source(path: Path) -> Source:
     source = Source((first, *map(read_header, paths[1:])))
     _check_parts(source)
     return source
+
+
+def is_sidecar(header: Header) -> bool:
+    return header.get("general.architecture") == SIDECAR_ARCH
 
 
 def _check_parts(source: Source) -> None:

@@ -43,7 +43,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """`lib`: folder of an unpatched library; None: the installed one, which is patched."""
+    """`lib`: folder of an unpatched library; None: the installed one, which is patched.
+
+    `further`: files after the model, as llama_model_load_from_splits takes them.
+    """
 
     model: str
     steps: tuple[Step, ...]
@@ -57,6 +60,8 @@ class Job:
     type_v: int = 1
     kv_unified: bool = False
     lora: str = ""
+    further: tuple[str, ...] = ()
+    mmap: bool = True
     cvec: tuple[float, ...] = field(default=())
 
 
@@ -92,7 +97,9 @@ class Session:
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
-        self.model = lib.llama_model_load_from_file(job.model.encode(), params)
+        if not job.mmap:
+            params.load_mode = lib.LLAMA_LOAD_MODE_NONE
+        self.model = self._load_model(job, params)
         if not self.model:
             raise RuntimeError("the model does not load")
         self.vocab = lib.llama_model_get_vocab(self.model)
@@ -104,6 +111,13 @@ class Session:
             self._set_lora(job.lora)
         if job.cvec:
             self._set_cvec(job.cvec)
+
+    def _load_model(self, job: Job, params: object) -> object:
+        if not job.further:
+            return self.lib.llama_model_load_from_file(job.model.encode(), params)
+        files = [path.encode() for path in (job.model, *job.further)]
+        paths = (ctypes.c_char_p * len(files))(*files)
+        return self.lib.llama_model_load_from_splits(paths, len(files), params)
 
     def _context_params(self, job: Job) -> object:
         params = self.lib.llama_context_default_params()

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pop_converter.errors import PopError
-from pop_converter.format import pop_meta
 from pop_converter.shape import source_shape
+from pop_converter.sidecar import pop_of
 from pop_converter.source import Source, read_source
 
-from pop_local.commands.options import Ctx, GpuLayers, Threads
-from pop_local.commands.ready import model_file
+from pop_local.commands.options import Ctx, GpuLayers, Pop, Threads
+from pop_local.commands.ready import ModelFiles, files_at_depth, model_files
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Column, Table, markdown, print_json
 from pop_local.ui.theme import out
@@ -27,13 +27,15 @@ class Report:
     """What `--json` prints."""
 
     model: str
+    sidecar: str | None
     backend: str
     rows: "tuple[SpeedRow, ...]"
 
 
 def bench(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A converted GGUF file, or a catalog name.")
+        str,
+        typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar."),
     ],
     prompt: Annotated[
         str, typer.Option("--prompt", metavar="N,N,...", help="Prompt lengths in tokens.")
@@ -48,6 +50,7 @@ def bench(
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="Tokens that are read at once.")
     ] = 512,
+    pop: Pop = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     threads: Threads = None,
     ctx: Ctx = None,
@@ -55,16 +58,19 @@ def bench(
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
     n_prompts = _lengths(prompt)
-    source = read_source(model_file(model))
+    files = model_files(model, pop) if boundary is None else files_at_depth(model, pop)
+    source = read_source(files.path)
     shape = source_shape(source)
-    _require_boundary(source, boundary)
+    if boundary is None:
+        _require_boundary(source, files)
     from pop_local.measure.speed import N_DECODE, measure_speed
 
     n_ctx = _context(source, max(n_prompts) + N_DECODE, ctx)
-    opened = _opened(source, boundary, n_ctx, batch, threads, gpu_layers)
+    opened = _opened(files, boundary, n_ctx, batch, threads, gpu_layers)
     with token_progress("Measuring") as advance:
         rows = measure_speed(opened, shape, n_prompts, repeat, advance)
-    report = Report(str(source.first.path), _backend(opened, gpu_layers), rows)
+    sidecar = str(files.sidecar) if files.sidecar else None
+    report = Report(str(files.path), sidecar, _backend(opened, gpu_layers), rows)
     if json:
         print_json(report)
     else:
@@ -78,9 +84,9 @@ def _lengths(prompt: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _require_boundary(source: Source, boundary: int | None) -> None:
-    path = source.first.path
-    if boundary is None and pop_meta(source.first) is None:
+def _require_boundary(source: Source, files: ModelFiles) -> None:
+    path = files.path
+    if pop_of(source, files.sidecar) is None:
         raise PopError(
             f"{path} is not converted: there is nothing to compare",
             f"convert it (pop-local convert {path}), or choose a --boundary",
@@ -104,7 +110,7 @@ def _context(source: Source, n_needed: int, ctx: int | None) -> int:
 
 
 def _opened(
-    source: Source,
+    files: ModelFiles,
     boundary: int | None,
     n_ctx: int,
     batch: int,
@@ -114,7 +120,8 @@ def _opened(
     from pop_local.engine.model import open_model
 
     opened = open_model(
-        source.first.path,
+        files.path,
+        sidecar=files.sidecar,
         n_ctx=n_ctx,
         n_threads=threads,
         n_gpu_layers=gpu_layers,

@@ -10,6 +10,7 @@ from pop_local.commands.options import (
     GpuLayers,
     MaxTokens,
     NoPop,
+    Pop,
     Seed,
     Temperature,
     Threads,
@@ -39,6 +40,7 @@ def chat(
         ),
     ] = None,
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
+    pop: Pop = None,
     no_pop: NoPop = False,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -49,7 +51,9 @@ def chat(
     gpu_layers: GpuLayers = -1,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
-    opened = open_ready(model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop)
+    opened = open_ready(
+        model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop, pop=pop
+    )
     repl = Repl(
         opened,
         read_line,

@@ -9,10 +9,9 @@ from pop_converter.errors import PlanError
 from pop_converter.fit import RIDGE
 from pop_converter.format import FITTED, Calibration, Measured, PopMeta
 from pop_converter.plan import DEFAULT_SKIP, Plan, Skip, make_plan, parse_skip
-from pop_converter.rewrite import Fitted, Sizes, check_target, measure
-from pop_converter.rewrite import convert as write_converted
+from pop_converter.rewrite import Fitted, Sizes, check_target
 from pop_converter.shape import source_shape
-from pop_converter.source import Source, read_source
+from pop_converter.source import read_source
 
 from pop_local.commands.examining import Examiner, measured_facts
 from pop_local.commands.fitting import (
@@ -24,6 +23,7 @@ from pop_local.commands.fitting import (
     fit_facts,
     n_tokens,
 )
+from pop_local.commands.forms import COPY, SIDECAR, Form
 from pop_local.commands.options import GpuLayers, Threads
 from pop_local.measure.limit import speedup_limit
 from pop_local.models import resolve_base
@@ -40,6 +40,7 @@ class Report:
 
     source: str
     output: str
+    form: str
     architecture: str
     n_layer: int
     boundary: int
@@ -121,6 +122,12 @@ def convert(
             "--resume", help="Keep the fit when it is stopped, and go on with a kept one."
         ),
     ] = False,
+    sidecar: Annotated[
+        bool,
+        typer.Option(
+            "--sidecar", help="Write only what is new, into a small file beside the model."
+        ),
+    ] = False,
     threads: Threads = None,
     gpu_layers: GpuLayers = -1,
     dry_run: Annotated[
@@ -137,7 +144,8 @@ def convert(
     """Make a copy of a model that reads long prompts faster.
 
     The weights stay as they are. With --projection own stock llama.cpp opens the copy too (and runs
-    it in full); with fitted projections only pop-local does.
+    it in full); with fitted projections only pop-local does. With --sidecar the model itself stays
+    the file to open, here and elsewhere.
     """
     share = _share(skip, boundary)
     path = resolve_base(model)
@@ -162,20 +170,23 @@ def convert(
         n_threads=threads,
         n_gpu_layers=gpu_layers,
     )
-    sizes = measure(plan, path, kv_type.value)
-    target = output or _default_output(source)
+    form = SIDECAR if sidecar else COPY
+    sizes = form.measure(plan, path, kv_type.value)
+    target = output or form.default_path(source)
     is_fitted = plan.projection == FITTED
     if not json:
         facts = fit_facts(plan, source, options) if is_fitted else []
-        print_facts([*_facts(path, plan, sizes), *facts])
+        print_facts([*_facts(path, plan, form, sizes), *facts])
     meta = None
     if not dry_run:
         check_target(path, target, sizes, force=force)
         fitted = fit(plan, source, target, options) if is_fitted else None
-        examine = Examiner(plan, path, n_threads=threads, n_gpu_layers=gpu_layers, force=force)
-        meta = _write(plan, path, target, fitted, examine if fitted else None, force=force)
+        examine = Examiner(
+            plan, path, form.files, n_threads=threads, n_gpu_layers=gpu_layers, force=force
+        )
+        meta = _write(form, plan, path, target, fitted, examine if fitted else None, force=force)
     if json:
-        print_json(_report(path, target, plan, sizes, meta))
+        print_json(_report(path, target, plan, form, sizes, meta))
     elif meta is not None:
         quality = measured_facts(meta.measured) if meta.measured else []
         print_facts([*quality, ("Written", str(target))])
@@ -192,11 +203,8 @@ def _share(skip: str | None, boundary: int | None) -> Skip:
         raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--skip") from error
 
 
-def _default_output(source: Source) -> Path:
-    return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
-
-
 def _write(
+    form: Form,
     plan: Plan,
     src: Path,
     dst: Path,
@@ -205,8 +213,8 @@ def _write(
     *,
     force: bool,
 ) -> PopMeta:
-    with bytes_progress("Writing, then reading back") as advance:
-        return write_converted(
+    with bytes_progress(form.progress) as advance:
+        return form.write(
             plan, src, dst, fitted=fitted, examine=examine, progress=advance, force=force
         )
 
@@ -216,7 +224,7 @@ def _limit(plan: Plan) -> float:
     return speedup_limit(plan.shape, LIMIT_PROMPT, plan.boundary, n_full)
 
 
-def _facts(src: Path, plan: Plan, sizes: Sizes) -> list[Fact]:
+def _facts(src: Path, plan: Plan, form: Form, sizes: Sizes) -> list[Fact]:
     n_layer = plan.shape.n_layer
     return [
         ("Model", str(src)),
@@ -225,15 +233,18 @@ def _facts(src: Path, plan: Plan, sizes: Sizes) -> list[Fact]:
         ("Boundary", f"layer {plan.boundary}"),
         ("Schedule", plan.schedule),
         ("Always in full", f"the first {plan.sink_tokens} and last {plan.tail_tokens} tokens"),
-        ("Size", f"{size(sizes.source_bytes)}, converted {size(sizes.output_bytes)}"),
+        ("Size", f"{size(sizes.source_bytes)}, {form.name} {size(sizes.output_bytes)}"),
         ("Speed-up", f"at most {_limit(plan):.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"),
     ]
 
 
-def _report(src: Path, dst: Path, plan: Plan, sizes: Sizes, meta: PopMeta | None) -> Report:
+def _report(
+    src: Path, dst: Path, plan: Plan, form: Form, sizes: Sizes, meta: PopMeta | None
+) -> Report:
     return Report(
         source=str(src),
         output=str(dst),
+        form=form.name,
         architecture=plan.shape.arch,
         n_layer=plan.shape.n_layer,
         boundary=plan.boundary,

@@ -10,8 +10,8 @@ import typer
 from pop_converter.errors import PopError
 from pop_converter.shape import read_shape
 
-from pop_local.commands.options import Ctx, GpuLayers, Threads
-from pop_local.commands.ready import model_file
+from pop_local.commands.options import Ctx, GpuLayers, Pop, Threads
+from pop_local.commands.ready import model_files
 from pop_local.models import DEFAULT_MODEL
 from pop_local.ui.progress import token_progress
 from pop_local.ui.repl import Repl
@@ -63,16 +63,20 @@ def demo(
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and open no chat.")
     ] = False,
+    pop: Pop = None,
     threads: Threads = None,
     ctx: Ctx = None,
     gpu_layers: GpuLayers = -1,
 ) -> None:
     """Answer one question about a document twice, then open the chat."""
-    path = model_file(model)
+    files = model_files(model, pop)
+    path = files.path
     shape = read_shape(path)
     from pop_local.engine.model import open_model
 
-    opened = open_model(path, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers)
+    opened = open_model(
+        path, sidecar=files.sidecar, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers
+    )
     from pop_local.engine.backend import Mode
     from pop_local.measure.limit import speedup_limit
 
@@ -80,7 +84,7 @@ def demo(
         raise PopError(f"{path} is not converted", f"convert it first: pop-local convert {path}")
     _warm_up(opened)
     full = _answer(opened, Mode.OFF)
-    pop = _answer(opened, Mode.CONTEXT)
+    pruned = _answer(opened, Mode.CONTEXT)
     n_prompt = full.n_full
     report = Report(
         model=str(path),
@@ -89,9 +93,9 @@ def demo(
         question=_text("question.md"),
         n_prompt=n_prompt,
         full=full,
-        pop=pop,
-        speedup=full.ttft_s / pop.ttft_s,
-        limit=speedup_limit(shape, n_prompt, opened.boundary, pop.n_full),
+        pop=pruned,
+        speedup=full.ttft_s / pruned.ttft_s,
+        limit=speedup_limit(shape, n_prompt, opened.boundary, pruned.n_full),
     )
     if json:
         print_json(report)

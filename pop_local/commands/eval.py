@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pop_converter.errors import PopError
-from pop_converter.format import FITTED, OWN, pop_meta
+from pop_converter.format import FITTED, OWN
 from pop_converter.output import check_output
 from pop_converter.plan import make_plan, parse_skip
 from pop_converter.shape import ModelShape, source_shape
+from pop_converter.sidecar import pop_of
 from pop_converter.source import Source, read_source
 
-from pop_local.commands.options import Ctx, GpuLayers, NoPop, Threads
-from pop_local.commands.ready import model_file
+from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads
+from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.measure.limit import speedup_limit
 from pop_local.ui.progress import token_progress
 from pop_local.ui.quality import Row, facts, flat, plot, require_matplotlib, table
@@ -44,6 +45,7 @@ class Run:
     ctx: int | None
     threads: int | None
     gpu_layers: int
+    sidecar: Path | None = None
 
 
 def eval(  # noqa: A001
@@ -77,6 +79,7 @@ def eval(  # noqa: A001
     no_boundary: Annotated[
         bool, typer.Option("--no-boundary", help="Prune the context's last token as well.")
     ] = False,
+    pop: Pop = None,
     no_pop: NoPop = False,
     sink: Annotated[
         int | None, typer.Option(min=0, help="First tokens in full, whatever the file says.")
@@ -95,9 +98,13 @@ def eval(  # noqa: A001
 ) -> None:
     """Measure what pruning costs: KL and perplexity against the full model, copying, recall."""
     _check_usage(no_boundary=no_boundary, no_pop=no_pop, plot_file=plot_file, sweep=sweep)
-    source = read_source(model_file(model))
+    if fit and pop is not None:
+        raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
+    own_depth = fit or (skip, boundary, sweep) != (None, None, None)
+    files = files_at_depth(model, pop) if own_depth else model_files(model, pop)
+    source = read_source(files.path)
     shape = source_shape(source)
-    boundaries = _boundaries(source, shape, skip, boundary, sweep)
+    boundaries = _boundaries(source, shape, skip, boundary, sweep, files.sidecar)
     if plot_file is not None:
         require_matplotlib()
         check_output(plot_file, (source.first.path,), 0, force=force)
@@ -116,6 +123,7 @@ def eval(  # noqa: A001
         ctx=ctx,
         threads=threads,
         gpu_layers=gpu_layers,
+        sidecar=files.sidecar,
     )
     rows = _fitted(source, shape, boundaries, run) if fit else _rows(source, shape, boundaries, run)
     if plot_file is not None:
@@ -141,7 +149,12 @@ def _check_usage(
 
 
 def _boundaries(
-    source: Source, shape: ModelShape, skip: str | None, boundary: int | None, sweep: str | None
+    source: Source,
+    shape: ModelShape,
+    skip: str | None,
+    boundary: int | None,
+    sweep: str | None,
+    sidecar: Path | None,
 ) -> tuple[int, ...]:
     """Of each depth to measure, as given, else the file's."""
     if sum(option is not None for option in (skip, boundary, sweep)) > 1:
@@ -153,7 +166,7 @@ def _boundaries(
         return (make_plan(shape, boundary=boundary).boundary,)
     if skip is not None:
         return (make_plan(shape, skip=parse_skip(skip)).boundary,)
-    meta = pop_meta(source.first)
+    meta = pop_of(source, sidecar)
     if meta is None:
         path = source.first.path
         raise PopError(
@@ -190,7 +203,7 @@ def _rows(
         n_full = opened.rule.sink_tokens + opened.rule.tail_tokens
     finally:
         opened.close()
-    meta = pop_meta(source.first)
+    meta = pop_of(source, run.sidecar)
     return tuple(
         Row(
             n_skipped=shape.n_layer - quality.boundary,
@@ -209,6 +222,7 @@ def _opened(source: Source, run: Run) -> "PopModel":
 
     opened = open_model(
         source.first.path,
+        sidecar=run.sidecar,
         n_ctx=_context(source, run),
         n_threads=run.threads,
         n_gpu_layers=run.gpu_layers,

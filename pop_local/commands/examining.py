@@ -1,5 +1,6 @@
 """The short evaluation of a fitted file before `convert` lets it take its place."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ from pop_converter.errors import PopError
 from pop_converter.format import Measured
 from pop_converter.plan import Plan
 
+from pop_local.commands.ready import ModelFiles
 from pop_local.ui.tables import Fact
 from pop_local.ui.theme import note, warn
 
@@ -27,24 +29,36 @@ class CopyingBrokenError(PopError):
 
 
 class Examiner:
-    """Measures a written file; with `force` a broken one is let through with a warning."""
+    """Measures a written file; with `force` a broken one is let through with a warning.
+
+    `files`: what to open, from the source and what was written.
+    """
 
     def __init__(
-        self, plan: Plan, src: Path, *, n_threads: int | None, n_gpu_layers: int, force: bool
+        self,
+        plan: Plan,
+        src: Path,
+        files: Callable[[Path, Path], ModelFiles],
+        *,
+        n_threads: int | None,
+        n_gpu_layers: int,
+        force: bool,
     ) -> None:
-        self._plan, self._src, self._force = plan, src, force
+        self._plan, self._src, self._files, self._force = plan, src, files, force
         self._n_threads, self._n_gpu_layers = n_threads, n_gpu_layers
 
     def __call__(self, written: Path) -> Measured:
         """Raises CopyingBrokenError, and PopError when the file cannot be measured."""
         note("Measuring what was written on held-out text")
-        [quality] = self._measure(written, (self._plan.boundary,), N_WINDOWS)
+        [quality] = self._measure(
+            self._files(self._src, written), (self._plan.boundary,), N_WINDOWS
+        )
         if not copies(quality):
             self._refuse(quality)
         return measured(quality)
 
     def _measure(
-        self, path: Path, boundaries: tuple[int, ...], n_windows: int
+        self, files: ModelFiles, boundaries: tuple[int, ...], n_windows: int
     ) -> "tuple[Quality, ...]":
         from pop_local.engine.model import open_model
         from pop_local.measure.heldout import shipped_text, tokenize
@@ -52,7 +66,8 @@ class Examiner:
 
         settings = QualitySettings(n_windows=n_windows)
         opened = open_model(
-            path,
+            files.path,
+            sidecar=files.sidecar,
             n_ctx=2 * (settings.n_context + settings.n_continuation),
             n_threads=self._n_threads,
             n_gpu_layers=self._n_gpu_layers,
@@ -73,10 +88,11 @@ class Examiner:
             warn(message)
             return
         note("Looking for the deepest boundary that would pass")
+        base = ModelFiles(self._src)
         deeper = tuple(range(quality.boundary + 1, self._plan.shape.n_layer))
         passing = [
             found.boundary
-            for found in (self._measure(self._src, deeper, _N_SEARCHED) if deeper else ())
+            for found in (self._measure(base, deeper, _N_SEARCHED) if deeper else ())
             if copies(found)
         ]
         advice = f"--boundary {min(passing)} would pass" if passing else "skip fewer layers"

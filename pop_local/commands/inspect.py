@@ -1,49 +1,35 @@
 """`pop-local inspect FILE`: what is in a model file."""
 
-from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
-import gguf
 import typer
-from pop_converter.content import copy_data, read_content
 from pop_converter.errors import FormatError
-from pop_converter.format import OWN, PREFIX, PopMeta, pop_meta
+from pop_converter.format import TENSOR_MARK, PopMeta
+from pop_converter.header import Header, read_header
 from pop_converter.shape import ARCHITECTURES
-from pop_converter.source import Source, read_source
+from pop_converter.sidecar import pop_of, sidecar_meta
+from pop_converter.source import Source, is_sidecar, read_source
 
-from pop_local.models import load_catalog, resolve
-from pop_local.ui.progress import bytes_progress
+from pop_local.commands.inspecting import (
+    TensorGroup,
+    Verification,
+    pruning_facts,
+    tensor_groups,
+    tensors_text,
+    verification_facts,
+    verified,
+)
+from pop_local.commands.options import Pop
+from pop_local.commands.ready import sidecar_beside
+from pop_local.models import resolve
 from pop_local.ui.tables import Fact, print_facts, print_json, size
-
-POP_TENSOR = ".pop_"
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """All tensors of one type."""
-
-    type: str
-    n_tensors: int
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Of the file as it was before its conversion.
-
-    `unchanged`: whether it is what the conversion read, None when the file does not say.
-    `catalog_name`: the model of the catalog that it is.
-    """
-
-    sha256: str
-    unchanged: bool | None
-    catalog_name: str | None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `--json` prints."""
+    """What `--json` prints of a model; `pop` is what the sidecar says if there is one."""
 
     file: str
     n_files: int
@@ -59,7 +45,22 @@ class Inspection:
     boundary: int | None
     n_skipped: int | None
     pop: PopMeta | None
+    sidecar: str | None
     opens_in_stock_llama_cpp: bool
+    verification: Verification | None
+
+
+@dataclass(frozen=True)
+class SidecarInspection:
+    """What `--json` prints of a sidecar; `model` None when it does not lie beside it."""
+
+    file: str
+    size_bytes: int
+    model: str | None
+    tensors: tuple[TensorGroup, ...]
+    boundary: int
+    n_skipped: int
+    pop: PopMeta
     verification: Verification | None
 
 
@@ -67,6 +68,7 @@ def inspect(
     model: Annotated[
         str, typer.Argument(metavar="FILE", help="A GGUF file, or a name of the catalog.")
     ],
+    pop: Pop = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     verify: Annotated[
         bool,
@@ -76,23 +78,66 @@ def inspect(
     ] = False,
 ) -> None:
     """Show a model's architecture, layers, boundary, sizes and where it comes from."""
-    source = read_source(resolve(model))
-    meta = pop_meta(source.first)
+    path = resolve(model)
+    header = read_header(path)
+    if is_sidecar(header) and pop is None:
+        _inspect_sidecar(header, verify=verify, json=json)
+        return
+    source = read_source(path)
+    sidecar = pop or sidecar_beside(path)
+    meta = pop_of(source, sidecar)
     verification = verified(source, meta) if verify else None
-    inspection = inspected(source, meta, verification)
+    inspection = inspected(source, sidecar, meta, verification)
     if json:
         print_json(inspection)
     else:
         print_facts(facts(inspection))
+    _require_unchanged(path, verification)
+
+
+def _inspect_sidecar(header: Header, *, verify: bool, json: bool) -> None:
+    """With the model beside it, if it is there: it must be the right one then."""
+    meta = sidecar_meta(header)
+    # The name comes from a file that may come from anywhere: its folder is not followed.
+    path = header.path.with_name(Path(meta.source_name).name or header.path.name)
+    source = read_source(path) if path != header.path and path.is_file() else None
+    if source is not None:
+        pop_of(source, header.path)
+    if verify and source is None:
+        raise FormatError(
+            f"the model {meta.source_name} does not lie beside {header.path}",
+            f"say where it is: pop-local inspect MODEL --pop {header.path} --verify",
+        )
+    verification = verified(source, meta) if verify and source else None
+    found = SidecarInspection(
+        file=str(header.path),
+        size_bytes=header.size_bytes,
+        model=str(path) if source else None,
+        tensors=tensor_groups(header.tensors),
+        boundary=meta.boundary,
+        n_skipped=meta.n_layer - meta.boundary,
+        pop=meta,
+        verification=verification,
+    )
+    if json:
+        print_json(found)
+    else:
+        print_facts(sidecar_facts(found))
+    _require_unchanged(path, verification)
+
+
+def _require_unchanged(path: Path, verification: Verification | None) -> None:
     if verification is not None and verification.unchanged is False:
         raise FormatError(
-            f"{source.first.path} does not hold the model that it was converted from",
-            "convert the model again",
+            f"{path} does not hold the model that was converted", "convert the model again"
         )
 
 
 def inspected(
-    source: Source, meta: PopMeta | None, verification: Verification | None
+    source: Source,
+    sidecar: Path | None,
+    meta: PopMeta | None,
+    verification: Verification | None,
 ) -> Inspection:
     first = source.first
     architecture = first.get("general.architecture")
@@ -110,56 +155,19 @@ def inspected(
         n_embd=_number(source, f"{architecture}.embedding_length"),
         n_ctx_train=_number(source, f"{architecture}.context_length"),
         has_chat_template=first.get("tokenizer.chat_template") is not None,
-        tensors=_tensor_groups(source),
+        tensors=tensor_groups(source.tensors),
         boundary=meta.boundary if meta else None,
         n_skipped=meta.n_layer - meta.boundary if meta else None,
         pop=meta,
-        opens_in_stock_llama_cpp=not any(POP_TENSOR in tensor.name for tensor in source.tensors),
+        sidecar=str(sidecar) if sidecar else None,
+        opens_in_stock_llama_cpp=not any(TENSOR_MARK in tensor.name for tensor in source.tensors),
         verification=verification,
-    )
-
-
-def verified(source: Source, meta: PopMeta | None) -> Verification:
-    """Hashes the model without its POP keys, which is what it was converted from."""
-    content = read_content(source, without=PREFIX)
-    done_bytes = 0
-    with bytes_progress("Reading all of it") as show:
-
-        def advance(n_bytes: int) -> None:
-            nonlocal done_bytes
-            done_bytes += n_bytes
-            show(done_bytes, content.size_bytes)
-
-        sha256 = copy_data(content, content.header, lambda chunk: None, advance)
-    return Verification(
-        sha256=sha256,
-        unchanged=sha256 == meta.source_sha256 if meta and meta.source_sha256 else None,
-        catalog_name=next((known.name for known in load_catalog() if known.sha256 == sha256), None),
     )
 
 
 def _number(source: Source, key: str) -> int:
     value = source.first.get(key)
     return value if isinstance(value, int) else 0
-
-
-def _tensor_groups(source: Source) -> tuple[TensorGroup, ...]:
-    counts: Counter[int] = Counter()
-    sizes: Counter[int] = Counter()
-    for tensor in source.tensors:
-        counts[tensor.type] += 1
-        sizes[tensor.type] += tensor.size_bytes
-    return tuple(
-        TensorGroup(_type_name(kind), counts[kind], n_bytes)
-        for kind, n_bytes in sizes.most_common()
-    )
-
-
-def _type_name(kind: int) -> str:
-    try:
-        return gguf.GGMLQuantizationType(kind).name
-    except ValueError:  # newer than the gguf package
-        return f"type {kind}"
 
 
 def facts(found: Inspection) -> list[Fact]:
@@ -174,53 +182,31 @@ def facts(found: Inspection) -> list[Fact]:
         ("Layers", f"{found.n_layer}, width {found.n_embd}"),
         ("Trained context", f"{found.n_ctx_train:,} tokens"),
         ("Chat template", "yes" if found.has_chat_template else "no: a base model"),
-        ("Tensors", ", ".join(_group_text(group) for group in found.tensors)),
-        *_pruning_facts(found.pop),
+        ("Tensors", tensors_text(found.tensors)),
+        *([("Sidecar", found.sidecar)] if found.sidecar else []),
+        *pruning_facts(found.pop),
         ("Stock llama.cpp", _stock_text(found)),
     ]
     if found.verification is not None:
-        lines += _verification_facts(found.verification)
+        lines += verification_facts(found.verification)
     return lines
-
-
-def _group_text(group: TensorGroup) -> str:
-    return f"{group.n_tensors} {group.type} ({size(group.size_bytes)})"
 
 
 def _stock_text(found: Inspection) -> str:
     if not found.opens_in_stock_llama_cpp:
         return "refuses it: it does not know the fitted projections"
-    return "opens it, and runs it in full" if found.pop else "opens it as before"
+    is_marked = found.pop is not None and found.sidecar is None
+    return "opens it, and runs it in full" if is_marked else "opens it as before"
 
 
-def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
-    if meta is None:
-        return [("Pruning", "none: not converted (see `pop-local convert`)")]
-    own = meta.projection == OWN
-    return [
-        ("Boundary", f"layer {meta.boundary}: context tokens skip the last {_skipped(meta)}"),
-        ("Schedule", meta.schedule),
-        ("K/V projections", "own: the layers' own weights" if own else meta.projection),
-        ("Always in full", f"the first {meta.sink_tokens} and last {meta.tail_tokens} tokens"),
-        ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
-        ("Converted from", meta.source_name or "unknown"),
-        ("Its sha256", meta.source_sha256 or "unknown"),
-        ("Converted by", meta.tool or "unknown"),
+def sidecar_facts(found: SidecarInspection) -> list[Fact]:
+    lines = [
+        ("File", found.file),
+        ("Size", size(found.size_bytes)),
+        ("Sidecar of", found.model or f"{found.pop.source_name}, which does not lie beside it"),
+        ("Tensors", tensors_text(found.tensors)),
+        *pruning_facts(found.pop),
     ]
-
-
-def _skipped(meta: PopMeta) -> str:
-    return f"{meta.n_layer - meta.boundary} of {meta.n_layer} layers"
-
-
-def _verification_facts(verification: Verification) -> list[Fact]:
-    verdict = {
-        None: "nothing to compare with",
-        True: "unchanged: stripping gives back the file it was converted from",
-        False: "CHANGED: not the file it was converted from",
-    }
-    name = verification.catalog_name
-    return [
-        ("sha256", verification.sha256),
-        ("Verified", f"the catalog's {name}" if name else verdict[verification.unchanged]),
-    ]
+    if found.verification is not None:
+        lines += verification_facts(found.verification)
+    return lines

@@ -1,5 +1,6 @@
 """Options that several commands share, and what they turn into."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,15 @@ Seed = Annotated[
     int | None, typer.Option("--seed", min=0, help="Makes an answer repeatable. Default: chance.")
 ]
 NoPop = Annotated[bool, typer.Option("--no-pop", help="Read prompts in full, without pruning.")]
+
+Pop = Annotated[
+    Path | None,
+    typer.Option(
+        "--pop",
+        metavar="SIDECAR",
+        help="The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, if there is one.",
+    ),
+]
 
 
 def sampling(**options: Any) -> dict[str, Any]:

@@ -1,11 +1,16 @@
-"""From a model's name or path to an opened model."""
+"""From a model's name or path to its files, and to an opened model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pop_converter.errors import PopError
+from pop_converter.format import pop_meta
 from pop_converter.plan import DEFAULT_SKIP, make_plan
 from pop_converter.rewrite import convert
 from pop_converter.shape import read_shape
+from pop_converter.sidecar import sidecar_path
+from pop_converter.source import read_source
 
 from pop_local.fetching.catalog import fetch
 from pop_local.models import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
@@ -17,15 +22,81 @@ if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model, and the sidecar that says how it is pruned if it does not say so itself."""
+
+    path: Path
+    sidecar: Path | None = None
+
+
+def model_files(model: str | None, pop: Path | None = None) -> ModelFiles:
+    """What to open: with the sidecar `pop`, else with the one beside the model, after saying so."""
+    if pop is not None:
+        return ModelFiles(_base(model), _existing(pop))
+    base = _fetched_base(model)
+    found = sidecar_beside(base) if base else None
+    files = ModelFiles(base, found) if base and found else ModelFiles(model_file(model))
+    if files.sidecar:
+        note(f"Pruning as {files.sidecar} says.")
+    return files
+
+
+def files_at_depth(model: str | None, pop: Path | None) -> ModelFiles:
+    """What to open for a boundary of the caller's: a sidecar, which has its own, is not looked for.
+
+    Fitted projections know one boundary.
+    """
+    return ModelFiles(model_file(model)) if pop is None else model_files(model, pop)
+
+
 def model_file(model: str | None) -> Path:
     """The file to open. A model of the catalog is fetched and converted first, after saying so."""
-    if model is not None and (Path(model).exists() or lookup(model) is None):
-        return resolve(model)
-    entry = find(model or DEFAULT_MODEL)
+    entry = _entry(model)
+    if entry is None:
+        return resolve(str(model))
     converted = models_dir() / entry.pop_file
     if not converted.is_file():
         _convert(_fetch(entry), converted)
     return converted
+
+
+def sidecar_beside(path: Path) -> Path | None:
+    """The sidecar of that model, if it lies where it is looked for and the model needs one."""
+    source = read_source(path)
+    sidecar = sidecar_path(source)
+    return sidecar if sidecar.is_file() and pop_meta(source.first) is None else None
+
+
+def _entry(model: str | None) -> Model | None:
+    """The catalog's entry; None for a path."""
+    if model is not None and (Path(model).exists() or lookup(model) is None):
+        return None
+    return find(model or DEFAULT_MODEL)
+
+
+def _base(model: str | None) -> Path:
+    """The model without POP keys; that of the catalog is fetched first."""
+    entry = _entry(model)
+    return resolve(str(model)) if entry is None else _fetch(entry)
+
+
+def _fetched_base(model: str | None) -> Path | None:
+    """Where a sidecar may lie beside: not for a model that is still to be fetched, or converted."""
+    entry = _entry(model)
+    if entry is None:
+        return resolve(str(model))
+    path = models_dir() / entry.file
+    is_plain = path.is_file() and not (models_dir() / entry.pop_file).is_file()
+    return path if is_plain else None
+
+
+def _existing(pop: Path) -> Path:
+    if not pop.is_file():
+        raise PopError(
+            f"there is no sidecar {pop}", "make one: pop-local convert --sidecar MODEL.gguf"
+        )
+    return pop
 
 
 def _fetch(entry: Model) -> Path:
@@ -47,14 +118,22 @@ def _convert(path: Path, target: Path) -> None:
 
 
 def open_ready(
-    model: str | None, *, threads: int | None, ctx: int | None, gpu_layers: int, no_pop: bool
+    model: str | None,
+    *,
+    threads: int | None,
+    ctx: int | None,
+    gpu_layers: int,
+    no_pop: bool,
+    pop: Path | None = None,
 ) -> "PopModel":
     """The opened model, with pruning switched off if so wished."""
-    path = model_file(model)
+    files = model_files(model, pop)
     from pop_local.engine.backend import Mode
     from pop_local.engine.model import open_model
 
-    opened = open_model(path, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers)
+    opened = open_model(
+        files.path, sidecar=files.sidecar, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers
+    )
     if no_pop:
         opened.set_pop(Mode.OFF)
     return opened

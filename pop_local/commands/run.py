@@ -14,6 +14,7 @@ from pop_local.commands.options import (
     GpuLayers,
     MaxTokens,
     NoPop,
+    Pop,
     Seed,
     Temperature,
     Threads,
@@ -57,6 +58,7 @@ def run(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
+    pop: Pop = None,
     no_pop: NoPop = False,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -72,7 +74,9 @@ def run(
     """
     prompt = _prompt(question, file or [])
     options = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    opened = open_ready(model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop)
+    opened = open_ready(
+        model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop, pop=pop
+    )
     screen = TerminalScreen()
     with deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pop_converter.format import PopMeta, read_pop_meta
+from pop_converter.errors import FormatError
+from pop_converter.format import PopMeta, pop_meta
+from pop_converter.header import read_header
 from pop_converter.rewrite import strip as write_original
+from pop_converter.source import is_sidecar
 
 from pop_local.models import resolve
 from pop_local.ui.progress import bytes_progress
@@ -39,7 +42,12 @@ def strip(
     A model that came in several parts comes back as one file.
     """
     path = resolve(model)
-    target = output or _default_output(path, read_pop_meta(path))
+    header = read_header(path)
+    if is_sidecar(header):
+        raise FormatError(
+            f"{path} is a sidecar: there is nothing to strip", "delete it; the model is as it was"
+        )
+    target = output or _default_output(path, pop_meta(header))
     with bytes_progress("Restoring") as advance:
         meta = write_original(path, target, progress=advance, force=force)
     report = Report(str(path), str(target), target.stat().st_size, meta.source_sha256)

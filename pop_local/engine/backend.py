@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from pop_converter.errors import PopError
+from pop_converter.format import PopMeta
 
 from . import logs
 
@@ -99,6 +100,15 @@ def require_patched() -> ctypes.CDLL:
 def model_boundary(model: Any) -> int:
     """The boundary that the file asks for; 0: none, -1: the architecture cannot be pruned."""
     return int(require_patched().llama_pop_model_boundary(model))
+
+
+def require_boundary(model: Any, meta: PopMeta | None) -> None:
+    """Raises PopError when the loaded model does not prune as its keys say."""
+    wanted = meta.boundary if meta else 0
+    if (found := max(0, model_boundary(model))) != wanted:
+        raise PopError(
+            f"the backend prunes from layer {found}, the file says {wanted}", INSTALL_HINT
+        )
 
 
 def get_mode(ctx: Any) -> Mode:

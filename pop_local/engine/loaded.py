@@ -7,25 +7,40 @@ from pathlib import Path
 from typing import Any
 
 from pop_converter.errors import PopError
+from pop_converter.sidecar import pop_of
+from pop_converter.source import read_source
 
-from . import backend, logs
+from . import backend, files, logs
 
 
 class LoadedModel:
-    """An opened file; `vocab` and `handle` are llama.cpp's pointers. Raises PopError."""
+    """An opened file, with its sidecar if one is given; raises PopError.
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = -1, n_threads: int | None = None) -> None:
+    `vocab` and `handle` are llama.cpp's pointers.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        sidecar: Path | None = None,
+        n_gpu_layers: int = -1,
+        n_threads: int | None = None,
+    ) -> None:
         backend.require_patched()
         self._api = backend.bindings()
         self.path = path
+        source = read_source(path)
+        meta = pop_of(source, sidecar)
         self.n_threads = n_threads or backend.default_threads()
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         logs.forget_errors()
         self._api.llama_backend_init()
-        self.handle = self._api.llama_model_load_from_file(str(path).encode(), params)
+        self.handle = files.load(path, files.model_files(source, sidecar), params)
         if not self.handle:
             raise PopError(f"{path} cannot be opened: {logs.first_error()}")
+        backend.require_boundary(self.handle, meta)
         self.vocab = self._api.llama_model_get_vocab(self.handle)
         self.n_vocab = int(self._api.llama_vocab_n_tokens(self.vocab))
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pop_converter.errors import PopError
-from pop_converter.format import PopMeta, pop_meta
-from pop_converter.header import Header, read_header
+from pop_converter.format import PopMeta
+from pop_converter.header import Header
+from pop_converter.sidecar import pop_of
+from pop_converter.source import read_source
 
-from . import backend, logs
+from . import backend, files, logs
 from .backend import Mode
 
 api = backend.bindings()  # before the first import of llama_cpp: it explains a failure
@@ -36,6 +38,7 @@ from .state import (  # noqa: E402
     KvKey,
     PopState,
     context_state,
+    conversion,
     restore_context_state,
 )
 from .turn import Chunk, Message  # noqa: E402
@@ -47,6 +50,7 @@ CONVERT_HINT = "convert it first: pop-local convert {}"
 def open_model(
     path: str | os.PathLike[str],
     *,
+    sidecar: str | os.PathLike[str] | None = None,
     n_ctx: int | None = None,
     n_threads: int | None = None,
     n_gpu_layers: int = -1,
@@ -54,13 +58,15 @@ def open_model(
 ) -> "PopModel":
     """Load a model; raises PopError with llama.cpp's reason when it cannot be.
 
-    `n_ctx`: None takes the model's own context, at most 8192. `n_threads`: for prefill and decode,
-    None takes the physical cores. `n_gpu_layers`: -1 for all, of no effect without a GPU.
-    `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...).
+    `sidecar`: a file with POP keys and tensors for this model. `n_ctx`: None takes the model's own
+    context, at most 8192. `n_threads`: for prefill and decode, None takes the physical cores.
+    `n_gpu_layers`: -1 for all, of no effect without a GPU. `options` go to `llama_cpp.Llama`
+    (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...).
     """
     n_threads = n_threads or backend.default_threads()
     return PopModel(
         os.fspath(path),
+        sidecar=None if sidecar is None else os.fspath(sidecar),
         n_ctx=n_ctx,
         n_threads=n_threads,
         n_threads_batch=n_threads,
@@ -79,23 +85,26 @@ class PopModel(Llama):
         self,
         model_path: str,
         *,
+        sidecar: str | None = None,
         n_ctx: int | None = None,
         verbose: bool = False,
         **options: Any,
     ) -> None:
         backend.require_patched()
-        header = read_header(Path(model_path))
-        self.meta = pop_meta(header)
+        source = read_source(Path(model_path))
+        self.sidecar = None if sidecar is None else Path(sidecar)
+        self.meta = pop_of(source, self.sidecar)
         self.rule = _rule(self.meta)
+        self._conversion = conversion(self.meta, source, self.sidecar)
+        n_ctx = n_ctx or _default_ctx(source.first)
         logs.forget_errors()
         try:
-            super().__init__(
-                model_path, n_ctx=n_ctx or _default_ctx(header), verbose=verbose, **options
-            )
+            with files.opening(files.model_files(source, self.sidecar)):
+                super().__init__(model_path, n_ctx=n_ctx, verbose=verbose, **options)
         except (ValueError, RuntimeError, TemplateError) as error:
-            raise PopError(
-                f"{model_path} cannot be opened: {logs.first_error() or error}"
-            ) from error
+            what = model_path if sidecar is None else f"{model_path} with {sidecar}"
+            raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error
+        backend.require_boundary(self._model.model, self.meta)
         self.pop_mode = backend.get_mode(self.ctx)
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
@@ -116,7 +125,9 @@ class PopModel(Llama):
 
     @property
     def kv_key(self) -> KvKey:
-        return FULL if self.pop_mode is Mode.OFF else KvKey(self.pop_mode, self.boundary)
+        if self.pop_mode is Mode.OFF:
+            return FULL
+        return KvKey(self.pop_mode, self.boundary, self._conversion)
 
     def set_pop(self, mode: Mode) -> None:
         """Switch pruning; the KV cache is emptied. Raises PopError for a model without boundary."""
@@ -167,7 +178,7 @@ class PopModel(Llama):
         )
 
     def load_state(self, state: LlamaState) -> None:
-        """Raises PopError when the state was computed under another mode or boundary."""
+        """Raises PopError for a state of another mode, boundary or conversion."""
         key = state.key if isinstance(state, PopState) else FULL
         if key != self.kv_key:
             raise PopError(
@@ -307,6 +318,10 @@ class PopModel(Llama):
         refuses the conversation.
         """
         return answer(self, lambda: self._prompts.render(messages), TurnOptions(**options))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "sidecar": None if self.sidecar is None else str(self.sidecar)}
 
     def close(self) -> None:
         # __del__ calls it after a failed __init__ too.

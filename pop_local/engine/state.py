@@ -1,15 +1,62 @@
-"""Saved KV states that know under which mode and boundary they were computed."""
+"""Saved KV states that know under which mode, boundary and conversion they were computed."""
 
 import ctypes
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
+from pop_converter.format import OWN, TENSOR_MARK, PopMeta, encode_keys
+from pop_converter.header import Header, read_header
+from pop_converter.shape import MAX_LAYERS
+from pop_converter.source import Source
 
 from .backend import Mode, bindings
+
+# Of each fitted tensor, for the fingerprint: no two fits agree in that many.
+_SAMPLED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Tells two conversions of one model apart; `fingerprint` is empty for none."""
+
+    projection: str
+    fingerprint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.projection} projections {self.fingerprint}".rstrip()
+
+
+NO_CONVERSION = Conversion(OWN)
+
+
+def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> Conversion:
+    """Covers the keys that pruned K/V depend on, and the table and beginnings of fitted tensors.
+
+    A sidecar and a single file of one fit have the same.
+    """
+    if meta is None:
+        return NO_CONVERSION
+    # Where the keys come from, and what was measured, do not matter.
+    keys = replace(meta, source_name="", source_bytes=0, tool="", measured=None)
+    digest = hashlib.sha256(b"".join(encode_keys(keys)))
+    for header in base.parts if sidecar is None else (read_header(sidecar),):
+        _add_tensors(digest, header)
+    return Conversion(meta.projection, digest.hexdigest()[:16])
+
+
+def _add_tensors(digest: Any, header: Header) -> None:
+    with header.path.open("rb") as file:
+        for tensor in header.tensors:
+            if TENSOR_MARK in tensor.name:
+                digest.update(f"{tensor.name} {tensor.dims} {tensor.type}".encode())
+                file.seek(header.data_start + tensor.offset)
+                digest.update(file.read(min(tensor.size_bytes, _SAMPLED_BYTES)))
 
 
 @dataclass(frozen=True)
@@ -18,14 +65,18 @@ class KvKey:
 
     mode: Mode
     boundary: int
+    conversion: Conversion = NO_CONVERSION
 
     @property
     def as_token(self) -> int:
         """A number that is no token, one for each key."""
-        return -1 - (self.boundary * len(Mode) + self.mode)
+        number = int(self.conversion.fingerprint or "0", 16)
+        return -1 - ((number * MAX_LAYERS + self.boundary) * len(Mode) + self.mode)
 
     def __str__(self) -> str:
-        return f"mode {self.mode.name}, boundary {self.boundary}"
+        if self.mode is Mode.OFF:
+            return "mode OFF"
+        return f"mode {self.mode.name}, boundary {self.boundary}, {self.conversion}"
 
 
 FULL = KvKey(Mode.OFF, 0)

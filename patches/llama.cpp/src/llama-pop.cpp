@@ -100,6 +100,102 @@ static uint32_t parse_schedule(const std::string & schedule, uint32_t n_layer) {
     return boundary;
 }
 
+//
+// sidecar
+//
+
+static uint64_t get_u64(const gguf_context * gguf, const char * key) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_UINT64);
+    return id < 0 ? 0 : gguf_get_val_u64(gguf, id);
+}
+
+std::string llama_pop_take_sidecar(std::vector<std::string> & paths, uint16_t n_split) {
+    const size_t n_base = std::max<uint16_t>(n_split, 1);
+
+    // too few files, and none where llama.cpp finds the parts itself, are its own business
+    if (paths.size() <= n_base) {
+        return "";
+    }
+    if (paths.size() > n_base + 1) {
+        refuse(format("%zu files are given for a model of %zu and one sidecar", paths.size(), n_base));
+    }
+
+    const std::string path = paths.back();
+    paths.pop_back();
+    return path;
+}
+
+// the size only: the caller compares hashes, the schedule and the tensors are checked like those of any other file
+static void check_sidecar(const llama_model_loader & ml, const gguf_context * gguf, const char * path) {
+    const std::string arch = get_str(gguf, "general.architecture");
+    if (arch != "pop-sidecar") {
+        refuse(format("%s is not a sidecar", path));
+    }
+    if (has_pop_keys(ml.metadata)) {
+        refuse("the model has POP keys of its own, it takes no sidecar");
+    }
+
+    uint64_t n_bytes = 0;
+    for (const auto & file : ml.files) {
+        n_bytes += file->size();
+    }
+
+    const uint64_t n_wanted = get_u64(gguf, "pop.sidecar.base_bytes");
+    if (n_bytes != n_wanted) {
+        refuse(format("%s belongs to another model: one of %llu bytes, not %llu", path,
+                (unsigned long long) n_wanted, (unsigned long long) n_bytes));
+    }
+
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
+        const char * key = gguf_get_key(gguf, i);
+        if (strncmp(key, "pop.", 4) != 0 && strcmp(key, "general.architecture") != 0) {
+            refuse(format("%s has the key %s, which is not a sidecar's", path, key));
+        }
+    }
+    for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
+        const char * name = gguf_get_tensor_name(gguf, i);
+        if (strstr(name, ".pop_") == nullptr) {
+            refuse(format("%s has the tensor %s, which is not a sidecar's", path, name));
+        }
+    }
+}
+
+void llama_pop_load_sidecar(llama_model_loader & ml, const std::string & path) {
+    if (path.empty()) {
+        return;
+    }
+
+    ggml_context * ctx = nullptr;
+
+    gguf_context_ptr gguf { gguf_init_from_file(path.c_str(), { /*.no_alloc = */ true, /*.ctx = */ &ctx }) };
+    if (!gguf) {
+        refuse(format("%s cannot be read as a sidecar", path.c_str()));
+    }
+    ggml_context_ptr ctx_ptr { ctx };
+
+    check_sidecar(ml, gguf.get(), path.c_str());
+
+    if (gguf_get_n_tensors(gguf.get()) > 0) {
+        ml.files.emplace_back(new llama_file(path.c_str(), "rb", ml.use_direct_io));
+        ml.contexts.push_back(std::move(ctx_ptr));
+
+        const uint16_t idx = ml.files.size() - 1;
+        for (ggml_tensor * cur = ggml_get_first_tensor(ctx); cur; cur = ggml_get_next_tensor(ctx, cur)) {
+            ml.n_elements += ggml_nelements(cur);
+            ml.n_bytes    += ggml_nbytes(cur);
+            ml.weights_map.emplace(ggml_get_name(cur), llama_model_loader::llama_tensor_weight(ml.files.back().get(), idx, gguf.get(), cur));
+        }
+    }
+
+    // from here on the model is as if its own file had the keys
+    gguf_remove_key(gguf.get(), "general.architecture");
+    gguf_set_kv(ml.metadata, gguf.get());
+}
+
+//
+// keys and tensors
+//
+
 void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     const gguf_context * gguf = ml.metadata;
 

@@ -11,6 +11,7 @@
 #include "llama-arch.h"
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 struct ggml_tensor;
@@ -96,6 +97,12 @@ struct llama_pop_layer {
 };
 
 bool llama_pop_supports(llm_arch arch);
+
+// a sidecar is the file after the model's own, of which there is one unless n_split says more. empty: there is none
+std::string llama_pop_take_sidecar(std::vector<std::string> & paths, uint16_t n_split);
+
+// adds its keys and tensors to those of the model
+void llama_pop_load_sidecar(llama_model_loader & ml, const std::string & path);
 
 void llama_pop_load_hparams (llama_model_base & model, llama_model_loader & ml);
 void llama_pop_load_tensors (llama_model_base & model, llama_model_loader & ml);

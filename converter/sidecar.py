@@ -1,0 +1,195 @@
+"""Sidecars: the POP keys and tensors of a model in a small file of their own, beside it.
+
+The model is neither copied nor changed. A sidecar knows it by its size and by a hash of its keys
+and tensor table, so that opening both reads no gigabytes; `pop.source.sha256` covers all of it.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .content import Content, copy_data, read_content, with_tensors
+from .errors import FormatError, WriteError
+from .fit import KvType
+from .format import (
+    CONVERT_AGAIN,
+    FITTED,
+    PREFIX,
+    Binding,
+    Measured,
+    PopMeta,
+    encode_sidecar_keys,
+    pop_meta,
+    read_binding,
+)
+from .header import DEFAULT_ALIGNMENT, Header, read_header
+from .output import check_output, replacing
+from .plan import Plan
+from .rewrite import (
+    UNKNOWN_SHA256,
+    Examine,
+    Fitted,
+    Meter,
+    Progress,
+    Sizes,
+    no_progress,
+    paths,
+    planned_source,
+    stored_bytes,
+    tool_name,
+    unconverted,
+)
+from .source import Source, is_sidecar
+
+SUFFIX = ".pop-sidecar.gguf"
+_EMPTY = Content(
+    version=3,
+    n_keys=0,
+    keys=b"",
+    n_tensors=0,
+    tensors=b"",
+    alignment=DEFAULT_ALIGNMENT,
+    stretches=(),
+)
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A sidecar that belongs to the model it was read for."""
+
+    header: Header
+    meta: PopMeta
+
+
+def sidecar_path(base: Source) -> Path:
+    """Where the sidecar of a model lies unless somebody says otherwise."""
+    return base.first.path.with_name(Path(base.name).stem + SUFFIX)
+
+
+def bind(base: Source) -> Binding:
+    """Reads what precedes the data of each part. Raises FormatError."""
+    digest = hashlib.sha256()
+    for part in base.parts:
+        try:
+            with part.path.open("rb") as file:
+                digest.update(file.read(part.tensors_end))
+        except OSError as error:
+            raise FormatError(f"cannot read {part.path}: {error.strerror}") from error
+    return Binding(base.size_bytes, digest.hexdigest())
+
+
+def read_sidecar(path: Path, base: Source) -> Sidecar:
+    """The sidecar at `path`, which must be that of `base`.
+
+    Raises FormatError when it is none, belongs to another model or was edited, or when `base`
+    has POP keys itself.
+    """
+    header = read_header(path)
+    meta = sidecar_meta(header)
+    if pop_meta(base.first) is not None:
+        raise FormatError(
+            f"{base.first.path} is converted itself: it takes no sidecar",
+            "open it without --pop, or give the file that it was converted from",
+        )
+    binding = read_binding(header)
+    if binding != bind(base):
+        raise FormatError(
+            f"{path} does not belong to {base.first.path}: it is the sidecar of "
+            f"{meta.source_name}, {binding.base_bytes:,} bytes",
+            f"make one for this model: pop-local convert --sidecar {base.first.path}",
+        )
+    _check_tensors(header, meta)
+    return Sidecar(header, meta)
+
+
+def sidecar_meta(header: Header) -> PopMeta:
+    """The POP keys of a sidecar, whosever it is. Raises FormatError when it is none."""
+    meta = pop_meta(header)
+    if not is_sidecar(header) or meta is None:
+        hint = "make one: pop-local convert --sidecar MODEL"
+        if meta is not None:
+            hint = "it is a converted model: open it by itself"
+        raise FormatError(f"{header.path} is not a sidecar", hint)
+    return meta
+
+
+def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
+    """The POP keys of a model: its own, or those of its sidecar. Raises FormatError."""
+    return pop_meta(base.first) if sidecar is None else read_sidecar(sidecar, base).meta
+
+
+def _check_tensors(header: Header, meta: PopMeta) -> None:
+    """Their names; llama.cpp compares shapes and types when it loads them."""
+    layers = range(meta.boundary + 1, meta.n_layer) if meta.projection == FITTED else ()
+    expected = {
+        f"blk.{layer}.pop_attn_{part}.{kind}"
+        for layer in layers
+        for part in ("k", "v")
+        for kind in ("weight", "bias")
+    }
+    found = {tensor.name for tensor in header.tensors}
+    if missing := sorted(expected - found):
+        raise FormatError(f"{header.path} has no tensor {missing[0]}", CONVERT_AGAIN)
+    if unknown := sorted(found - expected):
+        raise FormatError(
+            f"{header.path} has the tensor {unknown[0]}, which its schedule and projection do not "
+            "ask for",
+            CONVERT_AGAIN,
+        )
+
+
+def measure_sidecar(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
+    """The sizes of `write_sidecar`, without doing it (padding and measured quality aside)."""
+    source = unconverted(src)
+    meta = plan.meta(source.name, UNKNOWN_SHA256, tool_name())
+    header = _EMPTY.with_keys(encode_sidecar_keys(meta, bind(source))).header
+    added = stored_bytes(plan, KvType(kv_type)) if plan.projection == FITTED else 0
+    return Sizes(source.size_bytes, len(header) + added)
+
+
+def write_sidecar(
+    plan: Plan,
+    src: Path,
+    dst: Path,
+    *,
+    fitted: Fitted | None = None,
+    examine: Examine | None = None,
+    progress: Progress = no_progress,
+    force: bool = False,
+) -> PopMeta:
+    """As `rewrite.convert`, but `dst` gets the keys and tensors only. `src` is read once, to hash.
+
+    `progress` gets the bytes of `src` that are read and their total.
+    """
+    source = planned_source(plan, src, fitted)
+    original = read_content(source, without=PREFIX)
+    check_output(dst, paths(source), measure_sidecar(plan, src).output_bytes, force=force)
+    binding = bind(source)
+    meter = Meter(progress, original.data_bytes)
+    sha256 = copy_data(original, original.header, lambda chunk: None, meter.add)
+    whole = with_tensors(_EMPTY, fitted.tensors, ()) if fitted else _EMPTY
+    meta = plan.meta(
+        source.name,
+        sha256,
+        tool_name(),
+        calibration=fitted.calibration if fitted else None,
+        measured=Measured() if examine else None,
+    )
+    with replacing(dst, force=force) as file:
+        file.write(whole.with_keys(encode_sidecar_keys(meta, binding)).header)
+        file.writelines(whole.added)
+        file.flush()
+        written = Path(file.name)
+        if examine:
+            meta = replace(meta, measured=examine(written))
+        final = whole.with_keys(encode_sidecar_keys(meta, binding))
+        file.seek(0)
+        file.write(final.header)
+        file.flush()
+        if written.read_bytes() != final.header + b"".join(final.added):
+            raise WriteError(
+                f"what was written to {dst} is not what was meant", "check the disk, then try again"
+            )
+        if read_sidecar(written, source).meta != meta:
+            raise WriteError(f"{src} changed while it was read", "try again")
+    return meta
