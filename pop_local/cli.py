@@ -52,4 +52,4 @@ def options(
 
 
 def main() -> None:
-    app()
+    app(prog_name="pop-local")  # also as python -m pop_local

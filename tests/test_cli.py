@@ -15,7 +15,7 @@ from pop_local import __version__
 from pop_local.cli import COMMANDS, app
 from pop_local.ui import errors
 
-HEAVY = ("torch", "llama_cpp")
+HEAVY = ("torch", "llama_cpp", "huggingface_hub", "requests")
 HELP_WITHOUT_HEAVY = f"""
 import sys
 
@@ -190,3 +190,27 @@ def test_a_reader_that_left_is_no_error(tmp_path):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("pop-local c", ["chat", "convert", "config"]), ("pop-local config s", ["set"])],
+)
+def test_shell_completion(tmp_path, words, expected):
+    (tmp_path / "config.toml").write_text("broken")
+    done = pop_local(
+        _POP_LOCAL_COMPLETE="complete_bash",
+        COMP_WORDS=words,
+        COMP_CWORD=str(words.count(" ")),
+        POP_LOCAL_CONFIG=str(tmp_path / "config.toml"),
+    )
+    assert (done.stdout.split(), done.stderr) == (expected, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+def test_shell_completion_is_installed(tmp_path):
+    done = pop_local("--install-completion", "bash", HOME=str(tmp_path), SHELL="/bin/bash")
+    assert done.returncode == 0, done.stderr
+    assert "pop-local" in (tmp_path / ".bashrc").read_text()
+    script = next((tmp_path / ".bash_completions").iterdir()).read_text()
+    assert "_POP_LOCAL_COMPLETE=complete_bash" in script

@@ -11,7 +11,7 @@ from pop_converter.errors import PopError
 from pop_local.models import models_dir
 from pop_local.stored import removable, total_bytes
 from pop_local.ui.tables import print_json, size
-from pop_local.ui.theme import note, out
+from pop_local.ui.theme import err, out
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _ask(files: tuple[Path, ...], freed_bytes: int) -> None:
     if not sys.stdin.isatty():
         raise PopError("nobody can be asked whether to remove it", "to remove it unasked: --yes")
     for file in files:
-        note(str(file))
+        err.print(str(file), style="note", markup=False, soft_wrap=True)
     question = f"Remove {len(files)} file{'s' if len(files) > 1 else ''} ({size(freed_bytes)})?"
     if not typer.confirm(question, err=True):
         raise PopError("nothing was removed")

@@ -21,7 +21,7 @@ from pop_local.stored import ORIGIN_SUFFIX
 if TYPE_CHECKING:
     import requests
 
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES = 1 << 16
 _TIMEOUT_S = (15, 60)  # to connect, between two pieces
 _MAX_FAILURES = 3  # in a row, without a byte between them
 _PAUSE_S = 1.0

@@ -1,0 +1,82 @@
+"""Which of a repository's files is meant."""
+
+import pytest
+from pop_converter.errors import PopError
+
+from pop_local.fetching.quants import choose
+
+BF16 = ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"]
+REPO = (
+    "README.md",
+    "imatrix.gguf",
+    "mmproj-model-f16.gguf",
+    *BF16,
+    "model-F16.gguf",
+    "model-IQ4_XS.gguf",
+    "model-Q4_K_M.gguf",
+    "model-Q4_K_S.gguf",
+    "model-Q8_0.gguf",
+    "old/model-Q5_1.gguf",
+)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "files"),
+    [
+        ("", ["model-Q4_K_M.gguf"]),
+        ("Q4_K_M", ["model-Q4_K_M.gguf"]),
+        ("q8_0", ["model-Q8_0.gguf"]),
+        ("f16", ["model-F16.gguf"]),
+        ("bf16", ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"]),
+        (
+            "model-BF16-00002-of-00002.gguf",
+            ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"],
+        ),
+        ("MODEL-Q8_0.GGUF", ["model-Q8_0.gguf"]),
+        ("model-q5_1", ["old/model-Q5_1.gguf"]),
+        ("old/model-Q5_1.gguf", ["old/model-Q5_1.gguf"]),
+        ("mmproj-model-f16.gguf", ["mmproj-model-f16.gguf"]),
+    ],
+)
+def test_the_file_meant(wanted, files):
+    assert list(choose("a/b", REPO, wanted).files) == files
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["x-Q8_0.gguf", "x-Q5_K_M.gguf", "x-F16.gguf"], "x-Q5_K_M"),
+        (["x-Q8_0.gguf", "x-F16.gguf"], "x-Q8_0"),
+        (["x-F16.gguf", "x-BF16.gguf"], "x-BF16"),
+        (["x-Q2_K.gguf", "x-Q3_K_M.gguf"], "x-Q3_K_M"),
+        (["only-one.gguf", "mmproj.gguf"], "only-one"),
+        (["x.q4_k_m.GGUF", "x.q8_0.GGUF"], "x.q4_k_m"),
+    ],
+)
+def test_the_usual_one(files, found):
+    assert choose("a/b", files, "").name == found
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted", "message", "listed"),
+    [
+        (REPO, "Q4_K", "names 2 files", "model-Q4_K_M, model-Q4_K_S"),
+        (REPO, "Q6_K", "no file named 'Q6_K'", "model-BF16, model-F16, model-IQ4_XS"),
+        (REPO, "mmproj", "no file named", "model-BF16"),
+        (["a-Q4_K_M.gguf", "b-Q4_K_M.gguf"], "", "names 2 files", "a-Q4_K_M, b-Q4_K_M"),
+        (["a.gguf", "b.gguf"], "", "several models", "hf:a/b:NAME from a, b"),
+        (["README.md", "model.safetensors"], "", "has no GGUF files", ""),
+        (["x-00001-of-00002.gguf"], "", "lacks x-00002-of-00002.gguf", ""),
+    ],
+)
+def test_what_is_unclear_lists_the_choices(files, wanted, message, listed):
+    with pytest.raises(PopError, match=message) as failure:
+        choose("a/b", files, wanted)
+    assert listed in failure.value.hint
+
+
+def test_a_long_list_is_cut():
+    files = [f"model-{number:03}.gguf" for number in range(100)]
+    with pytest.raises(PopError) as failure:
+        choose("a/b", files, "")
+    assert failure.value.hint.endswith("and 60 more")

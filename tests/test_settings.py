@@ -1,0 +1,271 @@
+"""Settings from the file and the environment, and how they reach the commands."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from pop_converter.errors import PopError
+from typer.testing import CliRunner, Result
+
+from pop_local import settings
+from pop_local.cli import app
+from pop_local.models import models_dir
+from pop_local.settings import Value, config_path, given, load
+from pop_local.ui.lazy import Entry, lazy_group
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch) -> Path:
+    path = tmp_path / "etc" / "config.toml"
+    path.parent.mkdir()
+    monkeypatch.setenv("POP_LOCAL_CONFIG", str(path))
+    return path
+
+
+def pop_local(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def value(key: str) -> Value:
+    return next(value for value in load() if value.key == key)
+
+
+def test_nothing_set(file):
+    assert given() == {}
+    assert value("threads") == Value("threads", None, "default", "")
+
+
+def test_the_environment_comes_before_the_file(file, monkeypatch):
+    file.write_text('threads = 4\ntemperature = 1\nsystem = "Be brief."\n')
+    monkeypatch.setenv("POP_LOCAL_THREADS", "8")
+    monkeypatch.setenv("POP_LOCAL_TOP_P", "0.5")
+    monkeypatch.setenv("POP_LOCAL_SYSTEM", "")
+    assert given() == {"threads": 8, "temperature": 1.0, "top_p": 0.5, "system": "Be brief."}
+    assert value("threads") == Value("threads", 8, "environment", "POP_LOCAL_THREADS")
+    assert value("system") == Value("system", "Be brief.", "file", str(file))
+
+
+def test_the_file_is_the_users_unless_one_is_named(monkeypatch):
+    monkeypatch.delenv("POP_LOCAL_CONFIG")
+    assert config_path().parts[-2:] == ("pop-local", "config.toml")
+    monkeypatch.setenv("POP_LOCAL_CONFIG", "~/mine.toml")
+    assert config_path() == Path.home() / "mine.toml"
+
+
+def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
+    file.write_text('models_dir = "../gguf"\n')
+    assert models_dir().resolve() == tmp_path / "gguf"
+    file.write_text('models_dir = "~/gguf"\n')
+    assert models_dir() == Path.home() / "gguf"
+    monkeypatch.setenv("POP_LOCAL_MODELS_DIR", str(tmp_path))
+    assert models_dir() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message", "hint"),
+    [
+        ("# mine\nthread = 4\n", 2, "there is no setting 'thread'", "did you mean threads?"),
+        ("\n[chat]\nthreads = 4\n", 2, "there is no setting 'chat'", "known: models_dir"),
+        ("threads = 4\n\nctx = 'big'\n", 3, "ctx: 'big' is not a whole number from 1", "correct"),
+        ("threads = 0\n", 1, "threads: 0 is not a whole number from 1", "correct"),
+        ("threads = true\n", 1, "threads: true is not a whole number from 1", "correct"),
+        ("threads = 1.5\n", 1, "threads: 1.5 is not a whole number from 1", "correct"),
+        ("top_p = 1.5\n", 1, "top_p: 1.5 is not a number from 0 to 1", "correct"),
+        ("temperature = nan\n", 1, "temperature: nan is not a number from 0", "correct"),
+        ("temperature = inf\n", 1, "temperature: inf is not a number from 0", "correct"),
+        ("system = 3\n", 1, "system: 3 is not text", "correct"),
+        ("system = ['a']\n", 1, "system: a list is not text", "correct"),
+        ('"gpu_layers" = -2\n', 1, "gpu_layers: -2 is not a whole number from -1", "correct"),
+        ("ctx = 1\nthreads = = 4\n", 2, "is not valid TOML", "threads = 4"),
+    ],
+)
+def test_mistakes_in_the_file_name_file_line_and_key(file, text, line, message, hint):
+    file.write_text(text)
+    done = pop_local("config")
+    assert (done.exit_code, done.stdout) == (1, "")
+    error, advice = done.stderr.splitlines()
+    assert error.startswith(f"error: {file}")
+    assert f"line {line}" in error
+    assert message in error
+    assert hint in advice
+
+
+def test_a_file_that_cannot_be_read(file):
+    file.write_bytes(b"system = '\xff'")
+    with pytest.raises(PopError, match="not UTF-8"):
+        load()
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(PopError, match="cannot read"):
+        load()
+
+
+@pytest.mark.parametrize("text", ["many", "0", "1.5", "nan"])
+def test_mistakes_in_the_environment_name_the_variable(file, monkeypatch, text):
+    monkeypatch.setenv("POP_LOCAL_THREADS", text)
+    with pytest.raises(PopError, match=r"POP_LOCAL_THREADS: .* is not a whole number from 1"):
+        load()
+
+
+MODULE = """
+import json, typer
+from typing import Annotated, Optional
+
+def probe(
+    model: Optional[str] = typer.Argument(None),
+    threads: Optional[int] = typer.Option(None, min=1),
+    gpu_layers: int = typer.Option(-1),
+    seed: Optional[int] = None,
+) -> None:
+    print(json.dumps([model, threads, gpu_layers, seed]))
+
+def must(model: str) -> None:
+    print(model)
+
+def bare() -> None:
+    print("bare")
+"""
+
+
+@pytest.fixture
+def probe(tmp_path, monkeypatch) -> typer.Typer:
+    (tmp_path / "probe_commands.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = [Entry(name, "probe_commands", "") for name in ("probe", "must", "bare")]
+    program = typer.Typer(cls=lazy_group(entries, settings.KEYS, settings.given))
+    program.callback()(lambda debug=False: None)
+    return program
+
+
+def test_settings_become_the_defaults_of_a_commands_parameters(file, probe, monkeypatch):
+    def printed(*arguments: str) -> object:
+        return json.loads(CliRunner().invoke(probe, ["probe", *arguments]).stdout)
+
+    assert printed() == [None, None, -1, None]
+    file.write_text('model = "mine"\nthreads = 4\ngpu_layers = 0\nctx = 5\n')
+    assert printed() == ["mine", 4, 0, None]
+    monkeypatch.setenv("POP_LOCAL_THREADS", "5")
+    assert printed() == ["mine", 5, 0, None]
+    assert printed("other", "--threads", "6", "--gpu-layers", "7") == ["other", 6, 7, None]
+
+
+def test_what_must_be_given_is_never_filled_in(file, probe):
+    file.write_text('model = "mine"\n')
+    assert CliRunner().invoke(probe, ["must"]).exit_code == 2
+
+
+def test_a_broken_file_stops_neither_help_nor_commands_without_settings(file, probe):
+    file.write_text("nonsense")
+    runner = CliRunner()
+    assert runner.invoke(probe, ["probe", "--help"]).exit_code == 0
+    assert runner.invoke(probe, ["bare"]).stdout == "bare\n"
+    done = runner.invoke(probe, ["probe"])
+    assert done.exit_code == 1
+    assert f"{file} is not valid TOML" in done.stderr
+
+
+def test_the_keys_are_parameters_of_chat():
+    from pop_local.commands import chat
+
+    names = set(chat.chat.__annotations__)
+    assert set(settings.KEYS) - {"models_dir", "theme"} <= names
+
+
+def test_config_shows_values_and_where_they_come_from(file, monkeypatch):
+    file.write_text("threads = 4\n")
+    monkeypatch.setenv("POP_LOCAL_CTX", "2048")
+    monkeypatch.setenv("POP_LOCAL_CTXX", "1")
+    done = pop_local("config")
+    assert done.exit_code == 0
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()
+    ]
+    shown = {row[0]: row[1:3] for row in cells[2:]}
+    assert list(shown) == list(settings.KEYS)
+    assert shown["threads"] == ["4", "file"]
+    assert shown["ctx"] == ["2048", "environment"]
+    assert shown["model"] == ["SmolLM2-135M-Instruct", "default"]
+    assert shown["top_p"][1] == "default"
+    assert "POP_LOCAL_CTXX is set, but there is no such setting" in done.stderr
+    assert str(file) in done.stderr
+
+
+def test_config_as_json(file, monkeypatch):
+    file.write_text("threads = 4\n")
+    monkeypatch.setenv("POP_LOCAL_CTX", "2048")
+    report = json.loads(pop_local("config", "--json").stdout)
+    assert report["file"] == str(file)
+    by_key = {entry.pop("key"): entry for entry in report["settings"]}
+    assert by_key["threads"] == {"value": 4, "origin": "file", "where": str(file)}
+    assert by_key["ctx"] == {"value": 2048, "origin": "environment", "where": "POP_LOCAL_CTX"}
+    assert by_key["system"] == {"value": None, "origin": "default", "where": ""}
+
+
+def test_config_path_works_with_a_broken_file(file):
+    file.write_text("nonsense")
+    done = pop_local("config", "path")
+    assert (done.exit_code, done.stdout) == (0, f"{file}\n")
+
+
+def test_config_set_keeps_comments_and_unset_takes_out(file):
+    file.write_text("# Mine.\nthreads = 4  # of 8\n")
+    assert pop_local("config", "set", "gpu_layers", "-1").exit_code == 0
+    assert pop_local("config", "set", "threads", "2").exit_code == 0
+    assert pop_local("config", "set", "system", 'say "hi"\nand go').exit_code == 0
+    assert file.read_text().startswith("# Mine.\nthreads = 2  # of 8\n")
+    assert given() == {"threads": 2, "gpu_layers": -1, "system": 'say "hi"\nand go'}
+    assert pop_local("config", "unset", "threads").exit_code == 0
+    assert pop_local("config", "unset", "top_p").exit_code == 0
+    assert given() == {"gpu_layers": -1, "system": 'say "hi"\nand go'}
+    assert "# Mine." in file.read_text()
+    assert [path.name for path in file.parent.iterdir()] == ["config.toml"]
+
+
+def test_config_set_makes_the_file_and_its_folder(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "folder" / "config.toml"
+    monkeypatch.setenv("POP_LOCAL_CONFIG", str(path))
+    assert pop_local("config", "set", "top_p", "0.9").exit_code == 0
+    assert path.read_text() == "top_p = 0.9\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["set", "thread", "4"], "did you mean threads?"),
+        (["set", "threads", "many"], "threads: 'many' is not a whole number from 1"),
+        (["set", "top_p", "2"], "top_p: 2.0 is not a number from 0 to 1"),
+        (["unset", "thread"], "did you mean threads?"),
+    ],
+)
+def test_config_set_refuses_and_leaves_the_file(file, arguments, message):
+    file.write_text("threads = 4\n")
+    done = pop_local("config", *arguments)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert file.read_text() == "threads = 4\n"
+
+
+def test_config_set_does_not_touch_a_broken_file(file):
+    file.write_text("threads = = 4\n")
+    done = pop_local("config", "set", "threads", "2")
+    assert done.exit_code == 1
+    assert "line 1" in done.stderr
+    assert file.read_text() == "threads = = 4\n"
+
+
+def test_config_set_follows_a_link(file, tmp_path):
+    real = tmp_path / "dotfiles.toml"
+    real.write_text("threads = 4\n")
+    file.symlink_to(real)
+    assert pop_local("config", "set", "threads", "2").exit_code == 0
+    assert file.is_symlink()
+    assert real.read_text() == "threads = 2\n"
+
+
+def test_doctor_names_a_broken_file(file):
+    file.write_text("nonsense")
+    done = pop_local("doctor", "--json")
+    checks = {check["key"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.exit_code == 1
+    assert str(file) in checks["settings"]["found"]
