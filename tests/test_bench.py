@@ -45,7 +45,7 @@ def report(*arguments: object) -> dict:
 
 def test_json_is_one_object_of_the_agreed_shape(pop_file):
     found = report(pop_file, "--prompt", "100,200", "--repeat", 2)
-    assert set(found) == {"model", "backend", "rows"}
+    assert set(found) == {"model", "sidecar", "backend", "rows"}
     assert found["model"] == str(pop_file)
     assert "1 thread" in found["backend"]
     for n_prompt, row in zip([100, 200], found["rows"], strict=True):

@@ -10,7 +10,7 @@ from pop_converter.errors import PopError
 from pop_converter.sidecar import pop_of
 from pop_converter.source import read_source
 
-from . import backend, files, logs
+from . import backend, logs, opening
 
 
 class LoadedModel:
@@ -37,7 +37,7 @@ class LoadedModel:
         params.n_gpu_layers = n_gpu_layers
         logs.forget_errors()
         self._api.llama_backend_init()
-        self.handle = files.load(path, files.model_files(source, sidecar), params)
+        self.handle = opening.load(path, opening.files_of(source, sidecar), params)
         if not self.handle:
             raise PopError(f"{path} cannot be opened: {logs.first_error()}")
         backend.require_boundary(self.handle, meta)

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pop_converter.errors import PopError
-from pop_converter.format import PopMeta
-from pop_converter.header import Header
 from pop_converter.sidecar import pop_of
 from pop_converter.source import read_source
 
-from . import backend, files, logs
+from . import backend, logs, opening
 from .backend import Mode
 
 api = backend.bindings()  # before the first import of llama_cpp: it explains a failure
@@ -29,7 +27,7 @@ from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
 from .batch import Outputs, TokenBatch  # noqa: E402
 from .chat import Prompts, TurnOptions, answer  # noqa: E402
 from .interrupt import Interrupt  # noqa: E402
-from .prefill import RowRule, plan_prefill  # noqa: E402
+from .prefill import plan_prefill  # noqa: E402
 from .rows import CachedRows  # noqa: E402
 from .sampling import GreedySampler  # noqa: E402
 from .state import (  # noqa: E402
@@ -43,7 +41,6 @@ from .state import (  # noqa: E402
 )
 from .turn import Chunk, Message  # noqa: E402
 
-DEFAULT_CTX = 8192
 CONVERT_HINT = "convert it first: pop-local convert {}"
 
 
@@ -94,12 +91,12 @@ class PopModel(Llama):
         source = read_source(Path(model_path))
         self.sidecar = None if sidecar is None else Path(sidecar)
         self.meta = pop_of(source, self.sidecar)
-        self.rule = _rule(self.meta)
+        self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
-        n_ctx = n_ctx or _default_ctx(source.first)
+        n_ctx = n_ctx or opening.default_ctx(source.first)
         logs.forget_errors()
         try:
-            with files.opening(files.model_files(source, self.sidecar)):
+            with opening.loading_from(opening.files_of(source, self.sidecar)):
                 super().__init__(model_path, n_ctx=n_ctx, verbose=verbose, **options)
         except (ValueError, RuntimeError, TemplateError) as error:
             what = model_path if sidecar is None else f"{model_path} with {sidecar}"
@@ -327,14 +324,3 @@ class PopModel(Llama):
         # __del__ calls it after a failed __init__ too.
         if hasattr(self, "_stack"):
             super().close()
-
-
-def _rule(meta: PopMeta | None) -> RowRule:
-    if meta is None:
-        return RowRule()
-    return RowRule(meta.sink_tokens, meta.tail_tokens, meta.min_prompt)
-
-
-def _default_ctx(header: Header) -> int:
-    trained = header.get(f"{header.get('general.architecture')}.context_length")
-    return min(trained, DEFAULT_CTX) if isinstance(trained, int) else DEFAULT_CTX

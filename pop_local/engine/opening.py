@@ -1,4 +1,4 @@
-"""Models of several files: llama_cpp's `Llama` knows one path, a sidecar is one more."""
+"""What opening a model takes: its files, one more than llama_cpp knows of, and its defaults."""
 
 import ctypes
 from collections.abc import Iterator
@@ -8,28 +8,35 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pop_converter.format import PopMeta
+from pop_converter.header import Header
 from pop_converter.source import Source
 
 from . import backend
+from .prefill import RowRule
 
+DEFAULT_CTX = 8192
 # Of the model that this thread opens; none for llama.cpp's own way of finding parts.
 _wanted: ContextVar[tuple[Path, ...]] = ContextVar("wanted", default=())
 
 
-def model_files(base: Source, sidecar: Path | None) -> tuple[Path, ...]:
+def files_of(base: Source, sidecar: Path | None) -> tuple[Path, ...]:
     """All files to open when there is a sidecar, which comes last; none without one."""
     return () if sidecar is None else (*(part.path for part in base.parts), sidecar)
 
 
 def load(path: Path, files: tuple[Path, ...], params: Any) -> Any:
     """llama.cpp's model from `files`, or from `path` when there are none; None when refused."""
-    with opening(files):
+    with loading_from(files):
         return backend.bindings().llama_model_load_from_file(str(path).encode(), params)
 
 
 @contextmanager
-def opening(files: tuple[Path, ...]) -> Iterator[None]:
-    """Meanwhile, what this thread loads by path comes from `files`, if there are any."""
+def loading_from(files: tuple[Path, ...]) -> Iterator[None]:
+    """Meanwhile, what this thread loads by path comes from `files`, if there are any.
+
+    llama_cpp's `Llama` takes one path and offers no other way in.
+    """
     _install(backend.bindings())
     token = _wanted.set(files)
     try:
@@ -53,3 +60,15 @@ def _install(api: ModuleType) -> None:
 
     load_wanted.from_one = from_one  # type: ignore[attr-defined]
     api.llama_model_load_from_file = load_wanted  # type: ignore[attr-defined]
+
+
+def rule_of(meta: PopMeta | None) -> RowRule:
+    if meta is None:
+        return RowRule()
+    return RowRule(meta.sink_tokens, meta.tail_tokens, meta.min_prompt)
+
+
+def default_ctx(header: Header) -> int:
+    """The context that the model was trained with, in tokens, at most DEFAULT_CTX."""
+    trained = header.get(f"{header.get('general.architecture')}.context_length")
+    return min(trained, DEFAULT_CTX) if isinstance(trained, int) else DEFAULT_CTX
