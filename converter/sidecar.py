@@ -8,7 +8,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .content import Content, copy_data, read_content, with_tensors
+from .content import Content, copy_data, read_content, same_data, with_tensors
 from .errors import FormatError, WriteError
 from .fit import KvType
 from .format import (
@@ -39,7 +39,7 @@ from .rewrite import (
     tool_name,
     unconverted,
 )
-from .source import Source, is_sidecar
+from .source import Source, is_sidecar, read_source
 
 SUFFIX = ".pop-sidecar.gguf"
 _EMPTY = Content(
@@ -163,33 +163,40 @@ def write_sidecar(
     """
     source = planned_source(plan, src, fitted)
     original = read_content(source, without=PREFIX)
-    check_output(dst, paths(source), measure_sidecar(plan, src).output_bytes, force=force)
     binding = bind(source)
-    meter = Meter(progress, original.data_bytes)
-    sha256 = copy_data(original, original.header, lambda chunk: None, meter.add)
     whole = with_tensors(_EMPTY, fitted.tensors, ()) if fitted else _EMPTY
     meta = plan.meta(
         source.name,
-        sha256,
+        UNKNOWN_SHA256,
         tool_name(),
         calibration=fitted.calibration if fitted else None,
         measured=Measured() if examine else None,
     )
+    draft = whole.with_keys(encode_sidecar_keys(meta, binding))
+    check_output(dst, paths(source), draft.size_bytes, force=force)
+    meter = Meter(progress, original.data_bytes)
+    sha256 = copy_data(original, original.header, lambda chunk: None, meter.add)
     with replacing(dst, force=force) as file:
-        file.write(whole.with_keys(encode_sidecar_keys(meta, binding)).header)
-        file.writelines(whole.added)
+        file.write(draft.header)
+        file.writelines(draft.added)
         file.flush()
         written = Path(file.name)
-        if examine:
-            meta = replace(meta, measured=examine(written))
+        measured = examine(written) if examine else None
+        meta = replace(meta, source_sha256=sha256, measured=measured)
         final = whole.with_keys(encode_sidecar_keys(meta, binding))
         file.seek(0)
         file.write(final.header)
         file.flush()
-        if written.read_bytes() != final.header + b"".join(final.added):
+        if not _holds(written, final):
             raise WriteError(
                 f"what was written to {dst} is not what was meant", "check the disk, then try again"
             )
-        if read_sidecar(written, source).meta != meta:
+        if bind(read_source(src)) != binding:
             raise WriteError(f"{src} changed while it was read", "try again")
     return meta
+
+
+def _holds(written: Path, content: Content) -> bool:
+    with written.open("rb") as file:
+        same_header = file.read(len(content.header)) == content.header
+    return same_header and same_data(content, written, len(content.header), lambda n_bytes: None)

@@ -10,7 +10,7 @@ from calls import opened, prompt, read
 from converted import Pair, made_up, paired
 from llama_cpp import LlamaRAMCache
 from oracle import random_tokens
-from pop_converter.errors import PopError
+from pop_converter.errors import PopError, WriteError
 from pop_converter.format import Measured, PopMeta, pop_meta
 from pop_converter.header import read_header
 from pop_converter.plan import make_plan
@@ -208,12 +208,31 @@ def test_the_measured_quality_is_stored_and_the_file_examined_whole(tmp_path):
     assert meta_of(target).measured == Measured(kl_mean=0.5)
 
 
-def test_nothing_is_left_of_a_sidecar_that_fails_its_examination(tmp_path):
+@pytest.mark.parametrize("error", [PopError("cannot copy"), KeyboardInterrupt()])
+def test_nothing_is_left_of_a_sidecar_that_fails_its_examination(error, tmp_path):
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
 
     def examine(written: Path) -> Measured:
-        raise PopError("cannot copy")
+        assert written.parent == tmp_path
+        raise error
 
-    with pytest.raises(PopError, match="cannot copy"):
-        write_sidecar(make_plan(read_shape(base)), base, tmp_path / "x.gguf", examine=examine)
+    target = tmp_path / "x.gguf"
+    plan = make_plan(read_shape(base))
+    with pytest.raises(type(error)):
+        write_sidecar(plan, base, target, examine=examine)
+    assert [path.name for path in tmp_path.iterdir()] == [base.name]
+    target.write_text("mine")
+    with pytest.raises(type(error)):
+        write_sidecar(plan, base, target, examine=examine, force=True)
+    assert target.read_text() == "mine"
+
+
+def test_a_model_that_changes_meanwhile_gets_none(tmp_path):
+    base = make_gguf(tmp_path / "tiny.gguf", "llama")
+
+    def change(done_bytes: int, total_bytes: int) -> None:
+        make_gguf(base, "llama", n_ctx_train=2048)
+
+    with pytest.raises(WriteError, match="changed while it was read"):
+        write_sidecar(make_plan(read_shape(base)), base, tmp_path / "x.gguf", progress=change)
     assert [path.name for path in tmp_path.iterdir()] == [base.name]
