@@ -2,18 +2,17 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pop_converter.errors import PopError
-from pop_converter.format import pop_meta
-from pop_converter.header import read_header
+from pop_converter.sidecar import SUFFIX as SIDECAR_SUFFIX
+from pop_converter.sidecar import pop_of
 from pop_converter.source import read_source
 
 from pop_local.nearest import nearest_hint
 
 SUFFIX = ".gguf"
-SIDECAR_SUFFIX = ".pop-sidecar.gguf"
 PARTIAL_SUFFIX = ".gguf.partial"
 # Beside an unfinished download: where it comes from.
 ORIGIN_SUFFIX = ".origin"
@@ -24,18 +23,22 @@ _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 class Stored:
     """One model; `problem` says why it cannot be used, or is empty.
 
-    `size_bytes` is of all its files, sidecars included. `boundary` and `projection` are the
-    file's own, or else its sidecar's.
+    `size_bytes` is of all its files, the sidecar included. `boundary` and `projection` are the
+    model's own, or else its sidecar's.
     """
 
     name: str
     files: tuple[Path, ...]
-    sidecars: tuple[Path, ...] = ()
+    sidecar: Path | None = None
     size_bytes: int = 0
     architecture: str | None = None
     boundary: int | None = None
     projection: str | None = None
     problem: str = ""
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        return (*self.files, self.sidecar) if self.sidecar else self.files
 
 
 def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
@@ -70,12 +73,11 @@ def stock(folder: Path) -> tuple[Stored, ...]:
     """All that lies there, in the order of the names; damaged files, too."""
     models = models_by_name(folder)
     sidecars = _sidecars(folder)
-    stored = [_examined(name, files, sidecars.get(name, ())) for name, files in models.items()]
+    stored = [_examined(name, files, sidecars.get(name)) for name, files in models.items()]
     stored += [
-        _unusable(path.name.removesuffix(SUFFIX), paths, "its model is not in this folder")
-        for name, paths in sidecars.items()
+        _unusable(path.name.removesuffix(SUFFIX), (path,), "its model is not in this folder")
+        for name, path in sidecars.items()
         if name not in models
-        for path in paths
     ]
     stored += [
         _unusable(path.name, _with_origin(path), "unfinished download: pull it again")
@@ -85,7 +87,7 @@ def stock(folder: Path) -> tuple[Stored, ...]:
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """The files that go with a name: a model and its sidecars, a sidecar alone, a download.
+    """The files that go with a name: a model and its sidecar, a sidecar alone, a download.
 
     Raises PopError for a file elsewhere, and for an unknown name, naming the nearest.
     """
@@ -94,9 +96,8 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
         raise PopError(
             f"{name} is not in the models folder", f"only what lies in {folder} is removed"
         )
-    groups = {model.name: (*model.files, *model.sidecars) for model in stock(folder)}
-    for sidecars in _sidecars(folder).values():
-        groups |= {sidecar.name.removesuffix(SUFFIX): (sidecar,) for sidecar in sidecars}
+    groups = {model.name: model.all_files for model in stock(folder)}
+    groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _sidecars(folder).values()}
     wanted = path.name.lower()
     for known, files in groups.items():
         if known.lower() in (wanted, wanted.removesuffix(SUFFIX)):
@@ -122,10 +123,8 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     )
 
 
-def _sidecars(folder: Path) -> dict[str, tuple[Path, ...]]:
-    return {
-        path.name.removesuffix(SIDECAR_SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)
-    }
+def _sidecars(folder: Path) -> dict[str, Path]:
+    return {path.name.removesuffix(SIDECAR_SUFFIX): path for path in _files(folder, SIDECAR_SUFFIX)}
 
 
 def _with_origin(partial: Path) -> tuple[Path, ...]:
@@ -137,21 +136,16 @@ def _unusable(name: str, files: tuple[Path, ...], problem: str) -> Stored:
     return Stored(name, files, size_bytes=total_bytes(files), problem=problem)
 
 
-def _examined(name: str, files: tuple[Path, ...], sidecars: tuple[Path, ...]) -> Stored:
-    size_bytes = total_bytes((*files, *sidecars))
+def _examined(name: str, files: tuple[Path, ...], sidecar: Path | None) -> Stored:
+    found = Stored(name, files, sidecar)
+    found = replace(found, size_bytes=total_bytes(found.all_files))
     try:
         source = read_source(files[0])
-        metas = [pop_meta(source.first), *(pop_meta(read_header(path)) for path in sidecars)]
+        architecture = source.first.get("general.architecture")
+        found = replace(found, architecture=str(architecture) if architecture else None)
+        meta = pop_of(source, sidecar)
     except PopError as error:
-        return Stored(name, files, sidecars, size_bytes, problem=error.message)
-    architecture = source.first.get("general.architecture")
-    meta = next((meta for meta in metas if meta), None)
-    return Stored(
-        name,
-        files,
-        sidecars,
-        size_bytes,
-        architecture=architecture if isinstance(architecture, str) else None,
-        boundary=meta.boundary if meta else None,
-        projection=meta.projection if meta else None,
-    )
+        return replace(found, problem=error.message)
+    if meta is None:
+        return found
+    return replace(found, boundary=meta.boundary, projection=meta.projection)

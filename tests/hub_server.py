@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -46,6 +46,9 @@ class Hub:
     # What the bytes' host adds to, or changes in, its answers.
     headers: dict[str, str] = field(default_factory=dict)
     ignores_ranges: bool = False
+    # Once: after how many bytes nothing more comes until the server stops.
+    stall: int = 0
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     @property
     def endpoint(self) -> str:
@@ -79,6 +82,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.stopped.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -204,11 +208,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        if body and self.hub.stall and "ETag" in headers:
+            stall, self.hub.stall = self.hub.stall, 0
+            self.wfile.write(body[:stall])
+            self.hub.stopped.wait()
+            self.close_connection = True
+            return
         if body and self.hub.drops and "ETag" in headers:
             self.wfile.write(body[: self.hub.drops.pop(0)])
             self.close_connection = True
             return
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # a client that was interrupted
+            self.wfile.write(body)
 
 
 def _sha256(content: bytes) -> str:

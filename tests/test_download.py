@@ -86,6 +86,33 @@ def test_an_interrupt_keeps_what_arrived(hub, tmp_path):
     assert "range" in hub.downloads()[-1].headers
 
 
+def test_two_at_once_do_not_mix(hub, tmp_path):
+    hub.stall = HALF
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(PopError, match="is being fetched already"):
+            pull(hub, tmp_path)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch_url(hub.url("tiny.gguf"), tmp_path, "", second, force=False)
+    hub.stopped.set()
+    assert pull(hub, tmp_path).read_bytes() == MODEL
+    assert names(tmp_path) == ["tiny.gguf"]
+
+
+def test_secrets_of_an_address_are_neither_shown_nor_kept(hub, tmp_path):
+    hub.drops = [HALF, 0, 0, 0]
+    url = hub.url("tiny.gguf").replace("http://", "http://me:s3cret@") + "?key=s3cret"
+    with pytest.raises(PopError):
+        fetch_url(url, tmp_path, "", lambda done, total: None, force=False)
+    assert "s3cret" not in (tmp_path / "tiny.gguf.partial.origin").read_text()
+    hub.plain.clear()
+    with pytest.raises(PopError, match="nothing at") as failure:
+        fetch_url(url, tmp_path, "", lambda done, total: None, force=False)
+    assert "s3cret" not in failure.value.message
+
+
 def test_a_file_that_changed_meanwhile_is_fetched_anew(hub, tmp_path):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError):

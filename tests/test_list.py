@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from converted import converted
+from converted import converted, paired
 from pop_converter.errors import PopError
+from pop_converter.sidecar import sidecar_path
+from pop_converter.source import read_source
 from synthetic import make_gguf, make_split
 from typer.testing import CliRunner, Result
 
-from pop_local import models, stored
+from pop_local import models
 from pop_local.cli import app
 from pop_local.models import resolve
-from pop_local.stored import models_by_name, removable, stock
+from pop_local.stored import Stored, models_by_name, removable, stock
 
 
 @pytest.fixture
@@ -36,11 +38,15 @@ def store(tmp_path: Path, monkeypatch) -> Path:
     return folder
 
 
-def sidecar(folder: Path, of: str) -> Path:
-    """Stands for one: a small GGUF with POP keys."""
-    path = folder / f"{of}{stored.SIDECAR_SUFFIX}"
-    (folder / "Tiny.Q8_0.pop.gguf").rename(path)
-    return path
+def sidecar(store: Path) -> Path:
+    """Of Tiny.Q8_0, with fitted projections."""
+    base = store / "Tiny.Q8_0.gguf"
+    made = paired(base, store.parent, "fitted", boundary=5)
+    return made.sidecar.rename(sidecar_path(read_source(base)))
+
+
+def the(name: str, store: Path) -> Stored:
+    return next(model for model in stock(store) if model.name == name)
 
 
 def pop_local(*arguments: str) -> Result:
@@ -85,32 +91,37 @@ def test_json_has_files_and_sizes(store):
 
 
 def test_a_sidecar_belongs_to_its_model(store):
-    path = sidecar(store, "Tiny.Q8_0")
-    model = next(model for model in stock(store) if model.name == "Tiny.Q8_0")
-    assert model.sidecars == (path,)
-    assert (model.boundary, model.projection, model.problem) == (6, "own", "")
-    assert model.size_bytes == sum(file.stat().st_size for file in (*model.files, path))
+    path = sidecar(store)
+    model = the("Tiny.Q8_0", store)
+    assert model.sidecar == path
+    assert (model.boundary, model.projection, model.problem) == (5, "fitted", "")
+    assert model.size_bytes == (store / "Tiny.Q8_0.gguf").stat().st_size + path.stat().st_size
     assert path.name in pop_local("list").stdout
-    assert "Tiny.Q8_0.pop-sidecar" not in models_by_name(store)
+    assert path.name.removesuffix(".gguf") not in models_by_name(store)
 
 
-def test_a_damaged_sidecar_is_a_problem_of_its_model(store):
-    sidecar(store, "Tiny.Q8_0").write_bytes(b"GGUF")
-    model = next(model for model in stock(store) if model.name == "Tiny.Q8_0")
-    assert "cut short" in model.problem
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
+    path = sidecar(store)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        make_gguf(store / "Tiny.Q8_0.gguf", "llama", n_layer=9)
+    model = the("Tiny.Q8_0", store)
+    assert model.architecture == "llama"
+    assert ("cut short" if damage == "cut" else "does not belong") in model.problem
 
 
 def test_a_sidecar_without_its_model_is_said(store):
-    sidecar(store, "Gone")
-    model = next(model for model in stock(store) if model.name == "Gone.pop-sidecar")
-    assert "not in this folder" in model.problem
+    sidecar(store)
+    (store / "Tiny.Q8_0.gguf").unlink()
+    assert "not in this folder" in the("Tiny.Q8_0.pop-sidecar", store).problem
 
 
 def test_an_incomplete_split_model_says_what_is_missing(store):
     missing = sorted(store.glob("parted-*.gguf"))[1]
     missing.unlink()
-    model = next(model for model in stock(store) if model.name == "parted")
-    assert missing.name in model.problem
+    assert missing.name in the("parted", store).problem
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -169,15 +180,16 @@ def test_rm_takes_one_model_and_tells_what_was_freed(store):
 
 
 def test_rm_takes_parts_sidecars_and_unfinished_downloads(store):
-    sidecar(store, "Tiny.Q8_0")
-    done = pop_local("rm", "parted", "Tiny.Q8_0", "new.gguf.partial", "Tiny.Q8_0", "--yes")
+    sidecar(store)
+    done = pop_local("rm", "parted", "Tiny.Q8_0", "new.gguf.partial", "tiny.q8_0", "--yes")
     assert done.exit_code == 0
-    assert sorted(file.name for file in store.iterdir()) == ["cut.gguf", "notes.txt", "page.gguf"]
+    left = ["Tiny.Q8_0.pop.gguf", "cut.gguf", "notes.txt", "page.gguf"]
+    assert sorted(file.name for file in store.iterdir()) == left
     assert done.stdout.splitlines()[-1].startswith("Freed ")
 
 
 def test_rm_takes_a_sidecar_alone(store):
-    path = sidecar(store, "Tiny.Q8_0")
+    path = sidecar(store)
     assert removable(store, "Tiny.Q8_0.pop-sidecar") == (path,)
 
 

@@ -269,3 +269,15 @@ def test_doctor_names_a_broken_file(file):
     checks = {check["key"]: check for check in json.loads(done.stdout)["checks"]}
     assert done.exit_code == 1
     assert str(file) in checks["settings"]["found"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_doctor_looks_at_the_model_of_the_settings(file, tmp_path, exists):
+    model = tmp_path / "mine.gguf"
+    file.write_text(f'model = "{model}"\n')
+    if exists:
+        model.touch()
+    checks = json.loads(pop_local("doctor", "--json").stdout)["checks"]
+    [check] = [check for check in checks if check["key"] == "model"]
+    assert check["status"] == ("ok" if exists else "fix")
+    assert str(model) in check["found"]

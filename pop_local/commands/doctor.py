@@ -11,9 +11,9 @@ import typer
 from pop_converter.errors import PopError
 from rich.text import Text
 
-from pop_local import __version__
+from pop_local import __version__, settings
 from pop_local.engine import backend
-from pop_local.models import DEFAULT_MODEL, find, models_dir
+from pop_local.models import DEFAULT_MODEL, find, lookup, models_dir, resolve
 from pop_local.ui.tables import print_json, size
 from pop_local.ui.theme import out
 
@@ -138,13 +138,23 @@ def _total_memory_bytes() -> int | None:
 
 def _models() -> list[Check]:
     try:
+        chosen = settings.get("model")
         folder = models_dir()
     except PopError as error:
         return [Check("settings", "Settings", "fix", error.message, error.hint)]
-    model = find(DEFAULT_MODEL)
+    if chosen and lookup(str(chosen)) is None:
+        return [_own_model(str(chosen))]
+    model = find(str(chosen or DEFAULT_MODEL))
     for file in (model.pop_file, model.file):
         if (folder / file).is_file():
             return [Check("model", "Default model", "ok", str(folder / file))]
     to_do = f"run `pop-local pull {model.name}`, or `pop-local chat`, which fetches it too"
     found = f"{model.name} is not in {folder} yet"
     return [Check("model", "Default model", "note", found, to_do)]
+
+
+def _own_model(model: str) -> Check:
+    try:
+        return Check("model", "Default model", "ok", str(resolve(model)))
+    except PopError as error:
+        return Check("model", "Default model", "fix", error.message, error.hint)

@@ -17,7 +17,7 @@ _COLUMNS = (
     Column("architecture", "Architecture"),
     Column("boundary", "Boundary", numeric=True),
     Column("projection", "Projections"),
-    Column("sidecars", "Sidecar", lambda paths: ", ".join(path.name for path in paths)),
+    Column("sidecar", "Sidecar", lambda path: path.name if path else ""),
     Column("problem", "Problem"),
 )
 
@@ -60,4 +60,4 @@ def _table(models: tuple[Stored, ...]) -> Table:
 
 
 def _said(model: Stored, column: Column) -> bool:
-    return getattr(model, column.key) not in (None, "", ())
+    return getattr(model, column.key) not in (None, "")

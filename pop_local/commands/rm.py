@@ -31,7 +31,7 @@ def rm(
 ) -> None:
     """Remove models, converted copies or unfinished downloads from the models folder.
 
-    A model goes with its sidecars; its converted copy is a model of its own and stays.
+    A model goes with its sidecar; its converted copy is a model of its own and stays.
     """
     folder = models_dir()
     # All names are looked up before anything goes; one given twice goes once.

@@ -3,10 +3,11 @@
 What has arrived lies in NAME.gguf.partial; NAME.gguf.partial.origin says what it is a part of.
 """
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +45,10 @@ class Remote:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a partial file is a part of; `validator` is the server's strong ETag or its date."""
+    """What a partial file is a part of; `validator` is the server's strong ETag or its date.
+
+    `identity` is hashed, since addresses may hold secrets.
+    """
 
     identity: str
     validator: str
@@ -62,12 +66,32 @@ def download(remote: Remote, target: Path, advance: Callable[[int, int], None]) 
     Raises PopError; what has arrived is kept when the network fails or the user interrupts.
     """
     transfer = _Transfer(remote, target, advance)
+    with _alone(target):
+        try:
+            transfer.run()
+        except BaseException:
+            transfer.forget_if_empty()
+            raise
+        transfer.finish()
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Two at once would write into each other's partial file."""
+    from filelock import FileLock, Timeout
+
+    lock = target.with_name(f".{target.name}.lock")
     try:
-        transfer.run()
-    except BaseException:
-        transfer.forget_if_empty()
-        raise
-    transfer.finish()
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows removes no open file
+                    lock.unlink()
+    except Timeout as error:
+        raise PopError(
+            f"{target.name} is being fetched already", "wait until the other pop-local is done"
+        ) from error
 
 
 class _Transfer:
@@ -75,7 +99,7 @@ class _Transfer:
         self._remote, self._target, self._advance = remote, target, advance
         self._partial = target.with_name(f"{target.name}.partial")
         self._origin_file = target.with_name(self._partial.name + ORIGIN_SUFFIX)
-        self._identity = remote.identity or remote.url
+        self._identity = hashlib.sha256((remote.identity or remote.url).encode()).hexdigest()
 
     def run(self) -> None:
         import requests
@@ -120,6 +144,10 @@ class _Transfer:
     def _where(self) -> str:
         return urlsplit(self._remote.url).hostname or self._remote.url
 
+    def _shown(self) -> str:
+        parts = urlsplit(self._remote.url)  # less what may be secret: user, password, query
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
     def _attempt(self, session: "requests.Session") -> None:
         import requests
 
@@ -147,7 +175,9 @@ class _Transfer:
         except requests.exceptions.ChunkedEncodingError as error:
             raise _Dropped("the connection broke off") from error
         except requests.RequestException as error:
-            raise PopError(f"{self._remote.url}: {error}", "check the address") from error
+            raise PopError(
+                f"{self._shown()} cannot be fetched: {error}", "check the address"
+            ) from error
 
     def _receive(self, response: "requests.Response", start: int) -> None:
         if response.status_code == 416:
@@ -172,7 +202,7 @@ class _Transfer:
                 done += len(chunk)
                 self._advance(done, total)
         if done == 0:
-            raise FormatError(f"{self._remote.url} is empty", "check the address")
+            raise FormatError(f"{self._shown()} is empty", "check the address")
 
     def _check_status(self, response: "requests.Response") -> None:
         code = response.status_code
@@ -184,7 +214,7 @@ class _Transfer:
                 "check that you have access to it, or fetch it another way",
             )
         if code in (404, 410):
-            raise PopError(f"there is nothing at {self._remote.url}", "check the address")
+            raise PopError(f"there is nothing at {self._shown()}", "check the address")
         if code >= 400 or code not in (200, 206):
             raise PopError(
                 f"{self._where()} answers {code} {response.reason} for {self._target.name}",
@@ -198,7 +228,7 @@ class _Transfer:
         kind = response.headers.get("Content-Type", "")
         what = "a web page" if kind.startswith("text/html") else "no GGUF file"
         raise FormatError(
-            f"what {self._remote.url} sends is {what}",
+            f"what {self._shown()} sends is {what}",
             "give the address of the file itself (NAME.gguf), or hf:OWNER/REPO for a hub",
         )
 
