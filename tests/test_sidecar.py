@@ -20,6 +20,7 @@ from pop_converter.source import read_source
 from raw import Job, Step, run
 from synthetic import make_gguf, make_split
 
+from pop_local.engine import opening
 from pop_local.engine.backend import Mode
 from pop_local.engine.loaded import LoadedModel
 from pop_local.engine.model import open_model
@@ -124,6 +125,14 @@ def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
     assert opened(pair.base).boundary == 0
     again = pickle.loads(pickle.dumps(opened(pair.base, sidecar=pair.sidecar)))
     assert again.boundary == 4
+
+
+def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
+    monkeypatch.setattr(opening, "files_of", lambda base, sidecar: ())
+    with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
+        opened(pair.base, sidecar=pair.sidecar)
+    with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
+        LoadedModel(pair.base, sidecar=pair.sidecar)
 
 
 # --- the states of two conversions
