@@ -62,17 +62,42 @@ def test_a_broken_connection_is_taken_up_where_it_broke(hub, tmp_path):
     ]
 
 
-def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path):
+@pytest.mark.parametrize("sha256", ["", SHA256])
+def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path, sha256):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError, match="broke off") as failure:
-        pull(hub, tmp_path)
+        pull(hub, tmp_path, sha256=sha256)
     assert "goes on" in failure.value.hint
     assert names(tmp_path) == ["tiny.gguf.partial", "tiny.gguf.partial.origin"]
     assert (tmp_path / "tiny.gguf.partial").read_bytes() == MODEL[:HALF]
     hub.requests.clear()
-    assert pull(hub, tmp_path).read_bytes() == MODEL
+    assert pull(hub, tmp_path, sha256=sha256).read_bytes() == MODEL
     assert [request.headers["range"] for request in hub.downloads()] == [f"bytes={HALF}-"]
     assert names(tmp_path) == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize("sha256", ["", SHA256])
+def test_a_whole_file_that_only_lacks_its_name_is_not_fetched_again(hub, tmp_path, sha256):
+    def interrupt_at_the_end(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch_url(hub.url("tiny.gguf"), tmp_path, sha256, interrupt_at_the_end, force=False)
+    hub.requests.clear()
+    assert pull(hub, tmp_path, sha256=sha256).read_bytes() == MODEL
+    assert hub.requests == []
+
+
+def test_damage_to_what_arrived_before_is_found(hub, tmp_path):
+    hub.drops = [HALF, 0, 0, 0]
+    with pytest.raises(PopError):
+        pull(hub, tmp_path, sha256=SHA256)
+    partial = tmp_path / "tiny.gguf.partial"
+    partial.write_bytes(b"GGUF" + bytes(HALF - 4))
+    with pytest.raises(PopError, match="damaged"):
+        pull(hub, tmp_path, sha256=SHA256)
+    assert pull(hub, tmp_path, sha256=SHA256).read_bytes() == MODEL
 
 
 def test_an_interrupt_keeps_what_arrived(hub, tmp_path):

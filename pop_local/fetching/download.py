@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pop_converter.errors import FormatError, PopError
 from pop_converter.header import MAGIC
 
-from pop_local.fetching.target import file_sha256, require_space
+from pop_local.fetching.target import require_space
 from pop_local.stored import ORIGIN_SUFFIX
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class _Transfer:
         self._partial = target.with_name(f"{target.name}.partial")
         self._origin_file = target.with_name(self._partial.name + ORIGIN_SUFFIX)
         self._identity = hashlib.sha256((remote.identity or remote.url).encode()).hexdigest()
+        self._sha256 = ""
 
     def run(self) -> None:
         import requests
@@ -119,11 +120,11 @@ class _Transfer:
 
     def finish(self) -> None:
         sha256 = self._remote.sha256
-        if sha256 and (actual := file_sha256(self._partial)) != sha256:
+        if sha256 and self._sha256 != sha256:
             self._forget()
             raise PopError(
                 f"what {self._where()} sent for {self._target.name} is damaged or another file:"
-                f" its sha256 is {actual}, not {sha256}",
+                f" its sha256 is {self._sha256}, not {sha256}",
                 "nothing was kept; run it again, and compare the hash with its publisher's",
             )
         self._partial.replace(self._target)
@@ -154,6 +155,7 @@ class _Transfer:
         origin = self._origin()
         start = self._size() if origin else 0
         if origin and start and start == origin.total_bytes:
+            self._sha256 = self._hashed(start).hexdigest()
             return
         headers = {"Accept-Encoding": "identity", **self._remote.headers}
         if origin and start:
@@ -170,6 +172,11 @@ class _Transfer:
                 timeout=_TIMEOUT_S,
             ) as response:
                 self._receive(response, start)
+        except requests.exceptions.SSLError as error:
+            raise PopError(
+                f"no safe connection to {self._where()}: {error}",
+                "check the clock, and the certificates (REQUESTS_CA_BUNDLE)",
+            ) from error
         except (requests.ConnectionError, requests.Timeout) as error:
             raise _Dropped("the connection failed or broke off") from error
         except requests.exceptions.ChunkedEncodingError as error:
@@ -190,6 +197,7 @@ class _Transfer:
         total = total if "Content-Length" in response.headers else 0
         require_space(self._target.parent, total - start, self._target.name)
         self._write_origin(response, total)
+        digest = self._hashed(start)
         with self._partial.open("r+b" if start else "wb") as file:
             file.truncate(start)
             file.seek(start)
@@ -199,10 +207,22 @@ class _Transfer:
                     self._check_magic(response, chunk)
                 file.write(chunk)
                 file.flush()
+                digest.update(chunk)
                 done += len(chunk)
                 self._advance(done, total)
         if done == 0:
             raise FormatError(f"{self._shown()} is empty", "check the address")
+        self._sha256 = digest.hexdigest()
+
+    def _hashed(self, n_bytes: int) -> "hashlib._Hash":
+        """Of what arrived in an earlier attempt; the rest is hashed while it arrives."""
+        digest = hashlib.sha256()
+        if n_bytes:
+            with self._partial.open("rb") as file:
+                while n_bytes and (chunk := file.read(min(n_bytes, 1 << 20))):
+                    digest.update(chunk)
+                    n_bytes -= len(chunk)
+        return digest
 
     def _check_status(self, response: "requests.Response") -> None:
         code = response.status_code
