@@ -13,6 +13,7 @@ from pop_converter.errors import PopError
 
 from . import backend
 from .interrupt import PrefillStoppedError
+from .logprobs import Logprobs
 from .text import Pieces, TextStream
 from .turn import Chunk, FinishReason, Message, TurnStats
 
@@ -34,6 +35,7 @@ class TurnOptions:
     `on_prefill(done, total)` counts the prompt tokens that are not cached, once per batch.
     `should_stop` is asked during the prefill and after each token; an answer that it ends is
     "interrupted" and has its figures all the same. `stops` end the answer and are not part of it.
+    `grammar` is GBNF. `n_top_logprobs`: None for no log probabilities at all.
     """
 
     max_tokens: int | None = None
@@ -42,9 +44,12 @@ class TurnOptions:
     top_p: float = 0.95
     min_p: float = 0.05
     repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
     stops: tuple[str, ...] = ()
-    grammar: Any = None
+    grammar: str | None = None
+    n_top_logprobs: int | None = None
     on_prefill: Callable[[int, int], None] | None = None
     should_stop: Callable[[], bool] | None = None
 
@@ -114,6 +119,9 @@ class _Turn:
         self._limit = min(options.max_tokens or room, room)
         self._text = TextStream((*prompt.stops, *options.stops))
         self._pieces = Pieces(model._model.vocab)
+        n_top = options.n_top_logprobs
+        self._logprobs = None if n_top is None else Logprobs(model, n_top)
+        self._n_shown = 0
         self._sampled = model.sampled(prompt.tokens, options)
         self._epoch = model.epoch
         self._n_decoded = 0
@@ -148,13 +156,21 @@ class _Turn:
             self._n_decoded += 1
             at_end = self._is_end(token)
             shown = "" if at_end else self._text.push(self._pieces[token])
+            if self._logprobs is not None and not at_end:
+                self._logprobs.push(token)
             reason = "stop" if at_end or self._text.stopped else self._cut_short()
             if reason is not None:
-                yield Chunk(shown + self._text.flush(), self._stats(reason))
+                yield self._chunk(shown + self._text.flush(), self._stats(reason))
                 return
             if shown:
-                yield Chunk(shown)
+                yield self._chunk(shown)
             token = self._next_token()
+
+    def _chunk(self, text: str, stats: TurnStats | None = None) -> Chunk:
+        if self._logprobs is None:
+            return Chunk(text, stats)
+        self._n_shown += len(text.encode())
+        return Chunk(text, stats, self._logprobs.take(self._n_shown))
 
     def _next_token(self) -> int:
         if self._model.epoch != self._epoch:

@@ -23,9 +23,11 @@ from jinja2 import TemplateError  # noqa: E402
 from llama_cpp import Llama  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
+from llama_cpp.llama_grammar import LlamaGrammar  # noqa: E402
 
 from .batch import Outputs, TokenBatch  # noqa: E402
-from .chat import Prompts, TurnOptions, answer  # noqa: E402
+from .chat import Prompt, Prompts, TurnOptions, answer  # noqa: E402
+from .grammar import GrammarSampler  # noqa: E402
 from .interrupt import Interrupt  # noqa: E402
 from .prefill import plan_prefill  # noqa: E402
 from .rows import CachedRows  # noqa: E402
@@ -281,7 +283,11 @@ class PopModel(Llama):
         }
         if all(options.get(name) == value for name, value in neutral.items()):
             return GreedySampler(self._n_vocab)
-        return super()._init_sampler(*args, **options)
+        grammar = options.pop("grammar", None)
+        chain = super()._init_sampler(*args, **options)
+        if grammar is None:
+            return chain
+        return GrammarSampler(self._model.vocab, self._n_vocab, grammar, chain)
 
     def sampled(
         self, tokens: Sequence[int], options: TurnOptions
@@ -295,7 +301,9 @@ class PopModel(Llama):
             top_p=options.top_p,
             min_p=options.min_p,
             repeat_penalty=options.repeat_penalty,
-            grammar=options.grammar,
+            frequency_penalty=options.frequency_penalty,
+            presence_penalty=options.presence_penalty,
+            grammar=None if options.grammar is None else LlamaGrammar(_grammar=options.grammar),
         )
 
     def watch_prefill(
@@ -314,7 +322,11 @@ class PopModel(Llama):
         model usable. Raises PopError when the prompt does not fit the context or the template
         refuses the conversation.
         """
-        return answer(self, lambda: self._prompts.render(messages), TurnOptions(**options))
+        return answer(self, lambda: self.chat_prompt(messages), TurnOptions(**options))
+
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Raises PopError when the template refuses the conversation."""
+        return self._prompts.render(messages)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -9,18 +9,21 @@ from .backend import bindings
 
 
 class Pieces:
-    """The bytes of single tokens; control tokens have none."""
+    """The bytes of single tokens; control tokens have none unless `special`."""
 
-    def __init__(self, vocab: Any) -> None:
+    def __init__(self, vocab: Any, special: bool = False) -> None:
         self._vocab = vocab
+        self._special = special
         self._to_piece = bindings().llama_token_to_piece
         self._buffer = ctypes.create_string_buffer(64)
 
     def __getitem__(self, token: int) -> bytes:
-        n = self._to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, False)
+        n = self._to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, self._special)
         if n < 0:
             self._buffer = ctypes.create_string_buffer(-n)
-            n = self._to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, False)
+            n = self._to_piece(
+                self._vocab, token, self._buffer, len(self._buffer), 0, self._special
+            )
         return self._buffer.raw[:n]
 
 

@@ -48,11 +48,32 @@ class TurnStats:
 
 
 @dataclass(frozen=True)
+class Likely:
+    """A token that might have come, and its natural log probability."""
+
+    text: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token that did come; `top`: the likeliest ones in its place, best first."""
+
+    text: bytes
+    logprob: float | None
+    top: tuple[Likely, ...] = ()
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """A piece of the answer; the last one carries the figures, and perhaps no text."""
+    """A piece of the answer; the last one carries the figures, and perhaps no text.
+
+    `logprobs`: of the piece's tokens, where they were asked for.
+    """
 
     text: str
     stats: TurnStats | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def _rate(n_tokens: int, seconds: float) -> float:

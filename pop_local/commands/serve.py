@@ -1,0 +1,120 @@
+"""`pop-local serve MODEL`: the model behind OpenAI's HTTP API."""
+
+import importlib.util
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pop_converter.errors import PopError
+
+from pop_local.commands.options import Ctx, GpuLayers, NoPop, Threads
+from pop_local.commands.ready import open_ready
+from pop_local.ui.theme import note, warn
+
+if TYPE_CHECKING:
+    from pop_local.engine.model import PopModel
+
+_PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all networks.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0 takes any free one.")
+    ] = 8080,
+    api_key: Annotated[
+        str,
+        typer.Option(
+            "--api-key",
+            envvar="POP_LOCAL_API_KEY",
+            show_envvar=True,
+            help="Clients must send it as their key. Default: no key.",
+        ),
+    ] = "",
+    name: Annotated[
+        str, typer.Option("--name", help="The model's name in the API. Default: the file's.")
+    ] = "",
+    no_pop: NoPop = False,
+    threads: Threads = None,
+    ctx: Ctx = None,
+    gpu_layers: GpuLayers = -1,
+) -> None:
+    """Serve a model to programs that speak OpenAI's API.
+
+    One request is answered at a time, the others wait in line. A request may carry "pop": false to
+    be read in full. /health and /metrics (Prometheus) tell how the server is.
+    """
+    _require_packages()
+    listening = _bound(host, port)
+    _log_to_stderr()
+    from pop_local.server.app import ServerOptions, create_app
+    from pop_local.server.run import run_app
+
+    opened = open_ready(model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop)
+    try:
+        name = name or Path(opened.model_path).stem
+        app = create_app(opened, ServerOptions(name=name, api_key=api_key))
+        listening.listen(128)
+        _announce(opened, name, listening, is_open=host not in _LOOPBACK and not api_key)
+        run_app(app, listening)
+    finally:
+        listening.close()
+        opened.close()
+
+
+def _require_packages() -> None:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PopError(
+            f"serving needs {', '.join(missing)}", "install them with: pip install '.[server]'"
+        )
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Bound before the model is loaded, so that a port in use is known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise PopError(f"{host} is no address of this machine: {error.strerror}") from error
+    if sys.platform != "win32":  # where it would let two servers share a port
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+    except OSError as error:
+        listening.close()
+        raise PopError(
+            f"cannot listen on {host} port {port}: {error.strerror}",
+            "another program may use it: try --port 0 for any free one",
+        ) from error
+    return listening
+
+
+def _announce(opened: "PopModel", name: str, listening: socket.socket, is_open: bool) -> None:
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    pruning = f"pruned from layer {opened.boundary} on" if opened.pop_mode else "not pruned"
+    note(f"{name}, context of {opened.n_ctx():,} tokens, prompts {pruning}.")
+    if is_open:
+        warn("Anyone who reaches this machine can use the model: set --api-key.")
+    note(f"Serving at http://{shown}:{port}/v1 (Ctrl-C stops)")
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("pop_local.server")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)

@@ -1,0 +1,79 @@
+"""Log probabilities of tokens, sampled ones and those of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backend import bindings
+from .text import Pieces
+from .turn import Likely, TokenLogprob
+
+if TYPE_CHECKING:
+    from .model import PopModel
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A token and the byte of the answer where it begins."""
+
+    start: int
+    logprob: TokenLogprob
+
+
+class Logprobs:
+    """Those of the sampled tokens, given out along with the text.
+
+    They are the model's own: of its logits as they are, before temperature, penalties or grammar.
+    """
+
+    def __init__(self, model: PopModel, n_top: int) -> None:
+        self._ctx = model.ctx
+        self._n_vocab = model.n_vocab()
+        self._pieces = Pieces(model._model.vocab)
+        self._n_top = n_top
+        self._end = 0
+        self._waiting: list[_Placed] = []
+
+    def push(self, token: int) -> None:
+        """To be called before the next decode, which overwrites the logits."""
+        row = bindings().llama_get_logits_ith(self._ctx, -1)
+        logits = np.ctypeslib.as_array(row, (self._n_vocab,))
+        logprob = _of_token(self._pieces, logits, token, self._n_top)
+        self._waiting.append(_Placed(self._end, logprob))
+        self._end += len(logprob.text)
+
+    def take(self, n_shown: int) -> tuple[TokenLogprob, ...]:
+        """Of the tokens that begin within the first `n_shown` bytes, if not given out before."""
+        taken = tuple(placed.logprob for placed in self._waiting if placed.start < n_shown)
+        self._waiting = [placed for placed in self._waiting if placed.start >= n_shown]
+        return taken
+
+
+def prompt_logprobs(model: PopModel, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
+    """For each token of a prompt; nothing precedes the first one, which has no probability.
+
+    Every row asks for logits, so all of them run in full, and take the place of the KV cache.
+    """
+    pieces = Pieces(model._model.vocab, special=True)
+    found = [TokenLogprob(pieces[tokens[0]], None)]
+    for logits in model.read_in_full(tokens):
+        for row in logits[: len(tokens) - len(found)]:
+            found.append(_of_token(pieces, row, tokens[len(found)], n_top))
+    return found
+
+
+def _of_token(pieces: Pieces, logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprob:
+    highest = float(logits.max())
+    norm = highest + float(np.log(np.exp(logits - highest, dtype=np.float32).sum(dtype=np.float64)))
+    top = np.argpartition(logits, -n_top)[-n_top:] if n_top else np.empty(0, int)
+    ranked = top[np.argsort(-logits[top], kind="stable")]
+    return TokenLogprob(
+        text=pieces[token],
+        logprob=float(logits[token]) - norm,
+        top=tuple(Likely(pieces[int(i)], float(logits[i]) - norm) for i in ranked),
+    )

@@ -1,0 +1,88 @@
+"""From the chunks of a job to the response, whole or as server-sent events."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from pop_local.engine.turn import TokenLogprob, TurnStats
+from pop_local.server.errors import ApiError, as_api_error
+from pop_local.server.front import HUNG_UP
+from pop_local.server.replies import Ending, Json, Reply, usage
+from pop_local.server.worker import STOPPING, Job
+
+# So that proxies and clients do not take a long prefill for a dead connection.
+_PING_S = 10.0
+_PING = b": working\n\n"
+_DONE = b"data: [DONE]\n\n"
+
+
+class Answer:
+    """One answer on its way to the client. `reason`: why the prompt is not pruned, or None."""
+
+    def __init__(self, request: Request, job: Job, reply: Reply, reason: str | None) -> None:
+        self._state = request.state
+        self._job = job
+        self._reply = reply
+        self._reason = reason
+
+    async def whole(self) -> Response:
+        text: list[str] = []
+        logprobs: list[TokenLogprob] = []
+        async for chunk in self._job.chunks():
+            if chunk is None:
+                continue
+            text.append(chunk.text)
+            logprobs += chunk.logprobs
+            if chunk.stats is not None:
+                ending = self._ending(chunk.stats)
+        return JSONResponse(self._reply.whole("".join(text), logprobs, ending))
+
+    async def stream(self, wants_usage: bool) -> AsyncIterator[bytes]:
+        """Ends with [DONE], or with an error in place of it."""
+        nothing_yet: Json = {"usage": None} if wants_usage else {}
+        complete = False
+        try:
+            for event in self._reply.opening():
+                yield _event(event | nothing_yet)
+            async for chunk in self._job.chunks(_PING_S):
+                if chunk is None:
+                    yield _PING
+                    continue
+                if chunk.text or chunk.logprobs:
+                    yield _event(self._reply.piece(chunk.text, chunk.logprobs) | nothing_yet)
+                if chunk.stats is not None:
+                    ending = self._ending(chunk.stats)
+            complete = True
+            yield _event(self._reply.last(ending.finish_reason) | nothing_yet)
+            if wants_usage:
+                yield _event(self._reply.figures(ending.usage))
+            yield _DONE
+        except Exception as error:
+            complete = True
+            yield as_api_error(error).event
+        finally:
+            if not complete:
+                self._job.cancelled.set()
+                self._state.hung_up = True
+
+    def _ending(self, stats: TurnStats) -> Ending:
+        """Raises ApiError when the answer was cut off."""
+        cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
+        self._state.note = (
+            f", waited {self._job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
+            f" ({cached}{stats.n_pruned:,} pruned), TTFT {stats.ttft_s:.2f} s,"
+            f" {stats.n_decoded:,} tokens written"
+        )
+        if stats.finish_reason == "interrupted":
+            if self._job.cancelled.is_set():
+                self._state.hung_up = True
+                raise ApiError(HUNG_UP, "the client hung up")
+            raise ApiError(503, STOPPING)
+        return Ending(stats.finish_reason, usage(stats, self._job.queued_s, self._reason))
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()

@@ -1,0 +1,126 @@
+"""What clients may send. Fields that change nothing are ignored, those that would are refused."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+
+_UNSUPPORTED = (
+    "tools",
+    "functions",
+    "logit_bias",
+    "suffix",
+    "audio",
+    "web_search_options",
+    "prediction",
+)
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(_Lenient):
+    include_usage: bool = False
+
+
+class JsonSchema(_Lenient):
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Lenient):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing")
+        return self
+
+
+class TextPart(_Lenient):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Lenient):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+
+    @property
+    def text(self) -> str:
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "\n".join(part.text for part in self.content)
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class Body(_Lenient):
+    """What both kinds of request share; None stands for the server's default."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=10)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repeat_penalty: float | None = Field(None, gt=0, le=10)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None,
+        Field(max_length=MAX_STOPS),
+        BeforeValidator(_as_list),
+    ] = None
+    response_format: ResponseFormat | None = None
+    grammar: str | None = None
+    pop: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_supported(self) -> "Body":
+        extra = self.model_extra or {}
+        for name in _UNSUPPORTED:
+            if extra.get(name):
+                raise ValueError(f"{name} is not supported")
+        for name in ("n", "best_of"):
+            if extra.get(name) not in (None, 1):
+                raise ValueError(f"{name} must be 1: one request gets one answer")
+        if self.grammar is not None and self.response_format is not None:
+            raise ValueError("give either grammar or response_format")
+        return self
+
+
+class ChatBody(Body):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _says_enough(self) -> "ChatBody":
+        if self.max_tokens == 0:
+            raise ValueError("max_tokens must be at least 1")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+
+class CompletionBody(Body):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _says_enough(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, unless the prompt is echoed")
+        return self

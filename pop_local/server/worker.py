@@ -1,0 +1,183 @@
+"""The one thread that owns the model, and the queue before it: first come, first served."""
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from pop_local.engine.backend import Mode
+from pop_local.engine.chat import Prompt, TurnOptions, answer
+from pop_local.engine.interrupt import PrefillStoppedError
+from pop_local.engine.logprobs import prompt_logprobs
+from pop_local.engine.model import PopModel
+from pop_local.engine.turn import Chunk, TokenLogprob, TurnStats
+from pop_local.server.errors import ApiError
+from pop_local.server.metrics import Metrics
+
+STOPPING = "the server is stopping"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to do. `n_prompt_logprobs`: None, or how many alternatives to each prompt token.
+
+    `echo` comes first in the answer, with the prompt's log probabilities where they are wanted.
+    """
+
+    prompt: Prompt
+    options: TurnOptions
+    mode: Mode
+    echo: str = ""
+    n_prompt_logprobs: int | None = None
+
+
+class Job:
+    """A task on its way: made in the event loop, which reads the answer, worked on in the thread.
+
+    queued_s is 0 until the work begins.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.queued_s = 0.0
+        self.submitted_s = time.perf_counter()
+        self.cancelled = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._arrived: deque[Chunk | Exception] = deque()
+        self._something = asyncio.Event()
+
+    def put(self, item: Chunk | Exception) -> None:
+        """To be called by the thread."""
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            self._loop.call_soon_threadsafe(self._deliver, item)
+
+    def _deliver(self, item: Chunk | Exception) -> None:
+        self._arrived.append(item)
+        self._something.set()
+
+    async def chunks(self, idle_s: float | None = None) -> AsyncIterator[Chunk | None]:
+        """The answer; None whenever nothing came for `idle_s`. Raises what went wrong."""
+        while True:
+            while self._arrived:
+                item = self._arrived.popleft()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.stats is not None:
+                    return
+            self._something.clear()
+            try:
+                await asyncio.wait_for(self._something.wait(), idle_s)
+            except asyncio.TimeoutError:
+                yield None
+
+
+class Worker:
+    """Serves jobs one after the other. The KV cache keeps the last prompt for the next job."""
+
+    def __init__(self, model: PopModel, metrics: Metrics, max_waiting: int) -> None:
+        self._model = model
+        self._metrics = metrics
+        self._max_waiting = max_waiting
+        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="pop-local model", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """What is being answered ends, what waits is refused. May be called from anywhere."""
+        self._stopping.set()
+        self._jobs.put(None)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def submit(self, task: Task) -> Job:
+        """Raises ApiError when too many wait already."""
+        if self._jobs.qsize() >= self._max_waiting:
+            raise ApiError(503, f"{self._max_waiting} requests wait already; try again later")
+        job = Job(task)
+        self._jobs.put(job)
+        self._metrics.waiting(self._jobs.qsize())
+        if self._stopping.is_set():
+            raise ApiError(503, STOPPING)
+        return job
+
+    def _work(self) -> None:
+        while not self._stopping.is_set():
+            job = self._jobs.get()
+            self._metrics.waiting(self._jobs.qsize())
+            if job is not None and not job.cancelled.is_set():
+                self._serve(job)
+        while not self._jobs.empty():
+            if (job := self._jobs.get()) is not None:
+                job.put(ApiError(503, STOPPING))
+
+    def _serve(self, job: Job) -> None:
+        job.queued_s = time.perf_counter() - job.submitted_s
+        self._metrics.began(job.queued_s)
+        try:
+            for chunk in self._answer(job):
+                if chunk.stats is not None:
+                    self._metrics.answered(chunk.stats)
+                job.put(chunk)
+        except PrefillStoppedError:
+            job.put(ApiError(503, STOPPING))
+        except Exception as error:
+            job.put(error)
+
+    def _answer(self, job: Job) -> Iterator[Chunk]:
+        def should_stop() -> bool:
+            return job.cancelled.is_set() or self._stopping.is_set()
+
+        task = job.task
+        # Empties the KV cache where it changes: one cache never mixes full and pruned prompts.
+        self._model.set_pop(task.mode)
+        options = replace(task.options, should_stop=should_stop)
+        if task.n_prompt_logprobs is None:
+            if task.echo:
+                yield Chunk(task.echo)
+            if options.max_tokens == 0:
+                yield Chunk("", _read_only(len(task.prompt.tokens), 0.0))
+            else:
+                yield from answer(self._model, lambda: task.prompt, options)
+            return
+        started_s = time.perf_counter()
+        read = self._read_prompt(task.prompt.tokens, task.n_prompt_logprobs, should_stop)
+        yield Chunk(task.echo, logprobs=tuple(read))
+        read_s = time.perf_counter() - started_s
+        if options.max_tokens == 0:
+            yield Chunk("", _read_only(len(task.prompt.tokens), read_s))
+            return
+        for chunk in answer(self._model, lambda: task.prompt, options):
+            yield chunk if chunk.stats is None else replace(chunk, stats=_with(chunk.stats, read_s))
+
+    def _read_prompt(
+        self, tokens: list[int], n_top: int, should_stop: Callable[[], bool]
+    ) -> list[TokenLogprob]:
+        self._model.watch_prefill(None, should_stop)
+        try:
+            return prompt_logprobs(self._model, tokens, n_top)
+        finally:
+            self._model.watch_prefill(None, None)
+
+
+def _read_only(n_prompt: int, read_s: float) -> TurnStats:
+    return TurnStats(n_prompt, 0, 0, n_prompt, read_s, read_s, 0, 0.0, "length")
+
+
+def _with(stats: TurnStats, read_s: float) -> TurnStats:
+    """Adds the reading of the prompt, which the answer found in the cache."""
+    return replace(
+        stats,
+        n_cached=0,
+        n_full=stats.n_prompt,
+        ttft_s=stats.ttft_s + read_s,
+        prefill_s=stats.prefill_s + read_s,
+    )
