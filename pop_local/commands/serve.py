@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pop_converter.errors import PopError
 
-from pop_local.commands.options import Ctx, GpuLayers, NoPop, Threads
+from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads
 from pop_local.commands.ready import open_ready
 from pop_local.ui.theme import note, warn
 
@@ -43,6 +43,7 @@ def serve(
     name: Annotated[
         str, typer.Option("--name", help="The model's name in the API. Default: the file's.")
     ] = "",
+    pop: Pop = None,
     no_pop: NoPop = False,
     threads: Threads = None,
     ctx: Ctx = None,
@@ -59,7 +60,9 @@ def serve(
     from pop_local.server.app import ServerOptions, create_app
     from pop_local.server.run import run_app
 
-    opened = open_ready(model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop)
+    opened = open_ready(
+        model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop, pop=pop
+    )
     try:
         name = name or Path(opened.model_path).stem
         app = create_app(opened, ServerOptions(name=name, api_key=api_key))

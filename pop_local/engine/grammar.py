@@ -30,9 +30,8 @@ def schema_grammar(schema: Any) -> str:
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
     try:
-        text = json.dumps(schema)
         _refuse_large_counts(schema)
-        return json_schema_to_gbnf(text)
+        return str(json_schema_to_gbnf(json.dumps(schema)))
     except GrammarError:
         raise
     except Exception as error:  # it asserts, indexes and recurses on whatever it is given
@@ -46,7 +45,8 @@ def _refuse_large_counts(schema: Any) -> None:
             count = schema.get(name)
             if isinstance(count, (int, float)) and not 0 <= count <= _MAX_REPETITIONS:
                 raise GrammarError(
-                    f"the JSON schema's {name} is {count}; at most {_MAX_REPETITIONS} can be kept to"
+                    f"the JSON schema's {name} is {count}, the highest possible is"
+                    f" {_MAX_REPETITIONS}"
                 )
     if isinstance(schema, (dict, list)):
         for part in schema.values() if isinstance(schema, dict) else schema:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import logs
 from .backend import bindings
+from .batch import Outputs
 from .text import Pieces
 from .turn import Likely, TokenLogprob
 
 if TYPE_CHECKING:
     from .model import PopModel
+
+
+# Each takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
+_MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,24 @@ def prompt_logprobs(model: PopModel, tokens: Sequence[int], n_top: int) -> list[
     """
     pieces = Pieces(model._model.vocab, special=True)
     found = [TokenLogprob(pieces[tokens[0]], None)]
-    for logits in model.read_in_full(tokens):
+    for logits in _all_logits(model, tokens):
         for row in logits[: len(tokens) - len(found)]:
             found.append(_of_token(pieces, row, tokens[len(found)], n_top))
     return found
+
+
+def _all_logits(model: PopModel, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    """(n, n_vocab) for piece after piece of the prompt, valid until the next one."""
+    model.clear()
+    logs.forget_errors()
+    step = min(_MAX_ROWS, model.n_batch)
+    with model._interrupt.watching(model.ctx):
+        for start in range(0, len(tokens), step):
+            piece = tokens[start : start + step]
+            model._decode(piece, Outputs.ALL, 0)
+            model._interrupt.check()
+            logits = bindings().llama_get_logits(model.ctx)
+            yield np.ctypeslib.as_array(logits, (len(piece), model.n_vocab()))
 
 
 def _of_token(pieces: Pieces, logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprob:

@@ -18,13 +18,15 @@ class Pieces:
         self._buffer = ctypes.create_string_buffer(64)
 
     def __getitem__(self, token: int) -> bytes:
-        n = self._to_piece(self._vocab, token, self._buffer, len(self._buffer), 0, self._special)
+        n = self._write(token)
         if n < 0:
             self._buffer = ctypes.create_string_buffer(-n)
-            n = self._to_piece(
-                self._vocab, token, self._buffer, len(self._buffer), 0, self._special
-            )
+            n = self._write(token)
         return self._buffer.raw[:n]
+
+    def _write(self, token: int) -> int:
+        size = len(self._buffer)
+        return int(self._to_piece(self._vocab, token, self._buffer, size, 0, self._special))
 
 
 class TextStream:
@@ -46,7 +48,9 @@ class TextStream:
         return self._release()
 
     def flush(self) -> str:
-        """What was held back, at the end of an answer that no stop string ended."""
+        """What was held back, at the end of an answer; nothing after a stop string."""
+        if self.stopped:
+            return ""
         self._held += self._decoder.decode(b"", final=True)
         shown, self._held = self._held, ""
         return shown

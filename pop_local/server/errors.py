@@ -68,7 +68,7 @@ def as_request_error(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body, and where it is."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"]
+    message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, param=where or None)
 
 

@@ -1,0 +1,67 @@
+"""`pop-local serve` in a child process, on a free port."""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+
+PATIENCE_S = 60
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server; `root` is its address without /v1."""
+
+    process: subprocess.Popen[bytes]
+    root: str
+    log_file: Path
+
+    @property
+    def api(self) -> str:
+        return f"{self.root}/v1"
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def post(self, path: str, timeout: float | httpx2.Timeout = PATIENCE_S, **body: object):
+        return httpx2.post(f"{self.api}/{path}", json=body, timeout=timeout)
+
+    def metrics(self) -> dict[str, float]:
+        lines = httpx2.get(f"{self.root}/metrics").text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+
+@contextmanager
+def served(model: Path, *arguments: object) -> Iterator[Served]:
+    command = [sys.executable, "-m", "pop_local", "serve", model, "--port", 0, "--threads", 1]
+    with tempfile.TemporaryDirectory() as folder:
+        log_file = Path(folder) / "log"
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [str(word) for word in (*command, *arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            yield Served(process, _address(process, log_file), log_file)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
+    while process.poll() is None:
+        if found := re.search(r"Serving at (http://\S+)/v1", log_file.read_text()):
+            return found[1]
+        time.sleep(0.05)
+    raise AssertionError(log_file.read_text())

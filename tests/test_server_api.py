@@ -1,0 +1,373 @@
+"""The HTTP API in this process, on a tiny random model: shapes, figures, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+from calls import opened, read
+from converted import tiny
+from starlette.testclient import TestClient
+
+from pop_local.engine.backend import Mode
+from pop_local.server.app import ServerOptions, create_app
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+LONG = "the quick brown fox jumps over the lazy dog, " * 6
+NAME = "tiny"
+N_CTX = 1024
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("api"), chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def client(path):
+    model = opened(path, n_ctx=N_CTX)
+    with TestClient(create_app(model, ServerOptions(NAME, max_body_bytes=100_000))) as client:
+        yield client
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def full(path):
+    """Another copy, which runs in full."""
+    model = opened(path, n_ctx=N_CTX)
+    model.set_pop(Mode.OFF)
+    return model
+
+
+def chat(client, content=LONG, **body):
+    fixed = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8}
+    return client.post("/v1/chat/completions", json=fixed | body)
+
+
+def complete(client, prompt=LONG, **body):
+    fixed = {"prompt": prompt, "temperature": 0, "max_tokens": 8}
+    return client.post("/v1/completions", json=fixed | body)
+
+
+def text_of(response) -> str:
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def events(response) -> list:
+    lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    return wide - np.log(np.exp(wide - wide.max()).sum()) - wide.max()
+
+
+# --- what is there
+
+
+def test_health_models_and_metrics(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == NAME
+    assert model["pop"] == {"n_ctx": N_CTX, "boundary": 4}
+    assert client.get(f"/v1/models/{NAME}").json() == model
+
+
+def test_the_counters_are_in_the_usage_and_in_the_metrics(client):
+    def counted() -> dict[str, float]:
+        lines = client.get("/metrics").text.splitlines()
+        return {k: float(v) for k, v in (x.split(" ") for x in lines if not x.startswith("#"))}
+
+    before = counted()
+    usage = complete(client, "unlike others: " + LONG).json()["usage"]
+    after = counted()
+    n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
+    assert pop["n_pruned"] > 100
+    assert n_cached + pop["n_pruned"] + pop["n_full"] == usage["prompt_tokens"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert 0 < pop["prefill_s"] <= pop["ttft_s"]
+    assert pop["reason"] is None
+    ok = 'pop_requests_total{path="/v1/completions",status="200"}'
+    expected = {
+        'pop_prompt_tokens_total{kind="pruned"}': pop["n_pruned"],
+        'pop_prompt_tokens_total{kind="full"}': pop["n_full"],
+        'pop_prompt_tokens_total{kind="cached"}': n_cached,
+        "pop_decoded_tokens_total": usage["completion_tokens"],
+        "pop_ttft_seconds_count": 1,
+        ok: 1,
+    }
+    assert {name: after[name] - before.get(name, 0) for name in expected} == expected
+
+
+def test_the_prefix_stays_cached_from_one_request_to_the_next(client):
+    first = complete(client, LONG + "One.").json()["usage"]
+    second = complete(client, LONG + "One. And more of it.").json()["usage"]
+    assert second["prompt_tokens_details"]["cached_tokens"] >= first["prompt_tokens"] - 17
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_stream_says_what_the_whole_answer_does(client, ask):
+    whole = text_of(ask(client))
+    streamed = events(ask(client, stream=True, stream_options={"include_usage": True}))
+    *pieces, figures = streamed
+    if ask is chat:
+        assert pieces[0]["choices"][0]["delta"]["role"] == "assistant"
+        text = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
+    else:
+        text = "".join(piece["choices"][0]["text"] for piece in pieces)
+    assert text == whole
+    assert [piece["choices"][0]["finish_reason"] for piece in pieces][-2:] == [None, "length"]
+    assert figures["choices"] == []
+    assert figures["usage"]["completion_tokens"] == 8
+    assert all(piece["usage"] is None for piece in pieces)
+    assert len({piece["id"] for piece in streamed}) == 1
+    assert not any("usage" in piece for piece in events(ask(client, stream=True)))
+
+
+def test_stop_strings_and_the_limit(client):
+    whole = complete(client).json()["choices"][0]
+    assert whole["finish_reason"] == "length"
+    part = whole["text"][3:5]
+    for stop in (part, ["never said", part]):
+        cut = complete(client, stop=stop).json()["choices"][0]
+        assert cut["finish_reason"] == "stop"
+        assert cut["text"] == whole["text"][: whole["text"].index(part)]
+    assert complete(client, max_tokens=None).json()["usage"]["completion_tokens"] <= 16
+
+
+def test_the_seed_makes_a_warm_answer_repeatable(client):
+    warm = {"temperature": 1.5, "max_tokens": 20}
+    assert text_of(chat(client, seed=5, **warm)) == text_of(chat(client, seed=5, **warm))
+    assert text_of(chat(client, seed=5, **warm)) != text_of(chat(client, seed=6, **warm))
+
+
+def test_messages_may_come_in_parts(client):
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert text_of(chat(client, content=parts)) == text_of(chat(client, content="one\ntwo"))
+
+
+def test_a_schema_and_a_grammar_hold(client):
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = json.loads(text_of(chat(client, response_format=wanted, max_tokens=50)))
+    assert answer["a"] in (True, False)
+    assert text_of(complete(client, grammar='root ::= "yes" | "no"')) in ("yes", "no")
+
+
+# --- in full
+
+
+def test_pop_false_gives_the_full_models_logits(client, full):
+    tokens = full.tokenize(LONG.encode(), add_bos=True, special=True)
+    expected = log_softmax(read(full, tokens)).max()
+    whole = complete(client, max_tokens=1, logprobs=1, pop=False)
+    pruned = complete(
+        client, max_tokens=1, logprobs=1, pop=True
+    )  # after the switch nothing is cached
+    pop = whole.json()["usage"]["pop"]
+    assert (pop["n_pruned"], pop["n_full"]) == (0, len(tokens))
+    assert pop["reason"] == "the request asks for it"
+    assert pruned.json()["usage"]["pop"]["n_pruned"] > 100
+
+    def first(answer) -> float:
+        return answer.json()["choices"][0]["logprobs"]["token_logprobs"][0]
+
+    assert first(whole) == pytest.approx(expected, abs=1e-4)
+    assert abs(first(pruned) - expected) > 1e-2
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_an_echo_with_logprobs_is_read_in_full(client, full, as_tokens):
+    tokens = full.tokenize(LONG.encode(), add_bos=True, special=True)
+    prompt = [tokens] if as_tokens else LONG
+    answer = complete(client, prompt, echo=True, logprobs=2, max_tokens=1).json()
+    (choice,), pop = answer["choices"], answer["usage"]["pop"]
+    assert (pop["n_pruned"], pop["n_full"]) == (0, len(tokens))
+    assert "log probabilities of the prompt" in pop["reason"]
+    found = choice["logprobs"]
+    assert "".join(found["tokens"]) == choice["text"]
+    assert choice["text"].endswith(LONG, 0, len(choice["text"]) - len(found["tokens"][-1]))
+    assert len(found["tokens"]) == len(tokens) + 1
+    assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+    for n in (1, 100, len(tokens) - 1):
+        expected = log_softmax(read(full, tokens[:n]))[tokens[n]]
+        assert found["token_logprobs"][n] == pytest.approx(expected, abs=0.01)
+    starts = np.cumsum([0, *(len(token) for token in found["tokens"])])
+    assert found["text_offset"] == starts[:-1].tolist()
+
+
+def test_an_echo_may_come_without_an_answer(client):
+    read_only = complete(client, echo=True, logprobs=0, max_tokens=0).json()
+    assert read_only["usage"]["completion_tokens"] == 0
+    assert len(read_only["choices"][0]["logprobs"]["tokens"]) == read_only["usage"]["prompt_tokens"]
+    assert text_of(complete(client, "abc", echo=True)).endswith(
+        "abc" + text_of(complete(client, "abc"))
+    )
+
+
+def test_chat_logprobs(client):
+    asked = {"logprobs": True, "top_logprobs": 2}
+    (choice,) = chat(client, **asked).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert (
+        b"".join(bytes(token["bytes"]) for token in content).decode(errors="replace")
+        == choice["message"]["content"]
+    )
+    assert all(len(token["top_logprobs"]) == 2 for token in content)
+    assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] for token in content)
+    pieces = events(chat(client, stream=True, **asked))
+    streamed = [piece["choices"][0]["logprobs"] for piece in pieces]
+    tokens = [token for one in streamed if one for token in one["content"]]
+    assert [token["bytes"] for token in tokens] == [token["bytes"] for token in content]
+
+
+# --- refusals
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "EOF"),
+        (b"{", "EOF"),
+        (b"[1, 2]", "an object"),
+        (b"\xff\xfe", "JSON"),
+        (b"[" * 50_000, "recursion"),
+        ({}, "messages: Field required"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content",
+        ),
+        (HELLO | {"n": 2}, "n must be 1"),
+        (HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
+        (HELLO | {"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        (HELLO | {"temperature": -1}, "temperature"),
+        (HELLO | {"top_p": 2}, "top_p"),
+        (HELLO | {"max_tokens": 0}, "max_tokens"),
+        (HELLO | {"max_tokens": "many"}, "max_tokens"),
+        (HELLO | {"stop": [""]}, "stop"),
+        (HELLO | {"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        (HELLO | {"top_logprobs": 30, "logprobs": True}, "top_logprobs"),
+        (HELLO | {"response_format": {"type": "xml"}}, "response_format"),
+        (HELLO | {"response_format": {"type": "json_schema"}}, "json_schema is missing"),
+        (
+            HELLO
+            | {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "string", "minLength": 10**9}},
+                }
+            },
+            "minLength",
+        ),
+        (HELLO | {"grammar": "nonsense"}, "not valid GBNF"),
+        (HELLO | {"grammar": 'root ::= "ab" [\\x00]'}, "no token"),
+    ],
+)
+def test_bad_chats_are_400_with_a_reason(client, body, reason):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = client.post("/v1/chat/completions", content=content)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert reason in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"prompt": ["a", "b"]}, "one prompt per request"),
+        ({"prompt": [5, 384]}, "from 0 to 383"),
+        ({"prompt": [-1]}, "from 0 to 383"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": [[]]}, "empty"),
+        ({"prompt": "x", "suffix": "y"}, "suffix is not supported"),
+        ({"prompt": "x", "best_of": 3}, "best_of must be 1"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_bad_completions_are_400_with_a_reason(client, body, reason):
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert reason in response.json()["error"]["message"]
+
+
+def test_an_error_in_a_stream_is_an_event(client):
+    response = complete(client, grammar='root ::= "ab" [\\x00]', stream=True)
+    error = json.loads(response.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
+    assert "no token" in error["message"]
+    assert text_of(complete(client))
+
+
+def test_a_prompt_beyond_the_context_says_how_many_tokens(client):
+    response = complete(client, "x" * 5000)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "500" in error["message"] and str(N_CTX) in error["message"]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_huge_body_is_413(client, declared):
+    body = json.dumps({"prompt": "x" * 200_000}).encode()
+    content = body if declared else iter([body[:50_000], body[50_000:]])
+    response = client.post("/v1/completions", content=content)
+    assert response.status_code == 413
+    assert "100,000 bytes" in response.json()["error"]["message"]
+
+
+def test_an_unknown_model_is_404_and_names_the_one_that_is_there(client):
+    response = chat(client, model="gpt-4o")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert NAME in response.json()["error"]["message"]
+    assert client.get("/v1/models/gpt-4o").status_code == 404
+    assert text_of(chat(client, model=NAME.upper()))
+
+
+def test_other_paths_and_methods_have_the_same_shape(client):
+    for response, status in (
+        (client.get("/v2"), 404),
+        (client.get("/v1/completions"), 405),
+        (client.post("/v1/embeddings", json={}), 404),
+    ):
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+
+
+def test_the_key(path):
+    model = opened(path)
+    with TestClient(create_app(model, ServerOptions(NAME, api_key="secret"))) as client:
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            refused = client.get("/v1/models", headers=header)
+            assert refused.status_code == 401
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/health").status_code == 200
+        right = {"Authorization": "Bearer secret"}
+        assert client.get("/v1/models", headers=right).status_code == 200
+
+
+def test_a_full_queue_is_503(path):
+    with TestClient(create_app(opened(path), ServerOptions(NAME, max_waiting=0))) as client:
+        response = complete(client)
+        assert response.status_code == 503
+        assert "try again later" in response.json()["error"]["message"]
+        assert "retry-after" in response.headers
+
+
+def test_a_model_without_keys_says_that_it_is_not_pruned(tmp_path):
+    from synthetic import make_gguf
+
+    model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
+    with TestClient(create_app(model, ServerOptions(NAME))) as client:
+        pop = complete(client).json()["usage"]["pop"]
+        assert (pop["n_pruned"], pop["reason"]) == (0, "the model has no pruning keys")
+        assert complete(client, pop=False).status_code == 200
+        assert complete(client, pop=True).status_code == 400
