@@ -8,8 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from pop_local.engine.turn import TokenLogprob, TurnStats
-from pop_local.server.errors import ApiError, as_api_error
-from pop_local.server.front import HUNG_UP
+from pop_local.server.errors import ApiError, as_api_error, hung_up
 from pop_local.server.replies import Ending, Json, Reply, usage
 from pop_local.server.worker import STOPPING, Job
 
@@ -61,7 +60,7 @@ class Answer:
                 yield _event(self._reply.figures(ending.usage))
             yield _DONE
         except Exception as error:
-            complete = True
+            complete = not self._job.cancelled.is_set()
             yield as_api_error(error).event
         finally:
             if not complete:
@@ -78,8 +77,7 @@ class Answer:
         )
         if stats.finish_reason == "interrupted":
             if self._job.cancelled.is_set():
-                self._state.hung_up = True
-                raise ApiError(HUNG_UP, "the client hung up")
+                raise hung_up()
             raise ApiError(503, STOPPING)
         return Ending(stats.finish_reason, usage(stats, self._job.queued_s, self._reason))
 

@@ -19,8 +19,8 @@ from starlette.routing import Route
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import Answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
-from pop_local.server.errors import ApiError, as_api_error, as_request_error
-from pop_local.server.front import HUNG_UP, Front
+from pop_local.server.errors import ApiError, as_api_error, as_request_error, hung_up
+from pop_local.server.front import Front
 from pop_local.server.metrics import Metrics
 from pop_local.server.replies import ChatReply, CompletionReply, Reply
 from pop_local.server.tasks import Asked, Tasks
@@ -68,8 +68,7 @@ def create_app(model: PopModel, options: ServerOptions) -> Starlette:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
-        request.state.hung_up = True
-        return Response(status_code=HUNG_UP)
+        return hung_up().response
     return as_api_error(error).response
 
 
@@ -187,7 +186,7 @@ class Api:
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            job.cancelled.set()
+            job.cancel()
 
         watcher = asyncio.create_task(watch())
         self._watchers.add(watcher)

@@ -10,6 +10,8 @@ from starlette.responses import JSONResponse
 
 from pop_local.engine.grammar import GrammarError
 
+HUNG_UP = 499  # what nginx logs where a client went before the answer was complete
+
 
 class ApiError(Exception):
     """A request that is not answered; `param` names the field that is to blame, if one is."""
@@ -40,6 +42,10 @@ class ApiError(Exception):
     def event(self) -> bytes:
         """For a stream that has begun already."""
         return f"data: {json.dumps(self.body)}\n\n".encode()
+
+
+def hung_up() -> ApiError:
+    return ApiError(HUNG_UP, "the client hung up")
 
 
 def context_exceeded(n_prompt: int, n_ctx: int, param: str) -> ApiError:

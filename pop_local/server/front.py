@@ -7,10 +7,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pop_local.server.errors import ApiError
+from pop_local.server.errors import HUNG_UP, ApiError
 from pop_local.server.metrics import Metrics
-
-HUNG_UP = 499  # what nginx logs where a client went before the answer was complete
 
 log = logging.getLogger("pop_local.server")
 

@@ -15,7 +15,7 @@ from pop_local.engine.interrupt import PrefillStoppedError
 from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnStats
-from pop_local.server.errors import ApiError
+from pop_local.server.errors import ApiError, hung_up
 from pop_local.server.metrics import Metrics
 
 STOPPING = "the server is stopping"
@@ -49,6 +49,12 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[Chunk | Exception] = deque()
         self._something = asyncio.Event()
+
+    def cancel(self) -> None:
+        """To be called in the event loop. A job that waits ends at once, a running one soon."""
+        self.cancelled.set()
+        if not self.queued_s:
+            self._deliver(hung_up())
 
     def put(self, item: Chunk | Exception) -> None:
         """To be called by the thread."""
