@@ -40,11 +40,20 @@ def test_wrong_keys_are_refused(keys: Keys, reason: str, llama: Path, tmp_path: 
         run(Job(str(model), steps=()))
 
 
-@pytest.mark.parametrize("missing", ["pop.version", "pop.schedule", "pop.projection"])
+@pytest.mark.parametrize("missing", ["pop.version", "pop.schedule"])
 def test_missing_keys_are_refused(missing: str, llama: Path, tmp_path: Path) -> None:
     keys = {name: value for name, value in OWN.items() if name != missing}
     with pytest.raises(RuntimeError, match=missing):
         run(Job(str(add_to(llama, tmp_path / "wrong.gguf", keys)), steps=()))
+
+
+def test_a_missing_projection_means_own(llama: Path, tmp_path: Path) -> None:
+    keys = {name: value for name, value in OWN.items() if name != "pop.projection"}
+    want = run(Job(str(add_to(llama, tmp_path / "own.gguf", OWN)), (LAST,)))
+    steps = (LAST, Step("counters", "counters"))
+    got = run(Job(str(add_to(llama, tmp_path / "missing.gguf", keys)), steps))
+    np.testing.assert_array_equal(got["counters"], [299, 1])
+    np.testing.assert_array_equal(got["last"], want["last"])
 
 
 def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:

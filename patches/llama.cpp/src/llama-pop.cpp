@@ -80,12 +80,12 @@ static uint32_t get_u32(const gguf_context * gguf, const char * key, uint32_t fa
     return id < 0 ? fallback : gguf_get_val_u32(gguf, id);
 }
 
-static std::string get_str(const gguf_context * gguf, const char * key) {
+static std::string get_str(const gguf_context * gguf, const char * key, const char * fallback = nullptr) {
     const int64_t id = find_key(gguf, key, GGUF_TYPE_STRING);
-    if (id < 0) {
+    if (id < 0 && !fallback) {
         refuse(format("key %s is missing", key));
     }
-    return gguf_get_val_str(gguf, id);
+    return id < 0 ? fallback : gguf_get_val_str(gguf, id);
 }
 
 static uint32_t parse_schedule(const std::string & schedule, uint32_t n_layer) {
@@ -212,7 +212,7 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
         refuse(format("pop.version is %u, this library reads version 1", version));
     }
 
-    const std::string projection = get_str(gguf, "pop.projection");
+    const std::string projection = get_str(gguf, "pop.projection", "own");
     if (projection != "own" && projection != "fitted") {
         refuse(format("pop.projection is '%s', expected 'own' or 'fitted'", projection.c_str()));
     }
