@@ -212,12 +212,20 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
             f"{header.path} has K/V projections of the unknown kind {meta.projection!r}",
             CONVERT_AGAIN,
         )
-    n_layer = header.get(f"{header.get('general.architecture')}.block_count")
-    if isinstance(n_layer, int) and n_layer != meta.n_layer:
+    n_layer = _n_layer(header)
+    if n_layer is not None and n_layer != meta.n_layer:
         raise FormatError(
             f"{header.path} has {n_layer} layers, its schedule {meta.schedule!r} {meta.n_layer}",
             CONVERT_AGAIN,
         )
+
+
+def _n_layer(header: Header) -> int | None:
+    """Layers that predict further tokens than the next (MTP) come last and have no letter."""
+    arch = header.get("general.architecture")
+    n_layer = header.get(f"{arch}.block_count")
+    n_nextn = header.get(f"{arch}.nextn_predict_layers") or 0
+    return n_layer - n_nextn if isinstance(n_layer, int) and isinstance(n_nextn, int) else None
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:

@@ -171,6 +171,16 @@ def test_optional_keys_have_defaults(tiny, tmp_path):
     assert read_pop_meta(add_keys(tiny, tmp_path / "pop.gguf", **keys)) == PopMeta("FS")
 
 
+def test_layers_that_predict_later_tokens_have_no_letter(tiny, tmp_path):
+    nextn = {"llama__nextn_predict_layers": 1}
+    three = make_gguf(tmp_path / "three.gguf", "llama", **{**SMALL, "n_layer": 3})
+    path = add_keys(three, tmp_path / "pop.gguf", **_as_keys(), **nextn)
+    assert read_pop_meta(path) == PopMeta("FS")
+    assert read_shape(path).n_layer == 2
+    with pytest.raises(FormatError, match="has 1 layers"):
+        read_pop_meta(add_keys(tiny, tmp_path / "wrong.gguf", **_as_keys(), **nextn))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
