@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pop_converter.errors import PopError
 
 from . import logs
-from .backend import _Ggml, bindings
+from .backend import GgmlLibrary, bindings
 from .batch import Outputs, TokenBatch
 from .interrupt import Interrupt
 from .loaded import LoadedModel
@@ -62,7 +62,7 @@ class _Reader:
     """Tensors as numpy arrays: in place where the host sees them, else through one buffer."""
 
     def __init__(self) -> None:
-        self._ggml = _Ggml()
+        self._ggml = GgmlLibrary()
         self._buffer = np.empty(0, np.uint8)
 
     def op(self, tensor: _Tensor) -> bytes:

@@ -194,12 +194,12 @@ def describe_backend() -> BackendInfo:
 
 def devices() -> tuple[Device, ...]:
     """ggml's devices, the CPU last as ggml lists them."""
-    ggml = _Ggml()
+    ggml = GgmlLibrary()
     return tuple(ggml.device(i) for i in range(ggml("ggml_backend_dev_count", ctypes.c_size_t)))
 
 
-class _Ggml:
-    """ggml's device functions, which llama_cpp does not bind."""
+class GgmlLibrary:
+    """Calls of ggml's functions by name, since llama_cpp binds few of them."""
 
     _LIBRARIES = ("ggml", "ggml-base")
     _GPU_TYPES = (1, 2)  # dedicated, integrated: enum ggml_backend_dev_type
