@@ -33,8 +33,9 @@ def test_a_converted_model_starts_pruning_and_tells_its_boundary(pop_file):
 
 
 @pytest.mark.parametrize("n_tokens", [17, 18, 64, 65, 80, 200])
-def test_only_sink_and_tail_are_full_whatever_the_batches(pop_file, n_tokens):
-    model = opened(pop_file)
+def test_only_sink_and_tail_are_full_whatever_the_batches(tmp_path, n_tokens):
+    source = make_gguf(tmp_path / "m.gguf", "llama")
+    model = opened(converted(source, tmp_path, boundary=4, min_prompt=0))
     assert evaluated(model, prompt(n_tokens)) == Counters(n_tokens - 17, 17)
 
 
@@ -73,6 +74,13 @@ def test_short_prompts_run_full_when_the_file_says_so(tmp_path):
     assert evaluated(model, prompt(49)) == Counters(0, 49)
     model.clear()
     assert evaluated(model, prompt(50)) == Counters(33, 17)
+
+
+def test_prompts_that_are_hardly_longer_than_their_full_tokens_run_full(pop_file):
+    model = opened(pop_file)
+    assert evaluated(model, prompt(33)) == Counters(0, 33)
+    model.clear()
+    assert evaluated(model, prompt(34)) == Counters(17, 17)
 
 
 def test_another_boundary_prunes_other_layers(pop_file):

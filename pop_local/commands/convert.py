@@ -82,8 +82,11 @@ def convert(
         int, typer.Option(min=0, help="Last tokens of a prompt to run in full.")
     ] = PopMeta.tail_tokens,
     min_prompt: Annotated[
-        int, typer.Option(min=0, help="Shorter prompts run in full altogether.")
-    ] = PopMeta.min_prompt,
+        int | None,
+        typer.Option(
+            min=0, help="Shorter prompts run in full altogether. Default: 2 * (sink + tail)."
+        ),
+    ] = None,
     projection: Annotated[
         ProjectionName,
         typer.Option(
