@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ COUNTERS = "counters"
 
 @dataclass(frozen=True)
 class Step:
-    """One call. `op`: decode, save, load, remove, shift, mode, boundary, full_from,
+    """One call. `op`: decode, embeddings, save, load, remove, shift, mode, boundary, full_from,
     sink, counters.
 
-    decode: `tokens` from `pos` on in `seq`; `logits` "last", "all" or "none"; `more`: further
-    (seq, pos, tokens) in the same batch, with the logits of their last token. save, load: the
-    state of `seq` to or from `path`. shift: positions from `pos` on move by `value`, the tokens
-    before them are removed.
+    decode: `tokens` from `pos` on in `seq`, and in each of `coupled`; `logits` "last", "all" or
+    "none"; `more`: further (seq, pos, tokens) in the same batch, with the logits of their last
+    token. embeddings: the same with `logits` "all", giving the state after the output norm. save,
+    load: the state of `seq` to or from `path`. shift: positions from `pos` on move by `value`, the
+    tokens before them are removed.
     """
 
     op: str
@@ -36,6 +38,7 @@ class Step:
     more: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
     pos: int = 0
     seq: int = 0
+    coupled: tuple[int, ...] = ()
     logits: str = "last"
     path: str = ""
     value: int = 0
@@ -68,8 +71,9 @@ class Job:
 def run(job: Job) -> dict[str, np.ndarray]:
     """Run a job in a child process.
 
-    Returns, by the step's name, the logits as float32 [n_outputs, n_vocab], and for counters
-    int64 [2] (context, full). Raises RuntimeError with the library's log when it fails.
+    Returns, by the step's name, the logits as float32 [n_outputs, n_vocab], for embeddings
+    [n_tokens, n_embd], and for counters int64 [2] (context, full). Raises RuntimeError with the
+    library's log when it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         spec, out = Path(folder) / "job.json", Path(folder) / "out.npz"
@@ -147,9 +151,17 @@ class Session:
         return getattr(self, f"_{step.op}")(step)
 
     def _decode(self, step: Step) -> np.ndarray:
+        return self._outputs(step, self.lib.llama_get_logits_ith, self.n_vocab)
+
+    def _embeddings(self, step: Step) -> np.ndarray:
+        self.lib.llama_set_embeddings(self.ctx, True)
+        n_embd = self.lib.llama_model_n_embd(self.model)
+        return self._outputs(step, self.lib.llama_get_embeddings_ith, n_embd)
+
+    def _outputs(self, step: Step, get: Callable[..., Any], n_values: int) -> np.ndarray:
         parts = [(step.seq, step.pos, step.tokens), *step.more]
         n_tokens = sum(len(tokens) for _, _, tokens in parts)
-        batch = self.lib.llama_batch_init(n_tokens, 0, 1)
+        batch = self.lib.llama_batch_init(n_tokens, 0, 1 + len(step.coupled))
         outputs, row = [], 0
         for seq, pos, tokens in parts:
             for offset, token in enumerate(tokens):
@@ -157,7 +169,10 @@ class Session:
                     step.logits == "last" and offset == len(tokens) - 1
                 )
                 batch.token[row], batch.pos[row] = token, pos + offset
-                batch.n_seq_id[row], batch.seq_id[row][0] = 1, seq
+                seqs = (seq, *step.coupled)
+                batch.n_seq_id[row] = len(seqs)
+                for number, each in enumerate(seqs):
+                    batch.seq_id[row][number] = each
                 batch.logits[row] = is_output
                 outputs += [row] if is_output else []
                 row += 1
@@ -165,14 +180,9 @@ class Session:
         status = self.lib.llama_decode(self.ctx, batch)
         if status != 0:
             raise RuntimeError(f"llama_decode returned {status}")
-        rows = [
-            np.ctypeslib.as_array(
-                self.lib.llama_get_logits_ith(self.ctx, row), (self.n_vocab,)
-            ).copy()
-            for row in outputs
-        ]
+        rows = [np.ctypeslib.as_array(get(self.ctx, row), (n_values,)).copy() for row in outputs]
         self.lib.llama_batch_free(batch)
-        return np.stack(rows) if rows else np.zeros((0, self.n_vocab), np.float32)
+        return np.stack(rows) if rows else np.zeros((0, n_values), np.float32)
 
     def _save(self, step: Step) -> None:
         size = self.lib.llama_state_seq_get_size(self.ctx, step.seq)

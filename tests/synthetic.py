@@ -37,6 +37,7 @@ class Recipe:
 
     `type`: of the weight matrices. `zero_deep`: from this layer on attn_output and ffn_down are
     zero (None: nowhere). `rope_factors`: rope_freqs (llama) or the long/short pair (phi3).
+    `rope_divisor`: of the positions (linear scaling), 0 for none.
     `head_arrays`: head counts written as one number per layer. `swa_period` 0: the default of the
     architecture; `swa_pattern`: a flag for each layer instead. `n_expert` 0: a dense FFN.
     """
@@ -60,6 +61,8 @@ class Recipe:
     fused_qkv: bool = False
     tied_output: bool = False
     rope_factors: bool = False
+    rope_base: float = 10000.0
+    rope_divisor: float = 0.0
     head_arrays: bool = False
     zero_deep: int | None = None
     alignment: int = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -74,7 +77,7 @@ DEFAULTS = {
     "qwen3": Recipe(arch="qwen3", head_dim=64),
     "qwen3moe": Recipe(arch="qwen3moe", head_dim=64, n_expert=8, n_ff=64),
     "gemma2": Recipe(arch="gemma2", head_dim=64, tied_output=True),
-    "gemma3": Recipe(arch="gemma3", head_dim=64, n_head_kv=1, tied_output=True),
+    "gemma3": Recipe(arch="gemma3", head_dim=64, n_head_kv=1, tied_output=True, rope_base=1e6),
     "phi3": Recipe(arch="phi3", fused_qkv=True),
     "olmo2": Recipe(arch="olmo2"),
 }
@@ -172,7 +175,10 @@ def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
     writer.add_value_length(recipe.head_dim)
     writer.add_rope_dimension_count(recipe.head_dim)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(recipe.rope_base)
+    if recipe.rope_divisor:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(recipe.rope_divisor)
     if recipe.n_expert:
         writer.add_expert_count(recipe.n_expert)
         writer.add_expert_used_count(recipe.n_expert_used)

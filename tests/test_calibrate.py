@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from pop_converter import fit
@@ -15,7 +14,6 @@ from pop_converter.rewrite import convert, strip
 from pop_converter.shape import read_shape
 from pop_converter.source import read_source
 from pop_converter.weights import Weights
-from raw import Job, Step, run
 from synthetic import make_gguf
 
 from pop_local.calibration.job import (
@@ -221,80 +219,6 @@ def test_a_state_of_other_settings_is_refused(llama: Path, text: Path, tmp_path:
     (tmp_path / "state").write_bytes(b"PK junk")
     with pytest.raises(CalibrationError, match="damaged"):
         fitted(llama, kept)
-
-
-# --- what the backend stores
-
-
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3"])
-@pytest.mark.parametrize("projection", ["own", "fitted"])
-def test_the_stored_k_and_v_are_those_of_the_reference(arch, projection, text, tmp_path):
-    """Context rows, float64: with biases (qwen2), with k_norm (qwen3), fused weights (phi3)."""
-    path, target = make_gguf(tmp_path / "model.gguf", arch), tmp_path / "pop.gguf"
-    plan = replace(planned(path), projection=projection)
-    made = fitted(path, settings(text)) if projection == "fitted" else None
-    convert(plan, path, target, fitted=made)
-    tokens = tuple(prompt(64))
-    state = tmp_path / "state"
-    steps = (
-        Step("full_from", value=63),
-        Step("decode", tokens=tokens),
-        Step("save", path=str(state)),
-    )
-    run(Job(str(target), steps, n_ubatch=N_WINDOW, n_ctx=N_WINDOW, type_k=0, type_v=0))
-    stored = _parse_state(state.read_bytes(), len(tokens), path)
-    rows = recorded(path, [tokens]).states[BOUNDARY][0]
-    x = fit.with_bias(rows, 1e-6).astype(np.float64)
-    weights = Weights(read_source(path))
-    for layer in (4, 5, 7):
-        own = weights.own_projection(layer, 128)
-        weight, bias = own.weight, own.bias
-        if made and layer > BOUNDARY:
-            weight, bias = _stored({t.name: t for t in made.tensors}, layer)
-        kv = (x[:, :-1] * own.gain) @ weight.T.astype(np.float64) + bias
-        k, v = kv[:, : own.n_k], kv[:, own.n_k :]
-        head_dim = own.n_k // 2 if arch != "qwen3" else 64
-        k = k.reshape(len(tokens), -1, head_dim)
-        if f"blk.{layer}.attn_k_norm.weight" in weights:
-            k = k / np.sqrt(np.mean(k**2, -1, keepdims=True) + 1e-6)
-            k = k * weights[f"blk.{layer}.attn_k_norm.weight"]
-        k = _rope(k, _freq_base(path), interleaved=arch == "llama")
-        for found, wanted in zip(stored[layer], (k.reshape(len(tokens), -1), v), strict=True):
-            np.testing.assert_allclose(found[:63], wanted[:63], atol=0.02)
-
-
-def _rope(k: np.ndarray, base: float, *, interleaved: bool) -> np.ndarray:
-    """k [n_tokens, n_head, head_dim], positions from 0 on."""
-    half = k.shape[-1] // 2
-    angle = np.arange(len(k))[:, None, None] * base ** (-np.arange(half) / half)
-    first, second = (k[..., 0::2], k[..., 1::2]) if interleaved else (k[..., :half], k[..., half:])
-    turned = first * np.cos(angle) - second * np.sin(angle)
-    other = first * np.sin(angle) + second * np.cos(angle)
-    if interleaved:
-        return np.stack([turned, other], -1).reshape(k.shape)
-    return np.concatenate([turned, other], -1)
-
-
-def _freq_base(path: Path) -> float:
-    fields = gguf.GGUFReader(path).fields
-    found = [field for name, field in fields.items() if name.endswith("rope.freq_base")]
-    return float(found[0].contents()) if found else 10000.0
-
-
-def _parse_state(raw: bytes, n_cells: int, path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """K and V [n_cells, n] by layer, F32, V transposed (llama_kv_cache::state_write_data)."""
-    own = Weights(read_source(path)).own_projection(0, _n_kv(path))
-    n_k, n_v = own.n_k, own.weight.shape[0] - own.n_k
-    at = len(raw) - N_LAYER * (12 + 4 * n_cells * n_v) - N_LAYER * (12 + 4 * n_cells * n_k)
-    ks: list[np.ndarray] = []
-    vs: list[np.ndarray] = []
-    for arrays, n in ((ks, n_k), (vs, n_v)):
-        for _ in range(N_LAYER):
-            arrays.append(np.frombuffer(raw, np.float32, n * n_cells, at + 12))
-            at += 12 + 4 * n * n_cells
-    return [
-        (k.reshape(n_cells, n_k), v.reshape(n_v, n_cells).T) for k, v in zip(ks, vs, strict=True)
-    ]
 
 
 def _n_kv(path: Path) -> int:
