@@ -6,6 +6,7 @@ from calls import MODES, NOISE, completed, evaluated, greedy, last_logits, opene
 from converted import tiny
 from llama_cpp import LlamaRAMCache
 from pop_converter.errors import PopError
+from raw import Job, Step, run
 
 from pop_local.engine import backend
 from pop_local.engine.backend import Counters, Mode
@@ -39,6 +40,16 @@ def test_switching_to_the_mode_it_has_keeps_the_cache(pop_file):
     assert evaluated(model, prompt(100) + prompt(40, seed=1)) == Counters(24, 16)
 
 
+def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
+    """What the tests here and of the engine allow for, when batches have other shapes."""
+    last = Step("decode", "last", tokens=tuple(prompt(200)))
+    one, *others = (
+        run(Job(str(pop_file), (last,), lib=str(unpatched_lib), n_ubatch=n_ubatch))["last"]
+        for n_ubatch in (64, 71, 7, 1)
+    )
+    assert 0 < max(np.abs(other - one).max() for other in others) < NOISE
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_beginning_of_a_prompt_is_reused(pop_file, mode):
     model = opened(pop_file)
@@ -47,11 +58,18 @@ def test_the_beginning_of_a_prompt_is_reused(pop_file, mode):
     longer = answered + prompt(40, seed=1)
     counters = evaluated(model, longer)
     # The last sampled token was not decoded before.
-    assert counters.n_context + counters.n_full == 41
+    n_cached = len(answered) - 1
+    assert counters.n_context + counters.n_full == len(longer) - n_cached
+    reused = last_logits(model)
+    # The same rows full and pruned, the answer's in one piece: as many as a tail at most.
     fresh = opened(pop_file)
     fresh.set_pop(mode)
-    if mode is Mode.OFF:
-        np.testing.assert_allclose(last_logits(model), read(fresh, longer), atol=NOISE)
+    for piece in (longer[:100], longer[100:n_cached], longer[n_cached:]):
+        fresh.eval(piece)
+    np.testing.assert_allclose(reused, last_logits(fresh), atol=NOISE)
+    fresh.clear()
+    at_once = np.abs(reused - read(fresh, longer)).max()
+    assert at_once < NOISE if mode is Mode.OFF else at_once > NOISE
 
 
 def test_a_cached_context_token_does_not_end_up_in_a_prompts_tail(pop_file):

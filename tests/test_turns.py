@@ -201,6 +201,35 @@ def test_ctrl_c_ends_a_prefill_and_leaves_the_model_usable(model):
     assert ask(model, QUESTION)[0] == expected
 
 
+def test_a_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
+    expected, whole = ask(model, QUESTION)
+    longer = [QUESTION, Message("assistant", expected), QUESTION]
+    expected_later, later = ask(model, *longer)
+    model.clear()
+    n = whole.n_prompt
+    text, stats = ask(model, QUESTION, should_stop=lambda: model.n_tokens == n)
+    assert (text, stats.finish_reason, model.n_tokens) == ("", "interrupted", n)
+    text, stats = ask(model, QUESTION)
+    assert (text, stats.n_cached) == (expected, n)
+    text, stats = ask(model, *longer)
+    assert (text, stats.n_cached) == (expected_later, later.n_cached)
+
+
+def test_ctrl_c_right_after_the_last_batch_keeps_the_whole_prompt(model):
+    expected, whole = ask(model, QUESTION)
+    model.clear()
+
+    def press(done: int, total: int) -> None:
+        if done == total:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(model, QUESTION, on_prefill=press)
+    assert model.n_tokens == whole.n_prompt
+    text, stats = ask(model, QUESTION)
+    assert (text, stats.n_cached) == (expected, whole.n_prompt)
+
+
 def test_an_answer_does_not_go_on_over_an_emptied_cache(model):
     chunks = model.chat_turn([QUESTION], temperature=0.0)
     next(chunks)

@@ -1,0 +1,90 @@
+"""One context over time, and sequences that share its tokens."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from converted import tiny
+from oracle import random_tokens
+from raw import Job, Step, run
+
+TOKENS = random_tokens(64, 380)
+# Mode, boundary, sink, full_from: with as many full rows at other places, a graph may be reused.
+SETTINGS = [
+    (0, 3, 1, -1),
+    (1, 3, 1, 60),
+    (1, 5, 1, 60),
+    (1, 5, 0, 59),
+    (1, 5, 4, 63),
+    (2, 5, 1, 60),
+    (1, 5, 1, 40),
+    (2, 3, 1, 60),
+]
+
+
+@pytest.mark.parametrize("swa", [{}, {"swa_pattern": [True, False] * 4}], ids=["period", "flags"])
+def test_settings_that_alternate_never_run_the_graph_of_others(swa: dict, tmp_path: Path) -> None:
+    """Each prefill and the decode after it, on one context and on a fresh one: bit for bit."""
+    model = str(tiny(tmp_path, "gemma3", **swa))
+    order = [*range(len(SETTINGS)), *reversed(range(len(SETTINGS))), 0, 4, 2, 4, 0, 6, 0]
+    mixed = tuple(
+        step for turn, number in enumerate(order) for step in _turn(SETTINGS[number], f"{turn}.")
+    )
+    got = run(Job(model, mixed))
+    fresh = [run(Job(model, _turn(setting, ""))) for setting in SETTINGS]
+    for turn, number in enumerate(order):
+        for name in ("prefill", "decode"):
+            np.testing.assert_array_equal(got[f"{turn}.{name}"], fresh[number][name])
+    for number, one in enumerate(fresh):
+        for other in fresh[:number]:
+            assert not np.array_equal(one["prefill"], other["prefill"])
+            assert not np.array_equal(one["decode"], other["decode"])
+
+
+def _turn(setting: tuple[int, int, int, int], prefix: str) -> tuple[Step, ...]:
+    mode, boundary, sink, full_from = setting
+    return (
+        Step("boundary", value=boundary),
+        Step("mode", value=mode),
+        Step("sink", value=sink),
+        Step("full_from", value=full_from),
+        Step("remove"),
+        Step("decode", prefix + "prefill", tokens=TOKENS),
+        Step("decode", prefix + "decode", tokens=TOKENS[:1], pos=len(TOKENS)),
+    )
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_tokens_of_two_sequences_in_separate_streams_are_an_error(
+    arch: str, tmp_path: Path, unpatched_lib: Path
+) -> None:
+    model = str(tiny(tmp_path, arch))
+    both = Step("decode", tokens=TOKENS, coupled=(1,))
+    steps = (Step("full_from", value=60), Step("full_from", seq=1, value=60), both)
+    unpatched = Job(model, (both,), lib=str(unpatched_lib), n_seq_max=2)
+    for job in (unpatched, replace(unpatched, steps=steps, lib=None)):
+        with pytest.raises(RuntimeError, match=r"llama_decode returned 1\n"):
+            run(job)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_tokens_of_two_sequences_in_one_stream_are_pruned(arch: str, tmp_path: Path) -> None:
+    """A row is full as soon as one of its sequences says so."""
+    job = Job(str(tiny(tmp_path, arch)), (), n_seq_max=2, kv_unified=True)
+    alone = (
+        Step("full_from", value=50),
+        Step("decode", "0", tokens=TOKENS),
+        Step("decode", "next", tokens=TOKENS[:1], pos=64),
+    )
+    shared = (
+        Step("full_from", value=60),
+        Step("full_from", seq=1, value=50),
+        Step("decode", "0", tokens=TOKENS, coupled=(1,)),
+        Step("counters", "counters"),
+        Step("decode", "next", tokens=TOKENS[:1], pos=64, seq=1),
+    )
+    want, got = run(replace(job, steps=alone)), run(replace(job, steps=shared))
+    np.testing.assert_array_equal(got["counters"], [49, 15])
+    np.testing.assert_array_equal(got["0"], want["0"])
+    np.testing.assert_array_equal(got["next"], want["next"])
