@@ -21,6 +21,7 @@ else:
     import tomli as tomllib
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_REMOTE = ("hf:", "https://", "http://")
 MODELS_VARIABLE = settings.find("models_dir").variable
 
 
@@ -136,6 +137,11 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
 
 def _stored(model: str) -> Path:
     """A file by its path did not exist; by its name it may lie in the models folder."""
+    if model.lower().startswith(_REMOTE):
+        raise PopError(
+            f"{model} has to be fetched first",
+            f"run `pop-local pull {model}` and give the file that it prints",
+        )
     if os.sep in model or "/" in model:
         raise PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
     folder = models_dir()

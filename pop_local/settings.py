@@ -21,6 +21,8 @@ else:
 
 PREFIX = "POP_LOCAL_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
+# No settings: where they are, and what does not belong into a file.
+_OTHER_VARIABLES = (CONFIG_VARIABLE, PREFIX + "API_KEY")
 
 Scalar = int | float | str
 Origin = Literal["default", "file", "environment"]
@@ -96,7 +98,7 @@ def get(key: str) -> Scalar | None:
 
 def unknown_variables() -> list[str]:
     """Variables of the environment that look like settings and are none."""
-    known = {CONFIG_VARIABLE, *(setting.variable for setting in SETTINGS)}
+    known = {*_OTHER_VARIABLES, *(setting.variable for setting in SETTINGS)}
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 

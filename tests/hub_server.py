@@ -190,7 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
             return
         if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            whole = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            headers = {"Content-Range": whole} | headers
         self._send(206 if start else 200, content[start:], headers)
 
     def _start(self, etag: str) -> int:

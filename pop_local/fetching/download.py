@@ -191,8 +191,11 @@ class _Transfer:
             self._forget()  # no part of what the server has now
             raise _Dropped("the file changed on the server")
         self._check_status(response)
-        if response.status_code != 206 or not _begins_at(response, start):
+        if response.status_code != 206:
             start = 0
+        elif not _begins_at(response, start):
+            self._forget()
+            raise _Dropped("the server sent another part than was asked for")
         total = start + int(response.headers.get("Content-Length") or 0)
         total = total if "Content-Length" in response.headers else 0
         require_space(self._target.parent, total - start, self._target.name)
