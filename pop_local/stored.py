@@ -145,7 +145,7 @@ def _examined(name: str, files: tuple[Path, ...], sidecar: Path | None) -> Store
         found = replace(found, architecture=str(architecture) if architecture else None)
         meta = pop_of(source, sidecar)
     except PopError as error:
-        return replace(found, problem=error.message)
+        return replace(found, problem=error.message.removeprefix(f"{files[0]} "))
     if meta is None:
         return found
     return replace(found, boundary=meta.boundary, projection=meta.projection)

@@ -12,13 +12,16 @@ from converted import converted, paired
 from pop_converter.errors import PopError
 from pop_converter.sidecar import sidecar_path
 from pop_converter.source import read_source
+from rich.console import Console
 from synthetic import make_gguf, make_split
 from typer.testing import CliRunner, Result
 
 from pop_local import models
 from pop_local.cli import app
+from pop_local.commands.list import list as list_models
 from pop_local.models import resolve
 from pop_local.stored import Stored, models_by_name, removable, stock
+from pop_local.ui.theme import THEME
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def test_the_folder_is_shown_with_what_is_damaged(store):
     done = pop_local("list")
     assert done.exit_code == 0
     head, _, *body = rows(done.stdout)
-    assert head == ["Model", "Size", "Architecture", "Boundary", "Projections", "Problem"]
+    assert head == ["Model", "Size", "Architecture", "Boundary", "K/V", "Problem"]
     shown = {row[0]: row[2:5] for row in body if not row[5]}
     assert shown == {
         "parted": ["qwen2", "", ""],
@@ -71,10 +74,20 @@ def test_the_folder_is_shown_with_what_is_damaged(store):
     }
     problems = {row[0]: row[5] for row in body if row[5]}
     assert list(problems) == ["cut", "new.gguf.partial", "page"]
-    assert "cut short" in problems["cut"]
+    assert problems["cut"].startswith("is cut short")
     assert "unfinished download" in problems["new.gguf.partial"]
     assert "not a GGUF file" in problems["page"]
     assert str(store) in done.stderr
+
+
+def test_names_stay_whole_in_a_narrow_terminal(store, monkeypatch, capsys):
+    narrow = Console(theme=THEME, width=60, force_terminal=True, color_system=None)
+    monkeypatch.setattr("pop_local.commands.list.out", narrow)
+    list_models(json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    first_cells = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
+    assert "Tiny.Q8_0.pop" in first_cells
 
 
 def test_json_has_files_and_sizes(store):

@@ -16,7 +16,7 @@ _COLUMNS = (
     Column("size_bytes", "Size", size, numeric=True),
     Column("architecture", "Architecture"),
     Column("boundary", "Boundary", numeric=True),
-    Column("projection", "Projections"),
+    Column("projection", "K/V"),
     Column("sidecar", "Sidecar", lambda path: path.name if path else ""),
     Column("problem", "Problem"),
 )

@@ -45,7 +45,10 @@ class Table:
 def rich_table(table: Table) -> RichTable:
     drawn = RichTable(title=table.title or None, title_style="title", header_style="title")
     for column in table.columns:
-        drawn.add_column(column.title, justify="right" if column.numeric else "left")
+        # Folded, not cut: a name is there to be copied.
+        drawn.add_column(
+            column.title, justify="right" if column.numeric else "left", overflow="fold"
+        )
     for row in table.texts():
         drawn.add_row(*(Text(cell) for cell in row))
     return drawn
