@@ -1,6 +1,7 @@
-"""A layer's own K/V projections, dequantised from the model's file."""
+"""Tensors dequantised from the model's file, and a layer's own K/V projections."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -43,6 +44,15 @@ class Weights:
             raise FormatError("the model has no tensor " + name, "download it again")
         return _read(*self._places[name])
 
+    def names(self, prefix: str) -> tuple[str, ...]:
+        """Of the tensors whose name begins so, without the prefix."""
+        return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
+
+    def rows(self, name: str, numbers: NDArray[np.integer[Any]]) -> Floats:
+        """Some rows [len(numbers), n] of a matrix; the others are not read."""
+        part, tensor = self._places[name]
+        return _dequantised(part, tensor, _raw(part, tensor)[numbers])
+
     def own_projection(self, layer: int, n_kv: int) -> OwnProjection:
         """`n_kv` is n_k + n_v, which a fused tensor does not tell."""
         gain = self[f"blk.{layer}.attn_norm.weight"]
@@ -62,11 +72,19 @@ class Weights:
 
 
 def _read(part: Header, tensor: TensorInfo) -> Floats:
+    return _dequantised(part, tensor, _raw(part, tensor))
+
+
+def _raw(part: Header, tensor: TensorInfo) -> NDArray[np.uint8]:
+    """The bytes, one row for each row of the tensor."""
     start = part.data_start + tensor.offset
     raw = np.memmap(part.path, np.uint8, "r", start, (tensor.size_bytes,))
-    rows = raw.reshape(*tensor.dims[:0:-1], -1)
+    return raw.reshape(*tensor.dims[:0:-1], -1)
+
+
+def _dequantised(part: Header, tensor: TensorInfo, raw: NDArray[np.uint8]) -> Floats:
     try:
-        values = dequantize(rows, GGMLQuantizationType(tensor.type))
+        values = dequantize(raw, GGMLQuantizationType(tensor.type))
     except (ValueError, NotImplementedError) as error:
         raise FormatError(
             f"{part.path}: tensor {tensor.name} has a type that cannot be read here",

@@ -37,9 +37,10 @@ class Recipe:
 
     `type`: of the weight matrices. `zero_deep`: from this layer on attn_output and ffn_down are
     zero (None: nowhere). `rope_factors`: rope_freqs (llama) or the long/short pair (phi3).
-    `rope_divisor`: of the positions (linear scaling), 0 for none.
+    `rope_divisor`: of the positions, in the way of `rope_scaling`, 0 for none.
     `head_arrays`: head counts written as one number per layer. `swa_period` 0: the default of the
     architecture; `swa_pattern`: a flag for each layer instead. `n_expert` 0: a dense FFN.
+    `caps`: gemma2's soft caps of scores and logits.
     """
 
     arch: str = "llama"
@@ -59,6 +60,8 @@ class Recipe:
     type: GGMLQuantizationType = GGMLQuantizationType.F16
     qkv_bias: bool = False
     fused_qkv: bool = False
+    caps: tuple[float, float] = (50.0, 30.0)
+    rope_scaling: gguf.RopeScalingType = gguf.RopeScalingType.LINEAR
     tied_output: bool = False
     rope_factors: bool = False
     rope_base: float = 10000.0
@@ -177,7 +180,7 @@ def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(recipe.rope_base)
     if recipe.rope_divisor:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(recipe.rope_scaling)
         writer.add_rope_scaling_factor(recipe.rope_divisor)
     if recipe.n_expert:
         writer.add_expert_count(recipe.n_expert)
@@ -188,8 +191,8 @@ def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
         if recipe.swa_pattern or recipe.swa_period:
             writer.add_sliding_window_pattern(recipe.swa_pattern or recipe.swa_period)
     if recipe.arch == "gemma2":
-        writer.add_attn_logit_softcapping(50.0)
-        writer.add_final_logit_softcapping(30.0)
+        writer.add_attn_logit_softcapping(recipe.caps[0])
+        writer.add_final_logit_softcapping(recipe.caps[1])
     if recipe.arch == "phi3" and recipe.rope_factors:
         writer.add_rope_scaling_orig_ctx_len(recipe.n_ctx_train)
         writer.add_rope_scaling_attn_factors(1.1)

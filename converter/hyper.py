@@ -1,0 +1,141 @@
+"""What a dense decoder computes besides its weights, from the keys of its file.
+
+Names and defaults as llama.cpp has them (llama-model.cpp, models/ARCH.cpp).
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+from .errors import FormatError, UnsupportedArchitectureError
+from .header import Array, Header
+from .shape import ModelShape, source_shape
+from .source import Source
+
+GEMMAS = ("gemma2", "gemma3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)
+# Gemma's 27B models, told by their depth, scale scores by the width of the state, not of a head.
+_WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
+_SCALINGS = ("none", "linear")
+_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_NORMS = (
+    "attn_norm",
+    "attn_q_norm",
+    "attn_k_norm",
+    "ffn_norm",
+    "post_attention_norm",
+    "post_ffw_norm",
+)
+_KNOWN = {f"{name}.{part}" for name in (*_MATRICES, *_NORMS) for part in ("weight", "bias")}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a layer: angles base ** (-2 i / n_rot) * scale * position."""
+
+    base: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """`interleaved`: RoPE turns neighbours (llama), not halves. A cap of 0 is none.
+
+    `ropes` and `windows` (visible positions, 0 for all) have an entry for each layer.
+    """
+
+    arch: str
+    n_layer: int
+    n_embd: int
+    dim_k: int
+    dim_v: int
+    n_rot: int
+    eps: float
+    embedding_scale: float
+    attention_scale: float
+    attention_cap: float
+    final_cap: float
+    interleaved: bool
+    gelu: bool
+    ropes: tuple[Rope, ...]
+    windows: tuple[int, ...]
+
+
+def read_hyper(source: Source) -> Hyper:
+    """Raises UnsupportedArchitectureError for what the decoder does not compute."""
+    header, shape = source.first, source_shape(source)
+    arch = shape.arch
+    if arch not in ARCHITECTURES:
+        raise _unsupported(header, f"the architecture {arch!r}")
+    unknown = _unknown_tensor(source)
+    if unknown:
+        raise _unsupported(header, f"the tensor {unknown}")
+    n_head = _number(header, "attention.head_count", 1)
+    dim_k = int(_number(header, "attention.key_length", shape.n_embd // n_head))
+    gemma = arch in GEMMAS
+    wide = shape.n_layer == _WIDE_SCALE.get(arch)
+    return Hyper(
+        arch=arch,
+        n_layer=shape.n_layer,
+        n_embd=shape.n_embd,
+        dim_k=dim_k,
+        dim_v=int(_number(header, "attention.value_length", shape.n_embd // n_head)),
+        n_rot=int(_number(header, "rope.dimension_count", dim_k)),
+        eps=_number(header, "attention.layer_norm_rms_epsilon"),
+        embedding_scale=sqrt(shape.n_embd) if gemma else 1.0,
+        attention_scale=(shape.n_embd // n_head if wide else dim_k) ** -0.5,
+        attention_cap=_number(header, "attn_logit_softcapping", 50) if arch == "gemma2" else 0.0,
+        final_cap=_final_cap(header, arch),
+        interleaved=arch == "llama",
+        gelu=gemma,
+        ropes=_ropes(header, shape),
+        windows=shape.swa_window,
+    )
+
+
+def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"{header.path}: gradients do not know {what}",
+        f"they are there for dense models of {', '.join(ARCHITECTURES)}",
+    )
+
+
+def _unknown_tensor(source: Source) -> str | None:
+    """A layer's tensor that would be left out of the computation."""
+    for tensor in source.tensors:
+        prefix, _, rest = tensor.name.partition(".")
+        name = rest.partition(".")[2]
+        if prefix == "blk" and name not in _KNOWN and not name.startswith("pop_"):
+            return tensor.name
+    return None
+
+
+def _final_cap(header: Header, arch: str) -> float:
+    if arch not in GEMMAS:
+        return 0.0
+    return _number(header, "final_logit_softcapping", 30 if arch == "gemma2" else 0)
+
+
+def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
+    scaling = header.get(f"{shape.arch}.rope.scaling.type")
+    if scaling is not None and scaling not in _SCALINGS:
+        raise _unsupported(header, f"the RoPE scaling {scaling!r}")
+    factor = _number(header, "rope.scaling.factor", _number(header, "rope.scale_linear", 1))
+    scale = 1.0 if factor == 0 or scaling == "none" else 1 / factor
+    whole = Rope(_number(header, "rope.freq_base", 10_000), scale)
+    if shape.arch == "gemma3":
+        windowed = Rope(_number(header, "rope.freq_base_swa", 10_000), 1.0)
+    else:
+        windowed = Rope(_number(header, "rope.freq_base_swa", whole.base), whole.scale)
+    return tuple(windowed if window else whole for window in shape.swa_window)
+
+
+def _number(header: Header, name: str, default: float | None = None) -> float:
+    """For all layers; of head counts written layer by layer, the first: sizes tell the others."""
+    value = header.get(f"{header.get('general.architecture')}.{name}")
+    if value is None and default is not None:
+        return default
+    if isinstance(value, Array) and value.items:
+        value = value.items[0]
+    if isinstance(value, int | float):
+        return value
+    raise FormatError(f"{header.path} has no number {name}")

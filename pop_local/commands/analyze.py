@@ -1,0 +1,204 @@
+"""`pop-local analyze MODEL`: which layers context tokens can do without, and where copying ends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pop_converter.errors import PopError, UnsupportedArchitectureError
+from pop_converter.output import check_output
+from pop_converter.shape import ModelShape, source_shape
+from pop_converter.source import Source, read_source
+
+from pop_local.commands.eval import LIMIT_PROMPT
+from pop_local.commands.fitting import free_bytes
+from pop_local.commands.options import GpuLayers, Threads
+from pop_local.models import resolve_base
+from pop_local.ui.analysis import Analysis, as_json, plot, show
+from pop_local.ui.progress import token_progress
+from pop_local.ui.quality import require_matplotlib
+from pop_local.ui.tables import print_json, size
+from pop_local.ui.theme import note, warn
+
+if TYPE_CHECKING:
+    from pop_local.engine.model import PopModel
+    from pop_local.measure.depth import Depth
+    from pop_local.measure.heldout import Text
+    from pop_local.measure.importance import Importance
+
+INSTALL_TORCH = "install it with: pip install 'pop-local[analyze]'"
+# More at a time are not faster on a CPU.
+_MAX_BATCH = 4
+
+Windows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is measured, and with what; `n_probed` windows for the probes, `n_gated` the gates."""
+
+    source: Source
+    shape: ModelShape
+    text: "Text"
+    n_context: int
+    n_answer: int
+    n_probed: int
+    n_gated: int
+    seed: int
+    threads: int | None
+    gpu_layers: int
+
+    @property
+    def n_window(self) -> int:
+        return self.n_context + self.n_answer
+
+
+def analyze(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name.")],
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to measure on. Default: our prose.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=32, help="Context tokens in each window.")] = 192,
+    continuation: Annotated[int, typer.Option(min=2, help="Answer tokens after them.")] = 64,
+    windows: Annotated[int, typer.Option(min=2, help="Windows for the gates.")] = 20,
+    probe_windows: Annotated[int, typer.Option(min=1, help="Windows at each boundary.")] = 4,
+    no_gates: Annotated[
+        bool, typer.Option("--no-gates", help="Only the probes: no torch, less time.")
+    ] = False,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing plot.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of targets, passages, random tokens.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = -1,
+) -> None:
+    """Measure which layers matter for reading and for answering, and how deep pruning may go."""
+    source = read_source(resolve_base(model))
+    if plot_file is not None:
+        require_matplotlib()
+        check_output(plot_file, (source.first.path,), 0, force=force)
+    from pop_local.measure.heldout import Text, read_text, shipped_part
+
+    run = Run(
+        source=source,
+        shape=source_shape(source),
+        text=Text("prose of pop-local", (shipped_part("prose"),))
+        if text is None
+        else read_text(text),
+        n_context=context,
+        n_answer=continuation,
+        n_probed=probe_windows,
+        n_gated=windows,
+        seed=seed,
+        threads=threads,
+        gpu_layers=gpu_layers,
+    )
+    gates = None if no_gates else _gates(run)
+    gated_windows, depths = _probed(run, wants_windows=gates is not None)
+    importance = None if gates is None else _importance(run, gates, gated_windows)
+    found = Analysis(source.first.path, run.text, seed, importance, depths)
+    if plot_file is not None:
+        plot(found, plot_file, force=force)
+        note(f"Drawn: {plot_file}")
+    print_json(as_json(found)) if json else show(found)
+
+
+def _probed(run: Run, *, wants_windows: bool) -> "tuple[Windows, tuple[Depth, ...]]":
+    """The windows for the gates, if any, and what each boundary costs."""
+    from pop_local.engine.model import open_model
+    from pop_local.measure.depth import measure_cliff
+    from pop_local.measure.heldout import tokenize
+    from pop_local.measure.probes import N_REPEATED
+    from pop_local.measure.quality import QualitySettings
+
+    opened = open_model(
+        run.source.first.path,
+        n_ctx=max(run.n_window, 2 * N_REPEATED + 1),
+        n_threads=run.threads,
+        n_gpu_layers=run.gpu_layers,
+    )
+    try:
+        tokens = tokenize(opened, run.text)
+        windows = _windows(opened, tokens, run) if wants_windows else ()
+        settings = QualitySettings(run.n_probed, run.n_context, run.n_answer, seed=run.seed)
+        with token_progress("Trying the boundaries") as advance:
+            return windows, measure_cliff(
+                opened, run.shape, tokens, settings, LIMIT_PROMPT, advance
+            )
+    finally:
+        opened.close()
+
+
+def _windows(opened: "PopModel", tokens: Windows, run: Run) -> Windows:
+    from pop_local.measure.heldout import spread_windows
+    from pop_local.measure.probes import bos
+
+    start = bos(opened)
+    texts = spread_windows(tokens, run.n_gated, run.n_window - len(start))
+    return [[*start, *text] for text in texts]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Where torch computes, and how many windows at a time."""
+
+    device: str
+    n_batch: int
+
+
+def _gates(run: Run) -> Gates | None:
+    """None where they cannot be had, after saying why. Raises PopError for too little memory."""
+    from pop_converter.hyper import read_hyper
+
+    try:
+        import torch
+        from pop_converter.gates import needed_bytes
+
+        hyper = read_hyper(run.source)
+    except ImportError:
+        warn(f"The gates are left out: they need torch; {INSTALL_TORCH}")
+        return None
+    except UnsupportedArchitectureError as error:
+        warn(f"The gates are left out: {error.message}; {error.hint}")
+        return None
+    on_gpu = run.gpu_layers != 0 and torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else free_bytes()
+    for n_batch in range(min(_MAX_BATCH, run.n_gated), 0, -1):
+        needed = needed_bytes(run.shape, hyper, run.n_window, run.n_answer, n_batch)
+        if needed <= free:
+            return Gates("cuda" if on_gpu else "cpu", n_batch)
+    raise PopError(
+        f"the gates need {size(needed)} of memory, {size(free)} are free",
+        "lower --context and --continuation, close other programs, or leave them out: --no-gates",
+    )
+
+
+def _importance(run: Run, gates: Gates, windows: Windows) -> "Importance":
+    import torch
+    from pop_converter.decoder import Decoder
+
+    from pop_local.engine.backend import default_threads
+    from pop_local.measure.importance import measure_importance
+
+    torch.set_num_threads(run.threads or default_threads())
+    try:
+        decoder = Decoder(run.source, gates.device)
+        with token_progress("Virtual gates") as advance:
+            return measure_importance(
+                decoder,
+                windows,
+                run.n_context,
+                n_batch=gates.n_batch,
+                seed=run.seed,
+                on_progress=advance,
+            )
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise PopError(
+            "there is not enough memory for the gates",
+            "lower --context and --continuation, or leave them out: --no-gates",
+        ) from error
