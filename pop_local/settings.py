@@ -48,6 +48,7 @@ class Setting:
 # Keys are the names of the commands' parameters, which is how they reach them.
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
+    Setting("state_dir", str, is_path=True),
     Setting("model", str),
     Setting("threads", int, "the physical cores", least=1),
     Setting("ctx", int, "the model's, at most 8192", least=1),
@@ -56,7 +57,7 @@ SETTINGS = (
     Setting("top_p", float, "the model's, else the engine's", least=0, most=1),
     Setting("max_tokens", int, "what the context holds", least=1),
     Setting("system", str, "none"),
-    Setting("theme", str, "chosen by the terminal"),
+    Setting("theme", str, "the terminal's own colours"),
 )
 KEYS = tuple(setting.key for setting in SETTINGS)
 

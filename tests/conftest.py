@@ -18,6 +18,14 @@ for name in [name for name in os.environ if name.startswith("POP_LOCAL_")]:
 os.environ["POP_LOCAL_CONFIG"] = str(ROOT / "tests" / "no-such-config.toml")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """History and sessions of the tests; children inherit it, too."""
+    folder = tmp_path_factory.mktemp("state")
+    os.environ["POP_LOCAL_STATE_DIR"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct Q4_1, in the clone's models folder; never write there."""

@@ -1,98 +1,16 @@
 """The chat loop, driven by scripted lines and a scripted model; whole transcripts are compared."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import pytest
 from pop_converter.errors import PopError
+from scripted import STATS, STATS_LINE, ScriptedModel, talk
 
 from pop_local.engine.backend import Mode
-from pop_local.engine.turn import Chunk, Message, TurnStats
-from pop_local.ui.repl import COMMANDS, HELP_NOTES, LEAVE_HINT, Repl
+from pop_local.engine.turn import Message, TurnStats
+from pop_local.ui.repl import LEAVE_HINT
+from pop_local.ui.slash import COMMANDS, HELP_NOTES
 from pop_local.ui.stats import stats_line
 
-STATS = TurnStats(
-    n_prompt=1200,
-    n_cached=200,
-    n_pruned=983,
-    n_full=17,
-    ttft_s=0.5,
-    prefill_s=0.25,
-    n_decoded=11,
-    decode_s=0.5,
-    finish_reason="stop",
-)
-STATS_LINE = (
-    "# prompt 1,200 tokens (200 cached, 983 pruned) · TTFT 0.50 s"
-    " · prefill 4,000 tokens/s · decode 20.0 tokens/s"
-)
-
-
-class ScriptedModel:
-    """Gives the scripted answers; a step is text, the figures, or an exception to raise."""
-
-    def __init__(self, *answers: Sequence[str | TurnStats | BaseException]) -> None:
-        self.answers = list(answers)
-        self.asked: list[list[Message]] = []
-        self.options: dict[str, object] = {}
-        self.pop_mode = Mode.CONTEXT
-        self.boundary = 20
-
-    def set_pop(self, mode: Mode) -> None:
-        if not self.boundary:
-            raise PopError("model.gguf has no pruning keys", "convert it first")
-        self.pop_mode = mode
-
-    def n_ctx(self) -> int:
-        return 4096
-
-    def chat_turn(self, messages: Sequence[Message], **options: object) -> Iterator[Chunk]:
-        self.asked.append(list(messages))
-        self.options = options
-        options["on_prefill"](512, 1000)  # type: ignore[operator]
-        for step in self.answers.pop(0):
-            if isinstance(step, BaseException):
-                raise step
-            yield Chunk("", step) if isinstance(step, TurnStats) else Chunk(step)
-
-
-class Transcript:
-    """A Screen and a reader of lines in one; `#` begins what does not belong to an answer."""
-
-    def __init__(self, *lines: str | BaseException) -> None:
-        self.lines = list(lines)
-        self.shown = ""
-
-    def read_line(self) -> str:
-        if not self.lines:
-            raise EOFError
-        line = self.lines.pop(0)
-        if isinstance(line, BaseException):
-            raise line
-        self.shown += f"> {line}\n"
-        return line
-
-    def text(self, piece: str) -> None:
-        self.shown += piece
-
-    def end_answer(self) -> None:
-        self.shown += "\n"
-
-    def note(self, line: str) -> None:
-        self.shown += f"# {line}\n"
-
-    def error(self, error: PopError) -> None:
-        self.shown += f"! {error.message}; {error.hint}\n"
-
-    @contextmanager
-    def reading(self):
-        yield lambda done, total: self.note(f"reading {done} of {total}")
-
-
-def talk(model: ScriptedModel, *lines: str | BaseException, system: str = "") -> list[str]:
-    transcript = Transcript(*lines)
-    Repl(model, transcript.read_line, transcript, system=system, sampling={"seed": 7}).run()
-    return transcript.shown.splitlines()
+DROPPED = "# The question is dropped; /retry asks it again."
 
 
 def test_two_turns_keep_the_conversation():
@@ -166,12 +84,16 @@ def test_system_is_set_and_shown():
 
 def test_stats_add_up():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS])
-    assert talk(model, "a", "b", "/stats")[-5:] == [
+    assert talk(model, "a", "b", "/stats")[-7:] == [
         "# Pruning is on: context tokens skip the layers from 20 on.",
+        "# Last answer: " + STATS_LINE.removeprefix("# "),
+        "# Its reading took 0.25 s; in full it would be 0.25 s"
+        " (computed from the limit, not measured).",
         "# Answers: 2, with 22 tokens written.",
         "# Prompt tokens: 1,966 pruned, 34 in full, 400 reused from the cache.",
+        "# All reading took 0.50 s; in full it would be 0.50 s"
+        " (computed from the limit, not measured).",
         "# Context: 1,211 of 4,096 tokens used.",
-        "# Last answer: " + STATS_LINE.removeprefix("# "),
     ]
 
 
@@ -213,7 +135,7 @@ def test_interrupt_before_the_answer_drops_the_turn():
     model = ScriptedModel([KeyboardInterrupt()], ["Yes.", STATS])
     assert talk(model, "tell", "again")[2:5] == [
         "# Stopped.",
-        "# The question is dropped.",
+        DROPPED,
         "> again",
     ]
     assert model.asked[1] == [Message("user", "again")]
@@ -230,7 +152,7 @@ def test_an_answer_that_was_stopped_before_it_began():
     unread = TurnStats(1000, 100, 412, 0, 0.5, 0.25, 0, 0.0, "interrupted")
     assert talk(ScriptedModel([unread]), "tell", "/stats")[2:] == [
         "# Stopped after reading 512 of 1,000 prompt tokens.",
-        "# The question is dropped.",
+        DROPPED,
         "> /stats",
         "# Pruning is on: context tokens skip the layers from 20 on.",
         "# Nothing has been answered yet.",
@@ -246,14 +168,18 @@ def test_too_long_a_prompt_is_dropped_and_the_program_goes_on():
     model = ScriptedModel([too_long], ["Yes.", STATS])
     assert talk(model, "long", "short")[2:5] == [
         "! the prompt has 5000 tokens, the context holds 4096; /clear, or --ctx",
-        "# The question is dropped.",
+        DROPPED,
         "> short",
     ]
     assert model.asked[1] == [Message("user", "short")]
 
 
-def test_a_full_context_says_what_to_do():
-    full = TurnStats(4000, 0, 3983, 17, 0.5, 0.25, 96, 0.5, "length")
-    shown = talk(ScriptedModel(["And so", full]), "tell")
-    assert shown[-2].endswith("· cut off at the token limit")
-    assert shown[-1] == "# The context is full: /clear, or start with a larger one (--ctx)."
+def test_a_context_that_fills_up_is_told_once():
+    filling = TurnStats(3200, 0, 3183, 17, 0.5, 0.25, 96, 0.5, "length")
+    shown = talk(ScriptedModel(["And so", filling], ["on", filling]), "tell", "more")
+    assert shown[3].endswith("· cut off at the token limit")
+    assert shown[4] == (
+        "* The context is 80% full (3,296 of 4,096 tokens):"
+        " /clear starts anew, /undo drops the last turn, --ctx gives a larger one."
+    )
+    assert sum(line.startswith("* ") for line in shown) == 1

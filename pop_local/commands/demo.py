@@ -10,14 +10,14 @@ import typer
 from pop_converter.errors import PopError
 from pop_converter.shape import read_shape
 
-from pop_local.commands.options import Ctx, GpuLayers, Pop, Threads
-from pop_local.commands.ready import model_files
+from pop_local.commands.options import DEFAULT_THEME, Ctx, GpuLayers, Pop, Threads
+from pop_local.commands.ready import model_files, open_ready
+from pop_local.commands.talking import OpenAgain, conversation, talk
 from pop_local.models import DEFAULT_MODEL
 from pop_local.ui.progress import token_progress
-from pop_local.ui.repl import Repl
-from pop_local.ui.screen import TerminalScreen, read_line
+from pop_local.ui.screen import TerminalScreen
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import note, out
+from pop_local.ui.theme import look, note, out
 
 if TYPE_CHECKING:
     from pop_local.engine.backend import Mode
@@ -102,7 +102,18 @@ def demo(
         return
     out.file.writelines(f"{line}\n" for line in _lines(report))
     if sys.stdin.isatty():
-        _chat(opened)
+
+        def open_again(name: str | None, n_ctx: int | None) -> "PopModel":
+            return open_ready(
+                name or str(path),
+                threads=threads,
+                ctx=n_ctx or ctx,
+                gpu_layers=gpu_layers,
+                no_pop=False,
+                pop=None if name else files.sidecar,
+            )
+
+        _chat(opened, open_again)
 
 
 def _text(name: str) -> str:
@@ -159,6 +170,6 @@ def _lines(report: Report) -> Iterator[str]:
     )
 
 
-def _chat(opened: "PopModel") -> None:
+def _chat(opened: "PopModel", open_again: OpenAgain) -> None:
     note("Now it is your turn; pruning is on. /help lists the commands, /exit leaves.")
-    Repl(opened, read_line, TerminalScreen(), sampling={}).run()
+    talk(conversation(opened, open_again, TerminalScreen(look(DEFAULT_THEME)), sampling={}))

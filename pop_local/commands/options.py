@@ -26,6 +26,14 @@ TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="N
 Seed = Annotated[
     int | None, typer.Option("--seed", min=0, help="Makes an answer repeatable. Default: chance.")
 ]
+Theme = Annotated[
+    str,
+    typer.Option(
+        "--theme",
+        help="Of answers in a terminal: terminal (its own colours), dark, light, plain,"
+        " or a style of Pygments.",
+    ),
+]
 NoPop = Annotated[bool, typer.Option("--no-pop", help="Read prompts in full, without pruning.")]
 
 Pop = Annotated[
@@ -36,6 +44,8 @@ Pop = Annotated[
         help="The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, if there is one.",
     ),
 ]
+
+DEFAULT_THEME = "terminal"
 
 
 def sampling(**options: Any) -> dict[str, Any]:

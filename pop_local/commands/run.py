@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pop_converter.errors import PopError
 
 from pop_local.commands.options import (
+    DEFAULT_THEME,
     Ctx,
     GpuLayers,
     MaxTokens,
@@ -17,16 +17,20 @@ from pop_local.commands.options import (
     Pop,
     Seed,
     Temperature,
+    Theme,
     Threads,
     TopP,
     sampling,
 )
 from pop_local.commands.ready import open_ready
+from pop_local.documents import decoded, read_document
+from pop_local.engine.conversation import Document, Turn
 from pop_local.engine.turn import Chunk, Message, TurnStats
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.screen import TerminalScreen, showing_prefill
-from pop_local.ui.stats import stats_line
+from pop_local.ui.stats import counted_line, stats_line
 from pop_local.ui.tables import print_json
+from pop_local.ui.theme import look
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -54,7 +58,9 @@ def run(
     ] = "",
     file: Annotated[
         list[Path] | None,
-        typer.Option("--file", "-f", help="A text to ask about; can be given several times."),
+        typer.Option(
+            "--file", "-f", help="Text, PDF or DOCX to ask about; can be given several times."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
@@ -67,22 +73,28 @@ def run(
     threads: Threads = None,
     ctx: Ctx = None,
     gpu_layers: GpuLayers = -1,
+    theme: Theme = DEFAULT_THEME,
 ) -> None:
     """Answer one question. Files and piped text come before it in the prompt.
 
     A model without a chat template continues the text instead.
     """
-    prompt = _prompt(question, file or [])
+    turn = Turn(question, tuple(_documents(file or [])))
+    if not turn.prompt:
+        raise typer.BadParameter("give a question, a --file, or pipe some text in")
+    screen = TerminalScreen(look(theme))
     options = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     opened = open_ready(
         model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop, pop=pop
     )
-    screen = TerminalScreen()
+    for document in turn.documents:
+        n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))
+        screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))
     with deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked
         chunks = showing_prefill(
             screen,
-            lambda advance: _chunks(opened, system, prompt, options | {"on_prefill": advance}),
+            lambda advance: _chunks(opened, system, turn.prompt, options | {"on_prefill": advance}),
         )
         if json:
             print_json(_collected(opened, chunks))
@@ -92,23 +104,13 @@ def run(
         raise KeyboardInterrupt
 
 
-def _prompt(question: str, files: list[Path]) -> str:
-    """The question comes last, so that it lies in the tail that runs all layers."""
-    texts = [_decoded(path.read_bytes(), str(path)) for path in files]
+def _documents(files: list[Path]) -> Iterator[Document]:
+    for path in files:
+        yield read_document(path)
     if not sys.stdin.isatty():
-        texts.append(_decoded(sys.stdin.buffer.read(), "the piped text"))
-    texts.append(question)
-    prompt = "\n\n".join(text.strip("\n") for text in texts if text.strip())
-    if not prompt:
-        raise typer.BadParameter("give a question, a --file, or pipe some text in")
-    return prompt
-
-
-def _decoded(content: bytes, origin: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise PopError(f"{origin} is not UTF-8 text", "convert it to plain text first") from error
+        piped = decoded(sys.stdin.buffer.read(), "the piped text")
+        if piped.strip():
+            yield Document("the piped text", piped)
 
 
 def _chunks(

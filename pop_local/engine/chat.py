@@ -15,7 +15,7 @@ from . import backend
 from .interrupt import PrefillStoppedError
 from .logprobs import Logprobs
 from .text import Pieces, TextStream
-from .turn import Chunk, FinishReason, Message, TurnStats
+from .turn import Chunk, ContextFullError, FinishReason, Message, TurnOptions, TurnStats
 
 if TYPE_CHECKING:
     from .model import PopModel
@@ -26,40 +26,17 @@ PLAIN_TEMPLATE = (
     "{% endfor %}Assistant:"
 )
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
-
-
-@dataclass(frozen=True)
-class TurnOptions:
-    """How to answer. `max_tokens`: None for as many as the context holds. `seed`: None for chance.
-
-    `on_prefill(done, total)` counts the prompt tokens that are not cached, once per batch.
-    `should_stop` is asked during the prefill and after each token; an answer that it ends is
-    "interrupted" and has its figures all the same. `stops` end the answer and are not part of it.
-    `grammar` is GBNF. `n_top_logprobs`: None for no log probabilities at all.
-    """
-
-    max_tokens: int | None = None
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    seed: int | None = None
-    stops: tuple[str, ...] = ()
-    grammar: str | None = None
-    n_top_logprobs: int | None = None
-    on_prefill: Callable[[int, int], None] | None = None
-    should_stop: Callable[[], bool] | None = None
+# Templates of some reasoning models open the block themselves, so that only its end is sampled.
+THINK = "<think>"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens, and the strings that end the answer."""
+    """Tokens, the strings that end the answer, and what the template has begun of it already."""
 
     tokens: list[int]
     stops: tuple[str, ...]
+    begun: str = ""
 
 
 class Prompts:
@@ -89,7 +66,8 @@ class Prompts:
         bos = self._internals.token_bos()
         if self._internals.add_bos_token() and tokens[:1] != [bos]:
             tokens.insert(0, bos)
-        return Prompt(tokens, self._stops)
+        begun = THINK if text.rstrip().endswith(THINK) else ""
+        return Prompt(tokens, self._stops, begun)
 
 
 def answer(model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> Iterator[Chunk]:
@@ -110,12 +88,10 @@ class _Turn:
         self._model = model
         self._options = options
         self._n_prompt = len(prompt.tokens)
+        self._begun = prompt.begun
         room = model.n_ctx() - self._n_prompt
-        if room < 1:
-            raise PopError(
-                f"the prompt has {self._n_prompt} tokens, the context holds {model.n_ctx()}",
-                f"give a larger context (--ctx {self._n_prompt + 512}) or a shorter prompt",
-            )
+        if room < options.min_answer:
+            raise ContextFullError(self._n_prompt, options.min_answer, model.n_ctx())
         self._limit = min(options.max_tokens or room, room)
         self._text = TextStream((*prompt.stops, *options.stops))
         self._pieces = Pieces(model._model.vocab)
@@ -149,6 +125,8 @@ class _Turn:
         if token == -1:
             yield Chunk("", self._stats("interrupted"))
             return
+        if self._begun:
+            yield Chunk(self._begun)
         yield from self._decode(token)
 
     def _decode(self, token: int) -> Iterator[Chunk]:

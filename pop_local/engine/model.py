@@ -26,10 +26,11 @@ from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
 from llama_cpp.llama_grammar import LlamaGrammar  # noqa: E402
 
 from .batch import Outputs, TokenBatch  # noqa: E402
-from .chat import Prompt, Prompts, TurnOptions, answer  # noqa: E402
+from .chat import Prompt, Prompts, answer  # noqa: E402
 from .grammar import GrammarSampler  # noqa: E402
 from .interrupt import Interrupt  # noqa: E402
 from .prefill import plan_prefill  # noqa: E402
+from .recommended import recommended  # noqa: E402
 from .rows import CachedRows  # noqa: E402
 from .sampling import GreedySampler  # noqa: E402
 from .state import (  # noqa: E402
@@ -41,7 +42,7 @@ from .state import (  # noqa: E402
     conversion,
     restore_context_state,
 )
-from .turn import Chunk, Message  # noqa: E402
+from .turn import Chunk, Message, TurnOptions  # noqa: E402
 
 CONVERT_HINT = "convert it first: pop-local convert {}"
 
@@ -114,6 +115,7 @@ class PopModel(Llama):
         self._interrupt = Interrupt()
         self._on_prefill: Callable[[int, int], None] | None = None
         self._prompts = Prompts(self)
+        self.recommended = recommended(self.metadata)
 
     # Pruning
 
@@ -316,17 +318,23 @@ class PopModel(Llama):
         self._interrupt.should_stop = should_stop
 
     def chat_turn(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
-        """Answer the last message; `options` are the fields of TurnOptions.
+        """Answer the last message; `options` are the fields of TurnOptions, by default as the
+        file recommends.
 
         The last chunk carries the figures. Closing the iterator, or an exception in it, leaves the
         model usable. Raises PopError when the prompt does not fit the context or the template
         refuses the conversation.
         """
-        return answer(self, lambda: self.chat_prompt(messages), TurnOptions(**options))
+        chosen: dict[str, Any] = self.recommended | options
+        return answer(self, lambda: self.chat_prompt(messages), TurnOptions(**chosen))
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """Raises PopError when the template refuses the conversation."""
         return self._prompts.render(messages)
+
+    def count_prompt(self, messages: Sequence[Message]) -> int:
+        """Tokens of the prompt that this conversation makes. Raises PopError as chat_turn does."""
+        return len(self.chat_prompt(messages).tokens)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .chat import Prompt, TurnOptions, answer
-from .turn import Chunk
+from .chat import Prompt, answer
+from .turn import Chunk, TurnOptions
 
 if TYPE_CHECKING:
     from .model import PopModel
@@ -18,4 +18,5 @@ def continue_text(model: PopModel, text: str, **options: Any) -> Iterator[Chunk]
     def render() -> Prompt:
         return Prompt(model.tokenize(text.encode(), add_bos=True, special=False), ())
 
-    return answer(model, render, TurnOptions(**options))
+    chosen: dict[str, Any] = model.recommended | options
+    return answer(model, render, TurnOptions(**chosen))

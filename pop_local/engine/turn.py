@@ -1,7 +1,10 @@
 """What goes into a turn of a conversation and what comes out: pieces of text, then the figures."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from pop_converter.errors import PopError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -13,6 +16,34 @@ class Message:
 
     role: Role
     content: str
+
+
+@dataclass(frozen=True)
+class TurnOptions:
+    """How to answer. `max_tokens`: None for as many as the context holds. `seed`: None for chance.
+    `min_answer`: a prompt that leaves less room than this in the context is a ContextFullError.
+
+    `on_prefill(done, total)` counts the prompt tokens that are not cached, once per batch.
+    `should_stop` is asked during the prefill and after each token; an answer that it ends is
+    "interrupted" and has its figures all the same. `stops` end the answer and are not part of it.
+    `grammar` is GBNF. `n_top_logprobs`: None for no log probabilities at all.
+    """
+
+    max_tokens: int | None = None
+    min_answer: int = 1
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    grammar: str | None = None
+    n_top_logprobs: int | None = None
+    on_prefill: Callable[[int, int], None] | None = None
+    should_stop: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +105,26 @@ class Chunk:
     text: str
     stats: TurnStats | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class ContextFullError(PopError):
+    """A prompt and its answer do not fit the context; all numbers are tokens.
+
+    `n_answer` is the room that the answer was to have, `n_short` what is missing.
+    """
+
+    def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:
+        super().__init__(
+            f"the prompt has {n_prompt} tokens, the context holds {n_ctx}",
+            f"give a larger context (--ctx {n_prompt + 512}) or a shorter prompt",
+        )
+        self.n_prompt = n_prompt
+        self.n_answer = n_answer
+        self.n_ctx = n_ctx
+
+    @property
+    def n_short(self) -> int:
+        return self.n_prompt + self.n_answer - self.n_ctx
 
 
 def _rate(n_tokens: int, seconds: float) -> float:

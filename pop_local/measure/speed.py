@@ -20,9 +20,9 @@ from pop_converter.shape import ModelShape
 
 from pop_local.engine import backend
 from pop_local.engine.backend import Counters, Mode
-from pop_local.engine.chat import TurnOptions
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import plan_prefill
+from pop_local.engine.turn import TurnOptions
 
 from .limit import speedup_limit
 

@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pop_local.engine.backend import Mode
-from pop_local.engine.chat import Prompt, TurnOptions, answer
+from pop_local.engine.chat import Prompt, answer
 from pop_local.engine.interrupt import PrefillStoppedError
 from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import PopModel
-from pop_local.engine.turn import Chunk, TokenLogprob, TurnStats
+from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
 from pop_local.server.errors import ApiError, hung_up
 from pop_local.server.metrics import Metrics
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.progress import (
     BarColumn,
@@ -10,16 +10,19 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from pop_local.ui.theme import err
 
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
+_LONG_TOKENS = 256
 
 
 def _nothing(done: int, total: int) -> None:
@@ -39,6 +42,27 @@ def token_progress(what: str) -> Iterator[Advance]:
     """A callback (done_tokens, total_tokens) that draws a bar while the block runs."""
     with _bar(what, (MofNCompleteColumn(), TimeRemainingColumn())) as advance:
         yield advance
+
+
+@contextmanager
+def prefill_progress(what: str) -> Iterator[Advance]:
+    """As token_progress, with the speed; a short prompt is read before one could look at a bar."""
+    with ExitStack() as stack:
+        bars: list[Advance] = []
+
+        def advance(done: int, total: int) -> None:
+            if not bars and total >= _LONG_TOKENS:
+                wide = (MofNCompleteColumn(), _TokensPerSecond(), TimeRemainingColumn())
+                bars.append(stack.enter_context(_bar(what, wide)))
+            for bar in bars:
+                bar(done, total)
+
+        yield advance
+
+
+class _TokensPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "")
 
 
 @contextmanager

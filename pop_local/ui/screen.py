@@ -1,19 +1,26 @@
 """Where an answer goes: text on stdout, everything else on stderr."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from pop_converter.errors import PopError
 
 from pop_local.engine.turn import Chunk
 from pop_local.ui import errors
-from pop_local.ui.progress import Advance, token_progress
-from pop_local.ui.theme import note
+from pop_local.ui.answer import Answer, MarkdownAnswer, PlainAnswer
+from pop_local.ui.progress import Advance, prefill_progress
+from pop_local.ui.theme import Look, note, out, warn
 
-# What a model writes must not move the cursor or recolour the terminal.
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to go on; `key` is what is typed."""
+
+    key: str
+    text: str
 
 
 class Screen(Protocol):
@@ -28,8 +35,15 @@ class Screen(Protocol):
     def note(self, line: str) -> None:
         """One line about what goes on."""
 
+    def warn(self, line: str) -> None:
+        """One line that should not be missed."""
+
     def error(self, error: PopError) -> None:
         """What went wrong and what to do."""
+
+    def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
+        """The key of what the user wants; None for nothing, or when nobody can be asked."""
+        ...
 
     def reading(self) -> AbstractContextManager[Advance]:
         """Takes (done_tokens, total_tokens) while a prompt is read."""
@@ -49,56 +63,43 @@ def showing_prefill(screen: Screen, start: Callable[[Advance], Iterator[Chunk]])
 class TerminalScreen:
     """The real one; in a pipe the answers alone come out on stdout."""
 
-    def __init__(self) -> None:
-        self._last = ""
+    def __init__(self, look: Look) -> None:
+        self._look = look
+        self._answer: Answer | None = None
 
     def text(self, piece: str) -> None:
-        if sys.stdout.isatty():
-            piece = piece.translate(_CONTROLS)
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-        self._last = piece or self._last
+        if self._answer is None:
+            self._answer = self._new_answer()
+        self._answer.push(piece)
 
     def end_answer(self) -> None:
-        if not self._last.endswith("\n"):
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+        if self._answer is not None:
+            self._answer.end()
+        self._answer = None
 
     def note(self, line: str) -> None:
         note(line)
+
+    def warn(self, line: str) -> None:
+        warn(line)
 
     def error(self, error: PopError) -> None:
         errors.show(error)
 
     def reading(self) -> AbstractContextManager[Advance]:
-        return token_progress("Reading the prompt")
+        return prefill_progress("Reading the prompt")
 
+    def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
+        warn(question)
+        if not sys.stdin.isatty():
+            return None
+        for choice in choices:
+            note(f"  {choice.key}  {choice.text}")
+        from pop_local.ui.line import chosen_key
 
-def read_line() -> str:
-    """A line typed at the prompt, or read from a pipe without one. Raises EOFError at the end."""
-    if sys.stdin.isatty():
-        return _typed()
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.removesuffix("\n")
+        return chosen_key([choice.key for choice in choices])
 
-
-def _typed() -> str:
-    if sys.stdout.isatty():
-        _enable_line_editing()
-        return input(PROMPT)
-    # input() would put its prompt into the pipe.
-    sys.stderr.write(PROMPT)
-    sys.stderr.flush()
-    return input()
-
-
-def _enable_line_editing() -> None:
-    try:
-        import readline  # noqa: F401 (importing it is all that input() needs)
-    except ImportError:  # Windows, where the console edits lines itself
-        return
-
-
-PROMPT = "> "
+    def _new_answer(self) -> Answer:
+        if self._look.is_markdown:
+            return MarkdownAnswer(out, self._look.code_theme)
+        return PlainAnswer(sys.stdout)

@@ -1,9 +1,13 @@
 """The one theme and the two consoles: answers and data on `out`, everything else on `err`."""
 
 import os
+from dataclasses import dataclass
 
+from pop_converter.errors import PopError
 from rich.console import Console
 from rich.theme import Theme
+
+from pop_local.nearest import nearest_hint
 
 THEME = Theme(
     {
@@ -16,6 +20,9 @@ THEME = Theme(
         "warn": "yellow",
         "title": "bold",
         "prompt": "bold cyan",
+        "thinking": "dim",
+        "markdown.code": "cyan",
+        "markdown.h1": "bold underline",
         "bar.complete": "cyan",
         "bar.finished": "green",
     }
@@ -35,6 +42,37 @@ def _console(*, stderr: bool) -> Console:
 
 out = _console(stderr=False)
 err = _console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How answers are shown in a terminal; without Markdown, as the model wrote them."""
+
+    is_markdown: bool
+    code_theme: str = ""
+
+
+LOOKS = {
+    "terminal": Look(is_markdown=True, code_theme="ansi_dark"),
+    "dark": Look(is_markdown=True, code_theme="monokai"),
+    "light": Look(is_markdown=True, code_theme="default"),
+    "plain": Look(is_markdown=False),
+}
+
+
+def look(name: str) -> Look:
+    """One of LOOKS, or by the name of a style of Pygments. Raises PopError.
+
+    Plain without colours or on a terminal that cannot move its cursor: it would only lose marks.
+    """
+    from pygments.styles import get_all_styles
+
+    known = {**LOOKS, **{style: Look(True, style) for style in get_all_styles()}}
+    if name not in known:
+        hint = nearest_hint(name, {style: style for style in known}, "known: " + ", ".join(LOOKS))
+        raise PopError(f"there is no theme {name}", hint)
+    is_plain = os.environ.get("NO_COLOR") or out.is_dumb_terminal or not out.is_terminal
+    return LOOKS["plain"] if is_plain else known[name]
 
 
 def note(message: str) -> None:

@@ -1,0 +1,101 @@
+"""The text of a file: plain text in whatever language, PDF and DOCX.
+
+pypdf and python-docx come with the extra `documents` and are imported when such a file is read.
+"""
+
+import codecs
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pop_converter.errors import PopError
+
+from pop_local.engine.conversation import Document
+
+MAX_BYTES = 100_000_000
+EXTRA_HINT = 'install the readers: pip install "pop-local[documents]"'
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def read_document(path: Path) -> Document:
+    """Raises OSError, and PopError for what is no text, holds none or is far too large."""
+    n_bytes = path.stat().st_size
+    if n_bytes > MAX_BYTES:
+        raise PopError(
+            f"{path} has {n_bytes:,} bytes, more than any context holds", "give a part of it"
+        )
+    text_of = _READERS.get(path.suffix.lower(), _plain)
+    return Document(str(path), text_of(path))
+
+
+def decoded(content: bytes, origin: str) -> str:
+    """UTF-8, or what its byte order mark says. Raises PopError."""
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise PopError(f"{origin} is not UTF-8 text", "convert it to plain text first") from error
+    if "\0" in text:
+        raise PopError(f"{origin} is a binary file, not text", "convert it to plain text first")
+    return text
+
+
+def _plain(path: Path) -> str:
+    return decoded(path.read_bytes(), str(path))
+
+
+def _pdf(path: Path) -> str:
+    try:
+        import pypdf
+    except ImportError as error:
+        raise PopError(f"{path} is a PDF, and pypdf is not installed", EXTRA_HINT) from error
+    # It warns of every oddity that it can live with.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+
+    def pages() -> Iterator[str]:
+        reader = pypdf.PdfReader(path)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise PopError(f"{path} is protected by a password", "save it without one first")
+        for page in reader.pages:
+            yield page.extract_text()
+
+    text = _parsed(path, "PDF", lambda: "\n\n".join(pages()))
+    if not text.strip():
+        raise PopError(f"{path} holds no text, only pictures of it", "run it through an OCR first")
+    return text
+
+
+def _docx(path: Path) -> str:
+    try:
+        import docx
+    except ImportError as error:
+        raise PopError(f"{path} is DOCX, and python-docx is not installed", EXTRA_HINT) from error
+
+    def blocks() -> Iterator[str]:
+        for block in docx.Document(str(path)).iter_inner_content():
+            yield _table(block) if hasattr(block, "rows") else block.text
+
+    return _parsed(path, "DOCX", lambda: "\n\n".join(text for text in blocks() if text.strip()))
+
+
+def _table(table: Any) -> str:
+    return "\n".join(" | ".join(cell.text for cell in row.cells) for row in table.rows)
+
+
+def _parsed(path: Path, kind: str, parse: Callable[[], str]) -> str:
+    try:
+        return parse()
+    except (PopError, OSError):
+        raise
+    except Exception as error:  # the libraries let through whatever a broken file does to them
+        raise PopError(
+            f"{path} cannot be read as {kind}: {error}", "save it as plain text first"
+        ) from error
+
+
+_READERS = {".pdf": _pdf, ".docx": _docx}

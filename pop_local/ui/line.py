@@ -1,0 +1,177 @@
+"""The line that the user types: history, completion, several lines, pasted documents.
+
+prompt_toolkit where a keyboard is; a pipe is read line by line, without a prompt.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output
+from prompt_toolkit.output.defaults import create_output
+from prompt_toolkit.shortcuts import CompleteStyle
+
+PROMPT = "> "
+CONTINUATION = ". "
+QUOTES = '"""'
+# A pasted book need not be offered again.
+_MAX_REMEMBERED = 10_000
+
+Words = Callable[[], Iterable[str]]
+
+
+class LineReader(Protocol):
+    """Gives the next line; `default` is there to be edited. Raises EOFError, KeyboardInterrupt."""
+
+    def __call__(self, default: str = "") -> str: ...
+
+
+def line_reader(history: Path, commands: Mapping[str, Words]) -> LineReader:
+    """For whatever stdin is. `commands` gives the words that may follow each command."""
+    return TypedLines(history, commands) if sys.stdin.isatty() else piped_line
+
+
+def piped_line(default: str = "") -> str:
+    """A line of stdin. Raises EOFError at the end."""
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
+
+
+def chosen_key(keys: Sequence[str]) -> str | None:
+    """One of the keys, typed at a prompt; None for an empty line, Ctrl-C or Ctrl-D."""
+    session: PromptSession[str] = PromptSession(f"{'/'.join(keys)}? ", output=_output())
+    while True:
+        try:
+            typed = session.prompt().strip().lower()
+        except (KeyboardInterrupt, EOFError):
+            return None
+        if not typed or typed in keys:
+            return typed or None
+
+
+def _output() -> Output:
+    # Answers may go to a file; what is asked must not.
+    return create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
+
+
+class TypedLines:
+    """Lines typed at the prompt; Enter sends, Alt-Enter and an open quote make a new line."""
+
+    def __init__(self, history: Path, commands: Mapping[str, Words]) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            PROMPT,
+            history=_History(history),
+            completer=_Completer(commands),
+            complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,
+            reserve_space_for_menu=0,
+            multiline=True,
+            prompt_continuation=CONTINUATION,
+            enable_open_in_editor=True,
+            key_bindings=_bindings(),
+            output=_output(),
+        )
+
+    def __call__(self, default: str = "") -> str:
+        return unquoted(self._session.prompt(default=default))
+
+
+def is_open(text: str) -> bool:
+    """Whether the text, or the argument of its command, begins a block that is not yet ended."""
+    body = _body(text)
+    return body.startswith(QUOTES) and (not body.endswith(QUOTES) or body.count(QUOTES) % 2 == 1)
+
+
+def unquoted(text: str) -> str:
+    """Without the triple quotes around a block of several lines."""
+    body = _body(text)
+    if not body.startswith(QUOTES) or is_open(text):
+        return text
+    head = text[: text.index(QUOTES)]
+    inner = body.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
+    # A block that begins with a slash is text, not a command.
+    return head + inner if head.startswith("/") else " " + inner
+
+
+def _body(text: str) -> str:
+    stripped = text.strip()
+    return stripped.partition(" ")[2].strip() if stripped.startswith("/") else stripped
+
+
+def _bindings() -> KeyBindings:
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return bindings
+
+
+class _History(FileHistory):
+    """A file that only its owner can read; one that cannot be written is done without."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return list(super().load_history_strings())
+        except OSError:
+            return []
+
+    def store_string(self, string: str) -> None:
+        if len(string) > _MAX_REMEMBERED:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.touch(mode=0o600)
+            super().store_string(string)
+        except OSError:
+            return
+
+
+class _Completer(Completer):
+    """Commands, and what may follow them; paths where a command has no words of its own."""
+
+    def __init__(self, commands: Mapping[str, Words]) -> None:
+        self._commands = commands
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        text = document.text_before_cursor
+        if not text.startswith("/"):
+            return
+        name, space, argument = text.partition(" ")
+        if not space:
+            yield from _matching(self._commands, name)
+        elif name in PATH_COMMANDS:
+            yield from self._paths.get_completions(Document(argument), event)
+        elif name in self._commands:
+            yield from _matching(self._commands[name](), argument)
+
+
+PATH_COMMANDS = ("/file", "/glob")
+
+
+def _matching(words: Iterable[str], begun: str) -> Iterator[Completion]:
+    for word in words:
+        if word.startswith(begun):
+            yield Completion(word, start_position=-len(begun))

@@ -1,0 +1,80 @@
+"""Markdown as lines of a terminal, block by block; nothing that a model wrote gets lost."""
+
+import re
+from typing import Any, ClassVar
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.console import Console
+from rich.markdown import Heading, Markdown, MarkdownElement
+from rich.segment import Segment
+
+Lines = list[list[Segment]]
+
+# HTML is shown as it is: rich would leave it out.
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+
+
+class _LeftHeading(Heading):
+    """rich centres titles, or draws a box around them."""
+
+    def __rich_console__(self, console: Console, options: Any) -> Any:
+        self.text.justify = "left"
+        yield self.text
+
+
+class _Markdown(Markdown):
+    """Line breaks stay where the model made them, links show where they lead."""
+
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
+        **Markdown.elements,
+        "heading_open": _LeftHeading,
+    }
+
+    def __init__(self, text: str, code_theme: str) -> None:
+        super().__init__("", code_theme=code_theme, hyperlinks=False)
+        self.parsed = [_with_breaks(token) for token in _PARSER.parse(text)]
+
+
+def _with_breaks(token: Token) -> Token:
+    for child in token.children or []:
+        if child.type == "softbreak":
+            child.type = "hardbreak"
+    return token
+
+
+def top_level(text: str) -> list[str]:
+    """The source of each block: paragraph, list, table, code and so on."""
+    lines = re.split(r"(?<=\n)", text)
+    starts = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.map]
+    if not starts:
+        return [text] if text.strip() else []
+    starts[0] = 0
+    ends = [*starts[1:], len(lines)]
+    return ["".join(lines[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+
+def is_code(text: str) -> bool:
+    """Whether it is a single block of code between fences."""
+    return [token.type for token in _PARSER.parse(text)] == ["fence"]
+
+
+def rendered(console: Console, text: str, code_theme: str, width: int) -> Lines:
+    """Lines as wide as their content, without blank ones before and after."""
+    markdown, options = _Markdown(text, code_theme), console.options.update(width=width)
+    lines = [_trimmed(line) for line in console.render_lines(markdown, options, pad=False)]
+    while lines and not lines[-1]:
+        lines.pop()
+    while lines and not lines[0]:
+        del lines[0]
+    return lines
+
+
+def _trimmed(line: list[Segment]) -> list[Segment]:
+    """Without spaces at its end that show nothing, which would be copied along, and wrapped."""
+    while line and not (line[-1].style and line[-1].style.bgcolor):
+        text = line[-1].text.rstrip()
+        if text:
+            return [*line[:-1], Segment(text, line[-1].style)]
+        line = line[:-1]
+    return line

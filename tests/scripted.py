@@ -1,0 +1,172 @@
+"""A model that says what a test tells it to, and a screen that writes down what is shown."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from pop_converter.errors import PopError
+
+from pop_local.engine.backend import Mode
+from pop_local.engine.turn import Chunk, ContextFullError, Message, TurnStats
+from pop_local.measure.full_cost import FullCosts
+from pop_local.ui.chat import Chat, Opened
+from pop_local.ui.repl import Repl
+from pop_local.ui.screen import Choice
+
+STATS = TurnStats(
+    n_prompt=1200,
+    n_cached=200,
+    n_pruned=983,
+    n_full=17,
+    ttft_s=0.5,
+    prefill_s=0.25,
+    n_decoded=11,
+    decode_s=0.5,
+    finish_reason="stop",
+)
+STATS_LINE = (
+    "# prompt 1,200 tokens (200 cached, 983 pruned) · TTFT 0.50 s"
+    " · prefill 4,000 tokens/s · decode 20.0 tokens/s"
+)
+
+
+Step = str | TurnStats | BaseException
+
+
+class ScriptedModel:
+    """Gives the scripted answers; a step is text, the figures, or an exception to raise.
+
+    A word is a token. Prompts that do not fit are refused as the engine does.
+    """
+
+    def __init__(self, *answers: Sequence[Step], n_ctx: int = 4096) -> None:
+        self.answers = list(answers)
+        self.asked: list[list[Message]] = []
+        self.options: dict[str, Any] = {}
+        self.pop_mode = Mode.CONTEXT
+        self.boundary = 20
+        self.model_path = "model.gguf"
+        self.metadata = {
+            "general.architecture": "llama",
+            "general.name": "Scripted",
+            "llama.context_length": "8192",
+        }
+        self.recommended: dict[str, float] = {}
+        self.is_closed = False
+        self._n_ctx = n_ctx
+
+    def set_pop(self, mode: Mode) -> None:
+        if not self.boundary:
+            raise PopError("model.gguf has no pruning keys", "convert it first")
+        self.pop_mode = mode
+
+    def n_ctx(self) -> int:
+        return self._n_ctx
+
+    def chat_turn(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+        n_prompt = self.count_prompt(messages)
+        if n_prompt + options["min_answer"] > self._n_ctx:
+            raise ContextFullError(n_prompt, options["min_answer"], self._n_ctx)
+        self.asked.append(list(messages))
+        self.options = options
+        options["on_prefill"](512, 1000)
+        for step in self.answers.pop(0):
+            if isinstance(step, BaseException):
+                raise step
+            yield Chunk("", step) if isinstance(step, TurnStats) else Chunk(step)
+
+    def count_prompt(self, messages: Sequence[Message]) -> int:
+        return sum(len(message.content.split()) for message in messages)
+
+    def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+        self._words = text.decode().split()
+        return list(range(len(self._words)))
+
+    def detokenize(self, tokens: list[int]) -> bytes:
+        return " ".join(self._words[token] for token in tokens).encode()
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Transcript:
+    """A Screen and a reader of lines in one; `#` begins what does not belong to an answer.
+
+    `?` is a question of the program's, answered by the next line.
+    """
+
+    def __init__(self, *lines: str | BaseException) -> None:
+        self.lines = list(lines)
+        self.shown = ""
+
+    def read_line(self, default: str = "") -> str:
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        self.shown += f"> {default}{line}\n"
+        return default + line
+
+    def text(self, piece: str) -> None:
+        self.shown += piece
+
+    def end_answer(self) -> None:
+        self.shown += "\n"
+
+    def note(self, line: str) -> None:
+        self.shown += f"# {line}\n"
+
+    def warn(self, line: str) -> None:
+        self.shown += f"* {line}\n"
+
+    def error(self, error: PopError) -> None:
+        self.shown += f"! {error.message}; {error.hint}\n"
+
+    def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
+        self.shown += f"? {question}\n"
+        self.shown += "".join(f"?   {choice.key}  {choice.text}\n" for choice in choices)
+        key = self.read_line() if self.lines else ""
+        return key or None
+
+    @contextmanager
+    def reading(self) -> Iterator[Any]:
+        yield lambda done, total: self.note(f"reading {done} of {total}")
+
+
+def scripted_chat(
+    model: ScriptedModel,
+    screen: Any,
+    *,
+    system: str = "",
+    sampling: Mapping[str, Any] | None = None,
+    others: Mapping[str | int, ScriptedModel] | None = None,
+) -> Chat:
+    """`others`: the models that can be opened, by name or by context."""
+
+    def open_model(name: str | None, n_ctx: int | None) -> Opened:
+        found = (others or {}).get(name or n_ctx or 0)
+        if found is None:
+            raise PopError(f"there is no model {name or n_ctx}")
+        return Opened(found, FullCosts(None, 20))
+
+    return Chat(
+        Opened(model, FullCosts(None, 20)),
+        screen,
+        system=system,
+        sampling={"seed": 7} if sampling is None else sampling,
+        open_model=open_model,
+    )
+
+
+def talk(model: ScriptedModel, *lines: str | BaseException, **options: Any) -> list[str]:
+    """The transcript of a conversation; `options` go to scripted_chat."""
+    transcript = Transcript(*lines)
+    Repl(scripted_chat(model, transcript, **options), transcript.read_line).run()
+    return transcript.shown.splitlines()
+
+
+def figures(**changed: Any) -> TurnStats:
+    """STATS with other numbers."""
+    return replace(STATS, **changed)

@@ -1,0 +1,115 @@
+"""A terminal for tests: the program on a pseudo-terminal, its output on an emulated screen."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from itertools import chain
+
+import pexpect
+import pyte
+
+TIMEOUT_S = 60
+
+
+class _Screen(pyte.HistoryScreen):
+    """Keeps what the terminal answers when it is asked where the cursor is."""
+
+    replies = ""
+
+    def write_process_input(self, data: str) -> None:
+        self.replies += data
+
+
+class Terminal:
+    """Runs `python ARGUMENTS`; `text` is what one sees, with what has scrolled away above it."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        width: int = 200,
+        height: int = 40,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        clean = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        self._screen = _Screen(width, height, history=10_000, ratio=0.5)
+        self._stream = pyte.Stream(self._screen)
+        self._child = pexpect.spawn(
+            sys.executable,
+            list(arguments),
+            encoding="utf-8",
+            timeout=TIMEOUT_S,
+            dimensions=(height, width),
+            env=clean | {"TERM": "xterm-256color"} | dict(environment or {}),
+        )
+        self._child.delaybeforesend = None
+        self._at = 0
+        self.raw = ""
+        self.has_ended = False
+        self.match: re.Match[str] | None = None
+
+    @property
+    def text(self) -> str:
+        rows = chain(
+            self._screen.history.top, (self._screen.buffer[y] for y in range(self._screen.lines))
+        )
+        width = self._screen.columns
+        lines = ["".join(row[x].data for x in range(width)).rstrip() for row in rows]
+        return "\n".join(lines).rstrip("\n")
+
+    def expect(self, pattern: str, timeout_s: float = TIMEOUT_S) -> None:
+        """Waits until it is to be seen below what was expected before."""
+        deadline = time.monotonic() + timeout_s
+        while (match := re.compile(pattern).search(self.text, self._at)) is None:
+            assert not self.has_ended, f"ended without {pattern!r}:\n{self.text}"
+            assert time.monotonic() < deadline, f"no {pattern!r} in:\n{self.text}"
+            self._read()
+        self._at = match.end()
+        self.match = match
+
+    def expect_prompt(self) -> None:
+        self.expect(r"(?m)^>$")
+
+    def expect_end(self) -> int:
+        """Waits for the program to end; its exit status."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not self.has_ended:
+            assert time.monotonic() < deadline, f"has not ended:\n{self.text}"
+            self._read()
+        self._child.close()
+        return int(self._child.exitstatus)
+
+    def send(self, keys: str) -> None:
+        self._child.send(keys)
+
+    def line(self, text: str) -> None:
+        self.send(text + "\r")
+
+    def interrupt(self) -> None:
+        self.send("\x03")
+
+    def end_of_input(self) -> None:
+        self.send("\x04")
+
+    def resize(self, width: int, height: int) -> None:
+        self._screen.resize(height, width)
+        self._child.setwinsize(height, width)
+
+    def group(self, number: int) -> int:
+        """A number with commas in the last match; 0 where nothing matched."""
+        assert self.match is not None
+        return int((self.match[number] or "0").replace(",", ""))
+
+    def _read(self) -> None:
+        try:
+            received = self._child.read_nonblocking(65536, timeout=0.2)
+        except pexpect.TIMEOUT:
+            return
+        except pexpect.EOF:
+            self.has_ended = True
+            return
+        self.raw += received
+        self._stream.feed(received)
+        self.send(self._screen.replies)
+        self._screen.replies = ""
