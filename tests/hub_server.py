@@ -6,9 +6,10 @@ the bytes are. `drops` holds, for the next downloads, after how many bytes the c
 
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -75,7 +76,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
         pass
 
     Handler.hub = hub
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     hub.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
@@ -86,6 +87,12 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was interrupted
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -219,8 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: self.hub.drops.pop(0)])
             self.close_connection = True
             return
-        with suppress(ConnectionError):  # a client that was interrupted
-            self.wfile.write(body)
+        self.wfile.write(body)
 
 
 def _sha256(content: bytes) -> str:
