@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,7 @@ from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads
 from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.measure.limit import speedup_limit
 from pop_local.ui.progress import token_progress
-from pop_local.ui.quality import Row, facts, flat, plot, require_matplotlib, table
+from pop_local.ui.quality import ALWAYS_SKIP, Row, facts, flat, plot, require_matplotlib, table
 from pop_local.ui.tables import markdown, print_facts, print_json
 from pop_local.ui.theme import note, out
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 # As for convert's limit: the full rows hardly count.
 LIMIT_PROMPT = 2048
+
+
+class Baseline(str, Enum):
+    ALWAYS_SKIP = ALWAYS_SKIP
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Run:
     ctx: int | None
     threads: int | None
     gpu_layers: int
+    baseline: Baseline | None = None
     sidecar: Path | None = None
 
 
@@ -71,6 +77,10 @@ def eval(  # noqa: A001
     fit: Annotated[
         bool, typer.Option("--fit", help="Fit the projections at each depth before measuring.")
     ] = False,
+    baseline: Annotated[
+        Baseline | None,
+        typer.Option(help="Compare with skipping the same layers for every token, answers too."),
+    ] = None,
     plot_file: Annotated[
         Path | None,
         typer.Option("--plot", metavar="OUT.png", help="Draw the depths of --sweep."),
@@ -98,6 +108,8 @@ def eval(  # noqa: A001
 ) -> None:
     """Measure what pruning costs: KL and perplexity against the full model, copying, recall."""
     _check_usage(no_boundary=no_boundary, no_pop=no_pop, plot_file=plot_file, sweep=sweep)
+    if baseline is not None and (no_boundary or no_pop):
+        raise typer.BadParameter("--baseline compares with POP: leave --no-boundary, --no-pop out")
     if fit and pop is not None:
         raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
     own_depth = fit or (skip, boundary, sweep) != (None, None, None)
@@ -123,6 +135,7 @@ def eval(  # noqa: A001
         ctx=ctx,
         threads=threads,
         gpu_layers=gpu_layers,
+        baseline=baseline,
         sidecar=files.sidecar,
     )
     rows = _fitted(source, shape, boundaries, run) if fit else _rows(source, shape, boundaries, run)
@@ -191,19 +204,25 @@ def _rows(
     source: Source, shape: ModelShape, boundaries: Sequence[int], run: Run
 ) -> tuple[Row, ...]:
     """Measure the depths on one loaded model."""
+    from pop_local.measure.forced import Pruning, always_skip
     from pop_local.measure.heldout import tokenize
-    from pop_local.measure.quality import measure_depths
+    from pop_local.measure.quality import measure_prunings
 
+    prunings = [Pruning(boundary, run.settings.mode) for boundary in boundaries]
+    if run.baseline is not None:
+        prunings += [always_skip(boundary) for boundary in boundaries]
     opened = _opened(source, run)
     try:
         tokens = tokenize(opened, run.text)
         with token_progress("Measuring") as advance:
-            qualities = measure_depths(opened, tokens, run.settings, boundaries, advance)
+            qualities = measure_prunings(opened, tokens, run.settings, prunings, advance)
         needles = _needles(opened, boundaries, run)
         n_full = opened.rule.sink_tokens + opened.rule.tail_tokens
     finally:
         opened.close()
     meta = pop_of(source, run.sidecar)
+    n = len(boundaries)
+    baselines = qualities[n:] or (None,) * n
     return tuple(
         Row(
             n_skipped=shape.n_layer - quality.boundary,
@@ -211,8 +230,9 @@ def _rows(
             speedup_limit=speedup_limit(shape, LIMIT_PROMPT, quality.boundary, n_full),
             quality=quality,
             needle=needle,
+            always_skip=baseline,
         )
-        for quality, needle in zip(qualities, needles, strict=True)
+        for quality, needle, baseline in zip(qualities[:n], needles, baselines, strict=True)
     )
 
 
@@ -265,7 +285,7 @@ def _show(source: Source, run: Run, rows: Sequence[Row], *, as_sweep: bool, json
         head = {"model": path, "text": {"name": text.name, "sha256": text.sha256}}
         figures = [flat(row) for row in rows]
         print_json(head | ({"rows": figures} if as_sweep else figures[0]))
-    elif as_sweep:
+    elif as_sweep or run.baseline is not None:
         q = rows[0].quality
         lines = [
             f"{path}: {q.n_windows} windows of {q.n_context} + {q.n_continuation} tokens",

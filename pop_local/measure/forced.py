@@ -1,13 +1,14 @@
-"""Teacher forcing: a context read in one mode, then texts that follow it, scored in full.
+"""Teacher forcing: a context read in one mode, then texts that follow it, scored.
 
-Logits exist only where they are requested, and rows that request logits are full. So nothing of the
-context is ever scored but what its last token predicts, and the row counters must show after each
-context that as many rows were pruned as planned; otherwise PopError.
+Logits exist only where they are requested, and rows that request logits are full in every mode but
+ALWAYS. So nothing of the context is ever scored but what its last token predicts. The row counters
+must show after each context, and after each text, that as many rows were pruned as planned;
+otherwise PopError.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,23 @@ Tokens = Sequence[int]
 
 # Rows of one batch that all request logits, which is what takes memory (n_vocab * 4 bytes each).
 _MAX_SCORED_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Where and when layers are skipped: while the context is read, and in what follows it."""
+
+    boundary: int
+    context: Mode
+    continuation: Mode = Mode.OFF
+
+
+def always_skip(boundary: int) -> Pruning:
+    """The stage-agnostic baseline: every token skips the layers, those that are predicted, too.
+
+    The model is then its first layers and its head, as in ShortGPT (Men et al., 2024).
+    """
+    return Pruning(boundary, Mode.ALWAYS, Mode.ALWAYS)
 
 
 def n_pruned(rule: RowRule, n_context: int, mode: Mode) -> int:
@@ -89,18 +107,19 @@ class Forced:
         for start, end in plan.chunks:
             outputs = Outputs.LAST if end == plan.n_tokens else Outputs.NONE
             self._decode(context[start:end], start, outputs)
-        expected = n_pruned(self.rule, len(context), mode)
-        _require(backend.get_counters(self._ctx), len(context), expected)
+        self._require("context", len(context), n_pruned(self.rule, len(context), mode))
         self._n_context = len(context)
         self._next = self._logits(1).copy()
 
-    def predict(self, tokens: Tokens) -> Logits:
+    def predict(self, tokens: Tokens, mode: Mode = Mode.OFF) -> Logits:
         """Logits (len(tokens), n_vocab) for a text right after the context.
 
-        Row i is what context and tokens[:i] predict; all rows but those of the context are full.
-        The text is forgotten again, so that another may follow the same context.
+        Row i is what context and tokens[:i] predict. All rows but those of the context are full,
+        or none is in mode ALWAYS. The text is forgotten again, so that another may follow the same
+        context. Raises PopError unless the text is pruned as the mode says.
         """
-        backend.set_mode(self._ctx, Mode.OFF)
+        backend.set_mode(self._ctx, mode)
+        backend.reset_counters(self._ctx)
         logits = np.empty((len(tokens), self._n_vocab), np.float32)
         logits[:1] = self._next
         step = min(_MAX_SCORED_ROWS, self.model.n_batch)
@@ -108,6 +127,8 @@ class Forced:
             piece = tokens[start : min(start + step, len(tokens) - 1)]
             self._decode(piece, self._n_context + start, Outputs.ALL)
             logits[start + 1 : start + 1 + len(piece)] = self._logits(len(piece))
+        n_decoded = len(tokens) - 1
+        self._require("continuation", n_decoded, n_decoded if mode is Mode.ALWAYS else 0)
         self._forget_from(self._n_context)
         return logits
 
@@ -129,10 +150,10 @@ class Forced:
         if not self._api.llama_memory_seq_rm(memory, 0, position, -1):
             raise PopError("this model's KV cache cannot forget its last tokens")
 
-
-def _require(counters: Counters, n_context: int, expected: int) -> None:
-    if counters != Counters(expected, n_context - expected):
-        raise PopError(
-            f"the measurement does not hold: of {n_context} context tokens {expected} should be"
-            f" pruned; the backend counted {counters.n_context} pruned, {counters.n_full} full"
-        )
+    def _require(self, what: str, n_tokens: int, expected: int) -> None:
+        counters = backend.get_counters(self._ctx)
+        if counters != Counters(expected, n_tokens - expected):
+            raise PopError(
+                f"the measurement does not hold: of {n_tokens} {what} tokens {expected} should be"
+                f" pruned; the backend counted {counters.n_context} pruned, {counters.n_full} full"
+            )

@@ -18,7 +18,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import RowRule
 
 from .divergence import Likelihood, likelihood
-from .forced import Forced
+from .forced import Forced, Pruning
 
 Floats = NDArray[np.float64]
 
@@ -52,32 +52,32 @@ def pick_passage(
     return context[first : first + n_tokens]
 
 
-def copied(reader: Forced, passage: Sequence[int]) -> Likelihood:
-    """Of the passage but its first token, which nothing announces."""
+def copied(reader: Forced, passage: Sequence[int], mode: Mode = Mode.OFF) -> Likelihood:
+    """Of the passage but its first token, which nothing announces; it is predicted in `mode`."""
     targets = np.asarray(passage)[1:]
-    return likelihood(reader.predict(passage)[1:], targets)
+    return likelihood(reader.predict(passage, mode)[1:], targets)
 
 
-def n_induction_tokens(n_depths: int) -> int:
+def n_induction_tokens(n_prunings: int) -> int:
     """Tokens that `measure_induction` evaluates, but for BOS."""
-    return N_DRAWS * N_REPEATED * (3 + 2 * n_depths)
+    return N_DRAWS * N_REPEATED * (3 + 2 * n_prunings)
 
 
 def measure_induction(
-    reader: Forced, depths: Sequence[int], mode: Mode, seed: int, ran: Callable[[int], None]
+    reader: Forced, prunings: Sequence[Pruning], seed: int, ran: Callable[[int], None]
 ) -> list[Induction]:
-    """One result for each depth (boundary); `ran` gets the number of tokens evaluated."""
+    """One result for each; `ran` gets the number of tokens evaluated."""
     rng = np.random.default_rng(seed)
     first, full = np.empty(N_DRAWS), np.empty(N_DRAWS)
-    pruned = np.empty((len(depths), N_DRAWS))
+    pruned = np.empty((len(prunings), N_DRAWS))
     for draw in range(N_DRAWS):
         tokens = random_tokens(reader.model, N_REPEATED, rng)
         first[draw] = _first_nll(reader, tokens)
-        full[draw] = _second_nll(reader, tokens, Mode.OFF)
+        full[draw] = _second_nll(reader, tokens, Mode.OFF, Mode.OFF)
         ran(3 * N_REPEATED)
-        for i, boundary in enumerate(depths):
-            reader.set_boundary(boundary)
-            pruned[i, draw] = _second_nll(reader, tokens, mode)
+        for i, pruning in enumerate(prunings):
+            reader.set_boundary(pruning.boundary)
+            pruned[i, draw] = _second_nll(reader, tokens, pruning.context, pruning.continuation)
             ran(2 * N_REPEATED)
     return [Induction(first, full, row) for row in pruned]
 
@@ -89,9 +89,9 @@ def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
     return _mean_pruned(reader, nll[len(context) - len(tokens) :])
 
 
-def _second_nll(reader: Forced, tokens: Sequence[int], mode: Mode) -> float:
-    reader.read([*bos(reader.model), *tokens], mode)
-    return _mean_pruned(reader, copied(reader, tokens).nll)
+def _second_nll(reader: Forced, tokens: Sequence[int], first: Mode, second: Mode) -> float:
+    reader.read([*bos(reader.model), *tokens], first)
+    return _mean_pruned(reader, copied(reader, tokens, second).nll)
 
 
 def _mean_pruned(reader: Forced, nll: Floats) -> float:

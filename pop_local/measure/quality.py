@@ -1,9 +1,10 @@
 """What pruning costs: a pruned context, then its continuation, against the full model.
 
-A window is a context, read in the mode to be measured, and a continuation, teacher-forced in full
-over that context's K/V. Both models see the same windows, in one process, on the same weights; only
-the mode of the context differs. Compared are the distributions that predict each token of the
-continuation, the first of which comes from the context's last token.
+A window is a context, read in the mode to be measured, and a continuation, teacher-forced over that
+context's K/V: in full, unless the baseline is measured that skips layers there, too. Both models
+see the same windows, in one process, on the same weights; only the modes differ. Compared are the
+distributions that predict each token of the continuation, the first of which comes from the
+context's last token.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +16,11 @@ from pop_converter.errors import PopError
 
 from pop_local.engine.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill import RowRule
 
 from .divergence import Divergence, Likelihood, divergence, likelihood
 from .estimate import Estimate, exp_mean, mean, quantile, ratio
-from .forced import Forced, forced, n_pruned
+from .forced import Forced, Pruning, forced, n_pruned
 from .heldout import TextTokens, spread_windows
 from .probes import Induction, bos, copied, measure_induction, n_induction_tokens, pick_passage
 
@@ -47,7 +49,8 @@ class Quality:
     that the model puts first. induction_*: random tokens repeated; delta_nll is what pruning adds
     to the NLL of the second occurrence, retention is how much of the full model's gain over the
     first occurrence is left (None where the full model has none).
-    n_pruned: context tokens of all windows that stopped at the boundary, as the backend counted.
+    n_pruned: context tokens of all windows that stopped at the boundary, as the backend counted;
+    n_pruned_continuation: those of the continuations, none but for the baseline.
     """
 
     boundary: int
@@ -55,6 +58,7 @@ class Quality:
     n_context: int
     n_continuation: int
     n_pruned: int
+    n_pruned_continuation: int
     kl_mean: Estimate
     kl_median: Estimate
     kl_p99: Estimate
@@ -109,7 +113,19 @@ def measure_depths(
     boundaries: Sequence[int],
     on_progress: Callable[[int, int], None],
 ) -> tuple[Quality, ...]:
-    """Measure at each boundary; the full model runs once. Other than the file's: own projections.
+    """Measure at each boundary; see `measure_prunings`."""
+    prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
+    return measure_prunings(model, text_tokens, settings, prunings, on_progress)
+
+
+def measure_prunings(
+    model: PopModel,
+    text_tokens: TextTokens,
+    settings: QualitySettings,
+    prunings: Sequence[Pruning],
+    on_progress: Callable[[int, int], None],
+) -> tuple[Quality, ...]:
+    """Measure each; the full model runs once. At other boundaries than the file's: own projections.
 
     `text_tokens`: one sequence for each part of the text, without BOS. `on_progress` gets
     (done_tokens, total_tokens). Memory: 8 * n_continuation * n_vocab bytes. Raises PopError when
@@ -117,28 +133,27 @@ def measure_depths(
     """
     with forced(model) as reader:
         windows = _windows(reader, text_tokens, settings)
-        steps = _Steps(windows, len(boundaries), on_progress)
-        scores: list[list[_Scores]] = [[] for _ in boundaries]
+        steps = _Steps(windows, len(prunings), on_progress)
+        scores: list[list[_Scores]] = [[] for _ in prunings]
         for window in windows:
-            scored = _score(reader, window, boundaries, settings.mode, steps)
-            for depth, score in zip(scores, scored, strict=True):
-                depth.append(score)
-        induction = measure_induction(reader, boundaries, settings.mode, settings.seed, steps.ran)
-        rows = n_pruned(reader.rule, settings.n_context, settings.mode)
-    return tuple(
-        _summary(boundary, settings, rows, depth, repeated)
-        for boundary, depth, repeated in zip(boundaries, scores, induction, strict=True)
-    )
+            scored = _score(reader, window, prunings, steps)
+            for of_pruning, score in zip(scores, scored, strict=True):
+                of_pruning.append(score)
+        induction = measure_induction(reader, prunings, settings.seed, steps.ran)
+        return tuple(
+            _summary(pruning, settings, reader.rule, of_pruning, repeated)
+            for pruning, of_pruning, repeated in zip(prunings, scores, induction, strict=True)
+        )
 
 
 class _Steps:
     """Counts tokens for the progress bar."""
 
     def __init__(
-        self, windows: Sequence[_Window], n_depths: int, on_progress: Callable[[int, int], None]
+        self, windows: Sequence[_Window], n_prunings: int, on_progress: Callable[[int, int], None]
     ) -> None:
-        per_mode = sum(window.n_tokens for window in windows)
-        self._total = per_mode * (1 + n_depths) + n_induction_tokens(n_depths)
+        n_tokens = sum(window.n_tokens for window in windows)
+        self._total = n_tokens * (1 + n_prunings) + n_induction_tokens(n_prunings)
         self._done = 0
         self._on_progress = on_progress
         self.ran(0)
@@ -171,9 +186,9 @@ def _windows(
 
 
 def _score(
-    reader: Forced, window: _Window, boundaries: Sequence[int], mode: Mode, steps: _Steps
+    reader: Forced, window: _Window, prunings: Sequence[Pruning], steps: _Steps
 ) -> list[_Scores]:
-    """At each boundary."""
+    """One for each pruning."""
     targets = np.asarray(window.continuation)
     reader.read(window.context, Mode.OFF)
     full_logits = reader.predict(window.continuation)
@@ -181,17 +196,17 @@ def _score(
     copy_full = copied(reader, window.passage)
     steps.ran(window.n_tokens)
     scores = []
-    for boundary in boundaries:
-        reader.set_boundary(boundary)
-        reader.read(window.context, mode)
-        logits = reader.predict(window.continuation)
+    for pruning in prunings:
+        reader.set_boundary(pruning.boundary)
+        reader.read(window.context, pruning.context)
+        logits = reader.predict(window.continuation, pruning.continuation)
         scores.append(
             _Scores(
                 divergence=divergence(full_logits, logits),
                 full=full,
                 pruned=likelihood(logits, targets),
                 copy_full=copy_full,
-                copy_pruned=copied(reader, window.passage),
+                copy_pruned=copied(reader, window.passage, pruning.continuation),
             )
         )
         steps.ran(window.n_tokens)
@@ -199,21 +214,24 @@ def _score(
 
 
 def _summary(
-    boundary: int,
+    pruning: Pruning,
     settings: QualitySettings,
-    rows: int,
+    rule: RowRule,
     scores: Sequence[_Scores],
     induction: Induction,
 ) -> Quality:
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
     copy_full, copy = _nll(s.copy_full for s in scores), _nll(s.copy_pruned for s in scores)
+    # The first token of a continuation is predicted by the context, the last one is not decoded.
+    n_decoded = settings.n_continuation - 1
     return Quality(
-        boundary=boundary,
+        boundary=pruning.boundary,
         n_windows=len(scores),
         n_context=settings.n_context,
         n_continuation=settings.n_continuation,
-        n_pruned=rows * len(scores),
+        n_pruned=n_pruned(rule, settings.n_context, pruning.context) * len(scores),
+        n_pruned_continuation=n_decoded * len(scores) if pruning.continuation is Mode.ALWAYS else 0,
         kl_mean=mean(kl),
         kl_median=quantile(kl, 0.5),
         kl_p99=quantile(kl, 0.99),

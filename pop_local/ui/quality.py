@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,33 +18,52 @@ if TYPE_CHECKING:
     from pop_local.measure.quality import Quality
 
 
+ALWAYS_SKIP = "always-skip"
+
+
 @dataclass(frozen=True)
 class Row:
-    """One depth; `speedup_limit` by multiply-accumulates, `needle` None where it was not asked."""
+    """One depth; `speedup_limit` by multiply-accumulates, `needle` None where it was not asked.
+
+    `always_skip`: the baseline that skips the same layers for every token, None if not measured.
+    """
 
     n_skipped: int
     projection: str
     speedup_limit: float
     quality: Quality
     needle: Needle | None
+    always_skip: Quality | None = None
 
 
 def flat(row: Row) -> dict[str, Any]:
-    """For JSON: each estimate as its value and NAME_se, but kl_se for kl_mean."""
+    """For JSON: each estimate as its value and NAME_se, but kl_se for kl_mean.
+
+    `baseline`: null, or an object with the baseline's name and the same figures.
+    """
     values: dict[str, Any] = {
         "n_skipped": row.n_skipped,
         "projection": row.projection,
         "speedup_limit": row.speedup_limit,
+        **_figures(row.quality),
+        "needle": None if row.needle is None else asdict(row.needle),
+        "baseline": None,
     }
-    for field in fields(row.quality):
-        value = getattr(row.quality, field.name)
+    if row.always_skip is not None:
+        values["baseline"] = {"name": ALWAYS_SKIP, **_figures(row.always_skip)}
+    return values
+
+
+def _figures(quality: Quality) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in fields(quality):
+        value = getattr(quality, field.name)
         if field.type in ("int", int):
             values[field.name] = value
             continue
         error = "kl_se" if field.name == "kl_mean" else f"{field.name}_se"
         values[field.name] = None if value is None else value.value
         values[error] = None if value is None else value.se
-    values["needle"] = None if row.needle is None else asdict(row.needle)
     return values
 
 
@@ -72,11 +91,12 @@ def facts(row: Row) -> list[Fact]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """One line for each depth."""
+    """One line for each depth, and one below it for its baseline."""
+    lines = [line for row in rows for line in (row, _baseline(row)) if line is not None]
     columns: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
         ("n_skipped", "Skipped", lambda r: str(r.n_skipped)),
         ("projection", "K/V", lambda r: r.projection),
-        ("speedup_limit", "Limit", lambda r: f"{r.speedup_limit:.2f}x"),
+        ("speedup_limit", "Limit", _limit),
         ("ppl_ratio", "PPL ratio", lambda r: _with_se(r.quality.ppl_ratio, 3)),
         ("kl_mean", "KL mean", lambda r: _with_se(r.quality.kl_mean, 3)),
         ("kl_p99", "KL p99", lambda r: f"{r.quality.kl_p99.value:.2f}"),
@@ -89,8 +109,20 @@ def table(rows: Sequence[Row]) -> Table:
     )
     return Table(
         tuple(Column(key, title, numeric=True) for key, title, _ in columns),
-        tuple(tuple(show(row) for _, _, show in columns) for row in rows),
+        tuple(tuple(show(line) for _, _, show in columns) for line in lines),
     )
+
+
+def _baseline(row: Row) -> Row | None:
+    """Its line; nothing attends in the skipped layers, so it does not matter what their K/V are."""
+    if row.always_skip is None:
+        return None
+    return replace(row, projection=ALWAYS_SKIP, quality=row.always_skip, needle=None)
+
+
+def _limit(row: Row) -> str:
+    """Of pruning; the baseline's is another matter."""
+    return "-" if row.projection == ALWAYS_SKIP else f"{row.speedup_limit:.2f}x"
 
 
 def _with_se(estimate: Estimate, digits: int) -> str:
@@ -125,26 +157,33 @@ def require_matplotlib() -> None:
 
 
 def plot(rows: Sequence[Row], path: Path, *, force: bool) -> None:
-    """Speed-up limit against mean KL and against the copy ratio, both logarithmic, as PNG."""
+    """Speed-up limit against mean KL and against the copy ratio, both logarithmic, as PNG.
+
+    The baseline, where there is one, at the limit of the same depth.
+    """
     from matplotlib.figure import Figure
 
     ordered = sorted(rows, key=lambda row: row.speedup_limit)
     limits = [row.speedup_limit for row in ordered]
     figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, title, estimates in (
-        (figure.add_subplot(1, 2, 1), "KL to the full model (nats)", _column(ordered, "kl_mean")),
-        (figure.add_subplot(1, 2, 2), "copy PPL ratio", _column(ordered, "copy_ppl_ratio")),
+    skipped = [row.n_skipped for row in ordered]
+    always = [row.always_skip for row in ordered if row.always_skip is not None]
+    lines = [("POP", [row.quality for row in ordered])] + [(ALWAYS_SKIP, always)] * bool(always)
+    for axes, title, name in (
+        (figure.add_subplot(1, 2, 1), "KL to the full model (nats)", "kl_mean"),
+        (figure.add_subplot(1, 2, 2), "copy PPL ratio", "copy_ppl_ratio"),
     ):
-        values = [estimate.value for estimate in estimates]
-        axes.errorbar(limits, values, [e.se or 0.0 for e in estimates], marker="o", capsize=3)
+        for label, qualities in lines:
+            estimates: list[Estimate] = [getattr(quality, name) for quality in qualities]
+            values = [estimate.value for estimate in estimates]
+            errors = [estimate.se or 0.0 for estimate in estimates]
+            axes.errorbar(limits, values, errors, marker="o", capsize=3, label=label)
+            for n, limit, value in zip(skipped, limits, values, strict=True):
+                axes.annotate(f"{n}", (limit, value), (4, 4), textcoords="offset points")
         axes.set(xlabel="speed-up limit", ylabel=title, yscale="log")
         axes.grid(visible=True, which="both", alpha=0.3)
-        for row, limit, value in zip(ordered, limits, values, strict=True):
-            axes.annotate(f"{row.n_skipped}", (limit, value), (4, 4), textcoords="offset points")
+        if always:
+            axes.legend()
     figure.suptitle("layers skipped by context tokens")
     with replacing(path, force=force) as file:
         figure.savefig(file, format="png", dpi=150)
-
-
-def _column(rows: Sequence[Row], name: str) -> list[Estimate]:
-    return [getattr(row.quality, name) for row in rows]
