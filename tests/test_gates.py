@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from calls import prompt
+from pop_converter.hyper import read_hyper
+from pop_converter.shape import source_shape
 from pop_converter.source import read_source
 from synthetic import make_gguf
 
@@ -16,7 +18,7 @@ from pop_local.measure.heldout import Text, shipped_part, spread_windows, tokeni
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 from pop_converter.decoder import Decoder  # noqa: E402
-from pop_converter.gates import gate_gradients  # noqa: E402
+from pop_converter.gates import gate_gradients, needed_bytes  # noqa: E402
 
 from pop_local.measure.importance import measure_importance  # noqa: E402
 
@@ -118,6 +120,16 @@ def test_progress_ends_at_its_total(decoder):
     )
     assert seen[0] == (0, 18)
     assert seen[-1] == (18, 18)
+
+
+def test_needed_memory_grows_with_what_is_computed(smollm2):
+    source = read_source(smollm2)
+    shape, hyper = source_shape(source), read_hyper(source)
+    short, long = (needed_bytes(shape, hyper, n, 64, 4) for n in (256, 1024))
+    # `pop-local analyze` of this model was seen to take 0.7 GB with windows of 256.
+    assert 0.7e9 < short < 1.5e9
+    assert long > short + 4 * 768 * shape.n_embd * shape.n_layer * 4
+    assert needed_bytes(shape, hyper, 256, 64, 1) < short
 
 
 @pytest.mark.slow

@@ -58,7 +58,11 @@ def measure_cliff(
     n_prompt: int,
     on_progress: Callable[[int, int], None],
 ) -> tuple[Depth, ...]:
-    """One for each of `boundaries`; the speed-up limits are for prompts of `n_prompt` tokens."""
+    """One for each of `boundaries`; the speed-up limits are for prompts of `n_prompt` tokens.
+
+    Fitted projections take this place once several boundaries are calibrated in one pass: the same
+    figures from one fitted file for each boundary (`measure_quality`).
+    """
     qualities = measure_depths(model, text_tokens, settings, boundaries(shape), on_progress)
     n_full = model.rule.sink_tokens + model.rule.tail_tokens
     return tuple(

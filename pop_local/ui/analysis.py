@@ -179,7 +179,7 @@ def _cliff(found: Analysis) -> str:
     if not found.cliff:
         return f"no single layer carries it, down to boundary {deepest.boundary}"
     layers = [f"{depth.boundary} (-{depth.lost_retention:.0%})" for depth in found.cliff]
-    return f"the cliff is layer {' and '.join(layers)}: what skipping it as well takes away"
+    return f"lost with layer {' and '.join(layers)}, as a part of what the full model copies"
 
 
 def _value(estimate: Estimate) -> str:
@@ -207,10 +207,12 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
 
 
 def _plot_importance(axes: Axes, gates: Importance) -> None:
-    layers = range(len(gates.prefill.layers))
     for name, stage, marker in (("reading", gates.prefill, "o"), ("answering", gates.decode, "s")):
-        values = [estimate.value for estimate in stage.layers]
-        errors = [estimate.se or 0.0 for estimate in stage.layers]
+        # Nothing reads what context takes from the last layer, which a logarithm cannot show.
+        shown = [(layer, e) for layer, e in enumerate(stage.layers) if e.value > _LEAST_SHOWN]
+        layers = [layer for layer, _ in shown]
+        values = [estimate.value for _, estimate in shown]
+        errors = [estimate.se or 0.0 for _, estimate in shown]
         axes.errorbar(layers, values, errors, marker=marker, markersize=4, capsize=2, label=name)
     axes.set(xlabel="layer", ylabel="importance, E[(dL/dg)²]", yscale="log", title="Virtual gates")
     axes.grid(visible=True, alpha=0.3)
