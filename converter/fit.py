@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from .content import NewTensor
 from .errors import PopError
+from .solve import SingularError, solve
 from .weights import OwnProjection
 
 Floats = NDArray[np.float32]
@@ -142,7 +143,7 @@ def fit_layer(layer: int, gram: Gram, own: OwnProjection, ridge: float = RIDGE) 
     weight = (own.weight + step.T).astype(np.float32)
     bias = (own.bias + delta[-1]).astype(np.float32)
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-        raise FitError(f"the fit of layer {layer} is not finite", "use other or more text (--text)")
+        raise FitError(f"the fit of layer {layer} is not finite", "fit on other or more text")
     n_k = own.n_k
     return FittedLayer(
         layer, Projection(weight[:n_k], bias[:n_k]), Projection(weight[n_k:], bias[n_k:])
@@ -171,20 +172,12 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
     scale: Doubles = np.asarray(1 / np.sqrt(np.where(power > 0, power, 1)), np.float64)
     system = xx * scale * scale[:, None]
     system[np.diag_indices_from(system)] = np.where(power > 0, 1 + ridge, 1)
-    return np.asarray(_dense_solve(system, rest * scale[:, None]) * scale[:, None], np.float64)
-
-
-def _dense_solve(system: Doubles, rest: Doubles) -> Doubles:
     try:
-        least_pivot = float(np.linalg.cholesky(system).diagonal().min()) ** 2
-    except np.linalg.LinAlgError:
-        least_pivot = 0.0
-    if least_pivot < LEAST_PIVOT:
+        return solve(system, rest * scale[:, None], LEAST_PIVOT) * scale[:, None]
+    except SingularError as error:
         raise FitError(
-            "the Gram matrix is singular", "use more varied text (--text), or a larger --ridge"
-        )
-    solution: Doubles = np.asarray(np.linalg.solve(system, rest), np.float64)
-    return solution
+            "the Gram matrix is singular", "fit on more varied text, or with a larger --ridge"
+        ) from error
 
 
 def encode(fitted: FittedLayer, kind: KvType) -> tuple[NewTensor, ...]:

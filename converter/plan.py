@@ -92,7 +92,8 @@ def make_plan(
     `min_prompt` None: twice the tokens that are full anyway. Up to there pruning gains little: a
     third of the layers at most 1.16 times (pop_local.measure.limit), and nothing at 18 tokens.
 
-    Raises PlanError when nothing would be kept or skipped, or a token count does not fit.
+    One skipped layer has nothing to fit: its own projections are exact. Raises PlanError when
+    nothing would be kept or skipped, or a token count does not fit.
     """
     if boundary is None:
         boundary = shape.n_layer - _n_skipped(shape.n_layer, skip)
@@ -107,6 +108,8 @@ def make_plan(
     for name, value in (("sink", sink_tokens), ("tail", tail_tokens), ("min-prompt", min_prompt)):
         if not 0 <= value <= MAX_TOKENS:
             raise PlanError(f"--{name} {value} is not a number of tokens")
+    if boundary == shape.n_layer - 1:
+        projection = OWN
     return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)
 
 

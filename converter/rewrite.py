@@ -1,6 +1,6 @@
 """Writes converted files, and turns them back: streaming, atomic, and proved by reading back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +27,7 @@ from .format import (
     encode_keys,
     pop_meta,
 )
-from .header import BLOCK_SIZES
+from .header import BLOCK_SIZES, TensorInfo
 from .output import check_output, replacing
 from .plan import Plan
 from .shape import source_shape
@@ -82,6 +82,16 @@ def stored_bytes(plan: Plan, kind: KvType) -> int:
     n_weights = sum(plan.shape.kv_macs[layer] for layer in plan.fitted_layers)
     n_elements, n_bytes = BLOCK_SIZES[kind.ggml]
     return n_weights // n_elements * n_bytes + 4 * n_weights // n_embd
+
+
+def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
+    """Of the fitted weights in a file; None when there are none, or of another type."""
+    kinds = {
+        tensor.type
+        for tensor in tensors
+        if TENSOR_MARK in tensor.name and tensor.name.endswith(".weight")
+    }
+    return next((kind for kind in KvType if {kind.ggml} == kinds), None)
 
 
 def check_target(src: Path, dst: Path, sizes: Sizes, *, force: bool) -> None:

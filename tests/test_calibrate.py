@@ -21,8 +21,8 @@ from pop_local.calibration.job import (
     Settings,
     Watch,
     calibrate,
-    plan_needs,
 )
+from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.texts import (
     N_WINDOW,
     CalibrationError,
@@ -72,13 +72,19 @@ def settings(text: Path, **others: object) -> Settings:
     return replace(made, **others)  # type: ignore[arg-type]
 
 
-def planned(path: Path):
-    return make_plan(read_shape(path), boundary=BOUNDARY, sink_tokens=0, projection="fitted")
+def planned(path: Path, boundary: int = BOUNDARY):
+    return make_plan(read_shape(path), boundary=boundary, sink_tokens=0, projection="fitted")
 
 
 def fitted(path: Path, options: Settings, watch: Watch = SILENT):
+    [found] = fitted_at((BOUNDARY,), path, options, watch)
+    return found
+
+
+def fitted_at(boundaries, path: Path, options: Settings, watch: Watch = SILENT):
+    plans = [planned(path, boundary) for boundary in boundaries]
     with LoadedModel(path, n_threads=1) as model:
-        return calibrate(planned(path), model, read_source(path), options, watch)
+        return calibrate(plans, model, read_source(path), options, watch)
 
 
 def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> Recorder:
@@ -180,17 +186,43 @@ def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_groups_of_layers_give_the_same_fit(llama: Path, text: Path):
     plan, source = planned(llama), read_source(llama)
-    small = plan_needs(plan, source, memory_bytes=1)
-    large = plan_needs(plan, source, memory_bytes=1 << 30)
-    assert small.groups == ((5,), (6,), (7,)) and large.groups == ((5, 6, 7),)
+    small = plan_needs((plan,), source, memory_bytes=1)
+    large = plan_needs((plan,), source, memory_bytes=1 << 30)
+    pairs = [(BOUNDARY, layer) for layer in (5, 6, 7)]
+    assert list(small.groups) == [(pair,) for pair in pairs]
+    assert list(large.groups) == [tuple(pairs)]
     assert small.sums_bytes < large.sums_bytes
     at_once = fitted(llama, settings(text))
     assert fitted(llama, settings(text, memory_bytes=1)) == at_once
 
 
 @pytest.mark.parametrize("memory_bytes", [1, 1 << 30])
-@pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_a_resumed_fit_equals_one_without_a_stop(memory_bytes, stop_after, llama, text, tmp_path):
+def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama: Path, text: Path):
+    options = settings(text, memory_bytes=memory_bytes)
+    read: list[int] = []
+    watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
+    together = fitted_at((3, 5), llama, options, watch)
+    assert read[-1] == N_TOKENS * (1 if memory_bytes > 1 else 6)
+    apart = [fitted_at((boundary,), llama, settings(text))[0] for boundary in (3, 5)]
+    assert [len(each.tensors) for each in together] == [4 * 4, 2 * 4]
+    assert list(together) == apart
+
+
+# Asked after each window and after each layer that is solved.
+@pytest.mark.parametrize(
+    ("memory_bytes", "stop_after", "first_read"),
+    [
+        (1 << 30, 1, 2 * N_WINDOW),
+        (1 << 30, 3, 4 * N_WINDOW),
+        (1 << 30, 6, None),
+        (1, 3, 4 * N_WINDOW),
+        (1, 5, 5 * N_WINDOW),
+        (1, 7, 7 * N_WINDOW),
+    ],
+)
+def test_a_resumed_fit_equals_one_without_a_stop(
+    memory_bytes, stop_after, first_read, llama, text, tmp_path
+):
     kept = settings(text, state_path=tmp_path / "state", memory_bytes=memory_bytes)
     asked = [0]
 
@@ -198,14 +230,12 @@ def test_a_resumed_fit_equals_one_without_a_stop(memory_bytes, stop_after, llama
         asked[0] += 1
         return asked[0] == stop_after
 
-    if memory_bytes == 1 or stop_after <= N_TOKENS // N_WINDOW:
-        with pytest.raises(CalibrationStoppedError):
-            fitted(llama, kept, replace(SILENT, should_stop=should_stop))
-        assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    with pytest.raises(CalibrationStoppedError):
+        fitted(llama, kept, replace(SILENT, should_stop=should_stop))
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
     read: list[int] = []
     again = fitted(llama, kept, replace(SILENT, on_reading=lambda done, total: read.append(done)))
-    if stop_after <= N_TOKENS // N_WINDOW or memory_bytes == 1:
-        assert read[0] == (stop_after + 1) * N_WINDOW
+    assert next(iter(read), None) == first_read
     assert again == fitted(llama, settings(text, memory_bytes=memory_bytes))
     assert not list(tmp_path.iterdir())
 
@@ -298,7 +328,7 @@ def test_draws_follow_the_probabilities():
 
 def test_the_sums_of_a_job_stay_within_what_is_announced(llama: Path):
     plan = planned(llama)
-    needs = plan_needs(plan, read_source(llama), 1 << 30)
+    needs = plan_needs((plan,), read_source(llama), 1 << 30)
     sums = [Gram(plan.shape.n_embd, _n_kv(llama)) for _ in plan.fitted_layers]
     assert sum(gram.xx.nbytes + gram.xy.nbytes for gram in sums) < needs.sums_bytes
     assert needs.sums_bytes < needs.total_bytes

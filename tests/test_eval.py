@@ -156,6 +156,63 @@ def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, rea
     assert done.stdout == ""
 
 
+# --- fitted at each depth
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where temporary folders go."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return make_gguf(tmp_path_factory.mktemp("plain") / "plain.gguf", "llama")
+
+
+def test_a_sweep_is_fitted_at_each_depth(plain, text, temporary):
+    fit = ("--fit", "--tokens", 2048, "--kv-type", "f16", "--weighting", "none", "--ridge", 0.01)
+    options = (plain, "--text", text, "--sweep", "1,2,4")
+    own = measured(*options)["rows"]
+    rows = measured(*options, *fit)["rows"]
+    assert [row["n_skipped"] for row in rows] == [1, 2, 4]
+    # The first skipped layer's own projections are exact.
+    assert [row["projection"] for row in rows] == ["own", "fitted", "fitted"]
+    assert rows[0]["kl_mean"] == own[0]["kl_mean"] and rows[0]["calibration"] is None
+    assert rows[2]["kl_mean"] < 0.5 * own[2]["kl_mean"]
+    for row in rows[1:]:
+        found = row["calibration"]
+        assert (found["n_tokens"], found["ridge"], found["weighting"]) == (2048, 0.01, "none")
+        assert row["kv_type"] == "f16"
+    assert not list(temporary.iterdir())
+
+
+def test_a_fitted_file_says_how_it_was_fitted(plain, text, temporary, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text(" ".join(f"w{number}" for number in range(9000)))
+    options = ("--fit", "--fit-text", words, "--boundary", 5, "--tokens", 2048)
+    done = evaluate(plain, "--text", text, *SHORT, "--needles", 0, *options)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    assert "words.txt: 2,048 tokens, ridge 0.001, weighting attention, stored as q8_0" in said
+
+
+def test_options_of_the_fit_without_it_are_wrong_usage(plain):
+    done = evaluate(plain, "--skip", "1/4", "--tokens", 2048)
+    assert done.exit_code == 2
+    assert "--fit" in done.stderr
+
+
+def test_a_converted_file_is_not_fitted_again(pop_file, temporary):
+    done = evaluate(pop_file, "--fit", "--skip", "1/4")
+    assert done.exit_code == 1
+    assert "strip" in done.stderr
+    assert not list(temporary.iterdir())
+
+
 # --- needle
 
 

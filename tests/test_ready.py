@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from pop_converter.errors import PopError
-from pop_converter.format import read_pop_meta
+from pop_converter.format import OWN, read_pop_meta
 from synthetic import make_gguf
 
 from pop_local import models
 from pop_local.commands import ready
-from pop_local.commands.ready import model_file
+from pop_local.commands.ready import files_at_depth, model_file
+from pop_local.engine import backend
 from pop_local.models import DEFAULT_MODEL, find
 
 
@@ -29,11 +30,29 @@ def store(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
     monkeypatch.setattr(models, "load_catalog", lambda: (entry,))
     monkeypatch.setattr(ready, "fetch", fetch)
+    # Two threads on a busy machine wait for each other.
+    monkeypatch.setattr(backend, "default_threads", lambda: 1)
     return folder
 
 
+def test_it_is_fitted(store, capsys):
+    meta = read_pop_meta(model_file(None))
+    assert meta is not None
+    assert (meta.projection, meta.boundary) == ("fitted", 5)
+    assert meta.measured is not None and meta.measured.ppl_full > 1
+    assert "Fitting takes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def unfitted(store, monkeypatch) -> Path:
+    """The fit takes seconds."""
+    monkeypatch.setattr(ready, "FITTED", OWN)
+    return store
+
+
 @pytest.mark.parametrize("name", [None, "smollm2"])
-def test_first_time_it_is_fetched_and_converted(store, capsys, name):
+def test_first_time_it_is_fetched_and_converted(unfitted, capsys, name):
+    store = unfitted
     path = model_file(name)
     assert path == store / "tiny.pop.gguf"
     meta = read_pop_meta(path)
@@ -46,7 +65,7 @@ def test_first_time_it_is_fetched_and_converted(store, capsys, name):
     assert converting.startswith(f"Converting it to {path}")
 
 
-def test_second_time_nothing_is_done_nor_said(store, capsys):
+def test_second_time_nothing_is_done_nor_said(unfitted, capsys):
     first = model_file(None)
     capsys.readouterr()
     before = first.stat().st_mtime_ns
@@ -55,10 +74,15 @@ def test_second_time_nothing_is_done_nor_said(store, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_fetched_model_is_only_converted(store, capsys, tmp_path):
-    shutil.copy(tmp_path / "tiny.gguf", store / "tiny.gguf")
+def test_a_fetched_model_is_only_converted(unfitted, capsys, tmp_path):
+    shutil.copy(tmp_path / "tiny.gguf", unfitted / "tiny.gguf")
     model_file(None)
     assert "Fetching" not in capsys.readouterr().err
+
+
+def test_the_unconverted_file_of_a_name(store, tmp_path):
+    assert files_at_depth("smollm2", None).path == store / "tiny.gguf"
+    assert files_at_depth(str(tmp_path / "tiny.gguf"), None).path == tmp_path / "tiny.gguf"
 
 
 def test_a_path_is_taken_as_it_is(store, tmp_path, capsys):

@@ -18,10 +18,10 @@ from typer.testing import CliRunner, Result
 
 from pop_local import models
 from pop_local.cli import app
-from pop_local.commands import convert as convert_command
-from pop_local.commands import ready
+from pop_local.commands import converting, ready
 from pop_local.commands.examining import Examiner
-from pop_local.commands.ready import ModelFiles, files_at_depth, model_files
+from pop_local.commands.files import ModelFiles
+from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.models import DEFAULT_MODEL, find
 
 
@@ -113,7 +113,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
         "pop_local.commands.examining.measured", lambda quality: Measured(kl_mean=0.25)
     )
     plan = make_plan(read_shape(base), projection="fitted", boundary=4)
-    monkeypatch.setattr(convert_command, "fit", lambda *_: made_up(plan))
+    monkeypatch.setattr(converting, "fit", lambda *_, **__: (made_up(plan),))
     done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)
     assert done.exit_code == 0, done.stderr
     assert [files.path for files in seen] == [base]

@@ -1,9 +1,10 @@
-"""The calibration of a plan: what it needs, and the pass that does it."""
+"""The calibration of one plan or several: the pass over the text, and the fits from its sums."""
 
 import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pop_converter.rewrite import Fitted
 from pop_converter.source import Source
 from pop_converter.weights import Weights
 
+from pop_local.calibration.needs import Pair, n_kv, plan_needs
 from pop_local.calibration.state import State, load, save
 from pop_local.calibration.texts import (
     N_WINDOW,
@@ -29,8 +31,6 @@ from pop_local.engine.activations import Rows, reading
 from pop_local.engine.loaded import LoadedModel
 
 Progress = Callable[[int, int], object]
-# Python with numpy and llama.cpp, before any model.
-_BASE_BYTES = 300 * 10**6
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
 
@@ -53,19 +53,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a calibration takes. `groups`: the layers of each pass over the text.
-
-    `sums_bytes`: the Gram matrices of the largest group and the work on them; `total_bytes`: the
-    whole process, weights twice since the backend may repack them.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    sums_bytes: int
-    total_bytes: int
-
-
-@dataclass(frozen=True)
 class Watch:
     """Who is told how far it is (done_tokens, total_tokens), and who may end it."""
 
@@ -74,68 +61,54 @@ class Watch:
     should_stop: Callable[[], bool]
 
 
-def plan_needs(plan: Plan, source: Source, memory_bytes: int) -> Needs:
-    """Group the layers so that their sums stay below `memory_bytes` (one layer at least)."""
-    shape = plan.shape
-    widths = {layer: shape.kv_macs[layer] // shape.n_embd for layer in plan.fitted_layers}
-    scratch = max(fit.scratch_bytes(shape.n_embd, n_kv, N_WINDOW) for n_kv in widths.values())
-    groups: list[list[int]] = [[]]
-    sizes = [0]
-    for layer, n_kv in widths.items():
-        size = fit.gram_bytes(shape.n_embd, n_kv)
-        if groups[-1] and sizes[-1] + size + scratch > memory_bytes:
-            groups.append([])
-            sizes.append(0)
-        groups[-1].append(layer)
-        sizes[-1] += size
-    n_sums = max(sizes) + scratch
-    n_stored = 4 * sum(shape.n_embd * n_kv for n_kv in widths.values())
-    n_heads = max(dim // 64 for dim in shape.attn_dim)
-    buffers = 4 * N_WINDOW * (shape.n_vocab + 8 * shape.n_embd + 2 * n_heads * N_WINDOW)
-    total = n_sums + n_stored + 2 * source.size_bytes + buffers + _BASE_BYTES
-    return Needs(tuple(map(tuple, groups)), n_sums, total)
-
-
 def calibrate(
-    plan: Plan, model: LoadedModel, source: Source, settings: Settings, watch: Watch
-) -> Fitted:
-    """Fit the projections of all skipped layers but the first.
+    plans: Sequence[Plan], model: LoadedModel, source: Source, settings: Settings, watch: Watch
+) -> tuple[Fitted, ...]:
+    """Fit for each plan the projections of all its skipped layers but the first.
 
-    Raises PopError, and CalibrationStoppedError; with `state_path` the next call goes on then.
+    The plans have fitted projections and differ in their boundaries; one pass over the text serves
+    all of them where memory allows (`plan_needs`). Raises PopError, and CalibrationStoppedError;
+    with `state_path` the next call goes on then.
     """
-    return _Job(plan, model, source, settings, watch).run()
+    return _Job(plans, model, source, settings, watch).run()
 
 
 class _Job:
     """One calibration; observes the model's layers as they are computed (engine.activations)."""
 
     def __init__(
-        self, plan: Plan, model: LoadedModel, source: Source, settings: Settings, watch: Watch
+        self,
+        plans: Sequence[Plan],
+        model: LoadedModel,
+        source: Source,
+        settings: Settings,
+        watch: Watch,
     ) -> None:
-        self._plan, self._model, self._settings, self._watch = plan, model, settings, watch
-        self._groups = plan_needs(plan, source, settings.memory_bytes).groups
+        self._plans, self._model, self._settings, self._watch = plans, model, settings, watch
+        self._shape = plans[0].shape
+        self._groups = plan_needs(plans, source, settings.memory_bytes).groups
         self._weights = Weights(source)
         self._eps = _rms_epsilon(source)
-        self._identity = _identity(plan, source, settings, self._groups)
+        self._identity = _identity(plans, source, settings, self._groups)
         self._saved_s = time.monotonic()
-        self._x: Rows = np.empty((0, 0), np.float32)
+        self._x: dict[int, Rows] = {}
 
-    def run(self) -> Fitted:
+    def run(self) -> tuple[Fitted, ...]:
         path = self._settings.state_path
         self._state = (path and load(path, self._identity)) or State(self._text())
         while self._state.group < len(self._groups):
             self._read(self._groups[self._state.group])
-            for layer, gram in self._state.grams.items():
-                self._state.tensors += self._solved(layer, gram)
+            self._solve()
             self._state.grams.clear()
             self._state.group += 1
             self._state.n_done = 0
         if path:
             path.unlink(missing_ok=True)
-        return Fitted(self._calibration(), tuple(self._state.tensors))
+        calibration, tensors = self._calibration(), self._state.tensors
+        return tuple(Fitted(calibration, tuple(tensors[plan.boundary])) for plan in self._plans)
 
     def _text(self) -> CalibrationText:
-        settings, n_embd = self._settings, self._plan.shape.n_embd
+        settings, n_embd = self._settings, self._shape.n_embd
         count = n_windows(settings.n_tokens, n_embd)
         if settings.text:
             return given_text(self._model, settings.text, count, n_embd)
@@ -146,14 +119,19 @@ class _Job:
         if self._watch.should_stop():
             raise CalibrationStoppedError
 
-    def _read(self, layers: Sequence[int]) -> None:
-        state, shape = self._state, self._plan.shape
-        for layer in layers:
-            n_kv = shape.kv_macs[layer] // shape.n_embd
-            state.grams.setdefault(layer, Gram(shape.n_embd, n_kv))
-        n_all = len(state.text.windows)
+    def _read(self, pairs: Sequence[Pair]) -> None:
+        state, n_all = self._state, len(self._state.text.windows)
+        for pair in pairs:
+            if pair not in state.grams:
+                state.grams[pair] = Gram(self._shape.n_embd, n_kv(self._shape, pair.layer))
+        boundaries = {pair.boundary for pair in pairs}
+        layers = {pair.layer for pair in pairs}
         with reading(
-            self._model, self, boundaries=(self._plan.boundary,), layers=layers, n_window=N_WINDOW
+            self._model,
+            self,
+            boundaries=sorted(boundaries),
+            layers=sorted(layers),
+            n_window=N_WINDOW,
         ) as opened:
             while state.n_done < n_all:
                 opened.window(state.text.windows[state.n_done].tolist())
@@ -174,17 +152,25 @@ class _Job:
     # The observer: position 0 is left out, since the first token always runs in full.
 
     def state(self, boundary: int, rows: Rows) -> None:
-        self._x = fit.with_bias(rows[1:], self._eps)
+        self._x[boundary] = fit.with_bias(rows[1:], self._eps)
 
     def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:
         y = np.concatenate([k, v], axis=1)[1:]
         weights = fit.token_weights(mass[1:], self._settings.weighting)
-        self._state.grams[layer].add(self._x, y, weights)
+        for pair, gram in self._state.grams.items():
+            if pair.layer == layer:
+                gram.add(self._x[pair.boundary], y, weights)
 
-    def _solved(self, layer: int, gram: Gram) -> tuple[NewTensor, ...]:
-        own = self._weights.own_projection(layer, gram.xy.shape[1])
-        fitted = fit.fit_layer(layer, gram, own, self._settings.ridge)
-        return fit.encode(fitted, self._settings.kv_type)
+    def _solve(self) -> None:
+        """Into the state all at once: what is kept when this stops is solved again."""
+        solved: list[tuple[int, NewTensor]] = []
+        for (boundary, layer), gram in self._state.grams.items():
+            own = self._weights.own_projection(layer, gram.xy.shape[1])
+            fitted = fit.fit_layer(layer, gram, own, self._settings.ridge)
+            solved += [(boundary, each) for each in fit.encode(fitted, self._settings.kv_type)]
+            self._keep()
+        for boundary, tensor in solved:
+            self._state.tensors.setdefault(boundary, []).append(tensor)
 
     def _calibration(self) -> Calibration:
         text, settings = self._state.text, self._settings
@@ -200,12 +186,13 @@ def _rms_epsilon(source: Source) -> float:
 
 
 def _identity(
-    plan: Plan, source: Source, settings: Settings, groups: tuple[tuple[int, ...], ...]
+    plans: Sequence[Plan], source: Source, settings: Settings, groups: tuple[tuple[Pair, ...], ...]
 ) -> str:
-    """Differs wherever two calibrations would: model, schedule, text, settings."""
+    """Differs wherever two calibrations would: model, schedules, text, settings."""
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
     if settings.text:
         parts.append(hashlib.sha256(read_text(settings.text).encode()).hexdigest())
-    parts += [source.name, source.size_bytes, plan.schedule, groups, settings.n_tokens]
+    parts += [source.name, source.size_bytes, *(plan.schedule for plan in plans)]
+    parts += [*map(tuple, chain.from_iterable(groups)), settings.n_tokens]
     parts += [settings.ridge, settings.weighting.value, settings.kv_type.value]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

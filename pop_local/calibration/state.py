@@ -11,6 +11,7 @@ from pop_converter.content import NewTensor
 from pop_converter.errors import WriteError
 from pop_converter.fit import Gram
 
+from .needs import Pair
 from .texts import CalibrationError, CalibrationText
 
 RESTART_HINT = "delete it, or leave out --resume, to start afresh"
@@ -18,34 +19,35 @@ RESTART_HINT = "delete it, or leave out --resume, to start afresh"
 
 @dataclass
 class State:
-    """`grams` of the group of layers at work, after `n_done` of the text's windows.
+    """`grams` of the group of pairs at work, after `n_done` of the text's windows.
 
-    `tensors`: those of the groups before it.
+    `tensors`: those of the groups before it, by boundary.
     """
 
     text: CalibrationText
     group: int = 0
     n_done: int = 0
-    grams: dict[int, Gram] = field(default_factory=dict)
-    tensors: list[NewTensor] = field(default_factory=list)
+    grams: dict[Pair, Gram] = field(default_factory=dict)
+    tensors: dict[int, list[NewTensor]] = field(default_factory=dict)
 
 
 def save(path: Path, identity: str, state: State) -> None:
     """Write beside `path`, then replace it. Raises WriteError."""
     arrays: dict[str, Any] = {"windows": state.text.windows}
-    for layer, gram in state.grams.items():
-        arrays[f"xx.{layer}"], arrays[f"xy.{layer}"] = gram.xx, gram.xy
-    for number, tensor in enumerate(state.tensors):
+    for number, gram in enumerate(state.grams.values()):
+        arrays[f"xx.{number}"], arrays[f"xy.{number}"] = gram.xx, gram.xy
+    tensors = [(boundary, each) for boundary, some in state.tensors.items() for each in some]
+    for number, (_, tensor) in enumerate(tensors):
         arrays[f"data.{number}"] = np.frombuffer(tensor.data, np.uint8)
-    arrays["layers"] = np.array(list(state.grams), np.int64)
+    arrays["pairs"] = np.array(list(state.grams), np.int64).reshape(-1, 2)
     arrays["texts"] = np.array(
-        [identity, state.text.name, state.text.sha256, *(tensor.name for tensor in state.tensors)]
+        [identity, state.text.name, state.text.sha256, *(tensor.name for _, tensor in tensors)]
     )
     arrays["counts"] = np.array([state.group, state.n_done], np.int64)
     arrays["shapes"] = np.array(
-        [[tensor.type, len(tensor.dims), *(*tensor.dims, 0)[:2]] for tensor in state.tensors],
+        [[boundary, each.type, len(each.dims), *(*each.dims, 0)[:2]] for boundary, each in tensors],
         np.int64,
-    ).reshape(-1, 4)
+    ).reshape(-1, 5)
     temporary = path.with_name(path.name + ".partial")
     try:
         with temporary.open("wb") as file:
@@ -74,14 +76,14 @@ def load(path: Path, identity: str) -> State | None:
                 raise CalibrationError(f"{path} belongs to another calibration", RESTART_HINT)
             group, n_done = map(int, arrays["counts"])
             state = State(CalibrationText(name, sha256, arrays["windows"]), group, n_done)
-            for layer in map(int, arrays["layers"]):
-                state.grams[layer] = Gram.of(arrays[f"xx.{layer}"], arrays[f"xy.{layer}"])
-            for number, (tensor_name, shape) in enumerate(
-                zip(names, arrays["shapes"], strict=True)
-            ):
-                kind, n_dims, *dims = map(int, shape)
+            for number, pair in enumerate(arrays["pairs"].tolist()):
+                gram = Gram.of(arrays[f"xx.{number}"], arrays[f"xy.{number}"])
+                state.grams[Pair(*pair)] = gram
+            rows = zip(names, arrays["shapes"].tolist(), strict=True)
+            for number, (tensor_name, (boundary, kind, n_dims, *dims)) in enumerate(rows):
                 data = arrays[f"data.{number}"].tobytes()
-                state.tensors.append(NewTensor(tensor_name, tuple(dims[:n_dims]), kind, data))
+                tensor = NewTensor(tensor_name, tuple(dims[:n_dims]), kind, data)
+                state.tensors.setdefault(boundary, []).append(tensor)
             return state
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise CalibrationError(f"{path} is damaged", RESTART_HINT) from error

@@ -87,12 +87,12 @@ def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> Calib
         raise CalibrationError(
             f"{path} has {windows.size:,} tokens in whole windows of {N_WINDOW}: this model needs "
             f"{least:,}",
-            "give more text, or leave out --text",
+            "give more text, or none: the default needs no file",
         )
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
             f"{path} repeats itself: it has fewer than {_LEAST_DISTINCT} different tokens",
-            "give a text of ordinary variety, or leave out --text",
+            "give a text of ordinary variety, or none: the default needs no file",
         )
     return CalibrationText(path.name, hashlib.sha256(text.encode()).hexdigest(), windows)
 
@@ -109,7 +109,7 @@ def read_text(path: Path) -> str:
                 raise CalibrationError(f"{path} is not text in UTF-8", "give a plain text file")
             text = decoded
     except OSError as error:
-        raise CalibrationError(f"cannot read {path}: {error.strerror}", "check --text") from error
+        raise CalibrationError(f"cannot read {path}: {error.strerror}", "check the path") from error
     if not text.strip():
         raise CalibrationError(f"{path} holds no text", "give a file, or a folder of text files")
     return text

@@ -9,8 +9,9 @@ from pop_converter.shape import source_shape
 from pop_converter.sidecar import pop_of
 from pop_converter.source import Source, read_source
 
+from pop_local.commands.files import ModelFiles
 from pop_local.commands.options import Ctx, GpuLayers, Pop, Threads
-from pop_local.commands.ready import ModelFiles, files_at_depth, model_files
+from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Column, Table, markdown, print_json
 from pop_local.ui.theme import out

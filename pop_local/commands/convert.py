@@ -6,32 +6,33 @@ from typing import Annotated
 
 import typer
 from pop_converter.errors import PlanError
-from pop_converter.fit import RIDGE
 from pop_converter.format import FITTED, Calibration, Measured, PopMeta
 from pop_converter.plan import DEFAULT_SKIP, Plan, Skip, make_plan, parse_skip
-from pop_converter.rewrite import Fitted, Sizes, check_target
+from pop_converter.rewrite import Sizes, check_target
 from pop_converter.shape import source_shape
 from pop_converter.source import read_source
 
-from pop_local.commands.examining import Examiner, measured_facts
+from pop_local.commands.converting import fit_and_write
+from pop_local.commands.examining import measured_facts
 from pop_local.commands.fitting import (
     FitOptions,
-    KvTypeName,
+    KvTypeOption,
+    Memory,
     ProjectionName,
-    WeightingName,
-    fit,
+    Ridge,
+    Tokens,
+    WeightingOption,
     fit_facts,
-    n_tokens,
 )
 from pop_local.commands.forms import COPY, SIDECAR, Form
 from pop_local.commands.options import GpuLayers, Threads
 from pop_local.measure.limit import speedup_limit
 from pop_local.models import resolve_base
-from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import Fact, print_facts, print_json, size
 
 # Long enough that the full rows hardly count, short enough for a question about a document.
 LIMIT_PROMPT = 2048
+STATE_SUFFIX = ".calibration"
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ def convert(
     projection: Annotated[
         ProjectionName,
         typer.Option(
-            help="K/V of skipped layers: their own, or fitted to the model (better, takes a while)."
+            help="K/V of skipped layers: fitted to the model (takes minutes), or their own (takes"
+            " seconds, loses more quality)."
         ),
-    ] = ProjectionName.OWN,
+    ] = ProjectionName.FITTED,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -100,25 +102,11 @@ def convert(
             help="Text to fit on. Default: Python's documentation and samples of the model.",
         ),
     ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens to fit on. Default: 24 per dimension, 16384 at least."),
-    ] = None,
-    kv_type: Annotated[
-        KvTypeName, typer.Option(help="Type of the fitted weights.")
-    ] = KvTypeName.Q8_0,
-    ridge: Annotated[
-        float, typer.Option(min=0.0, help="Pull of the fit toward the layers' own projections.")
-    ] = RIDGE,
-    weighting: Annotated[
-        WeightingName, typer.Option(help="Whether tokens count by the attention they receive.")
-    ] = WeightingName.ATTENTION,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            metavar="GB", min=0.0, help="For the fit's sums. Default: half of what is free."
-        ),
-    ] = None,
+    tokens: Tokens = None,
+    kv_type: KvTypeOption = None,
+    ridge: Ridge = None,
+    weighting: WeightingOption = None,
+    memory: Memory = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -136,19 +124,24 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
-    force: Annotated[
+    allow_broken_copy: Annotated[
         bool,
         typer.Option(
-            "--force", "-f", help="Replace an existing output; keep a fit that cannot copy."
+            "--allow-broken-copy", help="Keep a fit that can no longer copy from its prompt."
         ),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace an existing output.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a copy of a model that reads long prompts faster.
 
-    The weights stay as they are. With --projection own stock llama.cpp opens the copy too (and runs
-    it in full); with fitted projections only pop-local does. With --sidecar the model itself stays
-    the file to open, here and elsewhere.
+    The weights stay as they are. The K/V projections of the skipped layers are fitted to the model
+    and added, so that only pop-local opens the copy; what that leaves of the model's quality is
+    measured, printed and stored. With --projection own nothing is added, and stock llama.cpp opens
+    the copy too (and runs it in full). With --sidecar the model itself stays the file to open, here
+    and elsewhere.
     """
     share = _share(skip, boundary)
     path = resolve_base(model)
@@ -162,32 +155,37 @@ def convert(
         min_prompt=min_prompt,
         projection=projection.value,
     )
-    options = FitOptions(
-        n_tokens=n_tokens(plan, tokens),
-        text=text,
-        kv_type=kv_type.value,
-        ridge=ridge,
-        weighting=weighting.value,
-        memory_gb=memory,
-        resume=resume,
-        n_threads=threads,
-        n_gpu_layers=gpu_layers,
-    )
     form = SIDECAR if sidecar else COPY
-    sizes = form.measure(plan, path, kv_type.value)
     target = output or form.default_path(source)
-    is_fitted = plan.projection == FITTED
+    options = FitOptions(
+        tokens=tokens,
+        text=text,
+        kv_type=kv_type,
+        ridge=ridge,
+        weighting=weighting,
+        memory_gb=memory,
+        state_path=target.with_name(f".{target.name}{STATE_SUFFIX}") if resume else None,
+    )
+    if projection is ProjectionName.OWN:
+        options.require_none("--projection own fits nothing")
+    sizes = form.measure(plan, path, options.stored_type.value)
     if not json:
-        facts = fit_facts(plan, source, options) if is_fitted else []
+        facts = fit_facts((plan,), source, options) if plan.projection == FITTED else []
         print_facts([*_facts(path, plan, form, sizes), *facts])
     meta = None
     if not dry_run:
         check_target(path, target, sizes, force=force)
-        fitted = fit(plan, source, target, options) if is_fitted else None
-        examine = Examiner(
-            plan, path, form.files, n_threads=threads, n_gpu_layers=gpu_layers, force=force
+        meta = fit_and_write(
+            plan,
+            source,
+            target,
+            options,
+            form=form,
+            n_threads=threads,
+            n_gpu_layers=gpu_layers,
+            allow_broken_copy=allow_broken_copy,
+            force=force,
         )
-        meta = _write(form, plan, path, target, fitted, examine if fitted else None, force=force)
     if json:
         print_json(_report(path, target, plan, form, sizes, meta))
     elif meta is not None:
@@ -206,25 +204,17 @@ def _share(skip: str | None, boundary: int | None) -> Skip:
         raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--skip") from error
 
 
-def _write(
-    form: Form,
-    plan: Plan,
-    src: Path,
-    dst: Path,
-    fitted: Fitted | None,
-    examine: Examiner | None,
-    *,
-    force: bool,
-) -> PopMeta:
-    with bytes_progress(form.progress) as advance:
-        return form.write(
-            plan, src, dst, fitted=fitted, examine=examine, progress=advance, force=force
-        )
-
-
 def _limit(plan: Plan) -> float:
     n_full = plan.sink_tokens + plan.tail_tokens
     return speedup_limit(plan.shape, LIMIT_PROMPT, plan.boundary, n_full)
+
+
+def _opened_by(plan: Plan, form: Form) -> str:
+    if form is SIDECAR:
+        return "the model itself stays as it is, for any program"
+    if plan.projection == FITTED:
+        return "the copy opens in pop-local only, since stock llama.cpp refuses added tensors"
+    return "stock llama.cpp opens the copy, too"
 
 
 def _facts(src: Path, plan: Plan, form: Form, sizes: Sizes) -> list[Fact]:
@@ -235,6 +225,7 @@ def _facts(src: Path, plan: Plan, form: Form, sizes: Sizes) -> list[Fact]:
         ("Layers", f"{n_layer}, of which context tokens skip {plan.n_skipped}"),
         ("Boundary", f"layer {plan.boundary}"),
         ("Schedule", plan.schedule),
+        ("K/V of skipped", f"{plan.projection} projections; {_opened_by(plan, form)}"),
         ("Always in full", f"the first {plan.sink_tokens} and last {plan.tail_tokens} tokens"),
         ("Size", f"{size(sizes.source_bytes)}, {form.name} {size(sizes.output_bytes)}"),
         ("Speed-up", f"at most {_limit(plan):.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"),

@@ -1,21 +1,32 @@
 """`pop-local eval MODEL`: what pruning costs in quality, measured against the full model."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pop_converter.errors import PopError
 from pop_converter.format import FITTED, OWN
+from pop_converter.header import read_header
 from pop_converter.output import check_output
 from pop_converter.plan import make_plan, parse_skip
+from pop_converter.rewrite import stored_type
 from pop_converter.shape import ModelShape, source_shape
 from pop_converter.sidecar import pop_of
 from pop_converter.source import Source, read_source
 
+from pop_local.commands.converting import fitted_sidecars
+from pop_local.commands.fitting import (
+    FitOptions,
+    KvTypeOption,
+    Memory,
+    Ridge,
+    Tokens,
+    WeightingOption,
+)
 from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads
 from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.measure.limit import speedup_limit
@@ -81,6 +92,14 @@ def eval(  # noqa: A001
         Baseline | None,
         typer.Option(help="Compare with skipping the same layers for every token, answers too."),
     ] = None,
+    fit_text: Annotated[
+        Path | None, typer.Option(metavar="FILE|DIR", help="Text to fit on. Default: convert's.")
+    ] = None,
+    tokens: Tokens = None,
+    kv_type: KvTypeOption = None,
+    ridge: Ridge = None,
+    weighting: WeightingOption = None,
+    memory: Memory = None,
     plot_file: Annotated[
         Path | None,
         typer.Option("--plot", metavar="OUT.png", help="Draw the depths of --sweep."),
@@ -110,7 +129,10 @@ def eval(  # noqa: A001
     _check_usage(no_boundary=no_boundary, no_pop=no_pop, plot_file=plot_file, sweep=sweep)
     if baseline is not None and (no_boundary or no_pop):
         raise typer.BadParameter("--baseline compares with POP: leave --no-boundary, --no-pop out")
-    if fit and pop is not None:
+    options = FitOptions(tokens, fit_text, kv_type, ridge, weighting, memory)
+    if not fit:
+        options.require_none("there is no --fit")
+    elif pop is not None:
         raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
     own_depth = fit or (skip, boundary, sweep) != (None, None, None)
     files = files_at_depth(model, pop) if own_depth else model_files(model, pop)
@@ -138,18 +160,14 @@ def eval(  # noqa: A001
         baseline=baseline,
         sidecar=files.sidecar,
     )
-    rows = _fitted(source, shape, boundaries, run) if fit else _rows(source, shape, boundaries, run)
+    if fit:
+        rows = _fitted(source, shape, boundaries, options, run)
+    else:
+        rows = _rows(source, shape, boundaries, run)
     if plot_file is not None:
         plot(rows, plot_file, force=force)
         note(f"Drawn: {plot_file}")
     _show(source, run, rows, as_sweep=sweep is not None, json=json)
-
-
-def fit_at(source: Source, boundary: int, folder: Path) -> Path:
-    """A converted copy in the folder, its projections fitted at this boundary."""
-    raise PopError(
-        "projections cannot be fitted yet", "leave --fit out: the layers' own are measured"
-    )
 
 
 def _check_usage(
@@ -190,14 +208,23 @@ def _boundaries(
 
 
 def _fitted(
-    source: Source, shape: ModelShape, boundaries: Sequence[int], run: Run
+    source: Source,
+    shape: ModelShape,
+    boundaries: Sequence[int],
+    options: FitOptions,
+    run: Run,
 ) -> tuple[Row, ...]:
-    rows: list[Row] = []
-    for boundary in boundaries:
-        with TemporaryDirectory(prefix="pop-local-") as folder:
-            fitted = read_source(fit_at(source, boundary, Path(folder)))
-            rows += _rows(fitted, shape, (boundary,), run)
-    return tuple(rows)
+    """Fit at all depths in one go, then measure a temporary sidecar of each."""
+    plans = [make_plan(shape, boundary=depth, projection=FITTED) for depth in boundaries]
+    sidecars = fitted_sidecars(
+        plans, source, options, n_threads=run.threads, n_gpu_layers=run.gpu_layers
+    )
+    with closing(sidecars):
+        return tuple(
+            row
+            for depth, sidecar in zip(boundaries, sidecars, strict=True)
+            for row in _rows(source, shape, (depth,), replace(run, sidecar=sidecar))
+        )
 
 
 def _rows(
@@ -223,10 +250,14 @@ def _rows(
     meta = pop_of(source, run.sidecar)
     n = len(boundaries)
     baselines = qualities[n:] or (None,) * n
+    calibration = None if meta is None else meta.calibration
+    tensors = source.tensors if run.sidecar is None else read_header(run.sidecar).tensors
     return tuple(
         Row(
             n_skipped=shape.n_layer - quality.boundary,
-            projection=FITTED if meta is not None and meta.projection == FITTED else OWN,
+            projection=FITTED if calibration is not None else OWN,
+            calibration=calibration,
+            kv_type=stored_type(tensors),
             speedup_limit=speedup_limit(shape, LIMIT_PROMPT, quality.boundary, n_full),
             quality=quality,
             needle=needle,

@@ -8,7 +8,7 @@ from pop_converter.errors import PopError
 from pop_converter.format import Measured
 from pop_converter.plan import Plan
 
-from pop_local.commands.ready import ModelFiles
+from pop_local.commands.files import ModelFiles
 from pop_local.ui.tables import Fact
 from pop_local.ui.theme import note, warn
 
@@ -29,7 +29,7 @@ class CopyingBrokenError(PopError):
 
 
 class Examiner:
-    """Measures a written file; with `force` a broken one is let through with a warning.
+    """Measures a written file; a broken one is let through only if allowed, with a warning.
 
     `files`: what to open, from the source and what was written.
     """
@@ -42,9 +42,10 @@ class Examiner:
         *,
         n_threads: int | None,
         n_gpu_layers: int,
-        force: bool,
+        allow_broken_copy: bool,
     ) -> None:
-        self._plan, self._src, self._files, self._force = plan, src, files, force
+        self._plan, self._src, self._files = plan, src, files
+        self._allow_broken_copy = allow_broken_copy
         self._n_threads, self._n_gpu_layers = n_threads, n_gpu_layers
 
     def __call__(self, written: Path) -> Measured:
@@ -84,7 +85,7 @@ class Examiner:
             f"(perplexity of a repeated passage {quality.copy_ppl_ratio.value:.2f} times the full "
             "model's)"
         )
-        if self._force:
+        if self._allow_broken_copy:
             warn(message)
             return
         note("Looking for the deepest boundary that would pass")
@@ -96,7 +97,7 @@ class Examiner:
             if copies(found)
         ]
         advice = f"--boundary {min(passing)} would pass" if passing else "skip fewer layers"
-        raise CopyingBrokenError(message, f"{advice}; --force writes it all the same")
+        raise CopyingBrokenError(message, f"{advice}; --allow-broken-copy writes it all the same")
 
 
 def copies(quality: "Quality") -> bool:

@@ -1,12 +1,15 @@
-"""The fit that `convert` runs before it writes."""
+"""Fitted projections on the command line: the options, what they take, and the fit itself."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Annotated
 
-from pop_converter.fit import KvType, Weighting
+import typer
+from pop_converter.fit import RIDGE, KvType, Weighting
 from pop_converter.format import FITTED, OWN
 from pop_converter.plan import Plan
 from pop_converter.rewrite import Fitted
@@ -17,7 +20,6 @@ from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Fact, size
 from pop_local.ui.theme import note
 
-STATE_SUFFIX = ".calibration"
 # Where the machine does not say what is free.
 _FALLBACK_BYTES = 4 * 10**9
 
@@ -27,39 +29,70 @@ class ProjectionName(str, Enum):
     OWN = OWN
 
 
-KvTypeName = KvType
-WeightingName = Weighting
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", min=1, help="Tokens to fit on. Default: 24 per dimension, 16384 at least."
+    ),
+]
+KvTypeOption = Annotated[
+    KvType | None, typer.Option("--kv-type", help="Type of the fitted weights. Default: q8_0.")
+]
+Ridge = Annotated[
+    float | None,
+    typer.Option(
+        "--ridge",
+        min=0.0,
+        help=f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
+    ),
+]
+WeightingOption = Annotated[
+    Weighting | None,
+    typer.Option(
+        "--weighting",
+        help="Whether tokens count by the attention they receive. Default: attention.",
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory", metavar="GB", min=0.0, help="For the fit's sums. Default: half of what is free."
+    ),
+]
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """As given on the command line; `memory_gb` None for half of what is free."""
+    """As given on the command line, None where nothing was. `state_path`: to resume from."""
 
-    n_tokens: int
-    text: Path | None
-    kv_type: str
-    ridge: float
-    weighting: str
-    memory_gb: float | None
-    resume: bool
-    n_threads: int | None
-    n_gpu_layers: int
+    tokens: int | None = None
+    text: Path | None = None
+    kv_type: KvType | None = None
+    ridge: float | None = None
+    weighting: Weighting | None = None
+    memory_gb: float | None = None
+    state_path: Path | None = None
+
+    @property
+    def stored_type(self) -> KvType:
+        return self.kv_type or KvType.Q8_0
 
     @property
     def memory_bytes(self) -> int:
         return free_bytes() // 2 if self.memory_gb is None else int(self.memory_gb * 10**9)
 
+    def require_none(self, of: str) -> None:
+        """Wrong usage if any was given: `of` says what they would belong to."""
+        if self != FitOptions():
+            raise typer.BadParameter(f"options of the fit were given, but {of}")
 
-def n_tokens(plan: Plan, given: int | None) -> int:
-    """The tokens to fit on, in whole windows. Raises CalibrationError for too few."""
-    from pop_local.calibration.texts import N_WINDOW, default_tokens, n_windows
+    def n_tokens(self, n_embd: int) -> int:
+        """To fit on, in whole windows. Raises CalibrationError for too few."""
+        from pop_local.calibration.texts import N_WINDOW, default_tokens, n_windows
 
-    n_embd = plan.shape.n_embd
-    if given is None:
-        return default_tokens(n_embd)
-    if plan.projection != FITTED:
-        return given
-    return n_windows(given, n_embd) * N_WINDOW
+        if self.tokens is None:
+            return default_tokens(n_embd)
+        return n_windows(self.tokens, n_embd) * N_WINDOW
 
 
 def free_bytes() -> int:
@@ -75,41 +108,52 @@ def free_bytes() -> int:
         return _FALLBACK_BYTES
 
 
-def fit_facts(plan: Plan, source: Source, options: FitOptions) -> list[Fact]:
-    from pop_local.calibration.job import plan_needs
+def fit_facts(plans: Sequence[Plan], source: Source, options: FitOptions) -> list[Fact]:
+    from pop_local.calibration.needs import plan_needs
     from pop_local.calibration.texts import DEFAULT_NAME
 
-    needs = plan_needs(plan, source, options.memory_bytes)
+    needs = plan_needs(plans, source, options.memory_bytes)
     n_passes = len(needs.groups)
     passes = "one pass" if n_passes == 1 else f"{n_passes} passes, {n_passes} times the work"
+    n_tokens = options.n_tokens(plans[0].shape.n_embd)
     return [
-        ("Fitted on", f"{options.text or DEFAULT_NAME}: {options.n_tokens:,} tokens in {passes}"),
+        ("Fitted on", f"{options.text or DEFAULT_NAME}: {n_tokens:,} tokens in {passes}"),
         ("Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit"),
     ]
 
 
-def fit(plan: Plan, source: Source, target: Path, options: FitOptions) -> Fitted:
-    """Raises PopError; KeyboardInterrupt when stopped, with the state kept if --resume says so."""
+def fit(
+    plans: Sequence[Plan],
+    source: Source,
+    options: FitOptions,
+    *,
+    n_threads: int | None,
+    n_gpu_layers: int,
+) -> tuple[Fitted, ...]:
+    """For each plan; raises PopError, and KeyboardInterrupt when stopped.
+
+    With `state_path` what was read is kept then.
+    """
+    if not plans:
+        return ()
     from pop_local.calibration.job import CalibrationStoppedError, Settings, Watch, calibrate
     from pop_local.engine.loaded import LoadedModel
 
-    state = target.with_name(f".{target.name}{STATE_SUFFIX}")
+    defaults = Settings(n_tokens=options.n_tokens(plans[0].shape.n_embd))
     settings = Settings(
-        n_tokens=options.n_tokens,
+        n_tokens=defaults.n_tokens,
         text=options.text,
-        ridge=options.ridge,
-        weighting=Weighting(options.weighting),
-        kv_type=KvType(options.kv_type),
+        ridge=defaults.ridge if options.ridge is None else options.ridge,
+        weighting=options.weighting or defaults.weighting,
+        kv_type=options.stored_type,
         memory_bytes=options.memory_bytes,
-        state_path=state if options.resume else None,
+        state_path=options.state_path,
     )
-    opened = LoadedModel(
-        source.first.path, n_gpu_layers=options.n_gpu_layers, n_threads=options.n_threads
-    )
+    opened = LoadedModel(source.first.path, n_gpu_layers=n_gpu_layers, n_threads=n_threads)
     with opened as model, deferred_interrupt() as interrupt, token_progress("Fitting") as advance:
         watch = Watch(advance, advance, lambda: interrupt.asked)
         with suppress(CalibrationStoppedError):
-            return calibrate(plan, model, source, settings, watch)
-    if options.resume and state.exists():
-        note(f"What was read is kept in {state}: the same command goes on from there.")
+            return calibrate(plans, model, source, settings, watch)
+    if options.state_path is not None and options.state_path.exists():
+        note(f"What was read is kept in {options.state_path}: the same command goes on from there.")
     raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from pop_converter.rewrite import Examine, Fitted, Progress, Sizes, convert, mea
 from pop_converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
 from pop_converter.source import Source
 
-from pop_local.commands.ready import ModelFiles
+from pop_local.commands.files import ModelFiles
 
 
 class Writer(Protocol):

@@ -1,17 +1,16 @@
 """From a model's name or path to its files, and to an opened model."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pop_converter.errors import PopError
-from pop_converter.format import pop_meta
+from pop_converter.format import FITTED, pop_meta
 from pop_converter.plan import DEFAULT_SKIP, make_plan
-from pop_converter.rewrite import convert
-from pop_converter.shape import read_shape
+from pop_converter.shape import source_shape
 from pop_converter.sidecar import sidecar_path
 from pop_converter.source import read_source
 
+from pop_local.commands.files import ModelFiles
 from pop_local.fetching.catalog import fetch
 from pop_local.models import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
 from pop_local.ui.progress import bytes_progress
@@ -20,14 +19,6 @@ from pop_local.ui.theme import note
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """A model, and the sidecar that says how it is pruned if it does not say so itself."""
-
-    path: Path
-    sidecar: Path | None = None
 
 
 def model_files(model: str | None, pop: Path | None = None) -> ModelFiles:
@@ -43,11 +34,11 @@ def model_files(model: str | None, pop: Path | None = None) -> ModelFiles:
 
 
 def files_at_depth(model: str | None, pop: Path | None) -> ModelFiles:
-    """What to open for a boundary of the caller's: a sidecar, which has its own, is not looked for.
+    """What to open for a boundary of the caller's, which fitted projections cannot have.
 
-    Fitted projections know one boundary.
+    So no sidecar is looked for, and of the catalog's model the unconverted file is taken.
     """
-    return ModelFiles(model_file(model)) if pop is None else model_files(model, pop)
+    return ModelFiles(_base(model)) if pop is None else model_files(model, pop)
 
 
 def model_file(model: str | None) -> Path:
@@ -112,9 +103,16 @@ def _fetch(entry: Model) -> Path:
 
 
 def _convert(path: Path, target: Path) -> None:
-    note(f"Converting it to {target}: while reading, context tokens skip {DEFAULT_SKIP} of it.")
-    with bytes_progress("Converting") as advance:
-        convert(make_plan(read_shape(path)), path, target, progress=advance)
+    from pop_local.commands.converting import fit_and_write
+    from pop_local.commands.fitting import FitOptions
+
+    note(
+        f"Converting it to {target}: while reading, context tokens skip {DEFAULT_SKIP} of it."
+        " Fitting takes some minutes, once."
+    )
+    source = read_source(path)
+    plan = make_plan(source_shape(source), projection=FITTED)
+    fit_and_write(plan, source, target, FitOptions())
 
 
 def open_ready(

@@ -13,6 +13,9 @@ from pop_converter.output import replacing
 from pop_local.ui.tables import Column, Fact, Table
 
 if TYPE_CHECKING:
+    from pop_converter.fit import KvType
+    from pop_converter.format import Calibration
+
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.needle import Needle
     from pop_local.measure.quality import Quality
@@ -26,6 +29,7 @@ class Row:
     """One depth; `speedup_limit` by multiply-accumulates, `needle` None where it was not asked.
 
     `always_skip`: the baseline that skips the same layers for every token, None if not measured.
+    `calibration`, `kv_type`: of fitted projections, else None.
     """
 
     n_skipped: int
@@ -34,6 +38,8 @@ class Row:
     quality: Quality
     needle: Needle | None
     always_skip: Quality | None = None
+    calibration: Calibration | None = None
+    kv_type: KvType | None = None
 
 
 def flat(row: Row) -> dict[str, Any]:
@@ -44,6 +50,8 @@ def flat(row: Row) -> dict[str, Any]:
     values: dict[str, Any] = {
         "n_skipped": row.n_skipped,
         "projection": row.projection,
+        "calibration": row.calibration and asdict(row.calibration),
+        "kv_type": row.kv_type and row.kv_type.value,
         "speedup_limit": row.speedup_limit,
         **_figures(row.quality),
         "needle": None if row.needle is None else asdict(row.needle),
@@ -72,6 +80,7 @@ def facts(row: Row) -> list[Fact]:
     q = row.quality
     layers = f"{row.n_skipped} layers, from layer {q.boundary} on, {row.projection} projections"
     return [
+        *_fitted_on(row),
         ("Skipped", f"{layers}; speed-up at most {row.speedup_limit:.2f}x"),
         ("Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"),
         ("Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} of context"),
@@ -88,6 +97,15 @@ def facts(row: Row) -> list[Fact]:
         ("Induction", f"NLL +{_with_se(q.induction_delta_nll, 3)}, {_retained(q)}"),
         ("Needle", _hits(row.needle)),
     ]
+
+
+def _fitted_on(row: Row) -> list[Fact]:
+    if row.calibration is None:
+        return []
+    found = row.calibration
+    how = f"ridge {found.ridge:g}, weighting {found.weighting}"
+    stored = f", stored as {row.kv_type.value}" if row.kv_type else ""
+    return [("Fitted on", f"{found.name}: {found.n_tokens:,} tokens, {how}{stored}")]
 
 
 def table(rows: Sequence[Row]) -> Table:
