@@ -9,6 +9,7 @@ from converted import tiny
 from starlette.testclient import TestClient
 
 from pop_local.engine.backend import Mode
+from pop_local.server import answers
 from pop_local.server.app import ServerOptions, create_app
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -125,6 +126,13 @@ def test_a_stream_says_what_the_whole_answer_does(client, ask):
     assert all(piece["usage"] is None for piece in pieces)
     assert len({piece["id"] for piece in streamed}) == 1
     assert not any("usage" in piece for piece in events(ask(client, stream=True)))
+
+
+def test_a_stream_shows_that_it_lives_while_nothing_is_said(client, monkeypatch):
+    monkeypatch.setattr(answers, "_PING_S", 0.001)
+    response = complete(client, "something new. " + LONG, stream=True, max_tokens=2)
+    assert response.text.startswith(": working\n\n")
+    assert len(events(response)) >= 2
 
 
 def test_stop_strings_and_the_limit(client):

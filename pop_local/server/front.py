@@ -12,6 +12,7 @@ from pop_local.server.metrics import Metrics
 
 log = logging.getLogger("pop_local.server")
 
+_PROBES = ("/health", "/metrics")
 _PUBLIC = ("/health",)
 # Others share one label, however many are tried.
 _PATHS = ("/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
@@ -51,7 +52,8 @@ class Front:
             self._metrics.requested(path, status)
             client = scope["client"][0] if scope.get("client") else "-"
             took = f"{time.perf_counter() - started_s:.2f} s{state.get('note', '')}"
-            log.info("%s %s %r %d, %s", client, scope["method"], scope["path"], status, took)
+            level = logging.DEBUG if path in _PROBES and status == 200 else logging.INFO
+            log.log(level, "%s %s %r %d, %s", client, scope["method"], scope["path"], status, took)
 
     def _may_enter(self, scope: Scope) -> bool:
         if not self._expected or scope["path"] in _PUBLIC:

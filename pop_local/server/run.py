@@ -24,7 +24,7 @@ class _Server(uvicorn.Server):
 
 
 def run_app(app: Starlette, listening: socket.socket) -> None:
-    """Raises what the signal raises, after all is closed."""
+    """Raises what the signal raises, when nobody uses the model any more."""
     config = uvicorn.Config(
         app,
         lifespan="on",
@@ -34,4 +34,10 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=_LAST_WORDS_S,
     )
-    _Server(config, app.state.worker).run(sockets=[listening])
+    worker: Worker = app.state.worker
+    try:
+        _Server(config, worker).run(sockets=[listening])
+    finally:
+        # After a second signal uvicorn leaves without the end of the lifespan.
+        worker.stop()
+        worker.join()
