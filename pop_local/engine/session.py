@@ -176,7 +176,7 @@ def _taken(model: PopModel, kv: bytes, tokens: np.ndarray, is_full: np.ndarray) 
         key=model.kv_key,
         is_full=is_full,
         input_ids=tokens,
-        scores=np.empty((0, 0), dtype=np.single),
+        scores=np.empty((0, model.n_vocab()), dtype=np.single),
         n_tokens=len(tokens),
         llama_state=kv,
         llama_state_size=len(kv),

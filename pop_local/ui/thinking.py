@@ -45,14 +45,20 @@ class ThinkingSplitter:
     def _inside(self) -> Iterator[Piece]:
         thought, end, rest = self._held.partition(END)
         if end:
-            self._held = rest.lstrip()
-            self._step = self._after
+            self._held = rest
+            self._step = self._between
         else:
             n_held = next(n for n in range(len(END) - 1, -1, -1) if thought.endswith(END[:n]))
             thought, self._held = thought[: len(thought) - n_held], thought[len(thought) - n_held :]
         if thought:
             yield Piece(thought, is_thought=True)
         if end:
+            yield from self._between()
+
+    def _between(self) -> Iterator[Piece]:
+        self._held = self._held.lstrip()
+        if self._held:
+            self._step = self._after
             yield from self._after()
 
     def _after(self) -> Iterator[Piece]:

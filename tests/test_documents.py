@@ -1,0 +1,103 @@
+"""Texts out of files: plain, PDF, DOCX, and what cannot be read."""
+
+import builtins
+from typing import Any
+
+import pytest
+from pop_converter.errors import PopError
+
+from pop_local.documents import EXTRA_HINT, MAX_BYTES, read_document
+
+PDF = b"""%%PDF-1.4
+1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj
+2 0 obj <</Type/Pages/Kids[3 0 R]/Count 1>> endobj
+3 0 obj <</Type/Page/Parent 2 0 R/MediaBox[0 0 200 200]/Contents 4 0 R
+/Resources<</Font<</F1 <</Type/Font/Subtype/Type1/BaseFont/Helvetica>> >> >> >> endobj
+4 0 obj <</Length %d>> stream
+%s
+endstream endobj
+xref
+0 1
+0000000000 65535 f\x20
+trailer <</Root 1 0 R/Size 5>>
+startxref
+0
+%%%%EOF
+"""
+
+
+def pdf(drawing: bytes) -> bytes:
+    return PDF % (len(drawing), drawing)
+
+
+def test_plain_text_in_the_usual_encodings(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path = tmp_path / f"{encoding}.txt"
+        path.write_bytes("Grüße\n".encode(encoding))
+        assert read_document(path).text == "Grüße\n"
+
+
+def test_a_pdf(tmp_path):
+    path = tmp_path / "paper.PDF"
+    path.write_bytes(pdf(b"BT /F1 12 Tf 20 100 Td (Hello from page one) Tj ET"))
+    document = read_document(path)
+    assert document.text.strip() == "Hello from page one"
+    assert document.name == str(path)
+
+
+def test_docx_with_a_table_between_paragraphs(tmp_path):
+    docx = pytest.importorskip("docx")
+    written = docx.Document()
+    written.add_paragraph("Before.")
+    table = written.add_table(rows=2, cols=2)
+    for row, texts in zip(table.rows, (("name", "age"), ("Mara", "70")), strict=True):
+        for cell, text in zip(row.cells, texts, strict=True):
+            cell.text = text
+    written.add_paragraph("After.")
+    path = tmp_path / "letter.docx"
+    written.save(str(path))
+    assert read_document(path).text == "Before.\n\nname | age\nMara | 70\n\nAfter."
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("image.png", b"\x89PNG\r\n\x1a\n\xff", "is not UTF-8 text"),
+        ("data.bin", b"abc\0def", "is a binary file"),
+        ("scan.pdf", pdf(b"0 0 10 10 re f"), "holds no text"),
+        ("broken.pdf", b"%PDF-1.4 nothing of the kind", "cannot be read as PDF"),
+        ("broken.docx", b"PK\x03\x04 nothing of the kind", "cannot be read as DOCX"),
+    ],
+)
+def test_what_is_no_text_is_one_error(tmp_path, name, content, message, capfd):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(PopError, match=message) as caught:
+        read_document(path)
+    assert name in caught.value.message and caught.value.hint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_far_too_large_a_file_is_not_read(tmp_path):
+    path = tmp_path / "huge.txt"
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(PopError, match="more than any context holds"):
+        read_document(path)
+
+
+@pytest.mark.parametrize(("name", "library"), [("a.pdf", "pypdf"), ("a.docx", "docx")])
+def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch, name, library):
+    real = builtins.__import__
+
+    def without(module: str, *rest: Any) -> object:
+        if module == library:
+            raise ImportError(module)
+        return real(module, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    path = tmp_path / name
+    path.write_bytes(b"x")
+    with pytest.raises(PopError) as caught:
+        read_document(path)
+    assert caught.value.hint == EXTRA_HINT

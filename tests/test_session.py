@@ -1,0 +1,202 @@
+"""Saved sessions: loaded without reading again, never into a model that they do not fit."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from converted import converted, tiny
+from pop_converter.errors import PopError
+from scripted import Transcript
+from synthetic import make_gguf
+
+from pop_local.commands.talking import conversation
+from pop_local.engine.backend import Mode
+from pop_local.engine.conversation import Conversation, Document, Turn
+from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.session import Sessions
+from pop_local.ui.chat import Chat
+from pop_local.ui.repl import Repl
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+QUESTION = Turn("a b c d e f g h " * 20, (Document("notes.txt", "i j k " * 20),))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("session"), boundary=5, chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def sessions(tmp_path) -> Sessions:
+    return Sessions(tmp_path / "sessions")
+
+
+def opened(file: Path, **options) -> PopModel:
+    return open_model(file, n_threads=1, **{"n_ctx": 1024} | options)
+
+
+def answered(model: PopModel, *turns: Turn) -> Conversation:
+    """The conversation with the model's answer to its last question."""
+    said = Conversation("Be brief.", turns)
+    chunks = model.chat_turn(said.messages, temperature=0.0, max_tokens=8)
+    answer = "".join(chunk.text for chunk in chunks)
+    return said.without_last().plus(Turn(turns[-1].question, turns[-1].documents, answer))
+
+
+def follow_up(model: PopModel, said: Conversation) -> tuple[str, int]:
+    """An answer, and how many tokens of its prompt were read for it."""
+    messages = said.plus(Turn("and now?")).messages
+    chunks = list(model.chat_turn(messages, temperature=0.0, max_tokens=8))
+    stats = chunks[-1].stats
+    assert stats is not None
+    return "".join(chunk.text for chunk in chunks), stats.n_pruned + stats.n_full
+
+
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
+def test_a_loaded_session_goes_on_without_reading_again(file, sessions, mode):
+    model = opened(file)
+    model.set_pop(mode)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    expected, _ = follow_up(model, said)
+    fresh = opened(file)
+    restored = sessions.load("talk", fresh)
+    assert (restored.reread, restored.session.conversation) == ("", said)
+    assert fresh.pop_mode is mode
+    text, n_read = follow_up(fresh, said)
+    assert text == expected
+    assert n_read < 50 < restored.session.n_tokens
+
+
+def test_only_the_cells_in_use_are_saved(file, sessions):
+    said = answered(opened(file), QUESTION)
+    sizes = []
+    for n_ctx in (1024, 4096):
+        model = opened(file, n_ctx=n_ctx)
+        answered(model, QUESTION)
+        sizes.append(sessions.save("talk", model, said))
+    assert sizes[1] - sizes[0] < 10_000
+
+
+@pytest.mark.parametrize("other", ["model", "boundary", "context"])
+def test_k_v_of_something_else_are_not_used(file, sessions, tmp_path, other):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    if other == "context":
+        different, reason = opened(file, n_ctx=256), "need a context of"
+    elif other == "boundary":
+        plain = make_gguf(tmp_path / "llama.gguf", "llama", chat_template=TEMPLATE)
+        different = opened(converted(plain, tmp_path, boundary=6))
+        reason = "another model"
+    else:
+        different = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
+        reason = "another model"
+    restored = sessions.load("talk", different)
+    assert reason in restored.reread
+    assert restored.session.conversation == said
+    assert different.n_tokens == 0
+
+
+def test_another_boundary_of_the_same_file_reads_again(file, sessions):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    model.set_boundary(6)
+    assert "boundary 5" in sessions.load("talk", model).reread
+    assert model.n_tokens == 0
+
+
+def test_another_backend_reads_again(file, sessions, monkeypatch):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    monkeypatch.setattr("pop_local.engine.session.llama_cpp.__version__", "9.9.9")
+    assert "backend" in sessions.load("talk", model).reread
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other zip"])
+def test_a_damaged_session_is_one_error_and_changes_nothing(file, sessions, damage):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    path = sessions.path("talk")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "other zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("session.json", '{"format": 1}')
+    else:
+        path.write_bytes(
+            {
+                "cut": content[:middle],
+                "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+                "empty": b"",
+                "text": b"not a session",
+            }[damage]
+        )
+    n_tokens = model.n_tokens
+    with pytest.raises(PopError, match="damaged or not a session"):
+        sessions.load("talk", model)
+    assert model.n_tokens == n_tokens
+    assert [stored.name for stored in sessions.listed()] == ["talk"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "..", ".hidden", "", " a", "a ", "x" * 99])
+def test_names_have_no_parts_of_paths(file, sessions, name):
+    with pytest.raises(PopError, match="cannot name a session"):
+        sessions.path(name)
+
+
+def test_a_failed_save_leaves_the_old_session(file, sessions, monkeypatch):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    before = sessions.path("talk").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("zipfile.ZipFile.writestr", fail)
+    with pytest.raises(PopError, match="No space left"):
+        sessions.save("talk", model, said)
+    assert sessions.path("talk").read_bytes() == before
+    assert len(list(sessions.path("talk").parent.iterdir())) == 1
+
+
+# --- in the chat
+
+
+def talked(model: PopModel, *lines: str) -> tuple[Chat, list[str]]:
+    transcript = Transcript(*lines)
+    options = {"max_tokens": 4, "temperature": 0.0}
+    chat = conversation(model, lambda *_: model, transcript, sampling=options)
+    Repl(chat, transcript.read_line).run()
+    return chat, transcript.shown.splitlines()
+
+
+def test_save_load_and_sessions(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    model = opened(file)
+    _, shown = talked(model, "/sessions", "a b c d " * 30, "/save one", "/save one", "/sessions")
+    assert shown[1] == "# No session is saved; /save NAME saves this one."
+    assert shown[-5].startswith("# Saved as one, ") and shown[-3].startswith("# Saved as one, ")
+    assert shown[-1].startswith("# one: 1 turn, ")
+    chat, shown = talked(opened(file), "/load one", "/stats", "more?")
+    assert shown[1] == "# Loaded one: 1 turn."
+    assert shown[2].endswith(" tokens need not be read again.")
+    assert chat.stats[0].n_cached > 100
+    _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
+    assert shown[1] == "? There is a session one already."
+    assert "# Nothing is saved." in shown
+    assert "! there is no session oen; did you mean one? (/sessions lists them)" in shown
+    assert any(line.startswith("! '../one' cannot name a session") for line in shown)
+
+
+def test_a_session_of_another_model_is_read_again_after_saying_so(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    talked(opened(file), "a b c d " * 30, "/save one")
+    other = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
+    chat, shown = talked(other, "/load one", "more?")
+    assert shown[2].startswith("* Its K/V cannot be used: they belong to another model (")
+    assert shown[2].endswith("The transcript will be read again with your next question.")
+    assert (chat.stats[0].n_cached, chat.stats[0].n_prompt > 100) == (0, True)
