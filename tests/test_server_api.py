@@ -9,8 +9,11 @@ from converted import tiny
 from starlette.testclient import TestClient
 
 from pop_local.engine.backend import Mode
+from pop_local.engine.chat import TurnOptions
 from pop_local.server import answers
 from pop_local.server.app import ServerOptions, create_app
+from pop_local.server.bodies import ChatBody
+from pop_local.server.tasks import Tasks
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 LONG = "the quick brown fox jumps over the lazy dog, " * 6
@@ -150,6 +153,14 @@ def test_the_seed_makes_a_warm_answer_repeatable(client):
     warm = {"temperature": 1.5, "max_tokens": 20}
     assert text_of(chat(client, seed=5, **warm)) == text_of(chat(client, seed=5, **warm))
     assert text_of(chat(client, seed=5, **warm)) != text_of(chat(client, seed=6, **warm))
+
+
+def test_the_body_outdoes_what_the_model_recommends_and_that_the_engine(full, monkeypatch):
+    monkeypatch.setattr(full, "recommended", {"temperature": 0.6, "top_k": 64})
+    body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.3}
+    options = Tasks(full).chat(ChatBody.model_validate(body)).task.options
+    assert (options.temperature, options.top_k) == (0.3, 64)
+    assert options.top_p == TurnOptions().top_p
 
 
 def test_messages_may_come_in_parts(client):

@@ -1,6 +1,6 @@
 """From a request's body to a task for the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ class Tasks:
         mode, reason = self._mode(body.pop)
         options = _options(
             body,
+            self._model.recommended,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             grammar=self._grammar(body),
             n_top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -73,6 +74,7 @@ class Tasks:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
         options = _options(
             body,
+            self._model.recommended,
             max_tokens=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
             grammar=self._grammar(body),
             n_top_logprobs=body.logprobs,
@@ -138,8 +140,8 @@ def _format_grammar(wanted: ResponseFormat) -> str | None:
     return schema_grammar(wanted.json_schema.schema_)
 
 
-def _options(body: Body, **known: Any) -> TurnOptions:
-    """Where the body says nothing, the engine's defaults."""
+def _options(body: Body, recommended: Mapping[str, float], **known: Any) -> TurnOptions:
+    """Where the body says nothing, what the model recommends, else the engine's defaults."""
     names: Sequence[str] = (
         "temperature",
         "top_p",
@@ -154,4 +156,5 @@ def _options(body: Body, **known: Any) -> TurnOptions:
         given["temperature"] = 0.0
     if body.seed is not None and body.seed != -1:
         given["seed"] = body.seed & 0xFFFFFFFF
-    return TurnOptions(stops=tuple(body.stop or ()), **given, **known)
+    chosen: dict[str, Any] = {**recommended, **given}
+    return TurnOptions(stops=tuple(body.stop or ()), **chosen, **known)
