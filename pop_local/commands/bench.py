@@ -18,6 +18,7 @@ from pop_local.ui.theme import out
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
+    from pop_local.measure.break_even import BreakEven, Tried
     from pop_local.measure.speed import ModePair, SpeedRow, Spread
 
 DEFAULT_PROMPTS = "512,1024,2048"
@@ -31,6 +32,19 @@ class Report:
     sidecar: str | None
     backend: str
     rows: "tuple[SpeedRow, ...]"
+
+
+@dataclass(frozen=True)
+class BreakEvenReport:
+    """What `--find-break-even --json` prints; `min_prompt`: what the file says now."""
+
+    model: str
+    sidecar: str | None
+    backend: str
+    boundary: int
+    min_prompt: int
+    break_even: int | None
+    tried: "tuple[Tried, ...]"
 
 
 def bench(
@@ -51,6 +65,13 @@ def bench(
     batch: Annotated[
         int, typer.Option("--batch", min=1, help="Tokens that are read at once.")
     ] = 512,
+    find_break_even: Annotated[
+        bool,
+        typer.Option(
+            "--find-break-even",
+            help="Search for the shortest prompt that gains, up to the longest of --prompt.",
+        ),
+    ] = False,
     pop: Pop = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     threads: Threads = None,
@@ -59,6 +80,8 @@ def bench(
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
     n_prompts = _lengths(prompt)
+    if find_break_even and repeat < 2:
+        raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
     files = model_files(model, pop) if boundary is None else files_at_depth(model, pop)
     source = read_source(files.path)
     shape = source_shape(source)
@@ -68,6 +91,9 @@ def bench(
 
     n_ctx = _context(source, max(n_prompts) + N_DECODE, ctx)
     opened = _opened(files, boundary, n_ctx, batch, threads, gpu_layers)
+    if find_break_even:
+        _break_even(opened, files, max(n_prompts), repeat, _backend(opened, gpu_layers), json=json)
+        return
     with token_progress("Measuring") as advance:
         rows = measure_speed(opened, shape, n_prompts, repeat, advance)
     sidecar = str(files.sidecar) if files.sidecar else None
@@ -154,6 +180,70 @@ def _show(report: Report, boundary: int, n_layer: int) -> None:
         markdown(_table(report.rows)),
     ]
     out.file.write("\n".join(lines) + "\n")
+
+
+def _break_even(
+    opened: "PopModel", files: ModelFiles, n_longest: int, n_pairs: int, device: str, *, json: bool
+) -> None:
+    from pop_local.measure.break_even import measure_break_even
+
+    n_tried = 0
+    with token_progress("Searching") as advance:
+
+        def tried(one: "Tried") -> None:
+            nonlocal n_tried
+            n_tried += 1
+            # Doubling up to the longest takes most of the steps.
+            advance(n_tried, max(n_tried, n_longest.bit_length()))
+
+        found = measure_break_even(opened, n_pairs, n_longest, tried)
+    report = BreakEvenReport(
+        model=str(files.path),
+        sidecar=str(files.sidecar) if files.sidecar else None,
+        backend=device,
+        boundary=opened.boundary,
+        min_prompt=opened.rule.min_prompt,
+        break_even=found.n_prompt,
+        tried=found.tried,
+    )
+    if json:
+        print_json(report)
+        return
+    lines = [
+        f"{report.model}: pruned from layer {report.boundary} on; {device}",
+        "Gains: the median lies above 1 by more than the quartiles of the pairs lie apart.",
+        "",
+        markdown(_tried_table(found)),
+        "",
+        _advice(report, n_longest),
+    ]
+    out.file.write("\n".join(lines) + "\n")
+
+
+def _advice(report: BreakEvenReport, n_longest: int) -> str:
+    now = f"the file prunes from {report.min_prompt:,} tokens on"
+    if report.break_even is None:
+        return f"Pruning gains nothing here up to {n_longest:,} tokens; {now}."
+    return (
+        f"Pruning gains from {report.break_even:,} tokens on; {now}"
+        f" (pop-local convert --min-prompt {report.break_even})."
+    )
+
+
+def _tried_table(found: "BreakEven") -> Table:
+    columns = (
+        Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
+        Column("n_pruned", "pruned", "{:,}".format, numeric=True),
+        Column("speedup", "Speed-up", _precise, numeric=True),
+        Column("iqr", "Quartiles apart", "{:.3f}".format, numeric=True),
+        Column("wins", "Gains", lambda wins: "yes" if wins else "no"),
+    )
+    rows = (tuple(getattr(one, column.key) for column in columns) for one in found.tried)
+    return Table(columns, tuple(rows))
+
+
+def _precise(spread: "Spread") -> str:
+    return f"{spread.median:.3f} ({spread.min:.3f}-{spread.max:.3f})"
 
 
 def _table(rows: "tuple[SpeedRow, ...]") -> Table:

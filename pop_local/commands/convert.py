@@ -26,7 +26,7 @@ from pop_local.commands.fitting import (
 )
 from pop_local.commands.forms import COPY, SIDECAR, Form
 from pop_local.commands.options import GpuLayers, Threads
-from pop_local.measure.limit import speedup_limit
+from pop_local.measure.limit import speedup_limit, with_min_prompt
 from pop_local.models import resolve_base
 from pop_local.ui.tables import Fact, print_facts, print_json, size
 
@@ -85,7 +85,9 @@ def convert(
     min_prompt: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Shorter prompts run in full altogether. Default: 2 * (sink + tail)."
+            min=0,
+            help="Shorter prompts run in full. Default: those that save less than half of what"
+            " long ones save, about 40.",
         ),
     ] = None,
     projection: Annotated[
@@ -155,6 +157,8 @@ def convert(
         min_prompt=min_prompt,
         projection=projection.value,
     )
+    if min_prompt is None:
+        plan = with_min_prompt(plan)
     form = SIDECAR if sidecar else COPY
     target = output or form.default_path(source)
     options = FitOptions(

@@ -12,6 +12,7 @@ from pop_converter.source import read_source
 
 from pop_local.commands.files import ModelFiles
 from pop_local.fetching.catalog import fetch
+from pop_local.measure.limit import with_min_prompt
 from pop_local.models import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import size
@@ -111,7 +112,7 @@ def _convert(path: Path, target: Path) -> None:
         " Fitting takes some minutes, once."
     )
     source = read_source(path)
-    plan = make_plan(source_shape(source), projection=FITTED)
+    plan = with_min_prompt(make_plan(source_shape(source), projection=FITTED))
     fit_and_write(plan, source, target, FitOptions())
 
 

@@ -25,7 +25,7 @@ from pop_local.commands.options import (
 from pop_local.commands.ready import open_ready
 from pop_local.documents import decoded, read_document
 from pop_local.engine.conversation import Document, Turn
-from pop_local.engine.turn import Chunk, Message, TurnStats
+from pop_local.engine.turn import Chunk, Message, Reading, TurnStats
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.screen import TerminalScreen, showing_prefill
 from pop_local.ui.stats import counted_line, stats_line
@@ -44,6 +44,7 @@ class Answer:
     text: str
     pop: bool
     boundary: int
+    reading: Reading
     stats: TurnStats
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -141,6 +142,7 @@ def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> Answer:
         text="".join(chunk.text for chunk in pieces),
         pop=bool(opened.pop_mode),
         boundary=opened.boundary,
+        reading=stats.reading,
         stats=stats,
         prefill_tokens_per_s=stats.prefill_tokens_per_s,
         decode_tokens_per_s=stats.decode_tokens_per_s,

@@ -14,6 +14,7 @@ from pop_converter.errors import PopError
 from . import backend
 from .interrupt import PrefillStoppedError
 from .logprobs import Logprobs
+from .prefill import plan_prefill
 from .text import Pieces, TextStream
 from .turn import Chunk, ContextFullError, FinishReason, Message, TurnOptions, TurnStats
 
@@ -179,4 +180,11 @@ class _Turn:
             n_decoded=self._n_decoded,
             decode_s=self._decode_s,
             finish_reason=reason,
+            is_short=self._is_short(),
         )
+
+    def _is_short(self) -> bool:
+        model = self._model
+        n_new = max(1, self._n_prompt - self._n_cached)
+        plan = plan_prefill(self._n_cached, n_new, model.rule, model.n_batch)
+        return model.pop_mode is backend.Mode.CONTEXT and plan.n_pruned == 0

@@ -8,6 +8,7 @@ from pop_converter.errors import PopError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "interrupted"]
+Reading = Literal["pruned", "short", "full"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class TurnStats:
     boundary. n_full: prompt tokens that ran all layers. n_decoded: sampled tokens, the one that
     ended the answer included. ttft_s: from the question to the first token, templating and
     tokenising included. prefill_s: reading the prompt. decode_s: from the first to the last
-    sampled token, the reader's own time left out.
+    sampled token, the reader's own time left out. is_short: pruning is on, and the prompt (what was
+    not cached of it) too short to be pruned.
     """
 
     n_prompt: int
@@ -66,6 +68,14 @@ class TurnStats:
     n_decoded: int
     decode_s: float
     finish_reason: FinishReason
+    is_short: bool = False
+
+    @property
+    def reading(self) -> Reading:
+        """How the prompt was read: with context tokens pruned, or in full; "short" says why."""
+        if self.n_pruned:
+            return "pruned"
+        return "short" if self.is_short else "full"
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -17,7 +17,13 @@ The limit is the quotient. It leaves out what is not a matrix product (norms, Ro
 activations, copies) and how well the hardware does with few rows.
 """
 
+from dataclasses import replace
+
+from pop_converter.plan import Plan
 from pop_converter.shape import ModelShape
+
+# A prompt so long that its full rows hardly count.
+_LONG_PROMPT = 2048
 
 
 def prefill_macs(shape: ModelShape, n_prompt: int, boundary: int | None, n_full: int) -> int:
@@ -44,6 +50,34 @@ def speedup_limit(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) 
     """How many times fewer multiply-accumulates the pruned prefill needs than the full one."""
     full = prefill_macs(shape, n_prompt, None, n_full)
     return full / prefill_macs(shape, n_prompt, boundary, n_full)
+
+
+def with_min_prompt(plan: Plan) -> Plan:
+    """The plan with a `min_prompt` by this model: prompts that save little run in full."""
+    n_full = plan.sink_tokens + plan.tail_tokens
+    return replace(plan, min_prompt=shortest_saving(plan.shape, plan.boundary, n_full))
+
+
+def shortest_saving(shape: ModelShape, boundary: int, n_full: int) -> int:
+    """The shortest prompt that saves half of the share of work which a long one saves.
+
+    About 40 tokens for 17 full rows at any depth that is of use; what a shorter one could gain is a
+    few milliseconds, and at most a third of its rows would be context. How long a prompt must be
+    to gain at all on given hardware, `break_even` measures.
+    """
+    wanted = _saving(shape, _LONG_PROMPT, boundary, n_full) / 2
+    low, high = 1, _LONG_PROMPT
+    while low < high:
+        middle = (low + high) // 2
+        if _saving(shape, middle, boundary, n_full) >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _saving(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) -> float:
+    return 1 - 1 / speedup_limit(shape, n_prompt, boundary, n_full)
 
 
 def _visible(n_prompt: int, n_rows: int, window: int) -> int:

@@ -9,10 +9,14 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 
 
 def stats_line(stats: TurnStats) -> str:
-    """Prompt tokens (of which cached and pruned), TTFT, prefill and decode tokens per second."""
+    """Prompt tokens (of which cached and pruned), TTFT, prefill and decode tokens per second.
+
+    A prompt that was read in full although pruning is on is said to be short.
+    """
     cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
+    short = ": short" if stats.reading == "short" else ""
     return (
-        f"prompt {stats.n_prompt:,} tokens ({cached}{stats.n_pruned:,} pruned)"
+        f"prompt {stats.n_prompt:,} tokens ({cached}{stats.n_pruned:,} pruned{short})"
         f" · TTFT {stats.ttft_s:.2f} s"
         f" · prefill {stats.prefill_tokens_per_s:,.0f} tokens/s"
         f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{ENDINGS[stats.finish_reason]}"

@@ -1,0 +1,128 @@
+"""From which prompt length on pruning is faster, as measured on the machine at hand.
+
+Below it the full rows and the extra work of pruning (projections computed twice, more and smaller
+products) take what is saved. How long that is depends on the hardware: where few rows cost as much
+as many, on a GPU above all, it is longer than multiply-accumulates say.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from pop_converter.errors import PopError
+
+from pop_local.engine.backend import Mode
+from pop_local.engine.model import PopModel
+
+from .forced import use_rule
+from .speed import Spread, random_prompt, run, spread
+
+# The search ends when the answer is known to a part of this.
+_PRECISION = 8
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One prompt length. `speedup` is of the pairs, `iqr` the distance of its quartiles."""
+
+    n_prompt: int
+    n_pruned: int
+    speedup: Spread
+    iqr: float
+    wins: bool
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """`n_prompt`: the shortest length that wins; None when none does. `tried` by length."""
+
+    n_prompt: int | None
+    tried: tuple[Tried, ...]
+
+
+def measure_break_even(
+    model: PopModel,
+    n_pairs: int,
+    n_longest: int,
+    on_tried: Callable[[Tried], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> BreakEven:
+    """Search up to `n_longest` tokens, whatever `min_prompt` says; at least 2 pairs each.
+
+    Raises PopError when the counters do not prove what is measured.
+    """
+    tried: list[Tried] = []
+
+    def is_won(n_prompt: int) -> bool:
+        tried.append(_try(model, n_prompt, n_pairs, clock))
+        on_tried(tried[-1])
+        return tried[-1].wins
+
+    rule = model.rule
+    shortest = rule.sink_tokens + max(1, rule.tail_tokens) + 1
+    if n_longest < shortest:
+        raise PopError(
+            f"of {n_longest} tokens none would be pruned", "give longer prompts (--prompt)"
+        )
+    use_rule(model, replace(rule, min_prompt=0))
+    try:
+        found = search(is_won, shortest, n_longest)
+    finally:
+        use_rule(model, rule)
+    return BreakEven(found, tuple(sorted(tried, key=lambda one: one.n_prompt)))
+
+
+def search(is_won: Callable[[int], bool], shortest: int, longest: int) -> int | None:
+    """The shortest length that is won, to an eighth of it; None when none is.
+
+    Lengths are doubled until two in a row are won, so that one stroke of luck does not end the
+    search; then the gap below the first of them is halved.
+    """
+    lost, won = shortest - 1, None
+    for n_prompt in _doubled(shortest, longest):
+        if not is_won(n_prompt):
+            lost, won = n_prompt, None
+        elif won is not None:
+            break
+        else:
+            won = n_prompt
+    while won is not None and won - lost > max(1, won // _PRECISION):
+        middle = (lost + won) // 2
+        if is_won(middle):
+            won = middle
+        else:
+            lost = middle
+    return won
+
+
+def wins(ratios: Sequence[float]) -> bool:
+    """Whether the median lies above 1 by more than the quartiles lie apart."""
+    return statistics.median(ratios) - 1 > quartile_distance(ratios)
+
+
+def quartile_distance(ratios: Sequence[float]) -> float:
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return high - low
+
+
+def _doubled(shortest: int, longest: int) -> list[int]:
+    lengths = []
+    while shortest < longest:
+        lengths.append(shortest)
+        shortest *= 2
+    return [*lengths, longest]
+
+
+def _try(model: PopModel, n_prompt: int, n_pairs: int, clock: Callable[[], float]) -> Tried:
+    """In pairs, after one to warm up; the order of the two changes from pair to pair."""
+    tokens = random_prompt(model, n_prompt)
+    ratios: list[float] = []
+    n_pruned = 0
+    for pair in range(n_pairs + 1):
+        modes = (Mode.OFF, Mode.CONTEXT) if pair % 2 else (Mode.CONTEXT, Mode.OFF)
+        runs = {mode: run(model, mode, tokens, n_decode=1, clock=clock) for mode in modes}
+        ratios.append(runs[Mode.OFF].ttft_s / runs[Mode.CONTEXT].ttft_s)
+        n_pruned = runs[Mode.CONTEXT].counters.n_context
+    counted = ratios[1:]
+    return Tried(n_prompt, n_pruned, spread(counted), quartile_distance(counted), wins(counted))
