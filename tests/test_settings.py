@@ -20,6 +20,7 @@ def file(tmp_path: Path, monkeypatch) -> Path:
     path = tmp_path / "etc" / "config.toml"
     path.parent.mkdir()
     monkeypatch.setenv("POP_LOCAL_CONFIG", str(path))
+    monkeypatch.delenv("POP_LOCAL_STATE_DIR")
     return path
 
 
@@ -169,7 +170,7 @@ def test_the_keys_are_parameters_of_chat():
     from pop_local.commands import chat
 
     names = set(chat.chat.__annotations__)
-    assert set(settings.KEYS) - {"models_dir", "theme"} <= names
+    assert set(settings.KEYS) - {"models_dir", "state_dir"} <= names
 
 
 def test_config_shows_values_and_where_they_come_from(file, monkeypatch):

@@ -10,6 +10,7 @@ from pop_converter.errors import PopError
 from pop_converter.output import replacing
 
 from pop_local import settings
+from pop_local.folders import state_dir
 from pop_local.models import DEFAULT_MODEL, models_dir
 from pop_local.settings import Scalar, Setting, Value
 from pop_local.ui.lazy import HELP_OPTIONS
@@ -71,7 +72,11 @@ def _row(value: Value) -> tuple[Scalar, ...]:
 
 
 def _default(setting: Setting) -> str:
-    computed = {"models_dir": lambda: str(models_dir()), "model": lambda: DEFAULT_MODEL}
+    computed = {
+        "models_dir": lambda: str(models_dir()),
+        "state_dir": lambda: str(state_dir()),
+        "model": lambda: DEFAULT_MODEL,
+    }
     return computed.get(setting.key, lambda: setting.default)()
 
 
