@@ -221,7 +221,9 @@ def _break_even(
 
 
 def _advice(report: BreakEvenReport, n_longest: int) -> str:
-    now = f"the file prunes from {report.min_prompt:,} tokens on"
+    now = "the file names no shortest prompt"
+    if report.min_prompt:
+        now = f"the file prunes from {report.min_prompt:,} tokens on"
     if report.break_even is None:
         return f"Pruning gains nothing here up to {n_longest:,} tokens; {now}."
     return (
