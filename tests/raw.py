@@ -22,14 +22,14 @@ COUNTERS = "counters"
 
 @dataclass(frozen=True)
 class Step:
-    """One call. `op`: decode, embeddings, save, load, remove, shift, mode, boundary, full_from,
-    sink, counters.
+    """One call. `op`: decode, embeddings, embed, causal, save, load, remove, shift, mode, boundary,
+    full_from, sink, counters.
 
     decode: `tokens` from `pos` on in `seq`, and in each of `coupled`; `logits` "last", "all" or
     "none"; `more`: further (seq, pos, tokens) in the same batch, with the logits of their last
-    token. embeddings: the same with `logits` "all", giving the state after the output norm. save,
-    load: the state of `seq` to or from `path`. shift: positions from `pos` on move by `value`, the
-    tokens before them are removed.
+    token. embeddings: as decode, giving the state after the output norm; embed: asks for it from
+    now on. causal: whether rows see only earlier ones. save, load: the state of `seq` to or from
+    `path`. shift: positions from `pos` on move by `value`, the tokens before them are removed.
     """
 
     op: str
@@ -154,9 +154,15 @@ class Session:
         return self._outputs(step, self.lib.llama_get_logits_ith, self.n_vocab)
 
     def _embeddings(self, step: Step) -> np.ndarray:
-        self.lib.llama_set_embeddings(self.ctx, True)
+        self._embed(step)
         n_embd = self.lib.llama_model_n_embd(self.model)
         return self._outputs(step, self.lib.llama_get_embeddings_ith, n_embd)
+
+    def _embed(self, step: Step) -> None:
+        self.lib.llama_set_embeddings(self.ctx, True)
+
+    def _causal(self, step: Step) -> None:
+        self.lib.llama_set_causal_attn(self.ctx, bool(step.value))
 
     def _outputs(self, step: Step, get: Callable[..., Any], n_values: int) -> np.ndarray:
         parts = [(step.seq, step.pos, step.tokens), *step.more]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from converted import tiny
+from converted import converted, tiny
 from oracle import random_tokens
 from raw import Job, Step, run
+from synthetic import make_gguf
 
 TOKENS = random_tokens(64, 380)
 # Mode, boundary, sink, full_from: with as many full rows at other places, a graph may be reused.
@@ -23,18 +24,28 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("decodes", [False, True], ids=["prefills", "prefills and decodes"])
 @pytest.mark.parametrize("swa", [{}, {"swa_pattern": [True, False] * 4}], ids=["period", "flags"])
-def test_settings_that_alternate_never_run_the_graph_of_others(swa: dict, tmp_path: Path) -> None:
-    """Each prefill and the decode after it, on one context and on a fresh one: bit for bit."""
+def test_settings_that_alternate_never_run_the_graph_of_others(
+    swa: dict, decodes: bool, tmp_path: Path
+) -> None:
+    """Each prefill on one context and on a fresh one: bit for bit, and so the decode after it.
+
+    Only a graph that follows one of its shape can be reused: hence without decodes, too.
+    """
     model = str(tiny(tmp_path, "gemma3", **swa))
     order = [*range(len(SETTINGS)), *reversed(range(len(SETTINGS))), 0, 4, 2, 4, 0, 6, 0]
-    mixed = tuple(
-        step for turn, number in enumerate(order) for step in _turn(SETTINGS[number], f"{turn}.")
-    )
-    got = run(Job(model, mixed))
-    fresh = [run(Job(model, _turn(setting, ""))) for setting in SETTINGS]
+    mixed: list[Step] = []
     for turn, number in enumerate(order):
-        for name in ("prefill", "decode"):
+        prefill, decode = _turn(SETTINGS[number], f"{turn}.")
+        mixed += [*prefill, decode] if decodes else prefill
+    got = run(Job(model, tuple(mixed)))
+    fresh = []
+    for setting in SETTINGS:
+        prefill, decode = _turn(setting, "")
+        fresh.append(run(Job(model, (*prefill, decode))))
+    for turn, number in enumerate(order):
+        for name in ("prefill", "decode") if decodes else ("prefill",):
             np.testing.assert_array_equal(got[f"{turn}.{name}"], fresh[number][name])
     for number, one in enumerate(fresh):
         for other in fresh[:number]:
@@ -42,17 +53,31 @@ def test_settings_that_alternate_never_run_the_graph_of_others(swa: dict, tmp_pa
             assert not np.array_equal(one["decode"], other["decode"])
 
 
-def _turn(setting: tuple[int, int, int, int], prefix: str) -> tuple[Step, ...]:
+def _turn(setting: tuple[int, int, int, int], prefix: str) -> tuple[list[Step], Step]:
+    """The prefill from an empty cache, and the decode of a token after it."""
     mode, boundary, sink, full_from = setting
-    return (
+    prefill = [
         Step("boundary", value=boundary),
         Step("mode", value=mode),
         Step("sink", value=sink),
         Step("full_from", value=full_from),
         Step("remove"),
         Step("decode", prefix + "prefill", tokens=TOKENS),
-        Step("decode", prefix + "decode", tokens=TOKENS[:1], pos=len(TOKENS)),
-    )
+    ]
+    return prefill, Step("decode", prefix + "decode", tokens=TOKENS[:1], pos=len(TOKENS))
+
+
+@pytest.mark.parametrize("before", [Step("embed"), Step("causal", value=0)], ids=["embed", "all"])
+def test_who_needs_every_row_gets_every_row(
+    before: Step, tmp_path: Path, unpatched_lib: Path
+) -> None:
+    """Embeddings may be pooled over all rows; without a causal mask rows depend on later ones."""
+    model = str(tiny(tmp_path))
+    last = Step("decode", "last", tokens=TOKENS)
+    want = run(Job(model, (before, last), lib=str(unpatched_lib)))
+    got = run(Job(model, (before, last, Step("counters", "counters"))))
+    np.testing.assert_array_equal(got["counters"], [0, len(TOKENS)])
+    np.testing.assert_array_equal(got["last"], want["last"])
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
@@ -88,3 +113,19 @@ def test_tokens_of_two_sequences_in_one_stream_are_pruned(arch: str, tmp_path: P
     np.testing.assert_array_equal(got["counters"], [49, 15])
     np.testing.assert_array_equal(got["0"], want["0"])
     np.testing.assert_array_equal(got["next"], want["next"])
+
+
+@pytest.mark.parametrize("n_seq", [1, 3])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_sequences_without_a_sink_are_pruned(arch: str, n_seq: int, tmp_path: Path) -> None:
+    """Nor may the reserve of memory, whose rows are all at position 0, be taken for a prompt."""
+    source = make_gguf(tmp_path / "model.gguf", arch)
+    model = converted(source, tmp_path, boundary=4, sink_tokens=0)
+    more = tuple((seq, 0, TOKENS) for seq in range(1, n_seq))
+    steps = (
+        *(Step("full_from", seq=seq, value=48) for seq in range(n_seq)),
+        Step("decode", "logits", tokens=TOKENS, more=more),
+        Step("counters", "counters"),
+    )
+    counters = run(Job(str(model), steps, n_seq_max=n_seq, n_ubatch=64))["counters"]
+    np.testing.assert_array_equal(counters, [48 * n_seq, 16 * n_seq])

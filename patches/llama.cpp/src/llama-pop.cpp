@@ -302,11 +302,12 @@ static bool is_full(const llama_pop_cparams & pop, const llama_ubatch & ubatch, 
 }
 
 static llama_pop_plan plan_reserve(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
-    const uint32_t n_full = hparams.pop.sink_tokens + hparams.pop.tail_tokens;
+    // as many of each sequence, at the most all but one: the attention splits the rows among the streams
+    const uint32_t n_full = std::min((uint64_t) hparams.pop.sink_tokens + hparams.pop.tail_tokens, (uint64_t) ubatch.n_seq_tokens - 1)*ubatch.n_seqs;
 
     llama_pop_plan plan;
     plan.il = cparams.pop.boundary;
-    for (uint32_t i = 0; i < n_full && i + 1 < ubatch.n_tokens; ++i) {
+    for (uint32_t i = 0; i < n_full; ++i) {
         plan.rows.push_back(i);
     }
     return plan;
@@ -315,7 +316,8 @@ static llama_pop_plan plan_reserve(const llama_hparams & hparams, const llama_cp
 llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
     const auto & pop = cparams.pop;
 
-    const bool is_reserve = ubatch.seq_id[0] == nullptr;
+    // a ubatch for a reserve borrows its sequences from the list of them, see ubatch_prepare_reserve()
+    const bool is_reserve = ubatch.seq_id[0] == ubatch.seq_id_unq;
     if (is_reserve) {
         return pop.reserving ? plan_reserve(hparams, cparams, ubatch) : llama_pop_plan();
     }
@@ -374,8 +376,12 @@ bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_
         return true;
     }
 
+    const auto & cparams = ctx.get_cparams();
+
+    const uint32_t n_seqs = cparams.kv_unified ? 1 : cparams.n_seq_max;
+
     pop.reserving = true;
-    const bool ok = ctx.graph_reserve(n_tokens, 1, 1, mctx) != nullptr;
+    const bool ok = ctx.graph_reserve(n_tokens, n_seqs, n_seqs, mctx) != nullptr;
     pop.reserving = false;
 
     return ok;

@@ -119,7 +119,7 @@ struct llama_pop_cparams {
 
     std::vector<llama_pos> full_from; // by sequence, no entry: none by position
 
-    bool reserving = false; // the next graph is for the reserve of the worst case, its ubatch has no sequences
+    bool reserving = false; // the next graph is for the reserve of a pruned prefill
 };
 
 llama_pop_cparams llama_pop_init(const llama_model & model);
