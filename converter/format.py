@@ -66,6 +66,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a boundary was chosen by: the deepest one that `quality` allows.
+
+    Bounds of Measured's kl_mean and copy_ppl_ratio, and of the retention of random tokens (see
+    pop_local.measure.quality). `tried`: the boundaries that were measured, and the verdicts.
+    """
+
+    quality: str
+    max_kl: float
+    max_copy_ratio: float
+    least_retention: float
+    tried: str = ""
+
+
+@dataclass(frozen=True)
 class Binding:
     """The base of a sidecar: its size, and the sha256 of all that precedes its tensors' data."""
 
@@ -96,6 +111,7 @@ class PopMeta:
     source_bytes: int = 0
     calibration: Calibration | None = None
     measured: Measured | None = None
+    budget: Budget | None = None
 
     @property
     def n_layer(self) -> int:
@@ -123,6 +139,7 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
 _SOURCE_BYTES = "pop.source.size_bytes"
 _CALIBRATION = "pop.calibration."
 _MEASURED = "pop.measured."
+_BUDGET = "pop.budget."
 # Only in sidecars; `base_bytes` is 64 bits wide.
 _BINDING = "pop.sidecar."
 
@@ -172,6 +189,7 @@ def pop_meta(header: Header) -> PopMeta | None:
         raise FormatError(f"{header.path}: {_SOURCE_BYTES} is not of type int")
     values["calibration"] = _read_group(header, _CALIBRATION, Calibration)
     values["measured"] = _read_group(header, _MEASURED, Measured)
+    values["budget"] = _read_group(header, _BUDGET, Budget)
     if "schedule" not in values:
         raise FormatError(f"{header.path} has POP keys but no pop.schedule", CONVERT_AGAIN)
     meta = PopMeta(**values)
@@ -187,7 +205,7 @@ def read_binding(header: Header) -> Binding:
     return binding
 
 
-Group = TypeVar("Group", Calibration, Measured, Binding)
+Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
@@ -233,7 +251,11 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
     if meta.source_bytes:
         keys.append(_encode_size(_SOURCE_BYTES, meta.source_bytes))
-    for prefix, group in ((_CALIBRATION, meta.calibration), (_MEASURED, meta.measured)):
+    for prefix, group in (
+        (_CALIBRATION, meta.calibration),
+        (_MEASURED, meta.measured),
+        (_BUDGET, meta.budget),
+    ):
         if group is not None:
             keys += [_encode_key(prefix + name, value) for name, value in vars(group).items()]
     return tuple(keys)

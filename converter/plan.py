@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .errors import PlanError
-from .format import OWN, Calibration, Measured, PopMeta, make_schedule
+from .format import OWN, Budget, Calibration, Measured, PopMeta, make_schedule
 from .shape import ModelShape
 
 # The paper's middle setting: most of the speed for little of the quality.
@@ -16,7 +16,10 @@ Skip = Fraction | int
 
 @dataclass(frozen=True)
 class Plan:
-    """A decided conversion; layers from `boundary` on are skipped by context tokens."""
+    """A decided conversion; layers from `boundary` on are skipped by context tokens.
+
+    `budget`: what decided it, None where the user did.
+    """
 
     shape: ModelShape
     boundary: int
@@ -24,6 +27,7 @@ class Plan:
     sink_tokens: int
     tail_tokens: int
     min_prompt: int
+    budget: Budget | None = None
 
     @property
     def schedule(self) -> str:
@@ -60,6 +64,7 @@ class Plan:
             source_bytes=source_bytes,
             calibration=calibration,
             measured=measured,
+            budget=self.budget,
         )
 
 

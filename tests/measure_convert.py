@@ -94,7 +94,9 @@ def main(folder: Path, gigabytes: float) -> None:
             copy_s, _ = timed("cp", src, dst)
             hash_s, _ = timed("sha256sum", src)
             dst.unlink()
-            convert_s, n_bytes = timed(*pop_local, "convert", "--projection", "own", src, dst)
+            convert_s, n_bytes = timed(
+                *pop_local, "convert", "--projection", "own", "--skip", "1/3", src, dst
+            )
             back = folder / "back.gguf"
             strip_s, more_bytes = timed(*pop_local, "strip", dst, back)
             if subprocess.check_output(["sha256sum", back]).split()[0] != sha256:

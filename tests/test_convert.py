@@ -22,8 +22,10 @@ PROMPT = tuple(range(3, 60))
 
 
 def command(*arguments: object):
-    """Own projections: what the fit adds is tested with the fit."""
-    return CliRunner().invoke(app, ["convert", "--projection", "own", *map(str, arguments)])
+    """Own projections: what the fit adds is tested with the fit; and a depth, without measuring."""
+    depth = () if {"--skip", "--boundary"} & set(arguments) else ("--skip", "1/3")
+    options = ["--projection", "own", *depth, *map(str, arguments)]
+    return CliRunner().invoke(app, ["convert", *options])
 
 
 def names(folder: Path) -> set[str]:

@@ -1,12 +1,14 @@
 """Conversions with a fit: as `convert` runs one, and at several depths for `eval`."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pop_converter.format import FITTED, PopMeta
 from pop_converter.plan import Plan
-from pop_converter.rewrite import check_target
+from pop_converter.rewrite import Examine, Fitted, Sizes, check_target
 from pop_converter.sidecar import measure_sidecar, write_sidecar
 from pop_converter.source import Source
 
@@ -15,36 +17,80 @@ from pop_local.commands.fitting import FitOptions, fit
 from pop_local.commands.forms import COPY, Form
 from pop_local.ui.progress import bytes_progress
 
+TEMPORARY = "pop-local-"
 
-def fit_and_write(
-    plan: Plan,
-    source: Source,
-    target: Path,
-    options: FitOptions,
-    *,
-    form: Form = COPY,
-    n_threads: int | None = None,
-    n_gpu_layers: int = -1,
-    allow_broken_copy: bool = False,
-    force: bool = False,
-) -> PopMeta:
-    """Write `target`; own projections are neither fitted nor measured. Raises PopError."""
+
+@dataclass(frozen=True)
+class Job:
+    """What is converted, into what, and with what."""
+
+    source: Source
+    target: Path
+    form: Form = COPY
+    options: FitOptions = field(default_factory=FitOptions)
+    n_threads: int | None = None
+    n_gpu_layers: int = -1
+    force: bool = False
+
+    @property
+    def path(self) -> Path:
+        return self.source.first.path
+
+    def measure(self, plan: Plan) -> Sizes:
+        """Of what `plan` reads and writes."""
+        return self.form.measure(plan, self.path, self.options.stored_type.value)
+
+    def check_target(self, sizes: Sizes) -> None:
+        """Raises OutputExistsError, WriteError."""
+        check_target(self.path, self.target, sizes, force=self.force)
+
+    def fit(self, plans: Sequence[Plan]) -> tuple[Fitted, ...]:
+        return fit(
+            plans,
+            self.source,
+            self.options,
+            n_threads=self.n_threads,
+            n_gpu_layers=self.n_gpu_layers,
+        )
+
+    def write(self, plan: Plan, fitted: Fitted | None, examine: Examine | None) -> PopMeta:
+        """Raises PopError."""
+        with bytes_progress(self.form.progress) as advance:
+            return self.form.write(
+                plan,
+                self.path,
+                self.target,
+                fitted=fitted,
+                examine=examine,
+                progress=advance,
+                force=self.force,
+            )
+
+
+def fit_and_write(plan: Plan, job: Job, *, allow_broken_copy: bool = False) -> PopMeta:
+    """Own projections are neither fitted nor measured. Raises PopError."""
+    if plan.projection != FITTED:
+        return job.write(plan, None, None)
+    [fitted] = job.fit((plan,))
+    examine = Examiner(
+        plan,
+        job.path,
+        job.form.files,
+        n_threads=job.n_threads,
+        n_gpu_layers=job.n_gpu_layers,
+        allow_broken_copy=allow_broken_copy,
+    )
+    return job.write(plan, fitted, examine)
+
+
+@contextmanager
+def temporary_sidecar(plan: Plan, source: Source, fitted: Fitted | None) -> Iterator[Path]:
+    """A sidecar to measure, gone afterwards. Raises PopError."""
     path = source.first.path
-    fitted = examine = None
-    if plan.projection == FITTED:
-        [fitted] = fit((plan,), source, options, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
-        examine = Examiner(
-            plan,
-            path,
-            form.files,
-            n_threads=n_threads,
-            n_gpu_layers=n_gpu_layers,
-            allow_broken_copy=allow_broken_copy,
-        )
-    with bytes_progress(form.progress) as advance:
-        return form.write(
-            plan, path, target, fitted=fitted, examine=examine, progress=advance, force=force
-        )
+    with TemporaryDirectory(prefix=TEMPORARY) as folder:
+        target = Path(folder) / "fitted.gguf"
+        write_sidecar(plan, path, target, fitted=fitted)
+        yield target
 
 
 def fitted_sidecars(
@@ -59,16 +105,19 @@ def fitted_sidecars(
 
     Close it to remove the last one. Raises PopError.
     """
+    require_room(plans, source, options)
+    wanted = [plan for plan in plans if plan.projection == FITTED]
+    found = fit(wanted, source, options, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    fitted = dict(zip(wanted, found, strict=True))
+    for plan in plans:
+        with temporary_sidecar(plan, source, fitted.get(plan)) as sidecar:
+            yield sidecar
+
+
+def require_room(plans: Sequence[Plan], source: Source, options: FitOptions) -> None:
+    """Raises WriteError when a temporary sidecar would not find the space, before the fit."""
     path = source.first.path
-    with TemporaryDirectory(prefix="pop-local-") as folder:
-        target = Path(folder) / "fitted.gguf"
+    with TemporaryDirectory(prefix=TEMPORARY) as folder:
         for plan in plans:
             sizes = measure_sidecar(plan, path, options.stored_type.value)
-            check_target(path, target, sizes, force=False)
-        wanted = [plan for plan in plans if plan.projection == FITTED]
-        found = fit(wanted, source, options, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
-        fitted = dict(zip(wanted, found, strict=True))
-        for plan in plans:
-            write_sidecar(plan, path, target, fitted=fitted.get(plan))
-            yield target
-            target.unlink()
+            check_target(path, Path(folder) / "fitted.gguf", sizes, force=False)

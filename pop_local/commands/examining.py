@@ -1,6 +1,7 @@
 """The short evaluation of a fitted file before `convert` lets it take its place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from pop_local.ui.tables import Fact
 from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
+    from pop_local.engine.model import PopModel
+    from pop_local.measure.heldout import TextTokens
     from pop_local.measure.quality import Quality
 
 N_WINDOWS = 8
@@ -61,23 +64,11 @@ class Examiner:
     def _measure(
         self, files: ModelFiles, boundaries: tuple[int, ...], n_windows: int
     ) -> "tuple[Quality, ...]":
-        from pop_local.engine.model import open_model
-        from pop_local.measure.heldout import shipped_text, tokenize
         from pop_local.measure.quality import QualitySettings, measure_depths
 
         settings = QualitySettings(n_windows=n_windows)
-        opened = open_model(
-            files.path,
-            sidecar=files.sidecar,
-            n_ctx=2 * (settings.n_context + settings.n_continuation),
-            n_threads=self._n_threads,
-            n_gpu_layers=self._n_gpu_layers,
-        )
-        try:
-            tokens = tokenize(opened, shipped_text())
-            return measure_depths(opened, tokens, settings, boundaries, lambda done, total: None)
-        finally:
-            opened.close()
+        with opened_to_measure(files, self._n_threads, self._n_gpu_layers) as (model, tokens):
+            return measure_depths(model, tokens, settings, boundaries, lambda done, total: None)
 
     def _refuse(self, quality: "Quality") -> None:
         message = (
@@ -98,6 +89,29 @@ class Examiner:
         ]
         advice = f"--boundary {min(passing)} would pass" if passing else "skip fewer layers"
         raise CopyingBrokenError(message, f"{advice}; --allow-broken-copy writes it all the same")
+
+
+@contextmanager
+def opened_to_measure(
+    files: ModelFiles, n_threads: int | None, n_gpu_layers: int
+) -> "Iterator[tuple[PopModel, TextTokens]]":
+    """A model, and the held-out text in its tokens."""
+    from pop_local.engine.model import open_model
+    from pop_local.measure.heldout import shipped_text, tokenize
+    from pop_local.measure.quality import QualitySettings
+
+    settings = QualitySettings()
+    opened = open_model(
+        files.path,
+        sidecar=files.sidecar,
+        n_ctx=2 * (settings.n_context + settings.n_continuation),
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+    )
+    try:
+        yield opened, tokenize(opened, shipped_text())
+    finally:
+        opened.close()
 
 
 def copies(quality: "Quality") -> bool:

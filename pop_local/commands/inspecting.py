@@ -12,6 +12,7 @@ from pop_converter.rewrite import original
 from pop_converter.source import Source
 
 from pop_local.models import load_catalog
+from pop_local.ui.budget import budget_fact
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import Fact, size
 
@@ -91,6 +92,7 @@ def pruning_facts(meta: PopMeta | None) -> list[Fact]:
         ("K/V projections", "own: the layers' own weights" if own else meta.projection),
         ("Always in full", f"the first {meta.sink_tokens} and last {meta.tail_tokens} tokens"),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
+        *([budget_fact(meta.budget), ("", meta.budget.tried)] if meta.budget else []),
         ("Converted from", meta.source_name or "unknown"),
         ("Its sha256", meta.source_sha256 or "unknown"),
         ("Converted by", meta.tool or "unknown"),

@@ -104,8 +104,7 @@ def _fetch(entry: Model) -> Path:
 
 
 def _convert(path: Path, target: Path) -> None:
-    from pop_local.commands.converting import fit_and_write
-    from pop_local.commands.fitting import FitOptions
+    from pop_local.commands.converting import Job, fit_and_write
 
     note(
         f"Converting it to {target}: while reading, context tokens skip {DEFAULT_SKIP} of it."
@@ -113,7 +112,7 @@ def _convert(path: Path, target: Path) -> None:
     )
     source = read_source(path)
     plan = with_min_prompt(make_plan(source_shape(source), projection=FITTED))
-    fit_and_write(plan, source, target, FitOptions())
+    fit_and_write(plan, Job(source, target))
 
 
 def open_ready(

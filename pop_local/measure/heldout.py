@@ -61,22 +61,27 @@ def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
     )
 
 
+def room(texts: TextTokens, n_tokens: int) -> int:
+    """How many windows of n_tokens `spread_windows` finds."""
+    return sum(len(text) // n_tokens for text in texts)
+
+
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
     """Windows of n_tokens that do not overlap, spread evenly over all parts and within each.
 
     Parts too short for their share leave it to the others. Raises PopError when all are too short.
     """
-    room = [len(text) // n_tokens for text in texts]
-    if sum(room) < n_windows:
+    rooms = [len(text) // n_tokens for text in texts]
+    if sum(rooms) < n_windows:
         raise PopError(
-            f"the text has room for {sum(room)} windows of {n_tokens:,} tokens, {n_windows} are"
+            f"the text has room for {sum(rooms)} windows of {n_tokens:,} tokens, {n_windows} are"
             f" wanted: at least {n_windows * n_tokens:,} tokens are needed, it has"
             f" {sum(len(text) for text in texts):,}",
             "give a longer text (--text), or fewer or shorter windows (--windows, --context)",
         )
     return [
         text[start : start + n_tokens]
-        for text, count in zip(texts, _shares(room, n_windows), strict=True)
+        for text, count in zip(texts, _shares(rooms, n_windows), strict=True)
         for start in np.linspace(0, len(text) - n_tokens, count).astype(int).tolist()
     ]
 

@@ -58,19 +58,23 @@ def copied(reader: Forced, passage: Sequence[int], mode: Mode = Mode.OFF) -> Lik
     return likelihood(reader.predict(passage, mode)[1:], targets)
 
 
-def n_induction_tokens(n_prunings: int) -> int:
+def n_induction_tokens(n_draws: int, n_prunings: int) -> int:
     """Tokens that `measure_induction` evaluates, but for BOS."""
-    return N_DRAWS * N_REPEATED * (3 + 2 * n_prunings)
+    return n_draws * N_REPEATED * (3 + 2 * n_prunings)
 
 
 def measure_induction(
-    reader: Forced, prunings: Sequence[Pruning], seed: int, ran: Callable[[int], None]
+    reader: Forced,
+    prunings: Sequence[Pruning],
+    n_draws: int,
+    seed: int,
+    ran: Callable[[int], None],
 ) -> list[Induction]:
     """One result for each; `ran` gets the number of tokens evaluated."""
     rng = np.random.default_rng(seed)
-    first, full = np.empty(N_DRAWS), np.empty(N_DRAWS)
-    pruned = np.empty((len(prunings), N_DRAWS))
-    for draw in range(N_DRAWS):
+    first, full = np.empty(n_draws), np.empty(n_draws)
+    pruned = np.empty((len(prunings), n_draws))
+    for draw in range(n_draws):
         tokens = random_tokens(reader.model, N_REPEATED, rng)
         first[draw] = _first_nll(reader, tokens)
         full[draw] = _second_nll(reader, tokens, Mode.OFF, Mode.OFF)

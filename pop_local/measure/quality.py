@@ -8,7 +8,7 @@ context's last token.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from pop_local.engine.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import RowRule
 
+from . import probes
 from .divergence import Divergence, Likelihood, divergence, likelihood
 from .estimate import Estimate, exp_mean, mean, quantile, ratio
 from .forced import Forced, Pruning, forced, n_pruned
@@ -30,13 +31,17 @@ _LEAST_INDUCTION = 0.1
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """Lengths in tokens. `mode`: of the context; OFF compares the full model with itself."""
+    """Lengths in tokens. `mode`: of the context; OFF compares the full model with itself.
+
+    `n_draws`: of random tokens to repeat.
+    """
 
     n_windows: int = 32
     n_context: int = 512
     n_continuation: int = 128
     mode: Mode = Mode.CONTEXT
     seed: int = 0
+    n_draws: int = field(default_factory=lambda: probes.N_DRAWS)
 
 
 @dataclass(frozen=True)
@@ -133,13 +138,13 @@ def measure_prunings(
     """
     with forced(model) as reader:
         windows = _windows(reader, text_tokens, settings)
-        steps = _Steps(windows, len(prunings), on_progress)
+        steps = _Steps(windows, settings.n_draws, len(prunings), on_progress)
         scores: list[list[_Scores]] = [[] for _ in prunings]
         for window in windows:
             scored = _score(reader, window, prunings, steps)
             for of_pruning, score in zip(scores, scored, strict=True):
                 of_pruning.append(score)
-        induction = measure_induction(reader, prunings, settings.seed, steps.ran)
+        induction = measure_induction(reader, prunings, settings.n_draws, settings.seed, steps.ran)
         return tuple(
             _summary(pruning, settings, reader.rule, of_pruning, repeated)
             for pruning, of_pruning, repeated in zip(prunings, scores, induction, strict=True)
@@ -150,10 +155,14 @@ class _Steps:
     """Counts tokens for the progress bar."""
 
     def __init__(
-        self, windows: Sequence[_Window], n_prunings: int, on_progress: Callable[[int, int], None]
+        self,
+        windows: Sequence[_Window],
+        n_draws: int,
+        n_prunings: int,
+        on_progress: Callable[[int, int], None],
     ) -> None:
         n_tokens = sum(window.n_tokens for window in windows)
-        self._total = n_tokens * (1 + n_prunings) + n_induction_tokens(n_prunings)
+        self._total = n_tokens * (1 + n_prunings) + n_induction_tokens(n_draws, n_prunings)
         self._done = 0
         self._on_progress = on_progress
         self.ran(0)

@@ -1,0 +1,182 @@
+"""What `convert` prints of a conversion: facts for people, one object for --json."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pop_converter.format import FITTED, Budget, Calibration, Measured, PopMeta
+from pop_converter.plan import Plan
+from pop_converter.rewrite import Sizes
+
+from pop_local.commands.converting import Job
+from pop_local.commands.examining import measured_facts
+from pop_local.commands.forms import SIDECAR, Form
+from pop_local.measure.limit import speedup_limit
+from pop_local.ui.budget import Trial, budget_fact
+from pop_local.ui.tables import Fact, print_facts, print_json, size
+
+# Long enough that the full rows hardly count, short enough for a question about a document.
+LIMIT_PROMPT = 2048
+_HOW = "first without a fit, then those near the budget as they will be used"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `--json` prints; `source_sha256` is None when nothing was written.
+
+    `tried`: what a budget's search measured, deepest last; empty where the user named the depth.
+    """
+
+    source: str
+    output: str
+    form: str
+    architecture: str
+    n_layer: int
+    boundary: int
+    n_skipped: int
+    schedule: str
+    projection: str
+    sink_tokens: int
+    tail_tokens: int
+    min_prompt: int
+    source_bytes: int
+    output_bytes: int
+    limit_n_prompt: int
+    speedup_limit: float
+    source_sha256: str | None
+    calibration: Calibration | None
+    measured: Measured | None
+    budget: Budget | None
+    tried: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What `--json --dry-run` prints of a search: the boundaries that may be chosen."""
+
+    source: str
+    output: str
+    form: str
+    architecture: str
+    n_layer: int
+    boundaries: tuple[int, ...]
+    projection: str
+    sink_tokens: int
+    tail_tokens: int
+    min_prompt: int
+    source_bytes: int
+    most_output_bytes: int
+    most_speedup_limit: float
+    budget: Budget
+
+
+def limit(plan: Plan) -> float:
+    """The speed-up that it can reach at most."""
+    n_full = plan.sink_tokens + plan.tail_tokens
+    return speedup_limit(plan.shape, LIMIT_PROMPT, plan.boundary, n_full)
+
+
+def _opened_by(plan: Plan, form: Form) -> str:
+    if form is SIDECAR:
+        return "the model itself stays as it is, for any program"
+    if plan.projection == FITTED:
+        return "the copy opens in pop-local only, since stock llama.cpp refuses added tensors"
+    return "stock llama.cpp opens the copy, too"
+
+
+def facts(plan: Plan, job: Job, sizes: Sizes) -> list[Fact]:
+    form, n_layer = job.form, plan.shape.n_layer
+    return [
+        ("Model", str(job.path)),
+        ("Architecture", plan.shape.arch),
+        ("Layers", f"{n_layer}, of which context tokens skip {plan.n_skipped}"),
+        ("Boundary", f"layer {plan.boundary}"),
+        ("Schedule", plan.schedule),
+        ("K/V of skipped", f"{plan.projection} projections; {_opened_by(plan, form)}"),
+        ("Always in full", f"the first {plan.sink_tokens} and last {plan.tail_tokens} tokens"),
+        ("Size", f"{size(sizes.source_bytes)}, {form.name} {size(sizes.output_bytes)}"),
+        ("Speed-up", f"at most {limit(plan):.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"),
+    ]
+
+
+def show_written(
+    plan: Plan,
+    job: Job,
+    sizes: Sizes,
+    meta: PopMeta | None,
+    tried: tuple[Trial, ...],
+    *,
+    json: bool,
+) -> None:
+    """The last lines, or the object; `meta` None when nothing was written."""
+    if json:
+        print_json(_report(plan, job, sizes, meta, tried))
+    elif meta is not None:
+        quality = measured_facts(meta.measured) if meta.measured else []
+        print_facts([*quality, ("Written", str(job.target))])
+
+
+def _report(
+    plan: Plan, job: Job, sizes: Sizes, meta: PopMeta | None, tried: tuple[Trial, ...]
+) -> Report:
+    return Report(
+        source=str(job.path),
+        output=str(job.target),
+        form=job.form.name,
+        architecture=plan.shape.arch,
+        n_layer=plan.shape.n_layer,
+        boundary=plan.boundary,
+        n_skipped=plan.n_skipped,
+        schedule=plan.schedule,
+        projection=plan.projection,
+        sink_tokens=plan.sink_tokens,
+        tail_tokens=plan.tail_tokens,
+        min_prompt=plan.min_prompt,
+        source_bytes=sizes.source_bytes,
+        output_bytes=sizes.output_bytes,
+        limit_n_prompt=LIMIT_PROMPT,
+        speedup_limit=limit(plan),
+        source_sha256=meta.source_sha256 if meta else None,
+        calibration=meta.calibration if meta else None,
+        measured=meta.measured if meta else None,
+        budget=plan.budget,
+        tried=tried,
+    )
+
+
+def search_facts(plans: Sequence[Plan], budget: Budget, job: Job, sizes: Sizes) -> list[Fact]:
+    """`plans` from the shallowest on; `sizes` of the deepest."""
+    first, last = plans[0], plans[-1]
+    n_layer = last.shape.n_layer
+    skipped = f"{n_layer}, of which context tokens skip as many as the budget allows"
+    return [
+        ("Model", str(job.path)),
+        ("Architecture", last.shape.arch),
+        ("Layers", f"{skipped}, {last.n_skipped} at most"),
+        budget_fact(budget),
+        ("Boundaries", f"bisected from {first.boundary} down to {last.boundary}: {_HOW}"),
+        ("K/V of skipped", f"{last.projection} projections; {_opened_by(last, job.form)}"),
+        ("Always in full", f"the first {last.sink_tokens} and last {last.tail_tokens} tokens"),
+        ("Size", f"{size(sizes.source_bytes)}, {job.form.name} up to {size(sizes.output_bytes)}"),
+        ("Speed-up", f"at most {limit(last):.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"),
+    ]
+
+
+def search_plan(plans: Sequence[Plan], budget: Budget, job: Job, sizes: Sizes) -> SearchPlan:
+    """As `search_facts`."""
+    last = plans[-1]
+    return SearchPlan(
+        source=str(job.path),
+        output=str(job.target),
+        form=job.form.name,
+        architecture=last.shape.arch,
+        n_layer=last.shape.n_layer,
+        boundaries=tuple(plan.boundary for plan in plans),
+        projection=last.projection,
+        sink_tokens=last.sink_tokens,
+        tail_tokens=last.tail_tokens,
+        min_prompt=last.min_prompt,
+        source_bytes=sizes.source_bytes,
+        most_output_bytes=sizes.output_bytes,
+        most_speedup_limit=limit(last),
+        budget=budget,
+    )

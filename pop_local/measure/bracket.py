@@ -1,0 +1,52 @@
+"""The cheap look before any fit: where between the layers a budget may end."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from pop_converter.format import FITTED, Budget
+from pop_converter.plan import Plan
+
+from pop_local.engine.model import PopModel
+
+from .budget import Bracket, is_hopeless, is_promising
+from .depth import boundaries
+from .forced import use_rule
+from .heldout import TextTokens
+from .quality import QualitySettings, measure_depths
+
+# Enough to say where to begin.
+LOOK = QualitySettings(n_windows=4, n_context=256, n_continuation=64, n_draws=2)
+
+
+def find_bracket(
+    model: PopModel,
+    plan: Plan,
+    budget: Budget,
+    text_tokens: TextTokens,
+    on_progress: Callable[[int, int], None],
+) -> Bracket:
+    """Bisect the deeper half of the layers with their own projections, as `plan` prunes.
+
+    `plan`: any of the model, its boundary does not count. `on_progress` gets the tokens of the
+    boundary at work. The last layer alone is the shallowest: skipping it costs nothing.
+    """
+    as_planned(model, plan)
+    order = boundaries(plan.shape)
+    deepest = order[-1]
+    promising, hopeless = 0, len(order)
+    while hopeless - promising > 1:
+        middle = (promising + hopeless) // 2
+        [own] = measure_depths(model, text_tokens, LOOK, (order[middle],), on_progress)
+        if is_promising(budget, own, fitted=plan.projection == FITTED):
+            promising = middle
+            continue
+        hopeless = middle
+        if is_hopeless(budget, own):
+            deepest = order[middle] + 1
+    return Bracket(deepest, order[promising], order[0])
+
+
+def as_planned(model: PopModel, plan: Plan) -> None:
+    """Let the model's full tokens be those of the plan."""
+    rule = replace(model.rule, sink_tokens=plan.sink_tokens, tail_tokens=plan.tail_tokens)
+    use_rule(model, rule)

@@ -1,0 +1,120 @@
+"""How deep a budget lets pruning go: from what was measured to the boundary, and to the next one.
+
+Deeper is taken to be never better. The layers' own projections, which need no fit, say where to
+begin (`is_promising`); what is chosen was measured as it will be used.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pop_converter.format import Budget
+
+if TYPE_CHECKING:
+    from pop_local.measure.estimate import Estimate
+    from pop_local.measure.quality import Quality
+
+NEAR_LOSSLESS = Budget("near-lossless", max_kl=0.01, max_copy_ratio=1.02, least_retention=0.9)
+BALANCED = Budget("balanced", max_kl=0.035, max_copy_ratio=1.12, least_retention=0.85)
+# At the limits past which copying from the prompt is called broken (commands.examining).
+FAST = Budget("fast", max_kl=0.1, max_copy_ratio=1.3, least_retention=0.7)
+BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
+
+# A fit divides the KL of the own projections by 3.6 to 13, at depths of 1/4 to 1/2.
+_KL_GAIN = 5.0
+# It hardly moves the retention; few draws leave as much open.
+_RETENTION_GAIN = 0.05
+# Nothing turns round what lies so far below the limit.
+_LOST_RETENTION = 0.3
+# Beyond so many standard errors from the limit more windows would not change the verdict.
+_CLEAR = 2.0
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Where to look: from `shallowest` down to `deepest`, at `guess` first."""
+
+    deepest: int
+    guess: int
+    shallowest: int
+
+
+def is_inside(budget: Budget, quality: "Quality") -> bool:
+    """A model that does not copy random tokens itself has no retention to keep."""
+    return all(over <= 0 for over, _ in _excesses(budget, quality))
+
+
+def is_clearly_outside(budget: Budget, quality: "Quality") -> bool:
+    """Whether a limit is passed by more than sampling explains."""
+    return any(over > _CLEAR * error for over, error in _excesses(budget, quality))
+
+
+def is_promising(budget: Budget, own: "Quality", *, fitted: bool) -> bool:
+    """Whether a boundary measured with own projections may be inside once they are `fitted`."""
+    gain, slack = (_KL_GAIN, _RETENTION_GAIN) if fitted else (1.0, 0.0)
+    retention = own.induction_retention
+    return own.kl_mean.value <= gain * budget.max_kl and (
+        retention is None or retention.value >= budget.least_retention - slack
+    )
+
+
+def is_hopeless(budget: Budget, own: "Quality") -> bool:
+    """Whether copying is gone, which no fit brings back."""
+    retention = own.induction_retention
+    return retention is not None and retention.value < budget.least_retention - _LOST_RETENTION
+
+
+def next_boundary(bracket: Bracket, verdicts: Mapping[int, bool]) -> int | None:
+    """The boundary to measure next; None when the deepest inside is known, or that there is none.
+
+    `verdicts`: whether each boundary measured so far is inside. Away from the guess the steps grow.
+    """
+    if not verdicts:
+        return bracket.guess
+    outside, inside = open_interval(bracket, verdicts)
+    if inside - outside <= 1:
+        return None
+    if outside < bracket.deepest:
+        return max(bracket.deepest, inside - len(verdicts))
+    if inside > bracket.shallowest:
+        return min(bracket.shallowest, outside + len(verdicts))
+    return (outside + inside) // 2
+
+
+def open_interval(bracket: Bracket, verdicts: Mapping[int, bool]) -> tuple[int, int]:
+    """What lies between is undecided: the shallowest outside, the deepest inside.
+
+    One past the bracket's ends where there is none.
+    """
+    inside = min((b for b, passed in verdicts.items() if passed), default=bracket.shallowest + 1)
+    outside = max(
+        (b for b, passed in verdicts.items() if not passed and b < inside),
+        default=bracket.deepest - 1,
+    )
+    return outside, inside
+
+
+def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:
+    return min((boundary for boundary, passed in verdicts.items() if passed), default=None)
+
+
+def worth_fitting(bracket: Bracket, verdicts: Mapping[int, bool], boundary: int) -> tuple[int, ...]:
+    """`boundary` and those that may be asked for after it, the likeliest first."""
+    outside, inside = open_interval(bracket, verdicts)
+    near = (boundary, boundary - 1, boundary + 1)
+    return tuple(b for b in near if outside < b < inside)
+
+
+def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
+    """How far each figure is past its limit, and its standard error."""
+    found = [
+        _excess(quality.kl_mean, budget.max_kl),
+        _excess(quality.copy_ppl_ratio, budget.max_copy_ratio),
+    ]
+    if (retention := quality.induction_retention) is not None:
+        found.append((budget.least_retention - retention.value, retention.se or 0.0))
+    return found
+
+
+def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
+    return estimate.value - limit, estimate.se or 0.0
