@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,9 +58,11 @@ def tiny(tmp_path) -> Path:
 def test_existing_output_stays(tiny, tmp_path):
     dst = tmp_path / "out.gguf"
     dst.write_text("mine")
+    copied: list[int] = []
     with pytest.raises(OutputExistsError):
-        convert_default(tiny, dst)
+        convert_default(tiny, dst, progress=lambda done, total: copied.append(done))
     assert dst.read_text() == "mine"
+    assert not copied, "refused before the copy"
     convert_default(tiny, dst, force=True)
     assert read_pop_meta(dst) is not None
 
@@ -196,13 +199,27 @@ def test_read_only_disk(tiny, mount):
         convert_default(tiny, folder / "out.gguf")
 
 
-def test_folder_without_permission(tiny, tmp_path):
-    folder = tmp_path / "locked"
-    folder.mkdir(mode=0o555)
-    if os.access(folder, os.W_OK):
-        pytest.skip("this user may write anywhere")
-    with pytest.raises(WriteError, match="Permission denied"):
-        convert_default(tiny, folder / "out.gguf")
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder for a user whom permissions bind, which root becomes for a while."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)  # nobody
+    yield folder
+    os.seteuid(before)
+    shutil.rmtree(folder)
+
+
+def test_folder_without_permission(unprivileged):
+    source = make_gguf(unprivileged / "tiny.gguf", "llama")
+    locked = unprivileged / "locked"
+    locked.mkdir(mode=0o555)
+    with pytest.raises(WriteError, match="Permission denied") as raised:
+        convert_default(source, locked / "out.gguf")
+    assert "permissions" in raised.value.hint
+    assert not names(locked)
 
 
 def test_file_too_large_for_its_limit(tiny, tmp_path):

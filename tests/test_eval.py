@@ -9,6 +9,7 @@ from synthetic import make_gguf
 from typer.testing import CliRunner
 
 from pop_local.cli import app
+from pop_local.engine import backend
 from pop_local.engine.backend import Mode
 from pop_local.engine.model import open_model
 from pop_local.measure import needle
@@ -78,6 +79,18 @@ def test_ablations_change_the_tokens_pruned(pop_file, text, options, n_pruned):
 
 def test_full_against_full_is_zero(pop_file, text):
     assert abs(measured(pop_file, "--text", text, "--no-pop")["kl_mean"]) < 1e-6
+
+
+def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
+    pop_file, text, monkeypatch
+):
+    """All rows become full behind the command's back; only the backend's counters can tell."""
+    real = backend.set_full_from
+    monkeypatch.setattr(backend, "set_full_from", lambda ctx, *_: real(ctx, 0))
+    done = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0, "--json")
+    assert done.exit_code == 1
+    assert "43 should" in " ".join(done.stderr.split())
+    assert done.stdout == ""
 
 
 def test_a_sweep_gives_a_row_for_each_depth(pop_file, text):
