@@ -240,6 +240,20 @@ def test_a_resumed_fit_equals_one_without_a_stop(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("first", "then"), [(1, 1 << 30), (1 << 30, 1)])
+def test_a_fit_is_resumed_with_whatever_memory_is_free(first, then, llama, text, tmp_path):
+    kept = settings(text, state_path=tmp_path / "state", memory_bytes=first)
+    asked = [0]
+
+    def should_stop() -> bool:
+        asked[0] += 1
+        return asked[0] == (7 if first == 1 else 2)
+
+    with pytest.raises(CalibrationStoppedError):
+        fitted(llama, kept, replace(SILENT, should_stop=should_stop))
+    assert fitted(llama, replace(kept, memory_bytes=then)) == fitted(llama, settings(text))
+
+
 def test_a_state_of_other_settings_is_refused(llama: Path, text: Path, tmp_path: Path):
     kept = settings(text, state_path=tmp_path / "state")
     with pytest.raises(CalibrationStoppedError):

@@ -95,9 +95,10 @@ class _Job:
 
     def run(self) -> tuple[Fitted, ...]:
         path = self._settings.state_path
-        self._state = (path and load(path, self._identity)) or State(self._text())
-        while self._state.group < len(self._groups):
-            self._read(self._groups[self._state.group])
+        # Of a kept state the groups are its own: memory may have been another matter then.
+        self._state = (path and load(path, self._identity)) or State(self._text(), self._groups)
+        while self._state.group < len(self._state.groups):
+            self._read(self._state.groups[self._state.group])
             self._solve()
             self._state.grams.clear()
             self._state.group += 1
@@ -137,7 +138,8 @@ class _Job:
                 opened.window(state.text.windows[state.n_done].tolist())
                 state.n_done += 1
                 n_read = state.group * n_all + state.n_done
-                self._watch.on_reading(n_read * N_WINDOW, len(self._groups) * n_all * N_WINDOW)
+                n_passes = len(state.groups)
+                self._watch.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
                 self._keep()
 
     def _keep(self) -> None:

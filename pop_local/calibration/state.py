@@ -21,10 +21,12 @@ RESTART_HINT = "delete it, or leave out --resume, to start afresh"
 class State:
     """`grams` of the group of pairs at work, after `n_done` of the text's windows.
 
-    `tensors`: those of the groups before it, by boundary.
+    `groups`: the pairs of each pass over the text. `tensors`: those of the groups before the one at
+    work, by boundary.
     """
 
     text: CalibrationText
+    groups: tuple[tuple[Pair, ...], ...]
     group: int = 0
     n_done: int = 0
     grams: dict[Pair, Gram] = field(default_factory=dict)
@@ -42,6 +44,9 @@ def save(path: Path, identity: str, state: State) -> None:
     arrays["pairs"] = np.array(list(state.grams), np.int64).reshape(-1, 2)
     arrays["texts"] = np.array(
         [identity, state.text.name, state.text.sha256, *(tensor.name for _, tensor in tensors)]
+    )
+    arrays["groups"] = np.array(
+        [(number, *pair) for number, group in enumerate(state.groups) for pair in group], np.int64
     )
     arrays["counts"] = np.array([state.group, state.n_done], np.int64)
     arrays["shapes"] = np.array(
@@ -75,7 +80,8 @@ def load(path: Path, identity: str) -> State | None:
             if found != identity:
                 raise CalibrationError(f"{path} belongs to another calibration", RESTART_HINT)
             group, n_done = map(int, arrays["counts"])
-            state = State(CalibrationText(name, sha256, arrays["windows"]), group, n_done)
+            text = CalibrationText(name, sha256, arrays["windows"])
+            state = State(text, _groups(arrays["groups"].tolist()), group, n_done)
             for number, pair in enumerate(arrays["pairs"].tolist()):
                 gram = Gram.of(arrays[f"xx.{number}"], arrays[f"xy.{number}"])
                 state.grams[Pair(*pair)] = gram
@@ -85,5 +91,14 @@ def load(path: Path, identity: str) -> State | None:
                 tensor = NewTensor(tensor_name, tuple(dims[:n_dims]), kind, data)
                 state.tensors.setdefault(boundary, []).append(tensor)
             return state
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, LookupError, EOFError, BadZipFile) as error:
         raise CalibrationError(f"{path} is damaged", RESTART_HINT) from error
+
+
+def _groups(rows: list[list[int]]) -> tuple[tuple[Pair, ...], ...]:
+    groups: list[list[Pair]] = []
+    for number, *pair in rows:
+        if number == len(groups):
+            groups.append([])
+        groups[number].append(Pair(*pair))
+    return tuple(map(tuple, groups))
