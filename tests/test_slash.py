@@ -1,10 +1,21 @@
 """The slash commands, in whole transcripts with a scripted model."""
 
 import pytest
-from scripted import STATS, STATS_LINE, ScriptedModel, figures, talk
+from scripted import (
+    STATS,
+    STATS_LINE,
+    ScriptedModel,
+    Transcript,
+    figures,
+    scripted_chat,
+    talk,
+)
 
 from pop_local.engine.backend import Mode
 from pop_local.engine.turn import Message
+from pop_local.measure.full_cost import FullCosts
+from pop_local.ui.chat import Opened
+from pop_local.ui.repl import Repl
 
 ASKED = ["# reading 512 of 1000"]
 
@@ -105,6 +116,29 @@ def test_model_is_shown_and_changed_in_mid_conversation():
     ]
     assert model.is_closed and not other.is_closed
     assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]
+
+
+def test_a_larger_context_is_of_the_model_that_was_taken():
+    small, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
+    asked: list[tuple[str | None, int | None]] = []
+    transcript = Transcript("/model other", "a " * 13, "l")
+    chat = scripted_chat(ScriptedModel(), transcript, sampling={})
+
+    def open_model(name: str | None, n_ctx: int | None) -> Opened:
+        asked.append((name, n_ctx))
+        return Opened(larger if n_ctx else small, FullCosts(None, 20))
+
+    chat._open_model = open_model
+    Repl(chat, transcript.read_line).run()
+    assert asked == [("other", None), ("other", 1024)]
+    assert len(larger.asked) == 1
+
+
+def test_a_model_that_cannot_be_pruned_switches_nothing_off():
+    plain, other = ScriptedModel(), ScriptedModel()
+    plain.boundary, plain.pop_mode = 0, Mode.OFF
+    talk(plain, "/model other", others={"other": other})
+    assert other.pop_mode is Mode.CONTEXT
 
 
 def test_a_model_that_is_not_there_leaves_the_one_that_is():

@@ -17,7 +17,7 @@ from pop_local.ui.slash import COMMANDS
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
 
-# By name (None: the same one again) and context in tokens (None: as the options say).
+# By name (None: the first one again) and context in tokens (None: as the options say).
 OpenAgain = Callable[[str | None, int | None], "PopModel"]
 
 

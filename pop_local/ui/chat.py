@@ -59,7 +59,7 @@ class Opened:
     costs: FullCosts
 
 
-# By name (None: the same one) and context in tokens (None: by default).
+# By name (None: the first one) and context in tokens (None: by default).
 OpenModel = Callable[[str | None, int | None], Opened]
 
 
@@ -86,6 +86,7 @@ class Chat:
         self.has_failed = False
         self.session = ""
         self._open_model = open_model
+        self._name: str | None = None
         self._is_warned = False
 
     # The model
@@ -100,9 +101,12 @@ class Chat:
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
         """Another model or context; the conversation stays. Raises PopError, nothing changed."""
+        name = name or self._name
         opened = self._open_model(name, n_ctx)
+        self._name = name
         before, self.model, self.costs = self.model, opened.model, opened.costs
-        if before.pop_mode is Mode.OFF and self.model.boundary:
+        # Off by choice, not for want of anything to prune by.
+        if before.boundary and before.pop_mode is Mode.OFF and self.model.boundary:
             self.model.set_pop(Mode.OFF)
         before.close()
         self._is_warned = False
