@@ -99,7 +99,8 @@ class Worker:
         self._model = model
         self._metrics = metrics
         self._max_waiting = max_waiting
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        # Its put may interrupt itself: signals stop the worker.
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="pop-local model", daemon=True)
 
