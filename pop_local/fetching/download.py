@@ -6,8 +6,8 @@ What has arrived lies in NAME.gguf.partial; NAME.gguf.partial.origin says what i
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pop_converter.errors import FormatError, PopError
 from pop_converter.header import MAGIC
 
-from pop_local.fetching.target import require_space
+from pop_local.fetching.target import alone, require_space
 from pop_local.stored import ORIGIN_SUFFIX
 
 if TYPE_CHECKING:
@@ -66,32 +66,13 @@ def download(remote: Remote, target: Path, advance: Callable[[int, int], None]) 
     Raises PopError; what has arrived is kept when the network fails or the user interrupts.
     """
     transfer = _Transfer(remote, target, advance)
-    with _alone(target):
+    with alone(target):
         try:
             transfer.run()
         except BaseException:
             transfer.forget_if_empty()
             raise
         transfer.finish()
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Two at once would write into each other's partial file."""
-    from filelock import FileLock, Timeout
-
-    lock = target.with_name(f".{target.name}.lock")
-    try:
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # Windows removes no open file
-                    lock.unlink()
-    except Timeout as error:
-        raise PopError(
-            f"{target.name} is being fetched already", "wait until the other pop-local is done"
-        ) from error
 
 
 class _Transfer:
@@ -213,6 +194,8 @@ class _Transfer:
                 digest.update(chunk)
                 done += len(chunk)
                 self._advance(done, total)
+        if done < total:  # which not every version of requests notices
+            raise _Dropped("the connection broke off")
         if done == 0:
             raise FormatError(f"{self._shown()} is empty", "check the address")
         self._sha256 = digest.hexdigest()

@@ -3,7 +3,8 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pop_converter.errors import OutputExistsError, PopError
@@ -53,6 +54,25 @@ def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
         f"{target} exists but is not {what}: its sha256 differs",
         "move it away, replace it (--force), or choose another folder (--dir)",
     )
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Two at once would write into each other's partial file. Raises PopError."""
+    from filelock import FileLock, Timeout
+
+    lock = target.with_name(f".{target.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows removes no open file
+                    lock.unlink()
+    except Timeout as error:
+        raise PopError(
+            f"{target.name} is being fetched already", "wait until the other pop-local is done"
+        ) from error
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
