@@ -114,7 +114,7 @@ def test_another_backend_reads_again(file, sessions, monkeypatch):
     assert "backend" in sessions.load("talk", model).reread
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other zip"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other zip", "no object"])
 def test_a_damaged_session_is_one_error_and_changes_nothing(file, sessions, damage):
     model = opened(file)
     said = answered(model, QUESTION)
@@ -122,9 +122,9 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(file, sessions, dama
     path = sessions.path("talk")
     content = path.read_bytes()
     middle = len(content) // 2
-    if damage == "other zip":
+    if damage in ("other zip", "no object"):
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("session.json", '{"format": 1}')
+            archive.writestr("session.json", '{"format": 1}' if damage == "other zip" else "null")
     else:
         path.write_bytes(
             {

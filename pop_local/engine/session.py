@@ -38,6 +38,16 @@ from .state import PopState
 FORMAT = 1
 SUFFIX = ".popsession"
 _NAME = re.compile(r"\w[\w .+-]{0,79}")
+# What zipfile, json, numpy and our own reading raise; RuntimeError for encrypted archives.
+_DAMAGES = (
+    zipfile.BadZipFile,
+    AttributeError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -207,7 +217,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except OSError as error:
         raise PopError(f"cannot read {path}: {error.strerror}") from error
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, EOFError, RuntimeError) as error:
+    except _DAMAGES as error:
         raise _damaged(path) from error
 
 
@@ -227,7 +237,7 @@ def _encoded(session: Session) -> str:
 
 
 def _decoded(fields: dict[str, Any]) -> Session:
-    """Raises KeyError, TypeError, ValueError for what is no session of this format."""
+    """Raises one of _DAMAGES for what is no session of this format."""
     if fields.pop("format") != FORMAT:
         raise ValueError("another format")
     said = fields["conversation"]
