@@ -14,7 +14,7 @@ from pop_converter.errors import PopError
 from pop_local.engine.conversation import Document
 
 MAX_BYTES = 100_000_000
-EXTRA_HINT = 'install the readers: pip install "pop-local[documents]"'
+EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16",

@@ -219,6 +219,13 @@ def test_options_of_the_fit_without_it_are_wrong_usage(plain):
     assert "--fit" in done.stderr
 
 
+def test_too_small_a_context_is_said_before_the_fit(plain, text, monkeypatch):
+    monkeypatch.setattr("pop_local.commands.evaluating.fitted_sidecars", None)
+    done = evaluate(plain, "--text", text, *SHORT, "--fit", "--skip", "1/4", "--ctx", 100)
+    assert done.exit_code == 1
+    assert "--ctx gives 100" in " ".join(done.stderr.split())
+
+
 def test_a_converted_file_is_not_fitted_again(pop_file, temporary):
     done = evaluate(pop_file, "--fit", "--skip", "1/4")
     assert done.exit_code == 1

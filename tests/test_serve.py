@@ -248,7 +248,7 @@ def test_missing_packages_name_the_extra(monkeypatch, tiny_file):
     monkeypatch.setattr(serve, "_PACKAGES", ("uvicorn", "no_such_package"))
     with pytest.raises(PopError, match="serving needs no_such_package") as caught:
         serve.serve(str(tiny_file))
-    assert "'.[server]'" in caught.value.hint
+    assert "'pop-local[server]'" in caught.value.hint
 
 
 def test_an_open_address_without_a_key_is_warned_of(tiny_file):

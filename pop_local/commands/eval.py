@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from pop_converter.errors import PopError
@@ -26,9 +26,6 @@ from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.ui.quality import Row, facts, flat, plot, require_matplotlib, table
 from pop_local.ui.tables import markdown, print_facts, print_json
 from pop_local.ui.theme import note, out
-
-if TYPE_CHECKING:
-    pass
 
 
 def eval(  # noqa: A001

@@ -60,6 +60,7 @@ def fitted_rows(
     run: Run,
 ) -> tuple[Row, ...]:
     """Fit at all depths in one go, then measure a temporary sidecar of each."""
+    _context(source, run)  # what does not fit is said before minutes of fitting
     plans = [make_plan(shape, boundary=depth, projection=FITTED) for depth in boundaries]
     sidecars = fitted_sidecars(
         plans, source, options, n_threads=run.threads, n_gpu_layers=run.gpu_layers

@@ -78,7 +78,8 @@ def _require_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise PopError(
-            f"serving needs {', '.join(missing)}", "install them with: pip install '.[server]'"
+            f"serving needs {', '.join(missing)}",
+            "install them with: pip install 'pop-local[server]'",
         )
 
 

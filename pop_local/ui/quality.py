@@ -170,7 +170,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise PopError(
-            "--plot needs matplotlib", "install it with: pip install '.[plot]'"
+            "--plot needs matplotlib", "install it with: pip install 'pop-local[plot]'"
         ) from error
 
 
