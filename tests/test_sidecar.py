@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from pop_local.engine import opening
 from pop_local.engine.backend import Mode
 from pop_local.engine.loaded import LoadedModel
 from pop_local.engine.model import open_model
+from pop_local.engine.state import conversion
+from pop_local.measure.budget import BALANCED
 
 PROJECTIONS = ["own", "fitted"]
 
@@ -152,6 +155,17 @@ def test_a_state_of_another_conversion_is_refused(fitted, tmp_path):
     single = opened(fitted.single)
     single.load_state(state)
     assert single.n_tokens == 100
+
+
+def test_what_decided_the_boundary_makes_no_other_conversion(fitted):
+    source = read_source(fitted.single)
+    meta = pop_meta(source.first)
+    assert meta is not None
+    decided = replace(meta, budget=replace(BALANCED, tried="4 inside"))
+    assert conversion(decided, source, None) == conversion(meta, source, None)
+    assert conversion(replace(meta, schedule="FFFFFSSS"), source, None) != conversion(
+        meta, source, None
+    )
 
 
 def test_a_prompt_cache_is_not_shared_between_conversions(fitted, tmp_path):

@@ -11,9 +11,9 @@ from pop_converter.output import check_output
 from pop_converter.shape import ModelShape, source_shape
 from pop_converter.source import Source, read_source
 
-from pop_local.commands.evaluating import LIMIT_PROMPT
 from pop_local.commands.fitting import free_bytes
 from pop_local.commands.options import GpuLayers, Threads
+from pop_local.measure.limit import LIMIT_PROMPT
 from pop_local.models import resolve_base
 from pop_local.ui.analysis import Analysis, as_json, plot, show
 from pop_local.ui.progress import token_progress

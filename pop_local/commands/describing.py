@@ -10,12 +10,10 @@ from pop_converter.rewrite import Sizes
 from pop_local.commands.converting import Job
 from pop_local.commands.examining import measured_facts
 from pop_local.commands.forms import SIDECAR, Form
-from pop_local.measure.limit import speedup_limit
+from pop_local.measure.limit import LIMIT_PROMPT, speedup_limit
 from pop_local.ui.budget import Trial, budget_fact
 from pop_local.ui.tables import Fact, print_facts, print_json, size
 
-# Long enough that the full rows hardly count, short enough for a question about a document.
-LIMIT_PROMPT = 2048
 _HOW = "first without a fit, then those near the budget as they will be used"
 
 

@@ -18,7 +18,7 @@ from pop_converter.source import Source
 
 from pop_local.commands.converting import fitted_sidecars
 from pop_local.commands.fitting import FitOptions
-from pop_local.measure.limit import speedup_limit
+from pop_local.measure.limit import LIMIT_PROMPT, speedup_limit
 from pop_local.ui.progress import token_progress
 from pop_local.ui.quality import ALWAYS_SKIP, Row
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from pop_local.measure.heldout import Text
     from pop_local.measure.needle import Needle
     from pop_local.measure.quality import QualitySettings
-
-# As for convert's limit: the full rows hardly count.
-LIMIT_PROMPT = 2048
 
 
 class Baseline(str, Enum):

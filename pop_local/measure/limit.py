@@ -22,8 +22,8 @@ from dataclasses import replace
 from pop_converter.plan import Plan
 from pop_converter.shape import ModelShape
 
-# A prompt so long that its full rows hardly count.
-_LONG_PROMPT = 2048
+# Long enough that the full rows hardly count, short enough for a question about a document.
+LIMIT_PROMPT = 2048
 
 
 def prefill_macs(shape: ModelShape, n_prompt: int, boundary: int | None, n_full: int) -> int:
@@ -65,8 +65,8 @@ def shortest_saving(shape: ModelShape, boundary: int, n_full: int) -> int:
     few milliseconds, and at most a third of its rows would be context. How long a prompt must be
     to gain at all on given hardware, `break_even` measures.
     """
-    wanted = _saving(shape, _LONG_PROMPT, boundary, n_full) / 2
-    low, high = 1, _LONG_PROMPT
+    wanted = _saving(shape, LIMIT_PROMPT, boundary, n_full) / 2
+    low, high = 1, LIMIT_PROMPT
     while low < high:
         middle = (low + high) // 2
         if _saving(shape, middle, boundary, n_full) >= wanted:
