@@ -17,7 +17,13 @@ from pop_local.measure.estimate import exp_mean, mean, quantile, ratio
 from pop_local.measure.forced import forced, use_rule
 from pop_local.measure.heldout import Text, read_text, shipped_text, spread_windows, tokenize
 from pop_local.measure.probes import pick_passage, random_tokens
-from pop_local.measure.quality import QualitySettings, measure_depths, measure_quality
+from pop_local.measure.quality import (
+    Quality,
+    QualitySettings,
+    measure_depths,
+    measure_quality,
+    measure_unless,
+)
 
 SHORT = QualitySettings(n_windows=3, n_context=60, n_continuation=20)
 N_VOCAB = 384
@@ -271,3 +277,27 @@ def test_without_boundary_handling_the_first_token_is_lost(smollm2):
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
     settings = QualitySettings(n_windows=2, n_context=128, n_continuation=8, mode=Mode.ALWAYS)
     assert measure_depths(model, tokens, settings, (20,), ignore)[0].kl_first.value > 3
+
+
+@pytest.mark.parametrize(("is_enough", "n_windows"), [(False, 7), (True, 4)])
+def test_a_first_look_may_be_enough(model, is_enough, n_windows):
+    settings = replace(SHORT, n_windows=7, n_draws=1)
+    seen: list[Quality] = []
+    steps: list[tuple[int, int]] = []
+
+    def asked(quality: Quality) -> bool:
+        seen.append(quality)
+        return is_enough
+
+    parts = [text(400), text(400, seed=1)]
+    found = measure_unless(model, parts, settings, 5, 3, asked, lambda *now: steps.append(now))
+    assert [quality.n_windows for quality in seen] == [4]
+    assert found.n_windows == n_windows
+    assert (steps[-1][0] == steps[-1][1]) is not is_enough
+    if is_enough:
+        assert found == seen[0]
+        return
+    [whole] = measure_depths(model, parts, settings, (5,), ignore)
+    for name in ("kl_mean", "ppl_ratio", "copy_ppl_ratio", "induction_delta_nll"):
+        assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
+    assert found.kl_mean.se == pytest.approx(whole.kl_mean.se, rel=1e-2)

@@ -232,7 +232,7 @@ class _Search:
     def _measured(self, boundary: int) -> "Quality":
         from pop_local.measure.bracket import as_planned
         from pop_local.measure.heldout import room
-        from pop_local.measure.quality import QualitySettings, measure_depths
+        from pop_local.measure.quality import QualitySettings, measure_unless
 
         note(f"Measuring boundary {boundary} on held-out text")
         plan = self._plans[boundary]
@@ -244,16 +244,17 @@ class _Search:
             model, tokens = stack.enter_context(self._opened(sidecar))
             as_planned(model, plan)
             advance = stack.enter_context(token_progress(f"Measuring boundary {boundary}"))
-            all_windows = QualitySettings()
-            n_window = all_windows.n_context + all_windows.n_continuation
-            n_windows = min(N_WINDOWS, max(1, room(tokens, n_window)))
-            first = QualitySettings(min(N_FIRST_WINDOWS, n_windows))
-            [quality] = measure_depths(model, tokens, first, (boundary,), advance)
-            if is_clearly_outside(self._budget, quality):
-                return quality
-            wanted = replace(all_windows, n_windows=n_windows)
-            [quality] = measure_depths(model, tokens, wanted, (boundary,), advance)
-            return quality
+            settings = QualitySettings()
+            n_found = room(tokens, settings.n_context + settings.n_continuation)
+            return measure_unless(
+                model,
+                tokens,
+                replace(settings, n_windows=min(N_WINDOWS, max(1, n_found))),
+                boundary,
+                N_FIRST_WINDOWS,
+                lambda quality: is_clearly_outside(self._budget, quality),
+                advance,
+            )
 
 
 def _over(budget: Budget, best: Trial) -> OverBudgetError:

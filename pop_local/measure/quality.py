@@ -151,6 +151,37 @@ def measure_prunings(
         )
 
 
+def measure_unless(
+    model: PopModel,
+    text_tokens: TextTokens,
+    settings: QualitySettings,
+    boundary: int,
+    n_first: int,
+    is_enough: Callable[[Quality], bool],
+    on_progress: Callable[[int, int], None],
+) -> Quality:
+    """Measure at one boundary, but stop after `n_first` windows if those say enough.
+
+    The first ones are spread over the text as all are. Else as `measure_prunings`.
+    """
+    pruning = Pruning(boundary, settings.mode)
+    with forced(model) as reader:
+        windows = _windows(reader, text_tokens, settings)
+        steps = _Steps(windows, settings.n_draws, 1, on_progress)
+        [induction] = measure_induction(
+            reader, [pruning], settings.n_draws, settings.seed, steps.ran
+        )
+        every = max(1, len(windows) // n_first)
+        first = windows[::every]
+        scores = [_score(reader, window, [pruning], steps)[0] for window in first]
+        found = _summary(pruning, settings, reader.rule, scores, induction)
+        if len(first) == len(windows) or is_enough(found):
+            return found
+        rest = [window for number, window in enumerate(windows) if number % every]
+        scores += [_score(reader, window, [pruning], steps)[0] for window in rest]
+        return _summary(pruning, settings, reader.rule, scores, induction)
+
+
 class _Steps:
     """Counts tokens for the progress bar."""
 
