@@ -47,6 +47,8 @@ class Hub:
     # What the bytes' host adds to, or changes in, its answers.
     headers: dict[str, str] = field(default_factory=dict)
     ignores_ranges: bool = False
+    # Where every request is sent on to, if anywhere.
+    redirects_to: str = ""
     # Once: after how many bytes nothing more comes until the server stops.
     stall: int = 0
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -112,7 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.hub.requests.append(Request(self.command, path, headers))
-        if path.startswith("/plain/"):
+        if self.hub.redirects_to:
+            self._send(302, b"", {"Location": self.hub.redirects_to})
+        elif path.startswith("/plain/"):
             name = path.removeprefix("/plain/")
             if name not in self.hub.plain:
                 self._send(404, b"not here", {})

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,6 +155,37 @@ def test_secrets_of_an_address_are_neither_shown_nor_kept(hub, tmp_path):
     assert "s3cret" not in failure.value.message
 
 
+def test_a_redirect_that_leads_nowhere_is_said_without_its_query(hub, tmp_path):
+    hub.redirects_to = "ftp://127.0.0.1/tiny.gguf?key=s3cret"
+    with pytest.raises(PopError) as failure:
+        pull(hub, tmp_path)
+    assert failure.value.message == f"{hub.url('tiny.gguf')} cannot be fetched (InvalidSchema)"
+    assert names(tmp_path) == []
+
+
+def test_no_tls_is_said_without_the_query(hub, tmp_path):
+    url = hub.url("tiny.gguf").replace("http://", "https://") + "?key=s3cret"
+    with pytest.raises(PopError, match=r"no safe connection to 127\.0\.0\.1: \w+") as failure:
+        fetch_url(url, tmp_path, "", lambda done, total: None, force=False)
+    assert "s3cret" not in failure.value.message
+    assert "Error" not in failure.value.message
+    assert names(tmp_path) == []
+
+
+def test_a_certificate_that_nobody_vouches_for_is_said_to_be_that():
+    from requests.exceptions import SSLError
+
+    refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    refused.verify_message = "certificate has expired"
+    try:
+        try:
+            raise refused
+        except ssl.SSLError as inner:
+            raise SSLError("/tiny.gguf?key=s3cret") from inner
+    except SSLError as error:
+        assert download_module._tls_reason(error) == "certificate has expired"
+
+
 def test_a_file_that_changed_meanwhile_is_fetched_anew(hub, tmp_path):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError):
@@ -298,6 +330,14 @@ def test_names_from_addresses_are_harmless(path, name):
     assert os.sep not in name
 
 
-def test_an_address_without_a_host():
-    with pytest.raises(PopError, match="names no host"):
-        file_name("https:///x.gguf")
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("https:///x.gguf?key=s3cret", "https:///x.gguf names no host"),
+        ("https://me:s3cret@example.org/?key=s3cret", "https://example.org/ names no file"),
+    ],
+)
+def test_an_address_without_a_host_or_a_file(url, message):
+    with pytest.raises(PopError) as failure:
+        file_name(url)
+    assert failure.value.message == message

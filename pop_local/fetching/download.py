@@ -5,6 +5,7 @@ What has arrived lies in NAME.gguf.partial; NAME.gguf.partial.origin says what i
 
 import hashlib
 import json
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -53,6 +54,12 @@ class _Origin:
     identity: str
     validator: str
     total_bytes: int
+
+
+def without_secrets(url: str) -> str:
+    """The address without user, password and query."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 class _Dropped(Exception):  # noqa: N818 (never leaves this module)
@@ -124,11 +131,10 @@ class _Transfer:
         return self._partial.stat().st_size if self._partial.exists() else 0
 
     def _where(self) -> str:
-        return urlsplit(self._remote.url).hostname or self._remote.url
+        return urlsplit(self._remote.url).hostname or self._shown()
 
     def _shown(self) -> str:
-        parts = urlsplit(self._remote.url)  # less what may be secret: user, password, query
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return without_secrets(self._remote.url)
 
     def _attempt(self, session: "requests.Session") -> None:
         import requests
@@ -153,9 +159,10 @@ class _Transfer:
                 timeout=_TIMEOUT_S,
             ) as response:
                 self._receive(response, start)
+        # The texts of requests' errors are not shown: they may hold the address' query.
         except requests.exceptions.SSLError as error:
             raise PopError(
-                f"no safe connection to {self._where()}: {error}",
+                f"no safe connection to {self._where()}: {_tls_reason(error)}",
                 "check the clock, and the certificates (REQUESTS_CA_BUNDLE)",
             ) from error
         except (requests.ConnectionError, requests.Timeout) as error:
@@ -164,7 +171,7 @@ class _Transfer:
             raise _Dropped("the connection broke off") from error
         except requests.RequestException as error:
             raise PopError(
-                f"{self._shown()} cannot be fetched: {error}", "check the address"
+                f"{self._shown()} cannot be fetched ({type(error).__name__})", "check the address"
             ) from error
 
     def _receive(self, response: "requests.Response", start: int) -> None:
@@ -257,6 +264,18 @@ class _Transfer:
 
 def _as_it_is(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
     return request
+
+
+def _tls_reason(error: BaseException) -> str:
+    """What OpenSSL says is wrong, as far down as it is the cause; else the error's class."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause.verify_message
+        if isinstance(cause, ssl.SSLError) and cause.reason:
+            return cause.reason.replace("_", " ").lower()
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__
 
 
 def _begins_at(response: "requests.Response", start: int) -> bool:

@@ -5,7 +5,7 @@ from urllib.parse import unquote, urlsplit
 
 from pop_converter.errors import PopError
 
-from pop_local.fetching.download import Remote, download
+from pop_local.fetching.download import Remote, download, without_secrets
 from pop_local.fetching.target import Advance, harmless, is_there
 from pop_local.stored import SUFFIX
 
@@ -34,8 +34,13 @@ def file_name(url: str) -> str:
     """The last part of the address, as a file name that is harmless everywhere."""
     parts = urlsplit(url)
     if not parts.hostname:
-        raise PopError(f"{url!r} names no host", "give the whole address of a GGUF file")
+        raise PopError(
+            f"{without_secrets(url)} names no host", "give the whole address of a GGUF file"
+        )
     name = harmless(PurePosixPath(unquote(parts.path)).name)
     if not name:
-        raise PopError(f"{url} names no file", "give the address of the file itself (NAME.gguf)")
+        raise PopError(
+            f"{without_secrets(url)} names no file",
+            "give the address of the file itself (NAME.gguf)",
+        )
     return name if name.lower().endswith(SUFFIX) else name + SUFFIX
