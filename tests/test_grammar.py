@@ -56,7 +56,7 @@ def test_the_seed_counts_under_a_grammar(model):
 )
 def test_what_is_no_grammar_is_refused(model, text):
     with pytest.raises(GrammarError, match="not valid"):
-        check_grammar(model._model.vocab, text)
+        check_grammar(model.vocab, text)
     with pytest.raises(GrammarError, match="not valid"):
         answer(model, grammar=text)
 
@@ -64,7 +64,7 @@ def test_what_is_no_grammar_is_refused(model, text):
 @pytest.mark.parametrize("text", ["root ::= " + "(" * 9000, f'root ::= "{"a" * 70_000}"'])
 def test_a_grammar_beyond_the_parsers_stack_is_refused(model, text):
     with pytest.raises(GrammarError, match="too large"):
-        check_grammar(model._model.vocab, text)
+        check_grammar(model.vocab, text)
 
 
 def test_a_dead_end_is_an_error_and_the_model_goes_on(model):

@@ -252,7 +252,7 @@ def test_passages_are_pruned_tokens(model):
 
 def test_random_tokens_are_no_control_tokens(model):
     tokens = random_tokens(model, 2000, np.random.default_rng(0))
-    vocab = model._model.vocab
+    vocab = model.vocab
     attribute = backend.bindings().llama_vocab_get_attr
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
 

@@ -64,6 +64,11 @@ def events(response) -> list:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
+def counted(client) -> dict[str, float]:
+    lines = client.get("/metrics").text.splitlines()
+    return {k: float(v) for k, v in (x.split(" ") for x in lines if not x.startswith("#"))}
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64)
     return wide - np.log(np.exp(wide - wide.max()).sum()) - wide.max()
@@ -81,13 +86,9 @@ def test_health_models_and_metrics(client):
 
 
 def test_the_counters_are_in_the_usage_and_in_the_metrics(client):
-    def counted() -> dict[str, float]:
-        lines = client.get("/metrics").text.splitlines()
-        return {k: float(v) for k, v in (x.split(" ") for x in lines if not x.startswith("#"))}
-
-    before = counted()
+    before = counted(client)
     usage = complete(client, "unlike others: " + LONG).json()["usage"]
-    after = counted()
+    after = counted(client)
     n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
     assert pop["n_pruned"] > 100
     assert n_cached + pop["n_pruned"] + pop["n_full"] == usage["prompt_tokens"]
@@ -225,6 +226,40 @@ def test_an_echo_may_come_without_an_answer(client):
     assert text_of(complete(client, "abc", echo=True)).endswith(
         "abc" + text_of(complete(client, "abc"))
     )
+
+
+def test_what_is_not_read_is_not_counted(client):
+    before = counted(client)
+    answer = complete(client, echo=True, max_tokens=0).json()
+    after = counted(client)
+    assert answer["choices"][0]["text"].endswith(LONG)
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] > 100
+    assert (usage["pop"]["n_pruned"], usage["pop"]["n_full"]) == (0, 0)
+    assert usage["pop"]["reading"] is None
+    for kind in ("pruned", "full", "cached"):
+        name = f'pop_prompt_tokens_total{{kind="{kind}"}}'
+        assert after[name] == before[name]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pop", "reading"),
+    [
+        ("Anew: " + LONG, True, "pruned"),
+        ("abc", True, "short"),
+        (LONG, False, "full"),
+        ("abc", False, "full"),
+    ],
+)
+def test_how_the_prompt_was_read_is_in_the_usage_and_in_the_log(
+    client, caplog, prompt, pop, reading
+):
+    caplog.set_level("INFO", "pop_local.server")
+    usage = complete(client, prompt, pop=pop, max_tokens=1).json()["usage"]
+    assert usage["pop"]["reading"] == reading
+    assert (usage["pop"]["n_pruned"] > 0) is (reading == "pruned")
+    note = "pruned: short)" if reading == "short" else " pruned)"
+    assert note in caplog.messages[-1]
 
 
 def test_chat_logprobs(client):

@@ -95,7 +95,7 @@ class _Turn:
             raise ContextFullError(self._n_prompt, options.min_answer, model.n_ctx())
         self._limit = min(options.max_tokens or room, room)
         self._text = TextStream((*prompt.stops, *options.stops))
-        self._pieces = Pieces(model._model.vocab)
+        self._pieces = Pieces(model.vocab)
         n_top = options.n_top_logprobs
         self._logprobs = None if n_top is None else Logprobs(model, n_top)
         self._n_shown = 0
@@ -160,7 +160,7 @@ class _Turn:
         return token
 
     def _is_end(self, token: int) -> bool:
-        return bool(backend.bindings().llama_vocab_is_eog(self._model._model.vocab, token))
+        return bool(backend.bindings().llama_vocab_is_eog(self._model.vocab, token))
 
     def _cut_short(self) -> FinishReason | None:
         if self._n_decoded >= self._limit:

@@ -40,7 +40,7 @@ class Logprobs:
     def __init__(self, model: PopModel, n_top: int) -> None:
         self._ctx = model.ctx
         self._n_vocab = model.n_vocab()
-        self._pieces = Pieces(model._model.vocab)
+        self._pieces = Pieces(model.vocab)
         self._n_top = n_top
         self._end = 0
         self._waiting: list[_Placed] = []
@@ -65,7 +65,7 @@ def prompt_logprobs(model: PopModel, tokens: Sequence[int], n_top: int) -> list[
 
     Every row asks for logits, so all of them run in full, and take the place of the KV cache.
     """
-    pieces = Pieces(model._model.vocab, special=True)
+    pieces = Pieces(model.vocab, special=True)
     found = [TokenLogprob(pieces[tokens[0]], None)]
     for logits in _all_logits(model, tokens):
         for row in logits[: len(tokens) - len(found)]:

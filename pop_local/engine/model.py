@@ -117,6 +117,11 @@ class PopModel(Llama):
         self._prompts = Prompts(self)
         self.recommended = recommended(self.metadata)
 
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary, for Pieces, check_grammar and the backend's bindings."""
+        return self._model.vocab
+
     # Pruning
 
     @property
@@ -289,7 +294,7 @@ class PopModel(Llama):
         chain = super()._init_sampler(*args, **options)
         if grammar is None:
             return chain
-        return GrammarSampler(self._model.vocab, self._n_vocab, grammar, chain)
+        return GrammarSampler(self.vocab, self._n_vocab, grammar, chain)
 
     def sampled(
         self, tokens: Sequence[int], options: TurnOptions

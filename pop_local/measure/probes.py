@@ -112,7 +112,7 @@ def bos(model: PopModel) -> tuple[int, ...]:
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
     """Ordinary tokens, drawn evenly: no control tokens, which models treat in their own way."""
-    vocab, attribute = model._model.vocab, backend.bindings().llama_vocab_get_attr
+    vocab, attribute = model.vocab, backend.bindings().llama_vocab_get_attr
     tokens: list[int] = []
     while len(tokens) < n_tokens:
         token = int(rng.integers(model.n_vocab()))

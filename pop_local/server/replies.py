@@ -12,7 +12,9 @@ Json = dict[str, Any]
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None) -> Json:
-    """`pop.reason`: why the prompt was read in full, null when it was pruned. Times in seconds."""
+    """`pop.reason`: why pruning is off for this request, null when it is on. `pop.reading`: see
+    TurnStats, null when nothing was read. Times in seconds.
+    """
     return {
         "prompt_tokens": stats.n_prompt,
         "completion_tokens": stats.n_decoded,
@@ -21,6 +23,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None) -> Json:
         "pop": {
             "n_pruned": stats.n_pruned,
             "n_full": stats.n_full,
+            "reading": stats.reading if stats.n_pruned + stats.n_full else None,
             "reason": reason,
             "queued_s": round(queued_s, 6),
             "ttft_s": round(stats.ttft_s, 6),

@@ -84,7 +84,7 @@ class Tasks:
         return Asked(Task(prompt, options, mode, echo, n_prompt_logprobs), reason, len(text))
 
     def _text(self, tokens: Sequence[int]) -> str:
-        pieces = Pieces(self._model._model.vocab, special=True)
+        pieces = Pieces(self._model.vocab, special=True)
         return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
@@ -122,7 +122,7 @@ class Tasks:
             if body.response_format is not None:
                 text, param = _format_grammar(body.response_format), "response_format"
             if text is not None:
-                check_grammar(self._model._model.vocab, text)
+                check_grammar(self._model.vocab, text)
         except GrammarError as error:
             raise ApiError(400, error.message, code="invalid_grammar", param=param) from error
         return text

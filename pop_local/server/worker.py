@@ -165,7 +165,7 @@ class Worker:
             if task.echo:
                 yield Chunk(task.echo)
             if options.max_tokens == 0:
-                yield Chunk("", _read_only(len(task.prompt.tokens), 0.0))
+                yield Chunk("", _unanswered(len(task.prompt.tokens), n_full=0, read_s=0.0))
             else:
                 yield from answer(self._model, lambda: task.prompt, options)
             return
@@ -174,7 +174,8 @@ class Worker:
         yield Chunk(task.echo, logprobs=tuple(read))
         read_s = time.perf_counter() - started_s
         if options.max_tokens == 0:
-            yield Chunk("", _read_only(len(task.prompt.tokens), read_s))
+            n_prompt = len(task.prompt.tokens)
+            yield Chunk("", _unanswered(n_prompt, n_full=n_prompt, read_s=read_s))
             return
         for chunk in answer(self._model, lambda: task.prompt, options):
             yield chunk if chunk.stats is None else replace(chunk, stats=_with(chunk.stats, read_s))
@@ -189,8 +190,9 @@ class Worker:
             self._model.watch_prefill(None, None)
 
 
-def _read_only(n_prompt: int, read_s: float) -> TurnStats:
-    return TurnStats(n_prompt, 0, 0, n_prompt, read_s, read_s, 0, 0.0, "length")
+def _unanswered(n_prompt: int, n_full: int, read_s: float) -> TurnStats:
+    """Without log probabilities not even the prompt is read: n_full is 0."""
+    return TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length")
 
 
 def _with(stats: TurnStats, read_s: float) -> TurnStats:
