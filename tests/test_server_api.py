@@ -1,5 +1,6 @@
 """The HTTP API in this process, on a tiny random model: shapes, figures, refusals."""
 
+import asyncio
 import json
 
 import numpy as np
@@ -9,11 +10,14 @@ from converted import tiny
 from starlette.testclient import TestClient
 
 from pop_local.engine.backend import Mode
-from pop_local.engine.chat import TurnOptions
+from pop_local.engine.chat import Prompt, TurnOptions
 from pop_local.server import answers
 from pop_local.server.app import ServerOptions, create_app
 from pop_local.server.bodies import ChatBody
+from pop_local.server.errors import ApiError
+from pop_local.server.metrics import Metrics
 from pop_local.server.tasks import Tasks
+from pop_local.server.worker import Task, Worker
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 LONG = "the quick brown fox jumps over the lazy dog, " * 6
@@ -414,6 +418,32 @@ def test_a_full_queue_is_503(path):
         assert response.status_code == 503
         assert "try again later" in response.json()["error"]["message"]
         assert "retry-after" in response.headers
+
+
+def test_who_hung_up_does_not_keep_others_from_waiting(full):
+    metrics = Metrics()
+    worker = Worker(full, metrics, max_waiting=2)  # not started: whoever comes has to wait
+    task = Task(Prompt([1], ()), TurnOptions(), Mode.OFF)
+
+    async def hang_up() -> None:
+        first, second = (worker.submit(task, is_streamed=False) for _ in range(2))
+        with pytest.raises(ApiError, match="2 requests wait already"):
+            worker.submit(task, is_streamed=False)
+        first.cancel()
+        assert b"pop_queue_length 1.0" in metrics.text
+        third = worker.submit(task, is_streamed=False)
+        assert b"pop_queue_length 2.0" in metrics.text
+        with pytest.raises(ApiError, match="2 requests wait already"):
+            worker.submit(task, is_streamed=False)
+        worker.stop()
+        worker.start()
+        for job in (second, third):
+            with pytest.raises(ApiError, match="stopping"):
+                await anext(job.chunks())
+
+    asyncio.run(hang_up())
+    worker.join()
+    assert b"pop_queue_length 0.0" in metrics.text
 
 
 def test_a_model_without_keys_says_that_it_is_not_pruned(tmp_path):

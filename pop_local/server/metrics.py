@@ -1,5 +1,7 @@
 """Figures for Prometheus."""
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from pop_local.engine.turn import TurnStats
@@ -46,8 +48,9 @@ class Metrics:
         for kind in ("pruned", "full", "cached"):
             self._prompt.labels(kind)
 
-    def waiting(self, n_requests: int) -> None:
-        self._queue.set(n_requests)
+    def watch_queue(self, n_waiting: Callable[[], int]) -> None:
+        """Asked whenever the figures are."""
+        self._queue.set_function(n_waiting)
 
     def began(self, waited_s: float) -> None:
         self._waited.observe(waited_s)

@@ -99,8 +99,11 @@ class Worker:
         self._model = model
         self._metrics = metrics
         self._max_waiting = max_waiting
-        # Its put may interrupt itself: signals stop the worker.
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        self._lock = threading.Lock()
+        # One for each job, and one to stop. Its put may interrupt itself: signals stop the worker.
+        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
+        metrics.watch_queue(self.n_waiting)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="pop-local model", daemon=True)
 
@@ -110,32 +113,44 @@ class Worker:
     def stop(self) -> None:
         """What is being answered ends, what waits is refused. May be called from anywhere."""
         self._stopping.set()
-        self._jobs.put(None)
+        self._calls.put(None)
 
     def join(self) -> None:
         if self._thread.ident is not None:
             self._thread.join()
 
+    def n_waiting(self) -> int:
+        """Requests that wait for the model; those whose clients hung up do not count."""
+        with self._lock:
+            return sum(not job.cancelled.is_set() for job in self._waiting)
+
     def submit(self, task: Task, is_streamed: bool) -> Job:
         """Raises ApiError when too many wait already."""
-        if self._jobs.qsize() >= self._max_waiting:
-            raise ApiError(503, f"{self._max_waiting} requests wait already; try again later")
         job = Job(task, is_streamed)
-        self._jobs.put(job)
-        self._metrics.waiting(self._jobs.qsize())
+        with self._lock:
+            self._waiting = deque(one for one in self._waiting if not one.cancelled.is_set())
+            if len(self._waiting) >= self._max_waiting:
+                raise ApiError(503, f"{self._max_waiting} requests wait already; try again later")
+            self._waiting.append(job)
+        self._calls.put(None)
         if self._stopping.is_set():
             raise ApiError(503, STOPPING)
         return job
 
     def _work(self) -> None:
-        while not self._stopping.is_set():
-            job = self._jobs.get()
-            self._metrics.waiting(self._jobs.qsize())
+        while True:
+            self._calls.get()
+            if self._stopping.is_set():
+                break
+            job = self._next()
             if job is not None and not job.cancelled.is_set():
                 self._serve(job)
-        while not self._jobs.empty():
-            if (job := self._jobs.get()) is not None:
-                job.put(ApiError(503, STOPPING))
+        while (job := self._next()) is not None:
+            job.put(ApiError(503, STOPPING))
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
 
     def _serve(self, job: Job) -> None:
         job.queued_s = time.perf_counter() - job.submitted_s
