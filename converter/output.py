@@ -47,8 +47,9 @@ def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
 def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
     """A new file beside `dst`, which takes its place when the block ends without an exception.
 
-    Whatever goes wrong, it is removed; after a kill -9 the next call for `dst` removes it. As with
-    cp, the data may still be on its way to the disk: the source is there as long as one keeps it.
+    Whatever goes wrong, it is removed; after a kill -9 the next call for `dst` removes it, once its
+    process is gone. As with cp, the data may still be on its way to the disk: the source is there
+    as long as one keeps it.
     Raises WriteError for what the machine refuses, disk full among it.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
@@ -67,10 +68,29 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def _remove_leftovers(dst: Path) -> None:
+    """Those of dead processes: a living one is still writing."""
+    prefix = f".{dst.name}."
     with suppress(OSError):
-        for path in dst.parent.iterdir():
-            if path.name.startswith(f".{dst.name}.") and path.name.endswith(_SUFFIX):
-                path.unlink()
+        for path in list(dst.parent.iterdir()):
+            if not (path.name.startswith(prefix) and path.name.endswith(_SUFFIX)):
+                continue
+            pid = path.name[len(prefix) : -len(_SUFFIX)]
+            if pid.isdecimal() and not _is_other_process(int(pid)):
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _is_other_process(pid: int) -> bool:
+    # On Windows os.kill would end it; an open file cannot be removed there anyway.
+    if pid == os.getpid() or os.name == "nt":
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def _hint(dst: Path) -> str:

@@ -271,6 +271,12 @@ def test_stopped_in_mid_conversion(tmp_path, stopped, number):
     assert names(tmp_path) == {"tiny.gguf"}
 
 
+def test_another_process_at_the_same_target_keeps_its_file(tiny, tmp_path, stopped):
+    (theirs,) = names(tmp_path) - {"tiny.gguf"}
+    convert_default(tiny, tmp_path / "out.gguf")
+    assert names(tmp_path) == {"tiny.gguf", "out.gguf", theirs}
+
+
 def test_killed_in_mid_conversion(tiny, tmp_path, stopped):
     stopped.kill()
     stopped.wait(timeout=30)
