@@ -42,6 +42,15 @@ def test_retry_asks_a_dropped_question():
     assert model.asked == [[Message("user", "are you there?")]] * 2
 
 
+@pytest.mark.parametrize("lines", [("/retry", "/retry"), ("/edit", "?", "/retry")])
+def test_a_question_outlives_what_nobody_foresaw(lines):
+    model = ScriptedModel(["One.", STATS], [RuntimeError("lost the GPU")], ["Two.", STATS])
+    shown = talk(model, "hi", *lines)
+    assert any("lost the GPU" in line for line in shown)
+    assert model.asked[2] == model.asked[1]
+    assert "Two." in shown
+
+
 def test_undo_drops_one_turn_after_the_other():
     model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
     shown = talk(model, "a", "b", "/undo", "c", "/undo", "/undo", "/undo")

@@ -147,7 +147,7 @@ class Chat:
 
     def answer(self, turn: Turn) -> None:
         """Answers a turn after those before it; one that gets no answer is kept for /retry."""
-        self.dropped = None
+        self.dropped = turn  # also when something unforeseen ends this
         said = ""
         try:
             said = self._said(turn)
@@ -160,10 +160,10 @@ class Chat:
             self.fail(error)
         # What was said before Ctrl-C stays said, and its KV cache stays useful.
         if said:
+            self.dropped = None
             self.conversation = self.conversation.plus(replace(turn, answer=said))
             self._warn_when_full()
         else:
-            self.dropped = turn
             self.screen.note("The question is dropped; /retry asks it again.")
 
     def fail(self, error: PopError) -> None:
