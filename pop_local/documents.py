@@ -4,10 +4,12 @@ pypdf and python-docx come with the extra `documents` and are imported when such
 """
 
 import codecs
+import io
 import logging
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pop_converter.errors import PopError
 
@@ -24,13 +26,24 @@ _MARKS = {
 
 def read_document(path: Path) -> Document:
     """Raises OSError, and PopError for what is no text, holds none or is far too large."""
-    n_bytes = path.stat().st_size
-    if n_bytes > MAX_BYTES:
-        raise PopError(
-            f"{path} has {n_bytes:,} bytes, more than any context holds", "give a part of it"
-        )
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+        raise PopError(f"{path} is neither a file nor a pipe", "give a file")
+    with path.open("rb") as file:
+        content = read_limited(file, str(path))
     text_of = _READERS.get(path.suffix.lower(), _plain)
-    return Document(str(path), text_of(path))
+    return Document(str(path), text_of(path, content))
+
+
+def read_limited(file: BinaryIO, origin: str) -> bytes:
+    """All of it. Raises PopError for more than MAX_BYTES, which are not read."""
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise PopError(
+            f"{origin} has more than {MAX_BYTES:,} bytes, more than any context holds",
+            "give a part of it",
+        )
+    return content
 
 
 def decoded(content: bytes, origin: str) -> str:
@@ -45,11 +58,11 @@ def decoded(content: bytes, origin: str) -> str:
     return text
 
 
-def _plain(path: Path) -> str:
-    return decoded(path.read_bytes(), str(path))
+def _plain(path: Path, content: bytes) -> str:
+    return decoded(content, str(path))
 
 
-def _pdf(path: Path) -> str:
+def _pdf(path: Path, content: bytes) -> str:
     try:
         import pypdf
     except ImportError as error:
@@ -58,7 +71,7 @@ def _pdf(path: Path) -> str:
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
 
     def pages() -> Iterator[str]:
-        reader = pypdf.PdfReader(path)
+        reader = pypdf.PdfReader(io.BytesIO(content))
         if reader.is_encrypted and not reader.decrypt(""):
             raise PopError(f"{path} is protected by a password", "save it without one first")
         for page in reader.pages:
@@ -70,14 +83,14 @@ def _pdf(path: Path) -> str:
     return text
 
 
-def _docx(path: Path) -> str:
+def _docx(path: Path, content: bytes) -> str:
     try:
         import docx
     except ImportError as error:
         raise PopError(f"{path} is DOCX, and python-docx is not installed", EXTRA_HINT) from error
 
     def blocks() -> Iterator[str]:
-        for block in docx.Document(str(path)).iter_inner_content():
+        for block in docx.Document(io.BytesIO(content)).iter_inner_content():
             yield _table(block) if hasattr(block, "rows") else block.text
 
     return _parsed(path, "DOCX", lambda: "\n\n".join(text for text in blocks() if text.strip()))

@@ -1,11 +1,15 @@
 """Texts out of files: plain, PDF, DOCX, and what cannot be read."""
 
 import builtins
+import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pop_converter.errors import PopError
 
+from pop_local import documents
 from pop_local.documents import EXTRA_HINT, MAX_BYTES, read_document
 
 PDF = b"""%%PDF-1.4
@@ -84,6 +88,28 @@ def test_far_too_large_a_file_is_not_read(tmp_path):
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(PopError, match="more than any context holds"):
         read_document(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
+def test_a_device_is_not_read():
+    with pytest.raises(PopError, match="neither a file nor a pipe"):
+        read_document(Path("/dev/zero"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
+@pytest.mark.parametrize(("n_bytes", "fits"), [(1000, True), (1001, False)])
+def test_a_pipe_is_read_up_to_the_limit(tmp_path, monkeypatch, n_bytes, fits):
+    monkeypatch.setattr(documents, "MAX_BYTES", 1000)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(b"x" * n_bytes,))
+    writer.start()
+    if fits:
+        assert read_document(path).text == "x" * n_bytes
+    else:
+        with pytest.raises(PopError, match="more than any context holds"):
+            read_document(path)
+    writer.join()
 
 
 @pytest.mark.parametrize(("name", "library"), [("a.pdf", "pypdf"), ("a.docx", "docx")])

@@ -23,7 +23,7 @@ from pop_local.commands.options import (
     sampling,
 )
 from pop_local.commands.ready import open_ready
-from pop_local.documents import decoded, read_document
+from pop_local.documents import decoded, read_document, read_limited
 from pop_local.engine.conversation import Document, Turn
 from pop_local.engine.turn import Chunk, Message, Reading, TurnStats
 from pop_local.ui.interrupt import deferred_interrupt
@@ -109,7 +109,7 @@ def _documents(files: list[Path]) -> Iterator[Document]:
     for path in files:
         yield read_document(path)
     if not sys.stdin.isatty():
-        piped = decoded(sys.stdin.buffer.read(), "the piped text")
+        piped = decoded(read_limited(sys.stdin.buffer, "the piped text"), "the piped text")
         if piped.strip():
             yield Document("the piped text", piped)
 
