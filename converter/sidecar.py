@@ -4,6 +4,7 @@ The model is neither copied nor changed. A sidecar knows it by its size and by a
 and tensor table, so that opening both reads no gigabytes; `pop.source.sha256` covers all of it.
 """
 
+import glob
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +65,19 @@ class Sidecar:
 def sidecar_path(base: Source) -> Path:
     """Where the sidecar of a model lies unless somebody says otherwise."""
     return base.first.path.with_name(Path(base.name).stem + SUFFIX)
+
+
+def base_path(sidecar: Path, source_name: str) -> Path | None:
+    """The model beside its sidecar, or its first part; whether it is the right one, `bind` tells.
+
+    The name comes from a file that may come from anywhere: its folder is not followed.
+    """
+    name = Path(source_name).name
+    found = sidecar.with_name(name or sidecar.name)
+    if found != sidecar and found.is_file():
+        return found
+    parts = sidecar.parent.glob(f"{glob.escape(Path(name).stem)}-00001-of-?????.gguf")
+    return next((part for part in sorted(parts) if part.is_file()), None)
 
 
 def bind(base: Source) -> Binding:

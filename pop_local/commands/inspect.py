@@ -9,7 +9,7 @@ from pop_converter.errors import FormatError
 from pop_converter.format import TENSOR_MARK, PopMeta
 from pop_converter.header import Header, read_header
 from pop_converter.shape import ARCHITECTURES
-from pop_converter.sidecar import pop_of, sidecar_meta
+from pop_converter.sidecar import base_path, pop_of, sidecar_meta
 from pop_converter.source import Source, is_sidecar, read_source
 
 from pop_local.commands.inspecting import (
@@ -98,9 +98,8 @@ def inspect(
 def _inspect_sidecar(header: Header, *, verify: bool, json: bool) -> None:
     """With the model beside it, if it is there: it must be the right one then."""
     meta = sidecar_meta(header)
-    # The name comes from a file that may come from anywhere: its folder is not followed.
-    path = header.path.with_name(Path(meta.source_name).name or header.path.name)
-    source = read_source(path) if path != header.path and path.is_file() else None
+    path = base_path(header.path, meta.source_name)
+    source = read_source(path) if path else None
     if source is not None:
         pop_of(source, header.path)
     if verify and source is None:
@@ -112,7 +111,7 @@ def _inspect_sidecar(header: Header, *, verify: bool, json: bool) -> None:
     found = SidecarInspection(
         file=str(header.path),
         size_bytes=header.size_bytes,
-        model=str(path) if source else None,
+        model=str(path) if path else None,
         tensors=tensor_groups(header.tensors),
         boundary=meta.boundary,
         n_skipped=meta.n_layer - meta.boundary,
@@ -123,7 +122,7 @@ def _inspect_sidecar(header: Header, *, verify: bool, json: bool) -> None:
         print_json(found)
     else:
         print_facts(sidecar_facts(found))
-    _require_unchanged(path, verification)
+    _require_unchanged(path or header.path, verification)
 
 
 def _require_unchanged(path: Path, verification: Verification | None) -> None:
