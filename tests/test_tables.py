@@ -66,6 +66,21 @@ def test_facts_in_a_pipe_are_not_wrapped(capsys):
     assert capsys.readouterr().out.splitlines() == ["A       " + "x" * 200, "Longer  y"]
 
 
+NASTY = "\x1b]0;owned\x07a\nb\u202e\udcff é語"
+HARMLESS = r"\x1b]0;owned\x07a\nb\u202e\udcff é語"
+
+
+def test_what_would_steer_a_terminal_is_escaped(monkeypatch, capsys):
+    table = Table((Column("name", "Name"),), ((NASTY,),))
+    assert HARMLESS in markdown(table)
+    for is_terminal in (False, True):
+        monkeypatch.setattr(theme.out, "_force_terminal", is_terminal)
+        print_facts([("Name", NASTY)])
+        assert HARMLESS in capsys.readouterr().out
+    theme.out.print(tables.rich_table(table))
+    assert HARMLESS in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("n_bytes", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (4 * 10**9, "4.00 GB")],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,22 @@ from rich.text import Text
 
 from pop_local.ui.theme import out
 
+# Control and format characters, halves of surrogates, separators of lines and paragraphs.
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
 
 def _plain(value: object) -> str:
     return "" if value is None else str(value)
+
+
+def printable(text: str) -> str:
+    """Names come out of files: what would steer a terminal, or cannot be encoded, as an escape."""
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _UNPRINTABLE
+        else char
+        for char in text
+    )
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class Table:
 
     def texts(self) -> list[list[str]]:
         return [
-            [column.show(value) for column, value in zip(self.columns, row, strict=True)]
+            [printable(column.show(value)) for column, value in zip(self.columns, row, strict=True)]
             for row in self.rows
         ]
 
@@ -112,6 +126,7 @@ Fact = tuple[str, str]
 
 def print_facts(facts: Sequence[Fact]) -> None:
     """Labels and values in two columns on stdout; unwrapped where no terminal is."""
+    facts = [(label, printable(value)) for label, value in facts]
     if not out.is_terminal:
         width = max(len(label) for label, _ in facts)
         out.file.writelines(f"{label.ljust(width)}  {value}\n" for label, value in facts)
