@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pop_converter.errors import PopError
+from pop_converter.errors import OutputExistsError, PopError
 from pop_converter.format import OWN, read_pop_meta
 from synthetic import make_gguf
 
 from pop_local import models
-from pop_local.commands import ready
+from pop_local.commands import converting, ready
+from pop_local.commands.converting import Job
 from pop_local.commands.ready import files_at_depth, model_file
 from pop_local.engine import backend
 from pop_local.models import DEFAULT_MODEL, find
@@ -41,6 +42,22 @@ def test_it_is_fitted(store, capsys):
     assert (meta.projection, meta.boundary) == ("fitted", 5)
     assert meta.measured is not None and meta.measured.ppl_full > 1
     assert "Fitting takes" in capsys.readouterr().err
+
+
+def test_the_conversion_takes_threads_and_gpu_layers(store, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(converting, "fit_and_write", lambda plan, job: jobs.append(job))
+    ready.model_files(None, threads=3, gpu_layers=0)
+    assert [(job.n_threads, job.n_gpu_layers) for job in jobs] == [(3, 0)]
+
+
+def test_another_process_may_be_faster(store, monkeypatch):
+    def beaten(plan: object, job: Job) -> None:
+        job.target.write_bytes(b"theirs")
+        raise OutputExistsError(f"{job.target} appeared meanwhile", "")
+
+    monkeypatch.setattr(converting, "fit_and_write", beaten)
+    assert model_file(None).read_bytes() == b"theirs"
 
 
 @pytest.fixture

@@ -183,6 +183,16 @@ def test_chat(base, sidecar):
     assert "pruned" in done.stderr
 
 
+def test_a_stale_sidecar_does_not_matter_in_full(base, sidecar):
+    make_gguf(base, "llama", chat_template="{{ messages[-1].content }}!")
+    ask = ("run", base, "hi", "--max-tokens", 2, "--threads", 1)
+    assert command(*ask).exit_code == 1
+    done = command(*ask, "--no-pop")
+    assert done.exit_code == 0, done.stderr
+    assert "does not belong to" in " ".join(done.stderr.split())
+    assert command(*ask, "--no-pop", "--pop", sidecar).exit_code == 1
+
+
 def test_bench(base, sidecar):
     arguments = ("bench", base, "--prompt", 100, "--repeat", 1, "--json", "--threads", 1)
     found = json.loads(command(*arguments).stdout)
@@ -222,6 +232,16 @@ def test_inspect_of_the_sidecar(base, sidecar):
     assert (found["file"], found["model"]) == (str(sidecar), str(base))
     assert found["verification"]["unchanged"] is True
     assert "Sidecar of" in command("inspect", sidecar).stdout
+
+
+def test_inspect_of_the_sidecar_of_a_split_model(tmp_path):
+    first = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)[0]
+    assert convert(first).exit_code == 0
+    found = json.loads(
+        command("inspect", tmp_path / "model.pop-sidecar.gguf", "--verify", "--json").stdout
+    )
+    assert found["model"] == str(first)
+    assert found["verification"]["unchanged"]
 
 
 def test_inspect_of_a_sidecar_alone(base, sidecar, tmp_path):

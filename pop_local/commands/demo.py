@@ -69,7 +69,7 @@ def demo(
     gpu_layers: GpuLayers = -1,
 ) -> None:
     """Answer one question about a document twice, then open the chat."""
-    files = model_files(model, pop)
+    files = model_files(model, pop, threads=threads, gpu_layers=gpu_layers)
     path = files.path
     shape = read_shape(path)
     from pop_local.engine.model import open_model

@@ -1,13 +1,14 @@
 """From a model's name or path to its files, and to an opened model."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pop_converter.errors import PopError
+from pop_converter.errors import FormatError, OutputExistsError, PopError
 from pop_converter.format import FITTED, pop_meta
 from pop_converter.plan import DEFAULT_SKIP, make_plan
 from pop_converter.shape import source_shape
-from pop_converter.sidecar import sidecar_path
+from pop_converter.sidecar import pop_of, sidecar_path
 from pop_converter.source import read_source
 
 from pop_local.commands.files import ModelFiles
@@ -16,22 +17,31 @@ from pop_local.measure.limit import with_min_prompt
 from pop_local.models import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import size
-from pop_local.ui.theme import note
+from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
 
 
-def model_files(model: str | None, pop: Path | None = None) -> ModelFiles:
-    """What to open: with the sidecar `pop`, else with the one beside the model, after saying so."""
+def model_files(
+    model: str | None,
+    pop: Path | None = None,
+    *,
+    threads: int | None = None,
+    gpu_layers: int = -1,
+) -> ModelFiles:
+    """What to open: with the sidecar `pop`, else with the one beside the model, after saying so.
+
+    `threads` and `gpu_layers` are for the conversion of the catalog's model, if there is one.
+    """
     if pop is not None:
         return ModelFiles(_base(model), _existing(pop))
     base = _fetched_base(model)
     found = sidecar_beside(base) if base else None
-    files = ModelFiles(base, found) if base and found else ModelFiles(model_file(model))
-    if files.sidecar:
-        note(f"Pruning as {files.sidecar} says.")
-    return files
+    if base and found:
+        note(f"Pruning as {found} says.")
+        return ModelFiles(base, found)
+    return ModelFiles(model_file(model, threads=threads, gpu_layers=gpu_layers))
 
 
 def files_at_depth(model: str | None, pop: Path | None) -> ModelFiles:
@@ -42,14 +52,14 @@ def files_at_depth(model: str | None, pop: Path | None) -> ModelFiles:
     return ModelFiles(_base(model)) if pop is None else model_files(model, pop)
 
 
-def model_file(model: str | None) -> Path:
+def model_file(model: str | None, *, threads: int | None = None, gpu_layers: int = -1) -> Path:
     """The file to open. A model of the catalog is fetched and converted first, after saying so."""
     entry = _entry(model)
     if entry is None:
         return resolve(str(model))
     converted = models_dir() / entry.pop_file
     if not converted.is_file():
-        _convert(_fetch(entry), converted)
+        _convert(_fetch(entry), converted, threads, gpu_layers)
     return converted
 
 
@@ -103,7 +113,7 @@ def _fetch(entry: Model) -> Path:
         return fetch(entry.name, advance)
 
 
-def _convert(path: Path, target: Path) -> None:
+def _convert(path: Path, target: Path, threads: int | None, gpu_layers: int) -> None:
     from pop_local.commands.converting import Job, fit_and_write
 
     note(
@@ -112,7 +122,21 @@ def _convert(path: Path, target: Path) -> None:
     )
     source = read_source(path)
     plan = with_min_prompt(make_plan(source_shape(source), projection=FITTED))
-    fit_and_write(plan, Job(source, target))
+    job = Job(source, target, n_threads=threads, n_gpu_layers=gpu_layers)
+    with suppress(OutputExistsError):  # another process was faster
+        fit_and_write(plan, job)
+
+
+def _without_stale(files: ModelFiles) -> ModelFiles:
+    """Reading in full needs no sidecar; one that fits stays, to switch pruning on later."""
+    if files.sidecar is None:
+        return files
+    try:
+        pop_of(read_source(files.path), files.sidecar)
+    except FormatError as error:
+        warn(f"Left out: {error.message}.")
+        return ModelFiles(files.path)
+    return files
 
 
 def open_ready(
@@ -125,7 +149,9 @@ def open_ready(
     pop: Path | None = None,
 ) -> "PopModel":
     """The opened model, with pruning switched off if so wished."""
-    files = model_files(model, pop)
+    files = model_files(model, pop, threads=threads, gpu_layers=gpu_layers)
+    if no_pop and pop is None:
+        files = _without_stale(files)
     from pop_local.engine.backend import Mode
     from pop_local.engine.model import open_model
 
