@@ -89,13 +89,12 @@ def make_plan(
     boundary: int | None = None,
     sink_tokens: int = PopMeta.sink_tokens,
     tail_tokens: int = PopMeta.tail_tokens,
-    min_prompt: int | None = None,
+    min_prompt: int = PopMeta.min_prompt,
     projection: str = OWN,
 ) -> Plan:
     """Settle the boundary: as given, else from `skip`, rounded to whole layers but never to none.
 
-    `min_prompt` None: twice the tokens that are full anyway. Up to there pruning gains little: a
-    third of the layers at most 1.16 times (pop_local.measure.limit), and nothing at 18 tokens.
+    `min_prompt` is as given: pop_local.measure.limit.with_min_prompt has one for the model.
 
     One skipped layer has nothing to fit: its own projections are exact. Raises PlanError when
     nothing would be kept or skipped, or a token count does not fit.
@@ -108,8 +107,6 @@ def make_plan(
             f"{boundary} does not",
             f"choose a boundary from 1 to {shape.n_layer - 1}",
         )
-    if min_prompt is None:
-        min_prompt = min(2 * (sink_tokens + tail_tokens), MAX_TOKENS)
     for name, value in (("sink", sink_tokens), ("tail", tail_tokens), ("min-prompt", min_prompt)):
         if not 0 <= value <= MAX_TOKENS:
             raise PlanError(f"--{name} {value} is not a number of tokens")

@@ -161,7 +161,7 @@ def convert(
             **depth,
             sink_tokens=sink,
             tail_tokens=tail,
-            min_prompt=min_prompt,
+            min_prompt=min_prompt or 0,
             projection=projection.value,
         )
         return with_min_prompt(plan) if min_prompt is None else plan

@@ -18,7 +18,7 @@ from pop_converter.source import Source
 
 from pop_local.commands.converting import fitted_sidecars
 from pop_local.commands.fitting import FitOptions
-from pop_local.measure.limit import LIMIT_PROMPT, speedup_limit
+from pop_local.measure.limit import LIMIT_PROMPT, speedup_limit, with_min_prompt
 from pop_local.ui.progress import token_progress
 from pop_local.ui.quality import ALWAYS_SKIP, Row
 
@@ -58,7 +58,9 @@ def fitted_rows(
 ) -> tuple[Row, ...]:
     """Fit at all depths in one go, then measure a temporary sidecar of each."""
     _context(source, run)  # what does not fit is said before minutes of fitting
-    plans = [make_plan(shape, boundary=depth, projection=FITTED) for depth in boundaries]
+    plans = [
+        with_min_prompt(make_plan(shape, boundary=depth, projection=FITTED)) for depth in boundaries
+    ]
     sidecars = fitted_sidecars(
         plans, source, options, n_threads=run.threads, n_gpu_layers=run.gpu_layers
     )
