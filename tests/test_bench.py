@@ -97,6 +97,11 @@ def test_what_does_not_fit_is_an_error_with_exit_1(pop_file, arguments, said):
     assert "Traceback" not in done.stderr
 
 
+def test_the_setting_of_the_context_is_for_conversations(pop_file, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_CTX", "64")
+    assert bench(pop_file, "--prompt", "100", "--repeat", 1).returncode == 0
+
+
 @pytest.mark.parametrize("lengths", ["", "0", "100,", "100,x", "-5"])
 def test_lengths_that_are_none_are_wrong_usage(pop_file, lengths):
     assert bench(pop_file, "--prompt", lengths).returncode == 2

@@ -1,9 +1,12 @@
 """The command line as a whole: help, imports, errors, exit codes."""
 
+import importlib
+import inspect
 import os
 import signal
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import typer
@@ -13,6 +16,7 @@ from typer.testing import CliRunner
 
 from pop_local import __version__
 from pop_local.cli import COMMANDS, app
+from pop_local.commands.options import finite
 from pop_local.ui import errors
 
 HEAVY = ("torch", "llama_cpp", "huggingface_hub", "requests")
@@ -214,3 +218,33 @@ def test_shell_completion_is_installed(tmp_path):
     assert "pop-local" in (tmp_path / ".bashrc").read_text()
     script = next((tmp_path / ".bash_completions").iterdir()).read_text()
     assert "_POP_LOCAL_COMPLETE=complete_bash" in script
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "m.gguf", "--max-kl", "inf"),
+        ("convert", "m.gguf", "--max-copy-ratio", "nan"),
+        ("convert", "m.gguf", "--memory", "inf"),
+        ("convert", "m.gguf", "--memory", "1e300"),
+        ("convert", "m.gguf", "--ridge", "nan"),
+        ("run", "m.gguf", "hi", "--temperature", "inf"),
+        ("run", "m.gguf", "hi", "--top-p", "nan"),
+    ],
+)
+def test_numbers_without_end_are_wrong_usage(arguments):
+    done = CliRunner().invoke(app, [*arguments])
+    assert done.exit_code == 2
+    assert arguments[-2] in done.stderr
+
+
+def test_every_option_that_is_a_float_is_checked():
+    floats = [
+        (f"{entry.name} {name}", hint.__metadata__[0])
+        for entry in COMMANDS
+        if inspect.isfunction(command := getattr(importlib.import_module(entry.module), entry.name))
+        for name, hint in get_type_hints(command, include_extras=True).items()
+        if hasattr(hint, "__metadata__") and float in (hint.__origin__, *get_args(hint.__origin__))
+    ]
+    assert len(floats) > 6
+    assert [name for name, option in floats if option.callback is not finite] == []

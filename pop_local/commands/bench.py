@@ -10,7 +10,7 @@ from pop_converter.sidecar import pop_of
 from pop_converter.source import Source, read_source
 
 from pop_local.commands.files import ModelFiles
-from pop_local.commands.options import Ctx, GpuLayers, Pop, Threads
+from pop_local.commands.options import GpuLayers, MeasuredCtx, Pop, Threads
 from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Column, Table, markdown, print_json
@@ -75,22 +75,25 @@ def bench(
     pop: Pop = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     threads: Threads = None,
-    ctx: Ctx = None,
+    n_ctx: MeasuredCtx = None,
     gpu_layers: GpuLayers = -1,
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
     n_prompts = _lengths(prompt)
     if find_break_even and repeat < 2:
         raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
-    files = model_files(model, pop) if boundary is None else files_at_depth(model, pop)
+    if boundary is None:
+        files = model_files(model, pop, threads=threads, gpu_layers=gpu_layers)
+    else:
+        files = files_at_depth(model, pop)
     source = read_source(files.path)
     shape = source_shape(source)
     if boundary is None:
         _require_boundary(source, files)
     from pop_local.measure.speed import N_DECODE, measure_speed
 
-    n_ctx = _context(source, max(n_prompts) + N_DECODE, ctx)
-    opened = _opened(files, boundary, n_ctx, batch, threads, gpu_layers)
+    n_context = _context(source, max(n_prompts) + N_DECODE, n_ctx)
+    opened = _opened(files, boundary, n_context, batch, threads, gpu_layers)
     if find_break_even:
         _break_even(opened, files, max(n_prompts), repeat, _backend(opened, gpu_layers), json=json)
         return

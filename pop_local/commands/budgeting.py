@@ -24,6 +24,7 @@ from pop_local.commands.describing import (
 )
 from pop_local.commands.examining import measured, opened_to_measure
 from pop_local.commands.files import ModelFiles
+from pop_local.commands.options import finite
 from pop_local.measure.budget import (
     BALANCED,
     BUDGETS,
@@ -69,6 +70,7 @@ MaxKl = Annotated[
         "--max-kl",
         metavar="NATS",
         min=0.0,
+        callback=finite,
         help="Largest KL divergence from the full model, instead of --quality.",
     ),
 ]
@@ -78,6 +80,7 @@ MaxCopyRatio = Annotated[
         "--max-copy-ratio",
         metavar="RATIO",
         min=0.0,
+        callback=finite,
         help="Largest perplexity of a repeated passage, in the full model's; likewise.",
     ),
 ]

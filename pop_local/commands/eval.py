@@ -21,7 +21,7 @@ from pop_local.commands.fitting import (
     Tokens,
     WeightingOption,
 )
-from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads
+from pop_local.commands.options import GpuLayers, MeasuredCtx, NoPop, Pop, Threads
 from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.ui.quality import Row, facts, flat, plot, require_matplotlib, table
 from pop_local.ui.tables import markdown, print_facts, print_json
@@ -85,7 +85,7 @@ def eval(  # noqa: A001
     seed: Annotated[int, typer.Option(min=0, help="Of passages, random tokens and facts.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     threads: Threads = None,
-    ctx: Ctx = None,
+    n_ctx: MeasuredCtx = None,
     gpu_layers: GpuLayers = -1,
 ) -> None:
     """Measure what pruning costs: KL and perplexity against the full model, copying, recall."""
@@ -98,7 +98,10 @@ def eval(  # noqa: A001
     elif pop is not None:
         raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
     own_depth = fit or (skip, boundary, sweep) != (None, None, None)
-    files = files_at_depth(model, pop) if own_depth else model_files(model, pop)
+    if own_depth:
+        files = files_at_depth(model, pop)
+    else:
+        files = model_files(model, pop, threads=threads, gpu_layers=gpu_layers)
     source = read_source(files.path)
     shape = source_shape(source)
     boundaries = _boundaries(source, shape, skip, boundary, sweep, files.sidecar)
@@ -117,7 +120,7 @@ def eval(  # noqa: A001
         n_needles=needles if mode is Mode.CONTEXT else 0,
         sink=sink,
         tail=tail,
-        ctx=ctx,
+        ctx=n_ctx,
         threads=threads,
         gpu_layers=gpu_layers,
         baseline=baseline,

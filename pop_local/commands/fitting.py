@@ -15,6 +15,7 @@ from pop_converter.plan import Plan
 from pop_converter.rewrite import Fitted
 from pop_converter.source import Source
 
+from pop_local.commands.options import finite
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Fact, size
@@ -43,6 +44,7 @@ Ridge = Annotated[
     typer.Option(
         "--ridge",
         min=0.0,
+        callback=finite,
         help=f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
     ),
 ]
@@ -56,7 +58,12 @@ WeightingOption = Annotated[
 Memory = Annotated[
     float | None,
     typer.Option(
-        "--memory", metavar="GB", min=0.0, help="For the fit's sums. Default: half of what is free."
+        "--memory",
+        metavar="GB",
+        min=0.0,
+        max=1e9,
+        callback=finite,
+        help="For the fit's sums. Default: half of what is free.",
     ),
 ]
 

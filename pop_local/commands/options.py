@@ -1,9 +1,18 @@
 """Options that several commands share, and what they turn into."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of every option that is a float: ranges let nan through, and inf without a `max`."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
 
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads. Default: the physical cores.")
@@ -11,6 +20,11 @@ Threads = Annotated[
 Ctx = Annotated[
     int | None,
     typer.Option("--ctx", min=1, help="Context in tokens. Default: the model's, at most 8192."),
+]
+# The parameter must not be called ctx: the setting of that name is for conversations.
+MeasuredCtx = Annotated[
+    int | None,
+    typer.Option("--ctx", min=1, help="Context in tokens. Default: what is measured needs."),
 ]
 GpuLayers = Annotated[
     int, typer.Option("--gpu-layers", min=-1, help="Layers on the GPU; -1 for all, 0 for none.")
@@ -20,9 +34,15 @@ MaxTokens = Annotated[
     typer.Option("--max-tokens", min=1, help="Longest answer. Default: what the context holds."),
 ]
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
+    float | None,
+    typer.Option(
+        "--temperature", min=0.0, callback=finite, help="0 always takes the likeliest token."
+    ),
 ]
-TopP = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling.")]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", min=0.0, max=1.0, callback=finite, help="Nucleus sampling."),
+]
 Seed = Annotated[
     int | None, typer.Option("--seed", min=0, help="Makes an answer repeatable. Default: chance.")
 ]
