@@ -1,4 +1,4 @@
-"""`pop-local serve` in a child process, on a free port."""
+"""The server: `pop-local serve` in a child process, on a free port, or its application here."""
 
 import re
 import subprocess
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 PATIENCE_S = 60
 
@@ -65,3 +67,13 @@ def _address(process: subprocess.Popen[bytes], log_file: Path) -> str:
             return found[1]
         time.sleep(0.05)
     raise AssertionError(log_file.read_text())
+
+
+def asking(app: Starlette) -> TestClient:
+    """A client of an application in this process; its model works while the client is open."""
+    return TestClient(app, base_url="http://localhost:8080")
+
+
+def counted(client: TestClient) -> dict[str, float]:
+    lines = client.get("/metrics").text.splitlines()
+    return {k: float(v) for k, v in (x.split(" ") for x in lines if not x.startswith("#"))}

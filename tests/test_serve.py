@@ -260,5 +260,8 @@ def test_missing_packages_name_the_extra(monkeypatch, tiny_file):
 def test_an_open_address_without_a_key_is_warned_of(tiny_file):
     with served(tiny_file, "--host", "0.0.0.0") as server:
         assert "set --api-key" in server.log
+        for host, status in (("192.168.1.5", 200), ("evil.example", 403)):
+            response = httpx2.get(f"{server.api}/models", headers={"Host": host})
+            assert response.status_code == status
     with served(tiny_file, "--host", "0.0.0.0", "--api-key", "secret") as server:
         assert "set --api-key" not in server.log

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from calls import opened, read
 from converted import tiny
-from starlette.testclient import TestClient
+from serving import asking, counted
 
 from pop_local.engine.backend import Mode
 from pop_local.engine.chat import Prompt, TurnOptions
@@ -33,7 +33,7 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(path):
     model = opened(path, n_ctx=N_CTX)
-    with TestClient(create_app(model, ServerOptions(NAME, max_body_bytes=100_000))) as client:
+    with asking(create_app(model, ServerOptions(NAME, max_body_bytes=100_000))) as client:
         yield client
     model.close()
 
@@ -66,11 +66,6 @@ def events(response) -> list:
     lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
     assert lines.pop() == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines]
-
-
-def counted(client) -> dict[str, float]:
-    lines = client.get("/metrics").text.splitlines()
-    return {k: float(v) for k, v in (x.split(" ") for x in lines if not x.startswith("#"))}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -399,21 +394,8 @@ def test_other_paths_and_methods_have_the_same_shape(client):
         assert response.json()["error"]["message"]
 
 
-def test_the_key(path):
-    model = opened(path)
-    with TestClient(create_app(model, ServerOptions(NAME, api_key="secret"))) as client:
-        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-            refused = client.get("/v1/models", headers=header)
-            assert refused.status_code == 401
-            assert refused.json()["error"]["code"] == "invalid_api_key"
-        assert client.get("/metrics").status_code == 401
-        assert client.get("/health").status_code == 200
-        right = {"Authorization": "Bearer secret"}
-        assert client.get("/v1/models", headers=right).status_code == 200
-
-
 def test_a_full_queue_is_503(path):
-    with TestClient(create_app(opened(path), ServerOptions(NAME, max_waiting=0))) as client:
+    with asking(create_app(opened(path), ServerOptions(NAME, max_waiting=0))) as client:
         response = complete(client)
         assert response.status_code == 503
         assert "try again later" in response.json()["error"]["message"]
@@ -450,7 +432,7 @@ def test_a_model_without_keys_says_that_it_is_not_pruned(tmp_path):
     from synthetic import make_gguf
 
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
-    with TestClient(create_app(model, ServerOptions(NAME))) as client:
+    with asking(create_app(model, ServerOptions(NAME))) as client:
         pop = complete(client).json()["usage"]["pop"]
         assert (pop["n_pruned"], pop["reason"]) == (0, "the model has no pruning keys")
         assert complete(client, pop=False).status_code == 200

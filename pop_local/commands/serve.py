@@ -37,7 +37,8 @@ def serve(
             "--api-key",
             envvar="POP_LOCAL_API_KEY",
             show_envvar=True,
-            help="Clients must send it as their key. Default: no key.",
+            help="Clients must send it as their key. Default: no key; web pages and requests to"
+            " other host names are refused.",
         ),
     ] = "",
     name: Annotated[
@@ -65,7 +66,7 @@ def serve(
     )
     try:
         name = name or Path(opened.model_path).stem
-        app = create_app(opened, ServerOptions(name=name, api_key=api_key))
+        app = create_app(opened, ServerOptions(name=name, api_key=api_key, host=host))
         listening.listen(128)
         _announce(opened, name, listening, is_open=host not in _LOOPBACK and not api_key)
         run_app(app, listening)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -19,6 +20,7 @@ from starlette.routing import Route
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import Answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
+from pop_local.server.entry import entry_rule
 from pop_local.server.errors import ApiError, as_api_error, as_request_error, hung_up
 from pop_local.server.front import Front
 from pop_local.server.metrics import Metrics
@@ -34,10 +36,14 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """`name`: of the model in the API. `api_key`: "" for none. `max_body_bytes` 0: by context."""
+    """`name`: of the model in the API. `api_key`: "" for none. `max_body_bytes` 0: by context.
+
+    `host`: what the server listens on; without a key it answers to this and loopback names only.
+    """
 
     name: str
     api_key: str = ""
+    host: str = "127.0.0.1"
     max_waiting: int = 64
     max_body_bytes: int = 0
 
@@ -61,7 +67,12 @@ def create_app(model: PopModel, options: ServerOptions) -> Starlette:
         lifespan=api.lifespan,
         exception_handlers=dict.fromkeys(handled, _refuse),
     )
-    app.add_middleware(Front, metrics=api.metrics, api_key=options.api_key)
+    refusal = entry_rule(options.api_key, options.host)
+    app.add_middleware(Front, metrics=api.metrics, refusal=refusal)
+    if options.api_key:  # no web page has it unless its user gave it
+        app.add_middleware(
+            CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
+        )
     app.state.worker = api.worker
     return app
 
