@@ -36,6 +36,7 @@ LEAST_WEIGHT = 0.2
 MOST_ATTENTION = 50.0
 # Least pivot of the system, whose diagonal is 1: below it rounding decides.
 LEAST_PIVOT = 1e-12
+DAMAGED_HINT = "the model's file may be damaged: try whether it answers (pop-local run)"
 
 
 class FitError(PopError):
@@ -154,7 +155,7 @@ def _check(layer: int, gram: Gram) -> None:
     if not (np.isfinite(gram.xx).all() and np.isfinite(gram.xy).all()):
         raise FitError(
             f"the activations for layer {layer} are not finite",
-            "the model's file may be damaged: try whether it answers (pop-local run)",
+            DAMAGED_HINT,
         )
 
 

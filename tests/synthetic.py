@@ -124,8 +124,7 @@ def _encode_key(name: str, value: int | str) -> bytes:
 
 
 def _write(writer: GGUFWriter, recipe: Recipe) -> None:
-    _add_keys(writer, recipe)
-    _add_tokenizer(writer, recipe)
+    add_header(writer, recipe)
     rng = np.random.default_rng(recipe.seed)
     for name, weights in _tensors(recipe, rng):
         # As llama.cpp's converters do: vectors and the router stay in F32.
@@ -157,6 +156,12 @@ def _zero_deep(path: Path, boundary: int) -> None:
             if prefix == "blk" and int(rest[0]) >= boundary and rest[1] in DEEP_OUTPUTS:
                 file.seek(header.data_start + tensor.offset)
                 file.write(bytes(tensor.size_bytes))
+
+
+def add_header(writer: GGUFWriter, recipe: Recipe) -> None:
+    """Everything but the tensors."""
+    _add_keys(writer, recipe)
+    _add_tokenizer(writer, recipe)
 
 
 def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:

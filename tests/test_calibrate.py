@@ -1,5 +1,6 @@
 """Calibration: what the taps show, what is fitted from it, what the backend then stores."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,24 @@ def test_what_an_observer_raises_comes_out(llama: Path):
         context = reading(model, Failing(), boundaries=(4,), layers=(6,), n_window=N_WINDOW)
         with context as opened, pytest.raises(KeyboardInterrupt):
             opened.window(prompt(64))
+
+
+def test_what_a_signal_raises_comes_out(llama: Path):
+    class Stopping(Recorder):
+        def layer(self, layer, k, v, mass) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def leave(number, frame) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with LoadedModel(llama, n_threads=1) as model:
+            context = reading(model, Stopping(), boundaries=(4,), layers=(5,), n_window=N_WINDOW)
+            with context as opened, pytest.raises(SystemExit):
+                opened.window(prompt(64))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- the fit
@@ -346,3 +365,7 @@ def test_the_sums_of_a_job_stay_within_what_is_announced(llama: Path):
     sums = [Gram(plan.shape.n_embd, _n_kv(llama)) for _ in plan.fitted_layers]
     assert sum(gram.xx.nbytes + gram.xy.nbytes for gram in sums) < needs.sums_bytes
     assert needs.sums_bytes < needs.total_bytes
+    sampling = plan_needs((plan,), read_source(llama), 1 << 30, n_sampled=64)
+    cache = 64 * N_WINDOW * 2 * N_LAYER * _n_kv(llama)
+    assert sampling.sums_bytes == needs.sums_bytes
+    assert sampling.total_bytes > cache + 2 * llama.stat().st_size

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pop_converter import fit
 from pop_converter.content import NewTensor
-from pop_converter.fit import Gram, KvType, Weighting
+from pop_converter.fit import DAMAGED_HINT, Gram, KvType, Weighting
 from pop_converter.format import Calibration
 from pop_converter.plan import Plan
 from pop_converter.rewrite import Fitted
@@ -21,6 +21,7 @@ from pop_local.calibration.needs import Pair, n_kv, plan_needs
 from pop_local.calibration.state import State, load, save
 from pop_local.calibration.texts import (
     N_WINDOW,
+    CalibrationError,
     CalibrationText,
     given_text,
     n_windows,
@@ -154,6 +155,10 @@ class _Job:
     # The observer: position 0 is left out, since the first token always runs in full.
 
     def state(self, boundary: int, rows: Rows) -> None:
+        if not np.isfinite(rows).all():
+            raise CalibrationError(
+                f"what layer {boundary - 1} of the model computes is not finite", DAMAGED_HINT
+            )
         self._x[boundary] = fit.with_bias(rows[1:], self._eps)
 
     def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:

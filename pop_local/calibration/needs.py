@@ -10,6 +10,7 @@ from pop_converter.shape import ModelShape
 from pop_converter.source import Source
 
 from pop_local.calibration.texts import N_WINDOW
+from pop_local.engine.samples import MAX_SEQUENCES
 
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 300 * 10**6
@@ -35,8 +36,13 @@ class Needs:
     total_bytes: int
 
 
-def plan_needs(plans: Sequence[Plan], source: Source, memory_bytes: int) -> Needs:
-    """Group the pairs of all plans so that their sums stay below `memory_bytes`, one at least."""
+def plan_needs(
+    plans: Sequence[Plan], source: Source, memory_bytes: int, n_sampled: int = 0
+) -> Needs:
+    """Group the pairs of all plans so that their sums stay below `memory_bytes`, one at least.
+
+    `n_sampled`: windows that the model samples itself, before anything is summed.
+    """
     shape = plans[0].shape
     pairs = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
     scratch = max(fit.scratch_bytes(shape.n_embd, n_kv(shape, p.layer), N_WINDOW) for p in pairs)
@@ -52,10 +58,19 @@ def plan_needs(plans: Sequence[Plan], source: Source, memory_bytes: int) -> Need
     n_sums = max(sizes) + scratch
     n_stored = 4 * sum(shape.kv_macs[pair.layer] for pair in pairs)
     n_heads = max(dim // 64 for dim in shape.attn_dim)
-    n_states = 4 * N_WINDOW * (shape.n_embd + 1) * len(plans)
-    buffers = 4 * N_WINDOW * (shape.n_vocab + 8 * shape.n_embd + 2 * n_heads * N_WINDOW)
-    total = n_sums + n_stored + n_states + 2 * source.size_bytes + buffers + _BASE_BYTES
+    states = 4 * N_WINDOW * (shape.n_embd + 1) * len(plans)
+    masses = 8 * N_WINDOW * n_heads * N_WINDOW
+    passing = n_sums + states + masses + _context_bytes(shape, N_WINDOW, N_WINDOW)
+    n_at_once = min(n_sampled, MAX_SEQUENCES)
+    sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
+    total = _BASE_BYTES + 2 * source.size_bytes + n_stored + max(passing, sampling)
     return Needs(tuple(map(tuple, groups)), n_sums, total)
+
+
+def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
+    """A KV cache of F16, and what a batch of `n_rows` that all give logits needs."""
+    cache = 2 * n_cells * sum(shape.kv_macs) // shape.n_embd
+    return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
 
 
 def n_kv(shape: ModelShape, layer: int) -> int:

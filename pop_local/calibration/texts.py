@@ -64,11 +64,16 @@ def n_windows(n_tokens: int, n_embd: int) -> int:
     return -(-n_tokens // N_WINDOW)
 
 
+def n_sampled_of(count: int) -> int:
+    """How many of the windows of `own_text` are samples."""
+    return count // 2
+
+
 def own_text(
     model: LoadedModel, count: int, on_progress: Callable[[int, int], object]
 ) -> CalibrationText:
     """Half topics of Python's documentation, half samples of the model; no download."""
-    n_sampled = count // 2
+    n_sampled = n_sampled_of(count)
     topics = _cut(model, _topics(), count - n_sampled)
     sampled = sample_windows(model, n_sampled, N_WINDOW, seed=SEED, on_progress=on_progress)
     windows = np.concatenate([topics, sampled])

@@ -9,6 +9,7 @@ from pop_converter.rewrite import Sizes
 
 from pop_local.commands.converting import Job
 from pop_local.commands.examining import measured_facts
+from pop_local.commands.fitting import fit_needs
 from pop_local.commands.forms import SIDECAR, Form
 from pop_local.measure.limit import LIMIT_PROMPT, speedup_limit
 from pop_local.ui.budget import Trial, budget_fact
@@ -21,6 +22,7 @@ _HOW = "first without a fit, then those near the budget as they will be used"
 class Report:
     """What `--json` prints; `source_sha256` is None when nothing was written.
 
+    `memory_bytes`: the most that a fit takes, the model included; None without one.
     `tried`: what a budget's search measured, deepest last; empty where the user named the depth.
     """
 
@@ -38,6 +40,7 @@ class Report:
     min_prompt: int
     source_bytes: int
     output_bytes: int
+    memory_bytes: int | None
     limit_n_prompt: int
     speedup_limit: float
     source_sha256: str | None
@@ -116,6 +119,8 @@ def show_written(
 def _report(
     plan: Plan, job: Job, sizes: Sizes, meta: PopMeta | None, tried: tuple[Trial, ...]
 ) -> Report:
+    is_fitted = plan.projection == FITTED
+    needs = fit_needs((plan,), job.source, job.options) if is_fitted else None
     return Report(
         source=str(job.path),
         output=str(job.target),
@@ -131,6 +136,7 @@ def _report(
         min_prompt=plan.min_prompt,
         source_bytes=sizes.source_bytes,
         output_bytes=sizes.output_bytes,
+        memory_bytes=needs.total_bytes if needs else None,
         limit_n_prompt=LIMIT_PROMPT,
         speedup_limit=limit(plan),
         source_sha256=meta.source_sha256 if meta else None,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 N_WINDOWS = 8
 # Windows of the search for a boundary that would pass, which measures many of them.
 _N_SEARCHED = 2
+_N_AT_ONCE = 4
 # Past them copying from the prompt is broken: perplexity of a repeated passage against the full
 # model's, and the part of the full model's gain on repeated random tokens that is left.
 MAX_COPY_RATIO = 1.3
@@ -80,15 +81,19 @@ class Examiner:
             warn(message)
             return
         note("Looking for the deepest boundary that would pass")
-        base = ModelFiles(self._src)
-        deeper = tuple(range(quality.boundary + 1, self._plan.shape.n_layer))
-        passing = [
-            found.boundary
-            for found in (self._measure(base, deeper, _N_SEARCHED) if deeper else ())
-            if copies(found)
-        ]
-        advice = f"--boundary {min(passing)} would pass" if passing else "skip fewer layers"
+        passing = self._deepest_passing(quality.boundary + 1)
+        advice = f"--boundary {passing} would pass" if passing else "skip fewer layers"
         raise CopyingBrokenError(message, f"{advice}; --allow-broken-copy writes it all the same")
+
+    def _deepest_passing(self, first: int) -> int | None:
+        """From boundary `first` on, with own projections: what passes so, passes fitted."""
+        base, n_layer = ModelFiles(self._src), self._plan.shape.n_layer
+        for start in range(first, n_layer, _N_AT_ONCE):
+            boundaries = tuple(range(start, min(start + _N_AT_ONCE, n_layer)))
+            for found in self._measure(base, boundaries, _N_SEARCHED):
+                if copies(found):
+                    return found.boundary
+        return None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pop_converter.fit import RIDGE, KvType, Weighting
@@ -20,6 +20,9 @@ from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Fact, size
 from pop_local.ui.theme import note
+
+if TYPE_CHECKING:
+    from pop_local.calibration.needs import Needs
 
 # Where the machine does not say what is free.
 _FALLBACK_BYTES = 4 * 10**9
@@ -115,11 +118,20 @@ def free_bytes() -> int:
         return _FALLBACK_BYTES
 
 
-def fit_facts(plans: Sequence[Plan], source: Source, options: FitOptions) -> list[Fact]:
+def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> "Needs":
+    """Raises CalibrationError for too few tokens."""
     from pop_local.calibration.needs import plan_needs
+    from pop_local.calibration.texts import N_WINDOW, n_sampled_of
+
+    n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
+    n_sampled = n_sampled_of(n_windows) if options.text is None else 0
+    return plan_needs(plans, source, options.memory_bytes, n_sampled)
+
+
+def fit_facts(plans: Sequence[Plan], source: Source, options: FitOptions) -> list[Fact]:
     from pop_local.calibration.texts import DEFAULT_NAME
 
-    needs = plan_needs(plans, source, options.memory_bytes)
+    needs = fit_needs(plans, source, options)
     n_passes = len(needs.groups)
     passes = "one pass" if n_passes == 1 else f"{n_passes} passes, {n_passes} times the work"
     n_tokens = options.n_tokens(plans[0].shape.n_embd)

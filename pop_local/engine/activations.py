@@ -183,9 +183,9 @@ class Reading:
         logs.forget_errors()
         with self._interrupt.watching(self._ctx):
             code = self._batch.decode(self._ctx, tokens, 0, Outputs.NONE)
-        if self._taps.raised is not None:
-            raise self._taps.raised
-        self._interrupt.check()
+            if self._taps.raised is not None:
+                raise self._taps.raised
+            self._interrupt.check()
         if code != 0:
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
         if self._taps.n_seen != self._taps.n_expected:

@@ -49,7 +49,7 @@ def _fill(tokens: NDArray[np.int32], model: LoadedModel, rng: np.random.Generato
     """Sample all but the first column; yields how many columns there are."""
     n, n_window = tokens.shape
     with model.context(n_ctx=n * n_window, n_batch=n, n_ubatch=n, n_seq_max=n) as ctx:
-        batch = _StepBatch(n)
+        batch = StepBatch(n)
         try:
             for step in range(1, n_window):
                 logits = batch.decode(ctx, tokens[:, step - 1], step - 1, model.n_vocab)
@@ -72,32 +72,40 @@ def draw(logits: NDArray[np.float32], chance: float) -> int:
     return int(starts[block]) + min(offset, within.size - 1)
 
 
-class _StepBatch:
+class StepBatch:
     """The next token of each of `n` sequences, all at one position."""
 
     def __init__(self, n: int) -> None:
         self._api = bindings()
         self._n = n
-        self._batch = self._api.llama_batch_init(n, 0, 1)
-        self._batch.n_tokens = n
-        self._token = np.ctypeslib.as_array(self._batch.token, (n,))
-        self._pos = np.ctypeslib.as_array(self._batch.pos, (n,))
+        self.raw = self._api.llama_batch_init(n, 0, 1)
+        self.raw.n_tokens = n
+        self._token = np.ctypeslib.as_array(self.raw.token, (n,))
+        self._pos = np.ctypeslib.as_array(self.raw.pos, (n,))
         for row in range(n):
-            self._batch.n_seq_id[row] = 1
-            self._batch.seq_id[row][0] = row
-            self._batch.logits[row] = True
+            self.raw.n_seq_id[row] = 1
+            self.raw.seq_id[row][0] = row
+            self.raw.logits[row] = True
+
+    def fill(self, tokens: NDArray[np.int32], pos: int) -> None:
+        self._token[:] = tokens
+        self._pos[:] = pos
 
     def decode(
         self, ctx: object, tokens: NDArray[np.int32], pos: int, n_vocab: int
     ) -> NDArray[np.float32]:
         """Logits [n, n_vocab], valid until the next call."""
-        self._token[:] = tokens
-        self._pos[:] = pos
+        self.fill(tokens, pos)
         logs.forget_errors()
-        code = self._api.llama_decode(ctx, self._batch)
+        code = self._api.llama_decode(ctx, self.raw)
         if code != 0:
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
-        return np.ctypeslib.as_array(self._api.llama_get_logits(ctx), (self._n, n_vocab))
+        logits = np.ctypeslib.as_array(self._api.llama_get_logits(ctx), (self._n, n_vocab))
+        if np.isnan(logits.max(axis=1)).any():
+            raise PopError(
+                "the model's predictions are not numbers", "download it again: it may be damaged"
+            )
+        return logits
 
     def close(self) -> None:
-        self._api.llama_batch_free(self._batch)
+        self._api.llama_batch_free(self.raw)
