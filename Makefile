@@ -62,7 +62,9 @@ $(SMOLLM2).gguf: | $(VENV)/.app
 $(GEMMA).gguf: | $(VENV)/.app
 	@$(BIN)/pop-local pull Gemma-3-270M --dir models
 
-$(SMOLLM2).pop.gguf: $(SMOLLM2).gguf $(wildcard converter/*.py) | $(VENV)/.app
+FIT := converter/format.py converter/fit.py converter/solve.py $(wildcard pop_local/calibration/*.py)
+
+$(SMOLLM2).pop.gguf: $(SMOLLM2).gguf $(FIT) | $(VENV)/.app
 	@$(BIN)/pop-local convert --skip 1/3 --force $< $@
 
 clean:

@@ -80,13 +80,14 @@ class Examiner:
         if self._allow_broken_copy:
             warn(message)
             return
-        note("Looking for the deepest boundary that would pass")
+        note("Looking for the deepest boundary that passes even with own projections")
         passing = self._deepest_passing(quality.boundary + 1)
-        advice = f"--boundary {passing} would pass" if passing else "skip fewer layers"
+        advice = f"--boundary {passing} passes even unfitted" if passing else "skip fewer layers"
         raise CopyingBrokenError(message, f"{advice}; --allow-broken-copy writes it all the same")
 
     def _deepest_passing(self, first: int) -> int | None:
-        """From boundary `first` on, with own projections: what passes so, passes fitted."""
+        """With own projections, from boundary `first` on. Fitted ones may pass a layer deeper, but
+        each would have to be fitted first."""
         base, n_layer = ModelFiles(self._src), self._plan.shape.n_layer
         for start in range(first, n_layer, _N_AT_ONCE):
             boundaries = tuple(range(start, min(start + _N_AT_ONCE, n_layer)))
