@@ -63,7 +63,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def short_examination(monkeypatch):
-    monkeypatch.setattr(examining, "N_WINDOWS", 2)
+    monkeypatch.setattr(examining, "N_WINDOWS", 1)
     monkeypatch.setattr(examining, "_N_SEARCHED", 1)
 
 
@@ -108,10 +108,10 @@ def test_smollm2_copies_at_a_third_and_not_at_a_half(
     found = json.loads(done.stdout)["measured"]
     assert found["kl_mean"] < 0.1 and found["copy_ppl_ratio"] < examining.MAX_COPY_RATIO
     target.unlink()
-    refused = convert(smollm2, target, "--boundary", 15, "--text", text)
+    refused = convert(smollm2, target, "--boundary", 17, "--text", text)
     assert refused.exit_code == 1
     said = " ".join(refused.stderr.split())
-    assert "with boundary 15 the model can no longer copy" in said
+    assert "with boundary 17 the model can no longer copy" in said
     boundary = int(said.partition("--boundary ")[2].split()[0])
     assert 17 < boundary < 23
     assert not names(tmp_path)
