@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 from pop_local.commands import examining
+from pop_local.measure import probes
 
 THIRD = ("--skip", "1/3")
 FEW = ("--tokens", "2048", "--threads", "1")
@@ -64,7 +65,7 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture
 def short_examination(monkeypatch):
     monkeypatch.setattr(examining, "N_WINDOWS", 1)
-    monkeypatch.setattr(examining, "_N_SEARCHED", 1)
+    monkeypatch.setattr(probes, "N_DRAWS", 2)
 
 
 def test_by_default_it_fits_and_measures(tiny, tmp_path):
@@ -106,12 +107,12 @@ def test_smollm2_copies_at_a_third_and_not_at_a_half(
     done = convert(smollm2, target, "--json", "--text", text)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)["measured"]
-    assert found["kl_mean"] < 0.1 and found["copy_ppl_ratio"] < examining.MAX_COPY_RATIO
+    assert found["kl_mean"] < 0.15 and found["copy_ppl_ratio"] < examining.MAX_COPY_RATIO
     target.unlink()
-    refused = convert(smollm2, target, "--boundary", 17, "--text", text)
+    refused = convert(smollm2, target, "--boundary", 16, "--text", text)
     assert refused.exit_code == 1
     said = " ".join(refused.stderr.split())
-    assert "with boundary 17 the model can no longer copy" in said
+    assert "with boundary 16 the model can no longer copy" in said
     boundary = int(said.partition("--boundary ")[2].split()[0])
     assert 17 < boundary < 23
     assert not names(tmp_path)

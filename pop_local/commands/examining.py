@@ -16,11 +16,10 @@ from pop_local.ui.theme import note, warn
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
     from pop_local.measure.heldout import TextTokens
-    from pop_local.measure.quality import Quality
+    from pop_local.measure.quality import Quality, QualitySettings
 
 N_WINDOWS = 8
-# Windows of the search for a boundary that would pass, which measures many of them.
-_N_SEARCHED = 2
+# Boundaries that the search measures before it looks at any.
 _N_AT_ONCE = 4
 # Past them copying from the prompt is broken: perplexity of a repeated passage against the full
 # model's, and the part of the full model's gain on repeated random tokens that is left.
@@ -54,20 +53,21 @@ class Examiner:
 
     def __call__(self, written: Path) -> Measured:
         """Raises CopyingBrokenError, and PopError when the file cannot be measured."""
+        from pop_local.measure.quality import QualitySettings
+
         note("Measuring what was written on held-out text")
         [quality] = self._measure(
-            self._files(self._src, written), (self._plan.boundary,), N_WINDOWS
+            self._files(self._src, written), (self._plan.boundary,), QualitySettings(N_WINDOWS)
         )
         if not copies(quality):
             self._refuse(quality)
         return measured(quality)
 
     def _measure(
-        self, files: ModelFiles, boundaries: tuple[int, ...], n_windows: int
+        self, files: ModelFiles, boundaries: tuple[int, ...], settings: "QualitySettings"
     ) -> "tuple[Quality, ...]":
-        from pop_local.measure.quality import QualitySettings, measure_depths
+        from pop_local.measure.quality import measure_depths
 
-        settings = QualitySettings(n_windows=n_windows)
         with opened_to_measure(files, self._n_threads, self._n_gpu_layers) as (model, tokens):
             return measure_depths(model, tokens, settings, boundaries, lambda done, total: None)
 
@@ -88,10 +88,12 @@ class Examiner:
     def _deepest_passing(self, first: int) -> int | None:
         """With own projections, from boundary `first` on. Fitted ones may pass a layer deeper, but
         each would have to be fitted first."""
+        from pop_local.measure.bracket import LOOK
+
         base, n_layer = ModelFiles(self._src), self._plan.shape.n_layer
         for start in range(first, n_layer, _N_AT_ONCE):
             boundaries = tuple(range(start, min(start + _N_AT_ONCE, n_layer)))
-            for found in self._measure(base, boundaries, _N_SEARCHED):
+            for found in self._measure(base, boundaries, LOOK):
                 if copies(found):
                     return found.boundary
         return None
