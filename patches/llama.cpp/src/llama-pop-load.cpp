@@ -1,0 +1,278 @@
+// prefill-only pruning: the architectures that have it, and what the file and its sidecar say, see llama-pop.h
+
+#include "llama-pop.h"
+
+#include "llama-impl.h"
+#include "llama-model-loader.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+//
+// architectures: those whose loop over the layers calls llama_pop_enter_layer()
+//
+
+struct llama_pop_arch {
+    llm_arch arch;
+    bool     rope_per_layer; // the RoPE base and scale of sliding-window layers are their own
+};
+
+static const llama_pop_arch LLAMA_POP_ARCHS[] = {
+    { LLM_ARCH_LLAMA,    false },
+    { LLM_ARCH_QWEN2,    false },
+    { LLM_ARCH_QWEN3,    false },
+    { LLM_ARCH_QWEN3MOE, false },
+    { LLM_ARCH_GEMMA2,   true  },
+    { LLM_ARCH_GEMMA3,   true  },
+    { LLM_ARCH_PHI3,     false },
+};
+
+static const llama_pop_arch * find_arch(llm_arch arch) {
+    for (const auto & cur : LLAMA_POP_ARCHS) {
+        if (cur.arch == arch) {
+            return &cur;
+        }
+    }
+    return nullptr;
+}
+
+bool llama_pop_supports(llm_arch arch) {
+    return find_arch(arch) != nullptr;
+}
+
+bool llama_pop_rope_per_layer(llm_arch arch) {
+    return find_arch(arch)->rope_per_layer;
+}
+
+//
+// what the file says
+//
+
+[[noreturn]] static void refuse(const std::string & why) {
+    throw std::runtime_error("prefill-only pruning: " + why);
+}
+
+static bool has_pop_keys(const gguf_context * gguf) {
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
+        if (strncmp(gguf_get_key(gguf, i), "pop.", 4) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static int64_t find_key(const gguf_context * gguf, const char * key, gguf_type type) {
+    const int64_t id = gguf_find_key(gguf, key);
+    if (id >= 0 && gguf_get_kv_type(gguf, id) != type) {
+        refuse(format("key %s has type %s, expected %s", key, gguf_type_name(gguf_get_kv_type(gguf, id)), gguf_type_name(type)));
+    }
+    return id;
+}
+
+static uint32_t get_u32(const gguf_context * gguf, const char * key, uint32_t fallback) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_UINT32);
+    return id < 0 ? fallback : gguf_get_val_u32(gguf, id);
+}
+
+static std::string get_str(const gguf_context * gguf, const char * key, const char * fallback = nullptr) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_STRING);
+    if (id < 0 && !fallback) {
+        refuse(format("key %s is missing", key));
+    }
+    return id < 0 ? fallback : gguf_get_val_str(gguf, id);
+}
+
+static uint32_t parse_schedule(const std::string & schedule, uint32_t n_layer) {
+    const size_t boundary = schedule.find('S');
+
+    if (schedule.size() != n_layer || boundary == 0 || boundary == std::string::npos ||
+            schedule != std::string(boundary, 'F') + std::string(n_layer - boundary, 'S')) {
+        refuse(format("pop.schedule is '%s', expected one letter for each of the %u layers: F's, then S's, at least one of each",
+                schedule.c_str(), n_layer));
+    }
+
+    return boundary;
+}
+
+//
+// sidecar
+//
+
+static uint64_t get_u64(const gguf_context * gguf, const char * key) {
+    const int64_t id = find_key(gguf, key, GGUF_TYPE_UINT64);
+    return id < 0 ? 0 : gguf_get_val_u64(gguf, id);
+}
+
+std::string llama_pop_take_sidecar(std::vector<std::string> & paths, uint16_t n_split) {
+    const size_t n_base = std::max<uint16_t>(n_split, 1);
+
+    // too few files, and none where llama.cpp finds the parts itself, are its own business
+    if (paths.size() <= n_base) {
+        return "";
+    }
+    if (paths.size() > n_base + 1) {
+        refuse(format("%zu files are given for a model of %zu and one sidecar", paths.size(), n_base));
+    }
+
+    const std::string path = paths.back();
+    paths.pop_back();
+    return path;
+}
+
+// the size only: the caller compares hashes, the schedule and the tensors are checked like those of any other file
+static void check_sidecar(const llama_model_loader & ml, const gguf_context * gguf, const char * path) {
+    const std::string arch = get_str(gguf, "general.architecture");
+    if (arch != "pop-sidecar") {
+        refuse(format("%s is not a sidecar", path));
+    }
+    if (has_pop_keys(ml.metadata)) {
+        refuse("the model has POP keys of its own, it takes no sidecar");
+    }
+
+    uint64_t n_bytes = 0;
+    for (const auto & file : ml.files) {
+        n_bytes += file->size();
+    }
+
+    const uint64_t n_wanted = get_u64(gguf, "pop.sidecar.base_bytes");
+    if (n_bytes != n_wanted) {
+        refuse(format("%s belongs to another model: one of %llu bytes, not %llu", path,
+                (unsigned long long) n_wanted, (unsigned long long) n_bytes));
+    }
+
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
+        const char * key = gguf_get_key(gguf, i);
+        if (strncmp(key, "pop.", 4) != 0 && strcmp(key, "general.architecture") != 0) {
+            refuse(format("%s has the key %s, which is not a sidecar's", path, key));
+        }
+    }
+    for (int64_t i = 0; i < gguf_get_n_tensors(gguf); ++i) {
+        const char * name = gguf_get_tensor_name(gguf, i);
+        if (strstr(name, ".pop_") == nullptr) {
+            refuse(format("%s has the tensor %s, which is not a sidecar's", path, name));
+        }
+    }
+}
+
+void llama_pop_load_sidecar(llama_model_loader & ml, const std::string & path) {
+    if (path.empty()) {
+        return;
+    }
+
+    ggml_context * ctx = nullptr;
+
+    gguf_context_ptr gguf { gguf_init_from_file(path.c_str(), { /*.no_alloc = */ true, /*.ctx = */ &ctx }) };
+    if (!gguf) {
+        refuse(format("%s cannot be read as a sidecar", path.c_str()));
+    }
+    ggml_context_ptr ctx_ptr { ctx };
+
+    check_sidecar(ml, gguf.get(), path.c_str());
+
+    if (gguf_get_n_tensors(gguf.get()) > 0) {
+        ml.files.emplace_back(new llama_file(path.c_str(), "rb", ml.use_direct_io));
+        ml.contexts.push_back(std::move(ctx_ptr));
+
+        const uint16_t idx = ml.files.size() - 1;
+        for (ggml_tensor * cur = ggml_get_first_tensor(ctx); cur; cur = ggml_get_next_tensor(ctx, cur)) {
+            ml.n_elements += ggml_nelements(cur);
+            ml.n_bytes    += ggml_nbytes(cur);
+            ml.weights_map.emplace(ggml_get_name(cur), llama_model_loader::llama_tensor_weight(ml.files.back().get(), idx, gguf.get(), cur));
+        }
+    }
+
+    // from here on the model is as if its own file had the keys
+    gguf_remove_key(gguf.get(), "general.architecture");
+    gguf_set_kv(ml.metadata, gguf.get());
+}
+
+//
+// keys and tensors
+//
+
+void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
+    const gguf_context * gguf = ml.metadata;
+
+    if (!gguf || !has_pop_keys(gguf)) {
+        return;
+    }
+
+    if (!llama_pop_supports(model.arch) || model.hparams.use_kq_norm) {
+        refuse(format("architecture '%s' does not support it, use the original file", llm_arch_name(model.arch)));
+    }
+
+    const uint32_t version = get_u32(gguf, "pop.version", 0);
+    if (version != 1) {
+        refuse(format("pop.version is %u, this library reads version 1", version));
+    }
+
+    const std::string projection = get_str(gguf, "pop.projection", "own");
+    if (projection != "own" && projection != "fitted") {
+        refuse(format("pop.projection is '%s', expected 'own' or 'fitted'", projection.c_str()));
+    }
+
+    auto & pop = model.hparams.pop;
+
+    pop.fitted      = projection == "fitted";
+    pop.boundary    = parse_schedule(get_str(gguf, "pop.schedule"), model.hparams.n_layer());
+    pop.sink_tokens = get_u32(gguf, "pop.sink_tokens", pop.sink_tokens);
+    pop.tail_tokens = get_u32(gguf, "pop.tail_tokens", pop.tail_tokens);
+
+    LLAMA_LOG_INFO("%s: boundary = %u of %u layers, %s projections\n", __func__, pop.boundary, model.hparams.n_layer(), projection.c_str());
+}
+
+void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
+    const auto & hparams = model.hparams;
+
+    // the layer at the boundary has none: its own projections are exact
+    const uint32_t first = hparams.pop.fitted ? hparams.pop.boundary + 1 : hparams.n_layer();
+
+    for (const auto & [name, _] : ml.weights_map) {
+        uint32_t il = 0;
+        if (name.find(".pop_") != std::string::npos && (sscanf(name.c_str(), "blk.%u.", &il) != 1 || il < first)) {
+            refuse(format("tensor '%s' does not belong to the schedule and projection of the file", name.c_str()));
+        }
+    }
+
+    for (uint32_t il = first; il < hparams.n_layer(); ++il) {
+        auto & pop = model.layers[il].pop;
+
+        const int64_t n_embd = hparams.n_embd;
+        const int64_t n_k    = hparams.n_embd_k_gqa(il);
+        const int64_t n_v    = hparams.n_embd_v_gqa(il);
+
+        pop.wk   = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_K, "weight", il), { n_embd, n_k }, 0);
+        pop.wk_b = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_K, "bias",   il), { n_k },         0);
+        pop.wv   = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V, "weight", il), { n_embd, n_v }, 0);
+        pop.wv_b = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V, "bias",   il), { n_v },         0);
+    }
+}
+
+static void check_tensor(const ggml_tensor * tensor) {
+    const bool is_bias = ggml_n_dims(tensor) == 1;
+    const bool is_float = tensor->type == GGML_TYPE_F32 || tensor->type == GGML_TYPE_F16 || tensor->type == GGML_TYPE_BF16;
+
+    if (is_bias ? tensor->type != GGML_TYPE_F32 : !is_float && !ggml_is_quantized(tensor->type)) {
+        refuse(format("tensor '%s' has type %s", tensor->name, ggml_type_name(tensor->type)));
+    }
+
+    std::vector<uint8_t> data(ggml_nbytes(tensor));
+    ggml_backend_tensor_get(tensor, data.data(), 0, data.size());
+
+    if (!ggml_validate_row_data(tensor->type, data.data(), data.size())) {
+        refuse(format("tensor '%s' has values that are not finite", tensor->name));
+    }
+}
+
+void llama_pop_check_tensors(const llama_model_base & model) {
+    for (const auto & layer : model.layers) {
+        for (const ggml_tensor * tensor : { layer.pop.wk, layer.pop.wk_b, layer.pop.wv, layer.pop.wv_b }) {
+            if (tensor) {
+                check_tensor(tensor);
+            }
+        }
+    }
+}
