@@ -67,6 +67,12 @@ def sidecar_path(base: Source) -> Path:
     return base.first.path.with_name(Path(base.name).stem + SUFFIX)
 
 
+def sidecar_beside(base: Source) -> Path | None:
+    """The sidecar that lies where it is looked for, of a model that needs one."""
+    found = sidecar_path(base)
+    return found if found.is_file() and pop_meta(base.first) is None else None
+
+
 def base_path(sidecar: Path, source_name: str) -> Path | None:
     """The model beside its sidecar, or its first part; whether it is the right one, `bind` tells.
 

@@ -13,12 +13,14 @@ from pop_converter.format import Measured
 from pop_converter.header import read_header
 from pop_converter.plan import make_plan
 from pop_converter.shape import read_shape
+from pop_converter.sidecar import sidecar_beside
+from pop_converter.source import read_source
 from synthetic import make_gguf, make_split
 from typer.testing import CliRunner, Result
 
 from pop_local import models
 from pop_local.cli import app
-from pop_local.commands import converting, ready
+from pop_local.commands import converting
 from pop_local.commands.examining import Examiner
 from pop_local.commands.files import ModelFiles
 from pop_local.commands.ready import files_at_depth, model_files
@@ -105,7 +107,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
 
     def measure(self: Examiner, files: ModelFiles, *_: object) -> tuple[str]:
         seen.append(files)
-        assert ready.sidecar_beside(files.path) is None, "not in its place yet"
+        assert sidecar_beside(read_source(files.path)) is None, "not in its place yet"
         return ("quality",)
 
     monkeypatch.setattr(Examiner, "_measure", measure)

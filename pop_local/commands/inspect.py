@@ -9,7 +9,7 @@ from pop_converter.errors import FormatError
 from pop_converter.format import TENSOR_MARK, PopMeta
 from pop_converter.header import Header, read_header
 from pop_converter.shape import ARCHITECTURES
-from pop_converter.sidecar import base_path, pop_of, sidecar_meta
+from pop_converter.sidecar import base_path, pop_of, sidecar_beside, sidecar_meta
 from pop_converter.source import Source, is_sidecar, read_source
 
 from pop_local.commands.inspecting import (
@@ -22,7 +22,6 @@ from pop_local.commands.inspecting import (
     verified,
 )
 from pop_local.commands.options import Pop
-from pop_local.commands.ready import sidecar_beside
 from pop_local.models import resolve
 from pop_local.ui.tables import Fact, print_facts, print_json, size
 
@@ -84,7 +83,7 @@ def inspect(
         _inspect_sidecar(header, verify=verify, json=json)
         return
     source = read_source(path)
-    sidecar = pop or sidecar_beside(path)
+    sidecar = pop or sidecar_beside(source)
     meta = pop_of(source, sidecar)
     verification = verified(source, meta) if verify else None
     inspection = inspected(source, sidecar, meta, verification)

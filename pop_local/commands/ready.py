@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pop_converter.errors import FormatError, OutputExistsError, PopError
-from pop_converter.format import FITTED, pop_meta
+from pop_converter.format import FITTED
 from pop_converter.plan import DEFAULT_SKIP, make_plan
 from pop_converter.shape import source_shape
-from pop_converter.sidecar import pop_of, sidecar_path
+from pop_converter.sidecar import pop_of, sidecar_beside
 from pop_converter.source import read_source
 
 from pop_local.commands.files import ModelFiles
@@ -37,7 +37,7 @@ def model_files(
     if pop is not None:
         return ModelFiles(_base(model), _existing(pop))
     base = _fetched_base(model)
-    found = sidecar_beside(base) if base else None
+    found = sidecar_beside(read_source(base)) if base else None
     if base and found:
         note(f"Pruning as {found} says.")
         return ModelFiles(base, found)
@@ -61,13 +61,6 @@ def model_file(model: str | None, *, threads: int | None = None, gpu_layers: int
     if not converted.is_file():
         _convert(_fetch(entry), converted, threads, gpu_layers)
     return converted
-
-
-def sidecar_beside(path: Path) -> Path | None:
-    """The sidecar of that model, if it lies where it is looked for and the model needs one."""
-    source = read_source(path)
-    sidecar = sidecar_path(source)
-    return sidecar if sidecar.is_file() and pop_meta(source.first) is None else None
 
 
 def _entry(model: str | None) -> Model | None:

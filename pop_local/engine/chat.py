@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,10 @@ PLAIN_TEMPLATE = (
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
 # Templates of some reasoning models open the block themselves, so that only its end is sampled.
 THINK = "<think>"
+
+
+# Closing it ends the answer.
+Answering = Generator[Chunk, None, None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Prompts:
         return Prompt(tokens, self._stops, begun)
 
 
-def answer(model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> Iterator[Chunk]:
+def answer(model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> Answering:
     """Stream the answer to a prompt; the last chunk carries the figures."""
     turn = _Turn(model, render, options)
     try:
@@ -100,7 +104,6 @@ class _Turn:
         self._logprobs = None if n_top is None else Logprobs(model, n_top)
         self._n_shown = 0
         self._sampled = model.sampled(prompt.tokens, options)
-        self._epoch = model.epoch
         self._n_decoded = 0
         self._decode_s = 0.0
 
@@ -117,6 +120,7 @@ class _Turn:
         except PrefillStoppedError:
             token = -1
         self._model.watch_prefill(None, None)
+        self._epoch = self._model.epoch
         now_s = time.perf_counter()
         self._ttft_s, self._prefill_s = now_s - self._started_s, now_s - prefill_started_s
         self._evaluated = backend.get_counters(self._model.ctx)
@@ -153,7 +157,10 @@ class _Turn:
 
     def _next_token(self) -> int:
         if self._model.epoch != self._epoch:
-            raise PopError("the KV cache was emptied while the answer was being read")
+            raise PopError(
+                "the KV cache was emptied, or another answer begun, before this one had ended",
+                "a model gives one answer at a time: read it to its end, or close it",
+            )
         started_s = time.perf_counter()
         token = next(self._sampled)
         self._decode_s += time.perf_counter() - started_s

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .chat import Prompt, answer
-from .turn import Chunk, TurnOptions
+from .chat import Answering, Prompt, answer
+from .turn import TurnOptions
 
 if TYPE_CHECKING:
     from .model import PopModel
 
 
-def continue_text(model: PopModel, text: str, **options: Any) -> Iterator[Chunk]:
+def continue_text(model: PopModel, text: str, **options: Any) -> Answering:
     """Continue the text; otherwise as PopModel.chat_turn."""
 
     def render() -> Prompt:

@@ -1,8 +1,8 @@
 """What goes into a turn of a conversation and what comes out: pieces of text, then the figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from pop_converter.errors import PopError
 
@@ -47,6 +47,25 @@ class TurnOptions:
     should_stop: Callable[[], bool] | None = None
 
 
+class AnswerOptions(TypedDict, total=False):
+    """What may be given of TurnOptions; anything else is as the model's file recommends."""
+
+    max_tokens: int | None
+    min_answer: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    seed: int | None
+    stops: tuple[str, ...]
+    grammar: str | None
+    on_prefill: Callable[[int, int], None] | None
+    should_stop: Callable[[], bool] | None
+
+
 @dataclass(frozen=True)
 class TurnStats:
     """The figures of one answer; n_prompt = n_cached + n_pruned + n_full.
@@ -86,6 +105,43 @@ class TurnStats:
     def decode_tokens_per_s(self) -> float:
         """The first token belongs to the prefill; 0 when there is no second one."""
         return _rate(self.n_decoded - 1, self.decode_s)
+
+
+@dataclass(frozen=True)
+class SessionStats:
+    """The sums over a conversation; fields as in TurnStats. An answer has a token at least."""
+
+    n_answers: int
+    n_prompt: int
+    n_cached: int
+    n_pruned: int
+    n_full: int
+    n_decoded: int
+    prefill_s: float
+    decode_s: float
+
+    @classmethod
+    def of(cls, turns: Sequence[TurnStats]) -> "SessionStats":
+        return cls(
+            n_answers=sum(turn.n_decoded > 0 for turn in turns),
+            n_prompt=sum(turn.n_prompt for turn in turns),
+            n_cached=sum(turn.n_cached for turn in turns),
+            n_pruned=sum(turn.n_pruned for turn in turns),
+            n_full=sum(turn.n_full for turn in turns),
+            n_decoded=sum(turn.n_decoded for turn in turns),
+            prefill_s=sum(turn.prefill_s for turn in turns),
+            decode_s=sum(turn.decode_s for turn in turns),
+        )
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Of the tokens that were evaluated; 0 when none was."""
+        return _rate(self.n_pruned + self.n_full, self.prefill_s)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """The first token of each answer belongs to its prefill."""
+        return _rate(self.n_decoded - self.n_answers, self.decode_s)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,280 @@
+"""llama_cpp's `Llama` on the patched backend: which rows run in full, and whose the KV cache is."""
+
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pop_converter.errors import PopError
+from pop_converter.sidecar import pop_of
+from pop_converter.source import read_source
+
+from . import backend, logs, opening
+from .backend import Mode
+
+api = backend.bindings()  # before the first import of llama_cpp: it explains a failure
+
+import numpy as np  # noqa: E402
+from jinja2 import TemplateError  # noqa: E402
+from llama_cpp import Llama  # noqa: E402
+from llama_cpp.llama import LlamaState  # noqa: E402
+from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
+
+from .batch import Outputs, TokenBatch  # noqa: E402
+from .closed import closed  # noqa: E402
+from .grammar import GrammarSampler  # noqa: E402
+from .interrupt import Interrupt  # noqa: E402
+from .prefill import plan_prefill  # noqa: E402
+from .rows import CachedRows  # noqa: E402
+from .sampling import GreedySampler  # noqa: E402
+from .state import (  # noqa: E402
+    FULL,
+    KeyedCache,
+    KvKey,
+    PopState,
+    context_state,
+    conversion,
+    restore_context_state,
+)
+
+CONVERT_HINT = "convert it first: pop-local convert {}"
+
+
+class PrunedLlama(Llama):
+    """`Llama` with its own `eval`, so that what llama_cpp builds upon it prunes, too.
+
+    The KV cache belongs to one mode and boundary: switching either empties it.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        sidecar: str | None = None,
+        n_ctx: int | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> None:
+        backend.require_patched()
+        source = read_source(Path(model_path))
+        self.sidecar = None if sidecar is None else Path(sidecar)
+        self.meta = pop_of(source, self.sidecar)
+        self.rule = opening.rule_of(self.meta)
+        self._conversion = conversion(self.meta, source, self.sidecar)
+        n_ctx = n_ctx or opening.default_ctx(source.first)
+        logs.forget_errors()
+        try:
+            with opening.loading_from(opening.files_of(source, self.sidecar)):
+                super().__init__(model_path, n_ctx=n_ctx, verbose=verbose, **options)
+        except (ValueError, RuntimeError, TemplateError) as error:
+            what = model_path if sidecar is None else f"{model_path} with {sidecar}"
+            raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error
+        backend.require_boundary(self._model.model, self.meta)
+        self.pop_mode = backend.get_mode(self.ctx)
+        # llama.cpp rounds the context up.
+        self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
+        self._cached = CachedRows(self._n_ctx, self.rule)
+        # Counts what makes an answer that is still being sampled wrong to go on with.
+        self.epoch = 0
+        self._rows = TokenBatch(self.n_batch)
+        self._stack.callback(self._rows.close)
+        self._interrupt = Interrupt()
+        self._on_prefill: Callable[[int, int], None] | None = None
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary, for Pieces, check_grammar and the backend's bindings."""
+        return self._model.vocab
+
+    # Pruning
+
+    @property
+    def boundary(self) -> int:
+        """The first layer that context tokens skip; 0 when there is none."""
+        return backend.get_boundary(self.ctx)
+
+    @property
+    def kv_key(self) -> KvKey:
+        if self.pop_mode is Mode.OFF:
+            return FULL
+        return KvKey(self.pop_mode, self.boundary, self._conversion)
+
+    def set_pop(self, mode: Mode) -> None:
+        """Switch pruning; the KV cache is emptied. Raises PopError for a model without boundary."""
+        if mode is self.pop_mode:
+            return
+        if mode is not Mode.OFF and self.boundary == 0:
+            raise PopError(
+                f"{self.model_path} has no pruning keys", CONVERT_HINT.format(self.model_path)
+            )
+        backend.set_mode(self.ctx, mode)
+        self._switched()
+
+    def set_boundary(self, layer: int) -> None:
+        """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
+        backend.set_boundary(self.ctx, layer)
+        self._switched()
+
+    def _switched(self) -> None:
+        self.pop_mode = backend.get_mode(self.ctx)
+        self.clear()
+        if isinstance(self.cache, KeyedCache):
+            self.set_cache(self.cache.cache)
+
+    # The KV cache
+
+    def clear(self) -> None:
+        """Empty the KV cache."""
+        self.n_tokens = 0
+        self._requires_eval = True
+        if memory := self._ctx.memory:
+            api.llama_memory_clear(memory, True)
+        self.epoch += 1
+
+    def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        self.cache = None if cache is None else KeyedCache(cache, self.kv_key)
+
+    def save_state(self) -> PopState:
+        kv = context_state(self.ctx)
+        return PopState(
+            key=self.kv_key,
+            is_full=self._cached.saved(self.n_tokens),
+            input_ids=self.input_ids.copy(),
+            scores=self.scores[: self.n_tokens if self._logits_all else 0].copy(),
+            n_tokens=self.n_tokens,
+            llama_state=kv,
+            llama_state_size=len(kv),
+            seed=self._seed,
+        )
+
+    def load_state(self, state: LlamaState) -> None:
+        """Raises PopError for a state of another mode, boundary or conversion."""
+        key = state.key if isinstance(state, PopState) else FULL
+        if key != self.kv_key:
+            raise PopError(
+                f"the saved state belongs to {key}, the model is set to {self.kv_key}",
+                "switch the model first, or read the prompt again",
+            )
+        self.clear()
+        if not restore_context_state(self.ctx, state.llama_state):
+            self.clear()
+            raise PopError("the saved state does not fit this model and context")
+        n = state.n_tokens
+        self.input_ids[:n] = state.input_ids[:n]
+        self._cached.restore(state.is_full if isinstance(state, PopState) else np.ones(n, bool))
+        self.scores[: len(state.scores)] = state.scores
+        self.n_tokens = n
+        self._seed = state.seed
+
+    # Evaluation
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the KV cache. Several at once are a prompt, and are pruned as one.
+
+        Raises PopError when they do not fit the context or cannot be decoded; when interrupted,
+        PrefillStoppedError or whatever Ctrl-C raises. What was decoded by then stays.
+        """
+        if len(tokens) == 0:
+            return
+        self._make_room(len(tokens))
+        if len(tokens) == 1:
+            self._decode(tokens, Outputs.LAST, self.n_tokens)
+        else:
+            self._prefill(tokens)
+
+    def _prefill(self, tokens: Sequence[int]) -> None:
+        plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch)
+        backend.set_full_from(self.ctx, plan.full_from)
+        self._report(0, plan.n_tokens)
+        with self._interrupt.watching(self.ctx):
+            for start, end in plan.chunks:
+                # llama_cpp asks for the logits of each batch's last token, which makes it full.
+                outputs = Outputs.LAST if end == plan.n_tokens else Outputs.NONE
+                self._decode(tokens[start:end], outputs, plan.full_from)
+                self._interrupt.check()
+                self._report(end, plan.n_tokens)
+
+    def _report(self, done: int, total: int) -> None:
+        if self._on_prefill is not None:
+            self._on_prefill(done, total)
+
+    def _decode(self, tokens: Sequence[int], outputs: Outputs, full_from: int) -> None:
+        if self._logits_all or self.context_params.embeddings:
+            outputs = Outputs.ALL
+        start = self.n_tokens
+        end = start + len(tokens)
+        code = self._rows.decode(self.ctx, tokens, start, outputs)
+        if code != 0:
+            self._interrupt.check()
+            raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
+        self.input_ids[start:end] = tokens
+        if self.pop_mode is Mode.CONTEXT:
+            self._cached.mark(start, end, full_from, outputs)
+        else:
+            self._cached.mark_all(start, end, is_full=self.pop_mode is Mode.OFF)
+        if self._logits_all and end <= len(self.scores):
+            logits = api.llama_get_logits(self.ctx)
+            self.scores[start:end] = np.ctypeslib.as_array(logits, (len(tokens), self._n_vocab))
+        self.n_tokens = end
+        self._requires_eval = outputs is Outputs.NONE
+
+    def _make_room(self, n_tokens: int) -> None:
+        total = self.n_tokens + n_tokens
+        if total > self._n_ctx:
+            raise PopError(
+                f"{total} tokens do not fit the context of {self._n_ctx}",
+                f"open the model with a larger one: --ctx {total + 256}",
+            )
+        logs.forget_errors()
+        memory = self._ctx.memory
+        if memory and api.llama_memory_seq_pos_max(memory, 0) >= self.n_tokens:
+            api.llama_memory_seq_rm(memory, 0, self.n_tokens, -1)
+
+    # Generation
+
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **options: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """As llama_cpp's, K/V of the prompt's beginning reused; its tail is full all the same."""
+        self.epoch += 1
+        tokens = list(tokens)
+        usable = self._cached.n_usable(tokens, self._input_ids)
+        if options.get("reset", True) and usable < self.n_tokens:
+            self.n_tokens = usable
+            self._requires_eval = True
+        yield from super().generate(tokens, *args, **options)
+
+    def _init_sampler(self, *args: Any, **options: Any) -> Any:
+        neutral = {
+            "temp": 0.0,
+            "repeat_penalty": 1.0,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0.0,
+            "logits_processor": None,
+            "grammar": None,
+        }
+        if all(options.get(name) == value for name, value in neutral.items()):
+            return GreedySampler(self._n_vocab)
+        grammar = options.pop("grammar", None)
+        chain = super()._init_sampler(*args, **options)
+        if grammar is None:
+            return chain
+        return GrammarSampler(self.vocab, self._n_vocab, grammar, chain)
+
+    def watch_prefill(
+        self,
+        on_prefill: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        """Who is told how far a prefill is, and who may end it; see TurnOptions."""
+        self._on_prefill = on_prefill
+        self._interrupt.should_stop = should_stop
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "sidecar": None if self.sidecar is None else str(self.sidecar)}
+
+    def close(self) -> None:
+        # __del__ calls it after a failed __init__ too.
+        if hasattr(self, "_stack"):
+            super().close()
+            self._model = self._ctx = self.tokenizer_ = closed(self.model_path)
