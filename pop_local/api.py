@@ -1,0 +1,110 @@
+"""The model as programs use it: opened by name or path, asked, and closed again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pop_converter.sidecar import sidecar_beside
+from pop_converter.source import read_source
+
+from pop_local import models
+from pop_local.engine.backend import Mode
+from pop_local.engine.conversation import Conversation, Document
+from pop_local.engine.dialogue import Answer, ChatSession, Stream, load_session
+from pop_local.engine.model import PopModel as EngineModel
+from pop_local.engine.turn import AnswerOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class PopModel(EngineModel):
+    """A model on the patched backend, which prunes while it reads prompts if it is converted.
+
+    It is a `llama_cpp.Llama`: what takes one of those takes this. Raises PopError.
+    """
+
+    @classmethod
+    def open(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        sidecar: str | os.PathLike[str] | None = None,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_gpu_layers: int = -1,
+        **options: Any,
+    ) -> Self:
+        """A GGUF file, or a model that is here by its name: see `pop-local list`.
+
+        `sidecar`: None takes the one beside the model, if there is one. `n_ctx`: None takes the
+        model's own context, at most 8192. `n_threads`: None takes the physical cores.
+        `n_gpu_layers`: -1 for all, of no effect without a GPU. `options` go to `llama_cpp.Llama`.
+        Nothing is fetched or converted: `pop-local pull` and `pop-local convert` do.
+        """
+        path = models.resolve(os.fspath(model))
+        beside = sidecar_beside(read_source(path)) if sidecar is None else Path(sidecar)
+        return cls(
+            str(path),
+            sidecar=None if beside is None else str(beside),
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            n_gpu_layers=n_gpu_layers,
+            **options,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def pruning(self) -> bool:
+        """Whether prompts are pruned. Switching it empties the KV cache, so that no prompt is read
+        half in full; switching it on raises PopError for a model that is not converted."""
+        return self.pop_mode is not Mode.OFF
+
+    @pruning.setter
+    def pruning(self, is_on: bool) -> None:
+        if is_on != self.pruning:
+            self.set_pop(Mode.CONTEXT if is_on else Mode.OFF)
+
+    def chat(
+        self,
+        question: str,
+        *,
+        system: str = "",
+        documents: Sequence[str | Document] = (),
+        **options: Unpack[AnswerOptions],
+    ) -> Answer:
+        """Answer one question that has nothing before it; see ChatSession.chat."""
+        return self.session(system=system).chat(question, documents=documents, **options)
+
+    def stream(
+        self,
+        question: str,
+        *,
+        system: str = "",
+        documents: Sequence[str | Document] = (),
+        **options: Unpack[AnswerOptions],
+    ) -> Stream:
+        """The same in pieces, as they come; see ChatSession.stream."""
+        return self.session(system=system).stream(question, documents=documents, **options)
+
+    def session(self, *, system: str = "") -> ChatSession:
+        """A conversation that remembers."""
+        return ChatSession(self, Conversation(system))
+
+    def load_session(self, path: str | os.PathLike[str]) -> ChatSession:
+        """Go on with a conversation that ChatSession.save, or /save in the chat, has written."""
+        return load_session(self, path)

@@ -1,0 +1,356 @@
+"""`from pop_local import PopModel`: what programs use, and the example in docs/python-api.md."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+from conftest import ROOT
+from converted import converted, paired, tiny
+from pop_converter.errors import OutputExistsError
+from synthetic import make_gguf
+from test_cli import HELP_WITHOUT_HEAVY
+
+import pop_local
+from pop_local import ChatSession, ContextFullError, Document, PopError, PopModel, TurnStats
+from pop_local.engine.turn import AnswerOptions, SessionStats, TurnOptions
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+QUESTION = "a b c d e f g h " * 20
+GREEDY: AnswerOptions = {"temperature": 0.0, "max_tokens": 8}
+REPORT = (
+    "The council met on Monday. The old bridge over the mill stream was inspected in May, and its "
+    "planks are rotten. After a long debate the council decided to build a new bridge of oak. Anna "
+    "Berg, the carpenter, will begin in June, and the school gives the money of its summer fair. "
+) * 2
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("api"), boundary=5, chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def shared(file) -> PopModel:
+    return opened(file)
+
+
+@pytest.fixture
+def model(shared) -> PopModel:
+    shared.pruning = True
+    shared.clear()
+    return shared
+
+
+def opened(file: Path | str, **options) -> PopModel:
+    return PopModel.open(file, **{"n_ctx": 1024, "n_threads": 1} | options)
+
+
+# --- the example
+
+
+def documented() -> str:
+    text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    blocks: list[str] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    return "\n".join(blocks)
+
+
+def test_the_documented_example_runs(smollm2, tmp_path):
+    converted(smollm2, tmp_path, boundary=20).rename(tmp_path / "model.pop.gguf")
+    (tmp_path / "report.txt").write_text(REPORT)
+    (tmp_path / "example.py").write_text(documented())
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    (pruned,) = (line.split() for line in lines if line.endswith("prompt tokens pruned"))
+    assert int(pruned[2]) - int(pruned[0]) == 17
+    (cached,) = (line.split() for line in lines if line.endswith("still in the KV cache"))
+    assert int(cached[0]) > int(pruned[2])
+    assert any(re.fullmatch(r"2 answers: \d+ tokens pruned, \d+ read in full", x) for x in lines)
+    assert any(re.fullmatch(r"\d+ tokens too long", line) for line in lines)
+    assert "full" in lines
+    assert lines[-1].startswith("{'decided': '")
+    assert (tmp_path / "talk.popsession").is_file()
+
+
+def test_the_documented_example_is_typed(tmp_path):
+    example = tmp_path / "example.py"
+    example.write_text(documented() + "\npop_local.PopModel.open('x').chat('x', stop='y')\n")
+    example.write_text("import pop_local\n" + example.read_text() + "pop_local.Popmodel\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, "example.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    mistakes = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert len(mistakes) == 2, done.stdout
+    assert 'Unexpected keyword argument "stop"' in mistakes[0]
+    assert 'Module has no attribute "Popmodel"' in mistakes[1]
+
+
+# --- what is exported
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = HELP_WITHOUT_HEAVY.split("from pop_local.cli")[0] + (
+        "import pop_local\n"
+        "print(set(pop_local.__all__) <= set(dir(pop_local)), hasattr(pop_local, 'PopModell'))\n"
+        "print(pop_local.TurnStats.__name__, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "False", "TurnStats", "False"], done.stderr
+
+
+@pytest.mark.parametrize("name", pop_local.__all__)
+def test_every_name_is_there(name):
+    assert getattr(pop_local, name) is not None
+
+
+def test_the_options_are_those_of_a_turn():
+    theirs = get_type_hints(TurnOptions)
+    # For log probabilities there is create_completion; an Answer has no place for them.
+    del theirs["n_top_logprobs"]
+    assert get_type_hints(AnswerOptions) == theirs
+
+
+# --- opening
+
+
+def test_a_model_is_opened_by_name_and_with_the_sidecar_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_MODELS_DIR", str(tmp_path))
+    base = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=TEMPLATE)
+    pair = paired(base, tmp_path, "fitted", boundary=4)
+    with opened("tiny") as model:
+        assert (model.boundary, model.sidecar, model.pruning) == (4, pair.sidecar, True)
+    with opened(pair.single) as model:
+        assert (model.boundary, model.sidecar) == (4, None)
+    elsewhere = pair.sidecar.rename(tmp_path / "moved.gguf")
+    with opened(base) as model:
+        assert (model.boundary, model.pruning) == (0, False)
+        with pytest.raises(PopError, match="no pruning keys"):
+            model.pruning = True
+    with opened(base, sidecar=elsewhere) as model:
+        assert model.boundary == 4
+    with pytest.raises(PopError, match=r"missing\.gguf"):
+        opened(base, sidecar=tmp_path / "missing.gguf")
+    with pytest.raises(PopError) as caught:
+        opened("tinny")
+    assert "did you mean tiny?" in caught.value.hint
+
+
+def test_the_constructor_is_llama_cpps(file):
+    with PopModel(str(file), n_ctx=256) as model:
+        assert (model.n_ctx(), model.boundary, model.pruning) == (256, 5, True)
+
+
+def test_a_closed_model_says_so(file, tmp_path):
+    model = opened(file)
+    session = model.session()
+    session.chat(QUESTION, **GREEDY)
+    model.close()
+    model.close()
+    for ask in (
+        lambda: model.chat("a"),
+        lambda: session.chat("a"),
+        lambda: session.save(tmp_path / "closed"),
+        lambda: model.load_session(session_file(file, tmp_path)),
+        lambda: model.create_completion([5] * 20),
+        model.clear,
+    ):
+        with pytest.raises(PopError, match="is closed"):
+            ask()
+
+
+def session_file(file: Path, folder: Path) -> Path:
+    with opened(file) as model:
+        session = model.session()
+        session.chat(QUESTION, **GREEDY)
+        return session.save(folder / "talk")
+
+
+# --- answers
+
+
+def test_chat_and_stream_say_the_same_and_remember_nothing(model):
+    answer = model.chat(QUESTION, documents=["i j k " * 20], system="Be brief.", **GREEDY)
+    stats = answer.stats
+    assert (stats.n_pruned, stats.n_cached) == (stats.n_prompt - 17, 0)
+    assert stats.n_decoded == 8
+    model.clear()
+    document = Document("notes.txt", "i j k " * 20)
+    stream = model.stream(QUESTION, documents=[document], system="Be brief.", **GREEDY)
+    pieces = list(stream)
+    assert "".join(pieces) == stream.text == str(answer)
+    assert stream.stats is not None and stream.stats.n_pruned == stats.n_pruned
+    assert all(pieces)
+    assert model.chat(QUESTION, **GREEDY).stats.n_prompt < stats.n_prompt
+
+
+def test_a_session_remembers_and_adds_up(model):
+    session = model.session(system="Be brief.")
+    first = session.chat(QUESTION, **GREEDY)
+    second = session.chat("and now?", **GREEDY)
+    assert second.stats.n_prompt > first.stats.n_prompt + first.stats.n_decoded
+    assert second.stats.n_cached >= first.stats.n_prompt
+    asked = [turn.question for turn in session.conversation.turns]
+    assert (session.conversation.system, asked) == ("Be brief.", [QUESTION, "and now?"])
+    assert session.conversation.turns[0].answer == first.text
+    total = session.stats
+    both = (first.stats, second.stats)
+    assert (total.n_answers, total.n_decoded) == (2, 16)
+    assert total.n_pruned == sum(stats.n_pruned for stats in both) > 0
+    assert total.n_prompt == total.n_cached + total.n_pruned + total.n_full
+
+
+def test_the_rates_of_a_session():
+    turn = TurnStats(100, 10, 70, 20, 2.0, 1.5, 11, 2.0, "stop")
+    unanswered = TurnStats(100, 10, 30, 0, 0.5, 0.5, 0, 0.0, "interrupted")
+    total = SessionStats.of([turn, unanswered, turn])
+    assert (total.n_answers, total.prefill_s, total.decode_s) == (2, 3.5, 4.0)
+    assert total.prefill_tokens_per_s == pytest.approx(210 / 3.5)
+    assert total.decode_tokens_per_s == pytest.approx(20 / 4.0)
+    assert SessionStats.of([]).decode_tokens_per_s == 0
+
+
+def test_pruning_off_reads_in_full(model):
+    model.pruning = False
+    answer = model.chat(QUESTION, **GREEDY)
+    assert (answer.stats.reading, answer.stats.n_full) == ("full", answer.stats.n_prompt)
+    n_tokens = model.n_tokens
+    model.pruning = False
+    assert model.n_tokens == n_tokens, "nothing was switched, so nothing is emptied"
+    model.pruning = True
+    assert model.chat(QUESTION, **GREEDY).stats.reading == "pruned"
+
+
+def test_an_empty_question_and_one_that_does_not_fit(model):
+    session = model.session()
+    with pytest.raises(PopError, match="empty"):
+        session.chat(" ")
+    with pytest.raises(ContextFullError) as caught:
+        session.chat(QUESTION * 20)
+    assert caught.value.n_short > 0
+    assert session.conversation.turns == ()
+
+
+# --- answers that end early
+
+
+def test_leaving_a_stream_keeps_what_was_said(model):
+    session = model.session()
+    seen = []
+    for piece in session.stream(QUESTION, **GREEDY):
+        seen.append(piece)
+        break
+    assert [turn.answer for turn in session.conversation.turns] == seen
+    stream = session.stream("more", **GREEDY)
+    said = next(stream)
+    answer = session.chat("again", **GREEDY)
+    assert [turn.answer for turn in session.conversation.turns] == [*seen, said, answer.text]
+    assert list(stream) == []
+    assert session.stats.n_answers == 1
+
+
+def test_ctrl_c_keeps_what_was_said(model):
+    session = model.session()
+    pieces: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        for piece in session.stream(QUESTION, should_stop=lambda: press_at(pieces, 3), **GREEDY):
+            pieces.append(piece)
+    assert session.conversation.turns[0].answer == "".join(pieces)
+    assert session.chat("more", **GREEDY).stats.n_cached > 0
+    with pytest.raises(KeyboardInterrupt):
+        session.chat(QUESTION, on_prefill=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert len(session.conversation.turns) == 2
+
+
+def press_at(pieces: list[str], n: int) -> bool:
+    if len(pieces) == n:
+        os.kill(os.getpid(), signal.SIGINT)
+    return False
+
+
+def test_should_stop_ends_an_answer_with_its_figures(model):
+    session = model.session()
+    answer = session.chat(QUESTION, should_stop=lambda: True, **GREEDY)
+    assert (answer.text, answer.stats.finish_reason) == ("", "interrupted")
+    assert session.conversation.turns == ()
+
+
+def test_two_answers_at_once_are_refused(model):
+    first = model.stream(QUESTION, **GREEDY)
+    next(first)
+    second = model.stream("a b", **GREEDY)
+    expected = list(second)
+    with pytest.raises(PopError, match="another answer") as caught:
+        next(first)
+    assert "one answer at a time" in caught.value.hint
+    assert list(first) == []
+    model.clear()
+    assert list(model.stream("a b", **GREEDY)) == expected
+
+
+# --- saving
+
+
+@pytest.mark.parametrize("pruning", [True, False])
+def test_a_saved_session_goes_on_without_reading_again(file, model, tmp_path, pruning):
+    model.pruning = pruning
+    session = model.session(system="Be brief.")
+    session.chat(QUESTION, **GREEDY)
+    path = session.save(tmp_path / "new folder" / "talk")
+    assert path == tmp_path / "new folder" / "talk.popsession"
+    expected = session.chat("and now?", **GREEDY)
+    with opened(file) as fresh:
+        resumed = fresh.load_session(path)
+        assert (resumed.reread, fresh.pruning) == ("", pruning)
+        assert resumed.conversation.turns == session.conversation.turns[:1]
+        answer = resumed.chat("and now?", **GREEDY)
+    assert (answer.text, answer.stats.n_cached) == (expected.text, expected.stats.n_cached)
+
+
+def test_a_session_of_another_model_is_read_again(model, tmp_path):
+    session = model.session()
+    session.chat(QUESTION, **GREEDY)
+    path = session.save(tmp_path / "talk")
+    with opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1)) as other:
+        resumed = other.load_session(path)
+        assert "another model" in resumed.reread
+        assert resumed.chat("and now?", **GREEDY).stats.n_cached == 0
+
+
+def test_files_that_cannot_be_saved_or_loaded(model, tmp_path):
+    session = model.session()
+    session.chat(QUESTION, **GREEDY)
+    path = session.save(tmp_path / "talk.popsession")
+    before = path.read_bytes()
+    with pytest.raises(OutputExistsError, match="is there already"):
+        session.save(path)
+    assert path.read_bytes() == before
+    session.chat("more", **GREEDY)
+    session.save(path, overwrite=True)
+    assert len(model.load_session(path).conversation.turns) == 2
+    with pytest.raises(PopError, match=r"no session .*missing"):
+        model.load_session(tmp_path / "missing")
+    path.write_bytes(before[:100])
+    with pytest.raises(PopError, match="damaged"):
+        model.load_session(path)
+    with pytest.raises(PopError, match="cannot make"):
+        session.save(path / "below" / "talk")
+
+
+def test_saving_while_an_answer_streams_ends_it(model, tmp_path):
+    session: ChatSession = model.session()
+    stream = session.stream(QUESTION, **GREEDY)
+    piece = next(stream)
+    saved = model.load_session(session.save(tmp_path / "talk"))
+    assert [turn.answer for turn in saved.conversation.turns] == [piece]
+    assert list(stream) == []
