@@ -96,7 +96,8 @@ class PopMeta:
     `sink_tokens` and `tail_tokens` run in full at the prompt's two ends; prompts shorter than
     `min_prompt` run in full altogether. `source_sha256` is the hash of the file that stripping
     gives back, or that a sidecar is for: the source, or the single file that the source's parts
-    add up to. `source_bytes` is its size when tensors were added to it, otherwise 0.
+    add up to. `source_bytes` is its size when tensors were added to it, otherwise 0. The defaults
+    are what a file without the keys means.
     """
 
     schedule: str

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from pop_converter.errors import PlanError
 from pop_converter.format import FITTED, PopMeta
-from pop_converter.plan import DEFAULT_SKIP, Plan, Skip, make_plan, parse_skip
+from pop_converter.plan import DEFAULT_SKIP, TAIL_TOKENS, Plan, Skip, make_plan, parse_skip
 from pop_converter.shape import source_shape
 from pop_converter.source import read_source
 
@@ -64,7 +64,7 @@ def convert(
     ] = PopMeta.sink_tokens,
     tail: Annotated[
         int, typer.Option(min=0, help="Last tokens of a prompt to run in full.")
-    ] = PopMeta.tail_tokens,
+    ] = TAIL_TOKENS,
     min_prompt: Annotated[
         int | None,
         typer.Option(

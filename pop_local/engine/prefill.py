@@ -6,13 +6,15 @@ first `sink_tokens`, or it is at or past `full_from`; every other row stops at t
 
 from dataclasses import dataclass
 
+from pop_converter.plan import TAIL_TOKENS
+
 
 @dataclass(frozen=True)
 class RowRule:
     """How many tokens at the two ends of a prompt are full; shorter prompts are full altogether."""
 
     sink_tokens: int = 1
-    tail_tokens: int = 16
+    tail_tokens: int = TAIL_TOKENS
     min_prompt: int = 0
 
 
