@@ -15,13 +15,13 @@ from pop_converter.sidecar import write_sidecar
 from synthetic import make_gguf
 
 # Of tests that do not say.
-MIN_PROMPT = 34
+DEFAULTS = {"min_prompt": 34, "tail_tokens": 16}
 
 
 def converted(source: Path, folder: Path, **plan: Any) -> Path:
     """Convert a model into a folder; `plan` goes to make_plan."""
     target = folder / f"{source.stem}.pop.gguf"
-    convert(make_plan(read_shape(source), **{"min_prompt": MIN_PROMPT, **plan}), source, target)
+    convert(make_plan(read_shape(source), **{**DEFAULTS, **plan}), source, target)
     return target
 
 
@@ -40,8 +40,7 @@ class Pair:
 
 
 def paired(base: Path, folder: Path, projection: str, seed: int = 0, **plan: Any) -> Pair:
-    given = {"min_prompt": MIN_PROMPT, **plan}
-    made = make_plan(read_shape(base), projection=projection, **given)
+    made = make_plan(read_shape(base), projection=projection, **{**DEFAULTS, **plan})
     fitted = made_up(made, seed) if projection == "fitted" else None
     pair = Pair(base, folder / "single.gguf", folder / f"{base.stem}.pop-sidecar.gguf")
     convert(made, base, pair.single, fitted=fitted)

@@ -78,7 +78,7 @@ def test_another_boundary_has_another_limit(pop_file):
 def test_a_boundary_makes_an_unconverted_model_comparable(tmp_path):
     plain = make_gguf(tmp_path / "plain.gguf", "llama")
     row = report(plain, "--prompt", "100", "--repeat", 1, "--boundary", 4)["rows"][0]
-    assert row["n_pruned"] == 83
+    assert row["n_pruned"] == 67
 
 
 @pytest.mark.parametrize(
