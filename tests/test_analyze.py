@@ -18,11 +18,14 @@ from pop_local.measure import depth, probes
 from pop_local.measure.depth import boundaries, measure_cliff
 from pop_local.measure.heldout import Text, shipped_part, tokenize
 from pop_local.measure.quality import QualitySettings
+from pop_local.measure.reference import read_reference
 
 SHORT = (
     *("--windows", 3, "--probe-windows", 2, "--context", 40, "--continuation", 10),
     *("--threads", 1, "--gpu-layers", 0),
 )
+UNFITTED = (*SHORT, "--no-fit")
+FITTED = (*SHORT, "--no-gates", "--tokens", 2048)
 PNG = b"\x89PNG"
 
 
@@ -48,7 +51,7 @@ def analyze(*arguments):
 
 
 def report(*arguments):
-    done = analyze(*arguments, *SHORT, "--json")
+    done = analyze(*arguments, *UNFITTED, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
@@ -79,7 +82,7 @@ def test_a_seed_gives_the_same_figures_again(model, text):
 
 def test_a_pipe_gets_one_table_and_the_findings(model, text):
     pytest.importorskip("torch")
-    done = analyze(model, "--text", text, *SHORT)
+    done = analyze(model, "--text", text, *UNFITTED)
     assert done.exit_code == 0, done.output
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 6
@@ -102,7 +105,7 @@ def test_a_terminal_gets_bars_and_a_narrow_one_none(model, text, monkeypatch):
             force_terminal=True, width=width, record=True, color_system=None, theme=THEME
         )
         monkeypatch.setattr(analysis, "out", console)
-        assert analyze(model, "--text", text, *SHORT).exit_code == 0
+        assert analyze(model, "--text", text, *UNFITTED).exit_code == 0
         shown.append(console.export_text())
     assert "█" in shown[0]
     assert "█" not in shown[1]
@@ -113,14 +116,14 @@ def test_without_gates_only_the_probed_layers_are_listed(model, text):
     found = report(model, "--text", text, "--no-gates")
     assert found["gates"] is None
     assert len(found["boundaries"]) == 3
-    assert "Prefill" not in analyze(model, "--text", text, "--no-gates", *SHORT).stdout
+    assert "Prefill" not in analyze(model, "--text", text, "--no-gates", *UNFITTED).stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--no-gates"]])
 def test_a_plot_is_a_png_and_replaces_nothing(model, text, tmp_path, options):
     pytest.importorskip("matplotlib")
     target = tmp_path / "out.png"
-    given = (model, "--text", text, *SHORT, *options, "--plot", target)
+    given = (model, "--text", text, *UNFITTED, *options, "--plot", target)
     assert analyze(*given).exit_code == 0
     drawn = target.read_bytes()
     assert drawn.startswith(PNG)
@@ -139,7 +142,7 @@ def test_without_torch_the_probes_still_run(model, text, monkeypatch):
         if name.endswith((".gates", ".decoder")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
-    done = analyze(model, "--text", text, *SHORT, "--json")
+    done = analyze(model, "--text", text, *UNFITTED, "--json")
     assert done.exit_code == 0, done.output
     assert "pip install 'pop-local[analyze]'" in " ".join(done.stderr.split())
     found = json.loads(done.stdout)
@@ -150,7 +153,7 @@ def test_without_torch_the_probes_still_run(model, text, monkeypatch):
 def test_on_other_architectures_the_probes_still_run(tmp_path, text):
     pytest.importorskip("torch")
     other = make_gguf(tmp_path / "moe.gguf", "qwen3moe", n_layer=4)
-    done = analyze(other, "--text", text, *SHORT, "--json")
+    done = analyze(other, "--text", text, *UNFITTED, "--json")
     assert done.exit_code == 0, done.output
     assert "'qwen3moe'" in done.stderr
     assert len(json.loads(done.stdout)["boundaries"]) == 2
@@ -159,7 +162,7 @@ def test_on_other_architectures_the_probes_still_run(tmp_path, text):
 def test_too_little_memory_says_how_much_and_what_to_lower(model, text, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(command, "free_bytes", lambda: 100_000_000)
-    done = analyze(model, "--text", text, *SHORT)
+    done = analyze(model, "--text", text, *UNFITTED)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
     assert "MB of memory, 100.0 MB are free" in message
@@ -177,7 +180,7 @@ def test_too_little_memory_says_how_much_and_what_to_lower(model, text, monkeypa
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_error(model, text, options, reason):
-    done = analyze(model, "--text", text, *SHORT, *options)
+    done = analyze(model, "--text", text, *UNFITTED, *options)
     assert done.exit_code == 1
     assert reason in " ".join(done.stderr.split())
     assert done.stdout == ""
@@ -226,7 +229,8 @@ def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, 
     opened = open_model(path, n_ctx=512, n_threads=1)
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
     settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8)
-    found = measure_cliff(opened, read_shape(path), tokens, settings, 2048, lambda *now: None)
+    reference = read_reference(opened, tokens, settings, lambda *now: None)
+    found = measure_cliff(opened, read_shape(path), reference, 2048, lambda *now: None)
     assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
     assert found[-1].quality.induction_retention is not None
     assert found[-1].quality.induction_retention.value < 0.3

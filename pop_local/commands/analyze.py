@@ -1,57 +1,39 @@
 """`pop-local analyze MODEL`: which layers context tokens can do without, and where copying ends."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pop_converter.errors import PopError, UnsupportedArchitectureError
 from pop_converter.output import check_output
-from pop_converter.shape import ModelShape, source_shape
-from pop_converter.source import Source, read_source
+from pop_converter.shape import source_shape
+from pop_converter.source import read_source
 
+from pop_local.commands.analyzing import (
+    Fits,
+    Run,
+    Windows,
+    fitted,
+    probed,
+    require_fit_memory,
+)
 from pop_local.commands.fitting import free_bytes
 from pop_local.commands.options import GpuLayers, Threads
-from pop_local.measure.limit import LIMIT_PROMPT
 from pop_local.models import resolve_base
-from pop_local.ui.analysis import Analysis, as_json, plot, show
+from pop_local.ui.analysis import Analysis, as_json, show
+from pop_local.ui.analysis_plot import plot
 from pop_local.ui.progress import token_progress
 from pop_local.ui.quality import require_matplotlib
 from pop_local.ui.tables import print_json, size
 from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
-    from pop_local.measure.depth import Depth
-    from pop_local.measure.heldout import Text
     from pop_local.measure.importance import Importance
 
 INSTALL_TORCH = "install it with: pip install 'pop-local[analyze]'"
 # More at a time are not faster on a CPU.
 _MAX_BATCH = 4
-
-Windows = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is measured, and with what; `n_probed` windows for the probes, `n_gated` the gates."""
-
-    source: Source
-    shape: ModelShape
-    text: "Text"
-    n_context: int
-    n_answer: int
-    n_probed: int
-    n_gated: int
-    seed: int
-    threads: int | None
-    gpu_layers: int
-
-    @property
-    def n_window(self) -> int:
-        return self.n_context + self.n_answer
 
 
 def analyze(
@@ -66,6 +48,13 @@ def analyze(
     no_gates: Annotated[
         bool, typer.Option("--no-gates", help="Only the probes: no torch, less time.")
     ] = False,
+    no_fit: Annotated[
+        bool, typer.Option("--no-fit", help="Only the layers' own projections: less time.")
+    ] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, help="To fit on. Default: a quarter of convert's."),
+    ] = None,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")
     ] = None,
@@ -76,10 +65,14 @@ def analyze(
     gpu_layers: GpuLayers = -1,
 ) -> None:
     """Measure which layers matter for reading and for answering, and how deep pruning may go."""
+    if no_fit and tokens is not None:
+        raise typer.BadParameter("--tokens are for the fit: leave it out, or --no-fit")
     source = read_source(resolve_base(model))
     if plot_file is not None:
         require_matplotlib()
         check_output(plot_file, (source.first.path,), 0, force=force)
+    from pop_local.measure.budget import BALANCED
+    from pop_local.measure.depth import deepest_within
     from pop_local.measure.heldout import Text, read_text, shipped_part
 
     run = Run(
@@ -92,53 +85,30 @@ def analyze(
         n_answer=continuation,
         n_probed=probe_windows,
         n_gated=windows,
+        fit_tokens=tokens,
         seed=seed,
         threads=threads,
         gpu_layers=gpu_layers,
     )
+    if not no_fit:
+        require_fit_memory(run)
     gates = None if no_gates else _gates(run)
-    gated_windows, depths = _probed(run, wants_windows=gates is not None)
-    importance = None if gates is None else _importance(run, gates, gated_windows)
-    found = Analysis(source.first.path, run.text, seed, importance, depths)
-    if plot_file is not None:
-        plot(found, plot_file, force=force)
-        note(f"Drawn: {plot_file}")
-    print_json(as_json(found)) if json else show(found)
-
-
-def _probed(run: Run, *, wants_windows: bool) -> "tuple[Windows, tuple[Depth, ...]]":
-    """The windows for the gates, if any, and what each boundary costs."""
-    from pop_local.engine.model import open_model
-    from pop_local.measure.depth import measure_cliff
-    from pop_local.measure.heldout import tokenize
-    from pop_local.measure.probes import N_REPEATED
-    from pop_local.measure.quality import QualitySettings
-
-    opened = open_model(
-        run.source.first.path,
-        n_ctx=max(run.n_window, 2 * N_REPEATED + 1),
-        n_threads=run.threads,
-        n_gpu_layers=run.gpu_layers,
+    found = probed(run if gates else replace(run, n_gated=0))
+    fits = Fits(found.depths, None) if no_fit else fitted(run, found)
+    analysis = Analysis(
+        model=source.first.path,
+        text=run.text,
+        seed=seed,
+        importance=None if gates is None else _importance(run, gates, found.windows),
+        depths=fits.depths,
+        calibration=fits.calibration,
+        budget=BALANCED,
+        chosen=deepest_within(BALANCED, fits.depths),
     )
-    try:
-        tokens = tokenize(opened, run.text)
-        windows = _windows(opened, tokens, run) if wants_windows else ()
-        settings = QualitySettings(run.n_probed, run.n_context, run.n_answer, seed=run.seed)
-        with token_progress("Trying the boundaries") as advance:
-            return windows, measure_cliff(
-                opened, run.shape, tokens, settings, LIMIT_PROMPT, advance
-            )
-    finally:
-        opened.close()
-
-
-def _windows(opened: "PopModel", tokens: Windows, run: Run) -> Windows:
-    from pop_local.measure.heldout import spread_windows
-    from pop_local.measure.probes import bos
-
-    start = bos(opened)
-    texts = spread_windows(tokens, run.n_gated, run.n_window - len(start))
-    return [[*start, *text] for text in texts]
+    if plot_file is not None:
+        plot(analysis, plot_file, force=force)
+        note(f"Drawn: {plot_file}")
+    print_json(as_json(analysis)) if json else show(analysis)
 
 
 @dataclass(frozen=True)

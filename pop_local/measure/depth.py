@@ -1,21 +1,23 @@
 """How deep pruning may go: each boundary of the deeper half, measured cheaply.
 
 A few windows of prose give the KL and the copy ratio, random tokens repeated give the retention
-(see `probes`), all with the layers' own projections: no file is written. Fitted projections change
-the KL of prose, hardly where the cliff of copying lies.
+(see `probes`): with the layers' own projections at each boundary, then with fitted ones where those
+leave hope. A fit divides the KL of prose; it hardly moves the cliff of copying.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pop_converter.errors import PlanError
+from pop_converter.format import Budget
 from pop_converter.shape import ModelShape
 
 from pop_local.engine.model import PopModel
 
-from .heldout import TextTokens
+from .budget import BALANCED, FAST, deepest_inside, is_inside, is_promising
 from .limit import speedup_limit
-from .quality import Quality, QualitySettings, measure_depths
+from .quality import Quality
+from .reference import Reference, measure_against
 
 # A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
 CLIFF = 0.2
@@ -25,14 +27,16 @@ CLIFF = 0.2
 class Depth:
     """One boundary.
 
+    `quality`: with the layers' own projections; `fitted`: with a fit, None where none was made.
     `lost_retention`: what skipping the layer at the boundary loses on top of those above it, as a
-    part of the full model's gain; None where the full model has none.
+    part of the full model's gain; None where the full model has none. With own projections.
     """
 
     n_skipped: int
     speedup_limit: float
     quality: Quality
     lost_retention: float | None
+    fitted: Quality | None = None
 
     @property
     def boundary(self) -> int:
@@ -53,17 +57,12 @@ def boundaries(shape: ModelShape) -> tuple[int, ...]:
 def measure_cliff(
     model: PopModel,
     shape: ModelShape,
-    text_tokens: TextTokens,
-    settings: QualitySettings,
+    reference: Reference,
     n_prompt: int,
     on_progress: Callable[[int, int], None],
 ) -> tuple[Depth, ...]:
-    """One for each of `boundaries`; the speed-up limits are for prompts of `n_prompt` tokens.
-
-    Fitted projections take this place once several boundaries are calibrated in one pass: the same
-    figures from one fitted file for each boundary (`measure_quality`).
-    """
-    qualities = measure_depths(model, text_tokens, settings, boundaries(shape), on_progress)
+    """One for each of `boundaries`; the speed-up limits are for prompts of `n_prompt` tokens."""
+    qualities = measure_against(reference, model, boundaries(shape), on_progress)
     n_full = model.rule.sink_tokens + model.rule.tail_tokens
     return tuple(
         Depth(
@@ -74,6 +73,36 @@ def measure_cliff(
         )
         for quality, lost in zip(qualities, _losses(qualities), strict=True)
     )
+
+
+def worth_fitting(depths: Sequence[Depth]) -> tuple[int, ...]:
+    """Boundaries that a fit may bring into the loosest budget, and the one past them.
+
+    The likeliest to be chosen first. Skipping the last layer alone leaves nothing to fit.
+    """
+    hopeful = [is_promising(FAST, depth.quality, fitted=True) for depth in depths]
+    n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
+    wanted = [depth.boundary for depth in depths[1:n_worth]]
+    guess = deepest_inside(
+        {d.boundary: is_promising(BALANCED, d.quality, fitted=True) for d in depths}
+    )
+    return tuple(sorted(wanted, key=lambda boundary: abs(boundary - (guess or boundary))))
+
+
+def with_fits(depths: Sequence[Depth], fitted: Mapping[int, Quality]) -> tuple[Depth, ...]:
+    """`fitted` by boundary; where the last layer alone is skipped, its own projections are it."""
+    exact = {depths[0].boundary: depths[0].quality}
+    return tuple(
+        replace(depth, fitted=(exact | dict(fitted)).get(depth.boundary)) for depth in depths
+    )
+
+
+def deepest_within(budget: Budget, depths: Sequence[Depth]) -> Depth | None:
+    """By the figures with a fit, where none was made by those of the own projections."""
+    has_fits = any(depth.fitted is not None for depth in depths)
+    qualities = [depth.fitted if has_fits else depth.quality for depth in depths]
+    deepest = deepest_inside({q.boundary: is_inside(budget, q) for q in qualities if q is not None})
+    return next((depth for depth in depths if depth.boundary == deepest), None)
 
 
 def _losses(qualities: Sequence[Quality]) -> list[float | None]:

@@ -36,6 +36,15 @@ class Induction:
     pruned: Floats
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """Random tokens, and what the full model makes of them: mean NLL of each draw (n_draws)."""
+
+    draws: tuple[Sequence[int], ...]
+    first: Floats
+    full: Floats
+
+
 def pick_passage(
     context: Sequence[int], n_tokens: int, rule: RowRule, rng: np.random.Generator
 ) -> Sequence[int]:
@@ -59,31 +68,36 @@ def copied(reader: Forced, passage: Sequence[int], mode: Mode = Mode.OFF) -> Lik
 
 
 def n_induction_tokens(n_draws: int, n_prunings: int) -> int:
-    """Tokens that `measure_induction` evaluates, but for BOS."""
+    """Tokens that `read_repeated` and `measure_induction` evaluate, but for BOS."""
     return n_draws * N_REPEATED * (3 + 2 * n_prunings)
+
+
+def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Callable[[int], None]) -> Repeated:
+    """The full model's half; `ran` gets the number of tokens evaluated."""
+    rng = np.random.default_rng(seed)
+    draws, first, full = [], np.empty(n_draws), np.empty(n_draws)
+    for draw in range(n_draws):
+        draws.append(tokens := random_tokens(reader.model, N_REPEATED, rng))
+        first[draw] = _first_nll(reader, tokens)
+        full[draw] = _second_nll(reader, tokens, Mode.OFF, Mode.OFF)
+        ran(3 * N_REPEATED)
+    return Repeated(tuple(draws), first, full)
 
 
 def measure_induction(
     reader: Forced,
+    repeated: Repeated,
     prunings: Sequence[Pruning],
-    n_draws: int,
-    seed: int,
     ran: Callable[[int], None],
 ) -> list[Induction]:
     """One result for each; `ran` gets the number of tokens evaluated."""
-    rng = np.random.default_rng(seed)
-    first, full = np.empty(n_draws), np.empty(n_draws)
-    pruned = np.empty((len(prunings), n_draws))
-    for draw in range(n_draws):
-        tokens = random_tokens(reader.model, N_REPEATED, rng)
-        first[draw] = _first_nll(reader, tokens)
-        full[draw] = _second_nll(reader, tokens, Mode.OFF, Mode.OFF)
-        ran(3 * N_REPEATED)
-        for i, pruning in enumerate(prunings):
-            reader.set_boundary(pruning.boundary)
+    pruned = np.empty((len(prunings), len(repeated.draws)))
+    for i, pruning in enumerate(prunings):
+        reader.set_boundary(pruning.boundary)
+        for draw, tokens in enumerate(repeated.draws):
             pruned[i, draw] = _second_nll(reader, tokens, pruning.context, pruning.continuation)
             ran(2 * N_REPEATED)
-    return [Induction(first, full, row) for row in pruned]
+    return [Induction(repeated.first, repeated.full, row) for row in pruned]
 
 
 def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:

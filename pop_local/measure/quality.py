@@ -19,11 +19,19 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import RowRule
 
 from . import probes
-from .divergence import Divergence, Likelihood, divergence, likelihood
+from .divergence import Likelihood
 from .estimate import Estimate, exp_mean, mean, quantile, ratio
 from .forced import Forced, Pruning, forced, n_pruned
 from .heldout import TextTokens, spread_windows
-from .probes import Induction, bos, copied, measure_induction, n_induction_tokens, pick_passage
+from .probes import (
+    Induction,
+    bos,
+    measure_induction,
+    n_induction_tokens,
+    pick_passage,
+    read_repeated,
+)
+from .windows import Progress, Ran, Scores, Window, counting, score_full, score_pruned
 
 # Below this share of the first occurrence's NLL the full model itself does not copy random tokens.
 _LEAST_INDUCTION = 0.1
@@ -79,33 +87,11 @@ class Quality:
     induction_retention: Estimate | None
 
 
-@dataclass(frozen=True)
-class _Window:
-    context: Sequence[int]
-    continuation: Sequence[int]
-    passage: Sequence[int]
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.context) + len(self.continuation) + len(self.passage)
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """One window at one depth."""
-
-    divergence: Divergence
-    full: Likelihood
-    pruned: Likelihood
-    copy_full: Likelihood
-    copy_pruned: Likelihood
-
-
 def measure_quality(
     model: PopModel,
     text_tokens: TextTokens,
     settings: QualitySettings,
-    on_progress: Callable[[int, int], None],
+    on_progress: Progress,
 ) -> Quality:
     """Measure at the model's own boundary; see `measure_depths`."""
     return measure_depths(model, text_tokens, settings, (model.boundary,), on_progress)[0]
@@ -116,7 +102,7 @@ def measure_depths(
     text_tokens: TextTokens,
     settings: QualitySettings,
     boundaries: Sequence[int],
-    on_progress: Callable[[int, int], None],
+    on_progress: Progress,
 ) -> tuple[Quality, ...]:
     """Measure at each boundary; see `measure_prunings`."""
     prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
@@ -128,7 +114,7 @@ def measure_prunings(
     text_tokens: TextTokens,
     settings: QualitySettings,
     prunings: Sequence[Pruning],
-    on_progress: Callable[[int, int], None],
+    on_progress: Progress,
 ) -> tuple[Quality, ...]:
     """Measure each; the full model runs once. At other boundaries than the file's: own projections.
 
@@ -137,17 +123,18 @@ def measure_prunings(
     the text is too short, nothing would be pruned, or the counters do not show what was planned.
     """
     with forced(model) as reader:
-        windows = _windows(reader, text_tokens, settings)
-        steps = _Steps(windows, settings.n_draws, len(prunings), on_progress)
-        scores: list[list[_Scores]] = [[] for _ in prunings]
+        windows = choose_windows(reader, text_tokens, settings)
+        ran = _counting(windows, settings, len(prunings), on_progress)
+        scores: list[list[Scores]] = [[] for _ in prunings]
         for window in windows:
-            scored = _score(reader, window, prunings, steps)
+            scored = _score(reader, window, prunings, ran)
             for of_pruning, score in zip(scores, scored, strict=True):
                 of_pruning.append(score)
-        induction = measure_induction(reader, prunings, settings.n_draws, settings.seed, steps.ran)
+        repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
+        induction = measure_induction(reader, repeated, prunings, ran)
         return tuple(
-            _summary(pruning, settings, reader.rule, of_pruning, repeated)
-            for pruning, of_pruning, repeated in zip(prunings, scores, induction, strict=True)
+            summarize(pruning, settings, reader.rule, of_pruning, found)
+            for pruning, of_pruning, found in zip(prunings, scores, induction, strict=True)
         )
 
 
@@ -158,7 +145,7 @@ def measure_unless(
     boundary: int,
     n_first: int,
     is_enough: Callable[[Quality], bool],
-    on_progress: Callable[[int, int], None],
+    on_progress: Progress,
 ) -> Quality:
     """Measure at one boundary, but stop after `n_first` windows if those say enough.
 
@@ -166,46 +153,34 @@ def measure_unless(
     """
     pruning = Pruning(boundary, settings.mode)
     with forced(model) as reader:
-        windows = _windows(reader, text_tokens, settings)
-        steps = _Steps(windows, settings.n_draws, 1, on_progress)
-        [induction] = measure_induction(
-            reader, [pruning], settings.n_draws, settings.seed, steps.ran
-        )
+        windows = choose_windows(reader, text_tokens, settings)
+        ran = _counting(windows, settings, 1, on_progress)
+        repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
+        [induction] = measure_induction(reader, repeated, [pruning], ran)
         every = max(1, len(windows) // n_first)
         first = windows[::every]
-        scores = [_score(reader, window, [pruning], steps)[0] for window in first]
-        found = _summary(pruning, settings, reader.rule, scores, induction)
+        scores = [_score(reader, window, [pruning], ran)[0] for window in first]
+        found = summarize(pruning, settings, reader.rule, scores, induction)
         if len(first) == len(windows) or is_enough(found):
             return found
         rest = [window for number, window in enumerate(windows) if number % every]
-        scores += [_score(reader, window, [pruning], steps)[0] for window in rest]
-        return _summary(pruning, settings, reader.rule, scores, induction)
+        scores += [_score(reader, window, [pruning], ran)[0] for window in rest]
+        return summarize(pruning, settings, reader.rule, scores, induction)
 
 
-class _Steps:
-    """Counts tokens for the progress bar."""
-
-    def __init__(
-        self,
-        windows: Sequence[_Window],
-        n_draws: int,
-        n_prunings: int,
-        on_progress: Callable[[int, int], None],
-    ) -> None:
-        n_tokens = sum(window.n_tokens for window in windows)
-        self._total = n_tokens * (1 + n_prunings) + n_induction_tokens(n_draws, n_prunings)
-        self._done = 0
-        self._on_progress = on_progress
-        self.ran(0)
-
-    def ran(self, n_tokens: int) -> None:
-        self._done += n_tokens
-        self._on_progress(self._done, self._total)
+def _counting(
+    windows: Sequence[Window],
+    settings: QualitySettings,
+    n_prunings: int,
+    on_progress: Progress,
+) -> Ran:
+    n_tokens = sum(window.n_tokens for window in windows) * (1 + n_prunings)
+    return counting(n_tokens + n_induction_tokens(settings.n_draws, n_prunings), on_progress)
 
 
-def _windows(
+def choose_windows(
     reader: Forced, text_tokens: TextTokens, settings: QualitySettings
-) -> tuple[_Window, ...]:
+) -> tuple[Window, ...]:
     if settings.mode is not Mode.OFF and not n_pruned(
         reader.rule, settings.n_context, settings.mode
     ):
@@ -221,43 +196,26 @@ def _windows(
     for text in spread_windows(text_tokens, settings.n_windows, n_text + settings.n_continuation):
         context = [*start, *text[:n_text]]
         passage = pick_passage(context, settings.n_continuation, reader.rule, rng)
-        windows.append(_Window(context, text[n_text:], passage))
+        windows.append(Window(context, text[n_text:], passage))
     return tuple(windows)
 
 
-def _score(
-    reader: Forced, window: _Window, prunings: Sequence[Pruning], steps: _Steps
-) -> list[_Scores]:
+def _score(reader: Forced, window: Window, prunings: Sequence[Pruning], ran: Ran) -> list[Scores]:
     """One for each pruning."""
-    targets = np.asarray(window.continuation)
-    reader.read(window.context, Mode.OFF)
-    full_logits = reader.predict(window.continuation)
-    full = likelihood(full_logits, targets)
-    copy_full = copied(reader, window.passage)
-    steps.ran(window.n_tokens)
+    full = score_full(reader, window)
+    ran(window.n_tokens)
     scores = []
     for pruning in prunings:
-        reader.set_boundary(pruning.boundary)
-        reader.read(window.context, pruning.context)
-        logits = reader.predict(window.continuation, pruning.continuation)
-        scores.append(
-            _Scores(
-                divergence=divergence(full_logits, logits),
-                full=full,
-                pruned=likelihood(logits, targets),
-                copy_full=copy_full,
-                copy_pruned=copied(reader, window.passage, pruning.continuation),
-            )
-        )
-        steps.ran(window.n_tokens)
+        scores.append(score_pruned(reader, window, full, pruning))
+        ran(window.n_tokens)
     return scores
 
 
-def _summary(
+def summarize(
     pruning: Pruning,
     settings: QualitySettings,
     rule: RowRule,
-    scores: Sequence[_Scores],
+    scores: Sequence[Scores],
     induction: Induction,
 ) -> Quality:
     kl = np.stack([score.divergence.kl for score in scores])

@@ -1,45 +1,58 @@
-"""How an analysis is shown: a table with bars, the same as Markdown, JSON, a plot."""
+"""How an analysis is shown: a table with bars, the same as Markdown, JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pop_converter.format import OWN
-from pop_converter.output import replacing
+from pop_converter.format import FITTED, OWN
 from rich.bar import Bar
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from pop_local.ui.quality import Row, flat
+from pop_local.ui.quality import Row, figures, flat
 from pop_local.ui.tables import Column, Fact, Table, markdown, print_facts
 from pop_local.ui.theme import out
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from pop_converter.format import Budget, Calibration
 
     from pop_local.measure.depth import Depth
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.heldout import Text
     from pop_local.measure.importance import Importance, Stage
+    from pop_local.measure.quality import Quality
 
-_BAR_WIDTH = 16
-_WIDE_COLUMNS = 110
-_LEAST_SHOWN = 1e-6
+_BAR_WIDTH = 12
+_WIDE_COLUMNS = 120
+_NARROW_COLUMNS = 72
+# What a narrow terminal does without: the findings below the table say it, too.
+_ONLY_WIDE = ("lost_retention", "note")
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """`importance` is None where the gates were left out; `depths` from the deepest layer on."""
+    """`importance` is None where the gates were left out; `depths` from the deepest layer on.
+
+    `calibration`: of the fits, None where there are none. `chosen`: the deepest boundary that
+    `budget` accepts on these figures.
+    """
 
     model: Path
     text: Text
     seed: int
     importance: Importance | None
     depths: tuple[Depth, ...]
+    calibration: Calibration | None
+    budget: Budget
+    chosen: Depth | None
+
+    @property
+    def has_fits(self) -> bool:
+        return any(depth.fitted is not None for depth in self.depths)
 
     @property
     def cliff(self) -> tuple[Depth, ...]:
@@ -56,13 +69,21 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "gates": None if gates is None else asdict(gates),
         "boundaries": [_flat(depth) for depth in found.depths],
         "cliff_layers": [depth.boundary for depth in found.cliff],
+        "calibration": found.calibration and asdict(found.calibration),
+        "chosen": {
+            "budget": asdict(found.budget),
+            "boundary": found.chosen and found.chosen.boundary,
+            "projection": FITTED if found.has_fits else OWN,
+            "is_estimate": True,
+        },
     }
 
 
 def _flat(depth: Depth) -> dict[str, Any]:
     values = flat(Row(depth.n_skipped, OWN, depth.speedup_limit, depth.quality, None))
     del values["needle"]
-    return values | {"lost_retention": depth.lost_retention}
+    fitted = None if depth.fitted is None else figures(depth.fitted)
+    return values | {"lost_retention": depth.lost_retention, "fitted": fitted}
 
 
 def show(found: Analysis) -> None:
@@ -81,9 +102,11 @@ _GATE_COLUMNS = (
 _DEPTH_COLUMNS = (
     Column("speedup_limit", "Limit", numeric=True),
     Column("kl_mean", "KL", numeric=True),
+    Column("kl_fitted", "KL fitted", numeric=True),
     Column("copy_ppl_ratio", "Copy", numeric=True),
     Column("induction_retention", "Induction", numeric=True),
     Column("lost_retention", "Lost", numeric=True),
+    Column("note", "Note"),
 )
 
 
@@ -97,13 +120,13 @@ def _table(found: Analysis, importance: Callable[[Estimate], str]) -> Table:
         row = [str(layer)]
         if gates is not None:
             row += [importance(stage.layers[layer]) for stage in (gates.prefill, gates.decode)]
-        rows.append((*row, *_depth_cells(by_layer.get(layer))))
+        rows.append((*row, *_depth_cells(by_layer.get(layer), found)))
     columns = () if gates is None else _GATE_COLUMNS
     head = Column("layer", "Layer", numeric=True)
     return Table((head, *columns, *_DEPTH_COLUMNS), tuple(rows))
 
 
-def _depth_cells(depth: Depth | None) -> tuple[str, ...]:
+def _depth_cells(depth: Depth | None, found: Analysis) -> tuple[str, ...]:
     if depth is None:
         return ("",) * len(_DEPTH_COLUMNS)
     quality = depth.quality
@@ -111,9 +134,11 @@ def _depth_cells(depth: Depth | None) -> tuple[str, ...]:
     return (
         f"{depth.speedup_limit:.2f}x",
         f"{quality.kl_mean.value:.3f}",
+        "" if depth.fitted is None else f"{depth.fitted.kl_mean.value:.3f}",
         f"{quality.copy_ppl_ratio.value:.2f}",
         "-" if retention is None else f"{retention.value:.0%}",
         "-" if lost is None else f"{lost:.0%}",
+        found.budget.quality if depth is found.chosen else "cliff" if depth.is_cliff else "",
     )
 
 
@@ -123,14 +148,17 @@ def _drawn(found: Analysis) -> RichTable:
     padding = (0, 2 if is_wide else 1, 0, 0)
     drawn = RichTable(header_style="title", box=None, padding=padding)
     with_bars = gates is not None and is_wide and _draws_blocks()
-    for column in table.columns:
-        drawn.add_column(column.title, justify="right", no_wrap=True)
+    columns = [c for c in table.columns if out.width >= _NARROW_COLUMNS or c.key not in _ONLY_WIDE]
+    for column in columns:
+        drawn.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=True)
         if with_bars and column in _GATE_COLUMNS:
             drawn.add_column("", width=_BAR_WIDTH)
-    cliff = {str(depth.boundary) for depth in found.cliff}
+    styles = {str(depth.boundary): "bad" for depth in found.cliff}
+    if found.chosen is not None:
+        styles[str(found.chosen.boundary)] = "good"
     for cells in table.texts():
-        style = "bad" if cells[0] in cliff else ""
-        row: list[RichText | Bar] = [RichText(cell, style=style) for cell in cells]
+        style = styles.get(cells[0], "")
+        row: list[RichText | Bar] = [RichText(cell, style=style) for cell in cells[: len(columns)]]
         if with_bars and gates is not None:
             layer = int(cells[0])
             row.insert(3, _bar(gates.decode, layer, "yellow"))
@@ -153,7 +181,37 @@ def _bar(stage: Stage, layer: int, color: str) -> Bar:
 def _facts(found: Analysis) -> list[Fact]:
     gates = found.importance
     facts = [] if gates is None else _gate_facts(gates)
-    return [*facts, ("Copying", _cliff(found))]
+    return [*facts, ("Copying", _cliff(found)), *_fit_facts(found), ("Depth", _choice(found))]
+
+
+def _fit_facts(found: Analysis) -> list[Fact]:
+    if found.calibration is None:
+        return []
+    made = found.calibration
+    return [("Fitted on", f"{made.name}: {made.n_tokens:,} tokens")]
+
+
+def _choice(found: Analysis) -> str:
+    """What the budget would take by these figures."""
+    name, depth = found.budget.quality, found.chosen
+    if depth is None:
+        return f"no boundary is within the {name} budget on this short look"
+    if found.has_fits:
+        figures, how = depth.fitted or depth.quality, "with the fit"
+    else:
+        figures, how = depth.quality, "with the layers' own projections"
+    return (
+        f"{name} would take boundary {depth.boundary}, at most {depth.speedup_limit:.2f}x: "
+        f"{_losses(figures)} {how}; an estimate from {figures.n_windows} windows, "
+        "`convert` measures more"
+    )
+
+
+def _losses(quality: Quality) -> str:
+    retention = quality.induction_retention
+    kept = "" if retention is None else f", {retention.value:.0%} of copying kept"
+    kl, copy = _with_digits(quality.kl_mean, 4), quality.copy_ppl_ratio.value
+    return f"KL {kl}, copy ratio {copy:.3f}{kept}"
 
 
 def _gate_facts(gates: Importance) -> list[Fact]:
@@ -187,53 +245,8 @@ def _value(estimate: Estimate) -> str:
 
 
 def _with_se(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f} ± {estimate.se or 0:.2f}"
+    return _with_digits(estimate, 2)
 
 
-def plot(found: Analysis, path: Path, *, force: bool) -> None:
-    """Importance by layer, and KL and what is left of copying against the speed-up limit; PNG."""
-    from matplotlib.figure import Figure
-
-    n_panels = 2 if found.importance is None else 3
-    figure = Figure(figsize=(5 * n_panels, 4.4), layout="constrained")
-    panels = [figure.add_subplot(1, n_panels, number + 1) for number in range(n_panels)]
-    if found.importance is not None:
-        _plot_importance(panels.pop(0), found.importance)
-    _plot_pareto(panels[0], found.depths, "kl_mean", "KL to the full model (nats)")
-    _plot_pareto(panels[1], found.depths, "copy_ppl_ratio", "copy PPL ratio")
-    figure.suptitle(f"{found.model.name}: what the layers are needed for, and what skipping costs")
-    with replacing(path, force=force) as file:
-        figure.savefig(file, format="png", dpi=150)
-
-
-def _plot_importance(axes: Axes, gates: Importance) -> None:
-    for name, stage, marker in (("reading", gates.prefill, "o"), ("answering", gates.decode, "s")):
-        # Nothing reads what context takes from the last layer, which a logarithm cannot show.
-        shown = [(layer, e) for layer, e in enumerate(stage.layers) if e.value > _LEAST_SHOWN]
-        layers = [layer for layer, _ in shown]
-        values = [estimate.value for _, estimate in shown]
-        errors = [estimate.se or 0.0 for _, estimate in shown]
-        axes.errorbar(layers, values, errors, marker=marker, markersize=4, capsize=2, label=name)
-    axes.set(xlabel="layer", ylabel="importance, E[(dL/dg)²]", yscale="log", title="Virtual gates")
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend()
-
-
-def _plot_pareto(axes: Axes, depths: Sequence[Depth], name: str, title: str) -> None:
-    # Skipping the last layer alone changes nothing, which a logarithm cannot show.
-    shown = [depth for depth in depths if getattr(depth.quality, name).value > _LEAST_SHOWN]
-    limits = [depth.speedup_limit for depth in shown]
-    estimates: list[Estimate] = [getattr(depth.quality, name) for depth in shown]
-    values = [estimate.value for estimate in estimates]
-    axes.errorbar(limits, values, [e.se or 0.0 for e in estimates], marker="o", capsize=2)
-    axes.set(xlabel="speed-up limit", ylabel=title, yscale="log")
-    axes.set_title("by boundary; red: the layers of the cliff", fontsize="medium")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.margins(0.08)
-    for depth, limit, value in zip(shown, limits, values, strict=True):
-        color = "tab:red" if depth.is_cliff else "black"
-        if depth.is_cliff:
-            axes.plot(limit, value, "o", color=color, zorder=3)
-        axes.annotate(
-            f"{depth.boundary}", (limit, value), (-4, 7), textcoords="offset points", color=color
-        )
+def _with_digits(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.value:.{digits}f} ± {estimate.se or 0:.{digits}f}"

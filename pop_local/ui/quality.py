@@ -43,7 +43,7 @@ class Row:
 
 
 def flat(row: Row) -> dict[str, Any]:
-    """For JSON: each estimate as its value and NAME_se, but kl_se for kl_mean.
+    """For JSON; the figures as in `figures`.
 
     `baseline`: null, or an object with the baseline's name and the same figures.
     """
@@ -53,16 +53,17 @@ def flat(row: Row) -> dict[str, Any]:
         "calibration": row.calibration and asdict(row.calibration),
         "kv_type": row.kv_type and row.kv_type.value,
         "speedup_limit": row.speedup_limit,
-        **_figures(row.quality),
+        **figures(row.quality),
         "needle": None if row.needle is None else asdict(row.needle),
         "baseline": None,
     }
     if row.always_skip is not None:
-        values["baseline"] = {"name": ALWAYS_SKIP, **_figures(row.always_skip)}
+        values["baseline"] = {"name": ALWAYS_SKIP, **figures(row.always_skip)}
     return values
 
 
-def _figures(quality: Quality) -> dict[str, Any]:
+def figures(quality: Quality) -> dict[str, Any]:
+    """For JSON: each estimate as its value and NAME_se, but kl_se for kl_mean."""
     values: dict[str, Any] = {}
     for field in fields(quality):
         value = getattr(quality, field.name)

@@ -1,0 +1,179 @@
+"""What `analyze` measures by pruning: each boundary as it is, then with fitted projections."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pop_converter.errors import PopError
+from pop_converter.format import FITTED, Calibration
+from pop_converter.plan import Plan, make_plan
+from pop_converter.shape import ModelShape
+from pop_converter.sidecar import pop_of
+from pop_converter.source import Source
+
+from pop_local.commands.converting import fitted_sidecars
+from pop_local.commands.fitting import FitOptions, fit_needs, free_bytes
+from pop_local.measure.limit import LIMIT_PROMPT
+from pop_local.ui.progress import token_progress
+from pop_local.ui.tables import size
+from pop_local.ui.theme import note
+
+if TYPE_CHECKING:
+    from pop_local.engine.model import PopModel
+    from pop_local.measure.depth import Depth
+    from pop_local.measure.heldout import Text
+    from pop_local.measure.quality import Quality
+    from pop_local.measure.reference import Reference
+
+# Of the random tokens: a fit hardly moves the retention, which these give to a percent or two.
+_FIT_DRAWS = 2
+# Of the tokens that `convert` fits on: enough to compare depths.
+_FIT_SHARE = 4
+
+Windows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is measured, and with what; `n_probed` windows for the probes, `n_gated` the gates.
+
+    `fit_tokens`: to fit on, None for the default.
+    """
+
+    source: Source
+    shape: ModelShape
+    text: "Text"
+    n_context: int
+    n_answer: int
+    n_probed: int
+    n_gated: int
+    fit_tokens: int | None
+    seed: int
+    threads: int | None
+    gpu_layers: int
+
+    @property
+    def n_window(self) -> int:
+        return self.n_context + self.n_answer
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What each boundary costs, the full model's half of it, and the windows for the gates."""
+
+    depths: "tuple[Depth, ...]"
+    reference: "Reference"
+    windows: Windows
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What the boundaries cost with a fit; `calibration` None where there is nothing to fit."""
+
+    depths: "tuple[Depth, ...]"
+    calibration: Calibration | None
+
+
+def probed(run: Run) -> Probed:
+    """With the layers' own projections. Raises PopError."""
+    from pop_local.measure.depth import measure_cliff
+    from pop_local.measure.heldout import tokenize
+    from pop_local.measure.quality import QualitySettings
+    from pop_local.measure.reference import read_reference
+
+    settings = QualitySettings(run.n_probed, run.n_context, run.n_answer, seed=run.seed)
+    with closing(_opened(run, None)) as model:
+        tokens = tokenize(model, run.text)
+        windows = _windows(model, tokens, run)
+        with token_progress("Reading in full") as advance:
+            reference = read_reference(model, tokens, settings, advance)
+        with token_progress("Trying the boundaries") as advance:
+            depths = measure_cliff(model, run.shape, reference, LIMIT_PROMPT, advance)
+    return Probed(depths, reference, windows)
+
+
+def require_fit_memory(run: Run) -> None:
+    """Raises PopError when not even the projections of one layer could be fitted."""
+    if run.shape.n_layer > 2:
+        _affordable([_plan(run, run.shape.n_layer - 2)], run)
+
+
+def fitted(run: Run, found: Probed) -> Fits:
+    """Fit the boundaries that are worth it in one pass, and measure each. Raises PopError."""
+    from pop_local.measure.depth import with_fits, worth_fitting
+
+    plans = [_plan(run, boundary) for boundary in worth_fitting(found.depths)]
+    if not plans:
+        return Fits(with_fits(found.depths, {}), None)
+    plans = _affordable(plans, run)
+    sidecars = fitted_sidecars(
+        plans, run.source, _options(run), n_threads=run.threads, n_gpu_layers=run.gpu_layers
+    )
+    reference = found.reference.with_draws(_FIT_DRAWS)
+    qualities: dict[int, Quality] = {}
+    calibration: Calibration | None = None
+    with closing(sidecars), token_progress("Measuring with the fit") as advance:
+        for number, (plan, sidecar) in enumerate(zip(plans, sidecars, strict=True)):
+            advance(number, len(plans))
+            meta = pop_of(run.source, sidecar)
+            calibration = None if meta is None else meta.calibration
+            qualities[plan.boundary] = _measured(run, sidecar, plan.boundary, reference)
+        advance(len(plans), len(plans))
+    return Fits(with_fits(found.depths, qualities), calibration)
+
+
+def _measured(run: Run, sidecar: Path, boundary: int, reference: "Reference") -> "Quality":
+    from pop_local.measure.reference import measure_against
+
+    with closing(_opened(run, sidecar)) as model:
+        [quality] = measure_against(reference, model, (boundary,), lambda done, total: None)
+    return quality
+
+
+def _plan(run: Run, boundary: int) -> Plan:
+    return make_plan(run.shape, boundary=boundary, projection=FITTED)
+
+
+def _options(run: Run) -> FitOptions:
+    from pop_local.calibration.texts import default_tokens
+
+    return FitOptions(run.fit_tokens or default_tokens(run.shape.n_embd) // _FIT_SHARE)
+
+
+def _affordable(plans: list[Plan], run: Run) -> list[Plan]:
+    """As many of the first as one pass over the text has memory for. Raises PopError for none."""
+    free = free_bytes()
+    for n in range(len(plans), 0, -1):
+        needs = fit_needs(plans[:n], run.source, _options(run))
+        if needs.total_bytes <= free and (n == 1 or len(needs.groups) == 1):
+            if n < len(plans):
+                note(f"There is memory to fit {n} of {len(plans)} boundaries in one pass")
+            return plans[:n]
+    raise PopError(
+        f"the fit needs {size(needs.total_bytes)} of memory, {size(free)} are free",
+        "lower --tokens, close other programs, or leave it out: --no-fit",
+    )
+
+
+def _windows(model: "PopModel", tokens: Windows, run: Run) -> Windows:
+    from pop_local.measure.heldout import spread_windows
+    from pop_local.measure.probes import bos
+
+    start = bos(model)
+    texts = spread_windows(tokens, run.n_gated, run.n_window - len(start))
+    return [[*start, *text] for text in texts]
+
+
+def _opened(run: Run, sidecar: Path | None) -> "PopModel":
+    from pop_local.engine.model import open_model
+    from pop_local.measure.probes import N_REPEATED
+
+    return open_model(
+        run.source.first.path,
+        sidecar=sidecar,
+        n_ctx=max(run.n_window, 2 * N_REPEATED + 1),
+        n_threads=run.threads,
+        n_gpu_layers=run.gpu_layers,
+    )

@@ -1,0 +1,85 @@
+"""One window, scored: by the full model, then by each pruning against it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pop_local.engine.backend import Mode
+
+from .divergence import Divergence, Likelihood, divergence, likelihood
+from .forced import Forced, Pruning
+from .probes import copied
+
+Progress = Callable[[int, int], None]
+Ran = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens: what is read, what follows it, and a passage of it to be repeated."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+    passage: Sequence[int]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.context) + len(self.continuation) + len(self.passage)
+
+
+@dataclass(frozen=True)
+class FullScores:
+    """The full model on one window; `logits` of the continuation [n_continuation, n_vocab]."""
+
+    logits: NDArray[np.float32]
+    continuation: Likelihood
+    passage: Likelihood
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One window at one depth."""
+
+    divergence: Divergence
+    full: Likelihood
+    pruned: Likelihood
+    copy_full: Likelihood
+    copy_pruned: Likelihood
+
+
+def score_full(reader: Forced, window: Window) -> FullScores:
+    reader.read(window.context, Mode.OFF)
+    logits = reader.predict(window.continuation)
+    return FullScores(
+        logits=logits,
+        continuation=likelihood(logits, np.asarray(window.continuation)),
+        passage=copied(reader, window.passage),
+    )
+
+
+def score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Pruning) -> Scores:
+    reader.set_boundary(pruning.boundary)
+    reader.read(window.context, pruning.context)
+    logits = reader.predict(window.continuation, pruning.continuation)
+    return Scores(
+        divergence=divergence(full.logits, logits),
+        full=full.continuation,
+        pruned=likelihood(logits, np.asarray(window.continuation)),
+        copy_full=full.passage,
+        copy_pruned=copied(reader, window.passage, pruning.continuation),
+    )
+
+
+def counting(total: int, on_progress: Progress) -> Ran:
+    """For steps that say how many tokens each was: tells `on_progress` (done_tokens, total)."""
+    done = 0
+
+    def ran(n_tokens: int) -> None:
+        nonlocal done
+        done += n_tokens
+        on_progress(done, total)
+
+    ran(0)
+    return ran

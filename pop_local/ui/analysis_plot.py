@@ -1,0 +1,170 @@
+"""An analysis as a picture: importance by layer, and each loss against the speed-up limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pop_converter.output import replacing
+
+from pop_local.ui.analysis import Analysis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from pop_local.measure.depth import Depth
+    from pop_local.measure.estimate import Estimate
+    from pop_local.measure.importance import Importance
+    from pop_local.measure.quality import Quality
+
+# Skipping the last layer alone changes nothing, which a logarithm cannot show.
+_LEAST_SHOWN = 1e-4
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A figure to draw; `limit`: what the budget allows."""
+
+    title: str
+    scale: str
+    limit: float
+    of: Callable[[Quality], Estimate | None]
+
+
+def plot(found: Analysis, path: Path, *, force: bool) -> None:
+    """As PNG: a panel for the gates, if there are any, the KL, the copy ratio and the retention."""
+    from matplotlib.figure import Figure
+
+    budget, gates = found.budget, found.importance
+    losses = (
+        _Loss("KL to the full model (nats/token)", "log", budget.max_kl, lambda q: q.kl_mean),
+        _Loss(
+            "perplexity of a copied passage, to full",
+            "log",
+            budget.max_copy_ratio,
+            lambda q: q.copy_ppl_ratio,
+        ),
+        _Loss(
+            "copying of random tokens kept (induction)",
+            "linear",
+            budget.least_retention,
+            lambda q: q.induction_retention,
+        ),
+    )
+    size, shape = ((11.0, 8.4), (2, 2)) if gates else ((15.0, 4.6), (1, 3))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(*shape).flat)
+    if gates is not None:
+        _draw_importance(panels.pop(0), gates, found)
+    for axes, loss in zip(panels, losses, strict=True):
+        _draw_loss(axes, loss, found)
+    figure.suptitle(f"{found.model.name}: what layers are needed for, and what skipping them costs")
+    with replacing(path, force=force) as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
+def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
+    for name, stage, marker in (("reading", gates.prefill, "o"), ("answering", gates.decode, "s")):
+        # Nothing reads what context takes from the last layer.
+        shown = [(layer, e) for layer, e in enumerate(stage.layers) if e.value > _LEAST_SHOWN]
+        axes.errorbar(
+            [layer for layer, _ in shown],
+            [estimate.value for _, estimate in shown],
+            [estimate.se or 0.0 for _, estimate in shown],
+            marker=marker,
+            markersize=4,
+            capsize=2,
+            label=f"{name} ({'prefill' if stage is gates.prefill else 'decode'})",
+        )
+    n_layer = len(gates.prefill.layers)
+    if found.chosen is not None:
+        axes.axvspan(
+            found.chosen.boundary - 0.5, n_layer - 0.5, color="tab:green", alpha=0.12, lw=0
+        )
+    axes.set(
+        xlabel=f"layer (shaded: skipped within {found.budget.quality})",
+        ylabel="importance, E[(dL/dg)²] (nats²)",
+        yscale="log",
+        title="Virtual gates: importance of each layer",
+    )
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+
+
+def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
+    own = _line(axes, found.depths, lambda depth: loss.of(depth.quality), "own projections", "0.55")
+    fitted = {}
+    if found.has_fits:
+        fitted = _line(
+            axes,
+            found.depths,
+            lambda depth: None if depth.fitted is None else loss.of(depth.fitted),
+            "fitted",
+            "tab:blue",
+        )
+    axes.axhline(
+        loss.limit, color="tab:green", ls="--", lw=1, label=f"{found.budget.quality} limit"
+    )
+    for depth in found.depths:
+        value = own.get(depth.boundary, nan)
+        color = "tab:red" if depth.is_cliff else "0.35"
+        axes.annotate(
+            f"{depth.boundary}",
+            (depth.speedup_limit, value),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize="small",
+            color=color,
+        )
+        if depth.is_cliff:
+            axes.plot(depth.speedup_limit, value, "o", color=color, zorder=3)
+    if found.chosen is not None:
+        _mark(axes, found, fitted or own)
+    axes.set(xlabel="speed-up limit (times)", ylabel=loss.title, yscale=loss.scale)
+    axes.set_title("by boundary; red: the cliff of copying", fontsize="medium")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.margins(0.06)
+    axes.legend(fontsize="small")
+
+
+def _line(
+    axes: Axes,
+    depths: Sequence[Depth],
+    value_of: Callable[[Depth], Estimate | None],
+    label: str,
+    color: str,
+) -> dict[int, float]:
+    """Draws it; returns the values by boundary."""
+    shown = [(d, e) for d in depths if (e := value_of(d)) is not None and e.value > _LEAST_SHOWN]
+    axes.errorbar(
+        [depth.speedup_limit for depth, _ in shown],
+        [estimate.value for _, estimate in shown],
+        [estimate.se or 0.0 for _, estimate in shown],
+        marker="o",
+        markersize=4,
+        capsize=2,
+        label=label,
+        color=color,
+    )
+    return {depth.boundary: estimate.value for depth, estimate in shown}
+
+
+def _mark(axes: Axes, found: Analysis, values: dict[int, float]) -> None:
+    """The chosen boundary."""
+    chosen = found.chosen
+    if chosen is None or chosen.boundary not in values:
+        return
+    axes.plot(
+        chosen.speedup_limit,
+        values[chosen.boundary],
+        "*",
+        color="tab:green",
+        markersize=15,
+        markeredgecolor="black",
+        zorder=4,
+        label=f"{found.budget.quality}: boundary {chosen.boundary} (estimate)",
+    )
