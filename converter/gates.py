@@ -17,6 +17,15 @@ rows: I_l grows in proportion to the number of answer rows.
 Context rows have no loss of their own: what counts is what answer rows attend to. The last context
 row, which predicts the first answer token, is one of the answer's here, as it is a full row in POP.
 One window gives one sample of each square, whose relative standard deviation is at least sqrt(2).
+
+An answer row does two things: it predicts the next token, and later answer rows read it, as they
+read context. The decode gate multiplies both. What prediction alone needs of a layer (*predict*) is
+the decode gate of a window with one answer row, which no other row reads. Each answer row serves as
+that one: the loss L_t of row t is differentiated for a gate of row t alone, and
+
+    I_l = E[sum over t of (dL_t/dg_lt)^2]
+
+adds the squares up over the rows, to the scale of the other two, and has a sample for each row.
 """
 
 from collections.abc import Callable
@@ -40,10 +49,14 @@ _BASE_BYTES = 400_000_000
 
 @dataclass(frozen=True)
 class GateGradients:
-    """dL/dg of each window and layer, [n_windows, n_layer], in nats over all answer rows."""
+    """dL/dg of each window and layer, [n_windows, n_layer], in nats over all answer rows.
+
+    `predict`: dL_t/dg_t of each answer row's own loss, [n_windows, n_layer, n_answer].
+    """
 
     prefill: Floats
     decode: Floats
+    predict: Floats
 
 
 def gate_gradients(
@@ -74,8 +87,12 @@ def gate_gradients(
         _batch(decoder, windows[start : start + n_batch], n_context, generator, ran)
         for start in range(0, len(windows), n_batch)
     ]
-    gradients = torch.cat(found, dim=1).cpu().double().numpy()
-    return GateGradients(prefill=gradients[..., 0].T, decode=gradients[..., 1].T)
+    staged, own = (
+        torch.cat(parts, dim=1).cpu().double().numpy() for parts in zip(*found, strict=True)
+    )
+    return GateGradients(
+        prefill=staged[..., 0].T, decode=staged[..., 1].T, predict=own.transpose(1, 0, 2)
+    )
 
 
 def _batch(
@@ -84,9 +101,15 @@ def _batch(
     n_context: int,
     generator: torch.Generator,
     ran: Callable[[int], None],
-) -> Tensor:
-    """[n_layer, n_windows, 2]. Forwards keep only the layers' inputs, backwards compute again."""
+) -> tuple[Tensor, Tensor]:
+    """[n_layer, n_windows, 2] by stage, [n_layer, n_windows, n_answer] of the rows' own losses.
+
+    Forwards keep only the layers' inputs, backwards compute again.
+    """
     gates = torch.ones(len(windows), 2, device=decoder.device, requires_grad=True)
+    row_gates = torch.ones(
+        len(windows), windows.shape[1] - n_context, 1, device=decoder.device, requires_grad=True
+    )
     inputs = [decoder.embed(windows)]
     stage = stages(windows.shape[1], n_context, decoder.device)
     for index in range(decoder.n_layer):
@@ -97,14 +120,20 @@ def _batch(
     last = inputs.pop()
     for window in range(len(windows)):
         gradient[window, n_context:] = _loss_gradient(decoder, last[window, n_context:], generator)
-    found = []
+    own = gradient[:, n_context:]
+    of_stages, of_rows = [], []
     for index in reversed(range(decoder.n_layer)):
-        states = inputs.pop().requires_grad_()
-        output = decoder.layer(index)(states, gates[:, stage, None])
+        layer, states = decoder.layer(index), inputs.pop()
+        rows = states[:, n_context:].clone().requires_grad_()
+        output = layer.apart(rows, row_gates, states[:, :n_context])
+        own, of_own = torch.autograd.grad(output, (rows, row_gates), own)
+        of_rows.append(of_own.squeeze(-1))
+        states.requires_grad_()
+        output = layer(states, gates[:, stage, None])
         gradient, of_gates = torch.autograd.grad(output, (states, gates), gradient)
-        found.append(of_gates)
+        of_stages.append(of_gates)
         ran(len(windows))
-    return torch.stack(found[::-1])
+    return torch.stack(of_stages[::-1]), torch.stack(of_rows[::-1])
 
 
 def stages(n_tokens: int, n_context: int, device: torch.device) -> Tensor:

@@ -2,20 +2,33 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from converted import tiny
 from pop_converter.errors import PlanError
 from pop_converter.shape import read_shape
+from pop_converter.source import read_source
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
+from pop_local.calibration.needs import plan_needs
 from pop_local.cli import app
 from pop_local.commands import analyze as command
+from pop_local.commands import analyzing
+from pop_local.commands.fitting import FitOptions
 from pop_local.engine.model import open_model
-from pop_local.measure import depth, probes
-from pop_local.measure.depth import boundaries, measure_cliff
+from pop_local.measure import budget, depth
+from pop_local.measure.depth import (
+    Depth,
+    boundaries,
+    deepest_within,
+    measure_cliff,
+    with_fits,
+    worth_fitting,
+)
+from pop_local.measure.estimate import Estimate
 from pop_local.measure.heldout import Text, shipped_part, tokenize
 from pop_local.measure.quality import QualitySettings
 from pop_local.measure.reference import read_reference
@@ -43,7 +56,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    monkeypatch.setattr(probes, "N_DRAWS", 2)
+    monkeypatch.setattr(analyzing, "N_DRAWS", 2)
 
 
 def analyze(*arguments):
@@ -69,7 +82,7 @@ def test_json_has_gates_and_boundaries(model, text):
     )
     gates = found["gates"]
     assert (gates["n_windows"], gates["n_context"], gates["n_answer"]) == (3, 40, 10)
-    assert [len(gates[stage]["layers"]) for stage in ("prefill", "decode")] == [6, 6]
+    assert [len(gates[stage]["layers"]) for stage in ("prefill", "decode", "predict")] == [6] * 3
     assert gates["prefill"]["layers"][0]["value"] > gates["prefill"]["layers"][5]["value"] == 0
     assert found["text"]["name"] == "text.txt"
 
@@ -88,7 +101,7 @@ def test_a_pipe_gets_one_table_and_the_findings(model, text):
     assert len(table) == 2 + 6
     assert "Prefill" in table[0]
     assert "Induction" in table[0]
-    for label in ("Reading", "Answering", "Copying"):
+    for label in ("Reading", "Answering", "Predicting", "Copying"):
         assert label in done.stdout
 
 
@@ -132,6 +145,107 @@ def test_a_plot_is_a_png_and_replaces_nothing(model, text, tmp_path, options):
     assert "--force" in refused.stderr
     assert target.read_bytes() == drawn
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+# --- with a fit
+
+
+def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
+    done = analyze(model, "--text", text, *FITTED, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    last, *others = found["boundaries"]
+    assert last["fitted"]["kl_mean"] == last["kl_mean"]
+    assert len(others) == 2
+    for row in others:
+        assert row["fitted"]["kl_mean"] != row["kl_mean"]
+        assert row["fitted"]["n_pruned"] == row["n_pruned"]
+    assert found["calibration"]["n_tokens"] == 2048
+    # Random weights lose nothing: the deepest is within.
+    assert found["chosen"]["boundary"] == others[-1]["boundary"] == 3
+    assert found["chosen"]["projection"] == "fitted"
+    assert found["chosen"]["budget"]["quality"] == "balanced"
+
+
+def test_the_choice_is_named_an_estimate(model, text):
+    done = analyze(model, "--text", text, *FITTED)
+    assert done.exit_code == 0, done.output
+    [row] = [
+        line for line in done.stdout.splitlines() if line.startswith("|") and "balanced" in line
+    ]
+    assert row.split("|")[1].strip() == "3"
+    assert "2,048 tokens" in done.stdout
+    assert "balanced would take boundary 3" in done.stdout
+    assert "an estimate from 2 windows" in done.stdout
+
+
+def test_without_a_fit_the_own_projections_decide(model, text, monkeypatch):
+    found = report(model, "--text", text, "--no-gates")
+    assert found["calibration"] is None
+    assert [row["fitted"] for row in found["boundaries"]] == [None] * 3
+    # One layer less than with the fit.
+    assert (found["chosen"]["boundary"], found["chosen"]["projection"]) == (4, "own")
+    nothing = replace(budget.BALANCED, max_kl=-1.0)
+    monkeypatch.setattr(budget, "BALANCED", nothing)
+    assert report(model, "--text", text, "--no-gates")["chosen"]["boundary"] is None
+    done = analyze(model, "--text", text, "--no-gates", *UNFITTED)
+    assert "no boundary is within the balanced budget" in done.stdout
+
+
+def test_tokens_without_a_fit_are_wrong_usage(model):
+    assert analyze(model, *UNFITTED, "--tokens", 4096).exit_code == 2
+
+
+def test_too_little_memory_for_the_fit(model, text, monkeypatch):
+    monkeypatch.setattr(analyzing, "free_bytes", lambda: 100_000_000)
+    done = analyze(model, "--text", text, *FITTED)
+    assert done.exit_code == 1
+    message = " ".join(done.stderr.split())
+    assert "the fit needs" in message
+    assert "MB of memory, 100.0 MB are free" in message
+    assert "--no-fit" in message
+    assert done.stdout == ""
+
+
+def test_as_many_boundaries_as_there_is_memory_for(model, monkeypatch):
+    run = SimpleNamespace(
+        source=read_source(model), shape=read_shape(model), fit_tokens=2048, gpu_layers=0
+    )
+    plans = [analyzing._plan(run, boundary) for boundary in (3, 4)]  # type: ignore[arg-type]
+    sums = [plan_needs(plans[:n], run.source, 1 << 40).sums_bytes for n in (1, 2)]
+    monkeypatch.setattr(FitOptions, "memory_bytes", property(lambda options: sums[0]))
+    assert analyzing._affordable(plans, run) == plans[:1]  # type: ignore[arg-type]
+    monkeypatch.setattr(FitOptions, "memory_bytes", property(lambda options: sums[1]))
+    assert analyzing._affordable(plans, run) == plans  # type: ignore[arg-type]
+
+
+def test_a_fit_is_tried_down_to_one_boundary_past_hope():
+    figures = ((0.0, 1), (0.02, 0.99), (0.1, 0.95), (0.2, 0.9), (0.2, 0.3), (0.3, 0.1))
+    depths = [made(9 - n, kl, retention) for n, (kl, retention) in enumerate(figures)]
+    # 6 is the deepest that balanced may take with a fit, 5 the one past hope.
+    assert worth_fitting(depths) == (6, 7, 5, 8)
+    assert set(worth_fitting(depths[:3])) == {8, 7}
+    assert worth_fitting(depths[:1]) == ()
+
+
+def test_the_deepest_within_goes_by_the_fit_where_there_is_one():
+    depths = [made(5, 0.0), made(4, 0.03), made(3, 0.1), made(2, 0.3)]
+    assert getattr(deepest_within(budget.BALANCED, depths), "boundary", None) == 4
+    fitted = with_fits(depths, {3: made(3, 0.03).quality, 4: made(4, 0.01).quality})
+    assert [depth.fitted is not None for depth in fitted] == [True, True, True, False]
+    assert getattr(deepest_within(budget.BALANCED, fitted), "boundary", None) == 3
+    assert deepest_within(replace(budget.BALANCED, max_kl=-1.0), fitted) is None
+
+
+def made(boundary: int, kl: float, retention: float = 1.0) -> Depth:
+    """Of a model of ten layers, what a budget looks at."""
+    quality = SimpleNamespace(
+        boundary=boundary,
+        kl_mean=Estimate(kl, 0.0),
+        copy_ppl_ratio=Estimate(1.0, 0.0),
+        induction_retention=Estimate(retention, 0.0),
+    )
+    return Depth(10 - boundary, 1.5, quality, 0.0)  # type: ignore[arg-type]
 
 
 # --- what cannot be had
@@ -228,7 +342,7 @@ def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, 
     monkeypatch.setattr(depth, "boundaries", lambda shape: tried)
     opened = open_model(path, n_ctx=512, n_threads=1)
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
-    settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8)
+    settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=2)
     reference = read_reference(opened, tokens, settings, lambda *now: None)
     found = measure_cliff(opened, read_shape(path), reference, 2048, lambda *now: None)
     assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff

@@ -43,16 +43,18 @@ def decoder(request, tmp_path_factory) -> Decoder:
     return DoubleDecoder(read_source(make_gguf(folder / "m.gguf", request.param, n_layer=3)))
 
 
-def gated(decoder: Decoder, tokens: np.ndarray, gates: np.ndarray) -> Any:
+def gated(
+    decoder: Decoder, tokens: np.ndarray, gates: np.ndarray, n_context: int = N_CONTEXT
+) -> Any:
     """Log-probabilities of the answer rows [n_windows, n_answer, n_vocab] under `gates`
     [n_layer, 2], without any of the code under test."""
     states = decoder.embed(tokens)
     for index in range(decoder.n_layer):
         rows = torch.full((1, tokens.shape[1], 1), gates[index, 0], dtype=torch.float64)
-        rows[:, N_CONTEXT:] = gates[index, 1]
+        rows[:, n_context:] = gates[index, 1]
         with torch.no_grad():
             states = decoder.layer(index)(states, rows)
-    return decoder.logits(states[:, N_CONTEXT:]).log_softmax(-1)
+    return decoder.logits(states[:, n_context:]).log_softmax(-1)
 
 
 def test_gradients_are_those_of_finite_differences(decoder):
@@ -75,6 +77,28 @@ def test_gradients_are_those_of_finite_differences(decoder):
         computed = (found.prefill, found.decode)[stage][:, layer]
         np.testing.assert_allclose(computed, expected, rtol=1e-4, atol=1e-6)
     assert abs(found.prefill[:, :-1]).min() > 1e-3
+
+
+def test_a_row_predicts_by_its_own_gate_and_loss(decoder):
+    """The other rows, answers too, stay as they are."""
+    windows = np.array([prompt(13, seed=1)], np.int32)
+    found = gate_gradients(decoder, windows, N_CONTEXT, n_batch=1, seed=SEED, on_progress=ignore)
+    generator = torch.Generator().manual_seed(SEED)
+    ones = np.ones((decoder.n_layer, 2))
+    chosen = torch.multinomial(gated(decoder, windows, ones)[0].exp(), 1, generator=generator)
+    for row, layer in product(range(3), range(decoder.n_layer)):
+        # One answer row: nothing reads it but itself.
+        alone = windows[:, : N_CONTEXT + row + 1]
+        step = np.zeros_like(ones)
+        step[layer, 1] = 1e-5
+        losses = [
+            -gated(decoder, alone, gates, N_CONTEXT + row)[0, 0, chosen[row]].item()
+            for gates in (ones + step, ones - step)
+        ]
+        expected = (losses[0] - losses[1]) / 2e-5
+        np.testing.assert_allclose(found.predict[0, layer, row], expected, rtol=1e-4, atol=1e-6)
+    assert found.predict.shape == (1, decoder.n_layer, 3)
+    assert abs(found.predict).min() > 1e-6
 
 
 def test_nothing_reads_what_context_rows_take_from_the_last_layer(decoder):
@@ -143,3 +167,4 @@ def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     )
     assert found.prefill.ratio.value < 0.4
     assert found.decode.ratio.value > 1
+    assert found.predict.ratio.value > 1.5

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from pop_local.measure.quality import Quality
     from pop_local.measure.reference import Reference
 
-# Of the random tokens: a fit hardly moves the retention, which these give to a percent or two.
+# Of random tokens: these give the retention to a percent; a fit hardly moves it.
+N_DRAWS = 4
 _FIT_DRAWS = 2
 # Of the tokens that `convert` fits on: enough to compare depths.
 _FIT_SHARE = 4
@@ -83,7 +84,9 @@ def probed(run: Run) -> Probed:
     from pop_local.measure.quality import QualitySettings
     from pop_local.measure.reference import read_reference
 
-    settings = QualitySettings(run.n_probed, run.n_context, run.n_answer, seed=run.seed)
+    settings = QualitySettings(
+        run.n_probed, run.n_context, run.n_answer, seed=run.seed, n_draws=N_DRAWS
+    )
     with closing(_opened(run, None)) as model:
         tokens = tokenize(model, run.text)
         windows = _windows(model, tokens, run)

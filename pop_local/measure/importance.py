@@ -26,13 +26,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Importance:
-    """`n_context` and `n_answer`: tokens of each window that prefill and decode gates apply to."""
+    """`n_context` and `n_answer`: tokens of each window that prefill and decode gates apply to.
+
+    `predict`: the part of decode that is each token's own prediction (see pop_converter.gates).
+    """
 
     n_windows: int
     n_context: int
     n_answer: int
     prefill: Stage
     decode: Stage
+    predict: Stage
 
 
 def measure_importance(
@@ -53,14 +57,14 @@ def measure_importance(
         n_windows=len(tokens),
         n_context=n_context,
         n_answer=tokens.shape[1] - n_context,
-        prefill=_stage(found.prefill),
-        decode=_stage(found.decode),
+        prefill=_stage(found.prefill**2),
+        decode=_stage(found.decode**2),
+        predict=_stage((found.predict**2).sum(axis=-1)),
     )
 
 
-def _stage(gradients: NDArray[np.float64]) -> Stage:
-    """Of gradients [n_windows, n_layer]."""
-    squares = gradients**2
+def _stage(squares: NDArray[np.float64]) -> Stage:
+    """Of squared gradients [n_windows, n_layer]."""
     n_layer = squares.shape[1]
     n_last = max(1, n_layer // 3)
     last, others = squares[:, n_layer - n_last :], squares[:, : n_layer - n_last]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import compress
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
     from pop_local.measure.importance import Importance, Stage
     from pop_local.measure.quality import Quality
 
-_BAR_WIDTH = 12
-_WIDE_COLUMNS = 120
-_NARROW_COLUMNS = 72
-# What a narrow terminal does without: the findings below the table say it, too.
-_ONLY_WIDE = ("lost_retention", "note")
+_BAR_WIDTH = 8
+_WIDE_COLUMNS = 130
+# Columns that a narrower terminal does without: the findings below the table say it, too.
+_LEAST_WIDTH = {"predict": 90, "lost_retention": 90, "note": 72}
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def show(found: Analysis) -> None:
 _GATE_COLUMNS = (
     Column("prefill", "Prefill", numeric=True),
     Column("decode", "Decode", numeric=True),
+    Column("predict", "Predict", numeric=True),
 )
 _DEPTH_COLUMNS = (
     Column("speedup_limit", "Limit", numeric=True),
@@ -119,7 +120,8 @@ def _table(found: Analysis, importance: Callable[[Estimate], str]) -> Table:
     for layer in layers:
         row = [str(layer)]
         if gates is not None:
-            row += [importance(stage.layers[layer]) for stage in (gates.prefill, gates.decode)]
+            stages = (gates.prefill, gates.decode, gates.predict)
+            row += [importance(stage.layers[layer]) for stage in stages]
         rows.append((*row, *_depth_cells(by_layer.get(layer), found)))
     columns = () if gates is None else _GATE_COLUMNS
     head = Column("layer", "Layer", numeric=True)
@@ -148,8 +150,8 @@ def _drawn(found: Analysis) -> RichTable:
     padding = (0, 2 if is_wide else 1, 0, 0)
     drawn = RichTable(header_style="title", box=None, padding=padding)
     with_bars = gates is not None and is_wide and _draws_blocks()
-    columns = [c for c in table.columns if out.width >= _NARROW_COLUMNS or c.key not in _ONLY_WIDE]
-    for column in columns:
+    shown = [out.width >= _LEAST_WIDTH.get(column.key, 0) for column in table.columns]
+    for column in compress(table.columns, shown):
         drawn.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=True)
         if with_bars and column in _GATE_COLUMNS:
             drawn.add_column("", width=_BAR_WIDTH)
@@ -158,9 +160,10 @@ def _drawn(found: Analysis) -> RichTable:
         styles[str(found.chosen.boundary)] = "good"
     for cells in table.texts():
         style = styles.get(cells[0], "")
-        row: list[RichText | Bar] = [RichText(cell, style=style) for cell in cells[: len(columns)]]
+        row: list[RichText | Bar] = [RichText(cell, style=style) for cell in compress(cells, shown)]
         if with_bars and gates is not None:
             layer = int(cells[0])
+            row.insert(4, _bar(gates.predict, layer, "magenta"))
             row.insert(3, _bar(gates.decode, layer, "yellow"))
             row.insert(2, _bar(gates.prefill, layer, "cyan"))
         drawn.add_row(*row)
@@ -220,6 +223,7 @@ def _gate_facts(gates: Importance) -> list[Fact]:
         ("Importance", f"mean of (dL/dg)^2 ± one standard error over {windows}"),
         ("Reading", _thirds(gates.prefill)),
         ("Answering", _thirds(gates.decode)),
+        ("Predicting", f"{_thirds(gates.predict)} (what answering needs for a token's own sake)"),
     ]
 
 

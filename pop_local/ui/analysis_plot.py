@@ -67,7 +67,12 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
 
 
 def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
-    for name, stage, marker in (("reading", gates.prefill, "o"), ("answering", gates.decode, "s")):
+    stages = (
+        ("reading (prefill)", gates.prefill, "o"),
+        ("answering (decode)", gates.decode, "s"),
+        ("predicting alone", gates.predict, "^"),
+    )
+    for name, stage, marker in stages:
         # Nothing reads what context takes from the last layer.
         shown = [(layer, e) for layer, e in enumerate(stage.layers) if e.value > _LEAST_SHOWN]
         axes.errorbar(
@@ -77,7 +82,7 @@ def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
             marker=marker,
             markersize=4,
             capsize=2,
-            label=f"{name} ({'prefill' if stage is gates.prefill else 'decode'})",
+            label=name,
         )
     n_layer = len(gates.prefill.layers)
     if found.chosen is not None:

@@ -1,0 +1,70 @@
+"""The full model's half, read once: the same figures as measuring each file by itself."""
+
+from dataclasses import replace
+
+import pytest
+from converted import paired
+from pop_converter.errors import PopError
+from synthetic import make_gguf
+
+from pop_local.engine.model import open_model
+from pop_local.measure.quality import QualitySettings, measure_depths
+from pop_local.measure.reference import measure_against, read_reference
+
+SETTINGS = QualitySettings(n_windows=2, n_context=40, n_continuation=8, n_draws=2)
+TEXT = [list(range(20, 140))]
+
+
+def ignore(done: int, total: int) -> None:
+    return
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    base = make_gguf(folder / "base.gguf", "llama", n_layer=6)
+    return paired(base, folder, "fitted", boundary=3, min_prompt=0)
+
+
+@pytest.fixture(scope="module")
+def reference(pair):
+    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    return read_reference(model, TEXT, SETTINGS, ignore)
+
+
+@pytest.mark.parametrize("form", ["base", "single", "sidecar"])
+def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
+    path, sidecar = {
+        "base": (pair.base, None),
+        "single": (pair.single, None),
+        "sidecar": (pair.base, pair.sidecar),
+    }[form]
+    model = open_model(path, sidecar=sidecar, n_ctx=257, n_threads=1)
+    found = measure_against(reference, model, (3,), ignore)
+    assert found == measure_depths(model, TEXT, SETTINGS, (3,), ignore)
+    assert found[0].kl_mean.value > 0
+
+
+def test_fewer_draws_are_the_first_ones(pair, reference):
+    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    few = reference.with_draws(1)
+    found = measure_against(few, model, (4, 3), ignore)
+    assert found == measure_depths(model, TEXT, replace(SETTINGS, n_draws=1), (4, 3), ignore)
+    assert reference.with_draws(9).settings.n_draws == 2
+
+
+def test_progress_ends_at_its_total(pair, reference):
+    seen: list[tuple[int, int]] = []
+    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    read_reference(model, TEXT, SETTINGS, lambda *now: seen.append(now))
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1]
+    seen.clear()
+    measure_against(reference, model, (4, 3), lambda *now: seen.append(now))
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_too_short_a_text(pair):
+    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    with pytest.raises(PopError, match="tokens are needed"):
+        read_reference(model, [[1, 2, 3]], SETTINGS, ignore)
