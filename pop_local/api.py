@@ -76,8 +76,7 @@ class PopModel(EngineModel):
 
     @pruning.setter
     def pruning(self, is_on: bool) -> None:
-        if is_on != self.pruning:
-            self.set_pop(Mode.CONTEXT if is_on else Mode.OFF)
+        self.set_pop(Mode.CONTEXT if is_on else Mode.OFF)
 
     def chat(
         self,

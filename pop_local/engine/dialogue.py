@@ -49,15 +49,11 @@ class Stream(Iterator[str]):
         return "".join(self._said)
 
     def __next__(self) -> str:
-        try:
-            for chunk in self._chunks:
-                self.stats = chunk.stats
-                if chunk.text:
-                    self._said.append(chunk.text)
-                    return chunk.text
-        except BaseException:  # Ctrl-C, too: what was said stays said
-            self.close()
-            raise
+        for chunk in self._chunks:
+            self.stats = chunk.stats
+            if chunk.text:
+                self._said.append(chunk.text)
+                return chunk.text
         self.close()
         raise StopIteration
 
