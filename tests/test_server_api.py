@@ -408,20 +408,20 @@ def test_who_hung_up_does_not_keep_others_from_waiting(full):
     task = Task(Prompt([1], ()), TurnOptions(), Mode.OFF)
 
     async def hang_up() -> None:
-        first, second = (worker.submit(task, is_streamed=False) for _ in range(2))
+        first, second = (worker.submit(task) for _ in range(2))
         with pytest.raises(ApiError, match="2 requests wait already"):
-            worker.submit(task, is_streamed=False)
+            worker.submit(task)
         first.cancel()
         assert b"pop_queue_length 1.0" in metrics.text
-        third = worker.submit(task, is_streamed=False)
+        third = worker.submit(task)
         assert b"pop_queue_length 2.0" in metrics.text
         with pytest.raises(ApiError, match="2 requests wait already"):
-            worker.submit(task, is_streamed=False)
+            worker.submit(task)
         worker.stop()
         worker.start()
         for job in (second, third):
             with pytest.raises(ApiError, match="stopping"):
-                await anext(job.chunks())
+                await anext(job.batches(pause_s=1))
 
     asyncio.run(hang_up())
     worker.join()

@@ -12,10 +12,15 @@ from pop_local.server.errors import ApiError, as_api_error, hung_up
 from pop_local.server.replies import Ending, Json, Reply, usage
 from pop_local.server.worker import STOPPING, Job
 
+# Tokens that come faster than this are sent together, each as an event of its own.
+_PAUSE_S = 0.02
+# The end of an answer is not waited for that long.
+_LONG_PAUSE_S = 1.0
 # So that proxies and clients do not take a long prefill for a dead connection.
 _PING_S = 10.0
 _PING = b": working\n\n"
 _DONE = b"data: [DONE]\n\n"
+_encoded = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Answer:
@@ -30,13 +35,12 @@ class Answer:
     async def whole(self) -> Response:
         text: list[str] = []
         logprobs: list[TokenLogprob] = []
-        async for chunk in self._job.chunks():
-            if chunk is None:
-                continue
-            text.append(chunk.text)
-            logprobs += chunk.logprobs
-            if chunk.stats is not None:
-                ending = self._ending(chunk.stats)
+        async for batch in self._job.batches(_LONG_PAUSE_S):
+            for chunk in batch:
+                text.append(chunk.text)
+                logprobs += chunk.logprobs
+                if chunk.stats is not None:
+                    ending = self._ending(chunk.stats)
         return JSONResponse(self._reply.whole("".join(text), logprobs, ending))
 
     async def stream(self, wants_usage: bool) -> AsyncIterator[bytes]:
@@ -46,14 +50,16 @@ class Answer:
         try:
             for event in self._reply.opening():
                 yield _event(event | nothing_yet)
-            async for chunk in self._job.chunks(_PING_S):
-                if chunk is None:
-                    yield _PING
-                    continue
-                if chunk.text or chunk.logprobs:
-                    yield _event(self._reply.piece(chunk.text, chunk.logprobs) | nothing_yet)
-                if chunk.stats is not None:
-                    ending = self._ending(chunk.stats)
+            async for batch in self._job.batches(_PAUSE_S, _PING_S):
+                pieces = [
+                    _event(self._reply.piece(chunk.text, chunk.logprobs) | nothing_yet)
+                    for chunk in batch
+                    if chunk.text or chunk.logprobs
+                ]
+                if pieces or not batch:
+                    yield b"".join(pieces) or _PING
+                if batch and (stats := batch[-1].stats) is not None:
+                    ending = self._ending(stats)
             complete = True
             yield _event(self._reply.last(ending.finish_reason) | nothing_yet)
             if wants_usage:
@@ -84,4 +90,4 @@ class Answer:
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+    return f"data: {_encoded(content)}\n\n".encode()

@@ -179,7 +179,7 @@ class Api:
         )
 
     async def _answer(self, request: Request, body: Body, asked: Asked, reply: Reply) -> Response:
-        job = self.worker.submit(asked.task, is_streamed=bool(body.stream))
+        job = self.worker.submit(asked.task)
         self._cancel_when_gone(request, job)
         answer = Answer(request, job, reply, asked.reason)
         if not body.stream:
