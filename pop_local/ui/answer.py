@@ -18,8 +18,8 @@ from pop_local.ui.thinking import ThinkingSplitter
 # What a model writes must not move the cursor or recolour the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _INTERVAL_S = 0.05
-# Drawing takes no more than a fiftieth of the time.
-_REST = 49
+# Drawing takes no more than a 75th of the time.
+_REST = 74
 
 
 class Answer(Protocol):

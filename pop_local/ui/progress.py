@@ -23,6 +23,8 @@ from pop_local.ui.theme import err
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
 _LONG_TOKENS = 256
+# A bar is drawn in the model's own time.
+_DRAWN_PER_S = 4
 
 
 def _nothing(done: int, total: int) -> None:
@@ -74,7 +76,15 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...]) -> Iterator[Advance]:
     columns = narrow if err.width < _NARROW_COLUMNS else wide
     label = TextColumn("{task.description}", markup=False)
     bar = BarColumn(bar_width=None)
-    with Progress(label, bar, *columns, console=err, transient=True, expand=True) as progress:
+    with Progress(
+        label,
+        bar,
+        *columns,
+        console=err,
+        transient=True,
+        expand=True,
+        refresh_per_second=_DRAWN_PER_S,
+    ) as progress:
         task = progress.add_task(what, total=None)
 
         def advance(done: int, total: int) -> None:
