@@ -98,7 +98,7 @@ class Job:
             if not self._arrived:
                 await self._wait(idle_s)
             self._is_awaited = False
-            batch = []
+            batch: list[Chunk] = []
             while self._arrived:
                 item = self._arrived.popleft()
                 if isinstance(item, Exception):
