@@ -118,13 +118,8 @@ def convert(
     """
     source = planned_source(plan, src, fitted)
     content = read_content(source, without=PREFIX)
-    meta = plan.meta(
-        source.name,
-        UNKNOWN_SHA256,
-        tool_name(),
-        source_bytes=content.size_bytes if fitted else 0,
-        calibration=fitted.calibration if fitted else None,
-        measured=Measured() if examine else None,
+    meta = draft_meta(
+        plan, source, fitted, examine, source_bytes=content.size_bytes if fitted else 0
     )
     whole = with_tensors(content, fitted.tensors, source.tensors) if fitted else content
     draft = whole.with_keys(encode_keys(meta))
@@ -136,8 +131,7 @@ def convert(
         file.writelines(draft.added)
         file.flush()
         written = Path(file.name)
-        measured = examine(written) if examine else None
-        meta = replace(meta, source_sha256=sha256, measured=measured)
+        meta = settled(meta, sha256, written, examine)
         file.seek(0)
         file.write(whole.with_keys(encode_keys(meta)).header)
         file.flush()
@@ -201,6 +195,30 @@ def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
     if (plan.projection == FITTED) != (fitted is not None):
         raise PlanError("the plan is for fitted projections, and there are none (or the reverse)")
     return source
+
+
+def draft_meta(
+    plan: Plan,
+    source: Source,
+    fitted: Fitted | None,
+    examine: Examine | None,
+    *,
+    source_bytes: int = 0,
+) -> PopMeta:
+    """As long as `settled` makes it, before the source was hashed and the output measured."""
+    return plan.meta(
+        source.name,
+        UNKNOWN_SHA256,
+        tool_name(),
+        source_bytes=source_bytes,
+        calibration=fitted.calibration if fitted else None,
+        measured=Measured() if examine else None,
+    )
+
+
+def settled(draft: PopMeta, sha256: str, written: Path, examine: Examine | None) -> PopMeta:
+    """The draft with the source's hash and what `examine` finds in the written file."""
+    return replace(draft, source_sha256=sha256, measured=examine(written) if examine else None)
 
 
 def unconverted(src: Path) -> Source:

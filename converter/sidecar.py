@@ -6,7 +6,7 @@ and tensor table, so that opening both reads no gigabytes; `pop.source.sha256` c
 
 import glob
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .content import Content, copy_data, read_content, same_data, with_tensors
@@ -17,7 +17,6 @@ from .format import (
     FITTED,
     PREFIX,
     Binding,
-    Measured,
     PopMeta,
     encode_sidecar_keys,
     pop_meta,
@@ -33,9 +32,11 @@ from .rewrite import (
     Meter,
     Progress,
     Sizes,
+    draft_meta,
     no_progress,
     paths,
     planned_source,
+    settled,
     stored_bytes,
     tool_name,
     unconverted,
@@ -185,13 +186,7 @@ def write_sidecar(
     original = read_content(source, without=PREFIX)
     binding = bind(source)
     whole = with_tensors(_EMPTY, fitted.tensors, ()) if fitted else _EMPTY
-    meta = plan.meta(
-        source.name,
-        UNKNOWN_SHA256,
-        tool_name(),
-        calibration=fitted.calibration if fitted else None,
-        measured=Measured() if examine else None,
-    )
+    meta = draft_meta(plan, source, fitted, examine)
     draft = whole.with_keys(encode_sidecar_keys(meta, binding))
     check_output(dst, paths(source), draft.size_bytes, force=force)
     meter = Meter(progress, original.data_bytes)
@@ -201,8 +196,7 @@ def write_sidecar(
         file.writelines(draft.added)
         file.flush()
         written = Path(file.name)
-        measured = examine(written) if examine else None
-        meta = replace(meta, source_sha256=sha256, measured=measured)
+        meta = settled(meta, sha256, written, examine)
         final = whole.with_keys(encode_sidecar_keys(meta, binding))
         file.seek(0)
         file.write(final.header)
