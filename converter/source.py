@@ -14,6 +14,25 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
+class SplitPart:
+    """What the file name of a part of a split model says; `number` counts from 1."""
+
+    stem: str
+    number: int
+    count: int
+
+
+def part_of(name: str) -> SplitPart | None:
+    """None for a file that is not named like a part, as NAME-00001-of-00002.gguf is."""
+    match = _PART.fullmatch(name)
+    return match and SplitPart(match["stem"], int(match["number"]), int(match["count"]))
+
+
+def part_names(stem: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
+
+
+@dataclass(frozen=True)
 class Source:
     """The headers of all parts in order; only the first carries the model's keys."""
 
@@ -30,8 +49,8 @@ class Source:
     @property
     def name(self) -> str:
         """The file name that a single file of this model would have."""
-        match = _PART.fullmatch(self.first.path.name) if self.is_split else None
-        return f"{match['stem']}.gguf" if match else self.first.path.name
+        part = part_of(self.first.path.name) if self.is_split else None
+        return f"{part.stem}.gguf" if part else self.first.path.name
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -57,16 +76,16 @@ def read_source(path: Path) -> Source:
     count = _number(first, "split.count") or 0
     if count == 0:
         return Source((first,))
-    match = _PART.fullmatch(path.name)
-    if match is None or int(match["count"]) != count:
+    part = part_of(path.name)
+    if part is None or part.count != count:
         raise FormatError(
             f"{path} is one of {count} parts, but is not named like one",
             f"parts are named NAME-00001-of-{count:05}.gguf",
         )
-    paths = [path.with_name(f"{match['stem']}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
-    if int(match["number"]) != 1:
+    paths = [path.with_name(name) for name in part_names(part.stem, count)]
+    if part.number != 1:
         raise FormatError(f"{path} is not the first part of its model", f"give {paths[0]}")
-    missing = [part.name for part in paths if not part.is_file()]
+    missing = [each.name for each in paths if not each.is_file()]
     if missing:
         raise FormatError(
             f"{len(missing)} of {count} parts are missing beside {path}: {', '.join(missing)}",

@@ -1,6 +1,5 @@
 """What lies in a models folder: models, their parts, sidecars and unfinished downloads."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from pop_converter.errors import PopError
 from pop_converter.sidecar import SUFFIX as SIDECAR_SUFFIX
 from pop_converter.sidecar import pop_of
-from pop_converter.source import read_source
+from pop_converter.source import part_names, part_of, read_source
 
 from pop_local.nearest import nearest_hint
 
@@ -16,7 +15,6 @@ SUFFIX = ".gguf"
 PARTIAL_SUFFIX = ".gguf.partial"
 # Beside an unfinished download: where it comes from.
 ORIGIN_SUFFIX = ".origin"
-_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,14 @@ def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
     The parts of a split model are one; sidecars are none.
     """
     found: dict[str, tuple[Path, ...]] = {}
-    parts: dict[tuple[str, str], list[Path]] = {}
+    parts: dict[tuple[str, int], list[Path]] = {}
     for path in _files(folder, SUFFIX):
-        match = _PART.fullmatch(path.name)
-        if match:
-            parts.setdefault((match["stem"], match["count"]), []).append(path)
+        if part := part_of(path.name):
+            parts.setdefault((part.stem, part.count), []).append(path)
         elif not path.name.endswith(SIDECAR_SUFFIX):
             found[path.name.removesuffix(SUFFIX)] = (path,)
     for (stem, count), paths in parts.items():
-        name = f"{stem}-00001-of-{count}" if stem in found else stem
+        name = part_names(stem, count)[0].removesuffix(SUFFIX) if stem in found else stem
         found[name] = tuple(paths)
     return found
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pop_converter.errors import PopError
+from pop_converter.source import SplitPart, part_names, part_of
 
 # The first that a repository has is taken when nobody says which: small enough for most machines,
 # good enough for most questions, then by size upward and downward.
@@ -13,7 +14,6 @@ PREFERRED = (
     *("Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
     *("Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "Q2_K", "BF16", "F16", "F32"),
 )
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 # GGUF files that are no language models: projectors of images, statistics of calibration.
 _HELPERS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _MAX_LISTED = 40
@@ -34,16 +34,16 @@ def choices(files: Sequence[str]) -> tuple[Choice, ...]:
     """
     found: list[Choice] = []
     for file in sorted(file for file in files if file.lower().endswith(".gguf")):
-        match = _PART.fullmatch(file)
-        if match is None:
+        part = part_of(file)
+        if part is None:
             found.append(Choice(file[: -len(".gguf")], (file,)))
-        elif int(match["number"]) == 1:
-            found.append(Choice(match["stem"], _parts(match["stem"], int(match["count"]), files)))
+        elif part.number == 1:
+            found.append(Choice(part.stem, _parts(part, files)))
     return tuple(found)
 
 
-def _parts(stem: str, count: int, files: Sequence[str]) -> tuple[str, ...]:
-    parts = tuple(f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
+def _parts(first: SplitPart, files: Sequence[str]) -> tuple[str, ...]:
+    parts = part_names(first.stem, first.count)
     missing = [part for part in parts if part not in files]
     if missing:
         raise PopError(f"the repository lacks {missing[0]}", "take another file of it")
