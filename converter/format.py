@@ -241,9 +241,8 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
 
 def _n_layer(header: Header) -> int | None:
     """Layers that predict further tokens than the next (MTP) come last and have no letter."""
-    arch = header.get("general.architecture")
-    n_layer = header.get(f"{arch}.block_count")
-    n_nextn = header.get(f"{arch}.nextn_predict_layers") or 0
+    n_layer = header.of_arch("block_count")
+    n_nextn = header.of_arch("nextn_predict_layers") or 0
     return n_layer - n_nextn if isinstance(n_layer, int) and isinstance(n_nextn, int) else None
 
 

@@ -96,6 +96,10 @@ class Header:
         key = self.keys.get(name)
         return None if key is None else key.value
 
+    def of_arch(self, name: str) -> Scalar | Array | None:
+        """The value of the architecture's own key, as context_length for llama.context_length."""
+        return self.get(f"{self.get('general.architecture')}.{name}")
+
 
 class _Cursor:
     """Reads little-endian values one after the other; past the end is a FormatError."""

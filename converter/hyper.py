@@ -131,7 +131,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
     """For all layers; of head counts written layer by layer, the first: sizes tell the others."""
-    value = header.get(f"{header.get('general.architecture')}.{name}")
+    value = header.of_arch(name)
     if value is None and default is not None:
         return default
     if isinstance(value, Array) and value.items:

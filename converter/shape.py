@@ -95,6 +95,12 @@ def source_shape(source: Source) -> ModelShape:
     )
 
 
+def trained_ctx(header: Header) -> int | None:
+    """The context in tokens that the model was trained with; None if the file does not say."""
+    value = header.of_arch("context_length")
+    return value if isinstance(value, int) else None
+
+
 class _ArchKeys:
     """The keys `ARCH.*` of a supported architecture."""
 
@@ -110,7 +116,7 @@ class _ArchKeys:
             )
 
     def number(self, name: str, default: int | None = None) -> int:
-        value = self.header.get(f"{self.arch}.{name}")
+        value = self.header.of_arch(name)
         if value is None and default is not None:
             return default
         if isinstance(value, int):
@@ -121,7 +127,7 @@ class _ArchKeys:
         self, name: str, n_layer: int, default: tuple[int, ...] | None = None
     ) -> tuple[int, ...]:
         """A number for all layers or one for each."""
-        value = self.header.get(f"{self.arch}.{name}")
+        value = self.header.of_arch(name)
         if isinstance(value, Array):
             items = tuple(int(item) for item in value.items or ())
             if len(items) < n_layer:
@@ -177,7 +183,7 @@ def _windows(keys: _ArchKeys, n_layer: int) -> tuple[int, ...]:
     if rule is None:
         return (0,) * n_layer
     tokens = keys.number("attention.sliding_window", rule.default_tokens)
-    pattern = keys.header.get(f"{keys.arch}.attention.sliding_window_pattern")
+    pattern = keys.header.of_arch("attention.sliding_window_pattern")
     if isinstance(pattern, Array):
         flags = keys.per_layer("attention.sliding_window_pattern", n_layer)
     else:

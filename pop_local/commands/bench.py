@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pop_converter.errors import PopError
-from pop_converter.shape import source_shape
+from pop_converter.shape import source_shape, trained_ctx
 from pop_converter.sidecar import pop_of
 from pop_converter.source import Source, read_source
 
@@ -125,13 +125,13 @@ def _require_boundary(source: Source, files: ModelFiles) -> None:
 
 def _context(source: Source, n_needed: int, ctx: int | None) -> int:
     """The context to open, which must hold the longest prompt and what is decoded after it."""
-    trained = source.first.get(f"{source.first.get('general.architecture')}.context_length")
+    trained = trained_ctx(source.first)
     if ctx is not None and ctx < n_needed:
         raise PopError(
             f"the longest prompt takes {n_needed} tokens of context, --ctx gives {ctx}",
             "leave --ctx out, or give shorter prompts (--prompt)",
         )
-    if isinstance(trained, int) and trained < n_needed:
+    if trained is not None and trained < n_needed:
         raise PopError(
             f"the longest prompt takes {n_needed} tokens of context, the model has {trained}",
             "give shorter prompts (--prompt)",

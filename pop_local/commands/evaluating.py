@@ -12,7 +12,7 @@ from pop_converter.format import FITTED, OWN
 from pop_converter.header import read_header
 from pop_converter.plan import make_plan
 from pop_converter.rewrite import stored_type
-from pop_converter.shape import ModelShape
+from pop_converter.shape import ModelShape, trained_ctx
 from pop_converter.sidecar import pop_of
 from pop_converter.source import Source
 
@@ -136,9 +136,9 @@ def _context(source: Source, run: Run) -> int:
 
     windows = run.settings.n_context + run.settings.n_continuation
     needed = max(windows, 2 * N_REPEATED + 1, context_tokens() if run.n_needles else 0)
-    trained = source.first.get(f"{source.first.get('general.architecture')}.context_length")
+    trained = trained_ctx(source.first)
     limit, whose = (trained, "the model has") if run.ctx is None else (run.ctx, "--ctx gives")
-    if isinstance(limit, int) and limit < needed:
+    if limit is not None and limit < needed:
         raise PopError(
             f"{needed} tokens of context are needed, {whose} {limit}",
             "give shorter windows (--context, --continuation), perhaps without --needles",

@@ -8,7 +8,7 @@ import typer
 from pop_converter.errors import FormatError
 from pop_converter.format import TENSOR_MARK, PopMeta
 from pop_converter.header import Header, read_header
-from pop_converter.shape import ARCHITECTURES
+from pop_converter.shape import ARCHITECTURES, trained_ctx
 from pop_converter.sidecar import base_path, pop_of, sidecar_beside, sidecar_meta
 from pop_converter.source import Source, is_sidecar, read_source
 
@@ -149,9 +149,9 @@ def inspected(
         name=name if isinstance(name, str) else "",
         architecture=architecture,
         architecture_supported=architecture in ARCHITECTURES,
-        n_layer=_number(source, f"{architecture}.block_count"),
-        n_embd=_number(source, f"{architecture}.embedding_length"),
-        n_ctx_train=_number(source, f"{architecture}.context_length"),
+        n_layer=_number(source, "block_count"),
+        n_embd=_number(source, "embedding_length"),
+        n_ctx_train=trained_ctx(first) or 0,
         has_chat_template=first.get("tokenizer.chat_template") is not None,
         tensors=tensor_groups(source.tensors),
         boundary=meta.boundary if meta else None,
@@ -163,8 +163,8 @@ def inspected(
     )
 
 
-def _number(source: Source, key: str) -> int:
-    value = source.first.get(key)
+def _number(source: Source, name: str) -> int:
+    value = source.first.of_arch(name)
     return value if isinstance(value, int) else 0
 
 

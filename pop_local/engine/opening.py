@@ -10,6 +10,7 @@ from typing import Any
 
 from pop_converter.format import PopMeta
 from pop_converter.header import Header
+from pop_converter.shape import trained_ctx
 from pop_converter.source import Source
 
 from . import backend
@@ -70,5 +71,4 @@ def rule_of(meta: PopMeta | None) -> RowRule:
 
 def default_ctx(header: Header) -> int:
     """The context that the model was trained with, in tokens, at most DEFAULT_CTX."""
-    trained = header.get(f"{header.get('general.architecture')}.context_length")
-    return min(trained, DEFAULT_CTX) if isinstance(trained, int) else DEFAULT_CTX
+    return min(trained_ctx(header) or DEFAULT_CTX, DEFAULT_CTX)
