@@ -82,7 +82,7 @@ def test_the_folder_is_shown_with_what_is_damaged(store):
 
 def test_names_stay_whole_in_a_narrow_terminal(store, monkeypatch, capsys):
     narrow = Console(theme=THEME, width=60, force_terminal=True, color_system=None)
-    monkeypatch.setattr("pop_local.commands.list.out", narrow)
+    monkeypatch.setattr("pop_local.ui.tables.out", narrow)
     list_models(json=False)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 60

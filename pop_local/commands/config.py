@@ -14,7 +14,7 @@ from pop_local.folders import state_dir
 from pop_local.models import DEFAULT_MODEL, models_dir
 from pop_local.settings import Scalar, Setting, Value
 from pop_local.ui.lazy import HELP_OPTIONS
-from pop_local.ui.tables import Column, Table, markdown, print_json, rich_table
+from pop_local.ui.tables import Column, Table, print_json, print_table
 from pop_local.ui.theme import note, out, warn
 
 config = typer.Typer(
@@ -58,11 +58,7 @@ def show(
         print_json(report)
         return
     note(f"{report.file}{'' if report.file.exists() else ' (not there yet)'}:")
-    table = Table(_COLUMNS, tuple(_row(value) for value in report.settings))
-    if out.is_terminal:
-        out.print(rich_table(table))
-    else:
-        out.file.write(markdown(table) + "\n")
+    print_table(Table(_COLUMNS, tuple(_row(value) for value in report.settings)))
 
 
 def _row(value: Value) -> tuple[Scalar, ...]:

@@ -8,8 +8,8 @@ import typer
 
 from pop_local.models import models_dir
 from pop_local.stored import Stored, stock
-from pop_local.ui.tables import Column, Table, markdown, print_json, rich_table, size
-from pop_local.ui.theme import note, out
+from pop_local.ui.tables import Column, Table, print_json, print_table, size
+from pop_local.ui.theme import note
 
 _COLUMNS = (
     Column("name", "Model"),
@@ -45,11 +45,7 @@ def list(  # noqa: A001
     if not listing.models:
         note("`pop-local pull` fetches one.")
         return
-    table = _table(listing.models)
-    if out.is_terminal:
-        out.print(rich_table(table))
-    else:
-        out.file.write(markdown(table) + "\n")
+    print_table(_table(listing.models))
 
 
 def _table(models: tuple[Stored, ...]) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pop_local.ui.tables import Column, Fact, Table, markdown, rich_table
+from pop_local.ui.tables import Column, Fact, Table, print_table
 from pop_local.ui.theme import out
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def budget_fact(budget: Budget) -> Fact:
 
 
 def show_trials(trials: Sequence[Trial]) -> None:
-    """On stdout: a table in a terminal, elsewhere Markdown."""
+    """A table on stdout, and an empty line."""
     columns = (
         Column("boundary", "Boundary", numeric=True),
         Column("n_skipped", "Skipped", numeric=True),
@@ -69,11 +69,8 @@ def show_trials(trials: Sequence[Trial]) -> None:
         Column("induction_retention", "Retention", numeric=True),
         Column("in_budget", "In budget"),
     )
-    table = Table(columns, tuple(_cells(trial) for trial in trials))
-    if out.is_terminal:
-        out.print(rich_table(table))
-    else:
-        out.file.write(markdown(table) + "\n\n")
+    print_table(Table(columns, tuple(_cells(trial) for trial in trials)))
+    out.file.write("\n")
 
 
 def _cells(trial: Trial) -> tuple[str, ...]:

@@ -68,6 +68,14 @@ def rich_table(table: Table) -> RichTable:
     return drawn
 
 
+def print_table(table: Table) -> None:
+    """On stdout: drawn in a terminal, elsewhere Markdown."""
+    if out.is_terminal:
+        out.print(rich_table(table))
+    else:
+        out.file.write(markdown(table) + "\n")
+
+
 def markdown(table: Table) -> str:
     """A Markdown table with its cells padded, so that it reads well in a terminal too."""
     head = [column.title for column in table.columns]
