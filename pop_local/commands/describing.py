@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pop_converter.format import FITTED, Budget, Calibration, Measured, PopMeta
 from pop_converter.plan import Plan
@@ -19,26 +20,32 @@ _HOW = "first without a fit, then those near the budget as they will be used"
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `--json` prints; `source_sha256` is None when nothing was written.
-
-    `memory_bytes`: the most that a fit takes, the model included; None without one.
-    `tried`: what a budget's search measured, deepest last; empty where the user named the depth.
-    """
+class _Conversion:
+    """What is known of a conversion whatever its depth."""
 
     source: str
     output: str
     form: str
     architecture: str
     n_layer: int
-    boundary: int
-    n_skipped: int
-    schedule: str
     projection: str
     sink_tokens: int
     tail_tokens: int
     min_prompt: int
     source_bytes: int
+
+
+@dataclass(frozen=True)
+class Report(_Conversion):
+    """What `--json` prints; `source_sha256` is None when nothing was written.
+
+    `memory_bytes`: the most that a fit takes, the model included; None without one.
+    `tried`: what a budget's search measured, deepest last; empty where the user named the depth.
+    """
+
+    boundary: int
+    n_skipped: int
+    schedule: str
     output_bytes: int
     memory_bytes: int | None
     limit_n_prompt: int
@@ -51,20 +58,10 @@ class Report:
 
 
 @dataclass(frozen=True)
-class SearchPlan:
+class SearchPlan(_Conversion):
     """What `--json --dry-run` prints of a search: the boundaries that may be chosen."""
 
-    source: str
-    output: str
-    form: str
-    architecture: str
-    n_layer: int
     boundaries: tuple[int, ...]
-    projection: str
-    sink_tokens: int
-    tail_tokens: int
-    min_prompt: int
-    source_bytes: int
     most_output_bytes: int
     most_speedup_limit: float
     budget: Budget
@@ -85,16 +82,35 @@ def _opened_by(plan: Plan, form: Form) -> str:
 
 
 def facts(plan: Plan, job: Job, sizes: Sizes) -> list[Fact]:
-    form, n_layer = job.form, plan.shape.n_layer
+    layers = str(plan.n_skipped)
+    depth = [("Boundary", f"layer {plan.boundary}"), ("Schedule", plan.schedule)]
+    return _facts(plan, job, sizes.source_bytes, layers, depth, size(sizes.output_bytes))
+
+
+def search_facts(plans: Sequence[Plan], budget: Budget, job: Job, sizes: Sizes) -> list[Fact]:
+    """`plans` from the shallowest on; `sizes` of the deepest."""
+    first, last = plans[0], plans[-1]
+    layers = f"as many as the budget allows, {last.n_skipped} at most"
+    depth = [
+        budget_fact(budget),
+        ("Boundaries", f"bisected from {first.boundary} down to {last.boundary}: {_HOW}"),
+    ]
+    output = f"up to {size(sizes.output_bytes)}"
+    return _facts(last, job, sizes.source_bytes, layers, depth, output)
+
+
+def _facts(
+    plan: Plan, job: Job, source_bytes: int, layers: str, depth: list[Fact], output: str
+) -> list[Fact]:
+    """`layers` are skipped, `depth` says why or where, and what is written takes `output`."""
     return [
         ("Model", str(job.path)),
         ("Architecture", plan.shape.arch),
-        ("Layers", f"{n_layer}, of which context tokens skip {plan.n_skipped}"),
-        ("Boundary", f"layer {plan.boundary}"),
-        ("Schedule", plan.schedule),
-        ("K/V of skipped", f"{plan.projection} projections; {_opened_by(plan, form)}"),
+        ("Layers", f"{plan.shape.n_layer}, of which context tokens skip {layers}"),
+        *depth,
+        ("K/V of skipped", f"{plan.projection} projections; {_opened_by(plan, job.form)}"),
         ("Always in full", f"the first {plan.sink_tokens} and last {plan.tail_tokens} tokens"),
-        ("Size", f"{size(sizes.source_bytes)}, {form.name} {size(sizes.output_bytes)}"),
+        ("Size", f"{size(source_bytes)}, {job.form.name} {output}"),
         ("Speed-up", f"at most {limit(plan):.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"),
     ]
 
@@ -122,19 +138,10 @@ def _report(
     is_fitted = plan.projection == FITTED
     needs = fit_needs((plan,), job.source, job.options) if is_fitted else None
     return Report(
-        source=str(job.path),
-        output=str(job.target),
-        form=job.form.name,
-        architecture=plan.shape.arch,
-        n_layer=plan.shape.n_layer,
+        **_conversion(plan, job, sizes),
         boundary=plan.boundary,
         n_skipped=plan.n_skipped,
         schedule=plan.schedule,
-        projection=plan.projection,
-        sink_tokens=plan.sink_tokens,
-        tail_tokens=plan.tail_tokens,
-        min_prompt=plan.min_prompt,
-        source_bytes=sizes.source_bytes,
         output_bytes=sizes.output_bytes,
         memory_bytes=needs.total_bytes if needs else None,
         limit_n_prompt=LIMIT_PROMPT,
@@ -147,40 +154,30 @@ def _report(
     )
 
 
-def search_facts(plans: Sequence[Plan], budget: Budget, job: Job, sizes: Sizes) -> list[Fact]:
-    """`plans` from the shallowest on; `sizes` of the deepest."""
-    first, last = plans[0], plans[-1]
-    n_layer = last.shape.n_layer
-    skipped = f"{n_layer}, of which context tokens skip as many as the budget allows"
-    return [
-        ("Model", str(job.path)),
-        ("Architecture", last.shape.arch),
-        ("Layers", f"{skipped}, {last.n_skipped} at most"),
-        budget_fact(budget),
-        ("Boundaries", f"bisected from {first.boundary} down to {last.boundary}: {_HOW}"),
-        ("K/V of skipped", f"{last.projection} projections; {_opened_by(last, job.form)}"),
-        ("Always in full", f"the first {last.sink_tokens} and last {last.tail_tokens} tokens"),
-        ("Size", f"{size(sizes.source_bytes)}, {job.form.name} up to {size(sizes.output_bytes)}"),
-        ("Speed-up", f"at most {limit(last):.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"),
-    ]
-
-
 def search_plan(plans: Sequence[Plan], budget: Budget, job: Job, sizes: Sizes) -> SearchPlan:
     """As `search_facts`."""
     last = plans[-1]
     return SearchPlan(
-        source=str(job.path),
-        output=str(job.target),
-        form=job.form.name,
-        architecture=last.shape.arch,
-        n_layer=last.shape.n_layer,
+        **_conversion(last, job, sizes),
         boundaries=tuple(plan.boundary for plan in plans),
-        projection=last.projection,
-        sink_tokens=last.sink_tokens,
-        tail_tokens=last.tail_tokens,
-        min_prompt=last.min_prompt,
-        source_bytes=sizes.source_bytes,
         most_output_bytes=sizes.output_bytes,
         most_speedup_limit=limit(last),
         budget=budget,
+    )
+
+
+def _conversion(plan: Plan, job: Job, sizes: Sizes) -> dict[str, Any]:
+    return vars(
+        _Conversion(
+            source=str(job.path),
+            output=str(job.target),
+            form=job.form.name,
+            architecture=plan.shape.arch,
+            n_layer=plan.shape.n_layer,
+            projection=plan.projection,
+            sink_tokens=plan.sink_tokens,
+            tail_tokens=plan.tail_tokens,
+            min_prompt=plan.min_prompt,
+            source_bytes=sizes.source_bytes,
+        )
     )
