@@ -12,6 +12,7 @@ from hub_server import Hub, serving
 from pop_converter.errors import PopError
 
 from pop_local.fetching import download as download_module
+from pop_local.fetching.reasons import reason_of
 from pop_local.fetching.url import fetch_url, file_name
 
 MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
@@ -183,7 +184,7 @@ def test_a_certificate_that_nobody_vouches_for_is_said_to_be_that():
         except ssl.SSLError as inner:
             raise SSLError("/tiny.gguf?key=s3cret") from inner
     except SSLError as error:
-        assert download_module._tls_reason(error) == "certificate has expired"
+        assert reason_of(error) == "certificate has expired"
 
 
 def test_a_file_that_changed_meanwhile_is_fetched_anew(hub, tmp_path):

@@ -146,6 +146,22 @@ def test_no_hub_there(tmp_path):
     assert "HF_ENDPOINT" in hint
 
 
+@pytest.mark.parametrize(
+    "texts", [{"HF_ENDPOINT": "SECRET.example/x"}, {"HTTP_PROXY": "foo://me:SECRET@127.0.0.1:1"}]
+)
+def test_what_the_client_says_itself_is_not_shown(hub, tmp_path, texts):
+    error, hint = failed(pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF", **texts))
+    assert error.startswith("error: the hub cannot be ")
+    assert "SECRET" not in error + hint and "secure" not in error
+    assert "HF_ENDPOINT" in hint
+
+
+def test_a_token_that_no_header_can_hold(hub, tmp_path):
+    done = pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF", HF_TOKEN="hf_s\u00e4cret")
+    error, hint = failed(done)
+    assert "HF_TOKEN" in hint and "cret" not in error
+
+
 def test_offline_is_said(hub, tmp_path):
     done = pull(hub, tmp_path / "models", "hf:acme/tiny-GGUF", HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE" in failed(done)[0]

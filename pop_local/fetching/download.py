@@ -5,7 +5,6 @@ What has arrived lies in NAME.gguf.partial; NAME.gguf.partial.origin says what i
 
 import hashlib
 import json
-import ssl
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 from pop_converter.errors import FormatError, PopError
 from pop_converter.header import MAGIC
 
+from pop_local.fetching.reasons import reason_of
 from pop_local.fetching.target import alone, require_space
 from pop_local.stored import ORIGIN_SUFFIX
 
@@ -162,7 +162,7 @@ class _Transfer:
         # The texts of requests' errors are not shown: they may hold the address' query.
         except requests.exceptions.SSLError as error:
             raise PopError(
-                f"no safe connection to {self._where()}: {_tls_reason(error)}",
+                f"no safe connection to {self._where()}: {reason_of(error)}",
                 "check the clock, and the certificates (REQUESTS_CA_BUNDLE)",
             ) from error
         except (requests.ConnectionError, requests.Timeout) as error:
@@ -264,18 +264,6 @@ class _Transfer:
 
 def _as_it_is(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
     return request
-
-
-def _tls_reason(error: BaseException) -> str:
-    """What OpenSSL says is wrong, as far down as it is the cause; else the error's class."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return cause.verify_message
-        if isinstance(cause, ssl.SSLError) and cause.reason:
-            return cause.reason.replace("_", " ").lower()
-        cause = cause.__cause__ or cause.__context__
-    return type(error).__name__
 
 
 def _begins_at(response: "requests.Response", start: int) -> bool:

@@ -16,6 +16,7 @@ from pop_converter.errors import PopError
 
 from pop_local.fetching.download import Remote, download
 from pop_local.fetching.quants import choose
+from pop_local.fetching.reasons import reason_of
 from pop_local.fetching.target import Advance, harmless, is_there, require_space
 
 if TYPE_CHECKING:
@@ -164,5 +165,11 @@ def _explained(repo: str) -> Iterator[None]:
         ) from error
     except (errors.HTTPError, OSError) as error:
         raise PopError(
-            f"the hub cannot be reached: {error}", "check the network, proxies and HF_ENDPOINT"
+            f"the hub cannot be reached: {reason_of(error)}",
+            "check the network, proxies and HF_ENDPOINT",
+        ) from error
+    except ValueError as error:  # of an answer, or of what the environment says
+        raise PopError(
+            f"the hub cannot be asked for {repo} ({type(error).__name__})",
+            "check HF_ENDPOINT, HF_TOKEN and the proxies",
         ) from error
