@@ -3,7 +3,6 @@
 pypdf and python-docx come with the extra `documents` and are imported when such a file is read.
 """
 
-import codecs
 import io
 import logging
 import stat
@@ -14,14 +13,10 @@ from typing import Any, BinaryIO
 from pop_converter.errors import PopError
 
 from pop_local.engine.conversation import Document
+from pop_local.textfiles import decoded
 
 MAX_BYTES = 100_000_000
 EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
-_MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 
 def read_document(path: Path) -> Document:
@@ -44,18 +39,6 @@ def read_limited(file: BinaryIO, origin: str) -> bytes:
             "give a part of it",
         )
     return content
-
-
-def decoded(content: bytes, origin: str) -> str:
-    """UTF-8, or what its byte order mark says. Raises PopError."""
-    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise PopError(f"{origin} is not UTF-8 text", "convert it to plain text first") from error
-    if "\0" in text:
-        raise PopError(f"{origin} is a binary file, not text", "convert it to plain text first")
-    return text
 
 
 def _plain(path: Path, content: bytes) -> str:

@@ -30,7 +30,7 @@ from pop_local.calibration.texts import (
     default_tokens,
     given_text,
     n_windows,
-    read_text,
+    whole_text,
 )
 from pop_local.engine.activations import reading
 from pop_local.engine.loaded import LoadedModel
@@ -308,20 +308,20 @@ def test_default_tokens_grow_with_the_model():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "no text"), (b" \n", "no text"), (b"ab\0cd", "not text"), (b"\xff\xfe\xfa", "not text")],
+    [(b"", "no text"), (b" \n", "no text"), (b"ab\0cd", "binary"), (b"\xff\xfe\xfa", "not UTF-8")],
 )
 def test_texts_that_are_none_are_refused(content: bytes, message: str, tmp_path: Path):
     path = tmp_path / "text"
     path.write_bytes(content)
-    with pytest.raises(CalibrationError, match=message):
-        read_text(path)
+    with pytest.raises(PopError, match=message):
+        whole_text(path)
 
 
 def test_a_folder_is_all_its_texts(tmp_path: Path):
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a.md").write_text("first")
     (tmp_path / "c.bin").write_bytes(b"\0")
-    assert read_text(tmp_path) == "first\n\nsecond"
+    assert whole_text(tmp_path) == "first\n\nsecond"
 
 
 def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):

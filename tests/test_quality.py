@@ -15,7 +15,7 @@ from pop_local.engine.model import PopModel, open_model
 from pop_local.measure.divergence import divergence, likelihood, log_softmax
 from pop_local.measure.estimate import exp_mean, mean, quantile, ratio
 from pop_local.measure.forced import forced, use_rule
-from pop_local.measure.heldout import Text, read_text, shipped_text, spread_windows, tokenize
+from pop_local.measure.heldout import Text, given_text, shipped_text, spread_windows, tokenize
 from pop_local.measure.probes import pick_passage, random_tokens
 from pop_local.measure.quality import (
     Quality,
@@ -119,13 +119,14 @@ def test_a_text_that_is_too_short_names_what_is_needed():
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "empty"), (b" \n", "empty"), (b"a\0b", "zero"), (b"\xff", "UTF")]
+    ("content", "reason"),
+    [(b"", "no text"), (b" \n", "no text"), (b"a\0b", "binary"), (b"\xff", "UTF")],
 )
 def test_what_is_not_text_is_refused(tmp_path, content, reason):
     path = tmp_path / "text"
     path.write_bytes(content)
     with pytest.raises(PopError, match=reason):
-        read_text(path)
+        given_text(path)
 
 
 def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):

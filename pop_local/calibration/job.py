@@ -26,7 +26,7 @@ from pop_local.calibration.texts import (
     given_text,
     n_windows,
     own_text,
-    read_text,
+    whole_text,
 )
 from pop_local.engine.activations import Rows, reading
 from pop_local.engine.loaded import LoadedModel
@@ -187,8 +187,7 @@ class _Job:
 
 
 def _rms_epsilon(source: Source) -> float:
-    arch = source.first.get("general.architecture")
-    value = source.first.get(f"{arch}.attention.layer_norm_rms_epsilon")
+    value = source.first.of_arch("attention.layer_norm_rms_epsilon")
     return value if isinstance(value, float) else 0.0
 
 
@@ -198,7 +197,7 @@ def _identity(
     """Differs wherever two calibrations would: model, schedules, text, settings."""
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
     if settings.text:
-        parts.append(hashlib.sha256(read_text(settings.text).encode()).hexdigest())
+        parts.append(hashlib.sha256(whole_text(settings.text).encode()).hexdigest())
     parts += [source.name, source.size_bytes, *(plan.schedule for plan in plans)]
     parts += [*map(tuple, chain.from_iterable(groups)), settings.n_tokens]
     parts += [settings.ridge, settings.weighting.value, settings.kv_type.value]

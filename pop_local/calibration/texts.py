@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pop_converter.errors import PopError
 
 from pop_local.engine.loaded import LoadedModel
 from pop_local.engine.samples import sample_windows
+from pop_local.textfiles import decoded, read_bytes, read_text
 
 Windows = NDArray[np.int32]
 
@@ -85,7 +87,7 @@ def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> Calib
 
     Raises CalibrationError when the text is empty, binary, too short, or of one phrase.
     """
-    text = read_text(path)
+    text = whole_text(path)
     windows = _cut(model, text, count)
     least = least_tokens(n_embd)
     if windows.size < least:
@@ -102,31 +104,20 @@ def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> Calib
     return CalibrationText(path.name, hashlib.sha256(text.encode()).hexdigest(), windows)
 
 
-def read_text(path: Path) -> str:
-    """A file, or all UTF-8 files below a folder in the order of their names."""
-    try:
-        if path.is_dir():
-            raws = [file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()]
-            text = "\n\n".join(part for raw in raws if (part := _decoded(raw)) is not None)
-        else:
-            decoded = _decoded(path.read_bytes())
-            if decoded is None:
-                raise CalibrationError(f"{path} is not text in UTF-8", "give a plain text file")
-            text = decoded
-    except OSError as error:
-        raise CalibrationError(f"cannot read {path}: {error.strerror}", "check the path") from error
+def whole_text(path: Path) -> str:
+    """A file, or all texts below a folder in the order of their names. Raises PopError."""
+    if not path.is_dir():
+        return read_text(path)
+    parts: list[str] = []
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            content = read_bytes(file)
+            with suppress(PopError):
+                parts.append(decoded(content, str(file)))
+    text = "\n\n".join(parts)
     if not text.strip():
         raise CalibrationError(f"{path} holds no text", "give a file, or a folder of text files")
     return text
-
-
-def _decoded(raw: bytes) -> str | None:
-    if b"\0" in raw:
-        return None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
 
 
 def _topics() -> str:

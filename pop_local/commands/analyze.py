@@ -73,14 +73,14 @@ def analyze(
         check_output(plot_file, (source.first.path,), 0, force=force)
     from pop_local.measure.budget import BALANCED
     from pop_local.measure.depth import deepest_within
-    from pop_local.measure.heldout import Text, read_text, shipped_part
+    from pop_local.measure.heldout import Text, given_text, shipped_part
 
     run = Run(
         source=source,
         shape=source_shape(source),
         text=Text("prose of pop-local", (shipped_part("prose"),))
         if text is None
-        else read_text(text),
+        else given_text(text),
         n_context=context,
         n_answer=continuation,
         n_probed=probe_windows,

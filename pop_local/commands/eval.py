@@ -109,12 +109,12 @@ def eval(  # noqa: A001
         require_matplotlib()
         check_output(plot_file, (source.first.path,), 0, force=force)
     from pop_local.engine.backend import Mode
-    from pop_local.measure.heldout import read_text, shipped_text
+    from pop_local.measure.heldout import given_text, shipped_text
     from pop_local.measure.quality import QualitySettings
 
     mode = Mode.ALWAYS if no_boundary else Mode.OFF if no_pop else Mode.CONTEXT
     run = Run(
-        text=shipped_text() if text is None else read_text(text),
+        text=shipped_text() if text is None else given_text(text),
         settings=QualitySettings(windows, context, continuation, mode, seed),
         # Generated tokens would be pruned as well, or nothing would be.
         n_needles=needles if mode is Mode.CONTEXT else 0,

@@ -23,9 +23,10 @@ from pop_local.commands.options import (
     sampling,
 )
 from pop_local.commands.ready import open_ready
-from pop_local.documents import decoded, read_document, read_limited
+from pop_local.documents import read_document, read_limited
 from pop_local.engine.conversation import Document, Turn
 from pop_local.engine.turn import Chunk, Message, Reading, TurnStats
+from pop_local.textfiles import decoded
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.screen import TerminalScreen, showing_prefill
 from pop_local.ui.stats import counted_line, stats_line

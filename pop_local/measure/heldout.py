@@ -10,6 +10,7 @@ import numpy as np
 from pop_converter.errors import PopError
 
 from pop_local.engine.model import PopModel
+from pop_local.textfiles import read_text
 
 TextTokens = Sequence[Sequence[int]]
 
@@ -39,19 +40,9 @@ def shipped_part(name: str) -> str:
     return path.read_text("utf-8")
 
 
-def read_text(path: Path) -> Text:
-    """A file as one part. Raises PopError when it is empty or not text."""
-    raw = path.read_bytes()
-    hint = "give a file of plain text in UTF-8"
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PopError(f"{path} is not text: byte {error.start} is not UTF-8", hint) from error
-    if "\0" in text:
-        raise PopError(f"{path} is not text: it contains zero bytes", hint)
-    if not text.strip():
-        raise PopError(f"{path} is empty", hint)
-    return Text(path.name, (text,))
+def given_text(path: Path) -> Text:
+    """A file as one part. Raises PopError when it cannot be read, is no text or holds none."""
+    return Text(path.name, (read_text(path),))
 
 
 def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
