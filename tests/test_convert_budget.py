@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 from pop_local.commands import budgeting
-from pop_local.measure import bracket, probes
+from pop_local.engine import activations
+from pop_local.measure import bracket, probes, quality
+from pop_local.measure.budget import Bracket
 
 # Random weights: nearly any pruning is a large KL, and nothing is copied.
 LOOSE = ("--max-kl", 50, "--max-copy-ratio", 1000)
@@ -168,6 +170,36 @@ def test_dry_run_says_what_would_be_tried(base, tmp_path, monkeypatch):
     assert planned["budget"]["max_kl"] == 0.2
     assert planned["budget"]["max_copy_ratio"] == 1.12
     assert names(tmp_path) == {"tiny.gguf"}
+
+
+def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
+    base, text, tmp_path, monkeypatch
+):
+    options = (base, "--text", text, *FEW, *LOOSE, "--resume")
+    monkeypatch.setattr(budgeting._Search, "_bracket", lambda self: Bracket(4, 6, 7))
+    with monkeypatch.context() as stopping:
+        stopping.setattr(quality, "measure_unless", _interrupt)
+        stopped = convert(*options, "--memory", 1)
+    assert stopped.exit_code == 130
+    assert "goes on from there" in stopped.stderr
+    assert "for boundary 5, 6\n" in stopped.stderr
+    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration-6"}
+    (tmp_path / ".tiny.pop.gguf.calibration-3").write_text("of a search that went another way")
+    n_read: list[int] = []
+    window = activations.Reading.window
+    monkeypatch.setattr(
+        activations.Reading,
+        "window",
+        lambda self, tokens: (n_read.append(1), window(self, tokens))[1],
+    )
+    done = convert(*options, "--memory", 0)
+    assert done.exit_code == 0, done.stderr
+    assert len(n_read) == 3 * 4, "boundary 4 alone: a pass for each of its three fitted layers"
+    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_stopping_leaves_nothing(base, text, tmp_path):

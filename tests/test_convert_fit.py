@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 from pop_local.commands import examining
-from pop_local.measure import probes
+from pop_local.measure import budget, probes
 
 THIRD = ("--skip", "1/3")
 FEW = ("--tokens", "2048", "--threads", "1")
@@ -107,7 +107,7 @@ def test_smollm2_copies_at_a_third_and_not_at_a_half(
     done = convert(smollm2, target, "--json", "--text", text)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)["measured"]
-    assert found["kl_mean"] < 0.15 and found["copy_ppl_ratio"] < examining.MAX_COPY_RATIO
+    assert found["kl_mean"] < 0.15 and found["copy_ppl_ratio"] < budget.FAST.max_copy_ratio
     target.unlink()
     refused = convert(smollm2, target, "--boundary", 16, "--text", text)
     assert refused.exit_code == 1
@@ -115,11 +115,12 @@ def test_smollm2_copies_at_a_third_and_not_at_a_half(
     assert "with boundary 16 the model can no longer copy" in said
     boundary = int(said.partition("--boundary ")[2].split()[0])
     assert 17 < boundary < 23
+    assert "`--quality fast`" in said and "--allow-broken-copy" in said
     assert not names(tmp_path)
 
 
 def test_a_broken_copy_can_be_kept(tiny, tmp_path, monkeypatch, short_examination):
-    monkeypatch.setattr(examining, "MAX_COPY_RATIO", 0.0)
+    monkeypatch.setattr(budget, "FAST", replace(budget.FAST, max_copy_ratio=0.0))
     refused = convert(tiny, "--force")
     assert refused.exit_code == 1
     assert "--allow-broken-copy" in refused.stderr
@@ -145,7 +146,7 @@ def assert_refused(done, folder: Path, reason: str) -> None:
     ("content", "reason"),
     [
         (b"", "no text"),
-        (b"a\0b", "not text"),
+        (b"a\0b", "binary"),
         (b"too short " * 20, "needs 2,048"),
         (b"again " * 5000, "repeats itself"),
     ],
@@ -229,6 +230,25 @@ def test_ctrl_c_and_resume(tiny, tmp_path, text):
     assert convert(tiny, whole, "--text", text).exit_code == 0
     assert target.read_bytes() == whole.read_bytes()
     assert names(tmp_path) == {"tiny.gguf", target.name, whole.name}
+
+
+def test_a_fit_outlasts_a_stop_of_what_follows(
+    tiny, tmp_path, text, monkeypatch, short_examination
+):
+    options = (tiny, "--text", text, "--resume")
+    with monkeypatch.context() as stopping:
+        stopping.setattr(examining.Examiner, "__call__", _interrupt)
+        stopped = convert(*options)
+    assert stopped.exit_code == 130
+    assert "goes on from there" in stopped.stderr
+    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
+    monkeypatch.setattr("pop_local.calibration.job.reading", None)
+    assert convert(*options).exit_code == 0
+    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 @posix

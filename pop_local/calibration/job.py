@@ -69,7 +69,8 @@ def calibrate(
 
     The plans have fitted projections and differ in their boundaries; one pass over the text serves
     all of them where memory allows (`plan_needs`). Raises PopError, and CalibrationStoppedError;
-    with `state_path` the next call goes on then.
+    with `state_path` the next call goes on then, as after a finished one: it is the caller's to
+    remove.
     """
     return _Job(plans, model, source, settings, watch).run()
 
@@ -105,7 +106,7 @@ class _Job:
             self._state.group += 1
             self._state.n_done = 0
         if path:
-            path.unlink(missing_ok=True)
+            save(path, self._identity, self._state)
         calibration, tensors = self._calibration(), self._state.tensors
         return tuple(Fitted(calibration, tuple(tensors[plan.boundary])) for plan in self._plans)
 

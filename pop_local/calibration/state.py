@@ -1,6 +1,7 @@
 """A calibration in progress, and the file that keeps it when it is stopped."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,41 @@ def load(path: Path, identity: str) -> State | None:
     """
     if not path.exists():
         return None
+    with _arrays(path) as arrays:
+        found, name, sha256, *names = map(str, arrays["texts"])
+        if found != identity:
+            raise CalibrationError(f"{path} belongs to another calibration", RESTART_HINT)
+        group, n_done = map(int, arrays["counts"])
+        text = CalibrationText(name, sha256, arrays["windows"])
+        state = State(text, _groups(arrays["groups"].tolist()), group, n_done)
+        for number, pair in enumerate(arrays["pairs"].tolist()):
+            gram = Gram.of(arrays[f"xx.{number}"], arrays[f"xy.{number}"])
+            state.grams[Pair(*pair)] = gram
+        rows = zip(names, arrays["shapes"].tolist(), strict=True)
+        for number, (tensor_name, (boundary, kind, n_dims, *dims)) in enumerate(rows):
+            data = arrays[f"data.{number}"].tobytes()
+            tensor = NewTensor(tensor_name, tuple(dims[:n_dims]), kind, data)
+            state.tensors.setdefault(boundary, []).append(tensor)
+        return state
+
+
+def kept_boundaries(path: Path) -> tuple[int, ...]:
+    """Of the plans whose calibration is kept; none when there is no file.
+
+    Raises CalibrationError when it is damaged.
+    """
+    if not path.exists():
+        return ()
+    with _arrays(path) as arrays:
+        groups = _groups(arrays["groups"].tolist())
+    return tuple(dict.fromkeys(pair.boundary for group in groups for pair in group))
+
+
+@contextmanager
+def _arrays(path: Path) -> Iterator[Any]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found, name, sha256, *names = map(str, arrays["texts"])
-            if found != identity:
-                raise CalibrationError(f"{path} belongs to another calibration", RESTART_HINT)
-            group, n_done = map(int, arrays["counts"])
-            text = CalibrationText(name, sha256, arrays["windows"])
-            state = State(text, _groups(arrays["groups"].tolist()), group, n_done)
-            for number, pair in enumerate(arrays["pairs"].tolist()):
-                gram = Gram.of(arrays[f"xx.{number}"], arrays[f"xy.{number}"])
-                state.grams[Pair(*pair)] = gram
-            rows = zip(names, arrays["shapes"].tolist(), strict=True)
-            for number, (tensor_name, (boundary, kind, n_dims, *dims)) in enumerate(rows):
-                data = arrays[f"data.{number}"].tobytes()
-                tensor = NewTensor(tensor_name, tuple(dims[:n_dims]), kind, data)
-                state.tensors.setdefault(boundary, []).append(tensor)
-            return state
+            yield arrays
     except (OSError, ValueError, LookupError, EOFError, BadZipFile) as error:
         raise CalibrationError(f"{path} is damaged", RESTART_HINT) from error
 

@@ -14,7 +14,7 @@ from pop_converter.plan import Plan
 from pop_converter.rewrite import Fitted
 from pop_converter.shape import ModelShape
 
-from pop_local.commands.converting import Job, require_room, temporary_sidecar
+from pop_local.commands.converting import Job, require_room, resumable, temporary_sidecar
 from pop_local.commands.describing import (
     facts,
     limit,
@@ -24,6 +24,7 @@ from pop_local.commands.describing import (
 )
 from pop_local.commands.examining import measured, opened_to_measure
 from pop_local.commands.files import ModelFiles
+from pop_local.commands.fitting import FitOptions
 from pop_local.commands.options import finite
 from pop_local.measure.budget import (
     BALANCED,
@@ -137,13 +138,15 @@ def convert_within(
         return
     job.check_target(most)
     search = _Search(plans, budget, job)
-    chosen = search.run()
-    trials = search.trials()
-    if not json:
-        show_trials(trials)
-    if chosen is None:
+    with resumable(job.options):
+        chosen = search.run()
+        trials = search.trials()
+        if not json:
+            show_trials(trials)
+        written = None if chosen is None else search.write(chosen)
+    if written is None:
         raise _over(budget, trials[0])
-    plan, meta = search.write(chosen)
+    plan, meta = written
     sizes = job.measure(plan)
     if not json:
         print_facts(facts(plan, job, sizes))
@@ -199,32 +202,38 @@ class _Search:
             return find_bracket(model, deepest, self._budget, tokens, advance)
 
     def _fit(self, wanted: Sequence[int]) -> None:
-        """The first of `wanted`, and as many of the others as fit into one pass over the text."""
-        from pop_local.calibration.needs import plan_needs
-
-        source, options = self._job.source, self._job.options
-        plans: list[Plan] = []
-        for boundary in wanted:
-            plan = self._plans[boundary]
-            if plan.projection != FITTED or boundary in self._fitted:
-                continue
-            if plans and len(plan_needs([*plans, plan], source, options.memory_bytes).groups) > 1:
-                break
-            plans.append(plan)
-        require_room(plans, source, options)
+        """The first of `wanted`, with others in the same pass over the text."""
+        options = self._job.options.at(wanted[0])
+        plans = [
+            self._plans[boundary] for boundary in self._kept(options) or self._room_for(wanted)
+        ]
+        require_room(plans, self._job.source, options)
         boundaries = sorted(plan.boundary for plan in plans)
         note(f"Fitting the projections for boundary {', '.join(map(str, boundaries))}")
-        for plan, fitted in zip(plans, self._resuming(boundaries).fit(plans), strict=True):
+        for plan, fitted in zip(plans, replace(self._job, options=options).fit(plans), strict=True):
             self._fitted[plan.boundary] = fitted
 
-    def _resuming(self, boundaries: Sequence[int]) -> Job:
-        """With a file to resume from for these boundaries: others are another calibration."""
-        options = self._job.options
-        if options.state_path is None:
-            return self._job
-        name = "-".join([options.state_path.name, *map(str, boundaries)])
-        kept = replace(options, state_path=options.state_path.with_name(name))
-        return replace(self._job, options=kept)
+    def _kept(self, options: FitOptions) -> tuple[int, ...]:
+        """The boundaries of a fit to go on with, whatever memory is free now."""
+        from pop_local.calibration.state import kept_boundaries
+
+        found = kept_boundaries(options.state_path) if options.state_path else ()
+        return found if set(found) <= set(self._plans) else ()
+
+    def _room_for(self, wanted: Sequence[int]) -> tuple[int, ...]:
+        """The first of `wanted`, and as many of the others as fit into memory beside it."""
+        from pop_local.calibration.needs import plan_needs
+
+        source, memory_bytes = self._job.source, self._job.options.memory_bytes
+        chosen: list[int] = []
+        for boundary in wanted:
+            if self._plans[boundary].projection != FITTED or boundary in self._fitted:
+                continue
+            plans = [self._plans[each] for each in (*chosen, boundary)]
+            if chosen and len(plan_needs(plans, source, memory_bytes).groups) > 1:
+                break
+            chosen.append(boundary)
+        return tuple(chosen)
 
     def _opened(
         self, sidecar: Path | None

@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pop_converter.errors import WriteError
 from pop_converter.format import FITTED, PopMeta
 from pop_converter.plan import Plan
 from pop_converter.rewrite import Examine, Fitted, Sizes, check_target
 from pop_converter.sidecar import measure_sidecar, write_sidecar
 from pop_converter.source import Source
 
-from pop_local.commands.examining import Examiner
+from pop_local.commands.examining import CopyingBrokenError, Examiner
 from pop_local.commands.fitting import FitOptions, fit
 from pop_local.commands.forms import COPY, Form
 from pop_local.ui.progress import bytes_progress
+from pop_local.ui.theme import note
 
 TEMPORARY = "pop-local-"
 
@@ -67,11 +69,30 @@ class Job:
             )
 
 
+@contextmanager
+def resumable(options: FitOptions) -> Iterator[None]:
+    """Around a conversion: what it fitted is kept when it is stopped or cannot be written."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, WriteError):
+        if kept := ", ".join(map(str, options.kept())):
+            note(f"What was read is kept in {kept}: the same command goes on from there.")
+        raise
+    except CopyingBrokenError:
+        _forget(options)
+        raise
+    _forget(options)
+
+
+def _forget(options: FitOptions) -> None:
+    for path in options.kept():
+        path.unlink(missing_ok=True)
+
+
 def fit_and_write(plan: Plan, job: Job, *, allow_broken_copy: bool = False) -> PopMeta:
     """Own projections are neither fitted nor measured. Raises PopError."""
     if plan.projection != FITTED:
         return job.write(plan, None, None)
-    [fitted] = job.fit((plan,))
     examine = Examiner(
         plan,
         job.path,
@@ -80,7 +101,9 @@ def fit_and_write(plan: Plan, job: Job, *, allow_broken_copy: bool = False) -> P
         n_gpu_layers=job.n_gpu_layers,
         allow_broken_copy=allow_broken_copy,
     )
-    return job.write(plan, fitted, examine)
+    with resumable(job.options):
+        [fitted] = job.fit((plan,))
+        return job.write(plan, fitted, examine)
 
 
 @contextmanager

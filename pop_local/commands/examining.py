@@ -10,6 +10,7 @@ from pop_converter.format import Measured
 from pop_converter.plan import Plan
 
 from pop_local.commands.files import ModelFiles
+from pop_local.measure.budget import copies
 from pop_local.ui.tables import Fact
 from pop_local.ui.theme import note, warn
 
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 N_WINDOWS = 8
 # Boundaries that the search measures before it looks at any.
 _N_AT_ONCE = 4
-# Past them copying from the prompt is broken: perplexity of a repeated passage against the full
-# model's, and the part of the full model's gain on repeated random tokens that is left.
-MAX_COPY_RATIO = 1.3
-LEAST_RETENTION = 0.7
 
 
 class CopyingBrokenError(PopError):
@@ -82,12 +79,16 @@ class Examiner:
             return
         note("Looking for the deepest boundary that passes even with own projections")
         passing = self._deepest_passing(quality.boundary + 1)
-        advice = f"--boundary {passing} passes even unfitted" if passing else "skip fewer layers"
-        raise CopyingBrokenError(message, f"{advice}; --allow-broken-copy writes it all the same")
+        unfitted = f"--boundary {passing} passes even unfitted" if passing else "skip fewer layers"
+        raise CopyingBrokenError(
+            message,
+            f"{unfitted}; `--quality fast`, without --skip and --boundary, finds the deepest that "
+            "passes fitted; --allow-broken-copy writes this one all the same",
+        )
 
     def _deepest_passing(self, first: int) -> int | None:
-        """With own projections, from boundary `first` on. Fitted ones may pass a layer deeper, but
-        each would have to be fitted first."""
+        """With own projections, from boundary `first` on. Fitted ones may pass deeper, but each
+        would have to be fitted first."""
         from pop_local.measure.bracket import LOOK
 
         base, n_layer = ModelFiles(self._src), self._plan.shape.n_layer
@@ -120,14 +121,6 @@ def opened_to_measure(
         yield opened, tokenize(opened, shipped_text())
     finally:
         opened.close()
-
-
-def copies(quality: "Quality") -> bool:
-    """Whether both probes say that the model still copies from pruned context."""
-    retention = quality.induction_retention
-    return quality.copy_ppl_ratio.value <= MAX_COPY_RATIO and (
-        retention is None or retention.value >= LEAST_RETENTION
-    )
 
 
 def measured(quality: "Quality") -> Measured:

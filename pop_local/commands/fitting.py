@@ -1,9 +1,10 @@
 """Fitted projections on the command line: the options, what they take, and the fit itself."""
 
+import glob
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,6 @@ from pop_local.commands.options import finite
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Fact, size
-from pop_local.ui.theme import note
 
 if TYPE_CHECKING:
     from pop_local.calibration.needs import Needs
@@ -96,6 +96,21 @@ class FitOptions:
         if self != FitOptions():
             raise typer.BadParameter(f"options of the fit were given, but {of}")
 
+    def kept(self) -> list[Path]:
+        """The files to resume from, of whatever boundaries (`at`)."""
+        if self.state_path is None:
+            return []
+        name = glob.escape(self.state_path.name)
+        folder = self.state_path.parent
+        return sorted([*folder.glob(name), *folder.glob(f"{name}-[0-9]*")])
+
+    def at(self, boundary: int) -> "FitOptions":
+        """With a file of its own to resume from, for one of several fits."""
+        if self.state_path is None:
+            return self
+        path = self.state_path
+        return replace(self, state_path=path.with_name(f"{path.name}-{boundary}"))
+
     def n_tokens(self, n_embd: int) -> int:
         """To fit on, in whole windows. Raises CalibrationError for too few."""
         from pop_local.calibration.texts import N_WINDOW, default_tokens, n_windows
@@ -151,7 +166,7 @@ def fit(
 ) -> tuple[Fitted, ...]:
     """For each plan; raises PopError, and KeyboardInterrupt when stopped.
 
-    With `state_path` what was read is kept then.
+    With `state_path` what was read or fitted is kept there.
     """
     if not plans:
         return ()
@@ -172,7 +187,7 @@ def fit(
     with opened as model, deferred_interrupt() as interrupt, token_progress("Fitting") as advance:
         watch = Watch(advance, advance, lambda: interrupt.asked)
         with suppress(CalibrationStoppedError):
-            return calibrate(plans, model, source, settings, watch)
-    if options.state_path is not None and options.state_path.exists():
-        note(f"What was read is kept in {options.state_path}: the same command goes on from there.")
+            fitted = calibrate(plans, model, source, settings, watch)
+            if not interrupt.asked:
+                return fitted
     raise KeyboardInterrupt

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NEAR_LOSSLESS = Budget("near-lossless", max_kl=0.01, max_copy_ratio=1.02, least_retention=0.9)
 BALANCED = Budget("balanced", max_kl=0.035, max_copy_ratio=1.12, least_retention=0.85)
-# At the limits past which copying from the prompt is called broken (commands.examining).
+# Past its limits copying from the prompt is broken (`copies`).
 FAST = Budget("fast", max_kl=0.1, max_copy_ratio=1.3, least_retention=0.7)
 BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
@@ -42,6 +42,11 @@ class Bracket:
 def is_inside(budget: Budget, quality: "Quality") -> bool:
     """A model that does not copy random tokens itself has no retention to keep."""
     return all(over <= 0 for over, _ in _excesses(budget, quality))
+
+
+def copies(quality: "Quality") -> bool:
+    """Whether both probes say that the model still copies from pruned context."""
+    return all(over <= 0 for over, _ in _copying_excesses(FAST, quality))
 
 
 def is_clearly_outside(budget: Budget, quality: "Quality") -> bool:
@@ -107,10 +112,11 @@ def worth_fitting(bracket: Bracket, verdicts: Mapping[int, bool], boundary: int)
 
 def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
     """How far each figure is past its limit, and its standard error."""
-    found = [
-        _excess(quality.kl_mean, budget.max_kl),
-        _excess(quality.copy_ppl_ratio, budget.max_copy_ratio),
-    ]
+    return [_excess(quality.kl_mean, budget.max_kl), *_copying_excesses(budget, quality)]
+
+
+def _copying_excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
+    found = [_excess(quality.copy_ppl_ratio, budget.max_copy_ratio)]
     if (retention := quality.induction_retention) is not None:
         found.append((budget.least_retention - retention.value, retention.se or 0.0))
     return found
