@@ -101,7 +101,7 @@ def test_a_model_in_parts(projection, tmp_path):
     assert len(parts) > 1
     made = paired(whole, tmp_path, projection, boundary=4)
     sidecar = tmp_path / "parts.pop-sidecar.gguf"
-    plan = make_plan(read_shape(parts[0]), projection=projection, boundary=4)
+    plan = make_plan(read_shape(parts[0]), projection=projection, boundary=4, tail_tokens=16)
     made_fit = made_up(plan) if projection == "fitted" else None
     write_sidecar(plan, parts[0], sidecar, fitted=made_fit)
     model = open_model(parts[0], sidecar=sidecar, n_ctx=512, n_threads=1)
