@@ -8,9 +8,9 @@ reads and forgets. In each round the chat and the engine alone take the same pro
 that alternates, from an empty KV cache, with one thread at temperature 0. Both must say the same
 and prune the same rows.
 
-Timed in the chat until the first token: from the line's keys (they wait, so the line editor draws
-its prompt, takes them and returns the line) over template, tokenising and the prefill with its bar
-to the first piece drawn. Its decoding: from there until the whole answer is drawn as Markdown.
+Timed in the chat until the first token: from a pasted line and Enter (both wait, so the line editor
+draws its prompt, takes them and returns the line) over template, tokenising and the prefill with
+its bar to the first piece drawn. Its decoding: from there until all is drawn as Markdown.
 Timed in the engine: reading the tokens and sampling the first one; sampling the others.
 Not timed: opening the model, reading the document. `--clock cpu` is the child's CPU time.
 """
@@ -42,6 +42,9 @@ from pop_local.ui.screen import TerminalScreen
 from pop_local.ui.theme import look
 
 QUESTION = "Write a long guide to this place in Markdown, with headings, lists and **bold** words."
+
+# What a terminal sends around pasted text.
+PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Child:
         self._chat.documents.append(document)
         self._chat.sampling["max_tokens"] = n_decode
         self._screen.first_s = 0.0
-        self._keys.send_text(QUESTION + "\r")
+        self._keys.send_text(f"{PASTE}{QUESTION}{PASTED}\r")
         started_s = self._clock()
         Repl(self._chat, self._one_line).run()
         first_s, end_s = self._screen.first_s, self._screen.end_s
