@@ -43,6 +43,8 @@ from pop_local.ui.theme import look
 
 QUESTION = "Write a long guide to this place in Markdown, with headings, lists and **bold** words."
 
+# With a text at hand it writes Markdown, and long enough.
+N_WRITING_PROMPT = 400
 # What a terminal sends around pasted text.
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 
@@ -160,12 +162,12 @@ class Child:
 
 
 def child(options: argparse.Namespace) -> str:
-    n_ctx = options.prompt + options.decode + 256
+    n_ctx = max(options.prompt, N_WRITING_PROMPT) + options.decode + 256
     model = open_model(options.model, n_ctx=n_ctx, n_threads=1, n_gpu_layers=0)
     with create_pipe_input() as keys, create_app_session(input=keys):
         chat = Child(model, keys, CLOCKS[options.clock])
         reading, _ = chat.measure(options.prompt, 2, options.rounds)
-        _, writing = chat.measure(0, options.decode, options.rounds)
+        _, writing = chat.measure(N_WRITING_PROMPT, options.decode, options.rounds)
     return report(options, [reading, writing])
 
 
