@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 
-COUNTERS = "counters"
-
 
 @dataclass(frozen=True)
 class Step:

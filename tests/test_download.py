@@ -1,9 +1,7 @@
 """Fetching from a URL, against a local server: resumed, checked, refused."""
 
 import hashlib
-import os
 import random
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +10,7 @@ from hub_server import Hub, serving
 from pop_converter.errors import PopError
 
 from pop_local.fetching import download as download_module
-from pop_local.fetching.reasons import reason_of
-from pop_local.fetching.url import fetch_url, file_name
+from pop_local.fetching.url import fetch_url
 
 MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
 OTHER = b"GGUF" + random.Random(1).randbytes(700_000)
@@ -173,20 +170,6 @@ def test_no_tls_is_said_without_the_query(hub, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_certificate_that_nobody_vouches_for_is_said_to_be_that():
-    from requests.exceptions import SSLError
-
-    refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
-    refused.verify_message = "certificate has expired"
-    try:
-        try:
-            raise refused
-        except ssl.SSLError as inner:
-            raise SSLError("/tiny.gguf?key=s3cret") from inner
-    except SSLError as error:
-        assert reason_of(error) == "certificate has expired"
-
-
 def test_a_file_that_changed_meanwhile_is_fetched_anew(hub, tmp_path):
     hub.drops = [HALF, 0, 0, 0]
     with pytest.raises(PopError):
@@ -310,35 +293,3 @@ def test_too_little_space_is_said_before_anything_is_written(hub, tmp_path, monk
     with pytest.raises(PopError, match="0 MB free"):
         pull(hub, tmp_path)
     assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("a/b/model-Q4_K_M.gguf?download=true", "model-Q4_K_M.gguf"),
-        ("get/model", "model.gguf"),
-        ("%2e%2e%2f%2e%2e%2fetc%2fx.gguf", "x.gguf"),
-        ("a%00b%0a.gguf", "a_b_.gguf"),
-        ("..", ".gguf"),
-    ],
-)
-def test_names_from_addresses_are_harmless(path, name):
-    if name == ".gguf":
-        with pytest.raises(PopError, match="names no file"):
-            file_name(f"https://example.org/{path}")
-        return
-    assert file_name(f"https://example.org/{path}") == name
-    assert os.sep not in name
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("https:///x.gguf?key=s3cret", "https:///x.gguf names no host"),
-        ("https://me:s3cret@example.org/?key=s3cret", "https://example.org/ names no file"),
-    ],
-)
-def test_an_address_without_a_host_or_a_file(url, message):
-    with pytest.raises(PopError) as failure:
-        file_name(url)
-    assert failure.value.message == message

@@ -1,4 +1,4 @@
-"""Quality: statistics, windows, proof by the counters; tiny models, some figures of a real one."""
+"""Quality: reading, proof by the counters; tiny models, some figures of a real one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +12,10 @@ from synthetic import make_gguf
 from pop_local.engine import backend
 from pop_local.engine.backend import Counters, Mode
 from pop_local.engine.model import PopModel, open_model
-from pop_local.measure.divergence import divergence, likelihood, log_softmax
-from pop_local.measure.estimate import exp_mean, mean, quantile, ratio
 from pop_local.measure.forced import forced, use_rule
-from pop_local.measure.heldout import Text, given_text, shipped_text, spread_windows, tokenize
+from pop_local.measure.heldout import Text, shipped_text, tokenize
 from pop_local.measure.probes import pick_passage, random_tokens
-from pop_local.measure.quality import (
-    Quality,
-    QualitySettings,
-    measure_depths,
-    measure_quality,
-    measure_unless,
-)
+from pop_local.measure.quality import Quality, QualitySettings, measure_depths, measure_unless
 
 SHORT = QualitySettings(n_windows=3, n_context=60, n_continuation=20)
 N_VOCAB = 384
@@ -51,94 +43,9 @@ def ignore(done: int, total: int) -> None:
     return
 
 
-# --- figures from logits
-
-
-def test_divergence_is_that_of_the_definition_whatever_the_chunks(monkeypatch):
-    rng = np.random.default_rng(0)
-    full, pruned = rng.normal(0, 3, (2, 7, 50)).astype(np.float32)
-    expected = []
-    for a, b in zip(full.astype(float), pruned.astype(float), strict=True):
-        p, q = np.exp(a) / np.exp(a).sum(), np.exp(b) / np.exp(b).sum()
-        expected.append(sum(p * np.log(p / q)))
-    monkeypatch.setattr("pop_local.measure.divergence._CHUNK_VALUES", 120)
-    measured = divergence(full, pruned)
-    np.testing.assert_allclose(measured.kl, expected, rtol=1e-12)
-    assert (measured.same_top1 == (full.argmax(1) == pruned.argmax(1))).all()
-    np.testing.assert_array_equal(divergence(full, full).kl, 0)
-
-
-def test_likelihood_takes_the_targets_rows():
-    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], np.float32))
-    measured = likelihood(logits, np.array([1, 2]))
-    np.testing.assert_allclose(measured.nll, -np.log([0.25, 0.7]), rtol=1e-6)
-    assert measured.is_top1.tolist() == [False, True]
-
-
-def test_large_logits_do_not_overflow():
-    assert np.isfinite(log_softmax(np.array([[1e4, -1e4, 0]], np.float32))).all()
-
-
-def test_the_standard_error_is_that_of_windows_not_of_tokens():
-    values = np.array([[1.0, 1.0], [3.0, 3.0]])
-    assert mean(values).value == 2
-    assert mean(values).se == pytest.approx(1.0)
-    assert mean(values[:1]).se is None
-    assert exp_mean(values).value == pytest.approx(np.exp(2))
-    assert exp_mean(values).se == pytest.approx(np.exp(2))
-
-
-def test_bootstrap_agrees_with_the_plain_error_where_both_are_known():
-    values = np.random.default_rng(1).normal(size=(400, 1))
-    # Of the median of a normal distribution: sqrt(pi / 2n).
-    assert quantile(values, 0.5).se == pytest.approx(np.sqrt(np.pi / 800), rel=0.3)
-
-
-def test_ratio_of_proportional_figures_has_no_error():
-    lower = np.array([1.0, 2.0, 4.0])
-    assert ratio(0.5 * lower, lower).value == pytest.approx(0.5)
-    assert ratio(0.5 * lower, lower).se == pytest.approx(0)
-
-
-# --- text and windows
-
-
-def test_windows_do_not_overlap_and_are_shared_out_evenly():
-    parts = [range(1000), range(2000, 2250), range(3000, 4000)]
-    windows = spread_windows(parts, 8, 100)
-    flat = [token for window in windows for token in window]
-    assert len(flat) == len(set(flat)) == 800
-    starts = [window[0] // 1000 for window in windows]
-    # The second part has room for two only.
-    assert [starts.count(part) for part in (0, 2, 3)] == [3, 2, 3]
-
-
-def test_a_text_that_is_too_short_names_what_is_needed():
-    with pytest.raises(PopError, match=r"800 tokens are needed, it has 799"):
-        spread_windows([range(799)], 8, 100)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [(b"", "no text"), (b" \n", "no text"), (b"a\0b", "binary"), (b"\xff", "UTF")],
-)
-def test_what_is_not_text_is_refused(tmp_path, content, reason):
-    path = tmp_path / "text"
-    path.write_bytes(content)
-    with pytest.raises(PopError, match=reason):
-        given_text(path)
-
-
-def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):
-    shipped = shipped_text()
-    tokens = tokenize(open_model(smollm2, n_ctx=64, n_threads=1), shipped)
-    assert len(tokens) == 4
-    assert sum(len(part) for part in tokens) >= 25_000
-    assert len(spread_windows(tokens, 32, 640)) == 32
-    for part in tokens:
-        grams = [tuple(part[i : i + 8]) for i in range(len(part) - 8)]
-        # The rules below the heads of tables are alike.
-        assert len(set(grams)) > 0.9 * len(grams)
+def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
+    """At the model's own boundary."""
+    return measure_depths(model, [text()], settings, (model.boundary,), ignore)[0]
 
 
 # --- reading
@@ -184,7 +91,7 @@ def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
     monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: None)
     model.set_pop(Mode.CONTEXT)
     with pytest.raises(PopError, match="does not hold"):
-        measure_quality(model, [text()], SHORT, ignore)
+        measured(model)
 
 
 @pytest.mark.parametrize(
@@ -200,20 +107,20 @@ def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
 )
 def test_tokens_pruned_follow_rule_and_mode(model, rule, mode, n_pruned):
     use_rule(model, replace(model.rule, **rule))
-    quality = measure_quality(model, [text()], replace(SHORT, mode=mode), ignore)
+    quality = measured(model, replace(SHORT, mode=mode))
     assert quality.n_pruned == 3 * n_pruned
 
 
 def test_a_context_of_full_tokens_only_is_an_error(model):
     with pytest.raises(PopError, match="none would be pruned"):
-        measure_quality(model, [text()], replace(SHORT, n_context=17), ignore)
+        measured(model, replace(SHORT, n_context=17))
 
 
 # --- measuring
 
 
 def test_full_against_full_is_zero(model):
-    quality = measure_quality(model, [text()], replace(SHORT, mode=Mode.OFF), ignore)
+    quality = measured(model, replace(SHORT, mode=Mode.OFF))
     assert quality.kl_p99.value < 1e-9
     assert quality.ppl_ratio.value == quality.copy_ppl_ratio.value == 1
     assert quality.top1_agreement.value == 1
@@ -222,14 +129,14 @@ def test_full_against_full_is_zero(model):
 
 def test_layers_that_add_nothing_cost_nothing(model, tmp_path):
     idle = opened(tiny(tmp_path, zero_deep=4))
-    assert measure_quality(idle, [text()], SHORT, ignore).kl_mean.value < 1e-4
-    assert measure_quality(model, [text()], SHORT, ignore).kl_mean.value > 1e-2
+    assert measured(idle).kl_mean.value < 1e-4
+    assert measured(model).kl_mean.value > 1e-2
 
 
 def test_depths_in_one_run_are_those_of_single_runs(model):
     both = measure_depths(model, [text()], SHORT, (6, 2), ignore)
     model.set_boundary(2)
-    assert measure_quality(model, [text()], SHORT, ignore) == both[1]
+    assert measured(model) == both[1]
     assert both[0].kl_mean.value < both[1].kl_mean.value
 
 

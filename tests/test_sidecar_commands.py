@@ -273,37 +273,3 @@ def test_verify_finds_a_changed_weight(base, sidecar):
 def test_verify_of_a_fitted_copy(fitted):
     found = json.loads(command("inspect", fitted.single, "--verify", "--json").stdout)
     assert found["verification"]["unchanged"] is True
-
-
-REFUSED = {
-    "strip": (("strip", "tiny.pop-sidecar.gguf"), "nothing to strip"),
-    "convert": (("convert", "tiny.pop-sidecar.gguf"), "is a sidecar"),
-    "run": (("run", "tiny.pop-sidecar.gguf", "hi"), "is a sidecar"),
-    "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),
-    "eval": (("eval", "tiny.pop-sidecar.gguf"), "is a sidecar"),
-    "model as sidecar": (("run", "tiny.gguf", "hi", "--pop", "tiny.gguf"), "is not a sidecar"),
-    "no such sidecar": (("run", "tiny.gguf", "hi", "--pop", "no.gguf"), "there is no sidecar"),
-    "other model": (("run", "other.gguf", "hi", "--pop", "tiny.pop-sidecar.gguf"), "not belong"),
-    "other model, inspected": (
-        ("inspect", "other.gguf", "--pop", "tiny.pop-sidecar.gguf"),
-        "not belong",
-    ),
-    "converted model": (
-        ("chat", "single.gguf", "--pop", "tiny.pop-sidecar.gguf"),
-        "converted itself",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_in_two_lines_with_exit_1(name, fitted, tmp_path, monkeypatch):
-    make_gguf(tmp_path / "other.gguf", "llama", seed=1, n_layer=9)
-    before = names(tmp_path)
-    arguments, reason = REFUSED[name]
-    monkeypatch.chdir(tmp_path)
-    done = command(*arguments)
-    assert done.exit_code == 1
-    error, hint = done.stderr.splitlines()
-    assert reason in error and hint.startswith("hint: ")
-    assert done.stdout == ""
-    assert names(tmp_path) == before

@@ -15,7 +15,9 @@ from pop_converter.sidecar import read_sidecar
 from pop_converter.source import read_source
 from raw import Job, run
 from synthetic import make_gguf
+from typer.testing import CliRunner
 
+from pop_local.cli import app
 from pop_local.engine.model import open_model
 
 
@@ -171,3 +173,38 @@ def test_two_sidecars(fitted, tmp_path):
     again = shutil.copy(fitted.sidecar, tmp_path / "again.gguf")
     with pytest.raises(RuntimeError, match="3 files are given for a model of 1 and one sidecar"):
         run(Job(str(fitted.base), steps=(), further=(str(fitted.sidecar), str(again))))
+
+
+REFUSED = {
+    "strip": (("strip", "tiny.pop-sidecar.gguf"), "nothing to strip"),
+    "convert": (("convert", "tiny.pop-sidecar.gguf"), "is a sidecar"),
+    "run": (("run", "tiny.pop-sidecar.gguf", "hi"), "is a sidecar"),
+    "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),
+    "eval": (("eval", "tiny.pop-sidecar.gguf"), "is a sidecar"),
+    "model as sidecar": (("run", "tiny.gguf", "hi", "--pop", "tiny.gguf"), "is not a sidecar"),
+    "no such sidecar": (("run", "tiny.gguf", "hi", "--pop", "no.gguf"), "there is no sidecar"),
+    "other model": (("run", "other.gguf", "hi", "--pop", "tiny.pop-sidecar.gguf"), "not belong"),
+    "other model, inspected": (
+        ("inspect", "other.gguf", "--pop", "tiny.pop-sidecar.gguf"),
+        "not belong",
+    ),
+    "converted model": (
+        ("chat", "single.gguf", "--pop", "tiny.pop-sidecar.gguf"),
+        "converted itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_commands_refuse_in_two_lines_with_exit_1(name, tmp_path, monkeypatch):
+    paired(make_gguf(tmp_path / "tiny.gguf", "llama"), tmp_path, "fitted", boundary=4)
+    make_gguf(tmp_path / "other.gguf", "llama", seed=1, n_layer=9)
+    before = sorted(tmp_path.iterdir())
+    arguments, reason = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    error, hint = done.stderr.splitlines()
+    assert reason in error and hint.startswith("hint: ")
+    assert done.stdout == ""
+    assert sorted(tmp_path.iterdir()) == before

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pop_local.ui import tables, theme
-from pop_local.ui.tables import Column, Table, markdown, print_facts, print_json, records, size
+from pop_local.ui.tables import Column, Table, markdown, print_facts, print_json, size
 
 SPEEDS = Table(
     title="Speed",
@@ -28,10 +28,6 @@ def test_markdown_is_aligned_and_escaped():
         "| a\\|b        |    1.41x |",
         "| longer name |   12.00x |",
     ]
-
-
-def test_records_hold_the_values_themselves():
-    assert records(SPEEDS)[0] == {"name": "a|b", "speedup": 1.4142}
 
 
 def test_rich_table_shows_the_same_cells(monkeypatch, capsys):

@@ -87,16 +87,6 @@ class Quality:
     induction_retention: Estimate | None
 
 
-def measure_quality(
-    model: PopModel,
-    text_tokens: TextTokens,
-    settings: QualitySettings,
-    on_progress: Progress,
-) -> Quality:
-    """Measure at the model's own boundary; see `measure_depths`."""
-    return measure_depths(model, text_tokens, settings, (model.boundary,), on_progress)[0]
-
-
 def measure_depths(
     model: PopModel,
     text_tokens: TextTokens,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,6 @@ def _markdown_row(cells: Sequence[str], columns: Sequence[Column], widths: Seque
         for cell, column, width in zip(cells, columns, widths, strict=True)
     )
     return "| " + " | ".join(padded) + " |"
-
-
-def records(table: Table) -> list[Mapping[str, Any]]:
-    """The rows as objects keyed by column, for `--json`."""
-    keys = [column.key for column in table.columns]
-    return [dict(zip(keys, row, strict=True)) for row in table.rows]
 
 
 def print_json(value: Any) -> None:

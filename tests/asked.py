@@ -1,0 +1,30 @@
+"""Requests to the server's application, and what its answers hold."""
+
+import json
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+LONG = "the quick brown fox jumps over the lazy dog, " * 6
+NAME = "tiny"
+N_CTX = 1024
+
+
+def chat(client, content=LONG, **body):
+    fixed = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8}
+    return client.post("/v1/chat/completions", json=fixed | body)
+
+
+def complete(client, prompt=LONG, **body):
+    fixed = {"prompt": prompt, "temperature": 0, "max_tokens": 8}
+    return client.post("/v1/completions", json=fixed | body)
+
+
+def text_of(response) -> str:
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def events(response) -> list:
+    lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]

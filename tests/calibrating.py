@@ -1,0 +1,68 @@
+"""Calibrations as their tests make them, and a recorder of what the taps show."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from pop_converter.fit import KvType
+from pop_converter.plan import make_plan
+from pop_converter.shape import read_shape
+from pop_converter.source import read_source
+
+from pop_local.calibration.job import Settings, Watch, calibrate
+from pop_local.calibration.texts import N_WINDOW
+from pop_local.engine.activations import reading
+from pop_local.engine.loaded import LoadedModel
+
+BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
+ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]
+SILENT = Watch(lambda done, total: None, lambda done, total: None, lambda: False)
+
+
+class Recorder:
+    """Keeps what the taps show."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, list[np.ndarray]] = {}
+        self.layers: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+
+    def state(self, boundary: int, rows: np.ndarray) -> None:
+        self.states.setdefault(boundary, []).append(rows.copy())
+
+    def layer(self, layer: int, k: np.ndarray, v: np.ndarray, mass: np.ndarray) -> None:
+        self.layers.setdefault(layer, []).append((k.copy(), v.copy(), mass.copy()))
+
+
+def settings(text: Path, **others: object) -> Settings:
+    made = Settings(N_TOKENS, text, kv_type=KvType.F32)
+    return replace(made, **others)  # type: ignore[arg-type]
+
+
+def planned(path: Path, boundary: int = BOUNDARY):
+    return make_plan(read_shape(path), boundary=boundary, sink_tokens=0, projection="fitted")
+
+
+def fitted(path: Path, options: Settings, watch: Watch = SILENT):
+    [found] = fitted_at((BOUNDARY,), path, options, watch)
+    return found
+
+
+def fitted_at(boundaries, path: Path, options: Settings, watch: Watch = SILENT):
+    plans = [planned(path, boundary) for boundary in boundaries]
+    with LoadedModel(path, n_threads=1) as model:
+        return calibrate(plans, model, read_source(path), options, watch)
+
+
+def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> Recorder:
+    recorder = Recorder()
+    with (
+        LoadedModel(path, n_threads=1) as model,
+        reading(model, recorder, boundaries=boundaries, layers=layers, n_window=N_WINDOW) as opened,
+    ):
+        for window in windows:
+            opened.window(window)
+    return recorder
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 384, n).tolist()

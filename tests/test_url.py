@@ -1,0 +1,56 @@
+"""Addresses, and why a connection failed: harmless names, no secrets."""
+
+import os
+import ssl
+
+import pytest
+from pop_converter.errors import PopError
+
+from pop_local.fetching.reasons import reason_of
+from pop_local.fetching.url import file_name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/b/model-Q4_K_M.gguf?download=true", "model-Q4_K_M.gguf"),
+        ("get/model", "model.gguf"),
+        ("%2e%2e%2f%2e%2e%2fetc%2fx.gguf", "x.gguf"),
+        ("a%00b%0a.gguf", "a_b_.gguf"),
+        ("..", ".gguf"),
+    ],
+)
+def test_names_from_addresses_are_harmless(path, name):
+    if name == ".gguf":
+        with pytest.raises(PopError, match="names no file"):
+            file_name(f"https://example.org/{path}")
+        return
+    assert file_name(f"https://example.org/{path}") == name
+    assert os.sep not in name
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("https:///x.gguf?key=s3cret", "https:///x.gguf names no host"),
+        ("https://me:s3cret@example.org/?key=s3cret", "https://example.org/ names no file"),
+    ],
+)
+def test_an_address_without_a_host_or_a_file(url, message):
+    with pytest.raises(PopError) as failure:
+        file_name(url)
+    assert failure.value.message == message
+
+
+def test_a_certificate_that_nobody_vouches_for_is_said_to_be_that():
+    from requests.exceptions import SSLError
+
+    refused = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    refused.verify_message = "certificate has expired"
+    try:
+        try:
+            raise refused
+        except ssl.SSLError as inner:
+            raise SSLError("/tiny.gguf?key=s3cret") from inner
+    except SSLError as error:
+        assert reason_of(error) == "certificate has expired"
