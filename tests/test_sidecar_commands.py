@@ -11,7 +11,7 @@ from converted import Pair, made_up, paired
 from pop_converter.errors import PopError
 from pop_converter.format import Measured
 from pop_converter.header import read_header
-from pop_converter.plan import make_plan
+from pop_converter.plan import TAIL_TOKENS, make_plan
 from pop_converter.shape import read_shape
 from pop_converter.sidecar import sidecar_beside
 from pop_converter.source import read_source
@@ -199,7 +199,7 @@ def test_bench(base, sidecar):
     arguments = ("bench", base, "--prompt", 100, "--repeat", 1, "--json", "--threads", 1)
     found = json.loads(command(*arguments).stdout)
     assert (found["model"], found["sidecar"]) == (str(base), str(sidecar))
-    assert found["rows"][0]["n_pruned"] == 83
+    assert found["rows"][0]["n_pruned"] == 100 - 1 - TAIL_TOKENS
     assert json.loads(command(*arguments, "--boundary", 3).stdout)["sidecar"] is None
 
 
