@@ -41,6 +41,7 @@ ABLATIONS = (
     Row("no sink", ("--sink", "0"), True),
     Row("tail of 1", ("--tail", "1"), True),
     Row("tail of 4", ("--tail", "4"), True),
+    Row("tail of 16", ("--tail", "16"), True),
     Row("tail of 64", ("--tail", "64"), True),
     Row("tokens weighted alike", (*REFIT, "--weighting", "none")),
     Row("stored as F16", (*REFIT, "--kv-type", "f16")),
