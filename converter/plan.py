@@ -103,6 +103,12 @@ def make_plan(
     """
     if boundary is None:
         boundary = shape.n_layer - _n_skipped(shape.n_layer, skip)
+        if boundary < 1:
+            raise PlanError(
+                f"{shape.n_layer - boundary} of {shape.n_layer} layers cannot be skipped: at least "
+                "one must be kept",
+                f"skip {shape.n_layer - 1} at most" if shape.n_layer > 1 else "",
+            )
     if not 0 < boundary < shape.n_layer:
         raise PlanError(
             f"of {shape.n_layer} layers at least one must be kept and one skipped: boundary "

@@ -143,6 +143,8 @@ def test_when_nothing_passes_nothing_is_written(base, tmp_path):
         ("--quality", "balanced", "--max-copy-ratio", 1.1),
         ("--quality", "perfect"),
         ("--max-kl", -1),
+        ("--max-kl", 0),
+        ("--max-copy-ratio", 0),
         ("--allow-broken-copy",),
     ],
 )
@@ -157,6 +159,27 @@ def test_an_output_in_the_way_is_refused_before_measuring(base, tmp_path, monkey
     refused = convert(base)
     assert refused.exit_code == 1
     assert "--force" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--text", "nowhere.txt"), "cannot read nowhere.txt"),
+        (("--text", "short.txt"), "short.txt has 10 bytes: this model needs 2,048 tokens"),
+        (("--text", os.devnull), "neither a file nor a folder"),
+        (("--tokens", 100), "100 tokens are too few"),
+    ],
+)
+def test_what_no_fit_could_use_is_refused_before_measuring(
+    base, tmp_path, monkeypatch, options, reason
+):
+    monkeypatch.setattr(budgeting, "_Search", None)
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("ten bytes.")
+    for dry_run in ((), ("--dry-run",)):
+        refused = convert(base, *options, *dry_run)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert reason in " ".join(refused.stderr.split())
 
 
 def test_dry_run_says_what_would_be_tried(base, tmp_path, monkeypatch):

@@ -144,9 +144,12 @@ def test_a_plot_without_matplotlib_fails_before_measuring(pop_file, tmp_path, mo
         ["--sweep", "2,4", "--boundary", "4"],
         ["--no-pop", "--no-boundary"],
         ["--plot", "out.png"],
+        ["--skip", "soon"],
+        ["--sweep", "1/3,soon"],
+        ["--sweep", ""],
     ],
 )
-def test_contradictions_are_wrong_usage(pop_file, options):
+def test_contradictions_and_nonsense_are_wrong_usage(pop_file, options):
     assert evaluate(pop_file, *options).exit_code == 2
 
 
@@ -160,7 +163,7 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeyp
     ("options", "reason"),
     [
         (["--boundary", "8"], "1 to 7"),
-        (["--sweep", "1/3,soon"], "soon"),
+        (["--sweep", "1/3,9"], "9 of 8 layers cannot be skipped"),
         (["--ctx", "100"], "--ctx gives 100"),
         (["--windows", "500"], "tokens are needed"),
         (["--context", "17"], "none would be pruned"),

@@ -89,6 +89,13 @@ def test_an_existing_output_is_replaced_only_by_force(base, sidecar):
     assert read_header(sidecar).get("pop.schedule") == "FFFFFSSS"
 
 
+def test_elsewhere_it_has_to_be_named(base, tmp_path):
+    done = convert(base, tmp_path / "other.gguf")
+    assert done.exit_code == 0
+    assert f"open it with --pop {tmp_path / 'other.gguf'}" in " ".join(done.stderr.split())
+    assert "--pop" not in convert(base).stderr
+
+
 def test_the_model_itself_is_never_the_output(base):
     assert "is the input itself" in convert(base, base, "--force").stderr
 

@@ -91,17 +91,32 @@ def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> Calib
     windows = _cut(model, text, count)
     least = least_tokens(n_embd)
     if windows.size < least:
-        raise CalibrationError(
-            f"{path} has {windows.size:,} tokens in whole windows of {N_WINDOW}: this model needs "
-            f"{least:,}",
-            "give more text, or none: the default needs no file",
-        )
+        found = f"{windows.size:,} tokens in whole windows of {N_WINDOW}"
+        raise _too_short(path, found, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
             f"{path} repeats itself: it has fewer than {_LEAST_DISTINCT} different tokens",
             "give a text of ordinary variety, or none: the default needs no file",
         )
     return CalibrationText(path.name, hashlib.sha256(text.encode()).hexdigest(), windows)
+
+
+def require_text(path: Path, n_embd: int) -> None:
+    """Raises PopError where `given_text` certainly would, without a model to count tokens."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CalibrationError(
+            f"{path} is neither a file nor a folder", "save the text first: it is read twice"
+        )
+    n_bytes, least = len(whole_text(path).encode()), least_tokens(n_embd)
+    if n_bytes < least:
+        raise _too_short(path, f"{n_bytes:,} bytes", least)
+
+
+def _too_short(path: Path, found: str, least: int) -> CalibrationError:
+    return CalibrationError(
+        f"{path} has {found}: this model needs {least:,} tokens",
+        "give more text, or none: the default needs no file",
+    )
 
 
 def whole_text(path: Path) -> str:

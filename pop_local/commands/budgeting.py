@@ -25,7 +25,7 @@ from pop_local.commands.describing import (
 from pop_local.commands.examining import measured, opened_to_measure
 from pop_local.commands.files import ModelFiles
 from pop_local.commands.fitting import FitOptions
-from pop_local.commands.options import finite
+from pop_local.commands.options import positive
 from pop_local.measure.budget import (
     BALANCED,
     BUDGETS,
@@ -71,7 +71,7 @@ MaxKl = Annotated[
         "--max-kl",
         metavar="NATS",
         min=0.0,
-        callback=finite,
+        callback=positive,
         help="Largest KL divergence from the full model, instead of --quality.",
     ),
 ]
@@ -81,7 +81,7 @@ MaxCopyRatio = Annotated[
         "--max-copy-ratio",
         metavar="RATIO",
         min=0.0,
-        callback=finite,
+        callback=positive,
         help="Largest perplexity of a repeated passage, in the full model's; likewise.",
     ),
 ]
@@ -275,7 +275,7 @@ def _over(budget: Budget, best: Trial) -> OverBudgetError:
     return OverBudgetError(
         f"not even {best.n_skipped} skipped layer{'s' * (best.n_skipped > 1)} is within the budget "
         f"(KL {budget.max_kl:g}, copy ratio {budget.max_copy_ratio:g}, "
-        f"{budget.least_retention:.0%} kept): KL {best.kl_mean:.4f}, copy ratio "
+        f"{budget.least_retention:.0%} kept): KL {best.kl_mean:.4g}, copy ratio "
         f"{best.copy_ppl_ratio:.3f}{kept}",
         "allow more (--quality fast, --max-kl, --max-copy-ratio), or choose --skip yourself",
     )

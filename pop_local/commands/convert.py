@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pop_converter.errors import PlanError
 from pop_converter.format import FITTED, PopMeta
-from pop_converter.plan import DEFAULT_SKIP, TAIL_TOKENS, Plan, Skip, make_plan, parse_skip
+from pop_converter.plan import DEFAULT_SKIP, TAIL_TOKENS, Plan, Skip, make_plan
 from pop_converter.shape import source_shape
 from pop_converter.source import read_source
 
@@ -31,7 +30,7 @@ from pop_local.commands.fitting import (
     fit_facts,
 )
 from pop_local.commands.forms import COPY, SIDECAR
-from pop_local.commands.options import GpuLayers, Threads
+from pop_local.commands.options import GpuLayers, Threads, share
 from pop_local.measure.limit import with_min_prompt
 from pop_local.models import resolve_base
 from pop_local.ui.tables import print_facts
@@ -133,7 +132,7 @@ def convert(
     the copy too (and runs it in full). With --sidecar the model itself stays the file to open, here
     and elsewhere.
     """
-    share = _share(skip, boundary)
+    skipped = _skipped(skip, boundary)
     has_depth = (skip, boundary) != (None, None)
     budget = given_budget(quality, max_kl, max_copy_ratio, has_depth=has_depth)
     if budget and allow_broken_copy:
@@ -154,6 +153,7 @@ def convert(
     )
     if projection is ProjectionName.OWN:
         options.require_none("--projection own fits nothing")
+    options.require_text(shape.n_embd)
 
     def planned(**depth: Any) -> Plan:
         plan = make_plan(
@@ -171,7 +171,7 @@ def convert(
         plans = tuple(planned(boundary=each) for each in possible_boundaries(shape))
         convert_within(budget, plans, job, dry_run=dry_run, json=json)
         return
-    plan = planned(skip=share, boundary=boundary)
+    plan = planned(skip=skipped, boundary=boundary)
     sizes = job.measure(plan)
     if not json:
         fit = fit_facts((plan,), source, options) if plan.projection == FITTED else []
@@ -183,12 +183,9 @@ def convert(
     show_written(plan, job, sizes, meta, (), json=json)
 
 
-def _share(skip: str | None, boundary: int | None) -> Skip:
+def _skipped(skip: str | None, boundary: int | None) -> Skip:
     if skip is None:
         return DEFAULT_SKIP
     if boundary is not None:
         raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
-    try:
-        return parse_skip(skip)
-    except PlanError as error:
-        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--skip") from error
+    return share(skip, "--skip")

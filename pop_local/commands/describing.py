@@ -7,6 +7,7 @@ from typing import Any
 from pop_converter.format import FITTED, Budget, Calibration, Measured, PopMeta
 from pop_converter.plan import Plan
 from pop_converter.rewrite import Sizes
+from pop_converter.sidecar import sidecar_path
 
 from pop_local.commands.converting import Job
 from pop_local.commands.examining import measured_facts
@@ -15,6 +16,7 @@ from pop_local.commands.forms import SIDECAR, Form
 from pop_local.measure.limit import LIMIT_PROMPT, speedup_limit
 from pop_local.ui.budget import Trial, budget_fact
 from pop_local.ui.tables import Fact, print_facts, print_json, size
+from pop_local.ui.theme import note
 
 _HOW = "first without a fit, then those near the budget as they will be used"
 
@@ -130,6 +132,8 @@ def show_written(
     elif meta is not None:
         quality = measured_facts(meta.measured) if meta.measured else []
         print_facts([*quality, ("Written", str(job.target))])
+        if job.form is SIDECAR and job.target != sidecar_path(job.source):
+            note(f"It is looked for beside the model only: open it with --pop {job.target}.")
 
 
 def _report(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from pop_converter.errors import PopError
 from pop_converter.output import check_output
-from pop_converter.plan import make_plan, parse_skip
+from pop_converter.plan import make_plan
 from pop_converter.shape import ModelShape, source_shape
 from pop_converter.sidecar import pop_of
 from pop_converter.source import Source, read_source
@@ -21,7 +21,7 @@ from pop_local.commands.fitting import (
     Tokens,
     WeightingOption,
 )
-from pop_local.commands.options import GpuLayers, MeasuredCtx, NoPop, Pop, Threads
+from pop_local.commands.options import GpuLayers, MeasuredCtx, NoPop, Pop, Threads, share
 from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.ui.quality import Row, facts, flat, plot, require_matplotlib, table
 from pop_local.ui.tables import markdown, print_facts, print_json
@@ -105,6 +105,7 @@ def eval(  # noqa: A001
     source = read_source(files.path)
     shape = source_shape(source)
     boundaries = _boundaries(source, shape, skip, boundary, sweep, files.sidecar)
+    options.require_text(shape.n_embd)
     if plot_file is not None:
         require_matplotlib()
         check_output(plot_file, (source.first.path,), 0, force=force)
@@ -157,12 +158,12 @@ def _boundaries(
     if sum(option is not None for option in (skip, boundary, sweep)) > 1:
         raise typer.BadParameter("--skip, --boundary and --sweep say the same: give one of them")
     if sweep is not None:
-        plans = [make_plan(shape, skip=parse_skip(part)) for part in sweep.split(",")]
+        plans = [make_plan(shape, skip=share(part, "--sweep")) for part in sweep.split(",")]
         return tuple(dict.fromkeys(plan.boundary for plan in plans))
     if boundary is not None:
         return (make_plan(shape, boundary=boundary).boundary,)
     if skip is not None:
-        return (make_plan(shape, skip=parse_skip(skip)).boundary,)
+        return (make_plan(shape, skip=share(skip, "--skip")).boundary,)
     meta = pop_of(source, sidecar)
     if meta is None:
         path = source.first.path

@@ -96,6 +96,14 @@ class FitOptions:
         if self != FitOptions():
             raise typer.BadParameter(f"options of the fit were given, but {of}")
 
+    def require_text(self, n_embd: int) -> None:
+        """Refuses what a fit would refuse, before anything is measured. Raises PopError."""
+        from pop_local.calibration.texts import require_text
+
+        self.n_tokens(n_embd)
+        if self.text is not None:
+            require_text(self.text, n_embd)
+
     def kept(self) -> list[Path]:
         """The files to resume from, of whatever boundaries (`at`)."""
         if self.state_path is None:

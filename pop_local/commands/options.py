@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pop_converter.errors import PlanError
+from pop_converter.plan import Skip, parse_skip
 
 
 def finite(value: float | None) -> float | None:
@@ -12,6 +14,21 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
+
+
+def positive(value: float | None) -> float | None:
+    """As `finite`, for what nothing measured could reach at zero."""
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value:g} leaves nothing to allow: give more than 0")
+    return finite(value)
+
+
+def share(text: str, option: str) -> Skip:
+    """As `parse_skip`; what it refuses is wrong usage of the option."""
+    try:
+        return parse_skip(text)
+    except PlanError as error:
+        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option) from error
 
 
 Threads = Annotated[
