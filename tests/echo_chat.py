@@ -9,6 +9,7 @@ from typing import Any
 from scripted import STATS, ScriptedModel, figures, scripted_chat
 
 from pop_local.engine.turn import Chunk, Message
+from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.line import line_reader
 from pop_local.ui.repl import Repl
 from pop_local.ui.screen import TerminalScreen
@@ -29,7 +30,7 @@ class EchoModel(ScriptedModel):
                     return
                 time.sleep(0.01)
         if "speak slowly" in text:
-            for n_said in range(1000):
+            for n_said in range(50 if "briefly" in text else 1000):
                 yield Chunk(f"word{n_said} ")
                 if options["should_stop"]():
                     yield Chunk("", figures(finish_reason="interrupted"))
@@ -43,7 +44,8 @@ class EchoModel(ScriptedModel):
 def main(history: str) -> None:
     chat = scripted_chat(EchoModel(n_ctx=1_000_000), TerminalScreen(look("terminal")))
     words = {name: command.words for name, command in COMMANDS.items()}
-    Repl(chat, line_reader(Path(history), words)).run()
+    with unechoed_keys():
+        Repl(chat, line_reader(Path(history), words)).run()
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ class Terminal:
         self._at = match.end()
         self.match = match
 
-    def expect_prompt(self) -> None:
-        self.expect(r"(?m)^>$")
+    def expect_prompt(self, timeout_s: float = TIMEOUT_S) -> None:
+        self.expect(r"(?m)^>$", timeout_s)
 
     def expect_end(self) -> int:
         """Waits for the program to end; its exit status."""

@@ -50,14 +50,21 @@ def test_json_has_all_figures_and_the_counters_add_up(tiny_file):
     assert full["text"] and pop["text"]
 
 
-def test_in_a_terminal_it_goes_on_as_a_chat(tiny_file):
+def test_in_a_terminal_it_goes_on_as_a_chat_with_the_settings(tiny_file, monkeypatch):
     pexpect = pytest.importorskip("pexpect", reason="a pseudo-terminal is needed")
-    arguments = ["-m", "pop_local", "demo", str(tiny_file), *WIDE, "--threads", "1"]
+    monkeypatch.setenv("POP_LOCAL_TEMPERATURE", "0.5")
+    monkeypatch.setenv("POP_LOCAL_SYSTEM", "Be brief.")
+    arguments = ["-m", "pop_local", "demo", str(tiny_file), *WIDE, "--threads", "1", "--seed", "3"]
     child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=120)
     child.expect("Tokens pruned")
     child.expect("/exit leaves")
     child.sendline("/pop")
     child.expect("Pruning is on")
+    child.sendline("/set")
+    child.expect("temperature is 0.5")
+    child.expect("seed is 3")
+    child.sendline("/system")
+    child.expect("The system prompt is: Be brief")
     child.sendline("/exit")
     child.expect(pexpect.EOF)
     child.close()
@@ -69,6 +76,13 @@ def test_the_document_is_long_enough(smollm2):
 
     text = (importlib.resources.files("pop_local") / "data" / "document.md").read_bytes()
     assert len(open_model(smollm2, n_ctx=256).tokenize(text)) >= 1500
+
+
+def test_settings_are_looked_at_before_it_begins(tiny_file, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_THEME", "darc")
+    done = demo(tiny_file, *WIDE)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "there is no theme darc" in done.stderr
 
 
 def test_an_unconverted_model_is_refused(tmp_path):

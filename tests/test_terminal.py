@@ -217,6 +217,27 @@ def test_run_refuses_what_is_no_text(model, tmp_path):
     assert "absent.txt: No such file" in absent.stderr
 
 
+def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("a word " * 100)
+    arguments = ("run", str(model), "Why?", "--file", str(file), *ANSWER_OPTIONS)
+    done = piped(*arguments, "--ctx", "512", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    counted, error, hint = done.stderr.splitlines()
+    assert re.fullmatch(r".*/book\.txt: 501 tokens, 98% of the context\.", counted)
+    found = re.fullmatch(
+        r"error: the prompt has (\d+) tokens, (\d+) too many:"
+        r" the context holds 512, and an answer needs 64",
+        error,
+    )
+    assert found and int(found[2]) == int(found[1]) + 64 - 512
+    larger = re.fullmatch(r"hint: take a larger context \(--ctx (\d+)\) or give less text", hint)
+    assert larger
+    assert piped(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
+    file.write_text("a word " * 1000)
+    assert piped(*arguments).stderr.splitlines()[-1] == "hint: give less text"
+
+
 @pytest.mark.slow
 def test_a_real_conversation(smollm2, tmp_path):
     """The second turn reads little more than its own question; run gives the first answer too."""

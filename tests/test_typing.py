@@ -74,13 +74,14 @@ def test_a_pasted_document_is_one_question(history):
 
 
 def test_commands_and_paths_are_completed(history, tmp_path):
-    (tmp_path / "a long name.txt").write_text("some words")
     terminal = chat(history, width=200)
     terminal.send("/sy\t")
     terminal.expect("/system")
     terminal.interrupt()
     terminal.expect_prompt()
-    terminal.send(f"/file {tmp_path}/a l\t")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a long name.txt").write_text("some words")
+    terminal.send(f"/fi\t{tmp_path}/fol\ta l\t")
     terminal.line("")
     terminal.expect(r"a long name\.txt: 2 tokens, 0% of the context")
     terminal.line("/pop o\t")
@@ -92,7 +93,7 @@ def test_commands_and_paths_are_completed(history, tmp_path):
 def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(history):
     terminal = chat(history)
     terminal.line("read slowly")
-    terminal.expect(r"Reading the prompt .*tokens/s")
+    terminal.expect(r"(?=Reading the prompt .*tokens/s)")  # what follows takes its place
     terminal.interrupt()
     terminal.expect("Stopped after reading")
     terminal.expect("The question is dropped")
@@ -121,6 +122,19 @@ def test_an_answer_while_the_terminal_is_resized(history):
     terminal.expect("· stopped")
     lines = terminal.text.split("\n")
     assert max(map(len, lines)) <= 80
+    leave(terminal)
+
+
+def test_keys_typed_during_an_answer_wait_for_the_prompt(history):
+    terminal = chat(history)
+    terminal.line("speak slowly, briefly")
+    terminal.expect("word2")
+    terminal.line("typed")
+    terminal.send("ahead")
+    terminal.expect("5 characters in 1 lines: typed")
+    terminal.line("!")
+    terminal.expect("6 characters in 1 lines: ahead!")
+    assert terminal.text.count("word0 ") == 1, "the answer was drawn over itself"
     leave(terminal)
 
 

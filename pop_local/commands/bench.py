@@ -14,7 +14,7 @@ from pop_local.commands.options import GpuLayers, MeasuredCtx, Pop, Threads
 from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Column, Table, markdown, print_json
-from pop_local.ui.theme import out
+from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -182,7 +182,7 @@ def _show(report: Report, boundary: int, n_layer: int) -> None:
         "",
         markdown(_table(report.rows)),
     ]
-    out.file.write("\n".join(lines) + "\n")
+    say("\n".join(lines))
 
 
 def _break_even(
@@ -220,7 +220,7 @@ def _break_even(
         "",
         _advice(report, n_longest),
     ]
-    out.file.write("\n".join(lines) + "\n")
+    say("\n".join(lines))
 
 
 def _advice(report: BreakEvenReport, n_longest: int) -> str:

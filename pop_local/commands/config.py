@@ -15,7 +15,7 @@ from pop_local.models import DEFAULT_MODEL, models_dir
 from pop_local.settings import Scalar, Setting, Value
 from pop_local.ui.lazy import HELP_OPTIONS
 from pop_local.ui.tables import Column, Table, print_json, print_table
-from pop_local.ui.theme import note, out, warn
+from pop_local.ui.theme import note, say, warn
 
 config = typer.Typer(
     invoke_without_command=True,
@@ -79,7 +79,7 @@ def _default(setting: Setting) -> str:
 @config.command()
 def path() -> None:
     """Print where the settings file is, or would be."""
-    out.print(settings.config_path(), soft_wrap=True, markup=False)
+    say(str(settings.config_path()))
 
 
 # So that -1 is a value.

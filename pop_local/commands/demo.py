@@ -10,19 +10,32 @@ import typer
 from pop_converter.errors import PopError
 from pop_converter.shape import read_shape
 
-from pop_local.commands.options import DEFAULT_THEME, Ctx, GpuLayers, Pop, Threads
+from pop_local.commands.options import (
+    DEFAULT_THEME,
+    Ctx,
+    GpuLayers,
+    MaxTokens,
+    Pop,
+    Seed,
+    Temperature,
+    Theme,
+    Threads,
+    TopP,
+    sampling,
+)
 from pop_local.commands.ready import model_files, open_ready
-from pop_local.commands.talking import OpenAgain, conversation, talk
+from pop_local.commands.talking import conversation, talk
 from pop_local.models import DEFAULT_MODEL
 from pop_local.ui.progress import token_progress
 from pop_local.ui.screen import TerminalScreen
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import look, note, out
+from pop_local.ui.theme import look, note, say
 
 if TYPE_CHECKING:
     from pop_local.engine.backend import Mode
     from pop_local.engine.model import PopModel
 
+# Of the two answers.
 MAX_TOKENS = 32
 WARM_UP_TOKENS = 64
 
@@ -63,12 +76,24 @@ def demo(
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and open no chat.")
     ] = False,
+    system: Annotated[str, typer.Option("--system", help="System prompt of the chat.")] = "",
     pop: Pop = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
     threads: Threads = None,
     ctx: Ctx = None,
     gpu_layers: GpuLayers = -1,
+    theme: Theme = DEFAULT_THEME,
 ) -> None:
-    """Answer one question about a document twice, then open the chat."""
+    """Answer one question about a document twice, then open the chat.
+
+    The two answers are short and take the likeliest tokens, to be compared; how answers are
+    sampled is said for the chat.
+    """
+    screen = TerminalScreen(look(theme))
+    chosen = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     files = model_files(model, pop, threads=threads, gpu_layers=gpu_layers)
     path = files.path
     shape = read_shape(path)
@@ -100,7 +125,7 @@ def demo(
     if json:
         print_json(report)
         return
-    out.file.writelines(f"{line}\n" for line in _lines(report))
+    say("\n".join(_lines(report)))
     if sys.stdin.isatty():
 
         def open_again(name: str | None, n_ctx: int | None) -> "PopModel":
@@ -113,7 +138,8 @@ def demo(
                 pop=None if name else files.sidecar,
             )
 
-        _chat(opened, open_again)
+        note("Now it is your turn; pruning is on. /help lists the commands, /exit leaves.")
+        talk(conversation(opened, open_again, screen, system=system, sampling=chosen))
 
 
 def _text(name: str) -> str:
@@ -168,8 +194,3 @@ def _lines(report: Report) -> Iterator[str]:
         f"Tokens pruned: {report.pop.n_pruned:,} of {report.n_prompt:,}; they skipped"
         f" {report.n_layer - report.boundary} of {report.n_layer} layers"
     )
-
-
-def _chat(opened: "PopModel", open_again: OpenAgain) -> None:
-    note("Now it is your turn; pruning is on. /help lists the commands, /exit leaves.")
-    talk(conversation(opened, open_again, TerminalScreen(look(DEFAULT_THEME)), sampling={}))

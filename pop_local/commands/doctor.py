@@ -14,6 +14,7 @@ from rich.text import Text
 from pop_local import __version__, settings
 from pop_local.engine import backend
 from pop_local.models import DEFAULT_MODEL, find, lookup, models_dir, resolve
+from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json, size
 from pop_local.ui.theme import out
 
@@ -59,10 +60,11 @@ def doctor(
 def _draw(checks: tuple[Check, ...]) -> None:
     width = max(len(check.title) for check in checks)
     for check in checks:
-        line = Text.assemble(MARKS[check.status], f"  {check.title.ljust(width)}  {check.found}")
-        out.print(line, soft_wrap=True)
+        found = f"  {check.title.ljust(width)}  {printable(check.found)}"
+        out.print(Text.assemble(MARKS[check.status], found), soft_wrap=True)
         if check.to_do:
-            out.print(Text(f"      {' ' * width}  {check.to_do}", style="hint"), soft_wrap=True)
+            to_do = Text(f"      {' ' * width}  {printable(check.to_do)}", style="hint")
+            out.print(to_do, soft_wrap=True)
 
 
 def _program() -> list[Check]:

@@ -25,7 +25,7 @@ from pop_local.commands.options import GpuLayers, MeasuredCtx, NoPop, Pop, Threa
 from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.ui.quality import Row, facts, flat, plot, require_matplotlib, table
 from pop_local.ui.tables import markdown, print_facts, print_json
-from pop_local.ui.theme import note, out
+from pop_local.ui.theme import note, say
 
 
 def eval(  # noqa: A001
@@ -188,6 +188,6 @@ def _show(source: Source, run: Run, rows: Sequence[Row], *, as_sweep: bool, json
             "",
             markdown(table(rows)),
         ]
-        out.file.write("\n".join(lines) + "\n")
+        say("\n".join(lines))
     else:
         print_facts([("Model", path), ("Text", text.name), *facts(rows[0])])

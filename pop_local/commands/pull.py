@@ -13,7 +13,7 @@ from pop_local.fetching.url import fetch_url, file_name, is_url
 from pop_local.models import find, models_dir
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import size
-from pop_local.ui.theme import note, out, warn
+from pop_local.ui.theme import note, say, warn
 
 
 def pull(
@@ -47,7 +47,7 @@ def pull(
     except KeyboardInterrupt:
         note("What has arrived is kept: the same command goes on from there.")
         raise
-    out.print(path, soft_wrap=True, markup=False)
+    say(str(path))
 
 
 def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Path:

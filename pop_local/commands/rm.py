@@ -11,7 +11,7 @@ from pop_converter.errors import PopError
 from pop_local.models import models_dir
 from pop_local.stored import removable, total_bytes
 from pop_local.ui.tables import print_json, size
-from pop_local.ui.theme import err, out
+from pop_local.ui.theme import note, say
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ def rm(
         print_json(Removal(files, freed_bytes))
         return
     for file in files:
-        out.print(f"Removed {file}", soft_wrap=True, markup=False)
-    out.print(f"Freed {size(freed_bytes)}")
+        say(f"Removed {file}")
+    say(f"Freed {size(freed_bytes)}")
 
 
 def _ask(files: tuple[Path, ...], freed_bytes: int) -> None:
     if not sys.stdin.isatty():
         raise PopError("nobody can be asked whether to remove it", "to remove it unasked: --yes")
     for file in files:
-        err.print(str(file), style="note", markup=False, soft_wrap=True)
+        note(str(file))
     question = f"Remove {len(files)} file{'s' if len(files) > 1 else ''} ({size(freed_bytes)})?"
     if not typer.confirm(question, err=True):
         raise PopError("nothing was removed")

@@ -25,9 +25,12 @@ from pop_local.commands.options import (
 from pop_local.commands.ready import open_ready
 from pop_local.documents import read_document, read_limited
 from pop_local.engine.conversation import Document, Turn
-from pop_local.engine.turn import Chunk, Message, Reading, TurnStats
+from pop_local.engine.turn import Chunk, ContextFullError, Message, Reading, TurnStats
 from pop_local.textfiles import decoded
+from pop_local.ui.chat import least_answer
 from pop_local.ui.interrupt import deferred_interrupt
+from pop_local.ui.keys import unechoed_keys
+from pop_local.ui.overflow import too_long
 from pop_local.ui.screen import TerminalScreen, showing_prefill
 from pop_local.ui.stats import counted_line, stats_line
 from pop_local.ui.tables import print_json
@@ -92,16 +95,20 @@ def run(
     for document in turn.documents:
         n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))
-    with deferred_interrupt() as interrupt:
+    options["min_answer"] = least_answer(max_tokens, opened.n_ctx())
+    with unechoed_keys(), deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked
         chunks = showing_prefill(
             screen,
             lambda advance: _chunks(opened, system, turn.prompt, options | {"on_prefill": advance}),
         )
-        if json:
-            print_json(_collected(opened, chunks))
-        else:
-            _show(screen, chunks)
+        try:
+            if json:
+                print_json(_collected(opened, chunks))
+            else:
+                _show(screen, chunks)
+        except ContextFullError as error:
+            raise too_long(opened, error) from error
     if interrupt.asked:
         raise KeyboardInterrupt
 

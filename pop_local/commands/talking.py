@@ -9,6 +9,7 @@ from pop_converter.shape import read_shape
 from pop_local.folders import history_file
 from pop_local.measure.full_cost import FullCosts
 from pop_local.ui.chat import Chat, Opened
+from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.line import line_reader
 from pop_local.ui.repl import Repl
 from pop_local.ui.screen import Screen
@@ -40,7 +41,8 @@ def conversation(
 def talk(chat: Chat) -> None:
     """Returns when the user leaves, or the piped lines end."""
     words = {name: command.words for name, command in COMMANDS.items()}
-    Repl(chat, line_reader(history_file(), words)).run()
+    with unechoed_keys():
+        Repl(chat, line_reader(history_file(), words)).run()
 
 
 def _opened(model: "PopModel") -> Opened:

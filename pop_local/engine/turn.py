@@ -181,7 +181,8 @@ class ContextFullError(PopError):
 
     def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:
         super().__init__(
-            f"the prompt has {n_prompt} tokens, the context holds {n_ctx}",
+            f"the prompt has {n_prompt:,} tokens, {n_prompt + n_answer - n_ctx:,} too many:"
+            f" the context holds {n_ctx:,}, and an answer needs {n_answer:,}",
             f"give a larger context (--ctx {n_prompt + 512}) or a shorter prompt",
         )
         self.n_prompt = n_prompt

@@ -93,7 +93,7 @@ def _attach_all(chat: Chat, files: Sequence[_Counted], n_tokens: int) -> None:
 def _choose(chat: Chat, n_tokens: int, room: int, cuts: Sequence[Choice]) -> str | None:
     """What to do about too much text: the key, "l" once the context is larger."""
     n_ctx = chat.model.n_ctx()
-    n_larger = larger_ctx(chat, n_tokens - room + n_ctx)
+    n_larger = larger_ctx(chat.model, n_tokens - room + n_ctx)
     larger = [Choice("l", f"take a larger context (--ctx {n_larger})")] if n_larger else []
     question = f"That is {n_tokens - room:,} tokens more than there is room for ({max(0, room):,})."
     chosen = chat.screen.choose(question, [*cuts, *larger, Choice("s", "skip it")])

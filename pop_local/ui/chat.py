@@ -63,6 +63,11 @@ class Opened:
 OpenModel = Callable[[str | None, int | None], Opened]
 
 
+def least_answer(max_tokens: int | None, n_ctx: int) -> int:
+    """The room that an answer needs at least, in tokens."""
+    return min(max_tokens or ANSWER_TOKENS, ANSWER_TOKENS, max(1, n_ctx // 8))
+
+
 class Chat:
     """What was said, what is attached, how it is sampled."""
 
@@ -127,8 +132,7 @@ class Chat:
     @property
     def n_answer(self) -> int:
         """The room that an answer needs at least."""
-        limit: int = self.sampling.get("max_tokens") or ANSWER_TOKENS
-        return min(limit, ANSWER_TOKENS, max(1, self.model.n_ctx() // 8))
+        return least_answer(self.sampling.get("max_tokens"), self.model.n_ctx())
 
     # The conversation
 

@@ -15,6 +15,7 @@ import typer
 from pop_converter.errors import PopError
 from rich.text import Text
 
+from pop_local.ui.printable import printable
 from pop_local.ui.theme import err
 
 EXIT_FAILED = 1
@@ -45,7 +46,7 @@ def guard(*, debug: bool) -> Iterator[None]:
     With `debug` the trace comes first, and llama.cpp's log goes to stderr meanwhile.
     """
     if debug:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        _log_to_stderr()
     try:
         with _terminations_unwind():
             yield
@@ -58,9 +59,12 @@ def guard(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(EXIT_PIPE_CLOSED) from None
     except Exception as error:
         if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
-            raise  # typer's own, wrong usage among them
+            # typer's own; wrong usage has a message, which quotes what was given.
+            if hasattr(error, "message"):
+                error.message = printable(str(error.message), kept="\n")
+            raise
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(printable(traceback.format_exc(), kept="\n"))
         show(as_pop_error(error))
         raise typer.Exit(EXIT_FAILED) from None
 
@@ -85,7 +89,21 @@ def show(error: PopError) -> None:
 
 
 def _labelled(label: str, text: str) -> None:
-    err.print(Text.assemble((f"{label}: ", label), " ".join(text.split())), soft_wrap=True)
+    line = printable(" ".join(text.split()))
+    err.print(Text.assemble((f"{label}: ", label), line), soft_wrap=True)
+
+
+class _Printable(logging.Formatter):
+    """llama.cpp logs what is in a model's metadata."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), kept="\n")
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def _forget_stdout() -> None:

@@ -161,9 +161,10 @@ class _Completer(Completer):
             return
         name, space, argument = text.partition(" ")
         if not space:
-            yield from _matching(self._commands, name)
+            yield from _matching(self._commands, name, end=" ")
         elif name in PATH_COMMANDS:
-            yield from self._paths.get_completions(Document(argument), event)
+            for found in self._paths.get_completions(Document(argument), event):
+                yield _with_slash(found)
         elif name in self._commands:
             yield from _matching(self._commands[name](), argument)
 
@@ -171,7 +172,13 @@ class _Completer(Completer):
 PATH_COMMANDS = ("/file", "/glob")
 
 
-def _matching(words: Iterable[str], begun: str) -> Iterator[Completion]:
+def _matching(words: Iterable[str], begun: str, end: str = "") -> Iterator[Completion]:
     for word in words:
         if word.startswith(begun):
-            yield Completion(word, start_position=-len(begun))
+            yield Completion(word + end, start_position=-len(begun), display=word)
+
+
+def _with_slash(found: Completion) -> Completion:
+    """prompt_toolkit shows the slash after a folder, and leaves it to be typed."""
+    slash = "/" if found.display_text.endswith("/") else ""
+    return Completion(found.text + slash, found.start_position, display=found.display)

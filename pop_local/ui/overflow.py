@@ -11,7 +11,7 @@ from pop_local.engine.turn import ContextFullError
 from pop_local.ui.screen import Choice
 
 if TYPE_CHECKING:
-    from pop_local.ui.chat import Chat
+    from pop_local.ui.chat import Chat, ChatModel
 
 _CTX_STEP = 1024
 
@@ -24,7 +24,7 @@ def make_room(chat: Chat, turn: Turn, error: ContextFullError) -> bool:
         f" and it holds {error.n_ctx:,}."
     )
     n_drop = _n_to_drop(chat, turn, error)
-    n_larger = larger_ctx(chat, error.n_prompt + error.n_answer)
+    n_larger = larger_ctx(chat.model, error.n_prompt + error.n_answer)
     choices = [Choice("x", "drop this question")]
     if n_larger:
         choices.insert(0, Choice("l", f"take a larger context (--ctx {n_larger}), read all again"))
@@ -54,14 +54,21 @@ def enlarge(chat: Chat, n_ctx: int) -> bool:
     return True
 
 
-def larger_ctx(chat: Chat, n_needed: int) -> int | None:
+def too_long(model: ChatModel, error: ContextFullError) -> PopError:
+    """Where nobody can be asked: what is wrong, and a context that would do."""
+    n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
+    larger = f"take a larger context (--ctx {n_larger}) or " if n_larger else ""
+    return PopError(error.message, f"{larger}give less text")
+
+
+def larger_ctx(model: ChatModel, n_needed: int) -> int | None:
     """A context for so many tokens and half as many again; None if the model knows no such one."""
-    metadata = chat.model.metadata
+    metadata = model.metadata
     trained = metadata.get(f"{metadata.get('general.architecture')}.context_length", "0")
     n_trained = int(trained) if trained.isdecimal() else 0
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, n_trained)
-    return n_ctx if n_ctx >= n_needed and n_ctx > chat.model.n_ctx() else None
+    return n_ctx if n_ctx >= n_needed and n_ctx > model.n_ctx() else None
 
 
 def _n_to_drop(chat: Chat, turn: Turn, error: ContextFullError) -> int:

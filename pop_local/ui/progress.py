@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from pop_local.ui.printable import printable
 from pop_local.ui.theme import err
 
 Advance = Callable[[int, int], None]
@@ -85,7 +86,7 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...]) -> Iterator[Advance]:
         expand=True,
         refresh_per_second=_DRAWN_PER_S,
     ) as progress:
-        task = progress.add_task(what, total=None)
+        task = progress.add_task(printable(what), total=None)
 
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total or None)

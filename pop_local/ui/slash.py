@@ -67,7 +67,8 @@ def _system(chat: Chat, argument: str) -> None:
         chat.conversation = replace(chat.conversation, system=argument)
         chat.screen.note("The system prompt is set.")
     elif chat.conversation.system:
-        chat.screen.note(f"The system prompt is: {chat.conversation.system}")
+        for line in f"The system prompt is: {chat.conversation.system}".splitlines():
+            chat.screen.note(line)
     else:
         chat.screen.note("There is no system prompt.")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import unicodedata
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,24 +11,15 @@ from typing import Any
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from pop_local.ui.printable import printable
 from pop_local.ui.theme import out
 
-# Control and format characters, halves of surrogates, separators of lines and paragraphs.
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Json escapes the others by itself.
+_CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def _plain(value: object) -> str:
     return "" if value is None else str(value)
-
-
-def printable(text: str) -> str:
-    """Names come out of files: what would steer a terminal, or cannot be encoded, as an escape."""
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in _UNPRINTABLE
-        else char
-        for char in text
-    )
 
 
 @dataclass(frozen=True)
@@ -100,9 +91,8 @@ def _markdown_row(cells: Sequence[str], columns: Sequence[Column], widths: Seque
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout; dataclasses become objects, paths become strings."""
-    out.file.write(
-        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_jsonable) + "\n"
-    )
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_jsonable)
+    out.file.write(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 
 def _jsonable(value: object) -> object:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from pop_converter.errors import PopError
 from rich.console import Console
+from rich.text import Text
 from rich.theme import Theme
 
 from pop_local.nearest import nearest_hint
+from pop_local.ui.printable import printable
 
 THEME = Theme(
     {
@@ -75,11 +77,20 @@ def look(name: str) -> Look:
     return LOOKS["plain"] if is_plain else known[name]
 
 
+def say(text: str) -> None:
+    """Lines of data on stdout; a pipe gets them as they are."""
+    out.file.write((printable(text, kept="\n") if out.is_terminal else text) + "\n")
+
+
 def note(message: str) -> None:
     """One line of what is going on, on stderr."""
-    err.print(message, style="note", markup=False, soft_wrap=not err.is_terminal)
+    _tell(message, "note")
 
 
 def warn(message: str) -> None:
     """One line that the user should not miss, on stderr."""
-    err.print(message, style="warn", markup=False, soft_wrap=not err.is_terminal)
+    _tell(message, "warn")
+
+
+def _tell(message: str, style: str) -> None:
+    err.print(Text(printable(message), style), soft_wrap=not err.is_terminal)

@@ -1,0 +1,16 @@
+"""What others wrote (names, metadata, replies) as text that cannot steer a terminal."""
+
+import unicodedata
+
+# Control and format characters, halves of surrogates, separators of lines and paragraphs.
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def printable(text: str, *, kept: str = "") -> str:
+    """What would steer a terminal, or cannot be encoded, as an escape; all of `kept` stays."""
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _UNPRINTABLE and char not in kept
+        else char
+        for char in text
+    )
