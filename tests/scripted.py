@@ -51,6 +51,7 @@ class ScriptedModel:
             "general.architecture": "llama",
             "general.name": "Scripted",
             "llama.context_length": "8192",
+            "tokenizer.chat_template": "none is needed",
         }
         self.recommended: dict[str, float] = {}
         self.is_closed = False

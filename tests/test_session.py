@@ -184,6 +184,9 @@ def test_save_load_and_sessions(file, monkeypatch, tmp_path):
     chat, shown = talked(opened(file), "/load one", "/stats", "more?")
     assert shown[1] == "# Loaded one: 1 turn."
     assert shown[2].endswith(" tokens need not be read again.")
+    assert shown[3] == "> /stats", "pruning was on and still is"
+    _, in_another_mode = talked(opened(file), "/pop off", "/load one")
+    assert in_another_mode[-1].startswith("# Pruning is on")
     assert chat.stats[0].n_cached > 100
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
     assert shown[1] == "? There is a session one already."

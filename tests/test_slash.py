@@ -127,6 +127,13 @@ def test_model_is_shown_and_changed_in_mid_conversation():
     assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]
 
 
+def test_a_base_model_is_warned_of():
+    other = ScriptedModel()
+    del other.metadata["tokenizer.chat_template"]
+    shown = talk(ScriptedModel(), "/model other", others={"other": other})
+    assert shown[1].startswith("* This is a base model without a chat template")
+
+
 def test_a_larger_context_is_of_the_model_that_was_taken():
     small, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
     asked: list[tuple[str | None, int | None]] = []

@@ -63,6 +63,16 @@ def test_several_lines(history):
     leave(terminal)
 
 
+def test_a_long_line_is_wrapped_without_marks(history):
+    terminal = chat(history, width=40)
+    terminal.send("0123456789" * 7 + ALT_ENTER + "next")
+    terminal.expect("next")
+    rows = ["> " + "0123456789" * 3 + "01234567", "  " + "89" + "0123456789" * 3, ". next"]
+    assert terminal.text.split("\n") == rows
+    terminal.line("")
+    leave(terminal)
+
+
 def test_a_pasted_document_is_one_question(history):
     terminal = chat(history)
     document = "\n".join(f"line {n} of a document" for n in range(1000))

@@ -25,14 +25,10 @@ from pop_local.models import DEFAULT_MODEL
 from pop_local.ui.chat import Chat
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.screen import TerminalScreen
-from pop_local.ui.theme import look, note, warn
+from pop_local.ui.theme import look, note
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
-
-BASE_MODEL_WARNING = (
-    "This is a base model without a chat template: it continues text rather than answers."
-)
 
 
 def chat(
@@ -71,8 +67,7 @@ def chat(
     chosen = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     opened = open_model(None, None)
     begun = conversation(opened, open_model, screen, system=system, sampling=chosen)
-    if "tokenizer.chat_template" not in opened.metadata:
-        warn(BASE_MODEL_WARNING)
+    begun.warn_of_base()
     if sys.stdin.isatty():
         _greet(begun)
     talk(begun)

@@ -116,6 +116,14 @@ class Chat:
         before.close()
         self._is_warned = False
 
+    def warn_of_base(self) -> None:
+        """If it is a model that was never taught to answer."""
+        if "tokenizer.chat_template" not in self.model.metadata:
+            self.screen.warn(
+                "This is a base model without a chat template:"
+                " it continues text rather than answers."
+            )
+
     def count_tokens(self, text: str) -> int:
         return len(self.model.tokenize(text.encode(), add_bos=False, special=False))
 

@@ -19,6 +19,7 @@ from prompt_toolkit.shortcuts import CompleteStyle
 
 PROMPT = "> "
 CONTINUATION = ". "
+WRAPPED = "  "
 QUOTES = '"""'
 # A pasted book need not be offered again.
 _MAX_REMEMBERED = 10_000
@@ -74,7 +75,7 @@ class TypedLines:
             complete_style=CompleteStyle.READLINE_LIKE,
             reserve_space_for_menu=0,
             multiline=True,
-            prompt_continuation=CONTINUATION,
+            prompt_continuation=_continuation,
             enable_open_in_editor=True,
             key_bindings=_bindings(),
             output=_output(),
@@ -82,6 +83,10 @@ class TypedLines:
 
     def __call__(self, default: str = "") -> str:
         return unquoted(self._session.prompt(default=default))
+
+
+def _continuation(width: int, line_number: int, wrap_count: int) -> str:
+    return WRAPPED if wrap_count else CONTINUATION
 
 
 def is_open(text: str) -> bool:

@@ -1,6 +1,8 @@
 """Progress on stderr with the time left; silent where nobody watches."""
 
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -43,7 +45,7 @@ def bytes_progress(what: str) -> Iterator[Advance]:
 @contextmanager
 def token_progress(what: str) -> Iterator[Advance]:
     """A callback (done_tokens, total_tokens) that draws a bar while the block runs."""
-    with _bar(what, (MofNCompleteColumn(), TimeRemainingColumn())) as advance:
+    with _bar(what, (MofNCompleteColumn(), _TimeLeft())) as advance:
         yield advance
 
 
@@ -55,7 +57,7 @@ def prefill_progress(what: str) -> Iterator[Advance]:
 
         def advance(done: int, total: int) -> None:
             if not bars and total >= _LONG_TOKENS:
-                wide = (MofNCompleteColumn(), _TokensPerSecond(), TimeRemainingColumn())
+                wide = (MofNCompleteColumn(), _TokensPerSecond(), _TimeLeft())
                 bars.append(stack.enter_context(_bar(what, wide)))
             for bar in bars:
                 bar(done, total)
@@ -63,9 +65,24 @@ def prefill_progress(what: str) -> Iterator[Advance]:
         yield advance
 
 
+# Tokens come in a few large batches. rich would know a speed after the second one only.
 class _TokensPerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "")
+        return Text(f"{task.completed / _taken_s(task):,.0f} tokens/s" if task.completed else "")
+
+
+class _TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        if not task.completed or not task.total:
+            return Text("-:--")
+        needed_s = _taken_s(task) * task.total / task.completed
+        minutes, seconds = divmod(math.ceil(max(0.0, needed_s - (task.elapsed or 0.0))), 60)
+        return Text(f"{minutes}:{seconds:02}")
+
+
+def _taken_s(task: Task) -> float:
+    """From the beginning to the last update."""
+    return max(float(task.fields["taken_s"]), 1e-6)
 
 
 @contextmanager
@@ -73,8 +90,8 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...]) -> Iterator[Advance]:
     if not (err.is_interactive and sys.stderr.isatty()):
         yield _nothing
         return
-    narrow = (TaskProgressColumn(), TimeRemainingColumn(compact=True))
-    columns = narrow if err.width < _NARROW_COLUMNS else wide
+    # The last one is the time left.
+    columns = (TaskProgressColumn(), wide[-1]) if err.width < _NARROW_COLUMNS else wide
     label = TextColumn("{task.description}", markup=False)
     bar = BarColumn(bar_width=None)
     with Progress(
@@ -86,9 +103,11 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...]) -> Iterator[Advance]:
         expand=True,
         refresh_per_second=_DRAWN_PER_S,
     ) as progress:
-        task = progress.add_task(printable(what), total=None)
+        task = progress.add_task(printable(what), total=None, taken_s=0.0)
+        begun_s = time.monotonic()
 
         def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total or None)
+            taken_s = time.monotonic() - begun_s
+            progress.update(task, completed=done, total=total or None, taken_s=taken_s)
 
         yield advance

@@ -50,7 +50,7 @@ def load(chat: Chat, name: str) -> None:
     if not name:
         chat.screen.note("/load takes the name of a session; /sessions lists them.")
         return
-    sessions = saved()
+    sessions, before = saved(), chat.model.pop_mode
     try:
         if not sessions.path(name).is_file():
             known = {known: known for known in sessions.names()}
@@ -73,7 +73,8 @@ def load(chat: Chat, name: str) -> None:
         )
     else:
         chat.screen.note(f"{restored.session.n_tokens:,} tokens need not be read again.")
-    chat.screen.note(chat.pop_state())
+    if chat.model.pop_mode is not before:
+        chat.screen.note(chat.pop_state())
 
 
 def show(chat: Chat, argument: str) -> None:

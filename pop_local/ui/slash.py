@@ -123,6 +123,7 @@ def _model(chat: Chat, argument: str) -> None:
         except PopError as error:
             chat.fail(error)
             return
+        chat.warn_of_base()
     metadata = chat.model.metadata
     name = metadata.get("general.name", "")
     label = ", ".join(part for part in (name, metadata.get("general.architecture", "")) if part)

@@ -1,0 +1,52 @@
+"""The bars: what they say while a prompt is read."""
+
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from pop_local.ui import progress
+from pop_local.ui.theme import THEME
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a terminal gets, by its width; the clock goes on by two seconds with each batch."""
+
+    def read(width: int, *steps: tuple[int, int]) -> str:
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=True, width=width, theme=THEME)
+        seconds = iter(range(0, 100, 2))
+        monkeypatch.setattr(progress, "err", console)
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        with progress.prefill_progress("Reading") as advance:
+            for done, total in steps:
+                advance(done, total)
+        return file.getvalue()
+
+    return read
+
+
+def test_speed_and_time_left_are_known_after_the_first_batch(shown):
+    begun = shown(100, (0, 2000))
+    assert "0/2000" in begun
+    assert "-:--" in begun
+    assert "tokens/s" not in begun
+    text = shown(100, (0, 2000), (512, 2000))
+    assert "512/2000" in text
+    assert "128 tokens/s" in text
+    assert "0:16" in text
+
+
+def test_a_narrow_one_has_the_share_and_the_time_left(shown):
+    text = shown(40, (0, 2000), (1000, 2000))
+    assert "50%" in text
+    assert "0:08" in text
+    assert "tokens/s" not in text
+
+
+def test_a_short_prompt_has_none(shown):
+    assert shown(100, (0, 255), (255, 255)) == ""
