@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 from pop_converter.decoder import Decoder  # noqa: E402
 from pop_converter.gates import gate_gradients, needed_bytes  # noqa: E402
 
+from pop_local.measure import importance  # noqa: E402
 from pop_local.measure.importance import measure_importance  # noqa: E402
 
 N_CONTEXT = 10
@@ -134,6 +135,14 @@ def test_the_seed_decides_and_the_batch_does_not(decoder):
 
     np.testing.assert_allclose(run(3, 0), run(2, 0), rtol=1e-9)
     assert not np.allclose(run(3, 0), run(3, 1))
+
+
+def test_medians_are_not_moved_by_one_layer():
+    squares = np.tile([1.0, 90.0, 2.0, 3.0, 4.0, 5.0], (4, 1))
+    stage = importance._stage(squares)
+    assert (stage.last_third.value, stage.others.value) == (4.5, 24)
+    assert (stage.last_third_median, stage.others_median) == (4.5, 2.5)
+    assert stage.ratio.value == pytest.approx(4.5 / 24)
 
 
 def test_progress_ends_at_its_total(decoder):

@@ -11,8 +11,8 @@ from pop_local.engine.model import open_model
 from pop_local.measure.quality import QualitySettings, measure_depths
 from pop_local.measure.reference import measure_against, read_reference
 
-SETTINGS = QualitySettings(n_windows=2, n_context=40, n_continuation=8, n_draws=2)
-TEXT = [list(range(20, 140))]
+SETTINGS = QualitySettings(n_windows=2, n_context=64, n_continuation=8, n_draws=2)
+TEXT = [[20 + number * 7 % 200 for number in range(200)]]
 
 
 def ignore(done: int, total: int) -> None:
@@ -23,7 +23,7 @@ def ignore(done: int, total: int) -> None:
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     base = make_gguf(folder / "base.gguf", "llama", n_layer=6)
-    return paired(base, folder, "fitted", boundary=3, min_prompt=0)
+    return paired(base, folder, "fitted", boundary=3, min_prompt=0, tail_tokens=32)
 
 
 @pytest.fixture(scope="module")

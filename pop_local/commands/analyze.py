@@ -14,9 +14,10 @@ from pop_local.commands.analyzing import (
     Fits,
     Run,
     Windows,
+    fit_is_possible,
     fitted,
     probed,
-    require_fit_memory,
+    require_own_projections,
 )
 from pop_local.commands.fitting import free_bytes
 from pop_local.commands.options import GpuLayers, Threads
@@ -68,6 +69,7 @@ def analyze(
     if no_fit and tokens is not None:
         raise typer.BadParameter("--tokens are for the fit: leave it out, or --no-fit")
     source = read_source(resolve_base(model))
+    require_own_projections(source)
     if plot_file is not None:
         require_matplotlib()
         check_output(plot_file, (source.first.path,), 0, force=force)
@@ -90,11 +92,10 @@ def analyze(
         threads=threads,
         gpu_layers=gpu_layers,
     )
-    if not no_fit:
-        require_fit_memory(run)
+    can_fit = not no_fit and fit_is_possible(run)
     gates = None if no_gates else _gates(run)
     found = probed(run if gates else replace(run, n_gated=0))
-    fits = Fits(found.depths, None) if no_fit else fitted(run, found)
+    fits = fitted(run, found) if can_fit else Fits(found.depths, None)
     analysis = Analysis(
         model=source.first.path,
         text=run.text,

@@ -18,7 +18,7 @@ from pop_local.commands.fitting import FitOptions, fit_needs, free_bytes
 from pop_local.measure.limit import LIMIT_PROMPT
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import size
-from pop_local.ui.theme import note
+from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -78,7 +78,8 @@ class Fits:
 
 
 def probed(run: Run) -> Probed:
-    """With the layers' own projections. Raises PopError."""
+    """With the layers' own projections, and the rows in full that a conversion has."""
+    from pop_local.measure.bracket import as_planned
     from pop_local.measure.depth import measure_cliff
     from pop_local.measure.heldout import tokenize
     from pop_local.measure.quality import QualitySettings
@@ -88,6 +89,8 @@ def probed(run: Run) -> Probed:
         run.n_probed, run.n_context, run.n_answer, seed=run.seed, n_draws=N_DRAWS
     )
     with closing(_opened(run, None)) as model:
+        # As a conversion would prune, whatever the file says.
+        as_planned(model, _plan(run, run.shape.n_layer - 1))
         tokens = tokenize(model, run.text)
         windows = _windows(model, tokens, run)
         with token_progress("Reading in full") as advance:
@@ -97,10 +100,28 @@ def probed(run: Run) -> Probed:
     return Probed(depths, reference, windows)
 
 
-def require_fit_memory(run: Run) -> None:
-    """Raises PopError when not even the projections of one layer could be fitted."""
+def require_own_projections(source: Source) -> None:
+    """Raises PopError for a file whose projections are fitted to one boundary."""
+    meta = pop_of(source, None)
+    if meta is not None and meta.projection == FITTED:
+        path = source.first.path
+        raise PopError(
+            f"{path} has projections that fit its boundary {meta.boundary} only",
+            f"analyze the model that it was made of; pop-local strip {path} gives it back",
+        )
+
+
+def fit_is_possible(run: Run) -> bool:
+    """False for a converted file, after saying so.
+
+    Raises PopError when memory does not do for the projections of even one layer.
+    """
+    if pop_of(run.source, None) is not None:
+        warn(f"The fit is left out: {run.source.first.path} is converted already")
+        return False
     if run.shape.n_layer > 2:
         _affordable([_plan(run, run.shape.n_layer - 2)], run)
+    return True
 
 
 def fitted(run: Run, found: Probed) -> Fits:

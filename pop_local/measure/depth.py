@@ -82,7 +82,7 @@ def worth_fitting(depths: Sequence[Depth]) -> tuple[int, ...]:
     """
     hopeful = [is_promising(FAST, depth.quality, fitted=True) for depth in depths]
     n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
-    wanted = [depth.boundary for depth in depths[1:n_worth]]
+    wanted = [depth.boundary for depth in depths[:n_worth] if depth.n_skipped > 1]
     guess = deepest_inside(
         {d.boundary: is_promising(BALANCED, d.quality, fitted=True) for d in depths}
     )
@@ -91,7 +91,7 @@ def worth_fitting(depths: Sequence[Depth]) -> tuple[int, ...]:
 
 def with_fits(depths: Sequence[Depth], fitted: Mapping[int, Quality]) -> tuple[Depth, ...]:
     """`fitted` by boundary; where the last layer alone is skipped, its own projections are it."""
-    exact = {depths[0].boundary: depths[0].quality}
+    exact = {depth.boundary: depth.quality for depth in depths if depth.n_skipped == 1}
     return tuple(
         replace(depth, fitted=(exact | dict(fitted)).get(depth.boundary)) for depth in depths
     )

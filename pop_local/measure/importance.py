@@ -15,13 +15,16 @@ from .estimate import Estimate, mean, ratio
 class Stage:
     """I_l of each layer; the means over the last third of the layers and over the others.
 
-    `ratio`: of the last third to the others. Squares of nats, summed over a window's answer rows.
+    `ratio`: of the last third to the others. One layer may make up most of a mean; `*_median` are
+    medians over the same layers. Squares of nats, summed over a window's answer rows.
     """
 
     layers: tuple[Estimate, ...]
     last_third: Estimate
     others: Estimate
     ratio: Estimate
+    last_third_median: float
+    others_median: float
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,12 @@ def _stage(squares: NDArray[np.float64]) -> Stage:
     n_layer = squares.shape[1]
     n_last = max(1, n_layer // 3)
     last, others = squares[:, n_layer - n_last :], squares[:, : n_layer - n_last]
+    last_median, others_median = (float(np.median(part.mean(axis=0))) for part in (last, others))
     return Stage(
         layers=tuple(mean(squares[:, layer]) for layer in range(n_layer)),
         last_third=mean(last),
         others=mean(others),
         ratio=ratio(last.mean(axis=1), others.mean(axis=1)),
+        last_third_median=last_median,
+        others_median=others_median,
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pop_local.measure.quality import Quality
 
 _BAR_WIDTH = 8
-_WIDE_COLUMNS = 130
+_WIDE_COLUMNS = 124
 # Columns that a narrower terminal does without: the findings below the table say it, too.
 _LEAST_WIDTH = {"predict": 90, "lost_retention": 90, "note": 72}
 
@@ -146,7 +146,7 @@ def _depth_cells(depth: Depth | None, found: Analysis) -> tuple[str, ...]:
 
 def _drawn(found: Analysis) -> RichTable:
     gates, is_wide = found.importance, out.width >= _WIDE_COLUMNS
-    table = _table(found, _with_se if is_wide else _value)
+    table = _table(found, _value)
     padding = (0, 2 if is_wide else 1, 0, 0)
     drawn = RichTable(header_style="title", box=None, padding=padding)
     with_bars = gates is not None and is_wide and _draws_blocks()
@@ -205,8 +205,8 @@ def _choice(found: Analysis) -> str:
         figures, how = depth.quality, "with the layers' own projections"
     return (
         f"{name} would take boundary {depth.boundary}, at most {depth.speedup_limit:.2f}x: "
-        f"{_losses(figures)} {how}; an estimate from {figures.n_windows} windows, "
-        "`convert` measures more"
+        f"{_losses(figures)} {how}; an estimate from {figures.n_windows} "
+        f"window{'s' * (figures.n_windows > 1)}, `convert` measures more"
     )
 
 
@@ -223,14 +223,15 @@ def _gate_facts(gates: Importance) -> list[Fact]:
         ("Importance", f"mean of (dL/dg)^2 ± one standard error over {windows}"),
         ("Reading", _thirds(gates.prefill)),
         ("Answering", _thirds(gates.decode)),
-        ("Predicting", f"{_thirds(gates.predict)} (what answering needs for a token's own sake)"),
+        ("Predicting", f"{_thirds(gates.predict)} (answering, but for what later tokens read)"),
     ]
 
 
 def _thirds(stage: Stage) -> str:
     return (
         f"last third of the layers {_with_se(stage.last_third)}, the others"
-        f" {_with_se(stage.others)}: {stage.ratio.value:.2f} ± {stage.ratio.se or 0:.2f} times"
+        f" {_with_se(stage.others)}: {_with_se(stage.ratio)} times; medians"
+        f" {stage.last_third_median:.2f} and {stage.others_median:.2f}"
     )
 
 

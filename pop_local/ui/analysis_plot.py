@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +26,12 @@ _LEAST_SHOWN = 1e-4
 
 @dataclass(frozen=True)
 class _Loss:
-    """A figure to draw; `limit`: what the budget allows."""
+    """A figure to draw, on a scale that shows values above `least`; `limit`: of the budget."""
 
     title: str
+    unit: str
     scale: str
+    least: float
     limit: float
     of: Callable[[Quality], Estimate | None]
 
@@ -40,18 +42,29 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
 
     budget, gates = found.budget, found.importance
     losses = (
-        _Loss("KL to the full model (nats/token)", "log", budget.max_kl, lambda q: q.kl_mean),
         _Loss(
-            "perplexity of a copied passage, to full",
-            "log",
-            budget.max_copy_ratio,
-            lambda q: q.copy_ppl_ratio,
+            title="Prose",
+            unit="KL to the full model (nats per token)",
+            scale="log",
+            least=_LEAST_SHOWN,
+            limit=budget.max_kl,
+            of=lambda quality: quality.kl_mean,
         ),
         _Loss(
-            "copying of random tokens kept (induction)",
-            "linear",
-            budget.least_retention,
-            lambda q: q.induction_retention,
+            title="Copying a passage",
+            unit="perplexity, in the full model's",
+            scale="log",
+            least=_LEAST_SHOWN,
+            limit=budget.max_copy_ratio,
+            of=lambda quality: quality.copy_ppl_ratio,
+        ),
+        _Loss(
+            title="Copying random tokens",
+            unit="part of the full model's gain that is kept",
+            scale="linear",
+            least=-inf,
+            limit=budget.least_retention,
+            of=lambda quality: quality.induction_retention,
         ),
     )
     size, shape = ((11.0, 8.4), (2, 2)) if gates else ((15.0, 4.6), (1, 3))
@@ -100,16 +113,8 @@ def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
 
 
 def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
-    own = _line(axes, found.depths, lambda depth: loss.of(depth.quality), "own projections", "0.55")
-    fitted = {}
-    if found.has_fits:
-        fitted = _line(
-            axes,
-            found.depths,
-            lambda depth: None if depth.fitted is None else loss.of(depth.fitted),
-            "fitted",
-            "tab:blue",
-        )
+    own = _line(axes, found, loss, lambda depth: depth.quality, "own projections", "0.55")
+    fitted = _line(axes, found, loss, lambda depth: depth.fitted, "fitted", "tab:blue")
     axes.axhline(
         loss.limit, color="tab:green", ls="--", lw=1, label=f"{found.budget.quality} limit"
     )
@@ -129,8 +134,9 @@ def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
             axes.plot(depth.speedup_limit, value, "o", color=color, zorder=3)
     if found.chosen is not None:
         _mark(axes, found, fitted or own)
-    axes.set(xlabel="speed-up limit (times)", ylabel=loss.title, yscale=loss.scale)
-    axes.set_title("by boundary; red: the cliff of copying", fontsize="medium")
+    axes.set(xlabel="speed-up limit (times)", ylabel=loss.unit, yscale=loss.scale)
+    axes.set_title(f"{loss.title}, by boundary (red: the cliff of copying)", fontsize="medium")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.margins(0.06)
     axes.legend(fontsize="small")
@@ -138,23 +144,31 @@ def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
 
 def _line(
     axes: Axes,
-    depths: Sequence[Depth],
-    value_of: Callable[[Depth], Estimate | None],
+    found: Analysis,
+    loss: _Loss,
+    quality_of: Callable[[Depth], Quality | None],
     label: str,
     color: str,
 ) -> dict[int, float]:
-    """Draws it; returns the values by boundary."""
-    shown = [(d, e) for d in depths if (e := value_of(d)) is not None and e.value > _LEAST_SHOWN]
-    axes.errorbar(
-        [depth.speedup_limit for depth, _ in shown],
-        [estimate.value for _, estimate in shown],
-        [estimate.se or 0.0 for _, estimate in shown],
-        marker="o",
-        markersize=4,
-        capsize=2,
-        label=label,
-        color=color,
-    )
+    """Draws it, if there is any; returns the values by boundary."""
+    shown = [
+        (depth, estimate)
+        for depth in found.depths
+        if (quality := quality_of(depth)) is not None
+        and (estimate := loss.of(quality)) is not None
+        and estimate.value > loss.least
+    ]
+    if shown:
+        axes.errorbar(
+            [depth.speedup_limit for depth, _ in shown],
+            [estimate.value for _, estimate in shown],
+            [estimate.se or 0.0 for _, estimate in shown],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=label,
+            color=color,
+        )
     return {depth.boundary: estimate.value for depth, estimate in shown}
 
 
