@@ -174,15 +174,14 @@ def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
     done = analyze(model, "--text", text, *FITTED, "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    last, *others = found["boundaries"]
-    assert last["fitted"]["kl_mean"] == last["kl_mean"]
-    assert len(others) == 2
-    for row in others:
-        assert row["fitted"]["kl_mean"] != row["kl_mean"]
-        assert row["fitted"]["n_pruned"] == row["n_pruned"]
+    *shallow, deepest = found["boundaries"]
+    assert deepest["fitted"]["kl_mean"] < deepest["kl_mean"]
+    assert deepest["fitted"]["n_pruned"] == deepest["n_pruned"]
+    # What loses nothing without a fit is not fitted.
+    assert shallow[0]["fitted"] is None
     assert found["calibration"]["n_tokens"] == 2048
-    # Random weights lose nothing: the deepest is within.
-    assert found["chosen"]["boundary"] == others[-1]["boundary"] == 3
+    # Random weights lose little: the deepest is within.
+    assert found["chosen"]["boundary"] == deepest["boundary"] == 3
     assert found["chosen"]["projection"] == "fitted"
     assert found["chosen"]["budget"]["quality"] == "balanced"
 
@@ -241,21 +240,21 @@ def test_as_many_boundaries_as_there_is_memory_for(model, monkeypatch):
 
 
 def test_a_fit_is_tried_down_to_one_boundary_past_hope():
-    figures = ((0.0, 1), (0.02, 0.99), (0.1, 0.95), (0.2, 0.9), (0.2, 0.3), (0.3, 0.1))
+    figures = ((0.02, 1), (0.02, 0.99), (0.1, 0.95), (0.2, 0.9), (0.2, 0.3), (0.3, 0.1))
     depths = [made(9 - n, kl, retention) for n, (kl, retention) in enumerate(figures)]
     # 6 is the deepest that balanced may take with a fit, 5 the one past hope.
     assert worth_fitting(depths) == (6, 7, 5, 8)
     assert set(worth_fitting(depths[:3])) == {8, 7}
     assert worth_fitting(depths[:1]) == ()
+    # Near-lossless without.
+    assert worth_fitting([depths[0], made(8, 0.009), made(7, 0.011)]) == (7,)
 
 
 def test_the_deepest_within_goes_by_the_fit_where_there_is_one():
     depths = [made(9, 0.0), made(8, 0.03), made(7, 0.1), made(6, 0.3)]
     assert getattr(deepest_within(budget.BALANCED, depths), "boundary", None) == 8
     fitted = with_fits(depths, {7: made(7, 0.03).quality, 8: made(8, 0.01).quality})
-    # One skipped layer is exact without a fit.
-    assert [depth.fitted is not None for depth in fitted] == [True, True, True, False]
-    assert fitted[0].fitted == depths[0].quality
+    assert [depth.fitted is not None for depth in fitted] == [False, True, True, False]
     assert getattr(deepest_within(budget.BALANCED, fitted), "boundary", None) == 7
     assert deepest_within(replace(budget.BALANCED, max_kl=-1.0), fitted) is None
 
@@ -376,27 +375,19 @@ def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
 
 
 @pytest.mark.slow
-def test_the_cliff_of_gemma_is_found(gemma, monkeypatch):
-    monkeypatch.setattr(depth, "boundaries", lambda shape: (12, 11, 10))
-    opened = open_model(gemma, n_ctx=512, n_threads=1)
+@pytest.mark.parametrize(
+    ("name", "tried", "cliff"), [("smollm2", (18, 17, 16), {17}), ("gemma", (12, 11, 10), {10})]
+)
+def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
+    path = request.getfixturevalue(name)
+    monkeypatch.setattr(depth, "boundaries", lambda shape: tried)
+    opened = open_model(path, n_ctx=512, n_threads=1)
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
     settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=2)
     reference = read_reference(opened, tokens, settings, lambda *now: None)
-    found = measure_cliff(opened, read_shape(gemma), reference, 2048, lambda *now: None)
-    assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == {10}
+    found = measure_cliff(opened, read_shape(path), reference, 2048, lambda *now: None)
+    assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
     assert found[-1].quality.induction_retention is not None
     assert found[-1].quality.induction_retention.value < 0.3
-
-
-@pytest.mark.slow
-def test_smollm2_at_three_boundaries(smollm2, monkeypatch):
-    """Past boundary 18 copying is lost, which a fit does not bring back."""
-    monkeypatch.setattr(depth, "boundaries", lambda shape: (22, 18, 17))
-    found = json.loads(analyze(smollm2, *FITTED, "--json").stdout)
-    shallow, last, broken = found["boundaries"]
-    assert [row["boundary"] for row in (last, broken) if row["lost_retention"] > 0.4] == [17]
-    for row in (shallow, last):
-        assert row["fitted"]["kl_mean"] < 0.5 * row["kl_mean"]
-        assert row["fitted"]["induction_retention"] > 0.6
-    assert broken["fitted"]["induction_retention"] < 0.5
-    assert found["chosen"]["boundary"] in (22, 18)
+    # A fit is tried down to the layer of the cliff, not past it.
+    assert min(worth_fitting(found)) == min(cliff)

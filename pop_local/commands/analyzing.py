@@ -130,7 +130,7 @@ def fitted(run: Run, found: Probed) -> Fits:
 
     plans = [_plan(run, boundary) for boundary in worth_fitting(found.depths)]
     if not plans:
-        return Fits(with_fits(found.depths, {}), None)
+        return Fits(found.depths, None)
     plans = _affordable(plans, run)
     sidecars = fitted_sidecars(
         plans, run.source, _options(run), n_threads=run.threads, n_gpu_layers=run.gpu_layers

@@ -14,7 +14,14 @@ from pop_converter.shape import ModelShape
 
 from pop_local.engine.model import PopModel
 
-from .budget import BALANCED, FAST, deepest_inside, is_inside, is_promising
+from .budget import (
+    BALANCED,
+    FAST,
+    NEAR_LOSSLESS,
+    deepest_inside,
+    is_inside,
+    is_promising,
+)
 from .limit import speedup_limit
 from .quality import Quality
 from .reference import Reference, measure_against
@@ -78,11 +85,15 @@ def measure_cliff(
 def worth_fitting(depths: Sequence[Depth]) -> tuple[int, ...]:
     """Boundaries that a fit may bring into the loosest budget, and the one past them.
 
-    The likeliest to be chosen first. Skipping the last layer alone leaves nothing to fit.
+    The likeliest to be chosen first; not those that are near-lossless without it.
     """
     hopeful = [is_promising(FAST, depth.quality, fitted=True) for depth in depths]
     n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
-    wanted = [depth.boundary for depth in depths[:n_worth] if depth.n_skipped > 1]
+    wanted = [
+        depth.boundary
+        for depth in depths[:n_worth]
+        if depth.n_skipped > 1 and not is_inside(NEAR_LOSSLESS, depth.quality)
+    ]
     guess = deepest_inside(
         {d.boundary: is_promising(BALANCED, d.quality, fitted=True) for d in depths}
     )
@@ -90,18 +101,14 @@ def worth_fitting(depths: Sequence[Depth]) -> tuple[int, ...]:
 
 
 def with_fits(depths: Sequence[Depth], fitted: Mapping[int, Quality]) -> tuple[Depth, ...]:
-    """`fitted` by boundary; where the last layer alone is skipped, its own projections are it."""
-    exact = {depth.boundary: depth.quality for depth in depths if depth.n_skipped == 1}
-    return tuple(
-        replace(depth, fitted=(exact | dict(fitted)).get(depth.boundary)) for depth in depths
-    )
+    """`fitted` by boundary."""
+    return tuple(replace(depth, fitted=fitted.get(depth.boundary)) for depth in depths)
 
 
 def deepest_within(budget: Budget, depths: Sequence[Depth]) -> Depth | None:
     """By the figures with a fit, where none was made by those of the own projections."""
-    has_fits = any(depth.fitted is not None for depth in depths)
-    qualities = [depth.fitted if has_fits else depth.quality for depth in depths]
-    deepest = deepest_inside({q.boundary: is_inside(budget, q) for q in qualities if q is not None})
+    verdicts = {d.boundary: is_inside(budget, d.fitted or d.quality) for d in depths}
+    deepest = deepest_inside(verdicts)
     return next((depth for depth in depths if depth.boundary == deepest), None)
 
 

@@ -51,10 +51,6 @@ class Analysis:
     chosen: Depth | None
 
     @property
-    def has_fits(self) -> bool:
-        return any(depth.fitted is not None for depth in self.depths)
-
-    @property
     def cliff(self) -> tuple[Depth, ...]:
         return tuple(depth for depth in self.depths if depth.is_cliff)
 
@@ -73,7 +69,7 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "chosen": {
             "budget": asdict(found.budget),
             "boundary": found.chosen and found.chosen.boundary,
-            "projection": FITTED if found.has_fits else OWN,
+            "projection": found.chosen and (FITTED if found.chosen.fitted else OWN),
             "is_estimate": True,
         },
     }
@@ -199,14 +195,12 @@ def _choice(found: Analysis) -> str:
     name, depth = found.budget.quality, found.chosen
     if depth is None:
         return f"no boundary is within the {name} budget on this short look"
-    if found.has_fits:
-        figures, how = depth.fitted or depth.quality, "with the fit"
-    else:
-        figures, how = depth.quality, "with the layers' own projections"
+    quality = depth.fitted or depth.quality
+    how = "with the fit" if depth.fitted else "with the layers' own projections"
     return (
         f"{name} would take boundary {depth.boundary}, at most {depth.speedup_limit:.2f}x: "
-        f"{_losses(figures)} {how}; an estimate from {figures.n_windows} "
-        f"window{'s' * (figures.n_windows > 1)}, `convert` measures more"
+        f"{_losses(quality)} {how}; an estimate from {quality.n_windows} "
+        f"window{'s' * (quality.n_windows > 1)}, `convert` measures more"
     )
 
 

@@ -133,7 +133,7 @@ def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
         if depth.is_cliff:
             axes.plot(depth.speedup_limit, value, "o", color=color, zorder=3)
     if found.chosen is not None:
-        _mark(axes, found, fitted or own)
+        _mark(axes, found, own | fitted)
     axes.set(xlabel="speed-up limit (times)", ylabel=loss.unit, yscale=loss.scale)
     axes.set_title(f"{loss.title}, by boundary (red: the cliff of copying)", fontsize="medium")
     axes.yaxis.set_major_formatter("{x:g}")
