@@ -17,7 +17,7 @@ from terminal import Terminal
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = "pop_local/data/document.md"
 BEGIN, END = "<!-- transcript -->\n", "<!-- end of the transcript -->\n"
-WIDTH, HEIGHT = 100, 200
+WIDTH, HEIGHT = 110, 200
 # A long document on a slow machine.
 TIMEOUT_S = 300
 
