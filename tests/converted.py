@@ -1,4 +1,4 @@
-"""Converted models for the tests of the engine."""
+"""Converted models, and what tests of conversions share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pop_converter.content import NewTensor
 from pop_converter.fit import FittedLayer, KvType, Projection, encode
-from pop_converter.format import Calibration
+from pop_converter.format import Calibration, PopMeta
 from pop_converter.plan import Plan, make_plan
 from pop_converter.rewrite import Fitted, convert
 from pop_converter.shape import read_shape
@@ -16,6 +16,16 @@ from synthetic import make_gguf
 
 # Of tests that do not say.
 DEFAULTS = {"min_prompt": 34, "tail_tokens": 16}
+
+
+def convert_default(src: Path, dst: Path, **options: object) -> PopMeta:
+    """At a third of the layers, own projections."""
+    return convert(make_plan(read_shape(src)), src, dst, **options)  # type: ignore[arg-type]
+
+
+def names(folder: Path) -> set[str]:
+    """Of the files that lie there."""
+    return {path.name for path in folder.iterdir()}
 
 
 def converted(source: Path, folder: Path, **plan: Any) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+from converted import convert_default, names
 from pop_converter import content
 from pop_converter.errors import FormatError, PlanError, UnsupportedArchitectureError
 from pop_converter.format import ARCHITECTURES, PopMeta, read_pop_meta, read_shape
@@ -26,14 +27,6 @@ def command(*arguments: object):
     depth = () if {"--skip", "--boundary"} & set(arguments) else ("--skip", "1/3")
     options = ["--projection", "own", *depth, *map(str, arguments)]
     return CliRunner().invoke(app, ["convert", *options])
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def convert_default(src: Path, dst: Path, **options: object) -> PopMeta:
-    return convert(make_plan(read_shape(src)), src, dst, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture

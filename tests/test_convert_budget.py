@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from converted import names
 from pop_converter.format import read_pop_meta
 from synthetic import make_gguf
 from typer.testing import CliRunner
@@ -66,10 +67,6 @@ def few_windows(monkeypatch):
 
 def convert(*arguments: object):
     return CliRunner().invoke(app, ["convert", *map(str, arguments)])
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, monkeypatch):

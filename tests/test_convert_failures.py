@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from converted import convert_default, names
 from pop_converter import rewrite
 from pop_converter.errors import FormatError, OutputExistsError, WriteError
-from pop_converter.format import PopMeta, read_pop_meta, read_shape
+from pop_converter.format import read_pop_meta
 from pop_converter.header import read_header
-from pop_converter.plan import make_plan
-from pop_converter.rewrite import convert
 from synthetic import add_keys, make_gguf, make_split
 
 resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
@@ -37,14 +36,6 @@ from pop_local.cli import main
 sys.argv = ["pop-local", "convert", "--projection", "own", "--skip", "1/3", *sys.argv[1:]]
 main()
 """
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def convert_default(src: Path, dst: Path, **options: object) -> PopMeta:
-    return convert(make_plan(read_shape(src)), src, dst, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture

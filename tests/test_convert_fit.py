@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 import gguf
 import numpy as np
 import pytest
+from converted import names
 from pop_converter.format import read_pop_meta
 from synthetic import make_gguf
 from typer.testing import CliRunner
@@ -44,10 +45,6 @@ def convert(*arguments: object):
     has_depth = {"--skip", "--boundary"} & set(arguments)
     depth = () if has_depth else THIRD
     return CliRunner().invoke(app, ["convert", *map(str, arguments), *depth, *FEW])
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture

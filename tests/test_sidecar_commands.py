@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from converted import Pair, made_up, paired
+from converted import Pair, made_up, names, paired
 from pop_converter.errors import PopError
 from pop_converter.format import Measured
 from pop_converter.header import read_header
@@ -35,10 +35,6 @@ def convert(*arguments: object) -> Result:
     """Own projections: what the fit adds is tested with the fit."""
     depth = () if "--boundary" in arguments else ("--skip", "1/3")
     return command("convert", "--sidecar", "--projection", "own", *depth, *arguments)
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture
