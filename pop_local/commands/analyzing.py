@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pop_local.measure.quality import Quality
     from pop_local.measure.reference import Reference
 
-# Of random tokens: these give the retention to a percent; a fit hardly moves it.
+# Of random tokens: these give the retention to a percent or two.
 N_DRAWS = 4
 _FIT_DRAWS = 2
 # Of the tokens that `convert` fits on: enough to compare depths.

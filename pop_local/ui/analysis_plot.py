@@ -80,6 +80,8 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
 
 
 def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     stages = (
         ("reading (prefill)", gates.prefill, "o"),
         ("answering (decode)", gates.decode, "s"),
@@ -108,11 +110,14 @@ def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
         yscale="log",
         title="Virtual gates: importance of each layer",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
 
 
 def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
+    from matplotlib.ticker import LogFormatter
+
     own = _line(axes, found, loss, lambda depth: depth.quality, "own projections", "0.55")
     fitted = _line(axes, found, loss, lambda depth: depth.fitted, "fitted", "tab:blue")
     axes.axhline(
@@ -137,6 +142,8 @@ def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
     axes.set(xlabel="speed-up limit (times)", ylabel=loss.unit, yscale=loss.scale)
     axes.set_title(f"{loss.title}, by boundary (red: the cliff of copying)", fontsize="medium")
     axes.yaxis.set_major_formatter("{x:g}")
+    if loss.scale == "log":
+        axes.yaxis.set_minor_formatter(LogFormatter())
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.margins(0.06)
     axes.legend(fontsize="small")
