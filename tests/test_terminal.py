@@ -119,6 +119,20 @@ def test_a_prompt_longer_than_the_context_is_asked_about(model):
     assert chat.expect_end() == 0
 
 
+def test_what_leaves_no_choice_is_not_asked_about(model, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("a word " * 1000)
+    chat = terminal("chat", str(model), "--ctx", "256", *ANSWER_OPTIONS)
+    chat.expect_prompt()
+    chat.line(f"/glob {book}")
+    chat.expect(r"That is [\d,]+ tokens more than there is room for")
+    chat.expect("Nothing is attached")
+    chat.expect_prompt()
+    assert "skip it" not in chat.text
+    chat.end_of_input()
+    assert chat.expect_end() == 0
+
+
 def test_no_color_and_a_narrow_terminal(model):
     arguments = ("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
     colours = re.compile(r"\x1b\[[1-9][0-9;]*m")

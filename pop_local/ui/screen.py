@@ -42,7 +42,10 @@ class Screen(Protocol):
         """What went wrong and what to do."""
 
     def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
-        """The key of what the user wants; None for nothing, or when nobody can be asked."""
+        """The key of what the user wants; None for nothing, or when nobody can be asked.
+
+        The last choice is to do nothing; when it is the only one there is nothing to ask.
+        """
         ...
 
     def reading(self) -> AbstractContextManager[Advance]:
@@ -91,7 +94,7 @@ class TerminalScreen:
 
     def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
         warn(question)
-        if not sys.stdin.isatty():
+        if len(choices) == 1 or not sys.stdin.isatty():
             return None
         for choice in choices:
             note(f"  {choice.key}  {choice.text}")
