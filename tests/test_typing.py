@@ -14,6 +14,20 @@ PROGRAM = Path(__file__).with_name("echo_chat.py")
 PASTE = "\x1b[200~{}\x1b[201~"
 UP = "\x1b[A"
 ALT_ENTER = "\x1b\r"
+IN_BACKGROUND = """
+import os, signal
+from pop_local.ui.keys import unechoed_keys
+child = os.fork()
+if not child:
+    os.setpgid(0, 0)
+    with unechoed_keys():
+        pass
+    os._exit(0)
+_, status = os.waitpid(child, os.WUNTRACED)
+if os.WIFSTOPPED(status):
+    os.kill(child, signal.SIGKILL)
+print("stopped" if os.WIFSTOPPED(status) else "went on")
+"""
 
 
 @pytest.fixture
@@ -146,6 +160,13 @@ def test_keys_typed_during_an_answer_wait_for_the_prompt(history):
     terminal.expect("6 characters in 1 lines: ahead!")
     assert terminal.text.count("word0 ") == 1, "the answer was drawn over itself"
     leave(terminal)
+
+
+def test_an_answer_in_the_background_leaves_the_terminal_alone():
+    terminal = Terminal("-c", IN_BACKGROUND)
+    terminal.expect("went on|stopped")
+    assert terminal.match is not None and terminal.match[0] == "went on"
+    assert terminal.expect_end() == 0
 
 
 def test_without_colours_answers_stay_as_they_were_written(history):
