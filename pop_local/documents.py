@@ -5,6 +5,7 @@ pypdf and python-docx come with the extra `documents` and are imported when such
 
 import io
 import logging
+import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,9 @@ MAX_BYTES = 100_000_000
 EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: str | os.PathLike[str]) -> Document:
     """Raises OSError, and PopError for what is no text, holds none or is far too large."""
+    path = Path(path)
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
         raise PopError(f"{path} is neither a file nor a pipe", "give a file")

@@ -231,10 +231,12 @@ def test_pruning_off_reads_in_full(model):
     assert model.chat(QUESTION, **GREEDY).stats.reading == "pruned"
 
 
-def test_an_empty_question_and_one_that_does_not_fit(model):
+def test_questions_that_are_refused(model):
     session = model.session()
     with pytest.raises(PopError, match="empty"):
         session.chat(" ")
+    with pytest.raises(PopError, match="single text"):
+        session.chat(QUESTION, documents="not a list")
     with pytest.raises(ContextFullError) as caught:
         session.chat(QUESTION * 20)
     assert caught.value.n_short > 0

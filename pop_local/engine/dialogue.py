@@ -120,7 +120,7 @@ class ChatSession:
         conversation; not when nothing was said. Raises ContextFullError when the prompt does not
         fit the context, and PopError when the template refuses the conversation.
         """
-        turn = Turn(question, tuple(_document(document) for document in documents))
+        turn = Turn(question, _documents(documents))
         if not turn.prompt:
             raise PopError("the question is empty", "give a question, or a document")
         messages = self.conversation.plus(turn).messages
@@ -169,5 +169,7 @@ def _place(path: str | os.PathLike[str]) -> tuple[Path, str]:
     return given.parent, given.name.removesuffix(SUFFIX)
 
 
-def _document(document: str | Document) -> Document:
-    return document if isinstance(document, Document) else Document("a text", document)
+def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:
+    if isinstance(given, str):  # a sequence of letters, to Python
+        raise PopError("documents is a single text, not a list of them", "documents=[text]")
+    return tuple(each if isinstance(each, Document) else Document("a text", each) for each in given)
