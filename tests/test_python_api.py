@@ -237,9 +237,14 @@ def test_questions_that_are_refused(model):
         session.chat(" ")
     with pytest.raises(PopError, match="single text"):
         session.chat(QUESTION, documents="not a list")
+    with pytest.raises(PopError, match="one token at least"):
+        session.chat(QUESTION, max_tokens=0)
     with pytest.raises(ContextFullError) as caught:
         session.chat(QUESTION * 20)
     assert caught.value.n_short > 0
+    with pytest.raises(ContextFullError) as caught:
+        session.chat(QUESTION, min_answer=5000)
+    assert f"--ctx {caught.value.n_prompt + 5000}" in caught.value.hint
     assert session.conversation.turns == ()
 
 

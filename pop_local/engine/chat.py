@@ -89,6 +89,11 @@ class _Turn:
 
     def __init__(self, model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> None:
         self._started_s = time.perf_counter()
+        if options.max_tokens is not None and options.max_tokens < 1:
+            raise PopError(
+                f"max_tokens is {options.max_tokens}: an answer has one token at least",
+                "give 1 or more, or None for as many as the context holds",
+            )
         prompt = render()
         self._model = model
         self._options = options
