@@ -2,8 +2,8 @@
 
     python tests/measure_quality.py MODEL.gguf [--text FILE] [--windows 32] [--out FOLDER]
 
-Each row is one run of the command. FOLDER keeps its JSON, so that a second call measures only what
-is missing. Prints Markdown.
+Each row is one run of the command, but for the depths of a sweep; ablations take half the windows.
+FOLDER keeps its JSON, so that a second call measures only what is missing. Prints Markdown.
 """
 
 import argparse
@@ -52,12 +52,14 @@ ABLATIONS = (
 )
 
 
-def evaluated(row: Row, model: Path, fitted: Path, options: argparse.Namespace) -> dict[str, Any]:
+def evaluated(
+    row: Row, n_windows: int, model: Path, fitted: Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """What eval printed, kept in the folder of --out."""
     kept = Path(options.out, f"{model.stem}.{row.name.replace(' ', '-')}.json")
     if not kept.exists():
         command = ["eval", str(fitted if row.is_fitted_file else model), "--json", "--needles", "0"]
-        command += ["--windows", str(options.windows), *row.options]
+        command += ["--windows", str(n_windows), *row.options]
         if options.text is not None:
             command += ["--text", str(options.text)]
         kept.write_text(pop_local(command, options))
@@ -111,15 +113,16 @@ def main() -> None:
         sweeps = [
             (f"{depth['n_skipped']} layers, {row.name}", depth)
             for row in SWEEPS
-            for depth in evaluated(row, options.model, fitted, options)["rows"]
+            for depth in evaluated(row, options.windows, options.model, fitted, options)["rows"]
         ]
         ablations = [
-            (row.name, evaluated(row, options.model, fitted, options)) for row in ABLATIONS
+            (row.name, evaluated(row, options.windows // 2, options.model, fitted, options))
+            for row in ABLATIONS
         ]
     shown = ablations[0][1]
-    print(f"{options.model.stem}, {shown['n_windows']} windows of {shown['text']['name']}")
-    table("skipped", sweeps)
-    table(f"{shown['n_skipped']} layers, fitted", ablations)
+    print(f"{options.model.stem}, windows of {shown['text']['name']}")
+    table(f"skipped, {sweeps[0][1]['n_windows']} windows", sweeps)
+    table(f"{shown['n_skipped']} layers, fitted, {shown['n_windows']} windows", ablations)
 
 
 if __name__ == "__main__":
