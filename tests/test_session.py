@@ -1,8 +1,11 @@
 """Saved sessions: loaded without reading again, never into a model that they do not fit."""
 
+import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from converted import converted, tiny
 from pop_converter.errors import PopError
@@ -12,8 +15,10 @@ from synthetic import make_gguf
 from pop_local.commands.talking import conversation
 from pop_local.engine.backend import Mode
 from pop_local.engine.conversation import Conversation, Document, Turn
+from pop_local.engine.dialogue import ChatSession
 from pop_local.engine.model import PopModel, open_model
 from pop_local.engine.session import Sessions
+from pop_local.folders import sessions_dir
 from pop_local.ui.chat import Chat
 from pop_local.ui.repl import Repl
 
@@ -76,6 +81,55 @@ def test_only_the_cells_in_use_are_saved(file, sessions):
         answered(model, QUESTION)
         sizes.append(sessions.save("talk", model, said))
     assert sizes[1] - sizes[0] < 10_000
+
+
+def test_another_conversation_in_the_kv_cache_is_not_saved(file, sessions):
+    model = opened(file)
+    ours, theirs = (ChatSession(model, Conversation("Be brief.")) for _ in range(2))
+    ours.chat(QUESTION.question, max_tokens=8, temperature=0.0)
+    theirs.chat("my secret", max_tokens=8, temperature=0.0)
+    n_tokens = model.n_tokens
+    sessions.save("ours", model, ours.conversation)
+    with zipfile.ZipFile(sessions.path("ours")) as archive:
+        assert archive.namelist() == ["session.json"]
+    assert model.n_tokens == n_tokens, "theirs are left alone"
+    fresh = opened(file)
+    fresh.set_pop(Mode.OFF)
+    restored = sessions.load("ours", fresh)
+    assert "another conversation" in restored.reread
+    assert (restored.session.conversation, fresh.pop_mode) == (ours.conversation, Mode.CONTEXT)
+
+
+def test_what_another_conversation_adds_to_ours_is_not_saved(file, sessions):
+    model = opened(file)
+    said = Conversation("Be brief.", (replace(QUESTION, answer="i j k"),))
+    list(model.chat_turn(said.plus(Turn("my secret")).messages, max_tokens=2))
+    assert "my secret" in model.detokenize(model.input_ids[: model.n_tokens].tolist()).decode()
+    sessions.save("talk", model, said)
+    text = cached_text(sessions, model)
+    assert text.endswith(QUESTION.question + "\nassistant:") and "my secret" not in text
+    fresh = opened(file)
+    assert sessions.load("talk", fresh).reread == ""
+    assert follow_up(fresh, said) == follow_up(model, said)
+
+
+@pytest.mark.parametrize(("stops", "answer"), [((), "hello world"), (("world",), "hello ")])
+def test_an_answer_is_saved_to_its_end(file, sessions, stops, answer):
+    model = opened(file)
+    session = ChatSession(model)
+    options = {"stops": stops, "grammar": 'root ::= "hello world"'}
+    assert session.chat(QUESTION.question, temperature=0.0, **options).text == answer
+    n_tokens = model.n_tokens
+    sessions.save("talk", model, session.conversation)
+    assert cached_text(sessions, model).endswith(f"assistant:{answer.rstrip()}")
+    assert (model.n_tokens < n_tokens) == bool(stops), "a stop string's beginning is dropped"
+
+
+def cached_text(sessions: Sessions, model: PopModel) -> str:
+    """What the K/V that were saved as talk belong to."""
+    with zipfile.ZipFile(sessions.path("talk")) as archive:
+        tokens = np.load(io.BytesIO(archive.read("tokens.npy")))
+    return model.detokenize(tokens.tolist(), special=True).decode(errors="replace")
 
 
 @pytest.mark.parametrize("other", ["model", "boundary", "context"])
@@ -193,6 +247,20 @@ def test_save_load_and_sessions(file, monkeypatch, tmp_path):
     assert "# Nothing is saved." in shown
     assert "! there is no session oen; did you mean one? (/sessions lists them)" in shown
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
+
+
+def test_what_was_cleared_or_undone_is_not_saved(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    model = opened(file)
+    sessions = Sessions(sessions_dir())
+    talked(model, "a b c d " * 30, "my secret", "/undo", "/save talk")
+    text = cached_text(sessions, model)
+    assert "a b c d" in text and "my secret" not in text
+    talked(model, "my secret", "/clear", "/save cleared")
+    with zipfile.ZipFile(sessions.path("cleared")) as archive:
+        assert archive.namelist() == ["session.json"]
+    _, shown = talked(opened(file), "/load cleared")
+    assert shown[2] == "# 0 tokens need not be read again."
 
 
 def test_a_session_of_another_model_is_read_again_after_saying_so(file, monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ from .closed import closed  # noqa: E402
 from .grammar import GrammarSampler  # noqa: E402
 from .interrupt import Interrupt  # noqa: E402
 from .prefill import plan_prefill  # noqa: E402
-from .rows import CachedRows  # noqa: E402
+from .rows import CachedRows, n_equal  # noqa: E402
 from .sampling import GreedySampler  # noqa: E402
 from .state import (  # noqa: E402
     FULL,
@@ -130,6 +130,26 @@ class PrunedLlama(Llama):
             api.llama_memory_clear(memory, True)
         self.epoch += 1
 
+    def n_cached(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens, from the first on, are cached."""
+        return n_equal(tokens, self._input_ids)
+
+    def truncate(self, n_tokens: int) -> bool:
+        """Forget all cached tokens but the first; False for a memory that cannot do so."""
+        if not self._forget_from(n_tokens):
+            return False
+        if n_tokens < self.n_tokens:
+            self.n_tokens = n_tokens
+            self._requires_eval = True
+            self.epoch += 1
+        return True
+
+    def _forget_from(self, position: int) -> bool:
+        memory = self._ctx.memory
+        if memory and api.llama_memory_seq_pos_max(memory, 0) >= position:
+            return bool(api.llama_memory_seq_rm(memory, 0, position, -1))
+        return True
+
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
         self.cache = None if cache is None else KeyedCache(cache, self.kv_key)
 
@@ -225,9 +245,7 @@ class PrunedLlama(Llama):
                 f"open the model with a larger one: --ctx {total + 256}",
             )
         logs.forget_errors()
-        memory = self._ctx.memory
-        if memory and api.llama_memory_seq_pos_max(memory, 0) >= self.n_tokens:
-            api.llama_memory_seq_rm(memory, 0, self.n_tokens, -1)
+        self._forget_from(self.n_tokens)
 
     # Generation
 

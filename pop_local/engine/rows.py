@@ -33,9 +33,7 @@ class CachedRows:
 
         As many as it begins with, but no context row where the prompt's own tail must be full.
         """
-        n = min(len(tokens), len(cached))
-        differ = np.flatnonzero(cached[:n] != np.asarray(tokens[:n], dtype=np.intc))
-        n_same = int(differ[0]) if differ.size else n
+        n_same = n_equal(tokens, cached)
         tail_start = max(0, len(tokens) - self._rule.tail_tokens)
         pruned = np.flatnonzero(~self._is_full[tail_start:n_same])
         return tail_start + int(pruned[0]) if pruned.size else n_same
@@ -46,3 +44,10 @@ class CachedRows:
 
     def restore(self, is_full: np.ndarray) -> None:
         self._is_full[: len(is_full)] = is_full
+
+
+def n_equal(tokens: Sequence[int], cached: np.ndarray) -> int:
+    """How many tokens both begin with."""
+    n = min(len(tokens), len(cached))
+    differ = np.flatnonzero(cached[:n] != np.asarray(tokens[:n], dtype=np.intc))
+    return int(differ[0]) if differ.size else n

@@ -5,6 +5,9 @@
     full.npy       bool (n_tokens): whether its row ran all layers
     kv.bin         llama.cpp's state: the cells in use, not the whole context
 
+What the model has cached may be another conversation, which is nobody's business here: then
+n_tokens is 0, and session.json is all there is.
+
 The K/V are used again only by the same model (size and hash of header and tensor table), POP mode,
 boundary and projections (KvKey), and backend version; otherwise the transcript alone is. zip's
 CRC-32 tells a damaged file.
@@ -33,10 +36,12 @@ from . import backend
 from .backend import Mode
 from .conversation import Conversation, Document, Turn
 from .model import PopModel
+from .owned import n_own_tokens
 from .state import PopState
 
 FORMAT = 1
 SUFFIX = ".popsession"
+_NOT_SAVED = "they had made room for another conversation when it was saved"
 _NAME = re.compile(r"\w[\w .+-]{0,79}")
 # What zipfile, json, numpy and our own reading raise; RuntimeError for encrypted archives.
 _DAMAGES = (
@@ -126,13 +131,17 @@ class Sessions:
         return self._folder / f"{name}{SUFFIX}"
 
     def save(self, name: str, model: PopModel, conversation: Conversation) -> int:
-        """Written beside and renamed; returns its size in bytes. Raises PopError."""
+        """Written beside and renamed; returns its size in bytes. Raises PopError.
+
+        Where the conversation's K/V are cached, what is cached after them is forgotten.
+        """
         path = self.path(name)
-        state = model.save_state()
+        state = _own_state(model, conversation)
+        n_tokens = 0 if state is None else state.n_tokens
         session = Session(
             name=name,
             model=model.model_path,
-            n_tokens=state.n_tokens,
+            n_tokens=n_tokens,
             mode=model.pop_mode,
             key=str(model.kv_key),
             fingerprint=fingerprint(model),
@@ -147,9 +156,10 @@ class Sessions:
                 os.fchmod(file.fileno(), 0o600)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 archive.writestr("session.json", _encoded(session))
-                archive.writestr("tokens.npy", _array(state.input_ids[: state.n_tokens]))
-                archive.writestr("full.npy", _array(state.is_full))
-                archive.writestr("kv.bin", state.llama_state)
+                if state is not None:
+                    archive.writestr("tokens.npy", _array(state.input_ids[:n_tokens]))
+                    archive.writestr("full.npy", _array(state.is_full))
+                    archive.writestr("kv.bin", state.llama_state)
         return path.stat().st_size
 
     def load(self, name: str, model: PopModel) -> Restored:
@@ -159,6 +169,9 @@ class Sessions:
         reread = _difference(session, model)
         if reread:
             return Restored(session, reread)
+        if session.n_tokens == 0:
+            model.set_pop(session.mode)
+            return Restored(session, _NOT_SAVED if session.conversation.turns else "")
         with _opened(path) as archive:
             kv = archive.read("kv.bin")
             tokens = np.load(io.BytesIO(archive.read("tokens.npy")), allow_pickle=False)
@@ -178,6 +191,12 @@ class Sessions:
             raise PopError(f"there is no session {name}", "/sessions lists them")
         with _opened(path) as archive:
             return _decoded(json.loads(archive.read("session.json")))
+
+
+def _own_state(model: PopModel, conversation: Conversation) -> PopState | None:
+    """None where the conversation's K/V are not cached."""
+    n_own = n_own_tokens(model, conversation)
+    return model.save_state() if n_own and model.truncate(n_own) else None
 
 
 def _taken(model: PopModel, kv: bytes, tokens: np.ndarray, is_full: np.ndarray) -> str:
