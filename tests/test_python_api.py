@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 from conftest import ROOT
@@ -290,6 +290,29 @@ def test_should_stop_ends_an_answer_with_its_figures(model):
     answer = session.chat(QUESTION, should_stop=lambda: True, **GREEDY)
     assert (answer.text, answer.stats.finish_reason) == ("", "interrupted")
     assert session.conversation.turns == ()
+
+
+@pytest.mark.parametrize("callback", ["on_prefill", "should_stop"])
+def test_a_stream_may_be_closed_by_its_own_callbacks(model, callback):
+    session = model.session()
+    n_refused = 0
+
+    def close(*_: int) -> bool:
+        nonlocal n_refused
+        stream.close()
+        with pytest.raises(PopError, match="in the midst of an answer"):
+            session.chat("more")
+        n_refused += 1
+        return False
+
+    options: Any = {callback: close}
+    stream = session.stream(QUESTION, **GREEDY, **options)
+    assert list(stream) == []
+    assert n_refused > 0
+    assert stream.stats is not None and stream.stats.finish_reason == "interrupted"
+    assert stream.stats.n_decoded == 0
+    assert session.conversation.turns == ()
+    assert session.chat(QUESTION, **GREEDY).stats.n_decoded == 8
 
 
 def test_two_answers_at_once_are_refused(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from inspect import GEN_RUNNING, getgeneratorstate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ class Answer:
 class Stream(Iterator[str]):
     """The pieces of an answer as they come; `stats` are there once it has ended by itself.
 
-    Closing it ends the answer. Whatever ends it, `text` is what was said until then.
+    Closing it ends the answer. Whatever ends it, `text` is what was said until then. Closed by its
+    own on_prefill or should_stop, it ends as soon as these return, and has its `stats`.
     """
 
     def __init__(self, chunks: Answering, on_end: Callable[[Stream], None]) -> None:
@@ -42,6 +44,7 @@ class Stream(Iterator[str]):
         self._on_end = on_end
         self._said: list[str] = []
         self._is_open = True
+        self.is_closing = False
         self.stats: TurnStats | None = None
 
     @property
@@ -51,14 +54,16 @@ class Stream(Iterator[str]):
     def __next__(self) -> str:
         for chunk in self._chunks:
             self.stats = chunk.stats
-            if chunk.text:
+            if chunk.text and not self.is_closing:
                 self._said.append(chunk.text)
                 return chunk.text
         self.close()
         raise StopIteration
 
     def close(self) -> None:
-        if self._is_open:
+        self.is_closing = True
+        is_running = getgeneratorstate(self._chunks) == GEN_RUNNING
+        if self._is_open and not is_running:
             self._is_open = False
             self._chunks.close()
             self._on_end(self)
@@ -83,9 +88,17 @@ class ChatSession:
 
     @property
     def conversation(self) -> Conversation:
-        """The system prompt and all turns so far; an answer that still streams is ended."""
+        """The system prompt and all turns so far; an answer that still streams is ended.
+
+        Raises PopError in the on_prefill and should_stop of this very answer.
+        """
         if self._stream is not None:
             self._stream.close()
+        if self._stream is not None:
+            raise PopError(
+                "the session is in the midst of an answer",
+                "on_prefill and should_stop may end it; go on when it has ended",
+            )
         return self._conversation
 
     @property
@@ -132,8 +145,10 @@ class ChatSession:
             if ended.stats is not None:
                 self._turns.append(ended.stats)
 
-        self._stream = Stream(self.model.chat_turn(messages, **options), keep)
-        return self._stream
+        asked = options.get("should_stop")
+        options["should_stop"] = lambda: stream.is_closing or (asked is not None and asked())
+        self._stream = stream = Stream(self.model.chat_turn(messages, **options), keep)
+        return stream
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write transcript and KV cache to a .popsession file, which gets that suffix, whole or
