@@ -83,6 +83,17 @@ def test_the_parts_of_a_split_model_come_together(hub, tmp_path):
     assert len(list(folder.iterdir())) == 2
 
 
+def test_an_ending_in_capitals_becomes_the_usual_one(hub, tmp_path):
+    files = {name.replace(".gguf", ".GGUF"): text for name, text in FILES.items()}
+    hub.repos["acme/tiny-GGUF"] = Repo(files)
+    folder = tmp_path / "models"
+    done = pull(hub, folder, "hf:acme/tiny-GGUF:bf16")
+    assert done.returncode == 0, done.stderr
+    names = [f"tiny-BF16-0000{number}-of-00002.gguf" for number in (1, 2)]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    assert done.stdout == f"{folder / names[0]}\n"
+
+
 def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path):
     folder = tmp_path / "models"
     hub.drops = [3 * CHUNK, 0, 0, 0]

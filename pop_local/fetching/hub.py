@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pop_converter.errors import PopError
 
 from pop_local.fetching.download import Remote, download
-from pop_local.fetching.quants import choose
+from pop_local.fetching.quants import choose, usual_ending
 from pop_local.fetching.reasons import reason_of
 from pop_local.fetching.target import Advance, harmless, is_there, require_space
 
@@ -81,7 +81,8 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Advance, *, force: bo
 
     Files that are there already are kept; others of the same name are refused unless `force`.
     """
-    targets = [folder / harmless(PurePosixPath(file.name).name) for file in model.files]
+    names = [PurePosixPath(usual_ending(file.name)).name for file in model.files]
+    targets = [folder / harmless(name) for name in names]
     missing = [
         (file, target)
         for file, target in zip(model.files, targets, strict=True)

@@ -1,11 +1,13 @@
 """Which of a repository's GGUF files is meant."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pop_converter.errors import PopError
 from pop_converter.source import SplitPart, part_names, part_of
+
+from pop_local.stored import SUFFIX
 
 # The first that a repository has is taken when nobody says which: small enough for most machines,
 # good enough for most questions, then by size upward and downward.
@@ -33,21 +35,27 @@ def choices(files: Sequence[str]) -> tuple[Choice, ...]:
     Raises PopError when parts are missing.
     """
     found: list[Choice] = []
-    for file in sorted(file for file in files if file.lower().endswith(".gguf")):
-        part = part_of(file)
+    by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
+    for name in sorted(by_name):
+        part = part_of(name)
         if part is None:
-            found.append(Choice(file[: -len(".gguf")], (file,)))
+            found.append(Choice(name.removesuffix(SUFFIX), (by_name[name],)))
         elif part.number == 1:
-            found.append(Choice(part.stem, _parts(part, files)))
+            found.append(Choice(part.stem, _parts(part, by_name)))
     return tuple(found)
 
 
-def _parts(first: SplitPart, files: Sequence[str]) -> tuple[str, ...]:
+def usual_ending(file: str) -> str:
+    """NAME.gguf for NAME.GGUF, too: what llama.cpp expects of the parts of a split model."""
+    return file[: -len(SUFFIX)] + SUFFIX
+
+
+def _parts(first: SplitPart, by_name: Mapping[str, str]) -> tuple[str, ...]:
     parts = part_names(first.stem, first.count)
-    missing = [part for part in parts if part not in files]
+    missing = [part for part in parts if part not in by_name]
     if missing:
         raise PopError(f"the repository lacks {missing[0]}", "take another file of it")
-    return parts
+    return tuple(by_name[part] for part in parts)
 
 
 def choose(repo: str, files: Sequence[str], wanted: str) -> Choice:
