@@ -3,11 +3,12 @@
 import json
 import sys
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from analyzed import FITTED, UNFITTED, analyze, report
 from converted import paired, tiny
-from pop_converter.errors import PlanError
+from pop_converter.errors import PlanError, PopError
 from pop_converter.shape import read_shape
 from synthetic import make_gguf
 
@@ -192,6 +193,23 @@ def test_what_cannot_be_measured_is_one_clear_error(model, text, options, reason
     assert done.exit_code == 1
     assert reason in " ".join(done.stderr.split())
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("context", "is_enough"), [(34, False), (35, True)])
+def test_too_short_a_context_is_said_before_anything_is_loaded(
+    model, text, monkeypatch, context, is_enough
+):
+    def load(*_: object) -> NoReturn:
+        raise PopError("loaded")
+
+    monkeypatch.setattr("pop_local.commands.analyzing._opened", load)
+    done = analyze(model, "--text", text, *UNFITTED, "--no-gates", "--context", context)
+    assert done.exit_code == 1
+    message = " ".join(done.stderr.split())
+    assert ("loaded" in message) == is_enough
+    assert ("too few are left to measure" in message) != is_enough
+    assert ("--context 35 or more" in message) != is_enough
+    assert "--tail" not in message
 
 
 def test_a_converted_file_is_analysed_like_its_base(tmp_path, text):

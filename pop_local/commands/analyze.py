@@ -17,6 +17,7 @@ from pop_local.commands.analyzing import (
     fit_is_possible,
     fitted,
     probed,
+    require_long_enough,
     require_own_projections,
 )
 from pop_local.commands.fitting import free_bytes
@@ -92,6 +93,7 @@ def analyze(
         threads=threads,
         gpu_layers=gpu_layers,
     )
+    require_long_enough(run)
     can_fit = not no_fit and fit_is_possible(run)
     gates = None if no_gates else _gates(run)
     found = probed(run if gates else replace(run, n_gated=0))

@@ -111,6 +111,15 @@ def require_own_projections(source: Source) -> None:
         )
 
 
+def require_long_enough(run: Run) -> None:
+    """Raises PopError for a context of which a conversion would prune too little to measure."""
+    from pop_local.engine.prefill import RowRule
+    from pop_local.measure.probes import require_passage
+
+    plan = _plan(run, run.shape.n_layer - 1)
+    require_passage(run.n_context, RowRule(plan.sink_tokens, plan.tail_tokens))
+
+
 def fit_is_possible(run: Run) -> bool:
     """False for a converted file, after saying so.
 

@@ -45,18 +45,24 @@ class Repeated:
     full: Floats
 
 
+def require_passage(n_context: int, rule: RowRule) -> None:
+    """Raises PopError for a context that is too short for `pick_passage`."""
+    least = max(1, rule.sink_tokens) + rule.tail_tokens + 2
+    if n_context < least:
+        raise PopError(
+            f"of {n_context} context tokens the first {rule.sink_tokens} and the last"
+            f" {rule.tail_tokens} are full: too few are left to measure",
+            f"give a longer context: --context {least} or more",
+        )
+
+
 def pick_passage(
     context: Sequence[int], n_tokens: int, rule: RowRule, rng: np.random.Generator
 ) -> Sequence[int]:
     """Consecutive pruned tokens of the context, n_tokens if it has as many, from anywhere in it."""
+    require_passage(len(context), rule)
     start, end = max(1, rule.sink_tokens), len(context) - rule.tail_tokens
     n_tokens = min(n_tokens, end - start)
-    if n_tokens < 2:
-        raise PopError(
-            f"of {len(context)} context tokens the first {rule.sink_tokens} and the last"
-            f" {rule.tail_tokens} are full: too few are left to measure",
-            "give a longer context (--context) or a shorter tail (--tail)",
-        )
     first = int(rng.integers(start, end - n_tokens + 1))
     return context[first : first + n_tokens]
 
