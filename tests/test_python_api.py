@@ -244,7 +244,8 @@ def test_questions_that_are_refused(model):
     assert caught.value.n_short > 0
     with pytest.raises(ContextFullError) as caught:
         session.chat(QUESTION, min_answer=5000)
-    assert f"--ctx {caught.value.n_prompt + 5000}" in caught.value.hint
+    larger = caught.value.n_prompt + 5000
+    assert f"(--ctx {larger}, n_ctx={larger})" in caught.value.hint
     assert session.conversation.turns == ()
 
 

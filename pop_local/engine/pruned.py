@@ -240,9 +240,10 @@ class PrunedLlama(Llama):
     def _make_room(self, n_tokens: int) -> None:
         total = self.n_tokens + n_tokens
         if total > self._n_ctx:
+            larger = total + 256
             raise PopError(
                 f"{total} tokens do not fit the context of {self._n_ctx}",
-                f"open the model with a larger one: --ctx {total + 256}",
+                f"open the model with a larger one: --ctx {larger}, n_ctx={larger}",
             )
         logs.forget_errors()
         self._forget_from(self.n_tokens)

@@ -180,10 +180,11 @@ class ContextFullError(PopError):
     """
 
     def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:
+        larger = n_prompt + max(512, n_answer)
         super().__init__(
             f"the prompt has {n_prompt:,} tokens, {n_prompt + n_answer - n_ctx:,} too many:"
             f" the context holds {n_ctx:,}, and an answer needs {n_answer:,}",
-            f"give a larger context (--ctx {n_prompt + max(512, n_answer)}) or a shorter prompt",
+            f"give a larger context (--ctx {larger}, n_ctx={larger}) or a shorter prompt",
         )
         self.n_prompt = n_prompt
         self.n_answer = n_answer
