@@ -110,6 +110,20 @@ def test_two_answers_at_once_are_refused(model):
     assert list(model.stream("a b", **GREEDY)) == expected
 
 
+@pytest.mark.parametrize("displace", ["clear", "chat"])
+def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
+    def on_prefill(*_: int) -> None:
+        model.clear() if displace == "clear" else model.chat("a b", **GREEDY)
+
+    session = model.session()
+    with pytest.raises(PopError, match="another answer"):
+        session.chat(QUESTION, on_prefill=on_prefill, **GREEDY)
+    assert session.conversation.turns == ()
+    expected = session.chat(QUESTION, **GREEDY).text
+    model.clear()
+    assert model.chat(QUESTION, **GREEDY).text == expected
+
+
 # --- saving
 
 

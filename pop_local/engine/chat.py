@@ -12,7 +12,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from pop_converter.errors import PopError
 
 from . import backend
-from .interrupt import PrefillStoppedError
+from .interrupt import DisplacedError, PrefillStoppedError
 from .logprobs import Logprobs
 from .prefill import plan_prefill
 from .text import Pieces, TextStream
@@ -162,10 +162,7 @@ class _Turn:
 
     def _next_token(self) -> int:
         if self._model.epoch != self._epoch:
-            raise PopError(
-                "the KV cache was emptied, or another answer begun, before this one had ended",
-                "a model gives one answer at a time: read it to its end, or close it",
-            )
+            raise DisplacedError
         started_s = time.perf_counter()
         token = next(self._sampled)
         self._decode_s += time.perf_counter() - started_s

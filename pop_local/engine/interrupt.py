@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from pop_converter.errors import PopError
+
 from .backend import bindings
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -14,6 +16,16 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 class PrefillStoppedError(Exception):
     """The caller's `should_stop` said so; what was decoded before stays in the KV cache."""
+
+
+class DisplacedError(PopError):
+    """What an answer needs of the KV cache has been taken away from under it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the KV cache was emptied, or another answer begun, before this one had ended",
+            "a model gives one answer at a time: read it to its end, or close it",
+        )
 
 
 class Interrupt:

@@ -22,7 +22,7 @@ from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
 from .batch import Outputs, TokenBatch  # noqa: E402
 from .closed import closed  # noqa: E402
 from .grammar import GrammarSampler  # noqa: E402
-from .interrupt import Interrupt  # noqa: E402
+from .interrupt import DisplacedError, Interrupt  # noqa: E402
 from .prefill import plan_prefill  # noqa: E402
 from .rows import CachedRows, n_equal  # noqa: E402
 from .sampling import GreedySampler  # noqa: E402
@@ -214,8 +214,11 @@ class PrunedLlama(Llama):
                 self._report(end, plan.n_tokens)
 
     def _report(self, done: int, total: int) -> None:
+        epoch = self.epoch
         if self._on_prefill is not None:
             self._on_prefill(done, total)
+        if self.epoch != epoch:
+            raise DisplacedError
 
     def _decode(self, tokens: Sequence[int], outputs: Outputs, full_from: int) -> None:
         if self._logits_all or self.context_params.embeddings:
