@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pop_local import __version__
 from pop_local.cli import COMMANDS, app
-from pop_local.commands.options import finite
+from pop_local.commands.options import finite, positive
 from pop_local.ui import errors
 
 HEAVY = ("torch", "llama_cpp", "huggingface_hub", "requests")
@@ -247,4 +247,4 @@ def test_every_option_that_is_a_float_is_checked():
         if hasattr(hint, "__metadata__") and float in (hint.__origin__, *get_args(hint.__origin__))
     ]
     assert len(floats) > 6
-    assert [name for name, option in floats if option.callback is not finite] == []
+    assert [name for name, option in floats if option.callback not in (finite, positive)] == []
