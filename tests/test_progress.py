@@ -50,3 +50,16 @@ def test_a_narrow_one_has_the_share_and_the_time_left(shown):
 
 def test_a_short_prompt_has_none(shown):
     assert shown(100, (0, 255), (255, 255)) == ""
+
+
+def test_stages_that_follow_each_other_have_a_bar_each(monkeypatch):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=100, theme=THEME)
+    monkeypatch.setattr(progress, "err", console)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.token_stages("Sampling text", "Fitting") as (on_sampling, on_reading):
+        on_sampling(512, 512)
+        on_reading(512, 2048)
+    text = file.getvalue()
+    assert text.index("Sampling text") < text.rindex("512/512") < text.index("Fitting")
+    assert "Sampling text" not in text[text.index("Fitting") :]

@@ -18,7 +18,7 @@ from pop_converter.source import Source
 
 from pop_local.commands.options import finite
 from pop_local.ui.interrupt import deferred_interrupt
-from pop_local.ui.progress import token_progress
+from pop_local.ui.progress import token_stages
 from pop_local.ui.tables import Fact, size
 
 if TYPE_CHECKING:
@@ -192,8 +192,12 @@ def fit(
         state_path=options.state_path,
     )
     opened = LoadedModel(source.first.path, n_gpu_layers=n_gpu_layers, n_threads=n_threads)
-    with opened as model, deferred_interrupt() as interrupt, token_progress("Fitting") as advance:
-        watch = Watch(advance, advance, lambda: interrupt.asked)
+    with (
+        opened as model,
+        deferred_interrupt() as interrupt,
+        token_stages("Sampling text", "Fitting") as (on_sampling, on_reading),
+    ):
+        watch = Watch(on_sampling, on_reading, lambda: interrupt.asked)
         with suppress(CalibrationStoppedError):
             fitted = calibrate(plans, model, source, settings, watch)
             if not interrupt.asked:

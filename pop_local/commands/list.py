@@ -43,7 +43,7 @@ def list(  # noqa: A001
         return
     note(f"In {listing.folder}:" if listing.models else f"No models in {listing.folder} yet.")
     if not listing.models:
-        note("`pop-local pull` fetches one.")
+        note("`pop-local pull smollm2` fetches a small one.")
         return
     print_table(_table(listing.models))
 

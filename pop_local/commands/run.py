@@ -1,10 +1,12 @@
 """`pop-local run MODEL "question"`: one answer, also about files and piped text."""
 
+import os
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -34,7 +36,7 @@ from pop_local.ui.overflow import too_long
 from pop_local.ui.screen import TerminalScreen, showing_prefill
 from pop_local.ui.stats import counted_line, stats_line
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import look
+from pop_local.ui.theme import look, warn
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -120,6 +122,15 @@ def _documents(files: list[Path]) -> Iterator[Document]:
         piped = decoded(read_limited(sys.stdin.buffer, "the piped text"), "the piped text")
         if piped.strip():
             yield Document("the piped text", piped)
+        elif not files and _is_pipe(sys.stdin):
+            warn("The piped text is empty")
+
+
+def _is_pipe(stream: TextIO) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except OSError:
+        return False
 
 
 def _chunks(

@@ -50,6 +50,25 @@ def token_progress(what: str) -> Iterator[Advance]:
 
 
 @contextmanager
+def token_stages(*names: str) -> Iterator[tuple[Advance, ...]]:
+    """As token_progress, for stages that follow each other: the bar of one ends the one before."""
+    with ExitStack() as stack:
+
+        def stage(name: str) -> Advance:
+            bars: list[Advance] = []
+
+            def advance(done: int, total: int) -> None:
+                if not bars:
+                    stack.close()
+                    bars.append(stack.enter_context(token_progress(name)))
+                bars[0](done, total)
+
+            return advance
+
+        yield tuple(stage(name) for name in names)
+
+
+@contextmanager
 def prefill_progress(what: str) -> Iterator[Advance]:
     """As token_progress, with the speed; a short prompt is read before one could look at a bar."""
     with ExitStack() as stack:
