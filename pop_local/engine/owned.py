@@ -15,7 +15,6 @@ def n_own_tokens(model: PopModel, conversation: Conversation) -> int:
     They are the prompt of its last question, whole, and what is cached of the answer; otherwise 0.
     The answer is compared as text: as a message its tokens may be others than were sampled.
     """
-    pieces = Pieces(model.vocab)
     if not conversation.turns:
         return 0
     last = conversation.turns[-1]
@@ -27,6 +26,7 @@ def n_own_tokens(model: PopModel, conversation: Conversation) -> int:
     n_own = len(prompt.tokens)
     if model.n_cached(prompt.tokens) < n_own:
         return 0
+    pieces = Pieces(model.vocab)
     said = last.answer.removeprefix(prompt.begun).encode()
     at = 0
     for token in model.input_ids[n_own : model.n_tokens].tolist():
