@@ -2,7 +2,7 @@
 
     python tests/measure_quality.py MODEL.gguf [--text FILE] [--windows 32] [--out FOLDER]
 
-Each row is one run of the command, but for the depths of a sweep; ablations take half the windows.
+Each row is one run of the command, but for the depths of a sweep.
 FOLDER keeps its JSON, so that a second call measures only what is missing. Prints Markdown.
 """
 
@@ -116,7 +116,7 @@ def main() -> None:
             for depth in evaluated(row, options.windows, options.model, fitted, options)["rows"]
         ]
         ablations = [
-            (row.name, evaluated(row, options.windows // 2, options.model, fitted, options))
+            (row.name, evaluated(row, options.windows, options.model, fitted, options))
             for row in ABLATIONS
         ]
     shown = ablations[0][1]

@@ -224,17 +224,43 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     LLAMA_LOG_INFO("%s: boundary = %u of %u layers, %s projections\n", __func__, pop.boundary, model.hparams.n_layer(), projection.c_str());
 }
 
+// reads the file: weights that a backend has packed its own way cannot be read back
+static void check_tensor(const llama_model_loader & ml, const llama_model_loader::llama_tensor_weight & weight) {
+    const ggml_tensor * tensor = weight.tensor;
+
+    const bool is_bias = ggml_n_dims(tensor) == 1;
+    const bool is_float = tensor->type == GGML_TYPE_F32 || tensor->type == GGML_TYPE_F16 || tensor->type == GGML_TYPE_BF16;
+
+    if (is_bias ? tensor->type != GGML_TYPE_F32 : !is_float && !ggml_is_quantized(tensor->type)) {
+        refuse(format("tensor '%s' has type %s", tensor->name, ggml_type_name(tensor->type)));
+    }
+
+    std::vector<uint8_t> data(ggml_nbytes(tensor));
+    const auto & file = ml.files.at(weight.idx);
+    file->seek(weight.offs, SEEK_SET);
+    file->read_raw(data.data(), data.size());
+
+    if (!ggml_validate_row_data(tensor->type, data.data(), data.size())) {
+        refuse(format("tensor '%s' has values that are not finite", tensor->name));
+    }
+}
+
 void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
     const auto & hparams = model.hparams;
 
     // the layer at the boundary has none: its own projections are exact
     const uint32_t first = hparams.pop.fitted ? hparams.pop.boundary + 1 : hparams.n_layer();
 
-    for (const auto & [name, _] : ml.weights_map) {
+    std::vector<const llama_model_loader::llama_tensor_weight *> weights;
+    for (const auto & [name, weight] : ml.weights_map) {
+        if (name.find(".pop_") == std::string::npos) {
+            continue;
+        }
         uint32_t il = 0;
-        if (name.find(".pop_") != std::string::npos && (sscanf(name.c_str(), "blk.%u.", &il) != 1 || il < first)) {
+        if (sscanf(name.c_str(), "blk.%u.", &il) != 1 || il < first) {
             refuse(format("tensor '%s' does not belong to the schedule and projection of the file", name.c_str()));
         }
+        weights.push_back(&weight);
     }
 
     for (uint32_t il = first; il < hparams.n_layer(); ++il) {
@@ -249,30 +275,9 @@ void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
         pop.wv   = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V, "weight", il), { n_embd, n_v }, 0);
         pop.wv_b = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V, "bias",   il), { n_v },         0);
     }
-}
 
-static void check_tensor(const ggml_tensor * tensor) {
-    const bool is_bias = ggml_n_dims(tensor) == 1;
-    const bool is_float = tensor->type == GGML_TYPE_F32 || tensor->type == GGML_TYPE_F16 || tensor->type == GGML_TYPE_BF16;
-
-    if (is_bias ? tensor->type != GGML_TYPE_F32 : !is_float && !ggml_is_quantized(tensor->type)) {
-        refuse(format("tensor '%s' has type %s", tensor->name, ggml_type_name(tensor->type)));
-    }
-
-    std::vector<uint8_t> data(ggml_nbytes(tensor));
-    ggml_backend_tensor_get(tensor, data.data(), 0, data.size());
-
-    if (!ggml_validate_row_data(tensor->type, data.data(), data.size())) {
-        refuse(format("tensor '%s' has values that are not finite", tensor->name));
-    }
-}
-
-void llama_pop_check_tensors(const llama_model_base & model) {
-    for (const auto & layer : model.layers) {
-        for (const ggml_tensor * tensor : { layer.pop.wk, layer.pop.wk_b, layer.pop.wv, layer.pop.wv_b }) {
-            if (tensor) {
-                check_tensor(tensor);
-            }
-        }
+    // after their shapes
+    for (const auto * weight : weights) {
+        check_tensor(ml, *weight);
     }
 }

@@ -104,9 +104,8 @@ std::string llama_pop_take_sidecar(std::vector<std::string> & paths, uint16_t n_
 // adds its keys and tensors to those of the model
 void llama_pop_load_sidecar(llama_model_loader & ml, const std::string & path);
 
-void llama_pop_load_hparams (llama_model_base & model, llama_model_loader & ml);
-void llama_pop_load_tensors (llama_model_base & model, llama_model_loader & ml);
-void llama_pop_check_tensors(const llama_model_base & model);
+void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml);
+void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml);
 
 //
 // what the caller says, of a context
