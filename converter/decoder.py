@@ -65,7 +65,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer; `gates` multiply what its two branches add to the residual stream."""
+    """One layer of the decoder."""
 
     tensors: dict[str, Tensor]
     hyper: Hyper
@@ -73,71 +73,24 @@ class Layer:
     window: int
     rope_factors: Tensor | None
 
-    def __call__(self, states: Tensor, gates: Tensor) -> Tensor:
-        """[n_windows, n_tokens, n_embd] to the same; `gates` [n_windows, n_tokens, 1]."""
+    def __call__(self, states: Tensor) -> Tensor:
+        """[n_windows, n_tokens, n_embd] to the same."""
         attended = self._attention(self._norm("attn_norm", states))
-        return self._passed(states, gates, attended)
-
-    def apart(self, states: Tensor, gates: Tensor, before: Tensor) -> Tensor:
-        """The same for the last rows only, whose gradients do not mix.
-
-        What a row reads of the others is constant here, be they among `states` [n_windows, n_rows,
-        n_embd] or `before` them [n_windows, n_before, n_embd]. `gates` [n_windows, n_rows, 1].
-        """
-        x = self._norm("attn_norm", states)
-        with torch.no_grad():
-            read = torch.cat((self._norm("attn_norm", before), x), 1)
-            keys, values = self._keys(read), self._values(read)
-        attended = self._attention_apart(x, keys, values)
-        return self._passed(states, gates, attended)
-
-    def _passed(self, states: Tensor, gates: Tensor, attended: Tensor) -> Tensor:
-        """What is left of the layer after its attention."""
-        states = states + gates * self._norm("post_attention_norm", attended)
+        states = states + self._norm("post_attention_norm", attended)
         passed = self._ffn(self._norm("ffn_norm", states))
-        return states + gates * self._norm("post_ffw_norm", passed)
+        return states + self._norm("post_ffw_norm", passed)
 
     def _attention(self, x: Tensor) -> Tensor:
-        q, k, v = self._queries(x), self._keys(x), self._values(x)
-        return self._output(self._weights(q @ k.transpose(-1, -2)) @ v)
-
-    def _attention_apart(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Of the last rows, `keys` and `values` being those of all."""
-        first = keys.shape[-2] - x.shape[1]
-        q, k, v = self._queries(x, first), self._keys(x, first), self._values(x)
-        # Zeros that carry the gradient of what a row reads of itself.
-        own_score = (q.detach() * (k - k.detach())).sum(-1)
-        own_value = v - v.detach()
-        scores = q @ keys.transpose(-1, -2)
-        weights = self._weights(scores + torch.diag_embed(own_score, first)[..., : x.shape[1], :])
-        own_weight = weights.diagonal(first, -2, -1).unsqueeze(-1)
-        return self._output(weights @ values + own_weight * own_value)
-
-    def _queries(self, x: Tensor, first: int = 0) -> Tensor:
-        """[n_windows, n_key_heads, n_group, n_tokens, dim], rows at positions from `first` on."""
         h = self.hyper
-        q = self._turned(self._norm("attn_q_norm", self._heads("attn_q", x, h.dim_k)), first)
+        q = self._turned(self._norm("attn_q_norm", self._heads("attn_q", x, h.dim_k)))
+        k = self._turned(self._norm("attn_k_norm", self._heads("attn_k", x, h.dim_k)))
+        v = self._heads("attn_v", x, h.dim_v)
         # Query heads that share a key head lie next to each other.
-        n_key_heads = self.tensors["attn_k.weight"].shape[0] // h.dim_k
-        return q.reshape(q.shape[0], n_key_heads, -1, *q.shape[2:])
-
-    def _keys(self, x: Tensor, first: int = 0) -> Tensor:
-        """[n_windows, n_key_heads, 1, n_tokens, dim]"""
-        k = self._norm("attn_k_norm", self._heads("attn_k", x, self.hyper.dim_k))
-        return self._turned(k, first).unsqueeze(2)
-
-    def _values(self, x: Tensor) -> Tensor:
-        return self._heads("attn_v", x, self.hyper.dim_v).unsqueeze(2)
-
-    def _weights(self, scores: Tensor) -> Tensor:
-        """Of the last rows [..., n_rows, n_tokens] for all."""
-        capped = _soft_cap(scores * self.hyper.attention_scale, self.hyper.attention_cap)
-        n_rows, n_tokens = scores.shape[-2:]
-        return capped.masked_fill(
-            self._hidden(n_rows, n_tokens, scores.device), -torch.inf
-        ).softmax(-1)
-
-    def _output(self, mixed: Tensor) -> Tensor:
+        q = q.unflatten(1, (k.shape[1], -1))
+        scores = q @ k.unsqueeze(2).transpose(-1, -2)
+        capped = _soft_cap(scores * h.attention_scale, h.attention_cap)
+        hidden = self._hidden(x.shape[1], x.device)
+        mixed = capped.masked_fill(hidden, -torch.inf).softmax(-1) @ v.unsqueeze(2)
         return self._linear("attn_output", mixed.flatten(1, 2).transpose(1, 2).flatten(2))
 
     def _ffn(self, x: Tensor) -> Tensor:
@@ -162,10 +115,10 @@ class Layer:
         gain = self.tensors.get(f"{name}.weight")
         return x if gain is None else _rms_norm(x, gain, self.hyper.eps)
 
-    def _turned(self, x: Tensor, first: int) -> Tensor:
+    def _turned(self, x: Tensor) -> Tensor:
         """RoPE over the last axis of [..., n_tokens, dim]; what is past n_rot stays."""
         n = self.hyper.n_rot
-        angles = self._angles(x, first)
+        angles = self._angles(x)
         cos, sin = angles.cos(), angles.sin()
         if self.hyper.interleaved:
             a, b = x[..., 0:n:2], x[..., 1:n:2]
@@ -175,19 +128,19 @@ class Layer:
             turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
         return torch.cat((turned, x[..., n:]), -1)
 
-    def _angles(self, x: Tensor, first: int) -> Tensor:
+    def _angles(self, x: Tensor) -> Tensor:
         n = self.hyper.n_rot
         exponents = torch.arange(0, n, 2, device=x.device) / n
         frequencies = self.rope.scale * self.rope.base**-exponents
         if self.rope_factors is not None:
             frequencies = frequencies / self.rope_factors
-        positions = torch.arange(first, first + x.shape[-2], device=x.device)
+        positions = torch.arange(x.shape[-2], device=x.device)
         return positions[:, None] * frequencies
 
-    def _hidden(self, n_rows: int, n_tokens: int, device: torch.device) -> Tensor:
-        """Which positions [of a query, of a key] are out of sight; the queries are the last."""
+    def _hidden(self, n_tokens: int, device: torch.device) -> Tensor:
+        """Which positions [of a query, of a key] are out of sight."""
         position = torch.arange(n_tokens, device=device)
-        distance = position[n_tokens - n_rows :, None] - position
+        distance = position[:, None] - position
         hidden = distance < 0
         return hidden | (distance >= self.window) if self.window else hidden
 

@@ -1,9 +1,13 @@
 """Virtual gates: the importance of each layer, apart for reading and for answering.
 
 The importance analysis of the paper (arXiv 2602.03295, the section on virtual gates), as follows. A
-gate g_l = 1 multiplies what layer l adds to the residual stream, attention and FFN alike. A window
-is a context and the answer tokens after it. The gate exists twice: one multiplies the rows of
-the context only (*prefill*), the other those of the answer only (*decode*).
+gate g_l = 1 multiplies what layer l adds to the residual stream:
+
+    h_(l+1) = h_l + g_l (layer_l(h_l) - h_l)
+
+so that a closed gate skips the layer, as pruning does. A window is a context and the answer tokens
+after it. The gate exists twice: one multiplies the rows of the context only (*prefill*), the other
+those of the answer only (*decode*).
 The loss L of a window is the negative log-likelihood of one target for each answer row, where the
 targets are not the text's but drawn from the model's own distribution. Then the importance
 
@@ -17,15 +21,6 @@ rows: I_l grows in proportion to the number of answer rows.
 Context rows have no loss of their own: what counts is what answer rows attend to. The last context
 row, which predicts the first answer token, is one of the answer's here, as it is a full row in POP.
 One window gives one sample of each square, whose relative standard deviation is at least sqrt(2).
-
-An answer row does two things: it predicts the next token, and later answer rows read it, as they
-read context. The decode gate multiplies both. What prediction alone needs of a layer (*predict*) is
-the decode gate of a window with one answer row, which no other row reads. Each answer row serves as
-that one: the loss L_t of row t is differentiated for a gate of row t alone, and
-
-    I_l = E[sum over t of (dL_t/dg_lt)^2]
-
-adds the squares up over the rows, to the scale of the other two, and has a sample for each row.
 """
 
 from collections.abc import Callable
@@ -36,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .decoder import Decoder
+from .decoder import Decoder, Layer
 from .hyper import Hyper
 from .shape import ModelShape
 
@@ -49,14 +44,10 @@ _BASE_BYTES = 400_000_000
 
 @dataclass(frozen=True)
 class GateGradients:
-    """dL/dg of each window and layer, [n_windows, n_layer], in nats over all answer rows.
-
-    `predict`: dL_t/dg_t of each answer row's own loss, [n_windows, n_layer, n_answer].
-    """
+    """dL/dg of each window and layer, [n_windows, n_layer], in nats over all answer rows."""
 
     prefill: Floats
     decode: Floats
-    predict: Floats
 
 
 def gate_gradients(
@@ -83,15 +74,16 @@ def gate_gradients(
         on_progress(done, total)
 
     ran(0)
-    found = [
-        _batch(decoder, windows[start : start + n_batch], n_context, generator, ran)
-        for start in range(0, len(windows), n_batch)
-    ]
-    staged, own = (
-        torch.cat(parts, dim=1).cpu().double().numpy() for parts in zip(*found, strict=True)
+    found = torch.cat(
+        [
+            _batch(decoder, windows[start : start + n_batch], n_context, generator, ran)
+            for start in range(0, len(windows), n_batch)
+        ],
+        dim=1,
     )
+    by_row = found.cpu().double().numpy().transpose(1, 0, 2)
     return GateGradients(
-        prefill=staged[..., 0].T, decode=staged[..., 1].T, predict=own.transpose(1, 0, 2)
+        prefill=by_row[..., :n_context].sum(axis=-1), decode=by_row[..., n_context:].sum(axis=-1)
     )
 
 
@@ -101,49 +93,40 @@ def _batch(
     n_context: int,
     generator: torch.Generator,
     ran: Callable[[int], None],
-) -> tuple[Tensor, Tensor]:
-    """[n_layer, n_windows, 2] by stage, [n_layer, n_windows, n_answer] of the rows' own losses.
+) -> Tensor:
+    """What each row adds to dL/dg, [n_layer, n_windows, n_tokens].
 
-    Forwards keep only the layers' inputs, backwards compute again.
+    Forwards keep only the layers' outputs, backwards compute again.
     """
-    gates = torch.ones(len(windows), 2, device=decoder.device, requires_grad=True)
-    row_gates = torch.ones(
-        len(windows), windows.shape[1] - n_context, 1, device=decoder.device, requires_grad=True
-    )
-    inputs = [decoder.embed(windows)]
-    stage = stages(windows.shape[1], n_context, decoder.device)
+    states = [decoder.embed(windows)]
     for index in range(decoder.n_layer):
         with torch.no_grad():
-            inputs.append(decoder.layer(index)(inputs[-1], gates[:, stage, None]))
+            states.append(decoder.layer(index)(states[-1]))
         ran(len(windows))
-    gradient = torch.zeros_like(inputs[-1])
-    last = inputs.pop()
-    for window in range(len(windows)):
-        gradient[window, n_context:] = _loss_gradient(decoder, last[window, n_context:], generator)
-    own = gradient[:, n_context:]
-    of_stages, of_rows = [], []
+    output = states.pop()
+    gradient = torch.zeros_like(output)
+    for window, rows in enumerate(output[:, n_context:]):
+        gradient[window, n_context:] = _loss_gradient(decoder, rows, generator)
+    found = []
     for index in reversed(range(decoder.n_layer)):
-        layer, states = decoder.layer(index), inputs.pop()
-        rows = states[:, n_context:].clone().requires_grad_()
-        output = layer.apart(rows, row_gates, states[:, :n_context])
-        own, of_own = torch.autograd.grad(output, (rows, row_gates), own)
-        of_rows.append(of_own.squeeze(-1))
-        states.requires_grad_()
-        output = layer(states, gates[:, stage, None])
-        gradient, of_gates = torch.autograd.grad(output, (states, gates), gradient)
-        of_stages.append(of_gates)
+        before = states.pop()
+        found.append((gradient * (output - before)).sum(-1))
+        gradient = _backwards(decoder.layer(index), before, gradient)
+        output = before
         ran(len(windows))
-    return torch.stack(of_stages[::-1]), torch.stack(of_rows[::-1])
+    return torch.stack(found[::-1])
 
 
-def stages(n_tokens: int, n_context: int, device: torch.device) -> Tensor:
-    """Which gate a row has: 0 prefill, 1 decode."""
-    return (torch.arange(n_tokens, device=device) >= n_context).long()
+def _backwards(layer: Layer, states: Tensor, gradient: Tensor) -> Tensor:
+    """dL/dh of a layer's input, from that of its output."""
+    states = states.detach().requires_grad_()
+    [before] = torch.autograd.grad(layer(states), states, gradient)
+    return before
 
 
 def _loss_gradient(decoder: Decoder, states: Tensor, generator: torch.Generator) -> Tensor:
     """dL/dh of the last layer's output at the answer rows [n_answer, n_embd]."""
-    states = states.requires_grad_()
+    states = states.detach().requires_grad_()
     log_p = decoder.logits(states).log_softmax(-1)
     targets = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
     [gradient] = torch.autograd.grad(-log_p.gather(1, targets).sum(), states)

@@ -42,8 +42,18 @@ def random_tokens(n: int, n_vocab: int, seed: int = 0) -> Tokens:
     return tuple(int(token) for token in np.random.default_rng(seed).integers(3, n_vocab, n))
 
 
-def expected(trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: Job) -> np.ndarray:
-    """Logits after each prompt, float32 [n_prompts, n_vocab]: sink, context, tail, in turn."""
+def expected(
+    trio: Trio,
+    prompts: list[Tokens],
+    n_tail: int,
+    folder: Path,
+    job: Job,
+    first: tuple[Step, ...] = (),
+) -> np.ndarray:
+    """Logits after each prompt, float32 [n_prompts, n_vocab]: sink, context, tail, in turn.
+
+    `first`: steps before each of the three.
+    """
     phases = [
         (trio.original, lambda n: (0, trio.n_sink)),
         (trio.silent, lambda n: (trio.n_sink, n - n_tail)),
@@ -51,7 +61,7 @@ def expected(trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: 
     ]
     results: dict[str, np.ndarray] = {}
     for model, span in phases if trio.n_sink else phases[1:]:
-        steps: list[Step] = []
+        steps = [*first]
         for number, tokens in enumerate(prompts):
             start, end = span(len(tokens))
             state = str(folder / f"state{number}")
@@ -82,15 +92,19 @@ def pruned(
 def unpatched_noise(
     trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: Job
 ) -> float:
-    """How far the oracle, all unpatched, is from itself when its batches have other shapes.
+    """How far the oracle, all unpatched, is from itself when it computes in another order.
 
-    The largest distance over the prompts and two ubatches that no kernel is tiled for.
+    The largest distance over the prompts, two ubatches that no kernel is tiled for, and a KV cache
+    whose first cells another sequence has.
     """
     want = expected(trio, prompts, n_tail, folder, job)
-    others = (
+    others = [
         expected(trio, prompts, n_tail, folder, replace(job, n_ubatch=n_ubatch))
         for n_ubatch in (71, 7)
-    )
+    ]
+    shared = replace(job, n_seq_max=2, kv_unified=True)
+    neighbour = Step("decode", tokens=prompts[0][:53], seq=1, logits="none")
+    others.append(expected(trio, prompts, n_tail, folder, shared, (neighbour,)))
     return max(distance(*pair) for other in others for pair in zip(want, other, strict=True))
 
 

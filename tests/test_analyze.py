@@ -58,7 +58,7 @@ def test_json_has_gates_and_boundaries(model, text):
     )
     gates = found["gates"]
     assert (gates["n_windows"], gates["n_context"], gates["n_answer"]) == (3, 64, 10)
-    assert [len(gates[stage]["layers"]) for stage in ("prefill", "decode", "predict")] == [6] * 3
+    assert [len(gates[stage]["layers"]) for stage in ("prefill", "decode")] == [6] * 2
     assert gates["prefill"]["layers"][0]["value"] > gates["prefill"]["layers"][5]["value"] == 0
     assert found["text"]["name"] == "text.txt"
 
@@ -77,7 +77,7 @@ def test_a_pipe_gets_one_table_and_the_findings(model, text):
     assert len(table) == 2 + 6
     assert "Prefill" in table[0]
     assert "Induction" in table[0]
-    for label in ("Reading", "Answering", "Predicting", "Copying"):
+    for label in ("Reading", "Answering", "Copying"):
         assert label in done.stdout
 
 

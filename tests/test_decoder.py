@@ -53,7 +53,7 @@ def torch_logits(path: Path, tokens: list[int], **hyper: object) -> np.ndarray:
     states = decoder.embed(np.array([tokens]))
     with torch.no_grad():
         for index in range(decoder.n_layer):
-            states = decoder.layer(index)(states, torch.ones(1, len(tokens), 1))
+            states = decoder.layer(index)(states)
         logits: np.ndarray = decoder.logits(states)[0, :-1].numpy()
     return logits
 

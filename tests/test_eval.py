@@ -204,7 +204,7 @@ def test_a_sweep_is_fitted_at_each_depth(plain, text, temporary):
     # The first skipped layer's own projections are exact.
     assert [row["projection"] for row in rows] == ["own", "fitted", "fitted"]
     assert rows[0]["kl_mean"] == own[0]["kl_mean"] and rows[0]["calibration"] is None
-    assert rows[2]["kl_mean"] < 0.5 * own[2]["kl_mean"]
+    assert rows[2]["kl_mean"] < 0.7 * own[2]["kl_mean"]
     for row in rows[1:]:
         found = row["calibration"]
         assert (found["n_tokens"], found["ridge"], found["weighting"]) == (2048, 0.01, "none")

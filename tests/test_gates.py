@@ -44,18 +44,16 @@ def decoder(request, tmp_path_factory) -> Decoder:
     return DoubleDecoder(read_source(make_gguf(folder / "m.gguf", request.param, n_layer=3)))
 
 
-def gated(
-    decoder: Decoder, tokens: np.ndarray, gates: np.ndarray, n_context: int = N_CONTEXT
-) -> Any:
+def gated(decoder: Decoder, tokens: np.ndarray, gates: np.ndarray) -> Any:
     """Log-probabilities of the answer rows [n_windows, n_answer, n_vocab] under `gates`
     [n_layer, 2], without any of the code under test."""
     states = decoder.embed(tokens)
     for index in range(decoder.n_layer):
         rows = torch.full((1, tokens.shape[1], 1), gates[index, 0], dtype=torch.float64)
-        rows[:, n_context:] = gates[index, 1]
+        rows[:, N_CONTEXT:] = gates[index, 1]
         with torch.no_grad():
-            states = decoder.layer(index)(states, rows)
-    return decoder.logits(states[:, n_context:]).log_softmax(-1)
+            states = states + rows * (decoder.layer(index)(states) - states)
+    return decoder.logits(states[:, N_CONTEXT:]).log_softmax(-1)
 
 
 def test_gradients_are_those_of_finite_differences(decoder):
@@ -78,28 +76,6 @@ def test_gradients_are_those_of_finite_differences(decoder):
         computed = (found.prefill, found.decode)[stage][:, layer]
         np.testing.assert_allclose(computed, expected, rtol=1e-4, atol=1e-6)
     assert abs(found.prefill[:, :-1]).min() > 1e-3
-
-
-def test_a_row_predicts_by_its_own_gate_and_loss(decoder):
-    """The other rows, answers too, stay as they are."""
-    windows = np.array([prompt(13, seed=1)], np.int32)
-    found = gate_gradients(decoder, windows, N_CONTEXT, n_batch=1, seed=SEED, on_progress=ignore)
-    generator = torch.Generator().manual_seed(SEED)
-    ones = np.ones((decoder.n_layer, 2))
-    chosen = torch.multinomial(gated(decoder, windows, ones)[0].exp(), 1, generator=generator)
-    for row, layer in product(range(3), range(decoder.n_layer)):
-        # One answer row: nothing reads it but itself.
-        alone = windows[:, : N_CONTEXT + row + 1]
-        step = np.zeros_like(ones)
-        step[layer, 1] = 1e-5
-        losses = [
-            -gated(decoder, alone, gates, N_CONTEXT + row)[0, 0, chosen[row]].item()
-            for gates in (ones + step, ones - step)
-        ]
-        expected = (losses[0] - losses[1]) / 2e-5
-        np.testing.assert_allclose(found.predict[0, layer, row], expected, rtol=1e-4, atol=1e-6)
-    assert found.predict.shape == (1, decoder.n_layer, 3)
-    assert abs(found.predict).min() > 1e-6
 
 
 def test_nothing_reads_what_context_rows_take_from_the_last_layer(decoder):
@@ -140,9 +116,10 @@ def test_the_seed_decides_and_the_batch_does_not(decoder):
 def test_medians_are_not_moved_by_one_layer():
     squares = np.tile([1.0, 90.0, 2.0, 3.0, 4.0, 5.0], (4, 1))
     stage = importance._stage(squares)
-    assert (stage.last_third.value, stage.others.value) == (4.5, 24)
-    assert (stage.last_third_median, stage.others_median) == (4.5, 2.5)
-    assert stage.ratio.value == pytest.approx(4.5 / 24)
+    assert (stage.last_third.value, stage.others.value) == (4.5, 2.5)
+    assert (stage.last_third_mean.value, stage.others_mean.value) == (4.5, 24)
+    assert stage.ratio.value == pytest.approx(4.5 / 2.5)
+    assert stage.mean_ratio.value == pytest.approx(4.5 / 24)
 
 
 def test_progress_ends_at_its_total(decoder):
@@ -167,7 +144,7 @@ def test_needed_memory_grows_with_what_is_computed(smollm2):
 
 @pytest.mark.slow
 def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
-    """SmolLM2: the last third has 0.1 of the others' importance in prefill, 3 times in decode."""
+    """SmolLM2: the last third has 0.2 of the others' importance in prefill, 2 times in decode."""
     model = open_model(smollm2, n_ctx=64, n_threads=1)
     text = tokenize(model, Text("prose", (shipped_part("prose"),)))
     windows = spread_windows(text, 8, 96)
@@ -176,4 +153,3 @@ def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     )
     assert found.prefill.ratio.value < 0.4
     assert found.decode.ratio.value > 1
-    assert found.predict.ratio.value > 1.5

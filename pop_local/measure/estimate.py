@@ -1,10 +1,11 @@
 """Figures over windows with their standard errors.
 
 Tokens of one window depend on each other, so a window is the unit: errors of means come from the
-spread between windows, errors of quantiles from windows drawn again (bootstrap).
+spread between windows, errors of quantiles and the like from windows drawn again (bootstrap).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,10 +49,14 @@ def ratio(upper: Floats, lower: Floats) -> Estimate:
 
 def quantile(per_window: Floats, share: float) -> Estimate:
     """Over all values of (n_windows, n_tokens)."""
-    n = len(per_window)
-    value = float(np.quantile(per_window, share))
+    return redrawn(per_window, lambda windows: float(np.quantile(windows, share)))
+
+
+def redrawn(per_window: Floats, figure: Callable[[Floats], float]) -> Estimate:
+    """Any figure of (n_windows, ...), its error by drawing the windows again (bootstrap)."""
+    value, n = figure(per_window), len(per_window)
     if n < 2:
         return Estimate(value, None)
     drawn = np.random.default_rng(_SEED).integers(0, n, (_N_BOOTSTRAP, n))
-    again = [float(np.quantile(per_window[windows], share)) for windows in drawn]
+    again = [figure(per_window[windows]) for windows in drawn]
     return Estimate(value, float(np.std(again, ddof=1)))

@@ -8,38 +8,35 @@ from numpy.typing import NDArray
 from pop_converter.decoder import Decoder
 from pop_converter.gates import gate_gradients
 
-from .estimate import Estimate, mean, ratio
+from .estimate import Estimate, mean, ratio, redrawn
 
 
 @dataclass(frozen=True)
 class Stage:
-    """I_l of each layer; the means over the last third of the layers and over the others.
+    """I_l of each layer, in squares of nats, summed over a window's answer rows.
 
-    `ratio`: of the last third to the others. One layer may make up most of a mean; `*_median` are
-    medians over the same layers. Squares of nats, summed over a window's answer rows.
+    Of the last third of the layers and of the others the median layer, since single layers make up
+    most of a mean, and the mean; `*_ratio`: of the last third to the others.
     """
 
     layers: tuple[Estimate, ...]
     last_third: Estimate
     others: Estimate
     ratio: Estimate
-    last_third_median: float
-    others_median: float
+    last_third_mean: Estimate
+    others_mean: Estimate
+    mean_ratio: Estimate
 
 
 @dataclass(frozen=True)
 class Importance:
-    """`n_context` and `n_answer`: tokens of each window that prefill and decode gates apply to.
-
-    `predict`: the part of decode that is each token's own prediction (see pop_converter.gates).
-    """
+    """`n_context` and `n_answer`: tokens of each window that prefill and decode gates apply to."""
 
     n_windows: int
     n_context: int
     n_answer: int
     prefill: Stage
     decode: Stage
-    predict: Stage
 
 
 def measure_importance(
@@ -62,7 +59,6 @@ def measure_importance(
         n_answer=tokens.shape[1] - n_context,
         prefill=_stage(found.prefill**2),
         decode=_stage(found.decode**2),
-        predict=_stage((found.predict**2).sum(axis=-1)),
     )
 
 
@@ -71,12 +67,18 @@ def _stage(squares: NDArray[np.float64]) -> Stage:
     n_layer = squares.shape[1]
     n_last = max(1, n_layer // 3)
     last, others = squares[:, n_layer - n_last :], squares[:, : n_layer - n_last]
-    last_median, others_median = (float(np.median(part.mean(axis=0))) for part in (last, others))
     return Stage(
         layers=tuple(mean(squares[:, layer]) for layer in range(n_layer)),
-        last_third=mean(last),
-        others=mean(others),
-        ratio=ratio(last.mean(axis=1), others.mean(axis=1)),
-        last_third_median=last_median,
-        others_median=others_median,
+        last_third=redrawn(last, _median_layer),
+        others=redrawn(others, _median_layer),
+        ratio=redrawn(
+            squares, lambda s: _median_layer(s[:, -n_last:]) / _median_layer(s[:, :-n_last])
+        ),
+        last_third_mean=mean(last),
+        others_mean=mean(others),
+        mean_ratio=ratio(last.mean(axis=1), others.mean(axis=1)),
     )
+
+
+def _median_layer(squares: NDArray[np.float64]) -> float:
+    return float(np.median(squares.mean(axis=0)))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 8
 _WIDE_COLUMNS = 124
 # Columns that a narrower terminal does without: the findings below the table say it, too.
-_LEAST_WIDTH = {"predict": 90, "lost_retention": 90, "note": 72}
+_LEAST_WIDTH = {"lost_retention": 84, "note": 72}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,6 @@ def show(found: Analysis) -> None:
 _GATE_COLUMNS = (
     Column("prefill", "Prefill", numeric=True),
     Column("decode", "Decode", numeric=True),
-    Column("predict", "Predict", numeric=True),
 )
 _DEPTH_COLUMNS = (
     Column("speedup_limit", "Limit", numeric=True),
@@ -116,7 +115,7 @@ def _table(found: Analysis, importance: Callable[[Estimate], str]) -> Table:
     for layer in layers:
         row = [str(layer)]
         if gates is not None:
-            stages = (gates.prefill, gates.decode, gates.predict)
+            stages = (gates.prefill, gates.decode)
             row += [importance(stage.layers[layer]) for stage in stages]
         rows.append((*row, *_depth_cells(by_layer.get(layer), found)))
     columns = () if gates is None else _GATE_COLUMNS
@@ -159,7 +158,6 @@ def _drawn(found: Analysis) -> RichTable:
         row: list[RichText | Bar] = [RichText(cell, style=style) for cell in compress(cells, shown)]
         if with_bars and gates is not None:
             layer = int(cells[0])
-            row.insert(4, _bar(gates.predict, layer, "magenta"))
             row.insert(3, _bar(gates.decode, layer, "yellow"))
             row.insert(2, _bar(gates.prefill, layer, "cyan"))
         drawn.add_row(*row)
@@ -217,15 +215,14 @@ def _gate_facts(gates: Importance) -> list[Fact]:
         ("Importance", f"mean of (dL/dg)^2 ± one standard error over {windows}"),
         ("Reading", _thirds(gates.prefill)),
         ("Answering", _thirds(gates.decode)),
-        ("Predicting", f"{_thirds(gates.predict)} (answering, but for what later tokens read)"),
     ]
 
 
 def _thirds(stage: Stage) -> str:
     return (
-        f"last third of the layers {_with_se(stage.last_third)}, the others"
-        f" {_with_se(stage.others)}: {_with_se(stage.ratio)} times; medians"
-        f" {stage.last_third_median:.2f} and {stage.others_median:.2f}"
+        f"median of the last third of the layers {_with_se(stage.last_third)}, of the others"
+        f" {_with_se(stage.others)}: {_with_se(stage.ratio)} times; means"
+        f" {_with_se(stage.last_third_mean)} and {_with_se(stage.others_mean)}"
     )
 
 

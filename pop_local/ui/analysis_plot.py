@@ -85,7 +85,6 @@ def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
     stages = (
         ("reading (prefill)", gates.prefill, "o"),
         ("answering (decode)", gates.decode, "s"),
-        ("predicting alone", gates.predict, "^"),
     )
     for name, stage, marker in stages:
         # Nothing reads what context takes from the last layer.
