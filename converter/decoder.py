@@ -86,7 +86,7 @@ class Layer:
         k = self._turned(self._norm("attn_k_norm", self._heads("attn_k", x, h.dim_k)))
         v = self._heads("attn_v", x, h.dim_v)
         # Query heads that share a key head lie next to each other.
-        q = q.unflatten(1, (k.shape[1], -1))
+        q = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
         scores = q @ k.unsqueeze(2).transpose(-1, -2)
         capped = _soft_cap(scores * h.attention_scale, h.attention_cap)
         hidden = self._hidden(x.shape[1], x.device)

@@ -102,6 +102,20 @@ def test_fitted_tensors_that_are_not_finite_are_refused(llama: Path, tmp_path: P
         run(Job(str(model), steps=()))
 
 
+def test_weights_that_a_processor_packs_its_own_way_are_checked(tmp_path: Path) -> None:
+    """Most processors pack Q4_0, some Q8_0, too: such a buffer cannot be read."""
+    base = make_gguf(tmp_path / "base.gguf", "llama", type=Type.Q4_0)
+    tensors = own_as_fitted(base, 5, 8)
+    want = run(Job(str(add_to(base, tmp_path / "own.gguf", OWN)), (LAST,)))
+    got = run(Job(str(add_to(base, tmp_path / "fitted.gguf", FITTED, tensors)), (LAST,)))
+    np.testing.assert_array_equal(got["last"], want["last"])
+    weight, _ = tensors["blk.6.pop_attn_v.weight"]
+    weight.view(np.float16)[0, 0] = np.nan  # the scale of its first block
+    wrong = add_to(base, tmp_path / "wrong.gguf", FITTED, tensors)
+    with pytest.raises(RuntimeError, match=r"blk\.6\.pop_attn_v\.weight.*not finite"):
+        run(Job(str(wrong), steps=()))
+
+
 def test_fitted_biases_are_f32(llama: Path, tmp_path: Path) -> None:
     tensors = own_as_fitted(llama, 5, 8)
     bias, _ = tensors["blk.7.pop_attn_k.bias"]

@@ -17,7 +17,7 @@ from pop_local.engine.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill import RowRule
 
-from .divergence import Likelihood, likelihood
+from .divergence import Likelihood, likelihood, predictions
 from .forced import Forced, Pruning
 
 Floats = NDArray[np.float64]
@@ -70,7 +70,7 @@ def pick_passage(
 def copied(reader: Forced, passage: Sequence[int], mode: Mode = Mode.OFF) -> Likelihood:
     """Of the passage but its first token, which nothing announces; it is predicted in `mode`."""
     targets = np.asarray(passage)[1:]
-    return likelihood(reader.predict(passage, mode)[1:], targets)
+    return likelihood(predictions(reader.predict(passage, mode)[1:]), targets)
 
 
 def n_induction_tokens(n_draws: int, n_prunings: int) -> int:
@@ -109,7 +109,8 @@ def measure_induction(
 def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
     context = [*bos(reader.model), *tokens]
     reader.read(context[:1], Mode.OFF)
-    nll = likelihood(reader.predict(context[1:]), np.asarray(context)[1:]).nll
+    predicted = predictions(reader.predict(context[1:]))
+    nll = likelihood(predicted, np.asarray(context)[1:]).nll
     return _mean_pruned(reader, nll[len(context) - len(tokens) :])
 
 

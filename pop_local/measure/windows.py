@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pop_local.engine.backend import Mode
 
-from .divergence import Divergence, Likelihood, divergence, likelihood
+from .divergence import Divergence, Likelihood, Predictions, divergence, likelihood, predictions
 from .forced import Forced, Pruning
 from .probes import copied
 
@@ -31,9 +30,9 @@ class Window:
 
 @dataclass(frozen=True)
 class FullScores:
-    """The full model on one window; `logits` of the continuation [n_continuation, n_vocab]."""
+    """The full model on one window; `predicted`: its continuation."""
 
-    logits: NDArray[np.float32]
+    predicted: Predictions
     continuation: Likelihood
     passage: Likelihood
 
@@ -51,10 +50,10 @@ class Scores:
 
 def score_full(reader: Forced, window: Window) -> FullScores:
     reader.read(window.context, Mode.OFF)
-    logits = reader.predict(window.continuation)
+    predicted = predictions(reader.predict(window.continuation))
     return FullScores(
-        logits=logits,
-        continuation=likelihood(logits, np.asarray(window.continuation)),
+        predicted=predicted,
+        continuation=likelihood(predicted, np.asarray(window.continuation)),
         passage=copied(reader, window.passage),
     )
 
@@ -62,11 +61,11 @@ def score_full(reader: Forced, window: Window) -> FullScores:
 def score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Pruning) -> Scores:
     reader.set_boundary(pruning.boundary)
     reader.read(window.context, pruning.context)
-    logits = reader.predict(window.continuation, pruning.continuation)
+    predicted = predictions(reader.predict(window.continuation, pruning.continuation))
     return Scores(
-        divergence=divergence(full.logits, logits),
+        divergence=divergence(full.predicted, predicted),
         full=full.continuation,
-        pruned=likelihood(logits, np.asarray(window.continuation)),
+        pruned=likelihood(predicted, np.asarray(window.continuation)),
         copy_full=full.passage,
         copy_pruned=copied(reader, window.passage, pruning.continuation),
     )
