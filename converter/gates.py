@@ -118,10 +118,9 @@ def _batch(
 
 
 def _backwards(layer: Layer, states: Tensor, gradient: Tensor) -> Tensor:
-    """dL/dh of a layer's input, from that of its output."""
+    """dL/dh of a layer's input from that of its output, all [n_windows, n_tokens, n_embd]."""
     states = states.detach().requires_grad_()
-    [before] = torch.autograd.grad(layer(states), states, gradient)
-    return before
+    return torch.autograd.grad(layer(states), states, gradient)[0]
 
 
 def _loss_gradient(decoder: Decoder, states: Tensor, generator: torch.Generator) -> Tensor:

@@ -52,14 +52,12 @@ ABLATIONS = (
 )
 
 
-def evaluated(
-    row: Row, n_windows: int, model: Path, fitted: Path, options: argparse.Namespace
-) -> dict[str, Any]:
+def evaluated(row: Row, model: Path, fitted: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What eval printed, kept in the folder of --out."""
-    kept = Path(options.out, f"{model.stem}.{row.name.replace(' ', '-')}.json")
+    kept = Path(options.out, f"{model.stem}.{row.name.replace(' ', '-')}.{options.windows}.json")
     if not kept.exists():
         command = ["eval", str(fitted if row.is_fitted_file else model), "--json", "--needles", "0"]
-        command += ["--windows", str(n_windows), *row.options]
+        command += ["--windows", str(options.windows), *row.options]
         if options.text is not None:
             command += ["--text", str(options.text)]
         kept.write_text(pop_local(command, options))
@@ -113,11 +111,10 @@ def main() -> None:
         sweeps = [
             (f"{depth['n_skipped']} layers, {row.name}", depth)
             for row in SWEEPS
-            for depth in evaluated(row, options.windows, options.model, fitted, options)["rows"]
+            for depth in evaluated(row, options.model, fitted, options)["rows"]
         ]
         ablations = [
-            (row.name, evaluated(row, options.windows, options.model, fitted, options))
-            for row in ABLATIONS
+            (row.name, evaluated(row, options.model, fitted, options)) for row in ABLATIONS
         ]
     shown = ablations[0][1]
     print(f"{options.model.stem}, windows of {shown['text']['name']}")

@@ -113,13 +113,24 @@ def test_the_seed_decides_and_the_batch_does_not(decoder):
     assert not np.allclose(run(3, 0), run(3, 1))
 
 
-def test_medians_are_not_moved_by_one_layer():
-    squares = np.tile([1.0, 90.0, 2.0, 3.0, 4.0, 5.0], (4, 1))
+def test_medians_are_of_the_layers_means_and_errors_of_windows_drawn_again():
+    scale = np.array([1.0, 2.0, 3.0, 6.0])[:, None]
+    squares = np.array([1.0, 90.0, 2.0, 3.0, 5.0, 6.0, 4.0, 70.0, 1.0]) * scale
     stage = importance._stage(squares)
-    assert (stage.last_third.value, stage.others.value) == (4.5, 2.5)
-    assert (stage.last_third_mean.value, stage.others_mean.value) == (4.5, 24)
-    assert stage.ratio.value == pytest.approx(4.5 / 2.5)
-    assert stage.mean_ratio.value == pytest.approx(4.5 / 24)
+    assert (stage.last_third_median.value, stage.others_median.value) == (12, 12)
+    assert (stage.last_third_mean.value, stage.others_mean.value) == (75, 53.5)
+    assert stage.others_median.se == pytest.approx(4 * scale.std() / 2, rel=0.2)
+    # All layers of a window are larger by the same factor.
+    assert stage.median_ratio is not None
+    assert stage.median_ratio.value == 1
+    assert stage.median_ratio.se == pytest.approx(0, abs=1e-12)
+    # Means of the layers first: the median layer of each window is another one here.
+    crossed = np.array([[1.0, 5.0, 9.0, 0.0], [9.0, 1.0, 2.0, 0.0]])
+    assert importance._stage(crossed).others_median.value == 5
+
+
+def test_layers_that_add_nothing_have_no_ratio():
+    assert importance._stage(np.zeros((3, 6))).median_ratio is None
 
 
 def test_progress_ends_at_its_total(decoder):
@@ -151,5 +162,6 @@ def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     found = measure_importance(
         Decoder(read_source(smollm2)), windows, 64, n_batch=8, seed=0, on_progress=ignore
     )
-    assert found.prefill.ratio.value < 0.4
-    assert found.decode.ratio.value > 1
+    assert found.prefill.median_ratio is not None and found.decode.median_ratio is not None
+    assert found.prefill.median_ratio.value < 0.5
+    assert found.decode.median_ratio.value > 1

@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Logits = NDArray[np.float32]
 
-# Values of one float64 array: 1 MB stays in the cache of a core.
+# Values of one float64 array, 1 MB, unless a row has more: it stays in the cache of a core.
 _CHUNK_VALUES = 1 << 17
 
 

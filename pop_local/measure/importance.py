@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pop_converter.decoder import Decoder
 from pop_converter.gates import gate_gradients
 
-from .estimate import Estimate, mean, ratio, redrawn
+from .estimate import Estimate, mean, redrawn
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,16 @@ class Stage:
     """I_l of each layer, in squares of nats, summed over a window's answer rows.
 
     Of the last third of the layers and of the others the median layer, since single layers make up
-    most of a mean, and the mean; `*_ratio`: of the last third to the others.
+    most of a mean, and the mean. `median_ratio`: of the last third to the others, None where those
+    add nothing.
     """
 
     layers: tuple[Estimate, ...]
-    last_third: Estimate
-    others: Estimate
-    ratio: Estimate
+    last_third_median: Estimate
+    others_median: Estimate
+    median_ratio: Estimate | None
     last_third_mean: Estimate
     others_mean: Estimate
-    mean_ratio: Estimate
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,19 @@ def measure_importance(
 def _stage(squares: NDArray[np.float64]) -> Stage:
     """Of squared gradients [n_windows, n_layer]."""
     n_layer = squares.shape[1]
-    n_last = max(1, n_layer // 3)
-    last, others = squares[:, n_layer - n_last :], squares[:, : n_layer - n_last]
+    n_others = n_layer - max(1, n_layer // 3)
+    last, others = squares[:, n_others:], squares[:, :n_others]
+
+    def median_ratio(drawn: NDArray[np.float64]) -> float:
+        return _median_layer(drawn[:, n_others:]) / _median_layer(drawn[:, :n_others])
+
     return Stage(
         layers=tuple(mean(squares[:, layer]) for layer in range(n_layer)),
-        last_third=redrawn(last, _median_layer),
-        others=redrawn(others, _median_layer),
-        ratio=redrawn(
-            squares, lambda s: _median_layer(s[:, -n_last:]) / _median_layer(s[:, :-n_last])
-        ),
+        last_third_median=redrawn(last, _median_layer),
+        others_median=redrawn(others, _median_layer),
+        median_ratio=redrawn(squares, median_ratio) if _median_layer(others) else None,
         last_third_mean=mean(last),
         others_mean=mean(others),
-        mean_ratio=ratio(last.mean(axis=1), others.mean(axis=1)),
     )
 
 

@@ -219,9 +219,10 @@ def _gate_facts(gates: Importance) -> list[Fact]:
 
 
 def _thirds(stage: Stage) -> str:
+    times = "" if stage.median_ratio is None else f" ({_with_se(stage.median_ratio)} times)"
     return (
-        f"median of the last third of the layers {_with_se(stage.last_third)}, of the others"
-        f" {_with_se(stage.others)}: {_with_se(stage.ratio)} times; means"
+        f"median of the last third of the layers {_with_se(stage.last_third_median)}, of the others"
+        f" {_with_se(stage.others_median)}{times}; means"
         f" {_with_se(stage.last_third_mean)} and {_with_se(stage.others_mean)}"
     )
 

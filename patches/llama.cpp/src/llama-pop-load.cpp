@@ -276,8 +276,10 @@ void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
         pop.wv_b = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V, "bias",   il), { n_v },         0);
     }
 
-    // after their shapes
-    for (const auto * weight : weights) {
-        check_tensor(ml, *weight);
+    // nothing is read where the caller wants no data
+    if (!ml.no_alloc) {
+        for (const auto * weight : weights) {
+            check_tensor(ml, *weight);
+        }
     }
 }
