@@ -75,7 +75,8 @@ def pop_local(command: list[str], options: argparse.Namespace) -> str:
 
 
 def table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> None:
-    print(f"\n| {title} | limit | KL | first-token KL | PPL ratio | copy PPL ratio | induction |")
+    heads = (title, "limit", "KL", "first-token KL", "PPL ratio", "copy PPL ratio", "random tokens")
+    print(f"\n| {' | '.join(heads)} |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name, found in rows:
         retention = found["induction_retention"]
@@ -117,9 +118,9 @@ def main() -> None:
             (row.name, evaluated(row, options.model, fitted, options)) for row in ABLATIONS
         ]
     shown = ablations[0][1]
-    print(f"{options.model.stem}, windows of {shown['text']['name']}")
-    table(f"skipped, {sweeps[0][1]['n_windows']} windows", sweeps)
-    table(f"{shown['n_skipped']} layers, fitted, {shown['n_windows']} windows", ablations)
+    print(f"{options.model.stem}, {shown['n_windows']} windows of {shown['text']['name']}")
+    table("skipped", sweeps)
+    table(f"{shown['n_skipped']} layers skipped", ablations)
 
 
 if __name__ == "__main__":
