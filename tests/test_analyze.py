@@ -13,14 +13,14 @@ from pop_converter.shape import read_shape
 from synthetic import make_gguf
 
 from pop_local.commands import analyze as command
-from pop_local.commands import analyzing
 from pop_local.engine.model import open_model
 from pop_local.measure import depth
 from pop_local.measure.depth import (
     boundaries,
     measure_cliff,
-    worth_fitting,
+    worth_measuring,
 )
+from pop_local.measure.estimate import Estimate
 from pop_local.measure.heldout import Text, shipped_part, tokenize
 from pop_local.measure.quality import QualitySettings
 from pop_local.measure.reference import read_reference
@@ -40,11 +40,6 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    monkeypatch.setattr(analyzing, "N_DRAWS", 2)
-
-
 # --- output
 
 
@@ -52,10 +47,10 @@ def test_json_has_gates_and_boundaries(model, text):
     pytest.importorskip("torch")
     found = report(model, "--text", text)
     assert [row["boundary"] for row in found["boundaries"]] == [5, 4, 3]
-    assert found["boundaries"][0]["kl_mean"] == pytest.approx(0, abs=1e-6)
-    assert {"speedup_limit", "copy_ppl_ratio", "induction_retention", "lost_retention"} <= set(
-        found["boundaries"][0]
-    )
+    last = found["boundaries"][0]
+    assert last["quality"]["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert last["projection"] == "own"
+    assert {"speedup_limit", "induction_retention", "lost_retention"} <= set(last)
     gates = found["gates"]
     assert (gates["n_windows"], gates["n_context"], gates["n_answer"]) == (3, 64, 10)
     assert [len(gates[stage]["layers"]) for stage in ("prefill", "decode")] == [6] * 2
@@ -99,6 +94,18 @@ def test_a_terminal_gets_bars_and_a_narrow_one_none(model, text, monkeypatch):
     assert "█" in shown[0]
     assert "█" not in shown[1]
     assert "Prefill" in shown[1]
+
+
+def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch):
+    monkeypatch.setattr(depth, "may_copy", lambda budget, retention: False)
+    given = (model, "--text", text, "--no-gates")
+    first, *others = report(*given)["boundaries"]
+    assert first["quality"] is not None
+    assert [(row["projection"], row["quality"]) for row in others] == [(None, None)] * 2
+    lines = analyze(*given, *UNFITTED).stdout.splitlines()
+    rows = [line.split("|")[1:4] for line in lines if line.startswith("|")][2:]
+    found = [(layer.strip(), kind.strip()) for layer, _, kind in rows]
+    assert found == [("3", ""), ("4", ""), ("5", "own")]
 
 
 def test_without_gates_only_the_probed_layers_are_listed(model, text):
@@ -247,12 +254,9 @@ def test_a_single_layer_has_nothing_to_skip():
 
 
 def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
-    values = (1.0, 0.9, 0.2, -0.5, -2.0)
-    found = [SimpleNamespace(induction_retention=SimpleNamespace(value=v)) for v in values]
-    losses = depth._losses(found)  # type: ignore[arg-type]
-    assert losses == pytest.approx([0, 0.1, 0.7, 0.2, 0])
-    silent = [SimpleNamespace(induction_retention=None)]
-    assert depth._losses(silent) == [None]  # type: ignore[arg-type]
+    found = [Estimate(value, 0.0) for value in (1.0, 0.9, 0.2, -0.5, -2.0)]
+    assert depth._losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
+    assert depth._losses([None]) == [None]
 
 
 @pytest.mark.slow
@@ -268,7 +272,7 @@ def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, 
     reference = read_reference(opened, tokens, settings, lambda *now: None)
     found = measure_cliff(opened, read_shape(path), reference, 2048, lambda *now: None)
     assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
-    assert found[-1].quality.induction_retention is not None
-    assert found[-1].quality.induction_retention.value < 0.3
-    # A fit is tried down to the layer of the cliff, not past it.
-    assert min(worth_fitting(found)) == min(cliff)
+    assert found[-1].retention is not None
+    assert found[-1].retention.value < 0.3
+    # Down to the layer of the cliff, not past it.
+    assert min(worth_measuring(found)) == min(cliff)

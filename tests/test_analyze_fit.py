@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from analyzed import FITTED, UNFITTED, analyze, report
@@ -14,8 +15,9 @@ from pop_local.calibration.needs import plan_needs
 from pop_local.commands import analyzing
 from pop_local.commands.fitting import FitOptions
 from pop_local.measure import budget
-from pop_local.measure.depth import Depth, deepest_within, with_fits, worth_fitting
+from pop_local.measure.depth import Depth, deepest_within, with_qualities, worth_measuring
 from pop_local.measure.estimate import Estimate
+from pop_local.measure.quality import Quality
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +32,17 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    monkeypatch.setattr(analyzing, "N_DRAWS", 2)
-
-
 def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
     done = analyze(model, "--text", text, *FITTED, "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    *shallow, deepest = found["boundaries"]
-    assert deepest["fitted"]["kl_mean"] < deepest["kl_mean"]
-    assert deepest["fitted"]["n_pruned"] == deepest["n_pruned"]
-    # What loses nothing without a fit is not fitted.
-    assert shallow[0]["fitted"] is None
+    deepest = found["boundaries"][-1]
+    assert [row["projection"] for row in found["boundaries"]] == ["own", "fitted", "fitted"]
+    *_, unfitted = report(model, "--text", text, "--no-gates")["boundaries"]
+    assert unfitted["projection"] == "own"
+    assert deepest["quality"]["kl_mean"] < unfitted["quality"]["kl_mean"]
+    assert deepest["quality"]["n_pruned"] == unfitted["quality"]["n_pruned"] > 0
+    assert deepest["induction_retention"] == unfitted["induction_retention"]
     assert found["calibration"]["n_tokens"] == 2048
     # Random weights lose little: the deepest is within.
     assert found["chosen"]["boundary"] == deepest["boundary"] == 3
@@ -66,15 +65,15 @@ def test_the_choice_is_named_an_estimate(model, text):
 def test_without_a_fit_the_own_projections_decide(model, text, monkeypatch):
     found = report(model, "--text", text, "--no-gates")
     assert found["calibration"] is None
-    assert [row["fitted"] for row in found["boundaries"]] == [None] * 3
+    assert [row["projection"] for row in found["boundaries"]] == ["own"] * 3
     assert found["chosen"]["projection"] == "own"
-    by_own = [row["boundary"] for row in found["boundaries"] if is_within(row)]
+    by_own = [row["boundary"] for row in found["boundaries"] if is_within(row["quality"])]
     assert found["chosen"]["boundary"] == min(by_own)
     nothing = replace(budget.BALANCED, max_kl=-1.0)
     monkeypatch.setattr(budget, "BALANCED", nothing)
     assert report(model, "--text", text, "--no-gates")["chosen"]["boundary"] is None
     done = analyze(model, "--text", text, "--no-gates", *UNFITTED)
-    assert "no boundary is within the balanced budget" in done.stdout
+    assert "no boundary measured here is within the balanced budget" in done.stdout
 
 
 def test_tokens_without_a_fit_are_wrong_usage(model):
@@ -104,22 +103,26 @@ def test_as_many_boundaries_as_there_is_memory_for(model, monkeypatch):
     assert analyzing._affordable(plans, run) == plans  # type: ignore[arg-type]
 
 
-def test_a_fit_is_tried_down_to_one_boundary_past_hope():
-    figures = ((0.02, 1), (0.02, 0.99), (0.1, 0.95), (0.2, 0.9), (0.2, 0.3), (0.3, 0.1))
-    depths = [made(9 - n, kl, retention) for n, (kl, retention) in enumerate(figures)]
-    # 6 is the deepest that balanced may take with a fit, 5 the one past hope.
-    assert worth_fitting(depths) == (6, 7, 5, 8)
-    assert set(worth_fitting(depths[:3])) == {8, 7}
-    assert worth_fitting(depths[:1]) == ()
-    # Near-lossless without.
-    assert worth_fitting([depths[0], made(8, 0.009), made(7, 0.011)]) == (7,)
+def test_prose_is_measured_down_to_one_boundary_past_hope():
+    retentions = (1, 0.99, 0.95, 0.9, 0.3, 0.1)
+    depths = [made(9 - n, retention=kept) for n, kept in enumerate(retentions)]
+    # 6 is the deepest that balanced may take, 5 the one past hope.
+    assert worth_measuring(depths) == (6, 7, 5, 8, 9)
+    assert set(worth_measuring(depths[:3])) == {9, 8, 7}
+    # 9 saves too little.
+    assert set(worth_measuring([replace(depths[0], speedup_limit=1.04), *depths[1:3]])) == {8, 7}
+    # A model that does not copy: nothing says where to stop.
+    assert set(worth_measuring([replace(d, retention=None) for d in depths])) == set(range(4, 10))
 
 
 def test_the_deepest_within_goes_by_the_fit_where_there_is_one():
-    depths = [made(9, 0.0), made(8, 0.03), made(7, 0.1), made(6, 0.3)]
-    assert getattr(deepest_within(budget.BALANCED, depths), "boundary", None) == 8
-    fitted = with_fits(depths, {7: made(7, 0.03).quality, 8: made(8, 0.01).quality})
-    assert [depth.fitted is not None for depth in fitted] == [False, True, True, False]
+    depths = [made(9), made(8), made(7), made(6)]
+    assert deepest_within(budget.BALANCED, depths) is None
+    own = {9: cost(9, 0.0), 8: cost(8, 0.03), 7: cost(7, 0.1)}
+    measured = with_qualities(depths, own, {})
+    assert getattr(deepest_within(budget.BALANCED, measured), "boundary", None) == 8
+    fitted = with_qualities(depths, own, {7: cost(7, 0.03), 8: cost(8, 0.01)})
+    assert [depth.is_fitted for depth in fitted] == [False, True, True, False]
     assert getattr(deepest_within(budget.BALANCED, fitted), "boundary", None) == 7
     assert deepest_within(replace(budget.BALANCED, max_kl=-1.0), fitted) is None
 
@@ -133,12 +136,17 @@ def is_within(row):
     )
 
 
-def made(boundary: int, kl: float, retention: float = 1.0) -> Depth:
-    """Of a model of ten layers, what a budget looks at."""
+def made(boundary: int, retention: float = 1.0) -> Depth:
+    """Of a model of ten layers."""
+    return Depth(boundary, 10 - boundary, 1.5, Estimate(retention, 0.0), 0.0)
+
+
+def cost(boundary: int, kl: float) -> Quality:
+    """What a budget looks at."""
     quality = SimpleNamespace(
         boundary=boundary,
         kl_mean=Estimate(kl, 0.0),
         copy_ppl_ratio=Estimate(1.0, 0.0),
-        induction_retention=Estimate(retention, 0.0),
+        induction_retention=Estimate(1.0, 0.0),
     )
-    return Depth(10 - boundary, 1.5, quality, 0.0)  # type: ignore[arg-type]
+    return cast("Quality", quality)

@@ -158,6 +158,16 @@ def test_passages_are_pruned_tokens(model):
     assert all(p == tuple(range(p[0], p[0] + 20)) for p in picked)
 
 
+@pytest.mark.parametrize("tail", [126, 127, 128, 200])
+def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
+    use_rule(model, replace(model.rule, tail_tokens=tail))
+    found = measured(model, replace(SHORT, n_windows=1, n_context=260))
+    assert found.n_pruned > 0
+    assert np.isfinite(found.induction_delta_nll.value)
+    if tail > 127:
+        assert found.induction_delta_nll.value == pytest.approx(0, abs=1e-5)
+
+
 def test_random_tokens_are_no_control_tokens(model):
     tokens = random_tokens(model, 2000, np.random.default_rng(0))
     vocab = model.vocab

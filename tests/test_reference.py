@@ -1,7 +1,5 @@
 """The full model's half, read once: the same figures as measuring each file by itself."""
 
-from dataclasses import replace
-
 import pytest
 from converted import paired
 from pop_converter.errors import PopError
@@ -43,14 +41,6 @@ def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
     found = measure_against(reference, model, (3,), ignore)
     assert found == measure_depths(model, TEXT, SETTINGS, (3,), ignore)
     assert found[0].kl_mean.value > 0
-
-
-def test_fewer_draws_are_the_first_ones(pair, reference):
-    model = open_model(pair.base, n_ctx=257, n_threads=1)
-    few = reference.with_draws(1)
-    found = measure_against(few, model, (4, 3), ignore)
-    assert found == measure_depths(model, TEXT, replace(SETTINGS, n_draws=1), (4, 3), ignore)
-    assert reference.with_draws(9).settings.n_draws == 2
 
 
 def test_progress_ends_at_its_total(pair, reference):

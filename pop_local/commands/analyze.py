@@ -19,6 +19,7 @@ from pop_local.commands.analyzing import (
     probed,
     require_long_enough,
     require_own_projections,
+    unfitted,
 )
 from pop_local.commands.fitting import free_bytes
 from pop_local.commands.options import GpuLayers, Threads
@@ -46,7 +47,7 @@ def analyze(
     context: Annotated[int, typer.Option(min=32, help="Context tokens in each window.")] = 192,
     continuation: Annotated[int, typer.Option(min=2, help="Answer tokens after them.")] = 64,
     windows: Annotated[int, typer.Option(min=2, help="Windows for the gates.")] = 20,
-    probe_windows: Annotated[int, typer.Option(min=1, help="Windows at each boundary.")] = 4,
+    probe_windows: Annotated[int, typer.Option(min=1, help="Windows at each boundary.")] = 3,
     no_gates: Annotated[
         bool, typer.Option("--no-gates", help="Only the probes: no torch, less time.")
     ] = False,
@@ -75,7 +76,7 @@ def analyze(
         require_matplotlib()
         check_output(plot_file, (source.first.path,), 0, force=force)
     from pop_local.measure.budget import BALANCED
-    from pop_local.measure.depth import deepest_within
+    from pop_local.measure.depth import deepest_within, with_qualities
     from pop_local.measure.heldout import Text, given_text, shipped_part
 
     run = Run(
@@ -97,16 +98,17 @@ def analyze(
     can_fit = not no_fit and fit_is_possible(run)
     gates = None if no_gates else _gates(run)
     found = probed(run if gates else replace(run, n_gated=0))
-    fits = fitted(run, found) if can_fit else Fits(found.depths, None)
+    fits = fitted(run, found) if can_fit else Fits()
+    depths = with_qualities(found.depths, unfitted(run, found, fits), fits.qualities)
     analysis = Analysis(
         model=source.first.path,
         text=run.text,
         seed=seed,
         importance=None if gates is None else _importance(run, gates, found.windows),
-        depths=fits.depths,
+        depths=depths,
         calibration=fits.calibration,
         budget=BALANCED,
-        chosen=deepest_within(BALANCED, fits.depths),
+        chosen=deepest_within(BALANCED, depths),
     )
     if plot_file is not None:
         plot(analysis, plot_file, force=force)

@@ -1,8 +1,8 @@
-"""What `analyze` measures by pruning: each boundary as it is, then with fitted projections."""
+"""What `analyze` measures by pruning: where copying is lost, then what each boundary costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from pop_local.measure.quality import Quality
     from pop_local.measure.reference import Reference
 
-# Of random tokens: these give the retention to a percent or two.
-N_DRAWS = 4
-_FIT_DRAWS = 2
+# Of random tokens: these give the retention to some percent.
+_N_DRAWS = 2
 # Of the tokens that `convert` fits on: enough to compare depths.
 _FIT_SHARE = 4
 
@@ -62,40 +61,43 @@ class Run:
 
 @dataclass(frozen=True)
 class Probed:
-    """What each boundary costs, the full model's half of it, and the windows for the gates."""
+    """How much of copying each boundary keeps, the full model's half, the windows for the gates."""
 
     depths: "tuple[Depth, ...]"
     reference: "Reference"
     windows: Windows
 
+    @property
+    def worth_measuring(self) -> tuple[int, ...]:
+        from pop_local.measure.depth import worth_measuring
+
+        return worth_measuring(self.depths)
+
 
 @dataclass(frozen=True)
 class Fits:
-    """What the boundaries cost with a fit; `calibration` None where there is nothing to fit."""
+    """What the boundaries cost with a fit; `calibration` None where there is none."""
 
-    depths: "tuple[Depth, ...]"
-    calibration: Calibration | None
+    qualities: "Mapping[int, Quality]" = field(default_factory=dict)
+    calibration: Calibration | None = None
 
 
 def probed(run: Run) -> Probed:
     """With the layers' own projections, and the rows in full that a conversion has."""
-    from pop_local.measure.bracket import as_planned
     from pop_local.measure.depth import measure_cliff
     from pop_local.measure.heldout import tokenize
     from pop_local.measure.quality import QualitySettings
     from pop_local.measure.reference import read_reference
 
     settings = QualitySettings(
-        run.n_probed, run.n_context, run.n_answer, seed=run.seed, n_draws=N_DRAWS
+        run.n_probed, run.n_context, run.n_answer, seed=run.seed, n_draws=_N_DRAWS
     )
-    with closing(_opened(run, None)) as model:
-        # As a conversion would prune, whatever the file says.
-        as_planned(model, _plan(run, run.shape.n_layer - 1))
+    with closing(_unfitted(run)) as model:
         tokens = tokenize(model, run.text)
         windows = _windows(model, tokens, run)
         with token_progress("Reading in full") as advance:
             reference = read_reference(model, tokens, settings, advance)
-        with token_progress("Trying the boundaries") as advance:
+        with token_progress("Looking for the cliff") as advance:
             depths = measure_cliff(model, run.shape, reference, LIMIT_PROMPT, advance)
     return Probed(depths, reference, windows)
 
@@ -135,16 +137,15 @@ def fit_is_possible(run: Run) -> bool:
 
 def fitted(run: Run, found: Probed) -> Fits:
     """Fit the boundaries that are worth it in one pass, and measure each. Raises PopError."""
-    from pop_local.measure.depth import with_fits, worth_fitting
-
-    plans = [_plan(run, boundary) for boundary in worth_fitting(found.depths)]
+    n_layer = run.shape.n_layer
+    # The last layer alone has nothing to fit.
+    plans = [_plan(run, b) for b in found.worth_measuring if b < n_layer - 1]
     if not plans:
-        return Fits(found.depths, None)
+        return Fits()
     plans = _affordable(plans, run)
     sidecars = fitted_sidecars(
         plans, run.source, _options(run), n_threads=run.threads, n_gpu_layers=run.gpu_layers
     )
-    reference = found.reference.with_draws(_FIT_DRAWS)
     qualities: dict[int, Quality] = {}
     calibration: Calibration | None = None
     with closing(sidecars), token_progress("Measuring with the fit") as advance:
@@ -152,9 +153,22 @@ def fitted(run: Run, found: Probed) -> Fits:
             advance(number, len(plans))
             meta = pop_of(run.source, sidecar)
             calibration = None if meta is None else meta.calibration
-            qualities[plan.boundary] = _measured(run, sidecar, plan.boundary, reference)
+            qualities[plan.boundary] = _measured(run, sidecar, plan.boundary, found.reference)
         advance(len(plans), len(plans))
-    return Fits(with_fits(found.depths, qualities), calibration)
+    return Fits(qualities, calibration)
+
+
+def unfitted(run: Run, found: Probed, fits: Fits) -> "dict[int, Quality]":
+    """Measure the boundaries that are worth it and have no fit."""
+    from pop_local.measure.reference import measure_against
+
+    wanted = [b for b in found.worth_measuring if b not in fits.qualities]
+    with (
+        closing(_unfitted(run)) as model,
+        token_progress("Measuring with own projections") as advance,
+    ):
+        qualities = measure_against(found.reference, model, wanted, advance)
+    return {quality.boundary: quality for quality in qualities}
 
 
 def _measured(run: Run, sidecar: Path, boundary: int, reference: "Reference") -> "Quality":
@@ -197,6 +211,15 @@ def _windows(model: "PopModel", tokens: Windows, run: Run) -> Windows:
     start = bos(model)
     texts = spread_windows(tokens, run.n_gated, run.n_window - len(start))
     return [[*start, *text] for text in texts]
+
+
+def _unfitted(run: Run) -> "PopModel":
+    """Pruned as a conversion would, whatever the file says."""
+    from pop_local.measure.bracket import as_planned
+
+    model = _opened(run, None)
+    as_planned(model, _plan(run, run.shape.n_layer - 1))
+    return model
 
 
 def _opened(run: Run, sidecar: Path | None) -> "PopModel":

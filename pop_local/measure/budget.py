@@ -57,10 +57,13 @@ def is_clearly_outside(budget: Budget, quality: "Quality") -> bool:
 def is_promising(budget: Budget, own: "Quality", *, fitted: bool) -> bool:
     """Whether a boundary measured with own projections may be inside once they are `fitted`."""
     gain, slack = (_KL_GAIN, _RETENTION_GAIN) if fitted else (1.0, 0.0)
-    retention = own.induction_retention
-    return own.kl_mean.value <= gain * budget.max_kl and (
-        retention is None or retention.value >= budget.least_retention - slack
-    )
+    enough = own.kl_mean.value <= gain * budget.max_kl
+    return enough and _keeps(budget, own.induction_retention, slack)
+
+
+def may_copy(budget: Budget, retention: "Estimate | None") -> bool:
+    """Whether so much of copying with own projections may be enough with fitted ones."""
+    return _keeps(budget, retention, _RETENTION_GAIN)
 
 
 def is_hopeless(budget: Budget, own: "Quality") -> bool:
@@ -108,6 +111,10 @@ def worth_fitting(bracket: Bracket, verdicts: Mapping[int, bool], boundary: int)
     outside, inside = open_interval(bracket, verdicts)
     near = (boundary, boundary - 1, boundary + 1)
     return tuple(b for b in near if outside < b < inside)
+
+
+def _keeps(budget: Budget, retention: "Estimate | None", slack: float) -> bool:
+    return retention is None or retention.value >= budget.least_retention - slack
 
 
 def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:

@@ -1,8 +1,8 @@
 """How deep pruning may go: each boundary of the deeper half, measured cheaply.
 
-A few windows of prose give the KL and the copy ratio, random tokens repeated give the retention
-(see `probes`): with the layers' own projections at each boundary, then with fitted ones where those
-leave hope. A fit divides the KL of prose; it makes the cliff of copying less steep at most.
+Random tokens repeated say how much of copying each boundary keeps, with the layers' own
+projections: a fit hardly moves that. Where it leaves hope, a few windows of prose give the KL and
+the copy ratio, with fitted projections where there are any.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,40 +14,35 @@ from pop_converter.shape import ModelShape
 
 from pop_local.engine.model import PopModel
 
-from .budget import (
-    BALANCED,
-    FAST,
-    NEAR_LOSSLESS,
-    deepest_inside,
-    is_inside,
-    is_promising,
-)
+from .budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
+from .estimate import Estimate
 from .limit import speedup_limit
 from .quality import Quality
-from .reference import Reference, measure_against
+from .reference import Reference, measure_retention
 
 # A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
 CLIFF = 0.2
+# What saves less is not worth measuring.
+LEAST_LIMIT = 1.05
 
 
 @dataclass(frozen=True)
 class Depth:
     """One boundary.
 
-    `quality`: with the layers' own projections; `fitted`: with a fit, None where none was made.
-    `lost_retention`: what skipping the layer at the boundary loses on top of those above it, as a
-    part of the full model's gain; None where the full model has none. With own projections.
+    `retention`: as in `Quality`, with the layers' own projections; `lost_retention`: what skipping
+    the layer at the boundary loses on top of those above it, as a part of the full model's gain.
+    Both None where the full model has none. `quality`: None where it was not worth measuring, with
+    fitted projections if `is_fitted`.
     """
 
+    boundary: int
     n_skipped: int
     speedup_limit: float
-    quality: Quality
+    retention: Estimate | None
     lost_retention: float | None
-    fitted: Quality | None = None
-
-    @property
-    def boundary(self) -> int:
-        return self.quality.boundary
+    quality: Quality | None = None
+    is_fitted: bool = False
 
     @property
     def is_cliff(self) -> bool:
@@ -69,58 +64,64 @@ def measure_cliff(
     on_progress: Callable[[int, int], None],
 ) -> tuple[Depth, ...]:
     """One for each of `boundaries`; the speed-up limits are for prompts of `n_prompt` tokens."""
-    qualities = measure_against(reference, model, boundaries(shape), on_progress)
+    tried = boundaries(shape)
+    retentions = measure_retention(reference, model, tried, on_progress)
     n_full = model.rule.sink_tokens + model.rule.tail_tokens
     return tuple(
         Depth(
-            n_skipped=shape.n_layer - quality.boundary,
-            speedup_limit=speedup_limit(shape, n_prompt, quality.boundary, n_full),
-            quality=quality,
+            boundary=boundary,
+            n_skipped=shape.n_layer - boundary,
+            speedup_limit=speedup_limit(shape, n_prompt, boundary, n_full),
+            retention=retention,
             lost_retention=lost,
         )
-        for quality, lost in zip(qualities, _losses(qualities), strict=True)
+        for boundary, retention, lost in zip(tried, retentions, _losses(retentions), strict=True)
     )
 
 
-def worth_fitting(depths: Sequence[Depth]) -> tuple[int, ...]:
-    """Boundaries that a fit may bring into the loosest budget, and the one past them.
+def worth_measuring(depths: Sequence[Depth]) -> tuple[int, ...]:
+    """Boundaries that may keep enough of copying for the loosest budget, and the one past them.
 
-    The likeliest to be chosen first; not those that are near-lossless without it.
+    The likeliest to be chosen first; not those that could save next to nothing.
     """
-    hopeful = [is_promising(FAST, depth.quality, fitted=True) for depth in depths]
+    hopeful = [may_copy(FAST, depth.retention) for depth in depths]
     n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
-    wanted = [
-        depth.boundary
-        for depth in depths[:n_worth]
-        if depth.n_skipped > 1 and not is_inside(NEAR_LOSSLESS, depth.quality)
-    ]
-    guess = deepest_inside(
-        {d.boundary: is_promising(BALANCED, d.quality, fitted=True) for d in depths}
-    )
+    saving = [depth for depth in depths[:n_worth] if depth.speedup_limit >= LEAST_LIMIT]
+    guess = deepest_inside({d.boundary: may_copy(BALANCED, d.retention) for d in depths})
+    wanted = (depth.boundary for depth in saving)
     return tuple(sorted(wanted, key=lambda boundary: abs(boundary - (guess or boundary))))
 
 
-def with_fits(depths: Sequence[Depth], fitted: Mapping[int, Quality]) -> tuple[Depth, ...]:
-    """`fitted` by boundary."""
-    return tuple(replace(depth, fitted=fitted.get(depth.boundary)) for depth in depths)
+def with_qualities(
+    depths: Sequence[Depth], own: Mapping[int, Quality], fitted: Mapping[int, Quality]
+) -> tuple[Depth, ...]:
+    """By boundary; `fitted` where both have one."""
+    return tuple(
+        replace(
+            depth,
+            quality=fitted.get(depth.boundary, own.get(depth.boundary)),
+            is_fitted=depth.boundary in fitted,
+        )
+        for depth in depths
+    )
 
 
 def deepest_within(budget: Budget, depths: Sequence[Depth]) -> Depth | None:
-    """By the figures with a fit, where none was made by those of the own projections."""
-    verdicts = {d.boundary: is_inside(budget, d.fitted or d.quality) for d in depths}
+    """Of those that were measured."""
+    verdicts = {d.boundary: is_inside(budget, d.quality) for d in depths if d.quality is not None}
     deepest = deepest_inside(verdicts)
     return next((depth for depth in depths if depth.boundary == deepest), None)
 
 
-def _losses(qualities: Sequence[Quality]) -> list[float | None]:
+def _losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
     """Of boundaries one below the other; what is worse than not copying at all counts as that."""
     losses: list[float | None] = []
     before = 1.0
-    for quality in qualities:
-        if quality.induction_retention is None:
+    for retention in retentions:
+        if retention is None:
             losses.append(None)
             continue
-        now = max(0.0, quality.induction_retention.value)
+        now = max(0.0, retention.value)
         losses.append(before - now)
         before = now
     return losses

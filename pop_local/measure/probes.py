@@ -73,9 +73,14 @@ def copied(reader: Forced, passage: Sequence[int], mode: Mode = Mode.OFF) -> Lik
     return likelihood(predictions(reader.predict(passage, mode)[1:]), targets)
 
 
-def n_induction_tokens(n_draws: int, n_prunings: int) -> int:
-    """Tokens that `read_repeated` and `measure_induction` evaluate, but for BOS."""
-    return n_draws * N_REPEATED * (3 + 2 * n_prunings)
+def n_read_tokens(reader: Forced, n_draws: int) -> int:
+    """Tokens that `read_repeated` evaluates, but for BOS."""
+    return n_draws * (N_REPEATED + 2 * _scored(reader)[1])
+
+
+def n_measured_tokens(reader: Forced, n_draws: int) -> int:
+    """Tokens that `measure_induction` evaluates for one pruning, but for BOS."""
+    return n_draws * (N_REPEATED + _scored(reader)[1])
 
 
 def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Callable[[int], None]) -> Repeated:
@@ -86,7 +91,7 @@ def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Callable[[int], 
         draws.append(tokens := random_tokens(reader.model, N_REPEATED, rng))
         first[draw] = _first_nll(reader, tokens)
         full[draw] = _second_nll(reader, tokens, Mode.OFF, Mode.OFF)
-        ran(3 * N_REPEATED)
+        ran(n_read_tokens(reader, 1))
     return Repeated(tuple(draws), first, full)
 
 
@@ -98,32 +103,38 @@ def measure_induction(
 ) -> list[Induction]:
     """One result for each; `ran` gets the number of tokens evaluated."""
     pruned = np.empty((len(prunings), len(repeated.draws)))
+    n_tokens = n_measured_tokens(reader, 1)
     for i, pruning in enumerate(prunings):
         reader.set_boundary(pruning.boundary)
         for draw, tokens in enumerate(repeated.draws):
             pruned[i, draw] = _second_nll(reader, tokens, pruning.context, pruning.continuation)
-            ran(2 * N_REPEATED)
+            ran(n_tokens)
     return [Induction(repeated.first, repeated.full, row) for row in pruned]
 
 
 def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
-    context = [*bos(reader.model), *tokens]
+    start, end = _scored(reader)
+    context = [*bos(reader.model), *tokens[:end]]
     reader.read(context[:1], Mode.OFF)
     predicted = predictions(reader.predict(context[1:]))
     nll = likelihood(predicted, np.asarray(context)[1:]).nll
-    return _mean_pruned(reader, nll[len(context) - len(tokens) :])
+    return float(nll[start - end :].mean())
 
 
 def _second_nll(reader: Forced, tokens: Sequence[int], first: Mode, second: Mode) -> float:
+    start, end = _scored(reader)
     reader.read([*bos(reader.model), *tokens], first)
-    return _mean_pruned(reader, copied(reader, tokens, second).nll)
+    return float(copied(reader, tokens[:end], second).nll[start - 1 :].mean())
 
 
-def _mean_pruned(reader: Forced, nll: Floats) -> float:
-    """Over the tokens (of which the first has no NLL) that are pruned when they are read first."""
-    first = 1 + len(bos(reader.model))
-    pruned = slice(max(0, reader.rule.sink_tokens - first), len(nll) - reader.rule.tail_tokens)
-    return float(nll[pruned].mean())
+def _scored(reader: Forced) -> tuple[int, int]:
+    """Start and end of the tokens that are pruned when they are read first; all where none is.
+
+    Without the first token, which nothing announces.
+    """
+    start = max(1, reader.rule.sink_tokens - len(bos(reader.model)))
+    end = N_REPEATED - reader.rule.tail_tokens
+    return (start, end) if start < end else (1, N_REPEATED)
 
 
 def bos(model: PopModel) -> tuple[int, ...]:

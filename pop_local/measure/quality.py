@@ -27,7 +27,8 @@ from .probes import (
     Induction,
     bos,
     measure_induction,
-    n_induction_tokens,
+    n_measured_tokens,
+    n_read_tokens,
     pick_passage,
     read_repeated,
 )
@@ -114,7 +115,7 @@ def measure_prunings(
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
-        ran = _counting(windows, settings, len(prunings), on_progress)
+        ran = _counting(reader, windows, settings, len(prunings), on_progress)
         scores: list[list[Scores]] = [[] for _ in prunings]
         for window in windows:
             scored = _score(reader, window, prunings, ran)
@@ -144,7 +145,7 @@ def measure_unless(
     pruning = Pruning(boundary, settings.mode)
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
-        ran = _counting(windows, settings, 1, on_progress)
+        ran = _counting(reader, windows, settings, 1, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
         [induction] = measure_induction(reader, repeated, [pruning], ran)
         every = max(1, len(windows) // n_first)
@@ -159,13 +160,16 @@ def measure_unless(
 
 
 def _counting(
+    reader: Forced,
     windows: Sequence[Window],
     settings: QualitySettings,
     n_prunings: int,
     on_progress: Progress,
 ) -> Ran:
-    n_tokens = sum(window.n_tokens for window in windows) * (1 + n_prunings)
-    return counting(n_tokens + n_induction_tokens(settings.n_draws, n_prunings), on_progress)
+    n_draws, n_windows = settings.n_draws, sum(window.n_tokens for window in windows)
+    n_full = n_windows + n_read_tokens(reader, n_draws)
+    n_each = n_windows + n_measured_tokens(reader, n_draws)
+    return counting(n_full + n_prunings * n_each, on_progress)
 
 
 def choose_windows(
@@ -232,7 +236,7 @@ def summarize(
         copy_top1=mean(np.stack([s.copy_pruned.is_top1 for s in scores])),
         copy_top1_full=mean(np.stack([s.copy_full.is_top1 for s in scores])),
         induction_delta_nll=mean(induction.pruned - induction.full),
-        induction_retention=_retention(induction),
+        induction_retention=retention(induction),
     )
 
 
@@ -240,7 +244,8 @@ def _nll(scores: Iterable[Likelihood]) -> NDArray[np.float64]:
     return np.stack([score.nll for score in scores])
 
 
-def _retention(induction: Induction) -> Estimate | None:
+def retention(induction: Induction) -> Estimate | None:
+    """Of the full model's gain over the first occurrence; None where it has none to speak of."""
     gain = induction.first - induction.full
     if gain.mean() < _LEAST_INDUCTION * induction.first.mean():
         return None

@@ -1,20 +1,21 @@
 """Several files of one model measured against its full half, which is read only once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pop_local.engine.model import PopModel
 
+from .estimate import Estimate
 from .forced import Pruning, forced
 from .heldout import TextTokens
 from .probes import (
-    N_REPEATED,
     Repeated,
     measure_induction,
-    n_induction_tokens,
+    n_measured_tokens,
+    n_read_tokens,
     read_repeated,
 )
-from .quality import Quality, QualitySettings, choose_windows, summarize
+from .quality import Quality, QualitySettings, choose_windows, retention, summarize
 from .windows import FullScores, Progress, Window, counting, score_full, score_pruned
 
 
@@ -30,15 +31,6 @@ class Reference:
     full: tuple[FullScores, ...]
     repeated: Repeated
 
-    def with_draws(self, n_draws: int) -> "Reference":
-        """With the first of the draws only."""
-        kept = self.repeated
-        return replace(
-            self,
-            settings=replace(self.settings, n_draws=min(n_draws, self.settings.n_draws)),
-            repeated=Repeated(kept.draws[:n_draws], kept.first[:n_draws], kept.full[:n_draws]),
-        )
-
 
 def read_reference(
     model: PopModel, text_tokens: TextTokens, settings: QualitySettings, on_progress: Progress
@@ -46,8 +38,8 @@ def read_reference(
     """Raises PopError when the text is too short, or nothing would be pruned."""
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
-        total = sum(window.n_tokens for window in windows) + n_induction_tokens(settings.n_draws, 0)
-        ran = counting(total, on_progress)
+        n_tokens = sum(window.n_tokens for window in windows)
+        ran = counting(n_tokens + n_read_tokens(reader, settings.n_draws), on_progress)
         full = []
         for window in windows:
             full.append(score_full(reader, window))
@@ -65,10 +57,10 @@ def measure_against(
     """
     settings = reference.settings
     n_tokens = sum(window.n_tokens for window in reference.windows)
-    n_repeated = 2 * N_REPEATED * len(reference.repeated.draws)
-    ran = counting(len(boundaries) * (n_tokens + n_repeated), on_progress)
     found = []
     with forced(model) as reader:
+        n_each = n_tokens + n_measured_tokens(reader, settings.n_draws)
+        ran = counting(len(boundaries) * n_each, on_progress)
         for boundary in boundaries:
             pruning = Pruning(boundary, settings.mode)
             scores = []
@@ -78,3 +70,14 @@ def measure_against(
             [induction] = measure_induction(reader, reference.repeated, [pruning], ran)
             found.append(summarize(pruning, settings, reader.rule, scores, induction))
     return tuple(found)
+
+
+def measure_retention(
+    reference: Reference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
+) -> tuple[Estimate | None, ...]:
+    """Of the random tokens alone, as `Quality.induction_retention`."""
+    prunings = [Pruning(boundary, reference.settings.mode) for boundary in boundaries]
+    with forced(model) as reader:
+        n_tokens = n_measured_tokens(reader, reference.settings.n_draws)
+        ran = counting(len(prunings) * n_tokens, on_progress)
+        return tuple(map(retention, measure_induction(reader, reference.repeated, prunings, ran)))

@@ -14,7 +14,7 @@ from rich.bar import Bar
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from pop_local.ui.quality import Row, figures, flat
+from pop_local.ui.quality import figures
 from pop_local.ui.tables import Column, Fact, Table, markdown, print_facts
 from pop_local.ui.theme import out
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 8
 _WIDE_COLUMNS = 124
 # Columns that a narrower terminal does without: the findings below the table say it, too.
-_LEAST_WIDTH = {"lost_retention": 84, "note": 72}
+_LEAST_WIDTH = {"lost_retention": 84, "note": 72, "projection": 92}
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,31 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "chosen": {
             "budget": asdict(found.budget),
             "boundary": found.chosen and found.chosen.boundary,
-            "projection": found.chosen and (FITTED if found.chosen.fitted else OWN),
+            "projection": found.chosen and _projection(found.chosen),
             "is_estimate": True,
         },
     }
 
 
 def _flat(depth: Depth) -> dict[str, Any]:
-    values = flat(Row(depth.n_skipped, OWN, depth.speedup_limit, depth.quality, None))
-    del values["needle"]
-    fitted = None if depth.fitted is None else figures(depth.fitted)
-    return values | {"lost_retention": depth.lost_retention, "fitted": fitted}
+    kept, quality = depth.retention, depth.quality
+    return {
+        "boundary": depth.boundary,
+        "n_skipped": depth.n_skipped,
+        "speedup_limit": depth.speedup_limit,
+        "induction_retention": kept and kept.value,
+        "induction_retention_se": kept and kept.se,
+        "lost_retention": depth.lost_retention,
+        "projection": _projection(depth),
+        "quality": None if quality is None else figures(quality),
+    }
+
+
+def _projection(depth: Depth) -> str | None:
+    """Of `depth.quality`."""
+    if depth.quality is None:
+        return None
+    return FITTED if depth.is_fitted else OWN
 
 
 def show(found: Analysis) -> None:
@@ -97,8 +111,8 @@ _GATE_COLUMNS = (
 )
 _DEPTH_COLUMNS = (
     Column("speedup_limit", "Limit", numeric=True),
+    Column("projection", "K/V"),
     Column("kl_mean", "KL", numeric=True),
-    Column("kl_fitted", "KL fitted", numeric=True),
     Column("copy_ppl_ratio", "Copy", numeric=True),
     Column("induction_retention", "Induction", numeric=True),
     Column("lost_retention", "Lost", numeric=True),
@@ -126,13 +140,12 @@ def _table(found: Analysis, importance: Callable[[Estimate], str]) -> Table:
 def _depth_cells(depth: Depth | None, found: Analysis) -> tuple[str, ...]:
     if depth is None:
         return ("",) * len(_DEPTH_COLUMNS)
-    quality = depth.quality
-    retention, lost = quality.induction_retention, depth.lost_retention
+    quality, retention, lost = depth.quality, depth.retention, depth.lost_retention
     return (
         f"{depth.speedup_limit:.2f}x",
-        f"{quality.kl_mean.value:.3f}",
-        "" if depth.fitted is None else f"{depth.fitted.kl_mean.value:.3f}",
-        f"{quality.copy_ppl_ratio.value:.2f}",
+        _projection(depth) or "",
+        "" if quality is None else f"{quality.kl_mean.value:.3f}",
+        "" if quality is None else f"{quality.copy_ppl_ratio.value:.2f}",
         "-" if retention is None else f"{retention.value:.0%}",
         "-" if lost is None else f"{lost:.0%}",
         found.budget.quality if depth is found.chosen else "cliff" if depth.is_cliff else "",
@@ -191,14 +204,14 @@ def _fit_facts(found: Analysis) -> list[Fact]:
 def _choice(found: Analysis) -> str:
     """What the budget would take by these figures."""
     name, depth = found.budget.quality, found.chosen
-    if depth is None:
-        return f"no boundary is within the {name} budget on this short look"
-    quality = depth.fitted or depth.quality
-    how = "with the fit" if depth.fitted else "with the layers' own projections"
+    if depth is None or depth.quality is None:
+        return f"no boundary measured here is within the {name} budget"
+    n_windows = depth.quality.n_windows
+    how = "with the fit" if depth.is_fitted else "with the layers' own projections"
     return (
         f"{name} would take boundary {depth.boundary}, at most {depth.speedup_limit:.2f}x: "
-        f"{_losses(quality)} {how}; an estimate from {quality.n_windows} "
-        f"window{'s' * (quality.n_windows > 1)}, `convert` measures more"
+        f"{_losses(depth.quality)} {how}; an estimate from {n_windows} "
+        f"window{'s' * (n_windows > 1)}, `convert` measures more"
     )
 
 

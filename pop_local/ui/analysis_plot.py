@@ -26,14 +26,18 @@ _LEAST_SHOWN = 1e-4
 
 @dataclass(frozen=True)
 class _Loss:
-    """A figure to draw, on a scale that shows values above `least`; `limit`: of the budget."""
+    """A figure to draw, on a scale that shows values above `least`; `limit`: of the budget.
+
+    `own` and `fitted`: with which projections it was measured.
+    """
 
     title: str
     unit: str
     scale: str
     least: float
     limit: float
-    of: Callable[[Quality], Estimate | None]
+    own: Callable[[Depth], Estimate | None]
+    fitted: Callable[[Depth], Estimate | None]
 
 
 def plot(found: Analysis, path: Path, *, force: bool) -> None:
@@ -48,7 +52,8 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
             scale="log",
             least=_LEAST_SHOWN,
             limit=budget.max_kl,
-            of=lambda quality: quality.kl_mean,
+            own=_measured(lambda quality: quality.kl_mean, fitted=False),
+            fitted=_measured(lambda quality: quality.kl_mean, fitted=True),
         ),
         _Loss(
             title="Copying a passage",
@@ -56,7 +61,8 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
             scale="log",
             least=_LEAST_SHOWN,
             limit=budget.max_copy_ratio,
-            of=lambda quality: quality.copy_ppl_ratio,
+            own=_measured(lambda quality: quality.copy_ppl_ratio, fitted=False),
+            fitted=_measured(lambda quality: quality.copy_ppl_ratio, fitted=True),
         ),
         _Loss(
             title="Copying random tokens",
@@ -64,7 +70,8 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
             scale="linear",
             least=-inf,
             limit=budget.least_retention,
-            of=lambda quality: quality.induction_retention,
+            own=lambda depth: depth.retention,
+            fitted=_measured(lambda quality: quality.induction_retention, fitted=True),
         ),
     )
     size, shape = ((11.0, 8.4), (2, 2)) if gates else ((15.0, 4.6), (1, 3))
@@ -77,6 +84,17 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
     figure.suptitle(f"{found.model.name}: what layers are needed for, and what skipping them costs")
     with replacing(path, force=force) as file:
         figure.savefig(file, format="png", dpi=130)
+
+
+def _measured(
+    figure: Callable[[Quality], Estimate | None], *, fitted: bool
+) -> Callable[[Depth], Estimate | None]:
+    def of(depth: Depth) -> Estimate | None:
+        if depth.quality is None or depth.is_fitted != fitted:
+            return None
+        return figure(depth.quality)
+
+    return of
 
 
 def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
@@ -117,13 +135,14 @@ def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
 def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
     from matplotlib.ticker import LogFormatter
 
-    own = _line(axes, found, loss, lambda depth: depth.quality, "own projections", "0.55")
-    fitted = _line(axes, found, loss, lambda depth: depth.fitted, "fitted", "tab:blue")
+    own = _line(axes, found, loss.least, loss.own, "own projections", "0.55")
+    fitted = _line(axes, found, loss.least, loss.fitted, "fitted", "tab:blue")
     axes.axhline(
         loss.limit, color="tab:green", ls="--", lw=1, label=f"{found.budget.quality} limit"
     )
+    drawn = fitted | own
     for depth in found.depths:
-        value = own.get(depth.boundary, nan)
+        value = drawn.get(depth.boundary, nan)
         color = "tab:red" if depth.is_cliff else "0.35"
         axes.annotate(
             f"{depth.boundary}",
@@ -151,8 +170,8 @@ def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
 def _line(
     axes: Axes,
     found: Analysis,
-    loss: _Loss,
-    quality_of: Callable[[Depth], Quality | None],
+    least: float,
+    figure: Callable[[Depth], Estimate | None],
     label: str,
     color: str,
 ) -> dict[int, float]:
@@ -160,9 +179,7 @@ def _line(
     shown = [
         (depth, estimate)
         for depth in found.depths
-        if (quality := quality_of(depth)) is not None
-        and (estimate := loss.of(quality)) is not None
-        and estimate.value > loss.least
+        if (estimate := figure(depth)) is not None and estimate.value > least
     ]
     if shown:
         axes.errorbar(
