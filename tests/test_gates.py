@@ -147,7 +147,7 @@ def test_needed_memory_grows_with_what_is_computed(smollm2):
     source = read_source(smollm2)
     shape, hyper = source_shape(source), read_hyper(source)
     short, long = (needed_bytes(shape, hyper, n, 64, 4) for n in (256, 1024))
-    # `pop-local analyze` of this model was seen to take 0.7 GB with windows of 256.
+    # `pop-local analyze` of this model was seen to take 0.8 GB with windows of 256.
     assert 0.7e9 < short < 1.5e9
     assert long > short + 4 * 768 * shape.n_embd * shape.n_layer * 4
     assert needed_bytes(shape, hyper, 256, 64, 1) < short
