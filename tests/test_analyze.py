@@ -130,24 +130,30 @@ def test_a_plot_is_a_png_and_replaces_nothing(model, text, tmp_path, options):
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
-@pytest.mark.parametrize(("options", "n_panels"), [([], 4), (["--no-gates"], 3)])
+@pytest.mark.parametrize(
+    ("options", "n_panels", "kind"),
+    [
+        (UNFITTED, 4, "own projections"),
+        ([*UNFITTED, "--no-gates"], 3, "own projections"),
+        (FITTED, 3, "fitted"),
+    ],
+)
 def test_a_plot_has_units_and_the_chosen_boundary(
-    model, text, tmp_path, monkeypatch, options, n_panels
+    model, text, tmp_path, monkeypatch, options, n_panels, kind
 ):
     figure_module = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(
         figure_module.Figure, "savefig", lambda figure, file, **how: drawn.append(figure)
     )
-    given = (model, "--text", text, *UNFITTED, *options, "--plot", tmp_path / "out.png")
-    assert analyze(*given).exit_code == 0
+    assert analyze(model, "--text", text, *options, "--plot", tmp_path / "out.png").exit_code == 0
     panels = drawn[0].axes
     assert len(panels) == n_panels
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in panels)
     for axes in panels[-3:-1]:
         labels = axes.get_legend_handles_labels()[1]
         assert [label for label in labels if "balanced: boundary" in label]
-        assert {"own projections", "balanced limit"} <= set(labels)
+        assert {kind, "balanced limit"} <= set(labels)
 
 
 # --- what cannot be had
@@ -261,7 +267,7 @@ def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "tried", "cliff"), [("smollm2", (18, 17, 16), {17}), ("gemma", (12, 11, 10), {10})]
+    ("name", "tried", "cliff"), [("smollm2", (18, 17, 16), {17}), ("gemma", (12, 11, 10, 9), {10})]
 )
 def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
     path = request.getfixturevalue(name)

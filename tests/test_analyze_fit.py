@@ -42,7 +42,6 @@ def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
     assert unfitted["projection"] == "own"
     assert deepest["quality"]["kl_mean"] < unfitted["quality"]["kl_mean"]
     assert deepest["quality"]["n_pruned"] == unfitted["quality"]["n_pruned"] > 0
-    assert deepest["induction_retention"] == unfitted["induction_retention"]
     assert found["calibration"]["n_tokens"] == 2048
     # Random weights lose little: the deepest is within.
     assert found["chosen"]["boundary"] == deepest["boundary"] == 3
@@ -73,7 +72,7 @@ def test_without_a_fit_the_own_projections_decide(model, text, monkeypatch):
     monkeypatch.setattr(budget, "BALANCED", nothing)
     assert report(model, "--text", text, "--no-gates")["chosen"]["boundary"] is None
     done = analyze(model, "--text", text, "--no-gates", *UNFITTED)
-    assert "no boundary measured here is within the balanced budget" in done.stdout
+    assert "no boundary that was measured is within the balanced budget" in done.stdout
 
 
 def test_tokens_without_a_fit_are_wrong_usage(model):
@@ -112,7 +111,7 @@ def test_prose_is_measured_down_to_one_boundary_past_hope():
     # 9 saves too little.
     assert set(worth_measuring([replace(depths[0], speedup_limit=1.04), *depths[1:3]])) == {8, 7}
     # A model that does not copy: nothing says where to stop.
-    assert set(worth_measuring([replace(d, retention=None) for d in depths])) == set(range(4, 10))
+    assert worth_measuring([replace(d, retention=None) for d in depths]) == (9, 8, 7, 6, 5, 4)
 
 
 def test_the_deepest_within_goes_by_the_fit_where_there_is_one():
@@ -122,7 +121,7 @@ def test_the_deepest_within_goes_by_the_fit_where_there_is_one():
     measured = with_qualities(depths, own, {})
     assert getattr(deepest_within(budget.BALANCED, measured), "boundary", None) == 8
     fitted = with_qualities(depths, own, {7: cost(7, 0.03), 8: cost(8, 0.01)})
-    assert [depth.is_fitted for depth in fitted] == [False, True, True, False]
+    assert [depth.fitted is not None for depth in fitted] == [False, True, True, False]
     assert getattr(deepest_within(budget.BALANCED, fitted), "boundary", None) == 7
     assert deepest_within(replace(budget.BALANCED, max_kl=-1.0), fitted) is None
 

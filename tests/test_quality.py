@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from synthetic import make_gguf
 from pop_local.engine import backend
 from pop_local.engine.backend import Counters, Mode
 from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.prefill import RowRule
+from pop_local.measure import probes
 from pop_local.measure.forced import forced, use_rule
 from pop_local.measure.heldout import Text, shipped_text, tokenize
 from pop_local.measure.probes import pick_passage, random_tokens
@@ -158,7 +161,23 @@ def test_passages_are_pruned_tokens(model):
     assert all(p == tuple(range(p[0], p[0] + 20)) for p in picked)
 
 
-@pytest.mark.parametrize("tail", [126, 127, 128, 200])
+@pytest.mark.parametrize(
+    ("sink", "tail", "n_bos", "scored"),
+    [
+        (1, 32, 1, (1, 96)),
+        (4, 0, 1, (3, 128)),
+        (4, 0, 0, (4, 128)),
+        (0, 126, 1, (1, 2)),
+        (1, 127, 1, (1, 128)),
+    ],
+)
+def test_random_tokens_are_scored_where_they_are_pruned(monkeypatch, sink, tail, n_bos, scored):
+    monkeypatch.setattr(probes, "bos", lambda model: (1,) * n_bos)
+    reader = SimpleNamespace(rule=RowRule(sink, tail), model=None)
+    assert probes._scored(reader) == scored  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tail", [126, 127, 200])
 def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
     use_rule(model, replace(model.rule, tail_tokens=tail))
     found = measured(model, replace(SHORT, n_windows=1, n_context=260))

@@ -6,8 +6,9 @@ from pop_converter.errors import PopError
 from synthetic import make_gguf
 
 from pop_local.engine.model import open_model
+from pop_local.measure import quality
 from pop_local.measure.quality import QualitySettings, measure_depths
-from pop_local.measure.reference import measure_against, read_reference
+from pop_local.measure.reference import measure_against, measure_retention, read_reference
 
 SETTINGS = QualitySettings(n_windows=2, n_context=64, n_continuation=8, n_draws=2)
 TEXT = [[20 + number * 7 % 200 for number in range(200)]]
@@ -43,6 +44,15 @@ def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
     assert found[0].kl_mean.value > 0
 
 
+def test_the_retention_is_that_of_a_whole_measurement(pair, reference, monkeypatch):
+    monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
+    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    found = measure_retention(reference, model, (4, 3), ignore)
+    measured = measure_against(reference, model, (4, 3), ignore)
+    assert found == tuple(each.induction_retention for each in measured)
+    assert None not in found
+
+
 def test_progress_ends_at_its_total(pair, reference):
     seen: list[tuple[int, int]] = []
     model = open_model(pair.base, n_ctx=257, n_threads=1)
@@ -51,6 +61,9 @@ def test_progress_ends_at_its_total(pair, reference):
     assert seen[-1][0] == seen[-1][1]
     seen.clear()
     measure_against(reference, model, (4, 3), lambda *now: seen.append(now))
+    assert seen[-1][0] == seen[-1][1]
+    seen.clear()
+    measure_retention(reference, model, (4, 3), lambda *now: seen.append(now))
     assert seen[-1][0] == seen[-1][1]
 
 

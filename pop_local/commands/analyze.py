@@ -47,7 +47,7 @@ def analyze(
     context: Annotated[int, typer.Option(min=32, help="Context tokens in each window.")] = 192,
     continuation: Annotated[int, typer.Option(min=2, help="Answer tokens after them.")] = 64,
     windows: Annotated[int, typer.Option(min=2, help="Windows for the gates.")] = 20,
-    probe_windows: Annotated[int, typer.Option(min=1, help="Windows at each boundary.")] = 3,
+    probe_windows: Annotated[int, typer.Option(min=1, help="Windows for the probes.")] = 3,
     no_gates: Annotated[
         bool, typer.Option("--no-gates", help="Only the probes: no torch, less time.")
     ] = False,

@@ -1,7 +1,7 @@
 """What `analyze` measures by pruning: where copying is lost, then what each boundary costs."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,7 +83,7 @@ class Fits:
 
 
 def probed(run: Run) -> Probed:
-    """With the layers' own projections, and the rows in full that a conversion has."""
+    """Read the full model's half, then random tokens at each boundary. Raises PopError."""
     from pop_local.measure.depth import measure_cliff
     from pop_local.measure.heldout import tokenize
     from pop_local.measure.quality import QualitySettings
@@ -92,7 +92,7 @@ def probed(run: Run) -> Probed:
     settings = QualitySettings(
         run.n_probed, run.n_context, run.n_answer, seed=run.seed, n_draws=_N_DRAWS
     )
-    with closing(_unfitted(run)) as model:
+    with _opened_as_planned(run) as model:
         tokens = tokenize(model, run.text)
         windows = _windows(model, tokens, run)
         with token_progress("Reading in full") as advance:
@@ -163,8 +163,10 @@ def unfitted(run: Run, found: Probed, fits: Fits) -> "dict[int, Quality]":
     from pop_local.measure.reference import measure_against
 
     wanted = [b for b in found.worth_measuring if b not in fits.qualities]
+    if not wanted:
+        return {}
     with (
-        closing(_unfitted(run)) as model,
+        _opened_as_planned(run) as model,
         token_progress("Measuring with own projections") as advance,
     ):
         qualities = measure_against(found.reference, model, wanted, advance)
@@ -196,7 +198,10 @@ def _affordable(plans: list[Plan], run: Run) -> list[Plan]:
         needs = fit_needs(plans[:n], run.source, _options(run))
         if needs.total_bytes <= free and (n == 1 or len(needs.groups) == 1):
             if n < len(plans):
-                note(f"There is memory to fit {n} of {len(plans)} boundaries in one pass")
+                note(
+                    f"There is memory to fit {n} of {len(plans)} boundaries in one pass; the others"
+                    " are measured with own projections"
+                )
             return plans[:n]
     raise PopError(
         f"the fit needs {size(needs.total_bytes)} of memory, {size(free)} are free",
@@ -213,13 +218,14 @@ def _windows(model: "PopModel", tokens: Windows, run: Run) -> Windows:
     return [[*start, *text] for text in texts]
 
 
-def _unfitted(run: Run) -> "PopModel":
-    """Pruned as a conversion would, whatever the file says."""
+@contextmanager
+def _opened_as_planned(run: Run) -> "Iterator[PopModel]":
+    """With own projections, and the rows in full that a conversion has, whatever the file says."""
     from pop_local.measure.bracket import as_planned
 
-    model = _opened(run, None)
-    as_planned(model, _plan(run, run.shape.n_layer - 1))
-    return model
+    with closing(_opened(run, None)) as model:
+        as_planned(model, _plan(run, run.shape.n_layer - 1))
+        yield model
 
 
 def _opened(run: Run, sidecar: Path | None) -> "PopModel":

@@ -22,7 +22,7 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
 # A fit divides the KL of the own projections by 3.6 to 13, at depths of 1/4 to 1/2.
 _KL_GAIN = 6.0
-# It hardly moves the retention; few draws leave as much open.
+# Where copying is kept it hardly moves the retention; few draws leave as much open.
 _RETENTION_GAIN = 0.05
 # Nothing turns round what lies so far below the limit.
 _LOST_RETENTION = 0.3

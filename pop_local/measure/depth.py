@@ -1,8 +1,8 @@
 """How deep pruning may go: each boundary of the deeper half, measured cheaply.
 
 Random tokens repeated say how much of copying each boundary keeps, with the layers' own
-projections: a fit hardly moves that. Where it leaves hope, a few windows of prose give the KL and
-the copy ratio, with fitted projections where there are any.
+projections: where it is kept, a fit hardly moves that. There a few windows of prose give the KL and
+the copy ratio, with fitted projections if there are any.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +32,8 @@ class Depth:
 
     `retention`: as in `Quality`, with the layers' own projections; `lost_retention`: what skipping
     the layer at the boundary loses on top of those above it, as a part of the full model's gain.
-    Both None where the full model has none. `quality`: None where it was not worth measuring, with
-    fitted projections if `is_fitted`.
+    Both None where the full model has none. `own` and `fitted`: with which projections prose was
+    measured; both None where it was not worth it.
     """
 
     boundary: int
@@ -41,8 +41,12 @@ class Depth:
     speedup_limit: float
     retention: Estimate | None
     lost_retention: float | None
-    quality: Quality | None = None
-    is_fitted: bool = False
+    own: Quality | None = None
+    fitted: Quality | None = None
+
+    @property
+    def quality(self) -> Quality | None:
+        return self.fitted or self.own
 
     @property
     def is_cliff(self) -> bool:
@@ -82,32 +86,30 @@ def measure_cliff(
 def worth_measuring(depths: Sequence[Depth]) -> tuple[int, ...]:
     """Boundaries that may keep enough of copying for the loosest budget, and the one past them.
 
-    The likeliest to be chosen first; not those that could save next to nothing.
+    The likeliest to be chosen first, the shallowest where the model does not copy; not those that
+    could save next to nothing.
     """
     hopeful = [may_copy(FAST, depth.retention) for depth in depths]
     n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
-    saving = [depth for depth in depths[:n_worth] if depth.speedup_limit >= LEAST_LIMIT]
-    guess = deepest_inside({d.boundary: may_copy(BALANCED, d.retention) for d in depths})
-    wanted = (depth.boundary for depth in saving)
+    wanted = [d.boundary for d in depths[:n_worth] if d.speedup_limit >= LEAST_LIMIT]
+    guess = deepest_inside(
+        {d.boundary: may_copy(BALANCED, d.retention) for d in depths if d.retention is not None}
+    )
     return tuple(sorted(wanted, key=lambda boundary: abs(boundary - (guess or boundary))))
 
 
 def with_qualities(
     depths: Sequence[Depth], own: Mapping[int, Quality], fitted: Mapping[int, Quality]
 ) -> tuple[Depth, ...]:
-    """By boundary; `fitted` where both have one."""
+    """By boundary."""
     return tuple(
-        replace(
-            depth,
-            quality=fitted.get(depth.boundary, own.get(depth.boundary)),
-            is_fitted=depth.boundary in fitted,
-        )
+        replace(depth, own=own.get(depth.boundary), fitted=fitted.get(depth.boundary))
         for depth in depths
     )
 
 
 def deepest_within(budget: Budget, depths: Sequence[Depth]) -> Depth | None:
-    """Of those that were measured."""
+    """By the figures with a fit, where none was made by those of the own projections."""
     verdicts = {d.boundary: is_inside(budget, d.quality) for d in depths if d.quality is not None}
     deepest = deepest_inside(verdicts)
     return next((depth for depth in depths if depth.boundary == deepest), None)

@@ -2,7 +2,7 @@
 
 *Copy*: a passage of the context follows the context again. *Induction*: random token ids, twice;
 it needs no text, and the first occurrence says what not copying at all would cost. Both score only
-tokens whose first occurrence was pruned.
+tokens whose first occurrence was pruned (all of the random ones if that is none of them).
 """
 
 from collections.abc import Callable, Sequence

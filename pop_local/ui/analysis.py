@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 8
 _WIDE_COLUMNS = 124
 # Columns that a narrower terminal does without: the findings below the table say it, too.
-_LEAST_WIDTH = {"lost_retention": 84, "note": 72, "projection": 92}
+_LEAST_WIDTH = {"projection": 60, "note": 72, "lost_retention": 78}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _projection(depth: Depth) -> str | None:
     """Of `depth.quality`."""
     if depth.quality is None:
         return None
-    return FITTED if depth.is_fitted else OWN
+    return FITTED if depth.fitted else OWN
 
 
 def show(found: Analysis) -> None:
@@ -205,9 +205,9 @@ def _choice(found: Analysis) -> str:
     """What the budget would take by these figures."""
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
-        return f"no boundary measured here is within the {name} budget"
+        return f"no boundary that was measured is within the {name} budget"
     n_windows = depth.quality.n_windows
-    how = "with the fit" if depth.is_fitted else "with the layers' own projections"
+    how = "with the fit" if depth.fitted else "with the layers' own projections"
     return (
         f"{name} would take boundary {depth.boundary}, at most {depth.speedup_limit:.2f}x: "
         f"{_losses(depth.quality)} {how}; an estimate from {n_windows} "

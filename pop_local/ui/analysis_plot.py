@@ -52,8 +52,8 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
             scale="log",
             least=_LEAST_SHOWN,
             limit=budget.max_kl,
-            own=_measured(lambda quality: quality.kl_mean, fitted=False),
-            fitted=_measured(lambda quality: quality.kl_mean, fitted=True),
+            own=_figure(_own, lambda quality: quality.kl_mean),
+            fitted=_figure(_fitted, lambda quality: quality.kl_mean),
         ),
         _Loss(
             title="Copying a passage",
@@ -61,8 +61,8 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
             scale="log",
             least=_LEAST_SHOWN,
             limit=budget.max_copy_ratio,
-            own=_measured(lambda quality: quality.copy_ppl_ratio, fitted=False),
-            fitted=_measured(lambda quality: quality.copy_ppl_ratio, fitted=True),
+            own=_figure(_own, lambda quality: quality.copy_ppl_ratio),
+            fitted=_figure(_fitted, lambda quality: quality.copy_ppl_ratio),
         ),
         _Loss(
             title="Copying random tokens",
@@ -71,7 +71,7 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
             least=-inf,
             limit=budget.least_retention,
             own=lambda depth: depth.retention,
-            fitted=_measured(lambda quality: quality.induction_retention, fitted=True),
+            fitted=_figure(_fitted, lambda quality: quality.induction_retention),
         ),
     )
     size, shape = ((11.0, 8.4), (2, 2)) if gates else ((15.0, 4.6), (1, 3))
@@ -86,15 +86,22 @@ def plot(found: Analysis, path: Path, *, force: bool) -> None:
         figure.savefig(file, format="png", dpi=130)
 
 
-def _measured(
-    figure: Callable[[Quality], Estimate | None], *, fitted: bool
+def _figure(
+    quality_of: Callable[[Depth], Quality | None], figure: Callable[[Quality], Estimate | None]
 ) -> Callable[[Depth], Estimate | None]:
     def of(depth: Depth) -> Estimate | None:
-        if depth.quality is None or depth.is_fitted != fitted:
-            return None
-        return figure(depth.quality)
+        quality = quality_of(depth)
+        return None if quality is None else figure(quality)
 
     return of
+
+
+def _own(depth: Depth) -> Quality | None:
+    return depth.own
+
+
+def _fitted(depth: Depth) -> Quality | None:
+    return depth.fitted
 
 
 def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
@@ -140,9 +147,8 @@ def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
     axes.axhline(
         loss.limit, color="tab:green", ls="--", lw=1, label=f"{found.budget.quality} limit"
     )
-    drawn = fitted | own
     for depth in found.depths:
-        value = drawn.get(depth.boundary, nan)
+        value = own.get(depth.boundary, fitted.get(depth.boundary, nan))
         color = "tab:red" if depth.is_cliff else "0.35"
         axes.annotate(
             f"{depth.boundary}",
