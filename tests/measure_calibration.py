@@ -138,7 +138,7 @@ def memory(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Of a whole `pop-local convert`; `peak_rss_bytes` counts the model's mapped pages, too."""
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         command = [sys.executable, "-m", "pop_local", "convert", str(model)]
-        command += [str(Path(folder, "out.gguf")), "--sidecar", "--json", "--allow-broken-copy"]
+        command += [str(Path(folder, "out.gguf")), "--sidecar", "--json", "--force"]
         command += ["--skip", options.skip, "--tokens", str(options.tokens)]
         command += [] if options.threads is None else ["--threads", str(options.threads)]
         command += ["--text", str(options.text)] if options.synthetic and options.text else []

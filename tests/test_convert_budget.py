@@ -142,7 +142,6 @@ def test_when_nothing_passes_nothing_is_written(base, tmp_path):
         ("--max-kl", -1),
         ("--max-kl", 0),
         ("--max-copy-ratio", 0),
-        ("--allow-broken-copy",),
     ],
 )
 def test_contradictions_are_wrong_usage(base, tmp_path, options):

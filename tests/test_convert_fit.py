@@ -112,17 +112,17 @@ def test_smollm2_copies_at_a_third_and_not_at_a_half(
     assert "with boundary 16 the model can no longer copy" in said
     boundary = int(said.partition("--boundary ")[2].split()[0])
     assert 17 < boundary < 23
-    assert "`--quality fast`" in said and "--allow-broken-copy" in said
+    assert "`--quality fast`" in said and "--force" in said
     assert not names(tmp_path)
 
 
 def test_a_broken_copy_can_be_kept(tiny, tmp_path, monkeypatch, short_examination):
     monkeypatch.setattr(budget, "FAST", replace(budget.FAST, max_copy_ratio=0.0))
-    refused = convert(tiny, "--force")
+    refused = convert(tiny)
     assert refused.exit_code == 1
-    assert "--allow-broken-copy" in refused.stderr
+    assert "--force" in refused.stderr
     assert names(tmp_path) == {"tiny.gguf"}
-    kept = convert(tiny, "--allow-broken-copy")
+    kept = convert(tiny, "--force")
     assert kept.exit_code == 0
     assert "can no longer copy" in kept.stderr
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}

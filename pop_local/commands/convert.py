@@ -108,14 +108,14 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
-    allow_broken_copy: Annotated[
+    force: Annotated[
         bool,
         typer.Option(
-            "--allow-broken-copy", help="Keep a fit that can no longer copy from its prompt."
+            "--force",
+            "-f",
+            help="Replace an existing output. With --skip or --boundary: write a fit, too, that can"
+            " no longer copy from its prompt.",
         ),
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace an existing output.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -135,8 +135,6 @@ def convert(
     skipped = _skipped(skip, boundary)
     has_depth = (skip, boundary) != (None, None)
     budget = given_budget(quality, max_kl, max_copy_ratio, has_depth=has_depth)
-    if budget and allow_broken_copy:
-        raise typer.BadParameter("--allow-broken-copy belongs to --skip or --boundary")
     path = resolve_base(model)
     source = read_source(path)
     shape = source_shape(source)
@@ -179,7 +177,7 @@ def convert(
     meta = None
     if not dry_run:
         job.check_target(sizes)
-        meta = fit_and_write(plan, job, allow_broken_copy=allow_broken_copy)
+        meta = fit_and_write(plan, job, allow_broken_copy=force)
     show_written(plan, job, sizes, meta, (), json=json)
 
 

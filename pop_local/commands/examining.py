@@ -83,7 +83,7 @@ class Examiner:
         raise CopyingBrokenError(
             message,
             f"{unfitted}; `--quality fast`, without --skip and --boundary, finds the deepest that "
-            "passes fitted; --allow-broken-copy writes this one all the same",
+            "passes fitted; --force writes this one all the same",
         )
 
     def _deepest_passing(self, first: int) -> int | None:
