@@ -69,7 +69,7 @@ def convert(
         typer.Option(
             min=0,
             help="Shorter prompts run in full. Default: those that save less than half of what"
-            " long ones save, about 40.",
+            " long ones save, about 70.",
         ),
     ] = None,
     projection: Annotated[

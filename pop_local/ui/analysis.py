@@ -259,4 +259,5 @@ def _with_se(estimate: Estimate) -> str:
 
 
 def _with_digits(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.value:.{digits}f} ± {estimate.se or 0:.{digits}f}"
+    value = f"{estimate.value:.{digits}f}"
+    return value if estimate.se is None else f"{value} ± {estimate.se:.{digits}f}"
