@@ -10,6 +10,7 @@ import pytest
 from pop_converter.errors import PopError
 
 from pop_local import models
+from pop_local.fetching import wheels
 from pop_local.fetching.catalog import fetch
 from pop_local.models import Model, Part, find, load_catalog, models_dir, resolve, resolve_base
 
@@ -244,3 +245,18 @@ def test_resolve_says_what_has_to_be_fetched_first(name):
     with pytest.raises(PopError, match="has to be fetched first") as failure:
         resolve(name)
     assert f"pop-local pull {name}" in failure.value.hint
+
+
+def test_folders_that_pip_removes_while_it_is_watched_do_not_count(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "part.whl").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def vanished(folder):
+        if Path(folder).name == "gone":
+            raise FileNotFoundError(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", vanished)
+    assert wheels._largest_wheel_bytes(tmp_path) == 5

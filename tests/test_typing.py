@@ -111,6 +111,7 @@ def test_commands_and_paths_are_completed(history, tmp_path):
     terminal.line("/pop o\t")
     terminal.expect("on +off|off +on")
     terminal.interrupt()
+    terminal.expect("To leave")
     leave(terminal)
 
 

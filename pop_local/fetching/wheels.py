@@ -13,6 +13,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pop_converter.errors import PopError
@@ -80,12 +81,13 @@ def _pip_download(
 
 
 def _largest_wheel_bytes(scratch: Path) -> int:
+    """Files and folders that pip removes meanwhile do not count."""
     sizes = [0]
-    for file in scratch.rglob("*.whl"):
-        try:
-            sizes.append(file.stat().st_size)
-        except FileNotFoundError:  # pip moves it meanwhile
-            continue
+    for folder, _, names in os.walk(scratch):
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(FileNotFoundError):
+                    sizes.append(Path(folder, name).stat().st_size)
     return max(sizes)
 
 
