@@ -23,7 +23,7 @@ PROMPT = tuple(range(3, 60))
 
 
 def command(*arguments: object):
-    """Own projections: what the fit adds is tested with the fit; and a depth, without measuring."""
+    """Own projections at a given depth: what a fit and a budget add is tested with those."""
     depth = () if {"--skip", "--boundary"} & set(arguments) else ("--skip", "1/3")
     options = ["--projection", "own", *depth, *map(str, arguments)]
     return CliRunner().invoke(app, ["convert", *options])
@@ -242,12 +242,15 @@ def test_dry_run_writes_nothing_and_tells_the_same(tiny, tmp_path):
     assert planned.pop("source_sha256") is None
     written = json.loads(command(tiny, "--boundary", 3, "--tail", 4, "--json").stdout)
     assert written.pop("source_sha256") == hashlib.sha256(tiny.read_bytes()).hexdigest()
+    assert planned.pop("measured") is None
+    assert written.pop("measured")["kl_mean"] > 0
     assert planned == written
     assert planned["schedule"] == "FFFSSSSS"
     assert planned["n_skipped"] == 5
     assert planned["tail_tokens"] == 4
     assert planned["source_bytes"] == tiny.stat().st_size
-    assert planned["output_bytes"] == (tmp_path / "tiny.pop.gguf").stat().st_size
+    written_bytes = (tmp_path / "tiny.pop.gguf").stat().st_size
+    assert planned["output_bytes"] < written_bytes < planned["output_bytes"] + 1024
     assert 1 < planned["speedup_limit"] < 8 / 3
 
 

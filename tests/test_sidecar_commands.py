@@ -115,6 +115,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Examiner, "_measure", measure)
     monkeypatch.setattr("pop_local.commands.examining.copies", lambda quality: True)
+    monkeypatch.setattr("pop_local.commands.examining.is_inside", lambda *_: True)
     monkeypatch.setattr(
         "pop_local.commands.examining.measured", lambda quality: Measured(kl_mean=0.25)
     )

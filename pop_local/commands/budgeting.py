@@ -38,7 +38,7 @@ from pop_local.measure.budget import (
     next_boundary,
     worth_fitting,
 )
-from pop_local.ui.budget import Trial, show_trials
+from pop_local.ui.budget import Trial, figures, limits, show_trials
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import print_facts, print_json
 from pop_local.ui.theme import note
@@ -270,12 +270,9 @@ class _Search:
 
 
 def _over(budget: Budget, best: Trial) -> OverBudgetError:
-    retention = best.induction_retention
-    kept = "" if retention is None else f", {retention:.0%} of copying kept"
+    measured_as = figures(best.kl_mean, best.copy_ppl_ratio, best.induction_retention)
     return OverBudgetError(
         f"not even {best.n_skipped} skipped layer{'s' * (best.n_skipped > 1)} is within the budget "
-        f"(KL {budget.max_kl:g}, copy ratio {budget.max_copy_ratio:g}, "
-        f"{budget.least_retention:.0%} kept): KL {best.kl_mean:.4g}, copy ratio "
-        f"{best.copy_ppl_ratio:.3f}{kept}",
+        f"({limits(budget)}): {measured_as}",
         "allow more (--quality fast, --max-kl, --max-copy-ratio), or choose --skip yourself",
     )

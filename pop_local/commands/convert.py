@@ -75,8 +75,8 @@ def convert(
     projection: Annotated[
         ProjectionName,
         typer.Option(
-            help="K/V of skipped layers: fitted to the model (takes minutes), or their own (takes"
-            " seconds, loses more quality)."
+            help="K/V of skipped layers: fitted to the model (takes minutes), or their own (no"
+            " fit, loses more quality)."
         ),
     ] = ProjectionName.FITTED,
     text: Annotated[

@@ -13,7 +13,7 @@ from pop_converter.rewrite import Examine, Fitted, Sizes, check_target
 from pop_converter.sidecar import measure_sidecar, write_sidecar
 from pop_converter.source import Source
 
-from pop_local.commands.examining import CopyingBrokenError, Examiner
+from pop_local.commands.examining import CopyingBrokenError, Examiner, look
 from pop_local.commands.fitting import FitOptions, fit
 from pop_local.commands.forms import COPY, Form
 from pop_local.ui.progress import bytes_progress
@@ -90,9 +90,12 @@ def _forget(options: FitOptions) -> None:
 
 
 def fit_and_write(plan: Plan, job: Job, *, allow_broken_copy: bool = False) -> PopMeta:
-    """Own projections are neither fitted nor measured. Raises PopError."""
+    """At the depth of `plan`, after measuring it. Raises CopyingBrokenError, PopError."""
     if plan.projection != FITTED:
-        return job.write(plan, None, None)
+        found = look(plan, job.path, n_threads=job.n_threads, n_gpu_layers=job.n_gpu_layers)
+        if found is None:
+            return job.write(plan, None, None)
+        return job.write(plan, None, lambda written: found)
     examine = Examiner(
         plan,
         job.path,

@@ -1,4 +1,4 @@
-"""The short evaluation of a fitted file before `convert` lets it take its place."""
+"""The short evaluation of a depth that the user named: a fit's decides, one without a fit tells."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,9 @@ from pop_converter.format import Measured
 from pop_converter.plan import Plan
 
 from pop_local.commands.files import ModelFiles
-from pop_local.measure.budget import copies
+from pop_local.measure.budget import BALANCED, copies, is_inside
+from pop_local.ui.budget import figures, limits
+from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Fact
 from pop_local.ui.theme import note, warn
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from pop_local.measure.heldout import TextTokens
     from pop_local.measure.quality import Quality, QualitySettings
 
+# Of a fit; without one the measuring should not take longer than a minute.
 N_WINDOWS = 8
+N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
 # Boundaries that the search measures before it looks at any.
 _N_AT_ONCE = 4
 
@@ -56,8 +60,9 @@ class Examiner:
         [quality] = self._measure(
             self._files(self._src, written), (self._plan.boundary,), QualitySettings(N_WINDOWS)
         )
-        if not copies(quality):
-            self._refuse(quality)
+        if not (self._allow_broken_copy or copies(quality)):
+            raise self._refusal(quality)
+        _warn_outside(quality)
         return measured(quality)
 
     def _measure(
@@ -65,23 +70,18 @@ class Examiner:
     ) -> "tuple[Quality, ...]":
         from pop_local.measure.quality import measure_depths
 
-        with opened_to_measure(files, self._n_threads, self._n_gpu_layers) as (model, tokens):
-            return measure_depths(model, tokens, settings, boundaries, lambda done, total: None)
+        with (
+            opened_to_measure(files, self._n_threads, self._n_gpu_layers) as (model, tokens),
+            token_progress("Measuring") as advance,
+        ):
+            return measure_depths(model, tokens, settings, boundaries, advance)
 
-    def _refuse(self, quality: "Quality") -> None:
-        message = (
-            f"with boundary {quality.boundary} the model can no longer copy from its prompt "
-            f"(perplexity of a repeated passage {quality.copy_ppl_ratio.value:.2f} times the full "
-            "model's)"
-        )
-        if self._allow_broken_copy:
-            warn(message)
-            return
+    def _refusal(self, quality: "Quality") -> CopyingBrokenError:
         note("Looking for the deepest boundary that passes even with own projections")
         passing = self._deepest_passing(quality.boundary + 1)
         unfitted = f"--boundary {passing} passes even unfitted" if passing else "skip fewer layers"
-        raise CopyingBrokenError(
-            message,
+        return CopyingBrokenError(
+            _broken(quality),
             f"{unfitted}; `--quality fast`, without --skip and --boundary, finds the deepest that "
             "passes fitted; --force writes this one all the same",
         )
@@ -98,6 +98,51 @@ class Examiner:
                 if copies(found):
                     return found.boundary
         return None
+
+
+def look(plan: Plan, src: Path, *, n_threads: int | None, n_gpu_layers: int) -> Measured | None:
+    """What own projections lose, on few windows; None and a warning where none can be measured."""
+    from pop_local.measure.bracket import as_planned
+    from pop_local.measure.quality import QualitySettings, measure_depths
+
+    note("Measuring what own projections lose on held-out text")
+    try:
+        with (
+            opened_to_measure(ModelFiles(src), n_threads, n_gpu_layers) as (model, tokens),
+            token_progress("Measuring") as advance,
+        ):
+            as_planned(model, plan)
+            settings = QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)
+            [quality] = measure_depths(model, tokens, settings, (plan.boundary,), advance)
+    except PopError as error:
+        warn(f"What own projections lose is not known: {error.message}.")
+        return None
+    _warn_outside(quality)
+    return measured(quality)
+
+
+def _warn_outside(quality: "Quality") -> None:
+    if not copies(quality):
+        warn(f"Warning: {_broken(quality)}.")
+    elif not is_inside(BALANCED, quality):
+        warn(
+            f"Warning: boundary {quality.boundary} is outside the {BALANCED.quality} budget "
+            f"({limits(BALANCED)}): {_figures(quality)}. Without --skip and --boundary `convert` "
+            "finds the deepest inside."
+        )
+
+
+def _broken(quality: "Quality") -> str:
+    return (
+        f"with boundary {quality.boundary} the model can no longer copy from its prompt: "
+        f"{_figures(quality)}"
+    )
+
+
+def _figures(quality: "Quality") -> str:
+    retention = quality.induction_retention
+    kept = None if retention is None else retention.value
+    return figures(quality.kl_mean.value, quality.copy_ppl_ratio.value, kept)
 
 
 @contextmanager

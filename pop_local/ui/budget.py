@@ -57,6 +57,19 @@ def budget_fact(budget: Budget) -> Fact:
     )
 
 
+def limits(budget: Budget) -> str:
+    """In few words; `figures` has the same order."""
+    return (
+        f"KL {budget.max_kl:g}, copy ratio {budget.max_copy_ratio:g}, "
+        f"{budget.least_retention:.0%} of copying kept"
+    )
+
+
+def figures(kl: float, copy_ratio: float, retention: float | None) -> str:
+    kept = "" if retention is None else f", {retention:.0%} of copying kept"
+    return f"KL {kl:.4g}, copy ratio {copy_ratio:.3f}{kept}"
+
+
 def show_trials(trials: Sequence[Trial]) -> None:
     """A table on stdout, and an empty line."""
     columns = (

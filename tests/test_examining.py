@@ -1,0 +1,98 @@
+"""`convert` at a depth that the user named: what is measured, what it warns of."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pop_converter.format import read_pop_meta
+from synthetic import make_gguf
+from typer.testing import CliRunner, Result
+
+from pop_local.cli import app
+from pop_local.commands import examining
+from pop_local.measure import budget, probes
+
+# Copying random tokens is left out of them: no random model does.
+ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_copy_ratio=1000.0)
+
+
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch):
+    monkeypatch.setattr(examining, "N_WINDOWS", 1)
+    monkeypatch.setattr(examining, "N_OWN_WINDOWS", 1)
+    monkeypatch.setattr(probes, "N_DRAWS", 2)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+@pytest.fixture
+def text(tmp_path_factory) -> Path:
+    path: Path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{number}" for number in range(9000)))
+    return path
+
+
+def convert(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["convert", "--threads", "1", *map(str, arguments)])
+
+
+def own(*arguments: object) -> Result:
+    return convert("--projection", "own", *arguments)
+
+
+def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget.Budget) -> None:
+    monkeypatch.setattr(examining, "BALANCED", balanced)
+    monkeypatch.setattr(budget, "FAST", fast)
+
+
+def test_smollm2_with_its_own_projections(smollm2, tmp_path):
+    """Boundary 16 is past the cliff; at 29 the last layer's own projections are exact."""
+    said = {}
+    for boundary in (16, 29):
+        target = tmp_path / f"{boundary}.gguf"
+        done = own(smollm2, target, "--boundary", boundary)
+        assert done.exit_code == 0, done.stderr
+        meta = read_pop_meta(target)
+        assert meta is not None and meta.boundary == boundary
+        assert meta.measured is not None
+        said[boundary] = done.stderr, meta.measured
+    assert "with boundary 16 the model can no longer copy from its prompt" in said[16][0]
+    assert "Warning" not in said[29][0]
+    assert said[16][1].copy_ppl_ratio > 2 > said[29][1].copy_ppl_ratio
+    assert said[16][1].kl_mean > budget.BALANCED.max_kl > 1e-3 > said[29][1].kl_mean
+
+
+def test_within_the_budget_nothing_is_said(tiny, monkeypatch):
+    allow(monkeypatch, ANYTHING, ANYTHING)
+    done = own(tiny, "--boundary", 5)
+    assert done.exit_code == 0
+    assert "Warning" not in done.stderr
+
+
+def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, text, tmp_path, monkeypatch):
+    allow(monkeypatch, replace(ANYTHING, max_kl=1e-6), ANYTHING)
+    done = convert(tiny, "--boundary", 5, "--text", text, "--tokens", 2048)
+    assert done.exit_code == 0, done.stderr
+    assert "boundary 5 is outside the balanced budget (KL 1e-06," in done.stderr
+    assert (tmp_path / "tiny.pop.gguf").exists()
+
+
+def test_without_a_fit_a_broken_copy_is_written_with_a_warning(tiny, tmp_path, monkeypatch):
+    allow(monkeypatch, ANYTHING, replace(ANYTHING, max_copy_ratio=0.0))
+    done = own(tiny, "--boundary", 5, "--json")
+    assert done.exit_code == 0
+    assert "can no longer copy" in done.stderr
+    assert json.loads(done.stdout)["measured"]["copy_ppl_ratio"] > 0
+    assert (tmp_path / "tiny.pop.gguf").exists()
+
+
+def test_what_cannot_be_measured_is_written_all_the_same(tiny, tmp_path):
+    done = own(tiny, "--boundary", 5, "--tail", 600)
+    assert done.exit_code == 0
+    assert "not known: of a context of 512 tokens none would be pruned" in done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
