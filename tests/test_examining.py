@@ -60,6 +60,9 @@ def test_smollm2_with_its_own_projections(smollm2, tmp_path):
         assert meta is not None and meta.boundary == boundary
         assert meta.measured is not None
         said[boundary] = done.stderr, meta.measured
+        shown = CliRunner().invoke(app, ["inspect", str(target)]).stdout
+        assert f"KL {meta.measured.kl_mean:.4f}" in shown
+        assert ("BROKEN" in shown) == (boundary == 16)
     assert "with boundary 16 the model can no longer copy from its prompt" in said[16][0]
     assert "Warning" not in said[29][0]
     assert said[16][1].copy_ppl_ratio > 2 > said[29][1].copy_ppl_ratio

@@ -201,6 +201,19 @@ def test_rm_takes_parts_sidecars_and_unfinished_downloads(store):
     assert done.stdout.splitlines()[-1].startswith("Freed ")
 
 
+def test_rm_takes_a_name_of_the_catalog_for_what_it_fetched(store):
+    entry = models.find("gemma-3-270m")
+    for file in (entry.file, entry.pop_file):
+        make_gguf(store / file, "gemma3")
+    done = pop_local("rm", "gemma-3-270m", "--yes", "--json")
+    assert json.loads(done.stdout)["files"] == [
+        str(store / entry.file),
+        str(store / entry.pop_file),
+    ]
+    assert not (store / entry.file).exists()
+    assert "there is no model 'gemma-3-270m'" in pop_local("rm", "gemma-3-270m", "--yes").stderr
+
+
 def test_rm_takes_a_sidecar_alone(store):
     path = sidecar(store)
     assert removable(store, "Tiny.Q8_0.pop-sidecar") == (path,)

@@ -63,3 +63,18 @@ def test_stages_that_follow_each_other_have_a_bar_each(monkeypatch):
     text = file.getvalue()
     assert text.index("Sampling text") < text.rindex("512/512") < text.index("Fitting")
     assert "Sampling text" not in text[text.index("Fitting") :]
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    with progress.token_progress("Fitting") as advance:
+        for second in range(1, 101):
+            clock.now_s = float(second)
+            advance(second, 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "Fitting: 20%, 1:20 left",
+        "Fitting: 40%, 1:00 left",
+        "Fitting: 60%, 0:40 left",
+        "Fitting: 80%, 0:20 left",
+    ]

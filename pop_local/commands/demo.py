@@ -3,12 +3,14 @@
 import importlib.resources
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pop_converter.errors import PopError
-from pop_converter.shape import read_shape
+from pop_converter.shape import ModelShape, read_shape
 
 from pop_local.commands.options import (
     DEFAULT_THEME,
@@ -34,15 +36,17 @@ from pop_local.ui.theme import look, note, say
 if TYPE_CHECKING:
     from pop_local.engine.backend import Mode
     from pop_local.engine.model import PopModel
+    from pop_local.measure.speed import Spread
 
 # Of the two answers.
 MAX_TOKENS = 32
 WARM_UP_TOKENS = 64
+N_PAIRS = 3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One of the two answers."""
+    """One of the two answers; `ttft_s` is the median of all pairs."""
 
     text: str
     ttft_s: float
@@ -52,7 +56,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Report:
-    """What `--json` prints; `limit` is what the multiply-accumulates allow at most."""
+    """What `--json` prints; `limit` is what the multiply-accumulates allow at most.
+
+    `speedup` is of the pairs, each an answer in full and one with pruning.
+    """
 
     model: str
     boundary: int
@@ -61,7 +68,8 @@ class Report:
     n_prompt: int
     full: Answer
     pop: Answer
-    speedup: float
+    n_pairs: int
+    speedup: "Spread"
     limit: float
 
 
@@ -73,6 +81,9 @@ def demo(
             help=f"A converted GGUF file or a catalog name. Default: {DEFAULT_MODEL}",
         ),
     ] = None,
+    pairs: Annotated[
+        int, typer.Option(min=1, help="How often it is answered, in full and pruned.")
+    ] = N_PAIRS,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and open no chat.")
     ] = False,
@@ -87,10 +98,10 @@ def demo(
     gpu_layers: GpuLayers = -1,
     theme: Theme = DEFAULT_THEME,
 ) -> None:
-    """Answer one question about a document twice, then open the chat.
+    """Answer one question about a document with and without pruning, then open the chat.
 
-    The two answers are short and take the likeliest tokens, to be compared; how answers are
-    sampled is said for the chat.
+    The answers are short and take the likeliest tokens, to be compared; how answers are sampled is
+    said for the chat.
     """
     screen = TerminalScreen(look(theme))
     chosen = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -102,26 +113,9 @@ def demo(
     opened = open_model(
         path, sidecar=files.sidecar, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers
     )
-    from pop_local.engine.backend import Mode
-    from pop_local.measure.limit import speedup_limit
-
     if opened.meta is None:
         raise PopError(f"{path} is not converted", f"convert it first: pop-local convert {path}")
-    _warm_up(opened)
-    full = _answer(opened, Mode.OFF)
-    pruned = _answer(opened, Mode.CONTEXT)
-    n_prompt = full.n_full
-    report = Report(
-        model=str(path),
-        boundary=opened.boundary,
-        n_layer=shape.n_layer,
-        question=_text("question.md"),
-        n_prompt=n_prompt,
-        full=full,
-        pop=pruned,
-        speedup=full.ttft_s / pruned.ttft_s,
-        limit=speedup_limit(shape, n_prompt, opened.boundary, pruned.n_full),
-    )
+    report = _report(opened, path, shape, _answered(opened, pairs))
     if json:
         print_json(report)
         return
@@ -147,12 +141,44 @@ def _text(name: str) -> str:
     return (folder / name).read_text(encoding="utf-8").strip()
 
 
-def _warm_up(opened: "PopModel") -> None:
-    """The first run of all reads the weights from the disk, and would be the slower one."""
+def _answered(opened: "PopModel", n_pairs: int) -> list[tuple[Answer, Answer]]:
+    """Pairs of an answer in full and a pruned one; which comes first changes from pair to pair."""
+    from pop_local.engine.backend import Mode
+
+    # The first run of all reads the weights from the disk, and would be the slower one.
     opened.eval(opened.tokenize(_text("document.md").encode())[:WARM_UP_TOKENS])
+    pairs = []
+    for pair in range(n_pairs):
+        order = [Mode.CONTEXT, Mode.OFF] if pair % 2 else [Mode.OFF, Mode.CONTEXT]
+        nth = f"{pair + 1} of {n_pairs}"
+        answers = {mode: _answer(opened, mode, nth) for mode in order}
+        pairs.append((answers[Mode.OFF], answers[Mode.CONTEXT]))
+    opened.set_pop(Mode.CONTEXT)
+    return pairs
 
 
-def _answer(opened: "PopModel", mode: "Mode") -> Answer:
+def _report(
+    opened: "PopModel", path: Path, shape: ModelShape, pairs: list[tuple[Answer, Answer]]
+) -> Report:
+    from pop_local.measure.limit import speedup_limit
+    from pop_local.measure.speed import spread
+
+    full, pop = pairs[0]
+    return Report(
+        model=str(path),
+        boundary=opened.boundary,
+        n_layer=shape.n_layer,
+        question=_text("question.md"),
+        n_prompt=full.n_full,
+        full=replace(full, ttft_s=median(each.ttft_s for each, _ in pairs)),
+        pop=replace(pop, ttft_s=median(each.ttft_s for _, each in pairs)),
+        n_pairs=len(pairs),
+        speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
+        limit=speedup_limit(shape, full.n_full, opened.boundary, pop.n_full),
+    )
+
+
+def _answer(opened: "PopModel", mode: "Mode", nth: str) -> Answer:
     """Into an empty cache; raises PopError unless the counters prove that it was."""
     from pop_local.engine.backend import Counters
     from pop_local.engine.turn import Message
@@ -162,7 +188,7 @@ def _answer(opened: "PopModel", mode: "Mode") -> Answer:
     opened.clear()
     prompt = f"{_text('document.md')}\n\n{_text('question.md')}"
     what = "Reading in full" if mode.name == "OFF" else "Reading, pruned"
-    with token_progress(what) as advance:
+    with token_progress(f"{what}, {nth}") as advance:
         chunks = list(
             opened.chat_turn(
                 [Message("user", prompt)],
@@ -189,7 +215,9 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"Pruning on, first token after {report.pop.ttft_s:.2f} s:"
     yield f"  {report.pop.text}"
     yield ""
-    yield f"Speed-up: {report.speedup:.2f}x (analytical limit {report.limit:.2f}x)"
+    found = report.speedup
+    pairs = f", {found.min:.2f}-{found.max:.2f} in {report.n_pairs} pairs" * (report.n_pairs > 1)
+    yield f"Speed-up: {found.median:.2f}x{pairs} (analytical limit {report.limit:.2f}x)"
     yield (
         f"Tokens pruned: {report.pop.n_pruned:,} of {report.n_prompt:,}; they skipped"
         f" {report.n_layer - report.boundary} of {report.n_layer} layers"

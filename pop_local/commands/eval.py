@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from pop_converter.errors import PopError
+from pop_converter.format import FITTED
 from pop_converter.output import check_output
 from pop_converter.plan import make_plan
 from pop_converter.shape import ModelShape, source_shape
@@ -130,6 +131,7 @@ def eval(  # noqa: A001
     if fit:
         rows = fitted_rows(source, shape, boundaries, options, run)
     else:
+        _require_projections(source, files.sidecar, boundaries)
         rows = rows_at(source, shape, boundaries, run)
     if plot_file is not None:
         plot(rows, plot_file, force=force)
@@ -172,6 +174,16 @@ def _boundaries(
             f"convert it (pop-local convert {path}), or choose --skip, --boundary or --sweep",
         )
     return (meta.boundary,)
+
+
+def _require_projections(source: Source, sidecar: Path | None, boundaries: Sequence[int]) -> None:
+    """Raises PopError where there are none at one of the depths."""
+    meta = pop_of(source, sidecar)
+    if meta is not None and meta.projection == FITTED and set(boundaries) != {meta.boundary}:
+        raise PopError(
+            f"{sidecar or source.first.path} has projections for boundary {meta.boundary} only",
+            f"measure other depths on the model itself, {meta.source_name}, with --fit or without",
+        )
 
 
 def _show(source: Source, run: Run, rows: Sequence[Row], *, as_sweep: bool, json: bool) -> None:

@@ -10,7 +10,7 @@ from pop_converter.format import Measured
 from pop_converter.plan import Plan
 
 from pop_local.commands.files import ModelFiles
-from pop_local.measure.budget import BALANCED, copies, is_inside
+from pop_local.measure.budget import BALANCED, FAST, copies, is_inside
 from pop_local.ui.budget import figures, limits
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Fact
@@ -184,15 +184,15 @@ def measured(quality: "Quality") -> Measured:
 
 
 def measured_facts(found: Measured) -> list[Fact]:
-    return [
-        (
-            "Quality",
-            f"KL {found.kl_mean:.4f} ± {found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times "
-            f"the full model's, same first choice {found.top1_agreement:.1%}",
-        ),
-        (
-            "Copying",
-            f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, "
-            f"{found.copy_top1:.1%} of the tokens",
-        ),
-    ]
+    """What a file says of itself, or was just found."""
+    quality = (
+        f"KL {found.kl_mean:.4f} ± {found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times the "
+        f"full model's, same first choice {found.top1_agreement:.1%}"
+    )
+    copying = (
+        f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, {found.copy_top1:.1%} of "
+        "the tokens"
+    )
+    broken = found.copy_ppl_ratio > FAST.max_copy_ratio
+    warning = [("", "BROKEN: it can no longer copy from its prompt")] if broken else []
+    return [("Quality", quality), ("Copying", copying), *warning]

@@ -11,6 +11,7 @@ from pop_converter.header import TensorInfo
 from pop_converter.rewrite import original
 from pop_converter.source import Source
 
+from pop_local.commands.examining import measured_facts
 from pop_local.models import load_catalog
 from pop_local.ui.budget import budget_fact
 from pop_local.ui.progress import bytes_progress
@@ -93,6 +94,7 @@ def pruning_facts(meta: PopMeta | None) -> list[Fact]:
         ("Always in full", f"the first {meta.sink_tokens} and last {meta.tail_tokens} tokens"),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
         *([budget_fact(meta.budget), ("", meta.budget.tried)] if meta.budget else []),
+        *(measured_facts(meta.measured) if meta.measured else []),
         ("Converted from", meta.source_name or "unknown"),
         ("Its sha256", meta.source_sha256 or "unknown"),
         ("Converted by", meta.tool or "unknown"),

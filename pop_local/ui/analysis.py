@@ -32,6 +32,11 @@ _WIDE_COLUMNS = 124
 # Columns that a narrower terminal does without: the findings below the table say it, too.
 _LEAST_WIDTH = {"projection": 60, "note": 72, "lost_retention": 78}
 
+_INDUCTION = (
+    "what is kept of the full model's gain on repeated random tokens, with own projections; lost: "
+    "by skipping this layer, too"
+)
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -146,8 +151,8 @@ def _depth_cells(depth: Depth | None, found: Analysis) -> tuple[str, ...]:
         _projection(depth) or "",
         "" if quality is None else f"{quality.kl_mean.value:.3f}",
         "" if quality is None else f"{quality.copy_ppl_ratio.value:.2f}",
-        "-" if retention is None else f"{retention.value:.0%}",
-        "-" if lost is None else f"{lost:.0%}",
+        "-" if retention is None else _share(retention.value),
+        "-" if lost is None else _share(lost),
         found.budget.quality if depth is found.chosen else "cliff" if depth.is_cliff else "",
     )
 
@@ -191,7 +196,13 @@ def _bar(stage: Stage, layer: int, color: str) -> Bar:
 def _facts(found: Analysis) -> list[Fact]:
     gates = found.importance
     facts = [] if gates is None else _gate_facts(gates)
-    return [*facts, ("Copying", _cliff(found)), *_fit_facts(found), ("Depth", _choice(found))]
+    return [
+        *facts,
+        ("Induction", _INDUCTION),
+        ("Copying", _cliff(found)),
+        *_fit_facts(found),
+        ("Depth", _choice(found)),
+    ]
 
 
 def _fit_facts(found: Analysis) -> list[Fact]:
@@ -245,9 +256,14 @@ def _cliff(found: Analysis) -> str:
     if deepest.lost_retention is None:
         return "the full model does not copy random tokens: induction says nothing here"
     if not found.cliff:
-        return f"no single layer carries it, down to boundary {deepest.boundary}"
-    layers = [f"{depth.boundary} (-{depth.lost_retention:.0%})" for depth in found.cliff]
-    return f"lost with layer {' and '.join(layers)}, as a part of what the full model copies"
+        return f"no single layer loses it, down to boundary {deepest.boundary}"
+    layers = [f"{depth.boundary} ({_share(depth.lost_retention or 0.0)})" for depth in found.cliff]
+    return f"lost with layer {' and '.join(layers)}"
+
+
+def _share(value: float) -> str:
+    """Without a minus before 0 %."""
+    return f"{round(value, 2) + 0.0:.0%}"
 
 
 def _value(estimate: Estimate) -> str:

@@ -140,7 +140,7 @@ def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
 
 
 def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator
 
     own = _line(axes, found, loss.least, loss.own, "own projections", "0.55")
     fitted = _line(axes, found, loss.least, loss.fitted, "fitted", "tab:blue")
@@ -167,7 +167,8 @@ def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
     axes.set_title(f"{loss.title}, by boundary (red: the cliff of copying)", fontsize="medium")
     axes.yaxis.set_major_formatter("{x:g}")
     if loss.scale == "log":
-        axes.yaxis.set_minor_formatter(LogFormatter())
+        axes.yaxis.set_minor_locator(LogLocator(subs=(1.2, 1.5, 2, 3, 5)))
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.margins(0.06)
     axes.legend(fontsize="small")

@@ -1,4 +1,4 @@
-"""Progress on stderr with the time left; silent where nobody watches."""
+"""Progress on stderr with the time left: a bar in a terminal, elsewhere a line now and then."""
 
 import math
 import sys
@@ -21,22 +21,19 @@ from rich.progress import (
 from rich.text import Text
 
 from pop_local.ui.printable import printable
-from pop_local.ui.theme import err
+from pop_local.ui.theme import err, note
 
 Advance = Callable[[int, int], None]
 _NARROW_COLUMNS = 70
 _LONG_TOKENS = 256
 # A bar is drawn in the model's own time.
 _DRAWN_PER_S = 4
-
-
-def _nothing(done: int, total: int) -> None:
-    return
+_SAID_EVERY_S = 20.0
 
 
 @contextmanager
 def bytes_progress(what: str) -> Iterator[Advance]:
-    """A callback (done_bytes, total_bytes) that draws a bar while the block runs."""
+    """A callback (done_bytes, total_bytes) that shows them while the block runs."""
     wide = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with _bar(what, wide) as advance:
         yield advance
@@ -44,7 +41,7 @@ def bytes_progress(what: str) -> Iterator[Advance]:
 
 @contextmanager
 def token_progress(what: str) -> Iterator[Advance]:
-    """A callback (done_tokens, total_tokens) that draws a bar while the block runs."""
+    """A callback (done_tokens, total_tokens) that shows them while the block runs."""
     with _bar(what, (MofNCompleteColumn(), _TimeLeft())) as advance:
         yield advance
 
@@ -95,8 +92,12 @@ class _TimeLeft(ProgressColumn):
         if not task.completed or not task.total:
             return Text("-:--")
         needed_s = _taken_s(task) * task.total / task.completed
-        minutes, seconds = divmod(math.ceil(max(0.0, needed_s - (task.elapsed or 0.0))), 60)
-        return Text(f"{minutes}:{seconds:02}")
+        return Text(_clock(needed_s - (task.elapsed or 0.0)))
+
+
+def _clock(left_s: float) -> str:
+    minutes, seconds = divmod(math.ceil(max(0.0, left_s)), 60)
+    return f"{minutes}:{seconds:02}"
 
 
 def _taken_s(task: Task) -> float:
@@ -104,10 +105,25 @@ def _taken_s(task: Task) -> float:
     return max(float(task.fields["taken_s"]), 1e-6)
 
 
+def _in_words(what: str) -> Advance:
+    begun_s = said_s = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal said_s
+        now_s = time.monotonic()
+        if now_s - said_s < _SAID_EVERY_S or not 0 < done < total:
+            return
+        said_s = now_s
+        left_s = (now_s - begun_s) * (total - done) / done
+        note(f"{what}: {done / total:.0%}, {_clock(left_s)} left")
+
+    return advance
+
+
 @contextmanager
 def _bar(what: str, wide: tuple[ProgressColumn, ...]) -> Iterator[Advance]:
     if not (err.is_interactive and sys.stderr.isatty()):
-        yield _nothing
+        yield _in_words(what)
         return
     # The last one is the time left.
     columns = (TaskProgressColumn(), wide[-1]) if err.width < _NARROW_COLUMNS else wide

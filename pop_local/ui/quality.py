@@ -96,7 +96,7 @@ def facts(row: Row) -> list[Fact]:
             f"first choice right {_with_se(q.copy_top1, 3)}, full {_with_se(q.copy_top1_full, 3)}",
         ),
         ("Induction", f"NLL +{_with_se(q.induction_delta_nll, 3)}, {_retained(q)}"),
-        ("Needle", _hits(row.needle)),
+        ("Needle", _found(row.needle)),
     ]
 
 
@@ -163,6 +163,12 @@ def _hits(needle: Needle | None) -> str:
     if needle is None:
         return "-"
     return f"{needle.full_hits} / {needle.pruned_hits} of {needle.n}"
+
+
+def _found(needle: Needle | None) -> str:
+    if needle is None:
+        return "not asked for"
+    return f"answered {needle.pruned_hits} of {needle.n} pruned, {needle.full_hits} in full"
 
 
 def require_matplotlib() -> None:
