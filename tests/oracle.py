@@ -90,14 +90,13 @@ def pruned(
 
 
 def unpatched_noise(
-    trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: Job
+    want: np.ndarray, trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: Job
 ) -> float:
-    """How far the oracle, all unpatched, is from itself when it computes in another order.
+    """How far the oracle's `want`, all unpatched, is from itself computed in another order.
 
     The largest distance over the prompts, two ubatches that no kernel is tiled for, and a KV cache
     whose first cells another sequence has.
     """
-    want = expected(trio, prompts, n_tail, folder, job)
     others = [
         expected(trio, prompts, n_tail, folder, replace(job, n_ubatch=n_ubatch))
         for n_ubatch in (71, 7)

@@ -166,7 +166,8 @@ def test_convert_writes_what_the_cost_model_says_unless_told(tmp_path):
     source = make_gguf(tmp_path / "m.gguf", "llama")
     runner = CliRunner()
     for options, name in (([], "a.gguf"), (["--min-prompt", "7"], "b.gguf")):
-        given = ["convert", str(source), str(tmp_path / name), "--projection", "own", *options]
+        given = ["convert", str(source), str(tmp_path / name), "--skip", "1/3", *options]
+        given += ["--projection", "own", "--threads", "1"]
         assert runner.invoke(app, given).exit_code == 0
     plan = with_min_prompt(make_plan(read_shape(source)))
     assert min_prompt_of(tmp_path / "a.gguf") == plan.min_prompt > 17

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 from pop_local.commands import examining
-from pop_local.measure import budget, probes
+from pop_local.measure import bracket, budget, probes
 
 THIRD = ("--skip", "1/3")
 FEW = ("--tokens", "2048", "--threads", "1")
@@ -63,6 +63,7 @@ def text(tmp_path_factory) -> Path:
 def short_examination(monkeypatch):
     monkeypatch.setattr(examining, "N_WINDOWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 2)
+    monkeypatch.setattr(bracket, "LOOK", replace(bracket.LOOK, n_windows=2, n_draws=1))
 
 
 def test_by_default_it_fits_and_measures(tiny, tmp_path):

@@ -199,7 +199,7 @@ def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
     """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it."""
     model = open_model(smollm2, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
-    settings = QualitySettings(n_windows=3, n_context=256, n_continuation=64)
+    settings = QualitySettings(n_windows=3, n_context=256, n_continuation=64, n_draws=2)
     third, half = measure_depths(model, tokens, settings, (20, 16), ignore)
     assert 0.05 < third.kl_mean.value < 0.3
     assert third.copy_ppl_ratio.value < 1.5 < 3 < half.copy_ppl_ratio.value
@@ -212,7 +212,7 @@ def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
 def test_without_boundary_handling_the_first_token_is_lost(smollm2):
     model = open_model(smollm2, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
-    settings = QualitySettings(n_windows=2, n_context=128, n_continuation=8, mode=Mode.ALWAYS)
+    settings = QualitySettings(2, n_context=128, n_continuation=8, mode=Mode.ALWAYS, n_draws=1)
     assert measure_depths(model, tokens, settings, (20,), ignore)[0].kl_first.value > 3
 
 
