@@ -85,9 +85,9 @@ def test_a_fit_is_expected_to_help_the_kl_but_not_the_copying():
     assert not is_promising(BALANCED, own, fitted=False)
     assert is_promising(BALANCED, quality(retention=0.82), fitted=True)
     assert not is_promising(BALANCED, quality(retention=0.75), fitted=True)
-    assert not is_hopeless(BALANCED, quality(retention=0.6))
-    assert is_hopeless(BALANCED, quality(retention=0.5))
-    assert not is_hopeless(BALANCED, quality(kl=9.0, retention=None))
+    assert not is_hopeless(BALANCED, Estimate(0.6, 0.01))
+    assert is_hopeless(BALANCED, Estimate(0.5, 0.01))
+    assert not is_hopeless(BALANCED, None)
 
 
 def test_budgets_are_ordered_and_named():

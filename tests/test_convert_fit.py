@@ -111,6 +111,7 @@ def test_smollm2_copies_at_a_third_and_not_at_a_half(
     assert refused.exit_code == 1
     said = " ".join(refused.stderr.split())
     assert "with boundary 16 the model can no longer copy" in said
+    assert "no fit brings that back" in said
     boundary = int(said.partition("--boundary ")[2].split()[0])
     assert 17 < boundary < 23
     assert "`--quality fast`" in said and "--force" in said

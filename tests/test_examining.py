@@ -10,8 +10,9 @@ from synthetic import make_gguf
 from typer.testing import CliRunner, Result
 
 from pop_local.cli import app
-from pop_local.commands import examining
-from pop_local.measure import budget, probes
+from pop_local.commands import converting, examining
+from pop_local.measure import bracket, budget, probes
+from pop_local.measure.estimate import Estimate
 
 # Copying random tokens is left out of them: no random model does.
 ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_copy_ratio=1000.0)
@@ -81,6 +82,21 @@ def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, text, tmp_path
     done = convert(tiny, "--boundary", 5, "--text", text, "--tokens", 2048)
     assert done.exit_code == 0, done.stderr
     assert "boundary 5 is outside the balanced budget (KL 1e-06," in done.stderr
+    assert (tmp_path / "tiny.pop.gguf").exists()
+
+
+def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(bracket, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    arguments = (tiny, "--boundary", 6, "--text", text, "--tokens", 2048)
+    with monkeypatch.context() as unfitted:
+        unfitted.setattr(converting, "fit", None)
+        done = convert(*arguments)
+    assert done.exit_code == 1
+    assert "10% of copying kept with own projections, and no fit" in done.stderr
+    assert "--boundary 7 passes even unfitted" in done.stderr
+    assert not (tmp_path / "tiny.pop.gguf").exists()
+    forced = convert(*arguments, "--force")
+    assert forced.exit_code == 0, forced.stderr
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 

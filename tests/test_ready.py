@@ -77,7 +77,7 @@ def test_first_time_it_is_fetched_and_converted(unfitted, capsys, name):
     assert meta.boundary == 5
     said = capsys.readouterr()
     assert said.out == ""
-    fetching, converting = said.err.splitlines()
+    fetching, converting, *_ = said.err.splitlines()
     assert fetching.startswith(f"Fetching {DEFAULT_MODEL} (92.9 MB, licence Apache-2.0)")
     assert converting.startswith(f"Converting it to {path}")
 

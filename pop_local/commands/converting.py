@@ -105,6 +105,7 @@ def fit_and_write(plan: Plan, job: Job, *, allow_broken_copy: bool = False) -> P
         allow_broken_copy=allow_broken_copy,
     )
     with resumable(job.options):
+        examine.before_fit()
         [fitted] = job.fit((plan,))
         return job.write(plan, fitted, examine)
 

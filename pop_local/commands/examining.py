@@ -1,7 +1,7 @@
 """The short evaluation of a depth that the user named: a fit's decides, one without a fit tells."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from pop_converter.format import Measured
 from pop_converter.plan import Plan
 
 from pop_local.commands.files import ModelFiles
-from pop_local.measure.budget import BALANCED, FAST, copies, is_inside
+from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless, is_inside
 from pop_local.ui.budget import figures, limits
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Fact
@@ -52,6 +52,23 @@ class Examiner:
         self._allow_broken_copy = allow_broken_copy
         self._n_threads, self._n_gpu_layers = n_threads, n_gpu_layers
 
+    def before_fit(self) -> None:
+        """Raises CopyingBrokenError where no fit would bring copying back."""
+        if self._allow_broken_copy:
+            return
+        from pop_local.measure.bracket import own_retention
+
+        with (
+            self._opened(ModelFiles(self._src)) as (model, _),
+            token_progress("Trying the boundary without a fit") as advance,
+        ):
+            kept = own_retention(model, self._plan, advance)
+        if kept is not None and is_hopeless(FAST, kept):
+            raise self._refusal(
+                f"{_cannot_copy(self._plan.boundary)}: {kept.value:.0%} of copying kept with own "
+                "projections, and no fit brings that back"
+            )
+
     def __call__(self, written: Path) -> Measured:
         """Raises CopyingBrokenError, and PopError when the file cannot be measured."""
         from pop_local.measure.quality import QualitySettings
@@ -61,7 +78,7 @@ class Examiner:
             self._files(self._src, written), (self._plan.boundary,), QualitySettings(N_WINDOWS)
         )
         if not (self._allow_broken_copy or copies(quality)):
-            raise self._refusal(quality)
+            raise self._refusal(_broken(quality))
         _warn_outside(quality)
         return measured(quality)
 
@@ -71,17 +88,20 @@ class Examiner:
         from pop_local.measure.quality import measure_depths
 
         with (
-            opened_to_measure(files, self._n_threads, self._n_gpu_layers) as (model, tokens),
+            self._opened(files) as (model, tokens),
             token_progress("Measuring") as advance,
         ):
             return measure_depths(model, tokens, settings, boundaries, advance)
 
-    def _refusal(self, quality: "Quality") -> CopyingBrokenError:
+    def _opened(self, files: ModelFiles) -> "AbstractContextManager[tuple[PopModel, TextTokens]]":
+        return opened_to_measure(files, self._n_threads, self._n_gpu_layers)
+
+    def _refusal(self, message: str) -> CopyingBrokenError:
         note("Looking for the deepest boundary that passes even with own projections")
-        passing = self._deepest_passing(quality.boundary + 1)
+        passing = self._deepest_passing(self._plan.boundary + 1)
         unfitted = f"--boundary {passing} passes even unfitted" if passing else "skip fewer layers"
         return CopyingBrokenError(
-            _broken(quality),
+            message,
             f"{unfitted}; `--quality fast`, without --skip and --boundary, finds the deepest that "
             "passes fitted; --force writes this one all the same",
         )
@@ -133,10 +153,11 @@ def _warn_outside(quality: "Quality") -> None:
 
 
 def _broken(quality: "Quality") -> str:
-    return (
-        f"with boundary {quality.boundary} the model can no longer copy from its prompt: "
-        f"{_figures(quality)}"
-    )
+    return f"{_cannot_copy(quality.boundary)}: {_figures(quality)}"
+
+
+def _cannot_copy(boundary: int) -> str:
+    return f"with boundary {boundary} the model can no longer copy from its prompt"
 
 
 def _figures(quality: "Quality") -> str:

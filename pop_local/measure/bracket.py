@@ -10,9 +10,12 @@ from pop_local.engine.model import PopModel
 
 from .budget import Bracket, is_hopeless, is_promising
 from .depth import boundaries
-from .forced import use_rule
+from .estimate import Estimate
+from .forced import Pruning, forced, use_rule
 from .heldout import TextTokens
-from .quality import QualitySettings, measure_depths
+from .probes import measure_induction, n_measured_tokens, n_read_tokens, read_repeated
+from .quality import QualitySettings, measure_depths, retention
+from .windows import counting
 
 # Enough to say where to begin.
 LOOK = QualitySettings(n_windows=4, n_context=256, n_continuation=64, n_draws=2)
@@ -41,9 +44,26 @@ def find_bracket(
             promising = middle
             continue
         hopeless = middle
-        if is_hopeless(budget, own):
+        if is_hopeless(budget, own.induction_retention):
             deepest = order[middle] + 1
     return Bracket(deepest, order[promising], order[0])
+
+
+def own_retention(
+    model: PopModel, plan: Plan, on_progress: Callable[[int, int], None]
+) -> Estimate | None:
+    """How much of copying random tokens the plan's boundary keeps without a fit, in seconds.
+
+    As `Quality.induction_retention`; `on_progress` gets (done_tokens, total_tokens).
+    """
+    as_planned(model, plan)
+    pruning, n_draws = Pruning(plan.boundary, LOOK.mode), LOOK.n_draws
+    with forced(model) as reader:
+        n_tokens = n_read_tokens(reader, n_draws) + n_measured_tokens(reader, n_draws)
+        ran = counting(n_tokens, on_progress)
+        repeated = read_repeated(reader, n_draws, LOOK.seed, ran)
+        [found] = measure_induction(reader, repeated, [pruning], ran)
+    return retention(found)
 
 
 def as_planned(model: PopModel, plan: Plan) -> None:

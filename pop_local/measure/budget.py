@@ -66,9 +66,8 @@ def may_copy(budget: Budget, retention: "Estimate | None") -> bool:
     return _keeps(budget, retention, _RETENTION_GAIN)
 
 
-def is_hopeless(budget: Budget, own: "Quality") -> bool:
-    """Whether copying is gone, which no fit brings back."""
-    retention = own.induction_retention
+def is_hopeless(budget: Budget, retention: "Estimate | None") -> bool:
+    """Whether so little of copying with own projections is left that no fit brings it back."""
     return retention is not None and retention.value < budget.least_retention - _LOST_RETENTION
 
 
