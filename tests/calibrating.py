@@ -64,5 +64,12 @@ def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> R
     return recorder
 
 
+def words(folder: Path) -> Path:
+    """A text that is long enough to fit a tiny model on, written in no time."""
+    path = folder / "words.txt"
+    path.write_text(" ".join(f"w{number}" for number in range(9000)))
+    return path
+
+
 def prompt(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(3, 384, n).tolist()

@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 import gguf
 import numpy as np
 import pytest
+from calibrating import words
 from converted import names
 from pop_converter.format import read_pop_meta
 from synthetic import make_gguf
@@ -54,9 +55,7 @@ def tiny(tmp_path) -> Path:
 
 @pytest.fixture
 def text(tmp_path_factory) -> Path:
-    path: Path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(f"w{number}" for number in range(9000)))
-    return path
+    return words(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from converted import tiny
+from calibrating import words
+from converted import paired, tiny
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
@@ -213,9 +214,7 @@ def test_a_sweep_is_fitted_at_each_depth(plain, text, temporary):
 
 
 def test_a_fitted_file_says_how_it_was_fitted(plain, text, temporary, tmp_path):
-    words = tmp_path / "words.txt"
-    words.write_text(" ".join(f"w{number}" for number in range(9000)))
-    options = ("--fit", "--fit-text", words, "--boundary", 5, "--tokens", 2048)
+    options = ("--fit", "--fit-text", words(tmp_path), "--boundary", 5, "--tokens", 2048)
     done = evaluate(plain, "--text", text, *SHORT, "--needles", 0, *options)
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
@@ -281,3 +280,12 @@ def test_a_real_model_finds_a_needle_after_pruning(smollm2):
     model = open_model(smollm2, n_ctx=needle.context_tokens(), n_threads=1)
     found = measure_needle(model, (20,), 1, 0, lambda done, total: None)[0]
     assert (found.full_hits, found.pruned_hits) == (1, 1)
+
+
+def test_a_fitted_file_has_projections_for_its_own_boundary_only(plain, tmp_path):
+    pair = paired(plain, tmp_path, "fitted", boundary=4)
+    for given in ((pair.single,), (pair.base, "--pop", pair.sidecar)):
+        done = evaluate(*given, "--skip", 2)
+        assert done.exit_code == 1
+        assert "has projections for boundary 4 only" in done.stderr
+        assert "measure other depths on the model itself" in done.stderr

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from calibrating import words
 from pop_converter.format import read_pop_meta
 from synthetic import make_gguf
 from typer.testing import CliRunner, Result
@@ -32,9 +33,7 @@ def tiny(tmp_path) -> Path:
 
 @pytest.fixture
 def text(tmp_path_factory) -> Path:
-    path: Path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(f"w{number}" for number in range(9000)))
-    return path
+    return words(tmp_path_factory.mktemp("text"))
 
 
 def convert(*arguments: object) -> Result:
