@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 from pop_local.commands import examining
-from pop_local.measure import bracket, budget, probes
+from pop_local.measure import budget, probes
 
 THIRD = ("--skip", "1/3")
 FEW = ("--tokens", "2048", "--threads", "1")
@@ -62,7 +62,7 @@ def text(tmp_path_factory) -> Path:
 def short_examination(monkeypatch):
     monkeypatch.setattr(examining, "N_WINDOWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 2)
-    monkeypatch.setattr(bracket, "LOOK", replace(bracket.LOOK, n_windows=2, n_draws=1))
+    monkeypatch.setattr(examining, "N_OWN_WINDOWS", 2)
 
 
 def test_by_default_it_fits_and_measures(tiny, tmp_path):
@@ -95,6 +95,7 @@ def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
     assert (meta.projection, meta.calibration) == ("own", None)
 
 
+@pytest.mark.slow
 def test_smollm2_copies_at_a_third_and_not_at_a_half(
     smollm2, tmp_path, tmp_path_factory, short_examination
 ):

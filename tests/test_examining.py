@@ -1,6 +1,8 @@
 """`convert` at a depth that the user named: what is measured, what it warns of."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,9 +48,11 @@ def own(*arguments: object) -> Result:
 
 def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget.Budget) -> None:
     monkeypatch.setattr(examining, "BALANCED", balanced)
+    monkeypatch.setattr(examining, "FAST", fast)
     monkeypatch.setattr(budget, "FAST", fast)
 
 
+@pytest.mark.slow
 def test_smollm2_with_its_own_projections(smollm2, tmp_path):
     """Boundary 16 is past the cliff; at 29 the last layer's own projections are exact."""
     said = {}
@@ -91,7 +95,7 @@ def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, text, tmp_path,
         unfitted.setattr(converting, "fit", None)
         done = convert(*arguments)
     assert done.exit_code == 1
-    assert "10% of copying kept with own projections, and no fit" in done.stderr
+    assert "10% of copying random tokens is kept with own projections, and no fit" in done.stderr
     assert "--boundary 7 passes even unfitted" in done.stderr
     assert not (tmp_path / "tiny.pop.gguf").exists()
     forced = convert(*arguments, "--force")
@@ -114,3 +118,22 @@ def test_what_cannot_be_measured_is_written_all_the_same(tiny, tmp_path):
     assert "not known: of a context of 512 tokens none would be pruned" in done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
+
+
+def test_without_a_backend_nothing_is_measured(tiny, tmp_path):
+    code = "import sys; sys.modules['llama_cpp'] = None; from pop_local.cli import main; main()"
+    arguments = ["convert", str(tiny), "--skip", "1", "--projection", "own"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not known: llama-cpp-python cannot be imported" in done.stderr
+    assert (tmp_path / "tiny.pop.gguf").exists()
+
+
+def test_a_refusal_leaves_the_fit_of_another_depth(tiny, text, tmp_path, monkeypatch):
+    state = tmp_path / ".tiny.pop.gguf.calibration"
+    state.write_bytes(b"kept by a run that was stopped")
+    monkeypatch.setattr(bracket, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    done = convert(tiny, "--boundary", 6, "--text", text, "--tokens", 2048, "--resume")
+    assert done.exit_code == 1
+    assert "no fit brings that back" in done.stderr
+    assert state.exists()

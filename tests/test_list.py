@@ -214,6 +214,15 @@ def test_rm_takes_a_name_of_the_catalog_for_what_it_fetched(store):
     assert "there is no model 'gemma-3-270m'" in pop_local("rm", "gemma-3-270m", "--yes").stderr
 
 
+def test_rm_prefers_a_stored_name_to_one_of_the_catalog(store):
+    entry = models.find("gemma-3-270m")
+    own, fetched = store / "gemma-3-270m.gguf", store / entry.file
+    for path in (own, fetched):
+        make_gguf(path, "gemma3")
+    assert pop_local("rm", "gemma-3-270m", "--yes").exit_code == 0
+    assert (own.exists(), fetched.exists()) == (False, True)
+
+
 def test_rm_takes_a_sidecar_alone(store):
     path = sidecar(store)
     assert removable(store, "Tiny.Q8_0.pop-sidecar") == (path,)

@@ -78,3 +78,28 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
         "Fitting: 60%, 0:40 left",
         "Fitting: 80%, 0:20 left",
     ]
+
+
+def test_what_a_run_goes_on_from_does_not_make_it_faster(monkeypatch, capsys):
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    with progress.token_progress("Fitting") as advance:
+        advance(90, 100)
+        clock.now_s = 25.0
+        advance(91, 100)
+    assert capsys.readouterr().err.splitlines() == ["Fitting: 91%, 3:45 left"]
+
+
+def test_a_bar_makes_way_for_another(monkeypatch):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=100, theme=THEME)
+    monkeypatch.setattr(progress, "err", console)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.pausable_progress("Writing") as (advance, pause):
+        advance(1, 4)
+        pause()
+        with progress.token_progress("Measuring") as measured:
+            measured(512, 512)
+        advance(4, 4)
+    text = file.getvalue()
+    assert text.index("Writing") < text.index("Measuring") < text.rindex("Writing")

@@ -77,9 +77,11 @@ def test_first_time_it_is_fetched_and_converted(unfitted, capsys, name):
     assert meta.boundary == 5
     said = capsys.readouterr()
     assert said.out == ""
-    fetching, converting, *_ = said.err.splitlines()
+    fetching, converting, measuring, *outside = said.err.splitlines()
     assert fetching.startswith(f"Fetching {DEFAULT_MODEL} (92.9 MB, licence Apache-2.0)")
     assert converting.startswith(f"Converting it to {path}")
+    assert measuring == "Measuring what own projections lose on held-out text"
+    assert all(line.startswith("Warning: ") for line in outside)
 
 
 def test_second_time_nothing_is_done_nor_said(unfitted, capsys):

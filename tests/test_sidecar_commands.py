@@ -108,12 +108,12 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
     seen = []
 
-    def measure(self: Examiner, files: ModelFiles, *_: object) -> tuple[str]:
+    def measure(self: Examiner, files: ModelFiles) -> str:
         seen.append(files)
         assert sidecar_beside(read_source(files.path)) is None, "not in its place yet"
-        return ("quality",)
+        return "quality"
 
-    monkeypatch.setattr(Examiner, "_measure", measure)
+    monkeypatch.setattr(Examiner, "_measured", measure)
     monkeypatch.setattr("pop_local.commands.examining.copies", lambda quality: True)
     monkeypatch.setattr("pop_local.commands.examining.is_inside", lambda *_: True)
     monkeypatch.setattr(

@@ -1,22 +1,22 @@
 """Conversions with a fit: as `convert` runs one, and at several depths for `eval`."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pop_converter.errors import WriteError
-from pop_converter.format import FITTED, PopMeta
+from pop_converter.format import FITTED, Measured, PopMeta
 from pop_converter.plan import Plan
 from pop_converter.rewrite import Examine, Fitted, Sizes, check_target
 from pop_converter.sidecar import measure_sidecar, write_sidecar
 from pop_converter.source import Source
 
-from pop_local.commands.examining import CopyingBrokenError, Examiner, look
+from pop_local.commands.examining import CopyingBrokenError, Examiner, measure_own
 from pop_local.commands.fitting import FitOptions, fit
 from pop_local.commands.forms import COPY, Form
-from pop_local.ui.progress import bytes_progress
+from pop_local.ui.progress import pausable_progress
 from pop_local.ui.theme import note
 
 TEMPORARY = "pop-local-"
@@ -57,16 +57,24 @@ class Job:
 
     def write(self, plan: Plan, fitted: Fitted | None, examine: Examine | None) -> PopMeta:
         """Raises PopError."""
-        with bytes_progress(self.form.progress) as advance:
+        with pausable_progress(self.form.progress) as (advance, pause):
             return self.form.write(
                 plan,
                 self.path,
                 self.target,
                 fitted=fitted,
-                examine=examine,
+                examine=examine and _after(pause, examine),
                 progress=advance,
                 force=self.force,
             )
+
+
+def _after(pause: Callable[[], None], examine: Examine) -> Examine:
+    def paused(written: Path) -> Measured:
+        pause()
+        return examine(written)
+
+    return paused
 
 
 @contextmanager
@@ -92,7 +100,7 @@ def _forget(options: FitOptions) -> None:
 def fit_and_write(plan: Plan, job: Job, *, allow_broken_copy: bool = False) -> PopMeta:
     """At the depth of `plan`, after measuring it. Raises CopyingBrokenError, PopError."""
     if plan.projection != FITTED:
-        found = look(plan, job.path, n_threads=job.n_threads, n_gpu_layers=job.n_gpu_layers)
+        found = measure_own(plan, job.path, n_threads=job.n_threads, n_gpu_layers=job.n_gpu_layers)
         if found is None:
             return job.write(plan, None, None)
         return job.write(plan, None, lambda written: found)
@@ -104,8 +112,8 @@ def fit_and_write(plan: Plan, job: Job, *, allow_broken_copy: bool = False) -> P
         n_gpu_layers=job.n_gpu_layers,
         allow_broken_copy=allow_broken_copy,
     )
+    examine.before_fit()
     with resumable(job.options):
-        examine.before_fit()
         [fitted] = job.fit((plan,))
         return job.write(plan, fitted, examine)
 

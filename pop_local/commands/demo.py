@@ -82,7 +82,7 @@ def demo(
         ),
     ] = None,
     pairs: Annotated[
-        int, typer.Option(min=1, help="How often it is answered, in full and pruned.")
+        int, typer.Option(min=1, help="How many times to answer in full and pruned.")
     ] = N_PAIRS,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and open no chat.")

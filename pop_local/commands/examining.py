@@ -10,7 +10,7 @@ from pop_converter.format import Measured
 from pop_converter.plan import Plan
 
 from pop_local.commands.files import ModelFiles
-from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless, is_inside
+from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless, is_inside, keeps
 from pop_local.ui.budget import figures, limits
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Fact
@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     from pop_local.measure.heldout import TextTokens
     from pop_local.measure.quality import Quality, QualitySettings
 
-# Of a fit; without one the measuring should not take longer than a minute.
+# Of a fit; without one the measuring should not take long, and is not as exact.
 N_WINDOWS = 8
 N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
-# Boundaries that the search measures before it looks at any.
-_N_AT_ONCE = 4
 
 
 class CopyingBrokenError(PopError):
@@ -65,33 +63,31 @@ class Examiner:
             kept = own_retention(model, self._plan, advance)
         if kept is not None and is_hopeless(FAST, kept):
             raise self._refusal(
-                f"{_cannot_copy(self._plan.boundary)}: {kept.value:.0%} of copying kept with own "
-                "projections, and no fit brings that back"
+                f"{_cannot_copy(self._plan.boundary)}: {kept.value:.0%} of copying random tokens "
+                "is kept with own projections, and no fit brings that back"
             )
 
     def __call__(self, written: Path) -> Measured:
         """Raises CopyingBrokenError, and PopError when the file cannot be measured."""
-        from pop_local.measure.quality import QualitySettings
-
         note("Measuring what was written on held-out text")
-        [quality] = self._measure(
-            self._files(self._src, written), (self._plan.boundary,), QualitySettings(N_WINDOWS)
-        )
+        quality = self._measured(self._files(self._src, written))
         if not (self._allow_broken_copy or copies(quality)):
             raise self._refusal(_broken(quality))
         _warn_outside(quality)
         return measured(quality)
 
-    def _measure(
-        self, files: ModelFiles, boundaries: tuple[int, ...], settings: "QualitySettings"
-    ) -> "tuple[Quality, ...]":
-        from pop_local.measure.quality import measure_depths
+    def _measured(self, files: ModelFiles) -> "Quality":
+        from pop_local.measure.quality import QualitySettings, measure_depths
 
         with (
             self._opened(files) as (model, tokens),
             token_progress("Measuring") as advance,
         ):
-            return measure_depths(model, tokens, settings, boundaries, advance)
+            boundaries = (self._plan.boundary,)
+            [quality] = measure_depths(
+                model, tokens, QualitySettings(N_WINDOWS), boundaries, advance
+            )
+        return quality
 
     def _opened(self, files: ModelFiles) -> "AbstractContextManager[tuple[PopModel, TextTokens]]":
         return opened_to_measure(files, self._n_threads, self._n_gpu_layers)
@@ -109,36 +105,52 @@ class Examiner:
     def _deepest_passing(self, first: int) -> int | None:
         """With own projections, from boundary `first` on. Fitted ones may pass deeper, but each
         would have to be fitted first."""
-        from pop_local.measure.bracket import LOOK
+        from pop_local.measure.bracket import as_planned
+        from pop_local.measure.reference import measure_against, measure_retention, read_reference
 
-        base, n_layer = ModelFiles(self._src), self._plan.shape.n_layer
-        for start in range(first, n_layer, _N_AT_ONCE):
-            boundaries = tuple(range(start, min(start + _N_AT_ONCE, n_layer)))
-            for found in self._measure(base, boundaries, LOOK):
+        with (
+            self._opened(ModelFiles(self._src)) as (model, tokens),
+            token_progress("Looking") as advance,
+        ):
+            as_planned(model, self._plan)
+            reference = read_reference(model, tokens, _own_settings(), advance)
+            for boundary in range(first, self._plan.shape.n_layer):
+                [kept] = measure_retention(reference, model, (boundary,), advance)
+                if not keeps(FAST, kept):
+                    continue
+                [found] = measure_against(reference, model, (boundary,), advance)
                 if copies(found):
-                    return found.boundary
+                    return boundary
         return None
 
 
-def look(plan: Plan, src: Path, *, n_threads: int | None, n_gpu_layers: int) -> Measured | None:
+def measure_own(
+    plan: Plan, src: Path, *, n_threads: int | None, n_gpu_layers: int
+) -> Measured | None:
     """What own projections lose, on few windows; None and a warning where none can be measured."""
-    from pop_local.measure.bracket import as_planned
-    from pop_local.measure.quality import QualitySettings, measure_depths
-
     note("Measuring what own projections lose on held-out text")
     try:
+        from pop_local.measure.bracket import as_planned
+        from pop_local.measure.quality import measure_depths
+
         with (
             opened_to_measure(ModelFiles(src), n_threads, n_gpu_layers) as (model, tokens),
             token_progress("Measuring") as advance,
         ):
             as_planned(model, plan)
-            settings = QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)
-            [quality] = measure_depths(model, tokens, settings, (plan.boundary,), advance)
+            boundaries = (plan.boundary,)
+            [quality] = measure_depths(model, tokens, _own_settings(), boundaries, advance)
     except PopError as error:
         warn(f"What own projections lose is not known: {error.message}.")
         return None
     _warn_outside(quality)
     return measured(quality)
+
+
+def _own_settings() -> "QualitySettings":
+    from pop_local.measure.quality import QualitySettings
+
+    return QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)
 
 
 def _warn_outside(quality: "Quality") -> None:
@@ -147,8 +159,8 @@ def _warn_outside(quality: "Quality") -> None:
     elif not is_inside(BALANCED, quality):
         warn(
             f"Warning: boundary {quality.boundary} is outside the {BALANCED.quality} budget "
-            f"({limits(BALANCED)}): {_figures(quality)}. Without --skip and --boundary `convert` "
-            "finds the deepest inside."
+            f"({limits(BALANCED)}): {_figures(quality)}. `pop-local convert` without --skip and "
+            "--boundary finds the deepest inside."
         )
 
 
@@ -212,8 +224,9 @@ def measured_facts(found: Measured) -> list[Fact]:
     )
     copying = (
         f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, {found.copy_top1:.1%} of "
-        "the tokens"
+        "its tokens the first choice"
     )
     broken = found.copy_ppl_ratio > FAST.max_copy_ratio
-    warning = [("", "BROKEN: it can no longer copy from its prompt")] if broken else []
+    limit = f"BROKEN: above {FAST.max_copy_ratio:g} a model can no longer copy from its prompt"
+    warning = [("", limit)] if broken else []
     return [("Quality", quality), ("Copying", copying), *warning]

@@ -1,5 +1,6 @@
 """`pop-local rm NAME...`: remove models from the models folder."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,7 @@ def rm(
     """
     folder = models_dir()
     # All names are looked up before anything goes; one given twice goes once.
-    stored = [each for name in names for each in _stored_names(folder, name)]
-    files = tuple(dict.fromkeys(file for name in stored for file in removable(folder, name)))
+    files = tuple(dict.fromkeys(file for name in names for file in _files(folder, name)))
     freed_bytes = total_bytes(files)
     if not yes:
         _ask(files, freed_bytes)
@@ -54,11 +54,17 @@ def rm(
     say(f"Freed {size(freed_bytes)}")
 
 
-def _stored_names(folder: Path, name: str) -> tuple[str, ...]:
-    """Of what was fetched by a name of the catalog, and converted from that; else the name."""
-    entry = lookup(name)
-    known = () if entry is None else (entry.file, entry.pop_file)
-    return tuple(file for file in known if (folder / file).exists()) or (name,)
+def _files(folder: Path, name: str) -> tuple[Path, ...]:
+    """What is stored under the name; else what was fetched by it, as one of the catalog."""
+    try:
+        return removable(folder, name)
+    except PopError:
+        entry = lookup(name)
+        known = () if entry is None else (entry.file, entry.pop_file)
+        here = [file for file in known if os.path.lexists(folder / file)]
+        if not here:
+            raise
+    return tuple(file for each in here for file in removable(folder, each))
 
 
 def _ask(files: tuple[Path, ...], freed_bytes: int) -> None:

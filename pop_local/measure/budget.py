@@ -58,12 +58,12 @@ def is_promising(budget: Budget, own: "Quality", *, fitted: bool) -> bool:
     """Whether a boundary measured with own projections may be inside once they are `fitted`."""
     gain, slack = (_KL_GAIN, _RETENTION_GAIN) if fitted else (1.0, 0.0)
     enough = own.kl_mean.value <= gain * budget.max_kl
-    return enough and _keeps(budget, own.induction_retention, slack)
+    return enough and keeps(budget, own.induction_retention, slack)
 
 
 def may_copy(budget: Budget, retention: "Estimate | None") -> bool:
     """Whether so much of copying with own projections may be enough with fitted ones."""
-    return _keeps(budget, retention, _RETENTION_GAIN)
+    return keeps(budget, retention, _RETENTION_GAIN)
 
 
 def is_hopeless(budget: Budget, retention: "Estimate | None") -> bool:
@@ -112,7 +112,8 @@ def worth_fitting(bracket: Bracket, verdicts: Mapping[int, bool], boundary: int)
     return tuple(b for b in near if outside < b < inside)
 
 
-def _keeps(budget: Budget, retention: "Estimate | None", slack: float) -> bool:
+def keeps(budget: Budget, retention: "Estimate | None", slack: float = 0.0) -> bool:
+    """Whether so much of copying is enough, or nearly; a model that never copies keeps all."""
     return retention is None or retention.value >= budget.least_retention - slack
 
 

@@ -61,12 +61,12 @@ def limits(budget: Budget) -> str:
     """In few words; `figures` has the same order."""
     return (
         f"KL {budget.max_kl:g}, copy ratio {budget.max_copy_ratio:g}, "
-        f"{budget.least_retention:.0%} of copying kept"
+        f"{budget.least_retention:.0%} kept of copying random tokens"
     )
 
 
 def figures(kl: float, copy_ratio: float, retention: float | None) -> str:
-    kept = "" if retention is None else f", {retention:.0%} of copying kept"
+    kept = "" if retention is None else f", {retention:.0%} kept of copying random tokens"
     return f"KL {kl:.4g}, copy ratio {copy_ratio:.3f}{kept}"
 
 

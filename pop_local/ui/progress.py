@@ -40,6 +40,24 @@ def bytes_progress(what: str) -> Iterator[Advance]:
 
 
 @contextmanager
+def pausable_progress(what: str) -> Iterator[tuple[Advance, Callable[[], None]]]:
+    """As bytes_progress, and what puts the bar away until it goes on: only one is shown at once."""
+    with ExitStack() as stack:
+        bars: list[Advance] = []
+
+        def advance(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(bytes_progress(what)))
+            bars[0](done, total)
+
+        def pause() -> None:
+            stack.close()
+            bars.clear()
+
+        yield advance, pause
+
+
+@contextmanager
 def token_progress(what: str) -> Iterator[Advance]:
     """A callback (done_tokens, total_tokens) that shows them while the block runs."""
     with _bar(what, (MofNCompleteColumn(), _TimeLeft())) as advance:
@@ -106,15 +124,18 @@ def _taken_s(task: Task) -> float:
 
 
 def _in_words(what: str) -> Advance:
-    begun_s = said_s = time.monotonic()
+    begun: tuple[int, float] | None = None
+    said_s = time.monotonic()
 
     def advance(done: int, total: int) -> None:
-        nonlocal said_s
+        nonlocal begun, said_s
         now_s = time.monotonic()
-        if now_s - said_s < _SAID_EVERY_S or not 0 < done < total:
+        # What was done before, and by whom, says nothing of the time left.
+        first_done, first_s = begun = begun or (done, now_s)
+        if now_s - said_s < _SAID_EVERY_S or not first_done < done < total:
             return
         said_s = now_s
-        left_s = (now_s - begun_s) * (total - done) / done
+        left_s = (now_s - first_s) * (total - done) / (done - first_done)
         note(f"{what}: {done / total:.0%}, {_clock(left_s)} left")
 
     return advance
