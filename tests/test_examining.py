@@ -120,6 +120,15 @@ def test_what_cannot_be_measured_is_written_all_the_same(tiny, tmp_path):
     assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
 
 
+def test_a_fit_that_could_not_be_measured_is_not_begun(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(converting, "fit", None)
+    done = convert(tiny, "--boundary", 5, "--tail", 600, "--text", text, "--tokens", 2048)
+    assert done.exit_code == 1
+    assert "the fit could not be measured: of a context of 512 tokens none" in done.stderr
+    assert "lower --sink and --tail" in done.stderr
+    assert not (tmp_path / "tiny.pop.gguf").exists()
+
+
 def test_without_a_backend_nothing_is_measured(tiny, tmp_path):
     code = "import sys; sys.modules['llama_cpp'] = None; from pop_local.cli import main; main()"
     arguments = ["convert", str(tiny), "--skip", "1", "--projection", "own"]

@@ -18,6 +18,7 @@ from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
+    from pop_local.measure.estimate import Estimate
     from pop_local.measure.heldout import TextTokens
     from pop_local.measure.quality import Quality, QualitySettings
 
@@ -51,21 +52,39 @@ class Examiner:
         self._n_threads, self._n_gpu_layers = n_threads, n_gpu_layers
 
     def before_fit(self) -> None:
-        """Raises CopyingBrokenError where no fit would bring copying back."""
-        if self._allow_broken_copy:
-            return
-        from pop_local.measure.bracket import own_retention
+        """Raises CopyingBrokenError where no fit would bring copying back.
 
-        with (
-            self._opened(ModelFiles(self._src)) as (model, _),
-            token_progress("Trying the boundary without a fit") as advance,
-        ):
-            kept = own_retention(model, self._plan, advance)
+        PopError where a fit could not be measured.
+        """
+        with self._opened(ModelFiles(self._src)) as (model, tokens):
+            self._require_windows(model, tokens)
+            kept = None if self._allow_broken_copy else self._own_retention(model)
         if kept is not None and is_hopeless(FAST, kept):
             raise self._refusal(
                 f"{_cannot_copy(self._plan.boundary)}: {kept.value:.0%} of copying random tokens "
                 "is kept with own projections, and no fit brings that back"
             )
+
+    def _require_windows(self, model: "PopModel", tokens: "TextTokens") -> None:
+        from pop_local.measure.bracket import as_planned
+        from pop_local.measure.forced import forced
+        from pop_local.measure.quality import QualitySettings, choose_windows
+
+        as_planned(model, self._plan)
+        try:
+            with forced(model) as reader:
+                choose_windows(reader, tokens, QualitySettings(N_WINDOWS))
+        except PopError as error:
+            raise PopError(
+                f"the fit could not be measured: {error.message}",
+                "lower --sink and --tail; or --projection own, which may go unmeasured",
+            ) from error
+
+    def _own_retention(self, model: "PopModel") -> "Estimate | None":
+        from pop_local.measure.bracket import own_retention
+
+        with token_progress("Trying the boundary without a fit") as advance:
+            return own_retention(model, self._plan, advance)
 
     def __call__(self, written: Path) -> Measured:
         """Raises CopyingBrokenError, and PopError when the file cannot be measured."""
