@@ -84,16 +84,16 @@ def test_a_terminal_gets_bars_and_a_narrow_one_none(model, text, monkeypatch):
     from pop_local.ui.theme import THEME
 
     shown = []
-    for width in (140, 60):
+    for width in (140, 80, 60):
         console = Console(
             force_terminal=True, width=width, record=True, color_system=None, theme=THEME
         )
         monkeypatch.setattr(analysis, "out", console)
         assert analyze(model, "--text", text, *UNFITTED).exit_code == 0
         shown.append(console.export_text())
-    assert "█" in shown[0]
-    assert "█" not in shown[1]
-    assert "Prefill" in shown[1]
+    assert ["█" in text for text in shown] == [True, True, False]
+    assert all("Prefill" in text for text in shown)
+    assert max(map(len, shown[1].splitlines())) <= 80
 
 
 def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch):

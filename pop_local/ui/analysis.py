@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from pop_local.measure.quality import Quality
 
 _BAR_WIDTH = 8
-_WIDE_COLUMNS = 124
+_ROOMY_WIDTH, _BARS_WIDTH = 100, 80
 # Columns that a narrower terminal does without: the findings below the table say it, too.
 _LEAST_WIDTH = {"projection": 60, "note": 72, "lost_retention": 78}
+_LEAST_WIDTH_BESIDE_BARS = {"note": 80, "projection": 88, "lost_retention": 94}
 
 _INDUCTION = (
     "what is kept of the full model's gain on repeated random tokens, with own projections; lost: "
@@ -158,12 +159,13 @@ def _depth_cells(depth: Depth | None, found: Analysis) -> tuple[str, ...]:
 
 
 def _drawn(found: Analysis) -> RichTable:
-    gates, is_wide = found.importance, out.width >= _WIDE_COLUMNS
+    gates = found.importance
     table = _table(found, _value)
-    padding = (0, 2 if is_wide else 1, 0, 0)
+    padding = (0, 2 if out.width >= _ROOMY_WIDTH else 1, 0, 0)
     drawn = RichTable(header_style="title", box=None, padding=padding)
-    with_bars = gates is not None and is_wide and _draws_blocks()
-    shown = [out.width >= _LEAST_WIDTH.get(column.key, 0) for column in table.columns]
+    with_bars = gates is not None and out.width >= _BARS_WIDTH and _draws_blocks()
+    least_width = _LEAST_WIDTH_BESIDE_BARS if with_bars else _LEAST_WIDTH
+    shown = [out.width >= least_width.get(column.key, 0) for column in table.columns]
     for column in compress(table.columns, shown):
         drawn.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=True)
         if with_bars and column in _GATE_COLUMNS:
