@@ -153,7 +153,7 @@ def strip(
     source = read_source(src)
     meta = pop_meta(source.first)
     if meta is None:
-        raise FormatError(f"{src} has no POP keys: there is nothing to strip")
+        raise FormatError(f"{src} is not a converted file: there is nothing to strip")
     restored = original(source, meta)
     check_output(dst, paths(source), restored.size_bytes, force=force)
     meter = Meter(progress, restored.data_bytes)

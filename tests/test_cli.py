@@ -248,3 +248,9 @@ def test_every_option_that_is_a_float_is_checked():
     ]
     assert len(floats) > 6
     assert [name for name, option in floats if option.callback not in (finite, positive)] == []
+
+
+def test_paragraphs_of_help_wrap_at_the_width_of_the_terminal():
+    lines = [line.strip() for line in pop_local("rm", "--help", COLUMNS="70").stdout.splitlines()]
+    first = next(n for n, line in enumerate(lines) if line.startswith("A model goes with"))
+    assert min(map(len, lines[first : first + 2])) > 50

@@ -96,7 +96,7 @@ def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, text, tmp_path,
         done = convert(*arguments)
     assert done.exit_code == 1
     assert "10% of copying random tokens is kept with own projections, and no fit" in done.stderr
-    assert "--boundary 7 passes even unfitted" in done.stderr
+    assert "--boundary 7 copies even unfitted" in done.stderr
     assert not (tmp_path / "tiny.pop.gguf").exists()
     forced = convert(*arguments, "--force")
     assert forced.exit_code == 0, forced.stderr

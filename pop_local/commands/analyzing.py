@@ -16,7 +16,7 @@ from pop_converter.source import Source
 from pop_local.commands.converting import fitted_sidecars
 from pop_local.commands.fitting import FitOptions, fit_needs, free_bytes
 from pop_local.measure.limit import LIMIT_PROMPT
-from pop_local.ui.progress import token_progress
+from pop_local.ui.progress import Advance, token_progress
 from pop_local.ui.tables import size
 from pop_local.ui.theme import note, warn
 
@@ -148,13 +148,13 @@ def fitted(run: Run, found: Probed) -> Fits:
     )
     qualities: dict[int, Quality] = {}
     calibration: Calibration | None = None
-    with closing(sidecars), token_progress("Measuring with the fit") as advance:
-        for number, (plan, sidecar) in enumerate(zip(plans, sidecars, strict=True)):
-            advance(number, len(plans))
+    with closing(sidecars):
+        for number, (plan, sidecar) in enumerate(zip(plans, sidecars, strict=True), 1):
             meta = pop_of(run.source, sidecar)
             calibration = None if meta is None else meta.calibration
-            qualities[plan.boundary] = _measured(run, sidecar, plan.boundary, found.reference)
-        advance(len(plans), len(plans))
+            with token_progress(f"Measuring fits, {number} of {len(plans)}") as advance:
+                quality = _measured(run, sidecar, plan.boundary, found.reference, advance)
+            qualities[plan.boundary] = quality
     return Fits(qualities, calibration)
 
 
@@ -173,11 +173,13 @@ def unfitted(run: Run, found: Probed, fits: Fits) -> "dict[int, Quality]":
     return {quality.boundary: quality for quality in qualities}
 
 
-def _measured(run: Run, sidecar: Path, boundary: int, reference: "Reference") -> "Quality":
+def _measured(
+    run: Run, sidecar: Path, boundary: int, reference: "Reference", advance: Advance
+) -> "Quality":
     from pop_local.measure.reference import measure_against
 
     with closing(_opened(run, sidecar)) as model:
-        [quality] = measure_against(reference, model, (boundary,), lambda done, total: None)
+        [quality] = measure_against(reference, model, (boundary,), advance)
     return quality
 
 

@@ -133,12 +133,16 @@ def demo(
             )
 
         note("Now it is your turn; pruning is on. /help lists the commands, /exit leaves.")
+        note(f"The document is not part of this chat: /file {_data('document.md')} reads it.")
         talk(conversation(opened, open_again, screen, system=system, sampling=chosen))
 
 
+def _data(name: str) -> Path:
+    return Path(str(importlib.resources.files("pop_local") / "data" / name))
+
+
 def _text(name: str) -> str:
-    folder = importlib.resources.files("pop_local") / "data"
-    return (folder / name).read_text(encoding="utf-8").strip()
+    return _data(name).read_text(encoding="utf-8").strip()
 
 
 def _answered(opened: "PopModel", n_pairs: int) -> list[tuple[Answer, Answer]]:
@@ -208,6 +212,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield f"Model: {report.model}"
     yield f"Prompt: a document of ours and a question, {report.n_prompt:,} tokens"
     yield f"Question: {report.question}"
+    yield f"Answers: the likeliest tokens, {MAX_TOKENS} at most"
     yield ""
     yield f"Pruning off, first token after {report.full.ttft_s:.2f} s:"
     yield f"  {report.full.text}"
@@ -217,6 +222,9 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     found = report.speedup
     pairs = f", {found.min:.2f}-{found.max:.2f} in {report.n_pairs} pairs" * (report.n_pairs > 1)
+    if report.full.text != report.pop.text:
+        yield "The answers differ: pruning costs some quality, which `pop-local eval` measures."
+        yield ""
     yield f"Speed-up: {found.median:.2f}x{pairs} (analytical limit {report.limit:.2f}x)"
     yield (
         f"Tokens pruned: {report.pop.n_pruned:,} of {report.n_prompt:,}; they skipped"

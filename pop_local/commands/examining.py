@@ -112,13 +112,16 @@ class Examiner:
         return opened_to_measure(files, self._n_threads, self._n_gpu_layers)
 
     def _refusal(self, message: str) -> CopyingBrokenError:
-        note("Looking for the deepest boundary that passes even with own projections")
+        note(
+            f"Boundary {self._plan.boundary} cannot copy; looking for the deepest that does even "
+            "with own projections"
+        )
         passing = self._deepest_passing(self._plan.boundary + 1)
-        unfitted = f"--boundary {passing} passes even unfitted" if passing else "skip fewer layers"
+        unfitted = f"--boundary {passing} copies even unfitted" if passing else "skip fewer layers"
         return CopyingBrokenError(
             message,
             f"{unfitted}; `--quality fast`, without --skip and --boundary, finds the deepest that "
-            "passes fitted; --force writes this one all the same",
+            "copies fitted; --force writes this one all the same",
         )
 
     def _deepest_passing(self, first: int) -> int | None:
@@ -127,17 +130,16 @@ class Examiner:
         from pop_local.measure.bracket import as_planned
         from pop_local.measure.reference import measure_against, measure_retention, read_reference
 
-        with (
-            self._opened(ModelFiles(self._src)) as (model, tokens),
-            token_progress("Looking") as advance,
-        ):
+        with self._opened(ModelFiles(self._src)) as (model, tokens):
             as_planned(model, self._plan)
-            reference = read_reference(model, tokens, _own_settings(), advance)
+            with token_progress("Reading in full") as advance:
+                reference = read_reference(model, tokens, _own_settings(), advance)
             for boundary in range(first, self._plan.shape.n_layer):
-                [kept] = measure_retention(reference, model, (boundary,), advance)
-                if not keeps(FAST, kept):
-                    continue
-                [found] = measure_against(reference, model, (boundary,), advance)
+                with token_progress(f"Trying boundary {boundary}") as advance:
+                    [kept] = measure_retention(reference, model, (boundary,), advance)
+                    if not keeps(FAST, kept):
+                        continue
+                    [found] = measure_against(reference, model, (boundary,), advance)
                 if copies(found):
                     return boundary
         return None
@@ -163,6 +165,8 @@ def measure_own(
         warn(f"What own projections lose is not known: {error.message}.")
         return None
     _warn_outside(quality)
+    if not is_inside(BALANCED, quality):
+        note("Fitted projections lose less: leave --projection own out.")
     return measured(quality)
 
 

@@ -30,16 +30,23 @@ def find_bracket(
 ) -> Bracket:
     """Bisect the deeper half of the layers with their own projections, as `plan` prunes.
 
-    `plan`: any of the model, its boundary does not count. `on_progress` gets the tokens of the
-    boundary at work. The last layer alone is the shallowest: skipping it costs nothing.
+    `plan`: any of the model, its boundary does not count. `on_progress` gets (done_tokens,
+    total_tokens), which may end early. The last layer alone is the shallowest: skipping it costs
+    nothing.
     """
     as_planned(model, plan)
     order = boundaries(plan.shape)
     deepest = order[-1]
     promising, hopeless = 0, len(order)
+    n_steps, n_done = (len(order) - 1).bit_length(), 0
+
+    def of_all(done: int, total: int) -> None:
+        on_progress(n_done * total + done, n_steps * total)
+
     while hopeless - promising > 1:
         middle = (promising + hopeless) // 2
-        [own] = measure_depths(model, text_tokens, LOOK, (order[middle],), on_progress)
+        [own] = measure_depths(model, text_tokens, LOOK, (order[middle],), of_all)
+        n_done += 1
         if is_promising(budget, own, fitted=plan.projection == FITTED):
             promising = middle
             continue

@@ -33,8 +33,12 @@ _ROOMY_WIDTH, _BARS_WIDTH = 100, 80
 _LEAST_WIDTH = {"projection": 60, "note": 72, "lost_retention": 78}
 _LEAST_WIDTH_BESIDE_BARS = {"note": 80, "projection": 88, "lost_retention": 94}
 
+_BOUNDARY = (
+    "from Limit on a row is of pruning from its layer on; KL: to the full model, nats per token of "
+    "prose; Copy: perplexity of a repeated passage, in the full model's"
+)
 _INDUCTION = (
-    "what is kept of the full model's gain on repeated random tokens, with own projections; lost: "
+    "what is kept of the full model's gain on repeated random tokens, with own projections; Lost: "
     "by skipping this layer, too"
 )
 
@@ -200,6 +204,7 @@ def _facts(found: Analysis) -> list[Fact]:
     facts = [] if gates is None else _gate_facts(gates)
     return [
         *facts,
+        ("Boundary", _BOUNDARY),
         ("Induction", _INDUCTION),
         ("Copying", _cliff(found)),
         *_fit_facts(found),
@@ -238,7 +243,7 @@ def _losses(quality: Quality) -> str:
 def _gate_facts(gates: Importance) -> list[Fact]:
     windows = f"{gates.n_windows} windows of {gates.n_context} + {gates.n_answer} tokens"
     return [
-        ("Importance", f"mean of (dL/dg)^2 ± one standard error over {windows}"),
+        ("Importance", f"mean of (dL/dg)^2 ± one standard error over {windows}; bars: its root"),
         ("Reading", _thirds(gates.prefill)),
         ("Answering", _thirds(gates.decode)),
     ]

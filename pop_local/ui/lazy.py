@@ -1,6 +1,7 @@
 """A typer group that imports a command's module only when that command is used."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +61,17 @@ class LazyCommand(TyperCommand):
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(
             name=self._entry.name,
+            help=_paragraphs(function.__doc__),
             no_args_is_help=False,
             context_settings={"help_option_names": HELP_OPTIONS},
         )(function)
         return typer.main.get_command(single)
+
+
+def _paragraphs(docstring: str | None) -> str:
+    """Without the breaks in their lines, which Typer would keep in all but the first."""
+    paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def lazy_group(
