@@ -21,9 +21,9 @@ from typer.testing import CliRunner, Result
 from pop_local import models
 from pop_local.cli import app
 from pop_local.commands import converting
-from pop_local.commands.examining import Examiner
 from pop_local.commands.files import ModelFiles
 from pop_local.commands.ready import files_at_depth, model_files
+from pop_local.engine.model import PopModel
 from pop_local.models import DEFAULT_MODEL, find
 
 
@@ -104,16 +104,16 @@ def test_parts_have_one_sidecar(tmp_path):
 
 
 def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
-    """The examination is called with both; the fit and the measuring have tests of their own."""
+    """What is measured is opened with both; fit and measuring have tests of their own."""
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
     seen = []
 
-    def measure(self: Examiner, files: ModelFiles) -> str:
-        seen.append(files)
-        assert sidecar_beside(read_source(files.path)) is None, "not in its place yet"
+    def measure(model: PopModel, *_: object) -> str:
+        seen.append((Path(model.model_path), model.meta and model.meta.projection))
+        assert sidecar_beside(read_source(base)) is None, "not in its place yet"
         return "quality"
 
-    monkeypatch.setattr(Examiner, "_measured", measure)
+    monkeypatch.setattr("pop_local.commands.examining._measure", measure)
     monkeypatch.setattr("pop_local.commands.examining.copies", lambda quality: True)
     monkeypatch.setattr("pop_local.commands.examining.is_inside", lambda *_: True)
     monkeypatch.setattr(
@@ -123,7 +123,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
     monkeypatch.setattr(converting, "fit", lambda *_, **__: (made_up(plan),))
     done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)
     assert done.exit_code == 0, done.stderr
-    assert [files.path for files in seen] == [base]
+    assert seen == [(base, "fitted")]
     assert read_header(tmp_path / "tiny.pop-sidecar.gguf").get("pop.measured.kl_mean") == 0.25
 
 

@@ -88,25 +88,15 @@ class Examiner:
 
     def __call__(self, written: Path) -> Measured:
         """Raises CopyingBrokenError, and PopError when the file cannot be measured."""
+        from pop_local.measure.quality import QualitySettings
+
         note("Measuring what was written on held-out text")
-        quality = self._measured(self._files(self._src, written))
+        with self._opened(self._files(self._src, written)) as (model, tokens):
+            quality = _measure(model, tokens, self._plan, QualitySettings(N_WINDOWS))
         if not (self._allow_broken_copy or copies(quality)):
             raise self._refusal(_broken(quality))
         _warn_outside(quality)
         return measured(quality)
-
-    def _measured(self, files: ModelFiles) -> "Quality":
-        from pop_local.measure.quality import QualitySettings, measure_depths
-
-        with (
-            self._opened(files) as (model, tokens),
-            token_progress("Measuring") as advance,
-        ):
-            boundaries = (self._plan.boundary,)
-            [quality] = measure_depths(
-                model, tokens, QualitySettings(N_WINDOWS), boundaries, advance
-            )
-        return quality
 
     def _opened(self, files: ModelFiles) -> "AbstractContextManager[tuple[PopModel, TextTokens]]":
         return opened_to_measure(files, self._n_threads, self._n_gpu_layers)
@@ -151,16 +141,8 @@ def measure_own(
     """What own projections lose, on few windows; None and a warning where none can be measured."""
     note("Measuring what own projections lose on held-out text")
     try:
-        from pop_local.measure.bracket import as_planned
-        from pop_local.measure.quality import measure_depths
-
-        with (
-            opened_to_measure(ModelFiles(src), n_threads, n_gpu_layers) as (model, tokens),
-            token_progress("Measuring") as advance,
-        ):
-            as_planned(model, plan)
-            boundaries = (plan.boundary,)
-            [quality] = measure_depths(model, tokens, _own_settings(), boundaries, advance)
+        with opened_to_measure(ModelFiles(src), n_threads, n_gpu_layers) as (model, tokens):
+            quality = _measure(model, tokens, plan, _own_settings())
     except PopError as error:
         warn(f"What own projections lose is not known: {error.message}.")
         return None
@@ -168,6 +150,18 @@ def measure_own(
     if not is_inside(BALANCED, quality):
         note("Fitted projections lose less: leave --projection own out.")
     return measured(quality)
+
+
+def _measure(
+    model: "PopModel", tokens: "TextTokens", plan: Plan, settings: "QualitySettings"
+) -> "Quality":
+    from pop_local.measure.bracket import as_planned
+    from pop_local.measure.quality import measure_depths
+
+    as_planned(model, plan)
+    with token_progress("Measuring") as advance:
+        [quality] = measure_depths(model, tokens, settings, (plan.boundary,), advance)
+    return quality
 
 
 def _own_settings() -> "QualitySettings":
