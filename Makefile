@@ -9,7 +9,7 @@ PACKAGE := patches/llama-cpp-python
 SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1
 GEMMA := models/gemma-3-270m.Q4_K_M
 # Folders too, so that a deleted file counts.
-SOURCES := pyproject.toml setup.py models/catalog.toml \
+SOURCES := pyproject.toml \
 	$(shell find converter pop_local -name __pycache__ -prune -o -print)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import FormatError
-from .header import MAGIC, Header, TensorInfo, align, truncated
-from .source import SPLIT_PREFIX, Source
+from converter.errors import FormatError
+from converter.header import MAGIC, Header, TensorInfo, align, truncated
+from converter.source import SPLIT_PREFIX, Source
 
 # Larger writes took the kernel twice as long (docs/lab-notebook.md).
 CHUNK_BYTES = 256 << 10

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .hyper import Hyper, Rope, read_hyper
-from .source import Source
-from .weights import Floats, Weights
+from converter.hyper import Hyper, Rope, read_hyper
+from converter.source import Source
+from converter.weights import Floats, Weights
 
 _FREQS = "rope_freqs.weight"
 

@@ -18,10 +18,10 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
-from .content import NewTensor
-from .errors import PopError
-from .solve import SingularError, solve
-from .weights import OwnProjection
+from converter.content import NewTensor
+from converter.errors import PopError
+from converter.solve import SingularError, solve
+from converter.weights import OwnProjection
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from gguf import GGUFValueType
 
-from .errors import FormatError
-from .header import Header, read_header
-from .shape import ARCHITECTURES, ModelShape, read_shape
-from .source import SIDECAR_ARCH
+from converter.errors import FormatError
+from converter.header import Header, read_header
+from converter.shape import ARCHITECTURES, ModelShape, read_shape
+from converter.source import SIDECAR_ARCH
 
 __all__ = [
     "ARCHITECTURES",

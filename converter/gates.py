@@ -31,9 +31,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .decoder import Decoder, Layer
-from .hyper import Hyper
-from .shape import ModelShape
+from converter.decoder import Decoder, Layer
+from converter.hyper import Hyper
+from converter.shape import ModelShape
 
 Tokens = NDArray[np.int32]
 Floats = NDArray[np.float64]

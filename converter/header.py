@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from gguf import GGML_QUANT_SIZES, GGUFValueType
 
-from .errors import FormatError
+from converter.errors import FormatError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

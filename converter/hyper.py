@@ -6,10 +6,10 @@ Names and defaults as llama.cpp has them (llama-model.cpp, models/ARCH.cpp).
 from dataclasses import dataclass
 from math import sqrt
 
-from .errors import FormatError, UnsupportedArchitectureError
-from .header import Array, Header
-from .shape import ModelShape, source_shape
-from .source import Source
+from converter.errors import FormatError, UnsupportedArchitectureError
+from converter.header import Array, Header
+from converter.shape import ModelShape, source_shape
+from converter.source import Source
 
 GEMMAS = ("gemma2", "gemma3")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import OutputExistsError, WriteError
+from converter.errors import OutputExistsError, WriteError
 
 _SUFFIX = ".partial"
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .errors import PlanError
-from .format import OWN, Budget, Calibration, Measured, PopMeta, make_schedule
-from .shape import ModelShape
+from converter.errors import PlanError
+from converter.format import OWN, Budget, Calibration, Measured, PopMeta, make_schedule
+from converter.shape import ModelShape
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
@@ -96,7 +96,7 @@ def make_plan(
 ) -> Plan:
     """Settle the boundary: as given, else from `skip`, rounded to whole layers but never to none.
 
-    `min_prompt` is as given: pop_local.measure.limit.with_min_prompt has one for the model.
+    `min_prompt` is as given: converter.macs.with_min_prompt has one for the model.
 
     One skipped layer has nothing to fit: its own projections are exact. Raises PlanError when
     nothing would be kept or skipped, or a token count does not fit.

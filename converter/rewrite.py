@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .content import (
+from converter.content import (
     Advance,
     Content,
     NewTensor,
@@ -15,9 +15,9 @@ from .content import (
     with_tensors,
     without_last,
 )
-from .errors import FormatError, PlanError, WriteError
-from .fit import KvType
-from .format import (
+from converter.errors import FormatError, PlanError, WriteError
+from converter.fit import KvType
+from converter.format import (
     FITTED,
     PREFIX,
     TENSOR_MARK,
@@ -27,11 +27,11 @@ from .format import (
     encode_keys,
     pop_meta,
 )
-from .header import BLOCK_SIZES, TensorInfo
-from .output import check_output, replacing
-from .plan import Plan
-from .shape import source_shape
-from .source import Source, read_source
+from converter.header import BLOCK_SIZES, TensorInfo
+from converter.output import check_output, replacing
+from converter.plan import Plan
+from converter.shape import source_shape
+from converter.source import Source, read_source
 
 Progress = Callable[[int, int], object]
 # As long as a real one, so that the header keeps its size.

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import FormatError, UnsupportedArchitectureError
-from .header import Array, Header, TensorInfo
-from .source import Source, read_source
+from converter.errors import FormatError, UnsupportedArchitectureError
+from converter.header import Array, Header, TensorInfo
+from converter.source import Source, read_source
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from .content import Content, copy_data, read_content, same_data, with_tensors
-from .errors import FormatError, WriteError
-from .fit import KvType
-from .format import (
+from converter.content import Content, copy_data, read_content, same_data, with_tensors
+from converter.errors import FormatError, WriteError
+from converter.fit import KvType
+from converter.format import (
     CONVERT_AGAIN,
     FITTED,
     PREFIX,
@@ -22,10 +22,10 @@ from .format import (
     pop_meta,
     read_binding,
 )
-from .header import DEFAULT_ALIGNMENT, Header, read_header
-from .output import check_output, replacing
-from .plan import Plan
-from .rewrite import (
+from converter.header import DEFAULT_ALIGNMENT, Header, read_header
+from converter.output import check_output, replacing
+from converter.plan import Plan
+from converter.rewrite import (
     UNKNOWN_SHA256,
     Examine,
     Fitted,
@@ -41,7 +41,7 @@ from .rewrite import (
     tool_name,
     unconverted,
 )
-from .source import Source, is_sidecar, read_source
+from converter.source import Source, is_sidecar, read_source
 
 SUFFIX = ".pop-sidecar.gguf"
 _EMPTY = Content(

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import FormatError
-from .header import Header, Scalar, TensorInfo, read_header
+from converter.errors import FormatError
+from converter.header import Header, Scalar, TensorInfo, read_header
 
 SPLIT_PREFIX = "split."
 # The architecture that a sidecar names: llama.cpp knows none of this name and says so.

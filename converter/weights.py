@@ -8,9 +8,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from .errors import FormatError
-from .header import Header, TensorInfo
-from .source import Source
+from converter.errors import FormatError
+from converter.header import Header, TensorInfo
+from converter.source import Source
 
 Floats = NDArray[np.float32]
 

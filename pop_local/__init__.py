@@ -4,13 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pop_converter.errors import PopError
-
+    from converter.errors import PopError
     from pop_local.api import PopModel
-    from pop_local.documents import read_document
-    from pop_local.engine.conversation import Conversation, Document, Turn
-    from pop_local.engine.dialogue import Answer, ChatSession, Stream
+    from pop_local.engine.sessions.chat_session import Answer, ChatSession, Stream
+    from pop_local.engine.sessions.conversation import Conversation, Document, Turn
     from pop_local.engine.turn import AnswerOptions, ContextFullError, SessionStats, TurnStats
+    from pop_local.texts.documents import read_document
 
 __version__ = "0.1.0"
 
@@ -33,11 +32,11 @@ __all__ = [
 
 # Imported when they are asked for: the commands' --help must not load llama.cpp.
 _MODULES = {
-    "pop_converter.errors": ["PopError"],
+    "converter.errors": ["PopError"],
     "pop_local.api": ["PopModel"],
-    "pop_local.documents": ["read_document"],
-    "pop_local.engine.conversation": ["Conversation", "Document", "Turn"],
-    "pop_local.engine.dialogue": ["Answer", "ChatSession", "Stream"],
+    "pop_local.texts.documents": ["read_document"],
+    "pop_local.engine.sessions.conversation": ["Conversation", "Document", "Turn"],
+    "pop_local.engine.sessions.chat_session": ["Answer", "ChatSession", "Stream"],
     "pop_local.engine.turn": ["AnswerOptions", "ContextFullError", "SessionStats", "TurnStats"],
 }
 

@@ -8,15 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pop_converter.sidecar import sidecar_beside
-from pop_converter.source import read_source
-
-from pop_local import models
-from pop_local.engine.backend import Mode
-from pop_local.engine.conversation import Conversation, Document
-from pop_local.engine.dialogue import Answer, ChatSession, Stream, load_session
+from converter.sidecar import sidecar_beside
+from converter.source import read_source
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel as EngineModel
+from pop_local.engine.sessions.chat_session import Answer, ChatSession, Stream, load_session
+from pop_local.engine.sessions.conversation import Conversation, Document
 from pop_local.engine.turn import AnswerOptions
+from pop_local.models import names
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -46,7 +45,7 @@ class PopModel(EngineModel):
         `n_gpu_layers`: -1 for all, of no effect without a GPU. `options` go to `llama_cpp.Llama`.
         Nothing is fetched or converted: `pop-local pull` and `pop-local convert` do.
         """
-        path = models.resolve(os.fspath(model))
+        path = names.resolve(os.fspath(model))
         beside = sidecar_beside(read_source(path)) if sidecar is None else Path(sidecar)
         return cls(
             str(path),

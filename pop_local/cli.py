@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from pop_local import __version__, settings
+from pop_local import __version__
+from pop_local.config import settings
 from pop_local.ui.lazy import HELP_OPTIONS, Entry, lazy_group
 
 COMMANDS = (

@@ -4,15 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from pop_converter.fit import KvType
-from pop_converter.plan import make_plan
-from pop_converter.shape import read_shape
-from pop_converter.source import read_source
 
+from converter.fit import KvType
+from converter.plan import make_plan
+from converter.shape import read_shape
+from converter.source import read_source
+from pop_local.calibration.activations import reading
 from pop_local.calibration.job import Settings, Watch, calibrate
+from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.texts import N_WINDOW
-from pop_local.engine.activations import reading
-from pop_local.engine.loaded import LoadedModel
 
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from llama_cpp import Llama
 
-from pop_local.engine import backend
-from pop_local.engine.backend import Counters, Mode
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel, open_model
 
 N_VOCAB = 384

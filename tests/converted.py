@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pop_converter.content import NewTensor
-from pop_converter.fit import FittedLayer, KvType, Projection, encode
-from pop_converter.format import Calibration, PopMeta
-from pop_converter.plan import Plan, make_plan
-from pop_converter.rewrite import Fitted, convert
-from pop_converter.shape import read_shape
-from pop_converter.sidecar import write_sidecar
 from synthetic import make_gguf
+
+from converter.content import NewTensor
+from converter.fit import FittedLayer, KvType, Projection, encode
+from converter.format import Calibration, PopMeta
+from converter.plan import Plan, make_plan
+from converter.rewrite import Fitted, convert
+from converter.shape import read_shape
+from converter.sidecar import write_sidecar
 
 # Of tests that do not say.
 DEFAULTS = {"min_prompt": 34, "tail_tokens": 16}

@@ -9,11 +9,11 @@ from typing import Any
 from scripted import STATS, ScriptedModel, figures, scripted_chat
 
 from pop_local.engine.turn import Chunk, Message
+from pop_local.ui.chat.line import line_reader
+from pop_local.ui.chat.repl import Repl
+from pop_local.ui.chat.screen import TerminalScreen
+from pop_local.ui.chat.slash import COMMANDS
 from pop_local.ui.keys import unechoed_keys
-from pop_local.ui.line import line_reader
-from pop_local.ui.repl import Repl
-from pop_local.ui.screen import TerminalScreen
-from pop_local.ui.slash import COMMANDS
 from pop_local.ui.theme import look
 
 

@@ -12,10 +12,11 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 from oracle import Tokens, Trio
-from pop_converter.header import read_header
-from pop_converter.source import read_source
-from pop_converter.weights import Weights
 from raw import Job, Step, run
+
+from converter.header import read_header
+from converter.source import read_source
+from converter.weights import Weights
 
 # ggml rounds the input of a quantised product to 127 steps each side, in blocks of 32.
 BLOCK, N_STEPS = 32, 127

@@ -28,17 +28,17 @@ from typing import Any
 import gguf
 import numpy as np
 from measure_convert import anonymous_bytes
-from pop_converter.plan import make_plan, parse_skip
-from pop_converter.shape import read_shape
-from pop_converter.source import read_source
 from synthetic import DEFAULTS, add_header
 
+from converter.plan import make_plan, parse_skip
+from converter.shape import read_shape
+from converter.source import read_source
 from pop_local.calibration.job import Settings, Watch, calibrate
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.samples import MAX_SEQUENCES, StepBatch, sample_windows
 from pop_local.calibration.texts import N_WINDOW, given_text
-from pop_local.engine.backend import bindings
-from pop_local.engine.batch import Outputs, TokenBatch
-from pop_local.engine.loaded import LoadedModel
-from pop_local.engine.samples import MAX_SEQUENCES, StepBatch, sample_windows
+from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.batch import Outputs, TokenBatch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SILENT = Watch(lambda done, total: None, lambda done, total: None, lambda: False)

@@ -29,16 +29,16 @@ from overhead import Answered, Overhead, on_a_terminal, overhead, parser, report
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 
-from pop_local.commands.talking import conversation
-from pop_local.engine import backend
-from pop_local.engine.conversation import Document, Turn
+from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama import backend
 from pop_local.engine.model import PopModel, open_model
-from pop_local.engine.text import Pieces
+from pop_local.engine.sessions.conversation import Document, Turn
 from pop_local.engine.turn import TurnOptions
 from pop_local.measure.speed import require_rows
-from pop_local.ui.line import line_reader
-from pop_local.ui.repl import Repl
-from pop_local.ui.screen import TerminalScreen
+from pop_local.ui.chat.line import line_reader
+from pop_local.ui.chat.repl import Repl
+from pop_local.ui.chat.screen import TerminalScreen
+from pop_local.ui.chat.start import conversation
 from pop_local.ui.theme import look
 
 QUESTION = "Write a long guide to this place in Markdown, with headings, lists and **bold** words."

@@ -16,7 +16,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from pop_local.engine.backend import Mode
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel, open_model
 from pop_local.measure.speed import Run, Spread, random_prompt, run, spread
 

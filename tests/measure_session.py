@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from pop_local.engine.conversation import Conversation, Turn
 from pop_local.engine.model import open_model
-from pop_local.engine.session import Sessions
+from pop_local.engine.sessions.conversation import Conversation, Turn
+from pop_local.engine.sessions.session_file import Sessions
 
 SENTENCE = "The ferry to the island leaves the stone pier at half past six, and nobody waits. "
 

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pop_converter.plan import make_plan, parse_skip
-from pop_converter.shape import ModelShape, read_shape
 
-from pop_local.measure.limit import speedup_limit
+from converter.macs import speedup_limit
+from converter.plan import make_plan, parse_skip
+from converter.shape import ModelShape, read_shape
 
 N_DECODE_PROMPT = 16
 
@@ -83,7 +83,7 @@ def child(lib_is_patched: bool, model: str, n_ctx: int, clock: Clock) -> None:
 
 
 def _patched(model: str, n_ctx: int, clock: Clock) -> Any:
-    from pop_local.engine.backend import Mode
+    from pop_local.engine.llama.backend import Mode
     from pop_local.engine.model import open_model
     from pop_local.measure.speed import run
 

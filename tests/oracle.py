@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from pop_converter.plan import make_plan
-from pop_converter.rewrite import convert
-from pop_converter.shape import read_shape
 from raw import Job, Step, run
 from synthetic import zero_deep_copy
+
+from converter.plan import make_plan
+from converter.rewrite import convert
+from converter.shape import read_shape
 
 Tokens = tuple[int, ...]
 

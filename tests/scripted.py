@@ -5,14 +5,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from pop_converter.errors import PopError
-
-from pop_local.engine.backend import Mode
+from converter.errors import PopError
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Chunk, ContextFullError, Message, TurnStats
 from pop_local.measure.full_cost import FullCosts
-from pop_local.ui.chat import Chat, Opened
-from pop_local.ui.repl import Repl
-from pop_local.ui.screen import Choice
+from pop_local.ui.chat.chat import Chat, Opened
+from pop_local.ui.chat.repl import Repl
+from pop_local.ui.chat.screen import Choice
 
 STATS = TurnStats(
     n_prompt=1200,

@@ -14,9 +14,10 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
-from pop_converter.content import copy_data, read_content
-from pop_converter.header import read_header
-from pop_converter.source import read_source
+
+from converter.content import copy_data, read_content
+from converter.header import read_header
+from converter.source import read_source
 
 Weights = NDArray[np.float32]
 

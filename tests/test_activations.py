@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calibrating import ARCHS, BOUNDARY, Recorder, prompt, recorded
-from pop_converter import fit
-from pop_converter.source import read_source
-from pop_converter.weights import Weights
 from synthetic import make_gguf
 
+from converter import fit
+from converter.source import read_source
+from converter.weights import Weights
+from pop_local.calibration.activations import reading
+from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.texts import N_WINDOW
-from pop_local.engine.activations import reading
-from pop_local.engine.loaded import LoadedModel
 
 
 @pytest.fixture(scope="module")

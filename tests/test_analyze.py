@@ -8,10 +8,10 @@ from typing import NoReturn
 import pytest
 from analyzed import FITTED, UNFITTED, analyze, report
 from converted import paired, tiny
-from pop_converter.errors import PlanError, PopError
-from pop_converter.shape import read_shape
 from synthetic import make_gguf
 
+from converter.errors import PlanError, PopError
+from converter.shape import read_shape
 from pop_local.commands import analyze as command
 from pop_local.engine.model import open_model
 from pop_local.measure import depth
@@ -80,8 +80,8 @@ def test_a_terminal_gets_bars_and_a_narrow_one_none(model, text, monkeypatch):
     pytest.importorskip("torch")
     from rich.console import Console
 
-    from pop_local.ui import analysis
     from pop_local.ui.theme import THEME
+    from pop_local.ui.views import analysis
 
     shown = []
     for width in (140, 80, 60):
@@ -160,7 +160,7 @@ def test_a_plot_has_units_and_the_chosen_boundary(
 
 
 def test_without_torch_the_probes_still_run(model, text, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("pop_converter.")]:
+    for name in [name for name in sys.modules if name.startswith("converter.")]:
         if name.endswith((".gates", ".decoder")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)

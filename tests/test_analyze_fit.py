@@ -7,10 +7,10 @@ from typing import cast
 
 import pytest
 from analyzed import FITTED, UNFITTED, analyze, report
-from pop_converter.shape import read_shape
-from pop_converter.source import read_source
 from synthetic import make_gguf
 
+from converter.shape import read_shape
+from converter.source import read_source
 from pop_local.calibration.needs import plan_needs
 from pop_local.commands import analyzing
 from pop_local.commands.fitting import FitOptions

@@ -6,9 +6,9 @@ import pyte
 import pytest
 from rich.console import Console
 
-from pop_local.ui.answer import MarkdownAnswer, PlainAnswer
+from pop_local.ui.chat.answer import MarkdownAnswer, PlainAnswer
+from pop_local.ui.chat.thinking import ThinkingSplitter
 from pop_local.ui.theme import THEME
-from pop_local.ui.thinking import ThinkingSplitter
 
 MARKDOWN = """\
 # A title
@@ -61,8 +61,8 @@ class Emulated:
 
 def shown(text: str, width: int, height: int, piece: int, monkeypatch) -> list[str]:
     """The final picture; every piece is drawn."""
-    monkeypatch.setattr("pop_local.ui.answer._INTERVAL_S", 0)
-    monkeypatch.setattr("pop_local.ui.answer._REST", 0)
+    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.answer._REST", 0)
     terminal = Emulated(width, height)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     for at in range(0, len(text), piece):
@@ -90,8 +90,8 @@ def test_nothing_of_the_answer_is_lost(monkeypatch):
 
 
 def test_the_growing_block_is_seen_at_once(monkeypatch):
-    monkeypatch.setattr("pop_local.ui.answer._INTERVAL_S", 0)
-    monkeypatch.setattr("pop_local.ui.answer._REST", 0)
+    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.answer._REST", 0)
     terminal = Emulated(40, 10)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     answer.push("The begin")
@@ -103,8 +103,8 @@ def test_the_growing_block_is_seen_at_once(monkeypatch):
 
 
 def test_a_long_list_shows_its_end_while_it_grows(monkeypatch):
-    monkeypatch.setattr("pop_local.ui.answer._INTERVAL_S", 0)
-    monkeypatch.setattr("pop_local.ui.answer._REST", 0)
+    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.answer._REST", 0)
     terminal = Emulated(40, 10)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     for n in range(30):
@@ -122,8 +122,8 @@ def test_drawing_is_rare_when_tokens_come_fast():
 
 
 def test_a_terminal_that_becomes_narrower_is_cleaned_up(monkeypatch):
-    monkeypatch.setattr("pop_local.ui.answer._INTERVAL_S", 0)
-    monkeypatch.setattr("pop_local.ui.answer._REST", 0)
+    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.answer._REST", 0)
     terminal = Emulated(40, 20)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     answer.push("x" * 35)
@@ -136,7 +136,7 @@ def test_a_terminal_that_becomes_narrower_is_cleaned_up(monkeypatch):
 
 
 def test_thoughts_are_dim_and_their_marks_gone(monkeypatch):
-    monkeypatch.setattr("pop_local.ui.answer._INTERVAL_S", 0)
+    monkeypatch.setattr("pop_local.ui.chat.answer._INTERVAL_S", 0)
     terminal = Emulated(40, 20)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     for piece in ("<th", "ink>Let me", " see.</thi", "nk>\n\nIt is", " **so**."):

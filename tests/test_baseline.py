@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from converted import paired, tiny
-from pop_converter.errors import PopError
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
+from converter.errors import PopError
 from pop_local.cli import app
-from pop_local.engine import backend
-from pop_local.engine.backend import Mode
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel, open_model
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import Pruning, always_skip, forced

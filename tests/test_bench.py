@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from converted import tiny
-from pop_converter.errors import PopError
-from pop_converter.shape import read_shape
 from synthetic import make_gguf
 
-from pop_local.engine.backend import Counters, Mode
+from converter.errors import PopError
+from converter.macs import speedup_limit
+from converter.shape import read_shape
+from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import open_model
-from pop_local.measure.limit import speedup_limit
 from pop_local.measure.speed import measure_speed, random_prompt, require_rows, run
 
 SPREAD = {"median", "min", "max"}

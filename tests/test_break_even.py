@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 from converted import converted, tiny
-from pop_converter.errors import PopError
-from pop_converter.format import read_pop_meta
-from pop_converter.plan import make_plan
-from pop_converter.shape import read_shape
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
+from converter.errors import PopError
+from converter.format import read_pop_meta
+from converter.macs import shortest_saving, speedup_limit, with_min_prompt
+from converter.plan import make_plan
+from converter.shape import read_shape
 from pop_local.cli import app
-from pop_local.engine import backend
-from pop_local.engine.backend import Counters, Mode
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel, open_model
 from pop_local.engine.turn import Message
 from pop_local.measure.break_even import Tried, measure_break_even, search, wins
 from pop_local.measure.forced import use_rule
-from pop_local.measure.limit import shortest_saving, speedup_limit, with_min_prompt
-from pop_local.ui.stats import stats_line
+from pop_local.ui.views.stats import stats_line
 
 FULL_ROW_S, CONTEXT_ROW_S = 1.0, 0.75
 

@@ -16,19 +16,19 @@ from calibrating import (
     recorded,
     settings,
 )
-from pop_converter import fit
-from pop_converter.fit import Gram, Weighting
-from pop_converter.format import read_pop_meta
-from pop_converter.rewrite import convert, strip
-from pop_converter.shape import read_shape
-from pop_converter.source import read_source
-from pop_converter.weights import Weights
 from synthetic import make_gguf
 
+from converter import fit
+from converter.fit import Gram, Weighting
+from converter.format import read_pop_meta
+from converter.rewrite import convert, strip
+from converter.shape import read_shape
+from converter.source import read_source
+from converter.weights import Weights
 from pop_local.calibration.job import CalibrationStoppedError
+from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.texts import N_WINDOW, CalibrationError, given_text
-from pop_local.engine.loaded import LoadedModel
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calibrating import fitted, settings
-from pop_converter.errors import PopError
 from synthetic import make_gguf
 
+from converter.errors import PopError
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.samples import draw, sample_windows
 from pop_local.calibration.texts import CalibrationError, default_tokens, n_windows, whole_text
-from pop_local.engine.loaded import LoadedModel
-from pop_local.engine.samples import draw, sample_windows
 
 
 @pytest.fixture(scope="module")

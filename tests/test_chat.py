@@ -1,14 +1,14 @@
 """The chat loop, driven by scripted lines and a scripted model; whole transcripts are compared."""
 
 import pytest
-from pop_converter.errors import PopError
 from scripted import STATS, STATS_LINE, ScriptedModel, talk
 
-from pop_local.engine.backend import Mode
+from converter.errors import PopError
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Message, TurnStats
-from pop_local.ui.repl import LEAVE_HINT
-from pop_local.ui.slash import COMMANDS, HELP_NOTES
-from pop_local.ui.stats import stats_line
+from pop_local.ui.chat.repl import LEAVE_HINT
+from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES
+from pop_local.ui.views.stats import stats_line
 
 DROPPED = "# The question is dropped; /retry asks it again."
 

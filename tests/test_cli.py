@@ -10,10 +10,10 @@ from typing import get_args, get_type_hints
 
 import pytest
 import typer
-from pop_converter.errors import PopError
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
+from converter.errors import PopError
 from pop_local import __version__
 from pop_local.cli import COMMANDS, app
 from pop_local.commands.options import finite, positive

@@ -8,15 +8,15 @@ from pathlib import Path
 import gguf
 import pytest
 from converted import convert_default, names
-from pop_converter import content
-from pop_converter.errors import FormatError, PlanError, UnsupportedArchitectureError
-from pop_converter.format import ARCHITECTURES, PopMeta, read_pop_meta, read_shape
-from pop_converter.plan import make_plan, parse_skip
-from pop_converter.rewrite import convert, measure
 from raw import Job, Step, run
 from synthetic import make_gguf, make_split
 from typer.testing import CliRunner
 
+from converter import content
+from converter.errors import FormatError, PlanError, UnsupportedArchitectureError
+from converter.format import ARCHITECTURES, PopMeta, read_pop_meta, read_shape
+from converter.plan import make_plan, parse_skip
+from converter.rewrite import convert, measure
 from pop_local.cli import app
 
 PROMPT = tuple(range(3, 60))

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from converted import names
-from pop_converter.format import read_pop_meta
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
+from converter.format import read_pop_meta
+from pop_local.calibration import activations
 from pop_local.cli import app
 from pop_local.commands import budgeting
-from pop_local.engine import activations
 from pop_local.measure import bracket, probes, quality
 from pop_local.measure.budget import Bracket
 

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 from converted import convert_default, names
-from pop_converter import rewrite
-from pop_converter.errors import FormatError, OutputExistsError, WriteError
-from pop_converter.format import read_pop_meta
-from pop_converter.header import read_header
 from synthetic import add_keys, make_gguf, make_split
+
+from converter import rewrite
+from converter.errors import FormatError, OutputExistsError, WriteError
+from converter.format import read_pop_meta
+from converter.header import read_header
 
 resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
 
 # The command, stopped for good after its first chunk.
 STOPPED = """
 import sys, time
-from pop_converter import content
+from converter import content
 
 def read(stretch, free_buffer, real=content._read):
     for chunk in real(stretch, free_buffer):
@@ -225,7 +226,7 @@ def test_file_too_large_for_its_limit(tiny, tmp_path):
 
 
 def test_source_that_shrinks_while_it_is_read(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("pop_converter.content.CHUNK_BYTES", 100_000)
+    monkeypatch.setattr("converter.content.CHUNK_BYTES", 100_000)
     with pytest.raises(FormatError, match="became shorter"):
         convert_default(
             tiny, tmp_path / "out.gguf", progress=lambda *both: os.truncate(tiny, 1_000_000)

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from calibrating import words
 from converted import names
-from pop_converter.format import read_pop_meta
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
+from converter.format import read_pop_meta
 from pop_local.cli import app
 from pop_local.commands import examining
 from pop_local.measure import budget, probes
@@ -27,7 +27,7 @@ FEW = ("--tokens", "2048", "--threads", "1")
 # The command, which waits after each window for a line from its parent.
 WAITING = """
 import sys
-from pop_local.engine import activations
+from pop_local.calibration import activations
 
 def window(self, tokens, real=activations.Reading.window):
     real(self, tokens)

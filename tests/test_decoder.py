@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from calls import opened, prompt
 from gguf import GGMLQuantizationType
-from pop_converter.errors import UnsupportedArchitectureError
-from pop_converter.hyper import Hyper, Rope, read_hyper
-from pop_converter.source import read_source
 from synthetic import make_gguf, make_split
 
-from pop_local.engine.backend import Mode
+from converter.errors import UnsupportedArchitectureError
+from converter.hyper import Hyper, Rope, read_hyper
+from converter.source import read_source
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel, open_model
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import forced
@@ -22,7 +22,7 @@ from pop_local.measure.probes import bos
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
-from pop_converter.decoder import Decoder  # noqa: E402
+from converter.decoder import Decoder  # noqa: E402
 
 # Of random models whose weights are F16 or Q8_0; a wrong key moves them by a hundred times that.
 NOISE = 1e-4

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from pop_converter.errors import PopError
 from typer.testing import CliRunner
 
-from pop_local import models
+from converter.errors import PopError
 from pop_local.cli import app
-from pop_local.engine import backend
-from pop_local.engine.backend import BackendInfo, Device
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import BackendInfo, Device
+from pop_local.models import names as models
 
 FEATURES = "CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
 CPU = Device("CPU", "Some CPU", False, 8 * 10**9, 16 * 10**9)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pop_converter.errors import PopError
 
-from pop_local import documents
-from pop_local.documents import EXTRA_HINT, MAX_BYTES, read_document
+from converter.errors import PopError
+from pop_local.texts import documents
+from pop_local.texts.documents import EXTRA_HINT, MAX_BYTES, read_document
 
 PDF = b"""%%PDF-1.4
 1 0 obj <</Type/Catalog/Pages 2 0 R>> endobj

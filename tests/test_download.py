@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from hub_server import Hub, serving
-from pop_converter.errors import PopError
 
+from converter.errors import PopError
 from pop_local.fetching import download as download_module
 from pop_local.fetching.url import fetch_url
 

@@ -10,11 +10,11 @@ from calls import NOISE, completed, evaluated, greedy, opened, prompt, read
 from converted import converted, tiny
 from llama_cpp import LlamaGrammar, LogitsProcessorList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-from pop_converter.errors import PopError
 from synthetic import add_keys, make_gguf
 
-from pop_local.engine import backend
-from pop_local.engine.backend import Counters, Mode
+from converter.errors import PopError
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from synthetic import make_gguf
 from typer.testing import CliRunner
 
 from pop_local.cli import app
-from pop_local.engine import backend
-from pop_local.engine.backend import Mode
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import open_model
 from pop_local.measure import needle
 from pop_local.measure.needle import measure_needle

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from calibrating import words
-from pop_converter.format import read_pop_meta
 from synthetic import make_gguf
 from typer.testing import CliRunner, Result
 
+from converter.format import read_pop_meta
 from pop_local.cli import app
 from pop_local.commands import converting, examining
 from pop_local.measure import bracket, budget, probes

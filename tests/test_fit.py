@@ -5,11 +5,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from pop_converter import fit, solve
-from pop_converter.fit import FitError, Gram, KvType, Weighting
-from pop_converter.source import read_source
-from pop_converter.weights import OwnProjection, Weights
 from synthetic import make_gguf
+
+from converter import fit, solve
+from converter.fit import FitError, Gram, KvType, Weighting
+from converter.source import read_source
+from converter.weights import OwnProjection, Weights
 
 N, N_K, N_V, N_ROWS = 24, 6, 4, 400
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import gguf
 import pytest
-from pop_converter.content import copy_data, read_content
-from pop_converter.errors import FormatError, UnsupportedArchitectureError
-from pop_converter.format import PopMeta, encode_keys, read_pop_meta, read_shape
-from pop_converter.header import MAX_KEPT_ITEMS, Array, read_header
-from pop_converter.source import read_source
 from synthetic import DEFAULTS, add_keys, make_gguf
+
+from converter.content import copy_data, read_content
+from converter.errors import FormatError, UnsupportedArchitectureError
+from converter.format import PopMeta, encode_keys, read_pop_meta, read_shape
+from converter.header import MAX_KEPT_ITEMS, Array, read_header
+from converter.source import read_source
 
 SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
 

@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 from calls import prompt
-from pop_converter.hyper import read_hyper
-from pop_converter.shape import source_shape
-from pop_converter.source import read_source
 from synthetic import make_gguf
 
+from converter.hyper import read_hyper
+from converter.shape import source_shape
+from converter.source import read_source
 from pop_local.engine.model import open_model
 from pop_local.measure.heldout import Text, shipped_part, spread_windows, tokenize
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
-from pop_converter.decoder import Decoder  # noqa: E402
-from pop_converter.gates import gate_gradients, needed_bytes  # noqa: E402
-
+from converter.decoder import Decoder  # noqa: E402
+from converter.gates import gate_gradients, needed_bytes  # noqa: E402
 from pop_local.measure import importance  # noqa: E402
 from pop_local.measure.importance import measure_importance  # noqa: E402
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from calls import opened
 from converted import tiny
-from pop_converter.errors import PopError
 
-from pop_local.engine.grammar import GrammarError, check_grammar, schema_grammar
+from converter.errors import PopError
+from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
 from pop_local.engine.plain import continue_text
 
 SCHEMA = {

@@ -1,8 +1,8 @@
 """Held-out text: what is taken for text, and its windows."""
 
 import pytest
-from pop_converter.errors import PopError
 
+from converter.errors import PopError
 from pop_local.engine.model import open_model
 from pop_local.measure.heldout import given_text, shipped_text, spread_windows, tokenize
 

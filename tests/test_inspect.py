@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pop_converter.plan import make_plan
-from pop_converter.rewrite import convert
-from pop_converter.shape import read_shape
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
+from converter.plan import make_plan
+from converter.rewrite import convert
+from converter.shape import read_shape
 from pop_local.cli import app
 
 

@@ -5,11 +5,11 @@ import pytest
 from calls import MODES, NOISE, completed, evaluated, greedy, last_logits, opened, prompt, read
 from converted import tiny
 from llama_cpp import LlamaRAMCache
-from pop_converter.errors import PopError
 from raw import Job, Step, run
 
-from pop_local.engine import backend
-from pop_local.engine.backend import Counters, Mode
+from converter.errors import PopError
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """The analytical limit, against a count that goes through all rows and positions."""
 
 import pytest
-from pop_converter.shape import ModelShape, read_shape
 
-from pop_local.measure.limit import prefill_macs, speedup_limit
+from converter.macs import prefill_macs, speedup_limit
+from converter.shape import ModelShape, read_shape
 
 
 def shape(n_layer: int = 4, swa_window: tuple[int, ...] = (0, 0, 0, 0)) -> ModelShape:

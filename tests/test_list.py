@@ -9,18 +9,18 @@ from pathlib import Path
 import pexpect
 import pytest
 from converted import converted, paired
-from pop_converter.errors import PopError
-from pop_converter.sidecar import sidecar_path
-from pop_converter.source import read_source
 from rich.console import Console
 from synthetic import make_gguf, make_split
 from typer.testing import CliRunner, Result
 
-from pop_local import models
+from converter.errors import PopError
+from converter.sidecar import sidecar_path
+from converter.source import read_source
 from pop_local.cli import app
 from pop_local.commands.list import list as list_models
-from pop_local.models import resolve
-from pop_local.stored import Stored, models_by_name, removable, stock
+from pop_local.models import names as models
+from pop_local.models.names import resolve
+from pop_local.models.stored import Stored, models_by_name, removable, stock
 from pop_local.ui.theme import THEME
 
 

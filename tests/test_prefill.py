@@ -2,8 +2,8 @@
 
 import pytest
 
-from pop_local.engine.prefill import RowRule, plan_prefill
-from pop_local.engine.text import TextStream
+from pop_local.engine.decode.text import TextStream
+from pop_local.engine.prefill.plan import RowRule, plan_prefill
 
 RULE = RowRule(sink_tokens=1, tail_tokens=16)
 

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from pop_converter.errors import PopError
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
+from converter.errors import PopError
 from pop_local.cli import app
-from pop_local.engine import backend
+from pop_local.engine.llama import backend
 from pop_local.ui import errors, progress, theme
 from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from converted import tiny
-from pop_converter.errors import OutputExistsError
 from test_python_api import GREEDY, QUESTION, TEMPLATE, opened
 
+from converter.errors import OutputExistsError
 from pop_local import ChatSession, PopError, PopModel
 
 

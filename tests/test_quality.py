@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from converted import tiny
-from pop_converter.errors import PopError
 from synthetic import make_gguf
 
-from pop_local.engine import backend
-from pop_local.engine.backend import Counters, Mode
+from converter.errors import PopError
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel, open_model
-from pop_local.engine.prefill import RowRule
+from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
 from pop_local.measure.forced import forced, use_rule
 from pop_local.measure.heldout import Text, shipped_text, tokenize

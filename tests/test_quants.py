@@ -1,8 +1,8 @@
 """Which of a repository's files is meant."""
 
 import pytest
-from pop_converter.errors import PopError
 
+from converter.errors import PopError
 from pop_local.fetching.quants import Choice, choose
 
 BF16 = ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"]

@@ -5,16 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pop_converter.errors import OutputExistsError, PopError
-from pop_converter.format import OWN, read_pop_meta
 from synthetic import make_gguf
 
-from pop_local import models
+from converter.errors import OutputExistsError, PopError
+from converter.format import OWN, read_pop_meta
 from pop_local.commands import converting, ready
 from pop_local.commands.converting import Job
 from pop_local.commands.ready import files_at_depth, model_file
-from pop_local.engine import backend
-from pop_local.models import DEFAULT_MODEL, find
+from pop_local.engine.llama import backend
+from pop_local.models import names as models
+from pop_local.models.names import DEFAULT_MODEL, find
 
 
 @pytest.fixture

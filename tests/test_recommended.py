@@ -2,14 +2,14 @@
 
 import pytest
 from converted import tiny
-from pop_converter.shape import read_shape
 from scripted import figures
 
+from converter.macs import speedup_limit
+from converter.shape import read_shape
+from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.model import open_model
-from pop_local.engine.recommended import recommended
 from pop_local.engine.turn import Message
 from pop_local.measure.full_cost import FullCosts
-from pop_local.measure.limit import speedup_limit
 
 
 def test_the_keys_of_newer_files_become_options():

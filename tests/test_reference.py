@@ -2,9 +2,9 @@
 
 import pytest
 from converted import paired
-from pop_converter.errors import PopError
 from synthetic import make_gguf
 
+from converter.errors import PopError
 from pop_local.engine.model import open_model
 from pop_local.measure import quality
 from pop_local.measure.quality import QualitySettings, measure_depths

@@ -13,9 +13,9 @@ import httpx2
 import openai
 import pytest
 from converted import converted, tiny
-from pop_converter.errors import PopError
 from serving import PATIENCE_S, served
 
+from converter.errors import PopError
 from pop_local.commands import serve
 
 STORY = (

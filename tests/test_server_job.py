@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from pop_converter.errors import PopError
 from scripted import STATS
 
-from pop_local.engine.backend import Mode
-from pop_local.engine.chat import Prompt
+from converter.errors import PopError
+from pop_local.engine.answer import Prompt
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Chunk, TurnOptions
 from pop_local.server.worker import Job, Task
 

@@ -9,8 +9,8 @@ from calls import opened
 from converted import tiny
 from serving import asking
 
-from pop_local.engine.backend import Mode
-from pop_local.engine.chat import Prompt, TurnOptions
+from pop_local.engine.answer import Prompt, TurnOptions
+from pop_local.engine.llama.backend import Mode
 from pop_local.server.app import ServerOptions, create_app
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics

@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from converted import converted, tiny
-from pop_converter.errors import PopError
 from scripted import Transcript
 from synthetic import make_gguf
 
-from pop_local.commands.talking import conversation
-from pop_local.engine.backend import Mode
-from pop_local.engine.conversation import Conversation, Document, Turn
-from pop_local.engine.dialogue import ChatSession
+from converter.errors import PopError
+from pop_local.config.folders import sessions_dir
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel, open_model
-from pop_local.engine.session import Sessions
-from pop_local.folders import sessions_dir
-from pop_local.ui.chat import Chat
-from pop_local.ui.repl import Repl
+from pop_local.engine.sessions.chat_session import ChatSession
+from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.session_file import Sessions
+from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.repl import Repl
+from pop_local.ui.chat.start import conversation
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 QUESTION = Turn("a b c d e f g h " * 20, (Document("notes.txt", "i j k " * 20),))
@@ -166,7 +166,7 @@ def test_another_boundary_of_the_same_file_reads_again(file, sessions):
 def test_another_backend_reads_again(file, sessions, monkeypatch):
     model = opened(file)
     sessions.save("talk", model, answered(model, QUESTION))
-    monkeypatch.setattr("pop_local.engine.session.llama_cpp.__version__", "9.9.9")
+    monkeypatch.setattr("pop_local.engine.sessions.session_file.llama_cpp.__version__", "9.9.9")
     assert "backend" in sessions.load("talk", model).reread
 
 

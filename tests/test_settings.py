@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from pop_converter.errors import PopError
 from typer.testing import CliRunner, Result
 
-from pop_local import settings
+from converter.errors import PopError
 from pop_local.cli import app
-from pop_local.models import models_dir
-from pop_local.settings import Value, config_path, given, load
+from pop_local.config import settings
+from pop_local.config.settings import Value, config_path, given, load
+from pop_local.models.names import models_dir
 from pop_local.ui.lazy import Entry, lazy_group
 
 

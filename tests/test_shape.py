@@ -6,9 +6,10 @@ from dataclasses import replace
 import gguf
 import pytest
 import synthetic
-from pop_converter.errors import FormatError, UnsupportedArchitectureError
-from pop_converter.format import ARCHITECTURES, read_shape
 from synthetic import DEFAULTS, add_keys, make_gguf, make_split
+
+from converter.errors import FormatError, UnsupportedArchitectureError
+from converter.format import ARCHITECTURES, read_shape
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))

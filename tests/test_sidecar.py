@@ -11,21 +11,21 @@ from calls import opened, prompt, read
 from converted import Pair, made_up, paired
 from llama_cpp import LlamaRAMCache
 from oracle import random_tokens
-from pop_converter.errors import PopError, WriteError
-from pop_converter.format import Measured, PopMeta, pop_meta
-from pop_converter.header import read_header
-from pop_converter.plan import make_plan
-from pop_converter.shape import read_shape
-from pop_converter.sidecar import measure_sidecar, read_sidecar, write_sidecar
-from pop_converter.source import read_source
 from raw import Job, Step, run
 from synthetic import make_gguf, make_split
 
-from pop_local.engine import opening
-from pop_local.engine.backend import Mode
-from pop_local.engine.loaded import LoadedModel
+from converter.errors import PopError, WriteError
+from converter.format import Measured, PopMeta, pop_meta
+from converter.header import read_header
+from converter.plan import make_plan
+from converter.shape import read_shape
+from converter.sidecar import measure_sidecar, read_sidecar, write_sidecar
+from converter.source import read_source
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.engine.llama import opening
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import open_model
-from pop_local.engine.state import conversion
+from pop_local.engine.prefill.kv_state import conversion
 from pop_local.measure.budget import BALANCED
 
 PROJECTIONS = ["own", "fitted"]

@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 from converted import Pair, made_up, names, paired
-from pop_converter.errors import PopError
-from pop_converter.format import Measured
-from pop_converter.header import read_header
-from pop_converter.plan import TAIL_TOKENS, make_plan
-from pop_converter.shape import read_shape
-from pop_converter.sidecar import sidecar_beside
-from pop_converter.source import read_source
 from synthetic import make_gguf, make_split
 from typer.testing import CliRunner, Result
 
-from pop_local import models
+from converter.errors import PopError
+from converter.format import Measured
+from converter.header import read_header
+from converter.plan import TAIL_TOKENS, make_plan
+from converter.shape import read_shape
+from converter.sidecar import sidecar_beside
+from converter.source import read_source
 from pop_local.cli import app
 from pop_local.commands import converting
-from pop_local.commands.files import ModelFiles
 from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.engine.model import PopModel
-from pop_local.models import DEFAULT_MODEL, find
+from pop_local.models import names as models
+from pop_local.models.files import ModelFiles
+from pop_local.models.names import DEFAULT_MODEL, find
 
 
 def command(*arguments: object, text: str = "") -> Result:

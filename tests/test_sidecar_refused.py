@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from converted import Pair, paired
 from gguf import GGUFValueType
-from pop_converter.errors import FormatError, PopError
-from pop_converter.sidecar import read_sidecar
-from pop_converter.source import read_source
 from raw import Job, run
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
+from converter.errors import FormatError, PopError
+from converter.sidecar import read_sidecar
+from converter.source import read_source
 from pop_local.cli import app
 from pop_local.engine.model import open_model
 

@@ -11,11 +11,11 @@ from scripted import (
     talk,
 )
 
-from pop_local.engine.backend import Mode
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Message
 from pop_local.measure.full_cost import FullCosts
-from pop_local.ui.chat import Opened
-from pop_local.ui.repl import Repl
+from pop_local.ui.chat.chat import Opened
+from pop_local.ui.chat.repl import Repl
 
 ASKED = ["# reading 512 of 1000"]
 

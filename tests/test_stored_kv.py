@@ -9,14 +9,15 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from kv_reference import Expected, Reference, Stored, normalised_states, parse_state
 from oracle import Tokens, Trio, make_trio, random_tokens
-from pop_converter.content import NewTensor
-from pop_converter.fit import FittedLayer, KvType, Projection, encode
-from pop_converter.format import FITTED, Calibration
-from pop_converter.plan import make_plan
-from pop_converter.rewrite import Fitted, convert
-from pop_converter.shape import read_shape
 from raw import Job, Step, run
 from synthetic import make_gguf
+
+from converter.content import NewTensor
+from converter.fit import FittedLayer, KvType, Projection, encode
+from converter.format import FITTED, Calibration
+from converter.plan import make_plan
+from converter.rewrite import Fitted, convert
+from converter.shape import read_shape
 
 N_VOCAB = 380
 F32, F16 = 0, 1  # ggml's types of a cache

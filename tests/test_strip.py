@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
-from pop_converter.errors import FormatError, OutputExistsError, WriteError
-from pop_converter.format import ARCHITECTURES, read_shape
-from pop_converter.header import read_header
-from pop_converter.plan import make_plan
-from pop_converter.rewrite import convert, strip
 from synthetic import add_keys, make_gguf, make_split
 from typer.testing import CliRunner
 
+from converter.errors import FormatError, OutputExistsError, WriteError
+from converter.format import ARCHITECTURES, read_shape
+from converter.header import read_header
+from converter.plan import make_plan
+from converter.rewrite import convert, strip
 from pop_local.cli import app
 
 

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from pop_converter.plan import make_plan
-from pop_converter.rewrite import convert
-from pop_converter.shape import read_shape
 from synthetic import make_gguf
+
+from converter.plan import make_plan
+from converter.rewrite import convert
+from converter.shape import read_shape
 
 if sys.platform == "win32":
     pytest.skip("a pseudo-terminal is needed", allow_module_level=True)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 from converted import converted
-from pop_converter.errors import PopError
 from synthetic import make_gguf
 
-from pop_local.engine.backend import Mode
-from pop_local.engine.chat import PLAIN_STOPS
+from converter.errors import PopError
+from pop_local.engine.answer import PLAIN_STOPS
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel, open_model
 from pop_local.engine.plain import continue_text
 from pop_local.engine.turn import Message, TurnStats

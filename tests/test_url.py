@@ -4,8 +4,8 @@ import os
 import ssl
 
 import pytest
-from pop_converter.errors import PopError
 
+from converter.errors import PopError
 from pop_local.fetching.reasons import reason_of
 from pop_local.fetching.url import file_name
 

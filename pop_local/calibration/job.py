@@ -8,15 +8,17 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from pop_converter import fit
-from pop_converter.content import NewTensor
-from pop_converter.fit import DAMAGED_HINT, Gram, KvType, Weighting
-from pop_converter.format import Calibration
-from pop_converter.plan import Plan
-from pop_converter.rewrite import Fitted
-from pop_converter.source import Source
-from pop_converter.weights import Weights
 
+from converter import fit
+from converter.content import NewTensor
+from converter.fit import DAMAGED_HINT, Gram, KvType, Weighting
+from converter.format import Calibration
+from converter.plan import Plan
+from converter.rewrite import Fitted
+from converter.source import Source
+from converter.weights import Weights
+from pop_local.calibration.activations import Rows, reading
+from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import Pair, n_kv, plan_needs
 from pop_local.calibration.state import State, load, save
 from pop_local.calibration.texts import (
@@ -28,8 +30,6 @@ from pop_local.calibration.texts import (
     own_text,
     whole_text,
 )
-from pop_local.engine.activations import Rows, reading
-from pop_local.engine.loaded import LoadedModel
 
 Progress = Callable[[int, int], object]
 # A state takes gigabytes for a large model.

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pop_converter import fit
-from pop_converter.plan import Plan
-from pop_converter.shape import ModelShape
-from pop_converter.source import Source
-
+from converter import fit
+from converter.plan import Plan
+from converter.shape import ModelShape
+from converter.source import Source
+from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW
-from pop_local.engine.samples import MAX_SEQUENCES
 
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 300 * 10**6

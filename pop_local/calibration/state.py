@@ -8,12 +8,12 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from pop_converter.content import NewTensor
-from pop_converter.errors import WriteError
-from pop_converter.fit import Gram
 
-from .needs import Pair
-from .texts import CalibrationError, CalibrationText
+from converter.content import NewTensor
+from converter.errors import WriteError
+from converter.fit import Gram
+from pop_local.calibration.needs import Pair
+from pop_local.calibration.texts import CalibrationError, CalibrationText
 
 RESTART_HINT = "delete it, or leave out --resume, to start afresh"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pop_converter.errors import PopError
 
-from pop_local.engine.loaded import LoadedModel
-from pop_local.engine.samples import sample_windows
-from pop_local.textfiles import decoded, read_bytes, read_text
+from converter.errors import PopError
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.samples import sample_windows
+from pop_local.texts.decoding import decoded, read_bytes, read_text
 
 Windows = NDArray[np.int32]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pop_converter.errors import PopError, UnsupportedArchitectureError
-from pop_converter.output import check_output
-from pop_converter.shape import source_shape
-from pop_converter.source import read_source
 
+from converter.errors import PopError, UnsupportedArchitectureError
+from converter.output import check_output
+from converter.shape import source_shape
+from converter.source import read_source
 from pop_local.commands.analyzing import (
     Fits,
     Run,
@@ -23,13 +23,13 @@ from pop_local.commands.analyzing import (
 )
 from pop_local.commands.fitting import free_bytes
 from pop_local.commands.options import GpuLayers, Threads
-from pop_local.models import resolve_base
-from pop_local.ui.analysis import Analysis, as_json, show
-from pop_local.ui.analysis_plot import plot
+from pop_local.models.names import resolve_base
 from pop_local.ui.progress import token_progress
-from pop_local.ui.quality import require_matplotlib
 from pop_local.ui.tables import print_json, size
 from pop_local.ui.theme import note, warn
+from pop_local.ui.views.analysis import Analysis, as_json, show
+from pop_local.ui.views.analysis_plot import plot
+from pop_local.ui.views.quality import require_matplotlib
 
 if TYPE_CHECKING:
     from pop_local.measure.importance import Importance
@@ -126,11 +126,12 @@ class Gates:
 
 def _gates(run: Run) -> Gates | None:
     """None where they cannot be had, after saying why. Raises PopError for too little memory."""
-    from pop_converter.hyper import read_hyper
+    from converter.hyper import read_hyper
 
     try:
         import torch
-        from pop_converter.gates import needed_bytes
+
+        from converter.gates import needed_bytes
 
         hyper = read_hyper(run.source)
     except ImportError:
@@ -153,9 +154,9 @@ def _gates(run: Run) -> Gates | None:
 
 def _importance(run: Run, gates: Gates, windows: Windows) -> "Importance":
     import torch
-    from pop_converter.decoder import Decoder
 
-    from pop_local.engine.backend import default_threads
+    from converter.decoder import Decoder
+    from pop_local.engine.llama.backend import default_threads
     from pop_local.measure.importance import measure_importance
 
     torch.set_num_threads(run.threads or default_threads())

@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pop_converter.errors import PopError
-from pop_converter.format import FITTED, Calibration
-from pop_converter.plan import Plan, make_plan
-from pop_converter.shape import ModelShape
-from pop_converter.sidecar import pop_of
-from pop_converter.source import Source
-
+from converter.errors import PopError
+from converter.format import FITTED, Calibration
+from converter.macs import LIMIT_PROMPT
+from converter.plan import Plan, make_plan
+from converter.shape import ModelShape
+from converter.sidecar import pop_of
+from converter.source import Source
 from pop_local.commands.converting import fitted_sidecars
 from pop_local.commands.fitting import FitOptions, fit_needs, free_bytes
-from pop_local.measure.limit import LIMIT_PROMPT
 from pop_local.ui.progress import Advance, token_progress
 from pop_local.ui.tables import size
 from pop_local.ui.theme import note, warn
@@ -115,7 +114,7 @@ def require_own_projections(source: Source) -> None:
 
 def require_long_enough(run: Run) -> None:
     """Raises PopError for a context of which a conversion would prune too little to measure."""
-    from pop_local.engine.prefill import RowRule
+    from pop_local.engine.prefill.plan import RowRule
     from pop_local.measure.probes import require_passage
 
     plan = _plan(run, run.shape.n_layer - 1)

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pop_converter.errors import PopError
-from pop_converter.shape import source_shape, trained_ctx
-from pop_converter.sidecar import pop_of
-from pop_converter.source import Source, read_source
 
-from pop_local.commands.files import ModelFiles
+from converter.errors import PopError
+from converter.shape import source_shape, trained_ctx
+from converter.sidecar import pop_of
+from converter.source import Source, read_source
 from pop_local.commands.options import GpuLayers, MeasuredCtx, Pop, Threads
 from pop_local.commands.ready import files_at_depth, model_files
+from pop_local.models.files import ModelFiles
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Column, Table, markdown, print_json
 from pop_local.ui.theme import say
@@ -165,7 +165,7 @@ def _opened(
 
 def _backend(opened: "PopModel", gpu_layers: int) -> str:
     """The device that does the work, and the threads."""
-    from pop_local.engine.backend import devices
+    from pop_local.engine.llama.backend import devices
 
     found = devices()
     gpus = [device for device in found if device.is_gpu]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pop_converter.errors import PopError
-from pop_converter.format import FITTED, Budget, PopMeta
-from pop_converter.plan import Plan
-from pop_converter.rewrite import Fitted
-from pop_converter.shape import ModelShape
 
+from converter.errors import PopError
+from converter.format import FITTED, Budget, PopMeta
+from converter.plan import Plan
+from converter.rewrite import Fitted
+from converter.shape import ModelShape
 from pop_local.commands.converting import Job, require_room, resumable, temporary_sidecar
 from pop_local.commands.describing import (
     facts,
@@ -23,7 +23,6 @@ from pop_local.commands.describing import (
     show_written,
 )
 from pop_local.commands.examining import measured, opened_to_measure
-from pop_local.commands.files import ModelFiles
 from pop_local.commands.fitting import FitOptions
 from pop_local.commands.options import positive
 from pop_local.measure.budget import (
@@ -38,10 +37,11 @@ from pop_local.measure.budget import (
     next_boundary,
     worth_fitting,
 )
-from pop_local.ui.budget import Trial, figures, limits, show_trials
+from pop_local.models.files import ModelFiles
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import print_facts, print_json
 from pop_local.ui.theme import note
+from pop_local.ui.views.trials import Trial, figures, limits, show_trials
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel

@@ -20,11 +20,11 @@ from pop_local.commands.options import (
     sampling,
 )
 from pop_local.commands.ready import open_ready
-from pop_local.commands.talking import conversation, talk
-from pop_local.models import DEFAULT_MODEL
-from pop_local.ui.chat import Chat
+from pop_local.models.names import DEFAULT_MODEL
+from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.screen import TerminalScreen
+from pop_local.ui.chat.start import conversation, talk
 from pop_local.ui.errors import EXIT_FAILED
-from pop_local.ui.screen import TerminalScreen
 from pop_local.ui.theme import look, note
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import tomlkit
 import typer
-from pop_converter.errors import PopError
-from pop_converter.output import replacing
 
-from pop_local import settings
-from pop_local.folders import state_dir
-from pop_local.models import DEFAULT_MODEL, models_dir
-from pop_local.settings import Scalar, Setting, Value
+from converter.errors import PopError
+from converter.output import replacing
+from pop_local.config import settings
+from pop_local.config.folders import state_dir
+from pop_local.config.settings import Scalar, Setting, Value
+from pop_local.models.names import DEFAULT_MODEL, models_dir
 from pop_local.ui.lazy import HELP_OPTIONS
 from pop_local.ui.tables import Column, Table, print_json, print_table
 from pop_local.ui.theme import note, say, warn

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pop_converter.format import FITTED, PopMeta
-from pop_converter.plan import DEFAULT_SKIP, TAIL_TOKENS, Plan, Skip, make_plan
-from pop_converter.shape import source_shape
-from pop_converter.source import read_source
 
+from converter.format import FITTED, PopMeta
+from converter.macs import with_min_prompt
+from converter.plan import DEFAULT_SKIP, TAIL_TOKENS, Plan, Skip, make_plan
+from converter.shape import source_shape
+from converter.source import read_source
 from pop_local.commands.budgeting import (
     MaxCopyRatio,
     MaxKl,
@@ -31,8 +32,7 @@ from pop_local.commands.fitting import (
 )
 from pop_local.commands.forms import COPY, SIDECAR
 from pop_local.commands.options import GpuLayers, Threads, share
-from pop_local.measure.limit import with_min_prompt
-from pop_local.models import resolve_base
+from pop_local.models.names import resolve_base
 from pop_local.ui.tables import print_facts
 
 STATE_SUFFIX = ".calibration"

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pop_converter.errors import WriteError
-from pop_converter.format import FITTED, Measured, PopMeta
-from pop_converter.plan import Plan
-from pop_converter.rewrite import Examine, Fitted, Sizes, check_target
-from pop_converter.sidecar import measure_sidecar, write_sidecar
-from pop_converter.source import Source
-
+from converter.errors import WriteError
+from converter.format import FITTED, Measured, PopMeta
+from converter.plan import Plan
+from converter.rewrite import Examine, Fitted, Sizes, check_target
+from converter.sidecar import measure_sidecar, write_sidecar
+from converter.source import Source
 from pop_local.commands.examining import CopyingBrokenError, Examiner, measure_own
 from pop_local.commands.fitting import FitOptions, fit
 from pop_local.commands.forms import COPY, Form

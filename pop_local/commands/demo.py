@@ -9,9 +9,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pop_converter.errors import PopError
-from pop_converter.shape import ModelShape, read_shape
 
+from converter.errors import PopError
+from converter.shape import ModelShape, read_shape
 from pop_local.commands.options import (
     DEFAULT_THEME,
     Ctx,
@@ -26,15 +26,15 @@ from pop_local.commands.options import (
     sampling,
 )
 from pop_local.commands.ready import model_files, open_ready
-from pop_local.commands.talking import conversation, talk
-from pop_local.models import DEFAULT_MODEL
+from pop_local.models.names import DEFAULT_MODEL
+from pop_local.ui.chat.screen import TerminalScreen
+from pop_local.ui.chat.start import conversation, talk
 from pop_local.ui.progress import token_progress
-from pop_local.ui.screen import TerminalScreen
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, note, say
 
 if TYPE_CHECKING:
-    from pop_local.engine.backend import Mode
+    from pop_local.engine.llama.backend import Mode
     from pop_local.engine.model import PopModel
     from pop_local.measure.speed import Spread
 
@@ -147,7 +147,7 @@ def _text(name: str) -> str:
 
 def _answered(opened: "PopModel", n_pairs: int) -> list[tuple[Answer, Answer]]:
     """Pairs of an answer in full and a pruned one; which comes first changes from pair to pair."""
-    from pop_local.engine.backend import Mode
+    from pop_local.engine.llama.backend import Mode
 
     # The first run of all reads the weights from the disk, and would be the slower one.
     opened.eval(opened.tokenize(_text("document.md").encode())[:WARM_UP_TOKENS])
@@ -164,7 +164,7 @@ def _answered(opened: "PopModel", n_pairs: int) -> list[tuple[Answer, Answer]]:
 def _report(
     opened: "PopModel", path: Path, shape: ModelShape, pairs: list[tuple[Answer, Answer]]
 ) -> Report:
-    from pop_local.measure.limit import speedup_limit
+    from converter.macs import speedup_limit
     from pop_local.measure.speed import spread
 
     full, pop = pairs[0]
@@ -184,7 +184,7 @@ def _report(
 
 def _answer(opened: "PopModel", mode: "Mode", nth: str) -> Answer:
     """Into an empty cache; raises PopError unless the counters prove that it was."""
-    from pop_local.engine.backend import Counters
+    from pop_local.engine.llama.backend import Counters
     from pop_local.engine.turn import Message
     from pop_local.measure.speed import require_rows
 

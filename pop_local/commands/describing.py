@@ -4,19 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pop_converter.format import FITTED, Budget, Calibration, Measured, PopMeta
-from pop_converter.plan import Plan
-from pop_converter.rewrite import Sizes
-from pop_converter.sidecar import sidecar_path
-
+from converter.format import FITTED, Budget, Calibration, Measured, PopMeta
+from converter.macs import LIMIT_PROMPT, speedup_limit
+from converter.plan import Plan
+from converter.rewrite import Sizes
+from converter.sidecar import sidecar_path
 from pop_local.commands.converting import Job
 from pop_local.commands.examining import measured_facts
 from pop_local.commands.fitting import fit_needs
 from pop_local.commands.forms import SIDECAR, Form
-from pop_local.measure.limit import LIMIT_PROMPT, speedup_limit
-from pop_local.ui.budget import Trial, budget_fact
 from pop_local.ui.tables import Fact, print_facts, print_json, size
 from pop_local.ui.theme import note
+from pop_local.ui.views.trials import Trial, budget_fact
 
 _HOW = "first without a fit, then those near the budget as they will be used"
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import typer
-from pop_converter.errors import PopError
 from rich.text import Text
 
-from pop_local import __version__, settings
-from pop_local.engine import backend
-from pop_local.models import DEFAULT_MODEL, find, lookup, models_dir, resolve
+from converter.errors import PopError
+from pop_local import __version__
+from pop_local.config import settings
+from pop_local.engine.llama import backend
+from pop_local.models.names import DEFAULT_MODEL, find, lookup, models_dir, resolve
 from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json, size
 from pop_local.ui.theme import out

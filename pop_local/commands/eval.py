@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pop_converter.errors import PopError
-from pop_converter.format import FITTED
-from pop_converter.output import check_output
-from pop_converter.plan import make_plan
-from pop_converter.shape import ModelShape, source_shape
-from pop_converter.sidecar import pop_of
-from pop_converter.source import Source, read_source
 
+from converter.errors import PopError
+from converter.format import FITTED
+from converter.output import check_output
+from converter.plan import make_plan
+from converter.shape import ModelShape, source_shape
+from converter.sidecar import pop_of
+from converter.source import Source, read_source
 from pop_local.commands.evaluating import Baseline, Run, fitted_rows, rows_at
 from pop_local.commands.fitting import (
     FitOptions,
@@ -24,9 +24,9 @@ from pop_local.commands.fitting import (
 )
 from pop_local.commands.options import GpuLayers, MeasuredCtx, NoPop, Pop, Threads, share
 from pop_local.commands.ready import files_at_depth, model_files
-from pop_local.ui.quality import Row, facts, flat, plot, require_matplotlib, table
 from pop_local.ui.tables import markdown, print_facts, print_json
 from pop_local.ui.theme import note, say
+from pop_local.ui.views.quality import Row, facts, flat, plot, require_matplotlib, table
 
 
 def eval(  # noqa: A001
@@ -110,7 +110,7 @@ def eval(  # noqa: A001
     if plot_file is not None:
         require_matplotlib()
         check_output(plot_file, (source.first.path,), 0, force=force)
-    from pop_local.engine.backend import Mode
+    from pop_local.engine.llama.backend import Mode
     from pop_local.measure.heldout import given_text, shipped_text
     from pop_local.measure.quality import QualitySettings
 

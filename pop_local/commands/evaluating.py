@@ -7,20 +7,19 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pop_converter.errors import PopError
-from pop_converter.format import FITTED, OWN
-from pop_converter.header import read_header
-from pop_converter.plan import make_plan
-from pop_converter.rewrite import stored_type
-from pop_converter.shape import ModelShape, trained_ctx
-from pop_converter.sidecar import pop_of
-from pop_converter.source import Source
-
+from converter.errors import PopError
+from converter.format import FITTED, OWN
+from converter.header import read_header
+from converter.macs import LIMIT_PROMPT, speedup_limit, with_min_prompt
+from converter.plan import make_plan
+from converter.rewrite import stored_type
+from converter.shape import ModelShape, trained_ctx
+from converter.sidecar import pop_of
+from converter.source import Source
 from pop_local.commands.converting import fitted_sidecars
 from pop_local.commands.fitting import FitOptions
-from pop_local.measure.limit import LIMIT_PROMPT, speedup_limit, with_min_prompt
 from pop_local.ui.progress import token_progress
-from pop_local.ui.quality import ALWAYS_SKIP, Row
+from pop_local.ui.views.quality import ALWAYS_SKIP, Row
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel

@@ -5,16 +5,15 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pop_converter.errors import PopError
-from pop_converter.format import Measured
-from pop_converter.plan import Plan
-
-from pop_local.commands.files import ModelFiles
+from converter.errors import PopError
+from converter.format import Measured
+from converter.plan import Plan
 from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless, is_inside, keeps
-from pop_local.ui.budget import figures, limits
+from pop_local.models.files import ModelFiles
 from pop_local.ui.progress import token_progress
 from pop_local.ui.tables import Fact
 from pop_local.ui.theme import note, warn
+from pop_local.ui.views.trials import figures, limits
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pop_converter.fit import RIDGE, KvType, Weighting
-from pop_converter.format import FITTED, OWN
-from pop_converter.plan import Plan
-from pop_converter.rewrite import Fitted
-from pop_converter.source import Source
 
+from converter.fit import RIDGE, KvType, Weighting
+from converter.format import FITTED, OWN
+from converter.plan import Plan
+from converter.rewrite import Fitted
+from converter.source import Source
 from pop_local.commands.options import finite
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.progress import token_stages
@@ -179,7 +179,7 @@ def fit(
     if not plans:
         return ()
     from pop_local.calibration.job import CalibrationStoppedError, Settings, Watch, calibrate
-    from pop_local.engine.loaded import LoadedModel
+    from pop_local.calibration.loaded import LoadedModel
 
     defaults = Settings(n_tokens=options.n_tokens(plans[0].shape.n_embd))
     settings = Settings(

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pop_converter.format import PopMeta
-from pop_converter.plan import Plan
-from pop_converter.rewrite import Examine, Fitted, Progress, Sizes, convert, measure
-from pop_converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
-from pop_converter.source import Source
-
-from pop_local.commands.files import ModelFiles
+from converter.format import PopMeta
+from converter.plan import Plan
+from converter.rewrite import Examine, Fitted, Progress, Sizes, convert, measure
+from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
+from converter.source import Source
+from pop_local.models.files import ModelFiles
 
 
 class Writer(Protocol):

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pop_converter.errors import FormatError
-from pop_converter.format import TENSOR_MARK, PopMeta
-from pop_converter.header import Header, read_header
-from pop_converter.shape import ARCHITECTURES, trained_ctx
-from pop_converter.sidecar import base_path, pop_of, sidecar_beside, sidecar_meta
-from pop_converter.source import Source, is_sidecar, read_source
 
+from converter.errors import FormatError
+from converter.format import TENSOR_MARK, PopMeta
+from converter.header import Header, read_header
+from converter.shape import ARCHITECTURES, trained_ctx
+from converter.sidecar import base_path, pop_of, sidecar_beside, sidecar_meta
+from converter.source import Source, is_sidecar, read_source
 from pop_local.commands.inspecting import (
     TensorGroup,
     Verification,
@@ -22,7 +22,7 @@ from pop_local.commands.inspecting import (
     verified,
 )
 from pop_local.commands.options import Pop
-from pop_local.models import resolve
+from pop_local.models.names import resolve
 from pop_local.ui.tables import Fact, print_facts, print_json, size
 
 

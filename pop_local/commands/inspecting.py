@@ -5,17 +5,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import gguf
-from pop_converter.content import copy_data, read_content
-from pop_converter.format import OWN, PREFIX, PopMeta
-from pop_converter.header import TensorInfo
-from pop_converter.rewrite import original
-from pop_converter.source import Source
 
+from converter.content import copy_data, read_content
+from converter.format import OWN, PREFIX, PopMeta
+from converter.header import TensorInfo
+from converter.rewrite import original
+from converter.source import Source
 from pop_local.commands.examining import measured_facts
-from pop_local.models import load_catalog
-from pop_local.ui.budget import budget_fact
+from pop_local.models.names import load_catalog
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import Fact, size
+from pop_local.ui.views.trials import budget_fact
 
 
 @dataclass(frozen=True)

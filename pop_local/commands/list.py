@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pop_local.models import models_dir
-from pop_local.stored import Stored, stock
+from pop_local.models.names import models_dir
+from pop_local.models.stored import Stored, stock
 from pop_local.ui.tables import Column, Table, print_json, print_table, size
 from pop_local.ui.theme import note
 

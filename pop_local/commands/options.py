@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pop_converter.errors import PlanError
-from pop_converter.plan import Skip, parse_skip
+
+from converter.errors import PlanError
+from converter.plan import Skip, parse_skip
 
 
 def finite(value: float | None) -> float | None:

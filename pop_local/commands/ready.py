@@ -4,17 +4,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pop_converter.errors import FormatError, OutputExistsError, PopError
-from pop_converter.format import FITTED
-from pop_converter.plan import DEFAULT_SKIP, make_plan
-from pop_converter.shape import source_shape
-from pop_converter.sidecar import pop_of, sidecar_beside
-from pop_converter.source import read_source
-
-from pop_local.commands.files import ModelFiles
+from converter.errors import FormatError, OutputExistsError, PopError
+from converter.format import FITTED
+from converter.macs import with_min_prompt
+from converter.plan import DEFAULT_SKIP, make_plan
+from converter.shape import source_shape
+from converter.sidecar import pop_of, sidecar_beside
+from converter.source import read_source
 from pop_local.fetching.catalog import fetch
-from pop_local.measure.limit import with_min_prompt
-from pop_local.models import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
+from pop_local.models.files import ModelFiles
+from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import size
 from pop_local.ui.theme import note, warn
@@ -145,7 +144,7 @@ def open_ready(
     files = model_files(model, pop, threads=threads, gpu_layers=gpu_layers)
     if no_pop and pop is None:
         files = _without_stale(files)
-    from pop_local.engine.backend import Mode
+    from pop_local.engine.llama.backend import Mode
     from pop_local.engine.model import open_model
 
     opened = open_model(

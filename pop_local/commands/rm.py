@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pop_converter.errors import PopError
 
-from pop_local.models import lookup, models_dir
-from pop_local.stored import removable, total_bytes
+from converter.errors import PopError
+from pop_local.models.names import lookup, models_dir
+from pop_local.models.stored import removable, total_bytes
 from pop_local.ui.tables import print_json, size
 from pop_local.ui.theme import note, say
 

@@ -25,18 +25,18 @@ from pop_local.commands.options import (
     sampling,
 )
 from pop_local.commands.ready import open_ready
-from pop_local.documents import read_document, read_limited
-from pop_local.engine.conversation import Document, Turn
+from pop_local.engine.sessions.conversation import Document, Turn
 from pop_local.engine.turn import Chunk, ContextFullError, Message, Reading, TurnStats
-from pop_local.textfiles import decoded
-from pop_local.ui.chat import least_answer
+from pop_local.texts.decoding import decoded
+from pop_local.texts.documents import read_document, read_limited
+from pop_local.ui.chat.chat import least_answer
+from pop_local.ui.chat.overflow import too_long
+from pop_local.ui.chat.screen import TerminalScreen, showing_prefill
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.keys import unechoed_keys
-from pop_local.ui.overflow import too_long
-from pop_local.ui.screen import TerminalScreen, showing_prefill
-from pop_local.ui.stats import counted_line, stats_line
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, warn
+from pop_local.ui.views.stats import counted_line, stats_line
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel

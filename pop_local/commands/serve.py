@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pop_converter.errors import PopError
 
+from converter.errors import PopError
 from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads
 from pop_local.commands.ready import open_ready
 from pop_local.ui.theme import note, warn

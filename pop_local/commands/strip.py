@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pop_converter.errors import FormatError
-from pop_converter.format import PopMeta, pop_meta
-from pop_converter.header import read_header
-from pop_converter.rewrite import strip as write_original
-from pop_converter.source import is_sidecar
 
-from pop_local.models import resolve
+from converter.errors import FormatError
+from converter.format import PopMeta, pop_meta
+from converter.header import read_header
+from converter.rewrite import strip as write_original
+from converter.source import is_sidecar
+from pop_local.models.names import resolve
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import print_facts, print_json, size
 

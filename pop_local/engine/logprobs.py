@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from . import logs
-from .backend import bindings
-from .batch import Outputs
-from .text import Pieces
-from .turn import Likely, TokenLogprob
+from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama import logs
+from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.turn import Likely, TokenLogprob
 
 if TYPE_CHECKING:
-    from .model import PopModel
+    from pop_local.engine.model import PopModel
 
 
 # Each takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.

@@ -8,17 +8,17 @@ import os
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from . import backend
+from pop_local.engine.llama import backend
 
 api = backend.bindings()  # before the first import of llama_cpp: it explains a failure
 
 from llama_cpp.llama_grammar import LlamaGrammar  # noqa: E402
 
-from .chat import Answering, Prompt, Prompts, answer  # noqa: E402
-from .closed import closed  # noqa: E402
-from .pruned import PrunedLlama  # noqa: E402
-from .recommended import recommended  # noqa: E402
-from .turn import Message, TurnOptions  # noqa: E402
+from pop_local.engine.answer import Answering, Prompt, Prompts, answer  # noqa: E402
+from pop_local.engine.decode.recommended import recommended  # noqa: E402
+from pop_local.engine.llama.closed import closed  # noqa: E402
+from pop_local.engine.pruned import PrunedLlama  # noqa: E402
+from pop_local.engine.turn import Message, TurnOptions  # noqa: E402
 
 
 def open_model(

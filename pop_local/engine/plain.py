@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .chat import Answering, Prompt, answer
-from .turn import TurnOptions
+from pop_local.engine.answer import Answering, Prompt, answer
+from pop_local.engine.turn import TurnOptions
 
 if TYPE_CHECKING:
-    from .model import PopModel
+    from pop_local.engine.model import PopModel
 
 
 def continue_text(model: PopModel, text: str, **options: Any) -> Answering:

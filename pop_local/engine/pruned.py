@@ -4,12 +4,11 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pop_converter.errors import PopError
-from pop_converter.sidecar import pop_of
-from pop_converter.source import read_source
-
-from . import backend, logs, opening
-from .backend import Mode
+from converter.errors import PopError
+from converter.sidecar import pop_of
+from converter.source import read_source
+from pop_local.engine.llama import backend, logs, opening
+from pop_local.engine.llama.backend import Mode
 
 api = backend.bindings()  # before the first import of llama_cpp: it explains a failure
 
@@ -19,14 +18,12 @@ from llama_cpp import Llama  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
 
-from .batch import Outputs, TokenBatch  # noqa: E402
-from .closed import closed  # noqa: E402
-from .grammar import GrammarSampler  # noqa: E402
-from .interrupt import DisplacedError, Interrupt  # noqa: E402
-from .prefill import plan_prefill  # noqa: E402
-from .rows import CachedRows, n_equal  # noqa: E402
-from .sampling import GreedySampler  # noqa: E402
-from .state import (  # noqa: E402
+from pop_local.engine.decode.grammar import GrammarSampler  # noqa: E402
+from pop_local.engine.decode.greedy import GreedySampler  # noqa: E402
+from pop_local.engine.llama.batch import Outputs, TokenBatch  # noqa: E402
+from pop_local.engine.llama.closed import closed  # noqa: E402
+from pop_local.engine.llama.interrupt import DisplacedError, Interrupt  # noqa: E402
+from pop_local.engine.prefill.kv_state import (  # noqa: E402
     FULL,
     KeyedCache,
     KvKey,
@@ -35,6 +32,8 @@ from .state import (  # noqa: E402
     conversion,
     restore_context_state,
 )
+from pop_local.engine.prefill.plan import plan_prefill  # noqa: E402
+from pop_local.engine.prefill.rows import CachedRows, n_equal  # noqa: E402
 
 CONVERT_HINT = "convert it first: pop-local convert {}"
 

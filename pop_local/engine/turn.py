@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from pop_converter.errors import PopError
+from converter.errors import PopError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "interrupted"]

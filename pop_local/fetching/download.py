@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pop_converter.errors import FormatError, PopError
-from pop_converter.header import MAGIC
-
+from converter.errors import FormatError, PopError
+from converter.header import MAGIC
 from pop_local.fetching.reasons import reason_of
 from pop_local.fetching.target import alone, require_space
-from pop_local.stored import ORIGIN_SUFFIX
+from pop_local.models.stored import ORIGIN_SUFFIX
 
 if TYPE_CHECKING:
     import requests

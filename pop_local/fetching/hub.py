@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from pop_converter.errors import PopError
-
+from converter.errors import PopError
 from pop_local.fetching.download import Remote, download
 from pop_local.fetching.quants import choose, usual_ending
 from pop_local.fetching.reasons import reason_of

@@ -4,10 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pop_converter.errors import PopError
-from pop_converter.source import SplitPart, part_names, part_of
-
-from pop_local.stored import SUFFIX
+from converter.errors import PopError
+from converter.source import SplitPart, part_names, part_of
+from pop_local.models.stored import SUFFIX
 
 # The first that a repository has is taken when nobody says which: small enough for most machines,
 # good enough for most questions, then by size upward and downward.

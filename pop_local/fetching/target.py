@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pop_converter.errors import OutputExistsError, PopError
-
-from pop_local.models import MODELS_VARIABLE
+from converter.errors import OutputExistsError, PopError
+from pop_local.models.names import MODELS_VARIABLE
 
 Advance = Callable[[int, int], None]
 _CHUNK_BYTES = 1 << 20

@@ -3,11 +3,10 @@
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from pop_converter.errors import PopError
-
+from converter.errors import PopError
 from pop_local.fetching.download import Remote, download, without_secrets
 from pop_local.fetching.target import Advance, harmless, is_there
-from pop_local.stored import SUFFIX
+from pop_local.models.stored import SUFFIX
 
 SCHEMES = ("https://", "http://")
 

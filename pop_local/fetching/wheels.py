@@ -16,9 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pop_converter.errors import PopError
-
-from pop_local.models import Part
+from converter.errors import PopError
+from pop_local.models.names import Part
 
 _CHUNK_BYTES = 1 << 20
 _POLL_S = 0.1

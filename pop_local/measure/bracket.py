@@ -3,19 +3,22 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from pop_converter.format import FITTED, Budget
-from pop_converter.plan import Plan
-
+from converter.format import FITTED, Budget
+from converter.plan import Plan
 from pop_local.engine.model import PopModel
-
-from .budget import Bracket, is_hopeless, is_promising
-from .depth import boundaries
-from .estimate import Estimate
-from .forced import Pruning, forced, use_rule
-from .heldout import TextTokens
-from .probes import measure_induction, n_measured_tokens, n_read_tokens, read_repeated
-from .quality import QualitySettings, measure_depths, retention
-from .windows import counting
+from pop_local.measure.budget import Bracket, is_hopeless, is_promising
+from pop_local.measure.depth import boundaries
+from pop_local.measure.estimate import Estimate
+from pop_local.measure.forced import Pruning, forced, use_rule
+from pop_local.measure.heldout import TextTokens
+from pop_local.measure.probes import (
+    measure_induction,
+    n_measured_tokens,
+    n_read_tokens,
+    read_repeated,
+)
+from pop_local.measure.quality import QualitySettings, measure_depths, retention
+from pop_local.measure.windows import counting
 
 # Enough to say where to begin.
 LOOK = QualitySettings(n_windows=4, n_context=256, n_continuation=64, n_draws=2)

@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from pop_converter.errors import PopError
-
-from pop_local.engine.backend import Mode
+from converter.errors import PopError
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-
-from .forced import use_rule
-from .speed import Spread, random_prompt, run, spread
+from pop_local.measure.forced import use_rule
+from pop_local.measure.speed import Spread, random_prompt, run, spread
 
 # The search ends when the answer is known to a part of this.
 _PRECISION = 8

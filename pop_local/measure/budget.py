@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pop_converter.format import Budget
+from converter.format import Budget
 
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate

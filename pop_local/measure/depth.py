@@ -8,17 +8,15 @@ the copy ratio, with fitted projections if there are any.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pop_converter.errors import PlanError
-from pop_converter.format import Budget
-from pop_converter.shape import ModelShape
-
+from converter.errors import PlanError
+from converter.format import Budget
+from converter.macs import speedup_limit
+from converter.shape import ModelShape
 from pop_local.engine.model import PopModel
-
-from .budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
-from .estimate import Estimate
-from .limit import speedup_limit
-from .quality import Quality
-from .reference import Reference, measure_retention
+from pop_local.measure.budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
+from pop_local.measure.estimate import Estimate
+from pop_local.measure.quality import Quality
+from pop_local.measure.reference import Reference, measure_retention
 
 # A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
 CLIFF = 0.2

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from pop_converter.errors import PopError
 
-from pop_local.engine import backend, logs
-from pop_local.engine.backend import Counters, Mode
-from pop_local.engine.batch import Outputs, TokenBatch
-from pop_local.engine.interrupt import Interrupt
+from converter.errors import PopError
+from pop_local.engine.llama import backend, logs
+from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill import RowRule, plan_prefill
+from pop_local.engine.prefill.plan import RowRule, plan_prefill
 
 Logits = NDArray[np.float32]
 Tokens = Sequence[int]

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from statistics import median
 
-from pop_converter.shape import ModelShape
-
+from converter.macs import prefill_macs
+from converter.shape import ModelShape
 from pop_local.engine.turn import TurnStats
-from pop_local.measure.limit import prefill_macs
 
 # Fewer tokens say little about a long prompt, and attention makes long ones slower per token.
 _LEAST_TOKENS = 64

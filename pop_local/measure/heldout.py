@@ -7,10 +7,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from pop_converter.errors import PopError
 
+from converter.errors import PopError
 from pop_local.engine.model import PopModel
-from pop_local.textfiles import read_text
+from pop_local.texts.decoding import read_text
 
 TextTokens = Sequence[Sequence[int]]
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pop_converter.decoder import Decoder
-from pop_converter.gates import gate_gradients
 
-from .estimate import Estimate, mean, redrawn
+from converter.decoder import Decoder
+from converter.gates import gate_gradients
+from pop_local.measure.estimate import Estimate, mean, redrawn
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pop_converter.errors import PopError
 
-from pop_local.engine.backend import Mode
+from converter.errors import PopError
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.plain import continue_text
-from pop_local.engine.prefill import plan_prefill
+from pop_local.engine.prefill.plan import plan_prefill
 from pop_local.engine.turn import Message, TurnStats
-
-from .heldout import shipped_part
+from pop_local.measure.heldout import shipped_part
 
 N_TOKENS = 1024
 MAX_ANSWER_TOKENS = 32

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pop_converter.errors import PopError
 
-from pop_local.engine import backend
-from pop_local.engine.backend import Mode
+from converter.errors import PopError
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill import RowRule
-
-from .divergence import Likelihood, likelihood, predictions
-from .forced import Forced, Pruning
+from pop_local.engine.prefill.plan import RowRule
+from pop_local.measure.divergence import Likelihood, likelihood, predictions
+from pop_local.measure.forced import Forced, Pruning
 
 Floats = NDArray[np.float64]
 

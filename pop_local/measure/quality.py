@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from pop_converter.errors import PopError
 
-from pop_local.engine.backend import Mode
+from converter.errors import PopError
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill import RowRule
-
-from . import probes
-from .divergence import Likelihood
-from .estimate import Estimate, exp_mean, mean, quantile, ratio
-from .forced import Forced, Pruning, forced, n_pruned
-from .heldout import TextTokens, spread_windows
-from .probes import (
+from pop_local.engine.prefill.plan import RowRule
+from pop_local.measure import probes
+from pop_local.measure.divergence import Likelihood
+from pop_local.measure.estimate import Estimate, exp_mean, mean, quantile, ratio
+from pop_local.measure.forced import Forced, Pruning, forced, n_pruned
+from pop_local.measure.heldout import TextTokens, spread_windows
+from pop_local.measure.probes import (
     Induction,
     bos,
     measure_induction,
@@ -32,7 +31,15 @@ from .probes import (
     pick_passage,
     read_repeated,
 )
-from .windows import Progress, Ran, Scores, Window, counting, score_full, score_pruned
+from pop_local.measure.windows import (
+    Progress,
+    Ran,
+    Scores,
+    Window,
+    counting,
+    score_full,
+    score_pruned,
+)
 
 # Below this share of the first occurrence's NLL the full model itself does not copy random tokens.
 _LEAST_INDUCTION = 0.1

@@ -4,19 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pop_local.engine.model import PopModel
-
-from .estimate import Estimate
-from .forced import Pruning, forced
-from .heldout import TextTokens
-from .probes import (
+from pop_local.measure.estimate import Estimate
+from pop_local.measure.forced import Pruning, forced
+from pop_local.measure.heldout import TextTokens
+from pop_local.measure.probes import (
     Repeated,
     measure_induction,
     n_measured_tokens,
     n_read_tokens,
     read_repeated,
 )
-from .quality import Quality, QualitySettings, choose_windows, retention, summarize
-from .windows import FullScores, Progress, Window, counting, score_full, score_pruned
+from pop_local.measure.quality import Quality, QualitySettings, choose_windows, retention, summarize
+from pop_local.measure.windows import (
+    FullScores,
+    Progress,
+    Window,
+    counting,
+    score_full,
+    score_pruned,
+)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pop_converter.errors import PopError
-from pop_converter.shape import ModelShape
 
-from pop_local.engine import backend
-from pop_local.engine.backend import Counters, Mode
+from converter.errors import PopError
+from converter.macs import speedup_limit
+from converter.shape import ModelShape
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill import plan_prefill
+from pop_local.engine.prefill.plan import plan_prefill
 from pop_local.engine.turn import TurnOptions
-
-from .limit import speedup_limit
 
 N_DECODE = 32
 _SEED = 20260203

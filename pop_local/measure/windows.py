@@ -5,11 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pop_local.engine.backend import Mode
-
-from .divergence import Divergence, Likelihood, Predictions, divergence, likelihood, predictions
-from .forced import Forced, Pruning
-from .probes import copied
+from pop_local.engine.llama.backend import Mode
+from pop_local.measure.divergence import (
+    Divergence,
+    Likelihood,
+    Predictions,
+    divergence,
+    likelihood,
+    predictions,
+)
+from pop_local.measure.forced import Forced, Pruning
+from pop_local.measure.probes import copied
 
 Progress = Callable[[int, int], None]
 Ran = Callable[[int], None]

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pop_converter.errors import PopError
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -17,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import Answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody

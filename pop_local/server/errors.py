@@ -3,12 +3,12 @@
 import json
 from typing import Any
 
-from pop_converter.errors import PopError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from pop_local.engine.grammar import GrammarError
+from converter.errors import PopError
+from pop_local.engine.decode.grammar import GrammarError
 
 HUNG_UP = 499  # what nginx logs where a client went before the answer was complete
 

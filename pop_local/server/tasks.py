@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pop_converter.errors import PopError
-
-from pop_local.engine.backend import Mode
-from pop_local.engine.chat import Prompt
-from pop_local.engine.grammar import GrammarError, check_grammar, schema_grammar
+from converter.errors import PopError
+from pop_local.engine.answer import Prompt
+from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
+from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.text import Pieces
 from pop_local.engine.turn import Message, TurnOptions
 from pop_local.server.bodies import Body, ChatBody, ChatMessage, CompletionBody, ResponseFormat
 from pop_local.server.errors import ApiError, context_exceeded

@@ -10,11 +10,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from pop_converter.errors import PopError
-
-from pop_local.engine.backend import Mode
-from pop_local.engine.chat import Prompt, answer
-from pop_local.engine.interrupt import PrefillStoppedError
+from converter.errors import PopError
+from pop_local.engine.answer import Prompt, answer
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.interrupt import PrefillStoppedError
 from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 import typer
-from pop_converter.errors import PopError
 from rich.text import Text
 
+from converter.errors import PopError
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import err
 

@@ -3,12 +3,12 @@
 import os
 from dataclasses import dataclass
 
-from pop_converter.errors import PopError
 from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
 
-from pop_local.nearest import nearest_hint
+from converter.errors import PopError
+from pop_local.config.nearest import nearest_hint
 from pop_local.ui.printable import printable
 
 THEME = Theme(

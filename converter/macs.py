@@ -1,0 +1,90 @@
+"""The speed-up that pruning can reach at most, from multiply-accumulates alone.
+
+A prompt of n tokens costs the *full* model, in each layer, n times the attention projections
+(Q, K, V and output), n times the FFN, and causal attention: the token at position p scores and sums
+the p + 1 positions up to its own, or as many as a sliding window leaves, at
+n_head * (head_dim_k + head_dim_v) multiply-accumulates each. Two savings belong to the full model
+already: only the last token needs logits, so the LM head runs for one row, and llama.cpp drops the
+other rows of the last layer before its FFN (`inp_out_ids` in src/models/*.cpp).
+
+The *pruned* model does the same below the boundary. Each layer from the boundary on projects K and
+V for all n tokens, and runs in full for the few full rows only (the prompt's first tokens and its
+last ones). The true K and V of these rows replace the projected ones: they are computed twice.
+They attend causally to the whole prompt, so they are counted as the last rows of it; that the first
+token, the attention sink, sees fewer positions does not show in four digits.
+
+The limit is the quotient. It leaves out what is not a matrix product (norms, RoPE, softmax, masks,
+activations, copies) and how well the hardware does with few rows.
+"""
+
+from dataclasses import replace
+
+from converter.plan import Plan
+from converter.shape import ModelShape
+
+# Long enough that the full rows hardly count, short enough for a question about a document.
+LIMIT_PROMPT = 2048
+
+
+def prefill_macs(shape: ModelShape, n_prompt: int, boundary: int | None, n_full: int) -> int:
+    """Multiply-accumulates from an empty KV cache to the logits of the last prompt token.
+
+    `boundary` is the first skipped layer, None for the full model; `n_full` rows, the last one
+    among them, run all layers (it does not matter for the full model).
+    """
+    n_kept = shape.n_layer if boundary is None else boundary
+    n_full = min(n_full, n_prompt)
+    total = shape.head_macs
+    for layer in range(shape.n_layer):
+        n_rows = n_prompt if layer < n_kept else n_full
+        n_ffn_rows = n_rows if layer < shape.n_layer - 1 else 1
+        total += n_rows * (shape.attn_proj_macs[layer] + shape.kv_macs[layer])
+        total += n_ffn_rows * shape.ffn_macs[layer]
+        total += shape.attn_dim[layer] * _visible(n_prompt, n_rows, shape.swa_window[layer])
+        if layer >= n_kept:
+            total += n_prompt * shape.kv_macs[layer]
+    return total
+
+
+def speedup_limit(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) -> float:
+    """How many times fewer multiply-accumulates the pruned prefill needs than the full one."""
+    full = prefill_macs(shape, n_prompt, None, n_full)
+    return full / prefill_macs(shape, n_prompt, boundary, n_full)
+
+
+def with_min_prompt(plan: Plan) -> Plan:
+    """The plan with a `min_prompt` by this model: prompts that save little run in full."""
+    n_full = plan.sink_tokens + plan.tail_tokens
+    return replace(plan, min_prompt=shortest_saving(plan.shape, plan.boundary, n_full))
+
+
+def shortest_saving(shape: ModelShape, boundary: int, n_full: int) -> int:
+    """The shortest prompt that saves half of the share of work which a long one saves.
+
+    About 40 tokens for 17 full rows at any depth that is of use; what a shorter one could gain is a
+    few milliseconds, and at most a third of its rows would be context. How long a prompt must be
+    to gain at all on given hardware, `break_even` measures.
+    """
+    wanted = _saving(shape, LIMIT_PROMPT, boundary, n_full) / 2
+    low, high = 1, LIMIT_PROMPT
+    while low < high:
+        middle = (low + high) // 2
+        if _saving(shape, middle, boundary, n_full) >= wanted:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _saving(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) -> float:
+    return 1 - 1 / speedup_limit(shape, n_prompt, boundary, n_full)
+
+
+def _visible(n_prompt: int, n_rows: int, window: int) -> int:
+    """Positions that the last `n_rows` of a prompt attend to, summed; a window of 0 is none."""
+    return _causal(n_prompt, window) - _causal(n_prompt - n_rows, window)
+
+
+def _causal(n: int, window: int) -> int:
+    inside = min(n, window) if window else n
+    return inside * (inside + 1) // 2 + (n - inside) * window

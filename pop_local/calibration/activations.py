@@ -1,0 +1,224 @@
+"""What runs through a model while it reads a window in full: taps for the calibration.
+
+The scheduler's evaluation callback (ggml_backend_sched_eval_callback) names each tensor of the
+graph before it is computed and shows those that were asked for right after; see
+ggml_backend_sched_compute_splits. Nothing is kept: the observer gets each array once.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converter.errors import PopError
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.engine.llama import logs
+from pop_local.engine.llama.backend import GgmlLibrary, bindings
+from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.interrupt import Interrupt
+
+Rows = NDArray[np.float32]
+
+_F32 = 0  # GGML_TYPE_F32
+_FLASH_ATTN_OFF = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
+# Before norm and RoPE K and V are shaped into heads, fused or not; later tensors reuse their names.
+_SHAPED = (b"RESHAPE", b"VIEW")
+
+
+class Observer(Protocol):
+    """Gets one window's arrays, first the states, then the layers; they are valid in the call."""
+
+    def state(self, boundary: int, rows: Rows) -> None:
+        """The output of layer boundary - 1, [n_tokens, n_embd]."""
+
+    def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:
+        """K (before norm and RoPE) [n_tokens, n_k], V [n_tokens, n_v] and the attention mass
+        [n_tokens] that each token receives from later ones, summed over heads and queries."""
+
+
+class _Tensor(ctypes.Structure):
+    """struct ggml_tensor of ggml.h, up to its name."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    )
+
+
+class _Reader:
+    """Tensors as numpy arrays: in place where the host sees them, else through one buffer."""
+
+    def __init__(self) -> None:
+        self._ggml = GgmlLibrary()
+        self._buffer = np.empty(0, np.uint8)
+
+    def op(self, tensor: _Tensor) -> bytes:
+        name: bytes = self._ggml("ggml_op_name", ctypes.c_char_p, tensor.op)
+        return name
+
+    def read(self, address: int, tensor: _Tensor) -> Rows:
+        """The values with ggml's dimensions in numpy's order. Raises PopError if not float32."""
+        if tensor.type != _F32:
+            raise PopError(f"the backend computes {tensor.name.decode()} in another type than F32")
+        shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+        n_bytes = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + strides[-1]
+        raw = self._bytes(address, tensor, n_bytes)
+        values: Rows = np.ndarray(shape, np.float32, raw, strides=strides)
+        return values
+
+    def _bytes(self, address: int, tensor: _Tensor, n_bytes: int) -> Any:
+        buffer = ctypes.c_void_p(tensor.buffer)
+        if self._ggml("ggml_backend_buffer_is_host", ctypes.c_bool, buffer):
+            return (ctypes.c_uint8 * n_bytes).from_address(tensor.data)
+        if self._buffer.size < n_bytes:
+            self._buffer = np.empty(n_bytes, np.uint8)
+        self._ggml(
+            "ggml_backend_tensor_get",
+            None,
+            ctypes.c_void_p(address),
+            ctypes.c_void_p(self._buffer.ctypes.data),
+            ctypes.c_size_t(0),
+            ctypes.c_size_t(n_bytes),
+        )
+        return self._buffer[:n_bytes].data
+
+
+class _Taps:
+    """The evaluation callback: collects a layer's three tensors, then hands them on."""
+
+    def __init__(
+        self, observer: Observer, boundaries: Sequence[int], layers: Sequence[int]
+    ) -> None:
+        self._observer = observer
+        self._wanted: dict[bytes, tuple[str, int]] = {}
+        for boundary in boundaries:
+            self._wanted[b"l_out-%d" % (boundary - 1)] = ("state", boundary)
+        for layer in layers:
+            for kind, name in (("k", b"Kcur"), ("v", b"Vcur"), ("mass", b"kq_soft_max")):
+                self._wanted[b"%s-%d" % (name, layer)] = (kind, layer)
+        self._reader = _Reader()
+        self._layers: dict[int, dict[str, Rows]] = {}
+        self.n_seen = 0
+        self.n_expected = len(boundaries) + len(layers)
+        self.raised: BaseException | None = None
+
+    def start_window(self) -> None:
+        self._layers.clear()
+        self.n_seen = 0
+
+    def __call__(self, address: int, ask: bool, _data: object) -> bool:
+        # ctypes prints and drops what a callback raises.
+        try:
+            if self.raised is None:
+                return self._call(address, ask)
+        except BaseException as error:
+            self.raised = error
+        return not ask
+
+    def _call(self, address: int, ask: bool) -> bool:
+        tensor = _Tensor.from_address(address)
+        found = self._wanted.get(tensor.name)
+        if found is None:
+            return not ask
+        kind, number = found
+        if kind in "kv" and self._reader.op(tensor) not in _SHAPED:
+            return not ask
+        if not ask:
+            self._show(kind, number, self._reader.read(address, tensor))
+        return True
+
+    def _show(self, kind: str, number: int, values: Rows) -> None:
+        if kind == "state":
+            self._observer.state(number, values[0, 0])
+            self.n_seen += 1
+            return
+        parts = self._layers.setdefault(number, {})
+        if kind == "mass":
+            parts[kind] = _received(values[0])
+        else:
+            n_tokens = values.shape[1]
+            parts[kind] = values[0].reshape(n_tokens, -1).copy()
+        if len(parts) == 3:
+            self._observer.layer(number, **self._layers.pop(number))
+            self.n_seen += 1
+
+
+def _received(attention: Rows) -> Rows:
+    """Attention [n_head, n_tokens, n_kv] summed over heads and later queries: [n_tokens]."""
+    n_head, n_tokens, n_kv = attention.shape
+    # A product is several times as fast as a sum over the outer axis.
+    total = np.ones(n_head * n_tokens, np.float32) @ attention.reshape(-1, n_kv)
+    to_itself = np.einsum("hii->i", attention[:, :, :n_tokens])
+    received: Rows = total[:n_tokens] - to_itself
+    return received
+
+
+class Reading:
+    """Reads windows one by one; each begins with an empty KV cache."""
+
+    def __init__(self, ctx: Any, taps: _Taps, n_window: int) -> None:
+        self._api = bindings()
+        self._ctx = ctx
+        self._taps = taps
+        self._interrupt = Interrupt()
+        self._batch = TokenBatch(n_window)
+
+    def window(self, tokens: Sequence[int]) -> None:
+        """Raises PopError when llama.cpp fails, and whatever the observer or Ctrl-C raises."""
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._ctx), False)
+        self._taps.start_window()
+        logs.forget_errors()
+        with self._interrupt.watching(self._ctx):
+            code = self._batch.decode(self._ctx, tokens, 0, Outputs.NONE)
+            if self._taps.raised is not None:
+                raise self._taps.raised
+            self._interrupt.check()
+        if code != 0:
+            raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
+        if self._taps.n_seen != self._taps.n_expected:
+            raise PopError(
+                f"the backend showed {self._taps.n_seen} of {self._taps.n_expected} activations",
+                "reinstall the backend, or convert with --projection own",
+            )
+
+    def close(self) -> None:
+        self._batch.close()
+
+
+@contextmanager
+def reading(
+    model: LoadedModel,
+    observer: Observer,
+    *,
+    boundaries: Sequence[int],
+    layers: Sequence[int],
+    n_window: int,
+) -> Iterator[Reading]:
+    """Open a context whose windows of up to `n_window` tokens show what they compute."""
+    taps = _Taps(observer, boundaries, layers)
+    callback = bindings().ggml_backend_sched_eval_callback(taps)
+    with model.context(
+        n_ctx=n_window,
+        n_batch=n_window,
+        n_ubatch=n_window,
+        flash_attn_type=_FLASH_ATTN_OFF,
+        cb_eval=callback,
+    ) as ctx:
+        opened = Reading(ctx, taps, n_window)
+        try:
+            yield opened
+        finally:
+            opened.close()

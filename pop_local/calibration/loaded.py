@@ -1,0 +1,93 @@
+"""A model's weights without a context, for work that needs contexts of its own shape."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from converter.errors import PopError
+from converter.sidecar import pop_of
+from converter.source import read_source
+from pop_local.engine.llama import backend, logs, opening
+
+
+class LoadedModel:
+    """An opened file, with its sidecar if one is given; raises PopError.
+
+    `vocab` and `handle` are llama.cpp's pointers.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        sidecar: Path | None = None,
+        n_gpu_layers: int = -1,
+        n_threads: int | None = None,
+    ) -> None:
+        backend.require_patched()
+        self._api = backend.bindings()
+        self.path = path
+        source = read_source(path)
+        meta = pop_of(source, sidecar)
+        self.n_threads = n_threads or backend.default_threads()
+        params = self._api.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        logs.forget_errors()
+        self._api.llama_backend_init()
+        self.handle = opening.load(path, opening.files_of(source, sidecar), params)
+        if not self.handle:
+            raise PopError(f"{path} cannot be opened: {logs.first_error()}")
+        backend.require_boundary(self.handle, meta)
+        self.vocab = self._api.llama_model_get_vocab(self.handle)
+        self.n_vocab = int(self._api.llama_vocab_n_tokens(self.vocab))
+
+    def __enter__(self) -> "LoadedModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._api.llama_model_free(self.handle)
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """What the model wants before any text: its BOS token, or nothing."""
+        adds = self._api.llama_vocab_get_add_bos(self.vocab)
+        return (self.first_token,) if adds else ()
+
+    @property
+    def first_token(self) -> int:
+        """The token that a text of the model's own begins with: BOS, else EOS, else the first."""
+        for token in (
+            self._api.llama_vocab_bos(self.vocab),
+            self._api.llama_vocab_eos(self.vocab),
+        ):
+            if token >= 0:
+                return int(token)
+        return 0
+
+    def tokenize(self, text: str) -> list[int]:
+        """Without BOS; what looks like a special token is text."""
+        raw = text.encode()
+        room = len(raw) + 8
+        tokens = (ctypes.c_int32 * room)()
+        n = self._api.llama_tokenize(self.vocab, raw, len(raw), tokens, room, False, False)
+        if n < 0:
+            raise PopError("the text cannot be split into tokens")
+        return tokens[:n]
+
+    @contextmanager
+    def context(self, **params: Any) -> Iterator[Any]:
+        """A context with llama_context_params as given, everything else by default."""
+        wanted = self._api.llama_context_default_params()
+        wanted.n_threads = wanted.n_threads_batch = self.n_threads
+        for name, value in params.items():
+            setattr(wanted, name, value)
+        logs.forget_errors()
+        ctx = self._api.llama_init_from_model(self.handle, wanted)
+        if not ctx:
+            raise PopError(f"no context for {self.path}: {logs.first_error()}")
+        try:
+            yield ctx
+        finally:
+            self._api.llama_free(ctx)

@@ -1,0 +1,1 @@
+"""Settings, and the folders that the program keeps things in."""

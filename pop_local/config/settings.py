@@ -1,0 +1,211 @@
+"""Settings: what the user's file says, over it the environment, over both a command's flags."""
+
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+
+from converter.errors import PopError
+from pop_local.config.nearest import nearest_hint
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PREFIX = "POP_LOCAL_"
+CONFIG_VARIABLE = PREFIX + "CONFIG"
+# No settings: where they are, and what does not belong into a file.
+_OTHER_VARIABLES = (CONFIG_VARIABLE, PREFIX + "API_KEY")
+
+Scalar = int | float | str
+Origin = Literal["default", "file", "environment"]
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`default`: what holds when nobody sets it, for people; `least` and `most` are inclusive."""
+
+    key: str
+    kind: type[int] | type[float] | type[str]
+    default: str = ""
+    least: float = -math.inf
+    most: float = math.inf
+    is_path: bool = False
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.key.upper()
+
+
+# Keys are the names of the commands' parameters, which is how they reach them.
+SETTINGS = (
+    Setting("models_dir", str, is_path=True),
+    Setting("state_dir", str, is_path=True),
+    Setting("model", str),
+    Setting("threads", int, "the physical cores", least=1),
+    Setting("ctx", int, "the model's, at most 8192", least=1),
+    Setting("gpu_layers", int, "-1 (all)", least=-1),
+    Setting("temperature", float, "the model's, else the engine's", least=0),
+    Setting("top_p", float, "the model's, else the engine's", least=0, most=1),
+    Setting("max_tokens", int, "what the context holds", least=1),
+    Setting("system", str, "none"),
+    Setting("theme", str, "the terminal's own colours"),
+)
+KEYS = tuple(setting.key for setting in SETTINGS)
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a setting is and who says so; `where` is the file or the variable."""
+
+    key: str
+    value: Scalar | None
+    origin: Origin = "default"
+    where: str = ""
+
+
+def config_path() -> Path:
+    """The user's file: $POP_LOCAL_CONFIG, else config.toml in the user's configuration folder."""
+    if chosen := os.environ.get(CONFIG_VARIABLE):
+        return Path(chosen).expanduser()
+    return platformdirs.user_config_path("pop-local") / "config.toml"
+
+
+def load() -> tuple[Value, ...]:
+    """All settings in their order. Raises PopError naming file or variable, line and key."""
+    in_file = _from_file(config_path())
+    return tuple(
+        _from_environment(setting) or in_file.get(setting.key) or Value(setting.key, None)
+        for setting in SETTINGS
+    )
+
+
+def given() -> dict[str, Scalar]:
+    """The settings that someone set, by key."""
+    return {value.key: value.value for value in load() if value.value is not None}
+
+
+def get(key: str) -> Scalar | None:
+    return next(value.value for value in load() if value.key == key)
+
+
+def unknown_variables() -> list[str]:
+    """Variables of the environment that look like settings and are none."""
+    known = {*_OTHER_VARIABLES, *(setting.variable for setting in SETTINGS)}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+def find(key: str) -> Setting:
+    """The setting of that name. Raises PopError naming the nearest one."""
+    for setting in SETTINGS:
+        if setting.key == key:
+            return setting
+    hint = nearest_hint(key, {known: known for known in KEYS}, "known: " + ", ".join(KEYS))
+    raise PopError(f"there is no setting {key!r}", hint)
+
+
+def parse(setting: Setting, text: str) -> Scalar:
+    """A value as typed. Raises PopError saying what it should be."""
+    if setting.kind is str:
+        return text
+    try:
+        return _checked(setting, int(text) if setting.kind is int else float(text))
+    except ValueError:
+        raise PopError(f"{text!r} is not {_wanted(setting)}") from None
+
+
+def _from_environment(setting: Setting) -> Value | None:
+    text = os.environ.get(setting.variable)
+    if not text:
+        return None
+    value = _located(lambda: parse(setting, text), setting.variable, "correct or unset it")
+    if setting.is_path:
+        value = str(Path(str(value)).expanduser())
+    return Value(setting.key, value, "environment", setting.variable)
+
+
+def _from_file(path: Path) -> dict[str, Value]:
+    text = read_text(path)
+    return {
+        key: _file_value(path, text, key, value) for key, value in parse_file(path, text).items()
+    }
+
+
+def read_text(path: Path) -> str:
+    """The file's text, empty when there is none. Raises PopError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise PopError(f"{path} is not UTF-8 text", "save it as UTF-8") from error
+    except OSError as error:
+        raise PopError(f"cannot read {path}: {error.strerror}", "check the path") from error
+
+
+def parse_file(path: Path, text: str) -> Mapping[str, Any]:
+    try:
+        values: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PopError(
+            f"{path} is not valid TOML: {error}", 'lines look like: threads = 4, system = "..."'
+        ) from error
+    return values
+
+
+def _file_value(path: Path, text: str, key: str, value: object) -> Value:
+    where = f"{path}, line {_line(text, key)}"
+    setting = _located(lambda: find(key), where, "")
+    checked = _located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
+    if setting.is_path:
+        # Not of wherever a command happens to run.
+        checked = str(path.parent / Path(str(checked)).expanduser())
+    return Value(key, checked, "file", str(path))
+
+
+def _line(text: str, key: str) -> int:
+    pattern = re.compile(rf"""\s*\[*\s*["']?{re.escape(key)}["']?\s*[=.\]]""")
+    numbers = (n for n, line in enumerate(text.splitlines(), start=1) if pattern.match(line))
+    return next(numbers, 1)
+
+
+def _located(call: Callable[[], Any], where: str, hint: str) -> Any:
+    try:
+        return call()
+    except PopError as error:
+        raise PopError(f"{where}: {error.message}", error.hint or hint) from error
+
+
+def _checked(setting: Setting, value: object) -> Scalar:
+    kinds = (int, float) if setting.kind is float else (setting.kind,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise PopError(f"{_shown(value)} is not {_wanted(setting)}")
+    if isinstance(value, str):
+        return value
+    # Also refuses nan, which is neither.
+    if not setting.least <= value <= setting.most or math.isinf(value):
+        raise PopError(f"{value} is not {_wanted(setting)}")
+    return setting.kind(value)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+
+
+def _wanted(setting: Setting) -> str:
+    kind = _KINDS[setting.kind]
+    if math.isinf(setting.least):
+        return kind
+    if math.isinf(setting.most):
+        return f"{kind} from {setting.least:g}"
+    return f"{kind} from {setting.least:g} to {setting.most:g}"

@@ -1,0 +1,206 @@
+"""From a conversation to prompt tokens, and from sampled tokens to an answer with its figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from converter.errors import PopError
+from pop_local.engine.decode.text import Pieces, TextStream
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.interrupt import DisplacedError, PrefillStoppedError
+from pop_local.engine.logprobs import Logprobs
+from pop_local.engine.prefill.plan import plan_prefill
+from pop_local.engine.turn import (
+    Chunk,
+    ContextFullError,
+    FinishReason,
+    Message,
+    TurnOptions,
+    TurnStats,
+)
+
+if TYPE_CHECKING:
+    from pop_local.engine.model import PopModel
+
+# For base models, which come without a template; it needs no special tokens.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
+    "{% endfor %}Assistant:"
+)
+PLAIN_STOPS = ("\nUser:", "\nSystem:")
+# Templates of some reasoning models open the block themselves, so that only its end is sampled.
+THINK = "<think>"
+
+
+# Closing it ends the answer.
+Answering = Generator[Chunk, None, None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens, the strings that end the answer, and what the template has begun of it already."""
+
+    tokens: list[int]
+    stops: tuple[str, ...]
+    begun: str = ""
+
+
+class Prompts:
+    """Renders conversations by the model's own chat template."""
+
+    def __init__(self, model: PopModel) -> None:
+        template = model.metadata.get("tokenizer.chat_template")
+        self._stops = () if template else PLAIN_STOPS
+        self._internals = model._model
+        self._formatter = Jinja2ChatFormatter(
+            template=template or PLAIN_TEMPLATE,
+            eos_token=self._text_of(model.token_eos()),
+            bos_token=self._text_of(model.token_bos()),
+        )
+
+    def _text_of(self, token: int) -> str:
+        return self._internals.token_get_text(token) if token != -1 else ""
+
+    def render(self, messages: Sequence[Message]) -> Prompt:
+        """Raises PopError when the template refuses the conversation."""
+        plain: Any = [asdict(message) for message in messages]
+        try:
+            text = self._formatter(messages=plain).prompt
+        except (ValueError, TemplateError) as error:
+            raise PopError(f"the chat template refuses this conversation: {error}") from error
+        tokens = self._internals.tokenize(text.encode(), add_bos=False, special=True)
+        bos = self._internals.token_bos()
+        if self._internals.add_bos_token() and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        begun = THINK if text.rstrip().endswith(THINK) else ""
+        return Prompt(tokens, self._stops, begun)
+
+
+def answer(model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> Answering:
+    """Stream the answer to a prompt; the last chunk carries the figures."""
+    turn = _Turn(model, render, options)
+    try:
+        yield from turn.chunks()
+    finally:
+        turn.close()
+
+
+class _Turn:
+    """One answer while it comes into being; time starts with the object."""
+
+    def __init__(self, model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> None:
+        self._started_s = time.perf_counter()
+        if options.max_tokens is not None and options.max_tokens < 1:
+            raise PopError(
+                f"max_tokens is {options.max_tokens}: an answer has one token at least",
+                "give 1 or more, or None for as many as the context holds",
+            )
+        prompt = render()
+        self._model = model
+        self._options = options
+        self._n_prompt = len(prompt.tokens)
+        self._begun = prompt.begun
+        room = model.n_ctx() - self._n_prompt
+        if room < options.min_answer:
+            raise ContextFullError(self._n_prompt, options.min_answer, model.n_ctx())
+        self._limit = min(options.max_tokens or room, room)
+        self._text = TextStream((*prompt.stops, *options.stops))
+        self._pieces = Pieces(model.vocab)
+        n_top = options.n_top_logprobs
+        self._logprobs = None if n_top is None else Logprobs(model, n_top)
+        self._n_shown = 0
+        self._sampled = model.sampled(prompt.tokens, options)
+        self._n_decoded = 0
+        self._decode_s = 0.0
+
+    def close(self) -> None:
+        self._sampled.close()
+        self._model.watch_prefill(None, None)
+
+    def chunks(self) -> Iterator[Chunk]:
+        backend.reset_counters(self._model.ctx)
+        prefill_started_s = time.perf_counter()
+        self._model.watch_prefill(self._options.on_prefill, self._options.should_stop)
+        try:
+            token = next(self._sampled)
+        except PrefillStoppedError:
+            token = -1
+        self._model.watch_prefill(None, None)
+        self._epoch = self._model.epoch
+        now_s = time.perf_counter()
+        self._ttft_s, self._prefill_s = now_s - self._started_s, now_s - prefill_started_s
+        self._evaluated = backend.get_counters(self._model.ctx)
+        n_evaluated = self._evaluated.n_context + self._evaluated.n_full
+        # A batch that was stopped has been counted in part, and dropped.
+        self._n_cached = max(0, self._model.n_tokens - n_evaluated)
+        if token == -1:
+            yield Chunk("", self._stats("interrupted"))
+            return
+        if self._begun:
+            yield Chunk(self._begun)
+        yield from self._decode(token)
+
+    def _decode(self, token: int) -> Iterator[Chunk]:
+        while True:
+            self._n_decoded += 1
+            at_end = self._is_end(token)
+            shown = "" if at_end else self._text.push(self._pieces[token])
+            if self._logprobs is not None and not at_end:
+                self._logprobs.push(token)
+            reason = "stop" if at_end or self._text.stopped else self._cut_short()
+            if reason is not None:
+                yield self._chunk(shown + self._text.flush(), self._stats(reason))
+                return
+            if shown:
+                yield self._chunk(shown)
+            token = self._next_token()
+
+    def _chunk(self, text: str, stats: TurnStats | None = None) -> Chunk:
+        if self._logprobs is None:
+            return Chunk(text, stats)
+        self._n_shown += len(text.encode())
+        return Chunk(text, stats, self._logprobs.take(self._n_shown))
+
+    def _next_token(self) -> int:
+        if self._model.epoch != self._epoch:
+            raise DisplacedError
+        started_s = time.perf_counter()
+        token = next(self._sampled)
+        self._decode_s += time.perf_counter() - started_s
+        return token
+
+    def _is_end(self, token: int) -> bool:
+        return bool(backend.bindings().llama_vocab_is_eog(self._model.vocab, token))
+
+    def _cut_short(self) -> FinishReason | None:
+        if self._n_decoded >= self._limit:
+            return "length"
+        if self._options.should_stop is not None and self._options.should_stop():
+            return "interrupted"
+        return None
+
+    def _stats(self, reason: FinishReason) -> TurnStats:
+        return TurnStats(
+            n_prompt=self._n_prompt,
+            n_cached=self._n_cached,
+            n_pruned=self._evaluated.n_context,
+            n_full=self._evaluated.n_full,
+            ttft_s=self._ttft_s,
+            prefill_s=self._prefill_s,
+            n_decoded=self._n_decoded,
+            decode_s=self._decode_s,
+            finish_reason=reason,
+            is_short=self._is_short(),
+        )
+
+    def _is_short(self) -> bool:
+        model = self._model
+        n_new = max(1, self._n_prompt - self._n_cached)
+        plan = plan_prefill(self._n_cached, n_new, model.rule, model.n_batch)
+        return model.pop_mode is backend.Mode.CONTEXT and plan.n_pruned == 0

@@ -1,0 +1,72 @@
+"""From sampled tokens to text that may be shown: whole characters, nothing of a stop string."""
+
+import codecs
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from pop_local.engine.llama.backend import bindings
+
+
+class Pieces:
+    """The bytes of single tokens; control tokens have none unless `special`."""
+
+    def __init__(self, vocab: Any, special: bool = False) -> None:
+        self._vocab = vocab
+        self._special = special
+        self._to_piece = bindings().llama_token_to_piece
+        self._buffer = ctypes.create_string_buffer(64)
+
+    def __getitem__(self, token: int) -> bytes:
+        n = self._write(token)
+        if n < 0:
+            self._buffer = ctypes.create_string_buffer(-n)
+            n = self._write(token)
+        return self._buffer.raw[:n]
+
+    def _write(self, token: int) -> int:
+        size = len(self._buffer)
+        return int(self._to_piece(self._vocab, token, self._buffer, size, 0, self._special))
+
+
+class TextStream:
+    """Text out of bytes that come in pieces.
+
+    Half a character is held back until its other half comes, and so is what may turn out to be
+    the beginning of a stop string.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: bytes) -> str:
+        """The text that may be shown now; after a stop string, `stopped` is set."""
+        self._held += self._decoder.decode(piece)
+        return self._release()
+
+    def flush(self) -> str:
+        """What was held back, at the end of an answer; nothing after a stop string."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(b"", final=True)
+        shown, self._held = self._held, ""
+        return shown
+
+    def _release(self) -> str:
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            self.stopped = True
+            return shown
+        n_held = max((self._n_begun(stop) for stop in self._stops), default=0)
+        shown = self._held[: len(self._held) - n_held]
+        self._held = self._held[len(shown) :]
+        return shown
+
+    def _n_begun(self, stop: str) -> int:
+        """How many characters of the stop string the text ends with."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -1,0 +1,243 @@
+"""The patched backend: prove that it is there, switch pruning, count rows.
+
+Bindings of the C ABI in llama-pop.h over the library that llama_cpp has already loaded. Every
+setter raises PopError when the library refuses. `ctx` is a llama_context pointer.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from converter.errors import PopError
+from converter.format import PopMeta
+from pop_local.engine.llama import logs
+
+ABI = 1
+INSTALL_HINT = "install it with: pip install ./patches/llama-cpp-python"
+
+
+class Mode(IntEnum):
+    """OFF: every row is full. CONTEXT: context rows are pruned. ALWAYS: every row is pruned."""
+
+    OFF = 0
+    CONTEXT = 1
+    ALWAYS = 2
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Rows since the last reset that stopped at the boundary, and that ran all layers."""
+
+    n_context: int
+    n_full: int
+
+
+class _CCounters(ctypes.Structure):
+    _fields_ = [("n_context", ctypes.c_int64), ("n_full", ctypes.c_int64)]
+
+
+_INT32 = ctypes.c_int32
+_POINTER = ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
+    "llama_pop_abi": ([], _INT32),
+    "llama_pop_model_boundary": ([_POINTER], _INT32),
+    "llama_pop_set_mode": ([_POINTER, _INT32], _INT32),
+    "llama_pop_get_mode": ([_POINTER], _INT32),
+    "llama_pop_set_boundary": ([_POINTER, _INT32], _INT32),
+    "llama_pop_get_boundary": ([_POINTER], _INT32),
+    "llama_pop_set_full_from": ([_POINTER, _INT32, _INT32], _INT32),
+    "llama_pop_set_sink": ([_POINTER, _INT32], _INT32),
+    "llama_pop_get_counters": ([_POINTER, ctypes.POINTER(_CCounters)], None),
+    "llama_pop_reset_counters": ([_POINTER], None),
+}
+
+
+@functools.cache
+def bindings() -> ModuleType:
+    """llama_cpp's low-level module, its log taken over. Raises PopError when there is none."""
+    try:
+        import llama_cpp.llama_cpp as llama_cpp
+    except ImportError as error:
+        raise PopError(f"llama-cpp-python cannot be imported: {error}", INSTALL_HINT) from error
+    except (AttributeError, OSError, RuntimeError) as error:
+        raise PopError(f"llama.cpp's library cannot be loaded: {error}", INSTALL_HINT) from error
+    logs.take_over(llama_cpp)
+    return llama_cpp
+
+
+def library_abi() -> int | None:
+    """The version of the C ABI that the loaded library has; None when it is not patched."""
+    function = getattr(bindings()._lib, "llama_pop_abi", None)
+    if function is None:
+        return None
+    function.restype = _INT32
+    return int(function())
+
+
+@functools.cache
+def require_patched() -> ctypes.CDLL:
+    """The library with the ABI's functions declared. Raises PopError when it is not patched."""
+    abi = library_abi()
+    if abi is None:
+        raise PopError("the installed llama-cpp-python cannot prune: it is unpatched", INSTALL_HINT)
+    if abi != ABI:
+        raise PopError(f"the backend's ABI is version {abi}, needed is {ABI}", INSTALL_HINT)
+    library: ctypes.CDLL = bindings()._lib
+    for name, (argument_types, result_type) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = argument_types
+        function.restype = result_type
+    return library
+
+
+def model_boundary(model: Any) -> int:
+    """The boundary that the file asks for; 0: none, -1: the architecture cannot be pruned."""
+    return int(require_patched().llama_pop_model_boundary(model))
+
+
+def require_boundary(model: Any, meta: PopMeta | None) -> None:
+    """Raises PopError when the loaded model does not prune as its keys say."""
+    wanted = meta.boundary if meta else 0
+    if (found := max(0, model_boundary(model))) != wanted:
+        raise PopError(
+            f"the backend prunes from layer {found}, the file says {wanted}", INSTALL_HINT
+        )
+
+
+def get_mode(ctx: Any) -> Mode:
+    return Mode(require_patched().llama_pop_get_mode(ctx))
+
+
+def set_mode(ctx: Any, mode: Mode) -> None:
+    _set("llama_pop_set_mode", ctx, mode)
+
+
+def get_boundary(ctx: Any) -> int:
+    return int(require_patched().llama_pop_get_boundary(ctx))
+
+
+def set_boundary(ctx: Any, layer: int) -> None:
+    """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
+    _set("llama_pop_set_boundary", ctx, layer)
+
+
+def set_full_from(ctx: Any, position: int, sequence: int = 0) -> None:
+    """Rows of the sequence at or past the position are full; -1: none by position."""
+    _set("llama_pop_set_full_from", ctx, sequence, position)
+
+
+def set_sink(ctx: Any, n_tokens: int) -> None:
+    """Rows of every sequence below this position are full; -1 goes back to the file's number."""
+    _set("llama_pop_set_sink", ctx, n_tokens)
+
+
+def get_counters(ctx: Any) -> Counters:
+    counters = _CCounters()
+    require_patched().llama_pop_get_counters(ctx, ctypes.byref(counters))
+    return Counters(counters.n_context, counters.n_full)
+
+
+def reset_counters(ctx: Any) -> None:
+    require_patched().llama_pop_reset_counters(ctx)
+
+
+def _set(name: str, ctx: Any, *values: int) -> None:
+    logs.forget_errors()
+    if getattr(require_patched(), name)(ctx, *values) != 0:
+        raise PopError(logs.first_error() or f"{name}{values} was refused")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One of ggml's devices; memory in bytes."""
+
+    name: str
+    description: str
+    is_gpu: bool
+    memory_free_bytes: int
+    memory_total_bytes: int
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What `doctor` tells about the backend; `abi` is None when the library is unpatched."""
+
+    version: str
+    library_path: Path
+    abi: int | None
+    devices: tuple[Device, ...]
+    features: str
+    n_threads: int
+
+
+def describe_backend() -> BackendInfo:
+    """Works with an unpatched library too. Raises PopError when there is none at all."""
+    llama_cpp = bindings()
+    import llama_cpp as package
+
+    return BackendInfo(
+        version=package.__version__,
+        library_path=Path(llama_cpp._lib._name),
+        abi=library_abi(),
+        devices=devices(),
+        features=llama_cpp.llama_print_system_info().decode(),
+        n_threads=default_threads(),
+    )
+
+
+def devices() -> tuple[Device, ...]:
+    """ggml's devices, the CPU last as ggml lists them."""
+    ggml = GgmlLibrary()
+    return tuple(ggml.device(i) for i in range(ggml("ggml_backend_dev_count", ctypes.c_size_t)))
+
+
+class GgmlLibrary:
+    """Calls of ggml's functions by name, since llama_cpp binds few of them."""
+
+    _LIBRARIES = ("ggml", "ggml-base")
+    _GPU_TYPES = (1, 2)  # dedicated, integrated: enum ggml_backend_dev_type
+
+    def __init__(self) -> None:
+        from llama_cpp._ctypes_extensions import load_shared_library
+
+        llama_cpp = bindings()
+        self._handles = [load_shared_library(n, llama_cpp._base_path) for n in self._LIBRARIES]
+
+    def __call__(self, name: str, result_type: Any, *arguments: Any) -> Any:
+        for handle in self._handles:
+            if (function := getattr(handle, name, None)) is not None:
+                function.restype = result_type
+                return function(*arguments)
+        raise PopError(f"the backend has no function {name}", INSTALL_HINT)
+
+    def device(self, index: int) -> Device:
+        handle = _POINTER(self("ggml_backend_dev_get", _POINTER, ctypes.c_size_t(index)))
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self("ggml_backend_dev_memory", None, handle, ctypes.byref(free), ctypes.byref(total))
+        kind = self("ggml_backend_dev_type", ctypes.c_int, handle)
+        return Device(
+            name=self("ggml_backend_dev_name", ctypes.c_char_p, handle).decode(),
+            description=self("ggml_backend_dev_description", ctypes.c_char_p, handle).decode(),
+            is_gpu=kind in self._GPU_TYPES,
+            memory_free_bytes=free.value,
+            memory_total_bytes=total.value,
+        )
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use; a second thread on a core slows llama.cpp down."""
+    if hasattr(os, "sched_getaffinity"):
+        cpus = os.sched_getaffinity(0)
+        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        try:
+            return len({Path(siblings.format(cpu)).read_text() for cpu in cpus})
+        except OSError:
+            return len(cpus)
+    n_cpus = os.cpu_count() or 1
+    return n_cpus if platform.machine() == "arm64" else max(1, n_cpus // 2)

@@ -1,0 +1,47 @@
+"""A llama_batch of one sequence, filled through numpy views, not field by field."""
+
+from collections.abc import Sequence
+from enum import Enum
+
+import numpy as np
+
+from pop_local.engine.llama.backend import bindings
+
+
+class Outputs(Enum):
+    """The rows whose logits are requested."""
+
+    NONE = "none"
+    LAST = "last"
+    ALL = "all"
+
+
+class TokenBatch:
+    """Up to `n_batch` tokens of sequence 0 at consecutive positions."""
+
+    def __init__(self, n_batch: int) -> None:
+        self._api = bindings()
+        self._batch = self._api.llama_batch_init(n_batch, 0, 1)
+        self._token = self._view("token", n_batch)
+        self._pos = self._view("pos", n_batch)
+        self._logits = self._view("logits", n_batch)
+        self._view("n_seq_id", n_batch)[:] = 1
+        for row in range(n_batch):
+            self._batch.seq_id[row][0] = 0
+        self._offsets = np.arange(n_batch, dtype=np.int32)
+
+    def _view(self, field: str, n_batch: int) -> np.ndarray:
+        return np.ctypeslib.as_array(getattr(self._batch, field), (n_batch,))
+
+    def decode(self, ctx: object, tokens: Sequence[int], first_pos: int, outputs: Outputs) -> int:
+        """Evaluate the tokens; returns what llama_decode returns, 0 when all is well."""
+        n = len(tokens)
+        self._batch.n_tokens = n
+        self._token[:n] = tokens
+        np.add(self._offsets[:n], first_pos, out=self._pos[:n])
+        self._logits[:n] = outputs is Outputs.ALL
+        self._logits[n - 1] = outputs is not Outputs.NONE
+        return int(self._api.llama_decode(ctx, self._batch))
+
+    def close(self) -> None:
+        self._api.llama_batch_free(self._batch)

@@ -1,0 +1,94 @@
+"""Stopping a long prefill: asked between the nodes of llama.cpp's graph, and between batches."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from converter.errors import PopError
+from pop_local.engine.llama.backend import bindings
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+
+
+class PrefillStoppedError(Exception):
+    """The caller's `should_stop` said so; what was decoded before stays in the KV cache."""
+
+
+class DisplacedError(PopError):
+    """What an answer needs of the KV cache has been taken away from under it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the KV cache was emptied, or another answer begun, before this one had ended",
+            "a model gives one answer at a time: read it to its end, or close it",
+        )
+
+
+class Interrupt:
+    """Passes signals (Ctrl-C) and the caller's wish to stop through llama_decode.
+
+    Python handles signals only between bytecodes: without a callback, Ctrl-C would wait for the
+    end of the batch, which takes a large model on a CPU a minute. In the callback, in turn, a
+    handler must not raise, for ctypes drops that: handlers are put off to where it is caught.
+    """
+
+    def __init__(self) -> None:
+        self._api = bindings()
+        self._callback = self._api.ggml_abort_callback(self._abort)
+        self._no_callback = self._api.ggml_abort_callback(0)
+        self._raised: BaseException | None = None
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._pending: list[tuple[int, FrameType | None]] = []
+        self.should_stop: Callable[[], bool] | None = None
+
+    @contextmanager
+    def watching(self, ctx: Any) -> Iterator[None]:
+        self._put_off_signals()
+        self._api.llama_set_abort_callback(ctx, self._callback, None)
+        try:
+            yield
+        finally:
+            self._api.llama_set_abort_callback(ctx, self._no_callback, None)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            self._raised = None
+            self._deliver()
+
+    def check(self) -> None:
+        """To be called after each batch: raises what the callback could not raise."""
+        if self._raised is not None:
+            raise self._raised
+        self._deliver()
+        if self._wanted():
+            raise PrefillStoppedError
+
+    def _put_off_signals(self) -> None:
+        self._pending.clear()
+        self._handlers.clear()
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)
+            handler = None if number is None else signal.getsignal(number)
+            if number is not None and callable(handler):
+                self._handlers[number] = handler
+                signal.signal(number, lambda *received: self._pending.append(received))
+
+    def _deliver(self) -> None:
+        while self._pending:
+            number, frame = self._pending.pop(0)
+            self._handlers[number](number, frame)
+
+    def _wanted(self) -> bool:
+        return self.should_stop is not None and self.should_stop()
+
+    def _abort(self, _data: object) -> bool:
+        try:
+            self._deliver()
+            return self._wanted()
+        except BaseException as error:
+            self._raised = error
+            return True

@@ -1,0 +1,73 @@
+"""What opening a model takes: its files, one more than llama_cpp knows of, and its defaults."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from converter.format import PopMeta
+from converter.header import Header
+from converter.shape import trained_ctx
+from converter.source import Source
+from pop_local.engine.llama import backend
+from pop_local.engine.prefill.plan import RowRule
+
+DEFAULT_CTX = 8192
+# Of the model that this thread opens; none for llama.cpp's own way of finding parts.
+_wanted: ContextVar[tuple[Path, ...]] = ContextVar("wanted", default=())
+
+
+def files_of(base: Source, sidecar: Path | None) -> tuple[Path, ...]:
+    """All files to open when there is a sidecar, which comes last; none without one."""
+    return () if sidecar is None else (*(part.path for part in base.parts), sidecar)
+
+
+def load(path: Path, files: tuple[Path, ...], params: Any) -> Any:
+    """llama.cpp's model from `files`, or from `path` when there are none; None when refused."""
+    with loading_from(files):
+        return backend.bindings().llama_model_load_from_file(str(path).encode(), params)
+
+
+@contextmanager
+def loading_from(files: tuple[Path, ...]) -> Iterator[None]:
+    """Meanwhile, what this thread loads by path comes from `files`, if there are any.
+
+    llama_cpp's `Llama` takes one path and offers no other way in.
+    """
+    _install(backend.bindings())
+    token = _wanted.set(files)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def _install(api: ModuleType) -> None:
+    """Let llama_cpp's function for one path look at `_wanted`, once."""
+    from_one = api.llama_model_load_from_file
+    if hasattr(from_one, "from_one"):
+        return
+
+    def load_wanted(path: bytes, params: Any) -> Any:
+        files = _wanted.get()
+        if not files:
+            return from_one(path, params)
+        paths = (ctypes.c_char_p * len(files))(*(str(file).encode() for file in files))
+        return api.llama_model_load_from_splits(paths, len(files), params)
+
+    load_wanted.from_one = from_one  # type: ignore[attr-defined]
+    api.llama_model_load_from_file = load_wanted  # type: ignore[attr-defined]
+
+
+def rule_of(meta: PopMeta | None) -> RowRule:
+    if meta is None:
+        return RowRule()
+    return RowRule(meta.sink_tokens, meta.tail_tokens, meta.min_prompt)
+
+
+def default_ctx(header: Header) -> int:
+    """The context that the model was trained with, in tokens, at most DEFAULT_CTX."""
+    return min(trained_ctx(header) or DEFAULT_CTX, DEFAULT_CTX)

@@ -1,0 +1,1 @@
+"""Which rows of a prompt run in full, and what is known of those in the KV cache."""

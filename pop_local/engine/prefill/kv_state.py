@@ -1,0 +1,133 @@
+"""Saved KV states that know under which mode, boundary and conversion they were computed."""
+
+import ctypes
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp.llama import LlamaState
+from llama_cpp.llama_cache import BaseLlamaCache
+
+from converter.format import OWN, TENSOR_MARK, PopMeta, encode_keys
+from converter.header import Header, read_header
+from converter.shape import MAX_LAYERS
+from converter.source import Source
+from pop_local.engine.llama.backend import Mode, bindings
+
+# Of each fitted tensor, for the fingerprint: no two fits agree in that many.
+_SAMPLED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Tells two conversions of one model apart; `fingerprint` is empty for none."""
+
+    projection: str
+    fingerprint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.projection} projections {self.fingerprint}".rstrip()
+
+
+NO_CONVERSION = Conversion(OWN)
+
+
+def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> Conversion:
+    """Covers the keys that pruned K/V depend on, and the table and beginnings of fitted tensors.
+
+    A sidecar and a single file of one fit have the same.
+    """
+    if meta is None:
+        return NO_CONVERSION
+    # Where the keys come from, what was measured, and what decided, do not matter.
+    keys = replace(meta, source_name="", source_bytes=0, tool="", measured=None, budget=None)
+    digest = hashlib.sha256(b"".join(encode_keys(keys)))
+    for header in base.parts if sidecar is None else (read_header(sidecar),):
+        _add_tensors(digest, header)
+    return Conversion(meta.projection, digest.hexdigest()[:16])
+
+
+def _add_tensors(digest: Any, header: Header) -> None:
+    with header.path.open("rb") as file:
+        for tensor in header.tensors:
+            if TENSOR_MARK in tensor.name:
+                digest.update(f"{tensor.name} {tensor.dims} {tensor.type}".encode())
+                file.seek(header.data_start + tensor.offset)
+                digest.update(file.read(min(tensor.size_bytes, _SAMPLED_BYTES)))
+
+
+@dataclass(frozen=True)
+class KvKey:
+    """What the K/V of a prompt depend on besides its tokens; never to be mixed in one cache."""
+
+    mode: Mode
+    boundary: int
+    conversion: Conversion = NO_CONVERSION
+
+    @property
+    def as_token(self) -> int:
+        """A number that is no token, one for each key."""
+        number = int(self.conversion.fingerprint or "0", 16)
+        return -1 - ((number * MAX_LAYERS + self.boundary) * len(Mode) + self.mode)
+
+    def __str__(self) -> str:
+        if self.mode is Mode.OFF:
+            return "mode OFF"
+        return f"mode {self.mode.name}, boundary {self.boundary}, {self.conversion}"
+
+
+FULL = KvKey(Mode.OFF, 0)
+
+
+class PopState(LlamaState):
+    """A LlamaState, and for each of its tokens whether it ran all layers."""
+
+    def __init__(self, *, key: KvKey, is_full: np.ndarray, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.key = key
+        self.is_full = is_full
+
+
+def context_state(ctx: Any) -> bytes:
+    """All that a llama_context holds."""
+    api = bindings()
+    buffer = np.empty(api.llama_state_get_size(ctx), dtype=np.uint8)
+    return buffer[: api.llama_state_get_data(ctx, _bytes_at(buffer), buffer.size)].tobytes()
+
+
+def restore_context_state(ctx: Any, state: bytes) -> bool:
+    """Whether it could be restored; what the context holds is undefined if not."""
+    buffer = np.frombuffer(state, dtype=np.uint8).copy()
+    return bool(bindings().llama_state_set_data(ctx, _bytes_at(buffer), buffer.size) == buffer.size)
+
+
+def _bytes_at(buffer: np.ndarray) -> Any:
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+class KeyedCache(BaseLlamaCache):
+    """A prompt cache of llama_cpp in which only states of the model's own key are found."""
+
+    def __init__(self, cache: BaseLlamaCache, key: KvKey) -> None:
+        super().__init__(cache.capacity_bytes)
+        self.cache = cache
+        self.key = key
+
+    @property
+    def cache_size(self) -> int:
+        return int(self.cache.cache_size)
+
+    def __getitem__(self, tokens: Sequence[int]) -> LlamaState:
+        return self.cache[self._keyed(tokens)]
+
+    def __contains__(self, tokens: Sequence[int]) -> bool:
+        return self._keyed(tokens) in self.cache
+
+    def __setitem__(self, tokens: Sequence[int], state: LlamaState) -> None:
+        self.cache[self._keyed(tokens)] = state
+
+    def _keyed(self, tokens: Sequence[int]) -> list[int]:
+        return [self.key.as_token, *tokens]

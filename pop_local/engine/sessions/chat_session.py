@@ -1,0 +1,189 @@
+"""A conversation that a program holds with a model: ask, stream, figures, saving."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from inspect import GEN_RUNNING, getgeneratorstate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converter.errors import OutputExistsError, PopError
+from pop_local.engine.answer import Answering
+from pop_local.engine.model import PopModel
+from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.session_file import SUFFIX, Sessions
+from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and its figures."""
+
+    text: str
+    stats: TurnStats
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Stream(Iterator[str]):
+    """The pieces of an answer as they come; `stats` are there once it has ended by itself.
+
+    Closing it ends the answer. Whatever ends it, `text` is what was said until then. Closed by its
+    own on_prefill or should_stop, it ends as soon as these return, and has its `stats`.
+    """
+
+    def __init__(self, chunks: Answering, on_end: Callable[[Stream], None]) -> None:
+        self._chunks = chunks
+        self._on_end = on_end
+        self._said: list[str] = []
+        self._is_open = True
+        self.is_closing = False
+        self.stats: TurnStats | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self._said)
+
+    def __next__(self) -> str:
+        for chunk in self._chunks:
+            self.stats = chunk.stats
+            if chunk.text and not self.is_closing:
+                self._said.append(chunk.text)
+                return chunk.text
+        self.close()
+        raise StopIteration
+
+    def close(self) -> None:
+        self.is_closing = True
+        is_running = getgeneratorstate(self._chunks) == GEN_RUNNING
+        if self._is_open and not is_running:
+            self._is_open = False
+            self._chunks.close()
+            self._on_end(self)
+
+
+class ChatSession:
+    """A conversation in which every question comes after all that was said before.
+
+    Not for several threads. A model has one KV cache, and gives one answer at a time: what another
+    session asks in between has to make room, and is read again later.
+    """
+
+    def __init__(
+        self, model: PopModel, conversation: Conversation | None = None, *, reread: str = ""
+    ) -> None:
+        """`reread`: why the conversation has to be read again, or nothing."""
+        self.model = model
+        self.reread = reread
+        self._conversation = conversation or Conversation()
+        self._turns: list[TurnStats] = []
+        self._stream: Stream | None = None
+
+    @property
+    def conversation(self) -> Conversation:
+        """The system prompt and all turns so far; an answer that still streams is ended.
+
+        Raises PopError in the on_prefill and should_stop of this very answer.
+        """
+        if self._stream is not None:
+            self._stream.close()
+        if self._stream is not None:
+            raise PopError(
+                "the session is in the midst of an answer",
+                "on_prefill and should_stop may end it; go on when it has ended",
+            )
+        return self._conversation
+
+    @property
+    def stats(self) -> SessionStats:
+        """The sums over the answers that ended by themselves since this session was opened."""
+        return SessionStats.of(self._turns)
+
+    def chat(
+        self,
+        question: str,
+        *,
+        documents: Sequence[str | Document] = (),
+        **options: Unpack[AnswerOptions],
+    ) -> Answer:
+        """The whole answer; documents come before the question. Raises PopError as `stream`."""
+        stream = self.stream(question, documents=documents, **options)
+        for _ in stream:
+            pass
+        assert stream.stats is not None, "the last chunk carries the figures"
+        return Answer(stream.text, stream.stats)
+
+    def stream(
+        self,
+        question: str,
+        *,
+        documents: Sequence[str | Document] = (),
+        **options: Unpack[AnswerOptions],
+    ) -> Stream:
+        """The answer in pieces; reading starts with the first one.
+
+        When it has ended, by itself, by close() or by Ctrl-C, question and answer belong to the
+        conversation; not when nothing was said. Raises ContextFullError when the prompt does not
+        fit the context, and PopError when the template refuses the conversation.
+        """
+        turn = Turn(question, _documents(documents))
+        if not turn.prompt:
+            raise PopError("the question is empty", "give a question, or a document")
+        messages = self.conversation.plus(turn).messages
+
+        def keep(ended: Stream) -> None:
+            self._stream = None
+            if ended.text:
+                self._conversation = self._conversation.plus(replace(turn, answer=ended.text))
+            if ended.stats is not None:
+                self._turns.append(ended.stats)
+
+        asked = options.get("should_stop")
+        options["should_stop"] = lambda: stream.is_closing or (asked is not None and asked())
+        self._stream = stream = Stream(self.model.chat_turn(messages, **options), keep)
+        return stream
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write transcript and KV cache to a .popsession file, which gets that suffix, whole or
+        not at all; returns its path. Raises PopError.
+
+        The KV cache is the model's: if another session asked last, this one will be read again.
+        """
+        folder, name = _place(path)
+        sessions = Sessions(folder)
+        target = sessions.path(name)
+        if target.exists() and not overwrite:
+            raise OutputExistsError(f"{target} is there already", "overwrite=True replaces it")
+        sessions.save(name, self.model, self.conversation)
+        return target
+
+
+def load_session(model: PopModel, path: str | os.PathLike[str]) -> ChatSession:
+    """Go on with a saved conversation; the model takes over its pruning and its KV cache.
+
+    Where these do not fit the model, `reread` says why, and the next question reads all of it.
+    Raises PopError for what is no session.
+    """
+    folder, name = _place(path)
+    sessions = Sessions(folder)
+    if not sessions.path(name).is_file():
+        raise PopError(f"there is no session {sessions.path(name)}", "check the path")
+    restored = sessions.load(name, model)
+    return ChatSession(model, restored.session.conversation, reread=restored.reread)
+
+
+def _place(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    given = Path(path)
+    return given.parent, given.name.removesuffix(SUFFIX)
+
+
+def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:
+    if isinstance(given, str):  # a sequence of letters, to Python
+        raise PopError("documents is a single text, not a list of them", "documents=[text]")
+    return tuple(each if isinstance(each, Document) else Document("a text", each) for each in given)

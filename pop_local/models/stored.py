@@ -1,0 +1,147 @@
+"""What lies in a models folder: models, their parts, sidecars and unfinished downloads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converter.errors import PopError
+from converter.sidecar import SUFFIX as SIDECAR_SUFFIX
+from converter.sidecar import pop_of
+from converter.source import part_names, part_of, read_source
+from pop_local.config.nearest import nearest_hint
+
+SUFFIX = ".gguf"
+PARTIAL_SUFFIX = ".gguf.partial"
+# Beside an unfinished download: where it comes from.
+ORIGIN_SUFFIX = ".origin"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One model; `problem` says why it cannot be used, or is empty.
+
+    `size_bytes` is of all its files, the sidecar included. `boundary` and `projection` are the
+    model's own, or else its sidecar's.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    sidecar: Path | None = None
+    size_bytes: int = 0
+    architecture: str | None = None
+    boundary: int | None = None
+    projection: str | None = None
+    problem: str = ""
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        return (*self.files, self.sidecar) if self.sidecar else self.files
+
+
+def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """The GGUF files of each model in their order, by its file name without the ending.
+
+    The parts of a split model are one; sidecars are none.
+    """
+    found: dict[str, tuple[Path, ...]] = {}
+    parts: dict[tuple[str, int], list[Path]] = {}
+    for path in _files(folder, SUFFIX):
+        if part := part_of(path.name):
+            parts.setdefault((part.stem, part.count), []).append(path)
+        elif not path.name.endswith(SIDECAR_SUFFIX):
+            found[path.name.removesuffix(SUFFIX)] = (path,)
+    for (stem, count), paths in parts.items():
+        name = part_names(stem, count)[0].removesuffix(SUFFIX) if stem in found else stem
+        found[name] = tuple(paths)
+    return found
+
+
+def file_by_name(folder: Path, name: str) -> Path | None:
+    """A model's file, or the first of its parts; the name in any case, with or without .gguf."""
+    wanted = name.lower().removesuffix(SUFFIX)
+    for known, files in models_by_name(folder).items():
+        if known.lower() == wanted:
+            return files[0]
+    return None
+
+
+def stock(folder: Path) -> tuple[Stored, ...]:
+    """All that lies there, in the order of the names; damaged files, too."""
+    models = models_by_name(folder)
+    sidecars = _sidecars(folder)
+    stored = [_examined(name, files, sidecars.get(name)) for name, files in models.items()]
+    stored += [
+        _unusable(path.name.removesuffix(SUFFIX), (path,), "its model is not in this folder")
+        for name, path in sidecars.items()
+        if name not in models
+    ]
+    stored += [
+        _unusable(path.name, _with_origin(path), "unfinished download: pull it again")
+        for path in _files(folder, PARTIAL_SUFFIX)
+    ]
+    return tuple(sorted(stored, key=lambda model: model.name.lower()))
+
+
+def removable(folder: Path, name: str) -> tuple[Path, ...]:
+    """The files that go with a name: a model and its sidecar, a sidecar alone, a download.
+
+    Raises PopError for a file elsewhere, and for an unknown name, naming the nearest.
+    """
+    path = Path(name)
+    if path.name != name and path.parent.resolve() != folder.resolve():
+        raise PopError(
+            f"{name} is not in the models folder", f"only what lies in {folder} is removed"
+        )
+    groups = {model.name: model.all_files for model in stock(folder)}
+    groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _sidecars(folder).values()}
+    wanted = path.name.lower()
+    for known, files in groups.items():
+        if known.lower() in (wanted, wanted.removesuffix(SUFFIX)):
+            return files
+    raise PopError(
+        f"there is no model {name!r} in {folder}",
+        nearest_hint(path.name, {known: known for known in groups}, "see `pop-local list`"),
+    )
+
+
+def total_bytes(files: Iterable[Path]) -> int:
+    # A link counts as itself: removing it frees nothing else.
+    return sum(path.lstat().st_size for path in files)
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.endswith(suffix) and not path.name.startswith(".") and not path.is_dir()
+    )
+
+
+def _sidecars(folder: Path) -> dict[str, Path]:
+    return {path.name.removesuffix(SIDECAR_SUFFIX): path for path in _files(folder, SIDECAR_SUFFIX)}
+
+
+def _with_origin(partial: Path) -> tuple[Path, ...]:
+    origin = partial.with_name(partial.name + ORIGIN_SUFFIX)
+    return (partial, origin) if origin.exists() else (partial,)
+
+
+def _unusable(name: str, files: tuple[Path, ...], problem: str) -> Stored:
+    return Stored(name, files, size_bytes=total_bytes(files), problem=problem)
+
+
+def _examined(name: str, files: tuple[Path, ...], sidecar: Path | None) -> Stored:
+    found = Stored(name, files, sidecar)
+    found = replace(found, size_bytes=total_bytes(found.all_files))
+    try:
+        source = read_source(files[0])
+        architecture = source.first.get("general.architecture")
+        found = replace(found, architecture=str(architecture) if architecture else None)
+        meta = pop_of(source, sidecar)
+    except PopError as error:
+        return replace(found, problem=error.message.removeprefix(f"{files[0]} "))
+    if meta is None:
+        return found
+    return replace(found, boundary=meta.boundary, projection=meta.projection)

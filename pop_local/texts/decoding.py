@@ -1,0 +1,43 @@
+"""Plain text out of bytes and files: UTF-8, or what a byte order mark says."""
+
+import codecs
+from pathlib import Path
+
+from converter.errors import PopError
+
+_HINT = "convert it to plain text first"
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def decoded(content: bytes, origin: str) -> str:
+    """Raises PopError for what is no text."""
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise PopError(f"{origin} is not UTF-8 text", _HINT) from error
+    if "\0" in text:
+        raise PopError(f"{origin} is a binary file, not text", _HINT)
+    return text
+
+
+def read_bytes(path: Path) -> bytes:
+    """Raises PopError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PopError(
+            f"cannot read {path}: {error.strerror}", "give a text file that can be read"
+        ) from error
+
+
+def read_text(path: Path) -> str:
+    """A whole file. Raises PopError when it cannot be read, is no text or holds none."""
+    text = decoded(read_bytes(path), str(path))
+    if not text.strip():
+        raise PopError(f"{path} holds no text", "give a file with text in it")
+    return text

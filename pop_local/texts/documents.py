@@ -1,0 +1,98 @@
+"""The text of a file: plain text in whatever language, PDF and DOCX.
+
+pypdf and python-docx come with the extra `documents` and are imported when such a file is read.
+"""
+
+import io
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from converter.errors import PopError
+from pop_local.engine.sessions.conversation import Document
+from pop_local.texts.decoding import decoded
+
+MAX_BYTES = 100_000_000
+EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
+
+
+def read_document(path: str | os.PathLike[str]) -> Document:
+    """Raises OSError, and PopError for what is no text, holds none or is far too large."""
+    path = Path(path)
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+        raise PopError(f"{path} is neither a file nor a pipe", "give a file")
+    with path.open("rb") as file:
+        content = read_limited(file, str(path))
+    text_of = _READERS.get(path.suffix.lower(), _plain)
+    return Document(str(path), text_of(path, content))
+
+
+def read_limited(file: BinaryIO, origin: str) -> bytes:
+    """All of it. Raises PopError for more than MAX_BYTES, which are not read."""
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise PopError(
+            f"{origin} has more than {MAX_BYTES:,} bytes, more than any context holds",
+            "give a part of it",
+        )
+    return content
+
+
+def _plain(path: Path, content: bytes) -> str:
+    return decoded(content, str(path))
+
+
+def _pdf(path: Path, content: bytes) -> str:
+    try:
+        import pypdf
+    except ImportError as error:
+        raise PopError(f"{path} is a PDF, and pypdf is not installed", EXTRA_HINT) from error
+    # It warns of every oddity that it can live with.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+
+    def pages() -> Iterator[str]:
+        reader = pypdf.PdfReader(io.BytesIO(content))
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise PopError(f"{path} is protected by a password", "save it without one first")
+        for page in reader.pages:
+            yield page.extract_text()
+
+    text = _parsed(path, "PDF", lambda: "\n\n".join(pages()))
+    if not text.strip():
+        raise PopError(f"{path} holds no text, only pictures of it", "run it through an OCR first")
+    return text
+
+
+def _docx(path: Path, content: bytes) -> str:
+    try:
+        import docx
+    except ImportError as error:
+        raise PopError(f"{path} is DOCX, and python-docx is not installed", EXTRA_HINT) from error
+
+    def blocks() -> Iterator[str]:
+        for block in docx.Document(io.BytesIO(content)).iter_inner_content():
+            yield _table(block) if hasattr(block, "rows") else block.text
+
+    return _parsed(path, "DOCX", lambda: "\n\n".join(text for text in blocks() if text.strip()))
+
+
+def _table(table: Any) -> str:
+    return "\n".join(" | ".join(cell.text for cell in row.cells) for row in table.rows)
+
+
+def _parsed(path: Path, kind: str, parse: Callable[[], str]) -> str:
+    try:
+        return parse()
+    except (PopError, OSError):
+        raise
+    except Exception as error:  # the libraries let through whatever a broken file does to them
+        raise PopError(
+            f"{path} cannot be read as {kind}: {error}", "save it as plain text first"
+        ) from error
+
+
+_READERS = {".pdf": _pdf, ".docx": _docx}

@@ -1,0 +1,155 @@
+"""/file and /glob: texts that go with the next question, counted before they are read."""
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converter.errors import PopError
+from pop_local.engine.sessions.conversation import Document
+from pop_local.texts.documents import read_document
+from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.overflow import enlarge, larger_ctx
+from pop_local.ui.chat.screen import Choice
+from pop_local.ui.errors import as_pop_error
+from pop_local.ui.views.stats import counted_line
+
+# What a question takes besides its files, the marks of the template included.
+_QUESTION_TOKENS = 64
+_MAX_FILES = 500
+NEXT = "It goes with your next question."
+
+
+@dataclass(frozen=True)
+class _Counted:
+    document: Document
+    n_tokens: int
+
+
+def attach_file(chat: Chat, argument: str) -> None:
+    if not argument:
+        _list(chat)
+        return
+    counted = _counted(chat, _path(argument))
+    if counted is None:
+        return
+    chat.screen.note(counted_line(counted.document.name, counted.n_tokens, chat.model.n_ctx()))
+    _attach(chat, counted)
+
+
+def attach_glob(chat: Chat, argument: str) -> None:
+    if not argument:
+        chat.screen.note("/glob takes a pattern, such as docs/**/*.md.")
+        return
+    pattern = str(_path(argument))
+    found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 (patterns may be absolute)
+    paths = sorted(path for path in found if path.is_file())
+    if not paths or len(paths) > _MAX_FILES:
+        number = f"{len(paths)} files match" if paths else "No file matches"
+        chat.screen.note(f"{number} {argument}: nothing is attached.")
+        return
+    files = [counted for path in paths if (counted := _counted(chat, path))]
+    for counted in files:
+        chat.screen.note(counted_line(counted.document.name, counted.n_tokens, chat.model.n_ctx()))
+    if not files:
+        return
+    n_tokens = sum(counted.n_tokens for counted in files)
+    if len(files) > 1:
+        chat.screen.note(counted_line(f"All {len(files)}", n_tokens, chat.model.n_ctx()))
+    _attach_all(chat, files, n_tokens)
+
+
+def _attach(chat: Chat, counted: _Counted) -> None:
+    room = _room(chat)
+    if counted.n_tokens <= room:
+        _add(chat, [counted])
+        return
+    cuts = [
+        Choice("b", f"read its beginning, {room:,} tokens"),
+        Choice("e", f"read its end, {room:,} tokens"),
+    ]
+    chosen = _choose(chat, counted.n_tokens, room, cuts if room > 0 else [])
+    if chosen in ("b", "e"):
+        _add(chat, [_cut(chat, counted, room, chosen)])
+    elif chosen == "l":
+        _attach(chat, counted)
+
+
+def _attach_all(chat: Chat, files: Sequence[_Counted], n_tokens: int) -> None:
+    room = _room(chat)
+    if n_tokens <= room:
+        _add(chat, files)
+        return
+    fitting = _first_that_fit(files, room)
+    first = [Choice("f", f"read the first {len(fitting)} of {len(files)}")] if fitting else []
+    chosen = _choose(chat, n_tokens, room, first)
+    if chosen == "f":
+        _add(chat, fitting)
+    elif chosen == "l":
+        _attach_all(chat, files, n_tokens)
+
+
+def _choose(chat: Chat, n_tokens: int, room: int, cuts: Sequence[Choice]) -> str | None:
+    """What to do about too much text: the key, "l" once the context is larger."""
+    n_ctx = chat.model.n_ctx()
+    n_larger = larger_ctx(chat.model, n_tokens - room + n_ctx)
+    larger = [Choice("l", f"take a larger context (--ctx {n_larger})")] if n_larger else []
+    question = f"That is {n_tokens - room:,} tokens more than there is room for ({max(0, room):,})."
+    chosen = chat.screen.choose(question, [*cuts, *larger, Choice("s", "skip it")])
+    if chosen == "l" and n_larger and enlarge(chat, n_larger):
+        return "l"
+    if chosen in (None, "s", "l"):
+        chat.has_failed |= chosen is None
+        chat.screen.note("Nothing is attached.")
+        return None
+    return chosen
+
+
+def _counted(chat: Chat, path: Path) -> _Counted | None:
+    try:
+        document = read_document(path)
+    except (OSError, PopError) as error:
+        chat.fail(as_pop_error(error))
+        return None
+    return _Counted(document, chat.count_tokens(document.text))
+
+
+def _room(chat: Chat) -> int:
+    return chat.model.n_ctx() - chat.n_used - chat.n_answer - _QUESTION_TOKENS
+
+
+def _first_that_fit(files: Sequence[_Counted], room: int) -> list[_Counted]:
+    fitting = []
+    for counted in files:
+        room -= counted.n_tokens
+        if room < 0:
+            break
+        fitting.append(counted)
+    return fitting
+
+
+def _cut(chat: Chat, counted: _Counted, n_tokens: int, end: str) -> _Counted:
+    tokens = chat.model.tokenize(counted.document.text.encode(), add_bos=False, special=False)
+    kept = tokens[:n_tokens] if end == "b" else tokens[-n_tokens:]
+    text = chat.model.detokenize(kept).decode(errors="ignore")
+    return _Counted(replace(counted.document, text=text), len(kept))
+
+
+def _add(chat: Chat, files: Sequence[_Counted]) -> None:
+    chat.documents += [counted.document for counted in files]
+    chat.screen.note(NEXT if len(files) == 1 else "They go with your next question.")
+
+
+def _list(chat: Chat) -> None:
+    if not chat.documents:
+        chat.screen.note("Nothing is attached; /file PATH attaches a file.")
+    for document in chat.documents:
+        n_tokens = chat.count_tokens(document.text)
+        chat.screen.note(counted_line(document.name, n_tokens, chat.model.n_ctx()))
+
+
+def _path(path: str) -> Path:
+    """Terminals quote the paths that are dropped on them."""
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
+        path = path[1:-1]
+    return Path(path).expanduser()

@@ -1,0 +1,48 @@
+"""The chat loop: reads lines and passes them on, as questions or as commands."""
+
+from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.line import LineReader
+from pop_local.ui.chat.slash import EditRequest, LeaveRequest, ask_edited, obey
+from pop_local.ui.errors import as_pop_error
+
+LEAVE_HINT = "To leave, type /exit or press Ctrl-D."
+
+
+class Repl:
+    """`run` returns when the user leaves or the input ends."""
+
+    def __init__(self, chat: Chat, read_line: LineReader) -> None:
+        self._chat = chat
+        self._read_line = read_line
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._next()
+            except KeyboardInterrupt:
+                self._chat.screen.note(LEAVE_HINT)
+            except (EOFError, LeaveRequest):
+                return
+            except BrokenPipeError:
+                raise
+            except Exception as error:  # an hour of conversation outlives whatever went wrong
+                self._chat.fail(as_pop_error(error))
+
+    def _next(self) -> None:
+        line = self._read_line()
+        if not line.strip():
+            return
+        if not line.startswith("/"):
+            self._chat.ask(line.strip())
+            return
+        try:
+            obey(self._chat, line)
+        except EditRequest as request:
+            self._edit(request.text)
+
+    def _edit(self, text: str) -> None:
+        edited = self._read_line(text).strip()
+        if edited:
+            ask_edited(self._chat, edited)
+        else:
+            self._chat.screen.note("Nothing is changed.")

@@ -1,0 +1,107 @@
+"""Where an answer goes: text on stdout, everything else on stderr."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from converter.errors import PopError
+from pop_local.engine.turn import Chunk
+from pop_local.ui import errors
+from pop_local.ui.chat.answer import Answer, MarkdownAnswer, PlainAnswer
+from pop_local.ui.progress import Advance, prefill_progress
+from pop_local.ui.theme import Look, note, out, warn
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to go on; `key` is what is typed."""
+
+    key: str
+    text: str
+
+
+class Screen(Protocol):
+    """What the chat loop draws on."""
+
+    def text(self, piece: str) -> None:
+        """A piece of the answer."""
+
+    def end_answer(self) -> None:
+        """The answer is complete, or was cut off."""
+
+    def note(self, line: str) -> None:
+        """One line about what goes on."""
+
+    def warn(self, line: str) -> None:
+        """One line that should not be missed."""
+
+    def error(self, error: PopError) -> None:
+        """What went wrong and what to do."""
+
+    def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
+        """The key of what the user wants; None for nothing, or when nobody can be asked.
+
+        The last choice is to do nothing; when it is the only one there is nothing to ask.
+        """
+        ...
+
+    def reading(self) -> AbstractContextManager[Advance]:
+        """Takes (done_tokens, total_tokens) while a prompt is read."""
+        ...
+
+
+def showing_prefill(screen: Screen, start: Callable[[Advance], Iterator[Chunk]]) -> Iterator[Chunk]:
+    """The chunks of `start(on_prefill)`; until the first one the reading of the prompt is shown."""
+    with screen.reading() as advance:
+        chunks = start(advance)
+        first = next(chunks, None)
+    if first is not None:
+        yield first
+        yield from chunks
+
+
+class TerminalScreen:
+    """The real one; in a pipe the answers alone come out on stdout."""
+
+    def __init__(self, look: Look) -> None:
+        self._look = look
+        self._answer: Answer | None = None
+
+    def text(self, piece: str) -> None:
+        if self._answer is None:
+            self._answer = self._new_answer()
+        self._answer.push(piece)
+
+    def end_answer(self) -> None:
+        if self._answer is not None:
+            self._answer.end()
+        self._answer = None
+
+    def note(self, line: str) -> None:
+        note(line)
+
+    def warn(self, line: str) -> None:
+        warn(line)
+
+    def error(self, error: PopError) -> None:
+        errors.show(error)
+
+    def reading(self) -> AbstractContextManager[Advance]:
+        return prefill_progress("Reading the prompt")
+
+    def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
+        warn(question)
+        if len(choices) == 1 or not sys.stdin.isatty():
+            return None
+        for choice in choices:
+            note(f"  {choice.key}  {choice.text}")
+        from pop_local.ui.chat.line import chosen_key
+
+        return chosen_key([choice.key for choice in choices])
+
+    def _new_answer(self) -> Answer:
+        if self._look.is_markdown:
+            return MarkdownAnswer(out, self._look.code_theme)
+        return PlainAnswer(sys.stdout)

@@ -1,0 +1,90 @@
+"""/save, /load and /sessions."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from converter.errors import PopError
+from pop_local.config.folders import sessions_dir
+from pop_local.config.nearest import nearest_hint
+from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.screen import Choice
+from pop_local.ui.tables import size
+
+if TYPE_CHECKING:
+    from pop_local.engine.sessions.session_file import Sessions
+
+
+def saved() -> Sessions:
+    from pop_local.engine.sessions.session_file import Sessions
+
+    return Sessions(sessions_dir())
+
+
+def save(chat: Chat, name: str) -> None:
+    if not name:
+        chat.screen.note("/save takes a name.")
+        return
+    try:
+        if saved().path(name).exists() and chat.session != name and not _replace(chat, name):
+            return
+        n_bytes = saved().save(name, chat.model, chat.conversation)  # type: ignore[arg-type]
+    except PopError as error:
+        chat.fail(error)
+        return
+    chat.session = name
+    chat.screen.note(f"Saved as {name}, {size(n_bytes)}; /load {name} goes on from here.")
+
+
+def _replace(chat: Chat, name: str) -> bool:
+    choices = [Choice("r", "replace it"), Choice("k", "keep it, save nothing")]
+    if chat.screen.choose(f"There is a session {name} already.", choices) == "r":
+        return True
+    chat.screen.note("Nothing is saved.")
+    return False
+
+
+def load(chat: Chat, name: str) -> None:
+    if not name:
+        chat.screen.note("/load takes the name of a session; /sessions lists them.")
+        return
+    sessions, before = saved(), chat.model.pop_mode
+    try:
+        if not sessions.path(name).is_file():
+            known = {known: known for known in sessions.names()}
+            raise PopError(
+                f"there is no session {name}", nearest_hint(name, known, "/sessions lists them")
+            )
+        restored = sessions.load(name, chat.model)  # type: ignore[arg-type]
+    except PopError as error:
+        chat.fail(error)
+        return
+    chat.forget()
+    chat.session = name
+    chat.conversation = restored.session.conversation
+    n_turns = len(chat.conversation.turns)
+    chat.screen.note(f"Loaded {name}: {n_turns} turn{'' if n_turns == 1 else 's'}.")
+    if restored.reread:
+        chat.screen.warn(
+            f"Its K/V cannot be used: {restored.reread}. "
+            "The transcript will be read again with your next question."
+        )
+    else:
+        chat.screen.note(f"{restored.session.n_tokens:,} tokens need not be read again.")
+    if chat.model.pop_mode is not before:
+        chat.screen.note(chat.pop_state())
+
+
+def show(chat: Chat, argument: str) -> None:
+    listed = list(saved().listed())
+    if not listed:
+        chat.screen.note("No session is saved; /save NAME saves this one.")
+    for stored in listed:
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.changed_s))
+        what = "damaged"
+        if stored.session is not None:
+            n_turns = len(stored.session.conversation.turns)
+            turns = "1 turn" if n_turns == 1 else f"{n_turns} turns"
+            what = f"{turns}, {stored.session.n_tokens:,} tokens, {stored.session.model}"
+        chat.screen.note(f"{stored.name}: {what}, {size(stored.size_bytes)}, {day}")

@@ -1,0 +1,1 @@
+"""What the commands do, as library calls: convert, evaluate, analyze, and what they share."""
