@@ -10,6 +10,10 @@ class PopError(Exception):
         self.hint = hint
 
 
+class StoppedError(Exception):
+    """The caller's should_stop said so."""
+
+
 class FormatError(PopError):
     """Not what it should be: no GGUF, cut short, or with POP keys that do not fit."""
 

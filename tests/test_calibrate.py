@@ -19,13 +19,13 @@ from calibrating import (
 from synthetic import make_gguf
 
 from converter import fit
+from converter.errors import StoppedError
 from converter.fit import Gram, Weighting
 from converter.format import read_pop_meta
 from converter.rewrite import convert, strip
 from converter.shape import read_shape
 from converter.source import read_source
 from converter.weights import Weights
-from pop_local.calibration.job import CalibrationStoppedError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.texts import N_WINDOW, CalibrationError, given_text
@@ -127,7 +127,7 @@ def test_a_resumed_fit_equals_one_without_a_stop(
         asked[0] += 1
         return asked[0] == stop_after
 
-    with pytest.raises(CalibrationStoppedError):
+    with pytest.raises(StoppedError):
         fitted(llama, kept, replace(SILENT, should_stop=should_stop))
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     read: list[int] = []
@@ -148,14 +148,14 @@ def test_a_fit_is_resumed_with_whatever_memory_is_free(first, then, llama, text,
         asked[0] += 1
         return asked[0] == (7 if first == 1 else 2)
 
-    with pytest.raises(CalibrationStoppedError):
+    with pytest.raises(StoppedError):
         fitted(llama, kept, replace(SILENT, should_stop=should_stop))
     assert fitted(llama, replace(kept, memory_bytes=then)) == fitted(llama, settings(text))
 
 
 def test_a_state_of_other_settings_is_refused(llama: Path, text: Path, tmp_path: Path):
     kept = settings(text, state_path=tmp_path / "state")
-    with pytest.raises(CalibrationStoppedError):
+    with pytest.raises(StoppedError):
         fitted(llama, kept, replace(SILENT, should_stop=lambda: True))
     with pytest.raises(CalibrationError, match="another calibration"):
         fitted(llama, replace(kept, ridge=0.5))

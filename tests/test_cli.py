@@ -13,7 +13,7 @@ import typer
 from synthetic import make_gguf
 from typer.testing import CliRunner
 
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError
 from pop_local import __version__
 from pop_local.cli import COMMANDS, app
 from pop_local.commands.options import finite, positive
@@ -155,9 +155,10 @@ def test_guard_turns_failures_into_two_lines(capsys, error, line, hint):
     assert hint in second
 
 
-def test_guard_says_that_it_was_stopped(capsys):
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, StoppedError])
+def test_guard_says_that_it_was_stopped(capsys, stopped):
     with pytest.raises(typer.Exit) as leaving, errors.guard(debug=False):
-        raise KeyboardInterrupt
+        raise stopped
     assert leaving.value.exit_code == 130
     assert capsys.readouterr().err == "Stopped.\n"
 

@@ -5,9 +5,9 @@ import pytest
 from calls import opened, prompt, read
 from converted import converted, tiny
 
+from converter.errors import StoppedError
 from pop_local.engine.answer import Prompt, answer
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.interrupt import PrefillStoppedError
 from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import open_model
 from pop_local.engine.turn import Message, TurnOptions
@@ -81,7 +81,7 @@ def test_of_a_prompt_are_those_of_the_full_model(model):
 
 def test_reading_a_prompt_can_be_stopped(model):
     model.watch_prefill(None, lambda: model.n_tokens >= 64)
-    with pytest.raises(PrefillStoppedError):
+    with pytest.raises(StoppedError):
         prompt_logprobs(model, prompt(200), 0)
     model.watch_prefill(None, None)
     assert model.n_tokens == 64

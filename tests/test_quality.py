@@ -9,7 +9,7 @@ import pytest
 from converted import tiny
 from synthetic import make_gguf
 
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel, open_model
@@ -88,6 +88,21 @@ def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
     monkeypatch.setattr(backend, "get_counters", lambda ctx: Counters(0, 60))
     with forced(model) as reader, pytest.raises(PopError, match="of 60 context tokens 43 should"):
         reader.read(text(60), Mode.CONTEXT)
+
+
+def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_graph(model):
+    n_asked = 0
+
+    def should_stop() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        return n_asked >= 3
+
+    with model.watching_prefill(None, should_stop), pytest.raises(StoppedError):
+        measured(model)
+    assert n_asked == 4, "the first batch was not read to its end"
+    assert (model.n_tokens, model.pop_mode) == (0, Mode.CONTEXT)
+    assert measured(model).n_pruned > 0
 
 
 def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):

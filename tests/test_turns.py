@@ -9,7 +9,7 @@ import pytest
 from converted import converted
 from synthetic import make_gguf
 
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError
 from pop_local.engine.answer import PLAIN_STOPS
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel, open_model
@@ -104,6 +104,17 @@ def test_progress_counts_the_tokens_that_are_not_cached(model):
     longer = replace(QUESTION, content=QUESTION.content + " Answer in one word.")
     _, second = ask(model, longer, on_prefill=lambda *counts: seen.append(counts))
     assert seen[-1] == (second.n_prompt - second.n_cached,) * 2
+
+
+def test_whoever_watches_the_model_stops_more_than_the_answer(model):
+    with model.watching_prefill(None, lambda: True):
+        with pytest.raises(StoppedError):
+            ask(model, QUESTION)
+        _, stats = ask(model, QUESTION, should_stop=lambda: False, max_tokens=1)
+        with pytest.raises(StoppedError):
+            model.eval([1, 2])
+    assert stats.n_decoded == 1
+    model.eval([1, 2])
 
 
 def test_the_seed_makes_a_warm_answer_repeatable(model):

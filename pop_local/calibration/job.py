@@ -11,6 +11,7 @@ import numpy as np
 
 from converter import fit
 from converter.content import NewTensor
+from converter.errors import StoppedError
 from converter.fit import DAMAGED_HINT, Gram, KvType, Weighting
 from converter.format import Calibration
 from converter.plan import Plan
@@ -34,10 +35,6 @@ from pop_local.calibration.texts import (
 Progress = Callable[[int, int], object]
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
-
-
-class CalibrationStoppedError(Exception):
-    """The caller's `should_stop` said so."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def calibrate(
     """Fit for each plan the projections of all its skipped layers but the first.
 
     The plans have fitted projections and differ in their boundaries; one pass over the text serves
-    all of them where memory allows (`plan_needs`). Raises PopError, and CalibrationStoppedError;
+    all of them where memory allows (`plan_needs`). Raises PopError, and StoppedError;
     with `state_path` the next call goes on then, as after a finished one: it is the caller's to
     remove.
     """
@@ -120,7 +117,7 @@ class _Job:
     def _sampled(self, done: int, total: int) -> None:
         self._watch.on_sampling(done, total)
         if self._watch.should_stop():
-            raise CalibrationStoppedError
+            raise StoppedError
 
     def _read(self, pairs: Sequence[Pair]) -> None:
         state, n_all = self._state, len(self._state.text.windows)
@@ -151,7 +148,7 @@ class _Job:
             save(path, self._identity, self._state)
             self._saved_s = time.monotonic()
         if stopping:
-            raise CalibrationStoppedError
+            raise StoppedError
 
     # The observer: position 0 is left out, since the first token always runs in full.
 

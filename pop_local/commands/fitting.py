@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from converter.errors import StoppedError
 from converter.fit import RIDGE, KvType, Weighting
 from converter.format import FITTED, OWN
 from converter.plan import Plan
@@ -178,7 +179,7 @@ def fit(
     """
     if not plans:
         return ()
-    from pop_local.calibration.job import CalibrationStoppedError, Settings, Watch, calibrate
+    from pop_local.calibration.job import Settings, Watch, calibrate
     from pop_local.calibration.loaded import LoadedModel
 
     defaults = Settings(n_tokens=options.n_tokens(plans[0].shape.n_embd))
@@ -198,7 +199,7 @@ def fit(
         token_stages("Sampling text", "Fitting") as (on_sampling, on_reading),
     ):
         watch = Watch(on_sampling, on_reading, lambda: interrupt.asked)
-        with suppress(CalibrationStoppedError):
+        with suppress(StoppedError):
             fitted = calibrate(plans, model, source, settings, watch)
             if not interrupt.asked:
                 return fitted

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError
 from pop_local.engine.decode.text import Pieces, TextStream
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.interrupt import DisplacedError, PrefillStoppedError
+from pop_local.engine.llama.interrupt import DisplacedError
 from pop_local.engine.logprobs import Logprobs
 from pop_local.engine.prefill.plan import plan_prefill
 from pop_local.engine.turn import (
@@ -121,17 +121,18 @@ class _Turn:
 
     def close(self) -> None:
         self._sampled.close()
-        self._model.watch_prefill(None, None)
 
     def chunks(self) -> Iterator[Chunk]:
         backend.reset_counters(self._model.ctx)
         prefill_started_s = time.perf_counter()
-        self._model.watch_prefill(self._options.on_prefill, self._options.should_stop)
+        should_stop = self._options.should_stop
         try:
-            token = next(self._sampled)
-        except PrefillStoppedError:
+            with self._model.watching_prefill(self._options.on_prefill, should_stop):
+                token = next(self._sampled)
+        except StoppedError:
+            if should_stop is None:  # whoever watches the model stops more than this answer
+                raise
             token = -1
-        self._model.watch_prefill(None, None)
         self._epoch = self._model.epoch
         now_s = time.perf_counter()
         self._ttft_s, self._prefill_s = now_s - self._started_s, now_s - prefill_started_s

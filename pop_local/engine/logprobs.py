@@ -78,11 +78,11 @@ def _all_logits(model: PopModel, tokens: Sequence[int]) -> Iterator[NDArray[np.f
     model.clear()
     logs.forget_errors()
     step = min(_MAX_ROWS, model.n_batch)
-    with model._interrupt.watching(model.ctx):
+    with model.interrupt.watching(model.ctx):
         for start in range(0, len(tokens), step):
             piece = tokens[start : start + step]
             model._decode(piece, Outputs.ALL, 0)
-            model._interrupt.check()
+            model.interrupt.check()
             logits = bindings().llama_get_logits(model.ctx)
             yield np.ctypeslib.as_array(logits, (len(piece), model.n_vocab()))
 

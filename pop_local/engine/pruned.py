@@ -1,6 +1,7 @@
 """llama_cpp's `Llama` on the patched backend: which rows run in full, and whose the KV cache is."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class PrunedLlama(Llama):
         self.epoch = 0
         self._rows = TokenBatch(self.n_batch)
         self._stack.callback(self._rows.close)
-        self._interrupt = Interrupt()
+        self.interrupt = Interrupt()
         self._on_prefill: Callable[[int, int], None] | None = None
 
     @property
@@ -190,7 +191,7 @@ class PrunedLlama(Llama):
         """Append tokens to the KV cache. Several at once are a prompt, and are pruned as one.
 
         Raises PopError when they do not fit the context or cannot be decoded; when interrupted,
-        PrefillStoppedError or whatever Ctrl-C raises. What was decoded by then stays.
+        StoppedError or whatever Ctrl-C raises. What was decoded by then stays.
         """
         if len(tokens) == 0:
             return
@@ -204,12 +205,12 @@ class PrunedLlama(Llama):
         plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch)
         backend.set_full_from(self.ctx, plan.full_from)
         self._report(0, plan.n_tokens)
-        with self._interrupt.watching(self.ctx):
+        with self.interrupt.watching(self.ctx):
             for start, end in plan.chunks:
                 # llama_cpp asks for the logits of each batch's last token, which makes it full.
                 outputs = Outputs.LAST if end == plan.n_tokens else Outputs.NONE
                 self._decode(tokens[start:end], outputs, plan.full_from)
-                self._interrupt.check()
+                self.interrupt.check()
                 self._report(end, plan.n_tokens)
 
     def _report(self, done: int, total: int) -> None:
@@ -226,7 +227,7 @@ class PrunedLlama(Llama):
         end = start + len(tokens)
         code = self._rows.decode(self.ctx, tokens, start, outputs)
         if code != 0:
-            self._interrupt.check()
+            self.interrupt.check()
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
         self.input_ids[start:end] = tokens
         if self.pop_mode is Mode.CONTEXT:
@@ -286,9 +287,23 @@ class PrunedLlama(Llama):
         on_prefill: Callable[[int, int], None] | None,
         should_stop: Callable[[], bool] | None,
     ) -> None:
-        """Who is told how far a prefill is, and who may end it; see TurnOptions."""
+        """Who is told how far a prefill is, and who may end it (StoppedError); see TurnOptions."""
         self._on_prefill = on_prefill
-        self._interrupt.should_stop = should_stop
+        self.interrupt.should_stop = should_stop
+
+    @contextmanager
+    def watching_prefill(
+        self,
+        on_prefill: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> Iterator[None]:
+        """The same meanwhile; without a `should_stop`, who might end it before still may."""
+        before = self._on_prefill, self.interrupt.should_stop
+        self.watch_prefill(on_prefill, should_stop or self.interrupt.should_stop)
+        try:
+            yield
+        finally:
+            self.watch_prefill(*before)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

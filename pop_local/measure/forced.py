@@ -3,7 +3,7 @@
 Logits exist only where they are requested, and rows that request logits are full in every mode but
 ALWAYS. So nothing of the context is ever scored but what its last token predicts. The row counters
 must show after each context, and after each text, that as many rows were pruned as planned;
-otherwise PopError.
+otherwise PopError. Who watches the model (PopModel.watch_prefill) may stop it: StoppedError.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,6 @@ from converter.errors import PopError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
-from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
 
@@ -87,7 +86,6 @@ class Forced:
         self._ctx = model.ctx
         self._n_vocab = model.n_vocab()
         self._rows = TokenBatch(model.n_batch)
-        self._interrupt = Interrupt()
         self._n_context = 0
         self._next = np.empty((0, self._n_vocab), np.float32)
 
@@ -134,9 +132,9 @@ class Forced:
 
     def _decode(self, tokens: Tokens, first_pos: int, outputs: Outputs) -> None:
         logs.forget_errors()
-        with self._interrupt.watching(self._ctx):
+        with self.model.interrupt.watching(self._ctx):
             code = self._rows.decode(self._ctx, tokens, first_pos, outputs)
-            self._interrupt.check()
+            self.model.interrupt.check()
         if code != 0:
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
 

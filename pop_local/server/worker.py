@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError
 from pop_local.engine.answer import Prompt, answer
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.interrupt import PrefillStoppedError
 from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
@@ -180,7 +179,7 @@ class Worker:
                 if chunk.stats is not None:
                     self._metrics.answered(chunk.stats)
                 job.put(chunk)
-        except PrefillStoppedError:
+        except StoppedError:
             job.put(ApiError(503, STOPPING))
         except PopError as error:
             job.put(error)
@@ -218,11 +217,8 @@ class Worker:
     def _read_prompt(
         self, tokens: list[int], n_top: int, should_stop: Callable[[], bool]
     ) -> list[TokenLogprob]:
-        self._model.watch_prefill(None, should_stop)
-        try:
+        with self._model.watching_prefill(None, should_stop):
             return prompt_logprobs(self._model, tokens, n_top)
-        finally:
-            self._model.watch_prefill(None, None)
 
 
 def _unanswered(n_prompt: int, n_full: int, read_s: float) -> TurnStats:

@@ -14,7 +14,7 @@ from types import FrameType
 import typer
 from rich.text import Text
 
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import err
 
@@ -51,7 +51,7 @@ def guard(*, debug: bool) -> Iterator[None]:
         with _terminations_unwind():
             yield
             sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         err.print("Stopped.", style="note")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:

@@ -7,14 +7,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import bindings
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-
-
-class PrefillStoppedError(Exception):
-    """The caller's `should_stop` said so; what was decoded before stays in the KV cache."""
 
 
 class DisplacedError(PopError):
@@ -58,12 +54,15 @@ class Interrupt:
             self._deliver()
 
     def check(self) -> None:
-        """To be called after each batch: raises what the callback could not raise."""
+        """To be called after each batch: raises what the callback could not raise.
+
+        That is StoppedError where the caller wished so; what was decoded before stays cached.
+        """
         if self._raised is not None:
             raise self._raised
         self._deliver()
         if self._wanted():
-            raise PrefillStoppedError
+            raise StoppedError
 
     def _put_off_signals(self) -> None:
         self._pending.clear()
