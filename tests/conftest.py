@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 
 from pop_local.fetching.catalog import fetch
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "patches" / "llama-cpp-python"
+from support.paths import MODELS, PACKAGE, TESTS
 
 # Whoever runs the tests may have settings; children inherit this, too.
 for name in [name for name in os.environ if name.startswith("POP_LOCAL_")]:
     del os.environ[name]
-os.environ["POP_LOCAL_CONFIG"] = str(ROOT / "tests" / "no-such-config.toml")
+os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,13 +27,13 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct Q4_1, in the clone's models folder; never write there."""
-    return fetch("SmolLM2-135M-Instruct", folder=ROOT / "models")
+    return fetch("SmolLM2-135M-Instruct", folder=MODELS)
 
 
 @pytest.fixture(scope="session")
 def gemma() -> Path:
     """Gemma-3-270M Q4_K_M (a base model), in the clone's models folder; never write there."""
-    return fetch("Gemma-3-270M", folder=ROOT / "models")
+    return fetch("Gemma-3-270M", folder=MODELS)
 
 
 @pytest.fixture(scope="session")

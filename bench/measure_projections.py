@@ -1,0 +1,88 @@
+"""Time to first token with fitted projections, one file or a sidecar, against own ones. Not a test.
+
+    python bench/measure_projections.py MODEL.gguf [--skip 1/3] [--prompts 512,2048] [--cpu N]
+
+Converts the model three times (2,048 tokens to fit on: how well a projection fits does not change
+what it costs) and opens all three in this process, with one thread. In each round every one runs
+once, in an order that rotates; ratios are taken within the round, the first round only warms up.
+The row counters must agree. Prints Markdown.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel, open_model
+from pop_local.measure.speed import Run, Spread, random_prompt, run, spread
+
+POP_LOCAL = Path(sys.executable).with_name("pop-local")
+FIT = ("--projection", "fitted", "--tokens", "2048", "--threads", "1", "--force")
+
+
+def converted(model: Path, skip: str, folder: Path) -> dict[str, PopModel]:
+    """Own, fitted, and fitted as a sidecar."""
+    own, fitted, sidecar = (folder / f"{name}.gguf" for name in ("own", "fitted", "sidecar"))
+    for command in (
+        [str(own), "--projection", "own"],
+        [str(fitted), *FIT],
+        [str(sidecar), "--sidecar", *FIT],
+    ):
+        subprocess.run([POP_LOCAL, "convert", str(model), *command, "--skip", skip], check=True)
+    opened = partial(open_model, n_ctx=8192, n_threads=1, n_gpu_layers=0)
+    return {
+        "own": opened(own),
+        "fitted": opened(fitted),
+        "fitted, sidecar": opened(model, sidecar=sidecar),
+    }
+
+
+def measure(models: dict[str, PopModel], n_prompt: int, rounds: int) -> dict[str, list[Run]]:
+    tokens = random_prompt(models["own"], n_prompt)
+    runs: dict[str, list[Run]] = {name: [] for name in models}
+    for number in range(rounds + 1):
+        names = list(models)
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            done = run(models[name], Mode.CONTEXT, tokens, 1)
+            if number > 0:
+                runs[name].append(done)
+    return runs
+
+
+def ratio(above: list[Run], below: list[Run]) -> Spread:
+    return spread(a.ttft_s / b.ttft_s for a, b in zip(above, below, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--skip", default="1/3")
+    parser.add_argument("--prompts", default="512,2048")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cpu", type=int, help="pin to this CPU")
+    options = parser.parse_args()
+    if options.cpu is not None:
+        os.sched_setaffinity(0, {options.cpu})
+    print("| prompt | projections | pruned | TTFT s | against own |\n|---:|---|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as folder:
+        models = converted(options.model, options.skip, Path(folder))
+        for n_prompt in map(int, options.prompts.split(",")):
+            runs = measure(models, n_prompt, options.rounds)
+            if len({one.counters for done in runs.values() for one in done}) != 1:
+                raise SystemExit("the row counters differ")
+            for name, done in runs.items():
+                ttft, against = spread(one.ttft_s for one in done), ratio(done, runs["own"])
+                print(
+                    f"| {n_prompt} | {name} | {done[0].counters.n_context} | {ttft.median:.3f}"
+                    f" | {against.median:.3f} ({against.min:.3f}-{against.max:.3f}) |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""Speed against the unpatched library: time to first token, and decoding. Not a test.
+
+    python bench/measure_speed.py MODEL.gguf --unpatched FOLDER [--skips 1/4,1/3,1/2] [--pairs 9]
+
+FOLDER holds upstream's libllama of the same release and flags. Two child processes stay open, on
+one core and one thread: one with the unpatched library and llama_cpp's own `Llama.generate`, one
+with the patched library and PopModel. In each round every variant runs once, in an order that
+rotates; ratios are taken within the round. The patched runs prove by the row counters that all of
+the prompt was evaluated and what of it was pruned. Decoding is compared from a prompt of 16 tokens
+on, as llama-bench's `tg` has none (give its path with --llama-bench). On a machine with other work
+to do, `--clock cpu` takes the process's CPU time, which one thread makes comparable.
+
+Prints tables and, last, one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converter.macs import speedup_limit
+from converter.plan import make_plan, parse_skip
+from converter.shape import ModelShape, read_shape
+
+N_DECODE_PROMPT = 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What runs; boundary 0 is full mode."""
+
+    name: str
+    is_patched: bool
+    boundary: int = 0
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and extremes of the ratios within rounds."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """`speedup`: against the patched library's full mode; `speedup_unpatched`: against upstream."""
+
+    n_prompt: int
+    variant: str
+    n_pruned: int
+    ttft_s: float
+    speedup: Ratio
+    speedup_unpatched: Ratio
+    limit: float
+    of_limit: float
+
+
+# --- the child
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Clock = Callable[[], float]
+
+
+def child(lib_is_patched: bool, model: str, n_ctx: int, clock: Clock) -> None:
+    """Answers one JSON line with another until its input ends."""
+    open_runner = _patched if lib_is_patched else _unpatched
+    runner = open_runner(model, n_ctx, clock)
+    for line in sys.stdin:
+        print(json.dumps(runner(**json.loads(line))), flush=True)
+
+
+def _patched(model: str, n_ctx: int, clock: Clock) -> Any:
+    from pop_local.engine.llama.backend import Mode
+    from pop_local.engine.model import open_model
+    from pop_local.measure.speed import run
+
+    opened = open_model(model, n_ctx=n_ctx, n_threads=1, n_gpu_layers=0)
+
+    def runner(tokens: list[int], n_decode: int, boundary: int) -> dict[str, float]:
+        if boundary:
+            opened.set_boundary(boundary)
+        mode = Mode.CONTEXT if boundary else Mode.OFF
+        done = run(opened, mode, tokens, n_decode, clock)
+        return {
+            "ttft_s": done.ttft_s,
+            "decode": done.decode_tokens_per_s,
+            "n_pruned": done.counters.n_context,
+        }
+
+    return runner
+
+
+def _unpatched(model: str, n_ctx: int, clock: Clock) -> Any:
+    import llama_cpp
+
+    assert not hasattr(llama_cpp.llama_cpp._lib, "llama_pop_abi"), "this library is patched"
+    opened = llama_cpp.Llama(
+        model, n_ctx=n_ctx, n_threads=1, n_threads_batch=1, n_gpu_layers=0, verbose=False
+    )
+
+    def runner(tokens: list[int], n_decode: int, boundary: int) -> dict[str, float]:
+        opened.reset()
+        opened._ctx.kv_cache_clear()
+        sampled = opened.generate(tokens, temp=0.0)
+        started_s = clock()
+        next(sampled)
+        first_s = clock()
+        for _ in range(n_decode):
+            next(sampled)
+        decoded_s = clock()
+        return {
+            "ttft_s": first_s - started_s,
+            "decode": n_decode / (decoded_s - first_s),
+            "n_pruned": 0,
+        }
+
+    return runner
+
+
+# --- the parent
+
+
+class Child:
+    """A process that measures."""
+
+    def __init__(self, options: argparse.Namespace, n_ctx: int, unpatched: Path | None) -> None:
+        environment = os.environ | ({"LLAMA_CPP_LIB_PATH": str(unpatched)} if unpatched else {})
+        arguments = [options.model, "--child", "unpatched" if unpatched else "patched"]
+        arguments += ["--clock", options.clock]
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *arguments, "--ctx", str(n_ctx)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=sys.stderr if options.verbose else subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        if options.cpu is not None:
+            os.sched_setaffinity(self._process.pid, {options.cpu})
+
+    def run(self, tokens: list[int], n_decode: int, boundary: int) -> dict[str, float]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"tokens": tokens, "n_decode": n_decode, "boundary": boundary}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("a child process ended; run again with --verbose")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@contextmanager
+def children(options: argparse.Namespace, n_ctx: int) -> Iterator[dict[bool, Child]]:
+    opened = {False: Child(options, n_ctx, options.unpatched), True: Child(options, n_ctx, None)}
+    try:
+        yield opened
+    finally:
+        for process in opened.values():
+            process.close()
+
+
+Runs = dict[Variant, list[dict[str, float]]]
+
+
+def measure(
+    pair: dict[bool, Child], variants: list[Variant], tokens: list[int], n_decode: int, rounds: int
+) -> Runs:
+    """The runs of each variant, round by round; the first round only warms up."""
+    runs: Runs = {variant: [] for variant in variants}
+    for number in range(rounds + 1):
+        shift = number % len(variants)
+        for variant in variants[shift:] + variants[:shift]:
+            done = pair[variant.is_patched].run(tokens, n_decode, variant.boundary)
+            if number > 0:
+                runs[variant].append(done)
+        show(f"\r{len(tokens)} tokens: round {number} of {rounds} ", end="")
+    show("\r" + " " * 40 + "\r", end="")
+    return runs
+
+
+def show(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def ratio(above: list[dict[str, float]], below: list[dict[str, float]], key: str) -> Ratio:
+    values = [a[key] / b[key] for a, b in zip(above, below, strict=True)]
+    return Ratio(float(np.median(values)), min(values), max(values))
+
+
+def ttft_rows(runs: Runs, shape: ModelShape, n_prompt: int) -> list[Row]:
+    unpatched, full, *pruned = runs.items()
+    rows = []
+    for variant, done in [unpatched, full, *pruned]:
+        n_pruned = int(done[0]["n_pruned"])
+        limit = 1.0
+        if variant.boundary:
+            limit = speedup_limit(shape, n_prompt, variant.boundary, n_prompt - n_pruned)
+        speedup = ratio(full[1], done, "ttft_s")
+        rows.append(
+            Row(
+                n_prompt=n_prompt,
+                variant=variant.name,
+                n_pruned=n_pruned,
+                ttft_s=float(np.median([one["ttft_s"] for one in done])),
+                speedup=speedup,
+                speedup_unpatched=ratio(unpatched[1], done, "ttft_s"),
+                limit=limit,
+                of_limit=speedup.median / limit,
+            )
+        )
+    return rows
+
+
+def print_rows(rows: list[Row]) -> None:
+    print("| prompt | variant | pruned | TTFT s | vs patched full | vs unpatched | limit | of it |")
+    print("|---:|---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        print(
+            f"| {row.n_prompt} | {row.variant} | {row.n_pruned} | {row.ttft_s:.3f}"
+            f" | {shown(row.speedup)} | {shown(row.speedup_unpatched)}"
+            f" | {row.limit:.3f} | {row.of_limit:.1%} |"
+        )
+
+
+def shown(value: Ratio) -> str:
+    return f"{value.median:.3f} ({value.min:.3f}-{value.max:.3f})"
+
+
+def measure_decode(
+    pair: dict[bool, Child], variants: list[Variant], options: argparse.Namespace, n_vocab: int
+) -> dict[str, Any]:
+    both = [variants[0], variants[-1]]
+    tokens = prompt(n_vocab, N_DECODE_PROMPT)
+    bench = [llama_bench(options)]
+    runs = measure(pair, both, tokens, options.decode, options.pairs)
+    bench.append(llama_bench(options))
+    ours, theirs = runs[both[1]], runs[both[0]]
+    found = {
+        "n_decode": options.decode,
+        "engine_tokens_per_s": float(np.median([one["decode"] for one in ours])),
+        "llama_cpp_tokens_per_s": float(np.median([one["decode"] for one in theirs])),
+        "engine_to_llama_cpp": asdict(ratio(ours, theirs, "decode")),
+        "llama_bench_tokens_per_s": bench,
+    }
+    print(
+        f"\ndecoding {options.decode} tokens: engine {found['engine_tokens_per_s']:.1f} tokens/s,"
+        f" llama_cpp's generate on the unpatched library {found['llama_cpp_tokens_per_s']:.1f},"
+        f" ratio {shown(ratio(ours, theirs, 'decode'))}; llama-bench tg before and after: {bench}"
+    )
+    return found
+
+
+def llama_bench(options: argparse.Namespace) -> float | None:
+    if options.llama_bench is None:
+        return None
+    command = [options.llama_bench, "-m", options.model, "-p", "0", "-n", str(options.decode)]
+    prefix = [] if options.cpu is None else ["taskset", "-c", str(options.cpu)]
+    done = subprocess.run(
+        [*prefix, *command, "-t", "1", "-r", "3", "-o", "json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(json.loads(done.stdout)[0]["avg_ts"])
+
+
+def prompt(n_vocab: int, n_prompt: int) -> list[int]:
+    tokens: list[int] = np.random.default_rng(1).integers(0, n_vocab, n_prompt).tolist()
+    return tokens
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0].partition(":")[2].strip() if names else model
+    return (
+        f"{model}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}"
+    )
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--unpatched", type=Path, help="folder of upstream's libraries")
+    parser.add_argument("--prompts", default="512,1024,2048,4096")
+    parser.add_argument("--skips", default="1/4,1/3,1/2", help="shares of the layers")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--decode", type=int, default=128, help="tokens to decode; 0: none")
+    parser.add_argument("--cpu", type=int, help="pin the children to this CPU")
+    parser.add_argument("--llama-bench", help="path of llama-bench")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--child", choices=["patched", "unpatched"], help=argparse.SUPPRESS)
+    parser.add_argument("--ctx", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
+    if options.child:
+        child(options.child == "patched", options.model, options.ctx, CLOCKS[options.clock])
+        return
+    shape = read_shape(Path(options.model))
+    n_prompts = [int(n) for n in options.prompts.split(",") if n]
+    skips = [parse_skip(skip) for skip in options.skips.split(",")]
+    boundaries = [make_plan(shape, skip=skip).boundary for skip in skips]
+    variants = [
+        Variant("unpatched", is_patched=False),
+        Variant("full", is_patched=True),
+        *(Variant(f"boundary {b}", is_patched=True, boundary=b) for b in boundaries),
+    ]
+    print(f"{options.model}: {machine()}, 1 thread, {options.pairs} rounds, {options.clock} time\n")
+    rows: list[Row] = []
+    with children(options, max([*n_prompts, options.decode]) + 64) as pair:
+        for n_prompt in n_prompts:
+            runs = measure(pair, variants, prompt(shape.n_vocab, n_prompt), 1, options.pairs)
+            rows += ttft_rows(runs, shape, n_prompt)
+        print_rows(rows)
+        decode = (
+            measure_decode(pair, variants[:2], options, shape.n_vocab) if options.decode else {}
+        )
+    result = {"model": options.model, "machine": machine(), "ttft": [asdict(row) for row in rows]}
+    print(json.dumps(result | {"decode": decode}))
+
+
+if __name__ == "__main__":
+    main()

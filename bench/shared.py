@@ -1,0 +1,13 @@
+"""What the scripts take from the tests' support package, made importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from support.paths import ROOT
+from support.serving import Served, served
+from support.synthetic import DEFAULTS, add_header
+from support.terminal import Terminal
+
+__all__ = ["DEFAULTS", "ROOT", "Served", "Terminal", "add_header", "served"]

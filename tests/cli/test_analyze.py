@@ -1,0 +1,284 @@
+"""`pop-local analyze`: options, output, refusals; where the cliffs of the real models are."""
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import NoReturn
+
+import pytest
+
+from converter.errors import PlanError, PopError
+from converter.shape import read_shape
+from pop_local.commands import analyze as command
+from pop_local.engine.model import open_model
+from pop_local.measure import depth
+from pop_local.measure.depth import (
+    boundaries,
+    measure_cliff,
+    worth_measuring,
+)
+from pop_local.measure.estimate import Estimate
+from pop_local.measure.heldout import Text, shipped_part, tokenize
+from pop_local.measure.quality import QualitySettings
+from pop_local.measure.reference import read_reference
+from support.analyzed import FITTED, UNFITTED, analyze, report
+from support.converted import paired, tiny
+from support.synthetic import make_gguf
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_gguf(tmp_path_factory.mktemp("analyze") / "tiny.gguf", "llama", n_layer=6)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+# --- output
+
+
+def test_json_has_gates_and_boundaries(model, text):
+    pytest.importorskip("torch")
+    found = report(model, "--text", text)
+    assert [row["boundary"] for row in found["boundaries"]] == [5, 4, 3]
+    last = found["boundaries"][0]
+    assert last["quality"]["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert last["projection"] == "own"
+    assert {"speedup_limit", "induction_retention", "lost_retention"} <= set(last)
+    gates = found["gates"]
+    assert (gates["n_windows"], gates["n_context"], gates["n_answer"]) == (3, 64, 10)
+    assert [len(gates[stage]["layers"]) for stage in ("prefill", "decode")] == [6] * 2
+    assert gates["prefill"]["layers"][0]["value"] > gates["prefill"]["layers"][5]["value"] == 0
+    assert found["text"]["name"] == "text.txt"
+
+
+def test_a_seed_gives_the_same_figures_again(model, text):
+    first, again, other = (report(model, "--text", text, "--seed", seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other | {"seed": 1}
+
+
+def test_a_pipe_gets_one_table_and_the_findings(model, text):
+    pytest.importorskip("torch")
+    done = analyze(model, "--text", text, *UNFITTED)
+    assert done.exit_code == 0, done.output
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 6
+    assert "Prefill" in table[0]
+    assert "Induction" in table[0]
+    for label in ("Reading", "Answering", "Copying"):
+        assert label in done.stdout
+
+
+def test_a_terminal_gets_bars_and_a_narrow_one_none(model, text, monkeypatch):
+    pytest.importorskip("torch")
+    from rich.console import Console
+
+    from pop_local.ui.theme import THEME
+    from pop_local.ui.views import analysis
+
+    shown = []
+    for width in (140, 80, 60):
+        console = Console(
+            force_terminal=True, width=width, record=True, color_system=None, theme=THEME
+        )
+        monkeypatch.setattr(analysis, "out", console)
+        assert analyze(model, "--text", text, *UNFITTED).exit_code == 0
+        shown.append(console.export_text())
+    assert ["█" in text for text in shown] == [True, True, False]
+    assert all("Prefill" in text for text in shown)
+    assert max(map(len, shown[1].splitlines())) <= 80
+
+
+def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch):
+    monkeypatch.setattr(depth, "may_copy", lambda budget, retention: False)
+    given = (model, "--text", text, "--no-gates")
+    first, *others = report(*given)["boundaries"]
+    assert first["quality"] is not None
+    assert [(row["projection"], row["quality"]) for row in others] == [(None, None)] * 2
+    lines = analyze(*given, *UNFITTED).stdout.splitlines()
+    rows = [line.split("|")[1:4] for line in lines if line.startswith("|")][2:]
+    found = [(layer.strip(), kind.strip()) for layer, _, kind in rows]
+    assert found == [("3", ""), ("4", ""), ("5", "own")]
+
+
+def test_without_gates_only_the_probed_layers_are_listed(model, text):
+    found = report(model, "--text", text, "--no-gates")
+    assert found["gates"] is None
+    assert len(found["boundaries"]) == 3
+    assert "Prefill" not in analyze(model, "--text", text, "--no-gates", *UNFITTED).stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--no-gates"]])
+def test_a_plot_is_a_png_and_replaces_nothing(model, text, tmp_path, options):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "out.png"
+    given = (model, "--text", text, *UNFITTED, *options, "--plot", target)
+    assert analyze(*given).exit_code == 0
+    drawn = target.read_bytes()
+    assert drawn.startswith(PNG)
+    refused = analyze(*given)
+    assert refused.exit_code == 1
+    assert "--force" in refused.stderr
+    assert target.read_bytes() == drawn
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "n_panels", "kind"),
+    [
+        (UNFITTED, 4, "own projections"),
+        ([*UNFITTED, "--no-gates"], 3, "own projections"),
+        (FITTED, 3, "fitted"),
+    ],
+)
+def test_a_plot_has_units_and_the_chosen_boundary(
+    model, text, tmp_path, monkeypatch, options, n_panels, kind
+):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(
+        figure_module.Figure, "savefig", lambda figure, file, **how: drawn.append(figure)
+    )
+    assert analyze(model, "--text", text, *options, "--plot", tmp_path / "out.png").exit_code == 0
+    panels = drawn[0].axes
+    assert len(panels) == n_panels
+    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in panels)
+    for axes in panels[-3:-1]:
+        labels = axes.get_legend_handles_labels()[1]
+        assert [label for label in labels if "balanced: boundary" in label]
+        assert {kind, "balanced limit"} <= set(labels)
+
+
+# --- what cannot be had
+
+
+def test_without_torch_the_probes_still_run(model, text, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("converter.")]:
+        if name.endswith((".gates", ".decoder")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = analyze(model, "--text", text, *UNFITTED, "--json")
+    assert done.exit_code == 0, done.output
+    assert "pip install 'pop-local[analyze]'" in " ".join(done.stderr.split())
+    found = json.loads(done.stdout)
+    assert found["gates"] is None
+    assert len(found["boundaries"]) == 3
+
+
+def test_on_other_architectures_the_probes_still_run(tmp_path, text):
+    pytest.importorskip("torch")
+    other = make_gguf(tmp_path / "moe.gguf", "qwen3moe", n_layer=4)
+    done = analyze(other, "--text", text, *UNFITTED, "--json")
+    assert done.exit_code == 0, done.output
+    assert "'qwen3moe'" in done.stderr
+    assert len(json.loads(done.stdout)["boundaries"]) == 2
+
+
+def test_too_little_memory_says_how_much_and_what_to_lower(model, text, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(command, "free_bytes", lambda: 100_000_000)
+    done = analyze(model, "--text", text, *UNFITTED)
+    assert done.exit_code == 1
+    message = " ".join(done.stderr.split())
+    assert "MB of memory, 100.0 MB are free" in message
+    assert "--context" in message
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--windows", "500"], "tokens are needed"),
+        (["--probe-windows", "500"], "tokens are needed"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--plot", "nowhere/out.png"], "no folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_clear_error(model, text, options, reason):
+    done = analyze(model, "--text", text, *UNFITTED, *options)
+    assert done.exit_code == 1
+    assert reason in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("context", "is_enough"), [(34, False), (35, True)])
+def test_too_short_a_context_is_said_before_anything_is_loaded(
+    model, text, monkeypatch, context, is_enough
+):
+    def load(*_: object) -> NoReturn:
+        raise PopError("loaded")
+
+    monkeypatch.setattr("pop_local.commands.analyzing._opened", load)
+    done = analyze(model, "--text", text, *UNFITTED, "--no-gates", "--context", context)
+    assert done.exit_code == 1
+    message = " ".join(done.stderr.split())
+    assert ("loaded" in message) == is_enough
+    assert ("too few are left to measure" in message) != is_enough
+    assert ("--context 35 or more" in message) != is_enough
+    assert "--tail" not in message
+
+
+def test_a_converted_file_is_analysed_like_its_base(tmp_path, text):
+    pytest.importorskip("torch")
+    converted = tiny(tmp_path)
+    assert "converted already" in analyze(converted, "--text", text, *FITTED).stderr
+    figures = []
+    for path in (converted, tmp_path / "llama.gguf"):
+        found = report(path, "--text", text)
+        figures.append({**found, "model": None})
+    assert figures[0] == figures[1]
+
+
+def test_fitted_projections_cannot_be_tried_elsewhere(tmp_path):
+    base = make_gguf(tmp_path / "base.gguf", "llama", n_layer=6)
+    done = analyze(paired(base, tmp_path, "fitted", boundary=3).single, *FITTED)
+    assert done.exit_code == 1
+    message = " ".join(done.stderr.split())
+    assert "its boundary 3 only" in message
+    assert "pop-local strip" in message
+
+
+# --- boundaries
+
+
+@pytest.mark.parametrize(("n_layer", "deepest"), [(2, 1), (3, 1), (18, 9), (30, 15)])
+def test_the_deeper_half_is_probed(n_layer, deepest):
+    found = boundaries(SimpleNamespace(n_layer=n_layer))  # type: ignore[arg-type]
+    assert (found[0], found[-1]) == (n_layer - 1, deepest)
+
+
+def test_a_single_layer_has_nothing_to_skip():
+    with pytest.raises(PlanError):
+        boundaries(SimpleNamespace(n_layer=1))  # type: ignore[arg-type]
+
+
+def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
+    found = [Estimate(value, 0.0) for value in (1.0, 0.9, 0.2, -0.5, -2.0)]
+    assert depth._losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
+    assert depth._losses([None]) == [None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tried", "cliff"), [("smollm2", (18, 17, 16), {17}), ("gemma", (12, 11, 10, 9), {10})]
+)
+def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
+    path = request.getfixturevalue(name)
+    monkeypatch.setattr(depth, "boundaries", lambda shape: tried)
+    opened = open_model(path, n_ctx=512, n_threads=1)
+    tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
+    settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=2)
+    reference = read_reference(opened, tokens, settings, lambda *now: None)
+    found = measure_cliff(opened, read_shape(path), reference, 2048, lambda *now: None)
+    assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
+    assert found[-1].retention is not None
+    assert found[-1].retention.value < 0.3
+    # Down to the layer of the cliff, not past it.
+    assert min(worth_measuring(found)) == min(cliff)

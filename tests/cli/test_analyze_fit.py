@@ -1,0 +1,151 @@
+"""`pop-local analyze` with a fit: what is fitted, what is chosen, what it takes."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from converter.shape import read_shape
+from converter.source import read_source
+from pop_local.calibration.needs import plan_needs
+from pop_local.commands import analyzing
+from pop_local.commands.fitting import FitOptions
+from pop_local.measure import budget
+from pop_local.measure.depth import Depth, deepest_within, with_qualities, worth_measuring
+from pop_local.measure.estimate import Estimate
+from pop_local.measure.quality import Quality
+from support.analyzed import FITTED, UNFITTED, analyze, report
+from support.synthetic import make_gguf
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_gguf(tmp_path_factory.mktemp("analyze") / "tiny.gguf", "llama", n_layer=6)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
+    done = analyze(model, "--text", text, *FITTED, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    deepest = found["boundaries"][-1]
+    assert [row["projection"] for row in found["boundaries"]] == ["own", "fitted", "fitted"]
+    *_, unfitted = report(model, "--text", text, "--no-gates")["boundaries"]
+    assert unfitted["projection"] == "own"
+    assert deepest["quality"]["kl_mean"] < unfitted["quality"]["kl_mean"]
+    assert deepest["quality"]["n_pruned"] == unfitted["quality"]["n_pruned"] > 0
+    assert found["calibration"]["n_tokens"] == 2048
+    # Random weights lose little: the deepest is within.
+    assert found["chosen"]["boundary"] == deepest["boundary"] == 3
+    assert found["chosen"]["projection"] == "fitted"
+    assert found["chosen"]["budget"]["quality"] == "balanced"
+
+
+def test_the_choice_is_named_an_estimate(model, text):
+    done = analyze(model, "--text", text, *FITTED)
+    assert done.exit_code == 0, done.output
+    [row] = [
+        line for line in done.stdout.splitlines() if line.startswith("|") and "balanced" in line
+    ]
+    assert row.split("|")[1].strip() == "3"
+    assert "2,048 tokens" in done.stdout
+    assert "balanced would take boundary 3" in done.stdout
+    assert "an estimate from 2 windows" in done.stdout
+
+
+def test_without_a_fit_the_own_projections_decide(model, text, monkeypatch):
+    found = report(model, "--text", text, "--no-gates")
+    assert found["calibration"] is None
+    assert [row["projection"] for row in found["boundaries"]] == ["own"] * 3
+    assert found["chosen"]["projection"] == "own"
+    by_own = [row["boundary"] for row in found["boundaries"] if is_within(row["quality"])]
+    assert found["chosen"]["boundary"] == min(by_own)
+    nothing = replace(budget.BALANCED, max_kl=-1.0)
+    monkeypatch.setattr(budget, "BALANCED", nothing)
+    assert report(model, "--text", text, "--no-gates")["chosen"]["boundary"] is None
+    done = analyze(model, "--text", text, "--no-gates", *UNFITTED)
+    assert "no boundary that was measured is within the balanced budget" in done.stdout
+
+
+def test_tokens_without_a_fit_are_wrong_usage(model):
+    assert analyze(model, *UNFITTED, "--tokens", 4096).exit_code == 2
+
+
+def test_too_little_memory_for_the_fit(model, text, monkeypatch):
+    monkeypatch.setattr(analyzing, "free_bytes", lambda: 100_000_000)
+    done = analyze(model, "--text", text, *FITTED)
+    assert done.exit_code == 1
+    message = " ".join(done.stderr.split())
+    assert "the fit needs" in message
+    assert "MB of memory, 100.0 MB are free" in message
+    assert "--no-fit" in message
+    assert done.stdout == ""
+
+
+def test_as_many_boundaries_as_there_is_memory_for(model, monkeypatch):
+    run = SimpleNamespace(
+        source=read_source(model), shape=read_shape(model), fit_tokens=2048, gpu_layers=0
+    )
+    plans = [analyzing._plan(run, boundary) for boundary in (3, 4)]  # type: ignore[arg-type]
+    sums = [plan_needs(plans[:n], run.source, 1 << 40).sums_bytes for n in (1, 2)]
+    monkeypatch.setattr(FitOptions, "memory_bytes", property(lambda options: sums[0]))
+    assert analyzing._affordable(plans, run) == plans[:1]  # type: ignore[arg-type]
+    monkeypatch.setattr(FitOptions, "memory_bytes", property(lambda options: sums[1]))
+    assert analyzing._affordable(plans, run) == plans  # type: ignore[arg-type]
+
+
+def test_prose_is_measured_down_to_one_boundary_past_hope():
+    retentions = (1, 0.99, 0.95, 0.9, 0.3, 0.1)
+    depths = [made(9 - n, retention=kept) for n, kept in enumerate(retentions)]
+    # 6 is the deepest that balanced may take, 5 the one past hope.
+    assert worth_measuring(depths) == (6, 7, 5, 8, 9)
+    assert set(worth_measuring(depths[:3])) == {9, 8, 7}
+    # 9 saves too little.
+    assert set(worth_measuring([replace(depths[0], speedup_limit=1.04), *depths[1:3]])) == {8, 7}
+    # A model that does not copy: nothing says where to stop.
+    assert worth_measuring([replace(d, retention=None) for d in depths]) == (9, 8, 7, 6, 5, 4)
+
+
+def test_the_deepest_within_goes_by_the_fit_where_there_is_one():
+    depths = [made(9), made(8), made(7), made(6)]
+    assert deepest_within(budget.BALANCED, depths) is None
+    own = {9: cost(9, 0.0), 8: cost(8, 0.03), 7: cost(7, 0.1)}
+    measured = with_qualities(depths, own, {})
+    assert getattr(deepest_within(budget.BALANCED, measured), "boundary", None) == 8
+    fitted = with_qualities(depths, own, {7: cost(7, 0.03), 8: cost(8, 0.01)})
+    assert [depth.fitted is not None for depth in fitted] == [False, True, True, False]
+    assert getattr(deepest_within(budget.BALANCED, fitted), "boundary", None) == 7
+    assert deepest_within(replace(budget.BALANCED, max_kl=-1.0), fitted) is None
+
+
+def is_within(row):
+    limits = budget.BALANCED
+    return (
+        row["kl_mean"] <= limits.max_kl
+        and row["copy_ppl_ratio"] <= limits.max_copy_ratio
+        and (row["induction_retention"] or 1) >= limits.least_retention
+    )
+
+
+def made(boundary: int, retention: float = 1.0) -> Depth:
+    """Of a model of ten layers."""
+    return Depth(boundary, 10 - boundary, 1.5, Estimate(retention, 0.0), 0.0)
+
+
+def cost(boundary: int, kl: float) -> Quality:
+    """What a budget looks at."""
+    quality = SimpleNamespace(
+        boundary=boundary,
+        kl_mean=Estimate(kl, 0.0),
+        copy_ppl_ratio=Estimate(1.0, 0.0),
+        induction_retention=Estimate(1.0, 0.0),
+    )
+    return cast("Quality", quality)

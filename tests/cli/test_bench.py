@@ -1,0 +1,169 @@
+"""`pop-local bench`: its JSON and table, what it refuses; a cached prefix is never timed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from converter.errors import PopError
+from converter.macs import speedup_limit
+from converter.shape import read_shape
+from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.model import open_model
+from pop_local.measure.speed import measure_speed, random_prompt, require_rows, run
+from support.converted import tiny
+from support.synthetic import make_gguf
+
+SPREAD = {"median", "min", "max"}
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("bench"))
+
+
+def bench(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pop_local", "bench", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=300,
+    )
+
+
+def report(*arguments: object) -> dict:
+    done = bench(*arguments, "--json", "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_json_is_one_object_of_the_agreed_shape(pop_file):
+    found = report(pop_file, "--prompt", "100,200", "--repeat", 2)
+    assert set(found) == {"model", "sidecar", "backend", "rows"}
+    assert found["model"] == str(pop_file)
+    assert "1 thread" in found["backend"]
+    for n_prompt, row in zip([100, 200], found["rows"], strict=True):
+        assert (row["n_prompt"], row["n_pruned"]) == (n_prompt, n_prompt - 17)
+        for name in ("full_ttft_s", "pop_ttft_s", "speedup"):
+            assert set(row[name]) == SPREAD
+            assert 0 < row[name]["min"] <= row[name]["median"] <= row[name]["max"]
+        assert row["limit"] == speedup_limit(read_shape(pop_file), n_prompt, 4, 17)
+        assert row["of_limit"] == pytest.approx(row["speedup"]["median"] / row["limit"])
+        assert set(row["decode_tokens_per_s"]) == {"full", "pop"}
+        assert min(row["decode_tokens_per_s"].values()) > 0
+        assert len(row) == 8
+
+
+def test_table_is_markdown_on_stdout(pop_file):
+    done = bench(pop_file, "--prompt", "100", "--repeat", 1)
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{pop_file}: context tokens skip layers 4 to 7 of 8"
+    rule, row = lines[-2:]
+    assert set(rule) <= set("|-: ")
+    assert row.split("|")[1].strip() == "100"
+    assert done.stderr == ""
+
+
+def test_another_boundary_has_another_limit(pop_file):
+    found = report(pop_file, "--prompt", "100", "--repeat", 1, "--boundary", 2)
+    assert found["rows"][0]["limit"] == speedup_limit(read_shape(pop_file), 100, 2, 17)
+
+
+def test_a_boundary_makes_an_unconverted_model_comparable(tmp_path):
+    plain = make_gguf(tmp_path / "plain.gguf", "llama")
+    row = report(plain, "--prompt", "100", "--repeat", 1, "--boundary", 4)["rows"][0]
+    assert row["n_pruned"] == 67
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--prompt", "100", "--ctx", "64"), "--ctx gives 64"),
+        (("--prompt", "5000"), "the model has 4096"),
+        (("--prompt", "100", "--boundary", "8"), "boundary 8"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_with_exit_1(pop_file, arguments, said):
+    done = bench(pop_file, *arguments)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_the_setting_of_the_context_is_for_conversations(pop_file, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_CTX", "64")
+    assert bench(pop_file, "--prompt", "100", "--repeat", 1).returncode == 0
+
+
+@pytest.mark.parametrize("lengths", ["", "0", "100,", "100,x", "-5"])
+def test_lengths_that_are_none_are_wrong_usage(pop_file, lengths):
+    assert bench(pop_file, "--prompt", lengths).returncode == 2
+
+
+def test_an_unconverted_model_is_refused_with_the_way_to_convert_it(tmp_path):
+    done = bench(make_gguf(tmp_path / "plain.gguf", "llama"))
+    assert done.returncode == 1
+    assert "not converted" in done.stderr
+    assert "pop-local convert" in done.stderr
+
+
+def test_an_unpatched_library_is_refused(pop_file, unpatched_lib):
+    done = bench(pop_file, "--prompt", "100", LLAMA_CPP_LIB_PATH=str(unpatched_lib))
+    assert done.returncode == 1
+    assert "pip install ./patches/llama-cpp-python" in done.stderr
+
+
+# --- what is measured
+
+
+@pytest.fixture
+def model(pop_file):
+    return open_model(pop_file, n_ctx=512, n_threads=1)
+
+
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
+def test_each_run_reads_the_whole_prompt_again(model, mode):
+    tokens = random_prompt(model, 100)
+    counters = {run(model, mode, tokens).counters for _ in range(3)}
+    assert counters == {Counters(0, 100) if mode is Mode.OFF else Counters(83, 17)}
+
+
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
+def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
+    tokens = random_prompt(model, 100)
+    run(model, mode, tokens)
+    monkeypatch.setattr(model, "clear", lambda: None)
+    with pytest.raises(PopError, match="does not hold"):
+        run(model, mode, tokens)
+
+
+def test_pruning_that_did_not_happen_is_never_reported(model):
+    require_rows(model, Mode.CONTEXT, 100, Counters(83, 17))
+    with pytest.raises(PopError, match="does not hold"):
+        require_rows(model, Mode.CONTEXT, 100, Counters(0, 100))
+
+
+def test_pairs_change_their_order_and_the_first_one_is_not_counted(model, monkeypatch):
+    order: list[Mode] = []
+
+    def noted(model, mode, tokens):
+        order.append(mode)
+        return run(model, mode, tokens)
+
+    monkeypatch.setattr("pop_local.measure.speed.run", noted)
+    steps: list[tuple[int, int]] = []
+    shape = read_shape(Path(model.model_path))
+    measure_speed(model, shape, (100,), 2, lambda *step: steps.append(step))
+    assert [order[i : i + 2] for i in (0, 2, 4)] == [
+        [Mode.CONTEXT, Mode.OFF],
+        [Mode.OFF, Mode.CONTEXT],
+        [Mode.CONTEXT, Mode.OFF],
+    ]
+    assert steps == [(100 * n, 600) for n in range(7)]

@@ -1,0 +1,246 @@
+"""The command line as a whole: help, imports, errors, exit codes."""
+
+import importlib
+import inspect
+import os
+import signal
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from converter.errors import PopError, StoppedError
+from pop_local import __version__
+from pop_local.cli import COMMANDS, app
+from pop_local.commands.options import finite, positive
+from pop_local.ui import errors
+from support.blocked import BLOCKER
+from support.synthetic import make_gguf
+
+HELP_WITHOUT_HEAVY = BLOCKER + "from pop_local.cli import main\nmain()\n"
+
+
+def pop_local(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pop_local", *arguments],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | environment,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("command", ["", *(entry.name for entry in COMMANDS)])
+def test_help_imports_neither_torch_nor_llama_cpp(command):
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_WITHOUT_HEAVY, *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+    assert command in done.stdout
+
+
+def test_top_help_imports_no_command():
+    code = (
+        "import sys; from pop_local.cli import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+    )
+    code += "print(sorted(name for name in sys.modules if name.startswith('pop_local.commands')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_blocker_blocks():
+    code = HELP_WITHOUT_HEAVY.replace("main()", "import llama_cpp")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "help imports llama_cpp" in done.stderr
+
+
+def test_every_command_is_listed_with_its_help():
+    output = CliRunner().invoke(app, ["--help"]).output
+    for entry in COMMANDS:
+        assert entry.name in output
+        assert entry.help in output
+
+
+def test_version():
+    done = pop_local("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"pop-local {__version__}")
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["pull"], ["pull", "--nonsense"], ["run"]])
+def test_wrong_usage_is_exit_2(arguments):
+    done = pop_local(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_mistyped_command_is_suggested():
+    assert "'chat'" in pop_local("caht").stderr
+
+
+def test_an_error_is_two_lines_on_stderr_and_exit_1():
+    done = pop_local("pull", "smolm2")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: there is no model named 'smolm2'")
+    assert second.startswith("hint: did you mean SmolLM2-135M-Instruct?")
+
+
+def test_pull_into_what_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    done = pop_local("pull", "smollm2", "--dir", str(tmp_path / "file" / "models"))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    licence, error, hint = done.stderr.splitlines()
+    assert "Apache-2.0" in licence
+    assert error.startswith("error: ")
+    assert error.endswith("Not a directory")
+    assert "not a folder" in hint
+
+
+def test_debug_shows_the_trace_before_the_two_lines():
+    done = pop_local("--debug", "pull", "smolm2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-2].startswith("error: ")
+
+
+def test_narrow_terminal_is_honoured():
+    lines = pop_local("pull", "--help", COLUMNS="40").stdout.splitlines()
+    assert max(map(len, lines)) <= 40
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "hint"),
+    [
+        (PopError("it broke", "mend it"), "error: it broke", "mend it"),
+        (OSError(28, "No space left on device", "/x/y"), "/x/y: No space left", "free some space"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied", "permissions"),
+        (MemoryError(), "not enough memory", "--ctx"),
+        (ValueError("odd"), "unexpected ValueError: odd", "--debug"),
+        (
+            PopError("a [bold]name[/]\nin two lines", "x"),
+            "error: a [bold]name[/] in two lines",
+            "x",
+        ),
+    ],
+)
+def test_guard_turns_failures_into_two_lines(capsys, error, line, hint):
+    with pytest.raises(typer.Exit) as leaving, errors.guard(debug=False):
+        raise error
+    assert leaving.value.exit_code == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert line in first
+    assert second.startswith("hint: ")
+    assert hint in second
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, StoppedError])
+def test_guard_says_that_it_was_stopped(capsys, stopped):
+    with pytest.raises(typer.Exit) as leaving, errors.guard(debug=False):
+        raise stopped
+    assert leaving.value.exit_code == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
+def test_guard_lets_typer_leave():
+    with pytest.raises(typer.Exit) as leaving, errors.guard(debug=False):
+        raise typer.Exit(3)
+    assert leaving.value.exit_code == 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs POSIX signals")
+def test_sigterm_unwinds(tmp_path):
+    code = (
+        "import os, signal\nfrom pathlib import Path\nfrom pop_local.ui.errors import guard\n"
+        "with guard(debug=False):\n"
+        "    try: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    finally: Path({str(tmp_path / 'cleaned')!r}).touch()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "")
+    assert (tmp_path / "cleaned").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX pipe")
+def test_a_reader_that_left_is_no_error(tmp_path):
+    model = make_gguf(tmp_path / "tiny.gguf", "llama")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "pop_local", "inspect", str(model)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("pop-local c", ["chat", "convert", "config"]), ("pop-local config s", ["set"])],
+)
+def test_shell_completion(tmp_path, words, expected):
+    (tmp_path / "config.toml").write_text("broken")
+    done = pop_local(
+        _POP_LOCAL_COMPLETE="complete_bash",
+        COMP_WORDS=words,
+        COMP_CWORD=str(words.count(" ")),
+        POP_LOCAL_CONFIG=str(tmp_path / "config.toml"),
+    )
+    assert (done.stdout.split(), done.stderr) == (expected, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+def test_shell_completion_is_installed(tmp_path):
+    done = pop_local("--install-completion", "bash", HOME=str(tmp_path), SHELL="/bin/bash")
+    assert done.returncode == 0, done.stderr
+    assert "pop-local" in (tmp_path / ".bashrc").read_text()
+    script = next((tmp_path / ".bash_completions").iterdir()).read_text()
+    assert "_POP_LOCAL_COMPLETE=complete_bash" in script
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "m.gguf", "--max-kl", "inf"),
+        ("convert", "m.gguf", "--max-copy-ratio", "nan"),
+        ("convert", "m.gguf", "--memory", "inf"),
+        ("convert", "m.gguf", "--memory", "1e300"),
+        ("convert", "m.gguf", "--ridge", "nan"),
+        ("run", "m.gguf", "hi", "--temperature", "inf"),
+        ("run", "m.gguf", "hi", "--top-p", "nan"),
+    ],
+)
+def test_numbers_without_end_are_wrong_usage(arguments):
+    done = CliRunner().invoke(app, [*arguments])
+    assert done.exit_code == 2
+    assert arguments[-2] in done.stderr
+
+
+def test_every_option_that_is_a_float_is_checked():
+    floats = [
+        (f"{entry.name} {name}", hint.__metadata__[0])
+        for entry in COMMANDS
+        if inspect.isfunction(command := getattr(importlib.import_module(entry.module), entry.name))
+        for name, hint in get_type_hints(command, include_extras=True).items()
+        if hasattr(hint, "__metadata__") and float in (hint.__origin__, *get_args(hint.__origin__))
+    ]
+    assert len(floats) > 6
+    assert [name for name, option in floats if option.callback not in (finite, positive)] == []
+
+
+def test_paragraphs_of_help_wrap_at_the_width_of_the_terminal():
+    lines = [line.strip() for line in pop_local("rm", "--help", COLUMNS="70").stdout.splitlines()]
+    first = next(n for n, line in enumerate(lines) if line.startswith("A model goes with"))
+    assert min(map(len, lines[first : first + 2])) > 50

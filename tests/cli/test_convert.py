@@ -1,0 +1,274 @@
+"""`pop-local convert`: the plan, what is written, split models, the command."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+from typer.testing import CliRunner
+
+from converter import content
+from converter.errors import FormatError, PlanError, UnsupportedArchitectureError
+from converter.format import ARCHITECTURES, PopMeta, read_pop_meta, read_shape
+from converter.plan import make_plan, parse_skip
+from converter.rewrite import convert, measure
+from pop_local.cli import app
+from support.converted import convert_default, names
+from support.raw import Job, Step, run
+from support.synthetic import make_gguf, make_split
+
+PROMPT = tuple(range(3, 60))
+
+
+def command(*arguments: object):
+    """Own projections at a given depth: what a fit and a budget add is tested with those."""
+    depth = () if {"--skip", "--boundary"} & set(arguments) else ("--skip", "1/3")
+    options = ["--projection", "own", *depth, *map(str, arguments)]
+    return CliRunner().invoke(app, ["convert", *options])
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+# --- the plan
+
+
+@pytest.mark.parametrize(
+    ("text", "n_layer", "boundary"),
+    [
+        ("1/3", 30, 20),
+        ("1/3", 18, 12),
+        ("1/3", 8, 5),
+        ("1/4", 30, 22),
+        ("0.5", 30, 15),
+        (".25", 8, 6),
+        ("10", 30, 20),
+        ("1", 30, 29),
+        ("1/100", 8, 7),
+    ],
+)
+def test_skip_is_rounded_to_layers(tiny, text, n_layer, boundary):
+    shape = read_shape(make_gguf(tiny, "llama", n_layer=n_layer, n_embd=64, n_ff=64))
+    plan = make_plan(shape, skip=parse_skip(text))
+    assert plan.boundary == boundary
+    assert plan.schedule == "F" * boundary + "S" * (n_layer - boundary)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "0", "0.0", "-1", "1/0", "1.0", "3/2", "1e400", "nan", "½"]
+)
+def test_skip_that_means_nothing(text):
+    with pytest.raises(PlanError, match="neither"):
+        parse_skip(text)
+
+
+@pytest.mark.parametrize("options", [{"boundary": 0}, {"boundary": 8}, {"skip": 8}, {"skip": 9}])
+def test_boundary_must_leave_both_kinds_of_layers(tiny, options):
+    with pytest.raises(PlanError, match="at least one"):
+        make_plan(read_shape(tiny), **options)
+
+
+def test_plan_of_another_model(tiny, tmp_path):
+    other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=6)
+    with pytest.raises(PlanError, match="another model"):
+        convert(make_plan(read_shape(other)), tiny, tmp_path / "out.gguf")
+
+
+# --- what is written
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_only_keys_are_added(tmp_path, arch):
+    src = make_gguf(tmp_path / "model.gguf", arch)
+    dst = tmp_path / "out.gguf"
+    plan = make_plan(read_shape(src), boundary=5, sink_tokens=2, tail_tokens=9, min_prompt=50)
+    meta = convert(plan, src, dst)
+    assert read_pop_meta(dst) == meta
+    assert meta == PopMeta(
+        "FFFFFSSS",
+        sink_tokens=2,
+        tail_tokens=9,
+        min_prompt=50,
+        source_name="model.gguf",
+        source_sha256=hashlib.sha256(src.read_bytes()).hexdigest(),
+        tool=meta.tool,
+    )
+    assert meta.tool.startswith("pop-local")
+    assert dst.stat().st_size == measure(plan, src).output_bytes
+    before, after = gguf.GGUFReader(src), gguf.GGUFReader(dst)
+    added = [name for name in after.fields if name not in before.fields]
+    assert added
+    assert all(name.startswith("pop.") for name in added)
+    for name, field in before.fields.items():
+        if name != "GGUF.kv_count":
+            assert field.contents() == after.fields[name].contents(), name
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        assert (old.name, old.tensor_type) == (new.name, new.tensor_type)
+        assert old.data.tobytes() == new.data.tobytes()
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_unpatched_library_runs_it_as_the_source(tmp_path, arch, unpatched_lib):
+    src = make_gguf(tmp_path / "model.gguf", arch)
+    dst = tmp_path / "out.gguf"
+    convert_default(src, dst)
+    assert_same_logits(src, dst, unpatched_lib)
+
+
+def test_unpatched_library_runs_smollm2_as_the_source(tmp_path, smollm2, unpatched_lib):
+    dst = tmp_path / "out.gguf"
+    convert_default(smollm2, dst)
+    assert_same_logits(smollm2, dst, unpatched_lib)
+
+
+def test_unpatched_library_runs_gemma_as_the_source(tmp_path, gemma, unpatched_lib):
+    dst = tmp_path / "out.gguf"
+    convert_default(gemma, dst)
+    assert_same_logits(gemma, dst, unpatched_lib)
+
+
+def assert_same_logits(one: Path, other: Path, lib: Path) -> None:
+    steps = (
+        Step("decode", "prefill", tokens=PROMPT, logits="all"),
+        Step("decode", "next", tokens=(7,), pos=len(PROMPT)),
+    )
+    results = [
+        run(Job(str(path), steps, lib=str(lib), n_ctx=256, n_batch=256)) for path in (one, other)
+    ]
+    for name in ("prefill", "next"):
+        assert results[0][name].std() > 0.1
+        assert results[0][name].tobytes() == results[1][name].tobytes()
+
+
+def test_progress_goes_from_little_to_all(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "CHUNK_BYTES", 50_000)
+    seen: list[tuple[int, int]] = []
+    convert_default(tiny, tmp_path / "out.gguf", progress=lambda *both: seen.append(both))
+    done = [pair[0] for pair in seen]
+    assert len(done) > 20
+    assert done == sorted(set(done))
+    assert {total for _, total in seen} == {done[-1]}
+
+
+def test_chunks_smaller_than_tensors_change_nothing(tiny, tmp_path, monkeypatch):
+    convert_default(tiny, tmp_path / "one.gguf")
+    monkeypatch.setattr(content, "CHUNK_BYTES", 1013)
+    convert_default(tiny, tmp_path / "other.gguf")
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "other.gguf").read_bytes()
+
+
+# --- split models
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_split_model_becomes_one_file(tmp_path, unpatched_lib, empty_first):
+    whole = make_gguf(tmp_path / "whole.gguf", "qwen2")
+    parts = make_split(tmp_path / "model.gguf", "qwen2", max_tensors=30, empty_first=empty_first)
+    assert len(parts) > 2
+    dst = tmp_path / "out.gguf"
+    meta = convert_default(parts[0], dst)
+    assert meta.source_name == "model.gguf"
+    reader = gguf.GGUFReader(dst)
+    assert not any(name.startswith("split.") for name in reader.fields)
+    for old, new in zip(gguf.GGUFReader(whole).tensors, reader.tensors, strict=True):
+        assert old.name == new.name
+        assert old.data.tobytes() == new.data.tobytes()
+    assert_same_logits(whole, dst, unpatched_lib)
+
+
+def test_default_name_of_a_split_model(tmp_path):
+    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=40)
+    assert command(parts[0]).exit_code == 0
+    assert (tmp_path / "model.pop.gguf").is_file()
+
+
+def test_missing_parts_are_named(tmp_path):
+    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
+    for part in parts[1:]:
+        part.unlink()
+    with pytest.raises(FormatError) as raised:
+        read_shape(parts[0])
+    assert all(part.name in raised.value.message for part in parts[1:])
+
+
+def test_later_part_says_which_to_give(tmp_path):
+    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
+    with pytest.raises(FormatError, match="not the first part") as raised:
+        read_shape(parts[1])
+    assert str(parts[0]) in raised.value.hint
+
+
+def test_parts_that_do_not_belong(tmp_path):
+    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
+    renamed = tmp_path / "renamed.gguf"
+    shutil.copy(parts[0], renamed)
+    with pytest.raises(FormatError, match="not named like one"):
+        read_shape(renamed)
+    shutil.copy(parts[1], parts[2])
+    with pytest.raises(FormatError, match="is not part 3"):
+        read_shape(parts[0])
+
+
+def test_parts_of_another_model(tmp_path):
+    (tmp_path / "other").mkdir()
+    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
+    others = make_split(tmp_path / "other" / "model.gguf", "qwen2", max_tensors=35)
+    assert len(parts) == len(others)
+    shutil.copy(others[1], parts[1])
+    with pytest.raises(FormatError, match="do not add up"):
+        read_shape(parts[0])
+
+
+# --- the command
+
+
+def test_command_prints_its_plan_and_writes_beside(tiny, tmp_path):
+    done = command(tiny, "--skip", "1/4")
+    assert done.exit_code == 0
+    assert "FFFFFFSS" in done.stdout
+    assert "tiny.pop.gguf" in done.stdout
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None
+    assert meta.boundary == 6
+
+
+def test_dry_run_writes_nothing_and_tells_the_same(tiny, tmp_path):
+    planned = json.loads(command(tiny, "--boundary", 3, "--tail", 4, "--dry-run", "--json").stdout)
+    assert names(tmp_path) == {"tiny.gguf"}
+    assert planned.pop("source_sha256") is None
+    written = json.loads(command(tiny, "--boundary", 3, "--tail", 4, "--json").stdout)
+    assert written.pop("source_sha256") == hashlib.sha256(tiny.read_bytes()).hexdigest()
+    assert planned.pop("measured") is None
+    assert written.pop("measured")["kl_mean"] > 0
+    assert planned == written
+    assert planned["schedule"] == "FFFSSSSS"
+    assert planned["n_skipped"] == 5
+    assert planned["tail_tokens"] == 4
+    assert planned["source_bytes"] == tiny.stat().st_size
+    written_bytes = (tmp_path / "tiny.pop.gguf").stat().st_size
+    assert planned["output_bytes"] < written_bytes < planned["output_bytes"] + 1024
+    assert 1 < planned["speedup_limit"] < 8 / 3
+
+
+@pytest.mark.parametrize(
+    "options", [("--skip", "1/3", "--boundary", "5"), ("--skip", "x"), ("--tail", "-1")]
+)
+def test_wrong_usage_exits_with_two(tiny, tmp_path, options):
+    assert command(tiny, *options).exit_code == 2
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+def test_failures_are_two_lines_and_exit_with_one(tmp_path):
+    src = make_gguf(tmp_path / "model.gguf", "olmo2")
+    failed = command(src)
+    assert failed.exit_code == 1
+    assert "olmo2" in failed.stderr
+    assert "gemma3" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 2
+    assert not failed.stdout
+    with pytest.raises(UnsupportedArchitectureError):
+        read_shape(src)

@@ -1,0 +1,245 @@
+"""`convert` without a depth: the budget decides, on small models and few windows."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from converter.format import read_pop_meta
+from pop_local.calibration import activations
+from pop_local.cli import app
+from pop_local.commands import budgeting
+from pop_local.measure import bracket, probes, quality
+from pop_local.measure.budget import Bracket
+from support.converted import names
+from support.synthetic import make_gguf
+
+# Random weights: nearly any pruning is a large KL, and nothing is copied.
+LOOSE = ("--max-kl", 50, "--max-copy-ratio", 1000)
+FEW = ("--tokens", 2048, "--threads", 1, "--gpu-layers", 0)
+
+# The command, stopped for good where it measures the first fitted candidate.
+STOPPED = """
+import sys, time
+from pop_local.commands import budgeting
+from pop_local.measure import quality
+from pop_local.measure.budget import Bracket
+
+def measure(*_):
+    print("measuring", flush=True)
+    time.sleep(600)
+
+budgeting._Search._bracket = lambda self: Bracket(4, 6, 7)
+quality.measure_unless = measure
+from pop_local.cli import main
+sys.argv = ["pop-local", "convert", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=40_000)
+    path.write_text("".join(letters))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch):
+    monkeypatch.setattr(budgeting, "N_FIRST_WINDOWS", 1)
+    monkeypatch.setattr(budgeting, "N_WINDOWS", 2)
+    monkeypatch.setattr(probes, "N_DRAWS", 1)
+    monkeypatch.setattr(bracket, "LOOK", replace(bracket.LOOK, n_windows=1, n_draws=1))
+
+
+def convert(*arguments: object):
+    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
+
+
+def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    done = convert(base, "--sidecar", "--text", text, *FEW, *LOOSE, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["boundary"], found["projection"]) == (4, "fitted")
+    assert [trial["in_budget"] for trial in found["tried"]] == [True] * len(found["tried"])
+    last = found["tried"][-1]
+    assert (last["boundary"], last["n_windows"]) == (4, 2)
+    assert last["kl_mean"] == found["measured"]["kl_mean"] > 0
+    assert last["kl_se"] == found["measured"]["kl_se"] > 0
+    assert 1 < last["speedup_limit"] == found["speedup_limit"]
+    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
+    assert meta is not None and meta.budget is not None and meta.measured is not None
+    assert (meta.budget.quality, meta.budget.max_kl) == ("custom", 50)
+    assert meta.budget.tried.endswith("4 inside")
+    assert meta.measured.kl_mean == last["kl_mean"]
+    assert meta.calibration is not None and meta.calibration.n_tokens == 2048
+    assert not names(temporary)
+
+
+def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
+    """The last layer's own projections are exact; a random model loses all else."""
+    done = convert(base, *FEW, "--max-kl", 0.0001)
+    assert done.exit_code == 0, done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.budget is not None and meta.measured is not None
+    assert (meta.boundary, meta.projection) == (7, "own")
+    assert meta.budget.tried == "7 inside, 6 outside"
+    assert meta.measured.kl_mean == pytest.approx(0, abs=1e-6)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert "In budget" in rows[0]
+    assert rows[2].split("|")[1].strip() == "7"
+    assert rows[2].rstrip(" |").endswith("yes")
+    assert "custom: KL at most 0.0001" in done.stdout
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "tiny.pop.gguf")])
+    assert "7 inside, 6 outside" in shown.stdout
+
+
+def test_own_projections_need_no_fit(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("pop_local.commands.converting.fit", None)
+    done = convert(base, "--projection", "own", "--threads", 1, *LOOSE)
+    assert done.exit_code == 0, done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.measured is not None
+    assert (meta.boundary, meta.projection, meta.calibration) == (4, "own", None)
+    assert meta.measured.kl_mean > 0
+
+
+def test_when_nothing_passes_nothing_is_written(base, tmp_path):
+    done = convert(base, *FEW, "--max-kl", 0.0001, "--max-copy-ratio", 0.5)
+    assert done.exit_code == 1
+    assert "not even 1 skipped layer is within the budget" in done.stderr
+    assert "hint" in done.stderr
+    assert done.stdout.rstrip(" |\n").endswith("no")
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--quality", "fast", "--skip", "1/3"),
+        ("--quality", "fast", "--boundary", 5),
+        ("--max-kl", 0.1, "--skip", "1/3"),
+        ("--max-copy-ratio", 1.1, "--boundary", 5),
+        ("--quality", "fast", "--max-kl", 0.1),
+        ("--quality", "balanced", "--max-copy-ratio", 1.1),
+        ("--quality", "perfect"),
+        ("--max-kl", -1),
+        ("--max-kl", 0),
+        ("--max-copy-ratio", 0),
+    ],
+)
+def test_contradictions_are_wrong_usage(base, tmp_path, options):
+    assert convert(base, *options).exit_code == 2
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+def test_an_output_in_the_way_is_refused_before_measuring(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(budgeting, "_Search", None)
+    (tmp_path / "tiny.pop.gguf").touch()
+    refused = convert(base)
+    assert refused.exit_code == 1
+    assert "--force" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--text", "nowhere.txt"), "cannot read nowhere.txt"),
+        (("--text", "short.txt"), "short.txt has 10 bytes: this model needs 2,048 tokens"),
+        (("--text", os.devnull), "neither a file nor a folder"),
+        (("--tokens", 100), "100 tokens are too few"),
+    ],
+)
+def test_what_no_fit_could_use_is_refused_before_measuring(
+    base, tmp_path, monkeypatch, options, reason
+):
+    monkeypatch.setattr(budgeting, "_Search", None)
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("ten bytes.")
+    for dry_run in ((), ("--dry-run",)):
+        refused = convert(base, *options, *dry_run)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert reason in " ".join(refused.stderr.split())
+
+
+def test_dry_run_says_what_would_be_tried(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(budgeting, "_Search", None)
+    done = convert(base, "--dry-run", "--quality", "near-lossless")
+    assert done.exit_code == 0
+    assert "from 7 down to 4" in done.stdout
+    assert "near-lossless: KL at most 0.01" in done.stdout
+    planned = json.loads(convert(base, "--dry-run", "--max-kl", 0.2, "--json").stdout)
+    assert planned["boundaries"] == [7, 6, 5, 4]
+    assert planned["budget"]["max_kl"] == 0.2
+    assert planned["budget"]["max_copy_ratio"] == 1.12
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
+    base, text, tmp_path, monkeypatch
+):
+    options = (base, "--text", text, *FEW, *LOOSE, "--resume")
+    monkeypatch.setattr(budgeting._Search, "_bracket", lambda self: Bracket(4, 6, 7))
+    with monkeypatch.context() as stopping:
+        stopping.setattr(quality, "measure_unless", _interrupt)
+        stopped = convert(*options, "--memory", 1)
+    assert stopped.exit_code == 130
+    assert "goes on from there" in stopped.stderr
+    assert "for boundary 5, 6\n" in stopped.stderr
+    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration-6"}
+    (tmp_path / ".tiny.pop.gguf.calibration-3").write_text("of a search that went another way")
+    read: list[object] = []
+
+    def window(self, tokens, real=activations.Reading.window):
+        read.append(tokens)
+        real(self, tokens)
+
+    monkeypatch.setattr(activations.Reading, "window", window)
+    done = convert(*options, "--memory", 0)
+    assert done.exit_code == 0, done.stderr
+    assert len(read) == 3 * 4, "boundary 4 alone: a pass for each of its three fitted layers"
+    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_stopping_leaves_nothing(base, text, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    child = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, base, "--text", text, *map(str, FEW), *map(str, LOOSE)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    assert child.stdout is not None
+    try:
+        while "measuring" not in (line := child.stdout.readline()):
+            assert line, child.communicate()[1]
+        assert len(list(temporary.rglob("*.gguf"))) == 1
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 130
+    finally:
+        child.kill()
+        child.communicate()
+    assert names(tmp_path) == {"tiny.gguf", "temporary"}
+    assert not names(temporary)

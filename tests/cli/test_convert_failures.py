@@ -1,0 +1,280 @@
+"""Conversions that are refused, fail or are killed: nothing lost, no partial file."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from converter import rewrite
+from converter.errors import FormatError, OutputExistsError, WriteError
+from converter.format import read_pop_meta
+from converter.header import read_header
+from support.converted import convert_default, names
+from support.synthetic import add_keys, make_gguf, make_split
+
+resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
+
+# The command, stopped for good after its first chunk.
+STOPPED = """
+import sys, time
+from converter import content
+
+def read(stretch, free_buffer, real=content._read):
+    for chunk in real(stretch, free_buffer):
+        yield chunk
+        print("copying", flush=True)
+        time.sleep(600)
+
+content._read = read
+content.CHUNK_BYTES = 100_000
+from pop_local.cli import main
+sys.argv = ["pop-local", "convert", "--projection", "own", "--skip", "1/3", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+# --- what is refused before writing
+
+
+def test_existing_output_stays(tiny, tmp_path):
+    dst = tmp_path / "out.gguf"
+    dst.write_text("mine")
+    copied: list[int] = []
+    with pytest.raises(OutputExistsError):
+        convert_default(tiny, dst, progress=lambda done, total: copied.append(done))
+    assert dst.read_text() == "mine"
+    assert not copied, "refused before the copy"
+    convert_default(tiny, dst, force=True)
+    assert read_pop_meta(dst) is not None
+
+
+def test_output_that_appears_meanwhile_stays(tiny, tmp_path):
+    dst = tmp_path / "out.gguf"
+    with pytest.raises(OutputExistsError):
+        convert_default(tiny, dst, progress=lambda *both: dst.write_text("mine"))
+    assert dst.read_text() == "mine"
+    assert names(tmp_path) == {"tiny.gguf", "out.gguf"}
+
+
+@pytest.mark.parametrize("how", ["same", "symlink", "hardlink"])
+def test_output_that_is_the_input(tiny, tmp_path, how):
+    dst = tmp_path / "link.gguf"
+    if how == "same":
+        dst = tiny
+    elif how == "symlink":
+        dst.symlink_to(tiny)
+    else:
+        dst.hardlink_to(tiny)
+    before = tiny.read_bytes()
+    with pytest.raises(WriteError, match="input itself"):
+        convert_default(tiny, dst, force=True)
+    assert tiny.read_bytes() == before
+
+
+def test_output_that_is_a_part_of_the_input(tmp_path):
+    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=40)
+    with pytest.raises(WriteError, match="input itself"):
+        convert_default(parts[0], parts[1], force=True)
+
+
+def test_converted_file_is_not_converted_again(tiny, tmp_path):
+    convert_default(tiny, tmp_path / "out.gguf")
+    with pytest.raises(FormatError, match="converted already") as raised:
+        convert_default(tmp_path / "out.gguf", tmp_path / "twice.gguf")
+    assert "strip" in raised.value.hint
+
+
+def test_padding_that_could_not_be_restored(tiny, tmp_path):
+    add_keys(tiny, tmp_path / "odd.gguf", some__key="text of odd length")
+    odd = tmp_path / "odd.gguf"
+    header = read_header(odd)
+    assert header.data_start > header.tensors_end
+    with odd.open("r+b") as file:
+        file.seek(header.tensors_end)
+        file.write(b"\1")
+    with pytest.raises(FormatError, match="between its tensor table and its data"):
+        convert_default(odd, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("where", ["nowhere/out.gguf", "tiny.gguf/out.gguf", "folder"])
+def test_output_where_no_file_can_be(tiny, tmp_path, where):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WriteError):
+        convert_default(tiny, tmp_path / where)
+
+
+def test_disk_too_small_is_seen_before_writing(tiny, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(WriteError, match="1,000,000 left"):
+        convert_default(tiny, tmp_path / "out.gguf")
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+# --- what goes wrong while writing
+
+
+@pytest.mark.parametrize("at", [0, 1_000_000, -1])
+def test_damage_on_the_way_is_noticed(tiny, tmp_path, monkeypatch, at):
+    """One bit that the disk gets wrong: the file is read back, and not kept."""
+    real = rewrite._verify
+
+    def verify(written: Path, *rest: object) -> None:
+        data = bytearray(written.read_bytes())
+        data[read_header(written).data_start + at if at >= 0 else -1] ^= 1
+        written.write_bytes(data)
+        real(written, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rewrite, "_verify", verify)
+    with pytest.raises(WriteError, match="not what was read"):
+        convert_default(tiny, tmp_path / "out.gguf")
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+@pytest.fixture
+def mount(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a tmpfs with the given options; skips where that is not permitted."""
+    folder: Path = tmp_path / "mounted"
+    folder.mkdir()
+
+    def mounted(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs is not permitted here")
+        return folder
+
+    yield mounted
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def unknown_usage(folder: Path, real=shutil.disk_usage):
+    """As a network drive tells it that does not know."""
+    return real(folder)._replace(total=0, used=0, free=0)
+
+
+@pytest.mark.parametrize("room_is_checked", [True, False])
+def test_disk_full(tiny, mount, monkeypatch, room_is_checked):
+    folder = mount("size=1m")
+    if not room_is_checked:
+        monkeypatch.setattr(shutil, "disk_usage", unknown_usage)
+    with pytest.raises(WriteError, match=r"1,048,576 left|No space left") as raised:
+        convert_default(tiny, folder / "out.gguf")
+    assert "space" in raised.value.hint
+    assert not names(folder)
+
+
+def test_disk_full_keeps_what_was_to_be_replaced(tiny, mount, monkeypatch):
+    folder = mount("size=1m")
+    (folder / "out.gguf").write_text("mine")
+    monkeypatch.setattr(shutil, "disk_usage", unknown_usage)
+    with pytest.raises(WriteError):
+        convert_default(tiny, folder / "out.gguf", force=True)
+    assert names(folder) == {"out.gguf"}
+    assert (folder / "out.gguf").read_text() == "mine"
+
+
+def test_read_only_disk(tiny, mount):
+    folder = mount("ro,size=9m")
+    with pytest.raises(WriteError, match="Read-only file system"):
+        convert_default(tiny, folder / "out.gguf")
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder for a user whom permissions bind, which root becomes for a while."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)  # nobody
+    yield folder
+    os.seteuid(before)
+    shutil.rmtree(folder)
+
+
+def test_folder_without_permission(unprivileged):
+    source = make_gguf(unprivileged / "tiny.gguf", "llama")
+    locked = unprivileged / "locked"
+    locked.mkdir(mode=0o555)
+    with pytest.raises(WriteError, match="Permission denied") as raised:
+        convert_default(source, locked / "out.gguf")
+    assert "permissions" in raised.value.hint
+    assert not names(locked)
+
+
+def test_file_too_large_for_its_limit(tiny, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(WriteError, match="File too large"):
+            convert_default(tiny, tmp_path / "out.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+def test_source_that_shrinks_while_it_is_read(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("converter.content.CHUNK_BYTES", 100_000)
+    with pytest.raises(FormatError, match="became shorter"):
+        convert_default(
+            tiny, tmp_path / "out.gguf", progress=lambda *both: os.truncate(tiny, 1_000_000)
+        )
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+@pytest.fixture
+def stopped(tiny, tmp_path) -> Iterator[subprocess.Popen[str]]:
+    """The command in mid-copy, its temporary file in place."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tiny), str(tmp_path / "out.gguf")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Under nohup it would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    while process.stdout.readline() not in ("copying\n", ""):
+        pass
+    assert [name for name in names(tmp_path) if name.endswith(".partial")]
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_in_mid_conversion(tmp_path, stopped, number):
+    stopped.send_signal(number)
+    _, stderr = stopped.communicate(timeout=30)
+    assert stopped.returncode == 128 + number
+    assert "Traceback" not in stderr
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+def test_another_process_at_the_same_target_keeps_its_file(tiny, tmp_path, stopped):
+    (theirs,) = names(tmp_path) - {"tiny.gguf"}
+    convert_default(tiny, tmp_path / "out.gguf")
+    assert names(tmp_path) == {"tiny.gguf", "out.gguf", theirs}
+
+
+def test_killed_in_mid_conversion(tiny, tmp_path, stopped):
+    stopped.kill()
+    stopped.wait(timeout=30)
+    (left,) = names(tmp_path) - {"tiny.gguf"}
+    assert left.startswith(".out.gguf.")
+    assert left.endswith(".partial")
+    convert_default(tiny, tmp_path / "out.gguf")
+    assert names(tmp_path) == {"tiny.gguf", "out.gguf"}
+    assert read_pop_meta(tmp_path / "out.gguf") is not None

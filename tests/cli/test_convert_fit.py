@@ -1,0 +1,256 @@
+"""`pop-local convert` at a given depth: fitted, measured, refused, stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import gguf
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from converter.format import read_pop_meta
+from pop_local.cli import app
+from pop_local.commands import examining
+from pop_local.measure import budget, probes
+from support.calibrating import words
+from support.converted import names
+from support.synthetic import make_gguf
+
+THIRD = ("--skip", "1/3")
+FEW = ("--tokens", "2048", "--threads", "1")
+# The command, which waits after each window for a line from its parent.
+WAITING = """
+import sys
+from pop_local.calibration import activations
+
+def window(self, tokens, real=activations.Reading.window):
+    real(self, tokens)
+    print("read", flush=True)
+    sys.stdin.readline()
+
+activations.Reading.window = window
+from pop_local.cli import main
+sys.argv = ["pop-local", *sys.argv[1:]]
+main()
+"""
+
+
+def convert(*arguments: object):
+    """At a third of the layers, unless they say otherwise."""
+    has_depth = {"--skip", "--boundary"} & set(arguments)
+    depth = () if has_depth else THIRD
+    return CliRunner().invoke(app, ["convert", *map(str, arguments), *depth, *FEW])
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+@pytest.fixture
+def text(tmp_path_factory) -> Path:
+    return words(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def short_examination(monkeypatch):
+    monkeypatch.setattr(examining, "N_WINDOWS", 1)
+    monkeypatch.setattr(probes, "N_DRAWS", 2)
+    monkeypatch.setattr(examining, "N_OWN_WINDOWS", 2)
+
+
+def test_by_default_it_fits_and_measures(tiny, tmp_path):
+    done = convert(tiny, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.calibration is not None and meta.measured is not None
+    assert (meta.projection, meta.calibration.n_tokens) == ("fitted", 2048)
+    assert report["calibration"] == asdict(meta.calibration)
+    assert report["measured"] == asdict(meta.measured)
+    assert 0 < meta.measured.kl_mean < 0.1
+    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
+
+
+def test_people_read_the_figures_that_are_stored(tiny, tmp_path, text):
+    done = convert(tiny, "--text", text)
+    said = " ".join(done.stdout.split())
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.measured is not None
+    assert f"KL {meta.measured.kl_mean:.4f} ± {meta.measured.kl_se:.4f}" in said
+    assert f"perplexity {meta.measured.copy_ppl_ratio:.3f} times" in said
+    assert said.count("pop-local only") == 1
+
+
+def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
+    assert convert(tiny, "--skip", 1).exit_code == 0
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None
+    assert (meta.projection, meta.calibration) == ("own", None)
+
+
+@pytest.mark.slow
+def test_smollm2_copies_at_a_third_and_not_at_a_half(
+    smollm2, tmp_path, tmp_path_factory, short_examination
+):
+    """On text alone: sampling would take longer than all the rest."""
+    target, text = tmp_path / "smollm2.pop.gguf", tmp_path_factory.mktemp("text") / "topics.txt"
+    text.write_text("\n".join(topics.values()))
+    done = convert(smollm2, target, "--json", "--text", text)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["measured"]
+    assert found["kl_mean"] < 0.15 and found["copy_ppl_ratio"] < budget.FAST.max_copy_ratio
+    target.unlink()
+    refused = convert(smollm2, target, "--boundary", 16, "--text", text)
+    assert refused.exit_code == 1
+    said = " ".join(refused.stderr.split())
+    assert "with boundary 16 the model can no longer copy" in said
+    assert "no fit brings that back" in said
+    boundary = int(said.partition("--boundary ")[2].split()[0])
+    assert 17 < boundary < 23
+    assert "`--quality fast`" in said and "--force" in said
+    assert not names(tmp_path)
+
+
+def test_a_broken_copy_can_be_kept(tiny, tmp_path, monkeypatch, short_examination):
+    monkeypatch.setattr(budget, "FAST", replace(budget.FAST, max_copy_ratio=0.0))
+    refused = convert(tiny)
+    assert refused.exit_code == 1
+    assert "--force" in refused.stderr
+    assert names(tmp_path) == {"tiny.gguf"}
+    kept = convert(tiny, "--force")
+    assert kept.exit_code == 0
+    assert "can no longer copy" in kept.stderr
+    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
+
+
+# --- bad input
+
+
+def assert_refused(done, folder: Path, reason: str) -> None:
+    assert done.exit_code == 1, done.output
+    said = [line for line in done.stderr.splitlines() if line.startswith(("error", "hint"))]
+    assert len(said) == 2 and reason in said[0]
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert len(names(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no text"),
+        (b"a\0b", "binary"),
+        (b"too short " * 20, "needs 2,048"),
+        (b"again " * 5000, "repeats itself"),
+    ],
+)
+def test_texts_that_cannot_be_used(tiny, tmp_path, tmp_path_factory, content, reason):
+    path = tmp_path_factory.mktemp("bad") / "text.txt"
+    path.write_bytes(content)
+    assert_refused(convert(tiny, "--text", path), tmp_path, reason)
+
+
+def test_too_few_tokens(tiny, tmp_path):
+    done = CliRunner().invoke(app, ["convert", str(tiny), *THIRD, "--tokens", "100"])
+    assert_refused(done, tmp_path, "this model needs 2,048")
+
+
+def test_a_singular_gram(tmp_path, text):
+    """As many tokens as inputs, but the first of each window does not count."""
+    wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
+    done = convert(wide, "--skip", 2, "--text", text, "--ridge", 0)
+    assert_refused(done, tmp_path, "singular")
+
+
+@pytest.mark.parametrize("own_text", [True, False])
+def test_activations_that_are_not_finite(tiny, tmp_path, text, own_text):
+    with tiny.open("r+b") as file:
+        norm = next(t for t in gguf.GGUFReader(tiny).tensors if t.name == "blk.1.attn_norm.weight")
+        file.seek(norm.data_offset)
+        file.write(np.full(3, np.nan, np.float32).tobytes())
+    done = convert(tiny, *([] if own_text else ["--text", text]))
+    assert_refused(done, tmp_path, "not numbers" if own_text else "not finite")
+
+
+def test_options_of_the_fit_with_own_projections_are_wrong_usage(tiny):
+    assert convert(tiny, "--projection", "own").exit_code == 2  # for --tokens
+
+
+# --- Ctrl-C
+
+
+def stopped(folder: Path, *arguments: object) -> str:
+    """Ctrl-C while the second window is read; returns what was said."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, *map(str, arguments), *FEW],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(folder)},
+    )
+    assert process.stdin is not None and process.stdout is not None
+    n_read = 0
+    for line in process.stdout:
+        if line == "read\n":
+            n_read += 1
+            if n_read == 2:
+                process.send_signal(signal.SIGINT)
+            process.stdin.write("\n")
+            process.stdin.flush()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, n_read) == (130, 2)
+    assert "Traceback" not in stderr
+    return stderr
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+
+
+@posix
+def test_ctrl_c_leaves_nothing(tiny, tmp_path, text):
+    stopped(tmp_path, "convert", tiny, "--text", text, *THIRD)
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+@posix
+def test_ctrl_c_and_resume(tiny, tmp_path, text):
+    target, whole = tmp_path / "tiny.pop.gguf", tmp_path / "whole.gguf"
+    options = ("--text", text, "--resume", *THIRD)
+    assert "goes on from there" in stopped(tmp_path, "convert", tiny, *options)
+    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
+    assert convert(tiny, *options).exit_code == 0
+    assert convert(tiny, whole, "--text", text).exit_code == 0
+    assert target.read_bytes() == whole.read_bytes()
+    assert names(tmp_path) == {"tiny.gguf", target.name, whole.name}
+
+
+def test_a_fit_outlasts_a_stop_of_what_follows(
+    tiny, tmp_path, text, monkeypatch, short_examination
+):
+    options = (tiny, "--text", text, "--resume")
+    with monkeypatch.context() as stopping:
+        stopping.setattr(examining.Examiner, "__call__", _interrupt)
+        stopped = convert(*options)
+    assert stopped.exit_code == 130
+    assert "goes on from there" in stopped.stderr
+    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
+    monkeypatch.setattr("pop_local.calibration.job.reading", None)
+    assert convert(*options).exit_code == 0
+    assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+@posix
+def test_ctrl_c_in_eval_leaves_nothing(tiny, tmp_path, text):
+    stopped(tmp_path, "eval", tiny, "--fit", *THIRD, "--fit-text", text)
+    assert names(tmp_path) == {"tiny.gguf"}

@@ -1,0 +1,109 @@
+"""`pop-local demo`: on the real SmolLM2 as `make demo` runs it, and on a random model."""
+
+import importlib.resources
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from support.converted import converted, tiny
+from support.synthetic import make_gguf
+
+# A byte-level vocabulary needs about 9,000 tokens for the document.
+WIDE = ("--ctx", "16384")
+
+
+def demo(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pop_local", "demo", "--threads", "1", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("demo"), n_ctx_train=16384)
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_twice_and_the_program_leaves(smollm2, tmp_path):
+    done = demo(converted(smollm2, tmp_path, boundary=20), "--pairs", 1)
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if not line.endswith(" left")]
+    assert done.stdout.count("first token after") == 2
+    assert "Which quarry did the stone come from?" in done.stdout
+    assert done.stdout.count("Tolm") == 2, "both answers know it from the document"
+    assert "analytical limit 1.43x" in done.stdout
+    assert "they skipped 10 of 30 layers" in done.stdout
+
+
+def test_json_has_all_figures_and_the_counters_add_up(tiny_file):
+    found = json.loads(demo(tiny_file, *WIDE, "--pairs", 1, "--json").stdout)
+    full, pop = found["full"], found["pop"]
+    assert (full["n_pruned"], full["n_full"]) == (0, found["n_prompt"])
+    assert (pop["n_pruned"], pop["n_full"]) == (found["n_prompt"] - 17, 17)
+    assert found["speedup"]["median"] == pytest.approx(full["ttft_s"] / pop["ttft_s"])
+    assert found["limit"] > 1
+    assert full["text"] and pop["text"]
+
+
+def test_the_speed_up_is_of_several_pairs(tiny_file):
+    done = demo(tiny_file, *WIDE, "--pairs", 2)
+    said = re.search(r"Speed-up: (.+)x, (.+)-(.+) in 2 pairs \(analytical limit 1\.", done.stdout)
+    assert said is not None, done.stdout
+    middle, least, most = map(float, said.groups())
+    assert least <= middle <= most
+
+
+def test_in_a_terminal_it_goes_on_as_a_chat_with_the_settings(tiny_file, monkeypatch):
+    pexpect = pytest.importorskip("pexpect", reason="a pseudo-terminal is needed")
+    monkeypatch.setenv("POP_LOCAL_TEMPERATURE", "0.5")
+    monkeypatch.setenv("POP_LOCAL_SYSTEM", "Be brief.")
+    arguments = ["-m", "pop_local", "demo", str(tiny_file), *WIDE, "--threads", "1", "--seed", "3"]
+    arguments += ["--pairs", "1"]
+    child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=120)
+    child.expect("Tokens pruned")
+    child.expect("/exit leaves")
+    child.sendline("/pop")
+    child.expect("Pruning is on")
+    child.sendline("/set")
+    child.expect("temperature is 0.5")
+    child.expect("seed is 3")
+    child.sendline("/system")
+    child.expect("The system prompt is: Be brief")
+    child.sendline("/exit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_the_document_is_long_enough(smollm2):
+    from pop_local.engine.model import open_model
+
+    text = (importlib.resources.files("pop_local") / "data" / "document.md").read_bytes()
+    assert len(open_model(smollm2, n_ctx=256).tokenize(text)) >= 1500
+
+
+def test_settings_are_looked_at_before_it_begins(tiny_file, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_THEME", "darc")
+    done = demo(tiny_file, *WIDE)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "there is no theme darc" in done.stderr
+
+
+def test_an_unconverted_model_is_refused(tmp_path):
+    done = demo(make_gguf(tmp_path / "plain.gguf", "llama"))
+    assert done.returncode == 1
+    assert "pop-local convert" in done.stderr
+
+
+def test_a_context_too_small_for_the_document_says_so(tiny_file):
+    done = demo(tiny_file, "--ctx", 512)
+    assert done.returncode == 1
+    assert "the context holds 512" in done.stderr
+    assert "Traceback" not in done.stderr

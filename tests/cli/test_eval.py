@@ -1,0 +1,291 @@
+"""`pop-local eval`: options, output, refusals; the needle."""
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from pop_local.cli import app
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import open_model
+from pop_local.measure import needle
+from pop_local.measure.needle import measure_needle
+from support.calibrating import words
+from support.converted import paired, tiny
+from support.synthetic import make_gguf
+
+KEYS = {
+    "copy_ppl_ratio",
+    "copy_top1",
+    "induction_delta_nll",
+    "kl_first",
+    "kl_mean",
+    "kl_p99",
+    "kl_se",
+    "n_pruned",
+    "n_windows",
+    "needle",
+    "ppl_full",
+    "ppl_ratio",
+    "top1_agreement",
+}
+SHORT = ("--windows", "2", "--context", "60", "--continuation", "20", "--threads", "1")
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("eval"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+def evaluate(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def measured(*arguments):
+    done = evaluate(*arguments, *SHORT, "--needles", 0, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_json_has_the_keys_of_one_depth(pop_file, text):
+    report = measured(pop_file, "--text", text)
+    assert set(report) >= KEYS
+    assert (report["n_pruned"], report["n_windows"], report["n_skipped"]) == (2 * 43, 2, 4)
+    assert report["text"]["name"] == "text.txt"
+    assert report["projection"] == "own"
+
+
+@pytest.mark.parametrize(
+    ("options", "n_pruned"),
+    [
+        (["--tail", 4], 2 * 55),
+        (["--tail", 4, "--sink", 0], 2 * 56),
+        (["--no-boundary"], 2 * 60),
+        (["--no-pop"], 0),
+    ],
+)
+def test_ablations_change_the_tokens_pruned(pop_file, text, options, n_pruned):
+    assert measured(pop_file, "--text", text, *options)["n_pruned"] == n_pruned
+
+
+def test_full_against_full_is_zero(pop_file, text):
+    assert abs(measured(pop_file, "--text", text, "--no-pop")["kl_mean"]) < 1e-6
+
+
+def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
+    pop_file, text, monkeypatch
+):
+    """All rows become full behind the command's back; only the backend's counters can tell."""
+    real = backend.set_full_from
+    monkeypatch.setattr(backend, "set_full_from", lambda ctx, *_: real(ctx, 0))
+    done = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0, "--json")
+    assert done.exit_code == 1
+    assert "43 should" in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+def test_a_sweep_gives_a_row_for_each_depth(pop_file, text):
+    rows = measured(pop_file, "--text", text, "--sweep", "1/4, 3/4")["rows"]
+    assert [row["n_skipped"] for row in rows] == [2, 6]
+    assert rows[0]["kl_mean"] < rows[1]["kl_mean"]
+    assert rows[0]["speedup_limit"] < rows[1]["speedup_limit"]
+
+
+def test_a_model_without_keys_is_measured_at_a_given_depth(tmp_path, text):
+    plain = make_gguf(tmp_path / "plain.gguf", "gemma3")
+    assert measured(plain, "--text", text, "--boundary", 6)["boundary"] == 6
+    refused = evaluate(plain, "--text", text, *SHORT)
+    assert refused.exit_code == 1
+    assert "--sweep" in refused.stderr
+
+
+def test_people_get_facts_or_a_table(pop_file, text):
+    one = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0)
+    assert "Same first choice" in one.stdout
+    several = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0, "--sweep", "2,4")
+    assert several.stdout.count("\n| ") == 4
+    assert "Copy ratio" in several.stdout
+
+
+def test_a_plot_is_a_png_and_replaces_nothing(pop_file, text, tmp_path):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "out.png"
+    sweep = (pop_file, "--text", text, *SHORT, "--needles", 0, "--sweep", "2,4", "--plot", target)
+    assert evaluate(*sweep).exit_code == 0
+    drawn = target.read_bytes()
+    assert drawn.startswith(PNG)
+    refused = evaluate(*sweep)
+    assert refused.exit_code == 1
+    assert "--force" in refused.stderr
+    assert target.read_bytes() == drawn
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_plot_without_matplotlib_fails_before_measuring(pop_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = evaluate(pop_file, "--sweep", "2,4", "--plot", tmp_path / "out.png")
+    assert done.exit_code == 1
+    assert "[plot]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--skip", "1/3", "--boundary", "4"],
+        ["--sweep", "2,4", "--boundary", "4"],
+        ["--no-pop", "--no-boundary"],
+        ["--plot", "out.png"],
+        ["--skip", "soon"],
+        ["--sweep", "1/3,soon"],
+        ["--sweep", ""],
+    ],
+)
+def test_contradictions_and_nonsense_are_wrong_usage(pop_file, options):
+    assert evaluate(pop_file, *options).exit_code == 2
+
+
+def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_CTX", "64")
+    done = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0)
+    assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--boundary", "8"], "1 to 7"),
+        (["--sweep", "1/3,9"], "9 of 8 layers cannot be skipped"),
+        (["--ctx", "100"], "--ctx gives 100"),
+        (["--windows", "500"], "tokens are needed"),
+        (["--context", "17"], "none would be pruned"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, reason):
+    given = [pop_file, "--text", text, *SHORT, "--needles", 0, *options]
+    done = evaluate(*given)
+    assert done.exit_code == 1
+    assert reason in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
+# --- fitted at each depth
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where temporary folders go."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return make_gguf(tmp_path_factory.mktemp("plain") / "plain.gguf", "llama")
+
+
+def test_a_sweep_is_fitted_at_each_depth(plain, text, temporary):
+    fit = ("--fit", "--tokens", 2048, "--kv-type", "f16", "--weighting", "none", "--ridge", 0.01)
+    options = (plain, "--text", text, "--sweep", "1,2,4")
+    own = measured(*options)["rows"]
+    rows = measured(*options, *fit)["rows"]
+    assert [row["n_skipped"] for row in rows] == [1, 2, 4]
+    # The first skipped layer's own projections are exact.
+    assert [row["projection"] for row in rows] == ["own", "fitted", "fitted"]
+    assert rows[0]["kl_mean"] == own[0]["kl_mean"] and rows[0]["calibration"] is None
+    assert rows[2]["kl_mean"] < 0.7 * own[2]["kl_mean"]
+    for row in rows[1:]:
+        found = row["calibration"]
+        assert (found["n_tokens"], found["ridge"], found["weighting"]) == (2048, 0.01, "none")
+        assert row["kv_type"] == "f16"
+    assert not list(temporary.iterdir())
+
+
+def test_a_fitted_file_says_how_it_was_fitted(plain, text, temporary, tmp_path):
+    options = ("--fit", "--fit-text", words(tmp_path), "--boundary", 5, "--tokens", 2048)
+    done = evaluate(plain, "--text", text, *SHORT, "--needles", 0, *options)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    assert "words.txt: 2,048 tokens, ridge 0.001, weighting attention, stored as q8_0" in said
+
+
+def test_options_of_the_fit_without_it_are_wrong_usage(plain):
+    done = evaluate(plain, "--skip", "1/4", "--tokens", 2048)
+    assert done.exit_code == 2
+    assert "--fit" in done.stderr
+
+
+def test_too_small_a_context_is_said_before_the_fit(plain, text, monkeypatch):
+    monkeypatch.setattr("pop_local.commands.evaluating.fitted_sidecars", None)
+    done = evaluate(plain, "--text", text, *SHORT, "--fit", "--skip", "1/4", "--ctx", 100)
+    assert done.exit_code == 1
+    assert "--ctx gives 100" in " ".join(done.stderr.split())
+
+
+def test_a_converted_file_is_not_fitted_again(pop_file, temporary):
+    done = evaluate(pop_file, "--fit", "--skip", "1/4")
+    assert done.exit_code == 1
+    assert "strip" in done.stderr
+    assert not list(temporary.iterdir())
+
+
+# --- needle
+
+
+@pytest.fixture
+def small_document(monkeypatch):
+    monkeypatch.setattr(needle, "N_TOKENS", 300)
+    monkeypatch.setattr(needle, "shipped_part", lambda name: "\n\n".join(["Some words."] * 40))
+
+
+def test_facts_lie_at_different_depths_and_once(pop_file, small_document):
+    hidden = needle._hide(open_model(pop_file, n_ctx=512, n_threads=1), 3, seed=0)
+    depths = [fact.document.index(fact.code) / len(fact.document) for fact in hidden]
+    assert depths == pytest.approx([1 / 6, 1 / 2, 5 / 6], abs=0.1)
+    assert all(fact.document.count(fact.code) == 1 for fact in hidden)
+
+
+@pytest.mark.parametrize("template", ["", "{{ messages[0]['content'] }}"])
+def test_hits_are_counted_for_full_and_pruned(tmp_path, small_document, monkeypatch, template):
+    model = open_model(tiny(tmp_path, chat_template=template), n_ctx=1024, n_threads=1)
+    answers = []
+
+    def answer(model, hidden):
+        answers.append(ask(model, hidden))
+        return hidden.code if model.pop_mode is Mode.OFF else ""
+
+    ask = needle._answer
+    monkeypatch.setattr(needle, "_answer", answer)
+    shallow, deep = measure_needle(model, (6, 2), 2, 0, lambda done, total: None)
+    assert (shallow.full_hits, shallow.pruned_hits) == (2, 0)
+    assert (deep.n, deep.full_hits) == (2, 2)
+    assert len(answers) == 6
+    assert (model.boundary, model.pop_mode) == (4, Mode.CONTEXT)
+
+
+@pytest.mark.slow
+def test_a_real_model_finds_a_needle_after_pruning(smollm2):
+    model = open_model(smollm2, n_ctx=needle.context_tokens(), n_threads=1)
+    found = measure_needle(model, (20,), 1, 0, lambda done, total: None)[0]
+    assert (found.full_hits, found.pruned_hits) == (1, 1)
+
+
+def test_a_fitted_file_has_projections_for_its_own_boundary_only(plain, tmp_path):
+    pair = paired(plain, tmp_path, "fitted", boundary=4)
+    for given in ((pair.single,), (pair.base, "--pop", pair.sidecar)):
+        done = evaluate(*given, "--skip", 2)
+        assert done.exit_code == 1
+        assert "has projections for boundary 4 only" in done.stderr
+        assert "measure other depths on the model itself" in done.stderr

@@ -1,0 +1,148 @@
+"""`convert` at a depth that the user named: what is measured, what it warns of."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from converter.format import read_pop_meta
+from pop_local.cli import app
+from pop_local.commands import converting, examining
+from pop_local.measure import bracket, budget, probes
+from pop_local.measure.estimate import Estimate
+from support.calibrating import words
+from support.synthetic import make_gguf
+
+# Copying random tokens is left out of them: no random model does.
+ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_copy_ratio=1000.0)
+
+
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch):
+    monkeypatch.setattr(examining, "N_WINDOWS", 1)
+    monkeypatch.setattr(examining, "N_OWN_WINDOWS", 1)
+    monkeypatch.setattr(probes, "N_DRAWS", 2)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+@pytest.fixture
+def text(tmp_path_factory) -> Path:
+    return words(tmp_path_factory.mktemp("text"))
+
+
+def convert(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["convert", "--threads", "1", *map(str, arguments)])
+
+
+def own(*arguments: object) -> Result:
+    return convert("--projection", "own", *arguments)
+
+
+def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget.Budget) -> None:
+    monkeypatch.setattr(examining, "BALANCED", balanced)
+    monkeypatch.setattr(examining, "FAST", fast)
+    monkeypatch.setattr(budget, "FAST", fast)
+
+
+@pytest.mark.slow
+def test_smollm2_with_its_own_projections(smollm2, tmp_path):
+    """Boundary 16 is past the cliff; at 29 the last layer's own projections are exact."""
+    said = {}
+    for boundary in (16, 29):
+        target = tmp_path / f"{boundary}.gguf"
+        done = own(smollm2, target, "--boundary", boundary)
+        assert done.exit_code == 0, done.stderr
+        meta = read_pop_meta(target)
+        assert meta is not None and meta.boundary == boundary
+        assert meta.measured is not None
+        said[boundary] = done.stderr, meta.measured
+        shown = CliRunner().invoke(app, ["inspect", str(target)]).stdout
+        assert f"KL {meta.measured.kl_mean:.4f}" in shown
+        assert ("BROKEN" in shown) == (boundary == 16)
+    assert "with boundary 16 the model can no longer copy from its prompt" in said[16][0]
+    assert "Warning" not in said[29][0]
+    assert said[16][1].copy_ppl_ratio > 2 > said[29][1].copy_ppl_ratio
+    assert said[16][1].kl_mean > budget.BALANCED.max_kl > 1e-3 > said[29][1].kl_mean
+
+
+def test_within_the_budget_nothing_is_said(tiny, monkeypatch):
+    allow(monkeypatch, ANYTHING, ANYTHING)
+    done = own(tiny, "--boundary", 5)
+    assert done.exit_code == 0
+    assert "Warning" not in done.stderr
+
+
+def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, text, tmp_path, monkeypatch):
+    allow(monkeypatch, replace(ANYTHING, max_kl=1e-6), ANYTHING)
+    done = convert(tiny, "--boundary", 5, "--text", text, "--tokens", 2048)
+    assert done.exit_code == 0, done.stderr
+    assert "boundary 5 is outside the balanced budget (KL 1e-06," in done.stderr
+    assert (tmp_path / "tiny.pop.gguf").exists()
+
+
+def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(bracket, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    arguments = (tiny, "--boundary", 6, "--text", text, "--tokens", 2048)
+    with monkeypatch.context() as unfitted:
+        unfitted.setattr(converting, "fit", None)
+        done = convert(*arguments)
+    assert done.exit_code == 1
+    assert "10% of copying random tokens is kept with own projections, and no fit" in done.stderr
+    assert "--boundary 7 copies even unfitted" in done.stderr
+    assert not (tmp_path / "tiny.pop.gguf").exists()
+    forced = convert(*arguments, "--force")
+    assert forced.exit_code == 0, forced.stderr
+    assert (tmp_path / "tiny.pop.gguf").exists()
+
+
+def test_without_a_fit_a_broken_copy_is_written_with_a_warning(tiny, tmp_path, monkeypatch):
+    allow(monkeypatch, ANYTHING, replace(ANYTHING, max_copy_ratio=0.0))
+    done = own(tiny, "--boundary", 5, "--json")
+    assert done.exit_code == 0
+    assert "can no longer copy" in done.stderr
+    assert json.loads(done.stdout)["measured"]["copy_ppl_ratio"] > 0
+    assert (tmp_path / "tiny.pop.gguf").exists()
+
+
+def test_what_cannot_be_measured_is_written_all_the_same(tiny, tmp_path):
+    done = own(tiny, "--boundary", 5, "--tail", 600)
+    assert done.exit_code == 0
+    assert "not known: of a context of 512 tokens none would be pruned" in done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
+
+
+def test_a_fit_that_could_not_be_measured_is_not_begun(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(converting, "fit", None)
+    done = convert(tiny, "--boundary", 5, "--tail", 600, "--text", text, "--tokens", 2048)
+    assert done.exit_code == 1
+    assert "the fit could not be measured: of a context of 512 tokens none" in done.stderr
+    assert "lower --sink and --tail" in done.stderr
+    assert not (tmp_path / "tiny.pop.gguf").exists()
+
+
+def test_without_a_backend_nothing_is_measured(tiny, tmp_path):
+    code = "import sys; sys.modules['llama_cpp'] = None; from pop_local.cli import main; main()"
+    arguments = ["convert", str(tiny), "--skip", "1", "--projection", "own"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not known: llama-cpp-python cannot be imported" in done.stderr
+    assert (tmp_path / "tiny.pop.gguf").exists()
+
+
+def test_a_refusal_leaves_the_fit_of_another_depth(tiny, text, tmp_path, monkeypatch):
+    state = tmp_path / ".tiny.pop.gguf.calibration"
+    state.write_bytes(b"kept by a run that was stopped")
+    monkeypatch.setattr(bracket, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    done = convert(tiny, "--boundary", 6, "--text", text, "--tokens", 2048, "--resume")
+    assert done.exit_code == 1
+    assert "no fit brings that back" in done.stderr
+    assert state.exists()

@@ -1,0 +1,103 @@
+"""`pop-local inspect` on converted and unconverted, whole and damaged files."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from converter.plan import make_plan
+from converter.rewrite import convert
+from converter.shape import read_shape
+from pop_local.cli import app
+from support.synthetic import make_gguf
+
+
+def inspect(*arguments: object):
+    return CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+@pytest.fixture
+def converted(plain: Path) -> Path:
+    target = plain.with_name("tiny.pop.gguf")
+    convert(make_plan(read_shape(plain), boundary=5, tail_tokens=7), plain, target)
+    return target
+
+
+def test_unconverted_file(plain):
+    found = json.loads(inspect(plain, "--json").stdout)
+    assert found["architecture"] == "llama"
+    assert found["architecture_supported"]
+    assert found["n_layer"] == 8
+    assert found["boundary"] is None
+    assert found["pop"] is None
+    assert found["opens_in_stock_llama_cpp"]
+    assert found["verification"] is None
+    assert found["size_bytes"] == plain.stat().st_size
+    assert sum(group["size_bytes"] for group in found["tensors"]) < plain.stat().st_size
+    assert {group["type"] for group in found["tensors"]} == {"F16", "F32"}
+
+
+def test_converted_file(plain, converted):
+    found = json.loads(inspect(converted, "--json", "--verify").stdout)
+    assert (found["boundary"], found["n_skipped"]) == (5, 3)
+    assert found["pop"]["schedule"] == "FFFFFSSS"
+    assert found["pop"]["projection"] == "own"
+    assert found["pop"]["tail_tokens"] == 7
+    assert found["pop"]["source_name"] == plain.name
+    assert found["opens_in_stock_llama_cpp"]
+    sha256 = hashlib.sha256(plain.read_bytes()).hexdigest()
+    assert found["verification"] == {"sha256": sha256, "unchanged": True, "catalog_name": None}
+
+
+def test_converted_file_for_people(converted):
+    shown = inspect(converted).stdout
+    assert "layer 5: context tokens skip the last 3 of 8 layers" in shown
+    assert "FFFFFSSS" in shown
+    assert "the first 1 and last 7 tokens" in shown
+    assert "tiny.gguf" in shown
+    assert "opens it, and runs it in full" in shown
+
+
+def test_verify_finds_a_changed_byte(converted):
+    content = bytearray(converted.read_bytes())
+    content[-100] ^= 1
+    converted.write_bytes(content)
+    assert inspect(converted).exit_code == 0
+    done = inspect(converted, "--verify", "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["verification"]["unchanged"] is False
+    assert "does not hold the model that was converted" in done.stderr
+
+
+def test_unsupported_architecture_is_shown_as_such(tmp_path):
+    done = inspect(make_gguf(tmp_path / "other.gguf", "olmo2"))
+    assert done.exit_code == 0
+    assert "olmo2 (cannot be pruned)" in done.stdout
+
+
+def test_bad_files_are_one_error(tmp_path, plain):
+    text = tmp_path / "notes.gguf"
+    text.write_text("not a model")
+    short = tmp_path / "short.gguf"
+    shutil.copy(plain, short)
+    with short.open("r+b") as file:
+        file.truncate(plain.stat().st_size // 2)
+    for path, reason in (
+        (text, "is not a GGUF file"),
+        (short, "is cut short"),
+        (tmp_path / "absent.gguf", "there is no file"),
+        (tmp_path, "is a folder"),
+    ):
+        done = inspect(path)
+        assert done.exit_code == 1
+        assert done.stdout == ""
+        assert reason in done.stderr
+        assert len(done.stderr.splitlines()) <= 2

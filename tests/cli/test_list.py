@@ -1,0 +1,298 @@
+"""`pop-local list` and `pop-local rm` on a folder of tiny models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from converter.errors import PopError
+from converter.sidecar import sidecar_path
+from converter.source import read_source
+from pop_local.cli import app
+from pop_local.commands.list import list as list_models
+from pop_local.models import names as models
+from pop_local.models.names import resolve
+from pop_local.models.stored import Stored, models_by_name, removable, stock
+from pop_local.ui.theme import THEME
+from support.converted import converted, paired
+from support.synthetic import make_gguf, make_split
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch) -> Path:
+    """A model, its converted copy, a split model, and three that cannot be used."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
+    monkeypatch.chdir(tmp_path)
+    converted(make_gguf(folder / "Tiny.Q8_0.gguf", "llama"), folder, boundary=6)
+    make_split(folder / "parted.gguf", "qwen2", max_tensors=40)
+    (folder / "cut.gguf").write_bytes((folder / "Tiny.Q8_0.gguf").read_bytes()[:50_000])
+    (folder / "page.gguf").write_text("<html>")
+    (folder / "new.gguf.partial").write_bytes(b"GGUF")
+    (folder / "new.gguf.partial.origin").write_text("{}")
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def sidecar(store: Path) -> Path:
+    """Of Tiny.Q8_0, with fitted projections."""
+    base = store / "Tiny.Q8_0.gguf"
+    made = paired(base, store.parent, "fitted", boundary=5)
+    return made.sidecar.rename(sidecar_path(read_source(base)))
+
+
+def the(name: str, store: Path) -> Stored:
+    return next(model for model in stock(store) if model.name == name)
+
+
+def pop_local(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def rows(output: str) -> list[list[str]]:
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_folder_is_shown_with_what_is_damaged(store):
+    done = pop_local("list")
+    assert done.exit_code == 0
+    head, _, *body = rows(done.stdout)
+    assert head == ["Model", "Size", "Architecture", "Boundary", "K/V", "Problem"]
+    shown = {row[0]: row[2:5] for row in body if not row[5]}
+    assert shown == {
+        "parted": ["qwen2", "", ""],
+        "Tiny.Q8_0": ["llama", "", ""],
+        "Tiny.Q8_0.pop": ["llama", "6", "own"],
+    }
+    problems = {row[0]: row[5] for row in body if row[5]}
+    assert list(problems) == ["cut", "new.gguf.partial", "page"]
+    assert problems["cut"].startswith("is cut short")
+    assert "unfinished download" in problems["new.gguf.partial"]
+    assert "not a GGUF file" in problems["page"]
+    assert str(store) in done.stderr
+
+
+def test_names_stay_whole_in_a_narrow_terminal(store, monkeypatch, capsys):
+    narrow = Console(theme=THEME, width=60, force_terminal=True, color_system=None)
+    monkeypatch.setattr("pop_local.ui.tables.out", narrow)
+    list_models(json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    first_cells = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
+    assert "Tiny.Q8_0.pop" in first_cells
+
+
+def test_json_has_files_and_sizes(store):
+    found = json.loads(pop_local("list", "--json").stdout)
+    assert found["folder"] == str(store)
+    by_name = {model["name"]: model for model in found["models"]}
+    parts = sorted(map(str, store.glob("parted-*.gguf")))
+    assert len(parts) > 1
+    assert by_name["parted"]["files"] == parts
+    assert by_name["parted"]["size_bytes"] == sum(Path(part).stat().st_size for part in parts)
+    assert by_name["Tiny.Q8_0.pop"]["boundary"] == 6
+    assert by_name["cut"]["architecture"] is None
+    assert by_name["cut"]["problem"]
+
+
+def test_a_sidecar_belongs_to_its_model(store):
+    path = sidecar(store)
+    model = the("Tiny.Q8_0", store)
+    assert model.sidecar == path
+    assert (model.boundary, model.projection, model.problem) == (5, "fitted", "")
+    assert model.size_bytes == (store / "Tiny.Q8_0.gguf").stat().st_size + path.stat().st_size
+    assert path.name in pop_local("list").stdout
+    assert path.name.removesuffix(".gguf") not in models_by_name(store)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_sidecar_that_does_not_fit_is_a_problem_of_its_model(store, damage):
+    path = sidecar(store)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        make_gguf(store / "Tiny.Q8_0.gguf", "llama", n_layer=9)
+    model = the("Tiny.Q8_0", store)
+    assert model.architecture == "llama"
+    assert ("cut short" if damage == "cut" else "does not belong") in model.problem
+
+
+def test_a_sidecar_without_its_model_is_said(store):
+    sidecar(store)
+    (store / "Tiny.Q8_0.gguf").unlink()
+    assert "not in this folder" in the("Tiny.Q8_0.pop-sidecar", store).problem
+
+
+def test_an_incomplete_split_model_says_what_is_missing(store):
+    missing = sorted(store.glob("parted-*.gguf"))[1]
+    missing.unlink()
+    assert missing.name in the("parted", store).problem
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_empty_folder_says_what_to_do(tmp_path, monkeypatch, exists):
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "none"))
+    if exists:
+        (tmp_path / "none").mkdir()
+    done = pop_local("list")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "pop-local pull" in done.stderr
+    assert json.loads(pop_local("list", "--json").stdout)["models"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("Tiny.Q8_0", "Tiny.Q8_0.gguf"),
+        ("tiny.q8_0.pop", "Tiny.Q8_0.pop.gguf"),
+        ("Tiny.Q8_0.gguf", "Tiny.Q8_0.gguf"),
+    ],
+)
+def test_names_shown_are_taken_by_the_commands(store, name, file):
+    assert resolve(name) == store / file
+    done = pop_local("inspect", name, "--json")
+    assert json.loads(done.stdout)["file"] == str(store / file)
+
+
+def test_a_split_model_is_named_as_one(store):
+    assert json.loads(pop_local("inspect", "parted", "--json").stdout)["n_files"] > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("Tiny.Q8", "Tiny.Q8_0"),
+        ("partet", "parted"),
+        ("Tiny.Q8_1.gguf", "Tiny.Q8_0"),
+        ("smolm2", "SmolLM2-135M-Instruct"),
+    ],
+)
+def test_the_nearest_name_is_suggested(store, name, nearest):
+    with pytest.raises(PopError, match=name) as failure:
+        resolve(name)
+    assert f"did you mean {nearest}?" in failure.value.hint
+
+
+def test_rm_takes_one_model_and_tells_what_was_freed(store):
+    before = set(store.iterdir())
+    freed = (store / "Tiny.Q8_0.gguf").stat().st_size
+    done = pop_local("rm", "tiny.q8_0", "--yes", "--json")
+    assert json.loads(done.stdout) == {
+        "files": [str(store / "Tiny.Q8_0.gguf")],
+        "freed_bytes": freed,
+    }
+    assert before - set(store.iterdir()) == {store / "Tiny.Q8_0.gguf"}
+
+
+def test_rm_takes_parts_sidecars_and_unfinished_downloads(store):
+    sidecar(store)
+    done = pop_local("rm", "parted", "Tiny.Q8_0", "new.gguf.partial", "tiny.q8_0", "--yes")
+    assert done.exit_code == 0
+    left = ["Tiny.Q8_0.pop.gguf", "cut.gguf", "notes.txt", "page.gguf"]
+    assert sorted(file.name for file in store.iterdir()) == left
+    assert done.stdout.splitlines()[-1].startswith("Freed ")
+
+
+def test_rm_takes_a_name_of_the_catalog_for_what_it_fetched(store):
+    entry = models.find("gemma-3-270m")
+    for file in (entry.file, entry.pop_file):
+        make_gguf(store / file, "gemma3")
+    done = pop_local("rm", "gemma-3-270m", "--yes", "--json")
+    assert json.loads(done.stdout)["files"] == [
+        str(store / entry.file),
+        str(store / entry.pop_file),
+    ]
+    assert not (store / entry.file).exists()
+    assert "there is no model 'gemma-3-270m'" in pop_local("rm", "gemma-3-270m", "--yes").stderr
+
+
+def test_rm_prefers_a_stored_name_to_one_of_the_catalog(store):
+    entry = models.find("gemma-3-270m")
+    own, fetched = store / "gemma-3-270m.gguf", store / entry.file
+    for path in (own, fetched):
+        make_gguf(path, "gemma3")
+    assert pop_local("rm", "gemma-3-270m", "--yes").exit_code == 0
+    assert (own.exists(), fetched.exists()) == (False, True)
+
+
+def test_rm_takes_a_sidecar_alone(store):
+    path = sidecar(store)
+    assert removable(store, "Tiny.Q8_0.pop-sidecar") == (path,)
+
+
+def test_rm_takes_nothing_when_one_name_is_unknown(store):
+    before = set(store.iterdir())
+    done = pop_local("rm", "Tiny.Q8_0", "partet", "--yes")
+    assert done.exit_code == 1
+    assert "there is no model 'partet'" in done.stderr
+    assert "did you mean parted?" in done.stderr
+    assert set(store.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["../outside.gguf", "/etc/passwd", "store/../outside.gguf"])
+def test_rm_refuses_files_elsewhere(store, name):
+    outside = store.parent / "outside.gguf"
+    outside.touch()
+    done = pop_local("rm", name, "--yes")
+    assert done.exit_code == 1
+    assert "is not in the models folder" in done.stderr
+    assert outside.exists()
+
+
+def test_rm_takes_a_path_into_the_folder(store):
+    assert removable(store, "store/Tiny.Q8_0.gguf") == (store / "Tiny.Q8_0.gguf",)
+
+
+def test_rm_removes_a_link_and_not_what_it_points_to(store):
+    real = (store / "Tiny.Q8_0.gguf").rename(store.parent / "real.gguf")
+    (store / "Tiny.Q8_0.gguf").symlink_to(real)
+    done = pop_local("rm", "Tiny.Q8_0", "--yes", "--json")
+    assert json.loads(done.stdout)["freed_bytes"] < real.stat().st_size
+    assert real.exists()
+    assert not (store / "Tiny.Q8_0.gguf").is_symlink()
+
+
+def test_rm_does_not_take_what_is_no_model(store):
+    done = pop_local("rm", "notes.txt", "--yes")
+    assert done.exit_code == 1
+    assert (store / "notes.txt").exists()
+
+
+def test_rm_without_a_terminal_wants_yes(store):
+    done = subprocess.run(
+        [sys.executable, "-m", "pop_local", "rm", "Tiny.Q8_0"],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--yes" in done.stderr
+    assert (store / "Tiny.Q8_0.gguf").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
+@pytest.mark.parametrize("answer", ["y", "n", "\x03"])
+def test_rm_asks_in_a_terminal(store, answer):
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "pop_local", "rm", "Tiny.Q8_0"],
+        env=dict(os.environ, NO_COLOR="1"),
+        encoding="utf-8",
+        timeout=20,
+    )
+    child.expect(r"Remove 1 file \(.* MB\)\?")
+    child.send(answer if answer == "\x03" else answer + "\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert (store / "Tiny.Q8_0.gguf").exists() == (answer != "y")
+    assert "Traceback" not in child.before
+    assert (child.exitstatus == 0) == (answer == "y")

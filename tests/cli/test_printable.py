@@ -1,0 +1,114 @@
+"""What others wrote never steers the terminal: file names, metadata, servers, error texts."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from converter.errors import PopError
+from pop_local.cli import app
+from pop_local.engine.llama import backend
+from pop_local.ui import errors, progress, theme
+from pop_local.ui.printable import printable
+from pop_local.ui.tables import print_json
+from support.synthetic import make_gguf
+
+# Sets the title, clears the screen, turns the text around; C1's CSI does so without an escape.
+EVIL = "a\x1b]0;owned\x07\x1b[2J\u202eb\x9b31m"
+SHOWN = r"a\x1b]0;owned\x07\x1b[2J\u202eb\x9b31m"
+STEERING = ("\x1b", "\x07", "\x9b", "\u202e")
+
+
+def is_harmless(text: str) -> bool:
+    return not any(char in text for char in STEERING)
+
+
+def test_what_steers_is_escaped_and_the_rest_stays():
+    assert printable(EVIL) == SHOWN
+    assert printable("für 日本 \N{GRINNING FACE}") == "für 日本 \N{GRINNING FACE}"
+    assert printable("a\nb\tc", kept="\n") == "a\nb\\tc"
+    assert printable("\udcff") == r"\udcff"
+
+
+@pytest.mark.parametrize(
+    "tell",
+    [
+        theme.note,
+        theme.warn,
+        lambda text: errors.show(PopError(text, text)),
+        lambda text: errors.show(errors.as_pop_error(FileNotFoundError(2, "gone", text))),
+    ],
+)
+def test_messages(tell, capsys):
+    tell(f"{EVIL} :boom: [bold]")
+    shown = capsys.readouterr().err
+    assert SHOWN in shown.replace("\n", "")
+    assert ":boom: [bold]" in shown
+    assert is_harmless(shown)
+
+
+def test_data_is_escaped_in_a_terminal_and_as_it_is_in_a_pipe(monkeypatch, capsys):
+    theme.say(EVIL)
+    assert capsys.readouterr().out == EVIL + "\n"
+    monkeypatch.setattr(theme.out, "_force_terminal", True)
+    theme.say(f"{EVIL}\nnext")
+    assert capsys.readouterr().out == f"{SHOWN}\nnext\n"
+
+
+def test_json_holds_it_and_shows_nothing_of_it(capsys):
+    print_json([EVIL, "\udcff", Path("a\x85")])
+    shown = capsys.readouterr().out
+    assert is_harmless(shown.replace("\u202e", ""))
+    assert json.loads(shown) == [EVIL, "\udcff", "a\x85"]
+
+
+def test_the_label_of_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(theme.err, "_force_terminal", True)
+    monkeypatch.setattr(theme.err, "is_interactive", True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.token_progress(EVIL) as advance:
+        advance(1, 2)
+    shown = capsys.readouterr().err
+    assert r"a\x1b]0" in shown
+    assert "\x1b]0" not in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", EVIL],
+        ["bench", EVIL],
+        ["run", EVIL, "hi"],
+        ["run", "model", "hi", "--theme", EVIL],
+        ["run", "model", "hi", EVIL],
+        ["--debug", "strip", EVIL],
+        [EVIL],
+    ],
+    ids=lambda arguments: " ".join(arguments).replace(EVIL, "EVIL"),
+)
+def test_commands_that_fail(arguments):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code in (1, 2)
+    assert is_harmless(done.output)
+    assert "owned" in done.output
+
+
+def test_doctor(monkeypatch):
+    def missing():
+        raise PopError(EVIL, EVIL)
+
+    monkeypatch.setattr(backend, "describe_backend", missing)
+    monkeypatch.setenv("POP_LOCAL_MODEL", EVIL)
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.output.count(SHOWN) == 3
+    assert is_harmless(done.output)
+
+
+def test_what_a_model_is_called(tmp_path):
+    file = make_gguf(tmp_path / f"{EVIL}.gguf", "llama")
+    done = CliRunner().invoke(app, ["chat", str(file)], input="/model\n")
+    assert done.exit_code == 0
+    assert SHOWN in done.stderr.replace("\n", "")
+    assert is_harmless(done.output)

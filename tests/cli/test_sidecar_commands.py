@@ -1,0 +1,279 @@
+"""`convert --sidecar`, and the commands that open a model with its sidecar."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from converter.errors import PopError
+from converter.format import Measured
+from converter.header import read_header
+from converter.plan import TAIL_TOKENS, make_plan
+from converter.shape import read_shape
+from converter.sidecar import sidecar_beside
+from converter.source import read_source
+from pop_local.cli import app
+from pop_local.commands import converting
+from pop_local.commands.ready import files_at_depth, model_files
+from pop_local.engine.model import PopModel
+from pop_local.models import names as models
+from pop_local.models.files import ModelFiles
+from pop_local.models.names import DEFAULT_MODEL, find
+from support.converted import Pair, made_up, names, paired
+from support.synthetic import make_gguf, make_split
+
+
+def command(*arguments: object, text: str = "") -> Result:
+    return CliRunner().invoke(app, [*map(str, arguments)], input=text)
+
+
+def convert(*arguments: object) -> Result:
+    """Own projections: what the fit adds is tested with the fit."""
+    depth = () if "--boundary" in arguments else ("--skip", "1/3")
+    return command("convert", "--sidecar", "--projection", "own", *depth, *arguments)
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama", chat_template="{{ messages[0].content }}")
+
+
+@pytest.fixture
+def sidecar(base) -> Path:
+    assert convert(base, "--boundary", 4).exit_code == 0
+    return base.with_name("tiny.pop-sidecar.gguf")
+
+
+@pytest.fixture
+def fitted(tmp_path) -> Pair:
+    return paired(make_gguf(tmp_path / "tiny.gguf", "llama"), tmp_path, "fitted", boundary=4)
+
+
+# --- convert
+
+
+def test_it_lies_beside_the_model_which_stays_as_it_is(base):
+    before = base.read_bytes()
+    done = convert(base, "--boundary", 4, "--json")
+    found = json.loads(done.stdout)
+    written = base.with_name("tiny.pop-sidecar.gguf")
+    assert (found["output"], found["form"], found["boundary"]) == (str(written), "sidecar", 4)
+    assert found["source_sha256"] == hashlib.sha256(before).hexdigest()
+    assert names(base.parent) == {base.name, written.name}
+    assert base.read_bytes() == before
+    assert written.stat().st_size < 2048
+
+
+def test_a_dry_run_writes_nothing(base):
+    done = convert(base, "--dry-run")
+    assert done.exit_code == 0
+    assert "sidecar" in done.stdout
+    assert names(base.parent) == {base.name}
+
+
+def test_an_existing_output_is_replaced_only_by_force(base, sidecar):
+    before = sidecar.read_bytes()
+    done = convert(base, "--boundary", 5)
+    assert done.exit_code == 1
+    assert "exists" in done.stderr
+    assert sidecar.read_bytes() == before
+    assert convert(base, "--boundary", 5, "--force").exit_code == 0
+    assert read_header(sidecar).get("pop.schedule") == "FFFFFSSS"
+
+
+def test_elsewhere_it_has_to_be_named(base, tmp_path):
+    done = convert(base, tmp_path / "other.gguf")
+    assert done.exit_code == 0
+    assert f"open it with --pop {tmp_path / 'other.gguf'}" in " ".join(done.stderr.split())
+    assert "--pop" not in convert(base).stderr
+
+
+def test_the_model_itself_is_never_the_output(base):
+    assert "is the input itself" in convert(base, base, "--force").stderr
+
+
+def test_parts_have_one_sidecar(tmp_path):
+    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
+    assert convert(parts[0]).exit_code == 0
+    written = tmp_path / "model.pop-sidecar.gguf"
+    assert model_files(str(parts[0])) == ModelFiles(parts[0], written)
+
+
+def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
+    """What is measured is opened with both; fit and measuring have tests of their own."""
+    base = make_gguf(tmp_path / "tiny.gguf", "llama")
+    seen = []
+
+    def measure(model: PopModel, *_: object) -> str:
+        seen.append((Path(model.model_path), model.meta and model.meta.projection))
+        assert sidecar_beside(read_source(base)) is None, "not in its place yet"
+        return "quality"
+
+    monkeypatch.setattr("pop_local.commands.examining._measure", measure)
+    monkeypatch.setattr("pop_local.commands.examining.copies", lambda quality: True)
+    monkeypatch.setattr("pop_local.commands.examining.is_inside", lambda *_: True)
+    monkeypatch.setattr(
+        "pop_local.commands.examining.measured", lambda quality: Measured(kl_mean=0.25)
+    )
+    plan = make_plan(read_shape(base), projection="fitted", boundary=4)
+    monkeypatch.setattr(converting, "fit", lambda *_, **__: (made_up(plan),))
+    done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)
+    assert done.exit_code == 0, done.stderr
+    assert seen == [(base, "fitted")]
+    assert read_header(tmp_path / "tiny.pop-sidecar.gguf").get("pop.measured.kl_mean") == 0.25
+
+
+# --- finding it
+
+
+def test_it_is_found_beside_the_model_and_said_so(base, sidecar, capsys):
+    assert model_files(str(base)) == ModelFiles(base, sidecar)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"Pruning as {sidecar} says." in said.err.replace("\n", "")
+
+
+def test_it_can_be_named(base, sidecar, capsys):
+    elsewhere = sidecar.rename(base.with_name("other.gguf"))
+    assert model_files(str(base)) == ModelFiles(base)
+    assert model_files(str(base), elsewhere) == ModelFiles(base, elsewhere)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(PopError, match="there is no sidecar"):
+        model_files(str(base), sidecar)
+
+
+def test_a_converted_model_has_none(fitted):
+    shutil.copy(fitted.sidecar, fitted.single.with_name("single.pop-sidecar.gguf"))
+    assert model_files(str(fitted.single)) == ModelFiles(fitted.single)
+
+
+def test_a_depth_of_the_callers_own_leaves_it_out(base, sidecar):
+    assert files_at_depth(str(base), None) == ModelFiles(base)
+    assert files_at_depth(str(base), sidecar) == ModelFiles(base, sidecar)
+
+
+def test_a_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
+    """Its sidecar saves converting it; named, it needs the base even where a copy is."""
+    entry = replace(find(DEFAULT_MODEL), file=base.name)
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(models, "load_catalog", lambda: (entry,))
+    assert model_files(None) == ModelFiles(base, sidecar)
+    assert command("convert", "--projection", "own", "--boundary", 4, base).exit_code == 0
+    copy = tmp_path / "tiny.pop.gguf"
+    assert model_files(None) == ModelFiles(copy)
+    assert model_files(None, sidecar) == ModelFiles(base, sidecar)
+
+
+# --- the commands
+
+
+def test_run(base, sidecar):
+    arguments = ("run", base, "word " * 40, "--json", "--max-tokens", 2, "--threads", 1)
+    found = json.loads(command(*arguments).stdout)
+    assert (found["boundary"], found["pop"]) == (4, True)
+    assert found["stats"]["n_pruned"] > 0
+    found = json.loads(command(*arguments, "--no-pop").stdout)
+    assert found["stats"]["n_pruned"] == 0
+    elsewhere = sidecar.rename(base.with_name("other.gguf"))
+    assert json.loads(command(*arguments).stdout)["boundary"] == 0
+    assert json.loads(command(*arguments, "--pop", elsewhere).stdout)["boundary"] == 4
+
+
+def test_chat(base, sidecar):
+    done = command("chat", base, "--max-tokens", 2, text="word " * 40 + "\n")
+    assert done.exit_code == 0
+    assert "pruned" in done.stderr
+
+
+def test_a_stale_sidecar_does_not_matter_in_full(base, sidecar):
+    make_gguf(base, "llama", chat_template="{{ messages[-1].content }}!")
+    ask = ("run", base, "hi", "--max-tokens", 2, "--threads", 1)
+    assert command(*ask).exit_code == 1
+    done = command(*ask, "--no-pop")
+    assert done.exit_code == 0, done.stderr
+    assert "does not belong to" in " ".join(done.stderr.split())
+    assert command(*ask, "--no-pop", "--pop", sidecar).exit_code == 1
+
+
+def test_bench(base, sidecar):
+    arguments = ("bench", base, "--prompt", 100, "--repeat", 1, "--json", "--threads", 1)
+    found = json.loads(command(*arguments).stdout)
+    assert (found["model"], found["sidecar"]) == (str(base), str(sidecar))
+    assert found["rows"][0]["n_pruned"] == 100 - 1 - TAIL_TOKENS
+    assert json.loads(command(*arguments, "--boundary", 3).stdout)["sidecar"] is None
+
+
+def test_eval(fitted, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abc wow def " * 200)
+    windows = ("--text", text, "--windows", 2, "--context", 64, "--continuation", 8)
+    arguments = ("eval", fitted.base, *windows, "--needles", 0, "--json", "--threads", 1)
+    found = json.loads(command(*arguments).stdout)
+    assert (found["projection"], found["boundary"]) == ("fitted", 4)
+    alone = command("eval", fitted.single, *arguments[2:])
+    assert found["kl_mean"] == json.loads(alone.stdout)["kl_mean"]
+    own = json.loads(command(*arguments, "--boundary", 5).stdout)
+    assert (own["projection"], own["boundary"]) == ("own", 5)
+    both = command(*arguments, "--pop", fitted.sidecar, "--fit")
+    assert both.exit_code == 2
+
+
+def test_inspect_of_the_model(base, sidecar):
+    found = json.loads(command("inspect", base, "--json", "--verify").stdout)
+    assert found["sidecar"] == str(sidecar)
+    assert found["boundary"] == 4
+    assert found["opens_in_stock_llama_cpp"]
+    assert found["verification"]["unchanged"] is True
+    lines = command("inspect", base).stdout.splitlines()
+    assert any(line.startswith("Sidecar") and str(sidecar) in line for line in lines)
+    assert any("opens it as before" in line for line in lines)
+
+
+def test_inspect_of_the_sidecar(base, sidecar):
+    found = json.loads(command("inspect", sidecar, "--json", "--verify").stdout)
+    assert (found["file"], found["model"]) == (str(sidecar), str(base))
+    assert found["verification"]["unchanged"] is True
+    assert "Sidecar of" in command("inspect", sidecar).stdout
+
+
+def test_inspect_of_the_sidecar_of_a_split_model(tmp_path):
+    first = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)[0]
+    assert convert(first).exit_code == 0
+    found = json.loads(
+        command("inspect", tmp_path / "model.pop-sidecar.gguf", "--verify", "--json").stdout
+    )
+    assert found["model"] == str(first)
+    assert found["verification"]["unchanged"]
+
+
+def test_inspect_of_a_sidecar_alone(base, sidecar, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    alone = Path(shutil.move(sidecar, folder))
+    assert json.loads(command("inspect", alone, "--json").stdout)["model"] is None
+    done = command("inspect", alone, "--verify")
+    assert done.exit_code == 1
+    assert "does not lie beside" in done.stderr
+    done = command("inspect", base, "--pop", alone, "--verify", "--json")
+    assert json.loads(done.stdout)["verification"]["unchanged"] is True
+
+
+def test_verify_finds_a_changed_weight(base, sidecar):
+    """Size and header are as before, so that only the whole hash tells."""
+    content = bytearray(base.read_bytes())
+    content[-100] ^= 1
+    base.write_bytes(content)
+    assert command("inspect", base).exit_code == 0
+    for path in (base, sidecar):
+        done = command("inspect", path, "--verify")
+        assert done.exit_code == 1
+        assert "does not hold the model that was converted" in done.stderr
+
+
+def test_verify_of_a_fitted_copy(fitted):
+    found = json.loads(command("inspect", fitted.single, "--verify", "--json").stdout)
+    assert found["verification"]["unchanged"] is True

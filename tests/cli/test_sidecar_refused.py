@@ -1,0 +1,210 @@
+"""Sidecars that do not belong, were edited or cut short: an error that says so, never a crash."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGUFValueType
+from typer.testing import CliRunner
+
+from converter.errors import FormatError, PopError
+from converter.sidecar import read_sidecar
+from converter.source import read_source
+from pop_local.cli import app
+from pop_local.engine.model import open_model
+from support.converted import Pair, paired
+from support.raw import Job, run
+from support.synthetic import make_gguf
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Pair:
+    folder = tmp_path_factory.mktemp("fitted")
+    return paired(make_gguf(folder / "tiny.gguf", "llama"), folder, "fitted", boundary=4)
+
+
+# Key: type and value. Tensor: data and type.
+Items = dict[str, tuple[Any, Any]]
+Edit = Callable[[Items, Items], None]
+
+
+def edited(sidecar: Path, dst: Path, edit: Edit) -> Path:
+    """A copy after `edit(keys, tensors)`."""
+    reader = gguf.GGUFReader(sidecar)
+    keys: Items = {
+        name: (field.types[0], field.contents())
+        for name, field in reader.fields.items()
+        if name.startswith("pop.")
+    }
+    tensors: Items = {t.name: (np.array(t.data), t.tensor_type) for t in reader.tensors}
+    edit(keys, tensors)
+    writer = gguf.GGUFWriter(dst, "pop-sidecar")
+    for name, (kind, value) in keys.items():
+        writer.add_key_value(name, value, kind)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dst
+
+
+def _nan(keys: Items, tensors: Items) -> None:
+    tensors["blk.6.pop_attn_k.bias"][0][3] = np.nan
+
+
+def _shape(keys: Items, tensors: Items) -> None:
+    data, kind = tensors["blk.6.pop_attn_v.weight"]
+    tensors["blk.6.pop_attn_v.weight"] = data[:-1], kind
+
+
+def _missing(keys: Items, tensors: Items) -> None:
+    del tensors["blk.6.pop_attn_k.weight"]
+
+
+def _unknown(keys: Items, tensors: Items) -> None:
+    tensors["blk.6.attn_k.weight"] = tensors.pop("blk.6.pop_attn_k.weight")
+
+
+def _schedule(keys: Items, tensors: Items) -> None:
+    keys["pop.schedule"] = (GGUFValueType.STRING, "FFFFSSSSS")
+
+
+def _unbound(keys: Items, tensors: Items) -> None:
+    del keys["pop.sidecar.base_bytes"]
+
+
+def _size(keys: Items, tensors: Items) -> None:
+    keys["pop.sidecar.base_bytes"] = (GGUFValueType.UINT64, 12345)
+
+
+def _version(keys: Items, tensors: Items) -> None:
+    keys["pop.version"] = (GGUFValueType.UINT32, 2)
+
+
+EDITS = {
+    "nan": (_nan, r"tensor 'blk\.6\.pop_attn_k\.bias' has values that are not finite"),
+    "shape": (_shape, r"blk\.6\.pop_attn_v\.weight.* wrong shape"),
+    "missing": (_missing, r"has no tensor blk\.6\.pop_attn_k\.weight"),
+    "unknown": (_unknown, r"has no tensor blk\.6\.pop_attn_k\.weight"),
+    "schedule": (_schedule, "has no tensor|9 layers|one letter for each"),
+    "unbound": (_unbound, "base_bytes is missing"),
+    "size": (_size, "does not belong to"),
+    "version": (_version, "POP version 2"),
+}
+# What the library says by itself, without the engine's checks before it.
+BARE = {
+    "nan": "not finite",
+    "shape": "wrong shape",
+    "missing": r"blk\.6\.pop_attn_k\.weight",
+    "unknown": r"tensor blk\.6\.attn_k\.weight, which is not a sidecar's",
+    "schedule": "one letter for each of the 8 layers",
+    "unbound": "belongs to another model",
+    "size": "belongs to another model: one of 12345 bytes",
+    "version": "pop.version is 2",
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edited(name, fitted, tmp_path):
+    edit, reason = EDITS[name]
+    sidecar = edited(fitted.sidecar, tmp_path / "edited.gguf", edit)
+    with pytest.raises(PopError, match=reason):
+        open_model(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1)
+    with pytest.raises(RuntimeError, match=BARE[name]):
+        run(Job(str(fitted.base), steps=(), further=(str(sidecar),)))
+
+
+def test_unedited(fitted, tmp_path):
+    sidecar = edited(fitted.sidecar, tmp_path / "same.gguf", lambda keys, tensors: None)
+    assert open_model(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1).boundary == 4
+
+
+@pytest.mark.parametrize("n_bytes", [0, 3, 7, 100, 900, -4096, -1])
+def test_cut_short(n_bytes, fitted, tmp_path):
+    sidecar = tmp_path / "cut.gguf"
+    sidecar.write_bytes(fitted.sidecar.read_bytes()[:n_bytes])
+    with pytest.raises(FormatError):
+        read_sidecar(sidecar, read_source(fitted.base))
+    with pytest.raises(RuntimeError, match=r"sidecar|not within the file bounds"):
+        run(Job(str(fitted.base), steps=(), further=(str(sidecar),)))
+
+
+def test_another_model_of_the_same_shape(fitted, tmp_path):
+    """Other keys, same size: only the hash tells."""
+    other = tmp_path / "other.gguf"
+    other.write_bytes(
+        fitted.base.read_bytes().replace(b"tiny random model", b"tiny other modelx", 1)
+    )
+    with pytest.raises(FormatError, match=r"does not belong to .*other\.gguf"):
+        open_model(other, sidecar=fitted.sidecar)
+
+
+def test_a_converted_base(fitted):
+    with pytest.raises(FormatError, match="is converted itself"):
+        open_model(fitted.single, sidecar=fitted.sidecar)
+    with pytest.raises(RuntimeError, match="POP keys of its own"):
+        run(Job(str(fitted.single), steps=(), further=(str(fitted.sidecar),)))
+
+
+def test_files_that_are_no_sidecar(fitted):
+    with pytest.raises(FormatError, match="is not a sidecar"):
+        open_model(fitted.base, sidecar=fitted.single)
+    with pytest.raises(FormatError, match="is not a sidecar"):
+        open_model(fitted.base, sidecar=fitted.base)
+    for further in (fitted.single, fitted.base):
+        with pytest.raises(RuntimeError, match="is not a sidecar"):
+            run(Job(str(fitted.base), steps=(), further=(str(further),)))
+
+
+def test_a_sidecar_is_not_a_model(fitted):
+    with pytest.raises(FormatError, match="is a sidecar: it has no model in it"):
+        open_model(fitted.sidecar)
+    with pytest.raises(RuntimeError, match="unknown model architecture: 'pop-sidecar'"):
+        run(Job(str(fitted.sidecar), steps=()))
+
+
+def test_two_sidecars(fitted, tmp_path):
+    again = shutil.copy(fitted.sidecar, tmp_path / "again.gguf")
+    with pytest.raises(RuntimeError, match="3 files are given for a model of 1 and one sidecar"):
+        run(Job(str(fitted.base), steps=(), further=(str(fitted.sidecar), str(again))))
+
+
+REFUSED = {
+    "strip": (("strip", "tiny.pop-sidecar.gguf"), "nothing to strip"),
+    "convert": (("convert", "tiny.pop-sidecar.gguf"), "is a sidecar"),
+    "run": (("run", "tiny.pop-sidecar.gguf", "hi"), "is a sidecar"),
+    "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),
+    "eval": (("eval", "tiny.pop-sidecar.gguf"), "is a sidecar"),
+    "model as sidecar": (("run", "tiny.gguf", "hi", "--pop", "tiny.gguf"), "is not a sidecar"),
+    "no such sidecar": (("run", "tiny.gguf", "hi", "--pop", "no.gguf"), "there is no sidecar"),
+    "other model": (("run", "other.gguf", "hi", "--pop", "tiny.pop-sidecar.gguf"), "not belong"),
+    "other model, inspected": (
+        ("inspect", "other.gguf", "--pop", "tiny.pop-sidecar.gguf"),
+        "not belong",
+    ),
+    "converted model": (
+        ("chat", "single.gguf", "--pop", "tiny.pop-sidecar.gguf"),
+        "converted itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_commands_refuse_in_two_lines_with_exit_1(name, tmp_path, monkeypatch):
+    paired(make_gguf(tmp_path / "tiny.gguf", "llama"), tmp_path, "fitted", boundary=4)
+    make_gguf(tmp_path / "other.gguf", "llama", seed=1, n_layer=9)
+    before = sorted(tmp_path.iterdir())
+    arguments, reason = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    error, hint = done.stderr.splitlines()
+    assert reason in error and hint.startswith("hint: ")
+    assert done.stdout == ""
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,127 @@
+"""`pop-local strip`: the original comes back byte for byte, or not at all."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from converter.errors import FormatError, OutputExistsError, WriteError
+from converter.format import ARCHITECTURES, read_shape
+from converter.header import read_header
+from converter.plan import make_plan
+from converter.rewrite import convert, strip
+from pop_local.cli import app
+from support.synthetic import add_keys, make_gguf, make_split
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(app, ["strip", *map(str, arguments)])
+
+
+def converted(src: Path, dst: Path) -> Path:
+    convert(make_plan(read_shape(src)), src, dst)
+    return dst
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+@pytest.fixture
+def pop(tiny) -> Path:
+    return converted(tiny, tiny.with_name("tiny.pop.gguf"))
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_round_trip(tmp_path, arch):
+    src = make_gguf(tmp_path / "model.gguf", arch)
+    back = tmp_path / "back.gguf"
+    strip(converted(src, tmp_path / "pop.gguf"), back)
+    assert back.read_bytes() == src.read_bytes()
+
+
+@pytest.mark.parametrize("alignment", [64, 4096])
+@pytest.mark.parametrize("n_odd", range(5))
+def test_round_trip_of_odd_headers_and_ends(tmp_path, alignment, n_odd):
+    """Headers of every length modulo the alignment, and bytes after the last tensor."""
+    src = make_gguf(tmp_path / "model.gguf", "llama", alignment=alignment)
+    odd = add_keys(src, tmp_path / "odd.gguf", some__key="x" * n_odd)
+    with odd.open("ab") as file:
+        file.write(b"?" * n_odd)
+    strip(converted(odd, tmp_path / "pop.gguf"), tmp_path / "back.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == odd.read_bytes()
+
+
+def test_round_trip_of_real_models(tmp_path, smollm2, gemma):
+    for src in (smollm2, gemma):
+        back = tmp_path / "back.gguf"
+        strip(converted(src, tmp_path / f"{src.name}.pop.gguf"), back, force=True)
+        digests = [hashlib.sha256(path.read_bytes()).digest() for path in (src, back)]
+        assert digests[0] == digests[1]
+
+
+def test_split_model_comes_back_as_one_file(tmp_path):
+    parts = make_split(tmp_path / "model.gguf", "gemma2", max_tensors=50)
+    back = tmp_path / "back.gguf"
+    meta = strip(converted(parts[0], tmp_path / "pop.gguf"), back)
+    assert meta.source_sha256 == hashlib.sha256(back.read_bytes()).hexdigest()
+    whole = make_gguf(tmp_path / "whole.gguf", "gemma2")
+    assert back.read_bytes() == whole.read_bytes()
+
+
+def test_changed_file_is_refused(tmp_path, pop):
+    header = read_header(pop)
+    data = bytearray(pop.read_bytes())
+    data[header.data_start + 12345] ^= 1
+    pop.write_bytes(data)
+    back = tmp_path / "back.gguf"
+    back.write_text("mine")
+    with pytest.raises(FormatError, match="changed after its conversion"):
+        strip(pop, back, force=True)
+    assert back.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "back.gguf",
+        "tiny.gguf",
+        "tiny.pop.gguf",
+    ]
+
+
+def test_file_without_pop_keys_is_refused(tiny, tmp_path):
+    with pytest.raises(FormatError, match="nothing to strip"):
+        strip(tiny, tmp_path / "back.gguf")
+
+
+def test_outputs_that_must_not_be_replaced(tiny, pop):
+    with pytest.raises(OutputExistsError):
+        strip(pop, tiny)
+    with pytest.raises(WriteError, match="input itself"):
+        strip(pop, pop, force=True)
+
+
+def test_command_restores_the_original_name(tiny, pop):
+    before = tiny.read_bytes()
+    assert command(pop).exit_code == 1
+    tiny.unlink()
+    done = command(pop, "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == {
+        "source": str(pop),
+        "output": str(tiny),
+        "output_bytes": len(before),
+        "sha256": hashlib.sha256(before).hexdigest(),
+    }
+    assert tiny.read_bytes() == before
+
+
+def test_name_from_the_file_does_not_leave_its_folder(tmp_path, tiny):
+    keys: dict[str, int | str] = {"pop__version": 1, "pop__schedule": "F" * 4 + "S" * 4}
+    keys |= {"pop__source__name": "../elsewhere.gguf", "pop__source__sha256": "0" * 64}
+    (tmp_path / "in").mkdir()
+    pop = add_keys(tiny, tmp_path / "in" / "evil.pop.gguf", **keys)
+    (tmp_path / "in" / "elsewhere.gguf").touch()
+    failed = command(pop)
+    assert failed.exit_code == 1
+    assert "in/elsewhere.gguf exists" in failed.stderr.replace("\\", "/")

@@ -1,0 +1,273 @@
+"""The program on a real terminal and in real pipes, with tiny models of random weights."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from converter.plan import make_plan
+from converter.rewrite import convert
+from converter.shape import read_shape
+from support.synthetic import make_gguf
+
+if sys.platform == "win32":
+    pytest.skip("a pseudo-terminal is needed", allow_module_level=True)
+from support.terminal import Terminal
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+ANSWER_OPTIONS = ("--temperature", "0", "--threads", "1")
+STATS = r"prompt ([\d,]+) tokens \((?:([\d,]+) cached, )?([\d,]+) pruned(?:: short)?\)"
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model that chats, if only nonsense."""
+    folder = tmp_path_factory.mktemp("terminal")
+    plain = make_gguf(folder / "tiny.gguf", "llama", chat_template=TEMPLATE)
+    target = folder / "tiny.pop.gguf"
+    convert(make_plan(read_shape(plain), boundary=5), plain, target)
+    return target
+
+
+def terminal(*arguments: str, width: int = 200, **environment: str) -> Terminal:
+    return Terminal("-m", "pop_local", *arguments, width=width, environment=environment)
+
+
+def piped(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pop_local", *arguments],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_chat_in_a_terminal(model):
+    chat = terminal("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
+    chat.expect("Pruning is on: context tokens skip the layers from 5 on")
+    chat.expect_prompt()
+    chat.line("hello there, " * 20)
+    chat.expect(STATS)
+    assert chat.group(3) > 0
+    chat.expect_prompt()
+    chat.line("/stats")
+    chat.expect("Answers: 1, with 5 tokens written")
+    chat.line("/exit")
+    assert chat.expect_end() == 0
+
+
+def test_second_turn_reuses_the_first(model):
+    chat = terminal("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
+    chat.expect_prompt()
+    chat.line("hello there, " * 20)
+    chat.expect(STATS)
+    n_first = chat.group(1)
+    chat.line("and now?")
+    chat.expect(STATS)
+    assert chat.group(2) >= n_first - 20
+    chat.line("/pop off")
+    chat.expect("Pruning is off")
+    chat.line("and now?")
+    chat.expect(STATS)
+    assert (chat.group(2), chat.group(3)) == (0, 0)
+    chat.expect_prompt()
+    chat.end_of_input()
+    assert chat.expect_end() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(model):
+    chat = terminal("chat", str(model), *ANSWER_OPTIONS)
+    chat.expect_prompt()
+    chat.line("hello there")
+    chat.expect(r"hello there\n+\S")
+    chat.interrupt()
+    chat.expect("· stopped")
+    chat.expect_prompt()
+    chat.interrupt()
+    chat.expect("To leave, type /exit or press Ctrl-D")
+    chat.line("/stats")
+    chat.expect("Answers: 1")
+    chat.expect_prompt()
+    chat.end_of_input()
+    assert chat.expect_end() == 0
+
+
+def test_ctrl_c_in_run_is_exit_130(model):
+    run = terminal("run", str(model), "hello there", *ANSWER_OPTIONS)
+    run.expect(r"\S{3}")
+    run.interrupt()
+    run.expect("Stopped.")
+    assert run.expect_end() == 130
+
+
+def test_a_prompt_longer_than_the_context_is_asked_about(model):
+    chat = terminal("chat", str(model), "--ctx", "256", "--max-tokens", "3", *ANSWER_OPTIONS)
+    chat.expect_prompt()
+    chat.line("long " * 150)
+    chat.expect(r"The context is too small by [\d,]+ tokens")
+    chat.expect(r"l  take a larger context \(--ctx (\d+)\)")
+    n_ctx = chat.group(1)
+    chat.line("l")
+    chat.expect(f"The context holds {n_ctx:,} tokens now")
+    chat.expect(STATS)
+    assert chat.group(1) > 256
+    chat.line("/exit")
+    assert chat.expect_end() == 0
+
+
+def test_what_leaves_no_choice_is_not_asked_about(model, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("a word " * 1000)
+    chat = terminal("chat", str(model), "--ctx", "256", *ANSWER_OPTIONS)
+    chat.expect_prompt()
+    chat.line(f"/glob {book}")
+    chat.expect(r"That is [\d,]+ tokens more than there is room for")
+    chat.expect("Nothing is attached")
+    chat.expect_prompt()
+    assert "skip it" not in chat.text
+    chat.end_of_input()
+    assert chat.expect_end() == 0
+
+
+def test_no_color_and_a_narrow_terminal(model):
+    arguments = ("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
+    colours = re.compile(r"\x1b\[[1-9][0-9;]*m")
+    for environment in ({"NO_COLOR": "1"}, {}):
+        chat = terminal(*arguments, width=40, **environment)
+        chat.expect_prompt()
+        chat.line("hello")
+        chat.expect("TTFT")
+        chat.expect_prompt()
+        chat.end_of_input()
+        chat.expect_end()
+        assert bool(colours.search(chat.raw)) != bool(environment)
+
+
+def test_progress_and_facts_fit_a_narrow_terminal(model):
+    inspect = terminal("inspect", str(model), "--verify", width=40)
+    inspect.expect_end()
+    assert "Reading all of it" in inspect.raw
+    lines = ESCAPE.sub("", inspect.raw).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= 40
+    assert piped("inspect", str(model), "--verify").stderr == ""
+
+
+def test_piped_chat_prints_answers_alone(model):
+    done = piped(
+        "chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS, text="hi\n/pop off\nho\n"
+    )
+    assert done.returncode == 0
+    assert "> " not in done.stdout
+    assert "TTFT" not in done.stdout
+    assert len(re.findall(STATS, done.stderr)) == 2
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_run_reads_files_and_pipes_before_the_question(model, tmp_path):
+    file = tmp_path / "doc.txt"
+    file.write_text("A document about nothing. " * 10)
+    arguments = ("run", str(model), "What is it about?", "--max-tokens", "4", *ANSWER_OPTIONS)
+    unread = piped(*arguments, "--json")
+    assert "The piped text is empty" in unread.stderr
+    alone = json.loads(unread.stdout)
+    both = json.loads(piped(*arguments, "--json", "--file", str(file), text="More. " * 30).stdout)
+    assert both["stats"]["n_prompt"] > alone["stats"]["n_prompt"] + 60
+    assert both["stats"]["n_pruned"] > 0
+    assert both["boundary"] == 5
+    assert both["stats"]["n_decoded"] == 4
+    full = json.loads(piped(*arguments, "--json", "--file", str(file), "--no-pop").stdout)
+    assert (full["pop"], full["stats"]["n_pruned"]) == (False, 0)
+
+
+def test_run_prints_the_same_answer_with_and_without_json(model):
+    arguments = ("run", str(model), "--max-tokens", "6", *ANSWER_OPTIONS)
+    plain = piped(*arguments, text="piped question")
+    in_json = json.loads(piped(*arguments, "--json", text="piped question").stdout)
+    assert plain.stdout.rstrip("\n") == in_json["text"].rstrip("\n")
+    assert re.search(STATS, plain.stderr)
+
+
+def test_run_without_a_question_is_wrong_usage(model):
+    done = piped("run", str(model))
+    assert done.returncode == 2
+    assert "give a question" in done.stderr
+
+
+def test_run_without_a_template_continues_the_text(tmp_path):
+    base = make_gguf(tmp_path / "base.gguf", "llama")
+    done = json.loads(
+        piped("run", str(base), "abc", "--json", "--max-tokens", "4", *ANSWER_OPTIONS).stdout
+    )
+    assert done["stats"]["n_prompt"] < 8
+    assert not done["pop"]
+
+
+@pytest.mark.parametrize("command", ["chat", "run"])
+def test_bad_models_are_one_error(command, tmp_path, model):
+    text = tmp_path / "notes.gguf"
+    text.write_text("not a model")
+    short = tmp_path / "short.gguf"
+    short.write_bytes(model.read_bytes()[:-1000])
+    other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=8)
+    for path, reason in ((text, "is not a GGUF file"), (short, "is cut short")):
+        done = piped(command, str(path), text="hi")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert reason in done.stderr
+        assert len(done.stderr.splitlines()) == 2
+    done = piped(command, str(other), "--max-tokens", "2", *ANSWER_OPTIONS, text="hi")
+    assert done.returncode == 0
+
+
+def test_run_refuses_what_is_no_text(model, tmp_path):
+    image = tmp_path / "image.png"
+    image.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    done = piped("run", str(model), "What is it?", "--file", str(image))
+    assert done.returncode == 1
+    assert "is not UTF-8 text" in done.stderr
+    absent = piped("run", str(model), "What is it?", "--file", str(tmp_path / "absent.txt"))
+    assert absent.returncode == 1
+    assert "absent.txt: No such file" in absent.stderr
+
+
+def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("a word " * 100)
+    arguments = ("run", str(model), "Why?", "--file", str(file), *ANSWER_OPTIONS)
+    done = piped(*arguments, "--ctx", "512", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    counted, error, hint = done.stderr.splitlines()
+    assert re.fullmatch(r".*/book\.txt: 501 tokens, 98% of the context\.", counted)
+    found = re.fullmatch(
+        r"error: the prompt has (\d+) tokens, (\d+) too many:"
+        r" the context holds 512, and an answer needs 64",
+        error,
+    )
+    assert found and int(found[2]) == int(found[1]) + 64 - 512
+    larger = re.fullmatch(r"hint: take a larger context \(--ctx (\d+)\) or give less text", hint)
+    assert larger
+    assert piped(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
+    file.write_text("a word " * 1000)
+    assert piped(*arguments).stderr.splitlines()[-1] == "hint: give less text"
+
+
+@pytest.mark.slow
+def test_a_real_conversation(smollm2, tmp_path):
+    """The second turn reads little more than its own question; run gives the first answer too."""
+    target = tmp_path / "smollm2.pop.gguf"
+    convert(make_plan(read_shape(smollm2)), smollm2, target)
+    question = "Name three animals that live in the sea, and say one thing about each of them."
+    options = ("--max-tokens", "24", "--temperature", "0")
+    chat = piped("chat", str(target), *options, text=f"{question}\nWhich is the largest?\n")
+    assert chat.returncode == 0, chat.stderr
+    first, second = re.finditer(STATS, chat.stderr)
+    assert int(first[3]) > 0
+    assert int(second[2]) >= int(first[1])
+    alone = json.loads(piped("run", str(target), question, *options, "--json").stdout)
+    assert alone["boundary"] == 20
+    assert alone["stats"]["n_pruned"] == int(first[3])
+    assert chat.stdout.startswith(alone["text"])

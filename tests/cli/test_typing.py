@@ -1,0 +1,193 @@
+"""Typing at the prompt: history, several lines, paste, completion, Ctrl-C, resizing."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.platform == "win32":
+    pytest.skip("a pseudo-terminal is needed", allow_module_level=True)
+from support.paths import TESTS
+from support.terminal import Terminal
+
+PROGRAM = TESTS / "support" / "echo_chat.py"
+PASTE = "\x1b[200~{}\x1b[201~"
+UP = "\x1b[A"
+ALT_ENTER = "\x1b\r"
+IN_BACKGROUND = """
+import os, signal
+from pop_local.ui.keys import unechoed_keys
+child = os.fork()
+if not child:
+    os.setpgid(0, 0)
+    with unechoed_keys():
+        pass
+    os._exit(0)
+_, status = os.waitpid(child, os.WUNTRACED)
+if os.WIFSTOPPED(status):
+    os.kill(child, signal.SIGKILL)
+print("stopped" if os.WIFSTOPPED(status) else "went on")
+"""
+
+
+@pytest.fixture
+def history(tmp_path) -> Path:
+    return tmp_path / "state" / "history"
+
+
+def chat(history: Path, width: int = 80, height: int = 24, **environment: str) -> Terminal:
+    started = Terminal(
+        *(str(PROGRAM), str(history)),
+        width=width,
+        height=height,
+        environment={"PYTHONPATH": str(TESTS)} | environment,
+    )
+    started.expect_prompt()
+    return started
+
+
+def leave(terminal: Terminal) -> None:
+    terminal.expect_prompt()
+    terminal.end_of_input()
+    assert terminal.expect_end() == 0
+
+
+def test_history_is_kept_across_runs(history):
+    first = chat(history)
+    first.line("the first question")
+    first.expect("18 characters in 1 lines: the first question")
+    leave(first)
+    assert history.stat().st_mode & 0o077 == 0
+    second = chat(history)
+    second.send(UP)
+    second.expect("the first question")
+    second.line("?")
+    second.expect("19 characters in 1 lines")
+    leave(second)
+
+
+def test_several_lines(history):
+    terminal = chat(history)
+    terminal.send("one" + ALT_ENTER + "two")
+    terminal.line("")
+    terminal.expect("7 characters in 2 lines: one")
+    terminal.expect_prompt()
+    for line in ('"""three', "/four", 'five"""'):
+        terminal.line(line)
+    terminal.expect("16 characters in 3 lines: three")
+    terminal.expect_prompt()
+    terminal.line('/system """Be brief.')
+    terminal.line('Be kind."""')
+    terminal.expect("The system prompt is set")
+    leave(terminal)
+
+
+def test_a_long_line_is_wrapped_without_marks(history):
+    terminal = chat(history, width=40)
+    terminal.send("0123456789" * 7 + ALT_ENTER + "next")
+    terminal.expect("next")
+    rows = ["> " + "0123456789" * 3 + "01234567", "  " + "89" + "0123456789" * 3, ". next"]
+    assert terminal.text.split("\n") == rows
+    terminal.line("")
+    leave(terminal)
+
+
+def test_a_pasted_document_is_one_question(history):
+    terminal = chat(history)
+    document = "\n".join(f"line {n} of a document" for n in range(1000))
+    terminal.send(PASTE.format(document.replace("\n", "\r")))
+    terminal.line("")
+    terminal.expect(f"{len(document)} characters in 1000 lines: line 0 of a document")
+    leave(terminal)
+    assert not history.exists(), "a book is not worth remembering"
+
+
+def test_commands_and_paths_are_completed(history, tmp_path):
+    terminal = chat(history, width=200)
+    terminal.send("/sy\t")
+    terminal.expect("/system")
+    terminal.interrupt()
+    terminal.expect_prompt()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a long name.txt").write_text("some words")
+    terminal.send(f"/fi\t{tmp_path}/fol\ta l\t")
+    terminal.line("")
+    terminal.expect(r"a long name\.txt: 2 tokens, 0% of the context")
+    terminal.send("/pop o\t")
+    terminal.expect("on +off|off +on")
+    terminal.expect("> /pop o")
+    terminal.interrupt()
+    terminal.expect("To leave")
+    leave(terminal)
+
+
+def test_ctrl_c_while_reading_while_answering_and_at_the_prompt(history):
+    terminal = chat(history)
+    terminal.line("read slowly")
+    terminal.expect(r"(?=Reading the prompt .*tokens/s)")  # what follows takes its place
+    terminal.interrupt()
+    terminal.expect("Stopped after reading")
+    terminal.expect("The question is dropped")
+    terminal.expect_prompt()
+    terminal.line("speak slowly")
+    terminal.expect("word1 word2")
+    terminal.interrupt()
+    terminal.expect("· stopped")
+    terminal.expect_prompt()
+    terminal.send("half a line")
+    terminal.expect("half a line")
+    terminal.interrupt()
+    terminal.expect("To leave, type /exit or press Ctrl-D")
+    terminal.line("/stats")
+    terminal.expect("Answers: 1")
+    leave(terminal)
+
+
+def test_an_answer_while_the_terminal_is_resized(history):
+    terminal = chat(history)
+    terminal.line("speak slowly")
+    terminal.expect("word9 ")
+    terminal.resize(60, 20)
+    terminal.expect(r"word\d\d")
+    terminal.interrupt()
+    terminal.expect("· stopped")
+    lines = terminal.text.split("\n")
+    assert max(map(len, lines)) <= 80
+    leave(terminal)
+
+
+def test_keys_typed_during_an_answer_wait_for_the_prompt(history):
+    terminal = chat(history)
+    terminal.line("speak slowly, briefly")
+    terminal.expect("word2")
+    terminal.line("typed")
+    terminal.send("ahead")
+    terminal.expect("5 characters in 1 lines: typed")
+    terminal.line("!")
+    terminal.expect("6 characters in 1 lines: ahead!")
+    assert terminal.text.count("word0 ") == 1, "the answer was drawn over itself"
+    leave(terminal)
+
+
+def test_an_answer_in_the_background_leaves_the_terminal_alone():
+    terminal = Terminal("-c", IN_BACKGROUND)
+    terminal.expect("went on|stopped")
+    assert terminal.match is not None and terminal.match[0] == "went on"
+    assert terminal.expect_end() == 0
+
+
+def test_without_colours_answers_stay_as_they_were_written(history):
+    terminal = chat(history, NO_COLOR="1")
+    terminal.line("hi")
+    terminal.expect(re.escape("**2** characters in 1 lines: `hi`"))
+    leave(terminal)
+    assert not re.search(r"\x1b\[(?:[1-9][0-9;]*)m", terminal.raw)
+
+
+def test_a_history_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").write_text("")
+    terminal = chat(tmp_path / "file" / "history")
+    terminal.line("hi")
+    terminal.expect("2 characters")
+    leave(terminal)

@@ -1,0 +1,267 @@
+"""The patched library against the oracle, and against the unpatched library itself."""
+
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from llama_cpp import Llama
+
+from support.oracle import (
+    Trio,
+    expected,
+    make_trio,
+    mean_distance,
+    pruned,
+    random_tokens,
+    unpatched_noise,
+)
+from support.raw import Job, Step, run
+from support.synthetic import make_gguf
+
+N_VOCAB = 380
+Q8_0 = 8  # GGML_TYPE_Q8_0
+
+SYNTHETIC: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-moe": {"n_expert": 4},
+    "llama-rope-factors": {"rope_factors": True},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3moe": {},
+    "gemma2": {},
+    "gemma3": {},
+    "phi3": {},
+    "phi3-rope-factors": {"rope_factors": True},
+}
+
+
+@pytest.fixture(scope="module", params=SYNTHETIC)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    """A tiny model with weights whose products do not depend on the shape of the batch."""
+    name = request.param
+    folder = tmp_path_factory.mktemp(name)
+    arch = name.split("-")[0]
+    model = make_gguf(folder / "model.gguf", arch, type=Type.Q8_0, **SYNTHETIC[name])
+    return make_trio(model, folder, boundary=5)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    folder = tmp_path_factory.mktemp("llama")
+    model = make_gguf(folder / "model.gguf", "llama", type=Type.Q8_0)
+    return make_trio(model, folder, boundary=5)
+
+
+@pytest.fixture(scope="module", params=["smollm2", "gemma"])
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    name = request.param
+    boundary = {"smollm2": 20, "gemma": 12}[name]
+    return make_trio(request.getfixturevalue(name), tmp_path_factory.mktemp(name), boundary)
+
+
+@pytest.fixture
+def job(unpatched_lib: Path) -> Job:
+    return Job(model="", steps=(), lib=str(unpatched_lib))
+
+
+def check_exact(trio: Trio, n_tokens: int, n_vocab: int, folder: Path, job: Job) -> None:
+    prompts = [random_tokens(n_tokens, n_vocab)]
+    logits, counters = pruned(trio, prompts, 1, job)
+    assert counters == (n_tokens - 1, 1)
+    np.testing.assert_array_equal(logits, expected(trio, prompts, 1, folder, job))
+
+
+# One token more than whole ubatches: every product then has the same shape here and in the oracle.
+EXACT = [{"n_ubatch": 128}, {"n_ubatch": 512}, {"type_k": Q8_0}]
+
+
+@pytest.mark.parametrize("options", EXACT, ids=["ubatch 128", "ubatch 512", "K in q8_0"])
+def test_tiny_models_equal_the_oracle(tiny: Trio, options: dict, tmp_path: Path, job: Job) -> None:
+    check_exact(tiny, 513, N_VOCAB, tmp_path, replace(job, **options))
+
+
+@pytest.mark.parametrize("options", EXACT, ids=["ubatch 128", "ubatch 512", "K in q8_0"])
+def test_real_models_equal_the_oracle(real: Trio, options: dict, tmp_path: Path, job: Job) -> None:
+    check_exact(real, 513, 40000, tmp_path, replace(job, **options))
+
+
+def test_full_and_context_rows_share_a_ubatch(llama: Trio, tmp_path: Path, job: Job) -> None:
+    check_exact(llama, 300, N_VOCAB, tmp_path, job)
+
+
+def test_a_lora_adapter_equals_the_oracle(llama: Trio, tmp_path: Path, job: Job) -> None:
+    lora = make_lora(tmp_path / "lora.gguf", n_layer=8, n_embd=128, n_kv=64)
+    with_lora = replace(job, lora=str(lora))
+    check_exact(llama, 300, N_VOCAB, tmp_path, with_lora)
+    prompts = [random_tokens(300, N_VOCAB)]
+    plain, _ = pruned(llama, prompts, 1, job)
+    changed, _ = pruned(llama, prompts, 1, with_lora)
+    assert not np.array_equal(plain, changed)
+
+
+def test_a_control_vector_equals_the_oracle(llama: Trio, tmp_path: Path, job: Job) -> None:
+    kept = np.random.default_rng(0).standard_normal(4 * 128)  # layers 1 to 4 of 8, boundary 5
+    cvec = tuple(float(value) for value in np.concatenate([kept, np.zeros(3 * 128)]))
+    check_exact(llama, 300, N_VOCAB, tmp_path, replace(job, cvec=cvec))
+
+
+NOISY = {
+    "17 full rows": {},
+    "flash attention": {"flash_attn": True},
+    "quantised V": {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0},
+    "small ubatch": {"n_ubatch": 64},
+}
+
+
+@pytest.mark.parametrize("options", NOISY.values(), ids=NOISY)
+def test_sink_and_tail_are_within_the_unpatched_noise(
+    real: Trio, options: dict, tmp_path: Path, job: Job
+) -> None:
+    trio = make_trio(real.original, tmp_path, real.boundary, n_sink=1)
+    job = replace(job, **options)
+    prompts = prose(real.original, n_prompts=3, n_tokens=200)
+    logits, counters = pruned(trio, prompts, 16, job)
+    assert counters == (3 * (200 - 17), 3 * 17)
+    want = expected(trio, prompts, 16, tmp_path, job)
+    noise = unpatched_noise(want, trio, prompts, 16, tmp_path, job)
+    assert mean_distance(logits, want) <= noise
+
+
+@pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_sequences_in_one_batch(arch: str, kv_unified: bool, tmp_path: Path, job: Job) -> None:
+    trio = make_trio(make_gguf(tmp_path / "model.gguf", arch), tmp_path, boundary=5, n_sink=1)
+    lengths = (200, 333, 100, 121)
+    prompts = [random_tokens(n, N_VOCAB, seed=n) for n in lengths]
+    more = tuple((seq, 0, prompts[seq]) for seq in (1, 2, 3))
+    steps = (
+        *(Step("full_from", seq=seq, value=n - 16) for seq, n in enumerate(lengths)),
+        Step("decode", "logits", tokens=prompts[0], more=more),
+        Step("counters", "counters"),
+    )
+    many = replace(job, n_seq_max=4, n_ctx=8192, kv_unified=kv_unified)
+    got = run(replace(many, model=str(trio.pruned), steps=steps, lib=None))
+    np.testing.assert_array_equal(got["counters"], [sum(lengths) - 4 * 17, 4 * 17])
+    want = expected(trio, prompts, 16, tmp_path, job)
+    noise = unpatched_noise(want, trio, prompts, 16, tmp_path, job)
+    assert mean_distance(got["logits"], want) <= noise
+
+
+def test_all_logits_and_mode_off_equal_the_unpatched_library(tiny: Trio, job: Job) -> None:
+    tokens = random_tokens(300, N_VOCAB)
+    every = Step("decode", "every", tokens=tokens, logits="all")
+    want = run(replace(job, model=str(tiny.original), steps=(every,)))
+    steps = (every, Step("counters", "counters"))
+    got = run(replace(job, model=str(tiny.pruned), steps=steps, lib=None))
+    np.testing.assert_array_equal(got["every"], want["every"])
+    np.testing.assert_array_equal(got["counters"], [0, 300])
+
+    last = Step("decode", "last", tokens=tokens)
+    want = run(replace(job, model=str(tiny.original), steps=(last,)))
+    off = run(replace(job, model=str(tiny.pruned), steps=(Step("mode", value=0), last), lib=None))
+    np.testing.assert_array_equal(off["last"], want["last"])
+
+
+def test_mode_and_boundary_take_effect_on_the_next_decode(
+    llama: Trio, job: Job, tmp_path: Path
+) -> None:
+    """A graph of the other mode or boundary must not be reused: alternate on one context."""
+    tokens = random_tokens(300, N_VOCAB)
+
+    def again(name: str) -> tuple[Step, ...]:
+        return (Step("remove"), Step("decode", name, tokens=tokens))
+
+    steps = (
+        *again("pruned"),
+        *again("pruned again"),
+        Step("mode", value=0),
+        *again("full"),
+        Step("mode", value=1),
+        Step("boundary", value=3),
+        *again("deeper"),
+        Step("boundary", value=0),
+        *again("back"),
+        Step("mode", value=2),
+        *again("always"),
+        Step("counters"),
+    )
+    got = run(replace(job, model=str(llama.pruned), steps=steps, lib=None))
+    full = run(replace(job, model=str(llama.original), steps=again("full")))["full"]
+    deeper = expected(make_trio(llama.original, tmp_path, boundary=3), [tokens], 1, tmp_path, job)
+    np.testing.assert_array_equal(got["full"], full)
+    np.testing.assert_array_equal(got["pruned"], got["pruned again"])
+    np.testing.assert_array_equal(got["pruned"], got["back"])
+    np.testing.assert_array_equal(got["deeper"], deeper)
+    assert not np.array_equal(got["always"], got["pruned"])
+
+
+def test_always_mode_gives_the_logits_of_the_boundary_state(llama: Trio, job: Job) -> None:
+    """The model with silent deep layers is the model without them."""
+    tokens = random_tokens(300, N_VOCAB)
+    last = Step("decode", "last", tokens=tokens)
+    want = run(replace(job, model=str(llama.silent), steps=(last,)))["last"]
+    steps = (Step("mode", value=2), last, Step("counters", "counters"))
+    got = run(replace(job, model=str(llama.pruned), steps=steps, lib=None))
+    np.testing.assert_array_equal(got["last"], want)
+    np.testing.assert_array_equal(got["counters"], [300, 0])
+
+
+def test_a_state_goes_round_through_a_file(llama: Trio, job: Job, tmp_path: Path) -> None:
+    tokens = random_tokens(300, N_VOCAB)
+    state = str(tmp_path / "kept")
+    prefill = Step("decode", tokens=tokens[:-1], logits="none")
+    last = Step("decode", "last", tokens=tokens[-1:], pos=299)
+    straight = (prefill, Step("save", path=state), last)
+    loaded = (Step("load", path=state), last)
+    first = run(replace(job, model=str(llama.pruned), steps=straight, lib=None))
+    second = run(replace(job, model=str(llama.pruned), steps=loaded, lib=None))
+    unpatched = run(replace(job, model=str(llama.original), steps=loaded))
+    np.testing.assert_array_equal(first["last"], second["last"])
+    np.testing.assert_array_equal(first["last"], unpatched["last"])
+
+
+def test_a_context_shift_equals_the_oracle(llama: Trio, job: Job, tmp_path: Path) -> None:
+    tokens = random_tokens(300, N_VOCAB)
+    shift = Step("shift", pos=100, value=-60)
+    last = Step("decode", "last", tokens=tokens[-1:], pos=299 - 60)
+    prefill = Step("decode", tokens=tokens[:-1], logits="none")
+    state = str(tmp_path / "state")
+    run(replace(job, model=str(llama.silent), steps=(prefill, Step("save", path=state))))
+    want = run(
+        replace(job, model=str(llama.original), steps=(Step("load", path=state), shift, last))
+    )
+    got = run(replace(job, model=str(llama.pruned), steps=(prefill, shift, last), lib=None))
+    np.testing.assert_array_equal(got["last"], want["last"])
+
+
+def prose(model: Path, n_prompts: int, n_tokens: int) -> list[tuple[int, ...]]:
+    """Windows of Python's own documentation, one after the other."""
+    vocab = Llama(str(model), vocab_only=True, verbose=False)
+    text = "\n".join(topics[name] for name in sorted(topics))[: 10 * n_prompts * n_tokens]
+    tokens = vocab.tokenize(text.encode())
+    return [tuple(tokens[i * n_tokens : (i + 1) * n_tokens]) for i in range(n_prompts)]
+
+
+def make_lora(path: Path, n_layer: int, n_embd: int, n_kv: int) -> Path:
+    """A random adapter of rank 4 for the K and V projections of every layer."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    for layer in range(n_layer):
+        for name in ("attn_k", "attn_v"):
+            a = rng.standard_normal((4, n_embd), dtype=np.float32) * 0.1
+            b = rng.standard_normal((n_kv, 4), dtype=np.float32) * 0.1
+            writer.add_tensor(f"blk.{layer}.{name}.weight.lora_a", a)
+            writer.add_tensor(f"blk.{layer}.{name}.weight.lora_b", b)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

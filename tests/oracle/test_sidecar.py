@@ -1,0 +1,261 @@
+"""Base and sidecar give what the single converted file gives, bit for bit."""
+
+import hashlib
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_cpp import LlamaRAMCache
+
+from converter.errors import PopError, WriteError
+from converter.format import Measured, PopMeta, pop_meta
+from converter.header import read_header
+from converter.plan import make_plan
+from converter.shape import read_shape
+from converter.sidecar import measure_sidecar, read_sidecar, write_sidecar
+from converter.source import read_source
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.engine.llama import opening
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import open_model
+from pop_local.engine.prefill.kv_state import conversion
+from pop_local.measure.budget import BALANCED
+from support.calls import opened, prompt, read
+from support.converted import Pair, made_up, paired
+from support.oracle import random_tokens
+from support.raw import Job, Step, run
+from support.synthetic import make_gguf, make_split
+
+PROJECTIONS = ["own", "fitted"]
+
+
+@pytest.fixture(scope="module", params=PROJECTIONS)
+def pair(request, tmp_path_factory) -> Pair:
+    folder = tmp_path_factory.mktemp(request.param)
+    return paired(make_gguf(folder / "tiny.gguf", "llama"), folder, request.param, boundary=4)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Pair:
+    folder = tmp_path_factory.mktemp("fitted")
+    return paired(make_gguf(folder / "tiny.gguf", "llama"), folder, "fitted", boundary=4)
+
+
+# --- the same as a single file
+
+
+def outcome(model: Path, state: Path, tokens: tuple[int, ...], *further: Path, mmap: bool = True):
+    """Logits, counters and the saved state after a pruned prompt."""
+    steps = (
+        Step("full_from", value=len(tokens) - 16),
+        Step("decode", "last", tokens=tokens),
+        Step("counters", "counters"),
+        Step("save", path=str(state)),
+    )
+    got = run(Job(str(model), steps, further=tuple(map(str, further)), mmap=mmap))
+    return got["last"], got["counters"], state.read_bytes()
+
+
+def require_same(pair: Pair, folder: Path, tokens: tuple[int, ...], *, mmap: bool = True) -> None:
+    before = hashlib.sha256(pair.base.read_bytes()).digest()
+    want = outcome(pair.single, folder / "want", tokens, mmap=mmap)
+    got = outcome(pair.base, folder / "got", tokens, pair.sidecar, mmap=mmap)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_array_equal(got[1], want[1])
+    assert got[1][0] == len(tokens) - 17
+    assert got[2] == want[2]
+    assert hashlib.sha256(pair.base.read_bytes()).digest() == before
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_sliding_windows(projection, mmap, tmp_path):
+    base = make_gguf(tmp_path / "gemma.gguf", "gemma3")
+    made = paired(base, tmp_path, projection, boundary=4)
+    require_same(made, tmp_path, random_tokens(200, 380), mmap=mmap)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_smollm2(projection, smollm2, tmp_path):
+    made = paired(smollm2, tmp_path, projection)
+    require_same(made, tmp_path, random_tokens(96, 40000))
+
+
+def test_fitted_tensors_count(fitted, tmp_path):
+    """Otherwise the comparisons above would hold for a sidecar that is ignored."""
+    other = paired(fitted.base, tmp_path, "fitted", seed=1, boundary=4)
+    tokens = random_tokens(100, 380)
+    logits = [
+        outcome(fitted.base, tmp_path / "state", tokens, *further)[0]
+        for further in ((fitted.sidecar,), (other.sidecar,))
+    ]
+    assert not np.array_equal(*logits)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_model_in_parts(projection, tmp_path):
+    whole = make_gguf(tmp_path / "model.gguf", "llama")
+    parts = make_split(tmp_path / "model.gguf", "llama", max_tensors=30)
+    assert len(parts) > 1
+    made = paired(whole, tmp_path, projection, boundary=4)
+    sidecar = tmp_path / "parts.pop-sidecar.gguf"
+    plan = make_plan(read_shape(parts[0]), projection=projection, boundary=4, tail_tokens=16)
+    made_fit = made_up(plan) if projection == "fitted" else None
+    write_sidecar(plan, parts[0], sidecar, fitted=made_fit)
+    model = open_model(parts[0], sidecar=sidecar, n_ctx=512, n_threads=1)
+    want = read(opened(made.single, n_ctx=512, n_batch=512, n_ubatch=512), prompt(100))
+    np.testing.assert_array_equal(read(model, prompt(100)), want)
+
+
+def test_the_base_opens_unpatched(pair, unpatched_lib):
+    run(Job(str(pair.base), steps=(), lib=str(unpatched_lib)))
+
+
+def test_the_engine(pair):
+    tokens = prompt(200)
+    single, both = opened(pair.single), opened(pair.base, sidecar=pair.sidecar)
+    assert both.boundary == 4 and both.pop_mode is Mode.CONTEXT
+    assert both.rule == single.rule
+    np.testing.assert_array_equal(read(both, tokens), read(single, tokens))
+    with LoadedModel(pair.base, sidecar=pair.sidecar, n_threads=1) as model:
+        assert model.n_vocab == 384
+
+
+def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
+    opened(pair.base, sidecar=pair.sidecar)
+    assert opened(pair.base).boundary == 0
+    again = pickle.loads(pickle.dumps(opened(pair.base, sidecar=pair.sidecar)))
+    assert again.boundary == 4
+
+
+def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
+    monkeypatch.setattr(opening, "files_of", lambda base, sidecar: ())
+    with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
+        opened(pair.base, sidecar=pair.sidecar)
+    with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
+        LoadedModel(pair.base, sidecar=pair.sidecar)
+
+
+# --- the states of two conversions
+
+
+def test_a_state_of_another_conversion_is_refused(fitted, tmp_path):
+    other = paired(fitted.base, tmp_path, "fitted", seed=1, boundary=4)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    own = paired(fitted.base, folder, "own", boundary=4)
+    model = opened(fitted.base, sidecar=fitted.sidecar)
+    read(model, prompt(100))
+    state = model.save_state()
+    for sidecar in (other.sidecar, own.sidecar):
+        with pytest.raises(PopError, match="belongs to mode CONTEXT, boundary 4, fitted"):
+            opened(fitted.base, sidecar=sidecar).load_state(state)
+    single = opened(fitted.single)
+    single.load_state(state)
+    assert single.n_tokens == 100
+
+
+def test_what_decided_the_boundary_makes_no_other_conversion(fitted):
+    source = read_source(fitted.single)
+    meta = pop_meta(source.first)
+    assert meta is not None
+    decided = replace(meta, budget=replace(BALANCED, tried="4 inside"))
+    assert conversion(decided, source, None) == conversion(meta, source, None)
+    assert conversion(replace(meta, schedule="FFFFFSSS"), source, None) != conversion(
+        meta, source, None
+    )
+
+
+def test_a_prompt_cache_is_not_shared_between_conversions(fitted, tmp_path):
+    other = paired(fitted.base, tmp_path, "fitted", seed=1, boundary=4)
+    cache, tokens = LlamaRAMCache(), prompt(100)
+    first = opened(fitted.base, sidecar=fitted.sidecar)
+    first.set_cache(cache)
+    first.create_completion(tokens, max_tokens=1, temperature=0.0)
+    for sidecar, is_found in ((other.sidecar, False), (fitted.sidecar, True)):
+        model = opened(fitted.base, sidecar=sidecar)
+        model.set_cache(cache)
+        assert model.cache is not None and (tokens in model.cache) is is_found
+
+
+def test_states_read_in_full_are_shared(pair):
+    full = opened(pair.base)
+    read(full, prompt(100))
+    both = opened(pair.base, sidecar=pair.sidecar)
+    both.set_pop(Mode.OFF)
+    both.load_state(full.save_state())
+    assert both.n_tokens == 100
+
+
+# --- writing
+
+
+def meta_of(path: Path) -> PopMeta:
+    meta = pop_meta(read_header(path))
+    assert meta is not None
+    return meta
+
+
+def test_what_is_written(pair):
+    header, source = read_header(pair.sidecar), read_source(pair.base)
+    meta, single = read_sidecar(pair.sidecar, source).meta, meta_of(pair.single)
+    assert meta.source_sha256 == hashlib.sha256(pair.base.read_bytes()).hexdigest()
+    assert meta.source_sha256 == single.source_sha256
+    assert (meta.schedule, meta.projection) == (single.schedule, single.projection)
+    assert {name.split(".")[0] for name in header.keys} == {"general", "pop"}
+    assert all(".pop_" in tensor.name for tensor in header.tensors)
+    assert len(header.tensors) == (12 if meta.projection == "fitted" else 0)
+    assert header.size_bytes < pair.base.stat().st_size / 4
+
+
+def test_the_size_is_known_beforehand(pair):
+    projection = meta_of(pair.sidecar).projection
+    plan = make_plan(read_shape(pair.base), boundary=4, projection=projection)
+    sizes = measure_sidecar(plan, pair.base)
+    assert abs(sizes.output_bytes - pair.sidecar.stat().st_size) < 2048
+
+
+def test_the_measured_quality_is_stored_and_the_file_examined_whole(tmp_path):
+    base = make_gguf(tmp_path / "tiny.gguf", "llama")
+    seen = []
+
+    def examine(written: Path) -> Measured:
+        seen.append(read_sidecar(written, read_source(base)).meta.measured)
+        return Measured(kl_mean=0.5)
+
+    target = tmp_path / "tiny.pop-sidecar.gguf"
+    write_sidecar(make_plan(read_shape(base)), base, target, examine=examine)
+    assert seen == [Measured()]
+    assert meta_of(target).measured == Measured(kl_mean=0.5)
+
+
+@pytest.mark.parametrize("error", [PopError("cannot copy"), KeyboardInterrupt()])
+def test_nothing_is_left_of_a_sidecar_that_fails_its_examination(error, tmp_path):
+    base = make_gguf(tmp_path / "tiny.gguf", "llama")
+
+    def examine(written: Path) -> Measured:
+        assert written.parent == tmp_path
+        raise error
+
+    target = tmp_path / "x.gguf"
+    plan = make_plan(read_shape(base))
+    with pytest.raises(type(error)):
+        write_sidecar(plan, base, target, examine=examine)
+    assert [path.name for path in tmp_path.iterdir()] == [base.name]
+    target.write_text("mine")
+    with pytest.raises(type(error)):
+        write_sidecar(plan, base, target, examine=examine, force=True)
+    assert target.read_text() == "mine"
+
+
+def test_a_model_that_changes_meanwhile_gets_none(tmp_path):
+    base = make_gguf(tmp_path / "tiny.gguf", "llama")
+
+    def change(done_bytes: int, total_bytes: int) -> None:
+        make_gguf(base, "llama", n_ctx_train=2048)
+
+    with pytest.raises(WriteError, match="changed while it was read"):
+        write_sidecar(make_plan(read_shape(base)), base, tmp_path / "x.gguf", progress=change)
+    assert [path.name for path in tmp_path.iterdir()] == [base.name]

@@ -1,0 +1,88 @@
+"""Log probabilities of sampled tokens and of prompts, against the logits themselves."""
+
+import numpy as np
+import pytest
+
+from converter.errors import StoppedError
+from pop_local.engine.answer import Prompt, answer
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.logprobs import prompt_logprobs
+from pop_local.engine.model import open_model
+from pop_local.engine.turn import Message, TurnOptions
+from support.calls import opened, prompt, read
+from support.converted import converted, tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return opened(tiny(tmp_path_factory.mktemp("logprobs")))
+
+
+@pytest.fixture(scope="module")
+def chatty(smollm2, tmp_path_factory):
+    path = converted(smollm2, tmp_path_factory.mktemp("logprobs"), boundary=20)
+    return open_model(path, n_ctx=256, n_threads=1)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    return wide - np.log(np.exp(wide - wide.max()).sum()) - wide.max()
+
+
+def test_of_a_sampled_token(model):
+    tokens = prompt(40)
+    expected = log_softmax(read(model, tokens))
+    options = TurnOptions(temperature=0.0, max_tokens=1, n_top_logprobs=3)
+    (chunk,) = answer(model, lambda: Prompt(tokens, ()), options)
+    (found,) = chunk.logprobs
+    best = np.sort(expected)[::-1]
+    assert found.logprob == pytest.approx(best[0], abs=1e-3)
+    assert [likely.logprob for likely in found.top] == pytest.approx(best[:3], abs=1e-3)
+    assert found.top[0].text == found.text
+
+
+def test_none_unless_asked_for(model):
+    chunks = list(answer(model, lambda: Prompt(prompt(8), ()), TurnOptions(max_tokens=3)))
+    assert not any(chunk.logprobs for chunk in chunks)
+
+
+def test_they_go_with_the_text_and_not_with_a_stop_string(chatty):
+    def parts(**options):
+        asked = [Message("user", "Count from one to ten in words.")]
+        fixed = {"temperature": 0.0, "max_tokens": 24, "n_top_logprobs": 0}
+        return list(chatty.chat_turn(asked, **fixed | options))
+
+    whole = parts()
+    text = "".join(chunk.text for chunk in whole)
+    tokens = [token.text for chunk in whole for token in chunk.logprobs]
+    assert b"".join(tokens).decode() == text
+    assert len(tokens) == whole[-1].stats.n_decoded
+    stop = text[len(text) // 2 :][:6]
+    cut = parts(stops=(stop,))
+    kept = b"".join(token.text for chunk in cut for token in chunk.logprobs).decode()
+    shown = "".join(chunk.text for chunk in cut)
+    assert shown == text[: text.index(stop)]
+    assert kept.startswith(shown) and stop not in kept
+
+
+def test_of_a_prompt_are_those_of_the_full_model(model):
+    tokens = prompt(150)
+    found = prompt_logprobs(model, tokens, 2)
+    assert model.pop_mode is Mode.CONTEXT
+    assert len(found) == 150
+    assert found[0].logprob is None
+    model.set_pop(Mode.OFF)
+    for n in (1, 63, 64, 65, 149):
+        expected = log_softmax(read(model, tokens[:n]))
+        assert found[n].logprob == pytest.approx(expected[tokens[n]], abs=0.01)
+        assert found[n].top[0].logprob == pytest.approx(expected.max(), abs=0.01)
+    model.set_pop(Mode.CONTEXT)
+
+
+def test_reading_a_prompt_can_be_stopped(model):
+    model.watch_prefill(None, lambda: model.n_tokens >= 64)
+    with pytest.raises(StoppedError):
+        prompt_logprobs(model, prompt(200), 0)
+    model.watch_prefill(None, None)
+    assert model.n_tokens == 64
+    assert len(prompt_logprobs(model, prompt(5), 0)) == 5

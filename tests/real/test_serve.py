@@ -1,0 +1,267 @@
+"""`pop-local serve` as a process of its own: the clients that people use, hanging up, stopping."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import openai
+import pytest
+
+from converter.errors import PopError
+from pop_local.commands import serve
+from support.converted import converted, tiny
+from support.serving import PATIENCE_S, served
+
+STORY = (
+    "The ferry to the island leaves the stone pier at half past six. Old Mara sells coffee there, "
+    "and her dog sleeps under the table. Nobody has ever seen it awake. "
+)
+QUESTION = {"role": "user", "content": STORY + "Who sells coffee at the pier?"}
+PRUNED = 'pop_prompt_tokens_total{kind="pruned"}'
+# An answer as long as the context.
+ENDLESS = "root ::= [a-z] root"
+DECODED = "pop_decoded_tokens_total"
+HUNG_UP = 'pop_requests_total{path="/v1/chat/completions",status="499"}'
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    path = converted(smollm2, tmp_path_factory.mktemp("serve"), boundary=20)
+    with served(path, "--ctx", 2048, "--name", "smol", "--api-key", "secret") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server.api, api_key="secret", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def free(smollm2, tmp_path_factory):
+    """Without a key, for clients of the tests' own."""
+    path = converted(smollm2, tmp_path_factory.mktemp("free"), boundary=20)
+    with served(path, "--ctx", 2048) as server:
+        yield server
+
+
+def ask(client, **options):
+    fixed = {"model": "smol", "messages": [QUESTION], "temperature": 0, "max_tokens": 12}
+    return client.chat.completions.create(**fixed | options)
+
+
+# --- OpenAI's own client
+
+
+def test_openai_chat(client):
+    assert [model.id for model in client.models.list()] == ["smol"]
+    whole = ask(client)
+    assert whole.usage.pop["n_pruned"] > 20
+    stream = ask(client, stream=True, stream_options={"include_usage": True})
+    *pieces, figures = list(stream)
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert text == whole.choices[0].message.content
+    assert figures.usage.completion_tokens == 12
+    assert figures.usage.prompt_tokens_details.cached_tokens > 50
+    again = [ask(client, temperature=1.2, seed=4).choices[0].message.content for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_openai_completions(client):
+    fixed = {"model": "smol", "temperature": 0, "max_tokens": 12}
+    answer = client.completions.create(prompt="One, two, three,", logprobs=2, stop=" six", **fixed)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == (" four, five,", "stop")
+    assert choice.logprobs.tokens == [" four", ",", " five", ","]
+    pieces = client.completions.create(prompt="One, two, three,", stop=" six", stream=True, **fixed)
+    assert "".join(piece.choices[0].text for piece in pieces) == choice.text
+
+
+def test_openai_logprobs_and_schemas(client):
+    content = ask(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert all(token.top_logprobs[0].token == token.token for token in content)
+    schema = {
+        "type": "object",
+        "properties": {
+            "seller": {"type": "string", "maxLength": 12},
+            "asleep": {"type": "boolean"},
+        },
+        "required": ["seller", "asleep"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = ask(client, response_format=wanted, max_tokens=60).choices[0].message.content
+    assert sorted(json.loads(answer)) == ["asleep", "seller"]
+
+
+def test_openai_errors(client, server):
+    with pytest.raises(openai.BadRequestError, match="the prompt has 40"):
+        ask(client, messages=[{"role": "user", "content": "word " * 4000}])
+    with pytest.raises(openai.NotFoundError, match="this server has 'smol'"):
+        ask(client, model="gpt-4o")
+    wrong = openai.OpenAI(base_url=server.api, api_key="wrong", max_retries=0)
+    with wrong, pytest.raises(openai.AuthenticationError):
+        ask(wrong)
+    with pytest.raises(openai.APIError, match="no token"):
+        list(ask(client, stream=True, extra_body={"grammar": 'root ::= "a" [\\x00]'}))
+
+
+# --- llm
+
+
+def test_the_llm_program(server, client, tmp_path):
+    known = f"""
+- model_id: pop
+  model_name: smol
+  api_base: {server.api}
+  api_key_name: pop
+"""
+    (tmp_path / "extra-openai-models.yaml").write_text(known)
+    (tmp_path / "keys.json").write_text('{"pop": "secret"}')
+    options = ("-o", "temperature", "0", "-o", "max_tokens", "12")
+    done = subprocess.run(
+        [sys.executable, "-m", "llm", "-m", "pop", *options, QUESTION["content"]],
+        env=os.environ | {"LLM_USER_PATH": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.rstrip("\n") == ask(client).choices[0].message.content
+
+
+# --- several clients, and clients that go
+
+
+def test_eight_clients_at_once_get_their_own_answers(free):
+    def answers_of(client: int) -> list[str]:
+        own = f"client {client}"
+        given = []
+        for turn in range(2):
+            body = {
+                "messages": [{"role": "user", "content": f"{own}, turn {turn}"}],
+                "grammar": f'root ::= "{own}, turn {turn}"',
+                "pop": client != 3,
+            }
+            given.append(free.post("chat/completions", **body).json())
+        return [answer["choices"][0]["message"]["content"] for answer in given]
+
+    with ThreadPoolExecutor(8) as clients:
+        found = list(clients.map(answers_of, range(8)))
+    assert found == [[f"client {i}, turn {turn}" for turn in range(2)] for i in range(8)]
+    assert free.metrics()["pop_queue_length"] == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_ends_the_prefill(free, stream):
+    before = free.metrics()
+    asked = {"role": "user", "content": f"{stream}. " + STORY * 45}
+    impatient = httpx2.Timeout(60, read=0.5)
+    with pytest.raises(httpx2.ReadTimeout):
+        # The stream's first event comes at once, the next one after the prefill.
+        free.post("chat/completions", timeout=impatient, messages=[asked], stream=stream)
+    answer = free.post("chat/completions", messages=[QUESTION], max_tokens=2).json()
+    after = free.metrics()
+    assert answer["usage"]["completion_tokens"] == 2
+    assert after[HUNG_UP] == before.get(HUNG_UP, 0) + 1
+    n_own = answer["usage"]["pop"]["n_pruned"]
+    assert after[PRUNED] - before[PRUNED] - n_own < 1000, "of about 1,700"
+    assert after[DECODED] - before[DECODED] == 2
+
+
+def test_a_client_that_goes_ends_the_answer(free):
+    before = free.metrics()
+    body = {"messages": [QUESTION], "stream": True, "grammar": ENDLESS}
+    with httpx2.stream("POST", f"{free.api}/chat/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        assert sum(1 for _, line in zip(range(12), lines, strict=False) if line) == 6
+    assert free.post("chat/completions", messages=[QUESTION], max_tokens=2).status_code == 200
+    after = free.metrics()
+    assert after[HUNG_UP] == before.get(HUNG_UP, 0) + 1
+    assert after[DECODED] - before[DECODED] < 500
+
+
+def test_a_client_that_goes_while_it_waits_is_not_served(free):
+    before = free.metrics()
+    slow = {"messages": [QUESTION], "grammar": ENDLESS, "stream": True}
+    with httpx2.stream("POST", f"{free.api}/chat/completions", json=slow, timeout=60) as first:
+        lines = first.iter_lines()
+        next(lines)
+        with pytest.raises(httpx2.ReadTimeout):
+            free.post(
+                "chat/completions", httpx2.Timeout(60, read=0.2), messages=[QUESTION], max_tokens=2
+            )
+        until_s = time.monotonic() + PATIENCE_S
+        while free.metrics().get(HUNG_UP, 0) == before.get(HUNG_UP, 0):
+            assert time.monotonic() < until_s
+            time.sleep(0.02)
+        assert free.metrics()["pop_queue_length"] == 0
+        assert next(lines, None) is not None  # the first one is being answered still
+    assert free.post("chat/completions", messages=[QUESTION], max_tokens=2).status_code == 200
+    after = free.metrics()
+    assert after["pop_queue_seconds_count"] - before["pop_queue_seconds_count"] == 2
+    assert after[HUNG_UP] == before.get(HUNG_UP, 0) + 2
+
+
+# --- starting and stopping
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_in_the_middle_of_an_answer(tiny_file, number, code):
+    with served(tiny_file, "--ctx", 4096) as server:
+        body = {"prompt": "a", "stream": True, "max_tokens": 4000, "grammar": ENDLESS}
+        url = f"{server.api}/completions"
+        with httpx2.stream("POST", url, json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.process.send_signal(number)
+            rest = "".join(lines)
+        assert server.process.wait(timeout=30) == code
+        assert "the server is stopping" in rest
+        assert "Traceback" not in server.log
+        assert server.log.count("POST '/v1/completions' 200") == 1
+
+
+def test_a_port_in_use_is_one_clear_error(tiny_file):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-m", "pop_local", "serve", str(tiny_file), "--port", port],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert error == f"error: cannot listen on 127.0.0.1 port {port}: Address already in use"
+    assert "--port 0" in hint
+
+
+def test_missing_packages_name_the_extra(monkeypatch, tiny_file):
+    monkeypatch.setattr(serve, "_PACKAGES", ("uvicorn", "no_such_package"))
+    with pytest.raises(PopError, match="serving needs no_such_package") as caught:
+        serve.serve(str(tiny_file))
+    assert "'pop-local[server]'" in caught.value.hint
+
+
+def test_an_open_address_without_a_key_is_warned_of(tiny_file):
+    with served(tiny_file, "--host", "0.0.0.0") as server:
+        assert "set --api-key" in server.log
+        for host, status in (("192.168.1.5", 200), ("evil.example", 403)):
+            response = httpx2.get(f"{server.api}/models", headers={"Host": host})
+            assert response.status_code == status
+    with served(tiny_file, "--host", "0.0.0.0", "--api-key", "secret") as server:
+        assert "set --api-key" not in server.log

@@ -1,0 +1,247 @@
+"""The HTTP API in this process, on a tiny random model: shapes and figures."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pop_local.engine.answer import TurnOptions
+from pop_local.engine.llama.backend import Mode
+from pop_local.server import answers
+from pop_local.server.app import ServerOptions, create_app
+from pop_local.server.bodies import ChatBody
+from pop_local.server.tasks import Tasks
+from support.asked import LONG, N_CTX, NAME, TEMPLATE, chat, complete, events, text_of
+from support.calls import opened, read
+from support.converted import tiny
+from support.serving import asking, counted
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("api"), chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def client(path):
+    model = opened(path, n_ctx=N_CTX)
+    with asking(create_app(model, ServerOptions(NAME, max_body_bytes=100_000))) as client:
+        yield client
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def full(path):
+    """Another copy, which runs in full."""
+    model = opened(path, n_ctx=N_CTX)
+    model.set_pop(Mode.OFF)
+    return model
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    return wide - np.log(np.exp(wide - wide.max()).sum()) - wide.max()
+
+
+# --- what is there
+
+
+def test_health_models_and_metrics(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == NAME
+    assert model["pop"] == {"n_ctx": N_CTX, "boundary": 4}
+    assert client.get(f"/v1/models/{NAME}").json() == model
+
+
+def test_the_counters_are_in_the_usage_and_in_the_metrics(client):
+    before = counted(client)
+    usage = complete(client, "unlike others: " + LONG).json()["usage"]
+    after = counted(client)
+    n_cached, pop = usage["prompt_tokens_details"]["cached_tokens"], usage["pop"]
+    assert pop["n_pruned"] > 100
+    assert n_cached + pop["n_pruned"] + pop["n_full"] == usage["prompt_tokens"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert 0 < pop["prefill_s"] <= pop["ttft_s"]
+    assert pop["reason"] is None
+    ok = 'pop_requests_total{path="/v1/completions",status="200"}'
+    expected = {
+        'pop_prompt_tokens_total{kind="pruned"}': pop["n_pruned"],
+        'pop_prompt_tokens_total{kind="full"}': pop["n_full"],
+        'pop_prompt_tokens_total{kind="cached"}': n_cached,
+        "pop_decoded_tokens_total": usage["completion_tokens"],
+        "pop_ttft_seconds_count": 1,
+        ok: 1,
+    }
+    assert {name: after[name] - before.get(name, 0) for name in expected} == expected
+
+
+def test_the_prefix_stays_cached_from_one_request_to_the_next(client):
+    first = complete(client, LONG + "One.").json()["usage"]
+    second = complete(client, LONG + "One. And more of it.").json()["usage"]
+    assert second["prompt_tokens_details"]["cached_tokens"] >= first["prompt_tokens"] - 17
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_stream_says_what_the_whole_answer_does(client, ask):
+    whole = text_of(ask(client))
+    streamed = events(ask(client, stream=True, stream_options={"include_usage": True}))
+    *pieces, figures = streamed
+    if ask is chat:
+        assert pieces[0]["choices"][0]["delta"]["role"] == "assistant"
+        text = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
+    else:
+        text = "".join(piece["choices"][0]["text"] for piece in pieces)
+    assert text == whole
+    assert [piece["choices"][0]["finish_reason"] for piece in pieces][-2:] == [None, "length"]
+    assert figures["choices"] == []
+    assert figures["usage"]["completion_tokens"] == 8
+    assert all(piece["usage"] is None for piece in pieces)
+    assert len({piece["id"] for piece in streamed}) == 1
+    assert not any("usage" in piece for piece in events(ask(client, stream=True)))
+
+
+def test_a_stream_shows_that_it_lives_while_nothing_is_said(client, monkeypatch):
+    monkeypatch.setattr(answers, "_PING_S", 0.001)
+    response = complete(client, "something new. " + LONG, stream=True, max_tokens=2)
+    assert response.text.startswith(": working\n\n")
+    assert len(events(response)) >= 2
+
+
+def test_stop_strings_and_the_limit(client):
+    whole = complete(client).json()["choices"][0]
+    assert whole["finish_reason"] == "length"
+    part = whole["text"][3:5]
+    for stop in (part, ["never said", part]):
+        cut = complete(client, stop=stop).json()["choices"][0]
+        assert cut["finish_reason"] == "stop"
+        assert cut["text"] == whole["text"][: whole["text"].index(part)]
+    assert complete(client, max_tokens=None).json()["usage"]["completion_tokens"] <= 16
+
+
+def test_the_seed_makes_a_warm_answer_repeatable(client):
+    warm = {"temperature": 1.5, "max_tokens": 20}
+    assert text_of(chat(client, seed=5, **warm)) == text_of(chat(client, seed=5, **warm))
+    assert text_of(chat(client, seed=5, **warm)) != text_of(chat(client, seed=6, **warm))
+
+
+def test_the_body_outdoes_what_the_model_recommends_and_that_the_engine(full, monkeypatch):
+    monkeypatch.setattr(full, "recommended", {"temperature": 0.6, "top_k": 64})
+    body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.3}
+    options = Tasks(full).chat(ChatBody.model_validate(body)).task.options
+    assert (options.temperature, options.top_k) == (0.3, 64)
+    assert options.top_p == TurnOptions().top_p
+
+
+def test_messages_may_come_in_parts(client):
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert text_of(chat(client, content=parts)) == text_of(chat(client, content="one\ntwo"))
+
+
+def test_a_schema_and_a_grammar_hold(client):
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = json.loads(text_of(chat(client, response_format=wanted, max_tokens=50)))
+    assert answer["a"] in (True, False)
+    assert text_of(complete(client, grammar='root ::= "yes" | "no"')) in ("yes", "no")
+
+
+# --- in full
+
+
+def test_pop_false_gives_the_full_models_logits(client, full):
+    tokens = full.tokenize(LONG.encode(), add_bos=True, special=True)
+    expected = log_softmax(read(full, tokens)).max()
+    whole = complete(client, max_tokens=1, logprobs=1, pop=False)
+    pruned = complete(
+        client, max_tokens=1, logprobs=1, pop=True
+    )  # after the switch nothing is cached
+    pop = whole.json()["usage"]["pop"]
+    assert (pop["n_pruned"], pop["n_full"]) == (0, len(tokens))
+    assert pop["reason"] == "the request asks for it"
+    assert pruned.json()["usage"]["pop"]["n_pruned"] > 100
+
+    def first(answer) -> float:
+        return answer.json()["choices"][0]["logprobs"]["token_logprobs"][0]
+
+    assert first(whole) == pytest.approx(expected, abs=1e-4)
+    assert abs(first(pruned) - expected) > 1e-2
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_an_echo_with_logprobs_is_read_in_full(client, full, as_tokens):
+    tokens = full.tokenize(LONG.encode(), add_bos=True, special=True)
+    prompt = [tokens] if as_tokens else LONG
+    answer = complete(client, prompt, echo=True, logprobs=2, max_tokens=1).json()
+    (choice,), pop = answer["choices"], answer["usage"]["pop"]
+    assert (pop["n_pruned"], pop["n_full"]) == (0, len(tokens))
+    assert "log probabilities of the prompt" in pop["reason"]
+    found = choice["logprobs"]
+    assert "".join(found["tokens"]) == choice["text"]
+    assert choice["text"].endswith(LONG, 0, len(choice["text"]) - len(found["tokens"][-1]))
+    assert len(found["tokens"]) == len(tokens) + 1
+    assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+    for n in (1, 100, len(tokens) - 1):
+        expected = log_softmax(read(full, tokens[:n]))[tokens[n]]
+        assert found["token_logprobs"][n] == pytest.approx(expected, abs=0.01)
+    starts = np.cumsum([0, *(len(token) for token in found["tokens"])])
+    assert found["text_offset"] == starts[:-1].tolist()
+
+
+def test_an_echo_may_come_without_an_answer(client):
+    read_only = complete(client, echo=True, logprobs=0, max_tokens=0).json()
+    assert read_only["usage"]["completion_tokens"] == 0
+    assert len(read_only["choices"][0]["logprobs"]["tokens"]) == read_only["usage"]["prompt_tokens"]
+    assert text_of(complete(client, "abc", echo=True)).endswith(
+        "abc" + text_of(complete(client, "abc"))
+    )
+
+
+def test_what_is_not_read_is_not_counted(client):
+    before = counted(client)
+    answer = complete(client, echo=True, max_tokens=0).json()
+    after = counted(client)
+    assert answer["choices"][0]["text"].endswith(LONG)
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] > 100
+    assert (usage["pop"]["n_pruned"], usage["pop"]["n_full"]) == (0, 0)
+    assert usage["pop"]["reading"] is None
+    for kind in ("pruned", "full", "cached"):
+        name = f'pop_prompt_tokens_total{{kind="{kind}"}}'
+        assert after[name] == before[name]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pop", "reading"),
+    [
+        ("Anew: " + LONG, True, "pruned"),
+        ("abc", True, "short"),
+        (LONG, False, "full"),
+        ("abc", False, "full"),
+    ],
+)
+def test_how_the_prompt_was_read_is_in_the_usage_and_in_the_log(
+    client, caplog, prompt, pop, reading
+):
+    caplog.set_level("INFO", "pop_local.server")
+    usage = complete(client, prompt, pop=pop, max_tokens=1).json()["usage"]
+    assert usage["pop"]["reading"] == reading
+    assert (usage["pop"]["n_pruned"] > 0) is (reading == "pruned")
+    note = "pruned: short)" if reading == "short" else " pruned)"
+    assert note in caplog.messages[-1]
+
+
+def test_chat_logprobs(client):
+    asked = {"logprobs": True, "top_logprobs": 2}
+    (choice,) = chat(client, **asked).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert (
+        b"".join(bytes(token["bytes"]) for token in content).decode(errors="replace")
+        == choice["message"]["content"]
+    )
+    assert all(len(token["top_logprobs"]) == 2 for token in content)
+    assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] for token in content)
+    pieces = events(chat(client, stream=True, **asked))
+    streamed = [piece["choices"][0]["logprobs"] for piece in pieces]
+    tokens = [token for one in streamed if one for token in one["content"]]
+    assert [token["bytes"] for token in tokens] == [token["bytes"] for token in content]

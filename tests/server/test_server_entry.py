@@ -1,0 +1,95 @@
+"""Who may ask the server: by key, host name and origin. No model works here, so none is started."""
+
+import json
+
+import pytest
+
+from pop_local.server.app import ServerOptions, create_app
+from support.calls import opened
+from support.converted import tiny
+from support.serving import asking, counted
+
+NAME = "tiny"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    model = opened(tiny(tmp_path_factory.mktemp("entry")))
+    yield model
+    model.close()
+
+
+def test_the_key(model):
+    client = asking(create_app(model, ServerOptions(NAME, api_key="secret")))
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        refused = client.get("/v1/models", headers=header)
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert client.get("/metrics").status_code == 401
+    assert client.get("/health").status_code == 200
+    right = {"Authorization": "Bearer secret"}
+    assert client.get("/v1/models", headers=right).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "headers", "code"),
+    [
+        ("127.0.0.1", {"Host": "127.0.0.1:8080"}, None),
+        ("127.0.0.1", {"Host": "LOCALHOST"}, None),
+        ("::1", {"Host": "[::1]:8080"}, None),
+        ("127.0.0.1", {"Host": "evil.example:8080"}, "foreign_host"),
+        ("127.0.0.1", {"Host": "localhost.evil.example"}, "foreign_host"),
+        ("127.0.0.1", {"Host": "192.168.1.5"}, "foreign_host"),
+        ("127.0.0.1", {"Host": "[::1"}, "foreign_host"),
+        ("127.0.0.1", {"Host": ""}, "foreign_host"),
+        ("MyBox", {"Host": "mybox:8080"}, None),
+        ("mybox", {"Host": "otherbox:8080"}, "foreign_host"),
+        ("0.0.0.0", {"Host": "192.168.1.5:8080"}, None),
+        ("::", {"Host": "[fe80::1]:8080"}, None),
+        ("0.0.0.0", {"Host": "evil.example"}, "foreign_host"),
+        ("127.0.0.1", {"Origin": "http://localhost:3000"}, None),
+        ("0.0.0.0", {"Host": "192.168.1.5:8080", "Origin": "http://192.168.1.5:8080"}, None),
+        ("127.0.0.1", {"Origin": "https://evil.example"}, "foreign_origin"),
+        ("127.0.0.1", {"Origin": "https://localhost.evil.example"}, "foreign_origin"),
+        ("0.0.0.0", {"Host": "192.168.1.5", "Origin": "http://6.6.6.6"}, "foreign_origin"),
+        ("127.0.0.1", {"Origin": "null"}, "foreign_origin"),
+        ("127.0.0.1", {"Origin": "http://[::1"}, "foreign_origin"),
+    ],
+)
+def test_without_a_key_only_this_machine_is_answered(model, host, headers, code):
+    client = asking(create_app(model, ServerOptions(NAME, host=host)))
+    response = client.get("/v1/models", headers=headers)
+    if code is None:
+        assert response.status_code == 200
+        return
+    assert response.status_code == 403
+    error = response.json()["error"]
+    assert (error["code"], error["type"]) == (code, "invalid_request_error")
+    assert "--api-key" in error["message"]
+
+
+def test_a_web_page_cannot_post_what_browsers_send_unasked(model):
+    client = asking(create_app(model, ServerOptions(NAME)))
+    before = counted(client)
+    headers = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
+    body = json.dumps({"prompt": "abc", "model": "other"})  # were it let in: 404
+    assert client.post("/v1/completions", content=body, headers=headers).status_code == 403
+    after = counted(client)
+    refused = 'pop_requests_total{path="/v1/completions",status="403"}'
+    assert after[refused] == before.get(refused, 0) + 1
+
+
+def test_a_web_page_that_has_the_key_is_answered(model):
+    client = asking(create_app(model, ServerOptions(NAME, api_key="secret")))
+    page = {"Host": "box.example", "Origin": "https://page.example"}
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    allowed = client.options("/v1/chat/completions", headers=page | asked)
+    assert allowed.status_code == 200
+    assert "authorization" in allowed.headers["access-control-allow-headers"]
+    answer = client.get("/v1/models", headers=page | {"Authorization": "Bearer secret"})
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert client.get("/v1/models", headers=page).status_code == 401

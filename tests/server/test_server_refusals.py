@@ -1,0 +1,198 @@
+"""What the HTTP API refuses: in one shape, with a reason."""
+
+import asyncio
+import json
+
+import pytest
+
+from pop_local.engine.answer import Prompt, TurnOptions
+from pop_local.engine.llama.backend import Mode
+from pop_local.server.app import ServerOptions, create_app
+from pop_local.server.errors import ApiError
+from pop_local.server.metrics import Metrics
+from pop_local.server.worker import Task, Worker
+from support.asked import N_CTX, NAME, TEMPLATE, chat, complete, text_of
+from support.calls import opened
+from support.converted import tiny
+from support.serving import asking
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("api"), chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def client(path):
+    model = opened(path, n_ctx=N_CTX)
+    with asking(create_app(model, ServerOptions(NAME, max_body_bytes=100_000))) as client:
+        yield client
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def full(path):
+    """Another copy, which runs in full."""
+    model = opened(path, n_ctx=N_CTX)
+    model.set_pop(Mode.OFF)
+    return model
+
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "EOF"),
+        (b"{", "EOF"),
+        (b"[1, 2]", "an object"),
+        (b"\xff\xfe", "JSON"),
+        (b"[" * 50_000, "recursion"),
+        ({}, "messages: Field required"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content",
+        ),
+        (HELLO | {"n": 2}, "n must be 1"),
+        (HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
+        (HELLO | {"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        (HELLO | {"temperature": -1}, "temperature"),
+        (HELLO | {"top_p": 2}, "top_p"),
+        (HELLO | {"max_tokens": 0}, "max_tokens"),
+        (HELLO | {"max_tokens": "many"}, "max_tokens"),
+        (HELLO | {"stop": [""]}, "stop"),
+        (HELLO | {"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        (HELLO | {"top_logprobs": 30, "logprobs": True}, "top_logprobs"),
+        (HELLO | {"response_format": {"type": "xml"}}, "response_format"),
+        (HELLO | {"response_format": {"type": "json_schema"}}, "json_schema is missing"),
+        (
+            HELLO
+            | {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "string", "minLength": 10**9}},
+                }
+            },
+            "minLength",
+        ),
+        (HELLO | {"grammar": "nonsense"}, "not valid GBNF"),
+        (HELLO | {"grammar": 'root ::= "ab" [\\x00]'}, "no token"),
+    ],
+)
+def test_bad_chats_are_400_with_a_reason(client, body, reason):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = client.post("/v1/chat/completions", content=content)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert reason in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"prompt": ["a", "b"]}, "one prompt per request"),
+        ({"prompt": [5, 384]}, "from 0 to 383"),
+        ({"prompt": [-1]}, "from 0 to 383"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": [[]]}, "empty"),
+        ({"prompt": "x", "suffix": "y"}, "suffix is not supported"),
+        ({"prompt": "x", "best_of": 3}, "best_of must be 1"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_bad_completions_are_400_with_a_reason(client, body, reason):
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert reason in response.json()["error"]["message"]
+
+
+def test_an_error_in_a_stream_is_an_event(client):
+    response = complete(client, grammar='root ::= "ab" [\\x00]', stream=True)
+    error = json.loads(response.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
+    assert "no token" in error["message"]
+    assert text_of(complete(client))
+
+
+def test_a_prompt_beyond_the_context_says_how_many_tokens(client):
+    response = complete(client, "x" * 5000)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "500" in error["message"] and str(N_CTX) in error["message"]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_huge_body_is_413(client, declared):
+    body = json.dumps({"prompt": "x" * 200_000}).encode()
+    content = body if declared else iter([body[:50_000], body[50_000:]])
+    response = client.post("/v1/completions", content=content)
+    assert response.status_code == 413
+    assert "100,000 bytes" in response.json()["error"]["message"]
+
+
+def test_an_unknown_model_is_404_and_names_the_one_that_is_there(client):
+    response = chat(client, model="gpt-4o")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert NAME in response.json()["error"]["message"]
+    assert client.get("/v1/models/gpt-4o").status_code == 404
+    assert text_of(chat(client, model=NAME.upper()))
+
+
+def test_other_paths_and_methods_have_the_same_shape(client):
+    for response, status in (
+        (client.get("/v2"), 404),
+        (client.get("/v1/completions"), 405),
+        (client.post("/v1/embeddings", json={}), 404),
+    ):
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+
+
+def test_a_full_queue_is_503(path):
+    with asking(create_app(opened(path), ServerOptions(NAME, max_waiting=0))) as client:
+        response = complete(client)
+        assert response.status_code == 503
+        assert "try again later" in response.json()["error"]["message"]
+        assert "retry-after" in response.headers
+
+
+def test_who_hung_up_does_not_keep_others_from_waiting(full):
+    metrics = Metrics()
+    worker = Worker(full, metrics, max_waiting=2)  # not started: whoever comes has to wait
+    task = Task(Prompt([1], ()), TurnOptions(), Mode.OFF)
+
+    async def hang_up() -> None:
+        first, second = (worker.submit(task) for _ in range(2))
+        with pytest.raises(ApiError, match="2 requests wait already"):
+            worker.submit(task)
+        first.cancel()
+        assert b"pop_queue_length 1.0" in metrics.text
+        third = worker.submit(task)
+        assert b"pop_queue_length 2.0" in metrics.text
+        with pytest.raises(ApiError, match="2 requests wait already"):
+            worker.submit(task)
+        worker.stop()
+        worker.start()
+        for job in (second, third):
+            with pytest.raises(ApiError, match="stopping"):
+                await anext(job.batches(pause_s=1))
+
+    asyncio.run(hang_up())
+    worker.join()
+    assert b"pop_queue_length 0.0" in metrics.text
+
+
+def test_a_model_without_keys_says_that_it_is_not_pruned(tmp_path):
+    from support.synthetic import make_gguf
+
+    model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
+    with asking(create_app(model, ServerOptions(NAME))) as client:
+        pop = complete(client).json()["usage"]["pop"]
+        assert (pop["n_pruned"], pop["reason"]) == (0, "the model has no pruning keys")
+        assert complete(client, pop=False).status_code == 200
+        assert complete(client, pop=True).status_code == 400

@@ -1,0 +1,76 @@
+"""Converted models, and what tests of conversions share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converter.content import NewTensor
+from converter.fit import FittedLayer, KvType, Projection, encode
+from converter.format import Calibration, PopMeta
+from converter.plan import Plan, make_plan
+from converter.rewrite import Fitted, convert
+from converter.shape import read_shape
+from converter.sidecar import write_sidecar
+from support.synthetic import make_gguf
+
+# Of tests that do not say.
+DEFAULTS = {"min_prompt": 34, "tail_tokens": 16}
+
+
+def convert_default(src: Path, dst: Path, **options: object) -> PopMeta:
+    """At a third of the layers, own projections."""
+    return convert(make_plan(read_shape(src)), src, dst, **options)  # type: ignore[arg-type]
+
+
+def names(folder: Path) -> set[str]:
+    """Of the files that lie there."""
+    return {path.name for path in folder.iterdir()}
+
+
+def converted(source: Path, folder: Path, **plan: Any) -> Path:
+    """Convert a model into a folder; `plan` goes to make_plan."""
+    target = folder / f"{source.stem}.pop.gguf"
+    convert(make_plan(read_shape(source), **{**DEFAULTS, **plan}), source, target)
+    return target
+
+
+def tiny(folder: Path, arch: str = "llama", boundary: int = 4, **recipe: object) -> Path:
+    """A random model of 8 layers that skips from `boundary` on, sink 1 and tail 16."""
+    return converted(make_gguf(folder / f"{arch}.gguf", arch, **recipe), folder, boundary=boundary)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One conversion in its two forms: a single file, and a sidecar of `base`."""
+
+    base: Path
+    single: Path
+    sidecar: Path
+
+
+def paired(base: Path, folder: Path, projection: str, seed: int = 0, **plan: Any) -> Pair:
+    made = make_plan(read_shape(base), projection=projection, **{**DEFAULTS, **plan})
+    fitted = made_up(made, seed) if projection == "fitted" else None
+    pair = Pair(base, folder / "single.gguf", folder / f"{base.stem}.pop-sidecar.gguf")
+    convert(made, base, pair.single, fitted=fitted)
+    write_sidecar(made, base, pair.sidecar, fitted=fitted)
+    return pair
+
+
+def made_up(plan: Plan, seed: int = 0) -> Fitted:
+    """Random projections, of as many K as V."""
+    rng = np.random.default_rng(seed)
+    n_embd = plan.shape.n_embd
+
+    def projection(n_out: int) -> Projection:
+        weight = rng.standard_normal((n_out, n_embd), np.float32) * np.float32(n_embd**-0.5)
+        return Projection(weight, rng.standard_normal(n_out, np.float32))
+
+    tensors: list[NewTensor] = []
+    for layer in plan.fitted_layers:
+        n_out = plan.shape.kv_macs[layer] // n_embd // 2
+        made = FittedLayer(layer, projection(n_out), projection(n_out))
+        tensors += encode(made, KvType.Q8_0)
+    return Fitted(Calibration("random", "0" * 64, 1, 0.0, "none"), tuple(tensors))

@@ -1,0 +1,51 @@
+"""The chat on a real terminal with a model that says how it was asked; run by test_typing.py."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pop_local.engine.turn import Chunk, Message
+from pop_local.ui.chat.line import line_reader
+from pop_local.ui.chat.repl import Repl
+from pop_local.ui.chat.screen import TerminalScreen
+from pop_local.ui.chat.slash import COMMANDS
+from pop_local.ui.keys import unechoed_keys
+from pop_local.ui.theme import look
+from support.scripted import STATS, ScriptedModel, figures, scripted_chat
+
+
+class EchoModel(ScriptedModel):
+    """Answers "LENGTH characters in LINES lines, beginning with ..."; "slowly" takes its time."""
+
+    def chat_turn(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
+        text = messages[-1].content
+        if "read slowly" in text:
+            for n_read in range(0, 100_000, 100):
+                options["on_prefill"](n_read, 100_000)
+                if options["should_stop"]():
+                    yield Chunk("", figures(n_decoded=0, finish_reason="interrupted"))
+                    return
+                time.sleep(0.01)
+        if "speak slowly" in text:
+            for n_said in range(50 if "briefly" in text else 1000):
+                yield Chunk(f"word{n_said} ")
+                if options["should_stop"]():
+                    yield Chunk("", figures(finish_reason="interrupted"))
+                    return
+                time.sleep(0.01)
+        lines = text.split("\n")
+        yield Chunk(f"**{len(text)}** characters in {len(lines)} lines: `{lines[0][:20]}`")
+        yield Chunk("", STATS)
+
+
+def main(history: str) -> None:
+    chat = scripted_chat(EchoModel(n_ctx=1_000_000), TerminalScreen(look("terminal")))
+    words = {name: command.words for name, command in COMMANDS.items()}
+    with unechoed_keys():
+        Repl(chat, line_reader(Path(history), words)).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

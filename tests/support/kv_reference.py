@@ -1,0 +1,183 @@
+"""The K/V of skipped layers in float64, and those in a state that llama.cpp saved.
+
+No code of the patches and none of the converter's fit is used: the boundary state comes from the
+unpatched library, weights and keys from the file.
+"""
+
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf.quants import dequantize
+
+from converter.header import read_header
+from converter.source import read_source
+from converter.weights import Weights
+from support.oracle import Tokens, Trio
+from support.raw import Job, Step, run
+
+# ggml rounds the input of a quantised product to 127 steps each side, in blocks of 32.
+BLOCK, N_STEPS = 32, 127
+
+
+@dataclass(frozen=True)
+class Stored:
+    """K [n_cells, n_k] and V [n_cells, n_v] of a layer; `pos` [n_cells]."""
+
+    pos: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+
+@dataclass(frozen=True)
+class Expected:
+    """K and V [n_tokens, n], and the standard deviation of what rounding the input does to them."""
+
+    k: np.ndarray
+    v: np.ndarray
+    k_noise: np.ndarray
+    v_noise: np.ndarray
+
+
+def normalised_states(trio: Trio, tokens: Tokens, job: Job) -> np.ndarray:
+    """h_b / rms(h_b), float64 [n_tokens, n_embd], by the unpatched library.
+
+    What silent deep layers leave as it was comes out behind the output norm.
+    """
+    step = Step("embeddings", "states", tokens=tokens, logits="all")
+    normed = run(replace(job, model=str(trio.silent), steps=(step,)))["states"]
+    gain = Weights(read_source(trio.original))["output_norm.weight"].astype(np.float64)
+    return np.asarray(normed / gain)
+
+
+class Reference:
+    """The K/V of context tokens at positions 0, 1, ... of a model, own or fitted."""
+
+    def __init__(self, pruned: Path, states: np.ndarray) -> None:
+        self._weights = Weights(read_source(pruned))
+        self._header = read_header(pruned)
+        self._states = states
+        self.arch = str(self._header.get("general.architecture"))
+        per_head = self._key("embedding_length") // self._key("attention.head_count")
+        self._head_dim = int(self._key("attention.key_length", per_head))
+
+    def layer(self, layer: int, *, swa: bool) -> Expected:
+        x = self._states * self._tensor(f"blk.{layer}.attn_norm.weight")
+        k, v = self._product(layer, "k", x), self._product(layer, "v", x)
+        k_noise, v_noise = self._noise(layer, "k", x), self._noise(layer, "v", x)
+        k, k_noise = (a.reshape(len(x), -1, self._head_dim) for a in (k, k_noise))
+        name = f"blk.{layer}.attn_k_norm.weight"
+        if name in self._weights:
+            eps = float(self._key("attention.layer_norm_rms_epsilon"))
+            scale = self._tensor(name) / np.sqrt(np.mean(k**2, axis=-1, keepdims=True) + eps)
+            k, k_noise = k * scale, k_noise * np.abs(scale)
+        k = self._rope(k, swa)
+        return Expected(k.reshape(len(x), -1), v, k_noise.reshape(len(x), -1), v_noise)
+
+    def _key(self, name: str, default: float | None = None) -> float:
+        value = self._header.get(f"{self.arch}.{name}")
+        value = default if value is None else value
+        assert isinstance(value, int | float), name
+        return value
+
+    def _tensor(self, name: str) -> np.ndarray:
+        return self._weights[name].astype(np.float64)
+
+    def _projection(self, layer: int, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """Weight [n_out, n_embd] and bias [n_out]: fitted, own, or cut from Q, K and V in one."""
+        for name in (f"blk.{layer}.pop_attn_{part}", f"blk.{layer}.attn_{part}"):
+            if f"{name}.weight" in self._weights:
+                weight = self._tensor(f"{name}.weight")
+                has_bias = f"{name}.bias" in self._weights
+                return weight, self._tensor(f"{name}.bias") if has_bias else np.zeros(len(weight))
+        n = self._head_dim * int(self._key("attention.head_count_kv"))
+        weight = self._tensor(f"blk.{layer}.attn_qkv.weight")
+        rows = slice(-2 * n, -n) if part == "k" else slice(-n, None)
+        return weight[rows], np.zeros(n)
+
+    def _product(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:
+        weight, bias = self._projection(layer, part)
+        return np.asarray(x @ weight.T + bias)
+
+    def _noise(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:
+        weight, _ = self._projection(layer, part)
+        step = np.abs(x).reshape(len(x), -1, BLOCK).max(-1) / N_STEPS
+        power = np.square(weight).reshape(len(weight), -1, BLOCK).sum(-1)
+        return np.asarray(np.sqrt(step**2 / 12 @ power.T))
+
+    def _rope(self, k: np.ndarray, swa: bool) -> np.ndarray:
+        """k [n_tokens, n_head, head_dim]; sliding windows of gemma3 turn by a base of their own."""
+        half = k.shape[-1] // 2
+        own_base = swa and self.arch == "gemma3"
+        base = 10000.0 if own_base else self._key("rope.freq_base")
+        divisor = 1.0 if own_base else self._key("rope.scaling.factor", 1.0)
+        turns = base ** (-np.arange(half) / half) / divisor
+        for name in ("rope_freqs.weight", "rope_factors_short.weight"):
+            if name in self._weights:
+                turns = turns / self._tensor(name)
+        angle = np.arange(len(k))[:, None, None] * turns
+        interleaved = self.arch == "llama"
+        pairs = (k[..., ::2], k[..., 1::2]) if interleaved else (k[..., :half], k[..., half:])
+        unit = (pairs[0] + 1j * pairs[1]) * np.exp(1j * angle)
+        unit *= self._key("rope.scaling.attn_factor", 1.0)
+        if interleaved:
+            return np.stack([unit.real, unit.imag], -1).reshape(k.shape)
+        return np.concatenate([unit.real, unit.imag], -1)
+
+
+def parse_state(raw: bytes, windows: tuple[int, ...]) -> dict[int, Stored]:
+    """The layers of a sequence's state, as llama_kv_cache::state_write writes them.
+
+    `windows`: by layer, 0 for none; layers with one have a cache of their own, the second.
+    """
+    reader = _Reader(raw)
+    reader.take("Ii")  # magic number and sequence
+    stored: dict[int, Stored] = {}
+    for has_window in (False, True):
+        layers = [layer for layer, window in enumerate(windows) if bool(window) is has_window]
+        if layers or any(windows):
+            stored |= _parse_cache(reader, layers)
+    assert reader.at == len(raw)
+    return stored
+
+
+class _Reader:
+    def __init__(self, raw: bytes) -> None:
+        self.raw, self.at = raw, 0
+
+    def take(self, form: str) -> tuple[int, ...]:
+        values = struct.unpack_from("<" + form, self.raw, self.at)
+        self.at += struct.calcsize("<" + form)
+        return values
+
+    def rows(self, kind: int, n_rows: int, row_size: int) -> np.ndarray:
+        data = np.frombuffer(self.raw, np.uint8, n_rows * row_size, self.at)
+        self.at += n_rows * row_size
+        return dequantize(data.reshape(n_rows, row_size), Type(kind)).astype(np.float64)
+
+
+def _parse_cache(reader: _Reader, layers: list[int]) -> dict[int, Stored]:
+    n_streams, n_cells = reader.take("II")
+    assert n_streams == 1
+    pos = []
+    for _ in range(n_cells):
+        position, n_seqs = reader.take("iI")
+        reader.take(f"{n_seqs}i")
+        pos.append(position)
+    transposed, n_layers = reader.take("II")
+    assert n_layers == len(layers)
+    ks, vs = [], []
+    for _ in layers:
+        kind, row_size = reader.take("iQ")
+        ks.append(reader.rows(kind, n_cells, row_size))
+    for _ in layers:
+        if transposed:
+            kind, size, n_values = reader.take("iII")
+            vs.append(reader.rows(kind, n_values, size * n_cells).T)
+        else:
+            kind, row_size = reader.take("iQ")
+            vs.append(reader.rows(kind, n_cells, row_size))
+    parts = zip(layers, ks, vs, strict=True)
+    return {layer: Stored(np.array(pos), k, v) for layer, k, v in parts}

@@ -1,0 +1,117 @@
+"""What pruning must give, computed by the unpatched library alone (DESIGN.md, section 3).
+
+A model whose deep layers' attn_output and ffn_down are zero keeps the boundary state through them,
+so it fills the deep KV cache from that state exactly as pruning does. Context tokens run through
+that model, full tokens through the real one, and the state of the KV cache is carried from one to
+the other.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from converter.plan import make_plan
+from converter.rewrite import convert
+from converter.shape import read_shape
+from support.raw import Job, Step, run
+from support.synthetic import zero_deep_copy
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trio:
+    """One model three ways: as it is, with POP keys, and with silent deep layers."""
+
+    original: Path
+    pruned: Path
+    silent: Path
+    boundary: int
+    n_sink: int
+
+
+def make_trio(original: Path, folder: Path, boundary: int, n_sink: int = 0) -> Trio:
+    pruned, silent = folder / "pruned.gguf", folder / "silent.gguf"
+    plan = make_plan(read_shape(original), boundary=boundary, sink_tokens=n_sink)
+    convert(plan, original, pruned, force=True)
+    zero_deep_copy(original, silent, boundary)
+    return Trio(original, pruned, silent, boundary, n_sink)
+
+
+def random_tokens(n: int, n_vocab: int, seed: int = 0) -> Tokens:
+    return tuple(int(token) for token in np.random.default_rng(seed).integers(3, n_vocab, n))
+
+
+def expected(
+    trio: Trio,
+    prompts: list[Tokens],
+    n_tail: int,
+    folder: Path,
+    job: Job,
+    first: tuple[Step, ...] = (),
+) -> np.ndarray:
+    """Logits after each prompt, float32 [n_prompts, n_vocab]: sink, context, tail, in turn.
+
+    `first`: steps before each of the three.
+    """
+    phases = [
+        (trio.original, lambda n: (0, trio.n_sink)),
+        (trio.silent, lambda n: (trio.n_sink, n - n_tail)),
+        (trio.original, lambda n: (n - n_tail, n)),
+    ]
+    results: dict[str, np.ndarray] = {}
+    for model, span in phases if trio.n_sink else phases[1:]:
+        steps = [*first]
+        for number, tokens in enumerate(prompts):
+            start, end = span(len(tokens))
+            state = str(folder / f"state{number}")
+            steps.append(Step("remove"))
+            steps += [Step("load", path=state)] if start > 0 else []
+            steps.append(Step("decode", str(number), tokens=tokens[start:end], pos=start))
+            steps.append(Step("save", path=state))
+        results = run(replace(job, model=str(model), steps=tuple(steps)))
+    return np.concatenate([results[str(number)] for number in range(len(prompts))])
+
+
+def pruned(
+    trio: Trio, prompts: list[Tokens], n_tail: int, job: Job
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The patched library's logits, float32 [n_prompts, n_vocab], and (context, full) counts."""
+    steps: list[Step] = []
+    for number, tokens in enumerate(prompts):
+        steps.append(Step("remove"))
+        steps.append(Step("full_from", value=len(tokens) - n_tail))
+        steps.append(Step("decode", str(number), tokens=tokens))
+    steps.append(Step("counters", "counters"))
+    results = run(replace(job, model=str(trio.pruned), steps=tuple(steps), lib=None))
+    n_context, n_full = (int(count) for count in results["counters"])
+    logits = np.stack([results[str(number)][-1] for number in range(len(prompts))])
+    return logits, (n_context, n_full)
+
+
+def unpatched_noise(
+    want: np.ndarray, trio: Trio, prompts: list[Tokens], n_tail: int, folder: Path, job: Job
+) -> float:
+    """How far the oracle's `want`, all unpatched, is from itself computed in another order.
+
+    The largest distance over the prompts, two ubatches that no kernel is tiled for, and a KV cache
+    whose first cells another sequence has.
+    """
+    others = [
+        expected(trio, prompts, n_tail, folder, replace(job, n_ubatch=n_ubatch))
+        for n_ubatch in (71, 7)
+    ]
+    shared = replace(job, n_seq_max=2, kv_unified=True)
+    neighbour = Step("decode", tokens=prompts[0][:53], seq=1, logits="none")
+    others.append(expected(trio, prompts, n_tail, folder, shared, (neighbour,)))
+    return max(distance(*pair) for other in others for pair in zip(want, other, strict=True))
+
+
+def distance(logits: np.ndarray, other: np.ndarray) -> float:
+    """Root mean square difference: steadier than the largest one."""
+    return float(np.sqrt(np.mean((logits - other) ** 2)))
+
+
+def mean_distance(logits: np.ndarray, other: np.ndarray) -> float:
+    return float(np.mean([distance(*pair) for pair in zip(logits, other, strict=True)]))

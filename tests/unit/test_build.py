@@ -1,0 +1,226 @@
+"""The build of the backend: the key, the pinned source, the tree, on tiny ones."""
+
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from support.building import DIFF, LINES, PATCHED, read, write
+from support.paths import PACKAGE, ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from pop_build import fetch as fetching
+from pop_build.errors import BuildError
+from pop_build.fetch import SOURCE_VARIABLE, Pin, fetch
+from pop_build.hooks import launchers
+from pop_build.tree import UNPATCHED_VARIABLE, key, prepare, recipe
+from pop_build.unpatched import build_unpatched
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package with a toy hook, and a toy sdist in the variable's place."""
+    package = tmp_path / "patches" / "llama-cpp-python"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("build", "*.patch"))
+    hooks = package.parent / "llama.cpp"
+    write(hooks / "0001-hook.patch", DIFF)
+    write(hooks / "src" / "llama-pop.cpp", "int pop;\n")
+    return package
+
+
+def make_sdist(path: Path, extra: str = "src/extra.cpp") -> Path:
+    files = {
+        "llama_cpp/__init__.py": '__version__ = "0.3.36"\n',
+        "vendor/llama.cpp/src/a.cpp": "\n".join(LINES) + "\n",
+        "vendor/llama.cpp/tools/ui/deep/in/a/path.svelte": "",
+        extra: "",
+    }
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"llama_cpp_python-0.3.36/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    return path
+
+
+def test_key_changes_with_what_is_built(package, tmp_path):
+    hooks = package.parent / "llama.cpp"
+    plain = key(recipe(package, {}))
+    assert plain.startswith("0.3.36-")
+    assert key(recipe(package, {"HOME": "/elsewhere"})) == plain
+    seen = {
+        plain,
+        key(recipe(package, {"CMAKE_ARGS": "-DGGML_CUDA=on"})),
+        key(recipe(package, {"CXX": "clang++"})),
+        key(recipe(package, {UNPATCHED_VARIABLE: "1"})),
+        key(recipe(package, {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))})),
+    }
+    assert len(seen) == 5
+    for path in (hooks / "0001-hook.patch", hooks / "src/llama-pop.cpp", package / "upstream.txt"):
+        write(path, read(path) + "\n")
+        changed = key(recipe(package, {}))
+        assert changed not in seen
+        seen.add(changed)
+
+
+def test_the_unpatched_key_does_not_depend_on_the_hooks(package):
+    before = key(recipe(package, {UNPATCHED_VARIABLE: "1"}))
+    write(package.parent / "llama.cpp" / "0001-hook.patch", DIFF + "\n")
+    assert key(recipe(package, {UNPATCHED_VARIABLE: "1"})) == before
+
+
+def test_prepare_extracts_patches_and_names_the_version(package, tmp_path):
+    env = {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))}
+    source = prepare(recipe(package, env)) / "src"
+    assert read(source / "vendor/llama.cpp/src/a.cpp") == "\n".join(PATCHED) + "\n"
+    assert read(source / "vendor/llama.cpp/src/llama-pop.cpp") == "int pop;\n"
+    assert not (source / "vendor/llama.cpp/tools/ui").exists()
+    assert read(source / "llama_cpp/__init__.py") == '__version__ = "0.3.36+pop1"\n'
+
+
+def test_prepare_keeps_an_intact_tree_and_replaces_a_touched_one(package, tmp_path):
+    env = {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))}
+    folder = prepare(recipe(package, env))
+    patched = folder / "src/vendor/llama.cpp/src/a.cpp"
+    inode = patched.stat().st_ino
+    write(folder / "src/llama_cpp/lib/libllama.so", "built")
+    prepare(recipe(package, env))
+    assert patched.stat().st_ino == inode
+    write(patched, "edited by hand\n")
+    prepare(recipe(package, env))
+    assert read(patched) == "\n".join(PATCHED) + "\n"
+
+
+def test_prepare_without_hooks_leaves_llama_cpp_alone(package, tmp_path):
+    sdist = make_sdist(tmp_path / "own.tar.gz")
+    env = {SOURCE_VARIABLE: str(sdist), UNPATCHED_VARIABLE: "1"}
+    llama_cpp = prepare(recipe(package, env)) / "src/vendor/llama.cpp/src"
+    assert read(llama_cpp / "a.cpp") == "\n".join(LINES) + "\n"
+    assert not (llama_cpp / "llama-pop.cpp").exists()
+
+
+def test_prepare_takes_an_extracted_tree_and_does_not_touch_it(package, tmp_path):
+    with tarfile.open(make_sdist(tmp_path / "own.tar.gz")) as archive:
+        archive.extractall(tmp_path / "own")
+    own = tmp_path / "own" / "llama_cpp_python-0.3.36"
+    source = prepare(recipe(package, {SOURCE_VARIABLE: str(own)})) / "src"
+    assert read(source / "vendor/llama.cpp/src/a.cpp") == "\n".join(PATCHED) + "\n"
+    assert read(own / "vendor/llama.cpp/src/a.cpp") == "\n".join(LINES) + "\n"
+
+
+def test_prepare_refuses_an_unsafe_archive(package, tmp_path):
+    sdist = make_sdist(tmp_path / "own.tar.gz", extra="../../outside.txt")
+    with pytest.raises(BuildError, match="unsafe"):
+        prepare(recipe(package, {SOURCE_VARIABLE: str(sdist)}))
+    assert not (package.parent / "outside.txt").exists()
+
+
+def test_prepare_leaves_nothing_behind_a_failing_hunk(package, tmp_path):
+    write(package.parent / "llama.cpp" / "0001-hook.patch", DIFF.replace("line 16", "line XVI"))
+    env = {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))}
+    for _ in range(2):
+        with pytest.raises(BuildError, match=r"does not fit src/a.cpp"):
+            prepare(recipe(package, env))
+    (folder,) = (package / "build").iterdir()
+    assert not any(folder.iterdir())
+
+
+def test_missing_hooks_and_missing_source(package, tmp_path):
+    with pytest.raises(BuildError, match="There is nothing at"):
+        recipe(package, {SOURCE_VARIABLE: str(tmp_path / "nowhere")})
+    shutil.rmtree(package.parent / "llama.cpp")
+    with pytest.raises(BuildError, match=r"no patches for llama.cpp"):
+        recipe(package, {})
+
+
+@pytest.fixture
+def pin(package: Path) -> Pin:
+    return recipe(package, {}).pin
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[Path]:
+    """Stands in for pip: puts the content where the sdist belongs; returns the calls."""
+    calls: list[Path] = []
+
+    def download(pin: Pin, folder: Path) -> None:
+        calls.append(folder)
+        (folder / pin.sdist).write_bytes(content)
+
+    monkeypatch.setattr(fetching, "_download", download)
+    return calls
+
+
+def test_another_file_than_the_pinned_one_is_refused(pin, tmp_path, monkeypatch):
+    serve(monkeypatch, b"not the release")
+    with pytest.raises(BuildError, match="serves another llama_cpp_python") as caught:
+        fetch(pin, tmp_path / "cache")
+    assert hashlib.sha256(b"not the release").hexdigest() in caught.value.message
+    assert SOURCE_VARIABLE in caught.value.hint
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_cached_file_is_checked_each_time(package, tmp_path, monkeypatch):
+    digest = hashlib.sha256(b"the release").hexdigest()
+    write(package / "upstream.txt", f"llama-cpp-python==0.3.36 --hash=sha256:{digest}\n")
+    pin = recipe(package, {}).pin
+    calls = serve(monkeypatch, b"the release")
+    kept = fetch(pin, tmp_path / "cache")
+    assert fetch(pin, tmp_path / "cache") == kept
+    assert len(calls) == 1
+    kept.write_bytes(b"damaged")
+    assert fetch(pin, tmp_path / "cache").read_bytes() == b"the release"
+    assert len(calls) == 2
+
+
+def test_the_unpatched_library_is_built_once(package, tmp_path):
+    target = tmp_path / "unpatched"
+    wanted = key(recipe(package, {UNPATCHED_VARIABLE: "1"}))
+    write(target / "key", wanted)
+    assert build_unpatched(package, target) is False
+
+
+def test_ccache_is_used_where_the_path_leads_to_it(tmp_path):
+    ccache = write(tmp_path / ("ccache.exe" if sys.platform == "win32" else "ccache"), "")
+    ccache.chmod(0o755)
+    here = {"PATH": str(tmp_path)}
+    assert launchers(here)["CMAKE_CUDA_COMPILER_LAUNCHER"] == str(ccache)
+    assert launchers({"PATH": str(tmp_path / "elsewhere")}) == {"GGML_CCACHE": "OFF"}
+    assert launchers(here | {"CMAKE_ARGS": "-DGGML_CCACHE=OFF"}) == {}
+    assert launchers(here | {"CMAKE_ARGS": "-DCMAKE_C_COMPILER_LAUNCHER=distcc"}) == {}
+    assert launchers(here | {"CMAKE_CXX_COMPILER_LAUNCHER": "distcc"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "channel", "text"),
+    [
+        (["key"], 0, "stdout", "0.3.36-"),
+        ([], 2, "stderr", "tool.py key"),
+    ],
+)
+def test_tool(arguments, code, channel, text):
+    command = [sys.executable, PACKAGE / "tool.py", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == code
+    assert text in getattr(run, channel)
+
+
+def test_the_app_asks_for_the_version_that_is_built():
+    built = recipe(PACKAGE, {})
+    assert built.version.startswith(f"{built.pin.version}+pop")
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
+    assert f"llama-cpp-python=={built.version}" in project["dependencies"]
+
+
+def test_every_module_lies_in_a_package_that_setup_finds():
+    for folder in ("pop_local", "converter"):
+        for module in (ROOT / folder).rglob("*.py"):
+            assert (module.parent / "__init__.py").is_file()

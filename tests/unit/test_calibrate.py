@@ -1,0 +1,191 @@
+"""Calibration: what is fitted, in one go, in groups, resumed; what it takes, what is stored."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converter import fit
+from converter.errors import StoppedError
+from converter.fit import Gram, Weighting
+from converter.format import read_pop_meta
+from converter.rewrite import convert, strip
+from converter.shape import read_shape
+from converter.source import read_source
+from converter.weights import Weights
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.needs import plan_needs
+from pop_local.calibration.texts import N_WINDOW, CalibrationError, given_text
+from support.calibrating import (
+    BOUNDARY,
+    N_LAYER,
+    N_TOKENS,
+    SILENT,
+    fitted,
+    fitted_at,
+    planned,
+    recorded,
+    settings,
+)
+from support.synthetic import make_gguf
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    words = np.random.default_rng(0).integers(97, 123, (9000, 5), np.uint8)
+    path: Path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(bytes(word).decode() for word in words))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return make_gguf(tmp_path_factory.mktemp("model") / "llama.gguf", "llama")
+
+
+@pytest.mark.parametrize("weighting", Weighting)
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+def test_the_fit_equals_direct_least_squares(arch, weighting, text, tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", arch)
+    tensors = {t.name: t for t in fitted(path, settings(text, weighting=weighting)).tensors}
+    with LoadedModel(path, n_threads=1) as model:
+        windows = given_text(model, text, N_TOKENS // N_WINDOW, 128).windows
+    shown = recorded(path, windows.tolist(), layers=(6,))
+    x = np.concatenate([fit.with_bias(rows[1:], 1e-6) for rows in shown.states[BOUNDARY]])
+    y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
+    d = np.concatenate([fit.token_weights(m[1:], weighting) for _, _, m in shown.layers[6]])
+    own = Weights(read_source(path)).own_projection(6, y.shape[1])
+    root = np.sqrt(d.astype(np.float64))[:, None]
+    weighted = x.astype(np.float64) * root
+    start = np.vstack([own.gain[:, None] * own.weight.T, own.bias]).astype(np.float64)
+    power = np.square(weighted).sum(0) * np.append(np.full(128, fit.RIDGE), fit.BIAS_RIDGE)
+    # The ridge as further rows of the least squares.
+    rows = np.vstack([weighted, np.diag(np.sqrt(power))])
+    rest = np.vstack([(y - x @ start) * root, np.zeros((129, y.shape[1]))])
+    wanted = start + np.linalg.lstsq(rows, rest, rcond=None)[0]
+    found = _stored(tensors, 6)
+    # Predictions, since qwen2's biases make the inputs nearly collinear with the column of ones.
+    predicted = (x[:, :-1] * own.gain) @ found[0].T + found[1]
+    np.testing.assert_allclose(predicted, x @ wanted, atol=2e-3)
+
+
+def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weight [n_kv, n_embd] and bias [n_kv] of F32 tensors."""
+    weights, biases = [], []
+    for part in "kv":
+        weight = tensors[f"blk.{layer}.pop_attn_{part}.weight"]
+        weights.append(np.frombuffer(weight.data, np.float32).reshape(weight.dims[::-1]))
+        bias = tensors[f"blk.{layer}.pop_attn_{part}.bias"]
+        biases.append(np.frombuffer(bias.data, np.float32))
+    return np.concatenate(weights), np.concatenate(biases)
+
+
+def test_groups_of_layers_give_the_same_fit(llama: Path, text: Path):
+    plan, source = planned(llama), read_source(llama)
+    small = plan_needs((plan,), source, memory_bytes=1)
+    large = plan_needs((plan,), source, memory_bytes=1 << 30)
+    pairs = [(BOUNDARY, layer) for layer in (5, 6, 7)]
+    assert list(small.groups) == [(pair,) for pair in pairs]
+    assert list(large.groups) == [tuple(pairs)]
+    assert small.sums_bytes < large.sums_bytes
+    at_once = fitted(llama, settings(text))
+    assert fitted(llama, settings(text, memory_bytes=1)) == at_once
+
+
+@pytest.mark.parametrize("memory_bytes", [1, 1 << 30])
+def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama: Path, text: Path):
+    options = settings(text, memory_bytes=memory_bytes)
+    read: list[int] = []
+    watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
+    together = fitted_at((3, 5), llama, options, watch)
+    assert read[-1] == N_TOKENS * (1 if memory_bytes > 1 else 6)
+    apart = [fitted_at((boundary,), llama, settings(text))[0] for boundary in (3, 5)]
+    assert [len(each.tensors) for each in together] == [4 * 4, 2 * 4]
+    assert list(together) == apart
+
+
+# Asked after each window and after each layer that is solved.
+@pytest.mark.parametrize(
+    ("memory_bytes", "stop_after", "first_read"),
+    [
+        (1 << 30, 1, 2 * N_WINDOW),
+        (1 << 30, 3, 4 * N_WINDOW),
+        (1 << 30, 6, None),
+        (1, 3, 4 * N_WINDOW),
+        (1, 5, 5 * N_WINDOW),
+        (1, 7, 7 * N_WINDOW),
+    ],
+)
+def test_a_resumed_fit_equals_one_without_a_stop(
+    memory_bytes, stop_after, first_read, llama, text, tmp_path
+):
+    kept = settings(text, state_path=tmp_path / "state", memory_bytes=memory_bytes)
+    asked = [0]
+
+    def should_stop() -> bool:
+        asked[0] += 1
+        return asked[0] == stop_after
+
+    with pytest.raises(StoppedError):
+        fitted(llama, kept, replace(SILENT, should_stop=should_stop))
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    read: list[int] = []
+    again = fitted(llama, kept, replace(SILENT, on_reading=lambda done, total: read.append(done)))
+    assert next(iter(read), None) == first_read
+    assert again == fitted(llama, settings(text, memory_bytes=memory_bytes))
+    read.clear()
+    watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
+    assert (fitted(llama, kept, watch), read) == (again, [])
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 1 << 30), (1 << 30, 1)])
+def test_a_fit_is_resumed_with_whatever_memory_is_free(first, then, llama, text, tmp_path):
+    kept = settings(text, state_path=tmp_path / "state", memory_bytes=first)
+    asked = [0]
+
+    def should_stop() -> bool:
+        asked[0] += 1
+        return asked[0] == (7 if first == 1 else 2)
+
+    with pytest.raises(StoppedError):
+        fitted(llama, kept, replace(SILENT, should_stop=should_stop))
+    assert fitted(llama, replace(kept, memory_bytes=then)) == fitted(llama, settings(text))
+
+
+def test_a_state_of_other_settings_is_refused(llama: Path, text: Path, tmp_path: Path):
+    kept = settings(text, state_path=tmp_path / "state")
+    with pytest.raises(StoppedError):
+        fitted(llama, kept, replace(SILENT, should_stop=lambda: True))
+    with pytest.raises(CalibrationError, match="another calibration"):
+        fitted(llama, replace(kept, ridge=0.5))
+    (tmp_path / "state").write_bytes(b"PK junk")
+    with pytest.raises(CalibrationError, match="damaged"):
+        fitted(llama, kept)
+
+
+def _n_kv(path: Path) -> int:
+    shape = read_shape(path)
+    return shape.kv_macs[0] // shape.n_embd
+
+
+def test_a_fitted_file_can_be_stripped(llama: Path, text: Path, tmp_path: Path):
+    target, back = tmp_path / "pop.gguf", tmp_path / "back.gguf"
+    meta = convert(planned(llama), llama, target, fitted=fitted(llama, settings(text)))
+    assert meta == read_pop_meta(target)
+    assert meta.calibration is not None
+    assert (meta.calibration.name, meta.calibration.n_tokens) == ("words.txt", N_TOKENS)
+    strip(target, back)
+    assert back.read_bytes() == llama.read_bytes()
+
+
+def test_the_sums_of_a_job_stay_within_what_is_announced(llama: Path):
+    plan = planned(llama)
+    needs = plan_needs((plan,), read_source(llama), 1 << 30)
+    sums = [Gram(plan.shape.n_embd, _n_kv(llama)) for _ in plan.fitted_layers]
+    assert sum(gram.xx.nbytes + gram.xy.nbytes for gram in sums) < needs.sums_bytes
+    assert needs.sums_bytes < needs.total_bytes
+    sampling = plan_needs((plan,), read_source(llama), 1 << 30, n_sampled=64)
+    cache = 64 * N_WINDOW * 2 * N_LAYER * _n_kv(llama)
+    assert sampling.sums_bytes == needs.sums_bytes
+    assert sampling.total_bytes > cache + 2 * llama.stat().st_size

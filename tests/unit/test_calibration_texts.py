@@ -1,0 +1,75 @@
+"""What is calibrated on: texts, given or refused, and samples of the model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converter.errors import PopError
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.samples import draw, sample_windows
+from pop_local.calibration.texts import CalibrationError, default_tokens, n_windows, whole_text
+from support.calibrating import fitted, settings
+from support.synthetic import make_gguf
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return make_gguf(tmp_path_factory.mktemp("model") / "llama.gguf", "llama")
+
+
+def test_default_tokens_grow_with_the_model():
+    assert [default_tokens(n) for n in (576, 640, 2048, 4096)] == [16384, 16384, 49152, 98304]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "no text"), (b" \n", "no text"), (b"ab\0cd", "binary"), (b"\xff\xfe\xfa", "not UTF-8")],
+)
+def test_texts_that_are_none_are_refused(content: bytes, message: str, tmp_path: Path):
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    with pytest.raises(PopError, match=message):
+        whole_text(path)
+
+
+def test_a_folder_is_all_its_texts(tmp_path: Path):
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.md").write_text("first")
+    (tmp_path / "c.bin").write_bytes(b"\0")
+    assert whole_text(tmp_path) == "first\n\nsecond"
+
+
+def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):
+    path = tmp_path / "short.txt"
+    path.write_text("too short " * 20)
+    with pytest.raises(PopError, match="needs 2,048"):
+        fitted(llama, settings(path))
+    with pytest.raises(CalibrationError, match="needs 2,048"):
+        n_windows(100, 128)
+
+
+def test_one_phrase_over_and_over_is_refused(llama: Path, tmp_path: Path):
+    path = tmp_path / "same.txt"
+    path.write_text("a" * 20_000)
+    with pytest.raises(PopError, match="repeats itself"):
+        fitted(llama, settings(path))
+
+
+def test_samples_are_repeatable_and_begin_with_the_first_token(llama: Path):
+    with LoadedModel(llama, n_threads=1) as model:
+        first, again, other = (
+            sample_windows(model, 3, 32, seed=seed, on_progress=lambda done, total: None)
+            for seed in (0, 0, 1)
+        )
+        assert (first[:, 0] == model.first_token).all()
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other) and len({tuple(row) for row in first.tolist()}) == 3
+
+
+def test_draws_follow_the_probabilities():
+    logits = np.log(np.arange(1, 1001, dtype=np.float32))
+    chances = (np.arange(20_000) + 0.5) / 20_000
+    drawn = np.bincount([draw(logits, chance) for chance in chances], minlength=1000)
+    wanted = 20_000 * np.arange(1, 1001) / np.arange(1, 1001).sum()
+    assert np.abs(drawn - wanted).max() <= 1.5

@@ -1,0 +1,185 @@
+"""The chat loop, driven by scripted lines and a scripted model; whole transcripts are compared."""
+
+import pytest
+
+from converter.errors import PopError
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.turn import Message, TurnStats
+from pop_local.ui.chat.repl import LEAVE_HINT
+from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES
+from pop_local.ui.views.stats import stats_line
+from support.scripted import STATS, STATS_LINE, ScriptedModel, talk
+
+DROPPED = "# The question is dropped; /retry asks it again."
+
+
+def test_two_turns_keep_the_conversation():
+    model = ScriptedModel(["Hel", "lo.", STATS], ["Bye.", STATS])
+    assert talk(model, "hi", "", "  and now?  ") == [
+        "> hi",
+        "# reading 512 of 1000",
+        "Hello.",
+        STATS_LINE,
+        "> ",
+        ">   and now?  ",
+        "# reading 512 of 1000",
+        "Bye.",
+        STATS_LINE,
+    ]
+    assert model.asked[1] == [
+        Message("user", "hi"),
+        Message("assistant", "Hello."),
+        Message("user", "and now?"),
+    ]
+    assert model.options["seed"] == 7
+
+
+def test_pop_is_switched_and_shown():
+    model = ScriptedModel()
+    assert talk(model, "/pop", "/pop off", "/POP ON", "/pop maybe") == [
+        "> /pop",
+        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "> /pop off",
+        "# Pruning is off: prompts are read in full.",
+        "> /POP ON",
+        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "> /pop maybe",
+        "# /pop takes on or off, not maybe.",
+    ]
+    assert model.pop_mode is Mode.CONTEXT
+
+
+def test_pop_on_a_model_that_is_not_converted():
+    model = ScriptedModel()
+    model.boundary, model.pop_mode = 0, Mode.OFF
+    assert talk(model, "/pop", "/pop on") == [
+        "> /pop",
+        "# Pruning is not possible: this model is not converted.",
+        "> /pop on",
+        "! model.gguf has no pruning keys; convert it first",
+    ]
+
+
+def test_clear_forgets_the_turns_but_not_the_system_prompt():
+    model = ScriptedModel(["One.", STATS], ["Two.", STATS])
+    shown = talk(model, "a", "/clear", "/stats", "b", system="Be brief.")
+    assert "# The conversation is forgotten." in shown
+    assert "# Nothing has been answered yet." in shown
+    assert model.asked[1] == [Message("system", "Be brief."), Message("user", "b")]
+
+
+def test_system_is_set_and_shown():
+    model = ScriptedModel(["Aye.", STATS])
+    shown = talk(model, "/system", "/system Talk like a sailor.", "/system", "hi")
+    assert shown[:6] == [
+        "> /system",
+        "# There is no system prompt.",
+        "> /system Talk like a sailor.",
+        "# The system prompt is set.",
+        "> /system",
+        "# The system prompt is: Talk like a sailor.",
+    ]
+    assert model.asked[0][0] == Message("system", "Talk like a sailor.")
+
+
+def test_stats_add_up():
+    model = ScriptedModel(["One.", STATS], ["Two.", STATS])
+    assert talk(model, "a", "b", "/stats")[-7:] == [
+        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "# Last answer: " + STATS_LINE.removeprefix("# "),
+        "# Its reading took 0.25 s; in full it would be 0.25 s"
+        " (computed from the limit, not measured).",
+        "# Answers: 2, with 22 tokens written.",
+        "# Prompt tokens: 1,966 pruned, 34 in full, 400 reused from the cache.",
+        "# All reading took 0.50 s; in full it would be 0.50 s"
+        " (computed from the limit, not measured).",
+        "# Context: 1,211 of 4,096 tokens used.",
+    ]
+
+
+def test_help_lists_every_command():
+    shown = talk(ScriptedModel(), "/help")
+    assert [line.split()[1] for line in shown[1 : 1 + len(COMMANDS)]] == list(COMMANDS)
+    assert shown[1 + len(COMMANDS) :] == [f"# {line}" for line in HELP_NOTES]
+
+
+def test_exit_leaves():
+    assert talk(ScriptedModel(), "/exit", "never read") == ["> /exit"]
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("/clera", "There is no command /clera: did you mean /clear?"),
+        ("/quit", "There is no command /quit: did you mean /exit?"),
+        ("/zzz", "There is no command /zzz: /help lists the commands."),
+    ],
+)
+def test_unknown_command_suggests_the_nearest(line, answer):
+    assert talk(ScriptedModel(), line) == [f"> {line}", f"# {answer}"]
+
+
+def test_a_space_before_a_slash_makes_it_text():
+    model = ScriptedModel(["Fine.", STATS])
+    talk(model, " /etc/hosts, what is it?")
+    assert model.asked[0] == [Message("user", "/etc/hosts, what is it?")]
+
+
+def test_interrupt_in_the_answer_keeps_what_was_said():
+    model = ScriptedModel(["Once upon", KeyboardInterrupt()], ["a time.", STATS])
+    assert talk(model, "tell", "go on")[2:5] == ["Once upon", "# Stopped.", "> go on"]
+    assert model.asked[1][1] == Message("assistant", "Once upon")
+
+
+def test_interrupt_before_the_answer_drops_the_turn():
+    model = ScriptedModel([KeyboardInterrupt()], ["Yes.", STATS])
+    assert talk(model, "tell", "again")[2:5] == [
+        "# Stopped.",
+        DROPPED,
+        "> again",
+    ]
+    assert model.asked[1] == [Message("user", "again")]
+
+
+def test_an_answer_that_the_engine_stopped_has_its_figures():
+    stopped = TurnStats(100, 0, 83, 17, 0.5, 0.25, 3, 0.5, "interrupted")
+    shown = talk(ScriptedModel(["Once", stopped]), "tell")
+    assert shown[-2:] == ["Once", f"# {stats_line(stopped)}"]
+    assert shown[-1].endswith("· stopped")
+
+
+def test_an_answer_that_was_stopped_before_it_began():
+    unread = TurnStats(1000, 100, 412, 0, 0.5, 0.25, 0, 0.0, "interrupted")
+    assert talk(ScriptedModel([unread]), "tell", "/stats")[2:] == [
+        "# Stopped after reading 512 of 1,000 prompt tokens.",
+        DROPPED,
+        "> /stats",
+        "# Pruning is on: context tokens skip the layers from 20 on.",
+        "# Nothing has been answered yet.",
+    ]
+
+
+def test_interrupt_at_the_prompt_says_how_to_leave():
+    assert talk(ScriptedModel(), KeyboardInterrupt(), "/exit") == [f"# {LEAVE_HINT}", "> /exit"]
+
+
+def test_too_long_a_prompt_is_dropped_and_the_program_goes_on():
+    too_long = PopError("the prompt has 5000 tokens, the context holds 4096", "/clear, or --ctx")
+    model = ScriptedModel([too_long], ["Yes.", STATS])
+    assert talk(model, "long", "short")[2:5] == [
+        "! the prompt has 5000 tokens, the context holds 4096; /clear, or --ctx",
+        DROPPED,
+        "> short",
+    ]
+    assert model.asked[1] == [Message("user", "short")]
+
+
+def test_a_context_that_fills_up_is_told_once():
+    filling = TurnStats(3200, 0, 3183, 17, 0.5, 0.25, 96, 0.5, "length")
+    shown = talk(ScriptedModel(["And so", filling], ["on", filling]), "tell", "more")
+    assert shown[3].endswith("· cut off at the token limit")
+    assert shown[4] == (
+        "* The context is 80% full (3,296 of 4,096 tokens):"
+        " /clear starts anew, /undo drops the last turn, --ctx gives a larger one."
+    )
+    assert sum(line.startswith("* ") for line in shown) == 1

@@ -1,0 +1,231 @@
+"""PopModel: what is pruned, what llama_cpp offers on top, what goes wrong. Tiny models."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from llama_cpp import LlamaGrammar, LogitsProcessorList
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+from converter.errors import PopError
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
+from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read
+from support.converted import converted, tiny
+from support.synthetic import add_keys, make_gguf
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("engine"))
+
+
+# --- what is pruned
+
+
+def test_a_converted_model_starts_pruning_and_tells_its_boundary(pop_file):
+    model = opened(pop_file)
+    assert (model.pop_mode, model.boundary) == (Mode.CONTEXT, 4)
+    assert model.meta is not None
+    assert model.meta.tail_tokens == 16
+
+
+@pytest.mark.parametrize("n_tokens", [17, 18, 64, 65, 80, 200])
+def test_only_sink_and_tail_are_full_whatever_the_batches(tmp_path, n_tokens):
+    source = make_gguf(tmp_path / "m.gguf", "llama")
+    model = opened(converted(source, tmp_path, boundary=4, min_prompt=0))
+    assert evaluated(model, prompt(n_tokens)) == Counters(n_tokens - 17, 17)
+
+
+def test_in_full_mode_nothing_is_pruned(pop_file):
+    model = opened(pop_file)
+    model.set_pop(Mode.OFF)
+    assert evaluated(model, prompt(200)) == Counters(0, 200)
+
+
+def test_decoded_tokens_are_full(pop_file):
+    model = opened(pop_file)
+    backend.reset_counters(model.ctx)
+    greedy(model, prompt(100), 10)
+    # The tenth token is sampled and not decoded.
+    assert backend.get_counters(model.ctx) == Counters(83, 17 + 9)
+
+
+def test_always_prunes_decoded_tokens_too(pop_file):
+    model = opened(pop_file)
+    model.set_pop(Mode.ALWAYS)
+    backend.reset_counters(model.ctx)
+    greedy(model, prompt(100), 10)
+    assert backend.get_counters(model.ctx) == Counters(109, 0)
+
+
+def test_pruning_changes_the_logits(pop_file):
+    model = opened(pop_file)
+    pruned = read(model, prompt(200))
+    model.set_pop(Mode.OFF)
+    assert np.abs(read(model, prompt(200)) - pruned).max() > 10 * NOISE
+
+
+def test_short_prompts_run_full_when_the_file_says_so(tmp_path):
+    source = make_gguf(tmp_path / "m.gguf", "llama")
+    model = opened(converted(source, tmp_path, boundary=4, min_prompt=50))
+    assert evaluated(model, prompt(49)) == Counters(0, 49)
+    model.clear()
+    assert evaluated(model, prompt(50)) == Counters(33, 17)
+
+
+def test_prompts_that_are_hardly_longer_than_their_full_tokens_run_full(pop_file):
+    model = opened(pop_file)
+    assert evaluated(model, prompt(33)) == Counters(0, 33)
+    model.clear()
+    assert evaluated(model, prompt(34)) == Counters(17, 17)
+
+
+def test_another_boundary_prunes_other_layers(pop_file):
+    model = opened(pop_file)
+    at_four = read(model, prompt(200))
+    model.set_boundary(6)
+    at_six = read(model, prompt(200))
+    assert evaluated(model, prompt(100, seed=1)) == Counters(83, 17)
+    model.set_boundary(0)
+    assert model.boundary == 4
+    assert np.abs(at_six - at_four).max() > 10 * NOISE
+    np.testing.assert_array_equal(read(model, prompt(200)), at_four)
+
+
+@pytest.mark.parametrize("layer", [-1, 8, 100])
+def test_a_boundary_outside_the_model_is_refused(pop_file, layer):
+    model = opened(pop_file)
+    with pytest.raises(PopError, match="boundary"):
+        model.set_boundary(layer)
+    assert model.boundary == 4
+
+
+def test_an_unconverted_model_runs_full_and_says_how_to_convert(tmp_path):
+    model = opened(make_gguf(tmp_path / "m.gguf", "llama"))
+    assert model.pop_mode is Mode.OFF
+    assert evaluated(model, prompt(100)) == Counters(0, 100)
+    with pytest.raises(PopError) as caught:
+        model.set_pop(Mode.CONTEXT)
+    assert "pop-local convert" in caught.value.hint
+
+
+# --- what llama_cpp offers on top
+
+
+def test_all_logits_run_full(pop_file):
+    model = opened(pop_file, logits_all=True)
+    assert evaluated(model, prompt(100)) == Counters(0, 100)
+    plain = opened(pop_file)
+    plain.set_pop(Mode.OFF)
+    np.testing.assert_allclose(model.scores[99], read(plain, prompt(100)), atol=NOISE)
+
+
+def test_embeddings_run_full(pop_file):
+    model = opened(pop_file, embedding=True)
+    backend.reset_counters(model.ctx)
+    model.embed("some text to embed", truncate=False)
+    counters = backend.get_counters(model.ctx)
+    assert counters.n_context == 0
+    assert counters.n_full > 0
+
+
+def test_a_draft_model_runs_full_and_does_not_change_the_tokens(pop_file):
+    repeated = prompt(60) * 3
+    plain = opened(pop_file)
+    plain.set_pop(Mode.OFF)
+    drafted = opened(pop_file, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))
+    backend.reset_counters(drafted.ctx)
+    assert greedy(drafted, repeated, 30) == greedy(plain, repeated, 30)
+    assert backend.get_counters(drafted.ctx).n_context == 0
+
+
+def test_greedy_takes_the_token_that_llama_cpps_sampler_takes(pop_file):
+    model = opened(pop_file)
+    ours = greedy(model, prompt(100), 20)
+    model.clear()
+    # A processor that changes nothing takes the ordinary chain.
+    unchanged = LogitsProcessorList([lambda ids, scores: scores])
+    theirs = greedy(model, prompt(100), 20, logits_processor=unchanged)
+    assert ours == theirs
+
+
+def test_grammars_hold(pop_file):
+    model = opened(pop_file)
+    grammar = LlamaGrammar.from_string('root ::= "a" | "b"', verbose=False)
+    assert completed(model, prompt(100), max_tokens=5, grammar=grammar) in ("a", "b")
+
+
+def test_completions_are_pruned_as_prompts_are(pop_file):
+    model = opened(pop_file)
+    backend.reset_counters(model.ctx)
+    completed(model, prompt(100), max_tokens=1)
+    assert backend.get_counters(model.ctx) == Counters(83, 17)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"])
+def test_every_architecture_reads_and_answers(tmp_path, arch):
+    model = opened(tiny(tmp_path, arch))
+    assert evaluated(model, prompt(150)) == Counters(133, 17)
+    assert len(greedy(model, prompt(150), 5)) == 5
+
+
+# --- what goes wrong
+
+
+def test_a_prompt_beyond_the_context_names_the_counts_and_harms_nothing(pop_file):
+    model = opened(pop_file, n_ctx=256)
+    before = read(model, prompt(100))
+    with pytest.raises(PopError, match=r"300 .*256"):
+        read(model, prompt(300, seed=1))
+    np.testing.assert_allclose(read(model, prompt(100)), before, atol=NOISE)
+
+
+def test_an_unpatched_library_is_refused_with_the_cure(pop_file, unpatched_lib):
+    done = subprocess.run(
+        [sys.executable, "-m", "pop_local", "run", str(pop_file), "hello"],
+        env=os.environ | {"LLAMA_CPP_LIB_PATH": str(unpatched_lib)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "unpatched" in done.stderr
+    assert "pip install ./patches/llama-cpp-python" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_architecture_without_the_hook_is_named(tmp_path):
+    plain = make_gguf(tmp_path / "olmo2.gguf", "olmo2")
+    keyed = tmp_path / "olmo2.pop.gguf"
+    add_keys(plain, keyed, pop__version=1, pop__schedule="FFFFSSSS", pop__projection="own")
+    with pytest.raises(PopError, match="olmo2"):
+        opened(keyed)
+
+
+def test_a_file_cut_short_is_an_error_with_a_reason(pop_file, tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(pop_file.read_bytes()[:-100_000])
+    with pytest.raises(PopError) as caught:
+        opened(cut)
+    assert str(cut) in caught.value.message
+
+
+def test_a_context_that_cannot_be_had_is_an_error_with_llama_cpps_reason(pop_file):
+    with pytest.raises(PopError, match="V cache"):
+        opened(pop_file, type_v=8)
+
+
+def test_opening_and_answering_write_nothing(pop_file, capfd):
+    greedy(opened(pop_file), prompt(100))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_backend_describes_itself():
+    info = backend.describe_backend()
+    assert info.abi == backend.ABI
+    assert info.library_path.is_file()
+    assert info.devices[-1].name == "CPU"
+    assert info.n_threads >= 1

@@ -1,0 +1,186 @@
+"""The fit: against a direct weighted least squares, its limits, its refusals, its encoding."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from converter import fit, solve
+from converter.fit import FitError, Gram, KvType, Weighting
+from converter.source import read_source
+from converter.weights import OwnProjection, Weights
+from support.synthetic import make_gguf
+
+N, N_K, N_V, N_ROWS = 24, 6, 4, 400
+
+
+def problem(seed: int = 0, gain: np.ndarray | None = None):
+    """x [n, N + 1], y, token weights and own projections that are off by a little."""
+    rng = np.random.default_rng(seed)
+    x = fit.with_bias(rng.standard_normal((N_ROWS, N), dtype=np.float32), 1e-6)
+    y = (x @ rng.standard_normal((N + 1, N_K + N_V)) + 0.1).astype(np.float32)
+    weights = (0.2 + rng.random(N_ROWS)).astype(np.float32)
+    gain = rng.uniform(0.5, 1.5, N) if gain is None else gain
+    weight = rng.standard_normal((N_K + N_V, N), dtype=np.float32)
+    bias = rng.standard_normal(N_K + N_V, dtype=np.float32)
+    return x, y, weights, OwnProjection(gain.astype(np.float32), weight, bias, N_K)
+
+
+def summed(x, y, weights) -> Gram:
+    gram = Gram(N, N_K + N_V)
+    for rows in np.array_split(np.arange(len(x)), 3):
+        gram.add(x[rows], y[rows], weights[rows])
+    return gram
+
+
+def joined(layer: fit.FittedLayer) -> tuple[np.ndarray, np.ndarray]:
+    weight = np.concatenate([layer.k.weight, layer.v.weight])
+    return weight, np.concatenate([layer.k.bias, layer.v.bias])
+
+
+def test_it_equals_a_direct_weighted_least_squares():
+    x, y, weights, own = problem()
+    x64, d = x.astype(np.float64), np.diag(weights.astype(np.float64))
+    start = np.vstack([own.gain[:, None] * own.weight.T, own.bias]).astype(np.float64)
+    power = (x64.T @ d @ x64).diagonal()
+    penalty = np.diag(power * np.append(np.full(N, fit.RIDGE), fit.BIAS_RIDGE))
+    step = np.linalg.solve(x64.T @ d @ x64 + penalty, x64.T @ d @ (y - x64 @ start))
+    wanted = start + step
+    weight, bias = joined(fit.fit_layer(1, summed(x, y, weights), own))
+    np.testing.assert_allclose(weight.T * own.gain[:, None], wanted[:-1], atol=2e-5)
+    np.testing.assert_allclose(bias, wanted[-1], atol=2e-5)
+
+
+def test_a_large_ridge_keeps_the_own_projections():
+    x, y, weights, own = problem()
+    weight, _ = joined(fit.fit_layer(1, summed(x, y, weights), own, ridge=1e9))
+    np.testing.assert_allclose(weight, own.weight, atol=1e-5)
+
+
+def test_exact_own_projections_are_kept_at_any_ridge():
+    x, _, weights, own = problem()
+    y = (x[:, :-1] * own.gain) @ own.weight.T + own.bias
+    weight, bias = joined(fit.fit_layer(1, summed(x, y.astype(np.float32), weights), own))
+    np.testing.assert_allclose(weight, own.weight, atol=1e-4)
+    np.testing.assert_allclose(bias, own.bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-12])
+def test_an_input_without_gain_keeps_its_weights(tiny: float):
+    gain = np.ones(N)
+    gain[5] = tiny
+    x, y, weights, own = problem(gain=gain)
+    weight, _ = joined(fit.fit_layer(1, summed(x, y, weights), own))
+    np.testing.assert_allclose(weight[:, 5], own.weight[:, 5], rtol=0.01, atol=0.01)
+
+
+def test_a_constant_input_of_zero_is_no_obstacle():
+    x, y, weights, own = problem()
+    x[:, 7] = 0
+    weight, _ = joined(fit.fit_layer(1, summed(x, y, weights), own))
+    np.testing.assert_array_equal(weight[:, 7], own.weight[:, 7])
+
+
+def test_activations_that_are_not_finite_are_refused():
+    x, y, weights, own = problem()
+    y[3, 2] = np.nan
+    with pytest.raises(FitError, match="not finite"):
+        fit.fit_layer(1, summed(x, y, weights), own)
+
+
+def test_a_singular_gram_is_refused_unless_a_ridge_helps():
+    x, y, weights, own = problem()
+    same = np.repeat(x[:2], N_ROWS // 2, axis=0)
+    gram = summed(same, y, weights)
+    with pytest.raises(FitError, match="singular"):
+        fit.fit_layer(1, gram, own, ridge=0)
+    fit.fit_layer(1, gram, own)
+
+
+def test_token_weights():
+    mass = np.array([0, 1, 1, 2], np.float32)
+    np.testing.assert_allclose(fit.token_weights(mass, Weighting.ATTENTION), [0.2, 1, 1, 1.8])
+    np.testing.assert_array_equal(fit.token_weights(mass, Weighting.NONE), 1)
+    peak = np.append(np.zeros(999, np.float32), np.float32(1))
+    assert fit.token_weights(peak, Weighting.ATTENTION)[-1] == pytest.approx(0.2 + 0.8 * 50)
+
+
+def test_sums_take_what_is_announced():
+    gram = Gram(N, N_K + N_V)
+    assert gram.xx.nbytes + gram.xy.nbytes == fit.gram_bytes(N, N_K + N_V)
+
+
+@pytest.mark.parametrize("kind", KvType)
+def test_encoded_tensors_decode_to_the_weights(kind: KvType):
+    rng = np.random.default_rng(0)
+    projection = fit.Projection(
+        rng.standard_normal((8, 64), dtype=np.float32), rng.standard_normal(8, dtype=np.float32)
+    )
+    weight, bias, *_ = fit.encode(fit.FittedLayer(7, projection, projection), kind)
+    assert (weight.name, weight.dims) == ("blk.7.pop_attn_k.weight", (64, 8))
+    raw = np.frombuffer(weight.data, np.uint8).reshape(8, -1)
+    decoded = gguf.quants.dequantize(raw, kind.ggml)
+    tolerance = {KvType.F32: 0, KvType.F16: 1e-2, KvType.Q8_0: 0.02, KvType.Q4_0: 0.5}[kind]
+    np.testing.assert_allclose(decoded, projection.weight, atol=tolerance)
+    np.testing.assert_array_equal(np.frombuffer(bias.data, np.float32), projection.bias)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])
+def test_own_projections_as_the_file_has_them(arch: str, tmp_path: Path):
+    path = make_gguf(tmp_path / "model.gguf", arch)
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    own = Weights(read_source(path)).own_projection(3, 128)
+    if arch == "phi3":
+        wanted = tensors["blk.3.attn_qkv.weight"][-128:]
+    else:
+        wanted = np.concatenate([tensors[f"blk.3.attn_{part}.weight"] for part in "kv"])
+    np.testing.assert_array_equal(own.weight, wanted.astype(np.float32))
+    assert own.n_k == 64
+    if arch == "qwen2":
+        biases = [tensors[f"blk.3.attn_{part}.bias"] for part in "kv"]
+        np.testing.assert_array_equal(own.bias, np.concatenate(biases))
+    else:
+        assert not own.bias.any()
+
+
+def system(n: int, n_right: int):
+    """Positive, of unit diagonal, and right-hand sides."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2 * n, n))
+    gram = rows.T @ rows
+    scale = 1 / np.sqrt(gram.diagonal())
+    return gram * scale * scale[:, None], rng.standard_normal((n, n_right))
+
+
+def test_torch_and_numpy_solve_alike():
+    pytest.importorskip("torch")
+    matrix, rest = system(300, 20)
+    found = [each(matrix, rest, 1e-12) for each in (solve.solve_numpy, solve.solve_torch)]
+    assert np.abs(found[0] - found[1]).max() < 1e-9 * np.abs(found[0]).max()
+    np.testing.assert_allclose(matrix @ found[1], rest, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["solve_numpy", "solve_torch"])
+def test_singular_systems_are_refused(solver: str):
+    if solver == "solve_torch":
+        pytest.importorskip("torch")
+    matrix, rest = system(30, 2)
+    matrix[1] = matrix[0]
+    matrix[:, 1] = matrix[:, 0]
+    with pytest.raises(solve.SingularError):
+        getattr(solve, solver)(matrix, rest, 1e-12)
+
+
+def test_small_systems_do_not_import_torch(monkeypatch):
+    monkeypatch.setattr(solve, "solve_torch", None)
+    matrix, rest = system(50, 2)
+    np.testing.assert_allclose(matrix @ solve.solve(matrix, rest, 1e-12), rest, atol=1e-9)
+
+
+def test_large_systems_are_solved_with_torch(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(solve, "TORCH_FROM", 50)
+    monkeypatch.setattr(solve, "solve_numpy", None)
+    matrix, rest = system(50, 2)
+    np.testing.assert_allclose(matrix @ solve.solve(matrix, rest, 1e-12), rest, atol=1e-9)

@@ -1,0 +1,215 @@
+"""Reading GGUF headers and POP keys, and refusing what is not right."""
+
+import random
+import struct
+from pathlib import Path
+
+import gguf
+import pytest
+
+from converter.content import copy_data, read_content
+from converter.errors import FormatError, UnsupportedArchitectureError
+from converter.format import PopMeta, encode_keys, read_pop_meta, read_shape
+from converter.header import MAX_KEPT_ITEMS, Array, read_header
+from converter.source import read_source
+from support.synthetic import DEFAULTS, add_keys, make_gguf
+
+SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make_gguf(tmp_path_factory.mktemp("format") / "tiny.gguf", "llama", **SMALL)
+
+
+# --- the container
+
+
+@pytest.mark.parametrize("arch", DEFAULTS)
+def test_header_is_what_the_gguf_package_reads(tmp_path, arch):
+    path = make_gguf(tmp_path / "model.gguf", arch, head_arrays=True, **SMALL)
+    ours, theirs = read_header(path), gguf.GGUFReader(path)
+    fields = {name: field for name, field in theirs.fields.items() if "GGUF." not in name}
+    assert list(ours.keys) == list(fields)
+    for name, field in fields.items():
+        value = ours.get(name)
+        if not isinstance(value, Array):
+            assert value == field.contents(), name
+            continue
+        assert value.length == len(field.data), name
+        if value.items is not None:
+            assert list(value.items) == field.contents(), name
+    assert [(t.name, t.dims, t.type, t.size_bytes) for t in ours.tensors] == [
+        (t.name, tuple(t.shape), t.tensor_type, t.n_bytes) for t in theirs.tensors
+    ]
+    assert [ours.data_start + t.offset for t in ours.tensors] == [
+        t.data_offset for t in theirs.tensors
+    ]
+
+
+def test_long_arrays_are_counted_but_not_kept(tmp_path):
+    n_vocab = MAX_KEPT_ITEMS + 1
+    path = make_gguf(tmp_path / "model.gguf", "llama", n_vocab=n_vocab, **SMALL)
+    assert read_header(path).get("tokenizer.ggml.scores") == Array(n_vocab, None)
+
+
+def _damaged(path: Path, tmp_path: Path, at: int, raw: bytes) -> Path:
+    data = bytearray(path.read_bytes())
+    data[at : at + len(raw)] = raw
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(data)
+    return bad
+
+
+@pytest.mark.parametrize(
+    ("at", "raw", "says"),
+    [
+        (0, b"GGML", "not a GGUF"),
+        (4, struct.pack(">I", 3), "big-endian"),
+        (4, struct.pack("<I", 1), "version 1"),
+        (4, struct.pack("<I", 4), "version 4"),
+        (8, struct.pack("<Q", 2**60), "cut short|not a valid"),
+        (16, struct.pack("<Q", 2**60), "cut short|not a valid"),
+    ],
+)
+def test_bad_start(tiny, tmp_path, at, raw, says):
+    with pytest.raises(FormatError, match=says):
+        read_header(_damaged(tiny, tmp_path, at, raw))
+
+
+@pytest.mark.parametrize("name", ["empty.gguf", "missing.gguf", "folder.gguf", "text.gguf"])
+def test_what_is_not_a_model_at_all(tmp_path, name):
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "text.gguf").write_text("# Not a model\n")
+    with pytest.raises(FormatError, match=name):
+        read_header(tmp_path / name)
+
+
+def test_cut_short_anywhere(tiny, tmp_path):
+    data = tiny.read_bytes()
+    header = read_header(tiny)
+    last = header.tensors[-1]
+    end = header.data_start + last.offset + last.size_bytes
+    rng = random.Random(0)
+    cuts = {4, 7, 8, 23, 24, header.keys_end, header.tensors_end, header.data_start, end - 1}
+    cuts |= {rng.randrange(8, end) for _ in range(60)}
+    bad = tmp_path / "bad.gguf"
+    for cut in sorted(cuts):
+        bad.write_bytes(data[:cut])
+        with pytest.raises(FormatError, match="cut short"):
+            read_header(bad)
+    bad.write_bytes(data[:end])
+    assert read_header(bad).tensors == header.tensors
+
+
+def test_damaged_headers_never_crash(tiny, tmp_path):
+    """Random damage is either harmless (a value changed) or a FormatError."""
+    header = read_header(tiny)
+    data = bytearray(tiny.read_bytes())
+    bad = tmp_path / "bad.gguf"
+    rng = random.Random(0)
+    n_refused = 0
+    for _ in range(200):
+        at = rng.randrange(8, header.tensors_end)
+        old, data[at] = data[at], rng.randrange(256)
+        bad.write_bytes(data)
+        data[at] = old
+        try:
+            read_shape(bad)
+            read_pop_meta(bad)
+        except (FormatError, UnsupportedArchitectureError):
+            n_refused += 1
+    assert n_refused
+
+
+def test_doubled_keys_and_odd_alignment(tiny, tmp_path):
+    with pytest.raises(FormatError, match=r"two keys named general\.name"):
+        read_header(add_keys(tiny, tmp_path / "doubled.gguf", general__name="again"))
+    with pytest.raises(FormatError, match="power of two"):
+        read_header(add_keys(tiny, tmp_path / "odd.gguf", general__alignment=48))
+
+
+# --- POP keys
+
+META = PopMeta("FS", source_name="tiny.gguf", source_sha256="0" * 64, tool="test")
+
+
+def _as_keys(**changes: object) -> dict[str, int | str]:
+    keys: dict[str, int | str] = {
+        "pop__version": 1,
+        "pop__schedule": META.schedule,
+        "pop__projection": "own",
+        "pop__sink_tokens": 1,
+        "pop__tail_tokens": 16,
+    }
+    keys |= {f"pop__{name}": value for name, value in changes.items()}  # type: ignore[misc]
+    return {name: value for name, value in keys.items() if value is not None}
+
+
+def test_pop_keys_are_read_as_written(tiny, tmp_path):
+    path = add_keys(tiny, tmp_path / "pop.gguf", **_as_keys(min_prompt=99))
+    meta = read_pop_meta(path)
+    assert meta == PopMeta("FS", min_prompt=99)
+    assert (meta.boundary, meta.n_layer) == (1, 2)
+    assert read_pop_meta(tiny) is None
+
+
+def test_encoded_keys_are_ordinary_gguf(tiny, tmp_path):
+    path = tmp_path / "pop.gguf"
+    fields = _written(tiny, path, META)
+    assert fields["pop.version"].types == [gguf.GGUFValueType.UINT32]
+    assert fields["pop.schedule"].contents() == "FS"
+    assert fields["pop.projection"].contents() == "own"
+    assert fields["pop.sink_tokens"].contents() == 1
+    assert fields["pop.tail_tokens"].contents() == 16
+    assert fields["pop.source.sha256"].contents() == "0" * 64
+    assert read_pop_meta(path) == META
+
+
+def test_optional_keys_have_defaults(tiny, tmp_path):
+    keys = _as_keys(sink_tokens=None, tail_tokens=None, projection=None)
+    assert read_pop_meta(add_keys(tiny, tmp_path / "pop.gguf", **keys)) == PopMeta("FS")
+
+
+def test_layers_that_predict_later_tokens_have_no_letter(tiny, tmp_path):
+    nextn = {"llama__nextn_predict_layers": 1}
+    three = make_gguf(tmp_path / "three.gguf", "llama", **{**SMALL, "n_layer": 3})
+    path = add_keys(three, tmp_path / "pop.gguf", **_as_keys(), **nextn)
+    assert read_pop_meta(path) == PopMeta("FS")
+    assert read_shape(path).n_layer == 2
+    with pytest.raises(FormatError, match="has 1 layers"):
+        read_pop_meta(add_keys(tiny, tmp_path / "wrong.gguf", **_as_keys(), **nextn))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"version": "1"}, "version 1"),
+        ({"version": None}, "version None"),
+        ({"schedule": None}, "no pop.schedule"),
+        ({"schedule": 7}, "pop.schedule is not of type str"),
+        ({"schedule": "FFS"}, "2 layers"),
+        ({"schedule": "FA"}, "letters A"),
+        ({"schedule": "SF"}, "F's followed by S's"),
+        ({"schedule": "FF"}, "F's followed by S's"),
+        ({"schedule": "SS"}, "F's followed by S's"),
+        ({"schedule": ""}, "F's followed by S's"),
+        ({"schedule": "FS\n"}, "letters"),
+        ({"projection": "magic"}, "magic"),
+        ({"tail_tokens": "16"}, "pop.tail_tokens is not of type int"),
+    ],
+)
+def test_pop_keys_that_do_not_fit(tiny, tmp_path, changes, says):
+    path = add_keys(tiny, tmp_path / "pop.gguf", **_as_keys(**changes))
+    with pytest.raises(FormatError, match=says):
+        read_pop_meta(path)
+
+
+def _written(src: Path, dst: Path, meta: PopMeta) -> dict[str, gguf.ReaderField]:
+    content = read_content(read_source(src), without="pop.")
+    with dst.open("wb") as file:
+        file.write(content.with_keys(encode_keys(meta)).header)
+        copy_data(content, b"", file.write, lambda n_bytes: None)
+    return gguf.GGUFReader(dst).fields

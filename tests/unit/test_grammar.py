@@ -1,0 +1,89 @@
+"""Grammars in the engine: what is refused, what holds, and that nothing ends the process."""
+
+import json
+
+import pytest
+
+from converter.errors import PopError
+from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
+from pop_local.engine.plain import continue_text
+from support.calls import opened
+from support.converted import tiny
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "colour": {"enum": ["red", "green"]},
+        "name": {"type": "string", "maxLength": 5},
+        "ripe": {"type": ["boolean", "null"]},
+    },
+    "required": ["colour", "name", "ripe"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return opened(tiny(tmp_path_factory.mktemp("grammar")))
+
+
+def answer(model, **options) -> str:
+    return "".join(chunk.text for chunk in continue_text(model, "Once upon a time", **options))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_schema_holds(model, temperature):
+    grammar = schema_grammar(SCHEMA)
+    for seed in range(3):
+        found = json.loads(answer(model, grammar=grammar, temperature=temperature, seed=seed))
+        assert sorted(found) == ["colour", "name", "ripe"]
+        assert found["colour"] in ("red", "green")
+        assert len(found["name"]) <= 5
+
+
+def test_the_seed_counts_under_a_grammar(model):
+    options = {"grammar": "root ::= [a-z]{30}", "temperature": 1.5}
+    text = answer(model, seed=1, **options)
+    assert text.isalpha() and len(text) == 30
+    model.clear()
+    assert answer(model, seed=1, **options) == text
+    assert answer(model, seed=2, **options) != text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "root", "root ::= nowhere", "other ::= [a]", "root ::= root [a]", 'root ::= "a"\0'],
+)
+def test_what_is_no_grammar_is_refused(model, text):
+    with pytest.raises(GrammarError, match="not valid"):
+        check_grammar(model.vocab, text)
+    with pytest.raises(GrammarError, match="not valid"):
+        answer(model, grammar=text)
+
+
+@pytest.mark.parametrize("text", ["root ::= " + "(" * 9000, f'root ::= "{"a" * 70_000}"'])
+def test_a_grammar_beyond_the_parsers_stack_is_refused(model, text):
+    with pytest.raises(GrammarError, match="too large"):
+        check_grammar(model.vocab, text)
+
+
+def test_a_dead_end_is_an_error_and_the_model_goes_on(model):
+    with pytest.raises(GrammarError, match="no token"):
+        answer(model, grammar='root ::= "ab" [\\x00]')
+    assert answer(model, grammar='root ::= "ab"') == "ab"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "date"},
+        {"type": "string", "minLength": 10**9},
+        {"type": "array", "items": {"type": "string", "maxLength": 10**9}},
+        {"$ref": "#/nowhere"},
+        {"$ref": "https://example.org/schema.json"},
+        {"type": "object", "properties": 5},
+    ],
+)
+def test_a_schema_that_cannot_be_kept_to_is_refused(schema):
+    with pytest.raises(PopError, match="JSON schema"):
+        schema_grammar(schema)

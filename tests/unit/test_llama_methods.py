@@ -1,0 +1,102 @@
+"""What llama_cpp's `Llama` offers works on a PopModel, and prunes.
+
+The model is random, so that an answer of a form is the grammar's doing.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pop_local import PopModel
+from pop_local.engine.llama import backend
+from support.converted import tiny
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+TEXT = "a b c d e f g h " * 20
+MESSAGES: Any = [{"role": "user", "content": TEXT}]
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8}
+SCHEMA = {
+    "type": "object",
+    "properties": {"when": {"type": "boolean"}, "who": {"enum": ["Anna", "Mara"]}},
+    "required": ["when", "who"],
+}
+FORMAT: Any = {"type": "json_object", "schema": SCHEMA}
+FULL_ROWS = 17  # the first token, and the prompt's tail
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    file = tiny(tmp_path_factory.mktemp("llama"), boundary=5, chat_template=TEMPLATE)
+    with PopModel.open(file, n_ctx=1024, n_threads=1) as opened:
+        yield opened
+
+
+def pruned(model: PopModel, ask: Callable[[], Any]) -> Any:
+    """What is asked for, of a prompt whose context tokens are all pruned and whose tail is not."""
+    model.clear()
+    backend.reset_counters(model.ctx)
+    reply = ask()
+    counters = backend.get_counters(model.ctx)
+    n_prompt = len(model.tokenize(TEXT.encode(), add_bos=False))
+    assert counters.n_context >= n_prompt - FULL_ROWS
+    if "usage" in reply:
+        assert counters.n_context == reply["usage"]["prompt_tokens"] - FULL_ROWS
+        # The last token is sampled and not decoded.
+        assert counters.n_full - FULL_ROWS <= reply["usage"]["completion_tokens"]
+    return reply
+
+
+def joined(chunks: Any) -> str:
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+
+
+def content(reply: Any) -> str:
+    text: str = reply["choices"][0]["message"]["content"]
+    return text
+
+
+def test_a_call_is_a_completion(model):
+    called = pruned(model, lambda: model(TEXT, **GREEDY))
+    completed = pruned(model, lambda: model.create_completion(TEXT, **GREEDY))
+    streamed = pruned(model, lambda: list(model(TEXT, stream=True, **GREEDY)))
+    assert called["choices"] == completed["choices"]
+    text = completed["choices"][0]["text"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == text != ""
+
+
+def test_a_chat_at_once_and_in_pieces(model):
+    reply = pruned(model, lambda: model.create_chat_completion(MESSAGES, **GREEDY))
+    chunks = pruned(
+        model, lambda: list(model.create_chat_completion(MESSAGES, stream=True, **GREEDY))
+    )
+    assert joined(chunks) == content(reply) != ""
+    assert chunks[-1]["choices"][0]["finish_reason"] == reply["choices"][0]["finish_reason"]
+
+
+def test_a_stop_string_ends_a_chat(model):
+    whole = content(pruned(model, lambda: model.create_chat_completion(MESSAGES, **GREEDY)))
+    stop = whole[len(whole) // 2 :][:2]
+    expected = whole[: whole.index(stop)]
+    options = GREEDY | {"stop": [stop]}
+    reply = pruned(model, lambda: model.create_chat_completion(MESSAGES, **options))
+    assert (content(reply), reply["choices"][0]["finish_reason"]) == (expected, "stop")
+    chunks = pruned(
+        model, lambda: list(model.create_chat_completion(MESSAGES, stream=True, **options))
+    )
+    assert joined(chunks) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_an_answer_follows_a_json_schema(model, temperature):
+    options: Any = {"response_format": FORMAT, "temperature": temperature, "max_tokens": 200}
+    reply = pruned(model, lambda: model.create_chat_completion(MESSAGES, seed=1, **options))
+    answered = json.loads(content(reply))
+    assert isinstance(answered["when"], bool)
+    assert answered["who"] in ("Anna", "Mara")
+    chunks = pruned(
+        model,
+        lambda: list(model.create_chat_completion(MESSAGES, seed=1, stream=True, **options)),
+    )
+    assert json.loads(joined(chunks)) == answered

@@ -1,0 +1,241 @@
+"""`from pop_local import PopModel`: what programs use, and the example in docs/python-api.md."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+import pop_local
+from pop_local import ContextFullError, Document, PopError, PopModel, TurnStats
+from pop_local.engine.turn import AnswerOptions, SessionStats, TurnOptions
+from support.blocked import BLOCKER
+from support.converted import converted, paired, tiny
+from support.paths import ROOT
+from support.programs import GREEDY, QUESTION, TEMPLATE, opened
+from support.synthetic import make_gguf
+
+REPORT = (
+    "The council met on Monday. The old bridge over the mill stream was inspected in May, and its "
+    "planks are rotten. After a long debate the council decided to build a new bridge of oak. Anna "
+    "Berg, the carpenter, will begin in June, and the school gives the money of its summer fair. "
+) * 2
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("api"), boundary=5, chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def shared(file) -> PopModel:
+    return opened(file)
+
+
+@pytest.fixture
+def model(shared) -> PopModel:
+    shared.pruning = True
+    shared.clear()
+    return shared
+
+
+# --- the example
+
+
+def documented() -> str:
+    text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    blocks: list[str] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    return "\n".join(blocks)
+
+
+def test_the_documented_example_runs(smollm2, tmp_path):
+    converted(smollm2, tmp_path, boundary=20).rename(tmp_path / "model.pop.gguf")
+    (tmp_path / "report.txt").write_text(REPORT)
+    (tmp_path / "example.py").write_text(documented())
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    (pruned,) = (line.split() for line in lines if line.endswith("prompt tokens pruned"))
+    assert int(pruned[2]) - int(pruned[0]) == 17
+    (cached,) = (line.split() for line in lines if line.endswith("still in the KV cache"))
+    assert int(cached[0]) > int(pruned[2])
+    assert any(re.fullmatch(r"2 answers: \d+ tokens pruned, \d+ read in full", x) for x in lines)
+    assert any(re.fullmatch(r"\d+ tokens too long", line) for line in lines)
+    assert "full" in lines
+    assert lines[-1].startswith("{'decided': '")
+    assert (tmp_path / "talk.popsession").is_file()
+
+
+def test_the_documented_example_is_typed(tmp_path):
+    example = tmp_path / "example.py"
+    example.write_text(documented() + "\npop_local.PopModel.open('x').chat('x', stop='y')\n")
+    example.write_text("import pop_local\n" + example.read_text() + "pop_local.Popmodel\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, "example.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    mistakes = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert len(mistakes) == 2, done.stdout
+    assert 'Unexpected keyword argument "stop"' in mistakes[0]
+    assert 'Module has no attribute "Popmodel"' in mistakes[1]
+
+
+# --- what is exported
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = BLOCKER + (
+        "import pop_local\n"
+        "print(set(pop_local.__all__) <= set(dir(pop_local)), hasattr(pop_local, 'PopModell'))\n"
+        "print(pop_local.TurnStats.__name__, 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "False", "TurnStats", "False"], done.stderr
+
+
+@pytest.mark.parametrize("name", pop_local.__all__)
+def test_every_name_is_there(name):
+    assert getattr(pop_local, name) is not None
+
+
+def test_the_options_are_those_of_a_turn():
+    theirs = get_type_hints(TurnOptions)
+    # For log probabilities there is create_completion; an Answer has no place for them.
+    del theirs["n_top_logprobs"]
+    assert get_type_hints(AnswerOptions) == theirs
+
+
+# --- opening
+
+
+def test_a_model_is_opened_by_name_and_with_the_sidecar_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_MODELS_DIR", str(tmp_path))
+    base = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=TEMPLATE)
+    pair = paired(base, tmp_path, "fitted", boundary=4)
+    with opened("tiny") as model:
+        assert (model.boundary, model.sidecar, model.pruning) == (4, pair.sidecar, True)
+    with opened(pair.single) as model:
+        assert (model.boundary, model.sidecar) == (4, None)
+    elsewhere = pair.sidecar.rename(tmp_path / "moved.gguf")
+    with opened(base) as model:
+        assert (model.boundary, model.pruning) == (0, False)
+        with pytest.raises(PopError, match="no pruning keys"):
+            model.pruning = True
+    with opened(base, sidecar=elsewhere) as model:
+        assert model.boundary == 4
+    with pytest.raises(PopError, match=r"missing\.gguf"):
+        opened(base, sidecar=tmp_path / "missing.gguf")
+    with pytest.raises(PopError) as caught:
+        opened("tinny")
+    assert "did you mean tiny?" in caught.value.hint
+
+
+def test_the_constructor_is_llama_cpps(file):
+    with PopModel(str(file), n_ctx=256) as model:
+        assert (model.n_ctx(), model.boundary, model.pruning) == (256, 5, True)
+
+
+def test_a_closed_model_says_so(file, tmp_path):
+    model = opened(file)
+    session = model.session()
+    session.chat(QUESTION, **GREEDY)
+    model.close()
+    model.close()
+    for ask in (
+        lambda: model.chat("a"),
+        lambda: session.chat("a"),
+        lambda: session.save(tmp_path / "closed"),
+        lambda: model.load_session(session_file(file, tmp_path)),
+        lambda: model.create_completion([5] * 20),
+        model.clear,
+    ):
+        with pytest.raises(PopError, match="is closed"):
+            ask()
+
+
+def session_file(file: Path, folder: Path) -> Path:
+    with opened(file) as model:
+        session = model.session()
+        session.chat(QUESTION, **GREEDY)
+        return session.save(folder / "talk")
+
+
+# --- answers
+
+
+def test_chat_and_stream_say_the_same_and_remember_nothing(model):
+    answer = model.chat(QUESTION, documents=["i j k " * 20], system="Be brief.", **GREEDY)
+    stats = answer.stats
+    assert (stats.n_pruned, stats.n_cached) == (stats.n_prompt - 17, 0)
+    assert stats.n_decoded == 8
+    model.clear()
+    document = Document("notes.txt", "i j k " * 20)
+    stream = model.stream(QUESTION, documents=[document], system="Be brief.", **GREEDY)
+    pieces = list(stream)
+    assert "".join(pieces) == stream.text == str(answer)
+    assert stream.stats is not None and stream.stats.n_pruned == stats.n_pruned
+    assert all(pieces)
+    assert model.chat(QUESTION, **GREEDY).stats.n_prompt < stats.n_prompt
+
+
+def test_a_session_remembers_and_adds_up(model):
+    session = model.session(system="Be brief.")
+    first = session.chat(QUESTION, **GREEDY)
+    second = session.chat("and now?", **GREEDY)
+    assert second.stats.n_prompt > first.stats.n_prompt + first.stats.n_decoded
+    assert second.stats.n_cached >= first.stats.n_prompt
+    asked = [turn.question for turn in session.conversation.turns]
+    assert (session.conversation.system, asked) == ("Be brief.", [QUESTION, "and now?"])
+    assert session.conversation.turns[0].answer == first.text
+    total = session.stats
+    both = (first.stats, second.stats)
+    assert (total.n_answers, total.n_decoded) == (2, 16)
+    assert total.n_pruned == sum(stats.n_pruned for stats in both) > 0
+    assert total.n_prompt == total.n_cached + total.n_pruned + total.n_full
+
+
+def test_the_rates_of_a_session():
+    turn = TurnStats(100, 10, 70, 20, 2.0, 1.5, 11, 2.0, "stop")
+    unanswered = TurnStats(100, 10, 30, 0, 0.5, 0.5, 0, 0.0, "interrupted")
+    total = SessionStats.of([turn, unanswered, turn])
+    assert (total.n_answers, total.prefill_s, total.decode_s) == (2, 3.5, 4.0)
+    assert total.prefill_tokens_per_s == pytest.approx(210 / 3.5)
+    assert total.decode_tokens_per_s == pytest.approx(20 / 4.0)
+    assert SessionStats.of([]).decode_tokens_per_s == 0
+
+
+def test_pruning_off_reads_in_full(model):
+    model.pruning = False
+    answer = model.chat(QUESTION, **GREEDY)
+    assert (answer.stats.reading, answer.stats.n_full) == ("full", answer.stats.n_prompt)
+    n_tokens = model.n_tokens
+    model.pruning = False
+    assert model.n_tokens == n_tokens, "nothing was switched, so nothing is emptied"
+    model.pruning = True
+    assert model.chat(QUESTION, **GREEDY).stats.reading == "pruned"
+
+
+def test_questions_that_are_refused(model):
+    session = model.session()
+    with pytest.raises(PopError, match="empty"):
+        session.chat(" ")
+    with pytest.raises(PopError, match="single text"):
+        session.chat(QUESTION, documents="not a list")
+    with pytest.raises(PopError, match="one token at least"):
+        session.chat(QUESTION, max_tokens=0)
+    with pytest.raises(ContextFullError) as caught:
+        session.chat(QUESTION * 20)
+    assert caught.value.n_short > 0
+    with pytest.raises(ContextFullError) as caught:
+        session.chat(QUESTION, min_answer=5000)
+    larger = caught.value.n_prompt + 5000
+    assert f"(--ctx {larger}, n_ctx={larger})" in caught.value.hint
+    assert session.conversation.turns == ()

@@ -1,0 +1,182 @@
+"""Sessions of programs: answers that end early, saving and loading."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter.errors import OutputExistsError
+from pop_local import ChatSession, PopError, PopModel
+from support.converted import tiny
+from support.programs import GREEDY, QUESTION, TEMPLATE, opened
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("api"), boundary=5, chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def shared(file) -> PopModel:
+    return opened(file)
+
+
+@pytest.fixture
+def model(shared) -> PopModel:
+    shared.pruning = True
+    shared.clear()
+    return shared
+
+
+# --- answers that end early
+
+
+def test_leaving_a_stream_keeps_what_was_said(model):
+    session = model.session()
+    seen = []
+    for piece in session.stream(QUESTION, **GREEDY):
+        seen.append(piece)
+        break
+    assert [turn.answer for turn in session.conversation.turns] == seen
+    stream = session.stream("more", **GREEDY)
+    said = next(stream)
+    answer = session.chat("again", **GREEDY)
+    assert [turn.answer for turn in session.conversation.turns] == [*seen, said, answer.text]
+    assert list(stream) == []
+    assert session.stats.n_answers == 1
+
+
+def test_ctrl_c_keeps_what_was_said(model):
+    session = model.session()
+    pieces: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        for piece in session.stream(QUESTION, should_stop=lambda: press_at(pieces, 3), **GREEDY):
+            pieces.append(piece)
+    assert session.conversation.turns[0].answer == "".join(pieces)
+    assert session.chat("more", **GREEDY).stats.n_cached > 0
+    with pytest.raises(KeyboardInterrupt):
+        session.chat(QUESTION, on_prefill=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert len(session.conversation.turns) == 2
+
+
+def press_at(pieces: list[str], n: int) -> bool:
+    if len(pieces) == n:
+        os.kill(os.getpid(), signal.SIGINT)
+    return False
+
+
+def test_should_stop_ends_an_answer_with_its_figures(model):
+    session = model.session()
+    answer = session.chat(QUESTION, should_stop=lambda: True, **GREEDY)
+    assert (answer.text, answer.stats.finish_reason) == ("", "interrupted")
+    assert session.conversation.turns == ()
+
+
+@pytest.mark.parametrize("callback", ["on_prefill", "should_stop"])
+def test_a_stream_may_be_closed_by_its_own_callbacks(model, callback):
+    session = model.session()
+    n_refused = 0
+
+    def close(*_: int) -> bool:
+        nonlocal n_refused
+        stream.close()
+        with pytest.raises(PopError, match="in the midst of an answer"):
+            session.chat("more")
+        n_refused += 1
+        return False
+
+    options: Any = {callback: close}
+    stream = session.stream(QUESTION, **GREEDY, **options)
+    assert list(stream) == []
+    assert n_refused > 0
+    assert stream.stats is not None and stream.stats.finish_reason == "interrupted"
+    assert stream.stats.n_decoded == 0
+    assert session.conversation.turns == ()
+    assert session.chat(QUESTION, **GREEDY).stats.n_decoded == 8
+
+
+def test_two_answers_at_once_are_refused(model):
+    first = model.stream(QUESTION, **GREEDY)
+    next(first)
+    second = model.stream("a b", **GREEDY)
+    expected = list(second)
+    with pytest.raises(PopError, match="another answer") as caught:
+        next(first)
+    assert "one answer at a time" in caught.value.hint
+    assert list(first) == []
+    model.clear()
+    assert list(model.stream("a b", **GREEDY)) == expected
+
+
+@pytest.mark.parametrize("displace", ["clear", "chat"])
+def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
+    def on_prefill(*_: int) -> None:
+        model.clear() if displace == "clear" else model.chat("a b", **GREEDY)
+
+    session = model.session()
+    with pytest.raises(PopError, match="another answer"):
+        session.chat(QUESTION, on_prefill=on_prefill, **GREEDY)
+    assert session.conversation.turns == ()
+    expected = session.chat(QUESTION, **GREEDY).text
+    model.clear()
+    assert model.chat(QUESTION, **GREEDY).text == expected
+
+
+# --- saving
+
+
+@pytest.mark.parametrize("pruning", [True, False])
+def test_a_saved_session_goes_on_without_reading_again(file, model, tmp_path, pruning):
+    model.pruning = pruning
+    session = model.session(system="Be brief.")
+    session.chat(QUESTION, **GREEDY)
+    path = session.save(tmp_path / "new folder" / "talk")
+    assert path == tmp_path / "new folder" / "talk.popsession"
+    expected = session.chat("and now?", **GREEDY)
+    with opened(file) as fresh:
+        resumed = fresh.load_session(path)
+        assert (resumed.reread, fresh.pruning) == ("", pruning)
+        assert resumed.conversation.turns == session.conversation.turns[:1]
+        answer = resumed.chat("and now?", **GREEDY)
+    assert (answer.text, answer.stats.n_cached) == (expected.text, expected.stats.n_cached)
+
+
+def test_a_session_of_another_model_is_read_again(model, tmp_path):
+    session = model.session()
+    session.chat(QUESTION, **GREEDY)
+    path = session.save(tmp_path / "talk")
+    with opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1)) as other:
+        resumed = other.load_session(path)
+        assert "another model" in resumed.reread
+        assert resumed.chat("and now?", **GREEDY).stats.n_cached == 0
+
+
+def test_files_that_cannot_be_saved_or_loaded(model, tmp_path):
+    session = model.session()
+    session.chat(QUESTION, **GREEDY)
+    path = session.save(tmp_path / "talk.popsession")
+    before = path.read_bytes()
+    with pytest.raises(OutputExistsError, match="is there already"):
+        session.save(path)
+    assert path.read_bytes() == before
+    session.chat("more", **GREEDY)
+    session.save(path, overwrite=True)
+    assert len(model.load_session(path).conversation.turns) == 2
+    with pytest.raises(PopError, match=r"no session .*missing"):
+        model.load_session(tmp_path / "missing")
+    path.write_bytes(before[:100])
+    with pytest.raises(PopError, match="damaged"):
+        model.load_session(path)
+    with pytest.raises(PopError, match="cannot make"):
+        session.save(path / "below" / "talk")
+
+
+def test_saving_while_an_answer_streams_ends_it(model, tmp_path):
+    session: ChatSession = model.session()
+    stream = session.stream(QUESTION, **GREEDY)
+    piece = next(stream)
+    saved = model.load_session(session.save(tmp_path / "talk"))
+    assert [turn.answer for turn in saved.conversation.turns] == [piece]
+    assert list(stream) == []

@@ -1,0 +1,255 @@
+"""Quality: reading, proof by the counters; tiny models, some figures of a real one."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from converter.errors import PopError, StoppedError
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.prefill.plan import RowRule
+from pop_local.measure import probes
+from pop_local.measure.forced import forced, use_rule
+from pop_local.measure.heldout import Text, shipped_text, tokenize
+from pop_local.measure.probes import pick_passage, random_tokens
+from pop_local.measure.quality import Quality, QualitySettings, measure_depths, measure_unless
+from support.converted import tiny
+from support.synthetic import make_gguf
+
+SHORT = QualitySettings(n_windows=3, n_context=60, n_continuation=20)
+N_VOCAB = 384
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("quality"))
+
+
+@pytest.fixture
+def model(pop_file) -> PopModel:
+    return opened(pop_file)
+
+
+def opened(path: Path) -> PopModel:
+    return open_model(path, n_ctx=512, n_threads=1)
+
+
+def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, N_VOCAB, n_tokens).tolist()
+
+
+def ignore(done: int, total: int) -> None:
+    return
+
+
+def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
+    """At the model's own boundary."""
+    return measure_depths(model, [text()], settings, (model.boundary,), ignore)[0]
+
+
+# --- reading
+
+
+def test_predictions_are_those_of_one_full_pass(model):
+    tokens = text(90)
+    with forced(model) as reader:
+        reader.read(tokens[:60], Mode.OFF)
+        predicted = reader.predict(tokens[60:])
+        again = reader.predict(tokens[60:])
+        reader.read(tokens[:30], Mode.OFF)
+        longer = reader.predict(tokens[30:])
+    np.testing.assert_array_equal(predicted, again)
+    np.testing.assert_allclose(longer[30:], predicted, atol=0.02)
+    assert abs(predicted - np.roll(predicted, 1, axis=0)).max() > 1
+
+
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
+def test_the_model_is_left_as_it_was(model, mode):
+    model.set_pop(mode)
+    before = model.boundary
+    measure_depths(model, [text()], SHORT, (2, 6), ignore)
+    assert model.boundary == before
+    assert model.pop_mode is backend.get_mode(model.ctx) is mode
+    assert model.n_tokens == 0
+
+
+def test_a_model_without_keys_is_left_without_a_boundary(tmp_path):
+    model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
+    quality = measure_depths(model, [text()], SHORT, (4,), ignore)[0]
+    assert quality.n_pruned > 0
+    assert (model.boundary, model.pop_mode) == (0, Mode.OFF)
+
+
+def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
+    monkeypatch.setattr(backend, "get_counters", lambda ctx: Counters(0, 60))
+    with forced(model) as reader, pytest.raises(PopError, match="of 60 context tokens 43 should"):
+        reader.read(text(60), Mode.CONTEXT)
+
+
+def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_graph(model):
+    n_asked = 0
+
+    def should_stop() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        return n_asked >= 3
+
+    with model.watching_prefill(None, should_stop), pytest.raises(StoppedError):
+        measured(model)
+    assert n_asked == 4, "the first batch was not read to its end"
+    assert (model.n_tokens, model.pop_mode) == (0, Mode.CONTEXT)
+    assert measured(model).n_pruned > 0
+
+
+def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
+    monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: None)
+    model.set_pop(Mode.CONTEXT)
+    with pytest.raises(PopError, match="does not hold"):
+        measured(model)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mode", "n_pruned"),
+    [
+        ({}, Mode.CONTEXT, 60 - 17),
+        ({"tail_tokens": 0}, Mode.CONTEXT, 60 - 2),
+        ({"tail_tokens": 4, "sink_tokens": 0}, Mode.CONTEXT, 60 - 4),
+        ({"min_prompt": 1000}, Mode.CONTEXT, 60 - 17),
+        ({}, Mode.ALWAYS, 60),
+        ({}, Mode.OFF, 0),
+    ],
+)
+def test_tokens_pruned_follow_rule_and_mode(model, rule, mode, n_pruned):
+    use_rule(model, replace(model.rule, **rule))
+    quality = measured(model, replace(SHORT, mode=mode))
+    assert quality.n_pruned == 3 * n_pruned
+
+
+def test_a_context_of_full_tokens_only_is_an_error(model):
+    with pytest.raises(PopError, match="none would be pruned"):
+        measured(model, replace(SHORT, n_context=17))
+
+
+# --- measuring
+
+
+def test_full_against_full_is_zero(model):
+    quality = measured(model, replace(SHORT, mode=Mode.OFF))
+    assert quality.kl_p99.value < 1e-9
+    assert quality.ppl_ratio.value == quality.copy_ppl_ratio.value == 1
+    assert quality.top1_agreement.value == 1
+    assert quality.induction_delta_nll.value == 0
+
+
+def test_layers_that_add_nothing_cost_nothing(model, tmp_path):
+    idle = opened(tiny(tmp_path, zero_deep=4))
+    assert measured(idle).kl_mean.value < 1e-4
+    assert measured(model).kl_mean.value > 1e-2
+
+
+def test_depths_in_one_run_are_those_of_single_runs(model):
+    both = measure_depths(model, [text()], SHORT, (6, 2), ignore)
+    model.set_boundary(2)
+    assert measured(model) == both[1]
+    assert both[0].kl_mean.value < both[1].kl_mean.value
+
+
+def test_progress_ends_at_its_total(model):
+    seen = []
+    measure_depths(model, [text()], SHORT, (2, 4), lambda done, total: seen.append((done, total)))
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1] == seen[0][1]
+
+
+def test_passages_are_pruned_tokens(model):
+    context = list(range(100))
+    rule = model.rule
+    picked = {
+        tuple(pick_passage(context, 20, rule, np.random.default_rng(seed))) for seed in range(200)
+    }
+    assert min(min(p) for p in picked) == 1
+    assert max(max(p) for p in picked) == 83
+    assert all(p == tuple(range(p[0], p[0] + 20)) for p in picked)
+
+
+@pytest.mark.parametrize(
+    ("sink", "tail", "n_bos", "scored"),
+    [
+        (1, 32, 1, (1, 96)),
+        (4, 0, 1, (3, 128)),
+        (4, 0, 0, (4, 128)),
+        (0, 126, 1, (1, 2)),
+        (1, 127, 1, (1, 128)),
+    ],
+)
+def test_random_tokens_are_scored_where_they_are_pruned(monkeypatch, sink, tail, n_bos, scored):
+    monkeypatch.setattr(probes, "bos", lambda model: (1,) * n_bos)
+    reader = SimpleNamespace(rule=RowRule(sink, tail), model=None)
+    assert probes._scored(reader) == scored  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tail", [126, 127, 200])
+def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
+    use_rule(model, replace(model.rule, tail_tokens=tail))
+    found = measured(model, replace(SHORT, n_windows=1, n_context=260))
+    assert found.n_pruned > 0
+    assert np.isfinite(found.induction_delta_nll.value)
+    if tail > 127:
+        assert found.induction_delta_nll.value == pytest.approx(0, abs=1e-5)
+
+
+def test_random_tokens_are_no_control_tokens(model):
+    tokens = random_tokens(model, 2000, np.random.default_rng(0))
+    vocab = model.vocab
+    attribute = backend.bindings().llama_vocab_get_attr
+    assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
+
+
+@pytest.mark.slow
+def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
+    """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it."""
+    model = open_model(smollm2, n_ctx=512, n_threads=1)
+    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
+    settings = QualitySettings(n_windows=3, n_context=256, n_continuation=64, n_draws=2)
+    third, half = measure_depths(model, tokens, settings, (20, 16), ignore)
+    assert 0.05 < third.kl_mean.value < 0.3
+    assert third.copy_ppl_ratio.value < 1.5 < 3 < half.copy_ppl_ratio.value
+    assert third.induction_retention is not None
+    assert half.induction_retention is not None
+    assert third.induction_retention.value > 0.7 > 0.2 > half.induction_retention.value
+
+
+@pytest.mark.slow
+def test_without_boundary_handling_the_first_token_is_lost(smollm2):
+    model = open_model(smollm2, n_ctx=512, n_threads=1)
+    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
+    settings = QualitySettings(2, n_context=128, n_continuation=8, mode=Mode.ALWAYS, n_draws=1)
+    assert measure_depths(model, tokens, settings, (20,), ignore)[0].kl_first.value > 3
+
+
+@pytest.mark.parametrize(("is_enough", "n_windows"), [(False, 7), (True, 4)])
+def test_a_first_look_may_be_enough(model, is_enough, n_windows):
+    settings = replace(SHORT, n_windows=7, n_draws=1)
+    seen: list[Quality] = []
+    steps: list[tuple[int, int]] = []
+
+    def asked(quality: Quality) -> bool:
+        seen.append(quality)
+        return is_enough
+
+    parts = [text(400), text(400, seed=1)]
+    found = measure_unless(model, parts, settings, 5, 3, asked, lambda *now: steps.append(now))
+    assert [quality.n_windows for quality in seen] == [4]
+    assert found.n_windows == n_windows
+    assert (steps[-1][0] == steps[-1][1]) is not is_enough
+    if is_enough:
+        assert found == seen[0]
+        return
+    [whole] = measure_depths(model, parts, settings, (5,), ignore)
+    for name in ("kl_mean", "ppl_ratio", "copy_ppl_ratio", "induction_delta_nll"):
+        assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
+    assert found.kl_mean.se == pytest.approx(whole.kl_mean.se, rel=1e-2)

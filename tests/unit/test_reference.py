@@ -1,0 +1,73 @@
+"""The full model's half, read once: the same figures as measuring each file by itself."""
+
+import pytest
+
+from converter.errors import PopError
+from pop_local.engine.model import open_model
+from pop_local.measure import quality
+from pop_local.measure.quality import QualitySettings, measure_depths
+from pop_local.measure.reference import measure_against, measure_retention, read_reference
+from support.converted import paired
+from support.synthetic import make_gguf
+
+SETTINGS = QualitySettings(n_windows=2, n_context=64, n_continuation=8, n_draws=2)
+TEXT = [[20 + number * 7 % 200 for number in range(200)]]
+
+
+def ignore(done: int, total: int) -> None:
+    return
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    base = make_gguf(folder / "base.gguf", "llama", n_layer=6)
+    return paired(base, folder, "fitted", boundary=3, min_prompt=0, tail_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def reference(pair):
+    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    return read_reference(model, TEXT, SETTINGS, ignore)
+
+
+@pytest.mark.parametrize("form", ["base", "single", "sidecar"])
+def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
+    path, sidecar = {
+        "base": (pair.base, None),
+        "single": (pair.single, None),
+        "sidecar": (pair.base, pair.sidecar),
+    }[form]
+    model = open_model(path, sidecar=sidecar, n_ctx=257, n_threads=1)
+    found = measure_against(reference, model, (3,), ignore)
+    assert found == measure_depths(model, TEXT, SETTINGS, (3,), ignore)
+    assert found[0].kl_mean.value > 0
+
+
+def test_the_retention_is_that_of_a_whole_measurement(pair, reference, monkeypatch):
+    monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
+    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    found = measure_retention(reference, model, (4, 3), ignore)
+    measured = measure_against(reference, model, (4, 3), ignore)
+    assert found == tuple(each.induction_retention for each in measured)
+    assert None not in found
+
+
+def test_progress_ends_at_its_total(pair, reference):
+    seen: list[tuple[int, int]] = []
+    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    read_reference(model, TEXT, SETTINGS, lambda *now: seen.append(now))
+    assert seen[0][0] == 0
+    assert seen[-1][0] == seen[-1][1]
+    seen.clear()
+    measure_against(reference, model, (4, 3), lambda *now: seen.append(now))
+    assert seen[-1][0] == seen[-1][1]
+    seen.clear()
+    measure_retention(reference, model, (4, 3), lambda *now: seen.append(now))
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_too_short_a_text(pair):
+    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    with pytest.raises(PopError, match="tokens are needed"):
+        read_reference(model, [[1, 2, 3]], SETTINGS, ignore)

@@ -1,0 +1,275 @@
+"""Saved sessions: loaded without reading again, never into a model that they do not fit."""
+
+import io
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converter.errors import PopError
+from pop_local.config.folders import sessions_dir
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.sessions.chat_session import ChatSession
+from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.session_file import Sessions
+from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.repl import Repl
+from pop_local.ui.chat.start import conversation
+from support.converted import converted, tiny
+from support.scripted import Transcript
+from support.synthetic import make_gguf
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+QUESTION = Turn("a b c d e f g h " * 20, (Document("notes.txt", "i j k " * 20),))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("session"), boundary=5, chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def sessions(tmp_path) -> Sessions:
+    return Sessions(tmp_path / "sessions")
+
+
+def opened(file: Path, **options) -> PopModel:
+    return open_model(file, n_threads=1, **{"n_ctx": 1024} | options)
+
+
+def answered(model: PopModel, *turns: Turn) -> Conversation:
+    """The conversation with the model's answer to its last question."""
+    said = Conversation("Be brief.", turns)
+    chunks = model.chat_turn(said.messages, temperature=0.0, max_tokens=8)
+    answer = "".join(chunk.text for chunk in chunks)
+    return said.without_last().plus(Turn(turns[-1].question, turns[-1].documents, answer))
+
+
+def follow_up(model: PopModel, said: Conversation) -> tuple[str, int]:
+    """An answer, and how many tokens of its prompt were read for it."""
+    messages = said.plus(Turn("and now?")).messages
+    chunks = list(model.chat_turn(messages, temperature=0.0, max_tokens=8))
+    stats = chunks[-1].stats
+    assert stats is not None
+    return "".join(chunk.text for chunk in chunks), stats.n_pruned + stats.n_full
+
+
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
+def test_a_loaded_session_goes_on_without_reading_again(file, sessions, mode):
+    model = opened(file)
+    model.set_pop(mode)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    expected, _ = follow_up(model, said)
+    fresh = opened(file)
+    restored = sessions.load("talk", fresh)
+    assert (restored.reread, restored.session.conversation) == ("", said)
+    assert fresh.pop_mode is mode
+    text, n_read = follow_up(fresh, said)
+    assert text == expected
+    assert n_read < 50 < restored.session.n_tokens
+
+
+def test_only_the_cells_in_use_are_saved(file, sessions):
+    said = answered(opened(file), QUESTION)
+    sizes = []
+    for n_ctx in (1024, 4096):
+        model = opened(file, n_ctx=n_ctx)
+        answered(model, QUESTION)
+        sizes.append(sessions.save("talk", model, said))
+    assert sizes[1] - sizes[0] < 10_000
+
+
+def test_another_conversation_in_the_kv_cache_is_not_saved(file, sessions):
+    model = opened(file)
+    ours, theirs = (ChatSession(model, Conversation("Be brief.")) for _ in range(2))
+    ours.chat(QUESTION.question, max_tokens=8, temperature=0.0)
+    theirs.chat("my secret", max_tokens=8, temperature=0.0)
+    n_tokens = model.n_tokens
+    sessions.save("ours", model, ours.conversation)
+    with zipfile.ZipFile(sessions.path("ours")) as archive:
+        assert archive.namelist() == ["session.json"]
+    assert model.n_tokens == n_tokens, "theirs are left alone"
+    fresh = opened(file)
+    fresh.set_pop(Mode.OFF)
+    restored = sessions.load("ours", fresh)
+    assert "another conversation" in restored.reread
+    assert (restored.session.conversation, fresh.pop_mode) == (ours.conversation, Mode.CONTEXT)
+
+
+def test_what_another_conversation_adds_to_ours_is_not_saved(file, sessions):
+    model = opened(file)
+    said = Conversation("Be brief.", (replace(QUESTION, answer="i j k"),))
+    messages = said.plus(Turn("my secret")).messages
+    list(model.chat_turn(messages, max_tokens=2, temperature=0.0))
+    cached = model.detokenize(model.input_ids[: model.n_tokens].tolist())
+    assert b"my secret" in cached
+    sessions.save("talk", model, said)
+    text = cached_text(sessions, model)
+    assert text.endswith(QUESTION.question + "\nassistant:") and "my secret" not in text
+    fresh = opened(file)
+    assert sessions.load("talk", fresh).reread == ""
+    assert follow_up(fresh, said) == follow_up(model, said)
+
+
+@pytest.mark.parametrize(("stops", "answer"), [((), "hello world"), (("world",), "hello ")])
+def test_an_answer_is_saved_to_its_end(file, sessions, stops, answer):
+    model = opened(file)
+    session = ChatSession(model)
+    options = {"stops": stops, "grammar": 'root ::= "hello world"'}
+    assert session.chat(QUESTION.question, temperature=0.0, **options).text == answer
+    n_tokens = model.n_tokens
+    sessions.save("talk", model, session.conversation)
+    assert cached_text(sessions, model).endswith(f"assistant:{answer.rstrip()}")
+    assert (model.n_tokens < n_tokens) == bool(stops), "a stop string's beginning is dropped"
+
+
+def cached_text(sessions: Sessions, model: PopModel) -> str:
+    """What the K/V that were saved as talk belong to."""
+    with zipfile.ZipFile(sessions.path("talk")) as archive:
+        tokens = np.load(io.BytesIO(archive.read("tokens.npy")))
+    return model.detokenize(tokens.tolist(), special=True).decode(errors="replace")
+
+
+@pytest.mark.parametrize("other", ["model", "boundary", "context"])
+def test_k_v_of_something_else_are_not_used(file, sessions, tmp_path, other):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    if other == "context":
+        different, reason = opened(file, n_ctx=256), "need a context of"
+    elif other == "boundary":
+        plain = make_gguf(tmp_path / "llama.gguf", "llama", chat_template=TEMPLATE)
+        different = opened(converted(plain, tmp_path, boundary=6))
+        reason = "another model"
+    else:
+        different = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
+        reason = "another model"
+    restored = sessions.load("talk", different)
+    assert reason in restored.reread
+    assert restored.session.conversation == said
+    assert different.n_tokens == 0
+
+
+def test_another_boundary_of_the_same_file_reads_again(file, sessions):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    model.set_boundary(6)
+    assert "boundary 5" in sessions.load("talk", model).reread
+    assert model.n_tokens == 0
+
+
+def test_another_backend_reads_again(file, sessions, monkeypatch):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    monkeypatch.setattr("pop_local.engine.sessions.session_file.llama_cpp.__version__", "9.9.9")
+    assert "backend" in sessions.load("talk", model).reread
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other zip", "no object"])
+def test_a_damaged_session_is_one_error_and_changes_nothing(file, sessions, damage):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    path = sessions.path("talk")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage in ("other zip", "no object"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("session.json", '{"format": 1}' if damage == "other zip" else "null")
+    else:
+        path.write_bytes(
+            {
+                "cut": content[:middle],
+                "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+                "empty": b"",
+                "text": b"not a session",
+            }[damage]
+        )
+    n_tokens = model.n_tokens
+    with pytest.raises(PopError, match="damaged or not a session"):
+        sessions.load("talk", model)
+    assert model.n_tokens == n_tokens
+    assert [stored.name for stored in sessions.listed()] == ["talk"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "..", ".hidden", "", " a", "a ", "x" * 99])
+def test_names_have_no_parts_of_paths(file, sessions, name):
+    with pytest.raises(PopError, match="cannot name a session"):
+        sessions.path(name)
+
+
+def test_a_failed_save_leaves_the_old_session(file, sessions, monkeypatch):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    before = sessions.path("talk").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("zipfile.ZipFile.writestr", fail)
+    with pytest.raises(PopError, match="No space left"):
+        sessions.save("talk", model, said)
+    assert sessions.path("talk").read_bytes() == before
+    assert len(list(sessions.path("talk").parent.iterdir())) == 1
+
+
+# --- in the chat
+
+
+def talked(model: PopModel, *lines: str) -> tuple[Chat, list[str]]:
+    transcript = Transcript(*lines)
+    options = {"max_tokens": 4, "temperature": 0.0}
+    chat = conversation(model, lambda *_: model, transcript, sampling=options)
+    Repl(chat, transcript.read_line).run()
+    return chat, transcript.shown.splitlines()
+
+
+def test_save_load_and_sessions(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    model = opened(file)
+    _, shown = talked(model, "/sessions", "a b c d " * 30, "/save one", "/save one", "/sessions")
+    assert shown[1] == "# No session is saved; /save NAME saves this one."
+    assert shown[-5].startswith("# Saved as one, ") and shown[-3].startswith("# Saved as one, ")
+    assert shown[-1].startswith("# one: 1 turn, ")
+    chat, shown = talked(opened(file), "/load one", "/stats", "more?")
+    assert shown[1] == "# Loaded one: 1 turn."
+    assert shown[2].endswith(" tokens need not be read again.")
+    assert shown[3] == "> /stats", "pruning was on and still is"
+    _, in_another_mode = talked(opened(file), "/pop off", "/load one")
+    assert in_another_mode[-1].startswith("# Pruning is on")
+    assert chat.stats[0].n_cached > 100
+    _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
+    assert shown[1] == "? There is a session one already."
+    assert "# Nothing is saved." in shown
+    assert "! there is no session oen; did you mean one? (/sessions lists them)" in shown
+    assert any(line.startswith("! '../one' cannot name a session") for line in shown)
+
+
+def test_what_was_cleared_or_undone_is_not_saved(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    model = opened(file)
+    sessions = Sessions(sessions_dir())
+    talked(model, "a b c d " * 30, "my secret", "/undo", "/save talk")
+    text = cached_text(sessions, model)
+    assert "a b c d" in text and "my secret" not in text
+    talked(model, "my secret", "/clear", "/save cleared")
+    with zipfile.ZipFile(sessions.path("cleared")) as archive:
+        assert archive.namelist() == ["session.json"]
+    _, shown = talked(opened(file), "/load cleared")
+    assert shown[2] == "# 0 tokens need not be read again."
+
+
+def test_a_session_of_another_model_is_read_again_after_saying_so(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    talked(opened(file), "a b c d " * 30, "/save one")
+    other = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
+    chat, shown = talked(other, "/load one", "more?")
+    assert shown[2].startswith("* Its K/V cannot be used: they belong to another model (")
+    assert shown[2].endswith("The transcript will be read again with your next question.")
+    assert (chat.stats[0].n_cached, chat.stats[0].n_prompt > 100) == (0, True)

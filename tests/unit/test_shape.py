@@ -1,0 +1,121 @@
+"""What `read_shape` makes of every architecture, and the zeroing that the oracle rests on."""
+
+import struct
+from dataclasses import replace
+
+import gguf
+import pytest
+
+from converter.errors import FormatError, UnsupportedArchitectureError
+from converter.format import ARCHITECTURES, read_shape
+from support import synthetic
+from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("overrides", [{}, {"fused_qkv": True}, {"tied_output": True}])
+def test_shape(tmp_path, arch, overrides):
+    recipe = replace(DEFAULTS[arch], **overrides)
+    shape = read_shape(make_gguf(tmp_path / "model.gguf", arch, **overrides))
+    n_q, n_kv = recipe.n_head * recipe.head_dim, recipe.n_head_kv * recipe.head_dim
+    ffn_macs = 3 * recipe.n_embd * recipe.n_ff
+    if recipe.n_expert:
+        ffn_macs = ffn_macs * recipe.n_expert_used + recipe.n_embd * recipe.n_expert
+    layers = recipe.n_layer
+    assert (shape.arch, shape.n_layer, shape.n_embd) == (arch, layers, recipe.n_embd)
+    assert shape.n_vocab == recipe.n_vocab
+    assert shape.attn_proj_macs == (2 * recipe.n_embd * n_q,) * layers
+    assert shape.kv_macs == (2 * recipe.n_embd * n_kv,) * layers
+    assert shape.ffn_macs == (ffn_macs,) * layers
+    assert shape.attn_dim == (2 * n_q,) * layers
+    assert shape.head_macs == recipe.n_embd * recipe.n_vocab
+
+
+@pytest.mark.parametrize(
+    ("arch", "period", "full_layers"),
+    [
+        ("gemma2", 0, {1, 3, 5, 7}),
+        ("gemma2", 4, {3, 7}),
+        ("gemma3", 0, {5}),
+        ("gemma3", 3, {2, 5}),
+        ("gemma3", 1, set(range(8))),
+        ("llama", 0, set(range(8))),
+        ("phi3", 0, set(range(8))),
+    ],
+)
+def test_sliding_windows(tmp_path, arch, period, full_layers):
+    path = make_gguf(tmp_path / "model.gguf", arch, swa_period=period, swa_window=16)
+    windows = read_shape(path).swa_window
+    assert {layer for layer, window in enumerate(windows) if window == 0} == full_layers
+    assert set(windows) <= {0, 16}
+
+
+def test_sliding_window_flag_for_each_layer(tmp_path):
+    pattern = [True, False, False, True, True, True, True, False]
+    path = make_gguf(tmp_path / "model.gguf", "gemma3", swa_pattern=pattern)
+    assert read_shape(path).swa_window == tuple(16 * flag for flag in pattern)
+
+
+def test_window_that_a_model_does_not_have(tmp_path):
+    """llama.cpp reads no window for llama and switches off phi3's."""
+    for arch in ("llama", "phi3"):
+        path = make_gguf(tmp_path / f"{arch}.gguf", arch)
+        windowed = add_keys(
+            path, tmp_path / f"{arch}w.gguf", **{f"{arch}__attention__sliding_window": 16}
+        )
+        assert set(read_shape(windowed).swa_window) == {0}
+
+
+def test_head_counts_for_each_layer(tmp_path):
+    plain = read_shape(make_gguf(tmp_path / "plain.gguf", "llama"))
+    assert read_shape(make_gguf(tmp_path / "arrays.gguf", "llama", head_arrays=True)) == plain
+
+
+def test_split_model_has_the_shape_of_the_whole(tmp_path):
+    whole = make_gguf(tmp_path / "whole.gguf", "qwen3moe")
+    parts = make_split(tmp_path / "split.gguf", "qwen3moe", max_tensors=20, empty_first=True)
+    assert len(parts) > 2
+    assert read_shape(parts[0]) == read_shape(whole)
+
+
+def test_real_models(smollm2, gemma):
+    shape = read_shape(smollm2)
+    assert (shape.arch, shape.n_layer, shape.n_embd, shape.n_vocab) == ("llama", 30, 576, 49152)
+    assert shape.kv_macs[0] == 2 * 576 * 3 * 64
+    assert shape.attn_dim[0] == 9 * 2 * 64
+    shape = read_shape(gemma)
+    assert (shape.arch, shape.n_layer, shape.n_vocab) == ("gemma3", 18, 262144)
+    assert [layer for layer, window in enumerate(shape.swa_window) if window == 0] == [5, 11, 17]
+    assert max(shape.swa_window) == 512
+
+
+def test_unsupported_architecture_is_named(tmp_path):
+    with pytest.raises(UnsupportedArchitectureError, match="olmo2") as raised:
+        read_shape(make_gguf(tmp_path / "model.gguf", "olmo2"))
+    assert all(arch in raised.value.hint for arch in ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "says"), [(3, "no tensors for layer 2"), (0, "0 layers"), (2**31, "layers")]
+)
+def test_layers_that_are_not_there(tmp_path, n_layer, says):
+    path = make_gguf(tmp_path / "model.gguf", "llama", n_layer=2, n_embd=64, n_ff=64)
+    raw = path.read_bytes()
+    count = b"llama.block_count" + struct.pack("<I", gguf.GGUFValueType.UINT32)
+    at = raw.index(count) + len(count)
+    path.write_bytes(raw[:at] + struct.pack("<I", n_layer) + raw[at + 4 :])
+    with pytest.raises(FormatError, match=says):
+        read_shape(path)
+
+
+def test_zero_deep_copy_clears_deep_outputs_only(tmp_path, smollm2):
+    path = synthetic.zero_deep_copy(smollm2, tmp_path / "zeroed.gguf", 20)
+    before, after = gguf.GGUFReader(smollm2), gguf.GGUFReader(path)
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        prefix, *rest = old.name.split(".")
+        cleared = prefix == "blk" and int(rest[0]) >= 20 and rest[1] in synthetic.DEEP_OUTPUTS
+        if cleared:
+            assert old.data.any()
+            assert not gguf.quants.dequantize(new.data, new.tensor_type).any(), old.name
+        else:
+            assert (old.data == new.data).all(), old.name

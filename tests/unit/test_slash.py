@@ -1,0 +1,303 @@
+"""The slash commands, in whole transcripts with a scripted model."""
+
+import pytest
+
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.turn import Message
+from pop_local.measure.full_cost import FullCosts
+from pop_local.ui.chat.chat import Opened
+from pop_local.ui.chat.repl import Repl
+from support.scripted import (
+    STATS,
+    STATS_LINE,
+    ScriptedModel,
+    Transcript,
+    figures,
+    scripted_chat,
+    talk,
+)
+
+ASKED = ["# reading 512 of 1000"]
+
+
+def test_retry_asks_the_last_question_again():
+    model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
+    assert talk(model, "/retry", "hi", "/retry", "and?")[:9] == [
+        "> /retry",
+        "# Nothing has been asked yet.",
+        "> hi",
+        *ASKED,
+        "One.",
+        STATS_LINE,
+        "> /retry",
+        *ASKED,
+        "Two.",
+    ]
+    assert [message.content for message in model.asked[2]] == ["hi", "Two.", "and?"]
+
+
+def test_retry_asks_a_dropped_question():
+    model = ScriptedModel([KeyboardInterrupt()], ["Yes.", STATS])
+    talk(model, "are you there?", "/retry")
+    assert model.asked == [[Message("user", "are you there?")]] * 2
+
+
+@pytest.mark.parametrize("lines", [("/retry", "/retry"), ("/edit", "?", "/retry")])
+def test_a_question_outlives_what_nobody_foresaw(lines):
+    model = ScriptedModel(["One.", STATS], [RuntimeError("lost the GPU")], ["Two.", STATS])
+    shown = talk(model, "hi", *lines)
+    assert any("lost the GPU" in line for line in shown)
+    assert model.asked[2] == model.asked[1]
+    assert "Two." in shown
+
+
+def test_undo_drops_one_turn_after_the_other():
+    model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
+    shown = talk(model, "a", "b", "/undo", "c", "/undo", "/undo", "/undo")
+    assert [line for line in shown if line.startswith(("# Dropped", "# There"))] == [
+        "# Dropped: b",
+        "# Dropped: c",
+        "# Dropped: a",
+        "# There is no turn to drop.",
+    ]
+    assert [message.content for message in model.asked[2]] == ["a", "One.", "c"]
+
+
+def test_edit_offers_the_last_question_and_asks_the_new_one():
+    model = ScriptedModel(["One.", STATS], ["Two.", STATS])
+    shown = talk(model, "/edit", "who", "/edit", " are you?", "/edit", KeyboardInterrupt())
+    assert "# Nothing has been asked yet." in shown
+    assert "> who are you?" in shown
+    assert model.asked[1] == [Message("user", "who are you?")]
+    assert len(model.asked) == 2
+
+
+def test_set_shows_and_changes_how_answers_are_sampled():
+    model = ScriptedModel(["Hm.", STATS])
+    model.recommended = {"top_k": 20}
+    lines = ("/set top_p 0.5", "/set temperature 0.2", "/set top_p default", "/set", "hi")
+    assert talk(model, *lines)[:14] == [
+        "> /set top_p 0.5",
+        "# top_p is 0.5.",
+        "> /set temperature 0.2",
+        "# temperature is 0.2.",
+        "> /set top_p default",
+        "# top_p is 0.95, by default.",
+        "> /set",
+        "# temperature is 0.2.",
+        "# top_k is 20, as the model recommends.",
+        "# top_p is 0.95, by default.",
+        "# min_p is 0.05, by default.",
+        "# repeat_penalty is 1, by default.",
+        "# max_tokens is what the context holds, by default.",
+        "# seed is 7.",
+    ]
+    assert (model.options["temperature"], model.options["seed"]) == (0.2, 7)
+    assert "top_p" not in model.options
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("/set top_p 2", "top_p is a number from 0 to 1, or default, not 2."),
+        ("/set seed x", "seed is a whole number from 0, or default, not x."),
+        ("/set max_tokens 0", "max_tokens is a whole number from 1, or default, not 0."),
+        ("/set temperature nan", "temperature is a number from 0, or default, not nan."),
+        (
+            "/set temprature 1",
+            "There is no parameter temprature: did you mean temperature? (/set lists them.)",
+        ),
+    ],
+)
+def test_set_refuses_nonsense(line, answer):
+    assert talk(ScriptedModel(), line) == [f"> {line}", f"# {answer}"]
+
+
+def test_model_is_shown_and_changed_in_mid_conversation():
+    model, other = ScriptedModel(["One.", STATS]), ScriptedModel(["Two.", STATS], n_ctx=2048)
+    other.model_path = "other.gguf"
+    shown = talk(model, "hi", "/pop off", "/model other", "go on", others={"other": other})
+    assert shown[6:10] == [
+        "> /model other",
+        "# other.gguf (Scripted, llama)",
+        "# Its context holds 2,048 tokens.",
+        "# Pruning is off: prompts are read in full.",
+    ]
+    assert model.is_closed and not other.is_closed
+    assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]
+
+
+def test_a_base_model_is_warned_of():
+    other = ScriptedModel()
+    del other.metadata["tokenizer.chat_template"]
+    shown = talk(ScriptedModel(), "/model other", others={"other": other})
+    assert shown[1].startswith("* This is a base model without a chat template")
+
+
+def test_a_larger_context_is_of_the_model_that_was_taken():
+    small, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
+    asked: list[tuple[str | None, int | None]] = []
+    transcript = Transcript("/model other", "a " * 13, "l")
+    chat = scripted_chat(ScriptedModel(), transcript, sampling={})
+
+    def open_model(name: str | None, n_ctx: int | None) -> Opened:
+        asked.append((name, n_ctx))
+        return Opened(larger if n_ctx else small, FullCosts(None, 20))
+
+    chat._open_model = open_model
+    Repl(chat, transcript.read_line).run()
+    assert asked == [("other", None), ("other", 1024)]
+    assert len(larger.asked) == 1
+
+
+def test_a_model_that_cannot_be_pruned_switches_nothing_off():
+    plain, other = ScriptedModel(), ScriptedModel()
+    plain.boundary, plain.pop_mode = 0, Mode.OFF
+    talk(plain, "/model other", others={"other": other})
+    assert other.pop_mode is Mode.CONTEXT
+
+
+def test_a_model_that_is_not_there_leaves_the_one_that_is():
+    model = ScriptedModel(["One.", STATS])
+    shown = talk(model, "/model nowhere", "hi")
+    assert shown[1] == "! there is no model nowhere; "
+    assert not model.is_closed and len(model.asked) == 1
+
+
+def test_context_says_what_fills_it():
+    model = ScriptedModel(["Fine, thanks.", STATS], n_ctx=100)
+    shown = talk(model, "how are you?", "/context", system="Be brief.", sampling={})
+    assert shown[-2:] == [
+        "# 7 of 100 tokens are used (7%).",
+        "# 1. 3 asked, 2 answered: how are you?",
+    ]
+
+
+def test_stats_compare_with_what_was_measured_with_pruning_off():
+    full = figures(n_cached=0, n_pruned=0, n_full=1000, n_prompt=1000, prefill_s=0.5)
+    model = ScriptedModel(["One.", full], ["Two.", STATS])
+    shown = talk(model, "a", "b", "/stats")
+    assert "# Its reading took 0.25 s; in full it would be 0.50 s (as measured here" in shown[-5]
+    assert "in full it would be 1.00 s (as measured here with pruning off)." in shown[-2]
+
+
+def test_a_prompt_of_another_length_is_no_measure():
+    short = figures(n_cached=0, n_pruned=0, n_full=100, n_prompt=100, prefill_s=0.5)
+    model = ScriptedModel(["One.", short], ["Two.", STATS])
+    assert "computed from the limit" in talk(model, "a", "b", "/stats")[-5]
+
+
+# --- files
+
+
+@pytest.fixture
+def report(tmp_path):
+    path = tmp_path / "the report.txt"
+    path.write_text(" ".join(f"w{n}" for n in range(50)))
+    return path
+
+
+def test_a_file_goes_with_the_next_question_alone(report):
+    model = ScriptedModel(["A report.", STATS], ["Yes.", STATS])
+    shown = talk(model, f"/file '{report}'", "/file", "what is it?", "sure?")
+    assert shown[1:5] == [
+        f"# {report}: 50 tokens, 1% of the context.",
+        "# It goes with your next question.",
+        "> /file",
+        f"# {report}: 50 tokens, 1% of the context.",
+    ]
+    (asked,) = model.asked[0]
+    assert asked.content == f"{report.read_text()}\n\nwhat is it?"
+    assert model.asked[1][-1] == Message("user", "sure?")
+
+
+@pytest.mark.parametrize(
+    ("key", "kept"), [("b", ["w0", "w1"]), ("e", ["w48", "w49"]), ("s", None), ("", None)]
+)
+def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
+    # 20 go to an answer (an eighth of the context), 64 to the question.
+    model = ScriptedModel(["Hm.", STATS], n_ctx=98)
+    model.metadata["llama.context_length"] = "98"
+    shown = talk(model, f"/file {report}", key, "what is it?", sampling={})
+    assert shown[2:6] == [
+        "? That is 28 tokens more than there is room for (22).",
+        "?   b  read its beginning, 22 tokens",
+        "?   e  read its end, 22 tokens",
+        "?   s  skip it",
+    ]
+    words = model.asked[0][0].content.split("\n\n")[0].split()
+    if kept is None:
+        assert "# Nothing is attached." in shown
+        assert words == ["what", "is", "it?"]
+    else:
+        assert len(words) == 22
+        assert kept == (words[:2] if key == "b" else words[-2:])
+
+
+def test_a_larger_context_makes_room_for_a_file(report):
+    model, larger = ScriptedModel(n_ctx=98), ScriptedModel(["Hm.", STATS])
+    shown = talk(model, f"/file {report}", "l", "what?", sampling={}, others={1024: larger})
+    assert "?   l  take a larger context (--ctx 1024)" in shown
+    assert "# The context holds 4,096 tokens now." in shown
+    assert len(larger.asked[0][0].content.split()) == 51
+
+
+def test_glob_attaches_several_files(tmp_path):
+    for name in ("b.md", "a.md", "c.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "d.md").write_bytes(b"\xff\xfe\xff")
+    model = ScriptedModel(["Hm.", STATS])
+    shown = talk(model, f"/glob {tmp_path}/*.md", f"/glob {tmp_path}/*.pdf", "what?")
+    assert f"! {tmp_path}/d.md is not UTF-8 text; convert it to plain text first" in shown
+    assert "# All 2: 6 tokens, 0% of the context." in shown
+    assert f"# No file matches {tmp_path}/*.pdf: nothing is attached." in shown
+    assert model.asked[0][0].content == "text of a.md\n\ntext of b.md\n\nwhat?"
+
+
+def test_a_file_that_is_not_there_is_one_error(tmp_path):
+    shown = talk(ScriptedModel(), f"/file {tmp_path}/absent.txt")
+    assert shown[1].startswith(f"! {tmp_path}/absent.txt: No such file or directory; ")
+
+
+# --- a full context
+
+
+def conversation(*keys: str, n_ctx: int = 40) -> tuple[ScriptedModel, list[str]]:
+    """Two turns of 12 tokens each, then a question of 13 in a context of 40."""
+    model = ScriptedModel(["x " * 6, STATS], ["y " * 6, STATS], ["z", STATS], n_ctx=n_ctx)
+    model.metadata["llama.context_length"] = "40"
+    questions = ["a " * 6, "b " * 6, "c " * 13]
+    return model, talk(model, *questions, *keys, sampling={})
+
+
+def test_a_question_that_does_not_fit_says_what_is_missing_and_what_can_be_done():
+    _, shown = conversation()
+    at = next(i for i, line in enumerate(shown) if line.startswith("? "))
+    assert shown[at:] == [
+        "? The context is too small by 2 tokens: the conversation and this question have 37,"
+        " an answer needs 5 or more, and it holds 40.",
+        "?   d  drop the oldest turn",
+        "?   n  start anew with this question alone",
+        "?   x  drop this question",
+        "# The question is dropped; /retry asks it again.",
+    ]
+
+
+@pytest.mark.parametrize(("key", "n_messages"), [("d", 3), ("n", 1)])
+def test_dropping_turns_makes_room(key, n_messages):
+    model, _ = conversation(key)
+    assert len(model.asked[2]) == n_messages
+    assert model.asked[2][-1] == Message("user", ("c " * 13).strip())
+
+
+def test_nothing_is_dropped_unasked():
+    for keys in ((), ("x",)):
+        model, _ = conversation(*keys)
+        assert len(model.asked) == 2
+
+
+def test_pop_off_is_kept_by_a_larger_context():
+    model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
+    shown = talk(model, "/pop off", "a " * 13, "l", sampling={}, others={1024: larger})
+    assert larger.pop_mode is Mode.OFF
+    assert shown[-2:] == ["z", STATS_LINE]
