@@ -1,6 +1,6 @@
 """What the chat costs over the engine: time to first token, and decoding. Not a test.
 
-    python bench/measure_chat.py MODEL [--prompt 2048] [--decode 256] [--rounds 9] [--cpu N]
+    python tests/bench/measure_chat.py MODEL [--prompt 2048] [--decode 256] [--rounds 9] [--cpu N]
                                        [--clock wall|cpu] [--json]
 
 A child process is the chat: the REPL with its line editor, on a pseudo-terminal that this process

@@ -1,6 +1,6 @@
 """What the server costs one client, against `pop-local run`. Not a test.
 
-    python bench/measure_server.py MODEL [--words 300] [--decode 256] [--rounds 9] [--cpu N]
+    python tests/bench/measure_server.py MODEL [--words 300] [--decode 256] [--rounds 9] [--cpu N]
                                          [--clock wall|cpu] [--json]
 
 Two children with a thread for the model each: `pop-local serve`, and one that calls the command

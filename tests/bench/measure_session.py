@@ -1,6 +1,6 @@
 """How long a saved session takes to load, against reading it.
 
-python bench/measure_session.py MODEL [--tokens N] [--rounds N]: one JSON object on stdout.
+python tests/bench/measure_session.py MODEL [--tokens N] [--rounds N]: one JSON object on stdout.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Many clients at one server for minutes: nothing is lost, memory stays flat. Not a test.
 
-    python bench/measure_soak.py MODEL.gguf [--seconds 180] [--clients 8]
+    python tests/bench/measure_soak.py MODEL.gguf [--seconds 180] [--clients 8]
 
 Each client asks in turns of a random kind: a whole answer, a stream, one read in full, one with log
 probabilities, one that hangs up in the middle of an endless answer, one malformed. A grammar makes

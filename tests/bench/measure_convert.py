@@ -1,6 +1,6 @@
 """What converting a big model costs, beside `cp` and `sha256sum` of it.
 
-    python bench/measure_convert.py FOLDER [GIGABYTES]
+    python tests/bench/measure_convert.py FOLDER [GIGABYTES]
 
 The model is synthetic (random bytes, a vocabulary of 128k); FOLDER needs three times its size.
 Prints one JSON object: medians of several

@@ -1,7 +1,7 @@
 """What calibrating costs: time against plain passes, memory against the plan. Not a test.
 
-    python bench/measure_calibration.py MODEL.gguf --text FILE [--tokens 16384] [--rounds 3]
-    python bench/measure_calibration.py --synthetic FOLDER [--text FILE] [--tokens 16384]
+    python tests/bench/measure_calibration.py MODEL.gguf --text FILE [--tokens 16384] [--rounds 3]
+    python tests/bench/measure_calibration.py --synthetic FOLDER [--text FILE] [--tokens 16384]
 
 The first form compares, in rounds on one loaded model: the fit on FILE with a plain forward pass
 over the same windows; sampling half as many tokens with llama_decode alone on as many sequences.

@@ -1,6 +1,6 @@
 """Time to first token with fitted projections, one file or a sidecar, against own ones. Not a test.
 
-    python bench/measure_projections.py MODEL.gguf [--skip 1/3] [--prompts 512,2048] [--cpu N]
+    python tests/bench/measure_projections.py MODEL.gguf [--skip 1/3] [--prompts 512,2048] [--cpu N]
 
 Converts the model three times (2,048 tokens to fit on: how well a projection fits does not change
 what it costs) and opens all three in this process, with one thread. In each round every one runs

@@ -1,6 +1,6 @@
 """The quality tables of the README: depths and ablations, from `pop-local eval --json`. Not a test.
 
-    python bench/measure_quality.py MODEL.gguf [--text FILE] [--windows 32] [--out FOLDER]
+    python tests/bench/measure_quality.py MODEL.gguf [--text FILE] [--windows 32] [--out FOLDER]
 
 Each row is one run of the command, but for the depths of a sweep.
 FOLDER keeps its JSON, so that a second call measures only what is missing. Prints Markdown.
