@@ -9,8 +9,8 @@ from calls import opened, read
 from converted import tiny
 from serving import asking, counted
 
-from pop_local.engine.answer import TurnOptions
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.turn import TurnOptions
 from pop_local.server import answers
 from pop_local.server.app import ServerOptions, create_app
 from pop_local.server.bodies import ChatBody
