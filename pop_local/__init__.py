@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from converter.errors import PopError
-    from pop_local.api import PopModel
+    from pop_local.engine.model import PopModel
     from pop_local.engine.sessions.chat_session import Answer, ChatSession, Stream
     from pop_local.engine.sessions.conversation import Conversation, Document, Turn
     from pop_local.engine.turn import AnswerOptions, ContextFullError, SessionStats, TurnStats
@@ -33,7 +33,7 @@ __all__ = [
 # Imported when they are asked for: the commands' --help must not load llama.cpp.
 _MODULES = {
     "converter.errors": ["PopError"],
-    "pop_local.api": ["PopModel"],
+    "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.documents": ["read_document"],
     "pop_local.engine.sessions.conversation": ["Conversation", "Document", "Turn"],
     "pop_local.engine.sessions.chat_session": ["Answer", "ChatSession", "Stream"],

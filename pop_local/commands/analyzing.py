@@ -230,10 +230,10 @@ def _opened_as_planned(run: Run) -> "Iterator[PopModel]":
 
 
 def _opened(run: Run, sidecar: Path | None) -> "PopModel":
-    from pop_local.engine.model import open_model
+    from pop_local.engine.model import PopModel
     from pop_local.measure.probes import N_REPEATED
 
-    return open_model(
+    return PopModel(
         run.source.first.path,
         sidecar=sidecar,
         n_ctx=max(run.n_window, 2 * N_REPEATED + 1),

@@ -147,9 +147,9 @@ def _opened(
     threads: int | None,
     gpu_layers: int,
 ) -> "PopModel":
-    from pop_local.engine.model import open_model
+    from pop_local.engine.model import PopModel
 
-    opened = open_model(
+    opened = PopModel(
         files.path,
         sidecar=files.sidecar,
         n_ctx=n_ctx,

@@ -108,9 +108,9 @@ def demo(
     files = model_files(model, pop, threads=threads, gpu_layers=gpu_layers)
     path = files.path
     shape = read_shape(path)
-    from pop_local.engine.model import open_model
+    from pop_local.engine.model import PopModel
 
-    opened = open_model(
+    opened = PopModel(
         path, sidecar=files.sidecar, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers
     )
     if opened.meta is None:

@@ -112,10 +112,10 @@ def rows_at(
 
 
 def _opened(source: Source, run: Run) -> "PopModel":
-    from pop_local.engine.model import open_model
+    from pop_local.engine.model import PopModel
     from pop_local.measure.forced import use_rule
 
-    opened = open_model(
+    opened = PopModel(
         source.first.path,
         sidecar=run.sidecar,
         n_ctx=_context(source, run),

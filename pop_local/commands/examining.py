@@ -199,12 +199,12 @@ def opened_to_measure(
     files: ModelFiles, n_threads: int | None, n_gpu_layers: int
 ) -> "Iterator[tuple[PopModel, TextTokens]]":
     """A model, and the held-out text in its tokens."""
-    from pop_local.engine.model import open_model
+    from pop_local.engine.model import PopModel
     from pop_local.measure.heldout import shipped_text, tokenize
     from pop_local.measure.quality import QualitySettings
 
     settings = QualitySettings()
-    opened = open_model(
+    opened = PopModel(
         files.path,
         sidecar=files.sidecar,
         n_ctx=2 * (settings.n_context + settings.n_continuation),

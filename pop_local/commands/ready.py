@@ -145,9 +145,9 @@ def open_ready(
     if no_pop and pop is None:
         files = _without_stale(files)
     from pop_local.engine.llama.backend import Mode
-    from pop_local.engine.model import open_model
+    from pop_local.engine.model import PopModel
 
-    opened = open_model(
+    opened = PopModel(
         files.path, sidecar=files.sidecar, n_ctx=ctx, n_threads=threads, n_gpu_layers=gpu_layers
     )
     if no_pop:

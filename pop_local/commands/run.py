@@ -137,9 +137,7 @@ def _chunks(
     opened: "PopModel", system: str, prompt: str, options: dict[str, Any]
 ) -> Iterator[Chunk]:
     if "tokenizer.chat_template" not in opened.metadata:
-        from pop_local.engine.plain import continue_text
-
-        return continue_text(opened, prompt, **options)
+        return opened.continue_text(prompt, **options)
     preamble = [Message("system", system)] if system else []
     return opened.chat_turn([*preamble, Message("user", prompt)], **options)
 

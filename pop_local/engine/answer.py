@@ -1,14 +1,7 @@
-"""From a conversation to prompt tokens, and from sampled tokens to an answer with its figures."""
-
-from __future__ import annotations
+"""From a prompt to an answer: pieces of text as they are sampled, then the figures."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-from jinja2 import TemplateError
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from collections.abc import Callable, Generator, Iterator
 
 from converter.errors import PopError, StoppedError
 from pop_local.engine.decode.text import Pieces, TextStream
@@ -16,73 +9,21 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.interrupt import DisplacedError
 from pop_local.engine.logprobs import Logprobs
 from pop_local.engine.prefill.plan import plan_prefill
+from pop_local.engine.prompts import Prompt
+from pop_local.engine.pruned import PrunedLlama
 from pop_local.engine.turn import (
     Chunk,
     ContextFullError,
     FinishReason,
-    Message,
     TurnOptions,
     TurnStats,
 )
-
-if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
-
-# For base models, which come without a template; it needs no special tokens.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
-    "{% endfor %}Assistant:"
-)
-PLAIN_STOPS = ("\nUser:", "\nSystem:")
-# Templates of some reasoning models open the block themselves, so that only its end is sampled.
-THINK = "<think>"
-
 
 # Closing it ends the answer.
 Answering = Generator[Chunk, None, None]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Tokens, the strings that end the answer, and what the template has begun of it already."""
-
-    tokens: list[int]
-    stops: tuple[str, ...]
-    begun: str = ""
-
-
-class Prompts:
-    """Renders conversations by the model's own chat template."""
-
-    def __init__(self, model: PopModel) -> None:
-        template = model.metadata.get("tokenizer.chat_template")
-        self._stops = () if template else PLAIN_STOPS
-        self._internals = model._model
-        self._formatter = Jinja2ChatFormatter(
-            template=template or PLAIN_TEMPLATE,
-            eos_token=self._text_of(model.token_eos()),
-            bos_token=self._text_of(model.token_bos()),
-        )
-
-    def _text_of(self, token: int) -> str:
-        return self._internals.token_get_text(token) if token != -1 else ""
-
-    def render(self, messages: Sequence[Message]) -> Prompt:
-        """Raises PopError when the template refuses the conversation."""
-        plain: Any = [asdict(message) for message in messages]
-        try:
-            text = self._formatter(messages=plain).prompt
-        except (ValueError, TemplateError) as error:
-            raise PopError(f"the chat template refuses this conversation: {error}") from error
-        tokens = self._internals.tokenize(text.encode(), add_bos=False, special=True)
-        bos = self._internals.token_bos()
-        if self._internals.add_bos_token() and tokens[:1] != [bos]:
-            tokens.insert(0, bos)
-        begun = THINK if text.rstrip().endswith(THINK) else ""
-        return Prompt(tokens, self._stops, begun)
-
-
-def answer(model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> Answering:
+def answer(model: PrunedLlama, render: Callable[[], Prompt], options: TurnOptions) -> Answering:
     """Stream the answer to a prompt; the last chunk carries the figures."""
     turn = _Turn(model, render, options)
     try:
@@ -94,7 +35,9 @@ def answer(model: PopModel, render: Callable[[], Prompt], options: TurnOptions) 
 class _Turn:
     """One answer while it comes into being; time starts with the object."""
 
-    def __init__(self, model: PopModel, render: Callable[[], Prompt], options: TurnOptions) -> None:
+    def __init__(
+        self, model: PrunedLlama, render: Callable[[], Prompt], options: TurnOptions
+    ) -> None:
         self._started_s = time.perf_counter()
         if options.max_tokens is not None and options.max_tokens < 1:
             raise PopError(

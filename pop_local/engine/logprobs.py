@@ -1,10 +1,7 @@
 """Log probabilities of tokens, sampled ones and those of a prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +10,8 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.pruned import PrunedLlama
 from pop_local.engine.turn import Likely, TokenLogprob
-
-if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
-
 
 # Each takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
 _MAX_ROWS = 64
@@ -37,7 +31,7 @@ class Logprobs:
     They are the model's own: of its logits as they are, before temperature, penalties or grammar.
     """
 
-    def __init__(self, model: PopModel, n_top: int) -> None:
+    def __init__(self, model: PrunedLlama, n_top: int) -> None:
         self._ctx = model.ctx
         self._n_vocab = model.n_vocab()
         self._pieces = Pieces(model.vocab)
@@ -60,7 +54,7 @@ class Logprobs:
         return taken
 
 
-def prompt_logprobs(model: PopModel, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
+def prompt_logprobs(model: PrunedLlama, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
     """For each token of a prompt; nothing precedes the first one, which has no probability.
 
     Every row asks for logits, so all of them run in full, and take the place of the KV cache.
@@ -73,7 +67,7 @@ def prompt_logprobs(model: PopModel, tokens: Sequence[int], n_top: int) -> list[
     return found
 
 
-def _all_logits(model: PopModel, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+def _all_logits(model: PrunedLlama, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
     """(n, n_vocab) for piece after piece of the prompt, valid until the next one."""
     model.clear()
     logs.forget_errors()

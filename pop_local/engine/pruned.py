@@ -1,30 +1,26 @@
 """llama_cpp's `Llama` on the patched backend: which rows run in full, and whose the KV cache is."""
 
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jinja2 import TemplateError
+
 from converter.errors import PopError
 from converter.sidecar import pop_of
 from converter.source import read_source
+from pop_local.engine.decode.grammar import GrammarSampler
+from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
-
-api = backend.bindings()  # before the first import of llama_cpp: it explains a failure
-
-import numpy as np  # noqa: E402
-from jinja2 import TemplateError  # noqa: E402
-from llama_cpp import Llama  # noqa: E402
-from llama_cpp.llama import LlamaState  # noqa: E402
-from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
-
-from pop_local.engine.decode.grammar import GrammarSampler  # noqa: E402
-from pop_local.engine.decode.greedy import GreedySampler  # noqa: E402
-from pop_local.engine.llama.batch import Outputs, TokenBatch  # noqa: E402
-from pop_local.engine.llama.closed import closed  # noqa: E402
-from pop_local.engine.llama.interrupt import DisplacedError, Interrupt  # noqa: E402
-from pop_local.engine.prefill.kv_state import (  # noqa: E402
+from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.closed import closed
+from pop_local.engine.llama.interrupt import DisplacedError, Interrupt
+from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaGrammar, LlamaState, api
+from pop_local.engine.prefill.kv_state import (
     FULL,
     KeyedCache,
     KvKey,
@@ -33,8 +29,9 @@ from pop_local.engine.prefill.kv_state import (  # noqa: E402
     conversion,
     restore_context_state,
 )
-from pop_local.engine.prefill.plan import plan_prefill  # noqa: E402
-from pop_local.engine.prefill.rows import CachedRows, n_equal  # noqa: E402
+from pop_local.engine.prefill.plan import plan_prefill
+from pop_local.engine.prefill.rows import CachedRows, n_equal
+from pop_local.engine.turn import TurnOptions
 
 CONVERT_HINT = "convert it first: pop-local convert {}"
 
@@ -47,26 +44,45 @@ class PrunedLlama(Llama):
 
     def __init__(
         self,
-        model_path: str,
+        model_path: str | os.PathLike[str],
         *,
-        sidecar: str | None = None,
+        sidecar: str | os.PathLike[str] | None = None,
         n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        n_gpu_layers: int = -1,
         verbose: bool = False,
         **options: Any,
     ) -> None:
+        """Load a model; raises PopError with llama.cpp's reason when it cannot be.
+
+        `sidecar`: a file with POP keys and tensors for this model. `n_ctx`: None takes the model's
+        own context, at most 8192. `n_threads`: for prefill (unless `n_threads_batch` says
+        otherwise) and decode; None takes the physical cores. `n_gpu_layers`: -1 for all, of no
+        effect without a GPU. `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn,
+        type_k, lora_path, ...). A converted model starts in mode CONTEXT.
+        """
         backend.require_patched()
         source = read_source(Path(model_path))
         self.sidecar = None if sidecar is None else Path(sidecar)
         self.meta = pop_of(source, self.sidecar)
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
-        n_ctx = n_ctx or opening.default_ctx(source.first)
+        n_threads = n_threads or backend.default_threads()
         logs.forget_errors()
         try:
             with opening.loading_from(opening.files_of(source, self.sidecar)):
-                super().__init__(model_path, n_ctx=n_ctx, verbose=verbose, **options)
+                super().__init__(
+                    os.fspath(model_path),
+                    n_ctx=n_ctx or opening.default_ctx(source.first),
+                    n_threads=n_threads,
+                    n_threads_batch=n_threads_batch or n_threads,
+                    n_gpu_layers=n_gpu_layers,
+                    verbose=verbose,
+                    **options,
+                )
         except (ValueError, RuntimeError, TemplateError) as error:
-            what = model_path if sidecar is None else f"{model_path} with {sidecar}"
+            what = f"{model_path}" if sidecar is None else f"{model_path} with {sidecar}"
             raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error
         backend.require_boundary(self._model.model, self.meta)
         self.pop_mode = backend.get_mode(self.ctx)
@@ -264,6 +280,23 @@ class PrunedLlama(Llama):
             self.n_tokens = usable
             self._requires_eval = True
         yield from super().generate(tokens, *args, **options)
+
+    def sampled(
+        self, tokens: Sequence[int], options: TurnOptions
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """The tokens that follow, one after the other and without end."""
+        self.set_seed(api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed)
+        return self.generate(
+            tokens,
+            temp=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repeat_penalty=options.repeat_penalty,
+            frequency_penalty=options.frequency_penalty,
+            presence_penalty=options.presence_penalty,
+            grammar=None if options.grammar is None else LlamaGrammar(_grammar=options.grammar),
+        )
 
     def _init_sampler(self, *args: Any, **options: Any) -> Any:
         neutral = {

@@ -8,7 +8,6 @@ import numpy as np
 from converter.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.plain import continue_text
 from pop_local.engine.prefill.plan import plan_prefill
 from pop_local.engine.turn import Message, TurnStats
 from pop_local.measure.heldout import shipped_part
@@ -122,7 +121,7 @@ def _answer(model: PopModel, hidden: _Hidden) -> str:
         )
     else:
         text = _COMPLETION.format(document=hidden.document, place=hidden.place)
-        chunks = continue_text(model, text, temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
+        chunks = model.continue_text(text, temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
     parts = []
     for chunk in chunks:
         parts.append(chunk.text)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.errors import PopError
-from pop_local.engine.answer import Prompt
 from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import Message, TurnOptions
 from pop_local.server.bodies import Body, ChatBody, ChatMessage, CompletionBody, ResponseFormat
 from pop_local.server.errors import ApiError, context_exceeded

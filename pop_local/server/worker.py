@@ -11,10 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from converter.errors import PopError, StoppedError
-from pop_local.engine.answer import Prompt, answer
+from pop_local.engine.answer import answer
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import PopModel
+from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
 from pop_local.server.errors import ApiError, hung_up
 from pop_local.server.metrics import Metrics

@@ -31,7 +31,7 @@ from measure_speed import CLOCKS, Clock
 from overhead import Answered, Overhead, on_a_terminal, overhead, parser, report
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama import backend
-from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Document, Turn
 from pop_local.engine.turn import TurnOptions
 from pop_local.measure.speed import require_rows
@@ -163,7 +163,7 @@ class Child:
 
 def child(options: argparse.Namespace) -> str:
     n_ctx = max(options.prompt, N_WRITING_PROMPT) + options.decode + 256
-    model = open_model(options.model, n_ctx=n_ctx, n_threads=1, n_gpu_layers=0)
+    model = PopModel(options.model, n_ctx=n_ctx, n_threads=1, n_gpu_layers=0)
     with create_pipe_input() as keys, create_app_session(input=keys):
         chat = Child(model, keys, CLOCKS[options.clock])
         reading, _ = chat.measure(options.prompt, 2, options.rounds)

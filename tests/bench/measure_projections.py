@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.model import PopModel
 from pop_local.measure.speed import Run, Spread, random_prompt, run, spread
 
 POP_LOCAL = Path(sys.executable).with_name("pop-local")
@@ -33,7 +33,7 @@ def converted(model: Path, skip: str, folder: Path) -> dict[str, PopModel]:
         [str(sidecar), "--sidecar", *FIT],
     ):
         subprocess.run([POP_LOCAL, "convert", str(model), *command, "--skip", skip], check=True)
-    opened = partial(open_model, n_ctx=8192, n_threads=1, n_gpu_layers=0)
+    opened = partial(PopModel, n_ctx=8192, n_threads=1, n_gpu_layers=0)
     return {
         "own": opened(own),
         "fitted": opened(fitted),

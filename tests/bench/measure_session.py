@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    model = open_model(arguments.model, n_ctx=arguments.tokens + 1024)
+    model = PopModel(arguments.model, n_ctx=arguments.tokens + 1024)
     n_each = len(model.tokenize(SENTENCE.encode(), add_bos=False))
     asked = Conversation(turns=(Turn(SENTENCE * (arguments.tokens // n_each)),))
     with tempfile.TemporaryDirectory() as folder:

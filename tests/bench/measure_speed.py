@@ -84,10 +84,10 @@ def child(lib_is_patched: bool, model: str, n_ctx: int, clock: Clock) -> None:
 
 def _patched(model: str, n_ctx: int, clock: Clock) -> Any:
     from pop_local.engine.llama.backend import Mode
-    from pop_local.engine.model import open_model
+    from pop_local.engine.model import PopModel
     from pop_local.measure.speed import run
 
-    opened = open_model(model, n_ctx=n_ctx, n_threads=1, n_gpu_layers=0)
+    opened = PopModel(model, n_ctx=n_ctx, n_threads=1, n_gpu_layers=0)
 
     def runner(tokens: list[int], n_decode: int, boundary: int) -> dict[str, float]:
         if boundary:

@@ -10,7 +10,7 @@ import pytest
 from converter.errors import PlanError, PopError
 from converter.shape import read_shape
 from pop_local.commands import analyze as command
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
 from pop_local.measure import depth
 from pop_local.measure.depth import (
     boundaries,
@@ -272,7 +272,7 @@ def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
 def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
     path = request.getfixturevalue(name)
     monkeypatch.setattr(depth, "boundaries", lambda shape: tried)
-    opened = open_model(path, n_ctx=512, n_threads=1)
+    opened = PopModel(path, n_ctx=512, n_threads=1)
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
     settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=2)
     reference = read_reference(opened, tokens, settings, lambda *now: None)

@@ -12,7 +12,7 @@ from converter.errors import PopError
 from converter.macs import speedup_limit
 from converter.shape import read_shape
 from pop_local.engine.llama.backend import Counters, Mode
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
 from pop_local.measure.speed import measure_speed, random_prompt, require_rows, run
 from support.converted import tiny
 from support.synthetic import make_gguf
@@ -125,7 +125,7 @@ def test_an_unpatched_library_is_refused(pop_file, unpatched_lib):
 
 @pytest.fixture
 def model(pop_file):
-    return open_model(pop_file, n_ctx=512, n_threads=1)
+    return PopModel(pop_file, n_ctx=512, n_threads=1)
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
 from pop_local.measure import needle
 from pop_local.measure.needle import measure_needle
 from support.calibrating import words
@@ -251,7 +251,7 @@ def small_document(monkeypatch):
 
 
 def test_facts_lie_at_different_depths_and_once(pop_file, small_document):
-    hidden = needle._hide(open_model(pop_file, n_ctx=512, n_threads=1), 3, seed=0)
+    hidden = needle._hide(PopModel(pop_file, n_ctx=512, n_threads=1), 3, seed=0)
     depths = [fact.document.index(fact.code) / len(fact.document) for fact in hidden]
     assert depths == pytest.approx([1 / 6, 1 / 2, 5 / 6], abs=0.1)
     assert all(fact.document.count(fact.code) == 1 for fact in hidden)
@@ -259,7 +259,7 @@ def test_facts_lie_at_different_depths_and_once(pop_file, small_document):
 
 @pytest.mark.parametrize("template", ["", "{{ messages[0]['content'] }}"])
 def test_hits_are_counted_for_full_and_pruned(tmp_path, small_document, monkeypatch, template):
-    model = open_model(tiny(tmp_path, chat_template=template), n_ctx=1024, n_threads=1)
+    model = PopModel(tiny(tmp_path, chat_template=template), n_ctx=1024, n_threads=1)
     answers = []
 
     def answer(model, hidden):
@@ -277,7 +277,7 @@ def test_hits_are_counted_for_full_and_pruned(tmp_path, small_document, monkeypa
 
 @pytest.mark.slow
 def test_a_real_model_finds_a_needle_after_pruning(smollm2):
-    model = open_model(smollm2, n_ctx=needle.context_tokens(), n_threads=1)
+    model = PopModel(smollm2, n_ctx=needle.context_tokens(), n_threads=1)
     found = measure_needle(model, (20,), 1, 0, lambda done, total: None)[0]
     assert (found.full_hits, found.pruned_hits) == (1, 1)
 

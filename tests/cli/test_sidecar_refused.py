@@ -15,10 +15,10 @@ from converter.errors import FormatError, PopError
 from converter.sidecar import read_sidecar
 from converter.source import read_source
 from pop_local.cli import app
-from pop_local.engine.model import open_model
 from support.converted import Pair, paired
 from support.raw import Job, run
 from support.synthetic import make_gguf
+from pop_local.engine.model import PopModel
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +115,14 @@ def test_edited(name, fitted, tmp_path):
     edit, reason = EDITS[name]
     sidecar = edited(fitted.sidecar, tmp_path / "edited.gguf", edit)
     with pytest.raises(PopError, match=reason):
-        open_model(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1)
+        PopModel(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1)
     with pytest.raises(RuntimeError, match=BARE[name]):
         run(Job(str(fitted.base), steps=(), further=(str(sidecar),)))
 
 
 def test_unedited(fitted, tmp_path):
     sidecar = edited(fitted.sidecar, tmp_path / "same.gguf", lambda keys, tensors: None)
-    assert open_model(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1).boundary == 4
+    assert PopModel(fitted.base, sidecar=sidecar, n_ctx=256, n_threads=1).boundary == 4
 
 
 @pytest.mark.parametrize("n_bytes", [0, 3, 7, 100, 900, -4096, -1])
@@ -142,21 +142,21 @@ def test_another_model_of_the_same_shape(fitted, tmp_path):
         fitted.base.read_bytes().replace(b"tiny random model", b"tiny other modelx", 1)
     )
     with pytest.raises(FormatError, match=r"does not belong to .*other\.gguf"):
-        open_model(other, sidecar=fitted.sidecar)
+        PopModel(other, sidecar=fitted.sidecar)
 
 
 def test_a_converted_base(fitted):
     with pytest.raises(FormatError, match="is converted itself"):
-        open_model(fitted.single, sidecar=fitted.sidecar)
+        PopModel(fitted.single, sidecar=fitted.sidecar)
     with pytest.raises(RuntimeError, match="POP keys of its own"):
         run(Job(str(fitted.single), steps=(), further=(str(fitted.sidecar),)))
 
 
 def test_files_that_are_no_sidecar(fitted):
     with pytest.raises(FormatError, match="is not a sidecar"):
-        open_model(fitted.base, sidecar=fitted.single)
+        PopModel(fitted.base, sidecar=fitted.single)
     with pytest.raises(FormatError, match="is not a sidecar"):
-        open_model(fitted.base, sidecar=fitted.base)
+        PopModel(fitted.base, sidecar=fitted.base)
     for further in (fitted.single, fitted.base):
         with pytest.raises(RuntimeError, match="is not a sidecar"):
             run(Job(str(fitted.base), steps=(), further=(str(further),)))
@@ -164,7 +164,7 @@ def test_files_that_are_no_sidecar(fitted):
 
 def test_a_sidecar_is_not_a_model(fitted):
     with pytest.raises(FormatError, match="is a sidecar: it has no model in it"):
-        open_model(fitted.sidecar)
+        PopModel(fitted.sidecar)
     with pytest.raises(RuntimeError, match="unknown model architecture: 'pop-sidecar'"):
         run(Job(str(fitted.sidecar), steps=()))
 

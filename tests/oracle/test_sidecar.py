@@ -19,7 +19,7 @@ from converter.source import read_source
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.llama import opening
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.kv_state import conversion
 from pop_local.measure.budget import BALANCED
 from support.calls import opened, prompt, read
@@ -104,7 +104,7 @@ def test_a_model_in_parts(projection, tmp_path):
     plan = make_plan(read_shape(parts[0]), projection=projection, boundary=4, tail_tokens=16)
     made_fit = made_up(plan) if projection == "fitted" else None
     write_sidecar(plan, parts[0], sidecar, fitted=made_fit)
-    model = open_model(parts[0], sidecar=sidecar, n_ctx=512, n_threads=1)
+    model = PopModel(parts[0], sidecar=sidecar, n_ctx=512, n_threads=1)
     want = read(opened(made.single, n_ctx=512, n_batch=512, n_ubatch=512), prompt(100))
     np.testing.assert_array_equal(read(model, prompt(100)), want)
 

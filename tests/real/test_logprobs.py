@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from converter.errors import StoppedError
-from pop_local.engine.answer import Prompt, answer
+from pop_local.engine.answer import answer
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.logprobs import prompt_logprobs
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
+from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import Message, TurnOptions
 from support.calls import opened, prompt, read
 from support.converted import converted, tiny
@@ -21,7 +22,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chatty(smollm2, tmp_path_factory):
     path = converted(smollm2, tmp_path_factory.mktemp("logprobs"), boundary=20)
-    return open_model(path, n_ctx=256, n_threads=1)
+    return PopModel(path, n_ctx=256, n_threads=1)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 
 from converter.errors import PopError, StoppedError
-from pop_local.engine.answer import PLAIN_STOPS
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import PopModel, open_model
-from pop_local.engine.plain import continue_text
+from pop_local.engine.model import PopModel
+from pop_local.engine.prompts import PLAIN_STOPS
 from pop_local.engine.turn import Message, TurnStats
 from support.converted import converted
 from support.synthetic import make_gguf
@@ -32,7 +31,7 @@ def pop_file(smollm2, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared(pop_file) -> PopModel:
-    return open_model(pop_file, n_ctx=512, n_threads=1, n_batch=64, n_ubatch=64)
+    return PopModel(pop_file, n_ctx=512, n_threads=1, n_batch=64, n_ubatch=64)
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_an_answer_ends_at_its_limit_at_a_stop_string_or_by_itself(model):
 
 
 def test_an_answer_ends_where_the_context_does(pop_file):
-    small = open_model(pop_file, n_ctx=256, n_threads=1)
+    small = PopModel(pop_file, n_ctx=256, n_threads=1)
     _, stats = ask(small, QUESTION, max_tokens=None, stops=())
     assert stats.finish_reason in ("stop", "length")
     assert stats.n_prompt + stats.n_decoded <= small.n_ctx()
@@ -254,18 +253,18 @@ def test_an_answer_does_not_go_on_over_an_emptied_cache(model):
 
 def test_a_template_that_refuses_the_conversation_is_an_error(tmp_path):
     refusing = "{{ raise_exception('no system prompts') }}"
-    model = open_model(make_gguf(tmp_path / "m.gguf", "llama", chat_template=refusing), n_threads=1)
+    model = PopModel(make_gguf(tmp_path / "m.gguf", "llama", chat_template=refusing), n_threads=1)
     with pytest.raises(PopError, match="no system prompts"):
         ask(model, QUESTION)
 
 
 def test_a_template_that_is_broken_is_an_error(tmp_path):
     with pytest.raises(PopError, match="cannot be opened"):
-        open_model(make_gguf(tmp_path / "m.gguf", "llama", chat_template="{% for %}"), n_threads=1)
+        PopModel(make_gguf(tmp_path / "m.gguf", "llama", chat_template="{% for %}"), n_threads=1)
 
 
 def test_a_base_model_gets_a_plain_transcript(gemma):
-    model = open_model(gemma, n_ctx=256, n_threads=1)
+    model = PopModel(gemma, n_ctx=256, n_threads=1)
     text, stats = ask(model, Message("user", "What is the capital of France?"))
     assert "Paris" in text
     assert not any(stop in text for stop in PLAIN_STOPS)
@@ -275,10 +274,10 @@ def test_a_base_model_gets_a_plain_transcript(gemma):
 
 
 def test_plain_text_is_continued(model):
-    *_, last = continue_text(model, "One, two, three, four,", temperature=0.0, max_tokens=8)
+    *_, last = model.continue_text("One, two, three, four,", temperature=0.0, max_tokens=8)
     assert last.stats is not None
     assert last.stats.n_prompt < 12
-    pieces = continue_text(model, "One, two, three, four,", temperature=0.0, max_tokens=8)
+    pieces = model.continue_text("One, two, three, four,", temperature=0.0, max_tokens=8)
     assert "five" in "".join(piece.text for piece in pieces)
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from pop_local.engine.answer import TurnOptions
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.turn import TurnOptions
 from pop_local.server import answers
 from pop_local.server.app import ServerOptions, create_app
 from pop_local.server.bodies import ChatBody

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from converter.errors import PopError
-from pop_local.engine.answer import Prompt
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import Chunk, TurnOptions
 from pop_local.server.worker import Job, Task
 from support.scripted import STATS

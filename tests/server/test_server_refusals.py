@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from pop_local.engine.answer import Prompt, TurnOptions
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prompts import Prompt
+from pop_local.engine.turn import TurnOptions
 from pop_local.server.app import ServerOptions, create_app
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics

@@ -8,7 +8,7 @@ from llama_cpp import Llama
 
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
-from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.model import PopModel
 
 N_VOCAB = 384
 # Of the logits (standard deviation 1): other batch shapes change them by up to 0.002, switching the
@@ -19,7 +19,7 @@ MODES = [Mode.OFF, Mode.CONTEXT]
 
 def opened(path: Path, **options: Any) -> PopModel:
     defaults: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "n_batch": 64, "n_ubatch": 64}
-    return open_model(path, **defaults | options)
+    return PopModel(path, **defaults | options)
 
 
 def prompt(n_tokens: int, seed: int = 0) -> list[int]:

@@ -11,7 +11,7 @@ from converter.errors import PopError
 from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import Pruning, always_skip, forced
 from pop_local.measure.heldout import Text, shipped_text, tokenize
@@ -37,7 +37,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def opened(path: Path) -> PopModel:
-    return open_model(path, n_ctx=512, n_threads=1)
+    return PopModel(path, n_ctx=512, n_threads=1)
 
 
 def random_text(n_tokens: int) -> list[int]:

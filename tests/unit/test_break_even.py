@@ -15,7 +15,7 @@ from converter.shape import read_shape
 from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
-from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
 from pop_local.measure.break_even import Tried, measure_break_even, search, wins
 from pop_local.measure.forced import use_rule
@@ -33,7 +33,7 @@ def pop_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(pop_file) -> PopModel:
-    return open_model(pop_file, n_ctx=512, n_threads=1)
+    return PopModel(pop_file, n_ctx=512, n_threads=1)
 
 
 def min_prompt_of(path: Path) -> int:
@@ -182,7 +182,7 @@ def picky(tmp_path_factory) -> PopModel:
     """Prompts of less than 120 tokens are short."""
     folder = tmp_path_factory.mktemp("picky")
     source = make_gguf(folder / "m.gguf", "llama")
-    return open_model(converted(source, folder, boundary=4, min_prompt=120), n_ctx=512, n_threads=1)
+    return PopModel(converted(source, folder, boundary=4, min_prompt=120), n_ctx=512, n_threads=1)
 
 
 @pytest.mark.parametrize(

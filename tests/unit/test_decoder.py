@@ -12,7 +12,7 @@ from converter.errors import UnsupportedArchitectureError
 from converter.hyper import Hyper, Rope, read_hyper
 from converter.source import read_source
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import forced
 from pop_local.measure.heldout import shipped_part
@@ -99,7 +99,7 @@ def test_what_is_computed_otherwise_shows_in_the_logits(tmp_path, name, wrong):
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])
 def test_logits_of_real_models_are_those_of_the_backend(request, name):
     path = request.getfixturevalue(name)
-    model = open_model(path, n_ctx=128, n_threads=1)
+    model = PopModel(path, n_ctx=128, n_threads=1)
     text = model.tokenize(shipped_part("prose").encode(), add_bos=False, special=False)
     tokens = [*bos(model), *text][:64]
     expected = backend_logits(model, tokens)

@@ -10,7 +10,7 @@ import pytest
 from converter.hyper import read_hyper
 from converter.shape import source_shape
 from converter.source import read_source
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
 from pop_local.measure.heldout import Text, shipped_part, spread_windows, tokenize
 from support.calls import prompt
 from support.synthetic import make_gguf
@@ -155,7 +155,7 @@ def test_needed_memory_grows_with_what_is_computed(smollm2):
 @pytest.mark.slow
 def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     """SmolLM2: the last third has 0.2 of the others' importance in prefill, 2 times in decode."""
-    model = open_model(smollm2, n_ctx=64, n_threads=1)
+    model = PopModel(smollm2, n_ctx=64, n_threads=1)
     text = tokenize(model, Text("prose", (shipped_part("prose"),)))
     windows = spread_windows(text, 8, 96)
     found = measure_importance(

@@ -6,7 +6,6 @@ import pytest
 
 from converter.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
-from pop_local.engine.plain import continue_text
 from support.calls import opened
 from support.converted import tiny
 
@@ -28,7 +27,7 @@ def model(tmp_path_factory):
 
 
 def answer(model, **options) -> str:
-    return "".join(chunk.text for chunk in continue_text(model, "Once upon a time", **options))
+    return "".join(chunk.text for chunk in model.continue_text("Once upon a time", **options))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])

@@ -3,7 +3,7 @@
 import pytest
 
 from converter.errors import PopError
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
 from pop_local.measure.heldout import given_text, shipped_text, spread_windows, tokenize
 
 
@@ -35,7 +35,7 @@ def test_what_is_not_text_is_refused(tmp_path, content, reason):
 
 def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):
     shipped = shipped_text()
-    tokens = tokenize(open_model(smollm2, n_ctx=64, n_threads=1), shipped)
+    tokens = tokenize(PopModel(smollm2, n_ctx=64, n_threads=1), shipped)
     assert len(tokens) == 4
     assert sum(len(part) for part in tokens) >= 25_000
     assert len(spread_windows(tokens, 32, 640)) == 32

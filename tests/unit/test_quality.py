@@ -10,7 +10,7 @@ import pytest
 from converter.errors import PopError, StoppedError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
-from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
 from pop_local.measure.forced import forced, use_rule
@@ -35,7 +35,7 @@ def model(pop_file) -> PopModel:
 
 
 def opened(path: Path) -> PopModel:
-    return open_model(path, n_ctx=512, n_threads=1)
+    return PopModel(path, n_ctx=512, n_threads=1)
 
 
 def text(n_tokens: int = 400, seed: int = 0) -> list[int]:
@@ -212,7 +212,7 @@ def test_random_tokens_are_no_control_tokens(model):
 @pytest.mark.slow
 def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
     """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it."""
-    model = open_model(smollm2, n_ctx=512, n_threads=1)
+    model = PopModel(smollm2, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
     settings = QualitySettings(n_windows=3, n_context=256, n_continuation=64, n_draws=2)
     third, half = measure_depths(model, tokens, settings, (20, 16), ignore)
@@ -225,7 +225,7 @@ def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
 
 @pytest.mark.slow
 def test_without_boundary_handling_the_first_token_is_lost(smollm2):
-    model = open_model(smollm2, n_ctx=512, n_threads=1)
+    model = PopModel(smollm2, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
     settings = QualitySettings(2, n_context=128, n_continuation=8, mode=Mode.ALWAYS, n_draws=1)
     assert measure_depths(model, tokens, settings, (20,), ignore)[0].kl_first.value > 3

@@ -5,7 +5,7 @@ import pytest
 from converter.macs import speedup_limit
 from converter.shape import read_shape
 from pop_local.engine.decode.recommended import recommended
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
 from pop_local.measure.full_cost import FullCosts
 from support.converted import tiny
@@ -29,7 +29,7 @@ def test_what_is_no_sensible_number_is_left_out(value):
 
 
 def test_the_model_answers_as_its_file_recommends(tmp_path):
-    model = open_model(tiny(tmp_path, chat_template="{{ messages[0]['content'] }}"), n_threads=1)
+    model = PopModel(tiny(tmp_path, chat_template="{{ messages[0]['content'] }}"), n_threads=1)
     question = [Message("user", "a b c d")]
 
     def answer(**options: float) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from converter.errors import PopError
-from pop_local.engine.model import open_model
+from pop_local.engine.model import PopModel
 from pop_local.measure import quality
 from pop_local.measure.quality import QualitySettings, measure_depths
 from pop_local.measure.reference import measure_against, measure_retention, read_reference
@@ -27,7 +27,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(pair):
-    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    model = PopModel(pair.base, n_ctx=257, n_threads=1)
     return read_reference(model, TEXT, SETTINGS, ignore)
 
 
@@ -38,7 +38,7 @@ def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
         "single": (pair.single, None),
         "sidecar": (pair.base, pair.sidecar),
     }[form]
-    model = open_model(path, sidecar=sidecar, n_ctx=257, n_threads=1)
+    model = PopModel(path, sidecar=sidecar, n_ctx=257, n_threads=1)
     found = measure_against(reference, model, (3,), ignore)
     assert found == measure_depths(model, TEXT, SETTINGS, (3,), ignore)
     assert found[0].kl_mean.value > 0
@@ -46,7 +46,7 @@ def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
 
 def test_the_retention_is_that_of_a_whole_measurement(pair, reference, monkeypatch):
     monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
-    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    model = PopModel(pair.base, n_ctx=257, n_threads=1)
     found = measure_retention(reference, model, (4, 3), ignore)
     measured = measure_against(reference, model, (4, 3), ignore)
     assert found == tuple(each.induction_retention for each in measured)
@@ -55,7 +55,7 @@ def test_the_retention_is_that_of_a_whole_measurement(pair, reference, monkeypat
 
 def test_progress_ends_at_its_total(pair, reference):
     seen: list[tuple[int, int]] = []
-    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    model = PopModel(pair.base, n_ctx=257, n_threads=1)
     read_reference(model, TEXT, SETTINGS, lambda *now: seen.append(now))
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1]
@@ -68,6 +68,6 @@ def test_progress_ends_at_its_total(pair, reference):
 
 
 def test_too_short_a_text(pair):
-    model = open_model(pair.base, n_ctx=257, n_threads=1)
+    model = PopModel(pair.base, n_ctx=257, n_threads=1)
     with pytest.raises(PopError, match="tokens are needed"):
         read_reference(model, [[1, 2, 3]], SETTINGS, ignore)

@@ -11,7 +11,7 @@ import pytest
 from converter.errors import PopError
 from pop_local.config.folders import sessions_dir
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import PopModel, open_model
+from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import Sessions
@@ -37,7 +37,7 @@ def sessions(tmp_path) -> Sessions:
 
 
 def opened(file: Path, **options) -> PopModel:
-    return open_model(file, n_threads=1, **{"n_ctx": 1024} | options)
+    return PopModel(file, n_threads=1, **{"n_ctx": 1024} | options)
 
 
 def answered(model: PopModel, *turns: Turn) -> Conversation:

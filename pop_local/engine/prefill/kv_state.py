@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_cpp.llama import LlamaState
-from llama_cpp.llama_cache import BaseLlamaCache
 
 from converter.format import OWN, TENSOR_MARK, PopMeta, encode_keys
 from converter.header import Header, read_header
 from converter.shape import MAX_LAYERS
 from converter.source import Source
 from pop_local.engine.llama.backend import Mode, bindings
+from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaState
 
 # Of each fitted tensor, for the fingerprint: no two fits agree in that many.
 _SAMPLED_BYTES = 4096

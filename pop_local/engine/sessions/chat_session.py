@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from converter.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
-from pop_local.engine.model import PopModel
+from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions
 from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
@@ -76,7 +76,7 @@ class ChatSession:
     """
 
     def __init__(
-        self, model: PopModel, conversation: Conversation | None = None, *, reread: str = ""
+        self, model: ChatModel, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
         """`reread`: why the conversation has to be read again, or nothing."""
         self.model = model
@@ -164,7 +164,7 @@ class ChatSession:
         return target
 
 
-def load_session(model: PopModel, path: str | os.PathLike[str]) -> ChatSession:
+def load_session(model: ChatModel, path: str | os.PathLike[str]) -> ChatSession:
     """Go on with a saved conversation; the model takes over its pruning and its KV cache.
 
     Where these do not fit the model, `reread` says why, and the next question reads all of it.

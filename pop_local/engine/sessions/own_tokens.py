@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from converter.errors import PopError
+from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.decode.text import Pieces
-from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation
 
 
-def n_own_tokens(model: PopModel, conversation: Conversation) -> int:
+def n_own_tokens(model: ChatModel, conversation: Conversation) -> int:
     """How many cached tokens, from the first on, are the conversation's.
 
     They are the prompt of its last question, whole, and what is cached of the answer; otherwise 0.

@@ -25,16 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 
 from converter.errors import PopError
 from converter.output import replacing
 from converter.sidecar import bind
 from converter.source import read_source
+from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import PopModel
+from pop_local.engine.llama.upstream import llama_cpp
 from pop_local.engine.prefill.kv_state import PopState
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.own_tokens import n_own_tokens
@@ -95,7 +95,7 @@ class Restored:
     reread: str
 
 
-def fingerprint(model: PopModel) -> Fingerprint:
+def fingerprint(model: ChatModel) -> Fingerprint:
     """Reads the model's headers, not its tensors."""
     binding = bind(read_source(Path(model.model_path)))
     version = f"{llama_cpp.__version__} abi {backend.library_abi()}"
@@ -130,7 +130,7 @@ class Sessions:
             )
         return self._folder / f"{name}{SUFFIX}"
 
-    def save(self, name: str, model: PopModel, conversation: Conversation) -> int:
+    def save(self, name: str, model: ChatModel, conversation: Conversation) -> int:
         """Written beside and renamed; returns its size in bytes. Raises PopError.
 
         Where the conversation's K/V are cached, what is cached after them is forgotten.
@@ -162,7 +162,7 @@ class Sessions:
                     archive.writestr("kv.bin", state.llama_state)
         return path.stat().st_size
 
-    def load(self, name: str, model: PopModel) -> Restored:
+    def load(self, name: str, model: ChatModel) -> Restored:
         """The model takes over mode and K/V where they fit. Raises PopError, nothing changed."""
         path = self.path(name)
         session = self._read(name)
@@ -193,13 +193,13 @@ class Sessions:
             return _decoded(json.loads(archive.read("session.json")))
 
 
-def _own_state(model: PopModel, conversation: Conversation) -> PopState | None:
+def _own_state(model: ChatModel, conversation: Conversation) -> PopState | None:
     """None where the conversation's K/V are not cached."""
     n_own = n_own_tokens(model, conversation)
     return model.save_state() if n_own and model.truncate(n_own) else None
 
 
-def _taken(model: PopModel, kv: bytes, tokens: np.ndarray, is_full: np.ndarray) -> str:
+def _taken(model: ChatModel, kv: bytes, tokens: np.ndarray, is_full: np.ndarray) -> str:
     """Restores the K/V; why it could not be done, or nothing."""
     state = PopState(
         key=model.kv_key,
@@ -218,7 +218,7 @@ def _taken(model: PopModel, kv: bytes, tokens: np.ndarray, is_full: np.ndarray) 
     return ""
 
 
-def _difference(session: Session, model: PopModel) -> str:
+def _difference(session: Session, model: ChatModel) -> str:
     saved, ours = session.fingerprint, fingerprint(model)
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
         return f"they belong to another model ({session.model})"

@@ -30,9 +30,11 @@ class ChatModel(Protocol):
     @property
     def boundary(self) -> int: ...
 
+    @property
+    def recommended(self) -> dict[str, float]: ...
+
     model_path: str
     metadata: dict[str, str]
-    recommended: dict[str, float]
     pop_mode: Mode
 
     def set_pop(self, mode: Mode) -> None: ...
