@@ -52,6 +52,12 @@ def speedup_limit(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) 
     return full / prefill_macs(shape, n_prompt, boundary, n_full)
 
 
+def limit_of(plan: Plan) -> float:
+    """The limit of a plan, for a prompt of LIMIT_PROMPT tokens."""
+    n_full = plan.sink_tokens + plan.tail_tokens
+    return speedup_limit(plan.shape, LIMIT_PROMPT, plan.boundary, n_full)
+
+
 def with_min_prompt(plan: Plan) -> Plan:
     """The plan with a `min_prompt` by this model: prompts that save little run in full."""
     n_full = plan.sink_tokens + plan.tail_tokens

@@ -5,14 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 
 from converter import fit
 from converter.content import NewTensor
 from converter.errors import StoppedError
-from converter.fit import DAMAGED_HINT, Gram, KvType, Weighting
+from converter.fit import DAMAGED_HINT, Gram
 from converter.format import Calibration
 from converter.plan import Plan
 from converter.rewrite import Fitted
@@ -20,14 +19,14 @@ from converter.source import Source
 from converter.weights import Weights
 from pop_local.calibration.activations import Rows, reading
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import Pair, n_kv, plan_needs
+from pop_local.calibration.needs import Pair, n_kv, plan_needs, sums_limit_bytes
+from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import State, load, save
 from pop_local.calibration.texts import (
     N_WINDOW,
     CalibrationError,
     CalibrationText,
     given_text,
-    n_windows,
     own_text,
     whole_text,
 )
@@ -38,38 +37,39 @@ SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to calibrate. `text` None: what is at hand. `state_path`: where a stopped run is kept."""
-
-    n_tokens: int
-    text: Path | None = None
-    ridge: float = fit.RIDGE
-    weighting: Weighting = Weighting.ATTENTION
-    kv_type: KvType = KvType.Q8_0
-    memory_bytes: int = 1 << 30
-    state_path: Path | None = None
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who is told how far it is (done_tokens, total_tokens), and who may end it."""
+class Follow:
+    """Who is told how far a calibration is (done_tokens, total_tokens), and who may end it."""
 
     on_sampling: Progress
     on_reading: Progress
     should_stop: Callable[[], bool]
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """One set of fitted projections for each plan, and the text that they were fitted on."""
+
+    fitted: tuple[Fitted, ...]
+    text: CalibrationText
+
+
 def calibrate(
-    plans: Sequence[Plan], model: LoadedModel, source: Source, settings: Settings, watch: Watch
-) -> tuple[Fitted, ...]:
+    plans: Sequence[Plan],
+    model: LoadedModel,
+    source: Source,
+    options: FitOptions,
+    follow: Follow,
+    text: CalibrationText | None = None,
+) -> Calibrated:
     """Fit for each plan the projections of all its skipped layers but the first.
 
     The plans have fitted projections and differ in their boundaries; one pass over the text serves
-    all of them where memory allows (`plan_needs`). Raises PopError, and StoppedError;
-    with `state_path` the next call goes on then, as after a finished one: it is the caller's to
-    remove.
+    all of them where memory allows (`plan_needs`). `text`: that of an earlier calibration of the
+    same model with the same options, None to cut or sample it now. Raises PopError, and
+    StoppedError; with a state path the next call goes on then, as after a finished one: the file is
+    the caller's to remove.
     """
-    return _Job(plans, model, source, settings, watch).run()
+    return _Job(plans, model, source, options, follow, text).run()
 
 
 class _Job:
@@ -80,20 +80,22 @@ class _Job:
         plans: Sequence[Plan],
         model: LoadedModel,
         source: Source,
-        settings: Settings,
-        watch: Watch,
+        options: FitOptions,
+        follow: Follow,
+        text: CalibrationText | None,
     ) -> None:
-        self._plans, self._model, self._settings, self._watch = plans, model, settings, watch
+        self._plans, self._model, self._options, self._follow = plans, model, options, follow
         self._shape = plans[0].shape
-        self._groups = plan_needs(plans, source, settings.memory_bytes).groups
+        self._given = text
+        self._groups = plan_needs(plans, source, sums_limit_bytes(options)).groups
         self._weights = Weights(source)
         self._eps = _rms_epsilon(source)
-        self._identity = _identity(plans, source, settings, self._groups)
+        self._identity = _identity(plans, source, options, self._groups)
         self._saved_s = time.monotonic()
         self._x: dict[int, Rows] = {}
 
-    def run(self) -> tuple[Fitted, ...]:
-        path = self._settings.state_path
+    def run(self) -> Calibrated:
+        path = self._options.state_path
         # Of a kept state the groups are its own: memory may have been another matter then.
         self._state = (path and load(path, self._identity)) or State(self._text(), self._groups)
         while self._state.group < len(self._state.groups):
@@ -105,18 +107,21 @@ class _Job:
         if path:
             save(path, self._identity, self._state)
         calibration, tensors = self._calibration(), self._state.tensors
-        return tuple(Fitted(calibration, tuple(tensors[plan.boundary])) for plan in self._plans)
+        fitted = tuple(Fitted(calibration, tuple(tensors[plan.boundary])) for plan in self._plans)
+        return Calibrated(fitted, self._state.text)
 
     def _text(self) -> CalibrationText:
-        settings, n_embd = self._settings, self._shape.n_embd
-        count = n_windows(settings.n_tokens, n_embd)
-        if settings.text:
-            return given_text(self._model, settings.text, count, n_embd)
+        if self._given is not None:
+            return self._given
+        options, n_embd = self._options, self._shape.n_embd
+        count = options.n_tokens(n_embd) // N_WINDOW
+        if options.text:
+            return given_text(self._model, options.text, count, n_embd)
         return own_text(self._model, count, self._sampled)
 
     def _sampled(self, done: int, total: int) -> None:
-        self._watch.on_sampling(done, total)
-        if self._watch.should_stop():
+        self._follow.on_sampling(done, total)
+        if self._follow.should_stop():
             raise StoppedError
 
     def _read(self, pairs: Sequence[Pair]) -> None:
@@ -138,12 +143,12 @@ class _Job:
                 state.n_done += 1
                 n_read = state.group * n_all + state.n_done
                 n_passes = len(state.groups)
-                self._watch.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
+                self._follow.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
                 self._keep()
 
     def _keep(self) -> None:
-        stopping = self._watch.should_stop()
-        path = self._settings.state_path
+        stopping = self._follow.should_stop()
+        path = self._options.state_path
         if path and (stopping or time.monotonic() - self._saved_s > SAVE_EVERY_S):
             save(path, self._identity, self._state)
             self._saved_s = time.monotonic()
@@ -161,7 +166,7 @@ class _Job:
 
     def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:
         y = np.concatenate([k, v], axis=1)[1:]
-        weights = fit.token_weights(mass[1:], self._settings.weighting)
+        weights = fit.token_weights(mass[1:], self._options.weighting)
         for pair, gram in self._state.grams.items():
             if pair.layer == layer:
                 gram.add(self._x[pair.boundary], y, weights)
@@ -171,16 +176,16 @@ class _Job:
         solved: list[tuple[int, NewTensor]] = []
         for (boundary, layer), gram in self._state.grams.items():
             own = self._weights.own_projection(layer, gram.xy.shape[1])
-            fitted = fit.fit_layer(layer, gram, own, self._settings.ridge)
-            solved += [(boundary, each) for each in fit.encode(fitted, self._settings.kv_type)]
+            fitted = fit.fit_layer(layer, gram, own, self._options.ridge)
+            solved += [(boundary, each) for each in fit.encode(fitted, self._options.kv_type)]
             self._keep()
         for boundary, tensor in solved:
             self._state.tensors.setdefault(boundary, []).append(tensor)
 
     def _calibration(self) -> Calibration:
-        text, settings = self._state.text, self._settings
+        text, options = self._state.text, self._options
         return Calibration(
-            text.name, text.sha256, text.n_tokens, settings.ridge, settings.weighting.value
+            text.name, text.sha256, text.n_tokens, options.ridge, options.weighting.value
         )
 
 
@@ -190,13 +195,13 @@ def _rms_epsilon(source: Source) -> float:
 
 
 def _identity(
-    plans: Sequence[Plan], source: Source, settings: Settings, groups: tuple[tuple[Pair, ...], ...]
+    plans: Sequence[Plan], source: Source, options: FitOptions, groups: tuple[tuple[Pair, ...], ...]
 ) -> str:
-    """Differs wherever two calibrations would: model, schedules, text, settings."""
+    """Differs wherever two calibrations would: model, schedules, text, options."""
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
-    if settings.text:
-        parts.append(hashlib.sha256(whole_text(settings.text).encode()).hexdigest())
+    if options.text:
+        parts.append(hashlib.sha256(whole_text(options.text).encode()).hexdigest())
     parts += [source.name, source.size_bytes, *(plan.schedule for plan in plans)]
-    parts += [*map(tuple, chain.from_iterable(groups)), settings.n_tokens]
-    parts += [settings.ridge, settings.weighting.value, settings.kv_type.value]
+    parts += [*map(tuple, chain.from_iterable(groups)), options.n_tokens(plans[0].shape.n_embd)]
+    parts += [options.ridge, options.weighting.value, options.kv_type.value]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

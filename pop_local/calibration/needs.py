@@ -1,18 +1,23 @@
 """What a calibration takes: how often the text is read, and how much memory."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from converter import fit
 from converter.plan import Plan
 from converter.shape import ModelShape
 from converter.source import Source
+from pop_local.calibration.options import FitOptions
 from pop_local.calibration.samples import MAX_SEQUENCES
-from pop_local.calibration.texts import N_WINDOW
+from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 300 * 10**6
+# Where the machine does not say what is free.
+_FALLBACK_BYTES = 4 * 10**9
 
 
 class Pair(NamedTuple):
@@ -33,6 +38,31 @@ class Needs:
     groups: tuple[tuple[Pair, ...], ...]
     sums_bytes: int
     total_bytes: int
+
+
+def free_bytes() -> int:
+    """The memory that programs could take now."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):
+        return _FALLBACK_BYTES
+
+
+def sums_limit_bytes(options: FitOptions) -> int:
+    """What the sums of a pass may take: as the options say, else half of what is free."""
+    return free_bytes() // 2 if options.memory_bytes is None else options.memory_bytes
+
+
+def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Needs:
+    """What a fit of all plans takes. Raises CalibrationError for too few tokens."""
+    n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
+    n_sampled = n_sampled_of(n_windows) if options.text is None else 0
+    return plan_needs(plans, source, sums_limit_bytes(options), n_sampled)
 
 
 def plan_needs(

@@ -17,15 +17,17 @@ from pop_local.commands.options import (
     Theme,
     Threads,
     TopP,
+    hardware,
     sampling,
 )
-from pop_local.commands.ready import open_ready
 from pop_local.models.names import DEFAULT_MODEL
 from pop_local.ui.chat.chat import Chat
 from pop_local.ui.chat.screen import TerminalScreen
 from pop_local.ui.chat.start import conversation, talk
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.theme import look, note
+from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.open import open_in_full, open_model
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -54,19 +56,19 @@ def chat(
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
     screen = TerminalScreen(look(theme))
 
-    def open_model(name: str | None, n_ctx: int | None) -> "PopModel":
-        return open_ready(
-            name or model,
-            threads=threads,
-            ctx=n_ctx or ctx,
-            gpu_layers=gpu_layers,
-            no_pop=no_pop,
-            pop=None if name else pop,
-        )
+    open_as_asked = open_in_full if no_pop else open_model
+    on = hardware(threads, gpu_layers)
+
+    def open_named(name: str | None, n_ctx: int | None) -> "PopModel":
+        sidecar = None if name else pop
+        with terminal_watch() as watch:
+            return open_as_asked(
+                name or model, sidecar, n_ctx=n_ctx or ctx, hardware=on, watch=watch
+            )
 
     chosen = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    opened = open_model(None, None)
-    begun = conversation(opened, open_model, screen, system=system, sampling=chosen)
+    opened = open_named(None, None)
+    begun = conversation(opened, open_named, screen, system=system, sampling=chosen)
     begun.warn_of_base()
     if sys.stdin.isatty():
         _greet(begun)

@@ -9,6 +9,7 @@ import typer
 
 from converter.errors import PopError
 from converter.output import replacing
+from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.config.folders import state_dir
 from pop_local.config.settings import Scalar, Setting, Value
@@ -43,7 +44,7 @@ class Report:
 @config.callback()
 def show(
     context: typer.Context,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Show each setting and where it comes from: a default, the file, the environment.
 

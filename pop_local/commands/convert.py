@@ -1,41 +1,46 @@
 """`pop-local convert IN.gguf [OUT.gguf]`: write the model with its pruning schedule."""
 
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from converter.format import FITTED, PopMeta
-from converter.macs import with_min_prompt
-from converter.plan import DEFAULT_SKIP, TAIL_TOKENS, Plan, Skip, make_plan
-from converter.shape import source_shape
-from converter.source import read_source
-from pop_local.commands.budgeting import (
-    MaxCopyRatio,
-    MaxKl,
-    QualityOption,
-    convert_within,
-    given_budget,
-    possible_boundaries,
-)
-from pop_local.commands.converting import Job, fit_and_write
-from pop_local.commands.describing import facts, show_written
-from pop_local.commands.fitting import (
-    FitOptions,
+from converter.format import Budget, PopMeta
+from converter.plan import TAIL_TOKENS
+from pop_local.calibration.options import FitOptions
+from pop_local.commands.options import (
+    GpuLayers,
+    Json,
     KvTypeOption,
     Memory,
     ProjectionName,
     Ridge,
+    Threads,
     Tokens,
     WeightingOption,
-    fit_facts,
+    given_fit,
+    hardware,
+    named_depth,
+    no_fit,
+    positive,
 )
-from pop_local.commands.forms import COPY, SIDECAR
-from pop_local.commands.options import GpuLayers, Threads, share
-from pop_local.models.names import resolve_base
-from pop_local.ui.tables import print_facts
+from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
+from pop_local.ui.views import conversion as view
+from pop_local.ui.views.trials import show_trials
+from pop_local.ui.watch import stoppable_watch
+from pop_local.workflows.convert import plan_conversion, run_conversion
+from pop_local.workflows.options import Depth, RowOptions, Within
+from pop_local.workflows.refusals import OverBudgetError
 
-STATE_SUFFIX = ".calibration"
+
+class QualityName(str, Enum):
+    """The named budgets."""
+
+    NEAR_LOSSLESS = NEAR_LOSSLESS.quality
+    BALANCED = BALANCED.quality
+    FAST = FAST.quality
 
 
 def convert(
@@ -55,9 +60,28 @@ def convert(
         int | None,
         typer.Option(metavar="LAYER", help="The first layer to skip, instead of --skip."),
     ] = None,
-    quality: QualityOption = None,
-    max_kl: MaxKl = None,
-    max_copy_ratio: MaxCopyRatio = None,
+    quality: Annotated[
+        QualityName | None,
+        typer.Option(help=f"What may be lost, without --skip. Default: {BALANCED.quality}"),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            min=0.0,
+            callback=positive,
+            help="Largest KL divergence from the full model, instead of --quality.",
+        ),
+    ] = None,
+    max_copy_ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            min=0.0,
+            callback=positive,
+            help="Largest perplexity of a repeated passage, in the full model's; likewise.",
+        ),
+    ] = None,
     sink: Annotated[
         int, typer.Option(min=0, help="First tokens of a prompt to run in full.")
     ] = PopMeta.sink_tokens,
@@ -117,7 +141,7 @@ def convert(
             " no longer copy from its prompt.",
         ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Make a copy of a model that reads long prompts faster.
 
@@ -132,58 +156,55 @@ def convert(
     the copy too (and runs it in full). With --sidecar the model itself stays the file to open, here
     and elsewhere.
     """
-    skipped = _skipped(skip, boundary)
-    has_depth = (skip, boundary) != (None, None)
-    budget = given_budget(quality, max_kl, max_copy_ratio, has_depth=has_depth)
-    path = resolve_base(model)
-    source = read_source(path)
-    shape = source_shape(source)
-    form = SIDECAR if sidecar else COPY
-    target = output or form.default_path(source)
-    options = FitOptions(
-        tokens=tokens,
-        text=text,
-        kv_type=kv_type,
-        ridge=ridge,
-        weighting=weighting,
-        memory_gb=memory,
-        state_path=target.with_name(f".{target.name}{STATE_SUFFIX}") if resume else None,
-    )
-    if projection is ProjectionName.OWN:
-        options.require_none("--projection own fits nothing")
-    options.require_text(shape.n_embd)
-
-    def planned(**depth: Any) -> Plan:
-        plan = make_plan(
-            shape,
-            **depth,
-            sink_tokens=sink,
-            tail_tokens=tail,
-            min_prompt=min_prompt or 0,
-            projection=projection.value,
+    named = named_depth(skip, boundary)
+    depth: Depth = named or Within(_budget(quality, max_kl, max_copy_ratio))
+    if named is not None and (quality, max_kl, max_copy_ratio) != (None, None, None):
+        raise typer.BadParameter(
+            "--skip and --boundary say how deep: leave out --quality, --max-kl and --max-copy-ratio"
         )
-        return with_min_prompt(plan) if min_prompt is None else plan
-
-    job = Job(source, target, form, options, threads, gpu_layers, force)
-    if budget is not None:
-        plans = tuple(planned(boundary=each) for each in possible_boundaries(shape))
-        convert_within(budget, plans, job, dry_run=dry_run, json=json)
-        return
-    plan = planned(skip=skipped, boundary=boundary)
-    sizes = job.measure(plan)
+    fit = given_fit(tokens, text, kv_type, ridge, weighting, memory)
+    if projection is ProjectionName.OWN:
+        no_fit(fit, "--projection own fits nothing")
+    planned = plan_conversion(
+        model,
+        output,
+        depth=depth,
+        fit=None if projection is ProjectionName.OWN else fit or FitOptions(),
+        rows=RowOptions(sink, tail, min_prompt),
+        output="sidecar" if sidecar else "copy",
+        resume=resume,
+        hardware=hardware(threads, gpu_layers),
+    )
     if not json:
-        fit = fit_facts((plan,), source, options) if plan.projection == FITTED else []
-        print_facts([*facts(plan, job, sizes), *fit])
-    meta = None
-    if not dry_run:
-        job.check_target(sizes)
-        meta = fit_and_write(plan, job, allow_broken_copy=force)
-    show_written(plan, job, sizes, meta, (), json=json)
+        view.show_plan(planned)
+    elif dry_run:
+        view.print_plan_json(planned)
+    if dry_run:
+        return
+    try:
+        with stoppable_watch() as watch:
+            done = run_conversion(planned, force=force, watch=watch)
+    except OverBudgetError as error:
+        if not json:
+            show_trials(error.trials)
+        raise
+    if json:
+        view.print_converted_json(planned, done)
+    else:
+        view.show_converted(planned, done)
 
 
-def _skipped(skip: str | None, boundary: int | None) -> Skip:
-    if skip is None:
-        return DEFAULT_SKIP
-    if boundary is not None:
-        raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
-    return share(skip, "--skip")
+def _budget(
+    quality: QualityName | None, max_kl: float | None, max_copy_ratio: float | None
+) -> Budget:
+    """As asked for; what is not given is that of BALANCED."""
+    if (max_kl, max_copy_ratio) == (None, None):
+        return BUDGETS[quality.value] if quality else BALANCED
+    if quality is not None:
+        raise typer.BadParameter("give --quality, or limits of your own, not both")
+    return replace(
+        BALANCED,
+        quality="custom",
+        max_kl=BALANCED.max_kl if max_kl is None else max_kl,
+        max_copy_ratio=BALANCED.max_copy_ratio if max_copy_ratio is None else max_copy_ratio,
+    )

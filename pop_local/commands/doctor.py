@@ -5,18 +5,20 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 from rich.text import Text
 
 from converter.errors import PopError
 from pop_local import __version__
+from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.engine.llama import backend
 from pop_local.models.names import DEFAULT_MODEL, find, lookup, models_dir, resolve
+from pop_local.models.sizes import size
 from pop_local.ui.printable import printable
-from pop_local.ui.tables import print_json, size
+from pop_local.ui.tables import print_json
 from pop_local.ui.theme import out
 
 Status = Literal["ok", "note", "fix"]
@@ -45,7 +47,7 @@ class Diagnosis:
 
 
 def doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Check the backend, the devices, memory and models; exit 1 if something must be fixed."""
     checks = (*_program(), *_backend(), *_machine(), *_models())

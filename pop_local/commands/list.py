@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from pop_local.commands.options import Json
 from pop_local.models.names import models_dir
+from pop_local.models.sizes import size
 from pop_local.models.stored import Stored, stock
-from pop_local.ui.tables import Column, Table, print_json, print_table, size
+from pop_local.ui.tables import Column, Table, print_json, print_table
 from pop_local.ui.theme import note
 
 _COLUMNS = (
@@ -31,7 +30,7 @@ class Listing:
 
 
 def list(  # noqa: A001
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Show the models folder: sizes, architectures, boundaries, what is damaged.
 

@@ -1,13 +1,19 @@
 """Options that several commands share, and what they turn into."""
 
 import math
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from converter.errors import PlanError
-from converter.plan import Skip, parse_skip
+from converter.fit import RIDGE, KvType, Weighting
+from converter.plan import parse_skip
+from pop_local.workflows.options import Boundary, Hardware, Skip
+
+if TYPE_CHECKING:
+    from pop_local.calibration.options import FitOptions
 
 
 def finite(value: float | None) -> float | None:
@@ -22,14 +28,6 @@ def positive(value: float | None) -> float | None:
     if value is not None and value <= 0:
         raise typer.BadParameter(f"{value:g} leaves nothing to allow: give more than 0")
     return finite(value)
-
-
-def share(text: str, option: str) -> Skip:
-    """As `parse_skip`; what it refuses is wrong usage of the option."""
-    try:
-        return parse_skip(text)
-    except PlanError as error:
-        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option) from error
 
 
 Threads = Annotated[
@@ -73,7 +71,6 @@ Theme = Annotated[
     ),
 ]
 NoPop = Annotated[bool, typer.Option("--no-pop", help="Read prompts in full, without pruning.")]
-
 Pop = Annotated[
     Path | None,
     typer.Option(
@@ -82,6 +79,9 @@ Pop = Annotated[
         help="The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, if there is one.",
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")]
+ReplacePlot = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing plot.")]
 
 DEFAULT_THEME = "terminal"
 
@@ -89,3 +89,106 @@ DEFAULT_THEME = "terminal"
 def sampling(**options: Any) -> dict[str, Any]:
     """The options that were given; the engine has its own defaults for the others."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def hardware(threads: int | None, gpu_layers: int) -> Hardware:
+    """What to compute on."""
+    return Hardware(threads, gpu_layers)
+
+
+# How deep
+
+
+def share(text: str, option: str) -> Skip:
+    """A share of the layers; what cannot be one is wrong usage of the option."""
+    try:
+        parse_skip(text)
+    except PlanError as error:
+        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option) from error
+    return Skip(text)
+
+
+def named_depth(skip: str | None, boundary: int | None) -> Skip | Boundary | None:
+    """What --skip or --boundary says; None where neither was given."""
+    if skip is not None and boundary is not None:
+        raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
+    if skip is not None:
+        return share(skip, "--skip")
+    return None if boundary is None else Boundary(boundary)
+
+
+# The fit
+
+
+class ProjectionName(str, Enum):
+    """Whose K/V projections context tokens get in skipped layers."""
+
+    FITTED = "fitted"
+    OWN = "own"
+
+
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", min=1, help="Tokens to fit on. Default: 24 per dimension, 16384 at least."
+    ),
+]
+KvTypeOption = Annotated[
+    KvType | None, typer.Option("--kv-type", help="Type of the fitted weights. Default: q8_0.")
+]
+Ridge = Annotated[
+    float | None,
+    typer.Option(
+        "--ridge",
+        min=0.0,
+        callback=finite,
+        help=f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
+    ),
+]
+WeightingOption = Annotated[
+    Weighting | None,
+    typer.Option(
+        "--weighting",
+        help="Whether tokens count by the attention they receive. Default: attention.",
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory",
+        metavar="GB",
+        min=0.0,
+        max=1e9,
+        callback=finite,
+        help="For the fit's sums. Default: half of what is free.",
+    ),
+]
+
+
+def given_fit(
+    tokens: int | None,
+    text: Path | None,
+    kv_type: KvType | None,
+    ridge: float | None,
+    weighting: Weighting | None,
+    memory_gb: float | None,
+) -> "FitOptions | None":
+    """The options of the fit that were given, the others by default; None where none was."""
+    from pop_local.calibration.options import FitOptions
+
+    memory_bytes = None if memory_gb is None else int(memory_gb * 10**9)
+    given = sampling(
+        tokens=tokens,
+        text=text,
+        kv_type=kv_type,
+        ridge=ridge,
+        weighting=weighting,
+        memory_bytes=memory_bytes,
+    )
+    return FitOptions(**given) if given else None
+
+
+def no_fit(given: "FitOptions | None", of: str) -> None:
+    """Wrong usage if options of the fit were given: `of` says why they belong to nothing."""
+    if given is not None:
+        raise typer.BadParameter(f"options of the fit were given, but {of}")

@@ -11,8 +11,8 @@ from pop_local.fetching.catalog import fetch
 from pop_local.fetching.hub import fetch_from_hub, find_on_hub, is_hub
 from pop_local.fetching.url import fetch_url, file_name, is_url
 from pop_local.models.names import find, models_dir
+from pop_local.models.sizes import size
 from pop_local.ui.progress import bytes_progress
-from pop_local.ui.tables import size
 from pop_local.ui.theme import note, say, warn
 
 

@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from converter.errors import PopError
+from pop_local.commands.options import Json
 from pop_local.models.names import lookup, models_dir
+from pop_local.models.sizes import size
 from pop_local.models.stored import removable, total_bytes
-from pop_local.ui.tables import print_json, size
+from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note, say
 
 
@@ -31,7 +33,7 @@ def rm(
         ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Remove models, converted copies or unfinished downloads from the models folder.
 

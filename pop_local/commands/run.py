@@ -14,6 +14,7 @@ from pop_local.commands.options import (
     DEFAULT_THEME,
     Ctx,
     GpuLayers,
+    Json,
     MaxTokens,
     NoPop,
     Pop,
@@ -22,9 +23,9 @@ from pop_local.commands.options import (
     Theme,
     Threads,
     TopP,
+    hardware,
     sampling,
 )
-from pop_local.commands.ready import open_ready
 from pop_local.engine.sessions.conversation import Document, Turn
 from pop_local.engine.turn import Chunk, ContextFullError, Message, Reading, TurnStats
 from pop_local.texts.decoding import decoded
@@ -37,13 +38,15 @@ from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, warn
 from pop_local.ui.views.stats import counted_line, stats_line
+from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.open import open_in_full, open_model
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
 
 
 @dataclass(frozen=True)
-class Answer:
+class RunAnswer:
     """What `--json` prints."""
 
     model: str
@@ -69,7 +72,7 @@ def run(
             "--file", "-f", help="Text, PDF or DOCX to ask about; can be given several times."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
     pop: Pop = None,
     no_pop: NoPop = False,
@@ -91,9 +94,11 @@ def run(
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
     screen = TerminalScreen(look(theme))
     options = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    opened = open_ready(
-        model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop, pop=pop
-    )
+    open_as_asked = open_in_full if no_pop else open_model
+    with terminal_watch() as watch:
+        opened = open_as_asked(
+            model, pop, n_ctx=ctx, hardware=hardware(threads, gpu_layers), watch=watch
+        )
     for document in turn.documents:
         n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))
@@ -150,11 +155,11 @@ def _show(screen: TerminalScreen, chunks: Iterator[Chunk]) -> None:
             screen.note(stats_line(chunk.stats))
 
 
-def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> Answer:
+def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> RunAnswer:
     pieces = list(chunks)
     stats = pieces[-1].stats
     assert stats is not None, "the last chunk carries the figures"
-    return Answer(
+    return RunAnswer(
         model=opened.model_path,
         text="".join(chunk.text for chunk in pieces),
         pop=bool(opened.pop_mode),

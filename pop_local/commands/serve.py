@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from converter.errors import PopError
-from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads
-from pop_local.commands.ready import open_ready
+from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads, hardware
 from pop_local.ui.theme import note, warn
+from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.open import open_in_full, open_model
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -61,9 +62,11 @@ def serve(
     from pop_local.server.app import ServerOptions, create_app
     from pop_local.server.run import run_app
 
-    opened = open_ready(
-        model, threads=threads, ctx=ctx, gpu_layers=gpu_layers, no_pop=no_pop, pop=pop
-    )
+    open_as_asked = open_in_full if no_pop else open_model
+    with terminal_watch() as watch:
+        opened = open_as_asked(
+            model, pop, n_ctx=ctx, hardware=hardware(threads, gpu_layers), watch=watch
+        )
     try:
         name = name or Path(opened.model_path).stem
         app = create_app(opened, ServerOptions(name=name, api_key=api_key, host=host))

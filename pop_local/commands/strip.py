@@ -11,9 +11,11 @@ from converter.format import PopMeta, pop_meta
 from converter.header import read_header
 from converter.rewrite import strip as write_original
 from converter.source import is_sidecar
+from pop_local.commands.options import Json
 from pop_local.models.names import resolve
+from pop_local.models.sizes import size
 from pop_local.ui.progress import bytes_progress
-from pop_local.ui.tables import print_facts, print_json, size
+from pop_local.ui.tables import print_facts, print_json
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def strip(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace an existing output.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Turn a converted file back into the original, byte for byte (checked by its hash).
 

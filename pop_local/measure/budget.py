@@ -131,3 +131,18 @@ def _copying_excesses(budget: Budget, quality: "Quality") -> list[tuple[float, f
 
 def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
     return estimate.value - limit, estimate.se or 0.0
+
+
+def limits_in_words(budget: Budget) -> str:
+    """What a budget allows, in the order of `figures_in_words`."""
+    return (
+        f"KL {budget.max_kl:g}, copy ratio {budget.max_copy_ratio:g}, "
+        f"{budget.least_retention:.0%} kept of copying random tokens"
+    )
+
+
+def figures_in_words(quality: "Quality") -> str:
+    """What a budget looks at."""
+    retention = quality.induction_retention
+    kept = "" if retention is None else f", {retention.value:.0%} kept of copying random tokens"
+    return f"KL {quality.kl_mean.value:.4g}, copy ratio {quality.copy_ppl_ratio.value:.3f}{kept}"

@@ -15,6 +15,7 @@ import typer
 from rich.text import Text
 
 from converter.errors import PopError, StoppedError
+from pop_local.ui import hints
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import err
 
@@ -84,8 +85,8 @@ def as_pop_error(error: Exception) -> PopError:
 def show(error: PopError) -> None:
     """Two lines on stderr: what is wrong, what to do."""
     _labelled("error", error.message)
-    if error.hint:
-        _labelled("hint", error.hint)
+    if hint := hints.hint_of(error):
+        _labelled("hint", hint)
 
 
 def _labelled(label: str, text: str) -> None:

@@ -103,16 +103,6 @@ def _jsonable(value: object) -> object:
     raise TypeError(f"no JSON for {type(value).__name__}")
 
 
-def size(n_bytes: int) -> str:
-    """Bytes for people: decimal units, as download pages and disks give them."""
-    amount = float(n_bytes)
-    for unit in ("B", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.2f} GB"
-
-
 Fact = tuple[str, str]
 
 

@@ -32,8 +32,9 @@ from converter.plan import make_plan, parse_skip
 from converter.shape import read_shape
 from converter.source import read_source
 from measure_convert import anonymous_bytes
-from pop_local.calibration.job import Settings, Watch, calibrate
+from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.options import FitOptions
 from pop_local.calibration.samples import MAX_SEQUENCES, StepBatch, sample_windows
 from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.engine.llama.backend import bindings
@@ -41,7 +42,7 @@ from pop_local.engine.llama.batch import Outputs, TokenBatch
 from shared import DEFAULTS, add_header
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SILENT = Watch(lambda done, total: None, lambda done, total: None, lambda: False)
+SILENT = Follow(lambda done, total: None, lambda done, total: None, lambda: False)
 MAX_FIT_RATIO, MAX_SAMPLING_RATIO = 4.0, 3.0
 LLAMA_1B = replace(
     DEFAULTS["llama"],
@@ -64,7 +65,7 @@ def times(options: argparse.Namespace) -> dict[str, Any]:
     """Medians of rounds, in each of which everything runs once."""
     shape, source = read_shape(options.model), read_source(options.model)
     plan = make_plan(shape, skip=parse_skip(options.skip), projection="fitted")
-    settings = Settings(options.tokens, options.text)
+    settings = FitOptions(options.tokens, options.text, memory_bytes=1 << 30)
     n_windows = options.tokens // N_WINDOW
     n_sampled = max(1, n_windows // 2)
     with LoadedModel(options.model, n_threads=options.threads) as model:

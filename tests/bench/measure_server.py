@@ -31,8 +31,8 @@ from typing import Any
 
 from overhead import Answered, Overhead, overhead, parser, pinned, report
 from pop_local.commands import run as run_module
-from shared import served
 from pop_local.engine.model import PopModel
+from shared import served
 
 QUESTION = "Write a long guide to this place in Markdown, with headings, lists and **bold** words."
 OTHER_QUESTION = "Who are you?"
@@ -74,7 +74,7 @@ def now_s(pid: int, clock: str) -> float:
 def child(options: argparse.Namespace) -> None:
     """Answers lines of JSON with what `run --json` prints, in one line."""
     model = PopModel(options.model, n_ctx=options.ctx, n_threads=1, n_gpu_layers=0)
-    run_module.open_ready = lambda *_, **__: model
+    run_module.open_model = lambda *_, **__: model
     questions, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO())
     for line in questions:
         question, n_decode = json.loads(line)

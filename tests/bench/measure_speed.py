@@ -1,6 +1,6 @@
 """Speed against the unpatched library: time to first token, and decoding. Not a test.
 
-    python tests/bench/measure_speed.py MODEL.gguf --unpatched FOLDER [--skips 1/4,1/3,1/2] [--pairs 9]
+    python tests/bench/measure_speed.py MODEL.gguf --unpatched FOLDER [--skips 1/4,1/3] [--pairs 9]
 
 FOLDER holds upstream's libllama of the same release and flags. Two child processes stay open, on
 one core and one thread: one with the unpatched library and llama_cpp's own `Llama.generate`, one

@@ -9,7 +9,7 @@ import pytest
 
 from converter.errors import PlanError, PopError
 from converter.shape import read_shape
-from pop_local.commands import analyze as command
+from pop_local.calibration import needs
 from pop_local.engine.model import PopModel
 from pop_local.measure import depth
 from pop_local.measure.depth import (
@@ -183,7 +183,7 @@ def test_on_other_architectures_the_probes_still_run(tmp_path, text):
 
 def test_too_little_memory_says_how_much_and_what_to_lower(model, text, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setattr(command, "free_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(needs, "free_bytes", lambda: 100_000_000)
     done = analyze(model, "--text", text, *UNFITTED)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
@@ -215,7 +215,7 @@ def test_too_short_a_context_is_said_before_anything_is_loaded(
     def load(*_: object) -> NoReturn:
         raise PopError("loaded")
 
-    monkeypatch.setattr("pop_local.commands.analyzing._opened", load)
+    monkeypatch.setattr("pop_local.workflows.analyze._Run._opened", load)
     done = analyze(model, "--text", text, *UNFITTED, "--no-gates", "--context", context)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())

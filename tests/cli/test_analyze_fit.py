@@ -9,13 +9,17 @@ import pytest
 
 from converter.shape import read_shape
 from converter.source import read_source
+from pop_local.calibration import needs
 from pop_local.calibration.needs import plan_needs
-from pop_local.commands import analyzing
-from pop_local.commands.fitting import FitOptions
 from pop_local.measure import budget
 from pop_local.measure.depth import Depth, deepest_within, with_qualities, worth_measuring
 from pop_local.measure.estimate import Estimate
+from pop_local.measure.heldout import Text
 from pop_local.measure.quality import Quality
+from pop_local.workflows import analyze as analyzing
+from pop_local.workflows.analyze import AnalyzeOptions
+from pop_local.workflows.events import Watch
+from pop_local.workflows.options import Hardware
 from support.analyzed import FITTED, UNFITTED, analyze, report
 from support.synthetic import make_gguf
 
@@ -80,7 +84,7 @@ def test_tokens_without_a_fit_are_wrong_usage(model):
 
 
 def test_too_little_memory_for_the_fit(model, text, monkeypatch):
-    monkeypatch.setattr(analyzing, "free_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(needs, "free_bytes", lambda: 100_000_000)
     done = analyze(model, "--text", text, *FITTED)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
@@ -91,15 +95,15 @@ def test_too_little_memory_for_the_fit(model, text, monkeypatch):
 
 
 def test_as_many_boundaries_as_there_is_memory_for(model, monkeypatch):
-    run = SimpleNamespace(
-        source=read_source(model), shape=read_shape(model), fit_tokens=2048, gpu_layers=0
-    )
-    plans = [analyzing._plan(run, boundary) for boundary in (3, 4)]  # type: ignore[arg-type]
-    sums = [plan_needs(plans[:n], run.source, 1 << 40).sums_bytes for n in (1, 2)]
-    monkeypatch.setattr(FitOptions, "memory_bytes", property(lambda options: sums[0]))
-    assert analyzing._affordable(plans, run) == plans[:1]  # type: ignore[arg-type]
-    monkeypatch.setattr(FitOptions, "memory_bytes", property(lambda options: sums[1]))
-    assert analyzing._affordable(plans, run) == plans  # type: ignore[arg-type]
+    source = read_source(model)
+    options = AnalyzeOptions(fit_tokens=2048)
+    run = analyzing._Run(source, read_shape(model), Text("none", ()), options, Hardware(), Watch())
+    plans = [run._plan(boundary) for boundary in (3, 4)]
+    sums = [plan_needs(plans[:n], source, 1 << 40).sums_bytes for n in (1, 2)]
+    monkeypatch.setattr(needs, "sums_limit_bytes", lambda options: sums[0])
+    assert run._affordable(plans) == plans[:1]
+    monkeypatch.setattr(needs, "sums_limit_bytes", lambda options: sums[1])
+    assert run._affordable(plans) == plans
 
 
 def test_prose_is_measured_down_to_one_boundary_past_hope():

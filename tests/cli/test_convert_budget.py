@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from converter.format import read_pop_meta
 from pop_local.calibration import activations
 from pop_local.cli import app
-from pop_local.commands import budgeting
 from pop_local.measure import bracket, probes, quality
 from pop_local.measure.budget import Bracket
+from pop_local.workflows import search as searching
 from support.converted import names
 from support.synthetic import make_gguf
 
@@ -28,15 +28,17 @@ FEW = ("--tokens", 2048, "--threads", 1, "--gpu-layers", 0)
 # The command, stopped for good where it measures the first fitted candidate.
 STOPPED = """
 import sys, time
-from pop_local.commands import budgeting
+from pop_local.workflows import search as searching
 from pop_local.measure import quality
 from pop_local.measure.budget import Bracket
 
-def measure(*_):
+def measure(*arguments):
     print("measuring", flush=True)
-    time.sleep(600)
+    while True:
+        time.sleep(0.1)
+        arguments[-1](0, 1)
 
-budgeting._Search._bracket = lambda self: Bracket(4, 6, 7)
+searching._Search._bracket = lambda self: Bracket(4, 6, 7)
 quality.measure_unless = measure
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", *sys.argv[1:]]
@@ -59,8 +61,8 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_windows(monkeypatch):
-    monkeypatch.setattr(budgeting, "N_FIRST_WINDOWS", 1)
-    monkeypatch.setattr(budgeting, "N_WINDOWS", 2)
+    monkeypatch.setattr(searching, "N_FIRST_WINDOWS", 1)
+    monkeypatch.setattr(searching, "N_WINDOWS", 2)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     monkeypatch.setattr(bracket, "LOOK", replace(bracket.LOOK, n_windows=1, n_draws=1))
 
@@ -111,7 +113,7 @@ def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
 
 
 def test_own_projections_need_no_fit(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("pop_local.commands.converting.fit", None)
+    monkeypatch.setattr("pop_local.workflows.fits.calibrate", None)
     done = convert(base, "--projection", "own", "--threads", 1, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
@@ -150,7 +152,7 @@ def test_contradictions_are_wrong_usage(base, tmp_path, options):
 
 
 def test_an_output_in_the_way_is_refused_before_measuring(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(budgeting, "_Search", None)
+    monkeypatch.setattr(searching, "_Search", None)
     (tmp_path / "tiny.pop.gguf").touch()
     refused = convert(base)
     assert refused.exit_code == 1
@@ -169,7 +171,7 @@ def test_an_output_in_the_way_is_refused_before_measuring(base, tmp_path, monkey
 def test_what_no_fit_could_use_is_refused_before_measuring(
     base, tmp_path, monkeypatch, options, reason
 ):
-    monkeypatch.setattr(budgeting, "_Search", None)
+    monkeypatch.setattr(searching, "_Search", None)
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("ten bytes.")
     for dry_run in ((), ("--dry-run",)):
@@ -179,7 +181,7 @@ def test_what_no_fit_could_use_is_refused_before_measuring(
 
 
 def test_dry_run_says_what_would_be_tried(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(budgeting, "_Search", None)
+    monkeypatch.setattr(searching, "_Search", None)
     done = convert(base, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
     assert "from 7 down to 4" in done.stdout
@@ -195,7 +197,7 @@ def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
     base, text, tmp_path, monkeypatch
 ):
     options = (base, "--text", text, *FEW, *LOOSE, "--resume")
-    monkeypatch.setattr(budgeting._Search, "_bracket", lambda self: Bracket(4, 6, 7))
+    monkeypatch.setattr(searching._Search, "_bracket", lambda self: Bracket(4, 6, 7))
     with monkeypatch.context() as stopping:
         stopping.setattr(quality, "measure_unless", _interrupt)
         stopped = convert(*options, "--memory", 1)

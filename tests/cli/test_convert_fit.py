@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from converter.format import read_pop_meta
 from pop_local.cli import app
-from pop_local.commands import examining
 from pop_local.measure import budget, probes
+from pop_local.workflows import examine as examining
 from support.calibrating import words
 from support.converted import names
 from support.synthetic import make_gguf
@@ -236,7 +236,7 @@ def test_a_fit_outlasts_a_stop_of_what_follows(
 ):
     options = (tiny, "--text", text, "--resume")
     with monkeypatch.context() as stopping:
-        stopping.setattr(examining.Examiner, "__call__", _interrupt)
+        stopping.setattr(examining.Examination, "of_fit", _interrupt)
         stopped = convert(*options)
     assert stopped.exit_code == 130
     assert "goes on from there" in stopped.stderr

@@ -165,7 +165,7 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeyp
     [
         (["--boundary", "8"], "1 to 7"),
         (["--sweep", "1/3,9"], "9 of 8 layers cannot be skipped"),
-        (["--ctx", "100"], "--ctx gives 100"),
+        (["--ctx", "100"], "100 are given"),
         (["--windows", "500"], "tokens are needed"),
         (["--context", "17"], "none would be pruned"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
@@ -228,10 +228,10 @@ def test_options_of_the_fit_without_it_are_wrong_usage(plain):
 
 
 def test_too_small_a_context_is_said_before_the_fit(plain, text, monkeypatch):
-    monkeypatch.setattr("pop_local.commands.evaluating.fitted_sidecars", None)
+    monkeypatch.setattr("pop_local.workflows.evaluate.fitted_sidecars", None)
     done = evaluate(plain, "--text", text, *SHORT, "--fit", "--skip", "1/4", "--ctx", 100)
     assert done.exit_code == 1
-    assert "--ctx gives 100" in " ".join(done.stderr.split())
+    assert "100 are given" in " ".join(done.stderr.split())
 
 
 def test_a_converted_file_is_not_fitted_again(pop_file, temporary):

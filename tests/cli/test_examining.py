@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 
 from converter.format import read_pop_meta
 from pop_local.cli import app
-from pop_local.commands import converting, examining
 from pop_local.measure import bracket, budget, probes
 from pop_local.measure.estimate import Estimate
+from pop_local.workflows import examine as examining
+from pop_local.workflows import fits
 from support.calibrating import words
 from support.synthetic import make_gguf
 
@@ -92,7 +93,7 @@ def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, text, tmp_path,
     monkeypatch.setattr(bracket, "own_retention", lambda *_: Estimate(0.1, 0.01))
     arguments = (tiny, "--boundary", 6, "--text", text, "--tokens", 2048)
     with monkeypatch.context() as unfitted:
-        unfitted.setattr(converting, "fit", None)
+        unfitted.setattr(fits, "calibrate", None)
         done = convert(*arguments)
     assert done.exit_code == 1
     assert "10% of copying random tokens is kept with own projections, and no fit" in done.stderr
@@ -121,7 +122,7 @@ def test_what_cannot_be_measured_is_written_all_the_same(tiny, tmp_path):
 
 
 def test_a_fit_that_could_not_be_measured_is_not_begun(tiny, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(converting, "fit", None)
+    monkeypatch.setattr(fits, "calibrate", None)
     done = convert(tiny, "--boundary", 5, "--tail", 600, "--text", text, "--tokens", 2048)
     assert done.exit_code == 1
     assert "the fit could not be measured: of a context of 512 tokens none" in done.stderr

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -17,14 +18,25 @@ from converter.shape import read_shape
 from converter.sidecar import sidecar_beside
 from converter.source import read_source
 from pop_local.cli import app
-from pop_local.commands import converting
-from pop_local.commands.ready import files_at_depth, model_files
 from pop_local.engine.model import PopModel
 from pop_local.models import names as models
 from pop_local.models.files import ModelFiles
 from pop_local.models.names import DEFAULT_MODEL, find
+from pop_local.ui.watch import terminal_watch
+from pop_local.workflows import open as opening
+from pop_local.workflows.options import Hardware
 from support.converted import Pair, made_up, names, paired
 from support.synthetic import make_gguf, make_split
+
+
+def model_files(model: str | None, sidecar: Path | None = None) -> ModelFiles:
+    with terminal_watch() as watch:
+        return opening.model_files(model, sidecar, hardware=Hardware(), watch=watch)
+
+
+def files_at_depth(model: str, sidecar: Path | None) -> ModelFiles:
+    with terminal_watch() as watch:
+        return opening.files_at_depth(model, sidecar, hardware=Hardware(), watch=watch)
 
 
 def command(*arguments: object, text: str = "") -> Result:
@@ -108,19 +120,19 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
     seen = []
 
-    def measure(model: PopModel, *_: object) -> str:
+    def measure(model: PopModel, *_: object) -> tuple[SimpleNamespace]:
         seen.append((Path(model.model_path), model.meta and model.meta.projection))
         assert sidecar_beside(read_source(base)) is None, "not in its place yet"
-        return "quality"
+        return (SimpleNamespace(boundary=4),)
 
-    monkeypatch.setattr("pop_local.commands.examining._measure", measure)
-    monkeypatch.setattr("pop_local.commands.examining.copies", lambda quality: True)
-    monkeypatch.setattr("pop_local.commands.examining.is_inside", lambda *_: True)
+    monkeypatch.setattr("pop_local.workflows.examine.measure_depths", measure)
+    monkeypatch.setattr("pop_local.workflows.examine.copies", lambda quality: True)
+    monkeypatch.setattr("pop_local.workflows.examine.is_inside", lambda *_: True)
     monkeypatch.setattr(
-        "pop_local.commands.examining.measured", lambda quality: Measured(kl_mean=0.25)
+        "pop_local.workflows.examine.measured", lambda quality: Measured(kl_mean=0.25)
     )
     plan = make_plan(read_shape(base), projection="fitted", boundary=4)
-    monkeypatch.setattr(converting, "fit", lambda *_, **__: (made_up(plan),))
+    monkeypatch.setattr("pop_local.workflows.fits.Fitter.fit", lambda *_, **__: (made_up(plan),))
     done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)
     assert done.exit_code == 0, done.stderr
     assert seen == [(base, "fitted")]

@@ -15,10 +15,10 @@ from converter.errors import FormatError, PopError
 from converter.sidecar import read_sidecar
 from converter.source import read_source
 from pop_local.cli import app
+from pop_local.engine.model import PopModel
 from support.converted import Pair, paired
 from support.raw import Job, run
 from support.synthetic import make_gguf
-from pop_local.engine.model import PopModel
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,14 @@ from converter.plan import make_plan
 from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.calibration.activations import reading
-from pop_local.calibration.job import Settings, Watch, calibrate
+from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]
-SILENT = Watch(lambda done, total: None, lambda done, total: None, lambda: False)
+SILENT = Follow(lambda done, total: None, lambda done, total: None, lambda: False)
 
 
 class Recorder:
@@ -33,8 +34,8 @@ class Recorder:
         self.layers.setdefault(layer, []).append((k.copy(), v.copy(), mass.copy()))
 
 
-def settings(text: Path, **others: object) -> Settings:
-    made = Settings(N_TOKENS, text, kv_type=KvType.F32)
+def settings(text: Path, **others: object) -> FitOptions:
+    made = FitOptions(N_TOKENS, text, kv_type=KvType.F32, memory_bytes=1 << 30)
     return replace(made, **others)  # type: ignore[arg-type]
 
 
@@ -42,15 +43,15 @@ def planned(path: Path, boundary: int = BOUNDARY):
     return make_plan(read_shape(path), boundary=boundary, sink_tokens=0, projection="fitted")
 
 
-def fitted(path: Path, options: Settings, watch: Watch = SILENT):
-    [found] = fitted_at((BOUNDARY,), path, options, watch)
+def fitted(path: Path, options: FitOptions, follow: Follow = SILENT):
+    [found] = fitted_at((BOUNDARY,), path, options, follow)
     return found
 
 
-def fitted_at(boundaries, path: Path, options: Settings, watch: Watch = SILENT):
+def fitted_at(boundaries, path: Path, options: FitOptions, follow: Follow = SILENT):
     plans = [planned(path, boundary) for boundary in boundaries]
     with LoadedModel(path, n_threads=1) as model:
-        return calibrate(plans, model, read_source(path), options, watch)
+        return calibrate(plans, model, read_source(path), options, follow).fitted
 
 
 def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> Recorder:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from converter.errors import PopError
 from pop_local.config.folders import sessions_dir
 from pop_local.config.nearest import nearest_hint
+from pop_local.models.sizes import size
 from pop_local.ui.chat.chat import Chat
 from pop_local.ui.chat.screen import Choice
-from pop_local.ui.tables import size
 
 if TYPE_CHECKING:
     from pop_local.engine.sessions.session_file import Sessions

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import compress
 from math import sqrt
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.bar import Bar
@@ -19,12 +18,11 @@ from pop_local.ui.theme import out
 from pop_local.ui.views.quality import figures
 
 if TYPE_CHECKING:
-    from converter.format import Budget, Calibration
     from pop_local.measure.depth import Depth
     from pop_local.measure.estimate import Estimate
-    from pop_local.measure.heldout import Text
     from pop_local.measure.importance import Importance, Stage
     from pop_local.measure.quality import Quality
+    from pop_local.workflows.analyze import Analysis
 
 _BAR_WIDTH = 8
 _ROOMY_WIDTH, _BARS_WIDTH = 100, 80
@@ -40,28 +38,6 @@ _INDUCTION = (
     "what is kept of the full model's gain on repeated random tokens, with own projections; Lost: "
     "by skipping this layer, too"
 )
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """`importance` is None where the gates were left out; `depths` from the deepest layer on.
-
-    `calibration`: of the fits, None where there are none. `chosen`: the deepest boundary that
-    `budget` accepts on these figures.
-    """
-
-    model: Path
-    text: Text
-    seed: int
-    importance: Importance | None
-    depths: tuple[Depth, ...]
-    calibration: Calibration | None
-    budget: Budget
-    chosen: Depth | None
-
-    @property
-    def cliff(self) -> tuple[Depth, ...]:
-        return tuple(depth for depth in self.depths if depth.is_cliff)
 
 
 def as_json(found: Analysis) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.output import replacing
-from pop_local.ui.views.analysis import Analysis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.importance import Importance
     from pop_local.measure.quality import Quality
+    from pop_local.workflows.analyze import Analysis
 
 # Skipping the last layer alone changes nothing, which a logarithm cannot show.
 _LEAST_SHOWN = 1e-4

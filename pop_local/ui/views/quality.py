@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import PopError
-from converter.output import replacing
-from pop_local.ui.tables import Column, Fact, Table
+from converter.output import check_output, replacing
+from pop_local.ui.tables import Column, Fact, Table, markdown, print_facts
+from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
-    from converter.fit import KvType
-    from converter.format import Calibration
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.needle import Needle
     from pop_local.measure.quality import Quality
+    from pop_local.workflows.evaluate import Evaluation, Row
 
 
 ALWAYS_SKIP = "always-skip"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One depth; `speedup_limit` by multiply-accumulates, `needle` None where it was not asked.
-
-    `always_skip`: the baseline that skips the same layers for every token, None if not measured.
-    `calibration`, `kv_type`: of fitted projections, else None.
-    """
-
-    n_skipped: int
-    projection: str
-    speedup_limit: float
-    quality: Quality
-    needle: Needle | None
-    always_skip: Quality | None = None
-    calibration: Calibration | None = None
-    kv_type: KvType | None = None
 
 
 def flat(row: Row) -> dict[str, Any]:
@@ -169,14 +151,18 @@ def _found(needle: Needle | None) -> str:
     return f"answered {needle.pruned_hits} of {needle.n} pruned, {needle.full_hits} in full"
 
 
-def require_matplotlib() -> None:
-    """Raises PopError when there is none; to be called before hours of measuring."""
+def require_plot(path: Path, model: Path, *, force: bool) -> None:
+    """Refuse, before hours of measuring, what could not be drawn or must not be written.
+
+    Raises PopError.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise PopError(
             "--plot needs matplotlib", "install it with: pip install 'pop-local[plot]'"
         ) from error
+    check_output(path, (model,), 0, force=force)
 
 
 def plot(rows: Sequence[Row], path: Path, *, force: bool) -> None:
@@ -210,3 +196,39 @@ def plot(rows: Sequence[Row], path: Path, *, force: bool) -> None:
     figure.suptitle("layers skipped by context tokens")
     with replacing(path, force=force) as file:
         figure.savefig(file, format="png", dpi=150)
+
+
+def show_evaluation(found: Evaluation) -> None:
+    """Facts for one depth; a table for several, or with a baseline."""
+    path, text, first = str(found.model), found.text.name, found.rows[0]
+    if len(found.rows) == 1 and first.always_skip is None:
+        print_facts([("Model", path), ("Text", text), *facts(first)])
+        return
+    show_sweep(found)
+
+
+def show_sweep(found: Evaluation) -> None:
+    """A table with a row for each depth."""
+    q = found.rows[0].quality
+    lines = [
+        f"{found.model}: {q.n_windows} windows of {q.n_context} + {q.n_continuation} tokens",
+        f"{found.text.name}; ± one standard error",
+        "",
+        markdown(table(found.rows)),
+    ]
+    say("\n".join(lines))
+
+
+def evaluation_json(found: Evaluation) -> dict[str, Any]:
+    """The only depth as one object."""
+    return _json_head(found) | flat(found.rows[0])
+
+
+def sweep_json(found: Evaluation) -> dict[str, Any]:
+    """All depths, in a list of rows."""
+    return _json_head(found) | {"rows": [flat(row) for row in found.rows]}
+
+
+def _json_head(found: Evaluation) -> dict[str, Any]:
+    text = found.text
+    return {"model": str(found.model), "text": {"name": text.name, "sha256": text.sha256}}

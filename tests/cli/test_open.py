@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from converter.errors import OutputExistsError, PopError
-from converter.format import OWN, read_pop_meta
-from pop_local.commands import converting, ready
-from pop_local.commands.converting import Job
-from pop_local.commands.ready import files_at_depth, model_file
+from converter.format import read_pop_meta
 from pop_local.engine.llama import backend
 from pop_local.models import names as models
 from pop_local.models.names import DEFAULT_MODEL, find
+from pop_local.ui.watch import terminal_watch
+from pop_local.workflows import open as opening
+from pop_local.workflows.events import Watch
+from pop_local.workflows.options import Hardware
 from support.synthetic import make_gguf
 
 
@@ -30,10 +31,20 @@ def store(tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
     monkeypatch.setattr(models, "load_catalog", lambda: (entry,))
-    monkeypatch.setattr(ready, "fetch", fetch)
+    monkeypatch.setattr(opening, "fetch", fetch)
     # Two threads on a busy machine wait for each other.
     monkeypatch.setattr(backend, "default_threads", lambda: 1)
     return folder
+
+
+def model_file(model: str | None) -> Path:
+    with terminal_watch() as watch:
+        return opening.model_files(model, None, hardware=Hardware(), watch=watch).path
+
+
+def at_depth(model: str) -> Path:
+    with terminal_watch() as watch:
+        return opening.files_at_depth(model, None, hardware=Hardware(), watch=watch).path
 
 
 def test_it_is_fitted(store, capsys):
@@ -45,25 +56,25 @@ def test_it_is_fitted(store, capsys):
 
 
 def test_the_conversion_takes_threads_and_gpu_layers(store, monkeypatch):
-    jobs = []
-    monkeypatch.setattr(converting, "fit_and_write", lambda plan, job: jobs.append(job))
-    ready.model_files(None, threads=3, gpu_layers=0)
-    assert [(job.n_threads, job.n_gpu_layers) for job in jobs] == [(3, 0)]
+    taken = []
+    monkeypatch.setattr(opening, "convert", lambda *_, **how: taken.append(how["hardware"]))
+    opening.model_files(None, None, hardware=Hardware(3, 0), watch=Watch())
+    assert taken == [Hardware(3, 0)]
 
 
 def test_another_process_may_be_faster(store, monkeypatch):
-    def beaten(plan: object, job: Job) -> None:
-        job.target.write_bytes(b"theirs")
-        raise OutputExistsError(f"{job.target} appeared meanwhile", "")
+    def beaten(path: Path, target: Path, **_: object) -> None:
+        target.write_bytes(b"theirs")
+        raise OutputExistsError(f"{target} appeared meanwhile", "")
 
-    monkeypatch.setattr(converting, "fit_and_write", beaten)
+    monkeypatch.setattr(opening, "convert", beaten)
     assert model_file(None).read_bytes() == b"theirs"
 
 
 @pytest.fixture
 def unfitted(store, monkeypatch) -> Path:
     """The fit takes seconds."""
-    monkeypatch.setattr(ready, "FITTED", OWN)
+    monkeypatch.setattr(opening, "_FIT", None)
     return store
 
 
@@ -100,8 +111,8 @@ def test_a_fetched_model_is_only_converted(unfitted, capsys, tmp_path):
 
 
 def test_the_unconverted_file_of_a_name(store, tmp_path):
-    assert files_at_depth("smollm2", None).path == store / "tiny.gguf"
-    assert files_at_depth(str(tmp_path / "tiny.gguf"), None).path == tmp_path / "tiny.gguf"
+    assert at_depth("smollm2") == store / "tiny.gguf"
+    assert at_depth(str(tmp_path / "tiny.gguf")) == tmp_path / "tiny.gguf"
 
 
 def test_a_path_is_taken_as_it_is(store, tmp_path, capsys):

@@ -3,18 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from converter.format import PopMeta
 from converter.plan import Plan
-from converter.rewrite import Examine, Fitted, Progress, Sizes, convert, measure
+from converter.rewrite import Examine, Fitted, Sizes, convert, measure
+from converter.rewrite import Progress as BytesProgress
 from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
 from converter.source import Source
 from pop_local.models.files import ModelFiles
 
+OutputName = Literal["copy", "sidecar"]
+
 
 class Writer(Protocol):
-    """`convert` and `write_sidecar` of the converter."""
+    """`rewrite.convert` and `sidecar.write_sidecar` of the converter."""
 
     def __call__(
         self,
@@ -24,17 +27,20 @@ class Writer(Protocol):
         *,
         fitted: Fitted | None,
         examine: Examine | None,
-        progress: Progress,
+        progress: BytesProgress,
         force: bool,
     ) -> PopMeta: ...
 
 
 @dataclass(frozen=True)
-class Form:
-    """`files`: what to open, from the source and what was written."""
+class Output:
+    """One kind of output.
 
-    name: str
-    progress: str
+    `stage` names what writing it takes, `files(source, written)` are what to open then.
+    """
+
+    name: OutputName
+    stage: str
     measure: Callable[[Plan, Path, str], Sizes]
     default_path: Callable[[Source], Path]
     write: Writer
@@ -45,7 +51,7 @@ def _copy_path(source: Source) -> Path:
     return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
 
 
-COPY = Form(
+COPY = Output(
     "copy",
     "Writing, then reading back",
     measure,
@@ -53,6 +59,7 @@ COPY = Form(
     convert,
     lambda src, written: ModelFiles(written),
 )
-SIDECAR = Form(
+SIDECAR = Output(
     "sidecar", "Reading the model", measure_sidecar, sidecar_path, write_sidecar, ModelFiles
 )
+OUTPUTS: dict[OutputName, Output] = {output.name: output for output in (COPY, SIDECAR)}

@@ -1,0 +1,57 @@
+"""How to fit: one set of options for the library, the commands and the kept state."""
+
+import glob
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converter.fit import RIDGE, KvType, Weighting
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to fit the K/V projections of skipped layers.
+
+    `tokens`: how many to read, None for a number by the model. `text`: a file or a folder, None for
+    Python's documentation and samples of the model. `memory_bytes`: for the sums of a pass over
+    the text, None for half of what is free. `state_path`: where a stopped fit is kept, None for
+    nowhere.
+    """
+
+    tokens: int | None = None
+    text: Path | None = None
+    kv_type: KvType = KvType.Q8_0
+    ridge: float = RIDGE
+    weighting: Weighting = Weighting.ATTENTION
+    memory_bytes: int | None = None
+    state_path: Path | None = None
+
+    def n_tokens(self, n_embd: int) -> int:
+        """How many tokens are read, in whole windows. Raises CalibrationError for too few."""
+        from pop_local.calibration.texts import N_WINDOW, default_tokens, n_windows
+
+        if self.tokens is None:
+            return default_tokens(n_embd)
+        return n_windows(self.tokens, n_embd) * N_WINDOW
+
+    def require_text(self, n_embd: int) -> None:
+        """Refuses what a fit would refuse, before anything is measured. Raises PopError."""
+        from pop_local.calibration.texts import require_text
+
+        self.n_tokens(n_embd)
+        if self.text is not None:
+            require_text(self.text, n_embd)
+
+    def at(self, boundary: int) -> "FitOptions":
+        """The same with a state file of its own, for one of several fits."""
+        if self.state_path is None:
+            return self
+        path = self.state_path
+        return replace(self, state_path=path.with_name(f"{path.name}-{boundary}"))
+
+    def kept(self) -> list[Path]:
+        """The state files that are there, of whatever boundaries (`at`)."""
+        if self.state_path is None:
+            return []
+        name = glob.escape(self.state_path.name)
+        folder = self.state_path.parent
+        return sorted([*folder.glob(name), *folder.glob(f"{name}-[0-9]*")])

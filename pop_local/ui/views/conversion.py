@@ -1,0 +1,183 @@
+"""What `convert` says: facts for people, one object for --json."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from converter.format import FITTED
+from converter.macs import LIMIT_PROMPT, limit_of
+from converter.sidecar import sidecar_path
+from pop_local.calibration.needs import fit_needs
+from pop_local.calibration.texts import DEFAULT_NAME
+from pop_local.measure.budget import FAST
+from pop_local.models.sizes import size
+from pop_local.ui.tables import Fact, print_facts, print_json
+from pop_local.ui.theme import note
+from pop_local.ui.views.trials import budget_fact, show_trials
+from pop_local.workflows.options import Within
+
+if TYPE_CHECKING:
+    from converter.format import Measured
+    from converter.plan import Plan
+    from converter.rewrite import Sizes
+    from pop_local.workflows.convert import Conversion
+    from pop_local.workflows.results import Converted
+
+_HOW = "first without a fit, then those near the budget as they will be used"
+
+
+def show_plan(conversion: Conversion) -> None:
+    """What is going to be done, before it begins."""
+    sizes = conversion.sizes
+    if isinstance(conversion.depth, Within):
+        print_facts(_search_facts(conversion))
+        return
+    plan = conversion.deepest
+    print_facts([*_plan_facts(conversion, plan, sizes), *_fit_facts(conversion)])
+
+
+def show_converted(conversion: Conversion, done: Converted) -> None:
+    """What was found, chosen and written."""
+    if isinstance(conversion.depth, Within):
+        show_trials(done.trials)
+        print_facts(_plan_facts(conversion, done.plan, done.sizes))
+    quality = measured_facts(done.meta.measured) if done.meta.measured else []
+    print_facts([*quality, ("Written", str(done.path))])
+    if conversion.output.name == "sidecar" and done.path != sidecar_path(conversion.source):
+        note(f"It is looked for beside the model only: open it with --pop {done.path}.")
+
+
+def print_plan_json(conversion: Conversion) -> None:
+    """The plan as one object; of a search, the boundaries that may be chosen."""
+    if isinstance(conversion.depth, Within):
+        print_json(
+            _common(conversion, conversion.deepest)
+            | {
+                "boundaries": [plan.boundary for plan in conversion.plans],
+                "most_output_bytes": conversion.sizes.output_bytes,
+                "most_speedup_limit": limit_of(conversion.deepest),
+                "budget": conversion.depth.budget,
+            }
+        )
+        return
+    print_json(_object(conversion, conversion.deepest, conversion.sizes))
+
+
+def print_converted_json(conversion: Conversion, done: Converted) -> None:
+    """What was written as one object; `tried`: what a search measured."""
+    found = {
+        "source_sha256": done.meta.source_sha256,
+        "calibration": done.meta.calibration,
+        "measured": done.meta.measured,
+        "tried": done.trials,
+    }
+    print_json(_object(conversion, done.plan, done.sizes) | found)
+
+
+def _object(conversion: Conversion, plan: Plan, sizes: Sizes) -> dict[str, Any]:
+    """`memory_bytes`: the most that a fit takes, the model included; None without one."""
+    fit = conversion.fit if plan.projection == FITTED else None
+    needs = None if fit is None else fit_needs((plan,), conversion.source, fit)
+    return _common(conversion, plan) | {
+        "boundary": plan.boundary,
+        "n_skipped": plan.n_skipped,
+        "schedule": plan.schedule,
+        "output_bytes": sizes.output_bytes,
+        "memory_bytes": needs.total_bytes if needs else None,
+        "limit_n_prompt": LIMIT_PROMPT,
+        "speedup_limit": limit_of(plan),
+        "source_sha256": None,
+        "calibration": None,
+        "measured": None,
+        "budget": plan.budget,
+        "tried": (),
+    }
+
+
+def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
+    return {
+        "source": str(conversion.path),
+        "output": str(conversion.target),
+        "form": conversion.output.name,
+        "architecture": plan.shape.arch,
+        "n_layer": plan.shape.n_layer,
+        "projection": plan.projection,
+        "sink_tokens": plan.sink_tokens,
+        "tail_tokens": plan.tail_tokens,
+        "min_prompt": plan.min_prompt,
+        "source_bytes": conversion.sizes.source_bytes,
+    }
+
+
+def _plan_facts(conversion: Conversion, plan: Plan, sizes: Sizes) -> list[Fact]:
+    depth = [("Boundary", f"layer {plan.boundary}"), ("Schedule", plan.schedule)]
+    return _facts(conversion, plan, str(plan.n_skipped), depth, size(sizes.output_bytes))
+
+
+def _search_facts(conversion: Conversion) -> list[Fact]:
+    assert isinstance(conversion.depth, Within)
+    first, last = conversion.plans[0], conversion.deepest
+    depth = [
+        budget_fact(conversion.depth.budget),
+        ("Boundaries", f"bisected from {first.boundary} down to {last.boundary}: {_HOW}"),
+    ]
+    layers = f"as many as the budget allows, {last.n_skipped} at most"
+    output = f"up to {size(conversion.sizes.output_bytes)}"
+    return _facts(conversion, last, layers, depth, output)
+
+
+def _facts(
+    conversion: Conversion, plan: Plan, layers: str, depth: list[Fact], output: str
+) -> list[Fact]:
+    """`layers` are skipped, `depth` says why or where, and what is written takes `output`."""
+    kept = f"the first {plan.sink_tokens} and last {plan.tail_tokens} tokens"
+    read = size(conversion.sizes.source_bytes)
+    limit = f"at most {limit_of(plan):.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"
+    return [
+        ("Model", str(conversion.path)),
+        ("Architecture", plan.shape.arch),
+        ("Layers", f"{plan.shape.n_layer}, of which context tokens skip {layers}"),
+        *depth,
+        ("K/V of skipped", f"{plan.projection} projections; {_opened_by(conversion, plan)}"),
+        ("Always in full", kept),
+        ("Size", f"{read}, {conversion.output.name} {output}"),
+        ("Speed-up", limit),
+    ]
+
+
+def _opened_by(conversion: Conversion, plan: Plan) -> str:
+    if conversion.output.name == "sidecar":
+        return "the model itself stays as it is, for any program"
+    if plan.projection == FITTED:
+        return "the copy opens in pop-local only, since stock llama.cpp refuses added tensors"
+    return "stock llama.cpp opens the copy, too"
+
+
+def _fit_facts(conversion: Conversion) -> list[Fact]:
+    plan, options = conversion.deepest, conversion.fit
+    if options is None or plan.projection != FITTED:
+        return []
+    needs = fit_needs((plan,), conversion.source, options)
+    n_passes = len(needs.groups)
+    passes = "one pass" if n_passes == 1 else f"{n_passes} passes, {n_passes} times the work"
+    n_tokens = options.n_tokens(plan.shape.n_embd)
+    return [
+        ("Fitted on", f"{options.text or DEFAULT_NAME}: {n_tokens:,} tokens in {passes}"),
+        ("Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit"),
+    ]
+
+
+def measured_facts(found: Measured) -> list[Fact]:
+    """What a file says of its quality, or was just found."""
+    quality = (
+        f"KL {found.kl_mean:.4f} ± {found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times the "
+        f"full model's, same first choice {found.top1_agreement:.1%}"
+    )
+    copying = (
+        f"perplexity {found.copy_ppl_ratio:.3f} times the full model's, {found.copy_top1:.1%} of "
+        "its tokens the first choice"
+    )
+    broken = found.copy_ppl_ratio > FAST.max_copy_ratio
+    limit = f"BROKEN: above {FAST.max_copy_ratio:g} a model can no longer copy from its prompt"
+    warning = [("", limit)] if broken else []
+    return [("Quality", quality), ("Copying", copying), *warning]

@@ -1,0 +1,87 @@
+"""What `inspect` says of models and of sidecars."""
+
+from converter.format import OWN, PopMeta
+from pop_local.models.sizes import size
+from pop_local.ui.tables import Fact
+from pop_local.ui.views.conversion import measured_facts
+from pop_local.ui.views.trials import budget_fact
+from pop_local.workflows.inspect import Inspection, SidecarInspection, TensorGroup
+from pop_local.workflows.verify import Verification
+
+
+def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:
+    """The inspection for people."""
+    facts = _model_facts(found) if isinstance(found, Inspection) else _sidecar_facts(found)
+    return facts + (_verification_facts(found.verification) if found.verification else [])
+
+
+def _model_facts(found: Inspection) -> list[Fact]:
+    files = f", in {found.n_files} files" if found.n_files > 1 else ""
+    supported = "can be pruned" if found.architecture_supported else "cannot be pruned"
+    return [
+        ("File", found.file),
+        ("Size", f"{size(found.size_bytes)}{files}"),
+        ("Name", found.name or "none given"),
+        ("Architecture", f"{found.architecture} ({supported})"),
+        ("Layers", f"{found.n_layer}, width {found.n_embd}"),
+        ("Trained context", f"{found.n_ctx_train:,} tokens"),
+        ("Chat template", "yes" if found.has_chat_template else "no: a base model"),
+        ("Tensors", _tensors(found.tensors)),
+        *([("Sidecar", found.sidecar)] if found.sidecar else []),
+        *_pruning_facts(found.pop),
+        ("Stock llama.cpp", _stock(found)),
+    ]
+
+
+def _sidecar_facts(found: SidecarInspection) -> list[Fact]:
+    return [
+        ("File", found.file),
+        ("Size", size(found.size_bytes)),
+        ("Sidecar of", found.model or f"{found.pop.source_name}, which does not lie beside it"),
+        ("Tensors", _tensors(found.tensors)),
+        *_pruning_facts(found.pop),
+    ]
+
+
+def _stock(found: Inspection) -> str:
+    if not found.opens_in_stock_llama_cpp:
+        return "refuses it: it does not know the fitted projections"
+    is_marked = found.pop is not None and found.sidecar is None
+    return "opens it, and runs it in full" if is_marked else "opens it as before"
+
+
+def _tensors(groups: tuple[TensorGroup, ...]) -> str:
+    texts = [f"{g.n_tensors} {g.type} ({size(g.size_bytes)})" for g in groups]
+    return ", ".join(texts) or "none"
+
+
+def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
+    if meta is None:
+        return [("Pruning", "none: not converted (see `pop-local convert`)")]
+    skipped = f"{meta.n_layer - meta.boundary} of {meta.n_layer} layers"
+    own = meta.projection == OWN
+    return [
+        ("Boundary", f"layer {meta.boundary}: context tokens skip the last {skipped}"),
+        ("Schedule", meta.schedule),
+        ("K/V projections", "own: the layers' own weights" if own else meta.projection),
+        ("Always in full", f"the first {meta.sink_tokens} and last {meta.tail_tokens} tokens"),
+        ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
+        *([budget_fact(meta.budget), ("", meta.budget.tried)] if meta.budget else []),
+        *(measured_facts(meta.measured) if meta.measured else []),
+        ("Converted from", meta.source_name or "unknown"),
+        ("Its sha256", meta.source_sha256 or "unknown"),
+        ("Converted by", meta.tool or "unknown"),
+    ]
+
+
+def _verification_facts(verification: Verification) -> list[Fact]:
+    verdict = {
+        None: "nothing to compare with",
+        True: "unchanged: stripping gives back the file it was converted from",
+        False: "CHANGED: not the file it was converted from",
+    }
+    name = verification.catalog_name
+    return [
+        ("sha256", verification.sha256),
+        ("Verified", f"the catalog's {name}" if name else verdict[verification.unchanged]),
+    ]

@@ -1,0 +1,64 @@
+"""A workflow's Watch on the terminal: bars, notes and warnings on stderr, Ctrl-C."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from converter.errors import PopError
+from pop_local.ui.hints import hint_of
+from pop_local.ui.interrupt import deferred_interrupt
+from pop_local.ui.progress import Advance, bytes_progress, token_progress
+from pop_local.ui.theme import note, warn
+from pop_local.workflows.events import Unit, Watch
+
+_BARS = {Unit.TOKENS: token_progress, Unit.BYTES: bytes_progress}
+
+
+class _Stages:
+    """One bar at a time: it is put away for the next stage, for a note, and at the end."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._stage = ("", Unit.TOKENS)
+        self._bar: Advance | None = None
+
+    def begin(self, name: str, unit: Unit) -> None:
+        self.end()
+        self._stage = (name, unit)
+
+    def advance(self, done: int, total: int) -> None:
+        if self._bar is None:
+            name, unit = self._stage
+            self._bar = self._stack.enter_context(_BARS[unit](name))
+        self._bar(done, total)
+
+    def end(self) -> None:
+        self._stack.close()
+        self._bar = None
+
+
+@contextmanager
+def terminal_watch() -> Iterator[Watch]:
+    """Shows what a workflow does; Ctrl-C raises KeyboardInterrupt wherever the work is."""
+    stages = _Stages()
+
+    def tell(text: str) -> None:
+        stages.end()
+        note(text)
+
+    def tell_warning(error: PopError) -> None:
+        stages.end()
+        hint = hint_of(error)
+        warn(f"Warning: {error.message}{'; ' * bool(hint)}{hint}.")
+
+    try:
+        yield Watch(stages.begin, stages.advance, tell, tell_warning)
+    finally:
+        stages.end()
+
+
+@contextmanager
+def stoppable_watch() -> Iterator[Watch]:
+    """As `terminal_watch`; the first Ctrl-C is asked for, so that a fit can be kept."""
+    with deferred_interrupt() as interrupt, terminal_watch() as watch:
+        yield replace(watch, should_stop=lambda: interrupt.asked)

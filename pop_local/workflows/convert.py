@@ -1,0 +1,275 @@
+"""Conversion as a library call: choose a depth, fit, examine, write."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converter.errors import PopError, StoppedError, WriteError
+from converter.format import FITTED, OWN, Measured, PopMeta
+from converter.macs import limit_of, with_min_prompt
+from converter.plan import Plan, make_plan, parse_skip
+from converter.rewrite import Examine, Fitted, Sizes, check_target
+from converter.shape import ModelShape, source_shape
+from converter.source import Source, read_source
+from pop_local.calibration.options import FitOptions
+from pop_local.measure.budget import BALANCED
+from pop_local.models.names import resolve_base
+from pop_local.workflows.events import Unit, Watch
+from pop_local.workflows.options import Boundary, Depth, Hardware, RowOptions, Skip, Within
+from pop_local.workflows.outputs import OUTPUTS, Output, OutputName
+from pop_local.workflows.refusals import CopyingBrokenError, NotMeasuredError
+from pop_local.workflows.results import Chosen, Converted
+
+STATE_SUFFIX = ".calibration"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is planned; nothing is measured or written yet.
+
+    `plans`: the one whose depth the caller named, or all that a search may choose, from the
+    shallowest on. `sizes`: of the deepest. `fit`: None for own projections.
+    """
+
+    source: Source
+    target: Path
+    output: Output
+    depth: Depth
+    plans: tuple[Plan, ...]
+    sizes: Sizes
+    fit: FitOptions | None
+    hardware: Hardware
+
+    @property
+    def path(self) -> Path:
+        return self.source.first.path
+
+    @property
+    def deepest(self) -> Plan:
+        return self.plans[-1]
+
+    @property
+    def speedup_limit(self) -> float:
+        """By multiply-accumulates, of the deepest plan."""
+        return limit_of(self.deepest)
+
+    def sizes_of(self, plan: Plan) -> Sizes:
+        """What writing one of the plans reads and writes, in bytes."""
+        kv_type = (self.fit or FitOptions()).kv_type
+        return self.output.measure(plan, self.path, kv_type.value)
+
+
+def convert(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    depth: Depth = Within(BALANCED),  # noqa: B008 (frozen)
+    fit: FitOptions | None = FitOptions(),  # noqa: B008
+    rows: RowOptions = RowOptions(),  # noqa: B008
+    output: OutputName = "copy",
+    resume: bool = False,
+    force: bool = False,
+    hardware: Hardware = Hardware(),  # noqa: B008
+    watch: Watch = Watch(),  # noqa: B008
+) -> Converted:
+    """Convert a model, given by path or name, so that it reads long prompts faster.
+
+    `depth` names a budget of quality, within which the deepest boundary is searched, or the depth
+    itself. `fit` None leaves the skipped layers their own projections. `out` None is a name beside
+    the model: NAME.pop.gguf, or NAME.pop-sidecar.gguf for a sidecar. With `resume` a fit that is
+    stopped is kept beside `out`, and a kept one goes on. `force` replaces an existing output, and
+    writes a named depth that can no longer copy. Raises PopError: OutputExistsError,
+    OverBudgetError, CopyingBrokenError and others; an earlier output stays then, and nothing new is
+    left. Raises StoppedError when the watch says so.
+    """
+    planned = plan_conversion(
+        model,
+        out,
+        depth=depth,
+        fit=fit,
+        rows=rows,
+        output=output,
+        resume=resume,
+        hardware=hardware,
+    )
+    return run_conversion(planned, force=force, watch=watch)
+
+
+def plan_conversion(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    depth: Depth = Within(BALANCED),  # noqa: B008
+    fit: FitOptions | None = FitOptions(),  # noqa: B008
+    rows: RowOptions = RowOptions(),  # noqa: B008
+    output: OutputName = "copy",
+    resume: bool = False,
+    hardware: Hardware = Hardware(),  # noqa: B008
+) -> Conversion:
+    """Settle what `convert` would do, in milliseconds. Raises PopError for what it would refuse."""
+    source = read_source(resolve_base(os.fspath(model)))
+    shape = source_shape(source)
+    kind = OUTPUTS[output]
+    target = kind.default_path(source) if out is None else Path(out)
+    if fit is not None:
+        fit.require_text(shape.n_embd)
+        if resume:
+            fit = replace(fit, state_path=target.with_name(f".{target.name}{STATE_SUFFIX}"))
+    plans = _plans(shape, depth, rows, OWN if fit is None else FITTED)
+    kv_type = (fit or FitOptions()).kv_type
+    sizes = kind.measure(plans[-1], source.first.path, kv_type.value)
+    return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
+
+
+def _plans(shape: ModelShape, depth: Depth, rows: RowOptions, projection: str) -> tuple[Plan, ...]:
+    def plan(**where: object) -> Plan:
+        made = make_plan(
+            shape,
+            **where,  # type: ignore[arg-type]
+            sink_tokens=rows.sink_tokens,
+            tail_tokens=rows.tail_tokens,
+            min_prompt=rows.min_prompt or 0,
+            projection=projection,
+        )
+        return with_min_prompt(made) if rows.min_prompt is None else made
+
+    if isinstance(depth, Boundary):
+        return (plan(boundary=depth.layer),)
+    if isinstance(depth, Skip):
+        return (plan(skip=parse_skip(depth.share)),)
+    from pop_local.measure.depth import boundaries
+
+    return tuple(plan(boundary=boundary) for boundary in boundaries(shape))
+
+
+def run_conversion(
+    conversion: Conversion,
+    *,
+    force: bool = False,
+    watch: Watch = Watch(),  # noqa: B008
+) -> Converted:
+    """Do what is planned; see `convert`."""
+    check_target(conversion.path, conversion.target, conversion.sizes, force=force)
+    warnings: list[PopError] = []
+
+    def warned(error: PopError) -> None:
+        warnings.append(error)
+        watch.on_warning(error)
+
+    run = _Run(conversion, force, replace(watch, on_warning=warned))
+    chosen, meta = run.within() if isinstance(conversion.depth, Within) else run.as_named()
+    plan = chosen.plan
+    return Converted(
+        path=conversion.target,
+        plan=plan,
+        meta=meta,
+        sizes=conversion.sizes_of(plan),
+        trials=chosen.trials,
+        warnings=tuple(warnings),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One conversion under way."""
+
+    conversion: Conversion
+    force: bool
+    watch: Watch
+
+    def within(self) -> tuple[Chosen, PopMeta]:
+        from pop_local.workflows.search import Candidates, search
+
+        planned = self.conversion
+        assert isinstance(planned.depth, Within)
+        options = planned.fit or FitOptions()
+        candidates = Candidates(planned.source, planned.plans, options, planned.hardware)
+        with _resumable(options, self.watch):
+            chosen = search(candidates, planned.depth.budget, self.watch)
+            return chosen, self._write(chosen.plan, chosen.fitted, _known(chosen.measured))
+
+    def as_named(self) -> tuple[Chosen, PopMeta]:
+        [plan] = self.conversion.plans
+        if plan.projection != FITTED:
+            found = self._own(plan)
+            return Chosen(plan, None, found), self._write(plan, None, _known(found))
+        from pop_local.workflows.examine import Examination
+        from pop_local.workflows.fits import Fitter
+
+        planned = self.conversion
+        assert planned.fit is not None, "own projections are fitted to nothing"
+        examination = Examination(
+            plan, planned.path, planned.hardware, self.watch, allow_broken_copy=self.force
+        )
+        examination.before_fit()
+        with _resumable(planned.fit, self.watch):
+            fitter = Fitter(planned.source, planned.fit, planned.hardware, self.watch)
+            [fitted] = fitter.fit((plan,), planned.fit.state_path)
+            meta = self._write(
+                plan,
+                fitted,
+                lambda written: examination.of_fit(planned.output.files(planned.path, written)),
+            )
+        return Chosen(plan, fitted, meta.measured), meta
+
+    def _own(self, plan: Plan) -> Measured | None:
+        """What own projections lose; None where that cannot be measured, as without llama.cpp."""
+        planned = self.conversion
+        try:
+            from pop_local.workflows.examine import Examination
+        except PopError as error:
+            self.watch.on_warning(NotMeasuredError(error))
+            return None
+        return Examination(
+            plan, planned.path, planned.hardware, self.watch, allow_broken_copy=True
+        ).of_own()
+
+    def _write(self, plan: Plan, fitted: Fitted | None, examine: Examine | None) -> PopMeta:
+        planned = self.conversion
+        output = planned.output
+        advance = self.watch.stage(output.stage, Unit.BYTES)
+
+        def examined(written: Path) -> Measured:
+            assert examine is not None
+            found = examine(written)
+            self.watch.on_stage(output.stage, Unit.BYTES)
+            return found
+
+        return output.write(
+            plan,
+            planned.path,
+            planned.target,
+            fitted=fitted,
+            examine=examine and examined,
+            progress=advance,
+            force=self.force,
+        )
+
+
+def _known(found: Measured | None) -> Examine | None:
+    """What was measured before anything is written; None where nothing is known."""
+    return None if found is None else lambda written: found
+
+
+@contextmanager
+def _resumable(options: FitOptions, watch: Watch) -> Iterator[None]:
+    """Around a fit and what follows it: it is kept when that is stopped or cannot be written."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, StoppedError, WriteError):
+        if kept := ", ".join(map(str, options.kept())):
+            watch.on_note(
+                f"What was read is kept in {kept}: the same conversion goes on from there."
+            )
+        raise
+    except CopyingBrokenError:
+        _forget(options)
+        raise
+    _forget(options)
+
+
+def _forget(options: FitOptions) -> None:
+    for path in options.kept():
+        path.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""One question about a long document, answered in full and pruned, in pairs."""
+
+import importlib.resources
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from converter.errors import PopError
+from converter.macs import speedup_limit
+from converter.shape import ModelShape, read_shape
+from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.model import PopModel
+from pop_local.engine.turn import Message
+from pop_local.measure.speed import Spread, require_rows, spread
+from pop_local.workflows.events import Watch
+
+# Of the two answers.
+MAX_TOKENS = 32
+WARM_UP_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class TimedAnswer:
+    """One of the two answers; `ttft_s` is the median of all pairs."""
+
+    text: str
+    ttft_s: float
+    n_pruned: int
+    n_full: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The two answers; `limit` is what the multiply-accumulates allow at most.
+
+    `speedup` is of the pairs, each an answer in full and one with pruning.
+    """
+
+    model: str
+    boundary: int
+    n_layer: int
+    question: str
+    n_prompt: int
+    full: TimedAnswer
+    pop: TimedAnswer
+    n_pairs: int
+    speedup: Spread
+    limit: float
+
+
+def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
+    """Answer in pairs; which comes first changes from pair to pair, and pruning is on at the end.
+
+    Raises PopError for a model that is not converted, or when the counters do not prove what is
+    measured; StoppedError.
+    """
+    path = Path(opened.model_path)
+    if opened.meta is None:
+        raise PopError(
+            f"{path} is not converted", "convert it first", cause="not-converted", model=path
+        )
+    # The first run of all reads the weights from the disk, and would be the slower one.
+    opened.eval(opened.tokenize(_text("document.md").encode())[:WARM_UP_TOKENS])
+    pairs = []
+    for pair in range(n_pairs):
+        order = [Mode.CONTEXT, Mode.OFF] if pair % 2 else [Mode.OFF, Mode.CONTEXT]
+        nth = f"{pair + 1} of {n_pairs}"
+        answers = {mode: _answer(opened, mode, nth, watch) for mode in order}
+        pairs.append((answers[Mode.OFF], answers[Mode.CONTEXT]))
+    opened.set_pop(Mode.CONTEXT)
+    return _compared(opened, read_shape(path), pairs)
+
+
+def data_path(name: str) -> Path:
+    """Where a file of the demo lies."""
+    return Path(str(importlib.resources.files("pop_local") / "data" / name))
+
+
+def _text(name: str) -> str:
+    return data_path(name).read_text(encoding="utf-8").strip()
+
+
+def _compared(
+    opened: PopModel, shape: ModelShape, pairs: list[tuple[TimedAnswer, TimedAnswer]]
+) -> Comparison:
+    full, pop = pairs[0]
+    return Comparison(
+        model=opened.model_path,
+        boundary=opened.boundary,
+        n_layer=shape.n_layer,
+        question=_text("question.md"),
+        n_prompt=full.n_full,
+        full=replace(full, ttft_s=median(each.ttft_s for each, _ in pairs)),
+        pop=replace(pop, ttft_s=median(each.ttft_s for _, each in pairs)),
+        n_pairs=len(pairs),
+        speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
+        limit=speedup_limit(shape, full.n_full, opened.boundary, pop.n_full),
+    )
+
+
+def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer:
+    """Into an empty cache; raises PopError unless the counters prove that it was."""
+    opened.set_pop(mode)
+    opened.clear()
+    prompt = f"{_text('document.md')}\n\n{_text('question.md')}"
+    what = "Reading in full" if mode is Mode.OFF else "Reading, pruned"
+    chunks = list(
+        opened.chat_turn(
+            [Message("user", prompt)],
+            temperature=0.0,
+            max_tokens=MAX_TOKENS,
+            on_prefill=watch.stage(f"{what}, {nth}"),
+        )
+    )
+    stats = chunks[-1].stats
+    assert stats is not None, "the last chunk carries the figures"
+    require_rows(opened, mode, stats.n_prompt, Counters(stats.n_pruned, stats.n_full))
+    text = "".join(chunk.text for chunk in chunks).strip()
+    return TimedAnswer(text, stats.ttft_s, stats.n_pruned, stats.n_full)

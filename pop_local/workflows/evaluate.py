@@ -1,0 +1,282 @@
+"""What pruning costs in quality: a model measured at one depth or several, fitted or not."""
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from converter.errors import PopError
+from converter.fit import KvType
+from converter.format import FITTED, OWN, Calibration
+from converter.header import read_header
+from converter.macs import LIMIT_PROMPT, speedup_limit
+from converter.plan import make_plan, parse_skip
+from converter.rewrite import stored_type
+from converter.shape import ModelShape, source_shape, trained_ctx
+from converter.sidecar import pop_of
+from converter.source import Source, read_source
+from pop_local.calibration.options import FitOptions
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.measure.forced import Pruning, always_skip, use_rule
+from pop_local.measure.heldout import Text, given_text, shipped_text, tokenize
+from pop_local.measure.needle import Needle, context_tokens, measure_needle
+from pop_local.measure.probes import N_REPEATED
+from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
+from pop_local.models.files import ModelFiles
+from pop_local.workflows.events import Watch
+from pop_local.workflows.open import files_at_depth, model_files
+from pop_local.workflows.options import Boundary, Hardware, Skip
+from pop_local.workflows.sidecars import fitted_sidecars
+
+Baseline = Literal["always-skip"]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is measured. `text`: a file, None for the shipped held-out text.
+
+    `n_needles`: facts to hide in a long document, asked for where context rows alone are pruned.
+    `sink_tokens`, `tail_tokens`: None for what the file says. `n_ctx` None: what is needed.
+    """
+
+    text: Path | None = None
+    settings: QualitySettings = field(default_factory=QualitySettings)
+    n_needles: int = 5
+    baseline: Baseline | None = None
+    sink_tokens: int | None = None
+    tail_tokens: int | None = None
+    n_ctx: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One depth; `speedup_limit` by multiply-accumulates, `needle` None where it was not asked.
+
+    `always_skip`: the baseline that skips the same layers for every token, None if not measured.
+    `calibration`, `kv_type`: of fitted projections, else None.
+    """
+
+    n_skipped: int
+    projection: str
+    speedup_limit: float
+    quality: Quality
+    needle: Needle | None
+    always_skip: Quality | None = None
+    calibration: Calibration | None = None
+    kv_type: KvType | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The rows of all depths, in the order in which they were asked for."""
+
+    model: Path
+    text: Text
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that can be evaluated: its files, and the boundaries to measure it at."""
+
+    source: Source
+    sidecar: Path | None
+    boundaries: tuple[int, ...]
+    fit: FitOptions | None
+
+    @property
+    def shape(self) -> ModelShape:
+        return source_shape(self.source)
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    options: EvaluateOptions = EvaluateOptions(),
+    *,
+    depths: Sequence[Skip | Boundary] = (),
+    fit: FitOptions | None = None,
+    sidecar: Path | None = None,
+    hardware: Hardware = Hardware(),  # noqa: B008
+    watch: Watch = Watch(),  # noqa: B008
+) -> Evaluation:
+    """Measure what pruning costs a model, given by path or name.
+
+    `depths`: none for that of the converted file. `fit` fits the projections at each depth first;
+    without it, other depths than the file's have own projections. Raises PopError, StoppedError.
+    """
+    subject = evaluated(
+        model, depths=depths, fit=fit, sidecar=sidecar, hardware=hardware, watch=watch
+    )
+    return evaluate_subject(subject, options, hardware=hardware, watch=watch)
+
+
+def evaluated(
+    model: str | os.PathLike[str],
+    *,
+    depths: Sequence[Skip | Boundary],
+    fit: FitOptions | None,
+    sidecar: Path | None,
+    hardware: Hardware,
+    watch: Watch,
+) -> Subject:
+    """Find the model, and refuse what could not be measured. Raises PopError."""
+    name = os.fspath(model)
+    find = files_at_depth if fit is not None or depths else model_files
+    files = find(name, sidecar, hardware=hardware, watch=watch)
+    source = read_source(files.path)
+    shape = source_shape(source)
+    boundaries = _boundaries(source, files, shape, depths)
+    if fit is None:
+        _require_projections(source, files.sidecar, boundaries)
+    else:
+        fit.require_text(shape.n_embd)
+    return Subject(source, files.sidecar, boundaries, fit)
+
+
+def evaluate_subject(
+    subject: Subject, options: EvaluateOptions, *, hardware: Hardware, watch: Watch
+) -> Evaluation:
+    """Measure what `evaluated` found."""
+    text = shipped_text() if options.text is None else given_text(options.text)
+    run = _Run(subject, options, text, hardware, watch)
+    run.context()  # what does not fit is said before minutes of fitting
+    rows = run.rows(subject.boundaries, subject.sidecar) if subject.fit is None else run.fitted()
+    return Evaluation(subject.source.first.path, text, rows)
+
+
+def _boundaries(
+    source: Source, files: ModelFiles, shape: ModelShape, depths: Sequence[Skip | Boundary]
+) -> tuple[int, ...]:
+    """Of each depth, as given, else the file's."""
+    if depths:
+        return tuple(dict.fromkeys(_boundary(shape, depth) for depth in depths))
+    meta = pop_of(source, files.sidecar)
+    if meta is None:
+        raise PopError(
+            f"{source.first.path} is not converted: there is nothing to measure",
+            "convert it, or say at which depth to measure it",
+            cause="nothing-to-evaluate",
+            model=source.first.path,
+        )
+    return (meta.boundary,)
+
+
+def _boundary(shape: ModelShape, depth: Skip | Boundary) -> int:
+    if isinstance(depth, Boundary):
+        return make_plan(shape, boundary=depth.layer).boundary
+    return make_plan(shape, skip=parse_skip(depth.share)).boundary
+
+
+def _require_projections(source: Source, sidecar: Path | None, boundaries: Sequence[int]) -> None:
+    """Raises PopError where there are none at one of the depths."""
+    meta = pop_of(source, sidecar)
+    if meta is not None and meta.projection == FITTED and set(boundaries) != {meta.boundary}:
+        raise PopError(
+            f"{sidecar or source.first.path} has projections for boundary {meta.boundary} only",
+            f"measure other depths on the model itself, {meta.source_name}, fitted or not",
+            cause="projections-for-one-depth",
+            model=meta.source_name,
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One evaluation under way."""
+
+    subject: Subject
+    options: EvaluateOptions
+    text: Text
+    hardware: Hardware
+    watch: Watch
+
+    @property
+    def n_needles(self) -> int:
+        """None in other modes: generated tokens would be pruned as well, or nothing would be."""
+        return self.options.n_needles if self.options.settings.mode is Mode.CONTEXT else 0
+
+    def fitted(self) -> tuple[Row, ...]:
+        """Fit at all depths in one go, then measure a temporary sidecar of each."""
+        subject = self.subject
+        assert subject.fit is not None
+        plans = [
+            make_plan(subject.shape, boundary=boundary, projection=FITTED)
+            for boundary in subject.boundaries
+        ]
+        sidecars = fitted_sidecars(plans, subject.source, subject.fit, self.hardware, self.watch)
+        with closing(sidecars):
+            return tuple(
+                row
+                for boundary, sidecar in zip(subject.boundaries, sidecars, strict=True)
+                for row in self.rows((boundary,), sidecar)
+            )
+
+    def rows(self, boundaries: Sequence[int], sidecar: Path | None) -> tuple[Row, ...]:
+        """Measure the depths on one loaded model."""
+        settings, shape = self.options.settings, self.subject.shape
+        prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
+        if self.options.baseline is not None:
+            prunings += [always_skip(boundary) for boundary in boundaries]
+        with closing(self._opened(sidecar)) as opened:
+            tokens = tokenize(opened, self.text)
+            advance = self.watch.stage("Measuring")
+            qualities = measure_prunings(opened, tokens, settings, prunings, advance)
+            needles = self._needles(opened, boundaries)
+            n_full = opened.rule.sink_tokens + opened.rule.tail_tokens
+        source, n = self.subject.source, len(boundaries)
+        meta = pop_of(source, sidecar)
+        calibration = None if meta is None else meta.calibration
+        tensors = source.tensors if sidecar is None else read_header(sidecar).tensors
+        return tuple(
+            Row(
+                n_skipped=shape.n_layer - quality.boundary,
+                projection=FITTED if calibration is not None else OWN,
+                calibration=calibration,
+                kv_type=stored_type(tensors),
+                speedup_limit=speedup_limit(shape, LIMIT_PROMPT, quality.boundary, n_full),
+                quality=quality,
+                needle=needle,
+                always_skip=baseline,
+            )
+            for quality, needle, baseline in zip(
+                qualities[:n], needles, qualities[n:] or (None,) * n, strict=True
+            )
+        )
+
+    def _opened(self, sidecar: Path | None) -> PopModel:
+        opened = PopModel(
+            self.subject.source.first.path,
+            sidecar=sidecar,
+            n_ctx=self.context(),
+            n_threads=self.hardware.n_threads,
+            n_gpu_layers=self.hardware.n_gpu_layers,
+        )
+        opened.watch_prefill(None, self.watch.should_stop)
+        rule, options = opened.rule, self.options
+        sink = rule.sink_tokens if options.sink_tokens is None else options.sink_tokens
+        tail = rule.tail_tokens if options.tail_tokens is None else options.tail_tokens
+        use_rule(opened, replace(rule, sink_tokens=sink, tail_tokens=tail))
+        return opened
+
+    def context(self) -> int:
+        """The context in tokens that is opened. Raises PopError when it is too small."""
+        settings, given = self.options.settings, self.options.n_ctx
+        windows = settings.n_context + settings.n_continuation
+        needed = max(windows, 2 * N_REPEATED + 1, context_tokens() if self.n_needles else 0)
+        trained = trained_ctx(self.subject.source.first)
+        limit, there = given or trained, "are given" if given else "are all that the model has"
+        if limit is not None and limit < needed:
+            raise PopError(
+                f"{needed} tokens of context are needed, {limit} {there}",
+                "give shorter windows, perhaps without needles",
+                cause="windows-too-long",
+            )
+        return given or needed
+
+    def _needles(self, opened: PopModel, boundaries: Sequence[int]) -> Sequence[Needle | None]:
+        if self.n_needles == 0:
+            return (None,) * len(boundaries)
+        seed = self.options.settings.seed
+        return measure_needle(opened, boundaries, self.n_needles, seed, self.watch.stage("Asking"))

@@ -1,0 +1,51 @@
+"""How work tells what it does: to whoever called, without knowing who that is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from converter.errors import PopError, StoppedError
+
+Progress = Callable[[int, int], None]
+
+
+class Unit(Enum):
+    """What a stage counts."""
+
+    TOKENS = "tokens"
+    BYTES = "bytes"
+
+
+def _ignore(*_: object) -> None:
+    return
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who follows a workflow, and who may end it; all of it may be left out.
+
+    `on_stage(name, unit)` begins a stage, `on_progress(done, total)` counts in its unit.
+    `on_note(text)` gets what is worth knowing, `on_warning(error)` what is let through and might
+    have been refused. A workflow asks `should_stop` as often as it counts, and while llama.cpp
+    reads; it then raises StoppedError and leaves nothing behind.
+    """
+
+    on_stage: Callable[[str, Unit], object] = _ignore
+    on_progress: Callable[[int, int], object] = _ignore
+    on_note: Callable[[str], object] = _ignore
+    on_warning: Callable[[PopError], object] = _ignore
+    should_stop: Callable[[], bool] = _never
+
+    def stage(self, name: str, unit: Unit = Unit.TOKENS) -> Progress:
+        """Begin a stage; its work reports to what is returned, which may raise StoppedError."""
+        self.on_stage(name, unit)
+        return self._count
+
+    def _count(self, done: int, total: int) -> None:
+        self.on_progress(done, total)
+        if self.should_stop():
+            raise StoppedError

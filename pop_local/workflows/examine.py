@@ -1,0 +1,151 @@
+"""The short evaluation of a depth that the caller named; of a fit it decides, else it tells."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.errors import PopError
+from converter.format import Measured
+from converter.plan import Plan
+from pop_local.engine.model import PopModel
+from pop_local.measure import bracket
+from pop_local.measure.budget import (
+    BALANCED,
+    FAST,
+    copies,
+    figures_in_words,
+    is_hopeless,
+    is_inside,
+    keeps,
+    limits_in_words,
+)
+from pop_local.measure.estimate import Estimate
+from pop_local.measure.forced import forced
+from pop_local.measure.heldout import TextTokens
+from pop_local.measure.quality import Quality, QualitySettings, choose_windows, measure_depths
+from pop_local.measure.reference import measure_against, measure_retention, read_reference
+from pop_local.models.files import ModelFiles
+from pop_local.workflows.events import Watch
+from pop_local.workflows.measuring import measured, opened_to_measure
+from pop_local.workflows.options import Hardware
+from pop_local.workflows.refusals import (
+    BrokenCopyError,
+    CopyingBrokenError,
+    NotMeasuredError,
+    OutsideBudgetError,
+)
+
+# Of a fit; without one the measuring should not take long, and is not as exact.
+N_WINDOWS = 8
+N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What is examined: a plan of the model `src`. Broken copying is let through if allowed."""
+
+    plan: Plan
+    src: Path
+    hardware: Hardware
+    watch: Watch
+    allow_broken_copy: bool
+
+    def before_fit(self) -> None:
+        """Raises CopyingBrokenError where no fit would bring copying back.
+
+        Raises PopError where a fit could not be measured.
+        """
+        with self._opened(ModelFiles(self.src)) as (model, tokens):
+            _require_windows(model, tokens)
+            kept = None if self.allow_broken_copy else self._own_retention(model)
+        if kept is not None and is_hopeless(FAST, kept):
+            raise self._refusal(
+                f"{kept.value:.0%} of copying random tokens is kept with own projections, and no "
+                "fit brings that back"
+            )
+
+    def of_fit(self, files: ModelFiles) -> Measured:
+        """Measure what was written. Raises CopyingBrokenError, and PopError when it cannot be."""
+        self.watch.on_note("Measuring what was written on held-out text")
+        with self._opened(files) as (model, tokens):
+            quality = self._measure(model, tokens, QualitySettings(N_WINDOWS))
+        if not (self.allow_broken_copy or copies(quality)):
+            raise self._refusal(figures_in_words(quality))
+        self._warn_outside(quality)
+        return measured(quality)
+
+    def of_own(self) -> Measured | None:
+        """What own projections lose, on few windows; None and a warning where it is not known."""
+        self.watch.on_note("Measuring what own projections lose on held-out text")
+        try:
+            with self._opened(ModelFiles(self.src)) as (model, tokens):
+                quality = self._measure(model, tokens, _own_settings())
+        except PopError as error:
+            self.watch.on_warning(NotMeasuredError(error))
+            return None
+        self._warn_outside(quality)
+        if not is_inside(BALANCED, quality):
+            self.watch.on_note("Fitted projections would lose less.")
+        return measured(quality)
+
+    def _opened(self, files: ModelFiles) -> AbstractContextManager[tuple[PopModel, TextTokens]]:
+        return opened_to_measure(files, self.plan, self.hardware, self.watch)
+
+    def _measure(self, model: PopModel, tokens: TextTokens, settings: QualitySettings) -> Quality:
+        advance = self.watch.stage("Measuring")
+        [quality] = measure_depths(model, tokens, settings, (self.plan.boundary,), advance)
+        return quality
+
+    def _own_retention(self, model: PopModel) -> Estimate | None:
+        advance = self.watch.stage("Trying the boundary without a fit")
+        return bracket.own_retention(model, self.plan, advance)
+
+    def _warn_outside(self, quality: Quality) -> None:
+        boundary = quality.boundary
+        if not copies(quality):
+            self.watch.on_warning(BrokenCopyError(boundary, figures_in_words(quality)))
+        elif not is_inside(BALANCED, quality):
+            limits, found = limits_in_words(BALANCED), figures_in_words(quality)
+            self.watch.on_warning(OutsideBudgetError(boundary, BALANCED, limits, found))
+
+    def _refusal(self, found: str) -> CopyingBrokenError:
+        boundary = self.plan.boundary
+        self.watch.on_note(
+            f"Boundary {boundary} cannot copy; looking for the deepest that does even with own "
+            "projections"
+        )
+        return CopyingBrokenError(boundary, found, self._deepest_passing(boundary + 1))
+
+    def _deepest_passing(self, first: int) -> int | None:
+        """The deepest boundary from `first` on that copies with own projections.
+
+        Fitted ones may pass deeper, but each would have to be fitted first.
+        """
+        with self._opened(ModelFiles(self.src)) as (model, tokens):
+            advance = self.watch.stage("Reading in full")
+            reference = read_reference(model, tokens, _own_settings(), advance)
+            for boundary in range(first, self.plan.shape.n_layer):
+                advance = self.watch.stage(f"Trying boundary {boundary}")
+                [kept] = measure_retention(reference, model, (boundary,), advance)
+                if not keeps(FAST, kept):
+                    continue
+                [found] = measure_against(reference, model, (boundary,), advance)
+                if copies(found):
+                    return boundary
+        return None
+
+
+def _require_windows(model: PopModel, tokens: TextTokens) -> None:
+    try:
+        with forced(model) as reader:
+            choose_windows(reader, tokens, QualitySettings(N_WINDOWS))
+    except PopError as error:
+        raise PopError(
+            f"the fit could not be measured: {error.message}",
+            "lower sink_tokens and tail_tokens, or take own projections, which may go unmeasured",
+            cause="fit-not-measurable",
+        ) from error
+
+
+def _own_settings() -> QualitySettings:
+    return QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)

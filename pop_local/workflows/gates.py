@@ -1,0 +1,119 @@
+"""Virtual gates: whether they can be had here, and what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from converter.errors import PopError, UnsupportedArchitectureError
+from converter.shape import source_shape
+from converter.source import Source
+from pop_local.calibration import needs as memory
+from pop_local.engine.llama.backend import default_threads
+from pop_local.workflows.events import Watch
+from pop_local.workflows.options import Hardware
+from pop_local.workflows.refusals import TooLittleMemoryError
+
+if TYPE_CHECKING:
+    from pop_local.measure.importance import Importance
+
+Windows = Sequence[Sequence[int]]
+# More at a time are not faster on a CPU.
+_MAX_BATCH = 4
+
+
+class GateOptions(Protocol):
+    """What the gates need of the options of an analysis; lengths in tokens."""
+
+    @property
+    def n_context(self) -> int: ...
+    @property
+    def n_answer(self) -> int: ...
+    @property
+    def n_gated(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Where torch computes, and how many windows at a time."""
+
+    device: str
+    n_batch: int
+
+
+def possible(
+    source: Source, options: GateOptions, hardware: Hardware, watch: Watch
+) -> Gates | None:
+    """How to compute the gates; None, with a warning, where they cannot be had.
+
+    Raises PopError for too little memory.
+    """
+    from converter.hyper import read_hyper
+
+    try:
+        import torch
+
+        from converter.gates import needed_bytes
+
+        hyper = read_hyper(source)
+    except ImportError:
+        watch.on_warning(
+            PopError(
+                "the gates are left out: they need torch", "install torch", cause="missing-torch"
+            )
+        )
+        return None
+    except UnsupportedArchitectureError as error:
+        watch.on_warning(PopError(f"the gates are left out: {error.message}", error.hint))
+        return None
+    on_gpu = hardware.n_gpu_layers != 0 and torch.cuda.is_available()
+    free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else memory.free_bytes()
+    n_window = options.n_context + options.n_answer
+    for n_batch in range(min(_MAX_BATCH, options.n_gated), 0, -1):
+        needed = needed_bytes(source_shape(source), hyper, n_window, options.n_answer, n_batch)
+        if needed <= free_bytes:
+            return Gates("cuda" if on_gpu else "cpu", n_batch)
+    raise TooLittleMemoryError(
+        "the gates need",
+        needed,
+        free_bytes,
+        "take shorter windows, close other programs, or leave them out",
+        "no-memory-for-gates",
+    )
+
+
+def importance(
+    source: Source,
+    gates: Gates,
+    windows: Windows,
+    options: GateOptions,
+    hardware: Hardware,
+    watch: Watch,
+) -> Importance:
+    """The importance of each layer for reading and for answering. Raises PopError, StoppedError."""
+    import torch
+
+    from converter.decoder import Decoder
+    from pop_local.measure.importance import measure_importance
+
+    torch.set_num_threads(hardware.n_threads or default_threads())
+    try:
+        return measure_importance(
+            Decoder(source, gates.device),
+            windows,
+            options.n_context,
+            n_batch=gates.n_batch,
+            seed=options.seed,
+            on_progress=watch.stage("Virtual gates"),
+        )
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise PopError(
+            "there is not enough memory for the gates",
+            "take shorter windows, or leave them out",
+            cause="no-memory-for-gates",
+        ) from error

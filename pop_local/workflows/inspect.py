@@ -1,0 +1,172 @@
+"""What is in a model file, or in a sidecar: from its headers, and on request from all of it."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+
+from converter.errors import FormatError
+from converter.format import TENSOR_MARK, PopMeta
+from converter.header import Header, TensorInfo, read_header
+from converter.shape import ARCHITECTURES, trained_ctx
+from converter.sidecar import base_path, pop_of, sidecar_beside, sidecar_meta
+from converter.source import Source, is_sidecar, read_source
+from pop_local.models.names import resolve
+from pop_local.workflows.events import Watch
+from pop_local.workflows.verify import Verification, verify
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """All tensors of one type."""
+
+    type: str
+    n_tensors: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a model; `pop` is what the sidecar says if there is one."""
+
+    file: str
+    n_files: int
+    size_bytes: int
+    name: str
+    architecture: str
+    architecture_supported: bool
+    n_layer: int
+    n_embd: int
+    n_ctx_train: int
+    has_chat_template: bool
+    tensors: tuple[TensorGroup, ...]
+    boundary: int | None
+    n_skipped: int | None
+    pop: PopMeta | None
+    sidecar: str | None
+    opens_in_stock_llama_cpp: bool
+    verification: Verification | None
+
+
+@dataclass(frozen=True)
+class SidecarInspection:
+    """What is in a sidecar; `model` None when its model does not lie beside it."""
+
+    file: str
+    size_bytes: int
+    model: str | None
+    tensors: tuple[TensorGroup, ...]
+    boundary: int
+    n_skipped: int
+    pop: PopMeta
+    verification: Verification | None
+
+
+def inspect(
+    model: str, sidecar: Path | None, *, with_hash: bool, watch: Watch
+) -> Inspection | SidecarInspection:
+    """Look into a file given by path or name, and into the sidecar given or beside it.
+
+    `with_hash` reads all of it. Raises PopError, StoppedError.
+    """
+    path = resolve(model)
+    header = read_header(path)
+    if is_sidecar(header) and sidecar is None:
+        return _of_sidecar(header, with_hash, watch)
+    source = read_source(path)
+    sidecar = sidecar or sidecar_beside(source)
+    meta = pop_of(source, sidecar)
+    return _of_model(source, sidecar, meta, verify(source, meta, watch) if with_hash else None)
+
+
+def require_unchanged(found: Inspection | SidecarInspection) -> None:
+    """Raises FormatError when the hash is not that of the model that was converted."""
+    if found.verification is not None and found.verification.unchanged is False:
+        path = found.file if isinstance(found, Inspection) else found.model
+        raise FormatError(
+            f"{path} does not hold the model that was converted", "convert the model again"
+        )
+
+
+def _of_sidecar(header: Header, with_hash: bool, watch: Watch) -> SidecarInspection:
+    """With the model beside it, if it is there: it must be the right one then."""
+    meta = sidecar_meta(header)
+    path = base_path(header.path, meta.source_name)
+    source = read_source(path) if path else None
+    if source is not None:
+        pop_of(source, header.path)
+    if with_hash and source is None:
+        raise FormatError(
+            f"the model {meta.source_name} does not lie beside {header.path}",
+            "say where it is: give the model, and this as its sidecar",
+            cause="sidecar-alone",
+            sidecar=header.path,
+        )
+    return SidecarInspection(
+        file=str(header.path),
+        size_bytes=header.size_bytes,
+        model=str(path) if path else None,
+        tensors=_groups(header.tensors),
+        boundary=meta.boundary,
+        n_skipped=meta.n_layer - meta.boundary,
+        pop=meta,
+        verification=verify(source, meta, watch) if with_hash and source else None,
+    )
+
+
+def _of_model(
+    source: Source,
+    sidecar: Path | None,
+    meta: PopMeta | None,
+    verification: Verification | None,
+) -> Inspection:
+    first = source.first
+    architecture = first.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise FormatError(f"{first.path} names no architecture", "give a language model")
+    name = first.get("general.name")
+    return Inspection(
+        file=str(first.path),
+        n_files=len(source.parts),
+        size_bytes=source.size_bytes,
+        name=name if isinstance(name, str) else "",
+        architecture=architecture,
+        architecture_supported=architecture in ARCHITECTURES,
+        n_layer=_number(source, "block_count"),
+        n_embd=_number(source, "embedding_length"),
+        n_ctx_train=trained_ctx(first) or 0,
+        has_chat_template=first.get("tokenizer.chat_template") is not None,
+        tensors=_groups(source.tensors),
+        boundary=meta.boundary if meta else None,
+        n_skipped=meta.n_layer - meta.boundary if meta else None,
+        pop=meta,
+        sidecar=str(sidecar) if sidecar else None,
+        opens_in_stock_llama_cpp=not any(TENSOR_MARK in tensor.name for tensor in source.tensors),
+        verification=verification,
+    )
+
+
+def _number(source: Source, name: str) -> int:
+    value = source.first.of_arch(name)
+    return value if isinstance(value, int) else 0
+
+
+def _groups(tensors: Iterable[TensorInfo]) -> tuple[TensorGroup, ...]:
+    counts: Counter[int] = Counter()
+    sizes: Counter[int] = Counter()
+    for tensor in tensors:
+        counts[tensor.type] += 1
+        sizes[tensor.type] += tensor.size_bytes
+    return tuple(
+        TensorGroup(_type_name(kind), counts[kind], n_bytes)
+        for kind, n_bytes in sizes.most_common()
+    )
+
+
+def _type_name(kind: int) -> str:
+    try:
+        return gguf.GGMLQuantizationType(kind).name
+    except ValueError:  # newer than the gguf package
+        return f"type {kind}"

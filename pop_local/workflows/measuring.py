@@ -1,0 +1,54 @@
+"""A model opened to be measured on held-out text, and what a file stores of the result."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from converter.format import Measured
+from converter.plan import Plan
+from pop_local.engine.model import PopModel
+from pop_local.measure.bracket import as_planned
+from pop_local.measure.heldout import TextTokens, shipped_text, tokenize
+from pop_local.measure.quality import Quality, QualitySettings
+from pop_local.models.files import ModelFiles
+from pop_local.workflows.events import Watch
+from pop_local.workflows.options import Hardware
+
+
+@contextmanager
+def opened_to_measure(
+    files: ModelFiles, plan: Plan, hardware: Hardware, watch: Watch
+) -> Iterator[tuple[PopModel, TextTokens]]:
+    """A model whose full rows are those of the plan, and the held-out text in its tokens.
+
+    Raises PopError; while llama.cpp reads, the watch may stop it.
+    """
+    settings = QualitySettings()
+    opened = PopModel(
+        files.path,
+        sidecar=files.sidecar,
+        n_ctx=2 * (settings.n_context + settings.n_continuation),
+        n_threads=hardware.n_threads,
+        n_gpu_layers=hardware.n_gpu_layers,
+    )
+    try:
+        opened.watch_prefill(None, watch.should_stop)
+        as_planned(opened, plan)
+        yield opened, tokenize(opened, shipped_text())
+    finally:
+        opened.close()
+
+
+def measured(quality: Quality) -> Measured:
+    """The figures that a converted file stores."""
+    return Measured(
+        kl_mean=quality.kl_mean.value,
+        kl_se=quality.kl_mean.se or 0.0,
+        kl_p99=quality.kl_p99.value,
+        kl_first=quality.kl_first.value,
+        ppl_full=quality.ppl_full.value,
+        ppl_ratio=quality.ppl_ratio.value,
+        top1_agreement=quality.top1_agreement.value,
+        copy_ppl_ratio=quality.copy_ppl_ratio.value,
+        copy_top1=quality.copy_top1.value,
+        induction_delta_nll=quality.induction_delta_nll.value,
+    )

