@@ -2,12 +2,19 @@
 
 
 class PopError(Exception):
-    """A failure that the user can understand; `hint` says what to do, or is empty."""
+    """A failure that the user can understand; `hint` says what to do, or is empty.
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    `hint` is for whoever calls this library: it names parameters, never a command. A program that
+    has better words for some failures tells these by `cause`, a short name, and builds its words
+    from `fields`: the numbers, names and paths that the remedy needs. Other failures have no cause.
+    """
+
+    def __init__(self, message: str, hint: str = "", *, cause: str = "", **fields: object) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.cause = cause
+        self.fields = fields
 
 
 class StoppedError(Exception):
