@@ -90,7 +90,8 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor], table: TensorTa
     if gap < 0:
         raise FormatError(
             "the model has bytes after its last tensor, so that none can be added",
-            "write it anew with llama-quantize (type COPY), or use --projection own",
+            "write it anew with llama-quantize (type COPY), or take the model's own projections",
+            cause="no-room-for-tensors",
         )
     rows, added = [], [bytes(gap)]
     for tensor in tensors:

@@ -36,7 +36,7 @@ LEAST_WEIGHT = 0.2
 MOST_ATTENTION = 50.0
 # Least pivot of the system, whose diagonal is 1: below it rounding decides.
 LEAST_PIVOT = 1e-12
-DAMAGED_HINT = "the model's file may be damaged: try whether it answers (pop-local run)"
+DAMAGED_HINT = "the model's file may be damaged: see whether the model answers"
 
 
 class FitError(PopError):
@@ -156,6 +156,7 @@ def _check(layer: int, gram: Gram) -> None:
         raise FitError(
             f"the activations for layer {layer} are not finite",
             DAMAGED_HINT,
+            cause="not-finite",
         )
 
 
@@ -177,7 +178,9 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
         return solve(system, rest * scale[:, None], LEAST_PIVOT) * scale[:, None]
     except SingularError as error:
         raise FitError(
-            "the Gram matrix is singular", "fit on more varied text, or with a larger --ridge"
+            "the Gram matrix is singular",
+            "fit on more varied text, or with a larger ridge",
+            cause="singular",
         ) from error
 
 

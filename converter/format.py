@@ -51,7 +51,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Measured:
-    """Quality on text that was not calibrated on: pruned against full; see `pop-local eval`."""
+    """Quality on text that was not calibrated on: pruned against full."""
 
     kl_mean: float = 0.0
     kl_se: float = 0.0

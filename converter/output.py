@@ -40,7 +40,7 @@ def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
     if any(dst.samefile(source) for source in sources):
         raise WriteError(f"the output {dst} is the input itself", "give another name")
     if not force:
-        raise OutputExistsError(f"{dst} exists", "choose another name, or replace it: --force")
+        raise _exists(f"{dst} exists")
 
 
 @contextmanager
@@ -58,13 +58,18 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
         with temporary.open("x+b") as file:
             yield file
         if dst.exists() and not force:
-            raise OutputExistsError(f"{dst} appeared meanwhile", "choose another name, or --force")
+            raise _exists(f"{dst} appeared meanwhile")
         temporary.replace(dst)
     except OSError as error:
         raise WriteError(f"cannot write {dst}: {error.strerror}", _hint(dst)) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _exists(message: str) -> OutputExistsError:
+    hint = "choose another name, or replace it: force=True"
+    return OutputExistsError(message, hint, cause="output-exists")
 
 
 def _remove_leftovers(dst: Path) -> None:

@@ -115,9 +115,9 @@ def make_plan(
             f"{boundary} does not",
             f"choose a boundary from 1 to {shape.n_layer - 1}",
         )
-    for name, value in (("sink", sink_tokens), ("tail", tail_tokens), ("min-prompt", min_prompt)):
+    for name, value in (("sink", sink_tokens), ("tail", tail_tokens), ("min_prompt", min_prompt)):
         if not 0 <= value <= MAX_TOKENS:
-            raise PlanError(f"--{name} {value} is not a number of tokens")
+            raise PlanError(f"{name} {value} is not a number of tokens", f"at most {MAX_TOKENS:,}")
     if boundary == shape.n_layer - 1:
         projection = OWN
     return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)

@@ -225,7 +225,9 @@ def unconverted(src: Path) -> Source:
     source = read_source(src)
     if pop_meta(source.first) is not None:
         raise FormatError(
-            f"{src} is converted already", "get the original back first: pop-local strip"
+            f"{src} is converted already",
+            "get the original back first: strip",
+            cause="converted-already",
         )
     return source
 

@@ -110,14 +110,17 @@ def read_sidecar(path: Path, base: Source) -> Sidecar:
     if pop_meta(base.first) is not None:
         raise FormatError(
             f"{base.first.path} is converted itself: it takes no sidecar",
-            "open it without --pop, or give the file that it was converted from",
+            "open it without a sidecar, or give the file that it was converted from",
+            cause="sidecar-for-converted",
         )
     binding = read_binding(header)
     if binding != bind(base):
         raise FormatError(
             f"{path} does not belong to {base.first.path}: it is the sidecar of "
             f"{meta.source_name}, {binding.base_bytes:,} bytes",
-            f"make one for this model: pop-local convert --sidecar {base.first.path}",
+            "make one for this model",
+            cause="foreign-sidecar",
+            model=base.first.path,
         )
     _check_tensors(header, meta)
     return Sidecar(header, meta)
@@ -126,11 +129,14 @@ def read_sidecar(path: Path, base: Source) -> Sidecar:
 def sidecar_meta(header: Header) -> PopMeta:
     """The POP keys of a sidecar, whosever it is. Raises FormatError when it is none."""
     meta = pop_meta(header)
-    if not is_sidecar(header) or meta is None:
-        hint = "make one: pop-local convert --sidecar MODEL"
-        if meta is not None:
-            hint = "it is a converted model: open it by itself"
-        raise FormatError(f"{header.path} is not a sidecar", hint)
+    if meta is None:
+        raise FormatError(
+            f"{header.path} is not a sidecar", "make one for the model", cause="not-a-sidecar"
+        )
+    if not is_sidecar(header):
+        raise FormatError(
+            f"{header.path} is not a sidecar", "it is a converted model: open it by itself"
+        )
     return meta
 
 

@@ -69,9 +69,12 @@ def read_source(path: Path) -> Source:
     """
     first = read_header(path)
     if is_sidecar(first):
+        model = first.get("pop.source.name") or "NAME.gguf"
         raise FormatError(
             f"{path} is a sidecar: it has no model in it",
-            f"give the model itself ({first.get('pop.source.name') or 'NAME.gguf'}), and --pop",
+            f"give the model itself ({model}), and this file as its sidecar",
+            cause="sidecar-as-model",
+            model=model,
         )
     count = _number(first, "split.count") or 0
     if count == 0:

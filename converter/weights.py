@@ -88,6 +88,7 @@ def _dequantised(part: Header, tensor: TensorInfo, raw: NDArray[np.uint8]) -> Fl
     except (ValueError, NotImplementedError) as error:
         raise FormatError(
             f"{part.path}: tensor {tensor.name} has a type that cannot be read here",
-            "convert with --projection own, or take another quantisation",
+            "convert with the model's own projections, or take another quantisation",
+            cause="unreadable-tensor",
         ) from error
     return np.asarray(values, np.float32)

@@ -191,7 +191,8 @@ class Reading:
         if self._taps.n_seen != self._taps.n_expected:
             raise PopError(
                 f"the backend showed {self._taps.n_seen} of {self._taps.n_expected} activations",
-                "reinstall the backend, or convert with --projection own",
+                "reinstall the backend, or convert with the model's own projections",
+                cause="activations-not-shown",
             )
 
     def close(self) -> None:

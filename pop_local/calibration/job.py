@@ -160,7 +160,9 @@ class _Job:
     def state(self, boundary: int, rows: Rows) -> None:
         if not np.isfinite(rows).all():
             raise CalibrationError(
-                f"what layer {boundary - 1} of the model computes is not finite", DAMAGED_HINT
+                f"what layer {boundary - 1} of the model computes is not finite",
+                DAMAGED_HINT,
+                cause="not-finite",
             )
         self._x[boundary] = fit.with_bias(rows[1:], self._eps)
 

@@ -15,8 +15,6 @@ from converter.fit import Gram
 from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationError, CalibrationText
 
-RESTART_HINT = "delete it, or leave out --resume, to start afresh"
-
 
 @dataclass
 class State:
@@ -78,7 +76,7 @@ def load(path: Path, identity: str) -> State | None:
     with _arrays(path) as arrays:
         found, name, sha256, *names = map(str, arrays["texts"])
         if found != identity:
-            raise CalibrationError(f"{path} belongs to another calibration", RESTART_HINT)
+            raise _cannot_resume(f"{path} belongs to another calibration")
         group, n_done = map(int, arrays["counts"])
         text = CalibrationText(name, sha256, arrays["windows"])
         state = State(text, _groups(arrays["groups"].tolist()), group, n_done)
@@ -111,7 +109,7 @@ def _arrays(path: Path) -> Iterator[Any]:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
     except (OSError, ValueError, LookupError, EOFError, BadZipFile) as error:
-        raise CalibrationError(f"{path} is damaged", RESTART_HINT) from error
+        raise _cannot_resume(f"{path} is damaged") from error
 
 
 def _groups(rows: list[list[int]]) -> tuple[tuple[Pair, ...], ...]:
@@ -121,3 +119,9 @@ def _groups(rows: list[list[int]]) -> tuple[tuple[Pair, ...], ...]:
             groups.append([])
         groups[number].append(Pair(*pair))
     return tuple(map(tuple, groups))
+
+
+def _cannot_resume(message: str) -> CalibrationError:
+    return CalibrationError(
+        message, "delete it, or do not resume, to start afresh", cause="cannot-resume"
+    )

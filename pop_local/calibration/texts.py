@@ -59,9 +59,13 @@ def n_windows(n_tokens: int, n_embd: int) -> int:
     """Raises CalibrationError for fewer tokens than the model needs."""
     least = least_tokens(n_embd)
     if n_tokens < least:
+        default = default_tokens(n_embd)
         raise CalibrationError(
             f"{n_tokens:,} tokens are too few to calibrate on: this model needs {least:,}",
-            f"give --tokens {least} or more; the default is {default_tokens(n_embd)}",
+            f"give {least} tokens or more; the default is {default}",
+            cause="too-few-tokens",
+            n_least=least,
+            n_default=default,
         )
     return -(-n_tokens // N_WINDOW)
 

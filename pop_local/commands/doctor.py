@@ -17,6 +17,7 @@ from pop_local.config import settings
 from pop_local.engine.llama import backend
 from pop_local.models.names import DEFAULT_MODEL, find, lookup, models_dir, resolve
 from pop_local.models.sizes import size
+from pop_local.ui.hints import hint_of
 from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import out
@@ -162,4 +163,4 @@ def _own_model(model: str) -> Check:
     try:
         return Check("model", "Default model", "ok", str(resolve(model)))
     except PopError as error:
-        return Check("model", "Default model", "fix", error.message, error.hint)
+        return Check("model", "Default model", "fix", error.message, hint_of(error))

@@ -38,10 +38,10 @@ class PopModel(ChatModel):
         n_gpu_layers: int = -1,
         **options: Any,
     ) -> Self:
-        """Open a GGUF file, or a model that is here by its name: see `pop-local list`.
+        """Open a GGUF file, or a model that is here by its name.
 
         `sidecar`: None takes the one beside the model, if there is one. The rest is as in the
-        constructor. Nothing is fetched or converted: `pop-local pull` and `pop-local convert` do.
+        constructor. Nothing is fetched or converted.
         """
         path = names.resolve(os.fspath(model))
         return cls(
@@ -101,5 +101,5 @@ class PopModel(ChatModel):
         return ChatSession(self, Conversation(system))
 
     def load_session(self, path: str | os.PathLike[str]) -> ChatSession:
-        """Go on with a conversation that ChatSession.save, or /save in the chat, has written."""
+        """Go on with a conversation that ChatSession.save, or the chat, has written."""
         return load_session(self, path)

@@ -33,8 +33,6 @@ from pop_local.engine.prefill.plan import plan_prefill
 from pop_local.engine.prefill.rows import CachedRows, n_equal
 from pop_local.engine.turn import TurnOptions
 
-CONVERT_HINT = "convert it first: pop-local convert {}"
-
 
 class PrunedLlama(Llama):
     """`Llama` with its own `eval`, so that what llama_cpp builds upon it prunes, too.
@@ -120,7 +118,10 @@ class PrunedLlama(Llama):
             return
         if mode is not Mode.OFF and self.boundary == 0:
             raise PopError(
-                f"{self.model_path} has no pruning keys", CONVERT_HINT.format(self.model_path)
+                f"{self.model_path} has no pruning keys",
+                "convert it first",
+                cause="not-converted",
+                model=self.model_path,
             )
         backend.set_mode(self.ctx, mode)
         self._switched()
@@ -262,7 +263,9 @@ class PrunedLlama(Llama):
             larger = total + 256
             raise PopError(
                 f"{total} tokens do not fit the context of {self._n_ctx}",
-                f"open the model with a larger one: --ctx {larger}, n_ctx={larger}",
+                f"open the model with a larger one: n_ctx={larger}",
+                cause="context-too-small",
+                n_ctx=larger,
             )
         logs.forget_errors()
         self._forget_from(self.n_tokens)

@@ -184,7 +184,9 @@ class ContextFullError(PopError):
         super().__init__(
             f"the prompt has {n_prompt:,} tokens, {n_prompt + n_answer - n_ctx:,} too many:"
             f" the context holds {n_ctx:,}, and an answer needs {n_answer:,}",
-            f"give a larger context (--ctx {larger}, n_ctx={larger}) or a shorter prompt",
+            f"give a larger context (n_ctx={larger}) or a shorter prompt",
+            cause="context-full",
+            n_ctx=larger,
         )
         self.n_prompt = n_prompt
         self.n_answer = n_answer

@@ -38,20 +38,22 @@ def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     and `force` does not let it be replaced.
     """
     if target.is_dir():
-        raise PopError(f"{target} is a folder", "move it away, or choose another folder (--dir)")
+        raise PopError(
+            f"{target} is a folder",
+            "move it away, or choose another folder",
+            cause="download-is-folder",
+        )
     if not target.exists():
         return False
     if sha256 and file_sha256(target) == sha256:
         return True
     if force:
         return False
-    if not sha256:
-        raise OutputExistsError(
-            f"{target} exists", "replace it (--force), or choose another folder (--dir)"
-        )
+    differs = f" but is not {what}: its sha256 differs" if sha256 else ""
     raise OutputExistsError(
-        f"{target} exists but is not {what}: its sha256 differs",
-        "move it away, replace it (--force), or choose another folder (--dir)",
+        f"{target} exists{differs}",
+        "move it away, replace it (force=True), or choose another folder",
+        cause="download-exists",
     )
 
 
@@ -70,7 +72,7 @@ def alone(target: Path) -> Iterator[None]:
                     lock.unlink()
     except Timeout as error:
         raise PopError(
-            f"{target.name} is being fetched already", "wait until the other pop-local is done"
+            f"{target.name} is being fetched already", "wait until the other one is done"
         ) from error
 
 
@@ -80,5 +82,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise PopError(
             f"{folder} has {free / 1e6:.0f} MB free; fetching {what} takes"
             f" {needed_bytes / 1e6:.0f} MB",
-            f"free some space, or choose another folder (--dir, or ${MODELS_VARIABLE})",
+            f"free some space, or choose another folder (${MODELS_VARIABLE})",
+            cause="no-space-for-download",
+            variable=MODELS_VARIABLE,
         )

@@ -61,7 +61,10 @@ def measure_break_even(
     shortest = rule.sink_tokens + max(1, rule.tail_tokens) + 1
     if n_longest < shortest:
         raise PopError(
-            f"of {n_longest} tokens none would be pruned", "give longer prompts (--prompt)"
+            f"of {n_longest} tokens none would be pruned",
+            f"give longer prompts: {shortest} tokens or more",
+            cause="prompts-too-short",
+            n_least=shortest,
         )
     use_rule(model, replace(rule, min_prompt=0))
     try:

@@ -68,7 +68,8 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
             f"the text has room for {sum(rooms)} windows of {n_tokens:,} tokens, {n_windows} are"
             f" wanted: at least {n_windows * n_tokens:,} tokens are needed, it has"
             f" {sum(len(text) for text in texts):,}",
-            "give a longer text (--text), fewer windows, or shorter ones (--context)",
+            "give a longer text, fewer windows or shorter ones",
+            cause="text-too-short",
         )
     return [
         text[start : start + n_tokens]

@@ -44,14 +44,20 @@ class Repeated:
     full: Floats
 
 
+def least_context(rule: RowRule) -> int:
+    """The shortest context in tokens that `pick_passage` finds two pruned tokens in."""
+    return max(1, rule.sink_tokens) + rule.tail_tokens + 2
+
+
 def require_passage(n_context: int, rule: RowRule) -> None:
     """Raises PopError for a context that is too short for `pick_passage`."""
-    least = max(1, rule.sink_tokens) + rule.tail_tokens + 2
-    if n_context < least:
+    if n_context < least_context(rule):
         raise PopError(
             f"of {n_context} context tokens the first {rule.sink_tokens} and the last"
             f" {rule.tail_tokens} are full: too few are left to measure",
-            f"give a longer context: --context {least} or more",
+            f"give a longer context: {least_context(rule)} tokens or more",
+            cause="context-too-short",
+            n_least=least_context(rule),
         )
 
 

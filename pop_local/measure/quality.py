@@ -25,6 +25,7 @@ from pop_local.measure.heldout import TextTokens, spread_windows
 from pop_local.measure.probes import (
     Induction,
     bos,
+    least_context,
     measure_induction,
     n_measured_tokens,
     n_read_tokens,
@@ -188,7 +189,9 @@ def choose_windows(
         raise PopError(
             f"of a context of {settings.n_context} tokens none would be pruned: the first"
             f" {reader.rule.sink_tokens} and the last {reader.rule.tail_tokens} are full",
-            "give a longer context (--context)",
+            f"give a longer context: {least_context(reader.rule)} tokens or more",
+            cause="context-too-short",
+            n_least=least_context(reader.rule),
         )
     start = bos(reader.model)
     n_text = settings.n_context - len(start)

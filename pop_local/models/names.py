@@ -91,6 +91,7 @@ def find(name: str) -> Model:
         raise PopError(
             f"there is no model named {name!r} in the catalog",
             nearest_hint(name, _catalog_names(), _known()),
+            cause="unknown-model",
         )
     return model
 
@@ -125,7 +126,12 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise PopError(f"{entry.name} has not been fetched yet", f"run `pop-local pull {entry.name}`")
+    raise PopError(
+        f"{entry.name} has not been fetched yet",
+        "fetch it first",
+        cause="not-fetched",
+        model=entry.name,
+    )
 
 
 def _stored(model: str) -> Path:
@@ -133,7 +139,9 @@ def _stored(model: str) -> Path:
     if model.lower().startswith(_REMOTE):
         raise PopError(
             f"{model} has to be fetched first",
-            f"run `pop-local pull {model}` and give the file that it prints",
+            "fetch it, and give the file",
+            cause="is-remote",
+            model=model,
         )
     if os.sep in model or "/" in model:
         raise PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
@@ -143,10 +151,12 @@ def _stored(model: str) -> Path:
     here = {name: name for name in models_by_name(folder)}
     if model.lower().endswith(".gguf"):
         beside = {file.name: file.name for file in Path().glob("*.gguf")}
-        hint = nearest_hint(model, here | beside, "check the path, or see `pop-local list`")
-        raise PopError(f"there is no file {model}", hint)
+        hint = nearest_hint(model, here | beside, "check the path")
+        raise PopError(f"there is no file {model}", hint, cause="unknown-model")
     raise PopError(
-        f"there is no model named {model!r}", nearest_hint(model, here | _catalog_names(), _known())
+        f"there is no model named {model!r}",
+        nearest_hint(model, here | _catalog_names(), _known()),
+        cause="unknown-model",
     )
 
 
@@ -164,4 +174,4 @@ def _catalog_names() -> dict[str, str]:
 
 def _known() -> str:
     names = ", ".join(model.name for model in load_catalog())
-    return f"known: {names}; `pop-local list` shows what is here; or give a GGUF file"
+    return f"known: {names}; or give a GGUF file"

@@ -100,7 +100,8 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
             return files
     raise PopError(
         f"there is no model {name!r} in {folder}",
-        nearest_hint(path.name, {known: known for known in groups}, "see `pop-local list`"),
+        nearest_hint(path.name, {known: known for known in groups}, "check the name"),
+        cause="unknown-model",
     )
 
 

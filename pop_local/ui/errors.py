@@ -1,6 +1,5 @@
 """The one place that turns an exception into two lines on stderr and an exit code."""
 
-import errno
 import logging
 import os
 import signal
@@ -22,22 +21,6 @@ from pop_local.ui.theme import err
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
-
-_TRACE_HINT = "`pop-local --debug COMMAND ...` shows where it happened"
-_SPACE_HINT = "free some space, or write to another disk"
-_PERMISSION_HINT = "check the permissions of the file and of its folder"
-_MEMORY_HINT = "close other programs, or take a smaller model or context (--ctx)"
-_OS_HINTS = {
-    errno.ENOSPC: _SPACE_HINT,
-    errno.EDQUOT: _SPACE_HINT,
-    errno.EACCES: _PERMISSION_HINT,
-    errno.EPERM: _PERMISSION_HINT,
-    errno.EROFS: "that disk is read-only: choose another folder",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path: a part of it is a file, not a folder",
-    errno.EISDIR: "that is a folder: give a file",
-    errno.ENOMEM: _MEMORY_HINT,
-}
 
 
 @contextmanager
@@ -75,11 +58,11 @@ def as_pop_error(error: Exception) -> PopError:
     if isinstance(error, PopError):
         return error
     if isinstance(error, MemoryError):
-        return PopError("there is not enough memory", _MEMORY_HINT)
+        return PopError("there is not enough memory", hints.MEMORY)
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return PopError(f"{where}{error.strerror}", _OS_HINTS.get(error.errno or 0, _TRACE_HINT))
-    return PopError(f"unexpected {type(error).__name__}: {error}", _TRACE_HINT)
+        return PopError(f"{where}{error.strerror}", hints.os_hint(error))
+    return PopError(f"unexpected {type(error).__name__}: {error}", hints.TRACE)
 
 
 def show(error: PopError) -> None:

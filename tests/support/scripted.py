@@ -12,6 +12,7 @@ from pop_local.measure.full_cost import FullCosts
 from pop_local.ui.chat.chat import Chat, Opened
 from pop_local.ui.chat.repl import Repl
 from pop_local.ui.chat.screen import Choice
+from pop_local.ui.hints import hint_of
 
 STATS = TurnStats(
     n_prompt=1200,
@@ -122,7 +123,7 @@ class Transcript:
         self.shown += f"* {line}\n"
 
     def error(self, error: PopError) -> None:
-        self.shown += f"! {error.message}; {error.hint}\n"
+        self.shown += f"! {error.message}; {hint_of(error)}\n"
 
     def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
         self.shown += f"? {question}\n"

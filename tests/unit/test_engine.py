@@ -109,7 +109,7 @@ def test_an_unconverted_model_runs_full_and_says_how_to_convert(tmp_path):
     assert evaluated(model, prompt(100)) == Counters(0, 100)
     with pytest.raises(PopError) as caught:
         model.set_pop(Mode.CONTEXT)
-    assert "pop-local convert" in caught.value.hint
+    assert "convert it first" in caught.value.hint
 
 
 # --- what llama_cpp offers on top

@@ -21,6 +21,7 @@ from pop_local.models.names import (
     resolve,
     resolve_base,
 )
+from pop_local.ui.hints import hint_of
 
 PIECES = (b"GGUF first half, " * 1000, b"second half" * 1000)
 
@@ -217,7 +218,7 @@ def test_unknown_name_suggests_the_nearest():
 def test_resolve_prefers_the_converted_file(tiny, store):
     with pytest.raises(PopError, match="not been fetched") as failure:
         resolve("tiny")
-    assert "pop-local pull Tiny-1M" in failure.value.hint
+    assert "pop-local pull Tiny-1M" in hint_of(failure.value)
     store.mkdir()
     (store / tiny.file).touch()
     assert resolve("tiny") == store / tiny.file
@@ -252,7 +253,7 @@ def test_models_dir_is_the_variable_the_clone_or_the_users_data(tmp_path, monkey
 def test_resolve_says_what_has_to_be_fetched_first(name):
     with pytest.raises(PopError, match="has to be fetched first") as failure:
         resolve(name)
-    assert f"pop-local pull {name}" in failure.value.hint
+    assert f"pop-local pull {name}" in hint_of(failure.value)
 
 
 def test_folders_that_pip_removes_while_it_is_watched_do_not_count(tmp_path, monkeypatch):

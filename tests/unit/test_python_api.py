@@ -237,5 +237,5 @@ def test_questions_that_are_refused(model):
     with pytest.raises(ContextFullError) as caught:
         session.chat(QUESTION, min_answer=5000)
     larger = caught.value.n_prompt + 5000
-    assert f"(--ctx {larger}, n_ctx={larger})" in caught.value.hint
+    assert f"(n_ctx={larger})" in caught.value.hint
     assert session.conversation.turns == ()

@@ -188,7 +188,7 @@ class Sessions:
     def _read(self, name: str) -> Session:
         path = self.path(name)
         if not path.is_file():
-            raise PopError(f"there is no session {name}", "/sessions lists them")
+            raise PopError(f"there is no session {name}", "check the name")
         with _opened(path) as archive:
             return _decoded(json.loads(archive.read("session.json")))
 

@@ -1,0 +1,67 @@
+"""What the user can do about an error, in the words of the command line.
+
+The library says what to do in Python's terms; here its causes get hints that name options and
+commands.
+"""
+
+import errno
+
+from converter.errors import PopError
+
+# By cause; the names in braces are the error's fields, and {hint} is what the library says.
+BY_CAUSE = {
+    "activations-not-shown": "reinstall the backend, or convert with --projection own",
+    "cannot-resume": "delete it, or leave out --resume, to start afresh",
+    "context-full": "give a larger context (--ctx {n_ctx}) or a shorter prompt",
+    "context-too-short": "give a longer context: --context {n_least} or more",
+    "context-too-small": "open the model with a larger one: --ctx {n_ctx}",
+    "converted-already": "get the original back first: pop-local strip",
+    "download-exists": "move it away, replace it (--force), or choose another folder (--dir)",
+    "download-is-folder": "move it away, or choose another folder (--dir)",
+    "foreign-sidecar": "make one for this model: pop-local convert --sidecar {model}",
+    "is-remote": "run `pop-local pull {model}` and give the file that it prints",
+    "no-room-for-tensors": (
+        "write it anew with llama-quantize (type COPY), or use --projection own"
+    ),
+    "no-space-for-download": "free some space, or choose another folder (--dir, or ${variable})",
+    "not-a-sidecar": "make one: pop-local convert --sidecar MODEL",
+    "not-converted": "convert it first: pop-local convert {model}",
+    "not-fetched": "run `pop-local pull {model}`",
+    "not-finite": "the model's file may be damaged: try whether it answers (pop-local run)",
+    "output-exists": "choose another name, or replace it: --force",
+    "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
+    "sidecar-as-model": "give the model itself ({model}), and --pop",
+    "sidecar-for-converted": "open it without --pop, or give the file that it was converted from",
+    "singular": "fit on more varied text, or with a larger --ridge",
+    "text-too-short": "give a longer text (--text), fewer windows, or shorter ones (--context)",
+    "too-few-tokens": "give --tokens {n_least} or more; the default is {n_default}",
+    "unknown-model": "{hint}; `pop-local list` shows what is here",
+    "unreadable-tensor": "convert with --projection own, or take another quantisation",
+}
+
+TRACE = "`pop-local --debug COMMAND ...` shows where it happened"
+MEMORY = "close other programs, or take a smaller model or context (--ctx)"
+_SPACE = "free some space, or write to another disk"
+_PERMISSION = "check the permissions of the file and of its folder"
+_BY_ERRNO = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: "that disk is read-only: choose another folder",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path: a part of it is a file, not a folder",
+    errno.EISDIR: "that is a folder: give a file",
+    errno.ENOMEM: MEMORY,
+}
+
+
+def hint_of(error: PopError) -> str:
+    """The hint to show; the library's own where the command line knows no better. May be empty."""
+    words = BY_CAUSE.get(error.cause, "{hint}")
+    return words.format_map({**error.fields, "hint": error.hint})
+
+
+def os_hint(error: OSError) -> str:
+    """The hint for what the operating system refused."""
+    return _BY_ERRNO.get(error.errno or 0, TRACE)

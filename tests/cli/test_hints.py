@@ -1,0 +1,108 @@
+"""The library's errors name no option and no command; the command line's words for them do."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from string import Formatter
+
+import pytest
+
+import converter
+import pop_local
+from converter.errors import PopError
+from pop_local.cli import COMMANDS
+from pop_local.ui import errors
+from pop_local.ui.chat.slash import COMMANDS as SLASH_COMMANDS
+from pop_local.ui.hints import BY_CAUSE, hint_of
+
+ROOMS = ("engine", "measure", "calibration", "fetching", "models", "texts", "config", "workflows")
+FOLDERS = (
+    Path(converter.__file__).parent,
+    *(Path(pop_local.__file__).parent / room for room in ROOMS),
+)
+LIBRARY = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
+# pip, which it runs, is told what to do by options.
+RUNS_PIP = "fetching/wheels.py"
+
+# At the end of a piece its name follows from a variable: f"--{name}".
+OPTION = re.compile(r"(?<![\w-])--(?:[a-z]|$)")
+COMMAND = re.compile(rf"pop-local (?:{'|'.join(entry.name for entry in COMMANDS)})\b")
+SLASH_COMMAND = re.compile(rf"(?<![\w.}}/])(?:{'|'.join(SLASH_COMMANDS)})\b(?!/)")
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text("utf-8")))
+
+
+def in_command_line_words(text: str) -> bool:
+    return any(pattern.search(text) for pattern in (OPTION, COMMAND, SLASH_COMMAND))
+
+
+def causes() -> Iterator[tuple[str, set[str]]]:
+    """Each cause that an error of the library is raised with, and the names of its fields."""
+    for path in LIBRARY:
+        for node in nodes(path):
+            if isinstance(node, ast.Call):
+                given = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+                if cause := given.pop("cause", None):
+                    yield ast.literal_eval(cause), set(given)
+
+
+def fields(words: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(words) if name}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_refused"),
+    [
+        ("--force", True),
+        ("replace it (--force)", True),
+        ("--", True),
+        ("no-force, a -- b, a---b", False),
+        ("run `pop-local pull X`", True),
+        ("use a newer pop-local, or another model", False),
+        ("/sessions lists them", True),
+        ("/sys/devices/system", False),
+        ("pop_local/models", False),
+    ],
+)
+def test_the_words_of_the_command_line_are_known(text, is_refused):
+    assert in_command_line_words(text) == is_refused
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: "/".join(path.parts[-2:]))
+def test_the_library_names_no_option_and_no_command(path):
+    texts = [
+        node.value
+        for node in nodes(path)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    if path.as_posix().endswith(RUNS_PIP):
+        texts = [text for text in texts if not text.startswith("--")]
+    assert [text for text in texts if in_command_line_words(text)] == []
+
+
+def test_every_cause_has_words_and_all_words_have_a_cause():
+    assert {cause for cause, _ in causes()} == set(BY_CAUSE)
+
+
+def test_the_words_use_fields_that_every_error_of_the_cause_has():
+    missing = [
+        (cause, fields(BY_CAUSE[cause]) - names - {"hint"})
+        for cause, names in causes()
+        if fields(BY_CAUSE[cause]) - names - {"hint"}
+    ]
+    assert missing == []
+
+
+def test_a_cause_is_shown_in_the_words_of_the_command_line(capsys):
+    errors.show(
+        PopError("too few", "give 512 tokens", cause="too-few-tokens", n_least=512, n_default=9)
+    )
+    assert "hint: give --tokens 512 or more; the default is 9\n" in capsys.readouterr().err
+
+
+def test_without_a_cause_the_library_has_the_word():
+    assert hint_of(PopError("it broke", "mend {it}")) == "mend {it}"
+    assert hint_of(PopError("it broke")) == ""
