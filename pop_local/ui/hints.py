@@ -11,25 +11,54 @@ from converter.errors import PopError
 # By cause; the names in braces are the error's fields, and {hint} is what the library says.
 BY_CAUSE = {
     "activations-not-shown": "reinstall the backend, or convert with --projection own",
+    "analyze-fitted": "analyze the model that it was made of; pop-local strip {path} gives it back",
+    "bench-context": "leave --ctx out, or give shorter prompts (--prompt)",
+    "bench-trained": "give shorter prompts (--prompt)",
     "cannot-resume": "delete it, or leave out --resume, to start afresh",
     "context-full": "give a larger context (--ctx {n_ctx}) or a shorter prompt",
     "context-too-short": "give a longer context: --context {n_least} or more",
     "context-too-small": "open the model with a larger one: --ctx {n_ctx}",
     "converted-already": "get the original back first: pop-local strip",
+    "copying-broken": (
+        "--boundary {deepest_unfitted} copies even unfitted; `--quality fast`, without --skip"
+        " and --boundary, finds the deepest that copies fitted; --force writes this one all "
+        "the same"
+    ),
+    "copying-broken-everywhere": (
+        "skip fewer layers; `--quality fast`, without --skip and --boundary, finds the "
+        "deepest that copies fitted; --force writes this one all the same"
+    ),
     "download-exists": "move it away, replace it (--force), or choose another folder (--dir)",
     "download-is-folder": "move it away, or choose another folder (--dir)",
+    "fit-not-measurable": "lower --sink and --tail; or --projection own, which may go unmeasured",
     "foreign-sidecar": "make one for this model: pop-local convert --sidecar {model}",
     "is-remote": "run `pop-local pull {model}` and give the file that it prints",
-    "no-room-for-tensors": (
-        "write it anew with llama-quantize (type COPY), or use --projection own"
+    "missing-torch": "install it with: pip install 'pop-local[analyze]'",
+    "no-memory-for-fit": "lower --tokens, close other programs, or leave it out: --no-fit",
+    "no-memory-for-gates": (
+        "lower --context and --continuation, close other programs, or leave them out: --no-gates"
     ),
+    "no-room-for-tensors": "write it anew with llama-quantize (type COPY), or use --projection own",
+    "no-sidecar": "make one: pop-local convert --sidecar MODEL.gguf",
     "no-space-for-download": "free some space, or choose another folder (--dir, or ${variable})",
     "not-a-sidecar": "make one: pop-local convert --sidecar MODEL",
     "not-converted": "convert it first: pop-local convert {model}",
     "not-fetched": "run `pop-local pull {model}`",
     "not-finite": "the model's file may be damaged: try whether it answers (pop-local run)",
+    "nothing-to-compare": "convert it (pop-local convert {model}), or choose a --boundary",
+    "nothing-to-evaluate": (
+        "convert it (pop-local convert {model}), or choose --skip, --boundary or --sweep"
+    ),
     "output-exists": "choose another name, or replace it: --force",
+    "outside-budget": "`pop-local convert` without --skip and --boundary finds the deepest inside",
+    "over-budget": (
+        "allow more (--quality fast, --max-kl, --max-copy-ratio), or choose --skip yourself"
+    ),
+    "projections-for-one-depth": (
+        "measure other depths on the model itself, {model}, with --fit or without"
+    ),
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
+    "sidecar-alone": "say where it is: pop-local inspect MODEL --pop {sidecar} --verify",
     "sidecar-as-model": "give the model itself ({model}), and --pop",
     "sidecar-for-converted": "open it without --pop, or give the file that it was converted from",
     "singular": "fit on more varied text, or with a larger --ridge",
@@ -37,6 +66,9 @@ BY_CAUSE = {
     "too-few-tokens": "give --tokens {n_least} or more; the default is {n_default}",
     "unknown-model": "{hint}; `pop-local list` shows what is here",
     "unreadable-tensor": "convert with --projection own, or take another quantisation",
+    "windows-too-long": (
+        "give shorter windows (--context, --continuation), perhaps without --needles"
+    ),
 }
 
 TRACE = "`pop-local --debug COMMAND ...` shows where it happened"
