@@ -1,21 +1,27 @@
 """A script of llama.cpp calls, run in a child process with the patched or the unpatched library.
 
 `run(Job(...))` gives back, by name, the logits of each decode step that has a name. What is shared
-between jobs (states of a sequence) goes through files. This module imports no code of pop_local.
+between jobs (states of a sequence) goes through files. Each library has one child for all jobs,
+which keeps the last models open; each job has a context of its own. This module imports no code of
+pop_local.
 """
 
 import ctypes
-import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+# Of the models that a child keeps open: three of a Trio, and one.
+N_MODELS = 4
 
 
 @dataclass(frozen=True)
@@ -66,60 +72,125 @@ class Job:
     cvec: tuple[float, ...] = field(default=())
 
 
+class DiedError(Exception):
+    """The library ended its process; what it wrote to stderr."""
+
+
 def run(job: Job) -> dict[str, np.ndarray]:
-    """Run a job in a child process.
+    """Run a job in the child process of its library.
 
     Returns, by the step's name, the logits as float32 [n_outputs, n_vocab], for embeddings
     [n_tokens, n_embd], and for counters int64 [2] (context, full). Raises RuntimeError with the
-    library's log when it fails.
+    library's log when it fails, DiedError when the child died of it; the next job has another.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        spec, out = Path(folder) / "job.json", Path(folder) / "out.npz"
-        spec.write_text(json.dumps(asdict(job)))
+    child = _children.get(job.lib) or _Child(job.lib)
+    _children[job.lib] = child
+    try:
+        return child.run(job)
+    except DiedError:
+        del _children[job.lib]
+        raise
+
+
+class _Child:
+    """A process with one library. Jobs go to it and results come back in pickles.
+
+    Its stderr is a file, of which a job's part is known by where it began.
+    """
+
+    def __init__(self, lib: str | None) -> None:
         env = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
-        if job.lib:
-            env["LLAMA_CPP_LIB_PATH"] = job.lib
-        child = subprocess.run(
-            [sys.executable, __file__, str(spec), str(out)], env=env, capture_output=True, text=True
+        if lib:
+            env["LLAMA_CPP_LIB_PATH"] = lib
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the child)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
         )
-        if child.returncode != 0:
-            raise RuntimeError(child.stderr)
-        with np.load(out) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+
+    def run(self, job: Job) -> dict[str, np.ndarray]:
+        assert self._process.stdin and self._process.stdout
+        start = self._log.seek(0, os.SEEK_END)
+        try:
+            pickle.dump(asdict(job), self._process.stdin)
+            self._process.stdin.flush()
+            results: dict[str, np.ndarray] | None = pickle.load(self._process.stdout)
+        except (EOFError, BrokenPipeError):
+            status = self._process.wait()
+            raise DiedError(f"{self._written(start)}\nexit status {status}") from None
+        if results is None:
+            raise RuntimeError(self._written(start))
+        return results
+
+    def _written(self, start: int) -> str:
+        self._log.seek(start)
+        return self._log.read().decode(errors="replace")
+
+
+_children: dict[str | None, _Child] = {}
+
+
+class Models:
+    """The models that were used last, by their files' names, sizes and times."""
+
+    def __init__(self) -> None:
+        import llama_cpp.llama_cpp as lib
+
+        self._lib = lib
+        self._opened: dict[object, object] = {}
+        lib.llama_backend_init()
+
+    def get(self, job: Job) -> object:
+        files = (job.model, *job.further)
+        stats = [Path(path).stat() for path in files]
+        key = (files, job.mmap, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+        model = self._opened.pop(key, None) or self._load(job)
+        if not model:
+            raise RuntimeError("the model does not load")
+        self._opened[key] = model
+        if len(self._opened) > N_MODELS:
+            self._lib.llama_model_free(self._opened.pop(next(iter(self._opened))))
+        return model
+
+    def _load(self, job: Job) -> object:
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        if not job.mmap:
+            params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE
+        if not job.further:
+            return self._lib.llama_model_load_from_file(job.model.encode(), params)
+        files = [path.encode() for path in (job.model, *job.further)]
+        paths = (ctypes.c_char_p * len(files))(*files)
+        return self._lib.llama_model_load_from_splits(paths, len(files), params)
 
 
 class Session:
-    """A model and a context of the library that this process loaded."""
+    """A context of a model, of the library that this process loaded."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, model: object) -> None:
         import llama_cpp.llama_cpp as lib
 
         self.lib = lib
         self.capi = lib._lib
-        lib.llama_backend_init()
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = 0
-        if not job.mmap:
-            params.load_mode = lib.LLAMA_LOAD_MODE_NONE
-        self.model = self._load_model(job, params)
-        if not self.model:
-            raise RuntimeError("the model does not load")
+        self.model = model
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
         self.ctx = lib.llama_init_from_model(self.model, self._context_params(job))
         if not self.ctx:
             raise RuntimeError("no context")
+        self._adapter: Any = None
         if job.lora:
             self._set_lora(job.lora)
         if job.cvec:
             self._set_cvec(job.cvec)
 
-    def _load_model(self, job: Job, params: object) -> object:
-        if not job.further:
-            return self.lib.llama_model_load_from_file(job.model.encode(), params)
-        files = [path.encode() for path in (job.model, *job.further)]
-        paths = (ctypes.c_char_p * len(files))(*files)
-        return self.lib.llama_model_load_from_splits(paths, len(files), params)
+    def close(self) -> None:
+        self.lib.llama_free(self.ctx)
+        if self._adapter:
+            self.lib.llama_adapter_lora_free(self._adapter)
 
     def _context_params(self, job: Job) -> object:
         params = self.lib.llama_context_default_params()
@@ -131,8 +202,8 @@ class Session:
         return params
 
     def _set_lora(self, path: str) -> None:
-        adapter = self.lib.llama_adapter_lora_init(self.model, path.encode())
-        adapters = (self.lib.llama_adapter_lora_p_ctypes * 1)(adapter)
+        self._adapter = self.lib.llama_adapter_lora_init(self.model, path.encode())
+        adapters = (self.lib.llama_adapter_lora_p_ctypes * 1)(self._adapter)
         if self.lib.llama_set_adapters_lora(self.ctx, adapters, 1, (ctypes.c_float * 1)(1.0)):
             raise RuntimeError("the LoRA adapter does not apply")
 
@@ -231,15 +302,35 @@ class Session:
             raise RuntimeError(f"{function}{args} was refused")
 
 
-def main() -> None:
-    spec, out = sys.argv[1:]
-    raw = json.loads(Path(spec).read_text())
-    steps = tuple(Step(**step) for step in raw.pop("steps"))
-    session = Session(Job(steps=steps, **raw))
-    results = {step.name: session.step(step) for step in steps}
-    named: dict[str, Any] = {name: array for name, array in results.items() if name}
-    np.savez(out, **named)
+def results(job: Job, models: Models) -> dict[str, np.ndarray | None]:
+    session = Session(job, models.get(job))
+    try:
+        made = [(step.name, session.step(step)) for step in job.steps]
+    finally:
+        session.close()
+    return {name: array for name, array in made if name}
+
+
+def serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
+    """Answers each job with its results; None: it failed, and stderr says why."""
+    models = Models()
+    while True:
+        try:
+            raw = pickle.load(jobs)
+        except EOFError:
+            return
+        steps = tuple(Step(**step) for step in raw.pop("steps"))
+        try:
+            answer = results(Job(steps=steps, **raw), models)
+        except Exception:
+            traceback.print_exc()
+            answer = None
+        pickle.dump(answer, answers)
+        answers.flush()
 
 
 if __name__ == "__main__":
-    main()
+    # Whatever the library prints goes to the log; a crash prints a backtrace.
+    kept = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(sys.stdin.buffer, kept)
