@@ -4,35 +4,73 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converter.errors import PopError
+    from converter.errors import PopError, StoppedError
+    from pop_local.calibration.options import FitOptions
     from pop_local.engine.model import PopModel
     from pop_local.engine.sessions.chat_session import Answer, ChatSession, Stream
     from pop_local.engine.sessions.conversation import Conversation, Document, Turn
     from pop_local.engine.turn import AnswerOptions, ContextFullError, SessionStats, TurnStats
+    from pop_local.measure.budget import BALANCED, FAST, NEAR_LOSSLESS
+    from pop_local.measure.quality import QualitySettings
     from pop_local.texts.documents import read_document
+    from pop_local.workflows.analyze import Analysis, AnalyzeOptions, analyze
+    from pop_local.workflows.convert import convert
+    from pop_local.workflows.evaluate import EvaluateOptions, Evaluation, evaluate
+    from pop_local.workflows.events import Watch
+    from pop_local.workflows.options import Boundary, Hardware, RowOptions, Skip, Within
+    from pop_local.workflows.results import Converted
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BALANCED",
+    "FAST",
+    "NEAR_LOSSLESS",
+    "Analysis",
+    "AnalyzeOptions",
     "Answer",
     "AnswerOptions",
+    "Boundary",
     "ChatSession",
     "ContextFullError",
     "Conversation",
+    "Converted",
     "Document",
+    "EvaluateOptions",
+    "Evaluation",
+    "FitOptions",
+    "Hardware",
     "PopError",
     "PopModel",
+    "QualitySettings",
+    "RowOptions",
     "SessionStats",
+    "Skip",
+    "StoppedError",
     "Stream",
     "Turn",
     "TurnStats",
+    "Watch",
+    "Within",
     "__version__",
+    "analyze",
+    "convert",
+    "evaluate",
     "read_document",
 ]
 
 # Imported when they are asked for: the commands' --help must not load llama.cpp.
 _MODULES = {
-    "converter.errors": ["PopError"],
+    "converter.errors": ["PopError", "StoppedError"],
+    "pop_local.calibration.options": ["FitOptions"],
+    "pop_local.measure.budget": ["BALANCED", "FAST", "NEAR_LOSSLESS"],
+    "pop_local.measure.quality": ["QualitySettings"],
+    "pop_local.workflows.analyze": ["Analysis", "AnalyzeOptions", "analyze"],
+    "pop_local.workflows.convert": ["convert"],
+    "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
+    "pop_local.workflows.events": ["Watch"],
+    "pop_local.workflows.options": ["Boundary", "Hardware", "RowOptions", "Skip", "Within"],
+    "pop_local.workflows.results": ["Converted"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.documents": ["read_document"],
     "pop_local.engine.sessions.conversation": ["Conversation", "Document", "Turn"],

@@ -54,6 +54,7 @@ def documented() -> str:
 
 def test_the_documented_example_runs(smollm2, tmp_path):
     converted(smollm2, tmp_path, boundary=20).rename(tmp_path / "model.pop.gguf")
+    make_gguf(tmp_path / "model.gguf", "llama")
     (tmp_path / "report.txt").write_text(REPORT)
     (tmp_path / "example.py").write_text(documented())
     done = subprocess.run(
@@ -68,6 +69,9 @@ def test_the_documented_example_runs(smollm2, tmp_path):
     assert any(re.fullmatch(r"2 answers: \d+ tokens pruned, \d+ read in full", x) for x in lines)
     assert any(re.fullmatch(r"\d+ tokens too long", line) for line in lines)
     assert "full" in lines
+    assert "Fitting, in tokens" in lines and "Writing, then reading back, in bytes" in lines
+    assert any(line.startswith("FFFFFFSS, ") and "Measured(kl_mean=" in line for line in lines)
+    assert any(re.fullmatch(r"KL \d\.\d+ ± \d\S+, on held-out text.*", line) for line in lines)
     assert lines[-1].startswith("{'decided': '")
     assert (tmp_path / "talk.popsession").is_file()
 
