@@ -21,7 +21,7 @@ from pop_local.commands.options import (
     sampling,
 )
 from pop_local.models.names import DEFAULT_MODEL
-from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.screen import TerminalScreen
 from pop_local.ui.chat.start import conversation, talk
 from pop_local.ui.errors import EXIT_FAILED
@@ -77,7 +77,7 @@ def chat(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _greet(begun: Chat) -> None:
+def _greet(begun: Dialogue) -> None:
     note(f"{begun.model.model_path}, context of {begun.model.n_ctx():,} tokens.")
     note(begun.pop_state())
     note("Type a question, /help for the commands, /exit to leave.")

@@ -30,8 +30,7 @@ from pop_local.engine.sessions.conversation import Document, Turn
 from pop_local.engine.turn import Chunk, ContextFullError, Message, Reading, TurnStats
 from pop_local.texts.decoding import decoded
 from pop_local.texts.documents import read_document, read_limited
-from pop_local.ui.chat.chat import least_answer
-from pop_local.ui.chat.overflow import too_long
+from pop_local.ui.chat.overflow import least_answer, too_long
 from pop_local.ui.chat.screen import TerminalScreen, showing_prefill
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.keys import unechoed_keys

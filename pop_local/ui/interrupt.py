@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupt:
+class CtrlC:
     """Whether Ctrl-C has been pressed."""
 
     def __init__(self) -> None:
@@ -15,12 +15,12 @@ class Interrupt:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Interrupt]:
+def deferred_interrupt() -> Iterator[CtrlC]:
     """The first Ctrl-C is only remembered; a second one raises wherever the program is.
 
     A KV cache must not be cut off between a decode and the count of its tokens.
     """
-    interrupt = Interrupt()
+    interrupt = CtrlC()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return

@@ -105,7 +105,7 @@ class Child:
         started_s = self._clock()
         Repl(self._chat, self._one_line).run()
         first_s, end_s = self._screen.first_s, self._screen.end_s
-        (turn,), (stats,) = self._chat.conversation.turns, self._chat.stats
+        (turn,), (stats,) = self._chat.session.conversation.turns, self._chat.session.answer_stats
         answered = Answered(
             turn.answer, stats.n_prompt, stats.n_cached, stats.n_pruned, stats.n_decoded
         )

@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from converter.errors import PopError
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.sessions.chat_session import ChatSession
+from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.turn import Chunk, ContextFullError, Message, TurnStats
 from pop_local.measure.full_cost import FullCosts
-from pop_local.ui.chat.chat import Chat, Opened
+from pop_local.ui.chat.dialogue import Dialogue, Opened
 from pop_local.ui.chat.repl import Repl
 from pop_local.ui.chat.screen import Choice
 from pop_local.ui.hints import hint_of
@@ -87,6 +89,9 @@ class ScriptedModel:
     def detokenize(self, tokens: list[int]) -> bytes:
         return " ".join(self._words[token] for token in tokens).encode()
 
+    def session(self, system: str = "") -> ChatSession:
+        return ChatSession(cast(Any, self), Conversation(system))
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -136,6 +141,10 @@ class Transcript:
         yield lambda done, total: self.note(f"reading {done} of {total}")
 
 
+def opened(model: ScriptedModel) -> Opened:
+    return Opened(cast(Any, model), FullCosts(None, 20))
+
+
 def scripted_chat(
     model: ScriptedModel,
     screen: Any,
@@ -143,17 +152,17 @@ def scripted_chat(
     system: str = "",
     sampling: Mapping[str, Any] | None = None,
     others: Mapping[str | int, ScriptedModel] | None = None,
-) -> Chat:
+) -> Dialogue:
     """`others`: the models that can be opened, by name or by context."""
 
     def open_model(name: str | None, n_ctx: int | None) -> Opened:
         found = (others or {}).get(name or n_ctx or 0)
         if found is None:
             raise PopError(f"there is no model {name or n_ctx}")
-        return Opened(found, FullCosts(None, 20))
+        return opened(found)
 
-    return Chat(
-        Opened(model, FullCosts(None, 20)),
+    return Dialogue(
+        opened(model),
         screen,
         system=system,
         sampling={"seed": 7} if sampling is None else sampling,

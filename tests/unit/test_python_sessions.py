@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from converter.errors import OutputExistsError
-from pop_local import ChatSession, PopError, PopModel
+from pop_local import ChatSession, ContextFullError, Document, PopError, PopModel, Turn
 from support.converted import tiny
 from support.programs import GREEDY, QUESTION, TEMPLATE, opened
 
@@ -122,6 +122,68 @@ def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
     expected = session.chat(QUESTION, **GREEDY).text
     model.clear()
     assert model.chat(QUESTION, **GREEDY).text == expected
+
+
+# --- taking back
+
+
+def asked(session: ChatSession) -> list[str]:
+    return [turn.question for turn in session.conversation.turns]
+
+
+def test_the_last_question_is_asked_again_or_in_other_words(model):
+    session = model.session(system="Be brief.")
+    first = session.chat(QUESTION, documents=["i j k"], **GREEDY)
+    session.chat("and now?", **GREEDY)
+    assert "".join(session.edit("and then?", **GREEDY)) != ""
+    assert asked(session) == [QUESTION, "and then?"]
+    undone = session.undo()
+    assert undone is not None and undone.question == "and then?"
+    again = session.retry(**GREEDY)
+    assert "".join(again) == first.text
+    assert again.stats is not None and again.stats.n_cached > 100
+    assert [document.text for document in session.conversation.turns[0].documents] == ["i j k"]
+    assert session.stats.n_answers == len(session.answer_stats) == 4
+
+
+def test_a_question_without_an_answer_is_dropped_until_it_gets_one(model):
+    session = model.session()
+    session.chat(QUESTION, **GREEDY)
+    with pytest.raises(ContextFullError):
+        session.chat("more", documents=["i j k"], min_answer=5000)
+    assert session.dropped == session.last_asked == Turn("more", (Document("a text", "i j k"),))
+    assert asked(session) == [QUESTION]
+    stream = session.edit("much more", **GREEDY)
+    assert session.dropped is not None, "it was ended before it began"
+    stream = session.retry(**GREEDY)
+    assert next(stream)
+    assert session.dropped is None
+    assert asked(session) == [QUESTION, "much more"]
+    session.forget_oldest(1)
+    assert asked(session) == ["much more"]
+
+
+def test_a_forgotten_conversation_leaves_the_system_prompt(model):
+    session = model.session()
+    session.system = "Be brief."
+    session.chat(QUESTION, **GREEDY)
+    assert session.n_cached == model.n_tokens
+    session.forget()
+    assert (session.system, asked(session), session.n_cached) == ("Be brief.", [], 0)
+    assert (session.undo(), session.answer_stats) == (None, ())
+    with pytest.raises(PopError, match="nothing has been asked"):
+        session.retry()
+
+
+def test_a_conversation_goes_on_with_another_model(file, model):
+    session = model.session()
+    session.chat(QUESTION, **GREEDY)
+    first = session.chat("and now?", **GREEDY).stats
+    with opened(file) as other:
+        session.undo()
+        session.model = other
+        second = session.chat("and now?", **GREEDY).stats
+    assert (second.n_prompt, second.n_cached) == (first.n_prompt, 0) != (0, first.n_cached)
 
 
 # --- saving

@@ -15,7 +15,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import Sessions
-from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import Repl
 from pop_local.ui.chat.start import conversation
 from support.converted import converted, tiny
@@ -222,7 +222,7 @@ def test_a_failed_save_leaves_the_old_session(file, sessions, monkeypatch):
 # --- in the chat
 
 
-def talked(model: PopModel, *lines: str) -> tuple[Chat, list[str]]:
+def talked(model: PopModel, *lines: str) -> tuple[Dialogue, list[str]]:
     transcript = Transcript(*lines)
     options = {"max_tokens": 4, "temperature": 0.0}
     chat = conversation(model, lambda *_: model, transcript, sampling=options)
@@ -243,7 +243,7 @@ def test_save_load_and_sessions(file, monkeypatch, tmp_path):
     assert shown[3] == "> /stats", "pruning was on and still is"
     _, in_another_mode = talked(opened(file), "/pop off", "/load one")
     assert in_another_mode[-1].startswith("# Pruning is on")
-    assert chat.stats[0].n_cached > 100
+    assert chat.session.answer_stats[0].n_cached > 100
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
     assert shown[1] == "? There is a session one already."
     assert "# Nothing is saved." in shown
@@ -272,4 +272,5 @@ def test_a_session_of_another_model_is_read_again_after_saying_so(file, monkeypa
     chat, shown = talked(other, "/load one", "more?")
     assert shown[2].startswith("* Its K/V cannot be used: they belong to another model (")
     assert shown[2].endswith("The transcript will be read again with your next question.")
-    assert (chat.stats[0].n_cached, chat.stats[0].n_prompt > 100) == (0, True)
+    (stats,) = chat.session.answer_stats
+    assert (stats.n_cached, stats.n_prompt > 100) == (0, True)

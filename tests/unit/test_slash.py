@@ -4,8 +4,7 @@ import pytest
 
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Message
-from pop_local.measure.full_cost import FullCosts
-from pop_local.ui.chat.chat import Opened
+from pop_local.ui.chat.dialogue import Opened
 from pop_local.ui.chat.repl import Repl
 from support.scripted import (
     STATS,
@@ -13,6 +12,7 @@ from support.scripted import (
     ScriptedModel,
     Transcript,
     figures,
+    opened,
     scripted_chat,
     talk,
 )
@@ -142,7 +142,7 @@ def test_a_larger_context_is_of_the_model_that_was_taken():
 
     def open_model(name: str | None, n_ctx: int | None) -> Opened:
         asked.append((name, n_ctx))
-        return Opened(larger if n_ctx else small, FullCosts(None, 20))
+        return opened(larger if n_ctx else small)
 
     chat._open_model = open_model
     Repl(chat, transcript.read_line).run()

@@ -1,4 +1,7 @@
-"""A conversation that a program holds with a model: ask, stream, figures, saving."""
+"""A conversation that a program or the chat holds with a model.
+
+Asking, answers in pieces, taking back, figures, saving.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from converter.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
 from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.own_tokens import n_own_tokens
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions
 from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
 
@@ -82,7 +86,8 @@ class ChatSession:
         self.model = model
         self.reread = reread
         self._conversation = conversation or Conversation()
-        self._turns: list[TurnStats] = []
+        self._dropped: Turn | None = None
+        self._stats: list[TurnStats] = []
         self._stream: Stream | None = None
 
     @property
@@ -91,19 +96,45 @@ class ChatSession:
 
         Raises PopError in the on_prefill and should_stop of this very answer.
         """
-        if self._stream is not None:
-            self._stream.close()
-        if self._stream is not None:
-            raise PopError(
-                "the session is in the midst of an answer",
-                "on_prefill and should_stop may end it; go on when it has ended",
-            )
+        self._settle()
         return self._conversation
+
+    @property
+    def system(self) -> str:
+        """The system prompt, "" for none; another one is read with the next question."""
+        return self._conversation.system
+
+    @system.setter
+    def system(self, text: str) -> None:
+        self._settle()
+        self._conversation = replace(self._conversation, system=text)
+
+    @property
+    def dropped(self) -> Turn | None:
+        """The last question, if nothing was answered to it; it is not part of the conversation."""
+        self._settle()
+        return self._dropped
+
+    @property
+    def last_asked(self) -> Turn | None:
+        """What retry and edit ask again: the dropped question, or else the last turn."""
+        turns = self.conversation.turns
+        return self._dropped or (turns[-1] if turns else None)
+
+    @property
+    def n_cached(self) -> int:
+        """How many tokens of the conversation need not be read again."""
+        return n_own_tokens(self.model, self.conversation)
 
     @property
     def stats(self) -> SessionStats:
         """The sums over the answers that ended by themselves since this session was opened."""
-        return SessionStats.of(self._turns)
+        return SessionStats.of(self._stats)
+
+    @property
+    def answer_stats(self) -> tuple[TurnStats, ...]:
+        """The figures of these answers one by one, without those that ended before they began."""
+        return tuple(stats for stats in self._stats if stats.n_decoded)
 
     def chat(
         self,
@@ -129,25 +160,72 @@ class ChatSession:
         """The answer in pieces; reading starts with the first one.
 
         When it has ended, by itself, by close() or by Ctrl-C, question and answer belong to the
-        conversation; not when nothing was said. Raises ContextFullError when the prompt does not
-        fit the context, and PopError when the template refuses the conversation.
+        conversation; when nothing was said, the question is `dropped`. Raises ContextFullError when
+        the prompt does not fit the context, and PopError when the template refuses it.
         """
-        turn = Turn(question, _documents(documents))
+        return self._ask(Turn(question, _documents(documents)), self.conversation, options)
+
+    def retry(self, **options: Unpack[AnswerOptions]) -> Stream:
+        """Ask the last question again; its answer is forgotten. Raises PopError as `stream`, and
+        when nothing has been asked yet."""
+        return self._ask_again(None, options)
+
+    def edit(self, question: str, **options: Unpack[AnswerOptions]) -> Stream:
+        """Ask the last question in other words, about the same documents; as `retry`."""
+        return self._ask_again(question, options)
+
+    def undo(self) -> Turn | None:
+        """Forget the last turn, and what was dropped after it; None when there is no turn."""
+        turns = self.conversation.turns
+        if not turns:
+            return None
+        self._conversation, self._dropped = self._conversation.without_last(), None
+        return turns[-1]
+
+    def forget_oldest(self, n_turns: int) -> None:
+        """Make room: the rest of the conversation is read again with the next question."""
+        self._conversation = self.conversation.without_oldest(n_turns)
+
+    def forget(self) -> None:
+        """Forget all turns and their figures; the system prompt stays."""
+        self._conversation, self._dropped = Conversation(self.conversation.system), None
+        self._stats.clear()
+
+    def _ask_again(self, question: str | None, options: AnswerOptions) -> Stream:
+        turn = self.last_asked
+        if turn is None:
+            raise PopError("nothing has been asked yet")
+        question = turn.question if question is None else question
+        before = self.conversation if self._dropped else self.conversation.without_last()
+        return self._ask(Turn(question, turn.documents), before, options)
+
+    def _ask(self, turn: Turn, before: Conversation, options: AnswerOptions) -> Stream:
         if not turn.prompt:
             raise PopError("the question is empty", "give a question, or a document")
-        messages = self.conversation.plus(turn).messages
 
         def keep(ended: Stream) -> None:
             self._stream = None
             if ended.text:
-                self._conversation = self._conversation.plus(replace(turn, answer=ended.text))
+                self._conversation = before.plus(replace(turn, answer=ended.text))
+                self._dropped = None
             if ended.stats is not None:
-                self._turns.append(ended.stats)
+                self._stats.append(ended.stats)
 
         asked = options.get("should_stop")
         options["should_stop"] = lambda: stream.is_closing or (asked is not None and asked())
-        self._stream = stream = Stream(self.model.chat_turn(messages, **options), keep)
+        chunks = self.model.chat_turn(before.plus(turn).messages, **options)
+        self._stream = stream = Stream(chunks, keep)
+        self._conversation, self._dropped = before, turn
         return stream
+
+    def _settle(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        if self._stream is not None:
+            raise PopError(
+                "the session is in the midst of an answer",
+                "on_prefill and should_stop may end it; go on when it has ended",
+            )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write transcript and KV cache to a .popsession file, which gets that suffix, whole or

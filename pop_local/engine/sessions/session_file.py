@@ -78,7 +78,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Stored:
+class SavedFile:
     """A file in the folder; `session` is None when it cannot be read."""
 
     name: str
@@ -111,7 +111,7 @@ class Sessions:
     def names(self) -> list[str]:
         return sorted(path.name.removesuffix(SUFFIX) for path in self._folder.glob(f"*{SUFFIX}"))
 
-    def listed(self) -> Iterator[Stored]:
+    def listed(self) -> Iterator[SavedFile]:
         for name in self.names():
             path = self.path(name)
             status = path.stat()
@@ -119,7 +119,7 @@ class Sessions:
                 session = self._read(name)
             except PopError:
                 session = None
-            yield Stored(name, status.st_size, status.st_mtime, session)
+            yield SavedFile(name, status.st_size, status.st_mtime, session)
 
     def path(self, name: str) -> Path:
         """Raises PopError for a name that is none, path parts among them."""

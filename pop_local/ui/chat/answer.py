@@ -22,7 +22,7 @@ _INTERVAL_S = 0.05
 _REST = 74
 
 
-class Answer(Protocol):
+class AnswerView(Protocol):
     """Takes an answer piece by piece."""
 
     def push(self, piece: str) -> None: ...

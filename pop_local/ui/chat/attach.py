@@ -8,8 +8,8 @@ from pathlib import Path
 from converter.errors import PopError
 from pop_local.engine.sessions.conversation import Document
 from pop_local.texts.documents import read_document
-from pop_local.ui.chat.chat import Chat
-from pop_local.ui.chat.overflow import enlarge, larger_ctx
+from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.overflow import larger_ctx
 from pop_local.ui.chat.screen import Choice
 from pop_local.ui.errors import as_pop_error
 from pop_local.ui.views.stats import counted_line
@@ -26,7 +26,7 @@ class _Counted:
     n_tokens: int
 
 
-def attach_file(chat: Chat, argument: str) -> None:
+def attach_file(chat: Dialogue, argument: str) -> None:
     if not argument:
         _list(chat)
         return
@@ -37,7 +37,7 @@ def attach_file(chat: Chat, argument: str) -> None:
     _attach(chat, counted)
 
 
-def attach_glob(chat: Chat, argument: str) -> None:
+def attach_glob(chat: Dialogue, argument: str) -> None:
     if not argument:
         chat.screen.note("/glob takes a pattern, such as docs/**/*.md.")
         return
@@ -59,7 +59,7 @@ def attach_glob(chat: Chat, argument: str) -> None:
     _attach_all(chat, files, n_tokens)
 
 
-def _attach(chat: Chat, counted: _Counted) -> None:
+def _attach(chat: Dialogue, counted: _Counted) -> None:
     room = _room(chat)
     if counted.n_tokens <= room:
         _add(chat, [counted])
@@ -75,7 +75,7 @@ def _attach(chat: Chat, counted: _Counted) -> None:
         _attach(chat, counted)
 
 
-def _attach_all(chat: Chat, files: Sequence[_Counted], n_tokens: int) -> None:
+def _attach_all(chat: Dialogue, files: Sequence[_Counted], n_tokens: int) -> None:
     room = _room(chat)
     if n_tokens <= room:
         _add(chat, files)
@@ -89,14 +89,14 @@ def _attach_all(chat: Chat, files: Sequence[_Counted], n_tokens: int) -> None:
         _attach_all(chat, files, n_tokens)
 
 
-def _choose(chat: Chat, n_tokens: int, room: int, cuts: Sequence[Choice]) -> str | None:
+def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Sequence[Choice]) -> str | None:
     """What to do about too much text: the key, "l" once the context is larger."""
     n_ctx = chat.model.n_ctx()
     n_larger = larger_ctx(chat.model, n_tokens - room + n_ctx)
     larger = [Choice("l", f"take a larger context (--ctx {n_larger})")] if n_larger else []
     question = f"That is {n_tokens - room:,} tokens more than there is room for ({max(0, room):,})."
     chosen = chat.screen.choose(question, [*cuts, *larger, Choice("s", "skip it")])
-    if chosen == "l" and n_larger and enlarge(chat, n_larger):
+    if chosen == "l" and n_larger and chat.enlarge(n_larger):
         return "l"
     if chosen in (None, "s", "l"):
         chat.has_failed |= chosen is None
@@ -105,7 +105,7 @@ def _choose(chat: Chat, n_tokens: int, room: int, cuts: Sequence[Choice]) -> str
     return chosen
 
 
-def _counted(chat: Chat, path: Path) -> _Counted | None:
+def _counted(chat: Dialogue, path: Path) -> _Counted | None:
     try:
         document = read_document(path)
     except (OSError, PopError) as error:
@@ -114,7 +114,7 @@ def _counted(chat: Chat, path: Path) -> _Counted | None:
     return _Counted(document, chat.count_tokens(document.text))
 
 
-def _room(chat: Chat) -> int:
+def _room(chat: Dialogue) -> int:
     return chat.model.n_ctx() - chat.n_used - chat.n_answer - _QUESTION_TOKENS
 
 
@@ -128,19 +128,19 @@ def _first_that_fit(files: Sequence[_Counted], room: int) -> list[_Counted]:
     return fitting
 
 
-def _cut(chat: Chat, counted: _Counted, n_tokens: int, end: str) -> _Counted:
+def _cut(chat: Dialogue, counted: _Counted, n_tokens: int, end: str) -> _Counted:
     tokens = chat.model.tokenize(counted.document.text.encode(), add_bos=False, special=False)
     kept = tokens[:n_tokens] if end == "b" else tokens[-n_tokens:]
     text = chat.model.detokenize(kept).decode(errors="ignore")
     return _Counted(replace(counted.document, text=text), len(kept))
 
 
-def _add(chat: Chat, files: Sequence[_Counted]) -> None:
+def _add(chat: Dialogue, files: Sequence[_Counted]) -> None:
     chat.documents += [counted.document for counted in files]
     chat.screen.note(NEXT if len(files) == 1 else "They go with your next question.")
 
 
-def _list(chat: Chat) -> None:
+def _list(chat: Dialogue) -> None:
     if not chat.documents:
         chat.screen.note("Nothing is attached; /file PATH attaches a file.")
     for document in chat.documents:

@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.errors import PopError
-from pop_local.engine.sessions.conversation import Turn
 from pop_local.engine.turn import ContextFullError
-from pop_local.ui.chat.screen import Choice
+from pop_local.ui.chat.screen import Choice, Screen
 
 if TYPE_CHECKING:
-    from pop_local.ui.chat.chat import Chat, ChatModel
+    from pop_local.engine.chat_model import ChatModel
+    from pop_local.engine.sessions.chat_session import ChatSession
 
+# A prompt that leaves less room for its answer does not fit.
+ANSWER_TOKENS = 128
 _CTX_STEP = 1024
 
 
-def make_room(chat: Chat, turn: Turn, error: ContextFullError) -> bool:
-    """Whether the user found a way; the turn is to be asked again then."""
+@dataclass(frozen=True)
+class Room:
+    """How room is to be made: forget so many of the oldest turns, or open a context of so many
+    tokens; neither when the question is given up."""
+
+    n_dropped: int = 0
+    n_ctx: int = 0
+
+
+def least_answer(max_tokens: int | None, n_ctx: int) -> int:
+    """The room that an answer needs at least, in tokens."""
+    return min(max_tokens or ANSWER_TOKENS, ANSWER_TOKENS, max(1, n_ctx // 8))
+
+
+def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> Room:
+    """What the user wants done for the question that was dropped."""
     message = (
         f"The context is too small by {error.n_short:,} tokens: the conversation and this question"
         f" have {error.n_prompt:,}, an answer needs {error.n_answer:,} or more,"
         f" and it holds {error.n_ctx:,}."
     )
-    n_drop = _n_to_drop(chat, turn, error)
-    n_larger = larger_ctx(chat.model, error.n_prompt + error.n_answer)
-    choices = [Choice("x", "drop this question")]
-    if n_larger:
-        choices.insert(0, Choice("l", f"take a larger context (--ctx {n_larger}), read all again"))
-    if chat.conversation.turns and _fits(chat, turn, len(chat.conversation.turns), error):
-        choices.insert(0, Choice("n", "start anew with this question alone"))
+    n_turns = len(session.conversation.turns)
+    n_drop = next((n for n in range(1, n_turns) if _fits(session, n, error)), 0)
+    n_larger = larger_ctx(session.model, error.n_prompt + error.n_answer)
+    choices, rooms = [], {}
     if n_drop:
         turns = "the oldest turn" if n_drop == 1 else f"the {n_drop} oldest turns"
-        choices.insert(0, Choice("d", f"drop {turns}"))
-    chosen = chat.screen.choose(message, choices)
-    if chosen == "d":
-        chat.conversation = chat.conversation.without_oldest(n_drop)
-    elif chosen == "n":
-        chat.forget()
-    elif chosen == "l" and n_larger:
-        return enlarge(chat, n_larger)
-    return chosen in ("d", "n")
-
-
-def enlarge(chat: Chat, n_ctx: int) -> bool:
-    """Opens the model again; whether that worked."""
-    try:
-        chat.reopen(None, n_ctx)
-    except PopError as error:
-        chat.fail(error)
-        return False
-    chat.screen.note(f"The context holds {chat.model.n_ctx():,} tokens now.")
-    return True
+        choices.append(Choice("d", f"drop {turns}"))
+        rooms["d"] = Room(n_dropped=n_drop)
+    if n_turns and _fits(session, n_turns, error):
+        choices.append(Choice("n", "start anew with this question alone"))
+        rooms["n"] = Room(n_dropped=n_turns)
+    if n_larger:
+        choices.append(Choice("l", f"take a larger context (--ctx {n_larger}), read all again"))
+        rooms["l"] = Room(n_ctx=n_larger)
+    chosen = screen.choose(message, [*choices, Choice("x", "drop this question")])
+    return rooms.get(chosen or "", Room())
 
 
 def too_long(model: ChatModel, error: ContextFullError) -> PopError:
@@ -70,12 +74,8 @@ def larger_ctx(model: ChatModel, n_needed: int) -> int | None:
     return n_ctx if n_ctx >= n_needed and n_ctx > model.n_ctx() else None
 
 
-def _n_to_drop(chat: Chat, turn: Turn, error: ContextFullError) -> int:
-    """How many of the oldest turns must go, at least one being kept; 0 when that is not enough."""
-    n_turns = len(chat.conversation.turns)
-    return next((n for n in range(1, n_turns) if _fits(chat, turn, n, error)), 0)
-
-
-def _fits(chat: Chat, turn: Turn, n_dropped: int, error: ContextFullError) -> bool:
-    shorter = chat.conversation.without_oldest(n_dropped).plus(turn)
-    return chat.model.count_prompt(shorter.messages) + error.n_answer <= error.n_ctx
+def _fits(session: ChatSession, n_dropped: int, error: ContextFullError) -> bool:
+    shorter = session.conversation.without_oldest(n_dropped)
+    asked = [] if session.dropped is None else session.dropped.messages
+    n_prompt = session.model.count_prompt([*shorter.messages, *asked])
+    return n_prompt + error.n_answer <= error.n_ctx

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pop_local.config.nearest import nearest_hint
 from pop_local.engine.turn import TurnOptions
-from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.dialogue import Dialogue
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ DEFAULT = "default"
 _DEFAULTS = TurnOptions()
 
 
-def set_param(chat: Chat, argument: str) -> None:
+def set_param(chat: Dialogue, argument: str) -> None:
     name, _, text = argument.partition(" ")
     if not name:
         for known in PARAMS:
@@ -56,7 +56,7 @@ def set_param(chat: Chat, argument: str) -> None:
     _set(chat, name.lower(), param, text.strip())
 
 
-def _set(chat: Chat, name: str, param: Param, text: str) -> None:
+def _set(chat: Dialogue, name: str, param: Param, text: str) -> None:
     if text == DEFAULT:
         chat.sampling.pop(name, None)
     elif text:
@@ -68,7 +68,7 @@ def _set(chat: Chat, name: str, param: Param, text: str) -> None:
     chat.screen.note(_line(chat, name))
 
 
-def _line(chat: Chat, name: str) -> str:
+def _line(chat: Dialogue, name: str) -> str:
     """Its value and whose it is."""
     if name in chat.sampling:
         return f"{name} is {chat.sampling[name]:g}."

@@ -1,8 +1,10 @@
 """The chat loop: reads lines and passes them on, as questions or as commands."""
 
-from pop_local.ui.chat.chat import Chat
+from functools import partial
+
+from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader
-from pop_local.ui.chat.slash import EditRequest, LeaveRequest, ask_edited, obey
+from pop_local.ui.chat.slash import EditRequest, LeaveRequest, obey
 from pop_local.ui.errors import as_pop_error
 
 LEAVE_HINT = "To leave, type /exit or press Ctrl-D."
@@ -11,7 +13,7 @@ LEAVE_HINT = "To leave, type /exit or press Ctrl-D."
 class Repl:
     """`run` returns when the user leaves or the input ends."""
 
-    def __init__(self, chat: Chat, read_line: LineReader) -> None:
+    def __init__(self, chat: Dialogue, read_line: LineReader) -> None:
         self._chat = chat
         self._read_line = read_line
 
@@ -43,6 +45,6 @@ class Repl:
     def _edit(self, text: str) -> None:
         edited = self._read_line(text).strip()
         if edited:
-            ask_edited(self._chat, edited)
+            self._chat.answer(partial(self._chat.session.edit, edited))
         else:
             self._chat.screen.note("Nothing is changed.")

@@ -9,7 +9,7 @@ from typing import Protocol
 from converter.errors import PopError
 from pop_local.engine.turn import Chunk
 from pop_local.ui import errors
-from pop_local.ui.chat.answer import Answer, MarkdownAnswer, PlainAnswer
+from pop_local.ui.chat.answer import AnswerView, MarkdownAnswer, PlainAnswer
 from pop_local.ui.progress import Advance, prefill_progress
 from pop_local.ui.theme import Look, note, out, warn
 
@@ -67,7 +67,7 @@ class TerminalScreen:
 
     def __init__(self, look: Look) -> None:
         self._look = look
-        self._answer: Answer | None = None
+        self._answer: AnswerView | None = None
 
     def text(self, piece: str) -> None:
         if self._answer is None:
@@ -101,7 +101,7 @@ class TerminalScreen:
 
         return chosen_key([choice.key for choice in choices])
 
-    def _new_answer(self) -> Answer:
+    def _new_answer(self) -> AnswerView:
         if self._look.is_markdown:
             return MarkdownAnswer(out, self._look.code_theme)
         return PlainAnswer(sys.stdout)

@@ -9,7 +9,7 @@ from converter.errors import PopError
 from pop_local.config.folders import sessions_dir
 from pop_local.config.nearest import nearest_hint
 from pop_local.models.sizes import size
-from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.screen import Choice
 
 if TYPE_CHECKING:
@@ -22,22 +22,23 @@ def saved() -> Sessions:
     return Sessions(sessions_dir())
 
 
-def save(chat: Chat, name: str) -> None:
+def save(chat: Dialogue, name: str) -> None:
     if not name:
         chat.screen.note("/save takes a name.")
         return
     try:
-        if saved().path(name).exists() and chat.session != name and not _replace(chat, name):
+        if saved().path(name).exists() and chat.saved_as != name and not _replace(chat, name):
             return
-        n_bytes = saved().save(name, chat.model, chat.conversation)  # type: ignore[arg-type]
+        path = chat.session.save(saved().path(name), overwrite=True)
     except PopError as error:
         chat.fail(error)
         return
-    chat.session = name
+    chat.saved_as = name
+    n_bytes = path.stat().st_size
     chat.screen.note(f"Saved as {name}, {size(n_bytes)}; /load {name} goes on from here.")
 
 
-def _replace(chat: Chat, name: str) -> bool:
+def _replace(chat: Dialogue, name: str) -> bool:
     choices = [Choice("r", "replace it"), Choice("k", "keep it, save nothing")]
     if chat.screen.choose(f"There is a session {name} already.", choices) == "r":
         return True
@@ -45,10 +46,12 @@ def _replace(chat: Chat, name: str) -> bool:
     return False
 
 
-def load(chat: Chat, name: str) -> None:
+def load(chat: Dialogue, name: str) -> None:
     if not name:
         chat.screen.note("/load takes the name of a session; /sessions lists them.")
         return
+    from pop_local.engine.sessions.chat_session import load_session
+
     sessions, before = saved(), chat.model.pop_mode
     try:
         if not sessions.path(name).is_file():
@@ -56,27 +59,25 @@ def load(chat: Chat, name: str) -> None:
             raise PopError(
                 f"there is no session {name}", nearest_hint(name, known, "/sessions lists them")
             )
-        restored = sessions.load(name, chat.model)  # type: ignore[arg-type]
+        session = load_session(chat.model, sessions.path(name))
     except PopError as error:
         chat.fail(error)
         return
-    chat.forget()
-    chat.session = name
-    chat.conversation = restored.session.conversation
-    n_turns = len(chat.conversation.turns)
+    chat.resume(session, name)
+    n_turns = len(session.conversation.turns)
     chat.screen.note(f"Loaded {name}: {n_turns} turn{'' if n_turns == 1 else 's'}.")
-    if restored.reread:
+    if session.reread:
         chat.screen.warn(
-            f"Its K/V cannot be used: {restored.reread}. "
+            f"Its K/V cannot be used: {session.reread}. "
             "The transcript will be read again with your next question."
         )
     else:
-        chat.screen.note(f"{restored.session.n_tokens:,} tokens need not be read again.")
+        chat.screen.note(f"{session.n_cached:,} tokens need not be read again.")
     if chat.model.pop_mode is not before:
         chat.screen.note(chat.pop_state())
 
 
-def show(chat: Chat, argument: str) -> None:
+def show(chat: Dialogue, argument: str) -> None:
     listed = list(saved().listed())
     if not listed:
         chat.screen.note("No session is saved; /save NAME saves this one.")

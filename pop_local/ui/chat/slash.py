@@ -1,13 +1,13 @@
 """The slash commands of the chat."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from converter.errors import PopError
 from pop_local.config.nearest import nearest_hint
 from pop_local.engine.llama.backend import Mode
 from pop_local.ui.chat import attach, params, sessions
-from pop_local.ui.chat.chat import Chat
+from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.views.stats import session_lines
 
 HELP_NOTES = (
@@ -29,7 +29,7 @@ class EditRequest(Exception):  # noqa: N818 (no error)
         self.text = text
 
 
-def obey(chat: Chat, line: str) -> None:
+def obey(chat: Dialogue, line: str) -> None:
     """Raises LeaveRequest and EditRequest, which only the reader of lines can follow."""
     name, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(name.lower())
@@ -41,7 +41,7 @@ def obey(chat: Chat, line: str) -> None:
     chat.screen.note(f"There is no command {name}: {hint or '/help lists the commands.'}")
 
 
-def _pop(chat: Chat, argument: str) -> None:
+def _pop(chat: Dialogue, argument: str) -> None:
     modes = {"on": Mode.CONTEXT, "off": Mode.OFF}
     if argument and argument.lower() not in modes:
         chat.screen.note(f"/pop takes on or off, not {argument}.")
@@ -55,67 +55,48 @@ def _pop(chat: Chat, argument: str) -> None:
     chat.screen.note(chat.pop_state())
 
 
-def _stats(chat: Chat, argument: str) -> None:
+def _stats(chat: Dialogue, argument: str) -> None:
     chat.screen.note(chat.pop_state())
-    for line in session_lines(chat.stats, chat.model.n_ctx(), chat.costs.of):
+    for line in session_lines(chat.session.answer_stats, chat.model.n_ctx(), chat.costs.of):
         chat.screen.note(line)
 
 
-def _system(chat: Chat, argument: str) -> None:
+def _system(chat: Dialogue, argument: str) -> None:
     if argument:
-        chat.conversation = replace(chat.conversation, system=argument)
+        chat.session.system = argument
         chat.screen.note("The system prompt is set.")
-    elif chat.conversation.system:
-        for line in f"The system prompt is: {chat.conversation.system}".splitlines():
+    elif chat.session.system:
+        for line in f"The system prompt is: {chat.session.system}".splitlines():
             chat.screen.note(line)
     else:
         chat.screen.note("There is no system prompt.")
 
 
-def _clear(chat: Chat, argument: str) -> None:
+def _clear(chat: Dialogue, argument: str) -> None:
     chat.forget()
     chat.screen.note("The conversation is forgotten.")
 
 
-def _retry(chat: Chat, argument: str) -> None:
-    if chat.dropped is not None:
-        chat.answer(chat.dropped)
-    elif chat.conversation.turns:
-        turn = chat.conversation.turns[-1]
-        chat.conversation = chat.conversation.without_last()
-        chat.answer(replace(turn, answer=""))
+def _retry(chat: Dialogue, argument: str) -> None:
+    if chat.session.last_asked is None:
+        chat.screen.note("Nothing has been asked yet.")
     else:
-        chat.screen.note("Nothing has been asked yet.")
+        chat.answer(chat.session.retry)
 
 
-def _undo(chat: Chat, argument: str) -> None:
-    if not chat.conversation.turns:
-        chat.screen.note("There is no turn to drop.")
-        return
-    question = chat.conversation.turns[-1].question
-    chat.conversation = chat.conversation.without_last()
-    chat.dropped = None
-    chat.screen.note(f"Dropped: {_short(question)}")
+def _undo(chat: Dialogue, argument: str) -> None:
+    turn = chat.session.undo()
+    chat.screen.note(f"Dropped: {_short(turn.question)}" if turn else "There is no turn to drop.")
 
 
-def _edit(chat: Chat, argument: str) -> None:
-    if chat.dropped is not None:
-        raise EditRequest(chat.dropped.question)
-    if not chat.conversation.turns:
-        chat.screen.note("Nothing has been asked yet.")
-        return
-    raise EditRequest(chat.conversation.turns[-1].question)
+def _edit(chat: Dialogue, argument: str) -> None:
+    turn = chat.session.last_asked
+    if turn is not None:
+        raise EditRequest(turn.question)
+    chat.screen.note("Nothing has been asked yet.")
 
 
-def ask_edited(chat: Chat, question: str) -> None:
-    """The last question in its new form, about the same files; its old answer is dropped."""
-    turn = chat.dropped or chat.conversation.turns[-1]
-    if chat.dropped is None:
-        chat.conversation = chat.conversation.without_last()
-    chat.answer(replace(turn, question=question, answer=""))
-
-
-def _model(chat: Chat, argument: str) -> None:
+def _model(chat: Dialogue, argument: str) -> None:
     if argument:
         try:
             chat.reopen(argument, None)
@@ -131,10 +112,10 @@ def _model(chat: Chat, argument: str) -> None:
     chat.screen.note(chat.pop_state())
 
 
-def _context(chat: Chat, argument: str) -> None:
+def _context(chat: Dialogue, argument: str) -> None:
     n_used, n_ctx = chat.n_used, chat.model.n_ctx()
     chat.screen.note(f"{n_used:,} of {n_ctx:,} tokens are used ({n_used / n_ctx:.0%}).")
-    for number, turn in enumerate(chat.conversation.turns, start=1):
+    for number, turn in enumerate(chat.session.conversation.turns, start=1):
         n_asked, n_said = chat.count_tokens(turn.prompt), chat.count_tokens(turn.answer)
         chat.screen.note(
             f"{number}. {n_asked:,} asked, {n_said:,} answered: {_short(turn.question)}"
@@ -143,7 +124,7 @@ def _context(chat: Chat, argument: str) -> None:
         attach.attach_file(chat, "")
 
 
-def _help(chat: Chat, argument: str) -> None:
+def _help(chat: Dialogue, argument: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     for command in COMMANDS.values():
         chat.screen.note(f"{command.usage.ljust(width)}  {command.help}")
@@ -151,7 +132,7 @@ def _help(chat: Chat, argument: str) -> None:
         chat.screen.note(line)
 
 
-def _leave(chat: Chat, argument: str) -> None:
+def _leave(chat: Dialogue, argument: str) -> None:
     raise LeaveRequest
 
 
@@ -170,7 +151,7 @@ class Command:
 
     usage: str
     help: str
-    action: Callable[[Chat, str], None]
+    action: Callable[[Dialogue, str], None]
     words: Callable[[], Iterable[str]] = _no_words
 
 

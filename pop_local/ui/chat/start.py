@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from converter.shape import read_shape
 from pop_local.config.folders import history_file
 from pop_local.measure.full_cost import FullCosts
-from pop_local.ui.chat.chat import Chat, Opened
+from pop_local.ui.chat.dialogue import Dialogue, Opened
 from pop_local.ui.chat.line import line_reader
 from pop_local.ui.chat.repl import Repl
 from pop_local.ui.chat.screen import Screen
@@ -28,16 +28,16 @@ def conversation(
     *,
     system: str = "",
     sampling: Mapping[str, Any],
-) -> Chat:
+) -> Dialogue:
     """A chat that can open other models and larger contexts."""
 
     def open_model(name: str | None, n_ctx: int | None) -> Opened:
         return _opened(open_again(name, n_ctx))
 
-    return Chat(_opened(model), screen, system=system, sampling=sampling, open_model=open_model)
+    return Dialogue(_opened(model), screen, system=system, sampling=sampling, open_model=open_model)
 
 
-def talk(chat: Chat) -> None:
+def talk(chat: Dialogue) -> None:
     """Returns when the user leaves, or the piped lines end."""
     words = {name: command.words for name, command in COMMANDS.items()}
     with unechoed_keys():

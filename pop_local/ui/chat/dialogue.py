@@ -1,0 +1,218 @@
+"""The conversation on a screen: asks the session, shows what it says, and finds room for it.
+
+It knows neither the terminal nor llama.cpp: answers come from a ChatSession, and what is to be seen
+goes to a Screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import PopError
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.sessions.conversation import Document
+from pop_local.engine.turn import ContextFullError, TurnStats
+from pop_local.measure.full_cost import FullCosts
+from pop_local.ui.chat.overflow import ask_for_room, least_answer
+from pop_local.ui.chat.screen import Screen
+from pop_local.ui.interrupt import CtrlC, deferred_interrupt
+from pop_local.ui.views.stats import stats_line, unread_line
+
+if TYPE_CHECKING:
+    from pop_local.engine.chat_model import ChatModel
+    from pop_local.engine.model import PopModel
+    from pop_local.engine.sessions.chat_session import ChatSession, Stream
+
+WARN_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, and what is known of the cost of reading with it."""
+
+    model: PopModel
+    costs: FullCosts
+
+
+# By name (None: the first one) and context in tokens (None: by default).
+OpenModel = Callable[[str | None, int | None], Opened]
+# ChatSession's stream, retry or edit, which wait for the options of an answer.
+Ask = Callable[..., "Stream"]
+
+
+class Dialogue:
+    """A session, what is attached to its next question, and how its answers are sampled."""
+
+    def __init__(
+        self,
+        opened: Opened,
+        screen: Screen,
+        *,
+        system: str = "",
+        sampling: Mapping[str, Any],
+        open_model: OpenModel,
+    ) -> None:
+        self.session: ChatSession = opened.model.session(system=system)
+        self.costs = opened.costs
+        self.screen = screen
+        self.sampling = dict(sampling)
+        self.documents: list[Document] = []
+        self.has_failed = False
+        # The session is saved under this name, or "": then no file is replaced without asking.
+        self.saved_as = ""
+        self._open_model = open_model
+        self._name: str | None = None
+        self._is_warned = False
+
+    # The model
+
+    @property
+    def model(self) -> ChatModel:
+        """The session's model, which reopen changes."""
+        return self.session.model
+
+    def pop_state(self) -> str:
+        """Whether prompts are pruned, in a sentence."""
+        if not self.model.boundary:
+            return "Pruning is not possible: this model is not converted."
+        if self.model.pop_mode is Mode.OFF:
+            return "Pruning is off: prompts are read in full."
+        return f"Pruning is on: context tokens skip the layers from {self.model.boundary} on."
+
+    def reopen(self, name: str | None, n_ctx: int | None) -> None:
+        """Another model or context; the conversation stays. Raises PopError, nothing changed."""
+        name = name or self._name
+        opened = self._open_model(name, n_ctx)
+        self._name = name
+        before, self.session.model, self.costs = self.model, opened.model, opened.costs
+        # Off by choice, not for want of anything to prune by.
+        if before.boundary and before.pop_mode is Mode.OFF and self.model.boundary:
+            self.model.set_pop(Mode.OFF)
+        before.close()
+        self._is_warned = False
+
+    def enlarge(self, n_ctx: int) -> bool:
+        """Opens the model again with a larger context; whether that worked."""
+        try:
+            self.reopen(None, n_ctx)
+        except PopError as error:
+            self.fail(error)
+            return False
+        self.screen.note(f"The context holds {self.model.n_ctx():,} tokens now.")
+        return True
+
+    def warn_of_base(self) -> None:
+        """If it is a model that was never taught to answer."""
+        if "tokenizer.chat_template" not in self.model.metadata:
+            self.screen.warn(
+                "This is a base model without a chat template:"
+                " it continues text rather than answers."
+            )
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.model.tokenize(text.encode(), add_bos=False, special=False))
+
+    @property
+    def n_used(self) -> int:
+        """Tokens of the conversation and of what is attached to the next question."""
+        said = self.session.conversation.messages
+        n_said = self.model.count_prompt(said) if said else 0
+        return n_said + sum(self.count_tokens(document.text) for document in self.documents)
+
+    @property
+    def n_answer(self) -> int:
+        """The room that an answer needs at least."""
+        return least_answer(self.sampling.get("max_tokens"), self.model.n_ctx())
+
+    # The conversation
+
+    def resume(self, session: ChatSession, saved_as: str) -> None:
+        """Go on with a session that was saved."""
+        self.forget()
+        self.session, self.saved_as = session, saved_as
+
+    def forget(self) -> None:
+        self.session.forget()
+        self.documents.clear()
+        self.saved_as = ""
+        self._is_warned = False
+
+    def ask(self, question: str) -> None:
+        documents, self.documents = self.documents, []
+        self.answer(partial(self.session.stream, question, documents=documents))
+
+    def answer(self, ask: Ask) -> None:
+        """Shows the answer. What was said before Ctrl-C or a failure stays said."""
+        try:
+            with deferred_interrupt() as interrupt:
+                self._show(ask, interrupt)
+        except KeyboardInterrupt:
+            self.screen.note("Stopped.")
+        except ContextFullError as error:
+            if self._make_room(error):
+                self.answer(self.session.retry)
+                return
+            self.has_failed = True
+        except PopError as error:
+            self.fail(error)
+        if self.session.dropped is None:
+            self._warn_when_full()
+        else:
+            self.screen.note("The question is dropped; /retry asks it again.")
+
+    def fail(self, error: PopError) -> None:
+        self.has_failed = True
+        self.screen.error(error)
+
+    def _show(self, ask: Ask, interrupt: CtrlC) -> None:
+        with self.screen.reading() as advance:
+            stream = ask(
+                on_prefill=advance,
+                should_stop=lambda: interrupt.asked,
+                min_answer=self.n_answer,
+                **self.sampling,
+            )
+            first = next(stream, "")
+        try:
+            for piece in filter(None, chain([first], stream)):
+                self.screen.text(piece)
+        finally:
+            if stream.text:
+                self.screen.end_answer()
+        if stream.stats is not None:
+            self._finish(stream.stats)
+
+    def _finish(self, stats: TurnStats) -> None:
+        if stats.n_decoded == 0:
+            self.screen.note(unread_line(stats))
+            return
+        self.costs.record(stats)
+        self.screen.note(stats_line(stats))
+
+    def _make_room(self, error: ContextFullError) -> bool:
+        """Whether the dropped question may be asked again now."""
+        room = ask_for_room(self.screen, self.session, error)
+        if room.n_ctx:
+            return self.enlarge(room.n_ctx)
+        if room.n_dropped:
+            self.session.forget_oldest(room.n_dropped)
+            self.saved_as = ""
+        return room.n_dropped > 0
+
+    def _warn_when_full(self) -> None:
+        """Once, until it is emptier again."""
+        if not self.session.answer_stats:
+            return
+        last, n_ctx = self.session.answer_stats[-1], self.model.n_ctx()
+        n_used = last.n_prompt + last.n_decoded
+        is_full = n_used >= WARN_SHARE * n_ctx
+        if is_full and not self._is_warned:
+            self.screen.warn(
+                f"The context is {n_used / n_ctx:.0%} full ({n_used:,} of {n_ctx:,} tokens):"
+                " /clear starts anew, /undo drops the last turn, --ctx gives a larger one."
+            )
+        self._is_warned = is_full
