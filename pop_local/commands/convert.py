@@ -6,8 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from converter.format import FITTED, PopMeta
-from converter.macs import with_min_prompt
-from converter.plan import DEFAULT_SKIP, TAIL_TOKENS, Plan, Skip, make_plan
+from converter.plan import DEFAULT_SKIP, TAIL_TOKENS, Plan, Share, make_plan
 from converter.shape import source_shape
 from converter.source import read_source
 from pop_local.commands.budgeting import (
@@ -154,15 +153,14 @@ def convert(
     options.require_text(shape.n_embd)
 
     def planned(**depth: Any) -> Plan:
-        plan = make_plan(
+        return make_plan(
             shape,
             **depth,
             sink_tokens=sink,
             tail_tokens=tail,
-            min_prompt=min_prompt or 0,
+            min_prompt=min_prompt,
             projection=projection.value,
         )
-        return with_min_prompt(plan) if min_prompt is None else plan
 
     job = Job(source, target, form, options, threads, gpu_layers, force)
     if budget is not None:
@@ -181,7 +179,7 @@ def convert(
     show_written(plan, job, sizes, meta, (), json=json)
 
 
-def _skipped(skip: str | None, boundary: int | None) -> Skip:
+def _skipped(skip: str | None, boundary: int | None) -> Share:
     if skip is None:
         return DEFAULT_SKIP
     if boundary is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from converter.errors import PopError
 from converter.format import FITTED, OWN
 from converter.header import read_header
-from converter.macs import LIMIT_PROMPT, speedup_limit, with_min_prompt
+from converter.macs import LIMIT_PROMPT, speedup_limit
 from converter.plan import make_plan
 from converter.rewrite import stored_type
 from converter.shape import ModelShape, trained_ctx
@@ -57,9 +57,7 @@ def fitted_rows(
 ) -> tuple[Row, ...]:
     """Fit at all depths in one go, then measure a temporary sidecar of each."""
     _context(source, run)  # what does not fit is said before minutes of fitting
-    plans = [
-        with_min_prompt(make_plan(shape, boundary=depth, projection=FITTED)) for depth in boundaries
-    ]
+    plans = [make_plan(shape, boundary=depth, projection=FITTED) for depth in boundaries]
     sidecars = fitted_sidecars(
         plans, source, options, n_threads=run.threads, n_gpu_layers=run.gpu_layers
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from converter.errors import PlanError
-from converter.plan import Skip, parse_skip
+from converter.plan import Share, parse_skip
 
 
 def finite(value: float | None) -> float | None:
@@ -24,7 +24,7 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
-def share(text: str, option: str) -> Skip:
+def share(text: str, option: str) -> Share:
     """As `parse_skip`; what it refuses is wrong usage of the option."""
     try:
         return parse_skip(text)

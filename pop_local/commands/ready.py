@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from converter.errors import FormatError, OutputExistsError, PopError
 from converter.format import FITTED
-from converter.macs import with_min_prompt
 from converter.plan import DEFAULT_SKIP, make_plan
 from converter.shape import source_shape
 from converter.sidecar import pop_of, sidecar_beside
@@ -113,7 +112,7 @@ def _convert(path: Path, target: Path, threads: int | None, gpu_layers: int) -> 
         " Fitting takes some minutes, once."
     )
     source = read_source(path)
-    plan = with_min_prompt(make_plan(source_shape(source), projection=FITTED))
+    plan = make_plan(source_shape(source), projection=FITTED)
     job = Job(source, target, n_threads=threads, n_gpu_layers=gpu_layers)
     with suppress(OutputExistsError):  # another process was faster
         fit_and_write(plan, job)
