@@ -17,9 +17,6 @@ The limit is the quotient. It leaves out what is not a matrix product (norms, Ro
 activations, copies) and how well the hardware does with few rows.
 """
 
-from dataclasses import replace
-
-from converter.plan import Plan
 from converter.shape import ModelShape
 
 # Long enough that the full rows hardly count, short enough for a question about a document.
@@ -50,18 +47,6 @@ def speedup_limit(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) 
     """How many times fewer multiply-accumulates the pruned prefill needs than the full one."""
     full = prefill_macs(shape, n_prompt, None, n_full)
     return full / prefill_macs(shape, n_prompt, boundary, n_full)
-
-
-def limit_of(plan: Plan) -> float:
-    """The limit of a plan, for a prompt of LIMIT_PROMPT tokens."""
-    n_full = plan.sink_tokens + plan.tail_tokens
-    return speedup_limit(plan.shape, LIMIT_PROMPT, plan.boundary, n_full)
-
-
-def with_min_prompt(plan: Plan) -> Plan:
-    """The plan with a `min_prompt` by this model: prompts that save little run in full."""
-    n_full = plan.sink_tokens + plan.tail_tokens
-    return replace(plan, min_prompt=shortest_saving(plan.shape, plan.boundary, n_full))
 
 
 def shortest_saving(shape: ModelShape, boundary: int, n_full: int) -> int:

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 from converter.errors import PlanError
 from converter.format import OWN, Budget, Calibration, Measured, PopMeta, make_schedule
+from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
 from converter.shape import ModelShape
 
 # The paper's middle setting: most of the speed for little of the quality.
@@ -13,7 +14,8 @@ DEFAULT_SKIP = Fraction(1, 3)
 TAIL_TOKENS = 32
 MAX_TOKENS = 2**31 - 1
 
-Skip = Fraction | int
+# Of a model's layers: a fraction, or a number of layers.
+Share = Fraction | int
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class Plan:
     @property
     def n_skipped(self) -> int:
         return self.shape.n_layer - self.boundary
+
+    @property
+    def speedup_limit(self) -> float:
+        """The speed-up at most, by multiply-accumulates, of a prompt of LIMIT_PROMPT tokens."""
+        n_full = self.sink_tokens + self.tail_tokens
+        return speedup_limit(self.shape, LIMIT_PROMPT, self.boundary, n_full)
 
     @property
     def fitted_layers(self) -> range:
@@ -70,10 +78,10 @@ class Plan:
         )
 
 
-def parse_skip(text: str) -> Skip:
+def parse_skip(text: str) -> Share:
     """'1/3' and '0.33' are shares of the layers, '10' is a number of layers. Raises PlanError."""
     try:
-        skip: Skip = int(text) if text.strip().isdecimal() else Fraction(text)
+        skip: Share = int(text) if text.strip().isdecimal() else Fraction(text)
     except (ValueError, ZeroDivisionError):
         skip = 0
     if skip <= 0 or (isinstance(skip, Fraction) and skip >= 1):
@@ -87,19 +95,20 @@ def parse_skip(text: str) -> Skip:
 def make_plan(
     shape: ModelShape,
     *,
-    skip: Skip = DEFAULT_SKIP,
+    skip: Share = DEFAULT_SKIP,
     boundary: int | None = None,
     sink_tokens: int = PopMeta.sink_tokens,
     tail_tokens: int = TAIL_TOKENS,
-    min_prompt: int = PopMeta.min_prompt,
+    min_prompt: int | None = None,
     projection: str = OWN,
 ) -> Plan:
-    """Settle the boundary: as given, else from `skip`, rounded to whole layers but never to none.
+    """Decide a conversion; the boundary is as given, else it follows from `skip`.
 
-    `min_prompt` is as given: converter.macs.with_min_prompt has one for the model.
-
-    One skipped layer has nothing to fit: its own projections are exact. Raises PlanError when
-    nothing would be kept or skipped, or a token count does not fit.
+    A fraction is rounded to whole layers, but never to none. `min_prompt`: the shortest prompt in
+    tokens that is pruned; None takes the one that saves enough with this model (see
+    `shortest_saving`). With one skipped layer `projection` is "own": there is nothing to fit, its
+    own projections are exact. Raises PlanError when nothing would be kept or skipped, or a token
+    count does not fit.
     """
     if boundary is None:
         boundary = shape.n_layer - _n_skipped(shape.n_layer, skip)
@@ -115,15 +124,20 @@ def make_plan(
             f"{boundary} does not",
             f"choose a boundary from 1 to {shape.n_layer - 1}",
         )
-    for name, value in (("sink", sink_tokens), ("tail", tail_tokens), ("min_prompt", min_prompt)):
+    tokens = {"sink": sink_tokens, "tail": tail_tokens, "min_prompt": min_prompt or 0}
+    for name, value in tokens.items():
         if not 0 <= value <= MAX_TOKENS:
-            raise PlanError(f"{name} {value} is not a number of tokens", f"at most {MAX_TOKENS:,}")
+            raise PlanError(
+                f"{name} {value} is not a number of tokens", f"give 0 to {MAX_TOKENS:,}"
+            )
+    if min_prompt is None:
+        min_prompt = shortest_saving(shape, boundary, sink_tokens + tail_tokens)
     if boundary == shape.n_layer - 1:
         projection = OWN
     return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)
 
 
-def _n_skipped(n_layer: int, skip: Skip) -> int:
+def _n_skipped(n_layer: int, skip: Share) -> int:
     if isinstance(skip, int):
         return skip
     return max(1, int(n_layer * skip + Fraction(1, 2)))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from converter.errors import PopError, StoppedError, WriteError
 from converter.format import FITTED, OWN, Measured, PopMeta
-from converter.macs import limit_of, with_min_prompt
 from converter.plan import Plan, make_plan, parse_skip
 from converter.rewrite import Examine, Fitted, Sizes, check_target
 from converter.shape import ModelShape, source_shape
@@ -49,11 +48,6 @@ class Conversion:
     @property
     def deepest(self) -> Plan:
         return self.plans[-1]
-
-    @property
-    def speedup_limit(self) -> float:
-        """By multiply-accumulates, of the deepest plan."""
-        return limit_of(self.deepest)
 
     def sizes_of(self, plan: Plan) -> Sizes:
         """What writing one of the plans reads and writes, in bytes."""
@@ -125,15 +119,14 @@ def plan_conversion(
 
 def _plans(shape: ModelShape, depth: Depth, rows: RowOptions, projection: str) -> tuple[Plan, ...]:
     def plan(**where: object) -> Plan:
-        made = make_plan(
+        return make_plan(
             shape,
             **where,  # type: ignore[arg-type]
             sink_tokens=rows.sink_tokens,
             tail_tokens=rows.tail_tokens,
-            min_prompt=rows.min_prompt or 0,
+            min_prompt=rows.min_prompt,
             projection=projection,
         )
-        return with_min_prompt(made) if rows.min_prompt is None else made
 
     if isinstance(depth, Boundary):
         return (plan(boundary=depth.layer),)

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from converter.format import FITTED, Budget
-from converter.macs import LIMIT_PROMPT, speedup_limit
 from converter.plan import Plan
 from converter.rewrite import Fitted
 from converter.source import Source
@@ -167,11 +166,10 @@ class _Search:
 
 def _trial(plan: Plan, quality: Quality, in_budget: bool) -> Trial:
     retention = quality.induction_retention
-    n_full = plan.sink_tokens + plan.tail_tokens
     return Trial(
         boundary=plan.boundary,
         n_skipped=plan.n_skipped,
-        speedup_limit=speedup_limit(plan.shape, LIMIT_PROMPT, plan.boundary, n_full),
+        speedup_limit=plan.speedup_limit,
         n_windows=quality.n_windows,
         kl_mean=quality.kl_mean.value,
         kl_se=quality.kl_mean.se or 0.0,

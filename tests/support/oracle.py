@@ -33,7 +33,7 @@ class Trio:
 
 def make_trio(original: Path, folder: Path, boundary: int, n_sink: int = 0) -> Trio:
     pruned, silent = folder / "pruned.gguf", folder / "silent.gguf"
-    plan = make_plan(read_shape(original), boundary=boundary, sink_tokens=n_sink)
+    plan = make_plan(read_shape(original), boundary=boundary, sink_tokens=n_sink, min_prompt=0)
     convert(plan, original, pruned, force=True)
     zero_deep_copy(original, silent, boundary)
     return Trio(original, pruned, silent, boundary, n_sink)

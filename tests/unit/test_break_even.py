@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from converter.errors import PopError
 from converter.format import read_pop_meta
-from converter.macs import shortest_saving, speedup_limit, with_min_prompt
+from converter.macs import shortest_saving, speedup_limit
 from converter.plan import make_plan
 from converter.shape import read_shape
 from pop_local.cli import app
@@ -169,8 +169,9 @@ def test_convert_writes_what_the_cost_model_says_unless_told(tmp_path):
         given = ["convert", str(source), str(tmp_path / name), "--skip", "1/3", *options]
         given += ["--projection", "own", "--threads", "1"]
         assert runner.invoke(app, given).exit_code == 0
-    plan = with_min_prompt(make_plan(read_shape(source)))
-    assert min_prompt_of(tmp_path / "a.gguf") == plan.min_prompt > 17
+    plan = make_plan(read_shape(source))
+    by_cost = shortest_saving(plan.shape, plan.boundary, plan.sink_tokens + plan.tail_tokens)
+    assert min_prompt_of(tmp_path / "a.gguf") == plan.min_prompt == by_cost > 17
     assert min_prompt_of(tmp_path / "b.gguf") == 7
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from converter.format import FITTED
-from converter.macs import LIMIT_PROMPT, limit_of
+from converter.macs import LIMIT_PROMPT
 from converter.sidecar import sidecar_path
 from pop_local.calibration.needs import fit_needs
 from pop_local.calibration.texts import DEFAULT_NAME
@@ -55,7 +55,7 @@ def print_plan_json(conversion: Conversion) -> None:
             | {
                 "boundaries": [plan.boundary for plan in conversion.plans],
                 "most_output_bytes": conversion.sizes.output_bytes,
-                "most_speedup_limit": limit_of(conversion.deepest),
+                "most_speedup_limit": conversion.deepest.speedup_limit,
                 "budget": conversion.depth.budget,
             }
         )
@@ -85,7 +85,7 @@ def _object(conversion: Conversion, plan: Plan, sizes: Sizes) -> dict[str, Any]:
         "output_bytes": sizes.output_bytes,
         "memory_bytes": needs.total_bytes if needs else None,
         "limit_n_prompt": LIMIT_PROMPT,
-        "speedup_limit": limit_of(plan),
+        "speedup_limit": plan.speedup_limit,
         "source_sha256": None,
         "calibration": None,
         "measured": None,
@@ -132,7 +132,7 @@ def _facts(
     """`layers` are skipped, `depth` says why or where, and what is written takes `output`."""
     kept = f"the first {plan.sink_tokens} and last {plan.tail_tokens} tokens"
     read = size(conversion.sizes.source_bytes)
-    limit = f"at most {limit_of(plan):.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"
+    limit = f"at most {plan.speedup_limit:.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"
     return [
         ("Model", str(conversion.path)),
         ("Architecture", plan.shape.arch),
