@@ -40,47 +40,10 @@ def bytes_progress(what: str) -> Iterator[Advance]:
 
 
 @contextmanager
-def pausable_progress(what: str) -> Iterator[tuple[Advance, Callable[[], None]]]:
-    """As bytes_progress, and what puts the bar away until it goes on: only one is shown at once."""
-    with ExitStack() as stack:
-        bars: list[Advance] = []
-
-        def advance(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(bytes_progress(what)))
-            bars[0](done, total)
-
-        def pause() -> None:
-            stack.close()
-            bars.clear()
-
-        yield advance, pause
-
-
-@contextmanager
 def token_progress(what: str) -> Iterator[Advance]:
     """A callback (done_tokens, total_tokens) that shows them while the block runs."""
     with _bar(what, (MofNCompleteColumn(), _TimeLeft())) as advance:
         yield advance
-
-
-@contextmanager
-def token_stages(*names: str) -> Iterator[tuple[Advance, ...]]:
-    """As token_progress, for stages that follow each other: the bar of one ends the one before."""
-    with ExitStack() as stack:
-
-        def stage(name: str) -> Advance:
-            bars: list[Advance] = []
-
-            def advance(done: int, total: int) -> None:
-                if not bars:
-                    stack.close()
-                    bars.append(stack.enter_context(token_progress(name)))
-                bars[0](done, total)
-
-            return advance
-
-        yield tuple(stage(name) for name in names)
 
 
 @contextmanager

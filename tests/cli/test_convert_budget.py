@@ -13,10 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from converter.format import read_pop_meta
-from pop_local.calibration import activations
+from pop_local.calibration import activations, texts
 from pop_local.cli import app
 from pop_local.measure import bracket, probes, quality
 from pop_local.measure.budget import Bracket
+from pop_local.workflows import fits
 from pop_local.workflows import search as searching
 from support.converted import names
 from support.synthetic import make_gguf
@@ -28,6 +29,7 @@ FEW = ("--tokens", 2048, "--threads", 1, "--gpu-layers", 0)
 # The command, stopped for good where it measures the first fitted candidate.
 STOPPED = """
 import sys, time
+from pop_local.workflows import fits
 from pop_local.workflows import search as searching
 from pop_local.measure import quality
 from pop_local.measure.budget import Bracket
@@ -217,6 +219,26 @@ def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
     assert done.exit_code == 0, done.stderr
     assert len(read) == 3 * 4, "boundary 4 alone: a pass for each of its three fitted layers"
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
+
+
+def test_text_is_sampled_once_however_many_fits_there_are(base, tmp_path, monkeypatch):
+    sampled, fitted = [], []
+
+    def sample(*arguments, real=texts.sample_windows, **how):
+        sampled.append(arguments)
+        return real(*arguments, **how)
+
+    def fit(self, plans, state_path, real=fits.Fitter.fit):
+        fitted.append([plan.boundary for plan in plans])
+        return real(self, plans, state_path)
+
+    monkeypatch.setattr(texts, "sample_windows", sample)
+    monkeypatch.setattr(fits.Fitter, "fit", fit)
+    monkeypatch.setattr(searching._Search, "_bracket", lambda self: Bracket(4, 6, 7))
+    done = convert(base, *FEW, *LOOSE, "--memory", 0)
+    assert done.exit_code == 0, done.stderr
+    assert fitted == [[6], [5], [4]]
+    assert len(sampled) == 1
 
 
 def _interrupt(*arguments: object) -> None:

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from converter.errors import PopError, StoppedError
 from pop_local.ui import progress
 from pop_local.ui.theme import THEME
+from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.events import Unit, Watch
 
 
 @pytest.fixture
@@ -57,9 +60,9 @@ def test_stages_that_follow_each_other_have_a_bar_each(monkeypatch):
     console = Console(file=file, force_terminal=True, width=100, theme=THEME)
     monkeypatch.setattr(progress, "err", console)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress.token_stages("Sampling text", "Fitting") as (on_sampling, on_reading):
-        on_sampling(512, 512)
-        on_reading(512, 2048)
+    with terminal_watch() as watch:
+        watch.stage("Sampling text")(512, 512)
+        watch.stage("Fitting")(512, 2048)
     text = file.getvalue()
     assert text.index("Sampling text") < text.rindex("512/512") < text.index("Fitting")
     assert "Sampling text" not in text[text.index("Fitting") :]
@@ -95,11 +98,31 @@ def test_a_bar_makes_way_for_another(monkeypatch):
     console = Console(file=file, force_terminal=True, width=100, theme=THEME)
     monkeypatch.setattr(progress, "err", console)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress.pausable_progress("Writing") as (advance, pause):
+    with terminal_watch() as watch:
+        advance = watch.stage("Writing", Unit.BYTES)
         advance(1, 4)
-        pause()
-        with progress.token_progress("Measuring") as measured:
-            measured(512, 512)
+        watch.stage("Measuring")(512, 512)
+        watch.on_stage("Writing", Unit.BYTES)
         advance(4, 4)
     text = file.getvalue()
     assert text.index("Writing") < text.index("Measuring") < text.rindex("Writing")
+
+
+def test_notes_and_warnings_come_between_the_bars(capsys):
+    with terminal_watch() as watch:
+        watch.on_note("Looking")
+        watch.on_warning(PopError("it is old"))
+        watch.on_warning(PopError("there is no torch", "install torch", cause="missing-torch"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith(
+        "Looking Warning: it is old. Warning: there is no torch; install it with"
+    )
+    assert "pop-local[analyze]" in said
+
+
+def test_a_watch_stops_work_where_it_counts():
+    asked = iter([False, True])
+    advance = Watch(should_stop=lambda: next(asked)).stage("Reading")
+    advance(1, 3)
+    with pytest.raises(StoppedError):
+        advance(2, 3)
