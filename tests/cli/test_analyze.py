@@ -8,19 +8,12 @@ from typing import NoReturn
 import pytest
 
 from converter.errors import PlanError, PopError
-from converter.shape import read_shape
 from pop_local.calibration import needs
-from pop_local.engine.model import PopModel
 from pop_local.measure import depth
 from pop_local.measure.depth import (
     boundaries,
-    measure_cliff,
-    worth_measuring,
 )
 from pop_local.measure.estimate import Estimate
-from pop_local.measure.heldout import Text, shipped_part, tokenize
-from pop_local.measure.quality import QualitySettings
-from pop_local.measure.reference import read_reference
 from support.analyzed import FITTED, UNFITTED, analyze, report
 from support.converted import paired, tiny
 from support.synthetic import make_gguf
@@ -263,22 +256,3 @@ def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
     found = [Estimate(value, 0.0) for value in (1.0, 0.9, 0.2, -0.5, -2.0)]
     assert depth._losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
     assert depth._losses([None]) == [None]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "tried", "cliff"), [("smollm2", (18, 17, 16), {17}), ("gemma", (12, 11, 10, 9), {10})]
-)
-def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
-    path = request.getfixturevalue(name)
-    monkeypatch.setattr(depth, "boundaries", lambda shape: tried)
-    opened = PopModel(path, n_ctx=512, n_threads=1)
-    tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
-    settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=2)
-    reference = read_reference(opened, tokens, settings, lambda *now: None)
-    found = measure_cliff(opened, read_shape(path), reference, 2048, lambda *now: None)
-    assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
-    assert found[-1].retention is not None
-    assert found[-1].retention.value < 0.3
-    # Down to the layer of the cliff, not past it.
-    assert min(worth_measuring(found)) == min(cliff)

@@ -275,13 +275,6 @@ def test_hits_are_counted_for_full_and_pruned(tmp_path, small_document, monkeypa
     assert (model.boundary, model.pop_mode) == (4, Mode.CONTEXT)
 
 
-@pytest.mark.slow
-def test_a_real_model_finds_a_needle_after_pruning(smollm2):
-    model = PopModel(smollm2, n_ctx=needle.context_tokens(), n_threads=1)
-    found = measure_needle(model, (20,), 1, 0, lambda done, total: None)[0]
-    assert (found.full_hits, found.pruned_hits) == (1, 1)
-
-
 def test_a_fitted_file_has_projections_for_its_own_boundary_only(plain, tmp_path):
     pair = paired(plain, tmp_path, "fitted", boundary=4)
     for given in ((pair.single,), (pair.base, "--pop", pair.sidecar)):

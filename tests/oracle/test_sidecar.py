@@ -25,7 +25,8 @@ from pop_local.measure.budget import BALANCED
 from support.calls import opened, prompt, read
 from support.converted import Pair, made_up, paired
 from support.oracle import random_tokens
-from support.raw import Job, Step, run
+from support.raw import Job, run
+from support.sidecars import outcome, require_same
 from support.synthetic import make_gguf, make_split
 
 PROJECTIONS = ["own", "fitted"]
@@ -46,41 +47,12 @@ def fitted(tmp_path_factory) -> Pair:
 # --- the same as a single file
 
 
-def outcome(model: Path, state: Path, tokens: tuple[int, ...], *further: Path, mmap: bool = True):
-    """Logits, counters and the saved state after a pruned prompt."""
-    steps = (
-        Step("full_from", value=len(tokens) - 16),
-        Step("decode", "last", tokens=tokens),
-        Step("counters", "counters"),
-        Step("save", path=str(state)),
-    )
-    got = run(Job(str(model), steps, further=tuple(map(str, further)), mmap=mmap))
-    return got["last"], got["counters"], state.read_bytes()
-
-
-def require_same(pair: Pair, folder: Path, tokens: tuple[int, ...], *, mmap: bool = True) -> None:
-    before = hashlib.sha256(pair.base.read_bytes()).digest()
-    want = outcome(pair.single, folder / "want", tokens, mmap=mmap)
-    got = outcome(pair.base, folder / "got", tokens, pair.sidecar, mmap=mmap)
-    np.testing.assert_array_equal(got[0], want[0])
-    np.testing.assert_array_equal(got[1], want[1])
-    assert got[1][0] == len(tokens) - 17
-    assert got[2] == want[2]
-    assert hashlib.sha256(pair.base.read_bytes()).digest() == before
-
-
 @pytest.mark.parametrize("mmap", [True, False])
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_sliding_windows(projection, mmap, tmp_path):
     base = make_gguf(tmp_path / "gemma.gguf", "gemma3")
     made = paired(base, tmp_path, projection, boundary=4)
     require_same(made, tmp_path, random_tokens(200, 380), mmap=mmap)
-
-
-@pytest.mark.parametrize("projection", PROJECTIONS)
-def test_smollm2(projection, smollm2, tmp_path):
-    made = paired(smollm2, tmp_path, projection)
-    require_same(made, tmp_path, random_tokens(96, 40000))
 
 
 def test_fitted_tensors_count(fitted, tmp_path):

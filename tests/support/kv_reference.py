@@ -1,7 +1,7 @@
 """The K/V of skipped layers in float64, and those in a state that llama.cpp saved.
 
-No code of the patches and none of the converter's fit is used: the boundary state comes from the
-unpatched library, weights and keys from the file.
+No code of the patches and none of the converter's fit is in what is expected: the boundary state
+comes from the unpatched library, weights and keys from the file.
 """
 
 import struct
@@ -12,7 +12,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
+from converter.content import NewTensor
+from converter.fit import FittedLayer, KvType, Projection, encode
+from converter.format import FITTED, Calibration
 from converter.header import read_header
+from converter.plan import make_plan
+from converter.rewrite import Fitted, convert
+from converter.shape import read_shape
 from converter.source import read_source
 from converter.weights import Weights
 from support.oracle import Tokens, Trio
@@ -20,6 +26,7 @@ from support.raw import Job, Step, run
 
 # ggml rounds the input of a quantised product to 127 steps each side, in blocks of 32.
 BLOCK, N_STEPS = 32, 127
+F32, F16 = 0, 1  # ggml's types of a cache
 
 
 @dataclass(frozen=True)
@@ -181,3 +188,52 @@ def _parse_cache(reader: _Reader, layers: list[int]) -> dict[int, Stored]:
             vs.append(reader.rows(kind, n_cells, row_size))
     parts = zip(layers, ks, vs, strict=True)
     return {layer: Stored(np.array(pos), k, v) for layer, k, v in parts}
+
+
+def prefilled(trio: Trio, tokens: Tokens, folder: Path, job: Job) -> dict[int, Stored]:
+    """The patched library's state after a prefill whose last token alone is full."""
+    state = folder / "state"
+    steps = (
+        Step("full_from", value=len(tokens) - 1),
+        Step("decode", tokens=tokens),
+        Step("counters", "counters"),
+        Step("save", path=str(state)),
+    )
+    counters = run(replace(job, model=str(trio.pruned), steps=steps, lib=None))["counters"]
+    np.testing.assert_array_equal(counters, [len(tokens) - 1, 1])
+    return parse_state(state.read_bytes(), read_shape(trio.original).swa_window)
+
+
+def context_rows(stored: Stored, expected: Expected, n_tokens: int) -> tuple[Stored, Expected]:
+    """The rows of both that are stored and not full, in the order of the cells."""
+    rows = stored.pos < n_tokens - 1
+    pos = stored.pos[rows]
+    wanted = Expected(
+        expected.k[pos], expected.v[pos], expected.k_noise[pos], expected.v_noise[pos]
+    )
+    return Stored(pos, stored.k[rows], stored.v[rows]), wanted
+
+
+def fit_at_random(trio: Trio, path: Path, kv_type: KvType) -> Path:
+    """Fitted projections unlike any of the model's own; each layer's differ."""
+    shape = read_shape(trio.original)
+    plan = make_plan(shape, boundary=trio.boundary, sink_tokens=0, projection=FITTED)
+    tensors: list[NewTensor] = []
+    for layer in plan.fitted_layers:
+        rng = np.random.default_rng(layer)
+        n_out = shape.kv_macs[layer] // shape.n_embd // 2
+        k, v = (
+            Projection(
+                rng.standard_normal((n_out, shape.n_embd), np.float32) / shape.n_embd**0.5,
+                rng.standard_normal(n_out, np.float32),
+            )
+            for _ in range(2)
+        )
+        tensors += encode(FittedLayer(layer, k, v), kv_type)
+    calibration = Calibration("random", "0" * 64, 0, 0.0, "none")
+    convert(plan, trio.original, path, fitted=Fitted(calibration, tuple(tensors)))
+    return path
+
+
+def rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))

@@ -19,6 +19,10 @@ from support.synthetic import zero_deep_copy
 
 Tokens = tuple[int, ...]
 
+Q8_0 = 8  # GGML_TYPE_Q8_0
+# One token more than whole ubatches: every product then has the same shape here and in the oracle.
+EXACT: list[dict[str, int]] = [{"n_ubatch": 128}, {"n_ubatch": 512}, {"type_k": Q8_0}]
+
 
 @dataclass(frozen=True)
 class Trio:
@@ -115,3 +119,26 @@ def distance(logits: np.ndarray, other: np.ndarray) -> float:
 
 def mean_distance(logits: np.ndarray, other: np.ndarray) -> float:
     return float(np.mean([distance(*pair) for pair in zip(logits, other, strict=True)]))
+
+
+def check_exact(trio: Trio, n_tokens: int, n_vocab: int, folder: Path, job: Job) -> None:
+    """One context prompt and its last token, full: bit for bit, and counted."""
+    prompts = [random_tokens(n_tokens, n_vocab)]
+    logits, counters = pruned(trio, prompts, 1, job)
+    assert counters == (n_tokens - 1, 1)
+    np.testing.assert_array_equal(logits, expected(trio, prompts, 1, folder, job))
+
+
+def assert_same_logits(one: Path, other: Path, lib: Path) -> None:
+    """All of a prompt's, and those of a token more, computed by the library `lib`."""
+    prompt = tuple(range(3, 60))
+    steps = (
+        Step("decode", "prefill", tokens=prompt, logits="all"),
+        Step("decode", "next", tokens=(7,), pos=len(prompt)),
+    )
+    results = [
+        run(Job(str(path), steps, lib=str(lib), n_ctx=256, n_batch=256)) for path in (one, other)
+    ]
+    for name in ("prefill", "next"):
+        assert results[0][name].std() > 0.1
+        assert results[0][name].tobytes() == results[1][name].tobytes()

@@ -11,18 +11,11 @@ from gguf import GGMLQuantizationType
 from converter.errors import UnsupportedArchitectureError
 from converter.hyper import Hyper, Rope, read_hyper
 from converter.source import read_source
-from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import PopModel
-from pop_local.measure.divergence import divergence, predictions
-from pop_local.measure.forced import forced
-from pop_local.measure.heldout import shipped_part
-from pop_local.measure.probes import bos
 from support.calls import opened, prompt
 from support.synthetic import make_gguf, make_split
 
-torch = pytest.importorskip("torch")
-torch.set_num_threads(1)
-from converter.decoder import Decoder  # noqa: E402
+pytest.importorskip("torch")
+from support.decoders import backend_logits, mean_kl, torch_logits
 
 # Of random models whose weights are F16 or Q8_0; a wrong key moves them by a hundred times that.
 NOISE = 1e-4
@@ -39,27 +32,6 @@ TINY: dict[str, dict[str, object]] = {
 
 def tiny(folder: Path, name: str) -> Path:
     return make_gguf(folder / f"{name}.gguf", name.split("-")[0], n_layer=4, **TINY[name])
-
-
-def backend_logits(model: PopModel, tokens: list[int]) -> np.ndarray:
-    with forced(model) as reader:
-        reader.read(tokens[:1], Mode.OFF)
-        return reader.predict(tokens[1:])
-
-
-def torch_logits(path: Path, tokens: list[int], **hyper: object) -> np.ndarray:
-    decoder = Decoder(read_source(path))
-    decoder.hyper = replace(decoder.hyper, **hyper)  # type: ignore[arg-type]
-    states = decoder.embed(np.array([tokens]))
-    with torch.no_grad():
-        for index in range(decoder.n_layer):
-            states = decoder.layer(index)(states)
-        logits: np.ndarray = decoder.logits(states)[0, :-1].numpy()
-    return logits
-
-
-def mean_kl(logits: np.ndarray, others: np.ndarray) -> float:
-    return float(divergence(predictions(logits), predictions(others)).kl.mean())
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -93,17 +65,6 @@ def test_what_is_computed_otherwise_shows_in_the_logits(tmp_path, name, wrong):
     change = wrong(read_hyper(read_source(path)))
     changed = torch_logits(path, tokens, **change)
     assert mean_kl(torch_logits(path, tokens), changed) > 10 * NOISE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2", "gemma"])
-def test_logits_of_real_models_are_those_of_the_backend(request, name):
-    path = request.getfixturevalue(name)
-    model = PopModel(path, n_ctx=128, n_threads=1)
-    text = model.tokenize(shipped_part("prose").encode(), add_bos=False, special=False)
-    tokens = [*bos(model), *text][:64]
-    expected = backend_logits(model, tokens)
-    assert mean_kl(expected, torch_logits(path, tokens)) < 0.01
 
 
 def test_a_split_model_is_read_from_all_its_parts(tmp_path):

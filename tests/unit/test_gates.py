@@ -7,20 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converter.hyper import read_hyper
-from converter.shape import source_shape
 from converter.source import read_source
-from pop_local.engine.model import PopModel
-from pop_local.measure.heldout import Text, shipped_part, spread_windows, tokenize
 from support.calls import prompt
 from support.synthetic import make_gguf
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 from converter.decoder import Decoder  # noqa: E402
-from converter.gates import gate_gradients, needed_bytes  # noqa: E402
+from converter.gates import gate_gradients  # noqa: E402
 from pop_local.measure import importance  # noqa: E402
-from pop_local.measure.importance import measure_importance  # noqa: E402
 
 N_CONTEXT = 10
 SEED = 7
@@ -140,27 +135,3 @@ def test_progress_ends_at_its_total(decoder):
     )
     assert seen[0] == (0, 18)
     assert seen[-1] == (18, 18)
-
-
-def test_needed_memory_grows_with_what_is_computed(smollm2):
-    source = read_source(smollm2)
-    shape, hyper = source_shape(source), read_hyper(source)
-    short, long = (needed_bytes(shape, hyper, n, 64, 4) for n in (256, 1024))
-    # `pop-local analyze` of this model was seen to take 0.8 GB with windows of 256.
-    assert 0.7e9 < short < 1.5e9
-    assert long > short + 4 * 768 * shape.n_embd * shape.n_layer * 4
-    assert needed_bytes(shape, hyper, 256, 64, 1) < short
-
-
-@pytest.mark.slow
-def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
-    """SmolLM2: the last third has 0.2 of the others' importance in prefill, 2 times in decode."""
-    model = PopModel(smollm2, n_ctx=64, n_threads=1)
-    text = tokenize(model, Text("prose", (shipped_part("prose"),)))
-    windows = spread_windows(text, 8, 96)
-    found = measure_importance(
-        Decoder(read_source(smollm2)), windows, 64, n_batch=8, seed=0, on_progress=ignore
-    )
-    assert found.prefill.median_ratio is not None and found.decode.median_ratio is not None
-    assert found.prefill.median_ratio.value < 0.5
-    assert found.decode.median_ratio.value > 1

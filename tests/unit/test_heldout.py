@@ -3,8 +3,7 @@
 import pytest
 
 from converter.errors import PopError
-from pop_local.engine.model import PopModel
-from pop_local.measure.heldout import given_text, shipped_text, spread_windows, tokenize
+from pop_local.measure.heldout import given_text, spread_windows
 
 
 def test_windows_do_not_overlap_and_are_shared_out_evenly():
@@ -31,15 +30,3 @@ def test_what_is_not_text_is_refused(tmp_path, content, reason):
     path.write_bytes(content)
     with pytest.raises(PopError, match=reason):
         given_text(path)
-
-
-def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):
-    shipped = shipped_text()
-    tokens = tokenize(PopModel(smollm2, n_ctx=64, n_threads=1), shipped)
-    assert len(tokens) == 4
-    assert sum(len(part) for part in tokens) >= 25_000
-    assert len(spread_windows(tokens, 32, 640)) == 32
-    for part in tokens:
-        grams = [tuple(part[i : i + 8]) for i in range(len(part) - 8)]
-        # The rules below the heads of tables are alike.
-        assert len(set(grams)) > 0.9 * len(grams)

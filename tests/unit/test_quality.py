@@ -14,7 +14,6 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
 from pop_local.measure.forced import forced, use_rule
-from pop_local.measure.heldout import Text, shipped_text, tokenize
 from pop_local.measure.probes import pick_passage, random_tokens
 from pop_local.measure.quality import Quality, QualitySettings, measure_depths, measure_unless
 from support.converted import tiny
@@ -207,28 +206,6 @@ def test_random_tokens_are_no_control_tokens(model):
     vocab = model.vocab
     attribute = backend.bindings().llama_vocab_get_attr
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
-
-
-@pytest.mark.slow
-def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
-    """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it."""
-    model = PopModel(smollm2, n_ctx=512, n_threads=1)
-    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
-    settings = QualitySettings(n_windows=3, n_context=256, n_continuation=64, n_draws=2)
-    third, half = measure_depths(model, tokens, settings, (20, 16), ignore)
-    assert 0.05 < third.kl_mean.value < 0.3
-    assert third.copy_ppl_ratio.value < 1.5 < 3 < half.copy_ppl_ratio.value
-    assert third.induction_retention is not None
-    assert half.induction_retention is not None
-    assert third.induction_retention.value > 0.7 > 0.2 > half.induction_retention.value
-
-
-@pytest.mark.slow
-def test_without_boundary_handling_the_first_token_is_lost(smollm2):
-    model = PopModel(smollm2, n_ctx=512, n_threads=1)
-    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
-    settings = QualitySettings(2, n_context=128, n_continuation=8, mode=Mode.ALWAYS, n_draws=1)
-    assert measure_depths(model, tokens, settings, (20,), ignore)[0].kl_first.value > 3
 
 
 @pytest.mark.parametrize(("is_enough", "n_windows"), [(False, 7), (True, 4)])

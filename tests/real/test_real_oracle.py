@@ -1,0 +1,156 @@
+"""The oracle on the small real models: quantised weights, windows, a tied output."""
+
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import gguf
+import pytest
+from llama_cpp import Llama
+
+from converter.fit import KvType
+from converter.plan import make_plan
+from converter.rewrite import convert
+from converter.shape import read_shape
+from support.converted import convert_default, paired
+from support.kv_reference import (
+    F32,
+    Reference,
+    context_rows,
+    fit_at_random,
+    normalised_states,
+    prefilled,
+    rms,
+)
+from support.oracle import (
+    EXACT,
+    Q8_0,
+    Tokens,
+    Trio,
+    assert_same_logits,
+    check_exact,
+    expected,
+    make_trio,
+    mean_distance,
+    pruned,
+    random_tokens,
+    unpatched_noise,
+)
+from support.raw import Job
+from support.sidecars import require_same
+from support.synthetic import DEEP_OUTPUTS, zero_deep_copy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def job(unpatched_lib: Path) -> Job:
+    return Job(model="", steps=(), lib=str(unpatched_lib))
+
+
+@pytest.fixture(scope="module", params=["smollm2", "gemma"])
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    name = request.param
+    boundary = {"smollm2": 20, "gemma": 12}[name]
+    return make_trio(request.getfixturevalue(name), tmp_path_factory.mktemp(name), boundary)
+
+
+@pytest.mark.parametrize("options", EXACT, ids=["ubatch 128", "ubatch 512", "K in q8_0"])
+def test_real_models_equal_the_oracle(real: Trio, options: dict, tmp_path: Path, job: Job) -> None:
+    check_exact(real, 513, 40000, tmp_path, replace(job, **options))
+
+
+NOISY = {
+    "17 full rows": {},
+    "flash attention": {"flash_attn": True},
+    "quantised V": {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0},
+    "small ubatch": {"n_ubatch": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def sunk(real: Trio, tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    """With a sink token, which changes the keys alone."""
+    path = tmp_path_factory.mktemp("sunk") / "pruned.gguf"
+    plan = make_plan(read_shape(real.original), boundary=real.boundary, sink_tokens=1)
+    convert(plan, real.original, path)
+    return replace(real, pruned=path, n_sink=1)
+
+
+@pytest.mark.parametrize("options", NOISY.values(), ids=NOISY)
+def test_sink_and_tail_are_within_the_unpatched_noise(
+    sunk: Trio, options: dict, tmp_path: Path, job: Job
+) -> None:
+    job = replace(job, **options)
+    prompts = prose(sunk.original, n_prompts=3, n_tokens=200)
+    logits, counters = pruned(sunk, prompts, 16, job)
+    assert counters == (3 * (200 - 17), 3 * 17)
+    want = expected(sunk, prompts, 16, tmp_path, job)
+    noise = unpatched_noise(want, sunk, prompts, 16, tmp_path, job)
+    assert mean_distance(logits, want) <= noise
+
+
+def prose(model: Path, n_prompts: int, n_tokens: int) -> list[Tokens]:
+    """Windows of Python's own documentation, one after the other."""
+    vocab = Llama(str(model), vocab_only=True, verbose=False)
+    text = "\n".join(topics[name] for name in sorted(topics))[: 10 * n_prompts * n_tokens]
+    tokens = vocab.tokenize(text.encode())
+    return [tuple(tokens[i * n_tokens : (i + 1) * n_tokens]) for i in range(n_prompts)]
+
+
+@pytest.fixture(scope="module", params=["smollm2", "gemma"])
+def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    """Few skipped layers, so that the reference computes little."""
+    boundary = {"smollm2": 26, "gemma": 14}[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    return make_trio(request.getfixturevalue(request.param), folder, boundary)
+
+
+@pytest.mark.parametrize("projection", ["own", "fitted"])
+def test_a_real_model_differs_by_the_rounding_of_its_products(
+    deep: Trio, projection: str, tmp_path: Path, job: Job
+) -> None:
+    """Quantised weights take inputs of 8 bits: the error is that of such a rounding, no more."""
+    trio = deep
+    if projection == "fitted":
+        trio = replace(trio, pruned=fit_at_random(trio, tmp_path / "fitted.gguf", KvType.Q8_0))
+    tokens = random_tokens(128, 40000)
+    job = replace(job, type_k=F32, type_v=F32)
+    stored = prefilled(trio, tokens, tmp_path, job)
+    reference = Reference(trio.pruned, normalised_states(trio, tokens, job))
+    windows = read_shape(trio.original).swa_window
+    for layer in range(trio.boundary, len(windows)):
+        found, wanted = context_rows(
+            stored[layer], reference.layer(layer, swa=windows[layer] > 0), len(tokens)
+        )
+        assert len(found.pos) == 127
+        parts = ((found.k, wanted.k, wanted.k_noise), (found.v, wanted.v, wanted.v_noise))
+        for ours, theirs, noise in parts:
+            assert rms(ours - theirs) <= 1.3 * rms(noise), f"layer {layer}"
+            assert rms(noise) < 0.05 * rms(theirs)
+
+
+@pytest.mark.parametrize("projection", ["own", "fitted"])
+def test_a_sidecar_of_smollm2(projection, smollm2, tmp_path):
+    made = paired(smollm2, tmp_path, projection)
+    require_same(made, tmp_path, random_tokens(96, 40000))
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])
+def test_unpatched_library_runs_it_as_the_source(name, request, tmp_path, unpatched_lib):
+    source, target = request.getfixturevalue(name), tmp_path / "out.gguf"
+    convert_default(source, target)
+    assert_same_logits(source, target, unpatched_lib)
+
+
+def test_zero_deep_copy_clears_deep_outputs_only(tmp_path, smollm2):
+    path = zero_deep_copy(smollm2, tmp_path / "zeroed.gguf", 20)
+    before, after = gguf.GGUFReader(smollm2), gguf.GGUFReader(path)
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        prefix, *rest = old.name.split(".")
+        cleared = prefix == "blk" and int(rest[0]) >= 20 and rest[1] in DEEP_OUTPUTS
+        if cleared:
+            assert old.data.any()
+            assert not gguf.quants.dequantize(new.data, new.tensor_type).any(), old.name
+        else:
+            assert (old.data == new.data).all(), old.name

@@ -1,0 +1,114 @@
+"""What pruning costs the small real models, and what is seen in their layers."""
+
+import pytest
+
+from converter.shape import read_shape
+from converter.source import read_source
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.measure import depth, needle
+from pop_local.measure.depth import measure_cliff, worth_measuring
+from pop_local.measure.divergence import divergence, predictions
+from pop_local.measure.forced import Pruning, always_skip, forced
+from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_windows, tokenize
+from pop_local.measure.needle import measure_needle
+from pop_local.measure.probes import bos
+from pop_local.measure.quality import QualitySettings, measure_depths
+from pop_local.measure.reference import read_reference
+
+pytestmark = pytest.mark.slow
+
+
+def ignore(done: int, total: int) -> None:
+    return
+
+
+def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
+    """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it."""
+    model = PopModel(smollm2, n_ctx=512, n_threads=1)
+    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
+    settings = QualitySettings(n_windows=3, n_context=256, n_continuation=64, n_draws=2)
+    third, half = measure_depths(model, tokens, settings, (20, 16), ignore)
+    assert 0.05 < third.kl_mean.value < 0.3
+    assert third.copy_ppl_ratio.value < 1.5 < 3 < half.copy_ppl_ratio.value
+    assert third.induction_retention is not None
+    assert half.induction_retention is not None
+    assert third.induction_retention.value > 0.7 > 0.2 > half.induction_retention.value
+
+
+def test_without_boundary_handling_the_first_token_is_lost(smollm2):
+    model = PopModel(smollm2, n_ctx=512, n_threads=1)
+    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
+    settings = QualitySettings(2, n_context=128, n_continuation=8, mode=Mode.ALWAYS, n_draws=1)
+    assert measure_depths(model, tokens, settings, (20,), ignore)[0].kl_first.value > 3
+
+
+def test_a_real_model_loses_far_more_when_answers_skip_too(smollm2):
+    """SmolLM2 at a third: POP with own projections loses .15 nats, the baseline about 15."""
+    model = PopModel(smollm2, n_ctx=512, n_threads=1)
+    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))[0]
+    read = []
+    with forced(model) as reader:
+        reader.set_boundary(20)
+        for pruning in (Pruning(20, Mode.OFF), Pruning(20, Mode.CONTEXT), always_skip(20)):
+            reader.read(tokens[:160], pruning.context)
+            logits = reader.predict(tokens[160:224], pruning.continuation)
+            read.append(predictions(logits))
+    full, pop, baseline = read
+    with_pop, with_baseline = divergence(full, pop), divergence(full, baseline)
+    assert with_baseline.kl.mean() > 10 * with_pop.kl.mean()
+    assert with_baseline.same_top1.mean() < 0.5 < with_pop.same_top1.mean()
+
+
+def test_a_real_model_finds_a_needle_after_pruning(smollm2):
+    model = PopModel(smollm2, n_ctx=needle.context_tokens(), n_threads=1)
+    found = measure_needle(model, (20,), 1, 0, ignore)[0]
+    assert (found.full_hits, found.pruned_hits) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "tried", "cliff"), [("smollm2", (18, 17, 16), {17}), ("gemma", (12, 11, 10, 9), {10})]
+)
+def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
+    path = request.getfixturevalue(name)
+    monkeypatch.setattr(depth, "boundaries", lambda shape: tried)
+    opened = PopModel(path, n_ctx=512, n_threads=1)
+    tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
+    settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=2)
+    reference = read_reference(opened, tokens, settings, ignore)
+    found = measure_cliff(opened, read_shape(path), reference, 2048, ignore)
+    assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
+    assert found[-1].retention is not None
+    assert found[-1].retention.value < 0.3
+    # Down to the layer of the cliff, not past it.
+    assert min(worth_measuring(found)) == min(cliff)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])
+def test_logits_of_real_models_are_those_of_the_backend(request, name):
+    pytest.importorskip("torch")
+    from support.decoders import backend_logits, mean_kl, torch_logits
+
+    path = request.getfixturevalue(name)
+    model = PopModel(path, n_ctx=128, n_threads=1)
+    text = model.tokenize(shipped_part("prose").encode(), add_bos=False, special=False)
+    tokens = [*bos(model), *text][:64]
+    expected = backend_logits(model, tokens)
+    assert mean_kl(expected, torch_logits(path, tokens)) < 0.01
+
+
+def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
+    """SmolLM2: the last third has 0.2 of the others' importance in prefill, 2 times in decode."""
+    pytest.importorskip("torch")
+    from converter.decoder import Decoder
+    from pop_local.measure.importance import measure_importance
+
+    model = PopModel(smollm2, n_ctx=64, n_threads=1)
+    text = tokenize(model, Text("prose", (shipped_part("prose"),)))
+    windows = spread_windows(text, 8, 96)
+    found = measure_importance(
+        Decoder(read_source(smollm2)), windows, 64, n_batch=8, seed=0, on_progress=ignore
+    )
+    assert found.prefill.median_ratio is not None and found.decode.median_ratio is not None
+    assert found.prefill.median_ratio.value < 0.5
+    assert found.decode.median_ratio.value > 1
