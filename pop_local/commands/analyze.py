@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from pop_local.commands.options import GpuLayers, Json, Plot, ReplacePlot, Threads, hardware
-from pop_local.models.names import resolve_base
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views.analysis import as_json, show
@@ -45,7 +44,7 @@ def analyze(
     if no_fit and tokens is not None:
         raise typer.BadParameter("--tokens are for the fit: leave it out, or --no-fit")
     if plot_file is not None:
-        require_plot(plot_file, resolve_base(model), force=force)
+        require_plot(plot_file, Path(model), force=force)
     from pop_local.workflows.analyze import AnalyzeOptions
     from pop_local.workflows.analyze import analyze as analyze_model
 

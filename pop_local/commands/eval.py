@@ -112,9 +112,11 @@ def eval(  # noqa: A001
         no_fit(given, "there is no --fit")
     elif pop is not None:
         raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
+    if plot_file is not None:
+        view.require_plot(plot_file, Path(model), force=force)
     from pop_local.engine.llama.backend import Mode
     from pop_local.measure.quality import QualitySettings
-    from pop_local.workflows.evaluate import EvaluateOptions, evaluate_subject, evaluated
+    from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 
     mode = Mode.ALWAYS if no_boundary else Mode.OFF if no_pop else Mode.CONTEXT
     options = EvaluateOptions(
@@ -126,19 +128,16 @@ def eval(  # noqa: A001
         tail_tokens=tail,
         n_ctx=n_ctx,
     )
-    on = hardware(threads, gpu_layers)
     with stoppable_watch() as watch:
-        subject = evaluated(
+        found = evaluate(
             model,
+            options,
             depths=depths,
             fit=(given or FitOptions()) if fit else None,
             sidecar=pop,
-            hardware=on,
+            hardware=hardware(threads, gpu_layers),
             watch=watch,
         )
-        if plot_file is not None:
-            view.require_plot(plot_file, subject.source.first.path, force=force)
-        found = evaluate_subject(subject, options, hardware=on, watch=watch)
     if plot_file is not None:
         view.plot(found.rows, plot_file, force=force)
         note(f"Drawn: {plot_file}")

@@ -34,9 +34,11 @@ from pop_local.measure.heldout import Text, given_text, shipped_part, spread_win
 from pop_local.measure.probes import N_REPEATED, bos, require_passage
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.measure.reference import Reference, measure_against, read_reference
+from pop_local.models.files import ModelFiles
 from pop_local.models.names import resolve_base
 from pop_local.workflows import gates
 from pop_local.workflows.events import Watch
+from pop_local.workflows.measuring import opened
 from pop_local.workflows.options import Hardware
 from pop_local.workflows.refusals import TooLittleMemoryError
 from pop_local.workflows.sidecars import fitted_sidecars
@@ -100,8 +102,8 @@ def analyze(
     model: str | os.PathLike[str],
     options: AnalyzeOptions = AnalyzeOptions(),
     *,
-    hardware: Hardware = Hardware(),  # noqa: B008
-    watch: Watch = Watch(),  # noqa: B008
+    hardware: Hardware = Hardware(),
+    watch: Watch = Watch(),
 ) -> Analysis:
     """Measure which layers matter for reading and for answering, and how deep pruning may go.
 
@@ -240,7 +242,7 @@ class _Run:
                 meta = pop_of(self.source, sidecar)
                 calibration = None if meta is None else meta.calibration
                 advance = self.watch.stage(f"Measuring fits, {number} of {len(plans)}")
-                with closing(self._opened(sidecar)) as model:
+                with self._opened(sidecar) as model:
                     at = (plan.boundary,)
                     [qualities[plan.boundary]] = measure_against(
                         found.reference, model, at, advance
@@ -287,17 +289,11 @@ class _Run:
     @contextmanager
     def _opened_as_planned(self) -> Iterator[PopModel]:
         """With own projections, and the full rows that a conversion has, whatever the file says."""
-        with closing(self._opened(None)) as model:
+        with self._opened(None) as model:
             as_planned(model, self._plan(self.shape.n_layer - 1))
             yield model
 
     def _opened(self, sidecar: Path | None) -> PopModel:
-        opened = PopModel(
-            self.source.first.path,
-            sidecar=sidecar,
-            n_ctx=max(self.options.n_window, 2 * N_REPEATED + 1),
-            n_threads=self.hardware.n_threads,
-            n_gpu_layers=self.hardware.n_gpu_layers,
-        )
-        opened.watch_prefill(None, self.watch.should_stop)
-        return opened
+        files = ModelFiles(self.source.first.path, sidecar)
+        n_ctx = max(self.options.n_window, 2 * N_REPEATED + 1)
+        return opened(files, self.hardware, self.watch, n_ctx=n_ctx)

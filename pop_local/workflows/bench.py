@@ -1,7 +1,6 @@
 """Time to first token with and without pruning, on the same weights."""
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pop_local.measure.break_even import Tried, measure_break_even
 from pop_local.measure.speed import N_DECODE, SpeedRow, measure_speed
 from pop_local.models.files import ModelFiles
 from pop_local.workflows.events import Watch
+from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_depth, model_files
 from pop_local.workflows.options import Hardware
 
@@ -74,9 +74,9 @@ def bench(
     """Measure each prompt length. Raises PopError, StoppedError."""
     source, files = _found(model, sidecar, options, watch)
     shape = source_shape(source)
-    with closing(_opened(source, files, options, watch)) as opened:
-        rows = measure_speed(opened, shape, n_prompts, options.n_pairs, watch.stage("Measuring"))
-        return Speed(_bench(source, files, opened, options), rows)
+    with _opened(source, files, options, watch) as loaded:
+        rows = measure_speed(loaded, shape, n_prompts, options.n_pairs, watch.stage("Measuring"))
+        return Speed(_bench(source, files, loaded, options), rows)
 
 
 def find_break_even(
@@ -93,9 +93,9 @@ def find_break_even(
         # Doubling up to the longest takes most of the steps.
         advance(n_tried, max(n_tried, options.n_longest.bit_length()))
 
-    with closing(_opened(source, files, options, watch)) as opened:
-        found = measure_break_even(opened, options.n_pairs, options.n_longest, tried)
-        return BreakEvenSearch(_bench(source, files, opened, options), found.n_prompt, found.tried)
+    with _opened(source, files, options, watch) as loaded:
+        found = measure_break_even(loaded, options.n_pairs, options.n_longest, tried)
+        return BreakEvenSearch(_bench(source, files, loaded, options), found.n_prompt, found.tried)
 
 
 def _found(
@@ -116,19 +116,11 @@ def _found(
 
 
 def _opened(source: Source, files: ModelFiles, options: BenchOptions, watch: Watch) -> PopModel:
-    opened = PopModel(
-        files.path,
-        sidecar=files.sidecar,
-        n_ctx=_context(source, options),
-        n_threads=options.hardware.n_threads,
-        n_gpu_layers=options.hardware.n_gpu_layers,
-        n_batch=options.n_batch,
-        n_ubatch=options.n_batch,
-    )
-    opened.watch_prefill(None, watch.should_stop)
+    n_ctx, n_batch = _context(source, options), options.n_batch
+    model = opened(files, options.hardware, watch, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch)
     if options.boundary is not None:
-        opened.set_boundary(options.boundary)
-    return opened
+        model.set_boundary(options.boundary)
+    return model
 
 
 def _context(source: Source, options: BenchOptions) -> int:
@@ -148,16 +140,16 @@ def _context(source: Source, options: BenchOptions) -> int:
     return options.n_ctx or n_needed
 
 
-def _bench(source: Source, files: ModelFiles, opened: PopModel, options: BenchOptions) -> Bench:
+def _bench(source: Source, files: ModelFiles, model: PopModel, options: BenchOptions) -> Bench:
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and options.hardware.n_gpu_layers != 0 else found[-1]
-    threads = "1 thread" if opened.n_threads == 1 else f"{opened.n_threads} threads"
+    threads = "1 thread" if model.n_threads == 1 else f"{model.n_threads} threads"
     return Bench(
         model=str(files.path),
         sidecar=str(files.sidecar) if files.sidecar else None,
         backend=f"{device.name} ({device.description}), {threads}",
-        boundary=opened.boundary,
+        boundary=model.boundary,
         n_layer=source_shape(source).n_layer,
-        min_prompt=opened.rule.min_prompt,
+        min_prompt=model.rule.min_prompt,
     )

@@ -59,14 +59,14 @@ def convert(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    depth: Depth = Within(BALANCED),  # noqa: B008 (frozen)
-    fit: FitOptions | None = FitOptions(),  # noqa: B008
-    rows: RowOptions = RowOptions(),  # noqa: B008
+    depth: Depth = Within(BALANCED),
+    fit: FitOptions | None = FitOptions(),
+    rows: RowOptions = RowOptions(),
     output: OutputName = "copy",
     resume: bool = False,
     force: bool = False,
-    hardware: Hardware = Hardware(),  # noqa: B008
-    watch: Watch = Watch(),  # noqa: B008
+    hardware: Hardware = Hardware(),
+    watch: Watch = Watch(),
 ) -> Converted:
     """Convert a model, given by path or name, so that it reads long prompts faster.
 
@@ -95,12 +95,12 @@ def plan_conversion(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    depth: Depth = Within(BALANCED),  # noqa: B008
-    fit: FitOptions | None = FitOptions(),  # noqa: B008
-    rows: RowOptions = RowOptions(),  # noqa: B008
+    depth: Depth = Within(BALANCED),
+    fit: FitOptions | None = FitOptions(),
+    rows: RowOptions = RowOptions(),
     output: OutputName = "copy",
     resume: bool = False,
-    hardware: Hardware = Hardware(),  # noqa: B008
+    hardware: Hardware = Hardware(),
 ) -> Conversion:
     """Settle what `convert` would do, in milliseconds. Raises PopError for what it would refuse."""
     source = read_source(resolve_base(os.fspath(model)))
@@ -141,7 +141,7 @@ def run_conversion(
     conversion: Conversion,
     *,
     force: bool = False,
-    watch: Watch = Watch(),  # noqa: B008
+    watch: Watch = Watch(),
 ) -> Converted:
     """Do what is planned; see `convert`."""
     check_target(conversion.path, conversion.target, conversion.sizes, force=force)

@@ -27,6 +27,7 @@ from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
 from pop_local.models.files import ModelFiles
 from pop_local.workflows.events import Watch
+from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_depth, model_files
 from pop_local.workflows.options import Boundary, Hardware, Skip
 from pop_local.workflows.sidecars import fitted_sidecars
@@ -78,20 +79,6 @@ class Evaluation:
     rows: tuple[Row, ...]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model that can be evaluated: its files, and the boundaries to measure it at."""
-
-    source: Source
-    sidecar: Path | None
-    boundaries: tuple[int, ...]
-    fit: FitOptions | None
-
-    @property
-    def shape(self) -> ModelShape:
-        return source_shape(self.source)
-
-
 def evaluate(
     model: str | os.PathLike[str],
     options: EvaluateOptions = EvaluateOptions(),
@@ -99,52 +86,29 @@ def evaluate(
     depths: Sequence[Skip | Boundary] = (),
     fit: FitOptions | None = None,
     sidecar: Path | None = None,
-    hardware: Hardware = Hardware(),  # noqa: B008
-    watch: Watch = Watch(),  # noqa: B008
+    hardware: Hardware = Hardware(),
+    watch: Watch = Watch(),
 ) -> Evaluation:
     """Measure what pruning costs a model, given by path or name.
 
     `depths`: none for that of the converted file. `fit` fits the projections at each depth first;
     without it, other depths than the file's have own projections. Raises PopError, StoppedError.
     """
-    subject = evaluated(
-        model, depths=depths, fit=fit, sidecar=sidecar, hardware=hardware, watch=watch
-    )
-    return evaluate_subject(subject, options, hardware=hardware, watch=watch)
-
-
-def evaluated(
-    model: str | os.PathLike[str],
-    *,
-    depths: Sequence[Skip | Boundary],
-    fit: FitOptions | None,
-    sidecar: Path | None,
-    hardware: Hardware,
-    watch: Watch,
-) -> Subject:
-    """Find the model, and refuse what could not be measured. Raises PopError."""
-    name = os.fspath(model)
     find = files_at_depth if fit is not None or depths else model_files
-    files = find(name, sidecar, hardware=hardware, watch=watch)
+    files = find(os.fspath(model), sidecar, hardware=hardware, watch=watch)
     source = read_source(files.path)
     shape = source_shape(source)
     boundaries = _boundaries(source, files, shape, depths)
+    text = shipped_text() if options.text is None else given_text(options.text)
+    run = _Run(source, shape, options, text, hardware, watch)
+    run.context()  # what does not fit is said before minutes of fitting
     if fit is None:
         _require_projections(source, files.sidecar, boundaries)
+        rows = run.rows(boundaries, files.sidecar)
     else:
         fit.require_text(shape.n_embd)
-    return Subject(source, files.sidecar, boundaries, fit)
-
-
-def evaluate_subject(
-    subject: Subject, options: EvaluateOptions, *, hardware: Hardware, watch: Watch
-) -> Evaluation:
-    """Measure what `evaluated` found."""
-    text = shipped_text() if options.text is None else given_text(options.text)
-    run = _Run(subject, options, text, hardware, watch)
-    run.context()  # what does not fit is said before minutes of fitting
-    rows = run.rows(subject.boundaries, subject.sidecar) if subject.fit is None else run.fitted()
-    return Evaluation(subject.source.first.path, text, rows)
+        rows = run.fitted(boundaries, fit)
+    return Evaluation(files.path, text, rows)
 
 
 def _boundaries(
@@ -186,7 +150,8 @@ def _require_projections(source: Source, sidecar: Path | None, boundaries: Seque
 class _Run:
     """One evaluation under way."""
 
-    subject: Subject
+    source: Source
+    shape: ModelShape
     options: EvaluateOptions
     text: Text
     hardware: Hardware
@@ -197,38 +162,32 @@ class _Run:
         """None in other modes: generated tokens would be pruned as well, or nothing would be."""
         return self.options.n_needles if self.options.settings.mode is Mode.CONTEXT else 0
 
-    def fitted(self) -> tuple[Row, ...]:
+    def fitted(self, boundaries: Sequence[int], fit: FitOptions) -> tuple[Row, ...]:
         """Fit at all depths in one go, then measure a temporary sidecar of each."""
-        subject = self.subject
-        assert subject.fit is not None
-        plans = [
-            make_plan(subject.shape, boundary=boundary, projection=FITTED)
-            for boundary in subject.boundaries
-        ]
-        sidecars = fitted_sidecars(plans, subject.source, subject.fit, self.hardware, self.watch)
+        plans = [make_plan(self.shape, boundary=each, projection=FITTED) for each in boundaries]
+        sidecars = fitted_sidecars(plans, self.source, fit, self.hardware, self.watch)
         with closing(sidecars):
             return tuple(
                 row
-                for boundary, sidecar in zip(subject.boundaries, sidecars, strict=True)
+                for boundary, sidecar in zip(boundaries, sidecars, strict=True)
                 for row in self.rows((boundary,), sidecar)
             )
 
     def rows(self, boundaries: Sequence[int], sidecar: Path | None) -> tuple[Row, ...]:
         """Measure the depths on one loaded model."""
-        settings, shape = self.options.settings, self.subject.shape
+        settings, shape = self.options.settings, self.shape
         prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
         if self.options.baseline is not None:
             prunings += [always_skip(boundary) for boundary in boundaries]
-        with closing(self._opened(sidecar)) as opened:
-            tokens = tokenize(opened, self.text)
+        with self._opened(sidecar) as model:
+            tokens = tokenize(model, self.text)
             advance = self.watch.stage("Measuring")
-            qualities = measure_prunings(opened, tokens, settings, prunings, advance)
-            needles = self._needles(opened, boundaries)
-            n_full = opened.rule.sink_tokens + opened.rule.tail_tokens
-        source, n = self.subject.source, len(boundaries)
-        meta = pop_of(source, sidecar)
+            qualities = measure_prunings(model, tokens, settings, prunings, advance)
+            needles = self._needles(model, boundaries)
+            n_full = model.rule.sink_tokens + model.rule.tail_tokens
+        n, meta = len(boundaries), pop_of(self.source, sidecar)
         calibration = None if meta is None else meta.calibration
-        tensors = source.tensors if sidecar is None else read_header(sidecar).tensors
+        tensors = self.source.tensors if sidecar is None else read_header(sidecar).tensors
         return tuple(
             Row(
                 n_skipped=shape.n_layer - quality.boundary,
@@ -246,26 +205,20 @@ class _Run:
         )
 
     def _opened(self, sidecar: Path | None) -> PopModel:
-        opened = PopModel(
-            self.subject.source.first.path,
-            sidecar=sidecar,
-            n_ctx=self.context(),
-            n_threads=self.hardware.n_threads,
-            n_gpu_layers=self.hardware.n_gpu_layers,
-        )
-        opened.watch_prefill(None, self.watch.should_stop)
-        rule, options = opened.rule, self.options
+        files = ModelFiles(self.source.first.path, sidecar)
+        model = opened(files, self.hardware, self.watch, n_ctx=self.context())
+        rule, options = model.rule, self.options
         sink = rule.sink_tokens if options.sink_tokens is None else options.sink_tokens
         tail = rule.tail_tokens if options.tail_tokens is None else options.tail_tokens
-        use_rule(opened, replace(rule, sink_tokens=sink, tail_tokens=tail))
-        return opened
+        use_rule(model, replace(rule, sink_tokens=sink, tail_tokens=tail))
+        return model
 
     def context(self) -> int:
         """The context in tokens that is opened. Raises PopError when it is too small."""
         settings, given = self.options.settings, self.options.n_ctx
         windows = settings.n_context + settings.n_continuation
         needed = max(windows, 2 * N_REPEATED + 1, context_tokens() if self.n_needles else 0)
-        trained = trained_ctx(self.subject.source.first)
+        trained = trained_ctx(self.source.first)
         limit, there = given or trained, "are given" if given else "are all that the model has"
         if limit is not None and limit < needed:
             raise PopError(
@@ -275,8 +228,8 @@ class _Run:
             )
         return given or needed
 
-    def _needles(self, opened: PopModel, boundaries: Sequence[int]) -> Sequence[Needle | None]:
+    def _needles(self, model: PopModel, boundaries: Sequence[int]) -> Sequence[Needle | None]:
         if self.n_needles == 0:
             return (None,) * len(boundaries)
         seed = self.options.settings.seed
-        return measure_needle(opened, boundaries, self.n_needles, seed, self.watch.stage("Asking"))
+        return measure_needle(model, boundaries, self.n_needles, seed, self.watch.stage("Asking"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from converter.format import Measured
 from converter.plan import Plan
@@ -14,6 +15,19 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
 
 
+def opened(files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any) -> PopModel:
+    """A model that the watch may stop while llama.cpp reads; `options` as for PopModel."""
+    model = PopModel(
+        files.path,
+        sidecar=files.sidecar,
+        n_threads=hardware.n_threads,
+        n_gpu_layers=hardware.n_gpu_layers,
+        **options,
+    )
+    model.watch_prefill(None, watch.should_stop)
+    return model
+
+
 @contextmanager
 def opened_to_measure(
     files: ModelFiles, plan: Plan, hardware: Hardware, watch: Watch
@@ -23,19 +37,10 @@ def opened_to_measure(
     Raises PopError; while llama.cpp reads, the watch may stop it.
     """
     settings = QualitySettings()
-    opened = PopModel(
-        files.path,
-        sidecar=files.sidecar,
-        n_ctx=2 * (settings.n_context + settings.n_continuation),
-        n_threads=hardware.n_threads,
-        n_gpu_layers=hardware.n_gpu_layers,
-    )
-    try:
-        opened.watch_prefill(None, watch.should_stop)
-        as_planned(opened, plan)
-        yield opened, tokenize(opened, shipped_text())
-    finally:
-        opened.close()
+    n_ctx = 2 * (settings.n_context + settings.n_continuation)
+    with opened(files, hardware, watch, n_ctx=n_ctx) as model:
+        as_planned(model, plan)
+        yield model, tokenize(model, shipped_text())
 
 
 def measured(quality: Quality) -> Measured:

@@ -23,7 +23,7 @@ class Verification:
     catalog_name: str | None
 
 
-def verify(source: Source, meta: PopMeta | None, watch: Watch = Watch()) -> Verification:  # noqa: B008
+def verify(source: Source, meta: PopMeta | None, watch: Watch = Watch()) -> Verification:
     """Hash the model without its POP keys. Raises FormatError, StoppedError."""
     content = original(source, meta) if meta else read_content(source, without=PREFIX)
     meter = Meter(watch.stage("Reading all of it", Unit.BYTES), content.size_bytes)

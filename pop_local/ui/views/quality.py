@@ -162,7 +162,7 @@ def require_plot(path: Path, model: Path, *, force: bool) -> None:
         raise PopError(
             "--plot needs matplotlib", "install it with: pip install 'pop-local[plot]'"
         ) from error
-    check_output(path, (model,), 0, force=force)
+    check_output(path, (model,) if model.exists() else (), 0, force=force)
 
 
 def plot(rows: Sequence[Row], path: Path, *, force: bool) -> None:
