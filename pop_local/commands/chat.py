@@ -22,8 +22,8 @@ from pop_local.commands.options import (
 )
 from pop_local.models.names import DEFAULT_MODEL
 from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import TerminalScreen
-from pop_local.ui.chat.start import conversation, talk
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.theme import look, note
 from pop_local.ui.watch import terminal_watch
@@ -68,7 +68,7 @@ def chat(
 
     chosen = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     opened = open_named(None, None)
-    begun = conversation(opened, open_named, screen, system=system, sampling=chosen)
+    begun = Dialogue(opened, open_named, screen, system=system, sampling=chosen)
     begun.warn_of_base()
     if sys.stdin.isatty():
         _greet(begun)

@@ -20,8 +20,9 @@ from pop_local.commands.options import (
     sampling,
 )
 from pop_local.models.names import DEFAULT_MODEL
+from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import TerminalScreen
-from pop_local.ui.chat.start import conversation, talk
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, note
 from pop_local.ui.watch import terminal_watch
@@ -88,4 +89,4 @@ def demo(
 
         note("Now it is your turn; pruning is on. /help lists the commands, /exit leaves.")
         note(f"The document is not part of this chat: /file {data_path('document.md')} reads it.")
-        talk(conversation(opened, open_again, screen, system=system, sampling=chosen))
+        talk(Dialogue(opened, open_again, screen, system=system, sampling=chosen))

@@ -12,7 +12,7 @@ from pop_local.engine.turn import Message, TurnOptions
 
 
 class ChatModel(PrunedLlama):
-    """What conversations and measurements ask; PopModel adds what people want around it."""
+    """Conversations and measurements ask this; PopModel adds what people want around it."""
 
     @cached_property
     def recommended(self) -> dict[str, float]:
@@ -46,9 +46,9 @@ class ChatModel(PrunedLlama):
         return TurnOptions(**chosen)
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
-        """The tokens of a conversation. Raises PopError when the template refuses it."""
+        """Turn a conversation into tokens. Raises PopError when the template refuses it."""
         return self._prompts.render(messages)
 
     def count_prompt(self, messages: Sequence[Message]) -> int:
-        """How many tokens a conversation has as a prompt. Raises PopError as chat_prompt does."""
+        """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""
         return len(self.chat_prompt(messages).tokens)

@@ -26,7 +26,7 @@ class _Placed:
 
 
 class Logprobs:
-    """Those of the sampled tokens, given out along with the text.
+    """The log probabilities of the sampled tokens, given out along with the text.
 
     They are the model's own: of its logits as they are, before temperature, penalties or grammar.
     """
@@ -40,7 +40,7 @@ class Logprobs:
         self._waiting: list[_Placed] = []
 
     def push(self, token: int) -> None:
-        """To be called before the next decode, which overwrites the logits."""
+        """Keep the token's. The next decode overwrites the logits, so this comes before it."""
         row = bindings().llama_get_logits_ith(self._ctx, -1)
         logits = np.ctypeslib.as_array(row, (self._n_vocab,))
         logprob = _of_token(self._pieces, logits, token, self._n_top)
@@ -48,14 +48,14 @@ class Logprobs:
         self._end += len(logprob.text)
 
     def take(self, n_shown: int) -> tuple[TokenLogprob, ...]:
-        """Of the tokens that begin within the first `n_shown` bytes, if not given out before."""
+        """Give out those of the tokens that begin within the first `n_shown` bytes, once."""
         taken = tuple(placed.logprob for placed in self._waiting if placed.start < n_shown)
         self._waiting = [placed for placed in self._waiting if placed.start >= n_shown]
         return taken
 
 
 def prompt_logprobs(model: PrunedLlama, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
-    """For each token of a prompt; nothing precedes the first one, which has no probability.
+    """Find that of each token of a prompt; the first one, which nothing precedes, has none.
 
     Every row asks for logits, so all of them run in full, and take the place of the KV cache.
     """

@@ -93,11 +93,11 @@ class PopModel(ChatModel):
         documents: Sequence[str | Document] = (),
         **options: Unpack[AnswerOptions],
     ) -> Stream:
-        """The same in pieces, as they come; see ChatSession.stream."""
+        """Answer it in pieces, as they come; see ChatSession.stream."""
         return self.session(system=system).stream(question, documents=documents, **options)
 
     def session(self, *, system: str = "") -> ChatSession:
-        """A conversation that remembers."""
+        """Begin a conversation that remembers."""
         return ChatSession(self, Conversation(system))
 
     def load_session(self, path: str | os.PathLike[str]) -> ChatSession:

@@ -47,7 +47,7 @@ class Prompts:
         return self._model._model.token_get_text(token) if token != -1 else ""
 
     def render(self, messages: Sequence[Message]) -> Prompt:
-        """The prompt that ends where the answer begins.
+        """Make the prompt, which ends where the answer begins.
 
         Raises PopError when the template refuses the conversation.
         """

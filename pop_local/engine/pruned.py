@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from converter.errors import PopError
+from converter.shape import ModelShape, read_shape
 from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.engine.decode.grammar import GrammarSampler
@@ -99,6 +101,14 @@ class PrunedLlama(Llama):
         """llama.cpp's vocabulary, for Pieces, check_grammar and the backend's bindings."""
         return self._model.vocab
 
+    @cached_property
+    def shape(self) -> ModelShape:
+        """What the multiply-accumulates of a prefill depend on.
+
+        Raises UnsupportedArchitectureError for a model that cannot be pruned.
+        """
+        return read_shape(Path(self.model_path))
+
     # Pruning
 
     @property
@@ -148,7 +158,7 @@ class PrunedLlama(Llama):
         self.epoch += 1
 
     def n_cached(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens, from the first on, are cached."""
+        """Count the tokens, from the first on, that are cached."""
         return n_equal(tokens, self._input_ids)
 
     def truncate(self, n_tokens: int) -> bool:
@@ -184,7 +194,7 @@ class PrunedLlama(Llama):
         )
 
     def load_state(self, state: LlamaState) -> None:
-        """Raises PopError for a state of another mode, boundary or conversion."""
+        """Take over a saved KV cache. Raises PopError for another mode, boundary or conversion."""
         key = state.key if isinstance(state, PopState) else FULL
         if key != self.kv_key:
             raise PopError(
@@ -275,7 +285,7 @@ class PrunedLlama(Llama):
     def generate(
         self, tokens: Sequence[int], *args: Any, **options: Any
     ) -> Generator[int, Sequence[int] | None, None]:
-        """As llama_cpp's, K/V of the prompt's beginning reused; its tail is full all the same."""
+        """Sample as llama_cpp does; K/V of the prompt's beginning are reused, its tail is full."""
         self.epoch += 1
         tokens = list(tokens)
         usable = self._cached.n_usable(tokens, self._input_ids)
@@ -287,7 +297,7 @@ class PrunedLlama(Llama):
     def sampled(
         self, tokens: Sequence[int], options: TurnOptions
     ) -> Generator[int, Sequence[int] | None, None]:
-        """The tokens that follow, one after the other and without end."""
+        """Sample the tokens that follow, one after the other and without end."""
         self.set_seed(api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed)
         return self.generate(
             tokens,
@@ -323,7 +333,7 @@ class PrunedLlama(Llama):
         on_prefill: Callable[[int, int], None] | None,
         should_stop: Callable[[], bool] | None,
     ) -> None:
-        """Who is told how far a prefill is, and who may end it (StoppedError); see TurnOptions."""
+        """Say who is told how far a prefill is, and who may end it (StoppedError): TurnOptions."""
         self._on_prefill = on_prefill
         self.interrupt.should_stop = should_stop
 
@@ -333,7 +343,7 @@ class PrunedLlama(Llama):
         on_prefill: Callable[[int, int], None] | None,
         should_stop: Callable[[], bool] | None,
     ) -> Iterator[None]:
-        """The same meanwhile; without a `should_stop`, who might end it before still may."""
+        """Say so for a while; without a `should_stop`, whoever might end it before still may."""
         before = self._on_prefill, self.interrupt.should_stop
         self.watch_prefill(on_prefill, should_stop or self.interrupt.should_stop)
         try:

@@ -98,12 +98,12 @@ class TurnStats:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Of the tokens that were evaluated; 0 when none was."""
+        """Only the tokens that were evaluated count; it is 0 when none was."""
         return _rate(self.n_pruned + self.n_full, self.prefill_s)
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """The first token belongs to the prefill; 0 when there is no second one."""
+        """The first token belongs to the prefill; it is 0 when there is no second one."""
         return _rate(self.n_decoded - 1, self.decode_s)
 
 
@@ -135,7 +135,7 @@ class SessionStats:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Of the tokens that were evaluated; 0 when none was."""
+        """Only the tokens that were evaluated count; it is 0 when none was."""
         return _rate(self.n_pruned + self.n_full, self.prefill_s)
 
     @property

@@ -35,10 +35,10 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Document, Turn
 from pop_local.engine.turn import TurnOptions
 from pop_local.measure.speed import require_rows
+from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import line_reader
 from pop_local.ui.chat.repl import Repl
 from pop_local.ui.chat.screen import TerminalScreen
-from pop_local.ui.chat.start import conversation
 from pop_local.ui.theme import look
 
 QUESTION = "Write a long guide to this place in Markdown, with headings, lists and **bold** words."
@@ -83,9 +83,7 @@ class Child:
         self._keys = keys
         self._clock = clock
         self._screen = TimedScreen(clock)
-        self._chat = conversation(
-            model, lambda *_: model, self._screen, sampling={"temperature": 0.0}
-        )
+        self._chat = Dialogue(model, lambda *_: model, self._screen, sampling={"temperature": 0.0})
         self._read_line = line_reader(Path(os.environ["POP_LOCAL_STATE_DIR"]) / "history", {})
         self._has_line = False
 

@@ -10,8 +10,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.turn import Chunk, ContextFullError, Message, TurnStats
-from pop_local.measure.full_cost import FullCosts
-from pop_local.ui.chat.dialogue import Dialogue, Opened
+from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import Repl
 from pop_local.ui.chat.screen import Choice
 from pop_local.ui.hints import hint_of
@@ -48,6 +47,7 @@ class ScriptedModel:
         self.options: dict[str, Any] = {}
         self.pop_mode = Mode.CONTEXT
         self.boundary = 20
+        self.shape = None
         self.model_path = "model.gguf"
         self.metadata = {
             "general.architecture": "llama",
@@ -141,10 +141,6 @@ class Transcript:
         yield lambda done, total: self.note(f"reading {done} of {total}")
 
 
-def opened(model: ScriptedModel) -> Opened:
-    return Opened(cast(Any, model), FullCosts(None, 20))
-
-
 def scripted_chat(
     model: ScriptedModel,
     screen: Any,
@@ -155,18 +151,18 @@ def scripted_chat(
 ) -> Dialogue:
     """`others`: the models that can be opened, by name or by context."""
 
-    def open_model(name: str | None, n_ctx: int | None) -> Opened:
+    def open_model(name: str | None, n_ctx: int | None) -> Any:
         found = (others or {}).get(name or n_ctx or 0)
         if found is None:
             raise PopError(f"there is no model {name or n_ctx}")
-        return opened(found)
+        return found
 
     return Dialogue(
-        opened(model),
+        cast(Any, model),
+        open_model,
         screen,
         system=system,
         sampling={"seed": 7} if sampling is None else sampling,
-        open_model=open_model,
     )
 
 

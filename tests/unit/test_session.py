@@ -17,7 +17,6 @@ from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import Repl
-from pop_local.ui.chat.start import conversation
 from support.converted import converted, tiny
 from support.scripted import Transcript
 from support.synthetic import make_gguf
@@ -225,7 +224,7 @@ def test_a_failed_save_leaves_the_old_session(file, sessions, monkeypatch):
 def talked(model: PopModel, *lines: str) -> tuple[Dialogue, list[str]]:
     transcript = Transcript(*lines)
     options = {"max_tokens": 4, "temperature": 0.0}
-    chat = conversation(model, lambda *_: model, transcript, sampling=options)
+    chat = Dialogue(model, lambda *_: model, transcript, sampling=options)
     Repl(chat, transcript.read_line).run()
     return chat, transcript.shown.splitlines()
 
@@ -274,3 +273,9 @@ def test_a_session_of_another_model_is_read_again_after_saying_so(file, monkeypa
     assert shown[2].endswith("The transcript will be read again with your next question.")
     (stats,) = chat.session.answer_stats
     assert (stats.n_cached, stats.n_prompt > 100) == (0, True)
+
+
+def test_a_model_that_cannot_be_pruned_talks_all_the_same(tmp_path):
+    model = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
+    _, shown = talked(model, "a b c d", "/stats")
+    assert any(line.startswith("# Its reading took ") for line in shown)

@@ -1,10 +1,11 @@
 """The slash commands, in whole transcripts with a scripted model."""
 
+from typing import Any
+
 import pytest
 
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Message
-from pop_local.ui.chat.dialogue import Opened
 from pop_local.ui.chat.repl import Repl
 from support.scripted import (
     STATS,
@@ -12,7 +13,6 @@ from support.scripted import (
     ScriptedModel,
     Transcript,
     figures,
-    opened,
     scripted_chat,
     talk,
 )
@@ -140,9 +140,9 @@ def test_a_larger_context_is_of_the_model_that_was_taken():
     transcript = Transcript("/model other", "a " * 13, "l")
     chat = scripted_chat(ScriptedModel(), transcript, sampling={})
 
-    def open_model(name: str | None, n_ctx: int | None) -> Opened:
+    def open_model(name: str | None, n_ctx: int | None) -> Any:
         asked.append((name, n_ctx))
-        return opened(larger if n_ctx else small)
+        return larger if n_ctx else small
 
     chat._open_model = open_model
     Repl(chat, transcript.read_line).run()

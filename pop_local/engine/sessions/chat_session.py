@@ -143,7 +143,7 @@ class ChatSession:
         documents: Sequence[str | Document] = (),
         **options: Unpack[AnswerOptions],
     ) -> Answer:
-        """The whole answer; documents come before the question. Raises PopError as `stream`."""
+        """Give the whole answer; documents precede the question. Raises PopError as `stream`."""
         stream = self.stream(question, documents=documents, **options)
         for _ in stream:
             pass
@@ -157,7 +157,7 @@ class ChatSession:
         documents: Sequence[str | Document] = (),
         **options: Unpack[AnswerOptions],
     ) -> Stream:
-        """The answer in pieces; reading starts with the first one.
+        """Give the answer in pieces; reading starts with the first one.
 
         When it has ended, by itself, by close() or by Ctrl-C, question and answer belong to the
         conversation; when nothing was said, the question is `dropped`. Raises ContextFullError when

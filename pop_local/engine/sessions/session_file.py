@@ -122,7 +122,7 @@ class Sessions:
             yield SavedFile(name, status.st_size, status.st_mtime, session)
 
     def path(self, name: str) -> Path:
-        """Raises PopError for a name that is none, path parts among them."""
+        """Give the file of a name. Raises PopError for what is no name, such as a path."""
         if not _NAME.fullmatch(name) or name != name.strip():
             raise PopError(
                 f"{name!r} cannot name a session",
@@ -131,7 +131,7 @@ class Sessions:
         return self._folder / f"{name}{SUFFIX}"
 
     def save(self, name: str, model: ChatModel, conversation: Conversation) -> int:
-        """Written beside and renamed; returns its size in bytes. Raises PopError.
+        """Write the file beside and rename it; returns its size in bytes. Raises PopError.
 
         Where the conversation's K/V are cached, what is cached after them is forgotten.
         """

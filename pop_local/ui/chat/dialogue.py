@@ -7,7 +7,6 @@ goes to a Screen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -30,16 +29,8 @@ if TYPE_CHECKING:
 WARN_SHARE = 0.8
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A model, and what is known of the cost of reading with it."""
-
-    model: PopModel
-    costs: FullCosts
-
-
-# By name (None: the first one) and context in tokens (None: by default).
-OpenModel = Callable[[str | None, int | None], Opened]
+# By name (None: the first one again) and context in tokens (None: as the options say).
+OpenModel = Callable[[str | None, int | None], "PopModel"]
 # ChatSession's stream, retry or edit, which wait for the options of an answer.
 Ask = Callable[..., "Stream"]
 
@@ -49,15 +40,15 @@ class Dialogue:
 
     def __init__(
         self,
-        opened: Opened,
+        model: PopModel,
+        open_model: OpenModel,
         screen: Screen,
         *,
         system: str = "",
         sampling: Mapping[str, Any],
-        open_model: OpenModel,
     ) -> None:
-        self.session: ChatSession = opened.model.session(system=system)
-        self.costs = opened.costs
+        self.session: ChatSession = model.session(system=system)
+        self.costs = _costs(model)
         self.screen = screen
         self.sampling = dict(sampling)
         self.documents: list[Document] = []
@@ -76,7 +67,7 @@ class Dialogue:
         return self.session.model
 
     def pop_state(self) -> str:
-        """Whether prompts are pruned, in a sentence."""
+        """Say in a sentence whether prompts are pruned."""
         if not self.model.boundary:
             return "Pruning is not possible: this model is not converted."
         if self.model.pop_mode is Mode.OFF:
@@ -84,11 +75,11 @@ class Dialogue:
         return f"Pruning is on: context tokens skip the layers from {self.model.boundary} on."
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Another model or context; the conversation stays. Raises PopError, nothing changed."""
+        """Take another model or context, keep the conversation. Raises PopError, nothing changed."""
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
-        before, self.session.model, self.costs = self.model, opened.model, opened.costs
+        before, self.session.model, self.costs = self.model, opened, _costs(opened)
         # Off by choice, not for want of anything to prune by.
         if before.boundary and before.pop_mode is Mode.OFF and self.model.boundary:
             self.model.set_pop(Mode.OFF)
@@ -96,7 +87,7 @@ class Dialogue:
         self._is_warned = False
 
     def enlarge(self, n_ctx: int) -> bool:
-        """Opens the model again with a larger context; whether that worked."""
+        """Open the model again with a larger context; returns whether that worked."""
         try:
             self.reopen(None, n_ctx)
         except PopError as error:
@@ -106,7 +97,7 @@ class Dialogue:
         return True
 
     def warn_of_base(self) -> None:
-        """If it is a model that was never taught to answer."""
+        """Warn if the model was never taught to answer."""
         if "tokenizer.chat_template" not in self.model.metadata:
             self.screen.warn(
                 "This is a base model without a chat template:"
@@ -146,7 +137,7 @@ class Dialogue:
         self.answer(partial(self.session.stream, question, documents=documents))
 
     def answer(self, ask: Ask) -> None:
-        """Shows the answer. What was said before Ctrl-C or a failure stays said."""
+        """Show the answer. What was said before Ctrl-C or a failure stays said."""
         try:
             with deferred_interrupt() as interrupt:
                 self._show(ask, interrupt)
@@ -216,3 +207,8 @@ class Dialogue:
                 " /clear starts anew, /undo drops the last turn, --ctx gives a larger one."
             )
         self._is_warned = is_full
+
+
+def _costs(model: PopModel) -> FullCosts:
+    boundary = model.boundary
+    return FullCosts(model.shape if boundary else None, boundary)

@@ -33,7 +33,7 @@ def least_answer(max_tokens: int | None, n_ctx: int) -> int:
 
 
 def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> Room:
-    """What the user wants done for the question that was dropped."""
+    """Ask the user what is to be done for the question that was dropped."""
     message = (
         f"The context is too small by {error.n_short:,} tokens: the conversation and this question"
         f" have {error.n_prompt:,}, an answer needs {error.n_answer:,} or more,"
@@ -58,14 +58,14 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
 
 
 def too_long(model: ChatModel, error: ContextFullError) -> PopError:
-    """Where nobody can be asked: what is wrong, and a context that would do."""
+    """Say, where nobody can be asked, what is wrong, and which context would do."""
     n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
     larger = f"take a larger context (--ctx {n_larger}) or " if n_larger else ""
     return PopError(error.message, f"{larger}give less text")
 
 
 def larger_ctx(model: ChatModel, n_needed: int) -> int | None:
-    """A context for so many tokens and half as many again; None if the model knows no such one."""
+    """Choose a context for so many tokens and half as many again; None if the model has none."""
     metadata = model.metadata
     trained = metadata.get(f"{metadata.get('general.architecture')}.context_length", "0")
     n_trained = int(trained) if trained.isdecimal() else 0

@@ -2,12 +2,21 @@
 
 from functools import partial
 
+from pop_local.config.folders import history_file
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.line import LineReader
-from pop_local.ui.chat.slash import EditRequest, LeaveRequest, obey
+from pop_local.ui.chat.line import LineReader, line_reader
+from pop_local.ui.chat.slash import COMMANDS, EditRequest, LeaveRequest, obey
 from pop_local.ui.errors import as_pop_error
+from pop_local.ui.keys import unechoed_keys
 
 LEAVE_HINT = "To leave, type /exit or press Ctrl-D."
+
+
+def talk(chat: Dialogue) -> None:
+    """Talk in the terminal until the user leaves, or the piped lines end."""
+    words = {name: command.words for name, command in COMMANDS.items()}
+    with unechoed_keys():
+        Repl(chat, line_reader(history_file(), words)).run()
 
 
 class Repl:
