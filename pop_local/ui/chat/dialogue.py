@@ -75,7 +75,7 @@ class Dialogue:
         return f"Pruning is on: context tokens skip the layers from {self.model.boundary} on."
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
-        """Take another model or context, keep the conversation. Raises PopError, nothing changed."""
+        """Take another model or context for the conversation. Raises PopError, nothing changed."""
         name = name or self._name
         opened = self._open_model(name, n_ctx)
         self._name = name
