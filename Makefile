@@ -1,5 +1,6 @@
 # make demo: everything, then one long prompt answered with and without pruning
 # make test: everything that the tests need, then ruff, mypy and pytest (ARGS="-k name")
+# make check: ruff, mypy and the quick tests, which need neither models nor a second library
 # CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
 
 PYTHON ?= python3
@@ -12,15 +13,22 @@ GEMMA := models/gemma-3-270m.Q4_K_M
 SOURCES := pyproject.toml \
 	$(shell find converter pop_local -name __pycache__ -prune -o -print)
 
+# A file of tests goes to one worker, in the order of the folders: the long ones come first.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint backend unpatched clean
+.PHONY: demo test check lint backend unpatched clean
 
 demo: $(VENV)/.app $(SMOLLM2).pop.gguf
 	@$(BIN)/pop-local demo $(SMOLLM2).pop.gguf
 
 test: lint unpatched $(SMOLLM2).gguf $(GEMMA).gguf
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+check: lint
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

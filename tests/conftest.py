@@ -1,19 +1,44 @@
-"""The real parts that tests share: two small models and the unpatched library."""
+"""What all tests stand on: their environment, two small models and the unpatched library."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pop_local.fetching.catalog import fetch
+from support.converted import converted
 from support.paths import MODELS, PACKAGE, TESTS
 
 # Whoever runs the tests may have settings; children inherit this, too.
 for name in [name for name in os.environ if name.startswith("POP_LOCAL_")]:
     del os.environ[name]
 os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
+
+
+# A shell's background job ignores Ctrl-C, and so would the children of these tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A core for each worker of pytest-xdist and its children: llama.cpp then takes one thread, and two
+# threads that wait for each other on one core are many times slower.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a model is fetched for, or the unpatched library built, is no part of `make check`."""
+    for item in items:
+        if {"smollm2", "gemma", "unpatched_lib"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +59,36 @@ def smollm2() -> Path:
 def gemma() -> Path:
     """Gemma-3-270M Q4_K_M (a base model), in the clone's models folder; never write there."""
     return fetch("Gemma-3-270M", folder=MODELS)
+
+
+Made = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Gives a folder that the first test of all workers to ask for it fills; never write there."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if WORKER else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, unfinished = root / name, root / f"{name}.unfinished"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def smollm2_pop(smollm2: Path, made_once: Made) -> Path:
+    """SmolLM2 that skips a third, own projections; shared, so never write there."""
+    folder = made_once("smollm2", lambda folder: converted(smollm2, folder, boundary=20))
+    (path,) = folder.glob("*.gguf")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,6 @@
 """`pop-local bench`: its JSON and table, what it refuses; a cached prefix is never timed."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,10 @@ from converter.macs import speedup_limit
 from converter.shape import read_shape
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
-from pop_local.measure.speed import measure_speed, random_prompt, require_rows, run
+from pop_local.measure import speed
+from pop_local.measure.speed import measure_speed, random_prompt, require_rows
 from support.converted import tiny
+from support.program import Done, called, run
 from support.synthetic import make_gguf
 
 SPREAD = {"median", "min", "max"}
@@ -25,19 +24,12 @@ def pop_file(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("bench"))
 
 
-def bench(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pop_local", "bench", *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=300,
-    )
+def bench(*arguments: object) -> Done:
+    return called("bench", *arguments, "--threads", 1)
 
 
 def report(*arguments: object) -> dict:
-    done = bench(*arguments, "--json", "--threads", 1)
+    done = bench(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return json.loads(done.stdout)
@@ -115,7 +107,7 @@ def test_an_unconverted_model_is_refused_with_the_way_to_convert_it(tmp_path):
 
 
 def test_an_unpatched_library_is_refused(pop_file, unpatched_lib):
-    done = bench(pop_file, "--prompt", "100", LLAMA_CPP_LIB_PATH=str(unpatched_lib))
+    done = run("bench", pop_file, "--prompt", 100, LLAMA_CPP_LIB_PATH=str(unpatched_lib))
     assert done.returncode == 1
     assert "pip install ./patches/llama-cpp-python" in done.stderr
 
@@ -131,17 +123,17 @@ def model(pop_file):
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_each_run_reads_the_whole_prompt_again(model, mode):
     tokens = random_prompt(model, 100)
-    counters = {run(model, mode, tokens).counters for _ in range(3)}
+    counters = {speed.run(model, mode, tokens).counters for _ in range(3)}
     assert counters == {Counters(0, 100) if mode is Mode.OFF else Counters(83, 17)}
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
     tokens = random_prompt(model, 100)
-    run(model, mode, tokens)
+    speed.run(model, mode, tokens)
     monkeypatch.setattr(model, "clear", lambda: None)
     with pytest.raises(PopError, match="does not hold"):
-        run(model, mode, tokens)
+        speed.run(model, mode, tokens)
 
 
 def test_pruning_that_did_not_happen_is_never_reported(model):
@@ -152,10 +144,11 @@ def test_pruning_that_did_not_happen_is_never_reported(model):
 
 def test_pairs_change_their_order_and_the_first_one_is_not_counted(model, monkeypatch):
     order: list[Mode] = []
+    measured = speed.run
 
     def noted(model, mode, tokens):
         order.append(mode)
-        return run(model, mode, tokens)
+        return measured(model, mode, tokens)
 
     monkeypatch.setattr("pop_local.measure.speed.run", noted)
     steps: list[tuple[int, int]] = []

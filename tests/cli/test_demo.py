@@ -2,26 +2,20 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 
-from support.converted import converted, tiny
+from support.converted import tiny
+from support.program import Done, called, run
 from support.synthetic import make_gguf
 
 # A byte-level vocabulary needs about 9,000 tokens for the document.
 WIDE = ("--ctx", "16384")
 
 
-def demo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pop_local", "demo", "--threads", "1", *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+def demo(*arguments: object) -> Done:
+    return called("demo", "--threads", 1, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +24,8 @@ def tiny_file(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_real_model_answers_twice_and_the_program_leaves(smollm2, tmp_path):
-    done = demo(converted(smollm2, tmp_path, boundary=20), "--pairs", 1)
+def test_the_real_model_answers_twice_and_the_program_leaves(smollm2_pop):
+    done = run("demo", "--threads", 1, smollm2_pop, "--pairs", 1)
     assert done.returncode == 0, done.stderr
     assert not [line for line in done.stderr.splitlines() if not line.endswith(" left")]
     assert done.stdout.count("first token after") == 2

@@ -1,7 +1,6 @@
 """`pop-local pull` of a URL as a user types it."""
 
 import hashlib
-import os
 import random
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.hub_server import Hub, serving
+from support.program import Done, called
 
 MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
 STALL = 5 << 16
@@ -25,15 +25,8 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def pull(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | environment,
-        timeout=60,
-    )
+def pull(*arguments: str, **environment: str) -> Done:
+    return called("pull", *arguments, **environment)
 
 
 def test_a_url_goes_into_the_models_folder_and_its_path_is_printed(hub, tmp_path):

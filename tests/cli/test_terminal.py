@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from converter.plan import make_plan
 from converter.rewrite import convert
 from converter.shape import read_shape
+from support.program import run
 from support.synthetic import make_gguf
 
 if sys.platform == "win32":
@@ -35,16 +35,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def terminal(*arguments: str, width: int = 200, **environment: str) -> Terminal:
     return Terminal("-m", "pop_local", *arguments, width=width, environment=environment)
-
-
-def piped(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pop_local", *arguments],
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_chat_in_a_terminal(model):
@@ -154,13 +144,11 @@ def test_progress_and_facts_fit_a_narrow_terminal(model):
     assert "Reading all of it" in inspect.raw
     lines = ESCAPE.sub("", inspect.raw).replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= 40
-    assert piped("inspect", str(model), "--verify").stderr == ""
+    assert run("inspect", str(model), "--verify").stderr == ""
 
 
 def test_piped_chat_prints_answers_alone(model):
-    done = piped(
-        "chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS, text="hi\n/pop off\nho\n"
-    )
+    done = run("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS, text="hi\n/pop off\nho\n")
     assert done.returncode == 0
     assert "> " not in done.stdout
     assert "TTFT" not in done.stdout
@@ -172,28 +160,28 @@ def test_run_reads_files_and_pipes_before_the_question(model, tmp_path):
     file = tmp_path / "doc.txt"
     file.write_text("A document about nothing. " * 10)
     arguments = ("run", str(model), "What is it about?", "--max-tokens", "4", *ANSWER_OPTIONS)
-    unread = piped(*arguments, "--json")
+    unread = run(*arguments, "--json")
     assert "The piped text is empty" in unread.stderr
     alone = json.loads(unread.stdout)
-    both = json.loads(piped(*arguments, "--json", "--file", str(file), text="More. " * 30).stdout)
+    both = json.loads(run(*arguments, "--json", "--file", str(file), text="More. " * 30).stdout)
     assert both["stats"]["n_prompt"] > alone["stats"]["n_prompt"] + 60
     assert both["stats"]["n_pruned"] > 0
     assert both["boundary"] == 5
     assert both["stats"]["n_decoded"] == 4
-    full = json.loads(piped(*arguments, "--json", "--file", str(file), "--no-pop").stdout)
+    full = json.loads(run(*arguments, "--json", "--file", str(file), "--no-pop").stdout)
     assert (full["pop"], full["stats"]["n_pruned"]) == (False, 0)
 
 
 def test_run_prints_the_same_answer_with_and_without_json(model):
     arguments = ("run", str(model), "--max-tokens", "6", *ANSWER_OPTIONS)
-    plain = piped(*arguments, text="piped question")
-    in_json = json.loads(piped(*arguments, "--json", text="piped question").stdout)
+    plain = run(*arguments, text="piped question")
+    in_json = json.loads(run(*arguments, "--json", text="piped question").stdout)
     assert plain.stdout.rstrip("\n") == in_json["text"].rstrip("\n")
     assert re.search(STATS, plain.stderr)
 
 
 def test_run_without_a_question_is_wrong_usage(model):
-    done = piped("run", str(model))
+    done = run("run", str(model))
     assert done.returncode == 2
     assert "give a question" in done.stderr
 
@@ -201,7 +189,7 @@ def test_run_without_a_question_is_wrong_usage(model):
 def test_run_without_a_template_continues_the_text(tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "llama")
     done = json.loads(
-        piped("run", str(base), "abc", "--json", "--max-tokens", "4", *ANSWER_OPTIONS).stdout
+        run("run", str(base), "abc", "--json", "--max-tokens", "4", *ANSWER_OPTIONS).stdout
     )
     assert done["stats"]["n_prompt"] < 8
     assert not done["pop"]
@@ -215,21 +203,21 @@ def test_bad_models_are_one_error(command, tmp_path, model):
     short.write_bytes(model.read_bytes()[:-1000])
     other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=8)
     for path, reason in ((text, "is not a GGUF file"), (short, "is cut short")):
-        done = piped(command, str(path), text="hi")
+        done = run(command, str(path), text="hi")
         assert (done.returncode, done.stdout) == (1, "")
         assert reason in done.stderr
         assert len(done.stderr.splitlines()) == 2
-    done = piped(command, str(other), "--max-tokens", "2", *ANSWER_OPTIONS, text="hi")
+    done = run(command, str(other), "--max-tokens", "2", *ANSWER_OPTIONS, text="hi")
     assert done.returncode == 0
 
 
 def test_run_refuses_what_is_no_text(model, tmp_path):
     image = tmp_path / "image.png"
     image.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
-    done = piped("run", str(model), "What is it?", "--file", str(image))
+    done = run("run", str(model), "What is it?", "--file", str(image))
     assert done.returncode == 1
     assert "is not UTF-8 text" in done.stderr
-    absent = piped("run", str(model), "What is it?", "--file", str(tmp_path / "absent.txt"))
+    absent = run("run", str(model), "What is it?", "--file", str(tmp_path / "absent.txt"))
     assert absent.returncode == 1
     assert "absent.txt: No such file" in absent.stderr
 
@@ -238,7 +226,7 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     file = tmp_path / "book.txt"
     file.write_text("a word " * 100)
     arguments = ("run", str(model), "Why?", "--file", str(file), *ANSWER_OPTIONS)
-    done = piped(*arguments, "--ctx", "512", "--json")
+    done = run(*arguments, "--ctx", "512", "--json")
     assert (done.returncode, done.stdout) == (1, "")
     counted, error, hint = done.stderr.splitlines()
     assert re.fullmatch(r".*/book\.txt: 501 tokens, 98% of the context\.", counted)
@@ -250,24 +238,22 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     assert found and int(found[2]) == int(found[1]) + 64 - 512
     larger = re.fullmatch(r"hint: take a larger context \(--ctx (\d+)\) or give less text", hint)
     assert larger
-    assert piped(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
+    assert run(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
     file.write_text("a word " * 1000)
-    assert piped(*arguments).stderr.splitlines()[-1] == "hint: give less text"
+    assert run(*arguments).stderr.splitlines()[-1] == "hint: give less text"
 
 
 @pytest.mark.slow
-def test_a_real_conversation(smollm2, tmp_path):
+def test_a_real_conversation(smollm2_pop):
     """The second turn reads little more than its own question; run gives the first answer too."""
-    target = tmp_path / "smollm2.pop.gguf"
-    convert(make_plan(read_shape(smollm2)), smollm2, target)
     question = "Name three animals that live in the sea, and say one thing about each of them."
     options = ("--max-tokens", "24", "--temperature", "0")
-    chat = piped("chat", str(target), *options, text=f"{question}\nWhich is the largest?\n")
+    chat = run("chat", smollm2_pop, *options, text=f"{question}\nWhich is the largest?\n")
     assert chat.returncode == 0, chat.stderr
     first, second = re.finditer(STATS, chat.stderr)
     assert int(first[3]) > 0
     assert int(second[2]) >= int(first[1])
-    alone = json.loads(piped("run", str(target), question, *options, "--json").stdout)
+    alone = json.loads(run("run", smollm2_pop, question, *options, "--json").stdout)
     assert alone["boundary"] == 20
     assert alone["stats"]["n_pruned"] == int(first[3])
     assert chat.stdout.startswith(alone["text"])

@@ -11,7 +11,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import Message, TurnOptions
 from support.calls import opened, prompt, read
-from support.converted import converted, tiny
+from support.converted import tiny
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def chatty(smollm2, tmp_path_factory):
-    path = converted(smollm2, tmp_path_factory.mktemp("logprobs"), boundary=20)
-    return PopModel(path, n_ctx=256, n_threads=1)
+def chatty(smollm2_pop):
+    return PopModel(smollm2_pop, n_ctx=256, n_threads=1)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

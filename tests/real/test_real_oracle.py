@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import gguf
 import pytest
@@ -60,11 +61,10 @@ def test_real_models_equal_the_oracle(real: Trio, options: dict, tmp_path: Path,
     check_exact(real, 513, 40000, tmp_path, replace(job, **options))
 
 
-NOISY = {
+NOISY: dict[str, dict[str, Any]] = {
     "17 full rows": {},
     "flash attention": {"flash_attn": True},
     "quantised V": {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0},
-    "small ubatch": {"n_ubatch": 64},
 }
 
 
@@ -83,11 +83,14 @@ def test_sink_and_tail_are_within_the_unpatched_noise(
 ) -> None:
     job = replace(job, **options)
     prompts = prose(sunk.original, n_prompts=3, n_tokens=200)
-    logits, counters = pruned(sunk, prompts, 16, job)
-    assert counters == (3 * (200 - 17), 3 * 17)
     want = expected(sunk, prompts, 16, tmp_path, job)
     noise = unpatched_noise(want, sunk, prompts, 16, tmp_path, job)
-    assert mean_distance(logits, want) <= noise
+    # The noise is that of the cache's types: a small ubatch has it as well.
+    for each in (job, replace(job, n_ubatch=64)) if not options else (job,):
+        logits, counters = pruned(sunk, prompts, 16, each)
+        assert counters == (3 * (200 - 17), 3 * 17)
+        wanted = want if each is job else expected(sunk, prompts, 16, tmp_path, each)
+        assert mean_distance(logits, wanted) <= noise
 
 
 def prose(model: Path, n_prompts: int, n_tokens: int) -> list[Tokens]:

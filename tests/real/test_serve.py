@@ -15,7 +15,7 @@ import pytest
 
 from converter.errors import PopError
 from pop_local.commands import serve
-from support.converted import converted, tiny
+from support.converted import tiny
 from support.serving import PATIENCE_S, served
 
 STORY = (
@@ -31,9 +31,8 @@ HUNG_UP = 'pop_requests_total{path="/v1/chat/completions",status="499"}'
 
 
 @pytest.fixture(scope="module")
-def server(smollm2, tmp_path_factory):
-    path = converted(smollm2, tmp_path_factory.mktemp("serve"), boundary=20)
-    with served(path, "--ctx", 2048, "--name", "smol", "--api-key", "secret") as server:
+def server(smollm2_pop):
+    with served(smollm2_pop, "--ctx", 2048, "--name", "smol", "--api-key", "secret") as server:
         yield server
 
 
@@ -44,10 +43,9 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def free(smollm2, tmp_path_factory):
+def free(smollm2_pop):
     """Without a key, for clients of the tests' own."""
-    path = converted(smollm2, tmp_path_factory.mktemp("free"), boundary=20)
-    with served(path, "--ctx", 2048) as server:
+    with served(smollm2_pop, "--ctx", 2048) as server:
         yield server
 
 

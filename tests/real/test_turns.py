@@ -12,7 +12,6 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompts import PLAIN_STOPS
 from pop_local.engine.turn import Message, TurnStats
-from support.converted import converted
 from support.synthetic import make_gguf
 
 STORY = (
@@ -25,13 +24,8 @@ MODES = [Mode.OFF, Mode.CONTEXT]
 
 
 @pytest.fixture(scope="module")
-def pop_file(smollm2, tmp_path_factory):
-    return converted(smollm2, tmp_path_factory.mktemp("turns"), boundary=20)
-
-
-@pytest.fixture(scope="module")
-def shared(pop_file) -> PopModel:
-    return PopModel(pop_file, n_ctx=512, n_threads=1, n_batch=64, n_ubatch=64)
+def shared(smollm2_pop) -> PopModel:
+    return PopModel(smollm2_pop, n_ctx=512, n_threads=1, n_batch=64, n_ubatch=64)
 
 
 @pytest.fixture
@@ -135,8 +129,8 @@ def test_an_answer_ends_at_its_limit_at_a_stop_string_or_by_itself(model):
     assert stats.finish_reason == "stop"
 
 
-def test_an_answer_ends_where_the_context_does(pop_file):
-    small = PopModel(pop_file, n_ctx=256, n_threads=1)
+def test_an_answer_ends_where_the_context_does(smollm2_pop):
+    small = PopModel(smollm2_pop, n_ctx=256, n_threads=1)
     _, stats = ask(small, QUESTION, max_tokens=None, stops=())
     assert stats.finish_reason in ("stop", "length")
     assert stats.n_prompt + stats.n_decoded <= small.n_ctx()

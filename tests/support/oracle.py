@@ -99,13 +99,10 @@ def unpatched_noise(
 ) -> float:
     """How far the oracle's `want`, all unpatched, is from itself computed in another order.
 
-    The largest distance over the prompts, two ubatches that no kernel is tiled for, and a KV cache
+    The largest distance over the prompts, a ubatch that no kernel is tiled for, and a KV cache
     whose first cells another sequence has.
     """
-    others = [
-        expected(trio, prompts, n_tail, folder, replace(job, n_ubatch=n_ubatch))
-        for n_ubatch in (71, 7)
-    ]
+    others = [expected(trio, prompts, n_tail, folder, replace(job, n_ubatch=7))]
     shared = replace(job, n_seq_max=2, kv_unified=True)
     neighbour = Step("decode", tokens=prompts[0][:53], seq=1, logits="none")
     others.append(expected(trio, prompts, n_tail, folder, shared, (neighbour,)))

@@ -13,7 +13,7 @@ import pop_local
 from pop_local import ContextFullError, Document, PopError, PopModel, TurnStats
 from pop_local.engine.turn import AnswerOptions, SessionStats, TurnOptions
 from support.blocked import BLOCKER
-from support.converted import converted, paired, tiny
+from support.converted import paired, tiny
 from support.paths import ROOT
 from support.programs import GREEDY, QUESTION, TEMPLATE, opened
 from support.synthetic import make_gguf
@@ -52,8 +52,8 @@ def documented() -> str:
     return "\n".join(blocks)
 
 
-def test_the_documented_example_runs(smollm2, tmp_path):
-    converted(smollm2, tmp_path, boundary=20).rename(tmp_path / "model.pop.gguf")
+def test_the_documented_example_runs(smollm2_pop, tmp_path):
+    (tmp_path / "model.pop.gguf").hardlink_to(smollm2_pop)
     make_gguf(tmp_path / "model.gguf", "llama")
     (tmp_path / "report.txt").write_text(REPORT)
     (tmp_path / "example.py").write_text(documented())
