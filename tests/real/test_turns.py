@@ -140,7 +140,7 @@ def test_a_prompt_beyond_the_context_says_so(model):
     with pytest.raises(PopError) as caught:
         ask(model, Message("user", STORY * 4))
     assert "512" in caught.value.message
-    assert "--ctx" in caught.value.hint
+    assert "n_ctx=" in caught.value.hint
 
 
 # --- stopping

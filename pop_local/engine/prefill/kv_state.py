@@ -21,7 +21,7 @@ _SAMPLED_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Conversion:
+class ConversionId:
     """Tells two conversions of one model apart; `fingerprint` is empty for none."""
 
     projection: str
@@ -31,10 +31,10 @@ class Conversion:
         return f"{self.projection} projections {self.fingerprint}".rstrip()
 
 
-NO_CONVERSION = Conversion(OWN)
+NO_CONVERSION = ConversionId(OWN)
 
 
-def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> Conversion:
+def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> ConversionId:
     """Covers the keys that pruned K/V depend on, and the table and beginnings of fitted tensors.
 
     A sidecar and a single file of one fit have the same.
@@ -46,7 +46,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> Conv
     digest = hashlib.sha256(b"".join(encode_keys(keys)))
     for header in base.parts if sidecar is None else (read_header(sidecar),):
         _add_tensors(digest, header)
-    return Conversion(meta.projection, digest.hexdigest()[:16])
+    return ConversionId(meta.projection, digest.hexdigest()[:16])
 
 
 def _add_tensors(digest: Any, header: Header) -> None:
@@ -64,7 +64,7 @@ class KvKey:
 
     mode: Mode
     boundary: int
-    conversion: Conversion = NO_CONVERSION
+    conversion: ConversionId = NO_CONVERSION
 
     @property
     def as_token(self) -> int:
