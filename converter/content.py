@@ -28,7 +28,7 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Stretch:
-    """Bytes of an existing file, followed by zeros."""
+    """The bytes of an existing file from `start` on, with `n_zeros` zeros after them."""
 
     path: Path
     start: int
@@ -38,7 +38,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor made here; `dims` as ggml has them (row length first)."""
+    """A tensor made here; `dims` are in ggml's order (row length first), `data` is encoded."""
 
     name: str
     dims: tuple[int, ...]
@@ -48,9 +48,10 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """All of a file: `keys` and `tensors` are the raw bytes of its two tables.
+    """All of a file that is to be written.
 
-    `added` follows the data of `stretches`: padding and new tensors.
+    `keys` and `tensors` are the raw bytes of its two tables. `added`, padding and new tensors,
+    follows the data of `stretches`.
     """
 
     version: int
@@ -71,19 +72,25 @@ class Content:
 
     @property
     def data_bytes(self) -> int:
-        """What is copied."""
+        """The number of bytes that come from other files, and of zeros among them."""
         return sum(stretch.size_bytes + stretch.n_zeros for stretch in self.stretches)
 
     @property
     def size_bytes(self) -> int:
+        """The size of the file in bytes."""
         return len(self.header) + self.data_bytes + sum(map(len, self.added))
 
     def with_keys(self, keys: tuple[bytes, ...]) -> "Content":
+        """Return the content with further keys, encoded, after its own."""
         return replace(self, n_keys=self.n_keys + len(keys), keys=self.keys + b"".join(keys))
 
 
 def with_tensors(content: Content, tensors: Sequence[NewTensor], table: TensorTable) -> Content:
-    """Append tensors; `table` is the one of `content`. Raises FormatError for trailing bytes."""
+    """Return the content with new tensors after its own.
+
+    `table` is the tensor table of `content`. Raises FormatError when bytes follow the last
+    tensor's.
+    """
     end = max((info.offset + info.size_bytes for info in table), default=0)
     offset = align(end, content.alignment)
     gap = offset - content.data_bytes
@@ -110,9 +117,10 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor], table: TensorTa
 
 
 def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: int) -> Content:
-    """Less the last rows of its table: the file of `size_bytes` that it was without them.
+    """Return the file of `size_bytes` that the content was before `tensors` were added.
 
-    Raises FormatError when such a file cannot have been.
+    `tensors` are the last rows of its table. Raises FormatError when there cannot have been such a
+    file.
     """
     n_row_bytes = sum(len(_encode_tensor(tensor, 0)) for tensor in tensors)
     shorter = replace(
@@ -132,9 +140,10 @@ def without_last(content: Content, tensors: Sequence[TensorInfo], size_bytes: in
 
 
 def read_content(source: Source, *, without: str) -> Content:
-    """The source as one file, less the keys that begin with `without`; parts are joined.
+    """Read a source as one file, parts joined, less the keys that begin with `without`.
 
-    Raises FormatError.
+    The tables are read, the data only referred to. Raises FormatError for bytes between the two,
+    which could not be restored.
     """
     first = source.first
     dropped = (without, SPLIT_PREFIX) if source.is_split else (without,)
@@ -198,9 +207,9 @@ def _encode_tensor(tensor: TensorInfo, offset: int) -> bytes:
 
 
 def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Advance) -> str:
-    """Pass all data to `write`; return the sha256 of `hashed_header` and the data.
+    """Pass all data to `write`, and return the sha256 of `hashed_header` and the data in hex.
 
-    `advance` gets the number of bytes done each time. Memory is bounded by N_BUFFERS. Raises
+    `advance` gets the number of bytes of each step. Memory is bounded by N_BUFFERS chunks. Raises
     FormatError when a source cannot be read, and whatever `write` raises.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -214,9 +223,10 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Adv
 
 
 def same_data(content: Content, written: Path, start: int, advance: Advance) -> bool:
-    """Whether `written` holds, from byte `start` to its end, exactly the data of `content`.
+    """Tell whether `written` holds, from byte `start` to its end, just the data of `content`.
 
-    Raises FormatError when a source cannot be read, OSError when `written` cannot.
+    `advance` gets the number of bytes of each step. Raises FormatError when a source cannot be
+    read, OSError when `written` cannot.
     """
     expected, found = (memoryview(bytearray(CHUNK_BYTES)) for _ in range(2))
     with written.open("rb") as file:

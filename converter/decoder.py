@@ -19,7 +19,10 @@ _FREQS = "rope_freqs.weight"
 
 
 class Decoder:
-    """Raises UnsupportedArchitectureError. Embeddings and LM head stay in memory, layers do not."""
+    """A dense model; its embeddings and LM head stay in memory, its layers do not.
+
+    Raises UnsupportedArchitectureError for what it does not compute, FormatError for a bad file.
+    """
 
     def __init__(self, source: Source, device: str = "cpu") -> None:
         self.hyper = read_hyper(source)
@@ -38,13 +41,13 @@ class Decoder:
         return self._device
 
     def embed(self, tokens: np.ndarray) -> Tensor:
-        """States [n_windows, n_tokens, n_embd] of int tokens [n_windows, n_tokens]."""
+        """Return the states [n_windows, n_tokens, n_embd] of token ids [n_windows, n_tokens]."""
         rows = self._weights.rows("token_embd.weight", tokens.reshape(-1))
         states = self._to_device(rows).reshape(*tokens.shape, -1)
         return states * self.hyper.embedding_scale
 
     def layer(self, index: int) -> "Layer":
-        """Reads and dequantises the layer's weights."""
+        """Read and dequantise one layer."""
         prefix = f"blk.{index}."
         tensors = {name: self._tensor(prefix + name) for name in self._weights.names(prefix)}
         factors = self._tensor(_FREQS) if _FREQS in self._weights else None
@@ -52,7 +55,7 @@ class Decoder:
         return Layer(tensors, hyper, hyper.ropes[index], hyper.windows[index], factors)
 
     def logits(self, states: Tensor) -> Tensor:
-        """[..., n_vocab] of the last layer's output [..., n_embd]."""
+        """Return the logits [..., n_vocab] of the last layer's output [..., n_embd]."""
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
         return _soft_cap(normed @ self._head.T, self.hyper.final_cap)
 
@@ -65,7 +68,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the decoder."""
+    """One layer of the decoder; `window` is the number of visible positions, 0 for all."""
 
     tensors: dict[str, Tensor]
     hyper: Hyper
@@ -74,7 +77,7 @@ class Layer:
     rope_factors: Tensor | None
 
     def __call__(self, states: Tensor) -> Tensor:
-        """[n_windows, n_tokens, n_embd] to the same."""
+        """Return the output of the layer for states [n_windows, n_tokens, n_embd], as large."""
         attended = self._attention(self._norm("attn_norm", states))
         states = states + self._norm("post_attention_norm", attended)
         passed = self._ffn(self._norm("ffn_norm", states))
@@ -102,7 +105,7 @@ class Layer:
         return self._linear("ffn_down", gate * self._linear("ffn_up", x))
 
     def _heads(self, name: str, x: Tensor, dim: int) -> Tensor:
-        """[n_windows, n_heads, n_tokens, dim]"""
+        """Return [n_windows, n_heads, n_tokens, dim]."""
         return self._linear(name, x).reshape(*x.shape[:2], -1, dim).transpose(1, 2)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
@@ -111,12 +114,12 @@ class Layer:
         )
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        """As it is where the architecture has no such norm."""
+        """Return `x` as it is where the architecture has no such norm."""
         gain = self.tensors.get(f"{name}.weight")
         return x if gain is None else _rms_norm(x, gain, self.hyper.eps)
 
     def _turned(self, x: Tensor) -> Tensor:
-        """RoPE over the last axis of [..., n_tokens, dim]; what is past n_rot stays."""
+        """Apply RoPE to the last axis of [..., n_tokens, dim]; what is past n_rot stays."""
         n = self.hyper.n_rot
         angles = self._angles(x)
         cos, sin = angles.cos(), angles.sin()
@@ -138,7 +141,7 @@ class Layer:
         return positions[:, None] * frequencies
 
     def _hidden(self, n_tokens: int, device: torch.device) -> Tensor:
-        """Which positions [of a query, of a key] are out of sight."""
+        """Return which positions [of a query, of a key] are out of sight."""
         position = torch.arange(n_tokens, device=device)
         distance = position[:, None] - position
         hidden = distance < 0

@@ -18,11 +18,11 @@ class PopError(Exception):
 
 
 class StoppedError(Exception):
-    """The caller's should_stop said so."""
+    """The caller's should_stop ended the work."""
 
 
 class FormatError(PopError):
-    """Not what it should be: no GGUF, cut short, or with POP keys that do not fit."""
+    """A file is not what it should be: no GGUF, cut short, or with POP keys that do not fit."""
 
 
 class UnsupportedArchitectureError(PopError):

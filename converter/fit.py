@@ -16,15 +16,11 @@ from enum import Enum
 import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
-from numpy.typing import NDArray
 
 from converter.content import NewTensor
 from converter.errors import PopError
-from converter.solve import SingularError, solve
-from converter.weights import OwnProjection
-
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from converter.solve import Doubles, SingularError, solve
+from converter.weights import Floats, OwnProjection
 
 RIDGE = 1e-3
 BIAS_RIDGE = 1e-6
@@ -44,7 +40,7 @@ class FitError(PopError):
 
 
 class Weighting(str, Enum):
-    """How tokens count: by the attention that they receive, or all alike."""
+    """How tokens count in a fit: by the attention that they receive, or all alike."""
 
     ATTENTION = "attention"
     NONE = "none"
@@ -65,7 +61,7 @@ class KvType(str, Enum):
 
 @dataclass(frozen=True)
 class Projection:
-    """`weight` [n_out, n_embd] after the layer's gain, `bias` [n_out]."""
+    """A linear map: `weight` [n_out, n_embd] after the layer's gain, and `bias` [n_out]."""
 
     weight: Floats
     bias: Floats
@@ -81,7 +77,10 @@ class FittedLayer:
 
 
 class Gram:
-    """X'DX [n_embd + 1, n_embd + 1] and X'DY [n_embd + 1, n_k + n_v] of one layer, float64."""
+    """The sums that a layer's fit needs, in float64.
+
+    They are X'DX [n_embd + 1, n_embd + 1] as `xx` and X'DY [n_embd + 1, n_k + n_v] as `xy`.
+    """
 
     def __init__(self, n_embd: int, n_kv: int) -> None:
         self.xx: Doubles = np.zeros((n_embd + 1, n_embd + 1))
@@ -89,7 +88,7 @@ class Gram:
 
     @classmethod
     def of(cls, xx: Doubles, xy: Doubles) -> "Gram":
-        """The sums themselves, as an earlier run left them."""
+        """Make a Gram of the sums that an earlier run has left, which are not copied."""
         gram = cls.__new__(cls)
         gram.xx, gram.xy = xx, xy
         return gram
@@ -104,19 +103,22 @@ class Gram:
 
 
 def gram_bytes(n_embd: int, n_kv: int) -> int:
-    """What the sums of one layer take."""
+    """Return the bytes that the sums of one layer take."""
     return 8 * (n_embd + 1) * (n_embd + 1 + n_kv)
 
 
 def scratch_bytes(n_embd: int, n_kv: int, n_rows: int) -> int:
-    """The most that adding a window of `n_rows`, or solving a layer, takes beside the sums."""
+    """Return the most bytes that a layer takes beside its sums.
+
+    They are taken while a window of `n_rows` is added, or while the layer is solved.
+    """
     adding = 4 * ((n_embd + 1) * (n_embd + 1 + n_kv) + 4 * n_rows * (n_embd + 1 + n_kv))
     solving = 8 * (3 * (n_embd + 1) ** 2 + 6 * (n_embd + 1) * n_kv)
     return max(adding, solving)
 
 
 def with_bias(state: Floats, eps: float) -> Floats:
-    """State [n, n_embd] divided by its root mean square, and a column of ones."""
+    """Divide states [n, n_embd] by their root mean square, and add a column of ones."""
     rms = np.sqrt(np.mean(np.square(state, dtype=np.float64), axis=1, keepdims=True) + eps)
     x = np.ones((len(state), state.shape[1] + 1), np.float32)
     x[:, :-1] = state / rms
@@ -124,7 +126,7 @@ def with_bias(state: Floats, eps: float) -> Floats:
 
 
 def token_weights(mass: Floats, weighting: Weighting) -> Floats:
-    """Weights [n] from the attention that each token receives from later ones."""
+    """Return the weights [n] of tokens from the attention [n] that later ones pay to them."""
     mean = float(mass.mean())
     if weighting is Weighting.NONE or mean <= 0:
         return np.ones_like(mass)
@@ -133,7 +135,11 @@ def token_weights(mass: Floats, weighting: Weighting) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: OwnProjection, ridge: float = RIDGE) -> FittedLayer:
-    """Solve for one layer. Raises FitError when the sums are not finite or singular."""
+    """Solve for the projections that stand in for a layer's `own`.
+
+    `ridge` is in units of the diagonal of X'DX and pulls toward `own`. Raises FitError when the
+    sums are not finite, or singular.
+    """
     _check(layer, gram)
     gain = own.gain.astype(np.float64)
     start = np.vstack([gain[:, None] * own.weight.T, own.bias])
@@ -161,7 +167,7 @@ def _check(layer: int, gram: Gram) -> None:
 
 
 def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
-    """The ridge of each input, in units of its diagonal of X'DX."""
+    """Return the ridge of each input, in units of its diagonal of X'DX."""
     seen = gain**2 * xx.diagonal()[:-1]
     weak = WEAK_INPUT * seen.mean()
     raised = np.maximum(1, weak / np.maximum(seen, 1e-30 * weak + 1e-300))
@@ -169,7 +175,7 @@ def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
 
 
 def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
-    """(xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first."""
+    """Return (xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first."""
     power = xx.diagonal()
     scale: Doubles = np.asarray(1 / np.sqrt(np.where(power > 0, power, 1)), np.float64)
     system = xx * scale * scale[:, None]
@@ -185,7 +191,7 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
 
 
 def encode(fitted: FittedLayer, kind: KvType) -> tuple[NewTensor, ...]:
-    """The four tensors of a layer as they go into the file."""
+    """Return the four tensors of a layer as they go into the file."""
     tensors = []
     for part, projection in (("k", fitted.k), ("v", fitted.v)):
         name = f"blk.{fitted.layer}.pop_attn_{part}"

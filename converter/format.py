@@ -14,20 +14,7 @@ from gguf import GGUFValueType
 
 from converter.errors import FormatError
 from converter.header import Header, read_header
-from converter.shape import ARCHITECTURES, ModelShape, read_shape
 from converter.source import SIDECAR_ARCH
-
-__all__ = [
-    "ARCHITECTURES",
-    "ModelShape",
-    "PopMeta",
-    "check_schedule",
-    "encode_keys",
-    "make_schedule",
-    "pop_meta",
-    "read_pop_meta",
-    "read_shape",
-]
 
 PREFIX = "pop."
 VERSION = 1
@@ -40,7 +27,10 @@ CONVERT_AGAIN = "update pop-local, or convert the model again"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What projections were fitted on. `sha256`: of the text, or of the tokens when sampled."""
+    """What projections were fitted on.
+
+    `sha256` is of the text, or of the tokens where some were sampled.
+    """
 
     name: str
     sha256: str
@@ -51,7 +41,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Measured:
-    """Quality on text that was not calibrated on: pruned against full."""
+    """The quality on text that was not calibrated on, pruned against full.
+
+    KL is in nats; pop_local.measure.quality says what each figure is.
+    """
 
     kl_mean: float = 0.0
     kl_se: float = 0.0
@@ -67,10 +60,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a boundary was chosen by: the deepest one that `quality` allows.
+    """What a boundary was chosen by: it is the deepest one that `quality` allows.
 
-    Bounds of Measured's kl_mean and copy_ppl_ratio, and of the retention of random tokens (see
-    pop_local.measure.quality). `tried`: the boundaries that were measured, and the verdicts.
+    The bounds are on kl_mean and copy_ppl_ratio of Measured, and on the retention of random tokens
+    (see pop_local.measure.quality). `tried` holds the boundaries that were measured, and the
+    verdicts.
     """
 
     quality: str
@@ -82,7 +76,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Binding:
-    """The base of a sidecar: its size, and the sha256 of all that precedes its tensors' data."""
+    """The base of a sidecar, told by its size and the sha256 of all that precedes its data."""
 
     base_bytes: int
     header_sha256: str
@@ -146,11 +140,12 @@ _BINDING = "pop.sidecar."
 
 
 def make_schedule(n_layer: int, boundary: int) -> str:
+    """Return the schedule that skips from `boundary` on: F's, then S's."""
     return "F" * boundary + "S" * (n_layer - boundary)
 
 
 def check_schedule(schedule: str) -> None:
-    """Version 1 takes F's followed by S's, at least one of each. Raises FormatError."""
+    """Raise FormatError unless a schedule is F's, then S's, one of each at least (version 1)."""
     unknown = sorted(set(schedule) - set("FS"))
     if unknown:
         raise FormatError(
@@ -170,7 +165,10 @@ def read_pop_meta(path: Path) -> PopMeta | None:
 
 
 def pop_meta(header: Header) -> PopMeta | None:
-    """The POP keys of a header; None when it has none. Raises FormatError when they do not fit."""
+    """Return the POP keys of a header, None when it has none.
+
+    Raises FormatError when they do not fit each other or the model.
+    """
     if not any(name.startswith(PREFIX) for name in header.keys):
         return None
     if (version := header.get("pop.version")) != VERSION:
@@ -199,7 +197,7 @@ def pop_meta(header: Header) -> PopMeta | None:
 
 
 def read_binding(header: Header) -> Binding:
-    """What the sidecar of this header is bound to. Raises FormatError."""
+    """Return what the sidecar of this header is bound to. Raises FormatError."""
     binding = _read_group(header, _BINDING, Binding)
     if binding is None:
         raise FormatError(f"{header.path} does not say whose sidecar it is", CONVERT_AGAIN)
@@ -210,7 +208,7 @@ Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
-    """The keys that begin with `prefix`, or None when there are none. Raises FormatError."""
+    """Return the keys that begin with `prefix`, None when there are none. Raises FormatError."""
     found: dict[str, Any] = {field.name: header.get(prefix + field.name) for field in fields(group)}
     if all(value is None for value in found.values()):
         return None
@@ -240,14 +238,14 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
 
 
 def _n_layer(header: Header) -> int | None:
-    """Layers that predict further tokens than the next (MTP) come last and have no letter."""
+    """Count layers; those that predict further tokens (MTP) come last and have no letter."""
     n_layer = header.of_arch("block_count")
     n_nextn = header.of_arch("nextn_predict_layers") or 0
     return n_layer - n_nextn if isinstance(n_layer, int) and isinstance(n_nextn, int) else None
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
-    """The keys as they stand in a file, one after the other."""
+    """Encode the keys of a converted file as they stand in it, each by itself."""
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
     if meta.source_bytes:
         keys.append(_encode_size(_SOURCE_BYTES, meta.source_bytes))
@@ -262,7 +260,7 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
 
 
 def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
-    """All keys of a sidecar."""
+    """Encode all keys of a sidecar, as `encode_keys` does."""
     return (
         _encode_key("general.architecture", SIDECAR_ARCH),
         *encode_keys(meta),

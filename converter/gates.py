@@ -44,7 +44,7 @@ _BASE_BYTES = 400_000_000
 
 @dataclass(frozen=True)
 class GateGradients:
-    """dL/dg of each window and layer, [n_windows, n_layer], in nats over all answer rows."""
+    """The derivatives dL/dg [n_windows, n_layer] in nats, summed over all answer rows."""
 
     prefill: Floats
     decode: Floats
@@ -59,10 +59,11 @@ def gate_gradients(
     seed: int,
     on_progress: Callable[[int, int], object],
 ) -> GateGradients:
-    """Of windows [n_windows, n_tokens], the first `n_context` tokens of each being context.
+    """Differentiate the loss of windows [n_windows, n_tokens] with respect to each gate.
 
-    `n_batch` windows are computed at a time. `on_progress(done, total)` counts layers times
-    windows, forwards and backwards. The same seed draws the same targets.
+    The first `n_context` tokens of each window are its context. `n_batch` windows are computed at a
+    time. `on_progress(done, total)` counts layers times windows, forwards and backwards. The same
+    seed draws the same targets.
     """
     generator = torch.Generator(decoder.device).manual_seed(seed)
     total = 2 * decoder.n_layer * len(windows)
@@ -94,9 +95,9 @@ def _batch(
     generator: torch.Generator,
     ran: Callable[[int], None],
 ) -> Tensor:
-    """What each row adds to dL/dg, [n_layer, n_windows, n_tokens].
+    """Return what each row adds to dL/dg, [n_layer, n_windows, n_tokens].
 
-    Forwards keep only the layers' outputs, backwards compute again.
+    Only the layers' outputs are kept on the way forwards; the way backwards computes them again.
     """
     states = [decoder.embed(windows)]
     for index in range(decoder.n_layer):
@@ -118,13 +119,16 @@ def _batch(
 
 
 def _backwards(layer: Layer, states: Tensor, gradient: Tensor) -> Tensor:
-    """dL/dh of a layer's input from that of its output, all [n_windows, n_tokens, n_embd]."""
+    """Return dL/dh of a layer's input from that of its output.
+
+    All are [n_windows, n_tokens, n_embd].
+    """
     states = states.detach().requires_grad_()
     return torch.autograd.grad(layer(states), states, gradient)[0]
 
 
 def _loss_gradient(decoder: Decoder, states: Tensor, generator: torch.Generator) -> Tensor:
-    """dL/dh of the last layer's output at the answer rows [n_answer, n_embd]."""
+    """Return dL/dh of the last layer's output at the answer rows, [n_answer, n_embd]."""
     states = states.detach().requires_grad_()
     log_p = decoder.logits(states).log_softmax(-1)
     targets = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
@@ -135,7 +139,7 @@ def _loss_gradient(decoder: Decoder, states: Tensor, generator: torch.Generator)
 def needed_bytes(
     shape: ModelShape, hyper: Hyper, n_tokens: int, n_answer: int, n_batch: int
 ) -> int:
-    """Memory that `gate_gradients` takes for windows of `n_tokens`, torch itself included."""
+    """Return the memory that `gate_gradients` takes for windows of `n_tokens`, torch included."""
     layers = zip(shape.attn_proj_macs, shape.kv_macs, shape.ffn_macs, strict=True)
     # One layer is read while the one before it is still there.
     weights = shape.head_macs + 2 * max(sum(parts) for parts in layers)

@@ -93,16 +93,17 @@ class Header:
     size_bytes: int
 
     def get(self, name: str) -> Scalar | Array | None:
+        """Return the value of a key, None when there is none."""
         key = self.keys.get(name)
         return None if key is None else key.value
 
     def of_arch(self, name: str) -> Scalar | Array | None:
-        """The value of the architecture's own key, as context_length for llama.context_length."""
+        """Return the value of the architecture's own key, as of llama.context_length."""
         return self.get(f"{self.get('general.architecture')}.{name}")
 
 
 class _Cursor:
-    """Reads little-endian values one after the other; past the end is a FormatError."""
+    """A reader of little-endian values; one that would end past the file is a FormatError."""
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
         self.view = view
@@ -169,19 +170,22 @@ class _Cursor:
 
 
 def truncated(path: Path, detail: str) -> FormatError:
+    """Return the error for a file that ends too early."""
     return FormatError(f"{path} is cut short: {detail}", "download or copy the file again")
 
 
 def corrupt(path: Path, detail: str) -> FormatError:
+    """Return the error for a file that has what no GGUF has."""
     return FormatError(f"{path} is not a valid GGUF file: it has {detail}", "download it again")
 
 
 def align(position: int, alignment: int) -> int:
+    """Round a position up to a multiple of the alignment."""
     return -(-position // alignment) * alignment
 
 
 def read_header(path: Path) -> Header:
-    """Scan keys and tensor table; memory is bounded by the number of tensors.
+    """Read the keys and the tensor table; memory is bounded by the number of tensors.
 
     Raises FormatError for anything but a whole little-endian GGUF of version 2 or 3.
     """
@@ -278,7 +282,7 @@ def _alignment(path: Path, keys: Mapping[str, Key]) -> int:
 
 
 def _check_data(header: Header) -> None:
-    """Every tensor lies where the ones before it end (llama.cpp insists), and inside the file."""
+    """Require that tensors follow each other (llama.cpp insists), all inside the file."""
     expected = 0
     for tensor in header.tensors:
         if tensor.offset != expected:

@@ -30,7 +30,7 @@ _KNOWN = {f"{name}.{part}" for name in (*_MATRICES, *_NORMS) for part in ("weigh
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a layer: angles base ** (-2 i / n_rot) * scale * position."""
+    """The rotary positions of a layer: angles base ** (-2 i / n_rot) * scale * position."""
 
     base: float
     scale: float
@@ -38,9 +38,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class Hyper:
-    """`interleaved`: RoPE turns neighbours (llama), not halves. A cap of 0 is none.
+    """What a decoder computes, apart from its weights.
 
-    `ropes` and `windows` (visible positions, 0 for all) have an entry for each layer.
+    `interleaved`: RoPE turns neighbours (llama), not halves. A cap of 0 is none. `ropes` and
+    `windows` (visible positions, 0 for all) have an entry for each layer.
     """
 
     arch: str
@@ -61,7 +62,10 @@ class Hyper:
 
 
 def read_hyper(source: Source) -> Hyper:
-    """Raises UnsupportedArchitectureError for what the decoder does not compute."""
+    """Read what a model computes.
+
+    Raises FormatError, and UnsupportedArchitectureError for what the decoder does not compute.
+    """
     header, shape = source.first, source_shape(source)
     arch = shape.arch
     if arch not in ARCHITECTURES:
@@ -100,7 +104,7 @@ def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
 
 
 def _unknown_tensor(source: Source) -> str | None:
-    """A layer's tensor that would be left out of the computation."""
+    """Return a layer's tensor that would be left out of the computation."""
     for tensor in source.tensors:
         prefix, _, rest = tensor.name.partition(".")
         name = rest.partition(".")[2]
@@ -130,7 +134,10 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:
-    """For all layers; of head counts written layer by layer, the first: sizes tell the others."""
+    """Return a number that holds for all layers.
+
+    Of head counts written layer by layer it is the first: the sizes of tensors tell the others.
+    """
     value = header.of_arch(name)
     if value is None and default is not None:
         return default

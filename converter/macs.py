@@ -24,10 +24,10 @@ LIMIT_PROMPT = 2048
 
 
 def prefill_macs(shape: ModelShape, n_prompt: int, boundary: int | None, n_full: int) -> int:
-    """Multiply-accumulates from an empty KV cache to the logits of the last prompt token.
+    """Count what a prefill takes, from an empty KV cache to the last token's logits.
 
-    `boundary` is the first skipped layer, None for the full model; `n_full` rows, the last one
-    among them, run all layers (it does not matter for the full model).
+    Returns multiply-accumulates. `boundary` is the first skipped layer, None for the full model;
+    `n_full` rows, the last one among them, run all layers (it does not matter for the full model).
     """
     n_kept = shape.n_layer if boundary is None else boundary
     n_full = min(n_full, n_prompt)
@@ -44,17 +44,18 @@ def prefill_macs(shape: ModelShape, n_prompt: int, boundary: int | None, n_full:
 
 
 def speedup_limit(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) -> float:
-    """How many times fewer multiply-accumulates the pruned prefill needs than the full one."""
+    """Return how many times fewer multiply-accumulates the pruned prefill takes."""
     full = prefill_macs(shape, n_prompt, None, n_full)
     return full / prefill_macs(shape, n_prompt, boundary, n_full)
 
 
 def shortest_saving(shape: ModelShape, boundary: int, n_full: int) -> int:
-    """The shortest prompt that saves half of the share of work which a long one saves.
+    """Return the length of the shortest prompt that saves half as much as a long one.
 
-    About 40 tokens for 17 full rows at any depth that is of use; what a shorter one could gain is a
-    few milliseconds, and at most a third of its rows would be context. How long a prompt must be
-    to gain at all on given hardware, `break_even` measures.
+    What is compared is the saved share of the work. The prompt has about 40 tokens for 17 full rows
+    at any depth that is of use; what a shorter one could gain is a few milliseconds, and at most a
+    third of its rows would be context. How long a prompt must be to gain at all on given hardware,
+    pop_local.measure.break_even measures.
     """
     wanted = _saving(shape, LIMIT_PROMPT, boundary, n_full) / 2
     low, high = 1, LIMIT_PROMPT
@@ -72,7 +73,7 @@ def _saving(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) -> flo
 
 
 def _visible(n_prompt: int, n_rows: int, window: int) -> int:
-    """Positions that the last `n_rows` of a prompt attend to, summed; a window of 0 is none."""
+    """Sum the positions that the last `n_rows` of a prompt attend to; a window of 0 is none."""
     return _causal(n_prompt, window) - _causal(n_prompt - n_rows, window)
 
 

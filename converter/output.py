@@ -13,7 +13,7 @@ _SUFFIX = ".partial"
 
 
 def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: bool) -> None:
-    """Refuse, before anything is read in full, an output that cannot be or must not be written.
+    """Refuse an output that cannot or must not be written, before anything is read in full.
 
     Raises OutputExistsError, WriteError.
     """
@@ -45,12 +45,12 @@ def _check_name(dst: Path, sources: tuple[Path, ...], *, force: bool) -> None:
 
 @contextmanager
 def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
-    """A new file beside `dst`, which takes its place when the block ends without an exception.
+    """Open a new file beside `dst`, which takes its place when the block ends well.
 
     Whatever goes wrong, it is removed; after a kill -9 the next call for `dst` removes it, once its
     process is gone. As with cp, the data may still be on its way to the disk: the source is there
-    as long as one keeps it.
-    Raises WriteError for what the machine refuses, disk full among it.
+    as long as one keeps it. Raises OutputExistsError when `dst` appeared meanwhile and not `force`,
+    and WriteError for what the machine refuses, a full disk among it.
     """
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}{_SUFFIX}")
     _remove_leftovers(dst)
@@ -73,7 +73,7 @@ def _exists(message: str) -> OutputExistsError:
 
 
 def _remove_leftovers(dst: Path) -> None:
-    """Those of dead processes: a living one is still writing."""
+    """Remove what dead processes have left; a living one is still writing."""
     prefix = f".{dst.name}."
     with suppress(OSError):
         for path in list(dst.parent.iterdir()):

@@ -22,7 +22,8 @@ Share = Fraction | int
 class Plan:
     """A decided conversion; layers from `boundary` on are skipped by context tokens.
 
-    `budget`: what decided it, None where the user did.
+    `projection` is "own" or "fitted". `budget` is what decided the boundary, None where the user
+    did.
     """
 
     shape: ModelShape
@@ -49,7 +50,7 @@ class Plan:
 
     @property
     def fitted_layers(self) -> range:
-        """Layers whose K/V projections are fitted: the boundary's own are exact."""
+        """The layers whose K/V projections are fitted; the boundary's own are exact."""
         return range(self.boundary + 1, self.shape.n_layer)
 
     def meta(
@@ -62,6 +63,11 @@ class Plan:
         calibration: Calibration | None = None,
         measured: Measured | None = None,
     ) -> PopMeta:
+        """Return the keys of the file that this plan makes.
+
+        `source_sha256`, in hex, and `source_bytes` are of what stripping it gives back (see
+        PopMeta).
+        """
         return PopMeta(
             schedule=self.schedule,
             projection=self.projection,
@@ -79,7 +85,10 @@ class Plan:
 
 
 def parse_skip(text: str) -> Share:
-    """'1/3' and '0.33' are shares of the layers, '10' is a number of layers. Raises PlanError."""
+    """Parse what to skip: '1/3' and '0.33' are shares of the layers, '10' is their number.
+
+    Raises PlanError.
+    """
     try:
         skip: Share = int(text) if text.strip().isdecimal() else Fraction(text)
     except (ValueError, ZeroDivisionError):

@@ -39,12 +39,12 @@ UNKNOWN_SHA256 = "0" * 64
 
 
 def no_progress(done_bytes: int, total_bytes: int) -> None:
-    return
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Fitted projections as they go into the file, and what they were fitted on."""
+    """Fitted projections as they go into the file, with what they were fitted on."""
 
     calibration: Calibration
     tensors: tuple[NewTensor, ...]
@@ -56,16 +56,16 @@ Examine = Callable[[Path], Measured]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a conversion reads and what it writes."""
+    """The bytes that a conversion reads and writes."""
 
     source_bytes: int
     output_bytes: int
 
 
 def measure(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
-    """The sizes of a conversion, without doing it (padding and measured quality aside).
+    """Return the sizes of a conversion without doing it (padding and measured quality aside).
 
-    Raises as `convert` does for a bad source.
+    Raises FormatError as `convert` does for a bad source.
     """
     source = unconverted(src)
     content = read_content(source, without=PREFIX)
@@ -77,7 +77,7 @@ def measure(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
-    """What fitted weights and biases take in a file."""
+    """Return the bytes that fitted weights and biases take in a file."""
     n_embd = plan.shape.n_embd
     n_weights = sum(plan.shape.kv_macs[layer] for layer in plan.fitted_layers)
     n_elements, n_bytes = BLOCK_SIZES[kind.ggml]
@@ -85,7 +85,7 @@ def stored_bytes(plan: Plan, kind: KvType) -> int:
 
 
 def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
-    """Of the fitted weights in a file; None when there are none, or of another type."""
+    """Return the type of a file's fitted weights; None when it has none, or of another type."""
     kinds = {
         tensor.type
         for tensor in tensors
@@ -95,7 +95,10 @@ def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
 
 
 def check_target(src: Path, dst: Path, sizes: Sizes, *, force: bool) -> None:
-    """Refuse an output beforehand, as `convert` would. Raises OutputExistsError, WriteError."""
+    """Refuse an output beforehand, as `convert` would.
+
+    Raises FormatError, OutputExistsError, WriteError.
+    """
     check_output(dst, paths(unconverted(src)), sizes.output_bytes, force=force)
 
 
@@ -111,10 +114,10 @@ def convert(
 ) -> PopMeta:
     """Write `src`, one file or the first of several parts, to `dst` with the keys of `plan`.
 
-    Then read both again and compare every byte. `progress` gets the bytes done and those in total,
-    of both passes. `fitted` belongs to a plan with fitted projections; `examine` measures the
-    written file. Raises FormatError, PlanError, OutputExistsError, WriteError; an earlier `dst`
-    stays then, and nothing new is left.
+    Both are then read again, and every byte is compared. `progress` gets the bytes done and those
+    in total, of both passes. `fitted` belongs to a plan with fitted projections; `examine` measures
+    the written file. Returns the keys as written. Raises FormatError, PlanError, OutputExistsError,
+    WriteError, and what `examine` raises; an earlier `dst` stays then, and nothing new is left.
     """
     source = planned_source(plan, src, fitted)
     content = read_content(source, without=PREFIX)
@@ -147,8 +150,9 @@ def strip(
 ) -> PopMeta:
     """Write to `dst` the file that `src` was converted from, byte for byte (parts as one file).
 
-    The bytes written must hash to `pop.source.sha256`. Raises FormatError, OutputExistsError,
-    WriteError; an earlier `dst` stays then, and nothing new is left.
+    The bytes written must hash to `pop.source.sha256`. Returns the keys of `src`. Raises
+    FormatError, OutputExistsError, WriteError; an earlier `dst` stays then, and nothing new is
+    left.
     """
     source = read_source(src)
     meta = pop_meta(source.first)
@@ -169,7 +173,7 @@ def strip(
 
 
 def original(source: Source, meta: PopMeta) -> Content:
-    """What a converted file was made from. Raises FormatError."""
+    """Return the content that a converted file was made from. Raises FormatError."""
     content = read_content(source, without=PREFIX)
     added = [tensor for tensor in source.tensors if TENSOR_MARK in tensor.name]
     return without_last(content, added, meta.source_bytes) if added else content
@@ -178,7 +182,7 @@ def original(source: Source, meta: PopMeta) -> Content:
 def _verify(
     written: Path, content: Content, whole: Content, meta: PopMeta, advance: Advance
 ) -> bool:
-    """Whether what lies on disk is the original, byte for byte, what was added, and `meta`."""
+    """Tell whether the original, byte for byte, what was added, and `meta` lie on disk."""
     source = read_source(written)
     return (
         pop_meta(source.first) == meta
@@ -188,7 +192,7 @@ def _verify(
 
 
 def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
-    """The source that `plan` and `fitted` were made for. Raises FormatError, PlanError."""
+    """Read the source that `plan` and `fitted` were made for. Raises FormatError, PlanError."""
     source = unconverted(src)
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan was made for another model than {src}")
@@ -205,7 +209,10 @@ def draft_meta(
     *,
     source_bytes: int = 0,
 ) -> PopMeta:
-    """As long as `settled` makes it, before the source was hashed and the output measured."""
+    """Return the keys before the source is hashed and the output measured.
+
+    They are as long as `settled` makes them.
+    """
     return plan.meta(
         source.name,
         UNKNOWN_SHA256,
@@ -217,11 +224,12 @@ def draft_meta(
 
 
 def settled(draft: PopMeta, sha256: str, written: Path, examine: Examine | None) -> PopMeta:
-    """The draft with the source's hash and what `examine` finds in the written file."""
+    """Return the draft with the source's hash, and with what `examine` finds in `written`."""
     return replace(draft, source_sha256=sha256, measured=examine(written) if examine else None)
 
 
 def unconverted(src: Path) -> Source:
+    """Read a source that is to be converted. Raises FormatError when it is already."""
     source = read_source(src)
     if pop_meta(source.first) is not None:
         raise FormatError(
@@ -233,10 +241,12 @@ def unconverted(src: Path) -> Source:
 
 
 def paths(source: Source) -> tuple[Path, ...]:
+    """Return the files of a source, in order."""
     return tuple(part.path for part in source.parts)
 
 
 def tool_name() -> str:
+    """Return name and version as they stand in `pop.tool`."""
     try:
         return f"pop-local {version('pop-local')}"
     except PackageNotFoundError:
@@ -244,7 +254,7 @@ def tool_name() -> str:
 
 
 class Meter:
-    """Adds up the bytes done."""
+    """A counter of bytes that tells `progress` after each step."""
 
     def __init__(self, progress: Progress, total_bytes: int) -> None:
         self._progress = progress
@@ -252,5 +262,6 @@ class Meter:
         self._done_bytes = 0
 
     def add(self, n_bytes: int) -> None:
+        """Count further bytes."""
         self._done_bytes += n_bytes
         self._progress(self._done_bytes, self._total_bytes)

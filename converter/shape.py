@@ -15,7 +15,7 @@ from converter.source import Source, read_source
 
 @dataclass(frozen=True)
 class _Window:
-    """Sliding-window attention of an architecture: the last layer of each period is full."""
+    """The sliding window of an architecture; the last layer of each period attends to all."""
 
     period: int
     default_tokens: int
@@ -40,7 +40,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.weight")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Multiply-accumulates per token; the tuples have one entry per layer.
+    """The multiply-accumulates of a model per token; tuples have one entry for each layer.
 
     `attn_proj_macs`: attention's projections but K and V. `kv_macs`: K and V. `ffn_macs`: experts
     count as often as they are used. `attn_dim`: multiply-accumulates per token and visible
@@ -66,6 +66,7 @@ def read_shape(path: Path) -> ModelShape:
 
 
 def source_shape(source: Source) -> ModelShape:
+    """Return the shape of a model. Raises FormatError, UnsupportedArchitectureError."""
     keys = _ArchKeys(source.first)
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
     if not 0 < n_layer <= MAX_LAYERS:
@@ -96,7 +97,7 @@ def source_shape(source: Source) -> ModelShape:
 
 
 def trained_ctx(header: Header) -> int | None:
-    """The context in tokens that the model was trained with; None if the file does not say."""
+    """Return the context in tokens that a model was trained with, None if its file is silent."""
     value = header.of_arch("context_length")
     return value if isinstance(value, int) else None
 
@@ -126,7 +127,7 @@ class _ArchKeys:
     def per_layer(
         self, name: str, n_layer: int, default: tuple[int, ...] | None = None
     ) -> tuple[int, ...]:
-        """A number for all layers or one for each."""
+        """Return a number for each layer, whether the file has one for all or one for each."""
         value = self.header.of_arch(name)
         if isinstance(value, Array):
             items = tuple(int(item) for item in value.items or ())
@@ -142,7 +143,7 @@ _Block = dict[str, TensorInfo]
 
 
 def _blocks(tensors: Iterable[TensorInfo], n_layer: int, path: Path) -> list[_Block]:
-    """The weights of each layer by their name within it."""
+    """Return the weights of each layer by their name within it."""
     blocks: list[_Block] = [{} for _ in range(n_layer)]
     for tensor in tensors:
         match = _BLOCK.fullmatch(tensor.name)
@@ -170,7 +171,7 @@ def _ffn_macs(blocks: list[_Block], keys: _ArchKeys, n_layer: int) -> tuple[int,
 
 
 def _head(source: Source) -> tuple[int, int]:
-    """Vocabulary size, and multiply-accumulates of the LM head (tied to the embeddings or not)."""
+    """Return the size of the vocabulary, and the LM head's multiply-accumulates (tied or not)."""
     by_name = {tensor.name: tensor for tensor in source.tensors}
     embeddings = by_name.get("token_embd.weight")
     if embeddings is None or len(embeddings.dims) != 2:

@@ -64,20 +64,21 @@ class Sidecar:
 
 
 def sidecar_path(base: Source) -> Path:
-    """Where the sidecar of a model lies unless somebody says otherwise."""
+    """Return where the sidecar of a model lies unless somebody says otherwise."""
     return base.first.path.with_name(Path(base.name).stem + SUFFIX)
 
 
 def sidecar_beside(base: Source) -> Path | None:
-    """The sidecar that lies where it is looked for, of a model that needs one."""
+    """Return the sidecar that lies there, None for none and for a converted model."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
 
 
 def base_path(sidecar: Path, source_name: str) -> Path | None:
-    """The model beside its sidecar, or its first part; whether it is the right one, `bind` tells.
+    """Return the model beside its sidecar, or its first part; None when there is none.
 
-    The name comes from a file that may come from anywhere: its folder is not followed.
+    Whether it is the right one, `bind` tells. The name comes from a file that may come from
+    anywhere: its folder is not followed.
     """
     name = Path(source_name).name
     found = sidecar.with_name(name or sidecar.name)
@@ -88,7 +89,10 @@ def base_path(sidecar: Path, source_name: str) -> Path | None:
 
 
 def bind(base: Source) -> Binding:
-    """Reads what precedes the data of each part. Raises FormatError."""
+    """Hash what precedes the data of each part, by which a sidecar knows its model.
+
+    Raises FormatError.
+    """
     digest = hashlib.sha256()
     for part in base.parts:
         try:
@@ -100,10 +104,10 @@ def bind(base: Source) -> Binding:
 
 
 def read_sidecar(path: Path, base: Source) -> Sidecar:
-    """The sidecar at `path`, which must be that of `base`.
+    """Read the sidecar at `path`, which must be that of `base`.
 
-    Raises FormatError when it is none, belongs to another model or was edited, or when `base`
-    has POP keys itself.
+    Raises FormatError when it is none, belongs to another model or was edited, or when `base` has
+    POP keys itself.
     """
     header = read_header(path)
     meta = sidecar_meta(header)
@@ -127,7 +131,7 @@ def read_sidecar(path: Path, base: Source) -> Sidecar:
 
 
 def sidecar_meta(header: Header) -> PopMeta:
-    """The POP keys of a sidecar, whosever it is. Raises FormatError when it is none."""
+    """Return the POP keys of a sidecar, whosever it is. Raises FormatError when it is none."""
     meta = pop_meta(header)
     if meta is None:
         raise FormatError(
@@ -141,12 +145,12 @@ def sidecar_meta(header: Header) -> PopMeta:
 
 
 def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
-    """The POP keys of a model: its own, or those of its sidecar. Raises FormatError."""
+    """Return the POP keys of a model, its own or those of its sidecar. Raises FormatError."""
     return pop_meta(base.first) if sidecar is None else read_sidecar(sidecar, base).meta
 
 
 def _check_tensors(header: Header, meta: PopMeta) -> None:
-    """Their names; llama.cpp compares shapes and types when it loads them."""
+    """Compare the names of tensors; llama.cpp compares shapes and types on loading."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.projection == FITTED else ()
     expected = {
         f"blk.{layer}.pop_attn_{part}.{kind}"
@@ -166,7 +170,7 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
 
 
 def measure_sidecar(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
-    """The sizes of `write_sidecar`, without doing it (padding and measured quality aside)."""
+    """Return the sizes of `write_sidecar`, without doing it (see `rewrite.measure`)."""
     source = unconverted(src)
     meta = plan.meta(source.name, UNKNOWN_SHA256, tool_name())
     header = _EMPTY.with_keys(encode_sidecar_keys(meta, bind(source))).header
@@ -184,9 +188,10 @@ def write_sidecar(
     progress: Progress = no_progress,
     force: bool = False,
 ) -> PopMeta:
-    """As `rewrite.convert`, but `dst` gets the keys and tensors only. `src` is read once, to hash.
+    """Write the keys and tensors that `plan` and `fitted` add to `src` to a file of their own.
 
-    `progress` gets the bytes of `src` that are read and their total.
+    `src` is read once, to hash it: `progress` gets the bytes read and their total. All else is as
+    in `rewrite.convert`.
     """
     source = planned_source(plan, src, fitted)
     original = read_content(source, without=PREFIX)

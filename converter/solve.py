@@ -23,7 +23,7 @@ def solve(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
 
 
 def solve_numpy(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
-    """As `solve`."""
+    """Solve with numpy; see `solve`."""
     try:
         factor = np.linalg.cholesky(system)
     except np.linalg.LinAlgError as error:
@@ -34,7 +34,7 @@ def solve_numpy(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
 
 
 def solve_torch(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
-    """As `solve`; on a CUDA device if there is one (Metal has no float64)."""
+    """Solve with torch, on a CUDA device if there is one (Metal has no float64); see `solve`."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,12 +23,13 @@ class SplitPart:
 
 
 def part_of(name: str) -> SplitPart | None:
-    """None for a file that is not named like a part, as NAME-00001-of-00002.gguf is."""
+    """Parse the name of a part, as NAME-00001-of-00002.gguf; None for another name."""
     match = _PART.fullmatch(name)
     return match and SplitPart(match["stem"], int(match["number"]), int(match["count"]))
 
 
 def part_names(stem: str, count: int) -> tuple[str, ...]:
+    """Return the file names of all parts."""
     return tuple(f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
 
 
@@ -54,10 +55,12 @@ class Source:
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
+        """The rows of all parts' tensor tables, in order."""
         return tuple(tensor for part in self.parts for tensor in part.tensors)
 
     @property
     def size_bytes(self) -> int:
+        """The size of all parts in bytes."""
         return sum(part.size_bytes for part in self.parts)
 
 
@@ -100,6 +103,7 @@ def read_source(path: Path) -> Source:
 
 
 def is_sidecar(header: Header) -> bool:
+    """Tell whether this is the header of a sidecar."""
     return header.get("general.architecture") == SIDECAR_ARCH
 
 

@@ -17,9 +17,10 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class OwnProjection:
-    """K and V of a layer from its normalised input: `weight` [n_k + n_v, n_embd] after `gain`.
+    """The K and V projections of a layer's normalised input, K's rows first.
 
-    `gain` [n_embd] is that of attn_norm, `bias` [n_k + n_v].
+    `weight` [n_k + n_v, n_embd] comes after `gain` [n_embd], which is attn_norm's; `bias` is [n_k +
+    n_v].
     """
 
     gain: Floats
@@ -29,7 +30,10 @@ class OwnProjection:
 
 
 class Weights:
-    """The tensors of a source by name. Raises FormatError for one that is missing or unreadable."""
+    """The tensors of a source by name, dequantised to float32.
+
+    Raises FormatError for one that is missing or cannot be read.
+    """
 
     def __init__(self, source: Source) -> None:
         self._places = {
@@ -45,16 +49,19 @@ class Weights:
         return _read(*self._places[name])
 
     def names(self, prefix: str) -> tuple[str, ...]:
-        """Of the tensors whose name begins so, without the prefix."""
+        """Return the names of the tensors that begin with `prefix`, without it."""
         return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
 
     def rows(self, name: str, numbers: NDArray[np.integer[Any]]) -> Floats:
-        """Some rows [len(numbers), n] of a matrix; the others are not read."""
+        """Read some rows [len(numbers), n] of a matrix, and none of the others."""
         part, tensor = self._places[name]
         return _dequantised(part, tensor, _raw(part, tensor)[numbers])
 
     def own_projection(self, layer: int, n_kv: int) -> OwnProjection:
-        """`n_kv` is n_k + n_v, which a fused tensor does not tell."""
+        """Read a layer's own K/V projections.
+
+        `n_kv` is n_k + n_v, which a fused tensor does not tell.
+        """
         gain = self[f"blk.{layer}.attn_norm.weight"]
         if f"blk.{layer}.attn_qkv.weight" in self:
             weight = self._part(layer, "qkv")[-n_kv:]
@@ -76,7 +83,7 @@ def _read(part: Header, tensor: TensorInfo) -> Floats:
 
 
 def _raw(part: Header, tensor: TensorInfo) -> NDArray[np.uint8]:
-    """The bytes, one row for each row of the tensor."""
+    """Return the bytes, one row for each row of the tensor."""
     start = part.data_start + tensor.offset
     raw = np.memmap(part.path, np.uint8, "r", start, (tensor.size_bytes,))
     return raw.reshape(*tensor.dims[:0:-1], -1)

@@ -29,14 +29,17 @@ _SHAPED = (b"RESHAPE", b"VIEW")
 
 
 class Observer(Protocol):
-    """Gets one window's arrays, first the states, then the layers; they are valid in the call."""
+    """Who gets the arrays of each window, its states first; they are valid during the call only."""
 
     def state(self, boundary: int, rows: Rows) -> None:
-        """The output of layer boundary - 1, [n_tokens, n_embd]."""
+        """Take the output [n_tokens, n_embd] of layer `boundary` - 1."""
 
     def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:
-        """K (before norm and RoPE) [n_tokens, n_k], V [n_tokens, n_v] and the attention mass
-        [n_tokens] that each token receives from later ones, summed over heads and queries."""
+        """Take what layer `layer` computes.
+
+        `k` (before norm and RoPE) is [n_tokens, n_k], `v` [n_tokens, n_v]; `mass` [n_tokens] is the
+        attention that each token receives from later ones, summed over heads and queries.
+        """
 
 
 class _Tensor(ctypes.Structure):
@@ -59,7 +62,7 @@ class _Tensor(ctypes.Structure):
 
 
 class _Reader:
-    """Tensors as numpy arrays: in place where the host sees them, else through one buffer."""
+    """A reader of tensors as numpy arrays: in place if the host sees them, else by one buffer."""
 
     def __init__(self) -> None:
         self._ggml = GgmlLibrary()
@@ -70,7 +73,7 @@ class _Reader:
         return name
 
     def read(self, address: int, tensor: _Tensor) -> Rows:
-        """The values with ggml's dimensions in numpy's order. Raises PopError if not float32."""
+        """Return the values, ggml's dimensions in numpy's order. Raises PopError if not float32."""
         if tensor.type != _F32:
             raise PopError(f"the backend computes {tensor.name.decode()} in another type than F32")
         shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
@@ -97,7 +100,7 @@ class _Reader:
 
 
 class _Taps:
-    """The evaluation callback: collects a layer's three tensors, then hands them on."""
+    """The evaluation callback; it collects a layer's three tensors, then hands them on."""
 
     def __init__(
         self, observer: Observer, boundaries: Sequence[int], layers: Sequence[int]
@@ -157,7 +160,7 @@ class _Taps:
 
 
 def _received(attention: Rows) -> Rows:
-    """Attention [n_head, n_tokens, n_kv] summed over heads and later queries: [n_tokens]."""
+    """Sum attention [n_head, n_tokens, n_kv] over heads and later queries: [n_tokens]."""
     n_head, n_tokens, n_kv = attention.shape
     # A product is several times as fast as a sum over the outer axis.
     total = np.ones(n_head * n_tokens, np.float32) @ attention.reshape(-1, n_kv)
@@ -167,7 +170,7 @@ def _received(attention: Rows) -> Rows:
 
 
 class Reading:
-    """Reads windows one by one; each begins with an empty KV cache."""
+    """A context that reads windows one by one; each begins with an empty KV cache."""
 
     def __init__(self, ctx: Any, taps: _Taps, n_window: int) -> None:
         self._api = bindings()
@@ -177,7 +180,10 @@ class Reading:
         self._batch = TokenBatch(n_window)
 
     def window(self, tokens: Sequence[int]) -> None:
-        """Raises PopError when llama.cpp fails, and whatever the observer or Ctrl-C raises."""
+        """Read one window.
+
+        Raises PopError when llama.cpp fails, and whatever the observer or Ctrl-C raises.
+        """
         self._api.llama_memory_clear(self._api.llama_get_memory(self._ctx), False)
         self._taps.start_window()
         logs.forget_errors()

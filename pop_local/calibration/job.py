@@ -73,7 +73,7 @@ def calibrate(
 
 
 class _Job:
-    """One calibration; observes the model's layers as they are computed (engine.activations)."""
+    """One calibration; it observes the model's layers as they are computed."""
 
     def __init__(
         self,
@@ -174,7 +174,10 @@ class _Job:
                 gram.add(self._x[pair.boundary], y, weights)
 
     def _solve(self) -> None:
-        """Into the state all at once: what is kept when this stops is solved again."""
+        """Put all projections of a group into the state at once.
+
+        What is kept when this stops is solved again.
+        """
         solved: list[tuple[int, NewTensor]] = []
         for (boundary, layer), gram in self._state.grams.items():
             own = self._weights.own_projection(layer, gram.xy.shape[1])
@@ -199,7 +202,7 @@ def _rms_epsilon(source: Source) -> float:
 def _identity(
     plans: Sequence[Plan], source: Source, options: FitOptions, groups: tuple[tuple[Pair, ...], ...]
 ) -> str:
-    """Differs wherever two calibrations would: model, schedules, text, options."""
+    """Return a text that differs wherever two calibrations would."""
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
     if options.text:
         parts.append(hashlib.sha256(whole_text(options.text).encode()).hexdigest())

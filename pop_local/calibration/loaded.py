@@ -13,9 +13,9 @@ from pop_local.engine.llama import backend, logs, opening
 
 
 class LoadedModel:
-    """An opened file, with its sidecar if one is given; raises PopError.
+    """An opened file, with its sidecar if one is given.
 
-    `vocab` and `handle` are llama.cpp's pointers.
+    `vocab` and `handle` are llama.cpp's pointers. Raises PopError.
     """
 
     def __init__(
@@ -57,7 +57,10 @@ class LoadedModel:
 
     @property
     def first_token(self) -> int:
-        """The token that a text of the model's own begins with: BOS, else EOS, else the first."""
+        """The token that the model's own texts begin with.
+
+        It is BOS, else EOS, else the first token of the vocabulary.
+        """
         for token in (
             self._api.llama_vocab_bos(self.vocab),
             self._api.llama_vocab_eos(self.vocab),
@@ -67,7 +70,7 @@ class LoadedModel:
         return 0
 
     def tokenize(self, text: str) -> list[int]:
-        """Without BOS; what looks like a special token is text."""
+        """Return the tokens of a text, without BOS; what looks like a special token is text."""
         raw = text.encode()
         room = len(raw) + 8
         tokens = (ctypes.c_int32 * room)()
@@ -78,7 +81,7 @@ class LoadedModel:
 
     @contextmanager
     def context(self, **params: Any) -> Iterator[Any]:
-        """A context with llama_context_params as given, everything else by default."""
+        """Open a context with some llama_context_params, everything else by default."""
         wanted = self._api.llama_context_default_params()
         wanted.n_threads = wanted.n_threads_batch = self.n_threads
         for name, value in params.items():

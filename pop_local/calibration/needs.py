@@ -21,7 +21,7 @@ _FALLBACK_BYTES = 4 * 10**9
 
 
 class Pair(NamedTuple):
-    """A layer's projections from the state at a boundary: what is fitted at once."""
+    """The projections of a layer from the state at a boundary, which are fitted at once."""
 
     boundary: int
     layer: int
@@ -29,10 +29,11 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a calibration takes. `groups`: the pairs of each pass over the text.
+    """What a calibration takes.
 
-    `sums_bytes`: the Gram matrices of the largest group and the work on them; `total_bytes`: the
-    whole process, weights twice since the backend may repack them.
+    `groups`: the pairs of each pass over the text. `sums_bytes`: the Gram matrices of the largest
+    group and the work on them. `total_bytes`: the whole process, with the weights twice since the
+    backend may repack them.
     """
 
     groups: tuple[tuple[Pair, ...], ...]
@@ -41,7 +42,7 @@ class Needs:
 
 
 def free_bytes() -> int:
-    """The memory that programs could take now."""
+    """Return the memory that programs could take now."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
@@ -54,12 +55,12 @@ def free_bytes() -> int:
 
 
 def sums_limit_bytes(options: FitOptions) -> int:
-    """What the sums of a pass may take: as the options say, else half of what is free."""
+    """Return what the sums of a pass may take: as the options say, else half of what is free."""
     return free_bytes() // 2 if options.memory_bytes is None else options.memory_bytes
 
 
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Needs:
-    """What a fit of all plans takes. Raises CalibrationError for too few tokens."""
+    """Return what a fit of all plans takes. Raises CalibrationError for too few tokens."""
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
     n_sampled = n_sampled_of(n_windows) if options.text is None else 0
     return plan_needs(plans, source, sums_limit_bytes(options), n_sampled)
@@ -97,11 +98,11 @@ def plan_needs(
 
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
-    """A KV cache of F16, and what a batch of `n_rows` that all give logits needs."""
+    """Return what a KV cache of F16 takes, and a batch of `n_rows` that all give logits."""
     cache = 2 * n_cells * sum(shape.kv_macs) // shape.n_embd
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
 
 
 def n_kv(shape: ModelShape, layer: int) -> int:
-    """How many numbers K and V of a layer are, for one token."""
+    """Return how many numbers K and V of a layer are, for one token."""
     return shape.kv_macs[layer] // shape.n_embd

@@ -26,7 +26,10 @@ class FitOptions:
     state_path: Path | None = None
 
     def n_tokens(self, n_embd: int) -> int:
-        """How many tokens are read, in whole windows. Raises CalibrationError for too few."""
+        """Return how many tokens are read, in whole windows.
+
+        Raises CalibrationError for too few.
+        """
         from pop_local.calibration.texts import N_WINDOW, default_tokens, n_windows
 
         if self.tokens is None:
@@ -34,7 +37,7 @@ class FitOptions:
         return n_windows(self.tokens, n_embd) * N_WINDOW
 
     def require_text(self, n_embd: int) -> None:
-        """Refuses what a fit would refuse, before anything is measured. Raises PopError."""
+        """Refuse what a fit would refuse, before anything is measured. Raises PopError."""
         from pop_local.calibration.texts import require_text
 
         self.n_tokens(n_embd)
@@ -42,14 +45,14 @@ class FitOptions:
             require_text(self.text, n_embd)
 
     def at(self, boundary: int) -> "FitOptions":
-        """The same with a state file of its own, for one of several fits."""
+        """Return the options with a state file of their own, for one of several fits."""
         if self.state_path is None:
             return self
         path = self.state_path
         return replace(self, state_path=path.with_name(f"{path.name}-{boundary}"))
 
     def kept(self) -> list[Path]:
-        """The state files that are there, of whatever boundaries (`at`)."""
+        """Return the state files that are there, of whatever boundaries (`at`)."""
         if self.state_path is None:
             return []
         name = glob.escape(self.state_path.name)

@@ -23,9 +23,10 @@ def sample_windows(
     seed: int,
     on_progress: Callable[[int, int], object],
 ) -> NDArray[np.int32]:
-    """Sample `n_windows` sequences of `n_window` tokens, the first being the model's first one.
+    """Sample `n_windows` sequences, int32 [n_windows, n_window], at temperature 1.
 
-    `on_progress(done, total)` counts tokens. Returns int32 [n_windows, n_window].
+    Each begins with the model's first token. `on_progress(done, total)` counts tokens. Raises
+    PopError when llama.cpp fails or its logits are no numbers.
     """
     rng = np.random.default_rng(seed)
     parts = []
@@ -40,13 +41,13 @@ def sample_windows(
 
 
 def _batches(n_windows: int) -> list[int]:
-    """Batches of about equal size, none above MAX_SEQUENCES."""
+    """Split into batches of about equal size, none above MAX_SEQUENCES."""
     n_batches = -(-n_windows // MAX_SEQUENCES)
     return [len(part) for part in np.array_split(np.arange(n_windows), n_batches)]
 
 
 def _fill(tokens: NDArray[np.int32], model: LoadedModel, rng: np.random.Generator) -> Iterator[int]:
-    """Sample all but the first column; yields how many columns there are."""
+    """Sample all but the first column; this yields how many columns there are."""
     n, n_window = tokens.shape
     with model.context(n_ctx=n * n_window, n_batch=n, n_ubatch=n, n_seq_max=n) as ctx:
         batch = StepBatch(n)
@@ -60,7 +61,7 @@ def _fill(tokens: NDArray[np.int32], model: LoadedModel, rng: np.random.Generato
 
 
 def draw(logits: NDArray[np.float32], chance: float) -> int:
-    """The token at which the cumulated probabilities pass `chance`; logits [n_vocab]."""
+    """Return the token at which the cumulated probabilities of logits [n_vocab] pass `chance`."""
     weights = np.exp(logits - logits.max())
     starts = np.arange(0, weights.size, _BLOCK)
     ends = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
@@ -88,13 +89,14 @@ class StepBatch:
             self.raw.logits[row] = True
 
     def fill(self, tokens: NDArray[np.int32], pos: int) -> None:
+        """Put in the next token of each sequence."""
         self._token[:] = tokens
         self._pos[:] = pos
 
     def decode(
         self, ctx: object, tokens: NDArray[np.int32], pos: int, n_vocab: int
     ) -> NDArray[np.float32]:
-        """Logits [n, n_vocab], valid until the next call."""
+        """Return the logits [n, n_vocab], which are valid until the next call. Raises PopError."""
         self.fill(tokens, pos)
         logs.forget_errors()
         code = self._api.llama_decode(ctx, self.raw)

@@ -18,7 +18,7 @@ from pop_local.calibration.texts import CalibrationError, CalibrationText
 
 @dataclass
 class State:
-    """`grams` of the group of pairs at work, after `n_done` of the text's windows.
+    """How far a calibration is: the `grams` of the group at work after `n_done` windows.
 
     `groups`: the pairs of each pass over the text. `tensors`: those of the groups before the one at
     work, by boundary.
@@ -33,7 +33,7 @@ class State:
 
 
 def save(path: Path, identity: str, state: State) -> None:
-    """Write beside `path`, then replace it. Raises WriteError."""
+    """Write the state beside `path`, then replace it. Raises WriteError."""
     arrays: dict[str, Any] = {"windows": state.text.windows}
     for number, gram in enumerate(state.grams.values()):
         arrays[f"xx.{number}"], arrays[f"xy.{number}"] = gram.xx, gram.xy
@@ -67,7 +67,7 @@ def save(path: Path, identity: str, state: State) -> None:
 
 
 def load(path: Path, identity: str) -> State | None:
-    """The state that `save` wrote, None when there is no file.
+    """Return the state that `save` wrote, None when there is no file.
 
     Raises CalibrationError when it is damaged, or of another model, text or setting.
     """
@@ -92,7 +92,7 @@ def load(path: Path, identity: str) -> State | None:
 
 
 def kept_boundaries(path: Path) -> tuple[int, ...]:
-    """Of the plans whose calibration is kept; none when there is no file.
+    """Return the boundaries of the plans whose calibration is kept, none without a file.
 
     Raises CalibrationError when it is damaged.
     """

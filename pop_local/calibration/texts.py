@@ -25,12 +25,15 @@ _LEAST_DISTINCT = 16
 
 
 class CalibrationError(PopError):
-    """The text cannot be used, or is too short."""
+    """The text cannot be used, or is too short; or a kept calibration cannot go on."""
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows [n_windows, N_WINDOW]; `sha256` is of the text, of the tokens if some are sampled."""
+    """The windows [n_windows, N_WINDOW] that projections are fitted on.
+
+    `sha256` is of the text, or of the tokens where some are sampled.
+    """
 
     name: str
     sha256: str
@@ -42,21 +45,27 @@ class CalibrationText:
 
 
 def default_tokens(n_embd: int) -> int:
-    """24 tokens for each dimension of the state, 16k at least, in pairs of windows.
+    """Return 24 tokens for each dimension of the state, 16k at least, in pairs of windows.
 
-    The error of the fit falls like n_embd / n_tokens: 16k where n_embd is 640, 96k for 4096.
+    The error of the fit falls like n_embd / n_tokens: it is 16k where n_embd is 640, 96k for 4096.
     """
     pair = 2 * N_WINDOW
     return max(16 * 1024, -(-24 * n_embd // pair) * pair)
 
 
 def least_tokens(n_embd: int) -> int:
-    """Fewer leave the fit to the ridge: as many tokens as dimensions, four windows at least."""
+    """Return as many tokens as the state has dimensions, four windows at least.
+
+    Fewer would leave the fit to the ridge.
+    """
     return max(4, -(-n_embd // N_WINDOW)) * N_WINDOW
 
 
 def n_windows(n_tokens: int, n_embd: int) -> int:
-    """Raises CalibrationError for fewer tokens than the model needs."""
+    """Return how many windows hold so many tokens.
+
+    Raises CalibrationError for fewer tokens than the model needs.
+    """
     least = least_tokens(n_embd)
     if n_tokens < least:
         default = default_tokens(n_embd)
@@ -71,14 +80,17 @@ def n_windows(n_tokens: int, n_embd: int) -> int:
 
 
 def n_sampled_of(count: int) -> int:
-    """How many of the windows of `own_text` are samples."""
+    """Return how many of the windows of `own_text` are samples."""
     return count // 2
 
 
 def own_text(
     model: LoadedModel, count: int, on_progress: Callable[[int, int], object]
 ) -> CalibrationText:
-    """Half topics of Python's documentation, half samples of the model; no download."""
+    """Make a text of Python's documentation and samples of the model, half and half.
+
+    Nothing is downloaded. `on_progress` gets (done_tokens, total_tokens) of the sampling.
+    """
     n_sampled = n_sampled_of(count)
     topics = _cut(model, _topics(), count - n_sampled)
     sampled = sample_windows(model, n_sampled, N_WINDOW, seed=SEED, on_progress=on_progress)
@@ -87,7 +99,7 @@ def own_text(
 
 
 def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> CalibrationText:
-    """Windows spread evenly over a text; of a shorter text, all there are.
+    """Cut windows out of a text, spread evenly; of a shorter text, all there are.
 
     Raises CalibrationError when the text is empty, binary, too short, or of one phrase.
     """
@@ -106,7 +118,7 @@ def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> Calib
 
 
 def require_text(path: Path, n_embd: int) -> None:
-    """Raises PopError where `given_text` certainly would, without a model to count tokens."""
+    """Raise PopError where `given_text` certainly would, without a model to count tokens."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise CalibrationError(
             f"{path} is neither a file nor a folder", "save the text first: it is read twice"
@@ -124,7 +136,7 @@ def _too_short(path: Path, found: str, least: int) -> CalibrationError:
 
 
 def whole_text(path: Path) -> str:
-    """A file, or all texts below a folder in the order of their names. Raises PopError."""
+    """Read a file, or all texts below a folder in the order of their names. Raises PopError."""
     if not path.is_dir():
         return read_text(path)
     parts: list[str] = []
@@ -146,7 +158,7 @@ def _topics() -> str:
 
 
 def _cut(model: LoadedModel, text: str, count: int) -> Windows:
-    """Up to `count` windows, spread evenly; each begins as the model wants a text to begin."""
+    """Cut up to `count` windows, spread evenly; each begins as the model wants a text to begin."""
     prefix = list(model.prefix)
     n_text = N_WINDOW - len(prefix)
     n_chars = n_text * _MAX_CHARS_PER_TOKEN

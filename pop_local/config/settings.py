@@ -31,7 +31,10 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 @dataclass(frozen=True)
 class Setting:
-    """`default`: what holds when nobody sets it, for people; `least` and `most` are inclusive."""
+    """A setting that a user may make.
+
+    `default` says for people what holds when nobody sets it; `least` and `most` are inclusive.
+    """
 
     key: str
     kind: type[int] | type[float] | type[str]
@@ -42,6 +45,7 @@ class Setting:
 
     @property
     def variable(self) -> str:
+        """The variable of the environment that sets it."""
         return PREFIX + self.key.upper()
 
 
@@ -64,7 +68,7 @@ KEYS = tuple(setting.key for setting in SETTINGS)
 
 @dataclass(frozen=True)
 class Value:
-    """What a setting is and who says so; `where` is the file or the variable."""
+    """What a setting is, and who says so; `where` is the file or the variable."""
 
     key: str
     value: Scalar | None
@@ -73,14 +77,14 @@ class Value:
 
 
 def config_path() -> Path:
-    """The user's file: $POP_LOCAL_CONFIG, else config.toml in the user's configuration folder."""
+    """Return $POP_LOCAL_CONFIG, else config.toml in the user's configuration folder."""
     if chosen := os.environ.get(CONFIG_VARIABLE):
         return Path(chosen).expanduser()
     return platformdirs.user_config_path("pop-local") / "config.toml"
 
 
 def load() -> tuple[Value, ...]:
-    """All settings in their order. Raises PopError naming file or variable, line and key."""
+    """Return all settings in their order. Raises PopError naming file or variable, line and key."""
     in_file = _from_file(config_path())
     return tuple(
         _from_environment(setting) or in_file.get(setting.key) or Value(setting.key, None)
@@ -89,22 +93,23 @@ def load() -> tuple[Value, ...]:
 
 
 def given() -> dict[str, Scalar]:
-    """The settings that someone set, by key."""
+    """Return the settings that someone set, by key. Raises PopError as `load` does."""
     return {value.key: value.value for value in load() if value.value is not None}
 
 
 def get(key: str) -> Scalar | None:
+    """Return the value of a setting, None where nobody set it. Raises PopError as `load` does."""
     return next(value.value for value in load() if value.key == key)
 
 
 def unknown_variables() -> list[str]:
-    """Variables of the environment that look like settings and are none."""
+    """Return variables of the environment that look like settings and are none."""
     known = {*_OTHER_VARIABLES, *(setting.variable for setting in SETTINGS)}
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
 def find(key: str) -> Setting:
-    """The setting of that name. Raises PopError naming the nearest one."""
+    """Return the setting of that name. Raises PopError naming the nearest one."""
     for setting in SETTINGS:
         if setting.key == key:
             return setting
@@ -113,7 +118,7 @@ def find(key: str) -> Setting:
 
 
 def parse(setting: Setting, text: str) -> Scalar:
-    """A value as typed. Raises PopError saying what it should be."""
+    """Parse a value as typed. Raises PopError saying what it should be."""
     if setting.kind is str:
         return text
     try:
@@ -140,7 +145,7 @@ def _from_file(path: Path) -> dict[str, Value]:
 
 
 def read_text(path: Path) -> str:
-    """The file's text, empty when there is none. Raises PopError."""
+    """Read the file's text, empty when there is no file. Raises PopError."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -152,6 +157,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_file(path: Path, text: str) -> Mapping[str, Any]:
+    """Parse the file's text. Raises PopError naming the line of a mistake."""
     try:
         values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

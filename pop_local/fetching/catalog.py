@@ -23,11 +23,11 @@ def fetch(
     *,
     force: bool = False,
 ) -> Path:
-    """The model's file, fetched and checked if it is not there yet.
+    """Fetch a model of the catalog unless it is there, check it, and return its file.
 
     `on_progress` gets (done_bytes, total_bytes) of the download. Parts that have arrived are kept
-    in the folder when it is interrupted, and used by the next run. `force` replaces another file
-    of that name.
+    in the folder when it is interrupted, and used by the next run. `force` replaces another file of
+    that name. Raises PopError.
     """
     model = find(name)
     folder = folder or models_dir()

@@ -32,9 +32,10 @@ _AGAIN = "check the network and run this again: it goes on with what has arrived
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to fetch. `identity`: what it is, also when its address changes; "" for the address.
+    """A file to fetch.
 
-    `headers` go to the address' own host only. `sha256` is "" when nobody knows it.
+    `identity` says what it is, also when its address changes; "" takes the address. `headers` go to
+    the address' own host only. `sha256` is "" when nobody knows it.
     """
 
     url: str
@@ -45,9 +46,10 @@ class Remote:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a partial file is a part of; `validator` is the server's strong ETag or its date.
+    """What a partial file is a part of.
 
-    `identity` is hashed, since addresses may hold secrets.
+    `validator` is the server's strong ETag or its date. `identity` is hashed, since addresses may
+    hold secrets.
     """
 
     identity: str
@@ -56,7 +58,7 @@ class _Origin:
 
 
 def without_secrets(url: str) -> str:
-    """The address without user, password and query."""
+    """Return the address without user, password and query."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -207,7 +209,7 @@ class _Transfer:
         self._sha256 = digest.hexdigest()
 
     def _hashed(self, n_bytes: int) -> "hashlib._Hash":
-        """Of what arrived in an earlier attempt; the rest is hashed while it arrives."""
+        """Hash what arrived in an earlier attempt; the rest is hashed while it arrives."""
         digest = hashlib.sha256()
         if n_bytes:
             with self._partial.open("rb") as file:
@@ -245,7 +247,7 @@ class _Transfer:
         )
 
     def _origin(self) -> _Origin | None:
-        """Of a partial file that can be gone on with."""
+        """Return the origin of a partial file that can be gone on with."""
         try:
             origin = _Origin(**json.loads(self._origin_file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):

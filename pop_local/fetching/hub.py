@@ -28,7 +28,10 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 
 @dataclass(frozen=True)
 class HubFile:
-    """`sha256` is "" for a file that the hub keeps in git itself, which happens to tiny ones."""
+    """A file of a repository, its size and its hash.
+
+    `sha256` is "" for a file that the hub keeps in git itself, which happens to tiny ones.
+    """
 
     name: str
     size_bytes: int
@@ -46,15 +49,17 @@ class HubModel:
 
     @property
     def size_bytes(self) -> int:
+        """The size of all its files in bytes."""
         return sum(file.size_bytes for file in self.files)
 
 
 def is_hub(name: str) -> bool:
+    """Tell whether a name means a model of a hub."""
     return name.lower().startswith(PREFIX)
 
 
 def find_on_hub(name: str) -> HubModel:
-    """The model meant by hf:OWNER/REPO[:FILE]; FILE may be a part of its name, as Q4_K_M.
+    """Find the model meant by hf:OWNER/REPO[:FILE]; FILE may be a part of its name, as Q4_K_M.
 
     Raises PopError for a repository that is not there or not open to the user, and listing the
     choices for a name that fits no file, or several.
@@ -76,9 +81,10 @@ def find_on_hub(name: str) -> HubModel:
 
 
 def fetch_from_hub(model: HubModel, folder: Path, advance: Advance, *, force: bool) -> Path:
-    """The model's files in `folder`, checked against the hub's hashes; the path of the first.
+    """Fetch a model's files into `folder`, and return the path of the first.
 
-    Files that are there already are kept; others of the same name are refused unless `force`.
+    They are checked against the hub's hashes. Files that are there already are kept; others of the
+    same name are refused unless `force`. `advance` gets (done_bytes, total_bytes). Raises PopError.
     """
     names = [PurePosixPath(usual_ending(file.name)).name for file in model.files]
     targets = [folder / harmless(name) for name in names]
@@ -138,7 +144,7 @@ def _client() -> "HfApi":
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Turns the client's exceptions into one line."""
+    """Turn the client's exceptions into one line."""
     from huggingface_hub import errors
 
     try:

@@ -29,7 +29,7 @@ class Choice:
 
 
 def choices(files: Sequence[str]) -> tuple[Choice, ...]:
-    """The models among a repository's files; the parts of a split one are one.
+    """Return the models among a repository's files; the parts of a split one are one.
 
     Raises PopError when parts are missing.
     """
@@ -45,7 +45,7 @@ def choices(files: Sequence[str]) -> tuple[Choice, ...]:
 
 
 def usual_ending(file: str) -> str:
-    """NAME.gguf for NAME.GGUF, too: what llama.cpp expects of the parts of a split model."""
+    """Return NAME.gguf for NAME.GGUF, too, as llama.cpp expects of a split model's parts."""
     return file[: -len(SUFFIX)] + SUFFIX
 
 
@@ -58,7 +58,7 @@ def _parts(first: SplitPart, by_name: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def choose(repo: str, files: Sequence[str], wanted: str) -> Choice:
-    """The model named by `wanted`: a file, or a part of its name; "" for the usual one.
+    """Return the model named by `wanted`: a file, or a part of its name; "" for the usual one.
 
     Raises PopError listing the choices when there is none, or more than one.
     """
@@ -86,7 +86,10 @@ def _named(known: Sequence[Choice], models: list[Choice], wanted: str) -> list[C
 
 
 def _matching(models: list[Choice], wanted: str) -> list[Choice]:
-    """Those whose name contains it, in any case; as a word of its own when some do (F16, BF16)."""
+    """Return the models whose name contains `wanted`, in any case.
+
+    Where it is a word of its own in some, they alone are meant (F16, BF16).
+    """
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     word = re.compile(rf"(?<![a-z0-9]){re.escape(wanted.lower())}(?![a-z0-9_])")
     whole = [choice for choice in contained if word.search(choice.name.lower())]

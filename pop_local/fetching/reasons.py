@@ -4,7 +4,10 @@ import ssl
 
 
 def reason_of(error: BaseException) -> str:
-    """What OpenSSL or the system says is wrong, as far down as it is the cause; else the class."""
+    """Return what OpenSSL or the system says is wrong, as far down as it is the cause.
+
+    Where neither says anything, it is the class of the error.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):

@@ -15,15 +15,16 @@ _CHUNK_BYTES = 1 << 20
 
 
 def nothing(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Tell nobody."""
 
 
 def harmless(name: str) -> str:
-    """A name given by a server, as a file name that is one everywhere; may be empty."""
+    """Turn a name given by a server into a file name that is one everywhere; it may be empty."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
 
 
 def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -32,10 +33,10 @@ def file_sha256(path: Path) -> str:
 
 
 def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
-    """Whether the file is there already, so that nothing need be fetched.
+    """Tell whether the file is there already, so that nothing need be fetched.
 
-    Without a `sha256` nobody can tell. Raises OutputExistsError when another file has that name
-    and `force` does not let it be replaced.
+    Without a `sha256` nobody can tell. Raises PopError for a folder, and OutputExistsError when
+    another file has that name and `force` does not let it be replaced.
     """
     if target.is_dir():
         raise PopError(
@@ -59,7 +60,10 @@ def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
 
 @contextmanager
 def alone(target: Path) -> Iterator[None]:
-    """Two at once would write into each other's partial file. Raises PopError."""
+    """Keep others from fetching to the same place; two would write into one partial file.
+
+    Raises PopError when another process is at it.
+    """
     from filelock import FileLock, Timeout
 
     lock = target.with_name(f".{target.name}.lock")
@@ -77,6 +81,7 @@ def alone(target: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise PopError when the folder's disk has not so many bytes free for `what`."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise PopError(

@@ -12,14 +12,16 @@ SCHEMES = ("https://", "http://")
 
 
 def is_url(name: str) -> bool:
+    """Tell whether a name is an address."""
     return name.lower().startswith(SCHEMES)
 
 
 def fetch_url(url: str, folder: Path, sha256: str, advance: Advance, *, force: bool) -> Path:
-    """The file at `url`, put into `folder` under its own name; `sha256` may be "".
+    """Fetch the file at `url` into `folder` under its own name, and return its path.
 
-    A file that is there already is returned when its hash is the given one, and otherwise refused
-    unless `force` says to replace it.
+    `sha256` may be "". A file that is there already is returned when its hash is the given one, and
+    otherwise refused unless `force` says to replace it. `advance` gets (done_bytes, total_bytes).
+    Raises PopError.
     """
     target = folder / file_name(url)
     if is_there(target, sha256, f"the file of sha256 {sha256}", force=force):
@@ -30,7 +32,10 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Advance, *, force: b
 
 
 def file_name(url: str) -> str:
-    """The last part of the address, as a file name that is harmless everywhere."""
+    """Return the last part of the address, as a file name that is harmless everywhere.
+
+    Raises PopError for an address without a host or such a part.
+    """
     parts = urlsplit(url)
     if not parts.hostname:
         raise PopError(

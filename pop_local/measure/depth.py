@@ -26,12 +26,12 @@ LEAST_LIMIT = 1.05
 
 @dataclass(frozen=True)
 class Depth:
-    """One boundary.
+    """One boundary, measured cheaply.
 
-    `retention`: as in `Quality`, with the layers' own projections; `lost_retention`: what skipping
+    `retention`: as in `Quality`, with the layers' own projections. `lost_retention`: what skipping
     the layer at the boundary loses on top of those above it, as a part of the full model's gain.
-    Both None where the full model has none. `own` and `fitted`: with which projections prose was
-    measured; both None where it was not worth it.
+    Both are None where the full model has none. `own` and `fitted`: with which projections prose
+    was measured; both are None where it was not worth it.
     """
 
     boundary: int
@@ -52,7 +52,10 @@ class Depth:
 
 
 def boundaries(shape: ModelShape) -> tuple[int, ...]:
-    """From the last layer alone down to half of all. Raises PlanError for a model of one layer."""
+    """Return the boundaries from the last layer alone down to half of all.
+
+    Raises PlanError for a model of one layer.
+    """
     if shape.n_layer < 2:
         raise PlanError("a model of one layer has none that could be skipped")
     return tuple(range(shape.n_layer - 1, max(1, shape.n_layer // 2) - 1, -1))
@@ -65,7 +68,11 @@ def measure_cliff(
     n_prompt: int,
     on_progress: Callable[[int, int], None],
 ) -> tuple[Depth, ...]:
-    """One for each of `boundaries`; the speed-up limits are for prompts of `n_prompt` tokens."""
+    """Measure the retention at each of `boundaries`, and what each layer adds to its loss.
+
+    The speed-up limits are for prompts of `n_prompt` tokens; `on_progress` gets (done_tokens,
+    total_tokens).
+    """
     tried = boundaries(shape)
     retentions = measure_retention(reference, model, tried, on_progress)
     n_full = model.rule.sink_tokens + model.rule.tail_tokens
@@ -82,10 +89,10 @@ def measure_cliff(
 
 
 def worth_measuring(depths: Sequence[Depth]) -> tuple[int, ...]:
-    """Boundaries that may keep enough of copying for the loosest budget, and the one past them.
+    """Return the boundaries that may keep enough of copying, and the one past them.
 
-    The likeliest to be chosen first, the shallowest where the model does not copy; not those that
-    could save next to nothing.
+    Enough is what the loosest budget asks. The likeliest to be chosen comes first, the shallowest
+    where the model does not copy; boundaries that could save next to nothing are left out.
     """
     hopeful = [may_copy(FAST, depth.retention) for depth in depths]
     n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
@@ -99,7 +106,7 @@ def worth_measuring(depths: Sequence[Depth]) -> tuple[int, ...]:
 def with_qualities(
     depths: Sequence[Depth], own: Mapping[int, Quality], fitted: Mapping[int, Quality]
 ) -> tuple[Depth, ...]:
-    """By boundary."""
+    """Return the depths with the qualities of their boundaries."""
     return tuple(
         replace(depth, own=own.get(depth.boundary), fitted=fitted.get(depth.boundary))
         for depth in depths
@@ -107,14 +114,20 @@ def with_qualities(
 
 
 def deepest_within(budget: Budget, depths: Sequence[Depth]) -> Depth | None:
-    """By the figures with a fit, where none was made by those of the own projections."""
+    """Return the deepest within a budget, None when there is none.
+
+    The figures with a fit count, where none was made those of the own projections.
+    """
     verdicts = {d.boundary: is_inside(budget, d.quality) for d in depths if d.quality is not None}
     deepest = deepest_inside(verdicts)
     return next((depth for depth in depths if depth.boundary == deepest), None)
 
 
 def _losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
-    """Of boundaries one below the other; what is worse than not copying at all counts as that."""
+    """Return what each of some boundaries, one below the other, loses.
+
+    What is worse than not copying at all counts as that.
+    """
     losses: list[float | None] = []
     before = 1.0
     for retention in retentions:

@@ -20,7 +20,7 @@ _CHUNK_VALUES = 1 << 17
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits (n, n_vocab), and the log of the sum of their exponentials (n), in nats."""
+    """Logits [n, n_vocab], and the log of the sum of their exponentials [n], in nats."""
 
     logits: Logits
     log_z: Floats
@@ -28,7 +28,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Per token: negative log-likelihood in nats, and whether it was the model's first choice."""
+    """The negative log-likelihood of tokens [n] in nats; whether they were the first choice [n]."""
 
     nll: Floats
     is_top1: Flags
@@ -36,14 +36,14 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Per position: KL(full || pruned) in nats, and whether both have the same first choice."""
+    """KL(full || pruned) at positions [n] in nats; whether both first choices are the same [n]."""
 
     kl: Floats
     same_top1: Flags
 
 
 def predictions(logits: Logits) -> Predictions:
-    """Of logits (n, n_vocab), which are kept."""
+    """Return the predictions of logits [n, n_vocab], which are kept, not copied."""
     log_z = np.empty(len(logits))
     for rows in _chunks(logits):
         largest = logits[rows].max(axis=1).astype(np.float64)
@@ -53,13 +53,13 @@ def predictions(logits: Logits) -> Predictions:
 
 
 def likelihood(predicted: Predictions, targets: NDArray[np.int64]) -> Likelihood:
-    """Of the targets (n)."""
+    """Score the targets [n]."""
     of_targets = np.take_along_axis(predicted.logits, targets[:, None], axis=1)[:, 0]
     return Likelihood(predicted.log_z - of_targets, predicted.logits.argmax(axis=1) == targets)
 
 
 def divergence(full: Predictions, pruned: Predictions) -> Divergence:
-    """Of the predictions of the same tokens."""
+    """Compare the predictions of the same tokens."""
     kl = pruned.log_z - full.log_z
     for rows in _chunks(full.logits):
         p = full.logits[rows] - full.log_z[rows, None]

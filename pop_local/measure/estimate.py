@@ -27,7 +27,7 @@ class Estimate:
 
 
 def mean(per_window: Floats | Flags) -> Estimate:
-    """Of (n_windows, ...) numbers or flags."""
+    """Return the mean of numbers or flags [n_windows, ...]."""
     windows = per_window.reshape(len(per_window), -1).mean(axis=1, dtype=np.float64)
     n = len(windows)
     se = float(windows.std(ddof=1)) / math.sqrt(n) if n > 1 else None
@@ -35,25 +35,25 @@ def mean(per_window: Floats | Flags) -> Estimate:
 
 
 def exp_mean(per_window: Floats) -> Estimate:
-    """exp of the mean, as in a perplexity; its error to first order."""
+    """Return exp of the mean, as in a perplexity; its error is to first order."""
     inner = mean(per_window)
     value = math.exp(inner.value)
     return Estimate(value, None if inner.se is None else value * inner.se)
 
 
 def ratio(upper: Floats, lower: Floats) -> Estimate:
-    """Of the means of two figures of the same windows (n_windows); its error to first order."""
+    """Return the ratio of two figures' means [n_windows]; its error is to first order."""
     value = float(upper.mean() / lower.mean())
     return Estimate(value, mean((upper - value * lower) / lower.mean()).se)
 
 
 def quantile(per_window: Floats, share: float) -> Estimate:
-    """Over all values of (n_windows, n_tokens)."""
+    """Return a quantile of all values [n_windows, n_tokens]."""
     return redrawn(per_window, lambda windows: float(np.quantile(windows, share)))
 
 
 def redrawn(per_window: Floats, figure: Callable[[Floats], float]) -> Estimate:
-    """Any figure of (n_windows, ...), its error by drawing the windows again (bootstrap)."""
+    """Return any figure of [n_windows, ...]; its error is by drawing windows again (bootstrap)."""
     value, n = figure(per_window), len(per_window)
     if n < 2:
         return Estimate(value, None)

@@ -37,22 +37,23 @@ class Pruning:
 
 
 def always_skip(boundary: int) -> Pruning:
-    """The stage-agnostic baseline: every token skips the layers, those that are predicted, too.
+    """Return the stage-agnostic baseline, in which every token skips the layers.
 
-    The model is then its first layers and its head, as in ShortGPT (Men et al., 2024).
+    Those that are predicted skip them, too: the model is its first layers and its head, as in
+    ShortGPT (Men et al., 2024).
     """
     return Pruning(boundary, Mode.ALWAYS, Mode.ALWAYS)
 
 
 def n_pruned(rule: RowRule, n_context: int, mode: Mode) -> int:
-    """How many tokens of a context must stop at the boundary."""
+    """Return how many tokens of a context must stop at the boundary."""
     if mode is Mode.CONTEXT:
         return plan_prefill(0, n_context, rule, n_context).n_pruned
     return n_context if mode is Mode.ALWAYS else 0
 
 
 def use_rule(model: PopModel, rule: RowRule) -> None:
-    """Let the model's prefills follow another rule; empties the KV cache."""
+    """Let the model's prefills follow another rule; this empties the KV cache."""
     if rule.sink_tokens != model.rule.sink_tokens:
         backend.set_sink(model.ctx, rule.sink_tokens)
     model.rule = rule
@@ -61,7 +62,10 @@ def use_rule(model: PopModel, rule: RowRule) -> None:
 
 @contextmanager
 def forced(model: PopModel) -> Iterator["Forced"]:
-    """For teacher forcing; afterwards mode and boundary are as before and the cache is empty."""
+    """Open a model for teacher forcing.
+
+    Afterwards mode and boundary are as before, and the KV cache is empty.
+    """
     mode, boundary = model.pop_mode, model.boundary
     reader = Forced(model)
     try:
@@ -74,9 +78,10 @@ def forced(model: PopModel) -> Iterator["Forced"]:
 
 
 class Forced:
-    """Use it through `forced`: it goes round the model's own record of its KV cache.
+    """A model that is told what to read and what to predict; `forced` makes one.
 
-    Contexts of any length are pruned: `min_prompt` is a matter of speed.
+    It goes round the model's own record of its KV cache. Contexts of any length are pruned:
+    `min_prompt` is a matter of speed.
     """
 
     def __init__(self, model: PopModel) -> None:
@@ -139,7 +144,7 @@ class Forced:
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
 
     def _logits(self, n_rows: int) -> Logits:
-        """Of the last batch's outputs; the next batch overwrites them."""
+        """Return the last batch's outputs, which the next batch overwrites."""
         buffer = self._api.llama_get_logits(self._ctx)
         return np.ctypeslib.as_array(buffer, (n_rows, self._n_vocab))
 

@@ -14,14 +14,14 @@ _COMPARABLE = 2.0
 
 @dataclass(frozen=True)
 class FullCost:
-    """Seconds of a full prefill; measured on this machine, or by multiply-accumulates."""
+    """The seconds of a full prefill, measured on this machine or by multiply-accumulates."""
 
     seconds: float
     is_measured: bool
 
 
 class FullCosts:
-    """Remembers the prompts that were read in full."""
+    """A record of prompts that were read in full, and what it says of others."""
 
     def __init__(self, shape: ModelShape | None, boundary: int) -> None:
         self._shape = shape
@@ -29,11 +29,12 @@ class FullCosts:
         self._measured: list[TurnStats] = []
 
     def record(self, stats: TurnStats) -> None:
+        """Remember a prompt if it was read in full."""
         if stats.n_pruned == 0 and stats.n_full >= _LEAST_TOKENS:
             self._measured.append(stats)
 
     def of(self, stats: TurnStats) -> FullCost:
-        """Of the prompt tokens that were evaluated; those that were cached stay so."""
+        """Return what reading this prompt in full takes; tokens that were cached stay cached."""
         if stats.n_pruned == 0:
             return FullCost(stats.prefill_s, is_measured=True)
         rates = [full.prefill_s / full.n_full for full in self._measured if _like(full, stats)]
@@ -48,7 +49,7 @@ class FullCosts:
         return full / self._macs(stats, self._boundary)
 
     def _macs(self, stats: TurnStats, boundary: int | None) -> int:
-        """Of the new tokens: a prefill of all less one of what was cached, none of it full."""
+        """Count the new tokens' work: that of all less that of the cached, none of it full."""
         assert self._shape is not None
         whole = prefill_macs(self._shape, stats.n_prompt, boundary, stats.n_full)
         if not stats.n_cached:

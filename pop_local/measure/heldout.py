@@ -17,7 +17,7 @@ TextTokens = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Text:
-    """Parts that no window goes across, such as several kinds of text."""
+    """A text in parts that no window goes across, such as several kinds of text."""
 
     name: str
     parts: tuple[str, ...]
@@ -28,39 +28,40 @@ class Text:
 
 
 def shipped_text() -> Text:
-    """Prose, dialogue, code and tables, one part each."""
+    """Return prose, dialogue, code and tables, one part each."""
     folder = importlib.resources.files("pop_local") / "data" / "heldout"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
     return Text("held-out text of pop-local", tuple(f.read_text("utf-8") for f in files))
 
 
 def shipped_part(name: str) -> str:
-    """One kind of the shipped text."""
+    """Return one kind of the shipped text."""
     path = importlib.resources.files("pop_local") / "data" / "heldout" / f"{name}.txt"
     return path.read_text("utf-8")
 
 
 def given_text(path: Path) -> Text:
-    """A file as one part. Raises PopError when it cannot be read, is no text or holds none."""
+    """Read a file as one part. Raises PopError when it cannot be read, is no text or holds none."""
     return Text(path.name, (read_text(path),))
 
 
 def tokenize(model: PopModel, text: Text) -> tuple[tuple[int, ...], ...]:
-    """The tokens of each part, without BOS."""
+    """Return the tokens of each part, without BOS."""
     return tuple(
         tuple(model.tokenize(part.encode(), add_bos=False, special=False)) for part in text.parts
     )
 
 
 def room(texts: TextTokens, n_tokens: int) -> int:
-    """How many windows of n_tokens `spread_windows` finds."""
+    """Return how many windows of `n_tokens` `spread_windows` finds."""
     return sum(len(text) // n_tokens for text in texts)
 
 
 def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Sequence[int]]:
-    """Windows of n_tokens that do not overlap, spread evenly over all parts and within each.
+    """Return windows of `n_tokens` that do not overlap, spread evenly over all parts.
 
-    Parts too short for their share leave it to the others. Raises PopError when all are too short.
+    They are spread within each part, too. Parts too short for their share leave it to the others.
+    Raises PopError when the parts are too short for `n_windows`.
     """
     rooms = [len(text) // n_tokens for text in texts]
     if sum(rooms) < n_windows:
@@ -79,7 +80,7 @@ def spread_windows(texts: TextTokens, n_windows: int, n_tokens: int) -> list[Seq
 
 
 def _shares(room: list[int], n_windows: int) -> list[int]:
-    """As equal as room allows; the first parts get what does not divide."""
+    """Share out windows as equally as room allows; the first parts get what does not divide."""
     shares = [0] * len(room)
     for _ in range(n_windows):
         open_parts = [part for part, limit in enumerate(room) if shares[part] < limit]

@@ -13,11 +13,11 @@ from pop_local.measure.estimate import Estimate, mean, redrawn
 
 @dataclass(frozen=True)
 class Stage:
-    """I_l of each layer, in squares of nats, summed over a window's answer rows.
+    """The importance I_l of each layer, in squares of nats, summed over a window's answer rows.
 
-    Of the last third of the layers and of the others the median layer, since single layers make up
-    most of a mean, and the mean. `median_ratio`: of the last third to the others, None where those
-    add nothing.
+    Of the last third of the layers and of the others there are the median layer, since single
+    layers make up most of a mean, and the mean. `median_ratio` is the last third's to the others',
+    None where those add nothing.
     """
 
     layers: tuple[Estimate, ...]
@@ -30,7 +30,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Importance:
-    """`n_context` and `n_answer`: tokens of each window that prefill and decode gates apply to."""
+    """Both stages; `n_context` and `n_answer` are the tokens of a window that each gate scales."""
 
     n_windows: int
     n_context: int
@@ -48,7 +48,11 @@ def measure_importance(
     seed: int,
     on_progress: Callable[[int, int], object],
 ) -> Importance:
-    """Of windows of equal length, their first tokens as the model wants a text to begin."""
+    """Estimate the importance of layers (converter.gates) from windows of equal length.
+
+    Their first tokens are as the model wants a text to begin. `on_progress` is as in
+    `gate_gradients`.
+    """
     tokens = np.array(windows, np.int32)
     found = gate_gradients(
         decoder, tokens, n_context, n_batch=n_batch, seed=seed, on_progress=on_progress
@@ -63,7 +67,7 @@ def measure_importance(
 
 
 def _stage(squares: NDArray[np.float64]) -> Stage:
-    """Of squared gradients [n_windows, n_layer]."""
+    """Summarise squared gradients [n_windows, n_layer]."""
     n_layer = squares.shape[1]
     n_others = n_layer - max(1, n_layer // 3)
     last, others = squares[:, n_others:], squares[:, :n_others]

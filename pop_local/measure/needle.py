@@ -25,7 +25,7 @@ _QUESTION = "{document}\n\nWhat is the access code of the {place}? Answer with t
 
 @dataclass(frozen=True)
 class Needle:
-    """Answers that contained the fact, out of `n`; the document has about `n_tokens`."""
+    """How many of `n` answers contained the fact; the document has about `n_tokens`."""
 
     n: int
     n_tokens: int
@@ -41,7 +41,7 @@ class _Hidden:
 
 
 def context_tokens() -> int:
-    """The context that `measure_needle` needs at least."""
+    """Return the context in tokens that `measure_needle` needs at least."""
     return N_TOKENS + _N_AROUND + MAX_ANSWER_TOKENS
 
 
@@ -52,11 +52,12 @@ def measure_needle(
     seed: int,
     on_progress: Callable[[int, int], None],
 ) -> tuple[Needle, ...]:
-    """Ask for each fact, in full once and pruned at each boundary (other than the file's: own).
+    """Ask for each fact, in full once and pruned at each boundary.
 
-    A model without a chat template completes a sentence instead. `on_progress` gets
-    (done_answers, total_answers). Mode and boundary are as before afterwards. Raises PopError when
-    an answer's prompt was not pruned as planned.
+    At boundaries other than the file's the projections are the layers' own. A model without a chat
+    template completes a sentence instead. `on_progress` gets (done_answers, total_answers). Mode
+    and boundary are as before afterwards. Raises PopError when an answer's prompt was not pruned as
+    planned.
     """
     mode, boundary = model.pop_mode, model.boundary
     hidden = _hide(model, n_facts, seed)
@@ -87,7 +88,7 @@ def measure_needle(
 
 
 def _hide(model: PopModel, n_facts: int, seed: int) -> list[_Hidden]:
-    """Each fact in the middle of its share of the document's paragraphs."""
+    """Put each fact into the middle of its share of the document's paragraphs."""
     rng = np.random.default_rng(seed)
     paragraphs = _document(model)
     hidden = []
@@ -101,7 +102,7 @@ def _hide(model: PopModel, n_facts: int, seed: int) -> list[_Hidden]:
 
 
 def _document(model: PopModel) -> list[str]:
-    """The beginning of the shipped prose, as many whole paragraphs as N_TOKENS hold."""
+    """Return the beginning of the shipped prose, as many paragraphs as N_TOKENS hold."""
     paragraphs: list[str] = []
     n_tokens = 0
     for paragraph in shipped_part("prose").split("\n\n"):

@@ -28,7 +28,7 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 @dataclass(frozen=True)
 class Induction:
-    """Mean NLL of each draw (n_draws) in nats: of the first occurrence, and of the second one."""
+    """The mean NLL of each draw [n_draws] in nats: of the first occurrence, and of the second."""
 
     first: Floats
     full: Floats
@@ -37,7 +37,7 @@ class Induction:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Random tokens, and what the full model makes of them: mean NLL of each draw (n_draws)."""
+    """Random tokens, and the mean NLL [n_draws] in nats that the full model gives them."""
 
     draws: tuple[Sequence[int], ...]
     first: Floats
@@ -45,12 +45,12 @@ class Repeated:
 
 
 def least_context(rule: RowRule) -> int:
-    """The shortest context in tokens that `pick_passage` finds two pruned tokens in."""
+    """Return the shortest context in tokens that `pick_passage` finds a passage in."""
     return max(1, rule.sink_tokens) + rule.tail_tokens + 2
 
 
 def require_passage(n_context: int, rule: RowRule) -> None:
-    """Raises PopError for a context that is too short for `pick_passage`."""
+    """Raise PopError for a context that is too short for `pick_passage`."""
     if n_context < least_context(rule):
         raise PopError(
             f"of {n_context} context tokens the first {rule.sink_tokens} and the last"
@@ -64,7 +64,10 @@ def require_passage(n_context: int, rule: RowRule) -> None:
 def pick_passage(
     context: Sequence[int], n_tokens: int, rule: RowRule, rng: np.random.Generator
 ) -> Sequence[int]:
-    """Consecutive pruned tokens of the context, n_tokens if it has as many, from anywhere in it."""
+    """Pick consecutive pruned tokens of the context, `n_tokens` if it has as many.
+
+    They come from anywhere in it. Raises PopError when it has too few.
+    """
     require_passage(len(context), rule)
     start, end = max(1, rule.sink_tokens), len(context) - rule.tail_tokens
     n_tokens = min(n_tokens, end - start)
@@ -73,23 +76,26 @@ def pick_passage(
 
 
 def copied(reader: Forced, passage: Sequence[int], mode: Mode = Mode.OFF) -> Likelihood:
-    """Of the passage but its first token, which nothing announces; it is predicted in `mode`."""
+    """Score the passage, all but its first token, which nothing announces, in `mode`."""
     targets = np.asarray(passage)[1:]
     return likelihood(predictions(reader.predict(passage, mode)[1:]), targets)
 
 
 def n_read_tokens(reader: Forced, n_draws: int) -> int:
-    """Tokens that `read_repeated` evaluates, but for BOS."""
+    """Return how many tokens `read_repeated` evaluates, but for BOS."""
     return n_draws * (N_REPEATED + 2 * _scored(reader)[1])
 
 
 def n_measured_tokens(reader: Forced, n_draws: int) -> int:
-    """Tokens that `measure_induction` evaluates for one pruning, but for BOS."""
+    """Return how many tokens `measure_induction` evaluates for one pruning, but for BOS."""
     return n_draws * (N_REPEATED + _scored(reader)[1])
 
 
 def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Callable[[int], None]) -> Repeated:
-    """The full model's half; `ran` gets the number of tokens evaluated."""
+    """Draw random tokens and score them by the full model.
+
+    `ran` gets the number of tokens of each step.
+    """
     rng = np.random.default_rng(seed)
     draws, first, full = [], np.empty(n_draws), np.empty(n_draws)
     for draw in range(n_draws):
@@ -106,7 +112,10 @@ def measure_induction(
     prunings: Sequence[Pruning],
     ran: Callable[[int], None],
 ) -> list[Induction]:
-    """One result for each; `ran` gets the number of tokens evaluated."""
+    """Score the repeated tokens under each pruning, one result for each.
+
+    `ran` gets the number of tokens of each step.
+    """
     pruned = np.empty((len(prunings), len(repeated.draws)))
     n_tokens = n_measured_tokens(reader, 1)
     for i, pruning in enumerate(prunings):
@@ -133,9 +142,9 @@ def _second_nll(reader: Forced, tokens: Sequence[int], first: Mode, second: Mode
 
 
 def _scored(reader: Forced) -> tuple[int, int]:
-    """Start and end of the tokens that are pruned when they are read first; all where none is.
+    """Return start and end of the tokens that are pruned when read first; all where none is.
 
-    Without the first token, which nothing announces.
+    The first token, which nothing announces, is never among them.
     """
     start = max(1, reader.rule.sink_tokens - len(bos(reader.model)))
     end = N_REPEATED - reader.rule.tail_tokens
@@ -143,12 +152,12 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
 
 def bos(model: PopModel) -> tuple[int, ...]:
-    """What the model wants at the start of every text: BOS or nothing."""
+    """Return what the model wants at the start of every text: BOS or nothing."""
     return (model.token_bos(),) if model._model.add_bos_token() else ()
 
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
-    """Ordinary tokens, drawn evenly: no control tokens, which models treat in their own way."""
+    """Draw ordinary tokens evenly; control tokens are treated by models in their own way."""
     vocab, attribute = model.vocab, backend.bindings().llama_vocab_get_attr
     tokens: list[int] = []
     while len(tokens) < n_tokens:

@@ -48,9 +48,10 @@ _LEAST_INDUCTION = 0.1
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """Lengths in tokens. `mode`: of the context; OFF compares the full model with itself.
+    """How much to measure; lengths are in tokens.
 
-    `n_draws`: of random tokens to repeat.
+    `mode` is that of the context; OFF compares the full model with itself. `n_draws`: how often
+    random tokens are repeated.
     """
 
     n_windows: int = 32
@@ -63,14 +64,15 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class Quality:
-    """Pruned against full, at one boundary.
+    """What pruning costs at one boundary, against the full model.
 
-    kl_*: KL(full || pruned) of the continuation's tokens in nats; kl_first of its first one.
-    ppl_*: perplexity of the continuation. top1_agreement: share of tokens where both have the same
-    first choice. copy_*: a passage of the context repeated; copy_top1 is the share of its tokens
-    that the model puts first. induction_*: random tokens repeated; delta_nll is what pruning adds
-    to the NLL of the second occurrence, retention is how much of the full model's gain over the
-    first occurrence is left (None where the full model has none).
+    kl_*: KL(full || pruned) of the continuation's tokens in nats; kl_first of its first one. ppl_*:
+    perplexity of the continuation. top1_agreement: share of tokens where both have the same first
+    choice. copy_*: a passage of the context repeated; copy_top1 is the share of its tokens that the
+    model puts first. induction_*: random tokens repeated; delta_nll is what pruning adds to the NLL
+    of the second occurrence, retention is how much of the full model's gain over the first
+    occurrence is left (None where the full model has none).
+
     n_pruned: context tokens of all windows that stopped at the boundary, as the backend counted;
     n_pruned_continuation: those of the continuations, none but for the baseline.
     """
@@ -115,11 +117,12 @@ def measure_prunings(
     prunings: Sequence[Pruning],
     on_progress: Progress,
 ) -> tuple[Quality, ...]:
-    """Measure each; the full model runs once. At other boundaries than the file's: own projections.
+    """Measure each pruning; the full model runs once.
 
-    `text_tokens`: one sequence for each part of the text, without BOS. `on_progress` gets
-    (done_tokens, total_tokens). Memory: 8 * n_continuation * n_vocab bytes. Raises PopError when
-    the text is too short, nothing would be pruned, or the counters do not show what was planned.
+    At other boundaries than the file's the projections are the layers' own. `text_tokens`: one
+    sequence for each part of the text, without BOS. `on_progress` gets (done_tokens, total_tokens).
+    Memory: 8 * n_continuation * n_vocab bytes. Raises PopError when the text is too short, nothing
+    would be pruned, or the counters do not show what was planned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
@@ -148,7 +151,7 @@ def measure_unless(
 ) -> Quality:
     """Measure at one boundary, but stop after `n_first` windows if those say enough.
 
-    The first ones are spread over the text as all are. Else as `measure_prunings`.
+    The first ones are spread over the text as all are. All else is as in `measure_prunings`.
     """
     pruning = Pruning(boundary, settings.mode)
     with forced(model) as reader:
@@ -183,6 +186,10 @@ def _counting(
 def choose_windows(
     reader: Forced, text_tokens: TextTokens, settings: QualitySettings
 ) -> tuple[Window, ...]:
+    """Cut the windows that `settings` ask for out of a text.
+
+    Raises PopError when the text or the context is too short.
+    """
     if settings.mode is not Mode.OFF and not n_pruned(
         reader.rule, settings.n_context, settings.mode
     ):
@@ -205,7 +212,7 @@ def choose_windows(
 
 
 def _score(reader: Forced, window: Window, prunings: Sequence[Pruning], ran: Ran) -> list[Scores]:
-    """One for each pruning."""
+    """Return the scores of one window, one for each pruning."""
     full = score_full(reader, window)
     ran(window.n_tokens)
     scores = []
@@ -222,6 +229,7 @@ def summarize(
     scores: Sequence[Scores],
     induction: Induction,
 ) -> Quality:
+    """Turn the scores of all windows into the figures of one pruning."""
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
     copy_full, copy = _nll(s.copy_full for s in scores), _nll(s.copy_pruned for s in scores)
@@ -255,7 +263,10 @@ def _nll(scores: Iterable[Likelihood]) -> NDArray[np.float64]:
 
 
 def retention(induction: Induction) -> Estimate | None:
-    """Of the full model's gain over the first occurrence; None where it has none to speak of."""
+    """Return the part of the full model's gain over the first occurrence that is left.
+
+    It is None where the full model has none to speak of.
+    """
     gain = induction.first - induction.full
     if gain.mean() < _LEAST_INDUCTION * induction.first.mean():
         return None

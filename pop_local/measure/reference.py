@@ -27,9 +27,9 @@ from pop_local.measure.windows import (
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full model says of windows and of random tokens repeated.
+    """What the full model says of windows, and of random tokens repeated.
 
-    Memory: 4 * n_windows * n_continuation * n_vocab bytes, for as long as it is kept.
+    It takes 4 * n_windows * n_continuation * n_vocab bytes for as long as it is kept.
     """
 
     settings: QualitySettings
@@ -41,7 +41,11 @@ class Reference:
 def read_reference(
     model: PopModel, text_tokens: TextTokens, settings: QualitySettings, on_progress: Progress
 ) -> Reference:
-    """Raises PopError when the text is too short, or nothing would be pruned."""
+    """Run the full model over windows and random tokens.
+
+    `on_progress` gets (done_tokens, total_tokens). Raises PopError when the text is too short, or
+    nothing would be pruned.
+    """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
         n_tokens = sum(window.n_tokens for window in windows)
@@ -57,9 +61,10 @@ def read_reference(
 def measure_against(
     reference: Reference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
 ) -> tuple[Quality, ...]:
-    """Each boundary of a file of the same model; at others than the file's: own projections.
+    """Measure each boundary of a file of the same model.
 
-    `on_progress` gets (done_tokens, total_tokens). Raises PopError as `measure_prunings` does.
+    At boundaries other than the file's the projections are the layers' own. `on_progress` gets
+    (done_tokens, total_tokens). Raises PopError as `measure_prunings` does.
     """
     settings = reference.settings
     n_tokens = sum(window.n_tokens for window in reference.windows)
@@ -81,7 +86,7 @@ def measure_against(
 def measure_retention(
     reference: Reference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
 ) -> tuple[Estimate | None, ...]:
-    """Of the random tokens alone, as `Quality.induction_retention`."""
+    """Measure `Quality.induction_retention` at each boundary, by random tokens alone."""
     prunings = [Pruning(boundary, reference.settings.mode) for boundary in boundaries]
     with forced(model) as reader:
         n_tokens = n_measured_tokens(reader, reference.settings.n_draws)

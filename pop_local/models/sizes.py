@@ -2,7 +2,7 @@
 
 
 def size(n_bytes: int) -> str:
-    """Bytes for people: decimal units, as download pages and disks give them."""
+    """Return bytes in decimal units, as download pages and disks give them."""
     amount = float(n_bytes)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:

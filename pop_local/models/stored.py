@@ -18,7 +18,7 @@ ORIGIN_SUFFIX = ".origin"
 
 @dataclass(frozen=True)
 class Stored:
-    """One model; `problem` says why it cannot be used, or is empty.
+    """One model of a folder; `problem` says why it cannot be used, or is empty.
 
     `size_bytes` is of all its files, the sidecar included. `boundary` and `projection` are the
     model's own, or else its sidecar's.
@@ -39,7 +39,7 @@ class Stored:
 
 
 def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """The GGUF files of each model in their order, by its file name without the ending.
+    """Return the GGUF files of each model in their order, by file name without the ending.
 
     The parts of a split model are one; sidecars are none.
     """
@@ -57,7 +57,10 @@ def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def file_by_name(folder: Path, name: str) -> Path | None:
-    """A model's file, or the first of its parts; the name in any case, with or without .gguf."""
+    """Return a model's file, or the first of its parts; None when there is none.
+
+    The name may be in any case, with or without .gguf.
+    """
     wanted = name.lower().removesuffix(SUFFIX)
     for known, files in models_by_name(folder).items():
         if known.lower() == wanted:
@@ -66,7 +69,7 @@ def file_by_name(folder: Path, name: str) -> Path | None:
 
 
 def stock(folder: Path) -> tuple[Stored, ...]:
-    """All that lies there, in the order of the names; damaged files, too."""
+    """Return all that lies there, in the order of the names; damaged files, too."""
     models = models_by_name(folder)
     sidecars = _sidecars(folder)
     stored = [_examined(name, files, sidecars.get(name)) for name, files in models.items()]
@@ -83,7 +86,7 @@ def stock(folder: Path) -> tuple[Stored, ...]:
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """The files that go with a name: a model and its sidecar, a sidecar alone, a download.
+    """Return the files that go with a name: a model and its sidecar, a sidecar, a download.
 
     Raises PopError for a file elsewhere, and for an unknown name, naming the nearest.
     """
@@ -107,6 +110,7 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
 
 def total_bytes(files: Iterable[Path]) -> int:
     # A link counts as itself: removing it frees nothing else.
+    """Return the size of all files together."""
     return sum(path.lstat().st_size for path in files)
 
 

@@ -14,7 +14,7 @@ _MARKS = {
 
 
 def decoded(content: bytes, origin: str) -> str:
-    """Raises PopError for what is no text."""
+    """Decode a text. Raises PopError, naming `origin`, for what is no text."""
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -26,7 +26,7 @@ def decoded(content: bytes, origin: str) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Raises PopError."""
+    """Read a file. Raises PopError when it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -36,7 +36,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A whole file. Raises PopError when it cannot be read, is no text or holds none."""
+    """Read a whole text. Raises PopError when it cannot be read, is no text or holds none."""
     text = decoded(read_bytes(path), str(path))
     if not text.strip():
         raise PopError(f"{path} holds no text", "give a file with text in it")

@@ -20,7 +20,11 @@ EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
-    """Raises OSError, and PopError for what is no text, holds none or is far too large."""
+    """Read a document: plain text, PDF or DOCX.
+
+    Raises OSError when it cannot be read, and PopError for what is no text, holds none or is far
+    too large.
+    """
     path = Path(path)
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
@@ -32,7 +36,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
-    """All of it. Raises PopError for more than MAX_BYTES, which are not read."""
+    """Read a whole file. Raises PopError for more than MAX_BYTES, which are not read."""
     content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise PopError(

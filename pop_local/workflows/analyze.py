@@ -283,7 +283,7 @@ class _Run:
             needs.total_bytes,
             free_bytes,
             "fit on fewer tokens, close other programs, or leave it out",
-            "no-memory-for-fit",
+            cause="no-memory-for-fit",
         )
 
     @contextmanager

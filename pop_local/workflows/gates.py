@@ -81,7 +81,7 @@ def possible(
         needed,
         free_bytes,
         "take shorter windows, close other programs, or leave them out",
-        "no-memory-for-gates",
+        cause="no-memory-for-gates",
     )
 
 

@@ -12,11 +12,14 @@ class BrokenCopyError(PopError):
     Let through, it is a warning.
     """
 
-    def __init__(self, boundary: int, found: str, hint: str = "", cause: str = "") -> None:
+    def __init__(
+        self, boundary: int, found: str, hint: str = "", *, cause: str = "", **fields: object
+    ) -> None:
         super().__init__(
             f"with boundary {boundary} the model can no longer copy from its prompt: {found}",
             hint,
             cause=cause,
+            **fields,
         )
         self.boundary = boundary
 
@@ -30,11 +33,15 @@ class CopyingBrokenError(BrokenCopyError):
 
     def __init__(self, boundary: int, found: str, deepest_unfitted: int | None) -> None:
         if deepest_unfitted is None:
-            super().__init__(boundary, found, "skip fewer layers", "copying-broken-everywhere")
+            super().__init__(
+                boundary, found, "skip fewer layers", cause="copying-broken-everywhere"
+            )
         else:
             hint = f"boundary {deepest_unfitted} copies even unfitted"
-            super().__init__(boundary, found, hint, "copying-broken")
-        self.fields["deepest_unfitted"] = self.deepest_unfitted = deepest_unfitted
+            super().__init__(
+                boundary, found, hint, cause="copying-broken", deepest_unfitted=deepest_unfitted
+            )
+        self.deepest_unfitted = deepest_unfitted
 
 
 class OutsideBudgetError(PopError):
@@ -69,7 +76,7 @@ class TooLittleMemoryError(PopError):
     """The machine has no room for a part of the work; `what` ends with its verb."""
 
     def __init__(
-        self, what: str, needed_bytes: int, free_bytes: int, hint: str, cause: str
+        self, what: str, needed_bytes: int, free_bytes: int, hint: str, *, cause: str
     ) -> None:
         super().__init__(
             f"{what} {size(needed_bytes)} of memory, {size(free_bytes)} are free",

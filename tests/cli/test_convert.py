@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from converter import content
 from converter.errors import FormatError, PlanError, UnsupportedArchitectureError
-from converter.format import ARCHITECTURES, PopMeta, read_pop_meta, read_shape
+from converter.format import PopMeta, read_pop_meta
 from converter.plan import make_plan, parse_skip
 from converter.rewrite import convert, measure
+from converter.shape import ARCHITECTURES, read_shape
 from pop_local.cli import app
 from support.converted import convert_default, names
 from support.oracle import assert_same_logits

@@ -45,7 +45,9 @@ def causes() -> Iterator[tuple[str, set[str]]]:
         for node in nodes(path):
             if isinstance(node, ast.Call):
                 given = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-                if cause := given.pop("cause", None):
+                cause = given.pop("cause", None)
+                # A class of errors hands on the one that it is given.
+                if cause and ast.unparse(cause) != "cause":
                     yield ast.literal_eval(cause), set(given)
 
 

@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from converter.errors import FormatError, OutputExistsError, WriteError
-from converter.format import ARCHITECTURES, read_shape
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import convert, strip
+from converter.shape import ARCHITECTURES, read_shape
 from pop_local.cli import app
 from support.synthetic import add_keys, make_gguf, make_split
 

@@ -9,8 +9,9 @@ import pytest
 
 from converter.content import copy_data, read_content
 from converter.errors import FormatError, UnsupportedArchitectureError
-from converter.format import PopMeta, encode_keys, read_pop_meta, read_shape
+from converter.format import PopMeta, encode_keys, read_pop_meta
 from converter.header import MAX_KEPT_ITEMS, Array, read_header
+from converter.shape import read_shape
 from converter.source import read_source
 from support.synthetic import DEFAULTS, add_keys, make_gguf
 

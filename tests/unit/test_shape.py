@@ -7,7 +7,7 @@ import gguf
 import pytest
 
 from converter.errors import FormatError, UnsupportedArchitectureError
-from converter.format import ARCHITECTURES, read_shape
+from converter.shape import ARCHITECTURES, read_shape
 from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split
 
 
