@@ -1,0 +1,112 @@
+"""Which room imports which (docs/architecture.md): arrows, circles, and where the terminal is."""
+
+import ast
+import graphlib
+from dataclasses import dataclass
+
+import pytest
+
+from support.paths import ROOT
+
+# `pop_local` itself is what programs import: its modules without a room.
+ARROWS = {
+    "cli": "config ui",
+    "commands": (
+        "calibration config converter engine fetching measure models server texts ui workflows"
+    ),
+    "pop_local": "calibration converter engine measure texts workflows",
+    "ui": "calibration config converter engine measure models texts workflows",
+    "server": "config converter engine measure models texts",
+    "workflows": "calibration config converter engine fetching measure models texts",
+    "calibration": "converter engine models texts",
+    "measure": "converter engine models texts",
+    "fetching": "config converter models",
+    "texts": "converter engine",
+    "engine": "converter models",
+    "models": "config converter",
+    "config": "converter",
+    "converter": "",
+}
+# Of these, types alone: what is drawn is another's result.
+DRAWN = [
+    ("ui", "workflows"),
+    pytest.param(
+        ("ui", "calibration"),
+        marks=pytest.mark.xfail(strict=False, reason="ui/views/conversion.py calls fit_needs"),
+    ),
+]
+ON_THE_TERMINAL = {"cli", "commands", "ui"}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("converter", "pop_local")
+    for path in (ROOT / package).rglob("*.py")
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """`module`: what is imported, the innermost module of it; `name`: what of that, "" for all."""
+
+    by: str
+    module: str
+    name: str
+
+
+def imports_of(module: str) -> list[Import]:
+    """Also those inside of functions, and those for types."""
+    found = []
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [Import(module, alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and node.level == 0, f"{module} imports relatively"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                whole = Import(module, inner, "")
+                found.append(whole if inner in FILES else Import(module, node.module, alias.name))
+    return found
+
+
+IMPORTS = [found for module in FILES for found in imports_of(module)]
+
+
+def room(module: str) -> str:
+    package, *inner = module.split(".")
+    if package == "pop_local" and inner and inner[0] != "__main__":
+        return inner[0]
+    return "cli" if inner == ["__main__"] else package
+
+
+def test_every_room_has_its_arrows():
+    assert {room(module) for module in FILES} == ARROWS.keys()
+    graphlib.TopologicalSorter({name: set(to.split()) for name, to in ARROWS.items()}).prepare()
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_a_room_imports_what_its_arrows_say(name):
+    allowed = {name, *ARROWS[name].split()}
+    of_ours = [found for found in IMPORTS if room(found.by) == name and found.module in FILES]
+    # The version is the package's.
+    wrong = [found for found in of_ours if room(found.module) not in allowed]
+    assert [found for found in wrong if found.name != "__version__"] == []
+
+
+@pytest.mark.parametrize("arrow", DRAWN)
+def test_of_results_only_the_types_are_imported(arrow):
+    found = [each for each in IMPORTS if (room(each.by), room(each.module)) == arrow]
+    assert found
+    assert [each for each in found if not each.name[:1].isupper()] == []
+
+
+def test_only_the_terminal_knows_typer_and_rich():
+    found = [each for each in IMPORTS if each.module.split(".")[0] in ("typer", "rich")]
+    assert {room(each.by) for each in found} == ON_THE_TERMINAL
+
+
+def test_no_module_is_in_a_circle():
+    graph: dict[str, set[str]] = {module: set() for module in FILES}
+    for found in IMPORTS:
+        if found.module in FILES:
+            graph[found.by].add(found.module)
+    assert graph["pop_local.engine.model"] > {"pop_local.engine.chat_model"}
+    graphlib.TopologicalSorter(graph).prepare()
