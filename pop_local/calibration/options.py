@@ -25,6 +25,13 @@ class FitOptions:
     memory_bytes: int | None = None
     state_path: Path | None = None
 
+    @property
+    def text_name(self) -> str:
+        """The text, for people."""
+        from pop_local.calibration.texts import DEFAULT_NAME
+
+        return str(self.text or DEFAULT_NAME)
+
     def n_tokens(self, n_embd: int) -> int:
         """Return how many tokens are read, in whole windows.
 

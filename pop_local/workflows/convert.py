@@ -12,6 +12,7 @@ from converter.plan import Plan, make_plan, parse_skip
 from converter.rewrite import Examine, Fitted, Sizes, check_target
 from converter.shape import ModelShape, source_shape
 from converter.source import Source, read_source
+from pop_local.calibration.needs import Needs, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import resolve_base
@@ -48,6 +49,12 @@ class Conversion:
     @property
     def deepest(self) -> Plan:
         return self.plans[-1]
+
+    def needs_of(self, plan: Plan) -> Needs | None:
+        """What fitting one of the plans takes; None where nothing is fitted."""
+        if self.fit is None or plan.projection != FITTED:
+            return None
+        return fit_needs((plan,), self.source, self.fit)
 
     def sizes_of(self, plan: Plan) -> Sizes:
         """What writing one of the plans reads and writes, in bytes."""

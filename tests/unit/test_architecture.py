@@ -15,7 +15,7 @@ ARROWS = {
         "calibration config converter engine fetching measure models server texts ui workflows"
     ),
     "pop_local": "calibration converter engine measure texts workflows",
-    "ui": "calibration config converter engine measure models texts workflows",
+    "ui": "config converter engine measure models texts workflows",
     "server": "config converter engine measure models texts",
     "workflows": "calibration config converter engine fetching measure models texts",
     "calibration": "converter engine models texts",
@@ -28,13 +28,7 @@ ARROWS = {
     "converter": "",
 }
 # Of these, types alone: what is drawn is another's result.
-DRAWN = [
-    ("ui", "workflows"),
-    pytest.param(
-        ("ui", "calibration"),
-        marks=pytest.mark.xfail(strict=False, reason="ui/views/conversion.py calls fit_needs"),
-    ),
-]
+DRAWN = [("ui", "workflows")]
 ON_THE_TERMINAL = {"cli", "commands", "ui"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

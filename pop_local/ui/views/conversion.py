@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 from converter.format import FITTED
 from converter.macs import LIMIT_PROMPT
 from converter.sidecar import sidecar_path
-from pop_local.calibration.needs import fit_needs
-from pop_local.calibration.texts import DEFAULT_NAME
 from pop_local.measure.budget import FAST
 from pop_local.models.sizes import size
 from pop_local.ui.tables import Fact, print_facts, print_json
@@ -76,8 +74,7 @@ def print_converted_json(conversion: Conversion, done: Converted) -> None:
 
 def _object(conversion: Conversion, plan: Plan, sizes: Sizes) -> dict[str, Any]:
     """`memory_bytes`: the most that a fit takes, the model included; None without one."""
-    fit = conversion.fit if plan.projection == FITTED else None
-    needs = None if fit is None else fit_needs((plan,), conversion.source, fit)
+    needs = conversion.needs_of(plan)
     return _common(conversion, plan) | {
         "boundary": plan.boundary,
         "n_skipped": plan.n_skipped,
@@ -154,15 +151,15 @@ def _opened_by(conversion: Conversion, plan: Plan) -> str:
 
 
 def _fit_facts(conversion: Conversion) -> list[Fact]:
-    plan, options = conversion.deepest, conversion.fit
-    if options is None or plan.projection != FITTED:
+    plan, fit = conversion.deepest, conversion.fit
+    needs = conversion.needs_of(plan)
+    if fit is None or needs is None:
         return []
-    needs = fit_needs((plan,), conversion.source, options)
+    n_tokens = fit.n_tokens(plan.shape.n_embd)
     n_passes = len(needs.groups)
     passes = "one pass" if n_passes == 1 else f"{n_passes} passes, {n_passes} times the work"
-    n_tokens = options.n_tokens(plan.shape.n_embd)
     return [
-        ("Fitted on", f"{options.text or DEFAULT_NAME}: {n_tokens:,} tokens in {passes}"),
+        ("Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}"),
         ("Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit"),
     ]
 
