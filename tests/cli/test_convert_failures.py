@@ -20,7 +20,7 @@ from support.synthetic import add_keys, make_gguf, make_split
 
 resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
 
-# The command, stopped for good after its first chunk.
+# The command, which gets nothing more to copy after its first chunk.
 STOPPED = """
 import sys, time
 from converter import content
@@ -29,7 +29,9 @@ def read(stretch, free_buffer, real=content._read):
     for chunk in real(stretch, free_buffer):
         yield chunk
         print("copying", flush=True)
-        time.sleep(600)
+        while True:
+            time.sleep(0.05)
+            yield chunk[:0]
 
 content._read = read
 content.CHUNK_BYTES = 100_000
