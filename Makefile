@@ -61,7 +61,8 @@ $(VENV)/.tools: pyproject.toml | $(VENV)/.app
 	@rm -rf build pop_local.egg-info
 	@touch $@
 
-unpatched: $(VENV)/.ready
+# After the patched backend, so that with -j the tools and models are fetched meanwhile.
+unpatched: $(VENV)/.ready | backend
 	@$(BIN)/python $(PACKAGE)/tool.py unpatched $(PACKAGE)/build/unpatched
 
 $(SMOLLM2).gguf: | $(VENV)/.app
@@ -69,6 +70,11 @@ $(SMOLLM2).gguf: | $(VENV)/.app
 
 $(GEMMA).gguf: | $(VENV)/.app
 	@$(BIN)/pop-local pull Gemma-3-270M --dir models
+
+# While the tools are installed, so is the app once more.
+ifneq ($(filter test,$(MAKECMDGOALS)),)
+$(SMOLLM2).gguf $(GEMMA).gguf: | $(VENV)/.tools
+endif
 
 FIT := converter/format.py converter/fit.py converter/solve.py $(wildcard pop_local/calibration/*.py)
 

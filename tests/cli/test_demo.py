@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from support.converted import tiny
+from support.converted import converted
 from support.program import Done, called, run
 from support.synthetic import make_gguf
 
@@ -20,7 +20,12 @@ def demo(*arguments: object) -> Done:
 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("demo"), n_ctx_train=16384)
+    # So many tokens are slow to read with more layers.
+    folder = tmp_path_factory.mktemp("demo")
+    source = make_gguf(
+        folder / "m.gguf", "llama", n_layer=3, n_embd=64, n_head=2, n_ff=64, n_ctx_train=16384
+    )
+    return converted(source, folder, boundary=2)
 
 
 @pytest.mark.slow

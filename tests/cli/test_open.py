@@ -8,6 +8,7 @@ import pytest
 
 from converter.errors import OutputExistsError, PopError
 from converter.format import read_pop_meta
+from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama import backend
 from pop_local.models import names as models
 from pop_local.models.names import DEFAULT_MODEL, find
@@ -47,7 +48,9 @@ def at_depth(model: str) -> Path:
         return opening.files_at_depth(model, None, hardware=Hardware(), watch=watch).path
 
 
-def test_it_is_fitted(store, capsys):
+def test_it_is_fitted(store, capsys, monkeypatch):
+    assert FitOptions() == opening._FIT
+    monkeypatch.setattr(opening, "_FIT", FitOptions(tokens=2048))
     meta = read_pop_meta(model_file(None))
     assert meta is not None
     assert (meta.projection, meta.boundary) == ("fitted", 5)
