@@ -15,9 +15,11 @@ from pop_local.fetching.catalog import fetch
 from support.converted import converted
 from support.paths import MODELS, PACKAGE, TESTS
 
-# Whoever runs the tests may have settings; children inherit this, too.
-for name in [name for name in os.environ if name.startswith("POP_LOCAL_")]:
-    del os.environ[name]
+# Whoever runs the tests may have settings; children inherit this, too. A process that imports
+# readline, as pytest does, hands a terminal's size to its children.
+for name in list(os.environ):
+    if name.startswith("POP_LOCAL_") or name in ("COLUMNS", "LINES"):
+        del os.environ[name]
 os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
 
 

@@ -23,6 +23,8 @@ from pop_local.workflows.options import Hardware
 from support.analyzed import FITTED, UNFITTED, analyze, report
 from support.synthetic import make_gguf
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

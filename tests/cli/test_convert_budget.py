@@ -22,6 +22,8 @@ from pop_local.workflows import search as searching
 from support.converted import names
 from support.synthetic import make_gguf
 
+pytestmark = pytest.mark.slow
+
 # Random weights: nearly any pruning is a large KL, and nothing is copied.
 LOOSE = ("--max-kl", 50, "--max-copy-ratio", 1000)
 FEW = ("--tokens", 2048, "--threads", 1, "--gpu-layers", 0)

@@ -22,6 +22,8 @@ from support.calibrating import words
 from support.converted import names
 from support.synthetic import make_gguf
 
+pytestmark = pytest.mark.slow
+
 THIRD = ("--skip", "1/3")
 FEW = ("--tokens", "2048", "--threads", "1")
 # The command, which waits after each window for a line from its parent.
@@ -95,7 +97,6 @@ def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
     assert (meta.projection, meta.calibration) == ("own", None)
 
 
-@pytest.mark.slow
 def test_smollm2_copies_at_a_third_and_not_at_a_half(
     smollm2, tmp_path, tmp_path_factory, short_examination
 ):

@@ -10,6 +10,8 @@ from support.converted import converted
 from support.program import Done, called, run
 from support.synthetic import make_gguf
 
+pytestmark = pytest.mark.slow
+
 # A byte-level vocabulary needs about 9,000 tokens for the document.
 WIDE = ("--ctx", "16384")
 
@@ -28,7 +30,6 @@ def tiny_file(tmp_path_factory):
     return converted(source, folder, boundary=2)
 
 
-@pytest.mark.slow
 def test_the_real_model_answers_twice_and_the_program_leaves(smollm2_pop):
     done = run("demo", "--threads", 1, smollm2_pop, "--pairs", 1)
     assert done.returncode == 0, done.stderr

@@ -196,6 +196,7 @@ def plain(tmp_path_factory):
     return make_gguf(tmp_path_factory.mktemp("plain") / "plain.gguf", "llama")
 
 
+@pytest.mark.slow
 def test_a_sweep_is_fitted_at_each_depth(plain, text, temporary):
     fit = ("--fit", "--tokens", 2048, "--kv-type", "f16", "--weighting", "none", "--ridge", 0.01)
     options = (plain, "--text", text, "--sweep", "1,2,4")

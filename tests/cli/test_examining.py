@@ -18,6 +18,8 @@ from pop_local.workflows import fits
 from support.calibrating import words
 from support.synthetic import make_gguf
 
+pytestmark = pytest.mark.slow
+
 # Copying random tokens is left out of them: no random model does.
 ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_copy_ratio=1000.0)
 
@@ -53,7 +55,6 @@ def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget
     monkeypatch.setattr(budget, "FAST", fast)
 
 
-@pytest.mark.slow
 def test_smollm2_with_its_own_projections(smollm2, tmp_path):
     """Boundary 16 is past the cliff; at 29 the last layer's own projections are exact."""
     said = {}

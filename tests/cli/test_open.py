@@ -48,6 +48,7 @@ def at_depth(model: str) -> Path:
         return opening.files_at_depth(model, None, hardware=Hardware(), watch=watch).path
 
 
+@pytest.mark.slow
 def test_it_is_fitted(store, capsys, monkeypatch):
     assert FitOptions() == opening._FIT
     monkeypatch.setattr(opening, "_FIT", FitOptions(tokens=2048))

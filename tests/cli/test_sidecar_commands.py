@@ -28,6 +28,8 @@ from pop_local.workflows.options import Hardware
 from support.converted import Pair, made_up, names, paired
 from support.synthetic import make_gguf, make_split
 
+pytestmark = pytest.mark.slow
+
 
 def model_files(model: str | None, sidecar: Path | None = None) -> ModelFiles:
     with terminal_watch() as watch:

@@ -17,6 +17,8 @@ if sys.platform == "win32":
     pytest.skip("a pseudo-terminal is needed", allow_module_level=True)
 from support.terminal import Terminal
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 ANSWER_OPTIONS = ("--temperature", "0", "--threads", "1")
 STATS = r"prompt ([\d,]+) tokens \((?:([\d,]+) cached, )?([\d,]+) pruned(?:: short)?\)"
@@ -243,7 +245,6 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     assert run(*arguments).stderr.splitlines()[-1] == "hint: give less text"
 
 
-@pytest.mark.slow
 def test_a_real_conversation(smollm2_pop):
     """The second turn reads little more than its own question; run gives the first answer too."""
     question = "Name three animals that live in the sea, and say one thing about each of them."

@@ -30,6 +30,8 @@ from support.calibrating import (
 )
 from support.synthetic import make_gguf
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
