@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from pop_local.engine.turn import TokenLogprob, TurnStats
 from pop_local.server.errors import ApiError, as_api_error, hung_up
-from pop_local.server.replies import Ending, Json, Reply, usage
+from pop_local.server.replies import Json, Reply, usage
 from pop_local.server.worker import STOPPING, Job
 
 # Tokens that come faster than this are sent together, each as an event of its own.
@@ -24,13 +24,12 @@ _encoded = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Answer:
-    """One answer on its way to the client. `reason`: why the prompt is not pruned, or None."""
+    """One answer on its way to the client."""
 
-    def __init__(self, request: Request, job: Job, reply: Reply, reason: str | None) -> None:
+    def __init__(self, request: Request, job: Job, reply: Reply) -> None:
         self._state = request.state
         self._job = job
         self._reply = reply
-        self._reason = reason
 
     async def whole(self) -> Response:
         text: list[str] = []
@@ -40,8 +39,9 @@ class Answer:
                 text.append(chunk.text)
                 logprobs += chunk.logprobs
                 if chunk.stats is not None:
-                    ending = self._ending(chunk.stats)
-        return JSONResponse(self._reply.whole("".join(text), logprobs, ending))
+                    ended, figures = self._ended(chunk.stats)
+        whole = self._reply.whole("".join(text), logprobs, ended)
+        return JSONResponse(whole | {"usage": figures})
 
     async def stream(self, wants_usage: bool) -> AsyncIterator[bytes]:
         """Ends with [DONE], or with an error in place of it."""
@@ -59,11 +59,11 @@ class Answer:
                 if pieces or not batch:
                     yield b"".join(pieces) or _PING
                 if batch and (stats := batch[-1].stats) is not None:
-                    ending = self._ending(stats)
+                    ended, figures = self._ended(stats)
             complete = True
-            yield _event(self._reply.last(ending.finish_reason) | nothing_yet)
+            yield _event(self._reply.last(ended) | nothing_yet)
             if wants_usage:
-                yield _event(self._reply.figures(ending.usage))
+                yield _event(self._reply.figures(figures))
             yield _DONE
         except Exception as error:
             complete = not self._job.cancelled.is_set()
@@ -73,8 +73,8 @@ class Answer:
                 self._job.cancelled.set()
                 self._state.hung_up = True
 
-    def _ending(self, stats: TurnStats) -> Ending:
-        """Raises ApiError when the answer was cut off."""
+    def _ended(self, stats: TurnStats) -> tuple[str, Json]:
+        """Why, and the usage. Raises ApiError when the answer was cut off."""
         cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
         short = ": short" if stats.reading == "short" else ""
         self._state.note = (
@@ -86,7 +86,7 @@ class Answer:
             if self._job.cancelled.is_set():
                 raise hung_up()
             raise ApiError(503, STOPPING)
-        return Ending(stats.finish_reason, usage(stats, self._job.queued_s, self._reason))
+        return stats.finish_reason, usage(stats, self._job.queued_s, self._job.task.reason)
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -1,12 +1,15 @@
-"""The routes: `create_app` makes a Starlette application of a model."""
+"""The routes: `create_app` makes a Starlette application of a model, `run_app` serves it."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
+import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -20,16 +23,16 @@ from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import Answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
-from pop_local.server.entry import entry_rule
 from pop_local.server.errors import ApiError, as_api_error, as_request_error, hung_up
 from pop_local.server.front import Front
 from pop_local.server.metrics import Metrics
-from pop_local.server.replies import ChatReply, CompletionReply, Reply
-from pop_local.server.tasks import Asked, Tasks
-from pop_local.server.worker import Job, Worker
+from pop_local.server.replies import ChatReply, Reply
+from pop_local.server.tasks import Tasks
+from pop_local.server.worker import Job, Task, Worker
 
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 64
+_LAST_WORDS_S = 5
 
 AnyBody = TypeVar("AnyBody", bound=Body)
 
@@ -67,8 +70,7 @@ def create_app(model: PopModel, options: ServerOptions) -> Starlette:
         lifespan=api.lifespan,
         exception_handlers=dict.fromkeys(handled, _refuse),
     )
-    refusal = entry_rule(options.api_key, options.host)
-    app.add_middleware(Front, metrics=api.metrics, refusal=refusal)
+    app.add_middleware(Front, metrics=api.metrics, api_key=options.api_key, host=options.host)
     if options.api_key:  # no web page has it unless its user gave it
         app.add_middleware(
             CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
@@ -78,9 +80,7 @@ def create_app(model: PopModel, options: ServerOptions) -> Starlette:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return hung_up().response
-    return as_api_error(error).response
+    return (hung_up() if isinstance(error, ClientDisconnect) else as_api_error(error)).response
 
 
 class Api:
@@ -140,48 +140,42 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
-        asked = await run_in_threadpool(self._tasks.chat, body)
+        task = await run_in_threadpool(self._tasks.chat, body)
         reply = ChatReply(self._options.name, wants_logprobs=bool(body.logprobs))
-        return await self._answer(request, body, asked, reply)
+        return await self._answer(request, body, task, reply)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        asked = await run_in_threadpool(self._tasks.completion, body)
-        reply = CompletionReply(
+        task = await run_in_threadpool(self._tasks.completion, body)
+        reply = Reply(
             self._options.name,
             wants_logprobs=body.logprobs is not None,
-            n_written=0 if body.echo else asked.n_characters,
+            n_written=0 if body.echo else task.n_characters,
         )
-        return await self._answer(request, body, asked, reply)
+        return await self._answer(request, body, task, reply)
 
     async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_body_bytes:
-            raise self._too_large()
         raw = bytearray()
         async for piece in request.stream():
             raw += piece
             if len(raw) > self._max_body_bytes:
-                raise self._too_large()
+                raise ApiError(
+                    413,
+                    f"the request is larger than {self._max_body_bytes:,} bytes; the context of"
+                    f" this server holds {self._model.n_ctx():,} tokens",
+                    code="request_too_large",
+                )
         try:
-            body = kind.model_validate_json(bytes(raw))
+            body = kind.model_validate_json(raw)
         except ValidationError as error:
             raise as_request_error(error) from error
         self._check_name(body.model)
         return body
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            f"the request is larger than {self._max_body_bytes:,} bytes; the context of this"
-            f" server holds {self._model.n_ctx():,} tokens",
-            code="request_too_large",
-        )
-
-    async def _answer(self, request: Request, body: Body, asked: Asked, reply: Reply) -> Response:
-        job = self.worker.submit(asked.task)
+    async def _answer(self, request: Request, body: Body, task: Task, reply: Reply) -> Response:
+        job = self.worker.submit(task)
         self._cancel_when_gone(request, job)
-        answer = Answer(request, job, reply, asked.reason)
+        answer = Answer(request, job, reply)
         if not body.stream:
             return await answer.whole()
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -202,3 +196,35 @@ class Api:
         watcher = asyncio.create_task(watch())
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn waits for answers to end; here a signal ends them."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self._worker = worker
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._worker.stop()
+        super().handle_exit(sig, frame)
+
+
+def run_app(app: Starlette, listening: socket.socket) -> None:
+    """Raises what the signal raises, when nobody uses the model any more."""
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_WORDS_S,
+    )
+    worker: Worker = app.state.worker
+    try:
+        _Server(config, worker).run(sockets=[listening])
+    finally:
+        # After a second signal uvicorn leaves without the end of the lifespan.
+        worker.stop()
+        worker.join()

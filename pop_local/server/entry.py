@@ -2,7 +2,6 @@
 
 import hmac
 import ipaddress
-from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -10,47 +9,30 @@ from starlette.types import Scope
 
 from pop_local.server.errors import ApiError
 
-Refusal = Callable[[Scope], ApiError | None]
-
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_PUBLIC = ("/health",)
 
 
-def entry_rule(api_key: str, host: str) -> Refusal:
-    """What is wrong with a request's sender, if anything; `host` is what the server listens on."""
-    return _KeyHolders(api_key).refusal if api_key else _Neighbours(host).refusal
+def refusal(scope: Scope, api_key: str, host: str) -> ApiError | None:
+    """What is wrong with a request's sender, if anything; `host` is what the server listens on.
 
-
-class _KeyHolders:
-    def __init__(self, api_key: str) -> None:
-        self._expected = f"Bearer {api_key}".encode()
-
-    def refusal(self, scope: Scope) -> ApiError | None:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if scope["path"] in _PUBLIC or hmac.compare_digest(given, self._expected):
+    Without a key web pages are kept out: of other origins, and those whose name was made to lead
+    here. Names can be made to lead anywhere, addresses cannot: with 0.0.0.0 all may be asked.
+    """
+    headers = Headers(scope=scope)
+    if api_key:
+        given = headers.get("authorization", "").encode("latin-1")
+        if scope["path"] == "/health" or hmac.compare_digest(given, f"Bearer {api_key}".encode()):
             return None
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-
-
-class _Neighbours:
-    """Keeps out web pages: of other origins, and those whose name was made to lead here.
-
-    Names can be made to lead anywhere, addresses cannot: with 0.0.0.0 all addresses may be asked.
-    """
-
-    def __init__(self, host: str) -> None:
-        self._any_address = _is_address(host) and ipaddress.ip_address(host).is_unspecified
-        self._names = (*LOOPBACK, host.lower())
-
-    def refusal(self, scope: Scope) -> ApiError | None:
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        name = _host_name(f"//{host}")
-        if name not in self._names and not (self._any_address and _is_address(name)):
-            return _refused(f"requests to the host name {host!r}", "foreign_host")
-        if origin is not None and _host_name(origin) not in (*LOOPBACK, name):
-            return _refused(f"requests of web pages of {origin!r}", "foreign_origin")
-        return None
+    asked, origin = headers.get("host", ""), headers.get("origin")
+    name = _host_name(f"//{asked}")
+    address, own = _address(name), _address(host)
+    is_any_address = address is not None and own is not None and own.is_unspecified
+    if name not in (*LOOPBACK, host.lower()) and not is_any_address:
+        return _refused(f"requests to the host name {asked!r}", "foreign_host")
+    if origin is not None and _host_name(origin) not in (*LOOPBACK, name):
+        return _refused(f"requests of web pages of {origin!r}", "foreign_origin")
+    return None
 
 
 def _refused(what: str, code: str) -> ApiError:
@@ -67,9 +49,8 @@ def _host_name(url: str) -> str:
         return ""
 
 
-def _is_address(name: str) -> bool:
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(name)
     except ValueError:
-        return False
-    return True
+        return None

@@ -11,6 +11,7 @@ from converter.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
 
 HUNG_UP = 499  # what nginx logs where a client went before the answer was complete
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
 class ApiError(Exception):
@@ -33,10 +34,7 @@ class ApiError(Exception):
 
     @property
     def response(self) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
-        if self.status == 503:
-            headers = {"Retry-After": "5"}
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.body, self.status, _HEADERS.get(self.status))
 
     @property
     def event(self) -> bytes:
@@ -46,16 +44,6 @@ class ApiError(Exception):
 
 def hung_up() -> ApiError:
     return ApiError(HUNG_UP, "the client hung up")
-
-
-def context_exceeded(n_prompt: int, n_ctx: int, param: str) -> ApiError:
-    return ApiError(
-        400,
-        f"the prompt has {n_prompt} tokens, the context of this server holds {n_ctx}, the answer"
-        " included; send less, or start the server with a larger --ctx",
-        code="context_length_exceeded",
-        param=param,
-    )
 
 
 def as_api_error(error: Exception) -> ApiError:

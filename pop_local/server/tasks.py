@@ -1,7 +1,6 @@
 """From a request's body to a task for the model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from converter.errors import PopError
@@ -11,8 +10,8 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import Message, TurnOptions
-from pop_local.server.bodies import Body, ChatBody, ChatMessage, CompletionBody, ResponseFormat
-from pop_local.server.errors import ApiError, context_exceeded
+from pop_local.server.bodies import Body, ChatBody, ChatMessage, CompletionBody, Sampling
+from pop_local.server.errors import ApiError
 from pop_local.server.worker import Task
 
 # As in OpenAI's API; chats go on to the end of the context.
@@ -26,18 +25,6 @@ SERVER_OFF = "the server runs with --no-pop"
 PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A task, and why it runs in full (None: it is pruned).
-
-    `n_characters`: of the prompt, where text offsets are asked for.
-    """
-
-    task: Task
-    reason: str | None
-    n_characters: int = 0
-
-
 class Tasks:
     """Makes tasks: tokenises, and checks what can be checked before the queue.
 
@@ -48,7 +35,7 @@ class Tasks:
         self._model = model
         self._default = model.pop_mode
 
-    def chat(self, body: ChatBody) -> Asked:
+    def chat(self, body: ChatBody) -> Task:
         try:
             prompt = self._model.chat_prompt([_message(message) for message in body.messages])
         except PopError as error:
@@ -62,9 +49,9 @@ class Tasks:
             grammar=self._grammar(body),
             n_top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        return Asked(Task(prompt, options, mode), reason)
+        return Task(prompt, options, mode, reason)
 
-    def completion(self, body: CompletionBody) -> Asked:
+    def completion(self, body: CompletionBody) -> Task:
         prompt = Prompt(self._tokens(body.prompt), ())
         self._check_length(prompt, "prompt")
         mode, reason = self._mode(body.pop)
@@ -80,7 +67,7 @@ class Tasks:
         )
         text = self._text(prompt.tokens) if body.echo or body.logprobs is not None else ""
         echo = text if body.echo else ""
-        return Asked(Task(prompt, options, mode, echo, n_prompt_logprobs), reason, len(text))
+        return Task(prompt, options, mode, reason, echo, n_prompt_logprobs, len(text))
 
     def _text(self, tokens: Sequence[int]) -> str:
         pieces = Pieces(self._model.vocab, special=True)
@@ -113,13 +100,20 @@ class Tasks:
         if n_prompt == 0:
             raise ApiError(400, "the prompt is empty", param=param)
         if n_prompt >= n_ctx:
-            raise context_exceeded(n_prompt, n_ctx, param)
+            raise ApiError(
+                400,
+                f"the prompt has {n_prompt} tokens, the context of this server holds {n_ctx}, the"
+                " answer included; send less, or start the server with a larger --ctx",
+                code="context_length_exceeded",
+                param=param,
+            )
 
     def _grammar(self, body: Body) -> str | None:
-        text, param = body.grammar, "grammar"
+        text, param, wanted = body.grammar, "grammar", body.response_format
         try:
-            if body.response_format is not None:
-                text, param = _format_grammar(body.response_format), "response_format"
+            if wanted is not None and wanted.type != "text":
+                param, schema = "response_format", wanted.json_schema
+                text = schema_grammar({"type": "object"} if schema is None else schema.schema_)
             if text is not None:
                 check_grammar(self._model.vocab, text)
         except GrammarError as error:
@@ -131,26 +125,9 @@ def _message(message: ChatMessage) -> Message:
     return Message("system" if message.role == "developer" else message.role, message.text)
 
 
-def _format_grammar(wanted: ResponseFormat) -> str | None:
-    if wanted.type == "text":
-        return None
-    if wanted.json_schema is None:
-        return schema_grammar({"type": "object"})
-    return schema_grammar(wanted.json_schema.schema_)
-
-
 def _options(body: Body, recommended: Mapping[str, float], **known: Any) -> TurnOptions:
     """Where the body says nothing, what the model recommends, else the engine's defaults."""
-    names: Sequence[str] = (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repeat_penalty",
-        "frequency_penalty",
-        "presence_penalty",
-    )
-    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    given = body.model_dump(include=set(Sampling.model_fields), exclude_none=True)
     if given.get("temperature", 1.0) < _LOWEST_TEMPERATURE:
         given["temperature"] = 0.0
     if body.seed is not None and body.seed != -1:

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -27,16 +27,20 @@ STOPPING = "the server is stopping"
 
 @dataclass(frozen=True)
 class Task:
-    """What to do. `n_prompt_logprobs`: None, or how many alternatives to each prompt token.
+    """What to do. `reason`: why the prompt is read in full, None where it is pruned.
 
-    `echo` comes first in the answer, with the prompt's log probabilities where they are wanted.
+    `echo` comes first in the answer, with the prompt's log probabilities where they are wanted:
+    `n_prompt_logprobs` is None, or how many alternatives to each of its tokens. `n_characters`: of
+    the prompt, where the answer's text offsets are asked for.
     """
 
     prompt: Prompt
     options: TurnOptions
     mode: Mode
+    reason: str | None = None
     echo: str = ""
     n_prompt_logprobs: int | None = None
+    n_characters: int = 0
 
 
 class Job:
@@ -123,7 +127,7 @@ class Worker:
         self._lock = threading.Lock()
         # One for each job, and one to stop. Its put may interrupt itself: signals stop the worker.
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
-        metrics.watch_queue(self.n_waiting)
+        metrics.queue.set_function(self.n_waiting)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="pop-local model", daemon=True)
 
@@ -174,7 +178,7 @@ class Worker:
 
     def _serve(self, job: Job) -> None:
         job.queued_s = time.perf_counter() - job.submitted_s
-        self._metrics.began(job.queued_s)
+        self._metrics.queued.observe(job.queued_s)
         try:
             for chunk in self._answer(job):
                 if chunk.stats is not None:
@@ -182,10 +186,9 @@ class Worker:
                 job.put(chunk)
         except StoppedError:
             job.put(ApiError(503, STOPPING))
-        except PopError as error:
-            job.put(error)
         except Exception as error:
-            log.exception("an answer failed")
+            if not isinstance(error, PopError):
+                log.exception("an answer failed")
             job.put(error)
 
     def _answer(self, job: Job) -> Iterator[Chunk]:
@@ -193,38 +196,27 @@ class Worker:
             return job.cancelled.is_set() or self._stopping.is_set()
 
         task = job.task
+        n_prompt = len(task.prompt.tokens)
         # Empties the KV cache where it changes: one cache never mixes full and pruned prompts.
         self._model.set_pop(task.mode)
         options = replace(task.options, should_stop=should_stop)
-        if task.n_prompt_logprobs is None:
-            if task.echo:
-                yield Chunk(task.echo)
-            if options.max_tokens == 0:
-                yield Chunk("", _unanswered(len(task.prompt.tokens), n_full=0, read_s=0.0))
-            else:
-                yield from answer(self._model, lambda: task.prompt, options)
-            return
+        read: list[TokenLogprob] = []
         started_s = time.perf_counter()
-        read = self._read_prompt(task.prompt.tokens, task.n_prompt_logprobs, should_stop)
-        yield Chunk(task.echo, logprobs=tuple(read))
-        read_s = time.perf_counter() - started_s
+        if task.n_prompt_logprobs is not None:
+            with self._model.watching_prefill(None, should_stop):
+                read = prompt_logprobs(self._model, task.prompt.tokens, task.n_prompt_logprobs)
+        read_s = time.perf_counter() - started_s if read else 0.0
+        if task.echo or read:
+            yield Chunk(task.echo, logprobs=tuple(read))
         if options.max_tokens == 0:
-            n_prompt = len(task.prompt.tokens)
-            yield Chunk("", _unanswered(n_prompt, n_full=n_prompt, read_s=read_s))
+            # Without log probabilities not even the prompt is read.
+            n_full = len(read)
+            yield Chunk("", TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length"))
             return
         for chunk in answer(self._model, lambda: task.prompt, options):
-            yield chunk if chunk.stats is None else replace(chunk, stats=_with(chunk.stats, read_s))
-
-    def _read_prompt(
-        self, tokens: list[int], n_top: int, should_stop: Callable[[], bool]
-    ) -> list[TokenLogprob]:
-        with self._model.watching_prefill(None, should_stop):
-            return prompt_logprobs(self._model, tokens, n_top)
-
-
-def _unanswered(n_prompt: int, n_full: int, read_s: float) -> TurnStats:
-    """Without log probabilities not even the prompt is read: n_full is 0."""
-    return TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length")
+            if chunk.stats is not None and read:
+                chunk = replace(chunk, stats=_with(chunk.stats, read_s))
+            yield chunk
 
 
 def _with(stats: TurnStats, read_s: float) -> TurnStats:

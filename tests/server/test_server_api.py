@@ -128,7 +128,7 @@ def test_the_seed_makes_a_warm_answer_repeatable(client):
 def test_the_body_outdoes_what_the_model_recommends_and_that_the_engine(full, monkeypatch):
     monkeypatch.setattr(full, "recommended", {"temperature": 0.6, "top_k": 64})
     body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.3}
-    options = Tasks(full).chat(ChatBody.model_validate(body)).task.options
+    options = Tasks(full).chat(ChatBody.model_validate(body)).options
     assert (options.temperature, options.top_k) == (0.3, 64)
     assert options.top_p == TurnOptions().top_p
 
