@@ -14,10 +14,6 @@ Advance = Callable[[int, int], None]
 _CHUNK_BYTES = 1 << 20
 
 
-def nothing(done: int, total: int) -> None:
-    """Tell nobody."""
-
-
 def harmless(name: str) -> str:
     """Turn a name given by a server into a file name that is one everywhere; it may be empty."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
