@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
 
 _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
@@ -59,8 +58,8 @@ def serve(
     _require_packages()
     listening = _bound(host, port)
     _log_to_stderr()
-    from pop_local.server.app import ServerOptions, create_app
-    from pop_local.server.run import run_app
+    from pop_local.server.app import create_app, run_app
+    from pop_local.server.front import LOOPBACK
 
     open_as_asked = open_in_full if no_pop else open_model
     with terminal_watch() as watch:
@@ -69,9 +68,9 @@ def serve(
         )
     try:
         name = name or Path(opened.model_path).stem
-        app = create_app(opened, ServerOptions(name=name, api_key=api_key, host=host))
+        app = create_app(opened, name, api_key=api_key, host=host)
         listening.listen(128)
-        _announce(opened, name, listening, is_open=host not in _LOOPBACK and not api_key)
+        _announce(opened, name, listening, is_open=host not in LOOPBACK and not api_key)
         run_app(app, listening)
     finally:
         listening.close()

@@ -3,21 +3,17 @@
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
 
 from converter.errors import PopError
 from pop_local.config.nearest import nearest_hint
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PREFIX = "POP_LOCAL_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
@@ -53,7 +49,7 @@ class Setting:
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
-    Setting("model", str),
+    Setting("model", str, "SmolLM2-135M-Instruct"),
     Setting("threads", int, "the physical cores", least=1),
     Setting("ctx", int, "the model's, at most 8192", least=1),
     Setting("gpu_layers", int, "-1 (all)", least=-1),
@@ -102,6 +98,22 @@ def get(key: str) -> Scalar | None:
     return next(value.value for value in load() if value.key == key)
 
 
+def state_dir() -> Path:
+    """Return the folder that is set, else the system's for such things; it need not exist yet."""
+    chosen = get("state_dir")
+    return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
+
+
+def sessions_dir() -> Path:
+    """Return where saved sessions lie."""
+    return state_dir() / "sessions"
+
+
+def history_file() -> Path:
+    """Return the file that keeps the lines typed in the chat."""
+    return state_dir() / "history"
+
+
 def unknown_variables() -> list[str]:
     """Return variables of the environment that look like settings and are none."""
     known = {*_OTHER_VARIABLES, *(setting.variable for setting in SETTINGS)}
@@ -119,10 +131,8 @@ def find(key: str) -> Setting:
 
 def parse(setting: Setting, text: str) -> Scalar:
     """Parse a value as typed. Raises PopError saying what it should be."""
-    if setting.kind is str:
-        return text
     try:
-        return _checked(setting, int(text) if setting.kind is int else float(text))
+        return _checked(setting, setting.kind(text))
     except ValueError:
         raise PopError(f"{text!r} is not {_wanted(setting)}") from None
 
@@ -131,46 +141,41 @@ def _from_environment(setting: Setting) -> Value | None:
     text = os.environ.get(setting.variable)
     if not text:
         return None
-    value = _located(lambda: parse(setting, text), setting.variable, "correct or unset it")
+    value = located(lambda: parse(setting, text), setting.variable, "correct or unset it")
     if setting.is_path:
         value = str(Path(str(value)).expanduser())
     return Value(setting.key, value, "environment", setting.variable)
 
 
 def _from_file(path: Path) -> dict[str, Value]:
-    text = read_text(path)
-    return {
-        key: _file_value(path, text, key, value) for key, value in parse_file(path, text).items()
-    }
+    document = read_document(path)
+    text = tomlkit.dumps(document)
+    return {key: _file_value(path, text, key, value) for key, value in document.unwrap().items()}
 
 
-def read_text(path: Path) -> str:
-    """Read the file's text, empty when there is no file. Raises PopError."""
+def read_document(path: Path) -> tomlkit.TOMLDocument:
+    """Read the file, comments included; an empty one when there is none.
+
+    Raises PopError naming the line of a mistake.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return tomlkit.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return ""
+        return tomlkit.document()
+    except TOMLKitError as error:
+        raise PopError(
+            f"{path} is not valid TOML: {error}", 'lines look like: threads = 4, system = "..."'
+        ) from error
     except UnicodeDecodeError as error:
         raise PopError(f"{path} is not UTF-8 text", "save it as UTF-8") from error
     except OSError as error:
         raise PopError(f"cannot read {path}: {error.strerror}", "check the path") from error
 
 
-def parse_file(path: Path, text: str) -> Mapping[str, Any]:
-    """Parse the file's text. Raises PopError naming the line of a mistake."""
-    try:
-        values: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PopError(
-            f"{path} is not valid TOML: {error}", 'lines look like: threads = 4, system = "..."'
-        ) from error
-    return values
-
-
 def _file_value(path: Path, text: str, key: str, value: object) -> Value:
     where = f"{path}, line {_line(text, key)}"
-    setting = _located(lambda: find(key), where, "")
-    checked = _located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
+    setting = located(lambda: find(key), where)
+    checked = located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
     if setting.is_path:
         # Not of wherever a command happens to run.
         checked = str(path.parent / Path(str(checked)).expanduser())
@@ -183,7 +188,8 @@ def _line(text: str, key: str) -> int:
     return next(numbers, 1)
 
 
-def _located(call: Callable[[], Any], where: str, hint: str) -> Any:
+def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
+    """Call it, with `where` before the message of a PopError, and `hint` where it has none."""
     try:
         return call()
     except PopError as error:
@@ -212,6 +218,5 @@ def _wanted(setting: Setting) -> str:
     kind = _KINDS[setting.kind]
     if math.isinf(setting.least):
         return kind
-    if math.isinf(setting.most):
-        return f"{kind} from {setting.least:g}"
-    return f"{kind} from {setting.least:g} to {setting.most:g}"
+    most = "" if math.isinf(setting.most) else f" to {setting.most:g}"
+    return f"{kind} from {setting.least:g}{most}"

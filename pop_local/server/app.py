@@ -1,12 +1,14 @@
-"""The routes: `create_app` makes a Starlette application of a model."""
+"""The routes: `create_app` makes a Starlette application of a model, `run_app` serves it."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypeVar
 
+import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -18,43 +20,39 @@ from starlette.routing import Route
 
 from converter.errors import PopError
 from pop_local.engine.model import PopModel
-from pop_local.server.answers import Answer
+from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
-from pop_local.server.entry import entry_rule
-from pop_local.server.errors import ApiError, as_api_error, as_request_error, hung_up
+from pop_local.server.errors import ApiError, as_api_error
 from pop_local.server.front import Front
 from pop_local.server.metrics import Metrics
-from pop_local.server.replies import ChatReply, CompletionReply, Reply
-from pop_local.server.tasks import Asked, Tasks
-from pop_local.server.worker import Job, Worker
+from pop_local.server.replies import ChatReply, Reply
+from pop_local.server.tasks import Tasks
+from pop_local.server.worker import Job, Task, Worker
 
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 64
+_LAST_WORDS_S = 5
 
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """`name`: of the model in the API. `api_key`: "" for none. `max_body_bytes` 0: by context.
-
-    `host`: what the server listens on; without a key it answers to this and loopback names only.
-    """
-
-    name: str
-    api_key: str = ""
-    host: str = "127.0.0.1"
-    max_waiting: int = 64
-    max_body_bytes: int = 0
-
-
-def create_app(model: PopModel, options: ServerOptions) -> Starlette:
+def create_app(
+    model: PopModel,
+    name: str,
+    *,
+    api_key: str = "",
+    host: str = "127.0.0.1",
+    max_waiting: int = 64,
+    max_body_bytes: int = 0,
+) -> Starlette:
     """The application; from the start of its lifespan to its end the model belongs to it.
 
+    `name`: of the model in the API. `api_key`: "" for none. `host`: what the server listens on;
+    without a key it answers to this and loopback names only. `max_body_bytes` 0: by context.
     `app.state.worker` is the thread that has the model: stop it to end running answers.
     """
-    api = Api(model, options)
-    handled = (Exception, PopError, HTTPException, ApiError, ClientDisconnect)
+    api = Api(model, name, max_waiting, max_body_bytes)
+    handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     app = Starlette(
         routes=[
             Route("/health", api.health),
@@ -67,9 +65,8 @@ def create_app(model: PopModel, options: ServerOptions) -> Starlette:
         lifespan=api.lifespan,
         exception_handlers=dict.fromkeys(handled, _refuse),
     )
-    refusal = entry_rule(options.api_key, options.host)
-    app.add_middleware(Front, metrics=api.metrics, refusal=refusal)
-    if options.api_key:  # no web page has it unless its user gave it
+    app.add_middleware(Front, metrics=api.metrics, api_key=api_key, host=host)
+    if api_key:  # no web page has it unless its user gave it
         app.add_middleware(
             CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
         )
@@ -78,24 +75,22 @@ def create_app(model: PopModel, options: ServerOptions) -> Starlette:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return hung_up().response
     return as_api_error(error).response
 
 
 class Api:
     """The endpoints of one model."""
 
-    def __init__(self, model: PopModel, options: ServerOptions) -> None:
+    def __init__(self, model: PopModel, name: str, max_waiting: int, max_body_bytes: int) -> None:
         self._model = model
-        self._options = options
+        self._name = name
         self._created = int(time.time())
         self._tasks = Tasks(model)
         by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx())
-        self._max_body_bytes = options.max_body_bytes or by_context
+        self._max_body_bytes = max_body_bytes or by_context
         self._watchers: set[asyncio.Task[None]] = set()
         self.metrics = Metrics()
-        self.worker = Worker(model, self.metrics, options.max_waiting)
+        self.worker = Worker(model, self.metrics, max_waiting)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -121,7 +116,7 @@ class Api:
 
     def _card(self) -> dict[str, Any]:
         return {
-            "id": self._options.name,
+            "id": self._name,
             "object": "model",
             "created": self._created,
             "owned_by": "pop-local",
@@ -129,64 +124,50 @@ class Api:
         }
 
     def _check_name(self, name: str | None) -> None:
-        served = self._options.name
-        if name is not None and name.lower() != served.lower():
+        if name is not None and name.lower() != self._name.lower():
             raise ApiError(
                 404,
-                f"there is no model named {name!r} here; this server has {served!r}",
+                f"there is no model named {name!r} here; this server has {self._name!r}",
                 code="model_not_found",
                 param="model",
             )
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
-        asked = await run_in_threadpool(self._tasks.chat, body)
-        reply = ChatReply(self._options.name, wants_logprobs=bool(body.logprobs))
-        return await self._answer(request, body, asked, reply)
+        task = await run_in_threadpool(self._tasks.chat, body)
+        return await self._answer(request, body, task, ChatReply)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        asked = await run_in_threadpool(self._tasks.completion, body)
-        reply = CompletionReply(
-            self._options.name,
-            wants_logprobs=body.logprobs is not None,
-            n_written=0 if body.echo else asked.n_characters,
-        )
-        return await self._answer(request, body, asked, reply)
+        task = await run_in_threadpool(self._tasks.completion, body)
+        return await self._answer(request, body, task, Reply)
 
     async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_body_bytes:
-            raise self._too_large()
         raw = bytearray()
         async for piece in request.stream():
             raw += piece
             if len(raw) > self._max_body_bytes:
-                raise self._too_large()
-        try:
-            body = kind.model_validate_json(bytes(raw))
-        except ValidationError as error:
-            raise as_request_error(error) from error
+                raise ApiError(
+                    413,
+                    f"the request is larger than {self._max_body_bytes:,} bytes; the context of"
+                    f" this server holds {self._model.n_ctx():,} tokens",
+                    code="request_too_large",
+                )
+        body = kind.model_validate_json(raw)
         self._check_name(body.model)
         return body
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            f"the request is larger than {self._max_body_bytes:,} bytes; the context of this"
-            f" server holds {self._model.n_ctx():,} tokens",
-            code="request_too_large",
-        )
-
-    async def _answer(self, request: Request, body: Body, asked: Asked, reply: Reply) -> Response:
-        job = self.worker.submit(asked.task)
+    async def _answer(
+        self, request: Request, body: Body, task: Task, kind: type[Reply]
+    ) -> Response:
+        job = self.worker.submit(task)
         self._cancel_when_gone(request, job)
-        answer = Answer(request, job, reply, asked.reason)
+        reply = kind(self._name, task.options.n_top_logprobs is not None, task.n_written)
         if not body.stream:
-            return await answer.whole()
+            return await whole_answer(request.state, job, reply)
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(
-            answer.stream(wants_usage),
+            streamed_answer(request.state, job, reply, wants_usage=wants_usage),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -202,3 +183,35 @@ class Api:
         watcher = asyncio.create_task(watch())
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn waits for answers to end; here a signal ends them."""
+
+    worker: Worker
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.worker.stop()
+        super().handle_exit(sig, frame)
+
+
+def run_app(app: Starlette, listening: socket.socket) -> None:
+    """Raises what the signal raises, when nobody uses the model any more."""
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_WORDS_S,
+    )
+    server = _Server(config)
+    server.worker = app.state.worker
+    try:
+        server.run(sockets=[listening])
+    finally:
+        # After a second signal uvicorn leaves without the end of the lifespan.
+        server.worker.stop()
+        if server.worker.is_alive():
+            server.worker.join()

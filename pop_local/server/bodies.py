@@ -61,13 +61,7 @@ def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class Body(_Lenient):
-    """What both kinds of request share; None stands for the server's default."""
-
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=0)
+class Sampling(_Lenient):
     temperature: float | None = Field(None, ge=0, le=10)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
@@ -75,6 +69,15 @@ class Body(_Lenient):
     repeat_penalty: float | None = Field(None, gt=0, le=10)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
+
+
+class Body(Sampling):
+    """What both kinds of request share; None stands for the server's default."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=0)
     seed: int | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,

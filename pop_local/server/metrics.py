@@ -1,6 +1,6 @@
 """Figures for Prometheus."""
 
-from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,45 +15,26 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._ttft = Histogram(
-            "pop_ttft_seconds",
-            "From the start of a request's prefill to its first token",
-            buckets=_BUCKETS,
-            registry=self._registry,
+        seconds = partial(Histogram, buckets=_BUCKETS, registry=self._registry)
+        counter = partial(Counter, registry=self._registry)
+        self._ttft = seconds(
+            "pop_ttft_seconds", "From the start of a request's prefill to its first token"
         )
-        self._waited = Histogram(
-            "pop_queue_seconds",
-            "What a request waited for others",
-            buckets=_BUCKETS,
-            registry=self._registry,
-        )
-        self._prompt = Counter(
+        self.queued = seconds("pop_queue_seconds", "What a request waited for others")
+        self._prompt = counter(
             "pop_prompt_tokens",
             "Prompt tokens that stopped at the boundary, ran all layers, or were cached",
             ["kind"],
-            registry=self._registry,
         )
-        self._decoded = Counter(
-            "pop_decoded_tokens", "Tokens that were generated", registry=self._registry
+        self._decoded = counter("pop_decoded_tokens", "Tokens that were generated")
+        self.requests = counter(
+            "pop_requests", "Requests by HTTP status; 499: the client hung up", ["path", "status"]
         )
-        self._requests = Counter(
-            "pop_requests",
-            "Requests by HTTP status; 499: the client hung up",
-            ["path", "status"],
-            registry=self._registry,
-        )
-        self._queue = Gauge(
+        self.queue = Gauge(
             "pop_queue_length", "Requests that wait for the model", registry=self._registry
         )
         for kind in ("pruned", "full", "cached"):
             self._prompt.labels(kind)
-
-    def watch_queue(self, n_waiting: Callable[[], int]) -> None:
-        """Asked whenever the figures are."""
-        self._queue.set_function(n_waiting)
-
-    def began(self, waited_s: float) -> None:
-        self._waited.observe(waited_s)
 
     def answered(self, stats: TurnStats) -> None:
         """An interrupted answer counts with what was done for it."""
@@ -63,9 +44,6 @@ class Metrics:
         self._decoded.inc(stats.n_decoded)
         if stats.n_decoded:
             self._ttft.observe(stats.ttft_s)
-
-    def requested(self, path: str, status: int) -> None:
-        self._requests.labels(path, str(status)).inc()
 
     @property
     def text(self) -> bytes:

@@ -2,9 +2,9 @@
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 from pop_local.engine.turn import TokenLogprob, TurnStats
 
@@ -33,130 +33,84 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None) -> Json:
     }
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How an answer ended."""
+class Reply:
+    """One answer, whole or in pieces. `wants_logprobs` tells an empty list from none asked for.
 
-    finish_reason: str
-    usage: Json
+    `n_written`: characters of the text so far, where the next token begins.
+    """
 
+    id_prefix = "cmpl"
+    whole_kind = piece_kind = "text_completion"
 
-class Reply(Protocol):
-    """One answer, whole or in pieces."""
+    def __init__(self, model: str, wants_logprobs: bool, n_written: int) -> None:
+        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+        self._wants_logprobs = wants_logprobs
+        self._n_written = n_written
 
-    def opening(self) -> Iterator[Json]: ...
-
-    def piece(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json: ...
-
-    def last(self, finish_reason: str) -> Json: ...
-
-    def figures(self, usage: Json) -> Json: ...
-
-    def whole(self, text: str, logprobs: Sequence[TokenLogprob], ending: Ending) -> Json: ...
-
-
-@dataclass
-class ChatReply:
-    """`wants_logprobs` tells an empty list from none asked for."""
-
-    model: str
-    wants_logprobs: bool
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def opening(self) -> Iterator[Json]:
-        yield self._chunk({"role": "assistant", "content": ""})
+    def opening(self) -> tuple[Json, ...]:
+        return ()
 
     def piece(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
-        return self._chunk({"content": text}, logprobs=self._logprobs(logprobs))
+        return self._said(self.piece_kind, {"text": text}, logprobs)
 
     def last(self, finish_reason: str) -> Json:
-        return self._chunk({}, finish_reason=finish_reason)
+        return self._said(self.piece_kind, {"text": ""}, (), finish_reason)
 
     def figures(self, usage: Json) -> Json:
-        return self._head("chat.completion.chunk") | {"choices": [], "usage": usage}
+        return self._object(self.piece_kind, []) | {"usage": usage}
 
-    def whole(self, text: str, logprobs: Sequence[TokenLogprob], ending: Ending) -> Json:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "logprobs": self._logprobs(logprobs),
-            "finish_reason": ending.finish_reason,
-        }
-        return self._head("chat.completion") | {"choices": [choice], "usage": ending.usage}
+    def whole(self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str) -> Json:
+        return self._said(self.whole_kind, {"text": text}, logprobs, finish_reason)
 
-    def _chunk(
-        self, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None
+    def _said(
+        self,
+        kind: str,
+        said: Json,
+        logprobs: Sequence[TokenLogprob] | None = None,
+        finish_reason: str | None = None,
     ) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._head("chat.completion.chunk") | {"choices": [choice]}
+        shown = self._logprobs(logprobs) if self._wants_logprobs and logprobs is not None else None
+        choice = {"index": 0, **said, "logprobs": shown, "finish_reason": finish_reason}
+        return self._object(kind, [choice])
 
-    def _head(self, kind: str) -> Json:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+    def _object(self, kind: str, choices: list[Json]) -> Json:
+        head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        return head | {"choices": choices}
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
-        if not self.wants_logprobs:
-            return None
-        return {"content": [_chat_logprob(token) for token in logprobs], "refusal": None}
-
-
-@dataclass
-class CompletionReply:
-    """`n_written`: characters of the text so far, where the next token begins."""
-
-    model: str
-    wants_logprobs: bool
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-    n_written: int = 0
-
-    def opening(self) -> Iterator[Json]:
-        yield from ()
-
-    def piece(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
-        return self._answer(text, logprobs, None)
-
-    def last(self, finish_reason: str) -> Json:
-        return self._answer("", (), finish_reason)
-
-    def figures(self, usage: Json) -> Json:
-        return self._head() | {"choices": [], "usage": usage}
-
-    def whole(self, text: str, logprobs: Sequence[TokenLogprob], ending: Ending) -> Json:
-        return self._answer(text, logprobs, ending.finish_reason) | {"usage": ending.usage}
-
-    def _answer(
-        self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None
-    ) -> Json:
-        choice = {
-            "index": 0,
-            "text": text,
-            "logprobs": self._logprobs(logprobs),
-            "finish_reason": finish_reason,
-        }
-        return self._head() | {"choices": [choice]}
-
-    def _head(self) -> Json:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        texts = [_text(token.text) for token in logprobs]
+        starts = list(accumulate(map(len, texts), initial=self._n_written))
+        self._n_written = starts.pop()
         return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-        }
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
-        if not self.wants_logprobs:
-            return None
-        offsets = []
-        for token in logprobs:
-            offsets.append(self.n_written)
-            self.n_written += len(_text(token.text))
-        return {
-            "tokens": [_text(token.text) for token in logprobs],
+            "tokens": texts,
             "token_logprobs": [token.logprob for token in logprobs],
             "top_logprobs": [_top(token) for token in logprobs],
-            "text_offset": offsets,
+            "text_offset": starts,
         }
+
+
+class ChatReply(Reply):
+    """The same of a chat."""
+
+    id_prefix, whole_kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self) -> tuple[Json, ...]:
+        return (self._said(self.piece_kind, {"delta": {"role": "assistant", "content": ""}}),)
+
+    def piece(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
+        return self._said(self.piece_kind, {"delta": {"content": text}}, logprobs)
+
+    def last(self, finish_reason: str) -> Json:
+        return self._said(self.piece_kind, {"delta": {}}, None, finish_reason)
+
+    def whole(self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str) -> Json:
+        message = {"role": "assistant", "content": text}
+        return self._said(self.whole_kind, {"message": message}, logprobs, finish_reason)
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        return {"content": [_chat_logprob(token) for token in logprobs], "refusal": None}
 
 
 def _top(token: TokenLogprob) -> Json | None:

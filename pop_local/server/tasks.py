@@ -1,9 +1,5 @@
 """From a request's body to a task for the model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from converter.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
 from pop_local.engine.decode.text import Pieces
@@ -11,8 +7,8 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import Message, TurnOptions
-from pop_local.server.bodies import Body, ChatBody, ChatMessage, CompletionBody, ResponseFormat
-from pop_local.server.errors import ApiError, context_exceeded
+from pop_local.server.bodies import Body, ChatBody, ChatMessage, CompletionBody, Sampling
+from pop_local.server.errors import ApiError
 from pop_local.server.worker import Task
 
 # As in OpenAI's API; chats go on to the end of the context.
@@ -26,18 +22,6 @@ SERVER_OFF = "the server runs with --no-pop"
 PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A task, and why it runs in full (None: it is pruned).
-
-    `n_characters`: of the prompt, where text offsets are asked for.
-    """
-
-    task: Task
-    reason: str | None
-    n_characters: int = 0
-
-
 class Tasks:
     """Makes tasks: tokenises, and checks what can be checked before the queue.
 
@@ -48,43 +32,32 @@ class Tasks:
         self._model = model
         self._default = model.pop_mode
 
-    def chat(self, body: ChatBody) -> Asked:
+    def chat(self, body: ChatBody) -> Task:
         try:
             prompt = self._model.chat_prompt([_message(message) for message in body.messages])
         except PopError as error:
             raise ApiError(400, error.message, param="messages") from error
         self._check_length(prompt, "messages")
-        mode, reason = self._mode(body.pop)
-        options = _options(
-            body,
-            self._model.recommended,
-            max_tokens=body.max_completion_tokens or body.max_tokens,
-            grammar=self._grammar(body),
-            n_top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        )
-        return Asked(Task(prompt, options, mode), reason)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        options = self._options(body, max_tokens, n_top_logprobs)
+        return Task(prompt, options, *self._mode(body.pop))
 
-    def completion(self, body: CompletionBody) -> Asked:
+    def completion(self, body: CompletionBody) -> Task:
         prompt = Prompt(self._tokens(body.prompt), ())
         self._check_length(prompt, "prompt")
         mode, reason = self._mode(body.pop)
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
-        options = _options(
-            body,
-            self._model.recommended,
-            max_tokens=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
-            grammar=self._grammar(body),
-            n_top_logprobs=body.logprobs,
-        )
-        text = self._text(prompt.tokens) if body.echo or body.logprobs is not None else ""
-        echo = text if body.echo else ""
-        return Asked(Task(prompt, options, mode, echo, n_prompt_logprobs), reason, len(text))
-
-    def _text(self, tokens: Sequence[int]) -> str:
+        max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        options = self._options(body, max_tokens, body.logprobs)
         pieces = Pieces(self._model.vocab, special=True)
-        return b"".join(pieces[token] for token in tokens).decode(errors="replace")
+        shown = prompt.tokens if body.echo or body.logprobs is not None else []
+        text = b"".join(pieces[token] for token in shown).decode(errors="replace")
+        if body.echo:
+            return Task(prompt, options, mode, reason, text, n_prompt_logprobs)
+        return Task(prompt, options, mode, reason, n_written=len(text))
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
         if self._model.boundary == 0:
@@ -113,13 +86,37 @@ class Tasks:
         if n_prompt == 0:
             raise ApiError(400, "the prompt is empty", param=param)
         if n_prompt >= n_ctx:
-            raise context_exceeded(n_prompt, n_ctx, param)
+            raise ApiError(
+                400,
+                f"the prompt has {n_prompt} tokens, the context of this server holds {n_ctx}, the"
+                " answer included; send less, or start the server with a larger --ctx",
+                code="context_length_exceeded",
+                param=param,
+            )
+
+    def _options(
+        self, body: Body, max_tokens: int | None, n_top_logprobs: int | None
+    ) -> TurnOptions:
+        """Where the body says nothing, what the model recommends, else the engine's defaults."""
+        given = body.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+        if given.get("temperature", 1.0) < _LOWEST_TEMPERATURE:
+            given["temperature"] = 0.0
+        if body.seed is not None and body.seed != -1:
+            given["seed"] = body.seed & 0xFFFFFFFF
+        return TurnOptions(
+            max_tokens=max_tokens,
+            stops=tuple(body.stop or ()),
+            grammar=self._grammar(body),
+            n_top_logprobs=n_top_logprobs,
+            **{**self._model.recommended, **given},
+        )
 
     def _grammar(self, body: Body) -> str | None:
-        text, param = body.grammar, "grammar"
+        text, param, wanted = body.grammar, "grammar", body.response_format
         try:
-            if body.response_format is not None:
-                text, param = _format_grammar(body.response_format), "response_format"
+            if wanted is not None and wanted.type != "text":
+                param, schema = "response_format", wanted.json_schema
+                text = schema_grammar({"type": "object"} if schema is None else schema.schema_)
             if text is not None:
                 check_grammar(self._model.vocab, text)
         except GrammarError as error:
@@ -129,31 +126,3 @@ class Tasks:
 
 def _message(message: ChatMessage) -> Message:
     return Message("system" if message.role == "developer" else message.role, message.text)
-
-
-def _format_grammar(wanted: ResponseFormat) -> str | None:
-    if wanted.type == "text":
-        return None
-    if wanted.json_schema is None:
-        return schema_grammar({"type": "object"})
-    return schema_grammar(wanted.json_schema.schema_)
-
-
-def _options(body: Body, recommended: Mapping[str, float], **known: Any) -> TurnOptions:
-    """Where the body says nothing, what the model recommends, else the engine's defaults."""
-    names: Sequence[str] = (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repeat_penalty",
-        "frequency_penalty",
-        "presence_penalty",
-    )
-    given = {name: value for name in names if (value := getattr(body, name)) is not None}
-    if given.get("temperature", 1.0) < _LOWEST_TEMPERATURE:
-        given["temperature"] = 0.0
-    if body.seed is not None and body.seed != -1:
-        given["seed"] = body.seed & 0xFFFFFFFF
-    chosen: dict[str, Any] = {**recommended, **given}
-    return TurnOptions(stops=tuple(body.stop or ()), **chosen, **known)

