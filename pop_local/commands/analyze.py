@@ -9,8 +9,7 @@ from pop_local.commands.options import GpuLayers, Json, Plot, ReplacePlot, Threa
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views.analysis import as_json, show
-from pop_local.ui.views.analysis_plot import plot
-from pop_local.ui.views.quality import require_plot
+from pop_local.ui.views.plots import plot_analysis, require_plot
 from pop_local.ui.watch import stoppable_watch
 
 
@@ -61,6 +60,6 @@ def analyze(
     with stoppable_watch() as watch:
         found = analyze_model(model, options, hardware=hardware(threads, gpu_layers), watch=watch)
     if plot_file is not None:
-        plot(found, plot_file, force=force)
+        plot_analysis(found, plot_file, force=force)
         note(f"Drawn: {plot_file}")
     print_json(as_json(found)) if json else show(found)

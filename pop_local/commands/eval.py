@@ -29,6 +29,7 @@ from pop_local.commands.options import (
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views import quality as view
+from pop_local.ui.views.plots import plot_sweep, require_plot
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.options import Boundary, Skip
 
@@ -113,7 +114,7 @@ def eval(  # noqa: A001
     elif pop is not None:
         raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
     if plot_file is not None:
-        view.require_plot(plot_file, Path(model), force=force)
+        require_plot(plot_file, Path(model), force=force)
     from pop_local.engine.llama.backend import Mode
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
@@ -139,7 +140,7 @@ def eval(  # noqa: A001
             watch=watch,
         )
     if plot_file is not None:
-        view.plot(found.rows, plot_file, force=force)
+        plot_sweep(found.rows, plot_file, force=force)
         note(f"Drawn: {plot_file}")
     if sweep is not None:
         print_json(view.sweep_json(found)) if json else view.show_sweep(found)

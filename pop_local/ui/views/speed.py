@@ -8,8 +8,7 @@ from pop_local.ui.tables import Column, Table, markdown, print_json
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
-    from pop_local.measure.break_even import Tried
-    from pop_local.measure.speed import ModePair, SpeedRow, Spread
+    from pop_local.measure.speed import ModePair, Spread
     from pop_local.workflows.bench import Bench, BreakEvenSearch, Speed
 
 
@@ -26,7 +25,7 @@ def show_speed(found: Speed) -> None:
         f"{bench.model}: context tokens skip layers {layers}",
         f"{bench.backend}; medians, in brackets the extremes",
         "",
-        markdown(_speed_table(found.rows)),
+        markdown(Table.of(_ROWS, found.rows)),
     ]
     say("\n".join(lines))
 
@@ -52,7 +51,7 @@ def show_break_even(found: BreakEvenSearch, n_longest: int) -> None:
         f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}",
         "Gains: the median lies above 1 by more than the quartiles of the pairs lie apart.",
         "",
-        markdown(_tried_table(found.tried)),
+        markdown(Table.of(_TRIED, found.tried)),
         "",
         _advice(found, n_longest),
     ]
@@ -75,35 +74,6 @@ def _advice(found: BreakEvenSearch, n_longest: int) -> str:
     )
 
 
-def _tried_table(tried: tuple[Tried, ...]) -> Table:
-    columns = (
-        Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
-        Column("n_pruned", "pruned", "{:,}".format, numeric=True),
-        Column("speedup", "Speed-up", _precise, numeric=True),
-        Column("iqr", "Quartiles apart", "{:.3f}".format, numeric=True),
-        Column("wins", "Gains", lambda wins: "yes" if wins else "no"),
-    )
-    return Table(columns, tuple(_cells(one, columns) for one in tried))
-
-
-def _speed_table(rows: tuple[SpeedRow, ...]) -> Table:
-    columns = (
-        Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
-        Column("n_pruned", "pruned", "{:,}".format, numeric=True),
-        Column("full_ttft_s", "TTFT full (s)", _precise, numeric=True),
-        Column("pop_ttft_s", "TTFT pruned (s)", _precise, numeric=True),
-        Column("speedup", "Speed-up", _ratio, numeric=True),
-        Column("limit", "Limit", "{:.2f}".format, numeric=True),
-        Column("of_limit", "of limit", "{:.0%}".format, numeric=True),
-        Column("decode_tokens_per_s", "Decode full / pruned (tokens/s)", _rates, numeric=True),
-    )
-    return Table(columns, tuple(_cells(row, columns) for row in rows))
-
-
-def _cells(row: object, columns: tuple[Column, ...]) -> tuple[object, ...]:
-    return tuple(getattr(row, column.key) for column in columns)
-
-
 def _precise(spread: Spread) -> str:
     return f"{spread.median:.3f} ({spread.min:.3f}-{spread.max:.3f})"
 
@@ -114,3 +84,22 @@ def _ratio(spread: Spread) -> str:
 
 def _rates(pair: ModePair) -> str:
     return f"{pair.full:.1f} / {pair.pop:.1f}"
+
+
+_TRIED = (
+    Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
+    Column("n_pruned", "pruned", "{:,}".format, numeric=True),
+    Column("speedup", "Speed-up", _precise, numeric=True),
+    Column("iqr", "Quartiles apart", "{:.3f}".format, numeric=True),
+    Column("wins", "Gains", lambda wins: "yes" if wins else "no"),
+)
+_ROWS = (
+    Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
+    Column("n_pruned", "pruned", "{:,}".format, numeric=True),
+    Column("full_ttft_s", "TTFT full (s)", _precise, numeric=True),
+    Column("pop_ttft_s", "TTFT pruned (s)", _precise, numeric=True),
+    Column("speedup", "Speed-up", _ratio, numeric=True),
+    Column("limit", "Limit", "{:.2f}".format, numeric=True),
+    Column("of_limit", "of limit", "{:.0%}".format, numeric=True),
+    Column("decode_tokens_per_s", "Decode full / pruned (tokens/s)", _rates, numeric=True),
+)
