@@ -199,7 +199,9 @@ def _finish(axes: Axes, loss: _Loss, title: str) -> None:
     axes.set_title(title, fontsize="medium")
     axes.yaxis.set_major_formatter("{x:g}")
     if loss.scale == "log":
-        axes.yaxis.set_minor_locator(LogLocator(subs=(1.2, 1.5, 2, 3, 5)))
+        low, high = axes.get_ylim()
+        subs = (2, 5) if high > 10 * low else (1.2, 1.5, 2, 3, 5)
+        axes.yaxis.set_minor_locator(LogLocator(subs=subs))
         axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.margins(0.06)

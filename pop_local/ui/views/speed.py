@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pop_local.ui.tables import Column, Table, markdown, print_json
+from pop_local.ui.tables import Column, Table, markdown
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
@@ -12,50 +12,37 @@ if TYPE_CHECKING:
     from pop_local.workflows.bench import Bench, BreakEvenSearch, Speed
 
 
-def print_speed_json(found: Speed) -> None:
+def speed_json(found: Speed) -> dict[str, object]:
     """The rows as one object."""
-    print_json(_head(found.bench) | {"rows": found.rows})
+    return _head(found.bench) | {"rows": found.rows}
 
 
 def show_speed(found: Speed) -> None:
     """A table with one row for each prompt length."""
     bench = found.bench
     layers = f"{bench.boundary} to {bench.n_layer - 1} of {bench.n_layer}"
-    lines = [
-        f"{bench.model}: context tokens skip layers {layers}",
-        f"{bench.backend}; medians, in brackets the extremes",
-        "",
-        markdown(Table.of(_ROWS, found.rows)),
-    ]
-    say("\n".join(lines))
+    say(f"{bench.model}: context tokens skip layers {layers}")
+    say(f"{bench.backend}; medians, in brackets the extremes\n")
+    say(markdown(Table.of(_ROWS, found.rows)))
 
 
-def print_break_even_json(found: BreakEvenSearch) -> None:
+def gain_json(found: BreakEvenSearch) -> dict[str, object]:
     """The search as one object; `min_prompt`: what the file says now."""
     bench = found.bench
-    print_json(
-        _head(bench)
-        | {
-            "boundary": bench.boundary,
-            "min_prompt": bench.min_prompt,
-            "break_even": found.n_prompt,
-            "tried": found.tried,
-        }
-    )
+    return _head(bench) | {
+        "boundary": bench.boundary,
+        "min_prompt": bench.min_prompt,
+        "break_even": found.n_prompt,
+        "tried": found.tried,
+    }
 
 
-def show_break_even(found: BreakEvenSearch, n_longest: int) -> None:
+def show_gain(found: BreakEvenSearch, n_longest: int) -> None:
     """A table with one row for each length tried, and what to make of it."""
     bench = found.bench
-    lines = [
-        f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}",
-        "Gains: the median lies above 1 by more than the quartiles of the pairs lie apart.",
-        "",
-        markdown(Table.of(_TRIED, found.tried)),
-        "",
-        _advice(found, n_longest),
-    ]
-    say("\n".join(lines))
+    say(f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}")
+    say("Gains: the median lies above 1 by more than the quartiles of the pairs lie apart.\n")
+    say(f"{markdown(Table.of(_TRIED, found.tried))}\n\n{_advice(found, n_longest)}")
 
 
 def _head(bench: Bench) -> dict[str, object]:
