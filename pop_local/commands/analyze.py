@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from pop_local.commands.options import GpuLayers, Json, Plot, ReplacePlot, Threads, hardware
+from pop_local.commands import options as opt
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views.analysis import as_json, show
-from pop_local.ui.views.analysis_plot import plot
-from pop_local.ui.views.quality import require_plot
+from pop_local.ui.views.plots import plot_analysis, require_plot
 from pop_local.ui.watch import stoppable_watch
 
 
@@ -33,12 +32,12 @@ def analyze(
         int | None,
         typer.Option("--tokens", min=1, help="To fit on. Default: a quarter of convert's."),
     ] = None,
-    plot_file: Plot = None,
-    force: ReplacePlot = False,
+    plot_file: opt.Plot = None,
+    force: opt.ReplacePlot = False,
     seed: Annotated[int, typer.Option(min=0, help="Of targets, passages, random tokens.")] = 0,
-    json: Json = False,
-    threads: Threads = None,
-    gpu_layers: GpuLayers = -1,
+    json: opt.Json = False,
+    threads: opt.Threads = None,
+    gpu_layers: opt.GpuLayers = -1,
 ) -> None:
     """Measure which layers matter for reading and for answering, and how deep pruning may go."""
     if no_fit and tokens is not None:
@@ -59,8 +58,10 @@ def analyze(
         seed=seed,
     )
     with stoppable_watch() as watch:
-        found = analyze_model(model, options, hardware=hardware(threads, gpu_layers), watch=watch)
+        found = analyze_model(
+            model, options, hardware=opt.hardware(threads, gpu_layers), watch=watch
+        )
     if plot_file is not None:
-        plot(found, plot_file, force=force)
+        plot_analysis(found, plot_file, force=force)
         note(f"Drawn: {plot_file}")
     print_json(as_json(found)) if json else show(found)

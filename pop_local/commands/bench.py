@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from pop_local.commands.options import GpuLayers, Json, MeasuredCtx, Pop, Threads, hardware
+from pop_local.commands import options as opt
+from pop_local.ui.tables import print_json
 from pop_local.ui.views import speed as view
 from pop_local.ui.watch import stoppable_watch
 
@@ -36,11 +37,11 @@ def bench(
             help="Search for the shortest prompt that gains, up to the longest of --prompt.",
         ),
     ] = False,
-    pop: Pop = None,
-    json: Json = False,
-    threads: Threads = None,
-    n_ctx: MeasuredCtx = None,
-    gpu_layers: GpuLayers = -1,
+    pop: opt.Pop = None,
+    json: opt.Json = False,
+    threads: opt.Threads = None,
+    n_ctx: opt.MeasuredCtx = None,
+    gpu_layers: opt.GpuLayers = -1,
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
     n_prompts = _lengths(prompt)
@@ -48,25 +49,16 @@ def bench(
         raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
     from pop_local.workflows import bench as workflow
 
-    options = workflow.BenchOptions(
-        n_longest=max(n_prompts),
-        n_pairs=repeat,
-        boundary=boundary,
-        n_batch=batch,
-        n_ctx=n_ctx,
-        hardware=hardware(threads, gpu_layers),
-    )
+    on = opt.hardware(threads, gpu_layers)
+    options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on)
     if find_break_even:
         with stoppable_watch() as watch:
-            searched = workflow.find_break_even(model, pop, options, watch)
-        if json:
-            view.print_break_even_json(searched)
-        else:
-            view.show_break_even(searched, options.n_longest)
-        return
-    with stoppable_watch() as watch:
-        found = workflow.bench(model, pop, n_prompts, options, watch)
-    view.print_speed_json(found) if json else view.show_speed(found)
+            gained = workflow.find_break_even(model, pop, options, watch)
+        print_json(view.gain_json(gained)) if json else view.show_gain(gained, max(n_prompts))
+    else:
+        with stoppable_watch() as watch:
+            speed = workflow.bench(model, pop, options, watch)
+        print_json(view.speed_json(speed)) if json else view.show_speed(speed)
 
 
 def _lengths(prompt: str) -> tuple[int, ...]:

@@ -1,36 +1,18 @@
 """`pop-local chat [MODEL]`: talk to a model in the terminal."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from pop_local.commands.options import (
-    DEFAULT_THEME,
-    Ctx,
-    GpuLayers,
-    MaxTokens,
-    NoPop,
-    Pop,
-    Seed,
-    Temperature,
-    Theme,
-    Threads,
-    TopP,
-    hardware,
-    sampling,
-)
+from pop_local.commands import options as opt
+from pop_local.commands.opening import Opener
 from pop_local.models.names import DEFAULT_MODEL
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import TerminalScreen
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.theme import look, note
-from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.open import open_in_full, open_model
-
-if TYPE_CHECKING:
-    from pop_local.engine.model import PopModel
 
 
 def chat(
@@ -42,42 +24,27 @@ def chat(
         ),
     ] = None,
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
-    pop: Pop = None,
-    no_pop: NoPop = False,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    seed: Seed = None,
-    threads: Threads = None,
-    ctx: Ctx = None,
-    gpu_layers: GpuLayers = -1,
-    theme: Theme = DEFAULT_THEME,
+    pop: opt.Pop = None,
+    no_pop: opt.NoPop = False,
+    max_tokens: opt.MaxTokens = None,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    seed: opt.Seed = None,
+    threads: opt.Threads = None,
+    ctx: opt.Ctx = None,
+    gpu_layers: opt.GpuLayers = -1,
+    theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
     screen = TerminalScreen(look(theme))
-
-    open_as_asked = open_in_full if no_pop else open_model
-    on = hardware(threads, gpu_layers)
-
-    def open_named(name: str | None, n_ctx: int | None) -> "PopModel":
-        sidecar = None if name else pop
-        with terminal_watch() as watch:
-            return open_as_asked(
-                name or model, sidecar, n_ctx=n_ctx or ctx, hardware=on, watch=watch
-            )
-
-    chosen = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    opened = open_named(None, None)
-    begun = Dialogue(opened, open_named, screen, system=system, sampling=chosen)
+    open_named = Opener(model, pop, ctx, opt.hardware(threads, gpu_layers), in_full=no_pop)
+    chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    begun = Dialogue(open_named(), open_named, screen, system=system, sampling=chosen)
     begun.warn_of_base()
     if sys.stdin.isatty():
-        _greet(begun)
+        note(f"{begun.model.model_path}, context of {begun.model.n_ctx():,} tokens.")
+        note(begun.pop_state())
+        note("Type a question, /help for the commands, /exit to leave.")
     talk(begun)
     if begun.has_failed and not sys.stdin.isatty():
         raise typer.Exit(EXIT_FAILED)
-
-
-def _greet(begun: Dialogue) -> None:
-    note(f"{begun.model.model_path}, context of {begun.model.n_ctx():,} tokens.")
-    note(begun.pop_state())
-    note("Type a question, /help for the commands, /exit to leave.")

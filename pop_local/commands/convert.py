@@ -10,22 +10,7 @@ import typer
 from converter.format import Budget, PopMeta
 from converter.plan import TAIL_TOKENS
 from pop_local.calibration.options import FitOptions
-from pop_local.commands.options import (
-    GpuLayers,
-    Json,
-    KvTypeOption,
-    Memory,
-    ProjectionName,
-    Ridge,
-    Threads,
-    Tokens,
-    WeightingOption,
-    given_fit,
-    hardware,
-    named_depth,
-    no_fit,
-    positive,
-)
+from pop_local.commands import options as opt
 from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
 from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
@@ -69,7 +54,7 @@ def convert(
         typer.Option(
             metavar="NATS",
             min=0.0,
-            callback=positive,
+            callback=opt.positive,
             help="Largest KL divergence from the full model, instead of --quality.",
         ),
     ] = None,
@@ -78,7 +63,7 @@ def convert(
         typer.Option(
             metavar="RATIO",
             min=0.0,
-            callback=positive,
+            callback=opt.positive,
             help="Largest perplexity of a repeated passage, in the full model's; likewise.",
         ),
     ] = None,
@@ -97,12 +82,12 @@ def convert(
         ),
     ] = None,
     projection: Annotated[
-        ProjectionName,
+        opt.ProjectionName,
         typer.Option(
             help="K/V of skipped layers: fitted to the model (takes minutes), or their own (no"
             " fit, loses more quality)."
         ),
-    ] = ProjectionName.FITTED,
+    ] = opt.ProjectionName.FITTED,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -110,11 +95,11 @@ def convert(
             help="Text to fit on. Default: Python's documentation and samples of the model.",
         ),
     ] = None,
-    tokens: Tokens = None,
-    kv_type: KvTypeOption = None,
-    ridge: Ridge = None,
-    weighting: WeightingOption = None,
-    memory: Memory = None,
+    tokens: opt.Tokens = None,
+    kv_type: opt.KvTypeOption = None,
+    ridge: opt.Ridge = None,
+    weighting: opt.WeightingOption = None,
+    memory: opt.Memory = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -127,8 +112,8 @@ def convert(
             "--sidecar", help="Write only what is new, into a small file beside the model."
         ),
     ] = False,
-    threads: Threads = None,
-    gpu_layers: GpuLayers = -1,
+    threads: opt.Threads = None,
+    gpu_layers: opt.GpuLayers = -1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
@@ -141,7 +126,7 @@ def convert(
             " no longer copy from its prompt.",
         ),
     ] = False,
-    json: Json = False,
+    json: opt.Json = False,
 ) -> None:
     """Make a copy of a model that reads long prompts faster.
 
@@ -156,24 +141,24 @@ def convert(
     the copy too (and runs it in full). With --sidecar the model itself stays the file to open, here
     and elsewhere.
     """
-    named = named_depth(skip, boundary)
+    named = opt.named_depth(skip, boundary)
     depth: Depth = named or Within(_budget(quality, max_kl, max_copy_ratio))
     if named is not None and (quality, max_kl, max_copy_ratio) != (None, None, None):
         raise typer.BadParameter(
             "--skip and --boundary say how deep: leave out --quality, --max-kl and --max-copy-ratio"
         )
-    fit = given_fit(tokens, text, kv_type, ridge, weighting, memory)
-    if projection is ProjectionName.OWN:
-        no_fit(fit, "--projection own fits nothing")
+    fit = opt.given_fit(tokens, text, kv_type, ridge, weighting, memory)
+    if projection is opt.ProjectionName.OWN:
+        opt.no_fit(fit, "--projection own fits nothing")
     planned = plan_conversion(
         model,
         output,
         depth=depth,
-        fit=None if projection is ProjectionName.OWN else fit or FitOptions(),
+        fit=None if projection is opt.ProjectionName.OWN else fit or FitOptions(),
         rows=RowOptions(sink, tail, min_prompt),
         output="sidecar" if sidecar else "copy",
         resume=resume,
-        hardware=hardware(threads, gpu_layers),
+        hardware=opt.hardware(threads, gpu_layers),
     )
     if not json:
         view.show_plan(planned)

@@ -7,28 +7,11 @@ from typing import Annotated
 import typer
 
 from pop_local.calibration.options import FitOptions
-from pop_local.commands.options import (
-    GpuLayers,
-    Json,
-    KvTypeOption,
-    MeasuredCtx,
-    Memory,
-    NoPop,
-    Pop,
-    ReplacePlot,
-    Ridge,
-    Threads,
-    Tokens,
-    WeightingOption,
-    given_fit,
-    hardware,
-    named_depth,
-    no_fit,
-    share,
-)
+from pop_local.commands import options as opt
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views import quality as view
+from pop_local.ui.views.plots import plot_sweep, require_plot
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.options import Boundary, Skip
 
@@ -69,21 +52,21 @@ def eval(  # noqa: A001
     fit_text: Annotated[
         Path | None, typer.Option(metavar="FILE|DIR", help="Text to fit on. Default: convert's.")
     ] = None,
-    tokens: Tokens = None,
-    kv_type: KvTypeOption = None,
-    ridge: Ridge = None,
-    weighting: WeightingOption = None,
-    memory: Memory = None,
+    tokens: opt.Tokens = None,
+    kv_type: opt.KvTypeOption = None,
+    ridge: opt.Ridge = None,
+    weighting: opt.WeightingOption = None,
+    memory: opt.Memory = None,
     plot_file: Annotated[
         Path | None,
         typer.Option("--plot", metavar="OUT.png", help="Draw the depths of --sweep."),
     ] = None,
-    force: ReplacePlot = False,
+    force: opt.ReplacePlot = False,
     no_boundary: Annotated[
         bool, typer.Option("--no-boundary", help="Prune the context's last token as well.")
     ] = False,
-    pop: Pop = None,
-    no_pop: NoPop = False,
+    pop: opt.Pop = None,
+    no_pop: opt.NoPop = False,
     sink: Annotated[
         int | None, typer.Option(min=0, help="First tokens in full, whatever the file says.")
     ] = None,
@@ -94,10 +77,10 @@ def eval(  # noqa: A001
         int, typer.Option("--needles", min=0, help="Facts to hide in a long document.")
     ] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of passages, random tokens and facts.")] = 0,
-    json: Json = False,
-    threads: Threads = None,
-    n_ctx: MeasuredCtx = None,
-    gpu_layers: GpuLayers = -1,
+    json: opt.Json = False,
+    threads: opt.Threads = None,
+    n_ctx: opt.MeasuredCtx = None,
+    gpu_layers: opt.GpuLayers = -1,
 ) -> None:
     """Measure what pruning costs: KL and perplexity against the full model, copying, recall."""
     if no_boundary and no_pop:
@@ -107,13 +90,13 @@ def eval(  # noqa: A001
     if baseline is not None and (no_boundary or no_pop):
         raise typer.BadParameter("--baseline compares with POP: leave --no-boundary, --no-pop out")
     depths = _depths(skip, boundary, sweep)
-    given = given_fit(tokens, fit_text, kv_type, ridge, weighting, memory)
+    given = opt.given_fit(tokens, fit_text, kv_type, ridge, weighting, memory)
     if not fit:
-        no_fit(given, "there is no --fit")
+        opt.no_fit(given, "there is no --fit")
     elif pop is not None:
         raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
     if plot_file is not None:
-        view.require_plot(plot_file, Path(model), force=force)
+        require_plot(plot_file, Path(model), force=force)
     from pop_local.engine.llama.backend import Mode
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
@@ -135,11 +118,11 @@ def eval(  # noqa: A001
             depths=depths,
             fit=(given or FitOptions()) if fit else None,
             sidecar=pop,
-            hardware=hardware(threads, gpu_layers),
+            hardware=opt.hardware(threads, gpu_layers),
             watch=watch,
         )
     if plot_file is not None:
-        view.plot(found.rows, plot_file, force=force)
+        plot_sweep(found.rows, plot_file, force=force)
         note(f"Drawn: {plot_file}")
     if sweep is not None:
         print_json(view.sweep_json(found)) if json else view.show_sweep(found)
@@ -154,6 +137,6 @@ def _depths(
     if sum(option is not None for option in (skip, boundary, sweep)) > 1:
         raise typer.BadParameter("--skip, --boundary and --sweep say the same: give one of them")
     if sweep is not None:
-        return tuple(share(part, "--sweep") for part in sweep.split(","))
-    named = named_depth(skip, boundary)
+        return tuple(opt.share(part, "--sweep") for part in sweep.split(","))
+    named = opt.named_depth(skip, boundary)
     return () if named is None else (named,)

@@ -4,30 +4,15 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from pop_local.commands.options import (
-    DEFAULT_THEME,
-    Ctx,
-    GpuLayers,
-    Json,
-    MaxTokens,
-    NoPop,
-    Pop,
-    Seed,
-    Temperature,
-    Theme,
-    Threads,
-    TopP,
-    hardware,
-    sampling,
-)
+from pop_local.commands import options as opt
+from pop_local.commands.opening import Opener
 from pop_local.engine.sessions.conversation import Document, Turn
-from pop_local.engine.turn import Chunk, ContextFullError, Message, Reading, TurnStats
+from pop_local.engine.turn import Chunk, ContextFullError, Message
 from pop_local.texts.decoding import decoded
 from pop_local.texts.documents import read_document, read_limited
 from pop_local.ui.chat.overflow import least_answer, too_long
@@ -37,25 +22,9 @@ from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, warn
 from pop_local.ui.views.stats import counted_line, stats_line
-from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.open import open_in_full, open_model
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
-
-
-@dataclass(frozen=True)
-class RunAnswer:
-    """What `--json` prints."""
-
-    model: str
-    text: str
-    pop: bool
-    boundary: int
-    reading: Reading
-    stats: TurnStats
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
 
 
 def run(
@@ -71,18 +40,18 @@ def run(
             "--file", "-f", help="Text, PDF or DOCX to ask about; can be given several times."
         ),
     ] = None,
-    json: Json = False,
+    json: opt.Json = False,
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
-    pop: Pop = None,
-    no_pop: NoPop = False,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    seed: Seed = None,
-    threads: Threads = None,
-    ctx: Ctx = None,
-    gpu_layers: GpuLayers = -1,
-    theme: Theme = DEFAULT_THEME,
+    pop: opt.Pop = None,
+    no_pop: opt.NoPop = False,
+    max_tokens: opt.MaxTokens = None,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    seed: opt.Seed = None,
+    threads: opt.Threads = None,
+    ctx: opt.Ctx = None,
+    gpu_layers: opt.GpuLayers = -1,
+    theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
     """Answer one question. Files and piped text come before it in the prompt.
 
@@ -92,12 +61,8 @@ def run(
     if not turn.prompt:
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
     screen = TerminalScreen(look(theme))
-    options = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    open_as_asked = open_in_full if no_pop else open_model
-    with terminal_watch() as watch:
-        opened = open_as_asked(
-            model, pop, n_ctx=ctx, hardware=hardware(threads, gpu_layers), watch=watch
-        )
+    options = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    opened = Opener(model, pop, ctx, opt.hardware(threads, gpu_layers), in_full=no_pop)()
     for document in turn.documents:
         n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))
@@ -154,17 +119,18 @@ def _show(screen: TerminalScreen, chunks: Iterator[Chunk]) -> None:
             screen.note(stats_line(chunk.stats))
 
 
-def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> RunAnswer:
+def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> dict[str, Any]:
+    """The answer and its figures as one object."""
     pieces = list(chunks)
     stats = pieces[-1].stats
     assert stats is not None, "the last chunk carries the figures"
-    return RunAnswer(
-        model=opened.model_path,
-        text="".join(chunk.text for chunk in pieces),
-        pop=bool(opened.pop_mode),
-        boundary=opened.boundary,
-        reading=stats.reading,
-        stats=stats,
-        prefill_tokens_per_s=stats.prefill_tokens_per_s,
-        decode_tokens_per_s=stats.decode_tokens_per_s,
-    )
+    return {
+        "model": opened.model_path,
+        "text": "".join(chunk.text for chunk in pieces),
+        "pop": bool(opened.pop_mode),
+        "boundary": opened.boundary,
+        "reading": stats.reading,
+        "stats": stats,
+        "prefill_tokens_per_s": stats.prefill_tokens_per_s,
+        "decode_tokens_per_s": stats.decode_tokens_per_s,
+    }

@@ -1,6 +1,5 @@
 """`pop-local strip IN.pop.gguf [OUT.gguf]`: back to the original, byte for byte."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,16 +15,6 @@ from pop_local.models.names import resolve
 from pop_local.models.sizes import size
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import print_facts, print_json
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `--json` prints."""
-
-    source: str
-    output: str
-    output_bytes: int
-    sha256: str
 
 
 def strip(
@@ -52,17 +41,12 @@ def strip(
     target = output or _default_output(path, pop_meta(header))
     with bytes_progress("Restoring") as advance:
         meta = write_original(path, target, progress=advance, force=force)
-    report = Report(str(path), str(target), target.stat().st_size, meta.source_sha256)
+    n_bytes, sha256 = target.stat().st_size, meta.source_sha256
     if json:
-        print_json(report)
+        print_json({"source": path, "output": target, "output_bytes": n_bytes, "sha256": sha256})
     else:
-        print_facts(
-            [
-                ("Written", report.output),
-                ("Size", size(report.output_bytes)),
-                ("sha256", f"{report.sha256}, as before its conversion"),
-            ]
-        )
+        unchanged = f"{sha256}, as before its conversion"
+        print_facts([("Written", str(target)), ("Size", size(n_bytes)), ("sha256", unchanged)])
 
 
 def _default_output(path: Path, meta: PopMeta | None) -> Path:

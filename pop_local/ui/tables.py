@@ -1,10 +1,13 @@
 """One description of a table, drawn for a terminal, as Markdown or as JSON."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ def _plain(value: object) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """`key` names it in JSON, `title` for people; `show` turns a value into text."""
+    """`title` is for people; `show` turns a value into text."""
 
     key: str
     title: str
@@ -38,7 +41,12 @@ class Table:
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[Any, ...], ...]
-    title: str = ""
+
+    @classmethod
+    def of(cls, columns: tuple[Column, ...], items: Iterable[object]) -> Table:
+        """Make a row of each item; a column's key names its attribute, or one of an attribute."""
+        values = [attrgetter(column.key) for column in columns]
+        return cls(columns, tuple(tuple(value(item) for value in values) for item in items))
 
     def texts(self) -> list[list[str]]:
         return [
@@ -48,7 +56,7 @@ class Table:
 
 
 def rich_table(table: Table) -> RichTable:
-    drawn = RichTable(title=table.title or None, title_style="title", header_style="title")
+    drawn = RichTable(header_style="title")
     for column in table.columns:
         # Folded, not cut: a name is there to be copied.
         drawn.add_column(
@@ -76,17 +84,9 @@ def markdown(table: Table) -> str:
         "-" * (width - 1) + ":" if column.numeric else "-" * width
         for column, width in zip(table.columns, widths, strict=True)
     ]
-    lines = [_markdown_row(row, table.columns, widths) for row in [head, rules, *body]]
-    heading = [f"### {table.title}", ""] if table.title else []
-    return "\n".join([*heading, *lines])
-
-
-def _markdown_row(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> str:
-    padded = (
-        cell.rjust(width) if column.numeric else cell.ljust(width)
-        for cell, column, width in zip(cells, columns, widths, strict=True)
-    )
-    return "| " + " | ".join(padded) + " |"
+    sides = [">" if column.numeric else "<" for column in table.columns]
+    line = "| " + " | ".join(f"{{:{s}{w}}}" for s, w in zip(sides, widths, strict=True)) + " |"
+    return "\n".join(line.format(*row) for row in [head, rules, *body])
 
 
 def print_json(value: Any) -> None:

@@ -1,11 +1,12 @@
 """Time to first token with and without pruning, on the same weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import PopError
-from converter.shape import source_shape, trained_ctx
+from converter.shape import ModelShape, source_shape, trained_ctx
 from converter.sidecar import pop_of
 from converter.source import Source, read_source
 from pop_local.engine.llama.backend import devices
@@ -23,16 +24,20 @@ from pop_local.workflows.options import Hardware
 class BenchOptions:
     """What is measured, and where.
 
-    `n_longest`: tokens of the longest prompt. `n_pairs`: of runs for each length. `boundary` None:
-    the file's. `n_batch`: tokens that are read at once. `n_ctx` None: what is measured needs.
+    `n_prompts`: tokens of each prompt. `n_pairs`: of runs for each length. `boundary` None: the
+    file's. `n_batch`: tokens that are read at once. `n_ctx` None: what is measured needs.
     """
 
-    n_longest: int
+    n_prompts: tuple[int, ...]
     n_pairs: int
     boundary: int | None
     n_batch: int
     n_ctx: int | None
     hardware: Hardware
+
+    @property
+    def n_longest(self) -> int:
+        return max(self.n_prompts)
 
 
 @dataclass(frozen=True)
@@ -64,47 +69,40 @@ class BreakEvenSearch:
     tried: tuple[Tried, ...]
 
 
-def bench(
-    model: str,
-    sidecar: Path | None,
-    n_prompts: Sequence[int],
-    options: BenchOptions,
-    watch: Watch,
-) -> Speed:
+def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
     """Measure each prompt length. Raises PopError, StoppedError."""
-    source, files = _found(model, sidecar, options, watch)
-    shape = source_shape(source)
-    with _opened(source, files, options, watch) as loaded:
-        rows = measure_speed(loaded, shape, n_prompts, options.n_pairs, watch.stage("Measuring"))
-        return Speed(_bench(source, files, loaded, options), rows)
+    with _opened(model, sidecar, options, watch) as (loaded, shape, found):
+        advance = watch.stage("Measuring")
+        rows = measure_speed(loaded, shape, options.n_prompts, options.n_pairs, advance)
+    return Speed(found, rows)
 
 
 def find_break_even(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
 ) -> BreakEvenSearch:
     """Search for the shortest prompt that gains. Raises PopError, StoppedError."""
-    source, files = _found(model, sidecar, options, watch)
-    advance = watch.stage("Searching")
-    n_tried = 0
+    n_tried, n_longest = 0, options.n_longest
 
     def tried(one: Tried) -> None:
         nonlocal n_tried
         n_tried += 1
         # Doubling up to the longest takes most of the steps.
-        advance(n_tried, max(n_tried, options.n_longest.bit_length()))
+        advance(n_tried, max(n_tried, n_longest.bit_length()))
 
-    with _opened(source, files, options, watch) as loaded:
-        found = measure_break_even(loaded, options.n_pairs, options.n_longest, tried)
-        return BreakEvenSearch(_bench(source, files, loaded, options), found.n_prompt, found.tried)
+    with _opened(model, sidecar, options, watch) as (loaded, _, found):
+        advance = watch.stage("Searching")
+        searched = measure_break_even(loaded, options.n_pairs, n_longest, tried)
+    return BreakEvenSearch(found, searched.n_prompt, searched.tried)
 
 
-def _found(
+@contextmanager
+def _opened(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
-) -> tuple[Source, ModelFiles]:
+) -> Iterator[tuple[PopModel, ModelShape, Bench]]:
     find = model_files if options.boundary is None else files_at_depth
     files = find(model, sidecar, hardware=options.hardware, watch=watch)
     source = read_source(files.path)
-    source_shape(source)
+    shape = source_shape(source)
     if options.boundary is None and pop_of(source, files.sidecar) is None:
         raise PopError(
             f"{files.path} is not converted: there is nothing to compare",
@@ -112,15 +110,12 @@ def _found(
             cause="nothing-to-compare",
             model=files.path,
         )
-    return source, files
-
-
-def _opened(source: Source, files: ModelFiles, options: BenchOptions, watch: Watch) -> PopModel:
     n_ctx, n_batch = _context(source, options), options.n_batch
-    model = opened(files, options.hardware, watch, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch)
-    if options.boundary is not None:
-        model.set_boundary(options.boundary)
-    return model
+    reading = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch}
+    with opened(files, options.hardware, watch, **reading) as loaded:
+        if options.boundary is not None:
+            loaded.set_boundary(options.boundary)
+        yield loaded, shape, _bench(files, shape, loaded, options.hardware)
 
 
 def _context(source: Source, options: BenchOptions) -> int:
@@ -140,16 +135,16 @@ def _context(source: Source, options: BenchOptions) -> int:
     return options.n_ctx or n_needed
 
 
-def _bench(source: Source, files: ModelFiles, model: PopModel, options: BenchOptions) -> Bench:
+def _bench(files: ModelFiles, shape: ModelShape, model: PopModel, hardware: Hardware) -> Bench:
     found = devices()
     gpus = [device for device in found if device.is_gpu]
-    device = gpus[0] if gpus and options.hardware.n_gpu_layers != 0 else found[-1]
+    device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]
     threads = "1 thread" if model.n_threads == 1 else f"{model.n_threads} threads"
     return Bench(
         model=str(files.path),
         sidecar=str(files.sidecar) if files.sidecar else None,
         backend=f"{device.name} ({device.description}), {threads}",
         boundary=model.boundary,
-        n_layer=source_shape(source).n_layer,
+        n_layer=shape.n_layer,
         min_prompt=model.rule.min_prompt,
     )

@@ -1,28 +1,26 @@
 """What a conversion gives back."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converter.errors import PopError
 from converter.format import Measured, PopMeta
 from converter.plan import Plan
 from converter.rewrite import Fitted, Sizes
 
+if TYPE_CHECKING:
+    from pop_local.measure.quality import Quality
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One boundary as a search measured it; `speedup_limit` by multiply-accumulates."""
+    """One boundary as a search measured it."""
 
-    boundary: int
-    n_skipped: int
-    speedup_limit: float
-    n_windows: int
-    kl_mean: float
-    kl_se: float
-    copy_ppl_ratio: float
-    copy_ppl_ratio_se: float
-    induction_retention: float | None
-    induction_retention_se: float | None
+    plan: Plan
+    quality: Quality
     in_budget: bool
 
 

@@ -86,7 +86,7 @@ class _Search:
 
     def _trials(self) -> tuple[Trial, ...]:
         return tuple(
-            _trial(self._plans[boundary], self._qualities[boundary], passed)
+            Trial(self._plans[boundary], self._qualities[boundary], passed)
             for boundary, passed in self._shallowest_first()
         )
 
@@ -162,20 +162,3 @@ class _Search:
                 lambda quality: is_clearly_outside(self._budget, quality),
                 self._watch.stage(f"Measuring boundary {boundary}"),
             )
-
-
-def _trial(plan: Plan, quality: Quality, in_budget: bool) -> Trial:
-    retention = quality.induction_retention
-    return Trial(
-        boundary=plan.boundary,
-        n_skipped=plan.n_skipped,
-        speedup_limit=plan.speedup_limit,
-        n_windows=quality.n_windows,
-        kl_mean=quality.kl_mean.value,
-        kl_se=quality.kl_mean.se or 0.0,
-        copy_ppl_ratio=quality.copy_ppl_ratio.value,
-        copy_ppl_ratio_se=quality.copy_ppl_ratio.se or 0.0,
-        induction_retention=None if retention is None else retention.value,
-        induction_retention_se=None if retention is None else retention.se or 0.0,
-        in_budget=in_budget,
-    )

@@ -74,7 +74,7 @@ def now_s(pid: int, clock: str) -> float:
 def child(options: argparse.Namespace) -> None:
     """Answers lines of JSON with what `run --json` prints, in one line."""
     model = PopModel(options.model, n_ctx=options.ctx, n_threads=1, n_gpu_layers=0)
-    run_module.open_model = lambda *_, **__: model
+    run_module.Opener.__call__ = lambda *_: model  # type: ignore[method-assign]
     questions, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO())
     for line in questions:
         question, n_decode = json.loads(line)

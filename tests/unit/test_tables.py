@@ -11,7 +11,6 @@ from pop_local.ui import tables, theme
 from pop_local.ui.tables import Column, Table, markdown, print_facts, print_json
 
 SPEEDS = Table(
-    title="Speed",
     columns=(
         Column("name", "Name"),
         Column("speedup", "Speed-up", show=lambda ratio: f"{ratio:.2f}x", numeric=True),
@@ -22,8 +21,6 @@ SPEEDS = Table(
 
 def test_markdown_is_aligned_and_escaped():
     assert markdown(SPEEDS).splitlines() == [
-        "### Speed",
-        "",
         "| Name        | Speed-up |",
         "| ----------- | -------: |",
         "| a\\|b        |    1.41x |",

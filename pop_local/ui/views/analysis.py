@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from itertools import compress
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,12 @@ from rich.text import Text as RichText
 from converter.format import FITTED, OWN
 from pop_local.ui.tables import Column, Fact, Table, markdown, print_facts
 from pop_local.ui.theme import out
-from pop_local.ui.views.quality import figures
+from pop_local.ui.views.quality import bare, figures, text_json, with_se
 
 if TYPE_CHECKING:
     from pop_local.measure.depth import Depth
     from pop_local.measure.estimate import Estimate
-    from pop_local.measure.importance import Importance, Stage
-    from pop_local.measure.quality import Quality
+    from pop_local.measure.importance import Stage
     from pop_local.workflows.analyze import Analysis
 
 _BAR_WIDTH = 8
@@ -42,26 +40,26 @@ _INDUCTION = (
 
 def as_json(found: Analysis) -> dict[str, Any]:
     """Estimates as a value and its standard error, NAME and NAME_se."""
-    gates = found.importance
+    chosen = found.chosen
     return {
         "model": str(found.model),
-        "text": {"name": found.text.name, "sha256": found.text.sha256},
+        "text": text_json(found.text),
         "seed": found.seed,
-        "gates": None if gates is None else asdict(gates),
-        "boundaries": [_flat(depth) for depth in found.depths],
+        "gates": found.importance,
+        "boundaries": [_depth_json(depth) for depth in found.depths],
         "cliff_layers": [depth.boundary for depth in found.cliff],
-        "calibration": found.calibration and asdict(found.calibration),
+        "calibration": found.calibration,
         "chosen": {
-            "budget": asdict(found.budget),
-            "boundary": found.chosen and found.chosen.boundary,
-            "projection": found.chosen and _projection(found.chosen),
+            "budget": found.budget,
+            "boundary": chosen and chosen.boundary,
+            "projection": chosen and _projection(chosen),
             "is_estimate": True,
         },
     }
 
 
-def _flat(depth: Depth) -> dict[str, Any]:
-    kept, quality = depth.retention, depth.quality
+def _depth_json(depth: Depth) -> dict[str, Any]:
+    kept = depth.retention
     return {
         "boundary": depth.boundary,
         "n_skipped": depth.n_skipped,
@@ -70,7 +68,7 @@ def _flat(depth: Depth) -> dict[str, Any]:
         "induction_retention_se": kept and kept.se,
         "lost_retention": depth.lost_retention,
         "projection": _projection(depth),
-        "quality": None if quality is None else figures(quality),
+        "quality": depth.quality and figures(depth.quality),
     }
 
 
@@ -86,15 +84,12 @@ def show(found: Analysis) -> None:
     if out.is_terminal:
         out.print(_drawn(found))
     else:
-        out.file.write(markdown(_table(found, _with_se)) + "\n\n")
-    print_facts(_facts(found))
+        out.file.write(markdown(_table(found, with_se)) + "\n\n")
+    print_facts([*_facts(found)])
 
 
-_GATE_COLUMNS = (
-    Column("prefill", "Prefill", numeric=True),
-    Column("decode", "Decode", numeric=True),
-)
-_DEPTH_COLUMNS = (
+_GATES = (Column("prefill", "Prefill", numeric=True), Column("decode", "Decode", numeric=True))
+_DEPTHS = (
     Column("speedup_limit", "Limit", numeric=True),
     Column("projection", "K/V"),
     Column("kl_mean", "KL", numeric=True),
@@ -105,33 +100,32 @@ _DEPTH_COLUMNS = (
 )
 
 
-def _table(found: Analysis, importance: Callable[[Estimate], str]) -> Table:
+def _table(found: Analysis, importance: Callable[[Estimate, str], str]) -> Table:
     """A line for each layer, which is the boundary, too: what pruning from there on costs."""
     gates = found.importance
+    stages = () if gates is None else (gates.prefill, gates.decode)
     by_layer = {depth.boundary: depth for depth in found.depths}
-    layers = sorted(by_layer) if gates is None else range(len(gates.prefill.layers))
-    rows = []
-    for layer in layers:
-        row = [str(layer)]
-        if gates is not None:
-            stages = (gates.prefill, gates.decode)
-            row += [importance(stage.layers[layer]) for stage in stages]
-        rows.append((*row, *_depth_cells(by_layer.get(layer), found)))
-    columns = () if gates is None else _GATE_COLUMNS
+    layers = range(len(stages[0].layers)) if stages else sorted(by_layer)
+    rows = [
+        (
+            layer,
+            *(importance(stage.layers[layer], ".2f") for stage in stages),
+            *(_cells(by_layer[layer], found) if layer in by_layer else ("",) * len(_DEPTHS)),
+        )
+        for layer in layers
+    ]
     head = Column("layer", "Layer", numeric=True)
-    return Table((head, *columns, *_DEPTH_COLUMNS), tuple(rows))
+    return Table((head, *(_GATES if stages else ()), *_DEPTHS), tuple(rows))
 
 
-def _depth_cells(depth: Depth | None, found: Analysis) -> tuple[str, ...]:
-    if depth is None:
-        return ("",) * len(_DEPTH_COLUMNS)
-    quality, retention, lost = depth.quality, depth.retention, depth.lost_retention
+def _cells(depth: Depth, found: Analysis) -> tuple[str, ...]:
+    quality, kept, lost = depth.quality, depth.retention, depth.lost_retention
     return (
         f"{depth.speedup_limit:.2f}x",
         _projection(depth) or "",
-        "" if quality is None else f"{quality.kl_mean.value:.3f}",
-        "" if quality is None else f"{quality.copy_ppl_ratio.value:.2f}",
-        "-" if retention is None else _share(retention.value),
+        bare(quality.kl_mean, ".3f") if quality else "",
+        bare(quality.copy_ppl_ratio, ".2f") if quality else "",
+        "-" if kept is None else _share(kept.value),
         "-" if lost is None else _share(lost),
         found.budget.quality if depth is found.chosen else "cliff" if depth.is_cliff else "",
     )
@@ -139,7 +133,7 @@ def _depth_cells(depth: Depth | None, found: Analysis) -> tuple[str, ...]:
 
 def _drawn(found: Analysis) -> RichTable:
     gates = found.importance
-    table = _table(found, _value)
+    table = _table(found, bare)
     padding = (0, 2 if out.width >= _ROOMY_WIDTH else 1, 0, 0)
     drawn = RichTable(header_style="title", box=None, padding=padding)
     with_bars = gates is not None and out.width >= _BARS_WIDTH and _draws_blocks()
@@ -147,7 +141,7 @@ def _drawn(found: Analysis) -> RichTable:
     shown = [out.width >= least_width.get(column.key, 0) for column in table.columns]
     for column in compress(table.columns, shown):
         drawn.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=True)
-        if with_bars and column in _GATE_COLUMNS:
+        if with_bars and column in _GATES:
             drawn.add_column("", width=_BAR_WIDTH)
     styles = {str(depth.boundary): "bad" for depth in found.cliff}
     if found.chosen is not None:
@@ -174,24 +168,20 @@ def _bar(stage: Stage, layer: int, color: str) -> Bar:
     return Bar(1.0, 0.0, length, width=_BAR_WIDTH, color=color)
 
 
-def _facts(found: Analysis) -> list[Fact]:
-    gates = found.importance
-    facts = [] if gates is None else _gate_facts(gates)
-    return [
-        *facts,
-        ("Boundary", _BOUNDARY),
-        ("Induction", _INDUCTION),
-        ("Copying", _cliff(found)),
-        *_fit_facts(found),
-        ("Depth", _choice(found)),
-    ]
-
-
-def _fit_facts(found: Analysis) -> list[Fact]:
-    if found.calibration is None:
-        return []
-    made = found.calibration
-    return [("Fitted on", f"{made.name}: {made.n_tokens:,} tokens")]
+def _facts(found: Analysis) -> Iterator[Fact]:
+    gates, made = found.importance, found.calibration
+    if gates is not None:
+        windows = f"{gates.n_windows} windows of {gates.n_context} + {gates.n_answer} tokens"
+        how = f"mean of (dL/dg)^2 ± one standard error over {windows}; bars: its root"
+        yield "Importance", how
+        yield "Reading", _thirds(gates.prefill)
+        yield "Answering", _thirds(gates.decode)
+    yield "Boundary", _BOUNDARY
+    yield "Induction", _INDUCTION
+    yield "Copying", _cliff(found)
+    if made is not None:
+        yield "Fitted on", f"{made.name}: {made.n_tokens:,} tokens"
+    yield "Depth", _choice(found)
 
 
 def _choice(found: Analysis) -> str:
@@ -199,37 +189,24 @@ def _choice(found: Analysis) -> str:
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
         return f"no boundary that was measured is within the {name} budget"
-    n_windows = depth.quality.n_windows
+    quality = depth.quality
+    losses = f"KL {with_se(quality.kl_mean, '.4f')}, copy ratio {quality.copy_ppl_ratio.value:.3f}"
+    if quality.induction_retention is not None:
+        losses += f", {quality.induction_retention.value:.0%} of copying kept"
     how = "with the fit" if depth.fitted else "with the layers' own projections"
+    windows = f"{quality.n_windows} window{'s' * (quality.n_windows > 1)}"
     return (
         f"{name} would take boundary {depth.boundary}, at most {depth.speedup_limit:.2f}x: "
-        f"{_losses(depth.quality)} {how}; an estimate from {n_windows} "
-        f"window{'s' * (n_windows > 1)}, `convert` measures more"
+        f"{losses} {how}; an estimate from {windows}, `convert` measures more"
     )
 
 
-def _losses(quality: Quality) -> str:
-    retention = quality.induction_retention
-    kept = "" if retention is None else f", {retention.value:.0%} of copying kept"
-    kl, copy = _with_digits(quality.kl_mean, 4), quality.copy_ppl_ratio.value
-    return f"KL {kl}, copy ratio {copy:.3f}{kept}"
-
-
-def _gate_facts(gates: Importance) -> list[Fact]:
-    windows = f"{gates.n_windows} windows of {gates.n_context} + {gates.n_answer} tokens"
-    return [
-        ("Importance", f"mean of (dL/dg)^2 ± one standard error over {windows}; bars: its root"),
-        ("Reading", _thirds(gates.prefill)),
-        ("Answering", _thirds(gates.decode)),
-    ]
-
-
 def _thirds(stage: Stage) -> str:
-    times = "" if stage.median_ratio is None else f" ({_with_se(stage.median_ratio)} times)"
+    times = f" ({with_se(stage.median_ratio, '.2f')} times)" if stage.median_ratio else ""
     return (
-        f"median of the last third of the layers {_with_se(stage.last_third_median)}, of the others"
-        f" {_with_se(stage.others_median)}{times}; means"
-        f" {_with_se(stage.last_third_mean)} and {_with_se(stage.others_mean)}"
+        f"median of the last third of the layers {with_se(stage.last_third_median, '.2f')}, of the"
+        f" others {with_se(stage.others_median, '.2f')}{times}; means"
+        f" {with_se(stage.last_third_mean, '.2f')} and {with_se(stage.others_mean, '.2f')}"
     )
 
 
@@ -246,16 +223,3 @@ def _cliff(found: Analysis) -> str:
 def _share(value: float) -> str:
     """Without a minus before 0 %."""
     return f"{round(value, 2) + 0.0:.0%}"
-
-
-def _value(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f}"
-
-
-def _with_se(estimate: Estimate) -> str:
-    return _with_digits(estimate, 2)
-
-
-def _with_digits(estimate: Estimate, digits: int) -> str:
-    value = f"{estimate.value:.{digits}f}"
-    return value if estimate.se is None else f"{value} ± {estimate.se:.{digits}f}"

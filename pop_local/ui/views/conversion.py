@@ -11,7 +11,7 @@ from pop_local.measure.budget import FAST
 from pop_local.models.sizes import size
 from pop_local.ui.tables import Fact, print_facts, print_json
 from pop_local.ui.theme import note
-from pop_local.ui.views.trials import budget_fact, show_trials
+from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 from pop_local.workflows.options import Within
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def print_converted_json(conversion: Conversion, done: Converted) -> None:
         "source_sha256": done.meta.source_sha256,
         "calibration": done.meta.calibration,
         "measured": done.meta.measured,
-        "tried": done.trials,
+        "tried": [trial_json(trial) for trial in done.trials],
     }
     print_json(_object(conversion, done.plan, done.sizes) | found)
 

@@ -4,59 +4,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pop_local.ui.tables import Column, Table, markdown, print_json
+from pop_local.ui.tables import Column, Table, markdown
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
-    from pop_local.measure.break_even import Tried
-    from pop_local.measure.speed import ModePair, SpeedRow, Spread
+    from pop_local.measure.speed import ModePair, Spread
     from pop_local.workflows.bench import Bench, BreakEvenSearch, Speed
 
 
-def print_speed_json(found: Speed) -> None:
+def speed_json(found: Speed) -> dict[str, object]:
     """The rows as one object."""
-    print_json(_head(found.bench) | {"rows": found.rows})
+    return _head(found.bench) | {"rows": found.rows}
 
 
 def show_speed(found: Speed) -> None:
     """A table with one row for each prompt length."""
     bench = found.bench
     layers = f"{bench.boundary} to {bench.n_layer - 1} of {bench.n_layer}"
-    lines = [
-        f"{bench.model}: context tokens skip layers {layers}",
-        f"{bench.backend}; medians, in brackets the extremes",
-        "",
-        markdown(_speed_table(found.rows)),
-    ]
-    say("\n".join(lines))
+    say(f"{bench.model}: context tokens skip layers {layers}")
+    say(f"{bench.backend}; medians, in brackets the extremes\n")
+    say(markdown(Table.of(_ROWS, found.rows)))
 
 
-def print_break_even_json(found: BreakEvenSearch) -> None:
+def gain_json(found: BreakEvenSearch) -> dict[str, object]:
     """The search as one object; `min_prompt`: what the file says now."""
     bench = found.bench
-    print_json(
-        _head(bench)
-        | {
-            "boundary": bench.boundary,
-            "min_prompt": bench.min_prompt,
-            "break_even": found.n_prompt,
-            "tried": found.tried,
-        }
-    )
+    return _head(bench) | {
+        "boundary": bench.boundary,
+        "min_prompt": bench.min_prompt,
+        "break_even": found.n_prompt,
+        "tried": found.tried,
+    }
 
 
-def show_break_even(found: BreakEvenSearch, n_longest: int) -> None:
+def show_gain(found: BreakEvenSearch, n_longest: int) -> None:
     """A table with one row for each length tried, and what to make of it."""
     bench = found.bench
-    lines = [
-        f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}",
-        "Gains: the median lies above 1 by more than the quartiles of the pairs lie apart.",
-        "",
-        markdown(_tried_table(found.tried)),
-        "",
-        _advice(found, n_longest),
-    ]
-    say("\n".join(lines))
+    say(f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}")
+    say("Gains: the median lies above 1 by more than the quartiles of the pairs lie apart.\n")
+    say(f"{markdown(Table.of(_TRIED, found.tried))}\n\n{_advice(found, n_longest)}")
 
 
 def _head(bench: Bench) -> dict[str, object]:
@@ -75,35 +61,6 @@ def _advice(found: BreakEvenSearch, n_longest: int) -> str:
     )
 
 
-def _tried_table(tried: tuple[Tried, ...]) -> Table:
-    columns = (
-        Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
-        Column("n_pruned", "pruned", "{:,}".format, numeric=True),
-        Column("speedup", "Speed-up", _precise, numeric=True),
-        Column("iqr", "Quartiles apart", "{:.3f}".format, numeric=True),
-        Column("wins", "Gains", lambda wins: "yes" if wins else "no"),
-    )
-    return Table(columns, tuple(_cells(one, columns) for one in tried))
-
-
-def _speed_table(rows: tuple[SpeedRow, ...]) -> Table:
-    columns = (
-        Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
-        Column("n_pruned", "pruned", "{:,}".format, numeric=True),
-        Column("full_ttft_s", "TTFT full (s)", _precise, numeric=True),
-        Column("pop_ttft_s", "TTFT pruned (s)", _precise, numeric=True),
-        Column("speedup", "Speed-up", _ratio, numeric=True),
-        Column("limit", "Limit", "{:.2f}".format, numeric=True),
-        Column("of_limit", "of limit", "{:.0%}".format, numeric=True),
-        Column("decode_tokens_per_s", "Decode full / pruned (tokens/s)", _rates, numeric=True),
-    )
-    return Table(columns, tuple(_cells(row, columns) for row in rows))
-
-
-def _cells(row: object, columns: tuple[Column, ...]) -> tuple[object, ...]:
-    return tuple(getattr(row, column.key) for column in columns)
-
-
 def _precise(spread: Spread) -> str:
     return f"{spread.median:.3f} ({spread.min:.3f}-{spread.max:.3f})"
 
@@ -114,3 +71,22 @@ def _ratio(spread: Spread) -> str:
 
 def _rates(pair: ModePair) -> str:
     return f"{pair.full:.1f} / {pair.pop:.1f}"
+
+
+_TRIED = (
+    Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
+    Column("n_pruned", "pruned", "{:,}".format, numeric=True),
+    Column("speedup", "Speed-up", _precise, numeric=True),
+    Column("iqr", "Quartiles apart", "{:.3f}".format, numeric=True),
+    Column("wins", "Gains", lambda wins: "yes" if wins else "no"),
+)
+_ROWS = (
+    Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
+    Column("n_pruned", "pruned", "{:,}".format, numeric=True),
+    Column("full_ttft_s", "TTFT full (s)", _precise, numeric=True),
+    Column("pop_ttft_s", "TTFT pruned (s)", _precise, numeric=True),
+    Column("speedup", "Speed-up", _ratio, numeric=True),
+    Column("limit", "Limit", "{:.2f}".format, numeric=True),
+    Column("of_limit", "of limit", "{:.0%}".format, numeric=True),
+    Column("decode_tokens_per_s", "Decode full / pruned (tokens/s)", _rates, numeric=True),
+)

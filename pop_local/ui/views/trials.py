@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pop_local.ui.tables import Column, Fact, Table, print_table
 from pop_local.ui.theme import out
+from pop_local.ui.views.quality import figures, with_se
 
 if TYPE_CHECKING:
     from converter.format import Budget
     from pop_local.workflows.results import Trial
+
+_COLUMNS = (
+    Column("plan.boundary", "Boundary", numeric=True),
+    Column("plan.n_skipped", "Skipped", numeric=True),
+    Column("plan.speedup_limit", "Limit", "{:.2f}x".format, numeric=True),
+    Column("quality.n_windows", "Windows", numeric=True),
+    Column("quality.kl_mean", "KL", partial(with_se, spec=".4f"), numeric=True),
+    Column("quality.copy_ppl_ratio", "Copy ratio", partial(with_se, spec=".3f"), numeric=True),
+    Column("quality.induction_retention", "Retention", partial(with_se, spec=".1%"), numeric=True),
+    Column("in_budget", "In budget", lambda passed: "yes" if passed else "no"),
+)
+# Of the figures of a trial, those that a budget looks at.
+_JUDGED = (
+    *("n_windows", "kl_mean", "kl_se", "copy_ppl_ratio", "copy_ppl_ratio_se"),
+    *("induction_retention", "induction_retention_se"),
+)
 
 
 def budget_fact(budget: Budget) -> Fact:
@@ -23,29 +41,17 @@ def budget_fact(budget: Budget) -> Fact:
 
 def show_trials(trials: Sequence[Trial]) -> None:
     """A table on stdout, and an empty line."""
-    columns = (
-        Column("boundary", "Boundary", numeric=True),
-        Column("n_skipped", "Skipped", numeric=True),
-        Column("speedup_limit", "Limit", numeric=True),
-        Column("n_windows", "Windows", numeric=True),
-        Column("kl_mean", "KL", numeric=True),
-        Column("copy_ppl_ratio", "Copy ratio", numeric=True),
-        Column("induction_retention", "Retention", numeric=True),
-        Column("in_budget", "In budget"),
-    )
-    print_table(Table(columns, tuple(_cells(trial) for trial in trials)))
+    print_table(Table.of(_COLUMNS, trials))
     out.file.write("\n")
 
 
-def _cells(trial: Trial) -> tuple[str, ...]:
-    kept, error = trial.induction_retention, trial.induction_retention_se
-    return (
-        str(trial.boundary),
-        str(trial.n_skipped),
-        f"{trial.speedup_limit:.2f}x",
-        str(trial.n_windows),
-        f"{trial.kl_mean:.4f} ± {trial.kl_se:.4f}",
-        f"{trial.copy_ppl_ratio:.3f} ± {trial.copy_ppl_ratio_se:.3f}",
-        "-" if kept is None else f"{kept:.1%} ± {error or 0:.1%}",
-        "yes" if trial.in_budget else "no",
-    )
+def trial_json(trial: Trial) -> dict[str, Any]:
+    """One boundary with what the budget looks at; errors as in `figures`."""
+    plan, found = trial.plan, figures(trial.quality)
+    return {
+        "boundary": plan.boundary,
+        "n_skipped": plan.n_skipped,
+        "speedup_limit": plan.speedup_limit,
+        **{name: found[name] for name in _JUDGED},
+        "in_budget": trial.in_budget,
+    }

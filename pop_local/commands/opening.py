@@ -1,0 +1,36 @@
+"""The model that a command was given, opened; for a dialogue also others in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.open import open_in_full, open_model
+from pop_local.workflows.options import Hardware
+
+if TYPE_CHECKING:
+    from pop_local.engine.model import PopModel
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Opens a model as the options say; called with a name, that one, which has no `sidecar`."""
+
+    model: str | None
+    sidecar: Path | None
+    n_ctx: int | None
+    hardware: Hardware
+    in_full: bool = False
+
+    def __call__(self, name: str | None = None, n_ctx: int | None = None) -> PopModel:
+        open_as_asked = open_in_full if self.in_full else open_model
+        with terminal_watch() as watch:
+            return open_as_asked(
+                name or self.model,
+                None if name else self.sidecar,
+                n_ctx=n_ctx or self.n_ctx,
+                hardware=self.hardware,
+                watch=watch,
+            )
