@@ -23,7 +23,6 @@ row, which predicts the first answer token, is one of the answer's here, as it i
 One window gives one sample of each square, whose relative standard deviation is at least sqrt(2).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from converter.decoder import Decoder, Layer
 from converter.hyper import Hyper
+from converter.progress import Progress, Ran, counting
 from converter.shape import ModelShape
 
 Tokens = NDArray[np.int32]
@@ -57,7 +57,7 @@ def gate_gradients(
     *,
     n_batch: int,
     seed: int,
-    on_progress: Callable[[int, int], object],
+    on_progress: Progress,
 ) -> GateGradients:
     """Differentiate the loss of windows [n_windows, n_tokens] with respect to each gate.
 
@@ -66,15 +66,7 @@ def gate_gradients(
     seed draws the same targets.
     """
     generator = torch.Generator(decoder.device).manual_seed(seed)
-    total = 2 * decoder.n_layer * len(windows)
-    done = 0
-
-    def ran(n_windows: int) -> None:
-        nonlocal done
-        done += n_windows
-        on_progress(done, total)
-
-    ran(0)
+    ran = counting(2 * decoder.n_layer * len(windows), on_progress)
     found = torch.cat(
         [
             _batch(decoder, windows[start : start + n_batch], n_context, generator, ran)
@@ -93,7 +85,7 @@ def _batch(
     windows: Tokens,
     n_context: int,
     generator: torch.Generator,
-    ran: Callable[[int], None],
+    ran: Ran,
 ) -> Tensor:
     """Return what each row adds to dL/dg, [n_layer, n_windows, n_tokens].
 

@@ -30,10 +30,10 @@ from converter.format import (
 from converter.header import BLOCK_SIZES, TensorInfo
 from converter.output import check_output, replacing
 from converter.plan import Plan
+from converter.progress import Progress, counting
 from converter.shape import source_shape
 from converter.source import Source, read_source
 
-Progress = Callable[[int, int], object]
 # As long as a real one, so that the header keeps its size.
 UNKNOWN_SHA256 = "0" * 64
 
@@ -127,10 +127,10 @@ def convert(
     whole = with_tensors(content, fitted.tensors, source.tensors) if fitted else content
     draft = whole.with_keys(encode_keys(meta))
     check_output(dst, paths(source), draft.size_bytes, force=force)
-    meter = Meter(progress, 2 * content.data_bytes)
+    ran = counting(2 * content.data_bytes, progress)
     with replacing(dst, force=force) as file:
         file.write(draft.header)
-        sha256 = copy_data(content, content.header, file.write, meter.add)
+        sha256 = copy_data(content, content.header, file.write, ran)
         file.writelines(draft.added)
         file.flush()
         written = Path(file.name)
@@ -138,7 +138,7 @@ def convert(
         file.seek(0)
         file.write(whole.with_keys(encode_keys(meta)).header)
         file.flush()
-        if not _verify(written, content, whole, meta, meter.add):
+        if not _verify(written, content, whole, meta, ran):
             raise WriteError(
                 f"what was written to {dst} is not what was read", "check the disk, then try again"
             )
@@ -160,10 +160,10 @@ def strip(
         raise FormatError(f"{src} is not a converted file: there is nothing to strip")
     restored = original(source, meta)
     check_output(dst, paths(source), restored.size_bytes, force=force)
-    meter = Meter(progress, restored.data_bytes)
+    ran = counting(restored.data_bytes, progress)
     with replacing(dst, force=force) as file:
         file.write(restored.header)
-        sha256 = copy_data(restored, restored.header, file.write, meter.add)
+        sha256 = copy_data(restored, restored.header, file.write, ran)
         if sha256 != meta.source_sha256:
             raise FormatError(
                 f"{src} was changed after its conversion: the original cannot be restored from it",
@@ -251,17 +251,3 @@ def tool_name() -> str:
         return f"pop-local {version('pop-local')}"
     except PackageNotFoundError:
         return "pop-local"
-
-
-class Meter:
-    """A counter of bytes that tells `progress` after each step."""
-
-    def __init__(self, progress: Progress, total_bytes: int) -> None:
-        self._progress = progress
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-
-    def add(self, n_bytes: int) -> None:
-        """Count further bytes."""
-        self._done_bytes += n_bytes
-        self._progress(self._done_bytes, self._total_bytes)

@@ -25,12 +25,11 @@ from converter.format import (
 from converter.header import DEFAULT_ALIGNMENT, Header, read_header
 from converter.output import check_output, replacing
 from converter.plan import Plan
+from converter.progress import Progress, counting
 from converter.rewrite import (
     UNKNOWN_SHA256,
     Examine,
     Fitted,
-    Meter,
-    Progress,
     Sizes,
     draft_meta,
     no_progress,
@@ -200,8 +199,8 @@ def write_sidecar(
     meta = draft_meta(plan, source, fitted, examine)
     draft = whole.with_keys(encode_sidecar_keys(meta, binding))
     check_output(dst, paths(source), draft.size_bytes, force=force)
-    meter = Meter(progress, original.data_bytes)
-    sha256 = copy_data(original, original.header, lambda chunk: None, meter.add)
+    ran = counting(original.data_bytes, progress)
+    sha256 = copy_data(original, original.header, lambda chunk: None, ran)
     with replacing(dst, force=force) as file:
         file.write(draft.header)
         file.writelines(draft.added)

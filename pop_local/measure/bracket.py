@@ -11,14 +11,8 @@ from pop_local.measure.depth import boundaries
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, forced, use_rule
 from pop_local.measure.heldout import TextTokens
-from pop_local.measure.probes import (
-    measure_induction,
-    n_measured_tokens,
-    n_read_tokens,
-    read_repeated,
-)
-from pop_local.measure.quality import QualitySettings, measure_depths, retention
-from pop_local.measure.windows import counting
+from pop_local.measure.probes import measure_induction, read_repeated
+from pop_local.measure.quality import QualitySettings, measure_depths, retention, tokens_counted
 
 # Enough to say where to begin.
 LOOK = QualitySettings(n_windows=4, n_context=256, n_continuation=64, n_draws=2)
@@ -68,11 +62,10 @@ def own_retention(
     (done_tokens, total_tokens).
     """
     as_planned(model, plan)
-    pruning, n_draws = Pruning(plan.boundary, LOOK.mode), LOOK.n_draws
     with forced(model) as reader:
-        n_tokens = n_read_tokens(reader, n_draws) + n_measured_tokens(reader, n_draws)
-        ran = counting(n_tokens, on_progress)
-        repeated = read_repeated(reader, n_draws, LOOK.seed, ran)
+        ran = tokens_counted(reader, LOOK, (), 1, 1, on_progress)
+        repeated = read_repeated(reader, LOOK.n_draws, LOOK.seed, ran)
+        pruning = Pruning(plan.boundary, LOOK.mode)
         [found] = measure_induction(reader, repeated, [pruning], ran)
     return retention(found)
 

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from converter.errors import PopError
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import use_rule
-from pop_local.measure.speed import Spread, random_prompt, run, spread
+from pop_local.measure.speed import Spread, ratios, run_pairs, spread
 
 # The search ends when the answer is known to a part of this.
 _PRECISION = 8
@@ -99,14 +98,14 @@ def search(is_won: Callable[[int], bool], shortest: int, longest: int) -> int | 
     return won
 
 
-def wins(ratios: Sequence[float]) -> bool:
+def wins(speedups: Sequence[float]) -> bool:
     """Tell whether the median lies above 1 by more than the quartiles lie apart."""
-    return statistics.median(ratios) - 1 > quartile_distance(ratios)
+    return statistics.median(speedups) - 1 > quartile_distance(speedups)
 
 
-def quartile_distance(ratios: Sequence[float]) -> float:
+def quartile_distance(speedups: Sequence[float]) -> float:
     """Return how far the quartiles lie apart."""
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, _, high = statistics.quantiles(speedups, n=4, method="inclusive")
     return high - low
 
 
@@ -119,14 +118,7 @@ def _doubled(shortest: int, longest: int) -> list[int]:
 
 
 def _try(model: PopModel, n_prompt: int, n_pairs: int, clock: Callable[[], float]) -> Tried:
-    """Measure one length in pairs, after one to warm up; their order changes from pair to pair."""
-    tokens = random_prompt(model, n_prompt)
-    ratios: list[float] = []
-    n_pruned = 0
-    for pair in range(n_pairs + 1):
-        modes = (Mode.OFF, Mode.CONTEXT) if pair % 2 else (Mode.CONTEXT, Mode.OFF)
-        runs = {mode: run(model, mode, tokens, n_decode=1, clock=clock) for mode in modes}
-        ratios.append(runs[Mode.OFF].ttft_s / runs[Mode.CONTEXT].ttft_s)
-        n_pruned = runs[Mode.CONTEXT].counters.n_context
-    counted = ratios[1:]
-    return Tried(n_prompt, n_pruned, spread(counted), quartile_distance(counted), wins(counted))
+    full, pop = run_pairs(model, n_prompt, n_pairs, n_decode=1, clock=clock)
+    of_pairs = ratios(full, pop)
+    n_pruned = pop[0].counters.n_context
+    return Tried(n_prompt, n_pruned, spread(of_pairs), quartile_distance(of_pairs), wins(of_pairs))

@@ -15,8 +15,7 @@ from converter.shape import ModelShape
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
 from pop_local.measure.estimate import Estimate
-from pop_local.measure.quality import Quality
-from pop_local.measure.reference import Reference, measure_retention
+from pop_local.measure.quality import Quality, Reference, measure_retention
 
 # A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
 CLIFF = 0.2

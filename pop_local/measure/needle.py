@@ -1,11 +1,12 @@
 """A fact hidden at several depths of a long document, asked for at the end, answered freely."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from converter.errors import PopError
+from converter.progress import Progress, counting
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import plan_prefill
@@ -50,7 +51,7 @@ def measure_needle(
     boundaries: Sequence[int],
     n_facts: int,
     seed: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: Progress,
 ) -> tuple[Needle, ...]:
     """Ask for each fact, in full once and pruned at each boundary.
 
@@ -61,18 +62,14 @@ def measure_needle(
     """
     mode, boundary = model.pop_mode, model.boundary
     hidden = _hide(model, n_facts, seed)
-    total = n_facts * (1 + len(boundaries))
-    done = 0
-    on_progress(0, total)
+    ran = counting(n_facts * (1 + len(boundaries)), on_progress)
 
     def hits(mode: Mode) -> int:
-        nonlocal done
         model.set_pop(mode)
         found = 0
         for fact in hidden:
             found += fact.code in _answer(model, fact)
-            done += 1
-            on_progress(done, total)
+            ran(1)
         return found
 
     try:

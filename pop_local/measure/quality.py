@@ -7,13 +7,14 @@ distributions that predict each token of the continuation, the first of which co
 context's last token.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import PopError
+from converter.progress import Progress, Ran, counting
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
@@ -24,6 +25,7 @@ from pop_local.measure.forced import Forced, Pruning, forced, n_pruned
 from pop_local.measure.heldout import TextTokens, spread_windows
 from pop_local.measure.probes import (
     Induction,
+    Repeated,
     bos,
     least_context,
     measure_induction,
@@ -32,15 +34,7 @@ from pop_local.measure.probes import (
     pick_passage,
     read_repeated,
 )
-from pop_local.measure.windows import (
-    Progress,
-    Ran,
-    Scores,
-    Window,
-    counting,
-    score_full,
-    score_pruned,
-)
+from pop_local.measure.windows import FullScores, Scores, Window, score_full, score_pruned
 
 # Below this share of the first occurrence's NLL the full model itself does not copy random tokens.
 _LEAST_INDUCTION = 0.1
@@ -98,6 +92,19 @@ class Quality:
     induction_retention: Estimate | None
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What the full model says of windows, and of random tokens repeated.
+
+    It takes 4 * n_windows * n_continuation * n_vocab bytes for as long as it is kept.
+    """
+
+    settings: QualitySettings
+    windows: Sequence[Window]
+    full: Iterable[FullScores]
+    repeated: Repeated
+
+
 def measure_depths(
     model: PopModel,
     text_tokens: TextTokens,
@@ -126,18 +133,10 @@ def measure_prunings(
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
-        ran = _counting(reader, windows, settings, len(prunings), on_progress)
-        scores: list[list[Scores]] = [[] for _ in prunings]
-        for window in windows:
-            scored = _score(reader, window, prunings, ran)
-            for of_pruning, score in zip(scores, scored, strict=True):
-                of_pruning.append(score)
+        ran = tokens_counted(reader, settings, windows, 1, len(prunings), on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
-        induction = measure_induction(reader, repeated, prunings, ran)
-        return tuple(
-            summarize(pruning, settings, reader.rule, of_pruning, found)
-            for pruning, of_pruning, found in zip(prunings, scores, induction, strict=True)
-        )
+        reference = Reference(settings, windows, _read_full(reader, windows, ran), repeated)
+        return _measure(reader, reference, prunings, ran)
 
 
 def measure_unless(
@@ -156,31 +155,112 @@ def measure_unless(
     pruning = Pruning(boundary, settings.mode)
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
-        ran = _counting(reader, windows, settings, 1, on_progress)
+        ran = tokens_counted(reader, settings, windows, 1, 1, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
         [induction] = measure_induction(reader, repeated, [pruning], ran)
         every = max(1, len(windows) // n_first)
-        first = windows[::every]
-        scores = [_score(reader, window, [pruning], ran)[0] for window in first]
-        found = summarize(pruning, settings, reader.rule, scores, induction)
-        if len(first) == len(windows) or is_enough(found):
-            return found
         rest = [window for number, window in enumerate(windows) if number % every]
-        scores += [_score(reader, window, [pruning], ran)[0] for window in rest]
-        return summarize(pruning, settings, reader.rule, scores, induction)
+        scores: list[Scores] = []
+        for part in (windows[::every], rest):
+            scores += _score(reader, part, _read_full(reader, part, ran), [pruning], ran)[0]
+            found = summarize(pruning, settings, reader.rule, scores, induction)
+            if len(scores) == len(windows) or is_enough(found):
+                break
+    return found
 
 
-def _counting(
+def read_reference(
+    model: PopModel, text_tokens: TextTokens, settings: QualitySettings, on_progress: Progress
+) -> Reference:
+    """Run the full model over windows and random tokens.
+
+    `on_progress` gets (done_tokens, total_tokens). Raises PopError when the text is too short, or
+    nothing would be pruned.
+    """
+    with forced(model) as reader:
+        windows = choose_windows(reader, text_tokens, settings)
+        ran = tokens_counted(reader, settings, windows, 1, 0, on_progress)
+        repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
+        return Reference(settings, windows, tuple(_read_full(reader, windows, ran)), repeated)
+
+
+def measure_against(
+    reference: Reference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
+) -> tuple[Quality, ...]:
+    """Measure each boundary of a file of the same model.
+
+    At boundaries other than the file's the projections are the layers' own. `on_progress` gets
+    (done_tokens, total_tokens). Raises PopError as `measure_prunings` does.
+    """
+    settings = reference.settings
+    prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
+    with forced(model) as reader:
+        n = len(prunings)
+        ran = tokens_counted(reader, settings, reference.windows, 0, n, on_progress)
+        return _measure(reader, reference, prunings, ran)
+
+
+def measure_retention(
+    reference: Reference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
+) -> tuple[Estimate | None, ...]:
+    """Measure `Quality.induction_retention` at each boundary, by random tokens alone."""
+    settings = reference.settings
+    prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
+    with forced(model) as reader:
+        ran = tokens_counted(reader, settings, (), 0, len(prunings), on_progress)
+        return tuple(map(retention, measure_induction(reader, reference.repeated, prunings, ran)))
+
+
+def tokens_counted(
     reader: Forced,
-    windows: Sequence[Window],
     settings: QualitySettings,
+    windows: Sequence[Window],
+    n_full: int,
     n_prunings: int,
     on_progress: Progress,
 ) -> Ran:
-    n_draws, n_windows = settings.n_draws, sum(window.n_tokens for window in windows)
-    n_full = n_windows + n_read_tokens(reader, n_draws)
-    n_each = n_windows + n_measured_tokens(reader, n_draws)
-    return counting(n_full + n_prunings * n_each, on_progress)
+    """Return what counts the tokens of `n_full` runs of the full model and of each pruning.
+
+    They are those of the windows and of the random tokens.
+    """
+    n_windows = sum(window.n_tokens for window in windows)
+    n_each_full = n_windows + n_read_tokens(reader, settings.n_draws)
+    n_each_pruning = n_windows + n_measured_tokens(reader, settings.n_draws)
+    return counting(n_full * n_each_full + n_prunings * n_each_pruning, on_progress)
+
+
+def _measure(
+    reader: Forced, reference: Reference, prunings: Sequence[Pruning], ran: Ran
+) -> tuple[Quality, ...]:
+    scores = _score(reader, reference.windows, reference.full, prunings, ran)
+    induction = measure_induction(reader, reference.repeated, prunings, ran)
+    return tuple(
+        summarize(pruning, reference.settings, reader.rule, of_pruning, found)
+        for pruning, of_pruning, found in zip(prunings, scores, induction, strict=True)
+    )
+
+
+def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[FullScores]:
+    for window in windows:
+        full = score_full(reader, window)
+        ran(window.n_tokens)
+        yield full
+
+
+def _score(
+    reader: Forced,
+    windows: Sequence[Window],
+    full: Iterable[FullScores],
+    prunings: Sequence[Pruning],
+    ran: Ran,
+) -> list[list[Scores]]:
+    """Return the scores of all windows under each pruning."""
+    scores: list[list[Scores]] = [[] for _ in prunings]
+    for window, of_full in zip(windows, full, strict=True):
+        for of_pruning, pruning in zip(scores, prunings, strict=True):
+            of_pruning.append(score_pruned(reader, window, of_full, pruning))
+            ran(window.n_tokens)
+    return scores
 
 
 def choose_windows(
@@ -209,17 +289,6 @@ def choose_windows(
         passage = pick_passage(context, settings.n_continuation, reader.rule, rng)
         windows.append(Window(context, text[n_text:], passage))
     return tuple(windows)
-
-
-def _score(reader: Forced, window: Window, prunings: Sequence[Pruning], ran: Ran) -> list[Scores]:
-    """Return the scores of one window, one for each pruning."""
-    full = score_full(reader, window)
-    ran(window.n_tokens)
-    scores = []
-    for pruning in prunings:
-        scores.append(score_pruned(reader, window, full, pruning))
-        ran(window.n_tokens)
-    return scores
 
 
 def summarize(

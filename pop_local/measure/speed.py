@@ -18,6 +18,7 @@ import numpy as np
 
 from converter.errors import PopError
 from converter.macs import speedup_limit
+from converter.progress import Progress, Ran, counting
 from converter.shape import ModelShape
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
@@ -74,44 +75,22 @@ def measure_speed(
     shape: ModelShape,
     n_prompts: Sequence[int],
     n_pairs: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: Progress,
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_pairs` pairs after one to warm up.
 
     `on_progress` gets (done_tokens, total_tokens). The context must hold the longest prompt and
     N_DECODE more tokens. Raises PopError when the counters do not prove what is measured.
     """
-    total = sum(n_prompts) * 2 * (n_pairs + 1)
-    done = 0
-    on_progress(0, total)
-
-    def ran(n_tokens: int) -> None:
-        nonlocal done
-        done += n_tokens
-        on_progress(done, total)
-
+    ran = counting(sum(n_prompts) * 2 * (n_pairs + 1), on_progress)
     return tuple(_row(model, shape, n_prompt, n_pairs, ran) for n_prompt in n_prompts)
 
 
-def _row(
-    model: PopModel, shape: ModelShape, n_prompt: int, n_pairs: int, ran: Callable[[int], None]
-) -> SpeedRow:
-    tokens = random_prompt(model, n_prompt)
-    runs: dict[Mode, list[Run]] = {Mode.OFF: [], Mode.CONTEXT: []}
-    for pair in range(n_pairs + 1):
-        modes = list(runs) if pair % 2 else list(reversed(runs))
-        for mode in modes:
-            runs[mode].append(run(model, mode, tokens))
-            ran(n_prompt)
-    return _summary(model, shape, n_prompt, runs[Mode.OFF][1:], runs[Mode.CONTEXT][1:])
-
-
-def _summary(
-    model: PopModel, shape: ModelShape, n_prompt: int, full: list[Run], pop: list[Run]
-) -> SpeedRow:
+def _row(model: PopModel, shape: ModelShape, n_prompt: int, n_pairs: int, ran: Ran) -> SpeedRow:
+    full, pop = run_pairs(model, n_prompt, n_pairs, ran=ran)
     rows = pop[0].counters
     limit = speedup_limit(shape, n_prompt, model.boundary, rows.n_full)
-    speedup = spread(a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True))
+    speedup = spread(ratios(full, pop))
     return SpeedRow(
         n_prompt=n_prompt,
         n_pruned=rows.n_context,
@@ -125,6 +104,32 @@ def _summary(
             pop=statistics.median(run.decode_tokens_per_s for run in pop),
         ),
     )
+
+
+def run_pairs(
+    model: PopModel,
+    n_prompt: int,
+    n_pairs: int,
+    n_decode: int = N_DECODE,
+    clock: Callable[[], float] = time.perf_counter,
+    ran: Ran = lambda n_tokens: None,
+) -> tuple[list[Run], list[Run]]:
+    """Run one prompt in pairs, in full and pruned, after a pair to warm up.
+
+    Their order changes from pair to pair. `ran` gets the prompt tokens of each run.
+    """
+    tokens = random_prompt(model, n_prompt)
+    runs: dict[Mode, list[Run]] = {Mode.OFF: [], Mode.CONTEXT: []}
+    for pair in range(n_pairs + 1):
+        for mode in runs if pair % 2 else reversed(runs):
+            runs[mode].append(run(model, mode, tokens, n_decode, clock))
+            ran(n_prompt)
+    return runs[Mode.OFF][1:], runs[Mode.CONTEXT][1:]
+
+
+def ratios(full: Sequence[Run], pop: Sequence[Run]) -> list[float]:
+    """Return the speed-up of each pair."""
+    return [a.ttft_s / b.ttft_s for a, b in zip(full, pop, strict=True)]
 
 
 def run(

@@ -1,6 +1,6 @@
 """One window, scored: by the full model, then by each pruning against it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,6 @@ from pop_local.measure.divergence import (
 )
 from pop_local.measure.forced import Forced, Pruning
 from pop_local.measure.probes import copied
-
-Progress = Callable[[int, int], None]
-Ran = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -77,19 +74,3 @@ def score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Prun
         copy_full=full.passage,
         copy_pruned=copied(reader, window.passage, pruning.continuation),
     )
-
-
-def counting(total: int, on_progress: Progress) -> Ran:
-    """Return a function that takes the tokens of each step and tells `on_progress` the sum.
-
-    `on_progress` gets (done_tokens, total).
-    """
-    done = 0
-
-    def ran(n_tokens: int) -> None:
-        nonlocal done
-        done += n_tokens
-        on_progress(done, total)
-
-    ran(0)
-    return ran

@@ -32,8 +32,13 @@ from pop_local.measure.depth import (
 )
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
 from pop_local.measure.probes import N_REPEATED, bos, require_passage
-from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.measure.reference import Reference, measure_against, read_reference
+from pop_local.measure.quality import (
+    Quality,
+    QualitySettings,
+    Reference,
+    measure_against,
+    read_reference,
+)
 from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows import gates

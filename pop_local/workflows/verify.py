@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from converter.content import copy_data, read_content
 from converter.format import PREFIX, PopMeta
-from converter.rewrite import Meter, original
+from converter.progress import counting
+from converter.rewrite import original
 from converter.source import Source
 from pop_local.models.names import load_catalog
 from pop_local.workflows.events import Unit, Watch
@@ -26,8 +27,8 @@ class Verification:
 def verify(source: Source, meta: PopMeta | None, watch: Watch = Watch()) -> Verification:
     """Hash the model without its POP keys. Raises FormatError, StoppedError."""
     content = original(source, meta) if meta else read_content(source, without=PREFIX)
-    meter = Meter(watch.stage("Reading all of it", Unit.BYTES), content.size_bytes)
-    sha256 = copy_data(content, content.header, lambda chunk: None, meter.add)
+    ran = counting(content.size_bytes, watch.stage("Reading all of it", Unit.BYTES))
+    sha256 = copy_data(content, content.header, lambda chunk: None, ran)
     return Verification(
         sha256=sha256,
         unchanged=sha256 == meta.source_sha256 if meta and meta.source_sha256 else None,

@@ -146,9 +146,9 @@ def test_pairs_change_their_order_and_the_first_one_is_not_counted(model, monkey
     order: list[Mode] = []
     measured = speed.run
 
-    def noted(model, mode, tokens):
+    def noted(model, mode, tokens, *how):
         order.append(mode)
-        return measured(model, mode, tokens)
+        return measured(model, mode, tokens, *how)
 
     monkeypatch.setattr("pop_local.measure.speed.run", noted)
     steps: list[tuple[int, int]] = []

@@ -13,8 +13,7 @@ from pop_local.measure.forced import Pruning, always_skip, forced
 from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_windows, tokenize
 from pop_local.measure.needle import measure_needle
 from pop_local.measure.probes import bos
-from pop_local.measure.quality import QualitySettings, measure_depths
-from pop_local.measure.reference import read_reference
+from pop_local.measure.quality import QualitySettings, measure_depths, read_reference
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,13 @@ import pytest
 from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.measure import quality
-from pop_local.measure.quality import QualitySettings, measure_depths
-from pop_local.measure.reference import measure_against, measure_retention, read_reference
+from pop_local.measure.quality import (
+    QualitySettings,
+    measure_against,
+    measure_depths,
+    measure_retention,
+    read_reference,
+)
 from support.converted import paired
 from support.synthetic import make_gguf
 
