@@ -25,6 +25,10 @@ class FormatError(PopError):
     """A file is not what it should be: no GGUF, cut short, or with POP keys that do not fit."""
 
 
+class TruncatedError(FormatError):
+    """The file ends before all that its own header announces."""
+
+
 class UnsupportedArchitectureError(PopError):
     """Pruning is not defined (or not built) for this model's architecture."""
 

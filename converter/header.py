@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from gguf import GGML_QUANT_SIZES, GGUFValueType
 
-from converter.errors import FormatError
+from converter.errors import FormatError, TruncatedError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -169,9 +169,9 @@ class _Cursor:
         raise truncated(self.path, "its header ends in mid-sentence")
 
 
-def truncated(path: Path, detail: str) -> FormatError:
+def truncated(path: Path, detail: str) -> TruncatedError:
     """Return the error for a file that ends too early."""
-    return FormatError(f"{path} is cut short: {detail}", "download or copy the file again")
+    return TruncatedError(f"{path} is cut short: {detail}", "download or copy the file again")
 
 
 def corrupt(path: Path, detail: str) -> FormatError:

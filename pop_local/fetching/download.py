@@ -5,18 +5,20 @@ What has arrived lies in NAME.gguf.partial; NAME.gguf.partial.origin says what i
 
 import hashlib
 import json
+import os
+import re
+import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from converter.errors import FormatError, PopError
-from converter.header import MAGIC
-from pop_local.fetching.reasons import reason_of
-from pop_local.fetching.target import alone, require_space
+from converter.errors import FormatError, PopError, TruncatedError
+from converter.header import MAGIC, read_header
+from pop_local.fetching.target import Advance, alone, file_sha256, require_space
 from pop_local.models.stored import ORIGIN_SUFFIX
 
 if TYPE_CHECKING:
@@ -63,65 +65,72 @@ def without_secrets(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def reason_of(error: BaseException) -> str:
+    """Return what OpenSSL or the system says is wrong, as far down as it is the cause.
+
+    Where neither says anything, it is the class of the error.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause.verify_message
+        if isinstance(cause, ssl.SSLError) and cause.reason:
+            return cause.reason.replace("_", " ").lower()
+        if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__
+
+
 class _Dropped(Exception):  # noqa: N818 (never leaves this module)
     """The connection broke or the server is busy: worth another try."""
 
 
-def download(remote: Remote, target: Path, advance: Callable[[int, int], None]) -> None:
+def download(remote: Remote, target: Path, advance: Advance) -> None:
     """Fetch `remote` to `target`, replacing what is there; the folder must exist.
 
     `advance` gets (done_bytes, total_bytes), the total being 0 when the server does not say.
     Raises PopError; what has arrived is kept when the network fails or the user interrupts.
     """
-    transfer = _Transfer(remote, target, advance)
     with alone(target):
-        try:
-            transfer.run()
-        except BaseException:
-            transfer.forget_if_empty()
-            raise
-        transfer.finish()
+        _Transfer(remote, target, advance).run()
 
 
 class _Transfer:
-    def __init__(self, remote: Remote, target: Path, advance: Callable[[int, int], None]) -> None:
+    def __init__(self, remote: Remote, target: Path, advance: Advance) -> None:
         self._remote, self._target, self._advance = remote, target, advance
         self._partial = target.with_name(f"{target.name}.partial")
         self._origin_file = target.with_name(self._partial.name + ORIGIN_SUFFIX)
         self._identity = hashlib.sha256((remote.identity or remote.url).encode()).hexdigest()
-        self._sha256 = ""
+        self._shown = without_secrets(remote.url)
+        self._where = urlsplit(remote.url).hostname or self._shown
 
     def run(self) -> None:
         import requests
 
-        with requests.Session() as session:
-            failures = 0
-            while True:
-                before = self._size()
-                try:
-                    self._attempt(session)
-                    return
-                except _Dropped as dropped:
-                    failures = 1 if self._size() > before else failures + 1
-                    if failures > _MAX_FAILURES:
-                        raise PopError(f"{self._where()}: {dropped}", _AGAIN) from dropped
-                time.sleep(_PAUSE_S)
+        try:
+            with requests.Session() as session:
+                self._fetch(session)
+            self._check()
+            with self._partial.open("r+b") as file:
+                os.fsync(file.fileno())
+            self._partial.replace(self._target)
+        finally:
+            if self._size() == 0:  # nothing came, or all of it has its name
+                self._forget()
 
-    def finish(self) -> None:
-        sha256 = self._remote.sha256
-        if sha256 and self._sha256 != sha256:
-            self._forget()
-            raise PopError(
-                f"what {self._where()} sent for {self._target.name} is damaged or another file:"
-                f" its sha256 is {self._sha256}, not {sha256}",
-                "nothing was kept; run it again, and compare the hash with its publisher's",
-            )
-        self._partial.replace(self._target)
-        self._origin_file.unlink(missing_ok=True)
-
-    def forget_if_empty(self) -> None:
-        if self._size() == 0:
-            self._forget()
+    def _fetch(self, session: "requests.Session") -> None:
+        failures = 0
+        while True:
+            before = self._size()
+            try:
+                self._attempt(session)
+                return
+            except _Dropped as dropped:
+                failures = 1 if self._size() > before else failures + 1
+                if failures > _MAX_FAILURES:
+                    raise PopError(f"{self._where}: {dropped}", _AGAIN) from dropped
+            time.sleep(_PAUSE_S)
 
     def _forget(self) -> None:
         for path in (self._partial, self._origin_file):
@@ -131,22 +140,16 @@ class _Transfer:
     def _size(self) -> int:
         return self._partial.stat().st_size if self._partial.exists() else 0
 
-    def _where(self) -> str:
-        return urlsplit(self._remote.url).hostname or self._shown()
-
-    def _shown(self) -> str:
-        return without_secrets(self._remote.url)
-
     def _attempt(self, session: "requests.Session") -> None:
         import requests
 
-        origin = self._origin()
-        start = self._size() if origin else 0
-        if origin and start and start == origin.total_bytes:
-            self._sha256 = self._hashed(start).hexdigest()
-            return
         headers = {"Accept-Encoding": "identity", **self._remote.headers}
-        if origin and start:
+        origin, start = self._origin(), self._size()
+        if origin is None:
+            start = 0
+        elif start:
+            if start == origin.total_bytes:
+                return
             headers["Range"] = f"bytes={start}-"
             if origin.validator:
                 headers["If-Range"] = origin.validator
@@ -155,7 +158,7 @@ class _Transfer:
                 self._remote.url,
                 headers=headers,
                 # With a token of its own, none of ~/.netrc.
-                auth=_as_it_is if "authorization" in headers else None,
+                auth=(lambda request: request) if "authorization" in headers else None,
                 stream=True,
                 timeout=_TIMEOUT_S,
             ) as response:
@@ -163,98 +166,105 @@ class _Transfer:
         # The texts of requests' errors are not shown: they may hold the address' query.
         except requests.exceptions.SSLError as error:
             raise PopError(
-                f"no safe connection to {self._where()}: {reason_of(error)}",
+                f"no safe connection to {self._where}: {reason_of(error)}",
                 "check the clock, and the certificates (REQUESTS_CA_BUNDLE)",
             ) from error
-        except (requests.ConnectionError, requests.Timeout) as error:
+        except (
+            requests.ConnectionError,
+            requests.Timeout,
+            requests.exceptions.ChunkedEncodingError,
+        ) as error:
             raise _Dropped("the connection failed or broke off") from error
-        except requests.exceptions.ChunkedEncodingError as error:
-            raise _Dropped("the connection broke off") from error
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:  # urllib3 has some of its own
             raise PopError(
-                f"{self._shown()} cannot be fetched ({type(error).__name__})", "check the address"
+                f"{self._shown} cannot be fetched ({type(error).__name__})", "check the address"
             ) from error
 
-    def _receive(self, response: "requests.Response", start: int) -> None:
-        if response.status_code == 416:
-            self._forget()  # no part of what the server has now
-            raise _Dropped("the file changed on the server")
+    def _receive(self, response: "requests.Response", asked: int) -> None:
         self._check_status(response)
-        if response.status_code != 206:
-            start = 0
-        elif not _begins_at(response, start):
+        start, total = _extent(response)
+        if start not in (0, asked):
             self._forget()
             raise _Dropped("the server sent another part than was asked for")
-        total = start + int(response.headers.get("Content-Length") or 0)
-        total = total if "Content-Length" in response.headers else 0
         require_space(self._target.parent, total - start, self._target.name)
         self._write_origin(response, total)
-        digest = self._hashed(start)
         with self._partial.open("r+b" if start else "wb") as file:
             file.truncate(start)
             file.seek(start)
-            done = start
+            done, first = start, MAGIC if start else b""
             for chunk in response.iter_content(_CHUNK_BYTES):
-                if done == 0:
-                    self._check_magic(response, chunk)
+                first += chunk[: len(MAGIC) - len(first)]
+                if not MAGIC.startswith(first):
+                    raise self._no_gguf(response)
                 file.write(chunk)
                 file.flush()
-                digest.update(chunk)
                 done += len(chunk)
                 self._advance(done, total)
-        if done < total:  # which not every version of requests notices
+        if done < total:
             raise _Dropped("the connection broke off")
         if done == 0:
-            raise FormatError(f"{self._shown()} is empty", "check the address")
-        self._sha256 = digest.hexdigest()
-
-    def _hashed(self, n_bytes: int) -> "hashlib._Hash":
-        """Hash what arrived in an earlier attempt; the rest is hashed while it arrives."""
-        digest = hashlib.sha256()
-        if n_bytes:
-            with self._partial.open("rb") as file:
-                while n_bytes and (chunk := file.read(min(n_bytes, 1 << 20))):
-                    digest.update(chunk)
-                    n_bytes -= len(chunk)
-        return digest
+            raise FormatError(f"{self._shown} is empty", "check the address")
+        if first != MAGIC:
+            raise self._no_gguf(response)
 
     def _check_status(self, response: "requests.Response") -> None:
         code = response.status_code
+        if code in (200, 206):
+            return
+        if code == 416:
+            self._forget()  # no part of what the server has now
+            raise _Dropped("the file changed on the server")
         if code in _BUSY:
             raise _Dropped(f"the server answers {code} {response.reason}")
         if code in (401, 403):
             raise PopError(
-                f"{self._where()} does not let you have {self._target.name} ({code})",
+                f"{self._where} does not let you have {self._target.name} ({code})",
                 "check that you have access to it, or fetch it another way",
             )
         if code in (404, 410):
-            raise PopError(f"there is nothing at {self._shown()}", "check the address")
-        if code >= 400 or code not in (200, 206):
-            raise PopError(
-                f"{self._where()} answers {code} {response.reason} for {self._target.name}",
-                "check the address",
-            )
+            raise PopError(f"there is nothing at {self._shown}", "check the address")
+        raise PopError(
+            f"{self._where} answers {code} {response.reason} for {self._target.name}",
+            "check the address",
+        )
 
-    def _check_magic(self, response: "requests.Response", chunk: bytes) -> None:
-        if chunk[:4] == MAGIC:
-            return
+    def _no_gguf(self, response: "requests.Response") -> FormatError:
         self._forget()
         kind = response.headers.get("Content-Type", "")
         what = "a web page" if kind.startswith("text/html") else "no GGUF file"
-        raise FormatError(
-            f"what {self._shown()} sends is {what}",
+        return FormatError(
+            f"what {self._shown} sends is {what}",
             "give the address of the file itself (NAME.gguf), or hf:OWNER/REPO for a hub",
         )
 
+    def _check(self) -> None:
+        """Compare the hash; without one, ask the file itself, since servers err about lengths."""
+        sha256 = self._remote.sha256
+        if sha256 and (found := file_sha256(self._partial)) != sha256:
+            self._forget()
+            raise PopError(
+                f"what {self._where} sent for {self._target.name} is damaged or another file:"
+                f" its sha256 is {found}, not {sha256}",
+                "nothing was kept; run it again, and compare the hash with its publisher's",
+            )
+        try:
+            read_header(self._partial)
+        except TruncatedError as error:
+            self._forget()
+            what = error.message.removeprefix(f"{self._partial} ")
+            raise FormatError(f"what {self._shown} sent {what}", "run it again") from error
+        except FormatError:
+            return  # of a kind that is not known here, perhaps, but as it was sent
+
     def _origin(self) -> _Origin | None:
-        """Return the origin of a partial file that can be gone on with."""
+        """Of a partial file that can be gone on with."""
         try:
             origin = _Origin(**json.loads(self._origin_file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
         # Without hash or validator nobody could tell whether the two halves belong together.
         fits = origin.identity == self._identity and (origin.validator or self._remote.sha256)
-        return origin if fits else None
+        return origin if fits and origin.total_bytes else None
 
     def _write_origin(self, response: "requests.Response", total: int) -> None:
         etag = response.headers.get("ETag", "")
@@ -263,9 +273,14 @@ class _Transfer:
         self._origin_file.write_text(json.dumps(vars(origin)), encoding="utf-8")
 
 
-def _as_it_is(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
-    return request
+def _extent(response: "requests.Response") -> tuple[int, int]:
+    """Return where in the file the reply begins, and the file's size, 0 when that is not said.
 
-
-def _begins_at(response: "requests.Response", start: int) -> bool:
-    return response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+    Bytes that were encoded on the way are not counted by the server as they are here.
+    """
+    is_plain = response.headers.get("Content-Encoding", "identity") == "identity"
+    if response.status_code == 206:
+        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        return (int(part[1]), int(part[2])) if part and is_plain else (-1, 0)
+    length = response.headers.get("Content-Length", "")
+    return 0, int(length) if length.isdecimal() and is_plain else 0

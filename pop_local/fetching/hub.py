@@ -13,9 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from converter.errors import PopError
-from pop_local.fetching.download import Remote, download
+from pop_local.fetching.download import Remote, download, reason_of
 from pop_local.fetching.quants import choose, usual_ending
-from pop_local.fetching.reasons import reason_of
 from pop_local.fetching.target import Advance, harmless, is_there, require_space
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """What all ways of fetching ask of the place where the model shall lie."""
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pop_local.models.names import MODELS_VARIABLE
 
 Advance = Callable[[int, int], None]
 _CHUNK_BYTES = 1 << 20
+_MAX_NAME_BYTES = 255 - len(".partial.origin")
 
 
 def harmless(name: str) -> str:
@@ -31,9 +33,11 @@ def file_sha256(path: Path) -> str:
 def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
     """Tell whether the file is there already, so that nothing need be fetched.
 
-    Without a `sha256` nobody can tell. Raises PopError for a folder, and OutputExistsError when
-    another file has that name and `force` does not let it be replaced.
+    Without a `sha256` nobody can tell. Raises PopError for a folder or too long a name, and
+    OutputExistsError when another file has that name and `force` does not let it be replaced.
     """
+    if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
+        raise PopError(f"{target.name} is too long a name for a file", "fetch it another way")
     if target.is_dir():
         raise PopError(
             f"{target} is a folder",

@@ -34,9 +34,12 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Advance, *, force: b
 def file_name(url: str) -> str:
     """Return the last part of the address, as a file name that is harmless everywhere.
 
-    Raises PopError for an address without a host or such a part.
+    Raises PopError for what is no address, and for one without a host or such a part.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # its text may hold a password
+        raise PopError("that is no valid address", "give the whole one of a GGUF file") from error
     if not parts.hostname:
         raise PopError(
             f"{without_secrets(url)} names no host", "give the whole address of a GGUF file"

@@ -49,6 +49,8 @@ class Hub:
     ignores_ranges: bool = False
     # Where every request is sent on to, if anywhere.
     redirects_to: str = ""
+    # Replies as they go over the line, each before the connection closes; its own come after them.
+    raw: list[bytes] = field(default_factory=list)
     # Once: after how many bytes nothing more comes until the server stops.
     stall: int = 0
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -114,7 +116,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.hub.requests.append(Request(self.command, path, headers))
-        if self.hub.redirects_to:
+        if self.hub.raw:
+            self.wfile.write(self.hub.raw.pop(0))
+            self.close_connection = True
+        elif self.hub.redirects_to:
             self._send(302, b"", {"Location": self.hub.redirects_to})
         elif path.startswith("/plain/"):
             name = path.removeprefix("/plain/")

@@ -1,7 +1,10 @@
 """Fetching from a URL, against a local server: resumed, checked, refused."""
 
+import gzip
 import hashlib
+import os
 import random
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -293,3 +296,93 @@ def test_too_little_space_is_said_before_anything_is_written(hub, tmp_path, monk
     with pytest.raises(PopError, match="0 MB free"):
         pull(hub, tmp_path)
     assert names(tmp_path) == []
+
+
+# --- replies that say something else than they are
+
+# One tensor, of bytes: the header says how many there must be.
+WHOLE = b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"x", 1, 4000, 24, 0) + bytes(23 + 4000)
+
+
+def reply(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    return "\r\n".join((f"HTTP/1.1 {status}", *headers, "", "")).encode() + body
+
+
+def part(start: int, end: int) -> bytes:
+    extent = f"Content-Range: bytes {start}-{end - 1}/{len(MODEL)}"
+    headers = (extent, f"Content-Length: {end - start}", f'ETag: "{SHA256[:16]}"')
+    return reply(MODEL[start:end], *headers, status="206 Partial Content")
+
+
+def test_a_part_that_is_shorter_than_asked_for_is_gone_on_with(hub, tmp_path):
+    hub.drops = [HALF]
+
+    def answer_with_less(done: int, total: int) -> None:
+        if done == HALF:
+            hub.raw = [part(HALF, HALF + 100)]
+
+    path = fetch_url(hub.url("tiny.gguf"), tmp_path, "", answer_with_less, force=False)
+    assert path.read_bytes() == MODEL
+    asked = [request.headers.get("range") for request in hub.downloads()]
+    assert asked == [None, f"bytes={HALF}-", f"bytes={HALF + 100}-"]
+
+
+def test_a_part_that_nobody_asked_for_is_not_the_whole(hub, tmp_path):
+    hub.raw = [part(0, HALF)]
+    assert pull(hub, tmp_path).read_bytes() == MODEL
+
+
+@pytest.mark.parametrize(
+    "headers", [(), ("Content-Length: 1000",)], ids=["no length", "too small a length"]
+)
+def test_a_file_that_is_cut_short_is_not_kept(hub, tmp_path, headers):
+    hub.raw = [reply(WHOLE[:1000], *headers)]
+    with pytest.raises(PopError, match=r"tiny\.gguf sent is cut short: 4,\d+ bytes are needed"):
+        pull(hub, tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("headers", [(), ("Content-Length: many",)])
+def test_without_a_length_the_end_is_where_the_connection_closes(hub, tmp_path, headers):
+    hub.raw = [reply(WHOLE, *headers)]
+    assert pull(hub, tmp_path).read_bytes() == WHOLE
+
+
+def test_an_encoded_reply_is_decoded_and_never_gone_on_with(hub, tmp_path):
+    packed = gzip.compress(WHOLE + MODEL)
+    headers = ("Content-Encoding: gzip", f"Content-Length: {len(packed)}", 'ETag: "same"')
+    hub.raw = [reply(packed[: len(packed) // 2], *headers), reply(packed, *headers)]
+    seen: list[tuple[int, int]] = []
+    path = fetch_url(hub.url("tiny.gguf"), tmp_path, "", lambda *at: seen.append(at), force=False)
+    assert path.read_bytes() == WHOLE + MODEL
+    assert [request.headers.get("range") for request in hub.downloads()] == [None, None]
+    assert {total for _, total in seen} == {0}
+
+
+def test_the_first_bytes_may_come_one_by_one(hub, tmp_path):
+    chunks = (WHOLE[:2], WHOLE[2:3], WHOLE[3:])
+    body = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in (*chunks, b""))
+    hub.raw = [reply(body, "Transfer-Encoding: chunked")]
+    assert pull(hub, tmp_path).read_bytes() == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://[::1/s3cret.gguf", "that is no valid address"),
+        (f"http://{'a' * 70}.example/x.gguf", "cannot be fetched"),
+        (f"http://127.0.0.1:1/{'n' * 300}.gguf", "too long a name"),
+    ],
+)
+def test_bad_addresses(tmp_path, url, message):
+    with pytest.raises(PopError, match=message) as failure:
+        fetch_url(url, tmp_path, "", lambda done, total: None, force=False)
+    assert "s3cret" not in failure.value.message
+    assert names(tmp_path) == []
+
+
+def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(hub, tmp_path, monkeypatch):
+    synced: list[list[str]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(names(tmp_path)))
+    pull(hub, tmp_path)
+    assert synced and "tiny.gguf" not in synced[-1]

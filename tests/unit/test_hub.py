@@ -112,7 +112,7 @@ def test_the_next_run_goes_on_with_what_arrived(hub, tmp_path):
 def test_bytes_that_are_not_the_hubs_file_are_refused(hub, tmp_path, monkeypatch):
     folder = tmp_path / "models"
     wrong = content(9)
-    monkeypatch.setattr("hub_server._Handler._by_hash", lambda self, sha256: wrong)
+    monkeypatch.setattr("support.hub_server._Handler._by_hash", lambda self, sha256: wrong)
     error, _ = failed(pull(hub, folder, "hf:acme/tiny-GGUF"))
     assert hashlib.sha256(wrong).hexdigest() in error
     assert hashlib.sha256(FILES["tiny-Q4_K_M.gguf"]).hexdigest() in error

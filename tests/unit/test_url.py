@@ -6,7 +6,7 @@ import ssl
 import pytest
 
 from converter.errors import PopError
-from pop_local.fetching.reasons import reason_of
+from pop_local.fetching.download import reason_of
 from pop_local.fetching.url import file_name
 
 
