@@ -106,9 +106,7 @@ def unset(key: Annotated[str, typer.Argument(metavar="KEY", help="As `config` sh
 
 def _edit(key: str, value: Scalar | None) -> None:
     file = settings.config_path()
-    text = settings.read_text(file)
-    settings.parse_file(file, text)  # the error names the line
-    document = tomlkit.parse(text)
+    document = settings.read_document(file)
     if value is not None:
         document[key] = value
     elif key in document:

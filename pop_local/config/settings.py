@@ -3,21 +3,17 @@
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
 
 from converter.errors import PopError
 from pop_local.config.nearest import nearest_hint
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PREFIX = "POP_LOCAL_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
@@ -138,33 +134,28 @@ def _from_environment(setting: Setting) -> Value | None:
 
 
 def _from_file(path: Path) -> dict[str, Value]:
-    text = read_text(path)
-    return {
-        key: _file_value(path, text, key, value) for key, value in parse_file(path, text).items()
-    }
+    document = read_document(path)
+    text = tomlkit.dumps(document)
+    return {key: _file_value(path, text, key, value) for key, value in document.unwrap().items()}
 
 
-def read_text(path: Path) -> str:
-    """Read the file's text, empty when there is no file. Raises PopError."""
+def read_document(path: Path) -> tomlkit.TOMLDocument:
+    """Read the file, comments included; an empty one when there is none.
+
+    Raises PopError naming the line of a mistake.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return tomlkit.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return ""
+        return tomlkit.document()
+    except TOMLKitError as error:
+        raise PopError(
+            f"{path} is not valid TOML: {error}", 'lines look like: threads = 4, system = "..."'
+        ) from error
     except UnicodeDecodeError as error:
         raise PopError(f"{path} is not UTF-8 text", "save it as UTF-8") from error
     except OSError as error:
         raise PopError(f"cannot read {path}: {error.strerror}", "check the path") from error
-
-
-def parse_file(path: Path, text: str) -> Mapping[str, Any]:
-    """Parse the file's text. Raises PopError naming the line of a mistake."""
-    try:
-        values: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PopError(
-            f"{path} is not valid TOML: {error}", 'lines look like: threads = 4, system = "..."'
-        ) from error
-    return values
 
 
 def _file_value(path: Path, text: str, key: str, value: object) -> Value:

@@ -1,24 +1,18 @@
 """Models by name: the catalog, and what lies in the models folder."""
 
-import importlib.resources
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+import tomlkit
 
 from converter.errors import PopError
 from pop_local.config import settings
 from pop_local.config.nearest import nearest_hint
-from pop_local.models.stored import file_by_name, models_by_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from pop_local.models.stored import SUFFIX, models_by_name
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _REMOTE = ("hf:", "https://", "http://")
@@ -66,14 +60,12 @@ class Model:
 
 def load_catalog() -> tuple[Model, ...]:
     """Read the models of catalog.toml."""
-    text = (importlib.resources.files("pop_local.models") / "catalog.toml").read_text("utf-8")
-    return tuple(_model(entry) for entry in tomllib.loads(text)["model"])
+    text = Path(__file__).with_name("catalog.toml").read_text("utf-8")
+    return tuple(_model(**entry) for entry in tomlkit.parse(text).unwrap()["model"])
 
 
-def _model(entry: dict[str, Any]) -> Model:
-    fields = {key: value for key, value in entry.items() if key != "part"}
-    fields["aliases"] = tuple(fields["aliases"])
-    return Model(**fields, parts=tuple(Part(**part) for part in entry["part"]))
+def _model(aliases: list[str], part: list[dict[str, Any]], **fields: Any) -> Model:
+    return Model(aliases=tuple(aliases), parts=tuple(Part(**each) for each in part), **fields)
 
 
 def models_dir() -> Path:
@@ -156,10 +148,11 @@ def _stored(model: str) -> Path:
         )
     if os.sep in model or "/" in model:
         raise PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
-    folder = models_dir()
-    if path := file_by_name(folder, model):
-        return path
-    here = {name: name for name in models_by_name(folder)}
+    stored = models_by_name(models_dir())
+    for name, files in stored.items():
+        if name.lower() == model.lower().removesuffix(SUFFIX):
+            return files[0]
+    here = {name: name for name in stored}
     if model.lower().endswith(".gguf"):
         beside = {file.name: file.name for file in Path().glob("*.gguf")}
         hint = nearest_hint(model, here | beside, "check the path")

@@ -1,6 +1,6 @@
 """What lies in a models folder: models, their parts, sidecars and unfinished downloads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,33 +56,10 @@ def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
     return found
 
 
-def file_by_name(folder: Path, name: str) -> Path | None:
-    """Return a model's file, or the first of its parts; None when there is none.
-
-    The name may be in any case, with or without .gguf.
-    """
-    wanted = name.lower().removesuffix(SUFFIX)
-    for known, files in models_by_name(folder).items():
-        if known.lower() == wanted:
-            return files[0]
-    return None
-
-
 def stock(folder: Path) -> tuple[Stored, ...]:
     """Return all that lies there, in the order of the names; damaged files, too."""
-    models = models_by_name(folder)
-    sidecars = _sidecars(folder)
-    stored = [_examined(name, files, sidecars.get(name)) for name, files in models.items()]
-    stored += [
-        _unusable(path.name.removesuffix(SUFFIX), (path,), "its model is not in this folder")
-        for name, path in sidecars.items()
-        if name not in models
-    ]
-    stored += [
-        _unusable(path.name, _with_origin(path), "unfinished download: pull it again")
-        for path in _files(folder, PARTIAL_SUFFIX)
-    ]
-    return tuple(sorted(stored, key=lambda model: model.name.lower()))
+    found = map(_examined, _unread(folder))
+    return tuple(sorted(found, key=lambda model: model.name.lower()))
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
@@ -95,8 +72,8 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
         raise PopError(
             f"{name} is not in the models folder", f"only what lies in {folder} is removed"
         )
-    groups = {model.name: model.all_files for model in stock(folder)}
-    groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _sidecars(folder).values()}
+    groups = {model.name: model.all_files for model in _unread(folder)}
+    groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)}
     wanted = path.name.lower()
     for known, files in groups.items():
         if known.lower() in (wanted, wanted.removesuffix(SUFFIX)):
@@ -109,8 +86,7 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    # A link counts as itself: removing it frees nothing else.
-    """Return the size of all files together."""
+    """Return the size of all files together; a link's is its own, which removing it frees."""
     return sum(path.lstat().st_size for path in files)
 
 
@@ -124,29 +100,36 @@ def _files(folder: Path, suffix: str) -> list[Path]:
     )
 
 
-def _sidecars(folder: Path) -> dict[str, Path]:
-    return {path.name.removesuffix(SIDECAR_SUFFIX): path for path in _files(folder, SIDECAR_SUFFIX)}
+def _unread(folder: Path) -> Iterator[Stored]:
+    sidecars = {
+        path.name.removesuffix(SIDECAR_SUFFIX): path for path in _files(folder, SIDECAR_SUFFIX)
+    }
+    for name, files in models_by_name(folder).items():
+        yield _stored(name, files, sidecars.pop(name, None))
+    for path in sidecars.values():
+        name = path.name.removesuffix(SUFFIX)
+        yield _stored(name, (path,), problem="its model is not in this folder")
+    for path in _files(folder, PARTIAL_SUFFIX):
+        origin = path.with_name(path.name + ORIGIN_SUFFIX)
+        files = (path, origin) if origin.exists() else (path,)
+        yield _stored(path.name, files, problem="unfinished download: pull it again")
 
 
-def _with_origin(partial: Path) -> tuple[Path, ...]:
-    origin = partial.with_name(partial.name + ORIGIN_SUFFIX)
-    return (partial, origin) if origin.exists() else (partial,)
+def _stored(
+    name: str, files: tuple[Path, ...], sidecar: Path | None = None, problem: str = ""
+) -> Stored:
+    found = Stored(name, files, sidecar, problem=problem)
+    return replace(found, size_bytes=total_bytes(found.all_files))
 
 
-def _unusable(name: str, files: tuple[Path, ...], problem: str) -> Stored:
-    return Stored(name, files, size_bytes=total_bytes(files), problem=problem)
-
-
-def _examined(name: str, files: tuple[Path, ...], sidecar: Path | None) -> Stored:
-    found = Stored(name, files, sidecar)
-    found = replace(found, size_bytes=total_bytes(found.all_files))
+def _examined(found: Stored) -> Stored:
+    if found.problem:
+        return found
     try:
-        source = read_source(files[0])
+        source = read_source(found.files[0])
         architecture = source.first.get("general.architecture")
         found = replace(found, architecture=str(architecture) if architecture else None)
-        meta = pop_of(source, sidecar)
+        meta = pop_of(source, found.sidecar)
     except PopError as error:
-        return replace(found, problem=error.message.removeprefix(f"{files[0]} "))
-    if meta is None:
-        return found
-    return replace(found, boundary=meta.boundary, projection=meta.projection)
+        return replace(found, problem=error.message.removeprefix(f"{found.files[0]} "))
+    return replace(found, boundary=meta.boundary, projection=meta.projection) if meta else found

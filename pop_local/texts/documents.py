@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,8 +30,19 @@ def read_document(path: str | os.PathLike[str]) -> Document:
         raise PopError(f"{path} is neither a file nor a pipe", "give a file")
     with path.open("rb") as file:
         content = read_limited(file, str(path))
-    text_of = _READERS.get(path.suffix.lower(), _plain)
-    return Document(str(path), text_of(path, content))
+    if path.suffix.lower() not in _READERS:
+        return Document(str(path), decoded(content, str(path)))
+    kind, library, text_of = _READERS[path.suffix.lower()]
+    try:
+        return Document(str(path), text_of(path, content))
+    except (PopError, OSError):
+        raise
+    except ImportError as error:
+        raise PopError(f"{path} is {library} is not installed", EXTRA_HINT) from error
+    except Exception as error:  # the libraries let through whatever a broken file does to them
+        raise PopError(
+            f"{path} cannot be read as {kind}: {error}", "save it as plain text first"
+        ) from error
 
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
@@ -46,57 +56,33 @@ def read_limited(file: BinaryIO, origin: str) -> bytes:
     return content
 
 
-def _plain(path: Path, content: bytes) -> str:
-    return decoded(content, str(path))
-
-
 def _pdf(path: Path, content: bytes) -> str:
-    try:
-        import pypdf
-    except ImportError as error:
-        raise PopError(f"{path} is a PDF, and pypdf is not installed", EXTRA_HINT) from error
+    import pypdf
+
     # It warns of every oddity that it can live with.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
-
-    def pages() -> Iterator[str]:
-        reader = pypdf.PdfReader(io.BytesIO(content))
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise PopError(f"{path} is protected by a password", "save it without one first")
-        for page in reader.pages:
-            yield page.extract_text()
-
-    text = _parsed(path, "PDF", lambda: "\n\n".join(pages()))
+    reader = pypdf.PdfReader(io.BytesIO(content))
+    if reader.is_encrypted and not reader.decrypt(""):
+        raise PopError(f"{path} is protected by a password", "save it without one first")
+    text = "\n\n".join(page.extract_text() for page in reader.pages)
     if not text.strip():
         raise PopError(f"{path} holds no text, only pictures of it", "run it through an OCR first")
     return text
 
 
 def _docx(path: Path, content: bytes) -> str:
-    try:
-        import docx
-    except ImportError as error:
-        raise PopError(f"{path} is DOCX, and python-docx is not installed", EXTRA_HINT) from error
+    import docx
 
-    def blocks() -> Iterator[str]:
-        for block in docx.Document(io.BytesIO(content)).iter_inner_content():
-            yield _table(block) if hasattr(block, "rows") else block.text
-
-    return _parsed(path, "DOCX", lambda: "\n\n".join(text for text in blocks() if text.strip()))
+    blocks = docx.Document(io.BytesIO(content)).iter_inner_content()
+    texts = (_table(block) if hasattr(block, "rows") else block.text for block in blocks)
+    return "\n\n".join(text for text in texts if text.strip())
 
 
 def _table(table: Any) -> str:
     return "\n".join(" | ".join(cell.text for cell in row.cells) for row in table.rows)
 
 
-def _parsed(path: Path, kind: str, parse: Callable[[], str]) -> str:
-    try:
-        return parse()
-    except (PopError, OSError):
-        raise
-    except Exception as error:  # the libraries let through whatever a broken file does to them
-        raise PopError(
-            f"{path} cannot be read as {kind}: {error}", "save it as plain text first"
-        ) from error
-
-
-_READERS = {".pdf": _pdf, ".docx": _docx}
+_READERS = {
+    ".pdf": ("PDF", "a PDF, and pypdf", _pdf),
+    ".docx": ("DOCX", "DOCX, and python-docx", _docx),
+}
