@@ -1,19 +1,16 @@
 """`pop-local config`: the settings, where they come from, and changing them."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tomlkit
 import typer
 
-from converter.errors import PopError
 from converter.output import replacing
 from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.config.folders import state_dir
-from pop_local.config.settings import Scalar, Setting, Value
-from pop_local.models.names import DEFAULT_MODEL, models_dir
+from pop_local.config.settings import Scalar, Value
+from pop_local.models.names import models_dir
 from pop_local.ui.lazy import HELP_OPTIONS
 from pop_local.ui.tables import Column, Table, print_json, print_table
 from pop_local.ui.theme import note, say, warn
@@ -33,14 +30,6 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `--json` prints."""
-
-    file: Path
-    settings: tuple[Value, ...]
-
-
 @config.callback()
 def show(
     context: typer.Context,
@@ -52,29 +41,24 @@ def show(
     """
     if context.invoked_subcommand is not None:
         return
-    report = Report(settings.config_path(), settings.load())
+    file, values = settings.config_path(), settings.load()
     for name in settings.unknown_variables():
         warn(f"{name} is set, but there is no such setting.")
     if json:
-        print_json(report)
+        print_json({"file": file, "settings": values})
         return
-    note(f"{report.file}{'' if report.file.exists() else ' (not there yet)'}:")
-    print_table(Table(_COLUMNS, tuple(_row(value) for value in report.settings)))
+    note(f"{file}{'' if file.exists() else ' (not there yet)'}:")
+    print_table(Table(_COLUMNS, tuple(_row(value) for value in values)))
 
 
 def _row(value: Value) -> tuple[Scalar, ...]:
     setting = settings.find(value.key)
-    shown = _default(setting) if value.value is None else value.value
+    shown = value.value
+    if shown is None:
+        folders = {"models_dir": models_dir, "state_dir": state_dir}
+        computed = folders.get(value.key)
+        shown = str(computed()) if computed else setting.default
     return value.key, shown, value.origin, setting.variable
-
-
-def _default(setting: Setting) -> str:
-    computed = {
-        "models_dir": lambda: str(models_dir()),
-        "state_dir": lambda: str(state_dir()),
-        "model": lambda: DEFAULT_MODEL,
-    }
-    return computed.get(setting.key, lambda: setting.default)()
 
 
 @config.command()
@@ -91,11 +75,7 @@ def set_value(
 ) -> None:
     """Write a setting to the file; its comments stay."""
     setting = settings.find(key)
-    try:
-        parsed = settings.parse(setting, value)
-    except PopError as error:
-        raise PopError(f"{key}: {error.message}") from error
-    _edit(key, parsed)
+    _edit(key, settings.located(lambda: settings.parse(setting, value), key))
 
 
 @config.command()

@@ -15,7 +15,7 @@ from pop_local import __version__
 from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.engine.llama import backend
-from pop_local.models.names import DEFAULT_MODEL, find, lookup, models_dir, resolve
+from pop_local.models.names import DEFAULT_MODEL, lookup, models_dir, resolve
 from pop_local.models.sizes import size
 from pop_local.ui.hints import hint_of
 from pop_local.ui.printable import printable
@@ -39,25 +39,17 @@ class Check:
     to_do: str = ""
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What `--json` prints."""
-
-    ok: bool
-    checks: tuple[Check, ...]
-
-
 def doctor(
     json: Json = False,
 ) -> None:
     """Check the backend, the devices, memory and models; exit 1 if something must be fixed."""
-    checks = (*_program(), *_backend(), *_machine(), *_models())
-    diagnosis = Diagnosis(all(check.status != "fix" for check in checks), checks)
+    checks = (*_program(), *_backend(), *_machine(), _model())
+    is_ok = all(check.status != "fix" for check in checks)
     if json:
-        print_json(diagnosis)
+        print_json({"ok": is_ok, "checks": checks})
     else:
         _draw(checks)
-    if not diagnosis.ok:
+    if not is_ok:
         raise typer.Exit(1)
 
 
@@ -102,21 +94,18 @@ def _abi(abi: int | None) -> Check:
 
 
 def _gpus(devices: tuple[backend.Device, ...]) -> list[Check]:
-    gpus = [
-        Check("gpu", "GPU", "ok", f"{device.name}: {device.description}, {_free(device)} free")
-        for device in devices
-        if device.is_gpu
-    ]
+    gpus = [device for device in devices if device.is_gpu]
     if gpus:
-        return gpus
+        return [Check("gpu", "GPU", "ok", _described(device)) for device in gpus]
     if shutil.which("nvidia-smi"):
         found = "there is an NVIDIA GPU, but this build is for the CPU only"
         return [Check("gpu", "GPU", "note", found, CUDA_HINT)]
     return [Check("gpu", "GPU", "ok", "none in this build: models run on the CPU")]
 
 
-def _free(device: backend.Device) -> str:
-    return f"{size(device.memory_free_bytes)} of {size(device.memory_total_bytes)}"
+def _described(device: backend.Device) -> str:
+    free, total = size(device.memory_free_bytes), size(device.memory_total_bytes)
+    return f"{device.name}: {device.description}, {free} of {total} free"
 
 
 def _enabled(features: str) -> str:
@@ -126,8 +115,9 @@ def _enabled(features: str) -> str:
 
 
 def _machine() -> list[Check]:
-    total_bytes = _total_memory_bytes()
-    if total_bytes is None:
+    try:
+        total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
         return []
     if total_bytes < SMALL_MEMORY_BYTES:
         to_do = "take small models, and a small context (--ctx)"
@@ -135,32 +125,16 @@ def _machine() -> list[Check]:
     return [Check("memory", "Memory", "ok", size(total_bytes))]
 
 
-def _total_memory_bytes() -> int | None:
+def _model() -> Check:
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return None
-
-
-def _models() -> list[Check]:
-    try:
-        chosen = settings.get("model")
-        folder = models_dir()
+        model, folder = str(settings.get("model") or DEFAULT_MODEL), models_dir()
     except PopError as error:
-        return [Check("settings", "Settings", "fix", error.message, error.hint)]
-    if chosen and lookup(str(chosen)) is None:
-        return [_own_model(str(chosen))]
-    model = find(str(chosen or DEFAULT_MODEL))
-    for file in (model.pop_file, model.file):
-        if (folder / file).is_file():
-            return [Check("model", "Default model", "ok", str(folder / file))]
-    to_do = f"run `pop-local pull {model.name}`, or `pop-local chat`, which fetches it too"
-    found = f"{model.name} is not in {folder} yet"
-    return [Check("model", "Default model", "note", found, to_do)]
-
-
-def _own_model(model: str) -> Check:
+        return Check("settings", "Settings", "fix", error.message, error.hint)
     try:
         return Check("model", "Default model", "ok", str(resolve(model)))
     except PopError as error:
-        return Check("model", "Default model", "fix", error.message, hint_of(error))
+        entry = lookup(model)
+        if entry is None:
+            return Check("model", "Default model", "fix", error.message, hint_of(error))
+    to_do = f"run `pop-local pull {entry.name}`, or `pop-local chat`, which fetches it too"
+    return Check("model", "Default model", "note", f"{entry.name} is not in {folder} yet", to_do)

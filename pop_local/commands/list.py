@@ -1,8 +1,5 @@
 """`pop-local list`: the models that are here."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from pop_local.commands.options import Json
 from pop_local.models.names import models_dir
 from pop_local.models.sizes import size
@@ -21,14 +18,6 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What `--json` prints."""
-
-    folder: Path
-    models: tuple[Stored, ...]
-
-
 def list(  # noqa: A001
     json: Json = False,
 ) -> None:
@@ -36,23 +25,21 @@ def list(  # noqa: A001
 
     Any name shown here can be given wherever a command takes a model.
     """
-    listing = Listing(models_dir(), stock(models_dir()))
+    folder = models_dir()
+    models = stock(folder)
     if json:
-        print_json(listing)
-        return
-    note(f"In {listing.folder}:" if listing.models else f"No models in {listing.folder} yet.")
-    if not listing.models:
+        print_json({"folder": folder, "models": models})
+    elif models:
+        note(f"In {folder}:")
+        print_table(_table(models))
+    else:
+        note(f"No models in {folder} yet.")
         note("`pop-local pull smollm2` fetches a small one.")
-        return
-    print_table(_table(listing.models))
 
 
 def _table(models: tuple[Stored, ...]) -> Table:
     """Without the columns that have nothing to say."""
-    columns = tuple(column for column in _COLUMNS if any(_said(m, column) for m in models))
-    rows = tuple(tuple(getattr(m, column.key) for column in columns) for m in models)
-    return Table(columns, rows)
-
-
-def _said(model: Stored, column: Column) -> bool:
-    return getattr(model, column.key) not in (None, "")
+    columns = tuple(
+        column for column in _COLUMNS if {getattr(m, column.key) for m in models} - {None, ""}
+    )
+    return Table(columns, tuple(tuple(getattr(m, c.key) for c in columns) for m in models))

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,14 +14,6 @@ from pop_local.models.sizes import size
 from pop_local.models.stored import removable, total_bytes
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note, say
-
-
-@dataclass(frozen=True)
-class Removal:
-    """What `--json` prints."""
-
-    files: tuple[Path, ...]
-    freed_bytes: int
 
 
 def rm(
@@ -49,7 +40,7 @@ def rm(
     for file in files:
         file.unlink()
     if json:
-        print_json(Removal(files, freed_bytes))
+        print_json({"files": files, "freed_bytes": freed_bytes})
         return
     for file in files:
         say(f"Removed {file}")

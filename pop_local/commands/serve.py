@@ -59,7 +59,7 @@ def serve(
     listening = _bound(host, port)
     _log_to_stderr()
     from pop_local.server.app import ServerOptions, create_app, run_app
-    from pop_local.server.entry import LOOPBACK
+    from pop_local.server.front import LOOPBACK
 
     open_as_asked = open_in_full if no_pop else open_model
     with terminal_watch() as watch:

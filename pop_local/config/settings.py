@@ -49,7 +49,7 @@ class Setting:
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
-    Setting("model", str),
+    Setting("model", str, "SmolLM2-135M-Instruct"),
     Setting("threads", int, "the physical cores", least=1),
     Setting("ctx", int, "the model's, at most 8192", least=1),
     Setting("gpu_layers", int, "-1 (all)", least=-1),
@@ -127,7 +127,7 @@ def _from_environment(setting: Setting) -> Value | None:
     text = os.environ.get(setting.variable)
     if not text:
         return None
-    value = _located(lambda: parse(setting, text), setting.variable, "correct or unset it")
+    value = located(lambda: parse(setting, text), setting.variable, "correct or unset it")
     if setting.is_path:
         value = str(Path(str(value)).expanduser())
     return Value(setting.key, value, "environment", setting.variable)
@@ -160,8 +160,8 @@ def read_document(path: Path) -> tomlkit.TOMLDocument:
 
 def _file_value(path: Path, text: str, key: str, value: object) -> Value:
     where = f"{path}, line {_line(text, key)}"
-    setting = _located(lambda: find(key), where, "")
-    checked = _located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
+    setting = located(lambda: find(key), where)
+    checked = located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
     if setting.is_path:
         # Not of wherever a command happens to run.
         checked = str(path.parent / Path(str(checked)).expanduser())
@@ -174,7 +174,8 @@ def _line(text: str, key: str) -> int:
     return next(numbers, 1)
 
 
-def _located(call: Callable[[], Any], where: str, hint: str) -> Any:
+def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
+    """Call it, with `where` before the message of a PopError, and `hint` where it has none."""
     try:
         return call()
     except PopError as error:

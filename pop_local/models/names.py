@@ -14,7 +14,7 @@ from pop_local.config import settings
 from pop_local.config.nearest import nearest_hint
 from pop_local.models.stored import SUFFIX, models_by_name
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_MODEL = settings.find("model").default
 _REMOTE = ("hf:", "https://", "http://")
 # By these a clone is known.
 _CLONE = ("models", "pop_local/models", "patches/llama.cpp")
