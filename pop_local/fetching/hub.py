@@ -19,7 +19,7 @@ from pop_local.fetching.target import Advance, harmless, is_there, require_space
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+    from huggingface_hub.hf_api import RepoSibling
 
 PREFIX = "hf:"
 _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNORECASE)
@@ -74,7 +74,7 @@ def find_on_hub(name: str) -> HubModel:
     return HubModel(
         repo=repo,
         commit=info.sha or "main",
-        licence=_licence(info),
+        licence=str((info.card_data and info.card_data.get("license")) or "not stated"),
         files=tuple(_hub_file(siblings[file]) for file in choice.files),
     )
 
@@ -98,19 +98,14 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Advance, *, force: bo
     here = sum(path.stat().st_size for path in partials if path.exists())
     require_space(folder, total - here, model.repo)
     before = 0
+
+    def advance_all(done: int, _: int) -> None:
+        advance(before + done, total)
+
     for file, target in missing:
-        download(_remote(model, file), target, _offset(advance, before, total))
+        download(_remote(model, file), target, advance_all)
         before += file.size_bytes
     return targets[0]
-
-
-def _licence(info: "ModelInfo") -> str:
-    licence = info.card_data.get("license") if info.card_data else None
-    return str(licence or "not stated")
-
-
-def _offset(advance: Advance, before: int, total: int) -> Advance:
-    return lambda done, _: advance(before + done, total)
 
 
 def _hub_file(sibling: "RepoSibling") -> HubFile:

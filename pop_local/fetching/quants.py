@@ -1,11 +1,11 @@
 """Which of a repository's GGUF files is meant."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from converter.errors import PopError
-from converter.source import SplitPart, part_names, part_of
+from converter.source import part_names, part_of
 from pop_local.models.stored import SUFFIX
 
 # The first that a repository has is taken when nobody says which: small enough for most machines,
@@ -40,21 +40,16 @@ def choices(files: Sequence[str]) -> tuple[Choice, ...]:
         if part is None:
             found.append(Choice(name.removesuffix(SUFFIX), (by_name[name],)))
         elif part.number == 1:
-            found.append(Choice(part.stem, _parts(part, by_name)))
+            parts = part_names(part.stem, part.count)
+            if missing := [each for each in parts if each not in by_name]:
+                raise PopError(f"the repository lacks {missing[0]}", "take another file of it")
+            found.append(Choice(part.stem, tuple(by_name[each] for each in parts)))
     return tuple(found)
 
 
 def usual_ending(file: str) -> str:
     """Return NAME.gguf for NAME.GGUF, too, as llama.cpp expects of a split model's parts."""
     return file[: -len(SUFFIX)] + SUFFIX
-
-
-def _parts(first: SplitPart, by_name: Mapping[str, str]) -> tuple[str, ...]:
-    parts = part_names(first.stem, first.count)
-    missing = [part for part in parts if part not in by_name]
-    if missing:
-        raise PopError(f"the repository lacks {missing[0]}", "take another file of it")
-    return tuple(by_name[part] for part in parts)
 
 
 def choose(repo: str, files: Sequence[str], wanted: str) -> Choice:
@@ -66,14 +61,18 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> Choice:
     models = [choice for choice in known if not _HELPERS.search(choice.name)]
     if not known:
         raise PopError(f"{repo} has no GGUF files", "look for a repository of that model with them")
-    if wanted:
-        return _only(repo, _named(known, models, wanted), models, wanted)
-    if len(models) == 1:
-        return models[0]
-    for quant in PREFERRED:
-        if found := _matching(models, quant):
-            return _only(repo, found, models, quant)
-    raise PopError(f"{repo} has several models; say which", _listed(repo, models))
+    if not wanted:
+        if len(models) == 1:
+            return models[0]
+        wanted = next((quant for quant in PREFERRED if _matching(models, quant)), "")
+    if not wanted:
+        raise PopError(f"{repo} has several models; say which", _listed(repo, models))
+    found = _named(known, models, wanted)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PopError(f"{wanted!r} names {len(found)} files of {repo}", _listed(repo, found))
+    raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, models))
 
 
 def _named(known: Sequence[Choice], models: list[Choice], wanted: str) -> list[Choice]:
@@ -94,14 +93,6 @@ def _matching(models: list[Choice], wanted: str) -> list[Choice]:
     word = re.compile(rf"(?<![a-z0-9]){re.escape(wanted.lower())}(?![a-z0-9_])")
     whole = [choice for choice in contained if word.search(choice.name.lower())]
     return whole or contained
-
-
-def _only(repo: str, found: list[Choice], models: list[Choice], wanted: str) -> Choice:
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise PopError(f"{wanted!r} names {len(found)} files of {repo}", _listed(repo, found))
-    raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, models))
 
 
 def _listed(repo: str, models: Sequence[Choice]) -> str:
