@@ -1,7 +1,6 @@
 """From a request's body to a task for the model."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from converter.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
@@ -41,15 +40,10 @@ class Tasks:
         except PopError as error:
             raise ApiError(400, error.message, param="messages") from error
         self._check_length(prompt, "messages")
-        mode, reason = self._mode(body.pop)
-        options = _options(
-            body,
-            self._model.recommended,
-            max_tokens=body.max_completion_tokens or body.max_tokens,
-            grammar=self._grammar(body),
-            n_top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        )
-        return Task(prompt, options, mode, reason)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        options = self._options(body, max_tokens, n_top_logprobs)
+        return Task(prompt, options, *self._mode(body.pop))
 
     def completion(self, body: CompletionBody) -> Task:
         prompt = Prompt(self._tokens(body.prompt), ())
@@ -58,13 +52,8 @@ class Tasks:
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
-        options = _options(
-            body,
-            self._model.recommended,
-            max_tokens=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens,
-            grammar=self._grammar(body),
-            n_top_logprobs=body.logprobs,
-        )
+        max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        options = self._options(body, max_tokens, body.logprobs)
         text = self._text(prompt.tokens) if body.echo or body.logprobs is not None else ""
         echo = text if body.echo else ""
         return Task(prompt, options, mode, reason, echo, n_prompt_logprobs, len(text))
@@ -108,6 +97,23 @@ class Tasks:
                 param=param,
             )
 
+    def _options(
+        self, body: Body, max_tokens: int | None, n_top_logprobs: int | None
+    ) -> TurnOptions:
+        """Where the body says nothing, what the model recommends, else the engine's defaults."""
+        given = body.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+        if given.get("temperature", 1.0) < _LOWEST_TEMPERATURE:
+            given["temperature"] = 0.0
+        if body.seed is not None and body.seed != -1:
+            given["seed"] = body.seed & 0xFFFFFFFF
+        return TurnOptions(
+            max_tokens=max_tokens,
+            stops=tuple(body.stop or ()),
+            grammar=self._grammar(body),
+            n_top_logprobs=n_top_logprobs,
+            **{**self._model.recommended, **given},
+        )
+
     def _grammar(self, body: Body) -> str | None:
         text, param, wanted = body.grammar, "grammar", body.response_format
         try:
@@ -123,14 +129,3 @@ class Tasks:
 
 def _message(message: ChatMessage) -> Message:
     return Message("system" if message.role == "developer" else message.role, message.text)
-
-
-def _options(body: Body, recommended: Mapping[str, float], **known: Any) -> TurnOptions:
-    """Where the body says nothing, what the model recommends, else the engine's defaults."""
-    given = body.model_dump(include=set(Sampling.model_fields), exclude_none=True)
-    if given.get("temperature", 1.0) < _LOWEST_TEMPERATURE:
-        given["temperature"] = 0.0
-    if body.seed is not None and body.seed != -1:
-        given["seed"] = body.seed & 0xFFFFFFFF
-    chosen: dict[str, Any] = {**recommended, **given}
-    return TurnOptions(stops=tuple(body.stop or ()), **chosen, **known)

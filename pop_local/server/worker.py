@@ -214,17 +214,9 @@ class Worker:
             yield Chunk("", TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length"))
             return
         for chunk in answer(self._model, lambda: task.prompt, options):
-            if chunk.stats is not None and read:
-                chunk = replace(chunk, stats=_with(chunk.stats, read_s))
+            if read and (stats := chunk.stats) is not None:
+                # The answer found in the cache what was read for it before.
+                ttft_s, prefill_s = stats.ttft_s + read_s, stats.prefill_s + read_s
+                stats = replace(stats, n_cached=0, n_full=n_prompt, ttft_s=ttft_s)
+                chunk = replace(chunk, stats=replace(stats, prefill_s=prefill_s))
             yield chunk
-
-
-def _with(stats: TurnStats, read_s: float) -> TurnStats:
-    """Adds the reading of the prompt, which the answer found in the cache."""
-    return replace(
-        stats,
-        n_cached=0,
-        n_full=stats.n_prompt,
-        ttft_s=stats.ttft_s + read_s,
-        prefill_s=stats.prefill_s + read_s,
-    )
