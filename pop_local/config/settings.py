@@ -204,6 +204,5 @@ def _wanted(setting: Setting) -> str:
     kind = _KINDS[setting.kind]
     if math.isinf(setting.least):
         return kind
-    if math.isinf(setting.most):
-        return f"{kind} from {setting.least:g}"
-    return f"{kind} from {setting.least:g} to {setting.most:g}"
+    most = "" if math.isinf(setting.most) else f" to {setting.most:g}"
+    return f"{kind} from {setting.least:g}{most}"

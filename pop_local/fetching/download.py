@@ -46,19 +46,6 @@ class Remote:
     sha256: str = ""
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """What a partial file is a part of.
-
-    `validator` is the server's strong ETag or its date. `identity` is hashed, since addresses may
-    hold secrets.
-    """
-
-    identity: str
-    validator: str
-    total_bytes: int
-
-
 def without_secrets(url: str) -> str:
     """Return the address without user, password and query."""
     parts = urlsplit(url)
@@ -144,15 +131,14 @@ class _Transfer:
         import requests
 
         headers = {"Accept-Encoding": "identity", **self._remote.headers}
-        origin, start = self._origin(), self._size()
-        if origin is None:
-            start = 0
-        elif start:
-            if start == origin.total_bytes:
+        validator, total = self._origin()
+        start = self._size() if total else 0
+        if start:
+            if start == total:
                 return
             headers["Range"] = f"bytes={start}-"
-            if origin.validator:
-                headers["If-Range"] = origin.validator
+            if validator:
+                headers["If-Range"] = validator
         try:
             with session.get(
                 self._remote.url,
@@ -256,21 +242,24 @@ class _Transfer:
         except FormatError:
             return  # of a kind that is not known here, perhaps, but as it was sent
 
-    def _origin(self) -> _Origin | None:
-        """Of a partial file that can be gone on with."""
+    def _origin(self) -> tuple[str, int]:
+        """Return the validator and the size of what arrived a part of, 0 when it is of no use."""
         try:
-            origin = _Origin(**json.loads(self._origin_file.read_text(encoding="utf-8")))
+            identity, validator, total = json.loads(self._origin_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError):
-            return None
+            return "", 0
         # Without hash or validator nobody could tell whether the two halves belong together.
-        fits = origin.identity == self._identity and (origin.validator or self._remote.sha256)
-        return origin if fits and origin.total_bytes else None
+        fits = identity == self._identity and (validator or self._remote.sha256)
+        return (validator, total) if fits else ("", 0)
 
     def _write_origin(self, response: "requests.Response", total: int) -> None:
+        """Write down what the partial file is a part of: by a hash, as addresses hold secrets."""
         etag = response.headers.get("ETag", "")
-        strong = "" if etag.startswith("W/") else etag
-        origin = _Origin(self._identity, strong or response.headers.get("Last-Modified", ""), total)
-        self._origin_file.write_text(json.dumps(vars(origin)), encoding="utf-8")
+        validator = (
+            etag if etag[:2] not in ("", "W/") else response.headers.get("Last-Modified", "")
+        )
+        origin = (self._identity, validator, total)
+        self._origin_file.write_text(json.dumps(origin), encoding="utf-8")
 
 
 def _extent(response: "requests.Response") -> tuple[int, int]:

@@ -67,7 +67,7 @@ class Answer:
             yield _DONE
         except Exception as error:
             complete = not self._job.cancelled.is_set()
-            yield as_api_error(error).event
+            yield _event(as_api_error(error).body)
         finally:
             if not complete:
                 self._job.cancelled.set()

@@ -23,7 +23,7 @@ from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import Answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
-from pop_local.server.errors import ApiError, as_api_error, as_request_error, hung_up
+from pop_local.server.errors import ApiError, as_api_error
 from pop_local.server.front import Front
 from pop_local.server.metrics import Metrics
 from pop_local.server.replies import ChatReply, Reply
@@ -57,7 +57,7 @@ def create_app(model: PopModel, options: ServerOptions) -> Starlette:
     `app.state.worker` is the thread that has the model: stop it to end running answers.
     """
     api = Api(model, options)
-    handled = (Exception, PopError, HTTPException, ApiError, ClientDisconnect)
+    handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     app = Starlette(
         routes=[
             Route("/health", api.health),
@@ -80,7 +80,7 @@ def create_app(model: PopModel, options: ServerOptions) -> Starlette:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    return (hung_up() if isinstance(error, ClientDisconnect) else as_api_error(error)).response
+    return as_api_error(error).response
 
 
 class Api:
@@ -165,10 +165,7 @@ class Api:
                     f" this server holds {self._model.n_ctx():,} tokens",
                     code="request_too_large",
                 )
-        try:
-            body = kind.model_validate_json(raw)
-        except ValidationError as error:
-            raise as_request_error(error) from error
+        body = kind.model_validate_json(raw)
         self._check_name(body.model)
         return body
 
