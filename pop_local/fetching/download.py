@@ -37,13 +37,16 @@ class Remote:
     """A file to fetch.
 
     `identity` says what it is, also when its address changes; "" takes the address. `headers` go to
-    the address' own host only. `sha256` is "" when nobody knows it.
+    the address' own host only. `sha256` is "" when nobody knows it. `name` and `size_bytes` are
+    what a hub says.
     """
 
     url: str
     identity: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
+    name: str = ""
+    size_bytes: int = 0
 
 
 def without_secrets(url: str) -> str:

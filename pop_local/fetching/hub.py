@@ -19,22 +19,9 @@ from pop_local.fetching.target import Advance, harmless, is_there, require_space
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoSibling
 
 PREFIX = "hf:"
 _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a repository, its size and its hash.
-
-    `sha256` is "" for a file that the hub keeps in git itself, which happens to tiny ones.
-    """
-
-    name: str
-    size_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -42,9 +29,8 @@ class HubModel:
     """One model of a repository at one commit, in one file or in the parts of a split one."""
 
     repo: str
-    commit: str
     licence: str
-    files: tuple[HubFile, ...]
+    files: tuple[Remote, ...]
 
     @property
     def size_bytes(self) -> int:
@@ -66,17 +52,30 @@ def find_on_hub(name: str) -> HubModel:
     match = _SPEC.fullmatch(name)
     if match is None:
         raise PopError(f"{name!r} names no model of a hub", "write hf:OWNER/REPO[:Q4_K_M]")
+    from huggingface_hub import hf_hub_url
+
     repo = match["repo"]
     with _explained(repo):
         info = _client().model_info(repo, files_metadata=True)
+        headers = _client()._build_hf_headers()
+    commit = info.sha or "main"
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-    choice = choose(repo, tuple(siblings), match["file"] or "")
-    return HubModel(
-        repo=repo,
-        commit=info.sha or "main",
-        licence=str((info.card_data and info.card_data.get("license")) or "not stated"),
-        files=tuple(_hub_file(siblings[file]) for file in choice.files),
-    )
+
+    def remote(name: str) -> Remote:
+        # The hub keeps tiny files in git itself, and has no hash of them.
+        sha256 = lfs.sha256 if (lfs := siblings[name].lfs) else ""
+        return Remote(
+            hf_hub_url(repo, name, revision=commit),
+            identity=f"{PREFIX}{repo}@{sha256 or commit}:{name}",
+            headers={key: headers[key] for key in headers if key.lower() == "authorization"},
+            sha256=sha256,
+            name=name,
+            size_bytes=siblings[name].size or 0,
+        )
+
+    files = choose(repo, tuple(siblings), match["file"] or "").files
+    licence = info.card_data.get("license") if info.card_data else None
+    return HubModel(repo, str(licence or "not stated"), tuple(map(remote, files)))
 
 
 def fetch_from_hub(model: HubModel, folder: Path, advance: Advance, *, force: bool) -> Path:
@@ -103,29 +102,12 @@ def fetch_from_hub(model: HubModel, folder: Path, advance: Advance, *, force: bo
         advance(before + done, total)
 
     for file, target in missing:
-        download(_remote(model, file), target, advance_all)
+        with _explained(model.repo):
+            # Asked first, since a model may be described to all and open to few.
+            _client().get_hf_file_metadata(url=file.url)
+        download(file, target, advance_all)
         before += file.size_bytes
     return targets[0]
-
-
-def _hub_file(sibling: "RepoSibling") -> HubFile:
-    return HubFile(sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else "")
-
-
-def _remote(model: HubModel, file: HubFile) -> Remote:
-    from huggingface_hub import hf_hub_url
-
-    with _explained(model.repo):
-        # Asked first, since a model may be described to all and open to few.
-        url = hf_hub_url(model.repo, file.name, revision=model.commit)
-        _client().get_hf_file_metadata(url=url)
-        headers = _client()._build_hf_headers()
-    return Remote(
-        url,
-        identity=f"{PREFIX}{model.repo}@{file.sha256 or model.commit}:{file.name}",
-        headers={name: headers[name] for name in headers if name.lower() == "authorization"},
-        sha256=file.sha256,
-    )
 
 
 def _client() -> "HfApi":

@@ -6,18 +6,13 @@ from pathlib import Path
 from converter.errors import PopError
 
 _HINT = "convert it to plain text first"
-_MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decoded(content: bytes, origin: str) -> str:
     """Decode a text. Raises PopError, naming `origin`, for what is no text."""
-    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     try:
-        text = content.decode(encoding)
+        text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise PopError(f"{origin} is not UTF-8 text", _HINT) from error
     if "\0" in text:
