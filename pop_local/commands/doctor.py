@@ -43,7 +43,13 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Check the backend, the devices, memory and models; exit 1 if something must be fixed."""
-    checks = (*_program(), *_backend(), *_machine(), _model())
+    checks = (
+        Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
+        Check("pop_local", "pop-local", "ok", __version__),
+        *_backend(),
+        *_machine(),
+        _model(),
+    )
     is_ok = all(check.status != "fix" for check in checks)
     if json:
         print_json({"ok": is_ok, "checks": checks})
@@ -61,14 +67,6 @@ def _draw(checks: tuple[Check, ...]) -> None:
         if check.to_do:
             to_do = Text(f"      {' ' * width}  {printable(check.to_do)}", style="hint")
             out.print(to_do, soft_wrap=True)
-
-
-def _program() -> list[Check]:
-    version = platform.python_version()
-    return [
-        Check("python", "Python", "ok", f"{version} ({sys.executable})"),
-        Check("pop_local", "pop-local", "ok", __version__),
-    ]
 
 
 def _backend() -> list[Check]:

@@ -58,7 +58,7 @@ def serve(
     _require_packages()
     listening = _bound(host, port)
     _log_to_stderr()
-    from pop_local.server.app import ServerOptions, create_app, run_app
+    from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
     open_as_asked = open_in_full if no_pop else open_model
@@ -68,7 +68,7 @@ def serve(
         )
     try:
         name = name or Path(opened.model_path).stem
-        app = create_app(opened, ServerOptions(name=name, api_key=api_key, host=host))
+        app = create_app(opened, name, api_key=api_key, host=host)
         listening.listen(128)
         _announce(opened, name, listening, is_open=host not in LOOPBACK and not api_key)
         run_app(app, listening)

@@ -4,7 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.requests import Request
+from starlette.datastructures import State
 from starlette.responses import JSONResponse, Response
 
 from pop_local.engine.turn import TokenLogprob, TurnStats
@@ -23,70 +23,66 @@ _DONE = b"data: [DONE]\n\n"
 _encoded = json.JSONEncoder(ensure_ascii=False).encode
 
 
-class Answer:
-    """One answer on its way to the client."""
+async def whole_answer(state: State, job: Job, reply: Reply) -> Response:
+    text: list[str] = []
+    logprobs: list[TokenLogprob] = []
+    async for batch in job.batches(_LONG_PAUSE_S):
+        for chunk in batch:
+            text.append(chunk.text)
+            logprobs += chunk.logprobs
+            if chunk.stats is not None:
+                ended, figures = _ended(state, job, chunk.stats)
+    whole = reply.whole("".join(text), logprobs, ended)
+    return JSONResponse(whole | {"usage": figures})
 
-    def __init__(self, request: Request, job: Job, reply: Reply) -> None:
-        self._state = request.state
-        self._job = job
-        self._reply = reply
 
-    async def whole(self) -> Response:
-        text: list[str] = []
-        logprobs: list[TokenLogprob] = []
-        async for batch in self._job.batches(_LONG_PAUSE_S):
-            for chunk in batch:
-                text.append(chunk.text)
-                logprobs += chunk.logprobs
-                if chunk.stats is not None:
-                    ended, figures = self._ended(chunk.stats)
-        whole = self._reply.whole("".join(text), logprobs, ended)
-        return JSONResponse(whole | {"usage": figures})
+async def streamed_answer(
+    state: State, job: Job, reply: Reply, *, wants_usage: bool
+) -> AsyncIterator[bytes]:
+    """Ends with [DONE], or with an error in place of it."""
+    nothing_yet: Json = {"usage": None} if wants_usage else {}
+    complete = False
+    try:
+        for event in reply.opening():
+            yield _event(event | nothing_yet)
+        async for batch in job.batches(_PAUSE_S, _PING_S):
+            pieces = [
+                _event(reply.piece(chunk.text, chunk.logprobs) | nothing_yet)
+                for chunk in batch
+                if chunk.text or chunk.logprobs
+            ]
+            if pieces or not batch:
+                yield b"".join(pieces) or _PING
+            if batch and (stats := batch[-1].stats) is not None:
+                ended, figures = _ended(state, job, stats)
+        complete = True
+        yield _event(reply.last(ended) | nothing_yet)
+        if wants_usage:
+            yield _event(reply.figures(figures))
+        yield _DONE
+    except Exception as error:
+        complete = not job.cancelled.is_set()
+        yield _event(as_api_error(error).body)
+    finally:
+        if not complete:
+            job.cancelled.set()
+            state.hung_up = True
 
-    async def stream(self, wants_usage: bool) -> AsyncIterator[bytes]:
-        """Ends with [DONE], or with an error in place of it."""
-        nothing_yet: Json = {"usage": None} if wants_usage else {}
-        complete = False
-        try:
-            for event in self._reply.opening():
-                yield _event(event | nothing_yet)
-            async for batch in self._job.batches(_PAUSE_S, _PING_S):
-                pieces = [
-                    _event(self._reply.piece(chunk.text, chunk.logprobs) | nothing_yet)
-                    for chunk in batch
-                    if chunk.text or chunk.logprobs
-                ]
-                if pieces or not batch:
-                    yield b"".join(pieces) or _PING
-                if batch and (stats := batch[-1].stats) is not None:
-                    ended, figures = self._ended(stats)
-            complete = True
-            yield _event(self._reply.last(ended) | nothing_yet)
-            if wants_usage:
-                yield _event(self._reply.figures(figures))
-            yield _DONE
-        except Exception as error:
-            complete = not self._job.cancelled.is_set()
-            yield _event(as_api_error(error).body)
-        finally:
-            if not complete:
-                self._job.cancelled.set()
-                self._state.hung_up = True
 
-    def _ended(self, stats: TurnStats) -> tuple[str, Json]:
-        """Why, and the usage. Raises ApiError when the answer was cut off."""
-        cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
-        short = ": short" if stats.reading == "short" else ""
-        self._state.note = (
-            f", waited {self._job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
-            f" ({cached}{stats.n_pruned:,} pruned{short}), TTFT {stats.ttft_s:.2f} s,"
-            f" {stats.n_decoded:,} tokens written"
-        )
-        if stats.finish_reason == "interrupted":
-            if self._job.cancelled.is_set():
-                raise hung_up()
-            raise ApiError(503, STOPPING)
-        return stats.finish_reason, usage(stats, self._job.queued_s, self._job.task.reason)
+def _ended(state: State, job: Job, stats: TurnStats) -> tuple[str, Json]:
+    """Why, and the usage. Raises ApiError when the answer was cut off."""
+    cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
+    short = ": short" if stats.reading == "short" else ""
+    state.note = (
+        f", waited {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
+        f" ({cached}{stats.n_pruned:,} pruned{short}), TTFT {stats.ttft_s:.2f} s,"
+        f" {stats.n_decoded:,} tokens written"
+    )
+    if stats.finish_reason == "interrupted":
+        if job.cancelled.is_set():
+            raise hung_up()
+        raise ApiError(503, STOPPING)
+    return stats.finish_reason, usage(stats, job.queued_s, job.task.reason)
 
 
 def _event(content: dict[str, Any]) -> bytes:

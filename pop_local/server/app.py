@@ -5,7 +5,6 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ from starlette.routing import Route
 
 from converter.errors import PopError
 from pop_local.engine.model import PopModel
-from pop_local.server.answers import Answer
+from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
 from pop_local.server.errors import ApiError, as_api_error
 from pop_local.server.front import Front
@@ -37,26 +36,22 @@ _LAST_WORDS_S = 5
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
-@dataclass(frozen=True)
-class ServerOptions:
-    """`name`: of the model in the API. `api_key`: "" for none. `max_body_bytes` 0: by context.
-
-    `host`: what the server listens on; without a key it answers to this and loopback names only.
-    """
-
-    name: str
-    api_key: str = ""
-    host: str = "127.0.0.1"
-    max_waiting: int = 64
-    max_body_bytes: int = 0
-
-
-def create_app(model: PopModel, options: ServerOptions) -> Starlette:
+def create_app(
+    model: PopModel,
+    name: str,
+    *,
+    api_key: str = "",
+    host: str = "127.0.0.1",
+    max_waiting: int = 64,
+    max_body_bytes: int = 0,
+) -> Starlette:
     """The application; from the start of its lifespan to its end the model belongs to it.
 
+    `name`: of the model in the API. `api_key`: "" for none. `host`: what the server listens on;
+    without a key it answers to this and loopback names only. `max_body_bytes` 0: by context.
     `app.state.worker` is the thread that has the model: stop it to end running answers.
     """
-    api = Api(model, options)
+    api = Api(model, name, max_waiting, max_body_bytes)
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     app = Starlette(
         routes=[
@@ -70,8 +65,8 @@ def create_app(model: PopModel, options: ServerOptions) -> Starlette:
         lifespan=api.lifespan,
         exception_handlers=dict.fromkeys(handled, _refuse),
     )
-    app.add_middleware(Front, metrics=api.metrics, api_key=options.api_key, host=options.host)
-    if options.api_key:  # no web page has it unless its user gave it
+    app.add_middleware(Front, metrics=api.metrics, api_key=api_key, host=host)
+    if api_key:  # no web page has it unless its user gave it
         app.add_middleware(
             CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
         )
@@ -86,16 +81,16 @@ async def _refuse(request: Request, error: Exception) -> Response:
 class Api:
     """The endpoints of one model."""
 
-    def __init__(self, model: PopModel, options: ServerOptions) -> None:
+    def __init__(self, model: PopModel, name: str, max_waiting: int, max_body_bytes: int) -> None:
         self._model = model
-        self._options = options
+        self._name = name
         self._created = int(time.time())
         self._tasks = Tasks(model)
         by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx())
-        self._max_body_bytes = options.max_body_bytes or by_context
+        self._max_body_bytes = max_body_bytes or by_context
         self._watchers: set[asyncio.Task[None]] = set()
         self.metrics = Metrics()
-        self.worker = Worker(model, self.metrics, options.max_waiting)
+        self.worker = Worker(model, self.metrics, max_waiting)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -121,7 +116,7 @@ class Api:
 
     def _card(self) -> dict[str, Any]:
         return {
-            "id": self._options.name,
+            "id": self._name,
             "object": "model",
             "created": self._created,
             "owned_by": "pop-local",
@@ -129,11 +124,10 @@ class Api:
         }
 
     def _check_name(self, name: str | None) -> None:
-        served = self._options.name
-        if name is not None and name.lower() != served.lower():
+        if name is not None and name.lower() != self._name.lower():
             raise ApiError(
                 404,
-                f"there is no model named {name!r} here; this server has {served!r}",
+                f"there is no model named {name!r} here; this server has {self._name!r}",
                 code="model_not_found",
                 param="model",
             )
@@ -141,14 +135,14 @@ class Api:
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
         task = await run_in_threadpool(self._tasks.chat, body)
-        reply = ChatReply(self._options.name, wants_logprobs=bool(body.logprobs))
+        reply = ChatReply(self._name, wants_logprobs=bool(body.logprobs))
         return await self._answer(request, body, task, reply)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
         task = await run_in_threadpool(self._tasks.completion, body)
         reply = Reply(
-            self._options.name,
+            self._name,
             wants_logprobs=body.logprobs is not None,
             n_written=0 if body.echo else task.n_characters,
         )
@@ -172,12 +166,11 @@ class Api:
     async def _answer(self, request: Request, body: Body, task: Task, reply: Reply) -> Response:
         job = self.worker.submit(task)
         self._cancel_when_gone(request, job)
-        answer = Answer(request, job, reply)
         if not body.stream:
-            return await answer.whole()
+            return await whole_answer(request.state, job, reply)
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(
-            answer.stream(wants_usage),
+            streamed_answer(request.state, job, reply, wants_usage=wants_usage),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -198,12 +191,10 @@ class Api:
 class _Server(uvicorn.Server):
     """uvicorn waits for answers to end; here a signal ends them."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
-        super().__init__(config)
-        self._worker = worker
+    worker: Worker
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._worker.stop()
+        self.worker.stop()
         super().handle_exit(sig, frame)
 
 
@@ -218,10 +209,11 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=_LAST_WORDS_S,
     )
-    worker: Worker = app.state.worker
+    server = _Server(config)
+    server.worker = app.state.worker
     try:
-        _Server(config, worker).run(sockets=[listening])
+        server.run(sockets=[listening])
     finally:
         # After a second signal uvicorn leaves without the end of the lifespan.
-        worker.stop()
-        worker.join()
+        server.worker.stop()
+        server.worker.join()

@@ -8,7 +8,7 @@ import pytest
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import TurnOptions
 from pop_local.server import answers
-from pop_local.server.app import ServerOptions, create_app
+from pop_local.server.app import create_app
 from pop_local.server.bodies import ChatBody
 from pop_local.server.tasks import Tasks
 from support.asked import LONG, N_CTX, NAME, TEMPLATE, chat, complete, events, text_of
@@ -25,7 +25,7 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(path):
     model = opened(path, n_ctx=N_CTX)
-    with asking(create_app(model, ServerOptions(NAME, max_body_bytes=100_000))) as client:
+    with asking(create_app(model, NAME, max_body_bytes=100_000)) as client:
         yield client
     model.close()
 

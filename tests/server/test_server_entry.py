@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pop_local.server.app import ServerOptions, create_app
+from pop_local.server.app import create_app
 from support.calls import opened
 from support.converted import tiny
 from support.serving import asking, counted
@@ -20,7 +20,7 @@ def model(tmp_path_factory):
 
 
 def test_the_key(model):
-    client = asking(create_app(model, ServerOptions(NAME, api_key="secret")))
+    client = asking(create_app(model, NAME, api_key="secret"))
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         refused = client.get("/v1/models", headers=header)
         assert refused.status_code == 401
@@ -57,7 +57,7 @@ def test_the_key(model):
     ],
 )
 def test_without_a_key_only_this_machine_is_answered(model, host, headers, code):
-    client = asking(create_app(model, ServerOptions(NAME, host=host)))
+    client = asking(create_app(model, NAME, host=host))
     response = client.get("/v1/models", headers=headers)
     if code is None:
         assert response.status_code == 200
@@ -69,7 +69,7 @@ def test_without_a_key_only_this_machine_is_answered(model, host, headers, code)
 
 
 def test_a_web_page_cannot_post_what_browsers_send_unasked(model):
-    client = asking(create_app(model, ServerOptions(NAME)))
+    client = asking(create_app(model, NAME))
     before = counted(client)
     headers = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
     body = json.dumps({"prompt": "abc", "model": "other"})  # were it let in: 404
@@ -80,7 +80,7 @@ def test_a_web_page_cannot_post_what_browsers_send_unasked(model):
 
 
 def test_a_web_page_that_has_the_key_is_answered(model):
-    client = asking(create_app(model, ServerOptions(NAME, api_key="secret")))
+    client = asking(create_app(model, NAME, api_key="secret"))
     page = {"Host": "box.example", "Origin": "https://page.example"}
     asked = {
         "Access-Control-Request-Method": "POST",

@@ -8,7 +8,7 @@ import pytest
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import TurnOptions
-from pop_local.server.app import ServerOptions, create_app
+from pop_local.server.app import create_app
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Task, Worker
@@ -26,7 +26,7 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(path):
     model = opened(path, n_ctx=N_CTX)
-    with asking(create_app(model, ServerOptions(NAME, max_body_bytes=100_000))) as client:
+    with asking(create_app(model, NAME, max_body_bytes=100_000)) as client:
         yield client
     model.close()
 
@@ -155,7 +155,7 @@ def test_other_paths_and_methods_have_the_same_shape(client):
 
 
 def test_a_full_queue_is_503(path):
-    with asking(create_app(opened(path), ServerOptions(NAME, max_waiting=0))) as client:
+    with asking(create_app(opened(path), NAME, max_waiting=0)) as client:
         response = complete(client)
         assert response.status_code == 503
         assert "try again later" in response.json()["error"]["message"]
@@ -192,7 +192,7 @@ def test_a_model_without_keys_says_that_it_is_not_pruned(tmp_path):
     from support.synthetic import make_gguf
 
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
-    with asking(create_app(model, ServerOptions(NAME))) as client:
+    with asking(create_app(model, NAME)) as client:
         pop = complete(client).json()["usage"]["pop"]
         assert (pop["n_pruned"], pop["reason"]) == (0, "the model has no pruning keys")
         assert complete(client, pop=False).status_code == 200
