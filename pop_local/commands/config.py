@@ -8,8 +8,7 @@ import typer
 from converter.output import replacing
 from pop_local.commands.options import Json
 from pop_local.config import settings
-from pop_local.config.folders import state_dir
-from pop_local.config.settings import Scalar, Value
+from pop_local.config.settings import Scalar, Value, state_dir
 from pop_local.models.names import models_dir
 from pop_local.ui.lazy import HELP_OPTIONS
 from pop_local.ui.tables import Column, Table, print_json, print_table

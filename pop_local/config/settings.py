@@ -98,6 +98,22 @@ def get(key: str) -> Scalar | None:
     return next(value.value for value in load() if value.key == key)
 
 
+def state_dir() -> Path:
+    """Return the folder that is set, else the system's for such things; it need not exist yet."""
+    chosen = get("state_dir")
+    return Path(str(chosen)) if chosen else platformdirs.user_state_path("pop-local")
+
+
+def sessions_dir() -> Path:
+    """Return where saved sessions lie."""
+    return state_dir() / "sessions"
+
+
+def history_file() -> Path:
+    """Return the file that keeps the lines typed in the chat."""
+    return state_dir() / "history"
+
+
 def unknown_variables() -> list[str]:
     """Return variables of the environment that look like settings and are none."""
     known = {*_OTHER_VARIABLES, *(setting.variable for setting in SETTINGS)}
@@ -115,10 +131,8 @@ def find(key: str) -> Setting:
 
 def parse(setting: Setting, text: str) -> Scalar:
     """Parse a value as typed. Raises PopError saying what it should be."""
-    if setting.kind is str:
-        return text
     try:
-        return _checked(setting, int(text) if setting.kind is int else float(text))
+        return _checked(setting, setting.kind(text))
     except ValueError:
         raise PopError(f"{text!r} is not {_wanted(setting)}") from None
 

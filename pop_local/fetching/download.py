@@ -205,17 +205,14 @@ class _Transfer:
             raise _Dropped("the file changed on the server")
         if code in _BUSY:
             raise _Dropped(f"the server answers {code} {response.reason}")
+        message = f"{self._where} answers {code} {response.reason} for {self._target.name}"
+        hint = "check the address"
         if code in (401, 403):
-            raise PopError(
-                f"{self._where} does not let you have {self._target.name} ({code})",
-                "check that you have access to it, or fetch it another way",
-            )
-        if code in (404, 410):
-            raise PopError(f"there is nothing at {self._shown}", "check the address")
-        raise PopError(
-            f"{self._where} answers {code} {response.reason} for {self._target.name}",
-            "check the address",
-        )
+            message = f"{self._where} does not let you have {self._target.name} ({code})"
+            hint = "check that you have access to it, or fetch it another way"
+        elif code in (404, 410):
+            message = f"there is nothing at {self._shown}"
+        raise PopError(message, hint)
 
     def _no_gguf(self, response: "requests.Response") -> FormatError:
         self._forget()

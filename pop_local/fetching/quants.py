@@ -28,11 +28,8 @@ class Choice:
     files: tuple[str, ...]
 
 
-def choices(files: Sequence[str]) -> tuple[Choice, ...]:
-    """Return the models among a repository's files; the parts of a split one are one.
-
-    Raises PopError when parts are missing.
-    """
+def _choices(files: Sequence[str]) -> tuple[Choice, ...]:
+    """Return the models among a repository's files; the parts of a split one are one."""
     found: list[Choice] = []
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     for name in sorted(by_name):
@@ -57,7 +54,7 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> Choice:
 
     Raises PopError listing the choices when there is none, or more than one.
     """
-    known = choices(files)
+    known = _choices(files)
     models = [choice for choice in known if not _HELPERS.search(choice.name)]
     if not known:
         raise PopError(f"{repo} has no GGUF files", "look for a repository of that model with them")
@@ -76,12 +73,10 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> Choice:
 
 
 def _named(known: Sequence[Choice], models: list[Choice], wanted: str) -> list[Choice]:
-    for choice in known:
-        if wanted in (choice.name, *choice.files):
-            return [choice]
+    exact = [choice for choice in known if wanted in (choice.name, *choice.files)]
     stem = wanted.lower().removesuffix(".gguf")
     by_file_name = [c for c in known if c.name.lower().rpartition("/")[2] == stem]
-    return by_file_name or _matching(models, wanted)
+    return exact or by_file_name or _matching(models, wanted)
 
 
 def _matching(models: list[Choice], wanted: str) -> list[Choice]:

@@ -135,18 +135,12 @@ class Api:
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
         task = await run_in_threadpool(self._tasks.chat, body)
-        reply = ChatReply(self._name, wants_logprobs=bool(body.logprobs))
-        return await self._answer(request, body, task, reply)
+        return await self._answer(request, body, task, ChatReply)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
         task = await run_in_threadpool(self._tasks.completion, body)
-        reply = Reply(
-            self._name,
-            wants_logprobs=body.logprobs is not None,
-            n_written=0 if body.echo else task.n_characters,
-        )
-        return await self._answer(request, body, task, reply)
+        return await self._answer(request, body, task, Reply)
 
     async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
         raw = bytearray()
@@ -163,9 +157,12 @@ class Api:
         self._check_name(body.model)
         return body
 
-    async def _answer(self, request: Request, body: Body, task: Task, reply: Reply) -> Response:
+    async def _answer(
+        self, request: Request, body: Body, task: Task, kind: type[Reply]
+    ) -> Response:
         job = self.worker.submit(task)
         self._cancel_when_gone(request, job)
+        reply = kind(self._name, task.options.n_top_logprobs is not None, task.n_written)
         if not body.stream:
             return await whole_answer(request.state, job, reply)
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -216,4 +213,5 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
     finally:
         # After a second signal uvicorn leaves without the end of the lifespan.
         server.worker.stop()
-        server.worker.join()
+        if server.worker.is_alive():
+            server.worker.join()

@@ -42,7 +42,7 @@ class Reply:
     id_prefix = "cmpl"
     whole_kind = piece_kind = "text_completion"
 
-    def __init__(self, model: str, *, wants_logprobs: bool, n_written: int = 0) -> None:
+    def __init__(self, model: str, wants_logprobs: bool, n_written: int) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model

@@ -1,7 +1,5 @@
 """From a request's body to a task for the model."""
 
-from collections.abc import Sequence
-
 from converter.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
 from pop_local.engine.decode.text import Pieces
@@ -54,13 +52,12 @@ class Tasks:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         options = self._options(body, max_tokens, body.logprobs)
-        text = self._text(prompt.tokens) if body.echo or body.logprobs is not None else ""
-        echo = text if body.echo else ""
-        return Task(prompt, options, mode, reason, echo, n_prompt_logprobs, len(text))
-
-    def _text(self, tokens: Sequence[int]) -> str:
         pieces = Pieces(self._model.vocab, special=True)
-        return b"".join(pieces[token] for token in tokens).decode(errors="replace")
+        shown = prompt.tokens if body.echo or body.logprobs is not None else []
+        text = b"".join(pieces[token] for token in shown).decode(errors="replace")
+        if body.echo:
+            return Task(prompt, options, mode, reason, text, n_prompt_logprobs)
+        return Task(prompt, options, mode, reason, n_written=len(text))
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
         if self._model.boundary == 0:

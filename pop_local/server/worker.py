@@ -30,8 +30,8 @@ class Task:
     """What to do. `reason`: why the prompt is read in full, None where it is pruned.
 
     `echo` comes first in the answer, with the prompt's log probabilities where they are wanted:
-    `n_prompt_logprobs` is None, or how many alternatives to each of its tokens. `n_characters`: of
-    the prompt, where the answer's text offsets are asked for.
+    `n_prompt_logprobs` is None, or how many alternatives to each of its tokens. `n_written`: the
+    characters of a prompt that is not echoed, from which text offsets count.
     """
 
     prompt: Prompt
@@ -40,7 +40,7 @@ class Task:
     reason: str | None = None
     echo: str = ""
     n_prompt_logprobs: int | None = None
-    n_characters: int = 0
+    n_written: int = 0
 
 
 class Job:
@@ -116,10 +116,11 @@ class Job:
                 await self._wait(pause_s)
 
 
-class Worker:
+class Worker(threading.Thread):
     """Serves jobs one after the other. The KV cache keeps the last prompt for the next job."""
 
     def __init__(self, model: PopModel, metrics: Metrics, max_waiting: int) -> None:
+        super().__init__(name="pop-local model", daemon=True)
         self._model = model
         self._metrics = metrics
         self._max_waiting = max_waiting
@@ -129,19 +130,11 @@ class Worker:
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         metrics.queue.set_function(self.n_waiting)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="pop-local model", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
 
     def stop(self) -> None:
         """What is being answered ends, what waits is refused. May be called from anywhere."""
         self._stopping.set()
         self._calls.put(None)
-
-    def join(self) -> None:
-        if self._thread.ident is not None:
-            self._thread.join()
 
     def n_waiting(self) -> int:
         """Requests that wait for the model; those whose clients hung up do not count."""
@@ -161,7 +154,7 @@ class Worker:
             raise ApiError(503, STOPPING)
         return job
 
-    def _work(self) -> None:
+    def run(self) -> None:
         while True:
             self._calls.get()
             if self._stopping.is_set():

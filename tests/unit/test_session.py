@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from converter.errors import PopError
-from pop_local.config.folders import sessions_dir
+from pop_local.config.settings import sessions_dir
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from pop_local.config.folders import history_file
+from pop_local.config.settings import history_file
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
 from pop_local.ui.chat.slash import COMMANDS, EditRequest, LeaveRequest, obey

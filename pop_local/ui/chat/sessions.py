@@ -6,8 +6,8 @@ import time
 from typing import TYPE_CHECKING
 
 from converter.errors import PopError
-from pop_local.config.folders import sessions_dir
 from pop_local.config.nearest import nearest_hint
+from pop_local.config.settings import sessions_dir
 from pop_local.models.sizes import size
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.screen import Choice
