@@ -84,11 +84,7 @@ def find(name: str) -> Model:
     """
     model = lookup(name)
     if model is None:
-        raise PopError(
-            f"there is no model named {name!r} in the catalog",
-            nearest_hint(name, _catalog_names(), _known()),
-            cause="unknown-model",
-        )
+        raise _unknown(f"there is no model named {name!r} in the catalog", name, {})
     return model
 
 
@@ -125,9 +121,8 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
     entry = lookup(model)
     if entry is None:
         return _stored(model)
-    candidates = [models_dir() / file for file in files(entry)]
-    for path in candidates:
-        if path.is_file():
+    for file in files(entry):
+        if (path := models_dir() / file).is_file():
             return path
     raise PopError(
         f"{entry.name} has not been fetched yet",
@@ -157,11 +152,7 @@ def _stored(model: str) -> Path:
         beside = {file.name: file.name for file in Path().glob("*.gguf")}
         hint = nearest_hint(model, here | beside, "check the path")
         raise PopError(f"there is no file {model}", hint, cause="unknown-model")
-    raise PopError(
-        f"there is no model named {model!r}",
-        nearest_hint(model, here | _catalog_names(), _known()),
-        cause="unknown-model",
-    )
+    raise _unknown(f"there is no model named {model!r}", model, here)
 
 
 def _nearest_file_hint(path: Path) -> str:
@@ -171,11 +162,9 @@ def _nearest_file_hint(path: Path) -> str:
     return nearest_hint(path.name, here) or "check the path"
 
 
-def _catalog_names() -> dict[str, str]:
-    known = load_catalog()
-    return {alias: model.name for model in known for alias in (model.name, *model.aliases)}
-
-
-def _known() -> str:
-    names = ", ".join(model.name for model in load_catalog())
-    return f"known: {names}; or give a GGUF file"
+def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
+    catalog = load_catalog()
+    known = {alias: model.name for model in catalog for alias in (model.name, *model.aliases)}
+    listed = f"known: {', '.join(model.name for model in catalog)}; or give a GGUF file"
+    hint = nearest_hint(name, here | known, listed)
+    return PopError(message, hint, cause="unknown-model")

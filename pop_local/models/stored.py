@@ -17,6 +17,14 @@ ORIGIN_SUFFIX = ".origin"
 
 
 @dataclass(frozen=True)
+class ModelFiles:
+    """A model, and the sidecar that says how it is pruned if it does not say so itself."""
+
+    path: Path
+    sidecar: Path | None = None
+
+
+@dataclass(frozen=True)
 class Stored:
     """One model of a folder; `problem` says why it cannot be used, or is empty.
 
@@ -91,13 +99,8 @@ def total_bytes(files: Iterable[Path]) -> int:
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.endswith(suffix) and not path.name.startswith(".") and not path.is_dir()
-    )
+    found = folder.glob(f"*{suffix}")
+    return sorted(path for path in found if not (path.name.startswith(".") or path.is_dir()))
 
 
 def _unread(folder: Path) -> Iterator[Stored]:
@@ -105,24 +108,18 @@ def _unread(folder: Path) -> Iterator[Stored]:
         path.name.removesuffix(SIDECAR_SUFFIX): path for path in _files(folder, SIDECAR_SUFFIX)
     }
     for name, files in models_by_name(folder).items():
-        yield _stored(name, files, sidecars.pop(name, None))
+        yield Stored(name, files, sidecars.pop(name, None))
     for path in sidecars.values():
         name = path.name.removesuffix(SUFFIX)
-        yield _stored(name, (path,), problem="its model is not in this folder")
+        yield Stored(name, (path,), problem="its model is not in this folder")
     for path in _files(folder, PARTIAL_SUFFIX):
         origin = path.with_name(path.name + ORIGIN_SUFFIX)
         files = (path, origin) if origin.exists() else (path,)
-        yield _stored(path.name, files, problem="unfinished download: pull it again")
-
-
-def _stored(
-    name: str, files: tuple[Path, ...], sidecar: Path | None = None, problem: str = ""
-) -> Stored:
-    found = Stored(name, files, sidecar, problem=problem)
-    return replace(found, size_bytes=total_bytes(found.all_files))
+        yield Stored(path.name, files, problem="unfinished download: pull it again")
 
 
 def _examined(found: Stored) -> Stored:
+    found = replace(found, size_bytes=total_bytes(found.all_files))
     if found.problem:
         return found
     try:

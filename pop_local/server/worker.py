@@ -56,7 +56,7 @@ class Job:
         self.cancelled = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[Chunk | Exception] = deque()
-        self._awaited: asyncio.Future[None] | None = None
+        self._awaited: asyncio.Future[None] = self._loop.create_future()
         self._is_awaited = False
 
     def cancel(self) -> None:
@@ -74,18 +74,13 @@ class Job:
                 self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
-        if self._awaited is not None and not self._awaited.done():
+        if not self._awaited.done():
             self._awaited.set_result(None)
 
     async def _wait(self, seconds: float | None) -> None:
         """Until it is woken; what has arrived since the last look wakes it, too."""
         self._awaited = self._loop.create_future()
-        timer = None if seconds is None else self._loop.call_later(seconds, self._wake)
-        try:
-            await self._awaited
-        finally:
-            if timer is not None:
-                timer.cancel()
+        await asyncio.wait([self._awaited], timeout=seconds)
 
     async def batches(
         self, pause_s: float, idle_s: float | None = None

@@ -34,8 +34,8 @@ from pop_local.measure.heldout import Text, given_text, shipped_part, spread_win
 from pop_local.measure.probes import N_REPEATED, bos, require_passage
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.measure.reference import Reference, measure_against, read_reference
-from pop_local.models.files import ModelFiles
 from pop_local.models.names import resolve_base
+from pop_local.models.stored import ModelFiles
 from pop_local.workflows import gates
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened

@@ -12,7 +12,7 @@ from pop_local.engine.llama.backend import devices
 from pop_local.engine.model import PopModel
 from pop_local.measure.break_even import Tried, measure_break_even
 from pop_local.measure.speed import N_DECODE, SpeedRow, measure_speed
-from pop_local.models.files import ModelFiles
+from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_depth, model_files

@@ -25,7 +25,7 @@ from pop_local.measure.heldout import Text, given_text, shipped_text, tokenize
 from pop_local.measure.needle import Needle, context_tokens, measure_needle
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
-from pop_local.models.files import ModelFiles
+from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_depth, model_files

@@ -24,7 +24,7 @@ from pop_local.measure.forced import forced
 from pop_local.measure.heldout import TextTokens
 from pop_local.measure.quality import Quality, QualitySettings, choose_windows, measure_depths
 from pop_local.measure.reference import measure_against, measure_retention, read_reference
-from pop_local.models.files import ModelFiles
+from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import measured, opened_to_measure
 from pop_local.workflows.options import Hardware

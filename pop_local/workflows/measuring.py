@@ -10,7 +10,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.bracket import as_planned
 from pop_local.measure.heldout import TextTokens, shipped_text, tokenize
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.models.files import ModelFiles
+from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
 

@@ -10,9 +10,9 @@ from converter.sidecar import pop_of, sidecar_beside
 from converter.source import read_source
 from pop_local.calibration.options import FitOptions
 from pop_local.fetching.catalog import fetch
-from pop_local.models.files import ModelFiles
 from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
 from pop_local.models.sizes import size
+from pop_local.models.stored import ModelFiles
 from pop_local.workflows.convert import convert
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Hardware, Skip

@@ -11,7 +11,7 @@ from converter.rewrite import Examine, Fitted, Sizes, convert, measure
 from converter.rewrite import Progress as BytesProgress
 from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
 from converter.source import Source
-from pop_local.models.files import ModelFiles
+from pop_local.models.stored import ModelFiles
 
 OutputName = Literal["copy", "sidecar"]
 

@@ -25,7 +25,7 @@ from pop_local.measure.budget import (
 )
 from pop_local.measure.heldout import room
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.models.files import ModelFiles
+from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter
 from pop_local.workflows.measuring import measured, opened_to_measure

@@ -20,8 +20,8 @@ from converter.source import read_source
 from pop_local.cli import app
 from pop_local.engine.model import PopModel
 from pop_local.models import names as models
-from pop_local.models.files import ModelFiles
 from pop_local.models.names import DEFAULT_MODEL, find
+from pop_local.models.stored import ModelFiles
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
 from pop_local.workflows.options import Hardware
