@@ -13,11 +13,18 @@ if TYPE_CHECKING:
     from pop_local.measure.budget import BALANCED, FAST, NEAR_LOSSLESS
     from pop_local.measure.quality import QualitySettings
     from pop_local.texts.documents import read_document
-    from pop_local.workflows.analyze import Analysis, AnalyzeOptions, analyze
+    from pop_local.workflows.analyze import Analysis, analyze
     from pop_local.workflows.convert import convert
     from pop_local.workflows.evaluate import EvaluateOptions, Evaluation, evaluate
     from pop_local.workflows.events import Watch
-    from pop_local.workflows.options import Boundary, Hardware, RowOptions, Skip, Within
+    from pop_local.workflows.options import (
+        AnalyzeOptions,
+        Boundary,
+        Hardware,
+        RowOptions,
+        Skip,
+        Within,
+    )
     from pop_local.workflows.results import Converted
 
 __version__ = "0.1.0"
@@ -65,11 +72,13 @@ _MODULES = {
     "pop_local.calibration.options": ["FitOptions"],
     "pop_local.measure.budget": ["BALANCED", "FAST", "NEAR_LOSSLESS"],
     "pop_local.measure.quality": ["QualitySettings"],
-    "pop_local.workflows.analyze": ["Analysis", "AnalyzeOptions", "analyze"],
+    "pop_local.workflows.analyze": ["Analysis", "analyze"],
     "pop_local.workflows.convert": ["convert"],
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
-    "pop_local.workflows.options": ["Boundary", "Hardware", "RowOptions", "Skip", "Within"],
+    "pop_local.workflows.options": [
+        *("AnalyzeOptions", "Boundary", "Hardware", "RowOptions", "Skip", "Within"),
+    ],
     "pop_local.workflows.results": ["Converted"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.documents": ["read_document"],

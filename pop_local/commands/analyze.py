@@ -11,6 +11,7 @@ from pop_local.ui.theme import note
 from pop_local.ui.views.analysis import as_json, show
 from pop_local.ui.views.plots import plot_analysis, require_plot
 from pop_local.ui.watch import stoppable_watch
+from pop_local.workflows.options import AnalyzeOptions
 
 
 def analyze(
@@ -44,7 +45,6 @@ def analyze(
         raise typer.BadParameter("--tokens are for the fit: leave it out, or --no-fit")
     if plot_file is not None:
         require_plot(plot_file, Path(model), force=force)
-    from pop_local.workflows.analyze import AnalyzeOptions
     from pop_local.workflows.analyze import analyze as analyze_model
 
     options = AnalyzeOptions(

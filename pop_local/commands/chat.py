@@ -10,7 +10,7 @@ from pop_local.commands.opening import Opener
 from pop_local.models.names import DEFAULT_MODEL
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
-from pop_local.ui.chat.screen import TerminalScreen
+from pop_local.ui.chat.screen import Screen
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.theme import look, note
 
@@ -36,7 +36,7 @@ def chat(
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
-    screen = TerminalScreen(look(theme))
+    screen = Screen(look(theme))
     open_named = Opener(model, pop, ctx, opt.hardware(threads, gpu_layers), in_full=no_pop)
     chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     begun = Dialogue(open_named(), open_named, screen, system=system, sampling=chosen)

@@ -12,11 +12,12 @@ from converter.plan import TAIL_TOKENS
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
 from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
+from pop_local.ui.tables import print_json
 from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.convert import plan_conversion, run_conversion
-from pop_local.workflows.options import Depth, RowOptions, Within
+from pop_local.workflows.options import RowOptions, Within
 from pop_local.workflows.refusals import OverBudgetError
 
 
@@ -41,10 +42,7 @@ def convert(
             help="Layers to skip: 1/3, 0.33, or a number. Default: as many as --quality allows.",
         ),
     ] = None,
-    boundary: Annotated[
-        int | None,
-        typer.Option(metavar="LAYER", help="The first layer to skip, instead of --skip."),
-    ] = None,
+    boundary: opt.BoundaryLayer = None,
     quality: Annotated[
         QualityName | None,
         typer.Option(help=f"What may be lost, without --skip. Default: {BALANCED.quality}"),
@@ -142,28 +140,29 @@ def convert(
     and elsewhere.
     """
     named = opt.named_depth(skip, boundary)
-    depth: Depth = named or Within(_budget(quality, max_kl, max_copy_ratio))
     if named is not None and (quality, max_kl, max_copy_ratio) != (None, None, None):
         raise typer.BadParameter(
             "--skip and --boundary say how deep: leave out --quality, --max-kl and --max-copy-ratio"
         )
-    fit = opt.given_fit(tokens, text, kv_type, ridge, weighting, memory)
+    fit = opt.given_fit(
+        memory, tokens=tokens, text=text, kv_type=kv_type, ridge=ridge, weighting=weighting
+    )
     if projection is opt.ProjectionName.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
     planned = plan_conversion(
         model,
         output,
-        depth=depth,
-        fit=None if projection is opt.ProjectionName.OWN else fit or FitOptions(),
-        rows=RowOptions(sink, tail, min_prompt),
-        output="sidecar" if sidecar else "copy",
+        named or Within(_budget(quality, max_kl, max_copy_ratio)),
+        None if projection is opt.ProjectionName.OWN else fit or FitOptions(),
+        RowOptions(sink, tail, min_prompt),
+        "sidecar" if sidecar else "copy",
+        opt.hardware(threads, gpu_layers),
         resume=resume,
-        hardware=opt.hardware(threads, gpu_layers),
     )
     if not json:
         view.show_plan(planned)
     elif dry_run:
-        view.print_plan_json(planned)
+        print_json(view.plan_json(planned))
     if dry_run:
         return
     try:
@@ -174,7 +173,7 @@ def convert(
             show_trials(error.trials)
         raise
     if json:
-        view.print_converted_json(planned, done)
+        print_json(view.converted_json(planned, done))
     else:
         view.show_converted(planned, done)
 

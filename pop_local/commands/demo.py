@@ -10,7 +10,7 @@ from pop_local.commands.opening import Opener
 from pop_local.models.names import DEFAULT_MODEL
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
-from pop_local.ui.chat.screen import TerminalScreen
+from pop_local.ui.chat.screen import Screen
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, note
 from pop_local.ui.watch import terminal_watch
@@ -48,7 +48,7 @@ def demo(
     The answers are short and take the likeliest tokens, to be compared; how answers are sampled is
     said for the chat.
     """
-    screen = TerminalScreen(look(theme))
+    screen = Screen(look(theme))
     chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     open_named = Opener(model, pop, ctx, opt.hardware(threads, gpu_layers))
     from pop_local.ui.views.comparison import show_comparison

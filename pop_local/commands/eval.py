@@ -35,10 +35,7 @@ def eval(  # noqa: A001
     skip: Annotated[
         str | None, typer.Option(metavar="SHARE", help="Layers to skip: 1/3, 0.33, or a number.")
     ] = None,
-    boundary: Annotated[
-        int | None,
-        typer.Option(metavar="LAYER", help="The first layer to skip, instead of --skip."),
-    ] = None,
+    boundary: opt.BoundaryLayer = None,
     sweep: Annotated[
         str | None, typer.Option(metavar="SHARE,...", help="Several depths: 1/6,1/4,1/3,1/2.")
     ] = None,
@@ -90,7 +87,9 @@ def eval(  # noqa: A001
     if baseline is not None and (no_boundary or no_pop):
         raise typer.BadParameter("--baseline compares with POP: leave --no-boundary, --no-pop out")
     depths = _depths(skip, boundary, sweep)
-    given = opt.given_fit(tokens, fit_text, kv_type, ridge, weighting, memory)
+    given = opt.given_fit(
+        memory, tokens=tokens, text=fit_text, kv_type=kv_type, ridge=ridge, weighting=weighting
+    )
     if not fit:
         opt.no_fit(given, "there is no --fit")
     elif pop is not None:

@@ -3,17 +3,15 @@
 import math
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from converter.errors import PlanError
 from converter.fit import RIDGE, KvType, Weighting
 from converter.plan import parse_skip
+from pop_local.calibration.options import FitOptions
 from pop_local.workflows.options import Boundary, Hardware, Skip
-
-if TYPE_CHECKING:
-    from pop_local.calibration.options import FitOptions
 
 
 def finite(value: float | None) -> float | None:
@@ -98,6 +96,10 @@ def hardware(threads: int | None, gpu_layers: int) -> Hardware:
 
 # How deep
 
+BoundaryLayer = Annotated[
+    int | None, typer.Option(metavar="LAYER", help="The first layer to skip, instead of --skip.")
+]
+
 
 def share(text: str, option: str) -> Skip:
     """A share of the layers; what cannot be one is wrong usage of the option."""
@@ -165,30 +167,14 @@ Memory = Annotated[
 ]
 
 
-def given_fit(
-    tokens: int | None,
-    text: Path | None,
-    kv_type: KvType | None,
-    ridge: float | None,
-    weighting: Weighting | None,
-    memory_gb: float | None,
-) -> "FitOptions | None":
+def given_fit(memory_gb: float | None, **options: Any) -> FitOptions | None:
     """The options of the fit that were given, the others by default; None where none was."""
-    from pop_local.calibration.options import FitOptions
-
     memory_bytes = None if memory_gb is None else int(memory_gb * 10**9)
-    given = sampling(
-        tokens=tokens,
-        text=text,
-        kv_type=kv_type,
-        ridge=ridge,
-        weighting=weighting,
-        memory_bytes=memory_bytes,
-    )
+    given = sampling(**options, memory_bytes=memory_bytes)
     return FitOptions(**given) if given else None
 
 
-def no_fit(given: "FitOptions | None", of: str) -> None:
+def no_fit(given: FitOptions | None, of: str) -> None:
     """Wrong usage if options of the fit were given: `of` says why they belong to nothing."""
     if given is not None:
         raise typer.BadParameter(f"options of the fit were given, but {of}")

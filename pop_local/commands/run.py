@@ -16,7 +16,7 @@ from pop_local.engine.turn import Chunk, ContextFullError, Message
 from pop_local.texts.decoding import decoded
 from pop_local.texts.documents import read_document, read_limited
 from pop_local.ui.chat.overflow import least_answer, too_long
-from pop_local.ui.chat.screen import TerminalScreen, showing_prefill
+from pop_local.ui.chat.screen import Screen, showing_prefill
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.tables import print_json
@@ -60,7 +60,7 @@ def run(
     turn = Turn(question, tuple(_documents(file or [])))
     if not turn.prompt:
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
-    screen = TerminalScreen(look(theme))
+    screen = Screen(look(theme))
     options = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     opened = Opener(model, pop, ctx, opt.hardware(threads, gpu_layers), in_full=no_pop)()
     for document in turn.documents:
@@ -111,7 +111,7 @@ def _chunks(
     return opened.chat_turn([*preamble, Message("user", prompt)], **options)
 
 
-def _show(screen: TerminalScreen, chunks: Iterator[Chunk]) -> None:
+def _show(screen: Screen, chunks: Iterator[Chunk]) -> None:
     for chunk in chunks:
         screen.text(chunk.text)
         if chunk.stats is not None:

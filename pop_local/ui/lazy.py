@@ -23,35 +23,29 @@ class Entry:
     help: str
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """Values for parameters, by name; `load` is only called for a command that has one of them."""
-
-    names: Collection[str]
-    load: Callable[[], Mapping[str, Any]]
-
-    def of(self, command: Any) -> dict[str, Any]:
-        # What must be given is never filled in: `rm` would take the default model.
-        wanted = {param.name for param in command.params if not param.required} & {*self.names}
-        values = self.load() if wanted else {}
-        return {name: value for name, value in values.items() if name in wanted}
-
-
 class LazyCommand(TyperCommand):
-    """Stands in the group's listing; becomes the real command once it gets arguments."""
+    """Stands in the group's listing; becomes the real command once it gets arguments.
 
-    def __init__(self, entry: Entry, defaults: Defaults) -> None:
+    `load` gives values for parameters by name; it is only called for a command that has one of
+    these `names`.
+    """
+
+    def __init__(
+        self, entry: Entry, names: Collection[str], load: Callable[[], Mapping[str, Any]]
+    ) -> None:
         super().__init__(name=entry.name, help=entry.help)
-        self._entry = entry
-        self._defaults = defaults
+        self._entry, self._names, self._values = entry, names, load
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
         command = self._load()
+        # What must be given is never filled in: `rm` would take the default model.
+        wanted = {param.name for param in command.params if not param.required} & {*self._names}
         # Completion and help work whatever the values are.
-        if not extra.get("resilient_parsing") and not {*args} & {*HELP_OPTIONS}:
-            extra["default_map"] = self._defaults.of(command)
+        if wanted and not extra.get("resilient_parsing") and not {*args} & {*HELP_OPTIONS}:
+            values = self._values().items()
+            extra["default_map"] = {name: value for name, value in values if name in wanted}
         return command.make_context(info_name, args, parent=parent, **extra)
 
     def _load(self) -> Any:
@@ -81,12 +75,11 @@ def lazy_group(
 
     `load` gives values for parameters of these `names`, used where no flag is given.
     """
-    defaults = Defaults(names, load)
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
-            self.commands = {entry.name: LazyCommand(entry, defaults) for entry in entries}
+            self.commands = {entry.name: LazyCommand(entry, names, load) for entry in entries}
 
         def invoke(self, ctx: Any) -> Any:
             with guard(debug=ctx.params["debug"]):

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from rich.progress import (
     BarColumn,
@@ -31,19 +31,14 @@ _DRAWN_PER_S = 4
 _SAID_EVERY_S = 20.0
 
 
-@contextmanager
-def bytes_progress(what: str) -> Iterator[Advance]:
+def bytes_progress(what: str) -> AbstractContextManager[Advance]:
     """A callback (done_bytes, total_bytes) that shows them while the block runs."""
-    wide = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with _bar(what, wide) as advance:
-        yield advance
+    return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()))
 
 
-@contextmanager
-def token_progress(what: str) -> Iterator[Advance]:
+def token_progress(what: str) -> AbstractContextManager[Advance]:
     """A callback (done_tokens, total_tokens) that shows them while the block runs."""
-    with _bar(what, (MofNCompleteColumn(), _TimeLeft())) as advance:
-        yield advance
+    return _bar(what, (MofNCompleteColumn(), _TimeLeft()))
 
 
 @contextmanager
@@ -112,16 +107,14 @@ def _bar(what: str, wide: tuple[ProgressColumn, ...]) -> Iterator[Advance]:
     # The last one is the time left.
     columns = (TaskProgressColumn(), wide[-1]) if err.width < _NARROW_COLUMNS else wide
     label = TextColumn("{task.description}", markup=False)
-    bar = BarColumn(bar_width=None)
-    with Progress(
-        label,
-        bar,
-        *columns,
+    shown = Progress(
+        *(label, BarColumn(bar_width=None), *columns),
         console=err,
         transient=True,
         expand=True,
         refresh_per_second=_DRAWN_PER_S,
-    ) as progress:
+    )
+    with shown as progress:
         task = progress.add_task(printable(what), total=None, taken_s=0.0)
         begun_s = time.monotonic()
 

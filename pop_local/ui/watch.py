@@ -36,23 +36,22 @@ class _Stages:
         self._stack.close()
         self._bar = None
 
+    def tell(self, text: str) -> None:
+        self.end()
+        note(text)
+
+    def warn(self, error: PopError) -> None:
+        self.end()
+        hint = hint_of(error)
+        warn(f"Warning: {error.message}{'; ' * bool(hint)}{hint}.")
+
 
 @contextmanager
 def terminal_watch() -> Iterator[Watch]:
     """Shows what a workflow does; Ctrl-C raises KeyboardInterrupt wherever the work is."""
     stages = _Stages()
-
-    def tell(text: str) -> None:
-        stages.end()
-        note(text)
-
-    def tell_warning(error: PopError) -> None:
-        stages.end()
-        hint = hint_of(error)
-        warn(f"Warning: {error.message}{'; ' * bool(hint)}{hint}.")
-
     try:
-        yield Watch(stages.begin, stages.advance, tell, tell_warning)
+        yield Watch(stages.begin, stages.advance, stages.tell, stages.warn)
     finally:
         stages.end()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +43,10 @@ from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows import gates
 from pop_local.workflows.events import Watch
+from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.measuring import opened
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.options import AnalyzeOptions, Hardware
 from pop_local.workflows.refusals import TooLittleMemoryError
-from pop_local.workflows.sidecars import fitted_sidecars
 
 if TYPE_CHECKING:
     from pop_local.measure.importance import Importance
@@ -55,29 +55,6 @@ if TYPE_CHECKING:
 _N_DRAWS = 2
 # Of the tokens that `convert` fits on: enough to compare depths.
 _FIT_SHARE = 4
-
-
-@dataclass(frozen=True)
-class AnalyzeOptions:
-    """What is analyzed. `text`: a file, None for the shipped prose.
-
-    Windows have `n_context` + `n_answer` tokens: `n_probed` of them for the probes, `n_gated` for
-    the gates, 0 for no gates. `with_fit`: measure fitted projections; `fit_tokens` None for a
-    quarter of what a conversion fits on.
-    """
-
-    text: Path | None = None
-    n_context: int = 192
-    n_answer: int = 64
-    n_probed: int = 3
-    n_gated: int = 20
-    with_fit: bool = True
-    fit_tokens: int | None = None
-    seed: int = 0
-
-    @property
-    def n_window(self) -> int:
-        return self.n_context + self.n_answer
 
 
 @dataclass(frozen=True)
@@ -118,24 +95,30 @@ def analyze(
     """
     source = read_source(resolve_base(os.fspath(model)))
     require_own_projections(source)
-    text = _text(options)
+    text = (
+        given_text(options.text)
+        if options.text
+        else Text("prose of pop-local", (shipped_part("prose"),))
+    )
     run = _Run(source, source_shape(source), text, options, hardware, watch)
     run.require_long_enough()
     can_fit = options.with_fit and run.fit_is_possible()
     gated = gates.possible(source, options, hardware, watch) if options.n_gated else None
-    found = run.probed(options.n_gated if gated else 0)
-    fits = run.fitted(found) if can_fit else Fits()
-    depths = with_qualities(found.depths, run.unfitted(found, fits), fits.qualities)
+    depths, reference, windows = run.probed(options.n_gated if gated else 0)
+    wanted = worth_measuring(depths)
+    fitted, calibration = run.fitted(reference, wanted) if can_fit else ({}, None)
+    own = run.unfitted(reference, [boundary for boundary in wanted if boundary not in fitted])
+    depths = with_qualities(depths, own, fitted)
     importance = None
     if gated is not None:
-        importance = gates.importance(source, gated, found.windows, options, hardware, watch)
+        importance = gates.importance(source, gated, windows, options, hardware, watch)
     return Analysis(
         model=source.first.path,
         text=text,
         seed=options.seed,
         importance=importance,
         depths=depths,
-        calibration=fits.calibration,
+        calibration=calibration,
         budget=budget.BALANCED,
         chosen=deepest_within(budget.BALANCED, depths),
     )
@@ -152,33 +135,6 @@ def require_own_projections(source: Source) -> None:
             cause="analyze-fitted",
             path=path,
         )
-
-
-def _text(options: AnalyzeOptions) -> Text:
-    if options.text is None:
-        return Text("prose of pop-local", (shipped_part("prose"),))
-    return given_text(options.text)
-
-
-@dataclass(frozen=True)
-class Probed:
-    """How much of copying each boundary keeps, the full model's half, the windows for the gates."""
-
-    depths: tuple[Depth, ...]
-    reference: Reference
-    windows: gates.Windows
-
-    @property
-    def worth_measuring(self) -> tuple[int, ...]:
-        return worth_measuring(self.depths)
-
-
-@dataclass(frozen=True)
-class Fits:
-    """What the boundaries cost with a fit; `calibration` None where there is none."""
-
-    qualities: Mapping[int, Quality] = field(default_factory=dict)
-    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -210,15 +166,15 @@ class _Run:
             self._affordable([self._plan(self.shape.n_layer - 2)])
         return True
 
-    def probed(self, n_gated: int) -> Probed:
-        """Read the full model's half, then random tokens at each boundary. Raises PopError."""
+    def probed(self, n_gated: int) -> tuple[tuple[Depth, ...], Reference, gates.Windows]:
+        """Read the full model's half, then random tokens at each boundary. Raises PopError.
+
+        Returns how much of copying each boundary keeps, that half, and `n_gated` windows.
+        """
         options = self.options
+        n_probed, n_context, n_answer = options.n_probed, options.n_context, options.n_answer
         settings = QualitySettings(
-            options.n_probed,
-            options.n_context,
-            options.n_answer,
-            seed=options.seed,
-            n_draws=_N_DRAWS,
+            n_probed, n_context, n_answer, seed=options.seed, n_draws=_N_DRAWS
         )
         with self._opened_as_planned() as model:
             tokens = tokenize(model, self.text)
@@ -228,41 +184,37 @@ class _Run:
             reference = read_reference(model, tokens, settings, advance)
             advance = self.watch.stage("Looking for the cliff")
             depths = measure_cliff(model, self.shape, reference, LIMIT_PROMPT, advance)
-        return Probed(depths, reference, [[*start, *text] for text in texts])
+        return depths, reference, [[*start, *text] for text in texts]
 
-    def fitted(self, found: Probed) -> Fits:
-        """Fit the boundaries that are worth it in one pass, and measure each. Raises PopError."""
+    def fitted(
+        self, reference: Reference, boundaries: Sequence[int]
+    ) -> tuple[dict[int, Quality], Calibration | None]:
+        """Fit in one pass those that can be, and measure each. Raises PopError."""
         # The last layer alone has nothing to fit.
-        plans = [self._plan(b) for b in found.worth_measuring if b < self.shape.n_layer - 1]
-        if not plans:
-            return Fits()
-        plans = self._affordable(plans)
-        sidecars = fitted_sidecars(
-            plans, self.source, self._fit_options(), self.hardware, self.watch
-        )
-        qualities: dict[int, Quality] = {}
-        calibration: Calibration | None = None
-        with closing(sidecars):
-            for number, (plan, sidecar) in enumerate(zip(plans, sidecars, strict=True), 1):
-                meta = pop_of(self.source, sidecar)
-                calibration = None if meta is None else meta.calibration
-                advance = self.watch.stage(f"Measuring fits, {number} of {len(plans)}")
-                with self._opened(sidecar) as model:
-                    at = (plan.boundary,)
-                    [qualities[plan.boundary]] = measure_against(
-                        found.reference, model, at, advance
-                    )
-        return Fits(qualities, calibration)
+        plans = [self._plan(b) for b in boundaries if b < self.shape.n_layer - 1]
+        plans = self._affordable(plans) if plans else []
+        calibrations: list[Calibration | None] = []
 
-    def unfitted(self, found: Probed, fits: Fits) -> dict[int, Quality]:
-        """Measure the boundaries that are worth it and have no fit."""
-        wanted = [b for b in found.worth_measuring if b not in fits.qualities]
-        if not wanted:
+        def measure(plan: Plan, sidecar: Path) -> Quality:
+            meta = pop_of(self.source, sidecar)
+            calibrations.append(None if meta is None else meta.calibration)
+            advance = self.watch.stage(f"Measuring fits, {len(calibrations)} of {len(plans)}")
+            with self._opened(sidecar) as model:
+                [found] = measure_against(reference, model, (plan.boundary,), advance)
+            return found
+
+        fit = self._fit_options()
+        found = measure_fits(plans, self.source, fit, self.hardware, self.watch, measure)
+        return {each.boundary: each for each in found}, (calibrations or [None])[0]
+
+    def unfitted(self, reference: Reference, boundaries: Sequence[int]) -> dict[int, Quality]:
+        """Measure with the layers' own projections."""
+        if not boundaries:
             return {}
         with self._opened_as_planned() as model:
             advance = self.watch.stage("Measuring with own projections")
-            qualities = measure_against(found.reference, model, wanted, advance)
-        return {quality.boundary: quality for quality in qualities}
+            found = measure_against(reference, model, boundaries, advance)
+        return {quality.boundary: quality for quality in found}
 
     def _plan(self, boundary: int) -> Plan:
         return make_plan(self.shape, boundary=boundary, projection=FITTED)

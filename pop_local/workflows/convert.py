@@ -1,16 +1,19 @@
 """Conversion as a library call: choose a depth, fit, examine, write."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converter.errors import PopError, StoppedError, WriteError
 from converter.format import FITTED, OWN, Measured, PopMeta
-from converter.plan import Plan, make_plan, parse_skip
+from converter.plan import Plan
 from converter.rewrite import Examine, Fitted, Sizes, check_target
-from converter.shape import ModelShape, source_shape
+from converter.shape import source_shape
 from converter.source import Source, read_source
 from pop_local.calibration.needs import Needs, fit_needs
 from pop_local.calibration.options import FitOptions
@@ -19,8 +22,11 @@ from pop_local.models.names import resolve_base
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Boundary, Depth, Hardware, RowOptions, Skip, Within
 from pop_local.workflows.outputs import OUTPUTS, Output, OutputName
-from pop_local.workflows.refusals import CopyingBrokenError, NotMeasuredError
+from pop_local.workflows.refusals import CopyingBrokenError
 from pop_local.workflows.results import Chosen, Converted
+
+if TYPE_CHECKING:
+    from pop_local.workflows.examine import Examination
 
 STATE_SUFFIX = ".calibration"
 
@@ -85,29 +91,20 @@ def convert(
     OverBudgetError, CopyingBrokenError and others; an earlier output stays then, and nothing new is
     left. Raises StoppedError when the watch says so.
     """
-    planned = plan_conversion(
-        model,
-        out,
-        depth=depth,
-        fit=fit,
-        rows=rows,
-        output=output,
-        resume=resume,
-        hardware=hardware,
-    )
+    planned = plan_conversion(model, out, depth, fit, rows, output, hardware, resume=resume)
     return run_conversion(planned, force=force, watch=watch)
 
 
 def plan_conversion(
     model: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None,
+    depth: Depth,
+    fit: FitOptions | None,
+    rows: RowOptions,
+    output: OutputName,
+    hardware: Hardware,
     *,
-    depth: Depth = Within(BALANCED),
-    fit: FitOptions | None = FitOptions(),
-    rows: RowOptions = RowOptions(),
-    output: OutputName = "copy",
-    resume: bool = False,
-    hardware: Hardware = Hardware(),
+    resume: bool,
 ) -> Conversion:
     """Settle what `convert` would do, in milliseconds. Raises PopError for what it would refuse."""
     source = read_source(resolve_base(os.fspath(model)))
@@ -118,30 +115,17 @@ def plan_conversion(
         fit.require_text(shape.n_embd)
         if resume:
             fit = replace(fit, state_path=target.with_name(f".{target.name}{STATE_SUFFIX}"))
-    plans = _plans(shape, depth, rows, OWN if fit is None else FITTED)
+    projection = OWN if fit is None else FITTED
+    if isinstance(depth, Within):
+        from pop_local.measure.depth import boundaries
+
+        depths: Sequence[Skip | Boundary] = [Boundary(layer) for layer in boundaries(shape)]
+    else:
+        depths = [depth]
+    plans = tuple(each.plan(shape, projection=projection, **vars(rows)) for each in depths)
     kv_type = (fit or FitOptions()).kv_type
     sizes = kind.measure(plans[-1], source.first.path, kv_type.value)
     return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
-
-
-def _plans(shape: ModelShape, depth: Depth, rows: RowOptions, projection: str) -> tuple[Plan, ...]:
-    def plan(**where: object) -> Plan:
-        return make_plan(
-            shape,
-            **where,  # type: ignore[arg-type]
-            sink_tokens=rows.sink_tokens,
-            tail_tokens=rows.tail_tokens,
-            min_prompt=rows.min_prompt,
-            projection=projection,
-        )
-
-    if isinstance(depth, Boundary):
-        return (plan(boundary=depth.layer),)
-    if isinstance(depth, Skip):
-        return (plan(skip=parse_skip(depth.share)),)
-    from pop_local.measure.depth import boundaries
-
-    return tuple(plan(boundary=boundary) for boundary in boundaries(shape))
 
 
 def run_conversion(
@@ -180,14 +164,15 @@ class _Run:
     watch: Watch
 
     def within(self) -> tuple[Chosen, PopMeta]:
-        from pop_local.workflows.search import Candidates, search
+        from pop_local.workflows.search import search
 
         planned = self.conversion
         assert isinstance(planned.depth, Within)
-        options = planned.fit or FitOptions()
-        candidates = Candidates(planned.source, planned.plans, options, planned.hardware)
+        budget, options = planned.depth.budget, planned.fit or FitOptions()
         with _resumable(options, self.watch):
-            chosen = search(candidates, planned.depth.budget, self.watch)
+            chosen = search(
+                planned.source, planned.plans, budget, options, planned.hardware, self.watch
+            )
             return chosen, self._write(chosen.plan, chosen.fitted, _known(chosen.measured))
 
     def as_named(self) -> tuple[Chosen, PopMeta]:
@@ -195,14 +180,11 @@ class _Run:
         if plan.projection != FITTED:
             found = self._own(plan)
             return Chosen(plan, None, found), self._write(plan, None, _known(found))
-        from pop_local.workflows.examine import Examination
         from pop_local.workflows.fits import Fitter
 
         planned = self.conversion
         assert planned.fit is not None, "own projections are fitted to nothing"
-        examination = Examination(
-            plan, planned.path, planned.hardware, self.watch, allow_broken_copy=self.force
-        )
+        examination = self._examination(plan, allow_broken_copy=self.force)
         examination.before_fit()
         with _resumable(planned.fit, self.watch):
             fitter = Fitter(planned.source, planned.fit, planned.hardware, self.watch)
@@ -216,15 +198,18 @@ class _Run:
 
     def _own(self, plan: Plan) -> Measured | None:
         """What own projections lose; None where that cannot be measured, as without llama.cpp."""
-        planned = self.conversion
         try:
-            from pop_local.workflows.examine import Examination
+            return self._examination(plan, allow_broken_copy=True).of_own()
         except PopError as error:
-            self.watch.on_warning(NotMeasuredError(error))
+            message = f"what own projections lose is not known: {error.message}"
+            self.watch.on_warning(PopError(message))
             return None
-        return Examination(
-            plan, planned.path, planned.hardware, self.watch, allow_broken_copy=True
-        ).of_own()
+
+    def _examination(self, plan: Plan, *, allow_broken_copy: bool) -> Examination:
+        from pop_local.workflows.examine import Examination
+
+        src, hardware = self.conversion.path, self.conversion.hardware
+        return Examination(plan, src, hardware, self.watch, allow_broken_copy)
 
     def _write(self, plan: Plan, fitted: Fitted | None, examine: Examine | None) -> PopMeta:
         planned = self.conversion

@@ -7,7 +7,6 @@ from statistics import median
 
 from converter.errors import PopError
 from converter.macs import speedup_limit
-from converter.shape import ModelShape, read_shape
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
@@ -68,7 +67,19 @@ def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
         answers = {mode: _answer(opened, mode, nth, watch) for mode in order}
         pairs.append((answers[Mode.OFF], answers[Mode.CONTEXT]))
     opened.set_pop(Mode.CONTEXT)
-    return _compared(opened, read_shape(path), pairs)
+    full, pop = pairs[0]
+    return Comparison(
+        model=opened.model_path,
+        boundary=opened.boundary,
+        n_layer=opened.shape.n_layer,
+        question=_text("question.md"),
+        n_prompt=full.n_full,
+        full=replace(full, ttft_s=median(each.ttft_s for each, _ in pairs)),
+        pop=replace(pop, ttft_s=median(each.ttft_s for _, each in pairs)),
+        n_pairs=n_pairs,
+        speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
+        limit=speedup_limit(opened.shape, full.n_full, opened.boundary, pop.n_full),
+    )
 
 
 def data_path(name: str) -> Path:
@@ -78,24 +89,6 @@ def data_path(name: str) -> Path:
 
 def _text(name: str) -> str:
     return data_path(name).read_text(encoding="utf-8").strip()
-
-
-def _compared(
-    opened: PopModel, shape: ModelShape, pairs: list[tuple[TimedAnswer, TimedAnswer]]
-) -> Comparison:
-    full, pop = pairs[0]
-    return Comparison(
-        model=opened.model_path,
-        boundary=opened.boundary,
-        n_layer=shape.n_layer,
-        question=_text("question.md"),
-        n_prompt=full.n_full,
-        full=replace(full, ttft_s=median(each.ttft_s for each, _ in pairs)),
-        pop=replace(pop, ttft_s=median(each.ttft_s for _, each in pairs)),
-        n_pairs=len(pairs),
-        speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
-        limit=speedup_limit(shape, full.n_full, opened.boundary, pop.n_full),
-    )
 
 
 def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ from converter.fit import KvType
 from converter.format import FITTED, OWN, Calibration
 from converter.header import read_header
 from converter.macs import LIMIT_PROMPT, speedup_limit
-from converter.plan import make_plan, parse_skip
+from converter.plan import make_plan
 from converter.rewrite import stored_type
 from converter.shape import ModelShape, source_shape, trained_ctx
 from converter.sidecar import pop_of
@@ -27,10 +26,10 @@ from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
+from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_depth, model_files
 from pop_local.workflows.options import Boundary, Hardware, Skip
-from pop_local.workflows.sidecars import fitted_sidecars
 
 Baseline = Literal["always-skip"]
 
@@ -116,7 +115,7 @@ def _boundaries(
 ) -> tuple[int, ...]:
     """Of each depth, as given, else the file's."""
     if depths:
-        return tuple(dict.fromkeys(_boundary(shape, depth) for depth in depths))
+        return tuple(dict.fromkeys(depth.plan(shape).boundary for depth in depths))
     meta = pop_of(source, files.sidecar)
     if meta is None:
         raise PopError(
@@ -126,12 +125,6 @@ def _boundaries(
             model=source.first.path,
         )
     return (meta.boundary,)
-
-
-def _boundary(shape: ModelShape, depth: Skip | Boundary) -> int:
-    if isinstance(depth, Boundary):
-        return make_plan(shape, boundary=depth.layer).boundary
-    return make_plan(shape, skip=parse_skip(depth.share)).boundary
 
 
 def _require_projections(source: Source, sidecar: Path | None, boundaries: Sequence[int]) -> None:
@@ -165,13 +158,15 @@ class _Run:
     def fitted(self, boundaries: Sequence[int], fit: FitOptions) -> tuple[Row, ...]:
         """Fit at all depths in one go, then measure a temporary sidecar of each."""
         plans = [make_plan(self.shape, boundary=each, projection=FITTED) for each in boundaries]
-        sidecars = fitted_sidecars(plans, self.source, fit, self.hardware, self.watch)
-        with closing(sidecars):
-            return tuple(
-                row
-                for boundary, sidecar in zip(boundaries, sidecars, strict=True)
-                for row in self.rows((boundary,), sidecar)
-            )
+        rows = measure_fits(
+            plans,
+            self.source,
+            fit,
+            self.hardware,
+            self.watch,
+            lambda plan, sidecar: self.rows((plan.boundary,), sidecar)[0],
+        )
+        return tuple(rows)
 
     def rows(self, boundaries: Sequence[int], sidecar: Path | None) -> tuple[Row, ...]:
         """Measure the depths on one loaded model."""
@@ -207,10 +202,9 @@ class _Run:
     def _opened(self, sidecar: Path | None) -> PopModel:
         files = ModelFiles(self.source.first.path, sidecar)
         model = opened(files, self.hardware, self.watch, n_ctx=self.context())
-        rule, options = model.rule, self.options
-        sink = rule.sink_tokens if options.sink_tokens is None else options.sink_tokens
-        tail = rule.tail_tokens if options.tail_tokens is None else options.tail_tokens
-        use_rule(model, replace(rule, sink_tokens=sink, tail_tokens=tail))
+        full = {"sink_tokens": self.options.sink_tokens, "tail_tokens": self.options.tail_tokens}
+        given = {end: n_tokens for end, n_tokens in full.items() if n_tokens is not None}
+        use_rule(model, replace(model.rule, **given))
         return model
 
     def context(self) -> int:
@@ -229,7 +223,7 @@ class _Run:
         return given or needed
 
     def _needles(self, model: PopModel, boundaries: Sequence[int]) -> Sequence[Needle | None]:
-        if self.n_needles == 0:
+        n, seed = self.n_needles, self.options.settings.seed
+        if n == 0:
             return (None,) * len(boundaries)
-        seed = self.options.settings.seed
-        return measure_needle(model, boundaries, self.n_needles, seed, self.watch.stage("Asking"))
+        return measure_needle(model, boundaries, n, seed, self.watch.stage("Asking"))

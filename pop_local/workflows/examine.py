@@ -35,12 +35,7 @@ from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import measured, opened_to_measure
 from pop_local.workflows.options import Hardware
-from pop_local.workflows.refusals import (
-    BrokenCopyError,
-    CopyingBrokenError,
-    NotMeasuredError,
-    OutsideBudgetError,
-)
+from pop_local.workflows.refusals import CopyingBrokenError, broken_copy
 
 # Of a fit; without one the measuring should not take long, and is not as exact.
 N_WINDOWS = 8
@@ -81,15 +76,11 @@ class Examination:
         self._warn_outside(quality)
         return measured(quality)
 
-    def of_own(self) -> Measured | None:
-        """What own projections lose, on few windows; None and a warning where it is not known."""
+    def of_own(self) -> Measured:
+        """What own projections lose, on few windows. Raises PopError when it cannot be measured."""
         self.watch.on_note("Measuring what own projections lose on held-out text")
-        try:
-            with self._opened(ModelFiles(self.src)) as (model, tokens):
-                quality = self._measure(model, tokens, _own_settings())
-        except PopError as error:
-            self.watch.on_warning(NotMeasuredError(error))
-            return None
+        with self._opened(ModelFiles(self.src)) as (model, tokens):
+            quality = self._measure(model, tokens, _own_settings())
         self._warn_outside(quality)
         if not is_inside(BALANCED, quality):
             self.watch.on_note("Fitted projections would lose less.")
@@ -110,10 +101,17 @@ class Examination:
     def _warn_outside(self, quality: Quality) -> None:
         boundary = quality.boundary
         if not copies(quality):
-            self.watch.on_warning(BrokenCopyError(boundary, figures_in_words(quality)))
+            self.watch.on_warning(PopError(broken_copy(boundary, figures_in_words(quality))))
         elif not is_inside(BALANCED, quality):
-            limits, found = limits_in_words(BALANCED), figures_in_words(quality)
-            self.watch.on_warning(OutsideBudgetError(boundary, BALANCED, limits, found))
+            found = figures_in_words(quality)
+            budget = f"the {BALANCED.quality} budget ({limits_in_words(BALANCED)})"
+            self.watch.on_warning(
+                PopError(
+                    f"boundary {boundary} is outside {budget}: {found}",
+                    "give the budget instead of the depth: the deepest inside is looked for",
+                    cause="outside-budget",
+                )
+            )
 
     def _refusal(self, found: str) -> CopyingBrokenError:
         boundary = self.plan.boundary

@@ -1,11 +1,16 @@
-"""Fits of one model, whose text is sampled once however many there are."""
+"""Fits of one model, whose text is sampled once, and sidecars of them that are not kept."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
+from converter.format import FITTED
 from converter.plan import Plan
-from converter.rewrite import Fitted
+from converter.rewrite import Fitted, check_target
+from converter.sidecar import measure_sidecar, write_sidecar
 from converter.source import Source
 from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
@@ -14,16 +19,19 @@ from pop_local.calibration.texts import CalibrationText
 from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.options import Hardware
 
+T = TypeVar("T")
+_PREFIX = "pop-local-"
 
+
+@dataclass
 class Fitter:
     """Fits plans of one model, all with the same options and on the same text."""
 
-    def __init__(
-        self, source: Source, options: FitOptions, hardware: Hardware, watch: Watch
-    ) -> None:
-        self._source, self._options = source, options
-        self._hardware, self._watch = hardware, watch
-        self._text: CalibrationText | None = None
+    source: Source
+    options: FitOptions
+    hardware: Hardware
+    watch: Watch
+    text: CalibrationText | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -33,17 +41,12 @@ class Fitter:
         if not plans:
             return ()
         follow = Follow(
-            self._lazily("Sampling text"), self._lazily("Fitting"), self._watch.should_stop
+            self._lazily("Sampling text"), self._lazily("Fitting"), self.watch.should_stop
         )
-        opened = LoadedModel(
-            self._source.first.path,
-            n_gpu_layers=self._hardware.n_gpu_layers,
-            n_threads=self._hardware.n_threads,
-        )
-        options = replace(self._options, state_path=state_path)
-        with opened as model:
-            done = calibrate(plans, model, self._source, options, follow, self._text)
-        self._text = done.text
+        options = replace(self.options, state_path=state_path)
+        with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
+            done = calibrate(plans, model, self.source, options, follow, self.text)
+        self.text = done.text
         return done.fitted
 
     def _lazily(self, name: str) -> Progress:
@@ -53,8 +56,49 @@ class Fitter:
         def advance(done: int, total: int) -> None:
             nonlocal begun
             if not begun:
-                self._watch.stage(name)
+                self.watch.stage(name)
                 begun = True
-            self._watch.on_progress(done, total)
+            self.watch.on_progress(done, total)
 
         return advance
+
+
+@contextmanager
+def temporary_sidecar(plan: Plan, source: Source, fitted: Fitted | None) -> Iterator[Path]:
+    """A sidecar to measure, which is gone afterwards. Raises PopError."""
+    with TemporaryDirectory(prefix=_PREFIX) as folder:
+        target = Path(folder) / "fitted.gguf"
+        write_sidecar(plan, source.first.path, target, fitted=fitted)
+        yield target
+
+
+def measure_fits(
+    plans: Sequence[Plan],
+    source: Source,
+    options: FitOptions,
+    hardware: Hardware,
+    watch: Watch,
+    measure: Callable[[Plan, Path], T],
+) -> list[T]:
+    """Fit all plans in one go, then measure a temporary sidecar of each, one after the other.
+
+    Raises PopError, StoppedError.
+    """
+    require_room(plans, source, options)
+    wanted = [plan for plan in plans if plan.projection == FITTED]
+    made = Fitter(source, options, hardware, watch).fit(wanted, None)
+    fitted = dict(zip(wanted, made, strict=True))
+    found = []
+    for plan in plans:
+        with temporary_sidecar(plan, source, fitted.get(plan)) as sidecar:
+            found.append(measure(plan, sidecar))
+    return found
+
+
+def require_room(plans: Sequence[Plan], source: Source, options: FitOptions) -> None:
+    """Raises WriteError when a temporary sidecar would not find the space, before the fit."""
+    path = source.first.path
+    with TemporaryDirectory(prefix=_PREFIX) as folder:
+        for plan in plans:
+            sizes = measure_sidecar(plan, path, options.kv_type.value)
+            check_target(path, Path(folder) / "fitted.gguf", sizes, force=False)

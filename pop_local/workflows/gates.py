@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from converter.errors import PopError, UnsupportedArchitectureError
 from converter.shape import source_shape
@@ -12,7 +12,7 @@ from converter.source import Source
 from pop_local.calibration import needs as memory
 from pop_local.engine.llama.backend import default_threads
 from pop_local.workflows.events import Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.options import AnalyzeOptions, Hardware
 from pop_local.workflows.refusals import TooLittleMemoryError
 
 if TYPE_CHECKING:
@@ -21,19 +21,6 @@ if TYPE_CHECKING:
 Windows = Sequence[Sequence[int]]
 # More at a time are not faster on a CPU.
 _MAX_BATCH = 4
-
-
-class GateOptions(Protocol):
-    """What the gates need of the options of an analysis; lengths in tokens."""
-
-    @property
-    def n_context(self) -> int: ...
-    @property
-    def n_answer(self) -> int: ...
-    @property
-    def n_gated(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +32,7 @@ class Gates:
 
 
 def possible(
-    source: Source, options: GateOptions, hardware: Hardware, watch: Watch
+    source: Source, options: AnalyzeOptions, hardware: Hardware, watch: Watch
 ) -> Gates | None:
     """How to compute the gates; None, with a warning, where they cannot be had.
 
@@ -71,9 +58,10 @@ def possible(
         return None
     on_gpu = hardware.n_gpu_layers != 0 and torch.cuda.is_available()
     free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else memory.free_bytes()
-    n_window = options.n_context + options.n_answer
     for n_batch in range(min(_MAX_BATCH, options.n_gated), 0, -1):
-        needed = needed_bytes(source_shape(source), hyper, n_window, options.n_answer, n_batch)
+        needed = needed_bytes(
+            source_shape(source), hyper, options.n_window, options.n_answer, n_batch
+        )
         if needed <= free_bytes:
             return Gates("cuda" if on_gpu else "cpu", n_batch)
     raise TooLittleMemoryError(
@@ -89,7 +77,7 @@ def importance(
     source: Source,
     gates: Gates,
     windows: Windows,
-    options: GateOptions,
+    options: AnalyzeOptions,
     hardware: Hardware,
     watch: Watch,
 ) -> Importance:

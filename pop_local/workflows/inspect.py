@@ -7,15 +7,17 @@ from pathlib import Path
 
 import gguf
 
+from converter.content import copy_data, read_content
 from converter.errors import FormatError
-from converter.format import TENSOR_MARK, PopMeta
+from converter.format import PREFIX, TENSOR_MARK, PopMeta
 from converter.header import Header, TensorInfo, read_header
+from converter.progress import counting
+from converter.rewrite import original
 from converter.shape import ARCHITECTURES, trained_ctx
 from converter.sidecar import base_path, pop_of, sidecar_beside, sidecar_meta
 from converter.source import Source, is_sidecar, read_source
-from pop_local.models.names import resolve
-from pop_local.workflows.events import Watch
-from pop_local.workflows.verify import Verification, verify
+from pop_local.models.names import load_catalog, resolve
+from pop_local.workflows.events import Unit, Watch
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,19 @@ class TensorGroup:
     type: str
     n_tensors: int
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The hash of the file as it was before its conversion.
+
+    `unchanged`: whether it is what the conversion read, None when the file does not say.
+    `catalog_name`: the model of the catalog that it is.
+    """
+
+    sha256: str
+    unchanged: bool | None
+    catalog_name: str | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,18 @@ def require_unchanged(found: Inspection | SidecarInspection) -> None:
         raise FormatError(
             f"{path} does not hold the model that was converted", "convert the model again"
         )
+
+
+def verify(source: Source, meta: PopMeta | None, watch: Watch) -> Verification:
+    """Hash the model without its POP keys. Raises FormatError, StoppedError."""
+    content = original(source, meta) if meta else read_content(source, without=PREFIX)
+    ran = counting(content.size_bytes, watch.stage("Reading all of it", Unit.BYTES))
+    sha256 = copy_data(content, content.header, lambda chunk: None, ran)
+    return Verification(
+        sha256=sha256,
+        unchanged=sha256 == meta.source_sha256 if meta and meta.source_sha256 else None,
+        catalog_name=next((known.name for known in load_catalog() if known.sha256 == sha256), None),
+    )
 
 
 def _of_sidecar(header: Header, with_hash: bool, watch: Watch) -> SidecarInspection:
@@ -159,14 +186,9 @@ def _groups(tensors: Iterable[TensorInfo]) -> tuple[TensorGroup, ...]:
     for tensor in tensors:
         counts[tensor.type] += 1
         sizes[tensor.type] += tensor.size_bytes
+    # Some may be newer than the gguf package.
+    names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
     return tuple(
-        TensorGroup(_type_name(kind), counts[kind], n_bytes)
+        TensorGroup(names.get(kind, f"type {kind}"), counts[kind], n_bytes)
         for kind, n_bytes in sizes.most_common()
     )
-
-
-def _type_name(kind: int) -> str:
-    try:
-        return gguf.GGMLQuantizationType(kind).name
-    except ValueError:  # newer than the gguf package
-        return f"type {kind}"

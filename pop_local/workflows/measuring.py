@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from converter.format import Measured
@@ -17,13 +18,7 @@ from pop_local.workflows.options import Hardware
 
 def opened(files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any) -> PopModel:
     """A model that the watch may stop while llama.cpp reads; `options` as for PopModel."""
-    model = PopModel(
-        files.path,
-        sidecar=files.sidecar,
-        n_threads=hardware.n_threads,
-        n_gpu_layers=hardware.n_gpu_layers,
-        **options,
-    )
+    model = PopModel(files.path, sidecar=files.sidecar, **vars(hardware), **options)
     model.watch_prefill(None, watch.should_stop)
     return model
 
@@ -45,15 +40,9 @@ def opened_to_measure(
 
 def measured(quality: Quality) -> Measured:
     """The figures that a converted file stores."""
-    return Measured(
-        kl_mean=quality.kl_mean.value,
-        kl_se=quality.kl_mean.se or 0.0,
-        kl_p99=quality.kl_p99.value,
-        kl_first=quality.kl_first.value,
-        ppl_full=quality.ppl_full.value,
-        ppl_ratio=quality.ppl_ratio.value,
-        top1_agreement=quality.top1_agreement.value,
-        copy_ppl_ratio=quality.copy_ppl_ratio.value,
-        copy_top1=quality.copy_top1.value,
-        induction_delta_nll=quality.induction_delta_nll.value,
-    )
+    estimates = {
+        field.name: getattr(quality, field.name).value
+        for field in fields(Measured)
+        if field.name != "kl_se"
+    }
+    return Measured(**estimates, kl_se=quality.kl_mean.se or 0.0)

@@ -36,7 +36,8 @@ def open_model(
 
     Raises PopError, StoppedError.
     """
-    return _opened(model_files(model, sidecar, hardware=hardware, watch=watch), n_ctx, hardware)
+    files = model_files(model, sidecar, hardware=hardware, watch=watch)
+    return _opened(files, hardware, n_ctx)
 
 
 def open_in_full(
@@ -49,25 +50,24 @@ def open_in_full(
 ) -> "PopModel":
     """As `open_model`, with pruning off, so that a sidecar which does not fit is left out."""
     files = model_files(model, sidecar, hardware=hardware, watch=watch)
-    if sidecar is None:
-        files = _without_stale(files, watch)
+    if sidecar is None and files.sidecar is not None:
+        # One that fits stays, to switch pruning on later.
+        try:
+            pop_of(read_source(files.path), files.sidecar)
+        except FormatError as error:
+            watch.on_warning(PopError(f"left out: {error.message}"))
+            files = ModelFiles(files.path)
     from pop_local.engine.llama.backend import Mode
 
-    opened = _opened(files, n_ctx, hardware)
+    opened = _opened(files, hardware, n_ctx)
     opened.set_pop(Mode.OFF)
     return opened
 
 
-def _opened(files: ModelFiles, n_ctx: int | None, hardware: Hardware) -> "PopModel":
+def _opened(files: ModelFiles, hardware: Hardware, n_ctx: int | None) -> "PopModel":
     from pop_local.engine.model import PopModel
 
-    return PopModel(
-        files.path,
-        sidecar=files.sidecar,
-        n_ctx=n_ctx,
-        n_threads=hardware.n_threads,
-        n_gpu_layers=hardware.n_gpu_layers,
-    )
+    return PopModel(files.path, sidecar=files.sidecar, n_ctx=n_ctx, **vars(hardware))
 
 
 def model_files(
@@ -78,13 +78,29 @@ def model_files(
     A model of the catalog is fetched and converted first. `hardware` is for that conversion.
     """
     if sidecar is not None:
-        return ModelFiles(_base(model, watch), _existing(sidecar))
-    base = _fetched_base(model)
-    found = sidecar_beside(read_source(base)) if base else None
-    if base and found:
+        if not sidecar.is_file():
+            raise PopError(
+                f"there is no sidecar {sidecar}", "convert the model to one", cause="no-sidecar"
+            )
+        return ModelFiles(_base(model, watch), sidecar)
+    entry = _entry(model)
+    converted = None if entry is None else models_dir() / entry.pop_file
+    if converted is not None and converted.is_file():
+        return ModelFiles(converted)
+    base = _base(model, watch)
+    if found := sidecar_beside(read_source(base)):
         watch.on_note(f"Pruning as {found} says.")
         return ModelFiles(base, found)
-    return ModelFiles(_model_file(model, hardware, watch))
+    if converted is None:
+        return ModelFiles(base)
+    watch.on_note(
+        f"Converting it to {converted}: while reading, context tokens skip {DEFAULT_SKIP} of it."
+        " Fitting takes some minutes, once."
+    )
+    depth = Skip(str(DEFAULT_SKIP))
+    with suppress(OutputExistsError):  # another process was faster
+        convert(base, converted, depth=depth, fit=_FIT, hardware=hardware, watch=watch)
+    return ModelFiles(converted)
 
 
 def files_at_depth(
@@ -99,16 +115,6 @@ def files_at_depth(
     return model_files(model, sidecar, hardware=hardware, watch=watch)
 
 
-def _model_file(model: str | None, hardware: Hardware, watch: Watch) -> Path:
-    entry = _entry(model)
-    if entry is None:
-        return resolve(str(model))
-    converted = models_dir() / entry.pop_file
-    if not converted.is_file():
-        _convert(_fetch(entry, watch), converted, hardware, watch)
-    return converted
-
-
 def _entry(model: str | None) -> Model | None:
     """The catalog's entry; None for a path."""
     if model is not None and (Path(model).exists() or lookup(model) is None):
@@ -119,28 +125,8 @@ def _entry(model: str | None) -> Model | None:
 def _base(model: str | None, watch: Watch) -> Path:
     """The model without POP keys; that of the catalog is fetched first."""
     entry = _entry(model)
-    return resolve(str(model)) if entry is None else _fetch(entry, watch)
-
-
-def _fetched_base(model: str | None) -> Path | None:
-    """Where a sidecar may lie beside: not for a model that is still to be fetched, or converted."""
-    entry = _entry(model)
     if entry is None:
         return resolve(str(model))
-    path = models_dir() / entry.file
-    is_plain = path.is_file() and not (models_dir() / entry.pop_file).is_file()
-    return path if is_plain else None
-
-
-def _existing(sidecar: Path) -> Path:
-    if not sidecar.is_file():
-        raise PopError(
-            f"there is no sidecar {sidecar}", "convert the model to one", cause="no-sidecar"
-        )
-    return sidecar
-
-
-def _fetch(entry: Model, watch: Watch) -> Path:
     path = models_dir() / entry.file
     if path.is_file():
         return path
@@ -149,26 +135,3 @@ def _fetch(entry: Model, watch: Watch) -> Path:
         f" into {path.parent}."
     )
     return fetch(entry.name, watch.stage(f"Fetching {entry.name}", Unit.BYTES))
-
-
-def _convert(path: Path, target: Path, hardware: Hardware, watch: Watch) -> None:
-    watch.on_note(
-        f"Converting it to {target}: while reading, context tokens skip {DEFAULT_SKIP} of it."
-        " Fitting takes some minutes, once."
-    )
-    with suppress(OutputExistsError):  # another process was faster
-        convert(
-            path, target, depth=Skip(str(DEFAULT_SKIP)), fit=_FIT, hardware=hardware, watch=watch
-        )
-
-
-def _without_stale(files: ModelFiles, watch: Watch) -> ModelFiles:
-    """Reading in full needs no sidecar; one that fits stays, to switch pruning on later."""
-    if files.sidecar is None:
-        return files
-    try:
-        pop_of(read_source(files.path), files.sidecar)
-    except FormatError as error:
-        watch.on_warning(PopError(f"left out: {error.message}"))
-        return ModelFiles(files.path)
-    return files

@@ -1,9 +1,12 @@
 """What the workflows are told: how deep, which rows in full, on what hardware."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from converter.format import Budget, PopMeta
-from converter.plan import TAIL_TOKENS
+from converter.plan import TAIL_TOKENS, Plan, make_plan, parse_skip
+from converter.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,20 @@ class Skip:
 
     share: str
 
+    def plan(self, shape: ModelShape, **rows: Any) -> Plan:
+        """Plan it for a model; `rows` go to make_plan. Raises PlanError."""
+        return make_plan(shape, skip=parse_skip(self.share), **rows)
+
 
 @dataclass(frozen=True)
 class Boundary:
     """The first layer that context tokens skip."""
 
     layer: int
+
+    def plan(self, shape: ModelShape, **rows: Any) -> Plan:
+        """Plan it for a model; `rows` go to make_plan. Raises PlanError."""
+        return make_plan(shape, boundary=self.layer, **rows)
 
 
 Depth = Within | Skip | Boundary
@@ -51,3 +62,26 @@ class Hardware:
 
     n_threads: int | None = None
     n_gpu_layers: int = -1
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """What is analyzed. `text`: a file, None for the shipped prose.
+
+    Windows have `n_context` + `n_answer` tokens: `n_probed` of them for the probes, `n_gated` for
+    the gates, 0 for no gates. `with_fit`: measure fitted projections; `fit_tokens` None for a
+    quarter of what a conversion fits on.
+    """
+
+    text: Path | None = None
+    n_context: int = 192
+    n_answer: int = 64
+    n_probed: int = 3
+    n_gated: int = 20
+    with_fit: bool = True
+    fit_tokens: int | None = None
+    seed: int = 0
+
+    @property
+    def n_window(self) -> int:
+        return self.n_context + self.n_answer

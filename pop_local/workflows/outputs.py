@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from converter.format import PopMeta
 from converter.plan import Plan
-from converter.rewrite import Examine, Fitted, Sizes, convert, measure
-from converter.rewrite import Progress as BytesProgress
+from converter.rewrite import Sizes, convert, measure
 from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
 from converter.source import Source
 from pop_local.models.stored import ModelFiles
@@ -16,34 +15,19 @@ from pop_local.models.stored import ModelFiles
 OutputName = Literal["copy", "sidecar"]
 
 
-class Writer(Protocol):
-    """`rewrite.convert` and `sidecar.write_sidecar` of the converter."""
-
-    def __call__(
-        self,
-        plan: Plan,
-        src: Path,
-        dst: Path,
-        *,
-        fitted: Fitted | None,
-        examine: Examine | None,
-        progress: BytesProgress,
-        force: bool,
-    ) -> PopMeta: ...
-
-
 @dataclass(frozen=True)
 class Output:
     """One kind of output.
 
-    `stage` names what writing it takes, `files(source, written)` are what to open then.
+    `stage` names what writing it takes, `write` is the converter's function that does, and
+    `files(source, written)` are what to open then.
     """
 
     name: OutputName
     stage: str
     measure: Callable[[Plan, Path, str], Sizes]
     default_path: Callable[[Source], Path]
-    write: Writer
+    write: Callable[..., PopMeta]
     files: Callable[[Path, Path], ModelFiles]
 
 
@@ -51,15 +35,12 @@ def _copy_path(source: Source) -> Path:
     return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
 
 
-COPY = Output(
-    "copy",
-    "Writing, then reading back",
-    measure,
-    _copy_path,
-    convert,
-    lambda src, written: ModelFiles(written),
-)
-SIDECAR = Output(
-    "sidecar", "Reading the model", measure_sidecar, sidecar_path, write_sidecar, ModelFiles
-)
-OUTPUTS: dict[OutputName, Output] = {output.name: output for output in (COPY, SIDECAR)}
+_COPIED = "Writing, then reading back"
+OUTPUTS: dict[OutputName, Output] = {
+    "copy": Output(
+        "copy", _COPIED, measure, _copy_path, convert, lambda src, written: ModelFiles(written)
+    ),
+    "sidecar": Output(
+        "sidecar", "Reading the model", measure_sidecar, sidecar_path, write_sidecar, ModelFiles
+    ),
+}

@@ -1,8 +1,9 @@
 """The deepest boundary within a budget: fits and measures candidates until it is known."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from converter.format import FITTED, Budget
 from converter.plan import Plan
@@ -27,66 +28,69 @@ from pop_local.measure.heldout import room
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
-from pop_local.workflows.fits import Fitter
+from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
 from pop_local.workflows.measuring import measured, opened_to_measure
 from pop_local.workflows.options import Hardware
 from pop_local.workflows.refusals import OverBudgetError
 from pop_local.workflows.results import Chosen, Trial
-from pop_local.workflows.sidecars import require_room, temporary_sidecar
 
 # What clearly fails shows on few windows; 24 have a standard error of a sixth of the KL or less.
 N_FIRST_WINDOWS = 8
 N_WINDOWS = 24
 
 
+def search(
+    source: Source,
+    plans: Sequence[Plan],
+    budget: Budget,
+    options: FitOptions,
+    hardware: Hardware,
+    watch: Watch,
+) -> Chosen:
+    """Choose the deepest of a model's plans within the budget; those to be fitted, by `options`.
+
+    Raises OverBudgetError, PopError, StoppedError.
+    """
+    fitter = Fitter(source, options, hardware, watch)
+    by_boundary = {plan.boundary: plan for plan in plans}
+    return _Search(source, by_boundary, budget, options, hardware, watch, fitter).run()
+
+
 @dataclass(frozen=True)
-class Candidates:
-    """The plans of one model to choose among, from the shallowest on, and how to fit them."""
-
-    source: Source
-    plans: tuple[Plan, ...]
-    options: FitOptions
-    hardware: Hardware
-
-
-def search(candidates: Candidates, budget: Budget, watch: Watch) -> Chosen:
-    """Choose the deepest plan within the budget. Raises OverBudgetError, PopError, StoppedError."""
-    return _Search(candidates, budget, watch).run()
-
-
 class _Search:
     """One search; keeps what was fitted and measured."""
 
-    def __init__(self, candidates: Candidates, budget: Budget, watch: Watch) -> None:
-        self._source, self._options = candidates.source, candidates.options
-        self._hardware, self._watch = candidates.hardware, watch
-        self._plans = {plan.boundary: plan for plan in candidates.plans}
-        self._budget = budget
-        self._fitter = Fitter(candidates.source, candidates.options, candidates.hardware, watch)
-        self._fitted: dict[int, Fitted] = {}
-        self._qualities: dict[int, Quality] = {}
-        self._verdicts: dict[int, bool] = {}
+    source: Source
+    plans: dict[int, Plan]
+    budget: Budget
+    options: FitOptions
+    hardware: Hardware
+    watch: Watch
+    fitter: Fitter
+    fitted: dict[int, Fitted] = field(default_factory=dict)
+    qualities: dict[int, Quality] = field(default_factory=dict)
+    verdicts: dict[int, bool] = field(default_factory=dict)
 
     def run(self) -> Chosen:
-        bracket, verdicts = self._bracket(), self._verdicts
+        bracket, verdicts = self._bracket(), self.verdicts
         while (boundary := next_boundary(bracket, verdicts)) is not None:
-            if self._plans[boundary].projection == FITTED and boundary not in self._fitted:
+            if self.plans[boundary].projection == FITTED and boundary not in self.fitted:
                 self._fit(worth_fitting(bracket, verdicts, boundary))
-            quality = self._qualities[boundary] = self._measured(boundary)
-            verdicts[boundary] = is_inside(self._budget, quality)
+            quality = self.qualities[boundary] = self._measured(boundary)
+            verdicts[boundary] = is_inside(self.budget, quality)
         chosen = deepest_inside(verdicts)
         if chosen is None:
             raise self._over()
-        plan = replace(self._plans[chosen], budget=replace(self._budget, tried=self._tried()))
-        found = measured(self._qualities[chosen])
-        return Chosen(plan, self._fitted.get(chosen), found, self._trials())
+        plan = replace(self.plans[chosen], budget=replace(self.budget, tried=self._tried()))
+        found = measured(self.qualities[chosen])
+        return Chosen(plan, self.fitted.get(chosen), found, self._trials())
 
     def _shallowest_first(self) -> Iterable[tuple[int, bool]]:
-        return sorted(self._verdicts.items(), reverse=True)
+        return sorted(self.verdicts.items(), reverse=True)
 
     def _trials(self) -> tuple[Trial, ...]:
         return tuple(
-            Trial(self._plans[boundary], self._qualities[boundary], passed)
+            Trial(self.plans[boundary], self.qualities[boundary], passed)
             for boundary, passed in self._shallowest_first()
         )
 
@@ -95,70 +99,67 @@ class _Search:
         return ", ".join(f"{each} {'inside' if passed else 'outside'}" for each, passed in verdicts)
 
     def _over(self) -> OverBudgetError:
-        best = max(self._verdicts)
-        n_skipped = self._plans[best].n_skipped
+        best = max(self.verdicts)
+        n_skipped = self.plans[best].n_skipped
         return OverBudgetError(
             f"not even {n_skipped} skipped layer{'s' * (n_skipped > 1)} is within the budget "
-            f"({limits_in_words(self._budget)}): {figures_in_words(self._qualities[best])}",
+            f"({limits_in_words(self.budget)}): {figures_in_words(self.qualities[best])}",
             self._trials(),
         )
 
     def _bracket(self) -> Bracket:
-        self._watch.on_note("Looking how deep the layers' own projections go")
-        deepest = self._plans[min(self._plans)]
-        files = ModelFiles(self._source.first.path)
-        with opened_to_measure(files, deepest, self._hardware, self._watch) as (model, tokens):
-            advance = self._watch.stage("Trying boundaries")
-            return find_bracket(model, deepest, self._budget, tokens, advance)
+        self.watch.on_note("Looking how deep the layers' own projections go")
+        deepest = self.plans[min(self.plans)]
+        files = ModelFiles(self.source.first.path)
+        with opened_to_measure(files, deepest, self.hardware, self.watch) as (model, tokens):
+            advance = self.watch.stage("Trying boundaries")
+            return find_bracket(model, deepest, self.budget, tokens, advance)
 
     def _fit(self, wanted: Sequence[int]) -> None:
         """Fit the first of `wanted`, with others in the same pass over the text."""
-        options = self._options.at(wanted[0])
+        options = self.options.at(wanted[0])
         boundaries = self._kept(options) or self._room_for(wanted)
-        plans = [self._plans[boundary] for boundary in boundaries]
-        require_room(plans, self._source, options)
+        plans = [self.plans[boundary] for boundary in boundaries]
+        require_room(plans, self.source, options)
         names = ", ".join(str(plan.boundary) for plan in sorted(plans, key=lambda p: p.boundary))
-        self._watch.on_note(f"Fitting the projections for boundary {names}")
-        for plan, fitted in zip(plans, self._fitter.fit(plans, options.state_path), strict=True):
-            self._fitted[plan.boundary] = fitted
+        self.watch.on_note(f"Fitting the projections for boundary {names}")
+        for plan, fitted in zip(plans, self.fitter.fit(plans, options.state_path), strict=True):
+            self.fitted[plan.boundary] = fitted
 
     def _kept(self, options: FitOptions) -> tuple[int, ...]:
         """The boundaries of a fit to go on with, whatever memory is free now."""
         found = kept_boundaries(options.state_path) if options.state_path else ()
-        return found if set(found) <= set(self._plans) else ()
+        return found if set(found) <= set(self.plans) else ()
 
     def _room_for(self, wanted: Sequence[int]) -> tuple[int, ...]:
         """The first of `wanted`, and as many of the others as fit into memory beside it."""
         chosen: list[int] = []
         for boundary in wanted:
-            if self._plans[boundary].projection != FITTED or boundary in self._fitted:
+            if self.plans[boundary].projection != FITTED or boundary in self.fitted:
                 continue
-            plans = [self._plans[each] for each in (*chosen, boundary)]
-            if chosen and len(fit_needs(plans, self._source, self._options).groups) > 1:
+            plans = [self.plans[each] for each in (*chosen, boundary)]
+            if chosen and len(fit_needs(plans, self.source, self.options).groups) > 1:
                 break
             chosen.append(boundary)
         return tuple(chosen)
 
     def _measured(self, boundary: int) -> Quality:
-        self._watch.on_note(f"Measuring boundary {boundary} on held-out text")
-        plan = self._plans[boundary]
-        with ExitStack() as stack:
-            sidecar = None
-            if plan.projection == FITTED:
-                written = temporary_sidecar(plan, self._source, self._fitted[boundary])
-                sidecar = stack.enter_context(written)
-            files = ModelFiles(self._source.first.path, sidecar)
-            model, tokens = stack.enter_context(
-                opened_to_measure(files, plan, self._hardware, self._watch)
-            )
-            settings = QualitySettings()
-            n_found = room(tokens, settings.n_context + settings.n_continuation)
-            return measuring.measure_unless(
-                model,
-                tokens,
-                replace(settings, n_windows=min(N_WINDOWS, max(1, n_found))),
-                boundary,
-                N_FIRST_WINDOWS,
-                lambda quality: is_clearly_outside(self._budget, quality),
-                self._watch.stage(f"Measuring boundary {boundary}"),
-            )
+        self.watch.on_note(f"Measuring boundary {boundary} on held-out text")
+        plan = self.plans[boundary]
+        sidecar: AbstractContextManager[Path | None] = nullcontext()
+        if plan.projection == FITTED:
+            sidecar = temporary_sidecar(plan, self.source, self.fitted[boundary])
+        with sidecar as written:
+            files = ModelFiles(self.source.first.path, written)
+            with opened_to_measure(files, plan, self.hardware, self.watch) as (model, tokens):
+                settings = QualitySettings()
+                n_found = room(tokens, settings.n_context + settings.n_continuation)
+                return measuring.measure_unless(
+                    model,
+                    tokens,
+                    replace(settings, n_windows=min(N_WINDOWS, max(1, n_found))),
+                    boundary,
+                    N_FIRST_WINDOWS,
+                    lambda quality: is_clearly_outside(self.budget, quality),
+                    self.watch.stage(f"Measuring boundary {boundary}"),
+                )

@@ -37,8 +37,8 @@ from pop_local.engine.turn import TurnOptions
 from pop_local.measure.speed import require_rows
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import line_reader
-from pop_local.ui.chat.repl import Repl
-from pop_local.ui.chat.screen import TerminalScreen
+from pop_local.ui.chat.repl import converse
+from pop_local.ui.chat.screen import Screen
 from pop_local.ui.theme import look
 
 QUESTION = "Write a long guide to this place in Markdown, with headings, lists and **bold** words."
@@ -58,7 +58,7 @@ class Timed:
     answered: Answered
 
 
-class TimedScreen(TerminalScreen):
+class TimedScreen(Screen):
     """Remembers when the first piece of an answer was drawn, and when all of it was."""
 
     def __init__(self, clock: Clock) -> None:
@@ -101,7 +101,7 @@ class Child:
         self._screen.first_s = 0.0
         self._keys.send_text(f"{PASTE}{QUESTION}{PASTED}\r")
         started_s = self._clock()
-        Repl(self._chat, self._one_line).run()
+        converse(self._chat, self._one_line)
         first_s, end_s = self._screen.first_s, self._screen.end_s
         (turn,), (stats,) = self._chat.session.conversation.turns, self._chat.session.answer_stats
         answered = Answered(

@@ -17,9 +17,8 @@ from pop_local.measure.estimate import Estimate
 from pop_local.measure.heldout import Text
 from pop_local.measure.quality import Quality
 from pop_local.workflows import analyze as analyzing
-from pop_local.workflows.analyze import AnalyzeOptions
 from pop_local.workflows.events import Watch
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.options import AnalyzeOptions, Hardware
 from support.analyzed import FITTED, UNFITTED, analyze, report
 from support.synthetic import make_gguf
 

@@ -229,7 +229,7 @@ def test_options_of_the_fit_without_it_are_wrong_usage(plain):
 
 
 def test_too_small_a_context_is_said_before_the_fit(plain, text, monkeypatch):
-    monkeypatch.setattr("pop_local.workflows.evaluate.fitted_sidecars", None)
+    monkeypatch.setattr("pop_local.workflows.evaluate.measure_fits", None)
     done = evaluate(plain, "--text", text, *SHORT, "--fit", "--skip", "1/4", "--ctx", 100)
     assert done.exit_code == 1
     assert "100 are given" in " ".join(done.stderr.split())

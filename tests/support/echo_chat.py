@@ -8,8 +8,8 @@ from typing import Any
 
 from pop_local.engine.turn import Chunk, Message
 from pop_local.ui.chat.line import line_reader
-from pop_local.ui.chat.repl import Repl
-from pop_local.ui.chat.screen import TerminalScreen
+from pop_local.ui.chat.repl import converse
+from pop_local.ui.chat.screen import Screen
 from pop_local.ui.chat.slash import COMMANDS
 from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.theme import look
@@ -41,10 +41,10 @@ class EchoModel(ScriptedModel):
 
 
 def main(history: str) -> None:
-    chat = scripted_chat(EchoModel(n_ctx=1_000_000), TerminalScreen(look("terminal")))
+    chat = scripted_chat(EchoModel(n_ctx=1_000_000), Screen(look("terminal")))
     words = {name: command.words for name, command in COMMANDS.items()}
     with unechoed_keys():
-        Repl(chat, line_reader(Path(history), words)).run()
+        converse(chat, line_reader(Path(history), words))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.turn import Chunk, ContextFullError, Message, TurnStats
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.repl import Repl
-from pop_local.ui.chat.screen import Choice
+from pop_local.ui.chat.repl import converse
+from pop_local.ui.chat.screen import Choice, Screen
 from pop_local.ui.hints import hint_of
 
 STATS = TurnStats(
@@ -96,7 +96,7 @@ class ScriptedModel:
         self.is_closed = True
 
 
-class Transcript:
+class Transcript(Screen):
     """A Screen and a reader of lines in one; `#` begins what does not belong to an answer.
 
     `?` is a question of the program's, answered by the next line.
@@ -169,7 +169,7 @@ def scripted_chat(
 def talk(model: ScriptedModel, *lines: str | BaseException, **options: Any) -> list[str]:
     """The transcript of a conversation; `options` go to scripted_chat."""
     transcript = Transcript(*lines)
-    Repl(scripted_chat(model, transcript, **options), transcript.read_line).run()
+    converse(scripted_chat(model, transcript, **options), transcript.read_line)
     return transcript.shown.splitlines()
 
 

@@ -16,7 +16,7 @@ from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.chat.repl import Repl
+from pop_local.ui.chat.repl import converse
 from support.converted import converted, tiny
 from support.scripted import Transcript
 from support.synthetic import make_gguf
@@ -225,7 +225,7 @@ def talked(model: PopModel, *lines: str) -> tuple[Dialogue, list[str]]:
     transcript = Transcript(*lines)
     options = {"max_tokens": 4, "temperature": 0.0}
     chat = Dialogue(model, lambda *_: model, transcript, sampling=options)
-    Repl(chat, transcript.read_line).run()
+    converse(chat, transcript.read_line)
     return chat, transcript.shown.splitlines()
 
 

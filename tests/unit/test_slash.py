@@ -6,7 +6,7 @@ import pytest
 
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Message
-from pop_local.ui.chat.repl import Repl
+from pop_local.ui.chat.repl import converse
 from support.scripted import (
     STATS,
     STATS_LINE,
@@ -145,7 +145,7 @@ def test_a_larger_context_is_of_the_model_that_was_taken():
         return larger if n_ctx else small
 
     chat._open_model = open_model
-    Repl(chat, transcript.read_line).run()
+    converse(chat, transcript.read_line)
     assert asked == [("other", None), ("other", 1024)]
     assert len(larger.asked) == 1
 

@@ -5,30 +5,21 @@ of it than the screen holds. So nothing that has scrolled away is ever touched.
 """
 
 import time
-from collections.abc import Sequence
-from typing import Protocol, TextIO
+from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 from rich.console import Console
 from rich.text import Text
 
 from pop_local.ui.chat.markdown import Lines, is_code, rendered, top_level
 from pop_local.ui.chat.tail import Tail
-from pop_local.ui.chat.thinking import ThinkingSplitter
+from pop_local.ui.chat.thinking import Piece, ThinkingSplitter
 
 # What a model writes must not move the cursor or recolour the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _INTERVAL_S = 0.05
 # Drawing takes no more than a 75th of the time.
 _REST = 74
-
-
-class AnswerView(Protocol):
-    """Takes an answer piece by piece."""
-
-    def push(self, piece: str) -> None: ...
-
-    def end(self) -> None:
-        """It is complete, or was cut off; the cursor goes to a new line."""
 
 
 class PlainAnswer:
@@ -67,12 +58,7 @@ class MarkdownAnswer:
         self._next_draw_s = 0.0
 
     def push(self, piece: str) -> None:
-        for part in self._splitter.push(piece.translate(_CONTROLS)):
-            if part.is_thought:
-                self._think(part.text)
-            else:
-                self._end_thinking()
-                self._pending += part.text
+        self._take(self._splitter.push(piece.translate(_CONTROLS)))
         started_s = time.monotonic()
         if self._pending and started_s >= self._next_draw_s:
             self._draw()
@@ -80,20 +66,21 @@ class MarkdownAnswer:
             self._next_draw_s = now_s + max(_INTERVAL_S, _REST * (now_s - started_s))
 
     def end(self) -> None:
-        for part in self._splitter.flush():
-            if part.is_thought:
-                self._think(part.text)
-            else:
-                self._pending += part.text
+        self._take(self._splitter.flush())
         self._end_thinking()
         for block in top_level(self._pending):
             self._finish(block)
         self._tail.draw([], [])
         self._pending = ""
 
-    def _think(self, text: str) -> None:
-        self._is_thinking = True
-        self._console.print(Text(text, style="thinking"), end="", soft_wrap=True)
+    def _take(self, pieces: Iterable[Piece]) -> None:
+        for piece in pieces:
+            if piece.is_thought:
+                self._is_thinking = True
+                self._console.print(Text(piece.text, "thinking"), end="", soft_wrap=True)
+            else:
+                self._end_thinking()
+                self._pending += piece.text
 
     def _end_thinking(self) -> None:
         if self._is_thinking:
@@ -139,6 +126,10 @@ class MarkdownAnswer:
         if not self._n_printed:  # lines that are printed stay as wide as they were
             self._width = self._console.width
         return rendered(self._console, block, self._code_theme, self._width)
+
+
+# Both take an answer piece by piece (`push`), and put the cursor on a new line at its `end`.
+AnswerView = PlainAnswer | MarkdownAnswer
 
 
 def _joined(blocks: Sequence[Lines]) -> Lines:

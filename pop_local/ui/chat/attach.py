@@ -27,14 +27,10 @@ class _Counted:
 
 
 def attach_file(chat: Dialogue, argument: str) -> None:
-    if not argument:
+    if argument:
+        _offer(chat, [_path(argument)], may_cut=True)
+    else:
         _list(chat)
-        return
-    counted = _counted(chat, _path(argument))
-    if counted is None:
-        return
-    chat.screen.note(counted_line(counted.document.name, counted.n_tokens, chat.model.n_ctx()))
-    _attach(chat, counted)
 
 
 def attach_glob(chat: Dialogue, argument: str) -> None:
@@ -48,45 +44,42 @@ def attach_glob(chat: Dialogue, argument: str) -> None:
         number = f"{len(paths)} files match" if paths else "No file matches"
         chat.screen.note(f"{number} {argument}: nothing is attached.")
         return
+    _offer(chat, paths, may_cut=False)
+
+
+def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
+    n_ctx = chat.model.n_ctx()
     files = [counted for path in paths if (counted := _counted(chat, path))]
     for counted in files:
-        chat.screen.note(counted_line(counted.document.name, counted.n_tokens, chat.model.n_ctx()))
-    if not files:
-        return
-    n_tokens = sum(counted.n_tokens for counted in files)
+        chat.screen.note(counted_line(counted.document.name, counted.n_tokens, n_ctx))
     if len(files) > 1:
-        chat.screen.note(counted_line(f"All {len(files)}", n_tokens, chat.model.n_ctx()))
-    _attach_all(chat, files, n_tokens)
+        n_tokens = sum(counted.n_tokens for counted in files)
+        chat.screen.note(counted_line(f"All {len(files)}", n_tokens, n_ctx))
+    if files:
+        _attach(chat, files, may_cut)
 
 
-def _attach(chat: Dialogue, counted: _Counted) -> None:
-    room = _room(chat)
-    if counted.n_tokens <= room:
-        _add(chat, [counted])
-        return
-    cuts = [
-        Choice("b", f"read its beginning, {room:,} tokens"),
-        Choice("e", f"read its end, {room:,} tokens"),
-    ]
-    chosen = _choose(chat, counted.n_tokens, room, cuts if room > 0 else [])
-    if chosen in ("b", "e"):
-        _add(chat, [_cut(chat, counted, room, chosen)])
-    elif chosen == "l":
-        _attach(chat, counted)
-
-
-def _attach_all(chat: Dialogue, files: Sequence[_Counted], n_tokens: int) -> None:
-    room = _room(chat)
-    if n_tokens <= room:
+def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
+    room = chat.model.n_ctx() - chat.n_used - chat.n_answer - _QUESTION_TOKENS
+    fitting = _first_that_fit(files, room)
+    if len(fitting) == len(files):
         _add(chat, files)
         return
-    fitting = _first_that_fit(files, room)
-    first = [Choice("f", f"read the first {len(fitting)} of {len(files)}")] if fitting else []
-    chosen = _choose(chat, n_tokens, room, first)
+    cuts = []
+    if may_cut and room > 0:
+        cuts = [
+            Choice("b", f"read its beginning, {room:,} tokens"),
+            Choice("e", f"read its end, {room:,} tokens"),
+        ]
+    elif fitting:
+        cuts = [Choice("f", f"read the first {len(fitting)} of {len(files)}")]
+    chosen = _choose(chat, sum(counted.n_tokens for counted in files), room, cuts)
     if chosen == "f":
         _add(chat, fitting)
+    elif chosen in ("b", "e"):
+        _add(chat, [_cut(chat, files[0], room, chosen)])
     elif chosen == "l":
-        _attach_all(chat, files, n_tokens)
+        _attach(chat, files, may_cut)
 
 
 def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Sequence[Choice]) -> str | None:
@@ -112,10 +105,6 @@ def _counted(chat: Dialogue, path: Path) -> _Counted | None:
         chat.fail(as_pop_error(error))
         return None
     return _Counted(document, chat.count_tokens(document.text))
-
-
-def _room(chat: Dialogue) -> int:
-    return chat.model.n_ctx() - chat.n_used - chat.n_answer - _QUESTION_TOKENS
 
 
 def _first_that_fit(files: Sequence[_Counted], room: int) -> list[_Counted]:

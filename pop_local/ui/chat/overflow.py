@@ -42,19 +42,19 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     n_turns = len(session.conversation.turns)
     n_drop = next((n for n in range(1, n_turns) if _fits(session, n, error)), 0)
     n_larger = larger_ctx(session.model, error.n_prompt + error.n_answer)
-    choices, rooms = [], {}
+    options: list[tuple[Choice, Room]] = []
     if n_drop:
         turns = "the oldest turn" if n_drop == 1 else f"the {n_drop} oldest turns"
-        choices.append(Choice("d", f"drop {turns}"))
-        rooms["d"] = Room(n_dropped=n_drop)
+        options.append((Choice("d", f"drop {turns}"), Room(n_dropped=n_drop)))
     if n_turns and _fits(session, n_turns, error):
-        choices.append(Choice("n", "start anew with this question alone"))
-        rooms["n"] = Room(n_dropped=n_turns)
+        anew = Choice("n", "start anew with this question alone")
+        options.append((anew, Room(n_dropped=n_turns)))
     if n_larger:
-        choices.append(Choice("l", f"take a larger context (--ctx {n_larger}), read all again"))
-        rooms["l"] = Room(n_ctx=n_larger)
-    chosen = screen.choose(message, [*choices, Choice("x", "drop this question")])
-    return rooms.get(chosen or "", Room())
+        larger = Choice("l", f"take a larger context (--ctx {n_larger}), read all again")
+        options.append((larger, Room(n_ctx=n_larger)))
+    options.append((Choice("x", "drop this question"), Room()))
+    chosen = screen.choose(message, [choice for choice, _ in options])
+    return next((room for choice, room in options if choice.key == chosen), Room())
 
 
 def too_long(model: ChatModel, error: ContextFullError) -> PopError:

@@ -53,10 +53,7 @@ def set_param(chat: Dialogue, argument: str) -> None:
         hint = nearest_hint(name, {known: known for known in PARAMS}, "/set lists them.")
         chat.screen.note(f"There is no parameter {name}: {hint}")
         return
-    _set(chat, name.lower(), param, text.strip())
-
-
-def _set(chat: Dialogue, name: str, param: Param, text: str) -> None:
+    name, text = name.lower(), text.strip()
     if text == DEFAULT:
         chat.sampling.pop(name, None)
     elif text:

@@ -16,44 +16,36 @@ def talk(chat: Dialogue) -> None:
     """Talk in the terminal until the user leaves, or the piped lines end."""
     words = {name: command.words for name, command in COMMANDS.items()}
     with unechoed_keys():
-        Repl(chat, line_reader(history_file(), words)).run()
+        converse(chat, line_reader(history_file(), words))
 
 
-class Repl:
-    """`run` returns when the user leaves or the input ends."""
-
-    def __init__(self, chat: Dialogue, read_line: LineReader) -> None:
-        self._chat = chat
-        self._read_line = read_line
-
-    def run(self) -> None:
-        while True:
-            try:
-                self._next()
-            except KeyboardInterrupt:
-                self._chat.screen.note(LEAVE_HINT)
-            except (EOFError, LeaveRequest):
-                return
-            except BrokenPipeError:
-                raise
-            except Exception as error:  # an hour of conversation outlives whatever went wrong
-                self._chat.fail(as_pop_error(error))
-
-    def _next(self) -> None:
-        line = self._read_line()
-        if not line.strip():
-            return
-        if not line.startswith("/"):
-            self._chat.ask(line.strip())
-            return
+def converse(chat: Dialogue, read_line: LineReader) -> None:
+    """Pass lines on until the user leaves or the input ends."""
+    while True:
         try:
-            obey(self._chat, line)
-        except EditRequest as request:
-            self._edit(request.text)
+            _pass_on(chat, read_line)
+        except KeyboardInterrupt:
+            chat.screen.note(LEAVE_HINT)
+        except (EOFError, LeaveRequest):
+            return
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # an hour of conversation outlives whatever went wrong
+            chat.fail(as_pop_error(error))
 
-    def _edit(self, text: str) -> None:
-        edited = self._read_line(text).strip()
+
+def _pass_on(chat: Dialogue, read_line: LineReader) -> None:
+    line = read_line()
+    if not line.strip():
+        return
+    if not line.startswith("/"):
+        chat.ask(line.strip())
+        return
+    try:
+        obey(chat, line)
+    except EditRequest as request:
+        edited = read_line(request.text).strip()
         if edited:
-            self._chat.answer(partial(self._chat.session.edit, edited))
+            chat.answer(partial(chat.session.edit, edited))
         else:
-            self._chat.screen.note("Nothing is changed.")
+            chat.screen.note("Nothing is changed.")

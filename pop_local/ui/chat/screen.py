@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 from converter.errors import PopError
 from pop_local.engine.turn import Chunk
@@ -22,34 +21,56 @@ class Choice:
     text: str
 
 
-class Screen(Protocol):
-    """What the chat loop draws on."""
+class Screen:
+    """What a conversation is drawn on; in a pipe the answers alone come out on stdout."""
+
+    def __init__(self, look: Look) -> None:
+        self._look = look
+        self._answer: AnswerView | None = None
 
     def text(self, piece: str) -> None:
-        """A piece of the answer."""
+        """Show a piece of the answer."""
+        if self._answer is None:
+            self._answer = PlainAnswer(sys.stdout)
+            if self._look.is_markdown:
+                self._answer = MarkdownAnswer(out, self._look.code_theme)
+        self._answer.push(piece)
 
     def end_answer(self) -> None:
         """The answer is complete, or was cut off."""
+        if self._answer is not None:
+            self._answer.end()
+        self._answer = None
 
     def note(self, line: str) -> None:
-        """One line about what goes on."""
+        """Say in one line what goes on."""
+        note(line)
 
     def warn(self, line: str) -> None:
-        """One line that should not be missed."""
+        """Say in one line what should not be missed."""
+        warn(line)
 
     def error(self, error: PopError) -> None:
-        """What went wrong and what to do."""
+        """Say what went wrong and what to do."""
+        errors.show(error)
+
+    def reading(self) -> AbstractContextManager[Advance]:
+        """Show (done_tokens, total_tokens) while a prompt is read."""
+        return prefill_progress("Reading the prompt")
 
     def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
-        """The key of what the user wants; None for nothing, or when nobody can be asked.
+        """Return the key of what the user wants; None for nothing, or when nobody can be asked.
 
         The last choice is to do nothing; when it is the only one there is nothing to ask.
         """
-        ...
+        warn(question)
+        if len(choices) == 1 or not sys.stdin.isatty():
+            return None
+        for choice in choices:
+            note(f"  {choice.key}  {choice.text}")
+        from pop_local.ui.chat.line import chosen_key
 
-    def reading(self) -> AbstractContextManager[Advance]:
-        """Takes (done_tokens, total_tokens) while a prompt is read."""
-        ...
+        return chosen_key([choice.key for choice in choices])
 
 
 def showing_prefill(screen: Screen, start: Callable[[Advance], Iterator[Chunk]]) -> Iterator[Chunk]:
@@ -60,48 +81,3 @@ def showing_prefill(screen: Screen, start: Callable[[Advance], Iterator[Chunk]])
     if first is not None:
         yield first
         yield from chunks
-
-
-class TerminalScreen:
-    """The real one; in a pipe the answers alone come out on stdout."""
-
-    def __init__(self, look: Look) -> None:
-        self._look = look
-        self._answer: AnswerView | None = None
-
-    def text(self, piece: str) -> None:
-        if self._answer is None:
-            self._answer = self._new_answer()
-        self._answer.push(piece)
-
-    def end_answer(self) -> None:
-        if self._answer is not None:
-            self._answer.end()
-        self._answer = None
-
-    def note(self, line: str) -> None:
-        note(line)
-
-    def warn(self, line: str) -> None:
-        warn(line)
-
-    def error(self, error: PopError) -> None:
-        errors.show(error)
-
-    def reading(self) -> AbstractContextManager[Advance]:
-        return prefill_progress("Reading the prompt")
-
-    def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
-        warn(question)
-        if len(choices) == 1 or not sys.stdin.isatty():
-            return None
-        for choice in choices:
-            note(f"  {choice.key}  {choice.text}")
-        from pop_local.ui.chat.line import chosen_key
-
-        return chosen_key([choice.key for choice in choices])
-
-    def _new_answer(self) -> AnswerView:
-        if self._look.is_markdown:
-            return MarkdownAnswer(out, self._look.code_theme)
-        return PlainAnswer(sys.stdout)

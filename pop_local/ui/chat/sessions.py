@@ -26,24 +26,15 @@ def save(chat: Dialogue, name: str) -> None:
     if not name:
         chat.screen.note("/save takes a name.")
         return
-    try:
-        if saved().path(name).exists() and chat.saved_as != name and not _replace(chat, name):
+    path = saved().path(name)
+    if path.exists() and chat.saved_as != name:
+        choices = [Choice("r", "replace it"), Choice("k", "keep it, save nothing")]
+        if chat.screen.choose(f"There is a session {name} already.", choices) != "r":
+            chat.screen.note("Nothing is saved.")
             return
-        path = chat.session.save(saved().path(name), overwrite=True)
-    except PopError as error:
-        chat.fail(error)
-        return
+    n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
-    n_bytes = path.stat().st_size
     chat.screen.note(f"Saved as {name}, {size(n_bytes)}; /load {name} goes on from here.")
-
-
-def _replace(chat: Dialogue, name: str) -> bool:
-    choices = [Choice("r", "replace it"), Choice("k", "keep it, save nothing")]
-    if chat.screen.choose(f"There is a session {name} already.", choices) == "r":
-        return True
-    chat.screen.note("Nothing is saved.")
-    return False
 
 
 def load(chat: Dialogue, name: str) -> None:
@@ -53,16 +44,13 @@ def load(chat: Dialogue, name: str) -> None:
     from pop_local.engine.sessions.chat_session import load_session
 
     sessions, before = saved(), chat.model.pop_mode
-    try:
-        if not sessions.path(name).is_file():
-            known = {known: known for known in sessions.names()}
-            raise PopError(
-                f"there is no session {name}", nearest_hint(name, known, "/sessions lists them")
-            )
-        session = load_session(chat.model, sessions.path(name))
-    except PopError as error:
-        chat.fail(error)
-        return
+    path = sessions.path(name)
+    if not path.is_file():
+        known = {known: known for known in sessions.names()}
+        raise PopError(
+            f"there is no session {name}", nearest_hint(name, known, "/sessions lists them")
+        )
+    session = load_session(chat.model, path)
     chat.resume(session, name)
     n_turns = len(session.conversation.turns)
     chat.screen.note(f"Loaded {name}: {n_turns} turn{'' if n_turns == 1 else 's'}.")

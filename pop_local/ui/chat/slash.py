@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from converter.errors import PopError
 from pop_local.config.nearest import nearest_hint
 from pop_local.engine.llama.backend import Mode
 from pop_local.ui.chat import attach, params, sessions
@@ -30,7 +29,10 @@ class EditRequest(Exception):  # noqa: N818 (no error)
 
 
 def obey(chat: Dialogue, line: str) -> None:
-    """Raises LeaveRequest and EditRequest, which only the reader of lines can follow."""
+    """Do what a line that begins with a slash says.
+
+    Raises PopError, and LeaveRequest and EditRequest, which only the reader of lines can follow.
+    """
     name, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(name.lower())
     if command is not None:
@@ -47,11 +49,7 @@ def _pop(chat: Dialogue, argument: str) -> None:
         chat.screen.note(f"/pop takes on or off, not {argument}.")
         return
     if argument:
-        try:
-            chat.model.set_pop(modes[argument.lower()])
-        except PopError as error:
-            chat.fail(error)
-            return
+        chat.model.set_pop(modes[argument.lower()])
     chat.screen.note(chat.pop_state())
 
 
@@ -98,11 +96,7 @@ def _edit(chat: Dialogue, argument: str) -> None:
 
 def _model(chat: Dialogue, argument: str) -> None:
     if argument:
-        try:
-            chat.reopen(argument, None)
-        except PopError as error:
-            chat.fail(error)
-            return
+        chat.reopen(argument, None)
         chat.warn_of_base()
     metadata = chat.model.metadata
     name = metadata.get("general.name", "")
@@ -141,18 +135,14 @@ def _short(text: str) -> str:
     return line if len(line) <= 60 else line[:59] + "…"
 
 
-def _no_words() -> Iterable[str]:
-    return ()
-
-
 @dataclass(frozen=True)
 class Command:
-    """The action gets what follows the command's name; `words` are offered there."""
+    """The action gets what follows the command's name; `words` are offered there, or none."""
 
     usage: str
     help: str
     action: Callable[[Dialogue, str], None]
-    words: Callable[[], Iterable[str]] = _no_words
+    words: Callable[[], Iterable[str]] = tuple
 
 
 COMMANDS = {

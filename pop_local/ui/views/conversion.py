@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from converter.format import FITTED
@@ -9,29 +10,35 @@ from converter.macs import LIMIT_PROMPT
 from converter.sidecar import sidecar_path
 from pop_local.measure.budget import FAST
 from pop_local.models.sizes import size
-from pop_local.ui.tables import Fact, print_facts, print_json
+from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 from pop_local.workflows.options import Within
 
 if TYPE_CHECKING:
-    from converter.format import Measured
+    from converter.format import Measured, PopMeta
     from converter.plan import Plan
     from converter.rewrite import Sizes
     from pop_local.workflows.convert import Conversion
     from pop_local.workflows.results import Converted
 
-_HOW = "first without a fit, then those near the budget as they will be used"
-
 
 def show_plan(conversion: Conversion) -> None:
     """What is going to be done, before it begins."""
-    sizes = conversion.sizes
-    if isinstance(conversion.depth, Within):
-        print_facts(_search_facts(conversion))
+    depth, plan = conversion.depth, conversion.deepest
+    if not isinstance(depth, Within):
+        facts = _plan_facts(conversion, plan, conversion.sizes)
+        print_facts([*facts, *_fit_facts(conversion)])
         return
-    plan = conversion.deepest
-    print_facts([*_plan_facts(conversion, plan, sizes), *_fit_facts(conversion)])
+    how = "first without a fit, then those near the budget as they will be used"
+    first = conversion.plans[0].boundary
+    where = [
+        budget_fact(depth.budget),
+        ("Boundaries", f"bisected from {first} down to {plan.boundary}: {how}"),
+    ]
+    layers = f"as many as the budget allows, {plan.n_skipped} at most"
+    output = f"up to {size(conversion.sizes.output_bytes)}"
+    print_facts(_facts(conversion, plan, layers, where, output))
 
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
@@ -45,31 +52,26 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
         note(f"It is looked for beside the model only: open it with --pop {done.path}.")
 
 
-def print_plan_json(conversion: Conversion) -> None:
+def plan_json(conversion: Conversion) -> dict[str, Any]:
     """The plan as one object; of a search, the boundaries that may be chosen."""
-    if isinstance(conversion.depth, Within):
-        print_json(
-            _common(conversion, conversion.deepest)
-            | {
-                "boundaries": [plan.boundary for plan in conversion.plans],
-                "most_output_bytes": conversion.sizes.output_bytes,
-                "most_speedup_limit": conversion.deepest.speedup_limit,
-                "budget": conversion.depth.budget,
-            }
-        )
-        return
-    print_json(_object(conversion, conversion.deepest, conversion.sizes))
+    if not isinstance(conversion.depth, Within):
+        return _object(conversion, conversion.deepest, conversion.sizes)
+    return _common(conversion, conversion.deepest) | {
+        "boundaries": [plan.boundary for plan in conversion.plans],
+        "most_output_bytes": conversion.sizes.output_bytes,
+        "most_speedup_limit": conversion.deepest.speedup_limit,
+        "budget": conversion.depth.budget,
+    }
 
 
-def print_converted_json(conversion: Conversion, done: Converted) -> None:
+def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
     """What was written as one object; `tried`: what a search measured."""
-    found = {
+    return _object(conversion, done.plan, done.sizes) | {
         "source_sha256": done.meta.source_sha256,
         "calibration": done.meta.calibration,
         "measured": done.meta.measured,
         "tried": [trial_json(trial) for trial in done.trials],
     }
-    print_json(_object(conversion, done.plan, done.sizes) | found)
 
 
 def _object(conversion: Conversion, plan: Plan, sizes: Sizes) -> dict[str, Any]:
@@ -107,61 +109,47 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
 
 
 def _plan_facts(conversion: Conversion, plan: Plan, sizes: Sizes) -> list[Fact]:
-    depth = [("Boundary", f"layer {plan.boundary}"), ("Schedule", plan.schedule)]
-    return _facts(conversion, plan, str(plan.n_skipped), depth, size(sizes.output_bytes))
-
-
-def _search_facts(conversion: Conversion) -> list[Fact]:
-    assert isinstance(conversion.depth, Within)
-    first, last = conversion.plans[0], conversion.deepest
-    depth = [
-        budget_fact(conversion.depth.budget),
-        ("Boundaries", f"bisected from {first.boundary} down to {last.boundary}: {_HOW}"),
-    ]
-    layers = f"as many as the budget allows, {last.n_skipped} at most"
-    output = f"up to {size(conversion.sizes.output_bytes)}"
-    return _facts(conversion, last, layers, depth, output)
+    where = [("Boundary", f"layer {plan.boundary}"), ("Schedule", plan.schedule)]
+    return _facts(conversion, plan, str(plan.n_skipped), where, size(sizes.output_bytes))
 
 
 def _facts(
-    conversion: Conversion, plan: Plan, layers: str, depth: list[Fact], output: str
+    conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str
 ) -> list[Fact]:
-    """`layers` are skipped, `depth` says why or where, and what is written takes `output`."""
-    kept = f"the first {plan.sink_tokens} and last {plan.tail_tokens} tokens"
-    read = size(conversion.sizes.source_bytes)
+    """`layers` are skipped, `where` says which or why, and what is written takes `output`."""
+    form, read = conversion.output.name, size(conversion.sizes.source_bytes)
+    opened_by = "stock llama.cpp opens the copy, too"
+    if form == "sidecar":
+        opened_by = "the model itself stays as it is, for any program"
+    elif plan.projection == FITTED:
+        opened_by = "the copy opens in pop-local only, since stock llama.cpp refuses added tensors"
     limit = f"at most {plan.speedup_limit:.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"
     return [
         ("Model", str(conversion.path)),
         ("Architecture", plan.shape.arch),
         ("Layers", f"{plan.shape.n_layer}, of which context tokens skip {layers}"),
-        *depth,
-        ("K/V of skipped", f"{plan.projection} projections; {_opened_by(conversion, plan)}"),
-        ("Always in full", kept),
-        ("Size", f"{read}, {conversion.output.name} {output}"),
+        *where,
+        ("K/V of skipped", f"{plan.projection} projections; {opened_by}"),
+        full_fact(plan),
+        ("Size", f"{read}, {form} {output}"),
         ("Speed-up", limit),
     ]
 
 
-def _opened_by(conversion: Conversion, plan: Plan) -> str:
-    if conversion.output.name == "sidecar":
-        return "the model itself stays as it is, for any program"
-    if plan.projection == FITTED:
-        return "the copy opens in pop-local only, since stock llama.cpp refuses added tensors"
-    return "stock llama.cpp opens the copy, too"
-
-
-def _fit_facts(conversion: Conversion) -> list[Fact]:
+def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
     plan, fit = conversion.deepest, conversion.fit
     needs = conversion.needs_of(plan)
     if fit is None or needs is None:
-        return []
-    n_tokens = fit.n_tokens(plan.shape.n_embd)
-    n_passes = len(needs.groups)
-    passes = "one pass" if n_passes == 1 else f"{n_passes} passes, {n_passes} times the work"
-    return [
-        ("Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}"),
-        ("Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit"),
-    ]
+        return
+    n_tokens, n = fit.n_tokens(plan.shape.n_embd), len(needs.groups)
+    passes = "one pass" if n == 1 else f"{n} passes, {n} times the work"
+    yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}"
+    yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit"
+
+
+def full_fact(rows: Plan | PopMeta) -> Fact:
+    """Which tokens of a prompt run in full."""
+    return "Always in full", f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
 
 
 def measured_facts(found: Measured) -> list[Fact]:

@@ -3,10 +3,9 @@
 from converter.format import OWN, PopMeta
 from pop_local.models.sizes import size
 from pop_local.ui.tables import Fact
-from pop_local.ui.views.conversion import measured_facts
+from pop_local.ui.views.conversion import full_fact, measured_facts
 from pop_local.ui.views.trials import budget_fact
-from pop_local.workflows.inspect import Inspection, SidecarInspection, TensorGroup
-from pop_local.workflows.verify import Verification
+from pop_local.workflows.inspect import Inspection, SidecarInspection, TensorGroup, Verification
 
 
 def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:
@@ -64,7 +63,7 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
         ("Boundary", f"layer {meta.boundary}: context tokens skip the last {skipped}"),
         ("Schedule", meta.schedule),
         ("K/V projections", "own: the layers' own weights" if own else meta.projection),
-        ("Always in full", f"the first {meta.sink_tokens} and last {meta.tail_tokens} tokens"),
+        full_fact(meta),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
         *([budget_fact(meta.budget), ("", meta.budget.tried)] if meta.budget else []),
         *(measured_facts(meta.measured) if meta.measured else []),

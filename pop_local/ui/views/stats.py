@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from pop_local.engine.turn import TurnStats
+from pop_local.engine.turn import SessionStats, TurnStats
 from pop_local.measure.full_cost import FullCost
 
 ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted": " · stopped"}
@@ -41,15 +41,15 @@ def session_lines(
     if not answers:
         yield "Nothing has been answered yet."
         return
-    pruned = sum(stats.n_pruned for stats in answers)
-    full = sum(stats.n_full for stats in answers)
-    cached = sum(stats.n_cached for stats in answers)
-    decoded = sum(stats.n_decoded for stats in answers)
+    total = SessionStats.of(answers)
     last = answers[-1]
     yield f"Last answer: {stats_line(last)}"
     yield f"Its {_reading([last], full_cost)}"
-    yield f"Answers: {len(answers)}, with {decoded:,} tokens written."
-    yield f"Prompt tokens: {pruned:,} pruned, {full:,} in full, {cached:,} reused from the cache."
+    yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens written."
+    yield (
+        f"Prompt tokens: {total.n_pruned:,} pruned, {total.n_full:,} in full,"
+        f" {total.n_cached:,} reused from the cache."
+    )
     if len(answers) > 1:
         yield f"All {_reading(answers, full_cost)}"
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
