@@ -172,7 +172,7 @@ def meta_of(path: Path) -> PopMeta:
 
 def test_what_is_written(pair):
     header, source = read_header(pair.sidecar), read_source(pair.base)
-    meta, single = read_sidecar(pair.sidecar, source).meta, meta_of(pair.single)
+    meta, single = read_sidecar(pair.sidecar, source), meta_of(pair.single)
     assert meta.source_sha256 == hashlib.sha256(pair.base.read_bytes()).hexdigest()
     assert meta.source_sha256 == single.source_sha256
     assert (meta.schedule, meta.projection) == (single.schedule, single.projection)
@@ -194,7 +194,7 @@ def test_the_measured_quality_is_stored_and_the_file_examined_whole(tmp_path):
     seen = []
 
     def examine(written: Path) -> Measured:
-        seen.append(read_sidecar(written, read_source(base)).meta.measured)
+        seen.append(read_sidecar(written, read_source(base)).measured)
         return Measured(kl_mean=0.5)
 
     target = tmp_path / "tiny.pop-sidecar.gguf"
