@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from converter.errors import FormatError
-from converter.header import MAGIC, Header, TensorInfo, align, truncated
+from converter.header import (
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    VERSIONS,
+    Header,
+    TensorInfo,
+    align,
+    truncated,
+)
+from converter.progress import Ran
 from converter.source import SPLIT_PREFIX, Source
 
 # Larger writes took the kernel twice as long (docs/lab-notebook.md).
@@ -21,9 +30,7 @@ CHUNK_BYTES = 256 << 10
 N_BUFFERS = 8
 _COUNTS = struct.Struct("<IQQ")
 
-TensorTable = Sequence[TensorInfo]
 Write = Callable[[memoryview], object]
-Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,19 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Content:
-    """All of a file that is to be written.
+    """All of a file that is to be written; by default it has neither keys nor tensors.
 
     `keys` and `tensors` are the raw bytes of its two tables. `added`, padding and new tensors,
     follows the data of `stretches`.
     """
 
-    version: int
-    n_keys: int
-    keys: bytes
-    n_tensors: int
-    tensors: bytes
-    alignment: int
-    stretches: tuple[Stretch, ...]
+    version: int = VERSIONS[-1]
+    n_keys: int = 0
+    keys: bytes = b""
+    n_tensors: int = 0
+    tensors: bytes = b""
+    alignment: int = DEFAULT_ALIGNMENT
+    stretches: tuple[Stretch, ...] = ()
     added: tuple[bytes, ...] = ()
 
     @property
@@ -85,7 +92,9 @@ class Content:
         return replace(self, n_keys=self.n_keys + len(keys), keys=self.keys + b"".join(keys))
 
 
-def with_tensors(content: Content, tensors: Sequence[NewTensor], table: TensorTable) -> Content:
+def with_tensors(
+    content: Content, tensors: Sequence[NewTensor], table: Sequence[TensorInfo]
+) -> Content:
     """Return the content with new tensors after its own.
 
     `table` is the tensor table of `content`. Raises FormatError when bytes follow the last
@@ -102,11 +111,8 @@ def with_tensors(content: Content, tensors: Sequence[NewTensor], table: TensorTa
         )
     rows, added = [], [bytes(gap)]
     for tensor in tensors:
-        size = len(tensor.data)
-        rows.append(
-            _encode_tensor(TensorInfo(tensor.name, tensor.dims, tensor.type, 0, size), offset)
-        )
-        added.append(tensor.data + bytes(-size % content.alignment))
+        rows.append(_encode_tensor(tensor, offset))
+        added.append(tensor.data + bytes(-len(tensor.data) % content.alignment))
         offset += len(added[-1])
     return replace(
         content,
@@ -148,6 +154,7 @@ def read_content(source: Source, *, without: str) -> Content:
     first = source.first
     dropped = (without, SPLIT_PREFIX) if source.is_split else (without,)
     raw = _read_tables(first)
+    whole = Stretch(first.path, first.data_start, first.size_bytes - first.data_start)
     keys = [key for name, key in first.keys.items() if not name.startswith(dropped)]
     return Content(
         version=first.version,
@@ -156,7 +163,7 @@ def read_content(source: Source, *, without: str) -> Content:
         n_tensors=len(source.tensors),
         tensors=_joined_table(source) if source.is_split else raw[first.keys_end :],
         alignment=first.alignment,
-        stretches=_joined_data(source) if source.is_split else (_all_data(first),),
+        stretches=_joined_data(source) if source.is_split else (whole,),
     )
 
 
@@ -170,10 +177,6 @@ def _read_tables(header: Header) -> bytes:
             "write it anew with llama-quantize (type COPY)",
         )
     return raw[: header.tensors_end]
-
-
-def _all_data(header: Header) -> Stretch:
-    return Stretch(header.path, header.data_start, header.size_bytes - header.data_start)
 
 
 def _joined_data(source: Source) -> tuple[Stretch, ...]:
@@ -198,7 +201,7 @@ def _joined_table(source: Source) -> bytes:
     return b"".join(rows)
 
 
-def _encode_tensor(tensor: TensorInfo, offset: int) -> bytes:
+def _encode_tensor(tensor: TensorInfo | NewTensor, offset: int) -> bytes:
     name = tensor.name.encode()
     n_dims = len(tensor.dims)
     return struct.pack(
@@ -206,7 +209,7 @@ def _encode_tensor(tensor: TensorInfo, offset: int) -> bytes:
     )
 
 
-def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Advance) -> str:
+def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Ran) -> str:
     """Pass all data to `write`, and return the sha256 of `hashed_header` and the data in hex.
 
     `advance` gets the number of bytes of each step. Memory is bounded by N_BUFFERS chunks. Raises
@@ -222,7 +225,7 @@ def copy_data(content: Content, hashed_header: bytes, write: Write, advance: Adv
     return hashing.digest.hexdigest()
 
 
-def same_data(content: Content, written: Path, start: int, advance: Advance) -> bool:
+def same_data(content: Content, written: Path, start: int, advance: Ran) -> bool:
     """Tell whether `written` holds, from byte `start` to its end, just the data of `content`.
 
     `advance` gets the number of bytes of each step. Raises FormatError when a source cannot be

@@ -26,19 +26,12 @@ class Decoder:
 
     def __init__(self, source: Source, device: str = "cpu") -> None:
         self.hyper = read_hyper(source)
+        self.n_layer = self.hyper.n_layer
         self._weights = Weights(source)
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._output_norm = self._tensor("output_norm.weight")
         tied = "output.weight" not in self._weights
         self._head = self._tensor("token_embd.weight" if tied else "output.weight")
-
-    @property
-    def n_layer(self) -> int:
-        return self.hyper.n_layer
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     def embed(self, tokens: np.ndarray) -> Tensor:
         """Return the states [n_windows, n_tokens, n_embd] of token ids [n_windows, n_tokens]."""
@@ -63,7 +56,7 @@ class Decoder:
         return self._to_device(self._weights[name])
 
     def _to_device(self, values: Floats) -> Tensor:
-        return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self._device)
+        return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ The input of the stored tensor is gain * x, so its weight is W / gain. Scaling x
 a ridge proportional to diag(X'DX) alike, so both coordinates have one solution.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 from enum import Enum
 
 import numpy as np
@@ -20,7 +20,7 @@ from gguf.quants import quantize
 from converter.content import NewTensor
 from converter.errors import PopError
 from converter.solve import Doubles, SingularError, solve
-from converter.weights import Floats, OwnProjection
+from converter.weights import Floats, KvProjection
 
 RIDGE = 1e-3
 BIAS_RIDGE = 1e-6
@@ -59,39 +59,19 @@ class KvType(str, Enum):
         return GGMLQuantizationType[self.name]
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A linear map: `weight` [n_out, n_embd] after the layer's gain, and `bias` [n_out]."""
-
-    weight: Floats
-    bias: Floats
-
-
-@dataclass(frozen=True)
-class FittedLayer:
-    """The projections that stand in for a skipped layer's own."""
-
-    layer: int
-    k: Projection
-    v: Projection
-
-
 class Gram:
     """The sums that a layer's fit needs, in float64.
 
     They are X'DX [n_embd + 1, n_embd + 1] as `xx` and X'DY [n_embd + 1, n_k + n_v] as `xy`.
     """
 
-    def __init__(self, n_embd: int, n_kv: int) -> None:
-        self.xx: Doubles = np.zeros((n_embd + 1, n_embd + 1))
-        self.xy: Doubles = np.zeros((n_embd + 1, n_kv))
+    def __init__(self, xx: Doubles, xy: Doubles) -> None:
+        self.xx, self.xy = xx, xy
 
     @classmethod
-    def of(cls, xx: Doubles, xy: Doubles) -> "Gram":
-        """Make a Gram of the sums that an earlier run has left, which are not copied."""
-        gram = cls.__new__(cls)
-        gram.xx, gram.xy = xx, xy
-        return gram
+    def empty(cls, n_embd: int, n_kv: int) -> "Gram":
+        """Return the sums of no window."""
+        return cls(np.zeros((n_embd + 1, n_embd + 1)), np.zeros((n_embd + 1, n_kv)))
 
     def add(self, x: Floats, y: Floats, weights: Floats) -> None:
         """Add one window: x [n, n_embd + 1] (see `with_bias`), y [n, n_k + n_v], weights [n]."""
@@ -134,13 +114,16 @@ def token_weights(mass: Floats, weighting: Weighting) -> Floats:
     return np.asarray(LEAST_WEIGHT + (1 - LEAST_WEIGHT) * share, np.float32)
 
 
-def fit_layer(layer: int, gram: Gram, own: OwnProjection, ridge: float = RIDGE) -> FittedLayer:
+def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
     """Solve for the projections that stand in for a layer's `own`.
 
     `ridge` is in units of the diagonal of X'DX and pulls toward `own`. Raises FitError when the
     sums are not finite, or singular.
     """
-    _check(layer, gram)
+    if not (np.isfinite(gram.xx).all() and np.isfinite(gram.xy).all()):
+        raise FitError(
+            f"the activations for layer {layer} are not finite", DAMAGED_HINT, cause="not-finite"
+        )
     gain = own.gain.astype(np.float64)
     start = np.vstack([gain[:, None] * own.weight.T, own.bias])
     delta = _solve(gram.xx, gram.xy - gram.xx @ start, _ridge(gram.xx, gain, ridge))
@@ -151,19 +134,7 @@ def fit_layer(layer: int, gram: Gram, own: OwnProjection, ridge: float = RIDGE) 
     bias = (own.bias + delta[-1]).astype(np.float32)
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise FitError(f"the fit of layer {layer} is not finite", "fit on other or more text")
-    n_k = own.n_k
-    return FittedLayer(
-        layer, Projection(weight[:n_k], bias[:n_k]), Projection(weight[n_k:], bias[n_k:])
-    )
-
-
-def _check(layer: int, gram: Gram) -> None:
-    if not (np.isfinite(gram.xx).all() and np.isfinite(gram.xy).all()):
-        raise FitError(
-            f"the activations for layer {layer} are not finite",
-            DAMAGED_HINT,
-            cause="not-finite",
-        )
+    return replace(own, weight=weight, bias=bias)
 
 
 def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
@@ -190,14 +161,13 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
         ) from error
 
 
-def encode(fitted: FittedLayer, kind: KvType) -> tuple[NewTensor, ...]:
+def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, ...]:
     """Return the four tensors of a layer as they go into the file."""
     tensors = []
-    for part, projection in (("k", fitted.k), ("v", fitted.v)):
-        name = f"blk.{fitted.layer}.pop_attn_{part}"
-        n_out, n_embd = projection.weight.shape
-        weight = quantize(projection.weight, kind.ggml)
-        bias = projection.bias
-        tensors.append(NewTensor(f"{name}.weight", (n_embd, n_out), kind.ggml, weight.tobytes()))
-        tensors.append(NewTensor(f"{name}.bias", (n_out,), 0, bias.tobytes()))
+    for part, rows in (("k", slice(fitted.n_k)), ("v", slice(fitted.n_k, None))):
+        name = f"blk.{layer}.pop_attn_{part}"
+        weight, bias = fitted.weight[rows], fitted.bias[rows]
+        data = quantize(weight, kind.ggml).tobytes()
+        tensors.append(NewTensor(f"{name}.weight", weight.shape[::-1], kind.ggml, data))
+        tensors.append(NewTensor(f"{name}.bias", bias.shape, 0, bias.tobytes()))
     return tuple(tensors)

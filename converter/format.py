@@ -132,31 +132,14 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
 )
 # Only in files with fitted projections; 64 bits wide.
 _SOURCE_BYTES = "pop.source.size_bytes"
-_CALIBRATION = "pop.calibration."
-_MEASURED = "pop.measured."
-_BUDGET = "pop.budget."
+# As in `pop.budget.quality`; the fields of PopMeta have the same names.
+_GROUPS: dict[str, type[Any]] = {
+    "calibration": Calibration,
+    "measured": Measured,
+    "budget": Budget,
+}
 # Only in sidecars; `base_bytes` is 64 bits wide.
 _BINDING = "pop.sidecar."
-
-
-def make_schedule(n_layer: int, boundary: int) -> str:
-    """Return the schedule that skips from `boundary` on: F's, then S's."""
-    return "F" * boundary + "S" * (n_layer - boundary)
-
-
-def check_schedule(schedule: str) -> None:
-    """Raise FormatError unless a schedule is F's, then S's, one of each at least (version 1)."""
-    unknown = sorted(set(schedule) - set("FS"))
-    if unknown:
-        raise FormatError(
-            f"schedule {schedule!r} uses the letters {', '.join(unknown)}; only F and S are known",
-            CONVERT_AGAIN,
-        )
-    if not re.fullmatch("F+S+", schedule):
-        raise FormatError(
-            f"schedule {schedule!r} is not F's followed by S's, at least one of each",
-            CONVERT_AGAIN,
-        )
 
 
 def read_pop_meta(path: Path) -> PopMeta | None:
@@ -176,19 +159,15 @@ def pop_meta(header: Header) -> PopMeta | None:
             f"{header.path} has POP version {version}; known is {VERSION}", CONVERT_AGAIN
         )
     values: dict[str, Any] = {}
-    for name, field, kind in _KEYS:
+    for name, field, kind in (*_KEYS, (_SOURCE_BYTES, "source_bytes", int)):
         value = header.get(name)
         if value is None:
             continue
         if type(value) is not kind:
             raise FormatError(f"{header.path}: {name} is not of type {kind.__name__}")
         values[field] = value
-    values["source_bytes"] = header.get(_SOURCE_BYTES) or 0
-    if not isinstance(values["source_bytes"], int):
-        raise FormatError(f"{header.path}: {_SOURCE_BYTES} is not of type int")
-    values["calibration"] = _read_group(header, _CALIBRATION, Calibration)
-    values["measured"] = _read_group(header, _MEASURED, Measured)
-    values["budget"] = _read_group(header, _BUDGET, Budget)
+    for name, group in _GROUPS.items():
+        values[name] = _read_group(header, f"{PREFIX}{name}.", group)
     if "schedule" not in values:
         raise FormatError(f"{header.path} has POP keys but no pop.schedule", CONVERT_AGAIN)
     meta = PopMeta(**values)
@@ -223,7 +202,19 @@ def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None
 
 
 def _check_fit(meta: PopMeta, header: Header) -> None:
-    check_schedule(meta.schedule)
+    # Version 1.
+    unknown = sorted(set(meta.schedule) - set("FS"))
+    if unknown:
+        raise FormatError(
+            f"schedule {meta.schedule!r} uses the letters {', '.join(unknown)}; only F and S are"
+            " known",
+            CONVERT_AGAIN,
+        )
+    if not re.fullmatch("F+S+", meta.schedule):
+        raise FormatError(
+            f"schedule {meta.schedule!r} is not F's followed by S's, at least one of each",
+            CONVERT_AGAIN,
+        )
     if meta.projection not in (OWN, FITTED):
         raise FormatError(
             f"{header.path} has K/V projections of the unknown kind {meta.projection!r}",
@@ -249,13 +240,10 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
     if meta.source_bytes:
         keys.append(_encode_size(_SOURCE_BYTES, meta.source_bytes))
-    for prefix, group in (
-        (_CALIBRATION, meta.calibration),
-        (_MEASURED, meta.measured),
-        (_BUDGET, meta.budget),
-    ):
-        if group is not None:
-            keys += [_encode_key(prefix + name, value) for name, value in vars(group).items()]
+    for group in _GROUPS:
+        if (found := getattr(meta, group)) is not None:
+            prefix = f"{PREFIX}{group}."
+            keys += [_encode_key(prefix + name, value) for name, value in vars(found).items()]
     return tuple(keys)
 
 

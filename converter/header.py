@@ -5,6 +5,7 @@ a scanner of our own; types and block sizes still come from the gguf package.
 Layout: magic, version, counts, keys, tensor table, padding, data (ggml/docs/gguf.md).
 """
 
+import math
 import mmap
 import struct
 import sys
@@ -54,7 +55,6 @@ class Array:
 class Key:
     """One key with the byte range in the file that holds it, name included."""
 
-    name: str
     value: Scalar | Array
     start: int
     end: int
@@ -72,10 +72,7 @@ class TensorInfo:
 
     @property
     def n_elements(self) -> int:
-        product = 1
-        for dim in self.dims:
-            product *= dim
-        return product
+        return math.prod(self.dims)
 
 
 @dataclass(frozen=True)
@@ -251,7 +248,7 @@ def _scan_keys(cursor: _Cursor, count: int) -> dict[str, Key]:
         name = cursor.text()
         if name in keys:
             raise corrupt(cursor.path, f"two keys named {name}")
-        keys[name] = Key(name, cursor.value(cursor.number("I")), start, cursor.at)
+        keys[name] = Key(cursor.value(cursor.number("I")), start, cursor.at)
     return keys
 
 
@@ -267,9 +264,8 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
             f"{cursor.path}: tensor {name} has type {kind}, which is not known here",
             "use a newer pop-local, or another quantisation",
         )
-    info = TensorInfo(name, dims, kind, offset, 0)
     elements, size = BLOCK_SIZES[kind]
-    return TensorInfo(name, dims, kind, offset, info.n_elements // elements * size)
+    return TensorInfo(name, dims, kind, offset, math.prod(dims) // elements * size)
 
 
 def _alignment(path: Path, keys: Mapping[str, Key]) -> int:

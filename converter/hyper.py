@@ -15,6 +15,7 @@ GEMMAS = ("gemma2", "gemma3")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)
 # Gemma's 27B models, told by their depth, scale scores by the width of the state, not of a head.
 _WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
+_FINAL_CAP = {"gemma2": 30, "gemma3": 0}
 _SCALINGS = ("none", "linear")
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _NORMS = (
@@ -44,9 +45,7 @@ class Hyper:
     `windows` (visible positions, 0 for all) have an entry for each layer.
     """
 
-    arch: str
     n_layer: int
-    n_embd: int
     dim_k: int
     dim_v: int
     n_rot: int
@@ -78,9 +77,7 @@ def read_hyper(source: Source) -> Hyper:
     gemma = arch in GEMMAS
     wide = shape.n_layer == _WIDE_SCALE.get(arch)
     return Hyper(
-        arch=arch,
         n_layer=shape.n_layer,
-        n_embd=shape.n_embd,
         dim_k=dim_k,
         dim_v=int(_number(header, "attention.value_length", shape.n_embd // n_head)),
         n_rot=int(_number(header, "rope.dimension_count", dim_k)),
@@ -88,7 +85,7 @@ def read_hyper(source: Source) -> Hyper:
         embedding_scale=sqrt(shape.n_embd) if gemma else 1.0,
         attention_scale=(shape.n_embd // n_head if wide else dim_k) ** -0.5,
         attention_cap=_number(header, "attn_logit_softcapping", 50) if arch == "gemma2" else 0.0,
-        final_cap=_final_cap(header, arch),
+        final_cap=_number(header, "final_logit_softcapping", _FINAL_CAP[arch]) if gemma else 0.0,
         interleaved=arch == "llama",
         gelu=gemma,
         ropes=_ropes(header, shape),
@@ -111,12 +108,6 @@ def _unknown_tensor(source: Source) -> str | None:
         if prefix == "blk" and name not in _KNOWN and not name.startswith("pop_"):
             return tensor.name
     return None
-
-
-def _final_cap(header: Header, arch: str) -> float:
-    if arch not in GEMMAS:
-        return 0.0
-    return _number(header, "final_logit_softcapping", 30 if arch == "gemma2" else 0)
 
 
 def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:

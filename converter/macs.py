@@ -17,6 +17,8 @@ The limit is the quotient. It leaves out what is not a matrix product (norms, Ro
 activations, copies) and how well the hardware does with few rows.
 """
 
+from bisect import bisect_left
+
 from converter.shape import ModelShape
 
 # Long enough that the full rows hardly count, short enough for a question about a document.
@@ -58,14 +60,8 @@ def shortest_saving(shape: ModelShape, boundary: int, n_full: int) -> int:
     pop_local.measure.break_even measures.
     """
     wanted = _saving(shape, LIMIT_PROMPT, boundary, n_full) / 2
-    low, high = 1, LIMIT_PROMPT
-    while low < high:
-        middle = (low + high) // 2
-        if _saving(shape, middle, boundary, n_full) >= wanted:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    lengths = range(1, LIMIT_PROMPT)
+    return 1 + bisect_left(lengths, wanted, key=lambda n: _saving(shape, n, boundary, n_full))
 
 
 def _saving(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from converter.errors import PlanError
-from converter.format import OWN, Budget, Calibration, Measured, PopMeta, make_schedule
+from converter.format import OWN, Budget, PopMeta
 from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
 from converter.shape import ModelShape
 
@@ -36,7 +36,8 @@ class Plan:
 
     @property
     def schedule(self) -> str:
-        return make_schedule(self.shape.n_layer, self.boundary)
+        """F's for the layers below the boundary, then S's."""
+        return "F" * self.boundary + "S" * self.n_skipped
 
     @property
     def n_skipped(self) -> int:
@@ -53,33 +54,15 @@ class Plan:
         """The layers whose K/V projections are fitted; the boundary's own are exact."""
         return range(self.boundary + 1, self.shape.n_layer)
 
-    def meta(
-        self,
-        source_name: str,
-        source_sha256: str,
-        tool: str,
-        *,
-        source_bytes: int = 0,
-        calibration: Calibration | None = None,
-        measured: Measured | None = None,
-    ) -> PopMeta:
-        """Return the keys of the file that this plan makes.
-
-        `source_sha256`, in hex, and `source_bytes` are of what stripping it gives back (see
-        PopMeta).
-        """
+    @property
+    def meta(self) -> PopMeta:
+        """The keys of the file that this plan makes, but for what is said of source and fit."""
         return PopMeta(
             schedule=self.schedule,
             projection=self.projection,
             sink_tokens=self.sink_tokens,
             tail_tokens=self.tail_tokens,
             min_prompt=self.min_prompt,
-            source_name=source_name,
-            source_sha256=source_sha256,
-            tool=tool,
-            source_bytes=source_bytes,
-            calibration=calibration,
-            measured=measured,
             budget=self.budget,
         )
 
@@ -120,7 +103,9 @@ def make_plan(
     count does not fit.
     """
     if boundary is None:
-        boundary = shape.n_layer - _n_skipped(shape.n_layer, skip)
+        if isinstance(skip, Fraction):
+            skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
+        boundary = shape.n_layer - skip
         if boundary < 1:
             raise PlanError(
                 f"{shape.n_layer - boundary} of {shape.n_layer} layers cannot be skipped: at least "
@@ -144,9 +129,3 @@ def make_plan(
     if boundary == shape.n_layer - 1:
         projection = OWN
     return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)
-
-
-def _n_skipped(n_layer: int, skip: Share) -> int:
-    if isinstance(skip, int):
-        return skip
-    return max(1, int(n_layer * skip + Fraction(1, 2)))

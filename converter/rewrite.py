@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from converter.content import (
-    Advance,
     Content,
     NewTensor,
     copy_data,
@@ -30,16 +29,12 @@ from converter.format import (
 from converter.header import BLOCK_SIZES, TensorInfo
 from converter.output import check_output, replacing
 from converter.plan import Plan
-from converter.progress import Progress, counting
+from converter.progress import Progress, Ran, counting
 from converter.shape import source_shape
 from converter.source import Source, read_source
 
 # As long as a real one, so that the header keeps its size.
 UNKNOWN_SHA256 = "0" * 64
-
-
-def no_progress(done_bytes: int, total_bytes: int) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +64,14 @@ def measure(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
     """
     source = unconverted(src)
     content = read_content(source, without=PREFIX)
-    meta = plan.meta(source.name, UNKNOWN_SHA256, tool_name())
-    written = content.with_keys(encode_keys(meta)).size_bytes
-    if plan.projection == FITTED:
-        written += stored_bytes(plan, KvType(kv_type))
-    return Sizes(source.size_bytes, written)
+    written = content.with_keys(encode_keys(draft_meta(plan, source))).size_bytes
+    return Sizes(source.size_bytes, written + stored_bytes(plan, KvType(kv_type)))
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
-    """Return the bytes that fitted weights and biases take in a file."""
+    """Return the bytes that a plan's fitted weights and biases take in a file, 0 for none."""
+    if plan.projection != FITTED:
+        return 0
     n_embd = plan.shape.n_embd
     n_weights = sum(plan.shape.kv_macs[layer] for layer in plan.fitted_layers)
     n_elements, n_bytes = BLOCK_SIZES[kind.ggml]
@@ -99,7 +93,7 @@ def check_target(src: Path, dst: Path, sizes: Sizes, *, force: bool) -> None:
 
     Raises FormatError, OutputExistsError, WriteError.
     """
-    check_output(dst, paths(unconverted(src)), sizes.output_bytes, force=force)
+    check_output(dst, unconverted(src).paths, sizes.output_bytes, force=force)
 
 
 def convert(
@@ -109,7 +103,7 @@ def convert(
     *,
     fitted: Fitted | None = None,
     examine: Examine | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, total: None,
     force: bool = False,
 ) -> PopMeta:
     """Write `src`, one file or the first of several parts, to `dst` with the keys of `plan`.
@@ -126,7 +120,7 @@ def convert(
     )
     whole = with_tensors(content, fitted.tensors, source.tensors) if fitted else content
     draft = whole.with_keys(encode_keys(meta))
-    check_output(dst, paths(source), draft.size_bytes, force=force)
+    check_output(dst, source.paths, draft.size_bytes, force=force)
     ran = counting(2 * content.data_bytes, progress)
     with replacing(dst, force=force) as file:
         file.write(draft.header)
@@ -146,7 +140,7 @@ def convert(
 
 
 def strip(
-    src: Path, dst: Path, *, progress: Progress = no_progress, force: bool = False
+    src: Path, dst: Path, *, progress: Progress = lambda done, total: None, force: bool = False
 ) -> PopMeta:
     """Write to `dst` the file that `src` was converted from, byte for byte (parts as one file).
 
@@ -159,7 +153,7 @@ def strip(
     if meta is None:
         raise FormatError(f"{src} is not a converted file: there is nothing to strip")
     restored = original(source, meta)
-    check_output(dst, paths(source), restored.size_bytes, force=force)
+    check_output(dst, source.paths, restored.size_bytes, force=force)
     ran = counting(restored.data_bytes, progress)
     with replacing(dst, force=force) as file:
         file.write(restored.header)
@@ -179,9 +173,7 @@ def original(source: Source, meta: PopMeta) -> Content:
     return without_last(content, added, meta.source_bytes) if added else content
 
 
-def _verify(
-    written: Path, content: Content, whole: Content, meta: PopMeta, advance: Advance
-) -> bool:
+def _verify(written: Path, content: Content, whole: Content, meta: PopMeta, advance: Ran) -> bool:
     """Tell whether the original, byte for byte, what was added, and `meta` lie on disk."""
     source = read_source(written)
     return (
@@ -204,19 +196,17 @@ def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
 def draft_meta(
     plan: Plan,
     source: Source,
-    fitted: Fitted | None,
-    examine: Examine | None,
+    fitted: Fitted | None = None,
+    examine: Examine | None = None,
     *,
     source_bytes: int = 0,
 ) -> PopMeta:
-    """Return the keys before the source is hashed and the output measured.
-
-    They are as long as `settled` makes them.
-    """
-    return plan.meta(
-        source.name,
-        UNKNOWN_SHA256,
-        tool_name(),
+    """Return the keys before the source is hashed and the output measured, and just as long."""
+    return replace(
+        plan.meta,
+        source_name=source.name,
+        source_sha256=UNKNOWN_SHA256,
+        tool=tool_name(),
         source_bytes=source_bytes,
         calibration=fitted.calibration if fitted else None,
         measured=Measured() if examine else None,
@@ -238,11 +228,6 @@ def unconverted(src: Path) -> Source:
             cause="converted-already",
         )
     return source
-
-
-def paths(source: Source) -> tuple[Path, ...]:
-    """Return the files of a source, in order."""
-    return tuple(part.path for part in source.parts)
 
 
 def tool_name() -> str:

@@ -6,7 +6,6 @@ and tensor table, so that opening both reads no gigabytes; `pop.source.sha256` c
 
 import glob
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from converter.content import Content, copy_data, read_content, same_data, with_tensors
@@ -22,44 +21,24 @@ from converter.format import (
     pop_meta,
     read_binding,
 )
-from converter.header import DEFAULT_ALIGNMENT, Header, read_header
+from converter.header import Header, read_header
 from converter.output import check_output, replacing
 from converter.plan import Plan
 from converter.progress import Progress, counting
 from converter.rewrite import (
-    UNKNOWN_SHA256,
     Examine,
     Fitted,
     Sizes,
     draft_meta,
-    no_progress,
-    paths,
     planned_source,
     settled,
     stored_bytes,
-    tool_name,
     unconverted,
 )
 from converter.source import Source, is_sidecar, read_source
 
 SUFFIX = ".pop-sidecar.gguf"
-_EMPTY = Content(
-    version=3,
-    n_keys=0,
-    keys=b"",
-    n_tensors=0,
-    tensors=b"",
-    alignment=DEFAULT_ALIGNMENT,
-    stretches=(),
-)
-
-
-@dataclass(frozen=True)
-class Sidecar:
-    """A sidecar that belongs to the model it was read for."""
-
-    header: Header
-    meta: PopMeta
+_EMPTY = Content()
 
 
 def sidecar_path(base: Source) -> Path:
@@ -102,8 +81,8 @@ def bind(base: Source) -> Binding:
     return Binding(base.size_bytes, digest.hexdigest())
 
 
-def read_sidecar(path: Path, base: Source) -> Sidecar:
-    """Read the sidecar at `path`, which must be that of `base`.
+def read_sidecar(path: Path, base: Source) -> PopMeta:
+    """Read the POP keys of the sidecar at `path`, which must be that of `base`.
 
     Raises FormatError when it is none, belongs to another model or was edited, or when `base` has
     POP keys itself.
@@ -126,7 +105,7 @@ def read_sidecar(path: Path, base: Source) -> Sidecar:
             model=base.first.path,
         )
     _check_tensors(header, meta)
-    return Sidecar(header, meta)
+    return meta
 
 
 def sidecar_meta(header: Header) -> PopMeta:
@@ -145,7 +124,7 @@ def sidecar_meta(header: Header) -> PopMeta:
 
 def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
     """Return the POP keys of a model, its own or those of its sidecar. Raises FormatError."""
-    return pop_meta(base.first) if sidecar is None else read_sidecar(sidecar, base).meta
+    return pop_meta(base.first) if sidecar is None else read_sidecar(sidecar, base)
 
 
 def _check_tensors(header: Header, meta: PopMeta) -> None:
@@ -171,10 +150,8 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
 def measure_sidecar(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
     """Return the sizes of `write_sidecar`, without doing it (see `rewrite.measure`)."""
     source = unconverted(src)
-    meta = plan.meta(source.name, UNKNOWN_SHA256, tool_name())
-    header = _EMPTY.with_keys(encode_sidecar_keys(meta, bind(source))).header
-    added = stored_bytes(plan, KvType(kv_type)) if plan.projection == FITTED else 0
-    return Sizes(source.size_bytes, len(header) + added)
+    header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), bind(source))).header
+    return Sizes(source.size_bytes, len(header) + stored_bytes(plan, KvType(kv_type)))
 
 
 def write_sidecar(
@@ -184,7 +161,7 @@ def write_sidecar(
     *,
     fitted: Fitted | None = None,
     examine: Examine | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = lambda done, total: None,
     force: bool = False,
 ) -> PopMeta:
     """Write the keys and tensors that `plan` and `fitted` add to `src` to a file of their own.
@@ -198,7 +175,7 @@ def write_sidecar(
     whole = with_tensors(_EMPTY, fitted.tensors, ()) if fitted else _EMPTY
     meta = draft_meta(plan, source, fitted, examine)
     draft = whole.with_keys(encode_sidecar_keys(meta, binding))
-    check_output(dst, paths(source), draft.size_bytes, force=force)
+    check_output(dst, source.paths, draft.size_bytes, force=force)
     ran = counting(original.data_bytes, progress)
     sha256 = copy_data(original, original.header, lambda chunk: None, ran)
     with replacing(dst, force=force) as file:

@@ -44,6 +44,11 @@ class Source:
         return self.parts[0]
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of all parts, in order."""
+        return tuple(part.path for part in self.parts)
+
+    @property
     def is_split(self) -> bool:
         return len(self.parts) > 1 or (_number(self.first, "split.count") or 0) > 0
 

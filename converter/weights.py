@@ -9,18 +9,17 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from converter.errors import FormatError
-from converter.header import Header, TensorInfo
 from converter.source import Source
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class OwnProjection:
+class KvProjection:
     """The K and V projections of a layer's normalised input, K's rows first.
 
-    `weight` [n_k + n_v, n_embd] comes after `gain` [n_embd], which is attn_norm's; `bias` is [n_k +
-    n_v].
+    They are its own, or fitted ones. `weight` [n_k + n_v, n_embd] comes after `gain` [n_embd],
+    which is attn_norm's; `bias` is [n_k + n_v].
     """
 
     gain: Floats
@@ -44,20 +43,31 @@ class Weights:
         return name in self._places
 
     def __getitem__(self, name: str) -> Floats:
-        if name not in self._places:
-            raise FormatError("the model has no tensor " + name, "download it again")
-        return _read(*self._places[name])
+        return self.rows(name, slice(None))
 
     def names(self, prefix: str) -> tuple[str, ...]:
         """Return the names of the tensors that begin with `prefix`, without it."""
         return tuple(name[len(prefix) :] for name in self._places if name.startswith(prefix))
 
-    def rows(self, name: str, numbers: NDArray[np.integer[Any]]) -> Floats:
+    def rows(self, name: str, numbers: NDArray[np.integer[Any]] | slice) -> Floats:
         """Read some rows [len(numbers), n] of a matrix, and none of the others."""
+        if name not in self._places:
+            raise FormatError("the model has no tensor " + name, "download it again")
         part, tensor = self._places[name]
-        return _dequantised(part, tensor, _raw(part, tensor)[numbers])
+        start = part.data_start + tensor.offset
+        raw = np.memmap(part.path, np.uint8, "r", start, (tensor.size_bytes,))
+        by_row = raw.reshape(*tensor.dims[:0:-1], -1)
+        try:
+            values = dequantize(by_row[numbers], GGMLQuantizationType(tensor.type))
+        except (ValueError, NotImplementedError) as error:
+            raise FormatError(
+                f"{part.path}: tensor {name} has a type that cannot be read here",
+                "convert with the model's own projections, or take another quantisation",
+                cause="unreadable-tensor",
+            ) from error
+        return np.asarray(values, np.float32)
 
-    def own_projection(self, layer: int, n_kv: int) -> OwnProjection:
+    def own_projection(self, layer: int, n_kv: int) -> KvProjection:
         """Read a layer's own K/V projections.
 
         `n_kv` is n_k + n_v, which a fused tensor does not tell.
@@ -65,10 +75,10 @@ class Weights:
         gain = self[f"blk.{layer}.attn_norm.weight"]
         if f"blk.{layer}.attn_qkv.weight" in self:
             weight = self._part(layer, "qkv")[-n_kv:]
-            return OwnProjection(gain, weight, self._bias(layer, "qkv", n_kv), n_kv // 2)
+            return KvProjection(gain, weight, self._bias(layer, "qkv", n_kv), n_kv // 2)
         k, v = self._part(layer, "k"), self._part(layer, "v")
         bias = np.concatenate([self._bias(layer, "k", len(k)), self._bias(layer, "v", len(v))])
-        return OwnProjection(gain, np.concatenate([k, v]), bias, len(k))
+        return KvProjection(gain, np.concatenate([k, v]), bias, len(k))
 
     def _part(self, layer: int, part: str) -> Floats:
         return self[f"blk.{layer}.attn_{part}.weight"]
@@ -76,26 +86,3 @@ class Weights:
     def _bias(self, layer: int, part: str, n: int) -> Floats:
         name = f"blk.{layer}.attn_{part}.bias"
         return self[name][-n:] if name in self else np.zeros(n, np.float32)
-
-
-def _read(part: Header, tensor: TensorInfo) -> Floats:
-    return _dequantised(part, tensor, _raw(part, tensor))
-
-
-def _raw(part: Header, tensor: TensorInfo) -> NDArray[np.uint8]:
-    """Return the bytes, one row for each row of the tensor."""
-    start = part.data_start + tensor.offset
-    raw = np.memmap(part.path, np.uint8, "r", start, (tensor.size_bytes,))
-    return raw.reshape(*tensor.dims[:0:-1], -1)
-
-
-def _dequantised(part: Header, tensor: TensorInfo, raw: NDArray[np.uint8]) -> Floats:
-    try:
-        values = dequantize(raw, GGMLQuantizationType(tensor.type))
-    except (ValueError, NotImplementedError) as error:
-        raise FormatError(
-            f"{part.path}: tensor {tensor.name} has a type that cannot be read here",
-            "convert with the model's own projections, or take another quantisation",
-            cause="unreadable-tensor",
-        ) from error
-    return np.asarray(values, np.float32)

@@ -7,7 +7,7 @@ ggml_backend_sched_compute_splits. Nothing is kept: the observer gets each array
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -149,11 +149,8 @@ class _Taps:
             self.n_seen += 1
             return
         parts = self._layers.setdefault(number, {})
-        if kind == "mass":
-            parts[kind] = _received(values[0])
-        else:
-            n_tokens = values.shape[1]
-            parts[kind] = values[0].reshape(n_tokens, -1).copy()
+        heads = values[0]
+        parts[kind] = _received(heads) if kind == "mass" else heads.reshape(len(heads), -1).copy()
         if len(parts) == 3:
             self._observer.layer(number, **self._layers.pop(number))
             self.n_seen += 1
@@ -172,12 +169,10 @@ def _received(attention: Rows) -> Rows:
 class Reading:
     """A context that reads windows one by one; each begins with an empty KV cache."""
 
-    def __init__(self, ctx: Any, taps: _Taps, n_window: int) -> None:
+    def __init__(self, ctx: Any, taps: _Taps, batch: TokenBatch) -> None:
         self._api = bindings()
-        self._ctx = ctx
-        self._taps = taps
+        self._ctx, self._taps, self._batch = ctx, taps, batch
         self._interrupt = Interrupt()
-        self._batch = TokenBatch(n_window)
 
     def window(self, tokens: Sequence[int]) -> None:
         """Read one window.
@@ -201,9 +196,6 @@ class Reading:
                 cause="activations-not-shown",
             )
 
-    def close(self) -> None:
-        self._batch.close()
-
 
 @contextmanager
 def reading(
@@ -217,15 +209,12 @@ def reading(
     """Open a context whose windows of up to `n_window` tokens show what they compute."""
     taps = _Taps(observer, boundaries, layers)
     callback = bindings().ggml_backend_sched_eval_callback(taps)
-    with model.context(
+    opened = model.context(
         n_ctx=n_window,
         n_batch=n_window,
         n_ubatch=n_window,
         flash_attn_type=_FLASH_ATTN_OFF,
         cb_eval=callback,
-    ) as ctx:
-        opened = Reading(ctx, taps, n_window)
-        try:
-            yield opened
-        finally:
-            opened.close()
+    )
+    with opened as ctx, closing(TokenBatch(n_window)) as batch:
+        yield Reading(ctx, taps, batch)

@@ -106,9 +106,12 @@ class _Job:
             self._state.n_done = 0
         if path:
             save(path, self._identity, self._state)
-        calibration, tensors = self._calibration(), self._state.tensors
+        text, tensors, weighting = self._state.text, self._state.tensors, self._options.weighting
+        calibration = Calibration(
+            text.name, text.sha256, text.n_tokens, self._options.ridge, weighting.value
+        )
         fitted = tuple(Fitted(calibration, tuple(tensors[plan.boundary])) for plan in self._plans)
-        return Calibrated(fitted, self._state.text)
+        return Calibrated(fitted, text)
 
     def _text(self) -> CalibrationText:
         if self._given is not None:
@@ -128,7 +131,7 @@ class _Job:
         state, n_all = self._state, len(self._state.text.windows)
         for pair in pairs:
             if pair not in state.grams:
-                state.grams[pair] = Gram(self._shape.n_embd, n_kv(self._shape, pair.layer))
+                state.grams[pair] = Gram.empty(self._shape.n_embd, n_kv(self._shape, pair.layer))
         boundaries = {pair.boundary for pair in pairs}
         layers = {pair.layer for pair in pairs}
         with reading(
@@ -182,16 +185,11 @@ class _Job:
         for (boundary, layer), gram in self._state.grams.items():
             own = self._weights.own_projection(layer, gram.xy.shape[1])
             fitted = fit.fit_layer(layer, gram, own, self._options.ridge)
-            solved += [(boundary, each) for each in fit.encode(fitted, self._options.kv_type)]
+            tensors = fit.encode(layer, fitted, self._options.kv_type)
+            solved += [(boundary, tensor) for tensor in tensors]
             self._keep()
         for boundary, tensor in solved:
             self._state.tensors.setdefault(boundary, []).append(tensor)
-
-    def _calibration(self) -> Calibration:
-        text, options = self._state.text, self._options
-        return Calibration(
-            text.name, text.sha256, text.n_tokens, options.ridge, options.weighting.value
-        )
 
 
 def _rms_epsilon(source: Source) -> float:

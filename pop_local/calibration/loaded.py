@@ -36,7 +36,8 @@ class LoadedModel:
         params.n_gpu_layers = n_gpu_layers
         logs.forget_errors()
         self._api.llama_backend_init()
-        self.handle = opening.load(path, opening.files_of(source, sidecar), params)
+        with opening.with_sidecar(source, sidecar):
+            self.handle = self._api.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise PopError(f"{path} cannot be opened: {logs.first_error()}")
         backend.require_boundary(self.handle, meta)
@@ -61,13 +62,8 @@ class LoadedModel:
 
         It is BOS, else EOS, else the first token of the vocabulary.
         """
-        for token in (
-            self._api.llama_vocab_bos(self.vocab),
-            self._api.llama_vocab_eos(self.vocab),
-        ):
-            if token >= 0:
-                return int(token)
-        return 0
+        bos, eos = self._api.llama_vocab_bos(self.vocab), self._api.llama_vocab_eos(self.vocab)
+        return next((int(token) for token in (bos, eos) if token >= 0), 0)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text, without BOS; what looks like a special token is text."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 
 from converter.errors import PopError, StoppedError
 from pop_local.engine.decode.text import Pieces, TextStream
@@ -25,11 +26,8 @@ Answering = Generator[Chunk, None, None]
 
 def answer(model: PrunedLlama, render: Callable[[], Prompt], options: TurnOptions) -> Answering:
     """Stream the answer to a prompt; the last chunk carries the figures."""
-    turn = _Turn(model, render, options)
-    try:
+    with closing(_Turn(model, render, options)) as turn:
         yield from turn.chunks()
-    finally:
-        turn.close()
 
 
 class _Turn:

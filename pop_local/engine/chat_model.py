@@ -1,12 +1,17 @@
 """A model that answers: conversations by its own template, or a text to be continued."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateError
+
+from converter.errors import PopError
 from pop_local.engine.answer import Answering, answer
 from pop_local.engine.decode.recommended import recommended
-from pop_local.engine.prompts import Prompt, Prompts
+from pop_local.engine.llama.upstream import Jinja2ChatFormatter
+from pop_local.engine.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.pruned import PrunedLlama
 from pop_local.engine.turn import Message, TurnOptions
 
@@ -20,8 +25,18 @@ class ChatModel(PrunedLlama):
         return recommended(self.metadata)
 
     @cached_property
-    def _prompts(self) -> Prompts:
-        return Prompts(self)
+    def _formatter(self) -> Jinja2ChatFormatter:
+        eos, bos = (
+            self._model.token_get_text(token) if token != -1 else ""
+            for token in (self.token_eos(), self.token_bos())
+        )
+        template = self._template or PLAIN_TEMPLATE
+        return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
+
+    @property
+    def _template(self) -> str:
+        template: str = self.metadata.get("tokenizer.chat_template", "")
+        return template
 
     def chat_turn(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Answer the last message; `options` are the fields of TurnOptions, by default as the
@@ -46,8 +61,20 @@ class ChatModel(PrunedLlama):
         return TurnOptions(**chosen)
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
-        """Turn a conversation into tokens. Raises PopError when the template refuses it."""
-        return self._prompts.render(messages)
+        """Make the prompt of a conversation, which ends where the answer begins.
+
+        Raises PopError when the template refuses the conversation.
+        """
+        plain: Any = [asdict(message) for message in messages]
+        try:
+            text = self._formatter(messages=plain).prompt
+        except (ValueError, TemplateError) as error:
+            raise PopError(f"the chat template refuses this conversation: {error}") from error
+        tokens = self.tokenize(text.encode(), add_bos=False, special=True)
+        if self._model.add_bos_token() and tokens[:1] != [self.token_bos()]:
+            tokens.insert(0, self.token_bos())
+        begun = THINK if text.rstrip().endswith(THINK) else ""
+        return Prompt(tokens, () if self._template else PLAIN_STOPS, begun)
 
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""

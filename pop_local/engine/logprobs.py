@@ -1,7 +1,6 @@
 """Log probabilities of tokens, sampled ones and those of a prompt."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +16,6 @@ from pop_local.engine.turn import Likely, TokenLogprob
 _MAX_ROWS = 64
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A token and the byte of the answer where it begins."""
-
-    start: int
-    logprob: TokenLogprob
-
-
 class Logprobs:
     """The log probabilities of the sampled tokens, given out along with the text.
 
@@ -37,20 +28,21 @@ class Logprobs:
         self._pieces = Pieces(model.vocab)
         self._n_top = n_top
         self._end = 0
-        self._waiting: list[_Placed] = []
+        # With the byte of the answer where each begins.
+        self._waiting: list[tuple[int, TokenLogprob]] = []
 
     def push(self, token: int) -> None:
         """Keep the token's. The next decode overwrites the logits, so this comes before it."""
         row = bindings().llama_get_logits_ith(self._ctx, -1)
         logits = np.ctypeslib.as_array(row, (self._n_vocab,))
         logprob = _of_token(self._pieces, logits, token, self._n_top)
-        self._waiting.append(_Placed(self._end, logprob))
+        self._waiting.append((self._end, logprob))
         self._end += len(logprob.text)
 
     def take(self, n_shown: int) -> tuple[TokenLogprob, ...]:
         """Give out those of the tokens that begin within the first `n_shown` bytes, once."""
-        taken = tuple(placed.logprob for placed in self._waiting if placed.start < n_shown)
-        self._waiting = [placed for placed in self._waiting if placed.start >= n_shown]
+        taken = tuple(logprob for start, logprob in self._waiting if start < n_shown)
+        self._waiting = self._waiting[len(taken) :]
         return taken
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from jinja2 import TemplateError
@@ -19,7 +19,6 @@ from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
-from pop_local.engine.llama.closed import closed
 from pop_local.engine.llama.interrupt import DisplacedError, Interrupt
 from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaGrammar, LlamaState, api
 from pop_local.engine.prefill.kv_state import (
@@ -31,9 +30,18 @@ from pop_local.engine.prefill.kv_state import (
     conversion,
     restore_context_state,
 )
-from pop_local.engine.prefill.plan import plan_prefill
-from pop_local.engine.prefill.rows import CachedRows, n_equal
+from pop_local.engine.prefill.plan import full_rows, n_equal, n_usable, plan_prefill
 from pop_local.engine.turn import TurnOptions
+
+
+class _Closed:
+    """What llama.cpp's objects become once they are freed: any use is a PopError, not a crash."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise PopError(f"the model {self._path} is closed", "open it again")
 
 
 class PrunedLlama(Llama):
@@ -71,7 +79,7 @@ class PrunedLlama(Llama):
         n_threads = n_threads or backend.default_threads()
         logs.forget_errors()
         try:
-            with opening.loading_from(opening.files_of(source, self.sidecar)):
+            with opening.with_sidecar(source, self.sidecar):
                 super().__init__(
                     os.fspath(model_path),
                     n_ctx=n_ctx or opening.default_ctx(source.first),
@@ -88,7 +96,8 @@ class PrunedLlama(Llama):
         self.pop_mode = backend.get_mode(self.ctx)
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
-        self._cached = CachedRows(self._n_ctx, self.rule)
+        # Of each cached position, whether its row was full.
+        self._is_full = np.zeros(self._n_ctx, dtype=bool)
         # Counts what makes an answer that is still being sampled wrong to go on with.
         self.epoch = 0
         self._rows = TokenBatch(self.n_batch)
@@ -184,7 +193,7 @@ class PrunedLlama(Llama):
         kv = context_state(self.ctx)
         return PopState(
             key=self.kv_key,
-            is_full=self._cached.saved(self.n_tokens),
+            is_full=self._is_full[: self.n_tokens].copy(),
             input_ids=self.input_ids.copy(),
             scores=self.scores[: self.n_tokens if self._logits_all else 0].copy(),
             n_tokens=self.n_tokens,
@@ -201,16 +210,25 @@ class PrunedLlama(Llama):
                 f"the saved state belongs to {key}, the model is set to {self.kv_key}",
                 "switch the model first, or read the prompt again",
             )
+        n = state.n_tokens
+        is_full = state.is_full if isinstance(state, PopState) else np.ones(n, bool)
+        self.take_over(state.llama_state, state.input_ids[:n], is_full)
+        self.scores[: len(state.scores)] = state.scores
+        self._seed = state.seed
+
+    def take_over(self, kv: bytes, tokens: np.ndarray, is_full: np.ndarray) -> None:
+        """Take over llama.cpp's state of a model of the same key, with the tokens of its cells.
+
+        `is_full` says of each whether it ran all layers. Raises PopError when it does not fit; the
+        KV cache is empty then.
+        """
         self.clear()
-        if not restore_context_state(self.ctx, state.llama_state):
+        if not restore_context_state(self.ctx, kv):
             self.clear()
             raise PopError("the saved state does not fit this model and context")
-        n = state.n_tokens
-        self.input_ids[:n] = state.input_ids[:n]
-        self._cached.restore(state.is_full if isinstance(state, PopState) else np.ones(n, bool))
-        self.scores[: len(state.scores)] = state.scores
+        n = len(tokens)
+        self.input_ids[:n], self._is_full[:n] = tokens, is_full
         self.n_tokens = n
-        self._seed = state.seed
 
     # Evaluation
 
@@ -258,9 +276,9 @@ class PrunedLlama(Llama):
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
         self.input_ids[start:end] = tokens
         if self.pop_mode is Mode.CONTEXT:
-            self._cached.mark(start, end, full_from, outputs)
+            self._is_full[start:end] = full_rows(start, end, self.rule, full_from, outputs)
         else:
-            self._cached.mark_all(start, end, is_full=self.pop_mode is Mode.OFF)
+            self._is_full[start:end] = self.pop_mode is Mode.OFF
         if self._logits_all and end <= len(self.scores):
             logits = api.llama_get_logits(self.ctx)
             self.scores[start:end] = np.ctypeslib.as_array(logits, (len(tokens), self._n_vocab))
@@ -288,7 +306,7 @@ class PrunedLlama(Llama):
         """Sample as llama_cpp does; K/V of the prompt's beginning are reused, its tail is full."""
         self.epoch += 1
         tokens = list(tokens)
-        usable = self._cached.n_usable(tokens, self._input_ids)
+        usable = n_usable(tokens, self._input_ids, self._is_full, self.rule)
         if options.get("reset", True) and usable < self.n_tokens:
             self.n_tokens = usable
             self._requires_eval = True
@@ -359,4 +377,5 @@ class PrunedLlama(Llama):
         # __del__ calls it after a failed __init__ too.
         if hasattr(self, "_stack"):
             super().close()
-            self._model = self._ctx = self.tokenizer_ = closed(self.model_path)
+            gone: Any = _Closed(self.model_path)
+            self._model = self._ctx = self.tokenizer_ = gone

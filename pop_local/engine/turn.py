@@ -1,7 +1,7 @@
 """What goes into a turn of a conversation and what comes out: pieces of text, then the figures."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypedDict
 
 from converter.errors import PopError
@@ -122,15 +122,10 @@ class SessionStats:
 
     @classmethod
     def of(cls, turns: Sequence[TurnStats]) -> "SessionStats":
+        summed = [field.name for field in fields(cls) if field.name != "n_answers"]
         return cls(
             n_answers=sum(turn.n_decoded > 0 for turn in turns),
-            n_prompt=sum(turn.n_prompt for turn in turns),
-            n_cached=sum(turn.n_cached for turn in turns),
-            n_pruned=sum(turn.n_pruned for turn in turns),
-            n_full=sum(turn.n_full for turn in turns),
-            n_decoded=sum(turn.n_decoded for turn in turns),
-            prefill_s=sum(turn.prefill_s for turn in turns),
-            decode_s=sum(turn.decode_s for turn in turns),
+            **{name: sum(getattr(turn, name) for turn in turns) for name in summed},
         )
 
     @property

@@ -67,7 +67,7 @@ def own_retention(
         repeated = read_repeated(reader, LOOK.n_draws, LOOK.seed, ran)
         pruning = Pruning(plan.boundary, LOOK.mode)
         [found] = measure_induction(reader, repeated, [pruning], ran)
-    return retention(found)
+    return retention(repeated, found)
 
 
 def as_planned(model: PopModel, plan: Plan) -> None:

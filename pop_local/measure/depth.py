@@ -7,6 +7,7 @@ the copy ratio, with fitted projections if there are any.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from converter.errors import PlanError
 from converter.format import Budget
@@ -117,23 +118,17 @@ def deepest_within(budget: Budget, depths: Sequence[Depth]) -> Depth | None:
 
     The figures with a fit count, where none was made those of the own projections.
     """
-    verdicts = {d.boundary: is_inside(budget, d.quality) for d in depths if d.quality is not None}
-    deepest = deepest_inside(verdicts)
-    return next((depth for depth in depths if depth.boundary == deepest), None)
+    inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
+    return min(inside, key=lambda depth: depth.boundary, default=None)
 
 
 def _losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
     """Return what each of some boundaries, one below the other, loses.
 
-    What is worse than not copying at all counts as that.
+    What is worse than not copying at all counts as that. Where the full model does not copy, there
+    is no retention at any of them.
     """
-    losses: list[float | None] = []
-    before = 1.0
-    for retention in retentions:
-        if retention is None:
-            losses.append(None)
-            continue
-        now = max(0.0, retention.value)
-        losses.append(before - now)
-        before = now
-    return losses
+    kept = [max(0.0, each.value) for each in retentions if each is not None]
+    if len(kept) < len(retentions):
+        return [None] * len(retentions)
+    return [before - now for before, now in pairwise((1.0, *kept))]

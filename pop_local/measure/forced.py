@@ -7,7 +7,7 @@ otherwise PopError. Who watches the model (PopModel.watch_prefill) may stop it: 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,11 +67,10 @@ def forced(model: PopModel) -> Iterator["Forced"]:
     Afterwards mode and boundary are as before, and the KV cache is empty.
     """
     mode, boundary = model.pop_mode, model.boundary
-    reader = Forced(model)
     try:
-        yield reader
+        with closing(TokenBatch(model.n_batch)) as rows:
+            yield Forced(model, rows)
     finally:
-        reader.close()
         backend.set_boundary(model.ctx, boundary)
         backend.set_mode(model.ctx, mode)
         model.clear()
@@ -84,18 +83,15 @@ class Forced:
     `min_prompt` is a matter of speed.
     """
 
-    def __init__(self, model: PopModel) -> None:
+    def __init__(self, model: PopModel, rows: TokenBatch) -> None:
         self.rule = replace(model.rule, min_prompt=0)
         self._api = backend.bindings()
         self.model = model
         self._ctx = model.ctx
         self._n_vocab = model.n_vocab()
-        self._rows = TokenBatch(model.n_batch)
+        self._rows = rows
         self._n_context = 0
         self._next = np.empty((0, self._n_vocab), np.float32)
-
-    def close(self) -> None:
-        self._rows.close()
 
     def set_boundary(self, layer: int) -> None:
         backend.set_boundary(self._ctx, layer)

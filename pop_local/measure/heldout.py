@@ -12,6 +12,8 @@ from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.texts.decoding import read_text
 
+_HELDOUT = importlib.resources.files("pop_local") / "data" / "heldout"
+
 TextTokens = Sequence[Sequence[int]]
 
 
@@ -29,15 +31,14 @@ class Text:
 
 def shipped_text() -> Text:
     """Return prose, dialogue, code and tables, one part each."""
-    folder = importlib.resources.files("pop_local") / "data" / "heldout"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
-    return Text("held-out text of pop-local", tuple(f.read_text("utf-8") for f in files))
+    names = sorted(f.name for f in _HELDOUT.iterdir() if f.name.endswith(".txt"))
+    parts = tuple(shipped_part(name.removesuffix(".txt")) for name in names)
+    return Text("held-out text of pop-local", parts)
 
 
 def shipped_part(name: str) -> str:
     """Return one kind of the shipped text."""
-    path = importlib.resources.files("pop_local") / "data" / "heldout" / f"{name}.txt"
-    return path.read_text("utf-8")
+    return (_HELDOUT / f"{name}.txt").read_text("utf-8")
 
 
 def given_text(path: Path) -> Text:

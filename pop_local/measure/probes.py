@@ -5,21 +5,19 @@ it needs no text, and the first occurrence says what not copying at all would co
 tokens whose first occurrence was pruned (all of the random ones if that is none of them).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from converter.errors import PopError
+from converter.progress import Ran
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
-from pop_local.measure.divergence import Likelihood, likelihood, predictions
+from pop_local.measure.divergence import Floats, Likelihood, likelihood, predictions
 from pop_local.measure.forced import Forced, Pruning
-
-Floats = NDArray[np.float64]
 
 N_REPEATED = 128
 N_DRAWS = 8
@@ -27,17 +25,11 @@ _NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 
 @dataclass(frozen=True)
-class Induction:
-    """The mean NLL of each draw [n_draws] in nats: of the first occurrence, and of the second."""
-
-    first: Floats
-    full: Floats
-    pruned: Floats
-
-
-@dataclass(frozen=True)
 class Repeated:
-    """Random tokens, and the mean NLL [n_draws] in nats that the full model gives them."""
+    """Random tokens, and the mean NLL [n_draws] in nats that the full model gives them.
+
+    `first` is that of the first occurrence, `full` that of the second.
+    """
 
     draws: tuple[Sequence[int], ...]
     first: Floats
@@ -52,13 +44,18 @@ def least_context(rule: RowRule) -> int:
 def require_passage(n_context: int, rule: RowRule) -> None:
     """Raise PopError for a context that is too short for `pick_passage`."""
     if n_context < least_context(rule):
-        raise PopError(
+        raise too_short(
             f"of {n_context} context tokens the first {rule.sink_tokens} and the last"
             f" {rule.tail_tokens} are full: too few are left to measure",
-            f"give a longer context: {least_context(rule)} tokens or more",
-            cause="context-too-short",
-            n_least=least_context(rule),
+            rule,
         )
+
+
+def too_short(message: str, rule: RowRule) -> PopError:
+    """Return the error for a context that is too short."""
+    least = least_context(rule)
+    hint = f"give a longer context: {least} tokens or more"
+    return PopError(message, hint, cause="context-too-short", n_least=least)
 
 
 def pick_passage(
@@ -91,7 +88,7 @@ def n_measured_tokens(reader: Forced, n_draws: int) -> int:
     return n_draws * (N_REPEATED + _scored(reader)[1])
 
 
-def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Callable[[int], None]) -> Repeated:
+def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated:
     """Draw random tokens and score them by the full model.
 
     `ran` gets the number of tokens of each step.
@@ -107,12 +104,9 @@ def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Callable[[int], 
 
 
 def measure_induction(
-    reader: Forced,
-    repeated: Repeated,
-    prunings: Sequence[Pruning],
-    ran: Callable[[int], None],
-) -> list[Induction]:
-    """Score the repeated tokens under each pruning, one result for each.
+    reader: Forced, repeated: Repeated, prunings: Sequence[Pruning], ran: Ran
+) -> Floats:
+    """Return the mean NLL [n_prunings, n_draws] in nats of the second occurrence when pruned.
 
     `ran` gets the number of tokens of each step.
     """
@@ -123,7 +117,7 @@ def measure_induction(
         for draw, tokens in enumerate(repeated.draws):
             pruned[i, draw] = _second_nll(reader, tokens, pruning.context, pruning.continuation)
             ran(n_tokens)
-    return [Induction(repeated.first, repeated.full, row) for row in pruned]
+    return pruned
 
 
 def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:

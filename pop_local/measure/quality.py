@@ -11,30 +11,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from converter.errors import PopError
 from converter.progress import Progress, Ran, counting
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
-from pop_local.measure.divergence import Likelihood
+from pop_local.measure.divergence import (
+    Divergence,
+    Floats,
+    Likelihood,
+    Predictions,
+    divergence,
+    likelihood,
+    predictions,
+)
 from pop_local.measure.estimate import Estimate, exp_mean, mean, quantile, ratio
 from pop_local.measure.forced import Forced, Pruning, forced, n_pruned
 from pop_local.measure.heldout import TextTokens, spread_windows
 from pop_local.measure.probes import (
-    Induction,
     Repeated,
     bos,
-    least_context,
+    copied,
     measure_induction,
     n_measured_tokens,
     n_read_tokens,
     pick_passage,
     read_repeated,
+    too_short,
 )
-from pop_local.measure.windows import FullScores, Scores, Window, score_full, score_pruned
 
 # Below this share of the first occurrence's NLL the full model itself does not copy random tokens.
 _LEAST_INDUCTION = 0.1
@@ -90,6 +95,39 @@ class Quality:
     copy_top1_full: Estimate
     induction_delta_nll: Estimate
     induction_retention: Estimate | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is read, what follows it, and a passage of it to be repeated, as tokens."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+    passage: Sequence[int]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.context) + len(self.continuation) + len(self.passage)
+
+
+@dataclass(frozen=True)
+class FullScores:
+    """The full model on one window; `predicted` is for its continuation."""
+
+    predicted: Predictions
+    continuation: Likelihood
+    passage: Likelihood
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One window under one pruning, against the full model."""
+
+    divergence: Divergence
+    full: Likelihood
+    pruned: Likelihood
+    copy_full: Likelihood
+    copy_pruned: Likelihood
 
 
 @dataclass(frozen=True)
@@ -157,13 +195,13 @@ def measure_unless(
         windows = choose_windows(reader, text_tokens, settings)
         ran = tokens_counted(reader, settings, windows, 1, 1, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
-        [induction] = measure_induction(reader, repeated, [pruning], ran)
+        [nll] = measure_induction(reader, repeated, [pruning], ran)
         every = max(1, len(windows) // n_first)
         rest = [window for number, window in enumerate(windows) if number % every]
         scores: list[Scores] = []
         for part in (windows[::every], rest):
             scores += _score(reader, part, _read_full(reader, part, ran), [pruning], ran)[0]
-            found = summarize(pruning, settings, reader.rule, scores, induction)
+            found = summarize(pruning, settings, reader.rule, scores, repeated, nll)
             if len(scores) == len(windows) or is_enough(found):
                 break
     return found
@@ -208,7 +246,8 @@ def measure_retention(
     prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
     with forced(model) as reader:
         ran = tokens_counted(reader, settings, (), 0, len(prunings), on_progress)
-        return tuple(map(retention, measure_induction(reader, reference.repeated, prunings, ran)))
+        found = measure_induction(reader, reference.repeated, prunings, ran)
+        return tuple(retention(reference.repeated, nll) for nll in found)
 
 
 def tokens_counted(
@@ -233,16 +272,17 @@ def _measure(
     reader: Forced, reference: Reference, prunings: Sequence[Pruning], ran: Ran
 ) -> tuple[Quality, ...]:
     scores = _score(reader, reference.windows, reference.full, prunings, ran)
-    induction = measure_induction(reader, reference.repeated, prunings, ran)
+    repeated = reference.repeated
+    nlls = measure_induction(reader, repeated, prunings, ran)
     return tuple(
-        summarize(pruning, reference.settings, reader.rule, of_pruning, found)
-        for pruning, of_pruning, found in zip(prunings, scores, induction, strict=True)
+        summarize(pruning, reference.settings, reader.rule, of_pruning, repeated, nll)
+        for pruning, of_pruning, nll in zip(prunings, scores, nlls, strict=True)
     )
 
 
 def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[FullScores]:
     for window in windows:
-        full = score_full(reader, window)
+        full = _score_full(reader, window)
         ran(window.n_tokens)
         yield full
 
@@ -258,7 +298,7 @@ def _score(
     scores: list[list[Scores]] = [[] for _ in prunings]
     for window, of_full in zip(windows, full, strict=True):
         for of_pruning, pruning in zip(scores, prunings, strict=True):
-            of_pruning.append(score_pruned(reader, window, of_full, pruning))
+            of_pruning.append(_score_pruned(reader, window, of_full, pruning))
             ran(window.n_tokens)
     return scores
 
@@ -273,12 +313,10 @@ def choose_windows(
     if settings.mode is not Mode.OFF and not n_pruned(
         reader.rule, settings.n_context, settings.mode
     ):
-        raise PopError(
+        raise too_short(
             f"of a context of {settings.n_context} tokens none would be pruned: the first"
             f" {reader.rule.sink_tokens} and the last {reader.rule.tail_tokens} are full",
-            f"give a longer context: {least_context(reader.rule)} tokens or more",
-            cause="context-too-short",
-            n_least=least_context(reader.rule),
+            reader.rule,
         )
     start = bos(reader.model)
     n_text = settings.n_context - len(start)
@@ -291,14 +329,43 @@ def choose_windows(
     return tuple(windows)
 
 
+def _score_full(reader: Forced, window: Window) -> FullScores:
+    """Score a window by the full model."""
+    reader.read(window.context, Mode.OFF)
+    predicted = predictions(reader.predict(window.continuation))
+    return FullScores(
+        predicted=predicted,
+        continuation=likelihood(predicted, np.asarray(window.continuation)),
+        passage=copied(reader, window.passage),
+    )
+
+
+def _score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Pruning) -> Scores:
+    """Score a window under a pruning, against what the full model made of it."""
+    reader.set_boundary(pruning.boundary)
+    reader.read(window.context, pruning.context)
+    predicted = predictions(reader.predict(window.continuation, pruning.continuation))
+    return Scores(
+        divergence=divergence(full.predicted, predicted),
+        full=full.continuation,
+        pruned=likelihood(predicted, np.asarray(window.continuation)),
+        copy_full=full.passage,
+        copy_pruned=copied(reader, window.passage, pruning.continuation),
+    )
+
+
 def summarize(
     pruning: Pruning,
     settings: QualitySettings,
     rule: RowRule,
     scores: Sequence[Scores],
-    induction: Induction,
+    repeated: Repeated,
+    repeated_nll: Floats,
 ) -> Quality:
-    """Turn the scores of all windows into the figures of one pruning."""
+    """Turn the scores of all windows into the figures of one pruning.
+
+    `repeated_nll`: its row of what `measure_induction` returns.
+    """
     kl = np.stack([score.divergence.kl for score in scores])
     full, pruned = _nll(s.full for s in scores), _nll(s.pruned for s in scores)
     copy_full, copy = _nll(s.copy_full for s in scores), _nll(s.copy_pruned for s in scores)
@@ -322,21 +389,21 @@ def summarize(
         copy_ppl_ratio=exp_mean(copy - copy_full),
         copy_top1=mean(np.stack([s.copy_pruned.is_top1 for s in scores])),
         copy_top1_full=mean(np.stack([s.copy_full.is_top1 for s in scores])),
-        induction_delta_nll=mean(induction.pruned - induction.full),
-        induction_retention=retention(induction),
+        induction_delta_nll=mean(repeated_nll - repeated.full),
+        induction_retention=retention(repeated, repeated_nll),
     )
 
 
-def _nll(scores: Iterable[Likelihood]) -> NDArray[np.float64]:
+def _nll(scores: Iterable[Likelihood]) -> Floats:
     return np.stack([score.nll for score in scores])
 
 
-def retention(induction: Induction) -> Estimate | None:
+def retention(repeated: Repeated, pruned: Floats) -> Estimate | None:
     """Return the part of the full model's gain over the first occurrence that is left.
 
-    It is None where the full model has none to speak of.
+    It is None where the full model has none to speak of. `pruned` is `repeated_nll` of `summarize`.
     """
-    gain = induction.first - induction.full
-    if gain.mean() < _LEAST_INDUCTION * induction.first.mean():
+    gain = repeated.first - repeated.full
+    if gain.mean() < _LEAST_INDUCTION * repeated.first.mean():
         return None
-    return ratio(induction.first - induction.pruned, gain)
+    return ratio(repeated.first - pruned, gain)

@@ -35,7 +35,7 @@ from measure_convert import anonymous_bytes
 from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
-from pop_local.calibration.samples import MAX_SEQUENCES, StepBatch, sample_windows
+from pop_local.calibration.samples import MAX_SEQUENCES, sample_windows
 from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
@@ -117,12 +117,11 @@ def decode(model: LoadedModel, n_windows: int) -> None:
     api = bindings()
     for start in range(0, n_windows, MAX_SEQUENCES):
         n = min(MAX_SEQUENCES, n_windows - start)
-        batch = StepBatch(n)
+        batch = TokenBatch(n, is_step=True)
         tokens = np.random.default_rng(start).integers(0, model.n_vocab, (N_WINDOW, n), np.int32)
         with model.context(n_ctx=n * N_WINDOW, n_batch=n, n_ubatch=n, n_seq_max=n) as ctx:
             for pos, row in enumerate(tokens[1:]):
-                batch.fill(row, pos)
-                if api.llama_decode(ctx, batch.raw) != 0:
+                if batch.decode(ctx, row, pos, Outputs.ALL) != 0:
                     raise SystemExit("llama_decode failed")
                 api.llama_synchronize(ctx)
         batch.close()

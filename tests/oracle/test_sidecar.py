@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
 
 
 def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
-    monkeypatch.setattr(opening, "files_of", lambda base, sidecar: ())
+    monkeypatch.setattr(opening, "with_sidecar", lambda base, sidecar: nullcontext())
     with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
         opened(pair.base, sidecar=pair.sidecar)
     with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
@@ -172,7 +173,7 @@ def meta_of(path: Path) -> PopMeta:
 
 def test_what_is_written(pair):
     header, source = read_header(pair.sidecar), read_source(pair.base)
-    meta, single = read_sidecar(pair.sidecar, source).meta, meta_of(pair.single)
+    meta, single = read_sidecar(pair.sidecar, source), meta_of(pair.single)
     assert meta.source_sha256 == hashlib.sha256(pair.base.read_bytes()).hexdigest()
     assert meta.source_sha256 == single.source_sha256
     assert (meta.schedule, meta.projection) == (single.schedule, single.projection)
@@ -194,7 +195,7 @@ def test_the_measured_quality_is_stored_and_the_file_examined_whole(tmp_path):
     seen = []
 
     def examine(written: Path) -> Measured:
-        seen.append(read_sidecar(written, read_source(base)).meta.measured)
+        seen.append(read_sidecar(written, read_source(base)).measured)
         return Measured(kl_mean=0.5)
 
     target = tmp_path / "tiny.pop-sidecar.gguf"

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from converter.content import NewTensor
-from converter.fit import FittedLayer, KvType, Projection, encode
+from converter.fit import KvType, encode
 from converter.format import Calibration, PopMeta
 from converter.plan import Plan, make_plan
 from converter.rewrite import Fitted, convert
 from converter.shape import read_shape
 from converter.sidecar import write_sidecar
+from converter.weights import KvProjection
 from support.synthetic import make_gguf
 
 # Of tests that do not say.
@@ -64,13 +65,11 @@ def made_up(plan: Plan, seed: int = 0) -> Fitted:
     rng = np.random.default_rng(seed)
     n_embd = plan.shape.n_embd
 
-    def projection(n_out: int) -> Projection:
-        weight = rng.standard_normal((n_out, n_embd), np.float32) * np.float32(n_embd**-0.5)
-        return Projection(weight, rng.standard_normal(n_out, np.float32))
-
     tensors: list[NewTensor] = []
     for layer in plan.fitted_layers:
-        n_out = plan.shape.kv_macs[layer] // n_embd // 2
-        made = FittedLayer(layer, projection(n_out), projection(n_out))
-        tensors += encode(made, KvType.Q8_0)
+        n_kv = plan.shape.kv_macs[layer] // n_embd
+        weight = rng.standard_normal((n_kv, n_embd), np.float32) * np.float32(n_embd**-0.5)
+        bias = rng.standard_normal(n_kv, np.float32)
+        made = KvProjection(np.ones(n_embd, np.float32), weight, bias, n_kv // 2)
+        tensors += encode(layer, made, KvType.Q8_0)
     return Fitted(Calibration("random", "0" * 64, 1, 0.0, "none"), tuple(tensors))

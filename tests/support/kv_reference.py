@@ -13,14 +13,14 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
 from converter.content import NewTensor
-from converter.fit import FittedLayer, KvType, Projection, encode
+from converter.fit import KvType, encode
 from converter.format import FITTED, Calibration
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import Fitted, convert
 from converter.shape import read_shape
 from converter.source import read_source
-from converter.weights import Weights
+from converter.weights import KvProjection, Weights
 from support.oracle import Tokens, Trio
 from support.raw import Job, Step, run
 
@@ -222,14 +222,10 @@ def fit_at_random(trio: Trio, path: Path, kv_type: KvType) -> Path:
     for layer in plan.fitted_layers:
         rng = np.random.default_rng(layer)
         n_out = shape.kv_macs[layer] // shape.n_embd // 2
-        k, v = (
-            Projection(
-                rng.standard_normal((n_out, shape.n_embd), np.float32) / shape.n_embd**0.5,
-                rng.standard_normal(n_out, np.float32),
-            )
-            for _ in range(2)
-        )
-        tensors += encode(FittedLayer(layer, k, v), kv_type)
+        gain = np.ones(shape.n_embd, np.float32)
+        weight = rng.standard_normal((2 * n_out, shape.n_embd), np.float32) / shape.n_embd**0.5
+        bias = rng.standard_normal(2 * n_out, np.float32)
+        tensors += encode(layer, KvProjection(gain, weight, bias, n_out), kv_type)
     calibration = Calibration("random", "0" * 64, 0, 0.0, "none")
     convert(plan, trio.original, path, fitted=Fitted(calibration, tuple(tensors)))
     return path

@@ -184,7 +184,7 @@ def test_a_fitted_file_can_be_stripped(llama: Path, text: Path, tmp_path: Path):
 def test_the_sums_of_a_job_stay_within_what_is_announced(llama: Path):
     plan = planned(llama)
     needs = plan_needs((plan,), read_source(llama), 1 << 30)
-    sums = [Gram(plan.shape.n_embd, _n_kv(llama)) for _ in plan.fitted_layers]
+    sums = [Gram.empty(plan.shape.n_embd, _n_kv(llama)) for _ in plan.fitted_layers]
     assert sum(gram.xx.nbytes + gram.xy.nbytes for gram in sums) < needs.sums_bytes
     assert needs.sums_bytes < needs.total_bytes
     sampling = plan_needs((plan,), read_source(llama), 1 << 30, n_sampled=64)

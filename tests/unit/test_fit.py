@@ -9,7 +9,7 @@ import pytest
 from converter import fit, solve
 from converter.fit import FitError, Gram, KvType, Weighting
 from converter.source import read_source
-from converter.weights import OwnProjection, Weights
+from converter.weights import KvProjection, Weights
 from support.synthetic import make_gguf
 
 N, N_K, N_V, N_ROWS = 24, 6, 4, 400
@@ -24,19 +24,18 @@ def problem(seed: int = 0, gain: np.ndarray | None = None):
     gain = rng.uniform(0.5, 1.5, N) if gain is None else gain
     weight = rng.standard_normal((N_K + N_V, N), dtype=np.float32)
     bias = rng.standard_normal(N_K + N_V, dtype=np.float32)
-    return x, y, weights, OwnProjection(gain.astype(np.float32), weight, bias, N_K)
+    return x, y, weights, KvProjection(gain.astype(np.float32), weight, bias, N_K)
 
 
 def summed(x, y, weights) -> Gram:
-    gram = Gram(N, N_K + N_V)
+    gram = Gram.empty(N, N_K + N_V)
     for rows in np.array_split(np.arange(len(x)), 3):
         gram.add(x[rows], y[rows], weights[rows])
     return gram
 
 
-def joined(layer: fit.FittedLayer) -> tuple[np.ndarray, np.ndarray]:
-    weight = np.concatenate([layer.k.weight, layer.v.weight])
-    return weight, np.concatenate([layer.k.bias, layer.v.bias])
+def joined(layer: KvProjection) -> tuple[np.ndarray, np.ndarray]:
+    return layer.weight, layer.bias
 
 
 def test_it_equals_a_direct_weighted_least_squares():
@@ -107,23 +106,23 @@ def test_token_weights():
 
 
 def test_sums_take_what_is_announced():
-    gram = Gram(N, N_K + N_V)
+    gram = Gram.empty(N, N_K + N_V)
     assert gram.xx.nbytes + gram.xy.nbytes == fit.gram_bytes(N, N_K + N_V)
 
 
 @pytest.mark.parametrize("kind", KvType)
 def test_encoded_tensors_decode_to_the_weights(kind: KvType):
     rng = np.random.default_rng(0)
-    projection = fit.Projection(
-        rng.standard_normal((8, 64), dtype=np.float32), rng.standard_normal(8, dtype=np.float32)
-    )
-    weight, bias, *_ = fit.encode(fit.FittedLayer(7, projection, projection), kind)
+    k = rng.standard_normal((8, 64), dtype=np.float32)
+    biases = rng.standard_normal(16, dtype=np.float32)
+    projection = KvProjection(np.ones(64, np.float32), np.concatenate([k, -k]), biases, 8)
+    weight, bias, *_ = fit.encode(7, projection, kind)
     assert (weight.name, weight.dims) == ("blk.7.pop_attn_k.weight", (64, 8))
     raw = np.frombuffer(weight.data, np.uint8).reshape(8, -1)
     decoded = gguf.quants.dequantize(raw, kind.ggml)
     tolerance = {KvType.F32: 0, KvType.F16: 1e-2, KvType.Q8_0: 0.02, KvType.Q4_0: 0.5}[kind]
-    np.testing.assert_allclose(decoded, projection.weight, atol=tolerance)
-    np.testing.assert_array_equal(np.frombuffer(bias.data, np.float32), projection.bias)
+    np.testing.assert_allclose(decoded, k, atol=tolerance)
+    np.testing.assert_array_equal(np.frombuffer(bias.data, np.float32), biases[:8])
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])

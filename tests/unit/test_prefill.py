@@ -24,7 +24,7 @@ def rows_by_position(n_past: int, n_tokens: int, rule: RowRule) -> list[bool]:
 def test_pruned_rows_follow_the_rule(n_past, n_tokens, rule):
     plan = plan_prefill(n_past, n_tokens, rule, n_batch=64)
     full = rows_by_position(n_past, n_tokens, rule)
-    assert (plan.n_full, plan.n_pruned) == (full.count(True), full.count(False))
+    assert plan.n_pruned == full.count(False)
 
 
 @pytest.mark.parametrize("n_tokens", [*range(1, 40), 64, 65, 79, 80, 81, 128, 129, 200])

@@ -5,30 +5,23 @@ Names as in llama.cpp's src/llama-arch.cpp; older files have none, and TurnOptio
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 
 _OPTIONS = {
-    "general.sampling.temp": "temperature",
-    "general.sampling.top_k": "top_k",
-    "general.sampling.top_p": "top_p",
-    "general.sampling.min_p": "min_p",
-    "general.sampling.penalty_repeat": "repeat_penalty",
+    "general.sampling.temp": ("temperature", float),
+    "general.sampling.top_k": ("top_k", int),
+    "general.sampling.top_p": ("top_p", float),
+    "general.sampling.min_p": ("min_p", float),
+    "general.sampling.penalty_repeat": ("repeat_penalty", float),
 }
-_WHOLE = ("top_k",)
 
 
 def recommended(metadata: Mapping[str, str]) -> dict[str, float]:
     """Fields of TurnOptions, from keys and values as text; what is no sensible number is left."""
     found = {}
-    for key, option in _OPTIONS.items():
-        value = _number(metadata.get(key, ""))
-        if value is not None:
-            found[option] = int(value) if option in _WHOLE else value
+    for key, (option, kind) in _OPTIONS.items():
+        with suppress(ValueError):
+            value = float(metadata.get(key, ""))
+            if math.isfinite(value) and value >= 0:
+                found[option] = kind(value)
     return found
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value >= 0 else None

@@ -1,4 +1,4 @@
-"""A llama_batch of one sequence, filled through numpy views, not field by field."""
+"""A llama_batch, filled through numpy views, not field by field."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -6,6 +6,8 @@ from enum import Enum
 import numpy as np
 
 from pop_local.engine.llama.backend import bindings
+
+Tokens = Sequence[int] | np.ndarray
 
 
 class Outputs(Enum):
@@ -17,9 +19,12 @@ class Outputs(Enum):
 
 
 class TokenBatch:
-    """Up to `n_batch` tokens of sequence 0 at consecutive positions."""
+    """Up to `n_batch` tokens of sequence 0 at consecutive positions.
 
-    def __init__(self, n_batch: int) -> None:
+    With `is_step` they are one of each sequence instead, all at one position.
+    """
+
+    def __init__(self, n_batch: int, *, is_step: bool = False) -> None:
         self._api = bindings()
         self._batch = self._api.llama_batch_init(n_batch, 0, 1)
         self._token = self._view("token", n_batch)
@@ -27,13 +32,13 @@ class TokenBatch:
         self._logits = self._view("logits", n_batch)
         self._view("n_seq_id", n_batch)[:] = 1
         for row in range(n_batch):
-            self._batch.seq_id[row][0] = 0
-        self._offsets = np.arange(n_batch, dtype=np.int32)
+            self._batch.seq_id[row][0] = row if is_step else 0
+        self._offsets = np.arange(n_batch, dtype=np.int32) * (not is_step)
 
     def _view(self, field: str, n_batch: int) -> np.ndarray:
         return np.ctypeslib.as_array(getattr(self._batch, field), (n_batch,))
 
-    def decode(self, ctx: object, tokens: Sequence[int], first_pos: int, outputs: Outputs) -> int:
+    def decode(self, ctx: object, tokens: Tokens, first_pos: int, outputs: Outputs) -> int:
         """Evaluate the tokens; returns what llama_decode returns, 0 when all is well."""
         n = len(tokens)
         self._batch.n_tokens = n

@@ -20,25 +20,14 @@ DEFAULT_CTX = 8192
 _wanted: ContextVar[tuple[Path, ...]] = ContextVar("wanted", default=())
 
 
-def files_of(base: Source, sidecar: Path | None) -> tuple[Path, ...]:
-    """All files to open when there is a sidecar, which comes last; none without one."""
-    return () if sidecar is None else (*(part.path for part in base.parts), sidecar)
-
-
-def load(path: Path, files: tuple[Path, ...], params: Any) -> Any:
-    """llama.cpp's model from `files`, or from `path` when there are none; None when refused."""
-    with loading_from(files):
-        return backend.bindings().llama_model_load_from_file(str(path).encode(), params)
-
-
 @contextmanager
-def loading_from(files: tuple[Path, ...]) -> Iterator[None]:
-    """Meanwhile, what this thread loads by path comes from `files`, if there are any.
+def with_sidecar(base: Source, sidecar: Path | None) -> Iterator[None]:
+    """Meanwhile, what this thread loads by path comes from all files of `base` and the sidecar.
 
-    llama_cpp's `Llama` takes one path and offers no other way in.
+    Without one nothing is changed. llama_cpp's `Llama` takes one path and offers no other way in.
     """
     _install(backend.bindings())
-    token = _wanted.set(files)
+    token = _wanted.set(() if sidecar is None else (*base.paths, sidecar))
     try:
         yield
     finally:

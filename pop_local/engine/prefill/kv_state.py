@@ -11,7 +11,6 @@ import numpy as np
 
 from converter.format import OWN, TENSOR_MARK, PopMeta, encode_keys
 from converter.header import Header, read_header
-from converter.shape import MAX_LAYERS
 from converter.source import Source
 from pop_local.engine.llama.backend import Mode, bindings
 from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaState
@@ -20,22 +19,13 @@ from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaState
 _SAMPLED_BYTES = 4096
 
 
-@dataclass(frozen=True)
-class ConversionId:
-    """Tells two conversions of one model apart; `fingerprint` is empty for none."""
-
-    projection: str
-    fingerprint: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.projection} projections {self.fingerprint}".rstrip()
+NO_CONVERSION = f"{OWN} projections"
 
 
-NO_CONVERSION = ConversionId(OWN)
+def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
+    """Tells two conversions of one model apart, in words and a fingerprint.
 
-
-def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> ConversionId:
-    """Covers the keys that pruned K/V depend on, and the table and beginnings of fitted tensors.
+    It covers the keys that pruned K/V depend on, and the table and beginnings of fitted tensors.
 
     A sidecar and a single file of one fit have the same.
     """
@@ -46,7 +36,7 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> Conv
     digest = hashlib.sha256(b"".join(encode_keys(keys)))
     for header in base.parts if sidecar is None else (read_header(sidecar),):
         _add_tensors(digest, header)
-    return ConversionId(meta.projection, digest.hexdigest()[:16])
+    return f"{meta.projection} projections {digest.hexdigest()[:16]}"
 
 
 def _add_tensors(digest: Any, header: Header) -> None:
@@ -64,13 +54,12 @@ class KvKey:
 
     mode: Mode
     boundary: int
-    conversion: ConversionId = NO_CONVERSION
+    conversion: str = NO_CONVERSION
 
     @property
     def as_token(self) -> int:
         """A number that is no token, one for each key."""
-        number = int(self.conversion.fingerprint or "0", 16)
-        return -1 - ((number * MAX_LAYERS + self.boundary) * len(Mode) + self.mode)
+        return -1 - int.from_bytes(str(self).encode(), "big")
 
     def __str__(self) -> str:
         if self.mode is Mode.OFF:

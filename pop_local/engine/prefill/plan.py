@@ -1,12 +1,16 @@
-"""Which prompt rows run in full, and in which pieces a prompt is decoded.
+"""Which prompt rows run in full, in which pieces a prompt is decoded, what it may reuse.
 
 The backend's rule, by position: a row is full if its logits are requested, or it is one of the
 first `sink_tokens`, or it is at or past `full_from`; every other row stops at the boundary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from converter.plan import TAIL_TOKENS
+from pop_local.engine.llama.batch import Outputs
 
 
 @dataclass(frozen=True)
@@ -20,21 +24,16 @@ class RowRule:
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """A prompt of which `n_past` tokens are cached and `n_tokens` are to be decoded.
+    """A prompt of which `n_tokens` are to be decoded after those that are cached.
 
     `full_from` is a position; `chunks` are (start, end) offsets among the tokens to decode;
-    `n_pruned` rows stop at the boundary when the mode is CONTEXT, and `n_full` do not.
+    `n_pruned` rows stop at the boundary when the mode is CONTEXT.
     """
 
-    n_past: int
     n_tokens: int
     full_from: int
     chunks: tuple[tuple[int, int], ...]
     n_pruned: int
-
-    @property
-    def n_full(self) -> int:
-        return self.n_tokens - self.n_pruned
 
 
 def plan_prefill(n_past: int, n_tokens: int, rule: RowRule, n_batch: int) -> PrefillPlan:
@@ -48,7 +47,6 @@ def plan_prefill(n_past: int, n_tokens: int, rule: RowRule, n_batch: int) -> Pre
     # The last row asks for logits, so it is full whatever the tail.
     first_full = min(full_from, end - 1)
     return PrefillPlan(
-        n_past=n_past,
         n_tokens=n_tokens,
         full_from=full_from,
         chunks=_chunks(n_tokens, full_from - n_past, n_batch),
@@ -65,3 +63,33 @@ def _chunks(n_tokens: int, tail_start: int, n_batch: int) -> tuple[tuple[int, in
     if n_tokens - tail_start <= n_batch and starts[-1] > tail_start:
         starts[-1] = tail_start
     return tuple(zip(starts, [*starts[1:], n_tokens], strict=True))
+
+
+def full_rows(start: int, end: int, rule: RowRule, full_from: int, outputs: Outputs) -> np.ndarray:
+    """Tell which rows from `start` to `end` are full in mode CONTEXT.
+
+    Those of `outputs` are decoded with logits.
+    """
+    positions = np.arange(start, end)
+    full: np.ndarray = (positions < rule.sink_tokens) | (positions >= full_from)
+    full |= outputs is Outputs.ALL
+    full[-1] |= outputs is Outputs.LAST
+    return full
+
+
+def n_usable(tokens: Sequence[int], cached: np.ndarray, is_full: np.ndarray, rule: RowRule) -> int:
+    """How many cached rows the prompt `tokens` may reuse.
+
+    As many as it begins with, but no context row where the prompt's own tail must be full.
+    """
+    n_same = n_equal(tokens, cached)
+    tail_start = max(0, len(tokens) - rule.tail_tokens)
+    pruned = np.flatnonzero(~is_full[tail_start:n_same])
+    return tail_start + int(pruned[0]) if pruned.size else n_same
+
+
+def n_equal(tokens: Sequence[int], cached: np.ndarray) -> int:
+    """How many tokens both begin with."""
+    n = min(len(tokens), len(cached))
+    differ = np.flatnonzero(cached[:n] != np.asarray(tokens[:n], dtype=np.intc))
+    return int(differ[0]) if differ.size else n

@@ -16,8 +16,7 @@ from converter.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
 from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
-from pop_local.engine.sessions.own_tokens import n_own_tokens
-from pop_local.engine.sessions.session_file import SUFFIX, Sessions
+from pop_local.engine.sessions.session_file import SUFFIX, Sessions, n_own_tokens
 from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
 
 if TYPE_CHECKING:

@@ -32,12 +32,12 @@ from converter.output import replacing
 from converter.sidecar import bind
 from converter.source import read_source
 from pop_local.engine.chat_model import ChatModel
+from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.upstream import llama_cpp
 from pop_local.engine.prefill.kv_state import PopState
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
-from pop_local.engine.sessions.own_tokens import n_own_tokens
 
 FORMAT = 1
 SUFFIX = ".popsession"
@@ -93,6 +93,35 @@ class Restored:
 
     session: Session
     reread: str
+
+
+def n_own_tokens(model: ChatModel, conversation: Conversation) -> int:
+    """How many cached tokens, from the first on, are the conversation's.
+
+    They are the prompt of its last question, whole, and what is cached of the answer; otherwise 0.
+    The answer is compared as text: as a message its tokens may be others than were sampled.
+    """
+    if not conversation.turns:
+        return 0
+    last = conversation.turns[-1]
+    asked = conversation.without_last().plus(dataclasses.replace(last, answer=""))
+    try:
+        prompt = model.chat_prompt(asked.messages)
+    except PopError:  # of another model's template, so nothing of it is cached
+        return 0
+    n_own = len(prompt.tokens)
+    if model.n_cached(prompt.tokens) < n_own:
+        return 0
+    pieces = Pieces(model.vocab)
+    said = last.answer.removeprefix(prompt.begun).encode()
+    at = 0
+    for token in model.input_ids[n_own : model.n_tokens].tolist():
+        piece = pieces[token]
+        if not said.startswith(piece, at):
+            break
+        at += len(piece)
+        n_own += 1
+    return n_own
 
 
 def fingerprint(model: ChatModel) -> Fingerprint:
@@ -183,7 +212,11 @@ class Sessions:
         model.set_pop(session.mode)
         if str(model.kv_key) != session.key:
             return Restored(session, f"they belong to {session.key}")
-        return Restored(session, _taken(model, kv, tokens, is_full))
+        try:
+            model.take_over(kv, tokens, is_full)
+        except PopError as error:
+            return Restored(session, error.message)
+        return Restored(session, "")
 
     def _read(self, name: str) -> Session:
         path = self.path(name)
@@ -197,25 +230,6 @@ def _own_state(model: ChatModel, conversation: Conversation) -> PopState | None:
     """None where the conversation's K/V are not cached."""
     n_own = n_own_tokens(model, conversation)
     return model.save_state() if n_own and model.truncate(n_own) else None
-
-
-def _taken(model: ChatModel, kv: bytes, tokens: np.ndarray, is_full: np.ndarray) -> str:
-    """Restores the K/V; why it could not be done, or nothing."""
-    state = PopState(
-        key=model.kv_key,
-        is_full=is_full,
-        input_ids=tokens,
-        scores=np.empty((0, model.n_vocab()), dtype=np.single),
-        n_tokens=len(tokens),
-        llama_state=kv,
-        llama_state_size=len(kv),
-        seed=model._seed,
-    )
-    try:
-        model.load_state(state)
-    except PopError as error:
-        return error.message
-    return ""
 
 
 def _difference(session: Session, model: ChatModel) -> str:
