@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
-from converter.errors import PlanError
+from converter.errors import PlanError, UnsupportedArchitectureError
 from converter.format import OWN, Budget, Calibration, Measured, PopMeta, make_schedule
 from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
-from converter.shape import ModelShape
+from converter.shape import SHARED_KV, ModelShape
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
@@ -119,6 +119,7 @@ def make_plan(
     own projections are exact. Raises PlanError when nothing would be kept or skipped, or a token
     count does not fit.
     """
+    _require_prunable(shape)
     if boundary is None:
         boundary = shape.n_layer - _n_skipped(shape.n_layer, skip)
         if boundary < 1:
@@ -144,6 +145,20 @@ def make_plan(
     if boundary == shape.n_layer - 1:
         projection = OWN
     return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)
+
+
+def _require_prunable(shape: ModelShape) -> None:
+    if shape.exact:
+        raise UnsupportedArchitectureError(
+            f"this {shape.arch} model already reads fast, and exactly: context tokens leave it at"
+            f" layer {shape.exact} of {shape.n_layer}, since the layers from there on share the K/V"
+            " of earlier ones; there is nothing to convert",
+            "use the file as it is",
+        )
+    if shape.arch in SHARED_KV:
+        raise UnsupportedArchitectureError(
+            f"the architecture {shape.arch!r} cannot be pruned", "use the file as it is"
+        )
 
 
 def _n_skipped(n_layer: int, skip: Share) -> int:
