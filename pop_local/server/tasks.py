@@ -87,7 +87,7 @@ class Tasks:
         return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
-        if self._model.boundary == 0:
+        if not self._model.can_switch:
             if pop:
                 raise ApiError(400, f"{NO_KEYS}: it cannot be pruned", param="pop")
             return Mode.OFF, NO_KEYS

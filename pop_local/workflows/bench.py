@@ -37,12 +37,16 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured on: `backend` names the device and the threads."""
+    """What was measured on: `backend` names the device and the threads.
+
+    `is_exact`: the tokens that skip the layers from `boundary` on are of no use there.
+    """
 
     model: str
     sidecar: str | None
     backend: str
     boundary: int
+    is_exact: bool
     n_layer: int
     min_prompt: int
 
@@ -84,6 +88,8 @@ def find_break_even(
 ) -> BreakEvenSearch:
     """Search for the shortest prompt that gains. Raises PopError, StoppedError."""
     source, files = _found(model, sidecar, options, watch)
+    if source_shape(source).exact:
+        raise PopError(f"{files.path} loses nothing with any prompt: there is nothing to search")
     advance = watch.stage("Searching")
     n_tried = 0
 
@@ -104,8 +110,8 @@ def _found(
     find = model_files if options.boundary is None else files_at_depth
     files = find(model, sidecar, hardware=options.hardware, watch=watch)
     source = read_source(files.path)
-    source_shape(source)
-    if options.boundary is None and pop_of(source, files.sidecar) is None:
+    is_plain = pop_of(source, files.sidecar) is None and not source_shape(source).exact
+    if options.boundary is None and is_plain:
         raise PopError(
             f"{files.path} is not converted: there is nothing to compare",
             "convert it, or choose a boundary",
@@ -149,7 +155,8 @@ def _bench(source: Source, files: ModelFiles, model: PopModel, options: BenchOpt
         model=str(files.path),
         sidecar=str(files.sidecar) if files.sidecar else None,
         backend=f"{device.name} ({device.description}), {threads}",
-        boundary=model.boundary,
+        boundary=model.boundary or model.exact,
+        is_exact=model.exact > 0,
         n_layer=source_shape(source).n_layer,
         min_prompt=model.rule.min_prompt,
     )

@@ -22,11 +22,12 @@ def show_speed(found: Speed) -> None:
     """A table with one row for each prompt length."""
     bench = found.bench
     layers = f"{bench.boundary} to {bench.n_layer - 1} of {bench.n_layer}"
+    layers += ", exactly" if bench.is_exact else ""
     lines = [
         f"{bench.model}: context tokens skip layers {layers}",
         f"{bench.backend}; medians, in brackets the extremes",
         "",
-        markdown(_speed_table(found.rows)),
+        markdown(_speed_table(found.rows, bench.is_exact)),
     ]
     say("\n".join(lines))
 
@@ -86,16 +87,27 @@ def _tried_table(tried: tuple[Tried, ...]) -> Table:
     return Table(columns, tuple(_cells(one, columns) for one in tried))
 
 
-def _speed_table(rows: tuple[SpeedRow, ...]) -> Table:
+def _speed_table(rows: tuple[SpeedRow, ...], is_exact: bool) -> Table:
+    left = ("n_exact", "left exactly") if is_exact else ("n_pruned", "pruned")
     columns = (
         Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
-        Column("n_pruned", "pruned", "{:,}".format, numeric=True),
+        Column(*left, "{:,}".format, numeric=True),
         Column("full_ttft_s", "TTFT full (s)", _precise, numeric=True),
-        Column("pop_ttft_s", "TTFT pruned (s)", _precise, numeric=True),
+        Column(
+            "pop_ttft_s",
+            "TTFT exact (s)" if is_exact else "TTFT pruned (s)",
+            _precise,
+            numeric=True,
+        ),
         Column("speedup", "Speed-up", _ratio, numeric=True),
         Column("limit", "Limit", "{:.2f}".format, numeric=True),
         Column("of_limit", "of limit", "{:.0%}".format, numeric=True),
-        Column("decode_tokens_per_s", "Decode full / pruned (tokens/s)", _rates, numeric=True),
+        Column(
+            "decode_tokens_per_s",
+            f"Decode full / {'exact' if is_exact else 'pruned'} (tokens/s)",
+            _rates,
+            numeric=True,
+        ),
     )
     return Table(columns, tuple(_cells(row, columns) for row in rows))
 

@@ -14,9 +14,8 @@ def stats_line(stats: TurnStats) -> str:
     A prompt that was read in full although pruning is on is said to be short.
     """
     cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
-    short = ": short" if stats.reading == "short" else ""
     return (
-        f"prompt {stats.n_prompt:,} tokens ({cached}{stats.n_pruned:,} pruned{short})"
+        f"prompt {stats.n_prompt:,} tokens ({cached}{stats.left})"
         f" · TTFT {stats.ttft_s:.2f} s"
         f" · prefill {stats.prefill_tokens_per_s:,.0f} tokens/s"
         f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{ENDINGS[stats.finish_reason]}"
@@ -25,7 +24,7 @@ def stats_line(stats: TurnStats) -> str:
 
 def unread_line(stats: TurnStats) -> str:
     """For an answer that was stopped while its prompt was being read."""
-    n_read = stats.n_cached + stats.n_pruned + stats.n_full
+    n_read = stats.n_cached + stats.n_evaluated
     return f"Stopped after reading {n_read:,} of {stats.n_prompt:,} prompt tokens."
 
 
@@ -42,6 +41,7 @@ def session_lines(
         yield "Nothing has been answered yet."
         return
     pruned = sum(stats.n_pruned for stats in answers)
+    exact = sum(stats.n_exact for stats in answers)
     full = sum(stats.n_full for stats in answers)
     cached = sum(stats.n_cached for stats in answers)
     decoded = sum(stats.n_decoded for stats in answers)
@@ -49,7 +49,8 @@ def session_lines(
     yield f"Last answer: {stats_line(last)}"
     yield f"Its {_reading([last], full_cost)}"
     yield f"Answers: {len(answers)}, with {decoded:,} tokens written."
-    yield f"Prompt tokens: {pruned:,} pruned, {full:,} in full, {cached:,} reused from the cache."
+    left = f"{exact:,} left early, exactly" if exact else f"{pruned:,} pruned"
+    yield f"Prompt tokens: {left}, {full:,} in full, {cached:,} reused from the cache."
     if len(answers) > 1:
         yield f"All {_reading(answers, full_cost)}"
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
@@ -58,11 +59,11 @@ def session_lines(
 def _reading(answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], FullCost]) -> str:
     """Seconds spent on reading prompts, and how many a full reading would have cost."""
     taken_s = sum(stats.prefill_s for stats in answers)
-    pruned = [stats for stats in answers if stats.n_pruned]
+    pruned = [stats for stats in answers if stats.n_pruned or stats.n_exact]
     if not pruned:
         return f"reading took {taken_s:.2f} s, in full."
     costs = [full_cost(stats) for stats in pruned]
-    rest_s = sum(stats.prefill_s for stats in answers if not stats.n_pruned)
+    rest_s = sum(stats.prefill_s for stats in answers if stats not in pruned)
     full_s = rest_s + sum(cost.seconds for cost in costs)
     n_measured = sum(cost.is_measured for cost in costs)
     if n_measured == len(costs):
