@@ -117,9 +117,9 @@ def make_plan(
     tokens that is pruned; None takes the one that saves enough with this model (see
     `shortest_saving`). With one skipped layer `projection` is "own": there is nothing to fit, its
     own projections are exact. Raises PlanError when nothing would be kept or skipped, or a token
-    count does not fit.
+    count does not fit; UnsupportedArchitectureError as `require_prunable`.
     """
-    _require_prunable(shape)
+    require_prunable(shape)
     if boundary is None:
         boundary = shape.n_layer - _n_skipped(shape.n_layer, skip)
         if boundary < 1:
@@ -147,7 +147,8 @@ def make_plan(
     return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)
 
 
-def _require_prunable(shape: ModelShape) -> None:
+def require_prunable(shape: ModelShape) -> None:
+    """Raises UnsupportedArchitectureError where nothing need be converted, or cannot be."""
     if shape.exact:
         raise UnsupportedArchitectureError(
             f"this {shape.arch} model already reads fast, and exactly: context tokens leave it at"

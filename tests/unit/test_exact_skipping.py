@@ -1,5 +1,6 @@
 """Models whose last layers share the K/V of earlier ones: what they cost, how they are opened."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,11 +106,22 @@ def test_macs_are_those_of_a_row_by_row_count(n_prompt: int, shared: Path) -> No
     assert exact_limit(shape, n_prompt) == full / exact
 
 
-def test_convert_says_that_nothing_need_be_converted(shared: Path) -> None:
-    done = CliRunner().invoke(app, ["convert", str(shared)])
+@pytest.mark.parametrize("command", ["convert", "analyze", "eval", "demo"])
+def test_what_prunes_says_that_nothing_need_be_converted(command: str, shared: Path) -> None:
+    done = CliRunner().invoke(app, [command, str(shared)])
     assert done.exit_code == 1
     assert "already reads fast, and exactly" in done.stderr.replace("\n", " ")
     assert len(list(shared.parent.iterdir())) == 1
+
+
+def test_inspect_says_what_context_tokens_skip(shared: Path) -> None:
+    found = json.loads(CliRunner().invoke(app, ["inspect", str(shared), "--json"]).stdout)
+    shape = read_shape(shared)
+    assert (found["exact"], found["pop"]) == (shape.exact, None)
+    told = " ".join(CliRunner().invoke(app, ["inspect", str(shared)]).stdout.split())
+    assert f"(needs no pruning) Layers {shape.n_layer}" in told
+    assert f"context tokens skip layers {shape.exact} to {shape.n_layer - 1}" in told
+    assert "not converted" not in told
 
 
 # --- how they are opened
