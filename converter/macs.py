@@ -13,6 +13,10 @@ last ones). The true K and V of these rows replace the projected ones: they are 
 They attend causally to the whole prompt, so they are counted as the last rows of it; that the first
 token, the attention sink, sees fewer positions does not show in four digits.
 
+Where the last layers share the K/V of earlier ones (Gemma 3n and 4) rows leave *exactly*: the last
+layer with K/V of its own projects K and V for all rows, and everything after that runs for the rows
+whose logits are asked for. The full model drops no rows there, not even in its last layer.
+
 The limit is the quotient. It leaves out what is not a matrix product (norms, RoPE, softmax, masks,
 activations, copies) and how well the hardware does with few rows.
 """
@@ -33,10 +37,10 @@ def prefill_macs(shape: ModelShape, n_prompt: int, boundary: int | None, n_full:
     """
     n_kept = shape.n_layer if boundary is None else boundary
     n_full = min(n_full, n_prompt)
-    total = shape.head_macs
+    total = shape.head_macs + n_prompt * (shape.input_macs + shape.output_macs)
     for layer in range(shape.n_layer):
         n_rows = n_prompt if layer < n_kept else n_full
-        n_ffn_rows = n_rows if layer < shape.n_layer - 1 else 1
+        n_ffn_rows = n_rows if layer < shape.n_layer - 1 or shape.exact else 1
         total += n_rows * (shape.attn_proj_macs[layer] + shape.kv_macs[layer])
         total += n_ffn_rows * shape.ffn_macs[layer]
         total += shape.attn_dim[layer] * _visible(n_prompt, n_rows, shape.swa_window[layer])
@@ -49,6 +53,23 @@ def speedup_limit(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) 
     """Return how many times fewer multiply-accumulates the pruned prefill takes."""
     full = prefill_macs(shape, n_prompt, None, n_full)
     return full / prefill_macs(shape, n_prompt, boundary, n_full)
+
+
+def exact_macs(shape: ModelShape, n_prompt: int) -> int:
+    """As prefill_macs, where all rows but the last one leave exactly; `shape.exact` is not 0."""
+    last = shape.exact - 1
+    total = shape.head_macs + n_prompt * shape.input_macs + shape.output_macs
+    for layer in range(shape.n_layer):
+        n_rows = n_prompt if layer < last else 1
+        total += n_rows * (shape.attn_proj_macs[layer] + shape.ffn_macs[layer])
+        total += n_prompt * shape.kv_macs[layer]
+        total += shape.attn_dim[layer] * _visible(n_prompt, n_rows, shape.swa_window[layer])
+    return total
+
+
+def exact_limit(shape: ModelShape, n_prompt: int) -> float:
+    """How many times fewer multiply-accumulates an exact prefill needs than the full one."""
+    return prefill_macs(shape, n_prompt, None, 1) / exact_macs(shape, n_prompt)
 
 
 def shortest_saving(shape: ModelShape, boundary: int, n_full: int) -> int:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
-from converter.errors import PlanError
+from converter.errors import PlanError, UnsupportedArchitectureError
 from converter.format import OWN, Budget, PopMeta
 from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
-from converter.shape import ModelShape
+from converter.shape import SHARED_KV, ModelShape
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
@@ -100,8 +100,9 @@ def make_plan(
     tokens that is pruned; None takes the one that saves enough with this model (see
     `shortest_saving`). With one skipped layer `projection` is "own": there is nothing to fit, its
     own projections are exact. Raises PlanError when nothing would be kept or skipped, or a token
-    count does not fit.
+    count does not fit; UnsupportedArchitectureError as `require_prunable`.
     """
+    require_prunable(shape)
     if boundary is None:
         if isinstance(skip, Fraction):
             skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
@@ -129,3 +130,18 @@ def make_plan(
     if boundary == shape.n_layer - 1:
         projection = OWN
     return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)
+
+
+def require_prunable(shape: ModelShape) -> None:
+    """Raises UnsupportedArchitectureError where nothing need be converted, or cannot be."""
+    if shape.exact:
+        raise UnsupportedArchitectureError(
+            f"this {shape.arch} model already reads fast, and exactly: context tokens leave it at"
+            f" layer {shape.exact} of {shape.n_layer}, since the layers from there on share the K/V"
+            " of earlier ones; there is nothing to convert",
+            "use the file as it is",
+        )
+    if shape.arch in SHARED_KV:
+        raise UnsupportedArchitectureError(
+            f"the architecture {shape.arch!r} cannot be pruned", "use the file as it is"
+        )

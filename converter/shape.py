@@ -33,6 +33,17 @@ ARCHITECTURES: dict[str, _Window | None] = {
     "phi3": None,
 }
 
+# Architectures whose last layers read the K/V of earlier ones: rows leave them exactly, and nothing
+# is converted.
+SHARED_KV: dict[str, _Window] = {
+    "gemma3n": _Window(period=5, default_tokens=0),
+    "gemma4": _Window(period=0, default_tokens=0),
+}
+_GEMMA3N_KV_LAYERS = 20
+# Gemma 4 calls the gate of the per-layer inputs and their projection so; the rest is Gemma 3n's.
+_PER_ROW = ("inp_gate", "proj", "laurel_l", "laurel_r", "altup_router", "altup_predict_coef")
+_BEFORE_THE_LAYERS = ("per_layer_model_proj", "altup_proj")
+
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.weight")
@@ -43,9 +54,12 @@ class ModelShape:
     """The multiply-accumulates of a model per token; tuples have one entry for each layer.
 
     `attn_proj_macs`: attention's projections but K and V. `kv_macs`: K and V. `ffn_macs`: experts
-    count as often as they are used. `attn_dim`: multiply-accumulates per token and visible
-    position, n_head * (head_dim_k + head_dim_v). `swa_window`: visible positions, 0 for all.
-    `head_macs`: the LM head.
+    count as often as they are used, and what the per-layer inputs of Gemma 3n and 4 cost in the
+    layer is among them. `attn_dim`: multiply-accumulates per token and visible position, n_head *
+    (head_dim_k + head_dim_v). `swa_window`: visible positions, 0 for all. `head_macs`: the LM head.
+
+    `exact`: the first of the layers that read the K/V of an earlier one, 0 where each has its own.
+    `input_macs`, `output_macs`: before the first layer and after the last one.
     """
 
     arch: str
@@ -58,6 +72,9 @@ class ModelShape:
     attn_dim: tuple[int, ...]
     swa_window: tuple[int, ...]
     head_macs: int
+    exact: int = 0
+    input_macs: int = 0
+    output_macs: int = 0
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -72,6 +89,8 @@ def source_shape(source: Source) -> ModelShape:
     if not 0 < n_layer <= MAX_LAYERS:
         raise FormatError(f"{source.first.path} says it has {n_layer} layers", "download it again")
     blocks = _blocks(source.tensors, n_layer, source.first.path)
+    if keys.arch in SHARED_KV:
+        return _shared_kv_shape(source, keys, blocks)
     n_embd = keys.number("embedding_length")
     heads = keys.per_layer("attention.head_count", n_layer)
     kv_heads = keys.per_layer("attention.head_count_kv", n_layer, heads)
@@ -110,7 +129,7 @@ class _ArchKeys:
         if "general.architecture" not in header.keys:
             raise FormatError(f"{header.path} names no architecture", "give a language model")
         self.arch = str(header.get("general.architecture"))
-        if self.arch not in ARCHITECTURES:
+        if self.arch not in ARCHITECTURES and self.arch not in SHARED_KV:
             raise UnsupportedArchitectureError(
                 f"{header.path}: the architecture {self.arch!r} cannot be pruned",
                 f"supported are {', '.join(sorted(ARCHITECTURES))}",
@@ -180,7 +199,7 @@ def _head(source: Source) -> tuple[int, int]:
 
 
 def _windows(keys: _ArchKeys, n_layer: int) -> tuple[int, ...]:
-    rule = ARCHITECTURES[keys.arch]
+    rule = SHARED_KV.get(keys.arch) or ARCHITECTURES[keys.arch]
     if rule is None:
         return (0,) * n_layer
     tokens = keys.number("attention.sliding_window", rule.default_tokens)
@@ -191,3 +210,56 @@ def _windows(keys: _ArchKeys, n_layer: int) -> tuple[int, ...]:
         period = keys.number("attention.sliding_window_pattern", rule.period)
         flags = tuple(period == 0 or layer % period < period - 1 for layer in range(n_layer))
     return tuple(tokens if flag else 0 for flag in flags)
+
+
+def _shared_kv_shape(source: Source, keys: _ArchKeys, blocks: list[_Block]) -> ModelShape:
+    """The shape of a Gemma 3n or 4, whose head dimensions depend on the window."""
+    n_layer = len(blocks)
+    n_shared = keys.number("attention.shared_kv_layers", 0)
+    n_kv = min(_GEMMA3N_KV_LAYERS if keys.arch == "gemma3n" else n_layer - n_shared, n_layer)
+    heads = keys.per_layer("attention.head_count", n_layer)
+    kv_heads = keys.per_layer("attention.head_count_kv", n_layer, heads)
+    windows = _windows(keys, n_layer)
+    n_embd = keys.number("embedding_length")
+    dim = keys.number("attention.key_length", n_embd // max(heads[0], 1))
+    dim_swa = keys.number("attention.key_length_swa", dim)
+    dims = [dim_swa if window else dim for window in windows]
+    fused = [2 * n_embd * n * d for n, d in zip(kv_heads, dims, strict=True)]
+    kv_macs = [
+        _kv_macs(*pair) if i < n_kv else 0 for i, pair in enumerate(zip(blocks, fused, strict=True))
+    ]
+    # A layer that shares its K/V has no use for projections of its own, if the file has them.
+    attn = [
+        _elements(b, lambda name: name.startswith("attn_")) - _elements(b, _is_kv) for b in blocks
+    ]
+    per_layer = [_elements(block, lambda name: name in _PER_ROW) for block in blocks]
+    outside = {tensor.name: tensor.n_elements for tensor in source.tensors}
+    n_vocab, head_macs = _head(source)
+    return ModelShape(
+        arch=keys.arch,
+        n_layer=n_layer,
+        n_vocab=n_vocab,
+        n_embd=n_embd,
+        attn_proj_macs=tuple(
+            n - (kv if "attn_qkv" in block else 0)
+            for n, kv, block in zip(attn, kv_macs, blocks, strict=True)
+        ),
+        kv_macs=tuple(kv_macs),
+        ffn_macs=tuple(
+            a + b for a, b in zip(_ffn_macs(blocks, keys, n_layer), per_layer, strict=True)
+        ),
+        attn_dim=tuple(2 * n * d for n, d in zip(heads, dims, strict=True)),
+        swa_window=windows,
+        head_macs=head_macs,
+        exact=n_kv if n_kv < n_layer else 0,
+        input_macs=sum(outside.get(f"{name}.weight", 0) for name in _BEFORE_THE_LAYERS),
+        output_macs=outside.get("altup_unembd_proj.weight", 0),
+    )
+
+
+def _is_kv(name: str) -> bool:
+    return name in ("attn_k", "attn_v")
+
+
+def _kv_macs(block: _Block, fused: int) -> int:
+    return fused if "attn_qkv" in block else _elements(block, _is_kv)

@@ -78,7 +78,7 @@ class _Turn:
         now_s = time.perf_counter()
         self._ttft_s, self._prefill_s = now_s - self._started_s, now_s - prefill_started_s
         self._evaluated = backend.get_counters(self._model.ctx)
-        n_evaluated = self._evaluated.n_context + self._evaluated.n_full
+        n_evaluated = self._evaluated.n_rows
         # A batch that was stopped has been counted in part, and dropped.
         self._n_cached = max(0, self._model.n_tokens - n_evaluated)
         if token == -1:
@@ -132,6 +132,8 @@ class _Turn:
             n_prompt=self._n_prompt,
             n_cached=self._n_cached,
             n_pruned=self._evaluated.n_context,
+            n_skipped_exact=self._evaluated.n_exact,
+            exact_layer=self._model.exact,
             n_full=self._evaluated.n_full,
             ttft_s=self._ttft_s,
             prefill_s=self._prefill_s,
@@ -143,6 +145,8 @@ class _Turn:
 
     def _is_short(self) -> bool:
         model = self._model
+        if model.exact:
+            return False
         n_new = max(1, self._n_prompt - self._n_cached)
         plan = plan_prefill(self._n_cached, n_new, model.rule, model.n_batch)
         return model.pop_mode is backend.Mode.CONTEXT and plan.n_pruned == 0

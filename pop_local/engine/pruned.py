@@ -30,7 +30,7 @@ from pop_local.engine.prefill.kv_state import (
     conversion,
     restore_context_state,
 )
-from pop_local.engine.prefill.plan import full_rows, n_equal, n_usable, plan_prefill
+from pop_local.engine.prefill.plan import EXACT_RULE, full_rows, n_equal, n_usable, plan_prefill
 from pop_local.engine.turn import TurnOptions
 
 
@@ -47,7 +47,8 @@ class _Closed:
 class PrunedLlama(Llama):
     """`Llama` with its own `eval`, so that what llama_cpp builds upon it prunes, too.
 
-    The KV cache belongs to one mode and boundary: switching either empties it.
+    The KV cache belongs to one mode and boundary: switching either empties it. Where rows leave
+    exactly (`exact`: from which layer on, 0 for no such model) it is the full model's own.
     """
 
     def __init__(
@@ -93,6 +94,9 @@ class PrunedLlama(Llama):
             what = f"{model_path}" if sidecar is None else f"{model_path} with {sidecar}"
             raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error
         backend.require_boundary(self._model.model, self.meta)
+        self.exact = backend.model_exact(self._model.model)
+        if self.exact:
+            self.rule = EXACT_RULE
         self.pop_mode = backend.get_mode(self.ctx)
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
@@ -126,16 +130,24 @@ class PrunedLlama(Llama):
         return backend.get_boundary(self.ctx)
 
     @property
+    def can_switch(self) -> bool:
+        """Whether prompts can be read otherwise than in full."""
+        return bool(self.boundary or self.exact)
+
+    @property
     def kv_key(self) -> KvKey:
-        if self.pop_mode is Mode.OFF:
+        if self.pop_mode is Mode.OFF or self.exact:
             return FULL
         return KvKey(self.pop_mode, self.boundary, self._conversion)
 
     def set_pop(self, mode: Mode) -> None:
-        """Switch pruning; the KV cache is emptied. Raises PopError for a model without boundary."""
+        """Switch pruning, or exact skipping; the KV cache is emptied if it is not the same in both.
+
+        Raises PopError for a model that has neither.
+        """
         if mode is self.pop_mode:
             return
-        if mode is not Mode.OFF and self.boundary == 0:
+        if mode is not Mode.OFF and not self.can_switch:
             raise PopError(
                 f"{self.model_path} has no pruning keys",
                 "convert it first",
@@ -152,6 +164,8 @@ class PrunedLlama(Llama):
 
     def _switched(self) -> None:
         self.pop_mode = backend.get_mode(self.ctx)
+        if self.exact:
+            return
         self.clear()
         if isinstance(self.cache, KeyedCache):
             self.set_cache(self.cache.cache)
@@ -275,10 +289,10 @@ class PrunedLlama(Llama):
             self.interrupt.check()
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
         self.input_ids[start:end] = tokens
-        if self.pop_mode is Mode.CONTEXT:
+        if self.pop_mode is Mode.CONTEXT and not self.exact:
             self._is_full[start:end] = full_rows(start, end, self.rule, full_from, outputs)
         else:
-            self._is_full[start:end] = self.pop_mode is Mode.OFF
+            self._is_full[start:end] = self.kv_key == FULL
         if self._logits_all and end <= len(self.scores):
             logits = api.llama_get_logits(self.ctx)
             self.scores[start:end] = np.ctypeslib.as_array(logits, (len(tokens), self._n_vocab))

@@ -8,7 +8,7 @@ from converter.errors import PopError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "interrupted"]
-Reading = Literal["pruned", "short", "full"]
+Reading = Literal["pruned", "exact", "short", "full"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class AnswerOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class TurnStats:
-    """The figures of one answer; n_prompt = n_cached + n_pruned + n_full.
+    """The figures of one answer; n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
     n_cached: prompt tokens whose K/V were still there. n_pruned: prompt tokens that stopped at the
-    boundary. n_full: prompt tokens that ran all layers. n_decoded: sampled tokens, the one that
-    ended the answer included. ttft_s: from the question to the first token, templating and
+    boundary. n_skipped_exact: prompt tokens that left, exactly, at exact_layer, since the layers
+    from it on share the K/V of earlier ones. n_full: prompt tokens that ran all layers. n_decoded:
+    sampled tokens, the one that ended the answer included. ttft_s: from the question to the first token, templating and
     tokenising included. prefill_s: reading the prompt. decode_s: from the first to the last
     sampled token, the reader's own time left out. is_short: pruning is on, and the prompt (what was
     not cached of it) too short to be pruned.
@@ -88,18 +89,34 @@ class TurnStats:
     decode_s: float
     finish_reason: FinishReason
     is_short: bool = False
+    n_skipped_exact: int = 0
+    exact_layer: int = 0
 
     @property
     def reading(self) -> Reading:
-        """How the prompt was read: with context tokens pruned, or in full; "short" says why."""
+        """How the prompt was read: with context tokens pruned, or leaving exactly, or in full;
+        "short" says why."""
         if self.n_pruned:
             return "pruned"
+        if self.n_skipped_exact:
+            return "exact"
         return "short" if self.is_short else "full"
+
+    @property
+    def left(self) -> str:
+        """In words: how many prompt tokens did not run all layers."""
+        if self.n_skipped_exact:
+            return f"{self.n_skipped_exact:,} left at layer {self.exact_layer}, exactly"
+        return f"{self.n_pruned:,} pruned" + (": short" if self.reading == "short" else "")
+
+    @property
+    def n_evaluated(self) -> int:
+        return self.n_pruned + self.n_skipped_exact + self.n_full
 
     @property
     def prefill_tokens_per_s(self) -> float:
         """Only the tokens that were evaluated count; it is 0 when none was."""
-        return _rate(self.n_pruned + self.n_full, self.prefill_s)
+        return _rate(self.n_evaluated, self.prefill_s)
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -119,6 +136,7 @@ class SessionStats:
     n_decoded: int
     prefill_s: float
     decode_s: float
+    n_skipped_exact: int = 0
 
     @classmethod
     def of(cls, turns: Sequence[TurnStats]) -> "SessionStats":
@@ -131,7 +149,7 @@ class SessionStats:
     @property
     def prefill_tokens_per_s(self) -> float:
         """Only the tokens that were evaluated count; it is 0 when none was."""
-        return _rate(self.n_pruned + self.n_full, self.prefill_s)
+        return _rate(self.n_pruned + self.n_skipped_exact + self.n_full, self.prefill_s)
 
     @property
     def decode_tokens_per_s(self) -> float:

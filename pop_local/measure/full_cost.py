@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import median
 
-from converter.macs import prefill_macs
+from converter.macs import exact_limit, prefill_macs
 from converter.shape import ModelShape
 from pop_local.engine.turn import TurnStats
 
@@ -30,20 +30,24 @@ class FullCosts:
 
     def record(self, stats: TurnStats) -> None:
         """Remember a prompt if it was read in full."""
-        if stats.n_pruned == 0 and stats.n_full >= _LEAST_TOKENS:
+        if stats.n_evaluated == stats.n_full >= _LEAST_TOKENS:
             self._measured.append(stats)
 
     def of(self, stats: TurnStats) -> FullCost:
         """Return what reading this prompt in full takes; tokens that were cached stay cached."""
-        if stats.n_pruned == 0:
+        if stats.n_evaluated == stats.n_full:
             return FullCost(stats.prefill_s, is_measured=True)
         rates = [full.prefill_s / full.n_full for full in self._measured if _like(full, stats)]
         if rates:
-            return FullCost((stats.n_pruned + stats.n_full) * median(rates), is_measured=True)
+            return FullCost(stats.n_evaluated * median(rates), is_measured=True)
         return FullCost(stats.prefill_s * self._limit(stats), is_measured=False)
 
     def _limit(self, stats: TurnStats) -> float:
-        if self._shape is None or not self._boundary:
+        if self._shape is None:
+            return 1.0
+        if stats.n_skipped_exact:
+            return exact_limit(self._shape, stats.n_prompt)
+        if not self._boundary:
             return 1.0
         full = self._macs(stats, None)
         return full / self._macs(stats, self._boundary)
@@ -59,6 +63,5 @@ class FullCosts:
 
 
 def _like(full: TurnStats, pruned: TurnStats) -> bool:
-    n_new = pruned.n_pruned + pruned.n_full
-    pairs = ((full.n_full, n_new), (full.n_prompt, pruned.n_prompt))
+    pairs = ((full.n_full, pruned.n_evaluated), (full.n_prompt, pruned.n_prompt))
     return all(1 / _COMPARABLE <= a / b <= _COMPARABLE for a, b in pairs)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from converter.errors import PopError
-from converter.macs import speedup_limit
+from converter.macs import exact_limit, speedup_limit
 from converter.progress import Progress, Ran, counting
 from converter.shape import ModelShape
 from pop_local.engine.llama import backend
@@ -49,10 +49,14 @@ class ModePair:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One prompt length; `speedup` is of the pairs, `of_limit` is its median by the limit."""
+    """One prompt length; `speedup` is of the pairs, `of_limit` is its median by the limit.
+
+    `n_skipped_exact`: rows that left exactly, of a model that allows it.
+    """
 
     n_prompt: int
     n_pruned: int
+    n_skipped_exact: int
     full_ttft_s: Spread
     pop_ttft_s: Spread
     speedup: Spread
@@ -89,11 +93,16 @@ def measure_speed(
 def _row(model: PopModel, shape: ModelShape, n_prompt: int, n_pairs: int, ran: Ran) -> SpeedRow:
     full, pop = run_pairs(model, n_prompt, n_pairs, ran=ran)
     rows = pop[0].counters
-    limit = speedup_limit(shape, n_prompt, model.boundary, rows.n_full)
+    limit = (
+        exact_limit(shape, n_prompt)
+        if model.exact
+        else speedup_limit(shape, n_prompt, model.boundary, rows.n_full)
+    )
     speedup = spread(ratios(full, pop))
     return SpeedRow(
         n_prompt=n_prompt,
         n_pruned=rows.n_context,
+        n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
         speedup=speedup,
@@ -159,11 +168,13 @@ def run(
 def require_rows(model: PopModel, mode: Mode, n_prompt: int, counters: Counters) -> None:
     """Raise PopError unless the whole prompt was evaluated, and pruned as the mode says."""
     plan = plan_prefill(0, n_prompt, model.rule, model.n_batch)
-    n_context = 0 if mode is Mode.OFF else plan.n_pruned
-    if counters != Counters(n_context, n_prompt - n_context):
+    n_left = 0 if mode is Mode.OFF else plan.n_pruned
+    n_context, n_exact = (0, n_left) if model.exact else (n_left, 0)
+    if counters != Counters(n_context, n_prompt - n_left, n_exact):
         raise PopError(
             f"the measurement does not hold: of {n_prompt} prompt tokens {n_context} should be"
-            f" pruned; the backend counted {counters.n_context} pruned, {counters.n_full} full"
+            f" pruned, {n_exact} leave exactly; the backend counted {counters.n_context} pruned,"
+            f" {counters.n_exact} left, {counters.n_full} full"
         )
 
 

@@ -120,7 +120,11 @@ class Api:
             "object": "model",
             "created": self._created,
             "owned_by": "pop-local",
-            "pop": {"n_ctx": self._model.n_ctx(), "boundary": self._model.boundary},
+            "pop": {
+                "n_ctx": self._model.n_ctx(),
+                "boundary": self._model.boundary,
+                "exact": self._model.exact,
+            },
         }
 
     def _check_name(self, name: str | None) -> None:

@@ -33,12 +33,13 @@ class Metrics:
         self.queue = Gauge(
             "pop_queue_length", "Requests that wait for the model", registry=self._registry
         )
-        for kind in ("pruned", "full", "cached"):
+        for kind in ("pruned", "exact", "full", "cached"):
             self._prompt.labels(kind)
 
     def answered(self, stats: TurnStats) -> None:
         """An interrupted answer counts with what was done for it."""
         self._prompt.labels("pruned").inc(stats.n_pruned)
+        self._prompt.labels("exact").inc(stats.n_skipped_exact)
         self._prompt.labels("full").inc(stats.n_full)
         self._prompt.labels("cached").inc(stats.n_cached)
         self._decoded.inc(stats.n_decoded)

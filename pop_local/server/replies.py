@@ -22,8 +22,9 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None) -> Json:
         "prompt_tokens_details": {"cached_tokens": stats.n_cached},
         "pop": {
             "n_pruned": stats.n_pruned,
+            "n_skipped_exact": stats.n_skipped_exact,
             "n_full": stats.n_full,
-            "reading": stats.reading if stats.n_pruned + stats.n_full else None,
+            "reading": stats.reading if stats.n_evaluated else None,
             "reason": reason,
             "queued_s": round(queued_s, 6),
             "ttft_s": round(stats.ttft_s, 6),

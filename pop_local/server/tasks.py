@@ -60,7 +60,7 @@ class Tasks:
         return Task(prompt, options, mode, reason, n_written=len(text))
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
-        if self._model.boundary == 0:
+        if not self._model.can_switch:
             if pop:
                 raise ApiError(400, f"{NO_KEYS}: it cannot be pruned", param="pop")
             return Mode.OFF, NO_KEYS

@@ -42,12 +42,16 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured on: `backend` names the device and the threads."""
+    """What was measured on: `backend` names the device and the threads.
+
+    `is_exact`: the tokens that skip the layers from `boundary` on are of no use there.
+    """
 
     model: str
     sidecar: str | None
     backend: str
     boundary: int
+    is_exact: bool
     n_layer: int
     min_prompt: int
 
@@ -89,7 +93,9 @@ def find_break_even(
         # Doubling up to the longest takes most of the steps.
         advance(n_tried, max(n_tried, n_longest.bit_length()))
 
-    with _opened(model, sidecar, options, watch) as (loaded, _, found):
+    with _opened(model, sidecar, options, watch) as (loaded, shape, found):
+        if shape.exact:
+            raise PopError(f"{found.model} loses nothing with any prompt: there is nothing to find")
         advance = watch.stage("Searching")
         searched = measure_break_even(loaded, options.n_pairs, n_longest, tried)
     return BreakEvenSearch(found, searched.n_prompt, searched.tried)
@@ -103,7 +109,8 @@ def _opened(
     files = find(model, sidecar, hardware=options.hardware, watch=watch)
     source = read_source(files.path)
     shape = source_shape(source)
-    if options.boundary is None and pop_of(source, files.sidecar) is None:
+    is_plain = pop_of(source, files.sidecar) is None and not shape.exact
+    if options.boundary is None and is_plain:
         raise PopError(
             f"{files.path} is not converted: there is nothing to compare",
             "convert it, or choose a boundary",
@@ -144,7 +151,8 @@ def _bench(files: ModelFiles, shape: ModelShape, model: PopModel, hardware: Hard
         model=str(files.path),
         sidecar=str(files.sidecar) if files.sidecar else None,
         backend=f"{device.name} ({device.description}), {threads}",
-        boundary=model.boundary,
+        boundary=model.boundary or model.exact,
+        is_exact=model.exact > 0,
         n_layer=shape.n_layer,
         min_prompt=model.rule.min_prompt,
     )

@@ -7,6 +7,7 @@ from statistics import median
 
 from converter.errors import PopError
 from converter.macs import speedup_limit
+from converter.plan import require_prunable
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
@@ -54,6 +55,8 @@ def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
     measured; StoppedError.
     """
     path = Path(opened.model_path)
+    if opened.exact:
+        require_prunable(opened.shape)
     if opened.meta is None:
         raise PopError(
             f"{path} is not converted", "convert it first", cause="not-converted", model=path

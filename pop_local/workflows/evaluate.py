@@ -11,7 +11,7 @@ from converter.fit import KvType
 from converter.format import FITTED, OWN, Calibration
 from converter.header import read_header
 from converter.macs import LIMIT_PROMPT, speedup_limit
-from converter.plan import make_plan
+from converter.plan import make_plan, require_prunable
 from converter.rewrite import stored_type
 from converter.shape import ModelShape, source_shape, trained_ctx
 from converter.sidecar import pop_of
@@ -117,6 +117,7 @@ def _boundaries(
     if depths:
         return tuple(dict.fromkeys(depth.plan(shape).boundary for depth in depths))
     meta = pop_of(source, files.sidecar)
+    require_prunable(shape)
     if meta is None:
         raise PopError(
             f"{source.first.path} is not converted: there is nothing to measure",

@@ -13,7 +13,7 @@ from converter.format import PREFIX, TENSOR_MARK, PopMeta
 from converter.header import Header, TensorInfo, read_header
 from converter.progress import counting
 from converter.rewrite import original
-from converter.shape import ARCHITECTURES, trained_ctx
+from converter.shape import ARCHITECTURES, SHARED_KV, source_shape, trained_ctx
 from converter.sidecar import base_path, pop_of, sidecar_beside, sidecar_meta
 from converter.source import Source, is_sidecar, read_source
 from pop_local.models.names import load_catalog, resolve
@@ -44,7 +44,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a model; `pop` is what the sidecar says if there is one."""
+    """What is in a model; `pop` is what the sidecar says if there is one.
+
+    `exact` is the layer from which on context tokens are of no use, so that they leave; 0: none.
+    """
 
     file: str
     n_files: int
@@ -52,6 +55,7 @@ class Inspection:
     name: str
     architecture: str
     architecture_supported: bool
+    exact: int
     n_layer: int
     n_embd: int
     n_ctx_train: int
@@ -161,6 +165,7 @@ def _of_model(
         name=name if isinstance(name, str) else "",
         architecture=architecture,
         architecture_supported=architecture in ARCHITECTURES,
+        exact=source_shape(source).exact if architecture in SHARED_KV else 0,
         n_layer=_number(source, "block_count"),
         n_embd=_number(source, "embedding_length"),
         n_ctx_train=trained_ctx(first) or 0,

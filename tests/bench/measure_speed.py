@@ -5,7 +5,8 @@
 FOLDER holds upstream's libllama of the same release and flags. Two child processes stay open, on
 one core and one thread: one with the unpatched library and llama_cpp's own `Llama.generate`, one
 with the patched library and PopModel. In each round every variant runs once, in an order that
-rotates; ratios are taken within the round. The patched runs prove by the row counters that all of
+rotates; ratios are taken within the round. Of a model that rows leave exactly, that is measured
+instead of boundaries. The patched runs prove by the row counters that all of
 the prompt was evaluated and what of it was pruned. Decoding is compared from a prompt of 16 tokens
 on, as llama-bench's `tg` has none (give its path with --llama-bench). On a machine with other work
 to do, `--clock cpu` takes the process's CPU time, which one thread makes comparable.
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.macs import speedup_limit
+from converter.macs import exact_limit, speedup_limit
 from converter.plan import make_plan, parse_skip
 from converter.shape import ModelShape, read_shape
 
@@ -37,10 +38,11 @@ N_DECODE_PROMPT = 16
 
 @dataclass(frozen=True)
 class Variant:
-    """What runs; boundary 0 is full mode."""
+    """What runs; `mode` is the backend's, 0 for all layers. `boundary` 0: that of the file."""
 
     name: str
     is_patched: bool
+    mode: int = 0
     boundary: int = 0
 
 
@@ -55,7 +57,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Row:
-    """`speedup`: against the patched library's full mode; `speedup_unpatched`: against upstream."""
+    """`speedup`: against the patched library's full mode; `speedup_unpatched`: against upstream.
+    `n_pruned`: rows that left, be it exactly."""
 
     n_prompt: int
     variant: str
@@ -89,15 +92,14 @@ def _patched(model: str, n_ctx: int, clock: Clock) -> Any:
 
     opened = PopModel(model, n_ctx=n_ctx, n_threads=1, n_gpu_layers=0)
 
-    def runner(tokens: list[int], n_decode: int, boundary: int) -> dict[str, float]:
+    def runner(tokens: list[int], n_decode: int, mode: int, boundary: int) -> dict[str, float]:
         if boundary:
             opened.set_boundary(boundary)
-        mode = Mode.CONTEXT if boundary else Mode.OFF
-        done = run(opened, mode, tokens, n_decode, clock)
+        done = run(opened, Mode(mode), tokens, n_decode, clock)
         return {
             "ttft_s": done.ttft_s,
             "decode": done.decode_tokens_per_s,
-            "n_pruned": done.counters.n_context,
+            "n_pruned": done.counters.n_context + done.counters.n_exact,
         }
 
     return runner
@@ -111,7 +113,7 @@ def _unpatched(model: str, n_ctx: int, clock: Clock) -> Any:
         model, n_ctx=n_ctx, n_threads=1, n_threads_batch=1, n_gpu_layers=0, verbose=False
     )
 
-    def runner(tokens: list[int], n_decode: int, boundary: int) -> dict[str, float]:
+    def runner(tokens: list[int], n_decode: int, mode: int, boundary: int) -> dict[str, float]:
         opened.reset()
         opened._ctx.kv_cache_clear()
         sampled = opened.generate(tokens, temp=0.0)
@@ -151,9 +153,10 @@ class Child:
         if options.cpu is not None:
             os.sched_setaffinity(self._process.pid, {options.cpu})
 
-    def run(self, tokens: list[int], n_decode: int, boundary: int) -> dict[str, float]:
+    def run(self, tokens: list[int], n_decode: int, variant: Variant) -> dict[str, float]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"tokens": tokens, "n_decode": n_decode, "boundary": boundary}
+        request = {"tokens": tokens, "n_decode": n_decode, "mode": variant.mode}
+        request["boundary"] = variant.boundary
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -189,7 +192,7 @@ def measure(
     for number in range(rounds + 1):
         shift = number % len(variants)
         for variant in variants[shift:] + variants[:shift]:
-            done = pair[variant.is_patched].run(tokens, n_decode, variant.boundary)
+            done = pair[variant.is_patched].run(tokens, n_decode, variant)
             if number > 0:
                 runs[variant].append(done)
         show(f"\r{len(tokens)} tokens: round {number} of {rounds} ", end="")
@@ -214,6 +217,8 @@ def ttft_rows(runs: Runs, shape: ModelShape, n_prompt: int) -> list[Row]:
         limit = 1.0
         if variant.boundary:
             limit = speedup_limit(shape, n_prompt, variant.boundary, n_prompt - n_pruned)
+        elif variant.mode:
+            limit = exact_limit(shape, n_prompt)
         speedup = ratio(full[1], done, "ttft_s")
         rows.append(
             Row(
@@ -299,6 +304,13 @@ def machine() -> str:
     )
 
 
+def skipping(shape: ModelShape, skips: str) -> list[Variant]:
+    if shape.exact:
+        return [Variant(f"exact from {shape.exact}", is_patched=True, mode=1)]
+    boundaries = [make_plan(shape, skip=parse_skip(s)).boundary for s in skips.split(",")]
+    return [Variant(f"boundary {b}", is_patched=True, mode=1, boundary=b) for b in boundaries]
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
@@ -323,13 +335,12 @@ def main() -> None:
         return
     shape = read_shape(Path(options.model))
     n_prompts = [int(n) for n in options.prompts.split(",") if n]
-    skips = [parse_skip(skip) for skip in options.skips.split(",")]
-    boundaries = [make_plan(shape, skip=skip).boundary for skip in skips]
     variants = [
         Variant("unpatched", is_patched=False),
         Variant("full", is_patched=True),
-        *(Variant(f"boundary {b}", is_patched=True, boundary=b) for b in boundaries),
+        *skipping(shape, options.skips),
     ]
+    decoding = variants if shape.exact else variants[:2]
     print(f"{options.model}: {machine()}, 1 thread, {options.pairs} rounds, {options.clock} time\n")
     rows: list[Row] = []
     with children(options, max([*n_prompts, options.decode]) + 64) as pair:
@@ -337,9 +348,7 @@ def main() -> None:
             runs = measure(pair, variants, prompt(shape.n_vocab, n_prompt), 1, options.pairs)
             rows += ttft_rows(runs, shape, n_prompt)
         print_rows(rows)
-        decode = (
-            measure_decode(pair, variants[:2], options, shape.n_vocab) if options.decode else {}
-        )
+        decode = measure_decode(pair, decoding, options, shape.n_vocab) if options.decode else {}
     result = {"model": options.model, "machine": machine(), "ttft": [asdict(row) for row in rows]}
     print(json.dumps(result | {"decode": decode}))
 

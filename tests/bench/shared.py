@@ -7,7 +7,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.paths import ROOT
 from support.serving import Served, served
+from support.shared_kv import GEMMA4_E2B, SharedKv, add_keys, shapes
 from support.synthetic import DEFAULTS, add_header
 from support.terminal import Terminal
 
-__all__ = ["DEFAULTS", "ROOT", "Served", "Terminal", "add_header", "served"]
+__all__ = [
+    "DEFAULTS",
+    "GEMMA4_E2B",
+    "ROOT",
+    "Served",
+    "SharedKv",
+    "Terminal",
+    "add_header",
+    "add_keys",
+    "served",
+    "shapes",
+]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from converter.errors import PopError
-from converter.macs import speedup_limit
+from converter.macs import exact_limit, speedup_limit
 from converter.shape import read_shape
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
@@ -14,6 +14,7 @@ from pop_local.measure import speed
 from pop_local.measure.speed import measure_speed, random_prompt, require_rows
 from support.converted import tiny
 from support.program import Done, called, run
+from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
 SPREAD = {"median", "min", "max"}
@@ -49,7 +50,7 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         assert row["of_limit"] == pytest.approx(row["speedup"]["median"] / row["limit"])
         assert set(row["decode_tokens_per_s"]) == {"full", "pop"}
         assert min(row["decode_tokens_per_s"].values()) > 0
-        assert len(row) == 8
+        assert len(row) == 9
 
 
 def test_table_is_markdown_on_stdout(pop_file):
@@ -160,3 +161,16 @@ def test_pairs_change_their_order_and_the_first_one_is_not_counted(model, monkey
         [Mode.CONTEXT, Mode.OFF],
     ]
     assert steps == [(100 * n, 600) for n in range(7)]
+
+
+def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
+    model = make_shared(tmp_path / "shared.gguf", "gemma4")
+    found = report(model, "--prompt", "100", "--repeat", 1)
+    [row] = found["rows"]
+    assert (row["n_pruned"], row["n_skipped_exact"]) == (0, 99)
+    assert row["limit"] == exact_limit(read_shape(model), 100)
+    table = bench(model, "--prompt", "100", "--repeat", 1).stdout
+    assert "skip layers 4 to 7 of 8, exactly" in " ".join(table.split())
+    searched = bench(model, "--find-break-even", "--prompt", "100")
+    assert searched.returncode == 1
+    assert "loses nothing" in searched.stderr

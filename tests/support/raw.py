@@ -27,13 +27,18 @@ N_MODELS = 4
 @dataclass(frozen=True)
 class Step:
     """One call. `op`: decode, embeddings, embed, causal, save, load, remove, shift, mode, boundary,
-    full_from, sink, counters.
+    full_from, sink, counters, exact, image,
+    hidden.
 
     decode: `tokens` from `pos` on in `seq`, and in each of `coupled`; `logits` "last", "all" or
     "none"; `more`: further (seq, pos, tokens) in the same batch, with the logits of their last
     token. embeddings: as decode, giving the state after the output norm; embed: asks for it from
     now on. causal: whether rows see only earlier ones. save, load: the state of `seq` to or from
     `path`. shift: positions from `pos` on move by `value`, the tokens before them are removed.
+    image: `value` rows of random embeddings from `pos` on, in one batch without logits, each row
+    seeing all of them where the model has it so. hidden: as decode, giving the state of all tokens
+    behind the last layer, as drafting heads read it (by a C++ function: not on Windows). exact: the
+    rows that left exactly, which `counters` would forget.
     """
 
     op: str
@@ -70,6 +75,7 @@ class Job:
     further: tuple[str, ...] = ()
     mmap: bool = True
     cvec: tuple[float, ...] = field(default=())
+    watched: bool = False  # by an evaluation callback
 
 
 class DiedError(Exception):
@@ -80,8 +86,9 @@ def run(job: Job) -> dict[str, np.ndarray]:
     """Run a job in the child process of its library.
 
     Returns, by the step's name, the logits as float32 [n_outputs, n_vocab], for embeddings
-    [n_tokens, n_embd], and for counters int64 [2] (context, full). Raises RuntimeError with the
-    library's log when it fails, DiedError when the child died of it; the next job has another.
+    [n_tokens, n_embd], for counters int64 [2] (context, full), for exact int64 [1]. Raises
+    RuntimeError with the library's log when it fails, DiedError when the child died of it; the next
+    job has another.
     """
     child = _children.get(job.lib) or _Child(job.lib)
     _children[job.lib] = child
@@ -199,6 +206,9 @@ class Session:
         params.n_threads = params.n_threads_batch = 1
         params.flash_attn_type = int(job.flash_attn)
         params.type_k, params.type_v = job.type_k, job.type_v
+        if job.watched:
+            self._watcher = self.lib.ggml_backend_sched_eval_callback(lambda *_: False)
+            params.cb_eval = self._watcher
         return params
 
     def _set_lora(self, path: str) -> None:
@@ -259,6 +269,32 @@ class Session:
         self.lib.llama_batch_free(batch)
         return np.stack(rows) if rows else np.zeros((0, n_values), np.float32)
 
+    def _hidden(self, step: Step) -> np.ndarray:
+        ctx = ctypes.c_void_p(self.ctx)
+        self.capi._Z26llama_set_embeddings_nextnP13llama_contextbb(ctx, True, False)
+        self._decode(step)
+        get = self.capi._Z26llama_get_embeddings_nextnP13llama_context
+        get.restype = ctypes.POINTER(ctypes.c_float)
+        shape = len(step.tokens), self.lib.llama_model_n_embd(self.model)
+        states: np.ndarray = np.ctypeslib.as_array(get(ctx), shape).copy()
+        self.capi._Z26llama_set_embeddings_nextnP13llama_contextbb(ctx, False, False)
+        return states
+
+    def _image(self, step: Step) -> None:
+        n_embd = self.lib.llama_model_n_embd(self.model)
+        rows = np.random.default_rng(step.pos).standard_normal((step.value, n_embd), np.float32)
+        batch = self.lib.llama_batch_init(step.value, n_embd, 1)
+        ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
+        for row in range(step.value):
+            batch.pos[row], batch.n_seq_id[row] = step.pos + row, 1
+            batch.seq_id[row][0], batch.logits[row] = step.seq, False
+        batch.n_tokens = step.value
+        self.lib.llama_set_causal_attn(self.ctx, False)
+        if (status := self.lib.llama_decode(self.ctx, batch)) != 0:
+            raise RuntimeError(f"llama_decode returned {status}")
+        self.lib.llama_set_causal_attn(self.ctx, True)
+        self.lib.llama_batch_free(batch)
+
     def _save(self, step: Step) -> None:
         size = self.lib.llama_state_seq_get_size(self.ctx, step.seq)
         data = (ctypes.c_uint8 * size)()
@@ -292,9 +328,16 @@ class Session:
         self._pop("llama_pop_set_sink", step.value)
 
     def _counters(self, step: Step) -> np.ndarray:
-        counters = (ctypes.c_int64 * 2)()
-        self.capi.llama_pop_get_counters(ctypes.c_void_p(self.ctx), counters)
+        rows = self._rows()[:2]
         self.capi.llama_pop_reset_counters(ctypes.c_void_p(self.ctx))
+        return rows
+
+    def _exact(self, step: Step) -> np.ndarray:
+        return self._rows()[2:]
+
+    def _rows(self) -> np.ndarray:
+        counters = (ctypes.c_int64 * 3)()
+        self.capi.llama_pop_get_counters(ctypes.c_void_p(self.ctx), counters)
         return np.array(list(counters), np.int64)
 
     def _pop(self, function: str, *args: int) -> None:

@@ -48,6 +48,7 @@ class ScriptedModel:
         self.pop_mode = Mode.CONTEXT
         self.boundary = 20
         self.shape = None
+        self.exact = 0
         self.model_path = "model.gguf"
         self.metadata = {
             "general.architecture": "llama",
@@ -59,8 +60,12 @@ class ScriptedModel:
         self.is_closed = False
         self._n_ctx = n_ctx
 
+    @property
+    def can_switch(self) -> bool:
+        return bool(self.boundary or self.exact)
+
     def set_pop(self, mode: Mode) -> None:
-        if not self.boundary:
+        if not self.can_switch:
             raise PopError("model.gguf has no pruning keys", "convert it first")
         self.pop_mode = mode
 

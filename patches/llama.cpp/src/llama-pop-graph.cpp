@@ -77,7 +77,9 @@ public:
     void set_input(const llama_ubatch * ubatch) override {
         const auto & rows = plan.rows;
 
-        ggml_backend_tensor_set(ids, rows.data(), 0, rows.size()*sizeof(int32_t));
+        for (int64_t i = 0; i < ids->ne[1]; ++i) {
+            ggml_backend_tensor_set(ids, rows.data(), i*ids->nb[1], rows.size()*sizeof(int32_t));
+        }
 
         set_out_ids(*ubatch);
 
@@ -114,7 +116,9 @@ public:
             gather_rows(dst[i].k_idxs, src[i].k_idxs, rows, ubatch->n_tokens);
             gather_rows(dst[i].v_idxs, src[i].v_idxs, rows, ubatch->n_tokens);
 
-            if (is_used(dst[i].mask)) {
+            if (is_used(src[i].mask)) {
+                gather_rows(dst[i].mask, src[i].mask, rows, ubatch->n_tokens);
+            } else if (is_used(dst[i].mask)) {
                 src[i].mctx->set_input_kq_mask(dst[i].mask, &sub, whole->cparams.causal_attn);
             }
         }
@@ -144,7 +148,7 @@ public:
     T * whole; // owned by the graph result
     T   reduced;
 
-    ggml_tensor * ids = nullptr; // I32 [n_full]
+    ggml_tensor * ids = nullptr; // I32 [n_full, n_slices], each slice the same
     ggml_tensor * out_ids;       // I32 [n_outputs], the input of the whole ubatch: it comes to index the full rows
 
     llm_graph_input_pos pos;
@@ -171,7 +175,7 @@ private:
 //
 
 uint32_t llama_pop_n_nodes(const llama_model & model) {
-    return llama_pop_supports(model.arch) ? 32*model.hparams.n_layer() : 0;
+    return llama_pop_supports(model.arch) ? 32*model.hparams.n_layer() : llama_pop_exact_layer(model.arch, model.hparams) > 0 ? 32 : 0;
 }
 
 static ggml_tensor * build_rope(const llm_graph_context & g, const llama_model & model, ggml_tensor * k, ggml_tensor * inp_pos, int il) {
@@ -203,6 +207,18 @@ static llm_graph_qkv build_own_kv(const llm_graph_context & g, const llama_layer
     return g.build_qkv(layer, cur, n_k, g.hparams.n_head(il), n_k, g.hparams.n_head_kv(il), n_v, g.hparams.n_head_kv(il), il);
 }
 
+static void store_kv(const llm_graph_context & g, const llama_pop_attn & attn, ggml_tensor * k, ggml_tensor * v, int il) {
+    if (attn.k_rot) {
+        k = llama_mul_mat_hadamard(g.ctx0, k, attn.k_rot);
+    }
+    if (attn.v_rot) {
+        v = llama_mul_mat_hadamard(g.ctx0, v, attn.v_rot);
+    }
+
+    ggml_build_forward_expand(g.gf, attn.mctx->cpy_k(g.ctx0, k, attn.k_idxs, il));
+    ggml_build_forward_expand(g.gf, attn.mctx->cpy_v(g.ctx0, v, attn.v_idxs, il));
+}
+
 // stores the K/V of all rows for the skipped layers, projected from their state at the boundary
 // note: the layers themselves overwrite those of the full rows later in the graph
 template <typename T>
@@ -230,49 +246,55 @@ static void build_kv(const llm_graph_context & g, const llama_model & model, int
         g.cb(k, "pop_k", il);
         g.cb(v, "pop_v", il);
 
-        const auto attn = get_attn_of_layer(inp_attn, g.hparams, il);
-
-        if (attn.k_rot) {
-            k = llama_mul_mat_hadamard(g.ctx0, k, attn.k_rot);
-        }
-        if (attn.v_rot) {
-            v = llama_mul_mat_hadamard(g.ctx0, v, attn.v_rot);
-        }
-
-        ggml_build_forward_expand(g.gf, attn.mctx->cpy_k(g.ctx0, k, attn.k_idxs, il));
-        ggml_build_forward_expand(g.gf, attn.mctx->cpy_v(g.ctx0, v, attn.v_idxs, il));
+        store_kv(g, get_attn_of_layer(inp_attn, g.hparams, il), k, v, il);
     }
 }
 
-static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int64_t ne0, int64_t ne1) {
-    ggml_tensor * inp = ggml_new_tensor_2d(g.ctx0, type, ne0, ne1);
+static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne3 = 1) {
+    ggml_tensor * inp = ggml_new_tensor_4d(g.ctx0, type, ne0, ne1, 1, ne3);
     ggml_set_input(inp);
     return inp;
 }
 
-// reduces the state and the inputs to the full rows
+// cur [n, n_tokens] or [n, n_tokens, n_slices], ids [n_rows, n_slices at the least]
+static ggml_tensor * pick_rows(const llm_graph_context & g, ggml_tensor * cur, ggml_tensor * ids) {
+    return ggml_get_rows(g.ctx0, cur, ggml_view_2d(g.ctx0, ids, ids->ne[0], cur->ne[2], ids->nb[1], 0));
+}
+
+static int64_t count_slices(const std::vector<ggml_tensor **> & states) {
+    int64_t res = 1;
+    for (const auto * state : states) {
+        res = std::max(res, (*state)->ne[2]);
+    }
+    return res;
+}
+
+// reduces the states and the inputs to the full rows
 template <typename T>
-static void build_reduction(llm_graph_context & g, llama_pop_plan plan, ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, T *& inp_attn) {
+static void build_reduction(llm_graph_context & g, llama_pop_plan plan, const std::vector<ggml_tensor **> & states, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, T *& inp_attn) {
     const int64_t n_full = plan.rows.size();
     const int64_t n_pos  = g.hparams.n_pos_per_embd();
 
     auto inp = std::make_unique<llm_graph_input_pop<T>>(std::move(plan), inp_attn, inp_out_ids, n_pos);
 
-    inp->ids     = new_input(g, GGML_TYPE_I32, n_full,       1);
+    inp->ids     = new_input(g, GGML_TYPE_I32, n_full,       count_slices(states));
     inp->pos.pos = new_input(g, GGML_TYPE_I32, n_full*n_pos, 1);
 
     for (auto & attn : get_attn(inp->reduced)) {
         attn.k_idxs   = new_input(g, attn.k_idxs->type, attn.k_idxs->ne[0]/g.n_tokens*n_full, 1);
         attn.v_idxs   = new_input(g, attn.v_idxs->type, attn.v_idxs->ne[0]/g.n_tokens*n_full, 1);
-        attn.mask     = new_input(g, attn.mask->type,   attn.mask->ne[0], n_full);
+        attn.mask     = new_input(g, attn.mask->type,   attn.mask->ne[0], n_full/attn.mask->ne[3], attn.mask->ne[3]);
         attn.mask_cnv = attn.mask;
     }
 
-    inpL     = ggml_get_rows(g.ctx0, inpL, inp->ids);
+    for (auto * state : states) {
+        *state = pick_rows(g, *state, inp->ids);
+        g.cb(*state, "pop_full", -1);
+    }
+
     inp_pos  = inp->pos.pos;
     inp_attn = &inp->reduced;
 
-    g.cb(inpL, "pop_full", -1);
     g.n_tokens = n_full;
 
     g.res->add_input(std::move(inp));
@@ -296,7 +318,7 @@ static bool enter_layer(llm_graph_context & g, const llama_model & model, int il
         return true;
     }
 
-    build_reduction(g, std::move(plan), inpL, inp_pos, inp_out_ids, inp_attn);
+    build_reduction(g, std::move(plan), { &inpL }, inp_pos, inp_out_ids, inp_attn);
     return false;
 }
 
@@ -310,4 +332,46 @@ bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int
 
 bool llama_pop_enter_layer(llm_graph_context &, const llama_model &, int, ggml_tensor *&, ggml_tensor *&, ggml_tensor *, llm_graph_input_attn_no_cache *&) {
     return false; // embeddings: no KV cache to fill
+}
+
+bool llama_pop_leave(llm_graph_context & g, int il, ggml_tensor *& q, ggml_tensor *& k, ggml_tensor *& v, std::initializer_list<ggml_tensor **> states, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv_iswa *& inp_attn) {
+    if (il + 1 != (int) g.cparams.pop.exact) {
+        return false;
+    }
+
+    auto plan = llama_pop_make_plan(g.hparams, g.cparams, g.ubatch);
+    if (plan.il < 0) {
+        return false;
+    }
+
+    store_kv(g, get_attn_of_layer(*inp_attn, g.hparams, il), k, v, il);
+    k = nullptr;
+    v = nullptr;
+
+    std::vector<ggml_tensor **> present;
+    for (auto * state : states) {
+        if (*state) {
+            present.push_back(state);
+        }
+    }
+
+    if (plan.rows.empty()) {
+        ggml_tensor * none = new_input(g, GGML_TYPE_I32, 0, count_slices(present));
+        for (auto * state : present) {
+            *state = pick_rows(g, *state, none);
+        }
+        g.n_tokens = 0;
+        return true;
+    }
+
+    const int64_t n_head_dim = q->ne[0];
+    const int64_t n_head     = q->ne[1];
+
+    q = ggml_reshape_2d(g.ctx0, q, n_head_dim*n_head, g.n_tokens);
+    present.push_back(&q);
+
+    build_reduction(g, std::move(plan), present, inp_pos, inp_out_ids, inp_attn);
+
+    q = ggml_reshape_3d(g.ctx0, q, n_head_dim, n_head, g.n_tokens);
+    return false;
 }

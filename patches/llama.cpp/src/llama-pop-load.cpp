@@ -47,6 +47,15 @@ bool llama_pop_rope_per_layer(llm_arch arch) {
     return find_arch(arch)->rope_per_layer;
 }
 
+// those whose layers that store K/V call llama_pop_leave()
+uint32_t llama_pop_exact_layer(llm_arch arch, const llama_hparams & hparams) {
+    const bool has_hook = arch == LLM_ARCH_GEMMA3N || arch == LLM_ARCH_GEMMA4;
+
+    const int32_t n_kv = hparams.n_layer_kv_from_start;
+
+    return has_hook && n_kv > 0 && n_kv < (int32_t) hparams.n_layer() ? n_kv : 0;
+}
+
 //
 // what the file says
 //
@@ -195,6 +204,11 @@ void llama_pop_load_sidecar(llama_model_loader & ml, const std::string & path) {
 
 void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     const gguf_context * gguf = ml.metadata;
+
+    const uint32_t exact = llama_pop_exact_layer(model.arch, model.hparams);
+    if (exact > 0) {
+        LLAMA_LOG_INFO("%s: layers %u to %u store no K/V, rows without logits leave before them\n", __func__, exact, model.hparams.n_layer() - 1);
+    }
 
     if (!gguf || !has_pop_keys(gguf)) {
         return;

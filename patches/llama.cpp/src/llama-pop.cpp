@@ -32,14 +32,49 @@ static bool is_full(const llama_pop_cparams & pop, const llama_ubatch & ubatch, 
 }
 
 static llama_pop_plan plan_reserve(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
+    const bool prunes = cparams.pop.boundary > 0;
+
     // as many of each sequence, at the most all but one: the attention splits the rows among the streams
-    const uint32_t n_full = std::min((uint64_t) hparams.pop.sink_tokens + hparams.pop.tail_tokens, (uint64_t) ubatch.n_seq_tokens - 1)*ubatch.n_seqs;
+    const uint64_t n_each = prunes ? (uint64_t) hparams.pop.sink_tokens + hparams.pop.tail_tokens : 1;
+    const uint32_t n_full = std::min(n_each, (uint64_t) ubatch.n_seq_tokens - 1)*ubatch.n_seqs;
 
     llama_pop_plan plan;
-    plan.il = cparams.pop.boundary;
+    plan.il = prunes ? cparams.pop.boundary : cparams.pop.exact;
     for (uint32_t i = 0; i < n_full; ++i) {
         plan.rows.push_back(i);
     }
+    return plan;
+}
+
+// the rows with logits, and of each stream as many others as another one has more of them: the attention splits the
+// rows evenly among the streams. the others are computed in vain
+static llama_pop_plan plan_exact(const llama_cparams & cparams, const llama_ubatch & ubatch) {
+    const uint32_t n_streams = cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
+    const uint32_t n_each    = ubatch.n_tokens/n_streams;
+
+    std::vector<uint32_t> n_outputs(n_streams, 0);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        n_outputs[i/n_each] += ubatch.output[i] != 0;
+    }
+
+    const uint32_t n_most = *std::max_element(n_outputs.begin(), n_outputs.end());
+
+    llama_pop_plan plan;
+
+    if (n_most == n_each) {
+        return plan;
+    }
+
+    plan.il = cparams.pop.exact;
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        auto & n = n_outputs[i/n_each];
+        if (ubatch.output[i] || n < n_most) {
+            plan.rows.push_back(i);
+            n += !ubatch.output[i];
+        }
+    }
+
     return plan;
 }
 
@@ -59,7 +94,16 @@ llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cp
 
     llama_pop_plan plan;
 
-    if (pop.mode == LLAMA_POP_MODE_OFF || pop.boundary == 0 || reads_all || !cparams.causal_attn) {
+    if (pop.mode == LLAMA_POP_MODE_OFF || reads_all) {
+        return plan;
+    }
+
+    if (pop.boundary == 0) {
+        return pop.exact > 0 && !cparams.cb_eval ? plan_exact(cparams, ubatch) : plan;
+    }
+
+    // without a causal mask a context row is read by the rows before it
+    if (!cparams.causal_attn) {
         return plan;
     }
 
@@ -90,8 +134,9 @@ void llama_pop_count(llama_pop_counters & counters, const llama_hparams & hparam
 
     const int64_t n_full = plan.il < 0 ? ubatch.n_tokens : plan.rows.size();
 
-    counters.n_full    += n_full;
-    counters.n_context += ubatch.n_tokens - n_full;
+    counters.n_full += n_full;
+
+    (cparams.pop.boundary > 0 ? counters.n_context : counters.n_exact) += ubatch.n_tokens - n_full;
 }
 
 bool llama_pop_one_seq(const llama_cparams & cparams, uint32_t n_outputs, uint32_t n_tokens) {
@@ -102,7 +147,7 @@ bool llama_pop_one_seq(const llama_cparams & cparams, uint32_t n_outputs, uint32
 }
 
 bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_tokens, const llama_memory_context_i * mctx) {
-    if (pop.boundary == 0 || ctx.get_model().hparams.no_alloc) {
+    if ((pop.boundary == 0 && pop.exact == 0) || ctx.get_model().hparams.no_alloc) {
         return true;
     }
 
@@ -126,19 +171,24 @@ llama_pop_cparams llama_pop_init(const llama_model & model) {
 
     llama_pop_cparams pop;
 
-    pop.mode        = hparams.boundary > 0 ? LLAMA_POP_MODE_CONTEXT : LLAMA_POP_MODE_OFF;
     pop.boundary    = hparams.boundary;
     pop.sink_tokens = hparams.sink_tokens;
+    pop.exact       = llama_pop_exact_layer(model.arch, model.hparams);
+    pop.mode        = pop.boundary > 0 || pop.exact > 0 ? LLAMA_POP_MODE_CONTEXT : LLAMA_POP_MODE_OFF;
 
     return pop;
 }
 
 int32_t llama_pop_abi(void) {
-    return 1;
+    return 2;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {
     return llama_pop_supports(model->arch) && !model->hparams.use_kq_norm ? (int32_t) model->hparams.pop.boundary : -1;
+}
+
+int32_t llama_pop_model_exact(const llama_model * model) {
+    return llama_pop_exact_layer(model->arch, model->hparams);
 }
 
 int32_t llama_pop_set_mode(llama_context * ctx, int32_t mode) {
@@ -148,7 +198,7 @@ int32_t llama_pop_set_mode(llama_context * ctx, int32_t mode) {
         LLAMA_LOG_ERROR("%s: unknown mode %d\n", __func__, mode);
         return -1;
     }
-    if (mode != LLAMA_POP_MODE_OFF && pop.boundary == 0) {
+    if (pop.boundary == 0 && (mode == LLAMA_POP_MODE_ALWAYS || (mode == LLAMA_POP_MODE_CONTEXT && pop.exact == 0))) {
         LLAMA_LOG_ERROR("%s: the model has no boundary\n", __func__);
         return -1;
     }
@@ -169,7 +219,7 @@ int32_t llama_pop_set_boundary(llama_context * ctx, int32_t layer) {
 
     if (layer == 0) {
         pop.boundary = hparams.pop.boundary;
-        pop.mode     = pop.boundary > 0 ? pop.mode : LLAMA_POP_MODE_OFF;
+        pop.mode     = pop.boundary > 0 || pop.exact > 0 ? pop.mode : LLAMA_POP_MODE_OFF;
         return 0;
     }
     if (llama_pop_model_boundary(&model) < 0) {

@@ -3,6 +3,9 @@
 // A *full* row runs all layers. A *context* row runs only the layers below the boundary; its K/V of the skipped layers
 // are projected from its state at the boundary. A row is full if its logits are requested, or its position is below
 // sink_tokens, or it is at or past full_from of one of its sequences.
+//
+// Exact skipping: where the last layers read the K/V of an earlier one, a row whose logits are not requested is of no
+// use past the last layer that stores K/V. It leaves there, and no other row changes. This needs no keys in the file.
 
 #pragma once
 
@@ -11,6 +14,7 @@
 #include "llama-arch.h"
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -42,20 +46,24 @@ extern "C" {
     //
 
     enum llama_pop_mode {
-        LLAMA_POP_MODE_OFF     = 0, // every row is full
-        LLAMA_POP_MODE_CONTEXT = 1, // context rows are pruned
+        LLAMA_POP_MODE_OFF     = 0, // every row runs all layers
+        LLAMA_POP_MODE_CONTEXT = 1, // context rows are pruned, or leave exactly where the model allows it: its default
         LLAMA_POP_MODE_ALWAYS  = 2, // every row is pruned, the logits come from the state at the boundary
     };
 
     struct llama_pop_counters {
         int64_t n_context; // rows that stopped at the boundary
         int64_t n_full;    // rows that ran all layers
+        int64_t n_exact;   // rows that left at the last layer that stores K/V, exactly
     };
 
     LLAMA_API int32_t llama_pop_abi(void);
 
     // the boundary that the file asks for, 0: the file has no POP keys, -1: the architecture has no hook
     LLAMA_API int32_t llama_pop_model_boundary(const struct llama_model * model);
+
+    // the first layer that rows without logits need not enter: those from it on store no K/V. 0: there is none
+    LLAMA_API int32_t llama_pop_model_exact(const struct llama_model * model);
 
     LLAMA_API int32_t llama_pop_set_mode(struct llama_context * ctx, int32_t mode);
     LLAMA_API int32_t llama_pop_get_mode(const struct llama_context * ctx);
@@ -98,6 +106,9 @@ struct llama_pop_layer {
 
 bool llama_pop_supports(llm_arch arch);
 
+// see llama_pop_model_exact()
+uint32_t llama_pop_exact_layer(llm_arch arch, const llama_hparams & hparams);
+
 // a sidecar is the file after the model's own, of which there is one unless n_split says more. empty: there is none
 std::string llama_pop_take_sidecar(std::vector<std::string> & paths, uint16_t n_split);
 
@@ -115,6 +126,7 @@ struct llama_pop_cparams {
     llama_pop_mode mode        = LLAMA_POP_MODE_OFF;
     uint32_t       boundary    = 0;
     uint32_t       sink_tokens = 0;
+    uint32_t       exact       = 0; // the first layer that rows without logits do not enter, 0: none
 
     std::vector<llama_pos> full_from; // by sequence, no entry: none by position
 
@@ -136,9 +148,9 @@ void llama_pop_count(llama_pop_counters & counters, const llama_hparams & hparam
 //
 
 struct llama_pop_plan {
-    int32_t il = -1; // layer at which the rows are reduced, -1: all rows run all layers
+    int32_t il = -1; // first layer of the full rows alone, -1: all rows run all layers
 
-    std::vector<int32_t> rows; // the full rows of the ubatch
+    std::vector<int32_t> rows; // the full rows of the ubatch, as many of each KV stream
 };
 
 // graph nodes beyond those of an unpruned graph, at the most
@@ -158,3 +170,10 @@ bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int
         ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv_iswa *& inp_attn);
 bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int il,
         ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_no_cache *& inp_attn);
+
+// to be called in each layer that stores K/V, before its attention. in the last of them it stores K/V, here no longer
+// needed, and reduces Q, the states and the inputs to the full rows. a state is [n, n_tokens] or [n, n_tokens, n_slices],
+// or null. true: no row goes on, leave the loop over the layers
+bool llama_pop_leave(llm_graph_context & g, int il, ggml_tensor *& q, ggml_tensor *& k, ggml_tensor *& v,
+        std::initializer_list<ggml_tensor **> states,
+        ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv_iswa *& inp_attn);

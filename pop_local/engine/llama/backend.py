@@ -18,12 +18,13 @@ from converter.errors import PopError
 from converter.format import PopMeta
 from pop_local.engine.llama import logs
 
-ABI = 1
+ABI = 2
 INSTALL_HINT = "install it with: pip install ./patches/llama-cpp-python"
 
 
 class Mode(IntEnum):
-    """OFF: every row is full. CONTEXT: context rows are pruned. ALWAYS: every row is pruned."""
+    """OFF: every row is full. CONTEXT: context rows are pruned, or leave exactly where the model
+    allows it. ALWAYS: every row is pruned."""
 
     OFF = 0
     CONTEXT = 1
@@ -32,14 +33,20 @@ class Mode(IntEnum):
 
 @dataclass(frozen=True)
 class Counters:
-    """Rows since the last reset that stopped at the boundary, and that ran all layers."""
+    """Rows since the last reset: those that stopped at the boundary, those that ran all layers, and
+    those that left, exactly, where the last layers share the KV of earlier ones."""
 
     n_context: int
     n_full: int
+    n_exact: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_context + self.n_full + self.n_exact
 
 
 class _CCounters(ctypes.Structure):
-    _fields_ = [("n_context", ctypes.c_int64), ("n_full", ctypes.c_int64)]
+    _fields_ = [(name, ctypes.c_int64) for name in ("n_context", "n_full", "n_exact")]
 
 
 _INT32 = ctypes.c_int32
@@ -47,6 +54,7 @@ _POINTER = ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_abi": ([], _INT32),
     "llama_pop_model_boundary": ([_POINTER], _INT32),
+    "llama_pop_model_exact": ([_POINTER], _INT32),
     "llama_pop_set_mode": ([_POINTER, _INT32], _INT32),
     "llama_pop_get_mode": ([_POINTER], _INT32),
     "llama_pop_set_boundary": ([_POINTER, _INT32], _INT32),
@@ -101,6 +109,11 @@ def model_boundary(model: Any) -> int:
     return int(require_patched().llama_pop_model_boundary(model))
 
 
+def model_exact(model: Any) -> int:
+    """The first layer that rows without logits need not enter, exactly; 0: there is none."""
+    return int(require_patched().llama_pop_model_exact(model))
+
+
 def require_boundary(model: Any, meta: PopMeta | None) -> None:
     """Raises PopError when the loaded model does not prune as its keys say."""
     wanted = meta.boundary if meta else 0
@@ -140,7 +153,7 @@ def set_sink(ctx: Any, n_tokens: int) -> None:
 def get_counters(ctx: Any) -> Counters:
     counters = _CCounters()
     require_patched().llama_pop_get_counters(ctx, ctypes.byref(counters))
-    return Counters(counters.n_context, counters.n_full)
+    return Counters(counters.n_context, counters.n_full, counters.n_exact)
 
 
 def reset_counters(ctx: Any) -> None:

@@ -22,6 +22,10 @@ class RowRule:
     min_prompt: int = 0
 
 
+# Only the row whose logits are requested; nothing is lost, so no prompt is too short.
+EXACT_RULE = RowRule(sink_tokens=0, tail_tokens=0)
+
+
 @dataclass(frozen=True)
 class PrefillPlan:
     """A prompt of which `n_tokens` are to be decoded after those that are cached.

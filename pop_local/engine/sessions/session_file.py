@@ -238,7 +238,7 @@ def _difference(session: Session, model: ChatModel) -> str:
         return f"they belong to another model ({session.model})"
     if saved.backend != ours.backend:
         return f"they were written by backend {saved.backend}, this is {ours.backend}"
-    if session.mode is not Mode.OFF and not model.boundary:
+    if session.mode is not Mode.OFF and not model.can_switch:
         return "they are pruned, which this model is not converted for"
     return ""
 

@@ -68,11 +68,21 @@ class Dialogue:
 
     def pop_state(self) -> str:
         """Say in a sentence whether prompts are pruned."""
+        if self.model.exact:
+            return self._exact_state()
         if not self.model.boundary:
             return "Pruning is not possible: this model is not converted."
         if self.model.pop_mode is Mode.OFF:
             return "Pruning is off: prompts are read in full."
         return f"Pruning is on: context tokens skip the layers from {self.model.boundary} on."
+
+    def _exact_state(self) -> str:
+        if self.model.pop_mode is Mode.OFF:
+            return "Exact skipping is off: prompts are read in full, with the same result."
+        return (
+            f"Exact skipping is on: context tokens leave at layer {self.model.exact}, past which"
+            " nothing reads them. Answers are those of the full model."
+        )
 
     def reopen(self, name: str | None, n_ctx: int | None) -> None:
         """Take another model or context for the conversation. Raises PopError, nothing changed."""
@@ -81,7 +91,7 @@ class Dialogue:
         self._name = name
         before, self.session.model, self.costs = self.model, opened, _costs(opened)
         # Off by choice, not for want of anything to prune by.
-        if before.boundary and before.pop_mode is Mode.OFF and self.model.boundary:
+        if before.can_switch and before.pop_mode is Mode.OFF and self.model.can_switch:
             self.model.set_pop(Mode.OFF)
         before.close()
         self._is_warned = False

@@ -17,6 +17,8 @@ def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:
 def _model_facts(found: Inspection) -> list[Fact]:
     files = f", in {found.n_files} files" if found.n_files > 1 else ""
     supported = "can be pruned" if found.architecture_supported else "cannot be pruned"
+    if found.exact:
+        supported = "needs no pruning"
     return [
         ("File", found.file),
         ("Size", f"{size(found.size_bytes)}{files}"),
@@ -27,7 +29,7 @@ def _model_facts(found: Inspection) -> list[Fact]:
         ("Chat template", "yes" if found.has_chat_template else "no: a base model"),
         ("Tensors", _tensors(found.tensors)),
         *([("Sidecar", found.sidecar)] if found.sidecar else []),
-        *_pruning_facts(found.pop),
+        *(_exact_facts(found) if found.exact else _pruning_facts(found.pop)),
         ("Stock llama.cpp", _stock(found)),
     ]
 
@@ -52,6 +54,11 @@ def _stock(found: Inspection) -> str:
 def _tensors(groups: tuple[TensorGroup, ...]) -> str:
     texts = [f"{g.n_tensors} {g.type} ({size(g.size_bytes)})" for g in groups]
     return ", ".join(texts) or "none"
+
+
+def _exact_facts(found: Inspection) -> list[Fact]:
+    layers = f"layers {found.exact} to {found.n_layer - 1} of {found.n_layer}"
+    return [("Exact skipping", f"context tokens skip {layers}, and nothing changes")]
 
 
 def _pruning_facts(meta: PopMeta | None) -> list[Fact]:

@@ -21,9 +21,10 @@ def show_speed(found: Speed) -> None:
     """A table with one row for each prompt length."""
     bench = found.bench
     layers = f"{bench.boundary} to {bench.n_layer - 1} of {bench.n_layer}"
+    layers += ", exactly" if bench.is_exact else ""
     say(f"{bench.model}: context tokens skip layers {layers}")
     say(f"{bench.backend}; medians, in brackets the extremes\n")
-    say(markdown(Table.of(_ROWS, found.rows)))
+    say(markdown(Table.of(_EXACT_ROWS if bench.is_exact else _ROWS, found.rows)))
 
 
 def gain_json(found: BreakEvenSearch) -> dict[str, object]:
@@ -80,13 +81,21 @@ _TRIED = (
     Column("iqr", "Quartiles apart", "{:.3f}".format, numeric=True),
     Column("wins", "Gains", lambda wins: "yes" if wins else "no"),
 )
-_ROWS = (
-    Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
-    Column("n_pruned", "pruned", "{:,}".format, numeric=True),
-    Column("full_ttft_s", "TTFT full (s)", _precise, numeric=True),
-    Column("pop_ttft_s", "TTFT pruned (s)", _precise, numeric=True),
-    Column("speedup", "Speed-up", _ratio, numeric=True),
-    Column("limit", "Limit", "{:.2f}".format, numeric=True),
-    Column("of_limit", "of limit", "{:.0%}".format, numeric=True),
-    Column("decode_tokens_per_s", "Decode full / pruned (tokens/s)", _rates, numeric=True),
-)
+
+
+def _columns(left: str, name: str, how: str) -> tuple[Column, ...]:
+    """`left`: the count of the tokens that skip layers, `name` its title; `how` they are read."""
+    return (
+        Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
+        Column(left, name, "{:,}".format, numeric=True),
+        Column("full_ttft_s", "TTFT full (s)", _precise, numeric=True),
+        Column("pop_ttft_s", f"TTFT {how} (s)", _precise, numeric=True),
+        Column("speedup", "Speed-up", _ratio, numeric=True),
+        Column("limit", "Limit", "{:.2f}".format, numeric=True),
+        Column("of_limit", "of limit", "{:.0%}".format, numeric=True),
+        Column("decode_tokens_per_s", f"Decode full / {how} (tokens/s)", _rates, numeric=True),
+    )
+
+
+_ROWS = _columns("n_pruned", "pruned", "pruned")
+_EXACT_ROWS = _columns("n_skipped_exact", "left exactly", "exact")

@@ -14,9 +14,8 @@ def stats_line(stats: TurnStats) -> str:
     A prompt that was read in full although pruning is on is said to be short.
     """
     cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
-    short = ": short" if stats.reading == "short" else ""
     return (
-        f"prompt {stats.n_prompt:,} tokens ({cached}{stats.n_pruned:,} pruned{short})"
+        f"prompt {stats.n_prompt:,} tokens ({cached}{stats.left})"
         f" · TTFT {stats.ttft_s:.2f} s"
         f" · prefill {stats.prefill_tokens_per_s:,.0f} tokens/s"
         f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{ENDINGS[stats.finish_reason]}"
@@ -25,7 +24,7 @@ def stats_line(stats: TurnStats) -> str:
 
 def unread_line(stats: TurnStats) -> str:
     """For an answer that was stopped while its prompt was being read."""
-    n_read = stats.n_cached + stats.n_pruned + stats.n_full
+    n_read = stats.n_cached + stats.n_evaluated
     return f"Stopped after reading {n_read:,} of {stats.n_prompt:,} prompt tokens."
 
 
@@ -46,8 +45,11 @@ def session_lines(
     yield f"Last answer: {stats_line(last)}"
     yield f"Its {_reading([last], full_cost)}"
     yield f"Answers: {len(answers)}, with {total.n_decoded:,} tokens written."
+    left = f"{total.n_pruned:,} pruned"
+    if total.n_skipped_exact:
+        left = f"{total.n_skipped_exact:,} left at layer {last.exact_layer}, exactly"
     yield (
-        f"Prompt tokens: {total.n_pruned:,} pruned, {total.n_full:,} in full,"
+        f"Prompt tokens: {left}, {total.n_full:,} in full,"
         f" {total.n_cached:,} reused from the cache."
     )
     if len(answers) > 1:
@@ -58,11 +60,11 @@ def session_lines(
 def _reading(answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], FullCost]) -> str:
     """Seconds spent on reading prompts, and how many a full reading would have cost."""
     taken_s = sum(stats.prefill_s for stats in answers)
-    pruned = [stats for stats in answers if stats.n_pruned]
+    pruned = [stats for stats in answers if stats.n_pruned or stats.n_skipped_exact]
     if not pruned:
         return f"reading took {taken_s:.2f} s, in full."
     costs = [full_cost(stats) for stats in pruned]
-    rest_s = sum(stats.prefill_s for stats in answers if not stats.n_pruned)
+    rest_s = sum(stats.prefill_s for stats in answers if stats not in pruned)
     full_s = rest_s + sum(cost.seconds for cost in costs)
     n_measured = sum(cost.is_measured for cost in costs)
     if n_measured == len(costs):

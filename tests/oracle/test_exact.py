@@ -1,0 +1,339 @@
+"""Exact skipping against the unpatched library: the same logits, the same KV cache."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from support.oracle import distance, random_tokens
+from support.pop_files import Keys, add_to
+from support.raw import Job, Step, run
+from support.shared_kv import DEFAULTS, SharedKv, make_shared, shapes
+
+N_VOCAB = 380
+Q8_0 = 8  # GGML_TYPE_Q8_0
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gemma3n": {},
+    "gemma3n-fused": {"fused_qkv": True},
+    "gemma4": {},
+    "gemma4-fused": {"fused_qkv": True},
+    "gemma4-k-as-v": {"k_as_v": True},
+    "gemma4-no-per-layer-inputs": {"n_per_layer": 0},
+    "gemma4-moe": {"n_expert": 4},
+    "gemma4-moe-fused": {"n_expert": 4, "fused_experts": True},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights whose products do not depend on the shape of the batch."""
+    arch = request.param.split("-")[0]
+    folder = tmp_path_factory.mktemp(request.param)
+    return make_shared(folder / "model.gguf", arch, **MODELS[request.param])
+
+
+@pytest.fixture(scope="module", params=["gemma3n", "gemma4"])
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model of each architecture, for what does not depend on its parts."""
+    return make_shared(tmp_path_factory.mktemp(request.param) / "model.gguf", request.param)
+
+
+@pytest.fixture
+def job(unpatched_lib: Path) -> Job:
+    return Job(model="", steps=(), lib=str(unpatched_lib), n_seq_max=1)
+
+
+def both(job: Job, model: Path, steps: tuple[Step, ...]) -> tuple[dict, dict]:
+    """What the patched and the unpatched library give; ours counts its rows at the end."""
+    counted = (*steps, Step("exact", "exact"), Step("counters", "counters"))
+    ours = run(replace(job, model=str(model), steps=counted, lib=None))
+    return ours, run(replace(job, model=str(model), steps=steps))
+
+
+def rows(got: dict) -> tuple[int, ...]:
+    """Context, full, and exact rows."""
+    return tuple(int(n) for n in (*got["counters"], *got["exact"]))
+
+
+def answered(tokens: tuple[int, ...], folder: Path, n_answer: int = 4) -> tuple[Step, ...]:
+    """A prefill, its KV state, and the decoding of a few more tokens, whose state follows."""
+    n = len(tokens)
+    return (
+        Step("decode", "last", tokens=tokens),
+        Step("save", path=str(folder / "prefilled")),
+        *(Step("decode", f"{i}", tokens=(tokens[i],), pos=n + i) for i in range(n_answer)),
+        Step("save", path=str(folder / "answered")),
+    )
+
+
+def compare(job: Job, model: Path, tokens: tuple[int, ...], folder: Path) -> tuple[dict, dict]:
+    """Both libraries' logits; their KV states are the same, byte for byte."""
+    ours, theirs = folder / "ours", folder / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    got, _ = both(job, model, answered(tokens, ours))
+    want = run(replace(job, model=str(model), steps=answered(tokens, theirs)))
+    assert (ours / "prefilled").read_bytes() == (theirs / "prefilled").read_bytes()
+    assert (ours / "answered").read_bytes() == (theirs / "answered").read_bytes()
+    return got, want
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ubatch 128": {"n_ubatch": 128},
+    "ubatch 512": {"n_ubatch": 512},
+    "flash attention": {"flash_attn": True},
+    "K in q8_0": {"type_k": Q8_0},
+    "K and V in q8_0": {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_one_token_more_than_whole_ubatches_is_the_same_bit_for_bit(
+    options: dict, model: Path, tmp_path: Path, job: Job
+) -> None:
+    got, want = compare(replace(job, **options), model, random_tokens(513, N_VOCAB), tmp_path)
+    assert rows(got) == (0, 5, 512)
+    for name, logits in want.items():
+        np.testing.assert_array_equal(got[name], logits)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_rows_that_share_a_ubatch_are_within_the_unpatched_noise(
+    options: dict, model: Path, tmp_path: Path, job: Job
+) -> None:
+    """All rows but one leave in the same ubatch; what they stored is the same bit for bit."""
+    job, tokens = replace(job, **options), random_tokens(300, N_VOCAB)
+    got, want = compare(job, model, tokens, tmp_path)
+    assert rows(got) == (0, 5, 299)
+    check_noise(got, want, replace(job, model=str(model)), Step("decode", "last", tokens=tokens))
+
+
+def check_noise(got: dict, want: dict, job: Job, *steps: Step) -> None:
+    """Rows [.., n_vocab] are as near as the unpatched library is to itself in other ubatches."""
+    others = [run(replace(job, steps=steps, n_ubatch=n_ubatch)) for n_ubatch in (71, 7)]
+    for name in (step.name for step in steps):
+        noise = [distance(*pair) for o in others for pair in zip(o[name], want[name], strict=True)]
+        found = [distance(*pair) for pair in zip(got[name], want[name], strict=True)]
+        assert max(found) <= max(noise), name
+
+
+@pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
+def test_sequences_in_one_batch(kv_unified: bool, model: Path, tmp_path: Path, job: Job) -> None:
+    """Prompts of other lengths end in other ubatches: a stream's rows are never fewer."""
+    lengths = (200, 333, 100, 121)
+    prompts = [random_tokens(n, N_VOCAB, seed=n) for n in lengths]
+    more = tuple((seq, 0, prompts[seq]) for seq in (1, 2, 3))
+    job = replace(job, n_seq_max=4, n_ctx=8192, kv_unified=kv_unified)
+
+    decode = Step("decode", "logits", tokens=prompts[0], more=more)
+    next_more = tuple((seq, lengths[seq], prompts[seq][:2]) for seq in (1, 2, 3))
+    following = Step("decode", "next", tokens=prompts[0][:2], pos=200, more=next_more)
+
+    def steps(who: str) -> tuple[Step, ...]:
+        saves = (Step("save", path=str(tmp_path / f"{who}{s}"), seq=s) for s in range(4))
+        return (decode, *saves, following)
+
+    got, _ = both(job, model, steps("ours"))
+    want = run(replace(job, model=str(model), steps=steps("theirs")))
+    for seq in range(4):
+        ours, theirs = (tmp_path / f"{who}{seq}" for who in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    n_context, n_full, n_exact = rows(got)
+    assert (n_context, n_full + n_exact) == (0, sum(lengths) + 8)
+    # Four last rows, and of each ubatch in which a prompt ends a row of the others.
+    assert n_full == 8 if kv_unified else 8 <= n_full <= 20
+    check_noise(got, want, replace(job, model=str(model)), decode, following)
+
+
+def test_who_asks_for_every_row_gets_every_row(model: Path, job: Job) -> None:
+    tokens = random_tokens(130, N_VOCAB)
+    for op in ("decode", "embeddings"):
+        got, want = both(job, model, (Step(op, "every", tokens=tokens, logits="all"),))
+        assert rows(got) == (0, 130, 0)
+        np.testing.assert_array_equal(got["every"], want["every"])
+
+
+def test_mode_off_is_the_unpatched_library(model: Path, job: Job) -> None:
+    last = Step("decode", "last", tokens=random_tokens(130, N_VOCAB))
+    got = counted(job, model, (Step("mode", value=0), last))
+    assert rows(got) == (0, 130, 0)
+    want = run(replace(job, model=str(model), steps=(last,)))
+    np.testing.assert_array_equal(got["last"], want["last"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="C++ names are others there")
+def test_a_drafting_head_reads_the_state_of_every_row(tmp_path: Path, job: Job) -> None:
+    """Logits of the last row only, but states of all; after that, rows leave again."""
+    model = make_shared(tmp_path / "model.gguf", "gemma4")
+    hidden = Step("hidden", "states", tokens=random_tokens(130, N_VOCAB))
+    again = (Step("remove"), Step("decode", "last", tokens=hidden.tokens))
+    got, want = both(job, model, (hidden, *again))
+    assert rows(got) == (0, 130 + 1, 129)
+    np.testing.assert_array_equal(got["states"], want["states"])
+
+
+def counted(job: Job, model: Path, steps: tuple[Step, ...]) -> dict:
+    steps = (*steps, Step("exact", "exact"), Step("counters", "counters"))
+    return run(replace(job, model=str(model), steps=steps, lib=None))
+
+
+def test_an_observer_of_the_graph_sees_every_row(plain: Path, job: Job) -> None:
+    """An evaluation callback, as tools that collect activations set it."""
+    step = (Step("decode", "last", tokens=random_tokens(40, N_VOCAB)),)
+    assert rows(counted(job, plain, step)) == (0, 1, 39)
+    assert rows(counted(replace(job, watched=True), plain, step)) == (0, 40, 0)
+
+
+def test_some_logits_of_a_batch(plain: Path, tmp_path: Path, job: Job) -> None:
+    """Outputs in the middle of the batch, as a batch of several parts has them."""
+    tokens = random_tokens(300, N_VOCAB)
+    parts = tuple((0, start, tokens[start : start + 50]) for start in range(50, 300, 50))
+    six = Step("decode", "six", tokens=tokens[:50], more=parts)
+    got, want = both(job, plain, (six,))
+    assert rows(got) == (0, 6, 294)
+    check_noise(got, want, replace(job, model=str(plain)), six)
+
+
+@pytest.mark.parametrize("decodes", [False, True], ids=["prefills", "prefills and decodes"])
+def test_prompts_that_alternate_never_run_the_graph_of_another(
+    decodes: bool, plain: Path, job: Job
+) -> None:
+    """Each on one context and on a fresh one: bit for bit, and so the decode after it.
+
+    Only a graph that follows one of its shape can be reused: hence without decodes, too.
+    """
+    tokens = random_tokens(64, N_VOCAB)
+    calls = {
+        "last": Step("decode", "now", tokens=tokens),
+        "all": Step("decode", "now", tokens=tokens, logits="all"),
+        "none": Step("decode", "now", tokens=tokens, logits="none"),
+        "two": Step("decode", "now", tokens=tokens[:20], more=((0, 20, tokens[20:]),)),
+        "two others": Step("decode", "now", tokens=tokens[:50], more=((0, 50, tokens[50:]),)),
+        "three": Step(
+            "decode", "now", tokens=tokens[:9], more=((0, 9, tokens[9:20]), (0, 20, tokens[20:]))
+        ),
+    }
+    following = Step("decode", "next", tokens=tokens[:1], pos=64)
+    keys = [(mode, name) for mode in (1, 0, 1) for name in (*calls, *reversed(calls), "last")]
+    fresh = {
+        (mode, name): counted(job, plain, (Step("mode", value=mode), call, following))
+        for mode in (0, 1)
+        for name, call in calls.items()
+    }
+    steps: list[Step] = []
+    for turn, (mode, name) in enumerate(keys):
+        steps += [Step("mode", value=mode), Step("remove")]
+        steps.append(replace(calls[name], name=f"{turn} now"))
+        steps += [replace(following, name=f"{turn} next")] if decodes else []
+    got = counted(job, plain, tuple(steps))
+    for turn, key in enumerate(keys):
+        np.testing.assert_array_equal(got[f"{turn} now"], fresh[key]["now"])
+        if decodes:
+            np.testing.assert_array_equal(got[f"{turn} next"], fresh[key]["next"])
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_a_state_goes_from_either_library_to_the_other(
+    patched_first: bool, plain: Path, tmp_path: Path, job: Job
+) -> None:
+    tokens = random_tokens(300, N_VOCAB)
+    state = Step("save", path=str(tmp_path / "state"))
+    prefill = Step("decode", tokens=tokens[:-1], logits="none")
+    last = Step("decode", "last", tokens=tokens[-1:], pos=299)
+    ours, theirs = (replace(job, model=str(plain), lib=lib) for lib in (None, job.lib))
+    first, second = (ours, theirs) if patched_first else (theirs, ours)
+    straight = run(replace(first, steps=(prefill, state, last)))
+    loaded = run(replace(second, steps=(replace(state, op="load"), last)))
+    np.testing.assert_array_equal(straight["last"], loaded["last"])
+
+
+def test_a_lora_adapter(plain: Path, tmp_path: Path, job: Job) -> None:
+    """Of all layers, those without K/V among them, and of the per-layer projections."""
+    arch = "gemma3n" if "gemma3n" in str(plain) else "gemma4"
+    lora = make_lora(tmp_path / "lora.gguf", DEFAULTS[arch])
+    tokens = random_tokens(513, N_VOCAB)
+    got, want = compare(replace(job, lora=str(lora), n_ubatch=128), plain, tokens, tmp_path)
+    assert rows(got) == (0, 5, 512)
+    for name, logits in want.items():
+        np.testing.assert_array_equal(got[name], logits)
+    without = run(replace(job, model=str(plain), steps=(Step("decode", "last", tokens=tokens),)))
+    assert not np.array_equal(without["last"], want["last"])
+
+
+def make_lora(path: Path, recipe: SharedKv) -> Path:
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, recipe.base.arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    wanted = ("attn_q", "attn_k", "attn_v", "ffn_gate", "inp_gate", "proj")
+    for name, dims in shapes(recipe):
+        if name.startswith("blk.") and name.split(".")[2] in wanted:
+            n_out, n_in = dims
+            for part, size in (("lora_a", (4, n_in)), ("lora_b", (n_out, 4))):
+                values = rng.standard_normal(size, dtype=np.float32) * np.float32(0.1)
+                writer.add_tensor(f"{name}.{part}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_control_vector(plain: Path, tmp_path: Path, job: Job) -> None:
+    base = DEFAULTS["gemma3n" if "gemma3n" in str(plain) else "gemma4"].base
+    values = np.random.default_rng(0).standard_normal((base.n_layer - 1) * base.n_embd)
+    job = replace(job, cvec=tuple(float(value) for value in values), n_ubatch=128)
+    got, want = compare(job, plain, random_tokens(257, N_VOCAB), tmp_path)
+    assert rows(got) == (0, 5, 256)
+    for name, logits in want.items():
+        np.testing.assert_array_equal(got[name], logits)
+
+
+def test_an_image_in_the_prompt(plain: Path, tmp_path: Path, job: Job) -> None:
+    """Embeddings instead of tokens; in layers with a window each of them sees the later ones."""
+    tokens = random_tokens(129, N_VOCAB)
+
+    def steps(who: str) -> tuple[Step, ...]:
+        return (
+            Step("decode", tokens=tokens[:40], logits="none"),
+            Step("image", value=60, pos=40),
+            Step("save", path=str(tmp_path / who)),
+            Step("decode", "last", tokens=tokens, pos=100),
+        )
+
+    got = counted(replace(job, n_ubatch=128), plain, steps("ours"))
+    want = run(replace(job, model=str(plain), n_ubatch=128, steps=steps("theirs")))
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert rows(got) == (0, 1, 40 + 60 + 128)
+    np.testing.assert_array_equal(got["last"], want["last"])
+
+
+def test_the_batch_of_one_token_is_no_prompt(plain: Path, job: Job) -> None:
+    got, want = both(job, plain, (Step("decode", "last", tokens=(5,)),))
+    assert rows(got) == (0, 1, 0)
+    np.testing.assert_array_equal(got["last"], want["last"])
+
+
+def test_a_model_that_shares_nothing_runs_all_layers(tmp_path: Path, job: Job) -> None:
+    model = make_shared(tmp_path / "model.gguf", "gemma4", n_shared=0)
+    got, want = both(job, model, (Step("decode", "last", tokens=random_tokens(50, N_VOCAB)),))
+    assert rows(got) == (0, 50, 0)
+    np.testing.assert_array_equal(got["last"], want["last"])
+    with pytest.raises(RuntimeError, match="was refused"):
+        counted(job, model, (Step("mode", value=1),))
+
+
+def test_pop_keys_and_other_modes_are_refused(plain: Path, tmp_path: Path, job: Job) -> None:
+    for step in (Step("mode", value=2), Step("boundary", value=3)):
+        with pytest.raises(RuntimeError, match="was refused"):
+            counted(job, plain, (step,))
+    keys: Keys = {"pop.version": 1, "pop.schedule": "FFFFFSSS", "pop.projection": "own"}
+    wrong = add_to(plain, tmp_path / "wrong.gguf", keys)
+    with pytest.raises(RuntimeError, match=r"architecture 'gemma(3n|4)' does not support"):
+        counted(job, wrong, ())
