@@ -75,8 +75,8 @@ class TurnStats:
     from it on share the K/V of earlier ones. n_full: prompt tokens that ran all layers. n_decoded:
     sampled tokens, the one that ended the answer included. ttft_s: from the question to the first
     token, templating and tokenising included. prefill_s: reading the prompt. decode_s: from the
-    first to the last sampled token, the reader's own time left out. is_short: pruning is on, and the
-    prompt (what was not cached of it) too short to be pruned.
+    first to the last sampled token, the reader's own time left out. is_short: pruning is on, and
+    the prompt (what was not cached of it) too short to be pruned.
     """
 
     n_prompt: int
