@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pop_local.measure.quality import QualitySettings
     from pop_local.texts.documents import read_document
     from pop_local.workflows.analyze import Analysis, analyze
-    from pop_local.workflows.convert import convert
+    from pop_local.workflows.convert import Converted, convert
     from pop_local.workflows.evaluate import EvaluateOptions, Evaluation, evaluate
     from pop_local.workflows.events import Watch
     from pop_local.workflows.options import (
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         Skip,
         Within,
     )
-    from pop_local.workflows.results import Converted
 
 __version__ = "0.1.0"
 
@@ -73,13 +72,12 @@ _MODULES = {
     "pop_local.measure.budget": ["BALANCED", "FAST", "NEAR_LOSSLESS"],
     "pop_local.measure.quality": ["QualitySettings"],
     "pop_local.workflows.analyze": ["Analysis", "analyze"],
-    "pop_local.workflows.convert": ["convert"],
+    "pop_local.workflows.convert": ["Converted", "convert"],
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
     "pop_local.workflows.options": [
         *("AnalyzeOptions", "Boundary", "Hardware", "RowOptions", "Skip", "Within"),
     ],
-    "pop_local.workflows.results": ["Converted"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.documents": ["read_document"],
     "pop_local.engine.sessions.conversation": ["Conversation", "Document", "Turn"],

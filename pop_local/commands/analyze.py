@@ -11,7 +11,7 @@ from pop_local.ui.theme import note
 from pop_local.ui.views.analysis import as_json, show
 from pop_local.ui.views.plots import plot_analysis, require_plot
 from pop_local.ui.watch import stoppable_watch
-from pop_local.workflows.options import AnalyzeOptions
+from pop_local.workflows.options import AnalyzeOptions, Hardware
 
 
 def analyze(
@@ -58,9 +58,7 @@ def analyze(
         seed=seed,
     )
     with stoppable_watch() as watch:
-        found = analyze_model(
-            model, options, hardware=opt.hardware(threads, gpu_layers), watch=watch
-        )
+        found = analyze_model(model, options, hardware=Hardware(threads, gpu_layers), watch=watch)
     if plot_file is not None:
         plot_analysis(found, plot_file, force=force)
         note(f"Drawn: {plot_file}")

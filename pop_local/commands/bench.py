@@ -8,6 +8,7 @@ from pop_local.commands import options as opt
 from pop_local.ui.tables import print_json
 from pop_local.ui.views import speed as view
 from pop_local.ui.watch import stoppable_watch
+from pop_local.workflows.options import Hardware
 
 DEFAULT_PROMPTS = "512,1024,2048"
 
@@ -49,7 +50,7 @@ def bench(
         raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
     from pop_local.workflows import bench as workflow
 
-    on = opt.hardware(threads, gpu_layers)
+    on = Hardware(threads, gpu_layers)
     options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on)
     if find_break_even:
         with stoppable_watch() as watch:

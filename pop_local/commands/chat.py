@@ -13,6 +13,7 @@ from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.theme import look, note
+from pop_local.workflows.options import Hardware
 
 
 def chat(
@@ -37,7 +38,7 @@ def chat(
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
     screen = Screen(look(theme))
-    open_named = Opener(model, pop, ctx, opt.hardware(threads, gpu_layers), in_full=no_pop)
+    open_named = Opener(model, pop, ctx, Hardware(threads, gpu_layers), in_full=no_pop)
     chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     begun = Dialogue(open_named(), open_named, screen, system=system, sampling=chosen)
     begun.warn_of_base()

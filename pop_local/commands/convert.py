@@ -17,7 +17,7 @@ from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.convert import plan_conversion, run_conversion
-from pop_local.workflows.options import RowOptions, Within
+from pop_local.workflows.options import Hardware, RowOptions, Within
 from pop_local.workflows.refusals import OverBudgetError
 
 
@@ -156,7 +156,7 @@ def convert(
         None if projection is opt.ProjectionName.OWN else fit or FitOptions(),
         RowOptions(sink, tail, min_prompt),
         "sidecar" if sidecar else "copy",
-        opt.hardware(threads, gpu_layers),
+        Hardware(threads, gpu_layers),
         resume=resume,
     )
     if not json:

@@ -14,6 +14,7 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, note
 from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.options import Hardware
 
 N_PAIRS = 3
 
@@ -50,7 +51,7 @@ def demo(
     """
     screen = Screen(look(theme))
     chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    open_named = Opener(model, pop, ctx, opt.hardware(threads, gpu_layers))
+    open_named = Opener(model, pop, ctx, Hardware(threads, gpu_layers))
     from pop_local.ui.views.comparison import show_comparison
     from pop_local.workflows.demo import compare_answers, data_path
 

@@ -13,7 +13,7 @@ from pop_local.ui.theme import note
 from pop_local.ui.views import quality as view
 from pop_local.ui.views.plots import plot_sweep, require_plot
 from pop_local.ui.watch import stoppable_watch
-from pop_local.workflows.options import Boundary, Skip
+from pop_local.workflows.options import Boundary, Hardware, Skip
 
 
 class BaselineName(str, Enum):
@@ -117,7 +117,7 @@ def eval(  # noqa: A001
             depths=depths,
             fit=(given or FitOptions()) if fit else None,
             sidecar=pop,
-            hardware=opt.hardware(threads, gpu_layers),
+            hardware=Hardware(threads, gpu_layers),
             watch=watch,
         )
     if plot_file is not None:

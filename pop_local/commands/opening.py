@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.open import open_in_full, open_model
+from pop_local.workflows.open import open_model
 from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ class Opener:
     in_full: bool = False
 
     def __call__(self, name: str | None = None, n_ctx: int | None = None) -> PopModel:
-        open_as_asked = open_in_full if self.in_full else open_model
         with terminal_watch() as watch:
-            return open_as_asked(
+            return open_model(
                 name or self.model,
                 None if name else self.sidecar,
                 n_ctx=n_ctx or self.n_ctx,
                 hardware=self.hardware,
                 watch=watch,
+                in_full=self.in_full,
             )

@@ -11,7 +11,7 @@ from converter.errors import PlanError
 from converter.fit import RIDGE, KvType, Weighting
 from converter.plan import parse_skip
 from pop_local.calibration.options import FitOptions
-from pop_local.workflows.options import Boundary, Hardware, Skip
+from pop_local.workflows.options import Boundary, Skip
 
 
 def finite(value: float | None) -> float | None:
@@ -87,11 +87,6 @@ DEFAULT_THEME = "terminal"
 def sampling(**options: Any) -> dict[str, Any]:
     """The options that were given; the engine has its own defaults for the others."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def hardware(threads: int | None, gpu_layers: int) -> Hardware:
-    """What to compute on."""
-    return Hardware(threads, gpu_layers)
 
 
 # How deep

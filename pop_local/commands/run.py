@@ -4,6 +4,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -11,17 +12,18 @@ import typer
 
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
-from pop_local.engine.sessions.conversation import Document, Turn
-from pop_local.engine.turn import Chunk, ContextFullError, Message
+from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.turn import Chunk, ContextFullError
 from pop_local.texts.decoding import decoded
 from pop_local.texts.documents import read_document, read_limited
 from pop_local.ui.chat.overflow import least_answer, too_long
-from pop_local.ui.chat.screen import Screen, showing_prefill
+from pop_local.ui.chat.screen import Screen
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, warn
 from pop_local.ui.views.stats import counted_line, stats_line
+from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -62,18 +64,17 @@ def run(
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
     screen = Screen(look(theme))
     options = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    opened = Opener(model, pop, ctx, opt.hardware(threads, gpu_layers), in_full=no_pop)()
+    opened = Opener(model, pop, ctx, Hardware(threads, gpu_layers), in_full=no_pop)()
     for document in turn.documents:
         n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))
     options["min_answer"] = least_answer(max_tokens, opened.n_ctx())
     with unechoed_keys(), deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked
-        chunks = showing_prefill(
-            screen,
-            lambda advance: _chunks(opened, system, turn.prompt, options | {"on_prefill": advance}),
-        )
         try:
+            with screen.reading() as advance:
+                chunks = _chunks(opened, system, turn, options | {"on_prefill": advance})
+                chunks = chain([next(chunks)], chunks)
             if json:
                 print_json(_collected(opened, chunks))
             else:
@@ -103,12 +104,11 @@ def _is_pipe(stream: TextIO) -> bool:
 
 
 def _chunks(
-    opened: "PopModel", system: str, prompt: str, options: dict[str, Any]
+    opened: "PopModel", system: str, turn: Turn, options: dict[str, Any]
 ) -> Iterator[Chunk]:
     if "tokenizer.chat_template" not in opened.metadata:
-        return opened.continue_text(prompt, **options)
-    preamble = [Message("system", system)] if system else []
-    return opened.chat_turn([*preamble, Message("user", prompt)], **options)
+        return opened.continue_text(turn.prompt, **options)
+    return opened.chat_turn(Conversation(system, (turn,)).messages, **options)
 
 
 def _show(screen: Screen, chunks: Iterator[Chunk]) -> None:

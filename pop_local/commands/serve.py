@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from converter.errors import PopError
-from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads, hardware
+from pop_local.commands.opening import Opener
+from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads
 from pop_local.ui.theme import note, warn
-from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.open import open_in_full, open_model
+from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -61,11 +61,7 @@ def serve(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    open_as_asked = open_in_full if no_pop else open_model
-    with terminal_watch() as watch:
-        opened = open_as_asked(
-            model, pop, n_ctx=ctx, hardware=hardware(threads, gpu_layers), watch=watch
-        )
+    opened = Opener(model, pop, ctx, Hardware(threads, gpu_layers), in_full=no_pop)()
     try:
         name = name or Path(opened.model_path).stem
         app = create_app(opened, name, api_key=api_key, host=host)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from converter.errors import FormatError
-from converter.format import PopMeta, pop_meta
+from converter.format import pop_meta
 from converter.header import read_header
 from converter.rewrite import strip as write_original
 from converter.source import is_sidecar
@@ -38,7 +38,10 @@ def strip(
         raise FormatError(
             f"{path} is a sidecar: there is nothing to strip", "delete it; the model is as it was"
         )
-    target = output or _default_output(path, pop_meta(header))
+    found = pop_meta(header)
+    # The name comes from a file that may come from anywhere: its folder is not followed.
+    name = Path(found.source_name).name if found else ""
+    target = output or path.with_name(name or f"{path.name.removesuffix('.gguf')}.stripped.gguf")
     with bytes_progress("Restoring") as advance:
         meta = write_original(path, target, progress=advance, force=force)
     n_bytes, sha256 = target.stat().st_size, meta.source_sha256
@@ -47,9 +50,3 @@ def strip(
     else:
         unchanged = f"{sha256}, as before its conversion"
         print_facts([("Written", str(target)), ("Size", size(n_bytes)), ("sha256", unchanged)])
-
-
-def _default_output(path: Path, meta: PopMeta | None) -> Path:
-    # The name comes from a file that may come from anywhere: its folder is not followed.
-    name = Path(meta.source_name).name if meta else ""
-    return path.with_name(name or f"{path.name.removesuffix('.gguf')}.stripped.gguf")

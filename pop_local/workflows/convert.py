@@ -3,32 +3,70 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from converter import rewrite
 from converter.errors import PopError, StoppedError, WriteError
-from converter.format import FITTED, OWN, Measured, PopMeta
+from converter.format import FITTED, OWN, Budget, Measured, PopMeta
 from converter.plan import Plan
-from converter.rewrite import Examine, Fitted, Sizes, check_target
+from converter.rewrite import Examine, Fitted, Sizes, check_target, measure
 from converter.shape import source_shape
+from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
 from converter.source import Source, read_source
 from pop_local.calibration.needs import Needs, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import resolve_base
+from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Boundary, Depth, Hardware, RowOptions, Skip, Within
-from pop_local.workflows.outputs import OUTPUTS, Output, OutputName
-from pop_local.workflows.refusals import CopyingBrokenError
-from pop_local.workflows.results import Chosen, Converted
+from pop_local.workflows.refusals import CopyingBrokenError, Trial
 
 if TYPE_CHECKING:
     from pop_local.workflows.examine import Examination
 
 STATE_SUFFIX = ".calibration"
+OutputName = Literal["copy", "sidecar"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One kind of output.
+
+    `stage` names what writing it takes, `write` is the converter's function that does, and
+    `files(source, written)` are what to open then.
+    """
+
+    name: OutputName
+    stage: str
+    measure: Callable[[Plan, Path, str], Sizes]
+    default_path: Callable[[Source], Path]
+    write: Callable[..., PopMeta]
+    files: Callable[[Path, Path], ModelFiles]
+
+
+def _copy_path(source: Source) -> Path:
+    return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
+
+
+_COPIED = "Writing, then reading back"
+OUTPUTS: dict[OutputName, Output] = {
+    "copy": Output(
+        "copy",
+        _COPIED,
+        measure,
+        _copy_path,
+        rewrite.convert,
+        lambda src, written: ModelFiles(written),
+    ),
+    "sidecar": Output(
+        "sidecar", "Reading the model", measure_sidecar, sidecar_path, write_sidecar, ModelFiles
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +104,21 @@ class Conversion:
         """What writing one of the plans reads and writes, in bytes."""
         kv_type = (self.fit or FitOptions()).kv_type
         return self.output.measure(plan, self.path, kv_type.value)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A written conversion. `meta` is what the file says of itself, its measured quality included.
+
+    `warnings`: what was let through and might have been refused.
+    """
+
+    path: Path
+    plan: Plan
+    meta: PopMeta
+    sizes: Sizes
+    trials: tuple[Trial, ...]
+    warnings: tuple[PopError, ...]
 
 
 def convert(
@@ -143,14 +196,17 @@ def run_conversion(
         watch.on_warning(error)
 
     run = _Run(conversion, force, replace(watch, on_warning=warned))
-    chosen, meta = run.within() if isinstance(conversion.depth, Within) else run.as_named()
-    plan = chosen.plan
+    if isinstance(conversion.depth, Within):
+        plan, meta, trials = run.within(conversion.depth.budget)
+    else:
+        [plan] = conversion.plans
+        meta, trials = run.as_named(plan), ()
     return Converted(
         path=conversion.target,
         plan=plan,
         meta=meta,
         sizes=conversion.sizes_of(plan),
-        trials=chosen.trials,
+        trials=trials,
         warnings=tuple(warnings),
     )
 
@@ -163,23 +219,22 @@ class _Run:
     force: bool
     watch: Watch
 
-    def within(self) -> tuple[Chosen, PopMeta]:
+    def within(self, budget: Budget) -> tuple[Plan, PopMeta, tuple[Trial, ...]]:
         from pop_local.workflows.search import search
 
         planned = self.conversion
-        assert isinstance(planned.depth, Within)
-        budget, options = planned.depth.budget, planned.fit or FitOptions()
+        options = planned.fit or FitOptions()
         with _resumable(options, self.watch):
             chosen = search(
                 planned.source, planned.plans, budget, options, planned.hardware, self.watch
             )
-            return chosen, self._write(chosen.plan, chosen.fitted, _known(chosen.measured))
+            meta = self._write(chosen.plan, chosen.fitted, lambda written: chosen.measured)
+        return chosen.plan, meta, chosen.trials
 
-    def as_named(self) -> tuple[Chosen, PopMeta]:
-        [plan] = self.conversion.plans
+    def as_named(self, plan: Plan) -> PopMeta:
         if plan.projection != FITTED:
             found = self._own(plan)
-            return Chosen(plan, None, found), self._write(plan, None, _known(found))
+            return self._write(plan, None, None if found is None else lambda written: found)
         from pop_local.workflows.fits import Fitter
 
         planned = self.conversion
@@ -189,12 +244,11 @@ class _Run:
         with _resumable(planned.fit, self.watch):
             fitter = Fitter(planned.source, planned.fit, planned.hardware, self.watch)
             [fitted] = fitter.fit((plan,), planned.fit.state_path)
-            meta = self._write(
+            return self._write(
                 plan,
                 fitted,
                 lambda written: examination.of_fit(planned.output.files(planned.path, written)),
             )
-        return Chosen(plan, fitted, meta.measured), meta
 
     def _own(self, plan: Plan) -> Measured | None:
         """What own projections lose; None where that cannot be measured, as without llama.cpp."""
@@ -231,11 +285,6 @@ class _Run:
             progress=advance,
             force=self.force,
         )
-
-
-def _known(found: Measured | None) -> Examine | None:
-    """What was measured before anything is written; None where nothing is known."""
-    return None if found is None else lambda written: found
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from converter.fit import KvType
 from converter.format import FITTED, OWN, Calibration
 from converter.header import read_header
 from converter.macs import LIMIT_PROMPT, speedup_limit
-from converter.plan import make_plan, require_prunable
+from converter.plan import Plan, make_plan, require_prunable
 from converter.rewrite import stored_type
 from converter.shape import ModelShape, source_shape, trained_ctx
 from converter.sidecar import pop_of
@@ -106,7 +106,13 @@ def evaluate(
         rows = run.rows(boundaries, files.sidecar)
     else:
         fit.require_text(shape.n_embd)
-        rows = run.fitted(boundaries, fit)
+        plans = [make_plan(shape, boundary=each, projection=FITTED) for each in boundaries]
+
+        def measure(plan: Plan, sidecar: Path) -> Row:
+            [row] = run.rows((plan.boundary,), sidecar)
+            return row
+
+        rows = tuple(measure_fits(plans, source, fit, hardware, watch, measure))
     return Evaluation(files.path, text, rows)
 
 
@@ -155,19 +161,6 @@ class _Run:
     def n_needles(self) -> int:
         """None in other modes: generated tokens would be pruned as well, or nothing would be."""
         return self.options.n_needles if self.options.settings.mode is Mode.CONTEXT else 0
-
-    def fitted(self, boundaries: Sequence[int], fit: FitOptions) -> tuple[Row, ...]:
-        """Fit at all depths in one go, then measure a temporary sidecar of each."""
-        plans = [make_plan(self.shape, boundary=each, projection=FITTED) for each in boundaries]
-        rows = measure_fits(
-            plans,
-            self.source,
-            fit,
-            self.hardware,
-            self.watch,
-            lambda plan, sidecar: self.rows((plan.boundary,), sidecar)[0],
-        )
-        return tuple(rows)
 
     def rows(self, boundaries: Sequence[int], sidecar: Path | None) -> tuple[Row, ...]:
         """Measure the depths on one loaded model."""

@@ -16,11 +16,7 @@ class Unit(Enum):
     BYTES = "bytes"
 
 
-def _ignore(*_: object) -> None:
-    return
-
-
-def _never() -> bool:
+def _ignore(*_: object) -> bool:
     return False
 
 
@@ -38,7 +34,7 @@ class Watch:
     on_progress: Callable[[int, int], object] = _ignore
     on_note: Callable[[str], object] = _ignore
     on_warning: Callable[[PopError], object] = _ignore
-    should_stop: Callable[[], bool] = _never
+    should_stop: Callable[[], bool] = _ignore
 
     def stage(self, name: str, unit: Unit = Unit.TOKENS) -> Progress:
         """Begin a stage; its work reports to what is returned, which may raise StoppedError."""

@@ -9,6 +9,7 @@ from converter.format import Measured
 from converter.plan import Plan
 from pop_local.engine.model import PopModel
 from pop_local.measure import bracket
+from pop_local.measure import quality as measuring
 from pop_local.measure.budget import (
     BALANCED,
     FAST,
@@ -19,18 +20,8 @@ from pop_local.measure.budget import (
     keeps,
     limits_in_words,
 )
-from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import forced
 from pop_local.measure.heldout import TextTokens
-from pop_local.measure.quality import (
-    Quality,
-    QualitySettings,
-    choose_windows,
-    measure_against,
-    measure_depths,
-    measure_retention,
-    read_reference,
-)
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import measured, opened_to_measure
@@ -59,7 +50,10 @@ class Examination:
         """
         with self._opened(ModelFiles(self.src)) as (model, tokens):
             _require_windows(model, tokens)
-            kept = None if self.allow_broken_copy else self._own_retention(model)
+            kept = None
+            if not self.allow_broken_copy:
+                advance = self.watch.stage("Trying the boundary without a fit")
+                kept = bracket.own_retention(model, self.plan, advance)
         if kept is not None and is_hopeless(FAST, kept):
             raise self._refusal(
                 f"{kept.value:.0%} of copying random tokens is kept with own projections, and no "
@@ -70,7 +64,7 @@ class Examination:
         """Measure what was written. Raises CopyingBrokenError, and PopError when it cannot be."""
         self.watch.on_note("Measuring what was written on held-out text")
         with self._opened(files) as (model, tokens):
-            quality = self._measure(model, tokens, QualitySettings(N_WINDOWS))
+            quality = self._measure(model, tokens, measuring.QualitySettings(N_WINDOWS))
         if not (self.allow_broken_copy or copies(quality)):
             raise self._refusal(figures_in_words(quality))
         self._warn_outside(quality)
@@ -89,16 +83,16 @@ class Examination:
     def _opened(self, files: ModelFiles) -> AbstractContextManager[tuple[PopModel, TextTokens]]:
         return opened_to_measure(files, self.plan, self.hardware, self.watch)
 
-    def _measure(self, model: PopModel, tokens: TextTokens, settings: QualitySettings) -> Quality:
+    def _measure(
+        self, model: PopModel, tokens: TextTokens, settings: measuring.QualitySettings
+    ) -> measuring.Quality:
         advance = self.watch.stage("Measuring")
-        [quality] = measure_depths(model, tokens, settings, (self.plan.boundary,), advance)
+        [quality] = measuring.measure_depths(
+            model, tokens, settings, (self.plan.boundary,), advance
+        )
         return quality
 
-    def _own_retention(self, model: PopModel) -> Estimate | None:
-        advance = self.watch.stage("Trying the boundary without a fit")
-        return bracket.own_retention(model, self.plan, advance)
-
-    def _warn_outside(self, quality: Quality) -> None:
+    def _warn_outside(self, quality: measuring.Quality) -> None:
         boundary = quality.boundary
         if not copies(quality):
             self.watch.on_warning(PopError(broken_copy(boundary, figures_in_words(quality))))
@@ -128,13 +122,13 @@ class Examination:
         """
         with self._opened(ModelFiles(self.src)) as (model, tokens):
             advance = self.watch.stage("Reading in full")
-            reference = read_reference(model, tokens, _own_settings(), advance)
+            reference = measuring.read_reference(model, tokens, _own_settings(), advance)
             for boundary in range(first, self.plan.shape.n_layer):
                 advance = self.watch.stage(f"Trying boundary {boundary}")
-                [kept] = measure_retention(reference, model, (boundary,), advance)
+                [kept] = measuring.measure_retention(reference, model, (boundary,), advance)
                 if not keeps(FAST, kept):
                     continue
-                [found] = measure_against(reference, model, (boundary,), advance)
+                [found] = measuring.measure_against(reference, model, (boundary,), advance)
                 if copies(found):
                     return boundary
         return None
@@ -143,7 +137,7 @@ class Examination:
 def _require_windows(model: PopModel, tokens: TextTokens) -> None:
     try:
         with forced(model) as reader:
-            choose_windows(reader, tokens, QualitySettings(N_WINDOWS))
+            measuring.choose_windows(reader, tokens, measuring.QualitySettings(N_WINDOWS))
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
@@ -152,5 +146,5 @@ def _require_windows(model: PopModel, tokens: TextTokens) -> None:
         ) from error
 
 
-def _own_settings() -> QualitySettings:
-    return QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)
+def _own_settings() -> measuring.QualitySettings:
+    return measuring.QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)

@@ -31,43 +31,27 @@ def open_model(
     n_ctx: int | None,
     hardware: Hardware,
     watch: Watch,
+    in_full: bool = False,
 ) -> "PopModel":
     """Open a model by name or path, None for the catalog's default; see `model_files`.
 
-    Raises PopError, StoppedError.
+    `in_full`: with pruning off, so that a sidecar beside it which does not fit is left out; one
+    that fits stays, to switch pruning on later. Raises PopError, StoppedError.
     """
     files = model_files(model, sidecar, hardware=hardware, watch=watch)
-    return _opened(files, hardware, n_ctx)
-
-
-def open_in_full(
-    model: str | None,
-    sidecar: Path | None,
-    *,
-    n_ctx: int | None,
-    hardware: Hardware,
-    watch: Watch,
-) -> "PopModel":
-    """As `open_model`, with pruning off, so that a sidecar which does not fit is left out."""
-    files = model_files(model, sidecar, hardware=hardware, watch=watch)
-    if sidecar is None and files.sidecar is not None:
-        # One that fits stays, to switch pruning on later.
+    if in_full and sidecar is None and files.sidecar is not None:
         try:
             pop_of(read_source(files.path), files.sidecar)
         except FormatError as error:
             watch.on_warning(PopError(f"left out: {error.message}"))
             files = ModelFiles(files.path)
     from pop_local.engine.llama.backend import Mode
-
-    opened = _opened(files, hardware, n_ctx)
-    opened.set_pop(Mode.OFF)
-    return opened
-
-
-def _opened(files: ModelFiles, hardware: Hardware, n_ctx: int | None) -> "PopModel":
     from pop_local.engine.model import PopModel
 
-    return PopModel(files.path, sidecar=files.sidecar, n_ctx=n_ctx, **vars(hardware))
+    opened = PopModel(files.path, sidecar=files.sidecar, n_ctx=n_ctx, **vars(hardware))
+    if in_full:
+        opened.set_pop(Mode.OFF)
+    return opened
 
 
 def model_files(

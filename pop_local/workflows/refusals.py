@@ -1,8 +1,16 @@
 """What a conversion refuses, or lets through with a warning, and what it knows of it."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from converter.errors import PopError
+from converter.plan import Plan
 from pop_local.models.sizes import size
-from pop_local.workflows.results import Trial
+
+if TYPE_CHECKING:
+    from pop_local.measure.quality import Quality
 
 
 class CopyingBrokenError(PopError):
@@ -28,6 +36,15 @@ class CopyingBrokenError(PopError):
 def broken_copy(boundary: int, found: str) -> str:
     """Say that so many layers are skipped that the model cannot copy; let through, a warning."""
     return f"with boundary {boundary} the model can no longer copy from its prompt: {found}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One boundary as a search measured it."""
+
+    plan: Plan
+    quality: Quality
+    in_budget: bool
 
 
 class OverBudgetError(PopError):

@@ -5,25 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converter.format import FITTED, Budget
+from converter.format import FITTED, Budget, Measured
 from converter.plan import Plan
 from converter.rewrite import Fitted
 from converter.source import Source
 from pop_local.calibration.needs import fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import kept_boundaries
+from pop_local.measure import budget as budgets
 from pop_local.measure import quality as measuring
 from pop_local.measure.bracket import find_bracket
-from pop_local.measure.budget import (
-    Bracket,
-    deepest_inside,
-    figures_in_words,
-    is_clearly_outside,
-    is_inside,
-    limits_in_words,
-    next_boundary,
-    worth_fitting,
-)
 from pop_local.measure.heldout import room
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.stored import ModelFiles
@@ -31,12 +22,24 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
 from pop_local.workflows.measuring import measured, opened_to_measure
 from pop_local.workflows.options import Hardware
-from pop_local.workflows.refusals import OverBudgetError
-from pop_local.workflows.results import Chosen, Trial
+from pop_local.workflows.refusals import OverBudgetError, Trial
 
 # What clearly fails shows on few windows; 24 have a standard error of a sixth of the KL or less.
 N_FIRST_WINDOWS = 8
 N_WINDOWS = 24
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is to be written: a plan, its fit (None for own projections), and its quality.
+
+    `trials`: what was measured, from the shallowest boundary on.
+    """
+
+    plan: Plan
+    fitted: Fitted | None
+    measured: Measured
+    trials: tuple[Trial, ...]
 
 
 def search(
@@ -73,15 +76,17 @@ class _Search:
 
     def run(self) -> Chosen:
         bracket, verdicts = self._bracket(), self.verdicts
-        while (boundary := next_boundary(bracket, verdicts)) is not None:
+        while (boundary := budgets.next_boundary(bracket, verdicts)) is not None:
             if self.plans[boundary].projection == FITTED and boundary not in self.fitted:
-                self._fit(worth_fitting(bracket, verdicts, boundary))
+                self._fit(budgets.worth_fitting(bracket, verdicts, boundary))
             quality = self.qualities[boundary] = self._measured(boundary)
-            verdicts[boundary] = is_inside(self.budget, quality)
-        chosen = deepest_inside(verdicts)
+            verdicts[boundary] = budgets.is_inside(self.budget, quality)
+        chosen = budgets.deepest_inside(verdicts)
         if chosen is None:
             raise self._over()
-        plan = replace(self.plans[chosen], budget=replace(self.budget, tried=self._tried()))
+        verdict = {True: "inside", False: "outside"}
+        tried = ", ".join(f"{each} {verdict[ok]}" for each, ok in self._shallowest_first())
+        plan = replace(self.plans[chosen], budget=replace(self.budget, tried=tried))
         found = measured(self.qualities[chosen])
         return Chosen(plan, self.fitted.get(chosen), found, self._trials())
 
@@ -94,20 +99,17 @@ class _Search:
             for boundary, passed in self._shallowest_first()
         )
 
-    def _tried(self) -> str:
-        verdicts = self._shallowest_first()
-        return ", ".join(f"{each} {'inside' if passed else 'outside'}" for each, passed in verdicts)
-
     def _over(self) -> OverBudgetError:
         best = max(self.verdicts)
+        found = budgets.figures_in_words(self.qualities[best])
         n_skipped = self.plans[best].n_skipped
         return OverBudgetError(
             f"not even {n_skipped} skipped layer{'s' * (n_skipped > 1)} is within the budget "
-            f"({limits_in_words(self.budget)}): {figures_in_words(self.qualities[best])}",
+            f"({budgets.limits_in_words(self.budget)}): {found}",
             self._trials(),
         )
 
-    def _bracket(self) -> Bracket:
+    def _bracket(self) -> budgets.Bracket:
         self.watch.on_note("Looking how deep the layers' own projections go")
         deepest = self.plans[min(self.plans)]
         files = ModelFiles(self.source.first.path)
@@ -160,6 +162,6 @@ class _Search:
                     replace(settings, n_windows=min(N_WINDOWS, max(1, n_found))),
                     boundary,
                     N_FIRST_WINDOWS,
-                    lambda quality: is_clearly_outside(self.budget, quality),
+                    lambda quality: budgets.is_clearly_outside(self.budget, quality),
                     self.watch.stage(f"Measuring boundary {boundary}"),
                 )

@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from converter.errors import PopError
@@ -61,7 +62,8 @@ def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
 
 def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
     room = chat.model.n_ctx() - chat.n_used - chat.n_answer - _QUESTION_TOKENS
-    fitting = _first_that_fit(files, room)
+    sums = accumulate(counted.n_tokens for counted in files)
+    fitting = [counted for counted, n in zip(files, sums, strict=True) if n <= room]
     if len(fitting) == len(files):
         _add(chat, files)
         return
@@ -105,16 +107,6 @@ def _counted(chat: Dialogue, path: Path) -> _Counted | None:
         chat.fail(as_pop_error(error))
         return None
     return _Counted(document, chat.count_tokens(document.text))
-
-
-def _first_that_fit(files: Sequence[_Counted], room: int) -> list[_Counted]:
-    fitting = []
-    for counted in files:
-        room -= counted.n_tokens
-        if room < 0:
-            break
-        fitting.append(counted)
-    return fitting
 
 
 def _cut(chat: Dialogue, counted: _Counted, n_tokens: int, end: str) -> _Counted:

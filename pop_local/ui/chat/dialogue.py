@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from converter.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Document
-from pop_local.engine.turn import ContextFullError, TurnStats
+from pop_local.engine.turn import ContextFullError
 from pop_local.measure.full_cost import FullCosts
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
 from pop_local.ui.chat.screen import Screen
@@ -184,10 +184,9 @@ class Dialogue:
         finally:
             if stream.text:
                 self.screen.end_answer()
-        if stream.stats is not None:
-            self._finish(stream.stats)
-
-    def _finish(self, stats: TurnStats) -> None:
+        stats = stream.stats
+        if stats is None:
+            return
         if stats.n_decoded == 0:
             self.screen.note(unread_line(stats))
             return

@@ -34,8 +34,26 @@ class LineReader(Protocol):
 
 
 def line_reader(history: Path, commands: Mapping[str, Words]) -> LineReader:
-    """For whatever stdin is. `commands` gives the words that may follow each command."""
-    return TypedLines(history, commands) if sys.stdin.isatty() else piped_line
+    """For whatever stdin is. `commands` gives the words that may follow each command.
+
+    Of what is typed Enter sends; Alt-Enter and an open quote make a new line.
+    """
+    if not sys.stdin.isatty():
+        return piped_line
+    session: PromptSession[str] = PromptSession(
+        PROMPT,
+        history=_History(history),
+        completer=_Completer(commands),
+        complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,
+        reserve_space_for_menu=0,
+        multiline=True,
+        prompt_continuation=lambda width, line, n_wraps: WRAPPED if n_wraps else CONTINUATION,
+        enable_open_in_editor=True,
+        key_bindings=_bindings(),
+        output=_output(),
+    )
+    return lambda default="": unquoted(session.prompt(default=default))
 
 
 def piped_line(default: str = "") -> str:
@@ -61,32 +79,6 @@ def chosen_key(keys: Sequence[str]) -> str | None:
 def _output() -> Output:
     # Answers may go to a file; what is asked must not.
     return create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
-
-
-class TypedLines:
-    """Lines typed at the prompt; Enter sends, Alt-Enter and an open quote make a new line."""
-
-    def __init__(self, history: Path, commands: Mapping[str, Words]) -> None:
-        self._session: PromptSession[str] = PromptSession(
-            PROMPT,
-            history=_History(history),
-            completer=_Completer(commands),
-            complete_while_typing=False,
-            complete_style=CompleteStyle.READLINE_LIKE,
-            reserve_space_for_menu=0,
-            multiline=True,
-            prompt_continuation=_continuation,
-            enable_open_in_editor=True,
-            key_bindings=_bindings(),
-            output=_output(),
-        )
-
-    def __call__(self, default: str = "") -> str:
-        return unquoted(self._session.prompt(default=default))
-
-
-def _continuation(width: int, line_number: int, wrap_count: int) -> str:
-    return WRAPPED if wrap_count else CONTINUATION
 
 
 def is_open(text: str) -> bool:

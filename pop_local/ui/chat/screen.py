@@ -1,12 +1,11 @@
 """Where an answer goes: text on stdout, everything else on stderr."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from converter.errors import PopError
-from pop_local.engine.turn import Chunk
 from pop_local.ui import errors
 from pop_local.ui.chat.answer import AnswerView, MarkdownAnswer, PlainAnswer
 from pop_local.ui.progress import Advance, prefill_progress
@@ -71,13 +70,3 @@ class Screen:
         from pop_local.ui.chat.line import chosen_key
 
         return chosen_key([choice.key for choice in choices])
-
-
-def showing_prefill(screen: Screen, start: Callable[[Advance], Iterator[Chunk]]) -> Iterator[Chunk]:
-    """The chunks of `start(on_prefill)`; until the first one the reading of the prompt is shown."""
-    with screen.reading() as advance:
-        chunks = start(advance)
-        first = next(chunks, None)
-    if first is not None:
-        yield first
-        yield from chunks

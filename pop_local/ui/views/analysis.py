@@ -136,7 +136,8 @@ def _drawn(found: Analysis) -> RichTable:
     table = _table(found, bare)
     padding = (0, 2 if out.width >= _ROOMY_WIDTH else 1, 0, 0)
     drawn = RichTable(header_style="title", box=None, padding=padding)
-    with_bars = gates is not None and out.width >= _BARS_WIDTH and _draws_blocks()
+    has_blocks = (out.encoding or "").lower().startswith("utf")
+    with_bars = gates is not None and out.width >= _BARS_WIDTH and has_blocks
     least_width = _LEAST_WIDTH_BESIDE_BARS if with_bars else _LEAST_WIDTH
     shown = [out.width >= least_width.get(column.key, 0) for column in table.columns]
     for column in compress(table.columns, shown):
@@ -155,10 +156,6 @@ def _drawn(found: Analysis) -> RichTable:
             row.insert(2, _bar(gates.prefill, layer, "cyan"))
         drawn.add_row(*row)
     return drawn
-
-
-def _draws_blocks() -> bool:
-    return (out.encoding or "").lower().startswith("utf")
 
 
 def _bar(stage: Stage, layer: int, color: str) -> Bar:

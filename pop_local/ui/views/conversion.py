@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from converter.format import Measured, PopMeta
     from converter.plan import Plan
     from converter.rewrite import Sizes
-    from pop_local.workflows.convert import Conversion
-    from pop_local.workflows.results import Converted
+    from pop_local.workflows.convert import Conversion, Converted
 
 
 def show_plan(conversion: Conversion) -> None:
@@ -55,7 +54,7 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 def plan_json(conversion: Conversion) -> dict[str, Any]:
     """The plan as one object; of a search, the boundaries that may be chosen."""
     if not isinstance(conversion.depth, Within):
-        return _object(conversion, conversion.deepest, conversion.sizes)
+        return _object(conversion, conversion.deepest, conversion.sizes, None)
     return _common(conversion, conversion.deepest) | {
         "boundaries": [plan.boundary for plan in conversion.plans],
         "most_output_bytes": conversion.sizes.output_bytes,
@@ -66,15 +65,13 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
     """What was written as one object; `tried`: what a search measured."""
-    return _object(conversion, done.plan, done.sizes) | {
-        "source_sha256": done.meta.source_sha256,
-        "calibration": done.meta.calibration,
-        "measured": done.meta.measured,
-        "tried": [trial_json(trial) for trial in done.trials],
-    }
+    tried = [trial_json(trial) for trial in done.trials]
+    return _object(conversion, done.plan, done.sizes, done.meta) | {"tried": tried}
 
 
-def _object(conversion: Conversion, plan: Plan, sizes: Sizes) -> dict[str, Any]:
+def _object(
+    conversion: Conversion, plan: Plan, sizes: Sizes, meta: PopMeta | None
+) -> dict[str, Any]:
     """`memory_bytes`: the most that a fit takes, the model included; None without one."""
     needs = conversion.needs_of(plan)
     return _common(conversion, plan) | {
@@ -85,9 +82,9 @@ def _object(conversion: Conversion, plan: Plan, sizes: Sizes) -> dict[str, Any]:
         "memory_bytes": needs.total_bytes if needs else None,
         "limit_n_prompt": LIMIT_PROMPT,
         "speedup_limit": plan.speedup_limit,
-        "source_sha256": None,
-        "calibration": None,
-        "measured": None,
+        "source_sha256": meta and meta.source_sha256,
+        "calibration": meta and meta.calibration,
+        "measured": meta and meta.measured,
         "budget": plan.budget,
         "tried": (),
     }

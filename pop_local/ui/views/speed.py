@@ -8,7 +8,6 @@ from pop_local.ui.tables import Column, Table, markdown
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
-    from pop_local.measure.speed import ModePair, Spread
     from pop_local.workflows.bench import Bench, BreakEvenSearch, Speed
 
 
@@ -62,22 +61,13 @@ def _advice(found: BreakEvenSearch, n_longest: int) -> str:
     )
 
 
-def _precise(spread: Spread) -> str:
-    return f"{spread.median:.3f} ({spread.min:.3f}-{spread.max:.3f})"
-
-
-def _ratio(spread: Spread) -> str:
-    return f"{spread.median:.2f}x ({spread.min:.2f}-{spread.max:.2f})"
-
-
-def _rates(pair: ModePair) -> str:
-    return f"{pair.full:.1f} / {pair.pop:.1f}"
-
-
+# Of a Spread.
+_PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
+_RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
 _TRIED = (
     Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
     Column("n_pruned", "pruned", "{:,}".format, numeric=True),
-    Column("speedup", "Speed-up", _precise, numeric=True),
+    Column("speedup", "Speed-up", _PRECISE, numeric=True),
     Column("iqr", "Quartiles apart", "{:.3f}".format, numeric=True),
     Column("wins", "Gains", lambda wins: "yes" if wins else "no"),
 )
@@ -85,15 +75,16 @@ _TRIED = (
 
 def _columns(left: str, name: str, how: str) -> tuple[Column, ...]:
     """`left`: the count of the tokens that skip layers, `name` its title; `how` they are read."""
+    rates = "{0.full:.1f} / {0.pop:.1f}".format
     return (
         Column("n_prompt", "Prompt tokens", "{:,}".format, numeric=True),
         Column(left, name, "{:,}".format, numeric=True),
-        Column("full_ttft_s", "TTFT full (s)", _precise, numeric=True),
-        Column("pop_ttft_s", f"TTFT {how} (s)", _precise, numeric=True),
-        Column("speedup", "Speed-up", _ratio, numeric=True),
+        Column("full_ttft_s", "TTFT full (s)", _PRECISE, numeric=True),
+        Column("pop_ttft_s", f"TTFT {how} (s)", _PRECISE, numeric=True),
+        Column("speedup", "Speed-up", _RATIO, numeric=True),
         Column("limit", "Limit", "{:.2f}".format, numeric=True),
         Column("of_limit", "of limit", "{:.0%}".format, numeric=True),
-        Column("decode_tokens_per_s", f"Decode full / {how} (tokens/s)", _rates, numeric=True),
+        Column("decode_tokens_per_s", f"Decode full / {how} (tokens/s)", rates, numeric=True),
     )
 
 

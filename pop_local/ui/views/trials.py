@@ -12,7 +12,7 @@ from pop_local.ui.views.quality import figures, with_se
 
 if TYPE_CHECKING:
     from converter.format import Budget
-    from pop_local.workflows.results import Trial
+    from pop_local.workflows.refusals import Trial
 
 _COLUMNS = (
     Column("plan.boundary", "Boundary", numeric=True),
