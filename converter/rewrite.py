@@ -128,7 +128,8 @@ def convert(
         file.writelines(draft.added)
         file.flush()
         written = Path(file.name)
-        meta = settled(meta, sha256, written, examine)
+        measured = examine(written) if examine else None
+        meta = replace(meta, source_sha256=sha256, measured=measured)
         file.seek(0)
         file.write(whole.with_keys(encode_keys(meta)).header)
         file.flush()
@@ -211,11 +212,6 @@ def draft_meta(
         calibration=fitted.calibration if fitted else None,
         measured=Measured() if examine else None,
     )
-
-
-def settled(draft: PopMeta, sha256: str, written: Path, examine: Examine | None) -> PopMeta:
-    """Return the draft with the source's hash, and with what `examine` finds in `written`."""
-    return replace(draft, source_sha256=sha256, measured=examine(written) if examine else None)
 
 
 def unconverted(src: Path) -> Source:

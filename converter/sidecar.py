@@ -6,6 +6,7 @@ and tensor table, so that opening both reads no gigabytes; `pop.source.sha256` c
 
 import glob
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from converter.content import Content, copy_data, read_content, same_data, with_tensors
@@ -31,7 +32,6 @@ from converter.rewrite import (
     Sizes,
     draft_meta,
     planned_source,
-    settled,
     stored_bytes,
     unconverted,
 )
@@ -183,7 +183,8 @@ def write_sidecar(
         file.writelines(draft.added)
         file.flush()
         written = Path(file.name)
-        meta = settled(meta, sha256, written, examine)
+        measured = examine(written) if examine else None
+        meta = replace(meta, source_sha256=sha256, measured=measured)
         final = whole.with_keys(encode_sidecar_keys(meta, binding))
         file.seek(0)
         file.write(final.header)
