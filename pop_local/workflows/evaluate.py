@@ -168,7 +168,11 @@ class _Run:
         prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
         if self.options.baseline is not None:
             prunings += [always_skip(boundary) for boundary in boundaries]
-        with self._opened(sidecar) as model:
+        full = {"sink_tokens": self.options.sink_tokens, "tail_tokens": self.options.tail_tokens}
+        given = {end: n_tokens for end, n_tokens in full.items() if n_tokens is not None}
+        files = ModelFiles(self.source.first.path, sidecar)
+        with opened(files, self.hardware, self.watch, n_ctx=self.context()) as model:
+            use_rule(model, replace(model.rule, **given))
             tokens = tokenize(model, self.text)
             advance = self.watch.stage("Measuring")
             qualities = measure_prunings(model, tokens, settings, prunings, advance)
@@ -192,14 +196,6 @@ class _Run:
                 qualities[:n], needles, qualities[n:] or (None,) * n, strict=True
             )
         )
-
-    def _opened(self, sidecar: Path | None) -> PopModel:
-        files = ModelFiles(self.source.first.path, sidecar)
-        model = opened(files, self.hardware, self.watch, n_ctx=self.context())
-        full = {"sink_tokens": self.options.sink_tokens, "tail_tokens": self.options.tail_tokens}
-        given = {end: n_tokens for end, n_tokens in full.items() if n_tokens is not None}
-        use_rule(model, replace(model.rule, **given))
-        return model
 
     def context(self) -> int:
         """The context in tokens that is opened. Raises PopError when it is too small."""

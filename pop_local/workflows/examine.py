@@ -63,8 +63,7 @@ class Examination:
     def of_fit(self, files: ModelFiles) -> Measured:
         """Measure what was written. Raises CopyingBrokenError, and PopError when it cannot be."""
         self.watch.on_note("Measuring what was written on held-out text")
-        with self._opened(files) as (model, tokens):
-            quality = self._measure(model, tokens, measuring.QualitySettings(N_WINDOWS))
+        quality = self._measure(files, measuring.QualitySettings(N_WINDOWS))
         if not (self.allow_broken_copy or copies(quality)):
             raise self._refusal(figures_in_words(quality))
         self._warn_outside(quality)
@@ -73,8 +72,7 @@ class Examination:
     def of_own(self) -> Measured:
         """What own projections lose, on few windows. Raises PopError when it cannot be measured."""
         self.watch.on_note("Measuring what own projections lose on held-out text")
-        with self._opened(ModelFiles(self.src)) as (model, tokens):
-            quality = self._measure(model, tokens, _own_settings())
+        quality = self._measure(ModelFiles(self.src), _own_settings())
         self._warn_outside(quality)
         if not is_inside(BALANCED, quality):
             self.watch.on_note("Fitted projections would lose less.")
@@ -83,13 +81,11 @@ class Examination:
     def _opened(self, files: ModelFiles) -> AbstractContextManager[tuple[PopModel, TextTokens]]:
         return opened_to_measure(files, self.plan, self.hardware, self.watch)
 
-    def _measure(
-        self, model: PopModel, tokens: TextTokens, settings: measuring.QualitySettings
-    ) -> measuring.Quality:
-        advance = self.watch.stage("Measuring")
-        [quality] = measuring.measure_depths(
-            model, tokens, settings, (self.plan.boundary,), advance
-        )
+    def _measure(self, files: ModelFiles, settings: measuring.QualitySettings) -> measuring.Quality:
+        with self._opened(files) as (model, tokens):
+            [quality] = measuring.measure_depths(
+                model, tokens, settings, (self.plan.boundary,), self.watch.stage("Measuring")
+            )
         return quality
 
     def _warn_outside(self, quality: measuring.Quality) -> None:

@@ -120,18 +120,15 @@ class _Search:
     def _fit(self, wanted: Sequence[int]) -> None:
         """Fit the first of `wanted`, with others in the same pass over the text."""
         options = self.options.at(wanted[0])
-        boundaries = self._kept(options) or self._room_for(wanted)
+        # A fit that is there goes on, whatever memory is free now.
+        kept = kept_boundaries(options.state_path) if options.state_path else ()
+        boundaries = (kept if {*kept} <= {*self.plans} else ()) or self._room_for(wanted)
         plans = [self.plans[boundary] for boundary in boundaries]
         require_room(plans, self.source, options)
         names = ", ".join(str(plan.boundary) for plan in sorted(plans, key=lambda p: p.boundary))
         self.watch.on_note(f"Fitting the projections for boundary {names}")
         for plan, fitted in zip(plans, self.fitter.fit(plans, options.state_path), strict=True):
             self.fitted[plan.boundary] = fitted
-
-    def _kept(self, options: FitOptions) -> tuple[int, ...]:
-        """The boundaries of a fit to go on with, whatever memory is free now."""
-        found = kept_boundaries(options.state_path) if options.state_path else ()
-        return found if set(found) <= set(self.plans) else ()
 
     def _room_for(self, wanted: Sequence[int]) -> tuple[int, ...]:
         """The first of `wanted`, and as many of the others as fit into memory beside it."""

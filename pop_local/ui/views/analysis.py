@@ -74,9 +74,7 @@ def _depth_json(depth: Depth) -> dict[str, Any]:
 
 def _projection(depth: Depth) -> str | None:
     """Of `depth.quality`."""
-    if depth.quality is None:
-        return None
-    return FITTED if depth.fitted else OWN
+    return None if depth.quality is None else FITTED if depth.fitted else OWN
 
 
 def show(found: Analysis) -> None:
