@@ -42,7 +42,7 @@ def test_all_is_well(install):
     install()
     done = doctor()
     assert done.exit_code == 0
-    assert "patched, ABI 1" in done.stdout
+    assert "patched, ABI 2" in done.stdout
     assert "SSE3 AVX OPENMP REPACK" in done.stdout
     assert "FIX" not in done.stdout
 
