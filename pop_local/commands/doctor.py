@@ -4,13 +4,16 @@ import os
 import platform
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import typer
 from rich.text import Text
 
 from converter.errors import PopError
+from converter.shape import read_shape
 from pop_local import __version__
 from pop_local.commands.options import Json
 from pop_local.config import settings
@@ -123,13 +126,21 @@ def _machine() -> list[Check]:
     return [Check("memory", "Memory", "ok", size(total_bytes))]
 
 
+def _as_read(path: Path) -> str:
+    """Its path, and where context tokens leave it if they do so exactly."""
+    with suppress(PopError):
+        if exact := read_shape(path).exact:
+            return f"{path} (context tokens leave at layer {exact}, exactly)"
+    return str(path)
+
+
 def _model() -> Check:
     try:
         model, folder = str(settings.get("model") or DEFAULT_MODEL), models_dir()
     except PopError as error:
         return Check("settings", "Settings", "fix", error.message, error.hint)
     try:
-        return Check("model", "Default model", "ok", str(resolve(model)))
+        return Check("model", "Default model", "ok", _as_read(resolve(model)))
     except PopError as error:
         entry = lookup(model)
         if entry is None:

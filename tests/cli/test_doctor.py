@@ -11,6 +11,7 @@ from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import BackendInfo, Device
 from pop_local.models import names as models
+from support.shared_kv import make_shared
 
 FEATURES = "CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
 CPU = Device("CPU", "Some CPU", False, 8 * 10**9, 16 * 10**9)
@@ -93,3 +94,10 @@ def test_default_model_is_looked_for(install, tmp_path):
     file = tmp_path / models.find(models.DEFAULT_MODEL).file
     file.touch()
     assert checks()["model"]["found"] == str(file)
+
+
+def test_a_model_that_is_read_exactly_is_said_to_be(install, tmp_path, monkeypatch):
+    install()
+    path = make_shared(tmp_path / "model.gguf", "gemma4")
+    monkeypatch.setenv("POP_LOCAL_MODEL", str(path))
+    assert checks()["model"]["found"] == f"{path} (context tokens leave at layer 4, exactly)"
