@@ -1,6 +1,6 @@
 # make demo: everything, then one long prompt answered with and without pruning
 # make test: everything that the tests need, then ruff, mypy and pytest (ARGS="-k name")
-# make check: ruff, mypy and the quick tests, which need neither models nor a second library
+# make check: ruff, mypy and the quick tests, which need the backend, but no models and no second library
 # CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
 
 PYTHON ?= python3

@@ -14,6 +14,7 @@ from converter.errors import StoppedError
 from converter.fit import DAMAGED_HINT, Gram
 from converter.format import Calibration
 from converter.plan import Plan
+from converter.progress import Progress
 from converter.rewrite import Fitted
 from converter.source import Source
 from converter.weights import Weights
@@ -31,7 +32,6 @@ from pop_local.calibration.texts import (
     whole_text,
 )
 
-Progress = Callable[[int, int], object]
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
 

@@ -44,7 +44,7 @@ def analyze(
     if no_fit and tokens is not None:
         raise typer.BadParameter("--tokens are for the fit: leave it out, or --no-fit")
     if plot_file is not None:
-        require_plot(plot_file, Path(model), force=force)
+        require_plot(plot_file, model, force=force)
     from pop_local.workflows.analyze import analyze as analyze_model
 
     options = AnalyzeOptions(

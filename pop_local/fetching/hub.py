@@ -13,9 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from converter.errors import PopError
+from converter.progress import Progress
 from pop_local.fetching.download import Remote, download, reason_of
 from pop_local.fetching.quants import choose, usual_ending
-from pop_local.fetching.target import Advance, harmless, is_there, require_space
+from pop_local.fetching.target import harmless, is_there, require_space
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -78,7 +79,7 @@ def find_on_hub(name: str) -> HubModel:
     return HubModel(repo, str(licence or "not stated"), tuple(map(remote, files)))
 
 
-def fetch_from_hub(model: HubModel, folder: Path, advance: Advance, *, force: bool) -> Path:
+def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
     """Fetch a model's files into `folder`, and return the path of the first.
 
     They are checked against the hub's hashes. Files that are there already are kept; others of the

@@ -21,26 +21,26 @@ _MAX_LISTED = 40
 
 
 @dataclass(frozen=True)
-class Choice:
+class Candidate:
     """A model of a repository: its name there without the ending, and its files in order."""
 
     name: str
     files: tuple[str, ...]
 
 
-def _choices(files: Sequence[str]) -> tuple[Choice, ...]:
+def _choices(files: Sequence[str]) -> tuple[Candidate, ...]:
     """Return the models among a repository's files; the parts of a split one are one."""
-    found: list[Choice] = []
+    found: list[Candidate] = []
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     for name in sorted(by_name):
         part = part_of(name)
         if part is None:
-            found.append(Choice(name.removesuffix(SUFFIX), (by_name[name],)))
+            found.append(Candidate(name.removesuffix(SUFFIX), (by_name[name],)))
         elif part.number == 1:
             parts = part_names(part.stem, part.count)
             if missing := [each for each in parts if each not in by_name]:
                 raise PopError(f"the repository lacks {missing[0]}", "take another file of it")
-            found.append(Choice(part.stem, tuple(by_name[each] for each in parts)))
+            found.append(Candidate(part.stem, tuple(by_name[each] for each in parts)))
     return tuple(found)
 
 
@@ -49,7 +49,7 @@ def usual_ending(file: str) -> str:
     return file[: -len(SUFFIX)] + SUFFIX
 
 
-def choose(repo: str, files: Sequence[str], wanted: str) -> Choice:
+def choose(repo: str, files: Sequence[str], wanted: str) -> Candidate:
     """Return the model named by `wanted`: a file, or a part of its name; "" for the usual one.
 
     Raises PopError listing the choices when there is none, or more than one.
@@ -72,14 +72,14 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> Choice:
     raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, models))
 
 
-def _named(known: Sequence[Choice], models: list[Choice], wanted: str) -> list[Choice]:
+def _named(known: Sequence[Candidate], models: list[Candidate], wanted: str) -> list[Candidate]:
     exact = [choice for choice in known if wanted in (choice.name, *choice.files)]
     stem = wanted.lower().removesuffix(".gguf")
     by_file_name = [c for c in known if c.name.lower().rpartition("/")[2] == stem]
     return exact or by_file_name or _matching(models, wanted)
 
 
-def _matching(models: list[Choice], wanted: str) -> list[Choice]:
+def _matching(models: list[Candidate], wanted: str) -> list[Candidate]:
     """Return the models whose name contains `wanted`, in any case.
 
     Where it is a word of its own in some, they alone are meant (F16, BF16).
@@ -90,7 +90,7 @@ def _matching(models: list[Choice], wanted: str) -> list[Choice]:
     return whole or contained
 
 
-def _listed(repo: str, models: Sequence[Choice]) -> str:
+def _listed(repo: str, models: Sequence[Candidate]) -> str:
     names = [choice.name for choice in models[:_MAX_LISTED]]
     more = f" and {len(models) - len(names)} more" if len(models) > len(names) else ""
     return f"choose with hf:{repo}:NAME from {', '.join(names)}{more}"

@@ -4,14 +4,13 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converter.errors import OutputExistsError, PopError
 from pop_local.models.names import MODELS_VARIABLE
 
-Advance = Callable[[int, int], None]
 _CHUNK_BYTES = 1 << 20
 _MAX_NAME_BYTES = 255 - len(".partial.origin")
 

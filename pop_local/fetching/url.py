@@ -4,8 +4,9 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from converter.errors import PopError
+from converter.progress import Progress
 from pop_local.fetching.download import Remote, download, without_secrets
-from pop_local.fetching.target import Advance, harmless, is_there
+from pop_local.fetching.target import harmless, is_there
 from pop_local.models.stored import SUFFIX
 
 SCHEMES = ("https://", "http://")
@@ -16,7 +17,7 @@ def is_url(name: str) -> bool:
     return name.lower().startswith(SCHEMES)
 
 
-def fetch_url(url: str, folder: Path, sha256: str, advance: Advance, *, force: bool) -> Path:
+def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
     """Fetch the file at `url` into `folder` under its own name, and return its path.
 
     `sha256` may be "". A file that is there already is returned when its hash is the given one, and

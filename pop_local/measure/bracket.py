@@ -1,10 +1,10 @@
 """The cheap look before any fit: where between the layers a budget may end."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from converter.format import FITTED, Budget
 from converter.plan import Plan
+from converter.progress import Progress
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import Bracket, is_hopeless, is_promising
 from pop_local.measure.depth import boundaries
@@ -23,7 +23,7 @@ def find_bracket(
     plan: Plan,
     budget: Budget,
     text_tokens: TextTokens,
-    on_progress: Callable[[int, int], None],
+    on_progress: Progress,
 ) -> Bracket:
     """Bisect the deeper half of the layers with their own projections, as `plan` prunes.
 
@@ -53,9 +53,7 @@ def find_bracket(
     return Bracket(deepest, order[promising], order[0])
 
 
-def own_retention(
-    model: PopModel, plan: Plan, on_progress: Callable[[int, int], None]
-) -> Estimate | None:
+def own_retention(model: PopModel, plan: Plan, on_progress: Progress) -> Estimate | None:
     """Measure how much of copying random tokens the plan's boundary keeps without a fit.
 
     That takes seconds. The figure is `Quality.induction_retention`; `on_progress` gets

@@ -5,13 +5,14 @@ projections: where it is kept, a fit hardly moves that. There a few windows of p
 the copy ratio, with fitted projections if there are any.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from converter.errors import PlanError
 from converter.format import Budget
 from converter.macs import speedup_limit
+from converter.progress import Progress
 from converter.shape import ModelShape
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
@@ -25,7 +26,7 @@ LEAST_LIMIT = 1.05
 
 
 @dataclass(frozen=True)
-class Depth:
+class DepthCost:
     """One boundary, measured cheaply.
 
     `retention`: as in `Quality`, with the layers' own projections. `lost_retention`: what skipping
@@ -66,8 +67,8 @@ def measure_cliff(
     shape: ModelShape,
     reference: Reference,
     n_prompt: int,
-    on_progress: Callable[[int, int], None],
-) -> tuple[Depth, ...]:
+    on_progress: Progress,
+) -> tuple[DepthCost, ...]:
     """Measure the retention at each of `boundaries`, and what each layer adds to its loss.
 
     The speed-up limits are for prompts of `n_prompt` tokens; `on_progress` gets (done_tokens,
@@ -77,7 +78,7 @@ def measure_cliff(
     retentions = measure_retention(reference, model, tried, on_progress)
     n_full = model.rule.sink_tokens + model.rule.tail_tokens
     return tuple(
-        Depth(
+        DepthCost(
             boundary=boundary,
             n_skipped=shape.n_layer - boundary,
             speedup_limit=speedup_limit(shape, n_prompt, boundary, n_full),
@@ -88,7 +89,7 @@ def measure_cliff(
     )
 
 
-def worth_measuring(depths: Sequence[Depth]) -> tuple[int, ...]:
+def worth_measuring(depths: Sequence[DepthCost]) -> tuple[int, ...]:
     """Return the boundaries that may keep enough of copying, and the one past them.
 
     Enough is what the loosest budget asks. The likeliest to be chosen comes first, the shallowest
@@ -104,8 +105,8 @@ def worth_measuring(depths: Sequence[Depth]) -> tuple[int, ...]:
 
 
 def with_qualities(
-    depths: Sequence[Depth], own: Mapping[int, Quality], fitted: Mapping[int, Quality]
-) -> tuple[Depth, ...]:
+    depths: Sequence[DepthCost], own: Mapping[int, Quality], fitted: Mapping[int, Quality]
+) -> tuple[DepthCost, ...]:
     """Return the depths with the qualities of their boundaries."""
     return tuple(
         replace(depth, own=own.get(depth.boundary), fitted=fitted.get(depth.boundary))
@@ -113,7 +114,7 @@ def with_qualities(
     )
 
 
-def deepest_within(budget: Budget, depths: Sequence[Depth]) -> Depth | None:
+def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
     """Return the deepest within a budget, None when there is none.
 
     The figures with a fit count, where none was made those of the own projections.

@@ -1,9 +1,10 @@
 """What reading a prompt in full would have cost: measured in this run, else computed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from converter.macs import exact_limit, prefill_macs
+from converter.macs import exact_macs, prefill_macs
 from converter.shape import ModelShape
 from pop_local.engine.turn import TurnStats
 
@@ -43,23 +44,23 @@ class FullCosts:
         return FullCost(stats.prefill_s * self._limit(stats), is_measured=False)
 
     def _limit(self, stats: TurnStats) -> float:
-        if self._shape is None:
+        if self._shape is None or not (stats.n_skipped_exact or self._boundary):
             return 1.0
+        full = self._macs(stats, lambda shape, n, n_full: prefill_macs(shape, n, None, n_full))
         if stats.n_skipped_exact:
-            return exact_limit(self._shape, stats.n_prompt)
-        if not self._boundary:
-            return 1.0
-        full = self._macs(stats, None)
-        return full / self._macs(stats, self._boundary)
+            return full / self._macs(stats, lambda shape, n, _: exact_macs(shape, n))
+        boundary = self._boundary
+        return full / self._macs(
+            stats, lambda shape, n, n_full: prefill_macs(shape, n, boundary, n_full)
+        )
 
-    def _macs(self, stats: TurnStats, boundary: int | None) -> int:
+    def _macs(self, stats: TurnStats, of: Callable[[ModelShape, int, int], int]) -> int:
         """Count the new tokens' work: that of all less that of the cached, none of it full."""
         assert self._shape is not None
-        whole = prefill_macs(self._shape, stats.n_prompt, boundary, stats.n_full)
+        whole = of(self._shape, stats.n_prompt, stats.n_full)
         if not stats.n_cached:
             return whole
-        cached = prefill_macs(self._shape, stats.n_cached, boundary, 0)
-        return whole - cached + self._shape.head_macs
+        return whole - of(self._shape, stats.n_cached, 0) + self._shape.head_macs
 
 
 def _like(full: TurnStats, pruned: TurnStats) -> bool:

@@ -57,6 +57,7 @@ BY_CAUSE = {
     "projections-for-one-depth": (
         "measure other depths on the model itself, {model}, with --fit or without"
     ),
+    "own-loses-more": "leave --projection own out",
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
     "sidecar-alone": "say where it is: pop-local inspect MODEL --pop {sidecar} --verify",
     "sidecar-as-model": "give the model itself ({model}), and --pop",

@@ -25,7 +25,7 @@ from pop_local.measure import budget
 from pop_local.measure import quality as measuring
 from pop_local.measure.bracket import as_planned
 from pop_local.measure.depth import (
-    Depth,
+    DepthCost,
     deepest_within,
     measure_cliff,
     with_qualities,
@@ -63,13 +63,13 @@ class Analysis:
     text: Text
     seed: int
     importance: Importance | None
-    depths: tuple[Depth, ...]
+    depths: tuple[DepthCost, ...]
     calibration: Calibration | None
     budget: Budget
-    chosen: Depth | None
+    chosen: DepthCost | None
 
     @property
-    def cliff(self) -> tuple[Depth, ...]:
+    def cliff(self) -> tuple[DepthCost, ...]:
         """The boundaries at which copying from the prompt is lost."""
         return tuple(depth for depth in self.depths if depth.is_cliff)
 
@@ -96,7 +96,7 @@ def analyze(
     )
     run = _Run(source, source_shape(source), text, options, hardware, watch)
     # A conversion would prune all but these.
-    ends = run._plan(run.shape.n_layer - 1)
+    ends = run.plan(run.shape.n_layer - 1)
     require_passage(options.n_context, RowRule(ends.sink_tokens, ends.tail_tokens))
     can_fit = options.with_fit and run.fit_is_possible()
     gated = gates.possible(source, options, hardware, watch) if options.n_gated else None
@@ -154,10 +154,12 @@ class _Run:
             self.watch.on_warning(PopError(f"the fit is left out: {path} is converted already"))
             return False
         if self.shape.n_layer > 2:
-            self._affordable([self._plan(self.shape.n_layer - 2)])
+            self._affordable([self.plan(self.shape.n_layer - 2)])
         return True
 
-    def probed(self, n_gated: int) -> tuple[tuple[Depth, ...], measuring.Reference, gates.Windows]:
+    def probed(
+        self, n_gated: int
+    ) -> tuple[tuple[DepthCost, ...], measuring.Reference, gates.Windows]:
         """Read the full model's half, then random tokens at each boundary. Raises PopError.
 
         Returns how much of copying each boundary keeps, that half, and `n_gated` windows.
@@ -182,7 +184,7 @@ class _Run:
     ) -> tuple[dict[int, measuring.Quality], Calibration | None]:
         """Fit in one pass those that can be, and measure each. Raises PopError."""
         # The last layer alone has nothing to fit.
-        plans = [self._plan(b) for b in boundaries if b < self.shape.n_layer - 1]
+        plans = [self.plan(b) for b in boundaries if b < self.shape.n_layer - 1]
         plans = self._affordable(plans) if plans else []
         calibrations: list[Calibration | None] = []
 
@@ -209,7 +211,7 @@ class _Run:
             found = measuring.measure_against(reference, model, boundaries, advance)
         return {quality.boundary: quality for quality in found}
 
-    def _plan(self, boundary: int) -> Plan:
+    def plan(self, boundary: int) -> Plan:
         return make_plan(self.shape, boundary=boundary, projection=FITTED)
 
     def _fit_options(self) -> FitOptions:
@@ -240,7 +242,7 @@ class _Run:
     def _opened_as_planned(self) -> Iterator[PopModel]:
         """With own projections, and the full rows that a conversion has, whatever the file says."""
         with self._opened(None) as model:
-            as_planned(model, self._plan(self.shape.n_layer - 1))
+            as_planned(model, self.plan(self.shape.n_layer - 1))
             yield model
 
     def _opened(self, sidecar: Path | None) -> PopModel:

@@ -24,7 +24,7 @@ from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Boundary, Depth, Hardware, RowOptions, Skip, Within
-from pop_local.workflows.refusals import CopyingBrokenError, Trial
+from pop_local.workflows.refusals import CopyingBrokenError, OverBudgetError, Trial
 
 if TYPE_CHECKING:
     from pop_local.workflows.examine import Examination
@@ -298,7 +298,7 @@ def _resumable(options: FitOptions, watch: Watch) -> Iterator[None]:
                 f"What was read is kept in {kept}: the same conversion goes on from there."
             )
         raise
-    except CopyingBrokenError:
+    except (CopyingBrokenError, OverBudgetError):
         _forget(options)
         raise
     _forget(options)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from converter.errors import PopError, StoppedError
-
-Progress = Callable[[int, int], None]
+from converter.progress import Progress
 
 
 class Unit(Enum):

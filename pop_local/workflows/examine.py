@@ -75,7 +75,13 @@ class Examination:
         quality = self._measure(ModelFiles(self.src), _own_settings())
         self._warn_outside(quality)
         if not is_inside(BALANCED, quality):
-            self.watch.on_note("Fitted projections would lose less.")
+            self.watch.on_warning(
+                PopError(
+                    "own projections lose more than fitted ones would",
+                    "fit them",
+                    cause="own-loses-more",
+                )
+            )
         return measured(quality)
 
     def _opened(self, files: ModelFiles) -> AbstractContextManager[tuple[PopModel, TextTokens]]:

@@ -87,6 +87,8 @@ class _Search:
         verdict = {True: "inside", False: "outside"}
         tried = ", ".join(f"{each} {verdict[ok]}" for each, ok in self._shallowest_first())
         plan = replace(self.plans[chosen], budget=replace(self.budget, tried=tried))
+        figures = budgets.figures_in_words(self.qualities[chosen])
+        self.watch.on_note(f"Boundary {chosen} is the deepest within the budget: {figures}")
         found = measured(self.qualities[chosen])
         return Chosen(plan, self.fitted.get(chosen), found, self._trials())
 

@@ -12,7 +12,7 @@ from converter.source import read_source
 from pop_local.calibration import needs
 from pop_local.calibration.needs import plan_needs
 from pop_local.measure import budget
-from pop_local.measure.depth import Depth, deepest_within, with_qualities, worth_measuring
+from pop_local.measure.depth import DepthCost, deepest_within, with_qualities, worth_measuring
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.heldout import Text
 from pop_local.measure.quality import Quality
@@ -99,7 +99,7 @@ def test_as_many_boundaries_as_there_is_memory_for(model, monkeypatch):
     source = read_source(model)
     options = AnalyzeOptions(fit_tokens=2048)
     run = analyzing._Run(source, read_shape(model), Text("none", ()), options, Hardware(), Watch())
-    plans = [run._plan(boundary) for boundary in (3, 4)]
+    plans = [run.plan(boundary) for boundary in (3, 4)]
     sums = [plan_needs(plans[:n], source, 1 << 40).sums_bytes for n in (1, 2)]
     monkeypatch.setattr(needs, "sums_limit_bytes", lambda options: sums[0])
     assert run._affordable(plans) == plans[:1]
@@ -140,9 +140,9 @@ def is_within(row):
     )
 
 
-def made(boundary: int, retention: float = 1.0) -> Depth:
+def made(boundary: int, retention: float = 1.0) -> DepthCost:
     """Of a model of ten layers."""
-    return Depth(boundary, 10 - boundary, 1.5, Estimate(retention, 0.0), 0.0)
+    return DepthCost(boundary, 10 - boundary, 1.5, Estimate(retention, 0.0), 0.0)
 
 
 def cost(boundary: int, kl: float) -> Quality:

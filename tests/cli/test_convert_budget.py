@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from converter.format import read_pop_meta
 from pop_local.calibration import activations, texts
 from pop_local.cli import app
-from pop_local.measure import bracket, probes, quality
+from pop_local.measure import bracket, budget, probes, quality
 from pop_local.measure.budget import Bracket
 from pop_local.workflows import fits
 from pop_local.workflows import search as searching
@@ -269,3 +269,13 @@ def test_stopping_leaves_nothing(base, text, tmp_path):
         child.communicate()
     assert names(tmp_path) == {"tiny.gguf", "temporary"}
     assert not names(temporary)
+
+
+def test_nothing_is_kept_of_a_search_that_finds_nothing(base, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(searching._Search, "_bracket", lambda self: Bracket(6, 6, 7))
+    monkeypatch.setattr(budget, "is_inside", lambda *_: False)
+    done = convert(base, "--text", text, *FEW, *LOOSE, "--resume")
+    assert done.exit_code == 1
+    assert "Fitting the projections for boundary 6" in done.stderr
+    assert "not even 1 skipped layer is within the budget" in done.stderr
+    assert names(tmp_path) == {"tiny.gguf"}

@@ -19,6 +19,7 @@ from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.server.bodies import CompletionBody
 from pop_local.server.tasks import Tasks
+from pop_local.ui.chat.dialogue import _costs
 from support.calls import evaluated, greedy, opened, prompt
 from support.scripted import ScriptedModel, figures, talk
 from support.shared_kv import make_shared
@@ -194,6 +195,16 @@ def test_the_chat_says_where_tokens_leave_and_keeps_its_turns() -> None:
     assert any("983 left at layer 15, exactly) · TTFT" in line for line in said)
     assert any(line.startswith("# Prompt tokens: 983 left at layer 15, exactly, ") for line in said)
     assert [line for line in said if "skipping is off" in line] == [off, off]
+
+
+def test_what_a_full_reading_would_take_is_known(shared: Path) -> None:
+    shape = read_shape(shared)
+    stats = figures(n_prompt=1000, n_cached=0, n_pruned=0, n_full=1, n_skipped_exact=999)
+    cost = _costs(opened(shared)).of(stats)
+    assert cost.seconds == pytest.approx(stats.prefill_s * exact_limit(shape, 1000))
+    assert not cost.is_measured
+    later = replace(stats, n_cached=400, n_skipped_exact=599)
+    assert _costs(opened(shared)).of(later).seconds > later.prefill_s
 
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"

@@ -3,7 +3,7 @@
 import pytest
 
 from converter.errors import PopError
-from pop_local.fetching.quants import Choice, choose
+from pop_local.fetching.quants import Candidate, choose
 
 BF16 = ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"]
 REPO = (
@@ -44,7 +44,7 @@ def test_the_file_meant(wanted, files):
 
 def test_an_ending_in_capitals_parts_no_model():
     parts = ["x-Q8_0-00001-of-00002.GGUF", "x-Q8_0-00002-of-00002.GGUF"]
-    assert choose("a/b", parts, "") == Choice("x-Q8_0", tuple(parts))
+    assert choose("a/b", parts, "") == Candidate("x-Q8_0", tuple(parts))
     assert choose("a/b", [*parts, "x-F16.gguf"], parts[1]).files == tuple(parts)
 
 

@@ -219,5 +219,4 @@ class Dialogue:
 
 
 def _costs(model: PopModel) -> FullCosts:
-    boundary = model.boundary
-    return FullCosts(model.shape if boundary else None, boundary)
+    return FullCosts(model.shape if model.can_switch else None, model.boundary)

@@ -17,7 +17,7 @@ from pop_local.ui.theme import out
 from pop_local.ui.views.quality import bare, figures, text_json, with_se
 
 if TYPE_CHECKING:
-    from pop_local.measure.depth import Depth
+    from pop_local.measure.depth import DepthCost
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.importance import Stage
     from pop_local.workflows.analyze import Analysis
@@ -58,7 +58,7 @@ def as_json(found: Analysis) -> dict[str, Any]:
     }
 
 
-def _depth_json(depth: Depth) -> dict[str, Any]:
+def _depth_json(depth: DepthCost) -> dict[str, Any]:
     kept = depth.retention
     return {
         "boundary": depth.boundary,
@@ -72,7 +72,7 @@ def _depth_json(depth: Depth) -> dict[str, Any]:
     }
 
 
-def _projection(depth: Depth) -> str | None:
+def _projection(depth: DepthCost) -> str | None:
     """Of `depth.quality`."""
     return None if depth.quality is None else FITTED if depth.fitted else OWN
 
@@ -116,7 +116,7 @@ def _table(found: Analysis, importance: Callable[[Estimate, str], str]) -> Table
     return Table((head, *(_GATES if stages else ()), *_DEPTHS), tuple(rows))
 
 
-def _cells(depth: Depth, found: Analysis) -> tuple[str, ...]:
+def _cells(depth: DepthCost, found: Analysis) -> tuple[str, ...]:
     quality, kept, lost = depth.quality, depth.retention, depth.lost_retention
     return (
         f"{depth.speedup_limit:.2f}x",

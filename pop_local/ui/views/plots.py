@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from converter.errors import PopError
 from converter.output import check_output, replacing
+from pop_local.models.names import resolve, resolve_base
 from pop_local.ui.views.quality import ALWAYS_SKIP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pop_local.measure.depth import Depth
+    from pop_local.measure.depth import DepthCost
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.importance import Importance
     from pop_local.workflows.analyze import Analysis
@@ -52,11 +54,11 @@ _RANDOM = _Loss(
     "linear",
     "least_retention",
 )
-# Fields of Depth.
+# Fields of DepthCost.
 _PROJECTIONS = (("own", "own projections", "0.55"), ("fitted", "fitted", "tab:blue"))
 
 
-def require_plot(path: Path, model: Path, *, force: bool) -> None:
+def require_plot(path: Path, model: str, *, force: bool) -> None:
     """Refuse, before hours of measuring, what could not be drawn or must not be written.
 
     Raises PopError.
@@ -67,7 +69,11 @@ def require_plot(path: Path, model: Path, *, force: bool) -> None:
         raise PopError(
             "--plot needs matplotlib", "install it with: pip install 'pop-local[plot]'"
         ) from error
-    check_output(path, (model,) if model.exists() else (), 0, force=force)
+    files: list[Path] = []
+    for find in (resolve, resolve_base):
+        with suppress(PopError):
+            files.append(find(model))
+    check_output(path, tuple(files), 0, force=force)
 
 
 def plot_sweep(rows: Sequence[Row], path: Path, *, force: bool) -> None:
@@ -161,7 +167,7 @@ def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
     _finish(axes, loss, f"{loss.title}, by boundary (red: the cliff of copying)")
 
 
-def _estimate(depth: Depth, kind: str, loss: _Loss) -> Estimate | None:
+def _estimate(depth: DepthCost, kind: str, loss: _Loss) -> Estimate | None:
     """With own or fitted projections; the retention of own ones is known of every boundary."""
     if kind == "own" and loss is _RANDOM:
         return depth.retention
