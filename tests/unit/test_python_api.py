@@ -76,6 +76,7 @@ def test_the_documented_example_runs(smollm2_pop, tmp_path):
     assert (tmp_path / "talk.popsession").is_file()
 
 
+@pytest.mark.slow
 def test_the_documented_example_is_typed(tmp_path):
     example = tmp_path / "example.py"
     example.write_text(documented() + "\npop_local.PopModel.open('x').chat('x', stop='y')\n")
