@@ -5,37 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import TurnOptions
 from pop_local.server import answers
-from pop_local.server.app import create_app
 from pop_local.server.bodies import ChatBody
 from pop_local.server.tasks import Tasks
-from support.asked import LONG, N_CTX, NAME, TEMPLATE, chat, complete, events, text_of
-from support.calls import opened, read
-from support.converted import tiny
-from support.serving import asking, counted
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("api"), chat_template=TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def client(path):
-    model = opened(path, n_ctx=N_CTX)
-    with asking(create_app(model, NAME, max_body_bytes=100_000)) as client:
-        yield client
-    model.close()
-
-
-@pytest.fixture(scope="module")
-def full(path):
-    """Another copy, which runs in full."""
-    model = opened(path, n_ctx=N_CTX)
-    model.set_pop(Mode.OFF)
-    return model
+from support.asked import LONG, N_CTX, NAME, chat, complete, events, text_of
+from support.calls import read
+from support.serving import counted
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

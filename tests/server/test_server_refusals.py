@@ -12,32 +12,9 @@ from pop_local.server.app import create_app
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Task, Worker
-from support.asked import N_CTX, NAME, TEMPLATE, chat, complete, text_of
+from support.asked import N_CTX, NAME, chat, complete, text_of
 from support.calls import opened
-from support.converted import tiny
 from support.serving import asking
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("api"), chat_template=TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def client(path):
-    model = opened(path, n_ctx=N_CTX)
-    with asking(create_app(model, NAME, max_body_bytes=100_000)) as client:
-        yield client
-    model.close()
-
-
-@pytest.fixture(scope="module")
-def full(path):
-    """Another copy, which runs in full."""
-    model = opened(path, n_ctx=N_CTX)
-    model.set_pop(Mode.OFF)
-    return model
-
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
