@@ -26,13 +26,6 @@ def model(tmp_path_factory):
     return make_gguf(tmp_path_factory.mktemp("analyze") / "tiny.gguf", "llama", n_layer=6)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    return path
-
-
 # --- output
 
 

@@ -30,13 +30,6 @@ def model(tmp_path_factory):
     return make_gguf(tmp_path_factory.mktemp("analyze") / "tiny.gguf", "llama", n_layer=6)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    return path
-
-
 def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
     done = analyze(model, "--text", text, *FITTED, "--json")
     assert done.exit_code == 0, done.output

@@ -40,13 +40,6 @@ def pop_file(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("eval"))
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    return path
-
-
 def evaluate(*arguments):
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 

@@ -27,13 +27,6 @@ def pop_file(tmp_path_factory) -> Path:
     return tiny(tmp_path_factory.mktemp("baseline"))
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    return path
-
-
 def opened(path: Path) -> PopModel:
     return PopModel(path, n_ctx=512, n_threads=1)
 
