@@ -3,10 +3,11 @@
     python tests/bench/measure_convert.py FOLDER [GIGABYTES]
 
 The model is synthetic (random bytes, a vocabulary of 128k); FOLDER needs three times its size.
-Prints one JSON object: medians of several
-rounds, since the page cache and other programs disturb each. Linux only: memory comes from /proc.
+Prints one JSON object: medians of several rounds, since the page cache and other programs disturb
+each. Linux only: memory comes from /proc.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -122,4 +123,8 @@ def main(folder: Path, gigabytes: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 4.0)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("gigabytes", type=float, nargs="?", default=4.0)
+    options = parser.parse_args()
+    main(options.folder, options.gigabytes)
