@@ -88,7 +88,8 @@ class PopMeta:
 
     `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
     `sink_tokens` and `tail_tokens` run in full at the prompt's two ends; prompts shorter than
-    `min_prompt` run in full altogether. `source_sha256` is the hash of the file that stripping
+    `min_prompt` run in full altogether. `select` is the share of context rows that run all layers,
+    too, chosen by the question. `source_sha256` is the hash of the file that stripping
     gives back, or that a sidecar is for: the source, or the single file that the source's parts
     add up to. `source_bytes` is its size when tensors were added to it, otherwise 0. The defaults
     are what a file without the keys means.
@@ -99,6 +100,7 @@ class PopMeta:
     sink_tokens: int = 1
     tail_tokens: int = 16
     min_prompt: int = 0
+    select: float = 0.0
     source_name: str = ""
     source_sha256: str = ""
     tool: str = ""
@@ -130,6 +132,8 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
 )
+# Only in files that have a selection.
+_SELECT = "pop.select"
 # Only in files with fitted projections; 64 bits wide.
 _SOURCE_BYTES = "pop.source.size_bytes"
 # As in `pop.budget.quality`; the fields of PopMeta have the same names.
@@ -159,7 +163,7 @@ def pop_meta(header: Header) -> PopMeta | None:
             f"{header.path} has POP version {version}; known is {VERSION}", CONVERT_AGAIN
         )
     values: dict[str, Any] = {}
-    for name, field, kind in (*_KEYS, (_SOURCE_BYTES, "source_bytes", int)):
+    for name, field, kind in (*_KEYS, (_SELECT, "select", float), (_SOURCE_BYTES, "source_bytes", int)):
         value = header.get(name)
         if value is None:
             continue
@@ -220,6 +224,8 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
             f"{header.path} has K/V projections of the unknown kind {meta.projection!r}",
             CONVERT_AGAIN,
         )
+    if not 0 <= meta.select <= 1:
+        raise FormatError(f"{header.path}: {_SELECT} is {meta.select}, not a share", CONVERT_AGAIN)
     n_layer = _n_layer(header)
     if n_layer is not None and n_layer != meta.n_layer:
         raise FormatError(
@@ -238,6 +244,8 @@ def _n_layer(header: Header) -> int | None:
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     """Encode the keys of a converted file as they stand in it, each by itself."""
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
+    if meta.select:
+        keys.append(_encode_key(_SELECT, meta.select))
     if meta.source_bytes:
         keys.append(_encode_size(_SOURCE_BYTES, meta.source_bytes))
     for group in _GROUPS:

@@ -16,6 +16,9 @@ from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.engine.decode.grammar import GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
+from pop_local.engine.depth.passes import DeepPasses
+from pop_local.engine.depth.rows import CachedRows
+from pop_local.engine.depth.select import select_rows
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
@@ -30,7 +33,17 @@ from pop_local.engine.prefill.kv_state import (
     conversion,
     restore_context_state,
 )
-from pop_local.engine.prefill.plan import EXACT_RULE, full_rows, n_equal, n_usable, plan_prefill
+from pop_local.engine.prefill.plan import (
+    EXACT_RULE,
+    NO_ROWS,
+    NOWHERE,
+    PrefillPlan,
+    RowRule,
+    full_rows,
+    n_equal,
+    n_usable,
+    plan_prefill,
+)
 from pop_local.engine.turn import TurnOptions
 
 
@@ -47,8 +60,9 @@ class _Closed:
 class PrunedLlama(Llama):
     """`Llama` with its own `eval`, so that what llama_cpp builds upon it prunes, too.
 
-    The KV cache belongs to one mode and boundary: switching either empties it. Where rows leave
-    exactly (`exact`: from which layer on, 0 for no such model) it is the full model's own.
+    The KV cache belongs to one mode and boundary: switching either empties it, unless it is the
+    full model's own: because rows leave exactly (`exact`: from which layer on, 0 for no such model)
+    or because all of them were given their depth (`refill`).
     """
 
     def __init__(
@@ -60,6 +74,8 @@ class PrunedLlama(Llama):
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         n_gpu_layers: int = -1,
+        select: float | None = None,
+        keep_states: bool = False,
         verbose: bool = False,
         **options: Any,
     ) -> None:
@@ -68,7 +84,9 @@ class PrunedLlama(Llama):
         `sidecar`: a file with POP keys and tensors for this model. `n_ctx`: None takes the model's
         own context, at most 8192. `n_threads`: for prefill (unless `n_threads_batch` says
         otherwise) and decode; None takes the physical cores. `n_gpu_layers`: -1 for all, of no
-        effect without a GPU. `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn,
+        effect without a GPU. `select`: the share of context rows that run all layers because the
+        question needs them; None for what the file says. `keep_states`: whether `refill` is to be
+        had, which a selection implies; n_ctx * n_embd * 4 bytes. `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn,
         type_k, lora_path, ...). A converted model starts in mode CONTEXT.
         """
         backend.require_patched()
@@ -100,13 +118,16 @@ class PrunedLlama(Llama):
         self.pop_mode = backend.get_mode(self.ctx)
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
-        # Of each cached position, whether its row was full.
-        self._is_full = np.zeros(self._n_ctx, dtype=bool)
+        self.rows = CachedRows(self._n_ctx)
         # Counts what makes an answer that is still being sampled wrong to go on with.
         self.epoch = 0
-        self._rows = TokenBatch(self.n_batch)
-        self._stack.callback(self._rows.close)
+        self._batch_rows = TokenBatch(self.n_batch)
+        self._stack.callback(self._batch_rows.close)
         self.interrupt = Interrupt()
+        self.deep = DeepPasses(self.ctx, self.rows, self.interrupt, self.context_params.n_ubatch)
+        self.select = 0.0
+        self.n_selected = 0
+        self.set_depth(select, keep_states=keep_states)
         self._on_prefill: Callable[[int, int], None] | None = None
 
     @property
@@ -136,7 +157,7 @@ class PrunedLlama(Llama):
 
     @property
     def kv_key(self) -> KvKey:
-        if self.pop_mode is Mode.OFF or self.exact:
+        if self.pop_mode is Mode.OFF or 0 < self.n_tokens == self.n_exact:
             return FULL
         return KvKey(self.pop_mode, self.boundary, self._conversion)
 
@@ -154,27 +175,71 @@ class PrunedLlama(Llama):
                 cause="not-converted",
                 model=self.model_path,
             )
+        is_exact = self.n_exact == self.n_tokens
         backend.set_mode(self.ctx, mode)
-        self._switched()
+        self._switched(keeps_cache=is_exact)
 
     def set_boundary(self, layer: int) -> None:
         """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
         backend.set_boundary(self.ctx, layer)
-        self._switched()
+        self._switched(keeps_cache=False)
 
-    def _switched(self) -> None:
+    def _switched(self, *, keeps_cache: bool) -> None:
         self.pop_mode = backend.get_mode(self.ctx)
-        if self.exact:
-            return
-        self.clear()
+        if not keeps_cache:
+            self.clear()
         if isinstance(self.cache, KeyedCache):
             self.set_cache(self.cache.cache)
+
+    def set_depth(self, select: float | None = None, *, keep_states: bool = False) -> None:
+        """Choose the share of context rows that a question gets deep, None for the file's.
+
+        `keep_states`: whether other rows can be redone later; a selection implies it. Of no effect
+        on a model without a boundary. Raises PopError for a share that is none.
+        """
+        share = (self.meta.select if self.meta else 0.0) if select is None else select
+        if not 0 <= share <= 1:
+            raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
+        self.select = share if self.boundary else 0.0
+        self.keeps_states = bool(self.boundary) and (keep_states or self.select > 0)
+        backend.set_keep(self.ctx, self.keeps_states)
+        if not self.keeps_states:
+            self.rows.has_state[:] = False
+
+    @property
+    def n_exact(self) -> int:
+        """How many cached rows, from the first on, are the full model's own."""
+        return self.n_tokens if self.exact else min(self.rows.n_exact, self.n_tokens)
+
+    @property
+    def n_refillable(self) -> int:
+        """How many rows `refill` would make exact."""
+        redo = self.rows.can_be_redone(self.n_tokens)
+        return self.n_tokens - self.n_exact if redo else 0
+
+    def refill(
+        self,
+        should_stop: Callable[[], bool] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Give all cached rows their depth, in order, until the cache is the full model's.
+
+        Returns the number of rows done, 0 where states are not kept. `should_stop` is asked while a
+        chunk runs and after it (a chunk takes about a fifth of a second; one that was ended is done
+        again the next time). `on_progress` gets (done_rows, total_rows).
+        """
+        first, total = self.n_exact, self.n_refillable
+        for _ in self.deep.refilled(self.n_tokens, should_stop) if total else ():
+            if on_progress is not None:
+                on_progress(self.n_exact - first, total)
+        return self.n_exact - first
 
     # The KV cache
 
     def clear(self) -> None:
         """Empty the KV cache."""
         self.n_tokens = 0
+        self.rows.forget_from(0)
         self._requires_eval = True
         if memory := self._ctx.memory:
             api.llama_memory_clear(memory, True)
@@ -190,6 +255,7 @@ class PrunedLlama(Llama):
             return False
         if n_tokens < self.n_tokens:
             self.n_tokens = n_tokens
+            self.rows.forget_from(n_tokens)
             self._requires_eval = True
             self.epoch += 1
         return True
@@ -207,7 +273,7 @@ class PrunedLlama(Llama):
         kv = context_state(self.ctx)
         return PopState(
             key=self.kv_key,
-            is_full=self._is_full[: self.n_tokens].copy(),
+            is_full=self.rows.is_full[: self.n_tokens].copy(),
             input_ids=self.input_ids.copy(),
             scores=self.scores[: self.n_tokens if self._logits_all else 0].copy(),
             n_tokens=self.n_tokens,
@@ -219,21 +285,29 @@ class PrunedLlama(Llama):
     def load_state(self, state: LlamaState) -> None:
         """Take over a saved KV cache. Raises PopError for another mode, boundary or conversion."""
         key = state.key if isinstance(state, PopState) else FULL
-        if key != self.kv_key:
+        if not self.takes(str(key)):
             raise PopError(
                 f"the saved state belongs to {key}, the model is set to {self.kv_key}",
                 "switch the model first, or read the prompt again",
             )
         n = state.n_tokens
         is_full = state.is_full if isinstance(state, PopState) else np.ones(n, bool)
-        self.take_over(state.llama_state, state.input_ids[:n], is_full)
+        self.take_over(state.llama_state, state.input_ids[:n], is_full, is_exact=key == FULL)
         self.scores[: len(state.scores)] = state.scores
         self._seed = state.seed
 
-    def take_over(self, kv: bytes, tokens: np.ndarray, is_full: np.ndarray) -> None:
+    def takes(self, key: str) -> bool:
+        """Whether the model can go on with a KV cache of this key: its own, or the full model's."""
+        own = KvKey(self.pop_mode, self.boundary, self._conversion)
+        return key in (str(FULL), str(own))
+
+    def take_over(
+        self, kv: bytes, tokens: np.ndarray, is_full: np.ndarray, *, is_exact: bool
+    ) -> None:
         """Take over llama.cpp's state of a model of the same key, with the tokens of its cells.
 
-        `is_full` says of each whether it ran all layers. Raises PopError when it does not fit; the
+        `is_full` says of each whether it ran all layers, `is_exact` whether all of them are the
+        full model's own. Raises PopError when it does not fit; the
         KV cache is empty then.
         """
         self.clear()
@@ -241,7 +315,8 @@ class PrunedLlama(Llama):
             self.clear()
             raise PopError("the saved state does not fit this model and context")
         n = len(tokens)
-        self.input_ids[:n], self._is_full[:n] = tokens, is_full
+        self.input_ids[:n] = tokens
+        self.rows.take_over(is_full, is_exact=is_exact)
         self.n_tokens = n
 
     # Evaluation
@@ -256,21 +331,78 @@ class PrunedLlama(Llama):
             return
         self._make_room(len(tokens))
         if len(tokens) == 1:
-            self._decode(tokens, Outputs.LAST, self.n_tokens)
+            self._decode(tokens, Outputs.LAST, self.rule, self.n_tokens)
         else:
             self._prefill(tokens)
 
     def _prefill(self, tokens: Sequence[int]) -> None:
         plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch)
-        backend.set_full_from(self.ctx, plan.full_from)
+        self.n_selected = 0
         self._report(0, plan.n_tokens)
+        if self._can_select(plan):
+            self._read_selecting(tokens, plan)
+        else:
+            backend.set_full_from(self.ctx, plan.full_from)
+            self._read(tokens, plan, self.rule, plan.full_from, Outputs.LAST)
+
+    def _read(
+        self,
+        tokens: Sequence[int],
+        plan: PrefillPlan,
+        rule: RowRule,
+        full_from: int,
+        last: Outputs,
+    ) -> None:
         with self.interrupt.watching(self.ctx):
             for start, end in plan.chunks:
                 # llama_cpp asks for the logits of each batch's last token, which makes it full.
-                outputs = Outputs.LAST if end == plan.n_tokens else Outputs.NONE
-                self._decode(tokens[start:end], outputs, plan.full_from)
+                outputs = last if end == plan.n_tokens else Outputs.NONE
+                self._decode(tokens[start:end], outputs, rule, full_from)
                 self.interrupt.check()
                 self._report(end, plan.n_tokens)
+
+    def _can_select(self, plan: PrefillPlan) -> bool:
+        if not self.select or self.pop_mode is not Mode.CONTEXT:
+            return False
+        if self._logits_all or self.context_params.embeddings:
+            return False
+        return plan.n_pruned > 0 or not self.rows.is_full[: self.n_tokens].all()
+
+    def _read_selecting(self, tokens: Sequence[int], plan: PrefillPlan) -> None:
+        """Read all rows to the boundary; then sink, selected rows and tail run deep, together."""
+        end = self.n_tokens + plan.n_tokens
+        backend.set_full_from(self.ctx, NOWHERE)
+        backend.set_sink(self.ctx, 0)
+        backend.set_question(self.ctx, plan.full_from)
+        try:
+            self._read(tokens, plan, NO_ROWS, NOWHERE, Outputs.NONE)
+            chosen = self._select(plan.full_from, end)
+        finally:
+            backend.set_question(self.ctx, -1)
+            backend.set_sink(self.ctx, self.rule.sink_tokens)
+        self.n_selected = len(chosen)
+        sink = np.flatnonzero(~self.rows.is_full[: min(self.rule.sink_tokens, plan.full_from)])
+        self.deep.run([*sink.tolist(), *chosen, *range(plan.full_from, end)], logits=True)
+        self._requires_eval = False
+
+    def _select(self, n_rows: int, end: int) -> list[int]:
+        """Choose among the first rows those that the question from there to `end` needs."""
+        may_be = self.rows.has_state[:n_rows] & ~self.rows.is_full[:n_rows]
+        may_be[: self.rule.sink_tokens] = False
+        question = [int(token) for token in self.input_ids[n_rows:end]]
+        ordinary = [token for token in question if self._is_ordinary(token)]
+        chosen = select_rows(
+            backend.get_scores(self.ctx, n_rows),
+            self.input_ids[:n_rows],
+            ordinary,
+            may_be,
+            round(self.select * int(may_be.sum())),
+        )
+        return [int(row) for row in chosen]
+
+    def _is_ordinary(self, token: int) -> bool:
+        attributes = api.llama_vocab_get_attr(self.vocab, token)
+        return bool(attributes & api.LLAMA_TOKEN_ATTR_NORMAL)
 
     def _report(self, done: int, total: int) -> None:
         epoch = self.epoch
@@ -279,20 +411,23 @@ class PrunedLlama(Llama):
         if self.epoch != epoch:
             raise DisplacedError
 
-    def _decode(self, tokens: Sequence[int], outputs: Outputs, full_from: int) -> None:
+    def _decode(
+        self, tokens: Sequence[int], outputs: Outputs, rule: RowRule, full_from: int
+    ) -> None:
         if self._logits_all or self.context_params.embeddings:
             outputs = Outputs.ALL
         start = self.n_tokens
         end = start + len(tokens)
-        code = self._rows.decode(self.ctx, tokens, start, outputs)
+        code = self._batch_rows.decode(self.ctx, tokens, start, outputs)
         if code != 0:
             self.interrupt.check()
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
         self.input_ids[start:end] = tokens
         if self.pop_mode is Mode.CONTEXT and not self.exact:
-            self._is_full[start:end] = full_rows(start, end, self.rule, full_from, outputs)
+            full = full_rows(start, end, rule, full_from, outputs)
         else:
-            self._is_full[start:end] = self.kv_key == FULL
+            full = np.full(len(tokens), self.pop_mode is not Mode.ALWAYS)
+        self.rows.read(start, full, keeps_states=self.keeps_states)
         if self._logits_all and end <= len(self.scores):
             logits = api.llama_get_logits(self.ctx)
             self.scores[start:end] = np.ctypeslib.as_array(logits, (len(tokens), self._n_vocab))
@@ -320,7 +455,7 @@ class PrunedLlama(Llama):
         """Sample as llama_cpp does; K/V of the prompt's beginning are reused, its tail is full."""
         self.epoch += 1
         tokens = list(tokens)
-        usable = n_usable(tokens, self._input_ids, self._is_full, self.rule)
+        usable = n_usable(tokens, self._input_ids, self.rows.is_full, self.rule)
         if options.get("reset", True) and usable < self.n_tokens:
             self.n_tokens = usable
             self._requires_eval = True

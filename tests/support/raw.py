@@ -27,8 +27,8 @@ N_MODELS = 4
 @dataclass(frozen=True)
 class Step:
     """One call. `op`: decode, embeddings, embed, causal, save, load, remove, shift, mode, boundary,
-    full_from, sink, counters, exact, image,
-    hidden.
+    full_from, sink, counters, exact, image, hidden, keep, deepen, deep, question, scores, copy,
+    logits.
 
     decode: `tokens` from `pos` on in `seq`, and in each of `coupled`; `logits` "last", "all" or
     "none"; `more`: further (seq, pos, tokens) in the same batch, with the logits of their last
@@ -38,7 +38,11 @@ class Step:
     image: `value` rows of random embeddings from `pos` on, in one batch without logits, each row
     seeing all of them where the model has it so. hidden: as decode, giving the state of all tokens
     behind the last layer, as drafting heads read it (by a C++ function: not on Windows). exact: the
-    rows that left exactly, which `counters` would forget.
+    rows that left exactly, deep: those of deep passes, which `counters` would forget. keep: states
+    at the boundary from now on, or no longer. deepen: a deep pass over the positions `tokens` of
+    `seq`, whose logits "last" asks for; `value`: what it returns, if not 0. question: rows of `seq`
+    from `pos` on. scores: of the first `value` positions. copy: `seq` becomes sequence `value`,
+    too. logits: those of the last output, once more.
     """
 
     op: str
@@ -67,6 +71,7 @@ class Job:
     n_batch: int = 2048
     n_ubatch: int = 512
     n_seq_max: int = 1
+    swa_full: bool = True
     flash_attn: bool = False
     type_k: int = 1  # GGML_TYPE_F16
     type_v: int = 1
@@ -204,6 +209,7 @@ class Session:
         params.n_ctx, params.n_batch, params.n_ubatch = job.n_ctx, job.n_batch, job.n_ubatch
         params.n_seq_max, params.kv_unified = job.n_seq_max, job.kv_unified
         params.n_threads = params.n_threads_batch = 1
+        params.swa_full = job.swa_full
         params.flash_attn_type = int(job.flash_attn)
         params.type_k, params.type_v = job.type_k, job.type_v
         if job.watched:
@@ -333,14 +339,50 @@ class Session:
         return rows
 
     def _exact(self, step: Step) -> np.ndarray:
-        return self._rows()[2:]
+        return self._rows()[2:3]
+
+    def _deep(self, step: Step) -> np.ndarray:
+        return self._rows()[3:]
+
+    def _keep(self, step: Step) -> None:
+        self._pop("llama_pop_set_keep", bool(step.value))
+
+    def _deepen(self, step: Step) -> np.ndarray:
+        n = len(step.tokens)
+        positions = (ctypes.c_int32 * n)(*step.tokens)
+        with_logits = step.logits == "last"
+        ctx = ctypes.c_void_p(self.ctx)
+        status = self.capi.llama_pop_deepen(ctx, step.seq, positions, n, with_logits)
+        if status != step.value:
+            raise RuntimeError(f"llama_pop_deepen returned {status}")
+        if not with_logits or status != 0:
+            return np.zeros((0, self.n_vocab), np.float32)
+        return self._logits(step)
+
+    def _logits(self, step: Step) -> np.ndarray:
+        logits = self.lib.llama_get_logits_ith(self.ctx, -1)
+        return np.ctypeslib.as_array(logits, (1, self.n_vocab)).copy()
+
+    def _question(self, step: Step) -> None:
+        self._pop("llama_pop_set_question", step.seq, step.pos)
+
+    def _scores(self, step: Step) -> np.ndarray:
+        scores = np.zeros(step.value, np.float32)
+        pointer = scores.ctypes.data_as(ctypes.c_void_p)
+        self._pop("llama_pop_get_scores", step.seq, pointer, step.value)
+        return scores
+
+    def _copy(self, step: Step) -> None:
+        self.lib.llama_memory_seq_cp(
+            self.lib.llama_get_memory(self.ctx), step.seq, step.value, -1, -1
+        )
 
     def _rows(self) -> np.ndarray:
-        counters = (ctypes.c_int64 * 3)()
+        counters = (ctypes.c_int64 * 4)()
         self.capi.llama_pop_get_counters(ctypes.c_void_p(self.ctx), counters)
         return np.array(list(counters), np.int64)
 
-    def _pop(self, function: str, *args: int) -> None:
+    def _pop(self, function: str, *args: Any) -> None:
         if getattr(self.capi, function)(ctypes.c_void_p(self.ctx), *args) != 0:
             raise RuntimeError(f"{function}{args} was refused")
 

@@ -31,6 +31,36 @@ static bool is_full(const llama_pop_cparams & pop, const llama_ubatch & ubatch, 
     return false;
 }
 
+static bool has_seq(const llama_ubatch & ubatch, uint32_t i, llama_seq_id seq_id) {
+    return std::find(ubatch.seq_id[i], ubatch.seq_id[i] + ubatch.n_seq_id[i], seq_id) != ubatch.seq_id[i] + ubatch.n_seq_id[i];
+}
+
+llama_pop_scored llama_pop_make_scored(const llama_cparams & cparams, const llama_ubatch & ubatch) {
+    const auto & pop = cparams.pop;
+
+    llama_pop_scored scored;
+
+    const bool is_reserve = ubatch.seq_id[0] == ubatch.seq_id_unq;
+    if (pop.question_seq < 0 || pop.mode != LLAMA_POP_MODE_CONTEXT || pop.deepening || is_reserve) {
+        return scored;
+    }
+
+    std::vector<float> paid;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const bool is_of_seq = has_seq(ubatch, i, pop.question_seq);
+
+        const bool asks = is_of_seq && ubatch.pos[i] >= pop.question_pos;
+        const bool pays = is_of_seq && ubatch.pos[i] % LLAMA_POP_SCORE_STRIDE == 0;
+        if (asks || pays) {
+            scored.rows   .push_back(i);
+            scored.weights.push_back(asks);
+            paid          .push_back(pays);
+        }
+    }
+    scored.weights.insert(scored.weights.end(), paid.begin(), paid.end());
+    return scored;
+}
+
 static llama_pop_plan plan_reserve(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
     const bool prunes = cparams.pop.boundary > 0;
 
@@ -94,7 +124,7 @@ llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cp
 
     llama_pop_plan plan;
 
-    if (pop.mode == LLAMA_POP_MODE_OFF || reads_all) {
+    if (pop.mode == LLAMA_POP_MODE_OFF || pop.deepening || reads_all) {
         return plan;
     }
 
@@ -126,10 +156,22 @@ bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b
     const auto plan_a = llama_pop_make_plan(a.hparams, a.cparams, a.ubatch);
     const auto plan_b = llama_pop_make_plan(b.hparams, b.cparams, b.ubatch);
 
+    const auto & pop_a = a.cparams.pop;
+    const auto & pop_b = b.cparams.pop;
+    if (pop_a.deepening != pop_b.deepening || pop_a.keep != pop_b.keep ||
+            llama_pop_make_scored(a.cparams, a.ubatch).rows.size() != llama_pop_make_scored(b.cparams, b.ubatch).rows.size() || pop_a.boundary != pop_b.boundary) {
+        return false;
+    }
+
     return plan_a.il == plan_b.il && (plan_a.il < 0 || plan_a.rows.size() == plan_b.rows.size());
 }
 
 void llama_pop_count(llama_pop_counters & counters, const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
+    if (cparams.pop.deepening) {
+        counters.n_deep += ubatch.n_tokens;
+        return;
+    }
+
     const auto plan = llama_pop_make_plan(hparams, cparams, ubatch);
 
     const int64_t n_full = plan.il < 0 ? ubatch.n_tokens : plan.rows.size();
@@ -180,7 +222,7 @@ llama_pop_cparams llama_pop_init(const llama_model & model) {
 }
 
 int32_t llama_pop_abi(void) {
-    return 2;
+    return 3;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {

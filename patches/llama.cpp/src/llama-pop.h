@@ -6,6 +6,9 @@
 //
 // Exact skipping: where the last layers read the K/V of an earlier one, a row whose logits are not requested is of no
 // use past the last layer that stores K/V. It leaves there, and no other row changes. This needs no keys in the file.
+//
+// Deep pass: of rows whose state at the boundary was kept, the layers from there on run later, on the cells that the rows
+// have. They attend to what the KV cache holds by then, and overwrite their projected K/V.
 
 #pragma once
 
@@ -55,6 +58,14 @@ extern "C" {
         int64_t n_context; // rows that stopped at the boundary
         int64_t n_full;    // rows that ran all layers
         int64_t n_exact;   // rows that left at the last layer that stores K/V, exactly
+        int64_t n_deep;    // rows of deep passes
+    };
+
+    enum llama_pop_deepen_result {
+        LLAMA_POP_DEEPEN_REFUSED = -1, // nothing was done, the log says why
+        LLAMA_POP_DEEPEN_FAILED  = -2, // the pass is to be done again, or the rows are to be removed
+        LLAMA_POP_DEEPEN_DONE    =  0,
+        LLAMA_POP_DEEPEN_ABORTED =  2, // by the abort callback: the pass is to be done again
     };
 
     LLAMA_API int32_t llama_pop_abi(void);
@@ -77,6 +88,26 @@ extern "C" {
 
     // the rows of every sequence below position n are full, -1: as many as the file asks for
     LLAMA_API int32_t llama_pop_set_sink(struct llama_context * ctx, int32_t n_tokens);
+
+    // from the next llama_decode() on, the state at the boundary of every row is kept while its cell lives, in host memory
+    // and as F32. false: no longer, and those that were kept are dropped
+    LLAMA_API int32_t llama_pop_set_keep(struct llama_context * ctx, bool keep);
+
+    // bytes that are held for states and scores
+    LLAMA_API size_t llama_pop_keep_size(const struct llama_context * ctx);
+
+    // runs the layers from the boundary on for n rows of the sequence, at ascending positions and at most n_ubatch of them.
+    // true: with the logits of the last one. refused where the state of a row is not kept, or rows that it
+    // attends to have left the cache of layers with a sliding window
+    LLAMA_API int32_t llama_pop_deepen(struct llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits);
+
+    // rows of the sequence at or past pos are a question: attention is counted in the last layers below the boundary, that
+    // of the question and that of every LLAMA_POP_SCORE_STRIDE-th row. earlier questions are forgotten. -1: no counting
+    LLAMA_API int32_t llama_pop_set_question(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
+
+    // what the question attends to: of each position below n, the sum over layers of the largest A/(T + mean T) of
+    // any head, where A is the attention that the question pays to it and T that of all rows
+    LLAMA_API int32_t llama_pop_get_scores(struct llama_context * ctx, llama_seq_id seq_id, float * scores, int32_t n);
 
     LLAMA_API void llama_pop_get_counters  (const struct llama_context * ctx, struct llama_pop_counters * counters);
     LLAMA_API void llama_pop_reset_counters(struct llama_context * ctx);
@@ -130,7 +161,24 @@ struct llama_pop_cparams {
 
     std::vector<llama_pos> full_from; // by sequence, no entry: none by position
 
+    llama_seq_id question_seq = -1; // -1: there is no question
+    llama_pos    question_pos = -1;
+
     bool reserving = false; // the next graph is for the reserve of a pruned prefill
+    bool deepening = false; // the next graph is a deep pass
+    bool keep      = false; // the states at the boundary
+};
+
+// what a context keeps of its rows, by the cells of their stream. a cell that another row takes forgets that it was kept,
+// see llama_kv_cells::pos_set()
+struct llama_pop_kept {
+    uint32_t boundary = 0;
+
+    std::vector<float> states; // [n_embd, n_cells, n_streams]
+
+    // attention by the question and by every LLAMA_POP_SCORE_STRIDE-th row
+    std::vector<float> asked;  // [n_cells, n_head, n_score_layers]
+    std::vector<float> paid;   // likewise
 };
 
 llama_pop_cparams llama_pop_init(const llama_model & model);
@@ -140,6 +188,9 @@ bool llama_pop_one_seq(const llama_cparams & cparams, uint32_t n_outputs, uint32
 
 // reserve the compute buffers for a pruned prefill, false: out of memory
 bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_tokens, const llama_memory_context_i * mctx);
+
+static const int LLAMA_POP_SCORE_LAYERS = 4;
+static const int LLAMA_POP_SCORE_STRIDE = 16;
 
 void llama_pop_count(llama_pop_counters & counters, const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch);
 
@@ -164,11 +215,12 @@ bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b
 
 // to be called at the start of each layer. at the boundary it stores the projected K/V of all rows for the skipped
 // layers, and reduces the state and the inputs to the full rows. true: no row goes on, leave the loop over the layers
-bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int il,
+// a deep pass begins at the boundary instead of at the first layer
+bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int & il,
         ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv *& inp_attn);
-bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int il,
+bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int & il,
         ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv_iswa *& inp_attn);
-bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int il,
+bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int & il,
         ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_no_cache *& inp_attn);
 
 // to be called in each layer that stores K/V, before its attention. in the last of them it stores K/V, here no longer
@@ -177,3 +229,18 @@ bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int
 bool llama_pop_leave(llm_graph_context & g, int il, ggml_tensor *& q, ggml_tensor *& k, ggml_tensor *& v,
         std::initializer_list<ggml_tensor **> states,
         ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv_iswa *& inp_attn);
+
+// rows whose attention is counted
+struct llama_pop_scored {
+    std::vector<int32_t> rows;
+    std::vector<float>   weights; // [n_rows, 2]: 1 where a row counts as asked, as paid
+};
+
+llama_pop_scored llama_pop_make_scored(const llama_cparams & cparams, const llama_ubatch & ubatch);
+
+// to be called by the attention. q [n, n_head, n_tokens], k [n, n_head_kv, n_kv]
+void llama_pop_score(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il);
+
+// the names of the graph's outputs: states [n_embd, n_tokens]; of a layer, asked and paid [2, n_kv, n_head]
+#define LLAMA_POP_STATES "pop_states"
+#define LLAMA_POP_SCORES "pop_scores-%d"

@@ -14,11 +14,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from converter.errors import PopError
 from converter.format import PopMeta
 from pop_local.engine.llama import logs
 
-ABI = 2
+ABI = 3
 INSTALL_HINT = "install it with: pip install ./patches/llama-cpp-python"
 
 
@@ -33,22 +35,26 @@ class Mode(IntEnum):
 
 @dataclass(frozen=True)
 class Counters:
-    """Rows since the last reset: those that stopped at the boundary, those that ran all layers, and
-    those that left, exactly, where the last layers share the KV of earlier ones."""
+    """Rows since the last reset: those that stopped at the boundary, those that ran all layers,
+    those that left, exactly, where the last layers share the KV of earlier ones, and those of deep
+    passes, which are among the former."""
 
     n_context: int
     n_full: int
     n_exact: int = 0
+    n_deep: int = 0
 
     @property
     def n_rows(self) -> int:
+        """Rows that were read."""
         return self.n_context + self.n_full + self.n_exact
 
 
 class _CCounters(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n_context", "n_full", "n_exact")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("n_context", "n_full", "n_exact", "n_deep")]
 
 
+_ABORTED = 2  # LLAMA_POP_DEEPEN_ABORTED
 _INT32 = ctypes.c_int32
 _POINTER = ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
@@ -61,6 +67,11 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_get_boundary": ([_POINTER], _INT32),
     "llama_pop_set_full_from": ([_POINTER, _INT32, _INT32], _INT32),
     "llama_pop_set_sink": ([_POINTER, _INT32], _INT32),
+    "llama_pop_set_keep": ([_POINTER, ctypes.c_bool], _INT32),
+    "llama_pop_keep_size": ([_POINTER], ctypes.c_size_t),
+    "llama_pop_deepen": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
+    "llama_pop_set_question": ([_POINTER, _INT32, _INT32], _INT32),
+    "llama_pop_get_scores": ([_POINTER, _INT32, _POINTER, _INT32], _INT32),
     "llama_pop_get_counters": ([_POINTER, ctypes.POINTER(_CCounters)], None),
     "llama_pop_reset_counters": ([_POINTER], None),
 }
@@ -150,17 +161,53 @@ def set_sink(ctx: Any, n_tokens: int) -> None:
     _set("llama_pop_set_sink", ctx, n_tokens)
 
 
+def set_keep(ctx: Any, keep: bool) -> None:
+    """Keep the state at the boundary of every row that is read from now on, or drop all."""
+    _set("llama_pop_set_keep", ctx, keep)
+
+
+def keep_size(ctx: Any) -> int:
+    """Bytes that are held for states and scores."""
+    return int(require_patched().llama_pop_keep_size(ctx))
+
+
+def deepen(ctx: Any, positions: np.ndarray, *, logits: bool = False) -> bool:
+    """Run the layers from the boundary on for rows of sequence 0, at most a ubatch of them.
+
+    `positions`: int32, ascending. Returns False when the abort callback ended it: then it is to be
+    done again. Raises PopError where the backend refuses, which names the reason.
+    """
+    logs.forget_errors()
+    pointer = positions.ctypes.data_as(_POINTER)
+    status = require_patched().llama_pop_deepen(ctx, 0, pointer, len(positions), logits)
+    if status not in (0, _ABORTED):
+        raise PopError(logs.first_error() or f"the deep pass failed (code {status})")
+    return bool(status == 0)
+
+
+def set_question(ctx: Any, position: int) -> None:
+    """Count the attention that rows of sequence 0 from this position on pay; -1: no longer."""
+    _set("llama_pop_set_question", ctx, 0, position)
+
+
+def get_scores(ctx: Any, n_rows: int) -> np.ndarray:
+    """What the question attends to among the first rows of sequence 0: float32 [n_rows]."""
+    scores = np.zeros(n_rows, np.float32)
+    _set("llama_pop_get_scores", ctx, 0, scores.ctypes.data_as(_POINTER), n_rows)
+    return scores
+
+
 def get_counters(ctx: Any) -> Counters:
     counters = _CCounters()
     require_patched().llama_pop_get_counters(ctx, ctypes.byref(counters))
-    return Counters(counters.n_context, counters.n_full, counters.n_exact)
+    return Counters(counters.n_context, counters.n_full, counters.n_exact, counters.n_deep)
 
 
 def reset_counters(ctx: Any) -> None:
     require_patched().llama_pop_reset_counters(ctx)
 
 
-def _set(name: str, ctx: Any, *values: int) -> None:
+def _set(name: str, ctx: Any, *values: Any) -> None:
     logs.forget_errors()
     if getattr(require_patched(), name)(ctx, *values) != 0:
         raise PopError(logs.first_error() or f"{name}{values} was refused")

@@ -25,6 +25,10 @@ class RowRule:
 # Only the row whose logits are requested; nothing is lost, so no prompt is too short.
 EXACT_RULE = RowRule(sink_tokens=0, tail_tokens=0)
 
+# No row at all, for prompts whose rows get their depth in a second pass.
+NO_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
+NOWHERE = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class PrefillPlan:

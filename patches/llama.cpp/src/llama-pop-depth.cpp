@@ -1,0 +1,418 @@
+// prefill-only pruning: kept states, deep passes and scores, see llama-pop.h
+
+#include "llama-pop.h"
+
+#include "llama-context.h"
+#include "llama-graph.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <numeric>
+
+//
+// cells
+//
+
+struct caches {
+    llama_kv_cache * base = nullptr;
+    llama_kv_cache * swa  = nullptr; // of the layers with a sliding window, null: there are none
+};
+
+static caches get_caches(llama_memory_t memory) {
+    if (auto * kv = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        return { kv->get_base(), kv->get_swa() };
+    }
+    return { dynamic_cast<llama_kv_cache *>(memory), nullptr };
+}
+
+// -1: the sequence has no such position
+static int64_t find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos pos) {
+    const auto & all = cells.seq_pos_get(seq_id);
+
+    const auto it = all.lower_bound({ pos, 0 });
+    return it != all.end() && it->first == pos ? (int64_t) it->second : -1;
+}
+
+static int64_t find_state(const llama_kv_cache & kv, llama_seq_id seq_id, llama_pos pos) {
+    const auto & cells = kv.get_cells(seq_id);
+
+    const int64_t cell = find_cell(cells, seq_id, pos);
+    return cell >= 0 && cells.pop_kept[cell] ? (int64_t) kv.get_stream(seq_id)*kv.get_size() + cell : -1;
+}
+
+static llama_kv_cache::slot_info find_slot(const llama_kv_cache & kv, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
+    const auto & cells = kv.get_cells(seq_id);
+
+    const uint32_t stream = kv.get_stream(seq_id);
+
+    llama_kv_cache::slot_info res;
+    res.s0 = res.s1 = stream;
+    res.resize(1);
+    res.strm[0] = stream;
+
+    for (int32_t i = 0; i < n; ++i) {
+        const int64_t cell = find_cell(cells, seq_id, pos[i]);
+        if (cell < 0) {
+            return {};
+        }
+        res.idxs[0].push_back(cell);
+    }
+    return res;
+}
+
+// the cells that rows up to pos_max may attend to, rounded as in llama_kv_cache::get_n_kv(). so a pass over a prompt's
+// first rows is of the shape that it had when the rest was not there
+static uint32_t count_cells(const llama_kv_cache & kv, llama_seq_id seq_id, llama_pos pos_max) {
+    uint32_t n = 0;
+    for (const auto & [pos, cell] : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
+        if (pos > pos_max) {
+            break;
+        }
+        n = std::max(n, cell + 1);
+    }
+    return std::min<uint32_t>(kv.get_size(), GGML_PAD(n, 256));
+}
+
+//
+// deep pass
+//
+
+// while it lives, ubatches go to the cells that their rows have
+struct in_place {
+    in_place(llama_context & ctx, const caches & kv, llama_seq_id seq_id, llama_pos pos_max) : ctx(ctx), kv(kv) {
+        ctx.pop().deepening = true;
+        kv.base->pop_n_kv = count_cells(*kv.base, seq_id, pos_max);
+        if (kv.swa) {
+            kv.swa->pop_n_kv = count_cells(*kv.swa, seq_id, pos_max);
+        }
+    }
+
+    ~in_place() {
+        ctx.pop().deepening = false;
+        kv.base->pop_n_kv = 0;
+        if (kv.swa) {
+            kv.swa->pop_n_kv = 0;
+        }
+    }
+
+    llama_context & ctx;
+    const caches    kv;
+};
+
+static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits) {
+    auto data = std::make_shared<llama_ubatch::data_t>();
+
+    data->pos.assign(pos, pos + n);
+    data->seq_id_data = { seq_id };
+    data->seq_id_unq  = { seq_id };
+    data->n_seq_id.assign(n, 1);
+    data->seq_id  .assign(n, data->seq_id_data.data());
+    data->seq_idx .assign(LLAMA_MAX_SEQ, -1);
+    data->output  .assign(n, 0);
+
+    data->seq_idx[seq_id]  = 0;
+    data->output.back()    = logits;
+
+    llama_ubatch res;
+
+    res.b_equal_seqs = false;
+    res.n_tokens     = n;
+    res.n_seq_tokens = 1;
+    res.n_seqs       = n;
+    res.n_seqs_unq   = 1;
+    res.n_pos        = 1;
+    res.token        = nullptr;
+    res.embd         = nullptr;
+    res.pos          = data->pos.data();
+    res.n_seq_id     = data->n_seq_id.data();
+    res.seq_id       = data->seq_id.data();
+    res.seq_id_unq   = data->seq_id_unq.data();
+    res.seq_idx      = data->seq_idx.data();
+    res.output       = data->output.data();
+    res.data         = std::move(data);
+
+    return res;
+}
+
+// why a pass cannot be had, empty: it can
+static std::string find_obstacle(llama_context & ctx, const caches & kv, const llama_pop_kept & kept, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
+    const auto & cparams = ctx.get_cparams();
+    const auto & pop     = cparams.pop;
+
+    if (!pop.keep) {
+        return "states are not kept, see llama_pop_set_keep()";
+    }
+    if (n < 1 || n > (int32_t) cparams.n_ubatch) {
+        return format("%d rows, expected 1 to %u, the rows of a ubatch", n, cparams.n_ubatch);
+    }
+    if (seq_id < 0 || seq_id >= (llama_seq_id) kv.base->get_n_seq_max()) {
+        return format("there is no sequence %d", seq_id);
+    }
+    if (cparams.embeddings || cparams.embeddings_nextn || !cparams.causal_attn) {
+        return "the context is set to embeddings, or its rows see later ones";
+    }
+    if (!std::is_sorted(pos, pos + n, std::less_equal<>())) {
+        return "the positions are not ascending";
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        if (kept.boundary != pop.boundary || find_state(*kv.base, seq_id, pos[i]) < 0) {
+            return format("the state of position %d was not kept", pos[i]);
+        }
+    }
+    if (kv.swa) {
+        const llama_pos first = std::max<int64_t>(0, (int64_t) pos[0] - ctx.get_model().hparams.n_swa + 1);
+        const auto & cells = kv.swa->get_cells(seq_id);
+        if (cells.seq_pos_min(seq_id) > std::max(first, kv.base->get_cells(seq_id).seq_pos_min(seq_id)) || find_slot(*kv.swa, seq_id, pos, n).empty()) {
+            return "rows that these attend to have left the cache of layers with a sliding window, open the context with swa_full";
+        }
+    }
+    return "";
+}
+
+int32_t llama_context::pop_deepen(llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool with_logits) {
+    const auto kv = get_caches(memory.get());
+
+    const auto obstacle = kv.base ? find_obstacle(*this, kv, pop_kept, seq_id, pos, n) : "the memory is not a KV cache";
+    if (!obstacle.empty() || (with_logits && !sampling.samplers.empty())) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, obstacle.empty() ? "samplers of the backend are not supported" : obstacle.c_str());
+        return LLAMA_POP_DEEPEN_REFUSED;
+    }
+
+    synchronize();
+    sched_reserve();
+    memory_update(false);
+
+    auto ubatch = make_ubatch(seq_id, pos, n, with_logits);
+
+    const int64_t n_embd = model.hparams.n_embd;
+    for (int32_t i = 0; i < n; ++i) {
+        const float * state = pop_kept.states.data() + find_state(*kv.base, seq_id, pos[i])*n_embd;
+        ubatch.data->embd.insert(ubatch.data->embd.end(), state, state + n_embd);
+    }
+    ubatch.embd = ubatch.data->embd.data();
+
+    const in_place guard(*this, kv, seq_id, pos[n - 1]);
+
+    llama_kv_cache::slot_info_vec_t base = { find_slot(*kv.base, seq_id, pos, n) };
+
+    llama_memory_context_ptr mctx;
+    if (kv.swa) {
+        llama_kv_cache::slot_info_vec_t swa = { find_slot(*kv.swa, seq_id, pos, n) };
+        mctx = std::make_unique<llama_kv_cache_iswa_context>(static_cast<llama_kv_cache_iswa *>(memory.get()), std::move(base), std::move(swa), std::vector<llama_ubatch>{ ubatch });
+    } else {
+        mctx = std::make_unique<llama_kv_cache_context>(kv.base, std::move(base), std::vector<llama_ubatch>{ ubatch });
+    }
+
+    // without logits, those of the last batch stay
+    const int32_t n_outputs_before = n_outputs;
+
+    if (with_logits && output_reserve(1) < 1) {
+        return LLAMA_POP_DEEPEN_FAILED;
+    }
+
+    n_outputs = with_logits;
+
+    ggml_status status;
+    const auto * res = process_ubatch(ubatch, LLM_GRAPH_TYPE_DEFAULT, mctx.get(), status);
+
+    if (!with_logits || !res) {
+        n_outputs = with_logits ? 0 : n_outputs_before;
+    }
+    if (!res) {
+        return status == GGML_STATUS_ABORTED ? LLAMA_POP_DEEPEN_ABORTED : LLAMA_POP_DEEPEN_FAILED;
+    }
+
+    if (with_logits) {
+        output_swaps.clear();
+        output_ids[n - 1] = 0;
+
+        ggml_tensor * t_logits = res->get_logits();
+        ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched.get(), t_logits), t_logits, logits.data, 0, ggml_nbytes(t_logits));
+    }
+
+    return LLAMA_POP_DEEPEN_DONE;
+}
+
+//
+// after each ubatch
+//
+
+static void get_output(ggml_backend_sched_t sched, ggml_tensor * cur, std::vector<float> & dst) {
+    dst.resize(ggml_nelements(cur));
+    ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, cur), cur, dst.data(), 0, ggml_nbytes(cur));
+}
+
+// the cells of the rows, by stream
+static std::vector<uint32_t> find_rows(const llama_kv_cache & kv, const llama_ubatch & ubatch) {
+    std::vector<uint32_t> res;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id[i][0];
+        res.push_back(kv.get_stream(seq_id)*kv.get_size() + find_cell(kv.get_cells(seq_id), seq_id, ubatch.pos[i]));
+    }
+    return res;
+}
+
+void llama_context::pop_finish(const llama_ubatch & ubatch, const llm_graph_result & res) {
+    llama_pop_count(pop_counters, model.hparams, cparams, ubatch);
+
+    ggml_tensor * t_states = ggml_graph_get_tensor(res.get_gf(), LLAMA_POP_STATES);
+    if (!t_states) {
+        return;
+    }
+
+    const auto & kv = *get_caches(memory.get()).base;
+
+    const int64_t n_embd   = model.hparams.n_embd;
+    const int64_t n_head   = model.hparams.n_head();
+    const int64_t n_cells  = kv.get_size();
+    const int64_t boundary = cparams.pop.boundary;
+    const auto    cells    = find_rows(kv, ubatch);
+
+    auto & kept = pop_kept;
+
+    if (kept.states.empty() || kept.boundary != boundary) {
+        kept.boundary = boundary;
+        kept.states.assign(n_embd*n_cells*kv.get_n_stream(), 0.0f);
+        kept.asked .assign(n_cells*n_head*LLAMA_POP_SCORE_LAYERS, 0.0f);
+        kept.paid  = kept.asked;
+        for (uint32_t s = 0; s < kv.get_n_seq_max(); ++s) {
+            auto & flags = kv.get_cells(s).pop_kept;
+            flags.assign(flags.size(), false);
+        }
+    }
+
+    std::vector<float> buf;
+    get_output(sched.get(), t_states, buf);
+    synchronize();
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        std::copy_n(buf.data() + i*n_embd, n_embd, kept.states.data() + cells[i]*n_embd);
+        kv.get_cells(ubatch.seq_id[i][0]).pop_kept[cells[i] % n_cells] = true;
+    }
+
+    for (int64_t layer = 0; layer < LLAMA_POP_SCORE_LAYERS; ++layer) {
+        for (int64_t head = 0; head < n_head; ++head) {
+            float * asked = kept.asked.data() + (layer*n_head + head)*n_cells;
+            float * paid  = kept.paid .data() + (layer*n_head + head)*n_cells;
+            for (const auto cell : cells) {
+                asked[cell % n_cells] = paid[cell % n_cells] = 0.0f;
+            }
+        }
+
+        char name[GGML_MAX_NAME];
+        snprintf(name, sizeof(name), LLAMA_POP_SCORES, (int) (boundary - LLAMA_POP_SCORE_LAYERS + layer));
+
+        ggml_tensor * t_scores = ggml_graph_get_tensor(res.get_gf(), name);
+        if (!t_scores) {
+            continue;
+        }
+
+        get_output(sched.get(), t_scores, buf);
+        synchronize();
+
+        const int64_t n_kv = t_scores->ne[1];
+        for (int64_t head = 0; head < n_head; ++head) {
+            float * asked = kept.asked.data() + (layer*n_head + head)*n_cells;
+            float * paid  = kept.paid .data() + (layer*n_head + head)*n_cells;
+            for (int64_t cell = 0; cell < n_kv; ++cell) {
+                asked[cell] += buf[(head*n_kv + cell)*2];
+                paid [cell] += buf[(head*n_kv + cell)*2 + 1];
+            }
+        }
+    }
+}
+
+//
+// C ABI
+//
+
+int32_t llama_pop_set_keep(llama_context * ctx, bool keep) {
+    if (keep && (ctx->pop().boundary == 0 || !get_caches(ctx->get_memory()).base)) {
+        LLAMA_LOG_ERROR("%s: the model has no boundary, or the context no KV cache\n", __func__);
+        return -1;
+    }
+
+    ctx->pop().keep = keep;
+    if (!keep) {
+        ctx->pop_kept = {};
+    }
+    return 0;
+}
+
+size_t llama_pop_keep_size(const llama_context * ctx) {
+    const auto & kept = ctx->pop_kept;
+    return (kept.states.capacity() + kept.asked.capacity() + kept.paid.capacity())*sizeof(float);
+}
+
+int32_t llama_pop_deepen(llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits) {
+    return ctx->pop_deepen(seq_id, pos, n, logits);
+}
+
+int32_t llama_pop_set_question(llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
+    auto & pop = ctx->pop();
+
+    if (pos >= 0 && !pop.keep) {
+        LLAMA_LOG_ERROR("%s: states are not kept, see llama_pop_set_keep()\n", __func__);
+        return -1;
+    }
+    if (pos >= 0 && !ctx->get_cparams().kv_unified && ctx->n_seq_max() > 1) {
+        LLAMA_LOG_ERROR("%s: attention is not counted with a KV stream for each sequence\n", __func__);
+        return -1;
+    }
+
+    pop.question_seq = pos < 0 ? -1 : seq_id;
+    pop.question_pos = pos;
+
+    std::fill(ctx->pop_kept.asked.begin(), ctx->pop_kept.asked.end(), 0.0f);
+    return 0;
+}
+
+int32_t llama_pop_get_scores(llama_context * ctx, llama_seq_id seq_id, float * scores, int32_t n) {
+    const auto * kv = get_caches(ctx->get_memory()).base;
+
+    const auto & kept = ctx->pop_kept;
+    if (!kv || kept.asked.empty() || seq_id < 0 || seq_id >= (llama_seq_id) kv->get_n_seq_max() || kv->get_n_stream() > 1) {
+        LLAMA_LOG_ERROR("%s: no attention was counted\n", __func__);
+        return -1;
+    }
+
+    const int64_t n_cells = kv->get_size();
+    const int64_t n_head  = ctx->get_model().hparams.n_head();
+
+    std::vector<int64_t> cells;
+    for (llama_pos pos = 0; pos < n; ++pos) {
+        cells.push_back(find_cell(kv->get_cells(seq_id), seq_id, pos));
+        if (cells.back() < 0) {
+            LLAMA_LOG_ERROR("%s: the sequence has no position %d\n", __func__, pos);
+            return -1;
+        }
+    }
+
+    std::fill(scores, scores + n, 0.0f);
+
+    for (int64_t layer = 0; layer < LLAMA_POP_SCORE_LAYERS; ++layer) {
+        std::vector<float> best(n, 0.0f);
+
+        for (int64_t head = 0; head < n_head; ++head) {
+            const float * asked = kept.asked.data() + (layer*n_head + head)*n_cells;
+            const float * paid  = kept.paid .data() + (layer*n_head + head)*n_cells;
+
+            float sum = 0.0f;
+            for (const auto cell : cells) {
+                sum += paid[cell];
+            }
+            if (sum <= 0.0f) {
+                continue;
+            }
+            for (int32_t i = 0; i < n; ++i) {
+                best[i] = std::max(best[i], asked[cells[i]]/(paid[cells[i]] + sum/n));
+            }
+        }
+
+        std::transform(best.begin(), best.end(), scores, scores, std::plus<>());
+    }
+    return 0;
+}

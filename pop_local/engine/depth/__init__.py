@@ -1,0 +1,1 @@
+"""Which rows of the KV cache get depth, and when."""

@@ -1,0 +1,65 @@
+"""Deep passes: rows that stopped at the boundary run the rest of the layers."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from converter.errors import StoppedError
+from pop_local.engine.depth.rows import CachedRows
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.interrupt import Interrupt
+
+# A question that comes in between waits for one chunk at the most.
+CHUNK_S = 0.2
+_FIRST_CHUNK = 16
+
+
+class DeepPasses:
+    """Runs them on the rows of one context, `n_ubatch` rows at the most in each."""
+
+    def __init__(self, ctx: Any, rows: CachedRows, interrupt: Interrupt, n_ubatch: int) -> None:
+        self._ctx = ctx
+        self._rows = rows
+        self._interrupt = interrupt
+        self._n_ubatch = n_ubatch
+        self._chunk = _FIRST_CHUNK
+
+    def run(self, positions: Sequence[int], *, logits: bool = False) -> None:
+        """Run the rows at these ascending positions, with the logits of the last one if asked for.
+
+        Raises PopError where the backend refuses; when interrupted, StoppedError or whatever Ctrl-C
+        raises.
+        """
+        for start in range(0, len(positions), self._n_ubatch):
+            piece = positions[start : start + self._n_ubatch]
+            at_end = start + len(piece) == len(positions)
+            with self._interrupt.watching(self._ctx):
+                rows = np.asarray(piece, np.int32)
+                if backend.deepen(self._ctx, rows, logits=logits and at_end):
+                    self._rows.deepened(piece)
+                self._interrupt.check()
+
+    def refilled(self, n_rows: int, should_stop: Callable[[], bool] | None) -> Iterator[int]:
+        """Make the first `n_rows` exact, in order; yields the rows of each chunk.
+
+        Chunks are as large as CHUNK_S allows, as measured by those before.
+        """
+        before, self._interrupt.should_stop = self._interrupt.should_stop, should_stop
+        try:
+            while self._rows.n_exact < n_rows and not (should_stop is not None and should_stop()):
+                first = self._rows.n_exact
+                piece = range(first, min(first + self._chunk, n_rows))
+                started_s = time.perf_counter()
+                self.run(piece)
+                self._adapt(len(piece), time.perf_counter() - started_s)
+                yield len(piece)
+        except StoppedError:
+            return
+        finally:
+            self._interrupt.should_stop = before
+
+    def _adapt(self, n_rows: int, took_s: float) -> None:
+        wanted = int(n_rows * CHUNK_S / max(took_s, 1e-6))
+        self._chunk = max(1, min(wanted, 2 * self._chunk, self._n_ubatch))

@@ -1,0 +1,52 @@
+"""What is known of the rows of a KV cache, by position: projected, deep, or exact."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class CachedRows:
+    """The first `n_exact` rows are those of the full model; of later ones only `is_full` is known.
+
+    A row is exact only if every earlier one is, since it attends to them. Rows that were full while
+    context rows stood among or before them are deep, and are redone with the others. A state at the
+    boundary (`has_state`) is what a row needs to be redone.
+    """
+
+    def __init__(self, n_ctx: int) -> None:
+        self.is_full = np.zeros(n_ctx, dtype=bool)
+        self.has_state = np.zeros(n_ctx, dtype=bool)
+        self.n_exact = 0
+
+    def read(self, start: int, full: np.ndarray, *, keeps_states: bool) -> None:
+        """Rows were decoded from position `start` on; `full` (bool) says which ran all layers."""
+        end = start + len(full)
+        self.forget_from(start)
+        self.is_full[start:end] = full
+        self.has_state[start:end] = keeps_states
+        if self.n_exact == start and full.all():
+            self.n_exact = end
+
+    def deepened(self, positions: Sequence[int]) -> None:
+        """A deep pass has run over these rows, at ascending positions."""
+        self.is_full[list(positions)] = True
+        first, last = positions[0], positions[-1]
+        if first <= self.n_exact and last - first + 1 == len(positions):
+            self.n_exact = max(self.n_exact, last + 1)
+
+    def forget_from(self, n_rows: int) -> None:
+        """Rows from this position on are gone."""
+        self.n_exact = min(self.n_exact, n_rows)
+        self.has_state[n_rows:] = False
+        self.is_full[n_rows:] = False
+
+    def take_over(self, is_full: np.ndarray, *, is_exact: bool) -> None:
+        """Rows came with a saved state, which holds no states at the boundary."""
+        n = len(is_full)
+        self.forget_from(0)
+        self.is_full[:n] = is_full
+        self.n_exact = n if is_exact else 0
+
+    def can_be_redone(self, n_rows: int) -> bool:
+        """Whether the rest of `n_rows` has states; False as well if there is no rest."""
+        return bool(self.n_exact < n_rows and self.has_state[self.n_exact : n_rows].all())

@@ -1,0 +1,243 @@
+"""Deep passes against the unpatched library: once all rows are deep, the KV cache is its own."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from support.oracle import Trio, make_trio, random_tokens
+from support.raw import Job, Step, run
+from support.synthetic import make_gguf
+
+N_VOCAB = 380
+N_UBATCH = 128
+Q8_0 = 8  # GGML_TYPE_Q8_0
+REFUSED = -1
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-moe": {"n_expert": 4},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3moe": {},
+    "gemma2": {},
+    "gemma3": {},
+    "phi3": {},
+}
+CONTEXTS: dict[str, dict[str, Any]] = {
+    "F16": {},
+    "flash attention": {"flash_attn": True},
+    "K in q8_0": {"type_k": Q8_0},
+    "K and V in q8_0": {"type_k": Q8_0, "type_v": Q8_0, "flash_attn": True},
+}
+KEEP = Step("keep", value=1)
+
+
+def make(folder: Path, name: str, **options: Any) -> Trio:
+    arch = name.split("-")[0]
+    model = make_gguf(folder / "model.gguf", arch, type=Type.Q8_0, **MODELS.get(name, {}), **options)
+    return make_trio(model, folder, boundary=5, n_sink=1)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    return make(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    return make(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    return make(tmp_path_factory.mktemp("gemma3"), "gemma3")
+
+
+@pytest.fixture
+def job(unpatched_lib: Path) -> Job:
+    return Job(model="", steps=(), lib=str(unpatched_lib), n_ubatch=N_UBATCH)
+
+
+def deepened(start: int, end: int, seq: int = 0) -> list[Step]:
+    """Deep passes over these rows in the ubatches of a prompt."""
+    pieces = [range(first, min(first + N_UBATCH, end)) for first in range(start, end, N_UBATCH)]
+    return [Step("deepen", tokens=tuple(piece), seq=seq, logits="none") for piece in pieces]
+
+
+def read_in_full(job: Job, trio: Trio, steps: Sequence[Step]) -> dict[str, np.ndarray]:
+    return run(replace(job, model=str(trio.original), steps=tuple(steps)))
+
+
+def read_pruned(job: Job, trio: Trio, steps: Sequence[Step]) -> dict[str, np.ndarray]:
+    counted = (KEEP, *steps, Step("deep", "n_deep"), Step("counters", "counters"))
+    return run(replace(job, model=str(trio.pruned), steps=counted, lib=None))
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_refilled_in_order_the_cache_is_the_full_models(
+    tiny: Trio, context: str, tmp_path: Path, job: Job
+) -> None:
+    """Sink, tail, and rows that were deep before, out of order, are redone with the others."""
+    job = replace(job, **CONTEXTS[context])
+    tokens = random_tokens(300, N_VOCAB)
+    ours, before, theirs = tmp_path / "ours", tmp_path / "before", tmp_path / "theirs"
+    got = read_pruned(
+        job,
+        tiny,
+        [
+            Step("full_from", value=284),
+            Step("decode", "pruned", tokens=tokens),
+            Step("deepen", tokens=(0, 7, 8, 9, 200, 201, *range(284, 300)), logits="last"),
+            Step("save", path=str(before)),
+            *deepened(0, 300)[:-1],
+            Step("deepen", "last", tokens=tuple(range(256, 300)), logits="last"),
+            Step("save", path=str(ours)),
+            Step("decode", "next", tokens=(5,), pos=300),
+        ],
+    )
+    want = read_in_full(
+        job,
+        tiny,
+        [
+            Step("decode", "last", tokens=tokens),
+            Step("save", path=str(theirs)),
+            Step("decode", "next", tokens=(5,), pos=300),
+        ],
+    )
+    assert before.read_bytes() != theirs.read_bytes()
+    assert ours.read_bytes() == theirs.read_bytes()
+    np.testing.assert_array_equal(got["last"], want["last"])
+    np.testing.assert_array_equal(got["next"], want["next"])
+    assert got["n_deep"].tolist() == [22 + 300]
+    assert not np.array_equal(got["pruned"], want["last"])
+
+
+def test_rows_of_an_answer_are_redone_one_by_one(llama: Trio, tmp_path: Path, job: Job) -> None:
+    tokens, answer = random_tokens(200, N_VOCAB), random_tokens(6, N_VOCAB, seed=1)
+    steps = [Step("decode", tokens=(token,), pos=200 + i) for i, token in enumerate(answer)]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    again = [Step("deepen", tokens=(200 + i,)) for i in range(6)]
+    prompt = Step("decode", tokens=tokens)
+    read_pruned(
+        job, llama, [prompt, *steps, *deepened(0, 200), *again, Step("save", path=str(ours))]
+    )
+    read_in_full(job, llama, [prompt, *steps, Step("save", path=str(theirs))])
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
+def test_a_sequence_beside_another(
+    gemma3: Trio, kv_unified: bool, tmp_path: Path, job: Job
+) -> None:
+    """Refilled is the second one, whose cells lie behind those of the first."""
+    job = replace(job, n_seq_max=2, kv_unified=kv_unified)
+    first, second = random_tokens(150, N_VOCAB, seed=1), random_tokens(200, N_VOCAB, seed=2)
+    both = [Step("decode", tokens=first), Step("decode", tokens=second, seq=1)]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    read_pruned(job, gemma3, [*both, *deepened(0, 200, seq=1), Step("save", seq=1, path=str(ours))])
+    read_in_full(job, gemma3, [*both, Step("save", seq=1, path=str(theirs))])
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_copied_sequence_shares_its_states(llama: Trio, tmp_path: Path, job: Job) -> None:
+    job = replace(job, n_seq_max=2, kv_unified=True)
+    prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    copied = Step("copy", value=1)
+    saved = Step("save", seq=1, path=str(ours))
+    read_pruned(job, llama, [prompt, copied, *deepened(0, 200, seq=1), saved])
+    read_in_full(job, llama, [prompt, copied, Step("save", seq=1, path=str(theirs))])
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_lora_adapter_is_part_of_a_deep_pass(llama: Trio, tmp_path: Path, job: Job) -> None:
+    from oracle.test_oracle import make_lora
+
+    lora = make_lora(tmp_path / "lora.gguf", n_layer=8, n_embd=128, n_kv=64)
+    job = replace(job, lora=str(lora))
+    prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    read_pruned(job, llama, [prompt, *deepened(0, 200), Step("save", path=str(ours))])
+    read_in_full(job, llama, [prompt, Step("save", path=str(theirs))])
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_without_logits_those_of_the_last_batch_stay(llama: Trio, job: Job) -> None:
+    prompt = Step("decode", "before", tokens=random_tokens(200, N_VOCAB))
+    deep = deepened(0, 200)
+    got = read_pruned(job, llama, [prompt, *deep, Step("logits", "after")])
+    np.testing.assert_array_equal(got["after"], got["before"])
+
+
+REFUSALS: dict[str, tuple[Step, ...]] = {
+    "removed and read anew without keeping": (
+        Step("keep"),
+        KEEP,
+        Step("deepen", tokens=(5,), value=REFUSED),
+    ),
+    "other rows in its cells, with pruning off": (
+        Step("remove", pos=5),
+        Step("mode", value=0),
+        Step("decode", tokens=(9, 9, 9), pos=5),
+        Step("mode", value=1),
+        Step("deepen", tokens=(5,), value=REFUSED),
+        Step("deepen", tokens=(4,)),
+    ),
+    "removed": (Step("remove", pos=5), Step("deepen", tokens=(5,), value=REFUSED)),
+    "another boundary": (
+        Step("boundary", value=4),
+        Step("deepen", tokens=(5,), value=REFUSED),
+        Step("boundary", value=0),
+        Step("deepen", tokens=(5,)),
+    ),
+    "a loaded state": (
+        Step("save", path="{folder}/state"),
+        Step("load", path="{folder}/state"),
+        Step("deepen", tokens=(5,), value=REFUSED),
+    ),
+    "no row": (Step("deepen", value=REFUSED),),
+    "more rows than a ubatch": (Step("deepen", tokens=tuple(range(129)), value=REFUSED),),
+    "descending": (Step("deepen", tokens=(6, 5), value=REFUSED),),
+    "twice the same": (Step("deepen", tokens=(5, 5), value=REFUSED),),
+    "a row that is not there": (Step("deepen", tokens=(200,), value=REFUSED),),
+    "no such sequence": (Step("deepen", tokens=(5,), seq=7, value=REFUSED),),
+    "rows see later ones": (Step("causal"), Step("deepen", tokens=(5,), value=REFUSED)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_had_is_refused(llama: Trio, case: str, tmp_path: Path, job: Job) -> None:
+    steps = [
+        replace(step, path=step.path.format(folder=tmp_path), name="")
+        for step in REFUSALS[case]
+    ]
+    prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
+    read_pruned(job, llama, [prompt, *steps])
+
+
+def test_rows_that_a_window_has_lost_are_refused(gemma3: Trio, job: Job) -> None:
+    prompt = Step("decode", tokens=random_tokens(1500, N_VOCAB))
+    refused = Step("deepen", tokens=(700,), value=REFUSED)
+    read_pruned(replace(job, swa_full=False), gemma3, [prompt, refused])
+    read_pruned(job, gemma3, [prompt, replace(refused, value=0)])
+
+
+def test_keeping_changes_nothing(tiny: Trio, tmp_path: Path, job: Job) -> None:
+    tokens = random_tokens(300, N_VOCAB)
+    results = []
+    for name, first in {"off": (), "on": (KEEP, Step("question", pos=280))}.items():
+        path = tmp_path / name
+        steps = (
+            *first,
+            Step("full_from", value=280),
+            Step("decode", "logits", tokens=tokens),
+            Step("save", path=str(path)),
+        )
+        got = run(replace(job, model=str(tiny.pruned), steps=steps, lib=None))
+        results.append((got["logits"].tobytes(), path.read_bytes()))
+    assert results[0] == results[1]
