@@ -144,6 +144,18 @@ def test_a_sequence_beside_another(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_rows_that_came_later_into_the_same_cells(llama: Trio, tmp_path: Path, job: Job) -> None:
+    tokens, others = random_tokens(200, N_VOCAB), random_tokens(80, N_VOCAB, seed=1)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    prompt = Step("decode", tokens=tokens[:128])
+    other = Step("decode", tokens=others, pos=128)
+    first = [prompt, Step("decode", tokens=tokens[128:], pos=128), Step("remove", pos=128)]
+    deep = [*deepened(0, 128), *deepened(128, 208), Step("save", path=str(ours))]
+    read_pruned(job, llama, [*first, other, *deep])
+    read_in_full(job, llama, [prompt, other, Step("save", path=str(theirs))])
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 def test_a_copied_sequence_shares_its_states(llama: Trio, tmp_path: Path, job: Job) -> None:
     job = replace(job, n_seq_max=2, kv_unified=True)
     prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
@@ -175,18 +187,10 @@ def test_without_logits_those_of_the_last_batch_stay(llama: Trio, job: Job) -> N
 
 
 REFUSALS: dict[str, tuple[Step, ...]] = {
-    "removed and read anew without keeping": (
+    "dropped": (
         Step("keep"),
         KEEP,
         Step("deepen", tokens=(5,), value=REFUSED),
-    ),
-    "other rows in its cells, with pruning off": (
-        Step("remove", pos=5),
-        Step("mode", value=0),
-        Step("decode", tokens=(9, 9, 9), pos=5),
-        Step("mode", value=1),
-        Step("deepen", tokens=(5,), value=REFUSED),
-        Step("deepen", tokens=(4,)),
     ),
     "removed": (Step("remove", pos=5), Step("deepen", tokens=(5,), value=REFUSED)),
     "another boundary": (
