@@ -163,7 +163,11 @@ def pop_meta(header: Header) -> PopMeta | None:
             f"{header.path} has POP version {version}; known is {VERSION}", CONVERT_AGAIN
         )
     values: dict[str, Any] = {}
-    for name, field, kind in (*_KEYS, (_SELECT, "select", float), (_SOURCE_BYTES, "source_bytes", int)):
+    for name, field, kind in (
+        *_KEYS,
+        (_SELECT, "select", float),
+        (_SOURCE_BYTES, "source_bytes", int),
+    ):
         value = header.get(name)
         if value is None:
             continue

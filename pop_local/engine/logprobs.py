@@ -67,7 +67,7 @@ def _all_logits(model: PrunedLlama, tokens: Sequence[int]) -> Iterator[NDArray[n
     with model.interrupt.watching(model.ctx):
         for start in range(0, len(tokens), step):
             piece = tokens[start : start + step]
-            model._decode(piece, Outputs.ALL, 0)
+            model._decode(piece, Outputs.ALL, model.rule, 0)
             model.interrupt.check()
             logits = bindings().llama_get_logits(model.ctx)
             yield np.ctypeslib.as_array(logits, (len(piece), model.n_vocab()))

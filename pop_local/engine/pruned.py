@@ -86,8 +86,9 @@ class PrunedLlama(Llama):
         otherwise) and decode; None takes the physical cores. `n_gpu_layers`: -1 for all, of no
         effect without a GPU. `select`: the share of context rows that run all layers because the
         question needs them; None for what the file says. `keep_states`: whether `refill` is to be
-        had, which a selection implies; n_ctx * n_embd * 4 bytes. `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn,
-        type_k, lora_path, ...). A converted model starts in mode CONTEXT.
+        had, which a selection implies; n_ctx * n_embd * 4 bytes. `options` go to
+        `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...). A converted model
+        starts in mode CONTEXT.
         """
         backend.require_patched()
         source = read_source(Path(model_path))
@@ -157,7 +158,7 @@ class PrunedLlama(Llama):
 
     @property
     def kv_key(self) -> KvKey:
-        if self.pop_mode is Mode.OFF or 0 < self.n_tokens == self.n_exact:
+        if self.pop_mode is Mode.OFF or self.exact or 0 < self.n_tokens == self.n_exact:
             return FULL
         return KvKey(self.pop_mode, self.boundary, self._conversion)
 
@@ -175,9 +176,10 @@ class PrunedLlama(Llama):
                 cause="not-converted",
                 model=self.model_path,
             )
-        is_exact = self.n_exact == self.n_tokens
+        # What was read in full is read again with pruning, so that the two can be compared.
+        is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
         backend.set_mode(self.ctx, mode)
-        self._switched(keeps_cache=is_exact)
+        self._switched(keeps_cache=is_its_own or bool(self.exact))
 
     def set_boundary(self, layer: int) -> None:
         """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import PopError
+from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.llama import backend, logs
-from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
@@ -29,11 +30,20 @@ _MAX_SCORED_ROWS = 128
 
 @dataclass(frozen=True)
 class Pruning:
-    """Where and when layers are skipped: while the context is read, and in what follows it."""
+    """Where and when layers are skipped: while the context is read, and in what follows it.
+
+    `select`: the share of the context's rows that run all layers because its tail needs them.
+    `n_refilled`: rows that are given their depth before each token that follows.
+    """
 
     boundary: int
     context: Mode
     continuation: Mode = Mode.OFF
+    select: float = 0.0
+    n_refilled: int = 0
+
+
+FULL = Pruning(0, Mode.OFF)
 
 
 def always_skip(boundary: int) -> Pruning:
@@ -45,11 +55,12 @@ def always_skip(boundary: int) -> Pruning:
     return Pruning(boundary, Mode.ALWAYS, Mode.ALWAYS)
 
 
-def n_pruned(rule: RowRule, n_context: int, mode: Mode) -> int:
+def n_pruned(rule: RowRule, n_context: int, pruning: Pruning) -> int:
     """Return how many tokens of a context must stop at the boundary."""
-    if mode is Mode.CONTEXT:
-        return plan_prefill(0, n_context, rule, n_context).n_pruned
-    return n_context if mode is Mode.ALWAYS else 0
+    if pruning.context is Mode.CONTEXT:
+        n = plan_prefill(0, n_context, rule, n_context).n_pruned
+        return n - round(pruning.select * n)
+    return n_context if pruning.context is Mode.ALWAYS else 0
 
 
 def use_rule(model: PopModel, rule: RowRule) -> None:
@@ -64,27 +75,31 @@ def use_rule(model: PopModel, rule: RowRule) -> None:
 def forced(model: PopModel) -> Iterator["Forced"]:
     """Open a model for teacher forcing.
 
-    Afterwards mode and boundary are as before, and the KV cache is empty.
+    Contexts of any length are pruned: `min_prompt` is a matter of speed. Afterwards mode, boundary
+    and selection are as before, and the KV cache is empty.
     """
-    mode, boundary = model.pop_mode, model.boundary
+    mode, boundary, rule, select = model.pop_mode, model.boundary, model.rule, model.select
+    keeps_states = model.keeps_states
+    model.rule = replace(rule, min_prompt=0)
     try:
         with closing(TokenBatch(model.n_batch)) as rows:
             yield Forced(model, rows)
     finally:
-        backend.set_boundary(model.ctx, boundary)
-        backend.set_mode(model.ctx, mode)
+        model.rule = rule
+        model.set_boundary(boundary)
+        model.set_pop(mode)
+        model.set_depth(select, keep_states=keeps_states)
         model.clear()
 
 
 class Forced:
     """A model that is told what to read and what to predict; `forced` makes one.
 
-    It goes round the model's own record of its KV cache. Contexts of any length are pruned:
-    `min_prompt` is a matter of speed.
+    What follows a context goes round the model's own record of its KV cache.
     """
 
     def __init__(self, model: PopModel, rows: TokenBatch) -> None:
-        self.rule = replace(model.rule, min_prompt=0)
+        self.rule = model.rule
         self._api = backend.bindings()
         self.model = model
         self._ctx = model.ctx
@@ -93,39 +108,44 @@ class Forced:
         self._n_context = 0
         self._next = np.empty((0, self._n_vocab), np.float32)
 
-    def set_boundary(self, layer: int) -> None:
-        backend.set_boundary(self._ctx, layer)
-
-    def read(self, context: Tokens, mode: Mode) -> None:
+    def read(self, context: Tokens, pruning: Pruning) -> None:
         """Read a context into an empty cache. Raises PopError unless it is pruned as planned."""
-        self.model.clear()
-        backend.set_mode(self._ctx, mode)
+        model = self.model
+        model.clear()
+        if pruning.context is not Mode.OFF:
+            model.set_boundary(pruning.boundary)
+            model.set_depth(pruning.select, keep_states=pruning.n_refilled > 0)
+        model.set_pop(pruning.context)
         backend.reset_counters(self._ctx)
-        plan = plan_prefill(0, len(context), self.rule, self.model.n_batch)
-        backend.set_full_from(self._ctx, plan.full_from)
-        for start, end in plan.chunks:
-            outputs = Outputs.LAST if end == plan.n_tokens else Outputs.NONE
-            self._decode(context[start:end], start, outputs)
-        self._require("context", len(context), n_pruned(self.rule, len(context), mode))
+        model.eval(context)
+        self._require("context", len(context), n_pruned(self.rule, len(context), pruning))
         self._n_context = len(context)
         self._next = self._logits(1).copy()
 
-    def predict(self, tokens: Tokens, mode: Mode = Mode.OFF) -> Logits:
+    def predict(self, tokens: Tokens, pruning: Pruning = FULL) -> Logits:
         """Logits (len(tokens), n_vocab) for a text right after the context.
 
         Row i is what context and tokens[:i] predict. All rows but those of the context are full,
         or none is in mode ALWAYS. The text is forgotten again, so that another may follow the same
-        context. Raises PopError unless the text is pruned as the mode says.
+        context; rows of the context that were given their depth meanwhile stay deep. Raises
+        PopError unless the text is pruned as the mode says.
         """
+        mode = pruning.continuation
         backend.set_mode(self._ctx, mode)
         backend.reset_counters(self._ctx)
         logits = np.empty((len(tokens), self._n_vocab), np.float32)
         logits[:1] = self._next
-        step = min(_MAX_SCORED_ROWS, self.model.n_batch)
-        for start in range(0, len(tokens) - 1, step):
-            piece = tokens[start : min(start + step, len(tokens) - 1)]
-            self._decode(piece, self._n_context + start, Outputs.ALL)
-            logits[start + 1 : start + 1 + len(piece)] = self._logits(len(piece))
+        step = 1 if pruning.n_refilled else min(_MAX_SCORED_ROWS, self.model.n_batch)
+        refilling = OnlineRefill(self.model.deep, pruning.n_refilled)
+        try:
+            for start in range(0, len(tokens) - 1, step):
+                piece = tokens[start : min(start + step, len(tokens) - 1)]
+                refilling.before(self._n_context + start)
+                self._decode(piece, self._n_context + start, Outputs.ALL)
+                logits[start + 1 : start + 1 + len(piece)] = self._logits(len(piece))
+        finally:
+            refilling.end()
+            backend.set_mode(self._ctx, self.model.pop_mode)
         n_decoded = len(tokens) - 1
         self._require("continuation", n_decoded, n_decoded if mode is Mode.ALWAYS else 0)
         self._forget_from(self._n_context)
@@ -151,8 +171,10 @@ class Forced:
 
     def _require(self, what: str, n_tokens: int, expected: int) -> None:
         counters = backend.get_counters(self._ctx)
-        if counters != Counters(expected, n_tokens - expected):
+        n_deep = counters.n_deep if what == "context" else 0
+        if (counters.n_context - n_deep, counters.n_rows) != (expected, n_tokens):
             raise PopError(
                 f"the measurement does not hold: of {n_tokens} {what} tokens {expected} should be"
-                f" pruned; the backend counted {counters.n_context} pruned, {counters.n_full} full"
+                f" pruned; the backend counted {counters.n_context} pruned, of which"
+                f" {counters.n_deep} ran all layers afterwards, {counters.n_full} full"
             )

@@ -13,11 +13,10 @@ import numpy as np
 from converter.errors import PopError
 from converter.progress import Ran
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure.divergence import Floats, Likelihood, likelihood, predictions
-from pop_local.measure.forced import Forced, Pruning
+from pop_local.measure.forced import FULL, Forced, Pruning
 
 N_REPEATED = 128
 N_DRAWS = 8
@@ -72,10 +71,10 @@ def pick_passage(
     return context[first : first + n_tokens]
 
 
-def copied(reader: Forced, passage: Sequence[int], mode: Mode = Mode.OFF) -> Likelihood:
-    """Score the passage, all but its first token, which nothing announces, in `mode`."""
+def copied(reader: Forced, passage: Sequence[int], pruning: Pruning = FULL) -> Likelihood:
+    """Score the passage, all but its first token, which nothing announces."""
     targets = np.asarray(passage)[1:]
-    return likelihood(predictions(reader.predict(passage, mode)[1:]), targets)
+    return likelihood(predictions(reader.predict(passage, pruning)[1:]), targets)
 
 
 def n_read_tokens(reader: Forced, n_draws: int) -> int:
@@ -98,7 +97,7 @@ def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated
     for draw in range(n_draws):
         draws.append(tokens := random_tokens(reader.model, N_REPEATED, rng))
         first[draw] = _first_nll(reader, tokens)
-        full[draw] = _second_nll(reader, tokens, Mode.OFF, Mode.OFF)
+        full[draw] = _second_nll(reader, tokens, FULL)
         ran(n_read_tokens(reader, 1))
     return Repeated(tuple(draws), first, full)
 
@@ -113,9 +112,8 @@ def measure_induction(
     pruned = np.empty((len(prunings), len(repeated.draws)))
     n_tokens = n_measured_tokens(reader, 1)
     for i, pruning in enumerate(prunings):
-        reader.set_boundary(pruning.boundary)
         for draw, tokens in enumerate(repeated.draws):
-            pruned[i, draw] = _second_nll(reader, tokens, pruning.context, pruning.continuation)
+            pruned[i, draw] = _second_nll(reader, tokens, pruning)
             ran(n_tokens)
     return pruned
 
@@ -123,16 +121,16 @@ def measure_induction(
 def _first_nll(reader: Forced, tokens: Sequence[int]) -> float:
     start, end = _scored(reader)
     context = [*bos(reader.model), *tokens[:end]]
-    reader.read(context[:1], Mode.OFF)
+    reader.read(context[:1], FULL)
     predicted = predictions(reader.predict(context[1:]))
     nll = likelihood(predicted, np.asarray(context)[1:]).nll
     return float(nll[start - end :].mean())
 
 
-def _second_nll(reader: Forced, tokens: Sequence[int], first: Mode, second: Mode) -> float:
+def _second_nll(reader: Forced, tokens: Sequence[int], pruning: Pruning) -> float:
     start, end = _scored(reader)
-    reader.read([*bos(reader.model), *tokens], first)
-    return float(copied(reader, tokens[:end], second).nll[start - 1 :].mean())
+    reader.read([*bos(reader.model), *tokens], pruning)
+    return float(copied(reader, tokens[:end], pruning).nll[start - 1 :].mean())
 
 
 def _scored(reader: Forced) -> tuple[int, int]:

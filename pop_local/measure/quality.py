@@ -27,7 +27,7 @@ from pop_local.measure.divergence import (
     predictions,
 )
 from pop_local.measure.estimate import Estimate, exp_mean, mean, quantile, ratio
-from pop_local.measure.forced import Forced, Pruning, forced, n_pruned
+from pop_local.measure.forced import FULL, Forced, Pruning, forced, n_pruned
 from pop_local.measure.heldout import TextTokens, spread_windows
 from pop_local.measure.probes import (
     Repeated,
@@ -310,9 +310,8 @@ def choose_windows(
 
     Raises PopError when the text or the context is too short.
     """
-    if settings.mode is not Mode.OFF and not n_pruned(
-        reader.rule, settings.n_context, settings.mode
-    ):
+    pruning = Pruning(0, settings.mode)
+    if settings.mode is not Mode.OFF and not n_pruned(reader.rule, settings.n_context, pruning):
         raise too_short(
             f"of a context of {settings.n_context} tokens none would be pruned: the first"
             f" {reader.rule.sink_tokens} and the last {reader.rule.tail_tokens} are full",
@@ -331,7 +330,7 @@ def choose_windows(
 
 def _score_full(reader: Forced, window: Window) -> FullScores:
     """Score a window by the full model."""
-    reader.read(window.context, Mode.OFF)
+    reader.read(window.context, FULL)
     predicted = predictions(reader.predict(window.continuation))
     return FullScores(
         predicted=predicted,
@@ -342,15 +341,16 @@ def _score_full(reader: Forced, window: Window) -> FullScores:
 
 def _score_pruned(reader: Forced, window: Window, full: FullScores, pruning: Pruning) -> Scores:
     """Score a window under a pruning, against what the full model made of it."""
-    reader.set_boundary(pruning.boundary)
-    reader.read(window.context, pruning.context)
-    predicted = predictions(reader.predict(window.continuation, pruning.continuation))
+    reader.read(window.context, pruning)
+    predicted = predictions(reader.predict(window.continuation, pruning))
+    if pruning.n_refilled:  # the passage, too, follows a context as it was read
+        reader.read(window.context, pruning)
     return Scores(
         divergence=divergence(full.predicted, predicted),
         full=full.continuation,
         pruned=likelihood(predicted, np.asarray(window.continuation)),
         copy_full=full.passage,
-        copy_pruned=copied(reader, window.passage, pruning.continuation),
+        copy_pruned=copied(reader, window.passage, pruning),
     )
 
 
@@ -376,7 +376,7 @@ def summarize(
         n_windows=len(scores),
         n_context=settings.n_context,
         n_continuation=settings.n_continuation,
-        n_pruned=n_pruned(rule, settings.n_context, pruning.context) * len(scores),
+        n_pruned=n_pruned(rule, settings.n_context, pruning) * len(scores),
         n_pruned_continuation=n_decoded * len(scores) if pruning.continuation is Mode.ALWAYS else 0,
         kl_mean=mean(kl),
         kl_median=quantile(kl, 0.5),

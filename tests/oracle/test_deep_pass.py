@@ -39,7 +39,9 @@ KEEP = Step("keep", value=1)
 
 def make(folder: Path, name: str, **options: Any) -> Trio:
     arch = name.split("-")[0]
-    model = make_gguf(folder / "model.gguf", arch, type=Type.Q8_0, **MODELS.get(name, {}), **options)
+    model = make_gguf(
+        folder / "model.gguf", arch, type=Type.Q8_0, **MODELS.get(name, {}), **options
+    )
     return make_trio(model, folder, boundary=5, n_sink=1)
 
 
@@ -217,8 +219,7 @@ REFUSALS: dict[str, tuple[Step, ...]] = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_cannot_be_had_is_refused(llama: Trio, case: str, tmp_path: Path, job: Job) -> None:
     steps = [
-        replace(step, path=step.path.format(folder=tmp_path), name="")
-        for step in REFUSALS[case]
+        replace(step, path=step.path.format(folder=tmp_path), name="") for step in REFUSALS[case]
     ]
     prompt = Step("decode", tokens=random_tokens(200, N_VOCAB))
     read_pruned(job, llama, [prompt, *steps])

@@ -48,10 +48,9 @@ def test_a_real_model_loses_far_more_when_answers_skip_too(smollm2):
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))[0]
     read = []
     with forced(model) as reader:
-        reader.set_boundary(20)
         for pruning in (Pruning(20, Mode.OFF), Pruning(20, Mode.CONTEXT), always_skip(20)):
-            reader.read(tokens[:160], pruning.context)
-            logits = reader.predict(tokens[160:224], pruning.continuation)
+            reader.read(tokens[:160], pruning)
+            logits = reader.predict(tokens[160:224], pruning)
             read.append(predictions(logits))
     full, pop, baseline = read
     with_pop, with_baseline = divergence(full, pop), divergence(full, baseline)

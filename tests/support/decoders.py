@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from converter.source import read_source
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
-from pop_local.measure.forced import forced
+from pop_local.measure.forced import FULL, forced
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
@@ -19,7 +18,7 @@ from converter.decoder import Decoder  # noqa: E402
 
 def backend_logits(model: PopModel, tokens: list[int]) -> np.ndarray:
     with forced(model) as reader:
-        reader.read(tokens[:1], Mode.OFF)
+        reader.read(tokens[:1], FULL)
         return reader.predict(tokens[1:])
 
 

@@ -13,7 +13,7 @@ from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
-from pop_local.measure.forced import forced, use_rule
+from pop_local.measure.forced import FULL, Pruning, forced, use_rule
 from pop_local.measure.probes import pick_passage, random_tokens
 from pop_local.measure.quality import Quality, QualitySettings, measure_depths, measure_unless
 from support.converted import tiny
@@ -56,10 +56,10 @@ def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
 def test_predictions_are_those_of_one_full_pass(model):
     tokens = text(90)
     with forced(model) as reader:
-        reader.read(tokens[:60], Mode.OFF)
+        reader.read(tokens[:60], FULL)
         predicted = reader.predict(tokens[60:])
         again = reader.predict(tokens[60:])
-        reader.read(tokens[:30], Mode.OFF)
+        reader.read(tokens[:30], FULL)
         longer = reader.predict(tokens[30:])
     np.testing.assert_array_equal(predicted, again)
     np.testing.assert_allclose(longer[30:], predicted, atol=0.02)
@@ -86,7 +86,7 @@ def test_a_model_without_keys_is_left_without_a_boundary(tmp_path):
 def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
     monkeypatch.setattr(backend, "get_counters", lambda ctx: Counters(0, 60))
     with forced(model) as reader, pytest.raises(PopError, match="of 60 context tokens 43 should"):
-        reader.read(text(60), Mode.CONTEXT)
+        reader.read(text(60), Pruning(4, Mode.CONTEXT))
 
 
 def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_graph(model):

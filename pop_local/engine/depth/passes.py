@@ -20,8 +20,8 @@ class DeepPasses:
     """Runs them on the rows of one context, `n_ubatch` rows at the most in each."""
 
     def __init__(self, ctx: Any, rows: CachedRows, interrupt: Interrupt, n_ubatch: int) -> None:
-        self._ctx = ctx
-        self._rows = rows
+        self.ctx = ctx
+        self.rows = rows
         self._interrupt = interrupt
         self._n_ubatch = n_ubatch
         self._chunk = _FIRST_CHUNK
@@ -35,10 +35,10 @@ class DeepPasses:
         for start in range(0, len(positions), self._n_ubatch):
             piece = positions[start : start + self._n_ubatch]
             at_end = start + len(piece) == len(positions)
-            with self._interrupt.watching(self._ctx):
+            with self._interrupt.watching(self.ctx):
                 rows = np.asarray(piece, np.int32)
-                if backend.deepen(self._ctx, rows, logits=logits and at_end):
-                    self._rows.deepened(piece)
+                if backend.deepen(self.ctx, rows, logits=logits and at_end):
+                    self.rows.deepened(piece)
                 self._interrupt.check()
 
     def refilled(self, n_rows: int, should_stop: Callable[[], bool] | None) -> Iterator[int]:
@@ -48,8 +48,8 @@ class DeepPasses:
         """
         before, self._interrupt.should_stop = self._interrupt.should_stop, should_stop
         try:
-            while self._rows.n_exact < n_rows and not (should_stop is not None and should_stop()):
-                first = self._rows.n_exact
+            while self.rows.n_exact < n_rows and not (should_stop is not None and should_stop()):
+                first = self.rows.n_exact
                 piece = range(first, min(first + self._chunk, n_rows))
                 started_s = time.perf_counter()
                 self.run(piece)

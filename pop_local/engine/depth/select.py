@@ -23,15 +23,24 @@ def select_rows(
     rows that can be chosen. Half of them are chosen by attention, half by words; where the question
     shares none, all by attention.
     """
-    n = min(n, int(may_be.sum()))
-    by_attention = np.where(may_be, spread(scores), -np.inf)
-    by_words = np.where(may_be, spread(word_scores(tokens, question)), 0.0)
-    chosen = _best(by_attention, n - n // 2)
-    by_words[chosen] = 0.0
-    shared = _best(by_words, n // 2)
-    chosen = np.concatenate([chosen, shared[by_words[shared] > 0]])
-    by_attention[chosen] = -np.inf
-    return np.sort(np.concatenate([chosen, _best(by_attention, n - len(chosen))]))
+    by_attention = spread(scores)
+    by_words = spread(word_scores(tokens, question))
+    chosen = best_rows(by_attention, may_be, n - n // 2)
+    left = may_be.copy()
+    left[chosen] = False
+    shared = best_rows(by_words, left & (by_words > 0), n // 2)
+    left[shared] = False
+    rest = best_rows(by_attention, left, n - len(chosen) - len(shared))
+    return np.sort(np.concatenate([chosen, shared, rest]))
+
+
+def best_rows(scores: np.ndarray, may_be: np.ndarray, n: int) -> np.ndarray:
+    """Return the positions of the `n` largest scores where `may_be`, ascending.
+
+    Where scores are equal, the earlier row is taken.
+    """
+    positions = np.flatnonzero(may_be)
+    return np.sort(positions[np.argsort(-scores[positions], kind="stable")[:n]])
 
 
 def spread(scores: np.ndarray) -> np.ndarray:
@@ -47,8 +56,3 @@ def word_scores(tokens: np.ndarray, question: Sequence[int]) -> np.ndarray:
     _, inverse, counts = np.unique(tokens, return_inverse=True, return_counts=True)
     result: np.ndarray = np.isin(tokens, question) / counts[inverse]
     return result
-
-
-def _best(scores: np.ndarray, n: int) -> np.ndarray:
-    """Positions of the `n` largest scores, the earlier ones first where they are equal."""
-    return np.argsort(-scores, kind="stable")[:n]

@@ -36,7 +36,7 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.upstream import llama_cpp
-from pop_local.engine.prefill.kv_state import PopState
+from pop_local.engine.prefill.kv_state import FULL, PopState
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 
 FORMAT = 1
@@ -210,10 +210,10 @@ class Sessions:
         if session.n_tokens > model.n_ctx():
             return Restored(session, f"they need a context of {session.n_tokens} tokens")
         model.set_pop(session.mode)
-        if str(model.kv_key) != session.key:
+        if not model.takes(session.key):
             return Restored(session, f"they belong to {session.key}")
         try:
-            model.take_over(kv, tokens, is_full)
+            model.take_over(kv, tokens, is_full, is_exact=session.key == str(FULL))
         except PopError as error:
             return Restored(session, error.message)
         return Restored(session, "")

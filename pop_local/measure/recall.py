@@ -1,0 +1,143 @@
+"""Cued recall: documents that state several facts, and the answer to a question about one.
+
+Prose KL does not see whether a fact of the prompt can still be found (docs/depth.md). The answer is
+teacher-forced, so that a digit that is wrong does not decide the next one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from converter.errors import PopError
+from converter.progress import Progress, counting
+from pop_local.engine.model import PopModel
+from pop_local.measure.divergence import likelihood, predictions
+from pop_local.measure.estimate import Estimate, mean
+from pop_local.measure.forced import FULL, Forced, Pruning, forced
+from pop_local.measure.heldout import shipped_part
+from pop_local.measure.probes import bos
+
+N_FACTS = 6
+N_DIGITS = 5
+
+# Any two may come together: facts of one document share words, so that a word alone is no cue.
+_ADJECTIVES = ("green", "old", "northern", "stone", "upper", "quiet")
+_PLACES = ("depot", "harbour", "library", "mill", "station", "tower")
+_FACT = "The access code of the {place} is {code}."
+_QUESTION = "\n\nQuestion: What is the access code of the {place}?\nAnswer: The access code of the {place} is"
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """`n_tokens` of each document, without the question; `n_documents` of them."""
+
+    n_documents: int = 24
+    n_tokens: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Of the answers' tokens: NLL in nats; share of answers whose every token came first."""
+
+    n_documents: int
+    n_tokens: int
+    nll_full: Estimate
+    nll_pruned: Estimate
+    exact_full: Estimate
+    exact_pruned: Estimate
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A document with the question, and the answer, in tokens."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def measure_recall(
+    model: PopModel,
+    settings: RecallSettings,
+    prunings: Sequence[Pruning],
+    on_progress: Progress,
+) -> tuple[Recall, ...]:
+    """Ask about each document, in full once and under each pruning.
+
+    `on_progress` gets (done_prompts, total_prompts). Raises PopError when a prompt does not fit the
+    context or was not pruned as planned.
+    """
+    asked = make_documents(model, settings)
+    ran = counting(len(asked) * (1 + len(prunings)), on_progress)
+    scores = np.empty((1 + len(prunings), len(asked), 2))
+    with forced(model) as reader:
+        for number, one in enumerate(asked):
+            for row, pruning in enumerate((FULL, *prunings)):
+                scores[row, number] = _score(reader, one, pruning)
+                ran(1)
+    full, *pruned = scores
+    return tuple(
+        Recall(
+            n_documents=len(asked),
+            n_tokens=settings.n_tokens,
+            nll_full=mean(full[:, 0]),
+            nll_pruned=mean(each[:, 0]),
+            exact_full=mean(full[:, 1]),
+            exact_pruned=mean(each[:, 1]),
+        )
+        for each in pruned
+    )
+
+
+def _score(reader: Forced, asked: Asked, pruning: Pruning) -> tuple[float, bool]:
+    reader.read(asked.prompt, pruning)
+    predicted = predictions(reader.predict(asked.answer, pruning))
+    found = likelihood(predicted, np.asarray(asked.answer))
+    return float(found.nll.mean()), bool(found.is_top1.all())
+
+
+def make_documents(model: PopModel, settings: RecallSettings) -> list[Asked]:
+    """Make documents of held-out sentences with facts at random places between them."""
+    rng = np.random.default_rng(settings.seed)
+    sentences = _sentences(model)
+    return [_document(model, sentences, settings.n_tokens, rng) for _ in range(settings.n_documents)]
+
+
+def _sentences(model: PopModel) -> list[list[int]]:
+    text = " ".join(shipped_part("prose").split())
+    parts = [part.strip() + "." for part in text.split(". ")]
+    return [_tokens(model, " " + part) for part in parts if 20 < len(part) < 400]
+
+
+def _document(
+    model: PopModel, sentences: Sequence[list[int]], n_tokens: int, rng: np.random.Generator
+) -> Asked:
+    pairs = [f"{adjective} {place}" for adjective in _ADJECTIVES for place in _PLACES]
+    places = [str(place) for place in rng.choice(pairs, N_FACTS, replace=False)]
+    codes = [str(rng.integers(10 ** (N_DIGITS - 1), 10**N_DIGITS)) for _ in places]
+    facts = [
+        _tokens(model, " " + _FACT.format(place=place, code=code))
+        for place, code in zip(places, codes, strict=True)
+    ]
+    room = n_tokens - sum(map(len, facts)) - len(bos(model))
+    if room < n_tokens // 4:
+        raise PopError(f"{N_FACTS} facts leave no room in {n_tokens} tokens", "give more")
+    pieces: list[list[int]] = []
+    first = int(rng.integers(len(sentences)))
+    while room > 0:
+        sentence = sentences[(first + len(pieces)) % len(sentences)][:room]
+        pieces.append(sentence)
+        room -= len(sentence)
+    for fact in facts:
+        pieces.insert(int(rng.integers(len(pieces) + 1)), fact)
+    which = int(rng.integers(N_FACTS))
+    question = _tokens(model, _QUESTION.format(place=places[which]))
+    document = [token for piece in pieces for token in piece]
+    answer = _tokens(model, " " + codes[which])
+    return Asked((*bos(model), *document, *question), tuple(answer))
+
+
+def _tokens(model: PopModel, text: str) -> list[int]:
+    tokens: list[int] = model.tokenize(text.encode(), add_bos=False, special=False)
+    return tokens
