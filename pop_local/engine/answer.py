@@ -65,6 +65,7 @@ class _Turn:
 
     def chunks(self) -> Iterator[Chunk]:
         backend.reset_counters(self._model.ctx)
+        self._n_refilled = self._model.take_refilled()
         prefill_started_s = time.perf_counter()
         should_stop = self._options.should_stop
         try:
@@ -78,6 +79,8 @@ class _Turn:
         now_s = time.perf_counter()
         self._ttft_s, self._prefill_s = now_s - self._started_s, now_s - prefill_started_s
         self._evaluated = backend.get_counters(self._model.ctx)
+        self._selection = self._model.selection
+        self._n_exact = self._model.n_exact
         n_evaluated = self._evaluated.n_rows
         # A batch that was stopped has been counted in part, and dropped.
         self._n_cached = max(0, self._model.n_tokens - n_evaluated)
@@ -131,10 +134,13 @@ class _Turn:
         return TurnStats(
             n_prompt=self._n_prompt,
             n_cached=self._n_cached,
-            n_pruned=self._evaluated.n_context,
+            n_pruned=self._evaluated.n_context - self._selection.n_deep,
+            n_selected=self._selection.n_selected,
+            n_refilled=self._n_refilled,
+            n_exact=self._n_exact,
             n_skipped_exact=self._evaluated.n_exact,
             exact_layer=self._model.exact,
-            n_full=self._evaluated.n_full,
+            n_full=self._evaluated.n_full + self._selection.n_deep,
             ttft_s=self._ttft_s,
             prefill_s=self._prefill_s,
             n_decoded=self._n_decoded,

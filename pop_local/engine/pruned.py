@@ -18,7 +18,7 @@ from pop_local.engine.decode.grammar import GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.depth.passes import DeepPasses
 from pop_local.engine.depth.rows import CachedRows
-from pop_local.engine.depth.select import select_rows
+from pop_local.engine.depth.select import Selection, select_rows
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
@@ -127,7 +127,8 @@ class PrunedLlama(Llama):
         self.interrupt = Interrupt()
         self.deep = DeepPasses(self.ctx, self.rows, self.interrupt, self.context_params.n_ubatch)
         self.select = 0.0
-        self.n_selected = 0
+        self.selection = Selection()
+        self._n_refilled = 0
         self.set_depth(select, keep_states=keep_states)
         self._on_prefill: Callable[[int, int], None] | None = None
 
@@ -234,7 +235,15 @@ class PrunedLlama(Llama):
         for _ in self.deep.refilled(self.n_tokens, should_stop) if total else ():
             if on_progress is not None:
                 on_progress(self.n_exact - first, total)
+        if self.n_exact > first:
+            self._requires_eval = True  # the last logits came of the rows as they were
+        self._n_refilled += self.n_exact - first
         return self.n_exact - first
+
+    def take_refilled(self) -> int:
+        """How many rows were refilled since this was asked before."""
+        n, self._n_refilled = self._n_refilled, 0
+        return n
 
     # The KV cache
 
@@ -339,7 +348,7 @@ class PrunedLlama(Llama):
 
     def _prefill(self, tokens: Sequence[int]) -> None:
         plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch)
-        self.n_selected = 0
+        self.selection = Selection()
         self._report(0, plan.n_tokens)
         if self._can_select(plan):
             self._read_selecting(tokens, plan)
@@ -382,9 +391,11 @@ class PrunedLlama(Llama):
         finally:
             backend.set_question(self.ctx, -1)
             backend.set_sink(self.ctx, self.rule.sink_tokens)
-        self.n_selected = len(chosen)
         sink = np.flatnonzero(~self.rows.is_full[: min(self.rule.sink_tokens, plan.full_from)])
-        self.deep.run([*sink.tolist(), *chosen, *range(plan.full_from, end)], logits=True)
+        deep = [*sink.tolist(), *chosen, *range(plan.full_from, end)]
+        self.deep.run(deep, logits=True)
+        n_past = end - plan.n_tokens
+        self.selection = Selection(len(chosen), sum(row >= n_past for row in deep))
         self._requires_eval = False
 
     def _select(self, n_rows: int, end: int) -> list[int]:

@@ -71,8 +71,11 @@ class TurnStats:
     """The figures of one answer; n_prompt = n_cached + n_pruned + n_skipped_exact + n_full.
 
     n_cached: prompt tokens whose K/V were still there. n_pruned: prompt tokens that stopped at the
-    boundary. n_skipped_exact: prompt tokens that left, exactly, at exact_layer, since the layers
-    from it on share the K/V of earlier ones. n_full: prompt tokens that ran all layers. n_decoded:
+    boundary. n_selected: context tokens, cached ones among them, that ran all layers since the
+    question needs them. n_refilled: cached tokens that were given their depth since the answer
+    before. n_exact: tokens of the prompt whose K/V are the full model's own. n_skipped_exact:
+    prompt tokens that left, exactly, at exact_layer, since the layers from it on share the K/V of
+    earlier ones. n_full: prompt tokens that ran all layers. n_decoded:
     sampled tokens, the one that ended the answer included. ttft_s: from the question to the first
     token, templating and tokenising included. prefill_s: reading the prompt. decode_s: from the
     first to the last sampled token, the reader's own time left out. is_short: pruning is on, and
@@ -91,6 +94,9 @@ class TurnStats:
     is_short: bool = False
     n_skipped_exact: int = 0
     exact_layer: int = 0
+    n_selected: int = 0
+    n_refilled: int = 0
+    n_exact: int = 0
 
     @property
     def reading(self) -> Reading:
@@ -107,7 +113,8 @@ class TurnStats:
         """In words: how many prompt tokens did not run all layers."""
         if self.n_skipped_exact:
             return f"{self.n_skipped_exact:,} left at layer {self.exact_layer}, exactly"
-        return f"{self.n_pruned:,} pruned" + (": short" if self.reading == "short" else "")
+        selected = f", {self.n_selected:,} selected" if self.n_selected else ""
+        return f"{self.n_pruned:,} pruned{selected}" + (": short" * (self.reading == "short"))
 
     @property
     def n_evaluated(self) -> int:
@@ -137,6 +144,8 @@ class SessionStats:
     prefill_s: float
     decode_s: float
     n_skipped_exact: int = 0
+    n_selected: int = 0
+    n_refilled: int = 0
 
     @classmethod
     def of(cls, turns: Sequence[TurnStats]) -> "SessionStats":

@@ -25,7 +25,8 @@ N_DIGITS = 5
 _ADJECTIVES = ("green", "old", "northern", "stone", "upper", "quiet")
 _PLACES = ("depot", "harbour", "library", "mill", "station", "tower")
 _FACT = "The access code of the {place} is {code}."
-_QUESTION = "\n\nQuestion: What is the access code of the {place}?\nAnswer: The access code of the {place} is"
+_ASKED = "\n\nQuestion: What is the access code of the {place}?\nAnswer: "
+_QUESTION = _ASKED + "The access code of the {place} is"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def make_documents(model: PopModel, settings: RecallSettings) -> list[Asked]:
     """Make documents of held-out sentences with facts at random places between them."""
     rng = np.random.default_rng(settings.seed)
     sentences = _sentences(model)
-    return [_document(model, sentences, settings.n_tokens, rng) for _ in range(settings.n_documents)]
+    return [
+        _document(model, sentences, settings.n_tokens, rng) for _ in range(settings.n_documents)
+    ]
 
 
 def _sentences(model: PopModel) -> list[list[int]]:

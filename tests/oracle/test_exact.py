@@ -11,7 +11,7 @@ import pytest
 
 from support.oracle import distance, random_tokens
 from support.pop_files import Keys, add_to
-from support.raw import Job, Step, run
+from support.raw import Job, Step, has_amx, run
 from support.shared_kv import DEFAULTS, SharedKv, make_shared, shapes
 
 N_VOCAB = 380
@@ -45,7 +45,7 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def job(unpatched_lib: Path) -> Job:
-    return Job(model="", steps=(), lib=str(unpatched_lib), n_seq_max=1)
+    return Job(model="", steps=(), lib=str(unpatched_lib), repacked=not has_amx())
 
 
 def both(job: Job, model: Path, steps: tuple[Step, ...]) -> tuple[dict, dict]:

@@ -79,8 +79,19 @@ class Job:
     lora: str = ""
     further: tuple[str, ...] = ()
     mmap: bool = True
+    repacked: bool = True  # weights laid out anew for this processor's kernels
     cvec: tuple[float, ...] = field(default=())
     watched: bool = False  # by an evaluation callback
+
+
+def has_amx() -> bool:
+    """Whether the kernels for Intel's AMX run here.
+
+    With the shapes of small Gemma 3n and 4 models they give what depends on whatever was computed
+    before, in the unpatched library, too: seen with the release in upstream.txt.
+    """
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "amx_int8" in info.read_text()
 
 
 class DiedError(Exception):
@@ -158,7 +169,12 @@ class Models:
     def get(self, job: Job) -> object:
         files = (job.model, *job.further)
         stats = [Path(path).stat() for path in files]
-        key = (files, job.mmap, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+        key = (
+            files,
+            job.mmap,
+            job.repacked,
+            *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats),
+        )
         model = self._opened.pop(key, None) or self._load(job)
         if not model:
             raise RuntimeError("the model does not load")
@@ -170,6 +186,7 @@ class Models:
     def _load(self, job: Job) -> object:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_extra_bufts = job.repacked
         if not job.mmap:
             params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE
         if not job.further:

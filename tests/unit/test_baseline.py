@@ -93,11 +93,11 @@ def test_a_continuation_that_was_not_pruned_as_planned_is_an_error(
 ):
     n_pruned = 19 if mode is Mode.ALWAYS else 0
     with forced(opened(pop_file)) as reader:
-        reader.read(random_text(60), started)
+        reader.read(random_text(60), Pruning(4, started))
         with monkeypatch.context() as patch:
             patch.setattr(backend, "set_mode", lambda ctx, mode: None)
             with pytest.raises(PopError, match=f"of 19 continuation tokens {n_pruned} should"):
-                reader.predict(random_text(20), mode)
+                reader.predict(random_text(20), Pruning(4, started, mode))
 
 
 # --- eval --baseline

@@ -1,0 +1,271 @@
+"""Depth on demand: which rows are exact, which are selected, and refilling."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from converter.errors import PopError
+from pop_local.engine.depth.rows import CachedRows
+from pop_local.engine.depth.select import N_BEFORE, N_BEHIND, best_rows, select_rows, spread
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.prefill.kv_state import FULL, context_state
+from support.calls import NOISE, greedy, last_logits, opened, prompt, read
+from support.converted import tiny
+
+N_BATCH = 64
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("depth"))
+
+
+def rows_read(*batches):
+    """Rows after these batches, each a string with F for a full row and any other for context."""
+    rows, start = CachedRows(100), 0
+    for batch in batches:
+        rows.read(start, np.array([letter == "F" for letter in batch]), keeps_states=True)
+        start += len(batch)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("batches", "n_exact"),
+    [
+        (("FFF", "F"), 4),
+        (("FFF", "cccF", "FF"), 3),
+        (("Fcc", "F"), 0),
+        (("ccc", "FFF"), 0),
+        (("FF", "FFc"), 2),
+    ],
+)
+def test_rows_are_exact_as_far_as_nothing_was_pruned(batches, n_exact):
+    assert rows_read(*batches).n_exact == n_exact
+
+
+@pytest.mark.parametrize(
+    ("passes", "n_exact"),
+    [
+        (((0, 1, 2),), 3),
+        (((0, 1), (2, 3, 4)), 5),
+        (((1, 2, 3),), 0),  # the first row is missing
+        (((0, 1, 3),), 0),  # with a gap: the last one attended to a projected row
+        (((3, 4), (0, 1, 2)), 3),  # those behind were deep too early
+        (((0, 1, 2), (1, 2, 3)), 4),
+        (((0, 1, 2), (0, 1)), 3),
+    ],
+)
+def test_deep_rows_are_exact_in_order_only(passes, n_exact):
+    rows = rows_read("cccccc")
+    for positions in passes:
+        rows.deepened(positions)
+    assert rows.n_exact == n_exact
+
+
+def test_rows_that_are_gone_or_read_anew_are_not_exact():
+    rows = rows_read("FFFFFF")
+    rows.forget_from(4)
+    assert (rows.n_exact, rows.has_state[:6].tolist()) == (4, [True] * 4 + [False] * 2)
+    rows.read(2, np.array([False, True]), keeps_states=True)
+    assert rows.n_exact == 2
+    assert not rows.is_full[4:].any()
+
+
+def test_a_score_reaches_the_rows_behind_it():
+    scores = np.zeros(60)
+    scores[30] = 1.0
+    assert np.flatnonzero(spread(scores)).tolist() == list(range(30 - N_BEFORE, 30 + N_BEHIND + 1))
+
+
+def test_rows_are_selected_by_attention_and_by_words():
+    tokens = np.arange(400) % 7 + 10
+    tokens[100] = 3  # a rare token of the question
+    scores = np.zeros(400)
+    scores[300] = 1.0
+    may_be = np.ones(400, bool)
+    may_be[305] = False
+    chosen = select_rows(scores, tokens, [3], may_be, 30).tolist()
+    by_attention = [row for row in range(297, 317) if row != 305][:15]
+    assert chosen == [*range(97, 112), *by_attention]
+    assert len(select_rows(scores, tokens, [], may_be, 30)) == 30
+    assert select_rows(scores, tokens, [3], may_be, 0).size == 0
+    assert len(select_rows(scores, tokens, [3], may_be, 1000)) == 399
+
+
+def test_equal_scores_take_the_earlier_rows():
+    assert best_rows(np.ones(9), np.arange(9) > 2, 3).tolist() == [3, 4, 5]
+
+
+def kept(pop_file, **options):
+    return opened(pop_file, keep_states=True, **options)
+
+
+def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_file, monkeypatch):
+    tokens = prompt(200)
+    full = opened(pop_file)
+    full.set_pop(Mode.OFF)
+    full.eval(tokens)
+    model = kept(pop_file)
+    model.eval(tokens)
+    assert (model.n_exact, model.n_refillable, model.kv_key == FULL) == (0, 200, False)
+    # As large as a batch, whatever it takes.
+    monkeypatch.setattr(model.deep, "_adapt", lambda n_rows, took_s: None)
+    monkeypatch.setattr(model.deep, "_chunk", N_BATCH)
+    said = []
+    assert model.refill(on_progress=lambda done, total: said.append((done, total))) == 200
+    assert said == [(64, 200), (128, 200), (192, 200), (200, 200)]
+    assert (model.n_exact, model.n_refillable, model.kv_key) == (200, 0, FULL)
+    assert context_state(model.ctx)[-1000:] == context_state(full.ctx)[-1000:]
+    assert same_kv(model, full)
+    assert model.refill() == 0
+
+
+def same_kv(model, other):
+    api = backend.bindings()
+    states = []
+    for one in (model, other):
+        size = api.llama_state_seq_get_size(one.ctx, 0)
+        buffer = (backend.ctypes.c_uint8 * size)()
+        api.llama_state_seq_get_data(one.ctx, buffer, size, 0)
+        states.append(bytes(buffer))
+    return states[0] == states[1]
+
+
+def test_turns_after_refilling_are_those_of_the_full_model(pop_file):
+    """Questions too short to be pruned, over a document that was."""
+    full, model = opened(pop_file), kept(pop_file)
+    full.set_pop(Mode.OFF)
+    model.rule = replace(model.rule, min_prompt=100)
+    said = prompt(300)
+    said += greedy(model, said)
+    assert model.n_exact == 0
+    for turn in range(3):
+        model.refill()
+        assert model.n_exact == model.n_tokens
+        said += prompt(20, seed=turn + 1)
+        np.testing.assert_allclose(read(model, said), read(full, said), atol=NOISE)
+        answer = greedy(model, said)
+        assert answer == greedy(full, said)
+        said += answer
+
+
+def test_refilling_that_is_stopped_goes_on_later(pop_file):
+    model = kept(pop_file)
+    model.eval(prompt(200))
+    asked = iter([False] * 40)
+    n_first = model.refill(should_stop=lambda: next(asked, True))
+    assert 0 <= n_first < 200
+    assert model.n_exact == n_first
+    assert n_first + model.refill() == 200
+    full = opened(pop_file)
+    full.set_pop(Mode.OFF)
+    answer = greedy(full, prompt(200))
+    assert greedy(model, prompt(200)) == answer
+
+
+def test_an_answer_is_redone_with_its_prompt(pop_file):
+    model = kept(pop_file)
+    tokens = prompt(200)
+    answer = greedy(model, tokens)
+    assert model.refill() == model.n_tokens == 200 + len(answer) - 1
+
+
+def test_without_states_nothing_is_refilled(pop_file):
+    model = opened(pop_file)
+    model.eval(prompt(200))
+    assert (model.n_refillable, model.refill()) == (0, 0)
+    assert backend.keep_size(model.ctx) == 0
+
+
+def test_rows_of_a_loaded_state_cannot_be_redone(pop_file):
+    model = kept(pop_file)
+    model.eval(prompt(200))
+    state = model.save_state()
+    model.load_state(state)
+    assert (model.n_exact, model.n_refillable) == (0, 0)
+    model.eval(prompt(40, seed=1))
+    assert model.refill() == 0
+
+
+def test_an_exact_state_is_the_full_models(pop_file):
+    model = kept(pop_file)
+    model.eval(prompt(200))
+    model.refill()
+    state = model.save_state()
+    assert state.key == FULL
+    other = opened(pop_file)
+    other.load_state(state)
+    assert other.n_exact == 200
+    other.set_pop(Mode.OFF)
+    assert other.n_tokens == 200, "the full model's cache stays when pruning is switched off"
+    other.load_state(state)
+    unfinished = kept(pop_file)
+    unfinished.eval(prompt(200))
+    unfinished.set_pop(Mode.OFF)
+    assert unfinished.n_tokens == 0
+
+
+def test_selected_rows_run_all_layers_with_the_tail(pop_file):
+    model = opened(pop_file, select=0.1)
+    tokens = prompt(300)
+    model.eval(tokens)
+    sink, tail = model.rule.sink_tokens, model.rule.tail_tokens
+    n = round(0.1 * (300 - sink - tail))
+    counters = backend.get_counters(model.ctx)
+    assert counters == Counters(300, 0, 0, sink + n + tail)
+    assert model.selection.n_selected == n
+    assert model.selection.n_deep == sink + n + tail
+    assert int(model.rows.is_full[:300].sum()) == sink + n + tail
+    assert model.rows.is_full[300 - tail : 300].all()
+    logits = last_logits(model)
+    assert logits.std() > 0.1
+    # What was left out makes a difference, as do the rows that were chosen.
+    plain, full = opened(pop_file), opened(pop_file)
+    full.set_pop(Mode.OFF)
+    for other in (plain, full):
+        other.eval(tokens)
+        assert np.abs(logits - last_logits(other)).max() > NOISE
+
+
+def test_all_rows_selected_give_the_full_models_logits(pop_file):
+    model, full = opened(pop_file, select=1.0, n_batch=512, n_ubatch=512), opened(pop_file)
+    full.set_pop(Mode.OFF)
+    np.testing.assert_allclose(read(model, prompt(300)), read(full, prompt(300)), atol=NOISE)
+
+
+def test_a_later_question_selects_among_all_rows(pop_file):
+    model = opened(pop_file, select=0.1)
+    model.rule = replace(model.rule, min_prompt=100)
+    said = prompt(300)
+    read(model, said)
+    backend.reset_counters(model.ctx)
+    said += prompt(30, seed=1)
+    read(model, said)
+    # The question is too short to be pruned: all of it is deep.
+    n = model.selection.n_selected
+    assert n > 0
+    assert backend.get_counters(model.ctx) == Counters(30, 0, 0, n + 30)
+    assert model.selection.n_deep == 30
+
+
+def test_scores_find_what_the_question_attends_to(pop_file):
+    """Against the softmax of the scores themselves: they are positive, and those of no other row
+    change when rows behind the question's are asked about."""
+    model = kept(pop_file)
+    backend.set_question(model.ctx, 150)
+    model.eval(prompt(200))
+    scores = backend.get_scores(model.ctx, 150)
+    assert (scores > 0).all()
+    assert scores.std() > 0
+    backend.set_question(model.ctx, 150)
+    assert backend.get_scores(model.ctx, 150).sum() == 0
+    with pytest.raises(PopError, match="no position"):
+        backend.get_scores(model.ctx, 201)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_is_between_none_and_all(pop_file, share):
+    with pytest.raises(PopError, match="share"):
+        opened(pop_file, select=share)
