@@ -70,9 +70,15 @@ def eval(  # noqa: A001
     tail: Annotated[
         int | None, typer.Option(min=0, help="Last context tokens in full, likewise.")
     ] = None,
-    needles: Annotated[
-        int, typer.Option("--needles", min=0, help="Facts to hide in a long document.")
-    ] = 5,
+    select: opt.Select = None,
+    refill: Annotated[
+        int, typer.Option(min=0, help="Rows to give their depth with each scored token.")
+    ] = 0,
+    recall: Annotated[
+        str,
+        typer.Option(metavar="N,...", help="Tokens of documents to ask facts of; 0 for none."),
+    ] = "512",
+    documents: Annotated[int, typer.Option(min=2, help="How many of each length.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Of passages, random tokens and facts.")] = 0,
     json: opt.Json = False,
     threads: opt.Threads = None,
@@ -104,7 +110,10 @@ def eval(  # noqa: A001
     options = EvaluateOptions(
         text=text,
         settings=QualitySettings(windows, context, continuation, mode, seed),
-        n_needles=needles,
+        recall=_lengths(recall),
+        n_documents=documents,
+        select=opt.selected(select),
+        n_refilled=refill,
         baseline=None if baseline is None else "always-skip",
         sink_tokens=sink,
         tail_tokens=tail,
@@ -139,3 +148,13 @@ def _depths(
         return tuple(opt.share(part, "--sweep") for part in sweep.split(","))
     named = opt.named_depth(skip, boundary)
     return () if named is None else (named,)
+
+
+def _lengths(recall: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in recall.split(","))
+    except ValueError as error:
+        raise typer.BadParameter("give numbers: 512,2048", param_hint="--recall") from error
+    if min(lengths) < 0:
+        raise typer.BadParameter("lengths are not negative", param_hint="--recall")
+    return tuple(length for length in lengths if length)

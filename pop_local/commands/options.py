@@ -96,6 +96,29 @@ BoundaryLayer = Annotated[
 ]
 
 
+Select = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Context tokens to run in full because the question needs them: 10%, 0 for none."
+        " Default: what the file says.",
+    ),
+]
+
+
+def selected(text: str | None) -> float | None:
+    """A share of the context tokens, as 10% or 0.1."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise typer.BadParameter("give a share, as 10% or 0.1", param_hint="--select")
+    return value
+
+
 def share(text: str, option: str) -> Skip:
     """A share of the layers; what cannot be one is wrong usage of the option."""
     try:

@@ -20,6 +20,8 @@ from pop_local.measure.probes import bos
 
 N_FACTS = 6
 N_DIGITS = 5
+# What question and answer add to a document, in tokens, at the most.
+N_AROUND = 64
 
 # Any two may come together: facts of one document share words, so that a word alone is no cue.
 _ADJECTIVES = ("green", "old", "northern", "stone", "upper", "quiet")

@@ -68,7 +68,7 @@ BY_CAUSE = {
     "unknown-model": "{hint}; `pop-local list` shows what is here",
     "unreadable-tensor": "convert with --projection own, or take another quantisation",
     "windows-too-long": (
-        "give shorter windows (--context, --continuation), perhaps without --needles"
+        "give shorter windows (--context, --continuation), or documents (--recall)"
     ),
 }
 

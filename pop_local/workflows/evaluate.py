@@ -21,9 +21,9 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning, always_skip, use_rule
 from pop_local.measure.heldout import Text, given_text, shipped_text, tokenize
-from pop_local.measure.needle import Needle, context_tokens, measure_needle
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
+from pop_local.measure.recall import N_AROUND, Recall, RecallSettings, measure_recall
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import measure_fits
@@ -38,13 +38,19 @@ Baseline = Literal["always-skip"]
 class EvaluateOptions:
     """What is measured. `text`: a file, None for the shipped held-out text.
 
-    `n_needles`: facts to hide in a long document, asked for where context rows alone are pruned.
+    `recall`: tokens of the documents that facts are asked of, none of them for no such question;
+    `n_documents` of each length. `select`: the share of context rows that run all layers since
+    what follows needs them, None for what the file says; `n_refilled`: rows that are given their
+    depth with each token that follows.
     `sink_tokens`, `tail_tokens`: None for what the file says. `n_ctx` None: what is needed.
     """
 
     text: Path | None = None
     settings: QualitySettings = field(default_factory=QualitySettings)
-    n_needles: int = 5
+    recall: tuple[int, ...] = (512,)
+    n_documents: int = 24
+    select: float | None = None
+    n_refilled: int = 0
     baseline: Baseline | None = None
     sink_tokens: int | None = None
     tail_tokens: int | None = None
@@ -53,7 +59,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """One depth; `speedup_limit` by multiply-accumulates, `needle` None where it was not asked.
+    """One depth; `speedup_limit` by multiply-accumulates, `recall` by length of the documents.
 
     `always_skip`: the baseline that skips the same layers for every token, None if not measured.
     `calibration`, `kv_type`: of fitted projections, else None.
@@ -63,7 +69,8 @@ class Row:
     projection: str
     speedup_limit: float
     quality: Quality
-    needle: Needle | None
+    recall: tuple[Recall, ...]
+    select: float = 0.0
     always_skip: Quality | None = None
     calibration: Calibration | None = None
     kv_type: KvType | None = None
@@ -158,14 +165,22 @@ class _Run:
     watch: Watch
 
     @property
-    def n_needles(self) -> int:
+    def recall(self) -> tuple[int, ...]:
         """None in other modes: generated tokens would be pruned as well, or nothing would be."""
-        return self.options.n_needles if self.options.settings.mode is Mode.CONTEXT else 0
+        return self.options.recall if self.options.settings.mode is Mode.CONTEXT else ()
 
     def rows(self, boundaries: Sequence[int], sidecar: Path | None) -> tuple[Row, ...]:
         """Measure the depths on one loaded model."""
         settings, shape = self.options.settings, self.shape
-        prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
+        meta = pop_of(self.source, sidecar)
+        select = self.options.select
+        if select is None:
+            select = meta.select if meta else 0.0
+        prunings = [
+            Pruning(boundary, settings.mode, select=select, n_refilled=self.options.n_refilled)
+            for boundary in boundaries
+        ]
+        pops = prunings.copy()
         if self.options.baseline is not None:
             prunings += [always_skip(boundary) for boundary in boundaries]
         full = {"sink_tokens": self.options.sink_tokens, "tail_tokens": self.options.tail_tokens}
@@ -176,9 +191,10 @@ class _Run:
             tokens = tokenize(model, self.text)
             advance = self.watch.stage("Measuring")
             qualities = measure_prunings(model, tokens, settings, prunings, advance)
-            needles = self._needles(model, boundaries)
+            recalls = [self._recall(model, n_tokens, pops) for n_tokens in self.recall]
             n_full = model.rule.sink_tokens + model.rule.tail_tokens
-        n, meta = len(boundaries), pop_of(self.source, sidecar)
+        n = len(boundaries)
+        n_full += round(select * (LIMIT_PROMPT - n_full))
         calibration = None if meta is None else meta.calibration
         tensors = self.source.tensors if sidecar is None else read_header(sidecar).tensors
         return tuple(
@@ -189,11 +205,12 @@ class _Run:
                 kv_type=stored_type(tensors),
                 speedup_limit=speedup_limit(shape, LIMIT_PROMPT, quality.boundary, n_full),
                 quality=quality,
-                needle=needle,
+                recall=tuple(of_length[number] for of_length in recalls),
+                select=select,
                 always_skip=baseline,
             )
-            for quality, needle, baseline in zip(
-                qualities[:n], needles, qualities[n:] or (None,) * n, strict=True
+            for number, (quality, baseline) in enumerate(
+                zip(qualities[:n], qualities[n:] or (None,) * n, strict=True)
             )
         )
 
@@ -201,19 +218,21 @@ class _Run:
         """The context in tokens that is opened. Raises PopError when it is too small."""
         settings, given = self.options.settings, self.options.n_ctx
         windows = settings.n_context + settings.n_continuation
-        needed = max(windows, 2 * N_REPEATED + 1, context_tokens() if self.n_needles else 0)
+        asked = max(self.recall, default=-N_AROUND) + N_AROUND
+        needed = max(windows, 2 * N_REPEATED + 1, asked)
         trained = trained_ctx(self.source.first)
         limit, there = given or trained, "are given" if given else "are all that the model has"
         if limit is not None and limit < needed:
             raise PopError(
                 f"{needed} tokens of context are needed, {limit} {there}",
-                "give shorter windows, perhaps without needles",
+                "give shorter windows, or documents",
                 cause="windows-too-long",
             )
         return given or needed
 
-    def _needles(self, model: PopModel, boundaries: Sequence[int]) -> Sequence[Needle | None]:
-        n, seed = self.n_needles, self.options.settings.seed
-        if n == 0:
-            return (None,) * len(boundaries)
-        return measure_needle(model, boundaries, n, seed, self.watch.stage("Asking"))
+    def _recall(
+        self, model: PopModel, n_tokens: int, prunings: Sequence[Pruning]
+    ) -> tuple[Recall, ...]:
+        options = self.options
+        settings = RecallSettings(options.n_documents, n_tokens, options.settings.seed)
+        return measure_recall(model, settings, prunings, self.watch.stage("Asking"))

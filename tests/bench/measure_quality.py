@@ -56,7 +56,7 @@ def evaluated(row: Row, model: Path, fitted: Path, options: argparse.Namespace) 
     """What eval printed, kept in the folder of --out."""
     kept = Path(options.out, f"{model.stem}.{row.name.replace(' ', '-')}.{options.windows}.json")
     if not kept.exists():
-        command = ["eval", str(fitted if row.is_fitted_file else model), "--json", "--needles", "0"]
+        command = ["eval", str(fitted if row.is_fitted_file else model), "--json", "--recall", "0"]
         command += ["--windows", str(options.windows), *row.options]
         if options.text is not None:
             command += ["--text", str(options.text)]

@@ -1,4 +1,4 @@
-"""`pop-local eval`: options, output, refusals; the needle."""
+"""`pop-local eval`: options, output, refusals; cued recall."""
 
 import json
 import sys
@@ -10,8 +10,8 @@ from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.measure import needle
-from pop_local.measure.needle import measure_needle
+from pop_local.measure.forced import Pruning
+from pop_local.measure.recall import N_FACTS, RecallSettings, make_documents, measure_recall
 from support.calibrating import words
 from support.converted import paired, tiny
 from support.synthetic import make_gguf
@@ -26,7 +26,7 @@ KEYS = {
     "kl_se",
     "n_pruned",
     "n_windows",
-    "needle",
+    "recall",
     "ppl_full",
     "ppl_ratio",
     "top1_agreement",
@@ -45,7 +45,7 @@ def evaluate(*arguments):
 
 
 def measured(*arguments):
-    done = evaluate(*arguments, *SHORT, "--needles", 0, "--json")
+    done = evaluate(*arguments, *SHORT, "--recall", 0, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
@@ -81,7 +81,7 @@ def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
     """All rows become full behind the command's back; only the backend's counters can tell."""
     real = backend.set_full_from
     monkeypatch.setattr(backend, "set_full_from", lambda ctx, *_: real(ctx, 0))
-    done = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0, "--json")
+    done = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0, "--json")
     assert done.exit_code == 1
     assert "43 should" in " ".join(done.stderr.split())
     assert done.stdout == ""
@@ -103,9 +103,9 @@ def test_a_model_without_keys_is_measured_at_a_given_depth(tmp_path, text):
 
 
 def test_people_get_facts_or_a_table(pop_file, text):
-    one = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0)
+    one = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0)
     assert "Same first choice" in one.stdout
-    several = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0, "--sweep", "2,4")
+    several = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0, "--sweep", "2,4")
     assert several.stdout.count("\n| ") == 4
     assert "Copy ratio" in several.stdout
 
@@ -113,7 +113,7 @@ def test_people_get_facts_or_a_table(pop_file, text):
 def test_a_plot_is_a_png_and_replaces_nothing(pop_file, text, tmp_path):
     pytest.importorskip("matplotlib")
     target = tmp_path / "out.png"
-    sweep = (pop_file, "--text", text, *SHORT, "--needles", 0, "--sweep", "2,4", "--plot", target)
+    sweep = (pop_file, "--text", text, *SHORT, "--recall", 0, "--sweep", "2,4", "--plot", target)
     assert evaluate(*sweep).exit_code == 0
     drawn = target.read_bytes()
     assert drawn.startswith(PNG)
@@ -149,7 +149,7 @@ def test_contradictions_and_nonsense_are_wrong_usage(pop_file, options):
 
 def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CTX", "64")
-    done = evaluate(pop_file, "--text", text, *SHORT, "--needles", 0)
+    done = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0)
     assert done.exit_code == 0, done.stderr
 
 
@@ -165,7 +165,7 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeyp
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_error(pop_file, text, options, reason):
-    given = [pop_file, "--text", text, *SHORT, "--needles", 0, *options]
+    given = [pop_file, "--text", text, *SHORT, "--recall", 0, *options]
     done = evaluate(*given)
     assert done.exit_code == 1
     assert reason in " ".join(done.stderr.split())
@@ -209,7 +209,7 @@ def test_a_sweep_is_fitted_at_each_depth(plain, text, temporary):
 
 def test_a_fitted_file_says_how_it_was_fitted(plain, text, temporary, tmp_path):
     options = ("--fit", "--fit-text", words(tmp_path), "--boundary", 5, "--tokens", 2048)
-    done = evaluate(plain, "--text", text, *SHORT, "--needles", 0, *options)
+    done = evaluate(plain, "--text", text, *SHORT, "--recall", 0, *options)
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
     assert "words.txt: 2,048 tokens, ridge 0.001, weighting attention, stored as q8_0" in said
@@ -235,38 +235,57 @@ def test_a_converted_file_is_not_fitted_again(pop_file, temporary):
     assert not list(temporary.iterdir())
 
 
-# --- needle
+# --- recall
 
 
-@pytest.fixture
-def small_document(monkeypatch):
-    monkeypatch.setattr(needle, "N_TOKENS", 300)
-    monkeypatch.setattr(needle, "shipped_part", lambda name: "\n\n".join(["Some words."] * 40))
+def test_documents_state_their_facts_once_and_ask_for_one(pop_file):
+    model = PopModel(pop_file, n_ctx=512, n_threads=1)
+    for asked in make_documents(model, RecallSettings(3, 400)):
+        text = model.detokenize(list(asked.prompt)).decode()
+        document, question = text.split("Question:")
+        assert len(asked.prompt) - len(model.tokenize(question.encode())) in range(380, 420)
+        assert document.count("The access code of the") == N_FACTS
+        place = question.rpartition("access code of the ")[2].removesuffix(" is")
+        code = model.detokenize(list(asked.answer)).decode().strip()
+        assert f"The access code of the {place} is {code}." in document
+        assert text.count(code) == 1
 
 
-def test_facts_lie_at_different_depths_and_once(pop_file, small_document):
-    hidden = needle._hide(PopModel(pop_file, n_ctx=512, n_threads=1), 3, seed=0)
-    depths = [fact.document.index(fact.code) / len(fact.document) for fact in hidden]
-    assert depths == pytest.approx([1 / 6, 1 / 2, 5 / 6], abs=0.1)
-    assert all(fact.document.count(fact.code) == 1 for fact in hidden)
+def test_recall_is_scored_in_full_and_pruned(pop_file):
+    model = PopModel(pop_file, n_ctx=1024, n_threads=1)
+    prunings = [
+        Pruning(4, Mode.CONTEXT),
+        Pruning(2, Mode.CONTEXT),
+        Pruning(4, Mode.CONTEXT, select=0.2),
+        Pruning(4, Mode.CONTEXT, n_refilled=200),
+    ]
+    done = []
+    found = measure_recall(
+        model, RecallSettings(3, 400), prunings, lambda n, total: done.append((n, total))
+    )
+    assert done[-1] == (15, 15)
+    assert len({recall.nll_full.value for recall in found}) == 1
+    assert len({recall.nll_pruned.value for recall in found}) == 4
+    assert (model.boundary, model.pop_mode, model.select) == (4, Mode.CONTEXT, 0.0)
 
 
-@pytest.mark.parametrize("template", ["", "{{ messages[0]['content'] }}"])
-def test_hits_are_counted_for_full_and_pruned(tmp_path, small_document, monkeypatch, template):
-    model = PopModel(tiny(tmp_path, chat_template=template), n_ctx=1024, n_threads=1)
-    answers = []
+def test_selection_is_measured(pop_file, text):
+    plain = measured(pop_file, "--text", text)
+    some = measured(pop_file, "--text", text, "--select", "20%")
+    every = measured(pop_file, "--text", text, "--select", "1")
+    assert (plain["select"], some["select"], every["select"]) == (0, 0.2, 1)
+    assert some["n_pruned"] == 2 * (43 - round(0.2 * 43))
+    assert every["n_pruned"] == 0
+    assert every["kl_mean"] < some["kl_mean"] < plain["kl_mean"]
+    assert every["kl_mean"] < 1e-4
+    assert some["speedup_limit"] < plain["speedup_limit"]
+    refilled = measured(pop_file, "--text", text, "--refill", "60")
+    assert refilled["kl_mean"] < plain["kl_mean"]
 
-    def answer(model, hidden):
-        answers.append(ask(model, hidden))
-        return hidden.code if model.pop_mode is Mode.OFF else ""
 
-    ask = needle._answer
-    monkeypatch.setattr(needle, "_answer", answer)
-    shallow, deep = measure_needle(model, (6, 2), 2, 0, lambda done, total: None)
-    assert (shallow.full_hits, shallow.pruned_hits) == (2, 0)
-    assert (deep.n, deep.full_hits) == (2, 2)
-    assert len(answers) == 6
-    assert (model.boundary, model.pop_mode) == (4, Mode.CONTEXT)
+@pytest.mark.parametrize("share", ["-1", "101%", "much", "nan"])
+def test_what_is_no_share_is_wrong_usage(pop_file, share):
+    assert evaluate(pop_file, "--select", share).exit_code == 2
 
 
 def test_a_fitted_file_has_projections_for_its_own_boundary_only(plain, tmp_path):

@@ -6,14 +6,14 @@ from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.measure import depth, needle
+from pop_local.measure import depth
 from pop_local.measure.depth import measure_cliff, worth_measuring
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import Pruning, always_skip, forced
 from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_windows, tokenize
-from pop_local.measure.needle import measure_needle
 from pop_local.measure.probes import bos
 from pop_local.measure.quality import QualitySettings, measure_depths, read_reference
+from pop_local.measure.recall import RecallSettings, measure_recall
 
 pytestmark = pytest.mark.slow
 
@@ -58,10 +58,13 @@ def test_a_real_model_loses_far_more_when_answers_skip_too(smollm2):
     assert with_baseline.same_top1.mean() < 0.5 < with_pop.same_top1.mean()
 
 
-def test_a_real_model_finds_a_needle_after_pruning(smollm2):
-    model = PopModel(smollm2, n_ctx=needle.context_tokens(), n_threads=1)
-    found = measure_needle(model, (20,), 1, 0, ignore)[0]
-    assert (found.full_hits, found.pruned_hits) == (1, 1)
+def test_selection_brings_recall_back(smollm2):
+    """Own projections at half of the layers: nothing is found again, all of it with every row."""
+    model = PopModel(smollm2, n_ctx=512, n_threads=1)
+    prunings = [Pruning(15, Mode.CONTEXT, select=share) for share in (0.0, 0.2)]
+    plain, selected = measure_recall(model, RecallSettings(4, 256), prunings, ignore)
+    assert plain.nll_pruned.value > 1.5
+    assert selected.nll_pruned.value < plain.nll_pruned.value / 2
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def measured(model: PopModel, *prunings: Pruning) -> tuple[Quality, ...]:
 
 
 def evaluate(*arguments: object):
-    given = [*arguments, *WINDOWS, "--needles", 0, "--threads", 1]
+    given = [*arguments, *WINDOWS, "--recall", 0, "--threads", 1]
     return CliRunner().invoke(app, ["eval", *map(str, given)])
 
 

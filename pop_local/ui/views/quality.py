@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from math import isnan, nan
@@ -14,8 +14,8 @@ from pop_local.ui.theme import say
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.heldout import Text
-    from pop_local.measure.needle import Needle
     from pop_local.measure.quality import Quality
+    from pop_local.measure.recall import Recall
     from pop_local.workflows.evaluate import Evaluation, Row
 
 ALWAYS_SKIP = "always-skip"
@@ -32,7 +32,7 @@ def bare(estimate: Estimate | None, spec: str) -> str:
     return "-" if estimate is None else format(estimate.value, spec)
 
 
-def figures(quality: Quality) -> dict[str, Any]:
+def figures(quality: Quality | Recall) -> dict[str, Any]:
     """For JSON: each estimate as its value and NAME_se, but kl_se for kl_mean."""
     values: dict[str, Any] = {}
     for field in fields(quality):
@@ -75,7 +75,8 @@ def _row_json(row: Row) -> dict[str, Any]:
         "kv_type": row.kv_type,
         "speedup_limit": row.speedup_limit,
         **figures(row.quality),
-        "needle": row.needle,
+        "select": row.select,
+        "recall": [figures(recall) for recall in row.recall],
         "baseline": None if always is None else {"name": ALWAYS_SKIP, **figures(always)},
     }
 
@@ -104,6 +105,8 @@ def _facts(row: Row) -> Iterator[Fact]:
         stored = f", stored as {row.kv_type.value}" if row.kv_type else ""
         yield "Fitted on", f"{made.name}: {how}{stored}"
     layers = f"{row.n_skipped} layers, from layer {q.boundary} on, {row.projection} projections"
+    if row.select:
+        layers += f", {row.select:.0%} of the rows selected"
     yield "Skipped", f"{layers}; speed-up at most {row.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} of context"
@@ -121,13 +124,9 @@ def _facts(row: Row) -> Iterator[Fact]:
     if q.induction_retention is not None:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"
     yield "Induction", f"NLL +{with_se(q.induction_delta_nll, '.3f')}, {retained}"
-    asked = row.needle
-    yield (
-        "Needle",
-        f"answered {asked.pruned_hits} of {asked.n} pruned, {asked.full_hits} in full"
-        if asked
-        else "not asked for",
-    )
+    for recall in row.recall:
+        found, in_full = with_se(recall.exact_pruned, ".0%"), with_se(recall.exact_full, ".0%")
+        yield f"Recall at {recall.n_tokens:,}", f"{found} of the facts, in full {in_full}"
 
 
 def _baseline(row: Row) -> list[Row]:
@@ -136,15 +135,17 @@ def _baseline(row: Row) -> list[Row]:
         return []
     # The limit is of pruning.
     skipped = replace(row, projection=ALWAYS_SKIP, speedup_limit=nan, quality=row.always_skip)
-    return [replace(skipped, needle=None)]
+    return [replace(skipped, recall=())]
 
 
 def _limit(limit: float) -> str:
     return "-" if isnan(limit) else f"{limit:.2f}x"
 
 
-def _hits(needle: Needle | None) -> str:
-    return "-" if needle is None else f"{needle.full_hits} / {needle.pruned_hits} of {needle.n}"
+def _recalled(recalls: Sequence[Recall]) -> str:
+    return (
+        ", ".join(f"{r.exact_full.value:.0%} / {r.exact_pruned.value:.0%}" for r in recalls) or "-"
+    )
 
 
 def _estimate(name: str, title: str, spec: str, show: Callable[..., str] = with_se) -> Column:
@@ -163,5 +164,5 @@ _COLUMNS = (
     _estimate("copy_ppl_ratio", "Copy ratio", ".2f"),
     _estimate("copy_top1", "Copy top-1", ".3f", bare),
     _estimate("induction_retention", "Induction", ".0%", bare),
-    Column("needle", "Needle full / pruned", _hits, numeric=True),
+    Column("recall", "Recall full / pruned", _recalled, numeric=True),
 )
