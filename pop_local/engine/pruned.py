@@ -14,7 +14,7 @@ from converter.errors import PopError
 from converter.shape import ModelShape, read_shape
 from converter.sidecar import pop_of
 from converter.source import read_source
-from pop_local.engine.decode.grammar import GrammarSampler
+from pop_local.engine.decode.grammar import Grammars, GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
@@ -74,6 +74,7 @@ class PrunedLlama(Llama):
         backend.require_patched()
         source = read_source(Path(model_path))
         self.sidecar = None if sidecar is None else Path(sidecar)
+        self.grammars = Grammars(os.fspath(model_path))
         self.meta = pop_of(source, self.sidecar)
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
@@ -111,7 +112,7 @@ class PrunedLlama(Llama):
 
     @property
     def vocab(self) -> Any:
-        """llama.cpp's vocabulary, for Pieces, check_grammar and the backend's bindings."""
+        """llama.cpp's vocabulary, for Pieces and the backend's bindings."""
         return self._model.vocab
 
     @cached_property
@@ -358,7 +359,7 @@ class PrunedLlama(Llama):
         chain = super()._init_sampler(*args, **options)
         if grammar is None:
             return chain
-        return GrammarSampler(self.vocab, self._n_vocab, grammar, chain)
+        return GrammarSampler(self.grammars, self._n_vocab, grammar, chain)
 
     def watch_prefill(
         self,
@@ -391,5 +392,6 @@ class PrunedLlama(Llama):
         # __del__ calls it after a failed __init__ too.
         if hasattr(self, "_stack"):
             super().close()
+            self.grammars.close()
             gone: Any = _Closed(self.model_path)
             self._model = self._ctx = self.tokenizer_ = gone

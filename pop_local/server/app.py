@@ -1,13 +1,17 @@
 """The routes: `create_app` makes a Starlette application of a model, `run_app` serves it."""
 
 import asyncio
+import logging
+import os
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
+import anyio.to_thread
 import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -32,6 +36,9 @@ from pop_local.server.worker import Job, Task, Worker
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 64
 _LAST_WORDS_S = 5
+_AT_LAST_S = 8.0
+
+log = logging.getLogger("pop_local.server")
 
 AnyBody = TypeVar("AnyBody", bound=Body)
 
@@ -94,6 +101,7 @@ class Api:
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self._grammar_limit = anyio.CapacityLimiter(1)
         self.worker.start()
         try:
             yield
@@ -102,6 +110,8 @@ class Api:
             await run_in_threadpool(self.worker.join)
 
     async def health(self, request: Request) -> Response:
+        if silent_s := self.worker.silent_s():
+            raise ApiError(503, f"the model has not come back for {silent_s:.0f} s")
         return JSONResponse({"status": "ok"})
 
     async def figures(self, request: Request) -> Response:
@@ -138,13 +148,18 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
-        task = await run_in_threadpool(self._tasks.chat, body)
+        task = await self._task(self._tasks.chat, body)
         return await self._answer(request, body, task, ChatReply)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        task = await run_in_threadpool(self._tasks.completion, body)
+        task = await self._task(self._tasks.completion, body)
         return await self._answer(request, body, task, Reply)
+
+    async def _task(self, make: Callable[[AnyBody], Task], body: AnyBody) -> Task:
+        """Grammars are checked one at a time: those that take long are in nobody else's way."""
+        limit = self._grammar_limit if body.has_grammar else None
+        return await anyio.to_thread.run_sync(make, body, limiter=limit)
 
     async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
         raw = bytearray()
@@ -190,13 +205,24 @@ class Api:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn waits for answers to end; here a signal ends them."""
+    """uvicorn waits for answers to end; here a signal ends them, and the process if need be."""
 
     worker: Worker
+    end: threading.Timer | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.worker.stop()
+        if self.end is None:
+            self.end = threading.Timer(_AT_LAST_S, _end, (sig,))
+            self.end.daemon = True
+            self.end.start()
         super().handle_exit(sig, frame)
+
+
+def _end(sig: int) -> None:
+    """What a hung model holds cannot be freed."""
+    log.error("the model does not come back: ended without it")
+    os._exit(128 + sig)
 
 
 def run_app(app: Starlette, listening: socket.socket) -> None:
@@ -219,3 +245,5 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
         server.worker.stop()
         if server.worker.is_alive():
             server.worker.join()
+        if server.end is not None:
+            server.end.cancel()
