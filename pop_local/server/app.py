@@ -26,6 +26,7 @@ from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
+from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
 from pop_local.server.errors import ApiError, as_api_error
 from pop_local.server.front import Front
 from pop_local.server.metrics import Metrics
@@ -37,6 +38,7 @@ _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 64
 _LAST_WORDS_S = 5
 _AT_LAST_S = 8.0
+_BACKLOG = 128
 
 log = logging.getLogger("pop_local.server")
 
@@ -210,6 +212,11 @@ class _Server(uvicorn.Server):
     worker: Worker
     end: threading.Timer | None = None
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        for one in sockets or ():
+            one.listen(_BACKLOG)  # more than asyncio is told to accept at once
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.worker.stop()
         if self.end is None:
@@ -230,6 +237,10 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         lifespan="on",
+        http=Connection,
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
+        limit_concurrency=max_connections(),
         log_config=None,
         log_level="warning",
         access_log=False,
