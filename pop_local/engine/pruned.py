@@ -155,6 +155,8 @@ class PrunedLlama(Llama):
                 cause="not-converted",
                 model=self.model_path,
             )
+        if not self.exact:
+            self._keep()
         backend.set_mode(self.ctx, mode)
         self._switched()
 
@@ -202,7 +204,28 @@ class PrunedLlama(Llama):
         return True
 
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        """Keep prompts that another one drives out of the KV cache; None keeps no more of them."""
         self.cache = None if cache is None else KeyedCache(cache, self.kv_key)
+
+    def _keep(self) -> None:
+        size = api.llama_state_get_size(self.ctx) if self.cache and self.n_tokens else 0
+        if self.cache and 0 < size <= self.cache.capacity_bytes:
+            self.cache[self._input_ids.tolist()] = self.save_state()
+
+    def _exchange(self, tokens: Sequence[int]) -> None:
+        """Take from the prompt cache what has more in common with a prompt than the KV cache has.
+
+        What the KV cache holds goes there if less than half is reused, as in llama-server.
+        """
+        if self.cache is None:
+            return
+        n_same = n_equal(tokens, self._input_ids)
+        if 2 * n_same < self.n_tokens:
+            self._keep()
+        if tokens in self.cache:
+            state = self.cache[tokens]
+            if n_equal(tokens, state.input_ids[: state.n_tokens]) > n_same:
+                self.load_state(state)
 
     def save_state(self) -> PopState:
         kv = context_state(self.ctx)
@@ -331,6 +354,7 @@ class PrunedLlama(Llama):
         self, tokens: Sequence[int], options: TurnOptions
     ) -> Generator[int, Sequence[int] | None, None]:
         """Sample the tokens that follow, one after the other and without end."""
+        self._exchange(tokens)
         self.set_seed(api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed)
         return self.generate(
             tokens,
