@@ -52,7 +52,7 @@ class ChatModel(PrunedLlama):
         """Continue the text, which is the whole prompt; otherwise as chat_turn."""
 
         def render() -> Prompt:
-            return Prompt(self.tokenize(text.encode(), add_bos=True, special=False))
+            return Prompt(self.tokenize(_encoded(text), add_bos=True, special=False))
 
         return answer(self, render, self._chosen(options))
 
@@ -70,7 +70,7 @@ class ChatModel(PrunedLlama):
             text = self._formatter(messages=plain).prompt
         except (ValueError, TemplateError) as error:
             raise PopError(f"the chat template refuses this conversation: {error}") from error
-        tokens = self.tokenize(text.encode(), add_bos=False, special=True)
+        tokens = self.tokenize(_encoded(text), add_bos=False, special=True)
         if self._model.add_bos_token() and tokens[:1] != [self.token_bos()]:
             tokens.insert(0, self.token_bos())
         begun = THINK if text.rstrip().endswith(THINK) else ""
@@ -79,3 +79,10 @@ class ChatModel(PrunedLlama):
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""
         return len(self.chat_prompt(messages).tokens)
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error
