@@ -82,6 +82,14 @@ Theme = Annotated[
         " or a style of Pygments.",
     ),
 ]
+ParseSpecial = Annotated[
+    bool,
+    typer.Option(
+        "--parse-special",
+        help="Special tokens that messages and documents spell out act as such: only for text that"
+        " you trust.",
+    ),
+]
 NoPop = Annotated[bool, typer.Option("--no-pop", help="Read prompts in full, without pruning.")]
 Pop = Annotated[
     Path | None,

@@ -116,6 +116,15 @@ def test_a_question_that_is_not_utf8_is_an_ordinary_error(tmp_path, template):
     assert done.stderr.startswith("error: the prompt is not UTF-8 text\n")
 
 
+def test_special_tokens_in_a_question_are_text_unless_told_otherwise(tmp_path):
+    template = "{{ messages[0]['content'] }}"
+    model = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=template)
+    words = ("run", model, "</s></s></s>", "--json", "--max-tokens", 1, "--threads", 1)
+    asked = [json.loads(called(*words, *more).stdout) for more in ((), ("--parse-special",))]
+    n_prompt = [found["stats"]["n_prompt"] for found in asked]
+    assert n_prompt == [2 + len("</s></s></s>"), 1 + 3]  # SentencePiece begins text with a space
+
+
 def test_pull_into_what_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     done = called("pull", "smollm2", "--dir", str(tmp_path / "file" / "models"))
