@@ -160,8 +160,13 @@ class Api:
 
     async def _task(self, make: Callable[[AnyBody], Task], body: AnyBody) -> Task:
         """Grammars are checked one at a time: those that take long are in nobody else's way."""
+
+        def made() -> Task:
+            self.worker.require_open()
+            return make(body)
+
         limit = self._grammar_limit if body.has_grammar else None
-        return await anyio.to_thread.run_sync(make, body, limiter=limit)
+        return await anyio.to_thread.run_sync(made, limiter=limit)
 
     async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
         raw = bytearray()

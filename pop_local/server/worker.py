@@ -141,6 +141,11 @@ class Worker(threading.Thread):
         silent_s = 0.0 if seen_s is None else time.monotonic() - seen_s
         return silent_s if silent_s > _HUNG_S else 0.0
 
+    def require_open(self) -> None:
+        """Raises ApiError when the server is stopping."""
+        if self._stopping.is_set():
+            raise ApiError(503, STOPPING)
+
     def n_waiting(self) -> int:
         """Requests that wait for the model; those whose clients hung up do not count."""
         with self._lock:
@@ -155,8 +160,7 @@ class Worker(threading.Thread):
                 raise ApiError(503, f"{self._max_waiting} requests wait already; try again later")
             self._waiting.append(job)
         self._calls.put(None)
-        if self._stopping.is_set():
-            raise ApiError(503, STOPPING)
+        self.require_open()
         return job
 
     def run(self) -> None:

@@ -18,8 +18,8 @@ from pop_local.engine.decode import grammar_child
 from pop_local.engine.llama.backend import bindings
 
 ROOT = "root"
-# A stopping server waits for a call to end.
-LIMIT_S = 5
+# A stopping server waits for a call to end, but not long.
+LIMIT_S = 3
 LIMIT_BYTES = 512 * 2**20
 # llama.cpp parses and expands by recursion: beyond this its stack, and the process, may end.
 _MAX_CHARACTERS = 64 * 1024
@@ -85,6 +85,7 @@ class Grammars:
             self.give_back(child)
 
     def take(self) -> "_Child":
+        """A process for one grammar, to be given back."""
         with self._lock:
             while self._idle:
                 child = self._idle.pop()
@@ -101,6 +102,7 @@ class Grammars:
         child.close()
 
     def close(self) -> None:
+        """End the processes that nobody uses; one in use ends when it is given back, or with us."""
         with self._lock:
             idle, self._idle = self._idle, []
         for child in idle:
