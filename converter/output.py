@@ -67,6 +67,16 @@ def replacing(dst: Path, *, force: bool) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for its owner only, whatever the umask.
+
+    One that is there stays as it is. Raises OSError.
+    """
+    for missing in [one for one in (folder, *folder.parents) if not one.exists()][::-1]:
+        missing.mkdir(mode=0o700, exist_ok=True)
+        missing.chmod(0o700)
+
+
 def _exists(message: str) -> OutputExistsError:
     hint = "choose another name, or replace it: force=True"
     return OutputExistsError(message, hint, cause="output-exists")

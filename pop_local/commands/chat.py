@@ -35,10 +35,12 @@ def chat(
     ctx: opt.Ctx = None,
     gpu_layers: opt.GpuLayers = -1,
     theme: opt.Theme = opt.DEFAULT_THEME,
+    parse_special: opt.ParseSpecial = False,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
     screen = Screen(look(theme))
-    open_named = Opener(model, pop, ctx, Hardware(threads, gpu_layers), in_full=no_pop)
+    hardware = Hardware(threads, gpu_layers)
+    open_named = Opener(model, pop, ctx, hardware, no_pop, parse_special)
     chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     begun = Dialogue(open_named(), open_named, screen, system=system, sampling=chosen)
     begun.warn_of_base()

@@ -1,11 +1,12 @@
 """`pop-local config`: the settings, where they come from, and changing them."""
 
+from pathlib import Path
 from typing import Annotated
 
 import tomlkit
 import typer
 
-from converter.output import replacing
+from converter.output import make_private, replacing
 from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.config.settings import Scalar, Value, state_dir
@@ -90,7 +91,8 @@ def _edit(key: str, value: Scalar | None) -> None:
         document[key] = value
     elif key in document:
         del document[key]
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_private(file.parent)
     # A link stays one: what it points to is replaced.
     with replacing(file.resolve(), force=True) as output:
+        Path(output.name).chmod(0o600)
         output.write(tomlkit.dumps(document).encode())

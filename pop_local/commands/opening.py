@@ -23,10 +23,11 @@ class Opener:
     n_ctx: int | None
     hardware: Hardware
     in_full: bool = False
+    parse_special: bool = False
 
     def __call__(self, name: str | None = None, n_ctx: int | None = None) -> PopModel:
         with terminal_watch() as watch:
-            return open_model(
+            opened = open_model(
                 name or self.model,
                 None if name else self.sidecar,
                 n_ctx=n_ctx or self.n_ctx,
@@ -34,3 +35,5 @@ class Opener:
                 watch=watch,
                 in_full=self.in_full,
             )
+        opened.parse_special = self.parse_special
+        return opened

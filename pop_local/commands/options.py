@@ -1,6 +1,7 @@
 """Options that several commands share, and what they turn into."""
 
 import math
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +29,21 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
+def _no_more_than_cores(n_threads: int | None) -> int | None:
+    n_cores = os.cpu_count()
+    if n_threads is not None and n_cores is not None and n_threads > n_cores:
+        raise typer.BadParameter(f"{n_threads} is too many: this machine has {n_cores} cores")
+    return n_threads
+
+
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads. Default: the physical cores.")
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        callback=_no_more_than_cores,
+        help="CPU threads. Default: the physical cores.",
+    ),
 ]
 Ctx = Annotated[
     int | None,
@@ -66,6 +80,14 @@ Theme = Annotated[
         "--theme",
         help="Of answers in a terminal: terminal (its own colours), dark, light, plain,"
         " or a style of Pygments.",
+    ),
+]
+ParseSpecial = Annotated[
+    bool,
+    typer.Option(
+        "--parse-special",
+        help="Special tokens that messages and documents spell out act as such: only for text that"
+        " you trust.",
     ),
 ]
 NoPop = Annotated[bool, typer.Option("--no-pop", help="Read prompts in full, without pruning.")]

@@ -54,6 +54,7 @@ def run(
     ctx: opt.Ctx = None,
     gpu_layers: opt.GpuLayers = -1,
     theme: opt.Theme = opt.DEFAULT_THEME,
+    parse_special: opt.ParseSpecial = False,
 ) -> None:
     """Answer one question. Files and piped text come before it in the prompt.
 
@@ -64,7 +65,7 @@ def run(
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
     screen = Screen(look(theme))
     options = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    opened = Opener(model, pop, ctx, Hardware(threads, gpu_layers), in_full=no_pop)()
+    opened = Opener(model, pop, ctx, Hardware(threads, gpu_layers), no_pop, parse_special)()
     for document in turn.documents:
         n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))

@@ -11,7 +11,7 @@ import typer
 
 from converter.errors import PopError
 from pop_local.commands.opening import Opener
-from pop_local.commands.options import Ctx, GpuLayers, NoPop, Pop, Threads
+from pop_local.commands.options import Ctx, GpuLayers, NoPop, ParseSpecial, Pop, Threads
 from pop_local.ui.theme import note, warn
 from pop_local.workflows.options import Hardware
 
@@ -49,6 +49,16 @@ def serve(
     threads: Threads = None,
     ctx: Ctx = None,
     gpu_layers: GpuLayers = -1,
+    cache_ram: Annotated[
+        int,
+        typer.Option(
+            "--cache-ram",
+            metavar="MIB",
+            min=0,
+            help="Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
+        ),
+    ] = 2048,
+    parse_special: ParseSpecial = False,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API.
 
@@ -58,10 +68,12 @@ def serve(
     _require_packages()
     listening = _bound(host, port)
     _log_to_stderr()
+    from pop_local.engine.prefill.kv_state import PromptCache
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    opened = Opener(model, pop, ctx, Hardware(threads, gpu_layers), in_full=no_pop)()
+    opened = Opener(model, pop, ctx, Hardware(threads, gpu_layers), no_pop, parse_special)()
+    opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
     try:
         name = name or Path(opened.model_path).stem
         app = create_app(opened, name, api_key=api_key, host=host)

@@ -1,7 +1,6 @@
 """A model that answers: conversations by its own template, or a text to be continued."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -13,16 +12,27 @@ from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.llama.upstream import Jinja2ChatFormatter
 from pop_local.engine.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.pruned import PrunedLlama
+from pop_local.engine.special_tokens import SpecialTokens, unused_marks
 from pop_local.engine.turn import Message, TurnOptions
 
 
 class ChatModel(PrunedLlama):
-    """Conversations and measurements ask this; PopModel adds what people want around it."""
+    """Conversations and measurements ask this; PopModel adds what people want around it.
+
+    `parse_special`: whether special tokens that messages and documents spell out act as such. Then
+    whoever wrote a document can write turns of the conversation, too.
+    """
+
+    parse_special = False
 
     @cached_property
     def recommended(self) -> dict[str, float]:
         """The fields of TurnOptions that the model's file recommends."""
         return recommended(self.metadata)
+
+    @cached_property
+    def _special(self) -> SpecialTokens:
+        return SpecialTokens(self.vocab, self._tokens)
 
     @cached_property
     def _formatter(self) -> Jinja2ChatFormatter:
@@ -52,7 +62,7 @@ class ChatModel(PrunedLlama):
         """Continue the text, which is the whole prompt; otherwise as chat_turn."""
 
         def render() -> Prompt:
-            return Prompt(self.tokenize(text.encode(), add_bos=True, special=False))
+            return Prompt(self._tokens(text, special=False, add_bos=True))
 
         return answer(self, render, self._chosen(options))
 
@@ -65,16 +75,41 @@ class ChatModel(PrunedLlama):
 
         Raises PopError when the template refuses the conversation.
         """
-        plain: Any = [asdict(message) for message in messages]
-        try:
-            text = self._formatter(messages=plain).prompt
-        except (ValueError, TemplateError) as error:
-            raise PopError(f"the chat template refuses this conversation: {error}") from error
-        tokens = self.tokenize(text.encode(), add_bos=False, special=True)
+        contents = [message.content for message in messages]
+        marks: dict[str, str] = {}
+        unused = iter(unused_marks(contents))
+        while True:
+            text = self._rendered(messages, contents)
+            tokens = self._tokens(text, special=True)
+            spelled = [] if self.parse_special else self._special.spelled(tokens, contents)
+            if not spelled:
+                break
+            for one in spelled:
+                marks[mark := next(unused)] = one
+                contents = [content.replace(one, mark) for content in contents]
+        if marks:
+            tokens = self._special.tokens(text, marks)
         if self._model.add_bos_token() and tokens[:1] != [self.token_bos()]:
             tokens.insert(0, self.token_bos())
         begun = THINK if text.rstrip().endswith(THINK) else ""
         return Prompt(tokens, () if self._template else PLAIN_STOPS, begun)
+
+    def _rendered(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
+        plain: Any = [
+            {"role": message.role, "content": content}
+            for message, content in zip(messages, contents, strict=True)
+        ]
+        try:
+            return str(self._formatter(messages=plain).prompt)
+        except (ValueError, TemplateError) as error:
+            raise PopError(f"the chat template refuses this conversation: {error}") from error
+
+    def _tokens(self, text: str, special: bool, add_bos: bool = False) -> list[int]:
+        try:
+            written = text.encode()
+        except UnicodeEncodeError as error:
+            raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error
+        return self.tokenize(written, add_bos=add_bos, special=special)
 
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""

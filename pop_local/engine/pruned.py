@@ -14,7 +14,7 @@ from converter.errors import PopError
 from converter.shape import ModelShape, read_shape
 from converter.sidecar import pop_of
 from converter.source import read_source
-from pop_local.engine.decode.grammar import GrammarSampler
+from pop_local.engine.decode.grammar import Grammars, GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.depth.passes import DeepPasses
 from pop_local.engine.depth.rows import CachedRows
@@ -93,6 +93,7 @@ class PrunedLlama(Llama):
         backend.require_patched()
         source = read_source(Path(model_path))
         self.sidecar = None if sidecar is None else Path(sidecar)
+        self.grammars = Grammars(os.fspath(model_path))
         self.meta = pop_of(source, self.sidecar)
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
@@ -134,7 +135,7 @@ class PrunedLlama(Llama):
 
     @property
     def vocab(self) -> Any:
-        """llama.cpp's vocabulary, for Pieces, check_grammar and the backend's bindings."""
+        """llama.cpp's vocabulary, for Pieces and the backend's bindings."""
         return self._model.vocab
 
     @cached_property
@@ -177,6 +178,8 @@ class PrunedLlama(Llama):
                 cause="not-converted",
                 model=self.model_path,
             )
+        if not self.exact:
+            self._keep()
         # What was read in full is read again with pruning, so that the two can be compared.
         is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
         backend.set_mode(self.ctx, mode)
@@ -278,7 +281,28 @@ class PrunedLlama(Llama):
         return True
 
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        """Keep prompts that another one drives out of the KV cache; None keeps no more of them."""
         self.cache = None if cache is None else KeyedCache(cache, self.kv_key)
+
+    def _keep(self) -> None:
+        size = api.llama_state_get_size(self.ctx) if self.cache and self.n_tokens else 0
+        if self.cache and 0 < size <= self.cache.capacity_bytes:
+            self.cache[self._input_ids.tolist()] = self.save_state()
+
+    def _exchange(self, tokens: Sequence[int]) -> None:
+        """Take from the prompt cache what has more in common with a prompt than the KV cache has.
+
+        What the KV cache holds goes there if less than half is reused, as in llama-server.
+        """
+        if self.cache is None:
+            return
+        n_same = n_equal(tokens, self._input_ids)
+        if 2 * n_same < self.n_tokens:
+            self._keep()
+        if tokens in self.cache:
+            state = self.cache[tokens]
+            if n_equal(tokens, state.input_ids[: state.n_tokens]) > n_same:
+                self.load_state(state)
 
     def save_state(self) -> PopState:
         kv = context_state(self.ctx)
@@ -478,6 +502,7 @@ class PrunedLlama(Llama):
         self, tokens: Sequence[int], options: TurnOptions
     ) -> Generator[int, Sequence[int] | None, None]:
         """Sample the tokens that follow, one after the other and without end."""
+        self._exchange(tokens)
         self.set_seed(api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed)
         return self.generate(
             tokens,
@@ -506,7 +531,7 @@ class PrunedLlama(Llama):
         chain = super()._init_sampler(*args, **options)
         if grammar is None:
             return chain
-        return GrammarSampler(self.vocab, self._n_vocab, grammar, chain)
+        return GrammarSampler(self.grammars, self._n_vocab, grammar, chain)
 
     def watch_prefill(
         self,
@@ -539,5 +564,6 @@ class PrunedLlama(Llama):
         # __del__ calls it after a failed __init__ too.
         if hasattr(self, "_stack"):
             super().close()
+            self.grammars.close()
             gone: Any = _Closed(self.model_path)
             self._model = self._ctx = self.tokenizer_ = gone

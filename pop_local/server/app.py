@@ -1,13 +1,17 @@
 """The routes: `create_app` makes a Starlette application of a model, `run_app` serves it."""
 
 import asyncio
+import logging
+import os
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
+import anyio.to_thread
 import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -22,6 +26,7 @@ from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
+from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
 from pop_local.server.errors import ApiError, as_api_error
 from pop_local.server.front import Front
 from pop_local.server.metrics import Metrics
@@ -32,6 +37,10 @@ from pop_local.server.worker import Job, Task, Worker
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 64
 _LAST_WORDS_S = 5
+_AT_LAST_S = 8.0
+_BACKLOG = 128
+
+log = logging.getLogger("pop_local.server")
 
 AnyBody = TypeVar("AnyBody", bound=Body)
 
@@ -94,6 +103,7 @@ class Api:
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self._grammar_limit = anyio.CapacityLimiter(1)
         self.worker.start()
         try:
             yield
@@ -102,6 +112,8 @@ class Api:
             await run_in_threadpool(self.worker.join)
 
     async def health(self, request: Request) -> Response:
+        if silent_s := self.worker.silent_s():
+            raise ApiError(503, f"the model has not come back for {silent_s:.0f} s")
         return JSONResponse({"status": "ok"})
 
     async def figures(self, request: Request) -> Response:
@@ -138,13 +150,23 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
-        task = await run_in_threadpool(self._tasks.chat, body)
+        task = await self._task(self._tasks.chat, body)
         return await self._answer(request, body, task, ChatReply)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        task = await run_in_threadpool(self._tasks.completion, body)
+        task = await self._task(self._tasks.completion, body)
         return await self._answer(request, body, task, Reply)
+
+    async def _task(self, make: Callable[[AnyBody], Task], body: AnyBody) -> Task:
+        """Grammars are checked one at a time: those that take long are in nobody else's way."""
+
+        def made() -> Task:
+            self.worker.require_open()
+            return make(body)
+
+        limit = self._grammar_limit if body.has_grammar else None
+        return await anyio.to_thread.run_sync(made, limiter=limit)
 
     async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
         raw = bytearray()
@@ -190,13 +212,29 @@ class Api:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn waits for answers to end; here a signal ends them."""
+    """uvicorn waits for answers to end; here a signal ends them, and the process if need be."""
 
     worker: Worker
+    end: threading.Timer | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        for one in sockets or ():
+            one.listen(_BACKLOG)  # more than asyncio is told to accept at once
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.worker.stop()
+        if self.end is None:
+            self.end = threading.Timer(_AT_LAST_S, _end, (sig,))
+            self.end.daemon = True
+            self.end.start()
         super().handle_exit(sig, frame)
+
+
+def _end(sig: int) -> None:
+    """What a hung model holds cannot be freed."""
+    log.error("the model does not come back: ended without it")
+    os._exit(128 + sig)
 
 
 def run_app(app: Starlette, listening: socket.socket) -> None:
@@ -204,6 +242,10 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         lifespan="on",
+        http=Connection,
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
+        limit_concurrency=max_connections(),
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -219,3 +261,5 @@ def run_app(app: Starlette, listening: socket.socket) -> None:
         server.worker.stop()
         if server.worker.is_alive():
             server.worker.join()
+        if server.end is not None:
+            server.end.cancel()

@@ -88,6 +88,12 @@ class Body(Sampling):
     grammar: str | None = None
     pop: bool | None = None
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the answer is kept to a form."""
+        wanted = self.response_format
+        return self.grammar is not None or (wanted is not None and wanted.type != "text")
+
     @model_validator(mode="after")
     def _is_supported(self) -> "Body":
         extra = self.model_extra or {}

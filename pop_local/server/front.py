@@ -87,9 +87,12 @@ def _refused(what: str, code: str) -> ApiError:
 
 
 def _host_name(url: str) -> str:
-    """Without port and the brackets of IPv6; "" for what is no URL, such as the origin null."""
+    """Without port and the brackets of IPv6; "" for what is no URL, such as the origin null, or is
+    more than a scheme, a name and a port."""
     try:
-        return urlsplit(url).hostname or ""
+        parts = urlsplit(url)
+        is_more = "@" in parts.netloc or parts.netloc != url.partition("//")[2]
+        return "" if is_more else parts.hostname or ""
     except ValueError:
         return ""
 

@@ -1,7 +1,7 @@
 """From a request's body to a task for the model."""
 
 from converter.errors import PopError
-from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
+from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
@@ -116,9 +116,11 @@ class Tasks:
         try:
             if wanted is not None and wanted.type != "text":
                 param, schema = "response_format", wanted.json_schema
-                text = schema_grammar({"type": "object"} if schema is None else schema.schema_)
+                text = self._model.grammars.of_schema(
+                    {"type": "object"} if schema is None else schema.schema_
+                )
             if text is not None:
-                check_grammar(self._model.vocab, text)
+                self._model.grammars.check(text)
         except GrammarError as error:
             raise ApiError(400, error.message, code="invalid_grammar", param=param) from error
         return text

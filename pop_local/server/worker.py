@@ -23,6 +23,8 @@ from pop_local.server.metrics import Metrics
 log = logging.getLogger("pop_local.server")
 
 STOPPING = "the server is stopping"
+# An answer shows that it goes on between the nodes of a graph, on a GPU between batches.
+_HUNG_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,25 @@ class Worker(threading.Thread):
         # One for each job, and one to stop. Its put may interrupt itself: signals stop the worker.
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         metrics.queue.set_function(self.n_waiting)
+        # When the model last showed that it lives; None where it has nothing to do.
+        self._seen_s: float | None = None
         self._stopping = threading.Event()
 
     def stop(self) -> None:
         """What is being answered ends, what waits is refused. May be called from anywhere."""
         self._stopping.set()
         self._calls.put(None)
+
+    def silent_s(self) -> float:
+        """For how long the model has not come back, in seconds, beyond what is to be expected."""
+        seen_s = self._seen_s
+        silent_s = 0.0 if seen_s is None else time.monotonic() - seen_s
+        return silent_s if silent_s > _HUNG_S else 0.0
+
+    def require_open(self) -> None:
+        """Raises ApiError when the server is stopping."""
+        if self._stopping.is_set():
+            raise ApiError(503, STOPPING)
 
     def n_waiting(self) -> int:
         """Requests that wait for the model; those whose clients hung up do not count."""
@@ -145,8 +160,7 @@ class Worker(threading.Thread):
                 raise ApiError(503, f"{self._max_waiting} requests wait already; try again later")
             self._waiting.append(job)
         self._calls.put(None)
-        if self._stopping.is_set():
-            raise ApiError(503, STOPPING)
+        self.require_open()
         return job
 
     def run(self) -> None:
@@ -166,6 +180,7 @@ class Worker(threading.Thread):
 
     def _serve(self, job: Job) -> None:
         job.queued_s = time.perf_counter() - job.submitted_s
+        self._seen_s = time.monotonic()
         self._metrics.queued.observe(job.queued_s)
         try:
             for chunk in self._answer(job):
@@ -178,9 +193,12 @@ class Worker(threading.Thread):
             if not isinstance(error, PopError):
                 log.exception("an answer failed")
             job.put(error)
+        finally:
+            self._seen_s = None
 
     def _answer(self, job: Job) -> Iterator[Chunk]:
         def should_stop() -> bool:
+            self._seen_s = time.monotonic()
             return job.cancelled.is_set() or self._stopping.is_set()
 
         task = job.task

@@ -89,6 +89,12 @@ def test_wrong_usage_is_exit_2(arguments):
     assert "Traceback" not in done.stderr
 
 
+def test_more_threads_than_cores_are_wrong_usage():
+    done = called("run", "nothing.gguf", "hi", "--threads", 100_000)
+    assert done.returncode == 2
+    assert f"{os.cpu_count()} cores" in " ".join(done.stderr.split())
+
+
 def test_mistyped_command_is_suggested():
     assert "'chat'" in called("caht").stderr
 
@@ -100,6 +106,23 @@ def test_an_error_is_two_lines_on_stderr_and_exit_1():
     first, second = done.stderr.splitlines()
     assert first.startswith("error: there is no model named 'smolm2'")
     assert second.startswith("hint: did you mean SmolLM2-135M-Instruct?")
+
+
+@pytest.mark.parametrize("template", ["", "{{ messages[0]['content'] }}"])
+def test_a_question_that_is_not_utf8_is_an_ordinary_error(tmp_path, template):
+    model = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=template)
+    done = called("run", model, os.fsdecode(b"caf\xe9"), "--threads", 1)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: the prompt is not UTF-8 text\n")
+
+
+def test_special_tokens_in_a_question_are_text_unless_told_otherwise(tmp_path):
+    template = "{{ messages[0]['content'] }}"
+    model = make_gguf(tmp_path / "tiny.gguf", "llama", chat_template=template)
+    words = ("run", model, "</s></s></s>", "--json", "--max-tokens", 1, "--threads", 1)
+    asked = [json.loads(called(*words, *more).stdout) for more in ((), ("--parse-special",))]
+    n_prompt = [found["stats"]["n_prompt"] for found in asked]
+    assert n_prompt == [2 + len("</s></s></s>"), 1 + 3]  # SentencePiece begins text with a space
 
 
 def test_pull_into_what_is_no_folder(tmp_path):

@@ -228,6 +228,7 @@ def test_config_set_makes_the_file_and_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_CONFIG", str(path))
     assert pop_local("config", "set", "top_p", "0.9").exit_code == 0
     assert path.read_text() == "top_p = 0.9\n"
+    assert [at.stat().st_mode & 0o077 for at in (path, path.parent, path.parent.parent)] == [0] * 3
 
 
 @pytest.mark.parametrize(

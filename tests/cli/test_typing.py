@@ -1,5 +1,6 @@
 """Typing at the prompt: history, several lines, paste, completion, Ctrl-C, resizing."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 if sys.platform == "win32":
     pytest.skip("a pseudo-terminal is needed", allow_module_level=True)
+from pop_local.ui.chat.line import _History
 from support.paths import TESTS
 from support.terminal import Terminal
 
@@ -65,6 +67,28 @@ def test_history_is_kept_across_runs(history):
     second.line("?")
     second.expect("19 characters in 1 lines")
     leave(second)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777])
+def test_only_the_owner_may_read_what_was_typed(tmp_path, umask):
+    folder = tmp_path / "new" / "state"
+    before = os.umask(umask)
+    try:
+        _History(folder / "history").store_string("a secret")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (folder.parent, folder, folder / "history")]
+    assert modes == [0o700, 0o700, 0o600]
+
+
+def test_a_history_that_others_could_read_is_closed_to_them(history):
+    history.parent.mkdir()
+    history.touch()
+    history.parent.chmod(0o755)
+    history.chmod(0o644)
+    _History(history)
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert history.parent.stat().st_mode & 0o777 == 0o755
 
 
 def test_several_lines(history):

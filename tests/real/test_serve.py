@@ -233,6 +233,14 @@ def test_a_signal_ends_it_in_the_middle_of_an_answer(tiny_file, number, code):
         assert server.log.count("POST '/v1/completions' 200") == 1
 
 
+@pytest.mark.parametrize(("arguments", "is_kept"), [((), True), (("--cache-ram", 0), False)])
+def test_prompts_in_turn_are_kept(tiny_file, arguments, is_kept):
+    with served(tiny_file, *arguments) as server:
+        for text in ("a" * 300, "b" * 300, "a" * 300):
+            usage = server.post("completions", prompt=text, max_tokens=1).json()["usage"]
+        assert (usage["prompt_tokens_details"]["cached_tokens"] > 250) == is_kept
+
+
 def test_a_port_in_use_is_one_clear_error(tiny_file):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -42,6 +42,9 @@ def test_the_key(model):
         ("127.0.0.1", {"Host": "192.168.1.5"}, "foreign_host"),
         ("127.0.0.1", {"Host": "[::1"}, "foreign_host"),
         ("127.0.0.1", {"Host": ""}, "foreign_host"),
+        ("127.0.0.1", {"Host": "user:pw@127.0.0.1"}, "foreign_host"),
+        ("127.0.0.1", {"Host": "127.0.0.1/evil.example"}, "foreign_host"),
+        ("127.0.0.1", {"Host": "127.0.0.1?.evil.example"}, "foreign_host"),
         ("MyBox", {"Host": "mybox:8080"}, None),
         ("mybox", {"Host": "otherbox:8080"}, "foreign_host"),
         ("0.0.0.0", {"Host": "192.168.1.5:8080"}, None),
@@ -53,6 +56,7 @@ def test_the_key(model):
         ("127.0.0.1", {"Origin": "https://localhost.evil.example"}, "foreign_origin"),
         ("0.0.0.0", {"Host": "192.168.1.5", "Origin": "http://6.6.6.6"}, "foreign_origin"),
         ("127.0.0.1", {"Origin": "null"}, "foreign_origin"),
+        ("127.0.0.1", {"Origin": "https://evil.example@localhost"}, "foreign_origin"),
         ("127.0.0.1", {"Origin": "http://[::1"}, "foreign_origin"),
     ],
 )

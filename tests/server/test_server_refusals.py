@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from pop_local.engine.decode.grammar import Grammars
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import TurnOptions
@@ -12,7 +13,7 @@ from pop_local.server.app import create_app
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Task, Worker
-from support.asked import N_CTX, NAME, chat, complete, text_of
+from support.asked import BOMB, N_CTX, NAME, chat, complete, text_of
 from support.calls import opened
 from support.serving import asking
 
@@ -129,6 +130,19 @@ def test_other_paths_and_methods_have_the_same_shape(client):
     ):
         assert response.status_code == status
         assert response.json()["error"]["message"]
+
+
+def test_a_grammar_bomb_is_400_and_the_next_request_is_answered(path):
+    model = opened(path, n_ctx=N_CTX)
+    model.grammars = Grammars(str(path), limit_s=1, limit_bytes=32 * 2**20)
+    with asking(create_app(model, NAME)) as client:
+        for grammar in (f'root ::= [ -~] a0 "z"\n{BOMB}', 'root ::= "a" root "b" | "a" root "c"'):
+            response = complete(client, grammar=grammar, max_tokens=60)
+            assert response.status_code == 400
+            assert response.json()["error"]["code"] == "invalid_grammar"
+            assert client.get("/health").status_code == 200
+        assert text_of(complete(client))
+    model.close()
 
 
 def test_a_full_queue_is_503(path):

@@ -6,6 +6,8 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 LONG = "the quick brown fox jumps over the lazy dog, " * 6
 NAME = "tiny"
 N_CTX = 1024
+# Each of 32 rules may be empty in twice as many ways as the next one.
+BOMB = "".join(f"a{n} ::= a{n + 1} a{n + 1}\n" for n in range(32)) + 'a32 ::= ""'
 
 
 def chat(client, content=LONG, **body):

@@ -41,7 +41,7 @@ class Recipe:
     `rope_divisor`: of the positions, in the way of `rope_scaling`, 0 for none.
     `head_arrays`: head counts written as one number per layer. `swa_period` 0: the default of the
     architecture; `swa_pattern`: a flag for each layer instead. `n_expert` 0: a dense FFN.
-    `caps`: gemma2's soft caps of scores and logits.
+    `caps`: gemma2's soft caps of scores and logits. `control`: more control tokens, of n_vocab.
     """
 
     arch: str = "llama"
@@ -71,6 +71,7 @@ class Recipe:
     zero_deep: int | None = None
     alignment: int = gguf.GGUF_DEFAULT_ALIGNMENT
     chat_template: str = ""
+    control: Sequence[str] = ()
     seed: int = 0
 
 
@@ -210,12 +211,14 @@ def _add_tokenizer(writer: GGUFWriter, recipe: Recipe) -> None:
     """A SentencePiece vocabulary: three specials, all bytes, letters, then made-up words."""
     special = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", gguf.TokenType.CONTROL)]
     special.append(("</s>", gguf.TokenType.CONTROL))
+    added = [(text, gguf.TokenType.CONTROL) for text in recipe.control]
     pieces = special + [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(256)]
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     normal = ["\u2581", *letters, *("\u2581" + letter for letter in letters)]
-    count = recipe.n_vocab - len(pieces)
+    count = recipe.n_vocab - len(pieces) - len(added)
     normal += [f"\u2581w{number}" for number in range(max(0, count - len(normal)))]
     pieces += [(piece, gguf.TokenType.NORMAL) for piece in normal[:count]]
+    pieces += added
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([piece for piece, _ in pieces])

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from converter.errors import PopError
-from pop_local.engine.decode.grammar import GrammarError, check_grammar, schema_grammar
+from pop_local.engine.decode.grammar import GrammarError, Grammars
+from support.asked import BOMB
 from support.calls import opened
 from support.converted import tiny
 
@@ -22,8 +23,14 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return opened(tiny(tmp_path_factory.mktemp("grammar")))
+def path(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("grammar"))
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    with opened(path) as model:
+        yield model
 
 
 def answer(model, **options) -> str:
@@ -32,7 +39,7 @@ def answer(model, **options) -> str:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_schema_holds(model, temperature):
-    grammar = schema_grammar(SCHEMA)
+    grammar = model.grammars.of_schema(SCHEMA)
     for seed in range(3):
         found = json.loads(answer(model, grammar=grammar, temperature=temperature, seed=seed))
         assert sorted(found) == ["colour", "name", "ripe"]
@@ -55,7 +62,7 @@ def test_the_seed_counts_under_a_grammar(model):
 )
 def test_what_is_no_grammar_is_refused(model, text):
     with pytest.raises(GrammarError, match="not valid"):
-        check_grammar(model.vocab, text)
+        model.grammars.check(text)
     with pytest.raises(GrammarError, match="not valid"):
         answer(model, grammar=text)
 
@@ -63,7 +70,41 @@ def test_what_is_no_grammar_is_refused(model, text):
 @pytest.mark.parametrize("text", ["root ::= " + "(" * 9000, f'root ::= "{"a" * 70_000}"'])
 def test_a_grammar_beyond_the_parsers_stack_is_refused(model, text):
     with pytest.raises(GrammarError, match="too large"):
-        check_grammar(model.vocab, text)
+        model.grammars.check(text)
+
+
+@pytest.mark.parametrize("begins", ["", "[ -~]"])
+def test_a_grammar_that_takes_too_much_is_refused_and_the_next_one_is_not(path, begins):
+    grammars = Grammars(str(path), limit_bytes=32 * 2**20)
+    with pytest.raises(GrammarError, match="32 MiB"):
+        grammars.check(f'root ::= {begins} a0 "z"\n{BOMB}')
+    grammars.check("root ::= [a-z]")
+    grammars.close()
+
+
+def test_a_grammar_that_takes_too_long_is_refused(path):
+    grammars = Grammars(str(path), limit_s=1)
+    with pytest.raises(GrammarError, match="more than 1 s"):
+        grammars.check(f'root ::= a0 "z"\n{BOMB}')
+    grammars.close()
+
+
+def test_what_grows_with_the_answer_ends_it_and_the_model_goes_on(path):
+    with opened(path) as model:
+        model.grammars = Grammars(str(path), limit_s=1)
+        with pytest.raises(GrammarError, match="more than 1 s"):
+            answer(model, grammar='root ::= "a" root "b" | "a" root "c"', max_tokens=60)
+        assert answer(model, grammar='root ::= "ab"') == "ab"
+
+
+def test_a_process_that_was_ended_is_replaced(path):
+    grammars = Grammars(str(path))
+    grammars.check("root ::= [a]")
+    child = grammars.take()
+    grammars.give_back(child)
+    child.close()
+    grammars.check("root ::= [a]")
+    grammars.close()
 
 
 def test_a_dead_end_is_an_error_and_the_model_goes_on(model):
@@ -81,8 +122,10 @@ def test_a_dead_end_is_an_error_and_the_model_goes_on(model):
         {"$ref": "#/nowhere"},
         {"$ref": "https://example.org/schema.json"},
         {"type": "object", "properties": 5},
+        {"type": "string", "pattern": "^a{400000000}$"},
+        {"items": {"pattern": "^(a{2}){0, 400000000}$"}},
     ],
 )
-def test_a_schema_that_cannot_be_kept_to_is_refused(schema):
+def test_a_schema_that_cannot_be_kept_to_is_refused(model, schema):
     with pytest.raises(PopError, match="JSON schema"):
-        schema_grammar(schema)
+        model.grammars.of_schema(schema)

@@ -5,8 +5,12 @@ import pytest
 from llama_cpp import LlamaRAMCache
 
 from converter.errors import PopError
+from pop_local.engine.answer import answer
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.prefill.kv_state import PromptCache, context_state
+from pop_local.engine.prompts import Prompt
+from pop_local.engine.turn import TurnOptions
 from support.calls import (
     MODES,
     NOISE,
@@ -126,6 +130,66 @@ def test_a_saved_state_of_another_mode_or_boundary_is_refused(pop_file):
     model.set_boundary(6)
     with pytest.raises(PopError, match="boundary 4"):
         model.load_state(state)
+
+
+def n_read(model, tokens) -> int:
+    """How many tokens of a prompt are read, and not found cached."""
+    *_, last = answer(model, lambda: Prompt(tokens), TurnOptions(max_tokens=1))
+    assert last.stats is not None
+    return last.stats.n_evaluated
+
+
+@pytest.mark.parametrize(("capacity_bytes", "is_kept"), [(2**24, True), (2**10, False)])
+def test_prompts_in_turn_are_kept_within_a_limit(pop_file, capacity_bytes, is_kept):
+    model = opened(pop_file)
+    model.set_cache(PromptCache(capacity_bytes))
+    first, second = prompt(100), prompt(100, seed=1)
+    assert [n_read(model, first), n_read(model, second)] == [100, 100]
+    for tokens in (first, second):
+        assert (n_read(model, tokens) <= 16) == is_kept
+
+
+def test_a_kept_prompt_is_answered_as_if_nothing_had_come_between(pop_file):
+    model = opened(pop_file)
+    longer = prompt(100) + prompt(40, seed=1)
+    read(model, prompt(100))
+    expected = read(model, longer)
+    model.clear()
+    model.set_cache(PromptCache(2**24))
+    n_read(model, prompt(100))
+    n_read(model, prompt(100, seed=2))
+    assert n_read(model, longer) == 40
+    np.testing.assert_array_equal(last_logits(model), expected)
+
+
+def test_what_another_mode_has_read_is_kept_too(pop_file):
+    model = opened(pop_file)
+    model.set_cache(PromptCache(2**24))
+    for is_kept in (False, True):
+        for mode in MODES:
+            model.set_pop(mode)
+            assert (n_read(model, prompt(100)) <= 16) == is_kept
+
+
+def test_a_longer_prompt_takes_the_place_of_its_beginning(pop_file):
+    model = opened(pop_file)
+    cache = PromptCache(2**24)
+    model.set_cache(cache)
+    for n_tokens in (100, 120, 140):
+        n_read(model, prompt(n_tokens))
+        n_read(model, prompt(50, seed=3))
+    assert sorted(map(len, cache.cache_state)) == [51, 141]  # and a key
+
+
+def test_one_state_too_many_drives_out_the_oldest(pop_file):
+    model = opened(pop_file)
+    n_read(model, prompt(100))
+    cache = PromptCache(3 * len(context_state(model.ctx)))
+    model.set_cache(cache)
+    for seed in range(1, 6):
+        n_read(model, prompt(100, seed))
+        assert cache.cache_size <= cache.capacity_bytes
+    assert [n_read(model, prompt(100, seed)) <= 16 for seed in (4, 1)] == [True, False]
 
 
 def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):

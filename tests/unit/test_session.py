@@ -62,6 +62,8 @@ def test_a_loaded_session_goes_on_without_reading_again(file, sessions, mode):
     model.set_pop(mode)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
+    path = sessions.path("talk")
+    assert [at.stat().st_mode & 0o077 for at in (path, path.parent)] == [0, 0]
     expected, _ = follow_up(model, said)
     fresh = opened(file)
     restored = sessions.load("talk", fresh)

@@ -1,77 +1,194 @@
 """Grammars that keep an answer to a form: GBNF, from a JSON schema too, and a safe sampler."""
 
+import base64
 import ctypes
 import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
 from converter.errors import PopError
+from pop_local.engine.decode import grammar_child
 from pop_local.engine.llama.backend import bindings
 
 ROOT = "root"
+# A stopping server waits for a call to end, but not long.
+LIMIT_S = 3
+LIMIT_BYTES = 512 * 2**20
 # llama.cpp parses and expands by recursion: beyond this its stack, and the process, may end.
 _MAX_CHARACTERS = 64 * 1024
 _MAX_BRACKETS = 2000
 _MAX_REPETITIONS = 1000
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+_REPEATED = re.compile(r"[{,]\s*0*(\d+)\s*(?=[,}])")
+_MAX_IDLE = 2
+_START = (
+    "import sys; sys.path[:] = sys.argv[4:];"
+    f" from {grammar_child.__name__} import main; main(*sys.argv[1:4])"
+)
 
 
 class GrammarError(PopError):
     """The grammar or the JSON schema cannot be used, or leaves no token to go on with."""
 
 
-def schema_grammar(schema: Any) -> str:
-    """GBNF for the JSON texts of a JSON schema; numeric ranges and the like are not enforced.
+class Grammars:
+    """The grammars of one model, worked on in child processes with limits on time and memory.
 
-    Raises GrammarError when the schema cannot be expressed.
+    A child begins with the first grammar and loads the vocabulary, which takes about a second; it
+    serves one grammar at a time, and the next one after it. May be used from several threads.
     """
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-    try:
-        _refuse_large_counts(schema)
-        return str(json_schema_to_gbnf(json.dumps(schema)))
-    except GrammarError:
-        raise
-    except Exception as error:  # it asserts, indexes and recurses on whatever it is given
-        reason = str(error) or type(error).__name__
-        raise GrammarError(f"the JSON schema cannot be turned into a grammar: {reason}") from error
+    def __init__(
+        self, model_path: str, limit_s: float = LIMIT_S, limit_bytes: int = LIMIT_BYTES
+    ) -> None:
+        """The limits are those of one call; only Linux keeps to that on memory."""
+        self._start = (model_path, limit_s, limit_bytes)
+        self._idle: list[_Child] = []
+        self._lock = threading.Lock()
+
+    def of_schema(self, schema: Any) -> str:
+        """GBNF for the JSON texts of a JSON schema; numeric ranges and the like are not enforced.
+
+        Raises GrammarError when the schema cannot be expressed.
+        """
+        try:
+            _refuse_large_counts(schema)
+            written = json.dumps(schema)
+        except (RecursionError, TypeError, ValueError) as error:
+            raise GrammarError(
+                f"the JSON schema is not JSON, or nested too deeply: {error}"
+            ) from error
+        with self._borrowed() as child:
+            text: str = child.call("of_schema", written)
+            return text
+
+    def check(self, text: str) -> None:
+        """Raises GrammarError unless llama.cpp can parse it, and tell which tokens may begin."""
+        _refuse_large(text)
+        with self._borrowed() as child:
+            child.call("start", text, ROOT)
+            child.call("allowed", None)
+
+    @contextmanager
+    def _borrowed(self) -> Iterator["_Child"]:
+        child = self.take()
+        try:
+            yield child
+        finally:
+            self.give_back(child)
+
+    def take(self) -> "_Child":
+        """A process for one grammar, to be given back."""
+        with self._lock:
+            while self._idle:
+                child = self._idle.pop()
+                if child.is_alive:
+                    return child
+                child.close()
+        return _Child(*self._start)
+
+    def give_back(self, child: "_Child") -> None:
+        with self._lock:
+            if child.is_alive and len(self._idle) < _MAX_IDLE:
+                self._idle.append(child)
+                return
+        child.close()
+
+    def close(self) -> None:
+        """End the processes that nobody uses; one in use ends when it is given back, or with us."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for child in idle:
+            child.close()
+
+
+class _Child:
+    """A process of grammar_child. A call that fails or is interrupted ends it."""
+
+    def __init__(self, model_path: str, limit_s: float, limit_bytes: int) -> None:
+        self._limits = f"more than {limit_s:g} s, or more than {limit_bytes >> 20} MiB"
+        limits = str(limit_s), str(limit_bytes)
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _START, model_path, *limits, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        if not self._answer():
+            self.close()
+            raise PopError(f"no process for grammars can be started with {model_path}")
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Raises GrammarError where it is refused, or goes beyond the limits."""
+        line = b""
+        with suppress(OSError):  # it ended before
+            line = self._answer(name, *arguments)
+        if not line.endswith(b"\n"):
+            self.close()
+            raise GrammarError(
+                f"the grammar takes {self._limits}",
+                "parts that may be empty, or that begin alike, multiply: write fewer of them",
+            )
+        answer = json.loads(line)
+        if "refused" in answer:
+            raise GrammarError(answer["refused"], answer["hint"])
+        return answer["result"]
+
+    def _answer(self, *call: Any) -> bytes:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            if call:
+                stdin.write(json.dumps(call).encode() + b"\n")
+                stdin.flush()
+            return stdout.readline()
+        except BaseException:  # what it answers later belongs to no call
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # what it never read
+                pipe.close()
 
 
 def _refuse_large_counts(schema: Any) -> None:
     if isinstance(schema, dict):
-        for name in _COUNTS:
-            count = schema.get(name)
+        counts = [(name, schema.get(name)) for name in _COUNTS]
+        pattern = schema.get("pattern")
+        if isinstance(pattern, str):
+            counts += [("pattern", int(count[:9])) for count in _REPEATED.findall(pattern)]
+        for name, count in counts:
             if isinstance(count, (int, float)) and not 0 <= count <= _MAX_REPETITIONS:
                 raise GrammarError(
-                    f"the JSON schema's {name} is {count}, the highest possible is"
-                    f" {_MAX_REPETITIONS}"
+                    f"the JSON schema's {name} asks for {count} repetitions, the highest possible"
+                    f" is {_MAX_REPETITIONS}"
                 )
     if isinstance(schema, (dict, list)):
         for part in schema.values() if isinstance(schema, dict) else schema:
             _refuse_large_counts(part)
 
 
-def check_grammar(vocab: Any, text: str) -> None:
-    """Raises GrammarError unless llama.cpp can parse it."""
-    bindings().llama_sampler_free(_parsed(vocab, text, ROOT))
-
-
-def _parsed(vocab: Any, text: str, root: str) -> Any:
+def _refuse_large(text: str) -> None:
     if len(text) > _MAX_CHARACTERS or text.count("(") > _MAX_BRACKETS:
         raise GrammarError(
             f"the grammar is too large: {len(text)} characters, {text.count('(')} brackets",
             f"at most {_MAX_CHARACTERS} and {_MAX_BRACKETS} are allowed",
         )
-    sampler = None
-    if text.strip() and "\0" not in text:
-        sampler = bindings().llama_sampler_init_grammar(vocab, text.encode(), root.encode())
-    if not sampler:
-        raise GrammarError(
-            "the grammar is not valid GBNF", "each rule is NAME ::= ..., the first one named root"
-        )
-    return sampler
 
 
 class GrammarSampler:
@@ -81,37 +198,42 @@ class GrammarSampler:
     process.
     """
 
-    def __init__(self, vocab: Any, n_vocab: int, grammar: Any, chain: Any) -> None:
+    def __init__(self, grammars: Grammars, n_vocab: int, grammar: Any, chain: Any) -> None:
+        _refuse_large(grammar._grammar)
         self._api = bindings()
         self._chain = chain
-        self._grammar = _parsed(vocab, grammar._grammar, grammar._root)
-        self._candidates = np.empty(n_vocab, dtype=_CANDIDATE)
+        self._candidates = np.empty(n_vocab, dtype=grammar_child.CANDIDATE)
         self._ids = np.arange(n_vocab, dtype=np.int32)
+        self._last: int | None = None
+        self._grammars = grammars
+        self._child: _Child | None = grammars.take()
+        self._child.call("start", grammar._grammar, grammar._root)
 
     def sample(self, context: Any, row: int = -1) -> int:
         """Raises GrammarError when no token may follow."""
         n_vocab = len(self._ids)
-        logits = self._api.llama_get_logits_ith(context.ctx, row)
+        assert self._child is not None
+        bits = np.frombuffer(base64.b64decode(self._child.call("allowed", self._last)), np.uint8)
+        is_allowed = np.unpackbits(bits, count=n_vocab).astype(bool)
+        if not is_allowed.any():
+            raise GrammarError("the grammar allows no token here")
+        logits = np.ctypeslib.as_array(self._api.llama_get_logits_ith(context.ctx, row), (n_vocab,))
         self._candidates["id"] = self._ids
-        self._candidates["logit"] = np.ctypeslib.as_array(logits, (n_vocab,))
+        self._candidates["logit"] = np.where(is_allowed, logits, -np.inf)
         self._candidates["p"] = 0
         data = self._candidates.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
         array = self._api.llama_token_data_array(data, n_vocab, -1, False)
-        self._api.llama_sampler_apply(self._grammar, ctypes.byref(array))
-        if self._candidates["logit"].max() == -np.inf:
-            raise GrammarError("the grammar allows no token here")
         self._api.llama_sampler_apply(self._chain.sampler, ctypes.byref(array))
-        token = int(array.data[array.selected].id)
-        self._api.llama_sampler_accept(self._grammar, token)
-        self._api.llama_sampler_accept(self._chain.sampler, token)
-        return token
+        self._last = int(array.data[array.selected].id)
+        self._api.llama_sampler_accept(self._chain.sampler, self._last)
+        return self._last
 
     def close(self) -> None:
-        if self._grammar is not None:
-            self._api.llama_sampler_free(self._grammar)
-            self._grammar = None
+        if self._child is not None:
+            self._grammars.give_back(self._child)
+            self._child = None
 
     def __del__(self) -> None:
         # Also after a failed __init__.
-        if hasattr(self, "_grammar"):
+        if hasattr(self, "_child"):
             self.close()

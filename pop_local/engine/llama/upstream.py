@@ -7,7 +7,7 @@ api = bindings()
 import llama_cpp  # noqa: E402
 from llama_cpp import Llama, LlamaGrammar  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
-from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
+from llama_cpp.llama_cache import BaseLlamaCache, LlamaRAMCache  # noqa: E402
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # noqa: E402
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Jinja2ChatFormatter",
     "Llama",
     "LlamaGrammar",
+    "LlamaRAMCache",
     "LlamaState",
     "api",
     "llama_cpp",

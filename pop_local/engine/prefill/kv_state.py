@@ -13,7 +13,7 @@ from converter.format import OWN, TENSOR_MARK, PopMeta, encode_keys
 from converter.header import Header, read_header
 from converter.source import Source
 from pop_local.engine.llama.backend import Mode, bindings
-from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaState
+from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaRAMCache, LlamaState
 
 # Of each fitted tensor, for the fingerprint: no two fits agree in that many.
 _SAMPLED_BYTES = 4096
@@ -94,6 +94,19 @@ def restore_context_state(ctx: Any, state: bytes) -> bool:
 
 def _bytes_at(buffer: np.ndarray) -> Any:
     return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+class PromptCache(LlamaRAMCache):
+    """A cache of llama_cpp, but a prompt takes the place of those that it goes on from, and one
+    that is too large for it drives no others out. `capacity_bytes` counts llama.cpp's states."""
+
+    def __setitem__(self, tokens: Sequence[int], state: LlamaState) -> None:
+        if state.llama_state_size > self.capacity_bytes:
+            return
+        key = tuple(tokens)
+        for other in [one for one in self.cache_state if one == key[: len(one)]]:
+            del self.cache_state[other]
+        super().__setitem__(key, state)
 
 
 class KeyedCache(BaseLlamaCache):

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from converter.errors import PopError
-from converter.output import replacing
+from converter.output import make_private, replacing
 from converter.sidecar import bind
 from converter.source import read_source
 from pop_local.engine.chat_model import ChatModel
@@ -177,7 +177,7 @@ class Sessions:
             conversation=conversation,
         )
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private(self._folder)
         except OSError as error:
             raise PopError(f"cannot make {self._folder}: {error.strerror}") from error
         with replacing(path, force=True) as file:

@@ -5,6 +5,7 @@ prompt_toolkit where a keyboard is; a pipe is read line by line, without a promp
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
+
+from converter.output import make_private
 
 PROMPT = "> "
 CONTINUATION = ". "
@@ -127,6 +130,8 @@ class _History(FileHistory):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self._path = path
+        with suppress(OSError):
+            path.chmod(0o600)
 
     def load_history_strings(self) -> Iterable[str]:
         try:
@@ -138,8 +143,9 @@ class _History(FileHistory):
         if len(string) > _MAX_REMEMBERED:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.touch(mode=0o600)
+            make_private(self._path.parent)
+            self._path.touch()
+            self._path.chmod(0o600)
             super().store_string(string)
         except OSError:
             return

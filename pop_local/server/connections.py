@@ -1,0 +1,78 @@
+"""Connections that wait: uvicorn lets them stay for ever, and takes as many as come."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# For a whole request, from its first byte or the connection on.
+REQUEST_S = 60.0
+# asyncio takes so many at once before any of them is looked at.
+ACCEPTED_AT_ONCE = 8
+_MOST = 512
+# Descriptors for connections that are just being taken or ended, and for child processes.
+_SPARE = 32
+
+
+def max_connections() -> int:
+    """How many connections this process has descriptors for, beside those in use now."""
+    if sys.platform == "win32":
+        return _MOST
+    import resource
+
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed == resource.RLIM_INFINITY:
+        return _MOST
+    n_used = len(list(Path("/dev/fd").iterdir()))
+    return max(1, min(_MOST, allowed - n_used - _SPARE))
+
+
+class Connection(H11Protocol):
+    """uvicorn's own, but a request that is not complete in time ends it. Where there is no room for
+    another one, the one that has waited longest for a request makes room."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def _is_answered(self) -> bool:
+        cycle = self.cycle
+        return cycle is not None and not cycle.more_body and not cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_request()
+        if self.limit_concurrency and len(self.connections) >= self.limit_concurrency:
+            others: Any = self.connections - {self}
+            waiting = [(one._since_s, id(one), one) for one in others if not one._is_answered]
+            if waiting:
+                min(waiting)[-1]._end()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._since_s = self.loop.time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _await_request(self) -> None:
+        if self._is_answered:
+            self._stop_waiting()
+        elif self._deadline is None:
+            self._since_s = self.loop.time()
+            self._deadline = self.loop.call_later(REQUEST_S, self._end)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _end(self) -> None:
+        self.connections.discard(self)
+        self.transport.abort()

@@ -1,0 +1,109 @@
+"""What must not take the server away from others: a hung model, connections that say nothing."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import httpx2
+import pytest
+
+from support.paths import ROOT, TESTS
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits")
+
+SERVER = """
+import logging, socket
+from pathlib import Path
+from support.calls import opened
+logging.basicConfig()
+listening = socket.create_server(("127.0.0.1", 0))
+made = app.create_app(opened(Path(sys.argv[1])), "tiny")
+print(listening.getsockname()[1], flush=True)
+app.run_app(made, listening)
+"""
+
+
+@contextmanager
+def running(path, changed: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server in a process of its own with something changed, and its port."""
+    begun = f"import sys; sys.path += {[str(ROOT), str(TESTS)]}\nfrom pop_local.server import app\n"
+    server = subprocess.Popen(
+        [sys.executable, "-c", begun + changed + SERVER, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    try:
+        yield server, int(server.stdout.readline())
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_a_hung_model_is_reported_and_a_signal_ends_the_server(path):
+    changed = """
+import ctypes
+from pop_local.server import worker
+worker.Worker._answer = lambda self, job: ctypes.CDLL(None).sleep(600)
+worker._HUNG_S = 0.1
+app._AT_LAST_S = 0.5
+"""
+
+    def ask() -> None:
+        with pytest.raises(httpx2.TransportError):
+            httpx2.post(f"{root}/v1/completions", json={"prompt": "a"}, timeout=60)
+
+    with running(path, changed) as (server, port):
+        root = f"http://127.0.0.1:{port}"
+        asked = threading.Thread(target=ask, daemon=True)
+        asked.start()
+        until_s = time.monotonic() + 30
+        while (health := httpx2.get(f"{root}/health")).status_code == 200:
+            assert time.monotonic() < until_s
+            time.sleep(0.02)
+        assert health.status_code == 503
+        assert "the model has not come back" in health.json()["error"]["message"]
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=30)
+        assert server.returncode == 128 + signal.SIGTERM
+        assert "ended without it" in log
+        asked.join()
+
+
+def test_with_64_descriptors_and_100_idle_connections_others_are_answered(path):
+    changed = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+    with running(path, changed) as (server, port), ExitStack() as idle:
+        for _ in range(100):
+            idle.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+        assert httpx2.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.communicate(timeout=30)[1] == ""
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"",
+        b"GET /hea",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+    ],
+)
+def test_half_a_request_is_not_waited_for(silent, half):
+    with socket.create_connection(("127.0.0.1", silent), timeout=30) as connection:
+        connection.sendall(half)
+        with suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+
+
+@pytest.fixture(scope="module")
+def silent(path):
+    """The port of a server with little patience."""
+    changed = "from pop_local.server import connections; connections.REQUEST_S = 0.2\n"
+    with running(path, changed) as (_, port):
+        yield port
