@@ -1,358 +1,34 @@
-"""llama_cpp's `Llama` on the patched backend: which rows run in full, and whose the KV cache is."""
+"""How prompts are read, answers sampled, and rows given their depth afterwards."""
 
-import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from converter.errors import PopError
-from converter.shape import ModelShape, read_shape
-from converter.sidecar import pop_of
-from converter.source import read_source
-from pop_local.engine.decode.grammar import Grammars, GrammarSampler
+from pop_local.engine.decode.grammar import GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
-from pop_local.engine.depth.passes import DeepPasses
-from pop_local.engine.depth.rows import CachedRows
 from pop_local.engine.depth.select import Selection, select_rows
-from pop_local.engine.llama import backend, logs, opening
+from pop_local.engine.kv_llama import KvLlama
+from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.batch import Outputs, TokenBatch
-from pop_local.engine.llama.interrupt import DisplacedError, Interrupt
-from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaGrammar, LlamaState, api
-from pop_local.engine.prefill.kv_state import (
-    FULL,
-    KeyedCache,
-    KvKey,
-    PopState,
-    context_state,
-    conversion,
-    restore_context_state,
-)
+from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.llama.interrupt import DisplacedError
+from pop_local.engine.llama.upstream import LlamaGrammar, api
 from pop_local.engine.prefill.plan import (
-    EXACT_RULE,
     NO_ROWS,
     NOWHERE,
     PrefillPlan,
     RowRule,
     full_rows,
-    n_equal,
     n_usable,
     plan_prefill,
 )
 from pop_local.engine.turn import TurnOptions
 
 
-class _Closed:
-    """What llama.cpp's objects become once they are freed: any use is a PopError, not a crash."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise PopError(f"the model {self._path} is closed", "open it again")
-
-
-class PrunedLlama(Llama):
-    """`Llama` with its own `eval`, so that what llama_cpp builds upon it prunes, too.
-
-    The KV cache belongs to one mode and boundary: switching either empties it, unless it is the
-    full model's own: because rows leave exactly (`exact`: from which layer on, 0 for no such model)
-    or because all of them were given their depth (`refill`).
-    """
-
-    def __init__(
-        self,
-        model_path: str | os.PathLike[str],
-        *,
-        sidecar: str | os.PathLike[str] | None = None,
-        n_ctx: int | None = None,
-        n_threads: int | None = None,
-        n_threads_batch: int | None = None,
-        n_gpu_layers: int = -1,
-        select: float | None = None,
-        keep_states: bool = False,
-        verbose: bool = False,
-        **options: Any,
-    ) -> None:
-        """Load a model; raises PopError with llama.cpp's reason when it cannot be.
-
-        `sidecar`: a file with POP keys and tensors for this model. `n_ctx`: None takes the model's
-        own context, at most 8192. `n_threads`: for prefill (unless `n_threads_batch` says
-        otherwise) and decode; None takes the physical cores. `n_gpu_layers`: -1 for all, of no
-        effect without a GPU. `select`: the share of context rows that run all layers because the
-        question needs them; None for what the file says. `keep_states`: whether `refill` is to be
-        had, which a selection implies; n_ctx * n_embd * 4 bytes. `options` go to
-        `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...). A converted model
-        starts in mode CONTEXT.
-        """
-        backend.require_patched()
-        source = read_source(Path(model_path))
-        self.sidecar = None if sidecar is None else Path(sidecar)
-        self.grammars = Grammars(os.fspath(model_path))
-        self.meta = pop_of(source, self.sidecar)
-        self.rule = opening.rule_of(self.meta)
-        self._conversion = conversion(self.meta, source, self.sidecar)
-        n_threads = n_threads or backend.default_threads()
-        logs.forget_errors()
-        try:
-            with opening.with_sidecar(source, self.sidecar):
-                super().__init__(
-                    os.fspath(model_path),
-                    n_ctx=n_ctx or opening.default_ctx(source.first),
-                    n_threads=n_threads,
-                    n_threads_batch=n_threads_batch or n_threads,
-                    n_gpu_layers=n_gpu_layers,
-                    verbose=verbose,
-                    **options,
-                )
-        except (ValueError, RuntimeError, TemplateError) as error:
-            what = f"{model_path}" if sidecar is None else f"{model_path} with {sidecar}"
-            raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error
-        backend.require_boundary(self._model.model, self.meta)
-        self.exact = backend.model_exact(self._model.model)
-        if self.exact:
-            self.rule = EXACT_RULE
-        self.pop_mode = backend.get_mode(self.ctx)
-        # llama.cpp rounds the context up.
-        self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
-        self.rows = CachedRows(self._n_ctx)
-        # Counts what makes an answer that is still being sampled wrong to go on with.
-        self.epoch = 0
-        self._batch_rows = TokenBatch(self.n_batch)
-        self._stack.callback(self._batch_rows.close)
-        self.interrupt = Interrupt()
-        self.deep = DeepPasses(self.ctx, self.rows, self.interrupt, self.context_params.n_ubatch)
-        self.select = 0.0
-        self.selection = Selection()
-        self._n_refilled = 0
-        self.set_depth(select, keep_states=keep_states)
-        self._on_prefill: Callable[[int, int], None] | None = None
-
-    @property
-    def vocab(self) -> Any:
-        """llama.cpp's vocabulary, for Pieces and the backend's bindings."""
-        return self._model.vocab
-
-    @cached_property
-    def shape(self) -> ModelShape:
-        """What the multiply-accumulates of a prefill depend on.
-
-        Raises UnsupportedArchitectureError for a model that cannot be pruned.
-        """
-        return read_shape(Path(self.model_path))
-
-    # Pruning
-
-    @property
-    def boundary(self) -> int:
-        """The first layer that context tokens skip; 0 when there is none."""
-        return backend.get_boundary(self.ctx)
-
-    @property
-    def can_switch(self) -> bool:
-        """Whether prompts can be read otherwise than in full."""
-        return bool(self.boundary or self.exact)
-
-    @property
-    def kv_key(self) -> KvKey:
-        if self.pop_mode is Mode.OFF or self.exact or 0 < self.n_tokens == self.n_exact:
-            return FULL
-        return KvKey(self.pop_mode, self.boundary, self._conversion)
-
-    def set_pop(self, mode: Mode) -> None:
-        """Switch pruning, or exact skipping; the KV cache is emptied if it is not the same in both.
-
-        Raises PopError for a model that has neither.
-        """
-        if mode is self.pop_mode:
-            return
-        if mode is not Mode.OFF and not self.can_switch:
-            raise PopError(
-                f"{self.model_path} has no pruning keys",
-                "convert it first",
-                cause="not-converted",
-                model=self.model_path,
-            )
-        if not self.exact:
-            self._keep()
-        # What was read in full is read again with pruning, so that the two can be compared.
-        is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
-        backend.set_mode(self.ctx, mode)
-        self._switched(keeps_cache=is_its_own or bool(self.exact))
-
-    def set_boundary(self, layer: int) -> None:
-        """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
-        backend.set_boundary(self.ctx, layer)
-        self._switched(keeps_cache=False)
-
-    def _switched(self, *, keeps_cache: bool) -> None:
-        self.pop_mode = backend.get_mode(self.ctx)
-        if not keeps_cache:
-            self.clear()
-        if isinstance(self.cache, KeyedCache):
-            self.set_cache(self.cache.cache)
-
-    def set_depth(self, select: float | None = None, *, keep_states: bool = False) -> None:
-        """Choose the share of context rows that a question gets deep, None for the file's.
-
-        `keep_states`: whether other rows can be redone later; a selection implies it. Of no effect
-        on a model without a boundary. Raises PopError for a share that is none.
-        """
-        share = (self.meta.select if self.meta else 0.0) if select is None else select
-        if not 0 <= share <= 1:
-            raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
-        self.select = share if self.boundary else 0.0
-        self.keeps_states = bool(self.boundary) and (keep_states or self.select > 0)
-        backend.set_keep(self.ctx, self.keeps_states)
-        if not self.keeps_states:
-            self.rows.has_state[:] = False
-
-    @property
-    def n_exact(self) -> int:
-        """How many cached rows, from the first on, are the full model's own."""
-        return self.n_tokens if self.exact else min(self.rows.n_exact, self.n_tokens)
-
-    @property
-    def n_refillable(self) -> int:
-        """How many rows `refill` would make exact."""
-        redo = self.rows.can_be_redone(self.n_tokens)
-        return self.n_tokens - self.n_exact if redo else 0
-
-    def refill(
-        self,
-        should_stop: Callable[[], bool] | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> int:
-        """Give all cached rows their depth, in order, until the cache is the full model's.
-
-        Returns the number of rows done, 0 where states are not kept. `should_stop` is asked while a
-        chunk runs and after it (a chunk takes about a fifth of a second; one that was ended is done
-        again the next time). `on_progress` gets (done_rows, total_rows).
-        """
-        first, total = self.n_exact, self.n_refillable
-        for _ in self.deep.refilled(self.n_tokens, should_stop) if total else ():
-            if on_progress is not None:
-                on_progress(self.n_exact - first, total)
-        if self.n_exact > first:
-            self._requires_eval = True  # the last logits came of the rows as they were
-        self._n_refilled += self.n_exact - first
-        return self.n_exact - first
-
-    def take_refilled(self) -> int:
-        """How many rows were refilled since this was asked before."""
-        n, self._n_refilled = self._n_refilled, 0
-        return n
-
-    # The KV cache
-
-    def clear(self) -> None:
-        """Empty the KV cache."""
-        self.n_tokens = 0
-        self.rows.forget_from(0)
-        self._requires_eval = True
-        if memory := self._ctx.memory:
-            api.llama_memory_clear(memory, True)
-        self.epoch += 1
-
-    def n_cached(self, tokens: Sequence[int]) -> int:
-        """Count the tokens, from the first on, that are cached."""
-        return n_equal(tokens, self._input_ids)
-
-    def truncate(self, n_tokens: int) -> bool:
-        """Forget all cached tokens but the first; False for a memory that cannot do so."""
-        if not self._forget_from(n_tokens):
-            return False
-        if n_tokens < self.n_tokens:
-            self.n_tokens = n_tokens
-            self.rows.forget_from(n_tokens)
-            self._requires_eval = True
-            self.epoch += 1
-        return True
-
-    def _forget_from(self, position: int) -> bool:
-        memory = self._ctx.memory
-        if memory and api.llama_memory_seq_pos_max(memory, 0) >= position:
-            return bool(api.llama_memory_seq_rm(memory, 0, position, -1))
-        return True
-
-    def set_cache(self, cache: BaseLlamaCache | None) -> None:
-        """Keep prompts that another one drives out of the KV cache; None keeps no more of them."""
-        self.cache = None if cache is None else KeyedCache(cache, self.kv_key)
-
-    def _keep(self) -> None:
-        size = api.llama_state_get_size(self.ctx) if self.cache and self.n_tokens else 0
-        if self.cache and 0 < size <= self.cache.capacity_bytes:
-            self.cache[self._input_ids.tolist()] = self.save_state()
-
-    def _exchange(self, tokens: Sequence[int]) -> None:
-        """Take from the prompt cache what has more in common with a prompt than the KV cache has.
-
-        What the KV cache holds goes there if less than half is reused, as in llama-server.
-        """
-        if self.cache is None:
-            return
-        n_same = n_equal(tokens, self._input_ids)
-        if 2 * n_same < self.n_tokens:
-            self._keep()
-        if tokens in self.cache:
-            state = self.cache[tokens]
-            if n_equal(tokens, state.input_ids[: state.n_tokens]) > n_same:
-                self.load_state(state)
-
-    def save_state(self) -> PopState:
-        kv = context_state(self.ctx)
-        return PopState(
-            key=self.kv_key,
-            is_full=self.rows.is_full[: self.n_tokens].copy(),
-            input_ids=self.input_ids.copy(),
-            scores=self.scores[: self.n_tokens if self._logits_all else 0].copy(),
-            n_tokens=self.n_tokens,
-            llama_state=kv,
-            llama_state_size=len(kv),
-            seed=self._seed,
-        )
-
-    def load_state(self, state: LlamaState) -> None:
-        """Take over a saved KV cache. Raises PopError for another mode, boundary or conversion."""
-        key = state.key if isinstance(state, PopState) else FULL
-        if not self.takes(str(key)):
-            raise PopError(
-                f"the saved state belongs to {key}, the model is set to {self.kv_key}",
-                "switch the model first, or read the prompt again",
-            )
-        n = state.n_tokens
-        is_full = state.is_full if isinstance(state, PopState) else np.ones(n, bool)
-        self.take_over(state.llama_state, state.input_ids[:n], is_full, is_exact=key == FULL)
-        self.scores[: len(state.scores)] = state.scores
-        self._seed = state.seed
-
-    def takes(self, key: str) -> bool:
-        """Whether the model can go on with a KV cache of this key: its own, or the full model's."""
-        own = KvKey(self.pop_mode, self.boundary, self._conversion)
-        return key in (str(FULL), str(own))
-
-    def take_over(
-        self, kv: bytes, tokens: np.ndarray, is_full: np.ndarray, *, is_exact: bool
-    ) -> None:
-        """Take over llama.cpp's state of a model of the same key, with the tokens of its cells.
-
-        `is_full` says of each whether it ran all layers, `is_exact` whether all of them are the
-        full model's own. Raises PopError when it does not fit; the
-        KV cache is empty then.
-        """
-        self.clear()
-        if not restore_context_state(self.ctx, kv):
-            self.clear()
-            raise PopError("the saved state does not fit this model and context")
-        n = len(tokens)
-        self.input_ids[:n] = tokens
-        self.rows.take_over(is_full, is_exact=is_exact)
-        self.n_tokens = n
+class PrunedLlama(KvLlama):
+    """`Llama` with its own `eval`, so that what llama_cpp builds upon it prunes, too."""
 
     # Evaluation
 
@@ -533,37 +209,35 @@ class PrunedLlama(Llama):
             return chain
         return GrammarSampler(self.grammars, self._n_vocab, grammar, chain)
 
-    def watch_prefill(
+    # Depth, afterwards
+
+    @property
+    def n_refillable(self) -> int:
+        """How many rows `refill` would make exact."""
+        redo = self.rows.can_be_redone(self.n_tokens)
+        return self.n_tokens - self.n_exact if redo else 0
+
+    def refill(
         self,
-        on_prefill: Callable[[int, int], None] | None,
-        should_stop: Callable[[], bool] | None,
-    ) -> None:
-        """Say who is told how far a prefill is, and who may end it (StoppedError): TurnOptions."""
-        self._on_prefill = on_prefill
-        self.interrupt.should_stop = should_stop
+        should_stop: Callable[[], bool] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Give all cached rows their depth, in order, until the cache is the full model's.
 
-    @contextmanager
-    def watching_prefill(
-        self,
-        on_prefill: Callable[[int, int], None] | None,
-        should_stop: Callable[[], bool] | None,
-    ) -> Iterator[None]:
-        """Say so for a while; without a `should_stop`, whoever might end it before still may."""
-        before = self._on_prefill, self.interrupt.should_stop
-        self.watch_prefill(on_prefill, should_stop or self.interrupt.should_stop)
-        try:
-            yield
-        finally:
-            self.watch_prefill(*before)
+        Returns the number of rows done, 0 where states are not kept. `should_stop` is asked while a
+        chunk runs and after it (a chunk takes about a fifth of a second; one that was ended is done
+        again the next time). `on_progress` gets (done_rows, total_rows).
+        """
+        first, total = self.n_exact, self.n_refillable
+        for _ in self.deep.refilled(self.n_tokens, should_stop) if total else ():
+            if on_progress is not None:
+                on_progress(self.n_exact - first, total)
+        if self.n_exact > first:
+            self._requires_eval = True  # the last logits came of the rows as they were
+        self._n_refilled += self.n_exact - first
+        return self.n_exact - first
 
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "sidecar": None if self.sidecar is None else str(self.sidecar)}
-
-    def close(self) -> None:
-        # __del__ calls it after a failed __init__ too.
-        if hasattr(self, "_stack"):
-            super().close()
-            self.grammars.close()
-            gone: Any = _Closed(self.model_path)
-            self._model = self._ctx = self.tokenizer_ = gone
+    def take_refilled(self) -> int:
+        """How many rows were refilled since this was asked before."""
+        n, self._n_refilled = self._n_refilled, 0
+        return n
