@@ -34,15 +34,21 @@ def chat(
     threads: opt.Threads = None,
     ctx: opt.Ctx = None,
     gpu_layers: opt.GpuLayers = -1,
+    select: opt.Select = None,
+    refill: opt.Refill = opt.RefillName.IDLE,
     theme: opt.Theme = opt.DEFAULT_THEME,
     parse_special: opt.ParseSpecial = False,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
     screen = Screen(look(theme))
     hardware = Hardware(threads, gpu_layers)
-    open_named = Opener(model, pop, ctx, hardware, no_pop, parse_special)
+    open_named = Opener(
+        model, pop, ctx, hardware, no_pop, parse_special, opt.selected(select), refill.value
+    )
     chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    begun = Dialogue(open_named(), open_named, screen, system=system, sampling=chosen)
+    # A pipe does not wait: its next line is there already.
+    waits = refill.value if sys.stdin.isatty() else "off"
+    begun = Dialogue(open_named(), open_named, screen, system=system, sampling=chosen, refill=waits)
     begun.warn_of_base()
     if sys.stdin.isatty():
         note(f"{begun.model.model_path}, context of {begun.model.n_ctx():,} tokens.")

@@ -24,6 +24,8 @@ class Opener:
     hardware: Hardware
     in_full: bool = False
     parse_special: bool = False
+    select: float | None = None
+    refill: str = "off"
 
     def __call__(self, name: str | None = None, n_ctx: int | None = None) -> PopModel:
         with terminal_watch() as watch:
@@ -34,6 +36,9 @@ class Opener:
                 hardware=self.hardware,
                 watch=watch,
                 in_full=self.in_full,
+                select=self.select,
+                keep_states=self.refill != "off",
             )
+        opened.refill_answers(None if self.refill == "answer" else 0)
         opened.parse_special = self.parse_special
         return opened

@@ -128,6 +128,24 @@ Select = Annotated[
 ]
 
 
+class RefillName(str, Enum):
+    """When pruned tokens run the layers that they skipped."""
+
+    IDLE = "idle"
+    ANSWER = "answer"
+    OFF = "off"
+
+
+Refill = Annotated[
+    RefillName,
+    typer.Option(
+        "--refill",
+        help="When pruned tokens run the skipped layers: while nothing is asked, also with each"
+        " token of an answer, or never.",
+    ),
+]
+
+
 def selected(text: str | None) -> float | None:
     """A share of the context tokens, as 10% or 0.1."""
     if text is None:

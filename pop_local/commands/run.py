@@ -53,6 +53,8 @@ def run(
     threads: opt.Threads = None,
     ctx: opt.Ctx = None,
     gpu_layers: opt.GpuLayers = -1,
+    select: opt.Select = None,
+    refill: opt.Refill = opt.RefillName.OFF,
     theme: opt.Theme = opt.DEFAULT_THEME,
     parse_special: opt.ParseSpecial = False,
 ) -> None:
@@ -65,7 +67,8 @@ def run(
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
     screen = Screen(look(theme))
     options = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    opened = Opener(model, pop, ctx, Hardware(threads, gpu_layers), no_pop, parse_special)()
+    hardware, share = Hardware(threads, gpu_layers), opt.selected(select)
+    opened = Opener(model, pop, ctx, hardware, no_pop, parse_special, share, refill.value)()
     for document in turn.documents:
         n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))

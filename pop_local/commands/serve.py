@@ -11,7 +11,18 @@ import typer
 
 from converter.errors import PopError
 from pop_local.commands.opening import Opener
-from pop_local.commands.options import Ctx, GpuLayers, NoPop, ParseSpecial, Pop, Threads
+from pop_local.commands.options import (
+    Ctx,
+    GpuLayers,
+    NoPop,
+    ParseSpecial,
+    Pop,
+    Refill,
+    RefillName,
+    Select,
+    Threads,
+    selected,
+)
 from pop_local.ui.theme import note, warn
 from pop_local.workflows.options import Hardware
 
@@ -49,6 +60,8 @@ def serve(
     threads: Threads = None,
     ctx: Ctx = None,
     gpu_layers: GpuLayers = -1,
+    select: Select = None,
+    refill: Refill = RefillName.IDLE,
     cache_ram: Annotated[
         int,
         typer.Option(
@@ -72,7 +85,8 @@ def serve(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    opened = Opener(model, pop, ctx, Hardware(threads, gpu_layers), no_pop, parse_special)()
+    hardware, share = Hardware(threads, gpu_layers), selected(select)
+    opened = Opener(model, pop, ctx, hardware, no_pop, parse_special, share, refill.value)()
     opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
     try:
         name = name or Path(opened.model_path).stem

@@ -15,6 +15,7 @@ from converter.shape import ModelShape, read_shape
 from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.engine.decode.grammar import Grammars
+from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.depth.passes import DeepPasses
 from pop_local.engine.depth.rows import CachedRows
 from pop_local.engine.depth.select import Selection
@@ -120,6 +121,7 @@ class KvLlama(Llama):
         self.deep = DeepPasses(self.ctx, self.rows, self.interrupt, self.context_params.n_ubatch)
         self.select = 0.0
         self.selection = Selection()
+        self.online = OnlineRefill(self.deep, 0)
         self._n_refilled = 0
         self.set_depth(select, keep_states=keep_states)
         self._on_prefill: Callable[[int, int], None] | None = None
@@ -191,14 +193,15 @@ class KvLlama(Llama):
     def set_depth(self, select: float | None = None, *, keep_states: bool = False) -> None:
         """Choose the share of context rows that a question gets deep, None for the file's.
 
-        `keep_states`: whether other rows can be redone later; a selection implies it. Of no effect
-        on a model without a boundary. Raises PopError for a share that is none.
+        `keep_states`: whether other rows are to be redone later (`refills`); a selection implies
+        it. Of no effect on a model without a boundary. Raises PopError for a share that is none.
         """
         share = (self.meta.select if self.meta else 0.0) if select is None else select
         if not 0 <= share <= 1:
             raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
         self.select = share if self.boundary else 0.0
-        self.keeps_states = bool(self.boundary) and (keep_states or self.select > 0)
+        self.refills = bool(self.boundary) and keep_states
+        self.keeps_states = self.refills or self.select > 0
         backend.set_keep(self.ctx, self.keeps_states)
         if not self.keeps_states:
             self.rows.has_state[:] = False

@@ -8,6 +8,7 @@ import numpy as np
 from converter.errors import PopError
 from pop_local.engine.decode.grammar import GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
+from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.depth.select import Selection, select_rows
 from pop_local.engine.kv_llama import KvLlama
 from pop_local.engine.llama import backend, logs
@@ -42,12 +43,14 @@ class PrunedLlama(KvLlama):
             return
         self._make_room(len(tokens))
         if len(tokens) == 1:
+            self.online.before(self.n_tokens)
             self._decode(tokens, Outputs.LAST, self.rule, self.n_tokens)
         else:
             self._prefill(tokens)
 
     def _prefill(self, tokens: Sequence[int]) -> None:
         plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch)
+        self.online.end()
         self.selection = Selection()
         self._report(0, plan.n_tokens)
         if self._can_select(plan):
@@ -210,6 +213,13 @@ class PrunedLlama(KvLlama):
         return GrammarSampler(self.grammars, self._n_vocab, grammar, chain)
 
     # Depth, afterwards
+
+    def refill_answers(self, n_rows: int | None) -> None:
+        """Run this many pruned rows before each token of an answer, 0 for none.
+
+        None: as many as slow decoding by a tenth; `online.n_rows` says how many once it is known.
+        """
+        self.online = OnlineRefill(self.deep, n_rows)
 
     @property
     def n_refillable(self) -> int:

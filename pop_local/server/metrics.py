@@ -27,6 +27,12 @@ class Metrics:
             ["kind"],
         )
         self._decoded = counter("pop_decoded_tokens", "Tokens that were generated")
+        self._selected = counter(
+            "pop_selected_tokens", "Context tokens that ran all layers for a question"
+        )
+        self.refilled = counter(
+            "pop_refilled_tokens", "Cached tokens that ran the skipped layers between requests"
+        )
         self.requests = counter(
             "pop_requests", "Requests by HTTP status; 499: the client hung up", ["path", "status"]
         )
@@ -42,6 +48,7 @@ class Metrics:
         self._prompt.labels("exact").inc(stats.n_skipped_exact)
         self._prompt.labels("full").inc(stats.n_full)
         self._prompt.labels("cached").inc(stats.n_cached)
+        self._selected.inc(stats.n_selected)
         self._decoded.inc(stats.n_decoded)
         if stats.n_decoded:
             self._ttft.observe(stats.ttft_s)

@@ -165,7 +165,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self._calls.get()
+            self._wait()
             if self._stopping.is_set():
                 break
             job = self._next()
@@ -173,6 +173,18 @@ class Worker(threading.Thread):
                 self._serve(job)
         while (job := self._next()) is not None:
             job.put(ApiError(503, STOPPING))
+
+    def _wait(self) -> None:
+        """Until there is something to do; meanwhile cached prompts are given their depth."""
+        if self._model.refills and self._model.n_refillable and self._calls.empty():
+            try:
+                n_rows = self._model.refill(should_stop=lambda: not self._calls.empty())
+            except PopError:
+                log.exception("refilling failed, and goes on no longer")
+                self._model.set_depth(self._model.select)
+            else:
+                self._metrics.refilled.inc(n_rows)
+        self._calls.get()
 
     def _next(self) -> Job | None:
         with self._lock:

@@ -32,11 +32,14 @@ def open_model(
     hardware: Hardware,
     watch: Watch,
     in_full: bool = False,
+    select: float | None = None,
+    keep_states: bool = False,
 ) -> "PopModel":
     """Open a model by name or path, None for the catalog's default; see `model_files`.
 
     `in_full`: with pruning off, so that a sidecar beside it which does not fit is left out; one
-    that fits stays, to switch pruning on later. Raises PopError, StoppedError.
+    that fits stays, to switch pruning on later. `select`, `keep_states`: as for PopModel.
+    Raises PopError, StoppedError.
     """
     files = model_files(model, sidecar, hardware=hardware, watch=watch)
     if in_full and sidecar is None and files.sidecar is not None:
@@ -48,7 +51,14 @@ def open_model(
     from pop_local.engine.llama.backend import Mode
     from pop_local.engine.model import PopModel
 
-    opened = PopModel(files.path, sidecar=files.sidecar, n_ctx=n_ctx, **vars(hardware))
+    opened = PopModel(
+        files.path,
+        sidecar=files.sidecar,
+        n_ctx=n_ctx,
+        select=select,
+        keep_states=keep_states,
+        **vars(hardware),
+    )
     if in_full:
         opened.set_pop(Mode.OFF)
     return opened

@@ -84,7 +84,7 @@ class Child:
         self._clock = clock
         self._screen = TimedScreen(clock)
         self._chat = Dialogue(model, lambda *_: model, self._screen, sampling={"temperature": 0.0})
-        self._read_line = line_reader(Path(os.environ["POP_LOCAL_STATE_DIR"]) / "history", {})
+        self._read_line = line_reader(Path(os.environ["POP_LOCAL_STATE_DIR"]) / "history", {}, str)
         self._has_line = False
 
     def _one_line(self, default: str = "") -> str:

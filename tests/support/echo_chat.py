@@ -44,7 +44,7 @@ def main(history: str) -> None:
     chat = scripted_chat(EchoModel(n_ctx=1_000_000), Screen(look("terminal")))
     words = {name: command.words for name, command in COMMANDS.items()}
     with unechoed_keys():
-        converse(chat, line_reader(Path(history), words))
+        converse(chat, line_reader(Path(history), words, str))
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ class Transcript(Screen):
         return key or None
 
     @contextmanager
-    def reading(self) -> Iterator[Any]:
-        yield lambda done, total: self.note(f"reading {done} of {total}")
+    def reading(self, what: str = "reading") -> Iterator[Any]:
+        yield lambda done, total: self.note(f"{what} {done} of {total}")
 
 
 def scripted_chat(

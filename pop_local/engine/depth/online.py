@@ -1,38 +1,68 @@
 """Depth while the answer is written: with each token, the rows that the last few attend to."""
 
+import statistics
+import time
+
 from pop_local.engine.depth.passes import DeepPasses
 from pop_local.engine.depth.select import best_rows, spread
 from pop_local.engine.llama import backend
 
 # Answer rows whose attention chooses; docs/depth.md.
 N_ASKING = 8
+# What refilling may add to the time of a token.
+MAX_SLOWDOWN = 0.1
+_N_TIMED = 4
+_N_TRIAL = 8
 
 
 class OnlineRefill:
-    """Runs `n_rows` more rows before each token of an answer; 0: none, at no cost."""
+    """Runs `n_rows` more rows before each token of an answer; 0: none, at no cost.
 
-    def __init__(self, passes: DeepPasses, n_rows: int) -> None:
+    None: as many as MAX_SLOWDOWN allows, by the time of the first tokens and of one trial. Where
+    decoding is bound by memory that is some; where it computes at the machine's limit, none.
+    """
+
+    def __init__(self, passes: DeepPasses, n_rows: int | None) -> None:
         self._passes = passes
-        self._n_rows = n_rows
+        self.n_rows = n_rows
+        self._steps_s: list[float] = []
+        self._before_s = 0.0
         self._begun = -1
 
     def before(self, position: int) -> None:
-        """To be called before the token at this position is decoded."""
-        if not self._n_rows:
+        """To be called before the token at this position is decoded.
+
+        Raises PopError and StoppedError as `DeepPasses.run` does.
+        """
+        if self.n_rows is None:
+            self._time()
+        if not self.n_rows:
             return
         if 0 <= self._begun < position:
-            self._run_best(position)
+            self._run_best(position, self.n_rows)
         if self._begun < 0 or position - self._begun >= N_ASKING:
             backend.set_question(self._passes.ctx, position)
             self._begun = position
 
     def end(self) -> None:
+        """The answer is written."""
         if self._begun >= 0:
             backend.set_question(self._passes.ctx, -1)
+        self._begun = -1
 
-    def _run_best(self, n_cached: int) -> None:
+    def _time(self) -> None:
+        now_s, before_s = time.perf_counter(), self._before_s
+        self._before_s = now_s
+        if before_s:
+            self._steps_s.append(now_s - before_s)
+        if len(self._steps_s) == _N_TIMED:
+            step_s = statistics.median(self._steps_s)
+            trial_s = self._passes.try_out(_N_TRIAL)
+            self.n_rows = int(_N_TRIAL * MAX_SLOWDOWN * step_s / trial_s) if trial_s else 0
+
+    def _run_best(self, n_cached: int, n_rows: int) -> None:
         rows = self._passes.rows
         may_be = rows.has_state[:n_cached] & ~rows.is_full[:n_cached]
         if may_be.any():
             scores = spread(backend.get_scores(self._passes.ctx, n_cached))
-            self._passes.run(best_rows(scores, may_be, self._n_rows).tolist())
+            self._passes.run(best_rows(scores, may_be, n_rows).tolist())

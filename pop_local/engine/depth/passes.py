@@ -41,6 +41,15 @@ class DeepPasses:
                     self.rows.deepened(piece)
                 self._interrupt.check()
 
+    def try_out(self, n_rows: int) -> float:
+        """Run the next rows that are not exact; returns its seconds, 0 for too few."""
+        first = self.rows.n_exact
+        if not self.rows.has_state[first : first + n_rows].all():
+            return 0.0
+        started_s = time.perf_counter()
+        self.run(range(first, first + n_rows))
+        return time.perf_counter() - started_s
+
     def refilled(self, n_rows: int, should_stop: Callable[[], bool] | None) -> Iterator[int]:
         """Make the first `n_rows` exact, in order; yields the rows of each chunk.
 

@@ -46,10 +46,13 @@ class Dialogue:
         *,
         system: str = "",
         sampling: Mapping[str, Any],
+        refill: str = "off",
     ) -> None:
+        """`refill`: when cached rows are given their depth, of ui.chat.refill.MODES."""
         self.session: ChatSession = model.session(system=system)
         self.costs = _costs(model)
         self.screen = screen
+        self.refill = refill
         self.sampling = dict(sampling)
         self.documents: list[Document] = []
         self.has_failed = False
@@ -75,6 +78,12 @@ class Dialogue:
         if self.model.pop_mode is Mode.OFF:
             return "Pruning is off: prompts are read in full."
         return f"Pruning is on: context tokens skip the layers from {self.model.boundary} on."
+
+    def set_refill(self, refill: str) -> None:
+        """Choose when cached rows are given their depth, of ui.chat.refill.MODES."""
+        self.refill = refill
+        self.model.set_depth(self.model.select, keep_states=refill != "off")
+        self.model.refill_answers(None if refill == "answer" else 0)
 
     def _exact_state(self) -> str:
         if self.model.pop_mode is Mode.OFF:

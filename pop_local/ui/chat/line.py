@@ -17,6 +17,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
+from prompt_toolkit.styles import Style
 
 from converter.output import make_private
 
@@ -26,6 +27,8 @@ WRAPPED = "  "
 QUOTES = '"""'
 # A pasted book need not be offered again.
 _MAX_REMEMBERED = 10_000
+# How often the status below it is looked at.
+_REFRESH_S = 0.5
 
 Words = Callable[[], Iterable[str]]
 
@@ -36,8 +39,12 @@ class LineReader(Protocol):
     def __call__(self, default: str = "") -> str: ...
 
 
-def line_reader(history: Path, commands: Mapping[str, Words]) -> LineReader:
+def line_reader(
+    history: Path, commands: Mapping[str, Words], status: Callable[[], str]
+) -> LineReader:
     """For whatever stdin is. `commands` gives the words that may follow each command.
+
+    `status` stands below the line that is typed, if there is any when it begins.
 
     Of what is typed Enter sends; Alt-Enter and an open quote make a new line.
     """
@@ -55,8 +62,15 @@ def line_reader(history: Path, commands: Mapping[str, Words]) -> LineReader:
         enable_open_in_editor=True,
         key_bindings=_bindings(),
         output=_output(),
+        refresh_interval=_REFRESH_S,
+        style=Style.from_dict({"bottom-toolbar": "noreverse"}),
     )
-    return lambda default="": unquoted(session.prompt(default=default))
+
+    def read(default: str = "") -> str:
+        below = status if status() else None
+        return unquoted(session.prompt(default=default, bottom_toolbar=below))
+
+    return read
 
 
 def piped_line(default: str = "") -> str:

@@ -5,6 +5,7 @@ from functools import partial
 from pop_local.config.settings import history_file
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
+from pop_local.ui.chat.refill import refilling, status
 from pop_local.ui.chat.slash import COMMANDS, EditRequest, LeaveRequest, obey
 from pop_local.ui.errors import as_pop_error
 from pop_local.ui.keys import unechoed_keys
@@ -16,7 +17,7 @@ def talk(chat: Dialogue) -> None:
     """Talk in the terminal until the user leaves, or the piped lines end."""
     words = {name: command.words for name, command in COMMANDS.items()}
     with unechoed_keys():
-        converse(chat, line_reader(history_file(), words))
+        converse(chat, line_reader(history_file(), words, lambda: status(chat)))
 
 
 def converse(chat: Dialogue, read_line: LineReader) -> None:
@@ -35,7 +36,8 @@ def converse(chat: Dialogue, read_line: LineReader) -> None:
 
 
 def _pass_on(chat: Dialogue, read_line: LineReader) -> None:
-    line = read_line()
+    with refilling(chat):
+        line = read_line()
     if not line.strip():
         return
     if not line.startswith("/"):

@@ -53,9 +53,9 @@ class Screen:
         """Say what went wrong and what to do."""
         errors.show(error)
 
-    def reading(self) -> AbstractContextManager[Advance]:
-        """Show (done_tokens, total_tokens) while a prompt is read."""
-        return prefill_progress("Reading the prompt")
+    def reading(self, what: str = "Reading the prompt") -> AbstractContextManager[Advance]:
+        """Show (done_tokens, total_tokens) while a prompt is read, or another pass goes on."""
+        return prefill_progress(what)
 
     def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
         """Return the key of what the user wants; None for nothing, or when nobody can be asked.

@@ -10,6 +10,7 @@ from pop_local.config.nearest import nearest_hint
 from pop_local.config.settings import sessions_dir
 from pop_local.models.sizes import size
 from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.refill import finish
 from pop_local.ui.chat.screen import Choice
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def save(chat: Dialogue, name: str) -> None:
         if chat.screen.choose(f"There is a session {name} already.", choices) != "r":
             chat.screen.note("Nothing is saved.")
             return
+    finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
     chat.saved_as = name
     chat.screen.note(f"Saved as {name}, {size(n_bytes)}; /load {name} goes on from here.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pop_local.config.nearest import nearest_hint
 from pop_local.engine.llama.backend import Mode
-from pop_local.ui.chat import attach, params, sessions
+from pop_local.ui.chat import attach, params, refill, sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.views.stats import session_lines
 
@@ -149,6 +149,12 @@ COMMANDS = {
     "/help": Command("/help", "this list", _help),
     "/pop": Command(
         "/pop on|off", "skip layers while reading, or read all in full", _pop, lambda: ("on", "off")
+    ),
+    "/refill": Command(
+        "/refill idle|answer|off",
+        "when pruned tokens run the skipped layers; alone: how far they have",
+        refill.set_mode,
+        lambda: refill.MODES,
     ),
     "/stats": Command("/stats", "figures of the last answer and of all", _stats),
     "/context": Command("/context", "what fills the context", _context),

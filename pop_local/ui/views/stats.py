@@ -52,6 +52,11 @@ def session_lines(
         f"Prompt tokens: {left}, {total.n_full:,} in full,"
         f" {total.n_cached:,} reused from the cache."
     )
+    if total.n_selected or total.n_refilled or last.n_exact:
+        yield (
+            f"Selected for questions: {total.n_selected:,} tokens; refilled: {total.n_refilled:,};"
+            f" of the last prompt {last.n_exact:,} were the full model's own."
+        )
     if len(answers) > 1:
         yield f"All {_reading(answers, full_cost)}"
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."

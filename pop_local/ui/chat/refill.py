@@ -1,0 +1,88 @@
+"""Depth while the user thinks: cached rows are given theirs until the next line comes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from converter.errors import PopError
+
+if TYPE_CHECKING:
+    from pop_local.ui.chat.dialogue import Dialogue
+
+MODES = ("idle", "answer", "off")
+
+
+@contextmanager
+def refilling(chat: Dialogue) -> Iterator[None]:
+    """Refill in a thread of its own; whoever leaves waits for the node of a graph at the most."""
+    if chat.refill == "off":
+        yield
+        return
+    stop = threading.Event()
+    failures: list[PopError] = []
+
+    def work() -> None:
+        try:
+            chat.model.refill(should_stop=stop.is_set)
+        except PopError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="pop-local refill", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        for error in failures:
+            chat.set_refill("off")
+            chat.fail(error)
+
+
+def set_mode(chat: Dialogue, mode: str) -> None:
+    """`/refill`: alone it says how far the cache is exact."""
+    if mode and mode not in MODES:
+        chat.screen.note(f"/refill takes {', '.join(MODES)}, not {mode}.")
+        return
+    if mode:
+        chat.set_refill(mode)
+    chat.screen.note(_state(chat))
+    if line := status(chat):
+        chat.screen.note(line)
+
+
+def finish(chat: Dialogue) -> None:
+    """Before the cache is saved: give all rows their depth, unless Ctrl-C ends it."""
+    if chat.refill == "off" or not chat.model.n_refillable:
+        return
+    try:
+        with chat.screen.reading("Refilling") as advance:
+            chat.model.refill(on_progress=advance)
+    except KeyboardInterrupt:
+        chat.screen.note("Not refilled to the end.")
+
+
+def status(chat: Dialogue) -> str:
+    """How much of the cache is the full model's, "" where all of any is."""
+    model = chat.model
+    if chat.refill == "off" or not model.boundary:
+        return ""
+    return f"{model.n_exact:,} of {model.n_tokens:,} cached tokens are exact"
+
+
+def _state(chat: Dialogue) -> str:
+    if not chat.model.boundary:
+        return "There is nothing to refill: this model is not pruned."
+    if chat.refill == "off":
+        return "Refilling is off: pruned tokens stay so."
+    if chat.refill == "idle":
+        return "Pruned tokens run the skipped layers while you type."
+    n_rows = chat.model.online.n_rows
+    with_each = "some" if n_rows is None else n_rows or "none (this machine computes at its limit)"
+    return (
+        "Pruned tokens run the skipped layers while you type; with each token of an answer,"
+        f" {with_each} of them."
+    )

@@ -1,0 +1,165 @@
+"""Refilling while the chat waits, before a session is saved, and between a server's requests."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prefill.kv_state import FULL
+from pop_local.engine.sessions.session_file import Sessions
+from pop_local.server.app import create_app
+from pop_local.ui.chat import refill
+from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.repl import converse
+from support.calls import NOISE, greedy, opened, prompt, read
+from support.converted import tiny
+from support.scripted import Transcript
+from support.serving import asking
+
+WORDS = "a b c d e f g h " * 40
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("refill"), chat_template="{{ messages[0]['content'] }}")
+
+
+@pytest.fixture
+def chat(pop_file):
+    def dialogue(*lines, mode="idle", **options):
+        model = opened(pop_file, keep_states=mode != "off", **options)
+        sampling = {"temperature": 0.0, "max_tokens": 4}
+        screen = Transcript(*lines)
+        return Dialogue(model, lambda *_: model, screen, sampling=sampling, refill=mode)
+
+    return dialogue
+
+
+def wait_for(condition):
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_rows_get_their_depth_while_a_line_is_typed(chat):
+    begun = chat()
+    begun.ask(WORDS)
+    assert begun.model.n_exact == 0
+    with refill.refilling(begun):
+        wait_for(lambda: begun.model.n_refillable == 0)
+    assert begun.model.n_exact == begun.model.n_tokens > 200
+    assert begun.model.kv_key == FULL
+    assert (
+        refill.status(begun)
+        == f"{begun.model.n_tokens} of {begun.model.n_tokens} cached tokens are exact"
+    )
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
+def test_a_line_that_comes_early_ends_it(chat, pause_s):
+    begun = chat()
+    begun.ask(WORDS)
+    with refill.refilling(begun):
+        time.sleep(pause_s)
+    n_exact = begun.model.n_exact
+    assert not any(thread.name == "pop-local refill" for thread in threading.enumerate())
+    begun.ask("and now?")
+    assert begun.session.answer_stats[-1].n_refilled == n_exact
+    assert begun.model.n_exact <= begun.model.n_tokens
+
+
+def test_off_refills_nothing(chat):
+    begun = chat(mode="off")
+    begun.ask(WORDS)
+    with refill.refilling(begun):
+        pass
+    assert (begun.model.n_exact, refill.status(begun)) == (0, "")
+
+
+def talked(begun):
+    """What was shown once all lines were passed on."""
+    converse(begun, begun.screen.read_line)
+    return begun.screen.shown
+
+
+@pytest.mark.parametrize(
+    "lines", [("/clear",), ("/pop off",), ("/pop off", "/pop on"), ("/retry",), ("/undo",), ()]
+)
+def test_whatever_comes_in_between_the_rest_is_refilled(chat, lines):
+    begun = chat(WORDS, *lines, WORDS[::-1])
+    assert "!" not in talked(begun)
+    model = begun.model
+    model.refill()
+    assert model.n_exact == model.n_tokens > 200
+    tokens = model.input_ids[: model.n_tokens].tolist()
+    full = opened(Path(model.model_path))
+    full.set_pop(Mode.OFF)
+    np.testing.assert_allclose(read(model, tokens), read(full, tokens), atol=NOISE)
+
+
+def test_rows_whose_states_were_dropped_stay_pruned(chat):
+    begun = chat(WORDS, "/refill off", "/refill idle", "what?")
+    talked(begun)
+    assert begun.model.refill() == 0
+    assert begun.model.n_exact == 0
+
+
+def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    begun = chat(WORDS, "/save here")
+    assert "Refilling" in talked(begun)
+    saved = Sessions(tmp_path / "sessions")
+    other = chat(mode="off").model
+    restored = saved.load("here", other)
+    assert restored.reread == ""
+    assert other.n_exact == other.n_tokens > 200
+
+
+def test_the_command_says_how_far_it_is(chat):
+    shown = talked(chat(WORDS, "/refill", "/refill answer", "/refill never", "/refill off"))
+    assert "Pruned tokens run the skipped layers while you type." in shown
+    assert "cached tokens are exact" in shown
+    assert "with each token of an answer, some of them" in shown
+    assert "/refill takes idle, answer, off, not never." in shown
+    assert "Refilling is off" in shown
+
+
+def test_rows_are_refilled_with_each_token_of_an_answer(pop_file):
+    tokens = prompt(200)
+    model = opened(pop_file, keep_states=True)
+    model.refill_answers(8)
+    n_deep = int(model.rows.is_full.sum())
+    answer = greedy(model, tokens, n=20)
+    assert int(model.rows.is_full[:200].sum()) > n_deep + 100
+    assert model.n_exact == 0
+    plain = opened(pop_file, keep_states=True)
+    assert greedy(plain, tokens, n=20)[0] == answer[0]
+    # Nothing is left to be counted once it is refilled.
+    model.refill()
+    assert model.n_exact == model.n_tokens
+
+
+def test_as_many_as_the_machine_affords(pop_file):
+    model = opened(pop_file, keep_states=True)
+    model.refill_answers(None)
+    greedy(model, prompt(200), n=12)
+    assert isinstance(model.online.n_rows, int)
+
+
+def test_a_server_refills_between_requests(pop_file):
+    model = opened(pop_file, keep_states=True)
+    with asking(create_app(model, "tiny")) as client:
+        body = {"model": "tiny", "prompt": WORDS, "max_tokens": 2, "temperature": 0}
+        first = client.post("/v1/completions", json=body).json()["usage"]["pop"]
+        assert (first["n_refilled"], first["n_exact"]) == (0, 0)
+        wait_for(lambda: model.n_refillable == 0)
+        again = client.post("/v1/completions", json={**body, "prompt": WORDS + "i"}).json()
+        pop = again["usage"]["pop"]
+        assert pop["n_refilled"] > 200
+        assert pop["n_exact"] > 200
+        metrics = client.get("/metrics").text
+        assert f"pop_refilled_tokens_total {pop['n_refilled']}.0" in metrics
