@@ -38,6 +38,7 @@ def bench(
             help="Search for the shortest prompt that gains, up to the longest of --prompt.",
         ),
     ] = False,
+    select: opt.Select = None,
     pop: opt.Pop = None,
     json: opt.Json = False,
     threads: opt.Threads = None,
@@ -51,7 +52,8 @@ def bench(
     from pop_local.workflows import bench as workflow
 
     on = Hardware(threads, gpu_layers)
-    options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on)
+    share = opt.selected(select)
+    options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on, share)
     if find_break_even:
         with stoppable_watch() as watch:
             gained = workflow.find_break_even(model, pop, options, watch)

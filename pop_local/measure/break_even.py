@@ -120,5 +120,5 @@ def _doubled(shortest: int, longest: int) -> list[int]:
 def _try(model: PopModel, n_prompt: int, n_pairs: int, clock: Callable[[], float]) -> Tried:
     full, pop = run_pairs(model, n_prompt, n_pairs, n_decode=1, clock=clock)
     of_pairs = ratios(full, pop)
-    n_pruned = pop[0].counters.n_context
+    n_pruned = pop[0].counters.n_context - pop[0].counters.n_deep
     return Tried(n_prompt, n_pruned, spread(of_pairs), quartile_distance(of_pairs), wins(of_pairs))

@@ -51,11 +51,13 @@ class ModePair:
 class SpeedRow:
     """One prompt length; `speedup` is of the pairs, `of_limit` is its median by the limit.
 
-    `n_skipped_exact`: rows that left exactly, of a model that allows it.
+    `n_skipped_exact`: rows that left exactly, of a model that allows it. `n_selected`: context rows
+    that ran all layers because the prompt's tail needs them.
     """
 
     n_prompt: int
     n_pruned: int
+    n_selected: int
     n_skipped_exact: int
     full_ttft_s: Spread
     pop_ttft_s: Spread
@@ -96,12 +98,13 @@ def _row(model: PopModel, shape: ModelShape, n_prompt: int, n_pairs: int, ran: R
     limit = (
         exact_limit(shape, n_prompt)
         if model.exact
-        else speedup_limit(shape, n_prompt, model.boundary, rows.n_full)
+        else speedup_limit(shape, n_prompt, model.boundary, rows.n_full + rows.n_deep)
     )
     speedup = spread(ratios(full, pop))
     return SpeedRow(
         n_prompt=n_prompt,
-        n_pruned=rows.n_context,
+        n_pruned=rows.n_context - rows.n_deep,
+        n_selected=model.selection.n_selected,
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
@@ -169,12 +172,19 @@ def require_rows(model: PopModel, mode: Mode, n_prompt: int, counters: Counters)
     """Raise PopError unless the whole prompt was evaluated, and pruned as the mode says."""
     plan = plan_prefill(0, n_prompt, model.rule, model.n_batch)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
-    n_context, n_exact = (0, n_left) if model.exact else (n_left, 0)
-    if counters != Counters(n_context, n_prompt - n_left, n_exact):
+    if model.exact:
+        expected = Counters(0, n_prompt - n_left, n_left)
+    elif n_left and model.select:
+        n_deep = n_prompt - n_left + round(model.select * n_left)
+        expected = Counters(n_prompt, 0, 0, n_deep)
+    else:
+        expected = Counters(n_left, n_prompt - n_left)
+    if counters != expected:
         raise PopError(
-            f"the measurement does not hold: of {n_prompt} prompt tokens {n_context} should be"
-            f" pruned, {n_exact} leave exactly; the backend counted {counters.n_context} pruned,"
-            f" {counters.n_exact} left, {counters.n_full} full"
+            f"the measurement does not hold: of {n_prompt} prompt tokens {expected.n_context}"
+            f" should be pruned, {expected.n_exact} leave exactly, {expected.n_deep} run all layers"
+            f" afterwards; the backend counted {counters.n_context} pruned, {counters.n_exact}"
+            f" left, {counters.n_deep} afterwards, {counters.n_full} full"
         )
 
 

@@ -26,6 +26,7 @@ class BenchOptions:
 
     `n_prompts`: tokens of each prompt. `n_pairs`: of runs for each length. `boundary` None: the
     file's. `n_batch`: tokens that are read at once. `n_ctx` None: what is measured needs.
+    `select`: the share of context tokens that run all layers, None for the file's.
     """
 
     n_prompts: tuple[int, ...]
@@ -34,6 +35,7 @@ class BenchOptions:
     n_batch: int
     n_ctx: int | None
     hardware: Hardware
+    select: float | None = None
 
     @property
     def n_longest(self) -> int:
@@ -122,6 +124,7 @@ def _opened(
     with opened(files, options.hardware, watch, **reading) as loaded:
         if options.boundary is not None:
             loaded.set_boundary(options.boundary)
+        loaded.set_depth(options.select)
         yield loaded, shape, _bench(files, shape, loaded, options.hardware)
 
 

@@ -50,7 +50,8 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         assert row["of_limit"] == pytest.approx(row["speedup"]["median"] / row["limit"])
         assert set(row["decode_tokens_per_s"]) == {"full", "pop"}
         assert min(row["decode_tokens_per_s"].values()) > 0
-        assert len(row) == 9
+        assert row["n_selected"] == 0
+        assert len(row) == 10
 
 
 def test_table_is_markdown_on_stdout(pop_file):
@@ -66,6 +67,19 @@ def test_table_is_markdown_on_stdout(pop_file):
 def test_another_boundary_has_another_limit(pop_file):
     found = report(pop_file, "--prompt", "100", "--repeat", 1, "--boundary", 2)
     assert found["rows"][0]["limit"] == speedup_limit(read_shape(pop_file), 100, 2, 17)
+
+
+def test_selected_rows_count_in_the_limit(pop_file):
+    arguments = (pop_file, "--prompt", "200", "--repeat", 1, "--select", "10%")
+    [row] = report(*arguments)["rows"]
+    n_selected = round(0.1 * (200 - 17))
+    assert (row["n_selected"], row["n_pruned"]) == (n_selected, 200 - 17 - n_selected)
+    assert row["limit"] == speedup_limit(read_shape(pop_file), 200, 4, 17 + n_selected)
+    assert "selected" in bench(*arguments).stdout
+    [plain] = report(
+        make_gguf(pop_file.parent / "plain.gguf", "llama"), *arguments[1:], "--boundary", 4
+    )["rows"]
+    assert plain["n_selected"] == round(0.1 * (200 - 33))
 
 
 def test_a_boundary_makes_an_unconverted_model_comparable(tmp_path):

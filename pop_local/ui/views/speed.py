@@ -23,7 +23,10 @@ def show_speed(found: Speed) -> None:
     layers += ", exactly" if bench.is_exact else ""
     say(f"{bench.model}: context tokens skip layers {layers}")
     say(f"{bench.backend}; medians, in brackets the extremes\n")
-    say(markdown(Table.of(_EXACT_ROWS if bench.is_exact else _ROWS, found.rows)))
+    columns = _EXACT_ROWS if bench.is_exact else _ROWS
+    if any(row.n_selected for row in found.rows):
+        columns = (*columns[:2], _SELECTED, *columns[2:])
+    say(markdown(Table.of(columns, found.rows)))
 
 
 def gain_json(found: BreakEvenSearch) -> dict[str, object]:
@@ -89,4 +92,5 @@ def _columns(left: str, name: str, how: str) -> tuple[Column, ...]:
 
 
 _ROWS = _columns("n_pruned", "pruned", "pruned")
+_SELECTED = Column("n_selected", "selected", "{:,}".format, numeric=True)
 _EXACT_ROWS = _columns("n_skipped_exact", "left exactly", "exact")
