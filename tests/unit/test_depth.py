@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from converter.errors import PopError
+from pop_local.calibration import activations
+from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.depth.rows import CachedRows
 from pop_local.engine.depth.select import N_BEFORE, N_BEHIND, best_rows, select_rows, spread
 from pop_local.engine.llama import backend
@@ -250,19 +252,52 @@ def test_a_later_question_selects_among_all_rows(pop_file):
     assert model.selection.n_deep == 30
 
 
-def test_scores_find_what_the_question_attends_to(pop_file):
-    """Against the softmax of the scores themselves: they are positive, and those of no other row
-    change when rows behind the question's are asked about."""
+def attention(path, tokens, layers, monkeypatch):
+    """What the full model's softmax gives: [n_head, n_rows, n_rows] of each layer."""
+    found = {}
+
+    class Kept:
+        def layer(self, layer, k, v, mass):
+            found[layer] = mass
+
+    monkeypatch.setattr(activations, "_received", lambda values: values.astype(np.float64))
+    n = len(tokens)
+    with (
+        LoadedModel(path, n_threads=1) as model,
+        activations.reading(model, Kept(), boundaries=(), layers=layers, n_window=n) as reading,
+    ):
+        reading.window(tokens)
+    return [found[layer][:, :n, :n] for layer in layers]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("options", [{}, {"flash_attn": True}, {"n_batch": 512, "n_ubatch": 512}])
+def test_scores_are_those_of_the_attention_itself(tmp_path, monkeypatch, arch, options):
+    path = tiny(tmp_path, arch, boundary=5)
+    tokens, n = prompt(200), 150
+    model = kept(path, **options)
+    backend.set_question(model.ctx, n)
+    model.eval(tokens)
+    expected = np.zeros(n)
+    for weights in attention(path, tokens, (1, 2, 3, 4), monkeypatch):
+        asked = weights[:, n:, :n].sum(axis=1)
+        paid = weights[:, ::16, :n].sum(axis=1)
+        expected += (asked / (paid + paid.mean(axis=1, keepdims=True))).max(axis=0)
+    np.testing.assert_allclose(backend.get_scores(model.ctx, n), expected, rtol=0.02)
+
+
+def test_another_question_is_counted_anew(pop_file):
     model = kept(pop_file)
     backend.set_question(model.ctx, 150)
     model.eval(prompt(200))
-    scores = backend.get_scores(model.ctx, 150)
-    assert (scores > 0).all()
-    assert scores.std() > 0
-    backend.set_question(model.ctx, 150)
+    first = backend.get_scores(model.ctx, 150)
+    backend.set_question(model.ctx, 200)
     assert backend.get_scores(model.ctx, 150).sum() == 0
+    model.eval(prompt(30, seed=1))
+    assert np.abs(backend.get_scores(model.ctx, 150) - first).max() > 0
+    backend.set_question(model.ctx, -1)
     with pytest.raises(PopError, match="no position"):
-        backend.get_scores(model.ctx, 201)
+        backend.get_scores(model.ctx, 231)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
