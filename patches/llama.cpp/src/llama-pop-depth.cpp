@@ -284,24 +284,28 @@ void llama_context::pop_finish(const llama_ubatch & ubatch, const llm_graph_resu
         }
     }
 
-    std::vector<float> buf;
-    get_output(sched.get(), t_states, buf);
+    ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(sched.get(), t_states);
+
+    // rows of consecutive cells at once
+    for (uint32_t i = 0, n = 0; i < ubatch.n_tokens; i += n) {
+        for (n = 1; i + n < ubatch.n_tokens && cells[i + n] == cells[i] + n; ++n) {}
+        ggml_backend_tensor_get_async(backend, t_states, kept.states.data() + cells[i]*n_embd, i*t_states->nb[1], n*t_states->nb[1]);
+    }
     synchronize();
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        std::copy_n(buf.data() + i*n_embd, n_embd, kept.states.data() + cells[i]*n_embd);
         kv.get_cells(ubatch.seq_id[i][0]).pop_kept[cells[i] % n_cells] = true;
     }
 
-    for (int64_t layer = 0; layer < LLAMA_POP_SCORE_LAYERS; ++layer) {
-        for (int64_t head = 0; head < n_head; ++head) {
-            float * asked = kept.asked.data() + (layer*n_head + head)*n_cells;
-            float * paid  = kept.paid .data() + (layer*n_head + head)*n_cells;
-            for (const auto cell : cells) {
-                asked[cell % n_cells] = paid[cell % n_cells] = 0.0f;
-            }
+    // who had these cells before is forgotten
+    for (int64_t i = 0; i < n_head*LLAMA_POP_SCORE_LAYERS; ++i) {
+        for (const auto cell : cells) {
+            kept.asked[i*n_cells + cell % n_cells] = kept.paid[i*n_cells + cell % n_cells] = 0.0f;
         }
+    }
 
+    std::vector<float> buf;
+    for (int64_t layer = 0; layer < LLAMA_POP_SCORE_LAYERS; ++layer) {
         char name[GGML_MAX_NAME];
         snprintf(name, sizeof(name), LLAMA_POP_SCORES, (int) (boundary - LLAMA_POP_SCORE_LAYERS + layer));
 
