@@ -78,6 +78,9 @@ def eval(  # noqa: A001
         str,
         typer.Option(metavar="N,...", help="Tokens of documents to ask facts of; 0 for none."),
     ] = "512",
+    second_turn: Annotated[
+        bool, typer.Option("--second-turn", help="Also the answer after that, refilled or not.")
+    ] = False,
     documents: Annotated[int, typer.Option(min=2, help="How many of each length.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Of passages, random tokens and facts.")] = 0,
     json: opt.Json = False,
@@ -114,6 +117,7 @@ def eval(  # noqa: A001
         n_documents=documents,
         select=opt.selected(select),
         n_refilled=refill,
+        second_turn=second_turn,
         baseline=None if baseline is None else "always-skip",
         sink_tokens=sink,
         tail_tokens=tail,

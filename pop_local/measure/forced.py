@@ -108,18 +108,37 @@ class Forced:
         self._n_context = 0
         self._next = np.empty((0, self._n_vocab), np.float32)
 
-    def read(self, context: Tokens, pruning: Pruning) -> None:
-        """Read a context into an empty cache. Raises PopError unless it is pruned as planned."""
+    def read(self, context: Tokens, pruning: Pruning, *, keep_states: bool = False) -> None:
+        """Read a context into an empty cache. Raises PopError unless it is pruned as planned.
+
+        `keep_states`: so that the model can be told to refill it.
+        """
         model = self.model
         model.clear()
         if pruning.context is not Mode.OFF:
             model.set_boundary(pruning.boundary)
-            model.set_depth(pruning.select, keep_states=pruning.n_refilled > 0)
+            model.set_depth(pruning.select, keep_states=keep_states or pruning.n_refilled > 0)
         model.set_pop(pruning.context)
         backend.reset_counters(self._ctx)
         model.eval(context)
         self._require("context", len(context), n_pruned(self.rule, len(context), pruning))
         self._n_context = len(context)
+        self._next = self._logits(1).copy()
+
+    def follow(self, tokens: Tokens) -> None:
+        """Let a text follow the context, in full, and be part of it from now on."""
+        model = self.model
+        select, model.select = model.select, 0.0
+        model.rule = replace(self.rule, min_prompt=len(tokens) + 1)
+        model.eval(tokens)
+        model.rule, model.select = self.rule, select
+        self._n_context += len(tokens)
+        self._next = self._logits(1).copy()
+
+    def refill(self) -> None:
+        """Give all rows their depth; the last one predicts anew."""
+        self.model.refill()
+        self.model.deep.run([self._n_context - 1], logits=True)
         self._next = self._logits(1).copy()
 
     def predict(self, tokens: Tokens, pruning: Pruning = FULL) -> Logits:

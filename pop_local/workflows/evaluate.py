@@ -20,10 +20,11 @@ from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning, always_skip, use_rule
-from pop_local.measure.heldout import Text, given_text, shipped_text, tokenize
+from pop_local.measure.heldout import Text, TextTokens, given_text, shipped_text, tokenize
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
 from pop_local.measure.recall import N_AROUND, Recall, RecallSettings, measure_recall
+from pop_local.measure.turns import SecondTurn, measure_second_turn
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import measure_fits
@@ -41,7 +42,7 @@ class EvaluateOptions:
     `recall`: tokens of the documents that facts are asked of, none of them for no such question;
     `n_documents` of each length. `select`: the share of context rows that run all layers since
     what follows needs them, None for what the file says; `n_refilled`: rows that are given their
-    depth with each token that follows.
+    depth with each token that follows; `second_turn`: also measure the answer after the first one.
     `sink_tokens`, `tail_tokens`: None for what the file says. `n_ctx` None: what is needed.
     """
 
@@ -51,6 +52,7 @@ class EvaluateOptions:
     n_documents: int = 24
     select: float | None = None
     n_refilled: int = 0
+    second_turn: bool = False
     baseline: Baseline | None = None
     sink_tokens: int | None = None
     tail_tokens: int | None = None
@@ -71,6 +73,7 @@ class Row:
     quality: Quality
     recall: tuple[Recall, ...]
     select: float = 0.0
+    second_turn: SecondTurn | None = None
     always_skip: Quality | None = None
     calibration: Calibration | None = None
     kv_type: KvType | None = None
@@ -192,6 +195,7 @@ class _Run:
             advance = self.watch.stage("Measuring")
             qualities = measure_prunings(model, tokens, settings, prunings, advance)
             recalls = [self._recall(model, n_tokens, pops) for n_tokens in self.recall]
+            second = [self._second_turn(model, tokens, pruning) for pruning in pops]
             n_full = model.rule.sink_tokens + model.rule.tail_tokens
         n = len(boundaries)
         n_full += round(select * (LIMIT_PROMPT - n_full))
@@ -207,6 +211,7 @@ class _Run:
                 quality=quality,
                 recall=tuple(of_length[number] for of_length in recalls),
                 select=select,
+                second_turn=second[number],
                 always_skip=baseline,
             )
             for number, (quality, baseline) in enumerate(
@@ -217,7 +222,8 @@ class _Run:
     def context(self) -> int:
         """The context in tokens that is opened. Raises PopError when it is too small."""
         settings, given = self.options.settings, self.options.n_ctx
-        windows = settings.n_context + settings.n_continuation
+        n_following = 2 if self.options.second_turn else 1
+        windows = settings.n_context + n_following * settings.n_continuation
         asked = max(self.recall, default=-N_AROUND) + N_AROUND
         needed = max(windows, 2 * N_REPEATED + 1, asked)
         trained = trained_ctx(self.source.first)
@@ -229,6 +235,14 @@ class _Run:
                 cause="windows-too-long",
             )
         return given or needed
+
+    def _second_turn(
+        self, model: PopModel, tokens: TextTokens, pruning: Pruning
+    ) -> SecondTurn | None:
+        if not self.options.second_turn:
+            return None
+        advance = self.watch.stage("Measuring the second answer")
+        return measure_second_turn(model, tokens, self.options.settings, pruning, advance)
 
     def _recall(
         self, model: PopModel, n_tokens: int, prunings: Sequence[Pruning]

@@ -283,6 +283,13 @@ def test_selection_is_measured(pop_file, text):
     assert refilled["kl_mean"] < plain["kl_mean"]
 
 
+def test_the_second_answer_is_that_of_the_full_model_once_refilled(pop_file, text):
+    second = measured(pop_file, "--text", text, "--second-turn")["second_turn"]
+    assert second["kl_refilled"] < 1e-4 < second["kl_pruned"]
+    assert second["n_windows"] == 2
+    assert measured(pop_file, "--text", text)["second_turn"] is None
+
+
 @pytest.mark.parametrize("share", ["-1", "101%", "much", "nan"])
 def test_what_is_no_share_is_wrong_usage(pop_file, share):
     assert evaluate(pop_file, "--select", share).exit_code == 2

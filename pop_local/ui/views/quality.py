@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pop_local.measure.heldout import Text
     from pop_local.measure.quality import Quality
     from pop_local.measure.recall import Recall
+    from pop_local.measure.turns import SecondTurn
     from pop_local.workflows.evaluate import Evaluation, Row
 
 ALWAYS_SKIP = "always-skip"
@@ -32,7 +33,7 @@ def bare(estimate: Estimate | None, spec: str) -> str:
     return "-" if estimate is None else format(estimate.value, spec)
 
 
-def figures(quality: Quality | Recall) -> dict[str, Any]:
+def figures(quality: Quality | Recall | SecondTurn) -> dict[str, Any]:
     """For JSON: each estimate as its value and NAME_se, but kl_se for kl_mean."""
     values: dict[str, Any] = {}
     for field in fields(quality):
@@ -77,6 +78,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         **figures(row.quality),
         "select": row.select,
         "recall": [figures(recall) for recall in row.recall],
+        "second_turn": None if row.second_turn is None else figures(row.second_turn),
         "baseline": None if always is None else {"name": ALWAYS_SKIP, **figures(always)},
     }
 
@@ -124,6 +126,9 @@ def _facts(row: Row) -> Iterator[Fact]:
     if q.induction_retention is not None:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"
     yield "Induction", f"NLL +{with_se(q.induction_delta_nll, '.3f')}, {retained}"
+    if (second := row.second_turn) is not None:
+        after = with_se(second.kl_refilled, ".4f")
+        yield "Second answer", f"KL {with_se(second.kl_pruned, '.4f')}, refilled {after}"
     for recall in row.recall:
         found, in_full = with_se(recall.exact_pruned, ".0%"), with_se(recall.exact_full, ".0%")
         yield f"Recall at {recall.n_tokens:,}", f"{found} of the facts, in full {in_full}"
