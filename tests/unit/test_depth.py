@@ -1,6 +1,8 @@
 """Depth on demand: which rows are exact, which are selected, and refilling."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,3 +309,22 @@ def test_another_question_is_counted_anew(pop_file):
 def test_a_share_is_between_none_and_all(pop_file, share):
     with pytest.raises(PopError, match="share"):
         opened(pop_file, select=share)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted by Linux")
+def test_memory_stays_flat_over_many_turns(pop_file):
+    def resident_bytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    model = opened(pop_file, select=0.1, keep_states=True)
+    said = prompt(100)
+    for turn in range(200):
+        if len(said) > 900:
+            said = said[:100]
+        said += greedy(model, said, n=3)
+        model.refill()
+        said += prompt(5 + turn % 20, seed=turn)
+        if turn == 49:
+            before = resident_bytes()
+    assert model.n_exact > 0
+    assert resident_bytes() - before < 4 * 2**20
