@@ -1,6 +1,7 @@
 """Saved sessions: loaded without reading again, never into a model that they do not fit."""
 
 import io
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -279,3 +280,26 @@ def test_a_model_that_cannot_be_pruned_talks_all_the_same(tmp_path):
     model = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
     _, shown = talked(model, "a b c d", "/stats")
     assert any(line.startswith("# Its reading took ") for line in shown)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of POSIX")
+def test_what_lies_beside_the_sessions_is_left_out(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    model = opened(file)
+    talked(model, "a b c d", "/save talk")
+    folder = sessions_dir()
+    (folder / "gone.popsession").symlink_to("nowhere")
+    (folder / "no$name.popsession").write_text("x")
+    (folder / "folder.popsession").mkdir()
+    os.mkfifo(folder / "pipe.popsession")
+    (folder / "bad.popsession").write_text("x")
+    _, shown = talked(model, "/sessions", "/load gone")
+    assert [line.split()[1] for line in shown[1:3]] == ["bad:", "talk:"]
+    assert shown[-1].startswith("! there is no session gone; ")
+
+
+def test_too_long_a_name_for_the_disk_is_one_error(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    _, shown = talked(opened(file), "a b c d", "/save " + "字" * 80, "/save talk")
+    assert any(line.startswith("! cannot write ") and "too long" in line for line in shown)
+    assert shown[-1].startswith("# Saved as talk")

@@ -124,6 +124,10 @@ def n_own_tokens(model: ChatModel, conversation: Conversation) -> int:
     return n_own
 
 
+def _is_name(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and name == name.strip()
+
+
 def fingerprint(model: ChatModel) -> Fingerprint:
     """Reads the model's headers, not its tensors."""
     binding = bind(read_source(Path(model.model_path)))
@@ -138,12 +142,14 @@ class Sessions:
         self._folder = folder
 
     def names(self) -> list[str]:
-        return sorted(path.name.removesuffix(SUFFIX) for path in self._folder.glob(f"*{SUFFIX}"))
+        """Return the names that `load` takes; links to nowhere, pipes and folders are no files."""
+        found = (path for path in self._folder.glob(f"*{SUFFIX}") if path.is_file())
+        names = (path.name.removesuffix(SUFFIX) for path in found)
+        return sorted(filter(_is_name, names))
 
     def listed(self) -> Iterator[SavedFile]:
         for name in self.names():
-            path = self.path(name)
-            status = path.stat()
+            status = self.path(name).stat()
             try:
                 session = self._read(name)
             except PopError:
@@ -152,7 +158,7 @@ class Sessions:
 
     def path(self, name: str) -> Path:
         """Give the file of a name. Raises PopError for what is no name, such as a path."""
-        if not _NAME.fullmatch(name) or name != name.strip():
+        if not _is_name(name):
             raise PopError(
                 f"{name!r} cannot name a session",
                 "take letters, digits, blanks and any of . _ + - (at most 80)",
@@ -164,8 +170,16 @@ class Sessions:
 
         Where the conversation's K/V are cached, what is cached after them is forgotten.
         """
+        return self._write(name, model, conversation, _own_state(model, conversation))
+
+    def save_transcript(self, name: str, model: ChatModel, conversation: Conversation) -> int:
+        """As `save`, without the K/V: quick, small, and nothing that is cached is forgotten."""
+        return self._write(name, model, conversation, None)
+
+    def _write(
+        self, name: str, model: ChatModel, conversation: Conversation, state: PopState | None
+    ) -> int:
         path = self.path(name)
-        state = _own_state(model, conversation)
         n_tokens = 0 if state is None else state.n_tokens
         session = Session(
             name=name,
@@ -189,6 +203,8 @@ class Sessions:
                     archive.writestr("tokens.npy", _array(state.input_ids[:n_tokens]))
                     archive.writestr("full.npy", _array(state.is_full))
                     archive.writestr("kv.bin", state.llama_state)
+            file.flush()
+            os.fsync(file.fileno())  # nothing else holds what was said
         return path.stat().st_size
 
     def load(self, name: str, model: ChatModel) -> Restored:

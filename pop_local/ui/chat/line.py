@@ -5,6 +5,7 @@ prompt_toolkit where a keyboard is; a pipe is read line by line, without a promp
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 
+from converter.errors import PopError
+
 PROMPT = "> "
 CONTINUATION = ". "
 WRAPPED = "  "
@@ -28,7 +31,10 @@ Words = Callable[[], Iterable[str]]
 
 
 class LineReader(Protocol):
-    """Gives the next line; `default` is there to be edited. Raises EOFError, KeyboardInterrupt."""
+    """Gives the next line; `default` is there to be edited.
+
+    Raises EOFError, KeyboardInterrupt, and PopError for a line that is not UTF-8 text.
+    """
 
     def __call__(self, default: str = "") -> str: ...
 
@@ -53,15 +59,22 @@ def line_reader(history: Path, commands: Mapping[str, Words]) -> LineReader:
         key_bindings=_bindings(),
         output=_output(),
     )
-    return lambda default="": unquoted(session.prompt(default=default))
+    return lambda default="": unquoted(_utf8(session.prompt(default=default)))
 
 
 def piped_line(default: str = "") -> str:
-    """A line of stdin. Raises EOFError at the end."""
-    line = sys.stdin.readline()
+    """A line of stdin. Raises EOFError at the end, PopError for what is not UTF-8 text."""
+    line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
-    return line.removesuffix("\n")
+    return _utf8(line.rstrip(b"\r\n").decode(errors="surrogateescape"))
+
+
+def _utf8(line: str) -> str:
+    """The line as it is. Raises PopError where bytes stand in it as surrogates."""
+    if any("\ud800" <= char <= "\udfff" for char in line):
+        raise PopError("that line is not UTF-8 text, and is left out", "send it as UTF-8")
+    return line
 
 
 def chosen_key(keys: Sequence[str]) -> str | None:
@@ -141,7 +154,7 @@ class _History(FileHistory):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.touch(mode=0o600)
             super().store_string(string)
-        except OSError:
+        except (OSError, UnicodeError):
             return
 
 
@@ -153,6 +166,10 @@ class _Completer(Completer):
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        with suppress(Exception):  # prompt_toolkit would show a trace in the midst of the line
+            yield from self._found(document, event)
+
+    def _found(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
         text = document.text_before_cursor
         if not text.startswith("/"):
             return
