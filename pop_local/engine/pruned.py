@@ -195,10 +195,15 @@ class PrunedLlama(Llama):
         return True
 
     def _forget_from(self, position: int) -> bool:
-        memory = self._ctx.memory
-        if memory and api.llama_memory_seq_pos_max(memory, 0) >= position:
-            return bool(api.llama_memory_seq_rm(memory, 0, position, -1))
+        if self._end > position:
+            return bool(api.llama_memory_seq_rm(self._ctx.memory, 0, position, -1))
         return True
+
+    @property
+    def _end(self) -> int:
+        """The position after the last one in llama.cpp's memory."""
+        memory = self._ctx.memory
+        return int(api.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
 
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
         self.cache = None if cache is None else KeyedCache(cache, self.kv_key)
@@ -237,10 +242,10 @@ class PrunedLlama(Llama):
         KV cache is empty then.
         """
         self.clear()
-        if not restore_context_state(self.ctx, kv):
+        n = len(tokens)
+        if not restore_context_state(self.ctx, kv) or self._end != n:
             self.clear()
             raise PopError("the saved state does not fit this model and context")
-        n = len(tokens)
         self.input_ids[:n], self._is_full[:n] = tokens, is_full
         self.n_tokens = n
 
