@@ -7,6 +7,7 @@ Layout: magic, version, counts, keys, tensor table, padding, data (ggml/docs/ggu
 
 import math
 import mmap
+import stat
 import struct
 import sys
 from collections.abc import Mapping
@@ -187,6 +188,9 @@ def read_header(path: Path) -> Header:
     Raises FormatError for anything but a whole little-endian GGUF of version 2 or 3.
     """
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise FormatError(f"{path} is a pipe or a device, not a file", "give a GGUF file")
         with path.open("rb") as file:
             start = file.read(len(MAGIC) + 4)
             _check_magic(path, start)
