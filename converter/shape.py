@@ -48,6 +48,8 @@ MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
 # Of any dimension or count: llama.cpp has them as 32 bits.
 MAX_NUMBER = 2**31 - 1
+# llama_cpp makes room for as many tokens whenever it tokenises.
+MAX_CTX = 1 << 27
 
 _BLOCK = re.compile(r"blk\.([0-9]{1,4})\.(.+)\.weight")
 
@@ -119,9 +121,16 @@ def source_shape(source: Source) -> ModelShape:
 
 
 def trained_ctx(header: Header) -> int | None:
-    """Return the context in tokens that a model was trained with, None if its file is silent."""
+    """Return the context in tokens that a model was trained with, None if its file is silent.
+
+    Raises FormatError for what no context can be.
+    """
     value = header.of_arch("context_length")
-    return value if type(value) is int and 0 < value <= MAX_NUMBER else None
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value <= MAX_CTX:
+        raise FormatError(f"{header.path} has a context of {value} tokens", "download it again")
+    return value
 
 
 class _ArchKeys:

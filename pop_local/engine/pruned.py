@@ -77,13 +77,14 @@ class PrunedLlama(Llama):
         self.meta = pop_of(source, self.sidecar)
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
+        n_ctx_default = opening.default_ctx(source.first)
         n_threads = n_threads or backend.default_threads()
         logs.forget_errors()
         try:
             with opening.with_sidecar(source, self.sidecar):
                 super().__init__(
                     os.fspath(model_path),
-                    n_ctx=n_ctx or opening.default_ctx(source.first),
+                    n_ctx=n_ctx or n_ctx_default,
                     n_threads=n_threads,
                     n_threads_batch=n_threads_batch or n_threads,
                     n_gpu_layers=n_gpu_layers,

@@ -16,6 +16,7 @@ from converter.format import PopMeta, encode_keys, read_pop_meta
 from converter.header import MAX_KEPT_ITEMS, Array, read_header
 from converter.shape import read_shape
 from converter.source import read_source
+from pop_local.engine.model import PopModel
 from support.synthetic import DEFAULTS, add_keys, make_gguf
 
 SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
@@ -177,6 +178,16 @@ def test_numbers_of_a_model_have_a_range(tiny, tmp_path, number):
     path.write_bytes(data[: end - 4] + struct.pack("<I", number) + data[end:])
     with pytest.raises(FormatError, match=r"llama\.embedding_length is "):
         read_shape(path)
+
+
+@pytest.mark.parametrize("n_ctx", [2**27 + 1, 2**31, 2**32 - 1])
+def test_a_context_has_a_range(tiny, tmp_path, n_ctx):
+    path = tmp_path / "bad.gguf"
+    data = tiny.read_bytes()
+    end = read_header(tiny).keys["llama.context_length"].end
+    path.write_bytes(data[: end - 4] + struct.pack("<I", n_ctx) + data[end:])
+    with pytest.raises(FormatError, match=f"a context of {n_ctx} tokens"):
+        PopModel(path, n_ctx=64)
 
 
 def test_blocks_of_any_number_of_digits_are_no_layers(tmp_path):
