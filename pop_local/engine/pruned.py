@@ -14,6 +14,7 @@ from converter.errors import PopError
 from converter.shape import ModelShape, read_shape
 from converter.sidecar import pop_of
 from converter.source import read_source
+from pop_local.engine import templates
 from pop_local.engine.decode.grammar import GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.llama import backend, logs, opening
@@ -80,6 +81,8 @@ class PrunedLlama(Llama):
         n_ctx_default = opening.default_ctx(source.first)
         n_threads = n_threads or backend.default_threads()
         logs.forget_errors()
+        if "tokenizer.chat_template" in source.first.keys:
+            templates.start()  # while the model is loaded
         try:
             with opening.with_sidecar(source, self.sidecar):
                 super().__init__(

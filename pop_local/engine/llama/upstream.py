@@ -5,6 +5,7 @@ from pop_local.engine.llama.backend import bindings
 api = bindings()
 
 import llama_cpp  # noqa: E402
+import llama_cpp.llama_chat_format as chat_format  # noqa: E402
 from llama_cpp import Llama, LlamaGrammar  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
@@ -17,5 +18,6 @@ __all__ = [
     "LlamaGrammar",
     "LlamaState",
     "api",
+    "chat_format",
     "llama_cpp",
 ]
