@@ -1,6 +1,9 @@
 """llama.cpp ends the process for some damaged files: why is to be read, and not a dead shell."""
 
+import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,13 @@ def test_the_reason_is_said(tmp_path, damage, reason):
     assert done.returncode == 1
     assert error.startswith("error: llama.cpp gave up: ") and reason in error
     assert hint.startswith("hint: the model's file may be damaged")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
+def test_a_program_is_told_too(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    two_tokens_of_one_text(path)
+    program = "import sys; from pop_local import PopModel; PopModel(sys.argv[1], n_threads=1)"
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert done.stderr.startswith("llama.cpp gave up: llama-vocab.cpp:")

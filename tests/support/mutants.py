@@ -6,7 +6,7 @@ import struct
 from typing import Any
 
 _INTERESTING = (0, 1, 127, 128, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
-_JSON_VALUES = (
+_JSON_VALUES: tuple[Any, ...] = (
     *(None, True, -1, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf")),
     *("", "x" * 5000, "\ud800", "\0", "../../x", [], {}, [[]], {"": None}),
 )

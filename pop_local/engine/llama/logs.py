@@ -6,9 +6,11 @@ process, as its assertions do for some damaged files, `on_abort` is told why.
 
 import ctypes
 import logging
+import os
 import re
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 logger = logging.getLogger("pop_local.llama_cpp")
@@ -23,7 +25,8 @@ _last_level = logging.DEBUG
 _callback: Any = None
 _abort_callback: Any = None
 # Called with the reason in whichever thread it happens; the process ends afterwards, come what may.
-on_abort: Callable[[str], None] = logger.critical
+# None: it is written to stderr.
+on_abort: Callable[[str], None] | None = None
 
 _PLACE = re.compile(r"^.*[/\\](?=[\w.-]+:\d+: )")
 _FUNCTION = re.compile(r"^\w+: ")
@@ -39,15 +42,23 @@ def take_over(llama_cpp: Any) -> None:
 
 
 def take_over_aborts(ggml: ctypes.CDLL) -> None:
-    """Make ggml tell `on_abort`; what it prints itself is lost while a model is opened."""
+    """Make ggml tell `on_abort`."""
     global _abort_callback
-    if _abort_callback is None:
-        _abort_callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(_on_abort)
-        ggml.ggml_set_abort_callback(_abort_callback)
+    if _abort_callback is not None:
+        return
+    stderr = 2
+    with suppress(OSError):  # llama_cpp silences the one that everybody has while it opens a model
+        stderr = os.dup(2)
 
+    def tell(message: bytes) -> None:
+        reason = _PLACE.sub("", message.decode("utf-8", errors="replace"))
+        if on_abort is not None:
+            on_abort(reason)
+        else:
+            os.write(stderr, f"llama.cpp gave up: {reason}\n".encode())
 
-def _on_abort(message: bytes) -> None:
-    on_abort(_PLACE.sub("", message.decode("utf-8", errors="replace")))
+    _abort_callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(tell)
+    ggml.ggml_set_abort_callback(_abort_callback)
 
 
 def _on_log(level: int, text: bytes, _user_data: object) -> None:
