@@ -12,6 +12,8 @@ import numpy as np
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 
+T = TypeVar("T")
+
 FORMAT = 1
 # The head of an array as numpy writes one of one dimension; numpy's own reader would allocate what
 # a head asks for, and evaluates it.
@@ -93,7 +95,7 @@ def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.nda
         or len(content) != head.end() + length * dtype.itemsize
     ):
         raise ValueError("another array")
-    return np.frombuffer(content, np.dtype(kind), offset=head.end())
+    return np.frombuffer(content, dtype, offset=head.end())
 
 
 def _turn(value: object) -> Turn:
@@ -112,9 +114,6 @@ def _object(value: object, kind: type[Any], *more: str) -> dict[str, Any]:
     if fields.keys() != {*(field.name for field in dataclasses.fields(kind)), *more}:
         raise ValueError("other fields")
     return fields
-
-
-T = TypeVar("T")
 
 
 def _typed(value: object, kind: type[T]) -> T:
