@@ -55,8 +55,14 @@ def _compiled(template: str) -> Template:
     return environment().from_string(template)
 
 
-def rendered(template: str, arguments: dict[str, Any]) -> str:
-    """Render a template. Raises ValueError where it refuses, and whatever it does besides."""
+def rendered(template: str, arguments: dict[str, Any] | None) -> str:
+    """Render a template; without arguments, only see whether it is one.
+
+    Raises ValueError where it refuses, and whatever it does besides.
+    """
+    if arguments is None:
+        _compiled(template)
+        return ""
     functions = {
         "raise_exception": _refuse,
         "strftime_now": lambda form: datetime.now().strftime(form),

@@ -26,18 +26,23 @@ _START = (
 class LimitedChatFormatter(Jinja2ChatFormatter):
     """llama_cpp's own, but for where it renders.
 
-    Raises ValueError where a template refuses, and PopError where it goes beyond the limits.
+    Raises ValueError for what is no template, and where one refuses, and PopError where it goes
+    beyond the limits.
     """
 
     def __init__(self, template: str, *arguments: Any, **options: Any) -> None:
         super().__init__("", *arguments, **options)
         self.template = template
         self._environment = self  # type: ignore[assignment]  # it asks this to render
+        if len(template) > MAX_TEMPLATE_CHARACTERS:
+            raise ValueError(f"its chat template has {len(template):,} characters")
+        try:
+            _renderer.render(template, None)
+        except ValueError as error:
+            raise ValueError(f"its chat template is broken: {error}") from error
 
     def render(self, **arguments: Any) -> str:
         """Render the template; functions among the arguments are the child's own."""
-        if len(self.template) > MAX_TEMPLATE_CHARACTERS:
-            raise ValueError(f"it has {len(self.template):,} characters")
         plain = {name: value for name, value in arguments.items() if not callable(value)}
         return _renderer.render(self.template, plain)
 
@@ -60,7 +65,7 @@ class _Renderer:
         with self._lock:
             self._started()
 
-    def render(self, template: str, arguments: dict[str, Any]) -> str:
+    def render(self, template: str, arguments: dict[str, Any] | None) -> str:
         call = json.dumps([template, arguments]).encode() + b"\n"
         with self._lock:
             line = self._answer(self._started(), call)

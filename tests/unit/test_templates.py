@@ -32,6 +32,7 @@ WILD = {
     "{{ 1/0 }}": "ZeroDivisionError",
     "{{ 'x'.y.z }}": "UndefinedError",
     "{% if": "TemplateSyntaxError",
+    "x" * (templates.MAX_TEMPLATE_CHARACTERS + 1): "1,048,577 characters",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
     "{{ '\\ud800' }}": "surrogates not allowed",
     "{{ raise_exception('no system prompt') }}": "no system prompt",
@@ -54,12 +55,11 @@ def hurried(monkeypatch):
     templates._renderer.close()
 
 
-@pytest.mark.parametrize("template", WILD)
+@pytest.mark.parametrize("template", WILD, ids=lambda template: template[:30])
 def test_a_wild_template_is_an_error_of_its_model_alone(hurried, tmp_path, template):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
-    model = PopModel(path, n_threads=1, n_ctx=128)
-    with pytest.raises(PopError, match=f"the chat template .*{WILD[template]}"):
-        model.chat("hello")
+    with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
+        PopModel(path, n_threads=1, n_ctx=128).chat("hello")
     fair = LimitedChatFormatter(FAIR[0], "</s>", "<s>")
     assert "Be brief." in fair(messages=MESSAGES).prompt  # type: ignore[arg-type]
 
