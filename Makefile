@@ -1,6 +1,7 @@
 # make demo: everything, then one long prompt answered with and without pruning
 # make test: everything that the tests need, then ruff, mypy and pytest (ARGS="-k name")
 # make check: ruff, mypy and the quick tests, which need the backend, but no models and no second library
+# make fuzz SECONDS=3600: damaged files for each reader, for so long (FUZZ_SEED=N begins elsewhere)
 # CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --d
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint backend unpatched clean
+.PHONY: demo test check fuzz lint backend unpatched clean
 
 demo: $(VENV)/.app $(SMOLLM2).pop.gguf
 	@$(BIN)/pop-local demo $(SMOLLM2).pop.gguf
@@ -29,6 +30,10 @@ test: lint unpatched $(SMOLLM2).gguf $(GEMMA).gguf
 
 check: lint
 	$(PYTEST) -m "not slow" $(ARGS)
+
+SECONDS ?= 60
+fuzz: $(VENV)/.tools
+	FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest -n $(WORKERS) -rP tests/fuzz $(ARGS)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -22,6 +22,9 @@ OWN = "own"
 FITTED = "fitted"
 # In the names of fitted tensors, and of no others.
 TENSOR_MARK = ".pop_"
+MAX_TOKENS = 2**31 - 1
+MAX_TEXT = 1 << 16
+MAX_FILE_NAME = 255
 CONVERT_AGAIN = "update pop-local, or convert the model again"
 
 
@@ -173,7 +176,7 @@ def pop_meta(header: Header) -> PopMeta | None:
             continue
         if type(value) is not kind:
             raise FormatError(f"{header.path}: {name} is not of type {kind.__name__}")
-        values[field] = value
+        values[field] = _in_range(header, name, value)
     for name, group in _GROUPS.items():
         values[name] = _read_group(header, f"{PREFIX}{name}.", group)
     if "schedule" not in values:
@@ -206,7 +209,19 @@ def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None
                 f"{field.type.__name__}",  # type: ignore[union-attr]
                 CONVERT_AGAIN,
             )
+        _in_range(header, prefix + field.name, found[field.name])
     return group(**found)
+
+
+def _in_range(header: Header, name: str, value: Any) -> Any:
+    """The value of a POP key. Raises FormatError for one that no conversion writes."""
+    most = MAX_FILE_NAME if name == "pop.source.name" else MAX_TEXT
+    if isinstance(value, str) and len(value.encode(errors="replace")) > most:
+        raise FormatError(f"{header.path}: {name} has more than {most:,} bytes", CONVERT_AGAIN)
+    largest = 2**63 - 1 if name.endswith("_bytes") else MAX_TOKENS
+    if isinstance(value, int) and not 0 <= value <= largest:
+        raise FormatError(f"{header.path}: {name} is {value:,}", CONVERT_AGAIN)
+    return value
 
 
 def _check_fit(meta: PopMeta, header: Header) -> None:

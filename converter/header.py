@@ -7,6 +7,7 @@ Layout: magic, version, counts, keys, tensor table, padding, data (ggml/docs/ggu
 
 import math
 import mmap
+import stat
 import struct
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,13 @@ from converter.errors import FormatError, TruncatedError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
+# What no model comes near: vocabularies take some megabytes, and names are short.
+MAX_HEADER_BYTES = 1 << 28
+MAX_KEYS = 1 << 16
+MAX_TENSORS = 1 << 18
+MAX_NAME_BYTES = (1 << 16) - 1
+# llama.cpp reads tensors in place, by vectors of up to so many bytes.
+MIN_ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 20
 # Longer arrays are vocabulary, never settings (llama.cpp allows at most 512 layers).
 MAX_KEPT_ITEMS = 1024
 
@@ -53,9 +61,10 @@ class Array:
 
 @dataclass(frozen=True)
 class Key:
-    """One key with the byte range in the file that holds it, name included."""
+    """One key with the byte range in the file that holds it, name included; `type` is GGUF's."""
 
     value: Scalar | Array
+    type: int
     start: int
     end: int
 
@@ -100,28 +109,44 @@ class Header:
 
 
 class _Cursor:
-    """A reader of little-endian values; one that would end past the file is a FormatError."""
+    """A reader of little-endian values; one that would end past the file is a FormatError.
+
+    So is a header of more than MAX_HEADER_BYTES.
+    """
 
     def __init__(self, view: mmap.mmap, path: Path) -> None:
         self.view = view
         self.path = path
         self.at = 0
+        self.end = min(len(view), MAX_HEADER_BYTES)
 
     def skip(self, n_bytes: int) -> int:
         """Step over `n_bytes` and return where they begin."""
         start = self.at
-        if n_bytes > len(self.view) - start:
-            raise truncated(self.path, "its header ends in mid-sentence")
+        if n_bytes > self.end - start:
+            raise self._too_short()
         self.at = start + n_bytes
         return start
+
+    def _too_short(self) -> FormatError:
+        if self.end < len(self.view):
+            return corrupt(self.path, f"a header of more than {self.end:,} bytes")
+        return truncated(self.path, "its header ends in mid-sentence")
 
     def number(self, code: str) -> int:
         start = self.skip(struct.calcsize("<" + code))
         value: int = struct.unpack_from("<" + code, self.view, start)[0]
         return value
 
+    def count(self, most: int, what: str) -> int:
+        """A number of 64 bits. Raises FormatError beyond `most`."""
+        found = self.number("Q")
+        if found > most:
+            raise corrupt(self.path, f"{found:,} {what}")
+        return found
+
     def text(self) -> str:
-        start = self.skip(self.number("Q"))
+        start = self.skip(self.count(MAX_NAME_BYTES, "bytes in a name"))
         try:
             return self.view[start : self.at].decode()
         except UnicodeDecodeError as error:
@@ -154,7 +179,7 @@ class _Cursor:
 
     def _skip_texts(self, count: int) -> None:
         # A vocabulary has up to half a million entries: no method call for each.
-        view, at, end = self.view, self.at, len(self.view)
+        view, at, end = self.view, self.at, self.end
         size = struct.Struct("<Q")
         for _ in range(count):
             if at + size.size > end:
@@ -163,7 +188,7 @@ class _Cursor:
         else:
             self.skip(at - self.at)
             return
-        raise truncated(self.path, "its header ends in mid-sentence")
+        raise self._too_short()
 
 
 def truncated(path: Path, detail: str) -> TruncatedError:
@@ -187,6 +212,9 @@ def read_header(path: Path) -> Header:
     Raises FormatError for anything but a whole little-endian GGUF of version 2 or 3.
     """
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise FormatError(f"{path} is a pipe or a device, not a file", "give a GGUF file")
         with path.open("rb") as file:
             start = file.read(len(MAGIC) + 4)
             _check_magic(path, start)
@@ -219,7 +247,8 @@ def _check_magic(path: Path, start: bytes) -> None:
 def _scan(path: Path, view: mmap.mmap) -> Header:
     cursor = _Cursor(view, path)
     cursor.skip(len(MAGIC))
-    version, n_tensors, n_keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+    version = cursor.number("I")
+    n_tensors, n_keys = cursor.count(MAX_TENSORS, "tensors"), cursor.count(MAX_KEYS, "keys")
     keys = _scan_keys(cursor, n_keys)
     keys_end = cursor.at
     alignment = _alignment(path, keys)
@@ -248,7 +277,8 @@ def _scan_keys(cursor: _Cursor, count: int) -> dict[str, Key]:
         name = cursor.text()
         if name in keys:
             raise corrupt(cursor.path, f"two keys named {name}")
-        keys[name] = Key(cursor.value(cursor.number("I")), start, cursor.at)
+        kind = cursor.number("I")
+        keys[name] = Key(cursor.value(kind), kind, start, cursor.at)
     return keys
 
 
@@ -264,6 +294,8 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
             f"{cursor.path}: tensor {name} has type {kind}, which is not known here",
             "use a newer pop-local, or another quantisation",
         )
+    if math.prod(dims) >= 1 << 63:
+        raise corrupt(cursor.path, f"a tensor of {math.prod(dims):,} elements ({name})")
     elements, size = BLOCK_SIZES[kind]
     return TensorInfo(name, dims, kind, offset, math.prod(dims) // elements * size)
 
@@ -271,9 +303,14 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
 def _alignment(path: Path, keys: Mapping[str, Key]) -> int:
     if "general.alignment" not in keys:
         return DEFAULT_ALIGNMENT
-    value = keys["general.alignment"].value
-    if not isinstance(value, int) or value <= 0 or value & (value - 1):
+    key = keys["general.alignment"]
+    value = key.value
+    if key.type != GGUFValueType.UINT32 or not isinstance(value, int) or value.bit_count() != 1:
         raise corrupt(path, "an alignment that is not a power of two")
+    if not MIN_ALIGNMENT <= value <= MAX_ALIGNMENT:
+        raise corrupt(
+            path, f"an alignment of {value:,}, not from {MIN_ALIGNMENT} to {MAX_ALIGNMENT:,}"
+        )
     return value
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import FormatError, UnsupportedArchitectureError
-from converter.header import Array, Header, TensorInfo
+from converter.header import Array, Header, Scalar, TensorInfo
 from converter.source import Source, read_source
 
 
@@ -46,7 +46,12 @@ _BEFORE_THE_LAYERS = ("per_layer_model_proj", "altup_proj")
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.weight")
+# Of any dimension or count: llama.cpp has them as 32 bits.
+MAX_NUMBER = 2**31 - 1
+# llama_cpp makes room for as many tokens whenever it tokenises.
+MAX_CTX = 1 << 27
+
+_BLOCK = re.compile(r"blk\.([0-9]{1,4})\.(.+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,16 @@ def source_shape(source: Source) -> ModelShape:
 
 
 def trained_ctx(header: Header) -> int | None:
-    """Return the context in tokens that a model was trained with, None if its file is silent."""
+    """Return the context in tokens that a model was trained with, None if its file is silent.
+
+    Raises FormatError for what no context can be.
+    """
     value = header.of_arch("context_length")
-    return value if isinstance(value, int) else None
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value <= MAX_CTX:
+        raise FormatError(f"{header.path} has a context of {value} tokens", "download it again")
+    return value
 
 
 class _ArchKeys:
@@ -139,8 +151,8 @@ class _ArchKeys:
         value = self.header.of_arch(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, int):
-            return value
+        if type(value) is int:
+            return self._checked(name, value)
         raise FormatError(f"{self.header.path} has no number {self.arch}.{name}")
 
     def per_layer(
@@ -149,13 +161,19 @@ class _ArchKeys:
         """Return a number for each layer, whether the file has one for all or one for each."""
         value = self.header.of_arch(name)
         if isinstance(value, Array):
-            items = tuple(int(item) for item in value.items or ())
+            items = tuple(self._checked(name, item) for item in value.items or ())
             if len(items) < n_layer:
                 raise FormatError(f"{self.header.path}: {self.arch}.{name} is too short")
             return items[:n_layer]
         if value is None and default is not None:
             return default
         return (self.number(name),) * n_layer
+
+    def _checked(self, name: str, value: Scalar) -> int:
+        """The number as it is; flags are 0 and 1."""
+        if not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
+            raise FormatError(f"{self.header.path}: {self.arch}.{name} is {value}")
+        return int(value)
 
 
 _Block = dict[str, TensorInfo]

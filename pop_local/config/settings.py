@@ -109,6 +109,11 @@ def sessions_dir() -> Path:
     return state_dir() / "sessions"
 
 
+def unsaved_dir() -> Path:
+    """Return where chats that are under way are kept, in case of a crash."""
+    return state_dir() / "unsaved"
+
+
 def history_file() -> Path:
     """Return the file that keeps the lines typed in the chat."""
     return state_dir() / "history"

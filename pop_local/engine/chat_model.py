@@ -9,10 +9,10 @@ from jinja2 import TemplateError
 from converter.errors import PopError
 from pop_local.engine.answer import Answering, answer
 from pop_local.engine.decode.recommended import recommended
-from pop_local.engine.llama.upstream import Jinja2ChatFormatter
 from pop_local.engine.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.pruned import PrunedLlama
 from pop_local.engine.special_tokens import SpecialTokens, unused_marks
+from pop_local.engine.templates import LimitedChatFormatter
 from pop_local.engine.turn import Message, TurnOptions
 
 
@@ -35,13 +35,13 @@ class ChatModel(PrunedLlama):
         return SpecialTokens(self.vocab, self._tokens)
 
     @cached_property
-    def _formatter(self) -> Jinja2ChatFormatter:
+    def _formatter(self) -> LimitedChatFormatter:
         eos, bos = (
             self._model.token_get_text(token) if token != -1 else ""
             for token in (self.token_eos(), self.token_bos())
         )
         template = self._template or PLAIN_TEMPLATE
-        return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
+        return LimitedChatFormatter(template=template, eos_token=eos, bos_token=bos)
 
     @property
     def _template(self) -> str:

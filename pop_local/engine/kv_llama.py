@@ -14,6 +14,7 @@ from converter.errors import PopError
 from converter.shape import ModelShape, read_shape
 from converter.sidecar import pop_of
 from converter.source import read_source
+from pop_local.engine import templates
 from pop_local.engine.decode.grammar import Grammars
 from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.depth.passes import DeepPasses
@@ -89,13 +90,16 @@ class KvLlama(Llama):
         self.meta = pop_of(source, self.sidecar)
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
+        n_ctx_default = opening.default_ctx(source.first)
         n_threads = n_threads or backend.default_threads()
         logs.forget_errors()
+        if "tokenizer.chat_template" in source.first.keys:
+            templates.start()  # while the model is loaded
         try:
             with opening.with_sidecar(source, self.sidecar):
                 super().__init__(
                     os.fspath(model_path),
-                    n_ctx=n_ctx or opening.default_ctx(source.first),
+                    n_ctx=n_ctx or n_ctx_default,
                     n_threads=n_threads,
                     n_threads_batch=n_threads_batch or n_threads,
                     n_gpu_layers=n_gpu_layers,
@@ -238,10 +242,15 @@ class KvLlama(Llama):
         return True
 
     def _forget_from(self, position: int) -> bool:
-        memory = self._ctx.memory
-        if memory and api.llama_memory_seq_pos_max(memory, 0) >= position:
-            return bool(api.llama_memory_seq_rm(memory, 0, position, -1))
+        if self._end > position:
+            return bool(api.llama_memory_seq_rm(self._ctx.memory, 0, position, -1))
         return True
+
+    @property
+    def _end(self) -> int:
+        """The position after the last one in llama.cpp's memory."""
+        memory = self._ctx.memory
+        return int(api.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
 
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
         """Keep prompts that another one drives out of the KV cache; None keeps no more of them."""
@@ -309,10 +318,10 @@ class KvLlama(Llama):
         KV cache is empty then.
         """
         self.clear()
-        if not restore_context_state(self.ctx, kv):
+        n = len(tokens)
+        if not restore_context_state(self.ctx, kv) or self._end != n:
             self.clear()
             raise PopError("the saved state does not fit this model and context")
-        n = len(tokens)
         self.input_ids[:n] = tokens
         self.rows.take_over(is_full, is_exact=is_exact)
         self.n_tokens = n

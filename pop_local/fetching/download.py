@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import requests
 
 _CHUNK_BYTES = 1 << 16
+# Where a server does not say how much comes, there is to be room for so much more all the time.
+_UNANNOUNCED_BYTES = 256 << 20
 _TIMEOUT_S = (15, 60)  # to connect, between two pieces
 _MAX_FAILURES = 3  # in a row, without a byte between them
 _PAUSE_S = 1.0
@@ -181,11 +183,14 @@ class _Transfer:
         with self._partial.open("r+b" if start else "wb") as file:
             file.truncate(start)
             file.seek(start)
-            done, first = start, MAGIC if start else b""
+            done, first, asked_at = start, MAGIC if start else b"", start
             for chunk in response.iter_content(_CHUNK_BYTES):
                 first += chunk[: len(MAGIC) - len(first)]
                 if not MAGIC.startswith(first):
                     raise self._no_gguf(response)
+                if total == 0 and done >= asked_at:
+                    require_space(self._target.parent, _UNANNOUNCED_BYTES, self._target.name)
+                    asked_at = done + _UNANNOUNCED_BYTES
                 file.write(chunk)
                 file.flush()
                 done += len(chunk)
@@ -270,7 +275,8 @@ def _extent(response: "requests.Response") -> tuple[int, int]:
     """
     is_plain = response.headers.get("Content-Encoding", "identity") == "identity"
     if response.status_code == 206:
-        part = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        extent = response.headers.get("Content-Range", "")
+        part = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18})", extent)
         return (int(part[1]), int(part[2])) if part and is_plain else (-1, 0)
     length = response.headers.get("Content-Length", "")
-    return 0, int(length) if length.isdecimal() and is_plain else 0
+    return 0, int(length) if re.fullmatch(r"\d{1,18}", length) and is_plain else 0

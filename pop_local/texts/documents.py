@@ -6,15 +6,17 @@ pypdf and python-docx come with the extra `documents` and are imported when such
 import io
 import logging
 import os
-import stat
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from converter.errors import PopError
 from pop_local.engine.sessions.conversation import Document
-from pop_local.texts.decoding import decoded
+from pop_local.texts.decoding import decoded, read_file
 
 MAX_BYTES = 100_000_000
+# A DOCX may be so much larger unpacked: its XML takes twelve times as much memory.
+_MAX_GROWTH_BYTES = 32_000_000
 EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
 
 
@@ -25,11 +27,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     too large.
     """
     path = Path(path)
-    mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-        raise PopError(f"{path} is neither a file nor a pipe", "give a file")
-    with path.open("rb") as file:
-        content = read_limited(file, str(path))
+    content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
     if path.suffix.lower() not in _READERS:
         return Document(str(path), decoded(content, str(path)))
     kind, library, text_of = _READERS[path.suffix.lower()]
@@ -47,13 +45,22 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
 def read_limited(file: BinaryIO, origin: str) -> bytes:
     """Read a whole file. Raises PopError for more than MAX_BYTES, which are not read."""
-    content = file.read(MAX_BYTES + 1)
+    return _within_limit(file.read(MAX_BYTES + 1), origin)
+
+
+def _within_limit(content: bytes, origin: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise PopError(
             f"{origin} has more than {MAX_BYTES:,} bytes, more than any context holds",
             "give a part of it",
         )
     return content
+
+
+def _too_much(path: Path) -> PopError:
+    return PopError(
+        f"{path} unpacks to far more than any context holds", "save it as plain text first"
+    )
 
 
 def _pdf(path: Path, content: bytes) -> str:
@@ -64,7 +71,13 @@ def _pdf(path: Path, content: bytes) -> str:
     reader = pypdf.PdfReader(io.BytesIO(content))
     if reader.is_encrypted and not reader.decrypt(""):
         raise PopError(f"{path} is protected by a password", "save it without one first")
-    text = "\n\n".join(page.extract_text() for page in reader.pages)
+    texts, n_chars = [], 0
+    for page in reader.pages:
+        texts.append(page.extract_text())
+        n_chars += len(texts[-1])
+        if n_chars > MAX_BYTES:  # pages may share what they draw
+            raise _too_much(path)
+    text = "\n\n".join(texts)
     if not text.strip():
         raise PopError(f"{path} holds no text, only pictures of it", "run it through an OCR first")
     return text
@@ -73,7 +86,16 @@ def _pdf(path: Path, content: bytes) -> str:
 def _docx(path: Path, content: bytes) -> str:
     import docx
 
-    blocks = docx.Document(io.BytesIO(content)).iter_inner_content()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        n_bytes = sum(member.file_size for member in archive.infolist())
+    if n_bytes > len(content) + _MAX_GROWTH_BYTES:
+        raise _too_much(path)
+    document = docx.Document(io.BytesIO(content))
+    # A cell is repeated as often as it spans columns, of which Word has 63 at most.
+    spans = document.element.xpath(".//w:gridSpan/@w:val")
+    if any(len(span) > 3 for span in spans):
+        raise _too_much(path)
+    blocks = document.iter_inner_content()
     texts = (_table(block) if hasattr(block, "rows") else block.text for block in blocks)
     return "\n\n".join(text for text in texts if text.strip())
 

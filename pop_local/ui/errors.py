@@ -1,20 +1,23 @@
 """The one place that turns an exception into two lines on stderr and an exit code."""
 
+import functools
 import logging
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import typer
 from rich.text import Text
 
 from converter.errors import PopError, StoppedError
+from pop_local.engine.llama import logs
 from pop_local.ui import hints
+from pop_local.ui.keys import echo_again
 from pop_local.ui.printable import printable
 from pop_local.ui.theme import err
 
@@ -31,6 +34,8 @@ def guard(*, debug: bool) -> Iterator[None]:
     """
     if debug:
         _log_to_stderr()
+    with suppress(OSError):  # there may be no stderr
+        logs.on_abort = _last_words()
     try:
         with _terminations_unwind():
             yield
@@ -75,6 +80,21 @@ def show(error: PopError) -> None:
 def _labelled(label: str, text: str) -> None:
     line = printable(" ".join(text.split()))
     err.print(Text.assemble((f"{label}: ", label), line), soft_wrap=True)
+
+
+@functools.cache
+def _last_words() -> Callable[[str], None]:
+    """Says why llama.cpp ends the process, and ends it as other errors do."""
+    # stderr itself leads nowhere while llama_cpp opens a model.
+    stderr = os.dup(2)
+
+    def say(reason: str) -> None:
+        echo_again()
+        words = f"error: llama.cpp gave up: {printable(reason)}\nhint: {hints.GAVE_UP}\n"
+        os.write(stderr, words.encode(errors="replace"))
+        os._exit(EXIT_FAILED)
+
+    return say
 
 
 class _Printable(logging.Formatter):

@@ -73,6 +73,7 @@ BY_CAUSE = {
 }
 
 TRACE = "`pop-local --debug COMMAND ...` shows where it happened"
+GAVE_UP = "the model's file may be damaged: download it again, or take another"
 MEMORY = "close other programs, or take a smaller model or context (--ctx)"
 _SPACE = "free some space, or write to another disk"
 _PERMISSION = "check the permissions of the file and of its folder"

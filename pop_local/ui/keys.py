@@ -4,9 +4,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 if sys.platform != "win32":
     import termios
+
+# How the terminals are that do not echo now.
+_before: list[list[Any]] = []
 
 
 @contextmanager
@@ -21,12 +25,17 @@ def unechoed_keys() -> Iterator[None]:
     quiet[local_modes] &= ~termios.ECHO
     try:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+        _before.append(before)
         yield
     finally:
-        # The terminal may be gone by now, or someone else's.
-        if _is_in_foreground():
-            with suppress(termios.error):
-                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        echo_again()
+
+
+def echo_again() -> None:
+    """The terminal as it was before `unechoed_keys`, unless it is gone or someone else's by now."""
+    if sys.platform != "win32" and _before and _is_in_foreground():
+        with suppress(termios.error):
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, _before.pop())
 
 
 def _is_in_foreground() -> bool:

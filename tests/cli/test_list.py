@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pexpect
@@ -78,6 +79,20 @@ def test_the_folder_is_shown_with_what_is_damaged(store):
     assert "unfinished download" in problems["new.gguf.partial"]
     assert "not a GGUF file" in problems["page"]
     assert str(store) in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pipe_is_a_problem_and_is_not_read(store):
+    path = store / "pipe.gguf"
+    os.mkfifo(path)
+    # Whoever reads it all the same need not wait for ever.
+    writer = threading.Thread(target=lambda: path.open("wb").close())
+    writer.start()
+    problem = the("pipe", store).problem
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    writer.join()
+    os.close(reader)
+    assert problem == "is a pipe or a device, not a file"
 
 
 def test_names_stay_whole_in_a_narrow_terminal(store, monkeypatch, capsys):

@@ -1,15 +1,17 @@
 """Texts out of files: plain, PDF, DOCX, and what cannot be read."""
 
 import builtins
+import io
 import os
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from converter.errors import PopError
-from pop_local.texts import documents
+from pop_local.texts import decoding, documents
 from pop_local.texts.documents import EXTRA_HINT, MAX_BYTES, read_document
 
 PDF = b"""%%PDF-1.4
@@ -87,6 +89,55 @@ def test_far_too_large_a_file_is_not_read(tmp_path):
     with path.open("wb") as file:
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(PopError, match="more than any context holds"):
+        read_document(path)
+
+
+def docx_with(path: Path, old: bytes, new: bytes) -> Path:
+    """A DOCX of one table, its XML changed."""
+    docx = pytest.importorskip("docx")
+    written = docx.Document()
+    written.add_table(rows=1, cols=2).rows[0].cells[0].text = "text"
+    buffer = io.BytesIO()
+    written.save(buffer)
+    with (
+        zipfile.ZipFile(buffer) as archive,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as changed,
+    ):
+        for name in archive.namelist():
+            changed.writestr(name, archive.read(name).replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"<w:sectPr", b"<w:p/>" * 6_000_000 + b"<w:sectPr"),
+        (b"<w:tcPr>", b'<w:tcPr><w:gridSpan w:val="1000000"/>'),
+    ],
+    ids=["much XML", "wide cells"],
+)
+def test_a_docx_that_unpacks_to_far_more_is_not_read(tmp_path, old, new):
+    path = docx_with(tmp_path / "bomb.docx", old, new)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(PopError, match="unpacks to far more than any context holds"):
+        read_document(path)
+
+
+def test_pages_that_share_what_they_draw_are_read_up_to_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_BYTES", 1000)
+    path = tmp_path / "paper.pdf"
+    text = pdf(b"BT /F1 12 Tf 20 100 Td (Hello from page one) Tj ET")
+    path.write_bytes(text.replace(b"[3 0 R]", b"[" + b"3 0 R " * 60 + b"]"))
+    with pytest.raises(PopError, match="unpacks to far more than any context holds"):
+        read_document(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_PATIENCE_S", 0.05)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(PopError, match="nobody writes to the pipe"):
         read_document(path)
 
 

@@ -359,6 +359,28 @@ def test_an_encoded_reply_is_decoded_and_never_gone_on_with(hub, tmp_path):
     assert {total for _, total in seen} == {0}
 
 
+def test_a_length_that_no_file_has_is_no_length(hub, tmp_path):
+    hub.raw = [reply(WHOLE, f"Content-Length: {9**500}")]
+    assert pull(hub, tmp_path).read_bytes() == MODEL
+
+
+def test_what_is_packed_small_does_not_fill_the_disk(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "_UNANNOUNCED_BYTES", 1_000_000)
+    written: list[int] = []
+
+    def usage(folder: Path) -> object:
+        partial = tmp_path / "tiny.gguf.partial"
+        written.append(partial.stat().st_size if partial.exists() else 0)
+        return type("Usage", (), {"free": 5_000_000 - written[-1]})
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    packed = gzip.compress(WHOLE + bytes(50_000_000))
+    hub.raw = [reply(packed, "Content-Encoding: gzip", f"Content-Length: {len(packed)}")]
+    with pytest.raises(PopError, match="MB free"):
+        pull(hub, tmp_path)
+    assert 3_000_000 < max(written) < 5_000_000
+
+
 def test_the_first_bytes_may_come_one_by_one(hub, tmp_path):
     chunks = (WHOLE[:2], WHOLE[2:3], WHOLE[3:])
     body = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in (*chunks, b""))

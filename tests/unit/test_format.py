@@ -1,18 +1,22 @@
 """Reading GGUF headers and POP keys, and refusing what is not right."""
 
+import math
 import random
 import struct
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
+from converter import header as header_module
 from converter.content import copy_data, read_content
 from converter.errors import FormatError, UnsupportedArchitectureError
 from converter.format import PopMeta, encode_keys, read_pop_meta
 from converter.header import MAX_KEPT_ITEMS, Array, read_header
 from converter.shape import read_shape
 from converter.source import read_source
+from pop_local.engine.model import PopModel
 from support.synthetic import DEFAULTS, add_keys, make_gguf
 
 SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
@@ -131,6 +135,73 @@ def test_doubled_keys_and_odd_alignment(tiny, tmp_path):
         read_header(add_keys(tiny, tmp_path / "odd.gguf", general__alignment=48))
 
 
+@pytest.mark.parametrize("alignment", [1, 8, 16, 1 << 21, "32"])
+def test_alignments_that_llama_cpp_cannot_read(tiny, tmp_path, alignment):
+    with pytest.raises(FormatError, match="an alignment"):
+        read_header(add_keys(tiny, tmp_path / "bad.gguf", general__alignment=alignment))
+
+
+def test_a_header_has_a_largest_size(tiny, tmp_path, monkeypatch):
+    end = read_header(tiny).tensors_end
+    monkeypatch.setattr(header_module, "MAX_HEADER_BYTES", end)
+    read_header(tiny)
+    monkeypatch.setattr(header_module, "MAX_HEADER_BYTES", end - 1)
+    with pytest.raises(FormatError, match=f"a header of more than {end - 1:,} bytes"):
+        read_header(tiny)
+
+
+@pytest.mark.parametrize("at", [8, 16], ids=["tensors", "keys"])
+def test_a_file_of_holes_is_not_read_to_its_end(tiny, tmp_path, at):
+    bad = _damaged(tiny, tmp_path, at, struct.pack("<Q", 2**40))
+    with bad.open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(FormatError, match="not a valid GGUF file: it has 1,099"):
+        read_header(bad)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 4.0])
+def test_head_counts_are_whole_numbers(tmp_path, value):
+    path = make_gguf(tmp_path / "model.gguf", "llama", head_arrays=True, **SMALL)
+    end = read_header(path).keys["llama.attention.head_count"].end
+    # The type of the two items, their number, the items.
+    start = end - struct.calcsize("<IQ2i")
+    counts = struct.pack("<IQ2f", gguf.GGUFValueType.FLOAT32, 2, value, value)
+    with pytest.raises(FormatError, match=r"llama\.attention\.head_count is "):
+        read_shape(_damaged(path, tmp_path, start, counts))
+
+
+@pytest.mark.parametrize("number", [2**31, 2**32 - 1])
+def test_numbers_of_a_model_have_a_range(tiny, tmp_path, number):
+    path = tmp_path / "bad.gguf"
+    data = tiny.read_bytes()
+    end = read_header(tiny).keys["llama.embedding_length"].end
+    path.write_bytes(data[: end - 4] + struct.pack("<I", number) + data[end:])
+    with pytest.raises(FormatError, match=r"llama\.embedding_length is "):
+        read_shape(path)
+
+
+@pytest.mark.parametrize("n_ctx", [2**27 + 1, 2**31, 2**32 - 1])
+def test_a_context_has_a_range(tiny, tmp_path, n_ctx):
+    path = tmp_path / "bad.gguf"
+    data = tiny.read_bytes()
+    end = read_header(tiny).keys["llama.context_length"].end
+    path.write_bytes(data[: end - 4] + struct.pack("<I", n_ctx) + data[end:])
+    with pytest.raises(FormatError, match=f"a context of {n_ctx} tokens"):
+        PopModel(path, n_ctx=64)
+
+
+def test_blocks_of_any_number_of_digits_are_no_layers(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "bad.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_tensor(f"blk.{'9' * 5000}.attn_q.weight", np.zeros((2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match="no tensors for layer 0"):
+        read_shape(tmp_path / "bad.gguf")
+
+
 # --- POP keys
 
 META = PopMeta("FS", source_name="tiny.gguf", source_sha256="0" * 64, tool="test")
@@ -200,6 +271,10 @@ def test_layers_that_predict_later_tokens_have_no_letter(tiny, tmp_path):
         ({"schedule": "FS\n"}, "letters"),
         ({"projection": "magic"}, "magic"),
         ({"tail_tokens": "16"}, "pop.tail_tokens is not of type int"),
+        ({"min_prompt": 2**31}, "pop.min_prompt is 2,147,483,648"),
+        ({"sink_tokens": 2**32 - 1}, "pop.sink_tokens is 4,294,967,295"),
+        ({"source__name": "x" * 256}, "pop.source.name has more than 255 bytes"),
+        ({"tool": "x" * 70_000}, "pop.tool has more than 65,536 bytes"),
     ],
 )
 def test_pop_keys_that_do_not_fit(tiny, tmp_path, changes, says):

@@ -1,9 +1,12 @@
 """Saved sessions: loaded without reading again, never into a model that they do not fit."""
 
 import io
+import json
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.sessions.schema import encoded_array
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
@@ -198,6 +202,146 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(file, sessions, dama
     assert [stored.name for stored in sessions.listed()] == ["talk"]
 
 
+def rewritten(path: Path, **members: Any) -> None:
+    """Changes members of the archive to these bytes, and fields of session.json, by their place."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    session = json.loads(contents["session.json"])
+    for place, value in members.pop("fields", {}).items():
+        *outer, last = place.split(".")
+        at: Any = session
+        for key in outer:
+            at = at[int(key) if key.isdecimal() else key]
+        at[last] = value
+    contents["session.json"] = json.dumps(session).encode()
+    contents |= {name.replace("_", "."): content for name, content in members.items()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+
+
+TURN = "conversation.turns.0"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("format", 2),
+        ("unknown", 1),
+        ("name", []),
+        ("model", None),
+        ("n_tokens", "many"),
+        ("n_tokens", True),
+        ("n_tokens", -1),
+        ("n_tokens", 10**30),
+        ("n_tokens", 1e30),
+        ("mode", "SOMETIMES"),
+        ("mode", []),
+        ("key", 1),
+        ("fingerprint", None),
+        ("fingerprint.model_bytes", 2**70),
+        ("fingerprint.backend", 7),
+        ("conversation", []),
+        ("conversation.system", {}),
+        ("conversation.turns", {"a": 1}),
+        (TURN, "a question"),
+        (f"{TURN}.question", 5),
+        (f"{TURN}.answer", None),
+        (f"{TURN}.answer", "\ud800"),
+        (f"{TURN}.documents", [["name", "text"]]),
+        (f"{TURN}.documents", [{"name": "a", "text": 1}]),
+    ],
+)
+def test_every_field_of_a_session_has_a_type_and_a_range(file, sessions, place, value):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    path = sessions.path("talk")
+    if place == TURN:
+        rewritten(path, fields={"conversation.turns": [value]})
+    else:
+        rewritten(path, fields={place: value})
+    n_tokens = model.n_tokens
+    with pytest.raises(PopError, match="damaged or not a session"):
+        sessions.load("talk", model)
+    assert model.n_tokens == n_tokens
+    (stored,) = sessions.listed()
+    assert stored.session is None
+
+
+def npy(head: str, data: bytes = b"") -> bytes:
+    padded = head.ljust(117) + "\n"
+    return b"\x93NUMPY\x01\0" + len(padded).to_bytes(2, "little") + padded.encode() + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (999999999999,), }"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (-1,), }"),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (N,), }"),
+        npy("{'descr': '<U999999999', 'fortran_order': False, 'shape': (N,), }"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (N,), }", bytes(4000)),
+        npy("{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (N,), }"),
+        npy("(" * 100),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (N,), }"),
+        b"",
+    ],
+)
+@pytest.mark.parametrize("name", ["tokens_npy", "full_npy"])
+def test_arrays_are_of_the_expected_type_and_size(file, sessions, name, content):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    content = content.replace(b"N", str(model.n_tokens).encode())
+    rewritten(sessions.path("talk"), **{name: content})
+    with pytest.raises(PopError, match="damaged or not a session"):
+        sessions.load("talk", model)
+
+
+def test_tokens_are_of_the_vocabulary(file, sessions):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    for token in (-1, model.n_vocab()):
+        tokens = encoded_array(np.full(model.n_tokens, token, np.int32))
+        rewritten(sessions.path("talk"), tokens_npy=tokens)
+        with pytest.raises(PopError, match="damaged or not a session"):
+            sessions.load("talk", model)
+
+
+@pytest.mark.parametrize("kv", ["empty", "cut", "of fewer cells"])
+def test_k_v_that_are_not_all_there_are_read_again(file, sessions, kv):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    expected = follow_up(opened(file), said)
+    state = model.save_state().llama_state
+    if kv == "of fewer cells":
+        model.truncate(10)
+        state = model.save_state().llama_state
+    content = {"empty": b"", "cut": state[:-1]}.get(kv, state)
+    rewritten(sessions.path("talk"), kv_bin=content)
+    restored = sessions.load("talk", model)
+    assert restored.reread == "the saved state does not fit this model and context"
+    assert model.n_tokens == 0
+    assert follow_up(model, said) == expected
+
+
+def test_a_packed_session_is_refused(file, sessions):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    with zipfile.ZipFile(sessions.path("talk"), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("session.json", b" " * 1_000_000)
+    with pytest.raises(PopError, match="damaged or not a session"):
+        sessions.load("talk", model)
+
+
+def test_a_session_is_on_the_disk_before_it_has_its_name(file, sessions, monkeypatch):
+    model = opened(file)
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(sessions.path("talk").exists()))
+    sessions.save("talk", model, answered(model, QUESTION))
+    assert synced == [False]
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "..", ".hidden", "", " a", "a ", "x" * 99])
 def test_names_have_no_parts_of_paths(file, sessions, name):
     with pytest.raises(PopError, match="cannot name a session"):
@@ -281,3 +425,26 @@ def test_a_model_that_cannot_be_pruned_talks_all_the_same(tmp_path):
     model = opened(make_gguf(tmp_path / "olmo.gguf", "olmo2", chat_template=TEMPLATE))
     _, shown = talked(model, "a b c d", "/stats")
     assert any(line.startswith("# Its reading took ") for line in shown)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of POSIX")
+def test_what_lies_beside_the_sessions_is_left_out(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    model = opened(file)
+    talked(model, "a b c d", "/save talk")
+    folder = sessions_dir()
+    (folder / "gone.popsession").symlink_to("nowhere")
+    (folder / "no$name.popsession").write_text("x")
+    (folder / "folder.popsession").mkdir()
+    os.mkfifo(folder / "pipe.popsession")
+    (folder / "bad.popsession").write_text("x")
+    _, shown = talked(model, "/sessions", "/load gone")
+    assert [line.split()[1] for line in shown[1:3]] == ["bad:", "talk:"]
+    assert shown[-1].startswith("! there is no session gone; ")
+
+
+def test_too_long_a_name_for_the_disk_is_one_error(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
+    _, shown = talked(opened(file), "a b c d", "/save " + "字" * 80, "/save talk")
+    assert any(line.startswith("! cannot write ") and "too long" in line for line in shown)
+    assert shown[-1].startswith("# Saved as talk")

@@ -86,7 +86,10 @@ def bindings() -> ModuleType:
         raise PopError(f"llama-cpp-python cannot be imported: {error}", INSTALL_HINT) from error
     except (AttributeError, OSError, RuntimeError) as error:
         raise PopError(f"llama.cpp's library cannot be loaded: {error}", INSTALL_HINT) from error
+    from llama_cpp._ctypes_extensions import load_shared_library
+
     logs.take_over(llama_cpp)
+    logs.take_over_aborts(load_shared_library("ggml-base", llama_cpp._base_path))
     return llama_cpp
 
 

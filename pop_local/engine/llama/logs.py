@@ -1,12 +1,16 @@
 """llama.cpp's log, taken over: handed to `logging`, and its complaints kept for error messages.
 
-Silent unless the application configures the logger "pop_local.llama_cpp".
+Silent unless the application configures the logger "pop_local.llama_cpp". Where llama.cpp ends the
+process, as its assertions do for some damaged files, `on_abort` is told why.
 """
 
 import ctypes
 import logging
+import os
 import re
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 logger = logging.getLogger("pop_local.llama_cpp")
@@ -19,7 +23,12 @@ _CONTINUED = 5
 _errors: deque[str] = deque(maxlen=64)
 _last_level = logging.DEBUG
 _callback: Any = None
+_abort_callback: Any = None
+# Called with the reason in whichever thread it happens; the process ends afterwards, come what may.
+# None: it is written to stderr.
+on_abort: Callable[[str], None] | None = None
 
+_PLACE = re.compile(r"^.*[/\\](?=[\w.-]+:\d+: )")
 _FUNCTION = re.compile(r"^\w+: ")
 _WRAPPING = re.compile(r"^error loading model( \w+)?: ")
 
@@ -30,6 +39,26 @@ def take_over(llama_cpp: Any) -> None:
     if _callback is None:
         _callback = llama_cpp.llama_log_callback(_on_log)
         llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+
+
+def take_over_aborts(ggml: ctypes.CDLL) -> None:
+    """Make ggml tell `on_abort`."""
+    global _abort_callback
+    if _abort_callback is not None:
+        return
+    stderr = 2
+    with suppress(OSError):  # llama_cpp silences the one that everybody has while it opens a model
+        stderr = os.dup(2)
+
+    def tell(message: bytes) -> None:
+        reason = _PLACE.sub("", message.decode("utf-8", errors="replace"))
+        if on_abort is not None:
+            on_abort(reason)
+        else:
+            os.write(stderr, f"llama.cpp gave up: {reason}\n".encode())
+
+    _abort_callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(tell)
+    ggml.ggml_set_abort_callback(_abort_callback)
 
 
 def _on_log(level: int, text: bytes, _user_data: object) -> None:

@@ -5,6 +5,7 @@ from pop_local.engine.llama.backend import bindings
 api = bindings()
 
 import llama_cpp  # noqa: E402
+import llama_cpp.llama_chat_format as chat_format  # noqa: E402
 from llama_cpp import Llama, LlamaGrammar  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
 from llama_cpp.llama_cache import BaseLlamaCache, LlamaRAMCache  # noqa: E402
@@ -18,5 +19,6 @@ __all__ = [
     "LlamaRAMCache",
     "LlamaState",
     "api",
+    "chat_format",
     "llama_cpp",
 ]

@@ -87,7 +87,12 @@ def context_state(ctx: Any) -> bytes:
 
 
 def restore_context_state(ctx: Any, state: bytes) -> bool:
-    """Whether it could be restored; what the context holds is undefined if not."""
+    """Whether it could be restored; what the context holds is undefined if not.
+
+    Nothing is no state, though llama.cpp reads 0 bytes of it, as many as there are.
+    """
+    if not state:
+        return False
     buffer = np.frombuffer(state, dtype=np.uint8).copy()
     return bool(bindings().llama_state_set_data(ctx, _bytes_at(buffer), buffer.size) == buffer.size)
 

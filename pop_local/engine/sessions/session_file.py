@@ -14,8 +14,6 @@ CRC-32 tells a damaged file.
 """
 
 import dataclasses
-import io
-import json
 import os
 import re
 import zipfile
@@ -23,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,44 +34,23 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.upstream import llama_cpp
 from pop_local.engine.prefill.kv_state import FULL, PopState
-from pop_local.engine.sessions.conversation import Conversation, Document, Turn
-
-FORMAT = 1
-SUFFIX = ".popsession"
-_NOT_SAVED = "they had made room for another conversation when it was saved"
-_NAME = re.compile(r"\w[\w .+-]{0,79}")
-# What zipfile, json, numpy and our own reading raise; RuntimeError for encrypted archives.
-_DAMAGES = (
-    zipfile.BadZipFile,
-    AttributeError,
-    EOFError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+from pop_local.engine.sessions.conversation import Conversation
+from pop_local.engine.sessions.schema import (
+    Fingerprint,
+    Session,
+    decoded,
+    decoded_array,
+    encoded,
+    encoded_array,
 )
 
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What saved K/V belong to, besides the POP key."""
-
-    model_bytes: int
-    model_sha256: str
-    backend: str
-
-
-@dataclass(frozen=True)
-class Session:
-    """What a file holds besides the K/V; `mode` is the one that they were computed in."""
-
-    name: str
-    model: str
-    n_tokens: int
-    mode: Mode
-    key: str
-    fingerprint: Fingerprint
-    conversation: Conversation
+SUFFIX = ".popsession"
+_NOT_SAVED = "they had made room for another conversation when it was saved"
+_TRANSCRIPT = "session.json"
+_MAX_TRANSCRIPT_BYTES = 1 << 28
+_NAME = re.compile(r"\w[\w .+-]{0,79}")
+# What zipfile and the schema raise; RuntimeError for encrypted archives and deeply nested JSON.
+_DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -124,6 +100,10 @@ def n_own_tokens(model: ChatModel, conversation: Conversation) -> int:
     return n_own
 
 
+def _is_name(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and name == name.strip()
+
+
 def fingerprint(model: ChatModel) -> Fingerprint:
     """Reads the model's headers, not its tensors."""
     binding = bind(read_source(Path(model.model_path)))
@@ -138,12 +118,14 @@ class Sessions:
         self._folder = folder
 
     def names(self) -> list[str]:
-        return sorted(path.name.removesuffix(SUFFIX) for path in self._folder.glob(f"*{SUFFIX}"))
+        """Return the names that `load` takes; links to nowhere, pipes and folders are no files."""
+        found = (path for path in self._folder.glob(f"*{SUFFIX}") if path.is_file())
+        names = (path.name.removesuffix(SUFFIX) for path in found)
+        return sorted(filter(_is_name, names))
 
     def listed(self) -> Iterator[SavedFile]:
         for name in self.names():
-            path = self.path(name)
-            status = path.stat()
+            status = self.path(name).stat()
             try:
                 session = self._read(name)
             except PopError:
@@ -152,7 +134,7 @@ class Sessions:
 
     def path(self, name: str) -> Path:
         """Give the file of a name. Raises PopError for what is no name, such as a path."""
-        if not _NAME.fullmatch(name) or name != name.strip():
+        if not _is_name(name):
             raise PopError(
                 f"{name!r} cannot name a session",
                 "take letters, digits, blanks and any of . _ + - (at most 80)",
@@ -164,8 +146,16 @@ class Sessions:
 
         Where the conversation's K/V are cached, what is cached after them is forgotten.
         """
+        return self._write(name, model, conversation, _own_state(model, conversation))
+
+    def save_transcript(self, name: str, model: ChatModel, conversation: Conversation) -> int:
+        """As `save`, without the K/V: quick, small, and nothing that is cached is forgotten."""
+        return self._write(name, model, conversation, None)
+
+    def _write(
+        self, name: str, model: ChatModel, conversation: Conversation, state: PopState | None
+    ) -> int:
         path = self.path(name)
-        state = _own_state(model, conversation)
         n_tokens = 0 if state is None else state.n_tokens
         session = Session(
             name=name,
@@ -184,11 +174,13 @@ class Sessions:
             if hasattr(os, "fchmod"):  # what was said is nobody else's business
                 os.fchmod(file.fileno(), 0o600)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("session.json", _encoded(session))
+                archive.writestr(_TRANSCRIPT, encoded(session))
                 if state is not None:
-                    archive.writestr("tokens.npy", _array(state.input_ids[:n_tokens]))
-                    archive.writestr("full.npy", _array(state.is_full))
+                    archive.writestr("tokens.npy", encoded_array(state.input_ids[:n_tokens]))
+                    archive.writestr("full.npy", encoded_array(state.is_full))
                     archive.writestr("kv.bin", state.llama_state)
+            file.flush()
+            os.fsync(file.fileno())  # nothing else holds what was said
         return path.stat().st_size
 
     def load(self, name: str, model: ChatModel) -> Restored:
@@ -201,14 +193,15 @@ class Sessions:
         if session.n_tokens == 0:
             model.set_pop(session.mode)
             return Restored(session, _NOT_SAVED if session.conversation.turns else "")
+        n_tokens = session.n_tokens
+        if n_tokens > model.n_ctx():
+            return Restored(session, f"they need a context of {n_tokens} tokens")
         with _opened(path) as archive:
-            kv = archive.read("kv.bin")
-            tokens = np.load(io.BytesIO(archive.read("tokens.npy")), allow_pickle=False)
-            is_full = np.load(io.BytesIO(archive.read("full.npy")), allow_pickle=False)
-        if not tokens.shape == is_full.shape == (session.n_tokens,):
+            kv = _member(archive, "kv.bin")
+            tokens = decoded_array(_member(archive, "tokens.npy"), np.int32, n_tokens)
+            is_full = decoded_array(_member(archive, "full.npy"), np.bool_, n_tokens)
+        if tokens.min() < 0 or tokens.max() >= model.n_vocab():
             raise _damaged(path)
-        if session.n_tokens > model.n_ctx():
-            return Restored(session, f"they need a context of {session.n_tokens} tokens")
         model.set_pop(session.mode)
         if not model.takes(session.key):
             return Restored(session, f"they belong to {session.key}")
@@ -223,7 +216,7 @@ class Sessions:
         if not path.is_file():
             raise PopError(f"there is no session {name}", "check the name")
         with _opened(path) as archive:
-            return _decoded(json.loads(archive.read("session.json")))
+            return decoded(_member(archive, _TRANSCRIPT))
 
 
 def _own_state(model: ChatModel, conversation: Conversation) -> PopState | None:
@@ -243,6 +236,16 @@ def _difference(session: Session, model: ChatModel) -> str:
     return ""
 
 
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member as it is stored: one that is packed could be of any size."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"{name} is packed")
+    if name == _TRANSCRIPT and info.file_size > _MAX_TRANSCRIPT_BYTES:
+        raise ValueError(f"{name} is longer than any conversation")
+    return archive.read(info)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
@@ -256,37 +259,3 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def _damaged(path: Path) -> PopError:
     return PopError(f"the session {path} is damaged or not a session", "delete it, or save it anew")
-
-
-def _array(values: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _encoded(session: Session) -> str:
-    fields = dataclasses.asdict(session) | {"mode": session.mode.name, "format": FORMAT}
-    return json.dumps(fields, ensure_ascii=False, indent=1)
-
-
-def _decoded(fields: dict[str, Any]) -> Session:
-    """Raises one of _DAMAGES for what is no session of this format."""
-    if fields.pop("format") != FORMAT:
-        raise ValueError("another format")
-    said = fields["conversation"]
-    turns = tuple(
-        Turn(
-            turn["question"],
-            tuple(Document(**document) for document in turn["documents"]),
-            turn["answer"],
-        )
-        for turn in said["turns"]
-    )
-    return Session(
-        **fields
-        | {
-            "mode": Mode[fields["mode"]],
-            "fingerprint": Fingerprint(**fields["fingerprint"]),
-            "conversation": Conversation(said["system"], turns),
-        }
-    )

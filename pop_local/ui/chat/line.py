@@ -19,6 +19,7 @@ from prompt_toolkit.output.defaults import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.styles import Style
 
+from converter.errors import PopError
 from converter.output import make_private
 
 PROMPT = "> "
@@ -34,7 +35,10 @@ Words = Callable[[], Iterable[str]]
 
 
 class LineReader(Protocol):
-    """Gives the next line; `default` is there to be edited. Raises EOFError, KeyboardInterrupt."""
+    """Gives the next line; `default` is there to be edited.
+
+    Raises EOFError, KeyboardInterrupt, and PopError for a line that is not UTF-8 text.
+    """
 
     def __call__(self, default: str = "") -> str: ...
 
@@ -68,17 +72,24 @@ def line_reader(
 
     def read(default: str = "") -> str:
         below = status if status() else None
-        return unquoted(session.prompt(default=default, bottom_toolbar=below))
+        return unquoted(_utf8(session.prompt(default=default, bottom_toolbar=below)))
 
     return read
 
 
 def piped_line(default: str = "") -> str:
-    """A line of stdin. Raises EOFError at the end."""
-    line = sys.stdin.readline()
+    """A line of stdin. Raises EOFError at the end, PopError for what is not UTF-8 text."""
+    line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
-    return line.removesuffix("\n")
+    return _utf8(line.rstrip(b"\r\n").decode(errors="surrogateescape"))
+
+
+def _utf8(line: str) -> str:
+    """The line as it is. Raises PopError where bytes stand in it as surrogates."""
+    if any("\ud800" <= char <= "\udfff" for char in line):
+        raise PopError("that line is not UTF-8 text, and is left out", "send it as UTF-8")
+    return line
 
 
 def chosen_key(keys: Sequence[str]) -> str | None:
@@ -161,7 +172,7 @@ class _History(FileHistory):
             self._path.touch()
             self._path.chmod(0o600)
             super().store_string(string)
-        except OSError:
+        except (OSError, UnicodeError):
             return
 
 
@@ -173,6 +184,10 @@ class _Completer(Completer):
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        with suppress(Exception):  # prompt_toolkit would show a trace in the midst of the line
+            yield from self._found(document, event)
+
+    def _found(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
         text = document.text_before_cursor
         if not text.startswith("/"):
             return

@@ -1,12 +1,15 @@
 """The chat loop: reads lines and passes them on, as questions or as commands."""
 
+import sys
+from collections.abc import Callable
 from functools import partial
 
-from pop_local.config.settings import history_file
+from pop_local.config.settings import history_file, unsaved_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
 from pop_local.ui.chat.refill import refilling, status
 from pop_local.ui.chat.slash import COMMANDS, EditRequest, LeaveRequest, obey
+from pop_local.ui.chat.unsaved import Unsaved
 from pop_local.ui.errors import as_pop_error
 from pop_local.ui.keys import unechoed_keys
 
@@ -16,14 +19,19 @@ LEAVE_HINT = "To leave, type /exit or press Ctrl-D."
 def talk(chat: Dialogue) -> None:
     """Talk in the terminal until the user leaves, or the piped lines end."""
     words = {name: command.words for name, command in COMMANDS.items()}
-    with unechoed_keys():
-        converse(chat, line_reader(history_file(), words, lambda: status(chat)))
+    with unechoed_keys(), Unsaved(unsaved_dir()) as unsaved:
+        if sys.stdin.isatty():
+            unsaved.offer(chat)
+        converse(chat, line_reader(history_file(), words, lambda: status(chat)), unsaved.keep)
 
 
-def converse(chat: Dialogue, read_line: LineReader) -> None:
-    """Pass lines on until the user leaves or the input ends."""
+def converse(
+    chat: Dialogue, read_line: LineReader, keep: Callable[[Dialogue], None] = lambda chat: None
+) -> None:
+    """Pass lines on until the user leaves or the input ends; `keep` is called before each."""
     while True:
         try:
+            keep(chat)
             _pass_on(chat, read_line)
         except KeyboardInterrupt:
             chat.screen.note(LEAVE_HINT)

@@ -1,0 +1,135 @@
+"""What a session file may hold: every field has a type and a range, checked before it is used."""
+
+import dataclasses
+import io
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+
+T = TypeVar("T")
+
+FORMAT = 1
+# The head of an array as numpy writes one of one dimension; numpy's own reader would allocate what
+# a head asks for, and evaluates it.
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\0..\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \((\d{1,9}),\), }"
+    rb" *\n",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What saved K/V belong to, besides the POP key."""
+
+    model_bytes: int
+    model_sha256: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a file holds besides the K/V; `mode` is the one that they were computed in."""
+
+    name: str
+    model: str
+    n_tokens: int
+    mode: Mode
+    key: str
+    fingerprint: Fingerprint
+    conversation: Conversation
+
+
+def encoded(session: Session) -> str:
+    """Return the session as JSON."""
+    fields = dataclasses.asdict(session) | {"mode": session.mode.name, "format": FORMAT}
+    return json.dumps(fields, ensure_ascii=False, indent=1)
+
+
+def decoded(content: bytes) -> Session:
+    """Return the session in JSON. Raises ValueError or RecursionError for what is none."""
+    fields = _object(json.loads(content), Session, "format")
+    if fields["format"] != FORMAT:
+        raise ValueError("another format")
+    fingerprint = _object(fields["fingerprint"], Fingerprint)
+    conversation = _object(fields["conversation"], Conversation)
+    if _text(fields["mode"]) not in Mode.__members__:
+        raise ValueError("another mode")
+    return Session(
+        name=_text(fields["name"]),
+        model=_text(fields["model"]),
+        n_tokens=_number(fields["n_tokens"], 2**31 - 1),
+        mode=Mode[fields["mode"]],
+        key=_text(fields["key"]),
+        fingerprint=Fingerprint(
+            _number(fingerprint["model_bytes"], 2**63 - 1),
+            _text(fingerprint["model_sha256"]),
+            _text(fingerprint["backend"]),
+        ),
+        conversation=Conversation(
+            _text(conversation["system"]), tuple(map(_turn, _typed(conversation["turns"], list)))
+        ),
+    )
+
+
+def encoded_array(values: np.ndarray) -> bytes:
+    """Return the array as a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.ndarray:
+    """Return the array of a .npy file. Raises ValueError for another type, length or size."""
+    head, dtype = _NPY.match(content), np.dtype(kind)
+    if (
+        head is None
+        or head[1].decode() != dtype.str
+        or int(head[2]) != length
+        or len(content) != head.end() + length * dtype.itemsize
+    ):
+        raise ValueError("another array")
+    return np.frombuffer(content, dtype, offset=head.end())
+
+
+def _turn(value: object) -> Turn:
+    turn = _object(value, Turn)
+    documents = [_object(each, Document) for each in _typed(turn["documents"], list)]
+    return Turn(
+        _text(turn["question"]),
+        tuple(Document(_text(each["name"]), _text(each["text"])) for each in documents),
+        _text(turn["answer"]),
+    )
+
+
+def _object(value: object, kind: type[Any], *more: str) -> dict[str, Any]:
+    """The fields of a dataclass, these alone and all of them."""
+    fields: dict[str, Any] = _typed(value, dict)
+    if fields.keys() != {*(field.name for field in dataclasses.fields(kind)), *more}:
+        raise ValueError("other fields")
+    return fields
+
+
+def _typed(value: object, kind: type[T]) -> T:
+    if type(value) is not kind:
+        raise ValueError(f"a {type(value).__name__} for a {kind.__name__}")
+    return value
+
+
+def _number(value: object, most: int) -> int:
+    number = _typed(value, int)
+    if not 0 <= number <= most:
+        raise ValueError("a number out of its range")
+    return number
+
+
+def _text(value: object) -> str:
+    text = _typed(value, str)
+    text.encode()  # JSON can spell halves of surrogates, which are no text
+    return text

@@ -1,0 +1,102 @@
+"""What was said and is not saved outlives its chat: a crash, a kill, a closed terminal.
+
+Every chat keeps its transcript, without K/V, in a file beside a lock, and removes both when it is
+left. A file whose lock nobody holds is that of a chat which died.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.screen import Choice
+from pop_local.ui.errors import as_pop_error
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from pop_local.engine.sessions.conversation import Conversation
+    from pop_local.engine.sessions.session_file import SavedFile
+
+_CHOICES = (
+    Choice("g", "go on with it"),
+    Choice("d", "delete it"),
+    Choice("k", "keep it, to be asked again"),
+)
+
+
+class Unsaved:
+    """This chat's transcript in `folder`, removed when the block ends without an exception."""
+
+    def __init__(self, folder: Path) -> None:
+        from pop_local.engine.sessions.session_file import Sessions
+
+        self._folder = folder
+        self._sessions = Sessions(folder)
+        self._name = f"{time.strftime('%Y-%m-%d %H.%M.%S')} {token_hex(4)}"
+        self._lock = FileLock(self._lock_of(self._name), timeout=0, mode=0o600)
+        self._kept: Conversation | None = None
+        self._is_possible = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._lock.is_locked:
+            self._remove(self._name)
+        self._lock.release(force=True)
+
+    def keep(self, chat: Dialogue) -> None:
+        """Write down what was said since the last call; where that fails, it is said once."""
+        said = chat.session.conversation
+        if not self._is_possible or said is self._kept or not (said.turns or self._kept):
+            return
+        self._kept = said
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock.acquire()
+            self._sessions.save_transcript(self._name, chat.model, said)
+        except Exception as error:
+            self._is_possible = False
+            reason = as_pop_error(error).message
+            chat.screen.warn(f"A crash would lose this conversation, unless you /save it: {reason}")
+
+    def offer(self, chat: Dialogue) -> None:
+        """Ask what is to become of the conversations of chats that died, the last one first."""
+        try:
+            for stored in reversed(list(self._sessions.listed())):
+                with suppress(Timeout), FileLock(self._lock_of(stored.name), timeout=0, mode=0o600):
+                    if stored.session and self._goes_on(chat, stored):
+                        return
+        except Exception as error:
+            chat.fail(as_pop_error(error))
+
+    def _goes_on(self, chat: Dialogue, stored: SavedFile) -> bool:
+        assert stored.session is not None
+        n_turns = len(stored.session.conversation.turns)
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.changed_s))
+        what = f"A chat ended unexpectedly on {day}; it has {n_turns} turn{'s' * (n_turns != 1)}."
+        chosen = chat.screen.choose(what, _CHOICES)
+        if chosen == "g":
+            from pop_local.engine.sessions.chat_session import load_session
+
+            chat.resume(load_session(chat.model, self._sessions.path(stored.name)), "")
+            self.keep(chat)
+            chat.screen.note("It is read again with your next question.")
+        if chosen == "d" or (chosen == "g" and self._is_possible):
+            self._remove(stored.name)
+        return chosen == "g"
+
+    def _remove(self, name: str) -> None:
+        for path in (self._sessions.path(name), self._lock_of(name)):
+            with suppress(OSError):
+                path.unlink()
+
+    def _lock_of(self, name: str) -> Path:
+        return self._folder / f"{name}.lock"

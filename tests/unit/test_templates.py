@@ -1,0 +1,85 @@
+"""Chat templates: as llama_cpp renders them, with limits on what they may take."""
+
+import pytest
+
+from converter.errors import PopError
+from pop_local.engine import templates
+from pop_local.engine.llama.upstream import Jinja2ChatFormatter
+from pop_local.engine.model import PopModel
+from pop_local.engine.templates import LimitedChatFormatter
+from support.synthetic import make_gguf
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Grüße </s> & <b>"},
+    {"role": "assistant", "content": ""},
+]
+FAIR = [
+    "{% for m in messages %}\n  {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:",
+    "{{ bos_token }}{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}"
+    "{{ m.role | upper }}{{ eos_token }}{% endfor %}",
+    "{% generation %}{{ messages | tojson }}{% endgeneration %}{{ messages | tojson(indent=2) }}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content | length %}"
+    "{% endfor %}{{ ns.n }}{{ strftime_now('%Y') }}{{ add_generation_prompt }}{{ tools is none }}",
+]
+WILD = {
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "more than",
+    "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
+    "{% endfor %}{{ ns.a }}": "more than",
+    "{{ '%2000000000d' % 1 }}": "MemoryError",
+    "{{ 'a' | center(2000000000) }}": "MemoryError",
+    "{{ messages[0].content * 20000000 }}": "100,000,000 characters",
+    "{{ 1/0 }}": "ZeroDivisionError",
+    "{{ 'x'.y.z }}": "UndefinedError",
+    "{% if": "TemplateSyntaxError",
+    "x" * (templates.MAX_TEMPLATE_CHARACTERS + 1): "1,048,577 characters",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    "{{ '\\ud800' }}": "surrogates not allowed",
+    "{{ raise_exception('no system prompt') }}": "no system prompt",
+}
+
+
+@pytest.mark.parametrize("template", FAIR)
+def test_the_prompt_is_what_llama_cpp_makes(template):
+    made = (kind(template, "</s>", "<s>") for kind in (LimitedChatFormatter, Jinja2ChatFormatter))
+    ours, theirs = (formatter(messages=MESSAGES).prompt for formatter in made)  # type: ignore[arg-type]
+    assert ours == theirs != ""
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """A child that has two seconds."""
+    monkeypatch.setattr(templates, "LIMIT_S", 2.0)
+    templates._renderer.close()
+    yield
+    templates._renderer.close()
+
+
+@pytest.mark.parametrize("template", WILD, ids=lambda template: template[:30])
+def test_a_wild_template_is_an_error_of_its_model_alone(hurried, tmp_path, template):
+    path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
+    with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
+        PopModel(path, n_threads=1, n_ctx=128).chat("hello")
+    fair = LimitedChatFormatter(FAIR[0], "</s>", "<s>")
+    assert "Be brief." in fair(messages=MESSAGES).prompt  # type: ignore[arg-type]
+
+
+def test_an_interrupted_render_is_not_the_answer_to_the_next(monkeypatch):
+    formatter = LimitedChatFormatter("{{ messages[0].content }}", "", "")
+
+    def ask(content: str) -> str:
+        return str(formatter(messages=[{"role": "user", "content": content}]).prompt)
+
+    assert ask("one") == "one"
+
+    class Interrupted:
+        def write(self, call: bytes) -> None:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(templates._renderer._process, "stdin", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        ask("two")
+    assert ask("three") == "three"

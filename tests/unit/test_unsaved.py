@@ -1,0 +1,80 @@
+"""A conversation that outlives a chat which died, and one that does not outlive its own."""
+
+from pathlib import Path
+
+import pytest
+
+from pop_local.engine.model import PopModel
+from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.repl import converse
+from pop_local.ui.chat.unsaved import Unsaved
+from support.converted import tiny
+from support.scripted import Transcript
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> PopModel:
+    file = tiny(tmp_path_factory.mktemp("unsaved"), boundary=5, chat_template=TEMPLATE)
+    return PopModel(file, n_threads=1, n_ctx=1024)
+
+
+def talked(model: PopModel, folder: Path, *lines: str | BaseException) -> list[str]:
+    transcript = Transcript(*lines)
+    options = {"max_tokens": 4, "temperature": 0.0}
+    chat = Dialogue(model, lambda *_: model, transcript, sampling=options)
+    try:
+        with Unsaved(folder) as unsaved:
+            unsaved.offer(chat)
+            converse(chat, transcript.read_line, unsaved.keep)
+    except SystemExit:
+        pass
+    return transcript.shown.splitlines()
+
+
+def test_a_chat_that_dies_is_offered_until_it_is_gone_on_with(model, tmp_path):
+    talked(model, tmp_path, "my question", "and more?", SystemExit(143))
+    (file,) = tmp_path.glob("*.popsession")
+    assert file.stat().st_mode & 0o077 == 0
+    shown = talked(model, tmp_path, "k", "/context")
+    assert shown[0].startswith("? A chat ended unexpectedly on 20")
+    assert shown[0].endswith("; it has 2 turns.")
+    assert "# 0 of 1,024 tokens are used (0%)." in shown
+    shown = talked(model, tmp_path, "g", "/context", SystemExit(143))
+    assert "# It is read again with your next question." in shown
+    assert shown[-2].endswith(": my question") and shown[-1].endswith(": and more?")
+    talked(model, tmp_path, "g", "third", SystemExit(143))
+    shown = talked(model, tmp_path, "d")
+    assert shown[0].endswith("; it has 3 turns.")
+    assert talked(model, tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_that_is_left_leaves_nothing(model, tmp_path):
+    talked(model, tmp_path, "my question", "/exit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_living_chat_is_not_offered(model, tmp_path):
+    transcript = Transcript("my question")
+    chat = Dialogue(model, lambda *_: model, transcript, sampling={"max_tokens": 4})
+    with Unsaved(tmp_path) as unsaved:
+        converse(chat, transcript.read_line, unsaved.keep)
+        assert talked(model, tmp_path) == []
+        assert len(list(tmp_path.glob("*.popsession"))) == 1
+
+
+def test_what_is_no_transcript_is_not_offered(model, tmp_path):
+    (tmp_path / "bad.popsession").write_text("x")
+    assert talked(model, tmp_path, "hello")[0] == "> hello"
+    assert (tmp_path / "bad.popsession").exists()
+
+
+def test_a_transcript_that_cannot_be_kept_is_said_once(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    shown = talked(model, tmp_path / "file" / "unsaved", "one", "two")
+    assert [line[:30] for line in shown if line.startswith("* ")] == [
+        "* A crash would lose this conv"
+    ]
+    assert sum(line.startswith("# prompt ") for line in shown) == 2
