@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from converter.errors import PopError, StoppedError
 from pop_local.engine.answer import answer
+from pop_local.engine.depth.power import on_battery
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import PopModel
@@ -176,7 +177,8 @@ class Worker(threading.Thread):
 
     def _wait(self) -> None:
         """Until there is something to do; meanwhile cached prompts are given their depth."""
-        if self._model.refills and self._model.n_refillable and self._calls.empty():
+        has_work = self._model.refills and self._model.n_refillable and self._calls.empty()
+        if has_work and not on_battery():
             try:
                 n_rows = self._model.refill(should_stop=lambda: not self._calls.empty())
             except PopError:

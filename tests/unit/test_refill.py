@@ -3,8 +3,10 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from pop_local.engine.llama.backend import Mode
@@ -70,6 +72,20 @@ def test_a_line_that_comes_early_ends_it(chat, pause_s):
     begun.ask("and now?")
     assert begun.session.answer_stats[-1].n_refilled == n_exact
     assert begun.model.n_exact <= begun.model.n_tokens
+
+
+def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
+    battery = SimpleNamespace(power_plugged=False)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    begun = chat()
+    begun.ask(WORDS)
+    with refill.refilling(begun):
+        time.sleep(0.05)
+    assert begun.model.n_exact == 0
+    assert "waits for mains power" in refill.status(begun)
+    battery.power_plugged = True
+    with refill.refilling(begun):
+        wait_for(lambda: begun.model.n_refillable == 0)
 
 
 def test_off_refills_nothing(chat):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from converter.errors import PopError
+from pop_local.engine.depth.power import on_battery
 
 if TYPE_CHECKING:
     from pop_local.ui.chat.dialogue import Dialogue
@@ -18,7 +19,7 @@ MODES = ("idle", "answer", "off")
 @contextmanager
 def refilling(chat: Dialogue) -> Iterator[None]:
     """Refill in a thread of its own; whoever leaves waits for the node of a graph at the most."""
-    if chat.refill == "off":
+    if chat.refill == "off" or on_battery():
         yield
         return
     stop = threading.Event()
@@ -70,7 +71,8 @@ def status(chat: Dialogue) -> str:
     model = chat.model
     if chat.refill == "off" or not model.boundary:
         return ""
-    return f"{model.n_exact:,} of {model.n_tokens:,} cached tokens are exact"
+    waits = ", refilling waits for mains power" if on_battery() else ""
+    return f"{model.n_exact:,} of {model.n_tokens:,} cached tokens are exact{waits}"
 
 
 def _state(chat: Dialogue) -> str:
