@@ -23,7 +23,7 @@ class Plan:
     """A decided conversion; layers from `boundary` on are skipped by context tokens.
 
     `projection` is "own" or "fitted". `budget` is what decided the boundary, None where the user
-    did.
+    did. `select` is the share of context tokens that run all layers, too, chosen by the question.
     """
 
     shape: ModelShape
@@ -33,6 +33,7 @@ class Plan:
     tail_tokens: int
     min_prompt: int
     budget: Budget | None = None
+    select: float = 0.0
 
     @property
     def schedule(self) -> str:
@@ -46,8 +47,9 @@ class Plan:
     @property
     def speedup_limit(self) -> float:
         """The speed-up at most, by multiply-accumulates, of a prompt of LIMIT_PROMPT tokens."""
-        n_full = self.sink_tokens + self.tail_tokens
-        return speedup_limit(self.shape, LIMIT_PROMPT, self.boundary, n_full)
+        n_ends = self.sink_tokens + self.tail_tokens
+        n_selected = round(self.select * (LIMIT_PROMPT - n_ends))
+        return speedup_limit(self.shape, LIMIT_PROMPT, self.boundary, n_ends + n_selected)
 
     @property
     def fitted_layers(self) -> range:
@@ -63,6 +65,7 @@ class Plan:
             sink_tokens=self.sink_tokens,
             tail_tokens=self.tail_tokens,
             min_prompt=self.min_prompt,
+            select=self.select,
             budget=self.budget,
         )
 
@@ -93,6 +96,7 @@ def make_plan(
     tail_tokens: int = TAIL_TOKENS,
     min_prompt: int | None = None,
     projection: str = OWN,
+    select: float = 0.0,
 ) -> Plan:
     """Decide a conversion; the boundary is as given, else it follows from `skip`.
 
@@ -129,7 +133,7 @@ def make_plan(
         min_prompt = shortest_saving(shape, boundary, sink_tokens + tail_tokens)
     if boundary == shape.n_layer - 1:
         projection = OWN
-    return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt)
+    return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt, select=select)
 
 
 def require_prunable(shape: ModelShape) -> None:

@@ -17,7 +17,7 @@ from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.convert import plan_conversion, run_conversion
-from pop_local.workflows.options import Hardware, RowOptions, Within
+from pop_local.workflows.options import Depth, Fastest, Hardware, RowOptions, Within
 from pop_local.workflows.refusals import OverBudgetError
 
 
@@ -27,6 +27,7 @@ class QualityName(str, Enum):
     NEAR_LOSSLESS = NEAR_LOSSLESS.quality
     BALANCED = BALANCED.quality
     FAST = FAST.quality
+    FASTEST = "fastest"
 
 
 def convert(
@@ -63,6 +64,14 @@ def convert(
             min=0.0,
             callback=opt.positive,
             help="Largest perplexity of a repeated passage, in the full model's; likewise.",
+        ),
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Context tokens to run in full because the question needs them, as 10%; with"
+            " --skip or --boundary.",
         ),
     ] = None,
     sink: Annotated[
@@ -131,7 +140,9 @@ def convert(
     As many layers are skipped as the quality asked for allows: near-lossless is a KL divergence of
     at most 0.01 from the full model and a repeated passage at most 1.02 times as perplexing,
     balanced 0.035 and 1.12, fast 0.1 and 1.3, all on held-out text. --skip and --boundary say it
-    themselves.
+    themselves. fastest goes deeper, about twice the speed, where text is no longer copied: tokens
+    that the question needs run all layers, so that facts are found as by the full model, and the
+    rest gets its depth afterwards (--refill of chat and serve).
 
     The weights stay as they are. The K/V projections of the skipped layers are fitted to the model
     and added, so that only pop-local opens the copy; what that leaves of the model's quality is
@@ -144,6 +155,10 @@ def convert(
         raise typer.BadParameter(
             "--skip and --boundary say how deep: leave out --quality, --max-kl and --max-copy-ratio"
         )
+    if select is not None and named is None:
+        raise typer.BadParameter(
+            "--select goes with --skip or --boundary; --quality fastest chooses its own"
+        )
     fit = opt.given_fit(
         memory, tokens=tokens, text=text, kv_type=kv_type, ridge=ridge, weighting=weighting
     )
@@ -152,9 +167,9 @@ def convert(
     planned = plan_conversion(
         model,
         output,
-        named or Within(_budget(quality, max_kl, max_copy_ratio)),
+        named or _wanted(quality, max_kl, max_copy_ratio),
         None if projection is opt.ProjectionName.OWN else fit or FitOptions(),
-        RowOptions(sink, tail, min_prompt),
+        RowOptions(sink, tail, min_prompt, opt.selected(select) or 0.0),
         "sidecar" if sidecar else "copy",
         Hardware(threads, gpu_layers),
         resume=resume,
@@ -176,6 +191,14 @@ def convert(
         print_json(view.converted_json(planned, done))
     else:
         view.show_converted(planned, done)
+
+
+def _wanted(
+    quality: QualityName | None, max_kl: float | None, max_copy_ratio: float | None
+) -> Depth:
+    if quality is QualityName.FASTEST and (max_kl, max_copy_ratio) == (None, None):
+        return Fastest()
+    return Within(_budget(quality, max_kl, max_copy_ratio))
 
 
 def _budget(

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from converter.errors import PopError
-from converter.progress import Progress, counting
+from converter.progress import Progress, Ran, counting
 from pop_local.engine.model import PopModel
-from pop_local.measure.divergence import likelihood, predictions
+from pop_local.measure.divergence import Floats, likelihood, predictions
 from pop_local.measure.estimate import Estimate, mean
 from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.measure.heldout import shipped_part
@@ -73,23 +73,50 @@ def measure_recall(
     """
     asked = make_documents(model, settings)
     ran = counting(len(asked) * (1 + len(prunings)), on_progress)
-    scores = np.empty((1 + len(prunings), len(asked), 2))
+    full, *pruned = (_scores(model, asked, pruning, ran) for pruning in (FULL, *prunings))
+    return tuple(_recall(settings, full, each) for each in pruned)
+
+
+@dataclass(frozen=True)
+class RecallReference:
+    """What the full model answers, to compare several files of the same model with."""
+
+    settings: RecallSettings
+    asked: tuple[Asked, ...]
+    full: Floats
+
+    @classmethod
+    def read(
+        cls, model: PopModel, settings: RecallSettings, on_progress: Progress
+    ) -> "RecallReference":
+        """Ask in full. Raises PopError as `measure_recall` does."""
+        asked = tuple(make_documents(model, settings))
+        return cls(settings, asked, _scores(model, asked, FULL, counting(len(asked), on_progress)))
+
+    def measure(self, model: PopModel, pruning: Pruning, on_progress: Progress) -> Recall:
+        """Ask a file of the same model under a pruning."""
+        ran = counting(len(self.asked), on_progress)
+        return _recall(self.settings, self.full, _scores(model, self.asked, pruning, ran))
+
+
+def _scores(model: PopModel, asked: Sequence[Asked], pruning: Pruning, ran: Ran) -> Floats:
+    """NLL and exactness of each answer: [n_documents, 2]."""
+    scores = np.empty((len(asked), 2))
     with forced(model) as reader:
         for number, one in enumerate(asked):
-            for row, pruning in enumerate((FULL, *prunings)):
-                scores[row, number] = _score(reader, one, pruning)
-                ran(1)
-    full, *pruned = scores
-    return tuple(
-        Recall(
-            n_documents=len(asked),
-            n_tokens=settings.n_tokens,
-            nll_full=mean(full[:, 0]),
-            nll_pruned=mean(each[:, 0]),
-            exact_full=mean(full[:, 1]),
-            exact_pruned=mean(each[:, 1]),
-        )
-        for each in pruned
+            scores[number] = _score(reader, one, pruning)
+            ran(1)
+    return scores
+
+
+def _recall(settings: RecallSettings, full: Floats, pruned: Floats) -> Recall:
+    return Recall(
+        n_documents=len(full),
+        n_tokens=settings.n_tokens,
+        nll_full=mean(full[:, 0]),
+        nll_pruned=mean(pruned[:, 0]),
+        exact_full=mean(full[:, 1]),
+        exact_pruned=mean(pruned[:, 1]),
     )
 
 

@@ -59,6 +59,7 @@ BY_CAUSE = {
     ),
     "own-loses-more": "leave --projection own out",
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
+    "recall-lost": "select more (--select), skip fewer layers, or write it all the same (--force)",
     "sidecar-alone": "say where it is: pop-local inspect MODEL --pop {sidecar} --verify",
     "sidecar-as-model": "give the model itself ({model}), and --pop",
     "sidecar-for-converted": "open it without --pop, or give the file that it was converted from",

@@ -23,7 +23,15 @@ from pop_local.measure.budget import BALANCED
 from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Unit, Watch
-from pop_local.workflows.options import Boundary, Depth, Hardware, RowOptions, Skip, Within
+from pop_local.workflows.options import (
+    Boundary,
+    Depth,
+    Fastest,
+    Hardware,
+    RowOptions,
+    Skip,
+    Within,
+)
 from pop_local.workflows.refusals import CopyingBrokenError, OverBudgetError, Trial
 
 if TYPE_CHECKING:
@@ -137,10 +145,11 @@ def convert(
     """Convert a model, given by path or name, so that it reads long prompts faster.
 
     `depth` names a budget of quality, within which the deepest boundary is searched, or the depth
-    itself. `fit` None leaves the skipped layers their own projections. `out` None is a name beside
-    the model: NAME.pop.gguf, or NAME.pop-sidecar.gguf for a sidecar. With `resume` a fit that is
-    stopped is kept beside `out`, and a kept one goes on. `force` replaces an existing output, and
-    writes a named depth that can no longer copy. Raises PopError: OutputExistsError,
+    itself, or `Fastest()`, which chooses a selection, too. `fit` None leaves the skipped layers
+    their own projections. `out` None is a name beside the model: NAME.pop.gguf, or
+    NAME.pop-sidecar.gguf for a sidecar. With `resume` a fit that is stopped is kept beside `out`,
+    and a kept one goes on. `force` replaces an existing output, and writes a named depth that can
+    no longer copy, or find facts again. Raises PopError: OutputExistsError,
     OverBudgetError, CopyingBrokenError and others; an earlier output stays then, and nothing new is
     left. Raises StoppedError when the watch says so.
     """
@@ -173,9 +182,15 @@ def plan_conversion(
         from pop_local.measure.depth import boundaries
 
         depths: Sequence[Skip | Boundary] = [Boundary(layer) for layer in boundaries(shape)]
+    elif isinstance(depth, Fastest):
+        depths = []
     else:
         depths = [depth]
     plans = tuple(each.plan(shape, projection=projection, **vars(rows)) for each in depths)
+    if isinstance(depth, Fastest):
+        from pop_local.workflows.fastest import recipes
+
+        plans = recipes(shape, projection=projection, **vars(rows))
     kv_type = (fit or FitOptions()).kv_type
     sizes = kind.measure(plans[-1], source.first.path, kv_type.value)
     return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
@@ -198,6 +213,9 @@ def run_conversion(
     run = _Run(conversion, force, replace(watch, on_warning=warned))
     if isinstance(conversion.depth, Within):
         plan, meta, trials = run.within(conversion.depth.budget)
+    elif conversion.plans[0].select:
+        plan, meta = run.with_selection(conversion.plans)
+        trials = ()
     else:
         [plan] = conversion.plans
         meta, trials = run.as_named(plan), ()
@@ -230,6 +248,20 @@ class _Run:
             )
             meta = self._write(chosen.plan, chosen.fitted, lambda written: chosen.measured)
         return chosen.plan, meta, chosen.trials
+
+    def with_selection(self, plans: Sequence[Plan]) -> tuple[Plan, PopMeta]:
+        from pop_local.workflows.fastest import first_that_recalls
+        from pop_local.workflows.measuring import measured
+
+        planned = self.conversion
+        options = planned.fit or FitOptions()
+        with _resumable(options, self.watch):
+            recipe = first_that_recalls(
+                planned.source, plans, options, planned.hardware, self.watch, takes_any=self.force
+            )
+            found = measured(recipe.quality)
+            meta = self._write(recipe.plan, recipe.fitted, lambda written: found)
+        return recipe.plan, meta
 
     def as_named(self, plan: Plan) -> PopMeta:
         if plan.projection != FITTED:

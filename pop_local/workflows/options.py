@@ -38,19 +38,26 @@ class Boundary:
         return make_plan(shape, boundary=self.layer, **rows)
 
 
-Depth = Within | Skip | Boundary
+@dataclass(frozen=True)
+class Fastest:
+    """The fastest boundary and selection with which facts of a prompt are still found again."""
+
+
+Depth = Within | Fastest | Skip | Boundary
 
 
 @dataclass(frozen=True)
 class RowOptions:
     """Which tokens of a prompt run in full, and from which length on prompts are pruned.
 
-    `min_prompt` None: a length by the model, below which little would be saved.
+    `min_prompt` None: a length by the model, below which little would be saved. `select`: the share
+    of context tokens that run all layers because the question needs them.
     """
 
     sink_tokens: int = PopMeta.sink_tokens
     tail_tokens: int = TAIL_TOKENS
     min_prompt: int | None = None
+    select: float = 0.0
 
 
 @dataclass(frozen=True)

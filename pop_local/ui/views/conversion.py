@@ -13,7 +13,7 @@ from pop_local.models.sizes import size
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
-from pop_local.workflows.options import Within
+from pop_local.workflows.options import Fastest, Within
 
 if TYPE_CHECKING:
     from converter.format import Measured, PopMeta
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 def show_plan(conversion: Conversion) -> None:
     """What is going to be done, before it begins."""
     depth, plan = conversion.depth, conversion.deepest
+    if isinstance(depth, Fastest):
+        tried = ", ".join(f"{p.boundary} with {p.select:.0%}" for p in conversion.plans)
+        where = [("Recipes", f"{tried}: the first one with which facts are found again")]
+        layers = f"as many as that allows, {conversion.plans[0].n_skipped} at most"
+        output = f"up to {size(conversion.sizes.output_bytes)}"
+        print_facts(_facts(conversion, conversion.plans[0], layers, where, output))
+        return
     if not isinstance(depth, Within):
         facts = _plan_facts(conversion, plan, conversion.sizes)
         print_facts([*facts, *_fit_facts(conversion)])
@@ -42,6 +49,8 @@ def show_plan(conversion: Conversion) -> None:
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
     """What was found, chosen and written."""
+    if isinstance(conversion.depth, Fastest):
+        print_facts(_plan_facts(conversion, done.plan, done.sizes))
     if isinstance(conversion.depth, Within):
         show_trials(done.trials)
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
@@ -101,6 +110,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "sink_tokens": plan.sink_tokens,
         "tail_tokens": plan.tail_tokens,
         "min_prompt": plan.min_prompt,
+        "select": plan.select,
         "source_bytes": conversion.sizes.source_bytes,
     }
 
@@ -146,7 +156,10 @@ def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
 
 def full_fact(rows: Plan | PopMeta) -> Fact:
     """Which tokens of a prompt run in full."""
-    return "Always in full", f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
+    ends = f"the first {rows.sink_tokens} and last {rows.tail_tokens} tokens"
+    if not rows.select:
+        return "Always in full", ends
+    return "In full", f"{ends}, and {rows.select:.0%} of the others, which the question needs"
 
 
 def measured_facts(found: Measured) -> list[Fact]:

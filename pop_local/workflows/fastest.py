@@ -1,0 +1,149 @@
+"""The fastest recipe with which facts of a prompt are found again: boundary and share together.
+
+Past the depth where a pruned model can copy, rows that the question needs run all layers. How deep
+and how many go together, and not monotonically (docs/depth.md): so recipes are tried from the
+fastest on, and the first one that is as good as the full model is taken.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from converter.errors import PopError
+from converter.format import FITTED, Budget
+from converter.plan import Plan
+from converter.rewrite import Fitted
+from converter.shape import ModelShape
+from converter.source import Source
+from pop_local.calibration.options import FitOptions
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.measure.forced import Pruning
+from pop_local.measure.heldout import shipped_text, tokenize
+from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
+from pop_local.measure.recall import N_AROUND, Recall, RecallReference, RecallSettings
+from pop_local.measure.speed import random_prompt
+from pop_local.models.stored import ModelFiles
+from pop_local.workflows.events import Watch
+from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
+from pop_local.workflows.measuring import opened
+from pop_local.workflows.options import Boundary, Hardware
+
+FASTEST = "fastest"
+# Of the layers, what is kept below the boundary; of the context tokens, what is selected.
+_KEPT_SHARES = (1 / 3, 5 / 12, 1 / 2, 7 / 12)
+_SHARES = (0.1, 0.2)
+# How much less often a fact may be found than by the full model.
+MAX_LOST_RECALL = 0.05
+_SETTINGS = RecallSettings()
+_N_WINDOWS = 16
+_N_TIMED = 24
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A plan with its selection, the facts it finds again, and its fit."""
+
+    plan: Plan
+    fitted: Fitted | None
+    recall: Recall
+    quality: Quality
+
+
+def recipes(shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
+    """Return the plans that may be chosen, the fastest first; `rows` go to make_plan."""
+    layers = {max(1, round(share * shape.n_layer)) for share in _KEPT_SHARES}
+    plans = [
+        Boundary(layer).plan(shape, **rows | {"select": share})
+        for layer in layers
+        for share in _SHARES
+    ]
+    return tuple(sorted(plans, key=lambda plan: -plan.speedup_limit))
+
+
+def first_that_recalls(
+    source: Source,
+    plans: Sequence[Plan],
+    options: FitOptions,
+    hardware: Hardware,
+    watch: Watch,
+    *,
+    takes_any: bool = False,
+) -> Recipe:
+    """Take the first of the plans, each with its selection, that finds facts like the full model.
+
+    Those to be fitted are, by `options`. `takes_any`: the first one, whatever it finds. Raises
+    PopError when none is good enough, StoppedError.
+    """
+    bases = {plan.boundary: replace(plan, select=0.0) for plan in plans}
+    wanted = [plan for plan in bases.values() if plan.projection == FITTED]
+    require_room(wanted, source, options)
+    made = Fitter(source, options, hardware, watch).fit(wanted, options.state_path)
+    fitted = {plan.boundary: fit for plan, fit in zip(wanted, made, strict=True)}
+    n_ctx = max(_SETTINGS.n_tokens + N_AROUND, 2 * QualitySettings().n_context)
+    with opened(ModelFiles(source.first.path), hardware, watch, n_ctx=n_ctx) as model:
+        advance = watch.stage("Asking for facts in full")
+        reference = RecallReference.read(model, _SETTINGS, advance)
+    tried: list[str] = []
+    for plan in plans:
+        fit = fitted.get(plan.boundary)
+        with (
+            temporary_sidecar(plan, source, fit) as sidecar,
+            opened(ModelFiles(source.first.path, sidecar), hardware, watch, n_ctx=n_ctx) as model,
+        ):
+            pruning = Pruning(plan.boundary, Mode.CONTEXT, select=plan.select)
+            name = f"boundary {plan.boundary}, {plan.select:.0%} selected"
+            recall = reference.measure(model, pruning, watch.stage(f"Trying {name}"))
+            tried.append(f"{name}: {recall.exact_pruned.value:.0%}")
+            if takes_any or is_as_good(recall):
+                return _chosen(model, plan, fit, recall, tried, watch)
+    raise PopError(
+        f"facts are found again less often than by the full model"
+        f" ({recall.exact_full.value:.0%}): {'; '.join(tried)}",
+        "select more, skip fewer layers, or take it as it is",
+        cause="recall-lost",
+    )
+
+
+def is_as_good(recall: Recall) -> bool:
+    """Tell whether facts are found about as often as by the full model."""
+    return recall.exact_pruned.value >= recall.exact_full.value - MAX_LOST_RECALL
+
+
+def _chosen(
+    model: PopModel,
+    plan: Plan,
+    fitted: Fitted | None,
+    recall: Recall,
+    tried: Sequence[str],
+    watch: Watch,
+) -> Recipe:
+    settings = QualitySettings(_N_WINDOWS)
+    pruning = Pruning(plan.boundary, Mode.CONTEXT, select=plan.select)
+    [quality] = measure_prunings(
+        model, tokenize(model, shipped_text()), settings, [pruning], watch.stage("Measuring")
+    )
+    watch.on_note(
+        f"Chosen: {tried[-1]} of the facts found, {recall.exact_full.value:.0%} in full;"
+        f" at most {plan.speedup_limit:.2f} times as fast. Before it is refilled, text is copied"
+        f" with {quality.copy_ppl_ratio.value:.2f} times the perplexity."
+    )
+    watch.on_note(_affordable(model))
+    found = quality.kl_mean.value, quality.copy_ppl_ratio.value
+    budget = Budget(FASTEST, *found, least_retention=0.0, tried="; ".join(tried))
+    return Recipe(replace(plan, budget=budget), fitted, recall, quality)
+
+
+def _affordable(model: PopModel) -> str:
+    """Say how many rows this machine can refill with each token of an answer."""
+    model.set_depth(model.select, keep_states=True)
+    model.refill_answers(None)
+    sampled = model.generate(random_prompt(model, _SETTINGS.n_tokens), temp=0.0)
+    for _ in range(_N_TIMED):
+        next(sampled)
+    sampled.close()
+    n_rows = model.online.n_rows or 0
+    model.refill_answers(0)
+    if n_rows == 0:
+        return "This machine computes at its limit: nothing is refilled while it answers."
+    return f"This machine can refill {n_rows} rows with each token of an answer (--refill answer)."

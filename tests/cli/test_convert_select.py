@@ -1,0 +1,116 @@
+"""`convert --select` and `--quality fastest`: a selection is chosen, measured, stored and used."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from converter.format import read_pop_meta
+from pop_local.cli import app
+from pop_local.engine.model import PopModel
+from pop_local.measure.estimate import Estimate
+from pop_local.workflows import fastest
+from support.synthetic import make_gguf
+
+QUICK = ("--projection", "own", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return make_gguf(tmp_path_factory.mktemp("select") / "model.gguf", "llama")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(fastest, "_SETTINGS", fastest.RecallSettings(2, 400))
+    monkeypatch.setattr(fastest, "_N_WINDOWS", 2)
+
+
+def convert(*arguments):
+    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What the probe is to find, recipe by recipe; the full model finds 0.8."""
+    shares = []
+
+    def told(settings, full, pruned):
+        share = shares.pop(0)
+        return recall(settings, full, pruned, share)
+
+    def recall(settings, full, pruned, share):
+        nothing = Estimate(0.0, None)
+        found = Estimate(share, None)
+        return fastest.Recall(2, 400, nothing, nothing, Estimate(0.8, None), found)
+
+    monkeypatch.setattr("pop_local.measure.recall._recall", told)
+    return shares
+
+
+def test_a_selection_is_stored_and_used(plain, tmp_path):
+    out = tmp_path / "out.gguf"
+    done = convert(plain, out, "--boundary", 4, "--select", "10%", *QUICK)
+    assert done.exit_code == 0, done.output
+    meta = read_pop_meta(out)
+    assert (meta.boundary, meta.select) == (4, 0.1)
+    assert meta.measured is not None
+    assert "10% of the others, which the question needs" in " ".join(done.output.split())
+    assert PopModel(out, n_ctx=512, n_threads=1).select == 0.1
+    shown = CliRunner().invoke(app, ["inspect", str(out)]).stdout
+    assert "10% of the others" in " ".join(shown.split())
+    assert read_pop_meta(plain) is None
+
+
+def test_the_first_recipe_that_recalls_is_taken(plain, tmp_path, found):
+    out = tmp_path / "out.gguf"
+    found += [0.2, 0.74, 0.76, 0.9]
+    done = convert(plain, out, "--quality", "fastest", "--json", *QUICK)
+    assert done.exit_code == 0, done.output
+    tried = [plan.boundary for plan in fastest.recipes(fastest_shape(plain))][:3]
+    report = json.loads(done.stdout)
+    meta = read_pop_meta(out)
+    assert meta.boundary == report["boundary"] == tried[2]
+    assert meta.select == report["select"] > 0
+    assert meta.budget.quality == "fastest"
+    assert meta.budget.tried.count("boundary") == 3
+    assert found == [0.9]
+
+
+def fastest_shape(path):
+    from converter.shape import read_shape
+
+    return read_shape(path)
+
+
+def test_recipes_come_from_the_fastest_on(plain):
+    limits = [plan.speedup_limit for plan in fastest.recipes(fastest_shape(plain))]
+    assert limits == sorted(limits, reverse=True)
+    assert len(limits) == 6
+
+
+def test_without_recall_nothing_is_written(plain, tmp_path, found):
+    out = tmp_path / "out.gguf"
+    found += [0.2, 0.2]
+    arguments = (plain, out, "--skip", "1/2", "--select", "5%", *QUICK)
+    done = convert(*arguments)
+    assert done.exit_code == 1
+    assert "facts are found again less often than by the full model (80%)" in done.stderr
+    assert "--select" in done.stderr
+    assert not out.exists()
+    assert convert(*arguments, "--force").exit_code == 0
+    assert read_pop_meta(out).select == 0.05
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--select", "10%"),
+        ("--select", "10%", "--quality", "fast"),
+        ("--select", "200%", "--skip", "1/2"),
+        ("--quality", "fastest", "--max-kl", "0.1"),
+        ("--quality", "fastest", "--skip", "1/2"),
+    ],
+)
+def test_what_does_not_go_together_is_wrong_usage(plain, options):
+    assert convert(plain, *options, *QUICK).exit_code == 2
