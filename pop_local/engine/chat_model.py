@@ -76,6 +76,7 @@ class ChatModel(PrunedLlama):
         Raises PopError when the template refuses the conversation.
         """
         contents = [message.content for message in messages]
+        _encoded("".join(contents))
         marks: dict[str, str] = {}
         unused = iter(unused_marks(contents))
         while True:
@@ -105,12 +106,15 @@ class ChatModel(PrunedLlama):
             raise PopError(f"the chat template refuses this conversation: {error}") from error
 
     def _tokens(self, text: str, special: bool, add_bos: bool = False) -> list[int]:
-        try:
-            written = text.encode()
-        except UnicodeEncodeError as error:
-            raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error
-        return self.tokenize(written, add_bos=add_bos, special=special)
+        return self.tokenize(_encoded(text), add_bos=add_bos, special=special)
 
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""
         return len(self.chat_prompt(messages).tokens)
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error

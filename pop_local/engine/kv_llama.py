@@ -122,7 +122,9 @@ class KvLlama(Llama):
         self._batch_rows = TokenBatch(self.n_batch)
         self._stack.callback(self._batch_rows.close)
         self.interrupt = Interrupt()
-        self.deep = DeepPasses(self.ctx, self.rows, self.interrupt, self.context_params.n_ubatch)
+        on_device = n_gpu_layers != 0 and any(device.is_gpu for device in backend.devices())
+        n_ubatch = self.context_params.n_ubatch
+        self.deep = DeepPasses(self.ctx, self.rows, self.interrupt, n_ubatch, on_device=on_device)
         self.select = 0.0
         self.selection = Selection()
         self.online = OnlineRefill(self.deep, 0)

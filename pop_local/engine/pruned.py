@@ -235,8 +235,8 @@ class PrunedLlama(KvLlama):
         """Give all cached rows their depth, in order, until the cache is the full model's.
 
         Returns the number of rows done, 0 where states are not kept. `should_stop` is asked while a
-        chunk runs and after it (a chunk takes about a fifth of a second; one that was ended is done
-        again the next time). `on_progress` gets (done_rows, total_rows).
+        chunk runs and after it (a chunk takes a second, on a device a fifth of it; one that was
+        ended is done again the next time). `on_progress` gets (done_rows, total_rows).
         """
         first, total = self.n_exact, self.n_refillable
         for _ in self.deep.refilled(self.n_tokens, should_stop) if total else ():

@@ -26,6 +26,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(fastest, "_N_WINDOWS", 2)
 
 
+def meta_of(path):
+    meta = read_pop_meta(path)
+    assert meta is not None
+    return meta
+
+
 def convert(*arguments):
     return CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
@@ -33,7 +39,7 @@ def convert(*arguments):
 @pytest.fixture
 def found(monkeypatch):
     """What the probe is to find, recipe by recipe; the full model finds 0.8."""
-    shares = []
+    shares: list[float] = []
 
     def told(settings, full, pruned):
         share = shares.pop(0)
@@ -52,7 +58,7 @@ def test_a_selection_is_stored_and_used(plain, tmp_path):
     out = tmp_path / "out.gguf"
     done = convert(plain, out, "--boundary", 4, "--select", "10%", *QUICK)
     assert done.exit_code == 0, done.output
-    meta = read_pop_meta(out)
+    meta = meta_of(out)
     assert (meta.boundary, meta.select) == (4, 0.1)
     assert meta.measured is not None
     assert "10% of the others, which the question needs" in " ".join(done.output.split())
@@ -69,7 +75,8 @@ def test_the_first_recipe_that_recalls_is_taken(plain, tmp_path, found):
     assert done.exit_code == 0, done.output
     tried = [plan.boundary for plan in fastest.recipes(fastest_shape(plain))][:3]
     report = json.loads(done.stdout)
-    meta = read_pop_meta(out)
+    meta = meta_of(out)
+    assert meta.budget is not None
     assert meta.boundary == report["boundary"] == tried[2]
     assert meta.select == report["select"] > 0
     assert meta.budget.quality == "fastest"
@@ -99,7 +106,7 @@ def test_without_recall_nothing_is_written(plain, tmp_path, found):
     assert "--select" in done.stderr
     assert not out.exists()
     assert convert(*arguments, "--force").exit_code == 0
-    assert read_pop_meta(out).select == 0.05
+    assert meta_of(out).select == 0.05
 
 
 @pytest.mark.parametrize(

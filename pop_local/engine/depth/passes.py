@@ -11,20 +11,25 @@ from pop_local.engine.depth.rows import CachedRows
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.interrupt import Interrupt
 
-# A question that comes in between waits for one chunk at the most.
-CHUNK_S = 0.2
-_FIRST_CHUNK = 16
+# How long a chunk of refilling takes. On the CPU the abort callback ends it between two nodes, and
+# only its work is lost; a device computes it to its end while a question waits.
+CHUNK_S = 1.0
+CHUNK_ON_DEVICE_S = 0.2
+_FIRST_CHUNK = 64
 
 
 class DeepPasses:
     """Runs them on the rows of one context, `n_ubatch` rows at the most in each."""
 
-    def __init__(self, ctx: Any, rows: CachedRows, interrupt: Interrupt, n_ubatch: int) -> None:
+    def __init__(
+        self, ctx: Any, rows: CachedRows, interrupt: Interrupt, n_ubatch: int, *, on_device: bool
+    ) -> None:
         self.ctx = ctx
         self.rows = rows
         self._interrupt = interrupt
         self._n_ubatch = n_ubatch
-        self._chunk = _FIRST_CHUNK
+        self._chunk_s = CHUNK_ON_DEVICE_S if on_device else CHUNK_S
+        self._chunk = min(_FIRST_CHUNK, n_ubatch)
 
     def run(self, positions: Sequence[int], *, logits: bool = False) -> None:
         """Run the rows at these ascending positions, with the logits of the last one if asked for.
@@ -53,7 +58,7 @@ class DeepPasses:
     def refilled(self, n_rows: int, should_stop: Callable[[], bool] | None) -> Iterator[int]:
         """Make the first `n_rows` exact, in order; yields the rows of each chunk.
 
-        Chunks are as large as CHUNK_S allows, as measured by those before.
+        Chunks are as large as their time allows, as measured by those before.
         """
         before, self._interrupt.should_stop = self._interrupt.should_stop, should_stop
         try:
@@ -70,5 +75,5 @@ class DeepPasses:
             self._interrupt.should_stop = before
 
     def _adapt(self, n_rows: int, took_s: float) -> None:
-        wanted = int(n_rows * CHUNK_S / max(took_s, 1e-6))
+        wanted = int(n_rows * self._chunk_s / max(took_s, 1e-6))
         self._chunk = max(1, min(wanted, 2 * self._chunk, self._n_ubatch))
