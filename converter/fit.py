@@ -10,6 +10,7 @@ The input of the stored tensor is gain * x, so its weight is W / gain. Scaling x
 a ridge proportional to diag(X'DX) alike, so both coordinates have one solution.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 
@@ -60,31 +61,42 @@ class KvType(str, Enum):
 
 
 class Gram:
-    """The sums that a layer's fit needs, in float64.
+    """The sums that the fits at a boundary need, in float64.
 
-    They are X'DX [n_embd + 1, n_embd + 1] as `xx` and X'DY [n_embd + 1, n_k + n_v] as `xy`.
+    They are X'DX [n_embd + 1, n_embd + 1] as `xx`, and X'DY [n_embd + 1, n_k + n_v] of each layer
+    as `xy`.
     """
 
-    def __init__(self, xx: Doubles, xy: Doubles) -> None:
+    def __init__(self, xx: Doubles, xy: dict[int, Doubles]) -> None:
         self.xx, self.xy = xx, xy
 
     @classmethod
-    def empty(cls, n_embd: int, n_kv: int) -> "Gram":
-        """Return the sums of no window."""
-        return cls(np.zeros((n_embd + 1, n_embd + 1)), np.zeros((n_embd + 1, n_kv)))
+    def empty(cls, n_embd: int, n_kv: Mapping[int, int]) -> "Gram":
+        """Return the sums of no window; `n_kv` is n_k + n_v of each layer."""
+        n = n_embd + 1
+        return cls(np.zeros((n, n)), {layer: np.zeros((n, width)) for layer, width in n_kv.items()})
 
-    def add(self, x: Floats, y: Floats, weights: Floats) -> None:
-        """Add one window: x [n, n_embd + 1] (see `with_bias`), y [n, n_k + n_v], weights [n]."""
+    def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
+        """Add one window: x [n, n_embd + 1] (see `with_bias`), weights [n].
+
+        `y` has [n, n_k + n_v] of each layer, and perhaps of others.
+        """
         root = np.sqrt(weights)[:, None]
         weighted = x * root
         # numpy takes the product with its own transpose by half the work (syrk).
         self.xx += weighted.T @ weighted
-        self.xy += weighted.T @ (y * root)
+        for layer, xy in self.xy.items():
+            xy += weighted.T @ (y[layer] * root)
 
 
-def gram_bytes(n_embd: int, n_kv: int) -> int:
-    """Return the bytes that the sums of one layer take."""
-    return 8 * (n_embd + 1) * (n_embd + 1 + n_kv)
+def gram_bytes(n_embd: int) -> int:
+    """Return the bytes that a boundary's X'DX takes."""
+    return 8 * (n_embd + 1) ** 2
+
+
+def cross_bytes(n_embd: int, n_kv: int) -> int:
+    """Return the bytes that a layer's X'DY takes."""
+    return 8 * (n_embd + 1) * n_kv
 
 
 def scratch_bytes(n_embd: int, n_kv: int, n_rows: int) -> int:
@@ -120,13 +132,14 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     `ridge` is in units of the diagonal of X'DX and pulls toward `own`. Raises FitError when the
     sums are not finite, or singular.
     """
-    if not (np.isfinite(gram.xx).all() and np.isfinite(gram.xy).all()):
+    xy = gram.xy[layer]
+    if not (np.isfinite(gram.xx).all() and np.isfinite(xy).all()):
         raise FitError(
             f"the activations for layer {layer} are not finite", DAMAGED_HINT, cause="not-finite"
         )
     gain = own.gain.astype(np.float64)
     start = np.vstack([gain[:, None] * own.weight.T, own.bias])
-    delta = _solve(gram.xx, gram.xy - gram.xx @ start, _ridge(gram.xx, gain, ridge))
+    delta = _solve(gram.xx, xy - gram.xx @ start, _ridge(gram.xx, gain, ridge))
     used = gain != 0
     step = np.zeros((gain.size, own.bias.size))
     step[used] = delta[:-1][used] / gain[used, None]

@@ -87,12 +87,15 @@ class _Job:
         self._plans, self._model, self._options, self._follow = plans, model, options, follow
         self._shape = plans[0].shape
         self._given = text
+        self._fitted_layers = {plan.boundary: plan.fitted_layers for plan in plans}
         self._groups = plan_needs(plans, source, sums_limit_bytes(options)).groups
         self._weights = Weights(source)
         self._eps = _rms_epsilon(source)
         self._identity = _identity(plans, source, options, self._groups)
         self._saved_s = time.monotonic()
         self._x: dict[int, Rows] = {}
+        self._y: dict[int, Rows] = {}
+        self._token_weights: dict[int, Rows] = {}
 
     def run(self) -> Calibrated:
         path = self._options.state_path
@@ -129,11 +132,11 @@ class _Job:
 
     def _read(self, pairs: Sequence[Pair]) -> None:
         state, n_all = self._state, len(self._state.text.windows)
-        for pair in pairs:
-            if pair not in state.grams:
-                state.grams[pair] = Gram.empty(self._shape.n_embd, n_kv(self._shape, pair.layer))
         boundaries = {pair.boundary for pair in pairs}
-        layers = {pair.layer for pair in pairs}
+        for boundary in boundaries - state.grams.keys():
+            widths = {p.layer: n_kv(self._shape, p.layer) for p in pairs if p.boundary == boundary}
+            state.grams[boundary] = Gram.empty(self._shape.n_embd, widths)
+        layers = {layer for boundary in boundaries for layer in self._fitted_layers[boundary]}
         with reading(
             self._model,
             self,
@@ -143,6 +146,7 @@ class _Job:
         ) as opened:
             while state.n_done < n_all:
                 opened.window(state.text.windows[state.n_done].tolist())
+                self._add()
                 state.n_done += 1
                 n_read = state.group * n_all + state.n_done
                 n_passes = len(state.groups)
@@ -170,11 +174,14 @@ class _Job:
         self._x[boundary] = fit.with_bias(rows[1:], self._eps)
 
     def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:
-        y = np.concatenate([k, v], axis=1)[1:]
-        weights = fit.token_weights(mass[1:], self._options.weighting)
-        for pair, gram in self._state.grams.items():
-            if pair.layer == layer:
-                gram.add(self._x[pair.boundary], y, weights)
+        self._y[layer] = np.concatenate([k, v], axis=1)[1:]
+        self._token_weights[layer] = fit.token_weights(mass[1:], self._options.weighting)
+
+    def _add(self) -> None:
+        """Add the window that was read; a boundary's layers share one weighting, their mean."""
+        for boundary, gram in self._state.grams.items():
+            weights = [self._token_weights[layer] for layer in self._fitted_layers[boundary]]
+            gram.add(self._x[boundary], self._y, np.mean(weights, axis=0))
 
     def _solve(self) -> None:
         """Put all projections of a group into the state at once.
@@ -182,8 +189,9 @@ class _Job:
         What is kept when this stops is solved again.
         """
         solved: list[tuple[int, NewTensor]] = []
-        for (boundary, layer), gram in self._state.grams.items():
-            own = self._weights.own_projection(layer, gram.xy.shape[1])
+        for boundary, layer in self._state.groups[self._state.group]:
+            gram = self._state.grams[boundary]
+            own = self._weights.own_projection(layer, gram.xy[layer].shape[1])
             fitted = fit.fit_layer(layer, gram, own, self._options.ridge)
             tensors = fit.encode(layer, fitted, self._options.kv_type)
             solved += [(boundary, tensor) for tensor in tensors]

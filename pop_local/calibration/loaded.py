@@ -6,10 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from converter.errors import PopError
 from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.engine.llama import backend, logs, opening
+from pop_local.engine.llama.upstream import Jinja2ChatFormatter
+
+_QUESTION = "QUESTION"
 
 
 class LoadedModel:
@@ -31,6 +36,7 @@ class LoadedModel:
         self.path = path
         source = read_source(path)
         meta = pop_of(source, sidecar)
+        self._template = str(source.first.get("tokenizer.chat_template") or "")
         self.n_threads = n_threads or backend.default_threads()
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
@@ -65,12 +71,38 @@ class LoadedModel:
         bos, eos = self._api.llama_vocab_bos(self.vocab), self._api.llama_vocab_eos(self.vocab)
         return next((int(token) for token in (bos, eos) if token >= 0), 0)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of a text, without BOS; what looks like a special token is text."""
+    @property
+    def before_question(self) -> list[int]:
+        """What the model's chat template puts before a user's first question, as tokens.
+
+        It is empty without a template, and where that wants something else than a question.
+        """
+        if not self._template:
+            return []
+        eos, bos = (
+            self._api.llama_vocab_get_text(self.vocab, token).decode() if token >= 0 else ""
+            for token in (
+                self._api.llama_vocab_eos(self.vocab),
+                self._api.llama_vocab_bos(self.vocab),
+            )
+        )
+        question: Any = [{"role": "user", "content": _QUESTION}]
+        try:
+            formatter = Jinja2ChatFormatter(self._template, eos_token=eos, bos_token=bos)
+            before, found, _ = formatter(messages=question).prompt.partition(_QUESTION)
+        except (ValueError, TemplateError):
+            return []
+        return self.tokenize(before, special=True) if found else []
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the tokens of a text, without BOS.
+
+        What looks like a special token is text unless `special`.
+        """
         raw = text.encode()
         room = len(raw) + 8
         tokens = (ctypes.c_int32 * room)()
-        n = self._api.llama_tokenize(self.vocab, raw, len(raw), tokens, room, False, False)
+        n = self._api.llama_tokenize(self.vocab, raw, len(raw), tokens, room, False, special)
         if n < 0:
             raise PopError("the text cannot be split into tokens")
         return tokens[:n]

@@ -76,21 +76,25 @@ def plan_needs(
     shape = plans[0].shape
     pairs = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
     scratch = max(fit.scratch_bytes(shape.n_embd, n_kv(shape, p.layer), N_WINDOW) for p in pairs)
+    gram = fit.gram_bytes(shape.n_embd)
     groups: list[list[Pair]] = [[]]
     sizes = [0]
     for pair in pairs:
-        size = fit.gram_bytes(shape.n_embd, n_kv(shape, pair.layer))
+        cross = fit.cross_bytes(shape.n_embd, n_kv(shape, pair.layer))
+        known = any(other.boundary == pair.boundary for other in groups[-1])
+        size = cross if known else gram + cross
         if groups[-1] and sizes[-1] + size + scratch > memory_bytes:
             groups.append([])
             sizes.append(0)
+            size = gram + cross
         groups[-1].append(pair)
         sizes[-1] += size
     n_sums = max(sizes) + scratch
     n_stored = 4 * sum(shape.kv_macs[pair.layer] for pair in pairs)
     n_heads = max(dim // 64 for dim in shape.attn_dim)
-    states = 4 * N_WINDOW * (shape.n_embd + 1) * len(plans)
+    read = 4 * N_WINDOW * (len(plans) * (shape.n_embd + 1) + sum(shape.kv_macs) // shape.n_embd)
     masses = 8 * N_WINDOW * n_heads * N_WINDOW
-    passing = n_sums + states + masses + _context_bytes(shape, N_WINDOW, N_WINDOW)
+    passing = n_sums + read + masses + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
     total = _BASE_BYTES + 2 * source.size_bytes + n_stored + max(passing, sampling)

@@ -12,9 +12,9 @@ class FitOptions:
     """How to fit the K/V projections of skipped layers.
 
     `tokens`: how many to read, None for a number by the model. `text`: a file or a folder, None for
-    Python's documentation and samples of the model. `memory_bytes`: for the sums of a pass over
-    the text, None for half of what is free. `state_path`: where a stopped fit is kept, None for
-    nowhere.
+    Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
+    pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
+    None for nowhere.
     """
 
     tokens: int | None = None

@@ -1,6 +1,6 @@
 """Text of the model's own, sampled at temperature 1, many sequences to a batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -19,33 +19,40 @@ _BLOCK = 256
 
 def sample_windows(
     model: LoadedModel,
-    n_windows: int,
+    starts: Sequence[Sequence[int]],
     n_window: int,
     *,
     seed: int,
     on_progress: Callable[[int, int], object],
 ) -> NDArray[np.int32]:
-    """Sample `n_windows` sequences, int32 [n_windows, n_window], at temperature 1.
+    """Sample sequences, int32 [len(starts), n_window], at temperature 1.
 
-    Each begins with the model's first token. `on_progress(done, total)` counts tokens. Raises
-    PopError when llama.cpp fails or its logits are no numbers.
+    Each goes on from its own start, a token at least, which is cut where it is too long.
+    `on_progress(done, total)` counts tokens. Raises PopError when llama.cpp fails or its logits are
+    no numbers.
     """
     rng = np.random.default_rng(seed)
+    n_windows = len(starts)
     parts = []
     done, total = 0, n_windows * n_window
     # Batches of about equal size.
     for part in np.array_split(np.arange(n_windows), -(-n_windows // MAX_SEQUENCES)):
         n = len(part)
-        tokens = np.full((n, n_window), model.first_token, np.int32)
-        for n_steps in _fill(tokens, model, rng):
+        tokens = np.empty((n, n_window), np.int32)
+        given = [starts[number][:n_window] for number in part]
+        for row, start in zip(tokens, given, strict=True):
+            row[: len(start)] = start
+        for n_steps in _fill(tokens, [len(start) for start in given], model, rng):
             on_progress(done + n * n_steps, total)
         done += n * n_window
         parts.append(tokens)
     return np.concatenate(parts)
 
 
-def _fill(tokens: NDArray[np.int32], model: LoadedModel, rng: np.random.Generator) -> Iterator[int]:
-    """Sample all but the first column; this yields how many columns there are."""
+def _fill(
+    tokens: NDArray[np.int32], n_given: Sequence[int], model: LoadedModel, rng: np.random.Generator
+) -> Iterator[int]:
+    """Sample all but the first `n_given` of each row; this yields how many columns there are."""
     n, n_window = tokens.shape
     opened = model.context(n_ctx=n * n_window, n_batch=n, n_ubatch=n, n_seq_max=n)
     with opened as ctx, closing(TokenBatch(n, is_step=True)) as batch:
@@ -60,7 +67,9 @@ def _fill(tokens: NDArray[np.int32], model: LoadedModel, rng: np.random.Generato
                     "the model's predictions are not numbers",
                     "download it again: it may be damaged",
                 )
-            tokens[:, step] = [draw(row, rng.random()) for row in logits]
+            for row, given in enumerate(n_given):
+                if step >= given:
+                    tokens[row, step] = draw(logits[row], rng.random())
             yield step + 1
 
 

@@ -19,17 +19,17 @@ from pop_local.calibration.texts import CalibrationError, CalibrationText
 
 @dataclass
 class State:
-    """How far a calibration is: the `grams` of the group at work after `n_done` windows.
+    """How far a calibration is: `n_done` windows of the group at work are read.
 
-    `groups`: the pairs of each pass over the text. `tensors`: those of the groups before the one at
-    work, by boundary.
+    `groups`: the pairs of each pass over the text. `grams`: the sums of the group at work, and
+    `tensors` the fits of those before it, both by boundary.
     """
 
     text: CalibrationText
     groups: tuple[tuple[Pair, ...], ...]
     group: int = 0
     n_done: int = 0
-    grams: dict[Pair, Gram] = field(default_factory=dict)
+    grams: dict[int, Gram] = field(default_factory=dict)
     tensors: dict[int, list[NewTensor]] = field(default_factory=dict)
 
 
@@ -41,12 +41,13 @@ def save(path: Path, identity: str, state: State) -> None:
         "text": [state.text.name, state.text.sha256],
         "groups": state.groups,
         "counts": [state.group, state.n_done],
-        "pairs": list(state.grams),
+        "grams": [(boundary, list(gram.xy)) for boundary, gram in state.grams.items()],
         "tensors": [(boundary, each.name, each.dims, each.type) for boundary, each in tensors],
     }
     arrays: dict[str, Any] = {"head": json.dumps(head), "windows": state.text.windows}
-    for number, gram in enumerate(state.grams.values()):
-        arrays[f"xx.{number}"], arrays[f"xy.{number}"] = gram.xx, gram.xy
+    for boundary, gram in state.grams.items():
+        arrays[f"xx.{boundary}"] = gram.xx
+        arrays |= {f"xy.{boundary}.{layer}": xy for layer, xy in gram.xy.items()}
     for number, (_, tensor) in enumerate(tensors):
         arrays[f"data.{number}"] = np.frombuffer(tensor.data, np.uint8)
     with replacing(path, force=True) as file:
@@ -66,8 +67,9 @@ def load(path: Path, identity: str) -> State | None:
         name, sha256 = head["text"]
         text = CalibrationText(name, sha256, arrays["windows"])
         state = State(text, _groups(head), *head["counts"])
-        for number, pair in enumerate(head["pairs"]):
-            state.grams[Pair(*pair)] = Gram(arrays[f"xx.{number}"], arrays[f"xy.{number}"])
+        for boundary, layers in head["grams"]:
+            xy = {layer: arrays[f"xy.{boundary}.{layer}"] for layer in layers}
+            state.grams[boundary] = Gram(arrays[f"xx.{boundary}"], xy)
         for number, (boundary, tensor_name, dims, kind) in enumerate(head["tensors"]):
             data = arrays[f"data.{number}"].tobytes()
             tensor = NewTensor(tensor_name, tuple(dims), kind, data)

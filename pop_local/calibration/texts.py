@@ -1,6 +1,7 @@
 """What to calibrate on: the user's text, or what every machine has at hand."""
 
 import hashlib
+import sysconfig
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ Windows = NDArray[np.int32]
 
 N_WINDOW = 512
 SEED = 0
-DEFAULT_NAME = "Python documentation topics and samples of the model, half and half"
+DEFAULT_NAME = "Python's documentation and code, samples of the model alone and in chat"
 # Text is far shorter than this for a token; more of it is not needed to fill a window.
 _MAX_CHARS_PER_TOKEN = 16
 _LEAST_DISTINCT = 16
@@ -87,14 +88,21 @@ def n_sampled_of(count: int) -> int:
 def own_text(
     model: LoadedModel, count: int, on_progress: Callable[[int, int], object]
 ) -> CalibrationText:
-    """Make a text of Python's documentation and samples of the model, half and half.
+    """Make a text of Python's documentation, its library's code, and samples of the model.
 
-    Nothing is downloaded. `on_progress` gets (done_tokens, total_tokens) of the sampling.
+    Half of the samples are what it writes of itself, half is what it takes for a user's question,
+    and its answer: they begin as its chat template does. Nothing is downloaded. `on_progress` gets
+    (done_tokens, total_tokens) of the sampling.
     """
     n_sampled = n_sampled_of(count)
-    topics = _cut(model, _topics(), count - n_sampled)
-    sampled = sample_windows(model, n_sampled, N_WINDOW, seed=SEED, on_progress=on_progress)
-    windows = np.concatenate([topics, sampled])
+    texts = [text for text in (_topics(), _library_code()) if text]
+    shares = np.array_split(np.arange(count - n_sampled), len(texts))
+    cut = [_cut(model, text, len(share)) for text, share in zip(texts, shares, strict=True)]
+    alone, chat = [model.first_token], model.before_question
+    n_chat = n_sampled // 2 if chat else 0
+    starts = [chat] * n_chat + [alone] * (n_sampled - n_chat)
+    sampled = sample_windows(model, starts, N_WINDOW, seed=SEED, on_progress=on_progress)
+    windows = np.concatenate([*cut, sampled])
     return CalibrationText(DEFAULT_NAME, hashlib.sha256(windows.tobytes()).hexdigest(), windows)
 
 
@@ -155,6 +163,13 @@ def _topics() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _library_code() -> str:
+    """The modules of Python's library in one text; empty where they come without their source."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    sources = [decoded(read_bytes(file), str(file)) for file in sorted(folder.glob("*.py"))]
+    return "\n\n".join(sources)
 
 
 def _cut(model: LoadedModel, text: str, count: int) -> Windows:

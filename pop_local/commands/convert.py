@@ -99,7 +99,7 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE|DIR",
-            help="Text to fit on. Default: Python's documentation and samples of the model.",
+            help="Text to fit on. Default: documentation, code and samples of the model.",
         ),
     ] = None,
     tokens: opt.Tokens = None,

@@ -12,6 +12,7 @@ from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views import quality as view
 from pop_local.ui.views.plots import plot_sweep, require_plot
+from pop_local.ui.views.prompts import comparison_json, show_comparison
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.options import Boundary, Hardware, Skip
 
@@ -22,7 +23,12 @@ class BaselineName(str, Enum):
     ALWAYS_SKIP = view.ALWAYS_SKIP
 
 
+_OF_PROMPTS = {"answers", "longest"}
+_OF_BOTH = {"model", "prompts", "pop", "json", "threads", "n_ctx", "gpu_layers"}
+
+
 def eval(  # noqa: A001
+    call: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, converted or not, or a name.")
     ],
@@ -32,6 +38,22 @@ def eval(  # noqa: A001
     context: Annotated[int, typer.Option(min=2, help="Tokens to prune in each window.")] = 512,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens to score after them.")] = 128,
     windows: Annotated[int, typer.Option(min=1, help="How many windows.")] = 32,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Your own prompts, answered in full and pruned, instead of all else: a line is"
+            ' {"prompt": ...} or {"messages": [...]}, perhaps with "documents" and "answer".',
+        ),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keeps answers to --prompts; goes on where they end."),
+    ] = None,
+    # It must not be called max_tokens: the setting of that name is for conversations.
+    longest: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Longest answer to --prompts.")
+    ] = 256,
     skip: Annotated[
         str | None, typer.Option(metavar="SHARE", help="Layers to skip: 1/3, 0.33, or a number.")
     ] = None,
@@ -88,7 +110,25 @@ def eval(  # noqa: A001
     n_ctx: opt.MeasuredCtx = None,
     gpu_layers: opt.GpuLayers = -1,
 ) -> None:
-    """Measure what pruning costs: KL and perplexity against the full model, copying, recall."""
+    """Measure what pruning costs: KL and perplexity against the full model, copying, recall.
+
+    With --prompts it compares answers instead, to prompts of your own.
+    """
+    _require_one_kind(call, prompts)
+    if prompts is not None:
+        from pop_local.workflows.prompts import PromptOptions, evaluate_prompts
+
+        with stoppable_watch() as watch:
+            compared = evaluate_prompts(
+                model,
+                prompts,
+                PromptOptions(longest, n_ctx, answers),
+                sidecar=pop,
+                hardware=Hardware(threads, gpu_layers),
+                watch=watch,
+            )
+        print_json(comparison_json(compared)) if json else show_comparison(compared)
+        return
     if no_boundary and no_pop:
         raise typer.BadParameter("--no-boundary prunes all, --no-pop nothing: give one of them")
     if plot_file is not None and sweep is None:
@@ -140,6 +180,17 @@ def eval(  # noqa: A001
         print_json(view.sweep_json(found)) if json else view.show_sweep(found)
     else:
         print_json(view.evaluation_json(found)) if json else view.show_evaluation(found)
+
+
+def _require_one_kind(call: typer.Context, prompts: Path | None) -> None:
+    """Wrong usage if options were given that are of no effect with --prompts, or without."""
+    for option in call.command.params:
+        source = call.get_parameter_source(option.name or "")
+        if source is None or source.name != "COMMANDLINE" or option.name in _OF_BOTH:
+            continue
+        if (option.name in _OF_PROMPTS) != (prompts is not None):
+            of = "is of no effect with --prompts" if prompts else "belongs to --prompts"
+            raise typer.BadParameter(f"{option.opts[0]} {of}")
 
 
 def _depths(

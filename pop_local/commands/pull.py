@@ -56,7 +56,7 @@ def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Pa
     if is_url(model):
         return _from_url(model, folder, _hash(sha256), force=force)
     entry = find(model)
-    note(f"{entry.name}: licence {entry.licence}")
+    note(f"{entry.name}: {entry.origin}")
     with bytes_progress(f"Fetching {entry.name}") as advance:
         return fetch(model, advance, folder, force=force)
 

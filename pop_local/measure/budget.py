@@ -1,11 +1,9 @@
 """How deep a budget lets pruning go: from what was measured to the boundary, and to the next one.
 
-Deeper is taken to be never better. The layers' own projections, which need no fit, say where to
-begin (`is_promising`); what is chosen was measured as it will be used.
+Deeper is taken to be never better; what is chosen was measured as it will be used.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from converter.format import Budget
@@ -20,23 +18,12 @@ BALANCED = Budget("balanced", max_kl=0.035, max_copy_ratio=1.12, least_retention
 FAST = Budget("fast", max_kl=0.1, max_copy_ratio=1.3, least_retention=0.7)
 BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
-# A fit divides the KL of the own projections by 3.6 to 13, at depths of 1/4 to 1/2.
-_KL_GAIN = 6.0
 # Where copying is kept it hardly moves the retention; few draws leave as much open.
 _RETENTION_GAIN = 0.05
 # Nothing turns round what lies so far below the limit.
 _LOST_RETENTION = 0.3
-# Beyond so many standard errors from the limit more windows would not change the verdict.
-_CLEAR = 2.0
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """The boundaries to look at: from `shallowest` down to `deepest`, `guess` first."""
-
-    deepest: int
-    guess: int
-    shallowest: int
+# Standard errors; where there are few windows, these are not well known themselves.
+_CLEAR = 3.0
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
@@ -52,16 +39,14 @@ def copies(quality: "Quality") -> bool:
     return all(over <= 0 for over, _ in _copying_excesses(FAST, quality))
 
 
-def is_clearly_outside(budget: Budget, quality: "Quality") -> bool:
-    """Tell whether a limit is passed by more than sampling explains."""
-    return any(over > _CLEAR * error for over, error in _excesses(budget, quality))
+def is_clear(budget: Budget, quality: "Quality") -> bool:
+    """Tell whether more windows would hardly change the verdict.
 
-
-def is_promising(budget: Budget, own: "Quality", *, fitted: bool) -> bool:
-    """Tell whether a boundary measured with own projections may be inside once `fitted`."""
-    gain, slack = (_KL_GAIN, _RETENTION_GAIN) if fitted else (1.0, 0.0)
-    enough = own.kl_mean.value <= gain * budget.max_kl
-    return enough and keeps(budget, own.induction_retention, slack)
+    A limit is passed by more than sampling explains, or all figures are so far within theirs.
+    """
+    excesses = _excesses(budget, quality)
+    outside = any(over > _CLEAR * error for over, error in excesses)
+    return outside or all(over < -_CLEAR * error for over, error in excesses)
 
 
 def may_copy(budget: Budget, retention: "Estimate | None") -> bool:
@@ -74,47 +59,27 @@ def is_hopeless(budget: Budget, retention: "Estimate | None") -> bool:
     return retention is not None and retention.value < budget.least_retention - _LOST_RETENTION
 
 
-def next_boundary(bracket: Bracket, verdicts: Mapping[int, bool]) -> int | None:
-    """Return the boundary to measure next, None when the search is over.
+def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int, ...]:
+    """Return the boundaries whose verdict may matter, in the order in which bisecting asks.
 
-    It is over when the deepest inside is known, or that there is none. `verdicts`: whether each
-    boundary measured so far is inside. Away from the guess the steps grow.
+    There is none when the deepest inside is known, or that there is none. `plans`: the boundaries
+    that may be chosen. `verdicts`: whether each boundary measured so far is inside.
     """
-    if not verdicts:
-        return bracket.guess
-    outside, inside = open_interval(bracket, verdicts)
-    if inside - outside <= 1:
-        return None
-    if outside < bracket.deepest:
-        return max(bracket.deepest, inside - len(verdicts))
-    if inside > bracket.shallowest:
-        return min(bracket.shallowest, outside + len(verdicts))
-    return (outside + inside) // 2
-
-
-def open_interval(bracket: Bracket, verdicts: Mapping[int, bool]) -> tuple[int, int]:
-    """Return the shallowest boundary outside and the deepest inside.
-
-    What lies between is undecided. Where there is none, it is one past the bracket's end.
-    """
-    inside = min((b for b, passed in verdicts.items() if passed), default=bracket.shallowest + 1)
-    outside = max(
-        (b for b, passed in verdicts.items() if not passed and b < inside),
-        default=bracket.deepest - 1,
-    )
-    return outside, inside
+    inside = min((b for b, passed in verdicts.items() if passed), default=max(plans) + 1)
+    outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
+    spans = [sorted(boundary for boundary in plans if outside < boundary < inside)]
+    order: list[int] = []
+    for span in spans:
+        if span:
+            middle = len(span) // 2
+            order.append(span[middle])
+            spans += [span[:middle], span[middle + 1 :]]
+    return tuple(order)
 
 
 def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:
     """Return the deepest boundary inside, None when there is none."""
     return min((boundary for boundary, passed in verdicts.items() if passed), default=None)
-
-
-def worth_fitting(bracket: Bracket, verdicts: Mapping[int, bool], boundary: int) -> tuple[int, ...]:
-    """Return `boundary` and those that may be asked for after it, the likeliest first."""
-    outside, inside = open_interval(bracket, verdicts)
-    near = (boundary, boundary - 1, boundary + 1)
-    return tuple(b for b in near if outside < b < inside)
 
 
 def keeps(budget: Budget, retention: "Estimate | None", slack: float = 0.0) -> bool:

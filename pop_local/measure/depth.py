@@ -12,17 +12,31 @@ from itertools import pairwise
 from converter.errors import PlanError
 from converter.format import Budget
 from converter.macs import speedup_limit
+from converter.plan import Plan
 from converter.progress import Progress
 from converter.shape import ModelShape
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
 from pop_local.measure.estimate import Estimate
-from pop_local.measure.quality import Quality, Reference, measure_retention
+from pop_local.measure.forced import Pruning, as_planned, forced
+from pop_local.measure.probes import measure_induction, read_repeated
+from pop_local.measure.quality import (
+    Quality,
+    QualitySettings,
+    Reference,
+    measure_retention,
+    retention,
+    tokens_counted,
+)
 
 # A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
 CLIFF = 0.2
 # What saves less is not worth measuring.
 LEAST_LIMIT = 1.05
+
+
+# A retention to some percent, in seconds.
+_LOOK = QualitySettings(n_draws=2)
 
 
 @dataclass(frozen=True)
@@ -52,14 +66,29 @@ class DepthCost:
         return self.lost_retention is not None and self.lost_retention >= CLIFF
 
 
-def boundaries(shape: ModelShape) -> tuple[int, ...]:
-    """Return the boundaries from the last layer alone down to half of all.
+def boundaries(shape: ModelShape, divisor: int = 2) -> tuple[int, ...]:
+    """Return the boundaries from the last layer alone down to half of all, or to n_layer / divisor.
 
     Raises PlanError for a model of one layer.
     """
     if shape.n_layer < 2:
         raise PlanError("a model of one layer has none that could be skipped")
-    return tuple(range(shape.n_layer - 1, max(1, shape.n_layer // 2) - 1, -1))
+    return tuple(range(shape.n_layer - 1, max(1, shape.n_layer // divisor) - 1, -1))
+
+
+def own_retention(model: PopModel, plan: Plan, on_progress: Progress) -> Estimate | None:
+    """Measure how much of copying random tokens the plan's boundary keeps without a fit.
+
+    That takes seconds. The figure is `Quality.induction_retention`; `on_progress` gets
+    (done_tokens, total_tokens).
+    """
+    as_planned(model, plan)
+    with forced(model) as reader:
+        ran = tokens_counted(reader, _LOOK, (), 1, 1, on_progress)
+        repeated = read_repeated(reader, _LOOK.n_draws, _LOOK.seed, ran)
+        pruning = Pruning(plan.boundary, _LOOK.mode)
+        [found] = measure_induction(reader, repeated, [pruning], ran)
+    return retention(repeated, found)
 
 
 def measure_cliff(

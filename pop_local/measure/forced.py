@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import PopError
+from converter.plan import Plan
 from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
@@ -69,6 +70,12 @@ def use_rule(model: PopModel, rule: RowRule) -> None:
         backend.set_sink(model.ctx, rule.sink_tokens)
     model.rule = rule
     model.clear()
+
+
+def as_planned(model: PopModel, plan: Plan) -> None:
+    """Let the model's full tokens be those of the plan."""
+    rule = replace(model.rule, sink_tokens=plan.sink_tokens, tail_tokens=plan.tail_tokens)
+    use_rule(model, rule)
 
 
 @contextmanager

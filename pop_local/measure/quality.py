@@ -7,8 +7,8 @@ distributions that predict each token of the continuation, the first of which co
 context's last token.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from pop_local.measure.divergence import (
     Likelihood,
     Predictions,
     divergence,
+    halved,
     likelihood,
     predictions,
 )
@@ -134,7 +135,8 @@ class Scores:
 class Reference:
     """What the full model says of windows, and of random tokens repeated.
 
-    It takes 4 * n_windows * n_continuation * n_vocab bytes for as long as it is kept.
+    From `read_reference` it takes 2 * n_windows * n_continuation * n_vocab bytes for as long as it
+    is kept.
     """
 
     settings: QualitySettings
@@ -177,36 +179,6 @@ def measure_prunings(
         return _measure(reader, reference, prunings, ran)
 
 
-def measure_unless(
-    model: PopModel,
-    text_tokens: TextTokens,
-    settings: QualitySettings,
-    boundary: int,
-    n_first: int,
-    is_enough: Callable[[Quality], bool],
-    on_progress: Progress,
-) -> Quality:
-    """Measure at one boundary, but stop after `n_first` windows if those say enough.
-
-    The first ones are spread over the text as all are. All else is as in `measure_prunings`.
-    """
-    pruning = Pruning(boundary, settings.mode)
-    with forced(model) as reader:
-        windows = choose_windows(reader, text_tokens, settings)
-        ran = tokens_counted(reader, settings, windows, 1, 1, on_progress)
-        repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
-        [nll] = measure_induction(reader, repeated, [pruning], ran)
-        every = max(1, len(windows) // n_first)
-        rest = [window for number, window in enumerate(windows) if number % every]
-        scores: list[Scores] = []
-        for part in (windows[::every], rest):
-            scores += _score(reader, part, _read_full(reader, part, ran), [pruning], ran)[0]
-            found = summarize(pruning, settings, reader.rule, scores, repeated, nll)
-            if len(scores) == len(windows) or is_enough(found):
-                break
-    return found
-
-
 def read_reference(
     model: PopModel, text_tokens: TextTokens, settings: QualitySettings, on_progress: Progress
 ) -> Reference:
@@ -219,7 +191,11 @@ def read_reference(
         windows = choose_windows(reader, text_tokens, settings)
         ran = tokens_counted(reader, settings, windows, 1, 0, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
-        return Reference(settings, windows, tuple(_read_full(reader, windows, ran)), repeated)
+        kept = (
+            replace(full, predicted=halved(full.predicted))
+            for full in _read_full(reader, windows, ran)
+        )
+        return Reference(settings, windows, tuple(kept), repeated)
 
 
 def measure_against(
@@ -271,7 +247,7 @@ def tokens_counted(
 def _measure(
     reader: Forced, reference: Reference, prunings: Sequence[Pruning], ran: Ran
 ) -> tuple[Quality, ...]:
-    scores = _score(reader, reference.windows, reference.full, prunings, ran)
+    scores = score(reader, reference.windows, reference.full, prunings, ran)
     repeated = reference.repeated
     nlls = measure_induction(reader, repeated, prunings, ran)
     return tuple(
@@ -287,7 +263,7 @@ def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[
         yield full
 
 
-def _score(
+def score(
     reader: Forced,
     windows: Sequence[Window],
     full: Iterable[FullScores],

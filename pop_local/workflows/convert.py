@@ -22,7 +22,7 @@ from pop_local.calibration.options import FitOptions
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.events import Unit, Watch
+from pop_local.workflows.events import Phase, Stopwatch, Unit, Watch
 from pop_local.workflows.options import (
     Boundary,
     Depth,
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from pop_local.workflows.examine import Examination
 
 STATE_SUFFIX = ".calibration"
+# No model was seen to copy with fewer than a third of its layers left.
+LEAST_DIVISOR = 3
 OutputName = Literal["copy", "sidecar"]
 
 
@@ -102,11 +104,11 @@ class Conversion:
     def deepest(self) -> Plan:
         return self.plans[-1]
 
-    def needs_of(self, plan: Plan) -> Needs | None:
-        """What fitting one of the plans takes; None where nothing is fitted."""
-        if self.fit is None or plan.projection != FITTED:
-            return None
-        return fit_needs((plan,), self.source, self.fit)
+    @property
+    def needs(self) -> Needs | None:
+        """What fitting all plans takes; None where nothing is fitted."""
+        plans = [plan for plan in self.plans if plan.projection == FITTED]
+        return fit_needs(plans, self.source, self.fit) if self.fit and plans else None
 
     def sizes_of(self, plan: Plan) -> Sizes:
         """What writing one of the plans reads and writes, in bytes."""
@@ -118,7 +120,7 @@ class Conversion:
 class Converted:
     """A written conversion. `meta` is what the file says of itself, its measured quality included.
 
-    `warnings`: what was let through and might have been refused.
+    `warnings`: what was let through and might have been refused. `phases`: what took how long.
     """
 
     path: Path
@@ -127,6 +129,7 @@ class Converted:
     sizes: Sizes
     trials: tuple[Trial, ...]
     warnings: tuple[PopError, ...]
+    phases: tuple[Phase, ...]
 
 
 def convert(
@@ -181,7 +184,8 @@ def plan_conversion(
     if isinstance(depth, Within):
         from pop_local.measure.depth import boundaries
 
-        depths: Sequence[Skip | Boundary] = [Boundary(layer) for layer in boundaries(shape)]
+        candidates = boundaries(shape, LEAST_DIVISOR)
+        depths: Sequence[Skip | Boundary] = [Boundary(layer) for layer in candidates]
     elif isinstance(depth, Fastest):
         depths = []
     else:
@@ -210,7 +214,9 @@ def run_conversion(
         warnings.append(error)
         watch.on_warning(error)
 
-    run = _Run(conversion, force, replace(watch, on_warning=warned))
+    phases = Stopwatch()
+    watched = replace(watch, on_warning=warned, on_stage=phases.before(watch.on_stage))
+    run = _Run(conversion, force, watched)
     if isinstance(conversion.depth, Within):
         plan, meta, trials = run.within(conversion.depth.budget)
     elif conversion.plans[0].select:
@@ -226,6 +232,7 @@ def run_conversion(
         sizes=conversion.sizes_of(plan),
         trials=trials,
         warnings=tuple(warnings),
+        phases=phases.stop(),
     )
 
 

@@ -135,13 +135,18 @@ def _boundaries(
     meta = pop_of(source, files.sidecar)
     require_prunable(shape)
     if meta is None:
-        raise PopError(
-            f"{source.first.path} is not converted: there is nothing to measure",
-            "convert it, or say at which depth to measure it",
-            cause="nothing-to-evaluate",
-            model=source.first.path,
-        )
+        raise nothing_to_evaluate(source)
     return (meta.boundary,)
+
+
+def nothing_to_evaluate(source: Source) -> PopError:
+    """Return the error for a model that prunes nothing."""
+    return PopError(
+        f"{source.first.path} is not converted: there is nothing to measure",
+        "convert it, or say at which depth to measure it",
+        cause="nothing-to-evaluate",
+        model=source.first.path,
+    )
 
 
 def _require_projections(source: Source, sidecar: Path | None, boundaries: Sequence[int]) -> None:

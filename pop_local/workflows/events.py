@@ -1,5 +1,6 @@
 """How work tells what it does: to whoever called, without knowing who that is."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -44,3 +45,40 @@ class Watch:
         self.on_progress(done, total)
         if self.should_stop():
             raise StoppedError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """All stages of one name, with what follows each of them until the next."""
+
+    name: str
+    seconds: float
+
+
+class Stopwatch:
+    """Times the stages of a workflow, from its making on."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._name = ""
+        self._since_s = time.monotonic()
+
+    def before(self, on_stage: Callable[[str, Unit], object]) -> Callable[[str, Unit], object]:
+        """What notes that a stage begins, and then calls `on_stage`."""
+
+        def begin(name: str, unit: Unit) -> object:
+            self._note(name)
+            return on_stage(name, unit)
+
+        return begin
+
+    def stop(self) -> tuple[Phase, ...]:
+        """The phases in their order; what came before the first counts to it."""
+        self._note(self._name)
+        return tuple(Phase(name, seconds) for name, seconds in self._seconds.items())
+
+    def _note(self, name: str) -> None:
+        now_s = time.monotonic()
+        before = self._name or name
+        self._seconds[before] = self._seconds.get(before, 0.0) + now_s - self._since_s
+        self._name, self._since_s = name, now_s

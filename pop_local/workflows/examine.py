@@ -8,7 +8,7 @@ from converter.errors import PopError
 from converter.format import Measured
 from converter.plan import Plan
 from pop_local.engine.model import PopModel
-from pop_local.measure import bracket
+from pop_local.measure import depth
 from pop_local.measure import quality as measuring
 from pop_local.measure.budget import (
     BALANCED,
@@ -53,7 +53,7 @@ class Examination:
             kept = None
             if not self.allow_broken_copy:
                 advance = self.watch.stage("Trying the boundary without a fit")
-                kept = bracket.own_retention(model, self.plan, advance)
+                kept = depth.own_retention(model, self.plan, advance)
         if kept is not None and is_hopeless(FAST, kept):
             raise self._refusal(
                 f"{kept.value:.0%} of copying random tokens is kept with own projections, and no "

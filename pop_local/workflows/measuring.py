@@ -8,7 +8,7 @@ from typing import Any
 from converter.format import Measured
 from converter.plan import Plan
 from pop_local.engine.model import PopModel
-from pop_local.measure.bracket import as_planned
+from pop_local.measure.forced import as_planned
 from pop_local.measure.heldout import TextTokens, shipped_text, tokenize
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.stored import ModelFiles

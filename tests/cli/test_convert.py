@@ -218,6 +218,9 @@ def test_dry_run_writes_nothing_and_tells_the_same(tiny, tmp_path):
     assert written.pop("source_sha256") == hashlib.sha256(tiny.read_bytes()).hexdigest()
     assert planned.pop("measured") is None
     assert written.pop("measured")["kl_mean"] > 0
+    phases = [(phase["name"], phase["seconds"] > 0) for phase in written.pop("phases")]
+    assert phases == [("Measuring", True), ("Writing, then reading back", True)]
+    assert planned.pop("phases") == []
     assert planned == written
     assert planned["schedule"] == "FFFSSSSS"
     assert planned["n_skipped"] == 5

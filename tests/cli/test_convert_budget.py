@@ -3,10 +3,10 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 from converter.format import read_pop_meta
 from pop_local.calibration import activations, texts
 from pop_local.cli import app
-from pop_local.measure import bracket, budget, probes, quality
-from pop_local.measure.budget import Bracket
+from pop_local.measure import budget, gradual, probes
 from pop_local.workflows import fits
 from pop_local.workflows import search as searching
 from support.converted import names
@@ -31,10 +30,8 @@ FEW = ("--tokens", 2048, "--threads", 1, "--gpu-layers", 0)
 # The command, stopped for good where it measures the first fitted candidate.
 STOPPED = """
 import sys, time
-from pop_local.workflows import fits
-from pop_local.workflows import search as searching
-from pop_local.measure import quality
-from pop_local.measure.budget import Bracket
+
+from pop_local.measure.gradual import Gradual
 
 def measure(*arguments):
     print("measuring", flush=True)
@@ -42,8 +39,7 @@ def measure(*arguments):
         time.sleep(0.1)
         arguments[-1](0, 1)
 
-searching._Search._bracket = lambda self: Bracket(4, 6, 7)
-quality.measure_unless = measure
+Gradual.measure = measure
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", *sys.argv[1:]]
 main()
@@ -65,10 +61,9 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_windows(monkeypatch):
-    monkeypatch.setattr(searching, "N_FIRST_WINDOWS", 1)
+    monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
     monkeypatch.setattr(searching, "N_WINDOWS", 2)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
-    monkeypatch.setattr(bracket, "LOOK", replace(bracket.LOOK, n_windows=1, n_draws=1))
 
 
 def convert(*arguments: object):
@@ -82,20 +77,28 @@ def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, m
     done = convert(base, "--sidecar", "--text", text, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["boundary"], found["projection"]) == (4, "fitted")
+    assert (found["boundary"], found["projection"]) == (2, "fitted")
     assert [trial["in_budget"] for trial in found["tried"]] == [True] * len(found["tried"])
     last = found["tried"][-1]
-    assert (last["boundary"], last["n_windows"]) == (4, 2)
+    assert (last["boundary"], last["n_windows"]) == (2, 2)
     assert last["kl_mean"] == found["measured"]["kl_mean"] > 0
     assert last["kl_se"] == found["measured"]["kl_se"] > 0
     assert 1 < last["speedup_limit"] == found["speedup_limit"]
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.budget.quality, meta.budget.max_kl) == ("custom", 50)
-    assert meta.budget.tried.endswith("4 inside")
+    assert meta.budget.tried == "5 inside, 3 inside, 2 inside"
     assert meta.measured.kl_mean == last["kl_mean"]
     assert meta.calibration is not None and meta.calibration.n_tokens == 2048
     assert not names(temporary)
+    seconds = {phase["name"]: phase["seconds"] for phase in found["phases"]}
+    assert list(seconds) == [
+        "Fitting",
+        "Reading in full",
+        *(f"Measuring boundary {boundary}" for boundary in (5, 3, 2)),
+        "Reading the model",
+    ]
+    assert min(seconds.values()) > 0
 
 
 def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
@@ -105,7 +108,7 @@ def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.boundary, meta.projection) == (7, "own")
-    assert meta.budget.tried == "7 inside, 6 outside"
+    assert meta.budget.tried == "7 inside, 6 outside, 5 outside"
     assert meta.measured.kl_mean == pytest.approx(0, abs=1e-6)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert "In budget" in rows[0]
@@ -113,7 +116,7 @@ def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
     assert rows[2].rstrip(" |").endswith("yes")
     assert "custom: KL at most 0.0001" in done.stdout
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "tiny.pop.gguf")])
-    assert "7 inside, 6 outside" in shown.stdout
+    assert meta.budget.tried in shown.stdout
 
 
 def test_own_projections_need_no_fit(base, tmp_path, monkeypatch):
@@ -122,7 +125,7 @@ def test_own_projections_need_no_fit(base, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.measured is not None
-    assert (meta.boundary, meta.projection, meta.calibration) == (4, "own", None)
+    assert (meta.boundary, meta.projection, meta.calibration) == (2, "own", None)
     assert meta.measured.kl_mean > 0
 
 
@@ -188,10 +191,15 @@ def test_dry_run_says_what_would_be_tried(base, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "_Search", None)
     done = convert(base, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
-    assert "from 7 down to 4" in done.stdout
+    assert "from 7 down to 2" in done.stdout
+    facts = " ".join(done.stdout.split())
+    assert "16,384 tokens in one pass" in facts
+    assert re.search(r"Memory [\d.]+ MB in all, [\d.]+ MB for the fit", facts)
+    short_of_memory = convert(base, "--dry-run", "--memory", 0).stdout
+    assert "up to 15 passes" in " ".join(short_of_memory.split())
     assert "near-lossless: KL at most 0.01" in done.stdout
     planned = json.loads(convert(base, "--dry-run", "--max-kl", 0.2, "--json").stdout)
-    assert planned["boundaries"] == [7, 6, 5, 4]
+    assert planned["boundaries"] == [7, 6, 5, 4, 3, 2]
     assert planned["budget"]["max_kl"] == 0.2
     assert planned["budget"]["max_copy_ratio"] == 1.12
     assert names(tmp_path) == {"tiny.gguf"}
@@ -201,15 +209,14 @@ def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
     base, text, tmp_path, monkeypatch
 ):
     options = (base, "--text", text, *FEW, *LOOSE, "--resume")
-    monkeypatch.setattr(searching._Search, "_bracket", lambda self: Bracket(4, 6, 7))
     with monkeypatch.context() as stopping:
-        stopping.setattr(quality, "measure_unless", _interrupt)
-        stopped = convert(*options, "--memory", 1)
+        stopping.setattr(gradual.Gradual, "measure", _interrupt)
+        stopped = convert(*options, "--memory", 0)
     assert stopped.exit_code == 130
     assert "goes on from there" in stopped.stderr
-    assert "for boundary 5, 6\n" in stopped.stderr
-    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration-6"}
-    (tmp_path / ".tiny.pop.gguf.calibration-3").write_text("of a search that went another way")
+    assert "for boundary 5\n" in stopped.stderr
+    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration-5"}
+    (tmp_path / ".tiny.pop.gguf.calibration-6").write_text("of a search that went another way")
     read: list[object] = []
 
     def window(self, tokens, real=activations.Reading.window):
@@ -217,9 +224,9 @@ def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
         real(self, tokens)
 
     monkeypatch.setattr(activations.Reading, "window", window)
-    done = convert(*options, "--memory", 0)
+    done = convert(*options, "--memory", 1)
     assert done.exit_code == 0, done.stderr
-    assert len(read) == 3 * 4, "boundary 4 alone: a pass for each of its three fitted layers"
+    assert len(read) == 4, "boundary 5 was kept, and 2 to 4 share a pass"
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 
 
@@ -236,10 +243,9 @@ def test_text_is_sampled_once_however_many_fits_there_are(base, tmp_path, monkey
 
     monkeypatch.setattr(texts, "sample_windows", sample)
     monkeypatch.setattr(fits.Fitter, "fit", fit)
-    monkeypatch.setattr(searching._Search, "_bracket", lambda self: Bracket(4, 6, 7))
     done = convert(base, *FEW, *LOOSE, "--memory", 0)
     assert done.exit_code == 0, done.stderr
-    assert fitted == [[6], [5], [4]]
+    assert fitted == [[5], [3], [2]]
     assert len(sampled) == 1
 
 
@@ -272,10 +278,9 @@ def test_stopping_leaves_nothing(base, text, tmp_path):
 
 
 def test_nothing_is_kept_of_a_search_that_finds_nothing(base, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(searching._Search, "_bracket", lambda self: Bracket(6, 6, 7))
     monkeypatch.setattr(budget, "is_inside", lambda *_: False)
     done = convert(base, "--text", text, *FEW, *LOOSE, "--resume")
     assert done.exit_code == 1
-    assert "Fitting the projections for boundary 6" in done.stderr
+    assert "Fitting the projections for boundary 2, 3, 4, 5, 6" in done.stderr
     assert "not even 1 skipped layer is within the budget" in done.stderr
     assert names(tmp_path) == {"tiny.gguf"}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from converter.format import read_pop_meta
 from pop_local.cli import app
-from pop_local.measure import bracket, budget, probes
+from pop_local.measure import budget, depth, probes
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows import examine as examining
 from pop_local.workflows import fits
@@ -91,7 +91,7 @@ def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, text, tmp_path
 
 
 def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(bracket, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
     arguments = (tiny, "--boundary", 6, "--text", text, "--tokens", 2048)
     with monkeypatch.context() as unfitted:
         unfitted.setattr(fits, "calibrate", None)
@@ -143,7 +143,7 @@ def test_without_a_backend_nothing_is_measured(tiny, tmp_path):
 def test_a_refusal_leaves_the_fit_of_another_depth(tiny, text, tmp_path, monkeypatch):
     state = tmp_path / ".tiny.pop.gguf.calibration"
     state.write_bytes(b"kept by a run that was stopped")
-    monkeypatch.setattr(bracket, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
     done = convert(tiny, "--boundary", 6, "--text", text, "--tokens", 2048, "--resume")
     assert done.exit_code == 1
     assert "no fit brings that back" in done.stderr

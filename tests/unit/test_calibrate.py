@@ -53,10 +53,10 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, text, tmp_path):
     tensors = {t.name: t for t in fitted(path, settings(text, weighting=weighting)).tensors}
     with LoadedModel(path, n_threads=1) as model:
         windows = given_text(model, text, N_TOKENS // N_WINDOW, 128).windows
-    shown = recorded(path, windows.tolist(), layers=(6,))
+    shown = recorded(path, windows.tolist())
     x = np.concatenate([fit.with_bias(rows[1:], 1e-6) for rows in shown.states[BOUNDARY]])
     y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
-    d = np.concatenate([fit.token_weights(m[1:], weighting) for _, _, m in shown.layers[6]])
+    d = np.mean([_weights(shown.layers[layer], weighting) for layer in (5, 6, 7)], axis=0)
     own = Weights(read_source(path)).own_projection(6, y.shape[1])
     root = np.sqrt(d.astype(np.float64))[:, None]
     weighted = x.astype(np.float64) * root
@@ -70,6 +70,11 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, text, tmp_path):
     # Predictions, since qwen2's biases make the inputs nearly collinear with the column of ones.
     predicted = (x[:, :-1] * own.gain) @ found[0].T + found[1]
     np.testing.assert_allclose(predicted, x @ wanted, atol=2e-3)
+
+
+def _weights(shown, weighting: Weighting) -> np.ndarray:
+    """The weights of all tokens but the windows' first ones, by one layer's attention."""
+    return np.concatenate([fit.token_weights(mass[1:], weighting) for _, _, mass in shown])
 
 
 def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -184,8 +189,11 @@ def test_a_fitted_file_can_be_stripped(llama: Path, text: Path, tmp_path: Path):
 def test_the_sums_of_a_job_stay_within_what_is_announced(llama: Path):
     plan = planned(llama)
     needs = plan_needs((plan,), read_source(llama), 1 << 30)
-    sums = [Gram.empty(plan.shape.n_embd, _n_kv(llama)) for _ in plan.fitted_layers]
-    assert sum(gram.xx.nbytes + gram.xy.nbytes for gram in sums) < needs.sums_bytes
+    widths = dict.fromkeys(plan.fitted_layers, _n_kv(llama))
+    sums = Gram.empty(plan.shape.n_embd, widths)
+    n_bytes = sums.xx.nbytes + sum(xy.nbytes for xy in sums.xy.values())
+    scratch = fit.scratch_bytes(plan.shape.n_embd, _n_kv(llama), N_WINDOW)
+    assert needs.sums_bytes == n_bytes + scratch
     assert needs.sums_bytes < needs.total_bytes
     sampling = plan_needs((plan,), read_source(llama), 1 << 30, n_sampled=64)
     cache = 64 * N_WINDOW * 2 * N_LAYER * _n_kv(llama)

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 
 from converter.errors import PopError
+from pop_local.calibration import texts
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.samples import draw, sample_windows
-from pop_local.calibration.texts import CalibrationError, default_tokens, n_windows, whole_text
-from support.calibrating import fitted, settings
+from pop_local.calibration.texts import (
+    CalibrationError,
+    default_tokens,
+    n_windows,
+    own_text,
+    whole_text,
+)
+from support.calibrating import SILENT, fitted, settings
 from support.synthetic import make_gguf
 
 
@@ -56,15 +63,40 @@ def test_one_phrase_over_and_over_is_refused(llama: Path, tmp_path: Path):
         fitted(llama, settings(path))
 
 
-def test_samples_are_repeatable_and_begin_with_the_first_token(llama: Path):
+def test_samples_are_repeatable_and_begin_as_told(llama: Path):
+    starts = [[1], [5, 6, 7], [9]]
     with LoadedModel(llama, n_threads=1) as model:
         first, again, other = (
-            sample_windows(model, 3, 32, seed=seed, on_progress=lambda done, total: None)
+            sample_windows(model, starts, 32, seed=seed, on_progress=SILENT.on_sampling)
             for seed in (0, 0, 1)
         )
-        assert (first[:, 0] == model.first_token).all()
+    assert first[:, 0].tolist() == other[:, 0].tolist() == [1, 5, 9]
+    assert first[1, :3].tolist() == other[1, :3].tolist() == [5, 6, 7]
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other) and len({tuple(row) for row in first.tolist()}) == 3
+
+
+@pytest.mark.parametrize("template", ["<s>user: {{ messages[0]['content'] }}\nassistant:", ""])
+def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(template, tmp_path):
+    path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=template)
+    with LoadedModel(path, n_threads=1) as model:
+        before = model.tokenize("<s>user: ", special=True)
+        text = own_text(model, 8, SILENT.on_sampling)
+        topics, code = (
+            texts._cut(model, whole, 2) for whole in (texts._topics(), texts._library_code())
+        )
+        first = model.first_token
+    np.testing.assert_array_equal(text.windows[:4], [*topics, *code])
+    n_chat = 2 if template else 0
+    begun = [row[: len(before)].tolist() == before for row in text.windows[4:]]
+    assert begun == [True] * n_chat + [False] * (4 - n_chat)
+    assert (text.windows[4 + n_chat :, 0] == first).all()
+
+
+def test_a_template_that_refuses_a_question_gives_no_chat(tmp_path):
+    path = make_gguf(tmp_path / "odd.gguf", "llama", chat_template="{{ raise_exception('no') }}")
+    with LoadedModel(path, n_threads=1) as model:
+        assert model.before_question == []
 
 
 def test_draws_follow_the_probabilities():

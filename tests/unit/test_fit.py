@@ -28,9 +28,9 @@ def problem(seed: int = 0, gain: np.ndarray | None = None):
 
 
 def summed(x, y, weights) -> Gram:
-    gram = Gram.empty(N, N_K + N_V)
+    gram = Gram.empty(N, {1: N_K + N_V})
     for rows in np.array_split(np.arange(len(x)), 3):
-        gram.add(x[rows], y[rows], weights[rows])
+        gram.add(x[rows], {1: y[rows]}, weights[rows])
     return gram
 
 
@@ -106,8 +106,9 @@ def test_token_weights():
 
 
 def test_sums_take_what_is_announced():
-    gram = Gram.empty(N, N_K + N_V)
-    assert gram.xx.nbytes + gram.xy.nbytes == fit.gram_bytes(N, N_K + N_V)
+    gram = Gram.empty(N, {1: N_K + N_V})
+    assert gram.xx.nbytes == fit.gram_bytes(N)
+    assert gram.xy[1].nbytes == fit.cross_bytes(N, N_K + N_V)
 
 
 @pytest.mark.parametrize("kind", KvType)

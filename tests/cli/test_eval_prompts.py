@@ -1,0 +1,120 @@
+"""`pop-local eval --prompts`: both answers to each prompt, compared, kept, gone on with."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from pop_local.cli import app
+from pop_local.measure import prompts as measure
+from support.converted import tiny
+from support.synthetic import make_gguf
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+SHARED = " ".join(f"word{number}" for number in range(30))
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("prompts"), chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Two that begin alike and are long enough to be pruned, and a short one."""
+    path = tmp_path / "mine.jsonl"
+    entries = [
+        {"prompt": "Who?", "documents": [SHARED], "answer": {"regex": ""}},
+        {"prompt": "What is it?", "documents": [SHARED], "answer": "never said"},
+        {"messages": [{"role": "user", "content": "Hm"}]},
+    ]
+    path.write_text("\n".join(map(json.dumps, entries)))
+    return path
+
+
+def evaluate(*arguments: object):
+    options = ("--threads", 1, "--max-tokens", 8, "--ctx", 512)
+    return CliRunner().invoke(app, ["eval", *map(str, (*arguments, *options))])
+
+
+def compared(*arguments: object):
+    done = evaluate(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_both_answers_are_compared(pop_file, mine):
+    found = compared(pop_file, "--prompts", mine)
+    first, second, short = found["answers"]
+    assert found["n"] == 3
+    assert found["n_judged"] == 2
+    assert found["full_hits"] == found["pruned_hits"] == 1
+    assert (found["n_only_full"], found["n_only_pruned"], found["p_value"]) == (0, 0, 1)
+    assert (first["is_full_right"], second["is_pruned_right"]) == (True, False)
+    assert short["is_full_right"] is None
+    assert (short["first_difference"], found["n_unpruned"]) == (None, 2)
+    assert found["n_same"] == sum(each["first_difference"] is None for each in found["answers"])
+    assert first["full"]["n_pruned"] == 0 < first["pruned"]["n_pruned"]
+    assert min(first["full"]["ttft_s"], first["pruned"]["ttft_s"]) > 0
+    for mode in ("full", "pruned"):
+        assert second[mode]["n_cached"] > 100, "what prompts share is read once"
+
+
+def test_a_table_shows_what_differs(pop_file, mine):
+    done = evaluate(pop_file, "--prompts", mine)
+    assert done.exit_code == 0, done.stderr
+    facts = " ".join(done.stdout.split())
+    assert "Right in full 1, pruned 1, of 2; 0 in full only, 0 pruned only" in facts
+    assert "nothing was pruned of 2 prompts" in facts
+    found = compared(pop_file, "--prompts", mine)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert found["n_same"] < 3
+    assert len(rows) == 2 + 3 - found["n_same"]
+
+
+def test_it_goes_on_where_it_was_stopped(pop_file, mine, tmp_path, monkeypatch):
+    kept = tmp_path / "answers.jsonl"
+    left = iter(range(4))
+
+    def counted(*arguments, real=measure.answered):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr("pop_local.workflows.prompts.answered", counted)
+    stopped = evaluate(pop_file, "--prompts", mine, "--answers", kept)
+    assert stopped.exit_code == 130
+    assert "keeps 4 answers" in " ".join(stopped.stderr.split())
+    with kept.open("a") as file:
+        file.write('{"mode": "pruned", "line": 2, "te')
+    monkeypatch.undo()
+    whole = compared(pop_file, "--prompts", mine, "--answers", kept)
+    fresh = compared(pop_file, "--prompts", mine)
+    for one, other in zip(whole["answers"], fresh["answers"], strict=True):
+        assert one["full"]["text"] == other["full"]["text"]
+        assert one["first_difference"] == other["first_difference"]
+    assert len(kept.read_text().splitlines()) == 1 + 6
+    mine.write_text('{"prompt": "another"}')
+    refused = evaluate(pop_file, "--prompts", mine, "--answers", kept)
+    assert refused.exit_code == 1
+    assert "does not hold answers of this model to these prompts" in refused.stderr
+
+
+def test_prompts_that_do_not_fit_are_named(pop_file, mine):
+    mine.write_text(json.dumps({"prompt": SHARED * 10}))
+    refused = evaluate(pop_file, "--prompts", mine)
+    assert refused.exit_code == 1
+    assert "line 1: the prompt has" in refused.stderr
+    assert "--ctx" in refused.stderr
+
+
+def test_a_model_that_prunes_nothing_is_refused(mine, tmp_path):
+    refused = evaluate(make_gguf(tmp_path / "plain.gguf", "llama"), "--prompts", mine)
+    assert refused.exit_code == 1
+    assert "there is nothing to measure" in refused.stderr
+
+
+def test_options_of_no_effect_are_wrong_usage(pop_file, mine):
+    assert evaluate(pop_file, "--prompts", mine, "--windows", 3).exit_code == 2
+    assert evaluate(pop_file, "--prompts", mine, "--skip", "1/3").exit_code == 2
+    assert evaluate(pop_file).exit_code == 2, "--max-tokens is given"

@@ -1,0 +1,104 @@
+"""The user's own prompts: how their file is read, how two answers are compared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from converter.errors import PopError
+from pop_local.measure.prompts import _first_difference, mcnemar, read_prompts
+
+
+def written(folder: Path, *entries: object) -> Path:
+    path = folder / "mine.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, entries)))
+    return path
+
+
+def test_documents_come_before_the_question(tmp_path):
+    (tmp_path / "report.txt").write_text("What was decided.")
+    entry = {"prompt": "What?", "documents": ["A text.", {"file": "report.txt"}]}
+    [prompt] = read_prompts(written(tmp_path, entry)).prompts
+    [message] = prompt.messages
+    assert (message.role, message.content) == ("user", "A text.\n\nWhat was decided.\n\nWhat?")
+    assert prompt.is_right("whatever") is None
+
+
+def test_a_conversation_is_taken_as_it_is_and_lines_are_counted_from_one(tmp_path):
+    said = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    first, second = read_prompts(written(tmp_path, {"prompt": "a"}, {"messages": said})).prompts
+    assert (first.line, second.line) == (1, 3)
+    assert [message.role for message in second.messages] == [each["role"] for each in said]
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "is_right"),
+    [
+        ("1.5", "It is 1.5 m.", True),
+        ("1.5", "It is 125 m.", False),
+        ({"regex": r"^\s*[Yy]es\b"}, " yes.", True),
+        ({"regex": r"^\s*[Yy]es\b"}, "Oh yes.", False),
+    ],
+)
+def test_a_right_answer_holds_a_text_or_matches(expected, answer, is_right, tmp_path):
+    [prompt] = read_prompts(written(tmp_path, {"prompt": "?", "answer": expected})).prompts
+    assert prompt.is_right(answer) is is_right
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"),
+    [
+        ([], "no object"),
+        ({}, "a prompt or messages, one of them"),
+        ({"prompt": "a", "messages": []}, "one of them"),
+        ({"prompt": "a", "anwser": "b"}, "what is 'anwser'"),
+        ({"prompt": 5}, "another form"),
+        ({"messages": []}, "another form"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "another form"),
+        ({"messages": [{"role": "user", "content": "a"}], "documents": ["b"]}, "go with a prompt"),
+        ({"prompt": "a", "documents": [{"path": "b"}]}, "another form"),
+        ({"prompt": "a", "documents": [{"file": "nowhere"}]}, "cannot read"),
+        ({"prompt": "a", "answer": {"regex": "("}}, "the regex is wrong"),
+        ({"prompt": "a", "answer": 5}, "another form"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_line(entry, what, tmp_path):
+    with pytest.raises(PopError, match=r"mine\.jsonl, line 3: .*" + what) as failure:
+        read_prompts(written(tmp_path, {"prompt": "right"}, entry))
+    assert '{"prompt": TEXT}' in failure.value.hint
+
+
+def test_a_line_that_is_no_json(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("{'prompt': 'a'}")
+    with pytest.raises(PopError, match="line 1: no JSON"):
+        read_prompts(path)
+
+
+def test_the_hash_is_of_all_that_prompts_say(tmp_path):
+    same, again, other, judged = (
+        read_prompts(written(tmp_path, entry)).sha256
+        for entry in (
+            {"prompt": "a"},
+            {"messages": [{"role": "user", "content": "a"}]},
+            {"prompt": "b"},
+            {"prompt": "a", "answer": "b"},
+        )
+    )
+    assert same == again
+    assert len({same, other, judged}) == 3
+
+
+@pytest.mark.parametrize(
+    ("n_first", "n_second", "p"),
+    [(0, 0, 1), (1, 0, 1), (1, 1, 1), (5, 0, 0.0625), (0, 6, 0.03125), (8, 2, 0.109375)],
+)
+def test_mcnemar_is_the_binomial_test_of_the_unequal_pairs(n_first, n_second, p):
+    assert mcnemar(n_first, n_second) == pytest.approx(p)
+
+
+def test_the_first_token_that_differs():
+    assert _first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert _first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert _first_difference([1, 2, 3], [1, 2]) == 2
+    assert _first_difference([], [1]) == 0
