@@ -1,17 +1,11 @@
 """The process in which chat templates are rendered: programs that come with a model, from anybody.
 
-Jinja's sandbox keeps them from what is outside of it, not from all time and memory: a render that
-goes beyond its limits ends this process.
+Jinja's sandbox keeps them from what is outside of it, not from all time and memory.
 """
 
-import faulthandler
 import functools
 import json
-import os
-import signal
-import sys
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import Environment, nodes
@@ -19,6 +13,8 @@ from jinja2.environment import Template
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pop_local.engine.limited.child import serve
 
 MAX_CHARACTERS = 1 << 26
 
@@ -74,30 +70,12 @@ def rendered(template: str, arguments: dict[str, Any] | None) -> str:
     return text
 
 
-def main(limit_s: str, limit_bytes: str) -> None:
-    """Answer renders from standard input, a line each, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever calls
-    _limit_memory(int(limit_bytes))
-    with Path(os.devnull).open("w") as nowhere:
-        for line in sys.stdin.buffer:
-            faulthandler.dump_traceback_later(float(limit_s), exit=True, file=nowhere)
-            try:
-                answer = {"text": rendered(*json.loads(line))}
-            except ValueError as error:
-                answer = {"refused": str(error)}
-            except Exception as error:
-                answer = {"refused": f"{type(error).__name__}: {error}".removesuffix(": ")}
-            written = json.dumps(answer)
-            faulthandler.cancel_dump_traceback_later()
-            print(written, flush=True)
+class Work:
+    """What can be asked for."""
+
+    rendered = staticmethod(rendered)
 
 
-def _limit_memory(n_more_bytes: int) -> None:
-    used = Path("/proc/self/statm")
-    if not used.exists():
-        return
-    import resource
-
-    n_bytes = int(used.read_text().split()[0]) * resource.getpagesize() + n_more_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def main(limit_s: float, limit_bytes: int) -> None:
+    """Answer renders until standard input is closed."""
+    serve(Work(), limit_s, limit_bytes)

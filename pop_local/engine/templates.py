@@ -1,26 +1,18 @@
 """Chat templates rendered in a child process, with limits on time and memory."""
 
 import atexit
-import json
-import os
-import subprocess
-import sys
 import threading
-from contextlib import suppress
 from typing import Any
 
 from converter.errors import PopError
 from pop_local.engine import template_child
+from pop_local.engine.limited.process import BeyondLimitsError, LimitedProcess, RefusedError
 from pop_local.engine.llama.upstream import Jinja2ChatFormatter, chat_format
 
 LIMIT_S = 5.0
 LIMIT_BYTES = 512 * 2**20
 # Those of public models have some tens of thousands.
 MAX_TEMPLATE_CHARACTERS = 1 << 20
-_START = (
-    "import sys; sys.path[:] = sys.argv[3:];"
-    f" from {template_child.__name__} import main; main(*sys.argv[1:3])"
-)
 
 
 class LimitedChatFormatter(Jinja2ChatFormatter):
@@ -57,68 +49,35 @@ class _Renderer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        self._process: LimitedProcess | None = None
         atexit.register(self.close)
 
-    def start(self) -> None:
+    def start(self) -> LimitedProcess:
         with self._lock:
-            self._started()
+            if self._process is None or not self._process.is_alive:
+                self.close()
+                self._process = LimitedProcess(
+                    template_child.__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES
+                )
+            return self._process
 
     def render(self, template: str, arguments: dict[str, Any] | None) -> str:
-        call = json.dumps([template, arguments]).encode() + b"\n"
-        with self._lock:
-            line = self._answer(self._started(), call)
-        if not line.endswith(b"\n"):
+        process = self.start()
+        try:
+            with self._lock:
+                text: str = process.call("rendered", template, arguments)
+        except RefusedError as error:
+            raise ValueError(error.message) from error
+        except BeyondLimitsError as error:
             raise PopError(
-                f"the chat template takes more than {LIMIT_S:g} s, or more than"
-                f" {LIMIT_BYTES >> 20} MiB",
-                "take the model from another publisher",
-            )
-        answer: dict[str, str] = json.loads(line)
-        if "refused" in answer:
-            raise ValueError(answer["refused"])
-        return answer["text"]
+                f"the chat template takes {process.limits}", "take the model from another publisher"
+            ) from error
+        return text
 
     def close(self) -> None:
-        if self._process is None or self._owner != os.getpid():
-            return
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(OSError):
-                pipe.close()
+        if self._process is not None:
+            self._process.close()
         self._process = None
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is not None:
-            self.close()
-        # After a fork the child is still the other process's.
-        if self._process is None or self._owner != os.getpid():
-            self._owner = os.getpid()
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _START, str(LIMIT_S), str(LIMIT_BYTES), *sys.path],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-        return self._process
-
-    def _answer(self, process: subprocess.Popen[bytes], call: bytes) -> bytes:
-        assert process.stdin is not None and process.stdout is not None
-        line = b""
-        try:
-            with suppress(BrokenPipeError):
-                process.stdin.write(call)
-                process.stdin.flush()
-                line = process.stdout.readline()
-        except BaseException:  # what it answers later belongs to no call
-            self.close()
-            raise
-        if not line.endswith(b"\n"):
-            self.close()
-        return line
 
 
 _renderer = _Renderer()

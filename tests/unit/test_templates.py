@@ -79,7 +79,8 @@ def test_an_interrupted_render_is_not_the_answer_to_the_next(monkeypatch):
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(templates._renderer._process, "stdin", Interrupted())
+    child = templates._renderer.start()
+    monkeypatch.setattr(child._process, "stdin", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         ask("two")
     assert ask("three") == "three"

@@ -4,17 +4,16 @@ import base64
 import ctypes
 import json
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from converter.errors import PopError
 from pop_local.engine.decode import grammar_child
+from pop_local.engine.limited.process import BeyondLimitsError, LimitedProcess, RefusedError
 from pop_local.engine.llama.backend import bindings
 
 ROOT = "root"
@@ -28,10 +27,6 @@ _MAX_REPETITIONS = 1000
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 _REPEATED = re.compile(r"[{,]\s*0*(\d+)\s*(?=[,}])")
 _MAX_IDLE = 2
-_START = (
-    "import sys; sys.path[:] = sys.argv[4:];"
-    f" from {grammar_child.__name__} import main; main(*sys.argv[1:4])"
-)
 
 
 class GrammarError(PopError):
@@ -49,7 +44,8 @@ class Grammars:
         self, model_path: str, limit_s: float = LIMIT_S, limit_bytes: int = LIMIT_BYTES
     ) -> None:
         """The limits are those of one call; only Linux keeps to that on memory."""
-        self._start = (model_path, limit_s, limit_bytes)
+        self._model_path = model_path
+        self._limit_s, self._limit_bytes = limit_s, limit_bytes
         self._idle: list[_Child] = []
         self._lock = threading.Lock()
 
@@ -92,7 +88,12 @@ class Grammars:
                 if child.is_alive:
                     return child
                 child.close()
-        return _Child(*self._start)
+        return _Child(
+            grammar_child.__name__,
+            self._model_path,
+            limit_s=self._limit_s,
+            limit_bytes=self._limit_bytes,
+        )
 
     def give_back(self, child: "_Child") -> None:
         with self._lock:
@@ -109,61 +110,19 @@ class Grammars:
             child.close()
 
 
-class _Child:
-    """A process of grammar_child. A call that fails or is interrupted ends it."""
-
-    def __init__(self, model_path: str, limit_s: float, limit_bytes: int) -> None:
-        self._limits = f"more than {limit_s:g} s, or more than {limit_bytes >> 20} MiB"
-        limits = str(limit_s), str(limit_bytes)
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, model_path, *limits, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        if not self._answer():
-            self.close()
-            raise PopError(f"no process for grammars can be started with {model_path}")
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+class _Child(LimitedProcess):
+    """A process of grammar_child; what it says becomes GrammarErrors."""
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Raises GrammarError where it is refused, or goes beyond the limits."""
-        line = b""
-        with suppress(OSError):  # it ended before
-            line = self._answer(name, *arguments)
-        if not line.endswith(b"\n"):
-            self.close()
-            raise GrammarError(
-                f"the grammar takes {self._limits}",
-                "parts that may be empty, or that begin alike, multiply: write fewer of them",
-            )
-        answer = json.loads(line)
-        if "refused" in answer:
-            raise GrammarError(answer["refused"], answer["hint"])
-        return answer["result"]
-
-    def _answer(self, *call: Any) -> bytes:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
         try:
-            if call:
-                stdin.write(json.dumps(call).encode() + b"\n")
-                stdin.flush()
-            return stdout.readline()
-        except BaseException:  # what it answers later belongs to no call
-            self.close()
-            raise
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(OSError):  # what it never read
-                pipe.close()
+            return super().call(name, *arguments)
+        except RefusedError as error:
+            raise GrammarError(error.message, error.hint) from error
+        except BeyondLimitsError as error:
+            raise GrammarError(
+                f"the grammar takes {self.limits}",
+                "parts that may be empty, or that begin alike, multiply: write fewer of them",
+            ) from error
 
 
 def _refuse_large_counts(schema: Any) -> None:

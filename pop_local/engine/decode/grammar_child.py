@@ -1,23 +1,18 @@
 """The process in which grammars are worked on: they may take all memory and never end.
 
 `root ::= "a" root "b" | "a" root "c"` doubles llama.cpp's stacks with each token: no look at a text
-tells what it will take. A call that goes beyond its limits ends this process.
+tells what it will take.
 """
 
 import base64
 import ctypes
-import faulthandler
-import json
-import os
-import signal
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from converter.errors import PopError
+from pop_local.engine.limited.child import serve
 from pop_local.engine.llama.backend import bindings
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -73,30 +68,6 @@ class Work:
         return base64.b64encode(bits.tobytes()).decode()
 
 
-def main(model_path: str, limit_s: str, limit_bytes: str) -> None:
-    """Answer calls from standard input, a line each, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever calls
-    work = Work(model_path)
-    _limit_memory(int(limit_bytes))
-    print("{}", flush=True)
-    with Path(os.devnull).open("w") as nowhere:
-        for line in sys.stdin:
-            name, *arguments = json.loads(line)
-            faulthandler.dump_traceback_later(float(limit_s), exit=True, file=nowhere)
-            try:
-                answer = {"result": getattr(work, name)(*arguments)}
-            except PopError as error:
-                answer = {"refused": error.message, "hint": error.hint}
-            faulthandler.cancel_dump_traceback_later()
-            print(json.dumps(answer), flush=True)
-
-
-def _limit_memory(n_more_bytes: int) -> None:
-    used = Path("/proc/self/statm")
-    if not used.exists():
-        return
-    import resource
-
-    n_bytes = int(used.read_text().split()[0]) * resource.getpagesize() + n_more_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def main(model_path: str, limit_s: float, limit_bytes: int) -> None:
+    """Answer calls of Work until standard input is closed."""
+    serve(Work(model_path), limit_s, limit_bytes)

@@ -1,0 +1,1 @@
+"""Work that may take all time and memory, in a child process with limits on both."""

@@ -1,0 +1,90 @@
+"""The caller's side of a process with limits."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+from converter.errors import PopError
+
+_START = (
+    "import sys; sys.path[:] = sys.argv[2:]; import importlib, json;"
+    " module, *arguments = json.loads(sys.argv[1]);"
+    " importlib.import_module(module).main(*arguments)"
+)
+
+
+class RefusedError(PopError):
+    """What was asked for is not to be had; message and hint are the child's."""
+
+
+class BeyondLimitsError(PopError):
+    """The call took more time or memory than it may."""
+
+
+class LimitedProcess:
+    """A child that runs `main(*arguments, limit_s, limit_bytes)` of a module.
+
+    One call at a time. A call that fails or is interrupted ends the child.
+    """
+
+    def __init__(self, module: str, *arguments: Any, limit_s: float, limit_bytes: int) -> None:
+        self.limits = f"more than {limit_s:g} s, or more than {limit_bytes >> 20} MiB"
+        self._owner = os.getpid()
+        self._is_ready = False
+        called = json.dumps([module, *arguments, limit_s, limit_bytes])
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _START, called, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        """False after a fork, too: the child is the other process's."""
+        return self._owner == os.getpid() and self._process.poll() is None
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a method; arguments and result are what JSON knows.
+
+        Raises RefusedError, BeyondLimitsError, and PopError where the child did not start.
+        """
+        line = self._answer([name, *arguments])
+        if not line.endswith(b"\n"):
+            self.close()
+            if not self._is_ready:
+                raise PopError("a child process ended before its work began")
+            raise BeyondLimitsError(f"it takes {self.limits}")
+        answer = json.loads(line)
+        if "refused" in answer:
+            raise RefusedError(answer["refused"], answer.get("hint", ""))
+        return answer["result"]
+
+    def _answer(self, call: list[Any]) -> bytes:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            if not self._is_ready:
+                self._is_ready = stdout.readline().endswith(b"\n")
+            with suppress(OSError):  # it ended before
+                stdin.write(json.dumps(call).encode() + b"\n")
+                stdin.flush()
+                return stdout.readline()
+        except BaseException:  # what it answers later belongs to no call
+            self.close()
+            raise
+        return b""
+
+    def close(self) -> None:
+        """End the child; that of another process is left alone."""
+        if self._owner != os.getpid():
+            return
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # what it never read
+                pipe.close()
