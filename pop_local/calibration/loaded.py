@@ -6,13 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from converter.errors import PopError
 from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.engine.llama import backend, logs, opening
-from pop_local.engine.llama.upstream import Jinja2ChatFormatter
 
 _QUESTION = "QUESTION"
 
@@ -79,6 +76,10 @@ class LoadedModel:
         """
         if not self._template:
             return []
+        from jinja2 import TemplateError
+
+        from pop_local.engine.llama.upstream import Jinja2ChatFormatter
+
         eos, bos = (
             self._api.llama_vocab_get_text(self.vocab, token).decode() if token >= 0 else ""
             for token in (

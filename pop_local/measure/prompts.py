@@ -224,9 +224,8 @@ def answered(model: PopModel, prompt: Prompt, max_tokens: int) -> Answered:
             text = "\n\n".join(message.content for message in prompt.messages)
             chunks = list(model.continue_text(text, **options))
     except ContextFullError as error:
-        raise PopError(
-            f"line {prompt.line}: {error.message}", error.hint, cause=error.cause, **error.fields
-        ) from error
+        error.message = f"line {prompt.line}: {error.message}"
+        raise
     stats = chunks[-1].stats
     assert stats is not None, "the last chunk carries the figures"
     return Answered(
