@@ -146,4 +146,4 @@ def _affordable(model: PopModel) -> str:
     model.refill_answers(0)
     if n_rows == 0:
         return "This machine computes at its limit: nothing is refilled while it answers."
-    return f"This machine can refill {n_rows} rows with each token of an answer (--refill answer)."
+    return f"This machine can refill {n_rows} rows with each token of an answer."
