@@ -42,13 +42,15 @@ def chat(
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
     screen = Screen(look(theme))
     hardware = Hardware(threads, gpu_layers)
+    # A pipe does not wait: its next line is there already.
+    refilled = refill.value if sys.stdin.isatty() or refill.value == "answer" else "off"
     open_named = Opener(
-        model, pop, ctx, hardware, no_pop, parse_special, opt.selected(select), refill.value
+        model, pop, ctx, hardware, no_pop, parse_special, opt.selected(select), refilled
     )
     chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    # A pipe does not wait: its next line is there already.
-    waits = refill.value if sys.stdin.isatty() else "off"
-    begun = Dialogue(open_named(), open_named, screen, system=system, sampling=chosen, refill=waits)
+    begun = Dialogue(
+        open_named(), open_named, screen, system=system, sampling=chosen, refill=refilled
+    )
     begun.warn_of_base()
     if sys.stdin.isatty():
         note(f"{begun.model.model_path}, context of {begun.model.n_ctx():,} tokens.")

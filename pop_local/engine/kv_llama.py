@@ -159,7 +159,12 @@ class KvLlama(Llama):
 
     @property
     def kv_key(self) -> KvKey:
-        if self.pop_mode is Mode.OFF or self.exact or 0 < self.n_tokens == self.n_exact:
+        return FULL if 0 < self.n_tokens == self.n_exact else self.mode_key
+
+    @property
+    def mode_key(self) -> KvKey:
+        """The key of what is read now, whatever is cached."""
+        if self.pop_mode is Mode.OFF or self.exact:
             return FULL
         return KvKey(self.pop_mode, self.boundary, self._conversion)
 
@@ -213,6 +218,11 @@ class KvLlama(Llama):
             self.rows.has_state[:] = False
 
     @property
+    def held_bytes(self) -> int:
+        """What is held to redo rows: states at the boundary, and attention counted."""
+        return backend.keep_size(self.ctx)
+
+    @property
     def n_exact(self) -> int:
         """How many cached rows, from the first on, are the full model's own."""
         return self.n_tokens if self.exact else min(self.rows.n_exact, self.n_tokens)
@@ -256,7 +266,7 @@ class KvLlama(Llama):
 
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
         """Keep prompts that another one drives out of the KV cache; None keeps no more of them."""
-        self.cache = None if cache is None else KeyedCache(cache, self.kv_key)
+        self.cache = None if cache is None else KeyedCache(cache, self.mode_key)
 
     def _keep(self) -> None:
         size = api.llama_state_get_size(self.ctx) if self.cache and self.n_tokens else 0
@@ -307,8 +317,7 @@ class KvLlama(Llama):
 
     def takes(self, key: str) -> bool:
         """Whether the model can go on with a KV cache of this key: its own, or the full model's."""
-        own = KvKey(self.pop_mode, self.boundary, self._conversion)
-        return key in (str(FULL), str(own))
+        return key in (str(FULL), str(self.mode_key))
 
     def take_over(
         self, kv: bytes, tokens: np.ndarray, is_full: np.ndarray, *, is_exact: bool

@@ -85,17 +85,18 @@ class PrunedLlama(KvLlama):
     def _read_selecting(self, tokens: Sequence[int], plan: PrefillPlan) -> None:
         """Read all rows to the boundary; then sink, selected rows and tail run deep, together."""
         end = self.n_tokens + plan.n_tokens
+        question = min(plan.full_from, end - 1)
         backend.set_full_from(self.ctx, NOWHERE)
         backend.set_sink(self.ctx, 0)
-        backend.set_question(self.ctx, plan.full_from)
+        backend.set_question(self.ctx, question)
         try:
             self._read(tokens, plan, NO_ROWS, NOWHERE, Outputs.NONE)
-            chosen = self._select(plan.full_from, end)
+            chosen = self._select(question, end)
         finally:
             backend.set_question(self.ctx, -1)
             backend.set_sink(self.ctx, self.rule.sink_tokens)
-        sink = np.flatnonzero(~self.rows.is_full[: min(self.rule.sink_tokens, plan.full_from)])
-        deep = [*sink.tolist(), *chosen, *range(plan.full_from, end)]
+        sink = np.flatnonzero(~self.rows.is_full[: min(self.rule.sink_tokens, question)])
+        deep = [*sink.tolist(), *chosen, *range(question, end)]
         self.deep.run(deep, logits=True)
         n_past = end - plan.n_tokens
         self.selection = Selection(len(chosen), sum(row >= n_past for row in deep))
@@ -170,12 +171,27 @@ class PrunedLlama(KvLlama):
     ) -> Generator[int, Sequence[int] | None, None]:
         """Sample as llama_cpp does; K/V of the prompt's beginning are reused, its tail is full."""
         self.epoch += 1
+        self.selection = Selection()
         tokens = list(tokens)
-        usable = n_usable(tokens, self._input_ids, self.rows.is_full, self.rule)
+        usable = self._n_usable(tokens)
         if options.get("reset", True) and usable < self.n_tokens:
             self.n_tokens = usable
             self._requires_eval = True
-        yield from super().generate(tokens, *args, **options)
+        try:
+            yield from super().generate(tokens, *args, **options)
+        finally:
+            self.online.end()
+
+    def _n_usable(self, tokens: Sequence[int]) -> int:
+        """How many cached rows a prompt may reuse.
+
+        A reading that was stopped before its selection left the sink pruned. Where that cannot be
+        made up for, none.
+        """
+        usable = n_usable(tokens, self._input_ids, self.rows.is_full, self.rule)
+        n_sink = min(usable, self.rule.sink_tokens)
+        can_deepen = bool(self.select) and bool(self.rows.has_state[:n_sink].all())
+        return usable if can_deepen or self.rows.is_full[:n_sink].all() else 0
 
     def sampled(
         self, tokens: Sequence[int], options: TurnOptions
@@ -219,6 +235,7 @@ class PrunedLlama(KvLlama):
 
         None: as many as slow decoding by a tenth; `online.n_rows` says how many once it is known.
         """
+        self.online.end()
         self.online = OnlineRefill(self.deep, n_rows)
 
     @property
@@ -239,12 +256,18 @@ class PrunedLlama(KvLlama):
         ended is done again the next time). `on_progress` gets (done_rows, total_rows).
         """
         first, total = self.n_exact, self.n_refillable
-        for _ in self.deep.refilled(self.n_tokens, should_stop) if total else ():
+
+        def advance() -> None:
             if on_progress is not None:
                 on_progress(self.n_exact - first, total)
-        if self.n_exact > first:
-            self._requires_eval = True  # the last logits came of the rows as they were
-        self._n_refilled += self.n_exact - first
+
+        try:
+            if total:
+                self.deep.refill(self.n_tokens, should_stop, advance)
+        finally:
+            if self.n_exact > first:
+                self._requires_eval = True  # the last logits came of the rows as they were
+            self._n_refilled += self.n_exact - first
         return self.n_exact - first
 
     def take_refilled(self) -> int:

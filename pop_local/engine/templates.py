@@ -48,7 +48,7 @@ class _Renderer:
     """The one child of this process, begun again after it has ended."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._process: LimitedProcess | None = None
         atexit.register(self.close)
 
@@ -62,16 +62,17 @@ class _Renderer:
             return self._process
 
     def render(self, template: str, arguments: dict[str, Any] | None) -> str:
-        process = self.start()
-        try:
-            with self._lock:
+        with self._lock:
+            process = self.start()
+            try:
                 text: str = process.call("rendered", template, arguments)
-        except RefusedError as error:
-            raise ValueError(error.message) from error
-        except BeyondLimitsError as error:
-            raise PopError(
-                f"the chat template takes {process.limits}", "take the model from another publisher"
-            ) from error
+            except RefusedError as error:
+                raise ValueError(error.message) from error
+            except BeyondLimitsError as error:
+                raise PopError(
+                    f"the chat template takes {process.limits}",
+                    "take the model from another publisher",
+                ) from error
         return text
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ def forced(model: PopModel) -> Iterator["Forced"]:
     and selection are as before, and the KV cache is empty.
     """
     mode, boundary, rule, select = model.pop_mode, model.boundary, model.rule, model.select
-    keeps_states = model.keeps_states
+    refills = model.refills
     model.rule = replace(rule, min_prompt=0)
     try:
         with closing(TokenBatch(model.n_batch)) as rows:
@@ -95,7 +95,7 @@ def forced(model: PopModel) -> Iterator["Forced"]:
         model.rule = rule
         model.set_boundary(boundary)
         model.set_pop(mode)
-        model.set_depth(select, keep_states=keeps_states)
+        model.set_depth(select, keep_states=refills)
         model.clear()
 
 
@@ -157,7 +157,8 @@ class Forced:
         PopError unless the text is pruned as the mode says.
         """
         mode = pruning.continuation
-        backend.set_mode(self._ctx, mode)
+        # Attention is counted in mode CONTEXT; the rows are full there, too: they ask for logits.
+        backend.set_mode(self._ctx, Mode.CONTEXT if pruning.n_refilled else mode)
         backend.reset_counters(self._ctx)
         logits = np.empty((len(tokens), self._n_vocab), np.float32)
         logits[:1] = self._next

@@ -71,10 +71,18 @@ def measure_recall(
     `on_progress` gets (done_prompts, total_prompts). Raises PopError when a prompt does not fit the
     context or was not pruned as planned.
     """
-    asked = make_documents(model, settings)
-    ran = counting(len(asked) * (1 + len(prunings)), on_progress)
-    full, *pruned = (_scores(model, asked, pruning, ran) for pruning in (FULL, *prunings))
-    return tuple(_recall(settings, full, each) for each in pruned)
+    n_each = settings.n_documents
+    total, n_before = n_each * (1 + len(prunings)), 0
+
+    def advance(done: int, _total: int) -> None:
+        on_progress(n_before + done, total)
+
+    reference = RecallReference.read(model, settings, advance)
+    found = []
+    for pruning in prunings:
+        n_before += n_each
+        found.append(reference.measure(model, pruning, advance))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,9 @@ class Worker(threading.Thread):
         has_work = self._model.refills and self._model.n_refillable and self._calls.empty()
         if has_work and not on_battery():
             try:
-                n_rows = self._model.refill(should_stop=lambda: not self._calls.empty())
+                n_rows = self._model.refill(
+                    should_stop=lambda: not self._calls.empty() or on_battery()
+                )
             except PopError:
                 log.exception("refilling failed, and goes on no longer")
                 self._model.set_depth(self._model.select)

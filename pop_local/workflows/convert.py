@@ -32,7 +32,12 @@ from pop_local.workflows.options import (
     Skip,
     Within,
 )
-from pop_local.workflows.refusals import CopyingBrokenError, OverBudgetError, Trial
+from pop_local.workflows.refusals import (
+    CopyingBrokenError,
+    OverBudgetError,
+    RecallLostError,
+    Trial,
+)
 
 if TYPE_CHECKING:
     from pop_local.workflows.examine import Examination
@@ -83,8 +88,8 @@ OUTPUTS: dict[OutputName, Output] = {
 class Conversion:
     """A conversion that is planned; nothing is measured or written yet.
 
-    `plans`: the one whose depth the caller named, or all that a search may choose, from the
-    shallowest on. `sizes`: of the deepest. `fit`: None for own projections.
+    `plans`: the one whose depth the caller named, or all that a search may choose, in its order.
+    `sizes`: of the deepest. `fit`: None for own projections.
     """
 
     source: Source
@@ -102,12 +107,13 @@ class Conversion:
 
     @property
     def deepest(self) -> Plan:
-        return self.plans[-1]
+        return _deepest(self.plans)
 
     @property
     def needs(self) -> Needs | None:
         """What fitting all plans takes; None where nothing is fitted."""
-        plans = [plan for plan in self.plans if plan.projection == FITTED]
+        wanted = {plan.boundary: plan for plan in self.plans if plan.projection == FITTED}
+        plans = list(wanted.values())
         return fit_needs(plans, self.source, self.fit) if self.fit and plans else None
 
     def sizes_of(self, plan: Plan) -> Sizes:
@@ -160,6 +166,10 @@ def convert(
     return run_conversion(planned, force=force, watch=watch)
 
 
+def _deepest(plans: Sequence[Plan]) -> Plan:
+    return min(plans, key=lambda plan: plan.boundary)
+
+
 def plan_conversion(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str] | None,
@@ -196,7 +206,7 @@ def plan_conversion(
 
         plans = recipes(shape, projection=projection, **vars(rows))
     kv_type = (fit or FitOptions()).kv_type
-    sizes = kind.measure(plans[-1], source.first.path, kv_type.value)
+    sizes = kind.measure(_deepest(plans), source.first.path, kv_type.value)
     return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
 
 
@@ -264,7 +274,12 @@ class _Run:
         options = planned.fit or FitOptions()
         with _resumable(options, self.watch):
             recipe = first_that_recalls(
-                planned.source, plans, options, planned.hardware, self.watch, takes_any=self.force
+                planned.source,
+                plans,
+                options,
+                planned.hardware,
+                self.watch,
+                takes_any=self.force and not isinstance(planned.depth, Fastest),
             )
             found = measured(recipe.quality)
             meta = self._write(recipe.plan, recipe.fitted, lambda written: found)
@@ -337,7 +352,7 @@ def _resumable(options: FitOptions, watch: Watch) -> Iterator[None]:
                 f"What was read is kept in {kept}: the same conversion goes on from there."
             )
         raise
-    except (CopyingBrokenError, OverBudgetError):
+    except (CopyingBrokenError, OverBudgetError, RecallLostError):
         _forget(options)
         raise
     _forget(options)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter.errors import PopError
 from converter.format import FITTED, Budget
 from converter.plan import Plan
 from converter.rewrite import Fitted
@@ -28,6 +27,7 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.options import Boundary, Hardware
+from pop_local.workflows.refusals import RecallLostError
 
 FASTEST = "fastest"
 # Of the layers, what is kept below the boundary; of the context tokens, what is selected.
@@ -73,7 +73,7 @@ def first_that_recalls(
     """Take the first of the plans, each with its selection, that finds facts like the full model.
 
     Those to be fitted are, by `options`. `takes_any`: the first one, whatever it finds. Raises
-    PopError when none is good enough, StoppedError.
+    RecallLostError when none is good enough, PopError, StoppedError.
     """
     bases = {plan.boundary: replace(plan, select=0.0) for plan in plans}
     wanted = [plan for plan in bases.values() if plan.projection == FITTED]
@@ -97,12 +97,7 @@ def first_that_recalls(
             tried.append(f"{name}: {recall.exact_pruned.value:.0%}")
             if takes_any or is_as_good(recall):
                 return _chosen(model, plan, fit, recall, tried, watch)
-    raise PopError(
-        f"facts are found again less often than by the full model"
-        f" ({recall.exact_full.value:.0%}): {'; '.join(tried)}",
-        "select more, skip fewer layers, or take it as it is",
-        cause="recall-lost",
-    )
+    raise RecallLostError(recall, tried)
 
 
 def is_as_good(recall: Recall) -> bool:

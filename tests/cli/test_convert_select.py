@@ -109,6 +109,16 @@ def test_without_recall_nothing_is_written(plain, tmp_path, found):
     assert meta_of(out).select == 0.05
 
 
+def test_force_replaces_but_does_not_take_any_recipe(plain, tmp_path, found):
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"before")
+    found += [0.2] * 6
+    done = convert(plain, out, "--quality", "fastest", "--force", *QUICK)
+    assert done.exit_code == 1
+    assert found == []
+    assert out.read_bytes() == b"before"
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -56,6 +56,7 @@ class ScriptedModel:
             "llama.context_length": "8192",
             "tokenizer.chat_template": "none is needed",
         }
+        self.select = 0.0
         self.recommended: dict[str, float] = {}
         self.is_closed = False
         self._n_ctx = n_ctx
@@ -68,6 +69,12 @@ class ScriptedModel:
         if not self.can_switch:
             raise PopError("model.gguf has no pruning keys", "convert it first")
         self.pop_mode = mode
+
+    def set_depth(self, select: float | None = None, *, keep_states: bool = False) -> None:
+        pass
+
+    def refill_answers(self, n_rows: int | None) -> None:
+        pass
 
     def n_ctx(self) -> int:
         return self._n_ctx

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_cpp import LlamaRAMCache
 
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError
 from pop_local.calibration import activations
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.depth.rows import CachedRows
@@ -15,6 +16,7 @@ from pop_local.engine.depth.select import N_BEFORE, N_BEHIND, best_rows, select_
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prefill.kv_state import FULL, context_state
+from pop_local.measure.forced import forced
 from support.calls import NOISE, greedy, last_logits, opened, prompt, read
 from support.converted import tiny
 
@@ -328,3 +330,81 @@ def test_memory_stays_flat_over_many_turns(pop_file):
             before = resident_bytes()
     assert model.n_exact > 0
     assert resident_bytes() - before < 4 * 2**20
+
+
+def test_a_prompt_that_is_cached_whole_has_no_selection(pop_file):
+    """Its figures are of what was read for it: nothing, or its last token."""
+    model = opened(pop_file, select=0.1)
+    for _ in range(2):
+        *_, last = model.continue_text("a b c d e f g h " * 30, max_tokens=2, temperature=0.0)
+    stats = last.stats
+    assert stats is not None
+    assert stats.n_cached >= stats.n_prompt - 1
+    assert (stats.n_selected, stats.n_pruned) == (0, 0)
+    assert stats.n_prompt == stats.n_cached + stats.n_full
+
+
+def test_a_reading_that_was_stopped_before_its_selection_is_made_up_for(pop_file):
+    tokens = prompt(300)
+    model = opened(pop_file, select=0.1)
+    expected = read(model, tokens)
+    model.clear()
+
+    def stop_after_two(done, total):
+        if done >= 2 * N_BATCH:
+            raise StoppedError
+
+    with model.watching_prefill(stop_after_two, None), pytest.raises(StoppedError):
+        model.eval(tokens)
+    assert not model.rows.is_full[0]
+    state = model.save_state()
+    np.testing.assert_allclose(read(model, tokens), expected, atol=NOISE)
+    # Saved, its rows have no states: it is read again.
+    other = opened(pop_file, select=0.1)
+    other.load_state(state)
+    np.testing.assert_allclose(read(other, tokens), expected, atol=NOISE)
+    plain = opened(pop_file, select=0.0)
+    plain.load_state(state)
+    read(plain, tokens)
+    assert plain.rows.is_full[0]
+
+
+def test_without_a_tail_the_last_row_predicts(pop_file):
+    tokens = prompt(300)
+    model, full = opened(pop_file, select=1.0), opened(pop_file)
+    model.rule = replace(model.rule, tail_tokens=0)
+    full.set_pop(Mode.OFF)
+    np.testing.assert_allclose(read(model, tokens), read(full, tokens), atol=NOISE)
+    assert model.rows.is_full[:300].all()
+
+
+def test_a_prompt_cache_is_of_the_mode_not_of_what_is_cached(pop_file):
+    model = kept(pop_file)
+    model.eval(prompt(200))
+    model.refill()
+    model.set_cache(LlamaRAMCache())
+    greedy(model, prompt(200, seed=1))
+    model.set_pop(Mode.OFF)
+    greedy(model, prompt(200, seed=1))
+
+
+def test_measuring_leaves_refilling_as_it_was(pop_file):
+    model = opened(pop_file, select=0.1)
+    with forced(model):
+        pass
+    assert (model.select, model.refills, model.keeps_states) == (0.1, False, True)
+
+
+def test_refilling_that_raises_has_done_what_it_did(pop_file):
+    model = kept(pop_file)
+    read(model, prompt(200))
+
+    def fail(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.refill(on_progress=fail)
+    n = model.n_exact
+    assert n > 0
+    assert model.take_refilled() == n
+    assert model._requires_eval

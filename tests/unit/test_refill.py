@@ -1,5 +1,6 @@
 """Refilling while the chat waits, before a session is saved, and between a server's requests."""
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -9,9 +10,12 @@ import numpy as np
 import psutil
 import pytest
 
+from pop_local.engine.depth import online, power
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prefill.kv_state import FULL
 from pop_local.engine.sessions.session_file import Sessions
+from pop_local.measure.forced import Pruning, forced
 from pop_local.server.app import create_app
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
@@ -77,6 +81,7 @@ def test_a_line_that_comes_early_ends_it(chat, pause_s):
 def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
     battery = SimpleNamespace(power_plugged=False)
     monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    monkeypatch.setattr(power, "RECHECK_S", 0.0)
     begun = chat()
     begun.ask(WORDS)
     with refill.refilling(begun):
@@ -137,7 +142,7 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
 
 def test_the_command_says_how_far_it_is(chat):
     shown = talked(chat(WORDS, "/refill", "/refill answer", "/refill never", "/refill off"))
-    assert "Pruned tokens run the skipped layers while you type." in shown
+    assert "Pruned tokens run the skipped layers while you type; their states take" in shown
     assert "cached tokens are exact" in shown
     assert "with each token of an answer, some of them" in shown
     assert "/refill takes idle, answer, off, not never." in shown
@@ -159,11 +164,78 @@ def test_rows_are_refilled_with_each_token_of_an_answer(pop_file):
     assert model.n_exact == model.n_tokens
 
 
-def test_as_many_as_the_machine_affords(pop_file):
+def taken(model, monkeypatch):
+    """The rows of each pass from now on."""
+    passes = []
+    run = model.deep.run
+
+    def noted(positions, *, logits=False):
+        passes.append(list(positions))
+        run(positions, logits=logits)
+
+    monkeypatch.setattr(model.deep, "run", noted)
+    return passes
+
+
+def test_rows_are_taken_by_attention_not_in_order(pop_file, monkeypatch):
+    model = opened(pop_file, keep_states=True)
+    model.refill_answers(8)
+    sampled = model.generate(prompt(200), temp=0.0)
+    next(sampled)
+    passes = taken(model, monkeypatch)
+    for _ in range(10):
+        next(sampled)
+    assert len(passes) >= 8
+    assert all(len(rows) == 8 for rows in passes)
+    assert sorted(row for rows in passes for row in rows) != list(range(1, 1 + 8 * len(passes)))
+    sampled.close()
+    # Nobody asks any longer: what is read next counts as no question.
+    backend.set_question(model.ctx, -1)
+    model.eval(prompt(60, seed=1))
+    assert backend.get_scores(model.ctx, 150).sum() == 0
+
+
+def test_a_measured_answer_takes_them_so_too(pop_file, monkeypatch):
+    model = opened(pop_file)
+    pruning = Pruning(4, Mode.CONTEXT, n_refilled=8)
+    with forced(model) as reader:
+        reader.read(prompt(200), pruning)
+        passes = taken(model, monkeypatch)
+        reader.predict(prompt(20, seed=1), pruning)
+    rows = [row for rows in passes for row in rows]
+    assert len(rows) == len(set(rows)) > 100
+    assert sorted(rows) != list(range(1, 1 + len(rows)))
+
+
+@pytest.mark.parametrize(("trial_s", "n_rows"), [(0.003, 2), (0.08, 0)])
+def test_as_many_as_the_machine_affords(pop_file, monkeypatch, trial_s, n_rows):
+    """Of a step of 10 ms a tenth, 8 rows taking so long."""
     model = opened(pop_file, keep_states=True)
     model.refill_answers(None)
+    clock = itertools.count(step=0.01)
+    monkeypatch.setattr(online, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    tried = iter([0.0, trial_s])  # at first there is nothing to try it on
+    monkeypatch.setattr(model.deep, "try_out", lambda n: next(tried))
+    greedy(model, prompt(200), n=7)
+    assert model.online.n_rows is None
     greedy(model, prompt(200), n=12)
-    assert isinstance(model.online.n_rows, int)
+    assert model.online.n_rows == n_rows
+
+
+def test_ctrl_c_while_it_ends_does_not_leave_it_running(chat, monkeypatch):
+    begun = chat()
+    begun.ask(WORDS)
+    joined = threading.Thread.join
+    pressed = iter([True])
+
+    def join(thread, timeout=None):
+        if next(pressed, False):
+            raise KeyboardInterrupt
+        joined(thread, timeout)
+
+    with pytest.raises(KeyboardInterrupt), refill.refilling(begun):
+        monkeypatch.setattr(threading.Thread, "join", join)
+    assert not any(thread.name == "pop-local refill" for thread in threading.enumerate())
 
 
 def test_a_server_refills_between_requests(pop_file):

@@ -151,6 +151,9 @@ static std::string find_obstacle(llama_context & ctx, const caches & kv, const l
     if (seq_id < 0 || seq_id >= (llama_seq_id) kv.base->get_n_seq_max()) {
         return format("there is no sequence %d", seq_id);
     }
+    if (ctx.get_model().hparams.n_pos_per_embd() > 1) {
+        return "rows of this model have several positions each";
+    }
     if (cparams.embeddings || cparams.embeddings_nextn || !cparams.causal_attn) {
         return "the context is set to embeddings, or its rows see later ones";
     }
@@ -232,6 +235,9 @@ int32_t llama_context::pop_deepen(llama_seq_id seq_id, const llama_pos * pos, in
         ggml_tensor * t_logits = res->get_logits();
         ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched.get(), t_logits), t_logits, logits.data, 0, ggml_nbytes(t_logits));
     }
+
+    // who measures how long it takes, or lets somebody wait for it, must know when it is done
+    synchronize();
 
     return LLAMA_POP_DEEPEN_DONE;
 }
@@ -408,11 +414,10 @@ int32_t llama_pop_get_scores(llama_context * ctx, llama_seq_id seq_id, float * s
             for (const auto cell : cells) {
                 sum += paid[cell];
             }
-            if (sum <= 0.0f) {
-                continue;
-            }
+            // of a prompt that was read before states were kept, nobody paid anything
+            const float mean = sum > 0.0f ? sum/n : 1.0f;
             for (int32_t i = 0; i < n; ++i) {
-                best[i] = std::max(best[i], asked[cells[i]]/(paid[cells[i]] + sum/n));
+                best[i] = std::max(best[i], asked[cells[i]]/(paid[cells[i]] + mean));
             }
         }
 

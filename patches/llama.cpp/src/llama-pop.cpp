@@ -31,6 +31,10 @@ static bool is_full(const llama_pop_cparams & pop, const llama_ubatch & ubatch, 
     return false;
 }
 
+static uint32_t n_streams(const llama_cparams & cparams) {
+    return cparams.kv_unified ? 1 : cparams.n_seq_max;
+}
+
 static bool has_seq(const llama_ubatch & ubatch, uint32_t i, llama_seq_id seq_id) {
     return std::find(ubatch.seq_id[i], ubatch.seq_id[i] + ubatch.n_seq_id[i], seq_id) != ubatch.seq_id[i] + ubatch.n_seq_id[i];
 }
@@ -41,16 +45,14 @@ llama_pop_scored llama_pop_make_scored(const llama_cparams & cparams, const llam
     llama_pop_scored scored;
 
     const bool is_reserve = ubatch.seq_id[0] == ubatch.seq_id_unq;
-    if (pop.question_seq < 0 || pop.mode != LLAMA_POP_MODE_CONTEXT || pop.deepening || is_reserve) {
+    if (!pop.keep || pop.mode != LLAMA_POP_MODE_CONTEXT || pop.deepening || is_reserve || n_streams(cparams) > 1) {
         return scored;
     }
 
     std::vector<float> paid;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const bool is_of_seq = has_seq(ubatch, i, pop.question_seq);
-
-        const bool asks = is_of_seq && ubatch.pos[i] >= pop.question_pos;
-        const bool pays = is_of_seq && ubatch.pos[i] % LLAMA_POP_SCORE_STRIDE == 0;
+        const bool asks = has_seq(ubatch, i, pop.question_seq) && ubatch.pos[i] >= pop.question_pos;
+        const bool pays = ubatch.n_tokens > 1 && ubatch.pos[i] % LLAMA_POP_SCORE_STRIDE == 0;
         if (asks || pays) {
             scored.rows   .push_back(i);
             scored.weights.push_back(asks);

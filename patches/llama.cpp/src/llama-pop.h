@@ -101,8 +101,9 @@ extern "C" {
     // attends to have left the cache of layers with a sliding window
     LLAMA_API int32_t llama_pop_deepen(struct llama_context * ctx, llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits);
 
-    // rows of the sequence at or past pos are a question: attention is counted in the last layers below the boundary, that
-    // of the question and that of every LLAMA_POP_SCORE_STRIDE-th row. earlier questions are forgotten. -1: no counting
+    // while states are kept, attention is counted in the last layers below the boundary: that of every
+    // LLAMA_POP_SCORE_STRIDE-th row of a prompt, and that of the question, which are the rows of the sequence at or past
+    // pos. earlier questions are forgotten. -1: there is none
     LLAMA_API int32_t llama_pop_set_question(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
 
     // what the question attends to: of each position below n, the sum over layers of the largest A/(T + mean T) of

@@ -4,6 +4,7 @@ import statistics
 import time
 
 from pop_local.engine.depth.passes import DeepPasses
+from pop_local.engine.depth.power import on_battery
 from pop_local.engine.depth.select import best_rows, spread
 from pop_local.engine.llama import backend
 
@@ -36,7 +37,7 @@ class OnlineRefill:
         """
         if self.n_rows is None:
             self._time()
-        if not self.n_rows:
+        if not self.n_rows or on_battery():
             return
         if 0 <= self._begun < position:
             self._run_best(position, self.n_rows)
@@ -49,6 +50,7 @@ class OnlineRefill:
         if self._begun >= 0:
             backend.set_question(self._passes.ctx, -1)
         self._begun = -1
+        self._before_s = 0.0
 
     def _time(self) -> None:
         now_s, before_s = time.perf_counter(), self._before_s
@@ -58,7 +60,9 @@ class OnlineRefill:
         if len(self._steps_s) == _N_TIMED:
             step_s = statistics.median(self._steps_s)
             trial_s = self._passes.try_out(_N_TRIAL)
-            self.n_rows = int(_N_TRIAL * MAX_SLOWDOWN * step_s / trial_s) if trial_s else 0
+            if trial_s:
+                self.n_rows = int(_N_TRIAL * MAX_SLOWDOWN * step_s / trial_s)
+            self._steps_s.clear()
 
     def _run_best(self, n_cached: int, n_rows: int) -> None:
         rows = self._passes.rows

@@ -1,7 +1,7 @@
 """Deep passes: rows that stopped at the boundary run the rest of the layers."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,10 @@ class DeepPasses:
         self.run(range(first, first + n_rows))
         return time.perf_counter() - started_s
 
-    def refilled(self, n_rows: int, should_stop: Callable[[], bool] | None) -> Iterator[int]:
-        """Make the first `n_rows` exact, in order; yields the rows of each chunk.
+    def refill(
+        self, n_rows: int, should_stop: Callable[[], bool] | None, on_chunk: Callable[[], None]
+    ) -> None:
+        """Make the first `n_rows` exact, in order, until `should_stop` says so.
 
         Chunks are as large as their time allows, as measured by those before.
         """
@@ -68,7 +70,7 @@ class DeepPasses:
                 started_s = time.perf_counter()
                 self.run(piece)
                 self._adapt(len(piece), time.perf_counter() - started_s)
-                yield len(piece)
+                on_chunk()
         except StoppedError:
             return
         finally:

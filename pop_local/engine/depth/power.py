@@ -1,10 +1,20 @@
 """Work that nobody waits for is not done on a battery."""
 
+import time
+
 import psutil
+
+# Asked between the nodes of a graph; nobody unplugs that often.
+RECHECK_S = 5.0
+_seen = (-RECHECK_S, False)
 
 
 def on_battery() -> bool:
     """Whether the machine runs on its battery; False where psutil cannot tell."""
-    sensors = getattr(psutil, "sensors_battery", None)
-    battery = None if sensors is None else sensors()
-    return battery is not None and not battery.power_plugged
+    global _seen
+    now_s = time.monotonic()
+    if now_s - _seen[0] >= RECHECK_S:
+        sensors = getattr(psutil, "sensors_battery", None)
+        battery = None if sensors is None else sensors()
+        _seen = (now_s, battery is not None and not battery.power_plugged)
+    return _seen[1]

@@ -103,8 +103,7 @@ class Dialogue:
         if before.can_switch and before.pop_mode is Mode.OFF and self.model.can_switch:
             self.model.set_pop(Mode.OFF)
         before.close()
-        if self.refill != "off":
-            self.set_refill(self.refill)
+        self.set_refill(self.refill)
         self._is_warned = False
 
     def enlarge(self, n_ctx: int) -> bool:

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 
 from converter.errors import PopError
 from pop_local.engine.depth.power import on_battery
+from pop_local.models.sizes import size
 
 if TYPE_CHECKING:
     from pop_local.ui.chat.dialogue import Dialogue
 
 MODES = ("idle", "answer", "off")
+_BATTERY_S = 5.0
 
 
 @contextmanager
 def refilling(chat: Dialogue) -> Iterator[None]:
     """Refill in a thread of its own; whoever leaves waits for the node of a graph at the most."""
-    if chat.refill == "off" or on_battery():
+    if chat.refill == "off":
         yield
         return
     stop = threading.Event()
@@ -27,7 +29,11 @@ def refilling(chat: Dialogue) -> Iterator[None]:
 
     def work() -> None:
         try:
-            chat.model.refill(should_stop=stop.is_set)
+            while chat.model.n_refillable and not stop.is_set():
+                if on_battery():
+                    stop.wait(_BATTERY_S)
+                else:
+                    chat.model.refill(should_stop=lambda: stop.is_set() or on_battery())
         except PopError as error:
             failures.append(error)
 
@@ -37,10 +43,22 @@ def refilling(chat: Dialogue) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join()
+        _join(thread)
         for error in failures:
             chat.set_refill("off")
             chat.fail(error)
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for the thread whatever Ctrl-C says: nobody else may touch the model before."""
+    interrupted = False
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def set_mode(chat: Dialogue, mode: str) -> None:
@@ -80,11 +98,12 @@ def _state(chat: Dialogue) -> str:
         return "There is nothing to refill: this model is not pruned."
     if chat.refill == "off":
         return "Refilling is off: pruned tokens stay so."
+    held = size(chat.model.held_bytes)
     if chat.refill == "idle":
-        return "Pruned tokens run the skipped layers while you type."
+        return f"Pruned tokens run the skipped layers while you type; their states take {held}."
     n_rows = chat.model.online.n_rows
     with_each = "some" if n_rows is None else n_rows or "none (this machine computes at its limit)"
     return (
         "Pruned tokens run the skipped layers while you type; with each token of an answer,"
-        f" {with_each} of them."
+        f" {with_each} of them. Their states take {held}."
     )
