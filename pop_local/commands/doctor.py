@@ -17,7 +17,7 @@ from converter.shape import read_shape
 from pop_local import __version__
 from pop_local.commands.options import Json
 from pop_local.config import settings
-from pop_local.engine.llama import backend
+from pop_local.engine.llama import backend, devices
 from pop_local.models.names import DEFAULT_MODEL, lookup, models_dir, resolve
 from pop_local.models.sizes import size
 from pop_local.ui.hints import hint_of
@@ -74,7 +74,7 @@ def _draw(checks: tuple[Check, ...]) -> None:
 
 def _backend() -> list[Check]:
     try:
-        info = backend.describe_backend()
+        info = devices.describe_backend()
     except PopError as error:
         return [Check("backend", "Backend", "fix", error.message, error.hint)]
     return [
@@ -94,17 +94,17 @@ def _abi(abi: int | None) -> Check:
     return Check("pop_abi", "Pruning", "fix", found, backend.INSTALL_HINT)
 
 
-def _gpus(devices: tuple[backend.Device, ...]) -> list[Check]:
-    gpus = [device for device in devices if device.is_gpu]
+def _gpus(found: tuple[devices.Device, ...]) -> list[Check]:
+    gpus = [device for device in found if device.is_gpu]
     if gpus:
         return [Check("gpu", "GPU", "ok", _described(device)) for device in gpus]
     if shutil.which("nvidia-smi"):
-        found = "there is an NVIDIA GPU, but this build is for the CPU only"
-        return [Check("gpu", "GPU", "note", found, CUDA_HINT)]
+        unused = "there is an NVIDIA GPU, but this build is for the CPU only"
+        return [Check("gpu", "GPU", "note", unused, CUDA_HINT)]
     return [Check("gpu", "GPU", "ok", "none in this build: models run on the CPU")]
 
 
-def _described(device: backend.Device) -> str:
+def _described(device: devices.Device) -> str:
     free, total = size(device.memory_free_bytes), size(device.memory_total_bytes)
     return f"{device.name}: {device.description}, {free} of {total} free"
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from converter.errors import PopError
 from pop_local.cli import app
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.backend import BackendInfo, Device
+from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import names as models
 from support.shared_kv import make_shared
 
@@ -34,7 +34,7 @@ def install(monkeypatch, tmp_path):
 
     def pretend(*, abi: int | None = backend.ABI, devices: tuple[Device, ...] = (CPU,)) -> None:
         info = BackendInfo("0.3.36", Path("lib/libllama.so"), abi, devices, FEATURES, 4)
-        monkeypatch.setattr(backend, "describe_backend", lambda: info)
+        monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", lambda: info)
 
     return pretend
 
@@ -43,7 +43,7 @@ def test_all_is_well(install):
     install()
     done = doctor()
     assert done.exit_code == 0
-    assert "patched, ABI 2" in done.stdout
+    assert f"patched, ABI {backend.ABI}" in done.stdout
     assert "SSE3 AVX OPENMP REPACK" in done.stdout
     assert "FIX" not in done.stdout
 
@@ -70,7 +70,7 @@ def test_missing_backend_must_be_fixed(install, monkeypatch):
     def missing() -> BackendInfo:
         raise PopError("llama-cpp-python cannot be imported", backend.INSTALL_HINT)
 
-    monkeypatch.setattr(backend, "describe_backend", missing)
+    monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", missing)
     assert doctor().exit_code == 1
     assert checks()["backend"]["to_do"] == backend.INSTALL_HINT
 
