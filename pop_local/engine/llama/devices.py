@@ -1,4 +1,4 @@
-"""What there is to compute on: ggml's functions by name, and its devices."""
+"""What there is to compute on: ggml's functions by name, its backends and their devices."""
 
 import ctypes
 from collections.abc import Iterator
@@ -34,12 +34,16 @@ class Device:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What `doctor` tells about the backend; `abi` is None when the library is unpatched."""
+    """What `doctor` tells about the backend; `abi` is None when the library is unpatched.
+
+    `built_in`: ggml's backends by name, each with the number of devices that it found here.
+    """
 
     version: str
     library_path: Path
     abi: int | None
     devices: tuple[Device, ...]
+    built_in: tuple[tuple[str, int], ...]
     features: str
     n_threads: int
 
@@ -54,6 +58,7 @@ def describe_backend() -> BackendInfo:
         library_path=Path(llama_cpp._lib._name),
         abi=backend.library_abi(),
         devices=devices(),
+        built_in=tuple(GgmlLibrary().backends()),
         features=llama_cpp.llama_print_system_info().decode(),
         n_threads=backend.default_threads(),
     )
@@ -87,6 +92,13 @@ class GgmlLibrary:
         """The pointers (ggml_backend_dev_t) of all."""
         for i in range(self("ggml_backend_dev_count", ctypes.c_size_t)):
             yield self("ggml_backend_dev_get", _POINTER, ctypes.c_size_t(i))
+
+    def backends(self) -> Iterator[tuple[str, int]]:
+        """The names of those that are built in, and how many devices each has."""
+        for i in range(self("ggml_backend_reg_count", ctypes.c_size_t)):
+            registered = _POINTER(self("ggml_backend_reg_get", _POINTER, ctypes.c_size_t(i)))
+            name = self("ggml_backend_reg_name", ctypes.c_char_p, registered).decode()
+            yield name, self("ggml_backend_reg_dev_count", ctypes.c_size_t, registered)
 
     def kind(self, device: int) -> int:
         """Its `Kind`, or a number of another one."""
