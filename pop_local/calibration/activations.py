@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from converter.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.llama import logs
-from pop_local.engine.llama.backend import GgmlLibrary, bindings
+from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.devices import GgmlLibrary
 from pop_local.engine.llama.interrupt import Interrupt
 
 Rows = NDArray[np.float32]

@@ -1,7 +1,7 @@
 """A model's weights without a context, for work that needs contexts of its own shape."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from converter.errors import PopError
 from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.engine.llama import backend, logs, opening
+from pop_local.engine.llama.rpc import Servers
 
 _QUESTION = "QUESTION"
 
@@ -27,6 +28,7 @@ class LoadedModel:
         sidecar: Path | None = None,
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
+        rpc: Sequence[str] = (),
     ) -> None:
         backend.require_patched()
         self._api = backend.bindings()
@@ -37,9 +39,10 @@ class LoadedModel:
         self.n_threads = n_threads or backend.default_threads()
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        self._servers = Servers(rpc) if rpc else None
         logs.forget_errors()
         self._api.llama_backend_init()
-        with opening.with_sidecar(source, sidecar):
+        with opening.loading(source, sidecar, self._servers):
             self.handle = self._api.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise PopError(f"{path} cannot be opened: {logs.first_error()}")

@@ -8,7 +8,6 @@ from pop_local.commands import options as opt
 from pop_local.ui.tables import print_json
 from pop_local.ui.views import speed as view
 from pop_local.ui.watch import stoppable_watch
-from pop_local.workflows.options import Hardware
 
 DEFAULT_PROMPTS = "512,1024,2048"
 
@@ -44,6 +43,7 @@ def bench(
     threads: opt.Threads = None,
     n_ctx: opt.MeasuredCtx = None,
     gpu_layers: opt.GpuLayers = -1,
+    rpc: opt.Rpc = None,
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
     n_prompts = _lengths(prompt)
@@ -51,7 +51,7 @@ def bench(
         raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
     from pop_local.workflows import bench as workflow
 
-    on = Hardware(threads, gpu_layers)
+    on = opt.hardware(threads, gpu_layers, rpc)
     share = opt.selected(select)
     options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on, share)
     if find_break_even:

@@ -13,7 +13,6 @@ from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.theme import look, note
-from pop_local.workflows.options import Hardware
 
 
 def chat(
@@ -34,6 +33,7 @@ def chat(
     threads: opt.Threads = None,
     ctx: opt.Ctx = None,
     gpu_layers: opt.GpuLayers = -1,
+    rpc: opt.Rpc = None,
     select: opt.Select = None,
     refill: opt.Refill = opt.RefillName.IDLE,
     theme: opt.Theme = opt.DEFAULT_THEME,
@@ -41,7 +41,7 @@ def chat(
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
     screen = Screen(look(theme))
-    hardware = Hardware(threads, gpu_layers)
+    hardware = opt.hardware(threads, gpu_layers, rpc)
     # A pipe does not wait: its next line is there already.
     refilled = refill.value if sys.stdin.isatty() or refill.value == "answer" else "off"
     open_named = Opener(

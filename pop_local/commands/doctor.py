@@ -17,7 +17,7 @@ from converter.shape import read_shape
 from pop_local import __version__
 from pop_local.commands.options import Json
 from pop_local.config import settings
-from pop_local.engine.llama import backend
+from pop_local.engine.llama import backend, devices
 from pop_local.models.names import DEFAULT_MODEL, lookup, models_dir, resolve
 from pop_local.models.sizes import size
 from pop_local.ui.hints import hint_of
@@ -28,6 +28,11 @@ from pop_local.ui.theme import out
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
 SMALL_MEMORY_BYTES = 4_000_000_000
+DRIVER = "is its driver installed, and may this user open the device?"
+NO_DEVICE = {
+    "CUDA": "does nvidia-smi show one, with a driver for the CUDA that this was built with?",
+    "Vulkan": "ggml leaves out CPUs, as lavapipe is: GGML_VK_VISIBLE_DEVICES=0 takes the first",
+}
 CUDA_HINT = 'to use it: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
 
 
@@ -74,13 +79,14 @@ def _draw(checks: tuple[Check, ...]) -> None:
 
 def _backend() -> list[Check]:
     try:
-        info = backend.describe_backend()
+        info = devices.describe_backend()
     except PopError as error:
         return [Check("backend", "Backend", "fix", error.message, error.hint)]
     return [
         Check("backend", "Backend", "ok", f"llama-cpp-python {info.version} ({info.library_path})"),
         _abi(info.abi),
-        *_gpus(info.devices),
+        Check("built_in", "Built in", "ok", ", ".join(name for name, _ in info.built_in)),
+        *_gpus(info),
         Check("cpu_features", "CPU features", "ok", _enabled(info.features)),
         Check("threads", "Threads", "ok", f"{info.n_threads} ({os.cpu_count()} logical CPUs)"),
     ]
@@ -94,17 +100,23 @@ def _abi(abi: int | None) -> Check:
     return Check("pop_abi", "Pruning", "fix", found, backend.INSTALL_HINT)
 
 
-def _gpus(devices: tuple[backend.Device, ...]) -> list[Check]:
-    gpus = [device for device in devices if device.is_gpu]
+def _gpus(info: devices.BackendInfo) -> list[Check]:
+    gpus = [
+        Check("gpu", "GPU", "ok", _described(device)) for device in info.devices if device.is_gpu
+    ]
+    for name, n_devices in info.built_in:
+        if n_devices == 0 and name != "RPC":
+            found = f"{name} is built in, but no device was found"
+            gpus.append(Check("gpu", "GPU", "note", found, NO_DEVICE.get(name, DRIVER)))
     if gpus:
-        return [Check("gpu", "GPU", "ok", _described(device)) for device in gpus]
+        return gpus
     if shutil.which("nvidia-smi"):
-        found = "there is an NVIDIA GPU, but this build is for the CPU only"
-        return [Check("gpu", "GPU", "note", found, CUDA_HINT)]
+        unused = "there is an NVIDIA GPU, but this build is for the CPU only"
+        return [Check("gpu", "GPU", "note", unused, CUDA_HINT)]
     return [Check("gpu", "GPU", "ok", "none in this build: models run on the CPU")]
 
 
-def _described(device: backend.Device) -> str:
+def _described(device: devices.Device) -> str:
     free, total = size(device.memory_free_bytes), size(device.memory_total_bytes)
     return f"{device.name}: {device.description}, {free} of {total} free"
 

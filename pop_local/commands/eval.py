@@ -14,7 +14,7 @@ from pop_local.ui.views import quality as view
 from pop_local.ui.views.plots import plot_sweep, require_plot
 from pop_local.ui.views.prompts import comparison_json, show_comparison
 from pop_local.ui.watch import stoppable_watch
-from pop_local.workflows.options import Boundary, Hardware, Skip
+from pop_local.workflows.options import Boundary, Skip
 
 
 class BaselineName(str, Enum):
@@ -109,6 +109,7 @@ def eval(  # noqa: A001
     threads: opt.Threads = None,
     n_ctx: opt.MeasuredCtx = None,
     gpu_layers: opt.GpuLayers = -1,
+    rpc: opt.Rpc = None,
 ) -> None:
     """Measure what pruning costs: KL and perplexity against the full model, copying, recall.
 
@@ -170,7 +171,7 @@ def eval(  # noqa: A001
             depths=depths,
             fit=(given or FitOptions()) if fit else None,
             sidecar=pop,
-            hardware=Hardware(threads, gpu_layers),
+            hardware=opt.hardware(threads, gpu_layers, rpc),
             watch=watch,
         )
     if plot_file is not None:

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from converter.errors import PlanError
+from converter.errors import PlanError, PopError
 from converter.fit import RIDGE, KvType, Weighting
 from converter.plan import parse_skip
 from pop_local.calibration.options import FitOptions
-from pop_local.workflows.options import Boundary, Skip
+from pop_local.engine.llama.rpc import address
+from pop_local.workflows.options import Boundary, Hardware, Skip
 
 
 def finite(value: float | None) -> float | None:
@@ -56,6 +57,14 @@ MeasuredCtx = Annotated[
 ]
 GpuLayers = Annotated[
     int, typer.Option("--gpu-layers", min=-1, help="Layers on the GPU; -1 for all, 0 for none.")
+]
+Rpc = Annotated[
+    str | None,
+    typer.Option(
+        "--rpc",
+        metavar="HOST:PORT,...",
+        help="Machines that hold the layers, each with `pop-local rpc-server` running.",
+    ),
 ]
 MaxTokens = Annotated[
     int | None,
@@ -109,6 +118,17 @@ DEFAULT_THEME = "terminal"
 def sampling(**options: Any) -> dict[str, Any]:
     """The options that were given; the engine has its own defaults for the others."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def hardware(threads: int | None, gpu_layers: int, rpc: str | None) -> Hardware:
+    """What --threads, --gpu-layers and --rpc say; a malformed address is wrong usage."""
+    servers = tuple(name.strip() for name in rpc.split(",")) if rpc else ()
+    try:
+        for name in servers:
+            address(name)
+    except PopError as error:
+        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--rpc") from error
+    return Hardware(threads, gpu_layers, servers)
 
 
 # How deep

@@ -23,7 +23,6 @@ from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, warn
 from pop_local.ui.views.stats import counted_line, stats_line
-from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -53,6 +52,7 @@ def run(
     threads: opt.Threads = None,
     ctx: opt.Ctx = None,
     gpu_layers: opt.GpuLayers = -1,
+    rpc: opt.Rpc = None,
     select: opt.Select = None,
     refill: opt.Refill = opt.RefillName.OFF,
     theme: opt.Theme = opt.DEFAULT_THEME,
@@ -67,7 +67,7 @@ def run(
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
     screen = Screen(look(theme))
     options = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    hardware, share = Hardware(threads, gpu_layers), opt.selected(select)
+    hardware, share = opt.hardware(threads, gpu_layers, rpc), opt.selected(select)
     opened = Opener(model, pop, ctx, hardware, no_pop, parse_special, share, refill.value)()
     for document in turn.documents:
         n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))

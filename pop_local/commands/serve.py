@@ -19,12 +19,13 @@ from pop_local.commands.options import (
     Pop,
     Refill,
     RefillName,
+    Rpc,
     Select,
     Threads,
+    hardware,
     selected,
 )
 from pop_local.ui.theme import note, warn
-from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -60,6 +61,7 @@ def serve(
     threads: Threads = None,
     ctx: Ctx = None,
     gpu_layers: GpuLayers = -1,
+    rpc: Rpc = None,
     select: Select = None,
     refill: Refill = RefillName.IDLE,
     cache_ram: Annotated[
@@ -85,8 +87,8 @@ def serve(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    hardware, share = Hardware(threads, gpu_layers), selected(select)
-    opened = Opener(model, pop, ctx, hardware, no_pop, parse_special, share, refill.value)()
+    on, share = hardware(threads, gpu_layers, rpc), selected(select)
+    opened = Opener(model, pop, ctx, on, no_pop, parse_special, share, refill.value)()
     opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
     try:
         name = name or Path(opened.model_path).stem

@@ -1,11 +1,13 @@
 """llama_cpp's `Llama` on the patched backend, and whose its KV cache is."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import numpy as np
 from jinja2 import TemplateError
@@ -24,6 +26,7 @@ from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.interrupt import Interrupt
+from pop_local.engine.llama.rpc import Servers
 from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaState, api
 from pop_local.engine.prefill.kv_state import (
     FULL,
@@ -38,6 +41,15 @@ from pop_local.engine.prefill.plan import (
     EXACT_RULE,
     n_equal,
 )
+
+_on_servers: "WeakSet[KvLlama]" = WeakSet()
+
+
+@atexit.register
+def _close_on_servers() -> None:
+    """Before Python winds down: in a thread that can no longer say so, a lost server is a hang."""
+    for model in list(_on_servers):
+        model.close()
 
 
 class _Closed:
@@ -67,6 +79,7 @@ class KvLlama(Llama):
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
         n_gpu_layers: int = -1,
+        rpc: Sequence[str] = (),
         select: float | None = None,
         keep_states: bool = False,
         verbose: bool = False,
@@ -77,9 +90,11 @@ class KvLlama(Llama):
         `sidecar`: a file with POP keys and tensors for this model. `n_ctx`: None takes the model's
         own context, at most 8192. `n_threads`: for prefill (unless `n_threads_batch` says
         otherwise) and decode; None takes the physical cores. `n_gpu_layers`: -1 for all, of no
-        effect without a GPU. `select`: the share of context rows that run all layers because the
-        question needs them; None for what the file says. `keep_states`: whether `refill` is to be
-        had, which a selection implies; n_ctx * n_embd * 4 bytes. `options` go to
+        effect without a GPU. `rpc`: servers (HOST:PORT) that hold these layers, before local GPUs;
+        if one of them goes away, llama.cpp ends the process. `select`: the share of context rows
+        that run all layers because the question needs them; None for what the file says.
+        `keep_states`: whether `refill` is to be had, which a selection implies; n_ctx * n_embd * 4
+        bytes. `options` go to
         `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...). A converted model
         starts in mode CONTEXT.
         """
@@ -92,11 +107,13 @@ class KvLlama(Llama):
         self._conversion = conversion(self.meta, source, self.sidecar)
         n_ctx_default = opening.default_ctx(source.first)
         n_threads = n_threads or backend.default_threads()
+        self.rpc = tuple(rpc)
+        self._servers = Servers(self.rpc) if self.rpc else None
         logs.forget_errors()
         if "tokenizer.chat_template" in source.first.keys:
             templates.start()  # while the model is loaded
         try:
-            with opening.with_sidecar(source, self.sidecar):
+            with opening.loading(source, self.sidecar, self._servers):
                 super().__init__(
                     os.fspath(model_path),
                     n_ctx=n_ctx or n_ctx_default,
@@ -109,6 +126,8 @@ class KvLlama(Llama):
         except (ValueError, RuntimeError, TemplateError) as error:
             what = f"{model_path}" if sidecar is None else f"{model_path} with {sidecar}"
             raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error
+        if self._servers:
+            _on_servers.add(self)
         backend.require_boundary(self._model.model, self.meta)
         self.exact = backend.model_exact(self._model.model)
         if self.exact:
@@ -362,7 +381,7 @@ class KvLlama(Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "sidecar": None if self.sidecar is None else str(self.sidecar)}
+        return {**state, "sidecar": self.sidecar and str(self.sidecar), "rpc": self.rpc}
 
     def close(self) -> None:
         # __del__ calls it after a failed __init__ too.
@@ -371,3 +390,4 @@ class KvLlama(Llama):
             self.grammars.close()
             gone: Any = _Closed(self.model_path)
             self._model = self._ctx = self.tokenizer_ = gone
+            self._servers = None

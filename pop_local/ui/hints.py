@@ -60,6 +60,7 @@ BY_CAUSE = {
     "own-loses-more": "leave --projection own out",
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
     "recall-lost": "select more (--select), skip fewer layers, or write it all the same (--force)",
+    "rpc-unreachable": "start it there, from the same version: pop-local rpc-server --host ...",
     "sidecar-alone": "say where it is: pop-local inspect MODEL --pop {sidecar} --verify",
     "sidecar-as-model": "give the model itself ({model}), and --pop",
     "sidecar-for-converted": "open it without --pop, or give the file that it was converted from",
@@ -75,6 +76,7 @@ BY_CAUSE = {
 
 TRACE = "`pop-local --debug COMMAND ...` shows where it happened"
 GAVE_UP = "the model's file may be damaged: download it again, or take another"
+LOST_SERVER = "start it again (pop-local rpc-server); `chat` offers to go on where it ended"
 MEMORY = "close other programs, or take a smaller model or context (--ctx)"
 _SPACE = "free some space, or write to another disk"
 _PERMISSION = "check the permissions of the file and of its folder"

@@ -22,6 +22,10 @@ class Entry:
     module: str
     help: str
 
+    def function(self) -> Any:
+        """What stands in the module by this name, with an underscore for each hyphen."""
+        return getattr(importlib.import_module(self.module), self.name.replace("-", "_"))
+
 
 class LazyCommand(TyperCommand):
     """Stands in the group's listing; becomes the real command once it gets arguments.
@@ -49,7 +53,7 @@ class LazyCommand(TyperCommand):
         return command.make_context(info_name, args, parent=parent, **extra)
 
     def _load(self) -> Any:
-        function = getattr(importlib.import_module(self._entry.module), self._entry.name)
+        function = self._entry.function()
         if isinstance(function, typer.Typer):
             return typer.main.get_command(function)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -9,7 +9,7 @@ from converter.errors import PopError
 from converter.shape import ModelShape, source_shape, trained_ctx
 from converter.sidecar import pop_of
 from converter.source import Source, read_source
-from pop_local.engine.llama.backend import devices
+from pop_local.engine.llama.devices import devices
 from pop_local.engine.model import PopModel
 from pop_local.measure.break_even import Tried, measure_break_even
 from pop_local.measure.speed import N_DECODE, SpeedRow, measure_speed
@@ -149,11 +149,14 @@ def _bench(files: ModelFiles, shape: ModelShape, model: PopModel, hardware: Hard
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]
+    on = f"{device.name} ({device.description})"
+    if hardware.rpc and hardware.n_gpu_layers != 0:
+        on = f"RPC ({', '.join(hardware.rpc)})"
     threads = "1 thread" if model.n_threads == 1 else f"{model.n_threads} threads"
     return Bench(
         model=str(files.path),
         sidecar=str(files.sidecar) if files.sidecar else None,
-        backend=f"{device.name} ({device.description}), {threads}",
+        backend=f"{on}, {threads}",
         boundary=model.boundary or model.exact,
         is_exact=model.exact > 0,
         n_layer=shape.n_layer,

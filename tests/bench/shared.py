@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.paths import ROOT
+from support.rpc import rpc_server
 from support.serving import Served, served
 from support.shared_kv import GEMMA4_E2B, SharedKv, add_keys, shapes
 from support.synthetic import DEFAULTS, add_header
@@ -20,6 +21,7 @@ __all__ = [
     "Terminal",
     "add_header",
     "add_keys",
+    "rpc_server",
     "served",
     "shapes",
 ]

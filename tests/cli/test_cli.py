@@ -1,6 +1,5 @@
 """The command line as a whole: help, imports, errors, exit codes."""
 
-import importlib
 import inspect
 import json
 import os
@@ -264,7 +263,7 @@ def test_every_option_that_is_a_float_is_checked():
     floats = [
         (f"{entry.name} {name}", hint.__metadata__[0])
         for entry in COMMANDS
-        if inspect.isfunction(command := getattr(importlib.import_module(entry.module), entry.name))
+        if inspect.isfunction(command := entry.function())
         for name, hint in get_type_hints(command, include_extras=True).items()
         if hasattr(hint, "__metadata__") and float in (hint.__origin__, *get_args(hint.__origin__))
     ]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from converter.errors import PopError
 from pop_local.cli import app
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.backend import BackendInfo, Device
+from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import names as models
 from support.shared_kv import make_shared
 
@@ -32,9 +32,14 @@ def install(monkeypatch, tmp_path):
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
     monkeypatch.setattr("pop_local.commands.doctor.shutil.which", lambda name: None)
 
-    def pretend(*, abi: int | None = backend.ABI, devices: tuple[Device, ...] = (CPU,)) -> None:
-        info = BackendInfo("0.3.36", Path("lib/libllama.so"), abi, devices, FEATURES, 4)
-        monkeypatch.setattr(backend, "describe_backend", lambda: info)
+    def pretend(
+        *,
+        abi: int | None = backend.ABI,
+        devices: tuple[Device, ...] = (CPU,),
+        built_in: tuple[tuple[str, int], ...] = (("RPC", 0), ("CPU", 1)),
+    ) -> None:
+        info = BackendInfo("0.3.36", Path("lib/libllama.so"), abi, devices, built_in, FEATURES, 4)
+        monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", lambda: info)
 
     return pretend
 
@@ -70,7 +75,7 @@ def test_missing_backend_must_be_fixed(install, monkeypatch):
     def missing() -> BackendInfo:
         raise PopError("llama-cpp-python cannot be imported", backend.INSTALL_HINT)
 
-    monkeypatch.setattr(backend, "describe_backend", missing)
+    monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", missing)
     assert doctor().exit_code == 1
     assert checks()["backend"]["to_do"] == backend.INSTALL_HINT
 
@@ -78,6 +83,18 @@ def test_missing_backend_must_be_fixed(install, monkeypatch):
 def test_gpus_are_listed(install):
     install(devices=(GPU, CPU))
     assert checks()["gpu"]["found"] == "CUDA0: Some GPU, 70.00 GB of 80.00 GB free"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("Vulkan", "GGML_VK_VISIBLE_DEVICES=0"), ("CUDA", "nvidia-smi"), ("SYCL", "driver")],
+)
+def test_a_backend_without_a_device_is_noted(install, name, hint):
+    install(built_in=((name, 0), ("RPC", 0), ("CPU", 1)))
+    assert checks()["built_in"]["found"] == f"{name}, RPC, CPU"
+    assert checks()["gpu"]["found"] == f"{name} is built in, but no device was found"
+    assert hint in checks()["gpu"]["to_do"]
+    assert doctor().exit_code == 0
 
 
 def test_gpu_without_a_build_for_it_is_noted(install, monkeypatch):

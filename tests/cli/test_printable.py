@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from converter.errors import PopError
 from pop_local.cli import app
-from pop_local.engine.llama import backend
 from pop_local.ui import errors, progress, theme
 from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json
@@ -99,7 +98,7 @@ def test_doctor(monkeypatch):
     def missing():
         raise PopError(EVIL, EVIL)
 
-    monkeypatch.setattr(backend, "describe_backend", missing)
+    monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", missing)
     monkeypatch.setenv("POP_LOCAL_MODEL", EVIL)
     done = CliRunner().invoke(app, ["doctor"])
     assert done.output.count(SHOWN) == 3

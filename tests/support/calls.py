@@ -1,5 +1,6 @@
 """Calls of the engine that its tests share, on tiny random models."""
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def prompt(n_tokens: int, seed: int = 0) -> list[int]:
 def last_logits(model: PopModel) -> np.ndarray:
     row = backend.bindings().llama_get_logits_ith(model.ctx, -1)
     return np.ctypeslib.as_array(row, (N_VOCAB,)).copy()
+
+
+def kv_bytes(model: PopModel) -> bytes:
+    """The saved state of sequence 0."""
+    api = backend.bindings()
+    size = api.llama_state_seq_get_size(model.ctx, 0)
+    buffer = (ctypes.c_uint8 * size)()
+    api.llama_state_seq_get_data(model.ctx, buffer, size, 0)
+    return bytes(buffer)
 
 
 def read(model: PopModel, tokens: list[int]) -> np.ndarray:

@@ -1,9 +1,9 @@
 """A script of llama.cpp calls, run in a child process with the patched or the unpatched library.
 
 `run(Job(...))` gives back, by name, the logits of each decode step that has a name. What is shared
-between jobs (states of a sequence) goes through files. Each library has one child for all jobs,
-which keeps the last models open; each job has a context of its own. This module imports no code of
-pop_local.
+between jobs (states of a sequence) goes through files. Each library has one child for all jobs, and
+one for those of each set of servers, which keeps the last models open; each job has a context of
+its own. This module imports no code of pop_local.
 """
 
 import ctypes
@@ -20,6 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 
+# Layers on the local GPUs, in all tests that use this; bit equality is not to be had then.
+GPU_LAYERS = int(os.environ.get("POP_TEST_GPU_LAYERS", "0"))
 # Of the models that a child keeps open: three of a Trio, and one.
 N_MODELS = 4
 
@@ -61,7 +63,8 @@ class Step:
 class Job:
     """`lib`: folder of an unpatched library; None: the installed one, which is patched.
 
-    `further`: files after the model, as llama_model_load_from_splits takes them.
+    `further`: files after the model, as llama_model_load_from_splits takes them. `servers`: RPC
+    servers that are its devices instead of local GPUs.
     """
 
     model: str
@@ -82,6 +85,8 @@ class Job:
     repacked: bool = True  # weights laid out anew for this processor's kernels
     cvec: tuple[float, ...] = field(default=())
     watched: bool = False  # by an evaluation callback
+    n_gpu_layers: int = GPU_LAYERS
+    servers: tuple[str, ...] = ()
 
 
 def has_amx() -> bool:
@@ -106,12 +111,14 @@ def run(job: Job) -> dict[str, np.ndarray]:
     RuntimeError with the library's log when it fails, DiedError when the child died of it; the next
     job has another.
     """
-    child = _children.get(job.lib) or _Child(job.lib)
-    _children[job.lib] = child
+    # A model whose server is gone ends the process that frees it.
+    key = job.lib, job.servers
+    child = _children.get(key) or _Child(job.lib)
+    _children[key] = child
     try:
         return child.run(job)
     except DiedError:
-        del _children[job.lib]
+        del _children[key]
         raise
 
 
@@ -153,7 +160,7 @@ class _Child:
         return self._log.read().decode(errors="replace")
 
 
-_children: dict[str | None, _Child] = {}
+_children: dict[tuple[str | None, tuple[str, ...]], _Child] = {}
 
 
 class Models:
@@ -171,8 +178,7 @@ class Models:
         stats = [Path(path).stat() for path in files]
         key = (
             files,
-            job.mmap,
-            job.repacked,
+            *(job.mmap, job.repacked, job.n_gpu_layers, job.servers),
             *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats),
         )
         model = self._opened.pop(key, None) or self._load(job)
@@ -185,7 +191,10 @@ class Models:
 
     def _load(self, job: Job) -> object:
         params = self._lib.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = job.n_gpu_layers
+        if job.servers:
+            devices = self._devices(job.servers)
+            params.devices = ctypes.cast(devices, ctypes.c_void_p)
         params.use_extra_bufts = job.repacked
         if not job.mmap:
             params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE
@@ -194,6 +203,17 @@ class Models:
         files = [path.encode() for path in (job.model, *job.further)]
         paths = (ctypes.c_char_p * len(files))(*files)
         return self._lib.llama_model_load_from_splits(paths, len(files), params)
+
+    def _devices(self, servers: tuple[str, ...]) -> Any:
+        """The first one of each server, as llama_model_params takes them."""
+        from llama_cpp._ctypes_extensions import load_shared_library
+
+        pointer, base_path = ctypes.c_void_p, self._lib._base_path
+        add = load_shared_library("ggml-rpc", base_path).ggml_backend_rpc_add_server
+        first = load_shared_library("ggml-base", base_path).ggml_backend_reg_dev_get
+        add.restype = first.restype = pointer
+        found = [first(pointer(add(name.encode())), ctypes.c_size_t(0)) for name in servers]
+        return (pointer * (len(servers) + 1))(*found)
 
 
 class Session:

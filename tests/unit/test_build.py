@@ -25,6 +25,12 @@ from pop_build.hooks import launchers
 from pop_build.tree import UNPATCHED_VARIABLE, key, prepare, recipe
 from pop_build.unpatched import build_unpatched
 
+# What CMake takes from the environment, as README.md says.
+FLAGS = (
+    *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
+    *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK"),
+)
+
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
@@ -60,11 +66,11 @@ def test_key_changes_with_what_is_built(package, tmp_path):
     seen = {
         plain,
         key(recipe(package, {"CMAKE_ARGS": "-DGGML_CUDA=on"})),
-        key(recipe(package, {"CXX": "clang++"})),
+        *(key(recipe(package, {name: "given"})) for name in FLAGS),
         key(recipe(package, {UNPATCHED_VARIABLE: "1"})),
         key(recipe(package, {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))})),
     }
-    assert len(seen) == 5
+    assert len(seen) == 4 + len(FLAGS)
     for path in (hooks / "0001-hook.patch", hooks / "src/llama-pop.cpp", package / "upstream.txt"):
         write(path, read(path) + "\n")
         changed = key(recipe(package, {}))

@@ -17,7 +17,7 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prefill.kv_state import FULL, context_state
 from pop_local.measure.forced import forced
-from support.calls import NOISE, greedy, last_logits, opened, prompt, read
+from support.calls import NOISE, greedy, kv_bytes, last_logits, opened, prompt, read
 from support.converted import tiny
 
 N_BATCH = 64
@@ -124,19 +124,8 @@ def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_
     assert said == [(64, 200), (128, 200), (192, 200), (200, 200)]
     assert (model.n_exact, model.n_refillable, model.kv_key) == (200, 0, FULL)
     assert context_state(model.ctx)[-1000:] == context_state(full.ctx)[-1000:]
-    assert same_kv(model, full)
+    assert kv_bytes(model) == kv_bytes(full)
     assert model.refill() == 0
-
-
-def same_kv(model, other):
-    api = backend.bindings()
-    states = []
-    for one in (model, other):
-        size = api.llama_state_seq_get_size(one.ctx, 0)
-        buffer = (backend.ctypes.c_uint8 * size)()
-        api.llama_state_seq_get_data(one.ctx, buffer, size, 0)
-        states.append(bytes(buffer))
-    return states[0] == states[1]
 
 
 def test_turns_after_refilling_are_those_of_the_full_model(pop_file):

@@ -10,7 +10,7 @@ from llama_cpp import LlamaGrammar, LogitsProcessorList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from converter.errors import PopError
-from pop_local.engine.llama import backend
+from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.backend import Counters, Mode
 from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read
 from support.converted import converted, tiny
@@ -224,8 +224,9 @@ def test_opening_and_answering_write_nothing(pop_file, capfd):
 
 
 def test_the_backend_describes_itself():
-    info = backend.describe_backend()
+    info = devices.describe_backend()
     assert info.abi == backend.ABI
+    assert {"CPU": 1, "RPC": 0}.items() <= dict(info.built_in).items()
     assert info.library_path.is_file()
     assert info.devices[-1].name == "CPU"
     assert info.n_threads >= 1

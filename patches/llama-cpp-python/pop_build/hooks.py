@@ -20,6 +20,9 @@ _NAME = "llama_cpp_python"
 _DEFINES = {
     # llama.cpp's multimodal library, which only llama_cpp.mtmd_cpp opens.
     "LLAVA_BUILD": "OFF",
+    # Other machines as devices; without RDMA, which would link what this machine happens to have.
+    "GGML_RPC": "ON",
+    "GGML_RPC_RDMA": "OFF",
     # One file per library instead of three copies of each, since a wheel holds no links.
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
     # Keeps the folder's path out of what ccache compares (CMake 4).

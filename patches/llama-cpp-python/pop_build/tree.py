@@ -16,7 +16,10 @@ from .fetch import SOURCE_VARIABLE, Pin, cache_folder, fetch, read_pin
 
 UNPATCHED_VARIABLE = "POP_LLAMA_CPP_UNPATCHED"
 # What a user sets to get another library out of the same sources.
-_FLAGS = ("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "CUDACXX", "CUDAHOSTCXX")
+_FLAGS = (
+    *("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
+    *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK"),
+)
 _PACKAGE_FILES = ("pyproject.toml", "upstream.txt", "*.patch", "pop_build/*.py")
 _HOOK_SUFFIXES = (".patch", ".cpp", ".h", ".hpp", ".c", ".cu", ".cuh", ".m", ".metal", ".txt")
 _LLAMA_CPP = Path("vendor", "llama.cpp")

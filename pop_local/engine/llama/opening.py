@@ -1,4 +1,4 @@
-"""What opening a model takes: its files, one more than llama_cpp knows of, and its defaults."""
+"""What opening a model takes: its files, one more than llama_cpp knows of, devices, defaults."""
 
 import ctypes
 from collections.abc import Iterator
@@ -13,34 +13,41 @@ from converter.header import Header
 from converter.shape import trained_ctx
 from converter.source import Source
 from pop_local.engine.llama import backend
+from pop_local.engine.llama.rpc import Servers
 from pop_local.engine.prefill.plan import RowRule
 
 DEFAULT_CTX = 8192
 # Of the model that this thread opens; none for llama.cpp's own way of finding parts.
 _wanted: ContextVar[tuple[Path, ...]] = ContextVar("wanted", default=())
+_servers: ContextVar[Servers | None] = ContextVar("servers", default=None)
 
 
 @contextmanager
-def with_sidecar(base: Source, sidecar: Path | None) -> Iterator[None]:
+def loading(base: Source, sidecar: Path | None, servers: Servers | None) -> Iterator[None]:
     """Meanwhile, what this thread loads by path comes from all files of `base` and the sidecar.
 
-    Without one nothing is changed. llama_cpp's `Llama` takes one path and offers no other way in.
+    It computes on the servers, where there are any. llama_cpp's `Llama` takes one path, no devices,
+    and offers no other way in.
     """
     _install(backend.bindings())
-    token = _wanted.set(() if sidecar is None else (*base.paths, sidecar))
+    files = _wanted.set(() if sidecar is None else (*base.paths, sidecar))
+    on = _servers.set(servers)
     try:
         yield
     finally:
-        _wanted.reset(token)
+        _wanted.reset(files)
+        _servers.reset(on)
 
 
 def _install(api: ModuleType) -> None:
-    """Let llama_cpp's function for one path look at `_wanted`, once."""
+    """Let llama_cpp's function for one path look at `_wanted` and `_servers`, once."""
     from_one = api.llama_model_load_from_file
     if hasattr(from_one, "from_one"):
         return
 
     def load_wanted(path: bytes, params: Any) -> Any:
+        if servers := _servers.get():
+            params.devices = ctypes.cast(servers.handles, ctypes.c_void_p)
         files = _wanted.get()
         if not files:
             return from_one(path, params)

@@ -1,0 +1,123 @@
+"""What there is to compute on: ggml's functions by name, its backends and their devices."""
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from converter.errors import PopError
+from pop_local.engine.llama import backend
+
+_POINTER = ctypes.c_void_p
+
+
+class Kind(IntEnum):
+    """enum ggml_backend_dev_type, as far as it matters here."""
+
+    CPU = 0
+    GPU = 1
+    INTEGRATED_GPU = 2
+
+
+@dataclass(frozen=True)
+class Device:
+    """One of ggml's devices; memory in bytes."""
+
+    name: str
+    description: str
+    is_gpu: bool
+    memory_free_bytes: int
+    memory_total_bytes: int
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What `doctor` tells about the backend; `abi` is None when the library is unpatched.
+
+    `built_in`: ggml's backends by name, each with the number of devices that it found here.
+    """
+
+    version: str
+    library_path: Path
+    abi: int | None
+    devices: tuple[Device, ...]
+    built_in: tuple[tuple[str, int], ...]
+    features: str
+    n_threads: int
+
+
+def describe_backend() -> BackendInfo:
+    """Works with an unpatched library too. Raises PopError when there is none at all."""
+    llama_cpp = backend.bindings()
+    import llama_cpp as package
+
+    return BackendInfo(
+        version=package.__version__,
+        library_path=Path(llama_cpp._lib._name),
+        abi=backend.library_abi(),
+        devices=devices(),
+        built_in=tuple(GgmlLibrary().backends()),
+        features=llama_cpp.llama_print_system_info().decode(),
+        n_threads=backend.default_threads(),
+    )
+
+
+def devices() -> tuple[Device, ...]:
+    """ggml's devices, the CPU last as ggml lists them."""
+    ggml = GgmlLibrary()
+    return tuple(ggml.device(handle) for handle in ggml.devices())
+
+
+class GgmlLibrary:
+    """Calls of ggml's functions by name, since llama_cpp binds few of them."""
+
+    _LIBRARIES = ("ggml", "ggml-base")
+
+    def __init__(self) -> None:
+        from llama_cpp._ctypes_extensions import load_shared_library
+
+        llama_cpp = backend.bindings()
+        self._handles = [load_shared_library(n, llama_cpp._base_path) for n in self._LIBRARIES]
+
+    def __call__(self, name: str, result_type: Any, *arguments: Any) -> Any:
+        for handle in self._handles:
+            if (function := getattr(handle, name, None)) is not None:
+                function.restype = result_type
+                return function(*arguments)
+        raise PopError(f"the backend has no function {name}", backend.INSTALL_HINT)
+
+    def devices(self) -> Iterator[int]:
+        """The pointers (ggml_backend_dev_t) of all."""
+        for i in range(self("ggml_backend_dev_count", ctypes.c_size_t)):
+            yield self("ggml_backend_dev_get", _POINTER, ctypes.c_size_t(i))
+
+    def backends(self) -> Iterator[tuple[str, int]]:
+        """The names of those that are built in, and how many devices each has."""
+        for i in range(self("ggml_backend_reg_count", ctypes.c_size_t)):
+            registered = _POINTER(self("ggml_backend_reg_get", _POINTER, ctypes.c_size_t(i)))
+            name = self("ggml_backend_reg_name", ctypes.c_char_p, registered).decode()
+            yield name, self("ggml_backend_reg_dev_count", ctypes.c_size_t, registered)
+
+    def kind(self, device: int) -> int:
+        """Its `Kind`, or a number of another one."""
+        return int(self("ggml_backend_dev_type", ctypes.c_int, _POINTER(device)))
+
+    def gpus(self) -> list[int]:
+        """The local ones that llama.cpp computes on: integrated ones only without others."""
+        found = list(self.devices())
+        gpus = [device for device in found if self.kind(device) == Kind.GPU]
+        return gpus or [device for device in found if self.kind(device) == Kind.INTEGRATED_GPU]
+
+    def device(self, device: int) -> Device:
+        handle = _POINTER(device)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self("ggml_backend_dev_memory", None, handle, ctypes.byref(free), ctypes.byref(total))
+        return Device(
+            name=self("ggml_backend_dev_name", ctypes.c_char_p, handle).decode(),
+            description=self("ggml_backend_dev_description", ctypes.c_char_p, handle).decode(),
+            is_gpu=self.kind(device) in (Kind.GPU, Kind.INTEGRATED_GPU),
+            memory_free_bytes=free.value,
+            memory_total_bytes=total.value,
+        )

@@ -1,0 +1,121 @@
+"""Other machines as devices: llama.cpp's RPC backend.
+
+Where a server does not answer as it should, llama.cpp ends the process, and it waits without end
+for one that serves another client. So each is asked before a model is loaded. One that goes away
+later still ends the process (`logs.on_abort`).
+"""
+
+import ctypes
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+from weakref import WeakSet
+
+from converter.errors import PopError
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.devices import GgmlLibrary, Kind
+
+DEFAULT_PORT = 50052  # that of llama.cpp's own rpc-server
+_PATIENCE_S = 5.0
+# RPC_CMD_HELLO, the size of its request, and 24 bytes of capabilities; see rpc_msg_hello_rsp.
+_HELLO = struct.pack("<BQ24x", 14, 24)
+_HELLO_ANSWER = struct.pack("<Q", 28)
+_POINTER = ctypes.c_void_p
+
+# Of the models that this process has open: theirs are not asked again, being busy.
+_in_use: "WeakSet[Servers]" = WeakSet()
+
+
+def address(server: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT. Raises PopError for anything else."""
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise PopError(f"{server!r} is no RPC server", "give it as HOST:PORT")
+    return host, int(port)
+
+
+class Servers:
+    """RPC servers that a model computes on, in this order, and on local GPUs behind them.
+
+    `handles`: the devices, for `llama_model_params.devices`. Raises PopError, naming a server that
+    cannot be reached. To be kept as long as the model is open.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        ggml = GgmlLibrary()
+        add = _function(ggml, "ggml_backend_rpc_add_server", _POINTER, ctypes.c_char_p)
+        devices: list[int] = []
+        for name in names:
+            if not any(name in servers.names for servers in _in_use):
+                _ask(name)
+            registered = _POINTER(add(name.encode()))
+            for i in range(ggml("ggml_backend_reg_dev_count", ctypes.c_size_t, registered)):
+                index = ctypes.c_size_t(i)
+                devices.append(ggml("ggml_backend_reg_dev_get", _POINTER, registered, index))
+        devices += ggml.gpus()
+        self.handles = (_POINTER * (len(devices) + 1))(*devices)
+        _in_use.add(self)
+
+
+def serve(host: str, port: int, n_threads: int) -> NoReturn:
+    """Lend this machine's GPUs, or its CPU where there is none, to one client after the other.
+
+    llama.cpp prints what happens to standard output. Python handles no signals meanwhile. Raises
+    PopError when it cannot listen there, and does not return otherwise.
+    """
+    ggml = GgmlLibrary()
+    cpus = [device for device in ggml.devices() if ggml.kind(device) == Kind.CPU]
+    devices = ggml.gpus() or cpus
+    start = _function(
+        *(ggml, "ggml_backend_rpc_start_server", None),
+        *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, _POINTER),
+    )
+    handles = (_POINTER * len(devices))(*devices)
+    try:
+        endpoint = f"{socket.gethostbyname(host)}:{port}"
+    except OSError as error:
+        raise PopError(f"{host} is no address of this machine: {error.strerror}") from error
+    start(endpoint.encode(), None, n_threads, len(devices), handles)
+    raise PopError(
+        f"cannot listen on {host} port {port}", "another program may use it: take another port"
+    )
+
+
+def _function(
+    ggml: GgmlLibrary, name: str, result_type: Any, *argument_types: Any
+) -> Callable[..., Any]:
+    registered = ggml("ggml_backend_reg_by_name", _POINTER, b"RPC")
+    if registered is None:
+        raise PopError("this llama.cpp was built without RPC", backend.INSTALL_HINT)
+    found = ggml("ggml_backend_reg_get_proc_address", _POINTER, _POINTER(registered), name.encode())
+    function: Callable[..., Any] = ctypes.CFUNCTYPE(result_type, *argument_types)(found)
+    return function
+
+
+def _ask(server: str) -> None:
+    """Say hello, as llama.cpp would."""
+    try:
+        with socket.create_connection(address(server), _PATIENCE_S) as connection:
+            connection.sendall(_HELLO)
+            with connection.makefile("rb") as answer:
+                is_rpc = answer.read(len(_HELLO_ANSWER)) == _HELLO_ANSWER
+    except TimeoutError as error:
+        raise PopError(
+            f"the RPC server {server} does not answer",
+            "it serves one client at a time: end the other one",
+        ) from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise PopError(
+            f"the RPC server {server} cannot be reached: {reason}",
+            "start one there",
+            cause="rpc-unreachable",
+        ) from error
+    if not is_rpc:
+        raise PopError(
+            f"what answers at {server} is no RPC server of this version",
+            "give the port of one, from the same version of llama.cpp",
+            cause="rpc-unreachable",
+        )

@@ -1,0 +1,200 @@
+"""Models on two RPC servers of this machine, against the same on the local CPU."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from converter.errors import PopError
+from pop_local.engine.llama import backend, rpc
+from pop_local.engine.llama.backend import Counters
+from pop_local.engine.prefill.kv_state import FULL
+from support.calls import evaluated, greedy, kv_bytes, last_logits, opened, prompt
+from support.converted import tiny
+from support.program import called, run
+from support.rpc import free_port, rpc_server
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    """F32: a server's CPU does not lay weights out anew, whose products then differ in rounding."""
+    template = "{{ messages[-1]['content'] }}"
+    return tiny(tmp_path_factory.mktemp("rpc"), type=Type.F32, chat_template=template)
+
+
+@pytest.fixture(scope="module")
+def servers():
+    with ExitStack() as stack:
+        yield [stack.enter_context(rpc_server()).name for _ in range(2)]
+
+
+@pytest.fixture
+def pair(pop_file, servers):
+    """Opens a model here and on the servers."""
+    with ExitStack() as stack:
+
+        def both(**options):
+            models = opened(pop_file, **options), opened(pop_file, rpc=servers, **options)
+            for model in models:
+                stack.enter_context(model)
+            return models
+
+        yield both
+
+
+def assert_same(model, other):
+    np.testing.assert_array_equal(last_logits(model), last_logits(other))
+    assert kv_bytes(model) == kv_bytes(other)
+    assert backend.get_counters(model.ctx) == backend.get_counters(other.ctx)
+
+
+def test_a_pruned_prompt_is_that_of_the_local_cpu(pair, servers, caplog):
+    caplog.set_level(logging.INFO, "pop_local.llama_cpp")
+    here, there = pair()
+    for name in servers:
+        assert f"[{name}] model buffer size" in caplog.text
+    for model in (here, there):
+        assert evaluated(model, prompt(300)) == Counters(283, 17)
+    assert_same(here, there)
+    assert greedy(there, prompt(300)) == greedy(here, prompt(300))
+
+
+def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
+    models = pair(keep_states=True)
+    for model in models:
+        # As large as a batch, whatever it takes.
+        monkeypatch.setattr(model.deep, "_adapt", lambda n_rows, took_s: None)
+        monkeypatch.setattr(model.deep, "_chunk", 64)
+        model.eval(prompt(200))
+        assert model.refill() == 200
+        assert model.kv_key == FULL
+    assert_same(*models)
+
+
+def test_a_selection_is_that_of_the_local_cpu(pair):
+    models = pair(select=0.1)
+    for model in models:
+        model.eval(prompt(300))
+        assert model.selection.n_selected > 20
+    assert_same(*models)
+
+
+def test_a_state_goes_from_here_to_there(pair):
+    here, there = pair()
+    here.eval(prompt(200))
+    there.load_state(here.save_state())
+    assert greedy(there, prompt(220)) == greedy(here, prompt(220))
+
+
+def test_two_models_of_a_process_share_a_server(pop_file, servers):
+    with opened(pop_file, rpc=servers) as one, opened(pop_file, rpc=servers[:1]) as other:
+        assert greedy(one, prompt(50)) == greedy(other, prompt(50))
+
+
+def test_a_server_that_has_another_client_is_named(pop_file, servers, monkeypatch):
+    monkeypatch.setattr(rpc, "_PATIENCE_S", 0.2)
+    with socket.create_connection(rpc.address(servers[1])) as client:
+        client.sendall(rpc._HELLO)
+        client.recv(1)
+        with pytest.raises(PopError, match=f"{servers[1]} does not answer") as caught:
+            opened(pop_file, rpc=servers)
+    assert "one client at a time" in caught.value.hint
+
+
+def test_a_server_that_is_not_there_is_an_error():
+    name = f"127.0.0.1:{free_port()}"
+    done = called("run", "model.gguf", "hello", "--rpc", "nonsense")
+    assert (done.returncode, "give it as HOST:PORT" in done.stderr) == (2, True)
+    with pytest.raises(PopError, match=f"the RPC server {name} cannot be reached"):
+        rpc.Servers([name])
+
+
+def test_what_is_no_rpc_server_is_an_error():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        name = f"127.0.0.1:{listening.getsockname()[1]}"
+        client = subprocess.Popen(
+            [sys.executable, "-c", f"from pop_local.engine.llama import rpc; rpc._ask('{name}')"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        connection, _ = listening.accept()
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        _, said = client.communicate()
+        connection.close()
+    assert f"what answers at {name} is no RPC server" in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_server_that_dies_while_a_prompt_is_read_ends_the_process_with_a_reason(pop_file):
+    program = """
+import os, signal, sys
+from pop_local import PopModel
+model = PopModel(sys.argv[1], n_ctx=1024, n_batch=64, n_threads=1, rpc=[sys.argv[2]])
+kill = lambda done, total: done and os.kill(int(sys.argv[3]), signal.SIGKILL)
+model.watch_prefill(kill, None)
+model.eval(list(range(3, 300)))
+"""
+    with rpc_server() as server:
+        words = [sys.executable, "-c", program, pop_file, server.name, str(server.process.pid)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGABRT
+    assert done.stderr.startswith("llama.cpp gave up: ggml-rpc.cpp:")
+    assert "Remote RPC server crashed" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("last", ["a b c d " * 60 + "\n", ""], ids=["asks", "ends"])
+def test_a_chat_whose_server_dies_says_so_and_is_kept(pop_file, tmp_path, last):
+    with rpc_server() as server:
+        words = ["chat", str(pop_file), "--rpc", server.name, "--threads", "1", "--max-tokens", "4"]
+        chat = subprocess.Popen(
+            [sys.executable, "-m", "pop_local", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"POP_LOCAL_STATE_DIR": str(tmp_path)},
+            text=True,
+        )
+        assert chat.stdin and chat.stdout and chat.stderr
+        chat.stdin.write("hello\n")
+        chat.stdin.flush()
+        while "decode" not in chat.stderr.readline():
+            pass
+        while not list(tmp_path.rglob("*.popsession")):
+            assert chat.poll() is None
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+        _, said = chat.communicate(last, timeout=60)
+    error, hint = said.splitlines()
+    assert chat.returncode == 1
+    assert error.startswith("error: llama.cpp gave up: ggml-rpc.cpp:")
+    assert hint.startswith("hint: start it again (pop-local rpc-server)")
+    assert bool(list(tmp_path.rglob("*.popsession"))) is bool(last)
+
+
+def test_a_port_that_is_taken_is_an_error(servers):
+    port = rpc.address(servers[0])[1]
+    done = run("rpc-server", "--port", port)
+    assert done.returncode == 1
+    assert f"error: cannot listen on 127.0.0.1 port {port}" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_a_server():
+    with rpc_server() as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=10) == -signal.SIGINT
+
+
+def test_a_server_for_others_is_warned_of(servers):
+    # The port is taken on one address, and so on all of them.
+    done = run("rpc-server", "--host", "0.0.0.0", "--port", rpc.address(servers[0])[1])
+    assert "Anyone who reaches this port" in done.stderr
