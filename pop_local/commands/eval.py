@@ -125,7 +125,7 @@ def eval(  # noqa: A001
                 prompts,
                 PromptOptions(longest, n_ctx, answers),
                 sidecar=pop,
-                hardware=Hardware(threads, gpu_layers),
+                hardware=opt.hardware(threads, gpu_layers, rpc),
                 watch=watch,
             )
         print_json(comparison_json(compared)) if json else show_comparison(compared)

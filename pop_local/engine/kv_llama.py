@@ -25,6 +25,7 @@ from pop_local.engine.depth.select import Selection
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import TokenBatch
+from pop_local.engine.llama.devices import devices
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers
 from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaState, api
@@ -141,7 +142,8 @@ class KvLlama(Llama):
         self._batch_rows = TokenBatch(self.n_batch)
         self._stack.callback(self._batch_rows.close)
         self.interrupt = Interrupt()
-        on_device = n_gpu_layers != 0 and any(device.is_gpu for device in backend.devices())
+        has_devices = bool(rpc) or any(device.is_gpu for device in devices())
+        on_device = n_gpu_layers != 0 and has_devices
         n_ubatch = self.context_params.n_ubatch
         self.deep = DeepPasses(self.ctx, self.rows, self.interrupt, n_ubatch, on_device=on_device)
         self.select = 0.0
