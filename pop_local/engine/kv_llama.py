@@ -94,10 +94,9 @@ class KvLlama(Llama):
         effect without a GPU. `rpc`: servers (HOST:PORT) that hold these layers, before local GPUs;
         if one of them goes away, llama.cpp ends the process. `select`: the share of context rows
         that run all layers because the question needs them; None for what the file says.
-        `keep_states`: whether `refill` is to be had, which a selection implies; n_ctx * n_embd * 4
-        bytes. `options` go to
-        `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...). A converted model
-        starts in mode CONTEXT.
+        `keep_states`: whether `refill` is to be had, which a selection implies (`held_bytes`).
+        `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...). A
+        converted model starts in mode CONTEXT.
         """
         backend.require_patched()
         source = read_source(Path(model_path))
