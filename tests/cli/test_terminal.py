@@ -54,7 +54,9 @@ def test_chat_in_a_terminal(model):
 
 
 def test_second_turn_reuses_the_first(model):
-    chat = terminal("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS)
+    """A cache that was refilled meanwhile would stay when pruning is switched off."""
+    options = ("--max-tokens", "5", "--refill", "off")
+    chat = terminal("chat", str(model), *options, *ANSWER_OPTIONS)
     chat.expect_prompt()
     chat.line("hello there, " * 20)
     chat.expect(STATS)
