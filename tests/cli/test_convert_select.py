@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from converter.format import read_pop_meta
+from converter.shape import read_shape
 from pop_local.cli import app
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate
@@ -73,7 +74,7 @@ def test_the_first_recipe_that_recalls_is_taken(plain, tmp_path, found):
     found += [0.2, 0.74, 0.76, 0.9]
     done = convert(plain, out, "--quality", "fastest", "--json", *QUICK)
     assert done.exit_code == 0, done.output
-    tried = [plan.boundary for plan in fastest.recipes(fastest_shape(plain))][:3]
+    tried = [plan.boundary for plan in fastest.recipes(read_shape(plain))][:3]
     report = json.loads(done.stdout)
     meta = meta_of(out)
     assert meta.budget is not None
@@ -84,14 +85,8 @@ def test_the_first_recipe_that_recalls_is_taken(plain, tmp_path, found):
     assert found == [0.9]
 
 
-def fastest_shape(path):
-    from converter.shape import read_shape
-
-    return read_shape(path)
-
-
 def test_recipes_come_from_the_fastest_on(plain):
-    limits = [plan.speedup_limit for plan in fastest.recipes(fastest_shape(plain))]
+    limits = [plan.speedup_limit for plan in fastest.recipes(read_shape(plain))]
     assert limits == sorted(limits, reverse=True)
     assert len(limits) == 6
 

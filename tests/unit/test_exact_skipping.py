@@ -28,7 +28,7 @@ from support.shared_kv import make_shared
 
 @pytest.fixture(scope="module", params=["gemma3n", "gemma4"])
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Of F32 weights, whose kernels are the same on all processors: support.raw.has_amx.
+    # Of F32 weights, whose kernels are the same on all processors: support.cpu.has_amx.
     folder = tmp_path_factory.mktemp(request.param)
     return make_shared(folder / "model.gguf", request.param, type=GGMLQuantizationType.F32)
 
