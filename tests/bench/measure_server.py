@@ -184,7 +184,9 @@ def main() -> None:
     n_ctx = 3 * parsed.words + parsed.decode + 256
     with ExitStack() as stack:
         with pinned(parsed.cpu):
-            server = stack.enter_context(served(Path(parsed.model), "--ctx", n_ctx))
+            server = stack.enter_context(
+                served(Path(parsed.model), "--ctx", n_ctx, "--refill", "off")
+            )
             run = stack.enter_context(running(parsed, n_ctx))
         address = server.root.removeprefix("http://")
         streamed = {"stream": True, "stream_options": {"include_usage": True}}

@@ -30,9 +30,13 @@ DECODED = "pop_decoded_tokens_total"
 HUNG_UP = 'pop_requests_total{path="/v1/chat/completions",status="499"}'
 
 
+# What was refilled between two requests answers the second one otherwise.
+REPEATABLE = ("--ctx", 2048, "--refill", "off")
+
+
 @pytest.fixture(scope="module")
 def server(smollm2_pop):
-    with served(smollm2_pop, "--ctx", 2048, "--name", "smol", "--api-key", "secret") as server:
+    with served(smollm2_pop, *REPEATABLE, "--name", "smol", "--api-key", "secret") as server:
         yield server
 
 
@@ -45,7 +49,7 @@ def client(server):
 @pytest.fixture(scope="module")
 def free(smollm2_pop):
     """Without a key, for clients of the tests' own."""
-    with served(smollm2_pop, "--ctx", 2048) as server:
+    with served(smollm2_pop, *REPEATABLE) as server:
         yield server
 
 
