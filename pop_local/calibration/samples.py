@@ -39,7 +39,7 @@ def sample_windows(
     for part in np.array_split(np.arange(n_windows), -(-n_windows // MAX_SEQUENCES)):
         n = len(part)
         tokens = np.empty((n, n_window), np.int32)
-        given = [starts[number][:n_window] for number in part]
+        given = [starts[number][:n_window] for number in part.tolist()]
         for row, start in zip(tokens, given, strict=True):
             row[: len(start)] = start
         for n_steps in _fill(tokens, [len(start) for start in given], model, rng):
