@@ -27,6 +27,9 @@ from pop_local.engine.prefill.plan import (
 )
 from pop_local.engine.turn import TurnOptions
 
+# The last rows of a prompt, whose attention and words choose others. Fewer of them may run deep.
+N_QUESTION = 32
+
 
 class PrunedLlama(KvLlama):
     """`Llama` with its own `eval`, so that what llama_cpp builds upon it prunes, too."""
@@ -84,38 +87,36 @@ class PrunedLlama(KvLlama):
 
     def _read_selecting(self, tokens: Sequence[int], plan: PrefillPlan) -> None:
         """Read all rows to the boundary; then sink, selected rows and tail run deep, together."""
-        end = self.n_tokens + plan.n_tokens
-        question = min(plan.full_from, end - 1)
+        n_past, end = self.n_tokens, self.n_tokens + plan.n_tokens
+        tail = min(plan.full_from, end - 1)
+        question = min(tail, max(n_past, end - N_QUESTION))
         backend.set_full_from(self.ctx, NOWHERE)
         backend.set_sink(self.ctx, 0)
         backend.set_question(self.ctx, question)
         try:
             self._read(tokens, plan, NO_ROWS, NOWHERE, Outputs.NONE)
-            chosen = self._select(question, end)
+            chosen = self._select(question, tail, end)
         finally:
             backend.set_question(self.ctx, -1)
             backend.set_sink(self.ctx, self.rule.sink_tokens)
-        sink = np.flatnonzero(~self.rows.is_full[: min(self.rule.sink_tokens, question)])
-        deep = [*sink.tolist(), *chosen, *range(question, end)]
+        sink = np.flatnonzero(~self.rows.is_full[: min(self.rule.sink_tokens, tail)])
+        deep = [*sink.tolist(), *chosen, *range(tail, end)]
         self.deep.run(deep, logits=True)
-        n_past = end - plan.n_tokens
         self.selection = Selection(len(chosen), sum(row >= n_past for row in deep))
         self._requires_eval = False
 
-    def _select(self, n_rows: int, end: int) -> list[int]:
-        """Choose among the first rows those that the question from there to `end` needs."""
-        may_be = self.rows.has_state[:n_rows] & ~self.rows.is_full[:n_rows]
+    def _select(self, question: int, tail: int, end: int) -> list[int]:
+        """Choose among the rows before the tail those that the question up to `end` needs."""
+        may_be = self.rows.has_state[:tail] & ~self.rows.is_full[:tail]
         may_be[: self.rule.sink_tokens] = False
-        question = [int(token) for token in self.input_ids[n_rows:end]]
-        ordinary = [token for token in question if self._is_ordinary(token)]
-        chosen = select_rows(
-            backend.get_scores(self.ctx, n_rows),
-            self.input_ids[:n_rows],
-            ordinary,
-            may_be,
-            round(self.select * int(may_be.sum())),
-        )
-        return [int(row) for row in chosen]
+        n = round(self.select * int(may_be.sum()))
+        asked = [int(token) for token in self.input_ids[question:end]]
+        ordinary = [token for token in asked if self._is_ordinary(token)]
+        scores = backend.get_scores(self.ctx, question)
+        chosen = select_rows(scores, self.input_ids[:question], ordinary, may_be[:question], n)
+        # The question's own rows come last: it is full of its own words.
+        own = question + np.flatnonzero(may_be[question:])
+        return [*chosen.tolist(), *own[len(own) - (n - len(chosen)) :].tolist()]
 
     def _is_ordinary(self, token: int) -> bool:
         attributes = api.llama_vocab_get_attr(self.vocab, token)

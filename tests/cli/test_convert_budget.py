@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from converter.format import read_pop_meta
 from pop_local.calibration import activations, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, probes
+from pop_local.measure.estimate import Estimate
 from pop_local.workflows import fits
 from pop_local.workflows import search as searching
 from support.converted import names
@@ -108,7 +110,8 @@ def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.boundary, meta.projection) == (7, "own")
-    assert meta.budget.tried == "7 inside, 6 outside, 5 outside"
+    tried = "7 inside, 6 outside, 5 outside, 6 with 10% selected outside"
+    assert meta.budget.tried == tried
     assert meta.measured.kl_mean == pytest.approx(0, abs=1e-6)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert "In budget" in rows[0]
@@ -117,6 +120,29 @@ def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
     assert "custom: KL at most 0.0001" in done.stdout
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "tiny.pop.gguf")])
     assert meta.budget.tried in shown.stdout
+
+
+def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside(base, tmp_path, monkeypatch):
+    deepest = {0.0: 5, 0.1: 4}
+
+    class Told(gradual.Gradual):
+        def measure(self, model, on_progress):
+            found = super().measure(model, on_progress)
+            inside = self.boundary >= deepest[self.select]
+            kl, ratio = Estimate(0.001 if inside else 1.0, 1e-4), Estimate(1.0, 0.0)
+            return replace(found, kl_mean=kl, copy_ppl_ratio=ratio, induction_retention=None)
+
+    monkeypatch.setattr(searching, "Gradual", Told)
+    done = convert(base, "--projection", "own", "--threads", 1, "--json")
+    assert done.exit_code == 0, done.stderr
+    found, meta = json.loads(done.stdout), read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.budget is not None
+    assert (meta.boundary, meta.select) == (4, 0.1)
+    assert meta.budget.tried.startswith("5 inside, 4 outside, ")
+    assert meta.budget.tried.endswith("4 with 10% selected inside, 3 with 10% selected outside")
+    limits = {(each["boundary"], each["select"]): each["speedup_limit"] for each in found["tried"]}
+    assert limits[4, 0.1] > limits[5, 0]
+    assert found["select"] == 0.1
 
 
 def test_own_projections_need_no_fit(base, tmp_path, monkeypatch):

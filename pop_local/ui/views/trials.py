@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _COLUMNS = (
     Column("plan.boundary", "Boundary", numeric=True),
     Column("plan.n_skipped", "Skipped", numeric=True),
+    Column("plan.select", "Selected", "{:.0%}".format, numeric=True),
     Column("plan.speedup_limit", "Limit", "{:.2f}x".format, numeric=True),
     Column("quality.n_windows", "Windows", numeric=True),
     Column("quality.kl_mean", "KL", partial(with_se, spec=".4f"), numeric=True),
@@ -51,6 +52,7 @@ def trial_json(trial: Trial) -> dict[str, Any]:
     return {
         "boundary": plan.boundary,
         "n_skipped": plan.n_skipped,
+        "select": plan.select,
         "speedup_limit": plan.speedup_limit,
         **{name: found[name] for name in _JUDGED},
         "in_budget": trial.in_budget,
