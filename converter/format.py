@@ -62,6 +62,20 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Refilled:
+    """As Measured, where `n_rows` context rows get their depth before each token of the answer.
+
+    Once all rows have it, the cache is the full model's, and nothing is lost.
+    """
+
+    n_rows: int
+    kl_mean: float
+    kl_se: float
+    ppl_ratio: float
+    copy_ppl_ratio: float
+
+
+@dataclass(frozen=True)
 class Budget:
     """What a boundary was chosen by: it is the deepest one that `quality` allows.
 
@@ -111,6 +125,7 @@ class PopMeta:
     source_bytes: int = 0
     calibration: Calibration | None = None
     measured: Measured | None = None
+    refilled: Refilled | None = None
     budget: Budget | None = None
 
     @property
@@ -143,6 +158,7 @@ _SOURCE_BYTES = "pop.source.size_bytes"
 _GROUPS: dict[str, type[Any]] = {
     "calibration": Calibration,
     "measured": Measured,
+    "refilled": Refilled,
     "budget": Budget,
 }
 # Only in sidecars; `base_bytes` is 64 bits wide.
@@ -194,7 +210,7 @@ def read_binding(header: Header) -> Binding:
     return binding
 
 
-Group = TypeVar("Group", Calibration, Measured, Budget, Binding)
+Group = TypeVar("Group", Calibration, Measured, Refilled, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from converter.errors import PlanError, UnsupportedArchitectureError
-from converter.format import OWN, Budget, PopMeta
+from converter.format import OWN, Budget, PopMeta, Refilled
 from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
 from converter.shape import SHARED_KV, ModelShape
 
@@ -23,7 +23,8 @@ class Plan:
     """A decided conversion; layers from `boundary` on are skipped by context tokens.
 
     `projection` is "own" or "fitted". `budget` is what decided the boundary, None where the user
-    did. `select` is the share of context tokens that run all layers, too, chosen by the question.
+    did. `select` is the share of context tokens that run all layers, too, chosen by the question,
+    `refilled` what was measured of it with the others following.
     """
 
     shape: ModelShape
@@ -34,6 +35,7 @@ class Plan:
     min_prompt: int
     budget: Budget | None = None
     select: float = 0.0
+    refilled: Refilled | None = None
 
     @property
     def schedule(self) -> str:
@@ -66,6 +68,7 @@ class Plan:
             tail_tokens=self.tail_tokens,
             min_prompt=self.min_prompt,
             select=self.select,
+            refilled=self.refilled,
             budget=self.budget,
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter.format import FITTED, Budget
+from converter.format import FITTED, Budget, Refilled
 from converter.plan import Plan
 from converter.rewrite import Fitted
 from converter.shape import ModelShape
@@ -37,6 +37,9 @@ _SHARES = (0.1, 0.2)
 MAX_LOST_RECALL = 0.05
 _SETTINGS = RecallSettings()
 _N_WINDOWS = 16
+# Refilled token by token, a window takes as long as several read at once.
+_N_REFILLED_WINDOWS = 4
+N_REFILLED = 8
 _N_TIMED = 24
 
 
@@ -113,20 +116,33 @@ def _chosen(
     tried: Sequence[str],
     watch: Watch,
 ) -> Recipe:
-    settings = QualitySettings(_N_WINDOWS)
     pruning = Pruning(plan.boundary, Mode.CONTEXT, select=plan.select)
-    [quality] = measure_prunings(
-        model, tokenize(model, shipped_text()), settings, [pruning], watch.stage("Measuring")
+
+    def measured(pruning: Pruning, n_windows: int, stage: str) -> Quality:
+        settings, text = QualitySettings(n_windows), tokenize(model, shipped_text())
+        [quality] = measure_prunings(model, text, settings, [pruning], watch.stage(stage))
+        return quality
+
+    quality = measured(pruning, _N_WINDOWS, "Measuring")
+    refilling = replace(pruning, n_refilled=N_REFILLED)
+    later = measured(refilling, _N_REFILLED_WINDOWS, "Measuring with refilling")
+    refilled = Refilled(
+        N_REFILLED,
+        later.kl_mean.value,
+        later.kl_mean.se or 0.0,
+        later.ppl_ratio.value,
+        later.copy_ppl_ratio.value,
     )
     watch.on_note(
         f"Chosen: {tried[-1]} of the facts found, {recall.exact_full.value:.0%} in full;"
         f" at most {plan.speedup_limit:.2f} times as fast. Before it is refilled, text is copied"
-        f" with {quality.copy_ppl_ratio.value:.2f} times the perplexity."
+        f" with {quality.copy_ppl_ratio.value:.2f} times the perplexity, with {N_REFILLED} tokens"
+        f" refilled before each of the answer {refilled.copy_ppl_ratio:.2f} times."
     )
     watch.on_note(_affordable(model))
     found = quality.kl_mean.value, quality.copy_ppl_ratio.value
     budget = Budget(FASTEST, *found, least_retention=0.0, tried="; ".join(tried))
-    return Recipe(replace(plan, budget=budget), fitted, recall, quality)
+    return Recipe(replace(plan, budget=budget, refilled=refilled), fitted, recall, quality)
 
 
 def _affordable(model: PopModel) -> str:

@@ -25,6 +25,7 @@ def plain(tmp_path_factory):
 def quick(monkeypatch):
     monkeypatch.setattr(fastest, "_SETTINGS", fastest.RecallSettings(2, 400))
     monkeypatch.setattr(fastest, "_N_WINDOWS", 2)
+    monkeypatch.setattr(fastest, "_N_REFILLED_WINDOWS", 1)
 
 
 def meta_of(path):
@@ -61,11 +62,15 @@ def test_a_selection_is_stored_and_used(plain, tmp_path):
     assert done.exit_code == 0, done.output
     meta = meta_of(out)
     assert (meta.boundary, meta.select) == (4, 0.1)
-    assert meta.measured is not None
+    assert meta.measured is not None and meta.refilled is not None
+    # Rows that get their depth bring a random model nearer to the full one.
+    assert meta.refilled.n_rows == 8
+    assert 0 < meta.refilled.kl_mean < meta.measured.kl_mean
     assert "10% of the others, which the question needs" in " ".join(done.output.split())
     assert PopModel(out, n_ctx=512, n_threads=1).select == 0.1
     shown = CliRunner().invoke(app, ["inspect", str(out)]).stdout
     assert "10% of the others" in " ".join(shown.split())
+    assert "all of them: the full model" in " ".join(shown.split())
     assert read_pop_meta(plain) is None
 
 

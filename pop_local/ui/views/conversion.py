@@ -16,7 +16,7 @@ from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 from pop_local.workflows.options import Fastest, Within
 
 if TYPE_CHECKING:
-    from converter.format import Measured, PopMeta
+    from converter.format import PopMeta, Refilled
     from converter.plan import Plan
     from converter.rewrite import Sizes
     from pop_local.workflows.convert import Conversion, Converted
@@ -53,8 +53,7 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
     if isinstance(conversion.depth, Within):
         show_trials(done.trials)
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
-    quality = measured_facts(done.meta.measured) if done.meta.measured else []
-    print_facts([*quality, ("Written", str(done.path))])
+    print_facts([*measured_facts(done.meta), ("Written", str(done.path))])
     if conversion.output.name == "sidecar" and done.path != sidecar_path(conversion.source):
         note(f"It is looked for beside the model only: open it with --pop {done.path}.")
 
@@ -94,6 +93,7 @@ def _object(
         "source_sha256": meta and meta.source_sha256,
         "calibration": meta and meta.calibration,
         "measured": meta and meta.measured,
+        "refilled": meta and meta.refilled,
         "budget": plan.budget,
         "tried": (),
         "phases": (),
@@ -163,8 +163,10 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
     return "In full", f"{ends}, and {rows.select:.0%} of the others, which the question needs"
 
 
-def measured_facts(found: Measured) -> list[Fact]:
+def measured_facts(meta: PopMeta) -> list[Fact]:
     """What a file says of its quality, or was just found."""
+    if (found := meta.measured) is None:
+        return []
     quality = (
         f"KL {found.kl_mean:.4f} ± {found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times the "
         f"full model's, same first choice {found.top1_agreement:.1%}"
@@ -176,4 +178,17 @@ def measured_facts(found: Measured) -> list[Fact]:
     broken = found.copy_ppl_ratio > FAST.max_copy_ratio
     limit = f"BROKEN: above {FAST.max_copy_ratio:g} a model can no longer copy from its prompt"
     warning = [("", limit)] if broken else []
-    return [("Quality", quality), ("Copying", copying), *warning]
+    return [("Quality", quality), ("Copying", copying), *warning, *_refilled_facts(meta.refilled)]
+
+
+def _refilled_facts(found: Refilled | None) -> list[Fact]:
+    if found is None:
+        return []
+    return [
+        (
+            "Refilled",
+            f"{found.n_rows} tokens before each of the answer: KL {found.kl_mean:.4f} ± "
+            f"{found.kl_se:.4f}, perplexity {found.ppl_ratio:.3f} times the full model's, copying "
+            f"{found.copy_ppl_ratio:.3f} times; all of them: the full model",
+        )
+    ]

@@ -73,7 +73,7 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
         full_fact(meta),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
         *([budget_fact(meta.budget), ("", meta.budget.tried)] if meta.budget else []),
-        *(measured_facts(meta.measured) if meta.measured else []),
+        *measured_facts(meta),
         ("Converted from", meta.source_name or "unknown"),
         ("Its sha256", meta.source_sha256 or "unknown"),
         ("Converted by", meta.tool or "unknown"),
