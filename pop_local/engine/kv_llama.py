@@ -39,7 +39,7 @@ from pop_local.engine.prefill.kv_state import (
     restore_context_state,
 )
 from pop_local.engine.prefill.plan import (
-    EXACT_RULE,
+    NO_ENDS,
     n_equal,
 )
 
@@ -131,7 +131,7 @@ class KvLlama(Llama):
         backend.require_boundary(self._model.model, self.meta)
         self.exact = backend.model_exact(self._model.model)
         if self.exact:
-            self.rule = EXACT_RULE
+            self.rule = NO_ENDS
         self.pop_mode = backend.get_mode(self.ctx)
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)

@@ -17,7 +17,7 @@ from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.interrupt import DisplacedError
 from pop_local.engine.llama.upstream import LlamaGrammar, api
 from pop_local.engine.prefill.plan import (
-    NO_ROWS,
+    NO_ENDS,
     NOWHERE,
     PrefillPlan,
     RowRule,
@@ -94,7 +94,7 @@ class PrunedLlama(KvLlama):
         backend.set_sink(self.ctx, 0)
         backend.set_question(self.ctx, question)
         try:
-            self._read(tokens, plan, NO_ROWS, NOWHERE, Outputs.NONE)
+            self._read(tokens, plan, NO_ENDS, NOWHERE, Outputs.NONE)
             chosen = self._select(question, tail, end)
         finally:
             backend.set_question(self.ctx, -1)

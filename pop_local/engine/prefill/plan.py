@@ -22,11 +22,8 @@ class RowRule:
     min_prompt: int = 0
 
 
-# Only the row whose logits are requested; nothing is lost, so no prompt is too short.
-EXACT_RULE = RowRule(sink_tokens=0, tail_tokens=0)
-
-# No row at all, for prompts whose rows get their depth in a second pass.
-NO_ROWS = RowRule(sink_tokens=0, tail_tokens=0)
+# Only rows whose logits are requested: where rows leave exactly, or get their depth later.
+NO_ENDS = RowRule(sink_tokens=0, tail_tokens=0)
 NOWHERE = 2**31 - 1
 
 
