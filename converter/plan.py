@@ -12,8 +12,6 @@ from converter.shape import SHARED_KV, ModelShape
 DEFAULT_SKIP = Fraction(1, 3)
 # 16 leave the first answer token 1.4 times as wrong (docs/lab-notebook.md), and win 0.5 % of time.
 TAIL_TOKENS = 32
-# With a selection, whose question is as long as before, 16 find as much (docs/depth.md).
-SELECTING_TAIL_TOKENS = 16
 MAX_TOKENS = 2**31 - 1
 
 # Of a model's layers: a fraction, or a number of layers.
@@ -98,15 +96,14 @@ def make_plan(
     skip: Share = DEFAULT_SKIP,
     boundary: int | None = None,
     sink_tokens: int = PopMeta.sink_tokens,
-    tail_tokens: int | None = None,
+    tail_tokens: int = TAIL_TOKENS,
     min_prompt: int | None = None,
     projection: str = OWN,
     select: float = 0.0,
 ) -> Plan:
     """Decide a conversion; the boundary is as given, else it follows from `skip`.
 
-    A fraction is rounded to whole layers, but never to none. `tail_tokens` None: TAIL_TOKENS, or
-    SELECTING_TAIL_TOKENS where some are selected. `min_prompt`: the shortest prompt in
+    A fraction is rounded to whole layers, but never to none. `min_prompt`: the shortest prompt in
     tokens that is pruned; None takes the one that saves enough with this model (see
     `shortest_saving`). With one skipped layer `projection` is "own": there is nothing to fit, its
     own projections are exact. Raises PlanError when nothing would be kept or skipped, or a token
@@ -129,8 +126,6 @@ def make_plan(
             f"{boundary} does not",
             f"choose a boundary from 1 to {shape.n_layer - 1}",
         )
-    if tail_tokens is None:
-        tail_tokens = SELECTING_TAIL_TOKENS if select else TAIL_TOKENS
     tokens = {"sink": sink_tokens, "tail": tail_tokens, "min_prompt": min_prompt or 0}
     for name, value in tokens.items():
         if not 0 <= value <= MAX_TOKENS:

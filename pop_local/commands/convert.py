@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from converter.format import Budget, PopMeta
-from converter.plan import SELECTING_TAIL_TOKENS, TAIL_TOKENS
+from converter.plan import TAIL_TOKENS
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
 from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
@@ -78,13 +78,8 @@ def convert(
         int, typer.Option(min=0, help="First tokens of a prompt to run in full.")
     ] = PopMeta.sink_tokens,
     tail: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help=f"Last tokens of a prompt to run in full. Default: {TAIL_TOKENS}, with a selection"
-            f" {SELECTING_TAIL_TOKENS}.",
-        ),
-    ] = None,
+        int, typer.Option(min=0, help="Last tokens of a prompt to run in full.")
+    ] = TAIL_TOKENS,
     min_prompt: Annotated[
         int | None,
         typer.Option(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.format import Budget, PopMeta
-from converter.plan import Plan, make_plan, parse_skip
+from converter.plan import TAIL_TOKENS, Plan, make_plan, parse_skip
 from converter.shape import ModelShape
 
 
@@ -50,12 +50,12 @@ Depth = Within | Fastest | Skip | Boundary
 class RowOptions:
     """Which tokens of a prompt run in full, and from which length on prompts are pruned.
 
-    `tail_tokens` and `min_prompt` None: what `make_plan` takes. `select`: the share of context
-    tokens that run all layers because the question needs them.
+    `min_prompt` None: a length by the model, below which little would be saved. `select`: the share
+    of context tokens that run all layers because the question needs them.
     """
 
     sink_tokens: int = PopMeta.sink_tokens
-    tail_tokens: int | None = None
+    tail_tokens: int = TAIL_TOKENS
     min_prompt: int | None = None
     select: float = 0.0
 
