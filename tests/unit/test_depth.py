@@ -224,6 +224,30 @@ def test_selected_rows_run_all_layers_with_the_tail(pop_file):
         assert np.abs(logits - last_logits(other)).max() > NOISE
 
 
+def test_a_short_tail_leaves_the_question_as_it_is(pop_file, monkeypatch):
+    asked, words = [], []
+    set_question = backend.set_question
+    monkeypatch.setattr(
+        backend, "set_question", lambda ctx, row: (asked.append(row), set_question(ctx, row))
+    )
+
+    def select(scores, tokens, question, may_be, n):
+        words.extend(question)
+        assert len(scores) == len(tokens) == len(may_be) == 300 - 32
+        return select_rows(scores, tokens, question, may_be, n)
+
+    monkeypatch.setattr("pop_local.engine.pruned.select_rows", select)
+    model = opened(pop_file, select=0.1)
+    model.rule = replace(model.rule, tail_tokens=4)
+    tokens = prompt(300)
+    model.eval(tokens)
+    assert asked == [300 - 32, -1]
+    assert words == [token for token in tokens[-32:] if token in words]
+    assert len(words) > 4
+    assert model.rows.is_full[296:300].all()
+    assert not model.rows.is_full[268:296].any()
+
+
 def test_all_rows_selected_give_the_full_models_logits(pop_file):
     model, full = opened(pop_file, select=1.0, n_batch=512, n_ubatch=512), opened(pop_file)
     full.set_pop(Mode.OFF)
