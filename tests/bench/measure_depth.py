@@ -1,7 +1,7 @@
 """What depth on demand costs: keeping states, selecting rows, refilling them. Not a test.
 
     python tests/bench/measure_depth.py MODEL.pop.gguf [--pop SIDECAR] [--boundary LAYER]
-        [--prompts 512,2048] [--select 0.1] [--rounds 5] [--clock wall]
+        [--prompts 512,2048] [--select 0.1] [--tail 32] [--rounds 5] [--clock wall]
 
 One model, one thread. In each round every variant reads the prompt once, from an empty KV cache,
 in an order that rotates; ratios are taken within the round, the first round only warms up. After
@@ -16,12 +16,13 @@ which one thread makes comparable on a machine with other work to do. Prints Mar
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.measure.forced import use_rule
 from pop_local.measure.speed import Spread, random_prompt, spread
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--boundary", type=int, default=0)
     parser.add_argument("--prompts", default="512,2048")
     parser.add_argument("--select", type=float, default=0.1)
+    parser.add_argument("--tail", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     given = parser.parse_args()
@@ -112,7 +114,12 @@ def main() -> None:
     model = PopModel(given.model, sidecar=given.pop, n_ctx=max(lengths) + 16, n_threads=1)
     if given.boundary:
         model.set_boundary(given.boundary)
-    print(f"boundary {model.boundary}, {given.select:.0%} selected, {given.rounds} rounds\n")
+    if given.tail is not None:
+        use_rule(model, replace(model.rule, tail_tokens=given.tail))
+    print(
+        f"boundary {model.boundary}, {given.select:.0%} selected, a tail of"
+        f" {model.rule.tail_tokens}, {given.rounds} rounds\n"
+    )
     print("| prompt | pruned | selected | full / pruned | full / selected | keeping | ", end="")
     print("selecting, of its rows' cost | refilling | refilling / (full - pruned) |")
     print("|---:" * 9 + "|")

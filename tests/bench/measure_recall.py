@@ -1,7 +1,7 @@
 """Cued recall by boundary and selection: the curve of docs/depth.md. Not a test.
 
     python tests/bench/measure_recall.py MODEL.gguf --boundaries 10,12,15,20 [--shares 0,0.1,0.2]
-        [--documents 24] [--tokens 512] [--sidecars FOLDER] [--plot OUT.png]
+        [--documents 24] [--tokens 512] [--tail 32] [--sidecars FOLDER] [--plot OUT.png]
 
 Fits each boundary with convert's defaults, or takes bN.pop-sidecar.gguf of a folder, and asks for
 facts as `pop-local eval --recall` does. The full model is asked once. Prints a Markdown table and,
@@ -10,7 +10,7 @@ last, one JSON object; --plot draws recall over the limit of the speed-up at 1,0
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter.format import FITTED
@@ -21,7 +21,7 @@ from converter.source import read_source
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.measure.forced import Pruning
+from pop_local.measure.forced import Pruning, use_rule
 from pop_local.measure.recall import N_AROUND, Recall, RecallReference, RecallSettings
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import measure_fits
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--shares", default="0,0.1,0.2")
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tail", type=int)
     parser.add_argument("--sidecars", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
@@ -115,6 +116,8 @@ def main() -> None:
 
     def measure(plan: Plan, sidecar: Path) -> list[Point]:
         with opened(sidecar) as model:
+            if given.tail is not None:
+                use_rule(model, replace(model.rule, tail_tokens=given.tail))
             return points(model, shape, reference, shares)
 
     plans = [make_plan(shape, boundary=each, projection=FITTED) for each in boundaries]
