@@ -226,16 +226,18 @@ def test_selected_rows_run_all_layers_with_the_tail(pop_file):
 
 def test_a_short_tail_leaves_the_question_as_it_is(pop_file, monkeypatch):
     asked, words = [], []
-    set_question = backend.set_question
-    monkeypatch.setattr(
-        backend, "set_question", lambda ctx, row: (asked.append(row), set_question(ctx, row))
-    )
+    real = backend.set_question
+
+    def set_question(ctx, row):
+        asked.append(row)
+        real(ctx, row)
 
     def select(scores, tokens, question, may_be, n):
         words.extend(question)
         assert len(scores) == len(tokens) == len(may_be) == 300 - 32
         return select_rows(scores, tokens, question, may_be, n)
 
+    monkeypatch.setattr(backend, "set_question", set_question)
     monkeypatch.setattr("pop_local.engine.pruned.select_rows", select)
     model = opened(pop_file, select=0.1)
     model.rule = replace(model.rule, tail_tokens=4)
