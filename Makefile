@@ -2,6 +2,7 @@
 # make test: everything that the tests need, then ruff, mypy and pytest (ARGS="-k name")
 # make check: ruff, mypy and the quick tests, which need the backend, but no models and no second library
 # make fuzz SECONDS=3600: damaged files for each reader, for so long (FUZZ_SEED=N begins elsewhere)
+# make sanitize: the patched library with AddressSanitizer and UBSan under the oracle and damaged files
 # CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --d
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check fuzz lint backend unpatched clean
+.PHONY: demo test check fuzz sanitize lint backend unpatched clean
 
 demo: $(VENV)/.app $(SMOLLM2).pop.gguf
 	@$(BIN)/pop-local demo $(SMOLLM2).pop.gguf
@@ -34,6 +35,17 @@ check: lint
 SECONDS ?= 60
 fuzz: $(VENV)/.tools
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest -n $(WORKERS) -rP tests/fuzz $(ARGS)
+
+# -O1 in the place of -O3 -DNDEBUG: frames that can be read, and assertions. Both sides of the oracle
+# run in this library, since another one's bits need not agree.
+SANITIZED := $(CURDIR)/$(PACKAGE)/build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer -g1
+sanitize: $(VENV)/.tools
+	rm -rf $(SANITIZED)
+	CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" \
+	CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1" \
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(SANITIZED) ./$(PACKAGE)
+	$(BIN)/python -m zipfile -e $(SANITIZED)/*.whl $(SANITIZED)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -25,14 +25,23 @@ def two_tokens_of_one_text(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"<0x41>", b"<0x42>"))
 
 
+def no_tokens_of_bytes(path: Path) -> None:
+    """An exception that no function of llama.cpp catches."""
+    path.write_bytes(path.read_bytes().replace(b"<0x", b"<1x"))
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [(negative_epsilon, "eps >= 0"), (two_tokens_of_one_text, "id_to_token.size()")],
+    [
+        (negative_epsilon, "eps >= 0"),
+        (two_tokens_of_one_text, "id_to_token.size()"),
+        (no_tokens_of_bytes, "unordered_map::at"),
+    ],
 )
 def test_the_reason_is_said(tmp_path, damage, reason):
     path = make_gguf(tmp_path / "model.gguf", "llama")
     damage(path)
-    done = run("run", path, "hello", "--threads", 1, "--ctx", 64, "--max-tokens", 2)
+    done = run("run", path, "☃", "--threads", 1, "--ctx", 64, "--max-tokens", 2)
     error, hint = [line for line in done.stderr.splitlines() if line.startswith(("error", "hint"))]
     assert done.returncode == 1
     assert error.startswith("error: llama.cpp gave up: ") and reason in error

@@ -1,13 +1,16 @@
-"""Damaged files are refused by a PopError, or harmless: random ones, FUZZ_SECONDS for each reader.
+"""Damaged files and requests are refused by a PopError, or harmless: random ones, for each reader.
 
-`make fuzz SECONDS=3600` goes on for an hour; FUZZ_SEED begins elsewhere.
+Each takes FUZZ_SECONDS, or FUZZ_FILES however long they take: `make fuzz SECONDS=3600` goes on for
+an hour. FUZZ_SEED begins elsewhere.
 """
 
 import json
+import logging
 import os
 import random
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -30,18 +33,24 @@ from pop_local.engine.sessions.schema import (
     encoded_array,
 )
 from pop_local.engine.sessions.session_file import Sessions
+from pop_local.server.app import create_app
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import inspect
+from support.asked import NAME, TEMPLATE
+from support.calls import opened
 from support.converted import paired, tiny
-from support.mutants import mutated_bytes, mutated_json
+from support.mutants import IN_PLACE, mutated_bytes, mutated_json
+from support.native import Loader
+from support.serving import asking
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
+N_FILES = int(os.environ.get("FUZZ_FILES", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-# Of one file; a reader that never ends is to be ended from outside.
-PATIENCE_S = 5.0
+# Of one file; a reader that never ends is to be ended from outside. On a busy machine.
+PATIENCE_S = 20.0
 SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
 
 # Makes a damaged file from a source of chance, and reads it.
@@ -52,7 +61,7 @@ def campaign(attempt: Attempt) -> None:
     """Raises what is no PopError, naming the seed that gives it again."""
     deadline_s = time.monotonic() + SECONDS
     n_attempts = n_refused = 0
-    while time.monotonic() < deadline_s:
+    while n_attempts < N_FILES if N_FILES else time.monotonic() < deadline_s:
         seed = SEED + n_attempts
         began_s = time.monotonic()
         try:
@@ -72,7 +81,7 @@ def test_headers_and_pop_keys(tmp_path):
         make_gguf(tmp_path / f"{arch}.gguf", arch, head_arrays=True, **SMALL)
         for arch in ("llama", "gemma3", "qwen3moe")
     ]
-    models.append(tiny(tmp_path, boundary=5))
+    models.append(tiny(tmp_path, boundary=1, **SMALL))
     contents = [(model.read_bytes(), read_header(model).tensors_end) for model in models]
     target = tmp_path / "bad.gguf"
 
@@ -131,3 +140,70 @@ def test_sessions(tmp_path):
             raise PopError("refused")
 
     campaign(attempt)
+
+
+def test_what_llama_cpp_loads(tmp_path):
+    """Files that our own readers let through; what ends the process must have said why."""
+    alone = tiny(tmp_path, boundary=1, **SMALL)
+    base = make_gguf(tmp_path / "qwen3moe.gguf", "qwen3moe", **SMALL | {"n_layer": 3})
+    pair = paired(base, tmp_path, "fitted", boundary=1)
+    loader, said = Loader(PATIENCE_S), Counter[str]()
+    bad, sidecar = tmp_path / "bad.gguf", tmp_path / "bad-sidecar.gguf"
+    whole = {path: path.read_bytes() for path in (alone, pair.single, pair.sidecar)}
+    headers = {path: read_header(path) for path in whole}
+
+    def attempt(rng: random.Random) -> None:
+        path = rng.choice(list(whole))
+        header, is_sidecar = headers[path], path == pair.sidecar
+        keys = [(key.start, key.end) for key in header.keys.values()]
+        key, table = rng.choice(keys), (header.keys_end, header.tensors_end)
+        span = rng.choice([key, key, table, (0, header.tensors_end), (header.data_start, 1 << 62)])
+        target = sidecar if is_sidecar else bad
+        target.write_bytes(mutated_bytes(rng, whole[path], *span, kinds=IN_PLACE))
+        read_header(target)
+        try:
+            words = loader.read(base if is_sidecar else bad, sidecar if is_sidecar else None)
+        except PopError as error:
+            raise AssertionError(error.message) from error
+        said["gave up" if words.startswith("llama.cpp gave up") else words and "refused"] += 1
+
+    try:
+        campaign(attempt)
+    finally:
+        loader.close()
+    print(f"{said.total():,} opened: {dict(said)}, {loader.n_children} children")
+    assert said[""] and said["refused"]
+
+
+def test_requests(tmp_path, caplog):
+    """Bodies of the server: a 4xx that says why, or an answer."""
+    asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "stop": ["x"]}
+    asked |= {"max_tokens": 2, "repeat_penalty": 1.1, "frequency_penalty": 0.5, "pop": True}
+    parts = [{"type": "text", "text": "who?"}]
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^a{2}$"}}}
+    kept = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    chat = {"model": NAME, "messages": said, "logprobs": True, "top_logprobs": 2} | asked
+    text = {"model": NAME, "prompt": "once", "logprobs": 2, "echo": True, "n": 1} | asked
+    bodies = [("chat/completions", chat | streamed), ("chat/completions", chat)] * 3
+    bodies += [("completions", text), ("completions", text | {"prompt": [5, 6, 7]})] * 3
+    bodies += [("chat/completions", chat | {"response_format": kept})]
+    bodies += [("completions", text | {"grammar": 'root ::= "a" | "b" root'})]
+    model = opened(tiny(tmp_path, boundary=1, chat_template=TEMPLATE, **SMALL), n_ctx=256)
+    with asking(create_app(model, NAME)) as client, caplog.at_level(logging.ERROR):
+
+        def attempt(rng: random.Random) -> None:
+            path, body = rng.choice(bodies)
+            content = json.dumps(mutated_json(rng, body)).encode()
+            if rng.random() < 0.2:
+                content = mutated_bytes(rng, content, 0, len(content))
+            reply = client.post(f"/v1/{path}", content=content)
+            assert not caplog.records and reply.status_code < 500, reply.text
+            if reply.status_code >= 400:
+                assert reply.json()["error"]["message"]
+                raise PopError("refused")
+            assert '"server_error"' not in reply.text
+
+        campaign(attempt)
+    model.close()

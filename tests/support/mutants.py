@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 _INTERESTING = (0, 1, 127, 128, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
@@ -12,12 +13,19 @@ _JSON_VALUES: tuple[Any, ...] = (
 )
 
 
-def mutated_bytes(rng: random.Random, content: bytes, start: int, end: int) -> bytes:
+_KINDS = range(6)
+# What comes behind stays where it is.
+IN_PLACE = (0, 1, 2, 5)
+
+
+def mutated_bytes(
+    rng: random.Random, content: bytes, start: int, end: int, kinds: Sequence[int] = _KINDS
+) -> bytes:
     """Some bytes between `start` and `end` become others, or more, or fewer."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
         at = rng.randrange(start, max(start + 1, min(end, len(changed))))
-        kind = rng.randrange(6)
+        kind = rng.choice(kinds)
         if kind == 0:
             changed[at : at + 1] = rng.randbytes(1)
         elif kind == 1:

@@ -8,7 +8,9 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <exception>
 #include <limits>
+#include <string>
 
 //
 // rows
@@ -222,6 +224,24 @@ llama_pop_cparams llama_pop_init(const llama_model & model) {
 
     return pop;
 }
+
+// an exception that nobody in llama.cpp catches, as a damaged vocabulary may throw, tells the abort callback why
+static const bool is_told = [] {
+    std::set_terminate([] {
+        std::string reason = "std::terminate";
+        if (const auto thrown = std::current_exception()) {
+            try {
+                std::rethrow_exception(thrown);
+            } catch (const std::exception & error) {
+                reason = error.what();
+            } catch (...) {
+                reason = "an unknown exception";
+            }
+        }
+        GGML_ABORT("%s", reason.c_str());
+    });
+    return true;
+}();
 
 int32_t llama_pop_abi(void) {
     return 3;

@@ -1,0 +1,61 @@
+"""Model files opened and read by llama.cpp, in a child process that they may end."""
+
+import json
+import os
+from pathlib import Path
+
+from converter.errors import PopError
+from pop_local.engine.limited.child import serve
+from pop_local.engine.limited.process import LimitedProcess
+from pop_local.engine.llama import logs
+from support.calls import opened
+
+TEXT = b"The ferry leaves the pier at half past six, with nobody on board. "
+
+
+class Loader:
+    """Opens files for the one who asks; the child goes on until one of them ends it."""
+
+    def __init__(self, patience_s: float, limit_bytes: int = 2 << 30) -> None:
+        self._limits = {"limit_s": patience_s, "limit_bytes": limit_bytes}
+        self._child: LimitedProcess | None = None
+        self.n_children = 0
+
+    def read(self, path: Path, sidecar: Path | None = None) -> str:
+        """Open, tokenize, read with pruning, sample a token. Returns "", or what the user reads.
+
+        Raises PopError where nobody says why: another exception, a crash, too much time or memory.
+        """
+        if self._child is None or not self._child.is_alive:
+            self._child = LimitedProcess("support.native", **self._limits)
+            self.n_children += 1
+        said: str = self._child.call("read", str(path), sidecar and str(sidecar))
+        if said.startswith("llama.cpp gave up"):
+            self.close()
+        return said
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.close()
+        self._child = None
+
+
+class _Work:
+    def read(self, path: str, sidecar: str | None) -> str:
+        try:
+            with opened(Path(path), sidecar=sidecar, n_ctx=64) as model:
+                tokens = model.tokenize(TEXT, special=True)[:48]
+                model.detokenize([next(model.generate(tokens, temp=0.0))])
+        except PopError as error:
+            return error.message or "refused"
+        return ""
+
+
+def main(limit_s: float, limit_bytes: int) -> None:
+    stdout = os.dup(1)  # llama_cpp silences the one that everybody has while it opens a model
+
+    def tell(reason: str) -> None:
+        os.write(stdout, json.dumps({"result": f"llama.cpp gave up: {reason}"}).encode() + b"\n")
+
+    logs.on_abort = tell
+    serve(_Work(), limit_s, limit_bytes)
