@@ -45,6 +45,9 @@ _SCALARS: dict[int, str] = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
+_NUMBERS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
+# Of a tensor with so many dimensions: they, its type, its offset.
+_ROWS = tuple(struct.Struct(f"<{n_dims}QIQ") for n_dims in range(5))
 # (elements, bytes) per block by ggml type; Q2_0 (42) is newer than the gguf package.
 BLOCK_SIZES = {42: (64, 18)} | {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 
@@ -134,8 +137,8 @@ class _Cursor:
         return truncated(self.path, "its header ends in mid-sentence")
 
     def number(self, code: str) -> int:
-        start = self.skip(struct.calcsize("<" + code))
-        value: int = struct.unpack_from("<" + code, self.view, start)[0]
+        layout = _NUMBERS[code]
+        value: int = layout.unpack_from(self.view, self.skip(layout.size))[0]
         return value
 
     def count(self, most: int, what: str) -> int:
@@ -285,19 +288,20 @@ def _scan_keys(cursor: _Cursor, count: int) -> dict[str, Key]:
 def _scan_tensor(cursor: _Cursor) -> TensorInfo:
     name = cursor.text()
     n_dims = cursor.number("I")
-    if n_dims > 4:
+    if n_dims >= len(_ROWS):
         raise corrupt(cursor.path, f"a tensor of {n_dims} dimensions ({name})")
-    dims = tuple(cursor.number("Q") for _ in range(n_dims))
-    kind, offset = cursor.number("I"), cursor.number("Q")
+    layout = _ROWS[n_dims]
+    *dims, kind, offset = layout.unpack_from(cursor.view, cursor.skip(layout.size))
     if kind not in BLOCK_SIZES:
         raise FormatError(
             f"{cursor.path}: tensor {name} has type {kind}, which is not known here",
             "use a newer pop-local, or another quantisation",
         )
-    if math.prod(dims) >= 1 << 63:
-        raise corrupt(cursor.path, f"a tensor of {math.prod(dims):,} elements ({name})")
+    n_elements = math.prod(dims)
+    if n_elements >= 1 << 63:
+        raise corrupt(cursor.path, f"a tensor of {n_elements:,} elements ({name})")
     elements, size = BLOCK_SIZES[kind]
-    return TensorInfo(name, dims, kind, offset, math.prod(dims) // elements * size)
+    return TensorInfo(name, tuple(dims), kind, offset, n_elements // elements * size)
 
 
 def _alignment(path: Path, keys: Mapping[str, Key]) -> int:
