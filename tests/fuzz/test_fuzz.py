@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,9 +50,10 @@ pytestmark = pytest.mark.slow
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
 N_FILES = int(os.environ.get("FUZZ_FILES", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-# Of one file; a reader that never ends is to be ended from outside. On a busy machine.
-PATIENCE_S = 20.0
-SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
+# Of one file: processor time here, and what a child may take on a busy machine. A reader that never
+# ends is to be ended from outside.
+PATIENCE_S, CHILD_PATIENCE_S = 5.0, 60.0
+SMALL: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
 
 # Makes a damaged file from a source of chance, and reads it.
 Attempt = Callable[[random.Random], None]
@@ -63,14 +65,14 @@ def campaign(attempt: Attempt) -> None:
     n_attempts = n_refused = 0
     while n_attempts < N_FILES if N_FILES else time.monotonic() < deadline_s:
         seed = SEED + n_attempts
-        began_s = time.monotonic()
+        began_s = time.process_time()
         try:
             attempt(random.Random(seed))
         except PopError:
             n_refused += 1
         except Exception as error:
             raise AssertionError(f"FUZZ_SEED={seed} escapes") from error
-        assert time.monotonic() - began_s < PATIENCE_S, f"FUZZ_SEED={seed} takes too long"
+        assert time.process_time() - began_s < PATIENCE_S, f"FUZZ_SEED={seed} takes too long"
         n_attempts += 1
     print(f"{n_attempts:,} files, {n_refused:,} refused")
     assert 0 < n_refused < n_attempts
@@ -147,7 +149,7 @@ def test_what_llama_cpp_loads(tmp_path):
     alone = tiny(tmp_path, boundary=1, **SMALL)
     base = make_gguf(tmp_path / "qwen3moe.gguf", "qwen3moe", **SMALL | {"n_layer": 3})
     pair = paired(base, tmp_path, "fitted", boundary=1)
-    loader, said = Loader(PATIENCE_S), Counter[str]()
+    loader, said = Loader(CHILD_PATIENCE_S), Counter[str]()
     bad, sidecar = tmp_path / "bad.gguf", tmp_path / "bad-sidecar.gguf"
     whole = {path: path.read_bytes() for path in (alone, pair.single, pair.sidecar)}
     headers = {path: read_header(path) for path in whole}

@@ -17,7 +17,7 @@ class Loader:
     """Opens files for the one who asks; the child goes on until one of them ends it."""
 
     def __init__(self, patience_s: float, limit_bytes: int = 2 << 30) -> None:
-        self._limits = {"limit_s": patience_s, "limit_bytes": limit_bytes}
+        self._limits = (patience_s, limit_bytes)
         self._child: LimitedProcess | None = None
         self.n_children = 0
 
@@ -27,7 +27,8 @@ class Loader:
         Raises PopError where nobody says why: another exception, a crash, too much time or memory.
         """
         if self._child is None or not self._child.is_alive:
-            self._child = LimitedProcess("support.native", **self._limits)
+            limit_s, limit_bytes = self._limits
+            self._child = LimitedProcess("support.native", limit_s=limit_s, limit_bytes=limit_bytes)
             self.n_children += 1
         said: str = self._child.call("read", str(path), sidecar and str(sidecar))
         if said.startswith("llama.cpp gave up"):

@@ -1,0 +1,162 @@
+"""Each write, rename and operation on a folder fails in turn: the old file stays, or the new one is
+whole; nothing else is left, and one error says why."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+
+from converter.errors import PopError
+from converter.fit import Gram
+from pop_local.calibration import state
+from pop_local.calibration.needs import Pair
+from pop_local.calibration.texts import CalibrationText
+from pop_local.engine.sessions.conversation import Conversation, Turn
+from pop_local.engine.sessions.session_file import Sessions
+from support.asked import TEMPLATE
+from support.calls import completed, opened
+from support.converted import converted, names
+from support.faults import FAULTS, failing
+from support.hub_server import Hub, serving
+from support.program import called
+from support.synthetic import make_gguf
+
+SMALL = MappingProxyType({"n_layer": 3, "n_embd": 64, "n_ff": 64})
+NAME = "out.gguf"
+
+
+@pytest.fixture(params=FAULTS)
+def number(request) -> int:
+    return FAULTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return make_gguf(folder / "model.gguf", "llama", chat_template=TEMPLATE, **SMALL)
+
+
+def check(
+    folder: Path,
+    number: int,
+    work: Callable[[Path], str],
+    is_whole: Callable[[Path], bool],
+    kept: frozenset[str] = frozenset(),
+    *,
+    makes_folder: bool = False,
+) -> None:
+    """`work` writes a file into a folder and returns its error; again and again, until none fails.
+
+    `kept`: what may be left after an error. `makes_folder`: `work` does, where there is none.
+    """
+    seen = []
+    for before in (None, b"mine"):
+        at, hit = 0, "nothing yet"
+        while hit:
+            below = folder / f"{at} {before!r}"
+            out = below / NAME
+            if before is not None:
+                below.mkdir()
+                out.write_bytes(before)
+            elif not makes_folder:
+                below.mkdir()
+            with failing(below, at, number) as fault:
+                error = work(below)
+            hit = fault.hit
+            seen.append(hit)
+            found = out.read_bytes() if out.exists() else None
+            assert error or is_whole(out), (at, hit)
+            assert found == before or is_whole(out), (at, hit)
+            there = names(below) if below.exists() else set()
+            left = there - {NAME} - (kept if error else set())
+            # What cannot be removed stays, of course.
+            assert len(left) <= (hit == "unlink"), (at, hit, left)
+            if error and kept:
+                assert not work(below) and is_whole(out) and names(below) == {NAME}
+            at += 1
+        assert not error
+        assert at > 2
+    print(*seen)
+
+
+def command(*words: object) -> str:
+    done = called(*words)
+    assert done.returncode == done.stderr.count("error: ") <= 1, done.stderr
+    assert "Traceback" not in done.stderr and "unexpected" not in done.stderr
+    return done.stderr if done.returncode else ""
+
+
+@pytest.mark.parametrize("form", ["copy", "sidecar"])
+def test_convert(model, tmp_path, number, form, monkeypatch):
+    monkeypatch.setattr("pop_local.workflows.convert._Run._own", lambda *_: None)  # takes seconds
+    options = ["--boundary", 1, "--projection", "own", "--force"]
+    options += ["--sidecar"] if form == "sidecar" else []
+    assert not command("convert", model, tmp_path / NAME, *options)
+    whole = (tmp_path / NAME).read_bytes()
+    check(
+        tmp_path,
+        number,
+        lambda folder: command("convert", model, folder / NAME, *options),
+        lambda path: path.read_bytes() == whole,
+    )
+
+
+def test_strip(model, tmp_path, number):
+    pop = converted(model, tmp_path, boundary=1)
+    check(
+        tmp_path,
+        number,
+        lambda folder: command("strip", pop, folder / NAME, "--force"),
+        lambda path: path.read_bytes() == model.read_bytes(),
+    )
+
+
+def test_pull(model, tmp_path, number):
+    content = model.read_bytes()
+    options = ["--sha256", hashlib.sha256(content).hexdigest(), "--force"]
+    with serving(Hub(plain={NAME: content})) as hub:
+        check(
+            tmp_path,
+            number,
+            lambda folder: command("pull", hub.url(NAME), "--dir", folder, *options),
+            lambda path: path.read_bytes() == content,
+            kept=frozenset({f"{NAME}.partial", f"{NAME}.partial.origin"}),
+            makes_folder=True,
+        )
+
+
+def refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except PopError as error:
+        return error.message
+    return ""
+
+
+def test_a_session(model, tmp_path, number, monkeypatch):
+    monkeypatch.setattr("pop_local.engine.sessions.session_file.SUFFIX", "")
+    said = Conversation("Be brief.", (Turn("who?"),))
+    with opened(model, n_ctx=64) as asked:
+        completed(asked, [1, 5, 6], max_tokens=2)
+        check(
+            tmp_path,
+            number,
+            lambda folder: refusal(lambda: Sessions(folder).save(NAME, asked, said)),
+            lambda path: Sessions(path.parent)._read(NAME).conversation == said,
+            makes_folder=True,
+        )
+
+
+def test_a_checkpoint_of_a_fit(tmp_path, number):
+    text = CalibrationText("text", "0" * 64, np.zeros((4, 8), np.int32))
+    gram = Gram(np.ones((5, 5)), {2: np.ones((5, 4))})
+    made = state.State(text, ((Pair(1, 2),),), 0, 3, {1: gram})
+    check(
+        tmp_path,
+        number,
+        lambda folder: refusal(lambda: state.save(folder / NAME, "this", made)),
+        lambda path: getattr(state.load(path, "this"), "n_done", 0) == 3,
+    )

@@ -1,0 +1,99 @@
+"""File operations below a folder that fail, one at a time: writing, renaming, making, listing."""
+
+import errno
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+# As error numbers are; half of what is to be written is.
+SHORT = 0
+# By their first argument; those of a file descriptor are of any file.
+_BY_PATH = (
+    "replace",
+    "rename",
+    "unlink",
+    "remove",
+    "mkdir",
+    "rmdir",
+    "chmod",
+    "listdir",
+    "scandir",
+)
+_BY_DESCRIPTOR = ("fsync", "fchmod", "ftruncate")
+
+
+@dataclass
+class Fault:
+    """The operation number `at`, from 0 on, fails by `number`; `hit` names it once it has."""
+
+    folder: Path
+    at: int
+    number: int
+    hit: str = ""
+    n_seen: int = 0
+
+    def has(self, path: Any) -> bool:
+        """Whether it is the folder, or below it."""
+        return Path(os.fsdecode(path)).is_relative_to(self.folder)
+
+    def passes(self, name: str, path: Any) -> bool:
+        """Count an operation; False where half of it is to be done. Raises OSError."""
+        is_ours = isinstance(path, int) or self.has(path)
+        if not is_ours or (self.number == SHORT and name != "write"):
+            return True
+        self.n_seen += 1
+        if self.n_seen != self.at + 1:
+            return True
+        self.hit = name
+        if self.number != SHORT:
+            raise OSError(self.number, os.strerror(self.number), path)
+        return False
+
+
+class _File(io.FileIO):
+    fault: Fault
+
+    def write(self, data: Any) -> int | None:
+        whole = memoryview(data).cast("B")
+        passes = self.fault.passes("write", self.name)
+        return super().write(whole if passes else whole[: (len(whole) + 1) // 2])
+
+    def truncate(self, size: int | None = None) -> int:
+        self.fault.passes("truncate", self.name)
+        return super().truncate(size)
+
+
+@contextmanager
+def failing(folder: Path, at: int, number: int) -> Iterator[Fault]:
+    """Let one operation below `folder` fail: by an `errno`, once, or SHORT."""
+    fault, real_open = Fault(folder, at, number), io.open
+    file_class = type("_FaultyFile", (_File,), {"fault": fault})
+
+    def opened(file: Any, mode: str = "r", buffering: int = -1, *text: Any, **options: Any) -> Any:
+        writes = bool(set(mode) & set("wxa+"))
+        if not writes or isinstance(file, int) or not fault.has(file):
+            return real_open(file, mode, buffering, *text, **options)
+        fault.passes("open", file)
+        raw = file_class(os.fspath(file), mode.translate({ord("b"): None, ord("t"): None}))
+        whole = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        return whole if "b" in mode else io.TextIOWrapper(whole, *text, **options)
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(first: Any, *more: Any, **options: Any) -> Any:
+            fault.passes(name, first)
+            return real(first, *more, **options)
+
+        return call
+
+    names = [name for name in (*_BY_PATH, *_BY_DESCRIPTOR) if hasattr(os, name)]
+    changed = {name: counted(name, getattr(os, name)) for name in names}
+    with mock.patch.multiple(os, **changed), mock.patch.multiple(io, open=opened):
+        yield fault
+
+
+FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EINTR": errno.EINTR, "short": SHORT}
