@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -41,6 +44,25 @@ from pop_local.cli import main
 sys.argv = ["pop-local", *sys.argv[1:]]
 main()
 """
+# The command, which keeps each window, examines little, and says when it begins to read.
+KEEPING = """
+import sys
+from pop_local.calibration import job
+from pop_local.measure import probes
+from pop_local.workflows import examine
+
+def load(*arguments, real=job.load):
+    print("begins", flush=True)
+    return real(*arguments)
+
+job.load, job.SAVE_EVERY_S = load, 0.0
+examine.N_WINDOWS = examine.N_OWN_WINDOWS = examine.N_OWN_DRAWS = 1
+probes.N_DRAWS = 2
+from pop_local.cli import main
+sys.argv = ["pop-local", "convert", *sys.argv[1:]]
+main()
+"""
+N_KILLS = int(os.environ.get("POP_TEST_KILLS", "2"))
 
 
 def convert(*arguments: object):
@@ -231,6 +253,46 @@ def test_ctrl_c_and_resume(tiny, tmp_path, text):
     assert convert(tiny, whole, "--text", text).exit_code == 0
     assert target.read_bytes() == whole.read_bytes()
     assert names(tmp_path) == {"tiny.gguf", target.name, whole.name}
+
+
+@posix
+def test_killed_again_and_again_after_the_first_checkpoint(tiny, tmp_path, text):
+    """At random moments; a conversion that is done before begins anew."""
+    target, kept = tmp_path / "tiny.pop.gguf", tmp_path / ".tiny.pop.gguf.calibration"
+    rng, n_kills = random.Random(0), 0
+
+    def run(*output: Path, killed_within_s: float = 0.0) -> float:
+        options = [tiny, *output, "--text", text, "--tokens", "4096", "--threads", "1", *THIRD]
+        command = [sys.executable, "-c", KEEPING, *map(str, options), "--resume"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert b"begins\n" in iter(process.stdout.readline, b"")
+            began_s = time.monotonic()
+            if killed_within_s:
+                while not kept.exists():
+                    time.sleep(0.001)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(rng.uniform(0, killed_within_s))
+                process.kill()
+            _, stderr = process.communicate()
+            assert process.returncode in (0, -signal.SIGKILL), stderr
+            nonlocal n_kills
+            n_kills += process.returncode != 0
+        return time.monotonic() - began_s
+
+    whole = tmp_path / "whole.gguf"
+    took_s = run(whole)
+    n_done = 0
+    while n_kills < N_KILLS:
+        run(killed_within_s=took_s)
+        if target.exists():
+            assert target.read_bytes() == whole.read_bytes()
+            target.unlink()
+            n_done += 1
+    run()
+    assert target.read_bytes() == whole.read_bytes()
+    assert names(tmp_path) == {"tiny.gguf", target.name, whole.name}
+    print(f"{n_kills} kills; {n_done} conversions were done before")
 
 
 def test_a_fit_outlasts_a_stop_of_what_follows(
