@@ -37,15 +37,25 @@ fuzz: $(VENV)/.tools
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest -n $(WORKERS) -rP tests/fuzz $(ARGS)
 
 # -O1 in the place of -O3 -DNDEBUG: frames that can be read, and assertions. Both sides of the oracle
-# run in this library, since another one's bits need not agree.
+# run in this library, since the bits of another build need not agree.
 SANITIZED := $(CURDIR)/$(PACKAGE)/build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer -g1
+REPORTS := $(SANITIZED)/reports
+SANITIZED_TESTS ?= tests/oracle/test_oracle.py tests/oracle/test_deep_pass.py tests/fuzz \
+	-k "tiny_models_equal and (llama or gemma3) or deep_pass or what_llama_cpp_loads"
 sanitize: $(VENV)/.tools
 	rm -rf $(SANITIZED)
 	CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" \
 	CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1" \
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(SANITIZED) ./$(PACKAGE)
 	$(BIN)/python -m zipfile -e $(SANITIZED)/*.whl $(SANITIZED)
+	mkdir $(REPORTS)
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORTS)/asan UBSAN_OPTIONS=log_path=$(REPORTS)/ubsan \
+	LLAMA_CPP_LIB_PATH=$(SANITIZED)/llama_cpp/lib FUZZ_FILES=2000 $(BIN)/pytest -rP $(SANITIZED_TESTS)
+	@cat $(REPORTS)/* 2>/dev/null | grep -o "[^/]*: runtime error.*\|ERROR: AddressSanitizer.*" \
+	| sort | uniq -c | sort -rn
+	@! grep -q "llama-pop[^ ]*: runtime error\|ERROR: AddressSanitizer" $(REPORTS)/* 2>/dev/null
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

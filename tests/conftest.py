@@ -103,7 +103,12 @@ def smollm2_pop(smollm2: Path, made_once: Made) -> Path:
 
 @pytest.fixture(scope="session")
 def unpatched_lib() -> Path:
-    """Upstream's own libraries of the same release and flags: LLAMA_CPP_LIB_PATH of a child."""
+    """Upstream's own libraries of the same release and flags: LLAMA_CPP_LIB_PATH of a child.
+
+    Where that is set for the tests, as by `make sanitize`, all of them are those.
+    """
+    if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return Path(chosen)
     folder = PACKAGE / "build" / "unpatched"
     subprocess.run([sys.executable, PACKAGE / "tool.py", "unpatched", folder], check=True)
     return folder

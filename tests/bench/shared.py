@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from support.asked import BOMB
 from support.paths import ROOT
 from support.rpc import rpc_server
 from support.serving import Served, served
@@ -13,6 +14,7 @@ from support.synthetic import DEFAULTS, add_header
 from support.terminal import Terminal
 
 __all__ = [
+    "BOMB",
     "DEFAULTS",
     "GEMMA4_E2B",
     "ROOT",

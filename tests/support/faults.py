@@ -58,7 +58,7 @@ class Fault:
 class _File(io.FileIO):
     fault: Fault
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
         whole = memoryview(data).cast("B")
         passes = self.fault.passes("write", self.name)
         return super().write(whole if passes else whole[: (len(whole) + 1) // 2])
@@ -91,7 +91,7 @@ def failing(folder: Path, at: int, number: int) -> Iterator[Fault]:
         return call
 
     names = [name for name in (*_BY_PATH, *_BY_DESCRIPTOR) if hasattr(os, name)]
-    changed = {name: counted(name, getattr(os, name)) for name in names}
+    changed: dict[str, Any] = {name: counted(name, getattr(os, name)) for name in names}
     with mock.patch.multiple(os, **changed), mock.patch.multiple(io, open=opened):
         yield fault
 

@@ -119,9 +119,7 @@ class _Child:
     """
 
     def __init__(self, lib: str | None) -> None:
-        env = {key: value for key, value in os.environ.items() if key != "LLAMA_CPP_LIB_PATH"}
-        if lib:
-            env["LLAMA_CPP_LIB_PATH"] = lib
+        env = os.environ | ({"LLAMA_CPP_LIB_PATH": lib} if lib else {})
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the child)
         self._process = subprocess.Popen(
             [sys.executable, __file__],
