@@ -36,8 +36,8 @@ SECONDS ?= 60
 fuzz: $(VENV)/.tools
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest -n $(WORKERS) -rP tests/fuzz $(ARGS)
 
-# -O1 in the place of -O3 -DNDEBUG: frames that can be read, and assertions. Both sides of the oracle
-# run in this library, since the bits of another build need not agree.
+# -O1 in the place of -O3, so that frames can be read. Both sides of the oracle run in this library,
+# since the bits of another build need not agree.
 SANITIZED := $(CURDIR)/$(PACKAGE)/build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer -g1
 REPORTS := $(SANITIZED)/reports
@@ -46,7 +46,7 @@ SANITIZED_TESTS ?= tests/oracle/test_oracle.py tests/oracle/test_deep_pass.py te
 sanitize: $(VENV)/.tools
 	rm -rf $(SANITIZED)
 	CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" \
-	CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CXX_FLAGS_RELEASE=-O1" \
+	CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE='-O1 -DNDEBUG' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'" \
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(SANITIZED) ./$(PACKAGE)
 	$(BIN)/python -m zipfile -e $(SANITIZED)/*.whl $(SANITIZED)
 	mkdir $(REPORTS)

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from converter.header import read_header
+from support.converted import names
 from support.program import run
+from support.serving import served
 from support.synthetic import make_gguf
 
 
@@ -46,6 +49,37 @@ def test_the_reason_is_said(tmp_path, damage, reason):
     assert done.returncode == 1
     assert error.startswith("error: llama.cpp gave up: ") and reason in error
     assert hint.startswith("hint: the model's file may be damaged")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("chat",),
+        ("serve", "--port", 0),
+        ("bench", "--boundary", 5),
+        ("convert", "--boundary", 5),
+        ("convert", "--boundary", 5, "--projection", "own"),
+    ],
+    ids=lambda command: "-".join(map(str, command)),
+)
+def test_whatever_opens_it(tmp_path, command):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    two_tokens_of_one_text(path)
+    name, *options = command
+    done = run(name, path, *options, "--threads", 1, text="hello\n")
+    assert done.returncode == 1
+    assert "error: llama.cpp gave up: llama-vocab.cpp" in done.stderr
+    assert names(tmp_path) == {path.name}
+
+
+def test_a_request_to_the_server(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    negative_epsilon(path)
+    with served(path, "--ctx", 64) as server:
+        with pytest.raises(httpx2.TransportError):
+            server.post("completions", prompt="hello")
+        assert server.process.wait(60) == 1
+        assert "error: llama.cpp gave up: " in server.log
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
