@@ -6,7 +6,7 @@ from fractions import Fraction
 from converter.errors import PlanError, UnsupportedArchitectureError
 from converter.format import OWN, Budget, PopMeta, Refilled
 from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
-from converter.shape import SHARED_KV, ModelShape
+from converter.shape import MROPE, SHARED_KV, ModelShape
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
@@ -125,6 +125,18 @@ def make_plan(
             f"of {shape.n_layer} layers at least one must be kept and one skipped: boundary "
             f"{boundary} does not",
             f"choose a boundary from 1 to {shape.n_layer - 1}",
+        )
+    if boundary < shape.n_deepstack:
+        raise PlanError(
+            f"the first {shape.n_deepstack} layers take features of images: boundary {boundary}"
+            " would skip some of them",
+            f"choose a boundary from {shape.n_deepstack} to {shape.n_layer - 1}",
+        )
+    if select and shape.arch in MROPE:
+        raise PlanError(
+            f"the architecture {shape.arch!r} has several positions a token (M-RoPE), and none of"
+            " its tokens can be selected",
+            "convert it without a selection",
         )
     tokens = {"sink": sink_tokens, "tail": tail_tokens, "min_prompt": min_prompt or 0}
     for name, value in tokens.items():

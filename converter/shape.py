@@ -25,8 +25,11 @@ class _Window:
 ARCHITECTURES: dict[str, _Window | None] = {
     "llama": None,
     "qwen2": None,
+    "qwen2vl": None,
     "qwen3": None,
     "qwen3moe": None,
+    "qwen3vl": None,
+    "qwen3vlmoe": None,
     "gemma2": _Window(period=2, default_tokens=4096),
     "gemma3": _Window(period=6, default_tokens=0),
     # llama.cpp reads phi3's window and switches it off.
@@ -40,6 +43,10 @@ SHARED_KV: dict[str, _Window] = {
     "gemma4": _Window(period=0, default_tokens=0),
 }
 _GEMMA3N_KV_LAYERS = 20
+
+# Architectures whose rows have several positions each (M-RoPE): no deep passes, so nothing is
+# selected or refilled.
+MROPE = ("qwen2vl", "qwen3vl", "qwen3vlmoe")
 # Gemma 4 calls the gate of the per-layer inputs and their projection so; the rest is Gemma 3n's.
 _PER_ROW = ("inp_gate", "proj", "laurel_l", "laurel_r", "altup_router", "altup_predict_coef")
 _BEFORE_THE_LAYERS = ("per_layer_model_proj", "altup_proj")
@@ -64,7 +71,8 @@ class ModelShape:
     (head_dim_k + head_dim_v). `swa_window`: visible positions, 0 for all. `head_macs`: the LM head.
 
     `exact`: the first of the layers that read the K/V of an earlier one, 0 where each has its own.
-    `input_macs`, `output_macs`: before the first layer and after the last one.
+    `input_macs`, `output_macs`: before the first layer and after the last one. `n_deepstack`: the
+    first layers, which add features of images to the state, and so cannot be skipped.
     """
 
     arch: str
@@ -80,6 +88,7 @@ class ModelShape:
     exact: int = 0
     input_macs: int = 0
     output_macs: int = 0
+    n_deepstack: int = 0
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -117,6 +126,7 @@ def source_shape(source: Source) -> ModelShape:
         attn_dim=tuple(n * (dim_k + dim_v) for n in heads),
         swa_window=_windows(keys, n_layer),
         head_macs=head_macs,
+        n_deepstack=keys.number("n_deepstack_layers", 0),
     )
 
 

@@ -32,6 +32,8 @@ SYNTHETIC: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "qwen3moe": {},
+    "qwen2vl": {},
+    "qwen3vl": {},
     "gemma2": {},
     "gemma3": {},
     "phi3": {},

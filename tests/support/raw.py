@@ -37,8 +37,10 @@ class Step:
     token. embeddings: as decode, giving the state after the output norm; embed: asks for it from
     now on. causal: whether rows see only earlier ones. save, load: the state of `seq` to or from
     `path`. shift: positions from `pos` on move by `value`, the tokens before them are removed.
-    image: `value` rows of random embeddings from `pos` on, in one batch without logits, each row
-    seeing all of them where the model has it so. hidden: as decode, giving the state of all tokens
+    image: `value` rows of random embeddings from `pos` on, or `rows` (from, to) of them, in one
+    batch, without logits unless it has a name: then of the last one. `grid`: that many columns of
+    an image whose rows have several positions; otherwise `causal` says whether they see earlier
+    rows only. hidden: as decode, giving the state of all tokens
     behind the last layer, as drafting heads read it (by a C++ function: not on Windows). exact: the
     rows that left exactly, deep: those of deep passes, which `counters` would forget. keep: states
     at the boundary from now on, or no longer. deepen: a deep pass over the positions `tokens` of
@@ -57,6 +59,9 @@ class Step:
     logits: str = "last"
     path: str = ""
     value: int = 0
+    rows: tuple[int, ...] = ()
+    grid: int = 0
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -311,20 +316,40 @@ class Session:
         self.capi._Z26llama_set_embeddings_nextnP13llama_contextbb(ctx, False, False)
         return states
 
-    def _image(self, step: Step) -> None:
-        n_embd = self.lib.llama_model_n_embd(self.model)
-        rows = np.random.default_rng(step.pos).standard_normal((step.value, n_embd), np.float32)
-        batch = self.lib.llama_batch_init(step.value, n_embd, 1)
-        ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
-        for row in range(step.value):
-            batch.pos[row], batch.n_seq_id[row] = step.pos + row, 1
-            batch.seq_id[row][0], batch.logits[row] = step.seq, False
-        batch.n_tokens = step.value
-        self.lib.llama_set_causal_attn(self.ctx, False)
+    def _image(self, step: Step) -> np.ndarray:
+        n_embd = self.lib.llama_model_n_embd_inp(self.model)
+        states = np.random.default_rng(step.pos).standard_normal((step.value, n_embd), np.float32)
+        first, end = step.rows or (0, step.value)
+        return self._embedded(
+            states[first:end],
+            image_positions(step)[:, first:end],
+            causal=step.causal or step.grid > 0,
+            with_logits=bool(step.name),
+            seq=step.seq,
+        )
+
+    def _embedded(
+        self, states: np.ndarray, positions: np.ndarray, causal: bool, with_logits: bool, seq: int
+    ) -> np.ndarray:
+        """Decode rows float32 [n, n_embd_inp] at positions int32 [n_pos, n]."""
+        n, n_embd = states.shape
+        states, positions = np.ascontiguousarray(states), np.ascontiguousarray(positions)
+        batch = self.lib.llama_batch_init(positions.size, n_embd, 1)  # room for all positions
+        ctypes.memmove(batch.embd, states.ctypes.data, states.nbytes)
+        ctypes.memmove(batch.pos, positions.ctypes.data, positions.nbytes)
+        for row in range(n):
+            batch.n_seq_id[row], batch.seq_id[row][0] = 1, seq
+            batch.logits[row] = with_logits and row == n - 1
+        batch.n_tokens = n
+        self.lib.llama_set_causal_attn(self.ctx, causal)
         if (status := self.lib.llama_decode(self.ctx, batch)) != 0:
             raise RuntimeError(f"llama_decode returned {status}")
         self.lib.llama_set_causal_attn(self.ctx, True)
         self.lib.llama_batch_free(batch)
+        if not with_logits:
+            return np.zeros((0, self.n_vocab), np.float32)
+        logits = self.lib.llama_get_logits_ith(self.ctx, n - 1)
+        return np.ctypeslib.as_array(logits, (1, self.n_vocab)).copy()
 
     def _save(self, step: Step) -> None:
         size = self.lib.llama_state_seq_get_size(self.ctx, step.seq)
@@ -410,6 +435,15 @@ class Session:
     def _pop(self, function: str, *args: Any) -> None:
         if getattr(self.capi, function)(ctypes.c_void_p(self.ctx), *args) != 0:
             raise RuntimeError(f"{function}{args} was refused")
+
+
+def image_positions(step: Step) -> np.ndarray:
+    """Return the positions of an image's rows, int32 [1 or 4, n]: time, height, width, nothing."""
+    rows = np.arange(step.value, dtype=np.int32)
+    if not step.grid:
+        return step.pos + rows[None]
+    height, width = np.divmod(rows, step.grid)
+    return np.stack([0 * rows + step.pos, step.pos + height, step.pos + width, 0 * rows])
 
 
 def results(job: Job, models: Models) -> dict[str, np.ndarray | None]:

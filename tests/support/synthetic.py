@@ -42,6 +42,8 @@ class Recipe:
     `head_arrays`: head counts written as one number per layer. `swa_period` 0: the default of the
     architecture; `swa_pattern`: a flag for each layer instead. `n_expert` 0: a dense FFN.
     `caps`: gemma2's soft caps of scores and logits. `control`: more control tokens, of n_vocab.
+    `rope_sections`: how many pairs of a head's dimensions turn by time, height, width of an image.
+    `n_deepstack`: first layers that add features of an image.
     """
 
     arch: str = "llama"
@@ -72,6 +74,8 @@ class Recipe:
     alignment: int = gguf.GGUF_DEFAULT_ALIGNMENT
     chat_template: str = ""
     control: Sequence[str] = ()
+    rope_sections: Sequence[int] = ()
+    n_deepstack: int = 0
     seed: int = 0
 
 
@@ -81,6 +85,16 @@ DEFAULTS = {
     "qwen2": Recipe(arch="qwen2", qkv_bias=True, tied_output=True),
     "qwen3": Recipe(arch="qwen3", head_dim=64),
     "qwen3moe": Recipe(arch="qwen3moe", head_dim=64, n_expert=8, n_ff=64),
+    "qwen2vl": Recipe(arch="qwen2vl", qkv_bias=True, tied_output=True, rope_sections=(4, 6, 6, 0)),
+    "qwen3vl": Recipe(arch="qwen3vl", head_dim=64, rope_sections=(12, 10, 10, 0), n_deepstack=3),
+    "qwen3vlmoe": Recipe(
+        arch="qwen3vlmoe",
+        head_dim=64,
+        rope_sections=(12, 10, 10, 0),
+        n_deepstack=3,
+        n_expert=8,
+        n_ff=64,
+    ),
     "gemma2": Recipe(arch="gemma2", head_dim=64, tied_output=True),
     "gemma3": Recipe(arch="gemma3", head_dim=64, n_head_kv=1, tied_output=True, rope_base=1e6),
     "phi3": Recipe(arch="phi3", fused_qkv=True),
@@ -203,6 +217,10 @@ def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
     if recipe.arch == "phi3" and recipe.rope_factors:
         writer.add_rope_scaling_orig_ctx_len(recipe.n_ctx_train)
         writer.add_rope_scaling_attn_factors(1.1)
+    if recipe.rope_sections:
+        writer.add_rope_dimension_sections(recipe.rope_sections)
+    if recipe.n_deepstack:
+        writer.add_num_deepstack_layers(recipe.n_deepstack)
     if recipe.chat_template:
         writer.add_chat_template(recipe.chat_template)
 
@@ -253,7 +271,7 @@ def _norms(recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[str, Weig
         names += ["post_attention_norm", "post_ffw_norm"]
     for name in names:
         yield f"{name}.weight", _gain(rng, recipe.n_embd)
-    if recipe.arch in ("qwen3", "qwen3moe", "gemma3"):
+    if recipe.arch in ("qwen3", "qwen3moe", "qwen3vl", "qwen3vlmoe", "gemma3"):
         for name in ("attn_q_norm", "attn_k_norm"):
             yield f"{name}.weight", _gain(rng, recipe.head_dim)
     if recipe.arch == "olmo2":

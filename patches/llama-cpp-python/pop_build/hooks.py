@@ -18,8 +18,9 @@ Settings = dict[str, "list[str] | str"] | None
 PACKAGE = Path(__file__).resolve().parent.parent
 _NAME = "llama_cpp_python"
 _DEFINES = {
-    # llama.cpp's multimodal library, which only llama_cpp.mtmd_cpp opens.
-    "LLAVA_BUILD": "OFF",
+    # llama.cpp's multimodal library, without videos: it starts ffmpeg on what a client sends.
+    "LLAVA_BUILD": "ON",
+    "MTMD_VIDEO": "OFF",
     # Other machines as devices; without RDMA, which would link what this machine happens to have.
     "GGML_RPC": "ON",
     "GGML_RPC_RDMA": "OFF",

@@ -184,6 +184,15 @@ static ggml_tensor * build_rope(const llm_graph_context & g, const llama_model &
     const float base  = per_layer ? model.get_rope_freq_base (g.cparams, il) : g.freq_base;
     const float scale = per_layer ? model.get_rope_freq_scale(g.cparams, il) : g.freq_scale;
 
+    if (g.hparams.n_pos_per_embd() > 1) {
+        int sections[4];
+        std::copy(std::begin(g.hparams.rope_sections), std::begin(g.hparams.rope_sections) + 4, sections);
+
+        return ggml_rope_multi(g.ctx0, k, inp_pos, nullptr,
+                g.hparams.n_rot(il), sections, g.rope_type, g.n_ctx_orig, base, scale,
+                g.ext_factor, g.attn_factor, g.beta_fast, g.beta_slow);
+    }
+
     return ggml_rope_ext(g.ctx0, k, inp_pos, model.get_rope_factors(g.cparams, il),
             g.hparams.n_rot(il), g.rope_type, g.n_ctx_orig, base, scale,
             g.ext_factor, g.attn_factor, g.beta_fast, g.beta_slow);

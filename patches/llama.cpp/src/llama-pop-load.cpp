@@ -21,13 +21,16 @@ struct llama_pop_arch {
 };
 
 static const llama_pop_arch LLAMA_POP_ARCHS[] = {
-    { LLM_ARCH_LLAMA,    false },
-    { LLM_ARCH_QWEN2,    false },
-    { LLM_ARCH_QWEN3,    false },
-    { LLM_ARCH_QWEN3MOE, false },
-    { LLM_ARCH_GEMMA2,   true  },
-    { LLM_ARCH_GEMMA3,   true  },
-    { LLM_ARCH_PHI3,     false },
+    { LLM_ARCH_LLAMA,      false },
+    { LLM_ARCH_QWEN2,      false },
+    { LLM_ARCH_QWEN2VL,    false },
+    { LLM_ARCH_QWEN3,      false },
+    { LLM_ARCH_QWEN3MOE,   false },
+    { LLM_ARCH_QWEN3VL,    false },
+    { LLM_ARCH_QWEN3VLMOE, false },
+    { LLM_ARCH_GEMMA2,     true  },
+    { LLM_ARCH_GEMMA3,     true  },
+    { LLM_ARCH_PHI3,       false },
 };
 
 static const llama_pop_arch * find_arch(llm_arch arch) {
@@ -234,6 +237,12 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     pop.boundary    = parse_schedule(get_str(gguf, "pop.schedule"), model.hparams.n_layer());
     pop.sink_tokens = get_u32(gguf, "pop.sink_tokens", pop.sink_tokens);
     pop.tail_tokens = get_u32(gguf, "pop.tail_tokens", pop.tail_tokens);
+
+    // these layers add features of an image to the state of its rows
+    const uint32_t n_deepstack = model.hparams.n_deepstack_layers;
+    if (pop.boundary < n_deepstack) {
+        refuse(format("boundary %u is too low: the first %u layers take features of images", pop.boundary, n_deepstack));
+    }
 
     LLAMA_LOG_INFO("%s: boundary = %u of %u layers, %s projections\n", __func__, pop.boundary, model.hparams.n_layer(), projection.c_str());
 }

@@ -136,8 +136,8 @@ llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cp
         return pop.exact > 0 && !cparams.cb_eval ? plan_exact(cparams, ubatch) : plan;
     }
 
-    // without a causal mask a context row is read by the rows before it
-    if (!cparams.causal_attn) {
+    // without a causal mask a text is an encoder's. the rows of an image read each other, and are context all the same
+    if (!cparams.causal_attn && !ubatch.embd) {
         return plan;
     }
 
@@ -292,6 +292,10 @@ int32_t llama_pop_set_boundary(llama_context * ctx, int32_t layer) {
     }
     if (layer < 0 || layer >= (int32_t) hparams.n_layer()) {
         LLAMA_LOG_ERROR("%s: boundary %d is not between 1 and %d\n", __func__, layer, (int32_t) hparams.n_layer() - 1);
+        return -1;
+    }
+    if (layer < (int32_t) hparams.n_deepstack_layers) {
+        LLAMA_LOG_ERROR("%s: boundary %d is too low: the first %u layers take features of images\n", __func__, layer, hparams.n_deepstack_layers);
         return -1;
     }
     if (hparams.pop.fitted && layer != (int32_t) hparams.pop.boundary) {
