@@ -46,6 +46,7 @@ class _Turn:
         self._model = model
         self._options = options
         self._n_prompt = len(prompt.tokens)
+        self._n_image = prompt.n_image
         self._begun = prompt.begun
         room = model.n_ctx() - self._n_prompt
         if room < options.min_answer:
@@ -77,7 +78,8 @@ class _Turn:
             token = -1
         self._epoch = self._model.epoch
         now_s = time.perf_counter()
-        self._ttft_s, self._prefill_s = now_s - self._started_s, now_s - prefill_started_s
+        self._ttft_s, self._encode_s = now_s - self._started_s, self._model.encode_s
+        self._prefill_s = now_s - prefill_started_s - self._encode_s
         self._evaluated = backend.get_counters(self._model.ctx)
         self._selection = self._model.selection
         self._n_exact = self._model.n_exact
@@ -146,6 +148,8 @@ class _Turn:
             n_decoded=self._n_decoded,
             decode_s=self._decode_s,
             finish_reason=reason,
+            n_image=self._n_image,
+            encode_s=self._encode_s,
             is_short=self._is_short(),
         )
 

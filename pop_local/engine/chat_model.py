@@ -1,6 +1,7 @@
 """A model that answers: conversations by its own template, or a text to be continued."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +10,7 @@ from jinja2 import TemplateError
 from converter.errors import PopError
 from pop_local.engine.answer import Answering, answer
 from pop_local.engine.decode.recommended import recommended
+from pop_local.engine.images.pictures import Picture
 from pop_local.engine.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.pruned import PrunedLlama
 from pop_local.engine.special_tokens import SpecialTokens, unused_marks
@@ -79,6 +81,8 @@ class ChatModel(PrunedLlama):
         _encoded("".join(contents))
         marks: dict[str, str] = {}
         unused = iter(unused_marks(contents))
+        pictures: dict[str, Picture] = {}
+        contents = [_with_marks(message, unused, pictures) for message in messages]
         while True:
             text = self._rendered(messages, contents)
             tokens = self._tokens(text, special=True)
@@ -88,16 +92,52 @@ class ChatModel(PrunedLlama):
             for one in spelled:
                 marks[mark := next(unused)] = one
                 contents = [content.replace(one, mark) for content in contents]
-        if marks:
+        if pictures:
+            tokens = self._with_pictures(text, marks, pictures)
+        elif marks:
             tokens = self._special.tokens(text, marks)
         if self._model.add_bos_token() and tokens[:1] != [self.token_bos()]:
             tokens.insert(0, self.token_bos())
         begun = THINK if text.rstrip().endswith(THINK) else ""
         return Prompt(tokens, () if self._template else PLAIN_STOPS, begun)
 
+    def _with_pictures(
+        self, text: str, marks: dict[str, str], pictures: dict[str, Picture]
+    ) -> list[int]:
+        """The tokens of a rendered prompt in which a mark stands for each picture."""
+        pieces = re.split(f"([{''.join(pictures)}])", text)
+        if pieces[1::2] != list(pictures):
+            raise PopError("the chat template leaves out pictures", "ask about fewer at a time")
+        seen = self.eye.tokens(list(pictures.values()))
+        tokens: list[int] = []
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                tokens += seen[number // 2]
+            elif piece:
+                plain = self._tokens(piece, special=True)
+                tokens += self._special.tokens(piece, marks) if marks else plain
+        return tokens
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template takes a message's content as parts only, found by trying it."""
+        probe = chr(0xF0000)
+        contents: tuple[Any, ...] = (probe, [{"type": "text", "text": probe}])
+        for content in contents:
+            try:
+                shown = self._formatter(messages=[{"role": "user", "content": content}]).prompt
+            except (ValueError, TemplateError):
+                continue
+            if probe in shown:
+                return content is not probe
+        return False
+
     def _rendered(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
         plain: Any = [
-            {"role": message.role, "content": content}
+            {
+                "role": message.role,
+                "content": [{"type": "text", "text": content}] if self._wants_parts else content,
+            }
             for message, content in zip(messages, contents, strict=True)
         ]
         try:
@@ -111,6 +151,16 @@ class ChatModel(PrunedLlama):
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""
         return len(self.chat_prompt(messages).tokens)
+
+
+def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Picture]) -> str:
+    """The content of a message with a mark for each picture, which is added to `pictures`."""
+    pieces, at = [], 0
+    for offset, picture in message.pictures:
+        pictures[mark := next(unused)] = picture
+        pieces += [message.content[at:offset], mark]
+        at = offset
+    return "".join([*pieces, message.content[at:]])
 
 
 def _encoded(text: str) -> bytes:

@@ -22,13 +22,14 @@ from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.depth.passes import DeepPasses
 from pop_local.engine.depth.rows import CachedRows
 from pop_local.engine.depth.select import Selection
+from pop_local.engine.images.mmproj import Mmproj, fingerprint
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import devices
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers
-from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaState, api
+from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaState, api, chat_format
 from pop_local.engine.prefill.kv_state import (
     FULL,
     KeyedCache,
@@ -83,6 +84,8 @@ class KvLlama(Llama):
         rpc: Sequence[str] = (),
         select: float | None = None,
         keep_states: bool = False,
+        mmproj: str | os.PathLike[str] | None = None,
+        image_tokens: int | None = None,
         verbose: bool = False,
         **options: Any,
     ) -> None:
@@ -95,6 +98,8 @@ class KvLlama(Llama):
         if one of them goes away, llama.cpp ends the process. `select`: the share of context rows
         that run all layers because the question needs them; None for what the file says.
         `keep_states`: whether `refill` is to be had, which a selection implies (`held_bytes`).
+        `mmproj`: the file that makes rows of pictures, which is loaded with the first of them.
+        `image_tokens`: the most that one image takes, of models where that varies.
         `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...). A
         converted model starts in mode CONTEXT.
         """
@@ -106,6 +111,10 @@ class KvLlama(Llama):
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
         n_ctx_default = opening.default_ctx(source.first)
+        self.mmproj = None if mmproj is None else Path(mmproj)
+        self.image_tokens = image_tokens
+        self._eye: Mmproj | None = None
+        self.mmproj_key = "" if self.mmproj is None else fingerprint(self.mmproj)
         n_threads = n_threads or backend.default_threads()
         self.rpc = tuple(rpc)
         self._servers = Servers(self.rpc) if self.rpc else None
@@ -136,6 +145,7 @@ class KvLlama(Llama):
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
         self.rows = CachedRows(self._n_ctx)
+        self.is_mrope = backend.is_mrope(self._model.model)
         # Counts what makes an answer that is still being sampled wrong to go on with.
         self.epoch = 0
         self._batch_rows = TokenBatch(self.n_batch)
@@ -149,6 +159,9 @@ class KvLlama(Llama):
         self.selection = Selection()
         self.online = OnlineRefill(self.deep, 0)
         self._n_refilled = 0
+        # Of the last prompt's images.
+        self.encode_s = 0.0
+        self._on_gpu = n_gpu_layers != 0
         self.set_depth(select, keep_states=keep_states)
         self._on_prefill: Callable[[int, int], None] | None = None
 
@@ -164,6 +177,44 @@ class KvLlama(Llama):
         Raises UnsupportedArchitectureError for a model that cannot be pruned.
         """
         return read_shape(Path(self.model_path))
+
+    # Images
+
+    @property
+    def eye(self) -> Mmproj:
+        """The mmproj, loaded when it is asked for first. Raises PopError without one."""
+        if self.mmproj is None:
+            raise PopError(
+                "a picture is given, but the model is open without its mmproj",
+                "open it with the mmproj that was published with it",
+                cause="no-mmproj",
+            )
+        if self._eye is None:
+            self._eye = Mmproj(
+                self.mmproj,
+                self._model.model,
+                n_threads=self.n_threads_batch,
+                use_gpu=self._on_gpu,
+                max_tokens=self.image_tokens,
+                should_stop=self.interrupt.is_wanted,
+            )
+            self._stack.callback(self._eye.close)
+        return self._eye
+
+    @property
+    def chat_handler(self) -> Any:
+        """llama_cpp's own way to make prompts; those for pictures read past pruning and cache."""
+        return self._chat_handler
+
+    @chat_handler.setter
+    def chat_handler(self, handler: Any) -> None:
+        if isinstance(handler, chat_format.MTMDChatHandler | chat_format.Llava15ChatHandler):
+            raise PopError(
+                f"{type(handler).__name__} of llama_cpp would read past the pruning, and leave the"
+                " KV cache in disorder",
+                "open the model with mmproj=..., and ask with images=[...]",
+            )
+        self._chat_handler = handler
 
     # Pruning
 
@@ -225,13 +276,19 @@ class KvLlama(Llama):
         """Choose the share of context rows that a question gets deep, None for the file's.
 
         `keep_states`: whether other rows are to be redone later (`refills`); a selection implies
-        it. Of no effect on a model without a boundary. Raises PopError for a share that is none.
+        it. Of no effect on a model without a boundary. Raises PopError for a share that is none,
+        or that a model with several positions a row (M-RoPE) cannot have.
         """
         share = (self.meta.select if self.meta else 0.0) if select is None else select
         if not 0 <= share <= 1:
             raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
-        self.select = share if self.boundary else 0.0
-        self.refills = bool(self.boundary) and keep_states
+        if select and self.is_mrope:
+            raise PopError(
+                "this model has several positions a token (M-RoPE): none can be selected",
+                "open it without a selection",
+            )
+        self.select = share if self.boundary and not self.is_mrope else 0.0
+        self.refills = bool(self.boundary) and not self.is_mrope and keep_states
         self.keeps_states = self.refills or self.select > 0
         backend.set_keep(self.ctx, self.keeps_states)
         if not self.keeps_states:
@@ -263,7 +320,11 @@ class KvLlama(Llama):
         return n_equal(tokens, self._input_ids)
 
     def truncate(self, n_tokens: int) -> bool:
-        """Forget all cached tokens but the first; False for a memory that cannot do so."""
+        """Forget all cached tokens but the first, and of an image that would be cut those, too.
+
+        Returns False for a memory that cannot do so.
+        """
+        n_tokens = self.rows.whole(n_tokens, self.n_tokens)
         if not self._forget_from(n_tokens):
             return False
         if n_tokens < self.n_tokens:
@@ -273,7 +334,8 @@ class KvLlama(Llama):
             self.epoch += 1
         return True
 
-    def _forget_from(self, position: int) -> bool:
+    def _forget_from(self, row: int) -> bool:
+        position = int(self.rows.positions[row])
         if self._end > position:
             return bool(api.llama_memory_seq_rm(self._ctx.memory, 0, position, -1))
         return True
@@ -313,6 +375,8 @@ class KvLlama(Llama):
         return PopState(
             key=self.kv_key,
             is_full=self.rows.is_full[: self.n_tokens].copy(),
+            positions=self.rows.positions[: self.n_tokens + 1].copy(),
+            begins=self.rows.begins[: self.n_tokens].copy(),
             input_ids=self.input_ids.copy(),
             scores=self.scores[: self.n_tokens if self._logits_all else 0].copy(),
             n_tokens=self.n_tokens,
@@ -329,9 +393,12 @@ class KvLlama(Llama):
                 f"the saved state belongs to {key}, the model is set to {self.kv_key}",
                 "switch the model first, or read the prompt again",
             )
-        n = state.n_tokens
-        is_full = state.is_full if isinstance(state, PopState) else np.ones(n, bool)
-        self.take_over(state.llama_state, state.input_ids[:n], is_full, is_exact=key == FULL)
+        if not isinstance(state, PopState):
+            rows = np.arange(state.n_tokens + 1, dtype=np.int32)
+            is_full = np.ones(state.n_tokens, bool)
+            fields = {**vars(state), "key": FULL, "is_full": is_full}
+            state = PopState(**fields, positions=rows, begins=rows[:-1])
+        self.take_over(state, is_exact=key == FULL)
         self.scores[: len(state.scores)] = state.scores
         self._seed = state.seed
 
@@ -339,22 +406,20 @@ class KvLlama(Llama):
         """Whether the model can go on with a KV cache of this key: its own, or the full model's."""
         return key in (str(FULL), str(self.mode_key))
 
-    def take_over(
-        self, kv: bytes, tokens: np.ndarray, is_full: np.ndarray, *, is_exact: bool
-    ) -> None:
-        """Take over llama.cpp's state of a model of the same key, with the tokens of its cells.
+    def take_over(self, state: PopState, *, is_exact: bool) -> None:
+        """Take over llama.cpp's state of a model of the same key, with what is known of its rows.
 
-        `is_full` says of each whether it ran all layers, `is_exact` whether all of them are the
-        full model's own. Raises PopError when it does not fit; the
-        KV cache is empty then.
+        `is_exact` says whether all of them are the full model's own. Raises PopError when it does
+        not fit; the KV cache is empty then.
         """
         self.clear()
-        n = len(tokens)
-        if not restore_context_state(self.ctx, kv) or self._end != n:
+        n, positions = state.n_tokens, state.positions
+        end = int(positions[n - 1]) + 1 if n else 0
+        if not restore_context_state(self.ctx, state.llama_state) or self._end != end:
             self.clear()
             raise PopError("the saved state does not fit this model and context")
-        self.input_ids[:n] = tokens
-        self.rows.take_over(is_full, is_exact=is_exact)
+        self.input_ids[:n] = state.input_ids[:n]
+        self.rows.take_over(state.is_full, positions, state.begins, is_exact=is_exact)
         self.n_tokens = n
 
     def watch_prefill(
@@ -382,7 +447,13 @@ class KvLlama(Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "sidecar": self.sidecar and str(self.sidecar), "rpc": self.rpc}
+        return {
+            **state,
+            "sidecar": self.sidecar and str(self.sidecar),
+            "rpc": self.rpc,
+            "mmproj": self.mmproj and str(self.mmproj),
+            "image_tokens": self.image_tokens,
+        }
 
     def close(self) -> None:
         # __del__ calls it after a failed __init__ too.

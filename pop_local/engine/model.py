@@ -10,7 +10,13 @@ from converter.sidecar import sidecar_beside
 from converter.source import read_source
 from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.sessions.chat_session import Answer, ChatSession, Stream, load_session
+from pop_local.engine.sessions.chat_session import (
+    Answer,
+    ChatSession,
+    Image,
+    Stream,
+    load_session,
+)
 from pop_local.engine.sessions.conversation import Conversation, Document
 from pop_local.engine.turn import AnswerOptions
 from pop_local.models import names
@@ -74,10 +80,13 @@ class PopModel(ChatModel):
         *,
         system: str = "",
         documents: Sequence[str | Document] = (),
+        images: Sequence[Image] = (),
         **options: Unpack[AnswerOptions],
     ) -> Answer:
         """Answer one question that has nothing before it; see ChatSession.chat."""
-        return self.session(system=system).chat(question, documents=documents, **options)
+        return self.session(system=system).chat(
+            question, documents=documents, images=images, **options
+        )
 
     def stream(
         self,
@@ -85,10 +94,13 @@ class PopModel(ChatModel):
         *,
         system: str = "",
         documents: Sequence[str | Document] = (),
+        images: Sequence[Image] = (),
         **options: Unpack[AnswerOptions],
     ) -> Stream:
         """Answer it in pieces, as they come; see ChatSession.stream."""
-        return self.session(system=system).stream(question, documents=documents, **options)
+        return self.session(system=system).stream(
+            question, documents=documents, images=images, **options
+        )
 
     def session(self, *, system: str = "") -> ChatSession:
         """Begin a conversation that remembers."""

@@ -19,3 +19,8 @@ class Prompt:
     tokens: list[int]
     stops: tuple[str, ...] = ()
     begun: str = ""
+
+    @property
+    def n_image(self) -> int:
+        """How many tokens are rows of pictures, whose ids are below zero."""
+        return sum(token < 0 for token in self.tokens)

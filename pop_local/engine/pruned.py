@@ -10,6 +10,7 @@ from pop_local.engine.decode.grammar import GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.depth.select import Selection, select_rows
+from pop_local.engine.images.mmproj import Image
 from pop_local.engine.kv_llama import KvLlama
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
@@ -19,9 +20,11 @@ from pop_local.engine.llama.upstream import LlamaGrammar, api
 from pop_local.engine.prefill.plan import (
     NO_ENDS,
     NOWHERE,
+    Images,
     PrefillPlan,
     RowRule,
     full_rows,
+    images_in,
     n_usable,
     plan_prefill,
 )
@@ -45,22 +48,36 @@ class PrunedLlama(KvLlama):
         if len(tokens) == 0:
             return
         self._make_room(len(tokens))
-        if len(tokens) == 1:
+        if len(tokens) == 1 and tokens[0] >= 0:
             self.online.before(self.n_tokens)
-            self._decode(tokens, Outputs.LAST, self.rule, self.n_tokens)
+            self._decode(tokens, Outputs.LAST, self.rule, int(self.rows.positions[self.n_tokens]))
         else:
             self._prefill(tokens)
 
     def _prefill(self, tokens: Sequence[int]) -> None:
-        plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch)
+        images = images_in(tokens, lambda rest: self.eye.image_at(rest).n_rows)
+        if images and images[-1][1] == len(tokens):
+            raise PopError("the prompt ends with a picture", "let a question follow it")
+        plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch, images)
         self.online.end()
         self.selection = Selection()
         self._report(0, plan.n_tokens)
         if self._can_select(plan):
             self._read_selecting(tokens, plan)
         else:
-            backend.set_full_from(self.ctx, plan.full_from)
-            self._read(tokens, plan, self.rule, plan.full_from, Outputs.LAST)
+            # What is past the last image is text, and a position further on each.
+            full_from = self._position_after(tokens, images, plan.full_from - self.n_tokens)
+            backend.set_full_from(self.ctx, full_from)
+            self._read(tokens, plan, self.rule, full_from, Outputs.LAST)
+
+    def _position_after(self, tokens: Sequence[int], images: Images, n: int) -> int:
+        """The position of the row after the next `n`, which cut no image in two."""
+        lost = sum(
+            end - start - self.eye.image_at(tokens[start:]).n_pos
+            for start, end in images
+            if end <= n
+        )
+        return int(self.rows.positions[self.n_tokens]) + n - lost
 
     def _read(
         self,
@@ -74,7 +91,10 @@ class PrunedLlama(KvLlama):
             for start, end in plan.chunks:
                 # llama_cpp asks for the logits of each batch's last token, which makes it full.
                 outputs = last if end == plan.n_tokens else Outputs.NONE
-                self._decode(tokens[start:end], outputs, rule, full_from)
+                if tokens[start] < 0:
+                    self._decode_image(self.eye.image_at(tokens[start:]), rule, full_from)
+                else:
+                    self._decode(tokens[start:end], outputs, rule, full_from)
                 self.interrupt.check()
                 self._report(end, plan.n_tokens)
 
@@ -136,21 +156,70 @@ class PrunedLlama(KvLlama):
             outputs = Outputs.ALL
         start = self.n_tokens
         end = start + len(tokens)
-        code = self._batch_rows.decode(self.ctx, tokens, start, outputs)
+        positions = self.rows.positions[start] + np.arange(len(tokens) + 1, dtype=np.int32)
+        code = self._batch_rows.decode(self.ctx, tokens, int(positions[0]), outputs)
         if code != 0:
             self.interrupt.check()
             raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
-        self.input_ids[start:end] = tokens
-        if self.pop_mode is Mode.CONTEXT and not self.exact:
-            full = full_rows(start, end, rule, full_from, outputs)
-        else:
-            full = np.full(len(tokens), self.pop_mode is not Mode.ALWAYS)
-        self.rows.read(start, full, keeps_states=self.keeps_states)
+        full = self._are_full(positions[:-1], rule, full_from, outputs)
+        self._have_read(tokens, positions, full, keeps_states=self.keeps_states)
         if self._logits_all and end <= len(self.scores):
             logits = api.llama_get_logits(self.ctx)
             self.scores[start:end] = np.ctypeslib.as_array(logits, (len(tokens), self._n_vocab))
-        self.n_tokens = end
         self._requires_eval = outputs is Outputs.NONE
+
+    def _decode_image(self, image: Image, rule: RowRule, full_from: int) -> None:
+        start, n = self.n_tokens, image.n_rows
+        if image.is_mutual and n > min(self.n_batch, self.context_params.n_ubatch):
+            raise PopError(
+                f"an image of {n} tokens, which see each other, does not fit a ubatch of"
+                f" {min(self.n_batch, self.context_params.n_ubatch)}",
+                f"open the model with n_batch={n} and n_ubatch={n} at least",
+            )
+        if self._logits_all or self.context_params.embeddings:
+            raise PopError(
+                "an image has no logits and no embeddings to give",
+                "open the model without logits_all and embedding",
+            )
+        first = int(self.rows.positions[start])
+        try:
+            code = self.eye.decode(self.ctx, image, first, self.n_batch)
+        finally:
+            self.encode_s += self.eye.take_encode_s()
+        if code != 0:
+            self._forget_from(start)  # what was decoded of it
+            self.interrupt.check()
+            raise PopError(logs.first_error() or f"the image could not be read (code {code})")
+        positions = first + np.arange(n + 1, dtype=np.int32)
+        if self.is_mrope:
+            positions[1:-1] = first
+        positions[-1] = first + image.n_pos
+        full = self._are_full(positions[:-1], rule, full_from, Outputs.NONE)
+        # A row that has seen later ones is not what a deep pass would make of it.
+        has_states = self.keeps_states and not image.is_mutual
+        self._have_read(image.ids, positions, full, keeps_states=has_states)
+        self.rows.are_image(start, start + n)
+        self._requires_eval = True
+
+    def _are_full(
+        self, positions: np.ndarray, rule: RowRule, full_from: int, outputs: Outputs
+    ) -> np.ndarray:
+        if self.pop_mode is Mode.CONTEXT and not self.exact:
+            return full_rows(positions, rule, full_from, outputs)
+        return np.full(len(positions), self.pop_mode is not Mode.ALWAYS)
+
+    def _have_read(
+        self,
+        tokens: Sequence[int],
+        positions: np.ndarray,
+        full: np.ndarray,
+        *,
+        keeps_states: bool,
+    ) -> None:
+        start = self.n_tokens
+        self.n_tokens = start + len(tokens)
+        self.input_ids[start : self.n_tokens] = tokens
+        self.rows.read(start, full, keeps_states=keeps_states, positions=positions)
 
     def _make_room(self, n_tokens: int) -> None:
         total = self.n_tokens + n_tokens
@@ -173,15 +242,26 @@ class PrunedLlama(KvLlama):
         """Sample as llama_cpp does; K/V of the prompt's beginning are reused, its tail is full."""
         self.epoch += 1
         self.selection = Selection()
+        self.encode_s = 0.0
         tokens = list(tokens)
-        usable = self._n_usable(tokens)
-        if options.get("reset", True) and usable < self.n_tokens:
-            self.n_tokens = usable
-            self._requires_eval = True
+        if options.pop("reset", True):
+            tokens = self._unread(tokens)
         try:
-            yield from super().generate(tokens, *args, **options)
+            yield from super().generate(tokens, *args, **options | {"reset": False})
         finally:
             self.online.end()
+
+    def _unread(self, tokens: list[int]) -> list[int]:
+        """Keep what the cache has of a prompt; return the rest of it, nothing if all is done."""
+        usable = self.rows.whole(self._n_usable(tokens), self.n_tokens)
+        if usable == len(tokens) == self.n_tokens and not self._requires_eval:
+            return []
+        # Logits come with a token: where all are cached, the last one is read again.
+        n_kept = self.rows.whole(min(usable, max(0, len(tokens) - 1)), self.n_tokens)
+        self._requires_eval = True
+        if not self.truncate(n_kept):
+            self.clear()
+        return tokens[self.n_tokens :]
 
     def _n_usable(self, tokens: Sequence[int]) -> int:
         """How many cached rows a prompt may reuse.

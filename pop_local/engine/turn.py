@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, TypedDict
 
 from converter.errors import PopError
+from pop_local.engine.images.pictures import Picture
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -13,10 +14,14 @@ Reading = Literal["pruned", "exact", "short", "full"]
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    `pictures`: (offset, picture) pairs in order: each stands before that character of `content`.
+    """
 
     role: Role
     content: str
+    pictures: tuple[tuple[int, Picture], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,15 @@ class TurnStats:
     n_cached: prompt tokens whose K/V were still there. n_pruned: prompt tokens that stopped at the
     boundary. n_selected: context tokens, cached ones among them, that ran all layers since the
     question needs them. n_refilled: cached tokens that were given their depth since the answer
-    before. n_exact: tokens of the prompt whose K/V are the full model's own. n_skipped_exact:
-    prompt tokens that left, exactly, at exact_layer, since the layers from it on share the K/V of
-    earlier ones. n_full: prompt tokens that ran all layers. n_decoded:
-    sampled tokens, the one that ended the answer included. ttft_s: from the question to the first
-    token, templating and tokenising included. prefill_s: reading the prompt. decode_s: from the
-    first to the last sampled token, the reader's own time left out. is_short: pruning is on, and
-    the prompt (what was not cached of it) too short to be pruned.
+    before. n_image: tokens of the prompt, cached ones among them, that are rows of pictures.
+    n_exact: tokens of the prompt whose K/V are the full model's own. n_skipped_exact: prompt tokens
+    that left, exactly, at exact_layer, since the layers from it on share the K/V of earlier ones.
+    n_full: prompt tokens that ran all layers. n_decoded: sampled tokens, the one that ended the
+    answer included. ttft_s: from the question to the first token, templating and tokenising
+    included. encode_s: making rows of pictures, which pruning does not touch. prefill_s: reading
+    the prompt, without that. decode_s: from the first to the last sampled token, the reader's own
+    time left out. is_short: pruning is on, and the prompt (what was not cached of it) too short to
+    be pruned.
     """
 
     n_prompt: int
@@ -97,6 +104,8 @@ class TurnStats:
     n_selected: int = 0
     n_refilled: int = 0
     n_exact: int = 0
+    n_image: int = 0
+    encode_s: float = 0.0
 
     @property
     def reading(self) -> Reading:
@@ -146,6 +155,8 @@ class SessionStats:
     n_skipped_exact: int = 0
     n_selected: int = 0
     n_refilled: int = 0
+    n_image: int = 0
+    encode_s: float = 0.0
 
     @classmethod
     def of(cls, turns: Sequence[TurnStats]) -> "SessionStats":

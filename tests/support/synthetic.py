@@ -41,7 +41,8 @@ class Recipe:
     `rope_divisor`: of the positions, in the way of `rope_scaling`, 0 for none.
     `head_arrays`: head counts written as one number per layer. `swa_period` 0: the default of the
     architecture; `swa_pattern`: a flag for each layer instead. `n_expert` 0: a dense FFN.
-    `caps`: gemma2's soft caps of scores and logits. `control`: more control tokens, of n_vocab.
+    `caps`: gemma2's soft caps of scores and logits. `control`: more control tokens, of n_vocab;
+    `pieces`: more ordinary ones.
     `rope_sections`: how many pairs of a head's dimensions turn by time, height, width of an image.
     `n_deepstack`: first layers that add features of an image.
     """
@@ -74,6 +75,7 @@ class Recipe:
     alignment: int = gguf.GGUF_DEFAULT_ALIGNMENT
     chat_template: str = ""
     control: Sequence[str] = ()
+    pieces: Sequence[str] = ()
     rope_sections: Sequence[int] = ()
     n_deepstack: int = 0
     seed: int = 0
@@ -232,7 +234,7 @@ def _add_tokenizer(writer: GGUFWriter, recipe: Recipe) -> None:
     added = [(text, gguf.TokenType.CONTROL) for text in recipe.control]
     pieces = special + [(f"<0x{byte:02X}>", gguf.TokenType.BYTE) for byte in range(256)]
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    normal = ["\u2581", *letters, *("\u2581" + letter for letter in letters)]
+    normal = [*recipe.pieces, "\u2581", *letters, *("\u2581" + letter for letter in letters)]
     count = recipe.n_vocab - len(pieces) - len(added)
     normal += [f"\u2581w{number}" for number in range(max(0, count - len(normal)))]
     pieces += [(piece, gguf.TokenType.NORMAL) for piece in normal[:count]]

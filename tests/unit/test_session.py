@@ -226,7 +226,7 @@ TURN = "conversation.turns.0"
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("format", 2),
+        ("format", 3),
         ("unknown", 1),
         ("name", []),
         ("model", None),
@@ -241,6 +241,7 @@ TURN = "conversation.turns.0"
         ("fingerprint", None),
         ("fingerprint.model_bytes", 2**70),
         ("fingerprint.backend", 7),
+        ("fingerprint.mmproj", None),
         ("conversation", []),
         ("conversation.system", {}),
         ("conversation.turns", {"a": 1}),
@@ -249,6 +250,8 @@ TURN = "conversation.turns.0"
         (f"{TURN}.answer", None),
         (f"{TURN}.answer", "\ud800"),
         (f"{TURN}.documents", [["name", "text"]]),
+        (f"{TURN}.pictures", [{"name": "a", "sha256": "none.npy"}]),
+        (f"{TURN}.pictures", [{"name": "a"}]),
         (f"{TURN}.documents", [{"name": "a", "text": 1}]),
     ],
 )

@@ -1,4 +1,4 @@
-"""What is known of the rows of a KV cache, by position: projected, deep, or exact."""
+"""What is known of the rows of a KV cache: where each stands, and if projected, deep or exact."""
 
 from collections.abc import Sequence
 
@@ -11,21 +11,48 @@ class CachedRows:
     A row is exact only if every earlier one is, since it attends to them. Rows that were full while
     context rows stood among or before them are deep, and are redone with the others. A state at the
     boundary (`has_state`) is what a row needs to be redone.
+
+    `positions`: of each row, and of the one that comes next: the rows of an image may share one.
+    `begins`: the row where the image of each begins; of text, the row itself.
     """
 
     def __init__(self, n_ctx: int) -> None:
         self.is_full = np.zeros(n_ctx, dtype=bool)
         self.has_state = np.zeros(n_ctx, dtype=bool)
+        self.positions = np.zeros(n_ctx + 1, dtype=np.int32)
+        self.begins = np.zeros(n_ctx, dtype=np.int32)
         self.n_exact = 0
 
-    def read(self, start: int, full: np.ndarray, *, keeps_states: bool) -> None:
-        """Rows were decoded from position `start` on; `full` (bool) says which ran all layers."""
+    def read(
+        self,
+        start: int,
+        full: np.ndarray,
+        *,
+        keeps_states: bool,
+        positions: np.ndarray | None = None,
+    ) -> None:
+        """Rows were decoded from row `start` on; `full` (bool) says which ran all layers.
+
+        `positions`: theirs and that of the next row, None for one after the other.
+        """
         end = start + len(full)
+        if positions is None:
+            positions = self.positions[start] + np.arange(len(full) + 1)
+        self.positions[start : end + 1] = positions
+        self.begins[start:end] = np.arange(start, end)
         self.forget_from(start)
         self.is_full[start:end] = full
         self.has_state[start:end] = keeps_states
         if self.n_exact == start and full.all():
             self.n_exact = end
+
+    def are_image(self, start: int, end: int) -> None:
+        """These rows, which were read last, are one image."""
+        self.begins[start:end] = start
+
+    def whole(self, n_rows: int, n_cached: int) -> int:
+        """Return the first `n_rows` of those that are cached, less those of an image cut in two."""
+        return int(self.begins[n_rows]) if n_rows < n_cached else n_rows
 
     def deepened(self, positions: Sequence[int]) -> None:
         """A deep pass has run over these rows, at ascending positions."""
@@ -40,9 +67,13 @@ class CachedRows:
         self.has_state[n_rows:] = False
         self.is_full[n_rows:] = False
 
-    def take_over(self, is_full: np.ndarray, *, is_exact: bool) -> None:
+    def take_over(
+        self, is_full: np.ndarray, positions: np.ndarray, begins: np.ndarray, *, is_exact: bool
+    ) -> None:
         """Rows came with a saved state, which holds no states at the boundary."""
         n = len(is_full)
+        self.positions[: n + 1] = positions
+        self.begins[:n] = begins
         self.forget_from(0)
         self.is_full[:n] = is_full
         self.n_exact = n if is_exact else 0

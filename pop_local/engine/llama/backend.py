@@ -128,6 +128,13 @@ def model_exact(model: Any) -> int:
     return int(require_patched().llama_pop_model_exact(model))
 
 
+def is_mrope(model: Any) -> bool:
+    """Whether rows have several positions each: time, height and width of an image."""
+    api = bindings()
+    kinds = (api.LLAMA_ROPE_TYPE_MROPE, api.LLAMA_ROPE_TYPE_IMROPE)
+    return api.llama_model_rope_type(model) in kinds
+
+
 def require_boundary(model: Any, meta: PopMeta | None) -> None:
     """Raises PopError when the loaded model does not prune as its keys say."""
     wanted = meta.boundary if meta else 0

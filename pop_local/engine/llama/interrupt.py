@@ -64,6 +64,10 @@ class Interrupt:
         if self._wanted():
             raise StoppedError
 
+    def is_wanted(self) -> bool:
+        """Whether to stop, for whatever runs between two batches; `check` then says why."""
+        return self._raised is not None or self._abort(None)
+
     def _put_off_signals(self) -> None:
         self._pending.clear()
         self._handlers.clear()

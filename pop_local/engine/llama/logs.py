@@ -41,6 +41,11 @@ def take_over(llama_cpp: Any) -> None:
         llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
 
 
+def take_over_images(mtmd: Any) -> None:
+    """Make libmtmd log here, too, after llama.cpp does."""
+    mtmd.mtmd_helper_log_set(_callback, ctypes.c_void_p(0))
+
+
 def take_over_aborts(ggml: ctypes.CDLL) -> None:
     """Make ggml tell `on_abort`."""
     global _abort_callback

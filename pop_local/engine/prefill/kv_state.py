@@ -71,12 +71,25 @@ FULL = KvKey(Mode.OFF, 0)
 
 
 class PopState(LlamaState):
-    """A LlamaState, and for each of its tokens whether it ran all layers."""
+    """A LlamaState, and of each of its tokens whether it ran all layers, and where it stands.
 
-    def __init__(self, *, key: KvKey, is_full: np.ndarray, **fields: Any) -> None:
+    `positions`, `begins`: as of CachedRows.
+    """
+
+    def __init__(
+        self,
+        *,
+        key: KvKey,
+        is_full: np.ndarray,
+        positions: np.ndarray,
+        begins: np.ndarray,
+        **fields: Any,
+    ) -> None:
         super().__init__(**fields)
         self.key = key
         self.is_full = is_full
+        self.positions = positions
+        self.begins = begins
 
 
 def context_state(ctx: Any) -> bytes:

@@ -4,7 +4,7 @@ The backend's rule, by position: a row is full if its logits are requested, or i
 first `sink_tokens`, or it is at or past `full_from`; every other row stops at the boundary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,8 @@ NOWHERE = 2**31 - 1
 class PrefillPlan:
     """A prompt of which `n_tokens` are to be decoded after those that are cached.
 
-    `full_from` is a position; `chunks` are (start, end) offsets among the tokens to decode;
-    `n_pruned` rows stop at the boundary when the mode is CONTEXT.
+    `full_from` is a row; `chunks` are (start, end) offsets among the tokens to decode, of text or
+    of one image; `n_pruned` rows stop at the boundary when the mode is CONTEXT.
     """
 
     n_tokens: int
@@ -41,45 +41,70 @@ class PrefillPlan:
     n_pruned: int
 
 
-def plan_prefill(n_past: int, n_tokens: int, rule: RowRule, n_batch: int) -> PrefillPlan:
+# (start, end) offsets of the images in a prompt.
+Images = Sequence[tuple[int, int]]
+
+
+def plan_prefill(
+    n_past: int, n_tokens: int, rule: RowRule, n_batch: int, images: Images = ()
+) -> PrefillPlan:
     """Plan the prefill of `n_tokens` (at least 1) after `n_past` cached ones.
 
     Only the tokens to decode count as the prompt here: what is cached stays as it was computed.
+    The tail is text: it begins after the last image.
     """
     end = n_past + n_tokens
     short = n_tokens < rule.min_prompt
-    full_from = n_past if short else max(n_past, end - rule.tail_tokens)
+    text_from = images[-1][1] if images else 0
+    full_from = n_past if short else max(n_past + text_from, end - rule.tail_tokens)
     # The last row asks for logits, so it is full whatever the tail.
     first_full = min(full_from, end - 1)
     return PrefillPlan(
         n_tokens=n_tokens,
         full_from=full_from,
-        chunks=_chunks(n_tokens, full_from - n_past, n_batch),
+        chunks=tuple(_chunks(n_tokens, full_from - n_past, n_batch, images)),
         n_pruned=max(0, first_full - max(n_past, rule.sink_tokens)),
     )
 
 
-def _chunks(n_tokens: int, tail_start: int, n_batch: int) -> tuple[tuple[int, int], ...]:
-    """Pieces of `n_batch`, cut so that a tail that fits one piece is never spread over two.
+def _chunks(
+    n_tokens: int, tail_start: int, n_batch: int, images: Images
+) -> Iterator[tuple[int, int]]:
+    """Images as they are; of text pieces of `n_batch`, cut so that a tail that fits one piece is
+    never spread over two.
 
     Each piece with full rows costs a pass over the weights of the skipped layers.
     """
-    starts = list(range(0, n_tokens, n_batch))
-    if n_tokens - tail_start <= n_batch and starts[-1] > tail_start:
-        starts[-1] = tail_start
-    return tuple(zip(starts, [*starts[1:], n_tokens], strict=True))
+    at = 0
+    for start, end in [*images, (n_tokens, n_tokens)]:
+        cuts = list(range(at, start, n_batch))
+        if cuts and start - tail_start <= n_batch and at < tail_start < cuts[-1]:
+            cuts[-1] = tail_start
+        yield from zip(cuts, [*cuts[1:], start][: len(cuts)], strict=True)
+        if start < end:
+            yield start, end
+        at = end
 
 
-def full_rows(start: int, end: int, rule: RowRule, full_from: int, outputs: Outputs) -> np.ndarray:
-    """Tell which rows from `start` to `end` are full in mode CONTEXT.
+def full_rows(positions: np.ndarray, rule: RowRule, full_from: int, outputs: Outputs) -> np.ndarray:
+    """Tell which rows, by their positions, are full in mode CONTEXT.
 
     Those of `outputs` are decoded with logits.
     """
-    positions = np.arange(start, end)
     full: np.ndarray = (positions < rule.sink_tokens) | (positions >= full_from)
     full |= outputs is Outputs.ALL
     full[-1] |= outputs is Outputs.LAST
     return full
+
+
+def images_in(tokens: Sequence[int], n_rows: Callable[[Sequence[int]], int]) -> Images:
+    """Find the images of a prompt: ids below zero; `n_rows` says of how many one begins."""
+    ids = np.asarray(tokens, dtype=np.int64)
+    found: list[tuple[int, int]] = []
+    for start in np.flatnonzero(ids < 0).tolist():
+        if not found or start >= found[-1][1]:
+            found.append((start, start + n_rows(tokens[start:])))
+    return found
 
 
 def n_usable(tokens: Sequence[int], cached: np.ndarray, is_full: np.ndarray, rule: RowRule) -> int:
@@ -88,7 +113,9 @@ def n_usable(tokens: Sequence[int], cached: np.ndarray, is_full: np.ndarray, rul
     As many as it begins with, but no context row where the prompt's own tail must be full.
     """
     n_same = n_equal(tokens, cached)
-    tail_start = max(0, len(tokens) - rule.tail_tokens)
+    ids = np.asarray(tokens, dtype=np.intc)
+    text_from = int(np.flatnonzero(ids < 0)[-1]) + 1 if (ids < 0).any() else 0
+    tail_start = max(text_from, len(tokens) - rule.tail_tokens)
     pruned = np.flatnonzero(~is_full[tail_start:n_same])
     return tail_start + int(pruned[0]) if pruned.size else n_same
 

@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING
 from converter.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
 from pop_local.engine.chat_model import ChatModel
+from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions, n_own_tokens
 from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+# A file's path or its bytes.
+Image = str | os.PathLike[str] | bytes | Picture
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,14 @@ class ChatSession:
         question: str,
         *,
         documents: Sequence[str | Document] = (),
+        images: Sequence[Image] = (),
         **options: Unpack[AnswerOptions],
     ) -> Answer:
-        """Give the whole answer; documents precede the question. Raises PopError as `stream`."""
-        stream = self.stream(question, documents=documents, **options)
+        """Give the whole answer; images and documents precede the question.
+
+        Raises PopError as `stream`.
+        """
+        stream = self.stream(question, documents=documents, images=images, **options)
         for _ in stream:
             pass
         assert stream.stats is not None, "the last chunk carries the figures"
@@ -154,15 +163,19 @@ class ChatSession:
         question: str,
         *,
         documents: Sequence[str | Document] = (),
+        images: Sequence[Image] = (),
         **options: Unpack[AnswerOptions],
     ) -> Stream:
         """Give the answer in pieces; reading starts with the first one.
+
+        `images`: paths, or the bytes of picture files, for a model with its mmproj.
 
         When it has ended, by itself, by close() or by Ctrl-C, question and answer belong to the
         conversation; when nothing was said, the question is `dropped`. Raises ContextFullError when
         the prompt does not fit the context, and PopError when the template refuses it.
         """
-        return self._ask(Turn(question, _documents(documents)), self.conversation, options)
+        turn = Turn(question, _documents(documents), pictures=_pictures(images))
+        return self._ask(turn, self.conversation, options)
 
     def retry(self, **options: Unpack[AnswerOptions]) -> Stream:
         """Ask the last question again; its answer is forgotten. Raises PopError as `stream`, and
@@ -196,10 +209,11 @@ class ChatSession:
             raise PopError("nothing has been asked yet")
         question = turn.question if question is None else question
         before = self.conversation if self._dropped else self.conversation.without_last()
-        return self._ask(Turn(question, turn.documents), before, options)
+        asked = Turn(question, turn.documents, pictures=turn.pictures)
+        return self._ask(asked, before, options)
 
     def _ask(self, turn: Turn, before: Conversation, options: AnswerOptions) -> Stream:
-        if not turn.prompt:
+        if not turn.prompt and not turn.pictures:
             raise PopError("the question is empty", "give a question, or a document")
 
         def keep(ended: Stream) -> None:
@@ -264,3 +278,20 @@ def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:
     if isinstance(given, str):  # a sequence of letters, to Python
         raise PopError("documents is a single text, not a list of them", "documents=[text]")
     return tuple(each if isinstance(each, Document) else Document("a text", each) for each in given)
+
+
+def _pictures(given: Sequence[Image]) -> tuple[Picture, ...]:
+    if isinstance(given, str | bytes | os.PathLike):
+        raise PopError("images is a single one, not a list of them", "images=[path]")
+    return tuple(map(_picture, given))
+
+
+def _picture(given: Image) -> Picture:
+    if isinstance(given, Picture):
+        return given
+    if isinstance(given, bytes):
+        return picture_of(given, "a picture")
+    try:
+        return read_picture(given)
+    except OSError as error:
+        raise PopError(f"cannot read {given}: {error.strerror}", "check the path") from error

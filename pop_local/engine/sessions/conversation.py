@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from pop_local.engine.images.pictures import Picture
 from pop_local.engine.turn import Message
 
 
@@ -20,6 +21,7 @@ class Turn:
     question: str
     documents: tuple[Document, ...] = ()
     answer: str = ""
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -29,7 +31,7 @@ class Turn:
 
     @property
     def messages(self) -> list[Message]:
-        asked = Message("user", self.prompt)
+        asked = Message("user", self.prompt, tuple((0, picture) for picture in self.pictures))
         return [asked, Message("assistant", self.answer)] if self.answer else [asked]
 
 
@@ -44,6 +46,12 @@ class Conversation:
     def messages(self) -> list[Message]:
         preamble = [Message("system", self.system)] if self.system else []
         return preamble + [message for turn in self.turns for message in turn.messages]
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures of its turns, each once."""
+        found = {picture.sha256: picture for turn in self.turns for picture in turn.pictures}
+        return tuple(found.values())
 
     def plus(self, turn: Turn) -> "Conversation":
         return replace(self, turns=(*self.turns, turn))

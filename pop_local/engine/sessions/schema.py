@@ -4,17 +4,19 @@ import dataclasses
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
+from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
 # The head of an array as numpy writes one of one dimension; numpy's own reader would allocate what
 # a head asks for, and evaluates it.
 _NPY = re.compile(
@@ -31,6 +33,7 @@ class Fingerprint:
     model_bytes: int
     model_sha256: str
     backend: str
+    mmproj: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,21 @@ class Session:
 
 
 def encoded(session: Session) -> str:
-    """Return the session as JSON."""
+    """Return the session as JSON, its pictures by name and hash."""
     fields = dataclasses.asdict(session) | {"mode": session.mode.name, "format": FORMAT}
+    for turn, raw in zip(session.conversation.turns, fields["conversation"]["turns"], strict=True):
+        raw["pictures"] = [{"name": one.name, "sha256": one.sha256} for one in turn.pictures]
     return json.dumps(fields, ensure_ascii=False, indent=1)
 
 
-def decoded(content: bytes) -> Session:
+# The picture of a name and a hash.
+ReadPicture = Callable[[str, str], Picture]
+
+
+def decoded(content: bytes, picture: ReadPicture) -> Session:
     """Return the session in JSON. Raises ValueError or RecursionError for what is none."""
-    fields = _object(json.loads(content), Session, "format")
+    raw = _typed(json.loads(content), dict)
+    fields = _object(_upgraded(raw), Session, "format")
     if fields["format"] != FORMAT:
         raise ValueError("another format")
     fingerprint = _object(fields["fingerprint"], Fingerprint)
@@ -71,11 +81,27 @@ def decoded(content: bytes) -> Session:
             _number(fingerprint["model_bytes"], 2**63 - 1),
             _text(fingerprint["model_sha256"]),
             _text(fingerprint["backend"]),
+            _text(fingerprint["mmproj"]),
         ),
         conversation=Conversation(
-            _text(conversation["system"]), tuple(map(_turn, _typed(conversation["turns"], list)))
+            _text(conversation["system"]),
+            tuple(_turn(turn, picture) for turn in _typed(conversation["turns"], list)),
         ),
     )
+
+
+def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 knew no pictures."""
+    if raw.get("format") != 1 or type(raw["format"]) is not int:
+        return raw
+    fingerprint = _typed(raw.get("fingerprint"), dict)
+    conversation = _typed(raw.get("conversation"), dict)
+    turns = [_typed(turn, dict) | {"pictures": []} for turn in _typed(conversation["turns"], list)]
+    return raw | {
+        "format": FORMAT,
+        "fingerprint": fingerprint | {"mmproj": ""},
+        "conversation": conversation | {"turns": turns},
+    }
 
 
 def encoded_array(values: np.ndarray) -> bytes:
@@ -98,20 +124,26 @@ def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.nda
     return np.frombuffer(content, dtype, offset=head.end())
 
 
-def _turn(value: object) -> Turn:
+def _turn(value: object, picture: ReadPicture) -> Turn:
     turn = _object(value, Turn)
+    pictures = [_fields(each, {"name", "sha256"}) for each in _typed(turn["pictures"], list)]
     documents = [_object(each, Document) for each in _typed(turn["documents"], list)]
     return Turn(
         _text(turn["question"]),
         tuple(Document(_text(each["name"]), _text(each["text"])) for each in documents),
         _text(turn["answer"]),
+        tuple(picture(_text(each["name"]), _text(each["sha256"])) for each in pictures),
     )
 
 
 def _object(value: object, kind: type[Any], *more: str) -> dict[str, Any]:
     """The fields of a dataclass, these alone and all of them."""
+    return _fields(value, {*(field.name for field in dataclasses.fields(kind)), *more})
+
+
+def _fields(value: object, names: set[str]) -> dict[str, Any]:
     fields: dict[str, Any] = _typed(value, dict)
-    if fields.keys() != {*(field.name for field in dataclasses.fields(kind)), *more}:
+    if fields.keys() != names:
         raise ValueError("other fields")
     return fields
 

@@ -3,14 +3,18 @@
     session.json   format, model, backend, KV key and the transcript
     tokens.npy     int32 (n_tokens): the token of each cached position
     full.npy       bool (n_tokens): whether its row ran all layers
+    positions.npy  int32 (n_tokens + 1): where it stands, and where the next one will; format 1 has
+                   none: one after the other
+    begins.npy     int32 (n_tokens): where the image begins that it belongs to, or itself
+    pictures/HASH  the files of pictures, by SHA-256
     kv.bin         llama.cpp's state: the cells in use, not the whole context
 
 What the model has cached may be another conversation, which is nobody's business here: then
 n_tokens is 0, and session.json is all there is.
 
-The K/V are used again only by the same model (size and hash of header and tensor table), POP mode,
-boundary and projections (KvKey), and backend version; otherwise the transcript alone is. zip's
-CRC-32 tells a damaged file.
+The K/V are used again only by the same model and mmproj (size and hash of header and tensor table),
+POP mode, boundary and projections (KvKey), and backend version; otherwise the transcript alone is.
+zip's CRC-32 tells a damaged file.
 """
 
 import dataclasses
@@ -30,6 +34,7 @@ from converter.sidecar import bind
 from converter.source import read_source
 from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.decode.text import Pieces
+from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.upstream import llama_cpp
@@ -47,6 +52,7 @@ from pop_local.engine.sessions.schema import (
 SUFFIX = ".popsession"
 _NOT_SAVED = "they had made room for another conversation when it was saved"
 _TRANSCRIPT = "session.json"
+_PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
 _NAME = re.compile(r"\w[\w .+-]{0,79}")
 # What zipfile and the schema raise; RuntimeError for encrypted archives and deeply nested JSON.
@@ -108,7 +114,7 @@ def fingerprint(model: ChatModel) -> Fingerprint:
     """Reads the model's headers, not its tensors."""
     binding = bind(read_source(Path(model.model_path)))
     version = f"{llama_cpp.__version__} abi {backend.library_abi()}"
-    return Fingerprint(binding.base_bytes, binding.header_sha256, version)
+    return Fingerprint(binding.base_bytes, binding.header_sha256, version, model.mmproj_key)
 
 
 class Sessions:
@@ -175,7 +181,11 @@ class Sessions:
                 os.fchmod(file.fileno(), 0o600)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 archive.writestr(_TRANSCRIPT, encoded(session))
+                for picture in conversation.pictures:
+                    archive.writestr(_PICTURE.format(picture.sha256), picture.content)
                 if state is not None:
+                    archive.writestr("positions.npy", encoded_array(state.positions))
+                    archive.writestr("begins.npy", encoded_array(state.begins))
                     archive.writestr("tokens.npy", encoded_array(state.input_ids[:n_tokens]))
                     archive.writestr("full.npy", encoded_array(state.is_full))
                     archive.writestr("kv.bin", state.llama_state)
@@ -197,16 +207,15 @@ class Sessions:
         if n_tokens > model.n_ctx():
             return Restored(session, f"they need a context of {n_tokens} tokens")
         with _opened(path) as archive:
-            kv = _member(archive, "kv.bin")
-            tokens = decoded_array(_member(archive, "tokens.npy"), np.int32, n_tokens)
-            is_full = decoded_array(_member(archive, "full.npy"), np.bool_, n_tokens)
-        if tokens.min() < 0 or tokens.max() >= model.n_vocab():
+            state = _state(archive, n_tokens)
+        has_images = bool(session.conversation.pictures)
+        if not _is_consistent(state, model.n_vocab(), has_images=has_images):
             raise _damaged(path)
         model.set_pop(session.mode)
         if not model.takes(session.key):
             return Restored(session, f"they belong to {session.key}")
         try:
-            model.take_over(kv, tokens, is_full, is_exact=session.key == str(FULL))
+            model.take_over(state, is_exact=session.key == str(FULL))
         except PopError as error:
             return Restored(session, error.message)
         return Restored(session, "")
@@ -216,7 +225,53 @@ class Sessions:
         if not path.is_file():
             raise PopError(f"there is no session {name}", "check the name")
         with _opened(path) as archive:
-            return decoded(_member(archive, _TRANSCRIPT))
+
+            def picture(name: str, sha256: str) -> Picture:
+                found = picture_of(_member(archive, _PICTURE.format(sha256)), name)
+                if found.sha256 != sha256:
+                    raise ValueError("another picture")
+                return found
+
+            return decoded(_member(archive, _TRANSCRIPT), picture)
+
+
+def _state(archive: zipfile.ZipFile, n_tokens: int) -> PopState:
+    """What is saved of the KV cache. Raises ValueError for arrays of other lengths."""
+    rows = np.arange(n_tokens + 1, dtype=np.int32)
+    positions, begins = rows, rows[:-1]
+    if "positions.npy" in archive.namelist():
+        positions = decoded_array(_member(archive, "positions.npy"), np.int32, n_tokens + 1)
+        begins = decoded_array(_member(archive, "begins.npy"), np.int32, n_tokens)
+    kv = _member(archive, "kv.bin")
+    return PopState(
+        key=FULL,
+        is_full=decoded_array(_member(archive, "full.npy"), np.bool_, n_tokens),
+        positions=positions,
+        begins=begins,
+        input_ids=decoded_array(_member(archive, "tokens.npy"), np.int32, n_tokens),
+        scores=np.zeros(0, np.single),
+        n_tokens=n_tokens,
+        llama_state=kv,
+        llama_state_size=len(kv),
+        seed=0,
+    )
+
+
+def _is_consistent(state: PopState, n_vocab: int, *, has_images: bool) -> bool:
+    """Whether tokens are in the vocabulary, positions ascend, and images begin before they end."""
+    rows = np.arange(state.n_tokens)
+    is_text = state.input_ids >= 0
+    steps = np.diff(state.positions)
+    return bool(
+        state.input_ids.max() < n_vocab
+        and (has_images or is_text.all())
+        and state.positions[0] == 0
+        and (steps >= 0).all()
+        and (steps[is_text] == 1).all()
+        and (state.begins[is_text] == rows[is_text]).all()
+        and (state.begins >= 0).all()
+        and (state.begins <= rows).all()
+    )
 
 
 def _own_state(model: ChatModel, conversation: Conversation) -> PopState | None:
@@ -229,6 +284,8 @@ def _difference(session: Session, model: ChatModel) -> str:
     saved, ours = session.fingerprint, fingerprint(model)
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
         return f"they belong to another model ({session.model})"
+    if saved.mmproj != ours.mmproj and session.conversation.pictures:
+        return "they belong to another mmproj, or to none"
     if saved.backend != ours.backend:
         return f"they were written by backend {saved.backend}, this is {ours.backend}"
     if session.mode is not Mode.OFF and not model.can_switch:

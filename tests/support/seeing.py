@@ -1,0 +1,180 @@
+"""Tiny random vision-language models: a text model with the tokens that mtmd wants, its mmproj.
+
+Keys and tensors of an mmproj are those that tools/mtmd/clip.cpp of llama.cpp asks for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGUFWriter
+from PIL import Image
+
+from converter.plan import make_plan
+from converter.rewrite import convert
+from converter.shape import read_shape
+from support.synthetic import DEFAULTS, Weights, make_gguf
+
+CONTROL = (
+    *("<|vision_start|>", "<|vision_end|>", "<start_of_image>", "<end_of_image>"),
+    *("<fake_token_around_image>", "<global-img>", "<|im_start|>", "<|im_end|>"),
+)
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+# Takes content as parts only, as SmolVLM's does.
+PARTS_TEMPLATE = TEMPLATE.replace(
+    "{{ message['content'] }}",
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}",
+)
+
+
+@dataclass(frozen=True)
+class Eye:
+    """What mmproj to build; `n_text`: the width of the text model's states."""
+
+    projector: str
+    n_text: int = 128
+    n_embd: int = 64
+    n_head: int = 4
+    n_ff: int = 96
+    n_layer: int = 3
+    image_size: int = 128
+    patch: int = 8
+    merge: int = 2
+    n_deepstack: int = 0
+    seed: int = 1
+
+    @property
+    def is_qwen(self) -> bool:
+        return self.projector.startswith("qwen")
+
+
+EYES = {
+    "llama": Eye("idefics3", image_size=64),
+    "gemma3": Eye("gemma3"),
+    "qwen2vl": Eye("qwen2vl_merger"),
+    "qwen3vl": Eye("qwen3vl_merger", n_deepstack=3),
+    "qwen3vlmoe": Eye("qwen3vl_merger", n_deepstack=3),
+}
+
+
+def make_seeing(folder: Path, arch: str, *, boundary: int = 5, template: str = TEMPLATE) -> Path:
+    """Write a converted model and its mmproj into a folder; return the model."""
+    plain = make_gguf(
+        folder / "plain.gguf",
+        arch,
+        n_vocab=DEFAULTS[arch].n_vocab + len(CONTROL) + 2,
+        control=CONTROL,
+        pieces=("\n", "\n\n"),
+        chat_template=template,
+    )
+    plan = make_plan(read_shape(plain), boundary=boundary, min_prompt=0, tail_tokens=8)
+    convert(plan, plain, folder / "model.gguf")
+    make_mmproj(folder / "mmproj.gguf", EYES[arch])
+    return folder / "model.gguf"
+
+
+def png(seed: int, width: int = 128, height: int = 96) -> bytes:
+    """Noise, which no two seeds have in common."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    return encoded(Image.fromarray(pixels), "PNG")
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def make_mmproj(path: Path, eye: Eye) -> Path:
+    writer = GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    writer.add_name("tiny random eye")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type(eye.projector)
+    writer.add_vision_image_size(eye.image_size)
+    writer.add_vision_patch_size(eye.patch)
+    writer.add_vision_embedding_length(eye.n_embd)
+    writer.add_vision_feed_forward_length(eye.n_ff)
+    writer.add_vision_projection_dim(eye.n_text)
+    writer.add_vision_block_count(eye.n_layer)
+    writer.add_vision_head_count(eye.n_head)
+    writer.add_vision_attention_layernorm_eps(1e-6)
+    writer.add_vision_image_mean([0.5, 0.5, 0.5])
+    writer.add_vision_image_std([0.5, 0.5, 0.5])
+    writer.add_vision_use_gelu(True)
+    if eye.is_qwen:
+        writer.add_vision_spatial_merge_size(eye.merge)
+    else:
+        writer.add_vision_projector_scale_factor(eye.merge)
+    if eye.projector == "idefics3":
+        writer.add_vision_preproc_image_size(2 * eye.image_size)
+    for name, weights in _tensors(eye):
+        writer.add_tensor(name, weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _tensors(eye: Eye) -> Iterator[tuple[str, Weights]]:
+    rng = np.random.default_rng(eye.seed)
+    n, wide = eye.n_embd, 4 * eye.n_embd
+
+    def matrix(*dims: int) -> Weights:
+        n_in = int(np.prod(dims[1:]))
+        weights: Weights = rng.standard_normal(dims, np.float32) * np.float32(n_in**-0.5)
+        return weights
+
+    def vector(size: int, mean: int) -> Weights:
+        weights: Weights = mean + np.float32(0.1) * rng.standard_normal(size, np.float32)
+        return weights
+
+    def linear(name: str, n_out: int, n_in: int) -> Iterator[tuple[str, Weights]]:
+        yield f"{name}.weight", matrix(n_out, n_in)
+        yield f"{name}.bias", vector(n_out, 0)
+
+    def norm(name: str, size: int) -> Iterator[tuple[str, Weights]]:
+        yield f"{name}.weight", vector(size, 1)
+        yield f"{name}.bias", vector(size, 0)
+
+    yield "v.patch_embd.weight", matrix(n, 3, eye.patch, eye.patch)
+    if eye.is_qwen:
+        yield "v.patch_embd.weight.1", matrix(n, 3, eye.patch, eye.patch)
+    if eye.projector != "qwen2vl_merger":
+        yield "v.patch_embd.bias", vector(n, 0)
+        side = eye.image_size // eye.patch
+        yield "v.position_embd.weight", np.float32(0.5) * rng.standard_normal((side**2, n), "f4")
+    for layer in range(eye.n_layer):
+        block = f"v.blk.{layer}"
+        yield from norm(f"{block}.ln1", n)
+        yield from norm(f"{block}.ln2", n)
+        if eye.projector == "qwen3vl_merger":
+            yield from linear(f"{block}.attn_qkv", 3 * n, n)
+        else:
+            for part in "qkv":
+                yield from linear(f"{block}.attn_{part}", n, n)
+        yield from linear(f"{block}.attn_out", n, n)
+        yield from linear(f"{block}.ffn_up", eye.n_ff, n)
+        yield from linear(f"{block}.ffn_down", n, eye.n_ff)
+        if layer < eye.n_deepstack:
+            yield from norm(f"v.deepstack.{layer}.norm", wide)
+            yield from linear(f"v.deepstack.{layer}.fc1", wide, wide)
+            yield from linear(f"v.deepstack.{layer}.fc2", eye.n_text, wide)
+    yield from norm("v.post_ln", n)
+    if eye.is_qwen:
+        yield from linear("mm.0", wide, wide)
+        yield from linear("mm.2", eye.n_text, wide)
+    elif eye.projector == "gemma3":
+        yield "mm.input_projection.weight", matrix(n, eye.n_text)
+        yield "mm.soft_emb_norm.weight", vector(n, 1)
+    else:
+        yield "mm.model.fc.weight", matrix(eye.n_text, n * eye.merge**2)

@@ -1,0 +1,502 @@
+"""Pictures in prompts, on tiny models of each kind: read, reused, stopped, saved, refused."""
+
+import ctypes
+import json
+import zipfile
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from converter.errors import PopError, StoppedError
+from pop_local.engine.images import pictures
+from pop_local.engine.images.mmproj import mmproj_beside
+from pop_local.engine.images.pictures import Picture, picture_of, read_picture
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.upstream import api, chat_format
+from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.plan import RowRule, images_in, plan_prefill
+from pop_local.engine.turn import ContextFullError, Message
+from support.seeing import EYES, PARTS_TEMPLATE, encoded, make_mmproj, make_seeing, png
+
+ARCHS = ("llama", "gemma3", "qwen2vl", "qwen3vl")
+LONG = "a b c d e f g h " * 8
+
+
+@dataclass(frozen=True)
+class Seeing:
+    arch: str
+    path: Path
+
+    def opened(self, **options: Any) -> PopModel:
+        chosen: dict[str, Any] = {"n_ctx": 1024, "mmproj": self.path.parent / "mmproj.gguf"}
+        return PopModel(self.path, n_threads=1, **chosen | options)
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def seeing(request, tmp_path_factory) -> Seeing:
+    return Seeing(request.param, make_seeing(tmp_path_factory.mktemp("seeing"), request.param))
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory) -> Seeing:
+    return Seeing("llama", make_seeing(tmp_path_factory.mktemp("smol"), "llama"))
+
+
+def prompt(model: PopModel, question: str, *seeds: int) -> list[int]:
+    shown = tuple((0, picture_of(png(seed), f"{seed}.png")) for seed in seeds)
+    return model.chat_prompt([Message("user", question, shown)]).tokens
+
+
+def answered(model: PopModel, tokens: list[int], n: int = 4) -> tuple[list[int], int]:
+    """The likeliest tokens after a prompt, and how many rows were read for the first."""
+    backend.reset_counters(model.ctx)
+    said: list[int] = []
+    for token in model.generate(tokens, temp=0.0):
+        if not said:
+            n_read = backend.get_counters(model.ctx).n_rows
+        said.append(token)
+        if len(said) == n:
+            break
+    return said, n_read
+
+
+def image_start(tokens: list[int]) -> int:
+    return next(row for row, token in enumerate(tokens) if token < 0)
+
+
+def image_end(tokens: list[int]) -> int:
+    return 1 + max(row for row, token in enumerate(tokens) if token < 0)
+
+
+def test_a_picture_is_read_once_and_another_one_anew(seeing):
+    with seeing.opened() as model, seeing.opened() as fresh:
+        first = prompt(model, LONG, 3)
+        said, n_read = answered(model, first)
+        assert n_read == len(first)
+        assert answered(model, first) == (said, 1)
+
+        other = prompt(model, LONG, 4)
+        start = image_start(first)
+        assert other[:start] == first[:start] and other[start] != first[start]
+        said_of_other, n_read = answered(model, other)
+        assert n_read == len(other) - start
+        assert said_of_other == answered(fresh, prompt(fresh, LONG, 4))[0]
+        assert answered(model, first)[0] == said
+
+        # The tail is what is left of the text: no row of the picture is read again.
+        short = prompt(model, "a b", 3)
+        said_shortly, n_read = answered(model, short)
+        assert n_read <= len(short) - image_end(short)
+        fresh.clear()
+        assert said_shortly == answered(fresh, prompt(fresh, "a b", 3))[0]
+
+
+def test_two_pictures_in_a_conversation(seeing):
+    with seeing.opened() as model:
+        session = model.session()
+        options = {"temperature": 0.0, "max_tokens": 3}
+        first = session.chat("a b c", images=[png(3)], **options).stats
+        second = session.chat("d e f", images=[png(4), png(5)], **options).stats
+        assert second.n_image == 3 * first.n_image > 0
+        assert second.n_cached >= first.n_prompt - 1
+        assert first.encode_s > 0 and second.encode_s > 0
+        assert second.n_pruned >= 2 * first.n_image
+        assert second.n_prompt == second.n_cached + second.n_pruned + second.n_full
+        third = session.chat("g", **options).stats
+        assert third.n_image == second.n_image and third.encode_s == 0
+        assert model.rows.positions[model.n_tokens] <= model.n_tokens
+        assert (model.rows.positions[model.n_tokens] < model.n_tokens) == model.is_mrope
+
+
+def test_mtmd_reads_as_a_batch_of_embeddings_does(seeing):
+    with seeing.opened() as model:
+        tokens = prompt(model, "a b c d", 3)
+        model.eval(tokens)
+        want = logits(model)
+        ((start, end), *more) = images_in(tokens, lambda rest: model.eye.image_at(rest).n_rows)
+        read_raw(model, tokens, [(start, end), *more])
+        np.testing.assert_array_equal(logits(model), want)
+
+
+def logits(model: PopModel) -> np.ndarray:
+    row = api.llama_get_logits_ith(model.ctx, -1)
+    return np.ctypeslib.as_array(row, (model.n_vocab(),)).copy()
+
+
+def read_raw(model: PopModel, tokens: list[int], images: list[tuple[int, int]]) -> None:
+    """Decode a prompt as the engine does, but the images as batches made here."""
+    plan = plan_prefill(0, len(tokens), model.rule, model.n_batch, images)
+    api.llama_memory_clear(model._ctx.memory, True)
+    batch = TokenBatch(model.n_batch)
+    pos = 0
+    for start, end in plan.chunks:
+        if (start, end) in images:
+            pos += decode_raw(model, tokens[start:], pos)
+            continue
+        outputs = Outputs.LAST if end == len(tokens) else Outputs.NONE
+        assert batch.decode(model.ctx, tokens[start:end], pos, outputs) == 0
+        pos += end - start
+    batch.close()
+
+
+def decode_raw(model: PopModel, tokens: list[int], pos: int) -> int:
+    eye, image = model.eye, model.eye.image_at(tokens)
+    mtmd, n = eye._mtmd, image.n_rows
+    assert mtmd.mtmd_encode_chunk(eye._ctx, image.chunk) == 0
+    width = api.llama_model_n_embd_inp(model._model.model)
+    shown = mtmd.mtmd_input_chunk_get_tokens_image(image.chunk)
+    at = [mtmd.mtmd_image_tokens_get_decoder_pos(shown, pos, row) for row in range(n)]
+    rows = [[p.t, p.y, p.x, p.z] for p in at] if model.is_mrope else [[pos + i] for i in range(n)]
+    positions = np.ascontiguousarray(np.array(rows, np.int32).T)
+    batch = api.llama_batch_init(positions.size, width, 1)
+    ctypes.memmove(batch.embd, mtmd.mtmd_get_output_embd(eye._ctx), n * width * 4)
+    ctypes.memmove(batch.pos, positions.ctypes.data, positions.nbytes)
+    for row in range(n):
+        batch.n_seq_id[row], batch.seq_id[row][0], batch.logits[row] = 1, 0, False
+    batch.n_tokens = n
+    api.llama_set_causal_attn(model.ctx, not image.is_mutual)
+    assert api.llama_decode(model.ctx, batch) == 0
+    api.llama_set_causal_attn(model.ctx, True)
+    api.llama_batch_free(batch)
+    return image.n_pos
+
+
+def test_reading_a_picture_can_be_stopped(seeing):
+    """While it is encoded, and while its rows are decoded; then all is as if nothing had been."""
+    with seeing.opened() as model:
+        tokens = prompt(model, LONG, 3)
+        want = answered(model, tokens)
+        start = image_start(tokens)
+        for n_asked in (1, 3, 6, 12):
+            model.clear()
+            left = iter([False] * n_asked)
+            with (
+                model.watching_prefill(None, lambda left=left: next(left, True)),
+                pytest.raises(StoppedError),
+            ):
+                model.eval(tokens)
+            at = model.n_tokens
+            assert at <= start or tokens[at] >= 0 or tokens[at - 1] >= 0, "half an image"
+            assert answered(model, tokens)[0] == want[0]
+
+
+def test_ctrl_c_while_a_picture_is_encoded(smol, monkeypatch):
+    with smol.opened() as model:
+        tokens = prompt(model, LONG, 3)
+        want = answered(model, tokens)[0]
+        model.clear()
+
+        def pressed() -> bool:
+            if model.n_tokens > 0:
+                raise KeyboardInterrupt
+            return False
+
+        with model.watching_prefill(None, pressed), pytest.raises(KeyboardInterrupt):
+            model.eval(tokens)
+        assert model.n_tokens == image_start(tokens)
+        assert answered(model, tokens)[0] == want
+
+
+def test_a_session_goes_round(seeing, tmp_path):
+    options = {"temperature": 0.0, "max_tokens": 4}
+    with seeing.opened() as model:
+        session = model.session()
+        session.chat(LONG, images=[png(3)], **options)
+        path = session.save(tmp_path / "talk")
+        want = session.chat("and now", **options)
+    with seeing.opened() as model:
+        session = model.load_session(path)
+        assert not session.reread
+        got = session.chat("and now", **options)
+        assert (got.text, got.stats.n_cached) == (want.text, want.stats.n_cached)
+        assert got.stats.encode_s == 0
+        (turn, _) = session.conversation.turns
+        assert turn.pictures[0].content == png(3)
+    (tmp_path / "other").mkdir()
+    eye = replace(EYES[seeing.arch], seed=2)
+    with seeing.opened(mmproj=make_mmproj(tmp_path / "other" / "mmproj.gguf", eye)) as model:
+        session = model.load_session(path)
+        assert "another mmproj" in session.reread
+        assert session.chat("and now", **options).stats.n_cached < image_start(
+            prompt(model, LONG, 3)
+        )
+    with seeing.opened(mmproj=None) as model:
+        session = model.load_session(path)
+        with pytest.raises(PopError, match="without its mmproj"):
+            session.chat("and now", **options)
+
+
+def test_sessions_of_the_first_format_load(smol, tmp_path):
+    with smol.opened() as model:
+        session = model.session()
+        session.chat(LONG, temperature=0.0, max_tokens=4)
+        path = session.save(tmp_path / "talk")
+        n_cached = model.n_tokens
+        old = tmp_path / "old.popsession"
+        with zipfile.ZipFile(path) as given, zipfile.ZipFile(old, "w") as made:
+            for name in given.namelist():
+                if name in ("positions.npy", "begins.npy"):
+                    continue
+                content = given.read(name)
+                if name == "session.json":
+                    fields = json.loads(content) | {"format": 1}
+                    del fields["fingerprint"]["mmproj"]
+                    for turn in fields["conversation"]["turns"]:
+                        del turn["pictures"]
+                    content = json.dumps(fields).encode()
+                made.writestr(name, content)
+        model.clear()
+        restored = model.load_session(old)
+        assert not restored.reread and model.n_tokens == n_cached
+        assert restored.conversation == session.conversation
+
+
+@pytest.mark.parametrize("name", ["positions.npy", "begins.npy"])
+def test_a_session_with_impossible_rows_is_damaged(smol, tmp_path, name):
+    with smol.opened() as model:
+        session = model.session()
+        session.chat(LONG, images=[png(3)], temperature=0.0, max_tokens=4)
+        path = session.save(tmp_path / "talk")
+        bad = tmp_path / "bad.popsession"
+        with zipfile.ZipFile(path) as given, zipfile.ZipFile(bad, "w") as made:
+            for each in given.namelist():
+                content = given.read(each)
+                made.writestr(each, content[:-4] + b"\7\0\0\0" if each == name else content)
+        with pytest.raises(PopError, match="damaged"):
+            model.load_session(bad)
+
+
+def test_prompt_caches_know_pictures(smol):
+    from pop_local.engine.prefill.kv_state import PromptCache
+
+    options = {"temperature": 0.0, "max_tokens": 2}
+    with smol.opened() as model:
+        model.set_cache(PromptCache(1 << 28))
+        want = model.chat(LONG, images=[png(3)], **options)
+        model.chat("q r s " * 90, **options)
+        again = model.chat(LONG, images=[png(3)], **options)
+        assert again.text == want.text
+        assert again.stats.n_cached > image_start(prompt(model, LONG, 3)) + want.stats.n_image
+
+
+def test_a_context_that_a_picture_does_not_fit(seeing):
+    with seeing.opened(n_ctx=256) as model:
+        with pytest.raises(ContextFullError, match="too many"):
+            model.chat(LONG, images=[png(seed) for seed in range(6)], max_tokens=4)
+        assert model.chat("a", max_tokens=1, temperature=0.0).stats.n_decoded == 1
+
+
+def test_pruning_off_reads_pictures_in_full(seeing):
+    with seeing.opened() as model:
+        tokens = prompt(model, LONG, 3)
+        model.eval(tokens)
+        pruned = logits(model)
+        model.set_pop(Mode.OFF)
+        backend.reset_counters(model.ctx)
+        model.eval(tokens)
+        assert backend.get_counters(model.ctx).n_context == 0
+        assert model.n_exact == len(tokens)
+        assert not np.array_equal(logits(model), pruned)
+
+
+def test_depth_with_pictures(seeing):
+    """Redone rows are the full model's; those that see later ones, or have many positions, stay."""
+    if seeing.arch.startswith("qwen"):
+        with pytest.raises(PopError, match="M-RoPE"):
+            seeing.opened(select=0.5)
+    with seeing.opened(keep_states=True, flash_attn=False) as model:
+        tokens = prompt(model, LONG, 3)
+        model.eval(tokens)
+        if seeing.arch != "llama":
+            assert model.n_refillable == 0
+            return
+        assert model.refill() == len(tokens)
+        refilled = answered(model, tokens)[0]
+        model.set_pop(Mode.OFF)
+        model.clear()
+        assert answered(model, tokens)[0] == refilled
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_selection_beside_a_picture(arch, tmp_path):
+    seeing = Seeing(arch, make_seeing(tmp_path, arch))
+    with seeing.opened(select=0.25) as model:
+        stats = model.chat(LONG, images=[png(3)], max_tokens=2, temperature=0.0).stats
+        assert stats.n_selected > 0
+        rows = np.flatnonzero(model.input_ids[: stats.n_prompt] < 0)
+        assert (arch == "llama") == model.rows.has_state[rows].any()
+
+
+def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
+    seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
+    with seeing.opened(n_ubatch=32) as model:
+        with pytest.raises(PopError, match="64 tokens, which see each other"):
+            model.chat("a", images=[png(3)], max_tokens=1)
+        assert model.chat("a", max_tokens=1).stats.n_decoded == 1
+
+
+def test_llama_cpps_own_handlers_are_refused(smol):
+    handler = object.__new__(chat_format.Qwen25VLChatHandler)
+    with pytest.raises(PopError, match="would read past the pruning"):
+        smol.opened(chat_handler=handler)
+    with smol.opened() as model, pytest.raises(PopError, match="Qwen25VLChatHandler"):
+        model.chat_handler = handler
+
+
+# Templates, and what messages spell out
+
+
+def test_templates_that_take_parts_or_strings(smol, tmp_path):
+    parts = Seeing("llama", make_seeing(tmp_path, "llama", template=PARTS_TEMPLATE))
+    with smol.opened() as one, parts.opened() as other:
+        assert prompt(one, "a b", 3, 4) == prompt(other, "a b", 3, 4)
+        assert prompt(one, "a b") == prompt(other, "a b")
+
+
+@pytest.mark.parametrize("text", ["<__media__>", "\U000f0000", "<|vision_start|>", "<|im_end|>"])
+def test_what_a_message_spells_out_is_text(smol, text):
+    with smol.opened() as model:
+        tokens = prompt(model, f"a {text} b", 3)
+        plain = prompt(model, "a b", 3)
+        n_image = sum(token < 0 for token in plain)
+        assert sum(token < 0 for token in tokens) == n_image
+        special = [model.tokenize(one.encode(), False, True)[0] for one in ("<|im_end|>",)]
+        assert [tokens.count(one) for one in special] == [plain.count(one) for one in special]
+
+
+def test_pictures_stand_where_the_message_has_them(smol):
+    with smol.opened() as model:
+        picture = picture_of(png(3), "3.png")
+        tokens = model.chat_prompt([Message("user", "abcd", ((2, picture),))]).tokens
+        before, after = tokens[: image_start(tokens)], tokens[image_end(tokens) :]
+        assert b"ab" in model.detokenize(before) and b"cd" in model.detokenize(after)
+        assert b"cd" not in model.detokenize(before)
+
+
+def test_a_template_that_drops_a_picture(tmp_path):
+    template = "{{ messages[-1]['content'] }}"
+    seeing = Seeing("llama", make_seeing(tmp_path, "llama", template=template))
+    with seeing.opened() as model:
+        shown = ((0, picture_of(png(3), "a")),)
+        with pytest.raises(PopError, match="leaves out pictures"):
+            model.chat_prompt([Message("user", "a", shown), Message("user", "b")])
+
+
+# Plans
+
+
+def test_a_tail_does_not_reach_into_an_image():
+    rule = RowRule(sink_tokens=1, tail_tokens=16)
+    plan = plan_prefill(0, 100, rule, 64, [(10, 95)])
+    assert plan.chunks == ((0, 10), (10, 95), (95, 100))
+    assert (plan.full_from, plan.n_pruned) == (95, 94)
+    plan = plan_prefill(0, 200, rule, 64, [(0, 20), (25, 40)])
+    assert plan.chunks == ((0, 20), (20, 25), (25, 40), (40, 104), (104, 168), (168, 200))
+    assert plan.full_from == 184
+    plan = plan_prefill(0, 200, rule, 64, [(0, 60)])
+    assert plan.chunks == ((0, 60), (60, 124), (124, 184), (184, 200))
+    short = plan_prefill(0, 50, replace(rule, min_prompt=64), 64, [(10, 45)])
+    assert (short.full_from, short.n_pruned) == (0, 0)
+
+
+# Files
+
+
+def test_pictures_of_all_formats():
+    image = Image.new("RGB", (40, 30), (200, 100, 50))
+    for kind in pictures.FORMATS:
+        picture = picture_of(encoded(image, kind), "a")
+        assert (picture.width, picture.height) == (40, 30)
+        middle = picture.rgb()[3 * (15 * 40 + 20) :][:3]
+        assert np.abs(np.frombuffer(middle, np.uint8).astype(int) - [200, 100, 50]).max() < 9
+
+
+def test_photographs_are_turned_upright_and_transparency_is_white():
+    image = Image.new("RGB", (40, 30))
+    image.paste((255, 0, 0), (0, 0, 40, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture = picture_of(encoded(image, "JPEG", exif=exif), "a")
+    assert (picture.width, picture.height) == (30, 40)
+    pixels = np.frombuffer(picture.rgb(), np.uint8).reshape(40, 30, 3)
+    assert pixels[20, 28, 0] > 200 and pixels[20, 2, 0] < 50
+    clear = picture_of(encoded(Image.new("RGBA", (4, 4), (9, 9, 9, 0)), "PNG"), "a")
+    assert set(clear.rgb()) == {255}
+
+
+def test_what_is_no_picture(tmp_path, monkeypatch):
+    for content in (b"", b"no picture", png(3)[:20], b"GIF89a" + bytes(90)):
+        with pytest.raises(PopError, match="is no picture that can be read"):
+            picture_of(content, "x.png").rgb()
+    with pytest.raises(PopError, match="is no picture"):
+        picture_of(png(3)[:3000], "x.png").rgb()
+    with pytest.raises(PopError, match="is a strip"):
+        picture_of(encoded(Image.new("1", (5000, 1)), "PNG"), "x.png")
+    bomb = encoded(Image.new("1", (12_000, 12_000)), "PNG")
+    assert len(bomb) < 100_000
+    with pytest.raises(PopError, match="more than 50 million pixels"):
+        picture_of(bomb, "x.png")
+    with pytest.raises(PopError, match="more than 50 million pixels"):
+        picture_of(encoded(Image.new("1", (20_000, 20_000)), "PNG"), "x.png")
+    monkeypatch.setattr(pictures, "MAX_BYTES", 1000)
+    path = tmp_path / "large.png"
+    path.write_bytes(png(3))
+    with pytest.raises(PopError, match="is larger than"):
+        read_picture(path)
+
+
+def test_images_of_a_question(smol, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(3))
+    with smol.opened() as model:
+        for images in ([path], [str(path)], [png(3)], [read_picture(path)]):
+            assert model.chat("a", images=images, max_tokens=1).stats.n_image > 0
+        with pytest.raises(PopError, match="not a list"):
+            model.chat("a", images=path)
+        with pytest.raises(PopError, match="cannot read"):
+            model.chat("a", images=[tmp_path / "none.png"])
+    with smol.opened(mmproj=None) as model, pytest.raises(PopError, match="without its mmproj"):
+        model.chat("a", images=[path])
+
+
+def test_what_is_no_mmproj(smol, tmp_path):
+    with pytest.raises(PopError, match="no mmproj"):
+        smol.opened(mmproj=smol.path)
+    with pytest.raises(PopError, match="there is no mmproj"):
+        smol.opened(mmproj=tmp_path / "none.gguf")
+    wide = make_mmproj(tmp_path / "wide.gguf", replace(EYES["llama"], n_text=256))
+    with smol.opened(mmproj=wide) as model:
+        assert model.chat("a", max_tokens=1).stats.n_decoded == 1
+        with pytest.raises(PopError, match="does not fit this model"):
+            model.chat("a", images=[png(3)], max_tokens=1)
+    assert mmproj_beside(smol.path) == smol.path.parent / "mmproj.gguf"
+    make_mmproj(smol.path.parent / "mmproj-2.gguf", EYES["llama"])
+    assert mmproj_beside(smol.path) is None
+    (smol.path.parent / "mmproj-2.gguf").unlink()
+
+
+def test_fewer_tokens_an_image(tmp_path):
+    seeing = Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl"))
+    with seeing.opened() as model, seeing.opened(image_tokens=16) as small:
+        n_image = sum(token < 0 for token in prompt(model, "a", 3))
+        assert 0 < sum(token < 0 for token in prompt(small, "a", 3)) <= 16 < n_image
+        assert not set(prompt(model, "a", 3)) & {t for t in prompt(small, "a", 3) if t < 0}
+
+
+def test_the_library_is_not_loaded_for_text(smol):
+    with smol.opened() as model:
+        model.chat("a b", max_tokens=1)
+        assert model._eye is None
+
+
+def test_equal_pictures_are_equal(tmp_path):
+    one = picture_of(png(3), "a")
+    assert one == picture_of(png(3), "a") and one.sha256 == Picture("b", png(3), 1, 1).sha256
+    assert Image.open(BytesIO(one.content)).size == (one.width, one.height)
