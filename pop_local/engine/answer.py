@@ -45,6 +45,7 @@ class _Turn:
         prompt = render()
         self._model = model
         self._options = options
+        self._seen = prompt.seen
         self._n_prompt = len(prompt.tokens)
         self._n_image = prompt.n_image
         self._begun = prompt.begun

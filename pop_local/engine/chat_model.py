@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from converter.errors import PopError
 from pop_local.engine.answer import Answering, answer
 from pop_local.engine.decode.recommended import recommended
+from pop_local.engine.images.mmproj import Seen
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.pruned import PrunedLlama
@@ -92,27 +93,26 @@ class ChatModel(PrunedLlama):
             for one in spelled:
                 marks[mark := next(unused)] = one
                 contents = [content.replace(one, mark) for content in contents]
-        if pictures:
-            tokens = self._with_pictures(text, marks, pictures)
+        seen = tuple(self.eye.see(picture) for picture in pictures.values()) if pictures else ()
+        if seen:
+            shown = dict(zip(pictures, seen, strict=True))
+            tokens = self._with_pictures(text, marks, shown)
         elif marks:
             tokens = self._special.tokens(text, marks)
         if self._model.add_bos_token() and tokens[:1] != [self.token_bos()]:
             tokens.insert(0, self.token_bos())
         begun = THINK if text.rstrip().endswith(THINK) else ""
-        return Prompt(tokens, () if self._template else PLAIN_STOPS, begun)
+        return Prompt(tokens, () if self._template else PLAIN_STOPS, begun, seen)
 
-    def _with_pictures(
-        self, text: str, marks: dict[str, str], pictures: dict[str, Picture]
-    ) -> list[int]:
+    def _with_pictures(self, text: str, marks: dict[str, str], shown: dict[str, Seen]) -> list[int]:
         """The tokens of a rendered prompt in which a mark stands for each picture."""
-        pieces = re.split(f"([{''.join(pictures)}])", text)
-        if pieces[1::2] != list(pictures):
+        pieces = re.split(f"([{''.join(shown)}])", text)
+        if pieces[1::2] != list(shown):
             raise PopError("the chat template leaves out pictures", "ask about fewer at a time")
-        seen = self.eye.tokens(list(pictures.values()))
         tokens: list[int] = []
-        for number, piece in enumerate(pieces):
-            if number % 2:
-                tokens += seen[number // 2]
+        for piece in pieces:
+            if piece in shown:
+                tokens += shown[piece].tokens
             elif piece:
                 plain = self._tokens(piece, special=True)
                 tokens += self._special.tokens(piece, marks) if marks else plain
@@ -121,12 +121,12 @@ class ChatModel(PrunedLlama):
     @cached_property
     def _wants_parts(self) -> bool:
         """Whether the template takes a message's content as parts only, found by trying it."""
-        probe = chr(0xF0000)
+        probe = "0f3c9a71d2"  # in no template
         contents: tuple[Any, ...] = (probe, [{"type": "text", "text": probe}])
         for content in contents:
             try:
                 shown = self._formatter(messages=[{"role": "user", "content": content}]).prompt
-            except (ValueError, TemplateError):
+            except (PopError, ValueError, TemplateError):
                 continue
             if probe in shown:
                 return content is not probe

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -114,6 +115,7 @@ class KvLlama(Llama):
         self.mmproj = None if mmproj is None else Path(mmproj)
         self.image_tokens = image_tokens
         self._eye: Mmproj | None = None
+        self._eye_lock = threading.Lock()
         self.mmproj_key = "" if self.mmproj is None else fingerprint(self.mmproj)
         n_threads = n_threads or backend.default_threads()
         self.rpc = tuple(rpc)
@@ -189,16 +191,17 @@ class KvLlama(Llama):
                 "open it with the mmproj that was published with it",
                 cause="no-mmproj",
             )
-        if self._eye is None:
-            self._eye = Mmproj(
-                self.mmproj,
-                self._model.model,
-                n_threads=self.n_threads_batch,
-                use_gpu=self._on_gpu,
-                max_tokens=self.image_tokens,
-                should_stop=self.interrupt.is_wanted,
-            )
-            self._stack.callback(self._eye.close)
+        with self._eye_lock:
+            if self._eye is None:
+                self._eye = Mmproj(
+                    self.mmproj,
+                    self._model.model,
+                    n_threads=self.n_threads_batch,
+                    use_gpu=self._on_gpu,
+                    max_tokens=self.image_tokens,
+                    should_stop=self.interrupt.is_wanted,
+                )
+                self._stack.callback(self._eye.close)
         return self._eye
 
     @property

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pop_local.engine.images.mmproj import Seen
+
 # For base models, which come without a template; it needs no special tokens.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
@@ -14,11 +16,15 @@ THINK = "<think>"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens, the strings that end the answer, and what the template has begun of it already."""
+    """Tokens, the strings that end the answer, and what the template has begun of it already.
+
+    `seen`: the pictures that some of the tokens stand for, kept until they are decoded.
+    """
 
     tokens: list[int]
     stops: tuple[str, ...] = ()
     begun: str = ""
+    seen: tuple[Seen, ...] = ()
 
     @property
     def n_image(self) -> int:

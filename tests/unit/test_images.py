@@ -50,6 +50,7 @@ def smol(tmp_path_factory) -> Seeing:
 
 
 def prompt(model: PopModel, question: str, *seeds: int) -> list[int]:
+    """Its tokens, whose pictures the model keeps for a while."""
     shown = tuple((0, picture_of(png(seed), f"{seed}.png")) for seed in seeds)
     return model.chat_prompt([Message("user", question, shown)]).tokens
 

@@ -8,12 +8,15 @@ tokens, and whatever finds cached K/V by them needs to know nothing of images.
 import ctypes
 import functools
 import hashlib
+import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -24,7 +27,7 @@ from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings
 
 ARCHITECTURE = "clip"
-# Their pixels and chunks are held, so that a conversation's are not cut up anew for each question.
+# Their chunks are kept, so that a conversation's are not cut up anew for each question.
 _KEPT_PICTURES = 64
 # Of each tensor, for the fingerprint.
 _SAMPLED_BYTES = 4096
@@ -37,7 +40,8 @@ class Image:
     """A piece of a picture as the model sees it; some models cut one into several.
 
     `ids` stand for its rows among the tokens. `n_pos`: by how many positions what follows is
-    further on. `is_mutual`: its rows see each other, so they are decoded at once.
+    further on. `is_mutual`: its rows see each other, so they are decoded at once. libmtmd's chunk
+    is freed with it.
     """
 
     chunk: Any
@@ -50,8 +54,19 @@ class Image:
         return len(self.ids)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A picture as the model sees it: ids of rows, and the tokens that the model wants around."""
+
+    tokens: tuple[int, ...]
+    images: tuple[Image, ...]
+
+
 class Mmproj:
-    """An mmproj file opened beside its model."""
+    """An mmproj file opened beside its model.
+
+    `see` may be called from several threads, while another one decodes.
+    """
 
     def __init__(
         self,
@@ -91,26 +106,24 @@ class Mmproj:
                 f"{path} does not fit this model{reason}",
                 "give the mmproj that was published with it",
             )
-        self._tokens: OrderedDict[str, list[int]] = OrderedDict()
-        self._images: dict[int, Image] = {}
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[str, Seen] = OrderedDict()
+        self._images: WeakValueDictionary[int, Image] = WeakValueDictionary()
 
-    def tokens(self, pictures: Sequence[Picture]) -> list[list[int]]:
-        """For each picture of a prompt its tokens: ids of rows, and what the model wants around.
+    def see(self, picture: Picture) -> Seen:
+        """Cut a picture up as the model wants it; whoever decodes it keeps what is returned.
 
-        Raises PopError for damaged pictures, and for what the encoder refuses.
+        Raises PopError for a damaged picture, and for one that the model cannot be shown.
         """
-        wanted = list(dict.fromkeys(picture.sha256 for picture in pictures))
-        for picture in pictures:
-            if picture.sha256 not in self._tokens:
-                self._tokens[picture.sha256] = self._cut_up(picture)
-        for key in wanted:
-            self._tokens.move_to_end(key)
-        while len(self._tokens) > max(_KEPT_PICTURES, len(wanted)):
-            self._forget(next(iter(self._tokens)))
-        return [self._tokens[picture.sha256] for picture in pictures]
+        with self._lock:
+            seen = self._seen.pop(picture.sha256, None) or self._cut_up(picture)
+            self._seen[picture.sha256] = seen
+            if len(self._seen) > _KEPT_PICTURES:
+                self._seen.popitem(last=False)
+        return seen
 
     def image_at(self, tokens: Sequence[int]) -> Image:
-        """Return the image that `tokens` begin with. Raises PopError for ids of none."""
+        """Return the image that `tokens` begin with. Raises PopError for one nobody keeps."""
         image = self._images.get(int(tokens[0]))
         if image is None or tuple(tokens[: image.n_rows]) != image.ids:
             raise PopError("the prompt has an image that this model was not given")
@@ -143,8 +156,6 @@ class Mmproj:
         return taken_s
 
     def close(self) -> None:
-        for key in list(getattr(self, "_tokens", ())):
-            self._forget(key)
         if self._ctx:
             self._mtmd.mtmd_free(self._ctx)
         self._ctx = None
@@ -159,12 +170,7 @@ class Mmproj:
             return self._n_nodes % _NODES_AT_ONCE == 0
         return not self._should_stop()
 
-    def _forget(self, key: str) -> None:
-        for token in self._tokens.pop(key):
-            if image := self._images.pop(token, None):
-                self._mtmd.mtmd_input_chunk_free(image.chunk)
-
-    def _cut_up(self, picture: Picture) -> list[int]:
+    def _cut_up(self, picture: Picture) -> Seen:
         mtmd = self._mtmd
         rgb = picture.rgb()
         buffer = (ctypes.c_uint8 * len(rgb)).from_buffer_copy(rgb)
@@ -187,8 +193,10 @@ class Mmproj:
             mtmd.mtmd_bitmap_free(bitmap)
             mtmd.mtmd_input_chunks_free(chunks)
 
-    def _joined(self, chunks: Iterator[Any], picture: Picture) -> list[int]:
-        mtmd, tokens = self._mtmd, list[int]()
+    def _joined(self, chunks: Iterator[Any], picture: Picture) -> Seen:
+        mtmd = self._mtmd
+        tokens: list[int] = []
+        images: list[Image] = []
         for chunk in chunks:
             if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
                 n = ctypes.c_size_t()
@@ -208,9 +216,11 @@ class Mmproj:
                 int(mtmd.mtmd_input_chunk_get_n_pos(chunk)),
                 bool(mtmd.mtmd_decode_use_non_causal(self._ctx, chunk)),
             )
+            weakref.finalize(image, mtmd.mtmd_input_chunk_free, image.chunk)
             self._images[image.ids[0]] = image
+            images.append(image)
             tokens += image.ids
-        return tokens
+        return Seen(tuple(tokens), tuple(images))
 
     def _ids(self, picture: Picture, offset: int, n_rows: int) -> tuple[int, ...]:
         """Numbers from -2**31 to -1; `n_rows` is part of them, since it depends on `max_tokens`."""
