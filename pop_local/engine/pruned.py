@@ -109,7 +109,7 @@ class PrunedLlama(KvLlama):
         """Read all rows to the boundary; then sink, selected rows and tail run deep, together."""
         n_past, end = self.n_tokens, self.n_tokens + plan.n_tokens
         tail = min(plan.full_from, end - 1)
-        question = min(tail, max(n_past, end - N_QUESTION))
+        question = min(tail, max(plan.text_from, end - N_QUESTION))
         backend.set_full_from(self.ctx, NOWHERE)
         backend.set_sink(self.ctx, 0)
         backend.set_question(self.ctx, question)

@@ -329,7 +329,9 @@ def test_depth_with_pictures(seeing):
 def test_a_selection_beside_a_picture(arch, tmp_path):
     seeing = Seeing(arch, make_seeing(tmp_path, arch))
     with seeing.opened(select=0.25) as model:
-        stats = model.chat(LONG, images=[png(3)], max_tokens=2, temperature=0.0).stats
+        for question in (LONG, "a b"):  # of which the question itself would reach into the picture
+            model.clear()
+            stats = model.chat(question, images=[png(3)], max_tokens=2, temperature=0.0).stats
         assert stats.n_selected > 0
         rows = np.flatnonzero(model.input_ids[: stats.n_prompt] < 0)
         assert (arch == "llama") == model.rows.has_state[rows].any()

@@ -31,11 +31,13 @@ NOWHERE = 2**31 - 1
 class PrefillPlan:
     """A prompt of which `n_tokens` are to be decoded after those that are cached.
 
-    `full_from` is a row; `chunks` are (start, end) offsets among the tokens to decode, of text or
-    of one image; `n_pruned` rows stop at the boundary when the mode is CONTEXT.
+    `full_from` is a row, `text_from` the one after the last image; `chunks` are (start, end)
+    offsets among the tokens to decode, of text or of one image; `n_pruned` rows stop at the
+    boundary when the mode is CONTEXT.
     """
 
     n_tokens: int
+    text_from: int
     full_from: int
     chunks: tuple[tuple[int, int], ...]
     n_pruned: int
@@ -55,12 +57,13 @@ def plan_prefill(
     """
     end = n_past + n_tokens
     short = n_tokens < rule.min_prompt
-    text_from = images[-1][1] if images else 0
-    full_from = n_past if short else max(n_past + text_from, end - rule.tail_tokens)
+    text_from = n_past + (images[-1][1] if images else 0)
+    full_from = n_past if short else max(text_from, end - rule.tail_tokens)
     # The last row asks for logits, so it is full whatever the tail.
     first_full = min(full_from, end - 1)
     return PrefillPlan(
         n_tokens=n_tokens,
+        text_from=text_from,
         full_from=full_from,
         chunks=tuple(_chunks(n_tokens, full_from - n_past, n_batch, images)),
         n_pruned=max(0, first_full - max(n_past, rule.sink_tokens)),
