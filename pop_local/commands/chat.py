@@ -38,15 +38,16 @@ def chat(
     refill: opt.Refill = opt.RefillName.IDLE,
     theme: opt.Theme = opt.DEFAULT_THEME,
     parse_special: opt.ParseSpecial = False,
+    mmproj: opt.Mmproj = None,
+    image_tokens: opt.ImageTokens = None,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
     screen = Screen(look(theme))
     hardware = opt.hardware(threads, gpu_layers, rpc)
     # A pipe does not wait: its next line is there already.
     refilled = refill.value if sys.stdin.isatty() or refill.value == "answer" else "off"
-    open_named = Opener(
-        model, pop, ctx, hardware, no_pop, parse_special, opt.selected(select), refilled
-    )
+    rows = no_pop, parse_special, opt.selected(select), refilled
+    open_named = Opener(model, pop, ctx, hardware, *rows, mmproj, image_tokens)
     chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     begun = Dialogue(
         open_named(), open_named, screen, system=system, sampling=chosen, refill=refilled
@@ -55,6 +56,8 @@ def chat(
     if sys.stdin.isatty():
         note(f"{begun.model.model_path}, context of {begun.model.n_ctx():,} tokens.")
         note(begun.pop_state())
+        if begun.model.mmproj:
+            note(f"It sees pictures, by {begun.model.mmproj.name}: /image PATH.")
         note("Type a question, /help for the commands, /exit to leave.")
     talk(begun)
     if begun.has_failed and not sys.stdin.isatty():

@@ -18,6 +18,7 @@ from pop_local import __version__
 from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.engine.llama import backend, devices
+from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import DEFAULT_MODEL, lookup, models_dir, resolve
 from pop_local.models.sizes import size
 from pop_local.ui.hints import hint_of
@@ -139,11 +140,13 @@ def _machine() -> list[Check]:
 
 
 def _as_read(path: Path) -> str:
-    """Its path, and where context tokens leave it if they do so exactly."""
+    """Its path, where context tokens leave it if they do so exactly, and what it sees by."""
+    mmproj = mmproj_beside(path)
+    seeing = f", sees pictures by {mmproj.name}" if mmproj else ""
     with suppress(PopError):
         if exact := read_shape(path).exact:
-            return f"{path} (context tokens leave at layer {exact}, exactly)"
-    return str(path)
+            return f"{path} (context tokens leave at layer {exact}, exactly){seeing}"
+    return f"{path}{seeing}"
 
 
 def _model() -> Check:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opener:
-    """Opens a model as the options say; called with a name, that one, which has no `sidecar`."""
+    """Opens a model as the options say; called with a name, that one, whose sidecar and mmproj lie
+    beside it."""
 
     model: str | None
     sidecar: Path | None
@@ -26,6 +27,8 @@ class Opener:
     parse_special: bool = False
     select: float | None = None
     refill: str = "off"
+    mmproj: Path | None = None
+    image_tokens: int | None = None
 
     def __call__(self, name: str | None = None, n_ctx: int | None = None) -> PopModel:
         with terminal_watch() as watch:
@@ -38,6 +41,8 @@ class Opener:
                 in_full=self.in_full,
                 select=self.select,
                 keep_states=self.refill != "off",
+                mmproj=None if name else self.mmproj,
+                image_tokens=self.image_tokens,
             )
         opened.refill_answers(None if self.refill == "answer" else 0)
         opened.parse_special = self.parse_special

@@ -108,6 +108,24 @@ Pop = Annotated[
         help="The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, if there is one.",
     ),
 ]
+Mmproj = Annotated[
+    Path | None,
+    typer.Option(
+        "--mmproj",
+        metavar="FILE",
+        help="What lets the model see pictures. Default: the mmproj*.gguf beside it, if there is"
+        " one.",
+    ),
+]
+ImageTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--image-tokens",
+        metavar="MAX",
+        min=1,
+        help="The most that one picture takes, with models where that varies.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")]
 ReplacePlot = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing plot.")]

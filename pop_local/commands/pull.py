@@ -65,9 +65,11 @@ def _from_hub(name: str, folder: Path, *, force: bool) -> Path:
     found = find_on_hub(name)
     files = ", ".join(file.name for file in found.files)
     note(f"{found.repo}: {files} ({size(found.size_bytes)}), licence {found.licence}")
+    if found.mmproj:
+        note(f"It can see pictures: {found.mmproj.name} comes with it.")
     with bytes_progress(f"Fetching {found.repo}") as advance:
         path = fetch_from_hub(found, folder, advance, force=force)
-    if not all(file.sha256 for file in found.files):
+    if not all(file.sha256 for file in found.all_files):
         warn("The hub has no hash for this file: it was not checked.")
     return path
 

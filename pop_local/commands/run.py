@@ -12,6 +12,7 @@ import typer
 
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
+from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.turn import Chunk, ContextFullError
 from pop_local.texts.decoding import decoded
@@ -22,7 +23,7 @@ from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, warn
-from pop_local.ui.views.stats import counted_line, stats_line
+from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
@@ -41,6 +42,10 @@ def run(
             "--file", "-f", help="Text, PDF or DOCX to ask about; can be given several times."
         ),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", help="Picture to ask about; can be given several times."),
+    ] = None,
     json: opt.Json = False,
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
     pop: opt.Pop = None,
@@ -57,18 +62,24 @@ def run(
     refill: opt.Refill = opt.RefillName.OFF,
     theme: opt.Theme = opt.DEFAULT_THEME,
     parse_special: opt.ParseSpecial = False,
+    mmproj: opt.Mmproj = None,
+    image_tokens: opt.ImageTokens = None,
 ) -> None:
-    """Answer one question. Files and piped text come before it in the prompt.
+    """Answer one question. Pictures, files and piped text come before it in the prompt.
 
     A model without a chat template continues the text instead.
     """
-    turn = Turn(question, tuple(_documents(file or [])))
-    if not turn.prompt:
+    documents, pictures = tuple(_documents(file or [])), tuple(map(read_picture, image or []))
+    turn = Turn(question, documents, pictures=pictures)
+    if not turn.prompt and not pictures:
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
     screen = Screen(look(theme))
     options = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     hardware, share = opt.hardware(threads, gpu_layers, rpc), opt.selected(select)
-    opened = Opener(model, pop, ctx, hardware, no_pop, parse_special, share, refill.value)()
+    rows = no_pop, parse_special, share, refill.value
+    opened = Opener(model, pop, ctx, hardware, *rows, mmproj, image_tokens)()
+    for picture in pictures:
+        screen.note(picture_line(picture, opened.count_picture(picture), opened.n_ctx()))
     for document in turn.documents:
         n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))
@@ -110,7 +121,7 @@ def _is_pipe(stream: TextIO) -> bool:
 def _chunks(
     opened: "PopModel", system: str, turn: Turn, options: dict[str, Any]
 ) -> Iterator[Chunk]:
-    if "tokenizer.chat_template" not in opened.metadata:
+    if "tokenizer.chat_template" not in opened.metadata and not turn.pictures:
         return opened.continue_text(turn.prompt, **options)
     return opened.chat_turn(Conversation(system, (turn,)).messages, **options)
 

@@ -14,6 +14,8 @@ from pop_local.commands.opening import Opener
 from pop_local.commands.options import (
     Ctx,
     GpuLayers,
+    ImageTokens,
+    Mmproj,
     NoPop,
     ParseSpecial,
     Pop,
@@ -74,6 +76,8 @@ def serve(
         ),
     ] = 2048,
     parse_special: ParseSpecial = False,
+    mmproj: Mmproj = None,
+    image_tokens: ImageTokens = None,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API.
 
@@ -88,7 +92,8 @@ def serve(
     from pop_local.server.front import LOOPBACK
 
     on, share = hardware(threads, gpu_layers, rpc), selected(select)
-    opened = Opener(model, pop, ctx, on, no_pop, parse_special, share, refill.value)()
+    rows = no_pop, parse_special, share, refill.value
+    opened = Opener(model, pop, ctx, on, *rows, mmproj, image_tokens)()
     opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
     try:
         name = name or Path(opened.model_path).stem
@@ -139,6 +144,8 @@ def _announce(opened: "PopModel", name: str, listening: socket.socket, is_open: 
     if opened.pop_mode and opened.exact:
         pruning = f"read exactly: context tokens leave at layer {opened.exact}"
     note(f"{name}, context of {opened.n_ctx():,} tokens, prompts {pruning}.")
+    if opened.mmproj:
+        note(f"Pictures are read, by {opened.mmproj.name}, out of data: URLs.")
     if is_open:
         warn("Anyone who reaches this machine can use the model: set --api-key.")
     note(f"Serving at http://{shown}:{port}/v1 (Ctrl-C stops)")

@@ -148,6 +148,10 @@ class ChatModel(PrunedLlama):
     def _tokens(self, text: str, special: bool, add_bos: bool = False) -> list[int]:
         return self.tokenize(_encoded(text), add_bos=add_bos, special=special)
 
+    def count_picture(self, picture: Picture) -> int:
+        """Count the tokens that a picture takes. Raises PopError as Mmproj.see does."""
+        return len(self.eye.see(picture).tokens)
+
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""
         return len(self.chat_prompt(messages).tokens)

@@ -20,6 +20,7 @@ from pop_local.engine.sessions.chat_session import (
 from pop_local.engine.sessions.conversation import Conversation, Document
 from pop_local.engine.turn import AnswerOptions
 from pop_local.models import names
+from pop_local.models.mmproj import mmproj_beside
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -38,6 +39,7 @@ class PopModel(ChatModel):
         model: str | os.PathLike[str],
         *,
         sidecar: str | os.PathLike[str] | None = None,
+        mmproj: str | os.PathLike[str] | None = None,
         n_ctx: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
@@ -45,13 +47,14 @@ class PopModel(ChatModel):
     ) -> Self:
         """Open a GGUF file, or a model that is here by its name.
 
-        `sidecar`: None takes the one beside the model, if there is one. The rest is as in the
-        constructor. Nothing is fetched or converted.
+        `sidecar`, `mmproj`: None takes the one beside the model, if there is one. The rest is as in
+        the constructor. Nothing is fetched or converted.
         """
         path = names.resolve(os.fspath(model))
         return cls(
             path,
             sidecar=sidecar_beside(read_source(path)) if sidecar is None else sidecar,
+            mmproj=mmproj_beside(path) if mmproj is None else mmproj,
             n_ctx=n_ctx,
             n_threads=n_threads,
             n_gpu_layers=n_gpu_layers,

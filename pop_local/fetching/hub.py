@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from converter.errors import PopError
 from converter.progress import Progress
 from pop_local.fetching.download import Remote, download, reason_of
-from pop_local.fetching.quants import choose, usual_ending
+from pop_local.fetching.quants import choose, choose_mmproj, usual_ending
 from pop_local.fetching.target import harmless, is_there, require_space
+from pop_local.models.mmproj import mmproj_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,16 +28,24 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 
 @dataclass(frozen=True)
 class HubModel:
-    """One model of a repository at one commit, in one file or in the parts of a split one."""
+    """One model of a repository at one commit, in one file or in the parts of a split one.
+
+    `mmproj`: what lets it see pictures, if the repository has that.
+    """
 
     repo: str
     licence: str
     files: tuple[Remote, ...]
+    mmproj: Remote | None = None
+
+    @property
+    def all_files(self) -> tuple[Remote, ...]:
+        return (*self.files, self.mmproj) if self.mmproj else self.files
 
     @property
     def size_bytes(self) -> int:
         """The size of all its files in bytes."""
-        return sum(file.size_bytes for file in self.files)
+        return sum(file.size_bytes for file in self.all_files)
 
 
 def is_hub(name: str) -> bool:
@@ -76,20 +85,29 @@ def find_on_hub(name: str) -> HubModel:
 
     files = choose(repo, tuple(siblings), match["file"] or "").files
     licence = info.card_data.get("license") if info.card_data else None
-    return HubModel(repo, str(licence or "not stated"), tuple(map(remote, files)))
+    mmproj = choose_mmproj(tuple(siblings))
+    return HubModel(
+        repo,
+        str(licence or "not stated"),
+        tuple(map(remote, files)),
+        None if mmproj is None or mmproj in files else remote(mmproj),
+    )
 
 
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
     """Fetch a model's files into `folder`, and return the path of the first.
 
-    They are checked against the hub's hashes. Files that are there already are kept; others of the
-    same name are refused unless `force`. `advance` gets (done_bytes, total_bytes). Raises PopError.
+    Its mmproj gets the model's name, since many repositories' have the same. They are checked
+    against the hub's hashes. Files that are there already are kept; others of the same name are
+    refused unless `force`. `advance` gets (done_bytes, total_bytes). Raises PopError.
     """
-    names = [PurePosixPath(usual_ending(file.name)).name for file in model.files]
+    names = [PurePosixPath(usual_ending(file.name)).name for file in model.all_files]
+    if model.mmproj:
+        names[-1] = mmproj_name(names[0])
     targets = [folder / harmless(name) for name in names]
     missing = [
         (file, target)
-        for file, target in zip(model.files, targets, strict=True)
+        for file, target in zip(model.all_files, targets, strict=True)
         if not is_there(target, file.sha256, f"{model.repo}'s {file.name}", force=force)
     ]
     folder.mkdir(parents=True, exist_ok=True)

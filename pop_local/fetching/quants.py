@@ -17,6 +17,8 @@ PREFERRED = (
 )
 # GGUF files that are no language models: projectors of images, statistics of calibration.
 _HELPERS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
+# Of projectors: nothing is lost with eight bits.
+_MMPROJ_TYPES = ("Q8_0", "F16", "BF16", "F32")
 _MAX_LISTED = 40
 
 
@@ -42,6 +44,13 @@ def _choices(files: Sequence[str]) -> tuple[Candidate, ...]:
                 raise PopError(f"the repository lacks {missing[0]}", "take another file of it")
             found.append(Candidate(part.stem, tuple(by_name[each] for each in parts)))
     return tuple(found)
+
+
+def choose_mmproj(files: Sequence[str]) -> str | None:
+    """Return the smallest of a repository's mmprojs, None where it has none."""
+    found = [file for file in files if "mmproj" in file.lower() and file.lower().endswith(SUFFIX)]
+    by_type = [file for kind in _MMPROJ_TYPES for file in found if _word(kind).search(file.lower())]
+    return next(iter([*by_type, *sorted(found)]), None)
 
 
 def usual_ending(file: str) -> str:
@@ -85,9 +94,12 @@ def _matching(models: list[Candidate], wanted: str) -> list[Candidate]:
     Where it is a word of its own in some, they alone are meant (F16, BF16).
     """
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
-    word = re.compile(rf"(?<![a-z0-9]){re.escape(wanted.lower())}(?![a-z0-9_])")
-    whole = [choice for choice in contained if word.search(choice.name.lower())]
+    whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
     return whole or contained
+
+
+def _word(text: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![a-z0-9]){re.escape(text.lower())}(?![a-z0-9_])")
 
 
 def _listed(repo: str, models: Sequence[Candidate]) -> str:

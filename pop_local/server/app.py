@@ -30,6 +30,7 @@ from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_conne
 from pop_local.server.errors import ApiError, as_api_error
 from pop_local.server.front import Front
 from pop_local.server.metrics import Metrics
+from pop_local.server.pictures import MAX_DATA_URL
 from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Job, Task, Worker
@@ -96,6 +97,7 @@ class Api:
         self._created = int(time.time())
         self._tasks = Tasks(model)
         by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx())
+        by_context += MAX_DATA_URL if model.mmproj else 0
         self._max_body_bytes = max_body_bytes or by_context
         self._watchers: set[asyncio.Task[None]] = set()
         self.metrics = Metrics()
@@ -103,7 +105,7 @@ class Api:
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._grammar_limit = anyio.CapacityLimiter(1)
+        self._heavy_limit = anyio.CapacityLimiter(1)
         self.worker.start()
         try:
             yield
@@ -135,6 +137,7 @@ class Api:
             "pop": {
                 "n_ctx": self._model.n_ctx(),
                 "boundary": self._model.boundary,
+                "images": self._model.mmproj is not None,
                 "exact": self._model.exact,
             },
         }
@@ -159,13 +162,14 @@ class Api:
         return await self._answer(request, body, task, Reply)
 
     async def _task(self, make: Callable[[AnyBody], Task], body: AnyBody) -> Task:
-        """Grammars are checked one at a time: those that take long are in nobody else's way."""
+        """Grammars and pictures are checked one at a time: what takes long is in nobody else's way,
+        and takes no more memory than one."""
 
         def made() -> Task:
             self.worker.require_open()
             return make(body)
 
-        limit = self._grammar_limit if body.has_grammar else None
+        limit = self._heavy_limit if body.is_heavy else None
         return await anyio.to_thread.run_sync(made, limiter=limit)
 
     async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:

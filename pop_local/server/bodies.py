@@ -46,15 +46,41 @@ class TextPart(_Lenient):
     text: str
 
 
+class ImageUrl(_Lenient):
+    url: str
+
+
+class ImagePart(_Lenient):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class ChatMessage(_Lenient):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
 
     @property
     def text(self) -> str:
+        """Without its pictures."""
         if self.content is None or isinstance(self.content, str):
             return self.content or ""
-        return "\n".join(part.text for part in self.content)
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def image_urls(self) -> list[tuple[int, str]]:
+        """Where in the text each picture stands, and its URL."""
+        found: list[tuple[int, str]] = []
+        offset = n_texts = 0
+        for part in self.content if isinstance(self.content, list) else ():
+            if isinstance(part, TextPart):
+                offset += len(part.text) + (n_texts > 0)
+                n_texts += 1
+            else:
+                found.append((offset, part.image_url.url))
+        return found
 
 
 def _as_list(stop: Any) -> Any:
@@ -89,6 +115,11 @@ class Body(Sampling):
     pop: bool | None = None
 
     @property
+    def is_heavy(self) -> bool:
+        """Whether it takes long to check: then one such request is checked at a time."""
+        return self.has_grammar
+
+    @property
     def has_grammar(self) -> bool:
         """Whether the answer is kept to a form."""
         wanted = self.response_format
@@ -110,6 +141,11 @@ class Body(Sampling):
 
 class ChatBody(Body):
     messages: list[ChatMessage] = Field(min_length=1)
+
+    @property
+    def is_heavy(self) -> bool:
+        return self.has_grammar or any(message.image_urls for message in self.messages)
+
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -27,6 +27,12 @@ class Metrics:
             ["kind"],
         )
         self._decoded = counter("pop_decoded_tokens", "Tokens that were generated")
+        self._image = counter(
+            "pop_image_tokens", "Prompt tokens that were rows of pictures, cached ones among them"
+        )
+        self._encoding = counter(
+            "pop_encode_seconds", "Spent on making rows of pictures, which pruning does not shorten"
+        )
         self._selected = counter(
             "pop_selected_tokens", "Context tokens that ran all layers for a question"
         )
@@ -48,6 +54,8 @@ class Metrics:
         self._prompt.labels("exact").inc(stats.n_skipped_exact)
         self._prompt.labels("full").inc(stats.n_full)
         self._prompt.labels("cached").inc(stats.n_cached)
+        self._image.inc(stats.n_image)
+        self._encoding.inc(stats.encode_s)
         self._selected.inc(stats.n_selected)
         self._decoded.inc(stats.n_decoded)
         if stats.n_decoded:

@@ -1,14 +1,18 @@
 """From a request's body to a task for the model."""
 
+from collections.abc import Iterator
+
 from converter.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.decode.text import Pieces
+from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import Message, TurnOptions
 from pop_local.server.bodies import Body, ChatBody, ChatMessage, CompletionBody, Sampling
 from pop_local.server.errors import ApiError
+from pop_local.server.pictures import sent_pictures
 from pop_local.server.worker import Task
 
 # As in OpenAI's API; chats go on to the end of the context.
@@ -33,8 +37,11 @@ class Tasks:
         self._default = model.pop_mode
 
     def chat(self, body: ChatBody) -> Task:
+        urls = [url for message in body.messages for _, url in message.image_urls]
+        pictures = iter(sent_pictures(urls))
+        messages = [_message(message, pictures) for message in body.messages]
         try:
-            prompt = self._model.chat_prompt([_message(message) for message in body.messages])
+            prompt = self._model.chat_prompt(messages)
         except PopError as error:
             raise ApiError(400, error.message, param="messages") from error
         self._check_length(prompt, "messages")
@@ -126,5 +133,8 @@ class Tasks:
         return text
 
 
-def _message(message: ChatMessage) -> Message:
-    return Message("system" if message.role == "developer" else message.role, message.text)
+def _message(message: ChatMessage, pictures: Iterator[Picture]) -> Message:
+    """With as many of the pictures as are its own."""
+    role = "system" if message.role == "developer" else message.role
+    shown = tuple((offset, next(pictures)) for offset, _ in message.image_urls)
+    return Message(role, message.text, shown)

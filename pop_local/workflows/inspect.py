@@ -16,6 +16,7 @@ from converter.rewrite import original
 from converter.shape import ARCHITECTURES, SHARED_KV, source_shape, trained_ctx
 from converter.sidecar import base_path, pop_of, sidecar_beside, sidecar_meta
 from converter.source import Source, is_sidecar, read_source
+from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
 from pop_local.models.names import load_catalog, resolve
 from pop_local.workflows.events import Unit, Watch
 
@@ -46,7 +47,8 @@ class Verification:
 class Inspection:
     """What is in a model; `pop` is what the sidecar says if there is one.
 
-    `exact` is the layer from which on context tokens are of no use, so that they leave; 0: none.
+    `mmproj` is what lies beside it to let it see pictures. `exact` is the layer from which on
+    context tokens are of no use, so that they leave; 0: none.
     """
 
     file: str
@@ -65,6 +67,7 @@ class Inspection:
     n_skipped: int | None
     pop: PopMeta | None
     sidecar: str | None
+    mmproj: str | None
     opens_in_stock_llama_cpp: bool
     verification: Verification | None
 
@@ -158,6 +161,7 @@ def _of_model(
     if not isinstance(architecture, str):
         raise FormatError(f"{first.path} names no architecture", "give a language model")
     name = first.get("general.name")
+    mmproj = None if architecture == ARCHITECTURE else mmproj_beside(first.path)
     return Inspection(
         file=str(first.path),
         n_files=len(source.parts),
@@ -175,6 +179,7 @@ def _of_model(
         n_skipped=meta.n_layer - meta.boundary if meta else None,
         pop=meta,
         sidecar=str(sidecar) if sidecar else None,
+        mmproj=str(mmproj) if mmproj else None,
         opens_in_stock_llama_cpp=not any(TENSOR_MARK in tensor.name for tensor in source.tensors),
         verification=verification,
     )

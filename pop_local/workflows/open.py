@@ -10,6 +10,7 @@ from converter.sidecar import pop_of, sidecar_beside
 from converter.source import read_source
 from pop_local.calibration.options import FitOptions
 from pop_local.fetching.catalog import fetch
+from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
 from pop_local.models.sizes import size
 from pop_local.models.stored import ModelFiles
@@ -34,11 +35,14 @@ def open_model(
     in_full: bool = False,
     select: float | None = None,
     keep_states: bool = False,
+    mmproj: Path | None = None,
+    image_tokens: int | None = None,
 ) -> "PopModel":
     """Open a model by name or path, None for the catalog's default; see `model_files`.
 
     `in_full`: with pruning off, so that a sidecar beside it which does not fit is left out; one
-    that fits stays, to switch pruning on later. `select`, `keep_states`: as for PopModel.
+    that fits stays, to switch pruning on later. `select`, `keep_states`, `image_tokens`: as
+    for PopModel. `mmproj`: None for the one beside the model, if there is one.
     Raises PopError, StoppedError.
     """
     files = model_files(model, sidecar, hardware=hardware, watch=watch)
@@ -57,6 +61,8 @@ def open_model(
         n_ctx=n_ctx,
         select=select,
         keep_states=keep_states,
+        mmproj=mmproj or mmproj_beside(files.path),
+        image_tokens=image_tokens,
         **vars(hardware),
     )
     if in_full:

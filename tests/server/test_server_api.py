@@ -26,7 +26,7 @@ def test_health_models_and_metrics(client):
     assert client.get("/health").json() == {"status": "ok"}
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == NAME
-    assert model["pop"] == {"n_ctx": N_CTX, "boundary": 4, "exact": 0}
+    assert model["pop"] == {"n_ctx": N_CTX, "boundary": 4, "images": False, "exact": 0}
     assert client.get(f"/v1/models/{NAME}").json() == model
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from converter.errors import PopError
+from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation
@@ -93,6 +94,9 @@ class ScriptedModel:
 
     def count_prompt(self, messages: Sequence[Message]) -> int:
         return sum(len(message.content.split()) for message in messages)
+
+    def count_picture(self, picture: Picture) -> int:
+        raise AssertionError("nobody shows it a picture")
 
     def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
         self._words = text.decode().split()

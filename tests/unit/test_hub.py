@@ -21,7 +21,7 @@ def content(seed: int, n_bytes: int = 400_000) -> bytes:
 
 FILES = {
     "README.md": b"# Tiny",
-    "mmproj-tiny-f16.gguf": content(0, 100),
+    "imatrix-tiny.gguf": content(0, 100),
     "tiny-Q4_K_M.gguf": content(1),
     "tiny-Q4_K_S.gguf": content(2, 100),
     "tiny-Q8_0.gguf": content(3, 100),

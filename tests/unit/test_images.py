@@ -14,7 +14,6 @@ from PIL import Image
 
 from converter.errors import PopError, StoppedError
 from pop_local.engine.images import pictures
-from pop_local.engine.images.mmproj import mmproj_beside
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -23,6 +22,7 @@ from pop_local.engine.llama.upstream import api, chat_format
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, images_in, plan_prefill
 from pop_local.engine.turn import ContextFullError, Message
+from pop_local.models.mmproj import mmproj_beside
 from support.seeing import EYES, PARTS_TEMPLATE, encoded, make_mmproj, make_seeing, png
 
 ARCHS = ("llama", "gemma3", "qwen2vl", "qwen3vl")

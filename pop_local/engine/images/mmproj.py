@@ -25,8 +25,8 @@ from converter.source import read_source
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings
+from pop_local.models.mmproj import ARCHITECTURE
 
-ARCHITECTURE = "clip"
 # Their chunks are kept, so that a conversation's are not cut up anew for each question.
 _KEPT_PICTURES = 64
 # Of each tensor, for the fingerprint.
@@ -227,20 +227,6 @@ class Mmproj:
         seed = f"{self.fingerprint} {picture.sha256} {offset} {n_rows}".encode()
         raw = np.frombuffer(hashlib.shake_256(seed).digest(4 * n_rows), np.dtype("<u4"))
         return tuple((-1 - (raw >> 1).astype(np.int64)).tolist())
-
-
-def is_mmproj(path: Path) -> bool:
-    """Whether the file is an mmproj; False as well for what cannot be read."""
-    try:
-        return read_source(path).first.get("general.architecture") == ARCHITECTURE
-    except (PopError, OSError):
-        return False
-
-
-def mmproj_beside(model: Path) -> Path | None:
-    """Return the mmproj*.gguf that lies beside a model; None where there is none, or several."""
-    found = [path for path in model.parent.glob("*mmproj*.gguf") if path != model]
-    return found[0] if len(found) == 1 and is_mmproj(found[0]) else None
 
 
 def fingerprint(path: Path) -> str:

@@ -29,7 +29,7 @@ class _Counted:
 
 def attach_file(chat: Dialogue, argument: str) -> None:
     if argument:
-        _offer(chat, [_path(argument)], may_cut=True)
+        _offer(chat, [given_path(argument)], may_cut=True)
     else:
         _list(chat)
 
@@ -38,7 +38,7 @@ def attach_glob(chat: Dialogue, argument: str) -> None:
     if not argument:
         chat.screen.note("/glob takes a pattern, such as docs/**/*.md.")
         return
-    pattern = str(_path(argument))
+    pattern = str(given_path(argument))
     found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 (patterns may be absolute)
     paths = sorted(path for path in found if path.is_file())
     if not paths or len(paths) > _MAX_FILES:
@@ -129,7 +129,7 @@ def _list(chat: Dialogue) -> None:
         chat.screen.note(counted_line(document.name, n_tokens, chat.model.n_ctx()))
 
 
-def _path(path: str) -> Path:
+def given_path(path: str) -> Path:
     """Terminals quote the paths that are dropped on them."""
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         path = path[1:-1]

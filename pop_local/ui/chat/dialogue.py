@@ -12,6 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import PopError
+from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Document
 from pop_local.engine.turn import ContextFullError
@@ -55,6 +56,7 @@ class Dialogue:
         self.refill = refill
         self.sampling = dict(sampling)
         self.documents: list[Document] = []
+        self.pictures: list[Picture] = []
         self.has_failed = False
         # The session is saved under this name, or "": then no file is replaced without asking.
         self.saved_as = ""
@@ -132,7 +134,8 @@ class Dialogue:
         """Tokens of the conversation and of what is attached to the next question."""
         said = self.session.conversation.messages
         n_said = self.model.count_prompt(said) if said else 0
-        return n_said + sum(self.count_tokens(document.text) for document in self.documents)
+        n_shown = sum(map(self.model.count_picture, self.pictures))
+        return n_said + n_shown + sum(self.count_tokens(one.text) for one in self.documents)
 
     @property
     def n_answer(self) -> int:
@@ -149,12 +152,15 @@ class Dialogue:
     def forget(self) -> None:
         self.session.forget()
         self.documents.clear()
+        self.pictures.clear()
         self.saved_as = ""
         self._is_warned = False
 
     def ask(self, question: str) -> None:
         documents, self.documents = self.documents, []
-        self.answer(partial(self.session.stream, question, documents=documents))
+        pictures, self.pictures = self.pictures, []
+        ask = partial(self.session.stream, question, documents=documents, images=pictures)
+        self.answer(ask)
 
     def answer(self, ask: Ask) -> None:
         """Show the answer. What was said before Ctrl-C or a failure stays said."""

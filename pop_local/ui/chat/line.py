@@ -201,7 +201,7 @@ class _Completer(Completer):
             yield from _matching(self._commands[name](), argument)
 
 
-PATH_COMMANDS = ("/file", "/glob")
+PATH_COMMANDS = ("/file", "/glob", "/image")
 
 
 def _matching(words: Iterable[str], begun: str, end: str = "") -> Iterator[Completion]:

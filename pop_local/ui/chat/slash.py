@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pop_local.config.nearest import nearest_hint
 from pop_local.engine.llama.backend import Mode
-from pop_local.ui.chat import attach, params, refill, sessions
+from pop_local.ui.chat import attach, images, params, refill, sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.views.stats import session_lines
 
@@ -111,11 +111,14 @@ def _context(chat: Dialogue, argument: str) -> None:
     chat.screen.note(f"{n_used:,} of {n_ctx:,} tokens are used ({n_used / n_ctx:.0%}).")
     for number, turn in enumerate(chat.session.conversation.turns, start=1):
         n_asked, n_said = chat.count_tokens(turn.prompt), chat.count_tokens(turn.answer)
+        n_asked += sum(map(chat.model.count_picture, turn.pictures))
         chat.screen.note(
             f"{number}. {n_asked:,} asked, {n_said:,} answered: {_short(turn.question)}"
         )
     if chat.documents:
         attach.attach_file(chat, "")
+    if chat.pictures:
+        images.attach_image(chat, "")
 
 
 def _help(chat: Dialogue, argument: str) -> None:
@@ -159,6 +162,7 @@ COMMANDS = {
     "/stats": Command("/stats", "figures of the last answer and of all", _stats),
     "/context": Command("/context", "what fills the context", _context),
     "/file": Command("/file PATH", "read a file with the next question", attach.attach_file),
+    "/image": Command("/image PATH", "show a picture with the next question", images.attach_image),
     "/glob": Command("/glob PATTERN", "the same for several files", attach.attach_glob),
     "/retry": Command("/retry", "answer the last question again", _retry),
     "/undo": Command("/undo", "drop the last question and its answer", _undo),

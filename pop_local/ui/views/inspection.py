@@ -1,6 +1,7 @@
 """What `inspect` says of models and of sidecars."""
 
 from converter.format import OWN, PopMeta
+from pop_local.models.mmproj import ARCHITECTURE
 from pop_local.models.sizes import size
 from pop_local.ui.tables import Fact
 from pop_local.ui.views.conversion import full_fact, measured_facts
@@ -15,6 +16,14 @@ def inspection_facts(found: Inspection | SidecarInspection) -> list[Fact]:
 
 
 def _model_facts(found: Inspection) -> list[Fact]:
+    if found.architecture == ARCHITECTURE:
+        return [
+            ("File", found.file),
+            ("Size", size(found.size_bytes)),
+            ("Name", found.name or "none given"),
+            ("Kind", "an mmproj: lets a model see pictures (--mmproj)"),
+            ("Tensors", _tensors(found.tensors)),
+        ]
     files = f", in {found.n_files} files" if found.n_files > 1 else ""
     supported = "can be pruned" if found.architecture_supported else "cannot be pruned"
     if found.exact:
@@ -29,6 +38,7 @@ def _model_facts(found: Inspection) -> list[Fact]:
         ("Chat template", "yes" if found.has_chat_template else "no: a base model"),
         ("Tensors", _tensors(found.tensors)),
         *([("Sidecar", found.sidecar)] if found.sidecar else []),
+        *([("Sees pictures by", found.mmproj)] if found.mmproj else []),
         *(_exact_facts(found) if found.exact else _pruning_facts(found.pop)),
         ("Stock llama.cpp", _stock(found)),
     ]

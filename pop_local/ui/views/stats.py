@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from pop_local.engine.images.pictures import Picture
 from pop_local.engine.turn import SessionStats, TurnStats
 from pop_local.measure.full_cost import FullCost
 
@@ -11,11 +12,16 @@ ENDINGS = {"stop": "", "length": " · cut off at the token limit", "interrupted"
 def stats_line(stats: TurnStats) -> str:
     """Prompt tokens (of which cached and pruned), TTFT, prefill and decode tokens per second.
 
-    A prompt that was read in full although pruning is on is said to be short.
+    A prompt that was read in full although pruning is on is said to be short. Encoding pictures is
+    in TTFT, not in prefill.
     """
     cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
+    pictures = ""
+    if stats.n_image:
+        encoded = f", encoded in {stats.encode_s:.2f} s" if stats.encode_s else ""
+        pictures = f" · pictures {stats.n_image:,} tokens{encoded}"
     return (
-        f"prompt {stats.n_prompt:,} tokens ({cached}{stats.left})"
+        f"prompt {stats.n_prompt:,} tokens ({cached}{stats.left}){pictures}"
         f" · TTFT {stats.ttft_s:.2f} s"
         f" · prefill {stats.prefill_tokens_per_s:,.0f} tokens/s"
         f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{ENDINGS[stats.finish_reason]}"
@@ -26,6 +32,11 @@ def unread_line(stats: TurnStats) -> str:
     """For an answer that was stopped while its prompt was being read."""
     n_read = stats.n_cached + stats.n_evaluated
     return f"Stopped after reading {n_read:,} of {stats.n_prompt:,} prompt tokens."
+
+
+def picture_line(picture: Picture, n_tokens: int, n_ctx: int) -> str:
+    """A picture's size, length in tokens, and share of the context."""
+    return counted_line(f"{picture.name} ({picture.width} x {picture.height})", n_tokens, n_ctx)
 
 
 def counted_line(name: str, n_tokens: int, n_ctx: int) -> str:
@@ -56,6 +67,11 @@ def session_lines(
         yield (
             f"Selected for questions: {total.n_selected:,} tokens; refilled: {total.n_refilled:,};"
             f" of the last prompt {last.n_exact:,} were the full model's own."
+        )
+    if total.n_image:
+        yield (
+            f"Encoding pictures took {total.encode_s:.2f} s besides, which pruning does not"
+            " shorten."
         )
     if len(answers) > 1:
         yield f"All {_reading(answers, full_cost)}"

@@ -1,0 +1,34 @@
+"""/image: pictures that go with the next question."""
+
+from converter.errors import PopError
+from pop_local.engine.images.pictures import Picture, read_picture
+from pop_local.ui.chat.attach import NEXT, given_path
+from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.errors import as_pop_error
+from pop_local.ui.views.stats import picture_line
+
+
+def attach_image(chat: Dialogue, argument: str) -> None:
+    if not argument:
+        _list(chat)
+        return
+    try:
+        picture = read_picture(given_path(argument))
+        line = _counted(chat, picture)
+    except (OSError, PopError) as error:
+        chat.fail(as_pop_error(error))
+        return
+    chat.pictures.append(picture)
+    chat.screen.note(line)
+    chat.screen.note(NEXT)
+
+
+def _list(chat: Dialogue) -> None:
+    if not chat.pictures:
+        chat.screen.note("No picture is attached; /image PATH attaches one.")
+    for picture in chat.pictures:
+        chat.screen.note(_counted(chat, picture))
+
+
+def _counted(chat: Dialogue, picture: Picture) -> str:
+    return picture_line(picture, chat.model.count_picture(picture), chat.model.n_ctx())

@@ -1,0 +1,135 @@
+"""Pictures on the command line: run, chat, inspect, doctor, pull."""
+
+import json
+from pathlib import Path
+
+import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
+
+from pop_local.engine.model import PopModel
+from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.ui.chat.line import _Completer
+from pop_local.ui.chat.repl import converse
+from support.hub_server import Hub, Repo, serving
+from support.program import called
+from support.scripted import Transcript
+from support.seeing import make_seeing, png
+from support.synthetic import make_gguf
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seeing")
+    (folder / "a.png").write_bytes(png(3))
+    (folder / "b.png").write_bytes(png(4))
+    (folder / "no.png").write_bytes(b"no picture")
+    return make_seeing(folder, "qwen2vl")
+
+
+OPTIONS = ("--threads", 1, "--temperature", 0, "--max-tokens", 3)
+
+
+def test_run_with_pictures(path):
+    a, b = path.parent / "a.png", path.parent / "b.png"
+    done = called("run", path, "--image", a, "--image", b, "what differs?", *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert "a.png (128 x 96): 50 tokens" in done.stderr
+    assert "pictures 96 tokens, encoded in" in done.stderr
+    done = called("run", path, "--image", a, "what?", "--json", *OPTIONS)
+    stats = json.loads(done.stdout)["stats"]
+    assert stats["n_image"] == 48 and stats["encode_s"] > 0
+    done = called("run", path, "--image", a, "what?", "--json", "--image-tokens", 16, *OPTIONS)
+    assert 0 < json.loads(done.stdout)["stats"]["n_image"] <= 16
+
+
+def test_run_refuses_in_one_line(path, tmp_path):
+    done = called("run", path, "--image", path.parent / "no.png", "what?")
+    assert done.returncode == 1
+    assert "no.png is no picture that can be read" in done.stderr
+    done = called("run", path, "--image", tmp_path / "absent.png", "what?")
+    assert done.returncode == 1 and "absent.png" in done.stderr
+    done = called("run", path, "--mmproj", path, "--image", path.parent / "a.png", "what?")
+    assert done.returncode == 1 and "is no mmproj" in done.stderr
+    alone = make_gguf(tmp_path / "alone.gguf", "llama")
+    done = called("run", alone, "--image", path.parent / "a.png", "what?")
+    assert done.returncode == 1 and "--mmproj FILE" in done.stderr
+
+
+def chatted(path: Path, *lines: str, mmproj: str | None = "mmproj.gguf") -> str:
+    eye = None if mmproj is None else path.parent / mmproj
+    with PopModel(path, mmproj=eye, n_ctx=1024, n_threads=1) as model:
+        screen = Transcript(*lines)
+        sampling = {"temperature": 0.0, "max_tokens": 3}
+        chat = Dialogue(model, lambda *_: model, screen, sampling=sampling)
+        converse(chat, screen.read_line)
+        return screen.shown
+
+
+def test_chat_attaches_pictures(path):
+    a, b = path.parent / "a.png", path.parent / "b.png"
+    shown = chatted(path, "/image", f"/image '{a}'", "/image", "what?", f"/image {b}", "and?")
+    assert "# No picture is attached" in shown
+    assert shown.count("# a.png (128 x 96): 50 tokens, 5% of the context.") == 2
+    assert shown.count("# It goes with your next question.") == 2
+    assert "pictures 48 tokens, encoded in" in shown
+    assert "pictures 96 tokens, encoded in" in shown
+
+
+def test_chat_says_what_fills_the_context(path):
+    a = path.parent / "a.png"
+    shown = chatted(path, f"/image {a}", "/context", "what?", "/stats", "/context", "/retry")
+    assert "1. 55 asked" in shown
+    assert "Encoding pictures took" in shown and "which pruning does not shorten" in shown
+    assert shown.count("pictures 48 tokens") >= 2
+
+
+def test_chat_refuses_what_is_no_picture(path):
+    folder = path.parent
+    shown = chatted(path, f"/image {folder / 'no.png'}", f"/image {folder / 'absent.png'}", "a")
+    assert "! no.png is no picture that can be read; give a PNG" in shown
+    assert "absent.png" in shown and "pictures" not in shown.splitlines()[-1]
+    shown = chatted(path, f"/image {folder / 'a.png'}", mmproj=None)
+    assert "--mmproj FILE" in shown
+
+
+def test_a_chat_with_pictures_is_saved_and_loaded(path):
+    a = path.parent / "a.png"
+    shown = chatted(path, f"/image {a}", "what?", "/save seen", "/clear", "/load seen", "and?")
+    assert shown.count("pictures 48 tokens") == 2
+    assert shown.count("encoded in") == 1
+
+
+def test_paths_of_pictures_are_completed(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    completer = _Completer({"/image": tuple})
+    found = completer.get_completions(Document("/image a.p"), CompleteEvent())
+    assert [one.text for one in found] == ["ng"]
+
+
+def test_inspect_and_doctor_name_it(path):
+    done = called("inspect", path, "--json")
+    assert json.loads(done.stdout)["mmproj"] == str(path.parent / "mmproj.gguf")
+    assert "mmproj.gguf" in called("inspect", path).stdout
+    found = called("inspect", path.parent / "mmproj.gguf")
+    assert "lets a model see" in found.stdout
+    done = called("doctor", POP_LOCAL_MODEL=str(path))
+    assert "mmproj.gguf" in done.stdout
+
+
+def test_pull_brings_it(tmp_path):
+    files = {
+        "tiny-Q4_K_M-00001-of-00001.gguf": b"GGUF model",
+        "mmproj-F16.gguf": b"GGUF half",
+        "mmproj-Q8_0.gguf": b"GGUF small",
+        "mmproj-BF16.gguf": b"GGUF brain",
+    }
+    with serving(Hub(repos={"a/b": Repo(files)})) as hub:
+        done = called("pull", "hf:a/b", "--dir", tmp_path, **hub.environment())
+    assert done.returncode == 0, done.stderr
+    model = tmp_path / "tiny-Q4_K_M-00001-of-00001.gguf"
+    assert done.stdout == f"{model}\n"
+    assert "mmproj-Q8_0.gguf" in done.stderr
+    named = tmp_path / "mmproj-tiny-Q4_K_M.gguf"
+    assert {*tmp_path.glob("*.gguf")} == {model, named}
+    assert named.read_bytes() == b"GGUF small"

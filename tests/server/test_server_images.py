@@ -1,0 +1,184 @@
+"""Pictures over HTTP: OpenAI's image_url parts, by its own client; what is refused, and how."""
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from pop_local.engine.model import PopModel
+from pop_local.server import pictures
+from pop_local.server.app import create_app
+from support.seeing import encoded, make_seeing, png
+from support.serving import Served, asking, counted, served
+
+LONG = "a b c d e f g h " * 8
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_seeing(tmp_path_factory.mktemp("seeing"), "qwen2vl")
+
+
+@pytest.fixture(scope="module")
+def client(path: Path) -> Iterator[TestClient]:
+    model = PopModel(path, mmproj=path.parent / "mmproj.gguf", n_ctx=1024, n_threads=1)
+    with asking(create_app(model, "tiny")) as client:
+        yield client
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def server(path: Path) -> Iterator[Served]:
+    with served(path, "--ctx", 1024) as server:
+        yield server
+
+
+def data_url(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def post(client: TestClient, *parts: dict[str, Any]) -> Any:
+    body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 4}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def asked(client: TestClient, *parts: dict[str, Any]) -> dict[str, Any]:
+    response = post(client, *parts)
+    assert response.status_code == 200, response.text
+    usage: dict[str, Any] = response.json()["usage"]
+    return usage
+
+
+@pytest.mark.slow
+def test_openais_own_client(server):
+    one, other = image(data_url(png(3))), image(data_url(png(4)))
+    with openai.OpenAI(base_url=server.api, api_key="none", max_retries=0) as client:
+
+        def say(*parts: Any) -> Any:
+            message: Any = {"role": "user", "content": list(parts)}
+            return client.chat.completions.create(
+                model="model", messages=[message], temperature=0, max_tokens=4
+            )
+
+        first = say(one, text(LONG))
+        assert first.usage.completion_tokens == 4
+        n_image = first.usage.pop["n_image"]
+        assert n_image > 0 and first.usage.pop["n_pruned"] > n_image
+        again = say(one, text(LONG))
+        assert again.choices[0].message.content == first.choices[0].message.content
+        assert again.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
+        both = say(one, text("what differs?"), other, text("say it"))
+        assert both.usage.pop["n_image"] == 2 * n_image
+        with pytest.raises(openai.BadRequestError, match="nothing is fetched"):
+            say(image("https://example.org/a.png"), text("a"))
+        with pytest.raises(openai.BadRequestError, match="is no picture"):
+            say(image(data_url(b"no picture")), text("a"))
+    assert "Pictures are read, by mmproj.gguf" in server.log
+
+
+def test_pictures_and_figures(client):
+    usage = asked(client, image(data_url(png(3))), text(LONG))
+    assert usage["pop"]["n_image"] > 0
+    assert usage["pop"]["encode_s"] > 0
+    figures = counted(client)
+    assert figures["pop_image_tokens_total"] == usage["pop"]["n_image"]
+    assert figures["pop_encode_seconds_total"] > 0
+    cached = asked(client, image(data_url(png(3))), text(LONG))
+    assert cached["pop"]["encode_s"] == 0
+    assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is True
+
+
+def test_parts_keep_their_order(client):
+    shown = image(data_url(png(3)))
+    before = asked(client, text("a b c"), shown)
+    assert asked(client, shown, text("a b c"))["prompt_tokens_details"]["cached_tokens"] < 10
+    assert before["pop"]["n_image"] > 0
+
+
+@pytest.mark.parametrize("mark", ["<__media__>", "<|vision_start|><|image_pad|><|vision_end|>"])
+def test_marks_in_a_text_are_text(client, mark):
+    assert asked(client, text(f"{mark} {LONG}"))["pop"]["n_image"] == 0
+    n_image = asked(client, image(data_url(png(3))), text(LONG))["pop"]["n_image"]
+    shown = asked(client, image(data_url(png(3))), text(f"{mark} {LONG}"))
+    assert shown["pop"]["n_image"] == n_image
+
+
+BOMB = encoded(Image.new("1", (12_000, 12_000)), "PNG")
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://127.0.0.1/a.png", "nothing is fetched"),
+        ("file:///etc/passwd", "nothing is fetched"),
+        ("/etc/passwd", "nothing is fetched"),
+        ("data:text/plain;base64,aGVsbG8=", "nothing is fetched"),
+        ("data:image/png,abc", "nothing is fetched"),
+        ("data:image/png;base64,@@@@", "is no base64"),
+        ("data:image/png;base64,abc", "is no base64"),
+        ("data:image/png;base64,\u20ac", "is no base64"),
+        (data_url(b""), "is no picture"),
+        (data_url(b"RIFF\0\0\0\0WAVEfmt "), "is no picture"),
+        (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "is no picture"),
+        (data_url(png(3)[:3000]), "is no picture"),
+        (data_url(encoded(Image.new("1", (4000, 2)), "PNG")), "is a strip"),
+        (data_url(BOMB), "more than 50 million pixels"),
+    ],
+    ids=lambda value: value[:32],
+)
+def test_what_is_refused(client, url, reason):
+    response = post(client, image(url), text("a"))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert reason in error["message"]
+    assert error["param"] == "messages"
+
+
+def test_many_pictures(client, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PICTURES", 2)
+    shown = image(data_url(png(3, 32, 32)))
+    assert post(client, shown, shown, shown, text("a")).status_code == 400
+    monkeypatch.setattr(pictures, "MAX_REQUEST_PIXELS", 32 * 32 + 1)
+    response = post(client, shown, shown, text("a"))
+    assert "million pixels together" in response.json()["error"]["message"]
+
+
+def test_a_request_that_is_too_large(client, monkeypatch):
+    response = post(client, image("data:image/png;base64," + "A" * (45 * 2**20)), text("a"))
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url"},
+        {"type": "image_url", "image_url": {}},
+        {"type": "image_url", "image_url": {"url": 3}},
+        {"type": "input_audio", "input_audio": {}},
+        {"text": "a"},
+    ],
+)
+def test_malformed_parts(client, part):
+    assert post(client, part, text("a")).status_code == 400
+
+
+def test_a_server_without_an_mmproj(path):
+    model = PopModel(path, n_ctx=1024, n_threads=1)
+    with asking(create_app(model, "tiny")) as client:
+        response = post(client, image(data_url(png(3))), text("a"))
+        assert response.status_code == 400
+        assert "without its mmproj" in response.json()["error"]["message"]
+    model.close()
