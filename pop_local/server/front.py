@@ -1,5 +1,6 @@
 """What every request passes first: the rule of entry, the count, the log."""
 
+import asyncio
 import hmac
 import ipaddress
 import logging
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pop_local.server.errors import HUNG_UP, ApiError
 from pop_local.server.metrics import Metrics
+from pop_local.server.worker import STOPPING
 
 log = logging.getLogger("pop_local.server")
 
@@ -34,12 +36,12 @@ class Front:
             await self._app(scope, receive, send)
             return
         started_s = time.perf_counter()
-        status = 500
+        status, is_started = 500, False
 
         async def watched_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, is_started = message["status"], True
             await send(message)
 
         state: dict[str, Any] = scope.setdefault("state", {})
@@ -47,6 +49,10 @@ class Front:
             error = refusal(scope, *self._entry)
             app = self._app if error is None else error.response
             await app(scope, receive, watched_send)
+        except asyncio.CancelledError:  # the server ends, and the rest of a request never came
+            if is_started:
+                raise
+            await ApiError(503, STOPPING).response(scope, receive, watched_send)
         finally:
             status = HUNG_UP if state.get("hung_up") else status
             path = scope["path"] if scope["path"] in _PATHS else "other"

@@ -26,6 +26,7 @@ made = app.create_app(opened(Path(sys.argv[1])), "tiny")
 print(listening.getsockname()[1], flush=True)
 app.run_app(made, listening)
 """
+HALF = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
 
 
 @contextmanager
@@ -88,17 +89,24 @@ def test_with_64_descriptors_and_100_idle_connections_others_are_answered(path):
 
 @pytest.mark.parametrize(
     "half",
-    [
-        b"",
-        b"GET /hea",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
-    ],
+    [b"", b"GET /hea", HALF],
 )
 def test_half_a_request_is_not_waited_for(silent, half):
     with socket.create_connection(("127.0.0.1", silent), timeout=30) as connection:
         connection.sendall(half)
         with suppress(ConnectionResetError):
             assert connection.recv(1) == b""
+
+
+def test_half_a_request_does_not_keep_the_server_from_ending(path):
+    with running(path, "app._LAST_WORDS_S = 0.2\n") as (server, port):
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(HALF)
+            assert httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            server.send_signal(signal.SIGTERM)
+            assert connection.recv(100).startswith(b"HTTP/1.1 503")
+        _, log = server.communicate(timeout=30)
+        assert "Traceback" not in log
 
 
 @pytest.fixture(scope="module")
