@@ -1,7 +1,8 @@
 # make demo: everything, then one long prompt answered with and without pruning
 # make test: everything that the tests need, then ruff, mypy and pytest (ARGS="-k name")
 # make check: ruff, mypy and the quick tests, which need the backend, but no models and no second library
-# make fuzz SECONDS=3600: damaged files for each reader, for so long (FUZZ_SEED=N begins elsewhere)
+# make fuzz SECONDS=3600: damaged files for each reader, for so long (FUZZ_SEED=N begins elsewhere,
+#   FUZZ_FILES=N tries so many instead)
 # make sanitize: the patched library with AddressSanitizer and UBSan under the oracle and damaged files
 # CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
 

@@ -47,7 +47,7 @@ from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
 N_FILES = int(os.environ.get("FUZZ_FILES", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 # Of one file: processor time here, and what a child may take on a busy machine. A reader that never
