@@ -108,8 +108,9 @@ class PopMeta:
     `min_prompt` run in full altogether. `select` is the share of context rows that run all layers,
     too, chosen by the question. `source_sha256` is the hash of the file that stripping
     gives back, or that a sidecar is for: the source, or the single file that the source's parts
-    add up to. `source_bytes` is its size when tensors were added to it, otherwise 0. The defaults
-    are what a file without the keys means.
+    add up to. `source_bytes` is its size when tensors were added to it, otherwise 0. `image_rows`:
+    how many rows of pictures projections were fitted on besides text; where that is 0, those of
+    pictures get the layers' own. The defaults are what a file without the keys means.
     """
 
     schedule: str
@@ -123,6 +124,7 @@ class PopMeta:
     tool: str = ""
     version: int = VERSION
     source_bytes: int = 0
+    image_rows: int = 0
     calibration: Calibration | None = None
     measured: Measured | None = None
     refilled: Refilled | None = None
@@ -152,6 +154,8 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
 )
 # Only in files that have a selection.
 _SELECT = "pop.select"
+# Only in files whose projections were fitted on pictures, too.
+_IMAGE_ROWS = "pop.image_rows"
 # Only in files with fitted projections; 64 bits wide.
 _SOURCE_BYTES = "pop.source.size_bytes"
 # As in `pop.budget.quality`; the fields of PopMeta have the same names.
@@ -185,6 +189,7 @@ def pop_meta(header: Header) -> PopMeta | None:
     for name, field, kind in (
         *_KEYS,
         (_SELECT, "select", float),
+        (_IMAGE_ROWS, "image_rows", int),
         (_SOURCE_BYTES, "source_bytes", int),
     ):
         value = header.get(name)
@@ -281,6 +286,8 @@ def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
     if meta.select:
         keys.append(_encode_key(_SELECT, meta.select))
+    if meta.image_rows:
+        keys.append(_encode_key(_IMAGE_ROWS, meta.image_rows))
     if meta.source_bytes:
         keys.append(_encode_size(_SOURCE_BYTES, meta.source_bytes))
     for group in _GROUPS:

@@ -39,10 +39,14 @@ UNKNOWN_SHA256 = "0" * 64
 
 @dataclass(frozen=True)
 class Fitted:
-    """Fitted projections as they go into the file, with what they were fitted on."""
+    """Fitted projections as they go into the file, with what they were fitted on.
+
+    `image_rows`: rows of pictures, besides the tokens of the calibration.
+    """
 
     calibration: Calibration
     tensors: tuple[NewTensor, ...]
+    image_rows: int = 0
 
 
 # Called with the written file before it takes its place; raising keeps it from doing so.
@@ -209,6 +213,7 @@ def draft_meta(
         source_sha256=UNKNOWN_SHA256,
         tool=tool_name(),
         source_bytes=source_bytes,
+        image_rows=fitted.image_rows if fitted else 0,
         calibration=fitted.calibration if fitted else None,
         measured=Measured() if examine else None,
     )

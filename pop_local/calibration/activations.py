@@ -6,7 +6,7 @@ ggml_backend_sched_compute_splits. Nothing is kept: the observer gets each array
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from converter.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import bindings
-from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.batch import Outputs, TokenBatch, decode_rows
 from pop_local.engine.llama.devices import GgmlLibrary
 from pop_local.engine.llama.interrupt import Interrupt
 
@@ -180,11 +180,18 @@ class Reading:
 
         Raises PopError when llama.cpp fails, and whatever the observer or Ctrl-C raises.
         """
+        self._read(lambda: self._batch.decode(self._ctx, tokens, 0, Outputs.NONE))
+
+    def image(self, rows: Rows, positions: NDArray[np.int32], *, is_mutual: bool) -> None:
+        """Read an image as a window, see `decode_rows`. Raises as `window` does."""
+        self._read(lambda: decode_rows(self._ctx, rows, positions, is_mutual=is_mutual))
+
+    def _read(self, decode: Callable[[], int]) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._ctx), False)
         self._taps.start_window()
         logs.forget_errors()
         with self._interrupt.watching(self._ctx):
-            code = self._batch.decode(self._ctx, tokens, 0, Outputs.NONE)
+            code = decode()
             if self._taps.raised is not None:
                 raise self._taps.raised
             self._interrupt.check()

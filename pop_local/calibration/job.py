@@ -18,7 +18,9 @@ from converter.progress import Progress
 from converter.rewrite import Fitted
 from converter.source import Source
 from converter.weights import Weights
-from pop_local.calibration.activations import Rows, reading
+from pop_local.calibration.activations import Reading, Rows, reading
+from pop_local.calibration.images import CalibrationImages, pictures_of
+from pop_local.calibration.images import identity as images_identity
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import Pair, n_kv, plan_needs, sums_limit_bytes
 from pop_local.calibration.options import FitOptions
@@ -31,6 +33,7 @@ from pop_local.calibration.texts import (
     own_text,
     whole_text,
 )
+from pop_local.engine.images.mmproj import Image
 
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
@@ -92,12 +95,26 @@ class _Job:
         self._weights = Weights(source)
         self._eps = _rms_epsilon(source)
         self._identity = _identity(plans, source, options, self._groups)
+        self._images = self._cut_up() if options.mmproj else None
         self._saved_s = time.monotonic()
         self._x: dict[int, Rows] = {}
         self._y: dict[int, Rows] = {}
         self._token_weights: dict[int, Rows] = {}
 
+    def _cut_up(self) -> CalibrationImages:
+        options = self._options
+        assert options.mmproj is not None
+        pictures = pictures_of(options.images)
+        return CalibrationImages(self._model, options.mmproj, pictures, self._follow.should_stop)
+
     def run(self) -> Calibrated:
+        try:
+            return self._calibrated()
+        finally:
+            if self._images is not None:
+                self._images.eye.close()
+
+    def _calibrated(self) -> Calibrated:
         path = self._options.state_path
         # Of a kept state the groups are its own: memory may have been another matter then.
         self._state = (path and load(path, self._identity)) or State(self._text(), self._groups)
@@ -110,10 +127,13 @@ class _Job:
         if path:
             save(path, self._identity, self._state)
         text, tensors, weighting = self._state.text, self._state.tensors, self._options.weighting
+        n_image = self._images.n_rows if self._images else 0
         calibration = Calibration(
             text.name, text.sha256, text.n_tokens, self._options.ridge, weighting.value
         )
-        fitted = tuple(Fitted(calibration, tuple(tensors[plan.boundary])) for plan in self._plans)
+        fitted = tuple(
+            Fitted(calibration, tuple(tensors[plan.boundary]), n_image) for plan in self._plans
+        )
         return Calibrated(fitted, text)
 
     def _text(self) -> CalibrationText:
@@ -131,7 +151,9 @@ class _Job:
             raise StoppedError
 
     def _read(self, pairs: Sequence[Pair]) -> None:
-        state, n_all = self._state, len(self._state.text.windows)
+        state, n_text = self._state, len(self._state.text.windows)
+        images = self._images.images if self._images else []
+        n_all = n_text + len(images)
         boundaries = {pair.boundary for pair in pairs}
         for boundary in boundaries - state.grams.keys():
             widths = {p.layer: n_kv(self._shape, p.layer) for p in pairs if p.boundary == boundary}
@@ -145,13 +167,22 @@ class _Job:
             n_window=N_WINDOW,
         ) as opened:
             while state.n_done < n_all:
-                opened.window(state.text.windows[state.n_done].tolist())
+                if state.n_done < n_text:
+                    opened.window(state.text.windows[state.n_done].tolist())
+                else:
+                    self._read_image(opened, images[state.n_done - n_text])
                 self._add()
                 state.n_done += 1
                 n_read = state.group * n_all + state.n_done
                 n_passes = len(state.groups)
                 self._follow.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
                 self._keep()
+
+    def _read_image(self, opened: Reading, image: Image) -> None:
+        assert self._images is not None
+        eye = self._images.eye
+        rows, positions = eye.embedded(image), eye.positions(image, 0)
+        opened.image(rows, positions, is_mutual=image.is_mutual)
 
     def _keep(self) -> None:
         stopping = self._follow.should_stop()
@@ -212,6 +243,8 @@ def _identity(
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
     if options.text:
         parts.append(hashlib.sha256(whole_text(options.text).encode()).hexdigest())
+    if options.mmproj:
+        parts.append(images_identity(options.mmproj, options.images))
     parts += [source.name, source.size_bytes, *(plan.schedule for plan in plans)]
     parts += [*map(tuple, chain.from_iterable(groups)), options.n_tokens(plans[0].shape.n_embd)]
     parts += [options.ridge, options.weighting.value, options.kv_type.value]

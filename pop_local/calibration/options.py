@@ -14,7 +14,8 @@ class FitOptions:
     `tokens`: how many to read, None for a number by the model. `text`: a file or a folder, None for
     Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
     pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
-    None for nowhere.
+    None for nowhere. `mmproj`: with it the fit is on pictures, too: those in the folder `images`,
+    or drawn ones.
     """
 
     tokens: int | None = None
@@ -24,13 +25,16 @@ class FitOptions:
     weighting: Weighting = Weighting.ATTENTION
     memory_bytes: int | None = None
     state_path: Path | None = None
+    mmproj: Path | None = None
+    images: Path | None = None
 
     @property
     def text_name(self) -> str:
-        """The text, for people."""
+        """The text, and the pictures if there are any, for people."""
         from pop_local.calibration.texts import DEFAULT_NAME
 
-        return str(self.text or DEFAULT_NAME)
+        shown = f"; pictures ({self.images or 'drawn'})" if self.mmproj else ""
+        return f"{self.text or DEFAULT_NAME}{shown}"
 
     def n_tokens(self, n_embd: int) -> int:
         """Return how many tokens are read, in whole windows.
@@ -50,6 +54,12 @@ class FitOptions:
         self.n_tokens(n_embd)
         if self.text is not None:
             require_text(self.text, n_embd)
+        if self.mmproj is not None:
+            from pop_local.calibration.images import pictures_of
+            from pop_local.engine.images.mmproj import fingerprint
+
+            fingerprint(self.mmproj)
+            pictures_of(self.images)
 
     def at(self, boundary: int) -> "FitOptions":
         """Return the options with a state file of their own, for one of several fits."""

@@ -1,5 +1,6 @@
 """`pop-local bench MODEL`: time to first token, pruned against full."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +38,12 @@ def bench(
             help="Search for the shortest prompt that gains, up to the longest of --prompt.",
         ),
     ] = False,
+    image: Annotated[
+        Path | None,
+        typer.Option("--image", metavar="FILE", help="A picture that is part of each prompt."),
+    ] = None,
+    mmproj: opt.Mmproj = None,
+    image_tokens: opt.ImageTokens = None,
     select: opt.Select = None,
     pop: opt.Pop = None,
     json: opt.Json = False,
@@ -49,11 +56,14 @@ def bench(
     n_prompts = _lengths(prompt)
     if find_break_even and repeat < 2:
         raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
+    if find_break_even and image is not None:
+        raise typer.BadParameter("--find-break-even is of text: leave out --image")
     from pop_local.workflows import bench as workflow
 
     on = opt.hardware(threads, gpu_layers, rpc)
     share = opt.selected(select)
-    options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on, share)
+    shown = image, mmproj, image_tokens
+    options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on, share, *shown)
     if find_break_even:
         with stoppable_watch() as watch:
             gained = workflow.find_break_even(model, pop, options, watch)

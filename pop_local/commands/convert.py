@@ -102,6 +102,20 @@ def convert(
             help="Text to fit on. Default: documentation, code and samples of the model.",
         ),
     ] = None,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(
+            "--mmproj", metavar="FILE", help="Fit on pictures, too, as this mmproj shows them."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images",
+            metavar="DIR",
+            help="Pictures to fit on, with --mmproj. Default: drawn ones.",
+        ),
+    ] = None,
     tokens: opt.Tokens = None,
     kv_type: opt.KvTypeOption = None,
     ridge: opt.Ridge = None,
@@ -159,8 +173,17 @@ def convert(
         raise typer.BadParameter(
             "--select goes with --skip or --boundary; --quality fastest chooses its own"
         )
+    if images is not None and mmproj is None:
+        raise typer.BadParameter("--images goes with --mmproj", param_hint="--images")
     fit = opt.given_fit(
-        memory, tokens=tokens, text=text, kv_type=kv_type, ridge=ridge, weighting=weighting
+        memory,
+        tokens=tokens,
+        text=text,
+        kv_type=kv_type,
+        ridge=ridge,
+        weighting=weighting,
+        mmproj=mmproj,
+        images=images,
     )
     if projection is opt.ProjectionName.OWN:
         opt.no_fit(fit, "--projection own fits nothing")

@@ -55,7 +55,7 @@ class PrunedLlama(KvLlama):
             self._prefill(tokens)
 
     def _prefill(self, tokens: Sequence[int]) -> None:
-        images = images_in(tokens, lambda rest: self.eye.image_at(rest).n_rows)
+        images = self.images_in(tokens)
         if images and images[-1][1] == len(tokens):
             raise PopError("the prompt ends with a picture", "let a question follow it")
         plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch, images)
@@ -69,6 +69,10 @@ class PrunedLlama(KvLlama):
             full_from = self._position_after(tokens, images, plan.full_from - self.n_tokens)
             backend.set_full_from(self.ctx, full_from)
             self._read(tokens, plan, self.rule, full_from, Outputs.LAST)
+
+    def images_in(self, tokens: Sequence[int]) -> Images:
+        """Find the images of a prompt. Raises PopError for one that this model was not given."""
+        return images_in(tokens, lambda rest: self.eye.image_at(rest).n_rows)
 
     def _position_after(self, tokens: Sequence[int], images: Images, n: int) -> int:
         """The position of the row after the next `n`, which cut no image in two."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import use_rule
-from pop_local.measure.speed import Spread, ratios, run_pairs, spread
+from pop_local.measure.speed import Spread, random_prompt, ratios, run_pairs, spread
 
 # The search ends when the answer is known to a part of this.
 _PRECISION = 8
@@ -118,7 +118,7 @@ def _doubled(shortest: int, longest: int) -> list[int]:
 
 
 def _try(model: PopModel, n_prompt: int, n_pairs: int, clock: Callable[[], float]) -> Tried:
-    full, pop = run_pairs(model, n_prompt, n_pairs, n_decode=1, clock=clock)
+    full, pop = run_pairs(model, random_prompt(model, n_prompt), n_pairs, n_decode=1, clock=clock)
     of_pairs = ratios(full, pop)
     n_pruned = pop[0].counters.n_context - pop[0].counters.n_deep
     return Tried(n_prompt, n_pruned, spread(of_pairs), quartile_distance(of_pairs), wins(of_pairs))

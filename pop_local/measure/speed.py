@@ -6,7 +6,8 @@ run starts from an empty KV cache, and the backend's row counters must say that 
 was evaluated, and pruned or not as expected; otherwise nothing is reported.
 
 A run is what a user waits for: prefill and the sampling of the first token. Some more tokens are
-then decoded, which always run all layers.
+then decoded, which always run all layers. Of a prompt with a picture TTFT has its encoding in it,
+which pruning does not touch: the limit is that of what remains.
 """
 
 import statistics
@@ -20,14 +21,18 @@ from converter.errors import PopError
 from converter.macs import exact_limit, speedup_limit
 from converter.progress import Progress, Ran, counting
 from converter.shape import ModelShape
+from pop_local.engine.images.mmproj import Seen
+from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.plan import plan_prefill
+from pop_local.engine.prefill.plan import Images, plan_prefill
 from pop_local.engine.turn import TurnOptions
 
 N_DECODE = 32
 _SEED = 20260203
+# What a template puts before a picture, at the least.
+_N_BEFORE = 8
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,12 @@ class ModePair:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One prompt length; `speedup` is of the pairs, `of_limit` is its median by the limit.
+    """One prompt length; `speedup` is of the pairs' TTFT, `read_speedup` of what is not encoding.
 
-    `n_skipped_exact`: rows that left exactly, of a model that allows it. `n_selected`: context rows
-    that ran all layers because the prompt's tail needs them.
+    `of_limit` is the median of the latter by the limit. `n_image`: rows of a picture, which took
+    `encode_s` to encode in the middle run. `n_skipped_exact`: rows that left exactly, of a model
+    that allows it. `n_selected`: context rows that ran all layers because the prompt's tail needs
+    them.
     """
 
     n_prompt: int
@@ -65,6 +72,9 @@ class SpeedRow:
     limit: float
     of_limit: float
     decode_tokens_per_s: ModePair
+    n_image: int
+    encode_s: float
+    read_speedup: Spread
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,11 @@ class Run:
     ttft_s: float
     decode_tokens_per_s: float
     counters: Counters
+    encode_s: float = 0.0
+
+    @property
+    def read_s(self) -> float:
+        return self.ttft_s - self.encode_s
 
 
 def measure_speed(
@@ -82,25 +97,32 @@ def measure_speed(
     n_prompts: Sequence[int],
     n_pairs: int,
     on_progress: Progress,
+    picture: Picture | None = None,
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_pairs` pairs after one to warm up.
 
-    `on_progress` gets (done_tokens, total_tokens). The context must hold the longest prompt and
-    N_DECODE more tokens. Raises PopError when the counters do not prove what is measured.
+    `picture` is part of each prompt. `on_progress` gets (done_tokens, total_tokens). The context
+    must hold the longest prompt and N_DECODE more tokens. Raises PopError when the counters do not
+    prove what is measured.
     """
     ran = counting(sum(n_prompts) * 2 * (n_pairs + 1), on_progress)
-    return tuple(_row(model, shape, n_prompt, n_pairs, ran) for n_prompt in n_prompts)
+    seen = model.eye.see(picture) if picture else None
+    prompts = [random_prompt(model, n_prompt, seen) for n_prompt in n_prompts]
+    return tuple(_row(model, shape, tokens, n_pairs, ran) for tokens in prompts)
 
 
-def _row(model: PopModel, shape: ModelShape, n_prompt: int, n_pairs: int, ran: Ran) -> SpeedRow:
-    full, pop = run_pairs(model, n_prompt, n_pairs, ran=ran)
+def _row(
+    model: PopModel, shape: ModelShape, tokens: Sequence[int], n_pairs: int, ran: Ran
+) -> SpeedRow:
+    n_prompt = len(tokens)
+    full, pop = run_pairs(model, tokens, n_pairs, ran=ran)
     rows = pop[0].counters
     limit = (
         exact_limit(shape, n_prompt)
         if model.exact
         else speedup_limit(shape, n_prompt, model.boundary, rows.n_full + rows.n_deep)
     )
-    speedup = spread(ratios(full, pop))
+    reading = spread(a.read_s / b.read_s for a, b in zip(full, pop, strict=True))
     return SpeedRow(
         n_prompt=n_prompt,
         n_pruned=rows.n_context - rows.n_deep,
@@ -108,9 +130,12 @@ def _row(model: PopModel, shape: ModelShape, n_prompt: int, n_pairs: int, ran: R
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
-        speedup=speedup,
+        speedup=spread(ratios(full, pop)),
         limit=limit,
-        of_limit=speedup.median / limit,
+        of_limit=reading.median / limit,
+        n_image=sum(token < 0 for token in tokens),
+        encode_s=statistics.median(run.encode_s for run in pop),
+        read_speedup=reading,
         decode_tokens_per_s=ModePair(
             full=statistics.median(run.decode_tokens_per_s for run in full),
             pop=statistics.median(run.decode_tokens_per_s for run in pop),
@@ -120,7 +145,7 @@ def _row(model: PopModel, shape: ModelShape, n_prompt: int, n_pairs: int, ran: R
 
 def run_pairs(
     model: PopModel,
-    n_prompt: int,
+    tokens: Sequence[int],
     n_pairs: int,
     n_decode: int = N_DECODE,
     clock: Callable[[], float] = time.perf_counter,
@@ -130,12 +155,11 @@ def run_pairs(
 
     Their order changes from pair to pair. `ran` gets the prompt tokens of each run.
     """
-    tokens = random_prompt(model, n_prompt)
     runs: dict[Mode, list[Run]] = {Mode.OFF: [], Mode.CONTEXT: []}
     for pair in range(n_pairs + 1):
         for mode in runs if pair % 2 else reversed(runs):
             runs[mode].append(run(model, mode, tokens, n_decode, clock))
-            ran(n_prompt)
+            ran(len(tokens))
     return runs[Mode.OFF][1:], runs[Mode.CONTEXT][1:]
 
 
@@ -164,13 +188,17 @@ def run(
         next(sampled)
     decoded_s = clock()
     sampled.close()
-    require_rows(model, mode, len(tokens), counters)
-    return Run(first_s - started_s, n_decode / (decoded_s - first_s), counters)
+    encode_s = model.encode_s
+    require_rows(model, mode, len(tokens), counters, model.images_in(tokens))
+    rate = n_decode / (decoded_s - first_s)
+    return Run(first_s - started_s, rate, counters, encode_s)
 
 
-def require_rows(model: PopModel, mode: Mode, n_prompt: int, counters: Counters) -> None:
+def require_rows(
+    model: PopModel, mode: Mode, n_prompt: int, counters: Counters, images: Images = ()
+) -> None:
     """Raise PopError unless the whole prompt was evaluated, and pruned as the mode says."""
-    plan = plan_prefill(0, n_prompt, model.rule, model.n_batch)
+    plan = plan_prefill(0, n_prompt, model.rule, model.n_batch, images)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
     if model.exact:
         expected = Counters(0, n_prompt - n_left, n_left)
@@ -188,10 +216,23 @@ def require_rows(model: PopModel, mode: Mode, n_prompt: int, counters: Counters)
         )
 
 
-def random_prompt(model: PopModel, n_prompt: int) -> list[int]:
-    """Draw token ids evenly: what they say does not matter to the time they take."""
+def random_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> list[int]:
+    """Draw token ids evenly: what they say does not matter to the time they take.
+
+    A picture stands near their beginning. Raises PopError where it leaves no room for text.
+    """
     tokens: list[int] = np.random.default_rng(_SEED).integers(0, model.n_vocab(), n_prompt).tolist()
-    return tokens
+    if seen is None:
+        return tokens
+    n_text = n_prompt - len(seen.tokens)
+    if n_text <= _N_BEFORE:
+        raise PopError(
+            f"the picture takes {len(seen.tokens)} tokens, the prompt has {n_prompt}",
+            "give longer prompts, or a smaller picture",
+            cause="prompts-too-short",
+            n_least=len(seen.tokens) + 64,
+        )
+    return [*tokens[:_N_BEFORE], *seen.tokens, *tokens[_N_BEFORE:n_text]]
 
 
 def spread(values: Iterable[float]) -> Spread:

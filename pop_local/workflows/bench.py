@@ -4,15 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from converter.errors import PopError
 from converter.shape import ModelShape, source_shape, trained_ctx
 from converter.sidecar import pop_of
 from converter.source import Source, read_source
+from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.devices import devices
 from pop_local.engine.model import PopModel
 from pop_local.measure.break_even import Tried, measure_break_even
 from pop_local.measure.speed import N_DECODE, SpeedRow, measure_speed
+from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened
@@ -26,7 +29,8 @@ class BenchOptions:
 
     `n_prompts`: tokens of each prompt. `n_pairs`: of runs for each length. `boundary` None: the
     file's. `n_batch`: tokens that are read at once. `n_ctx` None: what is measured needs.
-    `select`: the share of context tokens that run all layers, None for the file's.
+    `select`: the share of context tokens that run all layers, None for the file's. `image`: a
+    picture in each prompt, None for text alone; `mmproj` None: the one beside the model.
     """
 
     n_prompts: tuple[int, ...]
@@ -36,6 +40,9 @@ class BenchOptions:
     n_ctx: int | None
     hardware: Hardware
     select: float | None = None
+    image: Path | None = None
+    mmproj: Path | None = None
+    image_tokens: int | None = None
 
     @property
     def n_longest(self) -> int:
@@ -77,9 +84,10 @@ class BreakEvenSearch:
 
 def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
     """Measure each prompt length. Raises PopError, StoppedError."""
+    picture = None if options.image is None else read_picture(options.image)
     with _opened(model, sidecar, options, watch) as (loaded, shape, found):
         advance = watch.stage("Measuring")
-        rows = measure_speed(loaded, shape, options.n_prompts, options.n_pairs, advance)
+        rows = measure_speed(loaded, shape, options.n_prompts, options.n_pairs, advance, picture)
     return Speed(found, rows)
 
 
@@ -120,7 +128,11 @@ def _opened(
             model=files.path,
         )
     n_ctx, n_batch = _context(source, options), options.n_batch
-    reading = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch}
+    reading: dict[str, Any] = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch}
+    reading |= {
+        "mmproj": options.mmproj or mmproj_beside(files.path),
+        "image_tokens": options.image_tokens,
+    }
     with opened(files, options.hardware, watch, **reading) as loaded:
         if options.boundary is not None:
             loaded.set_boundary(options.boundary)

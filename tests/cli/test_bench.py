@@ -51,7 +51,9 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         assert set(row["decode_tokens_per_s"]) == {"full", "pop"}
         assert min(row["decode_tokens_per_s"].values()) > 0
         assert row["n_selected"] == 0
-        assert len(row) == 10
+        assert (row["n_image"], row["encode_s"]) == (0, 0)
+        assert row["read_speedup"] == row["speedup"]
+        assert len(row) == 13
 
 
 def test_table_is_markdown_on_stdout(pop_file):

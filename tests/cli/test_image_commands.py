@@ -7,6 +7,8 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
+from converter.macs import speedup_limit
+from converter.shape import read_shape
 from pop_local.engine.model import PopModel
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import _Completer
@@ -105,6 +107,26 @@ def test_paths_of_pictures_are_completed(path, monkeypatch):
     completer = _Completer({"/image": tuple})
     found = completer.get_completions(Document("/image a.p"), CompleteEvent())
     assert [one.text for one in found] == ["ng"]
+
+
+def test_bench_with_a_picture(path):
+    a = path.parent / "a.png"
+    options = ("--prompt", "200,300", "--repeat", 2, "--threads", 1, "--image", a)
+    done = called("bench", path, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["n_image"] for row in rows] == [48, 48]
+    assert [row["n_pruned"] for row in rows] == [200 - 9, 300 - 9]
+    for row in rows:
+        assert row["encode_s"] > 0
+        assert row["of_limit"] == pytest.approx(row["read_speedup"]["median"] / row["limit"])
+        # The limit is that of a text of as many tokens: rows of pictures count like any other.
+        shape = read_shape(path)
+        assert row["limit"] == speedup_limit(shape, row["n_prompt"], 5, 9)
+    shown = called("bench", path, *options).stdout
+    assert "pruning does not shorten it" in shown and "Speed-up without it" in shown
+    done = called("bench", path, "--prompt", 32, "--image", a, "--threads", 1)
+    assert done.returncode == 1 and "the picture takes 50 tokens" in done.stderr
 
 
 def test_inspect_and_doctor_name_it(path):

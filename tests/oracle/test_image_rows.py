@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 
 from converter.shape import MROPE, read_shape
 from support.oracle import Q8_0, Trio, make_trio, random_tokens
-from support.pop_files import OWN, add_to
+from support.pop_files import OWN, add_to, own_as_fitted
 from support.raw import Job, Step, run
 from support.synthetic import make_gguf
 
@@ -178,3 +178,26 @@ def test_rows_of_several_positions_cannot_run_deep_later(tmp_path: Path) -> None
     steps = (Step("boundary", value=5), Step("mode", value=1), Step("keep", value=1), read)
     with pytest.raises(RuntimeError, match="several positions each"):
         run(Job(str(model), (*steps, Step("deepen", tokens=(3, 4)))))
+
+
+def test_projections_fitted_on_text_are_not_for_images(tmp_path: Path, job: Job) -> None:
+    """Rows of images get the layers' own, unless a key says that the fit saw some."""
+    model = make_gguf(tmp_path / "model.gguf", "qwen3vl", type=Type.Q8_0)
+    trio = make_trio(model, tmp_path, BOUNDARY)
+    rng = np.random.default_rng(0)
+    tensors = own_as_fitted(model, BOUNDARY, 8)
+    for name, (data, kind) in tensors.items():
+        if kind is Type.F32:
+            tensors[name] = (rng.standard_normal(data.shape, np.float32), kind)
+    keys = OWN | {"pop.projection": "fitted"}
+    image, text = steps_of((Image(70), Text(1)), "qwen3vl")
+    full_from = image.pos + GRID
+    own = pruned(trio, [image, asking(text)], full_from, job)["logits"]
+
+    def logits(**more: int) -> np.ndarray:
+        given = keys | {name.replace("__", "."): value for name, value in more.items()}
+        path = add_to(model, tmp_path / "fitted.gguf", given, tensors)
+        return pruned(replace(trio, pruned=path), [image, asking(text)], full_from, job)["logits"]
+
+    np.testing.assert_array_equal(logits(), own)
+    assert not np.array_equal(logits(pop__image_rows=70), own)

@@ -236,6 +236,9 @@ static void build_kv(const llm_graph_context & g, const llama_model & model, int
     ggml_tensor * normed = g.build_norm(inpL, nullptr, nullptr, LLM_NORM_RMS, -1);
     g.cb(normed, "pop_norm", -1);
 
+    // what was fitted on text alone is worse for images than the layers' own projections
+    const bool takes_fitted = !g.ubatch.embd || g.hparams.pop.fitted_images;
+
     for (int il = boundary; il < g.n_layer; ++il) {
         const auto & layer = model.layers[il];
 
@@ -244,7 +247,7 @@ static void build_kv(const llm_graph_context & g, const llama_model & model, int
             cur = ggml_add(g.ctx0, cur, layer.attn_norm_b);
         }
 
-        auto [_, k, v] = layer.pop.wk ? build_fitted_kv(g, layer.pop, cur, il) : build_own_kv(g, layer, cur, il);
+        auto [_, k, v] = layer.pop.wk && takes_fitted ? build_fitted_kv(g, layer.pop, cur, il) : build_own_kv(g, layer, cur, il);
 
         if (layer.attn_k_norm) {
             k = g.build_norm(k, layer.attn_k_norm, nullptr, LLM_NORM_RMS, il);

@@ -238,6 +238,8 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     pop.sink_tokens = get_u32(gguf, "pop.sink_tokens", pop.sink_tokens);
     pop.tail_tokens = get_u32(gguf, "pop.tail_tokens", pop.tail_tokens);
 
+    pop.fitted_images = get_u32(gguf, "pop.image_rows", 0) > 0;
+
     // these layers add features of an image to the state of its rows
     const uint32_t n_deepstack = model.hparams.n_deepstack_layers;
     if (pop.boundary < n_deepstack) {

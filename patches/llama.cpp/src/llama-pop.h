@@ -126,6 +126,7 @@ struct llama_pop_hparams {
     uint32_t sink_tokens = 1;
     uint32_t tail_tokens = 16; // a hint, here only for the size of the reserve
     bool     fitted      = false;
+    bool     fitted_images = false; // on rows of images, too; else these use the layers' own projections
 };
 
 // fitted projections of a layer

@@ -89,6 +89,7 @@ class Mmproj:
         self.fingerprint = fingerprint(path)
         self._mtmd = mtmd = _bindings()
         self._should_stop = should_stop
+        self._n_embd = int(bindings().llama_model_n_embd_inp(model))
         self._n_nodes = 0
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.n_threads, params.warmup = use_gpu, n_threads, False
@@ -149,6 +150,29 @@ class Mmproj:
                 *(ctypes.byref(after), nobody, None),
             )
         )
+
+    def embedded(self, image: Image) -> np.ndarray:
+        """Return what the encoder makes of an image, float32 [n_rows, n_embd_inp].
+
+        Raises PopError where it fails.
+        """
+        logs.forget_errors()
+        if self._mtmd.mtmd_encode_chunk(self._ctx, image.chunk) != 0:
+            raise PopError(logs.first_error() or "the image cannot be encoded")
+        rows = self._mtmd.mtmd_get_output_embd(self._ctx)
+        return np.ctypeslib.as_array(rows, (image.n_rows, self._n_embd)).copy()
+
+    def positions(self, image: Image, first: int) -> np.ndarray:
+        """Return where an image's rows stand from position `first` on: int32 [n_pos, n_rows].
+
+        That is time, height, width and nothing where rows have several positions.
+        """
+        if not self._mtmd.mtmd_decode_use_mrope(self._ctx):
+            return first + np.arange(image.n_rows, dtype=np.int32)[None]
+        shown = self._mtmd.mtmd_input_chunk_get_tokens_image(image.chunk)
+        at = self._mtmd.mtmd_image_tokens_get_decoder_pos
+        rows = [at(shown, first, row) for row in range(image.n_rows)]
+        return np.array([[p.t, p.y, p.x, p.z] for p in rows], np.int32).T
 
     def take_encode_s(self) -> float:
         """How long encoding took, in seconds, since this was asked before."""

@@ -1,5 +1,6 @@
 """A llama_batch, filled through numpy views, not field by field."""
 
+import ctypes
 from collections.abc import Sequence
 from enum import Enum
 
@@ -16,6 +17,29 @@ class Outputs(Enum):
     NONE = "none"
     LAST = "last"
     ALL = "all"
+
+
+def decode_rows(
+    ctx: object, rows: np.ndarray, positions: np.ndarray, *, is_mutual: bool = False
+) -> int:
+    """Decode rows of embeddings in sequence 0, without logits; returns what llama_decode returns.
+
+    `rows`: float32 [n, n_embd_inp], at `positions`: int32 [n_pos, n]. `is_mutual`: each sees all.
+    """
+    api = bindings()
+    rows, positions = np.ascontiguousarray(rows), np.ascontiguousarray(positions)
+    batch = api.llama_batch_init(positions.size, rows.shape[1], 1)  # room for all positions
+    try:
+        ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
+        ctypes.memmove(batch.pos, positions.ctypes.data, positions.nbytes)
+        for row in range(len(rows)):
+            batch.n_seq_id[row], batch.seq_id[row][0], batch.logits[row] = 1, 0, False
+        batch.n_tokens = len(rows)
+        api.llama_set_causal_attn(ctx, not is_mutual)
+        return int(api.llama_decode(ctx, batch))
+    finally:
+        api.llama_set_causal_attn(ctx, True)
+        api.llama_batch_free(batch)
 
 
 class TokenBatch:

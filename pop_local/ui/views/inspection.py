@@ -79,7 +79,7 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
     return [
         ("Boundary", f"layer {meta.boundary}: context tokens skip the last {skipped}"),
         ("Schedule", meta.schedule),
-        ("K/V projections", "own: the layers' own weights" if own else meta.projection),
+        ("K/V projections", "own: the layers' own weights" if own else _fitted(meta)),
         full_fact(meta),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
         *([budget_fact(meta.budget), ("", meta.budget.tried)] if meta.budget else []),
@@ -88,6 +88,12 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
         ("Its sha256", meta.source_sha256 or "unknown"),
         ("Converted by", meta.tool or "unknown"),
     ]
+
+
+def _fitted(meta: PopMeta) -> str:
+    if meta.image_rows:
+        return f"fitted, on {meta.image_rows:,} rows of pictures, too"
+    return "fitted; on no pictures: their tokens get the layers' own"
 
 
 def _verification_facts(verification: Verification) -> list[Fact]:

@@ -26,7 +26,11 @@ def show_speed(found: Speed) -> None:
     columns = _EXACT_ROWS if bench.is_exact else _ROWS
     if any(row.n_selected for row in found.rows):
         columns = (*columns[:2], _SELECTED, *columns[2:])
+    if any(row.n_image for row in found.rows):
+        columns = (columns[0], _IMAGE, *columns[1:-3], *_ENCODING, *columns[-3:])
     say(markdown(Table.of(columns, found.rows)))
+    if any(row.n_image for row in found.rows):
+        say(_NOT_ENCODING)
 
 
 def gain_json(found: BreakEvenSearch) -> dict[str, object]:
@@ -92,5 +96,14 @@ def _columns(left: str, name: str, how: str) -> tuple[Column, ...]:
 
 
 _ROWS = _columns("n_pruned", "pruned", "pruned")
+_IMAGE = Column("n_image", "of a picture", "{:,}".format, numeric=True)
+_ENCODING = (
+    Column("encode_s", "encoding (s)", "{:.3f}".format, numeric=True),
+    Column("read_speedup", "Speed-up without it", _RATIO, numeric=True),
+)
+_NOT_ENCODING = (
+    "\nEncoding the picture is part of both TTFTs, and pruning does not shorten it; the limit is"
+    " that of the rest."
+)
 _SELECTED = Column("n_selected", "selected", "{:,}".format, numeric=True)
 _EXACT_ROWS = _columns("n_skipped_exact", "left exactly", "exact")

@@ -1,0 +1,159 @@
+"""Fits on pictures besides text: what is read, what it wins for their K/V, what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converter import fit
+from converter.errors import PopError, StoppedError
+from converter.format import read_pop_meta
+from converter.rewrite import Fitted, convert
+from converter.source import read_source
+from converter.weights import Weights
+from pop_local.calibration.activations import reading
+from pop_local.calibration.images import CalibrationImages, drawn, pictures_of
+from pop_local.calibration.job import Follow
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.texts import N_WINDOW, CalibrationError
+from support.calibrating import BOUNDARY, Recorder, fitted, planned, settings, words
+from support.program import called
+from support.seeing import make_seeing, png
+
+pytestmark = pytest.mark.slow
+LAYERS = (5, 6, 7)
+NOBODY = lambda: False  # noqa: E731
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "qwen2vl", "qwen3vl"])
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seeing")
+    make_seeing(folder, request.param)
+    words(folder)
+    return folder / "plain.gguf"
+
+
+def options(plain: Path, **others: object):
+    return settings(plain.parent / "words.txt", **others)
+
+
+def shown(plain: Path, seed: int) -> Recorder:
+    """What the full model computes for images that nothing was fitted on."""
+    recorder = Recorder()
+    mmproj = plain.parent / "mmproj.gguf"
+    with LoadedModel(plain, n_threads=1) as model:
+        held_out = CalibrationImages(model, mmproj, drawn(4, seed), NOBODY)
+        with reading(
+            model, recorder, boundaries=(BOUNDARY,), layers=LAYERS, n_window=N_WINDOW
+        ) as opened:
+            for image in held_out.images:
+                rows, at = held_out.eye.embedded(image), held_out.eye.positions(image, 0)
+                opened.image(rows, at, is_mutual=image.is_mutual)
+        held_out.eye.close()
+    return recorder
+
+
+def error(plain: Path, found: Fitted | None, recorder: Recorder) -> float:
+    """Relative RMS error of the K/V of all layers; None for the layers' own projections."""
+    x = np.concatenate([fit.with_bias(rows[1:], 1e-6) for rows in recorder.states[BOUNDARY]])
+    wrong = power = 0.0
+    for layer in LAYERS:
+        y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in recorder.layers[layer]])
+        own = Weights(read_source(plain)).own_projection(layer, y.shape[1])
+        weight, bias = (own.weight, own.bias) if found is None else stored(found, layer)
+        wrong += float(np.square((x[:, :-1] * own.gain) @ weight.T + bias - y).sum())
+        power += float(np.square(y).sum())
+    return float(np.sqrt(wrong / power))
+
+
+def stored(found: Fitted, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    by_name = {tensor.name: tensor for tensor in found.tensors}
+    weights, biases = [], []
+    for part in "kv":
+        weight = by_name[f"blk.{layer}.pop_attn_{part}.weight"]
+        weights.append(np.frombuffer(weight.data, np.float32).reshape(weight.dims[::-1]))
+        biases.append(np.frombuffer(by_name[f"blk.{layer}.pop_attn_{part}.bias"].data, np.float32))
+    return np.concatenate(weights), np.concatenate(biases)
+
+
+def test_pictures_win_for_pictures(plain):
+    held_out = shown(plain, seed=1)
+    on_text = fitted(plain, options(plain))
+    on_both = fitted(plain, options(plain, mmproj=plain.parent / "mmproj.gguf"))
+    own, text, both = (error(plain, found, held_out) for found in (None, on_text, on_both))
+    print(f"{plain.parent}: own {own:.3f}, text {text:.3f}, text and pictures {both:.3f}")
+    assert both < 0.9 * min(own, text)
+    assert on_text.image_rows == 0 < on_both.image_rows
+
+
+def test_a_file_says_what_it_was_fitted_on(plain, tmp_path):
+    found = fitted(plain, options(plain, mmproj=plain.parent / "mmproj.gguf"))
+    plan = planned(plain)
+    convert(plan, plain, tmp_path / "both.gguf", fitted=found)
+    meta = read_pop_meta(tmp_path / "both.gguf")
+    assert meta is not None and meta.image_rows == found.image_rows
+    assert "rows of pictures, too" in called("inspect", tmp_path / "both.gguf").stdout
+
+
+def test_a_stopped_fit_goes_on(plain, tmp_path):
+    """Stopped while pictures are read; what comes out is the same, bit for bit."""
+    made = options(plain, mmproj=plain.parent / "mmproj.gguf", state_path=tmp_path / "state")
+    n_text = 4 * N_WINDOW
+    stopping = {"at": 0}
+
+    def advance(done: int, total: int) -> None:
+        stopping["at"] = done
+
+    stop = Follow(advance, advance, lambda: stopping["at"] > n_text + 3 * N_WINDOW)
+    with pytest.raises(StoppedError):
+        fitted(plain, made, stop)
+    resumed = fitted(plain, made)
+    whole = fitted(plain, options(plain, mmproj=plain.parent / "mmproj.gguf"))
+    assert [t.data for t in resumed.tensors] == [t.data for t in whole.tensors]
+
+
+def test_drawn_pictures_are_the_same_for_the_same_seed():
+    assert drawn(3) == drawn(3)
+    assert len({picture.sha256 for picture in drawn(8)}) == 8
+    assert drawn(1, seed=1) != drawn(1)
+
+
+def test_pictures_of_a_folder(tmp_path):
+    with pytest.raises(CalibrationError, match="holds no pictures"):
+        pictures_of(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.png").write_bytes(png(3))
+    (tmp_path / "b.txt").write_text("no picture")
+    assert [picture.name for picture in pictures_of(tmp_path)] == ["a.png"]
+
+
+def test_convert_on_the_command_line(tmp_path):
+    folder = tmp_path / "seeing"
+    folder.mkdir()
+    make_seeing(folder, "llama")
+    text, plain = words(folder), folder / "plain.gguf"
+    given = ("--boundary", 4, "--tokens", 2048, "--text", text, "--force", "--threads", 1)
+    made = ("convert", plain, tmp_path / "out.gguf", *given)
+    (folder / "pictures").mkdir()
+    refused = called(*made, "--images", folder / "pictures")
+    assert refused.returncode == 2 and "goes with --mmproj" in refused.stderr
+    refused = called(*made, "--mmproj", plain)
+    assert refused.returncode == 1 and "is no mmproj" in refused.stderr
+    refused = called(*made, "--mmproj", folder / "mmproj.gguf", "--images", folder / "pictures")
+    assert refused.returncode == 1 and "holds no pictures" in refused.stderr
+    assert not (tmp_path / "out.gguf").exists()
+    (folder / "pictures" / "a.png").write_bytes(png(3))
+    done = called(*made, "--mmproj", folder / "mmproj.gguf", "--images", folder / "pictures")
+    assert done.returncode == 0, done.stderr
+    meta = read_pop_meta(tmp_path / "out.gguf")
+    assert meta is not None and meta.image_rows == 80
+
+
+def test_a_foreign_mmproj(plain, tmp_path):
+    from dataclasses import replace
+
+    from support.seeing import EYES, make_mmproj
+
+    wide = make_mmproj(tmp_path / "wide.gguf", replace(EYES["gemma3"], n_text=256))
+    with pytest.raises(PopError, match="does not fit this model"):
+        fitted(plain, options(plain, mmproj=wide))
