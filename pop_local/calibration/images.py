@@ -1,5 +1,6 @@
 """Pictures to calibrate on, the user's or drawn ones, and the images that a model makes of them."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -56,7 +57,7 @@ class CalibrationImages:
         return sum(image.n_rows for image in self.images)
 
 
-def pictures_of(folder: Path | None) -> list[Picture]:
+def pictures_of(folder: Path | None) -> Sequence[Picture]:
     """Read the pictures in a folder and below, or draw some where None is given.
 
     Raises CalibrationError for a folder without any, PopError without Pillow.
@@ -82,13 +83,14 @@ def identity(mmproj: Path, folder: Path | None) -> str:
     return hashlib.sha256(repr([stat.st_size, stat.st_mtime_ns, *parts]).encode()).hexdigest()
 
 
-def drawn(n: int, seed: int = 0) -> list[Picture]:
+@functools.cache
+def drawn(n: int, seed: int = 0) -> tuple[Picture, ...]:
     """Draw pictures of gradients, shapes and words, the same for the same seed.
 
     Raises PopError without Pillow.
     """
     rng = np.random.default_rng(seed)
-    return [_drawn(rng, number) for number in range(n)]
+    return tuple(_drawn(rng, number) for number in range(n))
 
 
 def _drawn(rng: np.random.Generator, number: int) -> Picture:
