@@ -23,7 +23,7 @@ class BaselineName(str, Enum):
     ALWAYS_SKIP = view.ALWAYS_SKIP
 
 
-_OF_PROMPTS = {"answers", "longest"}
+_OF_PROMPTS = {"answers", "longest", "mmproj"}
 _OF_BOTH = {"model", "prompts", "pop", "json", "threads", "n_ctx", "gpu_layers"}
 
 
@@ -104,6 +104,7 @@ def eval(  # noqa: A001
         bool, typer.Option("--second-turn", help="Also the answer after that, refilled or not.")
     ] = False,
     documents: Annotated[int, typer.Option(min=2, help="How many of each length.")] = 24,
+    mmproj: opt.Mmproj = None,
     seed: Annotated[int, typer.Option(min=0, help="Of passages, random tokens and facts.")] = 0,
     json: opt.Json = False,
     threads: opt.Threads = None,
@@ -123,7 +124,7 @@ def eval(  # noqa: A001
             compared = evaluate_prompts(
                 model,
                 prompts,
-                PromptOptions(longest, n_ctx, answers),
+                PromptOptions(longest, n_ctx, answers, mmproj),
                 sidecar=pop,
                 hardware=opt.hardware(threads, gpu_layers, rpc),
                 watch=watch,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import PopError
+from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Document, Turn
 from pop_local.engine.turn import ContextFullError, Message
@@ -45,7 +46,11 @@ class PromptFile:
     @property
     def sha256(self) -> str:
         parts = [
-            (prompt.messages, prompt.expected and prompt.expected.pattern)
+            (
+                [(message.role, message.content) for message in prompt.messages],
+                [shown.sha256 for message in prompt.messages for _, shown in message.pictures],
+                prompt.expected and prompt.expected.pattern,
+            )
             for prompt in self.prompts
         ]
         return sha256(repr(parts).encode()).hexdigest()
@@ -141,7 +146,8 @@ def mcnemar(n_first: int, n_second: int) -> float:
 def read_prompts(path: Path) -> PromptFile:
     """Read a JSONL file: one object a line, with `prompt` or `messages`, and what may go with it.
 
-    `documents` are texts, or {"file": PATH} for files beside it; they come before `prompt`.
+    `documents` are texts, or {"file": PATH} for files beside it, `images` paths of pictures; they
+    come before `prompt`.
     `answer` is a text that a right answer holds, or {"regex": PATTERN}. Raises PopError.
     """
     lines = read_text(path).splitlines()
@@ -156,8 +162,8 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
         return PopError(
             f"{path}, line {number}: {what}",
             'a line is {"prompt": TEXT} or {"messages": [{"role": ..., "content": TEXT}]}, perhaps'
-            ' with "answer": TEXT or {"regex": PATTERN}, and with "documents" where there is a'
-            " prompt",
+            ' with "answer": TEXT or {"regex": PATTERN}, and with "documents" and "images" where'
+            " there is a prompt",
         )
 
     try:
@@ -166,12 +172,12 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
         raise wrong("no JSON") from error
     if not isinstance(entry, dict):
         raise wrong("no object")
-    if unknown := sorted(entry.keys() - {"prompt", "messages", "documents", "answer"}):
+    if unknown := sorted(entry.keys() - {"prompt", "messages", "documents", "images", "answer"}):
         raise wrong(f"what is {unknown[0]!r}?")
     if ("prompt" in entry) == ("messages" in entry):
         raise wrong("there must be a prompt or messages, one of them")
-    if "messages" in entry and "documents" in entry:
-        raise wrong("documents go with a prompt")
+    if "messages" in entry and entry.keys() & {"documents", "images"}:
+        raise wrong("documents and images go with a prompt")
     try:
         messages = _messages(entry, path.parent)
         expected = entry.get("answer")
@@ -190,7 +196,8 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
 def _messages(entry: dict[str, Any], folder: Path) -> tuple[Message, ...]:
     if "prompt" in entry:
         documents = tuple(_document(each, folder) for each in entry.get("documents", ()))
-        messages = Turn(_text(entry["prompt"]), documents).messages
+        shown = tuple(read_picture(folder / _text(each)) for each in entry.get("images", ()))
+        messages = Turn(_text(entry["prompt"]), documents, pictures=shown).messages
     else:
         messages = [Message(each["role"], _text(each["content"])) for each in entry["messages"]]
     if not messages or any(message.role not in _ROLES for message in messages):
@@ -218,7 +225,8 @@ def answered(model: PopModel, prompt: Prompt, max_tokens: int) -> Answered:
     """
     options: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
     try:
-        if "tokenizer.chat_template" in model.metadata:
+        has_pictures = any(message.pictures for message in prompt.messages)
+        if "tokenizer.chat_template" in model.metadata or has_pictures:
             chunks = list(model.chat_turn(prompt.messages, **options))
         else:
             text = "\n\n".join(message.content for message in prompt.messages)

@@ -21,6 +21,7 @@ from pop_local.measure.prompts import (
     compared,
     read_prompts,
 )
+from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.evaluate import nothing_to_evaluate
 from pop_local.workflows.events import Watch
@@ -37,12 +38,14 @@ class PromptOptions:
     """How to answer: greedily, `max_tokens` at most.
 
     `n_ctx`: the context in tokens, None as for a chat. `answers`: a file that keeps the answers, so
-    that the same work goes on after them; None for none.
+    that the same work goes on after them; None for none. `mmproj`: for prompts with images, None
+    for the one beside the model.
     """
 
     max_tokens: int = MAX_TOKENS
     n_ctx: int | None = None
     answers: Path | None = None
+    mmproj: Path | None = None
 
 
 def evaluate_prompts(
@@ -62,7 +65,9 @@ def evaluate_prompts(
     given = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, hardware=hardware, watch=watch)
     kept = _Kept(options.answers, _identity(files, given, options))
-    with opened(files, hardware, watch, n_ctx=options.n_ctx) as loaded, kept.told(watch):
+    mmproj = options.mmproj or mmproj_beside(files.path)
+    seeing = {"n_ctx": options.n_ctx, "mmproj": mmproj}
+    with opened(files, hardware, watch, **seeing) as loaded, kept.told(watch):
         before = loaded.pruning
         for mode, is_pruning in _MODES.items():
             _answer_all(loaded, mode, is_pruning, given, options, kept, watch)

@@ -129,6 +129,20 @@ def test_bench_with_a_picture(path):
     assert done.returncode == 1 and "the picture takes 50 tokens" in done.stderr
 
 
+def test_eval_of_prompts_with_pictures(path, tmp_path):
+    lines = [{"prompt": "what? " * 20, "images": [str(path.parent / name)]} for name in ("a.png",)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = ("--prompts", tmp_path / "mine.jsonl", "--max-tokens", 2, "--threads", 1, "--json")
+    done = called("eval", path, *given)
+    assert done.returncode == 0, done.stderr
+    [answer] = json.loads(done.stdout)["answers"]
+    assert answer["pruned"]["n_pruned"] > 48 and answer["full"]["n_pruned"] == 0
+    lines[0]["images"] = [str(path.parent / "no.png")]
+    (tmp_path / "mine.jsonl").write_text(json.dumps(lines[0]))
+    done = called("eval", path, *given)
+    assert done.returncode == 1 and "no.png is no picture" in done.stderr
+
+
 def test_inspect_and_doctor_name_it(path):
     done = called("inspect", path, "--json")
     assert json.loads(done.stdout)["mmproj"] == str(path.parent / "mmproj.gguf")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from converter.errors import PopError, StoppedError
-from pop_local.engine.images import pictures
+from pop_local.engine.images import mmproj, pictures
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -232,6 +232,36 @@ def test_a_session_goes_round(seeing, tmp_path):
         session = model.load_session(path)
         with pytest.raises(PopError, match="without its mmproj"):
             session.chat("and now", **options)
+
+
+def test_what_was_shown_and_taken_back_is_not_saved(seeing, tmp_path):
+    options = {"temperature": 0.0, "max_tokens": 4}
+    with seeing.opened() as model:
+        session = model.session()
+        session.chat(LONG, **options)
+        session.chat("what?", images=[png(3)], **options)
+        session.undo()
+        n_own = session.n_cached
+        assert 0 < n_own < model.n_tokens
+        path = session.save(tmp_path / "talk")
+        assert model.n_tokens == n_own
+        model.clear()
+        assert not model.load_session(path).reread and model.n_tokens == n_own
+
+
+def test_pictures_are_kept_while_somebody_may_want_them(smol, monkeypatch):
+    monkeypatch.setattr(mmproj, "_KEPT_ROWS", 100)
+    with smol.opened() as model:
+        first = model.chat_prompt([Message("user", "a", ((0, picture_of(png(3), "a")),))])
+        for seed in (4, 5):
+            prompt(model, "a", seed)
+        assert len(model.eye._seen) == 1
+        assert answered(model, first.tokens)[1] == len(first.tokens)
+        tokens = first.tokens
+        del first
+        model.clear()
+        with pytest.raises(PopError, match="was not given"):
+            model.eval(tokens)
 
 
 def test_sessions_of_the_first_format_load(smol, tmp_path):

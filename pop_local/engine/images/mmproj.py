@@ -27,8 +27,9 @@ from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings
 from pop_local.models.mmproj import ARCHITECTURE
 
-# Their chunks are kept, so that a conversation's are not cut up anew for each question.
-_KEPT_PICTURES = 64
+# Of pictures that are kept cut up, so that a conversation's are not anew for each question. A chunk
+# has the scaled pixels in it, some 10 to 50 KiB a row.
+_KEPT_ROWS = 8192
 # Of each tensor, for the fingerprint.
 _SAMPLED_BYTES = 4096
 # Of the encoder's graph: asked in between whether to stop.
@@ -119,9 +120,12 @@ class Mmproj:
         with self._lock:
             seen = self._seen.pop(picture.sha256, None) or self._cut_up(picture)
             self._seen[picture.sha256] = seen
-            if len(self._seen) > _KEPT_PICTURES:
+            while len(self._seen) > 1 and self._n_kept() > _KEPT_ROWS:
                 self._seen.popitem(last=False)
         return seen
+
+    def _n_kept(self) -> int:
+        return sum(image.n_rows for seen in self._seen.values() for image in seen.images)
 
     def image_at(self, tokens: Sequence[int]) -> Image:
         """Return the image that `tokens` begin with. Raises PopError for one nobody keeps."""

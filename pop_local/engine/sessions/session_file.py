@@ -98,6 +98,8 @@ def n_own_tokens(model: ChatModel, conversation: Conversation) -> int:
     said = last.answer.removeprefix(prompt.begun).encode()
     at = 0
     for token in model.input_ids[n_own : model.n_tokens].tolist():
+        if token < 0:  # of a picture that was shown later
+            break
         piece = pieces[token]
         if not said.startswith(piece, at):
             break
