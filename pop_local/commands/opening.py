@@ -44,6 +44,8 @@ class Opener:
                 mmproj=None if name else self.mmproj,
                 image_tokens=self.image_tokens,
             )
+        if self.mmproj and not name:
+            _ = opened.eye  # what does not fit is said now, not with the first picture
         opened.refill_answers(None if self.refill == "answer" else 0)
         opened.parse_special = self.parse_special
         return opened

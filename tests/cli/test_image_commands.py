@@ -1,6 +1,7 @@
 """Pictures on the command line: run, chat, inspect, doctor, pull."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from pop_local.ui.chat.repl import converse
 from support.hub_server import Hub, Repo, serving
 from support.program import called
 from support.scripted import Transcript
-from support.seeing import make_seeing, png
+from support.seeing import EYES, make_mmproj, make_seeing, png
 from support.synthetic import make_gguf
 
 
@@ -53,6 +54,9 @@ def test_run_refuses_in_one_line(path, tmp_path):
     assert done.returncode == 1 and "absent.png" in done.stderr
     done = called("run", path, "--mmproj", path, "--image", path.parent / "a.png", "what?")
     assert done.returncode == 1 and "is no mmproj" in done.stderr
+    wide = make_mmproj(tmp_path / "wide.gguf", replace(EYES["qwen2vl"], n_text=256))
+    done = called("run", path, "--mmproj", wide, "what?", *OPTIONS)
+    assert done.returncode == 1 and "does not fit this model" in done.stderr
     alone = make_gguf(tmp_path / "alone.gguf", "llama")
     done = called("run", alone, "--image", path.parent / "a.png", "what?")
     assert done.returncode == 1 and "--mmproj FILE" in done.stderr

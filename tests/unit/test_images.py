@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import random
 import zipfile
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -23,6 +24,7 @@ from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, images_in, plan_prefill
 from pop_local.engine.turn import ContextFullError, Message
 from pop_local.models.mmproj import mmproj_beside
+from support.mutants import mutated_bytes
 from support.seeing import EYES, PARTS_TEMPLATE, encoded, make_mmproj, make_seeing, png
 
 ARCHS = ("llama", "gemma3", "qwen2vl", "qwen3vl")
@@ -483,6 +485,19 @@ def test_what_is_no_picture(tmp_path, monkeypatch):
     path.write_bytes(png(3))
     with pytest.raises(PopError, match="is larger than"):
         read_picture(path)
+
+
+@pytest.mark.parametrize("kind", pictures.FORMATS)
+def test_damaged_files_are_errors_or_pictures(kind):
+    rng = random.Random(kind)
+    whole = encoded(Image.effect_noise((48, 32), 80).convert("RGB"), kind)
+    for _ in range(100):
+        content = mutated_bytes(rng, whole, 0, len(whole))
+        try:
+            picture = picture_of(content, "a")
+            assert len(picture.rgb()) == 3 * picture.width * picture.height
+        except PopError:
+            continue
 
 
 def test_images_of_a_question(smol, tmp_path):

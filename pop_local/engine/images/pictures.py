@@ -54,6 +54,8 @@ class Picture:
 
         with _opened(self.content, self.name) as opened:
             upright = ImageOps.exif_transpose(opened)
+            if upright.size != (self.width, self.height):
+                raise ValueError("another size than its head says")
             if upright.has_transparency_data:
                 layer = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer)
