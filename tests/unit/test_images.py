@@ -1,6 +1,5 @@
 """Pictures in prompts, on tiny models of each kind: read, reused, stopped, saved, refused."""
 
-import ctypes
 import json
 import random
 import zipfile
@@ -18,7 +17,7 @@ from pop_local.engine.images import mmproj, pictures
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.batch import Outputs, TokenBatch, decode_rows
 from pop_local.engine.llama.upstream import api, chat_format
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, images_in, plan_prefill
@@ -151,23 +150,8 @@ def read_raw(model: PopModel, tokens: list[int], images: list[tuple[int, int]]) 
 
 def decode_raw(model: PopModel, tokens: list[int], pos: int) -> int:
     eye, image = model.eye, model.eye.image_at(tokens)
-    mtmd, n = eye._mtmd, image.n_rows
-    assert mtmd.mtmd_encode_chunk(eye._ctx, image.chunk) == 0
-    width = api.llama_model_n_embd_inp(model._model.model)
-    shown = mtmd.mtmd_input_chunk_get_tokens_image(image.chunk)
-    at = [mtmd.mtmd_image_tokens_get_decoder_pos(shown, pos, row) for row in range(n)]
-    rows = [[p.t, p.y, p.x, p.z] for p in at] if model.is_mrope else [[pos + i] for i in range(n)]
-    positions = np.ascontiguousarray(np.array(rows, np.int32).T)
-    batch = api.llama_batch_init(positions.size, width, 1)
-    ctypes.memmove(batch.embd, mtmd.mtmd_get_output_embd(eye._ctx), n * width * 4)
-    ctypes.memmove(batch.pos, positions.ctypes.data, positions.nbytes)
-    for row in range(n):
-        batch.n_seq_id[row], batch.seq_id[row][0], batch.logits[row] = 1, 0, False
-    batch.n_tokens = n
-    api.llama_set_causal_attn(model.ctx, not image.is_mutual)
-    assert api.llama_decode(model.ctx, batch) == 0
-    api.llama_set_causal_attn(model.ctx, True)
-    api.llama_batch_free(batch)
+    rows, positions = eye.embedded(image), eye.positions(image, pos)
+    assert decode_rows(model.ctx, rows, positions, is_mutual=image.is_mutual) == 0
     return image.n_pos
 
 
