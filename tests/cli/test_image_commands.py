@@ -99,6 +99,15 @@ def test_chat_refuses_what_is_no_picture(path):
     assert "--mmproj FILE" in shown
 
 
+def test_refilling_says_what_it_cannot(path, tmp_path):
+    assert "several positions (M-RoPE)" in chatted(path, "/refill idle")
+    gemma = make_seeing(tmp_path, "gemma3")
+    (tmp_path / "a.png").write_bytes(png(3))
+    lines = ("/refill idle", "what?", f"/image {tmp_path / 'a.png'}", "and?", "/refill")
+    shown = chatted(gemma, *lines)
+    assert shown.count("They cannot be refilled") == 1
+
+
 def test_a_chat_with_pictures_is_saved_and_loaded(path):
     a = path.parent / "a.png"
     shown = chatted(path, f"/image {a}", "what?", "/save seen", "/clear", "/load seen", "and?")

@@ -50,6 +50,7 @@ class ScriptedModel:
         self.boundary = 20
         self.shape = None
         self.exact = 0
+        self.is_mrope = False
         self.model_path = "model.gguf"
         self.metadata = {
             "general.architecture": "llama",

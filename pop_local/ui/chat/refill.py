@@ -71,6 +71,11 @@ def set_mode(chat: Dialogue, mode: str) -> None:
     chat.screen.note(_state(chat))
     if line := status(chat):
         chat.screen.note(line)
+        if chat.model.n_exact < chat.model.n_tokens and not chat.model.n_refillable:
+            chat.screen.note(
+                "They cannot be refilled: they were loaded, or read without keeping their states,"
+                " or are of a picture whose tokens see each other."
+            )
 
 
 def finish(chat: Dialogue) -> None:
@@ -87,7 +92,7 @@ def finish(chat: Dialogue) -> None:
 def status(chat: Dialogue) -> str:
     """How much of the cache is the full model's, "" where all of any is."""
     model = chat.model
-    if chat.refill == "off" or not model.boundary:
+    if chat.refill == "off" or not model.boundary or model.is_mrope:
         return ""
     waits = ", refilling waits for mains power" if on_battery() else ""
     return f"{model.n_exact:,} of {model.n_tokens:,} cached tokens are exact{waits}"
@@ -96,6 +101,8 @@ def status(chat: Dialogue) -> str:
 def _state(chat: Dialogue) -> str:
     if not chat.model.boundary:
         return "There is nothing to refill: this model is not pruned."
+    if chat.model.is_mrope:
+        return "Tokens of this model have several positions (M-RoPE): pruned ones are not refilled."
     if chat.refill == "off":
         return "Refilling is off: pruned tokens stay so."
     held = size(chat.model.held_bytes)
