@@ -69,11 +69,12 @@ class DepthCost:
 def boundaries(shape: ModelShape, divisor: int = 2) -> tuple[int, ...]:
     """Return the boundaries from the last layer alone down to half of all, or to n_layer / divisor.
 
-    Raises PlanError for a model of one layer.
+    Layers that take features of images are kept. Raises PlanError for a model of one layer.
     """
     if shape.n_layer < 2:
         raise PlanError("a model of one layer has none that could be skipped")
-    return tuple(range(shape.n_layer - 1, max(1, shape.n_layer // divisor) - 1, -1))
+    least = max(1, shape.n_deepstack, shape.n_layer // divisor)
+    return tuple(range(shape.n_layer - 1, least - 1, -1))
 
 
 def own_retention(model: PopModel, plan: Plan, on_progress: Progress) -> Estimate | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from converter.format import FITTED, Budget, Measured
 from converter.plan import Plan
 from converter.rewrite import Fitted
+from converter.shape import MROPE
 from converter.source import Source
 from pop_local.calibration.needs import fit_needs
 from pop_local.calibration.options import FitOptions
@@ -97,6 +98,8 @@ class _Search:
 
     def _with_selection(self, deepest: int) -> Iterator[Trial]:
         """Try deeper boundaries that are faster with a selection, while they are inside."""
+        if self.plans[deepest].shape.arch in MROPE:
+            return
         fastest = self.plans[deepest].speedup_limit
         for boundary in sorted((each for each in self.plans if each < deepest), reverse=True):
             plan = replace(self.plans[boundary], select=SELECTED)
