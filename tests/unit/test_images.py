@@ -522,6 +522,12 @@ def test_fewer_tokens_an_image(tmp_path):
         assert not set(prompt(model, "a", 3)) & {t for t in prompt(small, "a", 3) if t < 0}
 
 
+def test_the_library_starts_no_programs(smol):
+    """Videos would start ffmpeg on whatever a client sends."""
+    with smol.opened() as model:
+        assert not model.eye._mtmd.mtmd_helper_support_video(model.eye._ctx)
+
+
 def test_the_library_is_not_loaded_for_text(smol):
     with smol.opened() as model:
         model.chat("a b", max_tokens=1)
