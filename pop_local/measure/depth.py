@@ -73,8 +73,8 @@ def boundaries(shape: ModelShape, divisor: int = 2) -> tuple[int, ...]:
     """
     if shape.n_layer < 2:
         raise PlanError("a model of one layer has none that could be skipped")
-    least = max(1, shape.n_deepstack, shape.n_layer // divisor)
-    return tuple(range(shape.n_layer - 1, least - 1, -1))
+    lowest = max(1, shape.n_deepstack, shape.n_layer // divisor)
+    return tuple(range(shape.n_layer - 1, lowest - 1, -1))
 
 
 def own_retention(model: PopModel, plan: Plan, on_progress: Progress) -> Estimate | None:
