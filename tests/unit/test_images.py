@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import zipfile
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -174,7 +175,8 @@ def test_reading_a_picture_can_be_stopped(seeing):
             assert answered(model, tokens)[0] == want[0]
 
 
-def test_ctrl_c_while_a_picture_is_encoded(smol, monkeypatch):
+@pytest.mark.parametrize("how", ["a signal", "an exception"])
+def test_ctrl_c_while_a_picture_is_encoded(smol, how):
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)[0]
@@ -182,7 +184,9 @@ def test_ctrl_c_while_a_picture_is_encoded(smol, monkeypatch):
 
         def pressed() -> bool:
             if model.n_tokens > 0:
-                raise KeyboardInterrupt
+                if how == "an exception":
+                    raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             return False
 
         with model.watching_prefill(None, pressed), pytest.raises(KeyboardInterrupt):
