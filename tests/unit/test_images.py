@@ -524,6 +524,15 @@ def test_fewer_tokens_an_image(tmp_path):
         n_image = sum(token < 0 for token in prompt(model, "a", 3))
         assert 0 < sum(token < 0 for token in prompt(small, "a", 3)) <= 16 < n_image
         assert not set(prompt(model, "a", 3)) & {t for t in prompt(small, "a", 3) if t < 0}
+    with seeing.opened(image_tokens=1) as none, pytest.raises(PopError, match="no picture fits 1"):
+        prompt(none, "a", 3)
+
+
+def test_pictures_of_odd_sizes(seeing):
+    with seeing.opened() as model:
+        for size in ((1, 1), (100, 1), (1, 100), (31, 333)):
+            picture = picture_of(png(3, *size), "odd")
+            assert model.chat("a", images=[picture], max_tokens=1).stats.n_image > 0
 
 
 def test_the_library_starts_no_programs(smol):

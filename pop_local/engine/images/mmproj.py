@@ -104,6 +104,11 @@ class Mmproj:
         if not self._ctx or not mtmd.mtmd_support_vision(self._ctx):
             reason = f": {logs.first_error()}" if logs.first_error() else ""
             self.close()
+            if max_tokens and "image_max_pixels" in reason:
+                raise PopError(
+                    f"no picture fits {max_tokens} tokens with {path}",
+                    "allow a picture more tokens",
+                )
             raise PopError(
                 f"{path} does not fit this model{reason}",
                 "give the mmproj that was published with it",
