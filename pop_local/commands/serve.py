@@ -144,7 +144,9 @@ def _announce(opened: "PopModel", name: str, listening: socket.socket, is_open: 
     if opened.pop_mode and opened.exact:
         pruning = f"read exactly: context tokens leave at layer {opened.exact}"
     note(f"{name}, context of {opened.n_ctx():,} tokens, prompts {pruning}.")
-    if opened.mmproj:
+    if opened.mmproj and not opened.can_see:
+        warn("No pictures are read, since Pillow is missing: pip install 'pop-local[images]'")
+    elif opened.mmproj:
         note(f"Pictures are read, by {opened.mmproj.name}, out of data: URLs.")
     if is_open:
         warn("Anyone who reaches this machine can use the model: set --api-key.")

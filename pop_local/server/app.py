@@ -7,11 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-import anyio.to_thread
+import anyio
 import uvicorn
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -30,7 +30,7 @@ from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_conne
 from pop_local.server.errors import ApiError, as_api_error
 from pop_local.server.front import Front
 from pop_local.server.metrics import Metrics
-from pop_local.server.pictures import MAX_DATA_URL
+from pop_local.server.pictures import MAX_DATA_URL, n_in_data_urls
 from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Job, Task, Worker
@@ -97,15 +97,16 @@ class Api:
         self._created = int(time.time())
         self._tasks = Tasks(model)
         by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx())
-        by_context += MAX_DATA_URL if model.mmproj else 0
         self._max_body_bytes = max_body_bytes or by_context
+        self._max_picture_bytes = MAX_DATA_URL if model.can_see else 0
         self._watchers: set[asyncio.Task[None]] = set()
         self.metrics = Metrics()
         self.worker = Worker(model, self.metrics, max_waiting)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self._heavy_limit = anyio.CapacityLimiter(1)
+        self._grammar_limit = anyio.CapacityLimiter(1)
+        self._picture_limit = anyio.CapacityLimiter(1)
         self.worker.start()
         try:
             yield
@@ -137,7 +138,7 @@ class Api:
             "pop": {
                 "n_ctx": self._model.n_ctx(),
                 "boundary": self._model.boundary,
-                "images": self._model.mmproj is not None,
+                "images": self._model.can_see,
                 "exact": self._model.exact,
             },
         }
@@ -169,23 +170,32 @@ class Api:
             self.worker.require_open()
             return make(body)
 
-        limit = self._heavy_limit if body.is_heavy else None
-        return await anyio.to_thread.run_sync(made, limiter=limit)
+        async with AsyncExitStack() as limits:
+            if body.has_grammar:
+                await limits.enter_async_context(self._grammar_limit)
+            if body.has_pictures:
+                await limits.enter_async_context(self._picture_limit)
+            return await run_in_threadpool(made)
 
     async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
         raw = bytearray()
         async for piece in request.stream():
             raw += piece
-            if len(raw) > self._max_body_bytes:
-                raise ApiError(
-                    413,
-                    f"the request is larger than {self._max_body_bytes:,} bytes; the context of"
-                    f" this server holds {self._model.n_ctx():,} tokens",
-                    code="request_too_large",
-                )
+            if len(raw) > self._max_body_bytes + self._max_picture_bytes:
+                raise self._too_large()
+        if len(raw) - n_in_data_urls(raw) > self._max_body_bytes:
+            raise self._too_large()
         body = kind.model_validate_json(raw)
         self._check_name(body.model)
         return body
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
+            f" holds {self._model.n_ctx():,} tokens",
+            code="request_too_large",
+        )
 
     async def _answer(
         self, request: Request, body: Body, task: Task, kind: type[Reply]

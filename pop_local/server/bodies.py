@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_PARTS = 1000
 
 _UNSUPPORTED = (
     "tools",
@@ -60,7 +61,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class ChatMessage(_Lenient):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
 
     @property
     def text(self) -> str:
@@ -115,9 +116,8 @@ class Body(Sampling):
     pop: bool | None = None
 
     @property
-    def is_heavy(self) -> bool:
-        """Whether it takes long to check: then one such request is checked at a time."""
-        return self.has_grammar
+    def has_pictures(self) -> bool:
+        return False
 
     @property
     def has_grammar(self) -> bool:
@@ -142,13 +142,13 @@ class Body(Sampling):
 class ChatBody(Body):
     messages: list[ChatMessage] = Field(min_length=1)
 
-    @property
-    def is_heavy(self) -> bool:
-        return self.has_grammar or any(message.image_urls for message in self.messages)
-
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @property
+    def has_pictures(self) -> bool:
+        return any(message.image_urls for message in self.messages)
 
     @model_validator(mode="after")
     def _says_enough(self) -> "ChatBody":

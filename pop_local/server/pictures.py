@@ -12,9 +12,15 @@ from pop_local.server.errors import ApiError
 # Of one request's pictures together: they are decoded before the queue.
 MAX_PICTURES = 64
 MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
+_URL = re.compile(rb'"data:image[^"]*"', re.IGNORECASE)
 _HEAD = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)
 # Base64 of the largest picture.
 MAX_DATA_URL = MAX_BYTES // 3 * 4 + 100
+
+
+def n_in_data_urls(body: bytes | bytearray) -> int:
+    """Count the bytes of a body that are pictures."""
+    return sum(match.end() - match.start() for match in _URL.finditer(body))
 
 
 def sent_pictures(urls: Sequence[str]) -> list[Picture]:

@@ -1,6 +1,6 @@
 """From a request's body to a task for the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from converter.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
@@ -38,13 +38,17 @@ class Tasks:
 
     def chat(self, body: ChatBody) -> Task:
         urls = [url for message in body.messages for _, url in message.image_urls]
-        pictures = iter(sent_pictures(urls))
-        messages = [_message(message, pictures) for message in body.messages]
+        if urls and not self._model.can_see:
+            raise ApiError(400, "this server reads no pictures", param="messages")
+        pictures = sent_pictures(urls)
         try:
+            self._check_pictures(pictures)
+            shown = iter(pictures)
+            messages = [_message(message, shown) for message in body.messages]
             prompt = self._model.chat_prompt(messages)
         except PopError as error:
             raise ApiError(400, error.message, param="messages") from error
-        self._check_length(prompt, "messages")
+        self._check_length(len(prompt.tokens), "messages")
         max_tokens = body.max_completion_tokens or body.max_tokens
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, max_tokens, n_top_logprobs)
@@ -52,7 +56,7 @@ class Tasks:
 
     def completion(self, body: CompletionBody) -> Task:
         prompt = Prompt(self._tokens(body.prompt), ())
-        self._check_length(prompt, "prompt")
+        self._check_length(len(prompt.tokens), "prompt")
         mode, reason = self._mode(body.pop)
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
@@ -88,8 +92,15 @@ class Tasks:
             raise ApiError(400, f"token ids go from 0 to {n_vocab - 1}", param="prompt")
         return tokens
 
-    def _check_length(self, prompt: Prompt, param: str) -> None:
-        n_prompt, n_ctx = len(prompt.tokens), self._model.n_ctx()
+    def _check_pictures(self, pictures: Sequence[Picture]) -> None:
+        """One by one: those after the first that does not fit are not decoded."""
+        n_shown = 0
+        for picture in pictures:
+            n_shown += self._model.count_picture(picture)
+            self._check_length(n_shown + 1, "messages")
+
+    def _check_length(self, n_prompt: int, param: str) -> None:
+        n_ctx = self._model.n_ctx()
         if n_prompt == 0:
             raise ApiError(400, "the prompt is empty", param=param)
         if n_prompt >= n_ctx:
