@@ -12,7 +12,7 @@ import numpy as np
 from converter.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.texts import N_WINDOW, CalibrationError
-from pop_local.engine.images.mmproj import Image, Mmproj, Seen
+from pop_local.engine.images.mmproj import ImageChunk, Mmproj, Seen
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 
 N_DRAWN = 24
@@ -35,17 +35,11 @@ class CalibrationImages:
         should_stop: Callable[[], bool],
     ) -> None:
         """Raises PopError where the mmproj is none, or belongs to another model."""
-        self.eye = Mmproj(
-            mmproj,
-            model.handle,
-            n_threads=model.n_threads,
-            use_gpu=False,
-            max_tokens=N_WINDOW,
-            should_stop=should_stop,
-        )
+        self.eye = Mmproj(mmproj, use_gpu=False, max_tokens=N_WINDOW, should_stop=should_stop)
+        self.eye.open(model.handle, model.n_threads)
         self._seen: list[Seen] = [self.eye.see(picture) for picture in pictures]
         images = [image for seen in self._seen for image in seen.images]
-        self.images: list[Image] = [image for image in images if image.n_rows <= N_WINDOW]
+        self.images: list[ImageChunk] = [image for image in images if image.n_rows <= N_WINDOW]
         if not self.images:
             raise CalibrationError(
                 f"{mmproj} makes more than {N_WINDOW} tokens of every picture",

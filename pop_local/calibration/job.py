@@ -33,7 +33,7 @@ from pop_local.calibration.texts import (
     own_text,
     whole_text,
 )
-from pop_local.engine.images.mmproj import Image
+from pop_local.engine.images.mmproj import ImageChunk
 
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
@@ -178,7 +178,7 @@ class _Job:
                 self._follow.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
                 self._keep()
 
-    def _read_image(self, opened: Reading, image: Image) -> None:
+    def _read_image(self, opened: Reading, image: ImageChunk) -> None:
         assert self._images is not None
         eye = self._images.eye
         rows, positions = eye.embedded(image), eye.positions(image, 0)

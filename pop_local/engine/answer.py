@@ -48,6 +48,7 @@ class _Turn:
         self._seen = prompt.seen
         self._n_prompt = len(prompt.tokens)
         self._n_image = prompt.n_image
+        self._text_from = prompt.text_from
         self._begun = prompt.begun
         room = model.n_ctx() - self._n_prompt
         if room < options.min_answer:
@@ -159,5 +160,7 @@ class _Turn:
         if model.exact:
             return False
         n_new = max(1, self._n_prompt - self._n_cached)
-        plan = plan_prefill(self._n_cached, n_new, model.rule, model.n_batch)
+        n_shown = self._text_from - self._n_cached
+        images = [(0, n_shown)] if n_shown > 0 else ()
+        plan = plan_prefill(self._n_cached, n_new, model.rule, model.n_batch, images)
         return model.pop_mode is backend.Mode.CONTEXT and plan.n_pruned == 0

@@ -114,8 +114,7 @@ class ChatModel(PrunedLlama):
             if piece in shown:
                 tokens += shown[piece].tokens
             elif piece:
-                plain = self._tokens(piece, special=True)
-                tokens += self._special.tokens(piece, marks) if marks else plain
+                tokens += self._special.tokens(piece, marks) if marks else self._tokens(piece, True)
         return tokens
 
     @cached_property

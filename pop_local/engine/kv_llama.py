@@ -1,14 +1,11 @@
 """llama_cpp's `Llama` on the patched backend, and whose its KV cache is."""
 
-import atexit
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
-from weakref import WeakSet
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
@@ -23,14 +20,14 @@ from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.depth.passes import DeepPasses
 from pop_local.engine.depth.rows import CachedRows
 from pop_local.engine.depth.select import Selection
-from pop_local.engine.images.mmproj import Mmproj, fingerprint
+from pop_local.engine.images.seeing import SeeingLlama
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import devices
 from pop_local.engine.llama.interrupt import Interrupt
-from pop_local.engine.llama.rpc import Servers
-from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaState, api, chat_format
+from pop_local.engine.llama.rpc import Servers, close_at_exit
+from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaState, api
 from pop_local.engine.prefill.kv_state import (
     FULL,
     KeyedCache,
@@ -40,32 +37,10 @@ from pop_local.engine.prefill.kv_state import (
     conversion,
     restore_context_state,
 )
-from pop_local.engine.prefill.plan import (
-    NO_ENDS,
-    n_equal,
-)
-
-_on_servers: "WeakSet[KvLlama]" = WeakSet()
+from pop_local.engine.prefill.plan import NO_ENDS, n_equal
 
 
-@atexit.register
-def _close_on_servers() -> None:
-    """Before Python winds down: in a thread that can no longer say so, a lost server is a hang."""
-    for model in list(_on_servers):
-        model.close()
-
-
-class _Closed:
-    """What llama.cpp's objects become once they are freed: any use is a PopError, not a crash."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise PopError(f"the model {self._path} is closed", "open it again")
-
-
-class KvLlama(Llama):
+class KvLlama(SeeingLlama):
     """A model, its mode, and what is known of the rows in its KV cache.
 
     The cache belongs to one mode and boundary: switching either empties it, unless it is the
@@ -112,11 +87,10 @@ class KvLlama(Llama):
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
         n_ctx_default = opening.default_ctx(source.first)
-        self.mmproj = None if mmproj is None else Path(mmproj)
-        self.image_tokens = image_tokens
-        self._eye: Mmproj | None = None
-        self._eye_lock = threading.Lock()
-        self.mmproj_key = "" if self.mmproj is None else fingerprint(self.mmproj)
+        self.interrupt = Interrupt()
+        if mmproj is not None:
+            is_wanted = self.interrupt.is_wanted
+            self.see_with(Path(mmproj), n_gpu_layers != 0, image_tokens, is_wanted)
         n_threads = n_threads or backend.default_threads()
         self.rpc = tuple(rpc)
         self._servers = Servers(self.rpc) if self.rpc else None
@@ -138,7 +112,7 @@ class KvLlama(Llama):
             what = f"{model_path}" if sidecar is None else f"{model_path} with {sidecar}"
             raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error
         if self._servers:
-            _on_servers.add(self)
+            close_at_exit(self)
         backend.require_boundary(self._model.model, self.meta)
         self.exact = backend.model_exact(self._model.model)
         if self.exact:
@@ -152,7 +126,7 @@ class KvLlama(Llama):
         self.epoch = 0
         self._batch_rows = TokenBatch(self.n_batch)
         self._stack.callback(self._batch_rows.close)
-        self.interrupt = Interrupt()
+        self._stack.callback(self.close_mmproj)
         has_devices = bool(rpc) or any(device.is_gpu for device in devices())
         on_device = n_gpu_layers != 0 and has_devices
         n_ubatch = self.context_params.n_ubatch
@@ -163,7 +137,6 @@ class KvLlama(Llama):
         self._n_refilled = 0
         # Of the last prompt's images.
         self.encode_s = 0.0
-        self._on_gpu = n_gpu_layers != 0
         self.set_depth(select, keep_states=keep_states)
         self._on_prefill: Callable[[int, int], None] | None = None
 
@@ -179,45 +152,6 @@ class KvLlama(Llama):
         Raises UnsupportedArchitectureError for a model that cannot be pruned.
         """
         return read_shape(Path(self.model_path))
-
-    # Images
-
-    @property
-    def eye(self) -> Mmproj:
-        """The mmproj, loaded when it is asked for first. Raises PopError without one."""
-        if self.mmproj is None:
-            raise PopError(
-                "a picture is given, but the model is open without its mmproj",
-                "open it with the mmproj that was published with it",
-                cause="no-mmproj",
-            )
-        with self._eye_lock:
-            if self._eye is None:
-                self._eye = Mmproj(
-                    self.mmproj,
-                    self._model.model,
-                    n_threads=self.n_threads_batch,
-                    use_gpu=self._on_gpu,
-                    max_tokens=self.image_tokens,
-                    should_stop=self.interrupt.is_wanted,
-                )
-                self._stack.callback(self._eye.close)
-        return self._eye
-
-    @property
-    def chat_handler(self) -> Any:
-        """llama_cpp's own way to make prompts; those for pictures read past pruning and cache."""
-        return self._chat_handler
-
-    @chat_handler.setter
-    def chat_handler(self, handler: Any) -> None:
-        if isinstance(handler, chat_format.MTMDChatHandler | chat_format.Llava15ChatHandler):
-            raise PopError(
-                f"{type(handler).__name__} of llama_cpp would read past the pruning, and leave the"
-                " KV cache in disorder",
-                "open the model with mmproj=..., and ask with images=[...]",
-            )
-        self._chat_handler = handler
 
     # Pruning
 
@@ -323,11 +257,10 @@ class KvLlama(Llama):
         return n_equal(tokens, self._input_ids)
 
     def truncate(self, n_tokens: int) -> bool:
-        """Forget all cached tokens but the first, and of an image that would be cut those, too.
+        """Forget all cached tokens but the first, which end with no part of an image.
 
         Returns False for a memory that cannot do so.
         """
-        n_tokens = self.rows.whole(n_tokens, self.n_tokens)
         if not self._forget_from(n_tokens):
             return False
         if n_tokens < self.n_tokens:
@@ -374,12 +307,12 @@ class KvLlama(Llama):
                 self.load_state(state)
 
     def save_state(self) -> PopState:
+        self._forget_from(self.n_tokens)  # what was decoded of a batch that failed
         kv = context_state(self.ctx)
         return PopState(
             key=self.kv_key,
             is_full=self.rows.is_full[: self.n_tokens].copy(),
             positions=self.rows.positions[: self.n_tokens + 1].copy(),
-            begins=self.rows.begins[: self.n_tokens].copy(),
             input_ids=self.input_ids.copy(),
             scores=self.scores[: self.n_tokens if self._logits_all else 0].copy(),
             n_tokens=self.n_tokens,
@@ -396,12 +329,7 @@ class KvLlama(Llama):
                 f"the saved state belongs to {key}, the model is set to {self.kv_key}",
                 "switch the model first, or read the prompt again",
             )
-        if not isinstance(state, PopState):
-            rows = np.arange(state.n_tokens + 1, dtype=np.int32)
-            is_full = np.ones(state.n_tokens, bool)
-            fields = {**vars(state), "key": FULL, "is_full": is_full}
-            state = PopState(**fields, positions=rows, begins=rows[:-1])
-        self.take_over(state, is_exact=key == FULL)
+        self.take_over(PopState.of(state), is_exact=key == FULL)
         self.scores[: len(state.scores)] = state.scores
         self._seed = state.seed
 
@@ -422,7 +350,7 @@ class KvLlama(Llama):
             self.clear()
             raise PopError("the saved state does not fit this model and context")
         self.input_ids[:n] = state.input_ids[:n]
-        self.rows.take_over(state.is_full, positions, state.begins, is_exact=is_exact)
+        self.rows.take_over(state.is_full, positions, is_exact=is_exact)
         self.n_tokens = n
 
     def watch_prefill(
@@ -449,20 +377,14 @@ class KvLlama(Llama):
             self.watch_prefill(*before)
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {
-            **state,
-            "sidecar": self.sidecar and str(self.sidecar),
-            "rpc": self.rpc,
-            "mmproj": self.mmproj and str(self.mmproj),
-            "image_tokens": self.image_tokens,
-        }
+        state = super().__getstate__()
+        return {**state, "sidecar": self.sidecar and str(self.sidecar), "rpc": self.rpc}
 
     def close(self) -> None:
         # __del__ calls it after a failed __init__ too.
         if hasattr(self, "_stack"):
             super().close()
             self.grammars.close()
-            gone: Any = _Closed(self.model_path)
+            gone: Any = opening.Closed(self.model_path)
             self._model = self._ctx = self.tokenizer_ = gone
             self._servers = None

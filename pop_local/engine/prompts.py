@@ -1,8 +1,12 @@
 """What the prompt of a conversation is, and how it looks without a chat template."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from pop_local.engine.images.mmproj import Seen
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pop_local.engine.images.mmproj import Seen
 
 # For base models, which come without a template; it needs no special tokens.
 PLAIN_TEMPLATE = (
@@ -30,3 +34,8 @@ class Prompt:
     def n_image(self) -> int:
         """How many tokens are rows of pictures, whose ids are below zero."""
         return sum(token < 0 for token in self.tokens)
+
+    @property
+    def text_from(self) -> int:
+        """Where the text after the last picture begins."""
+        return max((at + 1 for at, token in enumerate(self.tokens) if token < 0), default=0)

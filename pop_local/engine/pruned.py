@@ -10,7 +10,7 @@ from pop_local.engine.decode.grammar import GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.depth.select import Selection, select_rows
-from pop_local.engine.images.mmproj import Image
+from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.kv_llama import KvLlama
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
@@ -58,6 +58,8 @@ class PrunedLlama(KvLlama):
         images = self.images_in(tokens)
         if images and images[-1][1] == len(tokens):
             raise PopError("the prompt ends with a picture", "let a question follow it")
+        for start, _ in images:
+            self._require_room(self.eye.image_at(tokens[start:]))
         plan = plan_prefill(self.n_tokens, len(tokens), self.rule, self.n_batch, images)
         self.online.end()
         self.selection = Selection()
@@ -73,6 +75,20 @@ class PrunedLlama(KvLlama):
     def images_in(self, tokens: Sequence[int]) -> Images:
         """Find the images of a prompt. Raises PopError for one that this model was not given."""
         return images_in(tokens, lambda rest: self.eye.image_at(rest).n_rows)
+
+    def _require_room(self, image: ImageChunk) -> None:
+        n, n_at_once = image.n_rows, min(self.n_batch, self.context_params.n_ubatch)
+        if image.is_mutual and n > n_at_once:
+            raise PopError(
+                f"an image of {n} tokens, which see each other, does not fit a ubatch of"
+                f" {n_at_once}",
+                f"open the model with n_batch={n} and n_ubatch={n} at least",
+            )
+        if self._logits_all or self.context_params.embeddings:
+            raise PopError(
+                "an image has no logits and no embeddings to give",
+                "open the model without logits_all and embedding",
+            )
 
     def _position_after(self, tokens: Sequence[int], images: Images, n: int) -> int:
         """The position of the row after the next `n`, which cut no image in two."""
@@ -172,26 +188,14 @@ class PrunedLlama(KvLlama):
             self.scores[start:end] = np.ctypeslib.as_array(logits, (len(tokens), self._n_vocab))
         self._requires_eval = outputs is Outputs.NONE
 
-    def _decode_image(self, image: Image, rule: RowRule, full_from: int) -> None:
+    def _decode_image(self, image: ImageChunk, rule: RowRule, full_from: int) -> None:
         start, n = self.n_tokens, image.n_rows
-        if image.is_mutual and n > min(self.n_batch, self.context_params.n_ubatch):
-            raise PopError(
-                f"an image of {n} tokens, which see each other, does not fit a ubatch of"
-                f" {min(self.n_batch, self.context_params.n_ubatch)}",
-                f"open the model with n_batch={n} and n_ubatch={n} at least",
-            )
-        if self._logits_all or self.context_params.embeddings:
-            raise PopError(
-                "an image has no logits and no embeddings to give",
-                "open the model without logits_all and embedding",
-            )
         first = int(self.rows.positions[start])
         try:
             code = self.eye.decode(self.ctx, image, first, self.n_batch)
         finally:
             self.encode_s += self.eye.take_encode_s()
         if code != 0:
-            self._forget_from(start)  # what was decoded of it
             self.interrupt.check()
             raise PopError(logs.first_error() or f"the image could not be read (code {code})")
         positions = first + np.arange(n + 1, dtype=np.int32)
@@ -202,7 +206,6 @@ class PrunedLlama(KvLlama):
         # A row that has seen later ones is not what a deep pass would make of it.
         has_states = self.keeps_states and not image.is_mutual
         self._have_read(image.ids, positions, full, keeps_states=has_states)
-        self.rows.are_image(start, start + n)
         self._requires_eval = True
 
     def _are_full(
@@ -257,11 +260,11 @@ class PrunedLlama(KvLlama):
 
     def _unread(self, tokens: list[int]) -> list[int]:
         """Keep what the cache has of a prompt; return the rest of it, nothing if all is done."""
-        usable = self.rows.whole(self._n_usable(tokens), self.n_tokens)
+        usable = self._n_usable(tokens)
         if usable == len(tokens) == self.n_tokens and not self._requires_eval:
             return []
         # Logits come with a token: where all are cached, the last one is read again.
-        n_kept = self.rows.whole(min(usable, max(0, len(tokens) - 1)), self.n_tokens)
+        n_kept = min(usable, max(0, len(tokens) - 1))
         self._requires_eval = True
         if not self.truncate(n_kept):
             self.clear()

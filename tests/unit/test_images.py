@@ -1,9 +1,11 @@
 """Pictures in prompts, on tiny models of each kind: read, reused, stopped, saved, refused."""
 
 import json
+import os
 import random
 import signal
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -52,9 +54,11 @@ def smol(tmp_path_factory) -> Seeing:
 
 
 def prompt(model: PopModel, question: str, *seeds: int) -> list[int]:
-    """Its tokens, whose pictures the model keeps for a while."""
+    """Its tokens, whose pictures are kept as long as the model."""
     shown = tuple((0, picture_of(png(seed), f"{seed}.png")) for seed in seeds)
-    return model.chat_prompt([Message("user", question, shown)]).tokens
+    made = model.chat_prompt([Message("user", question, shown)])
+    vars(model).setdefault("prompts", []).append(made)
+    return made.tokens
 
 
 def answered(model: PopModel, tokens: list[int], n: int = 4) -> tuple[list[int], int]:
@@ -80,6 +84,8 @@ def image_end(tokens: list[int]) -> int:
 
 def test_a_picture_is_read_once_and_another_one_anew(seeing):
     with seeing.opened() as model, seeing.opened() as fresh:
+        # More than follows the picture in the last prompt.
+        model.rule = fresh.rule = replace(model.rule, tail_tokens=32)
         first = prompt(model, LONG, 3)
         said, n_read = answered(model, first)
         assert n_read == len(first)
@@ -195,6 +201,55 @@ def test_ctrl_c_while_a_picture_is_encoded(smol, how):
         assert answered(model, tokens)[0] == want
 
 
+def test_a_wish_to_stop_need_not_be_repeated(smol):
+    with smol.opened() as model:
+        tokens = prompt(model, "a b", 3)
+        want = answered(model, tokens)[0]
+        n_nodes = model.eye._n_nodes
+        n_stopped = 0
+        for when in range(20):
+            model.clear()
+            left, before = iter([False] * when + [True]), model.eye._n_nodes
+
+            def once(left: Iterator[bool] = left) -> bool:
+                return model.n_tokens > 0 and next(left, False)
+
+            try:
+                with model.watching_prefill(None, once):
+                    model.eval(tokens)
+            except StoppedError:
+                n_stopped += 0 < model.eye._n_nodes - before < n_nodes
+            assert answered(model, tokens)[0] == want
+        assert n_stopped > 1, "encoding was ended in its midst"
+
+
+def test_half_an_encoding_is_none(smol):
+    with smol.opened() as model:
+        tokens = prompt(model, "a b", 3)
+        image = model.eye.image_at(tokens[image_start(tokens) :])
+        left = iter([False, True])
+        model.interrupt.should_stop = lambda: next(left, False)
+        with pytest.raises(StoppedError):
+            model.eye.embedded(image)
+
+
+def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
+    with smol.opened(n_ubatch=8) as model:
+        tokens = prompt(model, LONG, 3)
+        n_left = 0
+        for when in range(0, 400, 10):
+            model.clear()
+            left = iter([False] * when)
+            with (
+                model.watching_prefill(None, lambda left=left: next(left, True)),
+                pytest.raises(StoppedError),
+            ):
+                model.eval(tokens)
+            n_left += model._end > model.rows.positions[model.n_tokens]
+            model.load_state(model.save_state())
+        assert n_left, "it was stopped between two ubatches"
+
+
 def test_a_session_goes_round(seeing, tmp_path):
     options = {"temperature": 0.0, "max_tokens": 4}
     with seeing.opened() as model:
@@ -240,18 +295,66 @@ def test_what_was_shown_and_taken_back_is_not_saved(seeing, tmp_path):
 
 
 def test_pictures_are_kept_while_somebody_may_want_them(smol, monkeypatch):
-    monkeypatch.setattr(mmproj, "_KEPT_ROWS", 100)
+    monkeypatch.setattr(mmproj, "_KNOWN_ROWS", 100)
     with smol.opened() as model:
         first = model.chat_prompt([Message("user", "a", ((0, picture_of(png(3), "a")),))])
         for seed in (4, 5):
             prompt(model, "a", seed)
-        assert len(model.eye._seen) == 1
+        assert len(model.eye._known) == 1
         assert answered(model, first.tokens)[1] == len(first.tokens)
         tokens = first.tokens
         del first
         model.clear()
         with pytest.raises(PopError, match="was not given"):
             model.eval(tokens)
+
+
+def test_cut_up_pictures_are_freed(smol):
+    """They take megabytes each: no more than one is held, whoever holds its ids."""
+    n_held = 0
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def mtmd_input_chunks_init(self) -> Any:
+            nonlocal n_held
+            n_held += 1
+            return real.mtmd_input_chunks_init()
+
+        def mtmd_input_chunks_free(self, chunks: Any) -> None:
+            nonlocal n_held
+            n_held -= 1
+            real.mtmd_input_chunks_free(chunks)
+
+    with smol.opened() as model:
+        real = model.eye._mtmd
+        model.eye._mtmd = Counting()
+        tokens = prompt(model, "a b", 3, 4, 5)
+        assert n_held == 1
+        want = answered(model, tokens)[0]
+        model.clear()
+        assert answered(model, tokens)[0] == want and n_held == 1
+    assert n_held == 0
+
+
+def test_a_model_that_is_closed_sees_nothing(smol):
+    model = smol.opened()
+    eye = model.eye
+    prompt(model, "a", 3)
+    model.close()
+    for picture in (picture_of(png(3), "known"), picture_of(png(4), "other")):
+        with pytest.raises(PopError, match="is closed"):
+            model.count_picture(picture)
+        with pytest.raises(PopError, match="is closed"):
+            eye.see(picture)
+
+
+def test_ids_are_of_one_mmproj(smol, tmp_path):
+    other = make_mmproj(tmp_path / "mmproj.gguf", replace(EYES["llama"], seed=2))
+    with smol.opened() as model, smol.opened(mmproj=other) as another:
+        ids = {token for token in prompt(model, "a", 3) if token < 0}
+        assert not ids & set(prompt(another, "a", 3))
 
 
 def test_sessions_of_the_first_format_load(smol, tmp_path):
@@ -263,7 +366,7 @@ def test_sessions_of_the_first_format_load(smol, tmp_path):
         old = tmp_path / "old.popsession"
         with zipfile.ZipFile(path) as given, zipfile.ZipFile(old, "w") as made:
             for name in given.namelist():
-                if name in ("positions.npy", "begins.npy"):
+                if name == "positions.npy":
                     continue
                 content = given.read(name)
                 if name == "session.json":
@@ -279,8 +382,14 @@ def test_sessions_of_the_first_format_load(smol, tmp_path):
         assert restored.conversation == session.conversation
 
 
-@pytest.mark.parametrize("name", ["positions.npy", "begins.npy"])
-def test_a_session_with_impossible_rows_is_damaged(smol, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("positions.npy", lambda content: content[:-4] + b"\7\0\0\0"),
+        ("pictures/", lambda _: png(4)),
+    ],
+)
+def test_a_session_of_impossible_rows_or_other_pictures_is_damaged(smol, tmp_path, name, changed):
     with smol.opened() as model:
         session = model.session()
         session.chat(LONG, images=[png(3)], temperature=0.0, max_tokens=4)
@@ -289,7 +398,7 @@ def test_a_session_with_impossible_rows_is_damaged(smol, tmp_path, name):
         with zipfile.ZipFile(path) as given, zipfile.ZipFile(bad, "w") as made:
             for each in given.namelist():
                 content = given.read(each)
-                made.writestr(each, content[:-4] + b"\7\0\0\0" if each == name else content)
+                made.writestr(each, changed(content) if each.startswith(name) else content)
         with pytest.raises(PopError, match="damaged"):
             model.load_session(bad)
 
@@ -357,11 +466,20 @@ def test_a_selection_beside_a_picture(arch, tmp_path):
         assert (arch == "llama") == model.rows.has_state[rows].any()
 
 
+def test_a_prompt_with_a_picture_is_not_short(smol):
+    with smol.opened() as model:
+        model.rule = replace(model.rule, tail_tokens=256)
+        stats = model.chat("a b", images=[png(3)], max_tokens=1).stats
+        assert stats.n_pruned > 0 and not stats.is_short
+        assert model.chat("a b", max_tokens=1).stats.is_short
+
+
 def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
     seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
     with seeing.opened(n_ubatch=32) as model:
         with pytest.raises(PopError, match="64 tokens, which see each other"):
             model.chat("a", images=[png(3)], max_tokens=1)
+        assert model.n_tokens == 0, "what precedes it was read for nothing"
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
 
 
@@ -388,10 +506,11 @@ def test_what_a_message_spells_out_is_text(smol, text):
     with smol.opened() as model:
         tokens = prompt(model, f"a {text} b", 3)
         plain = prompt(model, "a b", 3)
-        n_image = sum(token < 0 for token in plain)
-        assert sum(token < 0 for token in tokens) == n_image
-        special = [model.tokenize(one.encode(), False, True)[0] for one in ("<|im_end|>",)]
+        assert [token for token in tokens if token < 0] == [token for token in plain if token < 0]
+        special = [token for token in range(model.n_vocab()) if model._special._is_special(token)]
         assert [tokens.count(one) for one in special] == [plain.count(one) for one in special]
+        said = model.detokenize([token for token in tokens if token >= 0])
+        assert text.encode() in said
 
 
 def test_pictures_stand_where_the_message_has_them(smol):
@@ -437,7 +556,8 @@ def test_pictures_of_all_formats():
     for kind in pictures.FORMATS:
         picture = picture_of(encoded(image, kind), "a")
         assert (picture.width, picture.height) == (40, 30)
-        middle = picture.rgb()[3 * (15 * 40 + 20) :][:3]
+        _, _, rgb = picture.rgb()
+        middle = rgb[3 * (15 * 40 + 20) :][:3]
         assert np.abs(np.frombuffer(middle, np.uint8).astype(int) - [200, 100, 50]).max() < 9
 
 
@@ -448,10 +568,49 @@ def test_photographs_are_turned_upright_and_transparency_is_white():
     exif[0x0112] = 6  # turned by a quarter
     picture = picture_of(encoded(image, "JPEG", exif=exif), "a")
     assert (picture.width, picture.height) == (30, 40)
-    pixels = np.frombuffer(picture.rgb(), np.uint8).reshape(40, 30, 3)
+    pixels = np.frombuffer(picture.rgb()[2], np.uint8).reshape(40, 30, 3)
     assert pixels[20, 28, 0] > 200 and pixels[20, 2, 0] < 50
+    for number in (0, 9, 255):  # which mean nothing
+        exif[0x0112] = number
+        picture = picture_of(encoded(image, "JPEG", exif=exif), "a")
+        assert picture.rgb()[:2] == (picture.width, picture.height) == (40, 30)
     clear = picture_of(encoded(Image.new("RGBA", (4, 4), (9, 9, 9, 0)), "PNG"), "a")
-    assert set(clear.rgb()) == {255}
+    assert set(clear.rgb()[2]) == {255}
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "L", "RGB", "RGBA"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_large_pictures_are_scaled_down_before_all_else(monkeypatch, mode, kind):
+    if kind == "JPEG" and mode not in ("L", "RGB"):
+        pytest.skip("no such JPEG files")
+    monkeypatch.setattr(pictures, "_MAX_SHOWN", 1200)
+    image = Image.new("L", (160, 120), 0)
+    image.paste(255, (0, 0, 160, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = picture_of(encoded(image.convert(mode), kind, exif=exif), "a")
+    assert (picture.width, picture.height) == (120, 160)
+    width, height, rgb = picture.rgb()
+    assert (width, height) == (30, 40)
+    pixels = np.frombuffer(rgb, np.uint8).reshape(40, 30, 3)
+    assert (pixels[:, 22:] > 200).all() and (pixels[:, :18] < 50).all()
+
+
+def test_heads_are_looked_at_alone(monkeypatch):
+    contents = [encoded(Image.new("RGB", (40, 30)), kind) for kind in pictures.FORMATS]
+    monkeypatch.setattr(Image.Image, "load", None)
+    for content in contents:
+        assert picture_of(content, "a").width == 40
+
+
+def test_jpegs_of_many_passes(monkeypatch):
+    image = Image.effect_noise((64, 64), 80)
+    usual = encoded(image, "JPEG", progressive=True)
+    last = usual[usual.rindex(b"\xff\xda") : -2]
+    monkeypatch.setattr(pictures, "MAX_SCANNED", 64 * 64 * 20)
+    picture_of(usual + b"\xff\xda" * 1000, "with a film behind it").rgb()
+    with pytest.raises(PopError, match="too many passes"):
+        picture_of(usual[:-2] + last * 20 + usual[-2:], "a")
 
 
 def test_what_is_no_picture(tmp_path, monkeypatch):
@@ -483,7 +642,8 @@ def test_damaged_files_are_errors_or_pictures(kind):
         content = mutated_bytes(rng, whole, 0, len(whole))
         try:
             picture = picture_of(content, "a")
-            assert len(picture.rgb()) == 3 * picture.width * picture.height
+            width, height, rgb = picture.rgb()
+            assert len(rgb) == 3 * width * height
         except PopError:
             continue
 
@@ -541,13 +701,20 @@ def test_the_library_starts_no_programs(smol):
         assert not model.eye._mtmd.mtmd_helper_support_video(model.eye._ctx)
 
 
+def test_a_path_that_is_no_utf8(smol, tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mm\xff.gguf"))
+    path.write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
+    with smol.opened(mmproj=path) as model:
+        assert model.count_picture(picture_of(png(3), "a")) > 0
+
+
 def test_the_library_is_not_loaded_for_text(smol):
     with smol.opened() as model:
         model.chat("a b", max_tokens=1)
-        assert model._eye is None
+        assert model._mmproj._ctx is None
 
 
 def test_equal_pictures_are_equal(tmp_path):
     one = picture_of(png(3), "a")
-    assert one == picture_of(png(3), "a") and one.sha256 == Picture("b", png(3), 1, 1).sha256
+    assert one == picture_of(png(3), "b") and one.sha256 == Picture("b", png(3), 1, 1).sha256
     assert Image.open(BytesIO(one.content)).size == (one.width, one.height)

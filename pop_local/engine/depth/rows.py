@@ -13,14 +13,12 @@ class CachedRows:
     boundary (`has_state`) is what a row needs to be redone.
 
     `positions`: of each row, and of the one that comes next: the rows of an image may share one.
-    `begins`: the row where the image of each begins; of text, the row itself.
     """
 
     def __init__(self, n_ctx: int) -> None:
         self.is_full = np.zeros(n_ctx, dtype=bool)
         self.has_state = np.zeros(n_ctx, dtype=bool)
         self.positions = np.zeros(n_ctx + 1, dtype=np.int32)
-        self.begins = np.zeros(n_ctx, dtype=np.int32)
         self.n_exact = 0
 
     def read(
@@ -39,20 +37,11 @@ class CachedRows:
         if positions is None:
             positions = self.positions[start] + np.arange(len(full) + 1)
         self.positions[start : end + 1] = positions
-        self.begins[start:end] = np.arange(start, end)
         self.forget_from(start)
         self.is_full[start:end] = full
         self.has_state[start:end] = keeps_states
         if self.n_exact == start and full.all():
             self.n_exact = end
-
-    def are_image(self, start: int, end: int) -> None:
-        """These rows, which were read last, are one image."""
-        self.begins[start:end] = start
-
-    def whole(self, n_rows: int, n_cached: int) -> int:
-        """Return the first `n_rows` of those that are cached, less those of an image cut in two."""
-        return int(self.begins[n_rows]) if n_rows < n_cached else n_rows
 
     def deepened(self, positions: Sequence[int]) -> None:
         """A deep pass has run over these rows, at ascending positions."""
@@ -67,13 +56,10 @@ class CachedRows:
         self.has_state[n_rows:] = False
         self.is_full[n_rows:] = False
 
-    def take_over(
-        self, is_full: np.ndarray, positions: np.ndarray, begins: np.ndarray, *, is_exact: bool
-    ) -> None:
+    def take_over(self, is_full: np.ndarray, positions: np.ndarray, *, is_exact: bool) -> None:
         """Rows came with a saved state, which holds no states at the boundary."""
         n = len(is_full)
         self.positions[: n + 1] = positions
-        self.begins[:n] = begins
         self.forget_from(0)
         self.is_full[:n] = is_full
         self.n_exact = n if is_exact else 0

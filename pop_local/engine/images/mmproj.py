@@ -8,28 +8,31 @@ tokens, and whatever finds cached K/V by them needs to know nothing of images.
 import ctypes
 import functools
 import hashlib
+import os
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError
 from converter.source import read_source
-from pop_local.engine.images.pictures import Picture
+from pop_local.engine.images.pictures import Picture, require_pillow
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings
 from pop_local.models.mmproj import ARCHITECTURE
 
-# Of pictures that are kept cut up, so that a conversation's are not anew for each question. A chunk
-# has the scaled pixels in it, some 10 to 50 KiB a row.
-_KEPT_ROWS = 8192
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Of pictures whose ids are known, so that a conversation's are not cut up for each question.
+_KNOWN_ROWS = 1 << 16
 # Of each tensor, for the fingerprint.
 _SAMPLED_BYTES = 4096
 # Of the encoder's graph: asked in between whether to stop.
@@ -37,15 +40,15 @@ _NODES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Image:
+class ImageChunk:
     """A piece of a picture as the model sees it; some models cut one into several.
 
-    `ids` stand for its rows among the tokens. `n_pos`: by how many positions what follows is
-    further on. `is_mutual`: its rows see each other, so they are decoded at once. libmtmd's chunk
-    is freed with it.
+    `number`: among libmtmd's chunks of the picture. `ids` stand for its rows among the tokens.
+    `n_pos`: by how many positions what follows is further on. `is_mutual`: its rows see each other,
+    so they are decoded at once.
     """
 
-    chunk: Any
+    number: int
     ids: tuple[int, ...]
     n_pos: int
     is_mutual: bool
@@ -59,12 +62,29 @@ class Image:
 class Seen:
     """A picture as the model sees it: ids of rows, and the tokens that the model wants around."""
 
+    picture: Picture
     tokens: tuple[int, ...]
-    images: tuple[Image, ...]
+    images: tuple[ImageChunk, ...]
+
+
+class _Cut:
+    """libmtmd's chunks of a picture, with its scaled pixels in them: megabytes, freed with it."""
+
+    def __init__(self, mtmd: Any, picture: Picture) -> None:
+        self.sha256 = picture.sha256
+        self.chunks = mtmd.mtmd_input_chunks_init()
+        self._mtmd = mtmd
+        weakref.finalize(self, mtmd.mtmd_input_chunks_free, self.chunks)
+
+    def __len__(self) -> int:
+        return int(self._mtmd.mtmd_input_chunks_size(self.chunks))
+
+    def __getitem__(self, number: int) -> Any:
+        return self._mtmd.mtmd_input_chunks_get(self.chunks, number)
 
 
 class Mmproj:
-    """An mmproj file opened beside its model.
+    """An mmproj file beside its model, loaded by `open`; `key` tells it from others.
 
     `see` may be called from several threads, while another one decodes.
     """
@@ -72,50 +92,67 @@ class Mmproj:
     def __init__(
         self,
         path: Path,
-        model: Any,
         *,
-        n_threads: int,
         use_gpu: bool,
         max_tokens: int | None,
         should_stop: Callable[[], bool],
     ) -> None:
-        """`model`: a llama_model pointer. `max_tokens`: of one image, where its size may vary.
+        """`max_tokens`: of one image, where its size may vary.
 
-        `should_stop` is asked while an image is encoded. Raises PopError for what is no mmproj, or
-        belongs to another model.
+        `should_stop` is asked while an image is encoded. Raises PopError for what is no mmproj.
         """
         self.path = path
         self.max_tokens = max_tokens
-        self._encode_s = 0.0
-        self.fingerprint = fingerprint(path)
-        self._mtmd = mtmd = _bindings()
+        self.key = fingerprint(path)
+        self._use_gpu = use_gpu
         self._should_stop = should_stop
-        self._n_embd = int(bindings().llama_model_n_embd_inp(model))
+        self._was_stopped = False
+        self._encode_s = 0.0
         self._n_nodes = 0
+        self._ctx: Any = None
+        self._lock = threading.RLock()
+        self._known: OrderedDict[str, tuple[tuple[int, ...], tuple[ImageChunk, ...]]]
+        self._known = OrderedDict()
+        # By the picture's hash, and by the first id of each of its images.
+        self._alive: WeakValueDictionary[str | int, Seen] = WeakValueDictionary()
+        self._last: _Cut | None = None
+
+    def open(self, model: Any, n_threads: int) -> "Self":
+        """Load the file if it is not; `model`: a llama_model pointer.
+
+        Raises PopError for one that belongs to another model, and without Pillow.
+        """
+        with self._lock:
+            if self._ctx is None:
+                self._load(model, n_threads)
+        return self
+
+    def _load(self, model: Any, n_threads: int) -> None:
+        require_pillow()
+        self._mtmd = mtmd = _bindings()
+        self._n_embd = int(bindings().llama_model_n_embd_inp(model))
         params = mtmd.mtmd_context_params_default()
-        params.use_gpu, params.n_threads, params.warmup = use_gpu, n_threads, False
+        params.use_gpu, params.n_threads, params.warmup = self._use_gpu, n_threads, False
         params.print_timings = False
-        params.image_max_tokens = max_tokens or params.image_max_tokens
+        params.image_max_tokens = self.max_tokens or params.image_max_tokens
         # The structure does not keep it alive.
         self._callback = bindings().ggml_backend_sched_eval_callback(self._goes_on)
         params.cb_eval = self._callback
         logs.forget_errors()
-        self._ctx = mtmd.mtmd_init_from_file(str(path).encode(), model, params)
-        if not self._ctx or not mtmd.mtmd_support_vision(self._ctx):
-            reason = f": {logs.first_error()}" if logs.first_error() else ""
-            self.close()
-            if max_tokens and "image_max_pixels" in reason:
-                raise PopError(
-                    f"no picture fits {max_tokens} tokens with {path}",
-                    "allow a picture more tokens",
-                )
+        self._ctx = mtmd.mtmd_init_from_file(os.fsencode(self.path), model, params)
+        if self._ctx and mtmd.mtmd_support_vision(self._ctx):
+            return
+        reason = f": {logs.first_error()}" if logs.first_error() else ""
+        self.close()
+        if self.max_tokens and "image_max_pixels" in reason:
             raise PopError(
-                f"{path} does not fit this model{reason}",
-                "give the mmproj that was published with it",
+                f"no picture fits {self.max_tokens} tokens with {self.path}",
+                "allow a picture more tokens",
             )
-        self._lock = threading.Lock()
-        self._seen: OrderedDict[str, Seen] = OrderedDict()
-        self._images: WeakValueDictionary[int, Image] = WeakValueDictionary()
+        raise PopError(
+            f"{self.path} does not fit this model{reason}",
+            "give the mmproj that was published with it",
+        )
 
     def see(self, picture: Picture) -> Seen:
         """Cut a picture up as the model wants it; whoever decodes it keeps what is returned.
@@ -123,62 +160,83 @@ class Mmproj:
         Raises PopError for a damaged picture, and for one that the model cannot be shown.
         """
         with self._lock:
-            seen = self._seen.pop(picture.sha256, None) or self._cut_up(picture)
-            self._seen[picture.sha256] = seen
-            while len(self._seen) > 1 and self._n_kept() > _KEPT_ROWS:
-                self._seen.popitem(last=False)
+            known = self._known.pop(picture.sha256, None) or self._pieces(picture)
+            self._known[picture.sha256] = known
+            while len(self._known) > 1 and self._n_known() > _KNOWN_ROWS:
+                self._known.popitem(last=False)
+            seen = self._alive.setdefault(picture.sha256, Seen(picture, *known))
+            for image in seen.images:
+                self._alive[image.ids[0]] = seen
         return seen
 
-    def _n_kept(self) -> int:
-        return sum(image.n_rows for seen in self._seen.values() for image in seen.images)
+    def _n_known(self) -> int:
+        return sum(len(tokens) for tokens, _ in self._known.values())
 
-    def image_at(self, tokens: Sequence[int]) -> Image:
-        """Return the image that `tokens` begin with. Raises PopError for one nobody keeps."""
-        image = self._images.get(int(tokens[0]))
-        if image is None or tuple(tokens[: image.n_rows]) != image.ids:
+    def _seen(self, token: int) -> Seen:
+        seen = self._alive.get(int(token))
+        if seen is None:
             raise PopError("the prompt has an image that this model was not given")
+        return seen
+
+    def image_at(self, tokens: Sequence[int]) -> ImageChunk:
+        """Return the image that `tokens` begin with. Raises PopError for one nobody keeps."""
+        images = self._seen(tokens[0]).images
+        image = next(one for one in images if one.ids[0] == tokens[0])
+        if tuple(tokens[: image.n_rows]) != image.ids:
+            raise PopError("the prompt has a part of an image")
         return image
 
-    def decode(self, ctx: Any, image: Image, pos: int, n_batch: int) -> int:
+    def decode(self, ctx: Any, image: ImageChunk, pos: int, n_batch: int) -> int:
         """Encode an image and decode its rows from position `pos` on, in sequence 0.
 
         Returns what llama_decode returns. When `should_stop` ended the encoding, that is -1.
         """
         mtmd = self._mtmd
         started_s = time.perf_counter()
-        stopped = self._should_stop() or mtmd.mtmd_encode_chunk(self._ctx, image.chunk) != 0
+        cut = self._cut_of(image)
+        is_encoded = self._encode(cut[image.number])
         self._encode_s += time.perf_counter() - started_s
-        if stopped or self._should_stop():
+        if not is_encoded:
             return -1
         after = ctypes.c_int32()
         nobody = mtmd.mtmd_helper_post_decode_callback(0)
         embeddings = mtmd.mtmd_get_output_embd(self._ctx)
         return int(
             mtmd.mtmd_helper_decode_image_chunk(
-                *(self._ctx, ctx, image.chunk, embeddings, pos, 0, n_batch),
+                *(self._ctx, ctx, cut[image.number], embeddings, pos, 0, n_batch),
                 *(ctypes.byref(after), nobody, None),
             )
         )
 
-    def embedded(self, image: Image) -> np.ndarray:
+    def embedded(self, image: ImageChunk) -> np.ndarray:
         """Return what the encoder makes of an image, float32 [n_rows, n_embd_inp].
 
-        Raises PopError where it fails.
+        Raises PopError where it fails, StoppedError where `should_stop` ended it.
         """
         logs.forget_errors()
-        if self._mtmd.mtmd_encode_chunk(self._ctx, image.chunk) != 0:
+        if not self._encode(self._cut_of(image)[image.number]):
+            if self._was_stopped:
+                raise StoppedError
             raise PopError(logs.first_error() or "the image cannot be encoded")
         rows = self._mtmd.mtmd_get_output_embd(self._ctx)
         return np.ctypeslib.as_array(rows, (image.n_rows, self._n_embd)).copy()
 
-    def positions(self, image: Image, first: int) -> np.ndarray:
+    def _encode(self, chunk: Any) -> bool:
+        """Whether all of it was encoded."""
+        self._was_stopped = self._should_stop()
+        if self._was_stopped or self._mtmd.mtmd_encode_chunk(self._ctx, chunk) != 0:
+            return False
+        return not self._was_stopped
+
+    def positions(self, image: ImageChunk, first: int) -> np.ndarray:
         """Return where an image's rows stand from position `first` on: int32 [n_pos, n_rows].
 
         That is time, height, width and nothing where rows have several positions.
         """
         if not self._mtmd.mtmd_decode_use_mrope(self._ctx):
             return first + np.arange(image.n_rows, dtype=np.int32)[None]
-        shown = self._mtmd.mtmd_input_chunk_get_tokens_image(image.chunk)
+        cut = self._cut_of(image)
+        shown = self._mtmd.mtmd_input_chunk_get_tokens_image(cut[image.number])
         at = self._mtmd.mtmd_image_tokens_get_decoder_pos
         rows = [at(shown, first, row) for row in range(image.n_rows)]
         return np.array([[p.t, p.y, p.x, p.z] for p in rows], np.int32).T
@@ -189,9 +247,11 @@ class Mmproj:
         return taken_s
 
     def close(self) -> None:
-        if self._ctx:
-            self._mtmd.mtmd_free(self._ctx)
-        self._ctx = None
+        with self._lock:
+            if self._ctx:
+                self._mtmd.mtmd_free(self._ctx)
+            self._ctx = self._last = None
+            self._known.clear()
 
     def _goes_on(self, _tensor: int, is_asked: bool, _data: object) -> bool:
         """libmtmd asks before each node whether its result is wanted, and then, whether to go on.
@@ -201,36 +261,46 @@ class Mmproj:
         if is_asked:
             self._n_nodes += 1
             return self._n_nodes % _NODES_AT_ONCE == 0
-        return not self._should_stop()
+        self._was_stopped = self._was_stopped or self._should_stop()
+        return not self._was_stopped
 
-    def _cut_up(self, picture: Picture) -> Seen:
+    def _cut_of(self, image: ImageChunk) -> _Cut:
+        return self._cut_up(self._seen(image.ids[0]).picture)
+
+    def _cut_up(self, picture: Picture) -> _Cut:
+        """The last picture is kept cut up: it is likely to be decoded next, piece by piece."""
+        with self._lock:
+            if self._ctx is None:
+                raise PopError(f"{self.path} is closed", "open the model again")
+            if self._last is None or self._last.sha256 != picture.sha256:
+                self._last = self._newly_cut(picture)
+            return self._last
+
+    def _newly_cut(self, picture: Picture) -> _Cut:
         mtmd = self._mtmd
-        rgb = picture.rgb()
-        buffer = (ctypes.c_uint8 * len(rgb)).from_buffer_copy(rgb)
-        bitmap = mtmd.mtmd_bitmap_init(picture.width, picture.height, buffer)
-        chunks = mtmd.mtmd_input_chunks_init()
+        width, height, rgb = picture.rgb()
+        buffer = (ctypes.c_uint8 * (3 * width * height)).from_buffer_copy(rgb)
+        bitmap = mtmd.mtmd_bitmap_init(width, height, buffer)
         part = mtmd.mtmd_input_part(None, bitmap)
         parts = (ctypes.POINTER(mtmd.mtmd_input_part) * 1)(ctypes.pointer(part))
+        cut = _Cut(mtmd, picture)
         logs.forget_errors()
         try:
-            if mtmd.mtmd_tokenize_from_parts(self._ctx, chunks, parts, 1, False) != 0:
+            if mtmd.mtmd_tokenize_from_parts(self._ctx, cut.chunks, parts, 1, False) != 0:
                 raise PopError(
                     f"{picture.name} cannot be shown to this model: {logs.first_error()}"
                 )
-            found = (
-                mtmd.mtmd_input_chunks_get(chunks, number)
-                for number in range(mtmd.mtmd_input_chunks_size(chunks))
-            )
-            return self._joined(found, picture)
         finally:
             mtmd.mtmd_bitmap_free(bitmap)
-            mtmd.mtmd_input_chunks_free(chunks)
+        return cut
 
-    def _joined(self, chunks: Iterator[Any], picture: Picture) -> Seen:
+    def _pieces(self, picture: Picture) -> tuple[tuple[int, ...], tuple[ImageChunk, ...]]:
         mtmd = self._mtmd
         tokens: list[int] = []
-        images: list[Image] = []
-        for chunk in chunks:
+        images: list[ImageChunk] = []
+        cut = self._cut_up(picture)
+        for number in range(len(cut)):
+            chunk = cut[number]
             if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
                 n = ctypes.c_size_t()
                 words = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
@@ -243,21 +313,19 @@ class Mmproj:
                 tokens += found
                 continue
             n_rows = int(mtmd.mtmd_input_chunk_get_n_tokens(chunk))
-            image = Image(
-                mtmd.mtmd_input_chunk_copy(chunk),
+            image = ImageChunk(
+                number,
                 self._ids(picture, len(tokens), n_rows),
                 int(mtmd.mtmd_input_chunk_get_n_pos(chunk)),
                 bool(mtmd.mtmd_decode_use_non_causal(self._ctx, chunk)),
             )
-            weakref.finalize(image, mtmd.mtmd_input_chunk_free, image.chunk)
-            self._images[image.ids[0]] = image
             images.append(image)
             tokens += image.ids
-        return Seen(tuple(tokens), tuple(images))
+        return tuple(tokens), tuple(images)
 
     def _ids(self, picture: Picture, offset: int, n_rows: int) -> tuple[int, ...]:
         """Numbers from -2**31 to -1; `n_rows` is part of them, since it depends on `max_tokens`."""
-        seed = f"{self.fingerprint} {picture.sha256} {offset} {n_rows}".encode()
+        seed = f"{self.key} {picture.sha256} {offset} {n_rows}".encode()
         raw = np.frombuffer(hashlib.shake_256(seed).digest(4 * n_rows), np.dtype("<u4"))
         return tuple((-1 - (raw >> 1).astype(np.int64)).tolist())
 

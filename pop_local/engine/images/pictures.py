@@ -5,11 +5,13 @@ strangers, knows no WebP and does not turn photographs upright.
 """
 
 import hashlib
+import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -24,9 +26,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
+# Of all passes that a progressive JPEG takes over its pixels; there may be any number in few bytes.
+MAX_SCANNED = 20 * MAX_PIXELS
 # Nothing is left of a strip once a model has scaled it.
 MAX_ASPECT = 100
 _WHITE = (255, 255, 255, 255)
+# More than a model is shown; a larger picture is scaled down before anything else is made of it.
+_MAX_SHOWN = 8_000_000
+# Of a JPEG file: the head of a scan of 1 to 4 components.
+_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+_SIDEWAYS = (5, 6, 7, 8)  # of EXIF's orientations
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Picture:
     Two pictures are equal if their files are; `content` is checked as far as `picture_of` does.
     """
 
-    name: str
+    name: str = field(compare=False)
     content: bytes
     width: int
     height: int
@@ -45,22 +54,29 @@ class Picture:
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    def rgb(self) -> bytes:
-        """The pixels row by row, three bytes each; the first frame, on white where transparent.
+    def rgb(self) -> tuple[int, int, bytes]:
+        """Return width, height and the pixels row by row, three bytes each: of the first frame,
+        upright, on white where transparent, and of some 8 million pixels at most.
 
         Raises PopError for a damaged file.
         """
         from PIL import Image, ImageOps
 
         with _opened(self.content, self.name) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            if upright.size != (self.width, self.height):
-                raise ValueError("another size than its head says")
-            if upright.has_transparency_data:
-                layer = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer)
-            pixels: bytes = upright.convert("RGB").tobytes()
-        return pixels
+            _orientation(opened)
+            shown: Image.Image = opened
+            n_pixels = opened.width * opened.height
+            if n_pixels > _MAX_SHOWN:
+                if opened.mode in ("1", "P"):  # which cannot be scaled smoothly
+                    shown = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
+                share = (_MAX_SHOWN / n_pixels) ** 0.5
+                shown.thumbnail((opened.width * share, opened.height * share))
+            shown = ImageOps.exif_transpose(shown)
+            if shown.has_transparency_data:
+                layer = shown.convert("RGBA")
+                shown = Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer)
+            shown = shown.convert("RGB")
+        return shown.width, shown.height, shown.tobytes()
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
@@ -79,20 +95,39 @@ def picture_of(content: bytes, name: str) -> Picture:
         raise PopError(f"{name} is larger than {MAX_BYTES // 2**20} MiB", "scale the picture down")
     with _opened(content, name) as opened:
         width, height = opened.size
-        if opened.getexif().get(0x0112, 1) >= 5:  # lying on its side
+        if _orientation(opened) in _SIDEWAYS:
             width, height = height, width
+    is_jpeg = content.startswith(b"\xff\xd8")
+    if is_jpeg and len(_SCAN.findall(content)) * width * height > MAX_SCANNED:
+        raise PopError(f"{name} takes too many passes to decode", "save it as a baseline JPEG")
     return Picture(name, content, width, height)
+
+
+def has_pillow() -> bool:
+    """Tell whether pictures can be read at all."""
+    return importlib.util.find_spec("PIL") is not None
+
+
+def require_pillow() -> None:
+    """Raise PopError without Pillow."""
+    if not has_pillow():
+        raise PopError(
+            "reading pictures needs Pillow", "install it with: pip install 'pop-local[images]'"
+        )
+
+
+def _orientation(opened: "Image") -> object:
+    """What the head says; of PNG files Pillow would read all pixels to look for it behind them."""
+    from PIL import Image
+
+    return Image.Image.getexif(opened).get(0x0112)
 
 
 @contextmanager
 def _opened(content: bytes, name: str) -> "Iterator[Image]":
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise PopError(
-            f"reading pictures needs Pillow: {error}",
-            "install it with: pip install 'pop-local[images]'",
-        ) from error
+    require_pillow()
+    from PIL import Image
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -33,7 +33,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self._api = bindings()
-        self._callback = self._api.ggml_abort_callback(self._abort)
+        self._callback = self._api.ggml_abort_callback(lambda _: self.is_wanted())
         self._no_callback = self._api.ggml_abort_callback(0)
         self._raised: BaseException | None = None
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -66,7 +66,14 @@ class Interrupt:
 
     def is_wanted(self) -> bool:
         """Whether to stop, for whatever runs between two batches; `check` then says why."""
-        return self._raised is not None or self._abort(None)
+        if self._raised is None:
+            try:
+                self._deliver()
+                if self._wanted():  # which need not be said again
+                    self._raised = StoppedError()
+            except BaseException as error:
+                self._raised = error
+        return self._raised is not None
 
     def _put_off_signals(self) -> None:
         self._pending.clear()
@@ -87,11 +94,3 @@ class Interrupt:
 
     def _wanted(self) -> bool:
         return self.should_stop is not None and self.should_stop()
-
-    def _abort(self, _data: object) -> bool:
-        try:
-            self._deliver()
-            return self._wanted()
-        except BaseException as error:
-            self._raised = error
-            return True

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +21,15 @@ logger.addHandler(logging.NullHandler())
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _CONTINUED = 5
 
-_errors: deque[str] = deque(maxlen=64)
+
+class _Errors(threading.local):
+    """Each thread's own: what another one tries meanwhile is no reason for what fails here."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=64)
+
+
+_errors = _Errors()
 _last_level = logging.DEBUG
 _callback: Any = None
 _abort_callback: Any = None
@@ -72,24 +81,24 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
     if level != _CONTINUED:
         _last_level = _LEVELS.get(level, logging.DEBUG)
     if _last_level == logging.ERROR and line:
-        if level == _CONTINUED and _errors:
-            _errors[-1] += line
+        if level == _CONTINUED and _errors.lines:
+            _errors.lines[-1] += line
         else:
-            _errors.append(line)
+            _errors.lines.append(line)
     if line and logger.isEnabledFor(_last_level):
         logger.log(_last_level, line)
 
 
 def forget_errors() -> None:
     """To be called before something is tried, so that `first_error` speaks of that."""
-    _errors.clear()
+    _errors.lines.clear()
 
 
 def first_error() -> str:
     """The first error line since then without the names of functions, or nothing."""
-    if not _errors:
+    if not _errors.lines:
         return ""
-    line = _FUNCTION.sub("", _errors[0])
+    line = _FUNCTION.sub("", _errors.lines[0])
     while (shorter := _WRAPPING.sub("", line)) != line:
         line = shorter
     return line

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
+from converter.errors import PopError
 from converter.format import PopMeta
 from converter.header import Header
 from converter.shape import trained_ctx
@@ -20,6 +21,16 @@ DEFAULT_CTX = 8192
 # Of the model that this thread opens; none for llama.cpp's own way of finding parts.
 _wanted: ContextVar[tuple[Path, ...]] = ContextVar("wanted", default=())
 _servers: ContextVar[Servers | None] = ContextVar("servers", default=None)
+
+
+class Closed:
+    """What llama.cpp's objects become once they are freed: any use is a PopError, not a crash."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise PopError(f"the model {self._path} is closed", "open it again")
 
 
 @contextmanager

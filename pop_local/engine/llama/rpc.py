@@ -5,6 +5,7 @@ for one that serves another client. So each is asked before a model is loaded. O
 later still ends the process (`logs.on_abort`).
 """
 
+import atexit
 import ctypes
 import socket
 import struct
@@ -25,6 +26,21 @@ _POINTER = ctypes.c_void_p
 
 # Of the models that this process has open: theirs are not asked again, being busy.
 _in_use: "WeakSet[Servers]" = WeakSet()
+_models: "WeakSet[Any]" = WeakSet()
+
+
+def close_at_exit(model: Any) -> None:
+    """Close a model on servers before Python winds down, unless it is closed or gone by then.
+
+    In a thread that can no longer say so, a lost server is a hang.
+    """
+    _models.add(model)
+
+
+@atexit.register
+def _close_models() -> None:
+    for model in list(_models):
+        model.close()
 
 
 def address(server: str) -> tuple[str, int]:

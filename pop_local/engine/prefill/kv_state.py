@@ -73,7 +73,7 @@ FULL = KvKey(Mode.OFF, 0)
 class PopState(LlamaState):
     """A LlamaState, and of each of its tokens whether it ran all layers, and where it stands.
 
-    `positions`, `begins`: as of CachedRows.
+    `positions`: as of CachedRows.
     """
 
     def __init__(
@@ -82,14 +82,21 @@ class PopState(LlamaState):
         key: KvKey,
         is_full: np.ndarray,
         positions: np.ndarray,
-        begins: np.ndarray,
         **fields: Any,
     ) -> None:
         super().__init__(**fields)
         self.key = key
         self.is_full = is_full
         self.positions = positions
-        self.begins = begins
+
+    @classmethod
+    def of(cls, state: LlamaState) -> "PopState":
+        """The same of a state that llama_cpp made, which the full model's rows alone are in."""
+        if isinstance(state, cls):
+            return state
+        positions = np.arange(state.n_tokens + 1, dtype=np.int32)
+        is_full = np.ones(state.n_tokens, bool)
+        return cls(**{**vars(state), "key": FULL, "is_full": is_full, "positions": positions})
 
 
 def context_state(ctx: Any) -> bytes:

@@ -5,7 +5,6 @@
     full.npy       bool (n_tokens): whether its row ran all layers
     positions.npy  int32 (n_tokens + 1): where it stands, and where the next one will; format 1 has
                    none: one after the other
-    begins.npy     int32 (n_tokens): where the image begins that it belongs to, or itself
     pictures/HASH  the files of pictures, by SHA-256
     kv.bin         llama.cpp's state: the cells in use, not the whole context
 
@@ -187,7 +186,6 @@ class Sessions:
                     archive.writestr(_PICTURE.format(picture.sha256), picture.content)
                 if state is not None:
                     archive.writestr("positions.npy", encoded_array(state.positions))
-                    archive.writestr("begins.npy", encoded_array(state.begins))
                     archive.writestr("tokens.npy", encoded_array(state.input_ids[:n_tokens]))
                     archive.writestr("full.npy", encoded_array(state.is_full))
                     archive.writestr("kv.bin", state.llama_state)
@@ -239,17 +237,14 @@ class Sessions:
 
 def _state(archive: zipfile.ZipFile, n_tokens: int) -> PopState:
     """What is saved of the KV cache. Raises ValueError for arrays of other lengths."""
-    rows = np.arange(n_tokens + 1, dtype=np.int32)
-    positions, begins = rows, rows[:-1]
+    positions = np.arange(n_tokens + 1, dtype=np.int32)
     if "positions.npy" in archive.namelist():
         positions = decoded_array(_member(archive, "positions.npy"), np.int32, n_tokens + 1)
-        begins = decoded_array(_member(archive, "begins.npy"), np.int32, n_tokens)
     kv = _member(archive, "kv.bin")
     return PopState(
         key=FULL,
         is_full=decoded_array(_member(archive, "full.npy"), np.bool_, n_tokens),
         positions=positions,
-        begins=begins,
         input_ids=decoded_array(_member(archive, "tokens.npy"), np.int32, n_tokens),
         scores=np.zeros(0, np.single),
         n_tokens=n_tokens,
@@ -260,8 +255,7 @@ def _state(archive: zipfile.ZipFile, n_tokens: int) -> PopState:
 
 
 def _is_consistent(state: PopState, n_vocab: int, *, has_images: bool) -> bool:
-    """Whether tokens are in the vocabulary, positions ascend, and images begin before they end."""
-    rows = np.arange(state.n_tokens)
+    """Whether tokens are in the vocabulary, and positions ascend."""
     is_text = state.input_ids >= 0
     steps = np.diff(state.positions)
     return bool(
@@ -270,9 +264,6 @@ def _is_consistent(state: PopState, n_vocab: int, *, has_images: bool) -> bool:
         and state.positions[0] == 0
         and (steps >= 0).all()
         and (steps[is_text] == 1).all()
-        and (state.begins[is_text] == rows[is_text]).all()
-        and (state.begins >= 0).all()
-        and (state.begins <= rows).all()
     )
 
 
