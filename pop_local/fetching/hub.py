@@ -85,7 +85,7 @@ def find_on_hub(name: str) -> HubModel:
 
     files = choose(repo, tuple(siblings), match["file"] or "").files
     licence = info.card_data.get("license") if info.card_data else None
-    mmproj = choose_mmproj(tuple(siblings))
+    mmproj = choose_mmproj(tuple(siblings), files[0])
     return HubModel(
         repo,
         str(licence or "not stated"),

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from converter.errors import PopError
 from converter.source import part_names, part_of
+from pop_local.models.mmproj import n_shared
 from pop_local.models.stored import SUFFIX
 
 # The first that a repository has is taken when nobody says which: small enough for most machines,
@@ -17,7 +19,7 @@ PREFERRED = (
 )
 # GGUF files that are no language models: projectors of images, statistics of calibration.
 _HELPERS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
-# Of projectors: nothing is lost with eight bits.
+# Of projectors, the smallest first.
 _MMPROJ_TYPES = ("Q8_0", "F16", "BF16", "F32")
 _MAX_LISTED = 40
 
@@ -46,11 +48,21 @@ def _choices(files: Sequence[str]) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
-def choose_mmproj(files: Sequence[str]) -> str | None:
-    """Return the smallest of a repository's mmprojs, None where it has none."""
-    found = [file for file in files if "mmproj" in file.lower() and file.lower().endswith(SUFFIX)]
-    by_type = [file for kind in _MMPROJ_TYPES for file in found if _word(kind).search(file.lower())]
-    return next(iter([*by_type, *sorted(found)]), None)
+def choose_mmproj(files: Sequence[str], model: str) -> str | None:
+    """Return the mmproj for a file of a repository, None where it has none.
+
+    That is the one in its folder whose name has most of the file's; of several, the smallest.
+    """
+    of = PurePosixPath(model)
+
+    def distance(path: PurePosixPath) -> tuple[bool, int, int, str]:
+        kinds = [bool(_word(kind).search(path.name.lower())) for kind in _MMPROJ_TYPES]
+        kind = [*kinds, True].index(True)
+        return path.parent != of.parent, -n_shared(path.name, of.name), kind, path.name
+
+    found = [PurePosixPath(file) for file in files if file.lower().endswith(SUFFIX)]
+    found = [path for path in found if "mmproj" in path.name.lower()]
+    return str(min(found, key=distance)) if found else None
 
 
 def usual_ending(file: str) -> str:

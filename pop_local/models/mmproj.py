@@ -1,19 +1,36 @@
 """Mmprojs, the files that let a model see pictures, beside their models."""
 
+import re
+from itertools import takewhile
 from pathlib import Path
 
 from converter.errors import PopError
 from converter.source import part_of, read_source
 
 ARCHITECTURE = "clip"
-_NAMES = "*mmproj*.gguf"
+# Words of a file's name that are no model's.
+_GENERIC = re.compile(r"mmproj|model|b?f\d+|i?q\d\w*|gguf|pop|sidecar|", re.IGNORECASE)
 
 
 def mmproj_name(model: str) -> str:
     """Return what the mmproj of a model's file is called, where several models lie in a folder."""
+    return f"mmproj-{_stem(model)}.gguf"
+
+
+def _stem(model: str) -> str:
     part = part_of(model)
-    stem = part.stem if part else model.removesuffix(".gguf").removesuffix(".pop")
-    return f"mmproj-{stem}.gguf"
+    return part.stem if part else model.removesuffix(".gguf").removesuffix(".pop")
+
+
+def n_shared(mmproj: str, model: str) -> int:
+    """Count the words that both names begin with, what is no model's left out."""
+    pairs = zip(_words(mmproj), _words(model), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _words(name: str) -> list[str]:
+    words = re.split(r"[-.]", _stem(name).lower())
+    return [word for word in words if not _GENERIC.fullmatch(word)]
 
 
 def is_mmproj(path: Path) -> bool:
@@ -25,8 +42,17 @@ def is_mmproj(path: Path) -> bool:
 
 
 def mmproj_beside(model: Path) -> Path | None:
-    """Return the one that lies beside a model: the one with its name, or else the only one."""
+    """Return the one that lies beside a model: the one with its name, or else the only one, unless
+    that has the name of another model."""
+    files = [path for path in sorted(model.parent.glob("*.gguf")) if path != model]
+    found = [path for path in files if "mmproj" in path.name]
     named = model.with_name(mmproj_name(model.name))
-    found = [path for path in sorted(model.parent.glob(_NAMES)) if path != model]
     chosen = named if named in found else found[0] if len(found) == 1 else None
-    return chosen if chosen is not None and is_mmproj(chosen) else None
+    if chosen is None or not is_mmproj(chosen):
+        return None
+    rivals = [path.name for path in files if path not in found]
+    rivals = [name for name in rivals if _words(name) != _words(model.name)]
+    if chosen == named or not rivals or not _words(chosen.name):
+        return chosen
+    most = max(n_shared(chosen.name, name) for name in rivals)
+    return chosen if 0 < n_shared(chosen.name, model.name) >= most else None

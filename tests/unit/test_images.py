@@ -678,6 +678,25 @@ def test_what_is_no_mmproj(smol, tmp_path):
     (smol.path.parent / "mmproj-2.gguf").unlink()
 
 
+@pytest.mark.parametrize(
+    ("name", "models", "seeing"),
+    [
+        ("mmproj.gguf", ("Text-7B.gguf", "Vision-8B-Q8_0.gguf"), (0, 1)),
+        ("mmproj-model-f16.gguf", ("Text-7B.gguf", "Vision-8B.gguf"), (0, 1)),
+        ("mmproj-Vision-8B-Q4_K_M.gguf", ("Text-7B.gguf", "Vision-8B-Q8_0.gguf"), (1,)),
+        ("mmproj-Qwen2-VL-2B-f16.gguf", ("Qwen2-7B.gguf", "Qwen2-VL-2B-Q4_0.gguf"), (1,)),
+        ("mmproj-Gone-8B.gguf", ("Text-7B.gguf", "Other-8B.gguf"), ()),
+        ("mmproj-of-mine.gguf", ("a-Q4_0.gguf", "a-Q8_0.gguf", "a-Q8_0.pop.gguf"), (0, 1, 2)),
+    ],
+)
+def test_whose_mmproj_the_only_one_of_a_folder_is(smol, tmp_path, name, models, seeing):
+    (tmp_path / name).write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
+    for model in models:
+        (tmp_path / model).touch()
+    found = [mmproj_beside(tmp_path / model) is not None for model in models]
+    assert found == [number in seeing for number in range(len(models))]
+
+
 def test_fewer_tokens_an_image(tmp_path):
     seeing = Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl"))
     with seeing.opened() as model, seeing.opened(image_tokens=16) as small:

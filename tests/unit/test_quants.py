@@ -3,7 +3,7 @@
 import pytest
 
 from converter.errors import PopError
-from pop_local.fetching.quants import Candidate, choose
+from pop_local.fetching.quants import Candidate, choose, choose_mmproj
 
 BF16 = ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"]
 REPO = (
@@ -86,3 +86,20 @@ def test_a_long_list_is_cut():
     with pytest.raises(PopError) as failure:
         choose("a/b", files, "")
     assert failure.value.hint.endswith("and 60 more")
+
+
+@pytest.mark.parametrize(
+    ("mmprojs", "model", "chosen"),
+    [
+        ([], "x-7B-Q4_K_M.gguf", None),
+        (["mmproj-F16.gguf", "mmproj-BF16.gguf", "mmproj.gguf"], "x-Q8_0.gguf", "mmproj-F16.gguf"),
+        (
+            ["mmproj-x-2B-Q8_0.gguf", "mmproj-x-7B-f16.gguf"],
+            "x-7B-Q8_0.gguf",
+            "mmproj-x-7B-f16.gguf",
+        ),
+        (["mmproj-Q8_0.gguf", "7B/mmproj-F32.gguf"], "7B/x-Q4_K_M.gguf", "7B/mmproj-F32.gguf"),
+    ],
+)
+def test_the_mmproj_of_a_model(mmprojs, model, chosen):
+    assert choose_mmproj([*mmprojs, model, "README.md"], model) == chosen
