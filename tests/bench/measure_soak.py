@@ -1,17 +1,19 @@
 """Many clients at one server for minutes: nothing is lost, memory stays flat. Not a test.
 
-    python tests/bench/measure_soak.py MODEL.gguf [--seconds 1800] [--clients 8] [--json]
+    python tests/bench/measure_soak.py MODEL.gguf [--seconds 1800] [--clients 8] [--cache-ram 64]
 
 Each client asks in turns of a random kind: a whole answer, a stream, one read in full, one with log
 probabilities; one in ten hangs up in the middle of an endless answer, one in ten is malformed, one
 in twenty has a grammar that would take all time or memory. A grammar makes the model repeat a mark,
 so that an answer meant for somebody else is seen. Memory, descriptors and /health are read all the
-while. Exits with 1 if anything was lost. Linux only: it reads /proc.
+while; memory grows until the cache of prompts is full. With --json one JSON object is printed.
+Exits with 1 if anything was lost. Linux only: it reads /proc.
 """
 
 import argparse
 import json
 import random
+import signal
 import threading
 import time
 from collections import Counter
@@ -175,11 +177,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--seconds", type=int, default=1800)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--cache-ram", type=int, default=64, help="MiB, as of pop-local serve")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     tally = Tally()
     seen: list[Seen] = []
-    with served(options.model, "--ctx", 2048) as server:
+    with served(options.model, "--ctx", 2048, "--cache-ram", options.cache_ram) as server:
         began_s = time.monotonic()
         threads = [
             threading.Thread(
@@ -199,10 +202,13 @@ def main() -> None:
             tally.lost.append("a traceback in the server's log")
         server.process.terminate()
         began_s = time.monotonic()
-        server.process.wait(60)
+        status = server.process.wait(60)
         ended_s = round(time.monotonic() - began_s, 1)
+        if status != 128 + signal.SIGTERM:
+            tally.lost.append(f"exit status {status}")
+        last_words = server.log.splitlines()[-3:]
     if options.json:
-        figures = {"turns": tally.turns, "lost": tally.lost, "ended_s": ended_s}
+        figures = {"turns": tally.turns, "lost": tally.lost, "ended_s": ended_s, "log": last_words}
         print(json.dumps(figures | {"seen": [asdict(one) for one in seen]}))
     else:
         print(*(f"{n:6} {kind}" for kind, n in tally.turns.items()), sep="\n")
