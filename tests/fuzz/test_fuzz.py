@@ -63,18 +63,20 @@ def campaign(attempt: Attempt) -> None:
     """Raises what is no PopError, naming the seed that gives it again."""
     deadline_s = time.monotonic() + SECONDS
     n_attempts = n_refused = 0
-    while n_attempts < N_FILES if N_FILES else time.monotonic() < deadline_s:
-        seed = SEED + n_attempts
-        began_s = time.process_time()
-        try:
-            attempt(random.Random(seed))
-        except PopError:
-            n_refused += 1
-        except Exception as error:
-            raise AssertionError(f"FUZZ_SEED={seed} escapes") from error
-        assert time.process_time() - began_s < PATIENCE_S, f"FUZZ_SEED={seed} takes too long"
-        n_attempts += 1
-    print(f"{n_attempts:,} files, {n_refused:,} refused")
+    try:
+        while n_attempts < N_FILES if N_FILES else time.monotonic() < deadline_s:
+            seed = SEED + n_attempts
+            began_s = time.process_time()
+            try:
+                attempt(random.Random(seed))
+            except PopError:
+                n_refused += 1
+            except Exception as error:
+                raise AssertionError(f"FUZZ_SEED={seed} escapes") from error
+            assert time.process_time() - began_s < PATIENCE_S, f"FUZZ_SEED={seed} takes too long"
+            n_attempts += 1
+    finally:  # with -s, Ctrl-C tells how far it came
+        print(f"{n_attempts:,} files, {n_refused:,} refused")
     assert 0 < n_refused < n_attempts
 
 
@@ -173,7 +175,7 @@ def test_what_llama_cpp_loads(tmp_path):
         campaign(attempt)
     finally:
         loader.close()
-    print(f"{said.total():,} opened: {dict(said)}, {loader.n_children} children")
+        print(f"{said.total():,} opened: {dict(said)}, {loader.n_children} children")
     assert said[""] and said["refused"]
 
 
