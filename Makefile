@@ -41,7 +41,7 @@ fuzz: $(VENV)/.tools
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest -n $(WORKERS) -rP tests/fuzz $(ARGS)
 
 # -O1 in the place of -O3, so that frames can be read. Both sides of the oracle run in this library,
-# since the bits of another build need not agree.
+# since the bits of another build need not agree. UBSan writes to its files only if it is loaded first.
 SANITIZED := $(CURDIR)/$(PACKAGE)/build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer -g1
 REPORTS := $(SANITIZED)/reports
@@ -54,8 +54,9 @@ sanitize: $(VENV)/.tools
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(SANITIZED) ./$(PACKAGE)
 	$(BIN)/python -m zipfile -e $(SANITIZED)/*.whl $(SANITIZED)
 	mkdir $(REPORTS)
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORTS)/asan UBSAN_OPTIONS=log_path=$(REPORTS)/ubsan \
+	LD_PRELOAD="$(foreach l,libubsan.so libasan.so libstdc++.so.6,$$(gcc -print-file-name=$(l)))" \
+	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:log_path=$(REPORTS)/asan \
+	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(REPORTS)/ubsan \
 	LLAMA_CPP_LIB_PATH=$(SANITIZED)/llama_cpp/lib FUZZ_FILES=2000 $(BIN)/pytest -rP $(SANITIZED_TESTS)
 	@cat $(REPORTS)/* 2>/dev/null | grep -o "[^/]*: runtime error.*\|ERROR: AddressSanitizer.*" \
 	| sort | uniq -c | sort -rn
