@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -242,6 +243,9 @@ class _Server(uvicorn.Server):
             self.end = threading.Timer(_AT_LAST_S, _end, (sig,))
             self.end.daemon = True
             self.end.start()
+            if hasattr(signal, "setitimer"):  # threads of Python no longer run while it winds down
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, _AT_LAST_S + 1)
         super().handle_exit(sig, frame)
 
 

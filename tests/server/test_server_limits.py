@@ -98,6 +98,20 @@ def test_half_a_request_is_not_waited_for(silent, half):
             assert connection.recv(1) == b""
 
 
+def test_what_hangs_while_python_winds_down_is_ended(path):
+    changed = """
+import atexit, signal, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command line has it
+atexit.register(time.sleep, 600)
+app._AT_LAST_S = 4.0
+"""
+    with running(path, changed) as (server, port):
+        assert httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=30)
+        assert server.returncode == -signal.SIGALRM
+
+
 def test_half_a_request_does_not_keep_the_server_from_ending(path):
     with running(path, "app._LAST_WORDS_S = 0.2\n") as (server, port):
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
