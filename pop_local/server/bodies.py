@@ -6,7 +6,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
-MAX_PARTS = 1000
 
 _UNSUPPORTED = (
     "tools",
@@ -61,7 +60,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class ChatMessage(_Lenient):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
+    content: str | list[Part] | None = None
 
     @property
     def text(self) -> str:

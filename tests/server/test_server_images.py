@@ -1,6 +1,7 @@
 """Pictures over HTTP: OpenAI's image_url parts, by its own client; what is refused, and how."""
 
 import base64
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from pop_local.engine.images import seeing
+from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.model import PopModel
-from pop_local.server import pictures
+from pop_local.server import pictures, tasks
 from pop_local.server.app import create_app
 from support.seeing import encoded, make_seeing, png
 from support.serving import Served, asking, counted, served
@@ -148,6 +151,55 @@ def test_many_pictures(client, monkeypatch):
     assert "million pixels together" in response.json()["error"]["message"]
 
 
+def test_pictures_after_one_that_does_not_fit_are_not_decoded(path, monkeypatch):
+    model = PopModel(path, mmproj=path.parent / "mmproj.gguf", n_ctx=256, n_threads=1)
+    seen: list[str] = []
+    rgb = Picture.rgb
+
+    def noted(picture: Picture) -> Any:
+        seen.append(picture.name)
+        return rgb(picture)
+
+    monkeypatch.setattr(Picture, "rgb", noted)
+    with asking(create_app(model, "tiny")) as client:
+        response = post(client, *(image(data_url(png(seed))) for seed in range(20)), text("a"))
+    model.close()
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert seen == [f"picture {number}" for number in range(1, 7)]  # of 50 tokens each
+
+
+def test_pictures_and_grammars_do_not_wait_for_each_other(client, monkeypatch):
+    is_begun, may_end = threading.Event(), threading.Event()
+
+    def slow(urls: list[str]) -> list[Picture]:
+        if urls:
+            is_begun.set()
+            assert may_end.wait(20)
+            return [picture_of(png(3), "slow")]
+        return []
+
+    monkeypatch.setattr(tasks, "sent_pictures", slow)
+    waiting = threading.Thread(target=post, args=(client, image("data:"), text("a")))
+    waiting.start()
+    assert is_begun.wait(20)
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    form = {"response_format": {"type": "json_object"}}
+    try:
+        assert client.post("/v1/chat/completions", json=body | form).status_code == 200
+        assert waiting.is_alive()
+    finally:
+        may_end.set()
+        waiting.join()
+
+
+def test_room_for_pictures_is_for_nothing_else(client):
+    long = " " * 2 * 2**20
+    response = post(client, image("data:image/png;base64," + long), text("a"))
+    assert response.status_code == 400 and "no base64" in response.text
+    assert post(client, image("http://example.org/" + long), text("a")).status_code == 413
+    assert post(client, text(long)).status_code == 413
+
+
 def test_a_request_that_is_too_large(client, monkeypatch):
     response = post(client, image("data:image/png;base64," + "A" * (45 * 2**20)), text("a"))
     assert response.status_code == 413
@@ -167,10 +219,14 @@ def test_malformed_parts(client, part):
     assert post(client, part, text("a")).status_code == 400
 
 
-def test_a_server_without_an_mmproj(path):
-    model = PopModel(path, n_ctx=1024, n_threads=1)
+@pytest.mark.parametrize("lacks", ["mmproj", "Pillow"])
+def test_a_server_that_cannot_see(path, monkeypatch, lacks):
+    eye = None if lacks == "mmproj" else path.parent / "mmproj.gguf"
+    monkeypatch.setattr(seeing, "has_pillow", lambda: lacks != "Pillow")
+    model = PopModel(path, mmproj=eye, n_ctx=1024, n_threads=1)
     with asking(create_app(model, "tiny")) as client:
+        assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is False
         response = post(client, image(data_url(png(3))), text("a"))
         assert response.status_code == 400
-        assert "reads no pictures" in response.json()["error"]["message"]
+        assert "this server reads no pictures" in response.json()["error"]["message"]
     model.close()

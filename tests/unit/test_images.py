@@ -608,7 +608,7 @@ def test_jpegs_of_many_passes(monkeypatch):
     usual = encoded(image, "JPEG", progressive=True)
     last = usual[usual.rindex(b"\xff\xda") : -2]
     monkeypatch.setattr(pictures, "MAX_SCANNED", 64 * 64 * 20)
-    picture_of(usual + b"\xff\xda" * 1000, "with a film behind it").rgb()
+    picture_of(usual + b"\xff\xda\0" * 1000, "with a film behind it").rgb()
     with pytest.raises(PopError, match="too many passes"):
         picture_of(usual[:-2] + last * 20 + usual[-2:], "a")
 
