@@ -319,12 +319,12 @@ class PrunedLlama(KvLlama):
     # Depth, afterwards
 
     def refill_answers(self, n_rows: int | None) -> None:
-        """Run this many pruned rows before each token of an answer, 0 for none.
+        """Run this many pruned rows before each token of an answer, none where states are not kept.
 
         None: as many as slow decoding by a tenth; `online.n_rows` says how many once it is known.
         """
         self.online.end()
-        self.online = OnlineRefill(self.deep, n_rows)
+        self.online = OnlineRefill(self.deep, n_rows if self.keeps_states else 0)
 
     @property
     def n_refillable(self) -> int:

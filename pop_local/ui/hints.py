@@ -38,7 +38,10 @@ BY_CAUSE = {
     "no-memory-for-gates": (
         "lower --context and --continuation, close other programs, or leave them out: --no-gates"
     ),
-    "no-mmproj": "give the mmproj that was published with it: --mmproj FILE",
+    "no-mmproj": (
+        "give the mmproj that was published with it: --mmproj FILE; in a chat /undo and /clear drop"
+        " what it cannot see"
+    ),
     "no-room-for-tensors": "write it anew with llama-quantize (type COPY), or use --projection own",
     "no-sidecar": "make one: pop-local convert --sidecar MODEL.gguf",
     "no-space-for-download": "free some space, or choose another folder (--dir, or ${variable})",

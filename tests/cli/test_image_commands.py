@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 from prompt_toolkit.completion import CompleteEvent
@@ -62,12 +63,17 @@ def test_run_refuses_in_one_line(path, tmp_path):
     assert done.returncode == 1 and "--mmproj FILE" in done.stderr
 
 
-def chatted(path: Path, *lines: str, mmproj: str | None = "mmproj.gguf") -> str:
+def chatted(path: Path, *lines: str, mmproj: str | None = "mmproj.gguf", n_ctx: int = 1024) -> str:
     eye = None if mmproj is None else path.parent / mmproj
-    with PopModel(path, mmproj=eye, n_ctx=1024, n_threads=1) as model:
-        screen = Transcript(*lines)
-        sampling = {"temperature": 0.0, "max_tokens": 3}
-        chat = Dialogue(model, lambda *_: model, screen, sampling=sampling)
+
+    def opened(name: str | None, larger: int | None) -> PopModel:
+        seen_by = None if name else eye
+        return PopModel(path, mmproj=seen_by, n_ctx=larger or n_ctx, n_threads=1)
+
+    screen = Transcript(*lines)
+    sampling = {"temperature": 0.0, "max_tokens": 3}
+    chat = Dialogue(opened(None, None), opened, screen, sampling=sampling)
+    with cast("PopModel", chat.session.model):
         converse(chat, screen.read_line)
         return screen.shown
 
@@ -76,7 +82,7 @@ def test_chat_attaches_pictures(path):
     a, b = path.parent / "a.png", path.parent / "b.png"
     shown = chatted(path, "/image", f"/image '{a}'", "/image", "what?", f"/image {b}", "and?")
     assert "# No picture is attached" in shown
-    assert shown.count("# a.png (128 x 96): 50 tokens, 5% of the context.") == 2
+    assert shown.count(f"# {a} (128 x 96): 50 tokens, 5% of the context.") == 2
     assert shown.count("# It goes with your next question.") == 2
     assert "pictures 48 tokens, encoded in" in shown
     assert "pictures 96 tokens, encoded in" in shown
@@ -93,7 +99,7 @@ def test_chat_says_what_fills_the_context(path):
 def test_chat_refuses_what_is_no_picture(path):
     folder = path.parent
     shown = chatted(path, f"/image {folder / 'no.png'}", f"/image {folder / 'absent.png'}", "a")
-    assert "! no.png is no picture that can be read; give a PNG" in shown
+    assert f"! {folder / 'no.png'} is no picture that can be read; give a PNG" in shown
     assert "absent.png" in shown and "pictures" not in shown.splitlines()[-1]
     shown = chatted(path, f"/image {folder / 'a.png'}", mmproj=None)
     assert "--mmproj FILE" in shown
@@ -113,6 +119,28 @@ def test_a_chat_with_pictures_is_saved_and_loaded(path):
     shown = chatted(path, f"/image {a}", "what?", "/save seen", "/clear", "/load seen", "and?")
     assert shown.count("pictures 48 tokens") == 2
     assert shown.count("encoded in") == 1
+
+
+def test_a_picture_larger_than_the_context(path):
+    big = path.parent / "big.png"
+    big.write_bytes(png(5, 300, 300))
+    lines = (f"/image {big}", "s", "/image", f"/image {big}", "l", "/image", "what?")
+    shown = chatted(path, *lines, n_ctx=256)
+    assert "tokens more than there is room for" in shown
+    assert "# Nothing is attached.\n> /image\n# No picture is attached" in shown
+    assert "pictures 361 tokens" in shown
+
+
+def test_a_model_that_cannot_see_what_was_shown(path):
+    a = path.parent / "a.png"
+    lines = (f"/image {a}", "what?", "/save shown", "/model blind", "/context", "/undo", "/context")
+    shown = chatted(path, *lines)
+    blind = "* This model is open without an mmproj, and cannot see the pictures"
+    assert shown.count(blind) == 1
+    assert shown.count("/undo and /clear drop what it cannot see") == 1
+    assert shown.endswith("0 of 1,024 tokens are used (0%).\n")
+    shown = chatted(path, "/load shown", "/sessions", mmproj=None)
+    assert blind in shown and "# shown: 1 turn" in shown
 
 
 def test_paths_of_pictures_are_completed(path, monkeypatch):

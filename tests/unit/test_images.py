@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,12 +19,14 @@ from PIL import Image
 from converter.errors import PopError, StoppedError
 from pop_local.engine.images import mmproj, pictures
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
-from pop_local.engine.llama import backend
+from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch, decode_rows
 from pop_local.engine.llama.upstream import api, chat_format
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, images_in, plan_prefill
+from pop_local.engine.sessions import session_file
+from pop_local.engine.sessions.session_file import Sessions
 from pop_local.engine.turn import ContextFullError, Message
 from pop_local.models.mmproj import mmproj_beside
 from support.mutants import mutated_bytes
@@ -279,6 +282,16 @@ def test_a_session_goes_round(seeing, tmp_path):
             session.chat("and now", **options)
 
 
+def test_sessions_are_listed_without_their_pictures(smol, tmp_path, monkeypatch):
+    with smol.opened() as model:
+        session = model.session()
+        session.chat("a", images=[png(3)], temperature=0.0, max_tokens=1)
+        session.save(tmp_path / "talk")
+    monkeypatch.setattr(session_file, "picture_of", None)
+    [stored] = Sessions(tmp_path).listed()
+    assert stored.session is not None and len(stored.session.conversation.turns) == 1
+
+
 def test_what_was_shown_and_taken_back_is_not_saved(seeing, tmp_path):
     options = {"temperature": 0.0, "max_tokens": 4}
     with seeing.opened() as model:
@@ -441,6 +454,9 @@ def test_depth_with_pictures(seeing):
     if seeing.arch.startswith("qwen"):
         with pytest.raises(PopError, match="M-RoPE"):
             seeing.opened(select=0.5)
+        with seeing.opened(keep_states=True) as model:
+            model.refill_answers(4)
+            assert model.chat(LONG, images=[png(3)], max_tokens=4).stats.n_refilled == 0
     with seeing.opened(keep_states=True, flash_attn=False) as model:
         tokens = prompt(model, LONG, 3)
         model.eval(tokens)
@@ -737,3 +753,14 @@ def test_equal_pictures_are_equal(tmp_path):
     one = picture_of(png(3), "a")
     assert one == picture_of(png(3), "b") and one.sha256 == Picture("b", png(3), 1, 1).sha256
     assert Image.open(BytesIO(one.content)).size == (one.width, one.height)
+
+
+def test_what_fails_elsewhere_is_no_reason_here(smol, tmp_path):
+    with smol.opened():  # llama.cpp's log is taken over
+        logs.forget_errors()
+        logs._on_log(4, b"f: a reason", None)
+        other = threading.Thread(target=logs.forget_errors)
+        other.start()
+        other.join()
+        assert logs.first_error() == "a reason"
+        logs.forget_errors()

@@ -83,7 +83,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
     """Read a file. Raises PopError for what is no picture, OSError for what cannot be read."""
     with Path(path).open("rb") as file:
         content = file.read(MAX_BYTES + 1)
-    return picture_of(content, Path(path).name)
+    return picture_of(content, str(path))
 
 
 def picture_of(content: bytes, name: str) -> Picture:

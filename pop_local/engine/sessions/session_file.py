@@ -41,6 +41,7 @@ from pop_local.engine.prefill.kv_state import FULL, PopState
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.schema import (
     Fingerprint,
+    ReadPicture,
     Session,
     decoded,
     decoded_array,
@@ -134,7 +135,7 @@ class Sessions:
         for name in self.names():
             status = self.path(name).stat()
             try:
-                session = self._read(name)
+                session = self._read(name, _named_picture)
             except PopError:
                 session = None
             yield SavedFile(name, status.st_size, status.st_mtime, session)
@@ -220,19 +221,25 @@ class Sessions:
             return Restored(session, error.message)
         return Restored(session, "")
 
-    def _read(self, name: str) -> Session:
+    def _read(self, name: str, picture: ReadPicture | None = None) -> Session:
+        """`picture`: None for those in the file."""
         path = self.path(name)
         if not path.is_file():
             raise PopError(f"there is no session {name}", "check the name")
         with _opened(path) as archive:
 
-            def picture(name: str, sha256: str) -> Picture:
+            def stored(name: str, sha256: str) -> Picture:
                 found = picture_of(_member(archive, _PICTURE.format(sha256)), name)
                 if found.sha256 != sha256:
                     raise ValueError("another picture")
                 return found
 
-            return decoded(_member(archive, _TRANSCRIPT), picture)
+            return decoded(_member(archive, _TRANSCRIPT), picture or stored)
+
+
+def _named_picture(name: str, sha256: str) -> Picture:
+    """For a list of sessions, which shows none."""
+    return Picture(name, b"", 0, 0)
 
 
 def _state(archive: zipfile.ZipFile, n_tokens: int) -> PopState:

@@ -61,7 +61,7 @@ def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
 
 
 def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
-    room = chat.model.n_ctx() - chat.n_used - chat.n_answer - _QUESTION_TOKENS
+    room = room_in(chat)
     sums = accumulate(counted.n_tokens for counted in files)
     fitting = [counted for counted, n in zip(files, sums, strict=True) if n <= room]
     if len(fitting) == len(files):
@@ -75,7 +75,7 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
         ]
     elif fitting:
         cuts = [Choice("f", f"read the first {len(fitting)} of {len(files)}")]
-    chosen = _choose(chat, sum(counted.n_tokens for counted in files), room, cuts)
+    chosen = choose(chat, sum(counted.n_tokens for counted in files), room, cuts)
     if chosen == "f":
         _add(chat, fitting)
     elif chosen in ("b", "e"):
@@ -84,8 +84,13 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
         _attach(chat, files, may_cut)
 
 
-def _choose(chat: Dialogue, n_tokens: int, room: int, cuts: Sequence[Choice]) -> str | None:
-    """What to do about too much text: the key, "l" once the context is larger."""
+def room_in(chat: Dialogue) -> int:
+    """How many tokens may still be attached; none are left below zero."""
+    return chat.model.n_ctx() - chat.n_used - chat.n_answer - _QUESTION_TOKENS
+
+
+def choose(chat: Dialogue, n_tokens: int, room: int, cuts: Sequence[Choice] = ()) -> str | None:
+    """What to do about too much to attach: the key, "l" once the context is larger."""
     n_ctx = chat.model.n_ctx()
     n_larger = larger_ctx(chat.model, n_tokens - room + n_ctx)
     larger = [Choice("l", f"take a larger context (--ctx {n_larger})")] if n_larger else []

@@ -126,6 +126,14 @@ class Dialogue:
                 " it continues text rather than answers."
             )
 
+    def warn_of_blindness(self) -> None:
+        """Warn if the conversation has pictures that the model cannot be shown."""
+        if self.session.conversation.pictures and not self.model.can_see:
+            self.screen.warn(
+                "This model is open without an mmproj, and cannot see the pictures of the"
+                " conversation: /undo and /clear drop them."
+            )
+
     def count_tokens(self, text: str) -> int:
         return len(self.model.tokenize(text.encode(), add_bos=False, special=False))
 

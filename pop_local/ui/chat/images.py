@@ -2,7 +2,7 @@
 
 from converter.errors import PopError
 from pop_local.engine.images.pictures import Picture, read_picture
-from pop_local.ui.chat.attach import NEXT, given_path
+from pop_local.ui.chat.attach import NEXT, choose, given_path, room_in
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.errors import as_pop_error
 from pop_local.ui.views.stats import picture_line
@@ -14,12 +14,15 @@ def attach_image(chat: Dialogue, argument: str) -> None:
         return
     try:
         picture = read_picture(given_path(argument))
-        line = _counted(chat, picture)
+        chat.screen.note(_counted(chat, picture))
+        n_tokens = chat.model.count_picture(picture)
+        while n_tokens > (room := room_in(chat)):
+            if choose(chat, n_tokens, room) != "l":
+                return
     except (OSError, PopError) as error:
         chat.fail(as_pop_error(error))
         return
     chat.pictures.append(picture)
-    chat.screen.note(line)
     chat.screen.note(NEXT)
 
 

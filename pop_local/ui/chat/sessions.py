@@ -63,6 +63,7 @@ def load(chat: Dialogue, name: str) -> None:
         )
     else:
         chat.screen.note(f"{session.n_cached:,} tokens need not be read again.")
+    chat.warn_of_blindness()
     if chat.model.pop_mode is not before:
         chat.screen.note(chat.pop_state())
 

@@ -98,6 +98,7 @@ def _model(chat: Dialogue, argument: str) -> None:
     if argument:
         chat.reopen(argument, None)
         chat.warn_of_base()
+        chat.warn_of_blindness()
     metadata = chat.model.metadata
     name = metadata.get("general.name", "")
     label = ", ".join(part for part in (name, metadata.get("general.architecture", "")) if part)
