@@ -70,7 +70,8 @@ class Picture:
                 if opened.mode in ("1", "P"):  # which cannot be scaled smoothly
                     shown = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
                 share = (_MAX_SHOWN / n_pixels) ** 0.5
-                shown.thumbnail((opened.width * share, opened.height * share))
+                size = opened.width * share, opened.height * share
+                shown.thumbnail(size, reducing_gap=1.1)  # by a JPEG decoder what it can
             shown = ImageOps.exif_transpose(shown)
             if shown.has_transparency_data:
                 layer = shown.convert("RGBA")
