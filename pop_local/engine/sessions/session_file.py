@@ -20,9 +20,10 @@ import dataclasses
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,6 @@ from pop_local.engine.prefill.kv_state import FULL, PopState
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.schema import (
     Fingerprint,
-    ReadPicture,
     Session,
     decoded,
     decoded_array,
@@ -57,6 +57,9 @@ _MAX_TRANSCRIPT_BYTES = 1 << 28
 _NAME = re.compile(r"\w[\w .+-]{0,79}")
 # What zipfile and the schema raise; RuntimeError for encrypted archives and deeply nested JSON.
 _DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
+
+# The picture of a name and a hash in a file.
+ReadFrom = Callable[[zipfile.ZipFile, str, str], Picture]
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ class Sessions:
     def load(self, name: str, model: ChatModel) -> Restored:
         """The model takes over mode and K/V where they fit. Raises PopError, nothing changed."""
         path = self.path(name)
-        session = self._read(name)
+        session = self._read(name, _stored_picture)
         reread = _difference(session, model)
         if reread:
             return Restored(session, reread)
@@ -221,24 +224,24 @@ class Sessions:
             return Restored(session, error.message)
         return Restored(session, "")
 
-    def _read(self, name: str, picture: ReadPicture | None = None) -> Session:
-        """`picture`: None for those in the file."""
+    def _read(self, name: str, picture: ReadFrom) -> Session:
         path = self.path(name)
         if not path.is_file():
             raise PopError(f"there is no session {name}", "check the name")
         with _opened(path) as archive:
-
-            def stored(name: str, sha256: str) -> Picture:
-                found = picture_of(_member(archive, _PICTURE.format(sha256)), name)
-                if found.sha256 != sha256:
-                    raise ValueError("another picture")
-                return found
-
-            return decoded(_member(archive, _TRANSCRIPT), picture or stored)
+            return decoded(_member(archive, _TRANSCRIPT), partial(picture, archive))
 
 
-def _named_picture(name: str, sha256: str) -> Picture:
+def _stored_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
+    found = picture_of(_member(archive, _PICTURE.format(sha256)), name)
+    if found.sha256 != sha256:
+        raise ValueError("another picture")
+    return found
+
+
+def _named_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
     """For a list of sessions, which shows none."""
+    archive.getinfo(_PICTURE.format(sha256))
     return Picture(name, b"", 0, 0)
 
 
