@@ -8,6 +8,9 @@ D the token weights and W0 the own projections:
 
 The input of the stored tensor is gain * x, so its weight is W / gain. Scaling x by the gain scales
 a ridge proportional to diag(X'DX) alike, so both coordinates have one solution.
+
+A wide fit has more inputs, X = [x, z, 1] (see converter.wide), whose ridge pulls toward zero. The
+sums of the plain fit are among its own.
 """
 
 from collections.abc import Mapping
@@ -63,21 +66,21 @@ class KvType(str, Enum):
 class Gram:
     """The sums that the fits at a boundary need, in float64.
 
-    They are X'DX [n_embd + 1, n_embd + 1] as `xx`, and X'DY [n_embd + 1, n_k + n_v] of each layer
-    as `xy`.
+    They are X'DX [n_inputs + 1, n_inputs + 1] as `xx`, and X'DY [n_inputs + 1, n_k + n_v] of each
+    layer as `xy`; the ones come last.
     """
 
     def __init__(self, xx: Doubles, xy: dict[int, Doubles]) -> None:
         self.xx, self.xy = xx, xy
 
     @classmethod
-    def empty(cls, n_embd: int, n_kv: Mapping[int, int]) -> "Gram":
+    def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":
         """Return the sums of no window; `n_kv` is n_k + n_v of each layer."""
-        n = n_embd + 1
+        n = n_inputs + 1
         return cls(np.zeros((n, n)), {layer: np.zeros((n, width)) for layer, width in n_kv.items()})
 
     def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
-        """Add one window: x [n, n_embd + 1] (see `with_bias`), weights [n].
+        """Add one window: x [n, n_inputs + 1] (see `with_bias`), weights [n].
 
         `y` has [n, n_k + n_v] of each layer, and perhaps of others.
         """
@@ -88,33 +91,43 @@ class Gram:
         for layer, xy in self.xy.items():
             xy += weighted.T @ (y[layer] * root)
 
+    def of_state(self, n_embd: int) -> "Gram":
+        """Return the sums of the state alone, without those of a wider input."""
+        kept = np.append(np.arange(n_embd), len(self.xx) - 1)
+        xy = {layer: sums[kept] for layer, sums in self.xy.items()}
+        return Gram(self.xx[np.ix_(kept, kept)], xy)
 
-def gram_bytes(n_embd: int) -> int:
+
+def gram_bytes(n_inputs: int) -> int:
     """Return the bytes that a boundary's X'DX takes."""
-    return 8 * (n_embd + 1) ** 2
+    return 8 * (n_inputs + 1) ** 2
 
 
-def cross_bytes(n_embd: int, n_kv: int) -> int:
+def cross_bytes(n_inputs: int, n_kv: int) -> int:
     """Return the bytes that a layer's X'DY takes."""
-    return 8 * (n_embd + 1) * n_kv
+    return 8 * (n_inputs + 1) * n_kv
 
 
-def scratch_bytes(n_embd: int, n_kv: int, n_rows: int) -> int:
+def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
     """Return the most bytes that a layer takes beside its sums.
 
     They are taken while a window of `n_rows` is added, or while the layer is solved.
     """
-    adding = 4 * ((n_embd + 1) * (n_embd + 1 + n_kv) + 4 * n_rows * (n_embd + 1 + n_kv))
-    solving = 8 * (3 * (n_embd + 1) ** 2 + 6 * (n_embd + 1) * n_kv)
+    n = n_inputs + 1
+    adding = 4 * (n * (n + n_kv) + 4 * n_rows * (n + n_kv))
+    solving = 8 * (3 * n**2 + 6 * n * n_kv)
     return max(adding, solving)
 
 
-def with_bias(state: Floats, eps: float) -> Floats:
-    """Divide states [n, n_embd] by their root mean square, and add a column of ones."""
+def normalised(state: Floats, eps: float) -> Floats:
+    """Divide states [n, n_embd] by their root mean square."""
     rms = np.sqrt(np.mean(np.square(state, dtype=np.float64), axis=1, keepdims=True) + eps)
-    x = np.ones((len(state), state.shape[1] + 1), np.float32)
-    x[:, :-1] = state / rms
-    return x
+    return np.asarray(state / rms, np.float32)
+
+
+def with_bias(*inputs: Floats) -> Floats:
+    """Join inputs [n, n_i], and add a column of ones."""
+    return np.hstack([*inputs, np.ones((len(inputs[0]), 1), np.float32)])
 
 
 def token_weights(mass: Floats, weighting: Weighting) -> Floats:
@@ -138,24 +151,28 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
             f"the activations for layer {layer} are not finite", DAMAGED_HINT, cause="not-finite"
         )
     gain = own.gain.astype(np.float64)
-    start = np.vstack([gain[:, None] * own.weight.T, own.bias])
+    n_embd, n_wide = gain.size, len(gram.xx) - gain.size - 1
+    zeros = np.zeros((n_wide, own.bias.size))
+    start = np.vstack([gain[:, None] * own.weight.T, zeros, own.bias])
     delta = _solve(gram.xx, xy - gram.xx @ start, _ridge(gram.xx, gain, ridge))
     used = gain != 0
-    step = np.zeros((gain.size, own.bias.size))
-    step[used] = delta[:-1][used] / gain[used, None]
+    step = np.zeros((n_embd, own.bias.size))
+    step[used] = delta[:n_embd][used] / gain[used, None]
     weight = (own.weight + step.T).astype(np.float32)
     bias = (own.bias + delta[-1]).astype(np.float32)
-    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+    wide = np.ascontiguousarray(delta[n_embd:-1].T, np.float32)
+    if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
         raise FitError(f"the fit of layer {layer} is not finite", "fit on other or more text")
-    return replace(own, weight=weight, bias=bias)
+    return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)
 
 
 def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
     """Return the ridge of each input, in units of its diagonal of X'DX."""
-    seen = gain**2 * xx.diagonal()[:-1]
+    seen = gain**2 * xx.diagonal()[: gain.size]
     weak = WEAK_INPUT * seen.mean()
     raised = np.maximum(1, weak / np.maximum(seen, 1e-30 * weak + 1e-300))
-    return np.append(ridge * raised, BIAS_RIDGE)
+    n_wide = len(xx) - gain.size - 1
+    return np.concatenate([ridge * raised, np.full(n_wide, ridge), [BIAS_RIDGE]])
 
 
 def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
@@ -175,12 +192,19 @@ def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
 
 
 def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, ...]:
-    """Return the four tensors of a layer as they go into the file."""
+    """Return the tensors of a layer as they go into the file: four, or six of a wide fit."""
     tensors = []
     for part, rows in (("k", slice(fitted.n_k)), ("v", slice(fitted.n_k, None))):
         name = f"blk.{layer}.pop_attn_{part}"
-        weight, bias = fitted.weight[rows], fitted.bias[rows]
-        data = quantize(weight, kind.ggml).tobytes()
-        tensors.append(NewTensor(f"{name}.weight", weight.shape[::-1], kind.ggml, data))
+        bias = fitted.bias[rows]
+        tensors.append(encode_weight(f"{name}.weight", fitted.weight[rows], kind))
         tensors.append(NewTensor(f"{name}.bias", bias.shape, 0, bias.tobytes()))
+        if fitted.wide is not None:
+            tensors.append(encode_weight(f"{name}_wide.weight", fitted.wide[rows], kind))
     return tuple(tensors)
+
+
+def encode_weight(name: str, weight: Floats, kind: KvType) -> NewTensor:
+    """Return a matrix [n_out, n_in] as it goes into the file."""
+    data = quantize(weight, kind.ggml).tobytes()
+    return NewTensor(name, weight.shape[::-1], kind.ggml, data)

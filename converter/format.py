@@ -20,6 +20,8 @@ PREFIX = "pop."
 VERSION = 1
 OWN = "own"
 FITTED = "fitted"
+# Fitted to more than the state of the token itself, see converter.wide.
+WIDE = "fitted-wide"
 # In the names of fitted tensors, and of no others.
 TENSOR_MARK = ".pop_"
 MAX_TOKENS = 2**31 - 1
@@ -138,6 +140,11 @@ class PopMeta:
     def boundary(self) -> int:
         """The first layer that context tokens skip."""
         return self.schedule.index("S")
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether tensors were added to the model."""
+        return self.projection != OWN
 
 
 # Key, field of PopMeta, type of the value; in the order in which they are written.
@@ -259,7 +266,7 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
             f"schedule {meta.schedule!r} is not F's followed by S's, at least one of each",
             CONVERT_AGAIN,
         )
-    if meta.projection not in (OWN, FITTED):
+    if meta.projection not in (OWN, FITTED, WIDE):
         raise FormatError(
             f"{header.path} has K/V projections of the unknown kind {meta.projection!r}",
             CONVERT_AGAIN,

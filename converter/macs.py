@@ -13,6 +13,9 @@ last ones). The true K and V of these rows replace the projected ones: they are 
 They attend causally to the whole prompt, so they are counted as the last rows of it; that the first
 token, the attention sink, sees fewer positions does not show in four digits.
 
+A *wide* fit (converter.wide) makes its input once for each row, and multiplies it for each layer
+behind the boundary.
+
 Where the last layers share the K/V of earlier ones (Gemma 3n and 4) rows leave *exactly*: the last
 layer with K/V of its own projects K and V for all rows, and everything after that runs for the rows
 whose logits are asked for. The full model drops no rows there, not even in its last layer.
@@ -23,17 +26,21 @@ activations, copies) and how well the hardware does with few rows.
 
 from bisect import bisect_left
 
+from converter.format import OWN, WIDE
 from converter.shape import ModelShape
 
 # Long enough that the full rows hardly count, short enough for a question about a document.
 LIMIT_PROMPT = 2048
 
 
-def prefill_macs(shape: ModelShape, n_prompt: int, boundary: int | None, n_full: int) -> int:
+def prefill_macs(
+    shape: ModelShape, n_prompt: int, boundary: int | None, n_full: int, projection: str = OWN
+) -> int:
     """Count what a prefill takes, from an empty KV cache to the last token's logits.
 
     Returns multiply-accumulates. `boundary` is the first skipped layer, None for the full model;
     `n_full` rows, the last one among them, run all layers (it does not matter for the full model).
+    `projection`: that of a file (converter.format); only a wide one costs more than the others.
     """
     n_kept = shape.n_layer if boundary is None else boundary
     n_full = min(n_full, n_prompt)
@@ -46,13 +53,24 @@ def prefill_macs(shape: ModelShape, n_prompt: int, boundary: int | None, n_full:
         total += shape.attn_dim[layer] * _visible(n_prompt, n_rows, shape.swa_window[layer])
         if layer >= n_kept:
             total += n_prompt * shape.kv_macs[layer]
+    if boundary is not None and projection == WIDE:
+        total += n_prompt * wide_macs(shape, boundary)
     return total
 
 
-def speedup_limit(shape: ModelShape, n_prompt: int, boundary: int, n_full: int) -> float:
+def wide_macs(shape: ModelShape, boundary: int) -> int:
+    """Count what a wide fit takes beyond a plain one, for each row."""
+    n_prev, n_neurons = shape.wide_inputs(boundary)
+    n_kv = sum(shape.kv_macs[layer] // shape.n_embd for layer in range(boundary + 1, shape.n_layer))
+    return (n_prev + 2 * n_neurons) * shape.n_embd + (n_prev + n_neurons) * n_kv
+
+
+def speedup_limit(
+    shape: ModelShape, n_prompt: int, boundary: int, n_full: int, projection: str = OWN
+) -> float:
     """Return how many times fewer multiply-accumulates the pruned prefill takes."""
     full = prefill_macs(shape, n_prompt, None, n_full)
-    return full / prefill_macs(shape, n_prompt, boundary, n_full)
+    return full / prefill_macs(shape, n_prompt, boundary, n_full, projection)
 
 
 def exact_macs(shape: ModelShape, n_prompt: int) -> int:

@@ -22,9 +22,9 @@ Share = Fraction | int
 class Plan:
     """A decided conversion; layers from `boundary` on are skipped by context tokens.
 
-    `projection` is "own" or "fitted". `budget` is what decided the boundary, None where the user
-    did. `select` is the share of context tokens that run all layers, too, chosen by the question,
-    `refilled` what was measured of it with the others following.
+    `projection` is "own", "fitted" or "fitted-wide". `budget` is what decided the boundary, None
+    where the user did. `select` is the share of context tokens that run all layers, too, chosen by
+    the question, `refilled` what was measured of it with the others following.
     """
 
     shape: ModelShape
@@ -51,7 +51,8 @@ class Plan:
         """The speed-up at most, by multiply-accumulates, of a prompt of LIMIT_PROMPT tokens."""
         n_ends = self.sink_tokens + self.tail_tokens
         n_selected = round(self.select * (LIMIT_PROMPT - n_ends))
-        return speedup_limit(self.shape, LIMIT_PROMPT, self.boundary, n_ends + n_selected)
+        n_full = n_ends + n_selected
+        return speedup_limit(self.shape, LIMIT_PROMPT, self.boundary, n_full, self.projection)
 
     @property
     def fitted_layers(self) -> range:

@@ -18,8 +18,10 @@ from converter.errors import FormatError, PlanError, WriteError
 from converter.fit import KvType
 from converter.format import (
     FITTED,
+    OWN,
     PREFIX,
     TENSOR_MARK,
+    WIDE,
     Calibration,
     Measured,
     PopMeta,
@@ -27,6 +29,7 @@ from converter.format import (
     pop_meta,
 )
 from converter.header import BLOCK_SIZES, TensorInfo
+from converter.macs import wide_macs
 from converter.output import check_output, replacing
 from converter.plan import Plan
 from converter.progress import Progress, Ran, counting
@@ -41,12 +44,14 @@ UNKNOWN_SHA256 = "0" * 64
 class Fitted:
     """Fitted projections as they go into the file, with what they were fitted on.
 
-    `image_rows`: rows of pictures, besides the tokens of the calibration.
+    `image_rows`: rows of pictures, besides the tokens of the calibration. `projection`: "fitted" or
+    "fitted-wide".
     """
 
     calibration: Calibration
     tensors: tuple[NewTensor, ...]
     image_rows: int = 0
+    projection: str = FITTED
 
 
 # Called with the written file before it takes its place; raising keeps it from doing so.
@@ -74,12 +79,12 @@ def measure(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
     """Return the bytes that a plan's fitted weights and biases take in a file, 0 for none."""
-    if plan.projection != FITTED:
+    if plan.projection == OWN:
         return 0
-    n_embd = plan.shape.n_embd
-    n_weights = sum(plan.shape.kv_macs[layer] for layer in plan.fitted_layers)
+    n_plain = sum(plan.shape.kv_macs[layer] for layer in plan.fitted_layers)
+    n_wide = wide_macs(plan.shape, plan.boundary) if plan.projection == WIDE else 0
     n_elements, n_bytes = BLOCK_SIZES[kind.ggml]
-    return n_weights // n_elements * n_bytes + 4 * n_weights // n_embd
+    return (n_plain + n_wide) // n_elements * n_bytes + 4 * n_plain // plan.shape.n_embd
 
 
 def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:
@@ -193,7 +198,7 @@ def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
     source = unconverted(src)
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan was made for another model than {src}")
-    if (plan.projection == FITTED) != (fitted is not None):
+    if (plan.projection != OWN) != (fitted is not None):
         raise PlanError("the plan is for fitted projections, and there are none (or the reverse)")
     return source
 
@@ -209,6 +214,7 @@ def draft_meta(
     """Return the keys before the source is hashed and the output measured, and just as long."""
     return replace(
         plan.meta,
+        projection=fitted.projection if fitted else plan.projection,
         source_name=source.name,
         source_sha256=UNKNOWN_SHA256,
         tool=tool_name(),

@@ -58,6 +58,8 @@ MAX_NUMBER = 2**31 - 1
 # llama_cpp makes room for as many tokens whenever it tokenises.
 MAX_CTX = 1 << 27
 
+# Of ggml's quantised types that are used for what is added.
+_BLOCK_SIZE = 32
 _BLOCK = re.compile(r"blk\.([0-9]{1,4})\.(.+)\.weight")
 
 
@@ -73,6 +75,7 @@ class ModelShape:
     `exact`: the first of the layers that read the K/V of an earlier one, 0 where each has its own.
     `input_macs`, `output_macs`: before the first layer and after the last one. `n_deepstack`: the
     first layers, which add features of images to the state, and so cannot be skipped.
+    `n_neurons`: those of a dense, gated FFN, 0 of any other.
     """
 
     arch: str
@@ -89,6 +92,16 @@ class ModelShape:
     input_macs: int = 0
     output_macs: int = 0
     n_deepstack: int = 0
+    n_neurons: tuple[int, ...] = ()
+
+    def wide_inputs(self, boundary: int) -> tuple[int, int]:
+        """Return the sizes of the wider input (converter.wide): previous state, neurons.
+
+        A quarter and a half of the state, in blocks of quantised rows.
+        """
+        n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
+        n_most = self.n_neurons[boundary] if self.n_neurons else 0
+        return n_prev, min(self.n_embd // 2, n_most) // _BLOCK_SIZE * _BLOCK_SIZE
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -127,6 +140,7 @@ def source_shape(source: Source) -> ModelShape:
         swa_window=_windows(keys, n_layer),
         head_macs=head_macs,
         n_deepstack=keys.number("n_deepstack_layers", 0),
+        n_neurons=tuple(_n_neurons(block) for block in blocks),
     )
 
 
@@ -215,6 +229,14 @@ def _ffn_macs(blocks: list[_Block], keys: _ArchKeys, n_layer: int) -> tuple[int,
         + _elements(block, lambda name: name.endswith("_exps")) * n_used // max(n_expert, 1)
         for block, n_used in zip(blocks, used, strict=True)
     )
+
+
+def _n_neurons(block: _Block) -> int:
+    """Count the neurons of a dense FFN with a gate; phi3 has both in one tensor."""
+    up = block.get("ffn_up")
+    if up is None or len(up.dims) != 2:
+        return 0
+    return up.dims[1] if "ffn_gate" in block else up.dims[1] // 2
 
 
 def _head(source: Source) -> tuple[int, int]:

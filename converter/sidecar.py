@@ -14,8 +14,8 @@ from converter.errors import FormatError, WriteError
 from converter.fit import KvType
 from converter.format import (
     CONVERT_AGAIN,
-    FITTED,
     PREFIX,
+    WIDE,
     Binding,
     PopMeta,
     encode_sidecar_keys,
@@ -129,14 +129,21 @@ def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
 
 def _check_tensors(header: Header, meta: PopMeta) -> None:
     """Compare the names of tensors; llama.cpp compares shapes and types on loading."""
-    layers = range(meta.boundary + 1, meta.n_layer) if meta.projection == FITTED else ()
+    layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
+    is_wide = meta.projection == WIDE
+    kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
     expected = {
-        f"blk.{layer}.pop_attn_{part}.{kind}"
+        f"blk.{layer}.pop_attn_{part}{kind}"
         for layer in layers
         for part in ("k", "v")
-        for kind in ("weight", "bias")
+        for kind in kinds
     }
     found = {tensor.name for tensor in header.tensors}
+    if is_wide:
+        inputs = f"blk.{meta.boundary}.pop_"
+        expected.add(f"{inputs}prev.weight")
+        neurons = {f"{inputs}ffn_{part}.weight" for part in ("gate", "up")}
+        expected |= neurons if neurons & found else set()
     if missing := sorted(expected - found):
         raise FormatError(f"{header.path} has no tensor {missing[0]}", CONVERT_AGAIN)
     if unknown := sorted(found - expected):

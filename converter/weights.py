@@ -19,13 +19,15 @@ class KvProjection:
     """The K and V projections of a layer's normalised input, K's rows first.
 
     They are its own, or fitted ones. `weight` [n_k + n_v, n_embd] comes after `gain` [n_embd],
-    which is attn_norm's; `bias` is [n_k + n_v].
+    which is attn_norm's; `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] is that of the wider
+    input (converter.wide), None without one.
     """
 
     gain: Floats
     weight: Floats
     bias: Floats
     n_k: int
+    wide: Floats | None = None
 
 
 class Weights:

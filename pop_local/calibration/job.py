@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,12 +12,13 @@ from converter import fit
 from converter.content import NewTensor
 from converter.errors import StoppedError
 from converter.fit import DAMAGED_HINT, Gram
-from converter.format import Calibration
+from converter.format import WIDE, Calibration
 from converter.plan import Plan
 from converter.progress import Progress
 from converter.rewrite import Fitted
 from converter.source import Source
 from converter.weights import Weights
+from converter.wide import encode_input, wide_input
 from pop_local.calibration.activations import Reading, Rows, reading
 from pop_local.calibration.images import CalibrationImages, pictures_of
 from pop_local.calibration.images import identity as images_identity
@@ -37,6 +38,9 @@ from pop_local.engine.images.mmproj import ImageChunk
 
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
+# What a wider input is made of is chosen by so many rows for each dimension of the state.
+_ROWS_PER_DIM = 2
+_LEAST_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,11 @@ def calibrate(
 ) -> Calibrated:
     """Fit for each plan the projections of all its skipped layers but the first.
 
-    The plans have fitted projections and differ in their boundaries; one pass over the text serves
-    all of them where memory allows (`plan_needs`). `text`: that of an earlier calibration of the
-    same model with the same options, None to cut or sample it now. Raises PopError, and
-    StoppedError; with a state path the next call goes on then, as after a finished one: the file is
-    the caller's to remove.
+    The plans have fitted projections, plain or wide, and differ in boundary or in these; one pass
+    over the text serves all of them where memory allows (`plan_needs`). `text`: that of an earlier
+    calibration of the same model with the same options, None to cut or sample it now. Raises
+    PopError, and StoppedError; with a state path the next call goes on then, as after a finished
+    one: the file is the caller's to remove.
     """
     return _Job(plans, model, source, options, follow, text).run()
 
@@ -91,6 +95,9 @@ class _Job:
         self._shape = plans[0].shape
         self._given = text
         self._fitted_layers = {plan.boundary: plan.fitted_layers for plan in plans}
+        self._projections: dict[int, list[str]] = {}
+        for plan in plans:
+            self._projections.setdefault(plan.boundary, []).append(plan.projection)
         self._groups = plan_needs(plans, source, sums_limit_bytes(options)).groups
         self._weights = Weights(source)
         self._eps = _rms_epsilon(source)
@@ -132,7 +139,13 @@ class _Job:
             text.name, text.sha256, text.n_tokens, self._options.ridge, weighting.value
         )
         fitted = tuple(
-            Fitted(calibration, tuple(tensors[plan.boundary]), n_image) for plan in self._plans
+            Fitted(
+                calibration,
+                tuple(tensors[plan.boundary, plan.projection]),
+                n_image,
+                plan.projection,
+            )
+            for plan in self._plans
         )
         return Calibrated(fitted, text)
 
@@ -155,9 +168,11 @@ class _Job:
         images = self._images.images if self._images else []
         n_all = n_text + len(images)
         boundaries = {pair.boundary for pair in pairs}
+        self._choose_inputs(boundaries - state.wides.keys())
         for boundary in boundaries - state.grams.keys():
             widths = {p.layer: n_kv(self._shape, p.layer) for p in pairs if p.boundary == boundary}
-            state.grams[boundary] = Gram.empty(self._shape.n_embd, widths)
+            n_wide = sum(self._shape.wide_inputs(boundary)) if boundary in state.wides else 0
+            state.grams[boundary] = Gram.empty(self._shape.n_embd + n_wide, widths)
         layers = {layer for boundary in boundaries for layer in self._fitted_layers[boundary]}
         with reading(
             self._model,
@@ -184,6 +199,28 @@ class _Job:
         rows, positions = eye.embedded(image), eye.positions(image, 0)
         opened.image(rows, positions, is_mutual=image.is_mutual)
 
+    def _choose_inputs(self, boundaries: Set[int]) -> None:
+        """Choose the wider inputs by some windows, spread over the text."""
+        wanted = sorted(each for each in boundaries if WIDE in self._projections[each])
+        if not wanted:
+            return
+        windows = self._state.text.windows
+        n_least = -(-_ROWS_PER_DIM * self._shape.n_embd // N_WINDOW)
+        n_chosen = min(len(windows), max(_LEAST_WINDOWS, n_least))
+        chosen = np.linspace(0, len(windows) - 1, n_chosen).astype(int)
+        seen: dict[int, list[Rows]] = {boundary: [] for boundary in wanted}
+        with reading(self._model, self, boundaries=wanted, layers=(), n_window=N_WINDOW) as opened:
+            for window in chosen:
+                opened.window(windows[window].tolist())
+                for boundary in wanted:
+                    seen[boundary].append(self._x[boundary][1:])
+                if self._follow.should_stop():
+                    raise StoppedError
+        for boundary in wanted:
+            self._state.wides[boundary] = wide_input(
+                self._shape, self._weights, boundary, seen[boundary]
+            )
+
     def _keep(self) -> None:
         stopping = self._follow.should_stop()
         path = self._options.state_path
@@ -202,7 +239,7 @@ class _Job:
                 DAMAGED_HINT,
                 cause="not-finite",
             )
-        self._x[boundary] = fit.with_bias(rows[1:], self._eps)
+        self._x[boundary] = fit.normalised(rows, self._eps)
 
     def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:
         self._y[layer] = np.concatenate([k, v], axis=1)[1:]
@@ -212,23 +249,31 @@ class _Job:
         """Add the window that was read; a boundary's layers share one weighting, their mean."""
         for boundary, gram in self._state.grams.items():
             weights = [self._token_weights[layer] for layer in self._fitted_layers[boundary]]
-            gram.add(self._x[boundary], self._y, np.mean(weights, axis=0))
+            x, wide = self._x[boundary], self._state.wides.get(boundary)
+            inputs = fit.with_bias(x) if wide is None else fit.with_bias(x, wide(x))
+            gram.add(inputs[1:], self._y, np.mean(weights, axis=0))
 
     def _solve(self) -> None:
         """Put all projections of a group into the state at once.
 
         What is kept when this stops is solved again.
         """
-        solved: list[tuple[int, NewTensor]] = []
+        solved: list[tuple[tuple[int, str], NewTensor]] = []
         for boundary, layer in self._state.groups[self._state.group]:
             gram = self._state.grams[boundary]
             own = self._weights.own_projection(layer, gram.xy[layer].shape[1])
-            fitted = fit.fit_layer(layer, gram, own, self._options.ridge)
-            tensors = fit.encode(layer, fitted, self._options.kv_type)
-            solved += [(boundary, tensor) for tensor in tensors]
-            self._keep()
-        for boundary, tensor in solved:
-            self._state.tensors.setdefault(boundary, []).append(tensor)
+            for projection in self._projections[boundary]:
+                sums = gram if projection == WIDE else gram.of_state(self._shape.n_embd)
+                fitted = fit.fit_layer(layer, sums, own, self._options.ridge)
+                tensors = fit.encode(layer, fitted, self._options.kv_type)
+                solved += [((boundary, projection), tensor) for tensor in tensors]
+                self._keep()
+        for key, tensor in solved:
+            if key not in self._state.tensors and key[1] == WIDE:
+                made = self._state.wides[key[0]]
+                inputs = encode_input(key[0], made, self._options.kv_type)
+                self._state.tensors[key] = [*inputs]
+            self._state.tensors.setdefault(key, []).append(tensor)
 
 
 def _rms_epsilon(source: Source) -> float:
@@ -245,7 +290,8 @@ def _identity(
         parts.append(hashlib.sha256(whole_text(options.text).encode()).hexdigest())
     if options.mmproj:
         parts.append(images_identity(options.mmproj, options.images))
-    parts += [source.name, source.size_bytes, *(plan.schedule for plan in plans)]
+    parts += [source.name, source.size_bytes]
+    parts += [(plan.schedule, plan.projection) for plan in plans]
     parts += [*map(tuple, chain.from_iterable(groups)), options.n_tokens(plans[0].shape.n_embd)]
     parts += [options.ridge, options.weighting.value, options.kv_type.value]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

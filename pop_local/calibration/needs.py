@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from converter import fit
+from converter.format import FITTED, WIDE
+from converter.macs import wide_macs
 from converter.plan import Plan
 from converter.shape import ModelShape
 from converter.source import Source
@@ -16,6 +18,8 @@ from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 300 * 10**6
+# Of a pruned prompt's work: a wide fit that adds more is not tried unless it is asked for.
+MOST_WIDE_COST = 0.02
 # Where the machine does not say what is free.
 _FALLBACK_BYTES = 4 * 10**9
 
@@ -59,8 +63,28 @@ def sums_limit_bytes(options: FitOptions) -> int:
     return free_bytes() // 2 if options.memory_bytes is None else options.memory_bytes
 
 
+def wide_cost(plan: Plan) -> float:
+    """Return what share of the speed a wide fit costs."""
+    plain, wide = in_kinds([plan], (FITTED, WIDE))
+    return 1 - wide.speedup_limit / plain.speedup_limit
+
+
+def kinds_to_fit(plans: Sequence[Plan], options: FitOptions) -> tuple[str, ...]:
+    """Return the projections to fit at each of the plans: two where measuring is to decide."""
+    if options.projection is not None:
+        return (options.projection,)
+    is_cheap = all(wide_cost(plan) <= MOST_WIDE_COST for plan in plans)
+    return (FITTED, WIDE) if is_cheap else (FITTED,)
+
+
+def in_kinds(plans: Sequence[Plan], kinds: Sequence[str]) -> list[Plan]:
+    """Return all plans with the first of the projections, then with the next."""
+    return [replace(plan, projection=kind) for kind in kinds for plan in plans]
+
+
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Needs:
     """Return what a fit of all plans takes. Raises CalibrationError for too few tokens."""
+    plans = in_kinds(plans, kinds_to_fit(plans, options))
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
     n_sampled = n_sampled_of(n_windows) if options.text is None else 0
     return plan_needs(plans, source, sums_limit_bytes(options), n_sampled)
@@ -74,13 +98,17 @@ def plan_needs(
     `n_sampled`: windows that the model samples itself, before anything is summed.
     """
     shape = plans[0].shape
-    pairs = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
-    scratch = max(fit.scratch_bytes(shape.n_embd, n_kv(shape, p.layer), N_WINDOW) for p in pairs)
-    gram = fit.gram_bytes(shape.n_embd)
+    every = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
+    pairs = list(dict.fromkeys(every))
+    n_inputs = shape.n_embd
+    if wide := [plan.boundary for plan in plans if plan.projection == WIDE]:
+        n_inputs += max(sum(shape.wide_inputs(boundary)) for boundary in wide)
+    scratch = max(fit.scratch_bytes(n_inputs, n_kv(shape, p.layer), N_WINDOW) for p in pairs)
+    gram = fit.gram_bytes(n_inputs)
     groups: list[list[Pair]] = [[]]
     sizes = [0]
     for pair in pairs:
-        cross = fit.cross_bytes(shape.n_embd, n_kv(shape, pair.layer))
+        cross = fit.cross_bytes(n_inputs, n_kv(shape, pair.layer))
         known = any(other.boundary == pair.boundary for other in groups[-1])
         size = cross if known else gram + cross
         if groups[-1] and sizes[-1] + size + scratch > memory_bytes:
@@ -90,9 +118,10 @@ def plan_needs(
         groups[-1].append(pair)
         sizes[-1] += size
     n_sums = max(sizes) + scratch
-    n_stored = 4 * sum(shape.kv_macs[pair.layer] for pair in pairs)
+    n_stored = 4 * sum(shape.kv_macs[pair.layer] for pair in every)
+    n_stored += 4 * sum(wide_macs(shape, boundary) for boundary in wide)
     n_heads = max(dim // 64 for dim in shape.attn_dim)
-    read = 4 * N_WINDOW * (len(plans) * (shape.n_embd + 1) + sum(shape.kv_macs) // shape.n_embd)
+    read = 4 * N_WINDOW * (len(plans) * (n_inputs + 1) + sum(shape.kv_macs) // shape.n_embd)
     masses = 8 * N_WINDOW * n_heads * N_WINDOW
     passing = n_sums + read + masses + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)

@@ -13,6 +13,7 @@ import numpy as np
 from converter.content import NewTensor
 from converter.fit import Gram
 from converter.output import replacing
+from converter.wide import Neurons, WideInput
 from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationError, CalibrationText
 
@@ -21,34 +22,45 @@ from pop_local.calibration.texts import CalibrationError, CalibrationText
 class State:
     """How far a calibration is: `n_done` windows of the group at work are read.
 
-    `groups`: the pairs of each pass over the text. `grams`: the sums of the group at work, and
-    `tensors` the fits of those before it, both by boundary.
+    `groups`: the pairs of each pass over the text. By boundary, `wides`: what makes the wider
+    input where there is one, `grams`: the sums of the group at work. `tensors`: the fits of the
+    groups before it, by boundary and projection.
     """
 
     text: CalibrationText
     groups: tuple[tuple[Pair, ...], ...]
     group: int = 0
     n_done: int = 0
+    wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
-    tensors: dict[int, list[NewTensor]] = field(default_factory=dict)
+    tensors: dict[tuple[int, str], list[NewTensor]] = field(default_factory=dict)
 
 
 def save(path: Path, identity: str, state: State) -> None:
     """Write the state beside `path`, then replace it. Raises WriteError."""
-    tensors = [(boundary, each) for boundary, some in state.tensors.items() for each in some]
+    tensors = [(*key, each) for key, some in state.tensors.items() for each in some]
     head = {
         "identity": identity,
         "text": [state.text.name, state.text.sha256],
         "groups": state.groups,
         "counts": [state.group, state.n_done],
         "grams": [(boundary, list(gram.xy)) for boundary, gram in state.grams.items()],
-        "tensors": [(boundary, each.name, each.dims, each.type) for boundary, each in tensors],
+        "tensors": [(*key, each.name, each.dims, each.type) for *key, each in tensors],
+        "wides": [
+            (boundary, wide.neurons and wide.neurons.is_gelu)
+            for boundary, wide in state.wides.items()
+        ],
     }
     arrays: dict[str, Any] = {"head": json.dumps(head), "windows": state.text.windows}
     for boundary, gram in state.grams.items():
         arrays[f"xx.{boundary}"] = gram.xx
         arrays |= {f"xy.{boundary}.{layer}": xy for layer, xy in gram.xy.items()}
-    for number, (_, tensor) in enumerate(tensors):
+    for boundary, wide in state.wides.items():
+        arrays[f"previous.{boundary}"] = wide.previous
+        if (made := wide.neurons) is not None:
+            parts = {"gain": made.gain, "gate": made.gate, "up": made.up}
+            arrays |= {f"{part}.{boundary}": array for part, array in parts.items()}
+    for number, (*_, tensor) in enumerate(tensors):
         arrays[f"data.{number}"] = np.frombuffer(tensor.data, np.uint8)
     with replacing(path, force=True) as file:
         np.savez(file, **arrays)
@@ -70,10 +82,16 @@ def load(path: Path, identity: str) -> State | None:
         for boundary, layers in head["grams"]:
             xy = {layer: arrays[f"xy.{boundary}.{layer}"] for layer in layers}
             state.grams[boundary] = Gram(arrays[f"xx.{boundary}"], xy)
-        for number, (boundary, tensor_name, dims, kind) in enumerate(head["tensors"]):
+        for boundary, is_gelu in head["wides"]:
+            neurons = None
+            if is_gelu is not None:
+                gain, gate, up = (arrays[f"{part}.{boundary}"] for part in ("gain", "gate", "up"))
+                neurons = Neurons(gain, gate, up, is_gelu)
+            state.wides[boundary] = WideInput(arrays[f"previous.{boundary}"], neurons)
+        for number, (boundary, projection, tensor_name, dims, kind) in enumerate(head["tensors"]):
             data = arrays[f"data.{number}"].tobytes()
             tensor = NewTensor(tensor_name, tuple(dims), kind, data)
-            state.tensors.setdefault(boundary, []).append(tensor)
+            state.tensors.setdefault((boundary, projection), []).append(tensor)
         return state
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from converter.format import Budget, PopMeta
+from converter.format import FITTED, WIDE, Budget, PopMeta
 from converter.plan import TAIL_TOKENS
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
@@ -89,12 +89,13 @@ def convert(
         ),
     ] = None,
     projection: Annotated[
-        opt.ProjectionName,
+        opt.ProjectionName | None,
         typer.Option(
-            help="K/V of skipped layers: fitted to the model (takes minutes), or their own (no"
-            " fit, loses more quality)."
+            help="K/V of skipped layers: fitted to the model (takes minutes), wide (fitted to more"
+            " than the token itself), or their own (no fit, loses more quality). Default: fitted or"
+            " wide, as measured."
         ),
-    ] = opt.ProjectionName.FITTED,
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -187,11 +188,12 @@ def convert(
     )
     if projection is opt.ProjectionName.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
+    fit = replace(fit or FitOptions(), projection=_kind(projection))
     planned = plan_conversion(
         model,
         output,
         named or _wanted(quality, max_kl, max_copy_ratio),
-        None if projection is opt.ProjectionName.OWN else fit or FitOptions(),
+        None if projection is opt.ProjectionName.OWN else fit,
         RowOptions(sink, tail, min_prompt, opt.selected(select) or 0.0),
         "sidecar" if sidecar else "copy",
         Hardware(threads, gpu_layers),
@@ -214,6 +216,12 @@ def convert(
         print_json(view.converted_json(planned, done))
     else:
         view.show_converted(planned, done)
+
+
+def _kind(projection: opt.ProjectionName | None) -> str | None:
+    """As the format names it; None where it is to be found out."""
+    kinds = {opt.ProjectionName.FITTED: FITTED, opt.ProjectionName.WIDE: WIDE}
+    return kinds.get(projection) if projection else None
 
 
 def _wanted(

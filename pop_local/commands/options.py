@@ -222,6 +222,7 @@ class ProjectionName(str, Enum):
     """Whose K/V projections context tokens get in skipped layers."""
 
     FITTED = "fitted"
+    WIDE = "wide"
     OWN = "own"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from converter.errors import PopError
+from converter.format import OWN
 from converter.shape import ModelShape, read_shape
 from converter.sidecar import pop_of
 from converter.source import read_source
@@ -196,6 +197,11 @@ class KvLlama(SeeingLlama):
         is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
         backend.set_mode(self.ctx, mode)
         self._switched(keeps_cache=is_its_own or bool(self.exact))
+
+    @property
+    def projection(self) -> str:
+        """The K/V projections of context tokens: own, fitted or fitted-wide."""
+        return self.meta.projection if self.meta else OWN
 
     def set_boundary(self, layer: int) -> None:
         """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""

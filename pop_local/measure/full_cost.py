@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+from converter.format import OWN
 from converter.macs import exact_macs, prefill_macs
 from converter.shape import ModelShape
 from pop_local.engine.turn import TurnStats
@@ -24,9 +25,9 @@ class FullCost:
 class FullCosts:
     """A record of prompts that were read in full, and what it says of others."""
 
-    def __init__(self, shape: ModelShape | None, boundary: int) -> None:
+    def __init__(self, shape: ModelShape | None, boundary: int, projection: str = OWN) -> None:
         self._shape = shape
-        self._boundary = boundary
+        self._boundary, self._projection = boundary, projection
         self._measured: list[TurnStats] = []
 
     def record(self, stats: TurnStats) -> None:
@@ -49,9 +50,9 @@ class FullCosts:
         full = self._macs(stats, lambda shape, n, n_full: prefill_macs(shape, n, None, n_full))
         if stats.n_skipped_exact:
             return full / self._macs(stats, lambda shape, n, _: exact_macs(shape, n))
-        boundary = self._boundary
+        boundary, projection = self._boundary, self._projection
         return full / self._macs(
-            stats, lambda shape, n, n_full: prefill_macs(shape, n, boundary, n_full)
+            stats, lambda shape, n, n_full: prefill_macs(shape, n, boundary, n_full, projection)
         )
 
     def _macs(self, stats: TurnStats, of: Callable[[ModelShape, int, int], int]) -> int:

@@ -120,7 +120,9 @@ def _row(
     limit = (
         exact_limit(shape, n_prompt)
         if model.exact
-        else speedup_limit(shape, n_prompt, model.boundary, rows.n_full + rows.n_deep)
+        else speedup_limit(
+            shape, n_prompt, model.boundary, rows.n_full + rows.n_deep, model.projection
+        )
     )
     reading = spread(a.read_s / b.read_s for a, b in zip(full, pop, strict=True))
     return SpeedRow(

@@ -123,7 +123,7 @@ def analyze(
 def require_own_projections(source: Source) -> None:
     """Raises PopError for a file whose projections are fitted to one boundary."""
     meta = pop_of(source, None)
-    if meta is not None and meta.projection == FITTED:
+    if meta is not None and meta.is_fitted:
         path = source.first.path
         raise PopError(
             f"{path} has projections that fit its boundary {meta.boundary} only",

@@ -112,7 +112,7 @@ class Conversion:
     @property
     def needs(self) -> Needs | None:
         """What fitting all plans takes; None where nothing is fitted."""
-        wanted = {plan.boundary: plan for plan in self.plans if plan.projection == FITTED}
+        wanted = {plan.boundary: plan for plan in self.plans if plan.projection != OWN}
         plans = list(wanted.values())
         return fit_needs(plans, self.source, self.fit) if self.fit and plans else None
 
@@ -190,7 +190,7 @@ def plan_conversion(
         fit.require_text(shape.n_embd)
         if resume:
             fit = replace(fit, state_path=target.with_name(f".{target.name}{STATE_SUFFIX}"))
-    projection = OWN if fit is None else FITTED
+    projection = OWN if fit is None else fit.projection or FITTED
     if isinstance(depth, Within):
         from pop_local.measure.depth import boundaries
 
@@ -235,6 +235,7 @@ def run_conversion(
     else:
         [plan] = conversion.plans
         meta, trials = run.as_named(plan), ()
+    plan = replace(plan, projection=meta.projection)
     return Converted(
         path=conversion.target,
         plan=plan,
@@ -286,7 +287,7 @@ class _Run:
         return recipe.plan, meta
 
     def as_named(self, plan: Plan) -> PopMeta:
-        if plan.projection != FITTED:
+        if plan.projection == OWN:
             found = self._own(plan)
             return self._write(plan, None, None if found is None else lambda written: found)
         from pop_local.workflows.fits import Fitter

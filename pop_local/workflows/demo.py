@@ -81,7 +81,9 @@ def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
         pop=replace(pop, ttft_s=median(each.ttft_s for _, each in pairs)),
         n_pairs=n_pairs,
         speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
-        limit=speedup_limit(opened.shape, full.n_full, opened.boundary, pop.n_full),
+        limit=speedup_limit(
+            opened.shape, full.n_full, opened.boundary, pop.n_full, opened.projection
+        ),
     )
 
 

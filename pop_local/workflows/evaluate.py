@@ -152,7 +152,7 @@ def nothing_to_evaluate(source: Source) -> PopError:
 def _require_projections(source: Source, sidecar: Path | None, boundaries: Sequence[int]) -> None:
     """Raises PopError where there are none at one of the depths."""
     meta = pop_of(source, sidecar)
-    if meta is not None and meta.projection == FITTED and set(boundaries) != {meta.boundary}:
+    if meta is not None and meta.is_fitted and set(boundaries) != {meta.boundary}:
         raise PopError(
             f"{sidecar or source.first.path} has projections for boundary {meta.boundary} only",
             f"measure other depths on the model itself, {meta.source_name}, fitted or not",
@@ -205,14 +205,17 @@ class _Run:
         n = len(boundaries)
         n_full += round(select * (LIMIT_PROMPT - n_full))
         calibration = None if meta is None else meta.calibration
+        projection = meta.projection if meta is not None else OWN
         tensors = self.source.tensors if sidecar is None else read_header(sidecar).tensors
         return tuple(
             Row(
                 n_skipped=shape.n_layer - quality.boundary,
-                projection=FITTED if calibration is not None else OWN,
+                projection=projection,
                 calibration=calibration,
                 kv_type=stored_type(tensors),
-                speedup_limit=speedup_limit(shape, LIMIT_PROMPT, quality.boundary, n_full),
+                speedup_limit=speedup_limit(
+                    shape, LIMIT_PROMPT, quality.boundary, n_full, projection
+                ),
                 quality=quality,
                 recall=tuple(of_length[number] for of_length in recalls),
                 select=select,

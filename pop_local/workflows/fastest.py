@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter.format import FITTED, Budget, Refilled
+from converter.format import OWN, Budget, Refilled
 from converter.plan import Plan
 from converter.rewrite import Fitted
 from converter.shape import ModelShape
@@ -79,7 +79,7 @@ def first_that_recalls(
     RecallLostError when none is good enough, PopError, StoppedError.
     """
     bases = {plan.boundary: replace(plan, select=0.0) for plan in plans}
-    wanted = [plan for plan in bases.values() if plan.projection == FITTED]
+    wanted = [plan for plan in bases.values() if plan.projection != OWN]
     require_room(wanted, source, options)
     made = Fitter(source, options, hardware, watch).fit(wanted, options.state_path)
     fitted = {plan.boundary: fit for plan, fit in zip(wanted, made, strict=True)}
@@ -90,6 +90,7 @@ def first_that_recalls(
     tried: list[str] = []
     for plan in plans:
         fit = fitted.get(plan.boundary)
+        plan = replace(plan, projection=fit.projection if fit else OWN)
         with (
             temporary_sidecar(plan, source, fit) as sidecar,
             opened(ModelFiles(source.first.path, sidecar), hardware, watch, n_ctx=n_ctx) as model,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from converter.format import FITTED, Budget, Measured
+from converter.format import OWN, Budget, Measured
 from converter.plan import Plan
 from converter.rewrite import Fitted
 from converter.shape import MROPE
@@ -103,7 +103,7 @@ class _Search:
         fastest = self.plans[deepest].speedup_limit
         for boundary in sorted((each for each in self.plans if each < deepest), reverse=True):
             plan = replace(self.plans[boundary], select=SELECTED)
-            is_there = plan.projection != FITTED or boundary in self.fitted
+            is_there = plan.projection == OWN or boundary in self.fitted
             if not is_there or plan.speedup_limit <= fastest:
                 continue
             gradual = Gradual(self.reference, boundary, SELECTED)
@@ -122,7 +122,7 @@ class _Search:
         while True:
             if wanted := budgets.undecided(self.plans, self.verdicts):
                 boundary = wanted[0]
-                if self.plans[boundary].projection == FITTED and boundary not in self.fitted:
+                if self.plans[boundary].projection != OWN and boundary not in self.fitted:
                     self._fit(wanted)
                 self._judge(boundary, lambda quality: budgets.is_clear(self.budget, quality))
                 continue
@@ -175,12 +175,13 @@ class _Search:
         self.watch.on_note(f"Fitting the projections for boundary {names}")
         for plan, fitted in zip(plans, self.fitter.fit(plans, options.state_path), strict=True):
             self.fitted[plan.boundary] = fitted
+            self.plans[plan.boundary] = replace(plan, projection=fitted.projection)
 
     def _room_for(self, wanted: Sequence[int]) -> tuple[int, ...]:
         """The first of `wanted`, and as many of the others as fit into memory beside it."""
         chosen: list[int] = []
         for boundary in wanted:
-            if self.plans[boundary].projection != FITTED or boundary in self.fitted:
+            if self.plans[boundary].projection == OWN or boundary in self.fitted:
                 continue
             plans = [self.plans[each] for each in (*chosen, boundary)]
             if chosen and len(fit_needs(plans, self.source, self.options).groups) > 1:
@@ -200,7 +201,7 @@ class _Search:
     ) -> Quality:
         self.watch.on_note(f"Measuring boundary {_named(plan)} on held-out text")
         sidecar: AbstractContextManager[Path | None] = nullcontext()
-        if plan.projection == FITTED:
+        if plan.projection != OWN:
             sidecar = temporary_sidecar(plan, self.source, self.fitted[plan.boundary])
         with sidecar as written:
             files = ModelFiles(self.source.first.path, written)

@@ -153,7 +153,7 @@ def test_a_session(model, tmp_path, number, monkeypatch):
 def test_a_checkpoint_of_a_fit(tmp_path, number):
     text = CalibrationText("text", "0" * 64, np.zeros((4, 8), np.int32))
     gram = Gram(np.ones((5, 5)), {2: np.ones((5, 4))})
-    made = state.State(text, ((Pair(1, 2),),), 0, 3, {1: gram})
+    made = state.State(text, ((Pair(1, 2),),), 0, 3, grams={1: gram})
     check(
         tmp_path,
         number,

@@ -30,7 +30,7 @@ from support.raw import Job, run
 from support.sidecars import outcome, require_same
 from support.synthetic import make_gguf, make_split
 
-PROJECTIONS = ["own", "fitted"]
+PROJECTIONS = ["own", "fitted", "fitted-wide"]
 
 
 @pytest.fixture(scope="module", params=PROJECTIONS)
@@ -75,7 +75,7 @@ def test_a_model_in_parts(projection, tmp_path):
     made = paired(whole, tmp_path, projection, boundary=4)
     sidecar = tmp_path / "parts.pop-sidecar.gguf"
     plan = make_plan(read_shape(parts[0]), projection=projection, boundary=4, tail_tokens=16)
-    made_fit = made_up(plan) if projection == "fitted" else None
+    made_fit = None if projection == "own" else made_up(plan)
     write_sidecar(plan, parts[0], sidecar, fitted=made_fit)
     model = PopModel(parts[0], sidecar=sidecar, n_ctx=512, n_threads=1)
     want = read(opened(made.single, n_ctx=512, n_batch=512, n_ubatch=512), prompt(100))
@@ -179,7 +179,7 @@ def test_what_is_written(pair):
     assert (meta.schedule, meta.projection) == (single.schedule, single.projection)
     assert {name.split(".")[0] for name in header.keys} == {"general", "pop"}
     assert all(".pop_" in tensor.name for tensor in header.tensors)
-    assert len(header.tensors) == (12 if meta.projection == "fitted" else 0)
+    assert len(header.tensors) == {"own": 0, "fitted": 12, "fitted-wide": 21}[meta.projection]
     assert header.size_bytes < pair.base.stat().st_size / 4
 
 

@@ -57,12 +57,15 @@ def job(unpatched_lib: Path) -> Job:
     return Job(model="", steps=(), lib=str(unpatched_lib), n_ctx=256, n_batch=256)
 
 
-@pytest.mark.parametrize(("projection", "cache"), [("own", F32), ("fitted", F16)])
+@pytest.mark.parametrize(
+    ("projection", "cache"), [("own", F32), ("fitted", F16), ("fitted-wide", F32)]
+)
 def test_context_rows_are_those_of_the_reference(
     tiny: Trio, projection: str, cache: int, tmp_path: Path, job: Job
 ) -> None:
-    if projection == "fitted":
-        tiny = replace(tiny, pruned=fit_at_random(tiny, tmp_path / "fitted.gguf", KvType.F32))
+    if projection != "own":
+        made = fit_at_random(tiny, tmp_path / "fitted.gguf", KvType.F32, projection)
+        tiny = replace(tiny, pruned=made)
     tokens = random_tokens(64, N_VOCAB)
     job = replace(job, type_k=cache, type_v=cache)
     stored = prefilled(tiny, tokens, tmp_path, job)

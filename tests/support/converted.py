@@ -8,12 +8,13 @@ import numpy as np
 
 from converter.content import NewTensor
 from converter.fit import KvType, encode
-from converter.format import Calibration, PopMeta
+from converter.format import WIDE, Calibration, PopMeta
 from converter.plan import Plan, make_plan
 from converter.rewrite import Fitted, convert
 from converter.shape import read_shape
 from converter.sidecar import write_sidecar
 from converter.weights import KvProjection
+from converter.wide import Neurons, WideInput, encode_input
 from support.synthetic import make_gguf
 
 # Of tests that do not say.
@@ -53,23 +54,34 @@ class Pair:
 
 def paired(base: Path, folder: Path, projection: str, seed: int = 0, **plan: Any) -> Pair:
     made = make_plan(read_shape(base), projection=projection, **{**DEFAULTS, **plan})
-    fitted = made_up(made, seed) if projection == "fitted" else None
+    fitted = None if projection == "own" else made_up(made, seed)
     pair = Pair(base, folder / "single.gguf", folder / f"{base.stem}.pop-sidecar.gguf")
     convert(made, base, pair.single, fitted=fitted)
     write_sidecar(made, base, pair.sidecar, fitted=fitted)
     return pair
 
 
-def made_up(plan: Plan, seed: int = 0) -> Fitted:
-    """Random projections, of as many K as V."""
+def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0) -> Fitted:
+    """Random projections, of as many K as V; wide ones where the plan says so."""
     rng = np.random.default_rng(seed)
     n_embd = plan.shape.n_embd
+    n_prev, n_neurons = plan.shape.wide_inputs(plan.boundary)
+
+    def random(n_out: int, n_in: int) -> np.ndarray:
+        return rng.standard_normal((n_out, n_in), np.float32) * np.float32(n_in**-0.5)
 
     tensors: list[NewTensor] = []
+    gain = np.ones(n_embd, np.float32)
+    if plan.projection == WIDE:
+        gate, up = random(n_neurons, n_embd), random(n_neurons, n_embd)
+        # Some are clamped.
+        neurons = Neurons(gain, gate, 6 * up, False) if n_neurons else None
+        made = WideInput(random(n_prev, n_embd), neurons)
+        tensors += encode_input(plan.boundary, made, kind)
     for layer in plan.fitted_layers:
         n_kv = plan.shape.kv_macs[layer] // n_embd
-        weight = rng.standard_normal((n_kv, n_embd), np.float32) * np.float32(n_embd**-0.5)
-        bias = rng.standard_normal(n_kv, np.float32)
-        made = KvProjection(np.ones(n_embd, np.float32), weight, bias, n_kv // 2)
-        tensors += encode(layer, made, KvType.Q8_0)
-    return Fitted(Calibration("random", "0" * 64, 1, 0.0, "none"), tuple(tensors))
+        weight, bias = random(n_kv, n_embd), rng.standard_normal(n_kv, np.float32)
+        wide = random(n_kv, n_prev + n_neurons) if plan.projection == WIDE else None
+        tensors += encode(layer, KvProjection(gain, weight, bias, n_kv // 2, wide), kind)
+    calibration = Calibration("random", "0" * 64, 1, 0.0, "none")
+    return Fitted(calibration, tuple(tensors), projection=plan.projection)

@@ -5,6 +5,7 @@ comes from the unpatched library, weights and keys from the file.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,15 +13,15 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
-from converter.content import NewTensor
-from converter.fit import KvType, encode
-from converter.format import FITTED, Calibration
+from converter.fit import KvType
+from converter.format import FITTED
 from converter.header import read_header
 from converter.plan import make_plan
-from converter.rewrite import Fitted, convert
+from converter.rewrite import convert
 from converter.shape import read_shape
 from converter.source import read_source
-from converter.weights import KvProjection, Weights
+from converter.weights import Weights
+from support.converted import made_up
 from support.oracle import Tokens, Trio
 from support.raw import Job, Step, run
 
@@ -60,15 +61,19 @@ def normalised_states(trio: Trio, tokens: Tokens, job: Job) -> np.ndarray:
 
 
 class Reference:
-    """The K/V of context tokens at positions 0, 1, ... of a model, own or fitted."""
+    """The K/V of context tokens at positions 0, 1, ... of a model: own, fitted, or fitted wide.
 
-    def __init__(self, pruned: Path, states: np.ndarray) -> None:
+    `edges`: the positions of the first rows of the ubatches, which see none before them.
+    """
+
+    def __init__(self, pruned: Path, states: np.ndarray, edges: Sequence[int] = (0,)) -> None:
         self._weights = Weights(read_source(pruned))
         self._header = read_header(pruned)
         self._states = states
         self.arch = str(self._header.get("general.architecture"))
         per_head = self._key("embedding_length") // self._key("attention.head_count")
         self._head_dim = int(self._key("attention.key_length", per_head))
+        self.wide = self._wide_input(states, edges)
 
     def layer(self, layer: int, *, swa: bool) -> Expected:
         x = self._states * self._tensor(f"blk.{layer}.attn_norm.weight")
@@ -104,9 +109,34 @@ class Reference:
         rows = slice(-2 * n, -n) if part == "k" else slice(-n, None)
         return weight[rows], np.zeros(n)
 
+    def _wide_input(self, x: np.ndarray, edges: Sequence[int]) -> np.ndarray | None:
+        """The previous row's state, reduced, and clamped neurons [n_tokens, n_wide]; or None."""
+        layer = str(self._header.get("pop.schedule")).find("S")
+        prefix = f"blk.{layer}.pop_"
+        if f"{prefix}prev.weight" not in self._weights:
+            return None
+        before = np.arange(len(x)) - 1
+        before[list(edges)] = list(edges)
+        parts = [x[before] @ self._tensor(f"{prefix}prev.weight").T]
+        if f"{prefix}ffn_gate.weight" in self._weights:
+            inner = x * self._tensor(f"blk.{layer}.ffn_norm.weight")
+            gate = inner @ self._tensor(f"{prefix}ffn_gate.weight").T
+            up = inner @ self._tensor(f"{prefix}ffn_up.weight").T
+            if self.arch in ("gemma2", "gemma3"):
+                cubic = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+                acted = gate * (1 + np.tanh(cubic)) / 2
+            else:
+                acted = gate / (1 + np.exp(-gate))
+            parts.append(np.clip(acted * up, -5, 5))
+        return np.concatenate(parts, axis=1)
+
     def _product(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:
         weight, bias = self._projection(layer, part)
-        return np.asarray(x @ weight.T + bias)
+        product = x @ weight.T + bias
+        name = f"blk.{layer}.pop_attn_{part}_wide.weight"
+        if name in self._weights:
+            product += self.wide @ self._tensor(name).T
+        return np.asarray(product)
 
     def _noise(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:
         weight, _ = self._projection(layer, part)
@@ -166,8 +196,17 @@ class _Reader:
 
 
 def _parse_cache(reader: _Reader, layers: list[int]) -> dict[int, Stored]:
-    n_streams, n_cells = reader.take("II")
-    assert n_streams == 1
+    """Of several streams the sequence is in one, and the others are written as empty."""
+    [n_streams] = reader.take("I")
+    found = [_parse_stream(reader, layers) for _ in range(n_streams)]
+    [stored] = [stream for stream in found if stream]
+    return stored
+
+
+def _parse_stream(reader: _Reader, layers: list[int]) -> dict[int, Stored]:
+    [n_cells] = reader.take("I")
+    if not n_cells:
+        return {}
     pos = []
     for _ in range(n_cells):
         position, n_seqs = reader.take("iI")
@@ -214,20 +253,11 @@ def context_rows(stored: Stored, expected: Expected, n_tokens: int) -> tuple[Sto
     return Stored(pos, stored.k[rows], stored.v[rows]), wanted
 
 
-def fit_at_random(trio: Trio, path: Path, kv_type: KvType) -> Path:
+def fit_at_random(trio: Trio, path: Path, kv_type: KvType, projection: str = FITTED) -> Path:
     """Fitted projections unlike any of the model's own; each layer's differ."""
     shape = read_shape(trio.original)
-    plan = make_plan(shape, boundary=trio.boundary, sink_tokens=0, projection=FITTED)
-    tensors: list[NewTensor] = []
-    for layer in plan.fitted_layers:
-        rng = np.random.default_rng(layer)
-        n_out = shape.kv_macs[layer] // shape.n_embd // 2
-        gain = np.ones(shape.n_embd, np.float32)
-        weight = rng.standard_normal((2 * n_out, shape.n_embd), np.float32) / shape.n_embd**0.5
-        bias = rng.standard_normal(2 * n_out, np.float32)
-        tensors += encode(layer, KvProjection(gain, weight, bias, n_out), kv_type)
-    calibration = Calibration("random", "0" * 64, 0, 0.0, "none")
-    convert(plan, trio.original, path, fitted=Fitted(calibration, tuple(tensors)))
+    plan = make_plan(shape, boundary=trio.boundary, sink_tokens=0, projection=projection)
+    convert(plan, trio.original, path, fitted=made_up(plan, kind=kv_type))
     return path
 
 

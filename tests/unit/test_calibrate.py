@@ -54,7 +54,9 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, text, tmp_path):
     with LoadedModel(path, n_threads=1) as model:
         windows = given_text(model, text, N_TOKENS // N_WINDOW, 128).windows
     shown = recorded(path, windows.tolist())
-    x = np.concatenate([fit.with_bias(rows[1:], 1e-6) for rows in shown.states[BOUNDARY]])
+    x = np.concatenate(
+        [fit.with_bias(fit.normalised(rows[1:], 1e-6)) for rows in shown.states[BOUNDARY]]
+    )
     y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
     d = np.mean([_weights(shown.layers[layer], weighting) for layer in (5, 6, 7)], axis=0)
     own = Weights(read_source(path)).own_projection(6, y.shape[1])

@@ -18,7 +18,8 @@ N, N_K, N_V, N_ROWS = 24, 6, 4, 400
 def problem(seed: int = 0, gain: np.ndarray | None = None):
     """x [n, N + 1], y, token weights and own projections that are off by a little."""
     rng = np.random.default_rng(seed)
-    x = fit.with_bias(rng.standard_normal((N_ROWS, N), dtype=np.float32), 1e-6)
+    states = rng.standard_normal((N_ROWS, N), dtype=np.float32)
+    x = fit.with_bias(fit.normalised(states, 1e-6))
     y = (x @ rng.standard_normal((N + 1, N_K + N_V)) + 0.1).astype(np.float32)
     weights = (0.2 + rng.random(N_ROWS)).astype(np.float32)
     gain = rng.uniform(0.5, 1.5, N) if gain is None else gain

@@ -1,8 +1,8 @@
 // prefill-only pruning: the graph, see llama-pop.h
 
 #include "llama-pop.h"
+#include "llama-pop-graph.h"
 
-#include "llama-graph.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
@@ -46,10 +46,6 @@ static llama_pop_attn get_attn_of_layer(llm_graph_input_attn_kv & inp, const lla
 
 static llama_pop_attn get_attn_of_layer(llm_graph_input_attn_kv_iswa & inp, const llama_hparams & hparams, int il) {
     return get_attn(inp)[hparams.is_swa(il) ? 1 : 0];
-}
-
-static bool is_used(const ggml_tensor * inp) {
-    return inp && inp->buffer; // an input that no layer reads is left unallocated
 }
 
 // inputs are [.., n_tokens] with the rows of the ubatch outermost
@@ -175,7 +171,7 @@ private:
 //
 
 uint32_t llama_pop_n_nodes(const llama_model & model) {
-    return llama_pop_supports(model.arch) ? 32*model.hparams.n_layer() : llama_pop_exact_layer(model.arch, model.hparams) > 0 ? 32 : 0;
+    return llama_pop_supports(model.arch) ? 40*model.hparams.n_layer() : llama_pop_exact_layer(model.arch, model.hparams) > 0 ? 32 : 0;
 }
 
 static ggml_tensor * build_rope(const llm_graph_context & g, const llama_model & model, ggml_tensor * k, ggml_tensor * inp_pos, int il) {
@@ -198,9 +194,18 @@ static ggml_tensor * build_rope(const llm_graph_context & g, const llama_model &
             g.ext_factor, g.attn_factor, g.beta_fast, g.beta_slow);
 }
 
-static llm_graph_qkv build_fitted_kv(const llm_graph_context & g, const llama_pop_layer & layer, ggml_tensor * cur, int il) {
-    ggml_tensor * k = ggml_add(g.ctx0, g.build_lora_mm(layer.wk, cur), layer.wk_b);
-    ggml_tensor * v = ggml_add(g.ctx0, g.build_lora_mm(layer.wv, cur), layer.wv_b);
+// wide: null, or what llama_pop_build_wide() gives
+static llm_graph_qkv build_fitted_kv(const llm_graph_context & g, const llama_pop_layer & layer, ggml_tensor * cur, ggml_tensor * wide, int il) {
+    ggml_tensor * k = g.build_lora_mm(layer.wk, cur);
+    ggml_tensor * v = g.build_lora_mm(layer.wv, cur);
+
+    if (wide) {
+        k = ggml_add(g.ctx0, k, g.build_lora_mm(layer.wk_wide, wide));
+        v = ggml_add(g.ctx0, v, g.build_lora_mm(layer.wv_wide, wide));
+    }
+
+    k = ggml_add(g.ctx0, k, layer.wk_b);
+    v = ggml_add(g.ctx0, v, layer.wv_b);
 
     k = ggml_reshape_3d(g.ctx0, k, g.hparams.n_embd_head_k(il), g.hparams.n_head_kv(il), g.n_tokens);
     v = ggml_reshape_3d(g.ctx0, v, g.hparams.n_embd_head_v(il), g.hparams.n_head_kv(il), g.n_tokens);
@@ -239,6 +244,8 @@ static void build_kv(const llm_graph_context & g, const llama_model & model, int
     // what was fitted on text alone is worse for images than the layers' own projections
     const bool takes_fitted = !g.ubatch.embd || g.hparams.pop.fitted_images;
 
+    ggml_tensor * wide = g.hparams.pop.wide && takes_fitted ? llama_pop_build_wide(g, model.layers[boundary], normed) : nullptr;
+
     for (int il = boundary; il < g.n_layer; ++il) {
         const auto & layer = model.layers[il];
 
@@ -247,7 +254,7 @@ static void build_kv(const llm_graph_context & g, const llama_model & model, int
             cur = ggml_add(g.ctx0, cur, layer.attn_norm_b);
         }
 
-        auto [_, k, v] = layer.pop.wk && takes_fitted ? build_fitted_kv(g, layer.pop, cur, il) : build_own_kv(g, layer, cur, il);
+        auto [_, k, v] = layer.pop.wk && takes_fitted ? build_fitted_kv(g, layer.pop, cur, wide, il) : build_own_kv(g, layer, cur, il);
 
         if (layer.attn_k_norm) {
             k = g.build_norm(k, layer.attn_k_norm, nullptr, LLM_NORM_RMS, il);
@@ -260,17 +267,6 @@ static void build_kv(const llm_graph_context & g, const llama_model & model, int
 
         store_kv(g, get_attn_of_layer(inp_attn, g.hparams, il), k, v, il);
     }
-}
-
-static ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne3 = 1) {
-    ggml_tensor * inp = ggml_new_tensor_4d(g.ctx0, type, ne0, ne1, 1, ne3);
-    ggml_set_input(inp);
-    return inp;
-}
-
-// cur [n, n_tokens] or [n, n_tokens, n_slices], ids [n_rows, n_slices at the least]
-static ggml_tensor * pick_rows(const llm_graph_context & g, ggml_tensor * cur, ggml_tensor * ids) {
-    return ggml_get_rows(g.ctx0, cur, ggml_view_2d(g.ctx0, ids, ids->ne[0], cur->ne[2], ids->nb[1], 0));
 }
 
 static int64_t count_slices(const std::vector<ggml_tensor **> & states) {
@@ -334,12 +330,6 @@ static ggml_tensor * build_kept_states(llm_graph_context & g) {
     ggml_tensor * states = inp->states;
     g.res->add_input(std::move(inp));
     return states;
-}
-
-static void build_output(const llm_graph_context & g, ggml_tensor * cur, const char * name) {
-    ggml_set_name(cur, name);
-    ggml_set_output(cur);
-    ggml_build_forward_expand(g.gf, cur);
 }
 
 template <typename T>
@@ -430,84 +420,4 @@ bool llama_pop_leave(llm_graph_context & g, int il, ggml_tensor *& q, ggml_tenso
 
     q = ggml_reshape_3d(g.ctx0, q, n_head_dim, n_head, g.n_tokens);
     return false;
-}
-
-//
-// scores
-//
-
-class llm_graph_input_pop_scored : public llm_graph_input_i {
-public:
-    void set_input(const llama_ubatch *) override {
-        if (is_used(rows)) {
-            ggml_backend_tensor_set(rows,    scored.rows.data(),    0, ggml_nbytes(rows));
-            ggml_backend_tensor_set(weights, scored.weights.data(), 0, ggml_nbytes(weights));
-        }
-    }
-
-    bool can_reuse(const llm_graph_params & params) override {
-        scored = llama_pop_make_scored(params.cparams, params.ubatch);
-        return (int64_t) scored.rows.size() == rows->ne[0];
-    }
-
-    llama_pop_scored scored;
-
-    ggml_tensor * rows    = nullptr; // I32 [n_rows]
-    ggml_tensor * weights = nullptr; // F32 [n_rows, 2]
-};
-
-// one input for all layers of a graph
-static const llm_graph_input_pop_scored & get_scored_input(const llm_graph_context & g, llama_pop_scored scored) {
-    for (const auto & inp : g.res->inputs) {
-        if (const auto * found = dynamic_cast<const llm_graph_input_pop_scored *>(inp.get())) {
-            return *found;
-        }
-    }
-
-    auto inp = std::make_unique<llm_graph_input_pop_scored>();
-
-    const int64_t n_rows = scored.rows.size();
-
-    inp->scored  = std::move(scored);
-    inp->rows    = new_input(g, GGML_TYPE_I32, n_rows, 1);
-    inp->weights = new_input(g, GGML_TYPE_F32, n_rows, 2);
-
-    return *static_cast<llm_graph_input_pop_scored *>(g.res->add_input(std::move(inp)));
-}
-
-void llama_pop_score(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il) {
-    const int boundary = g.cparams.pop.boundary;
-
-    if (il >= boundary || il < boundary - LLAMA_POP_SCORE_LAYERS || k->ne[3] != 1) {
-        return;
-    }
-
-    auto scored = llama_pop_make_scored(g.cparams, g.ubatch);
-    if (scored.rows.empty()) {
-        return;
-    }
-
-    const auto & inp = get_scored_input(g, std::move(scored));
-
-    const int64_t n_head_dim = q->ne[0];
-    const int64_t n_head     = q->ne[1];
-
-    ggml_tensor * asking = pick_rows(g, ggml_reshape_2d(g.ctx0, q, n_head_dim*n_head, q->ne[2]), inp.rows);
-    asking = ggml_permute(g.ctx0, ggml_reshape_3d(g.ctx0, asking, n_head_dim, n_head, inp.rows->ne[0]), 0, 2, 1, 3);
-
-    ggml_tensor * kq = ggml_mul_mat(g.ctx0, ggml_permute(g.ctx0, k, 0, 2, 1, 3), asking);
-    ggml_prec_set_acc(kq, GGML_PREC_F32);
-
-    if (g.hparams.attn_soft_cap) {
-        const float cap = g.hparams.f_attn_logit_softcapping;
-        kq = ggml_scale(g.ctx0, ggml_tanh(g.ctx0, ggml_scale(g.ctx0, kq, 1.0f/cap)), cap);
-    }
-
-    kq = ggml_soft_max_ext(g.ctx0, kq, pick_rows(g, kq_mask, inp.rows), kq_scale, g.hparams.f_max_alibi_bias);
-
-    ggml_tensor * by_cell = ggml_cont(g.ctx0, ggml_permute(g.ctx0, kq, 1, 0, 2, 3)); // [n_rows, n_kv, n_head]
-
-    char name[GGML_MAX_NAME];
-    snprintf(name, sizeof(name), LLAMA_POP_SCORES, il);
-    build_output(g, ggml_mul_mat(g.ctx0, inp.weights, by_cell), name);
 }

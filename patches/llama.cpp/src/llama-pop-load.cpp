@@ -18,19 +18,20 @@
 struct llama_pop_arch {
     llm_arch arch;
     bool     rope_per_layer; // the RoPE base and scale of sliding-window layers are their own
+    bool     has_gelu;       // the activation of the FFN, otherwise SiLU
 };
 
 static const llama_pop_arch LLAMA_POP_ARCHS[] = {
-    { LLM_ARCH_LLAMA,      false },
-    { LLM_ARCH_QWEN2,      false },
-    { LLM_ARCH_QWEN2VL,    false },
-    { LLM_ARCH_QWEN3,      false },
-    { LLM_ARCH_QWEN3MOE,   false },
-    { LLM_ARCH_QWEN3VL,    false },
-    { LLM_ARCH_QWEN3VLMOE, false },
-    { LLM_ARCH_GEMMA2,     true  },
-    { LLM_ARCH_GEMMA3,     true  },
-    { LLM_ARCH_PHI3,       false },
+    { LLM_ARCH_LLAMA,      false, false },
+    { LLM_ARCH_QWEN2,      false, false },
+    { LLM_ARCH_QWEN2VL,    false, false },
+    { LLM_ARCH_QWEN3,      false, false },
+    { LLM_ARCH_QWEN3MOE,   false, false },
+    { LLM_ARCH_QWEN3VL,    false, false },
+    { LLM_ARCH_QWEN3VLMOE, false, false },
+    { LLM_ARCH_GEMMA2,     true,  true  },
+    { LLM_ARCH_GEMMA3,     true,  true  },
+    { LLM_ARCH_PHI3,       false, false },
 };
 
 static const llama_pop_arch * find_arch(llm_arch arch) {
@@ -48,6 +49,10 @@ bool llama_pop_supports(llm_arch arch) {
 
 bool llama_pop_rope_per_layer(llm_arch arch) {
     return find_arch(arch)->rope_per_layer;
+}
+
+bool llama_pop_has_gelu(llm_arch arch) {
+    return find_arch(arch)->has_gelu;
 }
 
 // those whose layers that store K/V call llama_pop_leave()
@@ -227,13 +232,14 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     }
 
     const std::string projection = get_str(gguf, "pop.projection", "own");
-    if (projection != "own" && projection != "fitted") {
-        refuse(format("pop.projection is '%s', expected 'own' or 'fitted'", projection.c_str()));
+    if (projection != "own" && projection != "fitted" && projection != "fitted-wide") {
+        refuse(format("pop.projection is '%s', expected 'own', 'fitted' or 'fitted-wide'", projection.c_str()));
     }
 
     auto & pop = model.hparams.pop;
 
-    pop.fitted      = projection == "fitted";
+    pop.wide        = projection == "fitted-wide";
+    pop.fitted      = projection == "fitted" || pop.wide;
     pop.boundary    = parse_schedule(get_str(gguf, "pop.schedule"), model.hparams.n_layer());
     pop.sink_tokens = get_u32(gguf, "pop.sink_tokens", pop.sink_tokens);
     pop.tail_tokens = get_u32(gguf, "pop.tail_tokens", pop.tail_tokens);
@@ -270,6 +276,44 @@ static void check_tensor(const llama_model_loader & ml, const llama_model_loader
     }
 }
 
+// first: the first layer with fitted projections
+static bool belongs(const llama_pop_hparams & pop, uint32_t il, const char * part, uint32_t first) {
+    const bool is_projection = strncmp(part, "attn_", 5) == 0;
+
+    // the layer at the boundary makes the wider input
+    if (!is_projection || strstr(part, "_wide")) {
+        return pop.wide && (is_projection ? il >= first : il == pop.boundary);
+    }
+    return il >= first;
+}
+
+// as many rows as the file's tensor has, 0: it is not there
+static int64_t count_rows(const llama_model_loader & ml, const std::string & name) {
+    const ggml_tensor * meta = ml.get_tensor_meta(name.c_str());
+    return meta ? meta->ne[1] : 0;
+}
+
+// returns how many inputs it has
+static int64_t load_wide_input(llama_model_base & model, llama_model_loader & ml, int il) {
+    auto & pop = model.layers[il].pop;
+
+    const int64_t n_embd    = model.hparams.n_embd;
+    const int64_t n_prev    = count_rows(ml, model.tn(LLM_TENSOR_POP_PREV,     "weight", il));
+    const int64_t n_neurons = count_rows(ml, model.tn(LLM_TENSOR_POP_FFN_GATE, "weight", il));
+
+    pop.prev = model.create_tensor(model.tn(LLM_TENSOR_POP_PREV, "weight", il), { n_embd, n_prev }, 0);
+
+    if (n_neurons > 0) {
+        if (!model.layers[il].ffn_norm) {
+            refuse(format("layer %d has no FFN whose neurons could be read", il));
+        }
+        pop.gate = model.create_tensor(model.tn(LLM_TENSOR_POP_FFN_GATE, "weight", il), { n_embd, n_neurons }, 0);
+        pop.up   = model.create_tensor(model.tn(LLM_TENSOR_POP_FFN_UP,   "weight", il), { n_embd, n_neurons }, 0);
+    }
+
+    return n_prev + n_neurons;
+}
+
 void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
     const auto & hparams = model.hparams;
 
@@ -282,11 +326,14 @@ void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
             continue;
         }
         uint32_t il = 0;
-        if (sscanf(name.c_str(), "blk.%u.", &il) != 1 || il < first) {
+        char part[GGML_MAX_NAME];
+        if (sscanf(name.c_str(), "blk.%u.pop_%63s", &il, part) != 2 || !belongs(hparams.pop, il, part, first)) {
             refuse(format("tensor '%s' does not belong to the schedule and projection of the file", name.c_str()));
         }
         weights.push_back(&weight);
     }
+
+    const int64_t n_wide = hparams.pop.wide ? load_wide_input(model, ml, hparams.pop.boundary) : 0;
 
     for (uint32_t il = first; il < hparams.n_layer(); ++il) {
         auto & pop = model.layers[il].pop;
@@ -299,6 +346,11 @@ void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
         pop.wk_b = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_K, "bias",   il), { n_k },         0);
         pop.wv   = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V, "weight", il), { n_embd, n_v }, 0);
         pop.wv_b = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V, "bias",   il), { n_v },         0);
+
+        if (hparams.pop.wide) {
+            pop.wk_wide = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_K_WIDE, "weight", il), { n_wide, n_k }, 0);
+            pop.wv_wide = model.create_tensor(model.tn(LLM_TENSOR_POP_ATTN_V_WIDE, "weight", il), { n_wide, n_v }, 0);
+        }
     }
 
     // nothing is read where the caller wants no data

@@ -126,15 +126,25 @@ struct llama_pop_hparams {
     uint32_t sink_tokens = 1;
     uint32_t tail_tokens = 16; // a hint, here only for the size of the reserve
     bool     fitted      = false;
+    bool     wide        = false; // fitted to more than the state of the row
     bool     fitted_images = false; // on rows of images, too; else these use the layers' own projections
 };
 
-// fitted projections of a layer
+// fitted projections of a layer. wide ones have a second input, which the layer at the boundary makes: the previous row's
+// state, reduced, and some neurons of its FFN. see llama_pop_build_wide()
 struct llama_pop_layer {
     ggml_tensor * wk   = nullptr; // [n_embd, n_embd_k_gqa]
     ggml_tensor * wk_b = nullptr; // [n_embd_k_gqa]
     ggml_tensor * wv   = nullptr; // [n_embd, n_embd_v_gqa]
     ggml_tensor * wv_b = nullptr; // [n_embd_v_gqa]
+
+    ggml_tensor * wk_wide = nullptr; // [n_prev + n_neurons, n_embd_k_gqa]
+    ggml_tensor * wv_wide = nullptr; // [n_prev + n_neurons, n_embd_v_gqa]
+
+    // of the layer at the boundary
+    ggml_tensor * prev = nullptr; // [n_embd, n_prev]
+    ggml_tensor * gate = nullptr; // [n_embd, n_neurons], null where there are none
+    ggml_tensor * up   = nullptr; // [n_embd, n_neurons]
 };
 
 bool llama_pop_supports(llm_arch arch);
@@ -212,6 +222,8 @@ uint32_t llama_pop_n_nodes(const llama_model & model);
 llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch);
 
 bool llama_pop_rope_per_layer(llm_arch arch);
+
+bool llama_pop_has_gelu(llm_arch arch);
 
 bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b);
 

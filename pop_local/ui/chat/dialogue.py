@@ -243,4 +243,5 @@ class Dialogue:
 
 
 def _costs(model: PopModel) -> FullCosts:
-    return FullCosts(model.shape if model.can_switch else None, model.boundary)
+    shape = model.shape if model.can_switch else None
+    return FullCosts(shape, model.boundary, model.projection)

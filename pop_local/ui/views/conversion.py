@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from converter.format import FITTED
+from converter.format import OWN
 from converter.macs import LIMIT_PROMPT
 from converter.sidecar import sidecar_path
 from pop_local.measure.budget import FAST
@@ -129,7 +129,7 @@ def _facts(
     opened_by = "stock llama.cpp opens the copy, too"
     if form == "sidecar":
         opened_by = "the model itself stays as it is, for any program"
-    elif plan.projection == FITTED:
+    elif plan.projection != OWN:
         opened_by = "the copy opens in pop-local only, since stock llama.cpp refuses added tensors"
     limit = f"at most {plan.speedup_limit:.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"
     return [

@@ -1,0 +1,103 @@
+"""The wider input of a fit: more of what is known at the boundary than the state of a token itself.
+
+Beside x, the normalised state at the boundary, K and V of later layers see z = [p, a]:
+
+- p: x of the previous token, reduced to a quarter by PCA. Attention in the skipped layers moves
+  what a token's predecessor is to it (induction), which no function of its own state can know.
+- a: the strongest neurons of the FFN of the boundary layer itself, up * act(gate) evaluated on x.
+  Strong is who adds most power to that layer's output. They are scaled to unit variance and clamped
+  (unclamped, single windows lose everything). There are none where experts share the FFN.
+
+The previous token of the first one of a ubatch is itself. (Found in the lab: docs/lab-notebook.md.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from converter.content import NewTensor
+from converter.fit import KvType, encode_weight
+from converter.shape import ModelShape
+from converter.weights import Floats, Weights
+
+MOST_NEURON = 5.0
+_GELU = ("gemma2", "gemma3")
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Rows of a layer's FFN: `gate` and `up` [n, n_embd] come after `gain` [n_embd]."""
+
+    gain: Floats
+    gate: Floats
+    up: Floats
+    is_gelu: bool
+
+    def __call__(self, x: Floats) -> Floats:
+        """Return up * act(gate) [n_rows, n] of normalised states [n_rows, n_embd]."""
+        inner = x * self.gain
+        gate = inner @ self.gate.T
+        if self.is_gelu:
+            acted = gate / (1 + np.exp(-2 * 0.7978845608 * (gate + 0.044715 * gate**3)))
+        else:
+            acted = gate / (1 + np.exp(-gate))
+        return np.asarray(acted * (inner @ self.up.T), np.float32)
+
+
+@dataclass(frozen=True)
+class WideInput:
+    """What makes z of x: `previous` [n_prev, n_embd], and scaled neurons, None for none."""
+
+    previous: Floats
+    neurons: Neurons | None
+
+    def __call__(self, x: Floats) -> Floats:
+        """Return z [n_rows, n_wide] of a sequence's normalised states [n_rows, n_embd]."""
+        before = np.concatenate([x[:1], x[:-1]])
+        parts = [before @ self.previous.T]
+        if self.neurons is not None:
+            parts.append(np.clip(self.neurons(x), -MOST_NEURON, MOST_NEURON))
+        return np.hstack(parts)
+
+
+def wide_input(
+    shape: ModelShape, weights: Weights, boundary: int, windows: Sequence[Floats]
+) -> WideInput:
+    """Choose what z is made of by the normalised states [n_rows, n_embd] of some windows."""
+    n_prev, n_neurons = shape.wide_inputs(boundary)
+    rows = np.concatenate(windows).astype(np.float64)
+    _, axes = np.linalg.eigh(np.cov(rows.T))
+    previous = np.ascontiguousarray(axes[:, ::-1][:, :n_prev].T, np.float32)
+    if not n_neurons:
+        return WideInput(previous, None)
+    every, strength = _neurons(shape, weights, boundary)
+    values = [every(window) for window in windows]
+    spread = np.std(np.concatenate(values), axis=0, dtype=np.float64)
+    chosen = np.sort(np.argsort(-spread * strength, kind="stable")[:n_neurons])
+    up = every.up[chosen] / np.maximum(spread[chosen, None], 1e-6)
+    return WideInput(
+        previous, Neurons(every.gain, every.gate[chosen], up.astype(np.float32), every.is_gelu)
+    )
+
+
+def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTensor, ...]:
+    """Return the tensors of the boundary's layer as they go into the file."""
+    parts = {"prev": made.previous}
+    if made.neurons is not None:
+        parts |= {"ffn_gate": made.neurons.gate, "ffn_up": made.neurons.up}
+    name = f"blk.{boundary}.pop_"
+    return tuple(encode_weight(f"{name}{part}.weight", each, kind) for part, each in parts.items())
+
+
+def _neurons(shape: ModelShape, weights: Weights, layer: int) -> tuple[Neurons, Floats]:
+    """All neurons of a layer, and the norms [n] of what each adds to the state."""
+    name = f"blk.{layer}.ffn_"
+    up = weights[f"{name}up.weight"]
+    if f"{name}gate.weight" in weights:
+        gate = weights[f"{name}gate.weight"]
+    else:
+        gate, up = np.split(up, 2)
+    strength = np.linalg.norm(weights[f"{name}down.weight"], axis=0)
+    made = Neurons(weights[f"{name}norm.weight"], gate, up, shape.arch in _GELU)
+    return made, strength

@@ -1,0 +1,32 @@
+// prefill-only pruning: what the parts of the graph share, see llama-pop.h
+
+#pragma once
+
+#include "llama-graph.h"
+
+struct llama_layer;
+
+// an input that no layer reads is left unallocated
+inline bool is_used(const ggml_tensor * inp) {
+    return inp && inp->buffer;
+}
+
+inline ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne3 = 1) {
+    ggml_tensor * inp = ggml_new_tensor_4d(g.ctx0, type, ne0, ne1, 1, ne3);
+    ggml_set_input(inp);
+    return inp;
+}
+
+// cur [n, n_tokens] or [n, n_tokens, n_slices], ids [n_rows, n_slices at the least]
+inline ggml_tensor * pick_rows(const llm_graph_context & g, ggml_tensor * cur, ggml_tensor * ids) {
+    return ggml_get_rows(g.ctx0, cur, ggml_view_2d(g.ctx0, ids, ids->ne[0], cur->ne[2], ids->nb[1], 0));
+}
+
+inline void build_output(const llm_graph_context & g, ggml_tensor * cur, const char * name) {
+    ggml_set_name(cur, name);
+    ggml_set_output(cur);
+    ggml_build_forward_expand(g.gf, cur);
+}
+
+// the wider input of the fitted projections, [n_wide, n_tokens], of the normalised states at the boundary [n_embd, n_tokens]
+ggml_tensor * llama_pop_build_wide(const llm_graph_context & g, const llama_layer & layer, ggml_tensor * normed);
