@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from converter.fit import KvType
+from converter.format import FITTED
 from converter.plan import make_plan
 from converter.shape import read_shape
 from converter.source import read_source
@@ -39,17 +40,19 @@ def settings(text: Path, **others: object) -> FitOptions:
     return replace(made, **others)  # type: ignore[arg-type]
 
 
-def planned(path: Path, boundary: int = BOUNDARY):
-    return make_plan(read_shape(path), boundary=boundary, sink_tokens=0, projection="fitted")
+def planned(path: Path, boundary: int = BOUNDARY, projection: str = FITTED):
+    return make_plan(read_shape(path), boundary=boundary, sink_tokens=0, projection=projection)
 
 
-def fitted(path: Path, options: FitOptions, follow: Follow = SILENT):
-    [found] = fitted_at((BOUNDARY,), path, options, follow)
+def fitted(path: Path, options: FitOptions, follow: Follow = SILENT, projection: str = FITTED):
+    [found] = fitted_at((BOUNDARY,), path, options, follow, (projection,))
     return found
 
 
-def fitted_at(boundaries, path: Path, options: FitOptions, follow: Follow = SILENT):
-    plans = [planned(path, boundary) for boundary in boundaries]
+def fitted_at(
+    boundaries, path: Path, options: FitOptions, follow: Follow = SILENT, projections=(FITTED,)
+):
+    plans = [planned(path, boundary, each) for boundary in boundaries for each in projections]
     with LoadedModel(path, n_threads=1) as model:
         return calibrate(plans, model, read_source(path), options, follow).fitted
 

@@ -1,0 +1,258 @@
+"""Wide fits: their sums, their tensors, their cost, and when they are taken."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converter import fit
+from converter.errors import StoppedError
+from converter.fit import KvType, Weighting
+from converter.format import FITTED, OWN, WIDE, read_pop_meta
+from converter.macs import prefill_macs, wide_macs
+from converter.plan import make_plan
+from converter.rewrite import convert, measure, stored_bytes, stored_type, strip
+from converter.shape import read_shape
+from converter.source import read_source
+from converter.weights import Weights
+from converter.wide import MOST_NEURON, wide_input
+from pop_local.calibration import needs
+from pop_local.calibration.job import Calibrated
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.needs import fit_needs, kinds_to_fit, wide_cost
+from pop_local.calibration.options import FitOptions
+from pop_local.calibration.texts import N_WINDOW, given_text
+from pop_local.workflows import fits
+from pop_local.workflows.events import Watch
+from pop_local.workflows.fits import Fitter
+from pop_local.workflows.options import Hardware
+from support.calibrating import (
+    BOUNDARY,
+    N_TOKENS,
+    SILENT,
+    fitted,
+    fitted_at,
+    planned,
+    recorded,
+    settings,
+)
+from support.converted import made_up
+from support.synthetic import make_gguf
+
+N_PREV, N_NEURONS = 32, 64
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    words = np.random.default_rng(0).integers(97, 123, (9000, 5), np.uint8)
+    path: Path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(bytes(word).decode() for word in words))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return make_gguf(tmp_path_factory.mktemp("model") / "llama.gguf", "llama")
+
+
+def matrices(made) -> dict[str, np.ndarray]:
+    """F32 tensors by name, float64."""
+    return {
+        each.name: np.frombuffer(each.data, np.float32).reshape(each.dims[::-1]).astype(float)
+        for each in made.tensors
+    }
+
+
+def inputs(path: Path, tensors, states: list[np.ndarray]) -> np.ndarray:
+    """[x, z, 1] of all rows but the windows' first ones, in float64 and row by row."""
+    gain = Weights(read_source(path))[f"blk.{BOUNDARY}.ffn_norm.weight"].astype(float)
+    name, rows = f"blk.{BOUNDARY}.pop_", []
+    for window in states:
+        x = window / np.sqrt(np.mean(window.astype(float) ** 2, 1, keepdims=True) + 1e-6)
+        for i in range(1, len(x)):
+            parts = [x[i], tensors[f"{name}prev.weight"] @ x[i - 1]]
+            if f"{name}ffn_up.weight" in tensors:
+                gate = tensors[f"{name}ffn_gate.weight"] @ (gain * x[i])
+                up = tensors[f"{name}ffn_up.weight"] @ (gain * x[i])
+                if "gemma" in path.stem:
+                    cubic = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+                    value = gate * (1 + np.tanh(cubic)) / 2 * up
+                else:
+                    value = gate / (1 + np.exp(-gate)) * up
+                parts.append(np.clip(value, -5, 5))
+            rows.append(np.concatenate([*parts, [1]]))
+    return np.array(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "phi3", "qwen3moe"])
+def test_the_fit_equals_direct_least_squares(arch, text, tmp_path):
+    path = make_gguf(tmp_path / f"{arch}.gguf", arch)
+    options = settings(text, weighting=Weighting.NONE)
+    tensors = matrices(fitted(path, options, projection=WIDE))
+    with LoadedModel(path, n_threads=1) as model:
+        windows = given_text(model, text, N_TOKENS // N_WINDOW, 128).windows
+    shown = recorded(path, windows.tolist())
+    x = inputs(path, tensors, shown.states[BOUNDARY])
+    assert x.shape[1] == 128 + N_PREV + (0 if arch == "qwen3moe" else N_NEURONS) + 1
+    y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
+    own = Weights(read_source(path)).own_projection(6, y.shape[1])
+    zeros = np.zeros((x.shape[1] - 129, y.shape[1]))
+    start = np.vstack([own.gain[:, None] * own.weight.T, zeros, own.bias])
+    ridge = np.append(np.full(x.shape[1] - 1, fit.RIDGE), fit.BIAS_RIDGE)
+    rows = np.vstack([x, np.diag(np.sqrt(np.square(x).sum(0) * ridge))])
+    rest = np.vstack([y - x @ start, np.zeros((x.shape[1], y.shape[1]))])
+    wanted = x @ (start + np.linalg.lstsq(rows, rest, rcond=None)[0])
+
+    def stored(part: str) -> np.ndarray:
+        return np.concatenate([tensors[f"blk.6.pop_attn_{kv}{part}"] for kv in "kv"])
+
+    found = (x[:, :128] * own.gain) @ stored(".weight").T + stored(".bias")
+    wide = x[:, 128:-1] @ stored("_wide.weight").T
+    np.testing.assert_allclose(found + wide, wanted, atol=2e-3)
+    assert np.abs(wide).mean() > 0.01
+
+
+@pytest.mark.slow
+def test_a_plain_fit_comes_from_the_same_sums(llama, text):
+    both = fitted_at((3, 5), llama, settings(text), projections=(FITTED, WIDE))
+    alone = fitted_at((3, 5), llama, settings(text))
+    assert [each.projection for each in both] == [FITTED, WIDE] * 2
+    for one, other in zip(both[::2], alone, strict=True):
+        ours, theirs = matrices(one), matrices(other)
+        assert ours.keys() == theirs.keys()
+        for name, values in ours.items():
+            np.testing.assert_allclose(values, theirs[name], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory_bytes", "stop_after"), [(1 << 30, 7), (1, 14)])
+def test_a_resumed_fit_equals_one_without_a_stop(memory_bytes, stop_after, llama, text, tmp_path):
+    """What the inputs are chosen by is read first: four windows, at each of which it may stop."""
+    kept = settings(text, state_path=tmp_path / "state", memory_bytes=memory_bytes)
+    asked = [0]
+
+    def should_stop() -> bool:
+        asked[0] += 1
+        return asked[0] == stop_after
+
+    with pytest.raises(StoppedError):
+        fitted(llama, kept, replace(SILENT, should_stop=should_stop), WIDE)
+    assert (tmp_path / "state").exists()
+    again = fitted(llama, kept, projection=WIDE)
+    assert again == fitted(llama, settings(text, memory_bytes=memory_bytes), projection=WIDE)
+
+
+def test_neurons_are_the_strongest_and_scaled(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    shape, weights = read_shape(path), Weights(read_source(path))
+    rng = np.random.default_rng(0)
+    windows = [rng.standard_normal((200, 128), np.float32) for _ in range(2)]
+    made = wide_input(shape, weights, BOUNDARY, windows)
+    assert made.neurons is not None
+    z = made(windows[0])
+    assert z.shape == (200, N_PREV + N_NEURONS)
+    assert np.abs(z[:, N_PREV:]).max() <= MOST_NEURON
+    together = np.concatenate([made.neurons(window) for window in windows])
+    np.testing.assert_allclose(together.std(axis=0), 1, atol=1e-3)
+    # The previous row, and of the first one itself.
+    np.testing.assert_allclose(z[1:, :N_PREV], windows[0][:-1] @ made.previous.T, atol=1e-5)
+    np.testing.assert_allclose(z[0, :N_PREV], windows[0][0] @ made.previous.T, atol=1e-5)
+    name = f"blk.{BOUNDARY}.ffn_"
+    gate, up, down = (weights[f"{name}{part}.weight"] for part in ("gate", "up", "down"))
+    chosen = np.any([(gate == row).all(1) for row in made.neurons.gate], axis=0)
+    inner = np.concatenate(windows) * weights[f"{name}norm.weight"]
+    value = inner @ gate.T / (1 + np.exp(-inner @ gate.T)) * (inner @ up.T)
+    power = value.std(0) * np.linalg.norm(down, axis=0)
+    assert chosen.sum() == N_NEURONS and power[chosen].min() >= power[~chosen].max() * 0.9999
+
+
+def test_what_it_costs_is_what_it_stores(llama):
+    shape, plan = read_shape(llama), planned(llama, projection=WIDE)
+    made = made_up(plan)
+    n_wide = sum(
+        each.dims[0] * each.dims[1]
+        for each in made.tensors
+        if "attn" not in each.name or "_wide" in each.name
+    )
+    assert wide_macs(shape, BOUNDARY) == n_wide
+    plain = prefill_macs(shape, 300, BOUNDARY, 17, FITTED)
+    assert plain == prefill_macs(shape, 300, BOUNDARY, 17, OWN)
+    assert prefill_macs(shape, 300, BOUNDARY, 17, WIDE) == plain + 300 * n_wide
+    assert plan.speedup_limit < planned(llama).speedup_limit
+    assert stored_bytes(plan, KvType.Q8_0) == sum(len(each.data) for each in made.tensors)
+
+
+def test_a_wide_file_can_be_stripped(llama, tmp_path):
+    target, back = tmp_path / "pop.gguf", tmp_path / "back.gguf"
+    plan = planned(llama, projection=WIDE)
+    meta = convert(plan, llama, target, fitted=made_up(plan))
+    assert meta == read_pop_meta(target) and meta.projection == WIDE and meta.is_fitted
+    assert stored_type(read_source(target).tensors) is KvType.Q8_0
+    assert abs(measure(plan, llama).output_bytes - target.stat().st_size) < 2048
+    strip(target, back)
+    assert back.read_bytes() == llama.read_bytes()
+
+
+# --- which kind is taken
+
+
+class Losses:
+    """A Fitter whose fits are made up, and their losses given."""
+
+    def __init__(self, monkeypatch, plain: float, wide: float) -> None:
+        self.measured: list[str] = []
+
+        def calibrate(plans, *_):
+            made = tuple(made_up(plan) for plan in plans)
+            return Calibrated(made, None)  # type: ignore[arg-type]
+
+        def loss(fitter, plan, sidecar):
+            meta = read_pop_meta(sidecar)
+            assert meta is not None
+            self.measured.append(meta.projection)
+            return {FITTED: plain, WIDE: wide}[meta.projection]
+
+        monkeypatch.setattr(fits, "calibrate", calibrate)
+        monkeypatch.setattr(fits, "LoadedModel", lambda *_, **__: nullcontext())
+        monkeypatch.setattr(Fitter, "_loss", loss)
+
+
+@pytest.mark.parametrize(("wide", "wanted"), [(0.7, WIDE), (0.96, FITTED), (1.2, FITTED)])
+def test_a_wide_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, monkeypatch):
+    plan, other = planned(llama), planned(llama, 5)
+    cost = wide_cost(plan)
+    monkeypatch.setattr(needs, "MOST_WIDE_COST", 1.0)
+    monkeypatch.setattr(fits, "_WORTH", 0.1 / cost)
+    losses, notes = Losses(monkeypatch, 1.0, wide), []
+    watch = Watch(on_note=notes.append)
+    fitter = Fitter(read_source(llama), FitOptions(), Hardware(n_threads=1), watch)
+    [made] = fitter.fit([plan], None)
+    assert made.projection == wanted
+    assert losses.measured == [FITTED, WIDE]
+    assert ("it is taken" in notes[-1]) == (wanted == WIDE)
+    # Once for a model.
+    [made] = fitter.fit([other], None)
+    assert made.projection == wanted and len(losses.measured) == 2
+
+
+def test_what_costs_much_is_not_tried(llama):
+    plan = planned(llama)
+    assert wide_cost(plan) > needs.MOST_WIDE_COST
+    assert kinds_to_fit([plan], FitOptions()) == (FITTED,)
+    assert kinds_to_fit([plan], FitOptions(projection=WIDE)) == (WIDE,)
+
+
+def test_what_costs_little_is(tmp_path):
+    """Few K/V heads beside a wide FFN."""
+    path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=2048)
+    shape = read_shape(path)
+    plan = make_plan(shape, boundary=6, projection=FITTED)
+    assert 0 < wide_cost(plan) <= needs.MOST_WIDE_COST
+    assert kinds_to_fit([plan], FitOptions()) == (FITTED, WIDE)
+    assert kinds_to_fit([plan], FitOptions(projection=FITTED)) == (FITTED,)
+    source = read_source(path)
+    plain = fit_needs([plan], source, FitOptions(projection=FITTED))
+    assert fit_needs([plan], source, FitOptions()).sums_bytes > plain.sums_bytes
