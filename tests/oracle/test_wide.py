@@ -129,8 +129,8 @@ def test_a_quantised_cache(wide: Trio, tmp_path: Path, job: Job) -> None:
         wanted, got = reference.layer(layer, swa=windows[layer] > 0), found[0][layer]
         v = np.abs(got.v - wanted.v[got.pos]) - np.abs(wanted.v[got.pos]) * 2.0**-11
         assert (v < ROUNDED).all()
-        norms = [np.linalg.norm(k, axis=-1) for k in (got.k, wanted.k[got.pos])]
-        np.testing.assert_allclose(*norms, rtol=0.02)
+        ours, theirs = (np.linalg.norm(k, axis=-1) for k in (got.k, wanted.k[got.pos]))
+        np.testing.assert_allclose(ours, theirs, rtol=0.02)
 
 
 def test_a_row_of_two_sequences_is_the_previous_one_of_both(

@@ -85,7 +85,8 @@ def shown(plain: Path, seed: int) -> Recorder:
 
 def error(plain: Path, found: Fitted | None, recorder: Recorder) -> float:
     """Relative RMS error of the K/V of all layers; None for the layers' own projections."""
-    x = np.concatenate([fit.with_bias(rows[1:], 1e-6) for rows in recorder.states[BOUNDARY]])
+    states = np.concatenate([rows[1:] for rows in recorder.states[BOUNDARY]])
+    x = fit.with_bias(fit.normalised(states, 1e-6))
     wrong = power = 0.0
     for layer in LAYERS:
         y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in recorder.layers[layer]])

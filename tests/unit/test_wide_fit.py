@@ -226,7 +226,8 @@ def test_a_wide_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, mon
     cost = wide_cost(plan)
     monkeypatch.setattr(needs, "MOST_WIDE_COST", 1.0)
     monkeypatch.setattr(fits, "_WORTH", 0.1 / cost)
-    losses, notes = Losses(monkeypatch, 1.0, wide), []
+    losses = Losses(monkeypatch, 1.0, wide)
+    notes: list[str] = []
     watch = Watch(on_note=notes.append)
     fitter = Fitter(read_source(llama), FitOptions(), Hardware(n_threads=1), watch)
     [made] = fitter.fit([plan], None)
