@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from converter.format import read_pop_meta
+from converter.format import WIDE, read_pop_meta
+from converter.macs import LIMIT_PROMPT, speedup_limit
+from converter.shape import read_shape
 from pop_local.cli import app
 from pop_local.measure import budget, probes
 from pop_local.workflows import examine as examining
@@ -111,6 +113,28 @@ def test_people_read_the_figures_that_are_stored(tiny, tmp_path, text):
     assert f"KL {meta.measured.kl_mean:.4f} ± {meta.measured.kl_se:.4f}" in said
     assert f"perplexity {meta.measured.copy_ppl_ratio:.3f} times" in said
     assert said.count("pop-local only") == 1
+
+
+def test_a_wide_fit(tiny, tmp_path, text, short_examination):
+    """Its cost is in every limit that is said."""
+    done = convert(tiny, "--projection", "wide", "--text", text, "--json")
+    assert done.exit_code == 0, done.output
+    report, target = json.loads(done.stdout), tmp_path / "tiny.pop.gguf"
+    meta = read_pop_meta(target)
+    assert meta is not None and meta.projection == report["projection"] == "fitted-wide"
+    shape, n_full = read_shape(tiny), 1 + 32
+    limit = speedup_limit(shape, LIMIT_PROMPT, meta.boundary, n_full, WIDE)
+    assert limit < speedup_limit(shape, LIMIT_PROMPT, meta.boundary, n_full)
+    assert report["speedup_limit"] == limit
+    short = ("--windows", "2", "--context", "60", "--continuation", "20", "--recall", "0")
+    few = (str(target), "--threads", "1", "--json")
+    found = json.loads(CliRunner().invoke(app, ["eval", *few, *short]).stdout)
+    assert (found["projection"], found["speedup_limit"]) == ("fitted-wide", limit)
+    done = CliRunner().invoke(app, ["bench", *few, "--prompt", "200", "--repeat", "1"])
+    [row] = json.loads(done.stdout)["rows"]
+    assert row["limit"] == speedup_limit(shape, 200, meta.boundary, n_full, WIDE)
+    done = CliRunner().invoke(app, ["inspect", str(target)])
+    assert "fitted-wide" in done.stdout
 
 
 def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):

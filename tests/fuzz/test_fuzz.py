@@ -106,7 +106,7 @@ def test_headers_and_pop_keys(tmp_path):
 
 def test_sidecars(tmp_path):
     base = make_gguf(tmp_path / "llama.gguf", "llama")
-    made = paired(base, tmp_path, "fitted", boundary=5)
+    made = paired(base, tmp_path, "fitted-wide", boundary=5)
     source, content = read_source(base), made.sidecar.read_bytes()
     end = read_header(made.sidecar).tensors_end
     target = tmp_path / "llama.pop-sidecar.gguf"
@@ -150,7 +150,7 @@ def test_what_llama_cpp_loads(tmp_path):
     """Files that our own readers let through; what ends the process must have said why."""
     alone = tiny(tmp_path, boundary=1, **SMALL)
     base = make_gguf(tmp_path / "qwen3moe.gguf", "qwen3moe", **SMALL | {"n_layer": 3})
-    pair = paired(base, tmp_path, "fitted", boundary=1)
+    pair = paired(base, tmp_path, "fitted-wide", boundary=1)
     loader, said = Loader(CHILD_PATIENCE_S), Counter[str]()
     bad, sidecar = tmp_path / "bad.gguf", tmp_path / "bad-sidecar.gguf"
     whole = {path: path.read_bytes() for path in (alone, pair.single, pair.sidecar)}

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Type
 
 from converter.fit import KvType
 from converter.format import WIDE
+from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import Fitted, convert
 from converter.shape import read_shape
@@ -152,6 +153,32 @@ def test_a_row_of_two_sequences_is_the_previous_one_of_both(
         for layer in range(BOUNDARY + 1, 8):
             wanted = reference.layer(layer, swa=windows[layer] > 0)
             assert (off(found[layer], wanted) < CLOSE).all()
+
+
+def test_rows_of_images_have_previous_ones_too(tmp_path: Path) -> None:
+    """Embeddings of a batch that are those of tokens: the same K/V, bit for bit."""
+    n, base = 40, make_gguf(tmp_path / "base.gguf", "llama", type=Type.F32)
+    states = np.random.default_rng(0).standard_normal((n, 128), np.float32)  # as Step's images
+    header = read_header(base)
+    [table] = [each for each in header.tensors if each.name == "token_embd.weight"]
+    with base.open("r+b") as file:
+        file.seek(header.data_start + table.offset)
+        file.write(states.tobytes())
+    plan = make_plan(read_shape(base), boundary=BOUNDARY, sink_tokens=0, projection=WIDE)
+    seen: dict[int, list[bytes]] = {}
+    for image_rows in (0, 1):
+        made, state = replace(made_up(plan), image_rows=image_rows), tmp_path / "state"
+        convert(plan, base, tmp_path / "wide.gguf", fitted=made, force=True)
+        job = Job(str(tmp_path / "wide.gguf"), (), n_ubatch=16)
+        for step in (
+            Step("decode", tokens=tuple(range(n)), logits="none"),
+            Step("image", value=n, causal=True),
+        ):
+            run(replace(job, steps=(step, Step("save", path=str(state)))))
+            seen.setdefault(image_rows, []).append(state.read_bytes())
+    assert seen[1][0] == seen[1][1] == seen[0][0]
+    # Fitted on text alone, they are not for images.
+    assert seen[0][1] != seen[0][0]
 
 
 # --- what is refused

@@ -92,8 +92,8 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
 
 def _fitted(meta: PopMeta) -> str:
     if meta.image_rows:
-        return f"fitted, on {meta.image_rows:,} rows of pictures, too"
-    return "fitted; on no pictures: their tokens get the layers' own"
+        return f"{meta.projection}, on {meta.image_rows:,} rows of pictures, too"
+    return f"{meta.projection}; on no pictures: their tokens get the layers' own"
 
 
 def _verification_facts(verification: Verification) -> list[Fact]:
