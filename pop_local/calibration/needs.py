@@ -65,26 +65,24 @@ def sums_limit_bytes(options: FitOptions) -> int:
 
 def wide_cost(plan: Plan) -> float:
     """Return what share of the speed a wide fit costs."""
-    plain, wide = in_kinds([plan], (FITTED, WIDE))
-    return 1 - wide.speedup_limit / plain.speedup_limit
+    plain, wide = (replace(plan, projection=kind).speedup_limit for kind in (FITTED, WIDE))
+    return 1 - wide / plain
 
 
-def kinds_to_fit(plans: Sequence[Plan], options: FitOptions) -> tuple[str, ...]:
-    """Return the projections to fit at each of the plans: two where measuring is to decide."""
-    if options.projection is not None:
-        return (options.projection,)
-    is_cheap = all(wide_cost(plan) <= MOST_WIDE_COST for plan in plans)
-    return (FITTED, WIDE) if is_cheap else (FITTED,)
+def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
+    """Return the plans with the projections to fit: twice where measuring is to decide."""
 
+    def kinds(plan: Plan) -> tuple[str, ...]:
+        if options.projection is not None:
+            return (options.projection,)
+        return (FITTED, WIDE) if wide_cost(plan) <= MOST_WIDE_COST else (FITTED,)
 
-def in_kinds(plans: Sequence[Plan], kinds: Sequence[str]) -> list[Plan]:
-    """Return all plans with the first of the projections, then with the next."""
-    return [replace(plan, projection=kind) for kind in kinds for plan in plans]
+    return [replace(plan, projection=kind) for plan in plans for kind in kinds(plan)]
 
 
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Needs:
     """Return what a fit of all plans takes. Raises CalibrationError for too few tokens."""
-    plans = in_kinds(plans, kinds_to_fit(plans, options))
+    plans = in_kinds(plans, options)
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
     n_sampled = n_sampled_of(n_windows) if options.text is None else 0
     return plan_needs(plans, source, sums_limit_bytes(options), n_sampled)

@@ -14,7 +14,7 @@ from converter.sidecar import measure_sidecar, write_sidecar
 from converter.source import Source
 from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import in_kinds, kinds_to_fit, wide_cost
+from pop_local.calibration.needs import in_kinds, wide_cost
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import CalibrationText
 from pop_local.models.stored import ModelFiles
@@ -42,6 +42,7 @@ class Fitter:
     hardware: Hardware
     watch: Watch
     text: CalibrationText | None = None
+    kind: str | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -53,44 +54,41 @@ class Fitter:
         follow = Follow(
             self._lazily("Sampling text"), self._lazily("Fitting"), self.watch.should_stop
         )
-        kinds = kinds_to_fit(plans, self.options)
-        wanted = in_kinds(plans, kinds)
+        wanted = in_kinds(plans, self.options)
         options = replace(self.options, state_path=state_path)
         with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
             done = calibrate(wanted, model, self.source, options, follow, self.text)
         self.text = done.text
-        fits = {
-            kind: done.fitted[number * len(plans) :][: len(plans)]
-            for number, kind in enumerate(kinds)
-        }
-        chosen = self._better(plans[0], fits) if len(kinds) > 1 else kinds[0]
-        self.options = replace(self.options, projection=chosen)
-        return fits[chosen]
+        made: dict[int, dict[str, Fitted]] = {plan.boundary: {} for plan in plans}
+        for plan, fitted in zip(wanted, done.fitted, strict=True):
+            made[plan.boundary][plan.projection] = fitted
+        return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
-    def _better(self, plan: Plan, fits: Mapping[str, Sequence[Fitted]]) -> str:
-        """Measure both kinds of fit on held-out text."""
-        self.watch.on_note("Measuring whether a wide fit is worth its cost")
-        losses = {}
-        for kind, (fitted, *_) in fits.items():
-            with temporary_sidecar(plan, self.source, fitted) as sidecar:
-                losses[kind] = self._loss(plan, sidecar)
-        gained, cost = 1 - losses[WIDE] / losses[FITTED], wide_cost(plan)
-        chosen = WIDE if gained > _WORTH * cost else FITTED
-        self.watch.on_note(
-            f"A wide fit takes {gained:.0%} off the KL and {cost:.1%} off the speed: "
-            + ("it is taken" if chosen == WIDE else "the plain one is taken")
-        )
-        return chosen
+    def _better(self, plan: Plan, fits: Mapping[str, Fitted]) -> Fitted:
+        """Take the kind that was found to be better; at the first boundary with both, measure."""
+        if len(fits) == 1:
+            return next(iter(fits.values()))
+        if self.kind is None:
+            self.watch.on_note("Measuring whether a wide fit is worth its cost")
+            losses = {kind: self._loss(plan, fitted) for kind, fitted in fits.items()}
+            gained, cost = 1 - losses[WIDE] / losses[FITTED], wide_cost(plan)
+            self.kind = WIDE if gained > _WORTH * cost else FITTED
+            self.watch.on_note(
+                f"It takes {gained:.0%} off the KL and {cost:.1%} off the speed: "
+                + ("taken" if self.kind == WIDE else "the plain one is taken")
+            )
+        return fits[self.kind]
 
-    def _loss(self, plan: Plan, sidecar: Path) -> float:
+    def _loss(self, plan: Plan, fitted: Fitted) -> float:
         from pop_local.measure.quality import QualitySettings, measure_depths
         from pop_local.workflows.measuring import opened_to_measure
 
-        files = ModelFiles(self.source.first.path, sidecar)
         settings = QualitySettings(_N_WINDOWS, n_draws=1)
-        with opened_to_measure(files, plan, self.hardware, self.watch) as (model, tokens):
-            advance = self.watch.stage("Measuring")
-            [found] = measure_depths(model, tokens, settings, (plan.boundary,), advance)
+        with temporary_sidecar(plan, self.source, fitted) as sidecar:
+            files = ModelFiles(self.source.first.path, sidecar)
+            with opened_to_measure(files, plan, self.hardware, self.watch) as (model, tokens):
+                advance = self.watch.stage("Measuring")
+                [found] = measure_depths(model, tokens, settings, (plan.boundary,), advance)
         return found.kl_mean.value
 
     def _lazily(self, name: str) -> Progress:

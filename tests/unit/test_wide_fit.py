@@ -21,7 +21,7 @@ from converter.wide import MOST_NEURON, wide_input
 from pop_local.calibration import needs
 from pop_local.calibration.job import Calibrated
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import fit_needs, kinds_to_fit, wide_cost
+from pop_local.calibration.needs import fit_needs, wide_cost
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.workflows import fits
@@ -209,11 +209,9 @@ class Losses:
             made = tuple(made_up(plan) for plan in plans)
             return Calibrated(made, None)  # type: ignore[arg-type]
 
-        def loss(fitter, plan, sidecar):
-            meta = read_pop_meta(sidecar)
-            assert meta is not None
-            self.measured.append(meta.projection)
-            return {FITTED: plain, WIDE: wide}[meta.projection]
+        def loss(fitter, plan, made):
+            self.measured.append(made.projection)
+            return {FITTED: plain, WIDE: wide}[made.projection]
 
         monkeypatch.setattr(fits, "calibrate", calibrate)
         monkeypatch.setattr(fits, "LoadedModel", lambda *_, **__: nullcontext())
@@ -233,17 +231,21 @@ def test_a_wide_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, mon
     [made] = fitter.fit([plan], None)
     assert made.projection == wanted
     assert losses.measured == [FITTED, WIDE]
-    assert ("it is taken" in notes[-1]) == (wanted == WIDE)
+    assert ("plain" in notes[-1]) == (wanted == FITTED)
     # Once for a model.
     [made] = fitter.fit([other], None)
     assert made.projection == wanted and len(losses.measured) == 2
 
 
+def kinds(plan, options: FitOptions) -> list[str]:
+    return [each.projection for each in needs.in_kinds([plan], options)]
+
+
 def test_what_costs_much_is_not_tried(llama):
     plan = planned(llama)
     assert wide_cost(plan) > needs.MOST_WIDE_COST
-    assert kinds_to_fit([plan], FitOptions()) == (FITTED,)
-    assert kinds_to_fit([plan], FitOptions(projection=WIDE)) == (WIDE,)
+    assert kinds(plan, FitOptions()) == [FITTED]
+    assert kinds(plan, FitOptions(projection=WIDE)) == [WIDE]
 
 
 def test_what_costs_little_is(tmp_path):
@@ -252,8 +254,8 @@ def test_what_costs_little_is(tmp_path):
     shape = read_shape(path)
     plan = make_plan(shape, boundary=6, projection=FITTED)
     assert 0 < wide_cost(plan) <= needs.MOST_WIDE_COST
-    assert kinds_to_fit([plan], FitOptions()) == (FITTED, WIDE)
-    assert kinds_to_fit([plan], FitOptions(projection=FITTED)) == (FITTED,)
+    assert kinds(plan, FitOptions()) == [FITTED, WIDE]
+    assert kinds(plan, FitOptions(projection=FITTED)) == [FITTED]
     source = read_source(path)
     plain = fit_needs([plan], source, FitOptions(projection=FITTED))
     assert fit_needs([plan], source, FitOptions()).sums_bytes > plain.sums_bytes
