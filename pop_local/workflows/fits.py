@@ -71,11 +71,12 @@ class Fitter:
         if self.kind is None:
             self.watch.on_note("Measuring whether a wide fit is worth its cost")
             losses = {kind: self._loss(plan, fitted) for kind, fitted in fits.items()}
-            gained, cost = 1 - losses[WIDE] / losses[FITTED], wide_cost(plan)
-            self.kind = WIDE if gained > _WORTH * cost else FITTED
+            plain, wide, cost = losses[FITTED], losses[WIDE], wide_cost(plan)
+            self.kind = WIDE if wide < (1 - _WORTH * cost) * plain else FITTED
+            verdict = "is taken" if self.kind == WIDE else "is not worth it"
             self.watch.on_note(
-                f"It takes {gained:.0%} off the KL and {cost:.1%} off the speed: "
-                + ("taken" if self.kind == WIDE else "the plain one is taken")
+                f"A wide fit {verdict}: KL {wide:.4f} against {plain:.4f}, for {cost:.1%} of the"
+                " speed"
             )
         return fits[self.kind]
 

@@ -231,7 +231,7 @@ def test_a_wide_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, mon
     [made] = fitter.fit([plan], None)
     assert made.projection == wanted
     assert losses.measured == [FITTED, WIDE]
-    assert ("plain" in notes[-1]) == (wanted == FITTED)
+    assert ("is taken" in notes[-1]) == (wanted == WIDE)
     # Once for a model.
     [made] = fitter.fit([other], None)
     assert made.projection == wanted and len(losses.measured) == 2
