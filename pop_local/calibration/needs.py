@@ -19,7 +19,7 @@ from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 300 * 10**6
 # Of a pruned prompt's work: a wide fit that adds more is not tried unless it is asked for.
-MOST_WIDE_COST = 0.02
+MOST_WIDE_COST = 0.015
 # Where the machine does not say what is free.
 _FALLBACK_BYTES = 4 * 10**9
 
@@ -70,12 +70,18 @@ def wide_cost(plan: Plan) -> float:
 
 
 def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
-    """Return the plans with the projections to fit: twice where measuring is to decide."""
+    """Return the plans with the projections to fit: twice where measuring is to decide.
+
+    It decides at the first plan, for all that are as cheap.
+    """
+
+    def is_open(plan: Plan) -> bool:
+        return options.projection is None and wide_cost(plan) <= MOST_WIDE_COST
 
     def kinds(plan: Plan) -> tuple[str, ...]:
-        if options.projection is not None:
-            return (options.projection,)
-        return (FITTED, WIDE) if wide_cost(plan) <= MOST_WIDE_COST else (FITTED,)
+        if is_open(plans[0]) and is_open(plan):
+            return FITTED, WIDE
+        return (options.projection or FITTED,)
 
     return [replace(plan, projection=kind) for plan in plans for kind in kinds(plan)]
 

@@ -125,8 +125,10 @@ def measure_fits(
 ) -> list[T]:
     """Fit all plans in one go, then measure a temporary sidecar of each, one after the other.
 
-    Raises PopError, StoppedError.
+    The fits are of one kind, so that depths compare: plain unless the options say otherwise. Raises
+    PopError, StoppedError.
     """
+    options = replace(options, projection=options.projection or FITTED)
     require_room(plans, source, options)
     wanted = [plan for plan in plans if plan.projection != OWN]
     made = Fitter(source, options, hardware, watch).fit(wanted, None)
