@@ -23,6 +23,7 @@ from converter.shape import read_shape
 from pop_local.cli import app
 from pop_local.measure import budget, probes
 from pop_local.workflows import examine as examining
+from pop_local.workflows import fits
 from support.calibrating import words
 from support.converted import names
 from support.synthetic import make_gguf
@@ -135,6 +136,20 @@ def test_a_wide_fit(tiny, tmp_path, text, short_examination):
     assert row["limit"] == speedup_limit(shape, 200, meta.boundary, n_full, WIDE)
     done = CliRunner().invoke(app, ["inspect", str(target)])
     assert "fitted-wide" in done.stdout
+
+
+def test_where_it_is_cheap_the_kind_is_measured(tmp_path, text, short_examination, monkeypatch):
+    """Few K/V heads beside a wide FFN; a wide fit to noise that wins nothing is not taken."""
+    monkeypatch.setattr(fits, "_N_WINDOWS", 1)
+    model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=2048)
+    for worth, wanted in ((-100.0, "fitted-wide"), (100.0, "fitted")):
+        monkeypatch.setattr(fits, "_WORTH", worth)
+        done = convert(model, "--boundary", 6, "--text", text, "--force")
+        assert done.exit_code == 0, done.output
+        meta = read_pop_meta(tmp_path / "cheap.pop.gguf")
+        assert meta is not None and meta.projection == wanted
+        [said] = [line for line in done.stderr.splitlines() if line.startswith("A wide fit")]
+        assert ("is taken" in said) == (wanted == "fitted-wide")
 
 
 def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
