@@ -13,7 +13,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.chat_session import (
     Answer,
     ChatSession,
-    Image,
+    GivenImage,
     Stream,
     load_session,
 )
@@ -83,7 +83,7 @@ class PopModel(ChatModel):
         *,
         system: str = "",
         documents: Sequence[str | Document] = (),
-        images: Sequence[Image] = (),
+        images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Answer:
         """Answer one question that has nothing before it; see ChatSession.chat."""
@@ -97,7 +97,7 @@ class PopModel(ChatModel):
         *,
         system: str = "",
         documents: Sequence[str | Document] = (),
-        images: Sequence[Image] = (),
+        images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Stream:
         """Answer it in pieces, as they come; see ChatSession.stream."""

@@ -161,7 +161,7 @@ def test_pictures_of_a_folder(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.png").write_bytes(png(3))
     (tmp_path / "b.txt").write_text("no picture")
-    assert [picture.name for picture in pictures_of(tmp_path)] == ["a.png"]
+    assert [Path(picture.name).name for picture in pictures_of(tmp_path)] == ["a.png"]
 
 
 def test_convert_on_the_command_line(tmp_path):

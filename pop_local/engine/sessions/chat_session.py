@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # A file's path or its bytes.
-Image = str | os.PathLike[str] | bytes | Picture
+GivenImage = str | os.PathLike[str] | bytes | Picture
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class ChatSession:
         question: str,
         *,
         documents: Sequence[str | Document] = (),
-        images: Sequence[Image] = (),
+        images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Answer:
         """Give the whole answer; images and documents precede the question.
@@ -163,7 +163,7 @@ class ChatSession:
         question: str,
         *,
         documents: Sequence[str | Document] = (),
-        images: Sequence[Image] = (),
+        images: Sequence[GivenImage] = (),
         **options: Unpack[AnswerOptions],
     ) -> Stream:
         """Give the answer in pieces; reading starts with the first one.
@@ -280,13 +280,13 @@ def _documents(given: Sequence[str | Document]) -> tuple[Document, ...]:
     return tuple(each if isinstance(each, Document) else Document("a text", each) for each in given)
 
 
-def _pictures(given: Sequence[Image]) -> tuple[Picture, ...]:
+def _pictures(given: Sequence[GivenImage]) -> tuple[Picture, ...]:
     if isinstance(given, str | bytes | os.PathLike):
         raise PopError("images is a single one, not a list of them", "images=[path]")
     return tuple(map(_picture, given))
 
 
-def _picture(given: Image) -> Picture:
+def _picture(given: GivenImage) -> Picture:
     if isinstance(given, Picture):
         return given
     if isinstance(given, bytes):
