@@ -164,7 +164,7 @@ COMMANDS = {
     "/context": Command("/context", "what fills the context", _context),
     "/file": Command("/file PATH", "read a file with the next question", attach.attach_file),
     "/image": Command("/image PATH", "show a picture with the next question", images.attach_image),
-    "/glob": Command("/glob PATTERN", "the same for several files", attach.attach_glob),
+    "/glob": Command("/glob PATTERN", "read several files", attach.attach_glob),
     "/retry": Command("/retry", "answer the last question again", _retry),
     "/undo": Command("/undo", "drop the last question and its answer", _undo),
     "/edit": Command("/edit", "change the last question and ask it again", _edit),

@@ -93,7 +93,7 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
 def _fitted(meta: PopMeta) -> str:
     if meta.image_rows:
         return f"{meta.projection}, on {meta.image_rows:,} rows of pictures, too"
-    return f"{meta.projection}; on no pictures: their tokens get the layers' own"
+    return meta.projection
 
 
 def _verification_facts(verification: Verification) -> list[Fact]:
