@@ -47,7 +47,7 @@ class ScriptedModel:
         self.asked: list[list[Message]] = []
         self.options: dict[str, Any] = {}
         self.pop_mode = Mode.CONTEXT
-        self.boundary = 20
+        self.boundary, self.projection = 20, "fitted"
         self.shape = None
         self.exact = 0
         self.is_mrope = False
