@@ -65,7 +65,10 @@ def expected(
         (trio.original, lambda n: (n - n_tail, n)),
     ]
     results: dict[str, np.ndarray] = {}
-    for model, span in phases if trio.n_sink else phases[1:]:
+    # Nobody reads before a tail that is the whole prompt.
+    if n_tail >= max(map(len, prompts)):
+        phases = phases[2:]
+    for model, span in phases if trio.n_sink or len(phases) == 1 else phases[1:]:
         steps = [*first]
         for number, tokens in enumerate(prompts):
             start, end = span(len(tokens))
@@ -99,14 +102,20 @@ def unpatched_noise(
 ) -> float:
     """How far the oracle's `want`, all unpatched, is from itself computed in another order.
 
-    The largest distance over the prompts, a ubatch that no kernel is tiled for, and a KV cache
-    whose first cells another sequence has.
+    The largest distance over the prompts, a ubatch that no kernel is tiled for, a KV cache whose
+    first cells another sequence has, and the full model's own between a prompt in the oracle's
+    pieces and in one.
     """
     others = [expected(trio, prompts, n_tail, folder, replace(job, n_ubatch=7))]
     shared = replace(job, n_seq_max=2, kv_unified=True)
     neighbour = Step("decode", tokens=prompts[0][:53], seq=1, logits="none")
     others.append(expected(trio, prompts, n_tail, folder, shared, (neighbour,)))
-    return max(distance(*pair) for other in others for pair in zip(want, other, strict=True))
+    pairs = [pair for other in others for pair in zip(want, other, strict=True)]
+    full = replace(trio, silent=trio.original)
+    in_pieces = expected(full, prompts, n_tail, folder, job)
+    in_one = expected(replace(full, n_sink=0), prompts, max(map(len, prompts)), folder, job)
+    pairs += zip(in_pieces, in_one, strict=True)
+    return max(distance(*pair) for pair in pairs)
 
 
 def distance(logits: np.ndarray, other: np.ndarray) -> float:
