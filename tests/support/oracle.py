@@ -65,10 +65,7 @@ def expected(
         (trio.original, lambda n: (n - n_tail, n)),
     ]
     results: dict[str, np.ndarray] = {}
-    # Nobody reads before a tail that is the whole prompt.
-    if n_tail >= max(map(len, prompts)):
-        phases = phases[2:]
-    for model, span in phases if trio.n_sink or len(phases) == 1 else phases[1:]:
+    for model, span in phases if trio.n_sink else phases[1:]:
         steps = [*first]
         for number, tokens in enumerate(prompts):
             start, end = span(len(tokens))
@@ -112,9 +109,12 @@ def unpatched_noise(
     others.append(expected(trio, prompts, n_tail, folder, shared, (neighbour,)))
     pairs = [pair for other in others for pair in zip(want, other, strict=True)]
     full = replace(trio, silent=trio.original)
-    in_pieces = expected(full, prompts, n_tail, folder, job)
-    in_one = expected(replace(full, n_sink=0), prompts, max(map(len, prompts)), folder, job)
-    pairs += zip(in_pieces, in_one, strict=True)
+    steps: list[Step] = []
+    for number, tokens in enumerate(prompts):
+        steps += [Step("remove"), Step("decode", str(number), tokens=tokens)]
+    in_one = run(replace(job, model=str(trio.original), steps=tuple(steps)))
+    for number, in_pieces in enumerate(expected(full, prompts, n_tail, folder, job)):
+        pairs.append((in_pieces, in_one[str(number)][-1]))
     return max(distance(*pair) for pair in pairs)
 
 
