@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from gguf import GGML_QUANT_SIZES, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from converter.errors import FormatError, TruncatedError
 
@@ -50,6 +50,13 @@ _NUMBERS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
 _ROWS = tuple(struct.Struct(f"<{n_dims}QIQ") for n_dims in range(5))
 # (elements, bytes) per block by ggml type; Q2_0 (42) is newer than the gguf package.
 BLOCK_SIZES = {42: (64, 18)} | {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+# llama.cpp opens a model with weights of these, and crashes when it multiplies by them.
+_WITHOUT_PRODUCT = (
+    GGMLQuantizationType.I8,
+    GGMLQuantizationType.I16,
+    GGMLQuantizationType.I64,
+    GGMLQuantizationType.F64,
+)
 
 Scalar = int | float | bool | str
 
@@ -296,6 +303,12 @@ def _scan_tensor(cursor: _Cursor) -> TensorInfo:
         raise FormatError(
             f"{cursor.path}: tensor {name} has type {kind}, which is not known here",
             "use a newer pop-local, or another quantisation",
+        )
+    if kind in _WITHOUT_PRODUCT:
+        raise FormatError(
+            f"{cursor.path}: tensor {name} has type {GGMLQuantizationType(kind).name}, which"
+            " llama.cpp multiplies nothing by",
+            "download it again",
         )
     n_elements = math.prod(dims)
     if n_elements >= 1 << 63:

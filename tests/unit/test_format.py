@@ -289,3 +289,15 @@ def _written(src: Path, dst: Path, meta: PopMeta) -> dict[str, gguf.ReaderField]
         file.write(content.with_keys(encode_keys(meta)).header)
         copy_data(content, b"", file.write, lambda n_bytes: None)
     return gguf.GGUFReader(dst).fields
+
+
+def test_weights_that_llama_cpp_cannot_multiply_by_are_refused(tmp_path):
+    """It opened such a file, and crashed at the first token (found by fuzzing)."""
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    content, name = bytearray(path.read_bytes()), b"blk.0.ffn_up.weight"
+    kind = content.index(name) + len(name) + 4 + 2 * 8
+    assert struct.unpack_from("<I", content, kind) == (gguf.GGMLQuantizationType.F16,)
+    struct.pack_into("<I", content, kind, gguf.GGMLQuantizationType.I16)
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match="ffn_up.weight has type I16"):
+        read_header(path)
