@@ -299,5 +299,5 @@ def test_weights_that_llama_cpp_cannot_multiply_by_are_refused(tmp_path):
     assert struct.unpack_from("<I", content, kind) == (gguf.GGMLQuantizationType.F16,)
     struct.pack_into("<I", content, kind, gguf.GGMLQuantizationType.I16)
     path.write_bytes(content)
-    with pytest.raises(FormatError, match="ffn_up.weight has type I16"):
+    with pytest.raises(FormatError, match=r"ffn_up\.weight has type I16"):
         read_header(path)
