@@ -301,7 +301,7 @@ def test_too_little_space_is_said_before_anything_is_written(hub, tmp_path, monk
 # --- replies that say something else than they are
 
 # One tensor, of bytes: the header says how many there must be.
-WHOLE = b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"x", 1, 4000, 24, 0) + bytes(23 + 4000)
+WHOLE = b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"x", 1, 1000, 0, 0) + bytes(23 + 4000)
 
 
 def reply(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
