@@ -6,7 +6,7 @@ from fractions import Fraction
 from converter.errors import PlanError, UnsupportedArchitectureError
 from converter.format import OWN, Budget, PopMeta, Refilled
 from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
-from converter.shape import MROPE, SHARED_KV, ModelShape
+from converter.shape import SHARED_KV, ModelShape
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
@@ -133,7 +133,7 @@ def make_plan(
             " would skip some of them",
             f"choose a boundary from {shape.n_deepstack} to {shape.n_layer - 1}",
         )
-    if select and shape.arch in MROPE:
+    if select and shape.is_mrope:
         raise PlanError(
             f"the architecture {shape.arch!r} has several positions a token (M-RoPE), and none of"
             " its tokens can be selected",

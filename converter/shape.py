@@ -44,8 +44,7 @@ SHARED_KV: dict[str, _Window] = {
 }
 _GEMMA3N_KV_LAYERS = 20
 
-# Architectures whose rows have several positions each (M-RoPE): no deep passes, so nothing is
-# selected or refilled.
+# Whose rows have several positions each, for which deep passes are not made.
 MROPE = ("qwen2vl", "qwen3vl", "qwen3vlmoe")
 # Gemma 4 calls the gate of the per-layer inputs and their projection so; the rest is Gemma 3n's.
 _PER_ROW = ("inp_gate", "proj", "laurel_l", "laurel_r", "altup_router", "altup_predict_coef")
@@ -93,6 +92,11 @@ class ModelShape:
     output_macs: int = 0
     n_deepstack: int = 0
     n_neurons: tuple[int, ...] = ()
+
+    @property
+    def is_mrope(self) -> bool:
+        """Whether a row has several positions (M-RoPE), so that none is selected or refilled."""
+        return self.arch in MROPE
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
         """Return the sizes of the wider input (converter.wide): previous state, neurons.

@@ -9,7 +9,7 @@ from pop_local.engine.decode.text import Pieces, TextStream
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.interrupt import DisplacedError
 from pop_local.engine.logprobs import Logprobs
-from pop_local.engine.prefill.plan import plan_prefill
+from pop_local.engine.prefill.plan import plan_prefill, text_from
 from pop_local.engine.prompts import Prompt
 from pop_local.engine.pruned import PrunedLlama
 from pop_local.engine.turn import (
@@ -48,7 +48,7 @@ class _Turn:
         self._seen = prompt.seen
         self._n_prompt = len(prompt.tokens)
         self._n_image = prompt.n_image
-        self._text_from = prompt.text_from
+        self._text_from = text_from(prompt.tokens)
         self._begun = prompt.begun
         room = model.n_ctx() - self._n_prompt
         if room < options.min_answer:

@@ -32,10 +32,5 @@ class Prompt:
 
     @property
     def n_image(self) -> int:
-        """How many tokens are rows of pictures, whose ids are below zero."""
-        return sum(token < 0 for token in self.tokens)
-
-    @property
-    def text_from(self) -> int:
-        """Where the text after the last picture begins."""
-        return max((at + 1 for at, token in enumerate(self.tokens) if token < 0), default=0)
+        """How many tokens are rows of pictures."""
+        return sum(image.n_rows for seen in self.seen for image in seen.images)

@@ -12,7 +12,6 @@ from pathlib import Path
 from converter.format import OWN, Budget, Measured
 from converter.plan import Plan
 from converter.rewrite import Fitted
-from converter.shape import MROPE
 from converter.source import Source
 from pop_local.calibration.needs import fit_needs
 from pop_local.calibration.options import FitOptions
@@ -98,7 +97,7 @@ class _Search:
 
     def _with_selection(self, deepest: int) -> Iterator[Trial]:
         """Try deeper boundaries that are faster with a selection, while they are inside."""
-        if self.plans[deepest].shape.arch in MROPE:
+        if self.plans[deepest].shape.is_mrope:
             return
         fastest = self.plans[deepest].speedup_limit
         for boundary in sorted((each for each in self.plans if each < deepest), reverse=True):

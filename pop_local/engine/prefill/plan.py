@@ -110,15 +110,19 @@ def images_in(tokens: Sequence[int], n_rows: Callable[[Sequence[int]], int]) -> 
     return found
 
 
+def text_from(tokens: Sequence[int]) -> int:
+    """Return where the text after a prompt's last image begins."""
+    rows = np.flatnonzero(np.asarray(tokens, dtype=np.int64) < 0)
+    return int(rows[-1]) + 1 if rows.size else 0
+
+
 def n_usable(tokens: Sequence[int], cached: np.ndarray, is_full: np.ndarray, rule: RowRule) -> int:
     """How many cached rows the prompt `tokens` may reuse.
 
     As many as it begins with, but no context row where the prompt's own tail must be full.
     """
     n_same = n_equal(tokens, cached)
-    ids = np.asarray(tokens, dtype=np.intc)
-    text_from = int(np.flatnonzero(ids < 0)[-1]) + 1 if (ids < 0).any() else 0
-    tail_start = max(text_from, len(tokens) - rule.tail_tokens)
+    tail_start = max(text_from(tokens), len(tokens) - rule.tail_tokens)
     pruned = np.flatnonzero(~is_full[tail_start:n_same])
     return tail_start + int(pruned[0]) if pruned.size else n_same
 
