@@ -70,7 +70,7 @@ class Fitter:
             return next(iter(fits.values()))
         if self.kind is None:
             self.watch.on_note("Measuring whether a wide fit is worth its cost")
-            losses = {kind: self._loss(plan, fitted) for kind, fitted in fits.items()}
+            losses = self._losses(plan, fits)
             plain, wide, cost = losses[FITTED], losses[WIDE], wide_cost(plan)
             self.kind = WIDE if wide < (1 - _WORTH * cost) * plain else FITTED
             verdict = "is taken" if self.kind == WIDE else "is not worth it"
@@ -80,17 +80,24 @@ class Fitter:
             )
         return fits[self.kind]
 
-    def _loss(self, plan: Plan, fitted: Fitted) -> float:
-        from pop_local.measure.quality import QualitySettings, measure_depths
+    def _losses(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, float]:
+        """The KL of each kind, on the same windows."""
+        from pop_local.measure.quality import QualitySettings, measure_against, read_reference
         from pop_local.workflows.measuring import opened_to_measure
 
-        settings = QualitySettings(_N_WINDOWS, n_draws=1)
-        with temporary_sidecar(plan, self.source, fitted) as sidecar:
-            files = ModelFiles(self.source.first.path, sidecar)
-            with opened_to_measure(files, plan, self.hardware, self.watch) as (model, tokens):
-                advance = self.watch.stage("Measuring")
-                [found] = measure_depths(model, tokens, settings, (plan.boundary,), advance)
-        return found.kl_mean.value
+        path, settings = self.source.first.path, QualitySettings(_N_WINDOWS, n_draws=1)
+        with opened_to_measure(ModelFiles(path), plan, self.hardware, self.watch) as opened:
+            advance = self.watch.stage("Reading in full")
+            reference = read_reference(*opened, settings, advance)
+        losses = {}
+        for kind, fitted in fits.items():
+            with temporary_sidecar(plan, self.source, fitted) as sidecar:
+                files = ModelFiles(path, sidecar)
+                with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
+                    advance = self.watch.stage("Measuring")
+                    [found] = measure_against(reference, model, (plan.boundary,), advance)
+            losses[kind] = found.kl_mean.value
+        return losses
 
     def _lazily(self, name: str) -> Progress:
         """A stage that begins when its work does: a kept fit has none of it."""

@@ -75,5 +75,13 @@ def words(folder: Path) -> Path:
     return path
 
 
+def random_words(folder: Path) -> Path:
+    """The same of random letters, whose tokens tell a model's inputs apart."""
+    letters = np.random.default_rng(0).integers(97, 123, (9000, 5), np.uint8)
+    path = folder / "words.txt"
+    path.write_text(" ".join(bytes(word).decode() for word in letters))
+    return path
+
+
 def prompt(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(3, 384, n).tolist()

@@ -25,6 +25,7 @@ from support.calibrating import (
     fitted,
     fitted_at,
     planned,
+    random_words,
     recorded,
     settings,
 )
@@ -35,10 +36,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    words = np.random.default_rng(0).integers(97, 123, (9000, 5), np.uint8)
-    path: Path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(bytes(word).decode() for word in words))
-    return path
+    return random_words(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

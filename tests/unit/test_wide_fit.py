@@ -35,6 +35,7 @@ from support.calibrating import (
     fitted,
     fitted_at,
     planned,
+    random_words,
     recorded,
     settings,
 )
@@ -46,10 +47,7 @@ N_PREV, N_NEURONS = 32, 64
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    words = np.random.default_rng(0).integers(97, 123, (9000, 5), np.uint8)
-    path: Path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(bytes(word).decode() for word in words))
-    return path
+    return random_words(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +207,13 @@ class Losses:
             made = tuple(made_up(plan) for plan in plans)
             return Calibrated(made, None)  # type: ignore[arg-type]
 
-        def loss(fitter, plan, made):
-            self.measured.append(made.projection)
-            return {FITTED: plain, WIDE: wide}[made.projection]
+        def losses(fitter, plan, made):
+            self.measured += [each.projection for each in made.values()]
+            return {FITTED: plain, WIDE: wide}
 
         monkeypatch.setattr(fits, "calibrate", calibrate)
         monkeypatch.setattr(fits, "LoadedModel", lambda *_, **__: nullcontext())
-        monkeypatch.setattr(Fitter, "_loss", loss)
+        monkeypatch.setattr(Fitter, "_losses", losses)
 
 
 @pytest.mark.parametrize(("wide", "wanted"), [(0.7, WIDE), (0.96, FITTED), (1.2, FITTED)])
