@@ -13,7 +13,12 @@ from converter.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.texts import N_WINDOW, CalibrationError
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj, Seen
-from pop_local.engine.images.pictures import Picture, picture_of, read_picture
+from pop_local.engine.images.pictures import (
+    Picture,
+    picture_of,
+    read_picture,
+    require_pillow,
+)
 
 N_DRAWN = 24
 _MAX_PICTURES = 200
@@ -22,10 +27,7 @@ _WORDS = "total date amount name sum of page figure table left right red blue op
 
 
 class CalibrationImages:
-    """The images of some pictures, cut up by an mmproj, of up to N_WINDOW rows each.
-
-    `sha256` tells mmproj and pictures apart.
-    """
+    """The images of some pictures, cut up by an mmproj, of up to N_WINDOW rows each."""
 
     def __init__(
         self,
@@ -70,9 +72,9 @@ def pictures_of(folder: Path | None) -> Sequence[Picture]:
     return found
 
 
-def identity(mmproj: Path, folder: Path | None) -> str:
+def identity(mmproj: Path, pictures: Sequence[Picture]) -> str:
     """Tell apart what a calibration with images reads."""
-    parts = [picture.sha256 for picture in pictures_of(folder)]
+    parts = [picture.sha256 for picture in pictures]
     stat = mmproj.stat()
     return hashlib.sha256(repr([stat.st_size, stat.st_mtime_ns, *parts]).encode()).hexdigest()
 
@@ -83,19 +85,15 @@ def drawn(n: int, seed: int = 0) -> tuple[Picture, ...]:
 
     Raises PopError without Pillow.
     """
+    require_pillow()
     rng = np.random.default_rng(seed)
     return tuple(_drawn(rng, number) for number in range(n))
 
 
 def _drawn(rng: np.random.Generator, number: int) -> Picture:
-    try:
-        from PIL import Image as Pil
-        from PIL import ImageDraw, ImageFont
-    except ImportError as error:
-        raise PopError(
-            f"drawing pictures to fit on needs Pillow: {error}",
-            "install it with: pip install 'pop-local[images]'",
-        ) from error
+    from PIL import Image as Pil
+    from PIL import ImageDraw, ImageFont
+
     width, height = _SIZES[number % len(_SIZES)]
     corners = rng.uniform(0, 255, (2, 2, 3))
     across, down = np.linspace(0, 1, width)[None, :, None], np.linspace(0, 1, height)[:, None, None]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from pop_local.calibration.texts import (
     whole_text,
 )
 from pop_local.engine.images.mmproj import ImageChunk
+from pop_local.engine.images.pictures import Picture
 
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
@@ -101,18 +103,16 @@ class _Job:
         self._groups = plan_needs(plans, source, sums_limit_bytes(options)).groups
         self._weights = Weights(source)
         self._eps = _rms_epsilon(source)
-        self._identity = _identity(plans, source, options, self._groups)
-        self._images = self._cut_up() if options.mmproj else None
+        pictures = pictures_of(options.images) if options.mmproj else ()
+        self._identity = _identity(plans, source, options, self._groups, pictures)
+        self._images = self._cut_up(options.mmproj, pictures) if options.mmproj else None
         self._saved_s = time.monotonic()
         self._x: dict[int, Rows] = {}
         self._y: dict[int, Rows] = {}
         self._token_weights: dict[int, Rows] = {}
 
-    def _cut_up(self) -> CalibrationImages:
-        options = self._options
-        assert options.mmproj is not None
-        pictures = pictures_of(options.images)
-        return CalibrationImages(self._model, options.mmproj, pictures, self._follow.should_stop)
+    def _cut_up(self, mmproj: Path, pictures: Sequence[Picture]) -> CalibrationImages:
+        return CalibrationImages(self._model, mmproj, pictures, self._follow.should_stop)
 
     def run(self) -> Calibrated:
         try:
@@ -282,14 +282,18 @@ def _rms_epsilon(source: Source) -> float:
 
 
 def _identity(
-    plans: Sequence[Plan], source: Source, options: FitOptions, groups: tuple[tuple[Pair, ...], ...]
+    plans: Sequence[Plan],
+    source: Source,
+    options: FitOptions,
+    groups: tuple[tuple[Pair, ...], ...],
+    pictures: Sequence[Picture],
 ) -> str:
     """Return a text that differs wherever two calibrations would."""
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
     if options.text:
         parts.append(hashlib.sha256(whole_text(options.text).encode()).hexdigest())
     if options.mmproj:
-        parts.append(images_identity(options.mmproj, options.images))
+        parts.append(images_identity(options.mmproj, pictures))
     parts += [source.name, source.size_bytes]
     parts += [(plan.schedule, plan.projection) for plan in plans]
     parts += [*map(tuple, chain.from_iterable(groups)), options.n_tokens(plans[0].shape.n_embd)]
