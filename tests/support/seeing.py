@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,6 +17,10 @@ from PIL import Image
 from converter.plan import make_plan
 from converter.rewrite import convert
 from converter.shape import read_shape
+from pop_local.engine.images.pictures import picture_of
+from pop_local.engine.llama import backend
+from pop_local.engine.model import PopModel
+from pop_local.engine.turn import Message
 from support.synthetic import DEFAULTS, Weights, make_gguf
 
 CONTROL = (
@@ -178,3 +183,46 @@ def _tensors(eye: Eye) -> Iterator[tuple[str, Weights]]:
         yield "mm.soft_emb_norm.weight", vector(n, 1)
     else:
         yield "mm.model.fc.weight", matrix(eye.n_text, n * eye.merge**2)
+
+
+ARCHS = ("llama", "gemma3", "qwen2vl", "qwen3vl")
+LONG = "a b c d e f g h " * 8
+
+
+@dataclass(frozen=True)
+class Seeing:
+    arch: str
+    path: Path
+
+    def opened(self, **options: Any) -> PopModel:
+        chosen: dict[str, Any] = {"n_ctx": 1024, "mmproj": self.path.parent / "mmproj.gguf"}
+        return PopModel(self.path, n_threads=1, **chosen | options)
+
+
+def prompt(model: PopModel, question: str, *seeds: int) -> list[int]:
+    """Its tokens, whose pictures are kept as long as the model."""
+    shown = tuple((0, picture_of(png(seed), f"{seed}.png")) for seed in seeds)
+    made = model.chat_prompt([Message("user", question, shown)])
+    vars(model).setdefault("prompts", []).append(made)
+    return made.tokens
+
+
+def answered(model: PopModel, tokens: list[int], n: int = 4) -> tuple[list[int], int]:
+    """The likeliest tokens after a prompt, and how many rows were read for the first."""
+    backend.reset_counters(model.ctx)
+    said: list[int] = []
+    for token in model.generate(tokens, temp=0.0):
+        if not said:
+            n_read = backend.get_counters(model.ctx).n_rows
+        said.append(token)
+        if len(said) == n:
+            break
+    return said, n_read
+
+
+def image_start(tokens: list[int]) -> int:
+    return next(row for row, token in enumerate(tokens) if token < 0)
+
+
+def image_end(tokens: list[int]) -> int:
+    return 1 + max(row for row, token in enumerate(tokens) if token < 0)

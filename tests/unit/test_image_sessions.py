@@ -1,0 +1,132 @@
+"""Pictures in conversations that are saved, and in cached prompts."""
+
+import json
+import zipfile
+from dataclasses import replace
+
+import pytest
+
+from converter.errors import PopError
+from pop_local.engine.sessions import session_file
+from pop_local.engine.sessions.session_file import Sessions
+from support.seeing import (
+    EYES,
+    LONG,
+    image_start,
+    make_mmproj,
+    png,
+    prompt,
+)
+
+
+def test_a_session_goes_round(seeing, tmp_path):
+    options = {"temperature": 0.0, "max_tokens": 4}
+    with seeing.opened() as model:
+        session = model.session()
+        session.chat(LONG, images=[png(3)], **options)
+        path = session.save(tmp_path / "talk")
+        want = session.chat("and now", **options)
+    with seeing.opened() as model:
+        session = model.load_session(path)
+        assert not session.reread
+        got = session.chat("and now", **options)
+        assert (got.text, got.stats.n_cached) == (want.text, want.stats.n_cached)
+        assert got.stats.encode_s == 0
+        (turn, _) = session.conversation.turns
+        assert turn.pictures[0].content == png(3)
+    (tmp_path / "other").mkdir()
+    eye = replace(EYES[seeing.arch], seed=2)
+    with seeing.opened(mmproj=make_mmproj(tmp_path / "other" / "mmproj.gguf", eye)) as model:
+        session = model.load_session(path)
+        assert "another mmproj" in session.reread
+        assert session.chat("and now", **options).stats.n_cached < image_start(
+            prompt(model, LONG, 3)
+        )
+    with seeing.opened(mmproj=None) as model:
+        session = model.load_session(path)
+        with pytest.raises(PopError, match="without its mmproj"):
+            session.chat("and now", **options)
+
+
+def test_sessions_are_listed_without_their_pictures(smol, tmp_path, monkeypatch):
+    with smol.opened() as model:
+        session = model.session()
+        session.chat("a", images=[png(3)], temperature=0.0, max_tokens=1)
+        session.save(tmp_path / "talk")
+    monkeypatch.setattr(session_file, "picture_of", None)
+    [stored] = Sessions(tmp_path).listed()
+    assert stored.session is not None and len(stored.session.conversation.turns) == 1
+
+
+def test_what_was_shown_and_taken_back_is_not_saved(seeing, tmp_path):
+    options = {"temperature": 0.0, "max_tokens": 4}
+    with seeing.opened() as model:
+        session = model.session()
+        session.chat(LONG, **options)
+        session.chat("what?", images=[png(3)], **options)
+        session.undo()
+        n_own = session.n_cached
+        assert 0 < n_own < model.n_tokens
+        path = session.save(tmp_path / "talk")
+        assert model.n_tokens == n_own
+        model.clear()
+        assert not model.load_session(path).reread and model.n_tokens == n_own
+
+
+def test_sessions_of_the_first_format_load(smol, tmp_path):
+    with smol.opened() as model:
+        session = model.session()
+        session.chat(LONG, temperature=0.0, max_tokens=4)
+        path = session.save(tmp_path / "talk")
+        n_cached = model.n_tokens
+        old = tmp_path / "old.popsession"
+        with zipfile.ZipFile(path) as given, zipfile.ZipFile(old, "w") as made:
+            for name in given.namelist():
+                if name == "positions.npy":
+                    continue
+                content = given.read(name)
+                if name == "session.json":
+                    fields = json.loads(content) | {"format": 1}
+                    del fields["fingerprint"]["mmproj"]
+                    for turn in fields["conversation"]["turns"]:
+                        del turn["pictures"]
+                    content = json.dumps(fields).encode()
+                made.writestr(name, content)
+        model.clear()
+        restored = model.load_session(old)
+        assert not restored.reread and model.n_tokens == n_cached
+        assert restored.conversation == session.conversation
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("positions.npy", lambda content: content[:-4] + b"\7\0\0\0"),
+        ("pictures/", lambda _: png(4)),
+    ],
+)
+def test_a_session_of_impossible_rows_or_other_pictures_is_damaged(smol, tmp_path, name, changed):
+    with smol.opened() as model:
+        session = model.session()
+        session.chat(LONG, images=[png(3)], temperature=0.0, max_tokens=4)
+        path = session.save(tmp_path / "talk")
+        bad = tmp_path / "bad.popsession"
+        with zipfile.ZipFile(path) as given, zipfile.ZipFile(bad, "w") as made:
+            for each in given.namelist():
+                content = given.read(each)
+                made.writestr(each, changed(content) if each.startswith(name) else content)
+        with pytest.raises(PopError, match="damaged"):
+            model.load_session(bad)
+
+
+def test_prompt_caches_know_pictures(smol):
+    from pop_local.engine.prefill.kv_state import PromptCache
+
+    options = {"temperature": 0.0, "max_tokens": 2}
+    with smol.opened() as model:
+        model.set_cache(PromptCache(1 << 28))
+        want = model.chat(LONG, images=[png(3)], **options)
+        model.chat("q r s " * 90, **options)
+        again = model.chat(LONG, images=[png(3)], **options)
+        assert again.text == want.text
+        assert again.stats.n_cached > image_start(prompt(model, LONG, 3)) + want.stats.n_image

@@ -1,0 +1,117 @@
+"""Mmprojs: which one a model has, what it takes, and what is none."""
+
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from converter.errors import PopError
+from pop_local.engine.images.pictures import picture_of, read_picture
+from pop_local.engine.llama import logs
+from pop_local.models.mmproj import mmproj_beside
+from support.seeing import (
+    EYES,
+    Seeing,
+    make_mmproj,
+    make_seeing,
+    png,
+    prompt,
+)
+
+
+def test_images_of_a_question(smol, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(3))
+    with smol.opened() as model:
+        for images in ([path], [str(path)], [png(3)], [read_picture(path)]):
+            assert model.chat("a", images=images, max_tokens=1).stats.n_image > 0
+        with pytest.raises(PopError, match="not a list"):
+            model.chat("a", images=path)
+        with pytest.raises(PopError, match="cannot read"):
+            model.chat("a", images=[tmp_path / "none.png"])
+    with smol.opened(mmproj=None) as model, pytest.raises(PopError, match="without its mmproj"):
+        model.chat("a", images=[path])
+
+
+def test_what_is_no_mmproj(smol, tmp_path):
+    with pytest.raises(PopError, match="no mmproj"):
+        smol.opened(mmproj=smol.path)
+    with pytest.raises(PopError, match="there is no mmproj"):
+        smol.opened(mmproj=tmp_path / "none.gguf")
+    wide = make_mmproj(tmp_path / "wide.gguf", replace(EYES["llama"], n_text=256))
+    with smol.opened(mmproj=wide) as model:
+        assert model.chat("a", max_tokens=1).stats.n_decoded == 1
+        with pytest.raises(PopError, match="does not fit this model"):
+            model.chat("a", images=[png(3)], max_tokens=1)
+    assert mmproj_beside(smol.path) == smol.path.parent / "mmproj.gguf"
+    make_mmproj(smol.path.parent / "mmproj-2.gguf", EYES["llama"])
+    assert mmproj_beside(smol.path) is None
+    (smol.path.parent / "mmproj-2.gguf").unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "models", "seeing"),
+    [
+        ("mmproj.gguf", ("Text-7B.gguf", "Vision-8B-Q8_0.gguf"), (0, 1)),
+        ("mmproj-model-f16.gguf", ("Text-7B.gguf", "Vision-8B.gguf"), (0, 1)),
+        ("mmproj-Vision-8B-Q4_K_M.gguf", ("Text-7B.gguf", "Vision-8B-Q8_0.gguf"), (1,)),
+        ("mmproj-Qwen2-VL-2B-f16.gguf", ("Qwen2-7B.gguf", "Qwen2-VL-2B-Q4_0.gguf"), (1,)),
+        ("mmproj-Gone-8B.gguf", ("Text-7B.gguf", "Other-8B.gguf"), ()),
+        ("mmproj-of-mine.gguf", ("a-Q4_0.gguf", "a-Q8_0.gguf", "a-Q8_0.pop.gguf"), (0, 1, 2)),
+    ],
+)
+def test_whose_mmproj_the_only_one_of_a_folder_is(smol, tmp_path, name, models, seeing):
+    (tmp_path / name).write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
+    for model in models:
+        (tmp_path / model).touch()
+    found = [mmproj_beside(tmp_path / model) is not None for model in models]
+    assert found == [number in seeing for number in range(len(models))]
+
+
+def test_fewer_tokens_an_image(tmp_path):
+    seeing = Seeing("qwen2vl", make_seeing(tmp_path, "qwen2vl"))
+    with seeing.opened() as model, seeing.opened(image_tokens=16) as small:
+        n_image = sum(token < 0 for token in prompt(model, "a", 3))
+        assert 0 < sum(token < 0 for token in prompt(small, "a", 3)) <= 16 < n_image
+        assert not set(prompt(model, "a", 3)) & {t for t in prompt(small, "a", 3) if t < 0}
+    with seeing.opened(image_tokens=1) as none, pytest.raises(PopError, match="no picture fits 1"):
+        prompt(none, "a", 3)
+
+
+def test_pictures_of_odd_sizes(seeing):
+    with seeing.opened() as model:
+        for size in ((1, 1), (100, 1), (1, 100), (31, 333)):
+            picture = picture_of(png(3, *size), "odd")
+            assert model.chat("a", images=[picture], max_tokens=1).stats.n_image > 0
+
+
+def test_the_library_starts_no_programs(smol):
+    """Videos would start ffmpeg on whatever a client sends."""
+    with smol.opened() as model:
+        assert not model.eye._mtmd.mtmd_helper_support_video(model.eye._ctx)
+
+
+def test_a_path_that_is_no_utf8(smol, tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mm\xff.gguf"))
+    path.write_bytes((smol.path.parent / "mmproj.gguf").read_bytes())
+    with smol.opened(mmproj=path) as model:
+        assert model.count_picture(picture_of(png(3), "a")) > 0
+
+
+def test_the_library_is_not_loaded_for_text(smol):
+    with smol.opened() as model:
+        model.chat("a b", max_tokens=1)
+        assert model._mmproj._ctx is None
+
+
+def test_what_fails_elsewhere_is_no_reason_here(smol, tmp_path):
+    with smol.opened():  # llama.cpp's log is taken over
+        logs.forget_errors()
+        logs._on_log(4, b"f: a reason", None)
+        other = threading.Thread(target=logs.forget_errors)
+        other.start()
+        other.join()
+        assert logs.first_error() == "a reason"
+        logs.forget_errors()

@@ -1,0 +1,117 @@
+"""Files of pictures: what is read of them, within which limits, and what is refused."""
+
+import random
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from converter.errors import PopError
+from pop_local.engine.images import pictures
+from pop_local.engine.images.pictures import Picture, picture_of, read_picture
+from support.mutants import mutated_bytes
+from support.seeing import encoded, png
+
+
+def test_pictures_of_all_formats():
+    image = Image.new("RGB", (40, 30), (200, 100, 50))
+    for kind in pictures.FORMATS:
+        picture = picture_of(encoded(image, kind), "a")
+        assert (picture.width, picture.height) == (40, 30)
+        _, _, rgb = picture.rgb()
+        middle = rgb[3 * (15 * 40 + 20) :][:3]
+        assert np.abs(np.frombuffer(middle, np.uint8).astype(int) - [200, 100, 50]).max() < 9
+
+
+def test_photographs_are_turned_upright_and_transparency_is_white():
+    image = Image.new("RGB", (40, 30))
+    image.paste((255, 0, 0), (0, 0, 40, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture = picture_of(encoded(image, "JPEG", exif=exif), "a")
+    assert (picture.width, picture.height) == (30, 40)
+    pixels = np.frombuffer(picture.rgb()[2], np.uint8).reshape(40, 30, 3)
+    assert pixels[20, 28, 0] > 200 and pixels[20, 2, 0] < 50
+    for number in (0, 9, 255):  # which mean nothing
+        exif[0x0112] = number
+        picture = picture_of(encoded(image, "JPEG", exif=exif), "a")
+        assert picture.rgb()[:2] == (picture.width, picture.height) == (40, 30)
+    clear = picture_of(encoded(Image.new("RGBA", (4, 4), (9, 9, 9, 0)), "PNG"), "a")
+    assert set(clear.rgb()[2]) == {255}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [*(("PNG", mode) for mode in ("1", "P", "L", "RGB", "RGBA")), ("JPEG", "L"), ("JPEG", "RGB")],
+)
+def test_large_pictures_are_scaled_down_before_all_else(monkeypatch, kind, mode):
+    monkeypatch.setattr(pictures, "_MAX_SHOWN", 1200)
+    image = Image.new("L", (160, 120), 0)
+    image.paste(255, (0, 0, 160, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = picture_of(encoded(image.convert(mode), kind, exif=exif), "a")
+    assert (picture.width, picture.height) == (120, 160)
+    width, height, rgb = picture.rgb()
+    assert (width, height) == (30, 40)
+    pixels = np.frombuffer(rgb, np.uint8).reshape(40, 30, 3)
+    assert (pixels[:, 22:] > 200).all() and (pixels[:, :18] < 50).all()
+
+
+def test_heads_are_looked_at_alone(monkeypatch):
+    contents = [encoded(Image.new("RGB", (40, 30)), kind) for kind in pictures.FORMATS]
+    monkeypatch.setattr(Image.Image, "load", None)
+    for content in contents:
+        assert picture_of(content, "a").width == 40
+
+
+def test_jpegs_of_many_passes(monkeypatch):
+    image = Image.effect_noise((64, 64), 80)
+    usual = encoded(image, "JPEG", progressive=True)
+    last = usual[usual.rindex(b"\xff\xda") : -2]
+    monkeypatch.setattr(pictures, "MAX_SCANNED", 64 * 64 * 20)
+    picture_of(usual + b"\xff\xda\0" * 1000, "with a film behind it").rgb()
+    with pytest.raises(PopError, match="too many passes"):
+        picture_of(usual[:-2] + last * 20 + usual[-2:], "a")
+
+
+def test_what_is_no_picture(tmp_path, monkeypatch):
+    for content in (b"", b"no picture", png(3)[:20], b"GIF89a" + bytes(90)):
+        with pytest.raises(PopError, match="is no picture that can be read"):
+            picture_of(content, "x.png").rgb()
+    with pytest.raises(PopError, match="is no picture"):
+        picture_of(png(3)[:3000], "x.png").rgb()
+    with pytest.raises(PopError, match="is a strip"):
+        picture_of(encoded(Image.new("1", (5000, 1)), "PNG"), "x.png")
+    bomb = encoded(Image.new("1", (12_000, 12_000)), "PNG")
+    assert len(bomb) < 100_000
+    with pytest.raises(PopError, match="more than 50 million pixels"):
+        picture_of(bomb, "x.png")
+    with pytest.raises(PopError, match="more than 50 million pixels"):
+        picture_of(encoded(Image.new("1", (20_000, 20_000)), "PNG"), "x.png")
+    monkeypatch.setattr(pictures, "MAX_BYTES", 1000)
+    path = tmp_path / "large.png"
+    path.write_bytes(png(3))
+    with pytest.raises(PopError, match="is larger than"):
+        read_picture(path)
+
+
+@pytest.mark.parametrize("kind", pictures.FORMATS)
+def test_damaged_files_are_errors_or_pictures(kind):
+    rng = random.Random(kind)
+    whole = encoded(Image.effect_noise((48, 32), 80).convert("RGB"), kind)
+    for _ in range(100):
+        content = mutated_bytes(rng, whole, 0, len(whole))
+        try:
+            picture = picture_of(content, "a")
+            width, height, rgb = picture.rgb()
+            assert len(rgb) == 3 * width * height
+        except PopError:
+            continue
+
+
+def test_equal_pictures_are_equal(tmp_path):
+    one = picture_of(png(3), "a")
+    assert one == picture_of(png(3), "b") and one.sha256 == Picture("b", png(3), 1, 1).sha256
+    assert Image.open(BytesIO(one.content)).size == (one.width, one.height)
