@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from support.own_core import WORKER  # isort: skip
 from pop_local.fetching.catalog import fetch
 from support.converted import converted
 from support.paths import MODELS, PACKAGE, TESTS
@@ -26,13 +27,6 @@ os.environ["POP_LOCAL_CONFIG"] = str(TESTS / "no-such-config.toml")
 # A shell's background job ignores Ctrl-C, and so would the children of these tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# A core for each worker of pytest-xdist and its children: llama.cpp then takes one thread, and two
-# threads that wait for each other on one core are many times slower.
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
-if WORKER and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
 
 
 @pytest.hookimpl(tryfirst=True)
