@@ -6,7 +6,7 @@ whose skipped layers use their own K/V projections opens everywhere.
 
 import re
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,12 +78,25 @@ class Refilled:
 
 
 @dataclass(frozen=True)
+class Recalled:
+    """How often facts of a prompt were found again: shares of the documents asked about.
+
+    pop_local.measure.recall says what is asked. `lost_se`: the standard error of `full` - `pruned`.
+    """
+
+    n_documents: int
+    full: float
+    pruned: float
+    lost_se: float
+
+
+@dataclass(frozen=True)
 class Budget:
     """What a boundary was chosen by: it is the deepest one that `quality` allows.
 
-    The bounds are on kl_mean and copy_ppl_ratio of Measured, and on the retention of random tokens
-    (see pop_local.measure.quality). `tried` holds the boundaries that were measured, and the
-    verdicts.
+    The bounds are on kl_mean, ppl_ratio and copy_ppl_ratio of Measured, on the retention of random
+    tokens (see pop_local.measure.quality), and on what is lost of Recalled. `tried` holds the
+    boundaries that were measured, and the verdicts. What has a default is missing in older files.
     """
 
     quality: str
@@ -91,6 +104,8 @@ class Budget:
     max_copy_ratio: float
     least_retention: float
     tried: str = ""
+    max_ppl_ratio: float = 1e9
+    max_lost_recall: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +145,7 @@ class PopMeta:
     calibration: Calibration | None = None
     measured: Measured | None = None
     refilled: Refilled | None = None
+    recall: Recalled | None = None
     budget: Budget | None = None
 
     @property
@@ -170,6 +186,7 @@ _GROUPS: dict[str, type[Any]] = {
     "calibration": Calibration,
     "measured": Measured,
     "refilled": Refilled,
+    "recall": Recalled,
     "budget": Budget,
 }
 # Only in sidecars; `base_bytes` is 64 bits wide.
@@ -222,7 +239,7 @@ def read_binding(header: Header) -> Binding:
     return binding
 
 
-Group = TypeVar("Group", Calibration, Measured, Refilled, Budget, Binding)
+Group = TypeVar("Group", Calibration, Measured, Refilled, Recalled, Budget, Binding)
 
 
 def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None:
@@ -231,6 +248,9 @@ def _read_group(header: Header, prefix: str, group: type[Group]) -> Group | None
     if all(value is None for value in found.values()):
         return None
     for field in fields(group):
+        if found[field.name] is None and field.default is not MISSING:
+            del found[field.name]
+            continue
         if type(found[field.name]) is not field.type:
             raise FormatError(
                 f"{header.path}: {prefix}{field.name} is missing or not of type "

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from converter.errors import PlanError, UnsupportedArchitectureError
-from converter.format import OWN, Budget, PopMeta, Refilled
+from converter.format import OWN, Budget, PopMeta, Recalled, Refilled
 from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
 from converter.shape import SHARED_KV, ModelShape
 
@@ -24,7 +24,8 @@ class Plan:
 
     `projection` is "own", "fitted" or "fitted-wide". `budget` is what decided the boundary, None
     where the user did. `select` is the share of context tokens that run all layers, too, chosen by
-    the question, `refilled` what was measured of it with the others following.
+    the question, `refilled` what was measured of it with the others following, `recall` how often
+    facts of a prompt were found.
     """
 
     shape: ModelShape
@@ -36,6 +37,7 @@ class Plan:
     budget: Budget | None = None
     select: float = 0.0
     refilled: Refilled | None = None
+    recall: Recalled | None = None
 
     @property
     def schedule(self) -> str:
@@ -70,6 +72,7 @@ class Plan:
             min_prompt=self.min_prompt,
             select=self.select,
             refilled=self.refilled,
+            recall=self.recall,
             budget=self.budget,
         )
 

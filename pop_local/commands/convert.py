@@ -1,5 +1,6 @@
 """`pop-local convert IN.gguf [OUT.gguf]`: write the model with its pruning schedule."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from converter.format import FITTED, WIDE, Budget, PopMeta
+from converter.format import FITTED, WIDE, PopMeta
 from converter.plan import TAIL_TOKENS
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
@@ -55,6 +56,15 @@ def convert(
             min=0.0,
             callback=opt.positive,
             help="Largest KL divergence from the full model, instead of --quality.",
+        ),
+    ] = None,
+    max_ppl_ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            min=0.0,
+            callback=opt.positive,
+            help="Largest perplexity, in the full model's; likewise.",
         ),
     ] = None,
     max_copy_ratio: Annotated[
@@ -152,9 +162,10 @@ def convert(
 ) -> None:
     """Make a copy of a model that reads long prompts faster.
 
-    As many layers are skipped as the quality asked for allows: near-lossless is a KL divergence of
-    at most 0.01 from the full model and a repeated passage at most 1.02 times as perplexing,
-    balanced 0.035 and 1.12, fast 0.1 and 1.3, all on held-out text. --skip and --boundary say it
+    As many layers are skipped as the quality asked for allows: near-lossless makes held-out text at
+    most 1.01 times as perplexing as the full model finds it, and a repeated passage 1.02 times,
+    balanced 1.03 and 1.12 times, fast 1.06 and 1.3 times; the KL divergence, random tokens and
+    facts of a prompt have limits, too (--dry-run names them all). --skip and --boundary say it
     themselves. fastest goes deeper, about twice the speed, where text is no longer copied: tokens
     that the question needs run all layers, so that facts are found as by the full model, and the
     rest gets its depth afterwards (--refill of chat and serve).
@@ -166,9 +177,15 @@ def convert(
     and elsewhere.
     """
     named = opt.named_depth(skip, boundary)
-    if named is not None and (quality, max_kl, max_copy_ratio) != (None, None, None):
+    given = {
+        "max_kl": max_kl,
+        "max_ppl_ratio": max_ppl_ratio,
+        "max_copy_ratio": max_copy_ratio,
+    }
+    limits = {name: limit for name, limit in given.items() if limit is not None}
+    if named is not None and (quality or limits):
         raise typer.BadParameter(
-            "--skip and --boundary say how deep: leave out --quality, --max-kl and --max-copy-ratio"
+            "--skip and --boundary say how deep: leave out --quality and limits of your own"
         )
     if select is not None and named is None:
         raise typer.BadParameter(
@@ -192,7 +209,7 @@ def convert(
     planned = plan_conversion(
         model,
         output,
-        named or _wanted(quality, max_kl, max_copy_ratio),
+        named or _wanted(quality, limits),
         None if projection is opt.ProjectionName.OWN else fit,
         RowOptions(sink, tail, min_prompt, opt.selected(select) or 0.0),
         "sidecar" if sidecar else "copy",
@@ -224,25 +241,11 @@ def _kind(projection: opt.ProjectionName | None) -> str | None:
     return kinds.get(projection) if projection else None
 
 
-def _wanted(
-    quality: QualityName | None, max_kl: float | None, max_copy_ratio: float | None
-) -> Depth:
-    if quality is QualityName.FASTEST and (max_kl, max_copy_ratio) == (None, None):
-        return Fastest()
-    return Within(_budget(quality, max_kl, max_copy_ratio))
-
-
-def _budget(
-    quality: QualityName | None, max_kl: float | None, max_copy_ratio: float | None
-) -> Budget:
-    """As asked for; what is not given is that of BALANCED."""
-    if (max_kl, max_copy_ratio) == (None, None):
-        return BUDGETS[quality.value] if quality else BALANCED
-    if quality is not None:
+def _wanted(quality: QualityName | None, limits: Mapping[str, float]) -> Depth:
+    """As asked for; limits that are not given are those of BALANCED."""
+    if quality is None:
+        name = "custom" if limits else BALANCED.quality
+        return Within(replace(BALANCED, quality=name, **limits))  # type: ignore[arg-type]
+    if limits:
         raise typer.BadParameter("give --quality, or limits of your own, not both")
-    return replace(
-        BALANCED,
-        quality="custom",
-        max_kl=BALANCED.max_kl if max_kl is None else max_kl,
-        max_copy_ratio=BALANCED.max_copy_ratio if max_copy_ratio is None else max_copy_ratio,
-    )
+    return Fastest() if quality is QualityName.FASTEST else Within(BUDGETS[quality.value])

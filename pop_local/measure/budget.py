@@ -12,10 +12,31 @@ if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.quality import Quality
 
-NEAR_LOSSLESS = Budget("near-lossless", max_kl=0.01, max_copy_ratio=1.02, least_retention=0.9)
-BALANCED = Budget("balanced", max_kl=0.035, max_copy_ratio=1.12, least_retention=0.85)
-# Past its limits copying from the prompt is broken (`copies`).
-FAST = Budget("fast", max_kl=0.1, max_copy_ratio=1.3, least_retention=0.7)
+NEAR_LOSSLESS = Budget(
+    "near-lossless",
+    max_kl=0.015,
+    max_ppl_ratio=1.01,
+    max_copy_ratio=1.02,
+    least_retention=0.9,
+    max_lost_recall=0.03,
+)
+BALANCED = Budget(
+    "balanced",
+    max_kl=0.06,
+    max_ppl_ratio=1.03,
+    max_copy_ratio=1.12,
+    least_retention=0.85,
+    max_lost_recall=0.03,
+)
+# Past its limits on copying a model can no longer copy from its prompt (`copies`).
+FAST = Budget(
+    "fast",
+    max_kl=0.1,
+    max_ppl_ratio=1.06,
+    max_copy_ratio=1.3,
+    least_retention=0.7,
+    max_lost_recall=0.1,
+)
 BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
 # Where copying is kept it hardly moves the retention; few draws leave as much open.
@@ -27,11 +48,19 @@ _CLEAR = 3.0
 
 
 def is_inside(budget: Budget, quality: "Quality") -> bool:
-    """Tell whether all figures are within the budget.
+    """Tell whether all figures but recall are within the budget (`recalls`).
 
     A model that does not copy random tokens itself has no retention to keep.
     """
     return all(over <= 0 for over, _ in _excesses(budget, quality))
+
+
+def recalls(budget: Budget, lost: "Estimate") -> bool:
+    """Tell whether no more of the facts is lost than the budget allows, give or take the error.
+
+    One of a dozen documents is more than a strict limit, and less than its error.
+    """
+    return lost.value - (lost.se or 0.0) <= budget.max_lost_recall
 
 
 def copies(quality: "Quality") -> bool:
@@ -89,7 +118,11 @@ def keeps(budget: Budget, retention: "Estimate | None", slack: float = 0.0) -> b
 
 def _excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
     """Return how far each figure is past its limit, and its standard error."""
-    return [_excess(quality.kl_mean, budget.max_kl), *_copying_excesses(budget, quality)]
+    return [
+        _excess(quality.kl_mean, budget.max_kl),
+        _excess(quality.ppl_ratio, budget.max_ppl_ratio),
+        *_copying_excesses(budget, quality),
+    ]
 
 
 def _copying_excesses(budget: Budget, quality: "Quality") -> list[tuple[float, float]]:
@@ -106,7 +139,8 @@ def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
 def limits_in_words(budget: Budget) -> str:
     """What a budget allows, in the order of `figures_in_words`."""
     return (
-        f"KL {budget.max_kl:g}, copy ratio {budget.max_copy_ratio:g}, "
+        f"KL {budget.max_kl:g}, perplexity ratio {budget.max_ppl_ratio:g}, "
+        f"copy ratio {budget.max_copy_ratio:g}, "
         f"{budget.least_retention:.0%} kept of copying random tokens"
     )
 
@@ -115,4 +149,7 @@ def figures_in_words(quality: "Quality") -> str:
     """What a budget looks at."""
     retention = quality.induction_retention
     kept = "" if retention is None else f", {retention.value:.0%} kept of copying random tokens"
-    return f"KL {quality.kl_mean.value:.4g}, copy ratio {quality.copy_ppl_ratio.value:.3f}{kept}"
+    return (
+        f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "
+        f"copy ratio {quality.copy_ppl_ratio.value:.3f}{kept}"
+    )

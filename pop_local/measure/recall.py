@@ -42,7 +42,10 @@ class RecallSettings:
 
 @dataclass(frozen=True)
 class Recall:
-    """Of the answers' tokens: NLL in nats; share of answers whose every token came first."""
+    """Of the answers' tokens: NLL in nats; share of answers whose every token came first.
+
+    `exact_lost` is the difference of the shares, whose error is that of the pairs.
+    """
 
     n_documents: int
     n_tokens: int
@@ -50,6 +53,7 @@ class Recall:
     nll_pruned: Estimate
     exact_full: Estimate
     exact_pruned: Estimate
+    exact_lost: Estimate
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def _recall(settings: RecallSettings, full: Floats, pruned: Floats) -> Recall:
         nll_pruned=mean(pruned[:, 0]),
         exact_full=mean(full[:, 1]),
         exact_pruned=mean(pruned[:, 1]),
+        exact_lost=mean(full[:, 1] - pruned[:, 1]),
     )
 
 

@@ -25,7 +25,7 @@ from pop_local.measure.speed import random_prompt
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
-from pop_local.workflows.measuring import opened
+from pop_local.workflows.measuring import opened, recalled
 from pop_local.workflows.options import Boundary, Hardware
 from pop_local.workflows.refusals import RecallLostError
 
@@ -141,9 +141,17 @@ def _chosen(
         f" refilled before each of the answer {refilled.copy_ppl_ratio:.2f} times."
     )
     watch.on_note(_affordable(model))
-    found = quality.kl_mean.value, quality.copy_ppl_ratio.value
-    budget = Budget(FASTEST, *found, least_retention=0.0, tried="; ".join(tried))
-    return Recipe(replace(plan, budget=budget, refilled=refilled), fitted, recall, quality)
+    budget = Budget(
+        FASTEST,
+        max_kl=quality.kl_mean.value,
+        max_ppl_ratio=quality.ppl_ratio.value,
+        max_copy_ratio=quality.copy_ppl_ratio.value,
+        least_retention=0.0,
+        max_lost_recall=MAX_LOST_RECALL,
+        tried="; ".join(tried),
+    )
+    decided = replace(plan, budget=budget, refilled=refilled, recall=recalled(recall))
+    return Recipe(decided, fitted, recall, quality)
 
 
 def _affordable(model: PopModel) -> str:

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from converter.format import Measured
+from converter.format import Measured, Recalled
 from converter.plan import Plan
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import as_planned
 from pop_local.measure.heldout import TextTokens, shipped_text, tokenize
 from pop_local.measure.quality import Quality, QualitySettings
+from pop_local.measure.recall import Recall
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
@@ -46,3 +47,9 @@ def measured(quality: Quality) -> Measured:
         if field.name != "kl_se"
     }
     return Measured(**estimates, kl_se=quality.kl_mean.se or 0.0)
+
+
+def recalled(recall: Recall) -> Recalled:
+    """How often facts were found, as a converted file stores it."""
+    full, pruned, lost = recall.exact_full, recall.exact_pruned, recall.exact_lost
+    return Recalled(recall.n_documents, full.value, pruned.value, lost.se or 0.0)

@@ -54,11 +54,12 @@ class RecallLostError(PopError):
 
 @dataclass(frozen=True)
 class Trial:
-    """One boundary as a search measured it."""
+    """One boundary as a search measured it; facts are asked for once all else is in the budget."""
 
     plan: Plan
     quality: Quality
     in_budget: bool
+    recall: Recall | None = None
 
 
 class OverBudgetError(PopError):

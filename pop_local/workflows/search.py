@@ -4,10 +4,9 @@ Without a selection that is the deepest boundary inside; then deeper ones are tr
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 from converter.format import OWN, Budget, Measured
 from converter.plan import Plan
@@ -16,19 +15,24 @@ from converter.source import Source
 from pop_local.calibration.needs import fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import kept_boundaries
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
 from pop_local.measure import budget as budgets
+from pop_local.measure.forced import Pruning
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.heldout import room
 from pop_local.measure.quality import Quality, QualitySettings, Reference, read_reference
+from pop_local.measure.recall import Recall, RecallReference, RecallSettings
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
-from pop_local.workflows.measuring import measured, opened_to_measure
+from pop_local.workflows.measuring import measured, opened_to_measure, recalled
 from pop_local.workflows.options import Hardware
 from pop_local.workflows.refusals import OverBudgetError, Trial
 
 # Their mean KL has a standard error of a fifth or less.
 N_WINDOWS = 16
+N_DOCUMENTS = 12
 # Of the context tokens, what deeper boundaries are tried with.
 SELECTED = 0.1
 
@@ -78,6 +82,7 @@ class _Search:
     measured: dict[int, Gradual] = field(default_factory=dict)
     qualities: dict[int, Quality] = field(default_factory=dict)
     verdicts: dict[int, bool] = field(default_factory=dict)
+    recalls: dict[int, Recall] = field(default_factory=dict)
 
     def run(self) -> Chosen:
         deepest = self._deepest_inside()
@@ -92,6 +97,8 @@ class _Search:
         verdict = {True: "inside", False: "outside"}
         tried = ", ".join(f"{_named(each.plan)} {verdict[each.in_budget]}" for each in trials)
         plan = replace(chosen.plan, budget=replace(self.budget, tried=tried))
+        if chosen.recall is not None:
+            plan = replace(plan, recall=recalled(chosen.recall))
         fitted = self.fitted.get(plan.boundary)
         return Chosen(plan, fitted, measured(chosen.quality), trials)
 
@@ -107,9 +114,12 @@ class _Search:
                 continue
             gradual = Gradual(self.reference, boundary, SELECTED)
             quality = self._measure(plan, gradual, self._is_outside)
-            trial = Trial(plan, quality, budgets.is_inside(self.budget, quality))
-            yield trial
-            if not trial.in_budget:
+            inside, recall = budgets.is_inside(self.budget, quality), None
+            if inside:
+                recall = self._ask(plan)
+                inside = budgets.recalls(self.budget, recall.exact_lost)
+            yield Trial(plan, quality, inside, recall)
+            if not inside:
                 return
 
     def _is_outside(self, quality: Quality) -> bool:
@@ -126,17 +136,26 @@ class _Search:
                 self._judge(boundary, lambda quality: budgets.is_clear(self.budget, quality))
                 continue
             deepest = budgets.deepest_inside(self.verdicts)
-            if deepest is None or self.measured[deepest].is_whole:
+            if deepest is None or deepest in self.recalls:
                 return deepest
-            # On all windows it may be outside after all.
-            self._judge(deepest, lambda quality: False)
+            # On all windows, and asked for facts, it may be outside after all.
+            if not self.measured[deepest].is_whole:
+                self._judge(deepest, lambda quality: False)
+                continue
+            recall = self.recalls[deepest] = self._ask(self.plans[deepest])
+            self.verdicts[deepest] = budgets.recalls(self.budget, recall.exact_lost)
 
     def _shallowest_first(self) -> Iterable[tuple[int, bool]]:
         return sorted(self.verdicts.items(), reverse=True)
 
     def _trials(self) -> tuple[Trial, ...]:
         return tuple(
-            Trial(self.plans[boundary], self.qualities[boundary], passed)
+            Trial(
+                self.plans[boundary],
+                self.qualities[boundary],
+                passed,
+                self.recalls.get(boundary),
+            )
             for boundary, passed in self._shallowest_first()
         )
 
@@ -161,6 +180,16 @@ class _Search:
             n_found = room(tokens, settings.n_context + settings.n_continuation)
             settings = replace(settings, n_windows=min(N_WINDOWS, max(1, n_found)))
             return read_reference(model, tokens, settings, self.watch.stage("Reading in full"))
+
+    @cached_property
+    def full_recall(self) -> RecallReference:
+        """How often the full model finds facts."""
+        files = ModelFiles(self.source.first.path)
+        with opened_to_measure(
+            files, next(iter(self.plans.values())), self.hardware, self.watch
+        ) as (model, _):
+            advance = self.watch.stage("Asking for facts in full")
+            return RecallReference.read(model, RecallSettings(N_DOCUMENTS), advance)
 
     def _fit(self, wanted: Sequence[int]) -> None:
         """Fit the first of `wanted`, with others in the same pass over the text."""
@@ -199,17 +228,31 @@ class _Search:
         self, plan: Plan, gradual: Gradual, is_enough: Callable[[Quality], bool]
     ) -> Quality:
         self.watch.on_note(f"Measuring boundary {_named(plan)} on held-out text")
-        sidecar: AbstractContextManager[Path | None] = nullcontext()
-        if plan.projection != OWN:
-            sidecar = temporary_sidecar(plan, self.source, self.fitted[plan.boundary])
-        with sidecar as written:
+        with self._opened(plan) as model:
+            while True:
+                advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
+                quality = gradual.measure(model, advance)
+                if gradual.is_whole or is_enough(quality):
+                    return quality
+
+    def _ask(self, plan: Plan) -> Recall:
+        """Ask for facts of pruned documents."""
+        reference = self.full_recall
+        with self._opened(plan) as model:
+            pruning = Pruning(plan.boundary, Mode.CONTEXT, select=plan.select)
+            advance = self.watch.stage(f"Asking for facts, boundary {_named(plan)}")
+            return reference.measure(model, pruning, advance)
+
+    @contextmanager
+    def _opened(self, plan: Plan) -> Iterator[PopModel]:
+        fitted = self.fitted.get(plan.boundary)
+        has_sidecar = plan.projection != OWN
+        with (
+            temporary_sidecar(plan, self.source, fitted) if has_sidecar else nullcontext()
+        ) as written:
             files = ModelFiles(self.source.first.path, written)
             with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
-                while True:
-                    advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
-                    quality = gradual.measure(model, advance)
-                    if gradual.is_whole or is_enough(quality):
-                        return quality
+                yield model
 
 
 def _named(plan: Plan) -> str:

@@ -18,6 +18,7 @@ from pop_local.calibration import activations, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, probes
 from pop_local.measure.estimate import Estimate
+from pop_local.measure.recall import Recall
 from pop_local.workflows import fits
 from pop_local.workflows import search as searching
 from support.converted import names
@@ -26,7 +27,7 @@ from support.synthetic import make_gguf
 pytestmark = pytest.mark.slow
 
 # Random weights: nearly any pruning is a large KL, and nothing is copied.
-LOOSE = ("--max-kl", 50, "--max-copy-ratio", 1000)
+LOOSE = ("--max-kl", 50, "--max-ppl-ratio", 1000, "--max-copy-ratio", 1000)
 FEW = ("--tokens", 2048, "--threads", 1, "--gpu-layers", 0)
 
 # The command, stopped for good where it measures the first fitted candidate.
@@ -65,6 +66,7 @@ def base(tmp_path) -> Path:
 def few_windows(monkeypatch):
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
     monkeypatch.setattr(searching, "N_WINDOWS", 2)
+    monkeypatch.setattr(searching, "N_DOCUMENTS", 2)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
 
 
@@ -98,8 +100,12 @@ def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, m
         "Fitting",
         "Reading in full",
         *(f"Measuring boundary {boundary}" for boundary in (5, 3, 2)),
+        "Asking for facts in full",
+        "Asking for facts, boundary 2",
         "Reading the model",
     ]
+    assert meta.recall is not None and meta.recall.n_documents == 2
+    assert last["recall"]["exact_pruned"] == meta.recall.pruned
     assert min(seconds.values()) > 0
 
 
@@ -130,7 +136,13 @@ def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside(base, tmp_p
             found = super().measure(model, on_progress)
             inside = self.boundary >= deepest[self.select]
             kl, ratio = Estimate(0.001 if inside else 1.0, 1e-4), Estimate(1.0, 0.0)
-            return replace(found, kl_mean=kl, copy_ppl_ratio=ratio, induction_retention=None)
+            return replace(
+                found,
+                kl_mean=kl,
+                ppl_ratio=ratio,
+                copy_ppl_ratio=ratio,
+                induction_retention=None,
+            )
 
     monkeypatch.setattr(searching, "Gradual", Told)
     done = convert(base, "--projection", "own", "--threads", 1, "--json")
@@ -143,6 +155,27 @@ def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside(base, tmp_p
     limits = {(each["boundary"], each["select"]): each["speedup_limit"] for each in found["tried"]}
     assert limits[4, 0.1] > limits[5, 0]
     assert found["select"] == 0.1
+
+
+def test_facts_that_are_lost_put_a_boundary_outside(base, text, tmp_path, monkeypatch):
+    lost = {2: 1.0, 3: 1.0, 4: 0.0}
+
+    def measure(self, model, pruning, on_progress):
+        on_progress(1, 1)
+        full, none = Estimate(1.0, 0.0), Estimate(0.0, 0.0)
+        share = lost[pruning.boundary]
+        found, gone = Estimate(1.0 - share, 0.0), Estimate(share, 0.0)
+        return Recall(2, 512, none, none, full, found, gone)
+
+    monkeypatch.setattr(searching.RecallReference, "measure", measure)
+    done = convert(base, "--text", text, *FEW, *LOOSE)
+    assert done.exit_code == 0, done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.budget is not None and meta.recall is not None
+    assert (meta.boundary, meta.recall.pruned, meta.recall.full) == (4, 1.0, 1.0)
+    assert meta.budget.tried.startswith("5 inside, 4 inside, 3 outside, 2 outside, ")
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert rows[-1].split("|")[-3].strip() == "0% of 100%"
 
 
 @pytest.mark.parametrize("arch", ["qwen2vl", "qwen3vl"])
@@ -233,7 +266,7 @@ def test_dry_run_says_what_would_be_tried(base, tmp_path, monkeypatch):
     assert re.search(r"Memory [\d.]+ MB in all, [\d.]+ MB for the fit", facts)
     short_of_memory = convert(base, "--dry-run", "--memory", 0).stdout
     assert "up to 15 passes" in " ".join(short_of_memory.split())
-    assert "near-lossless: KL at most 0.01" in done.stdout
+    assert "near-lossless: KL at most 0.015, perplexity at most 1.01" in facts
     planned = json.loads(convert(base, "--dry-run", "--max-kl", 0.2, "--json").stdout)
     assert planned["boundaries"] == [7, 6, 5, 4, 3, 2]
     assert planned["budget"]["max_kl"] == 0.2

@@ -49,8 +49,8 @@ def found(monkeypatch):
 
     def recall(settings, full, pruned, share):
         nothing = Estimate(0.0, None)
-        found = Estimate(share, None)
-        return fastest.Recall(2, 400, nothing, nothing, Estimate(0.8, None), found)
+        found, lost = Estimate(share, None), Estimate(0.8 - share, None)
+        return fastest.Recall(2, 400, nothing, nothing, Estimate(0.8, None), found, lost)
 
     monkeypatch.setattr("pop_local.measure.recall._recall", told)
     return shares

@@ -21,7 +21,7 @@ from support.synthetic import make_gguf
 pytestmark = pytest.mark.slow
 
 # Copying random tokens is left out of them: no random model does.
-ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_copy_ratio=1000.0)
+ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_ppl_ratio=1000.0, max_copy_ratio=1000.0)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 from llama_cpp import LlamaRAMCache
 
 from converter.errors import PopError, WriteError
-from converter.format import Measured, PopMeta, pop_meta
+from converter.format import Measured, PopMeta, Recalled, pop_meta
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.shape import read_shape
@@ -134,7 +134,8 @@ def test_what_decided_the_boundary_makes_no_other_conversion(fitted):
     source = read_source(fitted.single)
     meta = pop_meta(source.first)
     assert meta is not None
-    decided = replace(meta, budget=replace(BALANCED, tried="4 inside"))
+    found = Recalled(12, 1.0, 1.0, 0.0)
+    decided = replace(meta, budget=replace(BALANCED, tried="4 inside"), recall=found)
     assert conversion(decided, source, None) == conversion(meta, source, None)
     assert conversion(replace(meta, schedule="FFFFFSSS"), source, None) != conversion(
         meta, source, None

@@ -3,6 +3,7 @@
 import math
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,7 @@ import pytest
 from converter import header as header_module
 from converter.content import copy_data, read_content
 from converter.errors import FormatError, UnsupportedArchitectureError
-from converter.format import PopMeta, encode_keys, read_pop_meta
+from converter.format import Budget, PopMeta, encode_keys, read_pop_meta
 from converter.header import MAX_KEPT_ITEMS, Array, read_header
 from converter.shape import read_shape
 from converter.source import read_source
@@ -242,6 +243,19 @@ def test_encoded_keys_are_ordinary_gguf(tiny, tmp_path):
 def test_optional_keys_have_defaults(tiny, tmp_path):
     keys = _as_keys(sink_tokens=None, tail_tokens=None, projection=None)
     assert read_pop_meta(add_keys(tiny, tmp_path / "pop.gguf", **keys)) == PopMeta("FS")
+
+
+def test_limits_that_older_files_do_not_name_are_none(tiny, tmp_path):
+    budget = Budget("balanced", 0.035, 1.12, 0.85)
+    raw = encode_keys(replace(META, budget=budget))
+    old = tuple(key for key in raw if b"max_ppl" not in key and b"max_lost" not in key)
+    assert len(old) == len(raw) - 2
+    content = read_content(read_source(tiny), without="\0")
+    path = tmp_path / "pop.gguf"
+    with path.open("wb") as file:
+        file.write(content.with_keys(old).header)
+        copy_data(content, b"", file.write, lambda n_bytes: None)
+    assert read_pop_meta(path) == replace(META, budget=budget)
 
 
 def test_layers_that_predict_later_tokens_have_no_letter(tiny, tmp_path):

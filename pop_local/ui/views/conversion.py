@@ -16,7 +16,7 @@ from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 from pop_local.workflows.options import Fastest, Within
 
 if TYPE_CHECKING:
-    from converter.format import PopMeta, Refilled
+    from converter.format import PopMeta, Recalled, Refilled
     from converter.plan import Plan
     from converter.rewrite import Sizes
     from pop_local.workflows.convert import Conversion, Converted
@@ -94,6 +94,7 @@ def _object(
         "calibration": meta and meta.calibration,
         "measured": meta and meta.measured,
         "refilled": meta and meta.refilled,
+        "recall": meta and meta.recall,
         "budget": plan.budget,
         "tried": (),
         "phases": (),
@@ -178,7 +179,20 @@ def measured_facts(meta: PopMeta) -> list[Fact]:
     broken = found.copy_ppl_ratio > FAST.max_copy_ratio
     limit = f"BROKEN: above {FAST.max_copy_ratio:g} a model can no longer copy from its prompt"
     warning = [("", limit)] if broken else []
-    return [("Quality", quality), ("Copying", copying), *warning, *_refilled_facts(meta.refilled)]
+    return [
+        ("Quality", quality),
+        ("Copying", copying),
+        *warning,
+        *_recall_facts(meta.recall),
+        *_refilled_facts(meta.refilled),
+    ]
+
+
+def _recall_facts(found: Recalled | None) -> list[Fact]:
+    if found is None:
+        return []
+    shares = f"{found.pruned:.0%} found, {found.full:.0%} by the full model"
+    return [("Facts", f"{shares}, of {found.n_documents} documents")]
 
 
 def _refilled_facts(found: Refilled | None) -> list[Fact]:

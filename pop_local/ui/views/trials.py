@@ -12,6 +12,7 @@ from pop_local.ui.views.quality import figures, with_se
 
 if TYPE_CHECKING:
     from converter.format import Budget
+    from pop_local.measure.recall import Recall
     from pop_local.workflows.refusals import Trial
 
 _COLUMNS = (
@@ -21,22 +22,29 @@ _COLUMNS = (
     Column("plan.speedup_limit", "Limit", "{:.2f}x".format, numeric=True),
     Column("quality.n_windows", "Windows", numeric=True),
     Column("quality.kl_mean", "KL", partial(with_se, spec=".4f"), numeric=True),
+    Column("quality.ppl_ratio", "PPL ratio", partial(with_se, spec=".3f"), numeric=True),
     Column("quality.copy_ppl_ratio", "Copy ratio", partial(with_se, spec=".3f"), numeric=True),
     Column("quality.induction_retention", "Retention", partial(with_se, spec=".1%"), numeric=True),
+    Column("recall", "Facts found", lambda found: _of_full(found) if found else "", numeric=True),
     Column("in_budget", "In budget", lambda passed: "yes" if passed else "no"),
 )
 # Of the figures of a trial, those that a budget looks at.
 _JUDGED = (
-    *("n_windows", "kl_mean", "kl_se", "copy_ppl_ratio", "copy_ppl_ratio_se"),
-    *("induction_retention", "induction_retention_se"),
+    *("n_windows", "kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio"),
+    *("copy_ppl_ratio_se", "induction_retention", "induction_retention_se"),
 )
+
+
+def _of_full(found: Recall) -> str:
+    return f"{found.exact_pruned.value:.0%} of {found.exact_full.value:.0%}"
 
 
 def budget_fact(budget: Budget) -> Fact:
     return (
         "Budget",
-        f"{budget.quality}: KL at most {budget.max_kl:g}, copy ratio at most "
-        f"{budget.max_copy_ratio:g}, {budget.least_retention:.0%} of copying kept",
+        f"{budget.quality}: KL at most {budget.max_kl:g}, perplexity at most "
+        f"{budget.max_ppl_ratio:g} and of a copy {budget.max_copy_ratio:g} times the full model's, "
+        f"{budget.least_retention:.0%} of copying kept, {budget.max_lost_recall:.0%} of facts lost",
     )
 
 
@@ -55,5 +63,6 @@ def trial_json(trial: Trial) -> dict[str, Any]:
         "select": plan.select,
         "speedup_limit": plan.speedup_limit,
         **{name: found[name] for name in _JUDGED},
+        "recall": trial.recall and figures(trial.recall),
         "in_budget": trial.in_budget,
     }
