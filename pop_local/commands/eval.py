@@ -68,6 +68,10 @@ def eval(  # noqa: A001
         BaselineName | None,
         typer.Option(help="Compare with skipping the same layers for every token, answers too."),
     ] = None,
+    yardstick: Annotated[
+        bool,
+        typer.Option("--yardstick", help="Also measure the model quantised as Q4_0, Q3_K_M, Q2_K."),
+    ] = False,
     fit_text: Annotated[
         Path | None, typer.Option(metavar="FILE|DIR", help="Text to fit on. Default: convert's.")
     ] = None,
@@ -161,6 +165,7 @@ def eval(  # noqa: A001
         n_refilled=refill,
         second_turn=second_turn,
         baseline=None if baseline is None else "always-skip",
+        yardstick=yardstick,
         sink_tokens=sink,
         tail_tokens=tail,
         n_ctx=n_ctx,

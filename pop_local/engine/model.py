@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from converter.sidecar import sidecar_beside
 from converter.source import read_source
 from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.llama.backend import Mode
@@ -21,6 +20,7 @@ from pop_local.engine.sessions.conversation import Conversation, Document
 from pop_local.engine.turn import AnswerOptions
 from pop_local.models import names
 from pop_local.models.mmproj import mmproj_beside
+from pop_local.models.sidecars import sidecar_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -47,13 +47,14 @@ class PopModel(ChatModel):
     ) -> Self:
         """Open a GGUF file, or a model that is here by its name.
 
-        `sidecar`, `mmproj`: None takes the one beside the model, if there is one. The rest is as in
-        the constructor. Nothing is fetched or converted.
+        `sidecar`, `mmproj`: None takes the one beside the model, if there is one; a model of the
+        catalog has a sidecar in this package. The rest is as in the constructor. Nothing is fetched
+        or converted.
         """
         path = names.resolve(os.fspath(model))
         return cls(
             path,
-            sidecar=sidecar_beside(read_source(path)) if sidecar is None else sidecar,
+            sidecar=sidecar_of(read_source(path)) if sidecar is None else sidecar,
             mmproj=mmproj_beside(path) if mmproj is None else mmproj,
             n_ctx=n_ctx,
             n_threads=n_threads,

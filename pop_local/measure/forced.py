@@ -38,7 +38,7 @@ class Pruning:
     """
 
     boundary: int
-    context: Mode
+    context: Mode = Mode.CONTEXT
     continuation: Mode = Mode.OFF
     select: float = 0.0
     n_refilled: int = 0

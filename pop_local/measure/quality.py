@@ -199,15 +199,14 @@ def read_reference(
 
 
 def measure_against(
-    reference: Reference, model: PopModel, boundaries: Sequence[int], on_progress: Progress
+    reference: Reference, model: PopModel, prunings: Sequence[Pruning], on_progress: Progress
 ) -> tuple[Quality, ...]:
-    """Measure each boundary of a file of the same model.
+    """Measure each pruning of a file of the same model.
 
     At boundaries other than the file's the projections are the layers' own. `on_progress` gets
     (done_tokens, total_tokens). Raises PopError as `measure_prunings` does.
     """
     settings = reference.settings
-    prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
     with forced(model) as reader:
         n = len(prunings)
         ran = tokens_counted(reader, settings, reference.windows, 0, n, on_progress)

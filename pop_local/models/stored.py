@@ -9,6 +9,7 @@ from converter.sidecar import SUFFIX as SIDECAR_SUFFIX
 from converter.sidecar import pop_of
 from converter.source import part_names, part_of, read_source
 from pop_local.config.nearest import nearest_hint
+from pop_local.models.sidecars import sidecar_of
 
 SUFFIX = ".gguf"
 PARTIAL_SUFFIX = ".gguf.partial"
@@ -29,7 +30,7 @@ class Stored:
     """One model of a folder; `problem` says why it cannot be used, or is empty.
 
     `size_bytes` is of all its files, the sidecar included. `boundary` and `projection` are the
-    model's own, or else its sidecar's.
+    model's own, or else those of its sidecar, which may be a shipped one.
     """
 
     name: str
@@ -126,7 +127,7 @@ def _examined(found: Stored) -> Stored:
         source = read_source(found.files[0])
         architecture = source.first.get("general.architecture")
         found = replace(found, architecture=str(architecture) if architecture else None)
-        meta = pop_of(source, found.sidecar)
+        meta = pop_of(source, found.sidecar or sidecar_of(source))
     except PopError as error:
         return replace(found, problem=error.message.removeprefix(f"{found.files[0]} "))
     return replace(found, boundary=meta.boundary, projection=meta.projection) if meta else found

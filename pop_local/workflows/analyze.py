@@ -30,7 +30,7 @@ from pop_local.measure.depth import (
     with_qualities,
     worth_measuring,
 )
-from pop_local.measure.forced import as_planned
+from pop_local.measure.forced import Pruning, as_planned
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
 from pop_local.measure.probes import N_REPEATED, bos, require_passage
 from pop_local.models.names import resolve_base
@@ -193,7 +193,9 @@ class _Run:
             calibrations.append(None if meta is None else meta.calibration)
             advance = self.watch.stage(f"Measuring fits, {len(calibrations)} of {len(plans)}")
             with self._opened(sidecar) as model:
-                [found] = measuring.measure_against(reference, model, (plan.boundary,), advance)
+                [found] = measuring.measure_against(
+                    reference, model, (Pruning(plan.boundary),), advance
+                )
             return found
 
         fit = self._fit_options()
@@ -208,7 +210,9 @@ class _Run:
             return {}
         with self._opened_as_planned() as model:
             advance = self.watch.stage("Measuring with own projections")
-            found = measuring.measure_against(reference, model, boundaries, advance)
+            found = measuring.measure_against(
+                reference, model, [*map(Pruning, boundaries)], advance
+            )
         return {quality.boundary: quality for quality in found}
 
     def plan(self, boundary: int) -> Plan:

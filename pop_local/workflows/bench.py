@@ -116,7 +116,7 @@ def _opened(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[PopModel, ModelShape, Bench]]:
     find = model_files if options.boundary is None else files_at_depth
-    files = find(model, sidecar, hardware=options.hardware, watch=watch)
+    files = find(model, sidecar, watch)
     source = read_source(files.path)
     shape = source_shape(source)
     is_plain = pop_of(source, files.sidecar) is None and not shape.exact

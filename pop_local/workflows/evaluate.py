@@ -31,6 +31,7 @@ from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_depth, model_files
 from pop_local.workflows.options import Boundary, Hardware, Skip
+from pop_local.workflows.yardstick import Quantised, quantised
 
 Baseline = Literal["always-skip"]
 
@@ -42,7 +43,8 @@ class EvaluateOptions:
     `recall`: tokens of the documents that facts are asked of, none of them for no such question;
     `n_documents` of each length. `select`: the share of context rows that run all layers since
     what follows needs them, None for what the file says; `n_refilled`: rows that are given their
-    depth with each token that follows; `second_turn`: also measure the answer after the first one.
+    depth with each token that follows; `second_turn`: also measure the answer after the first one;
+    `yardstick`: also what quantising the model further loses.
     `sink_tokens`, `tail_tokens`: None for what the file says. `n_ctx` None: what is needed.
     """
 
@@ -54,6 +56,7 @@ class EvaluateOptions:
     n_refilled: int = 0
     second_turn: bool = False
     baseline: Baseline | None = None
+    yardstick: bool = False
     sink_tokens: int | None = None
     tail_tokens: int | None = None
     n_ctx: int | None = None
@@ -86,6 +89,7 @@ class Evaluation:
     model: Path
     text: Text
     rows: tuple[Row, ...]
+    yardstick: tuple[Quantised, ...] = ()
 
 
 def evaluate(
@@ -104,7 +108,7 @@ def evaluate(
     without it, other depths than the file's have own projections. Raises PopError, StoppedError.
     """
     find = files_at_depth if fit is not None or depths else model_files
-    files = find(os.fspath(model), sidecar, hardware=hardware, watch=watch)
+    files = find(os.fspath(model), sidecar, watch)
     source = read_source(files.path)
     shape = source_shape(source)
     boundaries = _boundaries(source, files, shape, depths)
@@ -123,7 +127,7 @@ def evaluate(
             return row
 
         rows = tuple(measure_fits(plans, source, fit, hardware, watch, measure))
-    return Evaluation(files.path, text, rows)
+    return Evaluation(files.path, text, rows, run.yardstick() if options.yardstick else ())
 
 
 def _boundaries(
@@ -171,6 +175,22 @@ class _Run:
     text: Text
     hardware: Hardware
     watch: Watch
+
+    def yardstick(self) -> tuple[Quantised, ...]:
+        """Measure the model quantised further."""
+        settings = self.options.settings
+        asked = [self._asked(n_tokens) for n_tokens in self.recall]
+        return tuple(
+            quantised(
+                self.source.first.path,
+                self.text,
+                settings,
+                asked,
+                self.context(),
+                self.hardware,
+                self.watch,
+            )
+        )
 
     @property
     def recall(self) -> tuple[int, ...]:
@@ -255,6 +275,9 @@ class _Run:
     def _recall(
         self, model: PopModel, n_tokens: int, prunings: Sequence[Pruning]
     ) -> tuple[Recall, ...]:
+        advance = self.watch.stage("Asking")
+        return measure_recall(model, self._asked(n_tokens), prunings, advance)
+
+    def _asked(self, n_tokens: int) -> RecallSettings:
         options = self.options
-        settings = RecallSettings(options.n_documents, n_tokens, options.settings.seed)
-        return measure_recall(model, settings, prunings, self.watch.stage("Asking"))
+        return RecallSettings(options.n_documents, n_tokens, options.settings.seed)

@@ -20,7 +20,7 @@ from pop_local.measure.budget import (
     keeps,
     limits_in_words,
 )
-from pop_local.measure.forced import forced
+from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import TextTokens
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
@@ -130,7 +130,8 @@ class Examination:
                 [kept] = measuring.measure_retention(reference, model, (boundary,), advance)
                 if not keeps(FAST, kept):
                     continue
-                [found] = measuring.measure_against(reference, model, (boundary,), advance)
+                pruning = Pruning(boundary)
+                [found] = measuring.measure_against(reference, model, (pruning,), advance)
                 if copies(found):
                     return boundary
         return None

@@ -15,7 +15,6 @@ from converter.rewrite import Fitted
 from converter.shape import ModelShape
 from converter.source import Source
 from pop_local.calibration.options import FitOptions
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import shipped_text, tokenize
@@ -95,7 +94,7 @@ def first_that_recalls(
             temporary_sidecar(plan, source, fit) as sidecar,
             opened(ModelFiles(source.first.path, sidecar), hardware, watch, n_ctx=n_ctx) as model,
         ):
-            pruning = Pruning(plan.boundary, Mode.CONTEXT, select=plan.select)
+            pruning = Pruning(plan.boundary, select=plan.select)
             name = f"boundary {plan.boundary}, {plan.select:.0%} selected"
             recall = reference.measure(model, pruning, watch.stage(f"Trying {name}"))
             tried.append(f"{name}: {recall.exact_pruned.value:.0%}")
@@ -117,7 +116,7 @@ def _chosen(
     tried: Sequence[str],
     watch: Watch,
 ) -> Recipe:
-    pruning = Pruning(plan.boundary, Mode.CONTEXT, select=plan.select)
+    pruning = Pruning(plan.boundary, select=plan.select)
 
     def measured(pruning: Pruning, n_windows: int, stage: str) -> Quality:
         settings, text = QualitySettings(n_windows), tokenize(model, shipped_text())

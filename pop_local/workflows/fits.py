@@ -82,6 +82,7 @@ class Fitter:
 
     def _losses(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, float]:
         """The KL of each kind, on the same windows."""
+        from pop_local.measure.forced import Pruning
         from pop_local.measure.quality import QualitySettings, measure_against, read_reference
         from pop_local.workflows.measuring import opened_to_measure
 
@@ -95,7 +96,8 @@ class Fitter:
                 files = ModelFiles(path, sidecar)
                 with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
                     advance = self.watch.stage("Measuring")
-                    [found] = measure_against(reference, model, (plan.boundary,), advance)
+                    pruning = Pruning(plan.boundary)
+                    [found] = measure_against(reference, model, (pruning,), advance)
             losses[kind] = found.kl_mean.value
         return losses
 

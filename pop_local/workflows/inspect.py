@@ -14,10 +14,11 @@ from converter.header import Header, TensorInfo, read_header
 from converter.progress import counting
 from converter.rewrite import original
 from converter.shape import ARCHITECTURES, SHARED_KV, source_shape, trained_ctx
-from converter.sidecar import base_path, pop_of, sidecar_beside, sidecar_meta
+from converter.sidecar import base_path, pop_of, sidecar_meta
 from converter.source import Source, is_sidecar, read_source
 from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
 from pop_local.models.names import load_catalog, resolve
+from pop_local.models.sidecars import sidecar_of
 from pop_local.workflows.events import Unit, Watch
 
 
@@ -89,7 +90,7 @@ class SidecarInspection:
 def inspect(
     model: str, sidecar: Path | None, *, with_hash: bool, watch: Watch
 ) -> Inspection | SidecarInspection:
-    """Look into a file given by path or name, and into the sidecar given or beside it.
+    """Look into a file given by path or name, and into its sidecar: given, beside it or shipped.
 
     `with_hash` reads all of it. Raises PopError, StoppedError.
     """
@@ -98,7 +99,7 @@ def inspect(
     if is_sidecar(header) and sidecar is None:
         return _of_sidecar(header, with_hash, watch)
     source = read_source(path)
-    sidecar = sidecar or sidecar_beside(source)
+    sidecar = sidecar or sidecar_of(source)
     meta = pop_of(source, sidecar)
     return _of_model(source, sidecar, meta, verify(source, meta, watch) if with_hash else None)
 

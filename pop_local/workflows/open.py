@@ -1,28 +1,22 @@
 """From a model's name or path to its files, and to an opened model."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.errors import FormatError, OutputExistsError, PopError
-from converter.plan import DEFAULT_SKIP
-from converter.sidecar import pop_of, sidecar_beside
+from converter.errors import FormatError, PopError
+from converter.sidecar import pop_of
 from converter.source import read_source
-from pop_local.calibration.options import FitOptions
 from pop_local.fetching.catalog import fetch
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
+from pop_local.models.sidecars import sidecar_of
 from pop_local.models.sizes import size
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.convert import convert
 from pop_local.workflows.events import Unit, Watch
-from pop_local.workflows.options import Hardware, Skip
+from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
-
-# How the catalog's model is converted.
-_FIT: FitOptions | None = FitOptions()
 
 
 def open_model(
@@ -45,7 +39,7 @@ def open_model(
     for PopModel. `mmproj`: None for the one beside the model, if there is one.
     Raises PopError, StoppedError.
     """
-    files = model_files(model, sidecar, hardware=hardware, watch=watch)
+    files = model_files(model, sidecar, watch)
     if in_full and sidecar is None and files.sidecar is not None:
         try:
             pop_of(read_source(files.path), files.sidecar)
@@ -70,12 +64,10 @@ def open_model(
     return opened
 
 
-def model_files(
-    model: str | None, sidecar: Path | None, *, hardware: Hardware, watch: Watch
-) -> ModelFiles:
-    """What to open: with the sidecar given, else with the one beside the model.
+def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
+    """What to open: with the sidecar given, else the one beside the model or shipped for it.
 
-    A model of the catalog is fetched and converted first. `hardware` is for that conversion.
+    One of the catalog is fetched first, and its sidecar is shipped.
     """
     if sidecar is not None:
         if not sidecar.is_file():
@@ -88,31 +80,19 @@ def model_files(
     if converted is not None and converted.is_file():
         return ModelFiles(converted)
     base = _base(model, watch)
-    if found := sidecar_beside(read_source(base)):
+    if found := sidecar_of(read_source(base)):
         watch.on_note(f"Pruning as {found} says.")
-        return ModelFiles(base, found)
-    if converted is None:
-        return ModelFiles(base)
-    watch.on_note(
-        f"Converting it to {converted}: while reading, context tokens skip {DEFAULT_SKIP} of it."
-        " Fitting takes some minutes, once."
-    )
-    depth = Skip(str(DEFAULT_SKIP))
-    with suppress(OutputExistsError):  # another process was faster
-        convert(base, converted, depth=depth, fit=_FIT, hardware=hardware, watch=watch)
-    return ModelFiles(converted)
+    return ModelFiles(base, found)
 
 
-def files_at_depth(
-    model: str | None, sidecar: Path | None, *, hardware: Hardware, watch: Watch
-) -> ModelFiles:
+def files_at_depth(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
     """What to open for a boundary of the caller's, which fitted projections cannot have.
 
     So no sidecar is looked for, and of the catalog's model the unconverted file is taken.
     """
     if sidecar is None:
         return ModelFiles(_base(model, watch))
-    return model_files(model, sidecar, hardware=hardware, watch=watch)
+    return model_files(model, sidecar, watch)
 
 
 def _entry(model: str | None) -> Model | None:

@@ -63,7 +63,7 @@ def evaluate_prompts(
     another: what they share is read once. Raises PopError, StoppedError.
     """
     given = read_prompts(Path(prompts))
-    files = model_files(os.fspath(model), sidecar, hardware=hardware, watch=watch)
+    files = model_files(os.fspath(model), sidecar, watch)
     kept = _Kept(options.answers, _identity(files, given, options))
     mmproj = options.mmproj or mmproj_beside(files.path)
     seeing = {"n_ctx": options.n_ctx, "mmproj": mmproj}

@@ -15,7 +15,6 @@ from converter.source import Source
 from pop_local.calibration.needs import fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import kept_boundaries
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import budget as budgets
 from pop_local.measure.forced import Pruning
@@ -239,7 +238,7 @@ class _Search:
         """Ask for facts of pruned documents."""
         reference = self.full_recall
         with self._opened(plan) as model:
-            pruning = Pruning(plan.boundary, Mode.CONTEXT, select=plan.select)
+            pruning = Pruning(plan.boundary, select=plan.select)
             advance = self.watch.stage(f"Asking for facts, boundary {_named(plan)}")
             return reference.measure(model, pruning, advance)
 

@@ -1,4 +1,4 @@
-"""A model of the catalog becomes a file to open: fetched, converted, and said so."""
+"""A model of the catalog becomes a file to open: fetched, with its sidecar, and said so."""
 
 import shutil
 from dataclasses import replace
@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from converter.errors import OutputExistsError, PopError
-from converter.format import read_pop_meta
-from pop_local.calibration.options import FitOptions
-from pop_local.engine.llama import backend
+from converter.errors import PopError
+from converter.format import read_binding
+from converter.header import read_header
+from converter.sidecar import sidecar_meta
+from pop_local.engine.model import PopModel
 from pop_local.models import names as models
+from pop_local.models import sidecars
 from pop_local.models.names import DEFAULT_MODEL, find
+from pop_local.models.stored import ModelFiles, stock
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
-from pop_local.workflows.events import Watch
-from pop_local.workflows.options import Hardware
+from support.converted import paired
 from support.synthetic import make_gguf
 
 
@@ -33,86 +35,70 @@ def store(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv(models.MODELS_VARIABLE, str(folder))
     monkeypatch.setattr(models, "load_catalog", lambda: (entry,))
     monkeypatch.setattr(opening, "fetch", fetch)
-    # Two threads on a busy machine wait for each other.
-    monkeypatch.setattr(backend, "default_threads", lambda: 1)
     return folder
 
 
-def model_file(model: str | None) -> Path:
+def files(model: str | None) -> ModelFiles:
     with terminal_watch() as watch:
-        return opening.model_files(model, None, hardware=Hardware(), watch=watch).path
+        return opening.model_files(model, None, watch)
 
 
 def at_depth(model: str) -> Path:
     with terminal_watch() as watch:
-        return opening.files_at_depth(model, None, hardware=Hardware(), watch=watch).path
-
-
-@pytest.mark.slow
-def test_it_is_fitted(store, capsys, monkeypatch):
-    assert FitOptions() == opening._FIT
-    monkeypatch.setattr(opening, "_FIT", FitOptions(tokens=2048))
-    meta = read_pop_meta(model_file(None))
-    assert meta is not None
-    assert (meta.projection, meta.boundary) == ("fitted", 5)
-    assert meta.measured is not None and meta.measured.ppl_full > 1
-    assert "Fitting takes" in capsys.readouterr().err
-
-
-def test_the_conversion_takes_threads_and_gpu_layers(store, monkeypatch):
-    taken = []
-    monkeypatch.setattr(opening, "convert", lambda *_, **how: taken.append(how["hardware"]))
-    opening.model_files(None, None, hardware=Hardware(3, 0), watch=Watch())
-    assert taken == [Hardware(3, 0)]
-
-
-def test_another_process_may_be_faster(store, monkeypatch):
-    def beaten(path: Path, target: Path, **_: object) -> None:
-        target.write_bytes(b"theirs")
-        raise OutputExistsError(f"{target} appeared meanwhile", "")
-
-    monkeypatch.setattr(opening, "convert", beaten)
-    assert model_file(None).read_bytes() == b"theirs"
+        return opening.files_at_depth(model, None, watch).path
 
 
 @pytest.fixture
-def unfitted(store, monkeypatch) -> Path:
-    """The fit takes seconds."""
-    monkeypatch.setattr(opening, "_FIT", None)
-    return store
+def shipped(store, tmp_path, monkeypatch) -> Path:
+    """The sidecar of the tiny model, as if this package had it."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    made = paired(tmp_path / "tiny.gguf", folder, "own", boundary=5)
+    made.single.unlink()
+    monkeypatch.setattr(sidecars, "SHIPPED", folder)
+    return made.sidecar.rename(folder / "any-name.pop-sidecar.gguf")
 
 
 @pytest.mark.parametrize("name", [None, "smollm2"])
-def test_first_time_it_is_fetched_and_converted(unfitted, capsys, name):
-    store = unfitted
-    path = model_file(name)
-    assert path == store / "tiny.pop.gguf"
-    meta = read_pop_meta(path)
-    assert meta is not None
-    assert meta.boundary == 5
+def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shipped, capsys, name):
+    assert files(name) == ModelFiles(store / "tiny.gguf", shipped)
     said = capsys.readouterr()
     assert said.out == ""
-    fetching, converting, measuring, *outside = said.err.splitlines()
+    fetching, pruning = "".join(said.err).splitlines()
     assert fetching.startswith(f"Fetching {DEFAULT_MODEL} (92.9 MB) into ")
     assert "licence Apache-2.0" in fetching
-    assert converting.startswith(f"Converting it to {path}")
-    assert measuring == "Measuring what own projections lose on held-out text"
-    assert all(line.startswith("Warning: ") for line in outside)
-
-
-def test_second_time_nothing_is_done_nor_said(unfitted, capsys):
-    first = model_file(None)
-    capsys.readouterr()
-    before = first.stat().st_mtime_ns
-    assert model_file(None) == first
-    assert first.stat().st_mtime_ns == before
-    assert capsys.readouterr().err == ""
-
-
-def test_a_fetched_model_is_only_converted(unfitted, capsys, tmp_path):
-    shutil.copy(tmp_path / "tiny.gguf", unfitted / "tiny.gguf")
-    model_file(None)
+    assert pruning == f"Pruning as {shipped} says."
+    assert files(name) == ModelFiles(store / "tiny.gguf", shipped)
     assert "Fetching" not in capsys.readouterr().err
+
+
+def test_a_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):
+    copy, other = tmp_path / "copy.gguf", tmp_path / "other.gguf"
+    shutil.copy(tmp_path / "tiny.gguf", copy)
+    assert files(str(copy)) == ModelFiles(copy, shipped)
+    assert PopModel.open(copy, n_ctx=64, n_threads=1).boundary == 5
+    [listed] = [each for each in stock(tmp_path) if each.name == "copy"]
+    assert (listed.boundary, listed.sidecar) == (5, None)
+    content = bytearray(copy.read_bytes())
+    content[content.index(b"attn_q")] ^= 1
+    other.write_bytes(content)
+    assert files(str(other)) == ModelFiles(other)
+
+
+def test_one_beside_the_model_comes_first(shipped, tmp_path):
+    base = tmp_path / "tiny.gguf"
+    own = Path(shutil.copy(shipped, tmp_path / "tiny.pop-sidecar.gguf"))
+    assert files(str(base)) == ModelFiles(base, own)
+
+
+def test_every_model_of_the_catalog_has_one():
+    found = {}
+    for path in sidecars.SHIPPED.glob("*.gguf"):
+        header = read_header(path)
+        meta = sidecar_meta(header)
+        assert meta.measured is not None and meta.budget is not None and meta.recall is not None
+        found[meta.source_sha256] = read_binding(header).base_bytes
+    assert found == {entry.sha256: entry.size_bytes for entry in models.load_catalog()}
 
 
 def test_the_unconverted_file_of_a_name(store, tmp_path):
@@ -122,11 +108,11 @@ def test_the_unconverted_file_of_a_name(store, tmp_path):
 
 def test_a_path_is_taken_as_it_is(store, tmp_path, capsys):
     path = tmp_path / "tiny.gguf"
-    assert model_file(str(path)) == path
+    assert files(str(path)) == ModelFiles(path)
     assert capsys.readouterr().err == ""
 
 
 def test_unknown_names_and_paths_are_refused(store):
     for model in ("nonsense", "no/such/file.gguf"):
         with pytest.raises(PopError, match="there is no"):
-            model_file(model)
+            files(model)

@@ -24,7 +24,6 @@ from pop_local.models.names import DEFAULT_MODEL, find
 from pop_local.models.stored import ModelFiles
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
-from pop_local.workflows.options import Hardware
 from support.converted import Pair, made_up, names, paired
 from support.synthetic import make_gguf, make_split
 
@@ -33,12 +32,12 @@ pytestmark = pytest.mark.slow
 
 def model_files(model: str | None, sidecar: Path | None = None) -> ModelFiles:
     with terminal_watch() as watch:
-        return opening.model_files(model, sidecar, hardware=Hardware(), watch=watch)
+        return opening.model_files(model, sidecar, watch)
 
 
 def files_at_depth(model: str, sidecar: Path | None) -> ModelFiles:
     with terminal_watch() as watch:
-        return opening.files_at_depth(model, sidecar, hardware=Hardware(), watch=watch)
+        return opening.files_at_depth(model, sidecar, watch)
 
 
 def command(*arguments: object, text: str = "") -> Result:

@@ -7,6 +7,7 @@ import pytest
 from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.measure import quality
+from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import (
     QualitySettings,
     measure_against,
@@ -46,7 +47,7 @@ def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
         "sidecar": (pair.base, pair.sidecar),
     }[form]
     model = PopModel(path, sidecar=sidecar, n_ctx=257, n_threads=1)
-    [found] = measure_against(reference, model, (3,), ignore)
+    [found] = measure_against(reference, model, (Pruning(3),), ignore)
     [whole] = measure_depths(model, TEXT, SETTINGS, (3,), ignore)
     # A reference keeps its predictions in half precision.
     for name in ("kl_mean", "kl_median", "kl_p99", "kl_first"):
@@ -60,7 +61,7 @@ def test_the_retention_is_that_of_a_whole_measurement(pair, reference, monkeypat
     monkeypatch.setattr(quality, "_LEAST_INDUCTION", -1.0)
     model = PopModel(pair.base, n_ctx=257, n_threads=1)
     found = measure_retention(reference, model, (4, 3), ignore)
-    measured = measure_against(reference, model, (4, 3), ignore)
+    measured = measure_against(reference, model, [*map(Pruning, (4, 3))], ignore)
     assert found == tuple(each.induction_retention for each in measured)
     assert None not in found
 
@@ -72,7 +73,7 @@ def test_progress_ends_at_its_total(pair, reference):
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1]
     seen.clear()
-    measure_against(reference, model, (4, 3), lambda *now: seen.append(now))
+    measure_against(reference, model, [*map(Pruning, (4, 3))], lambda *now: seen.append(now))
     assert seen[-1][0] == seen[-1][1]
     seen.clear()
     measure_retention(reference, model, (4, 3), lambda *now: seen.append(now))

@@ -63,7 +63,16 @@ def sweep_json(found: Evaluation) -> dict[str, Any]:
 
 
 def _json_head(found: Evaluation) -> dict[str, Any]:
-    return {"model": str(found.model), "text": text_json(found.text)}
+    yardstick = [
+        {
+            "name": each.name,
+            "size_bytes": each.size_bytes,
+            **figures(each.quality),
+            "recall": [figures(recall) for recall in each.recall],
+        }
+        for each in found.yardstick
+    ]
+    return {"model": str(found.model), "text": text_json(found.text), "yardstick": yardstick}
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -85,7 +94,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 def show_evaluation(found: Evaluation) -> None:
     """Facts for one depth; a table for several, or with a baseline."""
-    if len(found.rows) > 1 or found.rows[0].always_skip is not None:
+    if len(found.rows) > 1 or found.rows[0].always_skip is not None or found.yardstick:
         show_sweep(found)
         return
     model, text = ("Model", str(found.model)), ("Text", found.text.name)
@@ -94,8 +103,11 @@ def show_evaluation(found: Evaluation) -> None:
 
 def show_sweep(found: Evaluation) -> None:
     """A table with a row for each depth, and one below it for its baseline."""
+    from pop_local.workflows.evaluate import Row
+
     q = found.rows[0].quality
     rows = [line for row in found.rows for line in (row, *_baseline(row))]
+    rows += [Row(0, each.name, nan, each.quality, each.recall) for each in found.yardstick]
     say(f"{found.model}: {q.n_windows} windows of {q.n_context} + {q.n_continuation} tokens")
     say(f"{found.text.name}; ± one standard error\n\n{markdown(Table.of(_COLUMNS, rows))}")
 
@@ -158,7 +170,7 @@ def _estimate(name: str, title: str, spec: str, show: Callable[..., str] = with_
 
 
 _COLUMNS = (
-    Column("n_skipped", "Skipped", numeric=True),
+    Column("n_skipped", "Skipped", lambda n: str(n) if n else "-", numeric=True),
     Column("projection", "K/V", numeric=True),
     Column("speedup_limit", "Limit", _limit, numeric=True),
     _estimate("ppl_ratio", "PPL ratio", ".3f"),

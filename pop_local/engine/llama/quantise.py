@@ -1,0 +1,54 @@
+"""A model quantised further by llama.cpp (llama_model_quantize), in a process that can be ended."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from converter.errors import PopError, StoppedError
+from pop_local.engine.llama import logs
+from pop_local.engine.llama.backend import bindings
+
+# enum llama_ftype of llama.h, from small losses to large ones.
+TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q2_K": 10}
+_POLL_S = 0.2
+
+
+def quantise(
+    source: Path, target: Path, name: str, n_threads: int, should_stop: Callable[[], bool]
+) -> None:
+    """Write `source` to `target` in one of TYPES, whatever its type is now.
+
+    Raises PopError when llama.cpp refuses it, and StoppedError; `target` may be unfinished then.
+    """
+    words = [sys.executable, "-m", __name__, str(source), str(target), name, str(n_threads)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None:
+                if should_stop():
+                    raise StoppedError
+                time.sleep(_POLL_S)
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        said = process.stderr.read().strip().splitlines()
+    if process.returncode:
+        why = said[-1] if said else f"code {process.returncode}"
+        raise PopError(f"{source} could not be quantised as {name}: {why}")
+
+
+def main(source: str, target: str, name: str, n_threads: str) -> int:
+    """Quantise, and return the exit status."""
+    api = bindings()
+    settings = api.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = TYPES[name], int(n_threads)
+    settings.allow_requantize = True
+    code: int = api.llama_model_quantize(source.encode(), target.encode(), settings)
+    if code:
+        print(logs.first_error() or f"llama.cpp says {code}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

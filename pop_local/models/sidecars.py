@@ -1,0 +1,31 @@
+"""The sidecar of a model: the one that lies beside it, else one that is shipped for it."""
+
+import importlib.resources
+from pathlib import Path
+
+from converter.format import pop_meta, read_binding
+from converter.header import read_header
+from converter.sidecar import SUFFIX, bind, sidecar_beside
+from converter.source import Source
+
+# Made by `make sidecars`, for the models of the catalog; whatever a copy is called, its hash tells.
+SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars"))
+
+
+def sidecar_of(base: Source) -> Path | None:
+    """Return the sidecar to open a model with, None for none and for a converted model.
+
+    Raises FormatError.
+    """
+    if pop_meta(base.first) is not None:
+        return None
+    return sidecar_beside(base) or _shipped(base)
+
+
+def _shipped(base: Source) -> Path | None:
+    for path in SHIPPED.glob(f"*{SUFFIX}"):
+        binding = read_binding(read_header(path))
+        # A hash reads the vocabulary, a size nothing.
+        if binding.base_bytes == base.size_bytes and binding == bind(base):
+            return path
+    return None
