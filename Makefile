@@ -4,6 +4,7 @@
 # make fuzz SECONDS=3600: damaged files for each reader, for so long (FUZZ_SEED=N begins elsewhere,
 #   FUZZ_FILES=N tries so many instead)
 # make sanitize: the patched library with AddressSanitizer and UBSan under the oracle and damaged files
+# make sidecars: fits the models of the catalog anew (CATALOG=names for some of them)
 # CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
 
 PYTHON ?= python3
@@ -25,10 +26,10 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check fuzz sanitize lint backend unpatched clean
+.PHONY: demo test check fuzz sanitize sidecars lint backend unpatched clean
 
-demo: $(VENV)/.app $(SMOLLM2).pop.gguf
-	@$(BIN)/pop-local demo $(SMOLLM2).pop.gguf
+demo: $(VENV)/.app $(SMOLLM2).gguf
+	@$(BIN)/pop-local demo $(SMOLLM2).gguf
 
 test: lint unpatched $(SMOLLM2).gguf $(GEMMA).gguf
 	$(PYTEST) $(ARGS)
@@ -117,10 +118,14 @@ ifneq ($(filter test,$(MAKECMDGOALS)),)
 $(SMOLLM2).gguf $(GEMMA).gguf: | $(VENV)/.tools
 endif
 
-FIT := converter/format.py converter/fit.py converter/solve.py $(wildcard pop_local/calibration/*.py)
-
-$(SMOLLM2).pop.gguf: $(SMOLLM2).gguf $(FIT) | $(VENV)/.app
-	@$(BIN)/pop-local convert --skip 1/3 --force $< $@
+# What chat, run and pull open the catalog's models with. Hours on one core, all from the beginning.
+SIDECARS := pop_local/data/sidecars
+CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
+sidecars: $(VENV)/.app
+	@for name in $(CATALOG); do \
+	  model=$$($(BIN)/pop-local pull $$name --dir models) && $(BIN)/pop-local convert $$model \
+	  $(SIDECARS)/$$(basename $$model .gguf).pop-sidecar.gguf --sidecar --force || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build pop_local.egg-info $(PACKAGE)/build .mypy_cache .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ from support.paths import ROOT
 from support.rpc import rpc_server
 from support.serving import Served, served
 from support.shared_kv import GEMMA4_E2B, SharedKv, add_keys, shapes
-from support.synthetic import DEFAULTS, add_header
+from support.synthetic import DEFAULTS, Recipe, add_header
 from support.terminal import Terminal
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "DEFAULTS",
     "GEMMA4_E2B",
     "ROOT",
+    "Recipe",
     "Served",
     "SharedKv",
     "Terminal",

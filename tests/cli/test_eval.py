@@ -50,6 +50,25 @@ def measured(*arguments):
     return json.loads(done.stdout)
 
 
+def test_a_yardstick_is_the_model_quantised_further(tmp_path, text):
+    # Rows of 256 values, which K-quants are made of.
+    plain = make_gguf(tmp_path / "plain.gguf", "llama", n_embd=256, n_ff=256, n_layer=3)
+    arguments = (plain, "--boundary", 2, "--text", text, "--yardstick")
+    report = measured(*arguments)
+    sticks = report["yardstick"]
+    assert [each["name"] for each in sticks] == ["Q4_0", "Q3_K_M", "Q2_K"]
+    sizes = [each["size_bytes"] for each in sticks]
+    assert plain.stat().st_size > sizes[0] > sizes[2]
+    losses = [each["kl_mean"] for each in sticks]
+    assert 0 < losses[0] < losses[2]
+    assert {each["n_pruned"] for each in sticks} == {0}
+    shown = evaluate(*arguments, *SHORT, "--documents", 2)
+    assert shown.exit_code == 0, shown.output
+    rows = [[cell.strip() for cell in line.split("|")] for line in shown.stdout.splitlines()]
+    [q2] = [row for row in rows if "Q2_K" in row]
+    assert q2[1:4] == ["-", "Q2_K", "-"] and "/" in q2[-2]
+
+
 def test_json_has_the_keys_of_one_depth(pop_file, text):
     report = measured(pop_file, "--text", text)
     assert set(report) >= KEYS
