@@ -32,8 +32,10 @@ from pop_local.workflows.refusals import OverBudgetError, Trial
 # Their mean KL has a standard error of a fifth or less.
 N_WINDOWS = 16
 N_DOCUMENTS = 12
-# Of the context tokens, what deeper boundaries are tried with.
+# Of the context tokens, what deeper boundaries are tried with, and what that must win over going
+# without: a selection takes some time that its limit does not count, and keeps states.
 SELECTED = 0.1
+SELECTION_GAIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,11 @@ class _Search:
         """Try deeper boundaries that are faster with a selection, while they are inside."""
         if self.plans[deepest].shape.is_mrope:
             return
-        fastest = self.plans[deepest].speedup_limit
+        least = SELECTION_GAIN * self.plans[deepest].speedup_limit
         for boundary in sorted((each for each in self.plans if each < deepest), reverse=True):
             plan = replace(self.plans[boundary], select=SELECTED)
             is_there = plan.projection == OWN or boundary in self.fitted
-            if not is_there or plan.speedup_limit <= fastest:
+            if not is_there or plan.speedup_limit < least:
                 continue
             gradual = Gradual(self.reference, boundary, SELECTED)
             quality = self._measure(plan, gradual, self._is_outside)

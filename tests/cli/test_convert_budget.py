@@ -116,7 +116,7 @@ def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.boundary, meta.projection) == (7, "own")
-    tried = "7 inside, 6 outside, 5 outside, 6 with 10% selected outside"
+    tried = "7 inside, 6 outside, 5 outside, 5 with 10% selected outside"
     assert meta.budget.tried == tried
     assert meta.measured.kl_mean == pytest.approx(0, abs=1e-6)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
@@ -128,7 +128,10 @@ def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
     assert meta.budget.tried in shown.stdout
 
 
-def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gain", [1.0, 2.0])
+def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_enough(
+    base, tmp_path, monkeypatch, gain
+):
     deepest = {0.0: 5, 0.1: 4}
 
     class Told(gradual.Gradual):
@@ -145,10 +148,14 @@ def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside(base, tmp_p
             )
 
     monkeypatch.setattr(searching, "Gradual", Told)
+    monkeypatch.setattr(searching, "SELECTION_GAIN", gain)
     done = convert(base, "--projection", "own", "--threads", 1, "--json")
     assert done.exit_code == 0, done.stderr
     found, meta = json.loads(done.stdout), read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None
+    if gain == 2.0:
+        assert (meta.boundary, meta.select) == (5, 0.0)
+        return
     assert (meta.boundary, meta.select) == (4, 0.1)
     assert meta.budget.tried.startswith("5 inside, 4 outside, ")
     assert meta.budget.tried.endswith("4 with 10% selected inside, 3 with 10% selected outside")
