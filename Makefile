@@ -46,8 +46,8 @@ fuzz: $(VENV)/.tools
 SANITIZED := $(CURDIR)/$(PACKAGE)/build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer -g1
 REPORTS := $(SANITIZED)/reports
-SANITIZED_TESTS ?= tests/oracle/test_oracle.py tests/oracle/test_deep_pass.py tests/fuzz \
-	-k "tiny_models_equal and (llama or gemma3) or deep_pass or what_llama_cpp_loads"
+SANITIZED_TESTS ?= $(patsubst %,tests/oracle/test_%.py,oracle deep_pass image_rows wide) tests/fuzz \
+	-k "tiny_models_equal and (llama or gemma3) or deep_pass or image_rows or wide or llama_cpp_loads"
 sanitize: $(VENV)/.tools
 	rm -rf $(SANITIZED)
 	CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" \

@@ -37,7 +37,7 @@ from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Job, Task, Worker
 
 _MIN_BODY_BYTES = 1024 * 1024
-_BODY_BYTES_PER_TOKEN = 64
+_BODY_BYTES_PER_TOKEN = 32
 _LAST_WORDS_S = 5
 _AT_LAST_S = 8.0
 _BACKLOG = 128

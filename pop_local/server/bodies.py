@@ -1,11 +1,25 @@
-"""What clients may send. Fields that change nothing are ignored, those that would are refused."""
+"""What clients may send. Fields that change nothing are ignored, those that would are refused.
+
+Nobody else is answered while a body is read: of a list one wrong entry is enough, and long ones
+have limits.
+"""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    model_validator,
+)
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_MESSAGES = 10_000
+MAX_PROMPTS = 16  # of which one may be sent
+MAX_PARTS = 1_000
 
 _UNSUPPORTED = (
     "tools",
@@ -56,11 +70,12 @@ class ImagePart(_Lenient):
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[Part], FailFast(), Field(max_length=MAX_PARTS)]
 
 
 class ChatMessage(_Lenient):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Parts | None = None
 
     @property
     def text(self) -> str:
@@ -139,8 +154,7 @@ class Body(Sampling):
 
 
 class ChatBody(Body):
-    messages: list[ChatMessage] = Field(min_length=1)
-
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -158,8 +172,16 @@ class ChatBody(Body):
         return self
 
 
+Tokens = Annotated[list[int], FailFast()]
+
+
 class CompletionBody(Body):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[str], FailFast(), Field(max_length=MAX_PROMPTS)]
+        | Tokens
+        | Annotated[list[Tokens], FailFast(), Field(max_length=MAX_PROMPTS)]
+    )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 

@@ -4,6 +4,7 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
+from itertools import islice
 
 from converter.errors import PopError
 from pop_local.engine.images.pictures import MAX_BYTES, MAX_PIXELS, Picture, picture_of
@@ -19,8 +20,8 @@ MAX_DATA_URL = MAX_BYTES // 3 * 4 + 100
 
 
 def n_in_data_urls(body: bytes | bytearray) -> int:
-    """Count the bytes of a body that are pictures."""
-    return sum(match.end() - match.start() for match in _URL.finditer(body))
+    """Count the bytes of a body that are pictures, as many as a request may have."""
+    return sum(len(match[0]) for match in islice(_URL.finditer(body), MAX_PICTURES))
 
 
 def sent_pictures(urls: Sequence[str]) -> list[Picture]:

@@ -4,12 +4,14 @@ import asyncio
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from pop_local.engine.decode.grammar import Grammars
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import TurnOptions
 from pop_local.server.app import create_app
+from pop_local.server.bodies import ChatBody, CompletionBody
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Task, Worker
@@ -87,6 +89,25 @@ def test_bad_completions_are_400_with_a_reason(client, body, reason):
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "one"),
+    [
+        (ChatBody, "messages", 0),
+        (ChatBody, "messages", {"role": "user"}),
+        (ChatBody, "messages", {"role": "user", "content": [{}, {}]}),
+        (CompletionBody, "prompt", 0.5),
+        (CompletionBody, "prompt", [0.5, 0.5]),
+        (CompletionBody, "prompt", ["a"]),
+    ],
+)
+def test_of_many_errors_the_first_is_enough(kind, field, one):
+    """Each takes a kilobyte, and others wait meanwhile."""
+    body = json.dumps({field: [one] * 20_000})
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(body)
+    assert caught.value.error_count() <= 4  # a list may be of four kinds
 
 
 def test_an_error_in_a_stream_is_an_event(client):
