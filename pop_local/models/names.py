@@ -133,6 +133,8 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
         return Path(model)
     if Path(model).is_dir():
         raise PopError(f"{model} is a folder", "give the GGUF file itself")
+    if Path(model).exists():
+        raise PopError(f"{model} is a pipe or a device, not a file", "give a GGUF file")
     entry = lookup(model)
     if entry is None:
         return _stored(model)

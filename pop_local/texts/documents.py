@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from converter.errors import PopError
+from pop_local.engine.files import read_file
 from pop_local.engine.sessions.conversation import Document
-from pop_local.texts.decoding import decoded, read_file
+from pop_local.texts.decoding import decoded
 
 MAX_BYTES = 100_000_000
 # A DOCX may be so much larger unpacked: its XML takes twelve times as much memory.

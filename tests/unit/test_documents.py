@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from converter.errors import PopError
-from pop_local.texts import decoding, documents
+from pop_local.engine import files
+from pop_local.engine.images.pictures import read_picture
+from pop_local.texts import documents
 from pop_local.texts.documents import EXTRA_HINT, MAX_BYTES, read_document
 
 PDF = b"""%%PDF-1.4
@@ -133,12 +135,17 @@ def test_pages_that_share_what_they_draw_are_read_up_to_the_limit(tmp_path, monk
 
 
 @pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")
-def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "_PATIENCE_S", 0.05)
+@pytest.mark.parametrize("read", [read_document, read_picture])
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, monkeypatch, read):
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
     path = tmp_path / "pipe"
     os.mkfifo(path)
+    # What waits all the same is not to wait for ever.
+    rescue = threading.Timer(10, path.write_bytes, (b"",))
+    rescue.start()
     with pytest.raises(PopError, match="nobody writes to the pipe"):
-        read_document(path)
+        read(path)
+    rescue.cancel()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="devices and pipes of POSIX")

@@ -254,6 +254,8 @@ def test_resolve_takes_paths(tmp_path):
     with pytest.raises(PopError, match="no file") as failure:
         resolve(str(tmp_path / "modle.gguf"))
     assert str(file) in failure.value.hint
+    with pytest.raises(PopError, match="is a pipe or a device"):
+        resolve(os.devnull)
     with pytest.raises(PopError, match="is a folder"):
         resolve(str(tmp_path))
 

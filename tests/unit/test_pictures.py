@@ -97,6 +97,16 @@ def test_what_is_no_picture(tmp_path, monkeypatch):
         read_picture(path)
 
 
+@pytest.mark.parametrize("mode", ["1", "P"])
+def test_large_pictures_of_few_colours_are_scaled_smoothly(mode):
+    board = np.indices((1_000, 9_000)).sum(0) % 2 * 255
+    picture = picture_of(encoded(Image.fromarray(board.astype(np.uint8)).convert(mode), "PNG"), "a")
+    width, height, rgb = picture.rgb()
+    assert 7_900_000 < width * height <= 8_000_000
+    middle = np.frombuffer(rgb, np.uint8).reshape(height, width, 3)[height // 2]
+    assert len(np.unique(middle)) > 20
+
+
 @pytest.mark.parametrize("kind", pictures.FORMATS)
 def test_damaged_files_are_errors_or_pictures(kind):
     rng = random.Random(kind)

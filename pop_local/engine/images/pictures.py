@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.errors import PopError
+from pop_local.engine.files import read_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,10 +82,11 @@ class Picture:
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
-    """Read a file. Raises PopError for what is no picture, OSError for what cannot be read."""
-    with Path(path).open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    return picture_of(content, str(path))
+    """Read a file, or a pipe that somebody writes to.
+
+    Raises PopError for what is no picture, OSError for what cannot be read.
+    """
+    return picture_of(read_file(Path(path), MAX_BYTES + 1), str(path))
 
 
 def picture_of(content: bytes, name: str) -> Picture:
