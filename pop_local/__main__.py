@@ -1,6 +1,16 @@
 """`python -m pop_local` is `pop-local`."""
 
-from pop_local.cli import main
+import sys
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C ends it quietly, while modules are imported too."""
+    try:
+        from pop_local.cli import main as obey
+    except KeyboardInterrupt:
+        sys.exit(130)
+    obey()
+
 
 if __name__ == "__main__":
     main()

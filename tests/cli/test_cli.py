@@ -62,6 +62,20 @@ def test_top_help_imports_no_command():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_ctrl_c_before_the_command_has_begun_is_quiet():
+    code = """
+import runpy, sys
+class Typed:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Typed())
+runpy.run_module("pop_local", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_the_blocker_blocks():
     code = BLOCKER + "import llama_cpp"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
