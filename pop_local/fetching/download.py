@@ -29,7 +29,7 @@ _CHUNK_BYTES = 1 << 16
 # Where a server does not say how much comes, there is to be room for so much more all the time.
 _UNANNOUNCED_BYTES = 256 << 20
 _TIMEOUT_S = (15, 60)  # to connect, between two pieces
-_MAX_FAILURES = 3  # in a row, without a byte between them
+_MAX_FAILURES = 3  # in a row, without a byte more than there was before
 _PAUSE_S = 1.0
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _AGAIN = "check the network and run this again: it goes on with what has arrived"
@@ -113,14 +113,14 @@ class _Transfer:
                 self._forget()
 
     def _fetch(self, session: "requests.Session") -> None:
-        failures = 0
+        failures, most = 0, self._size()
         while True:
-            before = self._size()
             try:
                 self._attempt(session)
                 return
             except _Dropped as dropped:
-                failures = 1 if self._size() > before else failures + 1
+                failures = 1 if self._size() > most else failures + 1
+                most = max(most, self._size())
                 if failures > _MAX_FAILURES:
                     raise PopError(f"{self._where}: {dropped}", _AGAIN) from dropped
             time.sleep(_PAUSE_S)

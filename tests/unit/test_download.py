@@ -327,6 +327,14 @@ def test_a_part_that_is_shorter_than_asked_for_is_gone_on_with(hub, tmp_path):
     assert asked == [None, f"bytes={HALF}-", f"bytes={HALF + 100}-"]
 
 
+def test_a_server_that_gives_the_same_part_again_and_again_is_left(hub, tmp_path):
+    headers = (f"Content-Length: {len(MODEL)}", f'ETag: "{SHA256[:16]}"')
+    again = [reply(MODEL[:HALF], *headers), *[part(HALF, HALF + 100)] * 2]
+    hub.raw = again * 4
+    with pytest.raises(PopError, match="another part than was asked for|broke off"):
+        pull(hub, tmp_path)
+
+
 def test_a_part_that_nobody_asked_for_is_not_the_whole(hub, tmp_path):
     hub.raw = [part(0, HALF)]
     assert pull(hub, tmp_path).read_bytes() == MODEL
