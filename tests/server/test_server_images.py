@@ -198,6 +198,8 @@ def test_room_for_pictures_is_for_nothing_else(client):
     assert response.status_code == 400 and "no base64" in response.text
     assert post(client, image("http://example.org/" + long), text("a")).status_code == 413
     assert post(client, text(long)).status_code == 413
+    many = b'{"x": [' + b'"data:image", ' * 100_000 + b"0]}"
+    assert client.post("/v1/chat/completions", content=many).status_code == 413
 
 
 def test_a_request_that_is_too_large(client, monkeypatch):
