@@ -1,5 +1,6 @@
 """A conversation that outlives a chat which died, and one that does not outlive its own."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_chat_that_dies_is_offered_until_it_is_gone_on_with(model, tmp_path):
     assert shown[0].endswith("; it has 3 turns.")
     assert talked(model, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_its_folders_are_the_owners(model, tmp_path):
+    folder = tmp_path / "state" / "unsaved"
+    before = os.umask(0)
+    try:
+        talked(model, folder, "my question", SystemExit(143))
+    finally:
+        os.umask(before)
+    made = [folder.parent, folder, *folder.iterdir()]
+    assert [path.stat().st_mode & 0o077 for path in made] == [0] * 4
 
 
 def test_a_chat_that_is_left_leaves_nothing(model, tmp_path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from converter.output import make_private
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.screen import Choice
 from pop_local.ui.errors import as_pop_error
@@ -59,7 +60,7 @@ class Unsaved:
             return
         self._kept = said
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self._folder)
             self._lock.acquire()
             self._sessions.save_transcript(self._name, chat.model, said)
         except Exception as error:
