@@ -1,5 +1,6 @@
 """`pop-local serve MODEL`: the model behind OpenAI's HTTP API."""
 
+import errno
 import importlib.util
 import logging
 import socket
@@ -115,6 +116,13 @@ def _require_packages() -> None:
         )
 
 
+_BIND_HINTS = {
+    errno.EADDRINUSE: "another program uses it: try --port 0 for any free one",
+    errno.EADDRNOTAVAIL: "give an address of this machine, or 0.0.0.0 for all of them",
+    errno.EACCES: "low ports are the system's: try --port 8080",
+}
+
+
 def _bound(host: str, port: int) -> socket.socket:
     """Bound before the model is loaded, so that a port in use is known at once."""
     try:
@@ -132,7 +140,7 @@ def _bound(host: str, port: int) -> socket.socket:
         listening.close()
         raise PopError(
             f"cannot listen on {host} port {port}: {error.strerror}",
-            "another program may use it: try --port 0 for any free one",
+            _BIND_HINTS.get(error.errno or 0, "try --port 0 for any free one"),
         ) from error
     return listening
 

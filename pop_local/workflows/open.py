@@ -59,6 +59,8 @@ def open_model(
         image_tokens=image_tokens,
         **vars(hardware),
     )
+    if select and opened.meta is None:
+        watch.on_warning(PopError("nothing is selected: this model is not pruned"))
     if in_full:
         opened.set_pop(Mode.OFF)
     return opened

@@ -260,6 +260,12 @@ def test_a_port_in_use_is_one_clear_error(tiny_file):
     assert "--port 0" in hint
 
 
+def test_an_address_of_another_machine_is_said_to_be_none_of_this_one():
+    with pytest.raises(PopError, match=r"cannot listen on 192\.0\.2\.1") as caught:
+        serve._bound("192.0.2.1", 0)
+    assert "an address of this machine" in caught.value.hint
+
+
 def test_missing_packages_name_the_extra(monkeypatch, tiny_file):
     monkeypatch.setattr(serve, "_PACKAGES", ("uvicorn", "no_such_package"))
     with pytest.raises(PopError, match="serving needs no_such_package") as caught:
