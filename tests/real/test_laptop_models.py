@@ -1,4 +1,4 @@
-"""The catalog's larger models, where they lie in models/: `pop-local pull qwen-0.5b --dir models`."""
+"""The catalog's larger models, where they are: `pop-local pull qwen-0.5b --dir models`."""
 
 import pytest
 
