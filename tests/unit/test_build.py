@@ -19,6 +19,7 @@ else:
     import tomli as tomllib
 
 from pop_build import fetch as fetching
+from pop_build import missing
 from pop_build.errors import BuildError
 from pop_build.fetch import SOURCE_VARIABLE, Pin, fetch
 from pop_build.hooks import launchers
@@ -230,3 +231,52 @@ def test_every_module_lies_in_a_package_that_setup_finds():
     for folder in ("pop_local", "converter"):
         for module in (ROOT / folder).rglob("*.py"):
             assert (module.parent / "__init__.py").is_file()
+
+
+CACHE = """// a comment
+{option}:BOOL=ON
+CUDAToolkit_NVCC_EXECUTABLE:FILEPATH=/usr/bin/nvcc
+CUDA_cublas_LIBRARY:FILEPATH={cublas}
+CUDA_cuda_driver_LIBRARY:FILEPATH=CUDA_cuda_driver_LIBRARY-NOTFOUND
+Vulkan_GLSLC_EXECUTABLE:FILEPATH=Vulkan_GLSLC_EXECUTABLE-NOTFOUND
+GGML_CUDA_NO_VMM:BOOL={no_vmm}
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "cublas", "no_vmm", "said", "unsaid"),
+    [
+        ("GGML_CUDA", "CUDA_cublas_LIBRARY-NOTFOUND", "OFF", ("cuBLAS", "stub"), ("nvcc", "glslc")),
+        ("GGML_CUDA", "CUDA_cublas_LIBRARY-NOTFOUND", "ON", ("cuBLAS",), ("stub",)),
+        ("GGML_CUDA", "/lib/libcublas.so", "OFF", ("stub",), ("cuBLAS",)),
+        ("GGML_VULKAN", "", "OFF", ("glslc", "libvulkan-dev", "spirv-headers"), ("cuBLAS",)),
+    ],
+)
+def test_what_cmake_did_not_find_is_named(tmp_path, option, cublas, no_vmm, said, unsaid):
+    cache = write(tmp_path / "cache", CACHE.format(option=option, cublas=cublas, no_vmm=no_vmm))
+    with pytest.raises(BuildError) as error:
+        missing.explain(cache)
+    assert all(word in error.value.message for word in said)
+    assert not any(word in error.value.message for word in unsaid)
+
+
+@pytest.mark.parametrize("option", ["GGML_METAL", "GGML_CUDA"])
+def test_nothing_is_said_of_what_is_there(tmp_path, option):
+    text = CACHE.format(option=option, cublas="/lib/libcublas.so", no_vmm="ON")
+    missing.explain(write(tmp_path / "cache", text))
+    missing.explain(tmp_path / "none")
+
+
+CUDA = {"CMAKE_ARGS": "-DGGML_VULKAN=on -DGGML_CUDA:BOOL=ON"}
+
+
+def test_cuda_is_not_compiled_for_a_gpu_that_nobody_named(monkeypatch):
+    sees_gpu = iter([False, True])
+    monkeypatch.setattr(missing, "_sees_gpu", lambda: next(sees_gpu))
+    for env in ({}, {"CMAKE_ARGS": "-DGGML_CUDA=off"}, CUDA | {"CUDAARCHS": "90"}):
+        missing.check_architecture(env)
+    for more in ("-D GGML_NATIVE=off", "-DCMAKE_CUDA_ARCHITECTURES=80-virtual"):
+        missing.check_architecture({"CMAKE_ARGS": f"{CUDA['CMAKE_ARGS']} {more}"})
+    with pytest.raises(BuildError, match="No NVIDIA GPU is visible"):
+        missing.check_architecture(CUDA)
+    missing.check_architecture(CUDA)

@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NoReturn
 
+from . import missing
 from .errors import BuildError
 from .tree import find_hooks, hook_files, package_files, prepare, recipe
 
@@ -102,6 +103,7 @@ def build_editable(
 def _prepared(config_settings: Settings) -> Iterator[Settings]:
     """Inside the patched tree, with our settings beneath those of the user."""
     with _short_errors():
+        missing.check_architecture(os.environ)
         folder = prepare(recipe(PACKAGE, os.environ))
     settings: dict[str, list[str] | str] = {"build-dir": str(folder / "cmake")}
     defines = _DEFINES | launchers(os.environ)
@@ -110,8 +112,12 @@ def _prepared(config_settings: Settings) -> Iterator[Settings]:
     os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     # Paths below the folder must not count for ccache, or each patch compiles everything anew.
     os.environ.setdefault("CCACHE_BASEDIR", str(folder))
-    with _in(folder / "src"):
-        yield settings | (config_settings or {})
+    with _short_errors(), _in(folder / "src"):
+        try:
+            yield settings | (config_settings or {})
+        except SystemExit:  # scikit-build-core's way to say that CMake failed
+            missing.explain(folder / "cmake" / "CMakeCache.txt")
+            raise
 
 
 def launchers(env: Mapping[str, str]) -> dict[str, str]:

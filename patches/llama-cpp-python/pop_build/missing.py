@@ -1,0 +1,75 @@
+"""What a GPU's backend needs to be built, in words, since CMake's are not of users."""
+
+import ctypes
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from .errors import BuildError
+
+# By ggml's option: what its CMakeLists.txt looks for, as CMakeCache.txt names it, and what that is.
+_WANTED = {
+    "GGML_CUDA": {
+        "CUDAToolkit_NVCC_EXECUTABLE": "nvcc of the CUDA toolkit (on PATH, or CUDACXX=.../nvcc)",
+        "CUDA_cublas_LIBRARY": "cuBLAS and its headers (libcublas-dev-...)",
+        "CUDA_cuda_driver_LIBRARY": "the driver's stub, libcuda.so (cuda-driver-dev-..., or"
+        " -DGGML_CUDA_NO_VMM=ON in CMAKE_ARGS to do without)",
+    },
+    "GGML_VULKAN": {
+        "Vulkan_INCLUDE_DIR": "Vulkan's headers (libvulkan-dev)",
+        "Vulkan_LIBRARY": "Vulkan's loader (libvulkan-dev)",
+        "Vulkan_GLSLC_EXECUTABLE": "glslc, which compiles shaders (glslc)",
+        "SPIRV-Headers_DIR": "SPIR-V's headers (spirv-headers)",
+    },
+}
+_ENTRY = re.compile(r"^([^#/:\n]+):\w+=(.*)$", re.MULTILINE)
+_DEFINE = re.compile(r"-D\s*(\w+)(?::\w+)?=(\S+)")
+_ARCHITECTURES = ("CMAKE_CUDA_ARCHITECTURES", "GGML_NATIVE")
+_ON = ("1", "on", "true", "yes", "y")
+
+
+def explain(cache: Path) -> None:
+    """After a failed build: raises BuildError if CMake's cache says what was not found."""
+    text = cache.read_text(encoding="utf-8") if cache.is_file() else ""
+    entries: dict[str, str] = dict(_ENTRY.findall(text))
+
+    def is_on(option: str) -> bool:
+        return entries.get(option, "").lower() in _ON
+
+    for option, wanted in _WANTED.items():
+        lacks = [
+            what
+            for name, what in wanted.items()
+            if entries.get(name, "NOTFOUND").endswith("NOTFOUND")
+            and not (name == "CUDA_cuda_driver_LIBRARY" and is_on("GGML_CUDA_NO_VMM"))
+        ]
+        if is_on(option) and lacks:
+            raise BuildError(
+                f"CMake did not find what {option} needs: {'; '.join(lacks)}.",
+                "Install it (names of Debian's and NVIDIA's packages are in brackets) and run this"
+                " again, or build for the CPU, without CMAKE_ARGS.",
+            )
+
+
+def check_architecture(env: Mapping[str, str]) -> None:
+    """Raises BuildError where nvcc would compile for its oldest GPU, seeing none.
+
+    It only warns of that, and pip hides warnings.
+    """
+    given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
+    is_named = "CUDAARCHS" in env or not given.keys().isdisjoint(_ARCHITECTURES)
+    if given.get("GGML_CUDA") in _ON and not is_named and not _sees_gpu():
+        raise BuildError(
+            "No NVIDIA GPU is visible here, so nobody knows what to compile CUDA code for.",
+            "Name the GPU that it is for: CUDAARCHS=80 (A100), 86 (RTX 30), 89 (RTX 40), 90 (H100),"
+            " 120 (RTX 50), or -DGGML_NATIVE=OFF in CMAKE_ARGS for all, which takes long.",
+        )
+
+
+def _sees_gpu() -> bool:
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return bool(driver.cuInit(0) == 0)
