@@ -123,8 +123,8 @@ def _described(device: devices.Device) -> str:
 
 
 def _enabled(features: str) -> str:
-    """'CPU : AVX = 1 | AVX2 = 1 | ...' as llama.cpp prints it, less what is off."""
-    names = [part.split(":")[-1].partition("=") for part in features.split("|")]
+    """'CUDA : ARCHS = 900 | CPU : AVX = 1 | ...' as llama.cpp prints it: the CPU's that are on."""
+    names = [part.partition("=") for part in features.partition("CPU :")[2].split("|")]
     return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
 
 

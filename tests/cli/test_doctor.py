@@ -13,7 +13,7 @@ from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import names as models
 from support.shared_kv import make_shared
 
-FEATURES = "CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
+FEATURES = "CUDA : ARCHS = 900 | CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
 CPU = Device("CPU", "Some CPU", False, 8 * 10**9, 16 * 10**9)
 GPU = Device("CUDA0", "Some GPU", True, 70 * 10**9, 80 * 10**9)
 
@@ -49,7 +49,7 @@ def test_all_is_well(install):
     done = doctor()
     assert done.exit_code == 0
     assert f"patched, ABI {backend.ABI}" in done.stdout
-    assert "SSE3 AVX OPENMP REPACK" in done.stdout
+    assert "  SSE3 AVX OPENMP REPACK" in done.stdout
     assert "FIX" not in done.stdout
 
 
