@@ -42,12 +42,14 @@ fuzz: $(VENV)/.tools
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/pytest -n $(WORKERS) -rP tests/fuzz $(ARGS)
 
 # -O1 in the place of -O3, so that frames can be read. Both sides of the oracle run in this library,
-# since the bits of another build need not agree. UBSan writes to its files only if it is loaded first.
+# since the bits of another build need not agree. UBSan writes to its files only if it is loaded first;
+# AddressSanitizer writes to stderr then, and ends its process, which fails the test.
 SANITIZED := $(CURDIR)/$(PACKAGE)/build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer -g1
 REPORTS := $(SANITIZED)/reports
-SANITIZED_TESTS ?= $(patsubst %,tests/oracle/test_%.py,oracle deep_pass image_rows wide) tests/fuzz \
-	-k "tiny_models_equal and (llama or gemma3) or deep_pass or image_rows or wide or llama_cpp_loads"
+SANITIZED_TESTS ?= $(patsubst %,tests/oracle/test_%.py,oracle deep_pass image_rows wide) \
+	tests/unit/test_images.py tests/fuzz \
+	-k "tiny_models_equal and (llama or gemma3) or deep_pass or image or wide or llama_cpp_loads"
 sanitize: $(VENV)/.tools
 	rm -rf $(SANITIZED)
 	CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" \
@@ -56,12 +58,11 @@ sanitize: $(VENV)/.tools
 	$(BIN)/python -m zipfile -e $(SANITIZED)/*.whl $(SANITIZED)
 	mkdir $(REPORTS)
 	LD_PRELOAD="$(foreach l,libubsan.so libasan.so libstdc++.so.6,$$(gcc -print-file-name=$(l)))" \
-	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:log_path=$(REPORTS)/asan \
+	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(REPORTS)/ubsan \
 	LLAMA_CPP_LIB_PATH=$(SANITIZED)/llama_cpp/lib FUZZ_FILES=2000 $(BIN)/pytest -rP $(SANITIZED_TESTS)
-	@cat $(REPORTS)/* 2>/dev/null | grep -o "[^/]*: runtime error.*\|ERROR: AddressSanitizer.*" \
-	| sort | uniq -c | sort -rn
-	@! grep -q "llama-pop[^ ]*: runtime error\|ERROR: AddressSanitizer" $(REPORTS)/* 2>/dev/null
+	@cat $(REPORTS)/* 2>/dev/null | grep -o "[^/]*: runtime error.*" | sort | uniq -c | sort -rn
+	@! grep -q "llama-pop[^ ]*: runtime error" $(REPORTS)/* 2>/dev/null
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
