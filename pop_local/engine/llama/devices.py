@@ -1,6 +1,7 @@
 """What there is to compute on: ggml's functions by name, its backends and their devices."""
 
 import ctypes
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -37,6 +38,7 @@ class BackendInfo:
     """What `doctor` tells about the backend; `abi` is None when the library is unpatched.
 
     `built_in`: ggml's backends by name, each with the number of devices that it found here.
+    `cpu_variant`: the one that ggml chose of several for this CPU, by its name; none: "".
     """
 
     version: str
@@ -46,6 +48,7 @@ class BackendInfo:
     built_in: tuple[tuple[str, int], ...]
     features: str
     n_threads: int
+    cpu_variant: str = ""
 
 
 def describe_backend() -> BackendInfo:
@@ -61,7 +64,14 @@ def describe_backend() -> BackendInfo:
         built_in=tuple(GgmlLibrary().backends()),
         features=llama_cpp.llama_print_system_info().decode(),
         n_threads=backend.default_threads(),
+        cpu_variant=_cpu_variant("".join(getattr(llama_cpp, "_backends_log", ()))),
     )
+
+
+def _cpu_variant(log: str) -> str:
+    """By the name of its file, in what ggml said as it loaded it."""
+    found = re.search(r"loaded CPU backend from .*ggml-cpu-(.+)\.\w+$", log, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def devices() -> tuple[Device, ...]:
