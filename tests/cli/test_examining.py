@@ -55,8 +55,9 @@ def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget
     monkeypatch.setattr(budget, "FAST", fast)
 
 
-def test_smollm2_with_its_own_projections(smollm2, tmp_path):
+def test_smollm2_with_its_own_projections(smollm2, tmp_path, monkeypatch):
     """Boundary 16 is past the cliff; at 29 the last layer's own projections are exact."""
+    monkeypatch.setattr(examining, "N_OWN_WINDOWS", 2)
     said = {}
     for boundary in (16, 29):
         target = tmp_path / f"{boundary}.gguf"
