@@ -7,6 +7,9 @@
 # make sidecars: fits the models of the catalog anew (CATALOG=names for some of them)
 # make wheels: dist/ with the wheels of the backend and of pop-local, and of all that they need
 # make test-wheels: installs them alone in a fresh environment, and asks one question
+# make test-gpu: the GPUs of a build for them (CMAKE_ARGS, or macOS) against the CPU
+# make test-vulkan: a Vulkan build against the CPU, on the device VULKAN_DEVICE=0, of which Mesa's
+#   lavapipe in software is one (Debian: libvulkan-dev glslc spirv-headers mesa-vulkan-drivers)
 # CMAKE_ARGS and the compiler variables reach CMake as they are; another value builds anew.
 
 PYTHON ?= python3
@@ -29,7 +32,8 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check fuzz sanitize sidecars wheels test-wheels lint backend unpatched clean
+.PHONY: demo test check fuzz sanitize test-gpu test-vulkan sidecars wheels test-wheels lint backend \
+	unpatched clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
 	@$(BIN)/pop-local demo $(SMOLLM2).gguf
@@ -78,6 +82,22 @@ wheels: | $(VENV)/.ready
 
 test-wheels: | $(SMOLLM2).gguf
 	$(PYTHON) tests/smoke.py $(WHEELS) $(SMOLLM2).gguf
+
+GPU_TESTS := POP_TEST_GPU_LAYERS=99 $(BIN)/pytest -rP tests/oracle/test_devices.py
+test-gpu: $(VENV)/.tools
+	$(GPU_TESTS) $(ARGS)
+
+# Once on one device, once on two, which are the same. Lavapipe keeps what it compiled of shaders.
+VULKAN := $(CURDIR)/$(PACKAGE)/build/vulkan
+VULKAN_DEVICE ?= 0
+test-vulkan: $(VENV)/.tools
+	rm -rf $(VULKAN)
+	CMAKE_ARGS="-DGGML_VULKAN=on" \
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(VULKAN) ./$(PACKAGE)
+	$(BIN)/python -m zipfile -e $(VULKAN)/*.whl $(VULKAN)
+	for devices in $(VULKAN_DEVICE) $(VULKAN_DEVICE),$(VULKAN_DEVICE); do \
+	GGML_VK_VISIBLE_DEVICES=$$devices GALLIVM_PERF=nopt MESA_SHADER_CACHE_DIR=$(VULKAN)-shaders \
+	LLAMA_CPP_LIB_PATH=$(VULKAN)/llama_cpp/lib $(GPU_TESTS) $(ARGS) || exit 1; done
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

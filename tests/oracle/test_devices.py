@@ -7,57 +7,109 @@ sums, of which the full model has its own.
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
 from converter.fit import KvType
-from support.kv_reference import fit_at_random
+from converter.format import FITTED, WIDE
+from oracle.test_deep_pass import KEEP, N_UBATCH, deepened
+from oracle.test_image_rows import PROMPTS as PICTURES
+from oracle.test_image_rows import asking, n_rows, steps_of
+from support.kv_reference import fit_at_random, rms
 from support.oracle import Q8_0, Trio, make_trio, random_tokens
 from support.raw import GPU_LAYERS, Job, Step, run
 from support.rpc import rpc_server
+from support.shared_kv import DEFAULTS as SHARED_KV
+from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
 N_VOCAB, N_LAYER, BOUNDARY, N_TAIL = 380, 8, 5, 16
 ALL = N_LAYER + 1  # the output counts as a layer
 PROMPTS = [random_tokens(n, N_VOCAB, seed=n) for n in (90, 130, 170, 210, 250)]
 AT_MOST = 1.3
+# Random fits times this store K and V as large as the model's own: larger ones have larger noise.
+AS_OWN = {FITTED: 0.7, WIDE: 0.43}
 
 QUANTISED = {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
-    "gemma3": ("gemma3", {}),
-    "phi3": ("phi3", {}),
-    "moe": ("llama-moe", {}),
-    "fitted": ("llama-fitted", {}),
-    "flash attention": ("llama", {"flash_attn": True}),
-    "q8_0 cache": ("llama", QUANTISED),
-    "gemma3, q8_0 cache": ("gemma3", QUANTISED),
-    "below the boundary": ("llama", {"n_gpu_layers": ALL - BOUNDARY + 1}),
-    "at the boundary": ("llama", {"n_gpu_layers": ALL - BOUNDARY}),
-    "above the boundary": ("llama", {"n_gpu_layers": ALL - BOUNDARY - 1}),
-    "fitted, at the boundary": ("llama-fitted", {"n_gpu_layers": ALL - BOUNDARY}),
-    "sequences": ("llama", {"n_seq_max": len(PROMPTS), "n_ctx": 256 * len(PROMPTS)}),
-    "sequences, one stream": ("gemma3", {"n_seq_max": len(PROMPTS), "kv_unified": True}),
+AT_BOUNDARY = {"n_gpu_layers": ALL - BOUNDARY}
+ARCHS = ("llama", "qwen2", "gemma3", "phi3", "llama-moe", "qwen2vl", "qwen3vl")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`model`: an architecture, with experts or a fit; `reads`: what, and how."""
+
+    model: str = "llama"
+    options: dict[str, Any] = field(default_factory=dict)
+    reads: Literal["texts", "sequences", "deep", "pictures"] = "texts"
+
+    @property
+    def exact(self) -> bool:
+        return self.model in SHARED_KV
+
+
+CASES = {
+    "llama": Case(),
+    "qwen2": Case("qwen2"),
+    "gemma3": Case("gemma3"),
+    "phi3": Case("phi3"),
+    "moe": Case("llama-moe"),
+    "flash attention": Case(options={"flash_attn": True}),
+    "q8_0 cache": Case(options=QUANTISED),
+    "gemma3, q8_0 cache": Case("gemma3", QUANTISED),
+    "below the boundary": Case(options={"n_gpu_layers": ALL - BOUNDARY + 1}),
+    "at the boundary": Case(options=AT_BOUNDARY),
+    "above the boundary": Case(options={"n_gpu_layers": ALL - BOUNDARY - 1}),
+    "fitted": Case("llama-fitted"),
+    "fitted, at the boundary": Case("llama-fitted", AT_BOUNDARY),
+    "wide": Case("llama-fitted-wide"),
+    "wide, at the boundary": Case("llama-fitted-wide", AT_BOUNDARY),
+    "wide, several ubatches": Case("llama-fitted-wide", {"n_ubatch": 64, **QUANTISED}),
+    "gemma3, wide": Case("gemma3-fitted-wide"),
+    "sequences": Case(
+        options={"n_seq_max": len(PROMPTS), "n_ctx": 256 * len(PROMPTS)}, reads="sequences"
+    ),
+    "sequences, one stream": Case(
+        "gemma3", {"n_seq_max": len(PROMPTS), "kv_unified": True}, "sequences"
+    ),
+    "wide, one stream": Case(
+        "llama-fitted-wide", {"n_seq_max": len(PROMPTS), "kv_unified": True}, "sequences"
+    ),
+    "deep": Case(reads="deep"),
+    "deep, at the boundary": Case(options=AT_BOUNDARY, reads="deep"),
+    "deep, q8_0 cache": Case(options=QUANTISED, reads="deep"),
+    "gemma3, deep": Case("gemma3", reads="deep"),
+    "moe, deep": Case("llama-moe", reads="deep"),
+    "gemma3n": Case("gemma3n"),
+    "gemma4": Case("gemma4"),
+    "pictures": Case(reads="pictures"),
+    "gemma3, pictures": Case("gemma3", reads="pictures"),
+    "qwen2vl, pictures": Case("qwen2vl", reads="pictures"),
+    "qwen3vl, pictures": Case("qwen3vl", reads="pictures"),
 }
 
 
 @pytest.fixture(scope="module")
 def trios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trio]:
     made = {}
-    for name in ("llama", "qwen2", "gemma3", "phi3", "llama-moe"):
+    for name in ARCHS:
         folder = tmp_path_factory.mktemp(name)
         arch, _, kind = name.partition("-")
         experts = {"n_expert": 4} if kind == "moe" else {}
         model = make_gguf(folder / "model.gguf", arch, type=Type.Q8_0, **experts)
         made[name] = make_trio(model, folder, boundary=BOUNDARY)
-    llama = made["llama"]
-    fitted = fit_at_random(llama, llama.pruned.with_name("fitted.gguf"), KvType.Q8_0)
-    return made | {"llama-fitted": replace(llama, pruned=fitted)}
+    for name, fit in (("llama", FITTED), ("llama", WIDE), ("gemma3", WIDE)):
+        path = made[name].pruned.with_name(f"{fit}.gguf")
+        fit_at_random(made[name], path, KvType.Q8_0, fit, AS_OWN[fit])
+        made[f"{name}-{fit}"] = replace(made[name], pruned=path)
+    for name in SHARED_KV:
+        model = make_shared(tmp_path_factory.mktemp(name) / "model.gguf", name)
+        made[name] = Trio(model, model, model, boundary=0, n_sink=0)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -68,43 +120,92 @@ def device() -> Iterator[dict[str, Any]]:
         return
     with ExitStack() as stack:
         servers = tuple(stack.enter_context(rpc_server()).name for _ in range(2))
-        yield {"n_gpu_layers": ALL, "servers": servers}
+        yield {"n_gpu_layers": 99, "servers": servers}
 
 
-def logits(job: Job, *, mode: int) -> tuple[np.ndarray, int]:
-    """After each prompt and the token behind it, float32 [n, n_vocab]; and the context rows."""
-    steps = [Step("mode", value=mode)]
-    apart = job.n_seq_max > 1
-    for seq, tokens in enumerate(PROMPTS):
-        steps.append(Step("full_from", seq=seq if apart else 0, value=len(tokens) - N_TAIL))
-        if not apart:
-            next_token = Step("decode", f"next {seq}", tokens=(7,), pos=len(tokens))
-            steps += [Step("remove"), Step("decode", str(seq), tokens=tokens), next_token]
-    if apart:
-        more = tuple((seq, 0, tokens) for seq, tokens in enumerate(PROMPTS) if seq)
-        after = tuple((seq, len(tokens), (7,)) for seq, tokens in enumerate(PROMPTS) if seq)
-        steps.append(Step("decode", "all", tokens=PROMPTS[0], more=more))
-        steps.append(Step("decode", "next", tokens=(7,), pos=len(PROMPTS[0]), more=after))
-    results = run(replace(job, steps=(*steps, Step("counters", "counters"))))
-    n_context = int(results.pop("counters")[0])
-    return np.concatenate(list(results.values())), n_context
+def in_turn(mode: int, *, deep: bool) -> list[Step]:
+    """Each prompt and a token behind it; `deep`: refilled in between, unless it is read in full."""
+    steps = []
+    for number, tokens in enumerate(PROMPTS):
+        rule = Step("full_from", value=len(tokens) - N_TAIL)
+        steps += [Step("remove"), rule, Step("decode", str(number), tokens=tokens)]
+        if deep and mode:
+            *first, last = deepened(0, len(tokens))
+            steps[-1] = replace(steps[-1], name="")
+            steps += [*first, replace(last, name=str(number), logits="last")]
+        steps.append(Step("decode", f"next {number}", tokens=(7,), pos=len(tokens)))
+    return steps
 
 
-def noise(job: Job, device: dict[str, Any], mode: int) -> float:
-    here, n_here = logits(replace(job, n_gpu_layers=0), mode=mode)
-    there, n_there = logits(replace(job, **device), mode=mode)
-    assert n_here == n_there == mode * sum(len(tokens) - N_TAIL for tokens in PROMPTS)
+def in_sequences() -> list[Step]:
+    """All prompts in one batch, and a token behind each."""
+    rules = [
+        Step("full_from", seq=seq, value=len(tokens) - N_TAIL) for seq, tokens in enumerate(PROMPTS)
+    ]
+    more = tuple((seq, 0, tokens) for seq, tokens in enumerate(PROMPTS) if seq)
+    after = tuple((seq, len(tokens), (7,)) for seq, tokens in enumerate(PROMPTS) if seq)
+    return [
+        *rules,
+        Step("decode", "all", tokens=PROMPTS[0], more=more),
+        Step("decode", "next", tokens=(7,), pos=len(PROMPTS[0]), more=after),
+    ]
+
+
+def steps_and_rows(case: Case, mode: int) -> tuple[list[Step], int]:
+    """What is read, and how many rows stop at the boundary, or leave, unless all are full."""
+    if case.reads == "pictures":
+        *before, last = steps_of(PICTURES["over several ubatches"][0], case.model)
+        return [*before, asking(last)], sum(map(n_rows, (*before, last))) - 1
+    n = sum(len(tokens) - (1 if case.exact else N_TAIL) for tokens in PROMPTS)
+    if case.reads == "sequences":
+        return in_sequences(), n
+    return in_turn(mode, deep=case.reads == "deep"), n
+
+
+def noise(case: Case, job: Job, device: dict[str, Any], mode: int) -> float:
+    """How far the device's logits are from the CPU's."""
+    steps, n = steps_and_rows(case, mode)
+    keep = [KEEP] if case.reads == "deep" and mode else []
+    counted = [Step("deep", "deep"), Step("exact", "exact"), Step("counters", "counters")]
+    job = replace(job, steps=(Step("mode", value=mode), *keep, *steps, *counted))
+    logits = []
+    for where in ({"n_gpu_layers": 0}, device):
+        results = run(replace(job, **where))
+        assert results.pop("deep") == [len(keep) * sum(map(len, PROMPTS))]
+        assert results.pop("counters")[0] + results.pop("exact") == [mode * n]
+        logits.append(np.concatenate(list(results.values())))
+    here, there = logits
     assert here.std() > 0.1
-    return float(np.sqrt(np.mean((here - there) ** 2)))
+    return rms(here - there)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_pruning_has_the_noise_of_the_full_model(
-    case: str, trios: dict[str, Trio], device: dict[str, Any]
+    name: str, trios: dict[str, Trio], device: dict[str, Any]
 ) -> None:
-    name, options = CASES[case]
-    here = {key: value for key, value in options.items() if key != "n_gpu_layers"}
-    job = Job(str(trios[name].pruned), (), **here)
-    there = device | {key: value for key, value in options.items() if key not in here}
-    pruned, full = noise(job, there, 1), noise(job, there, 0)
+    case = CASES[name]
+    options: dict[str, Any] = {"n_ubatch": N_UBATCH if case.reads == "deep" else 256}
+    options |= {key: value for key, value in case.options.items() if key != "n_gpu_layers"}
+    there = device | {key: case.options[key] for key in case.options if key == "n_gpu_layers"}
+    job = Job(str(trios[case.model].pruned), (), **options)
+    pruned, full = (noise(case, job, there, mode) for mode in (1, 0))
+    print(f"{name}: pruned {pruned:.2e}, full {full:.2e} from the CPU")
     assert pruned <= AT_MOST * full, (pruned, full)
+    assert full > 0 or not GPU_LAYERS  # without a device both are the CPU
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma3"])
+def test_attention_is_counted_as_on_the_cpu(
+    model: str, trios: dict[str, Trio], device: dict[str, Any]
+) -> None:
+    """What a selection goes by."""
+    [tokens] = PROMPTS[-1:]
+    steps = (
+        *(Step("mode", value=1), KEEP, Step("full_from", value=len(tokens) - N_TAIL)),
+        *(Step("question", pos=len(tokens) - N_TAIL), Step("decode", tokens=tokens)),
+        Step("scores", "scores", value=len(tokens)),
+    )
+    job = Job(str(trios[model].pruned), steps, n_gpu_layers=0)
+    here, there = (run(each)["scores"] for each in (job, replace(job, **device)))
+    print(f"{model}: scores {rms(here - there) / rms(here):.2e} from the CPU's")
+    assert rms(here - there) < 0.02 * rms(here)

@@ -253,11 +253,13 @@ def context_rows(stored: Stored, expected: Expected, n_tokens: int) -> tuple[Sto
     return Stored(pos, stored.k[rows], stored.v[rows]), wanted
 
 
-def fit_at_random(trio: Trio, path: Path, kv_type: KvType, projection: str = FITTED) -> Path:
+def fit_at_random(
+    trio: Trio, path: Path, kv_type: KvType, projection: str = FITTED, scale: float = 1.0
+) -> Path:
     """Fitted projections unlike any of the model's own; each layer's differ."""
     shape = read_shape(trio.original)
     plan = make_plan(shape, boundary=trio.boundary, sink_tokens=0, projection=projection)
-    convert(plan, trio.original, path, fitted=made_up(plan, kind=kv_type))
+    convert(plan, trio.original, path, fitted=made_up(plan, kind=kv_type, scale=scale))
     return path
 
 

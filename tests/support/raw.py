@@ -242,6 +242,8 @@ class Session:
         params.swa_full = job.swa_full
         params.flash_attn_type = int(job.flash_attn)
         params.type_k, params.type_v = job.type_k, job.type_v
+        # Large products of layers that are on the CPU would go to a GPU.
+        params.op_offload = job.n_gpu_layers > 0
         if job.watched:
             self._watcher = self.lib.ggml_backend_sched_eval_callback(lambda *_: False)
             params.cb_eval = self._watcher
