@@ -67,6 +67,7 @@ def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float 
     `scale`: of K and V.
     """
     rng = np.random.default_rng(seed)
+    times = np.float32(scale)
     n_embd = plan.shape.n_embd
     n_prev, n_neurons = plan.shape.wide_inputs(plan.boundary)
 
@@ -83,8 +84,8 @@ def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float 
         tensors += encode_input(plan.boundary, made, kind)
     for layer in plan.fitted_layers:
         n_kv = plan.shape.kv_macs[layer] // n_embd
-        weight, bias = random(n_kv, n_embd) * scale, rng.standard_normal(n_kv, np.float32) * scale
-        wide = random(n_kv, n_prev + n_neurons) * scale if plan.projection == WIDE else None
+        weight, bias = random(n_kv, n_embd) * times, rng.standard_normal(n_kv, np.float32) * times
+        wide = random(n_kv, n_prev + n_neurons) * times if plan.projection == WIDE else None
         tensors += encode(layer, KvProjection(gain, weight, bias, n_kv // 2, wide), kind)
     calibration = Calibration("random", "0" * 64, 1, 0.0, "none")
     return Fitted(calibration, tuple(tensors), projection=plan.projection)
