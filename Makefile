@@ -90,6 +90,7 @@ test-gpu: $(VENV)/.tools
 # Once on one device, once on two, which are the same. Lavapipe keeps what it compiled of shaders.
 VULKAN := $(CURDIR)/$(PACKAGE)/build/vulkan
 VULKAN_DEVICE ?= 0
+STORED_KV := tests/oracle/test_wide.py::test_the_previous_row_is_of_the_same_sequence_and_ubatch[llama-unified]
 test-vulkan: $(VENV)/.tools
 	rm -rf $(VULKAN)
 	CMAKE_ARGS="-DGGML_VULKAN=on" \
@@ -97,7 +98,7 @@ test-vulkan: $(VENV)/.tools
 	$(BIN)/python -m zipfile -e $(VULKAN)/*.whl $(VULKAN)
 	for devices in $(VULKAN_DEVICE) $(VULKAN_DEVICE),$(VULKAN_DEVICE); do \
 	GGML_VK_VISIBLE_DEVICES=$$devices GALLIVM_PERF=nopt MESA_SHADER_CACHE_DIR=$(VULKAN)-shaders \
-	LLAMA_CPP_LIB_PATH=$(VULKAN)/llama_cpp/lib $(GPU_TESTS) $(ARGS) || exit 1; done
+	LLAMA_CPP_LIB_PATH=$(VULKAN)/llama_cpp/lib $(GPU_TESTS) "$(STORED_KV)" $(ARGS) || exit 1; done
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
