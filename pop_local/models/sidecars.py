@@ -22,6 +22,11 @@ def sidecar_of(base: Source) -> Path | None:
     return sidecar_beside(base) or _shipped(base)
 
 
+def is_shipped(sidecar: Path) -> bool:
+    """Tell whether a sidecar is one of this package's."""
+    return sidecar.parent == SHIPPED
+
+
 def _shipped(base: Source) -> Path | None:
     for path in SHIPPED.glob(f"*{SUFFIX}"):
         binding = read_binding(read_header(path))

@@ -9,7 +9,7 @@ from converter.source import read_source
 from pop_local.fetching.catalog import fetch
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
-from pop_local.models.sidecars import sidecar_of
+from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.models.sizes import size
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Unit, Watch
@@ -83,7 +83,8 @@ def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelF
         return ModelFiles(converted)
     base = _base(model, watch)
     if found := sidecar_of(read_source(base)):
-        watch.on_note(f"Pruning as {found} says.")
+        named = f"{found.name}, which comes with pop-local," if is_shipped(found) else found
+        watch.on_note(f"Pruning as {named} says.")
     return ModelFiles(base, found)
 
 
