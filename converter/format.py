@@ -30,6 +30,10 @@ MAX_FILE_NAME = 255
 CONVERT_AGAIN = "update pop-local, or convert the model again"
 
 
+# Of a budget in a file that does not name one.
+NO_LIMIT = 1e9
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What projections were fitted on.
@@ -104,8 +108,8 @@ class Budget:
     max_copy_ratio: float
     least_retention: float
     tried: str = ""
-    max_ppl_ratio: float = 1e9
-    max_lost_recall: float = 1.0
+    max_ppl_ratio: float = NO_LIMIT
+    max_lost_recall: float = NO_LIMIT
 
 
 @dataclass(frozen=True)

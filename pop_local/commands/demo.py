@@ -24,7 +24,7 @@ def demo(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help=f"A converted GGUF file or a catalog name. Default: {DEFAULT_MODEL}",
+            help=f"A converted GGUF file, or a model of the catalog. Default: {DEFAULT_MODEL}",
         ),
     ] = None,
     pairs: Annotated[

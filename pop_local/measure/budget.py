@@ -11,6 +11,7 @@ from converter.format import Budget
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
     from pop_local.measure.quality import Quality
+    from pop_local.measure.recall import Recall
 
 NEAR_LOSSLESS = Budget(
     "near-lossless",
@@ -55,12 +56,10 @@ def is_inside(budget: Budget, quality: "Quality") -> bool:
     return all(over <= 0 for over, _ in _excesses(budget, quality))
 
 
-def recalls(budget: Budget, lost: "Estimate") -> bool:
-    """Tell whether no more of the facts is lost than the budget allows, give or take the error.
-
-    One of a dozen documents is more than a strict limit, and less than its error.
-    """
-    return lost.value - (lost.se or 0.0) <= budget.max_lost_recall
+def recalls(budget: Budget, recall: "Recall") -> bool:
+    """Tell whether no more facts are lost than the budget allows, or one: that may be chance."""
+    most = max(budget.max_lost_recall, 1 / recall.n_documents)
+    return recall.exact_lost.value <= most + 1e-9
 
 
 def copies(quality: "Quality") -> bool:
@@ -141,15 +140,17 @@ def limits_in_words(budget: Budget) -> str:
     return (
         f"KL {budget.max_kl:g}, perplexity ratio {budget.max_ppl_ratio:g}, "
         f"copy ratio {budget.max_copy_ratio:g}, "
-        f"{budget.least_retention:.0%} kept of copying random tokens"
+        f"{budget.least_retention:.0%} kept of copying random tokens, "
+        f"{budget.max_lost_recall:.0%} of facts lost, or one"
     )
 
 
-def figures_in_words(quality: "Quality") -> str:
-    """What a budget looks at."""
+def figures_in_words(quality: "Quality", recall: "Recall | None" = None) -> str:
+    """What a budget looks at; `recall`: where facts were asked for."""
     retention = quality.induction_retention
     kept = "" if retention is None else f", {retention.value:.0%} kept of copying random tokens"
+    facts = "" if recall is None else f", {recall.exact_lost.value:.0%} of facts lost"
     return (
         f"KL {quality.kl_mean.value:.4g}, perplexity ratio {quality.ppl_ratio.value:.3f}, "
-        f"copy ratio {quality.copy_ppl_ratio.value:.3f}{kept}"
+        f"copy ratio {quality.copy_ppl_ratio.value:.3f}{kept}{facts}"
     )

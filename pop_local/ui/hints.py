@@ -56,7 +56,8 @@ BY_CAUSE = {
     "output-exists": "choose another name, or replace it: --force",
     "outside-budget": "`pop-local convert` without --skip and --boundary finds the deepest inside",
     "over-budget": (
-        "allow more (--quality fast, --max-kl, --max-copy-ratio), or choose --skip yourself"
+        "allow more (--quality fast, --max-kl, --max-ppl-ratio, --max-copy-ratio), or choose --skip"
+        " yourself"
     ),
     "projections-for-one-depth": (
         "measure other depths on the model itself, {model}, with --fit or without"

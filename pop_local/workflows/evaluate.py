@@ -127,7 +127,8 @@ def evaluate(
             return row
 
         rows = tuple(measure_fits(plans, source, fit, hardware, watch, measure))
-    return Evaluation(files.path, text, rows, run.yardstick() if options.yardstick else ())
+    yardstick = run.yardstick(files.sidecar) if options.yardstick else ()
+    return Evaluation(files.path, text, rows, yardstick)
 
 
 def _boundaries(
@@ -176,13 +177,15 @@ class _Run:
     hardware: Hardware
     watch: Watch
 
-    def yardstick(self) -> tuple[Quantised, ...]:
+    def yardstick(self, sidecar: Path | None) -> tuple[Quantised, ...]:
         """Measure the model quantised further."""
         settings = self.options.settings
         asked = [self._asked(n_tokens) for n_tokens in self.recall]
         return tuple(
             quantised(
-                self.source.first.path,
+                self.source,
+                sidecar,
+                self.full_rows,
                 self.text,
                 settings,
                 asked,
@@ -191,6 +194,12 @@ class _Run:
                 self.watch,
             )
         )
+
+    @property
+    def full_rows(self) -> dict[str, int]:
+        """The ends of a context that were given, others than the file's."""
+        ends = {"sink_tokens": self.options.sink_tokens, "tail_tokens": self.options.tail_tokens}
+        return {end: n_tokens for end, n_tokens in ends.items() if n_tokens is not None}
 
     @property
     def recall(self) -> tuple[int, ...]:
@@ -211,11 +220,9 @@ class _Run:
         pops = prunings.copy()
         if self.options.baseline is not None:
             prunings += [always_skip(boundary) for boundary in boundaries]
-        full = {"sink_tokens": self.options.sink_tokens, "tail_tokens": self.options.tail_tokens}
-        given = {end: n_tokens for end, n_tokens in full.items() if n_tokens is not None}
         files = ModelFiles(self.source.first.path, sidecar)
         with opened(files, self.hardware, self.watch, n_ctx=self.context()) as model:
-            use_rule(model, replace(model.rule, **given))
+            use_rule(model, replace(model.rule, **self.full_rows))
             tokens = tokenize(model, self.text)
             advance = self.watch.stage("Measuring")
             qualities = measure_prunings(model, tokens, settings, prunings, advance)

@@ -118,7 +118,7 @@ class _Search:
             inside, recall = budgets.is_inside(self.budget, quality), None
             if inside:
                 recall = self._ask(plan)
-                inside = budgets.recalls(self.budget, recall.exact_lost)
+                inside = budgets.recalls(self.budget, recall)
             yield Trial(plan, quality, inside, recall)
             if not inside:
                 return
@@ -144,7 +144,7 @@ class _Search:
                 self._judge(deepest, lambda quality: False)
                 continue
             recall = self.recalls[deepest] = self._ask(self.plans[deepest])
-            self.verdicts[deepest] = budgets.recalls(self.budget, recall.exact_lost)
+            self.verdicts[deepest] = budgets.recalls(self.budget, recall)
 
     def _shallowest_first(self) -> Iterable[tuple[int, bool]]:
         return sorted(self.verdicts.items(), reverse=True)
@@ -162,7 +162,7 @@ class _Search:
 
     def _over(self) -> OverBudgetError:
         best = max(self.verdicts)
-        found = budgets.figures_in_words(self.qualities[best])
+        found = budgets.figures_in_words(self.qualities[best], self.recalls.get(best))
         n_skipped = self.plans[best].n_skipped
         return OverBudgetError(
             f"not even {n_skipped} skipped layer{'s' * (n_skipped > 1)} is within the budget "

@@ -1,14 +1,15 @@
 """What quantising a model further loses, to hold what pruning loses against."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from converter.output import check_output
+from converter.source import Source
 from pop_local.engine.llama.backend import default_threads
 from pop_local.engine.llama.quantise import TYPES, quantise
-from pop_local.measure.forced import FULL
+from pop_local.measure.forced import FULL, use_rule
 from pop_local.measure.heldout import Text, tokenize
 from pop_local.measure.quality import Quality, QualitySettings, measure_against, read_reference
 from pop_local.measure.recall import Recall, RecallReference, RecallSettings
@@ -29,7 +30,9 @@ class Quantised:
 
 
 def quantised(
-    model: Path,
+    source: Source,
+    sidecar: Path | None,
+    rows: Mapping[str, int],
     text: Text,
     settings: QualitySettings,
     recall: Sequence[RecallSettings],
@@ -39,18 +42,20 @@ def quantised(
 ) -> Iterator[Quantised]:
     """Quantise a model as each of TYPES, and measure the windows and facts that pruning gets.
 
-    Copies are temporary. Quantised twice, a model loses a little more than quantised once from its
-    original weights. Raises PopError, StoppedError.
+    Passages are chosen among what pruning does not keep full: by the rule of `sidecar`, but for the
+    fields of RowRule in `rows`. Copies are temporary. Quantised twice, a model loses a little more
+    than quantised once from its original weights. Raises PopError, StoppedError.
     """
-    files = ModelFiles(model)
-    with opened(files, hardware, watch, n_ctx=n_ctx) as full:
+    model = source.first.path
+    with opened(ModelFiles(model, sidecar), hardware, watch, n_ctx=n_ctx) as full:
+        use_rule(full, replace(full.rule, **rows))
         advance = watch.stage("Reading in full")
         reference = read_reference(full, tokenize(full, text), settings, advance)
         asked = [RecallReference.read(full, each, watch.stage("Asking in full")) for each in recall]
     for name in TYPES:
         with TemporaryDirectory(prefix="pop-local-") as folder:
             target = Path(folder) / f"{name}.gguf"
-            check_output(target, (model,), model.stat().st_size, force=False)
+            check_output(target, (model,), source.size_bytes, force=False)
             watch.on_note(f"Quantising as {name}")
             n_threads = hardware.n_threads or default_threads()
             quantise(model, target, name, n_threads, watch.should_stop)

@@ -99,8 +99,8 @@ def test_llama_cpp_python_beside_ours_must_go(tmp_path, monkeypatch):
 
 
 def test_what_an_uninstall_of_llama_cpp_python_leaves_is_explained(monkeypatch):
-    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
     monkeypatch.delattr("llama_cpp.llama_cpp")
+    monkeypatch.setitem(sys.modules, "llama_cpp.llama_cpp", None)
     backend.bindings.cache_clear()
     assert doctor().exit_code == 1
     assert checks()["backend"]["found"].startswith("pop-local-llama-cpp cannot be imported")

@@ -29,6 +29,11 @@ def quality(kl=0.02, ppl=1.01, copy=1.05, retention=0.95, se=0.0):
     )
 
 
+def facts(n_lost, n_documents):
+    """How many of the documents' facts are lost."""
+    return SimpleNamespace(n_documents=n_documents, exact_lost=Estimate(n_lost / n_documents, 0.1))
+
+
 def searched(deepest: int) -> tuple[int | None, list[int]]:
     """What is found of 15 to 29, and what is measured, when all from `deepest` on is inside."""
     verdicts: dict[int, bool] = {}
@@ -82,11 +87,11 @@ def test_one_window_has_no_error_and_decides():
 
 
 @pytest.mark.parametrize(
-    ("lost", "se", "kept"),
-    [(0.0, 0.0, True), (1 / 12, 1 / 12, True), (2 / 12, 0.112, False), (-0.1, 0.0, True)],
+    ("n_lost", "of", "kept"),
+    [(0, 12, True), (1, 12, True), (2, 12, False), (-1, 12, True), (3, 100, True), (4, 100, False)],
 )
-def test_one_fact_of_a_dozen_may_be_chance_two_are_not(lost, se, kept):
-    assert recalls(BALANCED, Estimate(lost, se)) is kept
+def test_one_fact_of_a_dozen_may_be_chance_two_are_not(n_lost, of, kept):
+    assert recalls(BALANCED, facts(n_lost, of)) is kept
 
 
 def test_no_fit_brings_back_what_is_lost():

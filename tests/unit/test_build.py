@@ -260,7 +260,7 @@ GGML_CUDA_NO_VMM:BOOL={no_vmm}
         ("GGML_CUDA", "CUDA_cublas_LIBRARY-NOTFOUND", "OFF", ("cuBLAS", "stub"), ("nvcc", "glslc")),
         ("GGML_CUDA", "CUDA_cublas_LIBRARY-NOTFOUND", "ON", ("cuBLAS",), ("stub",)),
         ("GGML_CUDA", "/lib/libcublas.so", "OFF", ("stub",), ("cuBLAS",)),
-        ("GGML_VULKAN", "", "OFF", ("glslc", "libvulkan-dev", "spirv-headers"), ("cuBLAS",)),
+        ("GGML_VULKAN", "", "OFF", ("glslc",), ("cuBLAS", "libvulkan-dev")),
     ],
 )
 def test_what_cmake_did_not_find_is_named(tmp_path, option, cublas, no_vmm, said, unsaid):

@@ -41,7 +41,7 @@ def explain(cache: Path) -> None:
         lacks = [
             what
             for name, what in wanted.items()
-            if entries.get(name, "NOTFOUND").endswith("NOTFOUND")
+            if entries.get(name, "").endswith("NOTFOUND")
             and not (name == "CUDA_cuda_driver_LIBRARY" and is_on("GGML_CUDA_NO_VMM"))
         ]
         if is_on(option) and lacks:

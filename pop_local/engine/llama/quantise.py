@@ -23,7 +23,10 @@ def quantise(
     Raises PopError when llama.cpp refuses it, and StoppedError; `target` may be unfinished then.
     """
     words = [sys.executable, "-m", __name__, str(source), str(target), name, str(n_threads)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+    # Ctrl-C is for the caller, who ends it.
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             while process.poll() is None:
                 if should_stop():
@@ -35,7 +38,11 @@ def quantise(
         said = process.stderr.read().strip().splitlines()
     if process.returncode:
         why = said[-1] if said else f"code {process.returncode}"
-        raise PopError(f"{source} could not be quantised as {name}: {why}")
+        raise PopError(
+            f"{source} could not be quantised as {name}: {why}",
+            "it takes a model that llama.cpp can quantise, and room for a copy where temporary"
+            " files go (TMPDIR)",
+        )
 
 
 def main(source: str, target: str, name: str, n_threads: str) -> int:
