@@ -30,6 +30,12 @@ def model(tmp_path_factory):
     return make_gguf(tmp_path_factory.mktemp("analyze") / "tiny.gguf", "llama", n_layer=6)
 
 
+@pytest.fixture(autouse=True)
+def of_random_weights(monkeypatch):
+    """Their perplexity is another by chance."""
+    monkeypatch.setattr(budget, "BALANCED", replace(budget.BALANCED, max_ppl_ratio=2.0))
+
+
 def test_each_boundary_is_fitted_and_one_is_chosen(model, text):
     done = analyze(model, "--text", text, *FITTED, "--json")
     assert done.exit_code == 0, done.output
@@ -143,6 +149,7 @@ def cost(boundary: int, kl: float) -> Quality:
     quality = SimpleNamespace(
         boundary=boundary,
         kl_mean=Estimate(kl, 0.0),
+        ppl_ratio=Estimate(1.0, 0.0),
         copy_ppl_ratio=Estimate(1.0, 0.0),
         induction_retention=Estimate(1.0, 0.0),
     )

@@ -35,8 +35,8 @@ def test_the_real_model_answers_twice_and_the_program_leaves(smollm2_pop):
     assert done.returncode == 0, done.stderr
     assert not [line for line in done.stderr.splitlines() if not line.endswith(" left")]
     assert done.stdout.count("first token after") == 2
-    assert "Which quarry did the stone come from?" in done.stdout
-    assert done.stdout.count("Tolm") == 2, "both answers know it from the document"
+    assert "What rule was painted above the lamp-room door?" in done.stdout
+    assert done.stdout.count("The light is never late") == 2, "both know it from the document"
     assert "analytical limit 1.43x" in done.stdout
     assert "they skipped 10 of 30 layers" in done.stdout
 

@@ -236,6 +236,6 @@ def test_a_kept_reference_takes_half_the_memory_and_is_as_good(model):
     settings = replace(SHORT, mode=Mode.OFF)
     reference = read_reference(model, [text()], settings, ignore)
     assert {full.predicted.logits.dtype for full in reference.full} == {np.dtype(np.float16)}
-    [found] = measure_against(reference, model, (Pruning(model.boundary),), ignore)
+    [found] = measure_against(reference, model, (FULL,), ignore)
     assert found.kl_p99.value < 1e-5
     assert found.ppl_ratio.value == found.top1_agreement.value == 1

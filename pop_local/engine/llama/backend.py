@@ -24,8 +24,7 @@ from pop_local.engine.llama import logs
 ABI = 3
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
-    "install it with: pip install ./patches/llama-cpp-python"
-    f" (from wheels: pip install --force-reinstall --no-deps --find-links FOLDER {OURS})"
+    f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
 )
 
 
