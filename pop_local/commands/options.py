@@ -105,7 +105,8 @@ Pop = Annotated[
     typer.Option(
         "--pop",
         metavar="SIDECAR",
-        help="The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with pop-local.",
+        help="The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
+        " pop-local.",
     ),
 ]
 Mmproj = Annotated[
