@@ -39,7 +39,7 @@ def open_model(
     for PopModel. `mmproj`: None for the one beside the model, if there is one.
     Raises PopError, StoppedError.
     """
-    files = model_files(model, sidecar, watch)
+    files = (_files if in_full else model_files)(model, sidecar, watch)
     if in_full and sidecar is None and files.sidecar is not None:
         try:
             pop_of(read_source(files.path), files.sidecar)
@@ -67,6 +67,16 @@ def open_model(
 
 
 def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
+    """What to open, see `_files`; a sidecar that was not asked for is named."""
+    files = _files(model, sidecar, watch)
+    if files.sidecar is not None and sidecar is None:
+        ours = is_shipped(files.sidecar)
+        named = f"{files.sidecar.name}, which comes with pop-local," if ours else files.sidecar
+        watch.on_note(f"Pruning as {named} says.")
+    return files
+
+
+def _files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
     """What to open: with the sidecar given, else the one beside the model or shipped for it.
 
     One of the catalog is fetched first, and its sidecar is shipped.
@@ -82,10 +92,7 @@ def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelF
     if converted is not None and converted.is_file():
         return ModelFiles(converted)
     base = _base(model, watch)
-    if found := sidecar_of(read_source(base)):
-        named = f"{found.name}, which comes with pop-local," if is_shipped(found) else found
-        watch.on_note(f"Pruning as {named} says.")
-    return ModelFiles(base, found)
+    return ModelFiles(base, sidecar_of(read_source(base)))
 
 
 def files_at_depth(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:

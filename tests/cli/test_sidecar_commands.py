@@ -189,7 +189,9 @@ def test_run(base, sidecar):
     found = json.loads(command(*arguments).stdout)
     assert (found["boundary"], found["pop"]) == (4, True)
     assert found["stats"]["n_pruned"] > 0
-    found = json.loads(command(*arguments, "--no-pop").stdout)
+    done = command(*arguments, "--no-pop")
+    assert "Pruning as" not in done.stderr
+    found = json.loads(done.stdout)
     assert found["stats"]["n_pruned"] == 0
     elsewhere = sidecar.rename(base.with_name("other.gguf"))
     assert json.loads(command(*arguments).stdout)["boundary"] == 0
