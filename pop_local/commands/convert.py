@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,10 @@ class QualityName(str, Enum):
     FASTEST = "fastest"
 
 
+def _limit(unit: str, words: str) -> Any:
+    return typer.Option(metavar=unit, min=0.0, callback=opt.positive, help=words)
+
+
 def convert(
     model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A model, or its first part.")],
     output: Annotated[
@@ -51,30 +55,15 @@ def convert(
     ] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(
-            metavar="NATS",
-            min=0.0,
-            callback=opt.positive,
-            help="Largest KL divergence from the full model, instead of --quality.",
-        ),
+        _limit("NATS", "Largest KL divergence from the full model, instead of --quality."),
     ] = None,
     max_ppl_ratio: Annotated[
         float | None,
-        typer.Option(
-            metavar="RATIO",
-            min=0.0,
-            callback=opt.positive,
-            help="Largest perplexity, in the full model's; likewise.",
-        ),
+        _limit("RATIO", "Largest perplexity, in the full model's; likewise."),
     ] = None,
     max_copy_ratio: Annotated[
         float | None,
-        typer.Option(
-            metavar="RATIO",
-            min=0.0,
-            callback=opt.positive,
-            help="Largest perplexity of a repeated passage, in the full model's; likewise.",
-        ),
+        _limit("RATIO", "Largest perplexity of a repeated passage, in the full model's; likewise."),
     ] = None,
     select: Annotated[
         str | None,
