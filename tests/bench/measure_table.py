@@ -11,19 +11,19 @@ call measures only what is missing. Prints Markdown.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from converter.format import FITTED, WIDE
-from converter.plan import make_plan
+from converter.plan import Plan, make_plan
 from converter.shape import source_shape
-from converter.sidecar import write_sidecar
 from converter.source import read_source
 from pop_local.calibration.options import FitOptions
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.fits import Fitter
+from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.options import Hardware
 
 POP_LOCAL = (sys.executable, "-m", "pop_local")
@@ -40,10 +40,12 @@ def fit(model: Path, boundaries: list[int], kind: str, folder: Path) -> dict[int
             make_plan(source_shape(source), boundary=boundary, projection=kind)
             for boundary in missing
         ]
+
+        def keep(plan: Plan, made: Path) -> None:
+            shutil.copy(made, sidecars[plan.boundary])
+
         with terminal_watch() as watch:
-            fitter = Fitter(source, FitOptions(projection=kind), Hardware(1, 0), watch)
-            for plan, fitted in zip(plans, fitter.fit(plans, None), strict=True):
-                write_sidecar(plan, model, sidecars[plan.boundary], fitted=fitted)
+            measure_fits(plans, source, FitOptions(projection=kind), Hardware(1, 0), watch, keep)
     return sidecars
 
 
