@@ -10,7 +10,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     model_validator,
 )
@@ -70,7 +69,7 @@ class ImagePart(_Lenient):
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Parts = Annotated[list[Part], FailFast(), Field(max_length=MAX_PARTS)]
+Parts = Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
 class ChatMessage(_Lenient):
@@ -154,7 +153,9 @@ class Body(Sampling):
 
 
 class ChatBody(Body):
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
+    ]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -172,15 +173,15 @@ class ChatBody(Body):
         return self
 
 
-Tokens = Annotated[list[int], FailFast()]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionBody(Body):
     prompt: (
         str
-        | Annotated[list[str], FailFast(), Field(max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
         | Tokens
-        | Annotated[list[Tokens], FailFast(), Field(max_length=MAX_PROMPTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)]
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
