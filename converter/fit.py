@@ -91,9 +91,11 @@ class Gram:
         for layer, xy in self.xy.items():
             xy += weighted.T @ (y[layer] * root)
 
-    def of_state(self, n_embd: int) -> "Gram":
-        """Return the sums of the state alone, without those of a wider input."""
-        kept = np.append(np.arange(n_embd), len(self.xx) - 1)
+    def of_first(self, n_inputs: int) -> "Gram":
+        """Return the sums of the first inputs alone, such as those of the state."""
+        kept = np.append(np.arange(n_inputs), len(self.xx) - 1)
+        if kept.size == len(self.xx):
+            return self
         xy = {layer: sums[kept] for layer, sums in self.xy.items()}
         return Gram(self.xx[np.ix_(kept, kept)], xy)
 

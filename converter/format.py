@@ -22,6 +22,8 @@ OWN = "own"
 FITTED = "fitted"
 # Fitted to more than the state of the token itself, see converter.wide.
 WIDE = "fitted-wide"
+ATTENTION = "fitted-attention"
+WIDE_KINDS = (WIDE, ATTENTION)
 # In the names of fitted tensors, and of no others.
 TENSOR_MARK = ".pop_"
 MAX_TOKENS = 2**31 - 1
@@ -290,7 +292,7 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
             f"schedule {meta.schedule!r} is not F's followed by S's, at least one of each",
             CONVERT_AGAIN,
         )
-    if meta.projection not in (OWN, FITTED, WIDE):
+    if meta.projection not in (OWN, FITTED, *WIDE_KINDS):
         raise FormatError(
             f"{header.path} has K/V projections of the unknown kind {meta.projection!r}",
             CONVERT_AGAIN,

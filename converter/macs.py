@@ -14,7 +14,8 @@ They attend causally to the whole prompt, so they are counted as the last rows o
 token, the attention sink, sees fewer positions does not show in four digits.
 
 A *wide* fit (converter.wide) makes its input once for each row, and multiplies it for each layer
-behind the boundary.
+behind the boundary. With the boundary layer's attention among it, all rows have that layer's Q,
+scores and sums, too.
 
 Where the last layers share the K/V of earlier ones (Gemma 3n and 4) rows leave *exactly*: the last
 layer with K/V of its own projects K and V for all rows, and everything after that runs for the rows
@@ -26,7 +27,7 @@ activations, copies) and how well the hardware does with few rows.
 
 from bisect import bisect_left
 
-from converter.format import OWN, WIDE
+from converter.format import ATTENTION, OWN
 from converter.shape import ModelShape
 
 # Long enough that the full rows hardly count, short enough for a question about a document.
@@ -40,7 +41,7 @@ def prefill_macs(
 
     Returns multiply-accumulates. `boundary` is the first skipped layer, None for the full model;
     `n_full` rows, the last one among them, run all layers (it does not matter for the full model).
-    `projection`: that of a file (converter.format); only a wide one costs more than the others.
+    `projection`: that of a file (converter.format); only wide ones cost more than the others.
     """
     n_kept = shape.n_layer if boundary is None else boundary
     n_full = min(n_full, n_prompt)
@@ -53,16 +54,28 @@ def prefill_macs(
         total += shape.attn_dim[layer] * _visible(n_prompt, n_rows, shape.swa_window[layer])
         if layer >= n_kept:
             total += n_prompt * shape.kv_macs[layer]
-    if boundary is not None and projection == WIDE:
-        total += n_prompt * wide_macs(shape, boundary)
+    if boundary is not None:
+        total += n_prompt * wide_weights(shape, boundary, projection)
+        if projection == ATTENTION:
+            total += _attention(shape, boundary, n_prompt)
     return total
 
 
-def wide_macs(shape: ModelShape, boundary: int) -> int:
-    """Count what a wide fit takes beyond a plain one, for each row."""
+def wide_weights(shape: ModelShape, boundary: int, projection: str) -> int:
+    """Count what a wide fit stores, and multiplies for each row, beyond a plain one; 0 for that."""
+    n_wide = shape.n_wide(boundary, projection)
+    if not n_wide:
+        return 0
     n_prev, n_neurons = shape.wide_inputs(boundary)
     n_kv = sum(shape.kv_macs[layer] // shape.n_embd for layer in range(boundary + 1, shape.n_layer))
-    return (n_prev + 2 * n_neurons) * shape.n_embd + (n_prev + n_neurons) * n_kv
+    return (n_prev + 2 * n_neurons) * shape.n_embd + n_wide * n_kv
+
+
+def _attention(shape: ModelShape, layer: int, n_prompt: int) -> int:
+    """Count a layer's attention for all rows, without K and V and the output projection."""
+    n_q = shape.attn_proj_macs[layer] - shape.n_heads_out[layer] * shape.n_embd
+    visible = _visible(n_prompt, n_prompt, shape.swa_window[layer])
+    return n_prompt * n_q + shape.attn_dim[layer] * visible
 
 
 def speedup_limit(

@@ -22,7 +22,7 @@ Share = Fraction | int
 class Plan:
     """A decided conversion; layers from `boundary` on are skipped by context tokens.
 
-    `projection` is "own", "fitted" or "fitted-wide". `budget` is what decided the boundary, None
+    `projection` is a kind of converter.format. `budget` is what decided the boundary, None
     where the user did. `select` is the share of context tokens that run all layers, too, chosen by
     the question, `refilled` what was measured of it with the others following, `recall` how often
     facts of a prompt were found.

@@ -21,7 +21,6 @@ from converter.format import (
     OWN,
     PREFIX,
     TENSOR_MARK,
-    WIDE,
     Calibration,
     Measured,
     PopMeta,
@@ -29,7 +28,7 @@ from converter.format import (
     pop_meta,
 )
 from converter.header import BLOCK_SIZES, TensorInfo
-from converter.macs import wide_macs
+from converter.macs import wide_weights
 from converter.output import check_output, replacing
 from converter.plan import Plan
 from converter.progress import Progress, Ran, counting
@@ -44,8 +43,8 @@ UNKNOWN_SHA256 = "0" * 64
 class Fitted:
     """Fitted projections as they go into the file, with what they were fitted on.
 
-    `image_rows`: rows of pictures, besides the tokens of the calibration. `projection`: "fitted" or
-    "fitted-wide".
+    `image_rows`: rows of pictures, besides the tokens of the calibration. `projection`: which
+    kind of fit (converter.format).
     """
 
     calibration: Calibration
@@ -82,7 +81,7 @@ def stored_bytes(plan: Plan, kind: KvType) -> int:
     if plan.projection == OWN:
         return 0
     n_plain = sum(plan.shape.kv_macs[layer] for layer in plan.fitted_layers)
-    n_wide = wide_macs(plan.shape, plan.boundary) if plan.projection == WIDE else 0
+    n_wide = wide_weights(plan.shape, plan.boundary, plan.projection)
     n_elements, n_bytes = BLOCK_SIZES[kind.ggml]
     return (n_plain + n_wide) // n_elements * n_bytes + 4 * n_plain // plan.shape.n_embd
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import FormatError, UnsupportedArchitectureError
+from converter.format import ATTENTION, WIDE_KINDS
 from converter.header import Array, Header, Scalar, TensorInfo
 from converter.source import Source, read_source
 
@@ -74,7 +75,8 @@ class ModelShape:
     `exact`: the first of the layers that read the K/V of an earlier one, 0 where each has its own.
     `input_macs`, `output_macs`: before the first layer and after the last one. `n_deepstack`: the
     first layers, which add features of images to the state, and so cannot be skipped.
-    `n_neurons`: those of a dense, gated FFN, 0 of any other.
+    `n_neurons`: those of a dense, gated FFN, 0 of any other. `n_heads_out`: what the heads of
+    attention give, n_head * head_dim_v.
     """
 
     arch: str
@@ -92,6 +94,7 @@ class ModelShape:
     output_macs: int = 0
     n_deepstack: int = 0
     n_neurons: tuple[int, ...] = ()
+    n_heads_out: tuple[int, ...] = ()
 
     @property
     def is_mrope(self) -> bool:
@@ -106,6 +109,13 @@ class ModelShape:
         n_prev = max(self.n_embd // 4 // _BLOCK_SIZE, 1) * _BLOCK_SIZE
         n_most = self.n_neurons[boundary] if self.n_neurons else 0
         return n_prev, min(self.n_embd // 2, n_most) // _BLOCK_SIZE * _BLOCK_SIZE
+
+    def n_wide(self, boundary: int, projection: str) -> int:
+        """Return how many inputs a fit has beside the state, 0 if it is not wide."""
+        if projection not in WIDE_KINDS:
+            return 0
+        n_heads = self.n_heads_out[boundary] if projection == ATTENTION else 0
+        return sum(self.wide_inputs(boundary)) + n_heads
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -145,6 +155,7 @@ def source_shape(source: Source) -> ModelShape:
         head_macs=head_macs,
         n_deepstack=keys.number("n_deepstack_layers", 0),
         n_neurons=tuple(_n_neurons(block) for block in blocks),
+        n_heads_out=tuple(n * dim_v for n in heads),
     )
 
 

@@ -15,7 +15,7 @@ from converter.fit import KvType
 from converter.format import (
     CONVERT_AGAIN,
     PREFIX,
-    WIDE,
+    WIDE_KINDS,
     Binding,
     PopMeta,
     encode_sidecar_keys,
@@ -130,7 +130,7 @@ def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
 def _check_tensors(header: Header, meta: PopMeta) -> None:
     """Compare the names of tensors; llama.cpp compares shapes and types on loading."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
-    is_wide = meta.projection == WIDE
+    is_wide = meta.projection in WIDE_KINDS
     kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
     expected = {
         f"blk.{layer}.pop_attn_{part}{kind}"

@@ -9,6 +9,9 @@ Beside x, the normalised state at the boundary, K and V of later layers see z = 
   (unclamped, single windows lose everything). There are none where experts share the FFN.
 
 The previous token of the first one of a ubatch is itself. (Found in the lab: docs/lab-notebook.md.)
+
+A fit of the kind "fitted-attention" also sees what the heads of the boundary layer's attention
+give, before its output projection. Nothing is stored for that: context rows keep this attention.
 """
 
 from collections.abc import Sequence

@@ -35,6 +35,9 @@ class Observer(Protocol):
     def state(self, boundary: int, rows: Rows) -> None:
         """Take the output [n_tokens, n_embd] of layer `boundary` - 1."""
 
+    def heads(self, layer: int, rows: Rows) -> None:
+        """Take what the heads of a layer give, [n_tokens, n_head * head_dim_v]."""
+
     def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:
         """Take what layer `layer` computes.
 
@@ -104,19 +107,25 @@ class _Taps:
     """The evaluation callback; it collects a layer's three tensors, then hands them on."""
 
     def __init__(
-        self, observer: Observer, boundaries: Sequence[int], layers: Sequence[int]
+        self,
+        observer: Observer,
+        boundaries: Sequence[int],
+        layers: Sequence[int],
+        heads: Sequence[int],
     ) -> None:
         self._observer = observer
         self._wanted: dict[bytes, tuple[str, int]] = {}
         for boundary in boundaries:
             self._wanted[b"l_out-%d" % (boundary - 1)] = ("state", boundary)
+        for layer in heads:
+            self._wanted[b"kqv_out-%d" % layer] = ("heads", layer)
         for layer in layers:
             for kind, name in (("k", b"Kcur"), ("v", b"Vcur"), ("mass", b"kq_soft_max")):
                 self._wanted[b"%s-%d" % (name, layer)] = (kind, layer)
         self._reader = _Reader()
         self._layers: dict[int, dict[str, Rows]] = {}
         self.n_seen = 0
-        self.n_expected = len(boundaries) + len(layers)
+        self.n_expected = len(boundaries) + len(heads) + len(layers)
         self.raised: BaseException | None = None
 
     def start_window(self) -> None:
@@ -145,8 +154,9 @@ class _Taps:
         return True
 
     def _show(self, kind: str, number: int, values: Rows) -> None:
-        if kind == "state":
-            self._observer.state(number, values[0, 0])
+        if kind in ("state", "heads"):
+            take = self._observer.state if kind == "state" else self._observer.heads
+            take(number, values[0, 0])
             self.n_seen += 1
             return
         parts = self._layers.setdefault(number, {})
@@ -213,9 +223,13 @@ def reading(
     boundaries: Sequence[int],
     layers: Sequence[int],
     n_window: int,
+    heads: Sequence[int] = (),
 ) -> Iterator[Reading]:
-    """Open a context whose windows of up to `n_window` tokens show what they compute."""
-    taps = _Taps(observer, boundaries, layers)
+    """Open a context whose windows of up to `n_window` tokens show what they compute.
+
+    That is the states at `boundaries`, and of `layers` and `heads` what the observer takes of each.
+    """
+    taps = _Taps(observer, boundaries, layers, heads)
     callback = bindings().ggml_backend_sched_eval_callback(taps)
     opened = model.context(
         n_ctx=n_window,

@@ -13,7 +13,7 @@ from converter import fit
 from converter.content import NewTensor
 from converter.errors import StoppedError
 from converter.fit import DAMAGED_HINT, Gram
-from converter.format import WIDE, Calibration
+from converter.format import ATTENTION, FITTED, Calibration
 from converter.plan import Plan
 from converter.progress import Progress
 from converter.rewrite import Fitted
@@ -108,6 +108,7 @@ class _Job:
         self._images = self._cut_up(options.mmproj, pictures) if options.mmproj else None
         self._saved_s = time.monotonic()
         self._x: dict[int, Rows] = {}
+        self._heads: dict[int, Rows] = {}
         self._y: dict[int, Rows] = {}
         self._token_weights: dict[int, Rows] = {}
 
@@ -171,14 +172,15 @@ class _Job:
         self._choose_inputs(boundaries - state.wides.keys())
         for boundary in boundaries - state.grams.keys():
             widths = {p.layer: n_kv(self._shape, p.layer) for p in pairs if p.boundary == boundary}
-            n_wide = sum(self._shape.wide_inputs(boundary)) if boundary in state.wides else 0
-            state.grams[boundary] = Gram.empty(self._shape.n_embd + n_wide, widths)
+            n_inputs = max(self._n_inputs(boundary, kind) for kind in self._projections[boundary])
+            state.grams[boundary] = Gram.empty(n_inputs, widths)
         layers = {layer for boundary in boundaries for layer in self._fitted_layers[boundary]}
         with reading(
             self._model,
             self,
             boundaries=sorted(boundaries),
             layers=sorted(layers),
+            heads=[each for each in boundaries if ATTENTION in self._projections[each]],
             n_window=N_WINDOW,
         ) as opened:
             while state.n_done < n_all:
@@ -201,7 +203,7 @@ class _Job:
 
     def _choose_inputs(self, boundaries: Set[int]) -> None:
         """Choose the wider inputs by some windows, spread over the text."""
-        wanted = sorted(each for each in boundaries if WIDE in self._projections[each])
+        wanted = sorted(each for each in boundaries if self._projections[each] != [FITTED])
         if not wanted:
             return
         windows = self._state.text.windows
@@ -245,12 +247,25 @@ class _Job:
         self._y[layer] = np.concatenate([k, v], axis=1)[1:]
         self._token_weights[layer] = fit.token_weights(mass[1:], self._options.weighting)
 
+    def heads(self, layer: int, rows: Rows) -> None:
+        self._heads[layer] = rows.copy()
+
+    def _inputs(self, boundary: int) -> list[Rows]:
+        """What the fits at a boundary see, the narrowest kind's first."""
+        x, wide = self._x[boundary], self._state.wides.get(boundary)
+        parts = [x] if wide is None else [x, wide(x)]
+        if ATTENTION in self._projections[boundary]:
+            parts.append(self._heads[boundary])
+        return parts
+
+    def _n_inputs(self, boundary: int, projection: str) -> int:
+        return self._shape.n_embd + self._shape.n_wide(boundary, projection)
+
     def _add(self) -> None:
         """Add the window that was read; a boundary's layers share one weighting, their mean."""
         for boundary, gram in self._state.grams.items():
             weights = [self._token_weights[layer] for layer in self._fitted_layers[boundary]]
-            x, wide = self._x[boundary], self._state.wides.get(boundary)
-            inputs = fit.with_bias(x) if wide is None else fit.with_bias(x, wide(x))
+            inputs = fit.with_bias(*self._inputs(boundary))
             gram.add(inputs[1:], self._y, np.mean(weights, axis=0))
 
     def _solve(self) -> None:
@@ -263,13 +278,13 @@ class _Job:
             gram = self._state.grams[boundary]
             own = self._weights.own_projection(layer, gram.xy[layer].shape[1])
             for projection in self._projections[boundary]:
-                sums = gram if projection == WIDE else gram.of_state(self._shape.n_embd)
+                sums = gram.of_first(self._n_inputs(boundary, projection))
                 fitted = fit.fit_layer(layer, sums, own, self._options.ridge)
                 tensors = fit.encode(layer, fitted, self._options.kv_type)
                 solved += [((boundary, projection), tensor) for tensor in tensors]
                 self._keep()
         for key, tensor in solved:
-            if key not in self._state.tensors and key[1] == WIDE:
+            if key not in self._state.tensors and key[1] != FITTED:
                 made = self._state.wides[key[0]]
                 inputs = encode_input(key[0], made, self._options.kv_type)
                 self._state.tensors[key] = [*inputs]

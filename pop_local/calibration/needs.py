@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter import fit
-from converter.format import FITTED, WIDE
-from converter.macs import wide_macs
+from converter.format import ATTENTION, FITTED, WIDE
+from converter.macs import wide_weights
 from converter.plan import Plan
 from converter.shape import ModelShape
 from converter.source import Source
@@ -18,8 +18,8 @@ from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 300 * 10**6
-# Of a pruned prompt's work: a wide fit that adds more is not tried unless it is asked for.
-MOST_WIDE_COST = 0.015
+# Of a pruned prompt's work: a fit that adds more is not tried unless it is asked for.
+MOST_COST = {WIDE: 0.015, ATTENTION: 0.03}
 # Where the machine does not say what is free.
 _FALLBACK_BYTES = 4 * 10**9
 
@@ -63,27 +63,28 @@ def sums_limit_bytes(options: FitOptions) -> int:
     return free_bytes() // 2 if options.memory_bytes is None else options.memory_bytes
 
 
-def wide_cost(plan: Plan) -> float:
-    """Return what share of the speed a wide fit costs."""
-    plain, wide = (replace(plan, projection=kind).speedup_limit for kind in (FITTED, WIDE))
+def fit_cost(plan: Plan, projection: str) -> float:
+    """Return what share of the speed a kind of fit costs, beside a plain one."""
+    plain, wide = (replace(plan, projection=kind).speedup_limit for kind in (FITTED, projection))
     return 1 - wide / plain
 
 
 def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
-    """Return the plans with the projections to fit: twice where measuring is to decide.
+    """Return the plans with the projections to fit: several times where measuring is to decide.
 
     It decides at the first plan, for all that are as cheap.
     """
 
-    def is_open(plan: Plan) -> bool:
-        return options.projection is None and wide_cost(plan) <= MOST_WIDE_COST
+    def kinds(plan: Plan) -> list[str]:
+        if options.projection is not None:
+            return [options.projection]
+        cheap = [kind for kind, most in MOST_COST.items() if fit_cost(plan, kind) <= most]
+        return [FITTED, *cheap]
 
-    def kinds(plan: Plan) -> tuple[str, ...]:
-        if is_open(plans[0]) and is_open(plan):
-            return FITTED, WIDE
-        return (options.projection or FITTED,)
-
-    return [replace(plan, projection=kind) for plan in plans for kind in kinds(plan)]
+    at_first = kinds(plans[0])
+    return [
+        replace(plan, projection=kind) for plan in plans for kind in kinds(plan) if kind in at_first
+    ]
 
 
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Needs:
@@ -104,9 +105,7 @@ def plan_needs(
     shape = plans[0].shape
     every = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
     pairs = list(dict.fromkeys(every))
-    n_inputs = shape.n_embd
-    if wide := [plan.boundary for plan in plans if plan.projection == WIDE]:
-        n_inputs += max(sum(shape.wide_inputs(boundary)) for boundary in wide)
+    n_inputs = shape.n_embd + max(shape.n_wide(plan.boundary, plan.projection) for plan in plans)
     scratch = max(fit.scratch_bytes(n_inputs, n_kv(shape, p.layer), N_WINDOW) for p in pairs)
     gram = fit.gram_bytes(n_inputs)
     groups: list[list[Pair]] = [[]]
@@ -123,7 +122,7 @@ def plan_needs(
         sizes[-1] += size
     n_sums = max(sizes) + scratch
     n_stored = 4 * sum(shape.kv_macs[pair.layer] for pair in every)
-    n_stored += 4 * sum(wide_macs(shape, boundary) for boundary in wide)
+    n_stored += 4 * sum(wide_weights(shape, plan.boundary, plan.projection) for plan in plans)
     n_heads = max(dim // 64 for dim in shape.attn_dim)
     read = 4 * N_WINDOW * (len(plans) * (n_inputs + 1) + sum(shape.kv_macs) // shape.n_embd)
     masses = 8 * N_WINDOW * n_heads * N_WINDOW

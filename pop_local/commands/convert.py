@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from converter.format import FITTED, WIDE, PopMeta
+from converter.format import PopMeta
 from converter.plan import TAIL_TOKENS
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
@@ -91,8 +91,9 @@ def convert(
         opt.ProjectionName | None,
         typer.Option(
             help="K/V of skipped layers: fitted to the model (takes minutes), wide (fitted to more"
-            " than the token itself), or their own (no fit, loses more quality). Default: fitted or"
-            " wide, as measured."
+            " than the token itself), attention (wide, and to what the first skipped layer's"
+            " attention gives), or their own (no fit, loses more quality). Default: what measures"
+            " best for its cost."
         ),
     ] = None,
     text: Annotated[
@@ -194,7 +195,7 @@ def convert(
     )
     if projection is opt.ProjectionName.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
-    fit = replace(fit or FitOptions(), projection=_kind(projection))
+    fit = replace(fit or FitOptions(), projection=projection and projection.kind)
     planned = plan_conversion(
         model,
         output,
@@ -222,12 +223,6 @@ def convert(
         print_json(view.converted_json(planned, done))
     else:
         view.show_converted(planned, done)
-
-
-def _kind(projection: opt.ProjectionName | None) -> str | None:
-    """As the format names it; None where it is to be found out."""
-    kinds = {opt.ProjectionName.FITTED: FITTED, opt.ProjectionName.WIDE: WIDE}
-    return kinds.get(projection) if projection else None
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float]) -> Depth:

@@ -10,6 +10,7 @@ import typer
 
 from converter.errors import PlanError, PopError
 from converter.fit import RIDGE, KvType, Weighting
+from converter.format import ATTENTION, WIDE
 from converter.plan import parse_skip
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.rpc import address
@@ -224,7 +225,13 @@ class ProjectionName(str, Enum):
 
     FITTED = "fitted"
     WIDE = "wide"
+    ATTENTION = "attention"
     OWN = "own"
+
+    @property
+    def kind(self) -> str:
+        """As the file names it (converter.format)."""
+        return {"wide": WIDE, "attention": ATTENTION}.get(self.value, self.value)
 
 
 Tokens = Annotated[

@@ -200,7 +200,7 @@ class KvLlama(SeeingLlama):
 
     @property
     def projection(self) -> str:
-        """The K/V projections of context tokens: own, fitted or fitted-wide."""
+        """The K/V projections of context tokens: own or a kind of fit (converter.format)."""
         return self.meta.projection if self.meta else OWN
 
     def set_boundary(self, layer: int) -> None:

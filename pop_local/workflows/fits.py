@@ -14,7 +14,7 @@ from converter.sidecar import measure_sidecar, write_sidecar
 from converter.source import Source
 from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import in_kinds, wide_cost
+from pop_local.calibration.needs import fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import CalibrationText
 from pop_local.models.stored import ModelFiles
@@ -23,7 +23,7 @@ from pop_local.workflows.options import Hardware
 
 T = TypeVar("T")
 _PREFIX = "pop-local-"
-# A wide fit is worth a share of the speed where it takes off so many times that share of the KL.
+# A wider fit is worth a share of the speed where it takes off so many times that share of the KL.
 # One layer more costs about 4 % of the speed, and takes off a fifth of the KL.
 _WORTH = 5.0
 _N_WINDOWS = 8
@@ -33,8 +33,8 @@ _N_WINDOWS = 8
 class Fitter:
     """Fits plans of one model, all with the same options and on the same text.
 
-    Where the options leave it open, whether fits are plain or wide is decided once, by measuring
-    both at the first boundary: their sums are the same.
+    Where the options leave it open, whether fits are plain or wider is decided once, by measuring
+    all kinds at the first boundary: their sums are the same.
     """
 
     source: Source
@@ -65,20 +65,21 @@ class Fitter:
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
     def _better(self, plan: Plan, fits: Mapping[str, Fitted]) -> Fitted:
-        """Take the kind that was found to be better; at the first boundary with both, measure."""
+        """Take the kind that was found to be better; at the first boundary with several, measure.
+
+        Deeper ones may be too dear for it.
+        """
         if len(fits) == 1:
             return next(iter(fits.values()))
         if self.kind is None:
-            self.watch.on_note("Measuring whether a wide fit is worth its cost")
-            losses = self._losses(plan, fits)
-            plain, wide, cost = losses[FITTED], losses[WIDE], wide_cost(plan)
-            self.kind = WIDE if wide < (1 - _WORTH * cost) * plain else FITTED
-            verdict = "is taken" if self.kind == WIDE else "is not worth it"
-            self.watch.on_note(
-                f"A wide fit {verdict}: KL {wide:.4f} against {plain:.4f}, for {cost:.1%} of the"
-                " speed"
+            self.watch.on_note("Measuring whether a wider fit is worth its cost")
+            losses, costs = self._losses(plan, fits), {k: fit_cost(plan, k) for k in fits}
+            self.kind = min(fits, key=lambda kind: losses[kind] / (1 - _WORTH * costs[kind]))
+            found = ", ".join(
+                f"{kind} KL {losses[kind]:.4f} for {costs[kind]:.1%} of the speed" for kind in fits
             )
-        return fits[self.kind]
+            self.watch.on_note(f"Projections are {self.kind}: {found}")
+        return next(fits[kind] for kind in (self.kind, WIDE, FITTED) if kind in fits)
 
     def _losses(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, float]:
         """The KL of each kind, on the same windows."""

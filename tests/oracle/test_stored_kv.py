@@ -57,8 +57,9 @@ def job(unpatched_lib: Path) -> Job:
     return Job(model="", steps=(), lib=str(unpatched_lib), n_ctx=256, n_batch=256)
 
 
+# A fit of the last kind has all that a wide one has.
 @pytest.mark.parametrize(
-    ("projection", "cache"), [("own", F32), ("fitted", F16), ("fitted-wide", F32)]
+    ("projection", "cache"), [("own", F32), ("fitted", F16), ("fitted-attention", F32)]
 )
 def test_context_rows_are_those_of_the_reference(
     tiny: Trio, projection: str, cache: int, tmp_path: Path, job: Job

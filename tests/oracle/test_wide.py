@@ -1,4 +1,6 @@
-"""Wide fits: which row is the previous one, and what is refused, in the patched library."""
+"""Wide fits, the boundary layer's attention among their inputs: which row is the previous one,
+and what is refused, in the patched library.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from converter.fit import KvType
-from converter.format import WIDE
+from converter.format import ATTENTION, WIDE
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import Fitted, convert
@@ -50,7 +52,7 @@ def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     model = make_gguf(folder / "model.gguf", request.param, type=Type.F32, swa_window=128)
     trio = make_trio(model, folder, BOUNDARY)
-    return replace(trio, pruned=fit_at_random(trio, folder / "wide.gguf", KvType.F32, WIDE))
+    return replace(trio, pruned=fit_at_random(trio, folder / "wide.gguf", KvType.F32, ATTENTION))
 
 
 @pytest.fixture

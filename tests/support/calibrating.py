@@ -26,10 +26,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.states: dict[int, list[np.ndarray]] = {}
+        self.given: dict[int, list[np.ndarray]] = {}
         self.layers: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
 
     def state(self, boundary: int, rows: np.ndarray) -> None:
         self.states.setdefault(boundary, []).append(rows.copy())
+
+    def heads(self, layer: int, rows: np.ndarray) -> None:
+        self.given.setdefault(layer, []).append(rows.copy())
 
     def layer(self, layer: int, k: np.ndarray, v: np.ndarray, mass: np.ndarray) -> None:
         self.layers.setdefault(layer, []).append((k.copy(), v.copy(), mass.copy()))
@@ -57,11 +61,12 @@ def fitted_at(
         return calibrate(plans, model, read_source(path), options, follow).fitted
 
 
-def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7)) -> Recorder:
+def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7), heads=()) -> Recorder:
     recorder = Recorder()
+    shown = {"boundaries": boundaries, "layers": layers, "heads": heads}
     with (
         LoadedModel(path, n_threads=1) as model,
-        reading(model, recorder, boundaries=boundaries, layers=layers, n_window=N_WINDOW) as opened,
+        reading(model, recorder, **shown, n_window=N_WINDOW) as opened,
     ):
         for window in windows:
             opened.window(window)

@@ -8,7 +8,7 @@ import numpy as np
 
 from converter.content import NewTensor
 from converter.fit import KvType, encode
-from converter.format import WIDE, Calibration, PopMeta
+from converter.format import WIDE_KINDS, Calibration, PopMeta
 from converter.plan import Plan, make_plan
 from converter.rewrite import Fitted, convert
 from converter.shape import read_shape
@@ -70,13 +70,14 @@ def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float 
     times = np.float32(scale)
     n_embd = plan.shape.n_embd
     n_prev, n_neurons = plan.shape.wide_inputs(plan.boundary)
+    n_wide = plan.shape.n_wide(plan.boundary, plan.projection)
 
     def random(n_out: int, n_in: int) -> np.ndarray:
         return rng.standard_normal((n_out, n_in), np.float32) * np.float32(n_in**-0.5)
 
     tensors: list[NewTensor] = []
     gain = np.ones(n_embd, np.float32)
-    if plan.projection == WIDE:
+    if plan.projection in WIDE_KINDS:
         gate, up = random(n_neurons, n_embd), random(n_neurons, n_embd)
         # Some are clamped.
         neurons = Neurons(gain, gate, 6 * up, False) if n_neurons else None
@@ -85,7 +86,7 @@ def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float 
     for layer in plan.fitted_layers:
         n_kv = plan.shape.kv_macs[layer] // n_embd
         weight, bias = random(n_kv, n_embd) * times, rng.standard_normal(n_kv, np.float32) * times
-        wide = random(n_kv, n_prev + n_neurons) * times if plan.projection == WIDE else None
+        wide = random(n_kv, n_wide) * times if n_wide else None
         tensors += encode(layer, KvProjection(gain, weight, bias, n_kv // 2, wide), kind)
     calibration = Calibration("random", "0" * 64, 1, 0.0, "none")
     return Fitted(calibration, tuple(tensors), projection=plan.projection)

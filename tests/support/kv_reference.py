@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
 from converter.fit import KvType
-from converter.format import FITTED
+from converter.format import ATTENTION, FITTED
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import convert
@@ -61,7 +61,7 @@ def normalised_states(trio: Trio, tokens: Tokens, job: Job) -> np.ndarray:
 
 
 class Reference:
-    """The K/V of context tokens at positions 0, 1, ... of a model: own, fitted, or fitted wide.
+    """The K/V of context tokens at positions 0, 1, ... of a model: own, or fitted in any way.
 
     `edges`: the positions of the first rows of the ubatches, which see none before them.
     """
@@ -69,7 +69,7 @@ class Reference:
     def __init__(self, pruned: Path, states: np.ndarray, edges: Sequence[int] = (0,)) -> None:
         self._weights = Weights(read_source(pruned))
         self._header = read_header(pruned)
-        self._states = states
+        self._states, self._windows = states, read_shape(pruned).swa_window
         self.arch = str(self._header.get("general.architecture"))
         per_head = self._key("embedding_length") // self._key("attention.head_count")
         self._head_dim = int(self._key("attention.key_length", per_head))
@@ -77,16 +77,36 @@ class Reference:
 
     def layer(self, layer: int, *, swa: bool) -> Expected:
         x = self._states * self._tensor(f"blk.{layer}.attn_norm.weight")
-        k, v = self._product(layer, "k", x), self._product(layer, "v", x)
-        k_noise, v_noise = self._noise(layer, "k", x), self._noise(layer, "v", x)
-        k, k_noise = (a.reshape(len(x), -1, self._head_dim) for a in (k, k_noise))
-        name = f"blk.{layer}.attn_k_norm.weight"
-        if name in self._weights:
-            eps = float(self._key("attention.layer_norm_rms_epsilon"))
-            scale = self._tensor(name) / np.sqrt(np.mean(k**2, axis=-1, keepdims=True) + eps)
-            k, k_noise = k * scale, k_noise * np.abs(scale)
+        v, v_noise = self._product(layer, "v", x), self._noise(layer, "v", x)
+        k, scale = self._normed(layer, "k", x)
+        k_noise = self._noise(layer, "k", x).reshape(k.shape) * np.abs(scale)
         k = self._rope(k, swa)
         return Expected(k.reshape(len(x), -1), v, k_noise.reshape(len(x), -1), v_noise)
+
+    def _normed(self, layer: int, part: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Q or K by heads, [n_tokens, n_head, head_dim], and what its norm multiplied by."""
+        cur = self._product(layer, part, x).reshape(len(x), -1, self._head_dim)
+        name = f"blk.{layer}.attn_{part}_norm.weight"
+        if name not in self._weights:
+            return cur, np.ones(1)
+        eps = float(self._key("attention.layer_norm_rms_epsilon"))
+        scale = self._tensor(name) / np.sqrt(np.mean(cur**2, axis=-1, keepdims=True) + eps)
+        return cur * scale, scale
+
+    def _heads(self, layer: int) -> np.ndarray:
+        """What the heads of a layer's attention give, [n_tokens, n_head * head_dim]."""
+        x, window = self._states * self._tensor(f"blk.{layer}.attn_norm.weight"), self._windows
+        q, k = (self._rope(self._normed(layer, p, x)[0], bool(window[layer])) for p in "qk")
+        v = self._product(layer, "v", x).reshape(k.shape)
+        k, v = (np.repeat(each, q.shape[1] // k.shape[1], axis=1) for each in (k, v))
+        scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(self._head_dim)
+        if cap := self._key("attn_logit_softcapping", 50 if self.arch == "gemma2" else 0):
+            scores = cap * np.tanh(scores / cap)
+        back = np.arange(len(x))[:, None] - np.arange(len(x))
+        scores[:, (back < 0) | (back >= (window[layer] or len(x)))] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.asarray(np.einsum("hij,jhd->ihd", weights, v).reshape(len(x), -1))
 
     def _key(self, name: str, default: float | None = None) -> float:
         value = self._header.get(f"{self.arch}.{name}")
@@ -98,7 +118,10 @@ class Reference:
         return self._weights[name].astype(np.float64)
 
     def _projection(self, layer: int, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """Weight [n_out, n_embd] and bias [n_out]: fitted, own, or cut from Q, K and V in one."""
+        """Weight [n_out, n_embd] and bias [n_out] of `part`, one of q, k and v.
+
+        They are fitted, own, or cut from Q, K and V in one.
+        """
         for name in (f"blk.{layer}.pop_attn_{part}", f"blk.{layer}.attn_{part}"):
             if f"{name}.weight" in self._weights:
                 weight = self._tensor(f"{name}.weight")
@@ -106,11 +129,11 @@ class Reference:
                 return weight, self._tensor(f"{name}.bias") if has_bias else np.zeros(len(weight))
         n = self._head_dim * int(self._key("attention.head_count_kv"))
         weight = self._tensor(f"blk.{layer}.attn_qkv.weight")
-        rows = slice(-2 * n, -n) if part == "k" else slice(-n, None)
-        return weight[rows], np.zeros(n)
+        weight = weight[{"q": slice(-2 * n), "k": slice(-2 * n, -n), "v": slice(-n, None)}[part]]
+        return weight, np.zeros(len(weight))
 
     def _wide_input(self, x: np.ndarray, edges: Sequence[int]) -> np.ndarray | None:
-        """The previous row's state, reduced, and clamped neurons [n_tokens, n_wide]; or None."""
+        """The previous row's state, reduced, neurons, heads: [n_tokens, n_wide]; or None."""
         layer = str(self._header.get("pop.schedule")).find("S")
         prefix = f"blk.{layer}.pop_"
         if f"{prefix}prev.weight" not in self._weights:
@@ -128,6 +151,8 @@ class Reference:
             else:
                 acted = gate / (1 + np.exp(-gate))
             parts.append(np.clip(acted * up, -5, 5))
+        if self._header.get("pop.projection") == ATTENTION:
+            parts.append(self._heads(layer))
         return np.concatenate(parts, axis=1)
 
     def _product(self, layer: int, part: str, x: np.ndarray) -> np.ndarray:

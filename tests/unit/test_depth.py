@@ -17,6 +17,7 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prefill.kv_state import FULL, context_state
 from pop_local.measure.forced import forced
+from support.calibrating import Recorder
 from support.calls import NOISE, greedy, kv_bytes, last_logits, opened, prompt, read
 from support.converted import tiny
 
@@ -275,10 +276,7 @@ def attention(path, tokens, layers, monkeypatch):
     """What the full model's softmax gives: [n_head, n_rows, n_rows] of each layer."""
     found = {}
 
-    class Kept:
-        def state(self, boundary, rows):
-            pass
-
+    class Kept(Recorder):
         def layer(self, layer, k, v, mass):
             found[layer] = mass
 

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from converter import fit
 from converter.errors import StoppedError
 from converter.fit import KvType, Weighting
-from converter.format import FITTED, OWN, WIDE, read_pop_meta
-from converter.macs import prefill_macs, wide_macs
+from converter.format import ATTENTION, FITTED, OWN, WIDE, read_pop_meta
+from converter.macs import prefill_macs, wide_weights
 from converter.plan import make_plan
 from converter.rewrite import convert, measure, stored_bytes, stored_type, strip
 from converter.shape import read_shape
@@ -21,7 +22,7 @@ from converter.wide import MOST_NEURON, wide_input
 from pop_local.calibration import needs
 from pop_local.calibration.job import Calibrated
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import fit_needs, wide_cost
+from pop_local.calibration.needs import MOST_COST, fit_cost, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.workflows import fits
@@ -32,6 +33,7 @@ from support.calibrating import (
     BOUNDARY,
     N_TOKENS,
     SILENT,
+    Recorder,
     fitted,
     fitted_at,
     planned,
@@ -63,11 +65,14 @@ def matrices(made) -> dict[str, np.ndarray]:
     }
 
 
-def inputs(path: Path, tensors, states: list[np.ndarray]) -> np.ndarray:
-    """[x, z, 1] of all rows but the windows' first ones, in float64 and row by row."""
+def inputs(path: Path, tensors, shown: Recorder) -> np.ndarray:
+    """[x, z, 1] of all rows but the windows' first ones, in float64 and row by row.
+
+    What heads give is as it was shown, where it was.
+    """
     gain = Weights(read_source(path))[f"blk.{BOUNDARY}.ffn_norm.weight"].astype(float)
     name, rows = f"blk.{BOUNDARY}.pop_", []
-    for window in states:
+    for number, window in enumerate(shown.states[BOUNDARY]):
         x = window / np.sqrt(np.mean(window.astype(float) ** 2, 1, keepdims=True) + 1e-6)
         for i in range(1, len(x)):
             parts = [x[i], tensors[f"{name}prev.weight"] @ x[i - 1]]
@@ -80,21 +85,29 @@ def inputs(path: Path, tensors, states: list[np.ndarray]) -> np.ndarray:
                 else:
                     value = gate / (1 + np.exp(-gate)) * up
                 parts.append(np.clip(value, -5, 5))
+            if given := shown.given.get(BOUNDARY):
+                parts.append(given[number][i])
             rows.append(np.concatenate([*parts, [1]]))
     return np.array(rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "phi3", "qwen3moe"])
-def test_the_fit_equals_direct_least_squares(arch, text, tmp_path):
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [*product(["llama", "gemma3"], [WIDE, ATTENTION]), ("phi3", ATTENTION), ("qwen3moe", WIDE)],
+)
+def test_the_fit_equals_direct_least_squares(arch, kind, text, tmp_path):
     path = make_gguf(tmp_path / f"{arch}.gguf", arch)
     options = settings(text, weighting=Weighting.NONE)
-    tensors = matrices(fitted(path, options, projection=WIDE))
+    tensors = matrices(fitted(path, options, projection=kind))
     with LoadedModel(path, n_threads=1) as model:
         windows = given_text(model, text, N_TOKENS // N_WINDOW, 128).windows
-    shown = recorded(path, windows.tolist())
-    x = inputs(path, tensors, shown.states[BOUNDARY])
-    assert x.shape[1] == 128 + N_PREV + (0 if arch == "qwen3moe" else N_NEURONS) + 1
+    heads = (BOUNDARY,) if kind == ATTENTION else ()
+    shown = recorded(path, windows.tolist(), heads=heads)
+    x = inputs(path, tensors, shown)
+    n_neurons = 0 if arch == "qwen3moe" else N_NEURONS
+    n_heads = read_shape(path).n_heads_out[BOUNDARY] if heads else 0
+    assert x.shape[1] == 128 + N_PREV + n_neurons + n_heads + 1
     y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
     own = Weights(read_source(path)).own_projection(6, y.shape[1])
     zeros = np.zeros((x.shape[1] - 129, y.shape[1]))
@@ -114,11 +127,12 @@ def test_the_fit_equals_direct_least_squares(arch, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plain_fit_comes_from_the_same_sums(llama, text):
-    both = fitted_at((3, 5), llama, settings(text), projections=(FITTED, WIDE))
-    alone = fitted_at((3, 5), llama, settings(text))
-    assert [each.projection for each in both] == [FITTED, WIDE] * 2
-    for one, other in zip(both[::2], alone, strict=True):
+def test_narrower_fits_come_from_the_same_sums(llama, text):
+    kinds = (FITTED, WIDE, ATTENTION)
+    together = fitted_at((3, 5), llama, settings(text), projections=kinds)
+    alone = [fitted_at((3, 5), llama, settings(text), projections=(kind,)) for kind in kinds[:2]]
+    assert [each.projection for each in together] == [*kinds, *kinds]
+    for one, other in zip([*together[::3], *together[1::3]], chain(*alone), strict=True):
         ours, theirs = matrices(one), matrices(other)
         assert ours.keys() == theirs.keys()
         for name, values in ours.items():
@@ -126,8 +140,12 @@ def test_a_plain_fit_comes_from_the_same_sums(llama, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("memory_bytes", "stop_after"), [(1 << 30, 7), (1, 14)])
-def test_a_resumed_fit_equals_one_without_a_stop(memory_bytes, stop_after, llama, text, tmp_path):
+@pytest.mark.parametrize(
+    ("memory_bytes", "stop_after", "kind"), [(1 << 30, 7, ATTENTION), (1, 14, WIDE)]
+)
+def test_a_resumed_fit_equals_one_without_a_stop(
+    memory_bytes, stop_after, kind, llama, text, tmp_path
+):
     """What the inputs are chosen by is read first: four windows, at each of which it may stop."""
     kept = settings(text, state_path=tmp_path / "state", memory_bytes=memory_bytes)
     asked = [0]
@@ -137,10 +155,10 @@ def test_a_resumed_fit_equals_one_without_a_stop(memory_bytes, stop_after, llama
         return asked[0] == stop_after
 
     with pytest.raises(StoppedError):
-        fitted(llama, kept, replace(SILENT, should_stop=should_stop), WIDE)
+        fitted(llama, kept, replace(SILENT, should_stop=should_stop), kind)
     assert (tmp_path / "state").exists()
-    again = fitted(llama, kept, projection=WIDE)
-    assert again == fitted(llama, settings(text, memory_bytes=memory_bytes), projection=WIDE)
+    again = fitted(llama, kept, projection=kind)
+    assert again == fitted(llama, settings(text, memory_bytes=memory_bytes), projection=kind)
 
 
 def test_neurons_are_the_strongest_and_scaled(tmp_path):
@@ -167,18 +185,21 @@ def test_neurons_are_the_strongest_and_scaled(tmp_path):
     assert chosen.sum() == N_NEURONS and power[chosen].min() >= power[~chosen].max() * 0.9999
 
 
-def test_what_it_costs_is_what_it_stores(llama):
-    shape, plan = read_shape(llama), planned(llama, projection=WIDE)
+@pytest.mark.parametrize("kind", [WIDE, ATTENTION])
+def test_what_it_costs_is_what_it_stores_and_attention(kind, llama):
+    shape, plan = read_shape(llama), planned(llama, projection=kind)
     made = made_up(plan)
     n_wide = sum(
         each.dims[0] * each.dims[1]
         for each in made.tensors
         if "attn" not in each.name or "_wide" in each.name
     )
-    assert wide_macs(shape, BOUNDARY) == n_wide
+    assert wide_weights(shape, BOUNDARY, kind) == n_wide
     plain = prefill_macs(shape, 300, BOUNDARY, 17, FITTED)
     assert plain == prefill_macs(shape, 300, BOUNDARY, 17, OWN)
-    assert prefill_macs(shape, 300, BOUNDARY, 17, WIDE) == plain + 300 * n_wide
+    # Q of 128 numbers, then scores and sums of as many over 1 to 300 positions.
+    attention = 300 * 128 * 128 + 2 * 128 * 300 * 301 // 2 if kind == ATTENTION else 0
+    assert prefill_macs(shape, 300, BOUNDARY, 17, kind) == plain + 300 * n_wide + attention
     assert plan.speedup_limit < planned(llama).speedup_limit
     assert stored_bytes(plan, KvType.Q8_0) == sum(len(each.data) for each in made.tensors)
 
@@ -200,7 +221,7 @@ def test_a_wide_file_can_be_stripped(llama, tmp_path):
 class Losses:
     """A Fitter whose fits are made up, and their losses given."""
 
-    def __init__(self, monkeypatch, plain: float, wide: float) -> None:
+    def __init__(self, monkeypatch, given: dict[str, float]) -> None:
         self.measured: list[str] = []
 
         def calibrate(plans, *_):
@@ -209,30 +230,40 @@ class Losses:
 
         def losses(fitter, plan, made):
             self.measured += [each.projection for each in made.values()]
-            return {FITTED: plain, WIDE: wide}
+            return given
 
         monkeypatch.setattr(fits, "calibrate", calibrate)
         monkeypatch.setattr(fits, "LoadedModel", lambda *_, **__: nullcontext())
         monkeypatch.setattr(Fitter, "_losses", losses)
 
 
-@pytest.mark.parametrize(("wide", "wanted"), [(0.7, WIDE), (0.96, FITTED), (1.2, FITTED)])
-def test_a_wide_fit_is_taken_where_it_is_worth_its_cost(wide, wanted, llama, monkeypatch):
-    plan, other = planned(llama), planned(llama, 5)
-    cost = wide_cost(plan)
-    monkeypatch.setattr(needs, "MOST_WIDE_COST", 1.0)
-    monkeypatch.setattr(fits, "_WORTH", 0.1 / cost)
-    losses = Losses(monkeypatch, 1.0, wide)
+@pytest.mark.parametrize(
+    ("wide", "attention", "wanted"),
+    [(0.85, 0.78, WIDE), (0.95, 0.85, FITTED), (1.2, 1.2, FITTED), (0.85, 0.6, ATTENTION)],
+)
+def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
+    wide, attention, wanted, llama, monkeypatch
+):
+    plan, other, dear = (planned(llama, boundary) for boundary in (4, 5, 3))
+    assert fit_cost(plan, WIDE) < fit_cost(plan, ATTENTION) < 0.2 < fit_cost(dear, ATTENTION)
+    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 0.2, ATTENTION: 0.2})
+    # Worth a tenth of the loss, and two tenths.
+    costs = {FITTED: 0.0, WIDE: 0.01, ATTENTION: 0.02}
+    monkeypatch.setattr(fits, "fit_cost", lambda plan, kind: costs[kind])
+    monkeypatch.setattr(fits, "_WORTH", 10)
+    losses = Losses(monkeypatch, {FITTED: 1.0, WIDE: wide, ATTENTION: attention})
     notes: list[str] = []
     watch = Watch(on_note=notes.append)
     fitter = Fitter(read_source(llama), FitOptions(), Hardware(n_threads=1), watch)
     [made] = fitter.fit([plan], None)
     assert made.projection == wanted
-    assert losses.measured == [FITTED, WIDE]
-    assert ("is taken" in notes[-1]) == (wanted == WIDE)
+    assert losses.measured == [FITTED, WIDE, ATTENTION]
+    assert notes[-1].startswith(f"Projections are {wanted}: ")
     # Once for a model.
     [made] = fitter.fit([other], None)
-    assert made.projection == wanted and len(losses.measured) == 2
+    assert made.projection == wanted and len(losses.measured) == 3
+    [made] = fitter.fit([dear], None)
+    assert made.projection == (WIDE if wanted == ATTENTION else wanted)
 
 
 def kinds(plan, options: FitOptions) -> list[str]:
@@ -241,18 +272,17 @@ def kinds(plan, options: FitOptions) -> list[str]:
 
 def test_what_costs_much_is_not_tried(llama):
     plan = planned(llama)
-    assert wide_cost(plan) > needs.MOST_WIDE_COST
+    assert all(fit_cost(plan, kind) > most for kind, most in MOST_COST.items())
     assert kinds(plan, FitOptions()) == [FITTED]
     assert kinds(plan, FitOptions(projection=WIDE)) == [WIDE]
 
 
-def test_what_costs_little_is(tmp_path):
+@pytest.mark.parametrize(("n_ff", "wanted"), [(2048, [WIDE]), (4096, [WIDE, ATTENTION])])
+def test_what_costs_little_is(n_ff, wanted, tmp_path):
     """Few K/V heads beside a wide FFN."""
-    path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=2048)
-    shape = read_shape(path)
-    plan = make_plan(shape, boundary=6, projection=FITTED)
-    assert 0 < wide_cost(plan) <= needs.MOST_WIDE_COST
-    assert kinds(plan, FitOptions()) == [FITTED, WIDE]
+    path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=n_ff)
+    plan = make_plan(read_shape(path), boundary=6, projection=FITTED)
+    assert kinds(plan, FitOptions()) == [FITTED, *wanted]
     assert kinds(plan, FitOptions(projection=FITTED)) == [FITTED]
     source = read_source(path)
     plain = fit_needs([plan], source, FitOptions(projection=FITTED))

@@ -9,6 +9,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 //
@@ -174,7 +175,8 @@ uint32_t llama_pop_n_nodes(const llama_model & model) {
     return llama_pop_supports(model.arch) ? 40*model.hparams.n_layer() : llama_pop_exact_layer(model.arch, model.hparams) > 0 ? 32 : 0;
 }
 
-static ggml_tensor * build_rope(const llm_graph_context & g, const llama_model & model, ggml_tensor * k, ggml_tensor * inp_pos, int il) {
+// cur: Q or K [n_embd_head, n_head, n_tokens]
+static ggml_tensor * build_rope(const llm_graph_context & g, const llama_model & model, ggml_tensor * cur, ggml_tensor * inp_pos, int il) {
     const bool per_layer = llama_pop_rope_per_layer(g.arch);
 
     const float base  = per_layer ? model.get_rope_freq_base (g.cparams, il) : g.freq_base;
@@ -184,12 +186,12 @@ static ggml_tensor * build_rope(const llm_graph_context & g, const llama_model &
         int sections[4];
         std::copy(std::begin(g.hparams.rope_sections), std::begin(g.hparams.rope_sections) + 4, sections);
 
-        return ggml_rope_multi(g.ctx0, k, inp_pos, nullptr,
+        return ggml_rope_multi(g.ctx0, cur, inp_pos, nullptr,
                 g.hparams.n_rot(il), sections, g.rope_type, g.n_ctx_orig, base, scale,
                 g.ext_factor, g.attn_factor, g.beta_fast, g.beta_slow);
     }
 
-    return ggml_rope_ext(g.ctx0, k, inp_pos, model.get_rope_factors(g.cparams, il),
+    return ggml_rope_ext(g.ctx0, cur, inp_pos, model.get_rope_factors(g.cparams, il),
             g.hparams.n_rot(il), g.rope_type, g.n_ctx_orig, base, scale,
             g.ext_factor, g.attn_factor, g.beta_fast, g.beta_slow);
 }
@@ -233,6 +235,25 @@ static void store_kv(const llm_graph_context & g, const llama_pop_attn & attn, g
     ggml_build_forward_expand(g.gf, attn.mctx->cpy_v(g.ctx0, v, attn.v_idxs, il));
 }
 
+// what the heads of a layer's attention give, [n_embd_head_v*n_head, n_tokens]; stores its K/V
+template <typename T>
+static ggml_tensor * build_heads(const llm_graph_context & g, const llama_model & model, T & inp_attn, ggml_tensor * inp_pos, llm_graph_qkv qkv, int il) {
+    const auto & layer = model.layers[il];
+
+    if (layer.attn_q_norm) {
+        qkv.q = g.build_norm(qkv.q, layer.attn_q_norm, nullptr, LLM_NORM_RMS, il);
+    }
+    qkv.q = build_rope(g, model, qkv.q, inp_pos, il);
+
+    // before the soft cap, which comes before kq_scale
+    const float given = g.hparams.f_attention_scale;
+    qkv.q = ggml_scale(g.ctx0, qkv.q, given == 0.0f ? 1.0f/sqrtf(float(g.hparams.n_embd_head_k(il))) : given);
+
+    ggml_tensor * heads = g.build_attn(&inp_attn, nullptr, nullptr, nullptr, qkv.q, qkv.k, qkv.v, nullptr, nullptr, nullptr, 1.0f, il);
+    g.cb(heads, "pop_heads", -1);
+    return heads;
+}
+
 // stores the K/V of all rows for the skipped layers, projected from their state at the boundary
 // note: the layers themselves overwrite those of the full rows later in the graph
 template <typename T>
@@ -254,7 +275,7 @@ static void build_kv(const llm_graph_context & g, const llama_model & model, int
             cur = ggml_add(g.ctx0, cur, layer.attn_norm_b);
         }
 
-        auto [_, k, v] = layer.pop.wk && takes_fitted ? build_fitted_kv(g, layer.pop, cur, wide, il) : build_own_kv(g, layer, cur, il);
+        auto [q, k, v] = layer.pop.wk && takes_fitted ? build_fitted_kv(g, layer.pop, cur, wide, il) : build_own_kv(g, layer, cur, il);
 
         if (layer.attn_k_norm) {
             k = g.build_norm(k, layer.attn_k_norm, nullptr, LLM_NORM_RMS, il);
@@ -264,6 +285,11 @@ static void build_kv(const llm_graph_context & g, const llama_model & model, int
 
         g.cb(k, "pop_k", il);
         g.cb(v, "pop_v", il);
+
+        if (il == boundary && wide && g.hparams.pop.attention) {
+            wide = ggml_concat(g.ctx0, wide, build_heads(g, model, inp_attn, inp_pos, { q, k, v }, il), 0);
+            continue;
+        }
 
         store_kv(g, get_attn_of_layer(inp_attn, g.hparams, il), k, v, il);
     }

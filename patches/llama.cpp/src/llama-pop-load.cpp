@@ -232,13 +232,14 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     }
 
     const std::string projection = get_str(gguf, "pop.projection", "own");
-    if (projection != "own" && projection != "fitted" && projection != "fitted-wide") {
-        refuse(format("pop.projection is '%s', expected 'own', 'fitted' or 'fitted-wide'", projection.c_str()));
+    if (projection != "own" && projection != "fitted" && projection != "fitted-wide" && projection != "fitted-attention") {
+        refuse(format("pop.projection is '%s', expected 'own', 'fitted', 'fitted-wide' or 'fitted-attention'", projection.c_str()));
     }
 
     auto & pop = model.hparams.pop;
 
-    pop.wide        = projection == "fitted-wide";
+    pop.attention   = projection == "fitted-attention";
+    pop.wide        = projection == "fitted-wide" || pop.attention;
     pop.fitted      = projection == "fitted" || pop.wide;
     pop.boundary    = parse_schedule(get_str(gguf, "pop.schedule"), model.hparams.n_layer());
     pop.sink_tokens = get_u32(gguf, "pop.sink_tokens", pop.sink_tokens);
@@ -311,7 +312,9 @@ static int64_t load_wide_input(llama_model_base & model, llama_model_loader & ml
         pop.up   = model.create_tensor(model.tn(LLM_TENSOR_POP_FFN_UP,   "weight", il), { n_embd, n_neurons }, 0);
     }
 
-    return n_prev + n_neurons;
+    const int64_t n_heads = model.hparams.pop.attention ? model.hparams.n_embd_head_v(il)*model.hparams.n_head(il) : 0;
+
+    return n_prev + n_neurons + n_heads;
 }
 
 void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {

@@ -127,19 +127,20 @@ struct llama_pop_hparams {
     uint32_t tail_tokens = 16; // a hint, here only for the size of the reserve
     bool     fitted      = false;
     bool     wide        = false; // fitted to more than the state of the row
+    bool     attention   = false; // wide, and fitted to what the attention of the layer at the boundary gives
     bool     fitted_images = false; // on rows of images, too; else these use the layers' own projections
 };
 
 // fitted projections of a layer. wide ones have a second input, which the layer at the boundary makes: the previous row's
-// state, reduced, and some neurons of its FFN. see llama_pop_build_wide()
+// state, reduced, some neurons of its FFN, see llama_pop_build_wide(), and perhaps the heads of its attention
 struct llama_pop_layer {
     ggml_tensor * wk   = nullptr; // [n_embd, n_embd_k_gqa]
     ggml_tensor * wk_b = nullptr; // [n_embd_k_gqa]
     ggml_tensor * wv   = nullptr; // [n_embd, n_embd_v_gqa]
     ggml_tensor * wv_b = nullptr; // [n_embd_v_gqa]
 
-    ggml_tensor * wk_wide = nullptr; // [n_prev + n_neurons, n_embd_k_gqa]
-    ggml_tensor * wv_wide = nullptr; // [n_prev + n_neurons, n_embd_v_gqa]
+    ggml_tensor * wk_wide = nullptr; // [n_wide, n_embd_k_gqa]
+    ggml_tensor * wv_wide = nullptr; // [n_wide, n_embd_v_gqa]
 
     // of the layer at the boundary
     ggml_tensor * prev = nullptr; // [n_embd, n_prev]
