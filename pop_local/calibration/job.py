@@ -24,7 +24,7 @@ from pop_local.calibration.activations import Reading, Rows, reading
 from pop_local.calibration.images import CalibrationImages, pictures_of
 from pop_local.calibration.images import identity as images_identity
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import Pair, n_kv, plan_needs, sums_limit_bytes
+from pop_local.calibration.needs import Pair, n_kv, plan_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import State, load, save
 from pop_local.calibration.texts import (
@@ -100,7 +100,7 @@ class _Job:
         self._projections: dict[int, list[str]] = {}
         for plan in plans:
             self._projections.setdefault(plan.boundary, []).append(plan.projection)
-        self._groups = plan_needs(plans, source, sums_limit_bytes(options)).groups
+        self._groups = plan_needs(plans, source, options).groups
         self._weights = Weights(source)
         self._eps = _rms_epsilon(source)
         pictures = pictures_of(options.images) if options.mmproj else ()

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from converter import fit
 from converter.format import ATTENTION, FITTED, WIDE
-from converter.macs import wide_weights
 from converter.plan import Plan
+from converter.rewrite import stored_bytes
 from converter.shape import ModelShape
 from converter.source import Source
 from pop_local.calibration.options import FitOptions
@@ -92,17 +92,17 @@ def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Nee
     plans = in_kinds(plans, options)
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
     n_sampled = n_sampled_of(n_windows) if options.text is None else 0
-    return plan_needs(plans, source, sums_limit_bytes(options), n_sampled)
+    return plan_needs(plans, source, options, n_sampled)
 
 
 def plan_needs(
-    plans: Sequence[Plan], source: Source, memory_bytes: int, n_sampled: int = 0
+    plans: Sequence[Plan], source: Source, options: FitOptions, n_sampled: int = 0
 ) -> Needs:
-    """Group the pairs of all plans so that their sums stay below `memory_bytes`, one at least.
+    """Group the pairs of all plans so that their sums stay below the limit, one at least.
 
     `n_sampled`: windows that the model samples itself, before anything is summed.
     """
-    shape = plans[0].shape
+    shape, memory_bytes = plans[0].shape, sums_limit_bytes(options)
     every = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
     pairs = list(dict.fromkeys(every))
     n_inputs = shape.n_embd + max(shape.n_wide(plan.boundary, plan.projection) for plan in plans)
@@ -121,8 +121,7 @@ def plan_needs(
         groups[-1].append(pair)
         sizes[-1] += size
     n_sums = max(sizes) + scratch
-    n_stored = 4 * sum(shape.kv_macs[pair.layer] for pair in every)
-    n_stored += 4 * sum(wide_weights(shape, plan.boundary, plan.projection) for plan in plans)
+    n_stored = sum(stored_bytes(plan, options.kv_type) for plan in plans)
     n_heads = max(dim // 64 for dim in shape.attn_dim)
     read = 4 * N_WINDOW * (len(plans) * (n_inputs + 1) + sum(shape.kv_macs) // shape.n_embd)
     masses = 8 * N_WINDOW * n_heads * N_WINDOW

@@ -11,6 +11,7 @@ from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.calibration import needs
 from pop_local.calibration.needs import plan_needs
+from pop_local.calibration.options import FitOptions
 from pop_local.measure import budget
 from pop_local.measure.depth import DepthCost, deepest_within, with_qualities, worth_measuring
 from pop_local.measure.estimate import Estimate
@@ -99,7 +100,9 @@ def test_as_many_boundaries_as_there_is_memory_for(model, monkeypatch):
     options = AnalyzeOptions(fit_tokens=2048)
     run = analyzing._Run(source, read_shape(model), Text("none", ()), options, Hardware(), Watch())
     plans = [run.plan(boundary) for boundary in (3, 4)]
-    sums = [plan_needs(plans[:n], source, 1 << 40).sums_bytes for n in (1, 2)]
+    sums = [
+        plan_needs(plans[:n], source, FitOptions(memory_bytes=1 << 40)).sums_bytes for n in (1, 2)
+    ]
     monkeypatch.setattr(needs, "sums_limit_bytes", lambda options: sums[0])
     assert run._affordable(plans) == plans[:1]
     monkeypatch.setattr(needs, "sums_limit_bytes", lambda options: sums[1])

@@ -16,6 +16,7 @@ from converter.source import read_source
 from converter.weights import Weights
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import plan_needs
+from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, CalibrationError, given_text
 from support.calibrating import (
     BOUNDARY,
@@ -90,8 +91,8 @@ def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_groups_of_layers_give_the_same_fit(llama: Path, text: Path):
     plan, source = planned(llama), read_source(llama)
-    small = plan_needs((plan,), source, memory_bytes=1)
-    large = plan_needs((plan,), source, memory_bytes=1 << 30)
+    small = plan_needs((plan,), source, FitOptions(memory_bytes=1))
+    large = plan_needs((plan,), source, FitOptions(memory_bytes=1 << 30))
     pairs = [(BOUNDARY, layer) for layer in (5, 6, 7)]
     assert list(small.groups) == [(pair,) for pair in pairs]
     assert list(large.groups) == [tuple(pairs)]
@@ -188,14 +189,16 @@ def test_a_fitted_file_can_be_stripped(llama: Path, text: Path, tmp_path: Path):
 
 def test_the_sums_of_a_job_stay_within_what_is_announced(llama: Path):
     plan = planned(llama)
-    needs = plan_needs((plan,), read_source(llama), 1 << 30)
+    needs = plan_needs((plan,), read_source(llama), FitOptions(memory_bytes=1 << 30))
     widths = dict.fromkeys(plan.fitted_layers, _n_kv(llama))
     sums = Gram.empty(plan.shape.n_embd, widths)
     n_bytes = sums.xx.nbytes + sum(xy.nbytes for xy in sums.xy.values())
     scratch = fit.scratch_bytes(plan.shape.n_embd, _n_kv(llama), N_WINDOW)
     assert needs.sums_bytes == n_bytes + scratch
     assert needs.sums_bytes < needs.total_bytes
-    sampling = plan_needs((plan,), read_source(llama), 1 << 30, n_sampled=64)
+    sampling = plan_needs(
+        (plan,), read_source(llama), FitOptions(memory_bytes=1 << 30), n_sampled=64
+    )
     cache = 64 * N_WINDOW * 2 * N_LAYER * _n_kv(llama)
     assert sampling.sums_bytes == needs.sums_bytes
     assert sampling.total_bytes > cache + 2 * llama.stat().st_size
