@@ -4,6 +4,7 @@ import json
 import random
 import struct
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 _INTERESTING = (0, 1, 127, 128, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
@@ -57,6 +58,6 @@ def mutated_json(rng: random.Random, value: Any) -> Any:
             if rng.random() < 0.2:
                 del at[place]
             else:
-                at[place] = rng.choice(_JSON_VALUES)
+                at[place] = deepcopy(rng.choice(_JSON_VALUES))
             break
     return copied
