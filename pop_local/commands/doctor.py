@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import typer
 from rich.text import Text
 
@@ -28,6 +29,7 @@ from pop_local.ui.theme import out
 
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
+LOOK_S = 0.2
 SMALL_MEMORY_BYTES = 4_000_000_000
 DRIVER = "is its driver installed, and may this user open the device?"
 NO_DEVICE = {
@@ -90,8 +92,20 @@ def _backend() -> list[Check]:
         Check("built_in", "Built in", "ok", ", ".join(name for name, _ in info.built_in)),
         *_gpus(info),
         Check("cpu_features", "CPU features", "ok", f"{variant}{_enabled(info.features)}"),
-        Check("threads", "Threads", "ok", f"{info.n_threads} ({os.cpu_count()} logical CPUs)"),
+        _threads(info.n_threads),
     ]
+
+
+def _threads(n_threads: int) -> Check:
+    """Whether other work leaves them their cores."""
+    n_cpus = os.cpu_count() or 1
+    found = f"{n_threads} ({n_cpus} logical CPUs)"
+    n_busy = psutil.cpu_percent(LOOK_S) * n_cpus / 100
+    if n_busy + n_threads < n_cpus + 0.5:
+        return Check("threads", "Threads", "ok", found)
+    found += f", but other work keeps {n_busy:.1f} of them busy"
+    to_do = "answers wait for it; fewer --threads may write faster, and times mean little"
+    return Check("threads", "Threads", "note", found, to_do)
 
 
 def _abi(abi: int | None) -> Check:

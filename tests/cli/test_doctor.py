@@ -1,6 +1,8 @@
 """`pop-local doctor` against backends that are whole, unpatched or missing."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ FEATURES = "CUDA : ARCHS = 900 | CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP 
 LOG = """load_backend: loaded RPC backend from /env/lib/libggml-rpc.so
 load_backend: loaded CPU backend from /env/lib/libggml-cpu-zen4.so
 """
+SPINNING = ("GOMP_", "OMP_")
 CPU = Device("CPU", "Some CPU", False, 8 * 10**9, 16 * 10**9)
 GPU = Device("CUDA0", "Some GPU", True, 70 * 10**9, 80 * 10**9)
 
@@ -35,6 +38,8 @@ def install(monkeypatch, tmp_path):
     """Pretends that a backend is installed."""
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
     monkeypatch.setattr("pop_local.commands.doctor.shutil.which", lambda name: None)
+    monkeypatch.setattr("pop_local.commands.doctor.os.cpu_count", lambda: 8)
+    monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 50.0)
 
     def pretend(
         *,
@@ -111,6 +116,31 @@ def test_the_variant_of_the_cpu_is_named(install):
     install(variant=devices._cpu_variant(LOG))
     assert checks()["cpu_features"]["found"] == "zen4: SSE3 AVX OPENMP REPACK"
     assert devices._cpu_variant(LOG.replace("-zen4", "")) == ""
+
+
+def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
+    install()
+    assert checks()["threads"]["status"] == "ok"
+    monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 60.0)
+    assert checks()["threads"]["status"] == "note"
+    assert checks()["threads"]["found"].endswith("other work keeps 4.8 of them busy")
+    assert doctor().exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, backend.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
+    """As libgomp itself says, in a process that loads it."""
+    given = given | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SPINNING)}
+    load = "from pop_local.engine.llama.backend import bindings; bindings()"
+    words = [sys.executable, "-c", load]
+    said = subprocess.run(words, env=kept | given, check=True, capture_output=True, text=True)
+    if "OPENMP DISPLAY ENVIRONMENT" not in said.stderr:
+        pytest.skip("this build is without libgomp")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in said.stderr
 
 
 def test_gpus_are_listed(install):

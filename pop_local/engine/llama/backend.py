@@ -26,6 +26,9 @@ OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
 )
+# Of libgomp, whose own 300,000 last for milliseconds at each of a token's barriers: beside other
+# work threads then wait for each other's time slices, and spend their own on waiting.
+SPINS = "1000"
 
 
 class Mode(IntEnum):
@@ -90,6 +93,8 @@ def bindings() -> ModuleType:
             f"{OTHER} {other.version} is installed, whose files take the place of those of {OURS}",
             f"pip uninstall {OTHER}, which takes files of both, and {INSTALL_HINT}",
         )
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         import llama_cpp.llama_cpp as llama_cpp
     except ImportError as error:
