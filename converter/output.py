@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from converter.errors import OutputExistsError, WriteError
@@ -19,6 +20,7 @@ def check_output(dst: Path, sources: tuple[Path, ...], n_bytes: int, *, force: b
     """
     try:
         _check_name(dst, sources, force=force)
+        TemporaryFile(dir=dst.parent).close()
         disk = shutil.disk_usage(dst.parent)
     except OSError as error:
         raise WriteError(f"cannot write {dst}: {error.strerror}", _hint(dst)) from error

@@ -4,8 +4,8 @@
 Each round reads and decodes once with each of the spins, in a process of its own (libgomp looks at
 GOMP_SPINCOUNT as it is loaded; none leaves it to libgomp), beside --busy processes that compute,
 the first of them on the last CPU. Medians of the rounds, and their extremes; processor seconds are
-those of all threads. --fifo lets the threads go before everything else on this machine (Linux, root):
-then it is a quiet one.
+those of all threads. --fifo lets the threads go before everything else on this machine (Linux,
+root): then it is a quiet one.
 """
 
 import argparse

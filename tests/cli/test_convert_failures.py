@@ -15,6 +15,7 @@ from converter import rewrite
 from converter.errors import FormatError, OutputExistsError, WriteError
 from converter.format import read_pop_meta
 from converter.header import read_header
+from converter.rewrite import Sizes, check_target
 from support.converted import convert_default, names
 from support.synthetic import add_keys, make_gguf, make_split
 
@@ -67,6 +68,12 @@ def test_output_that_appears_meanwhile_stays(tiny, tmp_path):
         convert_default(tiny, dst, progress=lambda *both: dst.write_text("mine"))
     assert dst.read_text() == "mine"
     assert names(tmp_path) == {"tiny.gguf", "out.gguf"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder that takes no file, even root's")
+def test_a_folder_that_takes_no_file_is_refused_beforehand(tiny):
+    with pytest.raises(WriteError, match="cannot write /proc/out"):
+        check_target(tiny, Path("/proc/out.gguf"), Sizes(1, 1), force=False)
 
 
 @pytest.mark.parametrize("how", ["same", "symlink", "hardlink"])
