@@ -76,7 +76,8 @@ def failing(folder: Path, at: int, number: int) -> Iterator[Fault]:
 
     def opened(file: Any, mode: str = "r", buffering: int = -1, *text: Any, **options: Any) -> Any:
         writes = bool(set(mode) & set("wxa+"))
-        if not writes or isinstance(file, int) or not fault.has(file):
+        # With an opener: a file without a name, which only says whether the folder takes any.
+        if not writes or isinstance(file, int) or "opener" in options or not fault.has(file):
             return real_open(file, mode, buffering, *text, **options)
         fault.passes("open", file)
         raw = file_class(os.fspath(file), mode.translate({ord("b"): None, ord("t"): None}))
