@@ -283,6 +283,10 @@ def test_what_costs_little_is(n_ff, wanted, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=n_ff)
     plan = make_plan(read_shape(path), boundary=6, projection=FITTED)
     assert kinds(plan, FitOptions()) == [FITTED, *wanted]
+    assert [each.projection for each in needs.in_kinds([plan] * 2, FitOptions())] == [
+        FITTED,
+        WIDE,
+    ] * 2
     assert kinds(plan, FitOptions(projection=FITTED)) == [FITTED]
     source = read_source(path)
     plain = fit_needs([plan], source, FitOptions(projection=FITTED))
