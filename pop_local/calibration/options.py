@@ -63,7 +63,7 @@ class FitOptions:
             fingerprint(self.mmproj)
             pictures_of(self.images)
 
-    def at(self, boundary: int) -> "FitOptions":
+    def at(self, boundary: int | str) -> "FitOptions":
         """Return the options with a state file of their own, for one of several fits."""
         if self.state_path is None:
             return self

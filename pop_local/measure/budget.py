@@ -62,6 +62,11 @@ def recalls(budget: Budget, recall: "Recall") -> bool:
     return recall.exact_lost.value <= most + 1e-9
 
 
+def predicts(budget: Budget, quality: "Quality") -> bool:
+    """Tell whether predictions are within the budget, whatever copying is."""
+    return all(over <= 0 for over, _ in _excesses(budget, quality)[:2])
+
+
 def copies(quality: "Quality") -> bool:
     """Tell whether both probes say that the model still copies from pruned context."""
     return all(over <= 0 for over, _ in _copying_excesses(FAST, quality))

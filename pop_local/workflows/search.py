@@ -1,6 +1,6 @@
 """The fastest recipe within a budget: fits and measures candidates until it is known.
 
-Without a selection that is the deepest boundary inside; then deeper ones are tried with one.
+That is the deepest boundary inside, unless deeper ones are with attention kept, or a selection.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from converter.format import OWN, Budget, Measured
+from converter.format import ATTENTION, OWN, Budget, Measured
 from converter.plan import Plan
 from converter.rewrite import Fitted
 from converter.source import Source
@@ -32,6 +32,8 @@ from pop_local.workflows.refusals import OverBudgetError, Trial
 # Their mean KL has a standard error of a fifth or less.
 N_WINDOWS = 16
 N_DOCUMENTS = 12
+# So many boundaries past the one where copying breaks are tried with attention, which mends that.
+N_PAST = 3
 # Of the context tokens, what deeper boundaries are tried with, and what that must win over going
 # without: a selection takes some time that its limit does not count, and keeps states.
 SELECTED = 0.1
@@ -80,6 +82,7 @@ class _Search:
     watch: Watch
     fitter: Fitter
     fitted: dict[int, Fitted] = field(default_factory=dict)
+    attentive: dict[int, Fitted] = field(default_factory=dict)
     measured: dict[int, Gradual] = field(default_factory=dict)
     qualities: dict[int, Quality] = field(default_factory=dict)
     verdicts: dict[int, bool] = field(default_factory=dict)
@@ -89,7 +92,11 @@ class _Search:
         deepest = self._deepest_inside()
         if deepest is None:
             raise self._over()
-        trials = (*self._trials(), *self._with_selection(deepest))
+        trials = (
+            *self._trials(),
+            *self._tried_until_outside(self._with_attention(deepest)),
+            *self._tried_until_outside(self._with_selection(deepest)),
+        )
         chosen = max((t for t in trials if t.in_budget), key=lambda t: t.plan.speedup_limit)
         figures = budgets.figures_in_words(chosen.quality)
         self.watch.on_note(
@@ -100,20 +107,46 @@ class _Search:
         plan = replace(chosen.plan, budget=replace(self.budget, tried=tried))
         if chosen.recall is not None:
             plan = replace(plan, recall=recalled(chosen.recall))
-        fitted = self.fitted.get(plan.boundary)
-        return Chosen(plan, fitted, measured(chosen.quality), trials)
+        return Chosen(plan, self._fit_of(plan), measured(chosen.quality), trials)
 
-    def _with_selection(self, deepest: int) -> Iterator[Trial]:
-        """Try deeper boundaries that are faster with a selection, while they are inside."""
+    def _past(self, deepest: int) -> list[int]:
+        return sorted((each for each in self.plans if each < deepest), reverse=True)
+
+    def _with_attention(self, deepest: int) -> list[Plan]:
+        """Fit the next deeper boundaries with attention, where copying or facts alone were lost."""
+        past = self._past(deepest)[:N_PAST]
+        if not past or self.options.projection or self.plans[past[0]].projection == OWN:
+            return []
+        if not budgets.predicts(self.budget, self.qualities[past[0]]):
+            return []
+        plans = [replace(self.plans[each], projection=ATTENTION) for each in past]
+        least = self.plans[deepest].speedup_limit
+        plans = [plan for plan in plans if plan.speedup_limit > least]
+        if not plans:
+            return []
+        names = ", ".join(str(plan.boundary) for plan in plans)
+        self.watch.on_note(f"Fitting boundary {names} with attention, since copying broke first")
+        options = replace(self.options, projection=ATTENTION)
+        fitter = Fitter(self.source, options, self.hardware, self.watch, self.fitter.text)
+        state_path = self.options.at(f"{past[0]}-attention").state_path
+        made = fitter.fit(plans, state_path)
+        self.attentive |= {p.boundary: each for p, each in zip(plans, made, strict=True)}
+        return plans
+
+    def _with_selection(self, deepest: int) -> list[Plan]:
+        """Return deeper boundaries that are faster with a selection."""
         if self.plans[deepest].shape.is_mrope:
-            return
+            return []
         least = SELECTION_GAIN * self.plans[deepest].speedup_limit
-        for boundary in sorted((each for each in self.plans if each < deepest), reverse=True):
-            plan = replace(self.plans[boundary], select=SELECTED)
-            is_there = plan.projection == OWN or boundary in self.fitted
-            if not is_there or plan.speedup_limit < least:
-                continue
-            gradual = Gradual(self.reference, boundary, SELECTED)
+        there = [
+            b for b in self._past(deepest) if self.plans[b].projection == OWN or b in self.fitted
+        ]
+        plans = [replace(self.plans[boundary], select=SELECTED) for boundary in there]
+        return [plan for plan in plans if plan.speedup_limit >= least]
+
+    def _tried_until_outside(self, plans: Sequence[Plan]) -> Iterator[Trial]:
+        for plan in plans:
+            gradual = Gradual(self.reference, plan.boundary, plan.select)
             quality = self._measure(plan, gradual, self._is_outside)
             inside, recall = budgets.is_inside(self.budget, quality), None
             if inside:
@@ -244,12 +277,21 @@ class _Search:
             advance = self.watch.stage(f"Asking for facts, boundary {_named(plan)}")
             return reference.measure(model, pruning, advance)
 
+    def _fit_of(self, plan: Plan) -> Fitted | None:
+        attentive = self.attentive.get(plan.boundary)
+        return (
+            attentive
+            if plan.projection == ATTENTION and attentive
+            else self.fitted.get(plan.boundary)
+        )
+
     @contextmanager
     def _opened(self, plan: Plan) -> Iterator[PopModel]:
-        fitted = self.fitted.get(plan.boundary)
         has_sidecar = plan.projection != OWN
         with (
-            temporary_sidecar(plan, self.source, fitted) if has_sidecar else nullcontext()
+            temporary_sidecar(plan, self.source, self._fit_of(plan))
+            if has_sidecar
+            else nullcontext()
         ) as written:
             files = ModelFiles(self.source.first.path, written)
             with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
@@ -257,4 +299,7 @@ class _Search:
 
 
 def _named(plan: Plan) -> str:
-    return f"{plan.boundary} with {plan.select:.0%} selected" if plan.select else f"{plan.boundary}"
+    attention = " with attention" if plan.projection == ATTENTION else ""
+    return f"{plan.boundary}{attention}" + (
+        f" with {plan.select:.0%} selected" if plan.select else ""
+    )

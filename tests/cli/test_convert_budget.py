@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from converter.format import read_pop_meta
+from converter.format import ATTENTION, read_pop_meta
 from pop_local.calibration import activations, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, probes
@@ -162,6 +162,30 @@ def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_e
     limits = {(each["boundary"], each["select"]): each["speedup_limit"] for each in found["tried"]}
     assert limits[4, 0.1] > limits[5, 0]
     assert found["select"] == 0.1
+
+
+def test_attention_is_kept_where_copying_breaks_first(text, tmp_path, monkeypatch):
+    class Told(gradual.Gradual):
+        def measure(self, model, on_progress):
+            found, good = super().measure(model, on_progress), Estimate(1.0, 0.0)
+            deepest = 4 if model.meta.projection == ATTENTION else 5
+            copied = good if self.boundary >= deepest and not self.select else Estimate(9.0, 0.0)
+            return replace(
+                found, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=copied
+            )
+
+    monkeypatch.setattr(searching, "Gradual", Told)
+    base = make_gguf(tmp_path / "tiny.gguf", "llama", n_head_kv=1, n_ff=1024)
+    done = convert(base, "--sidecar", "--text", text, *FEW, "--max-copy-ratio", 2, "--json")
+    assert done.exit_code == 0, done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
+    assert meta is not None and meta.budget is not None
+    assert (meta.boundary, meta.projection) == (4, ATTENTION)
+    assert "4 outside" in meta.budget.tried
+    assert "4 with attention inside, 3 with attention outside" in meta.budget.tried
+    taken = [each for each in json.loads(done.stdout)["tried"] if each["projection"] == ATTENTION]
+    assert [each["in_budget"] for each in taken] == [True, False]
+    assert not [name for name in names(tmp_path) if "attention" in name]
 
 
 def test_facts_that_are_lost_put_a_boundary_outside(base, text, tmp_path, monkeypatch):
