@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from converter.format import FITTED, OWN, WIDE
 from converter.plan import Plan
@@ -17,9 +17,13 @@ from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import CalibrationText
+from pop_local.measure import budget as budgets
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.options import Hardware
+
+if TYPE_CHECKING:
+    from pop_local.measure.quality import Quality
 
 T = TypeVar("T")
 _PREFIX = "pop-local-"
@@ -34,7 +38,7 @@ class Fitter:
     """Fits plans of one model, all with the same options and on the same text.
 
     Where the options leave it open, whether fits are plain or wider is decided once, by measuring
-    all kinds at the first boundary: their sums are the same.
+    all kinds at the first boundary: their sums are the same. Those that copy go first.
     """
 
     source: Source
@@ -73,16 +77,20 @@ class Fitter:
             return next(iter(fits.values()))
         if self.kind is None:
             self.watch.on_note("Measuring whether a wider fit is worth its cost")
-            losses, costs = self._losses(plan, fits), {k: fit_cost(plan, k) for k in fits}
-            self.kind = min(fits, key=lambda kind: losses[kind] / (1 - _WORTH * costs[kind]))
-            found = ", ".join(
-                f"{kind} KL {losses[kind]:.4f} for {costs[kind]:.1%} of the speed" for kind in fits
+            found, costs = self._qualities(plan, fits), {k: fit_cost(plan, k) for k in fits}
+            losses = {kind: each.kl_mean.value for kind, each in found.items()}
+            able = [kind for kind, each in found.items() if budgets.copies(each)] or list(fits)
+            self.kind = min(able, key=lambda kind: losses[kind] / (1 - _WORTH * costs[kind]))
+            seen = ", ".join(
+                f"{kind} KL {losses[kind]:.4f} for {costs[kind]:.1%} of the speed"
+                + ("" if kind in able else ", copying broken")
+                for kind in fits
             )
-            self.watch.on_note(f"Projections are {self.kind}: {found}")
+            self.watch.on_note(f"Projections are {self.kind}: {seen}")
         return next(fits[kind] for kind in (self.kind, WIDE, FITTED) if kind in fits)
 
-    def _losses(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, float]:
-        """The KL of each kind, on the same windows."""
+    def _qualities(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, "Quality"]:
+        """What each kind loses, on the same windows."""
         from pop_local.measure.forced import Pruning
         from pop_local.measure.quality import QualitySettings, measure_against, read_reference
         from pop_local.workflows.measuring import opened_to_measure
@@ -91,16 +99,15 @@ class Fitter:
         with opened_to_measure(ModelFiles(path), plan, self.hardware, self.watch) as opened:
             advance = self.watch.stage("Reading in full")
             reference = read_reference(*opened, settings, advance)
-        losses = {}
+        qualities = {}
         for kind, fitted in fits.items():
             with temporary_sidecar(plan, self.source, fitted) as sidecar:
                 files = ModelFiles(path, sidecar)
                 with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
                     advance = self.watch.stage("Measuring")
                     pruning = Pruning(plan.boundary)
-                    [found] = measure_against(reference, model, (pruning,), advance)
-            losses[kind] = found.kl_mean.value
-        return losses
+                    [qualities[kind]] = measure_against(reference, model, (pruning,), advance)
+        return qualities
 
     def _lazily(self, name: str) -> Progress:
         """A stage that begins when its work does: a kept fit has none of it."""

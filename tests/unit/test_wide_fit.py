@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import MOST_COST, fit_cost, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
+from pop_local.measure.estimate import Estimate
 from pop_local.workflows import fits
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter
@@ -221,20 +223,25 @@ def test_a_wide_file_can_be_stripped(llama, tmp_path):
 class Losses:
     """A Fitter whose fits are made up, and their losses given."""
 
-    def __init__(self, monkeypatch, given: dict[str, float]) -> None:
+    def __init__(self, monkeypatch, given: dict[str, float], broken: tuple[str, ...] = ()) -> None:
         self.measured: list[str] = []
 
         def calibrate(plans, *_):
             made = tuple(made_up(plan) for plan in plans)
             return Calibrated(made, None)  # type: ignore[arg-type]
 
-        def losses(fitter, plan, made):
+        def quality(kind: str) -> SimpleNamespace:
+            copied = Estimate(3.0 if kind in broken else 1.0, 0.0)
+            kl = Estimate(given[kind], 0.0)
+            return SimpleNamespace(kl_mean=kl, copy_ppl_ratio=copied, induction_retention=None)
+
+        def qualities(fitter, plan, made):
             self.measured += [each.projection for each in made.values()]
-            return given
+            return {kind: quality(kind) for kind in made}
 
         monkeypatch.setattr(fits, "calibrate", calibrate)
         monkeypatch.setattr(fits, "LoadedModel", lambda *_, **__: nullcontext())
-        monkeypatch.setattr(Fitter, "_losses", losses)
+        monkeypatch.setattr(Fitter, "_qualities", qualities)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +271,18 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
     assert made.projection == wanted and len(losses.measured) == 3
     [made] = fitter.fit([dear], None)
     assert made.projection == (WIDE if wanted == ATTENTION else wanted)
+
+
+@pytest.mark.parametrize(
+    ("broken", "wanted"),
+    [((FITTED, WIDE), ATTENTION), ((FITTED,), WIDE), ((FITTED, WIDE, ATTENTION), FITTED)],
+)
+def test_what_copies_goes_before_what_is_cheap(broken, wanted, llama, monkeypatch):
+    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 0.2, ATTENTION: 0.2})
+    Losses(monkeypatch, {FITTED: 0.5, WIDE: 1.0, ATTENTION: 1.0}, broken)
+    fitter = Fitter(read_source(llama), FitOptions(), Hardware(n_threads=1), Watch())
+    [made] = fitter.fit([planned(llama)], None)
+    assert made.projection == wanted
 
 
 def kinds(plan, options: FitOptions) -> list[str]:
