@@ -30,6 +30,7 @@ from pop_local.server.bodies import Body, ChatBody, CompletionBody
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
 from pop_local.server.errors import ApiError, as_api_error
 from pop_local.server.front import Front
+from pop_local.server.memory import return_large_blocks
 from pop_local.server.metrics import Metrics
 from pop_local.server.pictures import MAX_DATA_URL, n_in_data_urls
 from pop_local.server.replies import ChatReply, Reply
@@ -257,6 +258,7 @@ def _end(sig: int) -> None:
 
 def run_app(app: Starlette, listening: socket.socket) -> None:
     """Raises what the signal raises, when nobody uses the model any more."""
+    return_large_blocks()
     config = uvicorn.Config(
         app,
         lifespan="on",

@@ -48,7 +48,7 @@ MALFORMED: tuple[dict[str, Any], ...] = (
     *({"n": 3}, {"messages": []}, {"max_tokens": "many"}, {"temperature": -1}),
     *({"grammar": "nonsense"}, {"stop": [""]}, {"tools": [{"type": "function"}]}),
 )
-WATCH_EVERY_S = 15
+WATCH_EVERY_S = 5
 
 
 @dataclass

@@ -123,6 +123,40 @@ def test_half_a_request_does_not_keep_the_server_from_ending(path):
         assert "Traceback" not in log
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_leaves_the_cache_leaves_the_process(path):
+    """States of 2 to 16 MB, copied as those of a context, and small things in between."""
+    changed = """
+import random, resource
+from types import SimpleNamespace
+from pop_local.engine.prefill.kv_state import PromptCache
+from pop_local.engine.turn import Chunk, TurnStats
+from pop_local.server import worker
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+def work(self, job):
+    rng, cache, small, most, before = random.Random(0), PromptCache(1 << 26), {}, 0, resident()
+    for number in range(200):
+        size = rng.randrange(1 << 21, 1 << 24)
+        buffer = bytearray(size)
+        cache[[number]] = SimpleNamespace(llama_state=bytes(buffer), llama_state_size=size)
+        small[rng.randrange(40)] = bytes(rng.randrange(1 << 10, 1 << 16))
+        del buffer
+        most = max(most, resident() - before - cache.cache_size)
+    yield Chunk(str(most >> 20), TurnStats(1, 0, 0, 1, 0.0, 0.0, 0, 0.0, "stop"))
+
+worker.Worker._answer = work
+"""
+    with running(path, changed) as (_, port):
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        reply = httpx2.post(url, json={"prompt": "a"}, timeout=60)
+        # As glibc does by itself, as much as the cache holds: 64 MiB and more.
+        assert int(reply.json()["choices"][0]["text"]) < 24
+
+
 @pytest.fixture(scope="module")
 def silent(path):
     """The port of a server with little patience."""
