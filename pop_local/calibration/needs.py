@@ -72,20 +72,15 @@ def fit_cost(plan: Plan, projection: str) -> float:
 def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
     """Return the plans with the projections to fit: several times where measuring is to decide.
 
-    It decides at the first plan, for all that are as cheap. Attention is for a depth that is named:
-    the sums of a search through all depths would take several times as long.
+    It decides at the first plan, for all. Attention is for a depth that is named: the sums of a
+    search through all depths would take several times as long.
     """
-
-    def kinds(plan: Plan) -> list[str]:
-        if options.projection is not None:
-            return [options.projection]
-        cheap = [kind for kind, most in MOST_COST.items() if fit_cost(plan, kind) <= most]
-        return [FITTED, *(kind for kind in cheap if kind != ATTENTION or len(plans) == 1)]
-
-    at_first = kinds(plans[0])
-    return [
-        replace(plan, projection=kind) for plan in plans for kind in kinds(plan) if kind in at_first
-    ]
+    if options.projection is not None:
+        kinds = [options.projection]
+    else:
+        cheap = [kind for kind, most in MOST_COST.items() if fit_cost(plans[0], kind) <= most]
+        kinds = [FITTED, *(kind for kind in cheap if kind != ATTENTION or len(plans) == 1)]
+    return [replace(plan, projection=kind) for plan in plans for kind in kinds]
 
 
 def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Needs:

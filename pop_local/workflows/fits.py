@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
-from converter.format import FITTED, OWN, WIDE
+from converter.format import FITTED, OWN
 from converter.plan import Plan
 from converter.rewrite import Fitted, check_target
 from converter.sidecar import measure_sidecar, write_sidecar
@@ -58,8 +58,9 @@ class Fitter:
         follow = Follow(
             self._lazily("Sampling text"), self._lazily("Fitting"), self.watch.should_stop
         )
-        wanted = in_kinds(plans, self.options)
-        options = replace(self.options, state_path=state_path)
+        kind = self.options.projection or self.kind
+        options = replace(self.options, state_path=state_path, projection=kind)
+        wanted = in_kinds(plans, options)
         with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
             done = calibrate(wanted, model, self.source, options, follow, self.text)
         self.text = done.text
@@ -69,10 +70,7 @@ class Fitter:
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
     def _better(self, plan: Plan, fits: Mapping[str, Fitted]) -> Fitted:
-        """Take the kind that was found to be better; at the first boundary with several, measure.
-
-        Deeper ones may be too dear for it.
-        """
+        """Take the kind found to be better, by measuring the first boundary that has several."""
         if len(fits) == 1:
             return next(iter(fits.values()))
         if self.kind is None:
@@ -87,7 +85,7 @@ class Fitter:
                 for kind in fits
             )
             self.watch.on_note(f"Projections are {self.kind}: {seen}")
-        return next(fits[kind] for kind in (self.kind, WIDE, FITTED) if kind in fits)
+        return fits[self.kind]
 
     def _qualities(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, "Quality"]:
         """What each kind loses, on the same windows."""

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("answers", type=Path, nargs="?", help="for score")
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--limit", type=int, help="tasks to ask, the shots not counted")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if (options.task == "score") != (options.answers is not None):
         parser.error("score takes answers, nothing else does")
     if options.answers is not None:
