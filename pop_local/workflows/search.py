@@ -32,8 +32,10 @@ from pop_local.workflows.refusals import OverBudgetError, Trial
 # Their mean KL has a standard error of a fifth or less.
 N_WINDOWS = 16
 N_DOCUMENTS = 12
-# So many boundaries past the one where copying breaks are tried with attention, which mends that.
+# So many boundaries past the one where copying breaks are tried with attention, which mends that,
+# and what that must win: its limit does not count all that it takes.
 N_PAST = 3
+ATTENTION_GAIN = 1.05
 # Of the context tokens, what deeper boundaries are tried with, and what that must win over going
 # without: a selection takes some time that its limit does not count, and keeps states.
 SELECTED = 0.1
@@ -120,15 +122,15 @@ class _Search:
         if not budgets.predicts(self.budget, self.qualities[past[0]]):
             return []
         plans = [replace(self.plans[each], projection=ATTENTION) for each in past]
-        least = self.plans[deepest].speedup_limit
-        plans = [plan for plan in plans if plan.speedup_limit > least]
+        least = ATTENTION_GAIN * self.plans[deepest].speedup_limit
+        plans = [plan for plan in plans if plan.speedup_limit >= least]
         if not plans:
             return []
         names = ", ".join(str(plan.boundary) for plan in plans)
         self.watch.on_note(f"Fitting boundary {names} with attention, since copying broke first")
         options = replace(self.options, projection=ATTENTION)
         fitter = Fitter(self.source, options, self.hardware, self.watch, self.fitter.text)
-        state_path = self.options.at(f"{past[0]}-attention").state_path
+        state_path = options.at(f"{past[0]}-attention").state_path
         made = fitter.fit(plans, state_path)
         self.attentive |= {p.boundary: each for p, each in zip(plans, made, strict=True)}
         return plans
