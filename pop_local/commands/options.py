@@ -13,6 +13,7 @@ from converter.fit import RIDGE, KvType, Weighting
 from converter.format import ATTENTION, WIDE
 from converter.plan import parse_skip
 from pop_local.calibration.options import FitOptions
+from pop_local.config.settings import MOST
 from pop_local.engine.llama.rpc import address
 from pop_local.workflows.options import Boundary, Hardware, Skip
 
@@ -49,15 +50,22 @@ Threads = Annotated[
 ]
 Ctx = Annotated[
     int | None,
-    typer.Option("--ctx", min=1, help="Context in tokens. Default: the model's, at most 8192."),
+    typer.Option(
+        "--ctx", min=1, max=MOST, help="Context in tokens. Default: the model's, at most 8192."
+    ),
 ]
 # The parameter must not be called ctx: the setting of that name is for conversations.
 MeasuredCtx = Annotated[
     int | None,
-    typer.Option("--ctx", min=1, help="Context in tokens. Default: what is measured needs."),
+    typer.Option(
+        "--ctx", min=1, max=MOST, help="Context in tokens. Default: what is measured needs."
+    ),
 ]
 GpuLayers = Annotated[
-    int, typer.Option("--gpu-layers", min=-1, help="Layers on the GPU; -1 for all, 0 for none.")
+    int,
+    typer.Option(
+        "--gpu-layers", min=-1, max=MOST, help="Layers on the GPU; -1 for all, 0 for none."
+    ),
 ]
 Rpc = Annotated[
     str | None,
@@ -125,6 +133,7 @@ ImageTokens = Annotated[
         "--image-tokens",
         metavar="MAX",
         min=1,
+        max=MOST,
         help="The most that one picture takes, with models where that varies.",
     ),
 ]

@@ -22,6 +22,8 @@ _OTHER_VARIABLES = (CONFIG_VARIABLE, PREFIX + "API_KEY")
 
 Scalar = int | float | str
 Origin = Literal["default", "file", "environment"]
+# llama.cpp counts no further.
+MOST = 2**31 - 1
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 
@@ -50,12 +52,12 @@ SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
     Setting("model", str, "SmolLM2-135M-Instruct"),
-    Setting("threads", int, "the physical cores", least=1),
-    Setting("ctx", int, "the model's, at most 8192", least=1),
-    Setting("gpu_layers", int, "-1 (all)", least=-1),
+    Setting("threads", int, "the physical cores", least=1, most=MOST),
+    Setting("ctx", int, "the model's, at most 8192", least=1, most=MOST),
+    Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),
     Setting("temperature", float, "the model's, else the engine's", least=0),
     Setting("top_p", float, "the model's, else the engine's", least=0, most=1),
-    Setting("max_tokens", int, "what the context holds", least=1),
+    Setting("max_tokens", int, "what the context holds", least=1, most=MOST),
     Setting("system", str, "none"),
     Setting("theme", str, "the terminal's own colours"),
 )
@@ -75,8 +77,16 @@ class Value:
 def config_path() -> Path:
     """Return $POP_LOCAL_CONFIG, else config.toml in the user's configuration folder."""
     if chosen := os.environ.get(CONFIG_VARIABLE):
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     return platformdirs.user_config_path("pop-local") / "config.toml"
+
+
+def expanded(path: str) -> Path:
+    """Put a home folder for its ~. Raises PopError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise PopError(f"{path}: there is no such home folder", "write the path out") from None
 
 
 def load() -> tuple[Value, ...]:
@@ -137,6 +147,7 @@ def find(key: str) -> Setting:
 def parse(setting: Setting, text: str) -> Scalar:
     """Parse a value as typed. Raises PopError saying what it should be."""
     try:
+        text.encode()  # what the command line could not decode
         return _checked(setting, setting.kind(text))
     except ValueError:
         raise PopError(f"{text!r} is not {_wanted(setting)}") from None
@@ -148,7 +159,7 @@ def _from_environment(setting: Setting) -> Value | None:
         return None
     value = located(lambda: parse(setting, text), setting.variable, "correct or unset it")
     if setting.is_path:
-        value = str(Path(str(value)).expanduser())
+        value = str(expanded(str(value)))
     return Value(setting.key, value, "environment", setting.variable)
 
 
@@ -164,7 +175,7 @@ def read_document(path: Path) -> tomlkit.TOMLDocument:
     Raises PopError naming the line of a mistake.
     """
     try:
-        return tomlkit.parse(path.read_text(encoding="utf-8"))
+        return tomlkit.parse(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return tomlkit.document()
     except TOMLKitError as error:
@@ -183,7 +194,7 @@ def _file_value(path: Path, text: str, key: str, value: object) -> Value:
     checked = located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
     if setting.is_path:
         # Not of wherever a command happens to run.
-        checked = str(path.parent / Path(str(checked)).expanduser())
+        checked = str(path.parent / expanded(str(checked)))
     return Value(key, checked, "file", str(path))
 
 
@@ -206,11 +217,17 @@ def _checked(setting: Setting, value: object) -> Scalar:
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise PopError(f"{_shown(value)} is not {_wanted(setting)}")
     if isinstance(value, str):
+        if setting.is_path:
+            expanded(value)
         return value
+    try:
+        number = setting.kind(value)
+    except OverflowError:
+        number = math.inf
     # Also refuses nan, which is neither.
-    if not setting.least <= value <= setting.most or math.isinf(value):
+    if not setting.least <= number <= setting.most or number == math.inf:
         raise PopError(f"{value} is not {_wanted(setting)}")
-    return setting.kind(value)
+    return number
 
 
 def _shown(value: object) -> str:
@@ -223,5 +240,5 @@ def _wanted(setting: Setting) -> str:
     kind = _KINDS[setting.kind]
     if math.isinf(setting.least):
         return kind
-    most = "" if math.isinf(setting.most) else f" to {setting.most:g}"
+    most = "" if math.isinf(setting.most) else f" to {setting.most:,}"
     return f"{kind} from {setting.least:g}{most}"

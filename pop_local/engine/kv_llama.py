@@ -87,7 +87,11 @@ class KvLlama(SeeingLlama):
         self.meta = pop_of(source, self.sidecar)
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
-        n_ctx_default = opening.default_ctx(source.first)
+        has_devices = bool(rpc) or any(device.is_gpu for device in devices())
+        on_device = n_gpu_layers != 0 and has_devices
+        n_ctx = n_ctx or opening.default_ctx(source.first)
+        if not on_device and not {"type_k", "type_v"} & options.keys():
+            opening.require_room(source, n_ctx)
         self.interrupt = Interrupt()
         if mmproj is not None:
             is_wanted = self.interrupt.is_wanted
@@ -102,7 +106,7 @@ class KvLlama(SeeingLlama):
             with opening.loading(source, self.sidecar, self._servers):
                 super().__init__(
                     os.fspath(model_path),
-                    n_ctx=n_ctx or n_ctx_default,
+                    n_ctx=n_ctx,
                     n_threads=n_threads,
                     n_threads_batch=n_threads_batch or n_threads,
                     n_gpu_layers=n_gpu_layers,
@@ -128,8 +132,6 @@ class KvLlama(SeeingLlama):
         self._batch_rows = TokenBatch(self.n_batch)
         self._stack.callback(self._batch_rows.close)
         self._stack.callback(self.close_mmproj)
-        has_devices = bool(rpc) or any(device.is_gpu for device in devices())
-        on_device = n_gpu_layers != 0 and has_devices
         n_ubatch = self.context_params.n_ubatch
         self.deep = DeepPasses(self.ctx, self.rows, self.interrupt, n_ubatch, on_device=on_device)
         self.select = 0.0

@@ -77,6 +77,9 @@ def test_models_dir_is_relative_to_the_file(file, tmp_path, monkeypatch):
         ("temperature = inf\n", 1, "temperature: inf is not a number from 0", "correct"),
         ("system = 3\n", 1, "system: 3 is not text", "correct"),
         ("system = ['a']\n", 1, "system: a list is not text", "correct"),
+        (f"threads = {10**400}\n", 1, "000 is not a whole number from 1 to 2,147", "correct"),
+        (f"temperature = {10**400}\n", 1, "000 is not a number from 0", "correct"),
+        ("state_dir = '~nobody-at-all/x'\n", 1, "~nobody-at-all/x: there is no such", "write the"),
         ('"gpu_layers" = -2\n', 1, "gpu_layers: -2 is not a whole number from -1", "correct"),
         ("ctx = 1\nthreads = = 4\n", 2, "is not valid TOML", "threads = 4"),
     ],
@@ -102,7 +105,19 @@ def test_a_file_that_cannot_be_read(file):
         load()
 
 
-@pytest.mark.parametrize("text", ["many", "0", "1.5", "nan"])
+def test_a_mark_of_its_encoding_is_no_part_of_a_file(file):
+    """Windows' editor writes one."""
+    file.write_text("threads = 4", encoding="utf-8-sig")
+    assert given() == {"threads": 4}
+
+
+def test_the_file_of_a_user_who_is_not_there(monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_CONFIG", "~nobody-at-all/config.toml")
+    with pytest.raises(PopError, match="no such home folder"):
+        load()
+
+
+@pytest.mark.parametrize("text", ["many", "0", "1.5", "nan", "9" * 400])
 def test_mistakes_in_the_environment_name_the_variable(file, monkeypatch, text):
     monkeypatch.setenv("POP_LOCAL_THREADS", text)
     with pytest.raises(PopError, match=r"POP_LOCAL_THREADS: .* is not a whole number from 1"):
@@ -237,6 +252,9 @@ def test_config_set_makes_the_file_and_its_folder(tmp_path, monkeypatch):
         (["set", "thread", "4"], "did you mean threads?"),
         (["set", "threads", "many"], "threads: 'many' is not a whole number from 1"),
         (["set", "top_p", "2"], "top_p: 2.0 is not a number from 0 to 1"),
+        (["set", "ctx", "9" * 400], "999 is not a whole number from 1 to 2,147,483,647"),
+        (["set", "models_dir", "~nobody-at-all/x"], "there is no such home folder"),
+        (["set", "system", "\udcff"], r"system: '\udcff' is not text"),
         (["unset", "thread"], "did you mean threads?"),
     ],
 )

@@ -183,6 +183,11 @@ def test_a_prompt_beyond_the_context_names_the_counts_and_harms_nothing(pop_file
     np.testing.assert_allclose(read(model, prompt(100)), before, atol=NOISE)
 
 
+def test_a_context_that_no_memory_holds_is_refused_before_it_takes_it(pop_file):
+    with pytest.raises(PopError, match=r"a context of 100,000,000 tokens takes 204\.8 GB, and"):
+        opened(pop_file, n_ctx=10**8)
+
+
 def test_an_unpatched_library_is_refused_with_the_cure(pop_file, unpatched_lib):
     done = subprocess.run(
         [sys.executable, "-m", "pop_local", "run", str(pop_file), "hello"],

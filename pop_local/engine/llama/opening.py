@@ -2,16 +2,18 @@
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import psutil
+
 from converter.errors import PopError
 from converter.format import PopMeta
 from converter.header import Header
-from converter.shape import trained_ctx
+from converter.shape import source_shape, trained_ctx
 from converter.source import Source
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.rpc import Servers
@@ -78,3 +80,21 @@ def rule_of(meta: PopMeta | None) -> RowRule:
 def default_ctx(header: Header) -> int:
     """The context that the model was trained with, in tokens, at most DEFAULT_CTX."""
     return min(trained_ctx(header) or DEFAULT_CTX, DEFAULT_CTX)
+
+
+def require_room(source: Source, n_ctx: int) -> None:
+    """Raises PopError for a context whose K/V in F16 this machine's memory cannot hold.
+
+    llama.cpp fills them with zeros, and the system ends the process. What an architecture needs
+    that cannot be pruned is not known.
+    """
+    needed_bytes, has_bytes = 0, psutil.virtual_memory().total
+    with suppress(PopError):
+        shape = source_shape(source)
+        needed_bytes = 2 * n_ctx * sum(shape.kv_macs) // shape.n_embd
+    if needed_bytes > has_bytes:
+        raise PopError(
+            f"a context of {n_ctx:,} tokens takes {needed_bytes / 1e9:,.1f} GB, and this machine"
+            f" has {has_bytes / 1e9:.1f} GB",
+            "take a smaller context",
+        )

@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from converter.errors import PopError
+from pop_local.config.settings import expanded
 from pop_local.engine.sessions.conversation import Document
 from pop_local.texts.documents import read_document
 from pop_local.ui.chat.dialogue import Dialogue
@@ -138,4 +139,4 @@ def given_path(path: str) -> Path:
     """Terminals quote the paths that are dropped on them."""
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         path = path[1:-1]
-    return Path(path).expanduser()
+    return expanded(path)
