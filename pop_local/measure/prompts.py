@@ -140,7 +140,7 @@ def mcnemar(n_first: int, n_second: int) -> float:
     """Return the two-sided p of McNemar's exact test, by the pairs of which only one is right."""
     n = n_first + n_second
     n_tail: int = sum(comb(n, k) for k in range(min(n_first, n_second) + 1))
-    return min(1.0, n_tail / 2.0 ** (n - 1))
+    return min(1.0, 2 * n_tail / 2**n)
 
 
 def read_prompts(path: Path) -> PromptFile:
@@ -150,7 +150,8 @@ def read_prompts(path: Path) -> PromptFile:
     come before `prompt`.
     `answer` is a text that a right answer holds, or {"regex": PATTERN}. Raises PopError.
     """
-    lines = read_text(path).splitlines()
+    # JSON's texts may hold what str.splitlines takes for an end.
+    lines = re.split(r"\r\n?|\n", read_text(path))
     prompts = tuple(
         _prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
     )
@@ -168,7 +169,7 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
 
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong("no JSON") from error
     if not isinstance(entry, dict):
         raise wrong("no object")
@@ -186,7 +187,7 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
             expected = re.compile(pattern)
     except OSError as error:
         raise wrong(f"cannot read {error.filename}: {error.strerror}") from error
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise wrong(f"the regex is wrong: {error}") from error
     except (TypeError, KeyError, ValueError) as error:
         raise wrong("something has another form than it should") from error

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from converter.errors import PopError, StoppedError, WriteError
 from converter.output import replacing
 from converter.sidecar import pop_of
 from converter.source import read_source
+from pop_local.engine.files import read_file
 from pop_local.engine.model import PopModel
 from pop_local.measure.prompts import (
     Answered,
@@ -154,16 +155,25 @@ class _Kept:
 
     def _load(self, path: Path, identity: dict[str, Any]) -> None:
         # A line that was cut off when the machine was is given again.
-        whole = path.read_text("utf-8", errors="replace").rpartition("\n")[0].splitlines()
+        whole = read_file(path).decode("utf-8", errors="replace").rpartition("\n")[0].splitlines()
         try:
             head, *entries = map(json.loads, whole)
             for entry in entries:
                 key = (entry.pop("mode"), entry.pop("line"))
-                self.found[key] = Answered(**entry)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+                self.found[key] = _checked(Answered(**entry))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise _foreign(path) from error
         if head != identity:
             raise _foreign(path)
+
+
+def _checked(answer: Answered) -> Answered:
+    """Raises TypeError and ValueError for what is no answer."""
+    for field in fields(answer):
+        if type(getattr(answer, field.name)) is not field.type:
+            raise TypeError
+    answer.text.encode()
+    return answer
 
 
 def _entry(mode: str, line: int, answer: Answered) -> dict[str, Any]:

@@ -100,6 +100,18 @@ def test_it_goes_on_where_it_was_stopped(pop_file, mine, tmp_path, monkeypatch):
     assert "does not hold answers of this model to these prompts" in refused.stderr
 
 
+def test_answers_that_are_none(pop_file, mine, tmp_path):
+    kept = tmp_path / "answers.jsonl"
+    assert evaluate(pop_file, "--prompts", mine, "--answers", kept).exit_code == 0
+    head, first, *rest = kept.read_text().splitlines()
+    for changed in ({"text": None}, {"text": "\ud800"}, {"ttft_s": 10**400}, {"n_pruned": "many"}):
+        entry = json.dumps(json.loads(first) | changed)
+        kept.write_text("\n".join([head, entry, *rest, ""]))
+        refused = evaluate(pop_file, "--prompts", mine, "--answers", kept)
+        assert refused.exit_code == 1
+        assert "does not hold answers" in refused.stderr, changed
+
+
 def test_prompts_that_do_not_fit_are_named(pop_file, mine):
     mine.write_text(json.dumps({"prompt": SHARED * 10}))
     refused = evaluate(pop_file, "--prompts", mine)

@@ -59,6 +59,8 @@ def test_a_right_answer_holds_a_text_or_matches(expected, answer, is_right, tmp_
         ({"prompt": "a", "documents": [{"path": "b"}]}, "another form"),
         ({"prompt": "a", "documents": [{"file": "nowhere"}]}, "cannot read"),
         ({"prompt": "a", "answer": {"regex": "("}}, "the regex is wrong"),
+        ({"prompt": "a", "answer": {"regex": f"a{{{10**20}}}"}}, "the regex is wrong"),
+        ({"prompt": "a", "answer": {"regex": "(" * 5000 + ")" * 5000}}, "the regex is wrong"),
         ({"prompt": "a", "answer": 5}, "another form"),
     ],
 )
@@ -68,9 +70,17 @@ def test_what_is_wrong_is_said_with_its_line(entry, what, tmp_path):
     assert '{"prompt": TEXT}' in failure.value.hint
 
 
-def test_a_line_that_is_no_json(tmp_path):
+def test_what_json_allows_in_a_line_is_no_end_of_it(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text("{'prompt': 'a'}")
+    path.write_bytes('{"prompt": "a\u2028b\x85"}\r\n{"prompt": "c"}'.encode())
+    first, second = read_prompts(path).prompts
+    assert (first.messages[0].content, second.line) == ("a\u2028b\x85", 2)
+
+
+@pytest.mark.parametrize("line", ["{'prompt': 'a'}", "[" * 100_000])
+def test_a_line_that_is_no_json(line, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(line)
     with pytest.raises(PopError, match="line 1: no JSON"):
         read_prompts(path)
 
@@ -91,7 +101,15 @@ def test_the_hash_is_of_all_that_prompts_say(tmp_path):
 
 @pytest.mark.parametrize(
     ("n_first", "n_second", "p"),
-    [(0, 0, 1), (1, 0, 1), (1, 1, 1), (5, 0, 0.0625), (0, 6, 0.03125), (8, 2, 0.109375)],
+    [
+        (0, 0, 1),
+        (1, 0, 1),
+        (1, 1, 1),
+        (5, 0, 0.0625),
+        (0, 6, 0.03125),
+        (8, 2, 0.109375),
+        (1100, 0, 0),
+    ],
 )
 def test_mcnemar_is_the_binomial_test_of_the_unequal_pairs(n_first, n_second, p):
     assert mcnemar(n_first, n_second) == pytest.approx(p)
