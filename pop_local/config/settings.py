@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,14 +221,10 @@ def _checked(setting: Setting, value: object) -> Scalar:
         if setting.is_path:
             expanded(value)
         return value
-    try:
-        number = setting.kind(value)
-    except OverflowError:
-        number = math.inf
-    # Also refuses nan, which is neither.
-    if not setting.least <= number <= setting.most or number == math.inf:
+    # Also refuses nan, which is neither, and what no float holds.
+    if not setting.least <= value <= min(setting.most, sys.float_info.max):
         raise PopError(f"{value} is not {_wanted(setting)}")
-    return number
+    return setting.kind(value)
 
 
 def _shown(value: object) -> str:

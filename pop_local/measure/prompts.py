@@ -140,7 +140,8 @@ def mcnemar(n_first: int, n_second: int) -> float:
     """Return the two-sided p of McNemar's exact test, by the pairs of which only one is right."""
     n = n_first + n_second
     n_tail: int = sum(comb(n, k) for k in range(min(n_first, n_second) + 1))
-    return min(1.0, 2 * n_tail / 2**n)
+    of_both: float = 2 * n_tail / 2**n  # of whole numbers, which no float may hold
+    return min(1.0, of_both)
 
 
 def read_prompts(path: Path) -> PromptFile:

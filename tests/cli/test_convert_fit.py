@@ -21,7 +21,8 @@ from converter.format import WIDE, read_pop_meta
 from converter.macs import LIMIT_PROMPT, speedup_limit
 from converter.shape import read_shape
 from pop_local.cli import app
-from pop_local.measure import budget, probes
+from pop_local.measure import budget, depth, probes
+from pop_local.measure.quality import QualitySettings
 from pop_local.workflows import examine as examining
 from pop_local.workflows import fits
 from support.calibrating import words
@@ -160,9 +161,11 @@ def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
 
 
 def test_smollm2_copies_at_a_third_and_not_at_a_half(
-    smollm2, tmp_path, tmp_path_factory, short_examination
+    smollm2, tmp_path, tmp_path_factory, short_examination, monkeypatch
 ):
     """On text alone: sampling would take longer than all the rest."""
+    monkeypatch.setattr(probes, "N_DRAWS", 1)
+    monkeypatch.setattr(depth, "_LOOK", QualitySettings(n_draws=1))
     target, text = tmp_path / "smollm2.pop.gguf", tmp_path_factory.mktemp("text") / "topics.txt"
     text.write_text("\n".join(topics.values()))
     done = convert(smollm2, target, "--json", "--text", text)
