@@ -51,6 +51,15 @@ def test_what_is_no_mmproj(smol, tmp_path):
     (smol.path.parent / "mmproj-2.gguf").unlink()
 
 
+@pytest.mark.parametrize("part", ["attn_k", "attn_out", "ffn_down"])
+def test_a_layer_that_lacks_a_part(part, smol, tmp_path):
+    bad, name = tmp_path / "bad.gguf", f"v.blk.1.{part}.weight"
+    content = make_mmproj(bad, EYES["llama"]).read_bytes()
+    bad.write_bytes(content.replace(name.encode(), b"x" + name[1:].encode()))
+    with pytest.raises(PopError, match=f"has no {name}"):
+        smol.opened(mmproj=bad)
+
+
 @pytest.mark.parametrize(
     ("name", "models", "seeing"),
     [

@@ -9,12 +9,14 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import threading
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 _KNOWN_ROWS = 1 << 16
 # Of each tensor, for the fingerprint.
 _SAMPLED_BYTES = 4096
+# Each layer has the same of these.
+_PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
 # Of the encoder's graph: asked in between whether to stop.
 _NODES_AT_ONCE = 32
 
@@ -342,6 +346,7 @@ def fingerprint(path: Path) -> str:
         raise PopError(
             f"{path} is no mmproj", "give the file beside the model whose name says mmproj"
         )
+    _require_layers(path, [tensor.name for tensor in source.tensors])
     digest = hashlib.sha256()
     for header in source.parts:
         with header.path.open("rb") as file:
@@ -350,6 +355,15 @@ def fingerprint(path: Path) -> str:
                 file.seek(header.data_start + tensor.offset)
                 digest.update(file.read(min(tensor.size_bytes, _SAMPLED_BYTES)))
     return f"{source.size_bytes} {digest.hexdigest()}"
+
+
+def _require_layers(path: Path, names: Sequence[str]) -> None:
+    """libmtmd takes parts of a layer for optional, and reads at address 0 where one has none."""
+    found = [match for name in names if (match := _PART.fullmatch(name))]
+    parts = {(match[1], match[2]) for match in found}
+    for layer, part in product({match[1] for match in found}, {match[2] for match in found}):
+        if (layer, part) not in parts:
+            raise PopError(f"{path} has no v.blk.{layer}.{part}", "download it again")
 
 
 @functools.cache
