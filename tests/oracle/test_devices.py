@@ -15,7 +15,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from converter.fit import KvType
-from converter.format import FITTED, WIDE
+from converter.format import ATTENTION, FITTED, WIDE
 from oracle.test_deep_pass import KEEP, N_UBATCH, deepened
 from oracle.test_image_rows import PROMPTS as PICTURES
 from oracle.test_image_rows import asking, n_rows, steps_of
@@ -32,10 +32,11 @@ ALL = N_LAYER + 1  # the output counts as a layer
 PROMPTS = [random_tokens(n, N_VOCAB, seed=n) for n in (90, 130, 170, 210, 250)]
 AT_MOST = 1.3
 # Random fits times this store K and V as large as the model's own: larger ones have larger noise.
-AS_OWN = {FITTED: 0.7, WIDE: 0.43}
+AS_OWN = {FITTED: 0.7, WIDE: 0.43, ATTENTION: 0.43}
 
 QUANTISED = {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0}
 AT_BOUNDARY = {"n_gpu_layers": ALL - BOUNDARY}
+FITS = (("llama", FITTED), ("llama", WIDE), ("llama", ATTENTION), ("gemma3", WIDE))
 ARCHS = ("llama", "qwen2", "gemma3", "phi3", "llama-moe", "qwen2vl", "qwen3vl")
 
 
@@ -76,6 +77,8 @@ CASES = {
     "sequences, one stream": Case(
         "gemma3", {"n_seq_max": len(PROMPTS), "kv_unified": True}, "sequences"
     ),
+    "attention": Case("llama-fitted-attention"),
+    "attention, at the boundary": Case("llama-fitted-attention", AT_BOUNDARY),
     "wide, one stream": Case(
         "llama-fitted-wide", {"n_seq_max": len(PROMPTS), "kv_unified": True}, "sequences"
     ),
@@ -102,7 +105,7 @@ def trios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trio]:
         experts = {"n_expert": 4} if kind == "moe" else {}
         model = make_gguf(folder / "model.gguf", arch, type=Type.Q8_0, **experts)
         made[name] = make_trio(model, folder, boundary=BOUNDARY)
-    for name, fit in (("llama", FITTED), ("llama", WIDE), ("gemma3", WIDE)):
+    for name, fit in FITS:
         path = made[name].pruned.with_name(f"{fit}.gguf")
         fit_at_random(made[name], path, KvType.Q8_0, fit, AS_OWN[fit])
         made[f"{name}-{fit}"] = replace(made[name], pruned=path)
