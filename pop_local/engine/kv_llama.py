@@ -89,7 +89,8 @@ class KvLlama(SeeingLlama):
         self._conversion = conversion(self.meta, source, self.sidecar)
         has_devices = bool(rpc) or any(device.is_gpu for device in devices())
         on_device = n_gpu_layers != 0 and has_devices
-        n_ctx = n_ctx or opening.default_ctx(source.first)
+        n_ctx_default = opening.default_ctx(source.first)
+        n_ctx = n_ctx or n_ctx_default
         if not on_device and not {"type_k", "type_v"} & options.keys():
             opening.require_room(source, n_ctx)
         self.interrupt = Interrupt()

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from operator import mul
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -85,13 +86,15 @@ def default_ctx(header: Header) -> int:
 def require_room(source: Source, n_ctx: int) -> None:
     """Raises PopError for a context whose K/V in F16 this machine's memory cannot hold.
 
-    llama.cpp fills them with zeros, and the system ends the process. What an architecture needs
-    that cannot be pruned is not known.
+    llama.cpp fills them with zeros, and the system ends the process. Layers with a sliding window
+    count as that, the least that they take. What an architecture needs that cannot be pruned is
+    not known.
     """
     needed_bytes, has_bytes = 0, psutil.virtual_memory().total
     with suppress(PopError):
         shape = source_shape(source)
-        needed_bytes = 2 * n_ctx * sum(shape.kv_macs) // shape.n_embd
+        cells = [min(n_ctx, window or n_ctx) for window in shape.swa_window]
+        needed_bytes = 2 * sum(map(mul, cells, shape.kv_macs)) // shape.n_embd
     if needed_bytes > has_bytes:
         raise PopError(
             f"a context of {n_ctx:,} tokens takes {needed_bytes / 1e9:,.1f} GB, and this machine"
