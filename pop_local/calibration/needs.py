@@ -18,7 +18,8 @@ from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 300 * 10**6
-# Of a pruned prompt's work: a fit that adds more is not tried unless it is asked for.
+# Of a pruned prompt's work: a fit that adds more is not tried unless it is asked for, or copying
+# was lost in a search.
 MOST_COST = {WIDE: 0.015, ATTENTION: 0.03}
 # Where the machine does not say what is free.
 _FALLBACK_BYTES = 4 * 10**9
@@ -72,8 +73,8 @@ def fit_cost(plan: Plan, projection: str) -> float:
 def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
     """Return the plans with the projections to fit: several times where measuring is to decide.
 
-    It decides at the first plan, for all. Attention is for a depth that is named: the sums of a
-    search through all depths would take several times as long.
+    It decides at the first plan, for all. Attention is tried for one depth alone: the sums of many
+    would take several times as long.
     """
     if options.projection is not None:
         kinds = [options.projection]

@@ -11,7 +11,7 @@ from converter.fit import RIDGE, KvType, Weighting
 class FitOptions:
     """How to fit the K/V projections of skipped layers.
 
-    `projection`: "fitted" or "fitted-wide" (converter.format), None for the better one, measured.
+    `projection`: a kind of fit (converter.format), None for the better one, measured.
     `tokens`: how many to read, None for a number by the model. `text`: a file or a folder, None for
     Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
     pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,

@@ -25,6 +25,7 @@ Scalar = int | float | str
 Origin = Literal["default", "file", "environment"]
 # llama.cpp counts no further.
 MOST = 2**31 - 1
+_MOST_BITS = 64
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 
@@ -85,9 +86,11 @@ def config_path() -> Path:
 def expanded(path: str) -> Path:
     """Put a home folder for its ~. Raises PopError where there is no such user."""
     try:
-        return Path(path).expanduser()
+        if "\0" not in path:
+            return Path(path).expanduser()
     except RuntimeError:
         raise PopError(f"{path}: there is no such home folder", "write the path out") from None
+    raise PopError("a path has no NUL in it", "write the path anew")
 
 
 def load() -> tuple[Value, ...]:
@@ -223,13 +226,16 @@ def _checked(setting: Setting, value: object) -> Scalar:
         return value
     # Also refuses nan, which is neither, and what no float holds.
     if not setting.least <= value <= min(setting.most, sys.float_info.max):
-        raise PopError(f"{value} is not {_wanted(setting)}")
+        raise PopError(f"{_shown(value)} is not {_wanted(setting)}")
     return setting.kind(value)
 
 
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    # Python writes no whole number of thousands of digits.
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"a number of {value.bit_length():,} bits"
     return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 

@@ -219,8 +219,8 @@ class _Run:
         return make_plan(self.shape, boundary=boundary, projection=FITTED)
 
     def _fit_options(self) -> FitOptions:
-        given = self.options.fit_tokens
-        return FitOptions(given or default_tokens(self.shape.n_embd) // _FIT_SHARE)
+        n_tokens = self.options.fit_tokens or default_tokens(self.shape.n_embd) // _FIT_SHARE
+        return FitOptions(n_tokens, projection=FITTED)
 
     def _affordable(self, plans: list[Plan]) -> list[Plan]:
         """As many of the first as one pass over the text has memory for, at least one."""

@@ -72,7 +72,7 @@ class Fitter:
     def _better(self, plan: Plan, fits: Mapping[str, Fitted]) -> Fitted:
         """Take the kind found to be better, by measuring the first boundary that has several."""
         if len(fits) == 1:
-            return next(iter(fits.values()))
+            [self.kind] = fits
         if self.kind is None:
             self.watch.on_note("Measuring whether a wider fit is worth its cost")
             found, costs = self._qualities(plan, fits), {k: fit_cost(plan, k) for k in fits}

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from converter.errors import PopError
 from converter.format import ATTENTION, OWN, Budget, Measured
 from converter.plan import Plan
 from converter.rewrite import Fitted
@@ -32,8 +33,8 @@ from pop_local.workflows.refusals import OverBudgetError, Trial
 # Their mean KL has a standard error of a fifth or less.
 N_WINDOWS = 16
 N_DOCUMENTS = 12
-# So many boundaries past the one where copying breaks are tried with attention, which mends that,
-# and what that must win: its limit does not count all that it takes.
+# So many boundaries past the deepest inside are tried with attention, which mends copying, and what
+# that must win: its limit does not count all that it takes.
 N_PAST = 3
 ATTENTION_GAIN = 1.05
 # Of the context tokens, what deeper boundaries are tried with, and what that must win over going
@@ -115,9 +116,14 @@ class _Search:
         return sorted((each for each in self.plans if each < deepest), reverse=True)
 
     def _with_attention(self, deepest: int) -> list[Plan]:
-        """Fit the next deeper boundaries with attention, where copying or facts alone were lost."""
+        """Fit the next deeper boundaries with attention, if the first lost copying or facts alone.
+
+        What goes wrong with these fits leaves what was found without them.
+        """
         past = self._past(deepest)[:N_PAST]
-        if not past or self.options.projection or self.plans[past[0]].projection == OWN:
+        if not past or self.options.projection:
+            return []
+        if self.plans[past[0]].projection in (OWN, ATTENTION):
             return []
         if not budgets.predicts(self.budget, self.qualities[past[0]]):
             return []
@@ -127,11 +133,16 @@ class _Search:
         if not plans:
             return []
         names = ", ".join(str(plan.boundary) for plan in plans)
-        self.watch.on_note(f"Fitting boundary {names} with attention, since copying broke first")
+        self.watch.on_note(f"Fitting boundary {names} with attention, since copying was lost first")
         options = replace(self.options, projection=ATTENTION)
         fitter = Fitter(self.source, options, self.hardware, self.watch, self.fitter.text)
         state_path = options.at(f"{past[0]}-attention").state_path
-        made = fitter.fit(plans, state_path)
+        try:
+            require_room(plans, self.source, options)
+            made = fitter.fit(plans, state_path)
+        except PopError as error:
+            self.watch.on_note(f"Attention is left out: {error}")
+            return []
         self.attentive |= {p.boundary: each for p, each in zip(plans, made, strict=True)}
         return plans
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from converter.errors import PopError
 from converter.format import ATTENTION, read_pop_meta
 from pop_local.calibration import activations, texts
 from pop_local.cli import app
@@ -164,7 +165,17 @@ def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_e
     assert found["select"] == 0.1
 
 
-def test_attention_is_kept_where_copying_breaks_first(text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, monkeypatch):
+    fit = fits.Fitter.fit
+
+    def fit_or_fail(self, plans, state_path):
+        if fails and self.options.projection == ATTENTION:
+            raise PopError("the text is too short")
+        return fit(self, plans, state_path)
+
+    monkeypatch.setattr(fits.Fitter, "fit", fit_or_fail)
+
     class Told(gradual.Gradual):
         def measure(self, model, on_progress):
             found, good = super().measure(model, on_progress), Estimate(1.0, 0.0)
@@ -180,8 +191,12 @@ def test_attention_is_kept_where_copying_breaks_first(text, tmp_path, monkeypatc
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None
-    assert (meta.boundary, meta.projection) == (4, ATTENTION)
     assert "4 outside" in meta.budget.tried
+    if fails:
+        assert meta.boundary == 5 and "attention" not in meta.budget.tried
+        assert "Attention is left out: the text is too short" in done.stderr
+        return
+    assert (meta.boundary, meta.projection) == (4, ATTENTION)
     assert "4 with attention inside, 3 with attention outside" in meta.budget.tried
     taken = [each for each in json.loads(done.stdout)["tried"] if each["projection"] == ATTENTION]
     assert [each["in_budget"] for each in taken] == [True, False]

@@ -90,7 +90,7 @@ def require_room(source: Source, n_ctx: int) -> None:
     count as that, the least that they take. What an architecture needs that cannot be pruned is
     not known.
     """
-    needed_bytes, has_bytes = 0, psutil.virtual_memory().total
+    needed_bytes, has_bytes = 0, psutil.virtual_memory().total + psutil.swap_memory().total
     with suppress(PopError):
         shape = source_shape(source)
         cells = [min(n_ctx, window or n_ctx) for window in shape.swa_window]
