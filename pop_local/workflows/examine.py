@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.errors import PopError
-from converter.format import Measured
+from converter.format import ATTENTION, Measured
 from converter.plan import Plan
 from pop_local.engine.model import PopModel
 from pop_local.measure import depth
@@ -46,12 +46,12 @@ class Examination:
     def before_fit(self) -> None:
         """Raises CopyingBrokenError where no fit would bring copying back.
 
-        Raises PopError where a fit could not be measured.
+        One with attention may. Raises PopError where a fit could not be measured.
         """
         with self._opened(ModelFiles(self.src)) as (model, tokens):
             _require_windows(model, tokens)
             kept = None
-            if not self.allow_broken_copy:
+            if not (self.allow_broken_copy or self.plan.projection == ATTENTION):
                 advance = self.watch.stage("Trying the boundary without a fit")
                 kept = depth.own_retention(model, self.plan, advance)
         if kept is not None and is_hopeless(FAST, kept):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from converter.format import read_pop_meta
+from converter.format import ATTENTION, read_pop_meta
 from pop_local.cli import app
 from pop_local.measure import budget, depth, probes
 from pop_local.measure.estimate import Estimate
@@ -136,3 +136,12 @@ def test_a_refusal_leaves_the_fit_of_another_depth(tiny, text, tmp_path, monkeyp
     assert done.exit_code == 1
     assert "no fit brings that back" in done.stderr
     assert state.exists()
+
+
+def test_attention_is_fitted_where_own_projections_copy_nothing(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    allow(monkeypatch, ANYTHING, ANYTHING)
+    given = ("--boundary", 6, "--text", text, "--tokens", 2048, "--projection", "attention")
+    assert convert(tiny, *given).exit_code == 0
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.projection == ATTENTION
