@@ -30,8 +30,6 @@ MAX_TOKENS = 2**31 - 1
 MAX_TEXT = 1 << 16
 MAX_FILE_NAME = 255
 CONVERT_AGAIN = "update pop-local, or convert the model again"
-
-
 # Of a budget in a file that does not name one.
 NO_LIMIT = 1e9
 

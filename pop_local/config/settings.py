@@ -84,13 +84,13 @@ def config_path() -> Path:
 
 
 def expanded(path: str) -> Path:
-    """Put a home folder for its ~. Raises PopError where there is no such user."""
+    """Put a home folder for its ~. Raises PopError where there is no such user, or a NUL in it."""
+    if "\0" in path:
+        raise PopError("a path has no NUL in it", "write the path anew")
     try:
-        if "\0" not in path:
-            return Path(path).expanduser()
+        return Path(path).expanduser()
     except RuntimeError:
         raise PopError(f"{path}: there is no such home folder", "write the path out") from None
-    raise PopError("a path has no NUL in it", "write the path anew")
 
 
 def load() -> tuple[Value, ...]:
