@@ -18,9 +18,13 @@ from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 300 * 10**6
+# Kinds of fit that are tried where the options leave it open. For many depths attention is not: the
+# sums would take several times as long.
+KINDS_OF_MANY = (FITTED, WIDE)
+KINDS_OF_ONE = (FITTED, WIDE, ATTENTION)
 # Of a pruned prompt's work: a fit that adds more is not tried unless it is asked for, or copying
 # was lost in a search.
-MOST_COST = {WIDE: 0.015, ATTENTION: 0.03}
+MOST_COST = {FITTED: 0.0, WIDE: 0.015, ATTENTION: 0.03}
 # Where the machine does not say what is free.
 _FALLBACK_BYTES = 4 * 10**9
 
@@ -70,23 +74,29 @@ def fit_cost(plan: Plan, projection: str) -> float:
     return 1 - wide / plain
 
 
-def in_kinds(plans: Sequence[Plan], options: FitOptions) -> list[Plan]:
+def in_kinds(
+    plans: Sequence[Plan], options: FitOptions, kinds: Sequence[str] = KINDS_OF_MANY
+) -> list[Plan]:
     """Return the plans with the projections to fit: several times where measuring is to decide.
 
-    It decides at the first plan, for all. Attention is tried for one depth alone: the sums of many
-    would take several times as long.
+    It decides at the first plan, for all. Of `kinds` those that cost little there, unless the
+    options name one.
     """
     if options.projection is not None:
-        kinds = [options.projection]
+        wanted = [options.projection]
     else:
-        cheap = [kind for kind, most in MOST_COST.items() if fit_cost(plans[0], kind) <= most]
-        kinds = [FITTED, *(kind for kind in cheap if kind != ATTENTION or len(plans) == 1)]
-    return [replace(plan, projection=kind) for plan in plans for kind in kinds]
+        wanted = [kind for kind in kinds if fit_cost(plans[0], kind) <= MOST_COST[kind]]
+    return [replace(plan, projection=kind) for plan in plans for kind in wanted]
 
 
-def fit_needs(plans: Sequence[Plan], source: Source, options: FitOptions) -> Needs:
+def fit_needs(
+    plans: Sequence[Plan],
+    source: Source,
+    options: FitOptions,
+    kinds: Sequence[str] = KINDS_OF_MANY,
+) -> Needs:
     """Return what a fit of all plans takes. Raises CalibrationError for too few tokens."""
-    plans = in_kinds(plans, options)
+    plans = in_kinds(plans, options, kinds)
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
     n_sampled = n_sampled_of(n_windows) if options.text is None else 0
     return plan_needs(plans, source, options, n_sampled)

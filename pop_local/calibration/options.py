@@ -63,12 +63,13 @@ class FitOptions:
             fingerprint(self.mmproj)
             pictures_of(self.images)
 
-    def at(self, boundary: int | str) -> "FitOptions":
+    def at(self, boundary: int) -> "FitOptions":
         """Return the options with a state file of their own, for one of several fits."""
         if self.state_path is None:
             return self
         path = self.state_path
-        return replace(self, state_path=path.with_name(f"{path.name}-{boundary}"))
+        kind = f"-{self.projection}" if self.projection else ""
+        return replace(self, state_path=path.with_name(f"{path.name}-{boundary}{kind}"))
 
     def kept(self) -> list[Path]:
         """Return the state files that are there, of whatever boundaries (`at`)."""

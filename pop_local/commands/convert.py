@@ -154,7 +154,7 @@ def convert(
 
     As many layers are skipped as the quality asked for allows: near-lossless makes held-out text at
     most 1.01 times as perplexing as the full model finds it, and a repeated passage 1.02 times,
-    balanced 1.03 and 1.12 times, fast 1.06 and 1.3 times; the KL divergence, random tokens and
+    balanced 1.03 and 1.1 times, fast 1.06 and 1.3 times; the KL divergence, random tokens and
     facts of a prompt have limits, too (--dry-run names them all). --skip and --boundary say it
     themselves. fastest goes deeper, about twice the speed, where text is no longer copied: tokens
     that the question needs run all layers, so that facts are found as by the full model, and the

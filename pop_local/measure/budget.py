@@ -25,7 +25,7 @@ BALANCED = Budget(
     "balanced",
     max_kl=0.06,
     max_ppl_ratio=1.03,
-    max_copy_ratio=1.12,
+    max_copy_ratio=1.1,
     least_retention=0.85,
     max_lost_recall=0.03,
 )

@@ -17,7 +17,7 @@ from converter.rewrite import Examine, Fitted, Sizes, check_target, measure
 from converter.shape import source_shape
 from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
 from converter.source import Source, read_source
-from pop_local.calibration.needs import Needs, fit_needs
+from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, Needs, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import resolve_base
@@ -114,7 +114,15 @@ class Conversion:
         """What fitting all plans takes; None where nothing is fitted."""
         wanted = {plan.boundary: plan for plan in self.plans if plan.projection != OWN}
         plans = list(wanted.values())
-        return fit_needs(plans, self.source, self.fit) if self.fit and plans else None
+        if self.fit is None or not plans:
+            return None
+        return fit_needs(plans, self.source, self.fit, self.kinds)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of fit that are tried, if the fit leaves it open."""
+        is_named = isinstance(self.depth, (Skip, Boundary)) and not self.deepest.select
+        return KINDS_OF_ONE if is_named else KINDS_OF_MANY
 
     def sizes_of(self, plan: Plan) -> Sizes:
         """What writing one of the plans reads and writes, in bytes."""
@@ -297,7 +305,9 @@ class _Run:
         examination = self._examination(plan, allow_broken_copy=self.force)
         examination.before_fit()
         with _resumable(planned.fit, self.watch):
-            fitter = Fitter(planned.source, planned.fit, planned.hardware, self.watch)
+            fitter = Fitter(
+                planned.source, planned.fit, planned.hardware, self.watch, planned.kinds
+            )
             [fitted] = fitter.fit((plan,), planned.fit.state_path)
             return self._write(
                 plan,

@@ -14,7 +14,7 @@ from converter.sidecar import measure_sidecar, write_sidecar
 from converter.source import Source
 from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import fit_cost, in_kinds
+from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import CalibrationText
 from pop_local.measure import budget as budgets
@@ -37,14 +37,15 @@ _N_WINDOWS = 8
 class Fitter:
     """Fits plans of one model, all with the same options and on the same text.
 
-    Where the options leave it open, whether fits are plain or wider is decided once, by measuring
-    all kinds at the first boundary: their sums are the same. Those that copy go first.
+    Where the options leave it open, which of `kinds` is taken is decided once, by measuring them at
+    the first boundary: their sums are the same. Those that copy go first.
     """
 
     source: Source
     options: FitOptions
     hardware: Hardware
     watch: Watch
+    kinds: Sequence[str] = KINDS_OF_MANY
     text: CalibrationText | None = None
     kind: str | None = None
 
@@ -60,7 +61,7 @@ class Fitter:
         )
         kind = self.options.projection or self.kind
         options = replace(self.options, state_path=state_path, projection=kind)
-        wanted = in_kinds(plans, options)
+        wanted = in_kinds(plans, options, self.kinds)
         with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
             done = calibrate(wanted, model, self.source, options, follow, self.text)
         self.text = done.text

@@ -34,9 +34,9 @@ from pop_local.workflows.refusals import OverBudgetError, Trial
 N_WINDOWS = 16
 N_DOCUMENTS = 12
 # So many boundaries past the deepest inside are tried with attention, which mends copying, and what
-# that must win: its limit does not count all that it takes.
-N_PAST = 3
-ATTENTION_GAIN = 1.05
+# that must win.
+N_PAST = 2
+ATTENTION_GAIN = 1.03
 # Of the context tokens, what deeper boundaries are tried with, and what that must win over going
 # without: a selection takes some time that its limit does not count, and keeps states.
 SELECTED = 0.1
@@ -84,8 +84,8 @@ class _Search:
     hardware: Hardware
     watch: Watch
     fitter: Fitter
-    fitted: dict[int, Fitted] = field(default_factory=dict)
-    attentive: dict[int, Fitted] = field(default_factory=dict)
+    # By boundary and kind.
+    fitted: dict[tuple[int, str], Fitted] = field(default_factory=dict)
     measured: dict[int, Gradual] = field(default_factory=dict)
     qualities: dict[int, Quality] = field(default_factory=dict)
     verdicts: dict[int, bool] = field(default_factory=dict)
@@ -110,7 +110,8 @@ class _Search:
         plan = replace(chosen.plan, budget=replace(self.budget, tried=tried))
         if chosen.recall is not None:
             plan = replace(plan, recall=recalled(chosen.recall))
-        return Chosen(plan, self._fit_of(plan), measured(chosen.quality), trials)
+        fitted = self.fitted.get((plan.boundary, plan.projection))
+        return Chosen(plan, fitted, measured(chosen.quality), trials)
 
     def _past(self, deepest: int) -> list[int]:
         return sorted((each for each in self.plans if each < deepest), reverse=True)
@@ -135,15 +136,14 @@ class _Search:
         names = ", ".join(str(plan.boundary) for plan in plans)
         self.watch.on_note(f"Fitting boundary {names} with attention, since copying was lost first")
         options = replace(self.options, projection=ATTENTION)
-        fitter = Fitter(self.source, options, self.hardware, self.watch, self.fitter.text)
-        state_path = options.at(f"{past[0]}-attention").state_path
+        fitter = replace(self.fitter, options=options)
         try:
             require_room(plans, self.source, options)
-            made = fitter.fit(plans, state_path)
+            made = fitter.fit(plans, options.at(past[0]).state_path)
         except PopError as error:
             self.watch.on_note(f"Attention is left out: {error}")
             return []
-        self.attentive |= {p.boundary: each for p, each in zip(plans, made, strict=True)}
+        self._keep(plans, made)
         return plans
 
     def _with_selection(self, deepest: int) -> list[Plan]:
@@ -151,10 +151,8 @@ class _Search:
         if self.plans[deepest].shape.is_mrope:
             return []
         least = SELECTION_GAIN * self.plans[deepest].speedup_limit
-        there = [
-            b for b in self._past(deepest) if self.plans[b].projection == OWN or b in self.fitted
-        ]
-        plans = [replace(self.plans[boundary], select=SELECTED) for boundary in there]
+        past = [self.plans[boundary] for boundary in self._past(deepest)]
+        plans = [replace(plan, select=SELECTED) for plan in past if self._is_ready(plan)]
         return [plan for plan in plans if plan.speedup_limit >= least]
 
     def _tried_until_outside(self, plans: Sequence[Plan]) -> Iterator[Trial]:
@@ -178,7 +176,7 @@ class _Search:
         while True:
             if wanted := budgets.undecided(self.plans, self.verdicts):
                 boundary = wanted[0]
-                if self.plans[boundary].projection != OWN and boundary not in self.fitted:
+                if not self._is_ready(self.plans[boundary]):
                     self._fit(wanted)
                 self._judge(boundary, lambda quality: budgets.is_clear(self.budget, quality))
                 continue
@@ -248,15 +246,23 @@ class _Search:
         require_room(plans, self.source, options)
         names = ", ".join(str(plan.boundary) for plan in sorted(plans, key=lambda p: p.boundary))
         self.watch.on_note(f"Fitting the projections for boundary {names}")
-        for plan, fitted in zip(plans, self.fitter.fit(plans, options.state_path), strict=True):
-            self.fitted[plan.boundary] = fitted
+        made = self.fitter.fit(plans, options.state_path)
+        self._keep(plans, made)
+        for plan, fitted in zip(plans, made, strict=True):
             self.plans[plan.boundary] = replace(plan, projection=fitted.projection)
+
+    def _keep(self, plans: Sequence[Plan], made: Sequence[Fitted]) -> None:
+        for plan, fitted in zip(plans, made, strict=True):
+            self.fitted[plan.boundary, fitted.projection] = fitted
+
+    def _is_ready(self, plan: Plan) -> bool:
+        return plan.projection == OWN or (plan.boundary, plan.projection) in self.fitted
 
     def _room_for(self, wanted: Sequence[int]) -> tuple[int, ...]:
         """The first of `wanted`, and as many of the others as fit into memory beside it."""
         chosen: list[int] = []
         for boundary in wanted:
-            if self.plans[boundary].projection == OWN or boundary in self.fitted:
+            if self._is_ready(self.plans[boundary]):
                 continue
             plans = [self.plans[each] for each in (*chosen, boundary)]
             if chosen and len(fit_needs(plans, self.source, self.options).groups) > 1:
@@ -290,22 +296,11 @@ class _Search:
             advance = self.watch.stage(f"Asking for facts, boundary {_named(plan)}")
             return reference.measure(model, pruning, advance)
 
-    def _fit_of(self, plan: Plan) -> Fitted | None:
-        attentive = self.attentive.get(plan.boundary)
-        return (
-            attentive
-            if plan.projection == ATTENTION and attentive
-            else self.fitted.get(plan.boundary)
-        )
-
     @contextmanager
     def _opened(self, plan: Plan) -> Iterator[PopModel]:
-        has_sidecar = plan.projection != OWN
-        with (
-            temporary_sidecar(plan, self.source, self._fit_of(plan))
-            if has_sidecar
-            else nullcontext()
-        ) as written:
+        fitted = self.fitted.get((plan.boundary, plan.projection))
+        sidecar = temporary_sidecar(plan, self.source, fitted) if fitted else nullcontext()
+        with sidecar as written:
             files = ModelFiles(self.source.first.path, written)
             with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
                 yield model

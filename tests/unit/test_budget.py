@@ -50,10 +50,10 @@ def searched(deepest: int) -> tuple[int | None, list[int]]:
     ("figures", "inside"),
     [
         ({}, True),
-        ({"kl": 0.06, "ppl": 1.03, "copy": 1.12, "retention": 0.85}, True),
+        ({"kl": 0.06, "ppl": 1.03, "copy": 1.1, "retention": 0.85}, True),
         ({"kl": 0.0601}, False),
         ({"ppl": 1.031}, False),
-        ({"copy": 1.121}, False),
+        ({"copy": 1.101}, False),
         ({"retention": 0.849}, False),
         ({"retention": None}, True),
         ({"kl": 0.07, "retention": None}, False),

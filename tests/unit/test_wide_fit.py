@@ -23,7 +23,7 @@ from converter.wide import MOST_NEURON, wide_input
 from pop_local.calibration import needs
 from pop_local.calibration.job import Calibrated
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import MOST_COST, fit_cost, fit_needs
+from pop_local.calibration.needs import KINDS_OF_ONE, MOST_COST, fit_cost, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.measure.estimate import Estimate
@@ -253,7 +253,7 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
 ):
     plan, other, dear = (planned(llama, boundary) for boundary in (4, 5, 3))
     assert fit_cost(plan, WIDE) < fit_cost(plan, ATTENTION) < 0.2 < fit_cost(dear, ATTENTION)
-    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 0.2, ATTENTION: 0.2})
+    monkeypatch.setattr(needs, "MOST_COST", {FITTED: 0.0, WIDE: 0.2, ATTENTION: 0.2})
     # Worth a tenth of the loss, and two tenths.
     costs = {FITTED: 0.0, WIDE: 0.01, ATTENTION: 0.02}
     monkeypatch.setattr(fits, "fit_cost", lambda plan, kind: costs[kind])
@@ -261,7 +261,8 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
     losses = Losses(monkeypatch, {FITTED: 1.0, WIDE: wide, ATTENTION: attention})
     notes: list[str] = []
     watch = Watch(on_note=notes.append)
-    fitter = Fitter(read_source(llama), FitOptions(), Hardware(n_threads=1), watch)
+    hardware = Hardware(n_threads=1)
+    fitter = Fitter(read_source(llama), FitOptions(), hardware, watch, KINDS_OF_ONE)
     [made] = fitter.fit([plan], None)
     assert made.projection == wanted
     assert losses.measured == [FITTED, WIDE, ATTENTION]
@@ -278,20 +279,21 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
     [((FITTED, WIDE), ATTENTION), ((FITTED,), WIDE), ((FITTED, WIDE, ATTENTION), FITTED)],
 )
 def test_what_copies_goes_before_what_is_cheap(broken, wanted, llama, monkeypatch):
-    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 0.2, ATTENTION: 0.2})
+    monkeypatch.setattr(needs, "MOST_COST", {FITTED: 0.0, WIDE: 0.2, ATTENTION: 0.2})
     Losses(monkeypatch, {FITTED: 0.5, WIDE: 1.0, ATTENTION: 1.0}, broken)
-    fitter = Fitter(read_source(llama), FitOptions(), Hardware(n_threads=1), Watch())
+    hardware = Hardware(n_threads=1)
+    fitter = Fitter(read_source(llama), FitOptions(), hardware, Watch(), KINDS_OF_ONE)
     [made] = fitter.fit([planned(llama)], None)
     assert made.projection == wanted
 
 
 def kinds(plan, options: FitOptions) -> list[str]:
-    return [each.projection for each in needs.in_kinds([plan], options)]
+    return [each.projection for each in needs.in_kinds([plan], options, KINDS_OF_ONE)]
 
 
 def test_what_costs_much_is_not_tried(llama):
     plan = planned(llama)
-    assert all(fit_cost(plan, kind) > most for kind, most in MOST_COST.items())
+    assert all(fit_cost(plan, kind) > MOST_COST[kind] for kind in (WIDE, ATTENTION))
     assert kinds(plan, FitOptions()) == [FITTED]
     assert kinds(plan, FitOptions(projection=WIDE)) == [WIDE]
 
@@ -302,10 +304,8 @@ def test_what_costs_little_is(n_ff, wanted, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=n_ff)
     plan = make_plan(read_shape(path), boundary=6, projection=FITTED)
     assert kinds(plan, FitOptions()) == [FITTED, *wanted]
-    assert [each.projection for each in needs.in_kinds([plan] * 2, FitOptions())] == [
-        FITTED,
-        WIDE,
-    ] * 2
+    of_many = needs.in_kinds([plan] * 2, FitOptions())
+    assert [each.projection for each in of_many] == [FITTED, WIDE] * 2
     assert kinds(plan, FitOptions(projection=FITTED)) == [FITTED]
     source = read_source(path)
     plain = fit_needs([plan], source, FitOptions(projection=FITTED))
