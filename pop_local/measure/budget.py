@@ -93,21 +93,32 @@ def is_hopeless(budget: Budget, retention: "Estimate | None") -> bool:
 
 
 def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int, ...]:
-    """Return the boundaries whose verdict may matter, in the order in which bisecting asks.
+    """Return the boundaries whose verdict may matter, the one to be asked first.
 
     There is none when the deepest inside is known, or that there is none. `plans`: the boundaries
-    that may be chosen. `verdicts`: whether each boundary measured so far is inside.
+    that may be chosen. `verdicts`: whether each boundary measured so far is inside. The middle is
+    near to most models' answer: from there steps double, and what is between is bisected.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
-    spans = [sorted(boundary for boundary in plans if outside < boundary < inside)]
-    order: list[int] = []
+    between = sorted(boundary for boundary in plans if outside < boundary < inside)
+    order = _bisected(between)
+    sides = {*verdicts.values()}
+    if between and len(sides) == 1:
+        step = min(2 ** (len(verdicts) - 1), len(between))
+        order.insert(0, between[-step] if True in sides else between[step - 1])
+    return tuple(dict.fromkeys(order))
+
+
+def _bisected(between: list[int]) -> list[int]:
+    """Return boundaries in the order in which bisecting asks."""
+    spans, order = [between], list[int]()
     for span in spans:
         if span:
             middle = len(span) // 2
             order.append(span[middle])
             spans += [span[:middle], span[middle + 1 :]]
-    return tuple(order)
+    return order
 
 
 def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:

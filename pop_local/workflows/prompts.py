@@ -32,6 +32,8 @@ from pop_local.workflows.options import Hardware
 
 MAX_TOKENS = 256
 _MODES = {"full": False, "pruned": True}
+# Of what a file says, besides its calibration: what decides how its prompts are read.
+_READ_BY = ("schedule", "projection", "sink_tokens", "tail_tokens", "min_prompt", "select")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _identity(files: ModelFiles, given: PromptFile, options: PromptOptions) -> d
     calibration = meta.calibration and meta.calibration.sha256
     return {
         "model": meta.source_sha256,
-        "schedule": meta.schedule,
+        **{name: getattr(meta, name) for name in _READ_BY},
         "calibration": calibration,
         "prompts": given.sha256,
         "max_tokens": options.max_tokens,

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from pop_local.cli import app
 from pop_local.measure import prompts as measure
-from support.converted import tiny
+from support.converted import converted, tiny
 from support.synthetic import make_gguf
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
@@ -98,6 +98,20 @@ def test_it_goes_on_where_it_was_stopped(pop_file, mine, tmp_path, monkeypatch):
     refused = evaluate(pop_file, "--prompts", mine, "--answers", kept)
     assert refused.exit_code == 1
     assert "does not hold answers of this model to these prompts" in refused.stderr
+
+
+def test_answers_of_the_model_read_otherwise_are_not_gone_on_with(mine, tmp_path):
+    base = make_gguf(tmp_path / "llama.gguf", "llama", chat_template=TEMPLATE)
+    kept = tmp_path / "answers.jsonl"
+    once = converted(base, tmp_path, boundary=4)
+    assert evaluate(once, "--prompts", mine, "--answers", kept).exit_code == 0
+    assert evaluate(once, "--prompts", mine, "--answers", kept).exit_code == 0
+    (other := tmp_path / "other").mkdir()
+    refused = evaluate(
+        converted(base, other, boundary=4, tail_tokens=8), "--prompts", mine, "--answers", kept
+    )
+    assert refused.exit_code == 1
+    assert "does not hold answers of this model" in refused.stderr
 
 
 def test_answers_that_are_none(pop_file, mine, tmp_path):
