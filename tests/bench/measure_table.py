@@ -1,13 +1,11 @@
 """A model's table of docs/quality.md: what each depth loses, and how fast it reads. Not a test.
 
-    python tests/bench/measure_table.py MODEL.gguf --boundaries 18,16,14 --out FOLDER
-        [--projections fitted,wide,attention] [--prompts 512,2048] [--repeat 3] [--windows 16]
-        [--texts FILE ...] [--cpu N]
+    python tests/bench/measure_table.py MODEL.gguf --fits 18:fitted,16:wide,14:attention
+        --out FOLDER [--prompts 512,2048] [--repeat 3] [--windows 16] [--texts FILE ...] [--cpu N]
 
-All depths and kinds are fitted in one pass over convert's text; then each is `pop-local eval` and
-`pop-local bench` of its sidecar, with one thread. FOLDER keeps sidecars and JSON, so that a second
-call measures only what is missing. Of each of `--texts`, eight windows by themselves. Prints
-Markdown.
+All are fitted in one pass over convert's text; then each is `pop-local eval` and `pop-local bench`
+of its sidecar, with one thread. FOLDER keeps sidecars and JSON, so that a second call measures only
+what is missing. Of each of `--texts`, eight windows by themselves. Prints Markdown.
 """
 
 import argparse
@@ -18,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from converter.format import FITTED
 from converter.plan import make_plan
 from converter.shape import source_shape
 from converter.sidecar import write_sidecar
@@ -79,9 +76,8 @@ def quality_cells(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--boundaries", required=True)
+    parser.add_argument("--fits", required=True, help="BOUNDARY:KIND,...")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--projections", default=FITTED)
     parser.add_argument("--prompts", default="512,2048", help="empty: no times")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--windows", type=int, default=16)
@@ -91,8 +87,8 @@ def main() -> None:
     if options.cpu is not None:
         os.sched_setaffinity(0, {options.cpu})
     options.out.mkdir(parents=True, exist_ok=True)
-    kinds = [ProjectionName(each).kind for each in options.projections.split(",")]
-    recipes = [(int(b), kind) for b in options.boundaries.split(",") for kind in kinds]
+    fits = [each.split(":") for each in options.fits.split(",")]
+    recipes = [(int(boundary), ProjectionName(kind).kind) for boundary, kind in fits]
     prompts = [int(each) for each in options.prompts.split(",") if each]
     sidecars = fit(options.model, recipes, options.out)
     heads = (*HEADS, *(text.stem for text in options.texts), *(f"{n:,} tokens" for n in prompts))
