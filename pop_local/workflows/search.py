@@ -95,12 +95,11 @@ class _Search:
         deepest = self._deepest_inside()
         if deepest is None:
             raise self._over()
-        trials = (
-            *self._trials(),
-            *self._tried_until_outside(self._with_attention(deepest)),
-            *self._tried_until_outside(self._with_selection(deepest)),
-        )
-        chosen = max((t for t in trials if t.in_budget), key=lambda t: t.plan.speedup_limit)
+        trials = self._trials()
+        for deeper in (self._with_attention, self._with_selection):
+            limit = _fastest(trials).plan.speedup_limit
+            trials = (*trials, *self._tried_until_outside(deeper(deepest, limit)))
+        chosen = _fastest(trials)
         figures = budgets.figures_in_words(chosen.quality)
         self.watch.on_note(
             f"Boundary {_named(chosen.plan)} is the fastest within the budget: {figures}"
@@ -116,7 +115,7 @@ class _Search:
     def _past(self, deepest: int) -> list[int]:
         return sorted((each for each in self.plans if each < deepest), reverse=True)
 
-    def _with_attention(self, deepest: int) -> list[Plan]:
+    def _with_attention(self, deepest: int, limit: float) -> list[Plan]:
         """Fit the next deeper boundaries with attention, if the first lost copying or facts alone.
 
         What goes wrong with these fits leaves what was found without them.
@@ -129,8 +128,7 @@ class _Search:
         if not budgets.predicts(self.budget, self.qualities[past[0]]):
             return []
         plans = [replace(self.plans[each], projection=ATTENTION) for each in past]
-        least = ATTENTION_GAIN * self.plans[deepest].speedup_limit
-        plans = [plan for plan in plans if plan.speedup_limit >= least]
+        plans = [plan for plan in plans if plan.speedup_limit >= ATTENTION_GAIN * limit]
         if not plans:
             return []
         names = ", ".join(str(plan.boundary) for plan in plans)
@@ -146,14 +144,13 @@ class _Search:
         self._keep(plans, made)
         return plans
 
-    def _with_selection(self, deepest: int) -> list[Plan]:
+    def _with_selection(self, deepest: int, limit: float) -> list[Plan]:
         """Return deeper boundaries that are faster with a selection."""
         if self.plans[deepest].shape.is_mrope:
             return []
-        least = SELECTION_GAIN * self.plans[deepest].speedup_limit
         past = [self.plans[boundary] for boundary in self._past(deepest)]
         plans = [replace(plan, select=SELECTED) for plan in past if self._is_ready(plan)]
-        return [plan for plan in plans if plan.speedup_limit >= least]
+        return [plan for plan in plans if plan.speedup_limit >= SELECTION_GAIN * limit]
 
     def _tried_until_outside(self, plans: Sequence[Plan]) -> Iterator[Trial]:
         for plan in plans:
@@ -304,6 +301,11 @@ class _Search:
             files = ModelFiles(self.source.first.path, written)
             with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
                 yield model
+
+
+def _fastest(trials: Sequence[Trial]) -> Trial:
+    inside = (trial for trial in trials if trial.in_budget)
+    return max(inside, key=lambda trial: trial.plan.speedup_limit)
 
 
 def _named(plan: Plan) -> str:
