@@ -145,7 +145,7 @@ class _Search:
         return plans
 
     def _with_selection(self, deepest: int, limit: float) -> list[Plan]:
-        """Return deeper boundaries that are faster with a selection."""
+        """Return deeper boundaries that are a tenth faster than `limit` with a selection."""
         if self.plans[deepest].shape.is_mrope:
             return []
         past = [self.plans[boundary] for boundary in self._past(deepest)]
