@@ -24,7 +24,7 @@ KINDS_OF_MANY = (FITTED, WIDE)
 KINDS_OF_ONE = (FITTED, WIDE, ATTENTION)
 # Of a pruned prompt's work: a fit that adds more is not tried unless it is asked for, or copying
 # was lost in a search.
-MOST_COST = {FITTED: 0.0, WIDE: 0.015, ATTENTION: 0.03}
+MOST_COST = {WIDE: 0.015, ATTENTION: 0.03}
 # Where the machine does not say what is free.
 _FALLBACK_BYTES = 4 * 10**9
 
@@ -74,9 +74,7 @@ def fit_cost(plan: Plan, projection: str) -> float:
     return 1 - wide / plain
 
 
-def in_kinds(
-    plans: Sequence[Plan], options: FitOptions, kinds: Sequence[str] = KINDS_OF_MANY
-) -> list[Plan]:
+def in_kinds(plans: Sequence[Plan], options: FitOptions, kinds: Sequence[str]) -> list[Plan]:
     """Return the plans with the projections to fit: several times where measuring is to decide.
 
     It decides at the first plan, for all. Of `kinds` those that cost little there, unless the
@@ -85,7 +83,9 @@ def in_kinds(
     if options.projection is not None:
         wanted = [options.projection]
     else:
-        wanted = [kind for kind in kinds if fit_cost(plans[0], kind) <= MOST_COST[kind]]
+        wanted = [
+            kind for kind in kinds if kind == FITTED or fit_cost(plans[0], kind) <= MOST_COST[kind]
+        ]
     return [replace(plan, projection=kind) for plan in plans for kind in wanted]
 
 

@@ -93,32 +93,25 @@ def is_hopeless(budget: Budget, retention: "Estimate | None") -> bool:
 
 
 def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int, ...]:
-    """Return the boundaries whose verdict may matter, the one to be asked first.
+    """Return the boundaries whose verdict may matter: the next to ask about, then its neighbours.
 
     There is none when the deepest inside is known, or that there is none. `plans`: the boundaries
     that may be chosen. `verdicts`: whether each boundary measured so far is inside. The middle is
-    near to most models' answer: from there steps double, and what is between is bisected.
+    near to most models' answer: from there one goes on, as far again as the verdicts lie apart,
+    until both are known, inside and outside, and then halves what is between.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
     between = sorted(boundary for boundary in plans if outside < boundary < inside)
-    order = _bisected(between)
+    if not between:
+        return ()
     sides = {*verdicts.values()}
-    if between and len(sides) == 1:
-        step = min(2 ** (len(verdicts) - 1), len(between))
-        order.insert(0, between[-step] if True in sides else between[step - 1])
-    return tuple(dict.fromkeys(order))
-
-
-def _bisected(between: list[int]) -> list[int]:
-    """Return boundaries in the order in which bisecting asks."""
-    spans, order = [between], list[int]()
-    for span in spans:
-        if span:
-            middle = len(span) // 2
-            order.append(span[middle])
-            spans += [span[:middle], span[middle + 1 :]]
-    return order
+    if len(sides) == 1:
+        step = min(max(1, max(verdicts) - min(verdicts)), len(between))
+        first = between[-step] if True in sides else between[step - 1]
+    else:
+        first = between[len(between) // 2]
+    return tuple(sorted(between, key=lambda boundary: abs(boundary - first)))
 
 
 def deepest_inside(verdicts: Mapping[int, bool]) -> int | None:

@@ -121,8 +121,7 @@ class Conversion:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of fit that are tried, if the fit leaves it open."""
-        is_named = isinstance(self.depth, (Skip, Boundary)) and not self.deepest.select
-        return KINDS_OF_ONE if is_named else KINDS_OF_MANY
+        return KINDS_OF_ONE if isinstance(self.depth, (Skip, Boundary)) else KINDS_OF_MANY
 
     def sizes_of(self, plan: Plan) -> Sizes:
         """What writing one of the plans reads and writes, in bytes."""
@@ -288,6 +287,7 @@ class _Run:
                 options,
                 planned.hardware,
                 self.watch,
+                planned.kinds,
                 takes_any=self.force and not isinstance(planned.depth, Fastest),
             )
             found = measured(recipe.quality)

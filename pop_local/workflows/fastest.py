@@ -69,18 +69,20 @@ def first_that_recalls(
     options: FitOptions,
     hardware: Hardware,
     watch: Watch,
+    kinds: Sequence[str],
     *,
     takes_any: bool = False,
 ) -> Recipe:
     """Take the first of the plans, each with its selection, that finds facts like the full model.
 
-    Those to be fitted are, by `options`. `takes_any`: the first one, whatever it finds. Raises
-    RecallLostError when none is good enough, PopError, StoppedError.
+    Those to be fitted are, by `options`, which may leave open which of `kinds`. `takes_any`: the
+    first one, whatever it finds. Raises RecallLostError when none is good enough, PopError,
+    StoppedError.
     """
     bases = {plan.boundary: replace(plan, select=0.0) for plan in plans}
     wanted = [plan for plan in bases.values() if plan.projection != OWN]
     require_room(wanted, source, options)
-    made = Fitter(source, options, hardware, watch).fit(wanted, options.state_path)
+    made = Fitter(source, options, hardware, watch, kinds).fit(wanted, options.state_path)
     fitted = {plan.boundary: fit for plan, fit in zip(wanted, made, strict=True)}
     n_ctx = max(_SETTINGS.n_tokens + N_AROUND, 2 * QualitySettings().n_context)
     with opened(ModelFiles(source.first.path), hardware, watch, n_ctx=n_ctx) as model:

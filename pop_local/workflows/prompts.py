@@ -1,5 +1,6 @@
 """The user's own prompts, answered in full and pruned; answers are kept, so that it can go on."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -32,8 +33,6 @@ from pop_local.workflows.options import Hardware
 
 MAX_TOKENS = 256
 _MODES = {"full": False, "pruned": True}
-# Of what a file says, besides its calibration: what decides how its prompts are read.
-_READ_BY = ("schedule", "projection", "sink_tokens", "tail_tokens", "min_prompt", "select")
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,10 @@ def _identity(files: ModelFiles, given: PromptFile, options: PromptOptions) -> d
     meta = pop_of(source, files.sidecar)
     if meta is None:
         raise nothing_to_evaluate(source)
-    calibration = meta.calibration and meta.calibration.sha256
     return {
         "model": meta.source_sha256,
-        **{name: getattr(meta, name) for name in _READ_BY},
-        "calibration": calibration,
+        # With what was measured of it, which differs wherever two fits do.
+        "conversion": hashlib.sha256(repr(meta).encode()).hexdigest(),
         "prompts": given.sha256,
         "max_tokens": options.max_tokens,
     }

@@ -37,8 +37,8 @@ N_DOCUMENTS = 12
 # that must win.
 N_PAST = 2
 ATTENTION_GAIN = 1.03
-# Of the context tokens, what deeper boundaries are tried with, and what that must win over going
-# without: a selection takes some time that its limit does not count, and keeps states.
+# Of the context tokens, what deeper boundaries are tried with, and what that must win over the
+# fastest without: a selection takes some time that its limit does not count, and keeps states.
 SELECTED = 0.1
 SELECTION_GAIN = 1.1
 
@@ -96,9 +96,8 @@ class _Search:
         if deepest is None:
             raise self._over()
         trials = self._trials()
-        for deeper in (self._with_attention, self._with_selection):
-            limit = _fastest(trials).plan.speedup_limit
-            trials = (*trials, *self._tried_until_outside(deeper(deepest, limit)))
+        trials += self._tried(self._with_attention(deepest, _limit(trials)), until=True)
+        trials += self._tried(self._with_selection(deepest, _limit(trials)), until=False)
         chosen = _fastest(trials)
         figures = budgets.figures_in_words(chosen.quality)
         self.watch.on_note(
@@ -118,6 +117,7 @@ class _Search:
     def _with_attention(self, deepest: int, limit: float) -> list[Plan]:
         """Fit the next deeper boundaries with attention, if the first lost copying or facts alone.
 
+        The deepest comes first; all win enough over `limit`.
         What goes wrong with these fits leaves what was found without them.
         """
         past = self._past(deepest)[:N_PAST]
@@ -127,7 +127,7 @@ class _Search:
             return []
         if not budgets.predicts(self.budget, self.qualities[past[0]]):
             return []
-        plans = [replace(self.plans[each], projection=ATTENTION) for each in past]
+        plans = [replace(self.plans[each], projection=ATTENTION) for each in reversed(past)]
         plans = [plan for plan in plans if plan.speedup_limit >= ATTENTION_GAIN * limit]
         if not plans:
             return []
@@ -152,7 +152,9 @@ class _Search:
         plans = [replace(plan, select=SELECTED) for plan in past if self._is_ready(plan)]
         return [plan for plan in plans if plan.speedup_limit >= SELECTION_GAIN * limit]
 
-    def _tried_until_outside(self, plans: Sequence[Plan]) -> Iterator[Trial]:
+    def _tried(self, plans: Sequence[Plan], until: bool) -> tuple[Trial, ...]:
+        """Try plans, up to the first that is inside (`until` true) or outside."""
+        trials: list[Trial] = []
         for plan in plans:
             gradual = Gradual(self.reference, plan.boundary, plan.select)
             quality = self._measure(plan, gradual, self._is_outside)
@@ -160,9 +162,10 @@ class _Search:
             if inside:
                 recall = self._ask(plan)
                 inside = budgets.recalls(self.budget, recall)
-            yield Trial(plan, quality, inside, recall)
-            if not inside:
-                return
+            trials.append(Trial(plan, quality, inside, recall))
+            if inside is until:
+                break
+        return tuple(trials)
 
     def _is_outside(self, quality: Quality) -> bool:
         return budgets.is_clear(self.budget, quality) and not budgets.is_inside(
@@ -238,7 +241,8 @@ class _Search:
         options = self.options.at(wanted[0])
         # A fit that is there goes on, whatever memory is free now.
         kept = kept_boundaries(options.state_path) if options.state_path else ()
-        boundaries = (kept if {*kept} <= {*self.plans} else ()) or self._room_for(wanted)
+        is_ours = wanted[0] in kept and {*kept} <= {*self.plans}
+        boundaries = kept if is_ours else self._room_for(wanted)
         plans = [self.plans[boundary] for boundary in boundaries]
         require_room(plans, self.source, options)
         names = ", ".join(str(plan.boundary) for plan in sorted(plans, key=lambda p: p.boundary))
@@ -306,6 +310,10 @@ class _Search:
 def _fastest(trials: Sequence[Trial]) -> Trial:
     inside = (trial for trial in trials if trial.in_budget)
     return max(inside, key=lambda trial: trial.plan.speedup_limit)
+
+
+def _limit(trials: Sequence[Trial]) -> float:
+    return _fastest(trials).plan.speedup_limit
 
 
 def _named(plan: Plan) -> str:

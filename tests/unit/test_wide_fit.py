@@ -23,14 +23,16 @@ from converter.wide import MOST_NEURON, wide_input
 from pop_local.calibration import needs
 from pop_local.calibration.job import Calibrated
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import KINDS_OF_ONE, MOST_COST, fit_cost, fit_needs
+from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, MOST_COST, fit_cost, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
+from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows import fits
+from pop_local.workflows.convert import plan_conversion
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter
-from pop_local.workflows.options import Hardware
+from pop_local.workflows.options import Boundary, Fastest, Hardware, RowOptions, Skip, Within
 from support.calibrating import (
     BOUNDARY,
     N_TOKENS,
@@ -291,6 +293,23 @@ def kinds(plan, options: FitOptions) -> list[str]:
     return [each.projection for each in needs.in_kinds([plan], options, KINDS_OF_ONE)]
 
 
+@pytest.mark.parametrize(
+    ("depth", "wanted"),
+    [
+        (Boundary(4), KINDS_OF_ONE),
+        (Skip("2"), KINDS_OF_ONE),
+        (Within(BALANCED), KINDS_OF_MANY),
+        (Fastest(), KINDS_OF_MANY),
+    ],
+)
+def test_attention_is_tried_where_one_depth_is_named(depth, wanted, llama):
+    rows, hardware = RowOptions(), Hardware(n_threads=1)
+    planned = plan_conversion(
+        llama, None, depth, FitOptions(), rows, "sidecar", hardware, resume=False
+    )
+    assert planned.kinds == wanted
+
+
 def test_what_costs_much_is_not_tried(llama):
     plan = planned(llama)
     assert all(fit_cost(plan, kind) > MOST_COST[kind] for kind in (WIDE, ATTENTION))
@@ -304,7 +323,7 @@ def test_what_costs_little_is(n_ff, wanted, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=n_ff)
     plan = make_plan(read_shape(path), boundary=6, projection=FITTED)
     assert kinds(plan, FitOptions()) == [FITTED, *wanted]
-    of_many = needs.in_kinds([plan] * 2, FitOptions())
+    of_many = needs.in_kinds([plan] * 2, FitOptions(), KINDS_OF_MANY)
     assert [each.projection for each in of_many] == [FITTED, WIDE] * 2
     assert kinds(plan, FitOptions(projection=FITTED)) == [FITTED]
     source = read_source(path)

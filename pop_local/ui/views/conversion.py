@@ -39,7 +39,7 @@ def show_plan(conversion: Conversion) -> None:
     first = conversion.plans[0].boundary
     where = [
         budget_fact(depth.budget),
-        ("Boundaries", f"bisected from {first} down to {plan.boundary}, each as it will be used"),
+        ("Boundaries", f"from {first} down to {plan.boundary}, each as it will be used"),
     ]
     layers = f"as many as the budget allows, {plan.n_skipped} at most"
     output = f"up to {size(conversion.sizes.output_bytes)}"
