@@ -92,7 +92,7 @@ def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, m
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.budget.quality, meta.budget.max_kl) == ("custom", 50)
-    assert meta.budget.tried == "5 inside, 4 inside, 2 inside"
+    assert meta.budget.tried == "5 inside, 4 inside, 3 inside, 2 inside"
     assert meta.measured.kl_mean == last["kl_mean"]
     assert meta.calibration is not None and meta.calibration.n_tokens == 2048
     assert not names(temporary)
@@ -100,7 +100,7 @@ def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, m
     assert list(seconds) == [
         "Fitting",
         "Reading in full",
-        *(f"Measuring boundary {boundary}" for boundary in (5, 4, 2)),
+        *(f"Measuring boundary {boundary}" for boundary in (5, 4, 3, 2)),
         "Asking for facts in full",
         "Asking for facts, boundary 2",
         "Reading the model",
@@ -198,7 +198,9 @@ def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, mon
         assert "Attention is left out: the text is too short" in done.stderr
         return
     assert (meta.boundary, meta.projection) == (4, ATTENTION)
-    assert meta.budget.tried.endswith("3 with attention outside, 4 with attention inside")
+    # 4 with a selection wins a tenth over 5, but not over 4 with attention.
+    tried = "3 with attention outside, 4 with attention inside, 3 with 10% selected outside"
+    assert meta.budget.tried.endswith(tried)
     taken = [each for each in json.loads(done.stdout)["tried"] if each["projection"] == ATTENTION]
     assert [each["in_budget"] for each in taken] == [False, True]
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop-sidecar.gguf"}
@@ -361,7 +363,7 @@ def test_text_is_sampled_once_however_many_fits_there_are(base, tmp_path, monkey
     monkeypatch.setattr(fits.Fitter, "fit", fit)
     done = convert(base, *FEW, *LOOSE, "--memory", 0)
     assert done.exit_code == 0, done.stderr
-    assert fitted == [[5], [4], [2]]
+    assert fitted == [[5], [4], [3], [2]]
     assert len(sampled) == 1
 
 
