@@ -108,8 +108,7 @@ class _Search:
         plan = replace(chosen.plan, budget=replace(self.budget, tried=tried))
         if chosen.recall is not None:
             plan = replace(plan, recall=recalled(chosen.recall))
-        fitted = self.fitted.get((plan.boundary, plan.projection))
-        return Chosen(plan, fitted, measured(chosen.quality), trials)
+        return Chosen(plan, self._fit_of(plan), measured(chosen.quality), trials)
 
     def _past(self, deepest: int) -> list[int]:
         return sorted((each for each in self.plans if each < deepest), reverse=True)
@@ -256,6 +255,9 @@ class _Search:
         for plan, fitted in zip(plans, made, strict=True):
             self.fitted[plan.boundary, fitted.projection] = fitted
 
+    def _fit_of(self, plan: Plan) -> Fitted | None:
+        return None if plan.projection == OWN else self.fitted[plan.boundary, plan.projection]
+
     def _is_ready(self, plan: Plan) -> bool:
         return plan.projection == OWN or (plan.boundary, plan.projection) in self.fitted
 
@@ -299,7 +301,7 @@ class _Search:
 
     @contextmanager
     def _opened(self, plan: Plan) -> Iterator[PopModel]:
-        fitted = self.fitted.get((plan.boundary, plan.projection))
+        fitted = self._fit_of(plan)
         sidecar = temporary_sidecar(plan, self.source, fitted) if fitted else nullcontext()
         with sidecar as written:
             files = ModelFiles(self.source.first.path, written)

@@ -255,7 +255,7 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
 ):
     plan, other, dear = (planned(llama, boundary) for boundary in (4, 5, 3))
     assert fit_cost(plan, WIDE) < fit_cost(plan, ATTENTION) < 0.2 < fit_cost(dear, ATTENTION)
-    monkeypatch.setattr(needs, "MOST_COST", {FITTED: 0.0, WIDE: 0.2, ATTENTION: 0.2})
+    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 0.2, ATTENTION: 0.2})
     # Worth a tenth of the loss, and two tenths.
     costs = {FITTED: 0.0, WIDE: 0.01, ATTENTION: 0.02}
     monkeypatch.setattr(fits, "fit_cost", lambda plan, kind: costs[kind])
@@ -281,7 +281,7 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
     [((FITTED, WIDE), ATTENTION), ((FITTED,), WIDE), ((FITTED, WIDE, ATTENTION), FITTED)],
 )
 def test_what_copies_goes_before_what_is_cheap(broken, wanted, llama, monkeypatch):
-    monkeypatch.setattr(needs, "MOST_COST", {FITTED: 0.0, WIDE: 0.2, ATTENTION: 0.2})
+    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 0.2, ATTENTION: 0.2})
     Losses(monkeypatch, {FITTED: 0.5, WIDE: 1.0, ATTENTION: 1.0}, broken)
     hardware = Hardware(n_threads=1)
     fitter = Fitter(read_source(llama), FitOptions(), hardware, Watch(), KINDS_OF_ONE)
