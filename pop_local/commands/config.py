@@ -13,7 +13,7 @@ from pop_local.config.settings import Scalar, Value, state_dir
 from pop_local.models.names import models_dir
 from pop_local.ui.lazy import HELP_OPTIONS
 from pop_local.ui.tables import Column, Table, print_json, print_table
-from pop_local.ui.theme import note, say, warn
+from pop_local.ui.theme import look, note, say, warn
 
 config = typer.Typer(
     invoke_without_command=True,
@@ -75,7 +75,10 @@ def set_value(
 ) -> None:
     """Write a setting to the file; its comments stay."""
     setting = settings.find(key)
-    _edit(key, settings.located(lambda: settings.parse(setting, value), key))
+    parsed = settings.located(lambda: settings.parse(setting, value), key)
+    if setting.key == "theme":
+        look(value)
+    _edit(key, parsed)
 
 
 @config.command()
