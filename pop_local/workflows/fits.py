@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from converter.format import FITTED, OWN
 from converter.plan import Plan
@@ -18,12 +18,13 @@ from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import CalibrationText
 from pop_local.measure import budget as budgets
+from pop_local.measure.gradual import Gradual
+from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Progress, Watch
+from pop_local.workflows.full_model import FullModel
+from pop_local.workflows.measuring import opened_to_measure
 from pop_local.workflows.options import Hardware
-
-if TYPE_CHECKING:
-    from pop_local.measure.quality import Quality
 
 T = TypeVar("T")
 _PREFIX = "pop-local-"
@@ -38,7 +39,7 @@ class Fitter:
     """Fits plans of one model, all with the same options and on the same text.
 
     Where the options leave it open, which of `kinds` is taken is decided once, by measuring them at
-    the first boundary: their sums are the same. Those that copy go first.
+    the first boundary, against `full`: their sums are the same. Those that copy go first.
     """
 
     source: Source
@@ -48,6 +49,7 @@ class Fitter:
     kinds: Sequence[str] = KINDS_OF_MANY
     text: CalibrationText | None = None
     kind: str | None = None
+    full: FullModel | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -76,7 +78,8 @@ class Fitter:
             [self.kind] = fits
         if self.kind is None:
             self.watch.on_note("Measuring whether a wider fit is worth its cost")
-            found, costs = self._qualities(plan, fits), {k: fit_cost(plan, k) for k in fits}
+            found = {kind: self._quality(plan, fitted) for kind, fitted in fits.items()}
+            costs = {kind: fit_cost(plan, kind) for kind in fits}
             losses = {kind: each.kl_mean.value for kind, each in found.items()}
             able = [kind for kind, each in found.items() if budgets.copies(each)] or list(fits)
             self.kind = min(able, key=lambda kind: losses[kind] / (1 - _WORTH * costs[kind]))
@@ -88,25 +91,19 @@ class Fitter:
             self.watch.on_note(f"Projections are {self.kind}: {seen}")
         return fits[self.kind]
 
-    def _qualities(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, "Quality"]:
-        """What each kind loses, on the same windows."""
-        from pop_local.measure.forced import Pruning
-        from pop_local.measure.quality import QualitySettings, measure_against, read_reference
-        from pop_local.workflows.measuring import opened_to_measure
-
+    def _quality(self, plan: Plan, fitted: Fitted) -> Quality:
+        """What a kind loses, on the same windows as another."""
         path, settings = self.source.first.path, QualitySettings(_N_WINDOWS, n_draws=1)
-        with opened_to_measure(ModelFiles(path), plan, self.hardware, self.watch) as opened:
-            advance = self.watch.stage("Reading in full")
-            reference = read_reference(*opened, settings, advance)
-        qualities = {}
-        for kind, fitted in fits.items():
-            with temporary_sidecar(plan, self.source, fitted) as sidecar:
-                files = ModelFiles(path, sidecar)
-                with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
-                    advance = self.watch.stage("Measuring")
-                    pruning = Pruning(plan.boundary)
-                    [qualities[kind]] = measure_against(reference, model, (pruning,), advance)
-        return qualities
+        if self.full is None:
+            self.full = FullModel(path, plan, settings, self.hardware, self.watch)
+        gradual = Gradual(self.full.reference, plan.boundary)
+        with temporary_sidecar(plan, self.source, fitted) as sidecar:
+            files = ModelFiles(path, sidecar)
+            with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
+                while True:
+                    quality = gradual.measure(model, self.watch.stage("Measuring"))
+                    if gradual.is_whole or quality.n_windows >= _N_WINDOWS:
+                        return quality
 
     def _lazily(self, name: str) -> Progress:
         """A stage that begins when its work does: a kept fit has none of it."""

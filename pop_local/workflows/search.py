@@ -6,7 +6,6 @@ That is the deepest boundary inside, unless deeper ones are with attention kept,
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from converter.errors import PopError
 from converter.format import ATTENTION, OWN, Budget, Measured
@@ -20,12 +19,12 @@ from pop_local.engine.model import PopModel
 from pop_local.measure import budget as budgets
 from pop_local.measure.forced import Pruning
 from pop_local.measure.gradual import Gradual
-from pop_local.measure.heldout import room
-from pop_local.measure.quality import Quality, QualitySettings, Reference, read_reference
-from pop_local.measure.recall import Recall, RecallReference, RecallSettings
+from pop_local.measure.quality import Quality, QualitySettings
+from pop_local.measure.recall import Recall
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
+from pop_local.workflows.full_model import FullModel
 from pop_local.workflows.measuring import measured, opened_to_measure, recalled
 from pop_local.workflows.options import Hardware
 from pop_local.workflows.refusals import OverBudgetError, Trial
@@ -68,9 +67,11 @@ def search(
 
     Raises OverBudgetError, PopError, StoppedError.
     """
-    fitter = Fitter(source, options, hardware, watch)
+    settings = QualitySettings(N_WINDOWS)
+    full = FullModel(source.first.path, plans[0], settings, hardware, watch, N_DOCUMENTS)
+    fitter = Fitter(source, options, hardware, watch, full=full)
     by_boundary = {plan.boundary: plan for plan in plans}
-    return _Search(source, by_boundary, budget, options, hardware, watch, fitter).run()
+    return _Search(source, by_boundary, budget, options, hardware, watch, full, fitter).run()
 
 
 @dataclass
@@ -83,6 +84,7 @@ class _Search:
     options: FitOptions
     hardware: Hardware
     watch: Watch
+    full: FullModel
     fitter: Fitter
     # By boundary and kind.
     fitted: dict[tuple[int, str], Fitted] = field(default_factory=dict)
@@ -155,7 +157,7 @@ class _Search:
         """Try plans, up to the first that is inside (`until` true) or outside."""
         trials: list[Trial] = []
         for plan in plans:
-            gradual = Gradual(self.reference, plan.boundary, plan.select)
+            gradual = Gradual(self.full.reference, plan.boundary, plan.select)
             quality = self._measure(plan, gradual, self._is_outside)
             inside, recall = budgets.is_inside(self.budget, quality), None
             if inside:
@@ -213,28 +215,6 @@ class _Search:
             self._trials(),
         )
 
-    @cached_property
-    def reference(self) -> Reference:
-        """What the full model says of the held-out text."""
-        self.watch.on_note("Reading held-out text in full")
-        files = ModelFiles(self.source.first.path)
-        plan = next(iter(self.plans.values()))
-        with opened_to_measure(files, plan, self.hardware, self.watch) as (model, tokens):
-            settings = QualitySettings()
-            n_found = room(tokens, settings.n_context + settings.n_continuation)
-            settings = replace(settings, n_windows=min(N_WINDOWS, max(1, n_found)))
-            return read_reference(model, tokens, settings, self.watch.stage("Reading in full"))
-
-    @cached_property
-    def full_recall(self) -> RecallReference:
-        """How often the full model finds facts."""
-        files = ModelFiles(self.source.first.path)
-        with opened_to_measure(
-            files, next(iter(self.plans.values())), self.hardware, self.watch
-        ) as (model, _):
-            advance = self.watch.stage("Asking for facts in full")
-            return RecallReference.read(model, RecallSettings(N_DOCUMENTS), advance)
-
     def _fit(self, wanted: Sequence[int]) -> None:
         """Fit the first of `wanted`, with others in the same pass over the text."""
         options = self.options.at(wanted[0])
@@ -275,7 +255,7 @@ class _Search:
 
     def _judge(self, boundary: int, is_enough: Callable[[Quality], bool]) -> None:
         """Measure a boundary until that is enough, and judge it."""
-        gradual = self.measured.setdefault(boundary, Gradual(self.reference, boundary))
+        gradual = self.measured.setdefault(boundary, Gradual(self.full.reference, boundary))
         quality = self._measure(self.plans[boundary], gradual, is_enough)
         self.qualities[boundary] = quality
         self.verdicts[boundary] = budgets.is_inside(self.budget, quality)
@@ -293,7 +273,7 @@ class _Search:
 
     def _ask(self, plan: Plan) -> Recall:
         """Ask for facts of pruned documents."""
-        reference = self.full_recall
+        reference = self.full.recall
         with self._opened(plan) as model:
             pruning = Pruning(plan.boundary, select=plan.select)
             advance = self.watch.stage(f"Asking for facts, boundary {_named(plan)}")

@@ -19,7 +19,7 @@ from pop_local.calibration import activations, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, probes
 from pop_local.measure.estimate import Estimate
-from pop_local.measure.recall import Recall
+from pop_local.measure.recall import Recall, RecallReference
 from pop_local.workflows import fits
 from pop_local.workflows import search as searching
 from support.converted import names
@@ -216,7 +216,7 @@ def test_facts_that_are_lost_put_a_boundary_outside(base, text, tmp_path, monkey
         found, gone = Estimate(1.0 - share, 0.0), Estimate(share, 0.0)
         return Recall(2, 512, none, none, full, found, gone)
 
-    monkeypatch.setattr(searching.RecallReference, "measure", measure)
+    monkeypatch.setattr(RecallReference, "measure", measure)
     done = convert(base, "--text", text, *FEW, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")

@@ -1,0 +1,30 @@
+"""A model that is talked to, and what it says, for the tests of saved sessions."""
+
+from pathlib import Path
+
+from pop_local.engine.model import PopModel
+from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+QUESTION = Turn("a b c d e f g h " * 20, (Document("notes.txt", "i j k " * 20),))
+
+
+def opened(file: Path, **options) -> PopModel:
+    return PopModel(file, n_threads=1, **{"n_ctx": 1024} | options)
+
+
+def answered(model: PopModel, *turns: Turn) -> Conversation:
+    """The conversation with the model's answer to its last question."""
+    said = Conversation("Be brief.", turns)
+    chunks = model.chat_turn(said.messages, temperature=0.0, max_tokens=8)
+    answer = "".join(chunk.text for chunk in chunks)
+    return said.without_last().plus(Turn(turns[-1].question, turns[-1].documents, answer))
+
+
+def follow_up(model: PopModel, said: Conversation) -> tuple[str, int]:
+    """An answer, and how many tokens of its prompt were read for it."""
+    messages = said.plus(Turn("and now?")).messages
+    chunks = list(model.chat_turn(messages, temperature=0.0, max_tokens=8))
+    stats = chunks[-1].stats
+    assert stats is not None
+    return "".join(chunk.text for chunk in chunks), stats.n_pruned + stats.n_full

@@ -1,0 +1,187 @@
+"""Saved sessions that are damaged, or not what they seem: one error, or read again."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from converter.errors import PopError
+from pop_local.engine.sessions.schema import encoded_array
+from pop_local.engine.sessions.session_file import Sessions
+from support.converted import tiny
+from support.talking import QUESTION, TEMPLATE, answered, follow_up, opened
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("session"), boundary=5, chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def sessions(tmp_path) -> Sessions:
+    return Sessions(tmp_path / "sessions")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other zip", "no object"])
+def test_a_damaged_session_is_one_error_and_changes_nothing(file, sessions, damage):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    path = sessions.path("talk")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage in ("other zip", "no object"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("session.json", '{"format": 1}' if damage == "other zip" else "null")
+    else:
+        path.write_bytes(
+            {
+                "cut": content[:middle],
+                "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+                "empty": b"",
+                "text": b"not a session",
+            }[damage]
+        )
+    n_tokens = model.n_tokens
+    with pytest.raises(PopError, match="damaged or not a session"):
+        sessions.load("talk", model)
+    assert model.n_tokens == n_tokens
+    assert [stored.name for stored in sessions.listed()] == ["talk"]
+
+
+def rewritten(path: Path, **members: Any) -> None:
+    """Changes members of the archive to these bytes, and fields of session.json, by their place."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    session = json.loads(contents["session.json"])
+    for place, value in members.pop("fields", {}).items():
+        *outer, last = place.split(".")
+        at: Any = session
+        for key in outer:
+            at = at[int(key) if key.isdecimal() else key]
+        at[last] = value
+    contents["session.json"] = json.dumps(session).encode()
+    contents |= {name.replace("_", "."): content for name, content in members.items()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+
+
+TURN = "conversation.turns.0"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("format", 3),
+        ("unknown", 1),
+        ("name", []),
+        ("model", None),
+        ("n_tokens", "many"),
+        ("n_tokens", True),
+        ("n_tokens", -1),
+        ("n_tokens", 10**30),
+        ("n_tokens", 1e30),
+        ("mode", "SOMETIMES"),
+        ("mode", []),
+        ("key", 1),
+        ("fingerprint", None),
+        ("fingerprint.model_bytes", 2**70),
+        ("fingerprint.backend", 7),
+        ("fingerprint.mmproj", None),
+        ("conversation", []),
+        ("conversation.system", {}),
+        ("conversation.turns", {"a": 1}),
+        (TURN, "a question"),
+        (f"{TURN}.question", 5),
+        (f"{TURN}.answer", None),
+        (f"{TURN}.answer", "\ud800"),
+        (f"{TURN}.documents", [["name", "text"]]),
+        (f"{TURN}.pictures", [{"name": "a", "sha256": "none.npy"}]),
+        (f"{TURN}.pictures", [{"name": "a"}]),
+        (f"{TURN}.documents", [{"name": "a", "text": 1}]),
+    ],
+)
+def test_every_field_of_a_session_has_a_type_and_a_range(file, sessions, place, value):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    path = sessions.path("talk")
+    if place == TURN:
+        rewritten(path, fields={"conversation.turns": [value]})
+    else:
+        rewritten(path, fields={place: value})
+    n_tokens = model.n_tokens
+    with pytest.raises(PopError, match="damaged or not a session"):
+        sessions.load("talk", model)
+    assert model.n_tokens == n_tokens
+    (stored,) = sessions.listed()
+    assert stored.session is None
+
+
+def npy(head: str, data: bytes = b"") -> bytes:
+    padded = head.ljust(117) + "\n"
+    return b"\x93NUMPY\x01\0" + len(padded).to_bytes(2, "little") + padded.encode() + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (999999999999,), }"),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (-1,), }"),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (N,), }"),
+        npy("{'descr': '<U999999999', 'fortran_order': False, 'shape': (N,), }"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (N,), }", bytes(4000)),
+        npy("{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (N,), }"),
+        npy("(" * 100),
+        npy("{'descr': '<i4', 'fortran_order': False, 'shape': (N,), }"),
+        b"",
+    ],
+)
+@pytest.mark.parametrize("name", ["tokens_npy", "full_npy"])
+def test_arrays_are_of_the_expected_type_and_size(file, sessions, name, content):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    content = content.replace(b"N", str(model.n_tokens).encode())
+    rewritten(sessions.path("talk"), **{name: content})
+    with pytest.raises(PopError, match="damaged or not a session"):
+        sessions.load("talk", model)
+
+
+def test_tokens_are_of_the_vocabulary(file, sessions):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    for token in (-1, model.n_vocab()):
+        tokens = encoded_array(np.full(model.n_tokens, token, np.int32))
+        rewritten(sessions.path("talk"), tokens_npy=tokens)
+        with pytest.raises(PopError, match="damaged or not a session"):
+            sessions.load("talk", model)
+
+
+@pytest.mark.parametrize("kv", ["empty", "cut", "of fewer cells"])
+def test_k_v_that_are_not_all_there_are_read_again(file, sessions, kv):
+    model = opened(file)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    expected = follow_up(opened(file), said)
+    state = model.save_state().llama_state
+    if kv == "of fewer cells":
+        model.truncate(10)
+        state = model.save_state().llama_state
+    content = {"empty": b"", "cut": state[:-1]}.get(kv, state)
+    rewritten(sessions.path("talk"), kv_bin=content)
+    restored = sessions.load("talk", model)
+    assert restored.reread == "the saved state does not fit this model and context"
+    assert model.n_tokens == 0
+    assert follow_up(model, said) == expected
+
+
+def test_a_packed_session_is_refused(file, sessions):
+    model = opened(file)
+    sessions.save("talk", model, answered(model, QUESTION))
+    with zipfile.ZipFile(sessions.path("talk"), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("session.json", b" " * 1_000_000)
+    with pytest.raises(PopError, match="damaged or not a session"):
+        sessions.load("talk", model)
