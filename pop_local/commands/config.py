@@ -75,10 +75,14 @@ def set_value(
 ) -> None:
     """Write a setting to the file; its comments stay."""
     setting = settings.find(key)
-    parsed = settings.located(lambda: settings.parse(setting, value), key)
+    _edit(key, settings.located(lambda: _checked(setting, value), key))
+
+
+def _checked(setting: settings.Setting, text: str) -> Scalar:
+    value = settings.parse(setting, text)
     if setting.key == "theme":
-        look(value)
-    _edit(key, parsed)
+        look(text)
+    return value
 
 
 @config.command()

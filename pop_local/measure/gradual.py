@@ -22,11 +22,15 @@ N_FIRST_WINDOWS = 4
 
 @dataclass
 class Gradual:
-    """A boundary's scores so far, against a reference that was read at once."""
+    """A boundary's scores so far, against a reference that was read at once.
+
+    `quality` is what they say, None before the first are measured.
+    """
 
     reference: Reference
     boundary: int
     select: float = 0.0
+    quality: Quality | None = None
     _scores: list[Scores] = field(default_factory=list)
     _repeated_nll: Floats | None = None
 
@@ -54,7 +58,7 @@ class Gradual:
             if self._repeated_nll is None:
                 [self._repeated_nll] = measure_induction(reader, reference.repeated, [pruning], ran)
             self._scores += score(reader, windows, full, [pruning], ran)[0]
-            return summarize(
+            self.quality = summarize(
                 pruning,
                 reference.settings,
                 reader.rule,
@@ -62,3 +66,4 @@ class Gradual:
                 reference.repeated,
                 self._repeated_nll,
             )
+            return self.quality

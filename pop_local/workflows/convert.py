@@ -305,10 +305,9 @@ class _Run:
         examination = self._examination(plan, allow_broken_copy=self.force)
         examination.before_fit()
         with _resumable(planned.fit, self.watch):
-            fitter = Fitter(
+            [fitted] = Fitter(
                 planned.source, planned.fit, planned.hardware, self.watch, planned.kinds
-            )
-            [fitted] = fitter.fit((plan,), planned.fit.state_path)
+            ).fit((plan,), planned.fit.state_path)
             return self._write(
                 plan,
                 fitted,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -39,7 +39,8 @@ class Fitter:
     """Fits plans of one model, all with the same options and on the same text.
 
     Where the options leave it open, which of `kinds` is taken is decided once, by measuring them at
-    the first boundary, against `full`: their sums are the same. Those that copy go first.
+    the first boundary. Those that copy go first. `full` is what they are measured against, None to
+    read a few windows for that alone; `seen` is how each measured, by boundary and kind.
     """
 
     source: Source
@@ -50,6 +51,7 @@ class Fitter:
     text: CalibrationText | None = None
     kind: str | None = None
     full: FullModel | None = None
+    seen: dict[tuple[int, str], Gradual] = field(default_factory=dict)
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -78,7 +80,7 @@ class Fitter:
             [self.kind] = fits
         if self.kind is None:
             self.watch.on_note("Measuring whether a wider fit is worth its cost")
-            found = {kind: self._quality(plan, fitted) for kind, fitted in fits.items()}
+            found = self._qualities(plan, fits)
             costs = {kind: fit_cost(plan, kind) for kind in fits}
             losses = {kind: each.kl_mean.value for kind, each in found.items()}
             able = [kind for kind, each in found.items() if budgets.copies(each)] or list(fits)
@@ -91,19 +93,21 @@ class Fitter:
             self.watch.on_note(f"Projections are {self.kind}: {seen}")
         return fits[self.kind]
 
-    def _quality(self, plan: Plan, fitted: Fitted) -> Quality:
-        """What a kind loses, on the same windows as another."""
+    def _qualities(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, Quality]:
+        """What each kind loses, on the same windows."""
         path, settings = self.source.first.path, QualitySettings(_N_WINDOWS, n_draws=1)
-        if self.full is None:
-            self.full = FullModel(path, plan, settings, self.hardware, self.watch)
-        gradual = Gradual(self.full.reference, plan.boundary)
-        with temporary_sidecar(plan, self.source, fitted) as sidecar:
-            files = ModelFiles(path, sidecar)
-            with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
-                while True:
+        full = self.full or FullModel(path, plan, settings, self.hardware, self.watch)
+        qualities = {}
+        for kind, fitted in fits.items():
+            gradual = self.seen[plan.boundary, kind] = Gradual(full.reference, plan.boundary)
+            with temporary_sidecar(plan, self.source, fitted) as sidecar:
+                files = ModelFiles(path, sidecar)
+                with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
                     quality = gradual.measure(model, self.watch.stage("Measuring"))
-                    if gradual.is_whole or quality.n_windows >= _N_WINDOWS:
-                        return quality
+                    while quality.n_windows < _N_WINDOWS and not gradual.is_whole:
+                        quality = gradual.measure(model, self.watch.stage("Measuring"))
+            qualities[kind] = quality
+        return qualities
 
     def _lazily(self, name: str) -> Progress:
         """A stage that begins when its work does: a kept fit has none of it."""

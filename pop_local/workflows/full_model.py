@@ -16,10 +16,10 @@ from pop_local.workflows.options import Hardware
 
 @dataclass(frozen=True)
 class FullModel:
-    """The model at `path`, whose full rows are those of `plan`, at any boundary.
+    """The model at `path`; sink and tail are those of `plan`, its boundary does not matter.
 
-    It is asked by `settings`, about fewer windows where the text has no more, and for facts of
-    `n_documents`. What is kept raises PopError and StoppedError when it is first read.
+    `settings` say how much is read, fewer windows where the text has no more; `n_documents` are
+    asked for facts. Both raise PopError and StoppedError where they are read, the first time.
     """
 
     path: Path

@@ -230,6 +230,8 @@ class _Search:
         self._keep(plans, made)
         for plan, fitted in zip(plans, made, strict=True):
             self.plans[plan.boundary] = replace(plan, projection=fitted.projection)
+            if seen := self.fitter.seen.get((plan.boundary, fitted.projection)):
+                self.measured[plan.boundary] = seen
 
     def _keep(self, plans: Sequence[Plan], made: Sequence[Fitted]) -> None:
         for plan, fitted in zip(plans, made, strict=True):
@@ -263,6 +265,8 @@ class _Search:
     def _measure(
         self, plan: Plan, gradual: Gradual, is_enough: Callable[[Quality], bool]
     ) -> Quality:
+        if (known := gradual.quality) and (gradual.is_whole or is_enough(known)):
+            return known
         self.watch.on_note(f"Measuring boundary {_named(plan)} on held-out text")
         with self._opened(plan) as model:
             while True:

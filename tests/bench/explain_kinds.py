@@ -3,8 +3,9 @@
     python tests/bench/explain_kinds.py MODEL.gguf [--pop SIDECAR] [--windows 8] TEXT ...
 
 A token of a continuation repeats when the context has it after the same two tokens, so that the
-model may copy it from there. Prints Markdown, for each text: the mean KL divergence, the share of
-tokens that repeat, the mean KL of these and of the others, and the full model's entropy.
+model may copy it from there; what repeats within the continuation counts as new. Prints Markdown,
+for each text: the mean KL divergence, the share of tokens that repeat, the mean KL of these and of
+the others, and the share of all KL that the twentieth with the largest has.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pop_local.engine.model import PopModel
-from pop_local.measure.divergence import Flags, Floats, Predictions
+from pop_local.measure.divergence import Flags, Floats
 from pop_local.measure.estimate import Estimate, mean, ratio
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import given_text, tokenize
@@ -28,14 +29,15 @@ def repeats(window: Window) -> Flags:
     return np.array([each in seen for each in follows][len(context) - 2 :])
 
 
-def entropy(predicted: Predictions) -> Floats:
-    """The entropy of each prediction in nats."""
-    logs = predicted.logits.astype(np.float64) - predicted.log_z[:, None]
-    return np.asarray(-(np.exp(logs) * logs).sum(axis=1), np.float64)
+def of_worst(kl: Floats) -> float:
+    """The share of all KL [n_windows, n_tokens] that the largest twentieth has."""
+    ranked = np.sort(kl, axis=None)
+    return float(ranked[-(ranked.size // 20) :].sum() / ranked.sum())
 
 
 def cell(estimate: Estimate, digits: int = 4) -> str:
-    return f"{estimate.value:.{digits}f} ± {estimate.se or 0.0:.{digits}f}"
+    error = "" if estimate.se is None else f" ± {estimate.se:.{digits}f}"
+    return f"{estimate.value:.{digits}f}{error}"
 
 
 def main() -> None:
@@ -46,9 +48,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     options = parser.parse_args()
     settings = QualitySettings(options.windows, n_draws=1)
-    print("| text | KL | tokens that repeat | their KL | KL of the others | entropy |")
+    print("| text | KL | tokens that repeat | their KL | KL of the others | worst twentieth |")
     print("|---|---|---|---|---|---|")
     with PopModel(options.model, sidecar=options.pop, n_threads=1, n_ctx=2048) as model:
+        if not model.boundary:
+            parser.error("nothing is pruned in MODEL: name its sidecar by --pop")
         for path in options.texts:
             tokens = tokenize(model, given_text(path))
             reference = read_reference(model, tokens, settings, lambda done, total: None)
@@ -58,11 +62,12 @@ def main() -> None:
                 [scores] = score(reader, windows, full, [pruning], lambda n: None)
             kl = np.stack([each.divergence.kl for each in scores])
             old = np.stack([repeats(window) for window in windows]).astype(np.float64)
-            spread = np.stack([entropy(each.predicted) for each in full])
             new = 1 - old
             cells = [path.stem, cell(mean(kl)), cell(mean(old), 2)]
-            cells += [cell(ratio((kl * x).sum(axis=1), x.sum(axis=1))) for x in (old, new)]
-            cells.append(cell(mean(spread), 2))
+            for of in (old, new):
+                each, counts = (kl * of).sum(axis=1), of.sum(axis=1)
+                cells.append(cell(ratio(each, counts)) if counts.any() else "")
+            cells.append(f"{of_worst(kl):.0%}")
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -9,18 +9,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from converter.errors import PopError
-from converter.format import ATTENTION, read_pop_meta
-from pop_local.calibration import activations, texts
+from converter.format import ATTENTION, WIDE, read_pop_meta
+from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
-from pop_local.measure import budget, gradual, probes
+from pop_local.measure import budget, gradual, probes, quality
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.recall import Recall, RecallReference
-from pop_local.workflows import fits
+from pop_local.workflows import fits, full_model
 from pop_local.workflows import search as searching
 from support.converted import names
 from support.synthetic import make_gguf
@@ -110,6 +111,30 @@ def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, m
     assert min(seconds.values()) > 0
 
 
+def test_what_is_measured_to_choose_a_kind_is_not_measured_again(base, text, monkeypatch):
+    monkeypatch.setattr(needs, "MOST_COST", {WIDE: 1.0})
+    n_read: list[int] = []
+
+    def read(*arguments: Any) -> quality.Reference:
+        reference = quality.read_reference(*arguments)
+        n_read.append(len(reference.windows))
+        return reference
+
+    monkeypatch.setattr(full_model, "read_reference", read)
+    done = convert(base, "--sidecar", "--text", text, *FEW, *LOOSE, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert n_read == [2]
+    found = json.loads(done.stdout)
+    stages = [phase["name"] for phase in found["phases"]]
+    # Both windows of both kinds are the first boundary's, which the search begins with.
+    assert stages[1:4] == ["Reading in full", "Measuring", "Measuring boundary 4"]
+    first = found["tried"][0]
+    assert (first["boundary"], first["n_windows"]) == (5, 2)
+    [chosen] = re.findall(r"Projections are ([a-z-]+):", done.stderr)
+    [kl] = re.findall(rf"[ ,]{chosen} KL ([0-9.]+)", done.stderr)
+    assert f"{first['kl_mean']:.4f}" == kl
+
+
 def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
     """The last layer's own projections are exact; a random model loses all else."""
     done = convert(base, *FEW, "--max-kl", 0.0001)
@@ -181,11 +206,13 @@ def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, mon
             found, good = super().measure(model, on_progress), Estimate(1.0, 0.0)
             deepest = 4 if model.meta.projection == ATTENTION else 5
             copied = good if self.boundary >= deepest and not self.select else Estimate(9.0, 0.0)
-            return replace(
+            self.quality = replace(
                 found, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=copied
             )
+            return self.quality
 
-    monkeypatch.setattr(searching, "Gradual", Told)
+    for module in (fits, searching):
+        monkeypatch.setattr(module, "Gradual", Told)
     base = make_gguf(tmp_path / "tiny.gguf", "llama", n_head_kv=1, n_ff=1024)
     options = ("--sidecar", "--resume", "--text", text, *FEW, "--max-copy-ratio", 2, "--json")
     done = convert(base, *options)

@@ -237,13 +237,13 @@ class Losses:
             kl = Estimate(given[kind], 0.0)
             return SimpleNamespace(kl_mean=kl, copy_ppl_ratio=copied, induction_retention=None)
 
-        def measured(fitter, plan, made):
-            self.measured.append(made.projection)
-            return quality(made.projection)
+        def qualities(fitter, plan, made):
+            self.measured += [each.projection for each in made.values()]
+            return {kind: quality(kind) for kind in made}
 
         monkeypatch.setattr(fits, "calibrate", calibrate)
         monkeypatch.setattr(fits, "LoadedModel", lambda *_, **__: nullcontext())
-        monkeypatch.setattr(Fitter, "_quality", measured)
+        monkeypatch.setattr(Fitter, "_qualities", qualities)
 
 
 @pytest.mark.parametrize(
