@@ -1,5 +1,6 @@
 """One boundary measured a few windows at a time, so that one may stop when they say enough."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from converter.progress import Progress
@@ -38,6 +39,22 @@ class Gradual:
     def is_whole(self) -> bool:
         """Whether all windows of the reference are measured."""
         return len(self._scores) == len(self.reference.windows)
+
+    def enough(self, is_enough: Callable[[Quality], bool]) -> Quality | None:
+        """`quality`, if it is of all windows, or `is_enough` says so; else None."""
+        found = self.quality
+        return found if found and (self.is_whole or is_enough(found)) else None
+
+    def measure_until(
+        self,
+        is_enough: Callable[[Quality], bool],
+        model: PopModel,
+        begin: Callable[[], Progress],
+    ) -> Quality:
+        """Measure until it is `enough`; `begin` gives what follows each step of `measure`."""
+        while not (found := self.enough(is_enough)):
+            self.measure(model, begin())
+        return found
 
     def measure(self, model: PopModel, on_progress: Progress) -> Quality:
         """Measure four windows that are spread over the text, later as many as before.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -96,17 +97,17 @@ class Fitter:
     def _qualities(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, Quality]:
         """What each kind loses, on the same windows."""
         path, settings = self.source.first.path, QualitySettings(_N_WINDOWS, n_draws=1)
-        full = self.full or FullModel(path, plan, settings, self.hardware, self.watch)
+        full = self.full or FullModel(path, plan, settings, self.hardware, self.watch, 0)
+        begin = partial(self.watch.stage, "Measuring")
         qualities = {}
         for kind, fitted in fits.items():
             gradual = self.seen[plan.boundary, kind] = Gradual(full.reference, plan.boundary)
             with temporary_sidecar(plan, self.source, fitted) as sidecar:
                 files = ModelFiles(path, sidecar)
                 with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
-                    quality = gradual.measure(model, self.watch.stage("Measuring"))
-                    while quality.n_windows < _N_WINDOWS and not gradual.is_whole:
-                        quality = gradual.measure(model, self.watch.stage("Measuring"))
-            qualities[kind] = quality
+                    qualities[kind] = gradual.measure_until(
+                        lambda found: found.n_windows >= _N_WINDOWS, model, begin
+                    )
         return qualities
 
     def _lazily(self, name: str) -> Progress:

@@ -27,7 +27,7 @@ class FullModel:
     settings: QualitySettings
     hardware: Hardware
     watch: Watch
-    n_documents: int = 0
+    n_documents: int
 
     @cached_property
     def reference(self) -> Reference:

@@ -6,6 +6,7 @@ That is the deepest boundary inside, unless deeper ones are with attention kept,
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from converter.errors import PopError
 from converter.format import ATTENTION, OWN, Budget, Measured
@@ -265,15 +266,12 @@ class _Search:
     def _measure(
         self, plan: Plan, gradual: Gradual, is_enough: Callable[[Quality], bool]
     ) -> Quality:
-        if (known := gradual.quality) and (gradual.is_whole or is_enough(known)):
+        if known := gradual.enough(is_enough):
             return known
         self.watch.on_note(f"Measuring boundary {_named(plan)} on held-out text")
+        begin = partial(self.watch.stage, f"Measuring boundary {plan.boundary}")
         with self._opened(plan) as model:
-            while True:
-                advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
-                quality = gradual.measure(model, advance)
-                if gradual.is_whole or is_enough(quality):
-                    return quality
+            return gradual.measure_until(is_enough, model, begin)
 
     def _ask(self, plan: Plan) -> Recall:
         """Ask for facts of pruned documents."""

@@ -3,9 +3,10 @@
     python tests/bench/measure_table.py MODEL.gguf --fits 18:fitted,16:wide,14:attention
         --out FOLDER [--prompts 512,2048] [--repeat 3] [--windows 16] [--texts FILE ...] [--cpu N]
 
-All are fitted in one pass over convert's text; then each is `pop-local eval` and `pop-local bench`
-of its sidecar, with one thread. FOLDER keeps sidecars and JSON, so that a second call measures only
-what is missing. Of each of `--texts`, eight windows by themselves. Prints Markdown.
+All are fitted in one pass over convert's text, and measured as `pop-local eval` does, but with the
+full model read once for all; then each is `pop-local bench` of its sidecar, with one thread. FOLDER
+keeps sidecars and JSON, so that a second call measures only what is missing. Of each of `--texts`,
+eight windows by themselves. Prints Markdown.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from converter.plan import make_plan
+from converter.plan import Plan, make_plan
 from converter.shape import source_shape
 from converter.sidecar import write_sidecar
 from converter.source import read_source
@@ -24,9 +25,19 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
 from pop_local.commands.options import ProjectionName
+from pop_local.measure.forced import Pruning
+from pop_local.measure.quality import QualitySettings, measure_against
+from pop_local.measure.recall import RecallSettings
+from pop_local.models.stored import ModelFiles
+from pop_local.ui.views.quality import figures
 from pop_local.ui.watch import terminal_watch
+from pop_local.workflows.events import Watch
+from pop_local.workflows.full_model import FullModel
+from pop_local.workflows.measuring import opened_to_measure
+from pop_local.workflows.options import Hardware
 
 POP_LOCAL = (sys.executable, "-m", "pop_local")
+ONE_THREAD = Hardware(n_threads=1, n_gpu_layers=0)
 Recipe = tuple[int, str]  # boundary, kind of fit
 HEADS = ("skipped", "limit", "KL", "first token", "PPL ratio", "copy", "facts, of full")
 
@@ -38,13 +49,43 @@ def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
         source = read_source(model)
         shape = source_shape(source)
         plans = [make_plan(shape, boundary=b, projection=kind) for b, kind in missing]
-        with terminal_watch() as watch, LoadedModel(model, n_threads=1, n_gpu_layers=0) as loaded:
+        with terminal_watch() as watch, LoadedModel(model, **vars(ONE_THREAD)) as loaded:
             watch.stage("Sampling and fitting")
             follow = Follow(watch.on_progress, watch.on_progress, watch.should_stop)
             done = calibrate(plans, loaded, source, FitOptions(), follow)
         for plan, fitted in zip(plans, done.fitted, strict=True):
             write_sidecar(plan, model, sidecars[plan.boundary, plan.projection], fitted=fitted)
     return sidecars
+
+
+def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
+    """What each sidecar loses, kept beside it; those that are missing are measured."""
+    shape = source_shape(read_source(model))
+    settings, n_documents = QualitySettings(n_windows), RecallSettings().n_documents
+    plans = {path: make_plan(shape, boundary=b, projection=k) for (b, k), path in sidecars.items()}
+    with terminal_watch() as watch:
+        some_plan = next(iter(plans.values()))
+        full = FullModel(model, some_plan, settings, ONE_THREAD, watch, n_documents)
+        for sidecar, plan in plans.items():
+            kept = sidecar.with_suffix(".quality.json")
+            if not kept.exists():
+                kept.write_text(json.dumps(measure_one(full, plan, sidecar, watch), indent=2))
+
+
+def measure_one(full: FullModel, plan: Plan, sidecar: Path, watch: Watch) -> dict[str, Any]:
+    pruning = Pruning(plan.boundary)
+    reference, recall = full.reference, full.recall
+    files = ModelFiles(full.path, sidecar)
+    with opened_to_measure(files, plan, ONE_THREAD, watch) as (model, _):
+        advance = watch.stage(f"Measuring boundary {plan.boundary}")
+        [quality] = measure_against(reference, model, [pruning], advance)
+        facts = recall.measure(model, pruning, watch.stage("Asking"))
+    return {
+        "n_skipped": plan.n_skipped,
+        "speedup_limit": plan.speedup_limit,
+        **figures(quality),
+        "recall": [figures(facts)],
+    }
 
 
 def asked(kept: Path, *command: object) -> dict[str, Any]:
@@ -91,13 +132,12 @@ def main() -> None:
     recipes = [(int(boundary), ProjectionName(kind).kind) for boundary, kind in fits]
     prompts = [int(each) for each in options.prompts.split(",") if each]
     sidecars = fit(options.model, recipes, options.out)
+    measure(options.model, sidecars, options.windows)
     heads = (*HEADS, *(text.stem for text in options.texts), *(f"{n:,} tokens" for n in prompts))
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for (_, kind), sidecar in sidecars.items():
         of = (options.model, "--pop", sidecar)
-        found = asked(
-            sidecar.with_suffix(".quality.json"), "eval", *of, "--windows", options.windows
-        )
+        found = json.loads(sidecar.with_suffix(".quality.json").read_text())
         cells = [f"{found['n_skipped']}, {kind}", *quality_cells(found)]
         for text in options.texts:
             kept = sidecar.with_suffix(f".{text.stem}.json")
@@ -107,8 +147,11 @@ def main() -> None:
             kept = sidecar.with_suffix(f".{n}.json")
             timed = asked(kept, "bench", *of, "--prompt", n, "--repeat", options.repeat)
             [run] = timed["rows"]
-            ratio = run["speedup"]
-            cells.append(f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})")
+            ratio, full, pruned = run["speedup"], run["full_ttft_s"], run["pop_ttft_s"]
+            cells.append(
+                f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}),"
+                f" {full['median']:.1f} to {pruned['median']:.1f} s"
+            )
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

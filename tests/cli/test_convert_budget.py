@@ -165,13 +165,14 @@ def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_e
             found = super().measure(model, on_progress)
             inside = self.boundary >= deepest[self.select]
             kl, ratio = Estimate(0.001 if inside else 1.0, 1e-4), Estimate(1.0, 0.0)
-            return replace(
+            self.quality = replace(
                 found,
                 kl_mean=kl,
                 ppl_ratio=ratio,
                 copy_ppl_ratio=ratio,
                 induction_retention=None,
             )
+            return self.quality
 
     monkeypatch.setattr(searching, "Gradual", Told)
     monkeypatch.setattr(searching, "SELECTION_GAIN", gain)
