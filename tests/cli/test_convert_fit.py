@@ -165,6 +165,8 @@ def test_smollm2_copies_at_a_third_and_not_at_a_half(
     """On text alone: sampling would take longer than all the rest."""
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     monkeypatch.setattr(depth, "_LOOK", QualitySettings(n_draws=1))
+    short = QualitySettings(1, n_context=192, n_continuation=64, n_draws=1)
+    monkeypatch.setattr(examining, "_own_settings", lambda: short)
     target, text = tmp_path / "smollm2.pop.gguf", tmp_path_factory.mktemp("text") / "topics.txt"
     text.write_text("\n".join(topics.values()))
     done = convert(smollm2, target, "--json", "--text", text)

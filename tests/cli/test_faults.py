@@ -16,13 +16,12 @@ from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationText
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions, _stored_picture
-from support.asked import TEMPLATE
 from support.calls import completed, opened
 from support.converted import converted, names
 from support.faults import FAULTS, failing
 from support.hub_server import Hub, serving
 from support.program import called
-from support.synthetic import make_gguf
+from support.synthetic import TEMPLATE, make_gguf
 
 SMALL = MappingProxyType({"n_layer": 3, "n_embd": 64, "n_ff": 64})
 NAME = "out.gguf"

@@ -11,7 +11,7 @@ from converter.plan import make_plan
 from converter.rewrite import convert
 from converter.shape import read_shape
 from support.program import run
-from support.synthetic import make_gguf
+from support.synthetic import TEMPLATE, make_gguf
 
 if sys.platform == "win32":
     pytest.skip("a pseudo-terminal is needed", allow_module_level=True)
@@ -19,7 +19,6 @@ from support.terminal import Terminal
 
 pytestmark = pytest.mark.slow
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 ANSWER_OPTIONS = ("--temperature", "0", "--threads", "1")
 STATS = r"prompt ([\d,]+) tokens \((?:([\d,]+) cached, )?([\d,]+) pruned(?:: short)?\)"
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

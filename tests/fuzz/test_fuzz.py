@@ -37,13 +37,13 @@ from pop_local.engine.sessions.session_file import Sessions
 from pop_local.server.app import create_app
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import inspect
-from support.asked import NAME, TEMPLATE
+from support.asked import NAME
 from support.calls import opened
 from support.converted import paired, tiny
 from support.mutants import IN_PLACE, mutated_bytes, mutated_json
 from support.native import Loader
 from support.serving import asking
-from support.synthetic import make_gguf
+from support.synthetic import TEMPLATE, make_gguf
 
 pytestmark = pytest.mark.slow
 

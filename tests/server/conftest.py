@@ -4,10 +4,11 @@ import pytest
 
 from pop_local.engine.llama.backend import Mode
 from pop_local.server.app import create_app
-from support.asked import N_CTX, NAME, TEMPLATE
+from support.asked import N_CTX, NAME
 from support.calls import opened
 from support.converted import tiny
 from support.serving import asking
+from support.synthetic import TEMPLATE
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 LONG = "the quick brown fox jumps over the lazy dog, " * 6
 NAME = "tiny"
 N_CTX = 1024

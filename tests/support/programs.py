@@ -5,7 +5,6 @@ from pathlib import Path
 from pop_local import PopModel
 from pop_local.engine.turn import AnswerOptions
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 QUESTION = "a b c d e f g h " * 20
 GREEDY: AnswerOptions = {"temperature": 0.0, "max_tokens": 8}
 

@@ -28,6 +28,8 @@ FILE_TYPES = {
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
 }
 GEMMAS = ("gemma2", "gemma3")
+# For models that are talked to.
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 # Without these a layer adds nothing to the residual stream.
 DEEP_OUTPUTS = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 QUESTION = Turn("a b c d e f g h " * 20, (Document("notes.txt", "i j k " * 20),))
 
 

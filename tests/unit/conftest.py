@@ -1,8 +1,13 @@
-"""Models that see, for the tests of pictures."""
+"""Models that see, for the tests of pictures, and one that is talked to, for those of sessions."""
+
+from pathlib import Path
 
 import pytest
 
+from pop_local.engine.sessions.session_file import Sessions
+from support.converted import tiny
 from support.seeing import ARCHS, Seeing, make_seeing
+from support.synthetic import TEMPLATE
 
 
 @pytest.fixture(scope="module", params=ARCHS)
@@ -13,3 +18,13 @@ def seeing(request, tmp_path_factory) -> Seeing:
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory) -> Seeing:
     return Seeing("llama", make_seeing(tmp_path_factory.mktemp("smol"), "llama"))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tiny(tmp_path_factory.mktemp("talking"), boundary=5, chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def sessions(tmp_path) -> Sessions:
+    return Sessions(tmp_path / "sessions")

@@ -10,19 +10,7 @@ import pytest
 
 from converter.errors import PopError
 from pop_local.engine.sessions.schema import encoded_array
-from pop_local.engine.sessions.session_file import Sessions
-from support.converted import tiny
-from support.talking import QUESTION, TEMPLATE, answered, follow_up, opened
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
-    return tiny(tmp_path_factory.mktemp("session"), boundary=5, chat_template=TEMPLATE)
-
-
-@pytest.fixture
-def sessions(tmp_path) -> Sessions:
-    return Sessions(tmp_path / "sessions")
+from support.talking import QUESTION, answered, follow_up, opened
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other zip", "no object"])

@@ -24,6 +24,7 @@ from pop_local.ui.chat.dialogue import _costs
 from support.calls import evaluated, greedy, opened, prompt
 from support.scripted import ScriptedModel, figures, talk
 from support.shared_kv import make_shared
+from support.synthetic import TEMPLATE
 
 
 @pytest.fixture(scope="module", params=["gemma3n", "gemma4"])
@@ -210,9 +211,6 @@ def test_what_a_full_reading_would_take_is_known(shared: Path) -> None:
     assert not cost.is_measured
     later = replace(stats, n_cached=400, n_skipped_exact=599)
     assert _costs(opened(shared)).of(later).seconds > later.prefill_s
-
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])

@@ -12,8 +12,8 @@ import pytest
 from pop_local import PopModel
 from pop_local.engine.llama import backend
 from support.converted import tiny
+from support.synthetic import TEMPLATE
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 TEXT = "a b c d e f g h " * 20
 MESSAGES: Any = [{"role": "user", "content": TEXT}]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8}

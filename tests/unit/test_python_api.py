@@ -12,21 +12,16 @@ import pop_local
 from pop_local import ContextFullError, Document, PopError, PopModel, TurnStats
 from pop_local.engine.turn import AnswerOptions, SessionStats, TurnOptions
 from support.blocked import BLOCKER
-from support.converted import paired, tiny
+from support.converted import paired
 from support.paths import ROOT
-from support.programs import GREEDY, QUESTION, TEMPLATE, opened
-from support.synthetic import make_gguf
+from support.programs import GREEDY, QUESTION, opened
+from support.synthetic import TEMPLATE, make_gguf
 
 REPORT = (
     "The council met on Monday. The old bridge over the mill stream was inspected in May, and its "
     "planks are rotten. After a long debate the council decided to build a new bridge of oak. Anna "
     "Berg, the carpenter, will begin in June, and the school gives the money of its summer fair. "
 ) * 2
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
-    return tiny(tmp_path_factory.mktemp("api"), boundary=5, chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")

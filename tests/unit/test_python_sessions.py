@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +9,8 @@ import pytest
 from converter.errors import OutputExistsError
 from pop_local import ChatSession, ContextFullError, Document, PopError, PopModel, Turn
 from support.converted import tiny
-from support.programs import GREEDY, QUESTION, TEMPLATE, opened
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
-    return tiny(tmp_path_factory.mktemp("api"), boundary=5, chat_template=TEMPLATE)
+from support.programs import GREEDY, QUESTION, opened
+from support.synthetic import TEMPLATE
 
 
 @pytest.fixture(scope="module")

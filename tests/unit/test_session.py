@@ -4,7 +4,6 @@ import io
 import os
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,18 +19,8 @@ from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
 from support.converted import converted, tiny
 from support.scripted import Transcript
-from support.synthetic import make_gguf
-from support.talking import QUESTION, TEMPLATE, answered, follow_up, opened
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
-    return tiny(tmp_path_factory.mktemp("session"), boundary=5, chat_template=TEMPLATE)
-
-
-@pytest.fixture
-def sessions(tmp_path) -> Sessions:
-    return Sessions(tmp_path / "sessions")
+from support.synthetic import TEMPLATE, make_gguf
+from support.talking import QUESTION, answered, follow_up, opened
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])

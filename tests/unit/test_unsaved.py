@@ -11,8 +11,7 @@ from pop_local.ui.chat.repl import converse
 from pop_local.ui.chat.unsaved import Unsaved
 from support.converted import tiny
 from support.scripted import Transcript
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+from support.synthetic import TEMPLATE
 
 
 @pytest.fixture(scope="module")
