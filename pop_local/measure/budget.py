@@ -67,9 +67,9 @@ def predicts(budget: Budget, quality: "Quality") -> bool:
     return all(over <= 0 for over, _ in _excesses(budget, quality)[:2])
 
 
-def copies(quality: "Quality") -> bool:
+def copies(quality: "Quality", budget: Budget = FAST) -> bool:
     """Tell whether both probes say that the model still copies from pruned context."""
-    return all(over <= 0 for over, _ in _copying_excesses(FAST, quality))
+    return all(over <= 0 for over, _ in _copying_excesses(budget, quality))
 
 
 def is_clear(budget: Budget, quality: "Quality") -> bool:

@@ -147,11 +147,17 @@ class _Search:
         return plans
 
     def _with_selection(self, deepest: int, limit: float) -> list[Plan]:
-        """Return deeper boundaries that are a tenth faster than `limit` with a selection."""
-        if self.plans[deepest].shape.is_mrope:
+        """Return deeper boundaries that are a tenth faster than `limit` with a selection.
+
+        There are none where copying is lost, which a selection hardly mends.
+        """
+        past = self._past(deepest)
+        if not past or self.plans[deepest].shape.is_mrope:
             return []
-        past = [self.plans[boundary] for boundary in self._past(deepest)]
-        plans = [replace(plan, select=SELECTED) for plan in past if self._is_ready(plan)]
+        if not budgets.copies(self.qualities[past[0]], self.budget):
+            return []
+        ready = filter(self._is_ready, (self.plans[boundary] for boundary in past))
+        plans = [replace(plan, select=SELECTED) for plan in ready]
         return [plan for plan in plans if plan.speedup_limit >= SELECTION_GAIN * limit]
 
     def _tried(self, plans: Sequence[Plan], until: bool) -> tuple[Trial, ...]:
