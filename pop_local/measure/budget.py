@@ -29,7 +29,7 @@ BALANCED = Budget(
     least_retention=0.85,
     max_lost_recall=0.03,
 )
-# Past its limits on copying a model can no longer copy from its prompt (`copies`).
+# Past its limits on copying a model can no longer copy from its prompt.
 FAST = Budget(
     "fast",
     max_kl=0.1,
@@ -67,8 +67,8 @@ def predicts(budget: Budget, quality: "Quality") -> bool:
     return all(over <= 0 for over, _ in _excesses(budget, quality)[:2])
 
 
-def copies(quality: "Quality", budget: Budget = FAST) -> bool:
-    """Tell whether both probes say that the model still copies from pruned context."""
+def copies(budget: Budget, quality: "Quality") -> bool:
+    """Tell whether copying is within the budget, by both probes; past FAST, it is lost."""
     return all(over <= 0 for over, _ in _copying_excesses(budget, quality))
 
 

@@ -40,8 +40,8 @@ class Gradual:
         """Whether all windows of the reference are measured."""
         return len(self._scores) == len(self.reference.windows)
 
-    def enough(self, is_enough: Callable[[Quality], bool]) -> Quality | None:
-        """`quality`, if it is of all windows, or `is_enough` says so; else None."""
+    def settled(self, is_enough: Callable[[Quality], bool]) -> Quality | None:
+        """`quality`, if it is of all windows, or `is_enough` says that these will do; else None."""
         found = self.quality
         return found if found and (self.is_whole or is_enough(found)) else None
 
@@ -51,12 +51,15 @@ class Gradual:
         model: PopModel,
         begin: Callable[[], Progress],
     ) -> Quality:
-        """Measure until it is `enough`; `begin` gives what follows each step of `measure`."""
-        while not (found := self.enough(is_enough)):
+        """Measure until it is `settled`; `begin` gives what follows each step.
+
+        Raises PopError as `measure` does.
+        """
+        while not (found := self.settled(is_enough)):
             self.measure(model, begin())
         return found
 
-    def measure(self, model: PopModel, on_progress: Progress) -> Quality:
+    def measure(self, model: PopModel, on_progress: Progress) -> None:
         """Measure four windows that are spread over the text, later as many as before.
 
         `model`: a file of the reference's model, always with the same projections. `on_progress`
@@ -83,4 +86,3 @@ class Gradual:
                 reference.repeated,
                 self._repeated_nll,
             )
-            return self.quality

@@ -64,7 +64,7 @@ class Examination:
         """Measure what was written. Raises CopyingBrokenError, and PopError when it cannot be."""
         self.watch.on_note("Measuring what was written on held-out text")
         quality = self._measure(files, measuring.QualitySettings(N_WINDOWS))
-        if not (self.allow_broken_copy or copies(quality)):
+        if not (self.allow_broken_copy or copies(FAST, quality)):
             raise self._refusal(figures_in_words(quality))
         self._warn_outside(quality)
         return measured(quality)
@@ -96,7 +96,7 @@ class Examination:
 
     def _warn_outside(self, quality: measuring.Quality) -> None:
         boundary = quality.boundary
-        if not copies(quality):
+        if not copies(FAST, quality):
             self.watch.on_warning(PopError(broken_copy(boundary, figures_in_words(quality))))
         elif not is_inside(BALANCED, quality):
             found = figures_in_words(quality)
@@ -132,7 +132,7 @@ class Examination:
                     continue
                 pruning = Pruning(boundary)
                 [found] = measuring.measure_against(reference, model, (pruning,), advance)
-                if copies(found):
+                if copies(FAST, found):
                     return boundary
         return None
 

@@ -84,7 +84,9 @@ class Fitter:
             found = self._qualities(plan, fits)
             costs = {kind: fit_cost(plan, kind) for kind in fits}
             losses = {kind: each.kl_mean.value for kind, each in found.items()}
-            able = [kind for kind, each in found.items() if budgets.copies(each)] or list(fits)
+            able = [
+                kind for kind, each in found.items() if budgets.copies(budgets.FAST, each)
+            ] or list(fits)
             self.kind = min(able, key=lambda kind: losses[kind] / (1 - _WORTH * costs[kind]))
             seen = ", ".join(
                 f"{kind} KL {losses[kind]:.4f} for {costs[kind]:.1%} of the speed"
@@ -97,7 +99,9 @@ class Fitter:
     def _qualities(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, Quality]:
         """What each kind loses, on the same windows."""
         path, settings = self.source.first.path, QualitySettings(_N_WINDOWS, n_draws=1)
-        full = self.full or FullModel(path, plan, settings, self.hardware, self.watch, 0)
+        full = self.full or FullModel(
+            path, plan, settings, self.hardware, self.watch, n_documents=0
+        )
         begin = partial(self.watch.stage, "Measuring")
         qualities = {}
         for kind, fitted in fits.items():

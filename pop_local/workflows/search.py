@@ -149,15 +149,14 @@ class _Search:
     def _with_selection(self, deepest: int, limit: float) -> list[Plan]:
         """Return deeper boundaries that are a tenth faster than `limit` with a selection.
 
-        There are none where copying is lost, which a selection hardly mends.
+        None goes as deep as where copying was lost, which a selection hardly mends.
         """
-        past = self._past(deepest)
-        if not past or self.plans[deepest].shape.is_mrope:
+        if self.plans[deepest].shape.is_mrope:
             return []
-        if not budgets.copies(self.qualities[past[0]], self.budget):
-            return []
-        ready = filter(self._is_ready, (self.plans[boundary] for boundary in past))
-        plans = [replace(plan, select=SELECTED) for plan in ready]
+        lost = (b for b, found in self.qualities.items() if not budgets.copies(self.budget, found))
+        first_lost = max((boundary for boundary in lost if boundary < deepest), default=-1)
+        past = [self.plans[each] for each in self._past(deepest) if each > first_lost]
+        plans = [replace(plan, select=SELECTED) for plan in past if self._is_ready(plan)]
         return [plan for plan in plans if plan.speedup_limit >= SELECTION_GAIN * limit]
 
     def _tried(self, plans: Sequence[Plan], until: bool) -> tuple[Trial, ...]:
@@ -272,7 +271,7 @@ class _Search:
     def _measure(
         self, plan: Plan, gradual: Gradual, is_enough: Callable[[Quality], bool]
     ) -> Quality:
-        if known := gradual.enough(is_enough):
+        if known := gradual.settled(is_enough):
             return known
         self.watch.on_note(f"Measuring boundary {_named(plan)} on held-out text")
         begin = partial(self.watch.stage, f"Measuring boundary {plan.boundary}")

@@ -3,10 +3,10 @@
     python tests/bench/measure_table.py MODEL.gguf --fits 18:fitted,16:wide,14:attention
         --out FOLDER [--prompts 512,2048] [--repeat 3] [--windows 16] [--texts FILE ...] [--cpu N]
 
-All are fitted in one pass over convert's text, and measured as `pop-local eval` does, but with the
-full model read once for all; then each is `pop-local bench` of its sidecar, with one thread. FOLDER
-keeps sidecars and JSON, so that a second call measures only what is missing. Of each of `--texts`,
-eight windows by themselves. Prints Markdown.
+All are fitted in one pass over convert's text, and measured as `pop-local eval` does, with the full
+model read once for all and its words kept (2 * windows * 128 * n_vocab bytes). Then come `pop-local
+eval` of each of `--texts`, eight windows, and `pop-local bench`. All run on one thread of the CPU.
+FOLDER keeps sidecars and JSON: a second call measures only what is missing. Prints Markdown.
 """
 
 import argparse
@@ -73,6 +73,7 @@ def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
 
 
 def measure_one(full: FullModel, plan: Plan, sidecar: Path, watch: Watch) -> dict[str, Any]:
+    """What one sidecar loses, against what the full model said."""
     pruning = Pruning(plan.boundary)
     reference, recall = full.reference, full.recall
     files = ModelFiles(full.path, sidecar)
@@ -91,7 +92,7 @@ def measure_one(full: FullModel, plan: Plan, sidecar: Path, watch: Watch) -> dic
 def asked(kept: Path, *command: object) -> dict[str, Any]:
     """What a command printed as JSON, kept in a file."""
     if not kept.exists():
-        words = [*POP_LOCAL, *map(str, command), "--threads", "1", "--json"]
+        words = [*POP_LOCAL, *map(str, command), "--threads", "1", "--gpu-layers", "0", "--json"]
         kept.write_text(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
     found: dict[str, Any] = json.loads(kept.read_text())
     return found
@@ -150,7 +151,7 @@ def main() -> None:
             ratio, full, pruned = run["speedup"], run["full_ttft_s"], run["pop_ttft_s"]
             cells.append(
                 f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}),"
-                f" {full['median']:.1f} to {pruned['median']:.1f} s"
+                f" {full['median']:.3g} to {pruned['median']:.3g} s"
             )
         print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -162,17 +162,17 @@ def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_e
 
     class Told(gradual.Gradual):
         def measure(self, model, on_progress):
-            found = super().measure(model, on_progress)
+            super().measure(model, on_progress)
+            assert self.quality is not None
             inside = self.boundary >= deepest[self.select]
             kl, ratio = Estimate(0.001 if inside else 1.0, 1e-4), Estimate(1.0, 0.0)
             self.quality = replace(
-                found,
+                self.quality,
                 kl_mean=kl,
                 ppl_ratio=ratio,
                 copy_ppl_ratio=ratio,
                 induction_retention=None,
             )
-            return self.quality
 
     monkeypatch.setattr(searching, "Gradual", Told)
     monkeypatch.setattr(searching, "SELECTION_GAIN", gain)
@@ -204,18 +204,18 @@ def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, mon
 
     class Told(gradual.Gradual):
         def measure(self, model, on_progress):
-            found, good = super().measure(model, on_progress), Estimate(1.0, 0.0)
-            deepest = 4 if model.meta.projection == ATTENTION else 5
-            copied = good if self.boundary >= deepest and not self.select else Estimate(9.0, 0.0)
+            super().measure(model, on_progress)
+            assert self.quality is not None
+            deepest, good = (4 if model.meta.projection == ATTENTION else 5), Estimate(1.0, 0.0)
+            copied = good if self.boundary >= deepest and not self.select else Estimate(1.2, 0.0)
             self.quality = replace(
-                found, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=copied
+                self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=copied
             )
-            return self.quality
 
     for module in (fits, searching):
         monkeypatch.setattr(module, "Gradual", Told)
     base = make_gguf(tmp_path / "tiny.gguf", "llama", n_head_kv=1, n_ff=1024)
-    options = ("--sidecar", "--resume", "--text", text, *FEW, "--max-copy-ratio", 2, "--json")
+    options = ("--sidecar", "--resume", "--text", text, *FEW, "--max-copy-ratio", 1.1, "--json")
     done = convert(base, *options)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
@@ -257,7 +257,7 @@ def test_facts_that_are_lost_put_a_boundary_outside(base, text, tmp_path, monkey
 @pytest.mark.parametrize("arch", ["qwen2vl", "qwen3vl"])
 def test_models_that_see_have_no_selection(arch, tmp_path):
     model = make_gguf(tmp_path / "tiny.gguf", arch)
-    done = convert(model, "--projection", "own", "--threads", 1, "--max-kl", 0.0001)
+    done = convert(model, "--projection", "own", "--threads", 1, *LOOSE, "--max-kl", 0.0001)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None

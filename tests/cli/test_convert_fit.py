@@ -186,7 +186,7 @@ def test_smollm2_copies_at_a_third_and_not_at_a_half(
 
 
 def test_a_broken_copy_can_be_kept(tiny, tmp_path, monkeypatch, short_examination):
-    monkeypatch.setattr(budget, "FAST", replace(budget.FAST, max_copy_ratio=0.0))
+    monkeypatch.setattr(examining, "FAST", replace(budget.FAST, max_copy_ratio=0.0))
     refused = convert(tiny)
     assert refused.exit_code == 1
     assert "--force" in refused.stderr

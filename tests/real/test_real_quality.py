@@ -7,7 +7,7 @@ from converter.source import read_source
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import depth
-from pop_local.measure.budget import BALANCED, copies, is_inside
+from pop_local.measure.budget import BALANCED, FAST, copies, is_inside
 from pop_local.measure.depth import measure_cliff, worth_measuring
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import Pruning, always_skip, forced
@@ -40,7 +40,7 @@ def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
     assert half.induction_retention is not None
     assert third.induction_retention.value > 0.7 > 0.2 > half.induction_retention.value
     assert half.kl_mean.value > BALANCED.max_kl
-    assert not copies(half)
+    assert not copies(FAST, half)
 
 
 def test_without_boundary_handling_the_first_token_is_lost(smollm2):

@@ -9,10 +9,12 @@ from pop_local.measure.budget import (
     BUDGETS,
     FAST,
     NEAR_LOSSLESS,
+    copies,
     deepest_inside,
     is_clear,
     is_hopeless,
     is_inside,
+    predicts,
     recalls,
     undecided,
 )
@@ -61,6 +63,23 @@ def searched(deepest: int) -> tuple[int | None, list[int]]:
 )
 def test_every_figure_must_be_within(figures, inside):
     assert is_inside(BALANCED, quality(**figures)) is inside
+
+
+@pytest.mark.parametrize(
+    ("figures", "copied", "predicted"),
+    [
+        ({}, True, True),
+        ({"copy": 1.2}, False, True),
+        ({"retention": 0.8}, False, True),
+        ({"retention": None}, True, True),
+        ({"kl": 0.07}, True, False),
+        ({"ppl": 1.04}, True, False),
+    ],
+)
+def test_copying_and_predicting_are_told_apart(figures, copied, predicted):
+    found = quality(**figures)
+    assert (copies(BALANCED, found), predicts(BALANCED, found)) == (copied, predicted)
+    assert copies(FAST, found) and predicts(FAST, found)
 
 
 @pytest.mark.parametrize(

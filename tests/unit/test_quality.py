@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from converter.errors import PopError, StoppedError
+from converter.progress import Progress
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
@@ -220,11 +221,18 @@ def test_windows_measured_little_by_little_are_those_of_one_run(model):
     parts = [text(400), text(400, seed=1)]
     reference = read_reference(model, parts, settings, ignore)
     gradual = Gradual(reference, 5)
-    steps: list[tuple[int, int]] = []
-    first = gradual.measure(model, lambda *now: steps.append(now))
-    assert (first.n_windows, gradual.is_whole, steps[-1][0]) == (4, False, steps[-1][1])
-    found = gradual.measure(model, lambda *now: steps.append(now))
-    assert (found.n_windows, gradual.is_whole, steps[-1][0]) == (6, True, steps[-1][1])
+    steps: list[list[tuple[int, int]]] = []
+
+    def begin() -> Progress:
+        steps.append([])
+        return lambda *now: steps[-1].append(now)
+
+    first = gradual.measure_until(lambda found: found.n_windows >= 3, model, begin)
+    assert (first.n_windows, gradual.is_whole, len(steps)) == (4, False, 1)
+    assert gradual.measure_until(lambda _: True, model, begin) is first
+    found = gradual.measure_until(lambda _: False, model, begin)
+    assert (found.n_windows, gradual.is_whole, len(steps)) == (6, True, 2)
+    assert [step[-1][0] == step[-1][1] for step in steps] == [True, True]
     [whole] = measure_depths(model, parts, settings, (5,), ignore)
     for name in ("kl_mean", "ppl_ratio", "copy_ppl_ratio", "induction_delta_nll"):
         assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
