@@ -1,4 +1,4 @@
-"""Models that see, for the tests of pictures; one to talk to, for those of sessions and programs."""
+"""Models that see, for the tests of pictures, and one to talk to, for sessions and programs."""
 
 from pathlib import Path
 
