@@ -44,6 +44,8 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 _RETENTION_GAIN = 0.05
 # Nothing turns round what lies so far below the limit.
 _LOST_RETENTION = 0.3
+# Where 3 in 100 are lost, one time in twenty a dozen documents lose two, or two dozen three.
+_CHANCE = 1 / 12
 # Standard errors; where there are few windows, these are not well known themselves.
 _CLEAR = 3.0
 
@@ -57,9 +59,14 @@ def is_inside(budget: Budget, quality: "Quality") -> bool:
 
 
 def recalls(budget: Budget, recall: "Recall") -> bool:
-    """Tell whether no more facts are lost than the budget allows, or one: that may be chance."""
-    most = max(budget.max_lost_recall, 1 / recall.n_documents)
+    """Tell whether no more facts are lost than the budget allows, or may be by chance."""
+    most = max(budget.max_lost_recall, _CHANCE)
     return recall.exact_lost.value <= most + 1e-9
+
+
+def may_be_chance(budget: Budget, recall: "Recall") -> bool:
+    """Tell whether some facts are lost, but few enough, so that it is better to ask for more."""
+    return recall.exact_lost.value > 0 and recalls(budget, recall)
 
 
 def predicts(budget: Budget, quality: "Quality") -> bool:
@@ -150,7 +157,7 @@ def limits_in_words(budget: Budget) -> str:
         f"KL {budget.max_kl:g}, perplexity ratio {budget.max_ppl_ratio:g}, "
         f"copy ratio {budget.max_copy_ratio:g}, "
         f"{budget.least_retention:.0%} kept of copying random tokens, "
-        f"{budget.max_lost_recall:.0%} of facts lost, or one"
+        f"{budget.max_lost_recall:.0%} of facts lost, or one of a dozen"
     )
 
 

@@ -5,7 +5,7 @@ teacher-forced, so that a digit that is wrong does not decide the next one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from pop_local.measure.probes import bos
 
 N_FACTS = 6
 N_DIGITS = 5
+# [n_documents, 2], as RecallReference.answers has them.
+NO_ANSWERS: Floats = np.empty((0, 2))
 # What question and answer add to a document, in tokens, at the most.
 N_AROUND = 64
 
@@ -94,21 +96,54 @@ class RecallReference:
     """What the full model answers, to compare several files of the same model with."""
 
     settings: RecallSettings
-    asked: tuple[Asked, ...]
-    full: Floats
+    asked: tuple[Asked, ...] = ()
+    full: Floats = field(default_factory=lambda: NO_ANSWERS)
 
     @classmethod
     def read(
         cls, model: PopModel, settings: RecallSettings, on_progress: Progress
     ) -> "RecallReference":
         """Ask in full. Raises PopError as `measure_recall` does."""
+        return cls(settings).more(model, settings.n_documents, on_progress)
+
+    def more(self, model: PopModel, n_documents: int, on_progress: Progress) -> "RecallReference":
+        """Ask in full about `n_documents`, the first of which are these."""
+        settings = replace(self.settings, n_documents=n_documents)
         asked = tuple(make_documents(model, settings))
-        return cls(settings, asked, _scores(model, asked, FULL, counting(len(asked), on_progress)))
+        full = _answers(model, asked, FULL, on_progress, self.full)
+        return RecallReference(settings, asked, full)
+
+    def answers(
+        self,
+        model: PopModel,
+        pruning: Pruning,
+        on_progress: Progress,
+        known: Floats = NO_ANSWERS,
+    ) -> Floats:
+        """Ask a file of the same model under a pruning, about documents past those of `known`.
+
+        Returns the NLL and exactness of each document's answer, [n_documents, 2].
+        """
+        return _answers(model, self.asked, pruning, on_progress, known)
+
+    def compared(self, answers: Floats) -> Recall:
+        """What all answers are beside the full model's."""
+        return _recall(self.settings, self.full, answers)
 
     def measure(self, model: PopModel, pruning: Pruning, on_progress: Progress) -> Recall:
-        """Ask a file of the same model under a pruning."""
-        ran = counting(len(self.asked), on_progress)
-        return _recall(self.settings, self.full, _scores(model, self.asked, pruning, ran))
+        """Ask a file of the same model under a pruning about all documents, and compare."""
+        return self.compared(self.answers(model, pruning, on_progress))
+
+
+def _answers(
+    model: PopModel,
+    asked: Sequence[Asked],
+    pruning: Pruning,
+    on_progress: Progress,
+    known: Floats,
+) -> Floats:
+    new = asked[len(known) :]
+    return np.concatenate([known, _scores(model, new, pruning, counting(len(new), on_progress))])
 
 
 def _scores(model: PopModel, asked: Sequence[Asked], pruning: Pruning, ran: Ran) -> Floats:

@@ -99,9 +99,7 @@ class Fitter:
     def _qualities(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, Quality]:
         """What each kind loses, on the same windows."""
         path, settings = self.source.first.path, QualitySettings(_N_WINDOWS, n_draws=1)
-        full = self.full or FullModel(
-            path, plan, settings, self.hardware, self.watch, n_documents=0
-        )
+        full = self.full or FullModel(path, plan, settings, self.hardware, self.watch)
         begin = partial(self.watch.stage, "Measuring")
         qualities = {}
         for kind, fitted in fits.items():

@@ -1,6 +1,6 @@
 """What the full model makes of held-out text and of facts: read when first asked for, then kept."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,13 +13,15 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened_to_measure
 from pop_local.workflows.options import Hardware
 
+_NONE = RecallReference(RecallSettings())
+
 
 @dataclass(frozen=True)
 class FullModel:
     """The model at `path`; sink and tail are those of `plan`, its boundary does not matter.
 
-    `settings` say how much is read, fewer windows where the text has no more; `n_documents` are
-    asked for facts. Both raise PopError and StoppedError where they are read, the first time.
+    `settings` say how much is read, fewer windows where the text has no more. What is read for the
+    first time may raise PopError and StoppedError.
     """
 
     path: Path
@@ -27,7 +29,7 @@ class FullModel:
     settings: QualitySettings
     hardware: Hardware
     watch: Watch
-    n_documents: int
+    _recalls: dict[int, RecallReference] = field(default_factory=dict)
 
     @cached_property
     def reference(self) -> Reference:
@@ -39,10 +41,13 @@ class FullModel:
             settings = replace(settings, n_windows=min(settings.n_windows, max(1, n_found)))
             return read_reference(model, tokens, settings, self.watch.stage("Reading in full"))
 
-    @cached_property
-    def recall(self) -> RecallReference:
-        """How often it finds facts."""
-        files = ModelFiles(self.path)
-        with opened_to_measure(files, self.plan, self.hardware, self.watch) as (model, _):
-            advance = self.watch.stage("Asking for facts in full")
-            return RecallReference.read(model, RecallSettings(self.n_documents), advance)
+    def recall(self, n_documents: int) -> RecallReference:
+        """How often it finds facts in so many documents; it is asked once about each."""
+        if not (found := self._recalls.get(n_documents)):
+            fewer = [each for each in self._recalls.values() if len(each.asked) < n_documents]
+            before = max(fewer, key=lambda each: len(each.asked), default=_NONE)
+            files = ModelFiles(self.path)
+            with opened_to_measure(files, self.plan, self.hardware, self.watch) as (model, _):
+                advance = self.watch.stage("Asking for facts in full")
+                found = self._recalls[n_documents] = before.more(model, n_documents, advance)
+        return found

@@ -21,7 +21,7 @@ from pop_local.measure import budget as budgets
 from pop_local.measure.forced import Pruning
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.measure.recall import Recall
+from pop_local.measure.recall import NO_ANSWERS, Recall
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
@@ -69,7 +69,7 @@ def search(
     Raises OverBudgetError, PopError, StoppedError.
     """
     settings = QualitySettings(N_WINDOWS)
-    full = FullModel(source.first.path, plans[0], settings, hardware, watch, N_DOCUMENTS)
+    full = FullModel(source.first.path, plans[0], settings, hardware, watch)
     fitter = Fitter(source, options, hardware, watch, full=full)
     by_boundary = {plan.boundary: plan for plan in plans}
     return _Search(source, by_boundary, budget, options, hardware, watch, full, fitter).run()
@@ -279,12 +279,17 @@ class _Search:
             return gradual.measure_until(is_enough, model, begin)
 
     def _ask(self, plan: Plan) -> Recall:
-        """Ask for facts of pruned documents."""
-        reference = self.full.recall
-        with self._opened(plan) as model:
-            pruning = Pruning(plan.boundary, select=plan.select)
-            advance = self.watch.stage(f"Asking for facts, boundary {_named(plan)}")
-            return reference.measure(model, pruning, advance)
+        """Ask for facts of pruned documents, of as many more where few are lost."""
+        pruning, answers = Pruning(plan.boundary, select=plan.select), NO_ANSWERS
+        for n_documents in (N_DOCUMENTS, 2 * N_DOCUMENTS):
+            reference = self.full.recall(n_documents)
+            with self._opened(plan) as model:
+                advance = self.watch.stage(f"Asking for facts, boundary {_named(plan)}")
+                answers = reference.answers(model, pruning, advance, answers)
+            recall = reference.compared(answers)
+            if not budgets.may_be_chance(self.budget, recall):
+                break
+        return recall
 
     @contextmanager
     def _opened(self, plan: Plan) -> Iterator[PopModel]:

@@ -61,11 +61,10 @@ def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
 def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
     """What each sidecar loses, kept beside it; those that are missing are measured."""
     shape = source_shape(read_source(model))
-    settings, n_documents = QualitySettings(n_windows), RecallSettings().n_documents
     plans = {path: make_plan(shape, boundary=b, projection=k) for (b, k), path in sidecars.items()}
     with terminal_watch() as watch:
         some_plan = next(iter(plans.values()))
-        full = FullModel(model, some_plan, settings, ONE_THREAD, watch, n_documents)
+        full = FullModel(model, some_plan, QualitySettings(n_windows), ONE_THREAD, watch)
         for sidecar, plan in plans.items():
             kept = sidecar.with_suffix(".quality.json")
             if not kept.exists():
@@ -75,7 +74,7 @@ def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
 def measure_one(full: FullModel, plan: Plan, sidecar: Path, watch: Watch) -> dict[str, Any]:
     """What one sidecar loses, against what the full model said."""
     pruning = Pruning(plan.boundary)
-    reference, recall = full.reference, full.recall
+    reference, recall = full.reference, full.recall(RecallSettings().n_documents)
     files = ModelFiles(full.path, sidecar)
     with opened_to_measure(files, plan, ONE_THREAD, watch) as (model, _):
         advance = watch.stage(f"Measuring boundary {plan.boundary}")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, probes, quality
 from pop_local.measure.estimate import Estimate
-from pop_local.measure.recall import Recall, RecallReference
+from pop_local.measure.recall import Asked, RecallReference
 from pop_local.workflows import fits, full_model
 from pop_local.workflows import search as searching
 from support.converted import names
@@ -234,24 +235,36 @@ def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, mon
 
 
 def test_facts_that_are_lost_put_a_boundary_outside(base, text, tmp_path, monkeypatch):
-    lost = {2: 1.0, 3: 1.0, 4: 0.0}
+    """Two of a dozen, or three of the two dozens that are asked for where one of the first is."""
+    lost = {2: {0, 5}, 3: {7, 12, 23}, 4: {7, 12}}
+    asked: list[tuple[int, int]] = []
 
-    def measure(self, model, pruning, on_progress):
+    def answers(self, model, pruning, on_progress, known):
         on_progress(1, 1)
-        full, none = Estimate(1.0, 0.0), Estimate(0.0, 0.0)
-        share = lost[pruning.boundary]
-        found, gone = Estimate(1.0 - share, 0.0), Estimate(share, 0.0)
-        return Recall(2, 512, none, none, full, found, gone)
+        asked.append((pruning.boundary, len(self.asked) - len(known)))
+        found = [number not in lost[pruning.boundary] for number in range(len(self.asked))]
+        return np.array([(0.0, each) for each in found])
 
-    monkeypatch.setattr(RecallReference, "measure", measure)
+    def more(self, model, n_documents, on_progress):
+        on_progress(1, 1)
+        full = np.array([(0.0, 1.0)] * n_documents)
+        return replace(self, asked=(Asked((), ()),) * n_documents, full=full)
+
+    monkeypatch.setattr(searching, "N_DOCUMENTS", 12)
+    monkeypatch.setattr(RecallReference, "answers", answers)
+    monkeypatch.setattr(RecallReference, "more", more)
     done = convert(base, "--text", text, *FEW, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.recall is not None
-    assert (meta.boundary, meta.recall.pruned, meta.recall.full) == (4, 1.0, 1.0)
+    # The last two with attention, and with a selection.
+    assert [boundary for boundary, _ in asked] == [2, 3, 3, 4, 4, 2, 2]
+    assert {n_new for _, n_new in asked} == {12}
+    assert (meta.boundary, meta.recall.n_documents) == (4, 24)
+    assert (meta.recall.pruned, meta.recall.full) == (22 / 24, 1.0)
     assert meta.budget.tried.startswith("5 inside, 4 inside, 3 outside, 2 outside, ")
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows[-1].split("|")[-3].strip() == "0% of 100%"
+    assert rows[-1].split("|")[-3].strip() == "83% of 100%"
 
 
 @pytest.mark.parametrize("arch", ["qwen2vl", "qwen3vl"])

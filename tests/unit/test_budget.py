@@ -14,6 +14,7 @@ from pop_local.measure.budget import (
     is_clear,
     is_hopeless,
     is_inside,
+    may_be_chance,
     predicts,
     recalls,
     undecided,
@@ -107,10 +108,11 @@ def test_one_window_has_no_error_and_decides():
 
 @pytest.mark.parametrize(
     ("n_lost", "of", "kept"),
-    [(0, 12, True), (1, 12, True), (2, 12, False), (-1, 12, True), (3, 100, True), (4, 100, False)],
+    [(0, 12, True), (1, 12, True), (2, 12, False), (-1, 12, True), (2, 24, True), (3, 24, False)],
 )
 def test_one_fact_of_a_dozen_may_be_chance_two_are_not(n_lost, of, kept):
     assert recalls(BALANCED, facts(n_lost, of)) is kept
+    assert may_be_chance(BALANCED, facts(n_lost, of)) is (kept and n_lost > 0)
 
 
 def test_no_fit_brings_back_what_is_lost():

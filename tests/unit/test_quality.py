@@ -24,6 +24,7 @@ from pop_local.measure.quality import (
     measure_depths,
     read_reference,
 )
+from pop_local.measure.recall import RecallReference, RecallSettings
 from support.converted import tiny
 from support.synthetic import make_gguf
 
@@ -238,6 +239,21 @@ def test_windows_measured_little_by_little_are_those_of_one_run(model):
         assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
     assert found.kl_mean.se == pytest.approx(whole.kl_mean.se, rel=1e-2)
     assert found.top1_agreement == whole.top1_agreement
+
+
+def test_facts_asked_for_in_two_goes_are_those_of_one(pop_file):
+    model = PopModel(pop_file, n_ctx=1024, n_threads=1)
+    whole = RecallReference.read(model, RecallSettings(4, 600), ignore)
+    first = RecallReference.read(model, RecallSettings(2, 600), ignore)
+    both = first.more(model, 4, ignore)
+    assert (both.asked, both.settings) == (whole.asked, whole.settings)
+    np.testing.assert_array_equal(both.full, whole.full)
+    pruning = Pruning(5)
+    known = first.answers(model, pruning, ignore)
+    answers = both.answers(model, pruning, ignore, known)
+    assert (len(known), len(answers)) == (2, 4)
+    assert both.compared(answers) == whole.measure(model, pruning, ignore)
+    assert both.compared(answers).nll_pruned != both.compared(answers).nll_full
 
 
 def test_a_kept_reference_takes_half_the_memory_and_is_as_good(model):
