@@ -127,7 +127,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
         return (SimpleNamespace(boundary=4),)
 
     monkeypatch.setattr("pop_local.workflows.examine.measuring.measure_depths", measure)
-    monkeypatch.setattr("pop_local.workflows.examine.copies", lambda quality: True)
+    monkeypatch.setattr("pop_local.workflows.examine.copies", lambda *_: True)
     monkeypatch.setattr("pop_local.workflows.examine.is_inside", lambda *_: True)
     monkeypatch.setattr(
         "pop_local.workflows.examine.measured", lambda quality: Measured(kl_mean=0.25)
