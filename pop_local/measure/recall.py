@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from converter.errors import PopError
-from converter.progress import Progress, Ran, counting
+from converter.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import Floats, likelihood, predictions
 from pop_local.measure.estimate import Estimate, mean
@@ -143,17 +143,12 @@ def _answers(
     known: Floats,
 ) -> Floats:
     new = asked[len(known) :]
-    return np.concatenate([known, _scores(model, new, pruning, counting(len(new), on_progress))])
-
-
-def _scores(model: PopModel, asked: Sequence[Asked], pruning: Pruning, ran: Ran) -> Floats:
-    """NLL and exactness of each answer: [n_documents, 2]."""
-    scores = np.empty((len(asked), 2))
+    scores, ran = np.empty((len(new), 2)), counting(len(new), on_progress)
     with forced(model) as reader:
-        for number, one in enumerate(asked):
+        for number, one in enumerate(new):
             scores[number] = _score(reader, one, pruning)
             ran(1)
-    return scores
+    return np.concatenate([known, scores])
 
 
 def _recall(settings: RecallSettings, full: Floats, pruned: Floats) -> Recall:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 
 from converter.errors import PopError
 from converter.format import ATTENTION, OWN, Budget, Measured
@@ -153,11 +154,13 @@ class _Search:
         """
         if self.plans[deepest].shape.is_mrope:
             return []
-        lost = (b for b, found in self.qualities.items() if not budgets.copies(self.budget, found))
-        first_lost = max((boundary for boundary in lost if boundary < deepest), default=-1)
-        past = [self.plans[each] for each in self._past(deepest) if each > first_lost]
+        past = [self.plans[each] for each in takewhile(self._may_copy, self._past(deepest))]
         plans = [replace(plan, select=SELECTED) for plan in past if self._is_ready(plan)]
         return [plan for plan in plans if plan.speedup_limit >= SELECTION_GAIN * limit]
+
+    def _may_copy(self, boundary: int) -> bool:
+        found = self.qualities.get(boundary)
+        return found is None or budgets.copies(self.budget, found)
 
     def _tried(self, plans: Sequence[Plan], until: bool) -> tuple[Trial, ...]:
         """Try plans, up to the first that is inside (`until` true) or outside."""
