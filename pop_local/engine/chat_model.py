@@ -125,7 +125,7 @@ class ChatModel(PrunedLlama):
         for content in contents:
             try:
                 shown = self._formatter(messages=[{"role": "user", "content": content}]).prompt
-            except (PopError, ValueError, TemplateError):
+            except (ValueError, TemplateError):
                 continue
             if probe in shown:
                 return content is not probe
