@@ -116,17 +116,22 @@ def _asked(task: Task) -> str:
 
 
 def score(path: Path, n_shots: int, answers: Path) -> dict[str, Any]:
-    """Run the programs of both modes; the answers' lines are those of the tasks asked."""
+    """Run the programs of both modes; the answers' lines are those of the tasks asked.
+
+    Of answers that are not complete, lines count that both modes have answered.
+    """
     asked = list(entries(path, "humaneval"))[n_shots:]
-    found: dict[str, list[bool]] = {"full": [], "pruned": []}
     _, *kept = (json.loads(line) for line in answers.read_text("utf-8").splitlines())
-    for answer in sorted(kept, key=lambda each: int(each["line"])):
-        found[answer["mode"]].append(passes(asked[answer["line"] - 1], answer["text"]))
-    both = list(zip(found["full"], found["pruned"], strict=True))
+    texts = {(answer["line"], answer["mode"]): answer["text"] for answer in kept}
+    lines = [line for line, mode in texts if mode == "pruned" and (line, "full") in texts]
+    both = [
+        [passes(asked[line - 1], texts[line, mode]) for mode in ("full", "pruned")]
+        for line in lines
+    ]
     return {
         "n": len(both),
-        "full_hits": sum(found["full"]),
-        "pruned_hits": sum(found["pruned"]),
+        "full_hits": sum(full for full, _ in both),
+        "pruned_hits": sum(pruned for _, pruned in both),
         "n_only_full": sum(full and not pruned for full, pruned in both),
         "n_only_pruned": sum(pruned and not full for full, pruned in both),
     }
