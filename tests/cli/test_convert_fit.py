@@ -21,8 +21,7 @@ from converter.format import WIDE, read_pop_meta
 from converter.macs import LIMIT_PROMPT, speedup_limit
 from converter.shape import read_shape
 from pop_local.cli import app
-from pop_local.measure import budget, depth, probes
-from pop_local.measure.quality import QualitySettings
+from pop_local.measure import budget, probes
 from pop_local.workflows import examine as examining
 from pop_local.workflows import fits
 from support.calibrating import words
@@ -142,7 +141,7 @@ def test_a_wide_fit(tiny, tmp_path, text, short_examination):
 def test_where_it_is_cheap_the_kind_is_measured(tmp_path, text, short_examination, monkeypatch):
     """Few K/V heads beside a wide FFN; a wide fit to noise that wins nothing is not taken."""
     monkeypatch.setattr(fits, "_N_WINDOWS", 1)
-    model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=2048)
+    model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=1024)
     for worth, wanted in ((-100.0, "fitted-wide"), (100.0, "fitted")):
         monkeypatch.setattr(fits, "_WORTH", worth)
         done = convert(model, "--boundary", 6, "--text", text, "--force")
@@ -159,30 +158,14 @@ def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
     assert (meta.projection, meta.calibration) == ("own", None)
 
 
-def test_smollm2_copies_at_a_third_and_not_at_a_half(
-    smollm2, tmp_path, tmp_path_factory, short_examination, monkeypatch
-):
-    """On text alone: sampling would take longer than all the rest."""
+def test_smollm2_copies_at_a_third(smollm2, tmp_path, text, short_examination, monkeypatch):
+    """On text alone, and with no look before the fit: both would take longer than all the rest."""
     monkeypatch.setattr(probes, "N_DRAWS", 1)
-    monkeypatch.setattr(depth, "_LOOK", QualitySettings(n_draws=1))
-    short = QualitySettings(1, n_context=192, n_continuation=64, n_draws=1)
-    monkeypatch.setattr(examining, "_own_settings", lambda: short)
-    target, text = tmp_path / "smollm2.pop.gguf", tmp_path_factory.mktemp("text") / "topics.txt"
     text.write_text("\n".join(topics.values()))
-    done = convert(smollm2, target, "--json", "--text", text)
+    done = convert(smollm2, tmp_path / "pop.gguf", "--json", "--text", text, "--force")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)["measured"]
     assert found["kl_mean"] < 0.15 and found["copy_ppl_ratio"] < budget.FAST.max_copy_ratio
-    target.unlink()
-    refused = convert(smollm2, target, "--boundary", 16, "--text", text)
-    assert refused.exit_code == 1
-    said = " ".join(refused.stderr.split())
-    assert "with boundary 16 the model can no longer copy" in said
-    assert "no fit brings that back" in said
-    boundary = int(said.partition("--boundary ")[2].split()[0])
-    assert 17 < boundary < 23
-    assert "`--quality fast`" in said and "--force" in said
-    assert not names(tmp_path)
 
 
 def test_a_broken_copy_can_be_kept(tiny, tmp_path, monkeypatch, short_examination):

@@ -60,8 +60,8 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize(
     ("real", "options"),
-    [("smollm2", EXACT[0]), ("smollm2", EXACT[2]), ("gemma", EXACT[0]), ("gemma", EXACT[1])],
-    ids=["smollm2", "smollm2, K in q8_0", "gemma", "gemma, ubatch 512"],
+    [("smollm2", EXACT[2]), ("gemma", EXACT[0])],
+    ids=["smollm2, K in q8_0", "gemma, ubatch 128"],
     indirect=["real"],
 )
 def test_real_models_equal_the_oracle(real: Trio, options: dict, tmp_path: Path, job: Job) -> None:
@@ -91,13 +91,13 @@ def test_sink_and_tail_are_within_the_unpatched_noise(
     sunk: Trio, options: dict, tmp_path: Path, job: Job
 ) -> None:
     job = replace(job, **options)
-    prompts = prose(sunk.original, n_prompts=2, n_tokens=200)
+    prompts = prose(sunk.original, n_prompts=2, n_tokens=100)
     want = expected(sunk, prompts, 16, tmp_path, job)
     noise = unpatched_noise(want, sunk, prompts, 16, tmp_path, job)
     # The noise is that of the cache's types: a small ubatch has it as well.
     for each in (job, replace(job, n_ubatch=64)) if not options else (job,):
         logits, counters = pruned(sunk, prompts, 16, each)
-        assert counters == (2 * (200 - 17), 2 * 17)
+        assert counters == (2 * (100 - 17), 2 * 17)
         wanted = want if each is job else expected(sunk, prompts, 16, tmp_path, each)
         assert mean_distance(logits, wanted) <= noise
 

@@ -7,7 +7,7 @@ from converter.source import read_source
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import depth
-from pop_local.measure.budget import BALANCED, FAST, copies, is_inside
+from pop_local.measure.budget import BALANCED, FAST, copies
 from pop_local.measure.depth import measure_cliff, worth_measuring
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import Pruning, always_skip, forced
@@ -24,16 +24,11 @@ def ignore(done: int, total: int) -> None:
 
 
 def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
-    """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it.
-
-    The last layer's own projections are exact.
-    """
+    """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it."""
     model = PopModel(smollm2, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
-    settings = QualitySettings(n_windows=1, n_context=256, n_continuation=64, n_draws=2)
-    last, third, half = measure_depths(model, tokens, settings, (29, 20, 16), ignore)
-    assert last.kl_mean.value < 1e-3
-    assert is_inside(BALANCED, last)
+    settings = QualitySettings(n_windows=1, n_context=256, n_continuation=64, n_draws=1)
+    third, half = measure_depths(model, tokens, settings, (20, 16), ignore)
     assert 0.05 < third.kl_mean.value < 0.3
     assert third.copy_ppl_ratio.value < 1.5 < 3 < half.copy_ppl_ratio.value
     assert third.induction_retention is not None
@@ -76,14 +71,14 @@ def test_selection_brings_recall_back(smollm2):
 
 
 @pytest.mark.parametrize(
-    ("name", "tried", "cliff"), [("smollm2", (18, 17, 16), {17}), ("gemma", (12, 11, 10, 9), {10})]
+    ("name", "tried", "cliff"), [("smollm2", (18, 17, 16), {17}), ("gemma", (11, 10, 9), {10})]
 )
 def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
     path = request.getfixturevalue(name)
     monkeypatch.setattr(depth, "boundaries", lambda shape: tried)
     opened = PopModel(path, n_ctx=512, n_threads=1)
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
-    settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=2)
+    settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=1)
     reference = read_reference(opened, tokens, settings, ignore)
     found = measure_cliff(opened, read_shape(path), reference, 2048, ignore)
     assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
