@@ -21,7 +21,7 @@ def smol(tmp_path_factory) -> Seeing:
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory) -> Path:
+def chat_model(tmp_path_factory) -> Path:
     return tiny(tmp_path_factory.mktemp("talking"), boundary=5, chat_template=TEMPLATE)
 
 

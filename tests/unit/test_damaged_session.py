@@ -14,8 +14,8 @@ from support.talking import QUESTION, answered, follow_up, opened
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other zip", "no object"])
-def test_a_damaged_session_is_one_error_and_changes_nothing(file, sessions, damage):
-    model = opened(file)
+def test_a_damaged_session_is_one_error_and_changes_nothing(chat_model, sessions, damage):
+    model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
     path = sessions.path("talk")
@@ -93,8 +93,8 @@ TURN = "conversation.turns.0"
         (f"{TURN}.documents", [{"name": "a", "text": 1}]),
     ],
 )
-def test_every_field_of_a_session_has_a_type_and_a_range(file, sessions, place, value):
-    model = opened(file)
+def test_every_field_of_a_session_has_a_type_and_a_range(chat_model, sessions, place, value):
+    model = opened(chat_model)
     sessions.save("talk", model, answered(model, QUESTION))
     path = sessions.path("talk")
     if place == TURN:
@@ -129,8 +129,8 @@ def npy(head: str, data: bytes = b"") -> bytes:
     ],
 )
 @pytest.mark.parametrize("name", ["tokens_npy", "full_npy"])
-def test_arrays_are_of_the_expected_type_and_size(file, sessions, name, content):
-    model = opened(file)
+def test_arrays_are_of_the_expected_type_and_size(chat_model, sessions, name, content):
+    model = opened(chat_model)
     sessions.save("talk", model, answered(model, QUESTION))
     content = content.replace(b"N", str(model.n_tokens).encode())
     rewritten(sessions.path("talk"), **{name: content})
@@ -138,8 +138,8 @@ def test_arrays_are_of_the_expected_type_and_size(file, sessions, name, content)
         sessions.load("talk", model)
 
 
-def test_tokens_are_of_the_vocabulary(file, sessions):
-    model = opened(file)
+def test_tokens_are_of_the_vocabulary(chat_model, sessions):
+    model = opened(chat_model)
     sessions.save("talk", model, answered(model, QUESTION))
     for token in (-1, model.n_vocab()):
         tokens = encoded_array(np.full(model.n_tokens, token, np.int32))
@@ -149,11 +149,11 @@ def test_tokens_are_of_the_vocabulary(file, sessions):
 
 
 @pytest.mark.parametrize("kv", ["empty", "cut", "of fewer cells"])
-def test_k_v_that_are_not_all_there_are_read_again(file, sessions, kv):
-    model = opened(file)
+def test_k_v_that_are_not_all_there_are_read_again(chat_model, sessions, kv):
+    model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
-    expected = follow_up(opened(file), said)
+    expected = follow_up(opened(chat_model), said)
     state = model.save_state().llama_state
     if kv == "of fewer cells":
         model.truncate(10)
@@ -166,8 +166,8 @@ def test_k_v_that_are_not_all_there_are_read_again(file, sessions, kv):
     assert follow_up(model, said) == expected
 
 
-def test_a_packed_session_is_refused(file, sessions):
-    model = opened(file)
+def test_a_packed_session_is_refused(chat_model, sessions):
+    model = opened(chat_model)
     sessions.save("talk", model, answered(model, QUESTION))
     with zipfile.ZipFile(sessions.path("talk"), "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("session.json", b" " * 1_000_000)

@@ -25,8 +25,8 @@ REPORT = (
 
 
 @pytest.fixture(scope="module")
-def shared(file) -> PopModel:
-    return opened(file)
+def shared(chat_model) -> PopModel:
+    return opened(chat_model)
 
 
 @pytest.fixture
@@ -137,13 +137,13 @@ def test_a_model_is_opened_by_name_and_with_the_sidecar_beside_it(tmp_path, monk
     assert "did you mean tiny?" in caught.value.hint
 
 
-def test_the_constructor_is_llama_cpps(file):
-    with PopModel(str(file), n_ctx=256) as model:
+def test_the_constructor_is_llama_cpps(chat_model):
+    with PopModel(str(chat_model), n_ctx=256) as model:
         assert (model.n_ctx(), model.boundary, model.pruning) == (256, 5, True)
 
 
-def test_a_closed_model_says_so(file, tmp_path):
-    model = opened(file)
+def test_a_closed_model_says_so(chat_model, tmp_path):
+    model = opened(chat_model)
     session = model.session()
     session.chat(QUESTION, **GREEDY)
     model.close()
@@ -152,7 +152,7 @@ def test_a_closed_model_says_so(file, tmp_path):
         lambda: model.chat("a"),
         lambda: session.chat("a"),
         lambda: session.save(tmp_path / "closed"),
-        lambda: model.load_session(session_file(file, tmp_path)),
+        lambda: model.load_session(session_file(chat_model, tmp_path)),
         lambda: model.create_completion([5] * 20),
         model.clear,
     ):
@@ -160,8 +160,8 @@ def test_a_closed_model_says_so(file, tmp_path):
             ask()
 
 
-def session_file(file: Path, folder: Path) -> Path:
-    with opened(file) as model:
+def session_file(chat_model: Path, folder: Path) -> Path:
+    with opened(chat_model) as model:
         session = model.session()
         session.chat(QUESTION, **GREEDY)
         return session.save(folder / "talk")

@@ -14,8 +14,8 @@ from support.synthetic import TEMPLATE
 
 
 @pytest.fixture(scope="module")
-def shared(file) -> PopModel:
-    return opened(file)
+def shared(chat_model) -> PopModel:
+    return opened(chat_model)
 
 
 @pytest.fixture
@@ -170,11 +170,11 @@ def test_a_forgotten_conversation_leaves_the_system_prompt(model):
         session.retry()
 
 
-def test_a_conversation_goes_on_with_another_model(file, model):
+def test_a_conversation_goes_on_with_another_model(chat_model, model):
     session = model.session()
     session.chat(QUESTION, **GREEDY)
     first = session.chat("and now?", **GREEDY).stats
-    with opened(file) as other:
+    with opened(chat_model) as other:
         session.undo()
         session.model = other
         second = session.chat("and now?", **GREEDY).stats
@@ -185,14 +185,14 @@ def test_a_conversation_goes_on_with_another_model(file, model):
 
 
 @pytest.mark.parametrize("pruning", [True, False])
-def test_a_saved_session_goes_on_without_reading_again(file, model, tmp_path, pruning):
+def test_a_saved_session_goes_on_without_reading_again(chat_model, model, tmp_path, pruning):
     model.pruning = pruning
     session = model.session(system="Be brief.")
     session.chat(QUESTION, **GREEDY)
     path = session.save(tmp_path / "new folder" / "talk")
     assert path == tmp_path / "new folder" / "talk.popsession"
     expected = session.chat("and now?", **GREEDY)
-    with opened(file) as fresh:
+    with opened(chat_model) as fresh:
         resumed = fresh.load_session(path)
         assert (resumed.reread, fresh.pruning) == ("", pruning)
         assert resumed.conversation.turns == session.conversation.turns[:1]

@@ -24,15 +24,15 @@ from support.talking import QUESTION, answered, follow_up, opened
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
-def test_a_loaded_session_goes_on_without_reading_again(file, sessions, mode):
-    model = opened(file)
+def test_a_loaded_session_goes_on_without_reading_again(chat_model, sessions, mode):
+    model = opened(chat_model)
     model.set_pop(mode)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
     path = sessions.path("talk")
     assert [at.stat().st_mode & 0o077 for at in (path, path.parent)] == [0, 0]
     expected, _ = follow_up(model, said)
-    fresh = opened(file)
+    fresh = opened(chat_model)
     restored = sessions.load("talk", fresh)
     assert (restored.reread, restored.session.conversation) == ("", said)
     assert fresh.pop_mode is mode
@@ -41,18 +41,18 @@ def test_a_loaded_session_goes_on_without_reading_again(file, sessions, mode):
     assert n_read < 50 < restored.session.n_tokens
 
 
-def test_only_the_cells_in_use_are_saved(file, sessions):
-    said = answered(opened(file), QUESTION)
+def test_only_the_cells_in_use_are_saved(chat_model, sessions):
+    said = answered(opened(chat_model), QUESTION)
     sizes = []
     for n_ctx in (1024, 4096):
-        model = opened(file, n_ctx=n_ctx)
+        model = opened(chat_model, n_ctx=n_ctx)
         answered(model, QUESTION)
         sizes.append(sessions.save("talk", model, said))
     assert sizes[1] - sizes[0] < 10_000
 
 
-def test_another_conversation_in_the_kv_cache_is_not_saved(file, sessions):
-    model = opened(file)
+def test_another_conversation_in_the_kv_cache_is_not_saved(chat_model, sessions):
+    model = opened(chat_model)
     ours, theirs = (ChatSession(model, Conversation("Be brief.")) for _ in range(2))
     ours.chat(QUESTION.question, max_tokens=8, temperature=0.0)
     theirs.chat("my secret", max_tokens=8, temperature=0.0)
@@ -61,15 +61,15 @@ def test_another_conversation_in_the_kv_cache_is_not_saved(file, sessions):
     with zipfile.ZipFile(sessions.path("ours")) as archive:
         assert archive.namelist() == ["session.json"]
     assert model.n_tokens == n_tokens, "theirs are left alone"
-    fresh = opened(file)
+    fresh = opened(chat_model)
     fresh.set_pop(Mode.OFF)
     restored = sessions.load("ours", fresh)
     assert "another conversation" in restored.reread
     assert (restored.session.conversation, fresh.pop_mode) == (ours.conversation, Mode.CONTEXT)
 
 
-def test_what_another_conversation_adds_to_ours_is_not_saved(file, sessions):
-    model = opened(file)
+def test_what_another_conversation_adds_to_ours_is_not_saved(chat_model, sessions):
+    model = opened(chat_model)
     said = Conversation("Be brief.", (replace(QUESTION, answer="i j k"),))
     messages = said.plus(Turn("my secret")).messages
     list(model.chat_turn(messages, max_tokens=2, temperature=0.0))
@@ -78,14 +78,14 @@ def test_what_another_conversation_adds_to_ours_is_not_saved(file, sessions):
     sessions.save("talk", model, said)
     text = cached_text(sessions, model)
     assert text.endswith(QUESTION.question + "\nassistant:") and "my secret" not in text
-    fresh = opened(file)
+    fresh = opened(chat_model)
     assert sessions.load("talk", fresh).reread == ""
     assert follow_up(fresh, said) == follow_up(model, said)
 
 
 @pytest.mark.parametrize(("stops", "answer"), [((), "hello world"), (("world",), "hello ")])
-def test_an_answer_is_saved_to_its_end(file, sessions, stops, answer):
-    model = opened(file)
+def test_an_answer_is_saved_to_its_end(chat_model, sessions, stops, answer):
+    model = opened(chat_model)
     session = ChatSession(model)
     options = {"stops": stops, "grammar": 'root ::= "hello world"'}
     assert session.chat(QUESTION.question, temperature=0.0, **options).text == answer
@@ -103,12 +103,12 @@ def cached_text(sessions: Sessions, model: PopModel) -> str:
 
 
 @pytest.mark.parametrize("other", ["model", "boundary", "context"])
-def test_k_v_of_something_else_are_not_used(file, sessions, tmp_path, other):
-    model = opened(file)
+def test_k_v_of_something_else_are_not_used(chat_model, sessions, tmp_path, other):
+    model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
     if other == "context":
-        different, reason = opened(file, n_ctx=256), "need a context of"
+        different, reason = opened(chat_model, n_ctx=256), "need a context of"
     elif other == "boundary":
         plain = make_gguf(tmp_path / "llama.gguf", "llama", chat_template=TEMPLATE)
         different = opened(converted(plain, tmp_path, boundary=6))
@@ -122,8 +122,8 @@ def test_k_v_of_something_else_are_not_used(file, sessions, tmp_path, other):
     assert different.n_tokens == 0
 
 
-def test_another_boundary_of_the_same_file_reads_again(file, sessions):
-    model = opened(file)
+def test_another_boundary_of_the_same_file_reads_again(chat_model, sessions):
+    model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
     model.set_boundary(6)
@@ -131,15 +131,15 @@ def test_another_boundary_of_the_same_file_reads_again(file, sessions):
     assert model.n_tokens == 0
 
 
-def test_another_backend_reads_again(file, sessions, monkeypatch):
-    model = opened(file)
+def test_another_backend_reads_again(chat_model, sessions, monkeypatch):
+    model = opened(chat_model)
     sessions.save("talk", model, answered(model, QUESTION))
     monkeypatch.setattr("pop_local.engine.sessions.session_file.llama_cpp.__version__", "9.9.9")
     assert "backend" in sessions.load("talk", model).reread
 
 
-def test_a_session_is_on_the_disk_before_it_has_its_name(file, sessions, monkeypatch):
-    model = opened(file)
+def test_a_session_is_on_the_disk_before_it_has_its_name(chat_model, sessions, monkeypatch):
+    model = opened(chat_model)
     synced: list[bool] = []
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(sessions.path("talk").exists()))
     sessions.save("talk", model, answered(model, QUESTION))
@@ -147,13 +147,13 @@ def test_a_session_is_on_the_disk_before_it_has_its_name(file, sessions, monkeyp
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "..", ".hidden", "", " a", "a ", "x" * 99])
-def test_names_have_no_parts_of_paths(file, sessions, name):
+def test_names_have_no_parts_of_paths(chat_model, sessions, name):
     with pytest.raises(PopError, match="cannot name a session"):
         sessions.path(name)
 
 
-def test_a_failed_save_leaves_the_old_session(file, sessions, monkeypatch):
-    model = opened(file)
+def test_a_failed_save_leaves_the_old_session(chat_model, sessions, monkeypatch):
+    model = opened(chat_model)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
     before = sessions.path("talk").read_bytes()
@@ -179,18 +179,18 @@ def talked(model: PopModel, *lines: str) -> tuple[Dialogue, list[str]]:
     return chat, transcript.shown.splitlines()
 
 
-def test_save_load_and_sessions(file, monkeypatch, tmp_path):
+def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
-    model = opened(file)
+    model = opened(chat_model)
     _, shown = talked(model, "/sessions", "a b c d " * 30, "/save one", "/save one", "/sessions")
     assert shown[1] == "# No session is saved; /save NAME saves this one."
     assert shown[-5].startswith("# Saved as one, ") and shown[-3].startswith("# Saved as one, ")
     assert shown[-1].startswith("# one: 1 turn, ")
-    chat, shown = talked(opened(file), "/load one", "/stats", "more?")
+    chat, shown = talked(opened(chat_model), "/load one", "/stats", "more?")
     assert shown[1] == "# Loaded one: 1 turn."
     assert shown[2].endswith(" tokens need not be read again.")
     assert shown[3] == "> /stats", "pruning was on and still is"
-    _, in_another_mode = talked(opened(file), "/pop off", "/load one")
+    _, in_another_mode = talked(opened(chat_model), "/pop off", "/load one")
     assert in_another_mode[-1].startswith("# Pruning is on")
     assert chat.session.answer_stats[0].n_cached > 100
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")
@@ -200,9 +200,9 @@ def test_save_load_and_sessions(file, monkeypatch, tmp_path):
     assert any(line.startswith("! '../one' cannot name a session") for line in shown)
 
 
-def test_what_was_cleared_or_undone_is_not_saved(file, monkeypatch, tmp_path):
+def test_what_was_cleared_or_undone_is_not_saved(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
-    model = opened(file)
+    model = opened(chat_model)
     sessions = Sessions(sessions_dir())
     talked(model, "a b c d " * 30, "my secret", "/undo", "/save talk")
     text = cached_text(sessions, model)
@@ -210,13 +210,15 @@ def test_what_was_cleared_or_undone_is_not_saved(file, monkeypatch, tmp_path):
     talked(model, "my secret", "/clear", "/save cleared")
     with zipfile.ZipFile(sessions.path("cleared")) as archive:
         assert archive.namelist() == ["session.json"]
-    _, shown = talked(opened(file), "/load cleared")
+    _, shown = talked(opened(chat_model), "/load cleared")
     assert shown[2] == "# 0 tokens need not be read again."
 
 
-def test_a_session_of_another_model_is_read_again_after_saying_so(file, monkeypatch, tmp_path):
+def test_a_session_of_another_model_is_read_again_after_saying_so(
+    chat_model, monkeypatch, tmp_path
+):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
-    talked(opened(file), "a b c d " * 30, "/save one")
+    talked(opened(chat_model), "a b c d " * 30, "/save one")
     other = opened(tiny(tmp_path, boundary=5, chat_template=TEMPLATE, seed=1))
     chat, shown = talked(other, "/load one", "more?")
     assert shown[2].startswith("* Its K/V cannot be used: they belong to another model (")
@@ -232,9 +234,9 @@ def test_a_model_that_cannot_be_pruned_talks_all_the_same(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="links and pipes of POSIX")
-def test_what_lies_beside_the_sessions_is_left_out(file, monkeypatch, tmp_path):
+def test_what_lies_beside_the_sessions_is_left_out(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
-    model = opened(file)
+    model = opened(chat_model)
     talked(model, "a b c d", "/save talk")
     folder = sessions_dir()
     (folder / "gone.popsession").symlink_to("nowhere")
@@ -247,8 +249,8 @@ def test_what_lies_beside_the_sessions_is_left_out(file, monkeypatch, tmp_path):
     assert shown[-1].startswith("! there is no session gone; ")
 
 
-def test_too_long_a_name_for_the_disk_is_one_error(file, monkeypatch, tmp_path):
+def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_path):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path))
-    _, shown = talked(opened(file), "a b c d", "/save " + "字" * 80, "/save talk")
+    _, shown = talked(opened(chat_model), "a b c d", "/save " + "字" * 80, "/save talk")
     assert any(line.startswith("! cannot write ") and "too long" in line for line in shown)
     assert shown[-1].startswith("# Saved as talk")
