@@ -25,6 +25,7 @@ resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
 STOPPED = """
 import sys, time
 from converter import content
+from pop_local.workflows import examine
 
 def read(stretch, free_buffer, real=content._read):
     for chunk in real(stretch, free_buffer):
@@ -36,6 +37,7 @@ def read(stretch, free_buffer, real=content._read):
 
 content._read = read
 content.CHUNK_BYTES = 100_000
+examine.N_OWN_WINDOWS = examine.N_OWN_DRAWS = 1
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", "--projection", "own", "--skip", "1/3", *sys.argv[1:]]
 main()

@@ -89,8 +89,6 @@ def text(tmp_path_factory) -> Path:
 def short_examination(monkeypatch):
     monkeypatch.setattr(examining, "N_WINDOWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 2)
-    monkeypatch.setattr(examining, "N_OWN_WINDOWS", 1)
-    monkeypatch.setattr(examining, "N_OWN_DRAWS", 1)
 
 
 def test_by_default_it_fits_and_measures(tiny, tmp_path):

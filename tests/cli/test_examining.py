@@ -27,7 +27,6 @@ ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_ppl_ratio=1000.0, max_copy_
 @pytest.fixture(autouse=True)
 def few_windows(monkeypatch):
     monkeypatch.setattr(examining, "N_WINDOWS", 1)
-    monkeypatch.setattr(examining, "N_OWN_WINDOWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 2)
 
 
