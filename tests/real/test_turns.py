@@ -37,7 +37,7 @@ def model(shared) -> PopModel:
 
 
 def ask(model: PopModel, *messages: Message, **options) -> tuple[str, TurnStats]:
-    defaults = {"temperature": 0.0, "max_tokens": 24}
+    defaults = {"temperature": 0.0, "max_tokens": 12}
     *pieces, last = model.chat_turn(messages, **defaults | options)
     assert all(piece.stats is None for piece in pieces)
     assert last.stats is not None
@@ -51,7 +51,7 @@ def test_the_figures_add_up(model):
     assert stats.n_pruned == stats.n_prompt - 17 > 120
     assert 0 < stats.prefill_s <= stats.ttft_s
     assert stats.prefill_tokens_per_s == pytest.approx(stats.n_prompt / stats.prefill_s)
-    assert 1 < stats.n_decoded <= 24
+    assert 1 < stats.n_decoded <= 12
     assert stats.decode_tokens_per_s == pytest.approx((stats.n_decoded - 1) / stats.decode_s)
 
 
@@ -277,6 +277,6 @@ def test_plain_text_is_continued(model):
 
 def test_llama_cpps_own_chat_completion_works(model):
     answer = model.create_chat_completion(
-        [{"role": "user", "content": QUESTION.content}], temperature=0.0, max_tokens=24
+        [{"role": "user", "content": QUESTION.content}], temperature=0.0, max_tokens=12
     )
     assert answer["choices"][0]["message"]["content"] == ask(model, QUESTION)[0]
