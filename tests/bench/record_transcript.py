@@ -1,6 +1,6 @@
-"""The transcript of the README: `pop-local chat` on a terminal, with a real model. Not a test.
+"""The transcript of docs/usage.md: `pop-local chat` on a terminal, with a real model. Not a test.
 
-    python tests/bench/record_transcript.py MODEL.pop.gguf [--write README.md]
+    python tests/bench/record_transcript.py MODEL.pop.gguf [--write docs/usage.md]
 
 Types the lines of SCENES and prints what is to be seen then, the prefill bars having gone.
 `--write` puts it between the marks in that file instead.
