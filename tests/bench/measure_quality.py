@@ -1,4 +1,4 @@
-"""The quality tables of docs/quality.md: depths and ablations, from `pop-local eval --json`. Not a test.
+"""Tables of docs/quality.md: depths and ablations, from `pop-local eval --json`. Not a test.
 
     python tests/bench/measure_quality.py MODEL.gguf [--text FILE] [--windows 32] [--out FOLDER]
 
