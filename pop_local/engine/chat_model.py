@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -121,14 +122,16 @@ class ChatModel(PrunedLlama):
     def _wants_parts(self) -> bool:
         """Whether the template takes a message's content as parts only, found by trying it."""
         probe = "0f3c9a71d2"  # in no template
-        contents: tuple[Any, ...] = (probe, [{"type": "text", "text": probe}])
-        for content in contents:
-            try:
-                shown = self._formatter(messages=[{"role": "user", "content": content}]).prompt
-            except (ValueError, TemplateError):
-                continue
-            if probe in shown:
-                return content is not probe
+
+        def is_shown(content: Any) -> bool:
+            return probe in self._formatter(messages=[{"role": "user", "content": content}]).prompt
+
+        # One that goes beyond its limits with plain text would do so with the conversation, too.
+        with suppress(ValueError, TemplateError):
+            if is_shown(probe):
+                return False
+        with suppress(PopError, ValueError, TemplateError):
+            return is_shown([{"type": "text", "text": probe}])
         return False
 
     def _rendered(self, messages: Sequence[Message], contents: Sequence[str]) -> str:

@@ -118,10 +118,10 @@ def _asked(task: Task) -> str:
 def score(path: Path, n_shots: int, answers: Path) -> dict[str, Any]:
     """Run the programs of both modes; the answers' lines are those of the tasks asked.
 
-    Of answers that are not complete, lines count that both modes have answered.
+    Of unfinished answers, only lines that both modes have answered count.
     """
     asked = list(entries(path, "humaneval"))[n_shots:]
-    _, *kept = (json.loads(line) for line in answers.read_text("utf-8").splitlines())
+    _, *kept = map(json.loads, answers.read_text("utf-8").rpartition("\n")[0].splitlines())
     texts = {(answer["line"], answer["mode"]): answer["text"] for answer in kept}
     lines = [line for line, mode in texts if mode == "pruned" and (line, "full") in texts]
     both = [

@@ -157,7 +157,7 @@ def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
 
 
 def test_smollm2_copies_at_a_third(smollm2, tmp_path, text, short_examination, monkeypatch):
-    """On text alone, and with no look before the fit: both would take longer than all the rest."""
+    """Without sampling, and without the look before a fit, for the time that they take."""
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     text.write_text("\n".join(topics.values()))
     done = convert(smollm2, tmp_path / "pop.gguf", "--json", "--text", text, "--force")

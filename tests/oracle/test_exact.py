@@ -91,7 +91,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "K in q8_0": {"type_k": Q8_0},
     "K and V in q8_0": {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0},
 }
-# Fused weights, experts and what is left out store no K/V in another way.
+# Ways of storing K/V, and ubatches, are tried on models that store K/V differently from each other:
+# fused weights, experts and parts that are left out change none of it.
 STORES = ("gemma3n", "gemma4", "gemma4-k-as-v")
 CASES = [
     pytest.param(model, options, id=f"{model}-{name}")
@@ -131,6 +132,7 @@ def check_noise(got: dict, want: dict, job: Job, *steps: Step) -> None:
         assert max(found) <= max(noise), name
 
 
+# Fused weights are the same product, row by row.
 @pytest.mark.parametrize("model", [name for name in MODELS if "fused" not in name], indirect=True)
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
 def test_sequences_in_one_batch(kv_unified: bool, model: Path, tmp_path: Path, job: Job) -> None:

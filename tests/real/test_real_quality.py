@@ -7,7 +7,7 @@ from converter.source import read_source
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import depth
-from pop_local.measure.budget import BALANCED, FAST, copies
+from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless
 from pop_local.measure.depth import measure_cliff, worth_measuring
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import Pruning, always_skip, forced
@@ -36,6 +36,9 @@ def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
     assert third.induction_retention.value > 0.7 > 0.2 > half.induction_retention.value
     assert half.kl_mean.value > BALANCED.max_kl
     assert not copies(FAST, half)
+    # What `convert` refuses before it fits.
+    assert is_hopeless(FAST, half.induction_retention)
+    assert not is_hopeless(FAST, third.induction_retention)
 
 
 def test_without_boundary_handling_the_first_token_is_lost(smollm2):

@@ -77,10 +77,11 @@ def test_programs_are_run_with_what_the_task_imports(answer, is_right):
 
 def test_programs_of_both_modes_are_counted(tmp_path: Path):
     path, answers = tmp_path / "tasks.jsonl", tmp_path / "answers.jsonl"
-    path.write_text("\n".join([json.dumps(HUMANEVAL)] * 2))
+    path.write_text("\n".join([json.dumps(HUMANEVAL)] * 3))
     right = tasks.humaneval(HUMANEVAL).shown
     lines = [{}, *({"mode": m, "line": 1, "text": t} for m, t in (("full", right), ("pruned", "")))]
-    answers.write_text("\n".join(map(json.dumps, lines)))
+    lines.append({"mode": "full", "line": 2, "text": right})  # not answered when pruned
+    answers.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"mode": "pru')
     found = tasks.score(path, 1, answers)
     assert found == {
         "n": 1,
