@@ -28,6 +28,7 @@ from pop_local.commands.options import (
     hardware,
     selected,
 )
+from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ def serve(
         ),
     ] = "",
     name: Annotated[
-        str, typer.Option("--name", help="The model's name in the API. Default: the file's.")
+        str,
+        typer.Option(
+            "--name", help="The model's name in the API. Default: the catalog's, or the file's."
+        ),
     ] = "",
     pop: Pop = None,
     no_pop: NoPop = False,
@@ -97,7 +101,7 @@ def serve(
     opened = Opener(model, pop, ctx, on, *rows, mmproj, image_tokens)()
     opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
     try:
-        name = name or Path(opened.model_path).stem
+        name = name or _default_name(model, opened.model_path)
         app = create_app(opened, name, api_key=api_key, host=host)
         listening.listen(128)
         _announce(opened, name, listening, is_open=host not in LOOPBACK and not api_key)
@@ -105,6 +109,11 @@ def serve(
     finally:
         listening.close()
         opened.close()
+
+
+def _default_name(model: str, path: str) -> str:
+    """What was given, if it is a name of the catalog: what requests are likely to say."""
+    return model if lookup(model) else Path(path).stem
 
 
 def _require_packages() -> None:

@@ -61,6 +61,14 @@ def ask(client, **options):
 # --- OpenAI's own client
 
 
+@pytest.mark.parametrize("named", [(), ("--name", "lighthouse")])
+def test_a_model_of_the_catalog_goes_by_the_name_that_was_given(smollm2, monkeypatch, named):
+    monkeypatch.setenv("POP_LOCAL_MODELS_DIR", str(smollm2.parent))
+    with served("SmolLM2", *named) as server:
+        [card] = httpx2.get(f"{server.api}/models").json()["data"]
+    assert card["id"] == (named[1] if named else "SmolLM2")
+
+
 def test_openai_chat(client):
     assert [model.id for model in client.models.list()] == ["smol"]
     whole = ask(client)

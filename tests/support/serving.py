@@ -43,7 +43,7 @@ class Served:
 
 
 @contextmanager
-def served(model: Path, *arguments: object) -> Iterator[Served]:
+def served(model: Path | str, *arguments: object) -> Iterator[Served]:
     command = [sys.executable, "-m", "pop_local", "serve", model, "--port", 0, "--threads", 1]
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log"
