@@ -61,12 +61,11 @@ def ask(client, **options):
 # --- OpenAI's own client
 
 
-@pytest.mark.parametrize("named", [(), ("--name", "lighthouse")])
-def test_a_model_of_the_catalog_goes_by_the_name_that_was_given(smollm2, monkeypatch, named):
+def test_a_model_of_the_catalog_goes_by_the_name_that_was_given(smollm2, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_MODELS_DIR", str(smollm2.parent))
-    with served("SmolLM2", *named) as server:
+    with served("SmolLM2") as server:
         [card] = httpx2.get(f"{server.api}/models").json()["data"]
-    assert card["id"] == (named[1] if named else "SmolLM2")
+    assert card["id"] == "SmolLM2"
 
 
 def test_openai_chat(client):
