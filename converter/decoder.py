@@ -1,4 +1,4 @@
-"""A dense decoder in torch, for gradients: weights from the GGUF, one layer in memory at a time.
+"""A dense decoder in torch, for gradients: weights from the GGUF, one layer at a time.
 
 The computation is llama.cpp's (models/llama.cpp, qwen2, qwen3, gemma2, gemma3) in float32, where
 llama.cpp rounds activations and the KV cache: their logits differ by a KL of about 0.001.
@@ -19,19 +19,23 @@ _FREQS = "rope_freqs.weight"
 
 
 class Decoder:
-    """A dense model; its embeddings and LM head stay in memory, its layers do not.
+    """A dense model; its LM head stays in memory, its layers do not.
 
+    `matrices` is the type that matrices are kept and multiplied in, None for that of the states.
     Raises UnsupportedArchitectureError for what it does not compute, FormatError for a bad file.
     """
 
-    def __init__(self, source: Source, device: str = "cpu") -> None:
+    def __init__(
+        self, source: Source, device: str = "cpu", matrices: torch.dtype | None = None
+    ) -> None:
+        self._matrices = matrices
         self.hyper = read_hyper(source)
         self.n_layer = self.hyper.n_layer
         self._weights = Weights(source)
         self.device = torch.device(device)
         self._output_norm = self._tensor("output_norm.weight")
         tied = "output.weight" not in self._weights
-        self._head = self._tensor("token_embd.weight" if tied else "output.weight")
+        self._head = self._matrix(self._tensor("token_embd.weight" if tied else "output.weight"))
 
     def embed(self, tokens: np.ndarray) -> Tensor:
         """Return the states [n_windows, n_tokens, n_embd] of token ids [n_windows, n_tokens]."""
@@ -42,21 +46,41 @@ class Decoder:
     def layer(self, index: int) -> "Layer":
         """Read and dequantise one layer."""
         prefix = f"blk.{index}."
-        tensors = {name: self._tensor(prefix + name) for name in self._weights.names(prefix)}
+        names = self._weights.names(prefix)
+        tensors = {name: self._matrix(self._tensor(prefix + name)) for name in names}
         factors = self._tensor(_FREQS) if _FREQS in self._weights else None
         hyper = self.hyper
         return Layer(tensors, hyper, hyper.ropes[index], hyper.windows[index], factors)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Return the logits [..., n_vocab] of the last layer's output [..., n_embd]."""
+    def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Return the logits [..., n_vocab] of the last layer's output [..., n_embd].
+
+        With `tokens` [n] they are of these alone, [..., n].
+        """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
-        return _soft_cap(normed @ self._head.T, self.hyper.final_cap)
+        head = self._head if tokens is None else self._head[tokens]
+        product = functional.linear(normed.to(head.dtype), head).to(normed.dtype)
+        return _soft_cap(product, self.hyper.final_cap)
 
     def _tensor(self, name: str) -> Tensor:
         return self._to_device(self._weights[name])
 
+    def _matrix(self, values: Tensor) -> Tensor:
+        return values if self._matrices is None or values.dim() < 2 else values.to(self._matrices)
+
     def _to_device(self, values: Floats) -> Tensor:
         return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(self.device)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """K [n_windows, n_rows, n_k], before norm and RoPE, and V [n_windows, n_rows, n_v] of rows
+    whose states a layer does not get, at `positions` [n_rows].
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,25 +93,49 @@ class Layer:
     window: int
     rope_factors: Tensor | None
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """Return the output of the layer for states [n_windows, n_tokens, n_embd], as large."""
-        attended = self._attention(self._norm("attn_norm", states))
+    def __call__(
+        self, states: Tensor, positions: Tensor | None = None, stored: Stored | None = None
+    ) -> Tensor:
+        """Return the output of the layer for states [n_windows, n_rows, n_embd], as large.
+
+        The rows are at `positions` [n_rows], None for those from 0 on, and see `stored` besides.
+        """
+        attended = self._linear("attn_output", self.heads(states, positions, stored))
         states = states + self._norm("post_attention_norm", attended)
         passed = self._ffn(self._norm("ffn_norm", states))
         return states + self._norm("post_ffw_norm", passed)
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def key_value(self, states: Tensor, positions: Tensor) -> Stored:
+        """Return the layer's own K and V of states [n_windows, n_rows, n_embd]."""
+        x = self._norm("attn_norm", states)
+        return Stored(self._linear("attn_k", x), self._linear("attn_v", x), positions)
+
+    def heads(
+        self, states: Tensor, positions: Tensor | None = None, stored: Stored | None = None
+    ) -> Tensor:
+        """Return what the attention heads give [n_windows, n_rows, n_head * dim_v]; see above."""
         h = self.hyper
-        q = self._turned(self._norm("attn_q_norm", self._heads("attn_q", x, h.dim_k)))
-        k = self._turned(self._norm("attn_k_norm", self._heads("attn_k", x, h.dim_k)))
-        v = self._heads("attn_v", x, h.dim_v)
+        if positions is None:
+            positions = torch.arange(states.shape[1], device=states.device)
+        own = self.key_value(states, positions)
+        kv = own if stored is None else _joined(stored, own)
+        q = self._linear("attn_q", self._norm("attn_norm", states))
+        q = self._turned(self._norm("attn_q_norm", _heads(q, h.dim_k)), positions)
+        k = self._turned(self._norm("attn_k_norm", _heads(kv.k, h.dim_k)), kv.positions)
+        v = _heads(kv.v, h.dim_v)
+        hidden = self._hidden(positions, kv.positions)
+        return self._mixed(q, k, v, hidden).transpose(1, 2).flatten(2)
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        """Return [n_windows, n_head, n_rows, dim_v] of what queries take from keys and values."""
         # Query heads that share a key head lie next to each other.
-        q = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
-        scores = q @ k.unsqueeze(2).transpose(-1, -2)
-        capped = _soft_cap(scores * h.attention_scale, h.attention_cap)
-        hidden = self._hidden(x.shape[1], x.device)
-        mixed = capped.masked_fill(hidden, -torch.inf).softmax(-1) @ v.unsqueeze(2)
-        return self._linear("attn_output", mixed.flatten(1, 2).transpose(1, 2).flatten(2))
+        n_sharing = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(n_sharing, 1), v.repeat_interleave(n_sharing, 1)
+        scale, cap = self.hyper.attention_scale, self.hyper.attention_cap
+        if not cap:
+            return functional.scaled_dot_product_attention(q, k, v, ~hidden, scale=scale)
+        scores = _soft_cap(scale * (q @ k.transpose(-1, -2)), cap)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
     def _ffn(self, x: Tensor) -> Tensor:
         gate = self._linear("ffn_gate", x)
@@ -97,24 +145,20 @@ class Layer:
             gate = functional.silu(gate)
         return self._linear("ffn_down", gate * self._linear("ffn_up", x))
 
-    def _heads(self, name: str, x: Tensor, dim: int) -> Tensor:
-        """Return [n_windows, n_heads, n_tokens, dim]."""
-        return self._linear(name, x).reshape(*x.shape[:2], -1, dim).transpose(1, 2)
-
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(
-            x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
-        )
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
+        product = functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+        return product if bias is None else product + bias
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """Return `x` as it is where the architecture has no such norm."""
         gain = self.tensors.get(f"{name}.weight")
         return x if gain is None else _rms_norm(x, gain, self.hyper.eps)
 
-    def _turned(self, x: Tensor) -> Tensor:
-        """Apply RoPE to the last axis of [..., n_tokens, dim]; what is past n_rot stays."""
+    def _turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Apply RoPE to the last axis of [..., n_rows, dim]; what is past n_rot stays."""
         n = self.hyper.n_rot
-        angles = self._angles(x)
+        angles = self._angles(positions)
         cos, sin = angles.cos(), angles.sin()
         if self.hyper.interleaved:
             a, b = x[..., 0:n:2], x[..., 1:n:2]
@@ -124,21 +168,32 @@ class Layer:
             turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
         return torch.cat((turned, x[..., n:]), -1)
 
-    def _angles(self, x: Tensor) -> Tensor:
+    def _angles(self, positions: Tensor) -> Tensor:
         n = self.hyper.n_rot
-        exponents = torch.arange(0, n, 2, device=x.device) / n
+        exponents = torch.arange(0, n, 2, device=positions.device) / n
         frequencies = self.rope.scale * self.rope.base**-exponents
         if self.rope_factors is not None:
             frequencies = frequencies / self.rope_factors
-        positions = torch.arange(x.shape[-2], device=x.device)
         return positions[:, None] * frequencies
 
-    def _hidden(self, n_tokens: int, device: torch.device) -> Tensor:
+    def _hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return which positions [of a query, of a key] are out of sight."""
-        position = torch.arange(n_tokens, device=device)
-        distance = position[:, None] - position
+        distance = queries[:, None] - keys
         hidden = distance < 0
         return hidden | (distance >= self.window) if self.window else hidden
+
+
+def _heads(x: Tensor, dim: int) -> Tensor:
+    """Return [n_windows, n_heads, n_rows, dim] of [n_windows, n_rows, n_heads * dim]."""
+    return x.reshape(*x.shape[:2], -1, dim).transpose(1, 2)
+
+
+def _joined(first: Stored, second: Stored) -> Stored:
+    return Stored(
+        torch.cat([first.k, second.k], 1),
+        torch.cat([first.v, second.v], 1),
+        torch.cat([first.positions, second.positions]),
+    )
 
 
 def _rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -19,7 +19,7 @@ from enum import Enum
 
 import numpy as np
 from gguf import GGMLQuantizationType
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 
 from converter.content import NewTensor
 from converter.errors import PopError
@@ -204,6 +204,27 @@ def encode(layer: int, fitted: KvProjection, kind: KvType) -> tuple[NewTensor, .
         if fitted.wide is not None:
             tensors.append(encode_weight(f"{name}_wide.weight", fitted.wide[rows], kind))
     return tuple(tensors)
+
+
+def decode(layer: int, tensors: Mapping[str, NewTensor], own: KvProjection) -> KvProjection:
+    """Return the projections of a layer that `encode` made these tensors of; `own` are its own."""
+    parts = [f"blk.{layer}.pop_attn_{part}" for part in "kv"]
+    biases = [np.frombuffer(tensors[f"{name}.bias"].data, np.float32) for name in parts]
+    weights = [decode_weight(tensors[f"{name}.weight"]) for name in parts]
+    wide = [tensors[f"{name}_wide.weight"] for name in parts if f"{name}_wide.weight" in tensors]
+    return replace(
+        own,
+        weight=np.vstack(weights),
+        bias=np.concatenate(biases),
+        wide=np.vstack([decode_weight(each) for each in wide]) if wide else None,
+    )
+
+
+def decode_weight(tensor: NewTensor) -> Floats:
+    """Return a matrix [n_out, n_in] as `encode_weight` took it, but for what storing it lost."""
+    kind = GGMLQuantizationType(tensor.type)
+    rows = np.frombuffer(tensor.data, np.uint8).reshape(tensor.dims[-1], -1)
+    return np.asarray(dequantize(rows, kind), np.float32)
 
 
 def encode_weight(name: str, weight: Floats, kind: KvType) -> NewTensor:

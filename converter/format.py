@@ -38,7 +38,8 @@ NO_LIMIT = 1e9
 class Calibration:
     """What projections were fitted on.
 
-    `sha256` is of the text, or of the tokens where some were sampled.
+    `sha256` is of the text, or of the tokens where some were sampled. `n_distilled` tokens were
+    read to train the fit end to end (converter.distill), 0 where it was not.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Calibration:
     n_tokens: int
     ridge: float
     weighting: str
+    n_distilled: int = 0
 
 
 @dataclass(frozen=True)

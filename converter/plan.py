@@ -25,7 +25,7 @@ class Plan:
     `projection` is a kind of converter.format. `budget` is what decided the boundary, None
     where the user did. `select` is the share of context tokens that run all layers, too, chosen by
     the question, `refilled` what was measured of it with the others following, `recall` how often
-    facts of a prompt were found.
+    facts of a prompt were found. `is_distilled`: whether the fit is trained end to end, too.
     """
 
     shape: ModelShape
@@ -38,6 +38,7 @@ class Plan:
     select: float = 0.0
     refilled: Refilled | None = None
     recall: Recalled | None = None
+    is_distilled: bool = False
 
     @property
     def schedule(self) -> str:

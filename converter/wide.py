@@ -14,13 +14,13 @@ A fit of the kind "fitted-attention" also sees what the heads of the boundary la
 give, before its output projection. Nothing is stored for that: context rows keep this attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from converter.content import NewTensor
-from converter.fit import KvType, encode_weight
+from converter.fit import KvType, decode_weight, encode_weight
 from converter.shape import ModelShape
 from converter.weights import Floats, Weights
 
@@ -91,6 +91,23 @@ def encode_input(boundary: int, made: WideInput, kind: KvType) -> tuple[NewTenso
         parts |= {"ffn_gate": made.neurons.gate, "ffn_up": made.neurons.up}
     name = f"blk.{boundary}.pop_"
     return tuple(encode_weight(f"{name}{part}.weight", each, kind) for part, each in parts.items())
+
+
+def decode_input(
+    shape: ModelShape, weights: Weights, boundary: int, tensors: Mapping[str, NewTensor]
+) -> WideInput:
+    """Return the input that `encode_input` made these tensors of."""
+    name = f"blk.{boundary}.pop_"
+    found = {
+        part: decode_weight(tensors[f"{name}{part}.weight"])
+        for part in ("prev", "ffn_gate", "ffn_up")
+        if f"{name}{part}.weight" in tensors
+    }
+    neurons = None
+    if "ffn_up" in found:
+        gain = weights[f"blk.{boundary}.ffn_norm.weight"]
+        neurons = Neurons(gain, found["ffn_gate"], found["ffn_up"], shape.arch in _GELU)
+    return WideInput(found["prev"], neurons)
 
 
 def _neurons(shape: ModelShape, weights: Weights, layer: int) -> tuple[Neurons, Floats]:

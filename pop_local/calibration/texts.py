@@ -19,6 +19,8 @@ Windows = NDArray[np.int32]
 
 N_WINDOW = 512
 SEED = 0
+# Distilling overfits what is less.
+N_DISTILLED = 128
 DEFAULT_NAME = "Python's documentation and code, samples of the model alone and in chat"
 # Text is far shorter than this for a token; more of it is not needed to fill a window.
 _MAX_CHARS_PER_TOKEN = 16
@@ -95,7 +97,7 @@ def own_text(
     (done_tokens, total_tokens) of the sampling.
     """
     n_sampled = n_sampled_of(count)
-    texts = [text for text in (_topics(), _library_code()) if text]
+    texts = _texts()
     shares = np.array_split(np.arange(count - n_sampled), len(texts))
     cut = [_cut(model, text, len(share)) for text, share in zip(texts, shares, strict=True)]
     alone, chat = [model.first_token], model.before_question
@@ -104,6 +106,20 @@ def own_text(
     sampled = sample_windows(model, starts, N_WINDOW, seed=SEED, on_progress=on_progress)
     windows = np.concatenate([*cut, sampled])
     return CalibrationText(DEFAULT_NAME, hashlib.sha256(windows.tobytes()).hexdigest(), windows)
+
+
+def n_distilled(n_tokens: int) -> int:
+    """Return how many windows a fit on so many tokens is distilled on, where the text has them."""
+    return max(n_tokens // N_WINDOW, N_DISTILLED)
+
+
+def to_distill(model: LoadedModel, text: CalibrationText, path: Path | None) -> Windows:
+    """Return the windows of a calibration, and more of its texts (of what `path` holds)."""
+    n_more = n_distilled(text.n_tokens) - len(text.windows)
+    texts = [whole_text(path)] if path else _texts()
+    shares = np.array_split(np.arange(n_more), len(texts))
+    more = [_cut(model, each, len(share)) for each, share in zip(texts, shares, strict=True)]
+    return np.concatenate([text.windows, *more])
 
 
 def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> CalibrationText:
@@ -157,6 +173,10 @@ def whole_text(path: Path) -> str:
     if not text.strip():
         raise CalibrationError(f"{path} holds no text", "give a file, or a folder of text files")
     return text
+
+
+def _texts() -> list[str]:
+    return [text for text in (_topics(), _library_code()) if text]
 
 
 def _topics() -> str:

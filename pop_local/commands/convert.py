@@ -122,6 +122,14 @@ def convert(
     ridge: opt.Ridge = None,
     weighting: opt.WeightingOption = None,
     memory: opt.Memory = None,
+    distill: Annotated[
+        bool,
+        typer.Option(
+            "--distill",
+            help="Train the fit end to end, too, which copies better and takes as long again."
+            " Needs torch.",
+        ),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -192,6 +200,7 @@ def convert(
         weighting=weighting,
         mmproj=mmproj,
         images=images,
+        distill=distill or None,
     )
     if projection is opt.ProjectionName.OWN:
         opt.no_fit(fit, "--projection own fits nothing")

@@ -38,6 +38,7 @@ BY_CAUSE = {
     "no-memory-for-gates": (
         "lower --context and --continuation, close other programs, or leave them out: --no-gates"
     ),
+    "no-memory-to-distill": "close other programs, or leave out --distill",
     "no-mmproj": (
         "give the mmproj that was published with it: --mmproj FILE; in a chat /undo and /clear drop"
         " what it cannot see"
@@ -47,6 +48,7 @@ BY_CAUSE = {
     "no-space-for-download": "free some space, or choose another folder (--dir, or ${variable})",
     "not-a-sidecar": "make one: pop-local convert --sidecar MODEL",
     "not-converted": "convert it first: pop-local convert {model}",
+    "not-distilled": "leave out --distill",
     "not-fetched": "run `pop-local pull {model}`",
     "not-finite": "the model's file may be damaged: try whether it answers (pop-local run)",
     "nothing-to-compare": "convert it (pop-local convert {model}), or choose a --boundary",

@@ -107,7 +107,7 @@ def analyze(
     depths = with_qualities(depths, own, fitted)
     importance = None
     if gated is not None:
-        importance = gates.importance(source, gated, windows, options, hardware, watch)
+        importance = gates.importance(source, gated, windows, options, watch)
     return Analysis(
         model=source.first.path,
         text=text,

@@ -212,6 +212,16 @@ def plan_conversion(
         from pop_local.workflows.fastest import recipes
 
         plans = recipes(shape, projection=projection, **vars(rows))
+    if fit is not None and fit.distill:
+        if plans[0].select or fit.mmproj:
+            raise PopError(
+                "a fit is not distilled for selections or pictures",
+                "take it as it is, or do without them",
+                cause="not-distilled",
+            )
+        from pop_local.workflows.distilled import require_distillable
+
+        require_distillable(_deepest(plans), source, fit, hardware)
     kv_type = (fit or FitOptions()).kv_type
     sizes = kind.measure(_deepest(plans), source.first.path, kv_type.value)
     return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
@@ -305,9 +315,12 @@ class _Run:
         examination = self._examination(plan, allow_broken_copy=self.force)
         examination.before_fit()
         with _resumable(planned.fit, self.watch):
-            [fitted] = Fitter(
+            fitter = Fitter(
                 planned.source, planned.fit, planned.hardware, self.watch, planned.kinds
-            ).fit((plan,), planned.fit.state_path)
+            )
+            [fitted] = fitter.fit((plan,), planned.fit.state_path)
+            if planned.fit.distill:
+                fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)
             return self._write(
                 plan,
                 fitted,

@@ -17,11 +17,12 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
-from pop_local.calibration.texts import CalibrationText
+from pop_local.calibration.texts import CalibrationText, to_distill
 from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.stored import ModelFiles
+from pop_local.workflows.distilled import distilled, require_distillable
 from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.full_model import FullModel
 from pop_local.workflows.measuring import opened_to_measure
@@ -74,6 +75,15 @@ class Fitter:
         for plan, fitted in zip(wanted, done.fitted, strict=True):
             made[plan.boundary][plan.projection] = fitted
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
+
+    def distilled(self, plan: Plan, fitted: Fitted) -> Fitted:
+        """Train one of the fits end to end. Raises PopError, StoppedError."""
+        device = require_distillable(plan, self.source, self.options, self.hardware)
+        assert self.text is not None, "nothing was fitted"
+        with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
+            windows = to_distill(model, self.text, self.options.text)
+        kv_type = self.options.kv_type
+        return distilled(plan, self.source, fitted, kv_type, windows, device, self.watch)
 
     def _better(self, plan: Plan, fits: Mapping[str, Fitted]) -> Fitted:
         """Take the kind found to be better, by measuring the first boundary that has several."""

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 from converter.errors import PopError, UnsupportedArchitectureError
 from converter.shape import source_shape
 from converter.source import Source
-from pop_local.calibration import needs as memory
-from pop_local.engine.llama.backend import default_threads
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import AnalyzeOptions, Hardware
 from pop_local.workflows.refusals import TooLittleMemoryError
+from pop_local.workflows.torch_device import torch_device
 
 if TYPE_CHECKING:
     from pop_local.measure.importance import Importance
@@ -40,34 +39,28 @@ def possible(
     """
     from converter.hyper import read_hyper
 
+    left_out = "the gates are left out"
     try:
-        import torch
-
-        from converter.gates import needed_bytes
-
+        device = torch_device(hardware, left_out)
         hyper = read_hyper(source)
-    except ImportError:
-        watch.on_warning(
-            PopError(
-                "the gates are left out: they need torch", "install torch", cause="missing-torch"
-            )
-        )
-        return None
     except UnsupportedArchitectureError as error:
-        watch.on_warning(PopError(f"the gates are left out: {error.message}", error.hint))
+        watch.on_warning(PopError(f"{left_out}: {error.message}", error.hint))
         return None
-    on_gpu = hardware.n_gpu_layers != 0 and torch.cuda.is_available()
-    free_bytes = torch.cuda.mem_get_info()[0] if on_gpu else memory.free_bytes()
+    except PopError as error:
+        watch.on_warning(error)
+        return None
+    from converter.gates import needed_bytes
+
     for n_batch in range(min(_MAX_BATCH, options.n_gated), 0, -1):
         needed = needed_bytes(
             source_shape(source), hyper, options.n_window, options.n_answer, n_batch
         )
-        if needed <= free_bytes:
-            return Gates("cuda" if on_gpu else "cpu", n_batch)
+        if needed <= device.free_bytes:
+            return Gates(device.name, n_batch)
     raise TooLittleMemoryError(
         "the gates need",
         needed,
-        free_bytes,
+        device.free_bytes,
         "take shorter windows, close other programs, or leave them out",
         cause="no-memory-for-gates",
     )
@@ -78,16 +71,12 @@ def importance(
     gates: Gates,
     windows: Windows,
     options: AnalyzeOptions,
-    hardware: Hardware,
     watch: Watch,
 ) -> Importance:
     """The importance of each layer for reading and for answering. Raises PopError, StoppedError."""
-    import torch
-
     from converter.decoder import Decoder
     from pop_local.measure.importance import measure_importance
 
-    torch.set_num_threads(hardware.n_threads or default_threads())
     try:
         return measure_importance(
             Decoder(source, gates.device),

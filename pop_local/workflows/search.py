@@ -1,6 +1,7 @@
 """The fastest recipe within a budget: fits and measures candidates until it is known.
 
-That is the deepest boundary inside, unless deeper ones are with attention kept, or a selection.
+That is the deepest boundary inside, unless deeper ones are with attention kept, or a selection, or
+once they are distilled.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,8 +89,8 @@ class _Search:
     watch: Watch
     full: FullModel
     fitter: Fitter
-    # By boundary and kind.
-    fitted: dict[tuple[int, str], Fitted] = field(default_factory=dict)
+    # By boundary, kind, and whether it is distilled.
+    fitted: dict[tuple[int, str, bool], Fitted] = field(default_factory=dict)
     measured: dict[int, Gradual] = field(default_factory=dict)
     qualities: dict[int, Quality] = field(default_factory=dict)
     verdicts: dict[int, bool] = field(default_factory=dict)
@@ -102,6 +103,8 @@ class _Search:
         trials = self._trials()
         trials += self._tried(self._with_attention(deepest, _limit(trials)), until=True)
         trials += self._tried(self._with_selection(deepest, _limit(trials)), until=False)
+        if self.options.distill:
+            trials += self._tried(self._to_distill(_fastest(trials).plan), until=False)
         chosen = _fastest(trials)
         figures = budgets.figures_in_words(chosen.quality)
         self.watch.on_note(
@@ -157,6 +160,19 @@ class _Search:
         past = [self.plans[each] for each in takewhile(self._may_copy, self._past(deepest))]
         plans = [replace(plan, select=SELECTED) for plan in past if self._is_ready(plan)]
         return [plan for plan in plans if plan.speedup_limit >= SELECTION_GAIN * limit]
+
+    def _to_distill(self, chosen: Plan) -> list[Plan]:
+        """Return the plan that was chosen, and deeper ones, whose fits are to be distilled."""
+        plans = [chosen]
+        for boundary in self._past(chosen.boundary):
+            plan = self.plans[boundary]
+            with_attention = replace(plan, projection=ATTENTION)
+            plans.append(with_attention if self._is_ready(with_attention) else plan)
+        return [
+            replace(plan, is_distilled=True)
+            for plan in plans
+            if plan.projection != OWN and self._is_ready(plan)
+        ]
 
     def _may_copy(self, boundary: int) -> bool:
         found = self.qualities.get(boundary)
@@ -244,13 +260,21 @@ class _Search:
 
     def _keep(self, plans: Sequence[Plan], made: Sequence[Fitted]) -> None:
         for plan, fitted in zip(plans, made, strict=True):
-            self.fitted[plan.boundary, fitted.projection] = fitted
+            self.fitted[plan.boundary, fitted.projection, False] = fitted
 
     def _fit_of(self, plan: Plan) -> Fitted | None:
-        return None if plan.projection == OWN else self.fitted[plan.boundary, plan.projection]
+        if plan.projection == OWN:
+            return None
+        plain = self.fitted[plan.boundary, plan.projection, False]
+        if not plan.is_distilled:
+            return plain
+        key = plan.boundary, plan.projection, True
+        if key not in self.fitted:
+            self.fitted[key] = self.fitter.distilled(plan, plain)
+        return self.fitted[key]
 
     def _is_ready(self, plan: Plan) -> bool:
-        return plan.projection == OWN or (plan.boundary, plan.projection) in self.fitted
+        return plan.projection == OWN or (plan.boundary, plan.projection, False) in self.fitted
 
     def _room_for(self, wanted: Sequence[int]) -> tuple[int, ...]:
         """The first of `wanted`, and as many of the others as fit into memory beside it."""
@@ -306,7 +330,7 @@ class _Search:
 
 def _fastest(trials: Sequence[Trial]) -> Trial:
     inside = (trial for trial in trials if trial.in_budget)
-    return max(inside, key=lambda trial: trial.plan.speedup_limit)
+    return max(inside, key=lambda trial: (trial.plan.speedup_limit, trial.plan.is_distilled))
 
 
 def _limit(trials: Sequence[Trial]) -> float:
@@ -315,6 +339,5 @@ def _limit(trials: Sequence[Trial]) -> float:
 
 def _named(plan: Plan) -> str:
     attention = " with attention" if plan.projection == ATTENTION else ""
-    return f"{plan.boundary}{attention}" + (
-        f" with {plan.select:.0%} selected" if plan.select else ""
-    )
+    selected = f" with {plan.select:.0%} selected" if plan.select else ""
+    return f"{plan.boundary}{attention}{selected}{' distilled' if plan.is_distilled else ''}"

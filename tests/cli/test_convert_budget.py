@@ -234,6 +234,74 @@ def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, mon
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop-sidecar.gguf"}
 
 
+def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, monkeypatch):
+    """The fits are trained on so little here that what is inside says nothing about them."""
+    pytest.importorskip("torch")
+    distilled: list[int] = []
+
+    def train(self, plan, fitted, real=fits.Fitter.distilled):
+        distilled.append(plan.boundary)
+        return real(self, plan, fitted)
+
+    monkeypatch.setattr(fits.Fitter, "distilled", train)
+    monkeypatch.setattr(texts, "N_DISTILLED", 6)
+
+    class Told(gradual.Gradual):
+        def measure(self, model, on_progress):
+            super().measure(model, on_progress)
+            assert self.quality is not None
+            deepest = 3 if self.boundary in distilled else 5
+            good = Estimate(1.0 if self.boundary >= deepest else 1.5, 0.0)
+            self.quality = replace(
+                self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=good
+            )
+
+    for module in (fits, searching):
+        monkeypatch.setattr(module, "Gradual", Told)
+    fit = ("--projection", "fitted", "--distill", "--text", text, *FEW)
+    done = convert(base, "--sidecar", *fit, "--json")
+    assert done.exit_code == 0, done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
+    assert meta is not None and meta.budget is not None and meta.calibration is not None
+    assert distilled == [5, 4, 3, 2]
+    assert (meta.boundary, meta.calibration.n_distilled) == (3, 6 * texts.N_WINDOW)
+    assert meta.budget.tried.endswith(
+        "5 distilled inside, 4 distilled inside, 3 distilled inside, 2 distilled outside"
+    )
+    tried = json.loads(done.stdout)["tried"]
+    assert [each["distilled"] for each in tried[-4:]] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "reason"),
+    [
+        ("llama", ("--select", "10%", "--skip", "1/2"), "for selections or pictures"),
+        ("llama", ("--quality", "fastest"), "for selections or pictures"),
+        ("phi3", (), "the architecture 'phi3'"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_before_measuring(arch, options, reason, tmp_path):
+    base = make_gguf(tmp_path / "tiny.gguf", arch)
+    done = convert(base, "--distill", *options)
+    assert done.exit_code == 1
+    assert reason in done.stderr and "leave out --distill" in done.stderr
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+def test_distilling_wants_torch_and_memory(base, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(needs, "free_bytes", lambda: 10**6)
+        done = convert(base, "--distill")
+        assert done.exit_code == 1
+        assert "distilling the fit needs" in done.stderr
+        assert "close other programs, or leave out --distill" in " ".join(done.stderr.split())
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = convert(base, "--distill")
+    assert done.exit_code == 1
+    assert "pip install 'pop-local[analyze]'" in " ".join(done.stderr.split())
+    assert convert(base, "--distill", "--projection", "own").exit_code == 2
+
+
 def test_facts_that_are_lost_put_a_boundary_outside(base, text, tmp_path, monkeypatch):
     """Two of a dozen, or three of the two dozens that are asked for where one of the first is."""
     lost = {2: {0, 5}, 3: {7, 12, 23}, 4: {7, 12}}

@@ -152,7 +152,8 @@ def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
     n_tokens, n = fit.n_tokens(plan.shape.n_embd), len(needs.groups)
     at_most = "up to " if isinstance(conversion.depth, Within) else ""
     passes = "one pass" if n == 1 else f"{at_most}{n} passes, {at_most}{n} times the work"
-    yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}"
+    distilled = ", then distilled" if fit.distill else ""
+    yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
     yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit"
 
 

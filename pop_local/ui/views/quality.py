@@ -116,6 +116,8 @@ def _facts(row: Row) -> Iterator[Fact]:
     q, made = row.quality, row.calibration
     if made is not None:
         how = f"{made.n_tokens:,} tokens, ridge {made.ridge:g}, weighting {made.weighting}"
+        if made.n_distilled:
+            how += f", distilled on {made.n_distilled:,} tokens"
         stored = f", stored as {row.kv_type.value}" if row.kv_type else ""
         yield "Fitted on", f"{made.name}: {how}{stored}"
     layers = f"{row.n_skipped} layers, from layer {q.boundary} on, {row.projection} projections"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _COLUMNS = (
     Column("plan.boundary", "Boundary", numeric=True),
     Column("plan.n_skipped", "Skipped", numeric=True),
-    Column("plan.projection", "K/V"),
+    Column("plan", "K/V", lambda plan: plan.projection + plan.is_distilled * ", distilled"),
     Column("plan.select", "Selected", "{:.0%}".format, numeric=True),
     Column("plan.speedup_limit", "Limit", "{:.2f}x".format, numeric=True),
     Column("quality.n_windows", "Windows", numeric=True),
@@ -69,6 +69,7 @@ def trial_json(trial: Trial) -> dict[str, Any]:
         "boundary": plan.boundary,
         "n_skipped": plan.n_skipped,
         "projection": plan.projection,
+        "distilled": plan.is_distilled,
         "select": plan.select,
         "speedup_limit": plan.speedup_limit,
         **{name: found[name] for name in _JUDGED},

@@ -1,0 +1,107 @@
+"""Distilled fits: whether there can be any here, and the training of one (converter.distill)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from converter import fit
+from converter.errors import PopError, UnsupportedArchitectureError
+from converter.fit import KvType
+from converter.format import ATTENTION, FITTED
+from converter.hyper import read_hyper
+from converter.plan import Plan
+from converter.rewrite import Fitted
+from converter.shape import source_shape
+from converter.source import Source
+from converter.weights import Weights
+from converter.wide import decode_input
+from pop_local.calibration.needs import n_kv
+from pop_local.calibration.options import FitOptions
+from pop_local.calibration.texts import N_WINDOW, SEED, Windows, n_distilled
+from pop_local.workflows.events import Watch
+from pop_local.workflows.options import Hardware
+from pop_local.workflows.refusals import TooLittleMemoryError
+from pop_local.workflows.torch_device import TorchDevice, torch_device
+
+if TYPE_CHECKING:
+    from converter.distill import Start
+
+
+def require_distillable(
+    plan: Plan, source: Source, options: FitOptions, hardware: Hardware
+) -> TorchDevice:
+    """Return where fits can be distilled, the deepest of which is the plan's. Raises PopError."""
+    cannot = "the fit cannot be distilled"
+    try:
+        hyper = read_hyper(source)
+    except UnsupportedArchitectureError as error:
+        raise PopError(
+            f"{cannot}: {error.message}", "take it as it is", cause="not-distilled"
+        ) from None
+    device = torch_device(hardware, cannot)
+    from converter.distill import needed_bytes
+
+    n_windows = n_distilled(options.n_tokens(plan.shape.n_embd))
+    needed = needed_bytes(plan, hyper, n_windows, N_WINDOW, device.matrices)
+    if needed > device.free_bytes:
+        raise TooLittleMemoryError(
+            "distilling the fit needs",
+            needed,
+            device.free_bytes,
+            "close other programs, or leave it out",
+            cause="no-memory-to-distill",
+        )
+    return device
+
+
+def distilled(
+    plan: Plan,
+    source: Source,
+    fitted: Fitted,
+    kv_type: KvType,
+    windows: Windows,
+    device: TorchDevice,
+    watch: Watch,
+) -> Fitted:
+    """Train a fit end to end on windows [n_windows, N_WINDOW]. Raises PopError, StoppedError."""
+    from converter.decoder import Decoder
+    from converter.distill import distill
+
+    start = _start(plan, source, fitted)
+    try:
+        trained = distill(
+            Decoder(source, device.name, device.matrices),
+            start,
+            windows,
+            seed=SEED,
+            on_progress=watch.stage(f"Distilling boundary {plan.boundary}"),
+        )
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise PopError(
+            "there is not enough memory to distill the fit",
+            "close other programs, or leave it out",
+            cause="no-memory-to-distill",
+        ) from error
+    new = [each for layer, found in trained.items() for each in fit.encode(layer, found, kv_type)]
+    names = {tensor.name for tensor in new}
+    kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
+    calibration = replace(fitted.calibration, n_distilled=int(windows.size))
+    return replace(fitted, tensors=(*kept, *new), calibration=calibration)
+
+
+def _start(plan: Plan, source: Source, fitted: Fitted) -> Start:
+    from converter.distill import Start
+
+    shape, weights = source_shape(source), Weights(source)
+    tensors = {tensor.name: tensor for tensor in fitted.tensors}
+    projections = {}
+    for layer in plan.fitted_layers:
+        own = weights.own_projection(layer, n_kv(shape, layer))
+        projections[layer] = fit.decode(layer, tensors, own)
+    wide = None
+    if plan.projection != FITTED:
+        wide = decode_input(shape, weights, plan.boundary, tensors)
+    return Start(plan.boundary, projections, wide, plan.projection == ATTENTION)

@@ -1,0 +1,39 @@
+"""Where torch computes, for what llama.cpp cannot: gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from converter.errors import PopError
+from pop_local.calibration import needs
+from pop_local.engine.llama.backend import default_threads
+from pop_local.workflows.options import Hardware
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TorchDevice:
+    """A device by torch's name, what is free on it, and its fast type of matrices."""
+
+    name: str
+    free_bytes: int
+    matrices: torch.dtype
+
+
+def torch_device(hardware: Hardware, what: str) -> TorchDevice:
+    """Choose the device, and its number of threads. Raises PopError if `what` lacks torch."""
+    try:
+        import torch
+    except ImportError:
+        raise PopError(
+            f"{what}: torch is missing", "install torch", cause="missing-torch"
+        ) from None
+    torch.set_num_threads(hardware.n_threads or default_threads())
+    if hardware.n_gpu_layers != 0 and torch.cuda.is_available():
+        return TorchDevice("cuda", torch.cuda.mem_get_info()[0], torch.bfloat16)
+    # Processors without it have bfloat16 as well, but slower than float32.
+    is_fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return TorchDevice("cpu", needs.free_bytes(), torch.bfloat16 if is_fast else torch.float32)

@@ -1,0 +1,117 @@
+"""Distilling: what it computes is what the backend prunes, and it brings that nearer."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converter import distill as distilling
+from converter import fit
+from converter.format import ATTENTION, FITTED, WIDE
+from converter.rewrite import Fitted
+from converter.shape import source_shape
+from converter.sidecar import write_sidecar
+from converter.source import read_source
+from converter.weights import Weights
+from converter.wide import decode_input
+from pop_local.engine.model import PopModel
+from pop_local.measure.divergence import divergence, predictions
+from pop_local.measure.forced import FULL, Pruning, forced
+from support.calibrating import BOUNDARY, fitted, planned, prompt, random_words, settings
+from support.synthetic import make_gguf
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)
+from converter.decoder import Decoder  # noqa: E402
+
+N_TOKENS, N_CONTEXT = 96, 64
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return random_words(tmp_path_factory.mktemp("text"))
+
+
+def start_of(path: Path, made: Fitted) -> distilling.Start:
+    source = read_source(path)
+    shape, weights = source_shape(source), Weights(source)
+    tensors = {tensor.name: tensor for tensor in made.tensors}
+    projections = {
+        layer: fit.decode(
+            layer, tensors, weights.own_projection(layer, shape.kv_macs[layer] // shape.n_embd)
+        )
+        for layer in planned(path).fitted_layers
+    }
+    wide = None
+    if made.projection != FITTED:
+        wide = decode_input(shape, weights, BOUNDARY, tensors)
+    return distilling.Start(BOUNDARY, projections, wide, made.projection == ATTENTION)
+
+
+def backend_kl(path: Path, made: Fitted, windows: np.ndarray, folder: Path) -> np.ndarray:
+    """KL(full || pruned) of the answers' rows [n_windows, n_answer], by llama.cpp."""
+    plan = replace(
+        planned(path, projection=made.projection), sink_tokens=1, tail_tokens=0, min_prompt=0
+    )
+    sidecar = folder / "m.pop-sidecar.gguf"
+    write_sidecar(plan, path, sidecar, fitted=made, force=True)
+    found = []
+    with (
+        PopModel(path, sidecar=sidecar, n_ctx=256, n_threads=1, n_gpu_layers=0) as model,
+        forced(model) as reader,
+    ):
+        for window in windows.tolist():
+            both = []
+            for pruning in (FULL, Pruning(BOUNDARY)):
+                reader.read(window[:N_CONTEXT], pruning)
+                both.append(predictions(reader.predict(window[N_CONTEXT:], pruning)))
+            found.append(divergence(*both).kl)
+    return np.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [("llama", WIDE), ("qwen2", ATTENTION), ("gemma2", FITTED), ("gemma3", ATTENTION)],
+)
+def test_the_loss_is_what_the_backend_loses(arch, kind, text, tmp_path):
+    path = make_gguf(tmp_path / "m.gguf", arch)
+    made = fitted(path, settings(text), projection=kind)
+    windows = np.array([prompt(N_TOKENS, seed) for seed in range(3)], np.int32)
+    decoder, start = Decoder(read_source(path)), start_of(path, made)
+    deep = [decoder.layer(index) for index in range(BOUNDARY, decoder.n_layer)]
+    seen = distilling._read(decoder, start, deep, windows, lambda n: None)
+    student = distilling._Student(decoder, start, deep, seen)
+    with torch.no_grad():
+        # The context's last row asks for logits, so it is a full one.
+        computed = student.kl([0, 1, 2], N_CONTEXT - 1).numpy()
+    expected = backend_kl(path, made, windows, tmp_path)
+    np.testing.assert_allclose(computed[:, :-1], expected, rtol=0.1, atol=2e-4)
+    assert expected.mean() > 1e-3
+    for layer, kept in student.trained().items():
+        np.testing.assert_allclose(kept.bias, start.projections[layer].bias, atol=1e-4)
+
+
+def test_what_the_backend_loses_on_other_text_becomes_less(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(distilling, "_PASSAGE", (8, 24))
+    monkeypatch.setattr(distilling, "N_EPOCHS", 6)
+    path = make_gguf(tmp_path / "m.gguf", "llama")
+    made = fitted(path, settings(text), projection=WIDE)
+    windows = np.array([prompt(N_TOKENS, seed) for seed in range(12)], np.int32)
+    others = np.array([prompt(N_TOKENS, seed) for seed in range(50, 54)], np.int32)
+    counted: list[tuple[int, int]] = []
+    trained = distilling.distill(
+        Decoder(read_source(path)),
+        start_of(path, made),
+        windows,
+        seed=0,
+        on_progress=lambda *each: counted.append(each),
+    )
+    assert counted[0][0] == 0 and counted[-1][0] == counted[-1][1]
+    new = [each for layer in trained for each in fit.encode(layer, trained[layer], fit.KvType.F32)]
+    names = {tensor.name for tensor in new}
+    kept = [tensor for tensor in made.tensors if tensor.name not in names]
+    distilled = replace(made, tensors=(*kept, *new))
+    assert len(distilled.tensors) == len(made.tensors)
+    before, after = (backend_kl(path, each, others, tmp_path) for each in (made, distilled))
+    assert after.mean() < 0.85 * before.mean(), (before.mean(), after.mean())
