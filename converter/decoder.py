@@ -1,7 +1,8 @@
 """A dense decoder in torch, for gradients: weights from the GGUF, one layer at a time.
 
-The computation is llama.cpp's (models/llama.cpp, qwen2, qwen3, gemma2, gemma3) in float32, where
-llama.cpp rounds activations and the KV cache: their logits differ by a KL of about 0.001.
+The computation is llama.cpp's (models/llama.cpp, qwen2, qwen3, gemma2, gemma3), by default in
+float32, where llama.cpp rounds activations and the KV cache: their logits differ by a KL of about
+0.001.
 """
 
 from dataclasses import dataclass
@@ -55,10 +56,10 @@ class Decoder:
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return the logits [..., n_vocab] of the last layer's output [..., n_embd].
 
-        With `tokens` [n] they are of these alone, [..., n].
+        With `tokens` [n] they are of these alone, [..., n], and computed in the states' type.
         """
         normed = _rms_norm(states, self._output_norm, self.hyper.eps)
-        head = self._head if tokens is None else self._head[tokens]
+        head = self._head if tokens is None else self._head[tokens].to(normed.dtype)
         product = functional.linear(normed.to(head.dtype), head).to(normed.dtype)
         return _soft_cap(product, self.hyper.final_cap)
 
@@ -107,8 +108,7 @@ class Layer:
 
     def key_value(self, states: Tensor, positions: Tensor) -> Stored:
         """Return the layer's own K and V of states [n_windows, n_rows, n_embd]."""
-        x = self._norm("attn_norm", states)
-        return Stored(self._linear("attn_k", x), self._linear("attn_v", x), positions)
+        return self._key_value(self._norm("attn_norm", states), positions)
 
     def heads(
         self, states: Tensor, positions: Tensor | None = None, stored: Stored | None = None
@@ -117,14 +117,18 @@ class Layer:
         h = self.hyper
         if positions is None:
             positions = torch.arange(states.shape[1], device=states.device)
-        own = self.key_value(states, positions)
+        x = self._norm("attn_norm", states)
+        own = self._key_value(x, positions)
         kv = own if stored is None else _joined(stored, own)
-        q = self._linear("attn_q", self._norm("attn_norm", states))
-        q = self._turned(self._norm("attn_q_norm", _heads(q, h.dim_k)), positions)
+        q = _heads(self._linear("attn_q", x), h.dim_k)
+        q = self._turned(self._norm("attn_q_norm", q), positions)
         k = self._turned(self._norm("attn_k_norm", _heads(kv.k, h.dim_k)), kv.positions)
         v = _heads(kv.v, h.dim_v)
         hidden = self._hidden(positions, kv.positions)
         return self._mixed(q, k, v, hidden).transpose(1, 2).flatten(2)
+
+    def _key_value(self, x: Tensor, positions: Tensor) -> Stored:
+        return Stored(self._linear("attn_k", x), self._linear("attn_v", x), positions)
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """Return [n_windows, n_head, n_rows, dim_v] of what queries take from keys and values."""

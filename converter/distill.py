@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from converter.decoder import Decoder, Layer, Stored
-from converter.fit import normalised
+from converter.fit import FitError, normalised
 from converter.hyper import Hyper
 from converter.plan import Plan
 from converter.progress import Progress, Ran, counting
@@ -88,7 +88,8 @@ def distill(
     """Train projections on windows [n_windows, n_tokens], and return them.
 
     `on_progress(done, total)` counts windows through layers, forwards and backwards; what it raises
-    ends the work. The same seed draws the same contexts and passages.
+    ends the work. The same seed draws the same contexts and passages. Raises FitError for weights
+    that are not finite.
     """
     rng = np.random.default_rng(seed)
     copies = _repeating(windows, rng)
@@ -126,7 +127,8 @@ def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
     made = windows[rng.permutation(n_windows)[: round(_COPIES * n_windows)]].copy()
     for window in made:
         n_passage = min(int(rng.integers(*_PASSAGE)), n_tokens // 3)
-        begin = int(rng.integers(1, n_tokens - 2 * n_passage))
+        n_context = int(_COPY_CONTEXT[0] * n_tokens)
+        begin = int(rng.integers(1, max(2, n_context - n_passage)))
         window[n_tokens - n_passage :] = window[begin : begin + n_passage]
     return made
 
@@ -199,10 +201,11 @@ class _Student:
         the LM head would take most of the time.
         """
         with torch.no_grad():
-            logits = self._decoder.logits(self._seen.last[chosen][:, n_context:])
+            last = self._seen.last[chosen][:, n_context:]
+            logits = self._decoder.logits(last)
             n_likely = min(_N_LIKELY, logits.shape[-1])
             tokens = torch.unique(logits.topk(n_likely).indices)
-            full = logits[..., tokens].log_softmax(-1)
+            full = self._decoder.logits(last, tokens).log_softmax(-1)
         pruned = self._decoder.logits(self._last(chosen, n_context), tokens).log_softmax(-1)
         return functional.kl_div(pruned, full, reduction="none", log_target=True).sum(-1)
 
@@ -215,9 +218,10 @@ class _Student:
         context = torch.arange(1, n_context, device=device)
         rows = states[:, full]
         stored = self._deep[0].key_value(states[:, context], context)
+        inputs = inputs[:, context]
         for layer, computed in enumerate(self._deep, self._start.boundary):
             if layer in self._changes:
-                stored = self._stored(layer, inputs[:, context], context)
+                stored = self._stored(layer, inputs, context)
             rows = computed(rows, full, stored)
         return rows[:, 1:]
 
@@ -244,6 +248,10 @@ class _Student:
             changed = self._changed(layer)
             changed[:, -1] -= changed @ (self._gains[layer] * self._seen.mean)
             after = changed.cpu().numpy()
+            if not np.isfinite(after).all():
+                raise FitError(
+                    f"the distilled fit of layer {layer} is not finite", "take it as it was"
+                )
             n_embd = len(before.gain)
             wide = np.ascontiguousarray(after[:, n_embd:-1])
             found[layer] = replace(

@@ -16,7 +16,8 @@ class FitOptions:
     Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
     pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
     None for nowhere. `mmproj`: with it the fit is on pictures, too: those in the folder `images`,
-    or drawn ones. `distill`: whether the fit that is chosen is trained end to end, too.
+    or drawn ones. `distill`: whether the fit that a conversion chooses is trained end to
+    end, too.
     """
 
     tokens: int | None = None

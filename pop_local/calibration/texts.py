@@ -109,17 +109,22 @@ def own_text(
 
 
 def n_distilled(n_tokens: int) -> int:
-    """Return how many windows a fit on so many tokens is distilled on, where the text has them."""
+    """Return how many windows a fit on so many tokens is distilled on at most."""
     return max(n_tokens // N_WINDOW, N_DISTILLED)
 
 
 def to_distill(model: LoadedModel, text: CalibrationText, path: Path | None) -> Windows:
-    """Return the windows of a calibration, and more of its texts (of what `path` holds)."""
-    n_more = n_distilled(text.n_tokens) - len(text.windows)
+    """Return the windows of a calibration, and more of its texts, or of what `path` holds.
+
+    They are `n_distilled`, fewer where a text has no more that are different.
+    """
+    n_windows = n_distilled(text.n_tokens)
     texts = [whole_text(path)] if path else _texts()
-    shares = np.array_split(np.arange(n_more), len(texts))
+    shares = np.array_split(np.arange(n_windows), len(texts))
     more = [_cut(model, each, len(share)) for each, share in zip(texts, shares, strict=True)]
-    return np.concatenate([text.windows, *more])
+    every = np.concatenate([text.windows, *more])
+    _, first = np.unique(every, axis=0, return_index=True)
+    return every[np.sort(first)[:n_windows]]
 
 
 def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> CalibrationText:

@@ -126,8 +126,8 @@ def convert(
         bool,
         typer.Option(
             "--distill",
-            help="Train the fit end to end, too, which copies better and takes as long again."
-            " Needs torch.",
+            help="Train the fit end to end, too (minutes for each depth that is tried): it copies"
+            " better. Needs torch.",
         ),
     ] = False,
     resume: Annotated[

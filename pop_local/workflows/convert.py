@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from converter import rewrite
 from converter.errors import PopError, StoppedError, WriteError
-from converter.format import FITTED, OWN, Budget, Measured, PopMeta
+from converter.format import ATTENTION, FITTED, OWN, Budget, Measured, PopMeta
 from converter.plan import Plan
 from converter.rewrite import Examine, Fitted, Sizes, check_target, measure
 from converter.shape import source_shape
@@ -221,7 +221,11 @@ def plan_conversion(
             )
         from pop_local.workflows.distilled import require_distillable
 
-        require_distillable(_deepest(plans), source, fit, hardware)
+        deepest = _deepest(plans)
+        widest = ATTENTION if fit.projection is None else deepest.projection
+        if deepest.projection != OWN:
+            deepest = replace(deepest, projection=widest)
+        require_distillable(deepest, source, fit, hardware)
     kv_type = (fit or FitOptions()).kv_type
     sizes = kind.measure(_deepest(plans), source.first.path, kv_type.value)
     return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
@@ -252,7 +256,8 @@ def run_conversion(
     else:
         [plan] = conversion.plans
         meta, trials = run.as_named(plan), ()
-    plan = replace(plan, projection=meta.projection)
+    is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
+    plan = replace(plan, projection=meta.projection, is_distilled=is_distilled)
     return Converted(
         path=conversion.target,
         plan=plan,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from converter import fit
 from converter.errors import PopError, UnsupportedArchitectureError
 from converter.fit import KvType
-from converter.format import ATTENTION, FITTED
+from converter.format import ATTENTION, FITTED, OWN
 from converter.hyper import read_hyper
 from converter.plan import Plan
 from converter.rewrite import Fitted
@@ -22,7 +22,7 @@ from pop_local.calibration.texts import N_WINDOW, SEED, Windows, n_distilled
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
 from pop_local.workflows.refusals import TooLittleMemoryError
-from pop_local.workflows.torch_device import TorchDevice, torch_device
+from pop_local.workflows.torch_device import TorchDevice, computing, torch_device
 
 if TYPE_CHECKING:
     from converter.distill import Start
@@ -33,6 +33,12 @@ def require_distillable(
 ) -> TorchDevice:
     """Return where fits can be distilled, the deepest of which is the plan's. Raises PopError."""
     cannot = "the fit cannot be distilled"
+    if plan.projection == OWN:
+        raise PopError(
+            f"{cannot}: with one skipped layer there is none",
+            "take it as it is",
+            cause="not-distilled",
+        )
     try:
         hyper = read_hyper(source)
     except UnsupportedArchitectureError as error:
@@ -68,23 +74,13 @@ def distilled(
     from converter.decoder import Decoder
     from converter.distill import distill
 
-    start = _start(plan, source, fitted)
-    try:
-        trained = distill(
-            Decoder(source, device.name, device.matrices),
-            start,
-            windows,
-            seed=SEED,
-            on_progress=watch.stage(f"Distilling boundary {plan.boundary}"),
-        )
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        raise PopError(
-            "there is not enough memory to distill the fit",
-            "close other programs, or leave it out",
-            cause="no-memory-to-distill",
-        ) from error
+    start = start_of(plan, source, fitted)
+    stage = watch.stage(f"Distilling boundary {plan.boundary}")
+    with computing(
+        "distilling", "close other programs, or leave it out", cause="no-memory-to-distill"
+    ):
+        decoder = Decoder(source, device.name, device.matrices)
+        trained = distill(decoder, start, windows, seed=SEED, on_progress=stage)
     new = [each for layer, found in trained.items() for each in fit.encode(layer, found, kv_type)]
     names = {tensor.name for tensor in new}
     kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
@@ -92,7 +88,8 @@ def distilled(
     return replace(fitted, tensors=(*kept, *new), calibration=calibration)
 
 
-def _start(plan: Plan, source: Source, fitted: Fitted) -> Start:
+def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
+    """Return what distilling a fit begins with. Raises FormatError."""
     from converter.distill import Start
 
     shape, weights = source_shape(source), Weights(source)

@@ -17,7 +17,7 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
-from pop_local.calibration.texts import CalibrationText, to_distill
+from pop_local.calibration.texts import CalibrationText, Windows, to_distill
 from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
@@ -42,7 +42,8 @@ class Fitter:
 
     Where the options leave it open, which of `kinds` is taken is decided once, by measuring them at
     the first boundary. Those that copy go first. `full` is what they are measured against, None to
-    read a few windows for that alone; `seen` is how each measured, by boundary and kind.
+    read a few windows for that alone; `seen` is how each measured, by boundary and kind. `windows`
+    are what fits are distilled on, once one was.
     """
 
     source: Source
@@ -54,6 +55,7 @@ class Fitter:
     kind: str | None = None
     full: FullModel | None = None
     seen: dict[tuple[int, str], Gradual] = field(default_factory=dict)
+    windows: Windows | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -80,10 +82,11 @@ class Fitter:
         """Train one of the fits end to end. Raises PopError, StoppedError."""
         device = require_distillable(plan, self.source, self.options, self.hardware)
         assert self.text is not None, "nothing was fitted"
-        with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
-            windows = to_distill(model, self.text, self.options.text)
+        if self.windows is None:
+            with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
+                self.windows = to_distill(model, self.text, self.options.text)
         kv_type = self.options.kv_type
-        return distilled(plan, self.source, fitted, kv_type, windows, device, self.watch)
+        return distilled(plan, self.source, fitted, kv_type, self.windows, device, self.watch)
 
     def _better(self, plan: Plan, fits: Mapping[str, Fitted]) -> Fitted:
         """Take the kind found to be better, by measuring the first boundary that has several."""

@@ -12,7 +12,7 @@ from converter.source import Source
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import AnalyzeOptions, Hardware
 from pop_local.workflows.refusals import TooLittleMemoryError
-from pop_local.workflows.torch_device import torch_device
+from pop_local.workflows.torch_device import computing, torch_device
 
 if TYPE_CHECKING:
     from pop_local.measure.importance import Importance
@@ -39,15 +39,15 @@ def possible(
     """
     from converter.hyper import read_hyper
 
-    left_out = "the gates are left out"
     try:
-        device = torch_device(hardware, left_out)
-        hyper = read_hyper(source)
-    except UnsupportedArchitectureError as error:
-        watch.on_warning(PopError(f"{left_out}: {error.message}", error.hint))
-        return None
+        device = torch_device(hardware, "the gates are left out")
     except PopError as error:
         watch.on_warning(error)
+        return None
+    try:
+        hyper = read_hyper(source)
+    except UnsupportedArchitectureError as error:
+        watch.on_warning(PopError(f"the gates are left out: {error.message}", error.hint))
         return None
     from converter.gates import needed_bytes
 
@@ -77,7 +77,9 @@ def importance(
     from converter.decoder import Decoder
     from pop_local.measure.importance import measure_importance
 
-    try:
+    with computing(
+        "the gates", "take shorter windows, or leave them out", cause="no-memory-for-gates"
+    ):
         return measure_importance(
             Decoder(source, gates.device),
             windows,
@@ -86,11 +88,3 @@ def importance(
             seed=options.seed,
             on_progress=watch.stage("Virtual gates"),
         )
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        raise PopError(
-            "there is not enough memory for the gates",
-            "take shorter windows, or leave them out",
-            cause="no-memory-for-gates",
-        ) from error

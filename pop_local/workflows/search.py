@@ -49,7 +49,8 @@ SELECTION_GAIN = 1.1
 class Chosen:
     """What is to be written: a plan, its fit (None for own projections), and its quality.
 
-    `trials`: what was measured, from the shallowest boundary on.
+    `trials`: what was measured, from the shallowest boundary on, then with attention, with a
+    selection and distilled.
     """
 
     plan: Plan
@@ -104,7 +105,7 @@ class _Search:
         trials += self._tried(self._with_attention(deepest, _limit(trials)), until=True)
         trials += self._tried(self._with_selection(deepest, _limit(trials)), until=False)
         if self.options.distill:
-            trials += self._tried(self._to_distill(_fastest(trials).plan), until=False)
+            trials += self._distilled(trials)
         chosen = _fastest(trials)
         figures = budgets.figures_in_words(chosen.quality)
         self.watch.on_note(
@@ -161,18 +162,30 @@ class _Search:
         plans = [replace(plan, select=SELECTED) for plan in past if self._is_ready(plan)]
         return [plan for plan in plans if plan.speedup_limit >= SELECTION_GAIN * limit]
 
-    def _to_distill(self, chosen: Plan) -> list[Plan]:
-        """Return the plan that was chosen, and deeper ones, whose fits are to be distilled."""
+    def _distilled(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
+        """Try distilled fits: the fastest without a selection, then deeper ones while they pass.
+
+        What goes wrong with these leaves what was found without them.
+        """
+        chosen = _fastest([trial for trial in trials if not trial.plan.select]).plan
         plans = [chosen]
         for boundary in self._past(chosen.boundary):
             plan = self.plans[boundary]
             with_attention = replace(plan, projection=ATTENTION)
             plans.append(with_attention if self._is_ready(with_attention) else plan)
-        return [
-            replace(plan, is_distilled=True)
-            for plan in plans
-            if plan.projection != OWN and self._is_ready(plan)
-        ]
+        found: tuple[Trial, ...] = ()
+        for plan in plans:
+            if plan.projection == OWN or not self._is_ready(plan):
+                continue
+            try:
+                tried = self._tried([replace(plan, is_distilled=True)], until=False)
+            except PopError as error:
+                self.watch.on_note(f"Distilling is left out: {error}")
+                break
+            found += tried
+            if not tried[-1].in_budget:
+                break
+        return found
 
     def _may_copy(self, boundary: int) -> bool:
         found = self.qualities.get(boundary)
@@ -300,6 +313,7 @@ class _Search:
     ) -> Quality:
         if known := gradual.settled(is_enough):
             return known
+        self._fit_of(plan)
         self.watch.on_note(f"Measuring boundary {_named(plan)} on held-out text")
         begin = partial(self.watch.stage, f"Measuring boundary {plan.boundary}")
         with self._opened(plan) as model:
@@ -330,7 +344,7 @@ class _Search:
 
 def _fastest(trials: Sequence[Trial]) -> Trial:
     inside = (trial for trial in trials if trial.in_budget)
-    return max(inside, key=lambda trial: (trial.plan.speedup_limit, trial.plan.is_distilled))
+    return max(inside, key=lambda trial: (trial.plan.speedup_limit, -trial.quality.kl_mean.value))
 
 
 def _limit(trials: Sequence[Trial]) -> float:

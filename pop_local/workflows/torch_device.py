@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ class TorchDevice:
 
 
 def torch_device(hardware: Hardware, what: str) -> TorchDevice:
-    """Choose the device, and its number of threads. Raises PopError if `what` lacks torch."""
+    """Choose the device, and its number of threads. Raises PopError, `what`, without torch."""
     try:
         import torch
     except ImportError:
@@ -34,6 +36,22 @@ def torch_device(hardware: Hardware, what: str) -> TorchDevice:
     torch.set_num_threads(hardware.n_threads or default_threads())
     if hardware.n_gpu_layers != 0 and torch.cuda.is_available():
         return TorchDevice("cuda", torch.cuda.mem_get_info()[0], torch.bfloat16)
-    # Processors without it have bfloat16 as well, but slower than float32.
-    is_fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    # Other processors have bfloat16 as well, but slower than float32.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    is_fast = capabilities.get("avx512_bf16") is True
     return TorchDevice("cpu", needs.free_bytes(), torch.bfloat16 if is_fast else torch.float32)
+
+
+@contextmanager
+def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
+    """Around work of torch's. Raises PopError where `what` finds too little memory."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise PopError(f"there is not enough memory for {what}", hint, cause=cause) from error
+    finally:
+        torch.cuda.empty_cache()

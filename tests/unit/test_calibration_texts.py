@@ -12,8 +12,10 @@ from pop_local.calibration.samples import draw, sample_windows
 from pop_local.calibration.texts import (
     CalibrationError,
     default_tokens,
+    given_text,
     n_windows,
     own_text,
+    to_distill,
     whole_text,
 )
 from support.calibrating import SILENT, fitted, settings
@@ -61,6 +63,16 @@ def test_one_phrase_over_and_over_is_refused(llama: Path, tmp_path: Path):
     path.write_text("a" * 20_000)
     with pytest.raises(PopError, match="repeats itself"):
         fitted(llama, settings(path))
+
+
+def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path):
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"w{number}" for number in range(3000)))
+    with LoadedModel(llama, n_threads=1) as model:
+        text = given_text(model, path, 4, 128)
+        windows = to_distill(model, text, path)
+    assert windows[:4].tolist() == text.windows.tolist()
+    assert 8 < len(windows) == len(np.unique(windows, axis=0)) < texts.N_DISTILLED
 
 
 def test_samples_are_repeatable_and_begin_as_told(llama: Path):

@@ -13,13 +13,14 @@ from pop_local.ui.views.quality import figures, with_se
 
 if TYPE_CHECKING:
     from converter.format import Budget
+    from converter.plan import Plan
     from pop_local.measure.recall import Recall
     from pop_local.workflows.refusals import Trial
 
 _COLUMNS = (
     Column("plan.boundary", "Boundary", numeric=True),
     Column("plan.n_skipped", "Skipped", numeric=True),
-    Column("plan", "K/V", lambda plan: plan.projection + plan.is_distilled * ", distilled"),
+    Column("plan", "K/V", lambda plan: _kind(plan)),
     Column("plan.select", "Selected", "{:.0%}".format, numeric=True),
     Column("plan.speedup_limit", "Limit", "{:.2f}x".format, numeric=True),
     Column("quality.n_windows", "Windows", numeric=True),
@@ -35,6 +36,10 @@ _JUDGED = (
     *("n_windows", "kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio"),
     *("copy_ppl_ratio_se", "induction_retention", "induction_retention_se"),
 )
+
+
+def _kind(plan: Plan) -> str:
+    return f"{plan.projection}, distilled" if plan.is_distilled else plan.projection
 
 
 def _of_full(found: Recall) -> str:
