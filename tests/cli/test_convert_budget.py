@@ -277,6 +277,7 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
     [
         ("llama", ("--select", "10%", "--skip", "1/2"), "for selections or pictures"),
         ("llama", ("--quality", "fastest"), "for selections or pictures"),
+        ("llama", ("--skip", 1), "with one skipped layer"),
         ("phi3", (), "the architecture 'phi3'"),
     ],
 )

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from converter.format import WIDE, read_pop_meta
 from converter.macs import LIMIT_PROMPT, speedup_limit
 from converter.shape import read_shape
+from pop_local.calibration import texts
 from pop_local.cli import app
 from pop_local.measure import budget, probes
 from pop_local.workflows import examine as examining
@@ -112,6 +113,26 @@ def test_people_read_the_figures_that_are_stored(tiny, tmp_path, text):
     assert f"KL {meta.measured.kl_mean:.4f} ± {meta.measured.kl_se:.4f}" in said
     assert f"perplexity {meta.measured.copy_ppl_ratio:.3f} times" in said
     assert said.count("pop-local only") == 1
+
+
+def test_a_named_depth_is_distilled(tiny, tmp_path, text, short_examination, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(texts, "N_DISTILLED", 6)
+    fit = ("--projection", "attention", "--text", text, "--distill")
+    plain, distilled = tmp_path / "plain.gguf", tmp_path / "distilled.gguf"
+    assert convert(tiny, plain, *fit[:-1], "--sidecar").exit_code == 0
+    done = convert(tiny, distilled, *fit, "--sidecar", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["calibration"]["n_distilled"] == 6 * texts.N_WINDOW
+    assert "Distilling boundary 5" in [phase["name"] for phase in report["phases"]]
+    before, after = (
+        {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
+        for path in (plain, distilled)
+    )
+    assert list(before) == list(after)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if "pop_attn" in name}
 
 
 def test_a_wide_fit(tiny, tmp_path, text, short_examination):
