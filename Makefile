@@ -163,12 +163,13 @@ $(SMOLLM2).gguf $(GEMMA).gguf: | $(VENV)/.tools
 endif
 
 # What chat, run and pull open the catalog's models with. Hours on one core, all from the beginning.
+# Torch, which distilling needs, is among the tools.
 SIDECARS := pop_local/data/sidecars
 CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
-sidecars: $(VENV)/.app
+sidecars: $(VENV)/.tools
 	@for name in $(CATALOG); do \
 	  model=$$($(BIN)/pop-local pull $$name --dir models) && $(BIN)/pop-local convert $$model \
-	  $(SIDECARS)/$$(basename $$model .gguf).pop-sidecar.gguf --sidecar --force || exit 1; \
+	  $(SIDECARS)/$$(basename $$model .gguf).pop-sidecar.gguf --sidecar --distill --force || exit 1; \
 	done
 
 clean:

@@ -91,9 +91,9 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
 
 
 def _fitted(meta: PopMeta) -> str:
-    if meta.image_rows:
-        return f"{meta.projection}, on {meta.image_rows:,} rows of pictures, too"
-    return meta.projection
+    pictures = f", on {meta.image_rows:,} rows of pictures, too" if meta.image_rows else ""
+    is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
+    return f"{meta.projection}{pictures}{', distilled' if is_distilled else ''}"
 
 
 def _verification_facts(verification: Verification) -> list[Fact]:
