@@ -245,12 +245,13 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
 
     monkeypatch.setattr(fits.Fitter, "distilled", train)
     monkeypatch.setattr(texts, "N_DISTILLED", 6)
+    monkeypatch.setattr("converter.distill.N_EPOCHS", 1)
 
     class Told(gradual.Gradual):
         def measure(self, model, on_progress):
             super().measure(model, on_progress)
             assert self.quality is not None
-            deepest = 3 if self.boundary in distilled else 5
+            deepest = 4 if self.boundary in distilled else 5
             good = Estimate(1.0 if self.boundary >= deepest else 1.5, 0.0)
             self.quality = replace(
                 self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=good
@@ -263,13 +264,13 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None
-    assert distilled == [5, 4, 3, 2]
-    assert (meta.boundary, meta.calibration.n_distilled) == (3, 6 * texts.N_WINDOW)
+    assert distilled == [5, 4, 3]
+    assert (meta.boundary, meta.calibration.n_distilled) == (4, 6 * texts.N_WINDOW)
     assert meta.budget.tried.endswith(
-        "5 distilled inside, 4 distilled inside, 3 distilled inside, 2 distilled outside"
+        "4 outside, 5 distilled inside, 4 distilled inside, 3 distilled outside"
     )
     tried = json.loads(done.stdout)["tried"]
-    assert [each["distilled"] for each in tried[-4:]] == [True] * 4
+    assert [each["distilled"] for each in tried[-4:]] == [False, True, True, True]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from converter.format import WIDE, read_pop_meta
+from converter.format import ATTENTION, WIDE, read_pop_meta
 from converter.macs import LIMIT_PROMPT, speedup_limit
 from converter.shape import read_shape
 from pop_local.calibration import texts
@@ -119,20 +119,16 @@ def test_a_named_depth_is_distilled(tiny, tmp_path, text, short_examination, mon
     pytest.importorskip("torch")
     monkeypatch.setattr(texts, "N_DISTILLED", 6)
     fit = ("--projection", "attention", "--text", text, "--distill")
-    plain, distilled = tmp_path / "plain.gguf", tmp_path / "distilled.gguf"
-    assert convert(tiny, plain, *fit[:-1], "--sidecar").exit_code == 0
-    done = convert(tiny, distilled, *fit, "--sidecar", "--json")
+    done = convert(tiny, *fit, "--sidecar", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["calibration"]["n_distilled"] == 6 * texts.N_WINDOW
     assert "Distilling boundary 5" in [phase["name"] for phase in report["phases"]]
-    before, after = (
-        {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
-        for path in (plain, distilled)
-    )
-    assert list(before) == list(after)
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {name for name in before if "pop_attn" in name}
+    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
+    assert meta is not None and meta.calibration is not None
+    assert (meta.projection, meta.calibration.n_distilled) == (ATTENTION, 6 * texts.N_WINDOW)
+    shown = CliRunner().invoke(app, ["inspect", str(tiny)])
+    assert "fitted-attention, distilled" in shown.stdout
 
 
 def test_a_wide_fit(tiny, tmp_path, text, short_examination):
