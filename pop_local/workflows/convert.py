@@ -222,9 +222,8 @@ def plan_conversion(
         from pop_local.workflows.distilled import require_distillable
 
         deepest = _deepest(plans)
-        widest = ATTENTION if fit.projection is None else deepest.projection
-        if deepest.projection != OWN:
-            deepest = replace(deepest, projection=widest)
+        if fit.projection is None and deepest.projection != OWN:
+            deepest = replace(deepest, projection=ATTENTION)
         require_distillable(deepest, source, fit, hardware)
     kv_type = (fit or FitOptions()).kv_type
     sizes = kind.measure(_deepest(plans), source.first.path, kv_type.value)

@@ -19,19 +19,16 @@ from converter.errors import PopError
 from converter.format import ATTENTION, WIDE, read_pop_meta
 from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
-from pop_local.measure import budget, gradual, probes, quality
+from pop_local.measure import budget, gradual, quality
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.recall import Asked, RecallReference
 from pop_local.workflows import fits, full_model
 from pop_local.workflows import search as searching
 from support.converted import names
+from support.searched import FEW, LOOSE, convert, measure_little
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
-
-# Random weights: nearly any pruning is a large KL, and nothing is copied.
-LOOSE = ("--max-kl", 50, "--max-ppl-ratio", 1000, "--max-copy-ratio", 1000)
-FEW = ("--tokens", 2048, "--threads", 1, "--gpu-layers", 0)
 
 # The command, stopped for good where it measures the first fitted candidate.
 STOPPED = """
@@ -67,14 +64,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_windows(monkeypatch):
-    monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
-    monkeypatch.setattr(searching, "N_WINDOWS", 2)
-    monkeypatch.setattr(searching, "N_DOCUMENTS", 2)
-    monkeypatch.setattr(probes, "N_DRAWS", 1)
-
-
-def convert(*arguments: object):
-    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
+    measure_little(monkeypatch)
 
 
 def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, monkeypatch):
@@ -232,76 +222,6 @@ def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, mon
     taken = [each for each in json.loads(done.stdout)["tried"] if each["projection"] == ATTENTION]
     assert [each["in_budget"] for each in taken] == [False, True]
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop-sidecar.gguf"}
-
-
-def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, monkeypatch):
-    """The fits are trained on so little here that what is inside says nothing about them."""
-    pytest.importorskip("torch")
-    distilled: list[int] = []
-
-    def train(self, plan, fitted, real=fits.Fitter.distilled):
-        distilled.append(plan.boundary)
-        return real(self, plan, fitted)
-
-    monkeypatch.setattr(fits.Fitter, "distilled", train)
-    monkeypatch.setattr(texts, "N_DISTILLED", 6)
-    monkeypatch.setattr("converter.distill.N_EPOCHS", 1)
-
-    class Told(gradual.Gradual):
-        def measure(self, model, on_progress):
-            super().measure(model, on_progress)
-            assert self.quality is not None
-            deepest = 4 if self.boundary in distilled else 5
-            good = Estimate(1.0 if self.boundary >= deepest else 1.5, 0.0)
-            self.quality = replace(
-                self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=good
-            )
-
-    for module in (fits, searching):
-        monkeypatch.setattr(module, "Gradual", Told)
-    fit = ("--projection", "fitted", "--distill", "--text", text, *FEW)
-    done = convert(base, "--sidecar", *fit, "--json")
-    assert done.exit_code == 0, done.stderr
-    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
-    assert meta is not None and meta.budget is not None and meta.calibration is not None
-    assert distilled == [5, 4, 3]
-    assert (meta.boundary, meta.calibration.n_distilled) == (4, 6 * texts.N_WINDOW)
-    assert meta.budget.tried.endswith(
-        "4 outside, 5 distilled inside, 4 distilled inside, 3 distilled outside"
-    )
-    tried = json.loads(done.stdout)["tried"]
-    assert [each["distilled"] for each in tried[-4:]] == [False, True, True, True]
-
-
-@pytest.mark.parametrize(
-    ("arch", "options", "reason"),
-    [
-        ("llama", ("--select", "10%", "--skip", "1/2"), "for selections or pictures"),
-        ("llama", ("--quality", "fastest"), "for selections or pictures"),
-        ("llama", ("--skip", 1), "with one skipped layer"),
-        ("phi3", (), "the architecture 'phi3'"),
-    ],
-)
-def test_what_cannot_be_distilled_is_refused_before_measuring(arch, options, reason, tmp_path):
-    base = make_gguf(tmp_path / "tiny.gguf", arch)
-    done = convert(base, "--distill", *options)
-    assert done.exit_code == 1
-    assert reason in done.stderr and "leave out --distill" in done.stderr
-    assert names(tmp_path) == {"tiny.gguf"}
-
-
-def test_distilling_wants_torch_and_memory(base, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(needs, "free_bytes", lambda: 10**6)
-        done = convert(base, "--distill")
-        assert done.exit_code == 1
-        assert "distilling the fit needs" in done.stderr
-        assert "close other programs, or leave out --distill" in " ".join(done.stderr.split())
-    monkeypatch.setitem(sys.modules, "torch", None)
-    done = convert(base, "--distill")
-    assert done.exit_code == 1
-    assert "pip install 'pop-local[analyze]'" in " ".join(done.stderr.split())
-    assert convert(base, "--distill", "--projection", "own").exit_code == 2
 
 
 def test_facts_that_are_lost_put_a_boundary_outside(base, text, tmp_path, monkeypatch):

@@ -15,7 +15,10 @@ from converter.source import read_source
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import FULL, Pruning, forced
+from pop_local.workflows.distilled import distilled as train
 from pop_local.workflows.distilled import start_of
+from pop_local.workflows.events import Watch
+from pop_local.workflows.torch_device import TorchDevice
 from support.calibrating import BOUNDARY, fitted, planned, prompt, random_words, settings
 from support.synthetic import make_gguf
 
@@ -92,18 +95,18 @@ def test_what_the_backend_loses_on_other_text_becomes_less(text, tmp_path, monke
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(12)], np.int32)
     others = np.array([prompt(N_TOKENS, seed) for seed in range(50, 54)], np.int32)
     counted: list[tuple[int, int]] = []
-    trained = distilling.distill(
-        Decoder(read_source(path)),
-        started(path, made),
+    distilled = train(
+        planned(path, projection=WIDE),
+        read_source(path),
+        made,
+        fit.KvType.F32,
         windows,
-        seed=0,
-        on_progress=lambda *each: counted.append(each),
+        TorchDevice("cpu", 0, torch.float32),
+        Watch(on_progress=lambda *each: counted.append(each)),
     )
     assert counted[0][0] == 0 and counted[-1][0] == counted[-1][1]
-    new = [each for layer in trained for each in fit.encode(layer, trained[layer], fit.KvType.F32)]
-    names = {tensor.name for tensor in new}
-    kept = [tensor for tensor in made.tensors if tensor.name not in names]
-    distilled = replace(made, tensors=(*kept, *new))
+    assert distilled.calibration.n_distilled == windows.size
+    assert [each.name for each in distilled.tensors[:3]] == [each.name for each in made.tensors[:3]]
     assert len(distilled.tensors) == len(made.tensors)
     before, after = (backend_kl(path, each, others, tmp_path) for each in (made, distilled))
     assert after.mean() < 0.85 * before.mean(), (before.mean(), after.mean())

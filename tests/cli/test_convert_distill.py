@@ -1,0 +1,124 @@
+"""`convert --distill`: what a search tries, what is refused beforehand, what may go wrong."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from converter.errors import PopError
+from converter.format import read_pop_meta
+from pop_local.calibration import needs, texts
+from pop_local.measure import gradual
+from pop_local.measure.estimate import Estimate
+from pop_local.workflows import fits
+from pop_local.workflows import search as searching
+from support.calibrating import random_words
+from support.converted import names
+from support.searched import FEW, LOOSE, convert, measure_little
+from support.synthetic import make_gguf
+
+pytestmark = pytest.mark.slow
+
+FIT = ("--projection", "fitted", "--distill", *FEW)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return random_words(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch):
+    measure_little(monkeypatch)
+
+
+def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, monkeypatch):
+    """The fits are trained on so little here that what is inside says nothing about them."""
+    pytest.importorskip("torch")
+    distilled: list[int] = []
+
+    def train(self, plan, fitted, real=fits.Fitter.distilled):
+        distilled.append(plan.boundary)
+        return real(self, plan, fitted)
+
+    monkeypatch.setattr(fits.Fitter, "distilled", train)
+    monkeypatch.setattr(texts, "N_DISTILLED", 6)
+    monkeypatch.setattr("converter.distill.N_EPOCHS", 1)
+
+    class Told(gradual.Gradual):
+        def measure(self, model, on_progress):
+            super().measure(model, on_progress)
+            assert self.quality is not None
+            deepest = 4 if self.boundary in distilled else 5
+            good = Estimate(1.0 if self.boundary >= deepest else 1.5, 0.0)
+            self.quality = replace(
+                self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=good
+            )
+
+    for module in (fits, searching):
+        monkeypatch.setattr(module, "Gradual", Told)
+    done = convert(base, "--sidecar", *FIT, "--text", text, "--json")
+    assert done.exit_code == 0, done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
+    assert meta is not None and meta.budget is not None and meta.calibration is not None
+    assert distilled == [5, 4, 3]
+    assert (meta.boundary, meta.calibration.n_distilled) == (4, 6 * texts.N_WINDOW)
+    assert meta.budget.tried.endswith(
+        "4 outside, 5 distilled inside, 4 distilled inside, 3 distilled outside"
+    )
+    tried = json.loads(done.stdout)["tried"]
+    assert [each["distilled"] for each in tried[-4:]] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "reason"),
+    [
+        ("llama", ("--select", "10%", "--skip", "1/2"), "for selections or pictures"),
+        ("llama", ("--quality", "fastest"), "for selections or pictures"),
+        ("llama", ("--skip", 1), "with one skipped layer"),
+        ("phi3", (), "the architecture 'phi3'"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_before_measuring(arch, options, reason, tmp_path):
+    base = make_gguf(tmp_path / "tiny.gguf", arch)
+    done = convert(base, "--distill", *options)
+    assert done.exit_code == 1
+    assert reason in done.stderr and "leave out --distill" in done.stderr
+    assert names(tmp_path) == {"tiny.gguf"}
+
+
+def test_distilling_wants_torch_and_memory(base, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(needs, "free_bytes", lambda: 10**6)
+        done = convert(base, "--distill")
+        assert done.exit_code == 1
+        assert "distilling the fit needs" in done.stderr
+        assert "close other programs, or leave out --distill" in " ".join(done.stderr.split())
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = convert(base, "--distill")
+    assert done.exit_code == 1
+    assert "pip install 'pop-local[analyze]'" in " ".join(done.stderr.split())
+    assert convert(base, "--distill", "--projection", "own").exit_code == 2
+
+
+def test_what_goes_wrong_leaves_what_was_found_without(base, text, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+
+    def fail(self, plan, fitted):
+        raise PopError("no memory is left")
+
+    monkeypatch.setattr(fits.Fitter, "distilled", fail)
+    done = convert(base, "--sidecar", *FIT, *LOOSE, "--text", text)
+    assert done.exit_code == 0, done.stderr
+    assert "Distilling is left out: no memory is left" in done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
+    assert meta is not None and meta.budget is not None and meta.calibration is not None
+    assert (meta.boundary, meta.calibration.n_distilled) == (2, 0)
+    assert "distilled" not in meta.budget.tried
