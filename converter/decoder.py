@@ -37,6 +37,7 @@ class Decoder:
         self._output_norm = self._tensor("output_norm.weight")
         tied = "output.weight" not in self._weights
         self._head = self._matrix(self._tensor("token_embd.weight" if tied else "output.weight"))
+        self.n_vocab = len(self._head)
 
     def embed(self, tokens: np.ndarray) -> Tensor:
         """Return the states [n_windows, n_tokens, n_embd] of token ids [n_windows, n_tokens]."""

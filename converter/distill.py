@@ -71,45 +71,82 @@ class Start:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Of all windows [n_windows, n_tokens, ...]: the states at the boundary, the inputs of the
-    projections without their `mean` [n_inputs + 1], a one last, and the full model's last states.
+class Teacher:
+    """What the full model makes of windows [n_windows, n_tokens], in main memory.
+
+    Those from `n_plain` on repeat a passage. `states` [n_windows, n_tokens, n_embd] enter the layer
+    `first`: no fit that is distilled with them begins before. `last` [same] leave the last layer.
+    `likely` [n_windows, n_tokens, n_likely] are the likeliest tokens after each row that may be an
+    answer's, 0 for others.
     """
 
+    n_plain: int
+    first: int
     states: Tensor
-    inputs: Tensor
-    mean: Tensor
     last: Tensor
+    likely: Tensor
+
+
+@torch.no_grad()
+def read(
+    decoder: Decoder, first: int, windows: Tokens, *, seed: int, on_progress: Progress
+) -> Teacher:
+    """Read windows [n_windows, n_tokens] and some more that repeat passages, the seed's, in full.
+
+    `on_progress(done, total)` counts windows through layers; what it raises ends the work.
+    """
+    copies = _repeating(windows, np.random.default_rng(seed))
+    every = np.concatenate([windows, copies])
+    ran = counting((decoder.n_layer + 1) * len(every), on_progress)
+    states = decoder.embed(every).cpu()
+    entering = states
+    for index in range(decoder.n_layer):
+        if index == first:
+            entering = states.clone()
+        _run(decoder, index, states, ran)
+    likely = torch.zeros(*every.shape, min(_N_LIKELY, decoder.n_vocab), dtype=torch.int32)
+    n_context = int(_CONTEXT[0] * every.shape[1])
+    for at, part in enumerate(states[:, n_context:].to(decoder.device)):
+        likely[at, n_context:] = decoder.logits(part).topk(likely.shape[-1]).indices
+        ran(1)
+    return Teacher(len(windows), first, entering, states, likely)
+
+
+def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
+    """Put a layer's output in the place of its input [n_windows, n_tokens, n_embd]."""
+    layer = decoder.layer(index)
+    for at in range(0, len(states), _N_READ):
+        part = states[at : at + _N_READ]
+        part.copy_(layer(part.to(decoder.device)))
+        ran(len(part))
 
 
 def distill(
-    decoder: Decoder, start: Start, windows: Tokens, *, seed: int, on_progress: Progress
+    decoder: Decoder, start: Start, teacher: Teacher, *, seed: int, on_progress: Progress
 ) -> dict[int, KvProjection]:
-    """Train projections on windows [n_windows, n_tokens], and return them.
+    """Train projections on what was read, and return them.
 
     `on_progress(done, total)` counts windows through layers, forwards and backwards; what it raises
-    ends the work. The same seed draws the same contexts and passages. Raises FitError for weights
-    that are not finite.
+    ends the work. The same seed draws the same contexts. Raises FitError for weights that are not
+    finite.
     """
     rng = np.random.default_rng(seed)
-    copies = _repeating(windows, rng)
-    every = np.concatenate([windows, copies])
-    n_deep = decoder.n_layer - start.boundary
-    n_steps = N_EPOCHS * len(every) // N_BATCH
+    n_windows, n_tokens = teacher.states.shape[:2]
+    n_batch = min(N_BATCH, n_windows)
+    n_steps = N_EPOCHS * n_windows // n_batch
+    between = range(teacher.first, start.boundary)
     # A way backwards costs what two forwards do.
-    n_read, n_step = decoder.n_layer * len(every), 3 * n_deep * N_BATCH
-    ran = counting(n_read + n_steps * n_step, on_progress)
-    deep = [decoder.layer(index) for index in range(start.boundary, decoder.n_layer)]
-    seen = _read(decoder, start, deep, every, ran)
-    student = _Student(decoder, start, deep, seen)
+    n_step = 3 * (decoder.n_layer - start.boundary) * n_batch
+    ran = counting(len(between) * n_windows + n_steps * n_step, on_progress)
+    student = _Student(decoder, start, teacher, ran)
     optimizer = torch.optim.Adam(student.changes, lr=_STEP, betas=_BETAS)
     order: list[int] = []
     for step in range(n_steps):
-        if len(order) < N_BATCH:
-            order = rng.permutation(len(every)).tolist()
-        chosen = [order.pop() for _ in range(N_BATCH)]
-        shares = _CONTEXT if max(chosen) < len(windows) else _COPY_CONTEXT
-        low, high = (int(share * every.shape[1]) for share in shares)
+        if len(order) < n_batch:
+            order = rng.permutation(n_windows).tolist()
+        chosen = [order.pop() for _ in range(n_batch)]
+        shares = _CONTEXT if max(chosen) < teacher.n_plain else _COPY_CONTEXT
+        low, high = (int(share * n_tokens) for share in shares)
         n_context = int(rng.integers(low, max(high, low + 1)))
         for group in optimizer.param_groups:
             warm = min(1.0, (step + 1) / _N_WARM)
@@ -134,57 +171,52 @@ def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
 
 
 @torch.no_grad()
-def _read(decoder: Decoder, start: Start, deep: list[Layer], windows: Tokens, ran: Ran) -> _Seen:
-    parts = [windows[at : at + _N_READ] for at in range(0, len(windows), _N_READ)]
-    states = [decoder.embed(part) for part in parts]
-    for index in range(start.boundary):
-        layer = decoder.layer(index)
-        for number, part in enumerate(states):
-            states[number] = layer(part)
-            ran(len(part))
-    inputs = torch.cat([_inputs(decoder, start, deep[0], part) for part in states])
-    # The first row of a window is no context, and unlike all others.
-    mean = inputs[:, 1:].mean((0, 1))
-    mean[-1] = 0
-    inputs -= mean
-    last = list(states)
-    for layer in deep:
-        for number, part in enumerate(last):
-            last[number] = layer(part)
-            ran(len(part))
-    return _Seen(torch.cat(states), inputs, mean, torch.cat(last))
+def _entering(decoder: Decoder, start: Start, teacher: Teacher, ran: Ran) -> Tensor:
+    """Return the states that enter the boundary layer [n_windows, n_tokens, n_embd]."""
+    states = teacher.states if teacher.first == start.boundary else teacher.states.clone()
+    for index in range(teacher.first, start.boundary):
+        _run(decoder, index, states, ran)
+    return states
 
 
-def _inputs(decoder: Decoder, start: Start, layer: Layer, states: Tensor) -> Tensor:
-    """Return what projections see [n_windows, n_tokens, n_inputs + 1] of states."""
-    parts = []
-    for window in states.cpu().numpy():
-        x = normalised(window, decoder.hyper.eps)
+@torch.no_grad()
+def _inputs(decoder: Decoder, start: Start, layer: Layer, states: Tensor, n_inputs: int) -> Tensor:
+    """Return what projections see of states, [n_windows, n_tokens, n_inputs], a one last."""
+    made = torch.ones(*states.shape[:2], n_inputs)
+    for window, inputs in zip(states, made, strict=True):
+        x = normalised(window.numpy(), decoder.hyper.eps)
         seen = [x] if start.wide is None else [x, start.wide(x)]
-        parts.append(np.hstack(seen))
-    made = [torch.from_numpy(np.stack(parts)).to(states.device)]
-    if start.sees_heads:
-        made.append(layer.heads(states))
-    made.append(torch.ones_like(states[..., :1]))
-    return torch.cat(made, -1)
+        if start.sees_heads:
+            seen.append(layer.heads(window[None].to(decoder.device))[0].cpu().numpy())
+        inputs[:, :-1] = torch.from_numpy(np.hstack(seen))
+    return made
 
 
 class _Student:
     """The skipped layers as a pruned prompt has them, and the changes of its projections."""
 
-    def __init__(self, decoder: Decoder, start: Start, deep: list[Layer], seen: _Seen) -> None:
-        self._decoder, self._start, self._deep, self._seen = decoder, start, deep, seen
-        n_tokens = seen.inputs.shape[1]
-        rows = seen.inputs[:, 1:].flatten(0, 1)[:: -(-n_tokens // _ROWS_EACH)]
-        self._gains, self._weights, self._units = {}, {}, {}
-        for layer, projection in start.projections.items():
-            gain = torch.tensor(projection.gain, device=rows.device)
-            gain = functional.pad(gain, (0, rows.shape[1] - len(gain)), value=1.0)
-            weights = self._joined(projection)
+    def __init__(self, decoder: Decoder, start: Start, teacher: Teacher, ran: Ran) -> None:
+        self._decoder, self._start, self._teacher = decoder, start, teacher
+        self._deep = [decoder.layer(index) for index in range(start.boundary, decoder.n_layer)]
+        self._weights = {layer: self._joined(each) for layer, each in start.projections.items()}
+        n_inputs = next(iter(self._weights.values())).shape[1]
+        self._states = _entering(decoder, start, teacher, ran)
+        self._inputs = _inputs(decoder, start, self._deep[0], self._states, n_inputs)
+        # The first row of a window is no context, and unlike all others.
+        context = self._inputs[:, 1:]
+        mean = context.mean((0, 1))
+        mean[-1] = 0
+        self._inputs -= mean
+        self._mean = mean.to(decoder.device)
+        each = -(-self._inputs.shape[1] // _ROWS_EACH)
+        rows = context.flatten(0, 1)[::each].to(decoder.device)
+        self._gains, self._units = {}, {}
+        for layer, weights in self._weights.items():
+            gain = torch.tensor(start.projections[layer].gain, device=decoder.device)
+            gain = functional.pad(gain, (0, n_inputs - len(gain)), value=1.0)
             # Changes of other weights should leave the mean of K and V alone.
-            weights[:, -1] += weights @ (gain * seen.mean)
-            self._gains[layer], self._weights[layer] = gain, weights
-            self._units[layer] = _units(rows * gain, weights)
+            weights[:, -1] += weights @ (gain * self._mean)
+            self._gains[layer], self._units[layer] = gain, _units(rows * gain, weights)
         self._changes = {
             layer: torch.zeros_like(weights, requires_grad=True)
             for layer, weights in self._weights.items()
@@ -200,19 +232,18 @@ class _Student:
         It is among the tokens that are likely in one of these rows: with all of a large vocabulary
         the LM head would take most of the time.
         """
+        teacher, device = self._teacher, self._decoder.device
+        tokens = torch.unique(teacher.likely[chosen][:, n_context:]).to(device)
         with torch.no_grad():
-            last = self._seen.last[chosen][:, n_context:]
-            logits = self._decoder.logits(last)
-            n_likely = min(_N_LIKELY, logits.shape[-1])
-            tokens = torch.unique(logits.topk(n_likely).indices)
+            last = teacher.last[chosen][:, n_context:].to(device)
             full = self._decoder.logits(last, tokens).log_softmax(-1)
         pruned = self._decoder.logits(self._last(chosen, n_context), tokens).log_softmax(-1)
         return functional.kl_div(pruned, full, reduction="none", log_target=True).sum(-1)
 
     def _last(self, chosen: list[int], n_context: int) -> Tensor:
         """Return the last states of the answer's rows [n_chosen, n_answer, n_embd]."""
-        states, inputs = self._seen.states[chosen], self._seen.inputs[chosen]
-        device = states.device
+        device = self._decoder.device
+        states, inputs = self._states[chosen].to(device), self._inputs[chosen].to(device)
         answer = torch.arange(n_context, states.shape[1], device=device)
         full = torch.cat([torch.zeros(1, dtype=answer.dtype, device=device), answer])
         context = torch.arange(1, n_context, device=device)
@@ -246,7 +277,7 @@ class _Student:
         found = {}
         for layer, before in self._start.projections.items():
             changed = self._changed(layer)
-            changed[:, -1] -= changed @ (self._gains[layer] * self._seen.mean)
+            changed[:, -1] -= changed @ (self._gains[layer] * self._mean)
             after = changed.cpu().numpy()
             if not np.isfinite(after).all():
                 raise FitError(
@@ -289,12 +320,13 @@ def needed_bytes(
     # One layer, or the head, is read in float32 while the others are there.
     weights = matrices.itemsize * kept + 4 * max(*layers, shape.head_macs)
     n_inputs = shape.n_embd + shape.n_wide(plan.boundary, plan.projection) + 1
-    rows = round((1 + _COPIES) * n_windows) * n_tokens * (3 * shape.n_embd + 2 * n_inputs)
+    each = 3 * shape.n_embd + n_inputs + _N_LIKELY
+    rows = round((1 + _COPIES) * n_windows) * n_tokens * each
     projections = 6 * n_inputs * sum(shape.kv_macs[each] for each in plan.fitted_layers)
     n_head = max(shape.attn_dim) // (hyper.dim_k + hyper.dim_v)
     n_answer = n_tokens - int(_CONTEXT[0] * n_tokens)
-    per_row = 6 * shape.n_vocab + plan.n_skipped * (
+    n_rows = N_BATCH * n_answer
+    per_row = 4 * min(shape.n_vocab, n_rows * _N_LIKELY) + plan.n_skipped * (
         4 * max(shape.ffn_macs) // shape.n_embd + 5 * n_head * n_tokens
     )
-    step = N_BATCH * n_answer * per_row
-    return _BASE_BYTES + weights + 4 * (rows + projections // shape.n_embd + step)
+    return _BASE_BYTES + weights + 4 * (rows + projections // shape.n_embd + n_rows * per_row)

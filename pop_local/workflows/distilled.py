@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from converter import fit
@@ -25,7 +27,19 @@ from pop_local.workflows.refusals import TooLittleMemoryError
 from pop_local.workflows.torch_device import TorchDevice, computing, torch_device
 
 if TYPE_CHECKING:
-    from converter.distill import Start
+    from converter.decoder import Decoder
+    from converter.distill import Start, Teacher
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What fits of one model are distilled with: windows [n_windows, N_WINDOW], what the full model
+    makes of them, and where torch computes.
+    """
+
+    device: TorchDevice
+    windows: Windows
+    teacher: Teacher
 
 
 def require_distillable(
@@ -61,31 +75,42 @@ def require_distillable(
     return device
 
 
+def prepare(
+    source: Source, first: int, windows: Windows, device: TorchDevice, watch: Watch
+) -> Lesson:
+    """Read windows in full, for boundaries from `first` on. Raises PopError, StoppedError."""
+    from converter.distill import read
+
+    stage = watch.stage("Reading text to distil on")
+    with _decoding(source, device) as decoder:
+        teacher = read(decoder, first, windows, seed=SEED, on_progress=stage)
+    return Lesson(device, windows, teacher)
+
+
 def distilled(
-    plan: Plan,
-    source: Source,
-    fitted: Fitted,
-    kv_type: KvType,
-    windows: Windows,
-    device: TorchDevice,
-    watch: Watch,
+    plan: Plan, source: Source, fitted: Fitted, kv_type: KvType, lesson: Lesson, watch: Watch
 ) -> Fitted:
-    """Train a fit end to end on windows [n_windows, N_WINDOW]. Raises PopError, StoppedError."""
-    from converter.decoder import Decoder
+    """Train a fit end to end. Raises PopError, StoppedError."""
     from converter.distill import distill
 
     start = start_of(plan, source, fitted)
     stage = watch.stage(f"Distilling boundary {plan.boundary}")
-    with computing(
-        "distilling", "close other programs, or leave it out", cause="no-memory-to-distill"
-    ):
-        decoder = Decoder(source, device.name, device.matrices)
-        trained = distill(decoder, start, windows, seed=SEED, on_progress=stage)
+    with _decoding(source, lesson.device) as decoder:
+        trained = distill(decoder, start, lesson.teacher, seed=SEED, on_progress=stage)
     new = [each for layer, found in trained.items() for each in fit.encode(layer, found, kv_type)]
     names = {tensor.name for tensor in new}
     kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
-    calibration = replace(fitted.calibration, n_distilled=int(windows.size))
+    calibration = replace(fitted.calibration, n_distilled=int(lesson.windows.size))
     return replace(fitted, tensors=(*kept, *new), calibration=calibration)
+
+
+@contextmanager
+def _decoding(source: Source, device: TorchDevice) -> Iterator[Decoder]:
+    from converter.decoder import Decoder
+
+    hint, cause = "close other programs, or leave it out", "no-memory-to-distill"
+    with computing("distilling", hint, cause=cause):
+        yield Decoder(source, device.name, device.matrices)
 
 
 def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:

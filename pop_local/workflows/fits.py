@@ -17,12 +17,12 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
-from pop_local.calibration.texts import CalibrationText, Windows, to_distill
+from pop_local.calibration.texts import CalibrationText, to_distill
 from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.distilled import distilled, require_distillable
+from pop_local.workflows.distilled import Lesson, distilled, prepare, require_distillable
 from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.full_model import FullModel
 from pop_local.workflows.measuring import opened_to_measure
@@ -42,8 +42,8 @@ class Fitter:
 
     Where the options leave it open, which of `kinds` is taken is decided once, by measuring them at
     the first boundary. Those that copy go first. `full` is what they are measured against, None to
-    read a few windows for that alone; `seen` is how each measured, by boundary and kind. `windows`
-    are what fits are distilled on, once one was.
+    read a few windows for that alone; `seen` is how each measured, by boundary and kind. `lesson`
+    is what fits are distilled with, once one was.
     """
 
     source: Source
@@ -55,7 +55,7 @@ class Fitter:
     kind: str | None = None
     full: FullModel | None = None
     seen: dict[tuple[int, str], Gradual] = field(default_factory=dict)
-    windows: Windows | None = None
+    lesson: Lesson | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -78,15 +78,23 @@ class Fitter:
             made[plan.boundary][plan.projection] = fitted
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
-    def distilled(self, plan: Plan, fitted: Fitted) -> Fitted:
-        """Train one of the fits end to end. Raises PopError, StoppedError."""
+    def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
+        """Train one of the fits end to end. Raises PopError, StoppedError.
+
+        So many boundaries past it can be distilled next without reading the text again.
+        """
+        if self.lesson is None or plan.boundary < self.lesson.teacher.first:
+            self.lesson = self._prepared(plan, max(plan.boundary - n_deeper, 0))
+        kv_type = self.options.kv_type
+        return distilled(plan, self.source, fitted, kv_type, self.lesson, self.watch)
+
+    def _prepared(self, plan: Plan, first: int) -> Lesson:
+        self.lesson = None
         device = require_distillable(plan, self.source, self.options, self.hardware)
         assert self.text is not None, "nothing was fitted"
-        if self.windows is None:
-            with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
-                self.windows = to_distill(model, self.text, self.options.text)
-        kv_type = self.options.kv_type
-        return distilled(plan, self.source, fitted, kv_type, self.windows, device, self.watch)
+        with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
+            windows = to_distill(model, self.text, self.options.text)
+        return prepare(self.source, first, windows, device, self.watch)
 
     def _better(self, plan: Plan, fits: Mapping[str, Fitted]) -> Fitted:
         """Take the kind found to be better, by measuring the first boundary that has several."""

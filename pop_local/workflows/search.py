@@ -36,7 +36,7 @@ from pop_local.workflows.refusals import OverBudgetError, Trial
 N_WINDOWS = 16
 N_DOCUMENTS = 12
 # So many boundaries past the deepest inside are tried with attention, which mends copying, and what
-# that must win.
+# that must win; so many past the first one can be distilled on text that was read once.
 N_PAST = 2
 ATTENTION_GAIN = 1.03
 # Of the context tokens, what deeper boundaries are tried with, and what that must win over the
@@ -283,7 +283,7 @@ class _Search:
             return plain
         key = plan.boundary, plan.projection, True
         if key not in self.fitted:
-            self.fitted[key] = self.fitter.distilled(plan, plain)
+            self.fitted[key] = self.fitter.distilled(plan, plain, N_PAST)
         return self.fitted[key]
 
     def _is_ready(self, plan: Plan) -> bool:

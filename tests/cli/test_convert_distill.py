@@ -44,11 +44,11 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
     pytest.importorskip("torch")
     distilled: list[int] = []
 
-    def train(self, plan, fitted, real=fits.Fitter.distilled):
+    def train(plan, *args, real=fits.distilled):
         distilled.append(plan.boundary)
-        return real(self, plan, fitted)
+        return real(plan, *args)
 
-    monkeypatch.setattr(fits.Fitter, "distilled", train)
+    monkeypatch.setattr(fits, "distilled", train)
     monkeypatch.setattr(texts, "N_DISTILLED", 6)
     monkeypatch.setattr("converter.distill.N_EPOCHS", 1)
 
@@ -73,7 +73,9 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
     assert meta.budget.tried.endswith(
         "4 outside, 5 distilled inside, 4 distilled inside, 3 distilled outside"
     )
-    tried = json.loads(done.stdout)["tried"]
+    said = json.loads(done.stdout)
+    tried = said["tried"]
+    assert [each["name"] for each in said["phases"]].count("Reading text to distil on") == 1
     assert [each["distilled"] for each in tried[-4:]] == [False, True, True, True]
 
 
@@ -111,10 +113,10 @@ def test_distilling_wants_torch_and_memory(base, monkeypatch):
 def test_what_goes_wrong_leaves_what_was_found_without(base, text, tmp_path, monkeypatch):
     pytest.importorskip("torch")
 
-    def fail(self, plan, fitted):
+    def fail(*args):
         raise PopError("no memory is left")
 
-    monkeypatch.setattr(fits.Fitter, "distilled", fail)
+    monkeypatch.setattr(fits, "distilled", fail)
     done = convert(base, "--sidecar", *FIT, *LOOSE, "--text", text)
     assert done.exit_code == 0, done.stderr
     assert "Distilling is left out: no memory is left" in done.stderr

@@ -16,7 +16,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import FULL, Pruning, forced
 from pop_local.workflows.distilled import distilled as train
-from pop_local.workflows.distilled import start_of
+from pop_local.workflows.distilled import prepare, start_of
 from pop_local.workflows.events import Watch
 from pop_local.workflows.torch_device import TorchDevice
 from support.calibrating import BOUNDARY, fitted, planned, prompt, random_words, settings
@@ -27,6 +27,9 @@ torch.set_num_threads(1)
 from converter.decoder import Decoder  # noqa: E402
 
 N_TOKENS, N_CONTEXT = 96, 64
+
+
+def nothing(done: int, total: int) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +77,8 @@ def test_the_loss_is_what_the_backend_loses(arch, kind, matrices, tolerance, tex
     made = fitted(path, settings(text), projection=kind)
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(3)], np.int32)
     decoder, start = Decoder(read_source(path), matrices=matrices), started(path, made)
-    deep = [decoder.layer(index) for index in range(BOUNDARY, decoder.n_layer)]
-    seen = distilling._read(decoder, start, deep, windows, lambda n: None)
-    student = distilling._Student(decoder, start, deep, seen)
+    teacher = distilling.read(decoder, BOUNDARY - 1, windows, seed=0, on_progress=nothing)
+    student = distilling._Student(decoder, start, teacher, lambda n: None)
     with torch.no_grad():
         # The context's last row asks for logits, so it is a full one.
         computed = student.kl([0, 1, 2], N_CONTEXT - 1).numpy()
@@ -95,16 +97,12 @@ def test_what_the_backend_loses_on_other_text_becomes_less(text, tmp_path, monke
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(12)], np.int32)
     others = np.array([prompt(N_TOKENS, seed) for seed in range(50, 54)], np.int32)
     counted: list[tuple[int, int]] = []
-    distilled = train(
-        planned(path, projection=WIDE),
-        read_source(path),
-        made,
-        fit.KvType.F32,
-        windows,
-        TorchDevice("cpu", 0, torch.float32),
-        Watch(on_progress=lambda *each: counted.append(each)),
-    )
+    source, device = read_source(path), TorchDevice("cpu", 0, torch.float32)
+    watch = Watch(on_progress=lambda *each: counted.append(each))
+    lesson = prepare(source, BOUNDARY, windows, device, watch)
     assert counted[0][0] == 0 and counted[-1][0] == counted[-1][1]
+    distilled = train(planned(path, projection=WIDE), source, made, fit.KvType.F32, lesson, watch)
+    assert counted[-1][0] == counted[-1][1]
     assert distilled.calibration.n_distilled == windows.size
     assert [each.name for each in distilled.tensors[:3]] == [each.name for each in made.tensors[:3]]
     assert len(distilled.tensors) == len(made.tensors)
@@ -118,8 +116,9 @@ def test_what_is_not_finite_is_no_fit(text, tmp_path, monkeypatch):
     made = fitted(path, settings(text))
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(2)], np.int32)
     decoder, start = Decoder(read_source(path)), started(path, made)
+    teacher = distilling.read(decoder, BOUNDARY, windows, seed=0, on_progress=nothing)
     with pytest.raises(fit.FitError, match="of layer 5 is not finite"):
-        distilling.distill(decoder, start, windows, seed=0, on_progress=lambda *each: None)
+        distilling.distill(decoder, start, teacher, seed=0, on_progress=nothing)
 
 
 def test_a_passage_is_repeated_out_of_the_context():
