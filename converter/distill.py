@@ -2,7 +2,7 @@
 
 Least squares (converter.fit) brings K and V of each layer near to the full model's, whatever the
 layers make of the difference. Here the skipped layers are computed as a pruned prompt has them: the
-rows of a context stop at the boundary, all but the first (the sink), and those of the answer after
+rows of a context stop at the boundary, all but the first (the sinks), and those of the answer after
 it run all layers and attend to the projections' K and V. The loss is KL(full || pruned), averaged
 over the answer's rows; its gradient goes through the skipped layers into the projections, which
 Adam changes (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980). The
@@ -61,10 +61,12 @@ class Start:
     """What is distilled: the fitted projections of all skipped layers but the first, by layer.
 
     `wide` makes the wider input that they see, None without one; with `sees_heads` they see what
-    the heads of the boundary layer's attention give, too.
+    the heads of the boundary layer's attention give, too. The first `n_sink` rows of a prompt are
+    never pruned; they are fewer than any context.
     """
 
     boundary: int
+    n_sink: int
     projections: Mapping[int, KvProjection]
     wide: WideInput | None = None
     sees_heads: bool = False
@@ -242,11 +244,10 @@ class _Student:
 
     def _last(self, chosen: list[int], n_context: int) -> Tensor:
         """Return the last states of the answer's rows [n_chosen, n_answer, n_embd]."""
-        device = self._decoder.device
+        device, n_sink = self._decoder.device, self._start.n_sink
         states, inputs = self._states[chosen].to(device), self._inputs[chosen].to(device)
-        answer = torch.arange(n_context, states.shape[1], device=device)
-        full = torch.cat([torch.zeros(1, dtype=answer.dtype, device=device), answer])
-        context = torch.arange(1, n_context, device=device)
+        every = torch.arange(states.shape[1], device=device)
+        full, context = torch.cat([every[:n_sink], every[n_context:]]), every[n_sink:n_context]
         rows = states[:, full]
         stored = self._deep[0].key_value(states[:, context], context)
         inputs = inputs[:, context]
@@ -254,7 +255,7 @@ class _Student:
             if layer in self._changes:
                 stored = self._stored(layer, inputs, context)
             rows = computed(rows, full, stored)
-        return rows[:, 1:]
+        return rows[:, n_sink:]
 
     def _stored(self, layer: int, inputs: Tensor, positions: Tensor) -> Stored:
         n_k = self._start.projections[layer].n_k

@@ -7,6 +7,7 @@ import typer
 
 from pop_local.commands import options as opt
 from pop_local.ui.tables import print_json
+from pop_local.ui.theme import warn
 from pop_local.ui.views import speed as view
 from pop_local.ui.watch import stoppable_watch
 
@@ -58,6 +59,8 @@ def bench(
         raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
     if find_break_even and image is not None:
         raise typer.BadParameter("--find-break-even is of text: leave out --image")
+    if repeat < 2:
+        warn("One pair of runs says nothing of noise: give --repeat 3, say.")
     from pop_local.workflows import bench as workflow
 
     on = opt.hardware(threads, gpu_layers, rpc)

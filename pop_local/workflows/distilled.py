@@ -126,4 +126,6 @@ def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
     wide = None
     if plan.projection != FITTED:
         wide = decode_input(shape, weights, plan.boundary, tensors)
-    return Start(plan.boundary, projections, wide, plan.projection == ATTENTION)
+    # More would leave no context to a window.
+    n_sink = min(plan.sink_tokens, N_WINDOW // 4)
+    return Start(plan.boundary, n_sink, projections, wide, plan.projection == ATTENTION)

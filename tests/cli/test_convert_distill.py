@@ -74,6 +74,7 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
         "4 outside, 5 distilled inside, 4 distilled inside, 3 distilled outside"
     )
     said = json.loads(done.stdout)
+    assert said["distill"] is True
     tried = said["tried"]
     assert [each["name"] for each in said["phases"]].count("Reading text to distil on") == 1
     assert [each["distilled"] for each in tried[-4:]] == [False, True, True, True]

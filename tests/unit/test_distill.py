@@ -9,6 +9,7 @@ import pytest
 from converter import distill as distilling
 from converter import fit
 from converter.format import ATTENTION, FITTED, WIDE
+from converter.plan import Plan
 from converter.rewrite import Fitted
 from converter.sidecar import write_sidecar
 from converter.source import read_source
@@ -26,7 +27,7 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 from converter.decoder import Decoder  # noqa: E402
 
-N_TOKENS, N_CONTEXT = 96, 64
+N_TOKENS, N_CONTEXT, N_SINK = 96, 64, 2
 
 
 def nothing(done: int, total: int) -> None: ...
@@ -38,16 +39,20 @@ def text(tmp_path_factory) -> Path:
 
 
 def started(path: Path, made: Fitted) -> distilling.Start:
-    return start_of(planned(path, projection=made.projection), read_source(path), made)
+    return start_of(pruned_plan(path, made), read_source(path), made)
+
+
+def pruned_plan(path: Path, made: Fitted) -> Plan:
+    """A plan as distilling prunes: without a tail."""
+    return replace(
+        planned(path, projection=made.projection), sink_tokens=N_SINK, tail_tokens=0, min_prompt=0
+    )
 
 
 def backend_kl(path: Path, made: Fitted, windows: np.ndarray, folder: Path) -> np.ndarray:
     """KL(full || pruned) of the answers' rows [n_windows, n_answer], by llama.cpp."""
-    plan = replace(
-        planned(path, projection=made.projection), sink_tokens=1, tail_tokens=0, min_prompt=0
-    )
     sidecar = folder / "m.pop-sidecar.gguf"
-    write_sidecar(plan, path, sidecar, fitted=made, force=True)
+    write_sidecar(pruned_plan(path, made), path, sidecar, fitted=made, force=True)
     found = []
     with (
         PopModel(path, sidecar=sidecar, n_ctx=256, n_threads=1, n_gpu_layers=0) as model,

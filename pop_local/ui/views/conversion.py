@@ -109,6 +109,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "architecture": plan.shape.arch,
         "n_layer": plan.shape.n_layer,
         "projection": plan.projection,
+        "distill": conversion.fit is not None and conversion.fit.distill,
         "sink_tokens": plan.sink_tokens,
         "tail_tokens": plan.tail_tokens,
         "min_prompt": plan.min_prompt,
