@@ -10,7 +10,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import gguf
 import numpy as np
@@ -171,16 +170,6 @@ def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None
     assert (meta.projection, meta.calibration) == ("own", None)
-
-
-def test_smollm2_copies_at_a_third(smollm2, tmp_path, text, short_examination, monkeypatch):
-    """Without sampling, and without the look before a fit, for the time that they take."""
-    monkeypatch.setattr(probes, "N_DRAWS", 1)
-    text.write_text("\n".join(topics.values()))
-    done = convert(smollm2, tmp_path / "pop.gguf", "--json", "--text", text, "--force")
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)["measured"]
-    assert found["kl_mean"] < 0.15 and found["copy_ppl_ratio"] < budget.FAST.max_copy_ratio
 
 
 def test_a_broken_copy_can_be_kept(tiny, tmp_path, monkeypatch, short_examination):

@@ -1,9 +1,15 @@
 """What pruning costs the small real models, and what is seen in their layers."""
 
+from pydoc_data.topics import topics
+
 import pytest
 
+from converter.format import FITTED
+from converter.plan import make_plan
 from converter.shape import read_shape
+from converter.sidecar import write_sidecar
 from converter.source import read_source
+from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import depth
@@ -13,8 +19,9 @@ from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import Pruning, always_skip, forced
 from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_windows, tokenize
 from pop_local.measure.probes import bos
-from pop_local.measure.quality import QualitySettings, measure_depths, read_reference
+from pop_local.measure.quality import QualitySettings, measure_against, read_reference
 from pop_local.measure.recall import RecallSettings, measure_recall
+from support.calibrating import fitted_at
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +30,17 @@ def ignore(done: int, total: int) -> None:
     return
 
 
-def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
-    """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it."""
+def test_own_projections_of_a_real_model_cost_what_is_known(smollm2, tmp_path):
+    """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it.
+
+    At 20 a fit on four windows takes off most of what is lost.
+    """
     model = PopModel(smollm2, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
     settings = QualitySettings(n_windows=1, n_context=256, n_continuation=64, n_draws=1)
-    third, half = measure_depths(model, tokens, settings, (20, 16), ignore)
+    reference = read_reference(model, tokens, settings, ignore)
+    prunings = Pruning(20), Pruning(16)
+    third, half = measure_against(reference, model, prunings, ignore)
     assert 0.05 < third.kl_mean.value < 0.3
     assert third.copy_ppl_ratio.value < 1.5 < 3 < half.copy_ppl_ratio.value
     assert third.induction_retention is not None
@@ -39,36 +51,48 @@ def test_own_projections_of_a_real_model_cost_what_is_known(smollm2):
     # What `convert` refuses before it fits.
     assert is_hopeless(FAST, half.induction_retention)
     assert not is_hopeless(FAST, third.induction_retention)
+    text, sidecar = tmp_path / "topics.txt", tmp_path / "fitted.gguf"
+    text.write_text("\n".join(topics.values()))
+    [made] = fitted_at((20,), smollm2, FitOptions(2048, text))
+    plan = make_plan(read_shape(smollm2), boundary=20, projection=FITTED)
+    write_sidecar(plan, smollm2, sidecar, fitted=made)
+    model = PopModel(smollm2, sidecar=sidecar, n_ctx=512, n_threads=1)
+    [fitted] = measure_against(reference, model, (Pruning(20),), ignore)
+    print(third, fitted)
+    assert fitted.kl_mean.value < third.kl_mean.value / 2
+    assert copies(FAST, fitted)
 
 
-def test_without_boundary_handling_the_first_token_is_lost(smollm2):
-    model = PopModel(smollm2, n_ctx=512, n_threads=1)
-    tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
-    settings = QualitySettings(2, n_context=128, n_continuation=8, mode=Mode.ALWAYS, n_draws=1)
-    assert measure_depths(model, tokens, settings, (20,), ignore)[0].kl_first.value > 3
+def test_a_real_model_needs_its_layers_where_it_predicts(smollm2):
+    """SmolLM2 at a third: POP with own projections loses .15 nats, skipping in answers about 15.
 
-
-def test_a_real_model_loses_far_more_when_answers_skip_too(smollm2):
-    """SmolLM2 at a third: POP with own projections loses .15 nats, the baseline about 15."""
+    Without boundary handling the first token is lost.
+    """
     model = PopModel(smollm2, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))[0]
+    prunings = (
+        Pruning(20, Mode.OFF),
+        Pruning(20, Mode.CONTEXT),
+        Pruning(20, Mode.ALWAYS),
+        always_skip(20),
+    )
     read = []
     with forced(model) as reader:
-        for pruning in (Pruning(20, Mode.OFF), Pruning(20, Mode.CONTEXT), always_skip(20)):
+        for pruning in prunings:
             reader.read(tokens[:160], pruning)
             logits = reader.predict(tokens[160:224], pruning)
             read.append(predictions(logits))
-    full, pop, baseline = read
-    with_pop, with_baseline = divergence(full, pop), divergence(full, baseline)
-    assert with_baseline.kl.mean() > 10 * with_pop.kl.mean()
-    assert with_baseline.same_top1.mean() < 0.5 < with_pop.same_top1.mean()
+    pop, no_handling, baseline = (divergence(read[0], each) for each in read[1:])
+    assert no_handling.kl[0] > 3 > 10 * pop.kl[0]
+    assert baseline.kl.mean() > 10 * pop.kl.mean()
+    assert baseline.same_top1.mean() < 0.5 < pop.same_top1.mean()
 
 
 def test_selection_brings_recall_back(smollm2):
     """Own projections at half of the layers: nothing is found again, all of it with every row."""
     model = PopModel(smollm2, n_ctx=512, n_threads=1)
     prunings = [Pruning(15, Mode.CONTEXT, select=share) for share in (0.0, 0.2)]
-    plain, selected = measure_recall(model, RecallSettings(2, 256), prunings, ignore)
+    plain, selected = measure_recall(model, RecallSettings(1, 256), prunings, ignore)
     assert plain.nll_pruned.value > 1.5
     assert selected.nll_pruned.value < plain.nll_pruned.value / 2
 
@@ -112,9 +136,9 @@ def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
 
     model = PopModel(smollm2, n_ctx=64, n_threads=1)
     text = tokenize(model, Text("prose", (shipped_part("prose"),)))
-    windows = spread_windows(text, 8, 96)
+    windows = spread_windows(text, 4, 96)
     found = measure_importance(
-        Decoder(read_source(smollm2)), windows, 64, n_batch=8, seed=0, on_progress=ignore
+        Decoder(read_source(smollm2)), windows, 64, n_batch=4, seed=0, on_progress=ignore
     )
     assert found.prefill.median_ratio is not None and found.decode.median_ratio is not None
     assert found.prefill.median_ratio.value < 0.5

@@ -46,11 +46,18 @@ def documented() -> str:
     return "\n".join(blocks)
 
 
-def test_the_documented_example_runs(smollm2_pop, tmp_path):
-    (tmp_path / "model.pop.gguf").hardlink_to(smollm2_pop)
+EXAMINES_LITTLE = """
+from pop_local.measure import probes
+from pop_local.workflows import examine
+examine.N_WINDOWS = examine.N_OWN_WINDOWS = probes.N_DRAWS = 1
+"""
+
+
+def test_the_documented_example_runs(chat_model, tmp_path):
+    (tmp_path / "model.pop.gguf").hardlink_to(chat_model)
     make_gguf(tmp_path / "model.gguf", "llama")
     (tmp_path / "report.txt").write_text(REPORT)
-    (tmp_path / "example.py").write_text(documented())
+    (tmp_path / "example.py").write_text(EXAMINES_LITTLE + documented())
     done = subprocess.run(
         [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
