@@ -30,12 +30,12 @@ def ignore(done: int, total: int) -> None:
     return
 
 
-def test_own_projections_of_a_real_model_cost_what_is_known(smollm2, tmp_path):
+def test_own_projections_of_a_real_model_cost_what_is_known(smollm2_q4_0, tmp_path):
     """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it.
 
     At 20 a fit on four windows takes off most of what is lost.
     """
-    model = PopModel(smollm2, n_ctx=512, n_threads=1)
+    model = PopModel(smollm2_q4_0, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
     settings = QualitySettings(n_windows=1, n_context=256, n_continuation=64, n_draws=1)
     reference = read_reference(model, tokens, settings, ignore)
@@ -53,22 +53,22 @@ def test_own_projections_of_a_real_model_cost_what_is_known(smollm2, tmp_path):
     assert not is_hopeless(FAST, third.induction_retention)
     text, sidecar = tmp_path / "topics.txt", tmp_path / "fitted.gguf"
     text.write_text("\n".join(topics.values()))
-    [made] = fitted_at((20,), smollm2, FitOptions(2048, text))
-    plan = make_plan(read_shape(smollm2), boundary=20, projection=FITTED)
-    write_sidecar(plan, smollm2, sidecar, fitted=made)
-    model = PopModel(smollm2, sidecar=sidecar, n_ctx=512, n_threads=1)
+    [made] = fitted_at((20,), smollm2_q4_0, FitOptions(2048, text))
+    plan = make_plan(read_shape(smollm2_q4_0), boundary=20, projection=FITTED)
+    write_sidecar(plan, smollm2_q4_0, sidecar, fitted=made)
+    model = PopModel(smollm2_q4_0, sidecar=sidecar, n_ctx=512, n_threads=1)
     [fitted] = measure_against(reference, model, (Pruning(20),), ignore)
     print(third, fitted)
     assert fitted.kl_mean.value < third.kl_mean.value / 2
     assert copies(FAST, fitted)
 
 
-def test_a_real_model_needs_its_layers_where_it_predicts(smollm2):
+def test_a_real_model_needs_its_layers_where_it_predicts(smollm2_q4_0):
     """SmolLM2 at a third: POP with own projections loses .15 nats, skipping in answers about 15.
 
     Without boundary handling the first token is lost.
     """
-    model = PopModel(smollm2, n_ctx=512, n_threads=1)
+    model = PopModel(smollm2_q4_0, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))[0]
     prunings = (
         Pruning(20, Mode.OFF),
@@ -88,9 +88,9 @@ def test_a_real_model_needs_its_layers_where_it_predicts(smollm2):
     assert baseline.same_top1.mean() < 0.5 < pop.same_top1.mean()
 
 
-def test_selection_brings_recall_back(smollm2):
+def test_selection_brings_recall_back(smollm2_q4_0):
     """Own projections at half of the layers: nothing is found again, all of it with every row."""
-    model = PopModel(smollm2, n_ctx=512, n_threads=1)
+    model = PopModel(smollm2_q4_0, n_ctx=512, n_threads=1)
     prunings = [Pruning(15, Mode.CONTEXT, select=share) for share in (0.0, 0.2)]
     plain, selected = measure_recall(model, RecallSettings(1, 256), prunings, ignore)
     assert plain.nll_pruned.value > 1.5

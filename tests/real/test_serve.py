@@ -84,11 +84,11 @@ def test_openai_chat(client):
 
 def test_openai_completions(client):
     fixed = {"model": "smol", "temperature": 0, "max_tokens": 12}
-    answer = client.completions.create(prompt="One, two, three,", logprobs=2, stop=" six", **fixed)
-    (choice,) = answer.choices
-    assert (choice.text, choice.finish_reason) == (" four, five,", "stop")
-    assert choice.logprobs.tokens == [" four", ",", " five", ","]
-    pieces = client.completions.create(prompt="One, two, three,", stop=" six", stream=True, **fixed)
+    asked = fixed | {"prompt": "One, two, three, four,", "stop": " seven"}
+    (choice,) = client.completions.create(logprobs=2, **asked).choices
+    assert (choice.text, choice.finish_reason) == (" five, six,", "stop")
+    assert choice.logprobs.tokens == [" five", ",", " six", ","]
+    pieces = client.completions.create(stream=True, **asked)
     assert "".join(piece.choices[0].text for piece in pieces) == choice.text
 
 

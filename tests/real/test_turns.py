@@ -17,7 +17,7 @@ from support.synthetic import make_gguf
 STORY = (
     "The ferry to the island leaves the stone pier at half past six. Old Mara sells coffee there, "
     "and her dog sleeps under the table. Nobody has ever seen it awake. "
-) * 4
+) * 3
 QUESTION = Message("user", STORY + "Who sells coffee at the pier?")
 FOLLOW_UP = Message("user", "And what does the dog do?")
 MODES = [Mode.OFF, Mode.CONTEXT]
@@ -138,7 +138,7 @@ def test_an_answer_ends_where_the_context_does(smollm2_pop):
 
 def test_a_prompt_beyond_the_context_says_so(model):
     with pytest.raises(PopError) as caught:
-        ask(model, Message("user", STORY * 4))
+        ask(model, Message("user", STORY * 6))
     assert "512" in caught.value.message
     assert "n_ctx=" in caught.value.hint
 
