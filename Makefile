@@ -31,8 +31,6 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --d
 FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# What another clone has compiled is found without preprocessing it again.
-export CCACHE_BASEDIR := $(CURDIR)
 
 .PHONY: demo test check fuzz sanitize test-gpu test-vulkan sidecars wheels test-wheels lint backend \
 	unpatched clean
