@@ -20,7 +20,8 @@ _FREQS = "rope_freqs.weight"
 
 
 class Decoder:
-    """A dense model; its LM head stays in memory, its layers do not.
+    """A dense model of `n_layer` layers and `n_vocab` tokens; its LM head stays in memory, its
+    layers do not.
 
     `matrices` is the type that matrices are kept and multiplied in, None for that of the states.
     Raises UnsupportedArchitectureError for what it does not compute, FormatError for a bad file.

@@ -2,7 +2,7 @@
 
 Least squares (converter.fit) brings K and V of each layer near to the full model's, whatever the
 layers make of the difference. Here the skipped layers are computed as a pruned prompt has them: the
-rows of a context stop at the boundary, all but the first (the sinks), and those of the answer after
+rows of a context stop at the boundary, all but the sinks before it, and those of the answer after
 it run all layers and attend to the projections' K and V. The loss is KL(full || pruned), averaged
 over the answer's rows; its gradient goes through the skipped layers into the projections, which
 Adam changes (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980). The
@@ -26,12 +26,12 @@ from converter.fit import FitError, normalised
 from converter.hyper import Hyper
 from converter.plan import Plan
 from converter.progress import Progress, Ran, counting
+from converter.shape import ModelShape
 from converter.weights import KvProjection
 from converter.wide import WideInput
 
 Tokens = NDArray[np.int32]
 
-N_EPOCHS = 2
 # Windows a step, and in one pass of the layers that only read.
 N_BATCH = 2
 _N_READ = 4
@@ -62,7 +62,7 @@ class Start:
 
     `wide` makes the wider input that they see, None without one; with `sees_heads` they see what
     the heads of the boundary layer's attention give, too. The first `n_sink` rows of a prompt are
-    never pruned; they are fewer than any context.
+    never pruned; of a window, a quarter at most.
     """
 
     boundary: int
@@ -73,7 +73,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Reference:
     """What the full model makes of windows [n_windows, n_tokens], in main memory.
 
     Those from `n_plain` on repeat a passage. `states` [n_windows, n_tokens, n_embd] enter the layer
@@ -92,15 +92,17 @@ class Teacher:
 @torch.no_grad()
 def read(
     decoder: Decoder, first: int, windows: Tokens, *, seed: int, on_progress: Progress
-) -> Teacher:
-    """Read windows [n_windows, n_tokens] and some more that repeat passages, the seed's, in full.
+) -> Reference:
+    """Read windows [n_windows, n_tokens] in full, and some more of them that repeat a passage.
 
+    `first` is the shallowest layer that a fit may begin at; `seed` draws the passages.
     `on_progress(done, total)` counts windows through layers; what it raises ends the work.
     """
     copies = _repeating(windows, np.random.default_rng(seed))
     every = np.concatenate([windows, copies])
     ran = counting((decoder.n_layer + 1) * len(every), on_progress)
-    states = decoder.embed(every).cpu()
+    parts = [every[at : at + _N_READ] for at in range(0, len(every), _N_READ)]
+    states = torch.cat([decoder.embed(part).cpu() for part in parts])
     entering = states
     for index in range(decoder.n_layer):
         if index == first:
@@ -108,10 +110,11 @@ def read(
         _run(decoder, index, states, ran)
     likely = torch.zeros(*every.shape, min(_N_LIKELY, decoder.n_vocab), dtype=torch.int32)
     n_context = int(_CONTEXT[0] * every.shape[1])
-    for at, part in enumerate(states[:, n_context:].to(decoder.device)):
-        likely[at, n_context:] = decoder.logits(part).topk(likely.shape[-1]).indices
+    for window, tokens in zip(states, likely, strict=True):
+        logits = decoder.logits(window[n_context:].to(decoder.device))
+        tokens[n_context:] = logits.topk(likely.shape[-1]).indices
         ran(1)
-    return Teacher(len(windows), first, entering, states, likely)
+    return Reference(len(windows), first, entering, states, likely)
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
@@ -124,30 +127,28 @@ def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
 
 
 def distill(
-    decoder: Decoder, start: Start, teacher: Teacher, *, seed: int, on_progress: Progress
+    decoder: Decoder, start: Start, reference: Reference, *, seed: int, on_progress: Progress
 ) -> dict[int, KvProjection]:
-    """Train projections on what was read, and return them.
+    """Train projections on what was read, each window once, and return them.
 
-    `on_progress(done, total)` counts windows through layers, forwards and backwards; what it raises
-    ends the work. The same seed draws the same contexts. Raises FitError for weights that are not
-    finite.
+    The boundary is `reference.first` or a later one. `on_progress(done, total)` counts windows
+    through layers, forwards and backwards; what it raises ends the work. The same seed draws the
+    same contexts. Raises FitError for weights that are not finite.
     """
     rng = np.random.default_rng(seed)
-    n_windows, n_tokens = teacher.states.shape[:2]
+    n_windows, n_tokens = reference.states.shape[:2]
     n_batch = min(N_BATCH, n_windows)
-    n_steps = N_EPOCHS * n_windows // n_batch
-    between = range(teacher.first, start.boundary)
+    n_steps = n_windows // n_batch
+    between = range(reference.first, start.boundary)
     # A way backwards costs what two forwards do.
     n_step = 3 * (decoder.n_layer - start.boundary) * n_batch
     ran = counting(len(between) * n_windows + n_steps * n_step, on_progress)
-    student = _Student(decoder, start, teacher, ran)
+    student = _Student(decoder, start, reference, ran)
     optimizer = torch.optim.Adam(student.changes, lr=_STEP, betas=_BETAS)
-    order: list[int] = []
+    order = rng.permutation(n_windows).tolist()
     for step in range(n_steps):
-        if len(order) < n_batch:
-            order = rng.permutation(n_windows).tolist()
-        chosen = [order.pop() for _ in range(n_batch)]
-        shares = _CONTEXT if max(chosen) < teacher.n_plain else _COPY_CONTEXT
+        chosen = order[step * n_batch : (step + 1) * n_batch]
+        shares = _CONTEXT if max(chosen) < reference.n_plain else _COPY_CONTEXT
         low, high = (int(share * n_tokens) for share in shares)
         n_context = int(rng.integers(low, max(high, low + 1)))
         for group in optimizer.param_groups:
@@ -173,10 +174,10 @@ def _repeating(windows: Tokens, rng: np.random.Generator) -> Tokens:
 
 
 @torch.no_grad()
-def _entering(decoder: Decoder, start: Start, teacher: Teacher, ran: Ran) -> Tensor:
+def _entering(decoder: Decoder, start: Start, reference: Reference, ran: Ran) -> Tensor:
     """Return the states that enter the boundary layer [n_windows, n_tokens, n_embd]."""
-    states = teacher.states if teacher.first == start.boundary else teacher.states.clone()
-    for index in range(teacher.first, start.boundary):
+    states = reference.states if reference.first == start.boundary else reference.states.clone()
+    for index in range(reference.first, start.boundary):
         _run(decoder, index, states, ran)
     return states
 
@@ -197,21 +198,21 @@ def _inputs(decoder: Decoder, start: Start, layer: Layer, states: Tensor, n_inpu
 class _Student:
     """The skipped layers as a pruned prompt has them, and the changes of its projections."""
 
-    def __init__(self, decoder: Decoder, start: Start, teacher: Teacher, ran: Ran) -> None:
-        self._decoder, self._start, self._teacher = decoder, start, teacher
+    def __init__(self, decoder: Decoder, start: Start, reference: Reference, ran: Ran) -> None:
+        self._decoder, self._start, self._teacher = decoder, start, reference
         self._deep = [decoder.layer(index) for index in range(start.boundary, decoder.n_layer)]
         self._weights = {layer: self._joined(each) for layer, each in start.projections.items()}
         n_inputs = next(iter(self._weights.values())).shape[1]
-        self._states = _entering(decoder, start, teacher, ran)
+        self._states = _entering(decoder, start, reference, ran)
         self._inputs = _inputs(decoder, start, self._deep[0], self._states, n_inputs)
-        # The first row of a window is no context, and unlike all others.
+        # The first row of a window is unlike all others.
         context = self._inputs[:, 1:]
         mean = context.mean((0, 1))
         mean[-1] = 0
         self._inputs -= mean
         self._mean = mean.to(decoder.device)
         each = -(-self._inputs.shape[1] // _ROWS_EACH)
-        rows = context.flatten(0, 1)[::each].to(decoder.device)
+        rows = context[:, ::each].flatten(0, 1).to(decoder.device)
         self._gains, self._units = {}, {}
         for layer, weights in self._weights.items():
             gain = torch.tensor(start.projections[layer].gain, device=decoder.device)
@@ -234,18 +235,19 @@ class _Student:
         It is among the tokens that are likely in one of these rows: with all of a large vocabulary
         the LM head would take most of the time.
         """
-        teacher, device = self._teacher, self._decoder.device
-        tokens = torch.unique(teacher.likely[chosen][:, n_context:]).to(device)
+        reference, device = self._teacher, self._decoder.device
+        tokens = torch.unique(reference.likely[chosen][:, n_context:]).to(device)
         with torch.no_grad():
-            last = teacher.last[chosen][:, n_context:].to(device)
+            last = reference.last[chosen][:, n_context:].to(device)
             full = self._decoder.logits(last, tokens).log_softmax(-1)
         pruned = self._decoder.logits(self._last(chosen, n_context), tokens).log_softmax(-1)
         return functional.kl_div(pruned, full, reduction="none", log_target=True).sum(-1)
 
     def _last(self, chosen: list[int], n_context: int) -> Tensor:
         """Return the last states of the answer's rows [n_chosen, n_answer, n_embd]."""
-        device, n_sink = self._decoder.device, self._start.n_sink
+        device = self._decoder.device
         states, inputs = self._states[chosen].to(device), self._inputs[chosen].to(device)
+        n_sink = _n_sink(self._start.n_sink, states.shape[1])
         every = torch.arange(states.shape[1], device=device)
         full, context = torch.cat([every[:n_sink], every[n_context:]]), every[n_sink:n_context]
         rows = states[:, full]
@@ -308,10 +310,25 @@ def _units(rows: Tensor, weights: Tensor) -> Tensor:
     return units
 
 
-def needed_bytes(
-    plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype
-) -> int:
-    """Return the memory that `distill` takes for windows [n_windows, n_tokens], torch included."""
+def _n_sink(wanted: int, n_tokens: int) -> int:
+    # With more, windows would have no context.
+    return min(wanted, n_tokens // 4)
+
+
+def read_bytes(shape: ModelShape, n_windows: int, n_tokens: int) -> int:
+    """Return the main memory that what `read` returns takes, of windows [n_windows, n_tokens]."""
+    return 4 * _n_rows(n_windows, n_tokens) * (2 * shape.n_embd + _N_LIKELY)
+
+
+def main_bytes(plan: Plan, n_windows: int, n_tokens: int) -> int:
+    """Return the main memory that `distill` takes beside what was read."""
+    shape = plan.shape
+    n_inputs = shape.n_embd + shape.n_wide(plan.boundary, plan.projection) + 1
+    return _BASE_BYTES + 4 * _n_rows(n_windows, n_tokens) * (shape.n_embd + n_inputs)
+
+
+def device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype) -> int:
+    """Return the memory that `distill` takes where torch computes, for matrices of that type."""
     shape = plan.shape
     layers = [
         sum(parts)
@@ -321,13 +338,15 @@ def needed_bytes(
     # One layer, or the head, is read in float32 while the others are there.
     weights = matrices.itemsize * kept + 4 * max(*layers, shape.head_macs)
     n_inputs = shape.n_embd + shape.n_wide(plan.boundary, plan.projection) + 1
-    each = 3 * shape.n_embd + n_inputs + _N_LIKELY
-    rows = round((1 + _COPIES) * n_windows) * n_tokens * each
     projections = 6 * n_inputs * sum(shape.kv_macs[each] for each in plan.fitted_layers)
     n_head = max(shape.attn_dim) // (hyper.dim_k + hyper.dim_v)
     n_answer = n_tokens - int(_CONTEXT[0] * n_tokens)
-    n_rows = N_BATCH * n_answer
+    n_rows = N_BATCH * (n_answer + _n_sink(plan.sink_tokens, n_tokens))
     per_row = 4 * min(shape.n_vocab, n_rows * _N_LIKELY) + plan.n_skipped * (
         4 * max(shape.ffn_macs) // shape.n_embd + 5 * n_head * n_tokens
     )
-    return _BASE_BYTES + weights + 4 * (rows + projections // shape.n_embd + n_rows * per_row)
+    return weights + 4 * (projections // shape.n_embd + n_rows * per_row)
+
+
+def _n_rows(n_windows: int, n_tokens: int) -> int:
+    return round((1 + _COPIES) * n_windows) * n_tokens

@@ -59,8 +59,6 @@ def bench(
         raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
     if find_break_even and image is not None:
         raise typer.BadParameter("--find-break-even is of text: leave out --image")
-    if repeat < 2:
-        warn("One pair of runs says nothing of noise: give --repeat 3, say.")
     from pop_local.workflows import bench as workflow
 
     on = opt.hardware(threads, gpu_layers, rpc)
@@ -75,6 +73,8 @@ def bench(
         with stoppable_watch() as watch:
             speed = workflow.bench(model, pop, options, watch)
         print_json(view.speed_json(speed)) if json else view.show_speed(speed)
+        if repeat < 2:
+            warn("One pair of runs says nothing of noise: give --repeat 3, say.")
 
 
 def _lengths(prompt: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from converter.shape import source_shape
 from converter.source import Source
 from converter.weights import Weights
 from converter.wide import decode_input
-from pop_local.calibration.needs import n_kv
+from pop_local.calibration import needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, SEED, Windows, n_distilled
 from pop_local.workflows.events import Watch
@@ -28,24 +28,29 @@ from pop_local.workflows.torch_device import TorchDevice, computing, torch_devic
 
 if TYPE_CHECKING:
     from converter.decoder import Decoder
-    from converter.distill import Start, Teacher
+    from converter.distill import Reference, Start
+
+_HINT, _NO_MEMORY = "close other programs, or leave it out", "no-memory-to-distill"
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What fits of one model are distilled with: windows [n_windows, N_WINDOW], what the full model
-    makes of them, and where torch computes.
+    """What fits of one model are distilled with: windows [n_windows, N_WINDOW], and what the full
+    model makes of them.
     """
 
-    device: TorchDevice
     windows: Windows
-    teacher: Teacher
+    reference: Reference
 
 
 def require_distillable(
-    plan: Plan, source: Source, options: FitOptions, hardware: Hardware
+    plan: Plan,
+    source: Source,
+    options: FitOptions,
+    hardware: Hardware,
+    read: Lesson | None = None,
 ) -> TorchDevice:
-    """Return where fits can be distilled, the deepest of which is the plan's. Raises PopError."""
+    """Return where the plan's fit can be distilled, with what was `read`. Raises PopError."""
     cannot = "the fit cannot be distilled"
     if plan.projection == OWN:
         raise PopError(
@@ -60,18 +65,19 @@ def require_distillable(
             f"{cannot}: {error.message}", "take it as it is", cause="not-distilled"
         ) from None
     device = torch_device(hardware, cannot)
-    from converter.distill import needed_bytes
+    from converter.distill import device_bytes, main_bytes, read_bytes
 
     n_windows = n_distilled(options.n_tokens(plan.shape.n_embd))
-    needed = needed_bytes(plan, hyper, n_windows, N_WINDOW, device.matrices)
-    if needed > device.free_bytes:
-        raise TooLittleMemoryError(
-            "distilling the fit needs",
-            needed,
-            device.free_bytes,
-            "close other programs, or leave it out",
-            cause="no-memory-to-distill",
-        )
+    main = main_bytes(plan, n_windows, N_WINDOW)
+    main += 0 if read else read_bytes(plan.shape, n_windows, N_WINDOW)
+    there = device_bytes(plan, hyper, N_WINDOW, device.matrices)
+    if device.name == "cpu":
+        main, there = main + there, 0
+    for needed, free in ((main, needs.free_bytes()), (there, device.free_bytes)):
+        if needed > free:
+            raise TooLittleMemoryError(
+                "distilling the fit needs", needed, free, _HINT, cause=_NO_MEMORY
+            )
     return device
 
 
@@ -83,20 +89,26 @@ def prepare(
 
     stage = watch.stage("Reading text to distil on")
     with _decoding(source, device) as decoder:
-        teacher = read(decoder, first, windows, seed=SEED, on_progress=stage)
-    return Lesson(device, windows, teacher)
+        reference = read(decoder, first, windows, seed=SEED, on_progress=stage)
+    return Lesson(windows, reference)
 
 
 def distilled(
-    plan: Plan, source: Source, fitted: Fitted, kv_type: KvType, lesson: Lesson, watch: Watch
+    plan: Plan,
+    source: Source,
+    fitted: Fitted,
+    kv_type: KvType,
+    lesson: Lesson,
+    device: TorchDevice,
+    watch: Watch,
 ) -> Fitted:
     """Train a fit end to end. Raises PopError, StoppedError."""
     from converter.distill import distill
 
     start = start_of(plan, source, fitted)
     stage = watch.stage(f"Distilling boundary {plan.boundary}")
-    with _decoding(source, lesson.device) as decoder:
-        trained = distill(decoder, start, lesson.teacher, seed=SEED, on_progress=stage)
+    with _decoding(source, device) as decoder:
+        trained = distill(decoder, start, lesson.reference, seed=SEED, on_progress=stage)
     new = [each for layer, found in trained.items() for each in fit.encode(layer, found, kv_type)]
     names = {tensor.name for tensor in new}
     kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
@@ -108,8 +120,7 @@ def distilled(
 def _decoding(source: Source, device: TorchDevice) -> Iterator[Decoder]:
     from converter.decoder import Decoder
 
-    hint, cause = "close other programs, or leave it out", "no-memory-to-distill"
-    with computing("distilling", hint, cause=cause):
+    with computing("distilling", _HINT, cause=_NO_MEMORY):
         yield Decoder(source, device.name, device.matrices)
 
 
@@ -121,11 +132,10 @@ def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
     tensors = {tensor.name: tensor for tensor in fitted.tensors}
     projections = {}
     for layer in plan.fitted_layers:
-        own = weights.own_projection(layer, n_kv(shape, layer))
+        own = weights.own_projection(layer, needs.n_kv(shape, layer))
         projections[layer] = fit.decode(layer, tensors, own)
     wide = None
     if plan.projection != FITTED:
         wide = decode_input(shape, weights, plan.boundary, tensors)
-    # More would leave no context to a window.
-    n_sink = min(plan.sink_tokens, N_WINDOW // 4)
-    return Start(plan.boundary, n_sink, projections, wide, plan.projection == ATTENTION)
+    sees_heads = plan.projection == ATTENTION
+    return Start(plan.boundary, plan.sink_tokens, projections, wide, sees_heads)

@@ -36,9 +36,11 @@ from pop_local.workflows.refusals import OverBudgetError, Trial
 N_WINDOWS = 16
 N_DOCUMENTS = 12
 # So many boundaries past the deepest inside are tried with attention, which mends copying, and what
-# that must win; so many past the first one can be distilled on text that was read once.
+# that must win.
 N_PAST = 2
 ATTENTION_GAIN = 1.03
+# Text is read in full to distil one boundary, and so many past it.
+N_DEEPER = 2
 # Of the context tokens, what deeper boundaries are tried with, and what that must win over the
 # fastest without: a selection takes some time that its limit does not count, and keeps states.
 SELECTED = 0.1
@@ -283,7 +285,7 @@ class _Search:
             return plain
         key = plan.boundary, plan.projection, True
         if key not in self.fitted:
-            self.fitted[key] = self.fitter.distilled(plan, plain, N_PAST)
+            self.fitted[key] = self.fitter.distilled(plan, plain, N_DEEPER)
         return self.fitted[key]
 
     def _is_ready(self, plan: Plan) -> bool:

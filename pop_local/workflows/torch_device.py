@@ -49,8 +49,9 @@ def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
 
     try:
         yield
-    except RuntimeError as error:
-        if "not enough memory" not in str(error) and "out of memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        is_known = "not enough memory" in str(error) or "out of memory" in str(error)
+        if not (is_known or isinstance(error, MemoryError)):
             raise
         raise PopError(f"there is not enough memory for {what}", hint, cause=cause) from error
     finally:

@@ -348,7 +348,7 @@ def test_dry_run_says_what_would_be_tried(base, tmp_path, monkeypatch):
     assert "near-lossless: KL at most 0.015, perplexity at most 1.01" in facts
     planned = json.loads(convert(base, "--dry-run", "--max-kl", 0.2, "--json").stdout)
     assert planned["boundaries"] == [7, 6, 5, 4, 3, 2]
-    assert (planned["distill"], planned["budget"]["max_kl"]) == (False, 0.2)
+    assert (planned["distilled"], planned["budget"]["max_kl"]) == (False, 0.2)
     assert planned["budget"]["max_copy_ratio"] == 1.1
     assert names(tmp_path) == {"tiny.gguf"}
 

@@ -43,20 +43,25 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
     """The fits are trained on so little here that what is inside says nothing about them."""
     pytest.importorskip("torch")
     distilled: list[int] = []
+    read: list[int] = []
+
+    def prepare(source, first, *args, real=fits.prepare):
+        read.append(first)
+        return real(source, first, *args)
 
     def train(plan, *args, real=fits.distilled):
         distilled.append(plan.boundary)
         return real(plan, *args)
 
+    monkeypatch.setattr(fits, "prepare", prepare)
     monkeypatch.setattr(fits, "distilled", train)
     monkeypatch.setattr(texts, "N_DISTILLED", 6)
-    monkeypatch.setattr("converter.distill.N_EPOCHS", 1)
 
     class Told(gradual.Gradual):
         def measure(self, model, on_progress):
             super().measure(model, on_progress)
             assert self.quality is not None
-            deepest = 4 if self.boundary in distilled else 5
+            deepest = 3 if self.boundary in distilled else 5
             good = Estimate(1.0 if self.boundary >= deepest else 1.5, 0.0)
             self.quality = replace(
                 self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=good
@@ -68,16 +73,15 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None
-    assert distilled == [5, 4, 3]
-    assert (meta.boundary, meta.calibration.n_distilled) == (4, 6 * texts.N_WINDOW)
+    assert distilled == [5, 4, 3, 2]
+    assert read == [3, 0], "once for three boundaries, and again for what is deeper"
+    assert (meta.boundary, meta.calibration.n_distilled) == (3, 6 * texts.N_WINDOW)
     assert meta.budget.tried.endswith(
-        "4 outside, 5 distilled inside, 4 distilled inside, 3 distilled outside"
+        "5 distilled inside, 4 distilled inside, 3 distilled inside, 2 distilled outside"
     )
     said = json.loads(done.stdout)
-    assert said["distill"] is True
-    tried = said["tried"]
-    assert [each["name"] for each in said["phases"]].count("Reading text to distil on") == 1
-    assert [each["distilled"] for each in tried[-4:]] == [False, True, True, True]
+    assert said["distilled"] is True
+    assert [each["distilled"] for each in said["tried"][-5:]] == [False, *[True] * 4]
 
 
 @pytest.mark.parametrize(
@@ -117,9 +121,10 @@ def test_what_goes_wrong_leaves_what_was_found_without(base, text, tmp_path, mon
     def fail(*args):
         raise PopError("no memory is left")
 
-    monkeypatch.setattr(fits, "distilled", fail)
-    done = convert(base, "--sidecar", *FIT, *LOOSE, "--text", text)
+    monkeypatch.setattr(fits, "prepare", fail)
+    done = convert(base, "--sidecar", *FIT, *LOOSE, "--text", text, "--json")
     assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["distilled"] is False
     assert "Distilling is left out: no memory is left" in done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from converter.format import OWN
@@ -61,8 +62,8 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 def plan_json(conversion: Conversion) -> dict[str, Any]:
     """The plan as one object; of a search, the boundaries that may be chosen."""
     if not isinstance(conversion.depth, Within):
-        return _object(conversion, conversion.deepest, conversion.sizes, None)
-    return _common(conversion, conversion.deepest) | {
+        return _object(conversion, _wished(conversion), conversion.sizes, None)
+    return _common(conversion, _wished(conversion)) | {
         "boundaries": [plan.boundary for plan in conversion.plans],
         "most_output_bytes": conversion.sizes.output_bytes,
         "most_speedup_limit": conversion.deepest.speedup_limit,
@@ -75,6 +76,12 @@ def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
     return found | {"tried": tried, "phases": done.phases}
+
+
+def _wished(conversion: Conversion) -> Plan:
+    """The deepest plan, distilled if that is asked for."""
+    wanted = conversion.fit is not None and conversion.fit.distill
+    return replace(conversion.deepest, is_distilled=wanted)
 
 
 def _object(
@@ -109,7 +116,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "architecture": plan.shape.arch,
         "n_layer": plan.shape.n_layer,
         "projection": plan.projection,
-        "distill": conversion.fit is not None and conversion.fit.distill,
+        "distilled": plan.is_distilled,
         "sink_tokens": plan.sink_tokens,
         "tail_tokens": plan.tail_tokens,
         "min_prompt": plan.min_prompt,
