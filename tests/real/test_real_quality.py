@@ -4,15 +4,11 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from converter.format import FITTED
-from converter.plan import make_plan
 from converter.shape import read_shape
-from converter.sidecar import write_sidecar
 from converter.source import read_source
-from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.measure import depth
+from pop_local.measure import depth, probes
 from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless
 from pop_local.measure.depth import measure_cliff, worth_measuring
 from pop_local.measure.divergence import divergence, predictions
@@ -21,7 +17,8 @@ from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_w
 from pop_local.measure.probes import bos
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
 from pop_local.measure.recall import RecallSettings, measure_recall
-from support.calibrating import fitted_at
+from pop_local.workflows import examine
+from support.searched import FEW, convert
 
 pytestmark = pytest.mark.slow
 
@@ -30,11 +27,13 @@ def ignore(done: int, total: int) -> None:
     return
 
 
-def test_own_projections_of_a_real_model_cost_what_is_known(smollm2_q4_0, tmp_path):
+def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it.
 
-    At 20 a fit on four windows takes off most of what is lost.
+    At 20 a fit on four windows, which the command examines, takes off most of what is lost.
     """
+    monkeypatch.setattr(examine, "N_WINDOWS", 1)
+    monkeypatch.setattr(probes, "N_DRAWS", 1)
     model = PopModel(smollm2_q4_0, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))
     settings = QualitySettings(n_windows=1, n_context=256, n_continuation=64, n_draws=1)
@@ -51,14 +50,12 @@ def test_own_projections_of_a_real_model_cost_what_is_known(smollm2_q4_0, tmp_pa
     # What `convert` refuses before it fits.
     assert is_hopeless(FAST, half.induction_retention)
     assert not is_hopeless(FAST, third.induction_retention)
-    text, sidecar = tmp_path / "topics.txt", tmp_path / "fitted.gguf"
+    text, target = tmp_path / "topics.txt", tmp_path / "fitted.gguf"
     text.write_text("\n".join(topics.values()))
-    [made] = fitted_at((20,), smollm2_q4_0, FitOptions(2048, text))
-    plan = make_plan(read_shape(smollm2_q4_0), boundary=20, projection=FITTED)
-    write_sidecar(plan, smollm2_q4_0, sidecar, fitted=made)
-    model = PopModel(smollm2_q4_0, sidecar=sidecar, n_ctx=512, n_threads=1)
+    done = convert(smollm2_q4_0, target, "--text", text, "--skip", "1/3", *FEW)
+    assert done.exit_code == 0, done.stderr
+    model = PopModel(target, n_ctx=512, n_threads=1)
     [fitted] = measure_against(reference, model, (Pruning(20),), ignore)
-    print(third, fitted)
     assert fitted.kl_mean.value < third.kl_mean.value / 2
     assert copies(FAST, fitted)
 
