@@ -292,7 +292,7 @@ def test_killed_again_and_again_after_the_first_checkpoint(tiny, tmp_path, text)
     rng, n_kills = random.Random(0), 0
 
     def run(*output: Path, killed_within_s: float = 0.0) -> float:
-        options = [tiny, *output, "--text", text, "--tokens", "4096", "--threads", "1", *THIRD]
+        options = [tiny, *output, "--text", text, *FEW, *THIRD]
         command = [sys.executable, "-c", KEEPING, *map(str, options), "--resume"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
