@@ -74,15 +74,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full model makes of windows [n_windows, n_tokens], in main memory.
+    """What the full model makes of `windows` and of some more that repeat a passage, n_all in all.
 
-    Those from `n_plain` on repeat a passage. `states` [n_windows, n_tokens, n_embd] enter the layer
-    `first`: no fit that is distilled with them begins before. `last` [same] leave the last layer.
-    `likely` [n_windows, n_tokens, n_likely] are the likeliest tokens after each row that may be an
-    answer's, 0 for others.
+    `states` [n_all, n_tokens, n_embd] enter the layer `first`: no fit that is distilled with them
+    begins before. `last` [same] leave the last layer. `likely` [n_all, n_tokens, n_likely] are the
+    likeliest tokens after each row that may be an answer's, 0 for others. It is in main memory.
     """
 
-    n_plain: int
+    windows: Tokens
     first: int
     states: Tensor
     last: Tensor
@@ -93,7 +92,7 @@ class Reference:
 def read(
     decoder: Decoder, first: int, windows: Tokens, *, seed: int, on_progress: Progress
 ) -> Reference:
-    """Read windows [n_windows, n_tokens] in full, and some more of them that repeat a passage.
+    """Read windows [n_windows, n_tokens] in full, and some of them again with a passage repeated.
 
     `first` is the shallowest layer that a fit may begin at; `seed` draws the passages.
     `on_progress(done, total)` counts windows through layers; what it raises ends the work.
@@ -114,7 +113,7 @@ def read(
         logits = decoder.logits(window[n_context:].to(decoder.device))
         tokens[n_context:] = logits.topk(likely.shape[-1]).indices
         ran(1)
-    return Reference(len(windows), first, entering, states, likely)
+    return Reference(windows, first, entering, states, likely)
 
 
 def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
@@ -148,7 +147,7 @@ def distill(
     order = rng.permutation(n_windows).tolist()
     for step in range(n_steps):
         chosen = order[step * n_batch : (step + 1) * n_batch]
-        shares = _CONTEXT if max(chosen) < reference.n_plain else _COPY_CONTEXT
+        shares = _CONTEXT if max(chosen) < len(reference.windows) else _COPY_CONTEXT
         low, high = (int(share * n_tokens) for share in shares)
         n_context = int(rng.integers(low, max(high, low + 1)))
         for group in optimizer.param_groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from converter import fit
@@ -33,22 +33,12 @@ if TYPE_CHECKING:
 _HINT, _NO_MEMORY = "close other programs, or leave it out", "no-memory-to-distill"
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What fits of one model are distilled with: windows [n_windows, N_WINDOW], and what the full
-    model makes of them.
-    """
-
-    windows: Windows
-    reference: Reference
-
-
 def require_distillable(
     plan: Plan,
     source: Source,
     options: FitOptions,
     hardware: Hardware,
-    read: Lesson | None = None,
+    read: Reference | None = None,
 ) -> TorchDevice:
     """Return where the plan's fit can be distilled, with what was `read`. Raises PopError."""
     cannot = "the fit cannot be distilled"
@@ -83,14 +73,16 @@ def require_distillable(
 
 def prepare(
     source: Source, first: int, windows: Windows, device: TorchDevice, watch: Watch
-) -> Lesson:
-    """Read windows in full, for boundaries from `first` on. Raises PopError, StoppedError."""
+) -> Reference:
+    """Read windows [n_windows, N_WINDOW] in full, for boundaries from `first` on.
+
+    Raises PopError, StoppedError.
+    """
     from converter.distill import read
 
     stage = watch.stage("Reading text to distil on")
     with _decoding(source, device) as decoder:
-        reference = read(decoder, first, windows, seed=SEED, on_progress=stage)
-    return Lesson(windows, reference)
+        return read(decoder, first, windows, seed=SEED, on_progress=stage)
 
 
 def distilled(
@@ -98,7 +90,7 @@ def distilled(
     source: Source,
     fitted: Fitted,
     kv_type: KvType,
-    lesson: Lesson,
+    reference: Reference,
     device: TorchDevice,
     watch: Watch,
 ) -> Fitted:
@@ -108,11 +100,11 @@ def distilled(
     start = start_of(plan, source, fitted)
     stage = watch.stage(f"Distilling boundary {plan.boundary}")
     with _decoding(source, device) as decoder:
-        trained = distill(decoder, start, lesson.reference, seed=SEED, on_progress=stage)
+        trained = distill(decoder, start, reference, seed=SEED, on_progress=stage)
     new = [each for layer, found in trained.items() for each in fit.encode(layer, found, kv_type)]
     names = {tensor.name for tensor in new}
     kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
-    calibration = replace(fitted.calibration, n_distilled=int(lesson.windows.size))
+    calibration = replace(fitted.calibration, n_distilled=int(reference.windows.size))
     return replace(fitted, tensors=(*kept, *new), calibration=calibration)
 
 

@@ -1,12 +1,14 @@
 """Fits of one model, whose text is sampled once, and sidecars of them that are not kept."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from converter.format import FITTED, OWN
 from converter.plan import Plan
@@ -22,11 +24,14 @@ from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.distilled import Lesson, distilled, prepare, require_distillable
+from pop_local.workflows.distilled import distilled, prepare, require_distillable
 from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.full_model import FullModel
 from pop_local.workflows.measuring import opened_to_measure
 from pop_local.workflows.options import Hardware
+
+if TYPE_CHECKING:
+    from converter.distill import Reference
 
 T = TypeVar("T")
 _PREFIX = "pop-local-"
@@ -42,8 +47,9 @@ class Fitter:
 
     Where the options leave it open, which of `kinds` is taken is decided once, by measuring them at
     the first boundary. Those that copy go first. `full` is what they are measured against, None to
-    read a few windows for that alone; `seen` is how each measured, by boundary and kind. `lesson`
-    is what further fits can be distilled with: some 0.5 GB for 500 dimensions of the states.
+    read a few windows for that alone; `seen` is how each measured, by boundary and kind.
+    `reference` is what further fits can be distilled with, some 0.5 GB for 500 dimensions of the
+    states.
     """
 
     source: Source
@@ -55,7 +61,7 @@ class Fitter:
     kind: str | None = None
     full: FullModel | None = None
     seen: dict[tuple[int, str], Gradual] = field(default_factory=dict)
-    lesson: Lesson | None = None
+    reference: Reference | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -84,21 +90,21 @@ class Fitter:
         The text is read in full first, unless it was for this boundary: with `n_deeper`, what it
         takes to distil so many boundaries past this one is kept.
         """
-        lesson = self.lesson
-        if lesson is not None and plan.boundary < lesson.reference.first:
-            lesson = None
-        device = require_distillable(plan, self.source, self.options, self.hardware, lesson)
-        if lesson is None:
-            windows, self.lesson = self._windows(), None
+        reference = self.reference
+        if reference is not None and plan.boundary < reference.first:
+            reference = None
+        device = require_distillable(plan, self.source, self.options, self.hardware, reference)
+        if reference is None:
+            windows, self.reference = self._windows(), None
             first = max(plan.boundary - n_deeper, 0)
-            lesson = prepare(self.source, first, windows, device, self.watch)
-        self.lesson = lesson if n_deeper else None
+            reference = prepare(self.source, first, windows, device, self.watch)
+        self.reference = reference if n_deeper else None
         kv_type = self.options.kv_type
-        return distilled(plan, self.source, fitted, kv_type, lesson, device, self.watch)
+        return distilled(plan, self.source, fitted, kv_type, reference, device, self.watch)
 
     def _windows(self) -> Windows:
-        if self.lesson is not None:
-            return self.lesson.windows
+        if self.reference is not None:
+            return self.reference.windows
         assert self.text is not None, "nothing was fitted"
         with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
             return to_distill(model, self.text, self.options.text)

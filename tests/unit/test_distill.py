@@ -105,9 +105,11 @@ def test_what_the_backend_loses_on_other_text_becomes_less(text, tmp_path, monke
     counted: list[tuple[int, int]] = []
     source, device = read_source(path), TorchDevice("cpu", 0, torch.float32)
     watch = Watch(on_progress=lambda *each: counted.append(each))
-    lesson = prepare(source, BOUNDARY, windows, device, watch)
+    reference = prepare(source, BOUNDARY, windows, device, watch)
     assert counted[0][0] == 0 and counted[-1][0] == counted[-1][1]
-    distilled = train(pruned_plan(path, made), source, made, fit.KvType.F32, lesson, device, watch)
+    distilled = train(
+        pruned_plan(path, made), source, made, fit.KvType.F32, reference, device, watch
+    )
     assert counted[-1][0] == counted[-1][1]
     assert distilled.calibration.n_distilled == windows.size
     assert [each.name for each in distilled.tensors[:3]] == [each.name for each in made.tensors[:3]]
