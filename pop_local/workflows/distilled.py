@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from converter.decoder import Decoder
     from converter.distill import Reference, Start
 
-_HINT, _NO_MEMORY = "close other programs, or leave it out", "no-memory-to-distill"
+_HINT = "close other programs, or leave it out"
 
 
 def require_distillable(
@@ -66,7 +66,7 @@ def require_distillable(
     for needed, free in ((main, needs.free_bytes()), (there, device.free_bytes)):
         if needed > free:
             raise TooLittleMemoryError(
-                "distilling the fit needs", needed, free, _HINT, cause=_NO_MEMORY
+                "distilling the fit needs", needed, free, _HINT, cause="no-memory-to-distill"
             )
     return device
 
@@ -112,7 +112,7 @@ def distilled(
 def _decoding(source: Source, device: TorchDevice) -> Iterator[Decoder]:
     from converter.decoder import Decoder
 
-    with computing("distilling", _HINT, cause=_NO_MEMORY):
+    with computing("distilling", _HINT, cause="no-memory-to-distill"):
         yield Decoder(source, device.name, device.matrices)
 
 
