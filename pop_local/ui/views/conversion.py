@@ -162,7 +162,8 @@ def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
     passes = "one pass" if n == 1 else f"{at_most}{n} passes, {at_most}{n} times the work"
     distilled = ", then distilled" if fit.distill else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
-    yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit"
+    more = "; distilling is not in it" if fit.distill else ""
+    yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit{more}"
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:
