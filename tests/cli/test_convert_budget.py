@@ -135,6 +135,8 @@ def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
     assert (meta.boundary, meta.projection) == (7, "own")
     tried = "7 inside, 6 outside, 5 outside, 5 with 10% selected outside"
     assert meta.budget.tried == tried
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "tiny.pop.gguf")])
+    assert f"Boundaries tried  {tried}" in shown.stdout
     assert meta.measured.kl_mean == pytest.approx(0, abs=1e-6)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert "In budget" in rows[0]

@@ -1,6 +1,6 @@
 """What `inspect` says of models and of sidecars."""
 
-from converter.format import OWN, PopMeta
+from converter.format import OWN, Budget, PopMeta
 from pop_local.models.mmproj import ARCHITECTURE
 from pop_local.models.sizes import size
 from pop_local.ui.tables import Fact
@@ -82,12 +82,19 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
         ("K/V projections", "own: the layers' own weights" if own else _fitted(meta)),
         full_fact(meta),
         ("Shortest prompt", f"{meta.min_prompt:,} tokens" if meta.min_prompt else "any"),
-        *([budget_fact(meta.budget), ("", meta.budget.tried)] if meta.budget else []),
+        *_budget_facts(meta.budget),
         *measured_facts(meta),
         ("Converted from", meta.source_name or "unknown"),
         ("Its sha256", meta.source_sha256 or "unknown"),
         ("Converted by", meta.tool or "unknown"),
     ]
+
+
+def _budget_facts(budget: Budget | None) -> list[Fact]:
+    if budget is None:
+        return []
+    tried = [("Boundaries tried", budget.tried)] if budget.tried else []
+    return [budget_fact(budget), *tried]
 
 
 def _fitted(meta: PopMeta) -> str:
