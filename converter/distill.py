@@ -198,7 +198,7 @@ class _Student:
     """The skipped layers as a pruned prompt has them, and the changes of its projections."""
 
     def __init__(self, decoder: Decoder, start: Start, reference: Reference, ran: Ran) -> None:
-        self._decoder, self._start, self._teacher = decoder, start, reference
+        self._decoder, self._start, self._reference = decoder, start, reference
         self._deep = [decoder.layer(index) for index in range(start.boundary, decoder.n_layer)]
         self._weights = {layer: self._joined(each) for layer, each in start.projections.items()}
         n_inputs = next(iter(self._weights.values())).shape[1]
@@ -234,7 +234,7 @@ class _Student:
         It is among the tokens that are likely in one of these rows: with all of a large vocabulary
         the LM head would take most of the time.
         """
-        reference, device = self._teacher, self._decoder.device
+        reference, device = self._reference, self._decoder.device
         tokens = torch.unique(reference.likely[chosen][:, n_context:]).to(device)
         with torch.no_grad():
             last = reference.last[chosen][:, n_context:].to(device)
@@ -321,9 +321,8 @@ def read_bytes(shape: ModelShape, n_windows: int, n_tokens: int) -> int:
 
 def main_bytes(plan: Plan, n_windows: int, n_tokens: int) -> int:
     """Return the main memory that `distill` takes beside what was read."""
-    shape = plan.shape
-    n_inputs = shape.n_embd + shape.n_wide(plan.boundary, plan.projection) + 1
-    return _BASE_BYTES + 4 * _n_rows(n_windows, n_tokens) * (shape.n_embd + n_inputs)
+    each = plan.shape.n_embd + _n_inputs(plan)
+    return _BASE_BYTES + 4 * _n_rows(n_windows, n_tokens) * each
 
 
 def device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype) -> int:
@@ -336,8 +335,7 @@ def device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype)
     kept = sum(layers[plan.boundary :]) + shape.head_macs
     # One layer, or the head, is read in float32 while the others are there.
     weights = matrices.itemsize * kept + 4 * max(*layers, shape.head_macs)
-    n_inputs = shape.n_embd + shape.n_wide(plan.boundary, plan.projection) + 1
-    projections = 6 * n_inputs * sum(shape.kv_macs[each] for each in plan.fitted_layers)
+    projections = 6 * _n_inputs(plan) * sum(shape.kv_macs[each] for each in plan.fitted_layers)
     n_head = max(shape.attn_dim) // (hyper.dim_k + hyper.dim_v)
     n_answer = n_tokens - int(_CONTEXT[0] * n_tokens)
     n_rows = N_BATCH * (n_answer + _n_sink(plan.sink_tokens, n_tokens))
@@ -345,6 +343,10 @@ def device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype)
         4 * max(shape.ffn_macs) // shape.n_embd + 5 * n_head * n_tokens
     )
     return weights + 4 * (projections // shape.n_embd + n_rows * per_row)
+
+
+def _n_inputs(plan: Plan) -> int:
+    return plan.shape.n_embd + plan.shape.n_wide(plan.boundary, plan.projection) + 1
 
 
 def _n_rows(n_windows: int, n_tokens: int) -> int:

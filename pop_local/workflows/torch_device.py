@@ -50,8 +50,8 @@ def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        is_known = "not enough memory" in str(error) or "out of memory" in str(error)
-        if not (is_known or isinstance(error, MemoryError)):
+        said = ("not enough memory", "out of memory")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in said):
             raise
         raise PopError(f"there is not enough memory for {what}", hint, cause=cause) from error
     finally:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from pop_local.measure.estimate import Estimate
 from pop_local.measure.recall import Asked, RecallReference
 from pop_local.workflows import fits, full_model
 from pop_local.workflows import search as searching
+from support.calibrating import random_words
 from support.converted import names
 from support.searched import FEW, LOOSE, convert, measure_little
 from support.synthetic import make_gguf
@@ -51,10 +51,7 @@ main()
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=40_000)
-    path.write_text("".join(letters))
-    return path
+    return random_words(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from converter import distill as distilling
 from converter import fit
+from converter.errors import PopError
 from converter.format import ATTENTION, FITTED, WIDE
 from converter.plan import Plan
 from converter.rewrite import Fitted
@@ -19,7 +20,7 @@ from pop_local.measure.forced import FULL, Pruning, forced
 from pop_local.workflows.distilled import distilled as train
 from pop_local.workflows.distilled import prepare, start_of
 from pop_local.workflows.events import Watch
-from pop_local.workflows.torch_device import TorchDevice
+from pop_local.workflows.torch_device import TorchDevice, computing
 from support.calibrating import BOUNDARY, fitted, planned, prompt, random_words, settings
 from support.synthetic import make_gguf
 
@@ -150,3 +151,16 @@ def test_one_window_is_enough_however_many_sinks_there_are(text, tmp_path):
     reference = distilling.read(decoder, 0, windows, seed=0, on_progress=nothing)
     trained = distilling.distill(decoder, start, reference, seed=0, on_progress=nothing)
     assert set(trained) == set(start.projections)
+
+
+@pytest.mark.parametrize(
+    ("raised", "wanted"),
+    [
+        (MemoryError(), PopError),
+        (RuntimeError("CUDA out of memory."), PopError),
+        (RuntimeError("shapes differ"), RuntimeError),
+    ],
+)
+def test_too_little_memory_is_an_error_of_one_line(raised, wanted):
+    with pytest.raises(wanted), computing("distilling", "close others", cause="no-memory"):
+        raise raised
