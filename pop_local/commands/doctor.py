@@ -104,7 +104,8 @@ def _threads(n_threads: int) -> Check:
     if n_busy + n_threads < n_cpus + 0.5:
         return Check("threads", "Threads", "ok", found)
     found += f", but other work keeps {n_busy:.1f} of them busy"
-    to_do = "answers wait for it; fewer --threads may write faster, and times mean little"
+    fewer = "fewer --threads may write faster, and " if n_threads > 1 else ""
+    to_do = f"answers wait for it; {fewer}times mean little"
     return Check("threads", "Threads", "note", found, to_do)
 
 

@@ -47,9 +47,12 @@ def install(monkeypatch, tmp_path):
         devices: tuple[Device, ...] = (CPU,),
         built_in: tuple[tuple[str, int], ...] = (("RPC", 0), ("CPU", 1)),
         variant: str = "",
+        n_threads: int = 4,
     ) -> None:
         library = Path("lib/libllama.so")
-        info = BackendInfo("0.3.36", library, abi, devices, built_in, FEATURES, 4, variant)
+        info = BackendInfo(
+            "0.3.36", library, abi, devices, built_in, FEATURES, n_threads, variant
+        )
         monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", lambda: info)
 
     return pretend
@@ -124,6 +127,10 @@ def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 60.0)
     assert checks()["threads"]["status"] == "note"
     assert checks()["threads"]["found"].endswith("other work keeps 4.8 of them busy")
+    assert "fewer --threads" in checks()["threads"]["to_do"]
+    install(n_threads=1)
+    monkeypatch.setattr("pop_local.commands.doctor.psutil.cpu_percent", lambda interval: 100.0)
+    assert "fewer" not in checks()["threads"]["to_do"]
     assert doctor().exit_code == 0
 
 

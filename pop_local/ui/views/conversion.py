@@ -60,7 +60,10 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """The plan as one object; of a search, the boundaries that may be chosen."""
+    """The plan as one object; of a search, the boundaries that may be chosen.
+
+    `memory_bytes`: the most that a fit takes, the model included; None without one.
+    """
     if not isinstance(conversion.depth, Within):
         return _object(conversion, _wished(conversion), conversion.sizes, None)
     return _common(conversion, _wished(conversion)) | {
@@ -87,14 +90,11 @@ def _wished(conversion: Conversion) -> Plan:
 def _object(
     conversion: Conversion, plan: Plan, sizes: Sizes, meta: PopMeta | None
 ) -> dict[str, Any]:
-    """`memory_bytes`: the most that a fit takes, the model included; None without one."""
-    needs = conversion.needs
     return _common(conversion, plan) | {
         "boundary": plan.boundary,
         "n_skipped": plan.n_skipped,
         "schedule": plan.schedule,
         "output_bytes": sizes.output_bytes,
-        "memory_bytes": needs.total_bytes if needs else None,
         "limit_n_prompt": LIMIT_PROMPT,
         "speedup_limit": plan.speedup_limit,
         "source_sha256": meta and meta.source_sha256,
@@ -109,6 +109,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
+    needs = conversion.needs
     return {
         "source": str(conversion.path),
         "output": str(conversion.target),
@@ -122,6 +123,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "min_prompt": plan.min_prompt,
         "select": plan.select,
         "source_bytes": conversion.sizes.source_bytes,
+        "memory_bytes": needs.total_bytes if needs else None,
     }
 
 
