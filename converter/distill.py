@@ -141,7 +141,8 @@ def distill(
     between = range(reference.first, start.boundary)
     # A way backwards costs what two forwards do.
     n_step = 3 * (decoder.n_layer - start.boundary) * n_batch
-    ran = counting(len(between) * n_windows + n_steps * n_step, on_progress)
+    # The inputs are counted as one layer more.
+    ran = counting((len(between) + 1) * n_windows + n_steps * n_step, on_progress)
     student = _Student(decoder, start, reference, ran)
     optimizer = torch.optim.Adam(student.changes, lr=_STEP, betas=_BETAS)
     order = rng.permutation(n_windows).tolist()
@@ -182,7 +183,9 @@ def _entering(decoder: Decoder, start: Start, reference: Reference, ran: Ran) ->
 
 
 @torch.no_grad()
-def _inputs(decoder: Decoder, start: Start, layer: Layer, states: Tensor, n_inputs: int) -> Tensor:
+def _inputs(
+    decoder: Decoder, start: Start, layer: Layer, states: Tensor, n_inputs: int, ran: Ran
+) -> Tensor:
     """Return what projections see of states, [n_windows, n_tokens, n_inputs], a one last."""
     made = torch.ones(*states.shape[:2], n_inputs)
     for window, inputs in zip(states, made, strict=True):
@@ -191,6 +194,7 @@ def _inputs(decoder: Decoder, start: Start, layer: Layer, states: Tensor, n_inpu
         if start.sees_heads:
             seen.append(layer.heads(window[None].to(decoder.device))[0].cpu().numpy())
         inputs[:, :-1] = torch.from_numpy(np.hstack(seen))
+        ran(1)
     return made
 
 
@@ -203,7 +207,7 @@ class _Student:
         self._weights = {layer: self._joined(each) for layer, each in start.projections.items()}
         n_inputs = next(iter(self._weights.values())).shape[1]
         self._states = _entering(decoder, start, reference, ran)
-        self._inputs = _inputs(decoder, start, self._deep[0], self._states, n_inputs)
+        self._inputs = _inputs(decoder, start, self._deep[0], self._states, n_inputs, ran)
         # The first row of a window is unlike all others.
         context = self._inputs[:, 1:]
         mean = context.mean((0, 1))
