@@ -44,7 +44,7 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 _RETENTION_GAIN = 0.05
 # Nothing turns round what lies so far below the limit.
 _LOST_RETENTION = 0.3
-# Where 3 in 100 are lost, one time in twenty a dozen documents lose two, or two dozen three.
+# Where 3 in 100 are lost, one time in thirty two dozen documents lose three.
 _CHANCE = 1 / 12
 # Standard errors; where there are few windows, these are not well known themselves.
 _CLEAR = 3.0
@@ -60,13 +60,16 @@ def is_inside(budget: Budget, quality: "Quality") -> bool:
 
 def recalls(budget: Budget, recall: "Recall") -> bool:
     """Tell whether no more facts are lost than the budget allows, or may be by chance."""
-    most = max(budget.max_lost_recall, _CHANCE)
-    return recall.exact_lost.value <= most + 1e-9
+    return recall.exact_lost.value <= _most_lost(budget)
 
 
-def may_be_chance(budget: Budget, recall: "Recall") -> bool:
-    """Tell whether some facts are lost, but few enough, so that it is better to ask for more."""
-    return recall.exact_lost.value > 0 and recalls(budget, recall)
+def is_open(budget: Budget, recall: "Recall") -> bool:
+    """Tell whether as many documents more may change what `recalls` says of these."""
+    return 0 < recall.exact_lost.value <= 2 * _most_lost(budget)
+
+
+def _most_lost(budget: Budget) -> float:
+    return max(budget.max_lost_recall, _CHANCE) + 1e-9
 
 
 def predicts(budget: Budget, quality: "Quality") -> bool:

@@ -322,7 +322,7 @@ class _Search:
             return gradual.measure_until(is_enough, model, begin)
 
     def _ask(self, plan: Plan) -> Recall:
-        """Ask for facts of pruned documents, of as many more where few are lost."""
+        """Ask for facts of pruned documents, of as many more where that may decide."""
         pruning, answers = Pruning(plan.boundary, select=plan.select), NO_ANSWERS
         for n_documents in (N_DOCUMENTS, 2 * N_DOCUMENTS):
             reference = self.full.recall(n_documents)
@@ -330,7 +330,7 @@ class _Search:
                 advance = self.watch.stage(f"Asking for facts, boundary {_named(plan)}")
                 answers = reference.answers(model, pruning, advance, answers)
             recall = reference.compared(answers)
-            if not budgets.may_be_chance(self.budget, recall):
+            if not budgets.is_open(self.budget, recall):
                 break
         return recall
 

@@ -50,9 +50,7 @@ def install(monkeypatch, tmp_path):
         n_threads: int = 4,
     ) -> None:
         library = Path("lib/libllama.so")
-        info = BackendInfo(
-            "0.3.36", library, abi, devices, built_in, FEATURES, n_threads, variant
-        )
+        info = BackendInfo("0.3.36", library, abi, devices, built_in, FEATURES, n_threads, variant)
         monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", lambda: info)
 
     return pretend

@@ -14,7 +14,7 @@ from pop_local.measure.budget import (
     is_clear,
     is_hopeless,
     is_inside,
-    may_be_chance,
+    is_open,
     predicts,
     recalls,
     undecided,
@@ -107,12 +107,21 @@ def test_one_window_has_no_error_and_decides():
 
 
 @pytest.mark.parametrize(
-    ("n_lost", "of", "kept"),
-    [(0, 12, True), (1, 12, True), (2, 12, False), (-1, 12, True), (2, 24, True), (3, 24, False)],
+    ("n_lost", "of", "kept", "is_settled"),
+    [
+        (0, 12, True, True),
+        (-1, 12, True, True),
+        (1, 12, True, False),
+        (2, 12, False, False),
+        (3, 12, False, True),
+        (2, 24, True, False),
+        (3, 24, False, False),
+        (5, 24, False, True),
+    ],
 )
-def test_one_fact_of_a_dozen_may_be_chance_two_are_not(n_lost, of, kept):
+def test_two_facts_of_two_dozen_may_be_chance_three_are_not(n_lost, of, kept, is_settled):
     assert recalls(BALANCED, facts(n_lost, of)) is kept
-    assert may_be_chance(BALANCED, facts(n_lost, of)) is (kept and n_lost > 0)
+    assert is_open(BALANCED, facts(n_lost, of)) is not is_settled
 
 
 def test_no_fit_brings_back_what_is_lost():
