@@ -20,7 +20,7 @@ Windows = NDArray[np.int32]
 N_WINDOW = 512
 SEED = 0
 # Distilling overfits what is less.
-N_DISTILLED = 128
+N_DISTILLED = 96
 DEFAULT_NAME = "Python's documentation and code, samples of the model alone and in chat"
 # Text is far shorter than this for a token; more of it is not needed to fill a window.
 _MAX_CHARS_PER_TOKEN = 16

@@ -167,14 +167,16 @@ class _Search:
     def _distilled(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
         """Try distilled fits: the fastest without a selection, then deeper ones while they pass.
 
+        These are of its kind where there is such a fit.
         What goes wrong with these leaves what was found without them.
         """
         chosen = _fastest([trial for trial in trials if not trial.plan.select]).plan
         plans = [chosen]
         for boundary in self._past(chosen.boundary):
             plan = self.plans[boundary]
-            with_attention = replace(plan, projection=ATTENTION)
-            plans.append(with_attention if self._is_ready(with_attention) else plan)
+            alike = replace(plan, projection=chosen.projection)
+            is_there = alike.projection != OWN and self._is_ready(alike)
+            plans.append(alike if is_there else plan)
         found: tuple[Trial, ...] = ()
         for plan in plans:
             if plan.projection == OWN or not self._is_ready(plan):
