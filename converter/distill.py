@@ -26,7 +26,6 @@ from converter.fit import FitError, normalised
 from converter.hyper import Hyper
 from converter.plan import Plan
 from converter.progress import Progress, Ran, counting
-from converter.shape import ModelShape
 from converter.weights import KvProjection
 from converter.wide import WideInput
 
@@ -318,19 +317,31 @@ def _n_sink(wanted: int, n_tokens: int) -> int:
     return min(wanted, n_tokens // 4)
 
 
-def read_bytes(shape: ModelShape, n_windows: int, n_tokens: int) -> int:
-    """Return the main memory that what `read` returns takes, of windows [n_windows, n_tokens]."""
-    return 4 * _n_rows(n_windows, n_tokens) * (2 * shape.n_embd + _N_LIKELY)
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: `reference` is what `read` returns, `main` what `distill` takes beside it.
+
+    Both are in main memory. `device` is what `distill` takes where torch computes.
+    """
+
+    reference: int
+    main: int
+    device: int
 
 
-def main_bytes(plan: Plan, n_windows: int, n_tokens: int) -> int:
-    """Return the main memory that `distill` takes beside what was read."""
-    each = plan.shape.n_embd + _n_inputs(plan)
-    return _BASE_BYTES + 4 * _n_rows(n_windows, n_tokens) * each
+def memory(
+    plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype
+) -> Memory:
+    """Return what distilling with windows [n_windows, n_tokens] takes; layers are of that type."""
+    n_embd, n_rows = plan.shape.n_embd, round((1 + _COPIES) * n_windows) * n_tokens
+    return Memory(
+        reference=4 * n_rows * (2 * n_embd + _N_LIKELY),
+        main=_BASE_BYTES + 4 * n_rows * (n_embd + _n_inputs(plan)),
+        device=_device_bytes(plan, hyper, n_tokens, matrices),
+    )
 
 
-def device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype) -> int:
-    """Return the memory that `distill` takes where torch computes, for matrices of that type."""
+def _device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype) -> int:
     shape = plan.shape
     layers = [
         sum(parts)
@@ -351,7 +362,3 @@ def device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype)
 
 def _n_inputs(plan: Plan) -> int:
     return plan.shape.n_embd + plan.shape.n_wide(plan.boundary, plan.projection) + 1
-
-
-def _n_rows(n_windows: int, n_tokens: int) -> int:
-    return round((1 + _COPIES) * n_windows) * n_tokens

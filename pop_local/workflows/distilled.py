@@ -55,12 +55,11 @@ def require_distillable(
             f"{cannot}: {error.message}", "take it as it is", cause="not-distilled"
         ) from None
     device = torch_device(hardware, cannot)
-    from converter.distill import device_bytes, main_bytes, read_bytes
+    from converter.distill import memory
 
     n_windows = n_distilled(options.n_tokens(plan.shape.n_embd))
-    main = main_bytes(plan, n_windows, N_WINDOW)
-    main += 0 if read else read_bytes(plan.shape, n_windows, N_WINDOW)
-    there = device_bytes(plan, hyper, N_WINDOW, device.matrices)
+    takes = memory(plan, hyper, n_windows, N_WINDOW, device.matrices)
+    main, there = takes.main + (0 if read else takes.reference), takes.device
     if device.name == "cpu":
         main, there = main + there, 0
     for needed, free in ((main, needs.free_bytes()), (there, device.free_bytes)):
