@@ -42,7 +42,8 @@ _BETAS = (0.9, 0.98)
 # For each window of text, how many repeat a passage, and its length in tokens.
 _COPIES = 0.85
 _PASSAGE = (96, 200)
-# What share of a window is its context, at least and at most; less of those that repeat a passage.
+# What share of a window is its context, at least and at most; less in a step that has a window
+# which repeats a passage.
 _CONTEXT = (0.47, 0.78)
 _COPY_CONTEXT = (0.47, 0.58)
 # What is known of the inputs is from so many rows of each window.
@@ -332,7 +333,10 @@ class Memory:
 def memory(
     plan: Plan, hyper: Hyper, n_windows: int, n_tokens: int, matrices: torch.dtype
 ) -> Memory:
-    """Return what distilling with windows [n_windows, n_tokens] takes; layers are of that type."""
+    """Return what distilling with windows [n_windows, n_tokens], and copies of them, takes.
+
+    `matrices` is the type that the skipped layers are held in.
+    """
     n_embd, n_rows = plan.shape.n_embd, round((1 + _COPIES) * n_windows) * n_tokens
     return Memory(
         reference=4 * n_rows * (2 * n_embd + _N_LIKELY),

@@ -44,7 +44,7 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 _RETENTION_GAIN = 0.05
 # Nothing turns round what lies so far below the limit.
 _LOST_RETENTION = 0.3
-# Where 3 in 100 are lost, one time in thirty two dozen documents lose three.
+# Two of two dozen: where 3 in 100 are lost, these lose three or more one time in thirty.
 _CHANCE = 1 / 12
 # Standard errors; where there are few windows, these are not well known themselves.
 _CLEAR = 3.0
@@ -64,7 +64,10 @@ def recalls(budget: Budget, recall: "Recall") -> bool:
 
 
 def is_open(budget: Budget, recall: "Recall") -> bool:
-    """Tell whether as many documents more may change what `recalls` says of these."""
+    """Tell whether some facts are lost, and few enough to be let through if no more were.
+
+    Where none is lost, nothing more is asked.
+    """
     return 0 < recall.exact_lost.value <= 2 * _most_lost(budget)
 
 
@@ -160,7 +163,7 @@ def limits_in_words(budget: Budget) -> str:
         f"KL {budget.max_kl:g}, perplexity ratio {budget.max_ppl_ratio:g}, "
         f"copy ratio {budget.max_copy_ratio:g}, "
         f"{budget.least_retention:.0%} kept of copying random tokens, "
-        f"{budget.max_lost_recall:.0%} of facts lost, or one of a dozen"
+        f"{budget.max_lost_recall:.0%} of facts lost, or two of two dozen"
     )
 
 

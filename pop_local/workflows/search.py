@@ -167,8 +167,8 @@ class _Search:
     def _distilled(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
         """Try distilled fits: the fastest without a selection, then deeper ones while they pass.
 
-        These are of its kind where there is such a fit.
-        What goes wrong with these leaves what was found without them.
+        The deeper ones are of the fastest's kind where there is such a fit. What goes wrong leaves
+        what was found without distilling.
         """
         chosen = _fastest([trial for trial in trials if not trial.plan.select]).plan
         plans = [chosen]
@@ -324,7 +324,7 @@ class _Search:
             return gradual.measure_until(is_enough, model, begin)
 
     def _ask(self, plan: Plan) -> Recall:
-        """Ask for facts of pruned documents, of as many more where that may decide."""
+        """Ask for facts of pruned documents, of as many more where a few are lost."""
         pruning, answers = Pruning(plan.boundary, select=plan.select), NO_ANSWERS
         for n_documents in (N_DOCUMENTS, 2 * N_DOCUMENTS):
             reference = self.full.recall(n_documents)

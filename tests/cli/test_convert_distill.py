@@ -4,16 +4,22 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from converter.errors import PopError
-from converter.format import read_pop_meta
+from converter.format import ATTENTION, WIDE, read_pop_meta
+from converter.plan import make_plan
+from converter.shape import source_shape
+from converter.source import read_source
 from pop_local.calibration import needs, texts
 from pop_local.measure import gradual
+from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows import fits
 from pop_local.workflows import search as searching
+from pop_local.workflows.refusals import Trial
 from support.calibrating import random_words
 from support.converted import names
 from support.searched import FEW, LOOSE, convert, measure_little
@@ -82,6 +88,25 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
     said = json.loads(done.stdout)
     assert said["distilled"] is True
     assert [each["distilled"] for each in said["tried"][-5:]] == [False, *[True] * 4]
+
+
+@pytest.mark.parametrize("kind", [WIDE, ATTENTION])
+def test_deeper_fits_are_of_the_kind_that_was_chosen(kind, base, monkeypatch):
+    shape = source_shape(read_source(base))
+    plans = {each: make_plan(shape, boundary=each, projection=WIDE) for each in (5, 4, 3)}
+    fitted = {(each, either, False): None for each in plans for either in (WIDE, ATTENTION)}
+    tried = []
+    good = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
+
+    def passes(self, plans, until):
+        [plan] = plans
+        tried.append((plan.boundary, plan.projection, plan.is_distilled))
+        return (Trial(plan, good, True),)
+
+    monkeypatch.setattr(searching._Search, "_tried", passes)
+    search = searching._Search(None, plans, BALANCED, None, None, None, None, None, fitted)
+    search._distilled([Trial(replace(plans[5], projection=kind), good, True)])
+    assert tried == [(each, kind, True) for each in (5, 4, 3)]
 
 
 @pytest.mark.parametrize(

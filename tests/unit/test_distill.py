@@ -108,9 +108,11 @@ def test_what_the_backend_loses_on_other_text_becomes_less(text, tmp_path, monke
     watch = Watch(on_progress=lambda *each: counted.append(each))
     reference = prepare(source, BOUNDARY, windows, device, watch)
     assert counted[0][0] == 0 and counted[-1][0] == counted[-1][1]
+    counted.clear()
     distilled = train(
         pruned_plan(path, made), source, made, fit.KvType.F32, reference, device, watch
     )
+    assert [done for done, _ in counted[:3]] == [0, 1, 2], "a stop is asked for with each input"
     assert counted[-1][0] == counted[-1][1]
     assert distilled.calibration.n_distilled == windows.size
     assert [each.name for each in distilled.tensors[:3]] == [each.name for each in made.tensors[:3]]

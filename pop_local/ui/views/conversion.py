@@ -60,10 +60,7 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """The plan as one object; of a search, the boundaries that may be chosen.
-
-    `memory_bytes`: the most that a fit takes, the model included; None without one.
-    """
+    """The plan as one object; of a search, the boundaries that may be chosen."""
     if not isinstance(conversion.depth, Within):
         return _object(conversion, _wished(conversion), conversion.sizes, None)
     return _common(conversion, _wished(conversion)) | {
@@ -109,6 +106,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
+    """`memory_bytes`: the most that fitting `plans` takes, without distilling; None without one."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
