@@ -40,7 +40,7 @@ _STEP = 0.2
 _N_WARM = 10
 _BETAS = (0.9, 0.98)
 # For each window of text, how many repeat a passage, and its length in tokens.
-_COPIES = 0.85
+_COPIES = 0.4
 _PASSAGE = (96, 200)
 # What share of a window is its context, at least and at most; less in a step that has a window
 # which repeats a passage.
