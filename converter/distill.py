@@ -31,8 +31,9 @@ from converter.wide import WideInput
 
 Tokens = NDArray[np.int32]
 
-# Windows a step, and in one pass of the layers that only read.
+# Windows a step, how often each is seen, and how many are read at once.
 N_BATCH = 2
+_N_PASSES = 2
 _N_READ = 4
 # The largest step: what it changes in K or V at most, in units of their own spread, where all
 # inputs are as strong as usual. Steps rise to it.
@@ -128,7 +129,7 @@ def _run(decoder: Decoder, index: int, states: Tensor, ran: Ran) -> None:
 def distill(
     decoder: Decoder, start: Start, reference: Reference, *, seed: int, on_progress: Progress
 ) -> dict[int, KvProjection]:
-    """Train projections on what was read, each window once, and return them.
+    """Train projections on what was read, and return them.
 
     The boundary is `reference.first` or a later one. `on_progress(done, total)` counts windows
     through layers, forwards and backwards; what it raises ends the work. The same seed draws the
@@ -137,7 +138,8 @@ def distill(
     rng = np.random.default_rng(seed)
     n_windows, n_tokens = reference.states.shape[:2]
     n_batch = min(N_BATCH, n_windows)
-    n_steps = n_windows // n_batch
+    n_each = n_windows // n_batch
+    n_steps = _N_PASSES * n_each
     between = range(reference.first, start.boundary)
     # A way backwards costs what two forwards do.
     n_step = 3 * (decoder.n_layer - start.boundary) * n_batch
@@ -145,7 +147,8 @@ def distill(
     ran = counting((len(between) + 1) * n_windows + n_steps * n_step, on_progress)
     student = _Student(decoder, start, reference, ran)
     optimizer = torch.optim.Adam(student.changes, lr=_STEP, betas=_BETAS)
-    order = rng.permutation(n_windows).tolist()
+    passes = [rng.permutation(n_windows)[: n_each * n_batch] for _ in range(_N_PASSES)]
+    order = np.concatenate(passes).tolist()
     for step in range(n_steps):
         chosen = order[step * n_batch : (step + 1) * n_batch]
         shares = _CONTEXT if max(chosen) < len(reference.windows) else _COPY_CONTEXT

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -94,9 +95,10 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
 def test_deeper_fits_are_of_the_kind_that_was_chosen(kind, base, monkeypatch):
     shape = source_shape(read_source(base))
     plans = {each: make_plan(shape, boundary=each, projection=WIDE) for each in (5, 4, 3)}
-    fitted = {(each, either, False): None for each in plans for either in (WIDE, ATTENTION)}
+    unused: Any = None
+    fitted = {(each, either, False): unused for each in plans for either in (WIDE, ATTENTION)}
     tried = []
-    good = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
+    good: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
 
     def passes(self, plans, until):
         [plan] = plans
@@ -104,7 +106,8 @@ def test_deeper_fits_are_of_the_kind_that_was_chosen(kind, base, monkeypatch):
         return (Trial(plan, good, True),)
 
     monkeypatch.setattr(searching._Search, "_tried", passes)
-    search = searching._Search(None, plans, BALANCED, None, None, None, None, None, fitted)
+    others = dict.fromkeys(("source", "options", "hardware", "watch", "full", "fitter"), unused)
+    search = searching._Search(plans=plans, budget=BALANCED, fitted=fitted, **others)
     search._distilled([Trial(replace(plans[5], projection=kind), good, True)])
     assert tried == [(each, kind, True) for each in (5, 4, 3)]
 
