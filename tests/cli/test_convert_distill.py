@@ -92,24 +92,26 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
 
 
 @pytest.mark.parametrize("kind", [WIDE, ATTENTION])
-def test_deeper_fits_are_of_the_kind_that_was_chosen(kind, base, monkeypatch):
+def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(kind, base, monkeypatch):
     shape = source_shape(read_source(base))
     plans = {each: make_plan(shape, boundary=each, projection=WIDE) for each in (5, 4, 3)}
     unused: Any = None
     fitted = {(each, either, False): unused for each in plans for either in (WIDE, ATTENTION)}
     tried = []
     good: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
+    lost = {5: 0.125, 4: 0.25}
 
-    def passes(self, plans, until):
+    def judged(self, plans, until):
         [plan] = plans
         tried.append((plan.boundary, plan.projection, plan.is_distilled))
-        return (Trial(plan, good, True),)
+        recall: Any = SimpleNamespace(exact_lost=Estimate(lost[plan.boundary], 0.1))
+        return (Trial(plan, good, False, recall),)
 
-    monkeypatch.setattr(searching._Search, "_tried", passes)
+    monkeypatch.setattr(searching._Search, "_tried", judged)
     others = dict.fromkeys(("source", "options", "hardware", "watch", "full", "fitter"), unused)
     search = searching._Search(plans=plans, budget=BALANCED, fitted=fitted, **others)
     search._distilled([Trial(replace(plans[5], projection=kind), good, True)])
-    assert tried == [(each, kind, True) for each in (5, 4, 3)]
+    assert tried == [(5, kind, True), (4, kind, True)], "a quarter of the facts is too much"
 
 
 @pytest.mark.parametrize(
