@@ -64,9 +64,9 @@ def recalls(budget: Budget, recall: "Recall") -> bool:
 
 
 def is_open(budget: Budget, recall: "Recall") -> bool:
-    """Tell whether some facts are lost, and few enough to be let through if no more were.
+    """Tell whether some facts are lost, but no more than twice what is let through.
 
-    Where none is lost, nothing more is asked.
+    As many documents more, or another fit, may come out inside then.
     """
     return 0 < recall.exact_lost.value <= 2 * _most_lost(budget)
 

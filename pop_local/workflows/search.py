@@ -175,9 +175,8 @@ class _Search:
         plans = [chosen]
         for boundary in self._past(chosen.boundary):
             plan = self.plans[boundary]
-            alike = replace(plan, projection=chosen.projection)
-            is_there = alike.projection != OWN and self._is_ready(alike)
-            plans.append(alike if is_there else plan)
+            is_there = (boundary, chosen.projection, False) in self.fitted
+            plans.append(replace(plan, projection=chosen.projection) if is_there else plan)
         found: tuple[Trial, ...] = ()
         for plan in plans:
             if plan.projection == OWN or not self._is_ready(plan):

@@ -144,7 +144,14 @@ def test_a_passage_is_repeated_out_of_the_context():
         assert begin + n_passage <= int(0.47 * 512)
 
 
-def test_one_window_is_enough_however_many_sinks_there_are(text, tmp_path):
+def test_one_window_is_enough_however_many_sinks_there_are(text, tmp_path, monkeypatch):
+    seen: list[list[int]] = []
+
+    def kl(self, chosen, n_context, real=distilling._Student.kl):
+        seen.append(chosen)
+        return real(self, chosen, n_context)
+
+    monkeypatch.setattr(distilling._Student, "kl", kl)
     path = make_gguf(tmp_path / "m.gguf", "llama")
     made = fitted(path, settings(text))
     windows = np.array([prompt(N_TOKENS, 0)], np.int32)
@@ -153,6 +160,7 @@ def test_one_window_is_enough_however_many_sinks_there_are(text, tmp_path):
     reference = distilling.read(decoder, 0, windows, seed=0, on_progress=nothing)
     trained = distilling.distill(decoder, start, reference, seed=0, on_progress=nothing)
     assert set(trained) == set(start.projections)
+    assert seen == [[0], [0]], "it is passed twice"
 
 
 @pytest.mark.parametrize(
