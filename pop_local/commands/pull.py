@@ -10,7 +10,7 @@ from converter.errors import PopError
 from pop_local.fetching.catalog import fetch
 from pop_local.fetching.hub import fetch_from_hub, find_on_hub, is_hub
 from pop_local.fetching.url import fetch_url, file_name, is_url
-from pop_local.models.names import find, models_dir
+from pop_local.models.names import find, load_catalog, models_dir
 from pop_local.models.sizes import size
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.theme import note, say, warn
@@ -21,7 +21,8 @@ def pull(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A name of the catalog, hf:OWNER/REPO[:FILE], or the URL of a GGUF file."
+            help=f"A name of the catalog ({', '.join(each.short_name for each in load_catalog())}),"
+            " hf:OWNER/REPO[:FILE], or the URL of a GGUF file."
             " FILE may be a part of the name: hf:OWNER/REPO:Q4_K_M",
         ),
     ],

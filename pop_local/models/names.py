@@ -52,6 +52,11 @@ class Model:
     parts: tuple[Part, ...]
 
     @property
+    def short_name(self) -> str:
+        """The name to type."""
+        return self.aliases[0]
+
+    @property
     def pop_file(self) -> str:
         """The name of the converted file beside it."""
         return self.file.removesuffix(".gguf") + ".pop.gguf"
@@ -181,7 +186,7 @@ def _nearest_file_hint(path: Path) -> str:
 
 def _unknown(message: str, name: str, here: dict[str, str]) -> PopError:
     catalog = load_catalog()
-    known = {alias: model.name for model in catalog for alias in (model.name, *model.aliases)}
-    listed = f"known: {', '.join(model.name for model in catalog)}; or give a GGUF file"
+    known = {alias: model.short_name for model in catalog for alias in (model.name, *model.aliases)}
+    listed = f"known: {', '.join(model.short_name for model in catalog)}; or give a GGUF file"
     hint = nearest_hint(name, here | known, listed)
     return PopError(message, hint, cause="unknown-model")
