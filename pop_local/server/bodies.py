@@ -11,6 +11,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -68,27 +71,29 @@ class ImagePart(_Lenient):
     image_url: ImageUrl
 
 
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
 class ChatMessage(_Lenient):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Parts | None = None
+    content: Annotated[Parts | None, BeforeValidator(_as_parts)] = None
 
     @property
     def text(self) -> str:
         """Without its pictures."""
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        return "\n".join(part.text for part in self.content or () if isinstance(part, TextPart))
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
         """Where in the text each picture stands, and its URL."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
-        for part in self.content if isinstance(self.content, list) else ():
+        for part in self.content or ():
             if isinstance(part, TextPart):
                 offset += len(part.text) + (n_texts > 0)
                 n_texts += 1
@@ -176,13 +181,24 @@ class ChatBody(Body):
 Tokens = Annotated[list[int], Field(fail_fast=True)]
 
 
+def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Say what a prompt may be, not what is wrong with it as each of these."""
+    try:
+        return handler(prompt)
+    except ValidationError:
+        raise ValueError(
+            f"give a text or its tokens, or a list of at most {MAX_PROMPTS} of these"
+        ) from None
+
+
 class CompletionBody(Body):
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
         | Tokens
-        | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)]
-    )
+        | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)],
+        WrapValidator(_of_a_kind),
+    ]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 

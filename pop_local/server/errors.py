@@ -1,5 +1,6 @@
 """Errors in the shape that OpenAI's clients know."""
 
+from itertools import groupby
 from typing import Any
 
 from pydantic import ValidationError
@@ -58,7 +59,8 @@ def as_api_error(error: Exception) -> ApiError:
 def _of_body(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body, and where it is."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    # Which of several kinds a part was taken for stands before the field of that name.
+    where = ".".join(str(part) for part, _ in groupby(first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, param=where or None)
 

@@ -208,17 +208,20 @@ def test_a_request_that_is_too_large(client, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "part",
+    ("part", "field"),
     [
-        {"type": "image_url"},
-        {"type": "image_url", "image_url": {}},
-        {"type": "image_url", "image_url": {"url": 3}},
-        {"type": "input_audio", "input_audio": {}},
-        {"text": "a"},
+        ({"type": "image_url"}, ".image_url"),
+        ({"type": "image_url", "image_url": "https://example.org"}, ".image_url"),
+        ({"type": "image_url", "image_url": {"url": 3}}, ".image_url.url"),
+        ({"type": "text"}, ".text"),
+        ({"type": "input_audio", "input_audio": {}}, ""),
+        ({"text": "a"}, ""),
     ],
 )
-def test_malformed_parts(client, part):
-    assert post(client, part, text("a")).status_code == 400
+def test_malformed_parts(client, part, field):
+    response = post(client, part, text("a"))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == f"messages.0.content.0{field}"
 
 
 @pytest.mark.parametrize("lacks", ["mmproj", "Pillow"])
