@@ -11,6 +11,7 @@ from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.rpc import Servers
+from pop_local.engine.templates import LimitedChatFormatter
 
 _QUESTION = "QUESTION"
 
@@ -79,10 +80,6 @@ class LoadedModel:
         """
         if not self._template:
             return []
-        from jinja2 import TemplateError
-
-        from pop_local.engine.llama.upstream import Jinja2ChatFormatter
-
         eos, bos = (
             self._api.llama_vocab_get_text(self.vocab, token).decode() if token >= 0 else ""
             for token in (
@@ -92,9 +89,9 @@ class LoadedModel:
         )
         question: Any = [{"role": "user", "content": _QUESTION}]
         try:
-            formatter = Jinja2ChatFormatter(self._template, eos_token=eos, bos_token=bos)
+            formatter = LimitedChatFormatter(self._template, eos_token=eos, bos_token=bos)
             before, found, _ = formatter(messages=question).prompt.partition(_QUESTION)
-        except (ValueError, TemplateError):
+        except (ValueError, PopError):
             return []
         return self.tokenize(before, special=True) if found else []
 

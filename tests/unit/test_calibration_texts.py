@@ -105,8 +105,11 @@ def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(te
     assert (text.windows[4 + n_chat :, 0] == first).all()
 
 
-def test_a_template_that_refuses_a_question_gives_no_chat(tmp_path):
-    path = make_gguf(tmp_path / "odd.gguf", "llama", chat_template="{{ raise_exception('no') }}")
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{{ 1/0 }}", "{{ 'a' | center(2000000000) }}"]
+)
+def test_a_template_that_renders_no_question_gives_no_chat(template, tmp_path):
+    path = make_gguf(tmp_path / "odd.gguf", "llama", chat_template=template)
     with LoadedModel(path, n_threads=1) as model:
         assert model.before_question == []
 
