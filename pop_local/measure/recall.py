@@ -171,7 +171,10 @@ def _score(reader: Forced, asked: Asked, pruning: Pruning) -> tuple[float, bool]
 
 
 def make_documents(model: PopModel, settings: RecallSettings) -> list[Asked]:
-    """Make documents of held-out sentences with facts at random places between them."""
+    """Make documents of held-out sentences with facts at random places between them.
+
+    Raises PopError where there is no room for the facts.
+    """
     rng = np.random.default_rng(settings.seed)
     sentences = _sentences(model)
     return [
@@ -197,7 +200,11 @@ def _document(
     ]
     room = n_tokens - sum(map(len, facts)) - len(bos(model))
     if room < n_tokens // 4:
-        raise PopError(f"{N_FACTS} facts leave no room in {n_tokens} tokens", "give more")
+        raise PopError(
+            f"{N_FACTS} facts leave no room in a document of {n_tokens} tokens",
+            "give longer documents",
+            cause="documents-too-short",
+        )
     pieces: list[list[int]] = []
     first = int(rng.integers(len(sentences)))
     while room > 0:

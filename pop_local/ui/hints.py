@@ -28,6 +28,7 @@ BY_CAUSE = {
         "skip fewer layers; `--quality fast`, without --skip and --boundary, finds the "
         "deepest that copies fitted; --force writes this one all the same"
     ),
+    "documents-too-short": "give longer documents (--recall)",
     "download-exists": "move it away, replace it (--force), or choose another folder (--dir)",
     "download-is-folder": "move it away, or choose another folder (--dir)",
     "fit-not-measurable": "lower --sink and --tail; or --projection own, which may go unmeasured",

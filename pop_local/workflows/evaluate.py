@@ -1,7 +1,8 @@
 """What pruning costs in quality: a model measured at one depth or several, fitted or not."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,17 @@ from converter.source import Source, read_source
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.measure.forced import Pruning, always_skip, use_rule
+from pop_local.measure.forced import Pruning, always_skip, forced, use_rule
 from pop_local.measure.heldout import Text, TextTokens, given_text, shipped_text, tokenize
 from pop_local.measure.probes import N_REPEATED
-from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
-from pop_local.measure.recall import N_AROUND, Recall, RecallSettings, measure_recall
+from pop_local.measure.quality import Quality, QualitySettings, choose_windows, measure_prunings
+from pop_local.measure.recall import (
+    N_AROUND,
+    Recall,
+    RecallSettings,
+    make_documents,
+    measure_recall,
+)
 from pop_local.measure.turns import SecondTurn, measure_second_turn
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
@@ -114,12 +121,13 @@ def evaluate(
     boundaries = _boundaries(source, files, shape, depths)
     text = shipped_text() if options.text is None else given_text(options.text)
     run = _Run(source, shape, options, text, hardware, watch)
-    run.context()  # what does not fit is said before minutes of fitting
     if fit is None:
         _require_projections(source, files.sidecar, boundaries)
         rows = run.rows(boundaries, files.sidecar)
     else:
         fit.require_text(shape.n_embd)
+        with run.opened(files):
+            pass  # what does not fit is said before minutes of fitting
         plans = [make_plan(shape, boundary=each, projection=FITTED) for each in boundaries]
 
         def measure(plan: Plan, sidecar: Path) -> Row:
@@ -221,9 +229,7 @@ class _Run:
         if self.options.baseline is not None:
             prunings += [always_skip(boundary) for boundary in boundaries]
         files = ModelFiles(self.source.first.path, sidecar)
-        with opened(files, self.hardware, self.watch, n_ctx=self.context()) as model:
-            use_rule(model, replace(model.rule, **self.full_rows))
-            tokens = tokenize(model, self.text)
+        with self.opened(files) as (model, tokens):
             advance = self.watch.stage("Measuring")
             qualities = measure_prunings(model, tokens, settings, prunings, advance)
             recalls = [self._recall(model, n_tokens, pops) for n_tokens in self.recall]
@@ -253,6 +259,21 @@ class _Run:
                 zip(qualities[:n], qualities[n:] or (None,) * n, strict=True)
             )
         )
+
+    @contextmanager
+    def opened(self, files: ModelFiles) -> Iterator[tuple[PopModel, TextTokens]]:
+        """The model, and the text in its tokens.
+
+        Raises PopError where it has no room for the windows, or documents for their facts.
+        """
+        with opened(files, self.hardware, self.watch, n_ctx=self.context()) as model:
+            use_rule(model, replace(model.rule, **self.full_rows))
+            tokens = tokenize(model, self.text)
+            with forced(model) as reader:
+                choose_windows(reader, tokens, self.options.settings)
+            if self.recall:
+                make_documents(model, self._asked(min(self.recall)))
+            yield model, tokens
 
     def context(self) -> int:
         """The context in tokens that is opened. Raises PopError when it is too small."""

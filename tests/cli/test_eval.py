@@ -240,11 +240,19 @@ def test_options_of_the_fit_without_it_are_wrong_usage(plain):
     assert "--fit" in done.stderr
 
 
-def test_too_small_a_context_is_said_before_the_fit(plain, text, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--ctx", "100"], "100 are given"),
+        (["--windows", "500"], "tokens are needed"),
+        (["--recall", "100"], "give longer documents (--recall)"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_fit(plain, text, monkeypatch, options, reason):
     monkeypatch.setattr("pop_local.workflows.evaluate.measure_fits", None)
-    done = evaluate(plain, "--text", text, *SHORT, "--fit", "--skip", "1/4", "--ctx", 100)
+    done = evaluate(plain, "--text", text, *SHORT, "--fit", "--skip", "1/4", *options)
     assert done.exit_code == 1
-    assert "100 are given" in " ".join(done.stderr.split())
+    assert reason in " ".join(done.stderr.split())
 
 
 def test_a_converted_file_is_not_fitted_again(pop_file, temporary):
