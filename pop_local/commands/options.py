@@ -13,7 +13,7 @@ from converter.fit import RIDGE, KvType, Weighting
 from converter.format import ATTENTION, WIDE
 from converter.plan import parse_skip
 from pop_local.calibration.options import FitOptions
-from pop_local.config.settings import MOST
+from pop_local.config.settings import MOST, MOST_SEED
 from pop_local.engine.llama.rpc import address
 from pop_local.workflows.options import Boundary, Hardware, Skip
 
@@ -90,7 +90,10 @@ TopP = Annotated[
     typer.Option("--top-p", min=0.0, max=1.0, callback=finite, help="Nucleus sampling."),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, help="Makes an answer repeatable. Default: chance.")
+    int | None,
+    typer.Option(
+        "--seed", min=0, max=MOST_SEED, help="Makes an answer repeatable. Default: chance."
+    ),
 ]
 Theme = Annotated[
     str,

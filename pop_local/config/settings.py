@@ -25,6 +25,8 @@ Scalar = int | float | str
 Origin = Literal["default", "file", "environment"]
 # llama.cpp counts no further.
 MOST = 2**31 - 1
+# The next one asks llama.cpp for chance.
+MOST_SEED = 2**32 - 2
 _MOST_BITS = 64
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
 

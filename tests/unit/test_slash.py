@@ -99,10 +99,13 @@ def test_set_shows_and_changes_how_answers_are_sampled():
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("/set top_p 2", "top_p is a number from 0 to 1, or default, not 2."),
-        ("/set seed x", "seed is a whole number from 0, or default, not x."),
-        ("/set max_tokens 0", "max_tokens is a whole number from 1, or default, not 0."),
-        ("/set temperature nan", "temperature is a number from 0, or default, not nan."),
+        ("/set top_p 2", "top_p: 2.0 is not a number from 0 to 1, nor 'default'."),
+        ("/set seed x", "seed: 'x' is not a whole number from 0 to 4,294,967,294, nor 'default'."),
+        (
+            "/set max_tokens 0",
+            "max_tokens: 0 is not a whole number from 1 to 2,147,483,647, nor 'default'.",
+        ),
+        ("/set temperature nan", "temperature: nan is not a number from 0, nor 'default'."),
         (
             "/set temprature 1",
             "There is no parameter temprature: did you mean temperature? (/set lists them.)",

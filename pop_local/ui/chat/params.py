@@ -1,43 +1,22 @@
 """/set: how answers are sampled, and how long they may be."""
 
-import math
-from dataclasses import dataclass
-
+from converter.errors import PopError
 from pop_local.config.nearest import nearest_hint
+from pop_local.config.settings import MOST, MOST_SEED, Setting, find, parse
 from pop_local.engine.turn import TurnOptions
 from pop_local.ui.chat.dialogue import Dialogue
 
-
-@dataclass(frozen=True)
-class Param:
-    """A field of TurnOptions that may be set, from `least` to `most`."""
-
-    kind: type[int] | type[float]
-    least: float = 0
-    most: float = math.inf
-
-    def parse(self, text: str) -> float | None:
-        """None for what it cannot be."""
-        try:
-            value = self.kind(text)
-        except ValueError:
-            return None
-        return value if self.least <= value <= self.most and math.isfinite(value) else None
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.kind is int else "a number"
-        return kind + f" from {self.least:g}" + (f" to {self.most:g}" if self.most < 1e9 else "")
-
-
-PARAMS = {
-    "temperature": Param(float),
-    "top_k": Param(int),
-    "top_p": Param(float, most=1),
-    "min_p": Param(float, most=1),
-    "repeat_penalty": Param(float, least=0.1),
-    "max_tokens": Param(int, least=1),
-    "seed": Param(int, most=2**32 - 2),
-}
+# Fields of TurnOptions.
+_PARAMS = (
+    find("temperature"),
+    Setting("top_k", int, least=0, most=MOST),
+    find("top_p"),
+    Setting("min_p", float, least=0, most=1),
+    Setting("repeat_penalty", float, least=0.1),
+    find("max_tokens"),
+    Setting("seed", int, least=0, most=MOST_SEED),
+)
+PARAMS = {param.key: param for param in _PARAMS}
 DEFAULT = "default"
 _DEFAULTS = TurnOptions()
 
@@ -57,11 +36,11 @@ def set_param(chat: Dialogue, argument: str) -> None:
     if text == DEFAULT:
         chat.sampling.pop(name, None)
     elif text:
-        value = param.parse(text)
-        if value is None:
-            chat.screen.note(f"{name} is {param}, or {DEFAULT}, not {text}.")
+        try:
+            chat.sampling[name] = parse(param, text)
+        except PopError as error:
+            chat.screen.note(f"{name}: {error.message}, nor {DEFAULT!r}.")
             return
-        chat.sampling[name] = value
     chat.screen.note(_line(chat, name))
 
 
