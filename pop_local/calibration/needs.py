@@ -1,10 +1,10 @@
 """What a calibration takes: how often the text is read, and how much memory."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from converter import fit
 from converter.format import ATTENTION, FITTED, WIDE
@@ -25,8 +25,6 @@ KINDS_OF_ONE = (FITTED, WIDE, ATTENTION)
 # Of a pruned prompt's work: a fit that adds more is not tried unless it is asked for, or copying
 # was lost in a search.
 MOST_COST = {WIDE: 0.015, ATTENTION: 0.03}
-# Where the machine does not say what is free.
-_FALLBACK_BYTES = 4 * 10**9
 
 
 class Pair(NamedTuple):
@@ -52,15 +50,7 @@ class Needs:
 
 def free_bytes() -> int:
     """Return the memory that programs could take now."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, OSError, ValueError):
-        return _FALLBACK_BYTES
+    return int(psutil.virtual_memory().available)
 
 
 def sums_limit_bytes(options: FitOptions) -> int:

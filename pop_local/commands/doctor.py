@@ -58,7 +58,7 @@ def doctor(
         Check("python", "Python", "ok", f"{platform.python_version()} ({sys.executable})"),
         Check("pop_local", "pop-local", "ok", __version__),
         *_backend(),
-        *_machine(),
+        _memory(),
         _model(),
     )
     is_ok = all(check.status != "fix" for check in checks)
@@ -144,15 +144,12 @@ def _enabled(features: str) -> str:
     return " ".join(name.strip() for name, _, value in names if value.strip() not in ("", "0"))
 
 
-def _machine() -> list[Check]:
-    try:
-        total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return []
+def _memory() -> Check:
+    total_bytes = psutil.virtual_memory().total
     if total_bytes < SMALL_MEMORY_BYTES:
         to_do = "take small models, and a small context (--ctx)"
-        return [Check("memory", "Memory", "note", size(total_bytes), to_do)]
-    return [Check("memory", "Memory", "ok", size(total_bytes))]
+        return Check("memory", "Memory", "note", size(total_bytes), to_do)
+    return Check("memory", "Memory", "ok", size(total_bytes))
 
 
 def _as_read(path: Path) -> str:

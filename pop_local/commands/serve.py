@@ -139,8 +139,10 @@ def _bound(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listening = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise PopError(f"{host} is no address of this machine: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        raise PopError(
+            f"{host} is no address of this machine", _BIND_HINTS[errno.EADDRNOTAVAIL]
+        ) from error
     if sys.platform != "win32":  # where it would let two servers share a port
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

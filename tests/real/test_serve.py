@@ -267,9 +267,13 @@ def test_a_port_in_use_is_one_clear_error(tiny_file):
     assert "--port 0" in hint
 
 
-def test_an_address_of_another_machine_is_said_to_be_none_of_this_one():
-    with pytest.raises(PopError, match=r"cannot listen on 192\.0\.2\.1") as caught:
-        serve._bound("192.0.2.1", 0)
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [("192.0.2.1", r"cannot listen on 192\.0\.2\.1"), ("a..b", r"a\.\.b is no address")],
+)
+def test_an_address_of_another_machine_is_said_to_be_none_of_this_one(host, reason):
+    with pytest.raises(PopError, match=reason) as caught:
+        serve._bound(host, 0)
     assert "an address of this machine" in caught.value.hint
 
 

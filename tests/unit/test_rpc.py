@@ -109,11 +109,13 @@ def test_a_server_that_has_another_client_is_named(pop_file, servers, monkeypatc
 
 
 def test_a_server_that_is_not_there_is_an_error():
-    name = f"127.0.0.1:{free_port()}"
     done = called("run", "model.gguf", "hello", "--rpc", "nonsense")
     assert (done.returncode, "give it as HOST:PORT" in done.stderr) == (2, True)
-    with pytest.raises(PopError, match=f"the RPC server {name} cannot be reached"):
-        rpc.Servers([name])
+    for name in (f"127.0.0.1:{free_port()}", "a..b:50052"):
+        with pytest.raises(PopError, match=f"the RPC server {name} cannot be reached"):
+            rpc.Servers([name])
+    with pytest.raises(PopError, match=r"a\.\.b is no address of this machine"):
+        rpc.serve("a..b", 50052, 1)
 
 
 def test_what_is_no_rpc_server_is_an_error():

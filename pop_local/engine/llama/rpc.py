@@ -91,8 +91,8 @@ def serve(host: str, port: int, n_threads: int) -> NoReturn:
     handles = (_POINTER * len(devices))(*devices)
     try:
         endpoint = f"{socket.gethostbyname(host)}:{port}"
-    except OSError as error:
-        raise PopError(f"{host} is no address of this machine: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:  # the latter by the rules for host names
+        raise PopError(f"{host} is no address of this machine", "give one, or 0.0.0.0") from error
     start(endpoint.encode(), None, n_threads, len(devices), handles)
     raise PopError(
         f"cannot listen on {host} port {port}", "another program may use it: take another port"
@@ -122,8 +122,8 @@ def _ask(server: str) -> None:
             f"the RPC server {server} does not answer",
             "it serves one client at a time: end the other one",
         ) from error
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise PopError(
             f"the RPC server {server} cannot be reached: {reason}",
             "start one there",
