@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converter.errors import PopError, StoppedError
+    from converter.errors import OutputExistsError, PopError, StoppedError
     from pop_local.calibration.options import FitOptions
+    from pop_local.engine.decode.grammar import GrammarError
     from pop_local.engine.model import PopModel
     from pop_local.engine.sessions.chat_session import Answer, ChatSession, Stream
     from pop_local.engine.sessions.conversation import Conversation, Document, Turn
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from pop_local.workflows.options import (
         AnalyzeOptions,
         Boundary,
+        Fastest,
         Hardware,
         RowOptions,
         Skip,
         Within,
     )
+    from pop_local.workflows.refusals import CopyingBrokenError, OverBudgetError
 
 __version__ = "0.1.0"
 
@@ -41,11 +44,16 @@ __all__ = [
     "ContextFullError",
     "Conversation",
     "Converted",
+    "CopyingBrokenError",
     "Document",
     "EvaluateOptions",
     "Evaluation",
+    "Fastest",
     "FitOptions",
+    "GrammarError",
     "Hardware",
+    "OutputExistsError",
+    "OverBudgetError",
     "PopError",
     "PopModel",
     "QualitySettings",
@@ -67,7 +75,7 @@ __all__ = [
 
 # Imported when they are asked for: the commands' --help must not load llama.cpp.
 _MODULES = {
-    "converter.errors": ["PopError", "StoppedError"],
+    "converter.errors": ["OutputExistsError", "PopError", "StoppedError"],
     "pop_local.calibration.options": ["FitOptions"],
     "pop_local.measure.budget": ["BALANCED", "FAST", "NEAR_LOSSLESS"],
     "pop_local.measure.quality": ["QualitySettings"],
@@ -76,8 +84,10 @@ _MODULES = {
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
     "pop_local.workflows.options": [
-        *("AnalyzeOptions", "Boundary", "Hardware", "RowOptions", "Skip", "Within"),
+        *("AnalyzeOptions", "Boundary", "Fastest", "Hardware", "RowOptions", "Skip", "Within"),
     ],
+    "pop_local.workflows.refusals": ["CopyingBrokenError", "OverBudgetError"],
+    "pop_local.engine.decode.grammar": ["GrammarError"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.documents": ["read_document"],
     "pop_local.engine.sessions.conversation": ["Conversation", "Document", "Turn"],

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
 # Of all passes that a progressive JPEG takes over its pixels; there may be any number in few bytes.

@@ -179,9 +179,9 @@ def set_boundary(ctx: Any, layer: int) -> None:
     _set("llama_pop_set_boundary", ctx, layer)
 
 
-def set_full_from(ctx: Any, position: int, sequence: int = 0) -> None:
-    """Rows of the sequence at or past the position are full; -1: none by position."""
-    _set("llama_pop_set_full_from", ctx, sequence, position)
+def set_full_from(ctx: Any, position: int) -> None:
+    """Rows of the first sequence at or past the position are full; -1: none by position."""
+    _set("llama_pop_set_full_from", ctx, 0, position)
 
 
 def set_sink(ctx: Any, n_tokens: int) -> None:

@@ -134,10 +134,7 @@ def _draw_importance(axes: Axes, gates: Importance, found: Analysis) -> None:
 
 def _draw_loss(axes: Axes, loss: _Loss, found: Analysis) -> None:
     values: dict[int, float] = {}
-    for kind, label, color in (
-        ("own", "own projections", "0.55"),
-        ("fitted", "fitted", "tab:blue"),
-    ):
+    for kind, label, color in _PROJECTIONS:
         least = _LEAST_SHOWN if loss.scale == "log" else -inf
         measured = [(depth, _estimate(depth, kind, loss)) for depth in found.depths]
         shown = [(depth, e) for depth, e in measured if e is not None and e.value > least]
