@@ -6,21 +6,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.asked import BOMB
-from support.paths import ROOT
 from support.rpc import rpc_server
 from support.serving import Served, served
-from support.shared_kv import GEMMA4_E2B, SharedKv, add_keys, shapes
-from support.synthetic import DEFAULTS, Recipe, add_header
+from support.shared_kv import GEMMA4_E2B, add_keys, shapes
+from support.synthetic import Recipe, add_header
 from support.terminal import Terminal
 
 __all__ = [
     "BOMB",
-    "DEFAULTS",
     "GEMMA4_E2B",
-    "ROOT",
     "Recipe",
     "Served",
-    "SharedKv",
     "Terminal",
     "add_header",
     "add_keys",
