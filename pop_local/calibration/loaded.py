@@ -11,7 +11,6 @@ from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.rpc import Servers
-from pop_local.engine.templates import LimitedChatFormatter
 
 _QUESTION = "QUESTION"
 
@@ -80,6 +79,8 @@ class LoadedModel:
         """
         if not self._template:
             return []
+        from pop_local.engine.templates import LimitedChatFormatter  # loads llama_cpp
+
         eos, bos = (
             self._api.llama_vocab_get_text(self.vocab, token).decode() if token >= 0 else ""
             for token in (
