@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -51,6 +52,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with a sentence 40 times; never write there."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random words, by which a tiny model is fitted well: its inputs differ. Never write there."""
+    drawn = np.random.default_rng(0).integers(97, 123, (9000, 5), np.uint8)
+    path = tmp_path_factory.mktemp("letters") / "words.txt"
+    path.write_text(" ".join(bytes(word).decode() for word in drawn))
     return path
 
 

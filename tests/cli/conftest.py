@@ -1,8 +1,13 @@
-"""What all tests of commands have."""
+"""What all tests of commands have, and what several of them convert, fit on and shorten."""
+
+from pathlib import Path
 
 import pytest
 
-from pop_local.workflows import examine
+from pop_local.measure import gradual, probes
+from pop_local.workflows import examine, search
+from support import calibrating
+from support.synthetic import make_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +15,29 @@ def own_projections_on_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """What they lose is measured wherever a command converts without a fit."""
     monkeypatch.setattr(examine, "N_OWN_WINDOWS", 1)
     monkeypatch.setattr(examine, "N_OWN_DRAWS", 1)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A random model of 8 layers, alone in tmp_path."""
+    return make_gguf(tmp_path / "tiny.gguf", "llama")
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to fit on; never write there."""
+    return calibrating.words(tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture
+def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examine, "N_WINDOWS", 1)
+    monkeypatch.setattr(probes, "N_DRAWS", 2)
+
+
+@pytest.fixture
+def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
+    monkeypatch.setattr(search, "N_WINDOWS", 2)
+    monkeypatch.setattr(search, "N_DOCUMENTS", 2)
+    monkeypatch.setattr(probes, "N_DRAWS", 1)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import gguf
 import pytest
@@ -26,11 +25,6 @@ def command(*arguments: object):
     depth = () if {"--skip", "--boundary"} & set(arguments) else ("--skip", "1/3")
     options = ["--projection", "own", *depth, *map(str, arguments)]
     return CliRunner().invoke(app, ["convert", *options])
-
-
-@pytest.fixture
-def tiny(tmp_path) -> Path:
-    return make_gguf(tmp_path / "tiny.gguf", "llama")
 
 
 # --- the plan

@@ -23,12 +23,11 @@ from pop_local.measure.estimate import Estimate
 from pop_local.measure.recall import Asked, RecallReference
 from pop_local.workflows import fits, full_model
 from pop_local.workflows import search as searching
-from support.calibrating import random_words
 from support.converted import names
-from support.searched import FEW, LOOSE, convert, measure_little
+from support.searched import FEW, LOOSE, convert
 from support.synthetic import make_gguf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
 # The command, stopped for good where it measures the first fitted candidate.
 STOPPED = """
@@ -49,26 +48,11 @@ main()
 """
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return random_words(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return make_gguf(tmp_path / "tiny.gguf", "llama")
-
-
-@pytest.fixture(autouse=True)
-def few_windows(monkeypatch):
-    measure_little(monkeypatch)
-
-
-def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, monkeypatch):
+def test_the_deepest_within_is_written_with_what_decided(tiny, letters, tmp_path, monkeypatch):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    done = convert(base, "--sidecar", "--text", text, *FEW, *LOOSE, "--json")
+    done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["boundary"], found["projection"]) == (2, "fitted")
@@ -99,7 +83,7 @@ def test_the_deepest_within_is_written_with_what_decided(base, text, tmp_path, m
     assert min(seconds.values()) > 0
 
 
-def test_what_is_measured_to_choose_a_kind_is_not_measured_again(base, text, monkeypatch):
+def test_what_is_measured_to_choose_a_kind_is_not_measured_again(tiny, letters, monkeypatch):
     monkeypatch.setattr(needs, "MOST_COST", {WIDE: 1.0})
     n_read: list[int] = []
 
@@ -109,7 +93,7 @@ def test_what_is_measured_to_choose_a_kind_is_not_measured_again(base, text, mon
         return reference
 
     monkeypatch.setattr(full_model, "read_reference", read)
-    done = convert(base, "--sidecar", "--text", text, *FEW, *LOOSE, "--json")
+    done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
     assert done.exit_code == 0, done.stderr
     assert n_read == [2]
     found = json.loads(done.stdout)
@@ -123,9 +107,9 @@ def test_what_is_measured_to_choose_a_kind_is_not_measured_again(base, text, mon
     assert f"{first['kl_mean']:.4f}" == kl
 
 
-def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
+def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     """The last layer's own projections are exact; a random model loses all else."""
-    done = convert(base, *FEW, "--max-kl", 0.0001)
+    done = convert(tiny, *FEW, "--max-kl", 0.0001)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
@@ -146,7 +130,7 @@ def test_one_layer_is_what_a_strict_budget_leaves(base, tmp_path):
 
 @pytest.mark.parametrize("gain", [1.0, 2.0])
 def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_enough(
-    base, tmp_path, monkeypatch, gain
+    tiny, tmp_path, monkeypatch, gain
 ):
     deepest = {0.0: 5, 0.1: 4}
 
@@ -166,7 +150,7 @@ def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_e
 
     monkeypatch.setattr(searching, "Gradual", Told)
     monkeypatch.setattr(searching, "SELECTION_GAIN", gain)
-    done = convert(base, "--projection", "own", "--threads", 1, "--json")
+    done = convert(tiny, "--projection", "own", "--threads", 1, "--json")
     assert done.exit_code == 0, done.stderr
     found, meta = json.loads(done.stdout), read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None
@@ -182,7 +166,7 @@ def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_e
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, monkeypatch):
+def test_attention_is_kept_where_copying_breaks_first(fails, letters, tmp_path, monkeypatch):
     fit = fits.Fitter.fit
 
     def fit_or_fail(self, plans, state_path):
@@ -204,9 +188,9 @@ def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, mon
 
     for module in (fits, searching):
         monkeypatch.setattr(module, "Gradual", Told)
-    base = make_gguf(tmp_path / "tiny.gguf", "llama", n_head_kv=1, n_ff=1024)
-    options = ("--sidecar", "--resume", "--text", text, *FEW, "--max-copy-ratio", 1.1, "--json")
-    done = convert(base, *options)
+    tiny = make_gguf(tmp_path / "tiny.gguf", "llama", n_head_kv=1, n_ff=1024)
+    options = ("--sidecar", "--resume", "--text", letters, *FEW, "--max-copy-ratio", 1.1, "--json")
+    done = convert(tiny, *options)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None
@@ -223,7 +207,7 @@ def test_attention_is_kept_where_copying_breaks_first(fails, text, tmp_path, mon
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop-sidecar.gguf"}
 
 
-def test_facts_that_are_lost_put_a_boundary_outside(base, text, tmp_path, monkeypatch):
+def test_facts_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, monkeypatch):
     """Three of a dozen, or of the two dozens that are asked for where fewer of the first are."""
     lost = {2: {0, 5, 9}, 3: {7, 11, 23}, 4: {7, 11}}
     asked: list[tuple[int, int]] = []
@@ -242,7 +226,7 @@ def test_facts_that_are_lost_put_a_boundary_outside(base, text, tmp_path, monkey
     monkeypatch.setattr(searching, "N_DOCUMENTS", 12)
     monkeypatch.setattr(RecallReference, "answers", answers)
     monkeypatch.setattr(RecallReference, "more", more)
-    done = convert(base, "--text", text, *FEW, *LOOSE)
+    done = convert(tiny, "--text", letters, *FEW, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.recall is not None
@@ -266,9 +250,9 @@ def test_models_that_see_have_no_selection(arch, tmp_path):
     assert "outside" in meta.budget.tried and "selected" not in meta.budget.tried
 
 
-def test_own_projections_need_no_fit(base, tmp_path, monkeypatch):
+def test_own_projections_need_no_fit(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("pop_local.workflows.fits.calibrate", None)
-    done = convert(base, "--projection", "own", "--threads", 1, *LOOSE)
+    done = convert(tiny, "--projection", "own", "--threads", 1, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.measured is not None
@@ -276,8 +260,8 @@ def test_own_projections_need_no_fit(base, tmp_path, monkeypatch):
     assert meta.measured.kl_mean > 0
 
 
-def test_when_nothing_passes_nothing_is_written(base, tmp_path):
-    done = convert(base, *FEW, "--max-kl", 0.0001, "--max-copy-ratio", 0.5)
+def test_when_nothing_passes_nothing_is_written(tiny, tmp_path):
+    done = convert(tiny, *FEW, "--max-kl", 0.0001, "--max-copy-ratio", 0.5)
     assert done.exit_code == 1
     assert "not even 1 skipped layer is within the budget" in done.stderr
     assert "hint" in done.stderr
@@ -300,15 +284,15 @@ def test_when_nothing_passes_nothing_is_written(base, tmp_path):
         ("--max-copy-ratio", 0),
     ],
 )
-def test_contradictions_are_wrong_usage(base, tmp_path, options):
-    assert convert(base, *options).exit_code == 2
+def test_contradictions_are_wrong_usage(tiny, tmp_path, options):
+    assert convert(tiny, *options).exit_code == 2
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_an_output_in_the_way_is_refused_before_measuring(base, tmp_path, monkeypatch):
+def test_an_output_in_the_way_is_refused_before_measuring(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "_Search", None)
     (tmp_path / "tiny.pop.gguf").touch()
-    refused = convert(base)
+    refused = convert(tiny)
     assert refused.exit_code == 1
     assert "--force" in refused.stderr
 
@@ -323,29 +307,29 @@ def test_an_output_in_the_way_is_refused_before_measuring(base, tmp_path, monkey
     ],
 )
 def test_what_no_fit_could_use_is_refused_before_measuring(
-    base, tmp_path, monkeypatch, options, reason
+    tiny, tmp_path, monkeypatch, options, reason
 ):
     monkeypatch.setattr(searching, "_Search", None)
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("ten bytes.")
     for dry_run in ((), ("--dry-run",)):
-        refused = convert(base, *options, *dry_run)
+        refused = convert(tiny, *options, *dry_run)
         assert (refused.exit_code, refused.stdout) == (1, "")
         assert reason in " ".join(refused.stderr.split())
 
 
-def test_dry_run_says_what_would_be_tried(base, tmp_path, monkeypatch):
+def test_dry_run_says_what_would_be_tried(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(searching, "_Search", None)
-    done = convert(base, "--dry-run", "--quality", "near-lossless")
+    done = convert(tiny, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout
     facts = " ".join(done.stdout.split())
     assert "16,384 tokens in one pass" in facts
     assert re.search(r"Memory [\d.]+ MB in all, [\d.]+ MB for the fit", facts)
-    short_of_memory = convert(base, "--dry-run", "--memory", 0).stdout
+    short_of_memory = convert(tiny, "--dry-run", "--memory", 0).stdout
     assert "up to 15 passes" in " ".join(short_of_memory.split())
     assert "near-lossless: KL at most 0.015, perplexity at most 1.01" in facts
-    planned = json.loads(convert(base, "--dry-run", "--max-kl", 0.2, "--json").stdout)
+    planned = json.loads(convert(tiny, "--dry-run", "--max-kl", 0.2, "--json").stdout)
     assert planned["boundaries"] == [7, 6, 5, 4, 3, 2]
     assert (planned["distilled"], planned["budget"]["max_kl"]) == (False, 0.2)
     assert planned["budget"]["max_copy_ratio"] == 1.1
@@ -354,9 +338,9 @@ def test_dry_run_says_what_would_be_tried(base, tmp_path, monkeypatch):
 
 
 def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
-    base, text, tmp_path, monkeypatch
+    tiny, letters, tmp_path, monkeypatch
 ):
-    options = (base, "--text", text, *FEW, *LOOSE, "--resume")
+    options = (tiny, "--text", letters, *FEW, *LOOSE, "--resume")
     with monkeypatch.context() as stopping:
         stopping.setattr(gradual.Gradual, "measure", _interrupt)
         stopped = convert(*options, "--memory", 0)
@@ -379,7 +363,7 @@ def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
 
 
 def test_text_is_sampled_once_however_many_fits_there_are(tmp_path, monkeypatch):
-    base = make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=5)
+    tiny = make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=5)
     sampled, fitted = [], []
 
     def sample(*arguments, real=texts.sample_windows, **how):
@@ -392,7 +376,7 @@ def test_text_is_sampled_once_however_many_fits_there_are(tmp_path, monkeypatch)
 
     monkeypatch.setattr(texts, "sample_windows", sample)
     monkeypatch.setattr(fits.Fitter, "fit", fit)
-    done = convert(base, *FEW, *LOOSE, "--memory", 0)
+    done = convert(tiny, *FEW, *LOOSE, "--memory", 0)
     assert done.exit_code == 0, done.stderr
     assert fitted == [[3], [2], [1]]
     assert len(sampled) == 1
@@ -402,11 +386,11 @@ def _interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_stopping_leaves_nothing(base, text, tmp_path):
+def test_stopping_leaves_nothing(tiny, letters, tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     child = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, base, "--text", text, *map(str, FEW), *map(str, LOOSE)],
+        [sys.executable, "-c", STOPPED, tiny, "--text", letters, *map(str, FEW), *map(str, LOOSE)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -426,9 +410,9 @@ def test_stopping_leaves_nothing(base, text, tmp_path):
     assert not names(temporary)
 
 
-def test_nothing_is_kept_of_a_search_that_finds_nothing(base, text, tmp_path, monkeypatch):
+def test_nothing_is_kept_of_a_search_that_finds_nothing(tiny, letters, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "is_inside", lambda *_: False)
-    done = convert(base, "--text", text, *FEW, *LOOSE, "--resume")
+    done = convert(tiny, "--text", letters, *FEW, *LOOSE, "--resume")
     assert done.exit_code == 1
     assert "Fitting the projections for boundary 2, 3, 4, 5, 6" in done.stderr
     assert "not even 1 skipped layer is within the budget" in done.stderr

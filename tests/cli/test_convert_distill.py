@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,32 +20,16 @@ from pop_local.measure.estimate import Estimate
 from pop_local.workflows import fits
 from pop_local.workflows import search as searching
 from pop_local.workflows.refusals import Trial
-from support.calibrating import random_words
 from support.converted import names
-from support.searched import FEW, LOOSE, convert, measure_little
+from support.searched import FEW, LOOSE, convert
 from support.synthetic import make_gguf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
 FIT = ("--projection", "fitted", "--distill", *FEW)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return random_words(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return make_gguf(tmp_path / "tiny.gguf", "llama")
-
-
-@pytest.fixture(autouse=True)
-def few_windows(monkeypatch):
-    measure_little(monkeypatch)
-
-
-def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, monkeypatch):
+def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path, monkeypatch):
     """The fits are trained on so little here that what is inside says nothing about them."""
     pytest.importorskip("torch")
     distilled: list[int] = []
@@ -76,7 +59,7 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
 
     for module in (fits, searching):
         monkeypatch.setattr(module, "Gradual", Told)
-    done = convert(base, "--sidecar", *FIT, "--text", text, "--json")
+    done = convert(tiny, "--sidecar", *FIT, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None
@@ -92,8 +75,8 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(base, text, tmp_path, m
 
 
 @pytest.mark.parametrize("kind", [WIDE, ATTENTION])
-def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(kind, base, monkeypatch):
-    shape = source_shape(read_source(base))
+def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(kind, tiny, monkeypatch):
+    shape = source_shape(read_source(tiny))
     plans = {each: make_plan(shape, boundary=each, projection=WIDE) for each in (5, 4, 3)}
     unused: Any = None
     fitted = {(each, either, False): unused for each in plans for either in (WIDE, ATTENTION)}
@@ -124,35 +107,35 @@ def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(kind, bas
     ],
 )
 def test_what_cannot_be_distilled_is_refused_before_measuring(arch, options, reason, tmp_path):
-    base = make_gguf(tmp_path / "tiny.gguf", arch)
-    done = convert(base, "--distill", *options)
+    tiny = make_gguf(tmp_path / "tiny.gguf", arch)
+    done = convert(tiny, "--distill", *options)
     assert done.exit_code == 1
     assert reason in done.stderr and "leave out --distill" in done.stderr
     assert names(tmp_path) == {"tiny.gguf"}
 
 
-def test_distilling_wants_torch_and_memory(base, monkeypatch):
+def test_distilling_wants_torch_and_memory(tiny, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(needs, "free_bytes", lambda: 10**6)
-        done = convert(base, "--distill")
+        done = convert(tiny, "--distill")
         assert done.exit_code == 1
         assert "distilling the fit needs" in done.stderr
         assert "close other programs, or leave out --distill" in " ".join(done.stderr.split())
     monkeypatch.setitem(sys.modules, "torch", None)
-    done = convert(base, "--distill")
+    done = convert(tiny, "--distill")
     assert done.exit_code == 1
     assert "pip install 'pop-local[analyze]'" in " ".join(done.stderr.split())
-    assert convert(base, "--distill", "--projection", "own").exit_code == 2
+    assert convert(tiny, "--distill", "--projection", "own").exit_code == 2
 
 
-def test_what_goes_wrong_leaves_what_was_found_without(base, text, tmp_path, monkeypatch):
+def test_what_goes_wrong_leaves_what_was_found_without(tiny, letters, tmp_path, monkeypatch):
     pytest.importorskip("torch")
 
     def fail(*args):
         raise PopError("no memory is left")
 
     monkeypatch.setattr(fits, "prepare", fail)
-    done = convert(base, "--sidecar", *FIT, *LOOSE, "--text", text, "--json")
+    done = convert(tiny, "--sidecar", *FIT, *LOOSE, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["distilled"] is False
     assert "Distilling is left out: no memory is left" in done.stderr

@@ -44,11 +44,6 @@ main()
 """
 
 
-@pytest.fixture
-def tiny(tmp_path) -> Path:
-    return make_gguf(tmp_path / "tiny.gguf", "llama")
-
-
 # --- what is refused before writing
 
 

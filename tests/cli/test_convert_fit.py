@@ -21,10 +21,9 @@ from converter.macs import LIMIT_PROMPT, speedup_limit
 from converter.shape import read_shape
 from pop_local.calibration import texts
 from pop_local.cli import app
-from pop_local.measure import budget, probes
+from pop_local.measure import budget
 from pop_local.workflows import examine as examining
 from pop_local.workflows import fits
-from support.calibrating import words
 from support.converted import names
 from support.synthetic import make_gguf
 
@@ -75,22 +74,6 @@ def convert(*arguments: object):
     return CliRunner().invoke(app, ["convert", *map(str, arguments), *depth, *FEW])
 
 
-@pytest.fixture
-def tiny(tmp_path) -> Path:
-    return make_gguf(tmp_path / "tiny.gguf", "llama")
-
-
-@pytest.fixture
-def text(tmp_path_factory) -> Path:
-    return words(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def short_examination(monkeypatch):
-    monkeypatch.setattr(examining, "N_WINDOWS", 1)
-    monkeypatch.setattr(probes, "N_DRAWS", 2)
-
-
 def test_by_default_it_fits_and_measures(tiny, tmp_path):
     done = convert(tiny, "--json")
     assert done.exit_code == 0, done.output
@@ -104,8 +87,8 @@ def test_by_default_it_fits_and_measures(tiny, tmp_path):
     assert names(tmp_path) == {"tiny.gguf", "tiny.pop.gguf"}
 
 
-def test_people_read_the_figures_that_are_stored(tiny, tmp_path, text):
-    done = convert(tiny, "--text", text)
+def test_people_read_the_figures_that_are_stored(tiny, tmp_path, words):
+    done = convert(tiny, "--text", words)
     said = " ".join(done.stdout.split())
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.measured is not None
@@ -114,10 +97,10 @@ def test_people_read_the_figures_that_are_stored(tiny, tmp_path, text):
     assert said.count("pop-local only") == 1
 
 
-def test_a_named_depth_is_distilled(tiny, tmp_path, text, short_examination, monkeypatch):
+def test_a_named_depth_is_distilled(tiny, tmp_path, words, short_examination, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(texts, "N_DISTILLED", 6)
-    fit = ("--projection", "attention", "--text", text, "--distill")
+    fit = ("--projection", "attention", "--text", words, "--distill")
     done = convert(tiny, *fit, "--sidecar", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -130,9 +113,9 @@ def test_a_named_depth_is_distilled(tiny, tmp_path, text, short_examination, mon
     assert "fitted-attention, distilled" in shown.stdout
 
 
-def test_a_wide_fit(tiny, tmp_path, text, short_examination):
+def test_a_wide_fit(tiny, tmp_path, words, short_examination):
     """Its cost is in every limit that is said."""
-    done = convert(tiny, "--projection", "wide", "--text", text, "--json")
+    done = convert(tiny, "--projection", "wide", "--text", words, "--json")
     assert done.exit_code == 0, done.output
     report, target = json.loads(done.stdout), tmp_path / "tiny.pop.gguf"
     meta = read_pop_meta(target)
@@ -152,13 +135,13 @@ def test_a_wide_fit(tiny, tmp_path, text, short_examination):
     assert "fitted-wide" in done.stdout
 
 
-def test_where_it_is_cheap_the_kind_is_measured(tmp_path, text, short_examination, monkeypatch):
+def test_where_it_is_cheap_the_kind_is_measured(tmp_path, words, short_examination, monkeypatch):
     """Few K/V heads beside a wide FFN; a wide fit to noise that wins nothing is not taken."""
     monkeypatch.setattr(fits, "_N_WINDOWS", 1)
     model = make_gguf(tmp_path / "cheap.gguf", "llama", n_head_kv=1, n_ff=1024)
     for worth, wanted in ((-100.0, "fitted-wide"), (100.0, "fitted")):
         monkeypatch.setattr(fits, "_WORTH", worth)
-        done = convert(model, "--boundary", 6, "--text", text, "--force")
+        done = convert(model, "--boundary", 6, "--text", words, "--force")
         assert done.exit_code == 0, done.output
         meta = read_pop_meta(tmp_path / "cheap.pop.gguf")
         assert meta is not None and meta.projection == wanted
@@ -215,20 +198,20 @@ def test_too_few_tokens(tiny, tmp_path):
     assert_refused(done, tmp_path, "this model needs 2,048")
 
 
-def test_a_singular_gram(tmp_path, text):
+def test_a_singular_gram(tmp_path, words):
     """As many tokens as inputs, but the first of each window does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
-    done = convert(wide, "--skip", 2, "--text", text, "--ridge", 0)
+    done = convert(wide, "--skip", 2, "--text", words, "--ridge", 0)
     assert_refused(done, tmp_path, "singular")
 
 
 @pytest.mark.parametrize("own_text", [True, False])
-def test_activations_that_are_not_finite(tiny, tmp_path, text, own_text):
+def test_activations_that_are_not_finite(tiny, tmp_path, words, own_text):
     with tiny.open("r+b") as file:
         norm = next(t for t in gguf.GGUFReader(tiny).tensors if t.name == "blk.1.attn_norm.weight")
         file.seek(norm.data_offset)
         file.write(np.full(3, np.nan, np.float32).tobytes())
-    done = convert(tiny, *([] if own_text else ["--text", text]))
+    done = convert(tiny, *([] if own_text else ["--text", words]))
     assert_refused(done, tmp_path, "not numbers" if own_text else "not finite")
 
 
@@ -268,31 +251,31 @@ posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 
 
 @posix
-def test_ctrl_c_leaves_nothing(tiny, tmp_path, text):
-    stopped(tmp_path, "convert", tiny, "--text", text, *THIRD)
+def test_ctrl_c_leaves_nothing(tiny, tmp_path, words):
+    stopped(tmp_path, "convert", tiny, "--text", words, *THIRD)
     assert names(tmp_path) == {"tiny.gguf"}
 
 
 @posix
-def test_ctrl_c_and_resume(tiny, tmp_path, text):
+def test_ctrl_c_and_resume(tiny, tmp_path, words):
     target, whole = tmp_path / "tiny.pop.gguf", tmp_path / "whole.gguf"
-    options = ("--text", text, "--resume", *THIRD)
+    options = ("--text", words, "--resume", *THIRD)
     assert "goes on from there" in stopped(tmp_path, "convert", tiny, *options)
     assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
     assert convert(tiny, *options).exit_code == 0
-    assert convert(tiny, whole, "--text", text).exit_code == 0
+    assert convert(tiny, whole, "--text", words).exit_code == 0
     assert target.read_bytes() == whole.read_bytes()
     assert names(tmp_path) == {"tiny.gguf", target.name, whole.name}
 
 
 @posix
-def test_killed_again_and_again_after_the_first_checkpoint(tiny, tmp_path, text):
+def test_killed_again_and_again_after_the_first_checkpoint(tiny, tmp_path, words):
     """At random moments; a conversion that is done before begins anew."""
     target, kept = tmp_path / "tiny.pop.gguf", tmp_path / ".tiny.pop.gguf.calibration"
     rng, n_kills = random.Random(0), 0
 
     def run(*output: Path, killed_within_s: float = 0.0) -> float:
-        options = [tiny, *output, "--text", text, *FEW, *THIRD]
+        options = [tiny, *output, "--text", words, *FEW, *THIRD]
         command = [sys.executable, "-c", KEEPING, *map(str, options), "--resume"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
@@ -326,9 +309,9 @@ def test_killed_again_and_again_after_the_first_checkpoint(tiny, tmp_path, text)
 
 
 def test_a_fit_outlasts_a_stop_of_what_follows(
-    tiny, tmp_path, text, monkeypatch, short_examination
+    tiny, tmp_path, words, monkeypatch, short_examination
 ):
-    options = (tiny, "--text", text, "--resume")
+    options = (tiny, "--text", words, "--resume")
     with monkeypatch.context() as stopping:
         stopping.setattr(examining.Examination, "of_fit", _interrupt)
         stopped = convert(*options)
@@ -345,6 +328,6 @@ def _interrupt(*arguments: object) -> None:
 
 
 @posix
-def test_ctrl_c_in_eval_leaves_nothing(tiny, tmp_path, text):
-    stopped(tmp_path, "eval", tiny, "--fit", *THIRD, "--fit-text", text)
+def test_ctrl_c_in_eval_leaves_nothing(tiny, tmp_path, words):
+    stopped(tmp_path, "eval", tiny, "--fit", *THIRD, "--fit-text", words)
     assert names(tmp_path) == {"tiny.gguf"}

@@ -11,6 +11,7 @@ from pop_local.cli import app
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows import fastest
+from support.searched import convert
 from support.synthetic import make_gguf
 
 QUICK = ("--projection", "own", "--threads", "1")
@@ -32,10 +33,6 @@ def meta_of(path):
     meta = read_pop_meta(path)
     assert meta is not None
     return meta
-
-
-def convert(*arguments):
-    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
 
 @pytest.fixture

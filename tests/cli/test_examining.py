@@ -11,33 +11,15 @@ from typer.testing import CliRunner, Result
 
 from converter.format import ATTENTION, read_pop_meta
 from pop_local.cli import app
-from pop_local.measure import budget, depth, probes
+from pop_local.measure import budget, depth
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows import examine as examining
 from pop_local.workflows import fits
-from support.calibrating import words
-from support.synthetic import make_gguf
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_examination")]
 
 # Copying random tokens is left out of them: no random model does.
 ANYTHING = replace(budget.BALANCED, max_kl=50.0, max_ppl_ratio=1000.0, max_copy_ratio=1000.0)
-
-
-@pytest.fixture(autouse=True)
-def few_windows(monkeypatch):
-    monkeypatch.setattr(examining, "N_WINDOWS", 1)
-    monkeypatch.setattr(probes, "N_DRAWS", 2)
-
-
-@pytest.fixture
-def tiny(tmp_path) -> Path:
-    return make_gguf(tmp_path / "tiny.gguf", "llama")
-
-
-@pytest.fixture
-def text(tmp_path_factory) -> Path:
-    return words(tmp_path_factory.mktemp("text"))
 
 
 def convert(*arguments: object) -> Result:
@@ -66,17 +48,17 @@ def test_within_the_budget_nothing_is_said(tiny, tmp_path, monkeypatch):
     assert "BROKEN" not in shown(tmp_path / "tiny.pop.gguf")
 
 
-def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, text, tmp_path, monkeypatch):
+def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_path, monkeypatch):
     allow(monkeypatch, replace(ANYTHING, max_kl=1e-6), ANYTHING)
-    done = convert(tiny, "--boundary", 5, "--text", text, "--tokens", 2048)
+    done = convert(tiny, "--boundary", 5, "--text", words, "--tokens", 2048)
     assert done.exit_code == 0, done.stderr
     assert "boundary 5 is outside the balanced budget (KL 1e-06," in done.stderr
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 
-def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, text, tmp_path, monkeypatch):
+def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, words, tmp_path, monkeypatch):
     monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
-    arguments = (tiny, "--boundary", 6, "--text", text, "--tokens", 2048)
+    arguments = (tiny, "--boundary", 6, "--text", words, "--tokens", 2048)
     with monkeypatch.context() as unfitted:
         unfitted.setattr(fits, "calibrate", None)
         done = convert(*arguments)
@@ -109,9 +91,9 @@ def test_what_cannot_be_measured_is_written_all_the_same(tiny, tmp_path):
     assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
 
 
-def test_a_fit_that_could_not_be_measured_is_not_begun(tiny, text, tmp_path, monkeypatch):
+def test_a_fit_that_could_not_be_measured_is_not_begun(tiny, words, tmp_path, monkeypatch):
     monkeypatch.setattr(fits, "calibrate", None)
-    done = convert(tiny, "--boundary", 5, "--tail", 600, "--text", text, "--tokens", 2048)
+    done = convert(tiny, "--boundary", 5, "--tail", 600, "--text", words, "--tokens", 2048)
     assert done.exit_code == 1
     assert "the fit could not be measured: of a context of 512 tokens none" in done.stderr
     assert "lower --sink and --tail" in done.stderr
@@ -127,20 +109,20 @@ def test_without_a_backend_nothing_is_measured(tiny, tmp_path):
     assert (tmp_path / "tiny.pop.gguf").exists()
 
 
-def test_a_refusal_leaves_the_fit_of_another_depth(tiny, text, tmp_path, monkeypatch):
+def test_a_refusal_leaves_the_fit_of_another_depth(tiny, words, tmp_path, monkeypatch):
     state = tmp_path / ".tiny.pop.gguf.calibration"
     state.write_bytes(b"kept by a run that was stopped")
     monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
-    done = convert(tiny, "--boundary", 6, "--text", text, "--tokens", 2048, "--resume")
+    done = convert(tiny, "--boundary", 6, "--text", words, "--tokens", 2048, "--resume")
     assert done.exit_code == 1
     assert "no fit brings that back" in done.stderr
     assert state.exists()
 
 
-def test_attention_is_fitted_where_own_projections_copy_nothing(tiny, text, tmp_path, monkeypatch):
+def test_attention_is_fitted_where_own_projections_copy_nothing(tiny, words, tmp_path, monkeypatch):
     monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
     allow(monkeypatch, ANYTHING, ANYTHING)
-    given = ("--boundary", 6, "--text", text, "--tokens", 2048, "--projection", "attention")
+    given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--projection", "attention")
     assert convert(tiny, *given).exit_code == 0
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.projection == ATTENTION

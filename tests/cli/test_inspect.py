@@ -20,19 +20,14 @@ def inspect(*arguments: object):
 
 
 @pytest.fixture
-def plain(tmp_path) -> Path:
-    return make_gguf(tmp_path / "tiny.gguf", "llama")
-
-
-@pytest.fixture
-def converted(plain: Path) -> Path:
-    target = plain.with_name("tiny.pop.gguf")
-    convert(make_plan(read_shape(plain), boundary=5, tail_tokens=7), plain, target)
+def converted(tiny: Path) -> Path:
+    target = tiny.with_name("tiny.pop.gguf")
+    convert(make_plan(read_shape(tiny), boundary=5, tail_tokens=7), tiny, target)
     return target
 
 
-def test_unconverted_file(plain):
-    found = json.loads(inspect(plain, "--json").stdout)
+def test_unconverted_file(tiny):
+    found = json.loads(inspect(tiny, "--json").stdout)
     assert found["architecture"] == "llama"
     assert found["architecture_supported"]
     assert found["n_layer"] == 8
@@ -40,20 +35,20 @@ def test_unconverted_file(plain):
     assert found["pop"] is None
     assert found["opens_in_stock_llama_cpp"]
     assert found["verification"] is None
-    assert found["size_bytes"] == plain.stat().st_size
-    assert sum(group["size_bytes"] for group in found["tensors"]) < plain.stat().st_size
+    assert found["size_bytes"] == tiny.stat().st_size
+    assert sum(group["size_bytes"] for group in found["tensors"]) < tiny.stat().st_size
     assert {group["type"] for group in found["tensors"]} == {"F16", "F32"}
 
 
-def test_converted_file(plain, converted):
+def test_converted_file(tiny, converted):
     found = json.loads(inspect(converted, "--json", "--verify").stdout)
     assert (found["boundary"], found["n_skipped"]) == (5, 3)
     assert found["pop"]["schedule"] == "FFFFFSSS"
     assert found["pop"]["projection"] == "own"
     assert found["pop"]["tail_tokens"] == 7
-    assert found["pop"]["source_name"] == plain.name
+    assert found["pop"]["source_name"] == tiny.name
     assert found["opens_in_stock_llama_cpp"]
-    sha256 = hashlib.sha256(plain.read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(tiny.read_bytes()).hexdigest()
     assert found["verification"] == {"sha256": sha256, "unchanged": True, "catalog_name": None}
 
 
@@ -83,13 +78,13 @@ def test_unsupported_architecture_is_shown_as_such(tmp_path):
     assert "olmo2 (cannot be pruned)" in done.stdout
 
 
-def test_bad_files_are_one_error(tmp_path, plain):
+def test_bad_files_are_one_error(tmp_path, tiny):
     text = tmp_path / "notes.gguf"
     text.write_text("not a model")
     short = tmp_path / "short.gguf"
-    shutil.copy(plain, short)
+    shutil.copy(tiny, short)
     with short.open("r+b") as file:
-        file.truncate(plain.stat().st_size // 2)
+        file.truncate(tiny.stat().st_size // 2)
     for path, reason in (
         (text, "is not a GGUF file"),
         (short, "is cut short"),

@@ -26,11 +26,6 @@ def converted(src: Path, dst: Path) -> Path:
 
 
 @pytest.fixture
-def tiny(tmp_path) -> Path:
-    return make_gguf(tmp_path / "tiny.gguf", "llama")
-
-
-@pytest.fixture
 def pop(tiny) -> Path:
     return converted(tiny, tiny.with_name("tiny.pop.gguf"))
 

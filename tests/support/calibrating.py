@@ -1,6 +1,7 @@
 """Calibrations as their tests make them, and a recorder of what the taps show."""
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,12 @@ from pop_local.calibration.texts import N_WINDOW
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]
 SILENT = Follow(lambda done, total: None, lambda done, total: None, lambda: False)
+
+
+def stopped_at(n: int) -> Follow:
+    """Says stop when it is asked for the n-th time."""
+    asked = count(1)
+    return replace(SILENT, should_stop=lambda: next(asked) == n)
 
 
 class Recorder:
@@ -77,14 +84,6 @@ def words(folder: Path) -> Path:
     """A text that is long enough to fit a tiny model on, written in no time."""
     path = folder / "words.txt"
     path.write_text(" ".join(f"w{number}" for number in range(9000)))
-    return path
-
-
-def random_words(folder: Path) -> Path:
-    """The same of random letters, whose tokens tell a model's inputs apart."""
-    letters = np.random.default_rng(0).integers(97, 123, (9000, 5), np.uint8)
-    path = folder / "words.txt"
-    path.write_text(" ".join(bytes(word).decode() for word in letters))
     return path
 
 

@@ -1,13 +1,15 @@
-"""Models that see, for the tests of pictures, and one to talk to, for sessions and programs."""
+"""Models: some that see, a plain one to calibrate, and one to talk to."""
 
 from pathlib import Path
 
 import pytest
 
+from pop_local import PopModel
 from pop_local.engine.sessions.session_file import Sessions
 from support.converted import tiny
+from support.programs import opened
 from support.seeing import ARCHS, Seeing, make_seeing
-from support.synthetic import TEMPLATE
+from support.synthetic import TEMPLATE, make_gguf
 
 
 @pytest.fixture(scope="module", params=ARCHS)
@@ -21,8 +23,26 @@ def smol(tmp_path_factory) -> Seeing:
 
 
 @pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return make_gguf(tmp_path_factory.mktemp("model") / "llama.gguf", "llama")
+
+
+@pytest.fixture(scope="module")
 def chat_model(tmp_path_factory) -> Path:
     return tiny(tmp_path_factory.mktemp("talking"), boundary=5, chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def opened_chat_model(chat_model) -> PopModel:
+    return opened(chat_model)
+
+
+@pytest.fixture
+def model(opened_chat_model) -> PopModel:
+    """The one to talk to, as programs open it; many files have a model of their own."""
+    opened_chat_model.pruning = True
+    opened_chat_model.clear()
+    return opened_chat_model
 
 
 @pytest.fixture

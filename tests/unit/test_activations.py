@@ -16,11 +16,6 @@ from support.calibrating import ARCHS, BOUNDARY, Recorder, prompt, recorded
 from support.synthetic import make_gguf
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return make_gguf(tmp_path_factory.mktemp("model") / "llama.gguf", "llama")
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_taps_show_what_the_layer_computes(arch: str, tmp_path: Path):
     """K and V of layer l are its own projections of the state before it; attention adds up."""

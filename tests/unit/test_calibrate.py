@@ -26,32 +26,22 @@ from support.calibrating import (
     fitted,
     fitted_at,
     planned,
-    random_words,
     recorded,
     settings,
+    stopped_at,
 )
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return random_words(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return make_gguf(tmp_path_factory.mktemp("model") / "llama.gguf", "llama")
-
-
 @pytest.mark.parametrize("weighting", Weighting)
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
-def test_the_fit_equals_direct_least_squares(arch, weighting, text, tmp_path):
+def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", arch)
-    tensors = {t.name: t for t in fitted(path, settings(text, weighting=weighting)).tensors}
+    tensors = {t.name: t for t in fitted(path, settings(letters, weighting=weighting)).tensors}
     with LoadedModel(path, n_threads=1) as model:
-        windows = given_text(model, text, N_TOKENS // N_WINDOW, 128).windows
+        windows = given_text(model, letters, N_TOKENS // N_WINDOW, 128).windows
     shown = recorded(path, windows.tolist())
     x = np.concatenate(
         [fit.with_bias(fit.normalised(rows[1:], 1e-6)) for rows in shown.states[BOUNDARY]]
@@ -89,7 +79,7 @@ def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(weights), np.concatenate(biases)
 
 
-def test_groups_of_layers_give_the_same_fit(llama: Path, text: Path):
+def test_groups_of_layers_give_the_same_fit(llama: Path, letters: Path):
     plan, source = planned(llama), read_source(llama)
     small = plan_needs((plan,), source, FitOptions(memory_bytes=1))
     large = plan_needs((plan,), source, FitOptions(memory_bytes=1 << 30))
@@ -97,18 +87,18 @@ def test_groups_of_layers_give_the_same_fit(llama: Path, text: Path):
     assert list(small.groups) == [(pair,) for pair in pairs]
     assert list(large.groups) == [tuple(pairs)]
     assert small.sums_bytes < large.sums_bytes
-    at_once = fitted(llama, settings(text))
-    assert fitted(llama, settings(text, memory_bytes=1)) == at_once
+    at_once = fitted(llama, settings(letters))
+    assert fitted(llama, settings(letters, memory_bytes=1)) == at_once
 
 
 @pytest.mark.parametrize("memory_bytes", [1, 1 << 30])
-def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama: Path, text: Path):
-    options = settings(text, memory_bytes=memory_bytes)
+def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama: Path, letters: Path):
+    options = settings(letters, memory_bytes=memory_bytes)
     read: list[int] = []
     watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
     together = fitted_at((3, 5), llama, options, watch)
     assert read[-1] == N_TOKENS * (1 if memory_bytes > 1 else 6)
-    apart = [fitted_at((boundary,), llama, settings(text))[0] for boundary in (3, 5)]
+    apart = [fitted_at((boundary,), llama, settings(letters))[0] for boundary in (3, 5)]
     assert [len(each.tensors) for each in together] == [4 * 4, 2 * 4]
     assert list(together) == apart
 
@@ -126,43 +116,31 @@ def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama: Path, text: 
     ],
 )
 def test_a_resumed_fit_equals_one_without_a_stop(
-    memory_bytes, stop_after, first_read, llama, text, tmp_path
+    memory_bytes, stop_after, first_read, llama, letters, tmp_path
 ):
-    kept = settings(text, state_path=tmp_path / "state", memory_bytes=memory_bytes)
-    asked = [0]
-
-    def should_stop() -> bool:
-        asked[0] += 1
-        return asked[0] == stop_after
-
+    kept = settings(letters, state_path=tmp_path / "state", memory_bytes=memory_bytes)
     with pytest.raises(StoppedError):
-        fitted(llama, kept, replace(SILENT, should_stop=should_stop))
+        fitted(llama, kept, stopped_at(stop_after))
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     read: list[int] = []
     again = fitted(llama, kept, replace(SILENT, on_reading=lambda done, total: read.append(done)))
     assert next(iter(read), None) == first_read
-    assert again == fitted(llama, settings(text, memory_bytes=memory_bytes))
+    assert again == fitted(llama, settings(letters, memory_bytes=memory_bytes))
     read.clear()
     watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
     assert (fitted(llama, kept, watch), read) == (again, [])
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 1 << 30), (1 << 30, 1)])
-def test_a_fit_is_resumed_with_whatever_memory_is_free(first, then, llama, text, tmp_path):
-    kept = settings(text, state_path=tmp_path / "state", memory_bytes=first)
-    asked = [0]
-
-    def should_stop() -> bool:
-        asked[0] += 1
-        return asked[0] == (7 if first == 1 else 2)
-
+def test_a_fit_is_resumed_with_whatever_memory_is_free(first, then, llama, letters, tmp_path):
+    kept = settings(letters, state_path=tmp_path / "state", memory_bytes=first)
     with pytest.raises(StoppedError):
-        fitted(llama, kept, replace(SILENT, should_stop=should_stop))
-    assert fitted(llama, replace(kept, memory_bytes=then)) == fitted(llama, settings(text))
+        fitted(llama, kept, stopped_at(7 if first == 1 else 2))
+    assert fitted(llama, replace(kept, memory_bytes=then)) == fitted(llama, settings(letters))
 
 
-def test_a_state_of_other_settings_is_refused(llama: Path, text: Path, tmp_path: Path):
-    kept = settings(text, state_path=tmp_path / "state")
+def test_a_state_of_other_settings_is_refused(llama: Path, letters: Path, tmp_path: Path):
+    kept = settings(letters, state_path=tmp_path / "state")
     with pytest.raises(StoppedError):
         fitted(llama, kept, replace(SILENT, should_stop=lambda: True))
     with pytest.raises(CalibrationError, match="another calibration"):
@@ -177,9 +155,9 @@ def _n_kv(path: Path) -> int:
     return shape.kv_macs[0] // shape.n_embd
 
 
-def test_a_fitted_file_can_be_stripped(llama: Path, text: Path, tmp_path: Path):
+def test_a_fitted_file_can_be_stripped(llama: Path, letters: Path, tmp_path: Path):
     target, back = tmp_path / "pop.gguf", tmp_path / "back.gguf"
-    meta = convert(planned(llama), llama, target, fitted=fitted(llama, settings(text)))
+    meta = convert(planned(llama), llama, target, fitted=fitted(llama, settings(letters)))
     assert meta == read_pop_meta(target)
     assert meta.calibration is not None
     assert (meta.calibration.name, meta.calibration.n_tokens) == ("words.txt", N_TOKENS)

@@ -21,7 +21,7 @@ from pop_local.workflows.distilled import distilled as train
 from pop_local.workflows.distilled import prepare, start_of
 from pop_local.workflows.events import Watch
 from pop_local.workflows.torch_device import TorchDevice, computing
-from support.calibrating import BOUNDARY, fitted, planned, prompt, random_words, settings
+from support.calibrating import BOUNDARY, fitted, planned, prompt, settings
 from support.synthetic import make_gguf
 
 torch = pytest.importorskip("torch")
@@ -32,11 +32,6 @@ N_TOKENS, N_CONTEXT, N_SINK = 96, 64, 2
 
 
 def nothing(done: int, total: int) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return random_words(tmp_path_factory.mktemp("text"))
 
 
 def started(path: Path, made: Fitted) -> distilling.Start:
@@ -78,9 +73,9 @@ def backend_kl(path: Path, made: Fitted, windows: np.ndarray, folder: Path) -> n
         ("qwen3", FITTED, torch.bfloat16, 1e-3),
     ],
 )
-def test_the_loss_is_what_the_backend_loses(arch, kind, matrices, tolerance, text, tmp_path):
+def test_the_loss_is_what_the_backend_loses(arch, kind, matrices, tolerance, letters, tmp_path):
     path = make_gguf(tmp_path / "m.gguf", arch)
-    made = fitted(path, settings(text), projection=kind)
+    made = fitted(path, settings(letters), projection=kind)
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(3)], np.int32)
     decoder, start = Decoder(read_source(path), matrices=matrices), started(path, made)
     reference = distilling.read(decoder, BOUNDARY - 1, windows, seed=0, on_progress=nothing)
@@ -97,10 +92,10 @@ def test_the_loss_is_what_the_backend_loses(arch, kind, matrices, tolerance, tex
         np.testing.assert_allclose(kept.bias, start.projections[layer].bias, atol=1e-4)
 
 
-def test_what_the_backend_loses_on_other_text_becomes_less(text, tmp_path, monkeypatch):
+def test_what_the_backend_loses_on_other_text_becomes_less(letters, tmp_path, monkeypatch):
     monkeypatch.setattr(distilling, "_PASSAGE", (8, 24))
     path = make_gguf(tmp_path / "m.gguf", "llama")
-    made = fitted(path, settings(text), projection=WIDE)
+    made = fitted(path, settings(letters), projection=WIDE)
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(60)], np.int32)
     others = np.array([prompt(N_TOKENS, seed) for seed in range(200, 204)], np.int32)
     counted: list[tuple[int, int]] = []
@@ -121,10 +116,10 @@ def test_what_the_backend_loses_on_other_text_becomes_less(text, tmp_path, monke
     assert after.mean() < 0.85 * before.mean(), (before.mean(), after.mean())
 
 
-def test_what_is_not_finite_is_no_fit(text, tmp_path, monkeypatch):
+def test_what_is_not_finite_is_no_fit(letters, tmp_path, monkeypatch):
     monkeypatch.setattr(distilling, "_units", lambda rows, weights: weights * float("nan"))
     path = make_gguf(tmp_path / "m.gguf", "llama")
-    made = fitted(path, settings(text))
+    made = fitted(path, settings(letters))
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(2)], np.int32)
     decoder, start = Decoder(read_source(path)), started(path, made)
     reference = distilling.read(decoder, BOUNDARY, windows, seed=0, on_progress=nothing)
@@ -144,7 +139,7 @@ def test_a_passage_is_repeated_out_of_the_context():
         assert begin + n_passage <= int(0.47 * 512)
 
 
-def test_one_window_is_enough_however_many_sinks_there_are(text, tmp_path, monkeypatch):
+def test_one_window_is_enough_however_many_sinks_there_are(letters, tmp_path, monkeypatch):
     seen: list[list[int]] = []
 
     def kl(self, chosen, n_context, real=distilling._Student.kl):
@@ -153,7 +148,7 @@ def test_one_window_is_enough_however_many_sinks_there_are(text, tmp_path, monke
 
     monkeypatch.setattr(distilling._Student, "kl", kl)
     path = make_gguf(tmp_path / "m.gguf", "llama")
-    made = fitted(path, settings(text))
+    made = fitted(path, settings(letters))
     windows = np.array([prompt(N_TOKENS, 0)], np.int32)
     decoder = Decoder(read_source(path))
     start = replace(started(path, made), n_sink=1000)

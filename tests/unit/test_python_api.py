@@ -24,18 +24,6 @@ REPORT = (
 ) * 2
 
 
-@pytest.fixture(scope="module")
-def shared(chat_model) -> PopModel:
-    return opened(chat_model)
-
-
-@pytest.fixture
-def model(shared) -> PopModel:
-    shared.pruning = True
-    shared.clear()
-    return shared
-
-
 # --- the example
 
 

@@ -7,23 +7,10 @@ from typing import Any
 import pytest
 
 from converter.errors import OutputExistsError
-from pop_local import ChatSession, ContextFullError, Document, PopError, PopModel, Turn
+from pop_local import ChatSession, ContextFullError, Document, PopError, Turn
 from support.converted import tiny
 from support.programs import GREEDY, QUESTION, opened
 from support.synthetic import TEMPLATE
-
-
-@pytest.fixture(scope="module")
-def shared(chat_model) -> PopModel:
-    return opened(chat_model)
-
-
-@pytest.fixture
-def model(shared) -> PopModel:
-    shared.pruning = True
-    shared.clear()
-    return shared
-
 
 # --- answers that end early
 

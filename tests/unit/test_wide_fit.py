@@ -1,7 +1,6 @@
 """Wide fits: their sums, their tensors, their cost, and when they are taken."""
 
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,29 +35,18 @@ from pop_local.workflows.options import Boundary, Fastest, Hardware, RowOptions,
 from support.calibrating import (
     BOUNDARY,
     N_TOKENS,
-    SILENT,
     Recorder,
     fitted,
     fitted_at,
     planned,
-    random_words,
     recorded,
     settings,
+    stopped_at,
 )
 from support.converted import made_up
 from support.synthetic import make_gguf
 
 N_PREV, N_NEURONS = 32, 64
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return random_words(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return make_gguf(tmp_path_factory.mktemp("model") / "llama.gguf", "llama")
 
 
 def matrices(made) -> dict[str, np.ndarray]:
@@ -100,12 +88,12 @@ def inputs(path: Path, tensors, shown: Recorder) -> np.ndarray:
     ("arch", "kind"),
     [*product(["llama", "gemma3"], [WIDE, ATTENTION]), ("phi3", ATTENTION), ("qwen3moe", WIDE)],
 )
-def test_the_fit_equals_direct_least_squares(arch, kind, text, tmp_path):
+def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     path = make_gguf(tmp_path / f"{arch}.gguf", arch)
-    options = settings(text, weighting=Weighting.NONE)
+    options = settings(letters, weighting=Weighting.NONE)
     tensors = matrices(fitted(path, options, projection=kind))
     with LoadedModel(path, n_threads=1) as model:
-        windows = given_text(model, text, N_TOKENS // N_WINDOW, 128).windows
+        windows = given_text(model, letters, N_TOKENS // N_WINDOW, 128).windows
     heads = (BOUNDARY,) if kind == ATTENTION else ()
     shown = recorded(path, windows.tolist(), heads=heads)
     x = inputs(path, tensors, shown)
@@ -131,10 +119,10 @@ def test_the_fit_equals_direct_least_squares(arch, kind, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_narrower_fits_come_from_the_same_sums(llama, text):
+def test_narrower_fits_come_from_the_same_sums(llama, letters):
     kinds = (FITTED, WIDE, ATTENTION)
-    together = fitted_at((3, 5), llama, settings(text), projections=kinds)
-    alone = [fitted_at((3, 5), llama, settings(text), projections=(kind,)) for kind in kinds[:2]]
+    together = fitted_at((3, 5), llama, settings(letters), projections=kinds)
+    alone = [fitted_at((3, 5), llama, settings(letters), projections=(kind,)) for kind in kinds[:2]]
     assert [each.projection for each in together] == [*kinds, *kinds]
     for one, other in zip([*together[::3], *together[1::3]], chain(*alone), strict=True):
         ours, theirs = matrices(one), matrices(other)
@@ -148,21 +136,15 @@ def test_narrower_fits_come_from_the_same_sums(llama, text):
     ("memory_bytes", "stop_after", "kind"), [(1 << 30, 7, ATTENTION), (1, 14, WIDE)]
 )
 def test_a_resumed_fit_equals_one_without_a_stop(
-    memory_bytes, stop_after, kind, llama, text, tmp_path
+    memory_bytes, stop_after, kind, llama, letters, tmp_path
 ):
     """What the inputs are chosen by is read first: four windows, at each of which it may stop."""
-    kept = settings(text, state_path=tmp_path / "state", memory_bytes=memory_bytes)
-    asked = [0]
-
-    def should_stop() -> bool:
-        asked[0] += 1
-        return asked[0] == stop_after
-
+    kept = settings(letters, state_path=tmp_path / "state", memory_bytes=memory_bytes)
     with pytest.raises(StoppedError):
-        fitted(llama, kept, replace(SILENT, should_stop=should_stop), kind)
+        fitted(llama, kept, stopped_at(stop_after), kind)
     assert (tmp_path / "state").exists()
     again = fitted(llama, kept, projection=kind)
-    assert again == fitted(llama, settings(text, memory_bytes=memory_bytes), projection=kind)
+    assert again == fitted(llama, settings(letters, memory_bytes=memory_bytes), projection=kind)
 
 
 def test_neurons_are_the_strongest_and_scaled(tmp_path):
