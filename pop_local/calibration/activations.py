@@ -206,7 +206,7 @@ class Reading:
                 raise self._taps.raised
             self._interrupt.check()
         if code != 0:
-            raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
+            raise logs.not_decoded(code)
         if self._taps.n_seen != self._taps.n_expected:
             raise PopError(
                 f"the backend showed {self._taps.n_seen} of {self._taps.n_expected} activations",

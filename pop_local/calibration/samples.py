@@ -60,7 +60,7 @@ def _fill(
             logs.forget_errors()
             code = batch.decode(ctx, tokens[:, step - 1], step - 1, Outputs.ALL)
             if code != 0:
-                raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
+                raise logs.not_decoded(code)
             logits = np.ctypeslib.as_array(bindings().llama_get_logits(ctx), (n, model.n_vocab))
             if np.isnan(logits.max(axis=1)).any():
                 raise PopError(

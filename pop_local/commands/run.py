@@ -81,7 +81,7 @@ def run(
     for picture in pictures:
         screen.note(picture_line(picture, opened.count_picture(picture), opened.n_ctx()))
     for document in turn.documents:
-        n_tokens = len(opened.tokenize(document.text.encode(), add_bos=False, special=False))
+        n_tokens = len(opened.tokens_of(document.text))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))
     options["min_answer"] = least_answer(max_tokens, opened.n_ctx())
     with unechoed_keys(), deferred_interrupt() as interrupt:

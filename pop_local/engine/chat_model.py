@@ -36,7 +36,7 @@ class ChatModel(PrunedLlama):
 
     @cached_property
     def _special(self) -> SpecialTokens:
-        return SpecialTokens(self.vocab, self._tokens)
+        return SpecialTokens(self.vocab, self.tokens_of)
 
     @cached_property
     def _formatter(self) -> LimitedChatFormatter:
@@ -66,7 +66,7 @@ class ChatModel(PrunedLlama):
         """Continue the text, which is the whole prompt; otherwise as chat_turn."""
 
         def render() -> Prompt:
-            return Prompt(self._tokens(text, special=False, add_bos=True))
+            return Prompt(self.tokens_of(text, add_bos=True))
 
         return answer(self, render, self._chosen(options))
 
@@ -87,7 +87,7 @@ class ChatModel(PrunedLlama):
         contents = [_with_marks(message, unused, pictures) for message in messages]
         while True:
             text = self._rendered(messages, contents)
-            tokens = self._tokens(text, special=True)
+            tokens = self.tokens_of(text, special=True)
             spelled = [] if self.parse_special else self._special.spelled(tokens, contents)
             if not spelled:
                 break
@@ -114,8 +114,10 @@ class ChatModel(PrunedLlama):
         for piece in pieces:
             if piece in shown:
                 tokens += shown[piece].tokens
+            elif piece and marks:
+                tokens += self._special.tokens(piece, marks)
             elif piece:
-                tokens += self._special.tokens(piece, marks) if marks else self._tokens(piece, True)
+                tokens += self.tokens_of(piece, special=True)
         return tokens
 
     @cached_property
@@ -147,7 +149,11 @@ class ChatModel(PrunedLlama):
         except (ValueError, TemplateError) as error:
             raise PopError(f"the chat template refuses this conversation: {error}") from error
 
-    def _tokens(self, text: str, special: bool, add_bos: bool = False) -> list[int]:
+    def tokens_of(self, text: str, special: bool = False, *, add_bos: bool = False) -> list[int]:
+        """Return the tokens of a text; what looks like a special token is text unless `special`.
+
+        Raises PopError for what cannot be written as UTF-8.
+        """
         return self.tokenize(_encoded(text), add_bos=add_bos, special=special)
 
     def count_picture(self, picture: Picture) -> int:

@@ -180,7 +180,7 @@ class PrunedLlama(KvLlama):
         code = self._batch_rows.decode(self.ctx, tokens, int(positions[0]), outputs)
         if code != 0:
             self.interrupt.check()
-            raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
+            raise logs.not_decoded(code)
         full = self._are_full(positions[:-1], rule, full_from, outputs)
         self._have_read(tokens, positions, full, keeps_states=self.keeps_states)
         if self._logits_all and end <= len(self.scores):

@@ -184,7 +184,7 @@ class Forced:
             code = self._rows.decode(self._ctx, tokens, first_pos, outputs)
             self.model.interrupt.check()
         if code != 0:
-            raise PopError(logs.first_error() or f"llama.cpp could not decode (code {code})")
+            raise logs.not_decoded(code)
 
     def _logits(self, n_rows: int) -> Logits:
         """Return the last batch's outputs, which the next batch overwrites."""

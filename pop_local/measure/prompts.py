@@ -257,13 +257,10 @@ def compared(model: PopModel, prompt: Prompt, full: Answered, pruned: Answered) 
         pruned=pruned,
         is_full_right=prompt.is_right(full.text),
         is_pruned_right=prompt.is_right(pruned.text),
-        first_difference=_first_difference(_tokens(model, full), _tokens(model, pruned)),
+        first_difference=_first_difference(
+            model.tokens_of(full.text), model.tokens_of(pruned.text)
+        ),
     )
-
-
-def _tokens(model: PopModel, answer: Answered) -> list[int]:
-    tokens: list[int] = model.tokenize(answer.text.encode(), add_bos=False, special=False)
-    return tokens
 
 
 def _first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:

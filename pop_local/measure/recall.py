@@ -185,7 +185,7 @@ def make_documents(model: PopModel, settings: RecallSettings) -> list[Asked]:
 def _sentences(model: PopModel) -> list[list[int]]:
     text = " ".join(shipped_part("prose").split())
     parts = [part.strip() + "." for part in text.split(". ")]
-    return [_tokens(model, " " + part) for part in parts if 20 < len(part) < 400]
+    return [model.tokens_of(" " + part) for part in parts if 20 < len(part) < 400]
 
 
 def _document(
@@ -195,7 +195,7 @@ def _document(
     places = [str(place) for place in rng.choice(pairs, N_FACTS, replace=False)]
     codes = [str(rng.integers(10 ** (N_DIGITS - 1), 10**N_DIGITS)) for _ in places]
     facts = [
-        _tokens(model, " " + _FACT.format(place=place, code=code))
+        model.tokens_of(" " + _FACT.format(place=place, code=code))
         for place, code in zip(places, codes, strict=True)
     ]
     room = n_tokens - sum(map(len, facts)) - len(bos(model))
@@ -214,12 +214,7 @@ def _document(
     for fact in facts:
         pieces.insert(int(rng.integers(len(pieces) + 1)), fact)
     which = int(rng.integers(N_FACTS))
-    question = _tokens(model, _QUESTION.format(place=places[which]))
+    question = model.tokens_of(_QUESTION.format(place=places[which]))
     document = [token for piece in pieces for token in piece]
-    answer = _tokens(model, " " + codes[which])
+    answer = model.tokens_of(" " + codes[which])
     return Asked((*bos(model), *document, *question), tuple(answer))
-
-
-def _tokens(model: PopModel, text: str) -> list[int]:
-    tokens: list[int] = model.tokenize(text.encode(), add_bos=False, special=False)
-    return tokens

@@ -99,8 +99,8 @@ class ScriptedModel:
     def count_picture(self, picture: Picture) -> int:
         raise AssertionError("nobody shows it a picture")
 
-    def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
-        self._words = text.decode().split()
+    def tokens_of(self, text: str) -> list[int]:
+        self._words = text.split()
         return list(range(len(self._words)))
 
     def detokenize(self, tokens: list[int]) -> bytes:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from converter.errors import PopError
+
 logger = logging.getLogger("pop_local.llama_cpp")
 logger.addHandler(logging.NullHandler())
 
@@ -92,6 +94,11 @@ def _on_log(level: int, text: bytes, _user_data: object) -> None:
 def forget_errors() -> None:
     """To be called before something is tried, so that `first_error` speaks of that."""
     _errors.lines.clear()
+
+
+def not_decoded(code: int) -> PopError:
+    """The error for a batch that llama_decode refused."""
+    return PopError(first_error() or f"llama.cpp could not decode (code {code})")
 
 
 def first_error() -> str:

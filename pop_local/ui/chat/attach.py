@@ -116,7 +116,7 @@ def _counted(chat: Dialogue, path: Path) -> _Counted | None:
 
 
 def _cut(chat: Dialogue, counted: _Counted, n_tokens: int, end: str) -> _Counted:
-    tokens = chat.model.tokenize(counted.document.text.encode(), add_bos=False, special=False)
+    tokens = chat.model.tokens_of(counted.document.text)
     kept = tokens[:n_tokens] if end == "b" else tokens[-n_tokens:]
     text = chat.model.detokenize(kept).decode(errors="ignore")
     return _Counted(replace(counted.document, text=text), len(kept))

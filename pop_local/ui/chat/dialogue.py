@@ -135,7 +135,7 @@ class Dialogue:
             )
 
     def count_tokens(self, text: str) -> int:
-        return len(self.model.tokenize(text.encode(), add_bos=False, special=False))
+        return len(self.model.tokens_of(text))
 
     @property
     def n_used(self) -> int:
