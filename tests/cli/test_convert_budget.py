@@ -324,6 +324,7 @@ def test_dry_run_says_what_would_be_tried(tiny, tmp_path, monkeypatch):
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout
     facts = " ".join(done.stdout.split())
+    assert re.search(r"at most 1\.\d\dx if only the first is inside, \d\.\d\dx if all are", facts)
     assert "16,384 tokens in one pass" in facts
     assert re.search(r"Memory [\d.]+ MB in all, [\d.]+ MB for the fit", facts)
     short_of_memory = convert(tiny, "--dry-run", "--memory", 0).stdout

@@ -31,20 +31,23 @@ def show_plan(conversion: Conversion) -> None:
         where = [("Recipes", f"{tried}: the first one with which facts are found again")]
         layers = f"as many as that allows, {conversion.plans[0].n_skipped} at most"
         output = f"up to {size(conversion.sizes.output_bytes)}"
-        print_facts(_facts(conversion, conversion.plans[0], layers, where, output))
+        plan = conversion.plans[0]
+        print_facts(_facts(conversion, plan, layers, where, output, _limit(plan)))
         return
     if not isinstance(depth, Within):
         facts = _plan_facts(conversion, plan, conversion.sizes)
         print_facts([*facts, *_fit_facts(conversion)])
         return
-    first = conversion.plans[0].boundary
+    first = conversion.plans[0]
     where = [
         budget_fact(depth.budget),
-        ("Boundaries", f"from {first} down to {plan.boundary}, each as it will be used"),
+        ("Boundaries", f"from {first.boundary} down to {plan.boundary}, each as it will be used"),
     ]
     layers = f"as many as the budget allows, {plan.n_skipped} at most"
     output = f"up to {size(conversion.sizes.output_bytes)}"
-    print_facts([*_facts(conversion, plan, layers, where, output), *_fit_facts(conversion)])
+    limit = f"{_limit(first)} if only the first is inside, {plan.speedup_limit:.2f}x if all are"
+    facts = _facts(conversion, plan, layers, where, output, limit)
+    print_facts([*facts, *_fit_facts(conversion)])
 
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
@@ -127,11 +130,16 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
 
 def _plan_facts(conversion: Conversion, plan: Plan, sizes: Sizes) -> list[Fact]:
     where = [("Boundary", f"layer {plan.boundary}"), ("Schedule", plan.schedule)]
-    return _facts(conversion, plan, str(plan.n_skipped), where, size(sizes.output_bytes))
+    output = size(sizes.output_bytes)
+    return _facts(conversion, plan, str(plan.n_skipped), where, output, _limit(plan))
+
+
+def _limit(plan: Plan) -> str:
+    return f"for a prompt of {LIMIT_PROMPT:,} tokens at most {plan.speedup_limit:.2f}x"
 
 
 def _facts(
-    conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str
+    conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
     """`layers` are skipped, `where` says which or why, and what is written takes `output`."""
     form, read = conversion.output.name, size(conversion.sizes.source_bytes)
@@ -140,7 +148,6 @@ def _facts(
         opened_by = "the model itself stays as it is, for any program"
     elif plan.projection != OWN:
         opened_by = "the copy opens in pop-local only, since stock llama.cpp refuses added tensors"
-    limit = f"at most {plan.speedup_limit:.2f}x for a prompt of {LIMIT_PROMPT:,} tokens"
     return [
         ("Model", str(conversion.path)),
         ("Architecture", plan.shape.arch),
