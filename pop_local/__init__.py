@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Skip,
         Within,
     )
-    from pop_local.workflows.refusals import CopyingBrokenError, OverBudgetError
+    from pop_local.workflows.refusals import CopyingBrokenError, OverBudgetError, RecallLostError
 
 __version__ = "0.1.0"
 
@@ -57,6 +57,7 @@ __all__ = [
     "PopError",
     "PopModel",
     "QualitySettings",
+    "RecallLostError",
     "RowOptions",
     "SessionStats",
     "Skip",
@@ -86,7 +87,7 @@ _MODULES = {
     "pop_local.workflows.options": [
         *("AnalyzeOptions", "Boundary", "Fastest", "Hardware", "RowOptions", "Skip", "Within"),
     ],
-    "pop_local.workflows.refusals": ["CopyingBrokenError", "OverBudgetError"],
+    "pop_local.workflows.refusals": ["CopyingBrokenError", "OverBudgetError", "RecallLostError"],
     "pop_local.engine.decode.grammar": ["GrammarError"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.documents": ["read_document"],

@@ -24,7 +24,7 @@ class BaselineName(str, Enum):
 
 
 _OF_PROMPTS = {"answers", "longest", "mmproj"}
-_OF_BOTH = {"model", "prompts", "pop", "json", "threads", "n_ctx", "gpu_layers"}
+_OF_BOTH = {"model", "prompts", "pop", "json", "threads", "n_ctx", "gpu_layers", "rpc"}
 
 
 def eval(  # noqa: A001

@@ -144,3 +144,5 @@ def test_options_of_no_effect_are_wrong_usage(pop_file, mine):
     assert evaluate(pop_file, "--prompts", mine, "--windows", 3).exit_code == 2
     assert evaluate(pop_file, "--prompts", mine, "--skip", "1/3").exit_code == 2
     assert evaluate(pop_file).exit_code == 2, "--max-tokens is given"
+    unreachable = evaluate(pop_file, "--prompts", mine, "--rpc", "127.0.0.1:1")
+    assert (unreachable.exit_code, "cannot be reached" in unreachable.stderr) == (1, True)
