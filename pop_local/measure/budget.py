@@ -44,8 +44,8 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 _RETENTION_GAIN = 0.05
 # Nothing turns round what lies so far below the limit.
 _LOST_RETENTION = 0.3
-# Two of two dozen: where 3 in 100 are lost, these lose three or more one time in thirty.
-_CHANCE = 1 / 12
+# Of facts, in standard errors: what is let through, and up to where more documents may settle it.
+_BY_CHANCE, _UNSETTLED = 1.0, 2.0
 # Standard errors; where there are few windows, these are not well known themselves.
 _CLEAR = 3.0
 
@@ -59,20 +59,25 @@ def is_inside(budget: Budget, quality: "Quality") -> bool:
 
 
 def recalls(budget: Budget, recall: "Recall") -> bool:
-    """Tell whether no more facts are lost than the budget allows, or may be by chance."""
-    return recall.exact_lost.value <= _most_lost(budget)
+    """Tell whether no more facts are lost than the budget allows, give or take a standard error.
+
+    Of 24 documents that is two where 3 in 100 may be lost, four where 10 in 100 may.
+    """
+    return _least_lost(recall, _BY_CHANCE) <= budget.max_lost_recall
 
 
 def is_open(budget: Budget, recall: "Recall") -> bool:
-    """Tell whether some facts are lost, but no more than twice what is let through.
+    """Tell whether some facts are lost, but not clearly too many.
 
     As many documents more, or another fit, may come out inside then.
     """
-    return 0 < recall.exact_lost.value <= 2 * _most_lost(budget)
+    is_lossy = recall.exact_lost.value > 0
+    return is_lossy and _least_lost(recall, _UNSETTLED) <= budget.max_lost_recall
 
 
-def _most_lost(budget: Budget) -> float:
-    return max(budget.max_lost_recall, _CHANCE) + 1e-9
+def _least_lost(recall: "Recall", n_errors: float) -> float:
+    lost = recall.exact_lost
+    return lost.value - n_errors * (lost.se or 0.0)
 
 
 def predicts(budget: Budget, quality: "Quality") -> bool:
@@ -163,7 +168,7 @@ def limits_in_words(budget: Budget) -> str:
         f"KL {budget.max_kl:g}, perplexity ratio {budget.max_ppl_ratio:g}, "
         f"copy ratio {budget.max_copy_ratio:g}, "
         f"{budget.least_retention:.0%} kept of copying random tokens, "
-        f"{budget.max_lost_recall:.0%} of facts lost, or two of two dozen"
+        f"{budget.max_lost_recall:.0%} of facts lost (± one standard error)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from pop_local.measure.budget import (
@@ -19,7 +20,7 @@ from pop_local.measure.budget import (
     recalls,
     undecided,
 )
-from pop_local.measure.estimate import Estimate
+from pop_local.measure.estimate import Estimate, mean
 
 
 def quality(kl=0.02, ppl=1.01, copy=1.05, retention=0.95, se=0.0):
@@ -33,8 +34,10 @@ def quality(kl=0.02, ppl=1.01, copy=1.05, retention=0.95, se=0.0):
 
 
 def facts(n_lost, n_documents):
-    """How many of the documents' facts are lost."""
-    return SimpleNamespace(n_documents=n_documents, exact_lost=Estimate(n_lost / n_documents, 0.1))
+    """How many of the documents' facts are lost, or found by the pruned model alone."""
+    each = np.zeros(n_documents)
+    each[: abs(n_lost)] = np.sign(n_lost)
+    return SimpleNamespace(exact_lost=mean(each))
 
 
 def searched(deepest: int) -> tuple[int | None, list[int]]:
@@ -107,21 +110,26 @@ def test_one_window_has_no_error_and_decides():
 
 
 @pytest.mark.parametrize(
-    ("n_lost", "of", "kept", "is_settled"),
+    ("budget", "n_lost", "of", "kept", "is_settled"),
     [
-        (0, 12, True, True),
-        (-1, 12, True, True),
-        (1, 12, True, False),
-        (2, 12, False, False),
-        (3, 12, False, True),
-        (2, 24, True, False),
-        (3, 24, False, False),
-        (5, 24, False, True),
+        (BALANCED, 0, 12, True, True),
+        (BALANCED, -1, 12, True, True),
+        (BALANCED, 1, 12, True, False),
+        (BALANCED, 2, 12, False, False),
+        (BALANCED, 4, 12, False, True),
+        (BALANCED, 2, 24, True, False),
+        (BALANCED, 3, 24, False, False),
+        (BALANCED, 5, 24, False, True),
+        (FAST, 2, 12, True, False),
+        (FAST, 4, 24, True, False),
+        (FAST, 5, 24, False, False),
+        (FAST, 7, 24, False, True),
+        (FAST, 12, 12, False, True),
     ],
 )
-def test_two_facts_of_two_dozen_may_be_chance_three_are_not(n_lost, of, kept, is_settled):
-    assert recalls(BALANCED, facts(n_lost, of)) is kept
-    assert is_open(BALANCED, facts(n_lost, of)) is not is_settled
+def test_as_many_facts_may_be_lost_as_chance_explains(budget, n_lost, of, kept, is_settled):
+    assert recalls(budget, facts(n_lost, of)) is kept
+    assert is_open(budget, facts(n_lost, of)) is not is_settled
 
 
 def test_no_fit_brings_back_what_is_lost():
