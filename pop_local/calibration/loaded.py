@@ -76,6 +76,7 @@ class LoadedModel:
         """What the model's chat template puts before a user's first question, as tokens.
 
         It is empty without a template, and where that wants something else than a question.
+        Raises PopError where it goes beyond its limits.
         """
         if not self._template:
             return []
@@ -92,7 +93,7 @@ class LoadedModel:
         try:
             formatter = LimitedChatFormatter(self._template, eos_token=eos, bos_token=bos)
             before, found, _ = formatter(messages=question).prompt.partition(_QUESTION)
-        except (ValueError, PopError):
+        except ValueError:
             return []
         return self.tokenize(before, special=True) if found else []
 

@@ -4,6 +4,7 @@ Deeper is taken to be never better; what is chosen was measured as it will be us
 """
 
 from collections.abc import Collection, Mapping
+from math import sqrt
 from typing import TYPE_CHECKING
 
 from converter.format import Budget
@@ -76,8 +77,9 @@ def is_open(budget: Budget, recall: "Recall") -> bool:
 
 
 def _least_lost(recall: "Recall", n_errors: float) -> float:
-    lost = recall.exact_lost
-    return lost.value - n_errors * (lost.se or 0.0)
+    """The share that is lost on balance, less standard errors of as many that are lost alone."""
+    lost = recall.exact_lost.value
+    return lost - n_errors * sqrt(max(lost * (1 - lost), 0.0) / (recall.n_documents - 1))
 
 
 def predicts(budget: Budget, quality: "Quality") -> bool:
@@ -168,7 +170,7 @@ def limits_in_words(budget: Budget) -> str:
         f"KL {budget.max_kl:g}, perplexity ratio {budget.max_ppl_ratio:g}, "
         f"copy ratio {budget.max_copy_ratio:g}, "
         f"{budget.least_retention:.0%} kept of copying random tokens, "
-        f"{budget.max_lost_recall:.0%} of facts lost (± one standard error)"
+        f"{budget.max_lost_recall:.0%} of facts lost"
     )
 
 

@@ -39,12 +39,8 @@ def measure_second_turn(
     `on_progress` gets (done_tokens, total_tokens). Raises PopError when the text is too short, or a
     context was not pruned as planned.
     """
+    windows = second_windows(model, text_tokens, settings)
     with forced(model) as reader:
-        start = bos(model)
-        n_text = settings.n_context - len(start) + 2 * settings.n_continuation
-        windows = [
-            (*start, *window) for window in spread_windows(text_tokens, settings.n_windows, n_text)
-        ]
         ran = counting(len(windows) * 3, on_progress)
         kl = np.empty((2, len(windows), settings.n_continuation))
         for number, window in enumerate(windows):
@@ -55,6 +51,16 @@ def measure_second_turn(
                 kl[row, number] = divergence(full, predicted).kl
                 ran(1)
     return SecondTurn(len(windows), mean(kl[0]), mean(kl[1]))
+
+
+def second_windows(
+    model: PopModel, text_tokens: TextTokens, settings: QualitySettings
+) -> list[tuple[int, ...]]:
+    """Cut windows with room for a second answer out of a text. Raises PopError if it is short."""
+    start = bos(model)
+    n_text = settings.n_context - len(start) + 2 * settings.n_continuation
+    spread = spread_windows(text_tokens, settings.n_windows, n_text)
+    return [(*start, *window) for window in spread]
 
 
 def _second(

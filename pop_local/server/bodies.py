@@ -72,7 +72,11 @@ class ImagePart(_Lenient):
 
 
 def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if content is None or isinstance(content, list):
+        return content
+    raise ValueError("give a text, or a list of parts")
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -179,6 +183,12 @@ class ChatBody(Body):
 
 
 Tokens = Annotated[list[int], Field(fail_fast=True)]
+Prompts = (
+    str
+    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    | Tokens
+    | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+)
 
 
 def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -192,13 +202,7 @@ def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 
 class CompletionBody(Body):
-    prompt: Annotated[
-        str
-        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
-        | Tokens
-        | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)],
-        WrapValidator(_of_a_kind),
-    ]
+    prompt: Annotated[Prompts, WrapValidator(_of_a_kind)]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from converter.errors import PopError
+from pop_local.config.settings import MOST_SEED
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.images.pictures import Picture
@@ -120,7 +121,7 @@ class Tasks:
         if given.get("temperature", 1.0) < _LOWEST_TEMPERATURE:
             given["temperature"] = 0.0
         if body.seed is not None and body.seed != -1:
-            given["seed"] = body.seed & 0xFFFFFFFF
+            given["seed"] = body.seed % (MOST_SEED + 1)
         return TurnOptions(
             max_tokens=max_tokens,
             stops=tuple(body.stop or ()),

@@ -31,7 +31,7 @@ from pop_local.measure.recall import (
     make_documents,
     measure_recall,
 )
-from pop_local.measure.turns import SecondTurn, measure_second_turn
+from pop_local.measure.turns import SecondTurn, measure_second_turn, second_windows
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import measure_fits
@@ -271,6 +271,8 @@ class _Run:
             tokens = tokenize(model, self.text)
             with forced(model) as reader:
                 choose_windows(reader, tokens, self.options.settings)
+            if self.options.second_turn:
+                second_windows(model, tokens, self.options.settings)
             if self.recall:
                 make_documents(model, self._asked(min(self.recall)))
             yield model, tokens

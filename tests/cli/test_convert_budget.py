@@ -334,6 +334,7 @@ def test_dry_run_says_what_would_be_tried(tiny, tmp_path, monkeypatch):
     assert planned["boundaries"] == [7, 6, 5, 4, 3, 2]
     assert (planned["distilled"], planned["budget"]["max_kl"]) == (False, 0.2)
     assert planned["budget"]["max_copy_ratio"] == 1.1
+    assert 1 < planned["least_speedup_limit"] < 1.2 < planned["most_speedup_limit"]
     assert f"{planned['memory_bytes'] / 1e6:.1f} MB in all" in facts
     assert names(tmp_path) == {"tiny.gguf"}
 

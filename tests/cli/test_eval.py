@@ -246,6 +246,7 @@ def test_options_of_the_fit_without_it_are_wrong_usage(plain):
         (["--ctx", "100"], "100 are given"),
         (["--windows", "500"], "tokens are needed"),
         (["--recall", "100"], "give longer documents (--recall)"),
+        (["--context", "500", "--continuation", "200", "--second-turn"], "tokens are needed"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_fit(plain, text, monkeypatch, options, reason):

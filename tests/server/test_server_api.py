@@ -99,6 +99,8 @@ def test_the_seed_makes_a_warm_answer_repeatable(client):
     warm = {"temperature": 1.5, "max_tokens": 20}
     assert text_of(chat(client, seed=5, **warm)) == text_of(chat(client, seed=5, **warm))
     assert text_of(chat(client, seed=5, **warm)) != text_of(chat(client, seed=6, **warm))
+    largest = 2**32 - 1  # by which llama.cpp means chance
+    assert text_of(chat(client, seed=largest, **warm)) == text_of(chat(client, seed=0, **warm))
 
 
 def test_the_body_outdoes_what_the_model_recommends_and_that_the_engine(full, monkeypatch):

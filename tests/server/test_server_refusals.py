@@ -4,14 +4,14 @@ import asyncio
 import json
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from pop_local.engine.decode.grammar import Grammars
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompts import Prompt
 from pop_local.engine.turn import TurnOptions
 from pop_local.server.app import create_app
-from pop_local.server.bodies import ChatBody, CompletionBody
+from pop_local.server.bodies import ChatBody, Prompts
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Task, Worker
@@ -39,7 +39,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         ),
         (
             {"messages": [{"role": "user", "content": 5}]},
-            "messages.0.content: Input should be a valid array",
+            "messages.0.content: give a text, or a list of parts",
         ),
         (HELLO | {"n": 2}, "n must be 1"),
         (HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
@@ -98,22 +98,21 @@ def test_bad_completions_are_400_with_a_reason(client, body, reason):
 
 
 @pytest.mark.parametrize(
-    ("kind", "field", "one"),
+    ("kind", "body"),
     [
-        (ChatBody, "messages", 0),
-        (ChatBody, "messages", {"role": "user"}),
-        (ChatBody, "messages", {"role": "user", "content": [{}, {}]}),
-        (CompletionBody, "prompt", 0.5),
-        (CompletionBody, "prompt", [0.5, 0.5]),
-        (CompletionBody, "prompt", ["a"]),
+        (ChatBody, {"messages": [0] * 20_000}),
+        (ChatBody, {"messages": [{"role": "user"}] * 20_000}),
+        (ChatBody, {"messages": [{"role": "user", "content": [{}, {}]}] * 20_000}),
+        (Prompts, [0.5] * 20_000),
+        (Prompts, [[0.5, 0.5]] * 20_000),
+        (Prompts, [["a"]] * 20_000),
     ],
 )
-def test_of_many_errors_the_first_is_enough(kind, field, one):
+def test_of_many_errors_the_first_is_enough(kind, body):
     """Each takes a kilobyte, and others wait meanwhile."""
-    body = json.dumps({field: [one] * 20_000})
     with pytest.raises(ValidationError) as caught:
-        kind.model_validate_json(body)
-    assert caught.value.error_count() == 1
+        TypeAdapter(kind).validate_json(json.dumps(body))
+    assert caught.value.error_count() <= 4  # a list may be of four kinds
 
 
 def test_an_error_in_a_stream_is_an_event(client):

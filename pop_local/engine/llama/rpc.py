@@ -92,7 +92,8 @@ def serve(host: str, port: int, n_threads: int) -> NoReturn:
     try:
         endpoint = f"{socket.gethostbyname(host)}:{port}"
     except (OSError, UnicodeError) as error:  # the latter by the rules for host names
-        raise PopError(f"{host} is no address of this machine", "give one, or 0.0.0.0") from error
+        reason = getattr(error, "strerror", None) or error
+        raise PopError(f"{host} is no address of this machine: {reason}") from error
     start(endpoint.encode(), None, n_threads, len(devices), handles)
     raise PopError(
         f"cannot listen on {host} port {port}", "another program may use it: take another port"

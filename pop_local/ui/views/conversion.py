@@ -69,6 +69,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
     return _common(conversion, _wished(conversion)) | {
         "boundaries": [plan.boundary for plan in conversion.plans],
         "most_output_bytes": conversion.sizes.output_bytes,
+        "least_speedup_limit": conversion.plans[0].speedup_limit,
         "most_speedup_limit": conversion.deepest.speedup_limit,
         "budget": conversion.depth.budget,
     }

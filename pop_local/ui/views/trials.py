@@ -52,7 +52,7 @@ def budget_fact(budget: Budget) -> Fact:
     if budget.max_ppl_ratio < NO_LIMIT:
         perplexity = f"{budget.max_ppl_ratio:g} and "
     if budget.max_lost_recall < NO_LIMIT:
-        facts = f", {budget.max_lost_recall:.0%} of facts lost (± one standard error)"
+        facts = f", {budget.max_lost_recall:.0%} of facts lost"
     return (
         "Budget",
         f"{budget.quality}: KL at most {budget.max_kl:g}, perplexity at most {perplexity}of a copy "
