@@ -167,9 +167,9 @@ class _Search:
     def _distilled(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
         """Try distilled fits: the fastest without a selection, then deeper ones while they pass.
 
-        One that loses a few facts too many, which another fit may find, does not end it. The deeper
-        ones are of the fastest's kind where there is such a fit. What goes wrong leaves what was
-        found without distilling.
+        One that loses a few facts too many, which another fit may find, does not end it, a second
+        does. The deeper ones are of the fastest's kind where there is such a fit. What goes wrong
+        leaves what was found without distilling.
         """
         chosen = _fastest([trial for trial in trials if not trial.plan.select]).plan
         plans = [chosen]
@@ -178,6 +178,7 @@ class _Search:
             is_there = (boundary, chosen.projection, False) in self.fitted
             plans.append(replace(plan, projection=chosen.projection) if is_there else plan)
         found: tuple[Trial, ...] = ()
+        has_lost_few = False
         for plan in plans:
             if plan.projection == OWN or not self._is_ready(plan):
                 continue
@@ -188,10 +189,13 @@ class _Search:
                 break
             found += tried
             [trial] = tried
+            if trial.in_budget:
+                continue
             # Facts are asked for where everything else is inside.
             is_near = trial.recall is not None and budgets.is_open(self.budget, trial.recall)
-            if not (trial.in_budget or is_near):
+            if has_lost_few or not is_near:
                 break
+            has_lost_few = True
         return found
 
     def _may_copy(self, boundary: int) -> bool:

@@ -74,27 +74,38 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
     assert [each["distilled"] for each in said["tried"][-5:]] == [False, *[True] * 4]
 
 
-@pytest.mark.parametrize("kind", [WIDE, ATTENTION])
-def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(kind, tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "n_lost", "boundaries"),
+    [
+        (WIDE, (3, 6), (5, 4)),
+        (ATTENTION, (3, 3), (5, 4)),
+        (WIDE, (0, 3, 3), (5, 4, 3)),
+        (WIDE, (6,), (5,)),
+    ],
+)
+def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(
+    kind, n_lost, boundaries, tiny, monkeypatch
+):
     shape = source_shape(read_source(tiny))
     plans = {each: make_plan(shape, boundary=each, projection=WIDE) for each in (5, 4, 3)}
     unused: Any = None
     fitted = {(each, either, False): unused for each in plans for either in (WIDE, ATTENTION)}
     tried = []
     good: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
-    lost = {5: 0.125, 4: 0.25}
+    lost = dict(zip((5, 4, 3), n_lost, strict=False))
 
     def judged(self, plans, until):
         [plan] = plans
         tried.append((plan.boundary, plan.projection, plan.is_distilled))
-        recall: Any = SimpleNamespace(exact_lost=Estimate(lost[plan.boundary], 0.1))
-        return (Trial(plan, good, False, recall),)
+        n = lost[plan.boundary]
+        recall: Any = SimpleNamespace(exact_lost=Estimate(n / 24, 0.1), n_documents=24)
+        return (Trial(plan, good, n == 0, recall),)
 
     monkeypatch.setattr(searching._Search, "_tried", judged)
     others = dict.fromkeys(("source", "options", "hardware", "watch", "full", "fitter"), unused)
     search = searching._Search(plans=plans, budget=BALANCED, fitted=fitted, **others)
     search._distilled([Trial(replace(plans[5], projection=kind), good, True)])
-    assert tried == [(5, kind, True), (4, kind, True)], "a quarter of the facts is too much"
+    assert tried == [(boundary, kind, True) for boundary in boundaries]
 
 
 @pytest.mark.parametrize(
