@@ -141,7 +141,9 @@ def _bound(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise PopError(f"{host} is no address of this machine: {reason}") from error
+        raise PopError(
+            f"{host} is no address of this machine: {reason}", _BIND_HINTS[errno.EADDRNOTAVAIL]
+        ) from error
     if sys.platform != "win32":  # where it would let two servers share a port
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
