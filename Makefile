@@ -23,9 +23,10 @@ GEMMA := models/gemma-3-270m.Q4_K_M
 SOURCES := pyproject.toml \
 	$(shell find converter pop_local -name __pycache__ -prune -o -print)
 
-# A file of tests goes to one worker, in the order of the folders: the long ones come first.
+# A file of tests goes to one worker, in the order of the folders: the long ones come first. Numpy has
+# one thread in each, since those of two workers wait for each other.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 # So that the build finds what lies in the environment.
 FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
