@@ -18,7 +18,6 @@ from pop_local.calibration.texts import (
     to_distill,
     whole_text,
 )
-from pop_local.engine import templates
 from support.calibrating import SILENT, fitted, settings
 from support.synthetic import make_gguf
 
@@ -113,16 +112,6 @@ def test_a_template_that_renders_no_question_gives_no_chat(template, tmp_path):
     path = make_gguf(tmp_path / "odd.gguf", "llama", chat_template=template)
     with LoadedModel(path, n_threads=1) as model:
         assert model.before_question == []
-
-
-def test_a_template_beyond_its_limits_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(templates, "LIMIT_S", 1.0)
-    templates._renderer.close()
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    path = make_gguf(tmp_path / "odd.gguf", "llama", chat_template=endless)
-    with LoadedModel(path, n_threads=1) as model, pytest.raises(PopError, match="more than 1 s"):
-        _ = model.before_question
-    templates._renderer.close()
 
 
 def test_draws_follow_the_probabilities():

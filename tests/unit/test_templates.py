@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from converter.errors import PopError
+from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine import templates
 from pop_local.engine.llama.upstream import Jinja2ChatFormatter
 from pop_local.engine.model import PopModel
@@ -81,6 +82,12 @@ def test_what_goes_beyond_its_limits_is_tried_once(hurried, tmp_path, monkeypatc
     with pytest.raises(PopError, match="more than 2 s"):
         PopModel(path, n_threads=1, n_ctx=128).chat("hello")
     assert len([each for each in rendered if each is not None]) == 1
+
+
+def test_what_goes_beyond_its_limits_is_an_error_of_a_fit(hurried, tmp_path):
+    path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=ENDLESS)
+    with LoadedModel(path, n_threads=1) as model, pytest.raises(PopError, match="more than 2 s"):
+        _ = model.before_question
 
 
 def test_an_interrupted_render_is_not_the_answer_to_the_next(monkeypatch):

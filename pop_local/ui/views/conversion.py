@@ -29,9 +29,9 @@ def show_plan(conversion: Conversion) -> None:
     if isinstance(depth, Fastest):
         tried = ", ".join(f"{p.boundary} with {p.select:.0%}" for p in conversion.plans)
         where = [("Recipes", f"{tried}: the first one with which facts are found again")]
-        layers = f"as many as that allows, {conversion.plans[0].n_skipped} at most"
-        output = f"up to {size(conversion.sizes.output_bytes)}"
         plan = conversion.plans[0]
+        layers = f"as many as that allows, {plan.n_skipped} at most"
+        output = f"up to {size(conversion.sizes.output_bytes)}"
         print_facts(_facts(conversion, plan, layers, where, output, _limit(plan)))
         return
     if not isinstance(depth, Within):
@@ -142,7 +142,10 @@ def _limit(plan: Plan) -> str:
 def _facts(
     conversion: Conversion, plan: Plan, layers: str, where: list[Fact], output: str, limit: str
 ) -> list[Fact]:
-    """`layers` are skipped, `where` says which or why, and what is written takes `output`."""
+    """`layers` are skipped, `where` says which or why, what is written takes `output`.
+
+    `limit` is the speed-up's.
+    """
     form, read = conversion.output.name, size(conversion.sizes.source_bytes)
     opened_by = "stock llama.cpp opens the copy, too"
     if form == "sidecar":
