@@ -67,12 +67,13 @@ def run(
 ) -> None:
     """Answer one question. Pictures, files and piped text come before it in the prompt.
 
-    A model without a chat template continues the text instead.
+    A model without a chat template continues the text instead, the system prompt first.
     """
     documents, pictures = tuple(_documents(file or [])), tuple(map(read_picture, image or []))
     turn = Turn(question, documents, pictures=pictures)
     if not turn.prompt and not pictures:
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
+    messages = Conversation(system, (turn,)).messages
     screen = Screen(look(theme))
     options = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     hardware, share = opt.hardware(threads, gpu_layers, rpc), opt.selected(select)
@@ -88,8 +89,8 @@ def run(
         options["should_stop"] = lambda: interrupt.asked
         try:
             with screen.reading() as advance:
-                chunks = _chunks(opened, system, turn, options | {"on_prefill": advance})
-                chunks = chain([next(chunks)], chunks)
+                answer = opened.ask(messages, **options, on_prefill=advance)
+                chunks = chain([next(answer)], answer)
             if json:
                 print_json(_collected(opened, chunks))
             else:
@@ -116,14 +117,6 @@ def _is_pipe(stream: TextIO) -> bool:
         return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
     except OSError:
         return False
-
-
-def _chunks(
-    opened: "PopModel", system: str, turn: Turn, options: dict[str, Any]
-) -> Iterator[Chunk]:
-    if "tokenizer.chat_template" not in opened.metadata and not turn.pictures:
-        return opened.continue_text(turn.prompt, **options)
-    return opened.chat_turn(Conversation(system, (turn,)).messages, **options)
 
 
 def _show(screen: Screen, chunks: Iterator[Chunk]) -> None:

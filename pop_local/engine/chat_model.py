@@ -62,6 +62,15 @@ class ChatModel(PrunedLlama):
         """
         return answer(self, lambda: self.chat_prompt(messages), self._chosen(options))
 
+    def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
+        """As chat_turn; a base model, which has no chat template, continues what they say.
+
+        Pictures make it a conversation even then.
+        """
+        if self._template or any(message.pictures for message in messages):
+            return self.chat_turn(messages, **options)
+        return self.continue_text("\n\n".join(each.content for each in messages), **options)
+
     def continue_text(self, text: str, **options: Any) -> Answering:
         """Continue the text, which is the whole prompt; otherwise as chat_turn."""
 

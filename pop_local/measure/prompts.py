@@ -225,14 +225,8 @@ def answered(model: PopModel, prompt: Prompt, max_tokens: int) -> Answered:
     What the prompt shares with the one before is not read again. Raises PopError when it does not
     fit, and StoppedError when whoever watches the model says so.
     """
-    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens}
     try:
-        has_pictures = any(message.pictures for message in prompt.messages)
-        if "tokenizer.chat_template" in model.metadata or has_pictures:
-            chunks = list(model.chat_turn(prompt.messages, **options))
-        else:
-            text = "\n\n".join(message.content for message in prompt.messages)
-            chunks = list(model.continue_text(text, **options))
+        chunks = list(model.ask(prompt.messages, temperature=0.0, max_tokens=max_tokens))
     except ContextFullError as error:
         error.message = f"line {prompt.line}: {error.message}"
         raise

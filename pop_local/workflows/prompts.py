@@ -14,6 +14,7 @@ from converter.output import replacing
 from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.engine.files import read_file
+from pop_local.engine.images.mmproj import fingerprint
 from pop_local.engine.model import PopModel
 from pop_local.measure.prompts import (
     Answered,
@@ -66,14 +67,12 @@ def evaluate_prompts(
     """
     given = read_prompts(Path(prompts))
     files = model_files(os.fspath(model), sidecar, watch)
-    kept = _Kept(options.answers, _identity(files, given, options))
     mmproj = options.mmproj or mmproj_beside(files.path)
+    kept = _Kept(options.answers, _identity(files, mmproj, given, options.max_tokens))
     seeing = {"n_ctx": options.n_ctx, "mmproj": mmproj}
     with opened(files, hardware, watch, **seeing) as loaded, kept.told(watch):
-        before = loaded.pruning
         for mode, is_pruning in _MODES.items():
             _answer_all(loaded, mode, is_pruning, given, options, kept, watch)
-        loaded.pruning = before
         found = tuple(
             compared(loaded, prompt, *(kept.found[mode, prompt.line] for mode in _MODES))
             for prompt in given.prompts
@@ -99,18 +98,22 @@ def _answer_all(
     advance(len(given.prompts), len(given.prompts))
 
 
-def _identity(files: ModelFiles, given: PromptFile, options: PromptOptions) -> dict[str, Any]:
+def _identity(
+    files: ModelFiles, mmproj: Path | None, given: PromptFile, max_tokens: int
+) -> dict[str, Any]:
     """What answers depend on. Raises PopError for a model that prunes nothing."""
     source = read_source(files.path)
     meta = pop_of(source, files.sidecar)
     if meta is None:
         raise nothing_to_evaluate(source)
+    has_pictures = any(each.pictures for prompt in given.prompts for each in prompt.messages)
     return {
         "model": meta.source_sha256,
+        "mmproj": fingerprint(mmproj) if mmproj and has_pictures else None,
         # With what was measured of it, which differs wherever two fits do.
         "conversion": hashlib.sha256(repr(meta).encode()).hexdigest(),
         "prompts": given.sha256,
-        "max_tokens": options.max_tokens,
+        "max_tokens": max_tokens,
     }
 
 

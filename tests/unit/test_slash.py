@@ -299,8 +299,11 @@ def test_nothing_is_dropped_unasked():
         assert len(model.asked) == 2
 
 
-def test_pop_off_is_kept_by_a_larger_context():
+@pytest.mark.parametrize(("switch", "mode"), [("off", Mode.OFF), ("on", Mode.CONTEXT)])
+def test_a_switch_is_kept_by_a_larger_context(switch, mode):
+    """Whatever its command line says: --no-pop opens each model with pruning off."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
-    shown = talk(model, "/pop off", "a " * 13, "l", sampling={}, others={1024: larger})
-    assert larger.pop_mode is Mode.OFF
+    larger.pop_mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
+    shown = talk(model, f"/pop {switch}", "a " * 13, "l", sampling={}, others={1024: larger})
+    assert larger.pop_mode is mode
     assert shown[-2:] == ["z", STATS_LINE]

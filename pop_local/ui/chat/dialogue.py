@@ -101,9 +101,9 @@ class Dialogue:
         opened = self._open_model(name, n_ctx)
         self._name = name
         before, self.session.model, self.costs = self.model, opened, _costs(opened)
-        # Off by choice, not for want of anything to prune by.
-        if before.can_switch and before.pop_mode is Mode.OFF and self.model.can_switch:
-            self.model.set_pop(Mode.OFF)
+        # One without anything to prune by is off, but not by choice.
+        if before.can_switch and self.model.can_switch:
+            self.model.set_pop(before.pop_mode)
         before.close()
         self.set_refill(self.refill)
         self._is_warned = False
