@@ -181,12 +181,13 @@ _KEYS: tuple[tuple[str, str, type], ...] = (
     ("pop.source.sha256", "source_sha256", str),
     ("pop.tool", "tool", str),
 )
-# Only in files that have a selection.
-_SELECT = "pop.select"
-# Only in files whose projections were fitted on pictures, too.
-_IMAGE_ROWS = "pop.image_rows"
-# Only in files with fitted projections; 64 bits wide.
-_SOURCE_BYTES = "pop.source.size_bytes"
+# Only where they are not zero: with a selection, with projections fitted on pictures, too, with
+# fitted ones.
+_OPTIONAL_KEYS: tuple[tuple[str, str, type], ...] = (
+    ("pop.select", "select", float),
+    ("pop.image_rows", "image_rows", int),
+    ("pop.source.size_bytes", "source_bytes", int),
+)
 # As in `pop.budget.quality`; the fields of PopMeta have the same names.
 _GROUPS: dict[str, type[Any]] = {
     "calibration": Calibration,
@@ -195,8 +196,10 @@ _GROUPS: dict[str, type[Any]] = {
     "recall": Recalled,
     "budget": Budget,
 }
-# Only in sidecars; `base_bytes` is 64 bits wide.
+# Only in sidecars.
 _BINDING = "pop.sidecar."
+# Whole numbers of so named keys are 64 bits wide.
+_WIDE = "_bytes"
 
 
 def read_pop_meta(path: Path) -> PopMeta | None:
@@ -216,12 +219,7 @@ def pop_meta(header: Header) -> PopMeta | None:
             f"{header.path} has POP version {version}; known is {VERSION}", CONVERT_AGAIN
         )
     values: dict[str, Any] = {}
-    for name, field, kind in (
-        *_KEYS,
-        (_SELECT, "select", float),
-        (_IMAGE_ROWS, "image_rows", int),
-        (_SOURCE_BYTES, "source_bytes", int),
-    ):
+    for name, field, kind in (*_KEYS, *_OPTIONAL_KEYS):
         value = header.get(name)
         if value is None:
             continue
@@ -272,7 +270,7 @@ def _in_range(header: Header, name: str, value: Any) -> Any:
     most = MAX_FILE_NAME if name == "pop.source.name" else MAX_TEXT
     if isinstance(value, str) and len(value.encode(errors="replace")) > most:
         raise FormatError(f"{header.path}: {name} has more than {most:,} bytes", CONVERT_AGAIN)
-    largest = 2**63 - 1 if name.endswith("_bytes") else MAX_TOKENS
+    largest = 2**63 - 1 if name.endswith(_WIDE) else MAX_TOKENS
     if isinstance(value, int) and not 0 <= value <= largest:
         raise FormatError(f"{header.path}: {name} is {value:,}", CONVERT_AGAIN)
     return value
@@ -298,7 +296,7 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
             CONVERT_AGAIN,
         )
     if not 0 <= meta.select <= 1:
-        raise FormatError(f"{header.path}: {_SELECT} is {meta.select}, not a share", CONVERT_AGAIN)
+        raise FormatError(f"{header.path}: pop.select is {meta.select}, not a share", CONVERT_AGAIN)
     n_layer = _n_layer(header)
     if n_layer is not None and n_layer != meta.n_layer:
         raise FormatError(
@@ -317,16 +315,11 @@ def _n_layer(header: Header) -> int | None:
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     """Encode the keys of a converted file as they stand in it, each by itself."""
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
-    if meta.select:
-        keys.append(_encode_key(_SELECT, meta.select))
-    if meta.image_rows:
-        keys.append(_encode_key(_IMAGE_ROWS, meta.image_rows))
-    if meta.source_bytes:
-        keys.append(_encode_size(_SOURCE_BYTES, meta.source_bytes))
-    for group in _GROUPS:
-        if (found := getattr(meta, group)) is not None:
-            prefix = f"{PREFIX}{group}."
-            keys += [_encode_key(prefix + name, value) for name, value in vars(found).items()]
+    optional = ((name, getattr(meta, field)) for name, field, _ in _OPTIONAL_KEYS)
+    keys += [_encode_key(name, value) for name, value in optional if value]
+    for name in _GROUPS:
+        if (group := getattr(meta, name)) is not None:
+            keys += _encode_group(f"{PREFIX}{name}.", group)
     return tuple(keys)
 
 
@@ -335,13 +328,12 @@ def encode_sidecar_keys(meta: PopMeta, binding: Binding) -> tuple[bytes, ...]:
     return (
         _encode_key("general.architecture", SIDECAR_ARCH),
         *encode_keys(meta),
-        _encode_size(f"{_BINDING}base_bytes", binding.base_bytes),
-        _encode_key(f"{_BINDING}header_sha256", binding.header_sha256),
+        *_encode_group(_BINDING, binding),
     )
 
 
-def _encode_size(name: str, n_bytes: int) -> bytes:
-    return _text(name) + struct.pack("<IQ", GGUFValueType.UINT64, n_bytes)
+def _encode_group(prefix: str, group: Group) -> list[bytes]:
+    return [_encode_key(prefix + name, value) for name, value in vars(group).items()]
 
 
 def _encode_key(name: str, value: int | float | str) -> bytes:
@@ -349,6 +341,8 @@ def _encode_key(name: str, value: int | float | str) -> bytes:
         return _text(name) + struct.pack("<I", GGUFValueType.STRING) + _text(value)
     if isinstance(value, float):
         return _text(name) + struct.pack("<Id", GGUFValueType.FLOAT64, value)
+    if name.endswith(_WIDE):
+        return _text(name) + struct.pack("<IQ", GGUFValueType.UINT64, value)
     return _text(name) + struct.pack("<II", GGUFValueType.UINT32, value)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from converter.format import Budget
+from converter.format import NO_LIMIT, Budget
 
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate
@@ -165,12 +165,15 @@ def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
 
 
 def limits_in_words(budget: Budget) -> str:
-    """What a budget allows, in the order of `figures_in_words`."""
+    """What a budget allows, in the order of `figures_in_words`; older files have fewer limits."""
+    perplexity = facts = ""
+    if budget.max_ppl_ratio < NO_LIMIT:
+        perplexity = f"perplexity ratio {budget.max_ppl_ratio:g}, "
+    if budget.max_lost_recall < NO_LIMIT:
+        facts = f", {budget.max_lost_recall:.0%} of facts lost"
     return (
-        f"KL {budget.max_kl:g}, perplexity ratio {budget.max_ppl_ratio:g}, "
-        f"copy ratio {budget.max_copy_ratio:g}, "
-        f"{budget.least_retention:.0%} kept of copying random tokens, "
-        f"{budget.max_lost_recall:.0%} of facts lost"
+        f"KL {budget.max_kl:g}, {perplexity}copy ratio {budget.max_copy_ratio:g}, "
+        f"{budget.least_retention:.0%} kept of copying random tokens{facts}"
     )
 
 

@@ -109,9 +109,8 @@ class RecallReference:
     def more(self, model: PopModel, n_documents: int, on_progress: Progress) -> "RecallReference":
         """Ask in full about `n_documents`, the first of which are these."""
         settings = replace(self.settings, n_documents=n_documents)
-        asked = tuple(make_documents(model, settings))
-        full = _answers(model, asked, FULL, on_progress, self.full)
-        return RecallReference(settings, asked, full)
+        more = RecallReference(settings, tuple(make_documents(model, settings)))
+        return replace(more, full=more.answers(model, FULL, on_progress, self.full))
 
     def answers(
         self,
@@ -124,43 +123,29 @@ class RecallReference:
 
         Returns the NLL and exactness of each document's answer, [n_documents, 2].
         """
-        return _answers(model, self.asked, pruning, on_progress, known)
+        new = self.asked[len(known) :]
+        scores, ran = np.empty((len(new), 2)), counting(len(new), on_progress)
+        with forced(model) as reader:
+            for number, one in enumerate(new):
+                scores[number] = _score(reader, one, pruning)
+                ran(1)
+        return np.concatenate([known, scores])
 
     def compared(self, answers: Floats) -> Recall:
         """What all answers are beside the full model's."""
-        return _recall(self.settings, self.full, answers)
+        return Recall(
+            n_documents=len(self.full),
+            n_tokens=self.settings.n_tokens,
+            nll_full=mean(self.full[:, 0]),
+            nll_pruned=mean(answers[:, 0]),
+            exact_full=mean(self.full[:, 1]),
+            exact_pruned=mean(answers[:, 1]),
+            exact_lost=mean(self.full[:, 1] - answers[:, 1]),
+        )
 
     def measure(self, model: PopModel, pruning: Pruning, on_progress: Progress) -> Recall:
         """Ask a file of the same model under a pruning about all documents, and compare."""
         return self.compared(self.answers(model, pruning, on_progress))
-
-
-def _answers(
-    model: PopModel,
-    asked: Sequence[Asked],
-    pruning: Pruning,
-    on_progress: Progress,
-    known: Floats,
-) -> Floats:
-    new = asked[len(known) :]
-    scores, ran = np.empty((len(new), 2)), counting(len(new), on_progress)
-    with forced(model) as reader:
-        for number, one in enumerate(new):
-            scores[number] = _score(reader, one, pruning)
-            ran(1)
-    return np.concatenate([known, scores])
-
-
-def _recall(settings: RecallSettings, full: Floats, pruned: Floats) -> Recall:
-    return Recall(
-        n_documents=len(full),
-        n_tokens=settings.n_tokens,
-        nll_full=mean(full[:, 0]),
-        nll_pruned=mean(pruned[:, 0]),
-        exact_full=mean(full[:, 1]),
-        exact_pruned=mean(pruned[:, 1]),
-        exact_lost=mean(full[:, 1] - pruned[:, 1]),
-    )
 
 
 def _score(reader: Forced, asked: Asked, pruning: Pruning) -> tuple[float, bool]:

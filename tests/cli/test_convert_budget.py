@@ -123,7 +123,7 @@ def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     assert "In budget" in rows[0]
     assert rows[2].split("|")[1].strip() == "7"
     assert rows[2].rstrip(" |").endswith("yes")
-    assert "custom: KL at most 0.0001" in done.stdout
+    assert "custom allows KL 0.0001" in done.stdout
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "tiny.pop.gguf")])
     assert meta.budget.tried in shown.stdout
 
@@ -329,7 +329,7 @@ def test_dry_run_says_what_would_be_tried(tiny, tmp_path, monkeypatch):
     assert re.search(r"Memory [\d.]+ MB in all, [\d.]+ MB for the fit", facts)
     short_of_memory = convert(tiny, "--dry-run", "--memory", 0).stdout
     assert "up to 15 passes" in " ".join(short_of_memory.split())
-    assert "near-lossless: KL at most 0.015, perplexity at most 1.01" in facts
+    assert "near-lossless allows KL 0.015, perplexity ratio 1.01" in facts
     planned = json.loads(convert(tiny, "--dry-run", "--max-kl", 0.2, "--json").stdout)
     assert planned["boundaries"] == [7, 6, 5, 4, 3, 2]
     assert (planned["distilled"], planned["budget"]["max_kl"]) == (False, 0.2)

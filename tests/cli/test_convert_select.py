@@ -40,16 +40,12 @@ def found(monkeypatch):
     """What the probe is to find, recipe by recipe; the full model finds 0.8."""
     shares: list[float] = []
 
-    def told(settings, full, pruned):
-        share = shares.pop(0)
-        return recall(settings, full, pruned, share)
-
-    def recall(settings, full, pruned, share):
-        nothing = Estimate(0.0, None)
+    def told(*_):
+        share, nothing = shares.pop(0), Estimate(0.0, None)
         found, lost = Estimate(share, None), Estimate(0.8 - share, None)
         return fastest.Recall(2, 400, nothing, nothing, Estimate(0.8, None), found, lost)
 
-    monkeypatch.setattr("pop_local.measure.recall._recall", told)
+    monkeypatch.setattr("pop_local.measure.recall.RecallReference.compared", told)
     return shares
 
 

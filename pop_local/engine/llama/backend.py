@@ -7,7 +7,6 @@ setter raises PopError when the library refuses. `ctx` is a llama_context pointe
 import ctypes
 import functools
 import os
-import platform
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import metadata
@@ -16,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 
 from converter.errors import PopError
 from converter.format import PopMeta
@@ -250,5 +250,4 @@ def default_threads() -> int:
             return len({Path(siblings.format(cpu)).read_text() for cpu in cpus})
         except OSError:
             return len(cpus)
-    n_cpus = os.cpu_count() or 1
-    return n_cpus if platform.machine() == "arm64" else max(1, n_cpus // 2)
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from converter.format import NO_LIMIT
+from pop_local.measure.budget import limits_in_words
 from pop_local.ui.tables import Column, Fact, Table, print_table
 from pop_local.ui.theme import out
 from pop_local.ui.views.quality import figures, with_se
@@ -47,18 +47,7 @@ def _of_full(found: Recall) -> str:
 
 
 def budget_fact(budget: Budget) -> Fact:
-    """The limits; older files have fewer."""
-    perplexity = facts = ""
-    if budget.max_ppl_ratio < NO_LIMIT:
-        perplexity = f"{budget.max_ppl_ratio:g} and "
-    if budget.max_lost_recall < NO_LIMIT:
-        facts = f", {budget.max_lost_recall:.0%} of facts lost"
-    return (
-        "Budget",
-        f"{budget.quality}: KL at most {budget.max_kl:g}, perplexity at most {perplexity}of a copy "
-        f"{budget.max_copy_ratio:g} times the full model's, {budget.least_retention:.0%} of "
-        f"copying kept{facts}",
-    )
+    return "Budget", f"{budget.quality} allows {limits_in_words(budget)}"
 
 
 def show_trials(trials: Sequence[Trial]) -> None:
