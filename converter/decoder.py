@@ -17,6 +17,8 @@ from converter.source import Source
 from converter.weights import Floats, Weights
 
 _FREQS = "rope_freqs.weight"
+# The interpreter with torch loaded.
+BASE_BYTES = 400_000_000
 
 
 class Decoder:

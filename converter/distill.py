@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from converter.decoder import Decoder, Layer, Stored
+from converter.decoder import BASE_BYTES, Decoder, Layer, Stored
 from converter.fit import FitError, normalised
 from converter.hyper import Hyper
 from converter.plan import Plan
@@ -53,8 +53,6 @@ _ROWS_EACH = 64
 _LEAST_POWER = 0.1
 # So many tokens of each row of an answer are what the loss looks at, in all of its rows.
 _N_LIKELY = 64
-# The interpreter with torch loaded.
-_BASE_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -343,7 +341,7 @@ def memory(
     n_embd, n_rows = plan.shape.n_embd, round((1 + _COPIES) * n_windows) * n_tokens
     return Memory(
         reference=4 * n_rows * (2 * n_embd + _N_LIKELY),
-        main=_BASE_BYTES + 4 * n_rows * (n_embd + _n_inputs(plan)),
+        main=BASE_BYTES + 4 * n_rows * (n_embd + _n_inputs(plan)),
         device=_device_bytes(plan, hyper, n_tokens, matrices),
     )
 

@@ -30,16 +30,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converter.decoder import Decoder, Layer
+from converter.decoder import BASE_BYTES, Decoder, Layer
 from converter.hyper import Hyper
 from converter.progress import Progress, Ran, counting
 from converter.shape import ModelShape
 
 Tokens = NDArray[np.int32]
 Floats = NDArray[np.float64]
-
-# The interpreter with torch loaded.
-_BASE_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -139,4 +136,4 @@ def needed_bytes(
     n_ff = max(shape.ffn_macs) // (3 * shape.n_embd)
     per_token = shape.n_embd * (shape.n_layer + 20) + 6 * n_ff + 5 * n_head * n_tokens
     logits = 5 * n_answer * shape.n_vocab
-    return _BASE_BYTES + 4 * (weights + n_batch * n_tokens * per_token + logits)
+    return BASE_BYTES + 4 * (weights + n_batch * n_tokens * per_token + logits)

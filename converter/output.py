@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
+import psutil
+
 from converter.errors import OutputExistsError, WriteError
 
 _SUFFIX = ".partial"
@@ -98,16 +100,10 @@ def _remove_leftovers(dst: Path) -> None:
 
 
 def _is_other_process(pid: int) -> bool:
-    # On Windows os.kill would end it; an open file cannot be removed there anyway.
-    if pid == os.getpid() or os.name == "nt":
-        return False
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        return pid != os.getpid() and psutil.pid_exists(pid)
+    except OverflowError:
         return False
-    except OSError:  # of another user
-        return True
-    return True
 
 
 def _hint(dst: Path) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from converter.errors import PlanError, UnsupportedArchitectureError
-from converter.format import OWN, Budget, PopMeta, Recalled, Refilled
+from converter.format import MAX_TOKENS, OWN, Budget, PopMeta, Recalled, Refilled
 from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
 from converter.shape import SHARED_KV, ModelShape
 
@@ -12,7 +12,6 @@ from converter.shape import SHARED_KV, ModelShape
 DEFAULT_SKIP = Fraction(1, 3)
 # 16 leave the first answer token 1.4 times as wrong (docs/lab-notebook.md), and win 0.5 % of time.
 TAIL_TOKENS = 32
-MAX_TOKENS = 2**31 - 1
 
 # Of a model's layers: a fraction, or a number of layers.
 Share = Fraction | int

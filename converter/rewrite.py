@@ -65,7 +65,7 @@ class Sizes:
     output_bytes: int
 
 
-def measure(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
+def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Sizes:
     """Return the sizes of a conversion without doing it (padding and measured quality aside).
 
     Raises FormatError as `convert` does for a bad source.
@@ -73,7 +73,7 @@ def measure(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
     source = unconverted(src)
     content = read_content(source, without=PREFIX)
     written = content.with_keys(encode_keys(draft_meta(plan, source))).size_bytes
-    return Sizes(source.size_bytes, written + stored_bytes(plan, KvType(kv_type)))
+    return Sizes(source.size_bytes, written + stored_bytes(plan, kv_type))
 
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:

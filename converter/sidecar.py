@@ -154,11 +154,11 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
         )
 
 
-def measure_sidecar(plan: Plan, src: Path, kv_type: str = KvType.Q8_0.value) -> Sizes:
+def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Sizes:
     """Return the sizes of `write_sidecar`, without doing it (see `rewrite.measure`)."""
     source = unconverted(src)
     header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), bind(source))).header
-    return Sizes(source.size_bytes, len(header) + stored_bytes(plan, KvType(kv_type)))
+    return Sizes(source.size_bytes, len(header) + stored_bytes(plan, kv_type))
 
 
 def write_sidecar(

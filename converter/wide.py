@@ -21,11 +21,11 @@ import numpy as np
 
 from converter.content import NewTensor
 from converter.fit import KvType, decode_weight, encode_weight
+from converter.hyper import GEMMAS
 from converter.shape import ModelShape
 from converter.weights import Floats, Weights
 
 MOST_NEURON = 5.0
-_GELU = ("gemma2", "gemma3")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def decode_input(
     neurons = None
     if "ffn_up" in found:
         gain = weights[f"blk.{boundary}.ffn_norm.weight"]
-        neurons = Neurons(gain, found["ffn_gate"], found["ffn_up"], shape.arch in _GELU)
+        neurons = Neurons(gain, found["ffn_gate"], found["ffn_up"], shape.arch in GEMMAS)
     return WideInput(found["prev"], neurons)
 
 
@@ -119,5 +119,5 @@ def _neurons(shape: ModelShape, weights: Weights, layer: int) -> tuple[Neurons, 
     else:
         gate, up = np.split(up, 2)
     strength = np.linalg.norm(weights[f"{name}down.weight"], axis=0)
-    made = Neurons(weights[f"{name}norm.weight"], gate, up, shape.arch in _GELU)
+    made = Neurons(weights[f"{name}norm.weight"], gate, up, shape.arch in GEMMAS)
     return made, strength

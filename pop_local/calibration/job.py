@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 
@@ -105,15 +104,14 @@ class _Job:
         self._eps = _rms_epsilon(source)
         pictures = pictures_of(options.images) if options.mmproj else ()
         self._identity = _identity(plans, source, options, self._groups, pictures)
-        self._images = self._cut_up(options.mmproj, pictures) if options.mmproj else None
+        self._images = None
+        if options.mmproj:
+            self._images = CalibrationImages(model, options.mmproj, pictures, follow.should_stop)
         self._saved_s = time.monotonic()
         self._x: dict[int, Rows] = {}
         self._heads: dict[int, Rows] = {}
         self._y: dict[int, Rows] = {}
         self._token_weights: dict[int, Rows] = {}
-
-    def _cut_up(self, mmproj: Path, pictures: Sequence[Picture]) -> CalibrationImages:
-        return CalibrationImages(self._model, mmproj, pictures, self._follow.should_stop)
 
     def run(self) -> Calibrated:
         try:

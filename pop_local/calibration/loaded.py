@@ -80,18 +80,11 @@ class LoadedModel:
         """
         if not self._template:
             return []
-        from pop_local.engine.templates import LimitedChatFormatter  # loads llama_cpp
+        from pop_local.engine.templates import formatter_of  # loads llama_cpp
 
-        eos, bos = (
-            self._api.llama_vocab_get_text(self.vocab, token).decode() if token >= 0 else ""
-            for token in (
-                self._api.llama_vocab_eos(self.vocab),
-                self._api.llama_vocab_bos(self.vocab),
-            )
-        )
         question: Any = [{"role": "user", "content": _QUESTION}]
         try:
-            formatter = LimitedChatFormatter(self._template, eos_token=eos, bos_token=bos)
+            formatter = formatter_of(self.vocab, self._template)
             before, found, _ = formatter(messages=question).prompt.partition(_QUESTION)
         except ValueError:
             return []

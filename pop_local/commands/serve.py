@@ -11,23 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from converter.errors import PopError
+from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
-from pop_local.commands.options import (
-    Ctx,
-    GpuLayers,
-    ImageTokens,
-    Mmproj,
-    NoPop,
-    ParseSpecial,
-    Pop,
-    Refill,
-    RefillName,
-    Rpc,
-    Select,
-    Threads,
-    hardware,
-    selected,
-)
 from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
 
@@ -63,14 +48,14 @@ def serve(
             "--name", help="The model's name in the API. Default: the catalog's, or the file's."
         ),
     ] = "",
-    pop: Pop = None,
-    no_pop: NoPop = False,
-    threads: Threads = None,
-    ctx: Ctx = None,
-    gpu_layers: GpuLayers = -1,
-    rpc: Rpc = None,
-    select: Select = None,
-    refill: Refill = RefillName.IDLE,
+    pop: opt.Pop = None,
+    no_pop: opt.NoPop = False,
+    threads: opt.Threads = None,
+    ctx: opt.Ctx = None,
+    gpu_layers: opt.GpuLayers = -1,
+    rpc: opt.Rpc = None,
+    select: opt.Select = None,
+    refill: opt.Refill = opt.RefillName.IDLE,
     cache_ram: Annotated[
         int,
         typer.Option(
@@ -80,9 +65,9 @@ def serve(
             help="Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
         ),
     ] = 2048,
-    parse_special: ParseSpecial = False,
-    mmproj: Mmproj = None,
-    image_tokens: ImageTokens = None,
+    parse_special: opt.ParseSpecial = False,
+    mmproj: opt.Mmproj = None,
+    image_tokens: opt.ImageTokens = None,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API.
 
@@ -96,9 +81,9 @@ def serve(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    on, share = hardware(threads, gpu_layers, rpc), selected(select)
+    hardware, share = opt.hardware(threads, gpu_layers, rpc), opt.selected(select)
     rows = no_pop, parse_special, share, refill.value
-    opened = Opener(model, pop, ctx, on, *rows, mmproj, image_tokens)()
+    opened = Opener(model, pop, ctx, hardware, *rows, mmproj, image_tokens)()
     opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
     try:
         name = name or _default_name(model, opened.model_path)

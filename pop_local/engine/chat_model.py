@@ -16,7 +16,7 @@ from pop_local.engine.images.pictures import Picture
 from pop_local.engine.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.pruned import PrunedLlama
 from pop_local.engine.special_tokens import SpecialTokens, unused_marks
-from pop_local.engine.templates import LimitedChatFormatter
+from pop_local.engine.templates import LimitedChatFormatter, formatter_of
 from pop_local.engine.turn import Message, TurnOptions
 
 
@@ -40,12 +40,7 @@ class ChatModel(PrunedLlama):
 
     @cached_property
     def _formatter(self) -> LimitedChatFormatter:
-        eos, bos = (
-            self._model.token_get_text(token) if token != -1 else ""
-            for token in (self.token_eos(), self.token_bos())
-        )
-        template = self._template or PLAIN_TEMPLATE
-        return LimitedChatFormatter(template=template, eos_token=eos, bos_token=bos)
+        return formatter_of(self.vocab, self._template or PLAIN_TEMPLATE)
 
     @property
     def _template(self) -> str:

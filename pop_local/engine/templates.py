@@ -7,6 +7,7 @@ from typing import Any
 from converter.errors import PopError
 from pop_local.engine import template_child
 from pop_local.engine.limited.process import BeyondLimitsError, LimitedProcess, RefusedError
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.upstream import Jinja2ChatFormatter, chat_format
 
 LIMIT_S = 5.0
@@ -37,6 +38,16 @@ class LimitedChatFormatter(Jinja2ChatFormatter):
         """Render the template; functions among the arguments are the child's own."""
         plain = {name: value for name, value in arguments.items() if not callable(value)}
         return _renderer.render(self.template, plain)
+
+
+def formatter_of(vocab: Any, template: str) -> LimitedChatFormatter:
+    """With the BOS and EOS of llama.cpp's vocabulary, "" for one that it does not have."""
+    api = backend.bindings()
+    eos, bos = (
+        api.llama_vocab_get_text(vocab, token).decode() if token >= 0 else ""
+        for token in (api.llama_vocab_eos(vocab), api.llama_vocab_bos(vocab))
+    )
+    return LimitedChatFormatter(template, eos_token=eos, bos_token=bos)
 
 
 def start() -> None:

@@ -119,11 +119,13 @@ class TurnStats:
 
     @property
     def left(self) -> str:
-        """In words: how many prompt tokens did not run all layers."""
+        """In words: how many prompt tokens were not read, or did not run all layers."""
+        cached = f"{self.n_cached:,} cached, " if self.n_cached else ""
         if self.n_skipped_exact:
-            return f"{self.n_skipped_exact:,} left at layer {self.exact_layer}, exactly"
+            return f"{cached}{self.n_skipped_exact:,} left at layer {self.exact_layer}, exactly"
         selected = f", {self.n_selected:,} selected" if self.n_selected else ""
-        return f"{self.n_pruned:,} pruned{selected}" + (": short" * (self.reading == "short"))
+        short = ": short" if self.reading == "short" else ""
+        return f"{cached}{self.n_pruned:,} pruned{selected}{short}"
 
     @property
     def n_evaluated(self) -> int:

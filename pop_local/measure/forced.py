@@ -168,7 +168,7 @@ class Forced:
             for start in range(0, len(tokens) - 1, step):
                 piece = tokens[start : min(start + step, len(tokens) - 1)]
                 refilling.before(self._n_context + start)
-                self._decode(piece, self._n_context + start, Outputs.ALL)
+                self._decode(piece, self._n_context + start)
                 logits[start + 1 : start + 1 + len(piece)] = self._logits(len(piece))
         finally:
             refilling.end()
@@ -178,10 +178,10 @@ class Forced:
         self._forget_from(self._n_context)
         return logits
 
-    def _decode(self, tokens: Tokens, first_pos: int, outputs: Outputs) -> None:
+    def _decode(self, tokens: Tokens, first_pos: int) -> None:
         logs.forget_errors()
         with self.model.interrupt.watching(self._ctx):
-            code = self._rows.decode(self._ctx, tokens, first_pos, outputs)
+            code = self._rows.decode(self._ctx, tokens, first_pos, Outputs.ALL)
             self.model.interrupt.check()
         if code != 0:
             raise logs.not_decoded(code)

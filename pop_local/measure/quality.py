@@ -145,18 +145,6 @@ class Reference:
     repeated: Repeated
 
 
-def measure_depths(
-    model: PopModel,
-    text_tokens: TextTokens,
-    settings: QualitySettings,
-    boundaries: Sequence[int],
-    on_progress: Progress,
-) -> tuple[Quality, ...]:
-    """Measure at each boundary; see `measure_prunings`."""
-    prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
-    return measure_prunings(model, text_tokens, settings, prunings, on_progress)
-
-
 def measure_prunings(
     model: PopModel,
     text_tokens: TextTokens,

@@ -71,10 +71,9 @@ async def streamed_answer(
 
 def _ended(state: State, job: Job, stats: TurnStats) -> tuple[str, Json]:
     """Why, and the usage. Raises ApiError when the answer was cut off."""
-    cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
     state.note = (
         f", waited {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
-        f" ({cached}{stats.left}), TTFT {stats.ttft_s:.2f} s,"
+        f" ({stats.left}), TTFT {stats.ttft_s:.2f} s,"
         f" {stats.n_decoded:,} tokens written"
     )
     if stats.finish_reason == "interrupted":

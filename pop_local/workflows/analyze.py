@@ -22,7 +22,6 @@ from pop_local.calibration.texts import default_tokens
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import budget
-from pop_local.measure import quality as measuring
 from pop_local.measure.depth import (
     DepthCost,
     deepest_within,
@@ -33,6 +32,13 @@ from pop_local.measure.depth import (
 from pop_local.measure.forced import Pruning, as_planned
 from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
 from pop_local.measure.probes import N_REPEATED, bos, require_passage
+from pop_local.measure.quality import (
+    Quality,
+    QualitySettings,
+    Reference,
+    measure_against,
+    read_reference,
+)
 from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows import gates
@@ -157,16 +163,14 @@ class _Run:
             self._affordable([self.plan(self.shape.n_layer - 2)])
         return True
 
-    def probed(
-        self, n_gated: int
-    ) -> tuple[tuple[DepthCost, ...], measuring.Reference, gates.Windows]:
+    def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], Reference, gates.Windows]:
         """Read the full model's half, then random tokens at each boundary. Raises PopError.
 
         Returns how much of copying each boundary keeps, that half, and `n_gated` windows.
         """
         options = self.options
         n_probed, n_context, n_answer = options.n_probed, options.n_context, options.n_answer
-        settings = measuring.QualitySettings(
+        settings = QualitySettings(
             n_probed, n_context, n_answer, seed=options.seed, n_draws=_N_DRAWS
         )
         with self._opened_as_planned() as model:
@@ -174,45 +178,39 @@ class _Run:
             start = bos(model)
             texts = spread_windows(tokens, n_gated, options.n_window - len(start))
             advance = self.watch.stage("Reading in full")
-            reference = measuring.read_reference(model, tokens, settings, advance)
+            reference = read_reference(model, tokens, settings, advance)
             advance = self.watch.stage("Looking for the cliff")
             depths = measure_cliff(model, self.shape, reference, LIMIT_PROMPT, advance)
         return depths, reference, [[*start, *text] for text in texts]
 
     def fitted(
-        self, reference: measuring.Reference, boundaries: Sequence[int]
-    ) -> tuple[dict[int, measuring.Quality], Calibration | None]:
+        self, reference: Reference, boundaries: Sequence[int]
+    ) -> tuple[dict[int, Quality], Calibration | None]:
         """Fit in one pass those that can be, and measure each. Raises PopError."""
         # The last layer alone has nothing to fit.
         plans = [self.plan(b) for b in boundaries if b < self.shape.n_layer - 1]
         plans = self._affordable(plans) if plans else []
         calibrations: list[Calibration | None] = []
 
-        def measure(plan: Plan, sidecar: Path) -> measuring.Quality:
+        def measure(plan: Plan, sidecar: Path) -> Quality:
             meta = pop_of(self.source, sidecar)
             calibrations.append(None if meta is None else meta.calibration)
             advance = self.watch.stage(f"Measuring fits, {len(calibrations)} of {len(plans)}")
             with self._opened(sidecar) as model:
-                [found] = measuring.measure_against(
-                    reference, model, (Pruning(plan.boundary),), advance
-                )
+                [found] = measure_against(reference, model, (Pruning(plan.boundary),), advance)
             return found
 
         fit = self._fit_options()
         found = measure_fits(plans, self.source, fit, self.hardware, self.watch, measure)
         return {each.boundary: each for each in found}, (calibrations or [None])[0]
 
-    def unfitted(
-        self, reference: measuring.Reference, boundaries: Sequence[int]
-    ) -> dict[int, measuring.Quality]:
+    def unfitted(self, reference: Reference, boundaries: Sequence[int]) -> dict[int, Quality]:
         """Measure with the layers' own projections."""
         if not boundaries:
             return {}
         with self._opened_as_planned() as model:
             advance = self.watch.stage("Measuring with own projections")
-            found = measuring.measure_against(
-                reference, model, [*map(Pruning, boundaries)], advance
-            )
+            found = measure_against(reference, model, [*map(Pruning, boundaries)], advance)
         return {quality.boundary: quality for quality in found}
 
     def plan(self, boundary: int) -> Plan:

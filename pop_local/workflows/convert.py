@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from converter import rewrite
 from converter.errors import PopError, StoppedError, WriteError
+from converter.fit import KvType
 from converter.format import ATTENTION, FITTED, OWN, Budget, Measured, PopMeta
 from converter.plan import Plan
 from converter.rewrite import Examine, Fitted, Sizes, check_target, measure
@@ -58,7 +59,7 @@ class Output:
 
     name: OutputName
     stage: str
-    measure: Callable[[Plan, Path, str], Sizes]
+    measure: Callable[[Plan, Path, KvType], Sizes]
     default_path: Callable[[Source], Path]
     write: Callable[..., PopMeta]
     files: Callable[[Path, Path], ModelFiles]
@@ -68,11 +69,10 @@ def _copy_path(source: Source) -> Path:
     return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
 
 
-_COPIED = "Writing, then reading back"
 OUTPUTS: dict[OutputName, Output] = {
     "copy": Output(
         "copy",
-        _COPIED,
+        "Writing, then reading back",
         measure,
         _copy_path,
         rewrite.convert,
@@ -126,7 +126,7 @@ class Conversion:
     def sizes_of(self, plan: Plan) -> Sizes:
         """What writing one of the plans reads and writes, in bytes."""
         kv_type = (self.fit or FitOptions()).kv_type
-        return self.output.measure(plan, self.path, kv_type.value)
+        return self.output.measure(plan, self.path, kv_type)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def plan_conversion(
             deepest = replace(deepest, projection=ATTENTION)
         require_distillable(deepest, source, fit, hardware)
     kv_type = (fit or FitOptions()).kv_type
-    sizes = kind.measure(_deepest(plans), source.first.path, kv_type.value)
+    sizes = kind.measure(_deepest(plans), source.first.path, kv_type)
     return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
 
 

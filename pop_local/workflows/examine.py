@@ -9,7 +9,6 @@ from converter.format import ATTENTION, Measured
 from converter.plan import Plan
 from pop_local.engine.model import PopModel
 from pop_local.measure import depth
-from pop_local.measure import quality as measuring
 from pop_local.measure.budget import (
     BALANCED,
     FAST,
@@ -22,6 +21,15 @@ from pop_local.measure.budget import (
 )
 from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import TextTokens
+from pop_local.measure.quality import (
+    Quality,
+    QualitySettings,
+    choose_windows,
+    measure_against,
+    measure_prunings,
+    measure_retention,
+    read_reference,
+)
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import measured, opened_to_measure
@@ -63,7 +71,7 @@ class Examination:
     def of_fit(self, files: ModelFiles) -> Measured:
         """Measure what was written. Raises CopyingBrokenError, and PopError when it cannot be."""
         self.watch.on_note("Measuring what was written on held-out text")
-        quality = self._measure(files, measuring.QualitySettings(N_WINDOWS))
+        quality = self._measure(files, QualitySettings(N_WINDOWS))
         if not (self.allow_broken_copy or copies(FAST, quality)):
             raise self._refusal(figures_in_words(quality))
         self._warn_outside(quality)
@@ -87,14 +95,15 @@ class Examination:
     def _opened(self, files: ModelFiles) -> AbstractContextManager[tuple[PopModel, TextTokens]]:
         return opened_to_measure(files, self.plan, self.hardware, self.watch)
 
-    def _measure(self, files: ModelFiles, settings: measuring.QualitySettings) -> measuring.Quality:
+    def _measure(self, files: ModelFiles, settings: QualitySettings) -> Quality:
         with self._opened(files) as (model, tokens):
-            [quality] = measuring.measure_depths(
-                model, tokens, settings, (self.plan.boundary,), self.watch.stage("Measuring")
+            pruning = Pruning(self.plan.boundary)
+            [quality] = measure_prunings(
+                model, tokens, settings, [pruning], self.watch.stage("Measuring")
             )
         return quality
 
-    def _warn_outside(self, quality: measuring.Quality) -> None:
+    def _warn_outside(self, quality: Quality) -> None:
         boundary = quality.boundary
         if not copies(FAST, quality):
             self.watch.on_warning(PopError(broken_copy(boundary, figures_in_words(quality))))
@@ -124,14 +133,14 @@ class Examination:
         """
         with self._opened(ModelFiles(self.src)) as (model, tokens):
             advance = self.watch.stage("Reading in full")
-            reference = measuring.read_reference(model, tokens, _own_settings(), advance)
+            reference = read_reference(model, tokens, _own_settings(), advance)
             for boundary in range(first, self.plan.shape.n_layer):
                 advance = self.watch.stage(f"Trying boundary {boundary}")
-                [kept] = measuring.measure_retention(reference, model, (boundary,), advance)
+                [kept] = measure_retention(reference, model, (boundary,), advance)
                 if not keeps(FAST, kept):
                     continue
                 pruning = Pruning(boundary)
-                [found] = measuring.measure_against(reference, model, (pruning,), advance)
+                [found] = measure_against(reference, model, (pruning,), advance)
                 if copies(FAST, found):
                     return boundary
         return None
@@ -140,7 +149,7 @@ class Examination:
 def _require_windows(model: PopModel, tokens: TextTokens) -> None:
     try:
         with forced(model) as reader:
-            measuring.choose_windows(reader, tokens, measuring.QualitySettings(N_WINDOWS))
+            choose_windows(reader, tokens, QualitySettings(N_WINDOWS))
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",
@@ -149,5 +158,5 @@ def _require_windows(model: PopModel, tokens: TextTokens) -> None:
         ) from error
 
 
-def _own_settings() -> measuring.QualitySettings:
-    return measuring.QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)
+def _own_settings() -> QualitySettings:
+    return QualitySettings(N_OWN_WINDOWS, n_draws=N_OWN_DRAWS)

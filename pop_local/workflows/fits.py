@@ -199,5 +199,5 @@ def require_room(plans: Sequence[Plan], source: Source, options: FitOptions) -> 
     path = source.first.path
     with TemporaryDirectory(prefix=_PREFIX) as folder:
         for plan in plans:
-            sizes = measure_sidecar(plan, path, options.kv_type.value)
+            sizes = measure_sidecar(plan, path, options.kv_type)
             check_target(path, Path(folder) / "fitted.gguf", sizes, force=False)

@@ -116,7 +116,7 @@ def require_unchanged(found: Inspection | SidecarInspection) -> None:
 def verify(source: Source, meta: PopMeta | None, watch: Watch) -> Verification:
     """Hash the model without its POP keys. Raises FormatError, StoppedError."""
     content = original(source, meta) if meta else read_content(source, without=PREFIX)
-    ran = counting(content.size_bytes, watch.stage("Reading all of it", Unit.BYTES))
+    ran = counting(content.data_bytes, watch.stage("Reading all of it", Unit.BYTES))
     sha256 = copy_data(content, content.header, lambda chunk: None, ran)
     return Verification(
         sha256=sha256,

@@ -4,7 +4,7 @@ That is the deepest boundary inside, unless deeper ones are with attention kept,
 once they are distilled.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -240,9 +240,6 @@ class _Search:
             recall = self.recalls[deepest] = self._ask(self.plans[deepest])
             self.verdicts[deepest] = budgets.recalls(self.budget, recall)
 
-    def _shallowest_first(self) -> Iterable[tuple[int, bool]]:
-        return sorted(self.verdicts.items(), reverse=True)
-
     def _trials(self) -> tuple[Trial, ...]:
         return tuple(
             Trial(
@@ -251,7 +248,7 @@ class _Search:
                 passed,
                 self.recalls.get(boundary),
             )
-            for boundary, passed in self._shallowest_first()
+            for boundary, passed in sorted(self.verdicts.items(), reverse=True)
         )
 
     def _over(self) -> OverBudgetError:

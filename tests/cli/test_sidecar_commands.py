@@ -126,7 +126,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
         assert sidecar_beside(read_source(base)) is None, "not in its place yet"
         return (SimpleNamespace(boundary=4),)
 
-    monkeypatch.setattr("pop_local.workflows.examine.measuring.measure_depths", measure)
+    monkeypatch.setattr("pop_local.workflows.examine.measure_prunings", measure)
     monkeypatch.setattr("pop_local.workflows.examine.copies", lambda *_: True)
     monkeypatch.setattr("pop_local.workflows.examine.is_inside", lambda *_: True)
     monkeypatch.setattr(

@@ -33,7 +33,8 @@ def rows_read(*batches):
     """Rows after these batches, each a string with F for a full row and any other for context."""
     rows, start = CachedRows(100), 0
     for batch in batches:
-        rows.read(start, np.array([letter == "F" for letter in batch]), keeps_states=True)
+        full = np.array([letter == "F" for letter in batch])
+        rows.read(start, full, np.arange(start, start + len(full) + 1), keeps_states=True)
         start += len(batch)
     return rows
 
@@ -75,7 +76,7 @@ def test_rows_that_are_gone_or_read_anew_are_not_exact():
     rows = rows_read("FFFFFF")
     rows.forget_from(4)
     assert (rows.n_exact, rows.has_state[:6].tolist()) == (4, [True] * 4 + [False] * 2)
-    rows.read(2, np.array([False, True]), keeps_states=True)
+    rows.read(2, np.array([False, True]), np.arange(2, 5), keeps_states=True)
     assert rows.n_exact == 2
     assert not rows.is_full[4:].any()
 

@@ -21,7 +21,7 @@ from pop_local.measure.quality import (
     Quality,
     QualitySettings,
     measure_against,
-    measure_depths,
+    measure_prunings,
     read_reference,
 )
 from pop_local.measure.recall import RecallReference, RecallSettings
@@ -56,7 +56,9 @@ def ignore(done: int, total: int) -> None:
 
 def measured(model: PopModel, settings: QualitySettings = SHORT) -> Quality:
     """At the model's own boundary."""
-    return measure_depths(model, [text()], settings, (model.boundary,), ignore)[0]
+    return measure_prunings(
+        model, [text()], settings, [Pruning(model.boundary, settings.mode)], ignore
+    )[0]
 
 
 # --- reading
@@ -79,7 +81,7 @@ def test_predictions_are_those_of_one_full_pass(model):
 def test_the_model_is_left_as_it_was(model, mode):
     model.set_pop(mode)
     before = model.boundary
-    measure_depths(model, [text()], SHORT, (2, 6), ignore)
+    measure_prunings(model, [text()], SHORT, [Pruning(2), Pruning(6)], ignore)
     assert model.boundary == before
     assert model.pop_mode is backend.get_mode(model.ctx) is mode
     assert model.n_tokens == 0
@@ -87,7 +89,7 @@ def test_the_model_is_left_as_it_was(model, mode):
 
 def test_a_model_without_keys_is_left_without_a_boundary(tmp_path):
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
-    quality = measure_depths(model, [text()], SHORT, (4,), ignore)[0]
+    quality = measure_prunings(model, [text()], SHORT, [Pruning(4)], ignore)[0]
     assert quality.n_pruned > 0
     assert (model.boundary, model.pop_mode) == (0, Mode.OFF)
 
@@ -160,7 +162,7 @@ def test_layers_that_add_nothing_cost_nothing(model, tmp_path):
 
 
 def test_depths_in_one_run_are_those_of_single_runs(model):
-    both = measure_depths(model, [text()], SHORT, (6, 2), ignore)
+    both = measure_prunings(model, [text()], SHORT, [Pruning(6), Pruning(2)], ignore)
     model.set_boundary(2)
     assert measured(model) == both[1]
     assert both[0].kl_mean.value < both[1].kl_mean.value
@@ -168,7 +170,13 @@ def test_depths_in_one_run_are_those_of_single_runs(model):
 
 def test_progress_ends_at_its_total(model):
     seen = []
-    measure_depths(model, [text()], SHORT, (2, 4), lambda done, total: seen.append((done, total)))
+    measure_prunings(
+        model,
+        [text()],
+        SHORT,
+        [Pruning(2), Pruning(4)],
+        lambda done, total: seen.append((done, total)),
+    )
     assert seen[0][0] == 0
     assert seen[-1][0] == seen[-1][1] == seen[0][1]
 
@@ -234,7 +242,7 @@ def test_windows_measured_little_by_little_are_those_of_one_run(model):
     found = gradual.measure_until(lambda _: False, model, begin)
     assert (found.n_windows, gradual.is_whole, len(steps)) == (6, True, 2)
     assert [step[-1][0] == step[-1][1] for step in steps] == [True, True]
-    [whole] = measure_depths(model, parts, settings, (5,), ignore)
+    [whole] = measure_prunings(model, parts, settings, [Pruning(5)], ignore)
     for name in ("kl_mean", "ppl_ratio", "copy_ppl_ratio", "induction_delta_nll"):
         assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)
     assert found.kl_mean.se == pytest.approx(whole.kl_mean.se, rel=1e-2)

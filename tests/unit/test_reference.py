@@ -11,7 +11,7 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import (
     QualitySettings,
     measure_against,
-    measure_depths,
+    measure_prunings,
     measure_retention,
     read_reference,
 )
@@ -48,7 +48,7 @@ def test_figures_are_those_of_a_measurement_of_its_own(pair, reference, form):
     }[form]
     model = PopModel(path, sidecar=sidecar, n_ctx=257, n_threads=1)
     [found] = measure_against(reference, model, (Pruning(3),), ignore)
-    [whole] = measure_depths(model, TEXT, SETTINGS, (3,), ignore)
+    [whole] = measure_prunings(model, TEXT, SETTINGS, [Pruning(3)], ignore)
     # A reference keeps its predictions in half precision.
     for name in ("kl_mean", "kl_median", "kl_p99", "kl_first"):
         assert getattr(found, name).value == pytest.approx(getattr(whole, name).value, rel=1e-3)

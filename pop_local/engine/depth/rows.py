@@ -22,20 +22,13 @@ class CachedRows:
         self.n_exact = 0
 
     def read(
-        self,
-        start: int,
-        full: np.ndarray,
-        *,
-        keeps_states: bool,
-        positions: np.ndarray | None = None,
+        self, start: int, full: np.ndarray, positions: np.ndarray, *, keeps_states: bool
     ) -> None:
         """Rows were decoded from row `start` on; `full` (bool) says which ran all layers.
 
-        `positions`: theirs and that of the next row, None for one after the other.
+        `positions`: theirs and that of the next row.
         """
         end = start + len(full)
-        if positions is None:
-            positions = self.positions[start] + np.arange(len(full) + 1)
         self.positions[start : end + 1] = positions
         self.forget_from(start)
         self.is_full[start:end] = full

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-BEGIN = "<think>"
+from pop_local.engine.prompts import THINK
+
 END = "</think>"
 
 
@@ -34,11 +35,11 @@ class ThinkingSplitter:
 
     def _at_the_beginning(self) -> Iterator[Piece]:
         text = self._held.lstrip()
-        if text.startswith(BEGIN):
-            self._held = text.removeprefix(BEGIN)
+        if text.startswith(THINK):
+            self._held = text.removeprefix(THINK)
             self._step = self._inside
             yield from self._inside()
-        elif not BEGIN.startswith(text):
+        elif not THINK.startswith(text):
             self._step = self._after
             yield from self._after()
 

@@ -15,13 +15,12 @@ def stats_line(stats: TurnStats) -> str:
     A prompt that was read in full although pruning is on is said to be short. Encoding pictures is
     in TTFT, not in prefill.
     """
-    cached = f"{stats.n_cached:,} cached, " if stats.n_cached else ""
     pictures = ""
     if stats.n_image:
         encoded = f", encoded in {stats.encode_s:.2f} s" if stats.encode_s else ""
         pictures = f" · pictures {stats.n_image:,} tokens{encoded}"
     return (
-        f"prompt {stats.n_prompt:,} tokens ({cached}{stats.left}){pictures}"
+        f"prompt {stats.n_prompt:,} tokens ({stats.left}){pictures}"
         f" · TTFT {stats.ttft_s:.2f} s"
         f" · prefill {stats.prefill_tokens_per_s:,.0f} tokens/s"
         f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{ENDINGS[stats.finish_reason]}"
