@@ -11,10 +11,11 @@ from support.synthetic import make_gguf
 
 
 @pytest.fixture(autouse=True)
-def own_projections_on_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they lose is measured wherever a command converts without a fit."""
+def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What own projections lose is, wherever a command converts without a fit."""
     monkeypatch.setattr(examine, "N_OWN_WINDOWS", 1)
     monkeypatch.setattr(examine, "N_OWN_DRAWS", 1)
+    monkeypatch.setattr(probes, "N_DRAWS", 1)
 
 
 @pytest.fixture
@@ -40,4 +41,3 @@ def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
     monkeypatch.setattr(search, "N_WINDOWS", 2)
     monkeypatch.setattr(search, "N_DOCUMENTS", 2)
-    monkeypatch.setattr(probes, "N_DRAWS", 1)

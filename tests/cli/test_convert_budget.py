@@ -124,8 +124,6 @@ def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     assert rows[2].split("|")[1].strip() == "7"
     assert rows[2].rstrip(" |").endswith("yes")
     assert "custom allows KL 0.0001" in done.stdout
-    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "tiny.pop.gguf")])
-    assert meta.budget.tried in shown.stdout
 
 
 @pytest.mark.parametrize("gain", [1.0, 2.0])
@@ -240,9 +238,8 @@ def test_facts_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, mon
     assert rows[-1].split("|")[-3].strip() == "67% of 100%"
 
 
-@pytest.mark.parametrize("arch", ["qwen2vl", "qwen3vl"])
-def test_models_that_see_have_no_selection(arch, tmp_path):
-    model = make_gguf(tmp_path / "tiny.gguf", arch)
+def test_models_that_see_have_no_selection(tmp_path):
+    model = make_gguf(tmp_path / "tiny.gguf", "qwen2vl")
     done = convert(model, "--projection", "own", "--threads", 1, *LOOSE, "--max-kl", 0.0001)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
@@ -258,15 +255,6 @@ def test_own_projections_need_no_fit(tiny, tmp_path, monkeypatch):
     assert meta is not None and meta.measured is not None
     assert (meta.boundary, meta.projection, meta.calibration) == (2, "own", None)
     assert meta.measured.kl_mean > 0
-
-
-def test_when_nothing_passes_nothing_is_written(tiny, tmp_path):
-    done = convert(tiny, *FEW, "--max-kl", 0.0001, "--max-copy-ratio", 0.5)
-    assert done.exit_code == 1
-    assert "not even 1 skipped layer is within the budget" in done.stderr
-    assert "hint" in done.stderr
-    assert done.stdout.rstrip(" |\n").endswith("no")
-    assert names(tmp_path) == {"tiny.gguf"}
 
 
 @pytest.mark.parametrize(
@@ -365,7 +353,7 @@ def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
 
 
 def test_text_is_sampled_once_however_many_fits_there_are(tmp_path, monkeypatch):
-    tiny = make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=5)
+    tiny = make_gguf(tmp_path / "tiny.gguf", "llama", n_layer=4)
     sampled, fitted = [], []
 
     def sample(*arguments, real=texts.sample_windows, **how):
@@ -380,7 +368,7 @@ def test_text_is_sampled_once_however_many_fits_there_are(tmp_path, monkeypatch)
     monkeypatch.setattr(fits.Fitter, "fit", fit)
     done = convert(tiny, *FEW, *LOOSE, "--memory", 0)
     assert done.exit_code == 0, done.stderr
-    assert fitted == [[3], [2], [1]]
+    assert fitted == [[2], [1]]
     assert len(sampled) == 1
 
 
@@ -418,4 +406,6 @@ def test_nothing_is_kept_of_a_search_that_finds_nothing(tiny, letters, tmp_path,
     assert done.exit_code == 1
     assert "Fitting the projections for boundary 2, 3, 4, 5, 6" in done.stderr
     assert "not even 1 skipped layer is within the budget" in done.stderr
+    assert "hint" in done.stderr
+    assert done.stdout.rstrip(" |\n").endswith("no")
     assert names(tmp_path) == {"tiny.gguf"}

@@ -25,7 +25,7 @@ resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
 STOPPED = """
 import sys, time
 from converter import content
-from pop_local.workflows import examine
+from pop_local.workflows import convert
 
 def read(stretch, free_buffer, real=content._read):
     for chunk in real(stretch, free_buffer):
@@ -37,7 +37,7 @@ def read(stretch, free_buffer, real=content._read):
 
 content._read = read
 content.CHUNK_BYTES = 100_000
-examine.N_OWN_WINDOWS = examine.N_OWN_DRAWS = 1
+convert._Run._own = lambda *_: None
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", "--projection", "own", "--skip", "1/3", *sys.argv[1:]]
 main()

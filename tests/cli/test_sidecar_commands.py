@@ -15,7 +15,7 @@ from converter.format import Measured
 from converter.header import read_header
 from converter.plan import TAIL_TOKENS, make_plan
 from converter.shape import read_shape
-from converter.sidecar import sidecar_beside
+from converter.sidecar import sidecar_beside, write_sidecar
 from converter.source import read_source
 from pop_local.cli import app
 from pop_local.engine.model import PopModel
@@ -57,8 +57,9 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def sidecar(base) -> Path:
-    assert convert(base, "--boundary", 4).exit_code == 0
-    return base.with_name("tiny.pop-sidecar.gguf")
+    path = base.with_name("tiny.pop-sidecar.gguf")
+    write_sidecar(make_plan(read_shape(base), boundary=4), base, path)
+    return path
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from converter.plan import make_plan
 from converter.rewrite import convert
 from converter.shape import read_shape
-from support.program import run
+from support.program import called, run
 from support.synthetic import TEMPLATE, make_gguf
 
 if sys.platform == "win32":
@@ -147,7 +147,7 @@ def test_progress_and_facts_fit_a_narrow_terminal(model):
     assert "Reading all of it" in inspect.raw
     lines = ESCAPE.sub("", inspect.raw).replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= 40
-    assert run("inspect", str(model), "--verify").stderr == ""
+    assert called("inspect", model, "--verify").stderr == ""
 
 
 def test_piped_chat_prints_answers_alone(model):
@@ -166,25 +166,25 @@ def test_run_reads_files_and_pipes_before_the_question(model, tmp_path):
     unread = run(*arguments, "--json")
     assert "The piped text is empty" in unread.stderr
     alone = json.loads(unread.stdout)
-    both = json.loads(run(*arguments, "--json", "--file", str(file), text="More. " * 30).stdout)
+    both = json.loads(called(*arguments, "--json", "--file", str(file), text="More. " * 30).stdout)
     assert both["stats"]["n_prompt"] > alone["stats"]["n_prompt"] + 60
     assert both["stats"]["n_pruned"] > 0
     assert both["boundary"] == 5
     assert both["stats"]["n_decoded"] == 4
-    full = json.loads(run(*arguments, "--json", "--file", str(file), "--no-pop").stdout)
+    full = json.loads(called(*arguments, "--json", "--file", str(file), "--no-pop").stdout)
     assert (full["pop"], full["stats"]["n_pruned"]) == (False, 0)
 
 
 def test_run_prints_the_same_answer_with_and_without_json(model):
     arguments = ("run", str(model), "--max-tokens", "6", *ANSWER_OPTIONS)
-    plain = run(*arguments, text="piped question")
-    in_json = json.loads(run(*arguments, "--json", text="piped question").stdout)
+    plain = called(*arguments, text="piped question")
+    in_json = json.loads(called(*arguments, "--json", text="piped question").stdout)
     assert plain.stdout.rstrip("\n") == in_json["text"].rstrip("\n")
     assert re.search(STATS, plain.stderr)
 
 
 def test_run_without_a_question_is_wrong_usage(model):
-    done = run("run", str(model))
+    done = called("run", str(model))
     assert done.returncode == 2
     assert "give a question" in done.stderr
 
@@ -192,7 +192,7 @@ def test_run_without_a_question_is_wrong_usage(model):
 def test_run_without_a_template_continues_the_text(tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "llama")
     done = json.loads(
-        run("run", str(base), "abc", "--json", "--max-tokens", "4", *ANSWER_OPTIONS).stdout
+        called("run", str(base), "abc", "--json", "--max-tokens", "4", *ANSWER_OPTIONS).stdout
     )
     assert done["stats"]["n_prompt"] < 8
     assert not done["pop"]
@@ -206,21 +206,21 @@ def test_bad_models_are_one_error(command, tmp_path, model):
     short.write_bytes(model.read_bytes()[:-1000])
     other = make_gguf(tmp_path / "other.gguf", "llama", n_layer=8)
     for path, reason in ((text, "is not a GGUF file"), (short, "is cut short")):
-        done = run(command, str(path), text="hi")
+        done = called(command, str(path), text="hi")
         assert (done.returncode, done.stdout) == (1, "")
         assert reason in done.stderr
         assert len(done.stderr.splitlines()) == 2
-    done = run(command, str(other), "--max-tokens", "2", *ANSWER_OPTIONS, text="hi")
+    done = called(command, str(other), "--max-tokens", "2", *ANSWER_OPTIONS, text="hi")
     assert done.returncode == 0
 
 
 def test_run_refuses_what_is_no_text(model, tmp_path):
     image = tmp_path / "image.png"
     image.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
-    done = run("run", str(model), "What is it?", "--file", str(image))
+    done = called("run", str(model), "What is it?", "--file", str(image))
     assert done.returncode == 1
     assert "is not UTF-8 text" in done.stderr
-    absent = run("run", str(model), "What is it?", "--file", str(tmp_path / "absent.txt"))
+    absent = called("run", str(model), "What is it?", "--file", str(tmp_path / "absent.txt"))
     assert absent.returncode == 1
     assert "absent.txt: No such file" in absent.stderr
 
@@ -229,7 +229,7 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     file = tmp_path / "book.txt"
     file.write_text("a word " * 100)
     arguments = ("run", str(model), "Why?", "--file", str(file), *ANSWER_OPTIONS)
-    done = run(*arguments, "--ctx", "512", "--json")
+    done = called(*arguments, "--ctx", "512", "--json")
     assert (done.returncode, done.stdout) == (1, "")
     counted, error, hint = done.stderr.splitlines()
     assert re.fullmatch(r".*/book\.txt: 501 tokens, 98% of the context\.", counted)
@@ -241,9 +241,9 @@ def test_run_with_more_text_than_the_context_holds_is_one_error(model, tmp_path)
     assert found and int(found[2]) == int(found[1]) + 64 - 512
     larger = re.fullmatch(r"hint: take a larger context \(--ctx (\d+)\) or give less text", hint)
     assert larger
-    assert run(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
+    assert called(*arguments, "--max-tokens", "2", "--ctx", larger[1]).returncode == 0
     file.write_text("a word " * 1000)
-    assert run(*arguments).stderr.splitlines()[-1] == "hint: give less text"
+    assert called(*arguments).stderr.splitlines()[-1] == "hint: give less text"
 
 
 def test_a_real_conversation(smollm2_pop):

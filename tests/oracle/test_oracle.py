@@ -63,7 +63,7 @@ def job(unpatched_lib: Path) -> Job:
     return Job(model="", steps=(), lib=str(unpatched_lib))
 
 
-@pytest.mark.parametrize("options", EXACT, ids=["ubatch 128", "ubatch 512", "K in q8_0"])
+@pytest.mark.parametrize("options", EXACT.values(), ids=EXACT)
 def test_tiny_models_equal_the_oracle(tiny: Trio, options: dict, tmp_path: Path, job: Job) -> None:
     check_exact(tiny, 513, N_VOCAB, tmp_path, replace(job, **options))
 

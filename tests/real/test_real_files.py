@@ -28,14 +28,12 @@ def test_real_models(smollm2, gemma):
     assert max(shape.swa_window) == 512
 
 
-def test_round_trip_of_real_models(tmp_path, smollm2, gemma):
-    for src in (smollm2, gemma):
-        back = tmp_path / "back.gguf"
-        pruned = tmp_path / f"{src.name}.pop.gguf"
-        convert_default(src, pruned)
-        strip(pruned, back, force=True)
-        digests = [hashlib.sha256(path.read_bytes()).digest() for path in (src, back)]
-        assert digests[0] == digests[1]
+def test_round_trip_of_a_real_model(tmp_path, smollm2):
+    pruned, back = tmp_path / "pop.gguf", tmp_path / "back.gguf"
+    convert_default(smollm2, pruned)
+    strip(pruned, back)
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in (smollm2, back)]
+    assert digests[0] == digests[1]
 
 
 def test_half_of_the_saving_is_there_at_the_shortest_prompt_and_not_before(smollm2):

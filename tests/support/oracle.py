@@ -8,6 +8,7 @@ the other.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,11 @@ Tokens = tuple[int, ...]
 
 Q8_0 = 8  # GGML_TYPE_Q8_0
 # One token more than whole ubatches: every product then has the same shape here and in the oracle.
-EXACT: list[dict[str, int]] = [{"n_ubatch": 128}, {"n_ubatch": 512}, {"type_k": Q8_0}]
+EXACT: dict[str, dict[str, Any]] = {
+    "ubatch 128": {"n_ubatch": 128},
+    "K in q8_0": {"type_k": Q8_0},
+    "K and V in q8_0": {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0},
+}
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ class Done:
     stderr: str
 
 
-def called(*arguments: object, **environment: str) -> Done:
+def called(*arguments: object, text: str = "", **environment: str) -> Done:
     """Calls a command here, with pipes for its streams. Raises what the command lets through."""
     words = [str(argument) for argument in arguments]
-    done = CliRunner().invoke(app, words, env=environment, prog_name="pop-local")
+    done = CliRunner().invoke(app, words, input=text, env=environment, prog_name="pop-local")
     if done.exception and not isinstance(done.exception, SystemExit):
         raise done.exception
     return Done(done.exit_code, done.stdout, done.stderr)

@@ -1,6 +1,8 @@
 """Answers in a terminal: what is to be seen, while they are written and afterwards."""
 
 import io
+from itertools import count
+from types import SimpleNamespace
 
 import pyte
 import pytest
@@ -30,8 +32,8 @@ def f(x):
 
 The end.
 """
-CODE = "```python\n" + "".join(f"line_{n} = {n}\n" for n in range(60)) + "```\n\nThe end."
-LIST = "".join(f"- item {n} with *emphasis*\n" for n in range(60)) + "\nThe end."
+CODE = "```python\n" + "".join(f"line_{n} = {n}\n" for n in range(40)) + "```\n\nThe end."
+LIST = "".join(f"- item {n} with *emphasis*\n" for n in range(30)) + "\nThe end."
 
 
 class Emulated:
@@ -112,7 +114,10 @@ def test_a_long_list_shows_its_end_while_it_grows(monkeypatch):
     assert terminal.lines() == [f" • item {n}" for n in range(22, 30)]
 
 
-def test_drawing_is_rare_when_tokens_come_fast():
+def test_drawing_is_rare_when_tokens_come_fast(monkeypatch):
+    milliseconds = count()
+    clock = SimpleNamespace(monotonic=lambda: next(milliseconds) / 1000)
+    monkeypatch.setattr("pop_local.ui.chat.answer.time", clock)
     terminal = Emulated(80, 24)
     answer = MarkdownAnswer(terminal.console, "ansi_dark")
     for _ in range(500):

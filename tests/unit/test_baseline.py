@@ -12,6 +12,7 @@ from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.measure import probes
 from pop_local.measure.forced import Pruning, always_skip, forced
 from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
 from support.converted import paired, tiny
@@ -27,6 +28,11 @@ def pop_file(tmp_path_factory) -> Path:
     return tiny(tmp_path_factory.mktemp("baseline"))
 
 
+@pytest.fixture(autouse=True)
+def random_tokens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "N_DRAWS", 1)
+
+
 def opened(path: Path) -> PopModel:
     return PopModel(path, n_ctx=512, n_threads=1)
 
@@ -36,7 +42,7 @@ def random_text(n_tokens: int) -> list[int]:
 
 
 def measured(model: PopModel, *prunings: Pruning) -> tuple[Quality, ...]:
-    settings = QualitySettings(n_windows=2, n_context=N_CONTEXT, n_continuation=N_CONTINUATION)
+    settings = QualitySettings(2, N_CONTEXT, N_CONTINUATION, n_draws=1)
     return measure_prunings(model, [random_text(300)], settings, prunings, lambda *_: None)
 
 

@@ -152,7 +152,8 @@ def test_one_pair_has_no_spread(pop_file):
 # --- the default of convert
 
 
-def test_convert_writes_what_the_cost_model_says_unless_told(tmp_path):
+def test_convert_writes_what_the_cost_model_says_unless_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("pop_local.workflows.convert._Run._own", lambda *_: None)
     source = make_gguf(tmp_path / "m.gguf", "llama")
     runner = CliRunner()
     for options, name in (([], "a.gguf"), (["--min-prompt", "7"], "b.gguf")):

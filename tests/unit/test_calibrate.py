@@ -10,7 +10,7 @@ from converter import fit
 from converter.errors import StoppedError
 from converter.fit import Gram, Weighting
 from converter.format import read_pop_meta
-from converter.rewrite import convert, strip
+from converter.rewrite import Fitted, convert, strip
 from converter.shape import read_shape
 from converter.source import read_source
 from converter.weights import Weights
@@ -35,8 +35,26 @@ from support.synthetic import make_gguf
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("weighting", Weighting)
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+@pytest.fixture(scope="module")
+def whole(llama: Path, letters: Path) -> Fitted:
+    """The plain fit of one model, in one go."""
+    return fitted(llama, settings(letters))
+
+
+@pytest.fixture(scope="module")
+def apart(llama: Path, letters: Path) -> list[Fitted]:
+    """Two depths, each by itself."""
+    return [fitted_at((boundary,), llama, settings(letters))[0] for boundary in (3, 5)]
+
+
+# Without weights on one, since all of the rest is the same.
+@pytest.mark.parametrize(
+    ("arch", "weighting"),
+    [
+        *((arch, Weighting.ATTENTION) for arch in ("llama", "qwen2", "qwen3", "gemma3", "phi3")),
+        ("llama", Weighting.NONE),
+    ],
+)
 def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path):
     path = make_gguf(tmp_path / "model.gguf", arch)
     tensors = {t.name: t for t in fitted(path, settings(letters, weighting=weighting)).tensors}
@@ -79,7 +97,7 @@ def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(weights), np.concatenate(biases)
 
 
-def test_groups_of_layers_give_the_same_fit(llama: Path, letters: Path):
+def test_groups_of_layers_give_the_same_fit(llama: Path, letters: Path, whole: Fitted):
     plan, source = planned(llama), read_source(llama)
     small = plan_needs((plan,), source, FitOptions(memory_bytes=1))
     large = plan_needs((plan,), source, FitOptions(memory_bytes=1 << 30))
@@ -87,18 +105,16 @@ def test_groups_of_layers_give_the_same_fit(llama: Path, letters: Path):
     assert list(small.groups) == [(pair,) for pair in pairs]
     assert list(large.groups) == [tuple(pairs)]
     assert small.sums_bytes < large.sums_bytes
-    at_once = fitted(llama, settings(letters))
-    assert fitted(llama, settings(letters, memory_bytes=1)) == at_once
+    assert fitted(llama, settings(letters, memory_bytes=1)) == whole
 
 
 @pytest.mark.parametrize("memory_bytes", [1, 1 << 30])
-def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama: Path, letters: Path):
+def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama, letters, apart):
     options = settings(letters, memory_bytes=memory_bytes)
     read: list[int] = []
     watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
     together = fitted_at((3, 5), llama, options, watch)
     assert read[-1] == N_TOKENS * (1 if memory_bytes > 1 else 6)
-    apart = [fitted_at((boundary,), llama, settings(letters))[0] for boundary in (3, 5)]
     assert [len(each.tensors) for each in together] == [4 * 4, 2 * 4]
     assert list(together) == apart
 
@@ -116,7 +132,7 @@ def test_several_depths_are_fitted_in_one_pass(memory_bytes, llama: Path, letter
     ],
 )
 def test_a_resumed_fit_equals_one_without_a_stop(
-    memory_bytes, stop_after, first_read, llama, letters, tmp_path
+    memory_bytes, stop_after, first_read, llama, letters, whole, tmp_path
 ):
     kept = settings(letters, state_path=tmp_path / "state", memory_bytes=memory_bytes)
     with pytest.raises(StoppedError):
@@ -125,18 +141,20 @@ def test_a_resumed_fit_equals_one_without_a_stop(
     read: list[int] = []
     again = fitted(llama, kept, replace(SILENT, on_reading=lambda done, total: read.append(done)))
     assert next(iter(read), None) == first_read
-    assert again == fitted(llama, settings(letters, memory_bytes=memory_bytes))
+    assert again == whole
     read.clear()
     watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
     assert (fitted(llama, kept, watch), read) == (again, [])
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 1 << 30), (1 << 30, 1)])
-def test_a_fit_is_resumed_with_whatever_memory_is_free(first, then, llama, letters, tmp_path):
+def test_a_fit_is_resumed_with_whatever_memory_is_free(
+    first, then, llama, letters, whole, tmp_path
+):
     kept = settings(letters, state_path=tmp_path / "state", memory_bytes=first)
     with pytest.raises(StoppedError):
         fitted(llama, kept, stopped_at(7 if first == 1 else 2))
-    assert fitted(llama, replace(kept, memory_bytes=then)) == fitted(llama, settings(letters))
+    assert fitted(llama, replace(kept, memory_bytes=then)) == whole
 
 
 def test_a_state_of_other_settings_is_refused(llama: Path, letters: Path, tmp_path: Path):
@@ -155,9 +173,9 @@ def _n_kv(path: Path) -> int:
     return shape.kv_macs[0] // shape.n_embd
 
 
-def test_a_fitted_file_can_be_stripped(llama: Path, letters: Path, tmp_path: Path):
+def test_a_fitted_file_can_be_stripped(llama: Path, whole: Fitted, tmp_path: Path):
     target, back = tmp_path / "pop.gguf", tmp_path / "back.gguf"
-    meta = convert(planned(llama), llama, target, fitted=fitted(llama, settings(letters)))
+    meta = convert(planned(llama), llama, target, fitted=whole)
     assert meta == read_pop_meta(target)
     assert meta.calibration is not None
     assert (meta.calibration.name, meta.calibration.n_tokens) == ("words.txt", N_TOKENS)

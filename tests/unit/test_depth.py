@@ -397,9 +397,11 @@ def test_a_prompt_cache_is_of_the_mode_not_of_what_is_cached(pop_file):
     model.eval(prompt(200))
     model.refill()
     model.set_cache(LlamaRAMCache())
-    greedy(model, prompt(200, seed=1))
-    model.set_pop(Mode.OFF)
-    greedy(model, prompt(200, seed=1))
+    for mode in (Mode.CONTEXT, Mode.OFF):
+        fresh = opened(pop_file)
+        for each in (model, fresh):
+            each.set_pop(mode)
+        assert greedy(model, prompt(200, seed=1)) == greedy(fresh, prompt(200, seed=1))
 
 
 def test_measuring_leaves_refilling_as_it_was(pop_file):

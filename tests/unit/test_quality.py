@@ -28,7 +28,7 @@ from pop_local.measure.recall import RecallReference, RecallSettings
 from support.converted import tiny
 from support.synthetic import make_gguf
 
-SHORT = QualitySettings(n_windows=3, n_context=60, n_continuation=20)
+SHORT = QualitySettings(n_windows=3, n_context=60, n_continuation=20, n_draws=1)
 N_VOCAB = 384
 
 

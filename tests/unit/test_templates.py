@@ -27,7 +27,6 @@ FAIR = [
 ]
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 WILD = {
-    ENDLESS: "more than",
     "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
     "{% endfor %}{{ ns.a }}": "more than",
     "{{ '%2000000000d' % 1 }}": "MemoryError",

@@ -1,7 +1,7 @@
 """Wide fits: their sums, their tensors, their cost, and when they are taken."""
 
 from contextlib import nullcontext
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,7 +86,7 @@ def inputs(path: Path, tensors, shown: Recorder) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "kind"),
-    [*product(["llama", "gemma3"], [WIDE, ATTENTION]), ("phi3", ATTENTION), ("qwen3moe", WIDE)],
+    [("llama", ATTENTION), ("gemma3", ATTENTION), ("phi3", ATTENTION), ("qwen3moe", WIDE)],
 )
 def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     path = make_gguf(tmp_path / f"{arch}.gguf", arch)

@@ -1,0 +1,180 @@
+"""Turns of a conversation: figures, progress, endings, stopping, templates."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from converter.errors import PopError, StoppedError
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.model import PopModel
+from pop_local.engine.turn import Message, TurnStats
+from support.synthetic import make_gguf
+
+QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 4 + "Who sells coffee?")
+
+
+@pytest.fixture(scope="module")
+def opened_chat_model(chat_model) -> PopModel:
+    """In pieces of 64 tokens, of which there are several in a prompt."""
+    return PopModel(chat_model, n_ctx=1024, n_threads=1, n_batch=64, n_ubatch=64)
+
+
+def ask(model: PopModel, *messages: Message, **options) -> tuple[str, TurnStats]:
+    defaults = {"temperature": 0.0, "max_tokens": 12}
+    *pieces, last = model.chat_turn(messages, **defaults | options)
+    assert all(piece.stats is None for piece in pieces)
+    assert last.stats is not None
+    return "".join(piece.text for piece in pieces) + last.text, last.stats
+
+
+def test_the_figures_add_up(model):
+    text, stats = ask(model, QUESTION)
+    assert text
+    assert (stats.n_cached, stats.n_full) == (0, 17)
+    assert stats.n_pruned == stats.n_prompt - 17 > 120
+    assert 0 < stats.prefill_s <= stats.ttft_s
+    assert stats.prefill_tokens_per_s == pytest.approx(stats.n_prompt / stats.prefill_s)
+    assert 1 < stats.n_decoded <= 12
+    assert stats.decode_tokens_per_s == pytest.approx((stats.n_decoded - 1) / stats.decode_s)
+
+
+def test_progress_counts_the_tokens_that_are_not_cached(model):
+    seen: list[tuple[int, int]] = []
+    _, first = ask(model, QUESTION, on_prefill=lambda *counts: seen.append(counts))
+    assert seen == [*((n, first.n_prompt) for n in range(0, first.n_prompt, 64)), seen[-1]]
+    assert seen[-1] == (first.n_prompt, first.n_prompt)
+    seen.clear()
+    longer = replace(QUESTION, content=QUESTION.content + " Answer in one word.")
+    _, second = ask(model, longer, on_prefill=lambda *counts: seen.append(counts))
+    assert seen[-1] == (second.n_prompt - second.n_cached,) * 2
+
+
+def test_whoever_watches_the_model_stops_more_than_the_answer(model):
+    with model.watching_prefill(None, lambda: True):
+        with pytest.raises(StoppedError):
+            ask(model, QUESTION)
+        _, stats = ask(model, QUESTION, should_stop=lambda: False, max_tokens=1)
+        with pytest.raises(StoppedError):
+            model.eval([1, 2])
+    assert stats.n_decoded == 1
+    model.eval([1, 2])
+
+
+def test_an_answer_ends_at_its_limit_and_at_a_stop_string(model):
+    text, stats = ask(model, QUESTION, max_tokens=5)
+    assert (stats.n_decoded, stats.finish_reason) == (5, "length")
+    stop = text[2:4]
+    cut, stats = ask(model, QUESTION, stops=(stop,))
+    assert (cut, stats.finish_reason) == (text[: text.index(stop)], "stop")
+
+
+def test_an_answer_ends_where_the_context_does(chat_model):
+    small = PopModel(chat_model, n_ctx=256, n_threads=1)
+    _, stats = ask(small, Message("user", "Who?"), max_tokens=None)
+    assert stats.finish_reason == "length"
+    assert stats.n_prompt + stats.n_decoded == small.n_ctx()
+
+
+def test_a_prompt_beyond_the_context_says_so(model):
+    with pytest.raises(PopError) as caught:
+        ask(model, Message("user", QUESTION.content * 12))
+    assert "1,024" in caught.value.message
+    assert "n_ctx=" in caught.value.hint
+
+
+# --- stopping
+
+
+def test_an_answer_that_is_abandoned_leaves_the_model_usable(model):
+    expected, _ = ask(model, QUESTION)
+    chunks = model.chat_turn([QUESTION], temperature=0.0, max_tokens=12)
+    for _ in range(4):
+        next(chunks)
+    chunks.close()
+    text, stats = ask(model, QUESTION)
+    assert text == expected
+    assert stats.n_cached > 0
+
+
+def test_a_prefill_that_is_stopped_has_its_figures_and_leaves_the_model_usable(model):
+    expected, _ = ask(model, QUESTION)
+    model.clear()
+    asked = 0
+
+    def in_the_second_batch() -> bool:
+        nonlocal asked
+        asked += model.n_tokens >= 64
+        return asked > 50
+
+    text, stats = ask(model, QUESTION, should_stop=in_the_second_batch)
+    assert (text, stats.finish_reason, stats.n_decoded) == ("", "interrupted", 0)
+    assert model.n_tokens == 64
+    assert ask(model, QUESTION)[0] == expected
+
+
+def test_a_stopped_answer_keeps_what_it_said(model):
+    expected, _ = ask(model, QUESTION)
+    n_asked = 0
+
+    def after_a_while() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        return n_asked > 3
+
+    text, stats = ask(model, QUESTION, should_stop=after_a_while)
+    assert stats.finish_reason == "interrupted"
+    assert expected.startswith(text) and text != expected
+
+
+def test_a_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
+    expected, whole = ask(model, QUESTION)
+    longer = [QUESTION, Message("assistant", expected), QUESTION]
+    expected_later, later = ask(model, *longer)
+    model.clear()
+    n = whole.n_prompt
+    text, stats = ask(model, QUESTION, should_stop=lambda: model.n_tokens == n)
+    assert (text, stats.finish_reason, model.n_tokens) == ("", "interrupted", n)
+    text, stats = ask(model, QUESTION)
+    assert (text, stats.n_cached) == (expected, n)
+    text, stats = ask(model, *longer)
+    assert (text, stats.n_cached) == (expected_later, later.n_cached)
+
+
+def test_ctrl_c_right_after_the_last_batch_keeps_the_whole_prompt(model):
+    expected, whole = ask(model, QUESTION)
+    model.clear()
+
+    def press(done: int, total: int) -> None:
+        if done == total:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(model, QUESTION, on_prefill=press)
+    assert model.n_tokens == whole.n_prompt
+    text, stats = ask(model, QUESTION)
+    assert (text, stats.n_cached) == (expected, whole.n_prompt)
+
+
+def test_an_answer_does_not_go_on_over_an_emptied_cache(model):
+    chunks = model.chat_turn([QUESTION], temperature=0.0, max_tokens=12)
+    next(chunks)
+    model.set_pop(Mode.OFF)
+    with pytest.raises(PopError, match="emptied"):
+        list(chunks)
+
+
+# --- templates
+
+
+def test_a_template_that_refuses_the_conversation_is_an_error(tmp_path):
+    refusing = "{{ raise_exception('no system prompts') }}"
+    model = PopModel(make_gguf(tmp_path / "m.gguf", "llama", chat_template=refusing), n_threads=1)
+    with pytest.raises(PopError, match="no system prompts"):
+        ask(model, QUESTION)
+
+
+def test_a_template_that_is_broken_is_an_error(tmp_path):
+    with pytest.raises(PopError, match="cannot be opened"):
+        PopModel(make_gguf(tmp_path / "m.gguf", "llama", chat_template="{% for %}"), n_threads=1)
