@@ -101,11 +101,10 @@ def test_without_gates_only_the_probed_layers_are_listed(model, text):
     assert "Prefill" not in analyze(model, "--text", text, "--no-gates", *UNFITTED).stdout
 
 
-@pytest.mark.parametrize("options", [[], ["--no-gates"]])
-def test_a_plot_is_a_png_and_replaces_nothing(model, text, tmp_path, options):
+def test_a_plot_is_a_png_and_replaces_nothing(model, text, tmp_path):
     pytest.importorskip("matplotlib")
     target = tmp_path / "out.png"
-    given = (model, "--text", text, *UNFITTED, *options, "--plot", target)
+    given = (model, "--text", text, *UNFITTED, "--plot", target)
     assert analyze(*given).exit_code == 0
     drawn = target.read_bytes()
     assert drawn.startswith(PNG)

@@ -13,7 +13,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure import speed
 from pop_local.measure.speed import measure_speed, random_prompt, require_rows
 from support.converted import tiny
-from support.program import Done, called, run
+from support.program import Done, called
 from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
@@ -123,12 +123,6 @@ def test_an_unconverted_model_is_refused_with_the_way_to_convert_it(tmp_path):
     assert done.returncode == 1
     assert "not converted" in done.stderr
     assert "pop-local convert" in done.stderr
-
-
-def test_an_unpatched_library_is_refused(pop_file, unpatched_lib):
-    done = run("bench", pop_file, "--prompt", 100, LLAMA_CPP_LIB_PATH=str(unpatched_lib))
-    assert done.returncode == 1
-    assert "pip install ./patches/llama-cpp-python" in done.stderr
 
 
 # --- what is measured

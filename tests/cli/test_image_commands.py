@@ -16,7 +16,7 @@ from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import _Completer
 from pop_local.ui.chat.repl import converse
 from support.hub_server import Hub, Repo, serving
-from support.program import called
+from support.program import called, run
 from support.scripted import Transcript
 from support.seeing import EYES, make_mmproj, make_seeing, png
 from support.synthetic import make_gguf
@@ -202,7 +202,8 @@ def test_pull_brings_it(tmp_path):
         "mmproj-BF16.gguf": b"GGUF brain",
     }
     with serving(Hub(repos={"a/b": Repo(files)})) as hub:
-        done = called("pull", "hf:a/b", "--dir", tmp_path, **hub.environment())
+        # The client takes its endpoint from the environment when it is imported.
+        done = run("pull", "hf:a/b", "--dir", tmp_path, **hub.environment())
     assert done.returncode == 0, done.stderr
     model = tmp_path / "tiny-Q4_K_M-00001-of-00001.gguf"
     assert done.stdout == f"{model}\n"

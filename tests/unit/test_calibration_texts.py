@@ -22,11 +22,6 @@ from support.calibrating import SILENT, fitted, settings
 from support.synthetic import make_gguf
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return make_gguf(tmp_path_factory.mktemp("model") / "llama.gguf", "llama")
-
-
 def test_default_tokens_grow_with_the_model():
     assert [default_tokens(n) for n in (576, 640, 2048, 4096)] == [16384, 16384, 49152, 98304]
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from converter.errors import PopError
+from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.schema import encoded_array
+from pop_local.engine.sessions.session_file import Sessions
 from support.talking import QUESTION, answered, follow_up, opened
 
 
@@ -38,6 +40,24 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(chat_model, sessions
         sessions.load("talk", model)
     assert model.n_tokens == n_tokens
     assert [stored.name for stored in sessions.listed()] == ["talk"]
+
+
+@pytest.fixture(scope="module")
+def whole(chat_model, tmp_path_factory) -> tuple[PopModel, bytes]:
+    """A model that has answered, and its saved session."""
+    sessions, model = Sessions(tmp_path_factory.mktemp("whole")), opened(chat_model)
+    sessions.save("talk", model, answered(model, QUESTION))
+    return model, sessions.path("talk").read_bytes()
+
+
+@pytest.fixture
+def talk(whole, sessions) -> tuple[PopModel, Path]:
+    """The model, and a copy of the session to damage."""
+    model, content = whole
+    path = sessions.path("talk")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return model, path
 
 
 def rewritten(path: Path, **members: Any) -> None:
@@ -93,10 +113,8 @@ TURN = "conversation.turns.0"
         (f"{TURN}.documents", [{"name": "a", "text": 1}]),
     ],
 )
-def test_every_field_of_a_session_has_a_type_and_a_range(chat_model, sessions, place, value):
-    model = opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
-    path = sessions.path("talk")
+def test_every_field_of_a_session_has_a_type_and_a_range(talk, sessions, place, value):
+    model, path = talk
     if place == TURN:
         rewritten(path, fields={"conversation.turns": [value]})
     else:
@@ -129,21 +147,18 @@ def npy(head: str, data: bytes = b"") -> bytes:
     ],
 )
 @pytest.mark.parametrize("name", ["tokens_npy", "full_npy"])
-def test_arrays_are_of_the_expected_type_and_size(chat_model, sessions, name, content):
-    model = opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
-    content = content.replace(b"N", str(model.n_tokens).encode())
-    rewritten(sessions.path("talk"), **{name: content})
+def test_arrays_are_of_the_expected_type_and_size(talk, sessions, name, content):
+    model, path = talk
+    rewritten(path, **{name: content.replace(b"N", str(model.n_tokens).encode())})
     with pytest.raises(PopError, match="damaged or not a session"):
         sessions.load("talk", model)
 
 
-def test_tokens_are_of_the_vocabulary(chat_model, sessions):
-    model = opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
+def test_tokens_are_of_the_vocabulary(talk, sessions):
+    model, path = talk
     for token in (-1, model.n_vocab()):
         tokens = encoded_array(np.full(model.n_tokens, token, np.int32))
-        rewritten(sessions.path("talk"), tokens_npy=tokens)
+        rewritten(path, tokens_npy=tokens)
         with pytest.raises(PopError, match="damaged or not a session"):
             sessions.load("talk", model)
 
