@@ -199,7 +199,7 @@ _GROUPS: dict[str, type[Any]] = {
 # Only in sidecars.
 _BINDING = "pop.sidecar."
 # Whole numbers of so named keys are 64 bits wide.
-_WIDE = "_bytes"
+_SIZE = "_bytes"
 
 
 def read_pop_meta(path: Path) -> PopMeta | None:
@@ -270,7 +270,7 @@ def _in_range(header: Header, name: str, value: Any) -> Any:
     most = MAX_FILE_NAME if name == "pop.source.name" else MAX_TEXT
     if isinstance(value, str) and len(value.encode(errors="replace")) > most:
         raise FormatError(f"{header.path}: {name} has more than {most:,} bytes", CONVERT_AGAIN)
-    largest = 2**63 - 1 if name.endswith(_WIDE) else MAX_TOKENS
+    largest = 2**63 - 1 if name.endswith(_SIZE) else MAX_TOKENS
     if isinstance(value, int) and not 0 <= value <= largest:
         raise FormatError(f"{header.path}: {name} is {value:,}", CONVERT_AGAIN)
     return value
@@ -315,8 +315,11 @@ def _n_layer(header: Header) -> int | None:
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
     """Encode the keys of a converted file as they stand in it, each by itself."""
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
-    optional = ((name, getattr(meta, field)) for name, field, _ in _OPTIONAL_KEYS)
-    keys += [_encode_key(name, value) for name, value in optional if value]
+    keys += [
+        _encode_key(name, value)
+        for name, field, _ in _OPTIONAL_KEYS
+        if (value := getattr(meta, field))
+    ]
     for name in _GROUPS:
         if (group := getattr(meta, name)) is not None:
             keys += _encode_group(f"{PREFIX}{name}.", group)
@@ -341,7 +344,7 @@ def _encode_key(name: str, value: int | float | str) -> bytes:
         return _text(name) + struct.pack("<I", GGUFValueType.STRING) + _text(value)
     if isinstance(value, float):
         return _text(name) + struct.pack("<Id", GGUFValueType.FLOAT64, value)
-    if name.endswith(_WIDE):
+    if name.endswith(_SIZE):
         return _text(name) + struct.pack("<IQ", GGUFValueType.UINT64, value)
     return _text(name) + struct.pack("<II", GGUFValueType.UINT32, value)
 

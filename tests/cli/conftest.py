@@ -12,7 +12,7 @@ from support.synthetic import make_gguf
 
 @pytest.fixture(autouse=True)
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What own projections lose is, wherever a command converts without a fit."""
+    """One draw of random tokens, and one window of what own projections lose."""
     monkeypatch.setattr(examine, "N_OWN_WINDOWS", 1)
     monkeypatch.setattr(examine, "N_OWN_DRAWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
@@ -33,7 +33,6 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examine, "N_WINDOWS", 1)
-    monkeypatch.setattr(probes, "N_DRAWS", 2)
 
 
 @pytest.fixture

@@ -58,8 +58,7 @@ def load(*arguments, real=job.load):
     return real(*arguments)
 
 job.load, job.SAVE_EVERY_S = load, 0.0
-examine.N_WINDOWS = examine.N_OWN_WINDOWS = examine.N_OWN_DRAWS = 1
-probes.N_DRAWS = 2
+examine.N_WINDOWS = examine.N_OWN_WINDOWS = examine.N_OWN_DRAWS = probes.N_DRAWS = 1
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", *sys.argv[1:]]
 main()

@@ -58,7 +58,9 @@ def test_a_selection_counts_as_read_in_full(tmp_path, tiny_file):
     selecting = converted(source, tmp_path, boundary=2, select=0.1)
     found = json.loads(demo(selecting, *WIDE, "--pairs", 1, "--json").stdout)
     context = found["n_prompt"] - 17
-    assert found["pop"]["n_pruned"] == context - round(0.1 * context)
+    selected = round(0.1 * context)
+    assert found["pop"]["n_pruned"] == context - selected
+    assert found["pop"]["n_full"] == 17 + selected
 
 
 def test_the_speed_up_is_of_several_pairs(tiny_file):

@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 from converter.plan import make_plan
 from converter.rewrite import convert
 from converter.shape import read_shape
+from converter.source import read_source
 from pop_local.cli import app
+from pop_local.workflows.events import Watch
+from pop_local.workflows.inspect import verify
 from support.synthetic import make_gguf
 
 
@@ -59,6 +62,12 @@ def test_converted_file_for_people(converted):
     assert "the first 1 and last 7 tokens" in shown
     assert "tiny.gguf" in shown
     assert "opens it, and runs it in full" in shown
+
+
+def test_the_bar_of_verify_ends_at_its_end(tiny):
+    seen: list[tuple[int, int]] = []
+    verify(read_source(tiny), None, Watch(on_progress=lambda *counts: seen.append(counts)))
+    assert seen[-1][0] == seen[-1][1] > 0
 
 
 def test_verify_finds_a_changed_byte(converted):

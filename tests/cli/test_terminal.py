@@ -196,6 +196,9 @@ def test_run_without_a_template_continues_the_text(tmp_path):
     )
     assert done["stats"]["n_prompt"] < 8
     assert not done["pop"]
+    options = ("--system", "Be brief.", "--json", "--max-tokens", "4", *ANSWER_OPTIONS)
+    after = json.loads(called("run", base, "abc", *options).stdout)
+    assert after["stats"]["n_prompt"] > done["stats"]["n_prompt"]
 
 
 @pytest.mark.parametrize("command", ["chat", "run"])

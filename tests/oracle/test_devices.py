@@ -96,12 +96,11 @@ CASES = {
 }
 
 
-# RPC servers compute as the CPU here does: a case for each kind of tensor that goes to them, and
-# for each place where rows leave.
+# RPC servers compute as the CPU here does: what they are given is all there is to see.
 ON_RPC = (
-    *("llama", "gemma3", "moe", "at the boundary", "above the boundary", "wide, at the boundary"),
-    *("attention, at the boundary", "sequences, one stream", "deep, at the boundary", "gemma4"),
-    "qwen3vl, pictures",
+    *("llama", "qwen2", "gemma3", "phi3", "moe", "gemma4", "qwen3vl, pictures"),
+    *("below the boundary", "at the boundary", "above the boundary", "wide, at the boundary"),
+    *("attention, at the boundary", "deep, at the boundary", "sequences, one stream"),
 )
 
 

@@ -104,8 +104,6 @@ CASES = [
     for name, options in OPTIONS.items()
     if model in STORES or name == "ubatch 128"
 ]
-# Fused weights are the same product, row by row.
-UNFUSED = [case for case in CASES if "fused" not in str(case.id)]
 
 
 @pytest.mark.parametrize(("model", "options"), CASES, indirect=["model"])
@@ -118,7 +116,7 @@ def test_one_token_more_than_whole_ubatches_is_the_same_bit_for_bit(
         np.testing.assert_array_equal(got[name], logits)
 
 
-@pytest.mark.parametrize(("model", "options"), UNFUSED, indirect=["model"])
+@pytest.mark.parametrize(("model", "options"), CASES, indirect=["model"])
 def test_rows_that_share_a_ubatch_are_within_the_unpatched_noise(
     options: dict, model: Path, tmp_path: Path, job: Job
 ) -> None:
@@ -138,6 +136,7 @@ def check_noise(got: dict, want: dict, job: Job, *steps: Step) -> None:
         assert max(found) <= max(noise), name
 
 
+# Fused weights are the same product, row by row.
 @pytest.mark.parametrize("model", [name for name in MODELS if "fused" not in name], indirect=True)
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
 def test_sequences_in_one_batch(kv_unified: bool, model: Path, tmp_path: Path, job: Job) -> None:

@@ -42,7 +42,7 @@ def random_text(n_tokens: int) -> list[int]:
 
 
 def measured(model: PopModel, *prunings: Pruning) -> tuple[Quality, ...]:
-    settings = QualitySettings(2, N_CONTEXT, N_CONTINUATION, n_draws=1)
+    settings = QualitySettings(2, N_CONTEXT, N_CONTINUATION)
     return measure_prunings(model, [random_text(300)], settings, prunings, lambda *_: None)
 
 

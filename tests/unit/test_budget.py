@@ -1,10 +1,12 @@
 """The decision of a budget: what is inside, where to begin, what to measure next."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from converter.format import Budget
 from pop_local.measure.budget import (
     BALANCED,
     BUDGETS,
@@ -16,6 +18,7 @@ from pop_local.measure.budget import (
     is_hopeless,
     is_inside,
     is_open,
+    limits_in_words,
     predicts,
     recalls,
     undecided,
@@ -173,3 +176,10 @@ def test_boundaries_are_fitted_in_the_order_in_which_they_may_be_asked_for():
 def test_what_was_inside_on_few_windows_may_be_outside_on_all():
     assert undecided(range(15, 22), {18: True, 16: False, 17: False}) == ()
     assert undecided(range(15, 22), {18: False, 20: True, 16: False, 17: False}) == (19,)
+
+
+def test_a_limit_that_a_budget_does_not_have_is_not_said():
+    older = Budget("mine", max_kl=0.1, max_copy_ratio=1.1, least_retention=0.85)
+    said = "KL 0.1, copy ratio 1.1, 85% kept of copying random tokens"
+    assert limits_in_words(older) == said
+    assert limits_in_words(replace(older, max_lost_recall=0.03)) == f"{said}, 3% of facts lost"

@@ -15,12 +15,27 @@ from pop_local.engine.sessions.session_file import Sessions
 from support.talking import QUESTION, answered, follow_up, opened
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other zip", "no object"])
-def test_a_damaged_session_is_one_error_and_changes_nothing(chat_model, sessions, damage):
-    model = opened(chat_model)
-    said = answered(model, QUESTION)
-    sessions.save("talk", model, said)
+@pytest.fixture(scope="module")
+def whole(chat_model, tmp_path_factory) -> tuple[PopModel, bytes]:
+    """A model that has answered, and its saved session."""
+    sessions, model = Sessions(tmp_path_factory.mktemp("whole")), opened(chat_model)
+    sessions.save("talk", model, answered(model, QUESTION))
+    return model, sessions.path("talk").read_bytes()
+
+
+@pytest.fixture
+def talk(whole, sessions) -> tuple[PopModel, Path]:
+    """The model, and a copy of the session to damage."""
+    model, content = whole
     path = sessions.path("talk")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return model, path
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "other zip", "no object"])
+def test_a_damaged_session_is_one_error_and_changes_nothing(talk, sessions, damage):
+    model, path = talk
     content = path.read_bytes()
     middle = len(content) // 2
     if damage in ("other zip", "no object"):
@@ -40,24 +55,6 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(chat_model, sessions
         sessions.load("talk", model)
     assert model.n_tokens == n_tokens
     assert [stored.name for stored in sessions.listed()] == ["talk"]
-
-
-@pytest.fixture(scope="module")
-def whole(chat_model, tmp_path_factory) -> tuple[PopModel, bytes]:
-    """A model that has answered, and its saved session."""
-    sessions, model = Sessions(tmp_path_factory.mktemp("whole")), opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
-    return model, sessions.path("talk").read_bytes()
-
-
-@pytest.fixture
-def talk(whole, sessions) -> tuple[PopModel, Path]:
-    """The model, and a copy of the session to damage."""
-    model, content = whole
-    path = sessions.path("talk")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return model, path
 
 
 def rewritten(path: Path, **members: Any) -> None:
@@ -181,10 +178,9 @@ def test_k_v_that_are_not_all_there_are_read_again(chat_model, sessions, kv):
     assert follow_up(model, said) == expected
 
 
-def test_a_packed_session_is_refused(chat_model, sessions):
-    model = opened(chat_model)
-    sessions.save("talk", model, answered(model, QUESTION))
-    with zipfile.ZipFile(sessions.path("talk"), "w", zipfile.ZIP_DEFLATED) as archive:
+def test_a_packed_session_is_refused(talk, sessions):
+    model, path = talk
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("session.json", b" " * 1_000_000)
     with pytest.raises(PopError, match="damaged or not a session"):
         sessions.load("talk", model)

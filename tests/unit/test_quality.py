@@ -226,7 +226,7 @@ def test_random_tokens_are_no_control_tokens(model):
 
 
 def test_windows_measured_little_by_little_are_those_of_one_run(model):
-    settings = replace(SHORT, n_windows=6, n_draws=1)
+    settings = replace(SHORT, n_windows=6)
     parts = [text(400), text(400, seed=1)]
     reference = read_reference(model, parts, settings, ignore)
     gradual = Gradual(reference, 5)
