@@ -8,7 +8,8 @@ import pytest
 
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompts import PLAIN_STOPS
-from pop_local.engine.turn import Message, TurnStats
+from pop_local.engine.turn import Message
+from support.talking import ask
 
 QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 16 + "When is it gone?")
 
@@ -16,14 +17,6 @@ QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 16 +
 @pytest.fixture(scope="module")
 def model(smollm2_pop) -> PopModel:
     return PopModel(smollm2_pop, n_ctx=512, n_threads=1, n_batch=64, n_ubatch=64)
-
-
-def ask(model: PopModel, *messages: Message, **options) -> tuple[str, TurnStats]:
-    defaults = {"temperature": 0.0, "max_tokens": 12}
-    *pieces, last = model.chat_turn(messages, **defaults | options)
-    assert all(piece.stats is None for piece in pieces)
-    assert last.stats is not None
-    return "".join(piece.text for piece in pieces) + last.text, last.stats
 
 
 def test_an_answer_ends_by_itself(model):

@@ -1,9 +1,10 @@
-"""A model that is talked to, and what it says, for the tests of saved sessions."""
+"""A model that is talked to, and what it says."""
 
 from pathlib import Path
 
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
+from pop_local.engine.turn import Message, TurnStats
 
 QUESTION = Turn("a b c d e f g h " * 20, (Document("notes.txt", "i j k " * 20),))
 
@@ -27,3 +28,12 @@ def follow_up(model: PopModel, said: Conversation) -> tuple[str, int]:
     stats = chunks[-1].stats
     assert stats is not None
     return "".join(chunk.text for chunk in chunks), stats.n_pruned + stats.n_full
+
+
+def ask(model: PopModel, *messages: Message, **options) -> tuple[str, TurnStats]:
+    """The answer to the last message, 12 likeliest tokens at most, and its figures."""
+    defaults = {"temperature": 0.0, "max_tokens": 12}
+    *pieces, last = model.chat_turn(messages, **defaults | options)
+    assert all(piece.stats is None for piece in pieces)
+    assert last.stats is not None
+    return "".join(piece.text for piece in pieces) + last.text, last.stats

@@ -9,8 +9,9 @@ import pytest
 from converter.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.turn import Message, TurnStats
+from pop_local.engine.turn import Message
 from support.synthetic import make_gguf
+from support.talking import ask
 
 QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 4 + "Who sells coffee?")
 
@@ -19,14 +20,6 @@ QUESTION = Message("user", "The ferry leaves the pier at half past six. " * 4 + 
 def opened_chat_model(chat_model) -> PopModel:
     """In pieces of 64 tokens, of which there are several in a prompt."""
     return PopModel(chat_model, n_ctx=1024, n_threads=1, n_batch=64, n_ubatch=64)
-
-
-def ask(model: PopModel, *messages: Message, **options) -> tuple[str, TurnStats]:
-    defaults = {"temperature": 0.0, "max_tokens": 12}
-    *pieces, last = model.chat_turn(messages, **defaults | options)
-    assert all(piece.stats is None for piece in pieces)
-    assert last.stats is not None
-    return "".join(piece.text for piece in pieces) + last.text, last.stats
 
 
 def test_the_figures_add_up(model):
