@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.errors import FormatError, PopError
+from converter.shape import trained_ctx
 from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.fetching.catalog import fetch
@@ -59,6 +60,14 @@ def open_model(
         image_tokens=image_tokens,
         **vars(hardware),
     )
+    trained = trained_ctx(read_source(files.path).first) if n_ctx else None
+    if n_ctx and trained and n_ctx > trained:
+        watch.on_warning(
+            PopError(
+                f"the model was trained on {trained:,} tokens: it reads badly what lies past them",
+                "take a smaller context",
+            )
+        )
     if select and opened.meta is None:
         watch.on_warning(PopError("nothing is selected: this model is not pruned"))
     if in_full:

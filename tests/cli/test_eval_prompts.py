@@ -65,7 +65,7 @@ def test_a_table_shows_what_differs(pop_file, mine):
     assert done.exit_code == 0, done.stderr
     facts = " ".join(done.stdout.split())
     assert "Right in full 1, pruned 1, of 2; 0 in full only, 0 pruned only" in facts
-    assert "nothing was pruned of 2 prompts" in facts
+    assert "Not pruned 2, which are short, or cached" in facts
     found = compared(pop_file, "--prompts", mine)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert found["n_same"] < 3

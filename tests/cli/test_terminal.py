@@ -183,6 +183,14 @@ def test_run_prints_the_same_answer_with_and_without_json(model):
     assert re.search(STATS, plain.stderr)
 
 
+def test_a_context_beyond_the_trained_one_is_warned_of(model):
+    arguments = ("run", model, "hi", "--max-tokens", 2, *ANSWER_OPTIONS)
+    warned = called(*arguments, "--ctx", 5000)
+    assert warned.returncode == 0
+    assert "Warning: the model was trained on 4,096 tokens" in warned.stderr
+    assert "Warning" not in called(*arguments, "--ctx", 4096).stderr
+
+
 def test_run_without_a_question_is_wrong_usage(model):
     done = called("run", str(model))
     assert done.returncode == 2

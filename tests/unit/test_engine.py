@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,8 +185,20 @@ def test_a_prompt_beyond_the_context_names_the_counts_and_harms_nothing(pop_file
 
 
 def test_a_context_that_no_memory_holds_is_refused_before_it_takes_it(pop_file):
-    with pytest.raises(PopError, match=r"a context of 100,000,000 tokens takes 204\.8 GB, and"):
+    with pytest.raises(
+        PopError, match=r"a context of 100,000,000 tokens takes 204\.8 GB of memory"
+    ):
         opened(pop_file, n_ctx=10**8)
+
+
+def test_a_context_must_find_room_beside_other_programs(pop_file, monkeypatch):
+    """Whatever the machine has in all: the system would end the process."""
+    memory = SimpleNamespace(total=10**12, available=2_000_000, free=0)
+    for name in ("virtual_memory", "swap_memory"):
+        monkeypatch.setattr(f"pop_local.engine.llama.opening.psutil.{name}", lambda: memory)
+    opened(pop_file, n_ctx=512)
+    with pytest.raises(PopError, match="are free"):
+        opened(pop_file, n_ctx=1024)
 
 
 def test_an_unpatched_library_is_refused_with_the_cure(pop_file, unpatched_lib):

@@ -84,20 +84,20 @@ def default_ctx(header: Header) -> int:
 
 
 def require_room(source: Source, n_ctx: int) -> None:
-    """Raises PopError for a context whose K/V in F16 this machine's memory cannot hold.
+    """Raises PopError for a context whose K/V in F16 are more than the memory that is free.
 
     llama.cpp fills them with zeros, and the system ends the process. Layers with a sliding window
     count as that, the least that they take. What an architecture needs that cannot be pruned is
     not known.
     """
-    needed_bytes, has_bytes = 0, psutil.virtual_memory().total + psutil.swap_memory().total
+    needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):
         shape = source_shape(source)
         cells = [min(n_ctx, window or n_ctx) for window in shape.swa_window]
         needed_bytes = 2 * sum(map(mul, cells, shape.kv_macs)) // shape.n_embd
-    if needed_bytes > has_bytes:
+    if needed_bytes > free_bytes:
         raise PopError(
-            f"a context of {n_ctx:,} tokens takes {needed_bytes / 1e9:,.1f} GB, and this machine"
-            f" has {has_bytes / 1e9:.1f} GB",
+            f"a context of {n_ctx:,} tokens takes {needed_bytes / 1e9:,.1f} GB of memory,"
+            f" {free_bytes / 1e9:.1f} GB are free",
             "take a smaller context",
         )

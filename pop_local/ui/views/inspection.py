@@ -111,6 +111,6 @@ def _verification_facts(verification: Verification) -> list[Fact]:
     }
     name = verification.catalog_name
     return [
-        ("sha256", verification.sha256),
+        ("Original's sha256", verification.sha256),
         ("Verified", f"the catalog's {name}" if name else verdict[verification.unchanged]),
     ]

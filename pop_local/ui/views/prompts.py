@@ -31,7 +31,7 @@ def show_comparison(found: Comparison) -> None:
     times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s pruned, all together"
     facts.append(("To first token", f"{times}: {ratio:.2f}x"))
     if found.n_unpruned:
-        facts.append(("", f"nothing was pruned of {found.n_unpruned} prompts: short, or cached"))
+        facts.append(("Not pruned", f"{found.n_unpruned}, which are short, or cached"))
     print_facts(facts)
     if found.different:
         out.file.write("\n")
