@@ -17,7 +17,7 @@ class FitOptions:
     pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
     None for nowhere. `mmproj`: with it the fit is on pictures, too: those in the folder `images`,
     or drawn ones. `distill`: whether the fit that a conversion chooses is trained end to
-    end, too.
+    end, too, on `distill_tokens` of text: None for as many as are read, 64k at least.
     """
 
     tokens: int | None = None
@@ -31,6 +31,7 @@ class FitOptions:
     images: Path | None = None
     projection: str | None = None
     distill: bool = False
+    distill_tokens: int | None = None
 
     @property
     def text_name(self) -> str:
@@ -50,6 +51,15 @@ class FitOptions:
         if self.tokens is None:
             return default_tokens(n_embd)
         return n_windows(self.tokens, n_embd) * N_WINDOW
+
+    def n_distilled(self, n_embd: int) -> int:
+        """Return how many windows of text a fit is trained on at most. Raises CalibrationError."""
+        from pop_local.calibration.texts import N_DISTILLED, N_WINDOW
+
+        n_tokens, least = self.n_tokens(n_embd), N_DISTILLED
+        if self.distill_tokens is not None:
+            n_tokens, least = self.distill_tokens, 1
+        return max(n_tokens // N_WINDOW, least)
 
     def require_text(self, n_embd: int) -> None:
         """Refuse what a fit would refuse, before anything is measured. Raises PopError."""

@@ -130,6 +130,15 @@ def convert(
             " better. Needs torch.",
         ),
     ] = False,
+    distill_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--distill-tokens",
+            min=1,
+            help="Tokens of text for --distill: more are better, and take as many times the time."
+            " Default: as many as are fitted on, 65536 at least.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -191,6 +200,8 @@ def convert(
         )
     if images is not None and mmproj is None:
         raise typer.BadParameter("--images goes with --mmproj", param_hint="--images")
+    if distill_tokens is not None and not distill:
+        raise typer.BadParameter("it goes with --distill", param_hint="--distill-tokens")
     fit = opt.given_fit(
         memory,
         tokens=tokens,
@@ -201,6 +212,7 @@ def convert(
         mmproj=mmproj,
         images=images,
         distill=distill or None,
+        distill_tokens=distill_tokens,
     )
     if projection is opt.ProjectionName.OWN:
         opt.no_fit(fit, "--projection own fits nothing")

@@ -20,7 +20,7 @@ from converter.weights import Weights
 from converter.wide import decode_input
 from pop_local.calibration import needs
 from pop_local.calibration.options import FitOptions
-from pop_local.calibration.texts import N_WINDOW, SEED, Windows, n_distilled
+from pop_local.calibration.texts import N_WINDOW, SEED, Windows
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
 from pop_local.workflows.refusals import TooLittleMemoryError
@@ -57,7 +57,7 @@ def require_distillable(
     device = torch_device(hardware, cannot)
     from converter.distill import memory
 
-    n_windows = n_distilled(options.n_tokens(plan.shape.n_embd))
+    n_windows = options.n_distilled(plan.shape.n_embd)
     takes = memory(plan, hyper, n_windows, N_WINDOW, device.matrices)
     main, there = takes.main + (0 if read else takes.reference), takes.device
     if device.name == "cpu":

@@ -95,19 +95,20 @@ class Fitter:
             reference = None
         device = require_distillable(plan, self.source, self.options, self.hardware, reference)
         if reference is None:
-            windows, self.reference = self._windows(), None
+            windows, self.reference = self._windows(plan.shape.n_embd), None
             first = max(plan.boundary - n_deeper, 0)
             reference = prepare(self.source, first, windows, device, self.watch)
         self.reference = reference if n_deeper else None
         kv_type = self.options.kv_type
         return distilled(plan, self.source, fitted, kv_type, reference, device, self.watch)
 
-    def _windows(self) -> Windows:
+    def _windows(self, n_embd: int) -> Windows:
         if self.reference is not None:
             return self.reference.windows
         assert self.text is not None, "nothing was fitted"
         with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
-            return to_distill(model, self.text, self.options.text)
+            n_windows = self.options.n_distilled(n_embd)
+            return to_distill(model, self.text, self.options.text, n_windows)
 
     def _better(self, plan: Plan, fits: Mapping[str, Fitted]) -> Fitted:
         """Take the kind found to be better, by measuring the first boundary that has several."""

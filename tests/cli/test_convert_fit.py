@@ -97,10 +97,9 @@ def test_people_read_the_figures_that_are_stored(tiny, tmp_path, words, monkeypa
     assert said.count("pop-local only") == 1
 
 
-def test_a_named_depth_is_distilled(tiny, tmp_path, words, short_examination, monkeypatch):
+def test_a_named_depth_is_distilled(tiny, tmp_path, words, short_examination):
     pytest.importorskip("torch")
-    monkeypatch.setattr(texts, "N_DISTILLED", 6)
-    fit = ("--projection", "attention", "--text", words, "--distill")
+    fit = ("--projection", "attention", "--text", words, "--distill", "--distill-tokens", 6 * 512)
     done = convert(tiny, *fit, "--sidecar", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -214,7 +213,8 @@ def test_activations_that_are_not_finite(tiny, tmp_path, words, own_text):
     assert_refused(done, tmp_path, "not numbers" if own_text else "not finite")
 
 
-def test_options_of_the_fit_with_own_projections_are_wrong_usage(tiny):
+def test_options_that_belong_to_nothing_are_wrong_usage(tiny):
+    assert convert(tiny, "--distill-tokens", 4096).exit_code == 2
     assert convert(tiny, "--projection", "own").exit_code == 2  # for --tokens
 
 

@@ -8,6 +8,7 @@ import pytest
 from converter.errors import PopError
 from pop_local.calibration import texts
 from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.options import FitOptions
 from pop_local.calibration.samples import draw, sample_windows
 from pop_local.calibration.texts import (
     CalibrationError,
@@ -65,9 +66,18 @@ def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path)
     path.write_text(" ".join(f"w{number}" for number in range(3000)))
     with LoadedModel(llama, n_threads=1) as model:
         text = given_text(model, path, 4, 128)
-        windows = to_distill(model, text, path)
+        windows = to_distill(model, text, path, 128)
+        few = to_distill(model, text, path, 6)
     assert windows[:4].tolist() == text.windows.tolist()
-    assert 8 < len(windows) == len(np.unique(windows, axis=0)) < texts.N_DISTILLED
+    assert 8 < len(windows) == len(np.unique(windows, axis=0)) < 128
+    assert few[:4].tolist() == text.windows.tolist() and len(few) == 6
+
+
+def test_how_much_is_distilled_on():
+    assert FitOptions().n_distilled(576) == 128
+    assert FitOptions(tokens=200 * 512).n_distilled(576) == 200
+    assert FitOptions(distill_tokens=300 * 512).n_distilled(576) == 300
+    assert FitOptions(distill_tokens=1).n_distilled(576) == 1
 
 
 def test_samples_are_repeatable_and_begin_as_told(llama: Path):
