@@ -34,6 +34,11 @@ class ChatModel(PrunedLlama):
         """The fields of TurnOptions that the model's file recommends."""
         return recommended(self.metadata)
 
+    @property
+    def n_ctx_train(self) -> int:
+        """The context in tokens that the model was trained with."""
+        return int(self._model.n_ctx_train())
+
     @cached_property
     def _special(self) -> SpecialTokens:
         return SpecialTokens(self.vocab, self.tokens_of)

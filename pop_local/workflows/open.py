@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.errors import FormatError, PopError
-from converter.shape import trained_ctx
 from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.fetching.catalog import fetch
@@ -60,11 +59,11 @@ def open_model(
         image_tokens=image_tokens,
         **vars(hardware),
     )
-    trained = trained_ctx(read_source(files.path).first) if n_ctx else None
-    if n_ctx and trained and n_ctx > trained:
+    if n_ctx and n_ctx > opened.n_ctx_train:
         watch.on_warning(
             PopError(
-                f"the model was trained on {trained:,} tokens: it reads badly what lies past them",
+                f"the model was trained on {opened.n_ctx_train:,} tokens:"
+                " it reads badly what lies past them",
                 "take a smaller context",
             )
         )
