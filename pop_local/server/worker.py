@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from converter.errors import PopError, StoppedError
 from pop_local.engine.answer import answer
-from pop_local.engine.depth.power import on_battery
+from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import PopModel
@@ -177,18 +177,23 @@ class Worker(threading.Thread):
 
     def _wait(self) -> None:
         """Until there is something to do; meanwhile cached prompts are given their depth."""
-        has_work = self._model.refills and self._model.n_refillable and self._calls.empty()
-        if has_work and not on_battery():
-            try:
-                n_rows = self._model.refill(
-                    should_stop=lambda: not self._calls.empty() or on_battery()
-                )
-            except PopError:
-                log.exception("refilling failed, and goes on no longer")
-                self._model.set_depth(self._model.select)
-            else:
-                self._metrics.refilled.inc(n_rows)
-        self._calls.get()
+        is_called = False
+        while not is_called:
+            has_work = bool(self._model.refills and self._model.n_refillable)
+            if has_work and self._calls.empty() and not on_battery():
+                self._refill()
+            with suppress(queue.Empty):
+                self._calls.get(timeout=RECHECK_S if has_work else None)
+                is_called = True
+
+    def _refill(self) -> None:
+        try:
+            n_rows = self._model.refill(should_stop=lambda: not self._calls.empty() or on_battery())
+        except Exception:  # whatever it was, requests are answered
+            log.exception("refilling failed, and goes on no longer")
+            self._model.set_depth(self._model.select)
+        else:
+            self._metrics.refilled.inc(n_rows)
 
     def _next(self) -> Job | None:
         with self._lock:

@@ -16,6 +16,7 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prefill.kv_state import FULL
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.measure.forced import Pruning, forced
+from pop_local.server import worker
 from pop_local.server.app import create_app
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
@@ -89,6 +90,19 @@ def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
     assert begun.model.n_exact == 0
     assert "waits for mains power" in refill.status(begun)
     battery.power_plugged = True
+    with refill.refilling(begun):
+        wait_for(lambda: begun.model.n_refillable == 0)
+
+
+def test_a_machine_that_cannot_look_for_a_battery_has_none(chat, monkeypatch):
+    def sensors_battery():
+        raise FileNotFoundError(2, "No such file or directory", "/sys/class/power_supply")
+
+    monkeypatch.setattr(psutil, "sensors_battery", sensors_battery, raising=False)
+    monkeypatch.setattr(power, "RECHECK_S", 0.0)
+    begun = chat()
+    begun.ask(WORDS)
+    assert "mains power" not in refill.status(begun)
     with refill.refilling(begun):
         wait_for(lambda: begun.model.n_refillable == 0)
 
@@ -251,3 +265,31 @@ def test_a_server_refills_between_requests(pop_file):
         assert pop["n_exact"] > 200
         metrics = client.get("/metrics").text
         assert f"pop_refilled_tokens_total {pop['n_refilled']}.0" in metrics
+
+
+def test_a_server_refills_once_it_is_on_mains_power_again(pop_file, monkeypatch):
+    battery = SimpleNamespace(power_plugged=False)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    for module in (power, worker):
+        monkeypatch.setattr(module, "RECHECK_S", 0.01)
+    model = opened(pop_file, keep_states=True)
+    with asking(create_app(model, "tiny")) as client:
+        client.post("/v1/completions", json={"prompt": WORDS, "max_tokens": 2})
+        time.sleep(0.05)
+        assert (model.n_exact, model.n_refillable > 0) == (0, True)
+        battery.power_plugged = True
+        wait_for(lambda: model.n_refillable == 0)
+
+
+def test_a_server_answers_after_whatever_went_wrong_in_refilling(pop_file, monkeypatch):
+    model = opened(pop_file, keep_states=True)
+
+    def refill(**_):
+        raise RuntimeError
+
+    monkeypatch.setattr(model, "refill", refill)
+    with asking(create_app(model, "tiny")) as client:
+        for _ in range(2):
+            body = {"prompt": WORDS, "max_tokens": 2}
+            assert client.post("/v1/completions", json=body).status_code == 200
+        wait_for(lambda: not model.refills)

@@ -14,7 +14,14 @@ def on_battery() -> bool:
     global _seen
     now_s = time.monotonic()
     if now_s - _seen[0] >= RECHECK_S:
-        sensors = getattr(psutil, "sensors_battery", None)
-        battery = None if sensors is None else sensors()
-        _seen = (now_s, battery is not None and not battery.power_plugged)
+        _seen = (now_s, _is_unplugged())
     return _seen[1]
+
+
+def _is_unplugged() -> bool:
+    sensors = getattr(psutil, "sensors_battery", None)
+    try:
+        battery = None if sensors is None else sensors()
+    except Exception:  # on Linux an OSError without /sys/class/power_supply, elsewhere psutil's own
+        return False
+    return battery is not None and not battery.power_plugged

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from converter.errors import PopError
-from pop_local.engine.depth.power import on_battery
+from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.models.sizes import size
+from pop_local.ui.errors import as_pop_error
 
 if TYPE_CHECKING:
     from pop_local.ui.chat.dialogue import Dialogue
 
 MODES = ("idle", "answer", "off")
-_BATTERY_S = 5.0
 
 
 @contextmanager
@@ -25,16 +24,16 @@ def refilling(chat: Dialogue) -> Iterator[None]:
         yield
         return
     stop = threading.Event()
-    failures: list[PopError] = []
+    failures: list[Exception] = []
 
     def work() -> None:
         try:
             while chat.model.n_refillable and not stop.is_set():
                 if on_battery():
-                    stop.wait(_BATTERY_S)
+                    stop.wait(RECHECK_S)
                 else:
                     chat.model.refill(should_stop=lambda: stop.is_set() or on_battery())
-        except PopError as error:
+        except Exception as error:  # a conversation outlives whatever went wrong
             failures.append(error)
 
     thread = threading.Thread(target=work, name="pop-local refill", daemon=True)
@@ -46,7 +45,7 @@ def refilling(chat: Dialogue) -> Iterator[None]:
         _join(thread)
         for error in failures:
             chat.set_refill("off")
-            chat.fail(error)
+            chat.fail(as_pop_error(error))
 
 
 def _join(thread: threading.Thread) -> None:
@@ -64,7 +63,7 @@ def _join(thread: threading.Thread) -> None:
 def set_mode(chat: Dialogue, mode: str) -> None:
     """`/refill`: alone it says how far the cache is exact."""
     if mode and mode not in MODES:
-        chat.screen.note(f"/refill takes {', '.join(MODES)}, not {mode}.")
+        chat.refuse(f"/refill takes {', '.join(MODES)}, not {mode}.")
         return
     if mode:
         chat.set_refill(mode)
