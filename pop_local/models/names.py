@@ -12,7 +12,7 @@ import tomlkit
 from converter.errors import PopError
 from pop_local.config import settings
 from pop_local.config.nearest import nearest_hint
-from pop_local.models.stored import SUFFIX, models_by_name
+from pop_local.models.stored import known_name, models_by_name
 
 DEFAULT_MODEL = settings.find("model").default
 _REMOTE = ("hf:", "https://", "http://")
@@ -166,9 +166,8 @@ def _stored(model: str) -> Path:
     if os.sep in model or "/" in model:
         raise PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
     stored = models_by_name(models_dir())
-    for name, files in stored.items():
-        if name.lower() == model.lower().removesuffix(SUFFIX):
-            return files[0]
+    if name := known_name(model, stored):
+        return stored[name][0]
     here = {name: name for name in stored}
     if model.lower().endswith(".gguf"):
         beside = {file.name: file.name for file in Path().glob("*.gguf")}

@@ -1,6 +1,6 @@
 """What lies in a models folder: models, their parts, sidecars and unfinished downloads."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,15 +83,26 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
         )
     groups = {model.name: model.all_files for model in _unread(folder)}
     groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)}
-    wanted = path.name.lower()
-    for known, files in groups.items():
-        if known.lower() in (wanted, wanted.removesuffix(SUFFIX)):
-            return files
+    if known := known_name(path.name, groups):
+        return groups[known]
     raise PopError(
         f"there is no model {name!r} in {folder}",
         nearest_hint(path.name, {known: known for known in groups}, "check the name"),
         cause="unknown-model",
     )
+
+
+def known_name(name: str, known: Collection[str]) -> str | None:
+    """Return which of the known names is meant, with or without .gguf; in any case, if none fits.
+
+    None where there is no such name.
+    """
+    for wanted in (name, name.removesuffix(SUFFIX)):
+        if wanted in known:
+            return wanted
+    lower = name.lower()
+    wanted_lower = (lower, lower.removesuffix(SUFFIX))
+    return next((each for each in known if each.lower() in wanted_lower), None)
 
 
 def total_bytes(files: Iterable[Path]) -> int:
@@ -120,7 +131,9 @@ def _unread(folder: Path) -> Iterator[Stored]:
 
 
 def _examined(found: Stored) -> Stored:
-    found = replace(found, size_bytes=total_bytes(found.all_files))
+    # Of a link what it leads to, if that is there.
+    sizes = (path.stat().st_size for path in found.all_files if path.exists())
+    found = replace(found, size_bytes=sum(sizes))
     if found.problem:
         return found
     try:

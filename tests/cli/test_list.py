@@ -19,7 +19,7 @@ from pop_local.cli import app
 from pop_local.commands.list import list as list_models
 from pop_local.models import names as models
 from pop_local.models.names import resolve
-from pop_local.models.stored import Stored, models_by_name, removable, stock
+from pop_local.models.stored import Stored, known_name, models_by_name, removable, stock
 from pop_local.ui.theme import THEME
 from support.converted import converted, paired
 from support.synthetic import make_gguf, make_split
@@ -273,6 +273,21 @@ def test_rm_removes_a_link_and_not_what_it_points_to(store):
     assert json.loads(done.stdout)["freed_bytes"] < real.stat().st_size
     assert real.exists()
     assert not (store / "Tiny.Q8_0.gguf").is_symlink()
+
+
+def test_a_link_is_as_large_as_what_it_leads_to(store):
+    real = (store / "Tiny.Q8_0.gguf").rename(store.parent / "real.gguf")
+    (store / "Tiny.Q8_0.gguf").symlink_to(real)
+    found = {model.name: model.size_bytes for model in stock(store)}
+    assert found["Tiny.Q8_0"] == real.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("foo.gguf", "foo"), ("foo", "foo"), ("Foo", "Foo"), ("BAR.GGUF", "Bar"), ("other", None)],
+)
+def test_of_names_that_differ_in_case_the_exact_one_is_meant(name, found):
+    assert known_name(name, ["Foo", "foo", "Bar"]) == found
 
 
 def test_rm_does_not_take_what_is_no_model(store):
