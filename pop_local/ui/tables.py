@@ -91,7 +91,8 @@ def markdown(table: Table) -> str:
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout; dataclasses become objects, paths become strings."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_jsonable)
+    is_ascii = out.encoding != "utf-8"
+    text = json.dumps(value, indent=2, ensure_ascii=is_ascii, allow_nan=False, default=_jsonable)
     out.file.write(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
 
 

@@ -76,6 +76,29 @@ runpy.run_module("pop_local", run_name="__main__")
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
+@pytest.mark.parametrize(
+    ("encoding", "name", "written"),
+    [
+        ("utf-8", os.fsdecode(b"bad\xe9"), b"bad\xe9"),
+        ("utf-8", "→", "→".encode()),
+        ("latin-1", "→é", b"\\u2192\xe9"),
+    ],
+)
+def test_a_pipe_takes_any_name(encoding, name, written):
+    environment = os.environ | {"POP_LOCAL_CONFIG": name, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "pop_local", "config", "path"]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (0, written + os.linesep.encode())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="what a POSIX shell closes")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_the_null_device(closed):
+    command = f"{shlex.quote(sys.executable)} -m pop_local config {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "error" in done.stderr) == (0, False)
+
+
 def test_the_blocker_blocks():
     code = BLOCKER + "import llama_cpp"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -1,0 +1,24 @@
+"""stdin, stdout and stderr, whatever a command was started with."""
+
+import codecs
+import io
+import os
+import sys
+
+
+def prepare_streams() -> None:
+    """Open a closed stream on the null device, and let stdout take any character.
+
+    On Windows a pipe or a file gets UTF-8. Names that are no text come out as the bytes that they
+    are; what a locale other than UTF-8 does not know is escaped.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    stdout = sys.stdout
+    if not isinstance(stdout, io.TextIOWrapper):
+        return
+    if sys.platform == "win32" and not stdout.isatty():
+        stdout.reconfigure(encoding="utf-8")
+    is_utf8 = codecs.lookup(stdout.encoding).name == "utf-8"
+    stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
