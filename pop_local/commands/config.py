@@ -9,7 +9,7 @@ import typer
 from converter.output import make_private, replacing
 from pop_local.commands.options import Json
 from pop_local.config import settings
-from pop_local.config.settings import Scalar, Value, state_dir
+from pop_local.config.settings import Scalar, Value, expanded, state_dir
 from pop_local.models.names import models_dir
 from pop_local.ui.lazy import HELP_OPTIONS
 from pop_local.ui.tables import Column, Table, print_json, print_table
@@ -82,7 +82,8 @@ def _checked(setting: settings.Setting, text: str) -> Scalar:
     value = settings.parse(setting, text)
     if setting.key == "theme":
         look(text)
-    return value
+    # As the shell means it; in the file it would be the file's folder.
+    return str(expanded(text).absolute()) if setting.is_path else value
 
 
 @config.command()

@@ -248,6 +248,15 @@ def test_config_set_makes_the_file_and_its_folder(tmp_path, monkeypatch):
     assert [at.stat().st_mode & 0o077 for at in (path, path.parent, path.parent.parent)] == [0] * 3
 
 
+def test_config_set_means_the_folder_that_the_shell_is_in(file, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("POP_LOCAL_MODELS_DIR", raising=False)
+    assert pop_local("config", "set", "models_dir", "gguf").exit_code == 0
+    assert models_dir() == here / "gguf"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
