@@ -83,6 +83,18 @@ def test_the_first_recipe_that_recalls_is_taken(plain, tmp_path, found):
     assert found == [0.9]
 
 
+def test_dry_run_names_all_recipes(plain):
+    recipes = fastest.recipes(read_shape(plain))
+    wanted = (plain, "--quality", "fastest", "--dry-run")
+    facts = " ".join(convert(*wanted).stdout.split())
+    assert ", ".join(f"{plan.boundary} with {plan.select:.0%}" for plan in recipes) in facts
+    assert "Fitted on" in facts
+    planned = json.loads(convert(*wanted, "--json").stdout)
+    told = [(each["boundary"], each["select"]) for each in planned["recipes"]]
+    assert told == [(plan.boundary, plan.select) for plan in recipes]
+    assert not {"boundary", "select"} & set(planned)
+
+
 def test_recipes_come_from_the_fastest_on(plain):
     limits = [plan.speedup_limit for plan in fastest.recipes(read_shape(plain))]
     assert limits == sorted(limits, reverse=True)

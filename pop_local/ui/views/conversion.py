@@ -25,37 +25,32 @@ if TYPE_CHECKING:
 
 def show_plan(conversion: Conversion) -> None:
     """What is going to be done, before it begins."""
-    depth, plan = conversion.depth, conversion.deepest
+    depth, plan, first = conversion.depth, conversion.deepest, conversion.plans[0]
+    fit_facts = _fit_facts(conversion)
     if isinstance(depth, Fastest):
         tried = ", ".join(f"{p.boundary} with {p.select:.0%}" for p in conversion.plans)
         where = [("Recipes", f"{tried}: the first one with which facts are found again")]
-        plan = conversion.plans[0]
-        layers = f"as many as that allows, {plan.n_skipped} at most"
-        output = f"up to {size(conversion.sizes.output_bytes)}"
-        print_facts(_facts(conversion, plan, layers, where, output, _limit(plan)))
+        plan, allowed_by, limit = first, "that", _limit(first)
+    elif isinstance(depth, Within):
+        past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
+        where = [budget_fact(depth.budget), ("Boundaries", past)]
+        allowed_by = "the budget"
+        limit = f"{_limit(first)} if only the first is inside, {plan.speedup_limit:.2f}x if all are"
+    else:
+        print_facts([*_plan_facts(conversion, plan, conversion.sizes), *fit_facts])
         return
-    if not isinstance(depth, Within):
-        facts = _plan_facts(conversion, plan, conversion.sizes)
-        print_facts([*facts, *_fit_facts(conversion)])
-        return
-    first = conversion.plans[0]
-    where = [
-        budget_fact(depth.budget),
-        ("Boundaries", f"from {first.boundary} down to {plan.boundary}, each as it will be used"),
-    ]
-    layers = f"as many as the budget allows, {plan.n_skipped} at most"
+    layers = f"as many as {allowed_by} allows, {plan.n_skipped} at most"
     output = f"up to {size(conversion.sizes.output_bytes)}"
-    limit = f"{_limit(first)} if only the first is inside, {plan.speedup_limit:.2f}x if all are"
-    facts = _facts(conversion, plan, layers, where, output, limit)
-    print_facts([*facts, *_fit_facts(conversion)])
+    print_facts([*_facts(conversion, plan, layers, where, output, limit), *fit_facts])
 
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
     """What was found, chosen and written."""
-    if isinstance(conversion.depth, Fastest):
-        print_facts(_plan_facts(conversion, done.plan, done.sizes))
     if isinstance(conversion.depth, Within):
         show_trials(done.trials)
+    is_known = not isinstance(conversion.depth, Within | Fastest)
+    # Of several kinds of fit the better one was taken.
+    if not is_known or done.plan.projection != conversion.deepest.projection:
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
     print_facts([*measured_facts(done.meta), ("Written", str(done.path))])
     if conversion.output.name == "sidecar" and done.path != sidecar_path(conversion.source):
@@ -63,15 +58,21 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
-    """The plan as one object; of a search, the boundaries that may be chosen."""
-    if not isinstance(conversion.depth, Within):
-        return _object(conversion, _wished(conversion), conversion.sizes, None)
-    return _common(conversion, _wished(conversion)) | {
-        "boundaries": [plan.boundary for plan in conversion.plans],
-        "most_output_bytes": conversion.sizes.output_bytes,
-        "least_speedup_limit": conversion.plans[0].speedup_limit,
+    """The plan as one object; of a search, the boundaries or recipes that may be chosen."""
+    depth, wished, plans = conversion.depth, _wished(conversion), conversion.plans
+    if not isinstance(depth, Within | Fastest):
+        return _object(conversion, wished, conversion.sizes, None)
+    found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
+    if isinstance(depth, Fastest):
+        fields = ("boundary", "n_skipped", "select", "speedup_limit")
+        recipes = [{name: getattr(plan, name) for name in fields} for plan in plans]
+        del found["select"]
+        return found | {"recipes": recipes}
+    return found | {
+        "boundaries": [plan.boundary for plan in plans],
+        "least_speedup_limit": plans[0].speedup_limit,
         "most_speedup_limit": conversion.deepest.speedup_limit,
-        "budget": conversion.depth.budget,
+        "budget": depth.budget,
     }
 
 

@@ -8,12 +8,12 @@ from pop_local.ui.tables import Column, Table, markdown
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
-    from pop_local.workflows.bench import Bench, BreakEvenSearch, Speed
+    from pop_local.workflows.bench import BreakEvenSearch, Speed
 
 
 def speed_json(found: Speed) -> dict[str, object]:
     """The rows as one object."""
-    return _head(found.bench) | {"rows": found.rows}
+    return vars(found.bench) | {"rows": found.rows}
 
 
 def show_speed(found: Speed) -> None:
@@ -35,13 +35,7 @@ def show_speed(found: Speed) -> None:
 
 def gain_json(found: BreakEvenSearch) -> dict[str, object]:
     """The search as one object; `min_prompt`: what the file says now."""
-    bench = found.bench
-    return _head(bench) | {
-        "boundary": bench.boundary,
-        "min_prompt": bench.min_prompt,
-        "break_even": found.n_prompt,
-        "tried": found.tried,
-    }
+    return vars(found.bench) | {"break_even": found.n_prompt, "tried": found.tried}
 
 
 def show_gain(found: BreakEvenSearch, n_longest: int) -> None:
@@ -50,10 +44,6 @@ def show_gain(found: BreakEvenSearch, n_longest: int) -> None:
     say(f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}")
     say("Gains: the median lies above 1 by more than the quartiles of the pairs lie apart.\n")
     say(f"{markdown(Table.of(_TRIED, found.tried))}\n\n{_advice(found, n_longest)}")
-
-
-def _head(bench: Bench) -> dict[str, object]:
-    return {"model": bench.model, "sidecar": bench.sidecar, "backend": bench.backend}
 
 
 def _advice(found: BreakEvenSearch, n_longest: int) -> str:
