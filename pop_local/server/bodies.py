@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from pop_local.config.settings import MOST
+
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_MESSAGES = 10_000
@@ -31,6 +33,9 @@ _UNSUPPORTED = (
     "audio",
     "web_search_options",
     "prediction",
+    "json_schema",
+    "chat_template_kwargs",
+    "ignore_eos",
 )
 
 
@@ -47,14 +52,26 @@ class JsonSchema(_Lenient):
 
 
 class ResponseFormat(_Lenient):
+    """`schema` beside `json_object` is llama.cpp's."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
     @model_validator(mode="after")
     def _has_schema(self) -> "ResponseFormat":
         if self.type == "json_schema" and self.json_schema is None:
             raise ValueError("json_schema is missing")
         return self
+
+    @property
+    def wanted(self) -> dict[str, Any] | None:
+        """The schema of the answer, None for any text."""
+        if self.type == "text":
+            return None
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return self.schema_ or {"type": "object"}
 
 
 class TextPart(_Lenient):
@@ -106,14 +123,22 @@ class ChatMessage(_Lenient):
         return found
 
 
-def _as_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+def _as_stops(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) and stop else stop or None
+
+
+def _for_minus_one(unlimited: int) -> BeforeValidator:
+    """Clients of llama.cpp send -1 for no limit."""
+    return BeforeValidator(lambda value: unlimited if value == -1 else value)
+
+
+Limit = Annotated[int | None, _for_minus_one(MOST)]
 
 
 class Sampling(_Lenient):
     temperature: float | None = Field(None, ge=0, le=10)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: Annotated[int | None, _for_minus_one(0)] = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     repeat_penalty: float | None = Field(None, gt=0, le=10)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -126,12 +151,12 @@ class Body(Sampling):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: Limit = Field(None, ge=0)
     seed: int | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
         Field(max_length=MAX_STOPS),
-        BeforeValidator(_as_list),
+        BeforeValidator(_as_stops),
     ] = None
     response_format: ResponseFormat | None = None
     grammar: str | None = None
@@ -144,8 +169,8 @@ class Body(Sampling):
     @property
     def has_grammar(self) -> bool:
         """Whether the answer is kept to a form."""
-        wanted = self.response_format
-        return self.grammar is not None or (wanted is not None and wanted.type != "text")
+        form = self.response_format
+        return self.grammar is not None or (form is not None and form.wanted is not None)
 
     @model_validator(mode="after")
     def _is_supported(self) -> "Body":
@@ -165,7 +190,7 @@ class ChatBody(Body):
     messages: Annotated[
         list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     ]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Limit = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 

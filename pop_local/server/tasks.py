@@ -7,6 +7,7 @@ from pop_local.config.settings import MOST_SEED
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.images.pictures import Picture
+from pop_local.engine.limited.process import NoChildError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompts import Prompt
@@ -47,6 +48,8 @@ class Tasks:
             shown = iter(pictures)
             messages = [_message(message, shown) for message in body.messages]
             prompt = self._model.chat_prompt(messages)
+        except NoChildError:
+            raise
         except PopError as error:
             raise ApiError(400, error.message, param="messages") from error
         self._check_length(len(prompt.tokens), "messages")
@@ -131,13 +134,10 @@ class Tasks:
         )
 
     def _grammar(self, body: Body) -> str | None:
-        text, param, wanted = body.grammar, "grammar", body.response_format
+        text, param, form = body.grammar, "grammar", body.response_format
         try:
-            if wanted is not None and wanted.type != "text":
-                param, schema = "response_format", wanted.json_schema
-                text = self._model.grammars.of_schema(
-                    {"type": "object"} if schema is None else schema.schema_
-                )
+            if form is not None and form.wanted is not None:
+                param, text = "response_format", self._model.grammars.of_schema(form.wanted)
             if text is not None:
                 self._model.grammars.check(text)
         except GrammarError as error:

@@ -111,6 +111,13 @@ def test_the_body_outdoes_what_the_model_recommends_and_that_the_engine(full, mo
     assert options.top_p == TurnOptions().top_p
 
 
+def test_minus_one_and_an_empty_stop_are_no_limits(full):
+    said = [{"role": "user", "content": "hello"}]
+    body = {"messages": said, "max_tokens": -1, "top_k": -1, "stop": ""}
+    options = Tasks(full).chat(ChatBody.model_validate(body)).options
+    assert (options.max_tokens, options.top_k, options.stops) == (2**31 - 1, 0, ())
+
+
 def test_messages_may_come_in_parts(client):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert text_of(chat(client, content=parts)) == text_of(chat(client, content="one\ntwo"))
@@ -120,6 +127,9 @@ def test_a_schema_and_a_grammar_hold(client):
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     answer = json.loads(text_of(chat(client, response_format=wanted, max_tokens=50)))
+    assert answer["a"] in (True, False)
+    of_llama_cpp = {"type": "json_object", "schema": schema}
+    answer = json.loads(text_of(chat(client, response_format=of_llama_cpp, max_tokens=50)))
     assert answer["a"] in (True, False)
     assert text_of(complete(client, grammar='root ::= "yes" | "no"')) in ("yes", "no")
 

@@ -44,6 +44,8 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"n": 2}, "n must be 1"),
         (HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
         (HELLO | {"logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        (HELLO | {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is"),
+        (HELLO | {"json_schema": {"type": "object"}}, "json_schema is not supported"),
         (HELLO | {"temperature": -1}, "temperature"),
         (HELLO | {"top_p": 2}, "top_p"),
         (HELLO | {"max_tokens": 0}, "max_tokens"),

@@ -20,6 +20,10 @@ class RefusedError(PopError):
     """What was asked for is not to be had; message and hint are the child's."""
 
 
+class NoChildError(PopError):
+    """The process did not start, which is nobody's fault but the machine's."""
+
+
 class BeyondLimitsError(PopError):
     """The call took more time or memory than it may."""
 
@@ -50,13 +54,13 @@ class LimitedProcess:
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a method; arguments and result are what JSON knows.
 
-        Raises RefusedError, BeyondLimitsError, and PopError where the child did not start.
+        Raises RefusedError, BeyondLimitsError, NoChildError.
         """
         line = self._answer([name, *arguments])
         if not line.endswith(b"\n"):
             self.close()
             if not self._is_ready:
-                raise PopError("a child process ended before its work began")
+                raise NoChildError("a child process ended before its work began")
             raise BeyondLimitsError(f"it takes {self.limits}")
         answer = json.loads(line)
         if "refused" in answer:
