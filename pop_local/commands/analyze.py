@@ -11,7 +11,7 @@ from pop_local.ui.theme import note
 from pop_local.ui.views.analysis import as_json, show
 from pop_local.ui.views.plots import plot_analysis, require_plot
 from pop_local.ui.watch import stoppable_watch
-from pop_local.workflows.options import AnalyzeOptions, Hardware
+from pop_local.workflows.options import N_GATED, AnalyzeOptions, Hardware
 
 
 def analyze(
@@ -21,7 +21,9 @@ def analyze(
     ] = None,
     context: Annotated[int, typer.Option(min=32, help="Context tokens in each window.")] = 192,
     continuation: Annotated[int, typer.Option(min=2, help="Answer tokens after them.")] = 64,
-    windows: Annotated[int, typer.Option(min=2, help="Windows for the gates.")] = 20,
+    windows: Annotated[
+        int | None, typer.Option(min=2, help=f"Windows for the gates. Default: {N_GATED}.")
+    ] = None,
     probe_windows: Annotated[int, typer.Option(min=1, help="Windows for the probes.")] = 3,
     no_gates: Annotated[
         bool, typer.Option("--no-gates", help="Only the probes: no torch, less time.")
@@ -43,6 +45,8 @@ def analyze(
     """Measure which layers matter for reading and for answering, and how deep pruning may go."""
     if no_fit and tokens is not None:
         raise typer.BadParameter("--tokens are for the fit: leave it out, or --no-fit")
+    if no_gates and windows is not None:
+        raise typer.BadParameter("--windows are for the gates: leave it out, or --no-gates")
     if plot_file is not None:
         require_plot(plot_file, model, force=force)
     from pop_local.workflows.analyze import analyze as analyze_model
@@ -52,7 +56,7 @@ def analyze(
         n_context=context,
         n_answer=continuation,
         n_probed=probe_windows,
-        n_gated=0 if no_gates else windows,
+        n_gated=0 if no_gates else windows or N_GATED,
         with_fit=not no_fit,
         fit_tokens=tokens,
         seed=seed,

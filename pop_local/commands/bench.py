@@ -54,11 +54,13 @@ def bench(
     rpc: opt.Rpc = None,
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
-    n_prompts = _lengths(prompt)
+    n_prompts = opt.lengths(prompt, "--prompt", least=1)
     if find_break_even and repeat < 2:
         raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
     if find_break_even and image is not None:
         raise typer.BadParameter("--find-break-even is of text: leave out --image")
+    if image is None and (mmproj is not None or image_tokens is not None):
+        raise typer.BadParameter("--mmproj and --image-tokens are for an --image: give one")
     from pop_local.workflows import bench as workflow
 
     on = opt.hardware(threads, gpu_layers, rpc)
@@ -75,10 +77,3 @@ def bench(
         print_json(view.speed_json(speed)) if json else view.show_speed(speed)
         if repeat < 2:
             warn("One pair of runs says nothing of noise: give --repeat 3, say.")
-
-
-def _lengths(prompt: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in prompt.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"{prompt!r} is not a list of lengths such as {DEFAULT_PROMPTS}")
-    return tuple(int(part) for part in parts)

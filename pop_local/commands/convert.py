@@ -216,6 +216,8 @@ def convert(
     )
     if projection is opt.ProjectionName.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
+        if resume:
+            raise typer.BadParameter("--projection own fits nothing that could go on: leave it out")
     fit = replace(fit or FitOptions(), projection=projection and projection.kind)
     planned = plan_conversion(
         model,

@@ -141,6 +141,10 @@ def eval(  # noqa: A001
         raise typer.BadParameter("--plot draws the depths of a --sweep")
     if baseline is not None and (no_boundary or no_pop):
         raise typer.BadParameter("--baseline compares with POP: leave --no-boundary, --no-pop out")
+    n_asked = tuple(filter(None, opt.lengths(recall, "--recall", least=0)))
+    is_asked = n_asked and {"recall", "documents"} & opt.given_names(call)
+    if (no_boundary or no_pop) and is_asked:
+        raise typer.BadParameter("no facts are asked with --no-pop or --no-boundary: leave it out")
     depths = _depths(skip, boundary, sweep)
     given = opt.given_fit(
         memory, tokens=tokens, text=fit_text, kv_type=kv_type, ridge=ridge, weighting=weighting
@@ -159,7 +163,7 @@ def eval(  # noqa: A001
     options = EvaluateOptions(
         text=text,
         settings=QualitySettings(windows, context, continuation, mode, seed),
-        recall=_lengths(recall),
+        recall=n_asked,
         n_documents=documents,
         select=opt.selected(select),
         n_refilled=refill,
@@ -191,11 +195,9 @@ def eval(  # noqa: A001
 
 def _require_one_kind(call: typer.Context, prompts: Path | None) -> None:
     """Wrong usage if options were given that are of no effect with --prompts, or without."""
+    names = opt.given_names(call) - _OF_BOTH
     for option in call.command.params:
-        source = call.get_parameter_source(option.name or "")
-        if source is None or source.name != "COMMANDLINE" or option.name in _OF_BOTH:
-            continue
-        if (option.name in _OF_PROMPTS) != (prompts is not None):
+        if option.name in names and (option.name in _OF_PROMPTS) != (prompts is not None):
             of = "is of no effect with --prompts" if prompts else "belongs to --prompts"
             raise typer.BadParameter(f"{option.opts[0]} {of}")
 
@@ -210,13 +212,3 @@ def _depths(
         return tuple(opt.share(part, "--sweep") for part in sweep.split(","))
     named = opt.named_depth(skip, boundary)
     return () if named is None else (named,)
-
-
-def _lengths(recall: str) -> tuple[int, ...]:
-    try:
-        lengths = tuple(int(part) for part in recall.split(","))
-    except ValueError as error:
-        raise typer.BadParameter("give numbers: 512,2048", param_hint="--recall") from error
-    if min(lengths) < 0:
-        raise typer.BadParameter("lengths are not negative", param_hint="--recall")
-    return tuple(length for length in lengths if length)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -282,6 +283,24 @@ Memory = Annotated[
         help="For the fit's sums. Default: half of what is free.",
     ),
 ]
+
+
+def given_names(call: typer.Context) -> set[str]:
+    """Return the names of the options that the command line has."""
+    names = (option.name or "" for option in call.command.params)
+    sources = {name: call.get_parameter_source(name) for name in names}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def lengths(text: str, option: str, *, least: int) -> tuple[int, ...]:
+    """Parse N,N,... in tokens."""
+    with suppress(ValueError):
+        found = tuple(int(part) for part in text.split(","))
+        if min(found) >= least:
+            return found
+    raise typer.BadParameter(
+        f"{text!r} is not a list of lengths from {least} on, such as 512,2048", param_hint=option
+    )
 
 
 def given_fit(memory_gb: float | None, **options: Any) -> FitOptions | None:

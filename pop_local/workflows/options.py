@@ -8,6 +8,8 @@ from converter.format import Budget, PopMeta
 from converter.plan import TAIL_TOKENS, Plan, make_plan, parse_skip
 from converter.shape import ModelShape
 
+N_GATED = 20
+
 
 @dataclass(frozen=True)
 class Within:
@@ -86,7 +88,7 @@ class AnalyzeOptions:
     n_context: int = 192
     n_answer: int = 64
     n_probed: int = 3
-    n_gated: int = 20
+    n_gated: int = N_GATED
     with_fit: bool = True
     fit_tokens: int | None = None
     seed: int = 0

@@ -39,7 +39,9 @@ def report(*arguments: object) -> dict:
 
 def test_json_is_one_object_of_the_agreed_shape(pop_file):
     found = report(pop_file, "--prompt", "100,200", "--repeat", 2)
-    assert set(found) == {"model", "sidecar", "backend", "rows"}
+    where = {"boundary", "n_layer", "is_exact", "min_prompt"}
+    assert set(found) == {"model", "sidecar", "backend", "rows"} | where
+    assert (found["boundary"], found["n_layer"], found["is_exact"]) == (4, 8, False)
     assert found["model"] == str(pop_file)
     assert "1 thread" in found["backend"]
     for n_prompt, row in zip([100, 200], found["rows"], strict=True):
@@ -113,9 +115,14 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, monkeypatch):
     assert bench(pop_file, "--prompt", "100", "--repeat", 1).returncode == 0
 
 
-@pytest.mark.parametrize("lengths", ["", "0", "100,", "100,x", "-5"])
+@pytest.mark.parametrize("lengths", ["", "0", "100,", "100,x", "-5", "9" * 5000])
 def test_lengths_that_are_none_are_wrong_usage(pop_file, lengths):
     assert bench(pop_file, "--prompt", lengths).returncode == 2
+
+
+@pytest.mark.parametrize("option", [("--image-tokens", 64), ("--mmproj", "mmproj.gguf")])
+def test_options_of_pictures_without_one_are_wrong_usage(pop_file, option):
+    assert bench(pop_file, *option).returncode == 2
 
 
 def test_an_unconverted_model_is_refused_with_the_way_to_convert_it(tmp_path):

@@ -226,7 +226,13 @@ def test_dry_run_writes_nothing_and_tells_the_same(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [("--skip", "1/3", "--boundary", "5"), ("--skip", "x"), ("--tail", "-1")]
+    "options",
+    [
+        ("--skip", "1/3", "--boundary", "5"),
+        ("--skip", "x"),
+        ("--tail", "-1"),
+        ("--projection", "own", "--resume"),
+    ],
 )
 def test_wrong_usage_exits_with_two(tiny, tmp_path, options):
     assert command(tiny, *options).exit_code == 2
