@@ -121,7 +121,8 @@ def _is_pipe(stream: TextIO) -> bool:
 
 def _show(screen: Screen, chunks: Iterator[Chunk]) -> None:
     for chunk in chunks:
-        screen.text(chunk.text)
+        if chunk.text:
+            screen.text(chunk.text)
         if chunk.stats is not None:
             screen.end_answer()
             screen.note(stats_line(chunk.stats))

@@ -55,9 +55,9 @@ class ScriptedModel:
         self.metadata = {
             "general.architecture": "llama",
             "general.name": "Scripted",
-            "llama.context_length": "8192",
             "tokenizer.chat_template": "none is needed",
         }
+        self.n_ctx_train = 8192
         self.select = 0.0
         self.recommended: dict[str, float] = {}
         self.is_closed = False
@@ -119,6 +119,8 @@ class Transcript(Screen):
     `?` is a question of the program's, answered by the next line.
     """
 
+    is_asked = True
+
     def __init__(self, *lines: str | BaseException) -> None:
         self.lines = list(lines)
         self.shown = ""
@@ -179,7 +181,7 @@ def scripted_chat(
         open_model,
         screen,
         system=system,
-        sampling={"seed": 7} if sampling is None else sampling,
+        sampling={"seed": 123456789} if sampling is None else sampling,
     )
 
 

@@ -1,14 +1,26 @@
 """The chat loop, driven by scripted lines and a scripted model; whole transcripts are compared."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from converter.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.turn import Message, TurnStats
-from pop_local.ui.chat.repl import LEAVE_HINT
-from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES
+from pop_local.ui.chat import dialogue
+from pop_local.ui.chat.repl import LEAVE_HINT, converse
+from pop_local.ui.chat.slash import COMMANDS, HELP_NOTES, obey
+from pop_local.ui.interrupt import CtrlC
 from pop_local.ui.views.stats import stats_line
-from support.scripted import STATS, STATS_LINE, ScriptedModel, talk
+from support.scripted import (
+    STATS,
+    STATS_LINE,
+    ScriptedModel,
+    Transcript,
+    figures,
+    scripted_chat,
+    talk,
+)
 
 DROPPED = "# The question is dropped; /retry asks it again."
 
@@ -31,7 +43,7 @@ def test_two_turns_keep_the_conversation():
         Message("assistant", "Hello."),
         Message("user", "and now?"),
     ]
-    assert model.options["seed"] == 7
+    assert model.options["seed"] == 123456789
 
 
 def test_pop_is_switched_and_shown():
@@ -157,6 +169,40 @@ def test_an_answer_that_was_stopped_before_it_began():
         "# Pruning is on: context tokens skip the layers from 20 on.",
         "# Nothing has been answered yet.",
     ]
+
+
+class Piped(Transcript):
+    """Nobody types its lines."""
+
+    is_asked = False
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ["Once", KeyboardInterrupt()],
+        ["Once", figures(finish_reason="interrupted")],
+    ],
+    ids=["in a step", "after one"],
+)
+def test_interrupt_ends_piped_lines(answer, monkeypatch):
+    pressed = CtrlC()
+    pressed.asked = True
+    monkeypatch.setattr(dialogue, "deferred_interrupt", lambda: nullcontext(pressed))
+    model, lines = ScriptedModel(answer, ["a time.", STATS]), Piped("tell", "go on")
+    with pytest.raises(KeyboardInterrupt):
+        converse(scripted_chat(model, lines), lines.read_line)
+    assert lines.lines == ["go on"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["/pop maybe", "/nonsense", "/refill often", "/set top_p 2", "/set nothing", "/save", "/load"],
+)
+def test_what_is_refused_counts_as_a_failure(line):
+    begun = scripted_chat(ScriptedModel(), Transcript())
+    obey(begun, line)
+    assert begun.has_failed
 
 
 def test_interrupt_at_the_prompt_says_how_to_leave():

@@ -1,5 +1,7 @@
 """The slash commands, in whole transcripts with a scripted model."""
 
+import os
+import re
 from typing import Any
 
 import pytest
@@ -90,9 +92,9 @@ def test_set_shows_and_changes_how_answers_are_sampled():
         "# min_p is 0.05, by default.",
         "# repeat_penalty is 1, by default.",
         "# max_tokens is what the context holds, by default.",
-        "# seed is 7.",
+        "# seed is 123456789.",
     ]
-    assert (model.options["temperature"], model.options["seed"]) == (0.2, 7)
+    assert (model.options["temperature"], model.options["seed"]) == (0.2, 123456789)
     assert "top_p" not in model.options
 
 
@@ -220,7 +222,7 @@ def test_a_file_goes_with_the_next_question_alone(report):
 def test_a_file_that_is_too_large_is_the_users_choice(report, key, kept):
     # 20 go to an answer (an eighth of the context), 64 to the question.
     model = ScriptedModel(["Hm.", STATS], n_ctx=98)
-    model.metadata["llama.context_length"] = "98"
+    model.n_ctx_train = 98
     shown = talk(model, f"/file {report}", key, "what is it?", sampling={})
     assert shown[2:6] == [
         "? That is 28 tokens more than there is room for (22).",
@@ -257,6 +259,15 @@ def test_glob_attaches_several_files(tmp_path):
     assert model.asked[0][0].content == "text of a.md\n\ntext of b.md\n\nwhat?"
 
 
+@pytest.mark.skipif(os.sep != "/", reason="there a backslash is between folders")
+@pytest.mark.parametrize("name", ["my report.txt", "what's (new).txt", "a\\ b.txt"])
+def test_a_file_may_be_dropped_on_the_terminal(tmp_path, name):
+    (tmp_path / name).write_text("Words.")
+    plain, escaped = f"{tmp_path}/{name}", f"{tmp_path}/" + re.sub(r"([\\ '()])", r"\\\1", name)
+    for given in (plain, f"'{plain}'", escaped):
+        assert f"# {plain}: 1 tokens, 0% of the context." in talk(ScriptedModel(), f"/file {given}")
+
+
 def test_a_file_that_is_not_there_is_one_error(tmp_path):
     shown = talk(ScriptedModel(), f"/file {tmp_path}/absent.txt")
     assert shown[1].startswith(f"! {tmp_path}/absent.txt: No such file or directory; ")
@@ -268,7 +279,7 @@ def test_a_file_that_is_not_there_is_one_error(tmp_path):
 def conversation(*keys: str, n_ctx: int = 40) -> tuple[ScriptedModel, list[str]]:
     """Two turns of 12 tokens each, then a question of 13 in a context of 40."""
     model = ScriptedModel(["x " * 6, STATS], ["y " * 6, STATS], ["z", STATS], n_ctx=n_ctx)
-    model.metadata["llama.context_length"] = "40"
+    model.n_ctx_train = 40
     questions = ["a " * 6, "b " * 6, "c " * 13]
     return model, talk(model, *questions, *keys, sampling={})
 

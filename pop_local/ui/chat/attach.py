@@ -1,6 +1,8 @@
 """/file and /glob: texts that go with the next question, counted before they are read."""
 
 import glob
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -37,14 +39,14 @@ def attach_file(chat: Dialogue, argument: str) -> None:
 
 def attach_glob(chat: Dialogue, argument: str) -> None:
     if not argument:
-        chat.screen.note("/glob takes a pattern, such as docs/**/*.md.")
+        chat.refuse("/glob takes a pattern, such as docs/**/*.md.")
         return
     pattern = str(given_path(argument))
     found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 (patterns may be absolute)
     paths = sorted(path for path in found if path.is_file())
     if not paths or len(paths) > _MAX_FILES:
         number = f"{len(paths)} files match" if paths else "No file matches"
-        chat.screen.note(f"{number} {argument}: nothing is attached.")
+        chat.refuse(f"{number} {argument}: nothing is attached.")
         return
     _offer(chat, paths, may_cut=False)
 
@@ -136,7 +138,9 @@ def _list(chat: Dialogue) -> None:
 
 
 def given_path(path: str) -> Path:
-    """Terminals quote the paths that are dropped on them."""
+    """Terminals quote the paths that are dropped on them, or put backslashes before blanks."""
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
-        path = path[1:-1]
+        return expanded(path[1:-1])
+    if os.sep == "/" and not expanded(path).exists():
+        path = re.sub(r"\\(.)", r"\1", path)
     return expanded(path)

@@ -20,7 +20,7 @@ from pop_local.measure.full_cost import FullCosts
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.interrupt import CtrlC, deferred_interrupt
-from pop_local.ui.views.stats import stats_line, unread_line
+from pop_local.ui.views.stats import stats_line
 
 if TYPE_CHECKING:
     from pop_local.engine.chat_model import ChatModel
@@ -171,11 +171,17 @@ class Dialogue:
         self.answer(ask)
 
     def answer(self, ask: Ask) -> None:
-        """Show the answer. What was said before Ctrl-C or a failure stays said."""
+        """Show the answer. What was said before Ctrl-C or a failure stays said.
+
+        Ctrl-C ends piped lines for good: raises KeyboardInterrupt.
+        """
+        is_stopped = False
         try:
             with deferred_interrupt() as interrupt:
                 self._show(ask, interrupt)
+            is_stopped = interrupt.asked
         except KeyboardInterrupt:
+            is_stopped = True
             self.screen.note("Stopped.")
         except ContextFullError as error:
             if self._make_room(error):
@@ -188,10 +194,17 @@ class Dialogue:
             self._warn_when_full()
         else:
             self.screen.note("The question is dropped; /retry asks it again.")
+        if is_stopped and not self.screen.is_asked:
+            raise KeyboardInterrupt
 
     def fail(self, error: PopError) -> None:
         self.has_failed = True
         self.screen.error(error)
+
+    def refuse(self, line: str) -> None:
+        """Say what is wrong with what was typed."""
+        self.has_failed = True
+        self.screen.note(line)
 
     def _show(self, ask: Ask, interrupt: CtrlC) -> None:
         with self.screen.reading() as advance:
@@ -211,10 +224,8 @@ class Dialogue:
         stats = stream.stats
         if stats is None:
             return
-        if stats.n_decoded == 0:
-            self.screen.note(unread_line(stats))
-            return
-        self.costs.record(stats)
+        if stats.n_decoded > 0:
+            self.costs.record(stats)
         self.screen.note(stats_line(stats))
 
     def _make_room(self, error: ContextFullError) -> bool:

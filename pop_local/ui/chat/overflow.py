@@ -66,11 +66,8 @@ def too_long(model: ChatModel, error: ContextFullError) -> PopError:
 
 def larger_ctx(model: ChatModel, n_needed: int) -> int | None:
     """Choose a context for so many tokens and half as many again; None if the model has none."""
-    metadata = model.metadata
-    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length", "0")
-    n_trained = int(trained) if trained.isdecimal() else 0
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
-    n_ctx = min(wanted, n_trained)
+    n_ctx = min(wanted, model.n_ctx_train)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.n_ctx() else None
 
 

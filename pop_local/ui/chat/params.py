@@ -30,7 +30,7 @@ def set_param(chat: Dialogue, argument: str) -> None:
     param = PARAMS.get(name.lower())
     if param is None:
         hint = nearest_hint(name, {known: known for known in PARAMS}, "/set lists them.")
-        chat.screen.note(f"There is no parameter {name}: {hint}")
+        chat.refuse(f"There is no parameter {name}: {hint}")
         return
     name, text = name.lower(), text.strip()
     if text == DEFAULT:
@@ -39,7 +39,7 @@ def set_param(chat: Dialogue, argument: str) -> None:
         try:
             chat.sampling[name] = parse(param, text)
         except PopError as error:
-            chat.screen.note(f"{name}: {error.message}, nor {DEFAULT!r}.")
+            chat.refuse(f"{name}: {error.message}, nor {DEFAULT!r}.")
             return
     chat.screen.note(_line(chat, name))
 
@@ -47,8 +47,12 @@ def set_param(chat: Dialogue, argument: str) -> None:
 def _line(chat: Dialogue, name: str) -> str:
     """Its value and whose it is."""
     if name in chat.sampling:
-        return f"{name} is {chat.sampling[name]:g}."
+        return f"{name} is {_shown(chat.sampling[name])}."
     if name in chat.model.recommended:
-        return f"{name} is {chat.model.recommended[name]:g}, as the model recommends."
+        return f"{name} is {_shown(chat.model.recommended[name])}, as the model recommends."
     unset = {"max_tokens": "what the context holds", "seed": "chance"}
-    return f"{name} is {unset.get(name) or format(getattr(_DEFAULTS, name), 'g')}, by default."
+    return f"{name} is {unset.get(name) or _shown(getattr(_DEFAULTS, name))}, by default."
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -34,6 +34,8 @@ def converse(
             keep(chat)
             _pass_on(chat, read_line)
         except KeyboardInterrupt:
+            if not chat.screen.is_asked:
+                raise
             chat.screen.note(LEAVE_HINT)
         except (EOFError, LeaveRequest):
             return

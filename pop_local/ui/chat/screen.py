@@ -57,13 +57,18 @@ class Screen:
         """Show (done_tokens, total_tokens) while a prompt is read, or another pass goes on."""
         return prefill_progress(what)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether somebody types the lines, and can be asked."""
+        return sys.stdin.isatty()
+
     def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
         """Return the key of what the user wants; None for nothing, or when nobody can be asked.
 
         The last choice is to do nothing; when it is the only one there is nothing to ask.
         """
         warn(question)
-        if len(choices) == 1 or not sys.stdin.isatty():
+        if len(choices) == 1 or not self.is_asked:
             return None
         for choice in choices:
             note(f"  {choice.key}  {choice.text}")

@@ -25,13 +25,13 @@ def saved() -> Sessions:
 
 def save(chat: Dialogue, name: str) -> None:
     if not name:
-        chat.screen.note("/save takes a name.")
+        chat.refuse("/save takes a name.")
         return
     path = saved().path(name)
     if path.exists() and chat.saved_as != name:
         choices = [Choice("r", "replace it"), Choice("k", "keep it, save nothing")]
         if chat.screen.choose(f"There is a session {name} already.", choices) != "r":
-            chat.screen.note("Nothing is saved.")
+            chat.refuse("Nothing is saved.")
             return
     finish(chat)
     n_bytes = chat.session.save(path, overwrite=True).stat().st_size
@@ -41,7 +41,7 @@ def save(chat: Dialogue, name: str) -> None:
 
 def load(chat: Dialogue, name: str) -> None:
     if not name:
-        chat.screen.note("/load takes the name of a session; /sessions lists them.")
+        chat.refuse("/load takes the name of a session; /sessions lists them.")
         return
     from pop_local.engine.sessions.chat_session import load_session
 

@@ -39,14 +39,13 @@ def obey(chat: Dialogue, line: str) -> None:
         command.action(chat, argument.strip())
         return
     hint = nearest_hint(name, {known: known for known in COMMANDS})
-    chat.has_failed = True
-    chat.screen.note(f"There is no command {name}: {hint or '/help lists the commands.'}")
+    chat.refuse(f"There is no command {name}: {hint or '/help lists the commands.'}")
 
 
 def _pop(chat: Dialogue, argument: str) -> None:
     modes = {"on": Mode.CONTEXT, "off": Mode.OFF}
     if argument and argument.lower() not in modes:
-        chat.screen.note(f"/pop takes on or off, not {argument}.")
+        chat.refuse(f"/pop takes on or off, not {argument}.")
         return
     if argument:
         chat.model.set_pop(modes[argument.lower()])

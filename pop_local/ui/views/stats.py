@@ -13,8 +13,11 @@ def stats_line(stats: TurnStats) -> str:
     """Prompt tokens (of which cached and pruned), TTFT, prefill and decode tokens per second.
 
     A prompt that was read in full although pruning is on is said to be short. Encoding pictures is
-    in TTFT, not in prefill.
+    in TTFT, not in prefill. An answer that never began says how much of its prompt was read.
     """
+    if stats.n_decoded == 0:
+        n_read = stats.n_cached + stats.n_evaluated
+        return f"Stopped after reading {n_read:,} of {stats.n_prompt:,} prompt tokens."
     pictures = ""
     if stats.n_image:
         encoded = f", encoded in {stats.encode_s:.2f} s" if stats.encode_s else ""
@@ -25,12 +28,6 @@ def stats_line(stats: TurnStats) -> str:
         f" · prefill {stats.prefill_tokens_per_s:,.0f} tokens/s"
         f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{ENDINGS[stats.finish_reason]}"
     )
-
-
-def unread_line(stats: TurnStats) -> str:
-    """For an answer that was stopped while its prompt was being read."""
-    n_read = stats.n_cached + stats.n_evaluated
-    return f"Stopped after reading {n_read:,} of {stats.n_prompt:,} prompt tokens."
 
 
 def picture_line(picture: Picture, n_tokens: int, n_ctx: int) -> str:
