@@ -89,6 +89,13 @@ def test_a_score_reaches_the_rows_behind_it():
     assert np.flatnonzero(spread(scores)).tolist() == list(range(30 - N_BEFORE, 30 + N_BEHIND + 1))
 
 
+def test_of_a_prompt_that_is_all_question_its_own_rows_are_selected(pop_file):
+    model = opened(pop_file, select=0.1)
+    model.rule = replace(model.rule, tail_tokens=4, min_prompt=0)
+    read(model, prompt(24))
+    assert (model.selection.n_selected, model.selection.n_deep) == (2, 1 + 2 + 4)
+
+
 def test_rows_are_selected_by_attention_and_by_words():
     tokens = np.arange(400) % 7 + 10
     tokens[100] = 3  # a rare token of the question

@@ -58,6 +58,8 @@ def best_rows(scores: np.ndarray, may_be: np.ndarray, n: int) -> np.ndarray:
 
 def spread(scores: np.ndarray) -> np.ndarray:
     """Give each row the largest score from N_BEHIND rows before it to N_BEFORE behind it."""
+    if not len(scores):
+        return scores
     padded = np.pad(scores, (N_BEHIND, N_BEFORE), constant_values=-np.inf)
     windows = np.lib.stride_tricks.sliding_window_view(padded, N_BEHIND + N_BEFORE + 1)
     result: np.ndarray = windows.max(axis=1)
