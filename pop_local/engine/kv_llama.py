@@ -91,8 +91,11 @@ class KvLlama(SeeingLlama):
         on_device = n_gpu_layers != 0 and has_devices
         n_ctx_default = opening.default_ctx(source.first)
         n_ctx = n_ctx or n_ctx_default
+        # llama.cpp keeps all rows otherwise.
+        is_windowed = options.get("swa_full") is False
+        self._window = opening.least_window(source) if is_windowed else 0
         if not on_device and not {"type_k", "type_v"} & options.keys():
-            opening.require_room(source, n_ctx)
+            opening.require_room(source, n_ctx, is_windowed=is_windowed)
         self.interrupt = Interrupt()
         if mmproj is not None:
             is_wanted = self.interrupt.is_wanted
@@ -280,10 +283,14 @@ class KvLlama(SeeingLlama):
         return True
 
     def _forget_from(self, row: int) -> bool:
-        position = int(self.rows.positions[row])
-        if self._end > position:
-            return bool(api.llama_memory_seq_rm(self._ctx.memory, 0, position, -1))
-        return True
+        position, memory = int(self.rows.positions[row]), self._ctx.memory
+        if self._end <= position:
+            return True
+        # llama.cpp says yes even where rows are gone that the next one attends to.
+        seen_from = max(0, position - self._window)
+        if self._window and api.llama_memory_seq_pos_min(memory, 0) > seen_from:
+            return False
+        return bool(api.llama_memory_seq_rm(memory, 0, position, -1))
 
     @property
     def _end(self) -> int:
@@ -387,7 +394,13 @@ class KvLlama(SeeingLlama):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {**state, "sidecar": self.sidecar and str(self.sidecar), "rpc": self.rpc}
+        return {
+            **state,
+            "sidecar": self.sidecar and str(self.sidecar),
+            "rpc": self.rpc,
+            "select": self.select,
+            "keep_states": self.refills,
+        }
 
     def close(self) -> None:
         # __del__ calls it after a failed __init__ too.

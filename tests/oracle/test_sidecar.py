@@ -99,8 +99,9 @@ def test_the_engine(pair):
 def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
     opened(pair.base, sidecar=pair.sidecar)
     assert opened(pair.base).boundary == 0
-    again = pickle.loads(pickle.dumps(opened(pair.base, sidecar=pair.sidecar)))
-    assert again.boundary == 4
+    before = opened(pair.base, sidecar=pair.sidecar, select=0.2, keep_states=True)
+    again = pickle.loads(pickle.dumps(before))
+    assert (again.boundary, again.select, again.refills) == (4, 0.2, True)
 
 
 def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):

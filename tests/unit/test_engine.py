@@ -201,6 +201,17 @@ def test_a_context_must_find_room_beside_other_programs(pop_file, monkeypatch):
         opened(pop_file, n_ctx=1024)
 
 
+def test_a_window_saves_memory_only_where_llama_cpp_is_told_so(tmp_path, monkeypatch):
+    path = make_gguf(tmp_path / "model.gguf", "gemma3")
+    free_bytes = 1 << 20
+    memory = SimpleNamespace(total=10**12, available=free_bytes, free=0)
+    for name in ("virtual_memory", "swap_memory"):
+        monkeypatch.setattr(f"pop_local.engine.llama.opening.psutil.{name}", lambda: memory)
+    opened(path, n_ctx=1024, swa_full=False)
+    with pytest.raises(PopError, match="are free"):
+        opened(path, n_ctx=1024)
+
+
 def test_an_unpatched_library_is_refused_with_the_cure(pop_file, unpatched_lib):
     done = subprocess.run(
         [sys.executable, "-m", "pop_local", "run", str(pop_file), "hello"],

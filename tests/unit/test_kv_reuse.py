@@ -47,6 +47,15 @@ def test_switching_never_reuses_the_other_modes_cache(pop_file, first):
     assert np.abs(expected[Mode.OFF] - expected[Mode.CONTEXT]).max() > 10 * NOISE
 
 
+def test_where_a_window_has_dropped_rows_what_follows_is_read_anew(tmp_path):
+    path = tiny(tmp_path, "gemma3")
+    model = opened(path, n_ctx=512, swa_full=False)
+    read(model, prompt(400))
+    tokens = prompt(400)[:100] + prompt(60, seed=1)
+    expected = read(opened(path, n_ctx=512, swa_full=False), tokens)
+    np.testing.assert_allclose(read(model, tokens), expected, atol=NOISE)
+
+
 def test_switching_to_the_mode_it_has_keeps_the_cache(pop_file):
     model = opened(pop_file)
     read(model, prompt(100))
