@@ -54,8 +54,11 @@ BLOCK_SIZES = {42: (64, 18)} | {int(kind): size for kind, size in GGML_QUANT_SIZ
 _WITHOUT_PRODUCT = (
     GGMLQuantizationType.I8,
     GGMLQuantizationType.I16,
+    GGMLQuantizationType.I32,
     GGMLQuantizationType.I64,
     GGMLQuantizationType.F64,
+    GGMLQuantizationType.Q8_1,
+    GGMLQuantizationType.Q8_K,
 )
 
 Scalar = int | float | bool | str

@@ -72,18 +72,24 @@ def read_hyper(source: Source) -> Hyper:
     unknown = _unknown_tensor(source)
     if unknown:
         raise _unsupported(header, f"the tensor {unknown}")
-    n_head = _number(header, "attention.head_count", 1)
-    dim_k = int(_number(header, "attention.key_length", shape.n_embd // n_head))
+    n_head = int(_number(header, "attention.head_count", 1))
+    dim = shape.n_embd // max(n_head, 1)
+    dim_k = int(_number(header, "attention.key_length", dim))
+    dim_v = int(_number(header, "attention.value_length", dim))
+    if min(n_head, dim_k, dim_v) < 1:
+        raise FormatError(
+            f"{header.path} has {n_head} heads of {dim_k} and {dim_v} values", "download it again"
+        )
     gemma = arch in GEMMAS
     wide = shape.n_layer == _WIDE_SCALE.get(arch)
     return Hyper(
         n_layer=shape.n_layer,
         dim_k=dim_k,
-        dim_v=int(_number(header, "attention.value_length", shape.n_embd // n_head)),
+        dim_v=dim_v,
         n_rot=int(_number(header, "rope.dimension_count", dim_k)),
         eps=_number(header, "attention.layer_norm_rms_epsilon"),
         embedding_scale=sqrt(shape.n_embd) if gemma else 1.0,
-        attention_scale=(shape.n_embd // n_head if wide else dim_k) ** -0.5,
+        attention_scale=(dim if wide else dim_k) ** -0.5,
         attention_cap=_number(header, "attn_logit_softcapping", 50) if arch == "gemma2" else 0.0,
         final_cap=_number(header, "final_logit_softcapping", _FINAL_CAP[arch]) if gemma else 0.0,
         interleaved=arch == "llama",

@@ -95,6 +95,10 @@ def load(path: Path, identity: str) -> State | None:
         return state
 
 
+# RuntimeError: a zip that says it is encrypted, or packed in a way that is not known.
+_DAMAGES = (OSError, ValueError, LookupError, EOFError, TypeError, RuntimeError, BadZipFile)
+
+
 def kept_boundaries(path: Path) -> tuple[int, ...]:
     """Return the boundaries of the plans whose calibration is kept, none without a file.
 
@@ -111,7 +115,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             yield json.loads(str(arrays["head"])), arrays
-    except (OSError, ValueError, LookupError, EOFError, TypeError, BadZipFile) as error:
+    except _DAMAGES as error:
         raise _cannot_resume(f"{path} is damaged") from error
 
 

@@ -163,9 +163,13 @@ def test_a_state_of_other_settings_is_refused(llama: Path, letters: Path, tmp_pa
         fitted(llama, kept, replace(SILENT, should_stop=lambda: True))
     with pytest.raises(CalibrationError, match="another calibration"):
         fitted(llama, replace(kept, ridge=0.5))
-    (tmp_path / "state").write_bytes(b"PK junk")
-    with pytest.raises(CalibrationError, match="damaged"):
-        fitted(llama, kept)
+    encrypted = bytearray((tmp_path / "state").read_bytes())
+    # In the list of what a zip holds, the first entry's flags.
+    encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
+    for damaged in (encrypted, b"PK junk"):
+        (tmp_path / "state").write_bytes(damaged)
+        with pytest.raises(CalibrationError, match="damaged"):
+            fitted(llama, kept)
 
 
 def _n_kv(path: Path) -> int:

@@ -15,6 +15,7 @@ from converter.content import copy_data, read_content
 from converter.errors import FormatError, UnsupportedArchitectureError
 from converter.format import Budget, PopMeta, encode_keys, read_pop_meta
 from converter.header import MAX_KEPT_ITEMS, Array, read_header
+from converter.hyper import read_hyper
 from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.engine.model import PopModel
@@ -181,6 +182,19 @@ def test_numbers_of_a_model_have_a_range(tiny, tmp_path, number):
         read_shape(path)
 
 
+def test_states_without_values_are_no_model(tiny, tmp_path):
+    end = read_header(tiny).keys["llama.embedding_length"].end
+    with pytest.raises(FormatError, match="states of 0 values"):
+        read_shape(_damaged(tiny, tmp_path, end - 4, struct.pack("<I", 0)))
+
+
+@pytest.mark.parametrize("name", ["head_count", "key_length", "value_length"])
+def test_heads_without_values_are_no_model(tiny, tmp_path, name):
+    end = read_header(tiny).keys[f"llama.attention.{name}"].end
+    with pytest.raises(FormatError, match=r"heads of \d+ and \d+ values"):
+        read_hyper(read_source(_damaged(tiny, tmp_path, end - 4, struct.pack("<I", 0))))
+
+
 @pytest.mark.parametrize("n_ctx", [2**27 + 1, 2**31, 2**32 - 1])
 def test_a_context_has_a_range(tiny, tmp_path, n_ctx):
     path = tmp_path / "bad.gguf"
@@ -305,13 +319,14 @@ def _written(src: Path, dst: Path, meta: PopMeta) -> dict[str, gguf.ReaderField]
     return gguf.GGUFReader(dst).fields
 
 
-def test_weights_that_llama_cpp_cannot_multiply_by_are_refused(tmp_path):
+@pytest.mark.parametrize("wrong", ["I16", "I32", "Q8_1", "Q8_K"])
+def test_weights_that_llama_cpp_cannot_multiply_by_are_refused(tmp_path, wrong):
     """It opened such a file, and crashed at the first token (found by fuzzing)."""
     path = make_gguf(tmp_path / "model.gguf", "llama")
     content, name = bytearray(path.read_bytes()), b"blk.0.ffn_up.weight"
     kind = content.index(name) + len(name) + 4 + 2 * 8
     assert struct.unpack_from("<I", content, kind) == (gguf.GGMLQuantizationType.F16,)
-    struct.pack_into("<I", content, kind, gguf.GGMLQuantizationType.I16)
+    struct.pack_into("<I", content, kind, gguf.GGMLQuantizationType[wrong])
     path.write_bytes(content)
-    with pytest.raises(FormatError, match=r"ffn_up\.weight has type I16"):
+    with pytest.raises(FormatError, match=rf"ffn_up\.weight has type {wrong}"):
         read_header(path)
