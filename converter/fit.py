@@ -64,7 +64,7 @@ class KvType(str, Enum):
 
 
 class Gram:
-    """The sums that the fits at a boundary need, in float64.
+    """The sums that the fits at a boundary need: float32 products of windows, added in float64.
 
     They are X'DX [n_inputs + 1, n_inputs + 1] as `xx`, and X'DY [n_inputs + 1, n_k + n_v] of each
     layer as `xy`; the ones come last.

@@ -14,10 +14,11 @@ A fit of the kind "fitted-attention" also sees what the heads of the boundary la
 give, before its output projection. Nothing is stored for that: context rows keep this attention.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from converter.content import NewTensor
 from converter.fit import KvType, decode_weight, encode_weight
@@ -75,8 +76,7 @@ def wide_input(
     if not n_neurons:
         return WideInput(previous, None)
     every, strength = _neurons(shape, weights, boundary)
-    values = [every(window) for window in windows]
-    spread = np.std(np.concatenate(values), axis=0, dtype=np.float64)
+    spread = _spread(map(every, windows))
     chosen = np.sort(np.argsort(-spread * strength, kind="stable")[:n_neurons])
     up = every.up[chosen] / np.maximum(spread[chosen, None], 1e-6)
     return WideInput(
@@ -108,6 +108,17 @@ def decode_input(
         gain = weights[f"blk.{boundary}.ffn_norm.weight"]
         neurons = Neurons(gain, found["ffn_gate"], found["ffn_up"], shape.arch in GEMMAS)
     return WideInput(found["prev"], neurons)
+
+
+def _spread(windows: Iterable[Floats]) -> NDArray[np.float64]:
+    """Return the standard deviation [n] of all rows of [n_rows, n], one window in memory."""
+    n_rows, total, squares = 0, np.float64(0), np.float64(0)
+    for window in windows:
+        n_rows += len(window)
+        total = total + window.sum(0, dtype=np.float64)
+        squares = squares + np.square(window, dtype=np.float64).sum(0)
+    variance = squares / n_rows - np.square(total / n_rows)
+    return np.sqrt(np.maximum(np.asarray(variance, np.float64), 0))
 
 
 def _neurons(shape: ModelShape, weights: Weights, layer: int) -> tuple[Neurons, Floats]:

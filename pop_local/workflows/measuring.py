@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from math import isnan
 from typing import Any
 
+from converter.errors import PopError
 from converter.format import Measured, Recalled
 from converter.plan import Plan
 from pop_local.engine.model import PopModel
@@ -40,12 +42,14 @@ def opened_to_measure(
 
 
 def measured(quality: Quality) -> Measured:
-    """The figures that a converted file stores."""
+    """The figures that a converted file stores. Raises PopError where one is no number."""
     estimates = {
         field.name: getattr(quality, field.name).value
         for field in fields(Measured)
         if field.name != "kl_se"
     }
+    if any(map(isnan, estimates.values())):
+        raise PopError("what the model predicts is no number", "download it again")
     return Measured(**estimates, kl_se=quality.kl_mean.se or 0.0)
 
 

@@ -48,7 +48,8 @@ def quantised(
     """
     model = source.first.path
     with opened(ModelFiles(model, sidecar), hardware, watch, n_ctx=n_ctx) as full:
-        use_rule(full, replace(full.rule, **rows))
+        rule = replace(full.rule, **rows)
+        use_rule(full, rule)
         advance = watch.stage("Reading in full")
         reference = read_reference(full, tokenize(full, text), settings, advance)
         asked = [RecallReference.read(full, each, watch.stage("Asking in full")) for each in recall]
@@ -60,6 +61,8 @@ def quantised(
             n_threads = hardware.n_threads or default_threads()
             quantise(model, target, name, n_threads, watch.should_stop)
             with opened(ModelFiles(target), hardware, watch, n_ctx=n_ctx) as other:
+                # Figures are of the rows that the rule scores.
+                use_rule(other, rule)
                 advance = watch.stage(f"Measuring {name}")
                 [quality] = measure_against(reference, other, (FULL,), advance)
                 found = tuple(
