@@ -85,6 +85,7 @@ class Run:
     decode_tokens_per_s: float
     counters: Counters
     encode_s: float = 0.0
+    n_selected: int = 0
 
     @property
     def read_s(self) -> float:
@@ -128,7 +129,7 @@ def _row(
     return SpeedRow(
         n_prompt=n_prompt,
         n_pruned=rows.n_context - rows.n_deep,
-        n_selected=model.selection.n_selected,
+        n_selected=pop[0].n_selected,
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
@@ -193,7 +194,7 @@ def run(
     encode_s = model.encode_s
     require_rows(model, mode, len(tokens), counters, model.images_in(tokens))
     rate = n_decode / (decoded_s - first_s)
-    return Run(first_s - started_s, rate, counters, encode_s)
+    return Run(first_s - started_s, rate, counters, encode_s, model.selection.n_selected)
 
 
 def require_rows(
@@ -202,8 +203,8 @@ def require_rows(
     """Raise PopError unless the whole prompt was evaluated, and pruned as the mode says."""
     plan = plan_prefill(0, n_prompt, model.rule, model.n_batch, images)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
-    if not model.exact:
-        n_left -= round(model.select * n_left)
+    if n_left:
+        n_left -= model.selection.n_selected
     expected = (0, n_left) if model.exact else (n_left, 0)
     # What got its depth afterwards ran all layers, too.
     n_pruned, n_full = counters.n_context - counters.n_deep, counters.n_full + counters.n_deep
