@@ -34,10 +34,26 @@ def solve_numpy(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
 
 
 def solve_torch(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
-    """Solve with torch, on a CUDA device if there is one (Metal has no float64); see `solve`."""
+    """Solve with torch, on a CUDA device with room if there is one; see `solve`.
+
+    Metal has no float64.
+    """
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        # The model that is read, and measured next, lies there, too.
+        try:
+            return _solved_on("cuda", system, rest, least_pivot)
+        except torch.cuda.OutOfMemoryError:
+            pass
+        finally:
+            torch.cuda.empty_cache()
+    return _solved_on("cpu", system, rest, least_pivot)
+
+
+def _solved_on(device: str, system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
+    import torch
+
     factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(system).to(device))
     if int(failed):
         raise SingularError
