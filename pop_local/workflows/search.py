@@ -40,7 +40,7 @@ N_DOCUMENTS = 12
 N_PAST = 2
 ATTENTION_GAIN = 1.03
 # Text is read in full to distil one boundary, and so many past it.
-N_DEEPER = 2
+N_DEEPER = 3
 # Of the context tokens, what deeper boundaries are tried with, and what that must win over the
 # fastest without: a selection takes some time that its limit does not count, and keeps states.
 SELECTED = 0.1

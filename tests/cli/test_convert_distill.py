@@ -46,6 +46,7 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
     monkeypatch.setattr(fits, "prepare", prepare)
     monkeypatch.setattr(fits, "distilled", train)
     monkeypatch.setattr(texts, "N_DISTILLED", 6)
+    monkeypatch.setattr(searching, "N_DEEPER", 2)
 
     class Told(gradual.Gradual):
         def measure(self, model, on_progress):
