@@ -130,11 +130,11 @@ def source_shape(source: Source) -> ModelShape:
     if not 0 < n_layer <= MAX_LAYERS:
         raise FormatError(f"{source.first.path} says it has {n_layer} layers", "download it again")
     blocks = _blocks(source.tensors, n_layer, source.first.path)
-    if keys.arch in SHARED_KV:
-        return _shared_kv_shape(source, keys, blocks)
     n_embd = keys.number("embedding_length")
     if n_embd < 1:
         raise FormatError(f"{source.first.path} has states of {n_embd} values", "download it again")
+    if keys.arch in SHARED_KV:
+        return _shared_kv_shape(source, keys, blocks)
     heads = keys.per_layer("attention.head_count", n_layer)
     kv_heads = keys.per_layer("attention.head_count_kv", n_layer, heads)
     dim_k = keys.number("attention.key_length", n_embd // max(heads[0], 1))

@@ -141,10 +141,12 @@ def eval(  # noqa: A001
         raise typer.BadParameter("--plot draws the depths of a --sweep")
     if baseline is not None and (no_boundary or no_pop):
         raise typer.BadParameter("--baseline compares with POP: leave --no-boundary, --no-pop out")
-    n_asked = tuple(filter(None, opt.lengths(recall, "--recall", least=0)))
-    is_asked = n_asked and {"recall", "documents"} & opt.given_names(call)
-    if (no_boundary or no_pop) and is_asked:
-        raise typer.BadParameter("no facts are asked with --no-pop or --no-boundary: leave it out")
+    lengths = tuple(filter(None, opt.lengths(recall, "--recall", least=0)))
+    of_facts = opt.given_names(call) & {"documents", "recall" if lengths else ""}
+    if (no_boundary or no_pop) and of_facts:
+        raise typer.BadParameter(
+            f"no facts are asked with --no-pop or --no-boundary: leave --{min(of_facts)} out"
+        )
     depths = _depths(skip, boundary, sweep)
     given = opt.given_fit(
         memory, tokens=tokens, text=fit_text, kv_type=kv_type, ridge=ridge, weighting=weighting
@@ -163,7 +165,7 @@ def eval(  # noqa: A001
     options = EvaluateOptions(
         text=text,
         settings=QualitySettings(windows, context, continuation, mode, seed),
-        recall=n_asked,
+        recall=lengths,
         n_documents=documents,
         select=opt.selected(select),
         n_refilled=refill,

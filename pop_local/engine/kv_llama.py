@@ -91,9 +91,9 @@ class KvLlama(SeeingLlama):
         on_device = n_gpu_layers != 0 and has_devices
         n_ctx_default = opening.default_ctx(source.first)
         n_ctx = n_ctx or n_ctx_default
+        self._window = opening.least_window(source)
         # llama.cpp keeps all rows otherwise.
         is_windowed = options.get("swa_full") is False
-        self._window = opening.least_window(source) if is_windowed else 0
         if not on_device and not {"type_k", "type_v"} & options.keys():
             opening.require_room(source, n_ctx, is_windowed=is_windowed)
         self.interrupt = Interrupt()
@@ -273,7 +273,7 @@ class KvLlama(SeeingLlama):
 
         Returns False for a memory that cannot do so.
         """
-        if not self._forget_from(n_tokens):
+        if self._lacks_rows_before(n_tokens) or not self._forget_from(n_tokens):
             return False
         if n_tokens < self.n_tokens:
             self.n_tokens = n_tokens
@@ -283,14 +283,19 @@ class KvLlama(SeeingLlama):
         return True
 
     def _forget_from(self, row: int) -> bool:
-        position, memory = int(self.rows.positions[row]), self._ctx.memory
-        if self._end <= position:
-            return True
-        # llama.cpp says yes even where rows are gone that the next one attends to.
-        seen_from = max(0, position - self._window)
-        if self._window and api.llama_memory_seq_pos_min(memory, 0) > seen_from:
-            return False
-        return bool(api.llama_memory_seq_rm(memory, 0, position, -1))
+        position = int(self.rows.positions[row])
+        if self._end > position:
+            return bool(api.llama_memory_seq_rm(self._ctx.memory, 0, position, -1))
+        return True
+
+    def _lacks_rows_before(self, row: int) -> bool:
+        """Whether a sliding window has dropped rows that this one attends to.
+
+        llama.cpp forgets the rows from there on all the same (llama_kv_cache_iswa::seq_rm).
+        """
+        seen_from = max(0, int(self.rows.positions[row]) - self._window + 1)
+        first: int = api.llama_memory_seq_pos_min(self._ctx.memory, 0)
+        return self._window > 0 and first > seen_from
 
     @property
     def _end(self) -> int:

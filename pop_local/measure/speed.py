@@ -203,8 +203,9 @@ def require_rows(
     """Raise PopError unless the whole prompt was evaluated, and pruned as the mode says."""
     plan = plan_prefill(0, n_prompt, model.rule, model.n_batch, images)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
-    if n_left:
-        n_left -= model.selection.n_selected
+    if n_left and not model.exact:
+        # Of pictures perhaps none can be: how many of the rest only the engine knows.
+        n_left -= model.selection.n_selected if images else round(model.select * n_left)
     expected = (0, n_left) if model.exact else (n_left, 0)
     # What got its depth afterwards ran all layers, too.
     n_pruned, n_full = counters.n_context - counters.n_deep, counters.n_full + counters.n_deep

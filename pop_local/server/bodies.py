@@ -124,7 +124,9 @@ class ChatMessage(_Lenient):
 
 
 def _as_stops(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) and stop else stop or None
+    if isinstance(stop, str):
+        return [stop] if stop else None
+    return stop
 
 
 def _for_minus_one(unlimited: int) -> BeforeValidator:

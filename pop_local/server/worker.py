@@ -177,14 +177,13 @@ class Worker(threading.Thread):
 
     def _wait(self) -> None:
         """Until there is something to do; meanwhile cached prompts are given their depth."""
-        is_called = False
-        while not is_called:
+        while True:
             has_work = bool(self._model.refills and self._model.n_refillable)
             if has_work and self._calls.empty() and not on_battery():
                 self._refill()
             with suppress(queue.Empty):
                 self._calls.get(timeout=RECHECK_S if has_work else None)
-                is_called = True
+                return
 
     def _refill(self) -> None:
         try:

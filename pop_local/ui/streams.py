@@ -18,7 +18,8 @@ def prepare_streams() -> None:
     stdout = sys.stdout
     if not isinstance(stdout, io.TextIOWrapper):
         return
-    if sys.platform == "win32" and not stdout.isatty():
+    is_chosen = "PYTHONIOENCODING" in os.environ
+    if sys.platform == "win32" and not (is_chosen or stdout.isatty()):
         stdout.reconfigure(encoding="utf-8")
     is_utf8 = codecs.lookup(stdout.encoding).name == "utf-8"
     stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")

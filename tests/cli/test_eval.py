@@ -157,7 +157,7 @@ def test_a_plot_without_matplotlib_fails_before_measuring(pop_file, tmp_path, mo
         ["--sweep", "2,4", "--boundary", "4"],
         ["--no-pop", "--no-boundary"],
         ["--no-pop", "--recall", "512"],
-        ["--no-boundary", "--documents", "4"],
+        ["--no-boundary", "--recall", "0", "--documents", "4"],
         ["--recall", "512,x"],
         ["--recall", "-1"],
         ["--plot", "out.png"],

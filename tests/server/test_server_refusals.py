@@ -51,6 +51,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"max_tokens": 0}, "max_tokens"),
         (HELLO | {"max_tokens": "many"}, "max_tokens"),
         (HELLO | {"stop": [""]}, "stop"),
+        (HELLO | {"stop": 0}, "stop"),
         (HELLO | {"top_logprobs": 3}, "top_logprobs needs logprobs"),
         (HELLO | {"top_logprobs": 30, "logprobs": True}, "top_logprobs"),
         (HELLO | {"response_format": {"type": "xml"}}, "response_format"),

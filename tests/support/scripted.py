@@ -119,7 +119,7 @@ class Transcript(Screen):
     `?` is a question of the program's, answered by the next line.
     """
 
-    is_asked = True
+    is_typed = True
 
     def __init__(self, *lines: str | BaseException) -> None:
         self.lines = list(lines)

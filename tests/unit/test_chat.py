@@ -174,7 +174,7 @@ def test_an_answer_that_was_stopped_before_it_began():
 class Piped(Transcript):
     """Nobody types its lines."""
 
-    is_asked = False
+    is_typed = False
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,9 @@ class Piped(Transcript):
     [
         ["Once", KeyboardInterrupt()],
         ["Once", figures(finish_reason="interrupted")],
+        [PopError("something went wrong", "try again")],
     ],
-    ids=["in a step", "after one"],
+    ids=["in a step", "after one", "with another failure"],
 )
 def test_interrupt_ends_piped_lines(answer, monkeypatch):
     pressed = CtrlC()
@@ -197,7 +198,10 @@ def test_interrupt_ends_piped_lines(answer, monkeypatch):
 
 @pytest.mark.parametrize(
     "line",
-    ["/pop maybe", "/nonsense", "/refill often", "/set top_p 2", "/set nothing", "/save", "/load"],
+    [
+        *("/retry", "/edit", "/undo", "/save", "/load", "/nonsense"),
+        *("/pop maybe", "/refill often", "/set top_p 2", "/set nothing"),
+    ],
 )
 def test_what_is_refused_counts_as_a_failure(line):
     begun = scripted_chat(ScriptedModel(), Transcript())

@@ -19,6 +19,7 @@ from converter.hyper import read_hyper
 from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.engine.model import PopModel
+from support.shared_kv import make_shared
 from support.synthetic import DEFAULTS, add_keys, make_gguf
 
 SMALL = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
@@ -182,10 +183,13 @@ def test_numbers_of_a_model_have_a_range(tiny, tmp_path, number):
         read_shape(path)
 
 
-def test_states_without_values_are_no_model(tiny, tmp_path):
-    end = read_header(tiny).keys["llama.embedding_length"].end
+@pytest.mark.parametrize("arch", ["llama", "gemma4"])
+def test_states_without_values_are_no_model(tmp_path, arch):
+    make = make_shared if arch == "gemma4" else make_gguf
+    path = make(tmp_path / "model.gguf", arch)
+    end = read_header(path).keys[f"{arch}.embedding_length"].end
     with pytest.raises(FormatError, match="states of 0 values"):
-        read_shape(_damaged(tiny, tmp_path, end - 4, struct.pack("<I", 0)))
+        read_shape(_damaged(path, tmp_path, end - 4, struct.pack("<I", 0)))
 
 
 @pytest.mark.parametrize("name", ["head_count", "key_length", "value_length"])

@@ -67,6 +67,13 @@ def test_a_chat_that_is_left_leaves_nothing(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_piped_lines_that_ctrl_c_ended_leave_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Transcript, "is_typed", False)
+    with pytest.raises(KeyboardInterrupt):
+        talked(model, tmp_path, "my question", KeyboardInterrupt())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_living_chat_is_not_offered(model, tmp_path):
     transcript = Transcript("my question")
     chat = Dialogue(model, lambda *_: model, transcript, sampling={"max_tokens": 4})

@@ -175,13 +175,12 @@ class Dialogue:
 
         Ctrl-C ends piped lines for good: raises KeyboardInterrupt.
         """
-        is_stopped = False
+        interrupt = CtrlC()
         try:
             with deferred_interrupt() as interrupt:
                 self._show(ask, interrupt)
-            is_stopped = interrupt.asked
         except KeyboardInterrupt:
-            is_stopped = True
+            interrupt.asked = True
             self.screen.note("Stopped.")
         except ContextFullError as error:
             if self._make_room(error):
@@ -194,7 +193,7 @@ class Dialogue:
             self._warn_when_full()
         else:
             self.screen.note("The question is dropped; /retry asks it again.")
-        if is_stopped and not self.screen.is_asked:
+        if interrupt.asked and not self.screen.is_typed:
             raise KeyboardInterrupt
 
     def fail(self, error: PopError) -> None:
@@ -202,7 +201,7 @@ class Dialogue:
         self.screen.error(error)
 
     def refuse(self, line: str) -> None:
-        """Say what is wrong with what was typed."""
+        """Say why nothing was done."""
         self.has_failed = True
         self.screen.note(line)
 

@@ -85,6 +85,8 @@ def finish(chat: Dialogue) -> None:
         with chat.screen.reading("Refilling") as advance:
             chat.model.refill(on_progress=advance)
     except KeyboardInterrupt:
+        if not chat.screen.is_typed:
+            raise
         chat.screen.note("Not refilled to the end.")
 
 

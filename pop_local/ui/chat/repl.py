@@ -28,13 +28,16 @@ def talk(chat: Dialogue) -> None:
 def converse(
     chat: Dialogue, read_line: LineReader, keep: Callable[[Dialogue], None] = lambda chat: None
 ) -> None:
-    """Pass lines on until the user leaves or the input ends; `keep` is called before each."""
+    """Pass lines on until the user leaves or the input ends; `keep` is called before each.
+
+    Raises KeyboardInterrupt where nobody types them.
+    """
     while True:
         try:
             keep(chat)
             _pass_on(chat, read_line)
         except KeyboardInterrupt:
-            if not chat.screen.is_asked:
+            if not chat.screen.is_typed:
                 raise
             chat.screen.note(LEAVE_HINT)
         except (EOFError, LeaveRequest):

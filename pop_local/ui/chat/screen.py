@@ -58,8 +58,8 @@ class Screen:
         return prefill_progress(what)
 
     @property
-    def is_asked(self) -> bool:
-        """Whether somebody types the lines, and can be asked."""
+    def is_typed(self) -> bool:
+        """Whether somebody types the lines, who can be asked."""
         return sys.stdin.isatty()
 
     def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
@@ -68,7 +68,7 @@ class Screen:
         The last choice is to do nothing; when it is the only one there is nothing to ask.
         """
         warn(question)
-        if len(choices) == 1 or not self.is_asked:
+        if len(choices) == 1 or not self.is_typed:
             return None
         for choice in choices:
             note(f"  {choice.key}  {choice.text}")

@@ -76,21 +76,23 @@ def _clear(chat: Dialogue, argument: str) -> None:
 
 def _retry(chat: Dialogue, argument: str) -> None:
     if chat.session.last_asked is None:
-        chat.screen.note("Nothing has been asked yet.")
+        chat.refuse("Nothing has been asked yet.")
     else:
         chat.answer(chat.session.retry)
 
 
 def _undo(chat: Dialogue, argument: str) -> None:
-    turn = chat.session.undo()
-    chat.screen.note(f"Dropped: {_short(turn.question)}" if turn else "There is no turn to drop.")
+    if turn := chat.session.undo():
+        chat.screen.note(f"Dropped: {_short(turn.question)}")
+    else:
+        chat.refuse("There is no turn to drop.")
 
 
 def _edit(chat: Dialogue, argument: str) -> None:
     turn = chat.session.last_asked
     if turn is not None:
         raise EditRequest(turn.question)
-    chat.screen.note("Nothing has been asked yet.")
+    chat.refuse("Nothing has been asked yet.")
 
 
 def _model(chat: Dialogue, argument: str) -> None:

@@ -49,7 +49,8 @@ class Unsaved:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._lock.is_locked:
+        # Ctrl-C ends piped lines as they are meant to be ended.
+        if kind in (None, KeyboardInterrupt) and self._lock.is_locked:
             self._remove(self._name)
         self._lock.release(force=True)
 

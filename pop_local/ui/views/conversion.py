@@ -97,7 +97,6 @@ def _object(
         "n_skipped": plan.n_skipped,
         "schedule": plan.schedule,
         "output_bytes": sizes.output_bytes,
-        "limit_n_prompt": LIMIT_PROMPT,
         "speedup_limit": plan.speedup_limit,
         "source_sha256": meta and meta.source_sha256,
         "calibration": meta and meta.calibration,
@@ -126,6 +125,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "min_prompt": plan.min_prompt,
         "select": plan.select,
         "source_bytes": conversion.sizes.source_bytes,
+        "limit_n_prompt": LIMIT_PROMPT,
         "memory_bytes": needs.total_bytes if needs else None,
     }
 
