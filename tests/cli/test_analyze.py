@@ -248,3 +248,7 @@ def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
     found = [Estimate(value, 0.0) for value in (1.0, 0.9, 0.2, -0.5, -2.0)]
     assert depth._losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
     assert depth._losses([None]) == [None]
+
+
+def test_windows_are_for_the_gates(model):
+    assert analyze(model, "--windows", 3, "--no-gates").exit_code == 2

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from pop_local.cli import app
 
 SHORT = (
-    *("--windows", 3, "--probe-windows", 2, "--context", 64, "--continuation", 10),
+    *("--probe-windows", 2, "--context", 64, "--continuation", 10),
     *("--threads", 1, "--gpu-layers", 0),
 )
 UNFITTED = (*SHORT, "--no-fit")
@@ -16,7 +16,9 @@ FITTED = (*SHORT, "--no-gates", "--tokens", 2048)
 
 
 def analyze(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["analyze", *map(str, arguments)])
+    has_gates = not {"--no-gates", "--windows"} & set(arguments)
+    windows = ("--windows", 3) if has_gates else ()
+    return CliRunner().invoke(app, ["analyze", *map(str, (*arguments, *windows))])
 
 
 def report(*arguments: object) -> Any:
