@@ -17,6 +17,9 @@ from converter.wide import Neurons, WideInput
 from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationError, CalibrationText
 
+# RuntimeError: a zip that says it is encrypted, or packed in a way that is not known.
+_DAMAGES = (OSError, ValueError, LookupError, EOFError, TypeError, RuntimeError, BadZipFile)
+
 
 @dataclass
 class State:
@@ -93,10 +96,6 @@ def load(path: Path, identity: str) -> State | None:
             tensor = NewTensor(tensor_name, tuple(dims), kind, data)
             state.tensors.setdefault((boundary, projection), []).append(tensor)
         return state
-
-
-# RuntimeError: a zip that says it is encrypted, or packed in a way that is not known.
-_DAMAGES = (OSError, ValueError, LookupError, EOFError, TypeError, RuntimeError, BadZipFile)
 
 
 def kept_boundaries(path: Path) -> tuple[int, ...]:

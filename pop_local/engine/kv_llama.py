@@ -293,9 +293,10 @@ class KvLlama(SeeingLlama):
 
         llama.cpp forgets the rows from there on all the same (llama_kv_cache_iswa::seq_rm).
         """
+        if not self._window:
+            return False
         seen_from = max(0, int(self.rows.positions[row]) - self._window + 1)
-        first: int = api.llama_memory_seq_pos_min(self._ctx.memory, 0)
-        return self._window > 0 and first > seen_from
+        return bool(api.llama_memory_seq_pos_min(self._ctx.memory, 0) > seen_from)
 
     @property
     def _end(self) -> int:
