@@ -45,7 +45,7 @@ def serve(
     name: Annotated[
         str,
         typer.Option(
-            "--name", help="The model's name in the API. Default: the catalog's, or the file's."
+            "--name", help="The model's name in the API. Default: as given, if of the catalog, else the file's."
         ),
     ] = "",
     pop: opt.Pop = None,

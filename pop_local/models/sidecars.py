@@ -8,7 +8,8 @@ from converter.header import read_header
 from converter.sidecar import SUFFIX, bind, sidecar_beside
 from converter.source import Source
 
-# Made by `make sidecars`, for the models of the catalog; whatever a copy is called, its hash tells.
+# For the models of the catalog (docs/quality.md says how each was made); whatever a copy is called,
+# its hash tells.
 SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars"))
 
 
