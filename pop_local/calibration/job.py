@@ -214,21 +214,27 @@ class _Job:
                 opened.window(windows[window].tolist())
                 for boundary in wanted:
                     seen[boundary].append(self._x[boundary][1:])
-                if self._follow.should_stop():
-                    raise StoppedError
+                self._heed()
         for boundary in wanted:
+            self._heed()
             self._state.wides[boundary] = wide_input(
                 self._shape, self._weights, boundary, seen[boundary]
             )
 
     def _keep(self) -> None:
-        stopping = self._follow.should_stop()
         path = self._options.state_path
-        if path and (stopping or time.monotonic() - self._saved_s > SAVE_EVERY_S):
+        if path and time.monotonic() - self._saved_s > SAVE_EVERY_S:
             save(path, self._identity, self._state)
             self._saved_s = time.monotonic()
-        if stopping:
-            raise StoppedError
+        self._heed()
+
+    def _heed(self) -> None:
+        """Keep what there is and raise StoppedError where that is wanted."""
+        if not self._follow.should_stop():
+            return
+        if path := self._options.state_path:
+            save(path, self._identity, self._state)
+        raise StoppedError
 
     # The observer: position 0 is left out, since the first token always runs in full.
 
@@ -280,7 +286,7 @@ class _Job:
                 fitted = fit.fit_layer(layer, sums, own, self._options.ridge)
                 tensors = fit.encode(layer, fitted, self._options.kv_type)
                 solved += [((boundary, projection), tensor) for tensor in tensors]
-                self._keep()
+                self._heed()
         for key, tensor in solved:
             if key not in self._state.tensors and key[1] != FITTED:
                 made = self._state.wides[key[0]]

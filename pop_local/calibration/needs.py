@@ -125,7 +125,8 @@ def plan_needs(
     passing = n_sums + read + masses + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
-    total = _BASE_BYTES + 2 * source.size_bytes + n_stored + max(passing, sampling)
+    seeing = options.mmproj.stat().st_size if options.mmproj else 0
+    total = _BASE_BYTES + 2 * source.size_bytes + seeing + n_stored + max(passing, sampling)
     return Needs(tuple(map(tuple, groups)), n_sums, total)
 
 

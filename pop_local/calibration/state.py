@@ -1,10 +1,12 @@
 """A calibration in progress, and the file that keeps it when it is stopped."""
 
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -18,7 +20,18 @@ from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationError, CalibrationText
 
 # RuntimeError: a zip that says it is encrypted, or packed in a way that is not known.
-_DAMAGES = (OSError, ValueError, LookupError, EOFError, TypeError, RuntimeError, BadZipFile)
+# TokenError: an array whose head numpy takes apart as Python.
+_DAMAGES = (
+    OSError,
+    ValueError,
+    LookupError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    BadZipFile,
+    TokenError,
+    zlib.error,
+)
 
 
 @dataclass

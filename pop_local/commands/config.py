@@ -6,6 +6,7 @@ from typing import Annotated
 import tomlkit
 import typer
 
+from converter.errors import PopError
 from converter.output import make_private, replacing
 from pop_local.commands.options import Json
 from pop_local.config import settings
@@ -82,6 +83,8 @@ def _checked(setting: settings.Setting, text: str) -> Scalar:
     value = settings.parse(setting, text)
     if setting.key == "theme":
         look(text)
+    if setting.is_path and not text.strip():
+        raise PopError("that is no path", "to have the default again: pop-local config unset KEY")
     # As the shell means it; in the file it would be the file's folder.
     return str(expanded(text).absolute()) if setting.is_path else value
 

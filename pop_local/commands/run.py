@@ -1,8 +1,10 @@
 """`pop-local run MODEL "question"`: one answer, also about files and piped text."""
 
+import errno
 import os
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -22,7 +24,7 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.keys import unechoed_keys
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import look, warn
+from pop_local.ui.theme import look, note, warn
 from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 
 if TYPE_CHECKING:
@@ -101,15 +103,34 @@ def run(
         raise KeyboardInterrupt
 
 
+# After which it is said what is waited for.
+_PATIENCE_S = 5.0
+
+
 def _documents(files: list[Path]) -> Iterator[Document]:
     for path in files:
         yield read_document(path)
     if not sys.stdin.isatty():
-        piped = decoded(read_limited(sys.stdin.buffer, "the piped text"), "the piped text")
+        piped = decoded(_piped(), "the piped text")
         if piped.strip():
             yield Document("the piped text", piped)
         elif not files and _is_pipe(sys.stdin):
             warn("The piped text is empty")
+
+
+def _piped() -> bytes:
+    """Read stdin to its end."""
+    timer = threading.Timer(_PATIENCE_S, note, ["Reading the piped text; < /dev/null for none."])
+    timer.daemon = True
+    timer.start()
+    try:
+        return read_limited(sys.stdin.buffer, "the piped text")
+    except OSError as error:
+        if error.errno != errno.EBADF:  # which nohup leaves: nothing is piped
+            raise
+        return b""
+    finally:
+        timer.cancel()
 
 
 def _is_pipe(stream: TextIO) -> bool:

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import logging
+import os
 import socket
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def serve(
     name: Annotated[
         str,
         typer.Option(
-            "--name", help="The model's name in the API. Default: as given, if of the catalog, else the file's."
+            "--name",
+            help="The model's name in the API. Default: the catalog's, if MODEL is, or the file's.",
         ),
     ] = "",
     pop: opt.Pop = None,
@@ -98,7 +100,7 @@ def serve(
 
 def _default_name(model: str, path: str) -> str:
     """What was given, if it is a name of the catalog: what requests are likely to say."""
-    return model if lookup(model) else Path(path).stem
+    return model if lookup(model) else os.fsencode(Path(path).stem).decode(errors="replace")
 
 
 def _require_packages() -> None:

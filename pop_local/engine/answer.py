@@ -42,6 +42,9 @@ class _Turn:
                 f"max_tokens is {options.max_tokens}: an answer has one token at least",
                 "give 1 or more, or None for as many as the context holds",
             )
+        stops: object = options.stops
+        if isinstance(stops, str):  # a sequence of letters, to Python
+            raise PopError("stops is a single text, not several", f"stops=({stops!r},)")
         prompt = render()
         self._model = model
         self._options = options
@@ -61,6 +64,7 @@ class _Turn:
         self._n_shown = 0
         self._sampled = model.sampled(prompt.tokens, options)
         self._n_decoded = 0
+        self._ended = False
         self._decode_s = 0.0
 
     def close(self) -> None:
@@ -98,9 +102,9 @@ class _Turn:
     def _decode(self, token: int) -> Iterator[Chunk]:
         while True:
             self._n_decoded += 1
-            at_end = self._is_end(token)
+            at_end = self._ended = self._is_end(token)
             shown = "" if at_end else self._text.push(self._pieces[token])
-            if self._logprobs is not None and not at_end:
+            if self._logprobs is not None and (not at_end or self._options.has_end_logprob):
                 self._logprobs.push(token)
             reason = "stop" if at_end or self._text.stopped else self._cut_short()
             if reason is not None:
@@ -114,7 +118,9 @@ class _Turn:
         if self._logprobs is None:
             return Chunk(text, stats)
         self._n_shown += len(text.encode())
-        return Chunk(text, stats, self._logprobs.take(self._n_shown))
+        # The token that ends the answer begins where the text ends.
+        is_ended = stats is not None and self._ended
+        return Chunk(text, stats, self._logprobs.take(self._n_shown + is_ended))
 
     def _next_token(self) -> int:
         if self._model.epoch != self._epoch:

@@ -91,11 +91,12 @@ class KvLlama(SeeingLlama):
         on_device = n_gpu_layers != 0 and has_devices
         n_ctx_default = opening.default_ctx(source.first)
         n_ctx = n_ctx or n_ctx_default
-        self._window = opening.least_window(source)
         # llama.cpp keeps all rows otherwise.
         is_windowed = options.get("swa_full") is False
+        self._window = opening.least_window(source, n_ctx) if is_windowed else 0
         if not on_device and not {"type_k", "type_v"} & options.keys():
-            opening.require_room(source, n_ctx, is_windowed=is_windowed)
+            holds_states = bool(keep_states or (self._share(select) and self.meta))
+            opening.require_room(source, n_ctx, is_windowed=is_windowed, holds_states=holds_states)
         self.interrupt = Interrupt()
         if mmproj is not None:
             is_wanted = self.interrupt.is_wanted
@@ -117,6 +118,8 @@ class KvLlama(SeeingLlama):
                     verbose=verbose,
                     **options,
                 )
+            if options.get("lora_path") and not self._lora_adapter:
+                raise RuntimeError(f"{options['lora_path']} is no LoRA adapter for it")
         except (ValueError, RuntimeError, TemplateError) as error:
             what = f"{model_path}" if sidecar is None else f"{model_path} with {sidecar}"
             raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error
@@ -228,7 +231,7 @@ class KvLlama(SeeingLlama):
         it. Of no effect on a model without a boundary. Raises PopError for a share that is none,
         or that a model with several positions a row (M-RoPE) cannot have.
         """
-        share = (self.meta.select if self.meta else 0.0) if select is None else select
+        share = self._share(select)
         if not 0 <= share <= 1:
             raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
         if select and self.is_mrope:
@@ -242,6 +245,11 @@ class KvLlama(SeeingLlama):
         backend.set_keep(self.ctx, self.keeps_states)
         if not self.keeps_states:
             self.rows.has_state[:] = False
+            self.online.end()
+            self.online = OnlineRefill(self.deep, 0)
+
+    def _share(self, select: float | None) -> float:
+        return (self.meta.select if self.meta else 0.0) if select is None else select
 
     @property
     def held_bytes(self) -> int:
@@ -273,6 +281,7 @@ class KvLlama(SeeingLlama):
 
         Returns False for a memory that cannot do so.
         """
+        n_tokens = max(0, min(n_tokens, self.n_tokens))
         if self._lacks_rows_before(n_tokens) or not self._forget_from(n_tokens):
             return False
         if n_tokens < self.n_tokens:
@@ -411,8 +420,12 @@ class KvLlama(SeeingLlama):
     def close(self) -> None:
         # __del__ calls it after a failed __init__ too.
         if hasattr(self, "_stack"):
+            if hasattr(self, "online"):
+                self.online.end()
             super().close()
+            self._sampler = None
             self.grammars.close()
             gone: Any = opening.Closed(self.model_path)
-            self._model = self._ctx = self.tokenizer_ = gone
+            self._model = self._ctx = self.tokenizer_ = self.deep = gone
+            self.online = OnlineRefill(gone, 0)
             self._servers = None

@@ -9,6 +9,7 @@ from converter.errors import PopError
 from pop_local.engine.decode.grammar import GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.depth.online import OnlineRefill
+from pop_local.engine.depth.power import on_battery
 from pop_local.engine.depth.select import Selection, select_rows
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.kv_llama import KvLlama
@@ -48,8 +49,10 @@ class PrunedLlama(KvLlama):
         if len(tokens) == 0:
             return
         self._make_room(len(tokens))
+        self._requires_eval = True  # until the logits are these tokens', whatever is raised
         if len(tokens) == 1 and tokens[0] >= 0:
-            self.online.before(self.n_tokens)
+            if self.online.n_rows != 0 and not on_battery():
+                self.online.before(self.n_tokens)
             self._decode(tokens, Outputs.LAST, self.rule, int(self.rows.positions[self.n_tokens]))
         else:
             self._prefill(tokens)
@@ -250,6 +253,7 @@ class PrunedLlama(KvLlama):
         self.epoch += 1
         self.selection = Selection()
         self.encode_s = 0.0
+        self._sampler = None  # the last one's grammar, whose process serves the next
         tokens = list(tokens)
         if options.pop("reset", True):
             tokens = self._unread(tokens)

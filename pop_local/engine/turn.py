@@ -32,7 +32,8 @@ class TurnOptions:
     `on_prefill(done, total)` counts the prompt tokens that are not cached, once per batch.
     `should_stop` is asked during the prefill and after each token; an answer that it ends is
     "interrupted" and has its figures all the same. `stops` end the answer and are not part of it.
-    `grammar` is GBNF. `n_top_logprobs`: None for no log probabilities at all.
+    `grammar` is GBNF. `n_top_logprobs`: None for no log probabilities at all; `has_end_logprob`:
+    whether the token that ends the answer has one, too.
     """
 
     max_tokens: int | None = None
@@ -48,6 +49,7 @@ class TurnOptions:
     stops: tuple[str, ...] = ()
     grammar: str | None = None
     n_top_logprobs: int | None = None
+    has_end_logprob: bool = False
     on_prefill: Callable[[int, int], None] | None = None
     should_stop: Callable[[], bool] | None = None
 

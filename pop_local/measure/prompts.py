@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file; `sha256` is of all that they say, documents included."""
+    """The prompts of a file; `sha256` is of all that they say, documents included, and where."""
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -47,6 +47,7 @@ class PromptFile:
     def sha256(self) -> str:
         parts = [
             (
+                prompt.line,
                 [(message.role, message.content) for message in prompt.messages],
                 [shown.sha256 for message in prompt.messages for _, shown in message.pictures],
                 prompt.expected and prompt.expected.pattern,

@@ -62,6 +62,7 @@ async def streamed_answer(
         yield _DONE
     except Exception as error:
         complete = not job.cancelled.is_set()
+        job.cancelled.set()  # nobody reads what may still come
         yield _event(as_api_error(error).body)
     finally:
         if not complete:

@@ -207,7 +207,7 @@ class Api:
         reply = kind(self._name, task.options.n_top_logprobs is not None, task.n_written)
         if not body.stream:
             return await whole_answer(request.state, job, reply)
-        wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         return StreamingResponse(
             streamed_answer(request.state, job, reply, wants_usage=wants_usage),
             media_type="text/event-stream",

@@ -7,6 +7,7 @@ have limits.
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -36,7 +37,16 @@ _UNSUPPORTED = (
     "json_schema",
     "chat_template_kwargs",
     "ignore_eos",
+    "mirostat",
+    "dry_multiplier",
+    "xtc_probability",
+    "min_tokens",
+    "stop_token_ids",
+    "guided_json",
+    "continue_final_message",
 )
+# What clients send of these without meaning it.
+_USUAL = {"n": 1, "best_of": 1, "typical_p": 1, "add_generation_prompt": True}
 
 
 class _Lenient(BaseModel):
@@ -44,7 +54,7 @@ class _Lenient(BaseModel):
 
 
 class StreamOptions(_Lenient):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class JsonSchema(_Lenient):
@@ -142,18 +152,25 @@ class Sampling(_Lenient):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: Annotated[int | None, _for_minus_one(0)] = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    repeat_penalty: float | None = Field(None, gt=0, le=10)
+    # The second name is mlx-lm's.
+    repeat_penalty: float | None = Field(
+        None, gt=0, le=10, validation_alias=AliasChoices("repeat_penalty", "repetition_penalty")
+    )
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
 
 
 class Body(Sampling):
-    """What both kinds of request share; None stands for the server's default."""
+    """What both kinds of request share; None stands for the server's default.
+
+    `n_predict` is llama.cpp's, where it comes before the others, too.
+    """
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Limit = Field(None, ge=0)
+    n_predict: Limit = Field(None, ge=1)
     seed: int | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
@@ -161,7 +178,7 @@ class Body(Sampling):
         BeforeValidator(_as_stops),
     ] = None
     response_format: ResponseFormat | None = None
-    grammar: str | None = None
+    grammar: Annotated[str | None, BeforeValidator(lambda text: text or None)] = None
     pop: bool | None = None
 
     @property
@@ -180,10 +197,11 @@ class Body(Sampling):
         for name in _UNSUPPORTED:
             if extra.get(name):
                 raise ValueError(f"{name} is not supported")
-        for name in ("n", "best_of"):
-            if extra.get(name) not in (None, 1):
-                raise ValueError(f"{name} must be 1: one request gets one answer")
-        if self.grammar is not None and self.response_format is not None:
+        for name, usual in _USUAL.items():
+            if extra.get(name) not in (None, usual):
+                raise ValueError(f"{name} must be {str(usual).lower()}: nothing else is supported")
+        form = self.response_format
+        if self.grammar is not None and form is not None and form.wanted is not None:
             raise ValueError("give either grammar or response_format")
         return self
 

@@ -1,6 +1,7 @@
 """From a request's body to a task for the model."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from converter.errors import PopError
 from pop_local.config.settings import MOST_SEED
@@ -53,7 +54,7 @@ class Tasks:
         except PopError as error:
             raise ApiError(400, error.message, param="messages") from error
         self._check_length(len(prompt.tokens), "messages")
-        max_tokens = body.max_completion_tokens or body.max_tokens
+        max_tokens = body.n_predict or body.max_completion_tokens or body.max_tokens
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, max_tokens, n_top_logprobs)
         return Task(prompt, options, *self._mode(body.pop))
@@ -65,8 +66,9 @@ class Tasks:
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
-        max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        options = self._options(body, max_tokens, body.logprobs)
+        asked = body.max_tokens if body.n_predict is None else body.n_predict
+        max_tokens = COMPLETION_TOKENS if asked is None else asked
+        options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
         pieces = Pieces(self._model.vocab, special=True)
         shown = prompt.tokens if body.echo or body.logprobs is not None else []
         text = b"".join(pieces[token] for token in shown).decode(errors="replace")
@@ -137,7 +139,8 @@ class Tasks:
         text, param, form = body.grammar, "grammar", body.response_format
         try:
             if form is not None and form.wanted is not None:
-                param, text = "response_format", self._model.grammars.of_schema(form.wanted)
+                param = "response_format"
+                text = self._model.grammars.of_schema(form.wanted)
             if text is not None:
                 self._model.grammars.check(text)
         except GrammarError as error:

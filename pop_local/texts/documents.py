@@ -27,7 +27,15 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     Raises OSError when it cannot be read, and PopError for what is no text, holds none or is far
     too large.
     """
-    path = Path(path)
+    document = _read(Path(path))
+    if not document.text.strip():
+        raise PopError(
+            f"{path} holds no text", "if it shows pictures of text, run it through an OCR first"
+        )
+    return document
+
+
+def _read(path: Path) -> Document:
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
     if path.suffix.lower() not in _READERS:
         return Document(str(path), decoded(content, str(path)))
@@ -78,10 +86,7 @@ def _pdf(path: Path, content: bytes) -> str:
         n_chars += len(texts[-1])
         if n_chars > MAX_BYTES:  # pages may share what they draw
             raise _too_much(path)
-    text = "\n\n".join(texts)
-    if not text.strip():
-        raise PopError(f"{path} holds no text, only pictures of it", "run it through an OCR first")
-    return text
+    return "\n\n".join(texts)
 
 
 def _docx(path: Path, content: bytes) -> str:

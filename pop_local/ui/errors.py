@@ -41,12 +41,13 @@ def guard(*, debug: bool) -> Iterator[None]:
             yield
             sys.stdout.flush()
     except (KeyboardInterrupt, StoppedError):
-        err.print("Stopped.", style="note")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise _stopped() from None
     except BrokenPipeError:
         _forget_stdout()
         raise typer.Exit(EXIT_PIPE_CLOSED) from None
     except Exception as error:
+        if isinstance(error, typer.Abort) and isinstance(error.__context__, KeyboardInterrupt):
+            raise _stopped() from None
         if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
             # typer's own; wrong usage has a message, which quotes what was given.
             if hasattr(error, "message"):
@@ -56,6 +57,11 @@ def guard(*, debug: bool) -> Iterator[None]:
             sys.stderr.write(printable(traceback.format_exc(), kept="\n"))
         show(as_pop_error(error))
         raise typer.Exit(EXIT_FAILED) from None
+
+
+def _stopped() -> typer.Exit:
+    err.print("Stopped.", style="note")
+    return typer.Exit(EXIT_INTERRUPTED)
 
 
 def as_pop_error(error: Exception) -> PopError:

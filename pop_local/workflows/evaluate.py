@@ -83,6 +83,7 @@ class Row:
     quality: Quality
     recall: tuple[Recall, ...]
     select: float = 0.0
+    n_refilled: int = 0
     second_turn: SecondTurn | None = None
     always_skip: Quality | None = None
     calibration: Calibration | None = None
@@ -252,6 +253,7 @@ class _Run:
                 quality=quality,
                 recall=tuple(of_length[number] for of_length in recalls),
                 select=select,
+                n_refilled=self.options.n_refilled,
                 second_turn=second[number],
                 always_skip=baseline,
             )

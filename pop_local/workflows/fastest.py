@@ -120,14 +120,16 @@ def _chosen(
 ) -> Recipe:
     pruning = Pruning(plan.boundary, select=plan.select)
 
-    def measured(pruning: Pruning, n_windows: int, stage: str) -> Quality:
-        settings, text = QualitySettings(n_windows), tokenize(model, shipped_text())
+    def measured(pruning: Pruning, settings: QualitySettings, stage: str) -> Quality:
+        text = tokenize(model, shipped_text())
         [quality] = measure_prunings(model, text, settings, [pruning], watch.stage(stage))
         return quality
 
-    quality = measured(pruning, _N_WINDOWS, "Measuring")
+    quality = measured(pruning, QualitySettings(_N_WINDOWS), "Measuring")
     refilling = replace(pruning, n_refilled=N_REFILLED)
-    later = measured(refilling, _N_REFILLED_WINDOWS, "Measuring with refilling")
+    # Of random tokens nothing is stored.
+    few = QualitySettings(_N_REFILLED_WINDOWS, n_draws=1)
+    later = measured(refilling, few, "Measuring with refilling")
     refilled = Refilled(
         N_REFILLED,
         later.kl_mean.value,

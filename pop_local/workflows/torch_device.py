@@ -50,7 +50,7 @@ def computing(what: str, hint: str, *, cause: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        said = ("not enough memory", "out of memory")
+        said = ("not enough memory", "out of memory", "allocate memory")
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in said):
             raise
         raise PopError(f"there is not enough memory for {what}", hint, cause=cause) from error

@@ -119,11 +119,11 @@ def prepare(recipe: Recipe) -> Path:
     folder = builds / key(recipe)
     stamp = folder / "tree.sha256"
     source = folder / "src"
-    if stamp.is_file() and stamp.read_text() == _fingerprint(source):
+    if stamp.is_file() and source.is_dir() and stamp.read_text() == _fingerprint(source):
         os.utime(stamp)
         return folder
-    shutil.rmtree(source, ignore_errors=True)
     stamp.unlink(missing_ok=True)
+    shutil.rmtree(source, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=builds) as scratch:
         tree = _extract(recipe, Path(scratch))
@@ -225,4 +225,5 @@ def _forget_old(builds: Path, current: Path) -> None:
     stamps = sorted(builds.glob("*/tree.sha256"), key=lambda stamp: -stamp.stat().st_mtime_ns)
     for stamp in stamps[_KEPT_TREES:]:
         if stamp.parent != current:
+            stamp.unlink(missing_ok=True)
             shutil.rmtree(stamp.parent, ignore_errors=True)

@@ -6,6 +6,7 @@ tells what it will take.
 
 import base64
 import ctypes
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +16,8 @@ from converter.errors import PopError
 from pop_local.engine.limited.child import serve
 from pop_local.engine.llama.backend import bindings
 
+# A character of a JSON string (RFC 8259).
+_CHAR = r'[^"\\\x00-\x1F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})'
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -33,12 +36,18 @@ class Work:
         self._grammar: Any = None
 
     def of_schema(self, schema: str) -> str:
-        from llama_cpp.llama_grammar import json_schema_to_gbnf
+        from llama_cpp import llama_grammar as upstream
 
+        # Its strings hold raw line ends, and its literals do not escape backslashes.
+        upstream.PRIMITIVE_RULES["char"] = upstream.BuiltinRule(_CHAR, [])
+        upstream.GRAMMAR_LITERAL_ESCAPE_RE = re.compile(r'[\r\n"\\]')
+        upstream.GRAMMAR_LITERAL_ESCAPES["\\"] = "\\\\"
         try:
-            return str(json_schema_to_gbnf(schema))
+            return str(upstream.json_schema_to_gbnf(schema))
         except Exception as error:  # it asserts, indexes and recurses on whatever it is given
             reason = str(error) or type(error).__name__
+            if isinstance(error, KeyError):
+                reason = f"{error} is not there, or is the whole schema"
             raise PopError(f"the JSON schema cannot be turned into a grammar: {reason}") from error
 
     def start(self, text: str, root: str) -> None:

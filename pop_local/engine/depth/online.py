@@ -4,7 +4,6 @@ import statistics
 import time
 
 from pop_local.engine.depth.passes import DeepPasses
-from pop_local.engine.depth.power import on_battery
 from pop_local.engine.depth.select import best_rows, spread
 from pop_local.engine.llama import backend
 
@@ -37,7 +36,7 @@ class OnlineRefill:
         """
         if self.n_rows is None:
             self._time()
-        if not self.n_rows or on_battery():
+        if not self.n_rows:
             return
         if 0 <= self._begun < position:
             self._run_best(position, self.n_rows)

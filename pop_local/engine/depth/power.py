@@ -24,4 +24,4 @@ def _is_unplugged() -> bool:
         battery = None if sensors is None else sensors()
     except Exception:  # on Linux an OSError without /sys/class/power_supply, elsewhere psutil's own
         return False
-    return battery is not None and not battery.power_plugged
+    return battery is not None and battery.power_plugged is False  # None: it cannot tell

@@ -24,7 +24,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from converter.errors import PopError, StoppedError
-from converter.source import read_source
+from converter.source import read_source, sampled_sha256
 from pop_local.engine.images.pictures import Picture, require_pillow
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 # Of pictures whose ids are known, so that a conversation's are not cut up for each question.
 _KNOWN_ROWS = 1 << 16
-# Of each tensor, for the fingerprint.
-_SAMPLED_BYTES = 4096
 # Each layer has the same of these.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
 # Of the encoder's graph: asked in between whether to stop.
@@ -347,14 +345,7 @@ def fingerprint(path: Path) -> str:
             f"{path} is no mmproj", "give the file beside the model whose name says mmproj"
         )
     _require_layers(path, [tensor.name for tensor in source.tensors])
-    digest = hashlib.sha256()
-    for header in source.parts:
-        with header.path.open("rb") as file:
-            digest.update(file.read(header.data_start))
-            for tensor in header.tensors:
-                file.seek(header.data_start + tensor.offset)
-                digest.update(file.read(min(tensor.size_bytes, _SAMPLED_BYTES)))
-    return f"{source.size_bytes} {digest.hexdigest()}"
+    return f"{source.size_bytes} {sampled_sha256(source)}"
 
 
 def _require_layers(path: Path, names: Sequence[str]) -> None:

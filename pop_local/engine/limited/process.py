@@ -9,11 +9,20 @@ from typing import Any
 
 from converter.errors import PopError
 
+_RUN = (
+    "import runpy, sys; sys.path[:] = {path};"
+    " runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+)
 _START = (
     "import sys; sys.path[:] = sys.argv[2:]; import importlib, json;"
     " module, *arguments = json.loads(sys.argv[1]);"
     " importlib.import_module(module).main(*arguments)"
 )
+
+
+def module_command(name: str) -> list[str]:
+    """Return the words that run a module as `python -m` does, but none of the current folder."""
+    return [sys.executable, "-c", _RUN.format(path=[*filter(None, sys.path)], name=name)]
 
 
 class RefusedError(PopError):

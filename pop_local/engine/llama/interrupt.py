@@ -38,15 +38,21 @@ class Interrupt:
         self._raised: BaseException | None = None
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._pending: list[tuple[int, FrameType | None]] = []
+        self._is_watching = False
         self.should_stop: Callable[[], bool] | None = None
 
     @contextmanager
     def watching(self, ctx: Any) -> Iterator[None]:
+        if self._is_watching:  # whoever is told how far a prefill is asks the same model
+            yield
+            return
         self._put_off_signals()
         self._api.llama_set_abort_callback(ctx, self._callback, None)
+        self._is_watching = True
         try:
             yield
         finally:
+            self._is_watching = False
             self._api.llama_set_abort_callback(ctx, self._no_callback, None)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)

@@ -83,19 +83,22 @@ def default_ctx(header: Header) -> int:
     return min(trained_ctx(header) or DEFAULT_CTX, DEFAULT_CTX)
 
 
-def least_window(source: Source) -> int:
-    """Return the shortest sliding window of a model's layers in tokens, 0 where none is known."""
+def least_window(source: Source, unknown: int) -> int:
+    """Return the shortest sliding window of a model's layers in tokens, 0 for none.
+
+    `unknown`: that of an architecture that cannot be pruned.
+    """
     with suppress(PopError):
         return min(filter(None, source_shape(source).swa_window), default=0)
-    return 0
+    return unknown
 
 
-def require_room(source: Source, n_ctx: int, *, is_windowed: bool) -> None:
+def require_room(source: Source, n_ctx: int, *, is_windowed: bool, holds_states: bool) -> None:
     """Raises PopError for a context whose K/V in F16 are more than the memory that is free.
 
     llama.cpp fills them with zeros, and the system ends the process. Where it `is_windowed`, layers
-    with a sliding window count as that, the least that they take. What an architecture needs that
-    cannot be pruned is not known.
+    with a sliding window count as that, the least that they take. Rows that can be redone hold
+    their state in F32 besides. What an architecture needs that cannot be pruned is not known.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):
@@ -103,6 +106,8 @@ def require_room(source: Source, n_ctx: int, *, is_windowed: bool) -> None:
         windows = shape.swa_window if is_windowed else [0] * shape.n_layer
         cells = [min(n_ctx, window or n_ctx) for window in windows]
         needed_bytes = 2 * sum(map(mul, cells, shape.kv_macs)) // shape.n_embd
+        if holds_states:
+            needed_bytes += 4 * n_ctx * shape.n_embd
     if needed_bytes > free_bytes:
         raise PopError(
             f"a context of {n_ctx:,} tokens takes {needed_bytes / 1e9:,.1f} GB of memory,"

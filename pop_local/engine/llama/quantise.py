@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from converter.errors import PopError, StoppedError
+from pop_local.engine.limited.process import module_command
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import bindings
 
@@ -22,7 +23,7 @@ def quantise(
 
     Raises PopError when llama.cpp refuses it, and StoppedError; `target` may be unfinished then.
     """
-    words = [sys.executable, "-m", __name__, str(source), str(target), name, str(n_threads)]
+    words = [*module_command(__name__), str(source), str(target), name, str(n_threads)]
     # Ctrl-C is for the caller, who ends it.
     with subprocess.Popen(
         words, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -11,13 +11,9 @@ import numpy as np
 
 from converter.format import OWN, TENSOR_MARK, PopMeta, encode_keys
 from converter.header import Header, read_header
-from converter.source import Source
+from converter.source import SAMPLED_BYTES, Source
 from pop_local.engine.llama.backend import Mode, bindings
 from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaRAMCache, LlamaState
-
-# Of each fitted tensor, for the fingerprint: no two fits agree in that many.
-_SAMPLED_BYTES = 4096
-
 
 NO_CONVERSION = f"{OWN} projections"
 
@@ -46,7 +42,7 @@ def _add_tensors(digest: Any, header: Header) -> None:
             if TENSOR_MARK in tensor.name:
                 digest.update(f"{tensor.name} {tensor.dims} {tensor.type}".encode())
                 file.seek(header.data_start + tensor.offset)
-                digest.update(file.read(min(tensor.size_bytes, _SAMPLED_BYTES)))
+                digest.update(file.read(min(tensor.size_bytes, SAMPLED_BYTES)))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@
 What the model has cached may be another conversation, which is nobody's business here: then
 n_tokens is 0, and session.json is all there is.
 
-The K/V are used again only by the same model and mmproj (size and hash of header and tensor table),
-POP mode, boundary and projections (KvKey), and backend version; otherwise the transcript alone is.
+The K/V are used again only by the same model and mmproj (size and hash of headers and tensors'
+beginnings), POP mode, boundary and projections (KvKey), backend version, LoRA adapter and RoPE
+options; otherwise the transcript alone is.
 zip's CRC-32 tells a damaged file.
 """
 
@@ -30,8 +31,7 @@ import numpy as np
 
 from converter.errors import PopError
 from converter.output import make_private, replacing
-from converter.sidecar import bind
-from converter.source import read_source
+from converter.source import read_source, sampled_sha256
 from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.images.pictures import Picture, picture_of
@@ -54,6 +54,17 @@ _NOT_SAVED = "they had made room for another conversation when it was saved"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
+# Fields of llama_context_params, as `Llama` sets them where nobody says otherwise.
+_ROPE = {
+    "rope_freq_base": 0.0,
+    "rope_freq_scale": 0.0,
+    "rope_scaling_type": -1,
+    "yarn_ext_factor": -1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_orig_ctx": 0,
+}
 _NAME = re.compile(r"\w[\w .+-]{0,79}")
 # What zipfile and the schema raise; RuntimeError for encrypted archives and deeply nested JSON.
 _DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
@@ -116,10 +127,22 @@ def _is_name(name: str) -> bool:
 
 
 def fingerprint(model: ChatModel) -> Fingerprint:
-    """Reads the model's headers, not its tensors."""
-    binding = bind(read_source(Path(model.model_path)))
-    version = f"{llama_cpp.__version__} abi {backend.library_abi()}"
-    return Fingerprint(binding.base_bytes, binding.header_sha256, version, model.mmproj_key)
+    """Reads the model's headers, and of its tensors the beginnings."""
+    source = read_source(Path(model.model_path))
+    version = f"{llama_cpp.__version__} abi {backend.library_abi()}{_loaded_with(model)}"
+    return Fingerprint(source.size_bytes, sampled_sha256(source), version, model.mmproj_key)
+
+
+def _loaded_with(model: ChatModel) -> str:
+    """In words, the options of `Llama` that K/V depend on, where they are not its defaults."""
+    found = {name: getattr(model.context_params, name) for name in _ROPE}
+    given = [f"{name} {value:g}" for name, value in found.items() if value != _ROPE[name]]
+    if model.kv_overrides:
+        given.append(f"keys {model.kv_overrides}")
+    if model.lora_path:
+        adapter = sampled_sha256(read_source(Path(model.lora_path)))
+        given.append(f"LoRA {adapter[:16]} x {model.lora_scale:g}")
+    return "".join(f", {each}" for each in given)
 
 
 class Sessions:
@@ -290,7 +313,7 @@ def _difference(session: Session, model: ChatModel) -> str:
     if saved.mmproj != ours.mmproj and session.conversation.pictures:
         return "they belong to another mmproj, or to none"
     if saved.backend != ours.backend:
-        return f"they were written by backend {saved.backend}, this is {ours.backend}"
+        return f"they were computed by backend {saved.backend}, this is {ours.backend}"
     if session.mode is not Mode.OFF and not model.can_switch:
         return "they are pruned, which this model is not converted for"
     return ""

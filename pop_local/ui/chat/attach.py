@@ -43,7 +43,7 @@ def attach_glob(chat: Dialogue, argument: str) -> None:
         return
     pattern = str(given_path(argument))
     found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 (patterns may be absolute)
-    paths = sorted(path for path in found if path.is_file())
+    paths = sorted(path for path in found if path.is_file() and path.stat().st_size)
     if not paths or len(paths) > _MAX_FILES:
         number = f"{len(paths)} files match" if paths else "No file matches"
         chat.refuse(f"{number} {argument}: nothing is attached.")

@@ -11,10 +11,12 @@ from rich.segment import Segment
 
 Lines = list[list[Segment]]
 
-# HTML is shown as it is: rich would leave it out.
+# HTML, images and definitions of links are shown as they are: rich would leave them out.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+_PARSER.disable(["reference", "image"])
 # Where blocks begin and end can be said without a look at the words in them, for half the price.
-_BLOCKS = MarkdownIt("commonmark", {"html": False}).enable("table").disable("inline")
+_BLOCKS = MarkdownIt("commonmark", {"html": False}).enable("table")
+_BLOCKS.disable(["inline", "reference"])
 
 
 class _LeftHeading(Heading):

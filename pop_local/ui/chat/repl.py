@@ -49,8 +49,14 @@ def converse(
 
 
 def _pass_on(chat: Dialogue, read_line: LineReader) -> None:
-    with refilling(chat):
-        line = read_line()
+    try:
+        with refilling(chat):
+            line = read_line()
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # as under nohup: there is nothing more to read
+        chat.fail(as_pop_error(error))
+        raise LeaveRequest from error
     if not line.strip():
         return
     if not line.startswith("/"):

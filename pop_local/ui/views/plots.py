@@ -54,6 +54,7 @@ _RANDOM = _Loss(
     "linear",
     "least_retention",
 )
+_FORMATS = (".png", ".svg", ".pdf")
 # Fields of DepthCost.
 _PROJECTIONS = (("own", "own projections", "0.55"), ("fitted", "fitted", "tab:blue"))
 
@@ -63,6 +64,10 @@ def require_plot(path: Path, model: str, *, force: bool) -> None:
 
     Raises PopError.
     """
+    if path.suffix.lower() not in ("", *_FORMATS):
+        raise PopError(
+            f"{path} names no kind of plot that can be drawn", f"name it {path.stem}.png"
+        )
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -213,4 +218,4 @@ def _finish(axes: Axes, loss: _Loss, title: str) -> None:
 
 def _save(figure: Figure, path: Path, *, force: bool) -> None:
     with replacing(path, force=force) as file:
-        figure.savefig(file, format="png", dpi=130)
+        figure.savefig(file, format=path.suffix.lower().lstrip(".") or "png", dpi=130)

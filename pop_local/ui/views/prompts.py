@@ -29,7 +29,7 @@ def show_comparison(found: Comparison) -> None:
         facts += [("Right", f"{right}; {only}"), ("", f"p = {found.p_value:.2g} (McNemar, exact)")]
     ratio = found.full_ttft_s / found.pruned_ttft_s
     times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s pruned, all together"
-    facts.append(("To first token", f"{times}: {ratio:.2f}x"))
+    facts.append(("To first token", f"{times}: {ratio:.2f}x, not in pairs"))
     if found.n_unpruned:
         facts.append(("Not pruned", f"{found.n_unpruned}, which are short, or cached"))
     print_facts(facts)

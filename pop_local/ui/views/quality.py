@@ -86,6 +86,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "speedup_limit": row.speedup_limit,
         **figures(row.quality),
         "select": row.select,
+        "n_refilled": row.n_refilled,
         "recall": [figures(recall) for recall in row.recall],
         "second_turn": None if row.second_turn is None else figures(row.second_turn),
         "baseline": None if always is None else {"name": ALWAYS_SKIP, **figures(always)},
@@ -123,6 +124,8 @@ def _facts(row: Row) -> Iterator[Fact]:
     layers = f"{row.n_skipped} layers, from layer {q.boundary} on, {row.projection} projections"
     if row.select:
         layers += f", {row.select:.0%} of the rows selected"
+    if row.n_refilled:
+        layers += f", {row.n_refilled} more refilled with each token that follows"
     yield "Skipped", f"{layers}; speed-up at most {row.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} of context"
