@@ -143,6 +143,12 @@ def test_a_plot_is_a_png_and_replaces_nothing(pop_file, text, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
+def test_a_plot_of_an_unknown_kind_fails_before_measuring(pop_file, tmp_path):
+    done = evaluate(pop_file, "--sweep", "2,4", "--plot", tmp_path / "out.gif")
+    assert done.exit_code == 1
+    assert "out.png" in done.stderr
+
+
 def test_a_plot_without_matplotlib_fails_before_measuring(pop_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = evaluate(pop_file, "--sweep", "2,4", "--plot", tmp_path / "out.png")
@@ -313,6 +319,7 @@ def test_selection_is_measured(pop_file, text):
     assert some["speedup_limit"] < plain["speedup_limit"]
     refilled = measured(pop_file, "--text", text, "--refill", "60")
     assert refilled["kl_mean"] < plain["kl_mean"]
+    assert (plain["n_refilled"], refilled["n_refilled"]) == (0, 60)
 
 
 def test_the_second_answer_is_that_of_the_full_model_once_refilled(pop_file, text):

@@ -265,6 +265,7 @@ def test_config_set_means_the_folder_that_the_shell_is_in(file, tmp_path, monkey
         (["set", "top_p", "2"], "top_p: 2.0 is not a number from 0 to 1"),
         (["set", "ctx", "9" * 400], "bits is not a whole number from 1 to 2,147,483,647"),
         (["set", "models_dir", "~nobody-at-all/x"], "there is no such home folder"),
+        (["set", "models_dir", ""], "that is no path"),
         (["set", "theme", "drak"], "theme: there is no theme drak"),
         (["set", "system", "\udcff"], r"system: '\udcff' is not text"),
         (["unset", "thread"], "did you mean threads?"),

@@ -233,3 +233,44 @@ def test_chat_logprobs(client):
     streamed = [piece["choices"][0]["logprobs"] for piece in pieces]
     tokens = [token for one in streamed if one for token in one["content"]]
     assert [token["bytes"] for token in tokens] == [token["bytes"] for token in content]
+
+
+def test_what_clients_send_without_meaning_it_is_taken(client):
+    usual = {
+        "grammar": "",
+        "response_format": {"type": "text"},
+        "stream_options": {"include_usage": None},
+        "repetition_penalty": 1.0,
+        "typical_p": 1.0,
+        "mirostat": 0,
+        "n": 1,
+        "add_generation_prompt": True,
+    }
+    assert text_of(chat(client, **usual)) == text_of(chat(client))
+
+
+def test_the_limit_of_llama_cpp_comes_first(client):
+    answer = complete(client, n_predict=3, max_tokens=9).json()
+    assert answer["usage"]["completion_tokens"] == 3
+    assert chat(client, n_predict=3, max_tokens=9).json()["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_token_that_ends_a_completion_has_its_log_probability(client, stream):
+    """As evaluation harnesses count them: one for each token of the usage."""
+    asked = {"grammar": 'root ::= "a"', "max_tokens": 9, "logprobs": 1}
+    if not stream:
+        whole = complete(client, **asked).json()
+        assert whole["usage"]["completion_tokens"] == 2
+        assert len(whole["choices"][0]["logprobs"]["token_logprobs"]) == 2
+        assert whole["choices"][0]["text"] == "a"
+        return
+    pieces = events(complete(client, stream=True, **asked))
+    found = [piece["choices"][0]["logprobs"] for piece in pieces]
+    assert sum(len(one["tokens"]) for one in found if one) == 2
+
+
+def test_the_token_that_ends_a_chat_has_none(client):
+    answer = chat(client, grammar='root ::= "a"', max_tokens=9, logprobs=True).json()
+    assert answer["usage"]["completion_tokens"] == 2
+    assert len(answer["choices"][0]["logprobs"]["content"]) == 1

@@ -19,6 +19,10 @@ from support.asked import BOMB, N_CTX, NAME, chat, complete, text_of
 from support.calls import opened
 from support.serving import asking
 
+SELF_REFERRING = {
+    "type": "json_schema",
+    "json_schema": {"schema": {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}}}},
+}
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -42,6 +46,11 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
             "messages.0.content: give a text, or a list of parts",
         ),
         (HELLO | {"n": 2}, "n must be 1"),
+        (HELLO | {"add_generation_prompt": False}, "add_generation_prompt must be true"),
+        (HELLO | {"mirostat": 2}, "mirostat is not supported"),
+        (HELLO | {"repetition_penalty": 99}, "repetition_penalty"),
+        (HELLO | {"n_predict": 0}, "n_predict"),
+        (HELLO | {"response_format": SELF_REFERRING}, "whole schema"),
         (HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
         (HELLO | {"logit_bias": {"5": 1}}, "logit_bias is not supported"),
         (HELLO | {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is"),

@@ -180,3 +180,10 @@ def test_plain_answers_end_their_line_once():
             answer.push(piece)
         answer.end()
         assert stream.getvalue() == written
+
+
+def test_nothing_that_markdown_leaves_out_is_lost(monkeypatch):
+    text = "# References\n\n[1]: https://a.org\n\n![plot](https://x.org/p.png)\n"
+    lines = "\n".join(shown(text, 80, 20, 7, monkeypatch))
+    for part in ("[1]: https://a.org", "plot", "https://x.org/p.png"):
+        assert part in lines

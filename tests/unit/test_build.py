@@ -108,6 +108,9 @@ def test_prepare_keeps_an_intact_tree_and_replaces_a_touched_one(package, tmp_pa
     write(patched, "edited by hand\n")
     prepare(recipe(package, env))
     assert read(patched) == "\n".join(PATCHED) + "\n"
+    shutil.rmtree(folder / "src")
+    prepare(recipe(package, env))
+    assert read(patched) == "\n".join(PATCHED) + "\n"
 
 
 def test_prepare_without_hooks_leaves_llama_cpp_alone(package, tmp_path):

@@ -166,7 +166,9 @@ def test_a_state_of_other_settings_is_refused(llama: Path, letters: Path, tmp_pa
     encrypted = bytearray((tmp_path / "state").read_bytes())
     # In the list of what a zip holds, the first entry's flags.
     encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
-    for damaged in (encrypted, b"PK junk"):
+    # An array's head, which numpy takes apart as Python.
+    unclosed = (tmp_path / "state").read_bytes().replace(b"), }", b"),  ", 1)
+    for damaged in (encrypted, unclosed, b"PK junk"):
         (tmp_path / "state").write_bytes(damaged)
         with pytest.raises(CalibrationError, match="damaged"):
             fitted(llama, kept)
@@ -202,3 +204,5 @@ def test_the_sums_of_a_job_stay_within_what_is_announced(llama: Path):
     cache = 64 * N_WINDOW * 2 * N_LAYER * _n_kv(llama)
     assert sampling.sums_bytes == needs.sums_bytes
     assert sampling.total_bytes > cache + 2 * llama.stat().st_size
+    seeing = plan_needs((plan,), read_source(llama), FitOptions(memory_bytes=1 << 30, mmproj=llama))
+    assert seeing.total_bytes == needs.total_bytes + llama.stat().st_size, "the mmproj itself"

@@ -73,6 +73,7 @@ def test_docx_with_a_table_between_paragraphs(tmp_path):
         ("image.png", b"\x89PNG\r\n\x1a\n\xff", "is not UTF-8 text"),
         ("data.bin", b"abc\0def", "is a binary file"),
         ("scan.pdf", pdf(b"0 0 10 10 re f"), "holds no text"),
+        ("empty.txt", b" \n", "holds no text"),
         ("broken.pdf", b"%PDF-1.4 nothing of the kind", "cannot be read as PDF"),
         ("broken.docx", b"PK\x03\x04 nothing of the kind", "cannot be read as DOCX"),
     ],

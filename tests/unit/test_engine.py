@@ -11,6 +11,7 @@ from llama_cpp import LlamaGrammar, LogitsProcessorList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from converter.errors import PopError
+from converter.shape import read_shape
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.backend import Counters, Mode
 from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read
@@ -259,3 +260,40 @@ def test_the_backend_describes_itself():
     assert info.library_path.is_file()
     assert info.devices[-1].name == "CPU"
     assert info.n_threads >= 1
+
+
+def test_states_need_room_too(pop_file, monkeypatch):
+    shape = read_shape(pop_file)
+    n_cells = 4096
+    kv_bytes = 2 * n_cells * sum(shape.kv_macs) // shape.n_embd
+    memory = SimpleNamespace(total=10**12, available=kv_bytes, free=0)
+    for name in ("virtual_memory", "swap_memory"):
+        monkeypatch.setattr(f"pop_local.engine.llama.opening.psutil.{name}", lambda: memory)
+    opened(pop_file, n_ctx=n_cells)
+    with pytest.raises(PopError, match="are free"):
+        opened(pop_file, n_ctx=n_cells, keep_states=True)
+
+
+def test_what_is_no_lora_adapter_is_refused(pop_file, tmp_path):
+    with pytest.raises(PopError, match="cannot be opened"):
+        opened(pop_file, lora_path=str(tmp_path / "nowhere.gguf"))
+
+
+def test_a_closed_model_says_so_whatever_is_asked_of_it(pop_file):
+    model = opened(pop_file, keep_states=True)
+    model.refill_answers(4)
+    stream = model.generate(prompt(200), temp=0.0)
+    for _ in range(10):
+        next(stream)
+    model.close()
+    stream.close()
+    with pytest.raises(PopError, match="is closed"):
+        model.refill()
+
+
+def test_without_states_no_answer_takes_them(pop_file):
+    model = opened(pop_file, keep_states=True)
+    model.refill_answers(4)
+    greedy(model, prompt(200))
+    model.set_depth()
+    assert len(greedy(model, prompt(200, seed=1))) == 12

@@ -2,6 +2,7 @@
 
 import json
 
+import psutil
 import pytest
 
 from converter.errors import PopError
@@ -129,3 +130,25 @@ def test_a_dead_end_is_an_error_and_the_model_goes_on(model):
 def test_a_schema_that_cannot_be_kept_to_is_refused(model, schema):
     with pytest.raises(PopError, match="JSON schema"):
         model.grammars.of_schema(schema)
+
+
+def test_what_json_escapes_is_escaped(model):
+    for text in ("C:\\dir", "a\nb", 'b"c', "\U0001f600", "tab\t"):
+        grammar = model.grammars.of_schema({"const": text})
+        assert json.loads(answer(model, grammar=grammar)) == text
+
+
+def test_no_line_ends_within_a_string(model):
+    grammar = model.grammars.of_schema({"type": "string", "minLength": 40, "maxLength": 40})
+    for seed in range(3):
+        assert json.loads(answer(model, grammar=grammar, temperature=10.0, seed=seed))
+
+
+def test_a_model_that_is_closed_leaves_no_process(path):
+    before = {*psutil.Process().children()}
+    with opened(path) as model:
+        assert answer(model, grammar='root ::= "ab"') == "ab"
+        [child] = {*psutil.Process().children()} - before
+        assert answer(model, grammar='root ::= "cd"') == "cd"
+        assert {*psutil.Process().children()} - before == {child}, "the first serves the second"
+    child.wait(10)

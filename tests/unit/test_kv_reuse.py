@@ -23,7 +23,9 @@ from support.calls import (
     read,
 )
 from support.converted import tiny
+from support.pop_files import add_to
 from support.raw import Job, Step, run
+from support.synthetic import make_gguf
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +221,41 @@ def test_a_prompt_cache_finds_only_states_of_its_own_mode(pop_file):
         assert again == expected[mode]
         assert counters.n_context == 0, "the prompt was in the cache"
         assert counters.n_full < 30
+
+
+def test_an_answer_that_is_broken_off_leaves_no_logits_to_go_on_with(pop_file, monkeypatch):
+    """As Ctrl-C does, which Python raises when llama_decode returns."""
+    model = opened(pop_file)
+    expected = greedy(model, prompt(100))
+    model.clear()
+    have_read = model._have_read
+
+    def broken_off(tokens, *args, **options):
+        if len(tokens) == 1:
+            raise KeyboardInterrupt
+        have_read(tokens, *args, **options)
+
+    monkeypatch.setattr(model, "_have_read", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        greedy(model, prompt(100))
+    monkeypatch.undo()
+    assert greedy(model, prompt(100)) == expected
+
+
+def test_no_more_is_forgotten_than_is_cached(pop_file):
+    model = opened(pop_file)
+    expected = greedy(opened(pop_file), prompt(120))
+    read(model, prompt(100))
+    assert model.truncate(105)
+    assert model.n_tokens == 100
+    assert greedy(model, prompt(120)) == expected
+
+
+def test_a_window_that_nobody_knows_of_may_have_dropped_rows(tmp_path):
+    base = make_gguf(tmp_path / "base.gguf", "olmo2")
+    path = add_to(base, tmp_path / "olmo2.gguf", {"olmo2.attention.sliding_window": 16})
+    model = opened(path, n_ctx=512, swa_full=False)
+    read(model, prompt(400))
+    tokens = prompt(400)[:100] + prompt(60, seed=1)
+    expected = read(opened(path, n_ctx=512, swa_full=False), tokens)
+    np.testing.assert_allclose(read(model, tokens), expected, atol=NOISE)

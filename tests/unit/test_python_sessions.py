@@ -98,8 +98,10 @@ def test_a_prompt_displaced_while_it_is_read_is_refused(model, displace):
         model.clear() if displace == "clear" else model.chat("a b", **GREEDY)
 
     session = model.session()
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(PopError, match="another answer"):
         session.chat(QUESTION, on_prefill=on_prefill, **GREEDY)
+    assert signal.getsignal(signal.SIGINT) is before
     assert session.conversation.turns == ()
     expected = session.chat(QUESTION, **GREEDY).text
     model.clear()
@@ -224,3 +226,8 @@ def test_saving_while_an_answer_streams_ends_it(model, tmp_path):
     saved = model.load_session(session.save(tmp_path / "talk"))
     assert [turn.answer for turn in saved.conversation.turns] == [piece]
     assert list(stream) == []
+
+
+def test_a_single_stop_is_no_sequence_of_letters(model):
+    with pytest.raises(PopError, match="stops is a single text"):
+        model.chat(QUESTION, stops="END", **GREEDY)

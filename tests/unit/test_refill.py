@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
+from converter.errors import PopError
 from pop_local.engine.depth import online, power
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -89,7 +90,11 @@ def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
         time.sleep(0.05)
     assert begun.model.n_exact == 0
     assert "waits for mains power" in refill.status(begun)
-    battery.power_plugged = True
+    begun.model.refill_answers(8)
+    assert begun.ask("and now?") is None
+    assert begun.session.answer_stats[-1].n_refilled == 0
+    assert begun.model.n_exact == 0
+    battery.power_plugged = None  # it cannot tell
     with refill.refilling(begun):
         wait_for(lambda: begun.model.n_refillable == 0)
 
@@ -210,6 +215,10 @@ def test_rows_are_taken_by_attention_not_in_order(pop_file, monkeypatch):
 
 
 def test_a_measured_answer_takes_them_so_too(pop_file, monkeypatch):
+    """On a battery, too: somebody asked for it."""
+    battery = SimpleNamespace(power_plugged=False)
+    monkeypatch.setattr(psutil, "sensors_battery", lambda: battery, raising=False)
+    monkeypatch.setattr(power, "RECHECK_S", 0.0)
     model = opened(pop_file)
     pruning = Pruning(4, Mode.CONTEXT, n_refilled=8)
     with forced(model) as reader:
@@ -293,3 +302,9 @@ def test_a_server_answers_after_whatever_went_wrong_in_refilling(pop_file, monke
             body = {"prompt": WORDS, "max_tokens": 2}
             assert client.post("/v1/completions", json=body).status_code == 200
         wait_for(lambda: not model.refills)
+
+
+def test_rows_that_cannot_be_given_their_depth_are_not_measured_so(tmp_path):
+    model = opened(tiny(tmp_path, "qwen2vl"))
+    with forced(model) as reader, pytest.raises(PopError, match="cannot be given their depth"):
+        reader.read(prompt(200), Pruning(4, Mode.CONTEXT, n_refilled=8))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from converter.errors import PopError
+from converter.header import read_header
 from pop_local.config.settings import sessions_dir
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
@@ -254,3 +255,19 @@ def test_too_long_a_name_for_the_disk_is_one_error(chat_model, monkeypatch, tmp_
     _, shown = talked(opened(chat_model), "a b c d", "/save " + "字" * 80, "/save talk")
     assert any(line.startswith("! cannot write ") and "too long" in line for line in shown)
     assert shown[-1].startswith("# Saved as talk")
+
+
+def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path):
+    """Of the same recipe: only what the tensors hold is different."""
+    model = opened(chat_model)
+    sessions.save("talk", model, answered(model, QUESTION))
+    assert sessions.load("talk", opened(chat_model)).reread == ""
+    stretched = opened(chat_model, rope_freq_base=500_000.0)
+    assert "rope_freq_base 500000" in sessions.load("talk", stretched).reread
+    trained = bytearray(chat_model.read_bytes())
+    first = read_header(chat_model)
+    start = first.data_start + first.tensors[-1].offset
+    trained[start : start + 64] = bytes(64)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(trained)
+    assert "another model" in sessions.load("talk", opened(other)).reread
