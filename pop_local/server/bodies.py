@@ -178,7 +178,9 @@ class Body(Sampling):
         BeforeValidator(_as_stops),
     ] = None
     response_format: ResponseFormat | None = None
-    grammar: Annotated[str | None, BeforeValidator(lambda text: text or None)] = None
+    grammar: Annotated[str | None, BeforeValidator(lambda text: None if text == "" else text)] = (
+        None
+    )
     pop: bool | None = None
 
     @property
