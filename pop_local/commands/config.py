@@ -84,7 +84,9 @@ def _checked(setting: settings.Setting, text: str) -> Scalar:
     if setting.key == "theme":
         look(text)
     if setting.is_path and not text.strip():
-        raise PopError("that is no path", "to have the default again: pop-local config unset KEY")
+        raise PopError(
+            "that is no path", f"to have the default again: pop-local config unset {setting.key}"
+        )
     # As the shell means it; in the file it would be the file's folder.
     return str(expanded(text).absolute()) if setting.is_path else value
 

@@ -120,7 +120,9 @@ def _documents(files: list[Path]) -> Iterator[Document]:
 
 def _piped() -> bytes:
     """Read stdin to its end."""
-    timer = threading.Timer(_PATIENCE_S, note, ["Reading the piped text; < /dev/null for none."])
+    timer = threading.Timer(
+        _PATIENCE_S, note, ["Waiting for the end of the piped text; < /dev/null if there is none."]
+    )
     timer.daemon = True
     timer.start()
     try:

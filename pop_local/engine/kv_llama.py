@@ -14,7 +14,7 @@ from converter.errors import PopError
 from converter.format import OWN
 from converter.shape import ModelShape, read_shape
 from converter.sidecar import pop_of
-from converter.source import read_source
+from converter.source import read_source, sampled_sha256
 from pop_local.engine import templates
 from pop_local.engine.decode.grammar import Grammars
 from pop_local.engine.depth.online import OnlineRefill
@@ -95,7 +95,7 @@ class KvLlama(SeeingLlama):
         is_windowed = options.get("swa_full") is False
         self._window = opening.least_window(source, n_ctx) if is_windowed else 0
         if not on_device and not {"type_k", "type_v"} & options.keys():
-            holds_states = bool(keep_states or (self._share(select) and self.meta))
+            holds_states = bool(self.meta and (keep_states or self._share(select)))
             opening.require_room(source, n_ctx, is_windowed=is_windowed, holds_states=holds_states)
         self.interrupt = Interrupt()
         if mmproj is not None:
@@ -118,8 +118,9 @@ class KvLlama(SeeingLlama):
                     verbose=verbose,
                     **options,
                 )
-            if options.get("lora_path") and not self._lora_adapter:
-                raise RuntimeError(f"{options['lora_path']} is no LoRA adapter for it")
+            if (lora := options.get("lora_path")) and not self._lora_adapter:
+                raise RuntimeError(f"{lora} is no LoRA adapter for it")
+            self.lora_sha256 = sampled_sha256(read_source(Path(lora))) if lora else ""
         except (ValueError, RuntimeError, TemplateError) as error:
             what = f"{model_path}" if sidecar is None else f"{model_path} with {sidecar}"
             raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error

@@ -127,7 +127,8 @@ class Forced:
             model.set_depth(pruning.select, keep_states=keep_states or pruning.n_refilled > 0)
             if pruning.n_refilled and not model.refills:
                 raise PopError(
-                    "this model's rows cannot be given their depth later", "measure without that"
+                    "this model's rows cannot be given their depth later",
+                    "measure without refilling",
                 )
         model.set_pop(pruning.context)
         backend.reset_counters(self._ctx)

@@ -7,7 +7,6 @@ have limits.
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,9 +42,18 @@ _UNSUPPORTED = (
     "min_tokens",
     "stop_token_ids",
     "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "dynatemp_range",
+    "bad_words",
+    "use_beam_search",
+    "truncate_prompt_tokens",
+    "lora",
     "continue_final_message",
 )
-# What clients send of these without meaning it.
+# The one value of each that clients may send.
 _USUAL = {"n": 1, "best_of": 1, "typical_p": 1, "add_generation_prompt": True}
 
 
@@ -152,10 +160,7 @@ class Sampling(_Lenient):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: Annotated[int | None, _for_minus_one(0)] = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    # The second name is mlx-lm's.
-    repeat_penalty: float | None = Field(
-        None, gt=0, le=10, validation_alias=AliasChoices("repeat_penalty", "repetition_penalty")
-    )
+    repeat_penalty: float | None = Field(None, gt=0, le=10)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
 
@@ -163,7 +168,8 @@ class Sampling(_Lenient):
 class Body(Sampling):
     """What both kinds of request share; None stands for the server's default.
 
-    `n_predict` is llama.cpp's, where it comes before the others, too.
+    `n_predict` is llama.cpp's, where it comes before the others, too; `repetition_penalty` is
+    mlx-lm's name of `repeat_penalty`.
     """
 
     model: str | None = None
@@ -171,6 +177,7 @@ class Body(Sampling):
     stream_options: StreamOptions | None = None
     max_tokens: Limit = Field(None, ge=0)
     n_predict: Limit = Field(None, ge=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
@@ -202,6 +209,8 @@ class Body(Sampling):
         for name, usual in _USUAL.items():
             if extra.get(name) not in (None, usual):
                 raise ValueError(f"{name} must be {str(usual).lower()}: nothing else is supported")
+        if self.repeat_penalty is None:
+            self.repeat_penalty = self.repetition_penalty
         form = self.response_format
         if self.grammar is not None and form is not None and form.wanted is not None:
             raise ValueError("give either grammar or response_format")
@@ -222,7 +231,7 @@ class ChatBody(Body):
 
     @model_validator(mode="after")
     def _says_enough(self) -> "ChatBody":
-        if self.max_tokens == 0:
+        if self.max_tokens == 0 and self.n_predict is None:
             raise ValueError("max_tokens must be at least 1")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
@@ -255,6 +264,6 @@ class CompletionBody(Body):
 
     @model_validator(mode="after")
     def _says_enough(self) -> "CompletionBody":
-        if self.max_tokens == 0 and not self.echo:
+        if self.max_tokens == 0 and self.n_predict is None and not self.echo:
             raise ValueError("max_tokens must be at least 1, unless the prompt is echoed")
         return self

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter import rewrite
-from converter.errors import PopError
+from converter.errors import PopError, StoppedError, WriteError
 from converter.fit import KvType
 from converter.format import ATTENTION, FITTED, OWN, Budget, Measured, PopMeta
 from converter.plan import Plan
@@ -34,6 +34,9 @@ from pop_local.workflows.options import (
     Within,
 )
 from pop_local.workflows.refusals import (
+    CopyingBrokenError,
+    OverBudgetError,
+    RecallLostError,
     Trial,
 )
 
@@ -371,14 +374,21 @@ class _Run:
 
 @contextmanager
 def _resumable(options: FitOptions, watch: Watch) -> Iterator[None]:
-    """Around a fit and what follows it: it is kept when that is stopped, refused or not written."""
+    """Around a fit and what follows it: it is kept when that is stopped or cannot be written."""
     try:
         yield
-    except BaseException:
+    except (KeyboardInterrupt, SystemExit, StoppedError, WriteError):
         if kept := ", ".join(map(str, options.kept())):
             watch.on_note(
-                f"What was read is kept in {kept}: the next conversion goes on from there."
+                f"What was read is kept in {kept}: the same conversion goes on from there."
             )
         raise
+    except (CopyingBrokenError, OverBudgetError, RecallLostError):
+        _forget(options)
+        raise
+    _forget(options)
+
+
+def _forget(options: FitOptions) -> None:
     for path in options.kept():
         path.unlink(missing_ok=True)

@@ -51,6 +51,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"repetition_penalty": 99}, "repetition_penalty"),
         (HELLO | {"n_predict": 0}, "n_predict"),
         (HELLO | {"response_format": SELF_REFERRING}, "whole schema"),
+        (HELLO | {"guided_choice": ["a"]}, "guided_choice is not supported"),
         (HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
         (HELLO | {"logit_bias": {"5": 1}}, "logit_bias is not supported"),
         (HELLO | {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is"),

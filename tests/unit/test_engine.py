@@ -262,7 +262,7 @@ def test_the_backend_describes_itself():
     assert info.n_threads >= 1
 
 
-def test_states_need_room_too(pop_file, monkeypatch):
+def test_states_need_room_too(pop_file, tmp_path, monkeypatch):
     shape = read_shape(pop_file)
     n_cells = 4096
     kv_bytes = 2 * n_cells * sum(shape.kv_macs) // shape.n_embd
@@ -272,6 +272,7 @@ def test_states_need_room_too(pop_file, monkeypatch):
     opened(pop_file, n_ctx=n_cells)
     with pytest.raises(PopError, match="are free"):
         opened(pop_file, n_ctx=n_cells, keep_states=True)
+    opened(make_gguf(tmp_path / "plain.gguf", "llama"), n_ctx=n_cells, keep_states=True)
 
 
 def test_what_is_no_lora_adapter_is_refused(pop_file, tmp_path):
@@ -279,7 +280,7 @@ def test_what_is_no_lora_adapter_is_refused(pop_file, tmp_path):
         opened(pop_file, lora_path=str(tmp_path / "nowhere.gguf"))
 
 
-def test_a_closed_model_says_so_whatever_is_asked_of_it(pop_file):
+def test_closing_a_model_ends_its_answers_and_its_refilling(pop_file):
     model = opened(pop_file, keep_states=True)
     model.refill_answers(4)
     stream = model.generate(prompt(200), temp=0.0)

@@ -1,6 +1,7 @@
 """Grammars in the engine: what is refused, what holds, and that nothing ends the process."""
 
 import json
+from itertools import product
 
 import psutil
 import pytest
@@ -139,8 +140,9 @@ def test_what_json_escapes_is_escaped(model):
 
 
 def test_no_line_ends_within_a_string(model):
-    grammar = model.grammars.of_schema({"type": "string", "minLength": 40, "maxLength": 40})
-    for seed in range(3):
+    schemas = {"minLength": 40, "maxLength": 40}, {"pattern": "^.{40}$"}
+    for seed, schema in product(range(3), schemas):
+        grammar = model.grammars.of_schema({"type": "string", **schema})
         assert json.loads(answer(model, grammar=grammar, temperature=10.0, seed=seed))
 
 

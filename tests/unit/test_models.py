@@ -299,7 +299,9 @@ def test_pip_is_not_the_current_folders(tmp_path, monkeypatch):
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__init__.py").touch()
     (tmp_path / "pip" / "__main__.py").write_text("print('another pip')")
+    (tmp_path / "types.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` has it
     words = [*module_command("pip"), "--version"]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert said.startswith("pip ")

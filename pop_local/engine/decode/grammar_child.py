@@ -17,7 +17,8 @@ from pop_local.engine.limited.child import serve
 from pop_local.engine.llama.backend import bindings
 
 # A character of a JSON string (RFC 8259).
-_CHAR = r'[^"\\\x00-\x1F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})'
+_PLAIN = r'[^"\\\x00-\x1F]'
+_ESCAPED = r'"\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})'
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -39,7 +40,8 @@ class Work:
         from llama_cpp import llama_grammar as upstream
 
         # Its strings hold raw line ends, and its literals do not escape backslashes.
-        upstream.PRIMITIVE_RULES["char"] = upstream.BuiltinRule(_CHAR, [])
+        upstream.PRIMITIVE_RULES["char"] = upstream.BuiltinRule(f"{_PLAIN} | {_ESCAPED}", [])
+        upstream.DOT = _PLAIN
         upstream.GRAMMAR_LITERAL_ESCAPE_RE = re.compile(r'[\r\n"\\]')
         upstream.GRAMMAR_LITERAL_ESCAPES["\\"] = "\\\\"
         try:
@@ -47,7 +49,7 @@ class Work:
         except Exception as error:  # it asserts, indexes and recurses on whatever it is given
             reason = str(error) or type(error).__name__
             if isinstance(error, KeyError):
-                reason = f"{error} is not there, or is the whole schema"
+                reason = f"what {error} refers to is not there, or is the whole schema"
             raise PopError(f"the JSON schema cannot be turned into a grammar: {reason}") from error
 
     def start(self, text: str, root: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from converter.errors import PopError
 
 _RUN = (
-    "import runpy, sys; sys.path[:] = {path};"
+    "import sys; sys.path[:] = {path}; import runpy;"
     " runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
 )
 _START = (
@@ -22,7 +22,9 @@ _START = (
 
 def module_command(name: str) -> list[str]:
     """Return the words that run a module as `python -m` does, but none of the current folder."""
-    return [sys.executable, "-c", _RUN.format(path=[*filter(None, sys.path)], name=name)]
+    here = os.path.realpath("")
+    path = [each for each in sys.path if each and os.path.realpath(each) != here]
+    return [sys.executable, "-c", _RUN.format(path=path, name=name)]
 
 
 class RefusedError(PopError):

@@ -44,7 +44,10 @@ class Interrupt:
     @contextmanager
     def watching(self, ctx: Any) -> Iterator[None]:
         if self._is_watching:  # whoever is told how far a prefill is asks the same model
-            yield
+            try:
+                yield
+            finally:
+                self._raised = None
             return
         self._put_off_signals()
         self._api.llama_set_abort_callback(ctx, self._callback, None)

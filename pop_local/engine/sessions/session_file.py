@@ -139,9 +139,8 @@ def _loaded_with(model: ChatModel) -> str:
     given = [f"{name} {value:g}" for name, value in found.items() if value != _ROPE[name]]
     if model.kv_overrides:
         given.append(f"keys {model.kv_overrides}")
-    if model.lora_path:
-        adapter = sampled_sha256(read_source(Path(model.lora_path)))
-        given.append(f"LoRA {adapter[:16]} x {model.lora_scale:g}")
+    if model.lora_sha256:
+        given.append(f"LoRA {model.lora_sha256[:16]} x {model.lora_scale:g}")
     return "".join(f", {each}" for each in given)
 
 

@@ -11,7 +11,7 @@ from rich.segment import Segment
 
 Lines = list[list[Segment]]
 
-# HTML, images and definitions of links are shown as they are: rich would leave them out.
+# HTML and definitions of links are shown as they are, images as links: rich would leave them out.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 _PARSER.disable(["reference", "image"])
 # Where blocks begin and end can be said without a look at the words in them, for half the price.

@@ -82,7 +82,7 @@ def require_plot(path: Path, model: str, *, force: bool) -> None:
 
 
 def plot_sweep(rows: Sequence[Row], path: Path, *, force: bool) -> None:
-    """Draw mean KL and copy ratio against the speed-up limit, both logarithmic, as PNG.
+    """Draw mean KL and copy ratio against the speed-up limit, both logarithmic.
 
     The baseline, where there is one, stands at the limit of the same depth.
     """
@@ -101,7 +101,7 @@ def plot_sweep(rows: Sequence[Row], path: Path, *, force: bool) -> None:
 
 
 def plot_analysis(found: Analysis, path: Path, *, force: bool) -> None:
-    """Draw the gates, if there are any, the KL, the copy ratio and the retention, as PNG."""
+    """Draw the gates, if there are any, the KL, the copy ratio and the retention."""
     gates = found.importance
     figure = _figure(11, 8.4) if gates else _figure(15, 4.6)
     panels = list(figure.subplots(*((2, 2) if gates else (1, 3))).flat)

@@ -125,7 +125,7 @@ def _facts(row: Row) -> Iterator[Fact]:
     if row.select:
         layers += f", {row.select:.0%} of the rows selected"
     if row.n_refilled:
-        layers += f", {row.n_refilled} more refilled with each token that follows"
+        layers += f", {row.n_refilled} rows refilled with each token that follows"
     yield "Skipped", f"{layers}; speed-up at most {row.speedup_limit:.2f}x"
     yield "Windows", f"{q.n_windows} of {q.n_context} + {q.n_continuation} tokens"
     yield "Tokens pruned", f"{q.n_pruned:,} of {q.n_windows * q.n_context:,} of context"
