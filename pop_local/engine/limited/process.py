@@ -9,22 +9,11 @@ from typing import Any
 
 from converter.errors import PopError
 
-_RUN = (
-    "import sys; sys.path[:] = {path}; import runpy;"
-    " runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
-)
 _START = (
     "import sys; sys.path[:] = sys.argv[2:]; import importlib, json;"
     " module, *arguments = json.loads(sys.argv[1]);"
     " importlib.import_module(module).main(*arguments)"
 )
-
-
-def module_command(name: str) -> list[str]:
-    """Return the words that run a module as `python -m` does, but none of the current folder."""
-    here = os.path.realpath("")
-    path = [each for each in sys.path if each and os.path.realpath(each) != here]
-    return [sys.executable, "-c", _RUN.format(path=path, name=name)]
 
 
 class RefusedError(PopError):

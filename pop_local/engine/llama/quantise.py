@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from converter.errors import PopError, StoppedError
-from pop_local.engine.limited.process import module_command
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import bindings
 
 # enum llama_ftype of llama.h, from small losses to large ones.
 TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q2_K": 10}
 _POLL_S = 0.2
+# `python -m` would look for modules in the current folder.
+_START = (
+    "import sys; sys.path[:] = {path}; from {module} import main; sys.exit(main(*sys.argv[1:]))"
+)
 
 
 def quantise(
@@ -23,7 +26,9 @@ def quantise(
 
     Raises PopError when llama.cpp refuses it, and StoppedError; `target` may be unfinished then.
     """
-    words = [*module_command(__name__), str(source), str(target), name, str(n_threads)]
+    start = _START.format(path=[*filter(None, sys.path)], module=__name__)
+    given = [str(source), str(target), name, str(n_threads)]
+    words = [sys.executable, "-I", "-c", start, *given]
     # Ctrl-C is for the caller, who ends it.
     with subprocess.Popen(
         words, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -56,7 +61,3 @@ def main(source: str, target: str, name: str, n_threads: str) -> int:
     if code:
         print(logs.first_error() or f"llama.cpp says {code}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
