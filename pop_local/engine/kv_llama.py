@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import devices
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers, close_at_exit
-from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaState, api
+from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaState, api
 from pop_local.engine.prefill.kv_state import (
     FULL,
     KeyedCache,
@@ -80,6 +81,8 @@ class KvLlama(SeeingLlama):
         `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...). A
         converted model starts in mode CONTEXT.
         """
+        if unknown := sorted(options.keys() - signature(Llama).parameters.keys()):
+            raise TypeError(f"a model is not opened with {unknown[0]!r}: no such option")
         backend.require_patched()
         source = read_source(Path(model_path))
         self.sidecar = None if sidecar is None else Path(sidecar)

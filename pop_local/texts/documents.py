@@ -30,7 +30,7 @@ def read_document(path: str | os.PathLike[str]) -> Document:
     document = _read(Path(path))
     if not document.text.strip():
         raise PopError(
-            f"{path} holds no text", "if it shows pictures of text, run it through an OCR first"
+            f"{path} holds no text", "give one that does; pictures of text need an OCR first"
         )
     return document
 

@@ -298,3 +298,8 @@ def test_without_states_no_answer_takes_them(pop_file):
     greedy(model, prompt(200))
     model.set_depth()
     assert len(greedy(model, prompt(200, seed=1))) == 12
+
+
+def test_an_option_that_nobody_knows_is_no_option(pop_file):
+    with pytest.raises(TypeError, match="'threads'"):
+        opened(pop_file, threads=1)

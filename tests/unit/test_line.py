@@ -31,5 +31,5 @@ def test_a_pipe_that_cannot_be_read_ends_the_chat():
     screen = Transcript()
     chat = scripted_chat(ScriptedModel(), screen)
     converse(chat, unreadable)
-    assert screen.shown.count("! Bad file descriptor") == 1
+    assert screen.shown.count("! the input cannot be read: Bad file descriptor") == 1
     assert chat.has_failed

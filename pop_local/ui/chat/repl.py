@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+from converter.errors import PopError
 from pop_local.config.settings import history_file, unsaved_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
@@ -55,7 +56,8 @@ def _pass_on(chat: Dialogue, read_line: LineReader) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:  # as under nohup: there is nothing more to read
-        chat.fail(as_pop_error(error))
+        hint = "run it in a terminal, or pipe lines into it"
+        chat.fail(PopError(f"the input cannot be read: {error.strerror or error}", hint))
         raise LeaveRequest from error
     if not line.strip():
         return
