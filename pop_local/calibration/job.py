@@ -222,11 +222,11 @@ class _Job:
             )
 
     def _keep(self) -> None:
+        self._heed()
         path = self._options.state_path
         if path and time.monotonic() - self._saved_s > SAVE_EVERY_S:
             save(path, self._identity, self._state)
             self._saved_s = time.monotonic()
-        self._heed()
 
     def _heed(self) -> None:
         """Keep what there is and raise StoppedError where that is wanted."""

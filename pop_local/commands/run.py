@@ -30,6 +30,9 @@ from pop_local.ui.views.stats import counted_line, picture_line, stats_line
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
 
+# After which it is said what stdin is waited for.
+_PATIENCE_S = 5.0
+
 
 def run(
     model: Annotated[
@@ -101,10 +104,6 @@ def run(
             raise too_long(opened, error) from error
     if interrupt.asked:
         raise KeyboardInterrupt
-
-
-# After which it is said what is waited for.
-_PATIENCE_S = 5.0
 
 
 def _documents(files: list[Path]) -> Iterator[Document]:
