@@ -18,7 +18,15 @@ from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.convert import plan_conversion, run_conversion
-from pop_local.workflows.options import Depth, Fastest, Hardware, RowOptions, Within
+from pop_local.workflows.options import (
+    Boundary,
+    Depth,
+    Fastest,
+    Hardware,
+    RowOptions,
+    Skip,
+    Within,
+)
 from pop_local.workflows.refusals import OverBudgetError
 
 
@@ -51,7 +59,10 @@ def convert(
     boundary: opt.BoundaryLayer = None,
     quality: Annotated[
         QualityName | None,
-        typer.Option(help=f"What may be lost, without --skip. Default: {BALANCED.quality}"),
+        typer.Option(
+            help=f"What may be lost. Default: {BALANCED.quality}, or anything with --skip or"
+            " --boundary."
+        ),
     ] = None,
     max_kl: Annotated[
         float | None,
@@ -173,9 +184,10 @@ def convert(
     most 1.01 times as perplexing as the full model finds it, and a repeated passage 1.02 times,
     balanced 1.03 and 1.1 times, fast 1.06 and 1.3 times; the KL divergence, random tokens and
     facts of a prompt have limits, too (--dry-run names them all). --skip and --boundary say it
-    themselves. fastest goes deeper, about twice the speed, where text is no longer copied: tokens
-    that the question needs run all layers, so that facts are found as by the full model, and the
-    rest gets its depth afterwards (--refill of chat and serve).
+    themselves, and are refused past --quality if that is given, too. fastest goes deeper, about
+    twice the speed, where text is no longer copied: tokens that the question needs run all layers,
+    so that facts are found as by the full model, and the rest gets its depth afterwards (--refill
+    of chat and serve).
 
     The weights stay as they are. The K/V projections of the skipped layers are fitted to the model
     and added, so that only pop-local opens the copy; what that leaves of the model's quality is
@@ -190,13 +202,9 @@ def convert(
         "max_copy_ratio": max_copy_ratio,
     }
     limits = {name: limit for name, limit in given.items() if limit is not None}
-    if named is not None and (quality or limits):
+    if select is not None and (named is None or quality or limits):
         raise typer.BadParameter(
-            "--skip and --boundary say how deep: leave out --quality and limits of your own"
-        )
-    if select is not None and named is None:
-        raise typer.BadParameter(
-            "--select goes with --skip or --boundary; --quality fastest chooses its own"
+            "--select goes with --skip or --boundary alone; --quality fastest chooses its own"
         )
     if images is not None and mmproj is None:
         raise typer.BadParameter("--images goes with --mmproj", param_hint="--images")
@@ -222,7 +230,7 @@ def convert(
     planned = plan_conversion(
         model,
         output,
-        named or _wanted(quality, limits),
+        _wanted(quality, limits, named),
         None if projection is opt.ProjectionName.OWN else fit,
         RowOptions(sink, tail, min_prompt, opt.selected(select) or 0.0),
         "sidecar" if sidecar else "copy",
@@ -248,11 +256,19 @@ def convert(
         view.show_converted(planned, done)
 
 
-def _wanted(quality: QualityName | None, limits: Mapping[str, float]) -> Depth:
+def _wanted(
+    quality: QualityName | None, limits: Mapping[str, float], named: Skip | Boundary | None
+) -> Depth:
     """As asked for; limits that are not given are those of BALANCED."""
-    if quality is None:
-        name = "custom" if limits else BALANCED.quality
-        return Within(replace(BALANCED, quality=name, **limits))  # type: ignore[arg-type]
-    if limits:
+    if quality and limits:
         raise typer.BadParameter("give --quality, or limits of your own, not both")
-    return Fastest() if quality is QualityName.FASTEST else Within(BUDGETS[quality.value])
+    if quality is QualityName.FASTEST:
+        if named is not None:
+            raise typer.BadParameter("--quality fastest chooses how deep: leave out the depth")
+        return Fastest()
+    if quality:
+        return Within(BUDGETS[quality.value], named)
+    if limits:
+        budget = replace(BALANCED, quality="custom", **limits)  # type: ignore[arg-type]
+        return Within(budget, named)
+    return named or Within(BALANCED)

@@ -60,7 +60,7 @@ BY_CAUSE = {
     "outside-budget": "`pop-local convert` without --skip and --boundary finds the deepest inside",
     "over-budget": (
         "allow more (--quality fast, --max-kl, --max-ppl-ratio, --max-copy-ratio), or choose --skip"
-        " yourself"
+        " or --boundary without a limit"
     ),
     "projections-for-one-depth": (
         "measure other depths on the model itself, {model}, with --fit or without"

@@ -121,7 +121,8 @@ class Conversion:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of fit that are tried, if the fit leaves it open."""
-        return KINDS_OF_ONE if isinstance(self.depth, (Skip, Boundary)) else KINDS_OF_MANY
+        depth = self.depth.at if isinstance(self.depth, Within) else self.depth
+        return KINDS_OF_ONE if isinstance(depth, (Skip, Boundary)) else KINDS_OF_MANY
 
     def sizes_of(self, plan: Plan) -> Sizes:
         """What writing one of the plans reads and writes, in bytes."""
@@ -161,8 +162,8 @@ def convert(
     """Convert a model, given by path or name, so that it reads long prompts faster.
 
     `depth` names a budget of quality, within which the deepest boundary is searched, or the depth
-    itself, or `Fastest()`, which chooses a selection, too. `fit` None leaves the skipped layers
-    their own projections. `out` None is a name beside the model: NAME.pop.gguf, or
+    itself, or both, or `Fastest()`, which chooses a selection, too. `fit` None leaves the skipped
+    layers their own projections. `out` None is a name beside the model: NAME.pop.gguf, or
     NAME.pop-sidecar.gguf for a sidecar. With `resume` a fit that is stopped is kept beside `out`,
     and a kept one goes on. `force` replaces an existing output, and writes a named depth that can
     no longer copy, or find facts again. Raises PopError: OutputExistsError,
@@ -201,12 +202,13 @@ def plan_conversion(
     if isinstance(depth, Within):
         if rows.select:
             raise PopError(
-                "a search chooses the selection itself", "name the depth, or select nothing"
+                "a search chooses the selection itself", "name the depth alone, or select nothing"
             )
         from pop_local.measure.depth import boundaries
 
-        candidates = boundaries(shape, LEAST_DIVISOR)
-        depths: Sequence[Skip | Boundary] = [Boundary(layer) for layer in candidates]
+        depths: Sequence[Skip | Boundary] = (
+            [depth.at] if depth.at else [*map(Boundary, boundaries(shape, LEAST_DIVISOR))]
+        )
     elif isinstance(depth, Fastest):
         depths = []
     else:
@@ -287,7 +289,13 @@ class _Run:
         options = planned.fit or FitOptions()
         with _resumable(options, self.watch):
             chosen = search(
-                planned.source, planned.plans, budget, options, planned.hardware, self.watch
+                planned.source,
+                planned.plans,
+                budget,
+                options,
+                planned.hardware,
+                self.watch,
+                planned.kinds,
             )
             meta = self._write(chosen.plan, chosen.fitted, lambda written: chosen.measured)
         return chosen.plan, meta, chosen.trials

@@ -12,13 +12,6 @@ N_GATED = 20
 
 
 @dataclass(frozen=True)
-class Within:
-    """The deepest boundary whose measured quality is within the budget."""
-
-    budget: Budget
-
-
-@dataclass(frozen=True)
 class Skip:
     """A share of the layers ("1/3", "0.33"), or a number of them ("10")."""
 
@@ -38,6 +31,14 @@ class Boundary:
     def plan(self, shape: ModelShape, **rows: Any) -> Plan:
         """Plan it for a model; `rows` go to make_plan. Raises PlanError."""
         return make_plan(shape, boundary=self.layer, **rows)
+
+
+@dataclass(frozen=True)
+class Within:
+    """The deepest boundary whose measured quality is within the budget, or `at`, if that is."""
+
+    budget: Budget
+    at: Skip | Boundary | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from converter.format import ATTENTION, OWN, Budget, Measured
 from converter.plan import Plan
 from converter.rewrite import Fitted
 from converter.source import Source
-from pop_local.calibration.needs import fit_needs
+from pop_local.calibration.needs import KINDS_OF_MANY, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import kept_boundaries
 from pop_local.engine.model import PopModel
@@ -68,14 +68,17 @@ def search(
     options: FitOptions,
     hardware: Hardware,
     watch: Watch,
+    kinds: Sequence[str] = KINDS_OF_MANY,
 ) -> Chosen:
     """Choose the deepest of a model's plans within the budget; those to be fitted, by `options`.
+
+    `kinds` of fit are tried where the options leave it open.
 
     Raises OverBudgetError, PopError, StoppedError.
     """
     settings = QualitySettings(N_WINDOWS)
     full = FullModel(source.first.path, plans[0], settings, hardware, watch)
-    fitter = Fitter(source, options, hardware, watch, full=full)
+    fitter = Fitter(source, options, hardware, watch, kinds, full=full)
     by_boundary = {plan.boundary: plan for plan in plans}
     return _Search(source, by_boundary, budget, options, hardware, watch, full, fitter).run()
 
@@ -101,13 +104,14 @@ class _Search:
 
     def run(self) -> Chosen:
         deepest = self._deepest_inside()
-        if deepest is None:
-            raise self._over()
         trials = self._trials()
-        trials += self._tried(self._with_attention(deepest, _limit(trials)), until=True)
-        trials += self._tried(self._with_selection(deepest, _limit(trials)), until=False)
+        if deepest is not None:
+            trials += self._tried(self._with_attention(deepest, _limit(trials)), until=True)
+            trials += self._tried(self._with_selection(deepest, _limit(trials)), until=False)
         if self.options.distill:
             trials += self._distilled(trials)
+        if not any(trial.in_budget for trial in trials):
+            raise self._over(trials)
         chosen = _fastest(trials)
         figures = budgets.figures_in_words(chosen.quality)
         self.watch.on_note(
@@ -167,11 +171,12 @@ class _Search:
     def _distilled(self, trials: Sequence[Trial]) -> tuple[Trial, ...]:
         """Try distilled fits: the fastest without a selection, then deeper ones while they pass.
 
-        One that loses a few facts too many, which another fit may find, does not end it, a second
-        does. The deeper ones are of the fastest's kind where there is such a fit. What goes wrong
-        leaves what was found without distilling.
+        Where no fit passes, the shallowest is the first. One that loses a few facts too many, which
+        another fit may find, does not end it, a second does. The deeper ones are of the fastest's
+        kind where there is such a fit. What goes wrong leaves what was found without distilling.
         """
-        chosen = _fastest([trial for trial in trials if not trial.plan.select]).plan
+        passing = [trial for trial in trials if trial.in_budget and not trial.plan.select]
+        chosen = _fastest(passing).plan if passing else self.plans[max(self.verdicts)]
         plans = [chosen]
         for boundary in self._past(chosen.boundary):
             plan = self.plans[boundary]
@@ -251,14 +256,15 @@ class _Search:
             for boundary, passed in sorted(self.verdicts.items(), reverse=True)
         )
 
-    def _over(self) -> OverBudgetError:
-        best = max(self.verdicts)
-        found = budgets.figures_in_words(self.qualities[best], self.recalls.get(best))
-        n_skipped = self.plans[best].n_skipped
+    def _over(self, trials: tuple[Trial, ...]) -> OverBudgetError:
+        shallowest = max(trial.plan.boundary for trial in trials)
+        best = [trial for trial in trials if trial.plan.boundary == shallowest][-1]
+        n_skipped, limits = best.plan.n_skipped, budgets.limits_in_words(self.budget)
         return OverBudgetError(
-            f"not even {n_skipped} skipped layer{'s' * (n_skipped > 1)} is within the budget "
-            f"({budgets.limits_in_words(self.budget)}): {found}",
-            self._trials(),
+            f"{n_skipped} skipped layer{'s' * (n_skipped > 1)} lose{'s' * (n_skipped == 1)} more"
+            f" than the budget allows ({limits}):"
+            f" {budgets.figures_in_words(best.quality, best.recall)}",
+            trials,
         )
 
     def _fit(self, wanted: Sequence[int]) -> None:
@@ -291,7 +297,8 @@ class _Search:
             return plain
         key = plan.boundary, plan.projection, True
         if key not in self.fitted:
-            self.fitted[key] = self.fitter.distilled(plan, plain, N_DEEPER)
+            n_deeper = min(N_DEEPER, len(self._past(plan.boundary)))
+            self.fitted[key] = self.fitter.distilled(plan, plain, n_deeper)
         return self.fitted[key]
 
     def _is_ready(self, plan: Plan) -> bool:

@@ -126,6 +126,22 @@ def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     assert "custom allows KL 0.0001" in done.stdout
 
 
+def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path):
+    named = ("--text", letters, "--projection", "fitted", *FEW, "--skip", "1/2", "--json")
+    refused = convert(tiny, *named, "--max-kl", 0.0001)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    said = " ".join(refused.stderr.split())
+    assert "4 skipped layers lose more than the budget allows (KL 0.0001," in said
+    assert names(tmp_path) == {"tiny.gguf"}
+    done = convert(tiny, *named, *LOOSE)
+    assert done.exit_code == 0, done.stderr
+    [trial] = json.loads(done.stdout)["tried"]
+    assert (trial["boundary"], trial["in_budget"]) == (4, True)
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.budget is not None and meta.recall is not None
+    assert (meta.boundary, meta.budget.tried) == (4, "4 inside")
+
+
 @pytest.mark.parametrize("gain", [1.0, 2.0])
 def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_enough(
     tiny, tmp_path, monkeypatch, gain
@@ -260,10 +276,9 @@ def test_own_projections_need_no_fit(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--quality", "fast", "--skip", "1/3"),
-        ("--quality", "fast", "--boundary", 5),
-        ("--max-kl", 0.1, "--skip", "1/3"),
-        ("--max-copy-ratio", 1.1, "--boundary", 5),
+        ("--quality", "fastest", "--skip", "1/3"),
+        ("--quality", "fast", "--boundary", 5, "--select", "10%"),
+        ("--max-kl", 0.1, "--skip", "1/3", "--select", "10%"),
         ("--quality", "fast", "--max-kl", 0.1),
         ("--quality", "balanced", "--max-copy-ratio", 1.1),
         ("--quality", "perfect"),
@@ -405,7 +420,7 @@ def test_nothing_is_kept_of_a_search_that_finds_nothing(tiny, letters, tmp_path,
     done = convert(tiny, "--text", letters, *FEW, *LOOSE, "--resume")
     assert done.exit_code == 1
     assert "Fitting the projections for boundary 2, 3, 4, 5, 6" in done.stderr
-    assert "not even 1 skipped layer is within the budget" in done.stderr
+    assert "1 skipped layer loses more than the budget allows" in done.stderr
     assert "hint" in done.stderr
     assert done.stdout.rstrip(" |\n").endswith("no")
     assert names(tmp_path) == {"tiny.gguf"}

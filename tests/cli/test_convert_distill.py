@@ -65,7 +65,7 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None
     assert distilled == [5, 4, 3, 2]
-    assert read == [3, 0], "once for three boundaries, and again for what is deeper"
+    assert read == [3, 2], "once for three boundaries, and again for what is deeper"
     assert (meta.boundary, meta.calibration.n_distilled) == (3, 6 * texts.N_WINDOW)
     assert meta.budget.tried.endswith(
         "5 distilled inside, 4 distilled inside, 3 distilled inside, 2 distilled outside"
@@ -73,6 +73,41 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
     said = json.loads(done.stdout)
     assert said["distilled"] is True
     assert [each["distilled"] for each in said["tried"][-5:]] == [False, *[True] * 4]
+
+
+def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
+    tiny, letters, tmp_path, monkeypatch
+):
+    pytest.importorskip("torch")
+    distilled: list[bool] = []
+    read: list[int] = []
+
+    def prepare(source, first, *args, real=fits.prepare):
+        read.append(first)
+        return real(source, first, *args)
+
+    def train(*args, real=fits.distilled):
+        distilled.append(True)
+        return real(*args)
+
+    class Told(gradual.Gradual):
+        def measure(self, model, on_progress):
+            super().measure(model, on_progress)
+            assert self.quality is not None
+            found = Estimate(1.0 if distilled else 2000.0, 0.0)
+            self.quality = replace(self.quality, copy_ppl_ratio=found)
+
+    monkeypatch.setattr(fits, "prepare", prepare)
+    monkeypatch.setattr(fits, "distilled", train)
+    monkeypatch.setattr(texts, "N_DISTILLED", 6)
+    for module in (fits, searching):
+        monkeypatch.setattr(module, "Gradual", Told)
+    done = convert(tiny, *FIT, "--text", letters, "--boundary", 4, *LOOSE)
+    assert done.exit_code == 0, done.stderr
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.budget is not None and meta.recall is not None
+    assert (meta.boundary, meta.budget.tried) == (4, "4 outside, 4 distilled inside")
+    assert read == [4], "nothing is kept for deeper boundaries"
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,14 @@ def show_plan(conversion: Conversion) -> None:
         tried = ", ".join(f"{p.boundary} with {p.select:.0%}" for p in conversion.plans)
         where = [("Recipes", f"{tried}: the first one with which facts are found again")]
         plan, allowed_by, limit = first, "that", _limit(first)
-    elif isinstance(depth, Within):
+    elif isinstance(depth, Within) and depth.at is None:
         past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
         where = [budget_fact(depth.budget), ("Boundaries", past)]
         allowed_by = "the budget"
         limit = f"{_limit(first)} if only the first is inside, {plan.speedup_limit:.2f}x if all are"
     else:
-        print_facts([*_plan_facts(conversion, plan, conversion.sizes), *fit_facts])
+        budget = [budget_fact(depth.budget)] if isinstance(depth, Within) else []
+        print_facts([*_plan_facts(conversion, plan, conversion.sizes), *budget, *fit_facts])
         return
     layers = f"as many as {allowed_by} allows, {plan.n_skipped} at most"
     output = f"up to {size(conversion.sizes.output_bytes)}"
