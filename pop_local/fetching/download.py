@@ -9,9 +9,10 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -178,16 +179,19 @@ class _Transfer:
         if start not in (0, asked):
             self._forget()
             raise _Dropped("the server sent another part than was asked for")
+        validator = _validator(response)
+        if start:
+            validator = self._of_the_same(validator, total)
         require_space(self._target.parent, total - start, self._target.name)
-        self._write_origin(response, total)
+        chunks = response.iter_content(_CHUNK_BYTES)
+        # Looked at before anything is written: a web page must not cost what arrived before it.
+        first = [] if start else [self._beginning(response, chunks, total)]
+        self._write_origin(validator, total)
         with self._partial.open("r+b" if start else "wb") as file:
             file.truncate(start)
             file.seek(start)
-            done, first, asked_at = start, MAGIC if start else b"", start
-            for chunk in response.iter_content(_CHUNK_BYTES):
-                first += chunk[: len(MAGIC) - len(first)]
-                if not MAGIC.startswith(first):
-                    raise self._no_gguf(response)
+            done = asked_at = start
+            for chunk in chain(first, chunks):
                 if total == 0 and done >= asked_at:
                     require_space(self._target.parent, _UNANNOUNCED_BYTES, self._target.name)
                     asked_at = done + _UNANNOUNCED_BYTES
@@ -197,10 +201,39 @@ class _Transfer:
                 self._advance(done, total)
         if done < total:
             raise _Dropped("the connection broke off")
-        if done == 0:
+
+    def _of_the_same(self, validator: str, total: int) -> str:
+        """Return the validator of what arrived; where the reply's is another, begin anew.
+
+        Not all servers heed If-Range, and a part need not say again what it is a part of.
+        """
+        before, total_before = self._origin()
+        if total != total_before or (validator and validator != before):
+            self._forget()
+            raise _Dropped("the file changed on the server")
+        return before
+
+    def _beginning(
+        self, response: "requests.Response", chunks: Iterator[bytes], total: int
+    ) -> bytes:
+        """Take as many chunks as tell a GGUF file from others. Raises FormatError for another."""
+        begun = b""
+        for chunk in chunks:
+            begun += chunk
+            if len(begun) >= len(MAGIC) or not MAGIC.startswith(begun):
+                break
+        if begun.startswith(MAGIC):
+            return begun
+        if MAGIC.startswith(begun) and len(begun) < total:
+            raise _Dropped("the connection broke off")
+        if not begun:
             raise FormatError(f"{self._shown} is empty", "check the address")
-        if first != MAGIC:
-            raise self._no_gguf(response)
+        kind = response.headers.get("Content-Type", "")
+        what = "a web page" if kind.startswith("text/html") else "no GGUF file"
+        raise FormatError(
+            f"what {self._shown} sends is {what}",
+            "give the address of the file itself (NAME.gguf), or hf:OWNER/REPO for a hub",
+        )
 
     def _check_status(self, response: "requests.Response") -> None:
         code = response.status_code
@@ -219,15 +252,6 @@ class _Transfer:
         elif code in (404, 410):
             message = f"there is nothing at {self._shown}"
         raise PopError(message, hint)
-
-    def _no_gguf(self, response: "requests.Response") -> FormatError:
-        self._forget()
-        kind = response.headers.get("Content-Type", "")
-        what = "a web page" if kind.startswith("text/html") else "no GGUF file"
-        return FormatError(
-            f"what {self._shown} sends is {what}",
-            "give the address of the file itself (NAME.gguf), or hf:OWNER/REPO for a hub",
-        )
 
     def _check(self) -> None:
         """Compare the hash; without one, ask the file itself, since servers err about lengths."""
@@ -258,14 +282,16 @@ class _Transfer:
         fits = identity == self._identity and (validator or self._remote.sha256)
         return (validator, total) if fits else ("", 0)
 
-    def _write_origin(self, response: "requests.Response", total: int) -> None:
+    def _write_origin(self, validator: str, total: int) -> None:
         """Write down what the partial file is a part of: by a hash, as addresses hold secrets."""
-        etag = response.headers.get("ETag", "")
-        validator = (
-            etag if etag[:2] not in ("", "W/") else response.headers.get("Last-Modified", "")
-        )
         origin = (self._identity, validator, total)
         self._origin_file.write_text(json.dumps(origin), encoding="utf-8")
+
+
+def _validator(response: "requests.Response") -> str:
+    """Return what changes with the file: a strong ETag, else the date; "" for neither."""
+    etag = response.headers.get("ETag", "")
+    return etag if etag[:2] not in ("", "W/") else response.headers.get("Last-Modified", "")
 
 
 def _extent(response: "requests.Response") -> tuple[int, int]:

@@ -249,6 +249,19 @@ def test_what_is_no_gguf_is_refused(hub, tmp_path, content, kind, what):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("page", [b"<html>sign in</html>", b"", b"GG"])
+def test_a_page_in_between_leaves_what_arrived(hub, tmp_path, page):
+    hub.drops = [HALF, 0, 0, 0]
+    with pytest.raises(PopError):
+        pull(hub, tmp_path)
+    hub.raw = [reply(page, f"Content-Length: {len(page)}", 'ETag: "page"')]
+    with pytest.raises(PopError, match=r"is no GGUF file|is empty"):
+        pull(hub, tmp_path)
+    hub.requests.clear()
+    assert pull(hub, tmp_path).read_bytes() == MODEL
+    assert [request.headers["range"] for request in hub.downloads()] == [f"bytes={HALF}-"]
+
+
 def test_nothing_there(hub, tmp_path):
     with pytest.raises(PopError, match="there is nothing at"):
         pull(hub, tmp_path, "absent.gguf")
@@ -308,10 +321,17 @@ def reply(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
     return "\r\n".join((f"HTTP/1.1 {status}", *headers, "", "")).encode() + body
 
 
-def part(start: int, end: int) -> bytes:
-    extent = f"Content-Range: bytes {start}-{end - 1}/{len(MODEL)}"
-    headers = (extent, f"Content-Length: {end - start}", f'ETag: "{SHA256[:16]}"')
-    return reply(MODEL[start:end], *headers, status="206 Partial Content")
+def part(
+    start: int,
+    end: int,
+    *,
+    content: bytes = MODEL,
+    n_bytes: int = len(MODEL),
+    etag: str = f'"{SHA256[:16]}"',
+) -> bytes:
+    extent = f"Content-Range: bytes {start}-{end - 1}/{n_bytes}"
+    headers = (extent, f"Content-Length: {end - start}", f"ETag: {etag}")
+    return reply(content[start:end], *headers, status="206 Partial Content")
 
 
 def test_a_part_that_is_shorter_than_asked_for_is_gone_on_with(hub, tmp_path):
@@ -325,6 +345,33 @@ def test_a_part_that_is_shorter_than_asked_for_is_gone_on_with(hub, tmp_path):
     assert path.read_bytes() == MODEL
     asked = [request.headers.get("range") for request in hub.downloads()]
     assert asked == [None, f"bytes={HALF}-", f"bytes={HALF + 100}-"]
+
+
+@pytest.mark.parametrize("what", [{"etag": '"other"'}, {"n_bytes": len(MODEL) + 1}])
+def test_a_part_of_another_file_is_not_joined(hub, tmp_path, what):
+    """Servers there are that heed Range and not If-Range."""
+    hub.drops = [HALF]
+
+    def answer_from_another(done: int, total: int) -> None:
+        if done == HALF:
+            hub.raw = [part(HALF, len(MODEL), content=OTHER, **what)]
+
+    path = fetch_url(hub.url("tiny.gguf"), tmp_path, "", answer_from_another, force=False)
+    assert path.read_bytes() == MODEL
+    asked = [request.headers.get("range") for request in hub.downloads()]
+    assert asked == [None, f"bytes={HALF}-", None]
+
+
+def test_a_part_need_not_say_again_what_it_is_of(hub, tmp_path):
+    hub.drops = [HALF]
+
+    def answer_with_less(done: int, total: int) -> None:
+        if done == HALF:
+            hub.raw = [part(HALF, HALF + 100, etag="W/weak")]
+
+    path = fetch_url(hub.url("tiny.gguf"), tmp_path, "", answer_with_less, force=False)
+    assert path.read_bytes() == MODEL
+    assert hub.downloads()[-1].headers["if-range"] == f'"{SHA256[:16]}"'
 
 
 def test_a_server_that_gives_the_same_part_again_and_again_is_left(hub, tmp_path):
