@@ -57,8 +57,9 @@ class NewTensor:
 class Content:
     """All of a file that is to be written; by default it has neither keys nor tensors.
 
-    `keys` and `tensors` are the raw bytes of its two tables. `added`, padding and new tensors,
-    follows the data of `stretches`.
+    `keys` and `tensors` are the raw bytes of its two tables. The last of the tensors ends so many
+    bytes, `data_end`, after the first begins. `added`, padding and new tensors, follows the data of
+    `stretches`.
     """
 
     version: int = VERSIONS[-1]
@@ -68,6 +69,7 @@ class Content:
     tensors: bytes = b""
     alignment: int = DEFAULT_ALIGNMENT
     stretches: tuple[Stretch, ...] = ()
+    data_end: int = 0
     added: tuple[bytes, ...] = ()
 
     @property
@@ -92,16 +94,12 @@ class Content:
         return replace(self, n_keys=self.n_keys + len(keys), keys=self.keys + b"".join(keys))
 
 
-def with_tensors(
-    content: Content, tensors: Sequence[NewTensor], table: Sequence[TensorInfo]
-) -> Content:
+def with_tensors(content: Content, tensors: Sequence[NewTensor]) -> Content:
     """Return the content with new tensors after its own.
 
-    `table` is the tensor table of `content`. Raises FormatError when bytes follow the last
-    tensor's.
+    Raises FormatError when bytes follow the last tensor's.
     """
-    end = max((info.offset + info.size_bytes for info in table), default=0)
-    offset = align(end, content.alignment)
+    offset = align(content.data_end, content.alignment)
     gap = offset - content.data_bytes
     if gap < 0:
         raise FormatError(
@@ -156,6 +154,9 @@ def read_content(source: Source, *, without: str) -> Content:
     raw = _read_tables(first)
     whole = Stretch(first.path, first.data_start, first.size_bytes - first.data_start)
     keys = [key for name, key in first.keys.items() if not name.startswith(dropped)]
+    stretches = _joined_data(source) if source.is_split else (whole,)
+    ends = (tensor.offset + tensor.size_bytes for tensor in first.tensors)
+    joined_end = sum(stretch.size_bytes + stretch.n_zeros for stretch in stretches)
     return Content(
         version=first.version,
         n_keys=len(keys),
@@ -163,7 +164,8 @@ def read_content(source: Source, *, without: str) -> Content:
         n_tensors=len(source.tensors),
         tensors=_joined_table(source) if source.is_split else raw[first.keys_end :],
         alignment=first.alignment,
-        stretches=_joined_data(source) if source.is_split else (whole,),
+        stretches=stretches,
+        data_end=joined_end if source.is_split else max(ends, default=0),
     )
 
 

@@ -27,6 +27,7 @@ _NORMS = (
     "post_ffw_norm",
 )
 _KNOWN = {f"{name}.{part}" for name in (*_MATRICES, *_NORMS) for part in ("weight", "bias")}
+_OUTSIDE = {f"{name}.weight" for name in ("token_embd", "output", "output_norm", "rope_freqs")}
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,12 @@ def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
 
 
 def _unknown_tensor(source: Source) -> str | None:
-    """Return a layer's tensor that would be left out of the computation."""
+    """Return a tensor that would be left out of the computation."""
     for tensor in source.tensors:
         prefix, _, rest = tensor.name.partition(".")
         name = rest.partition(".")[2]
-        if prefix == "blk" and name not in _KNOWN and not name.startswith("pop_"):
+        is_known = name in _KNOWN or name.startswith("pop_")
+        if not (is_known if prefix == "blk" else tensor.name in _OUTSIDE):
             return tensor.name
     return None
 

@@ -72,6 +72,8 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Sizes:
     """
     source = unconverted(src)
     content = read_content(source, without=PREFIX)
+    if plan.projection != OWN:
+        with_tensors(content, ())
     written = content.with_keys(encode_keys(draft_meta(plan, source))).size_bytes
     return Sizes(source.size_bytes, written + stored_bytes(plan, kv_type))
 
@@ -126,7 +128,7 @@ def convert(
     meta = draft_meta(
         plan, source, fitted, examine, source_bytes=content.size_bytes if fitted else 0
     )
-    whole = with_tensors(content, fitted.tensors, source.tensors) if fitted else content
+    whole = with_tensors(content, fitted.tensors) if fitted else content
     draft = whole.with_keys(encode_keys(meta))
     check_output(dst, source.paths, draft.size_bytes, force=force)
     ran = counting(2 * content.data_bytes, progress)

@@ -179,6 +179,10 @@ class _ArchKeys:
 
     def __init__(self, header: Header) -> None:
         self.header = header
+        if header.get("general.type") == "adapter":
+            raise FormatError(
+                f"{header.path} is a LoRA adapter, not a model", "give the model that it belongs to"
+            )
         if "general.architecture" not in header.keys:
             raise FormatError(f"{header.path} names no architecture", "give a language model")
         self.arch = str(header.get("general.architecture"))
@@ -228,6 +232,8 @@ def _blocks(tensors: Iterable[TensorInfo], n_layer: int, path: Path) -> list[_Bl
         if match and int(match[1]) < n_layer:
             blocks[int(match[1])][match[2]] = tensor
     empty = [number for number, block in enumerate(blocks) if not block]
+    if len(empty) == n_layer:
+        raise FormatError(f"{path} has a vocabulary and no layers", "give the model itself")
     if empty:
         raise FormatError(f"{path} has no tensors for layer {empty[0]}", "download it again")
     return blocks

@@ -179,7 +179,7 @@ def write_sidecar(
     source = planned_source(plan, src, fitted)
     original = read_content(source, without=PREFIX)
     binding = bind(source)
-    whole = with_tensors(_EMPTY, fitted.tensors, ()) if fitted else _EMPTY
+    whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
     meta = draft_meta(plan, source, fitted, examine)
     draft = whole.with_keys(encode_sidecar_keys(meta, binding))
     check_output(dst, source.paths, draft.size_bytes, force=force)

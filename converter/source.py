@@ -88,7 +88,8 @@ def read_source(path: Path) -> Source:
             model=model,
         )
     count = _number(first, "split.count") or 0
-    if count == 0:
+    # As llama.cpp, which takes one part for a whole model, whatever it is called.
+    if count <= 1:
         return Source((first,))
     part = part_of(path.name)
     if part is None or part.count != count:

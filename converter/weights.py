@@ -61,6 +61,8 @@ class Weights:
         by_row = raw.reshape(*tensor.dims[:0:-1], -1)
         try:
             values = dequantize(by_row[numbers], GGMLQuantizationType(tensor.type))
+            if (scale := self._scale_of(name)) in self:
+                values = values * self[scale]
         except (ValueError, NotImplementedError) as error:
             raise FormatError(
                 f"{part.path}: tensor {name} has a type that cannot be read here",
@@ -68,6 +70,17 @@ class Weights:
                 cause="unreadable-tensor",
             ) from error
         return np.asarray(values, np.float32)
+
+    @staticmethod
+    def _scale_of(name: str) -> str:
+        """The factor of a matrix, which NVFP4 needs (llama.cpp, build_lora_mm)."""
+        return name.removesuffix("weight") + "scale" if name.endswith(".weight") else ""
+
+    def require_readable(self, layer: int) -> None:
+        """Raises FormatError where the type of the layer's K or V cannot be dequantised."""
+        for part in ("qkv", "k", "v"):
+            if (name := f"blk.{layer}.attn_{part}.weight") in self:
+                self.rows(name, slice(1))
 
     def own_projection(self, layer: int, n_kv: int) -> KvProjection:
         """Read a layer's own K/V projections.

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from converter import content
 from converter.errors import FormatError, PlanError, UnsupportedArchitectureError
 from converter.format import PopMeta, read_pop_meta
+from converter.header import read_header
 from converter.plan import make_plan, parse_skip
 from converter.rewrite import convert, measure
 from converter.shape import ARCHITECTURES, read_shape
@@ -146,6 +147,23 @@ def test_split_model_becomes_one_file(tmp_path, unpatched_lib, empty_first):
         assert old.name == new.name
         assert old.data.tobytes() == new.data.tobytes()
     assert_same_logits(whole, dst, unpatched_lib)
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_a_split_model_is_fitted_and_stripped(tmp_path, letters, empty_first):
+    whole = make_gguf(tmp_path / "whole.gguf", "qwen2")
+    parts = make_split(tmp_path / "model.gguf", "qwen2", max_tensors=30, empty_first=empty_first)
+    few = ("--text", str(letters), "--tokens", "2048", "--threads", "1", "--force")
+    done = command(str(parts[0]), "--skip", "1/2", "--projection", "fitted", *few)
+    assert done.exit_code == 0, done.stderr
+    dst = tmp_path / "model.pop.gguf"
+    added = [tensor.name for tensor in read_header(dst).tensors if "pop_" in tensor.name]
+    assert added
+    verified = CliRunner().invoke(app, ["strip", str(dst), str(tmp_path / "stripped.gguf")])
+    assert verified.exit_code == 0, verified.stderr
+    stripped = gguf.GGUFReader(tmp_path / "stripped.gguf")
+    for old, new in zip(gguf.GGUFReader(whole).tensors, stripped.tensors, strict=True):
+        assert (old.name, old.data.tobytes()) == (new.name, new.data.tobytes())
 
 
 def test_default_name_of_a_split_model(tmp_path):

@@ -9,13 +9,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
-from converter.content import copy_data, read_content
+from converter.content import NewTensor, copy_data, read_content, with_tensors
 from converter.header import read_header
 from converter.source import read_source
 
@@ -132,6 +133,18 @@ def add_keys(src: Path, dst: Path, **keys: int | str) -> Path:
     with dst.open("wb") as file:
         file.write(content.with_keys(raw).header)
         copy_data(content, b"", file.write, lambda n_bytes: None)
+    return dst
+
+
+def add_tensor(src: Path, dst: Path, name: str, values: NDArray[Any]) -> Path:
+    """Copy a model with a tensor of float32 more."""
+    data = values.astype(np.float32).tobytes()
+    new = NewTensor(name, values.shape[::-1], GGMLQuantizationType.F32, data)
+    content = with_tensors(read_content(read_source(src), without="\0"), [new])
+    with dst.open("wb") as file:
+        file.write(content.header)
+        copy_data(content, b"", file.write, lambda n_bytes: None)
+        file.writelines(content.added)
     return dst
 
 

@@ -12,7 +12,7 @@ from converter.errors import UnsupportedArchitectureError
 from converter.hyper import Hyper, Rope, read_hyper
 from converter.source import read_source
 from support.calls import opened, prompt
-from support.synthetic import make_gguf, make_split
+from support.synthetic import add_tensor, make_gguf, make_split
 
 pytest.importorskip("torch")
 from support.decoders import backend_logits, mean_kl, torch_logits
@@ -88,3 +88,10 @@ def test_what_it_does_not_compute_is_refused_by_name(tmp_path, arch, recipe, rea
     path = make_gguf(tmp_path / "other.gguf", arch, **recipe)
     with pytest.raises(UnsupportedArchitectureError, match=reason):
         read_hyper(read_source(path))
+
+
+def test_a_bias_of_the_head_is_refused(tmp_path):
+    path = make_gguf(tmp_path / "plain.gguf", "qwen2")
+    biased = add_tensor(path, tmp_path / "biased.gguf", "output.bias", np.zeros(8, np.float32))
+    with pytest.raises(UnsupportedArchitectureError, match=r"the tensor output\.bias"):
+        read_hyper(read_source(biased))

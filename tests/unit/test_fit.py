@@ -11,7 +11,7 @@ from converter import fit, solve
 from converter.fit import FitError, Gram, KvType, Weighting
 from converter.source import read_source
 from converter.weights import KvProjection, Weights
-from support.synthetic import make_gguf
+from support.synthetic import add_tensor, make_gguf
 
 N, N_K, N_V, N_ROWS = 24, 6, 4, 400
 
@@ -144,6 +144,15 @@ def test_own_projections_as_the_file_has_them(arch: str, tmp_path: Path):
         np.testing.assert_array_equal(own.bias, np.concatenate(biases))
     else:
         assert not own.bias.any()
+
+
+def test_a_scale_of_its_own_multiplies_a_projection(tmp_path: Path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    plain = Weights(read_source(path)).own_projection(3, 128).weight
+    scaled = add_tensor(path, tmp_path / "scaled.gguf", "blk.3.attn_k.scale", np.array([0.25]))
+    found = Weights(read_source(scaled)).own_projection(3, 128).weight
+    np.testing.assert_array_equal(found[:64], plain[:64] / 4)
+    np.testing.assert_array_equal(found[64:], plain[64:])
 
 
 def system(n: int, n_right: int):

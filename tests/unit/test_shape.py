@@ -7,8 +7,10 @@ import gguf
 import pytest
 
 from converter.errors import FormatError, PlanError, UnsupportedArchitectureError
+from converter.header import read_header
 from converter.plan import make_plan
 from converter.shape import ARCHITECTURES, read_shape
+from converter.source import read_source
 from pop_local.measure.depth import boundaries
 from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split
 
@@ -96,6 +98,27 @@ def test_layers_that_are_not_there(tmp_path, n_layer, says):
     path.write_bytes(raw[:at] + struct.pack("<I", n_layer) + raw[at + 4 :])
     with pytest.raises(FormatError, match=says):
         read_shape(path)
+
+
+def test_what_is_not_a_whole_model_is_named(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    adapter = add_keys(path, tmp_path / "lora.gguf", general__type="adapter")
+    with pytest.raises(FormatError, match="a LoRA adapter"):
+        read_shape(adapter)
+    header = read_header(path)
+    vocabulary = tmp_path / "vocabulary.gguf"
+    raw = bytearray(path.read_bytes()[: header.keys_end])
+    raw[8:16] = struct.pack("<Q", 0)
+    vocabulary.write_bytes(raw.ljust(len(raw) + 64, b"\0"))
+    with pytest.raises(FormatError, match="a vocabulary and no layers"):
+        read_shape(vocabulary)
+
+
+def test_one_part_of_one_may_have_any_name(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    single = add_keys(path, tmp_path / "renamed.gguf", split__no=0, split__count=1)
+    assert read_shape(single) == read_shape(path)
+    assert read_source(single).name == "renamed.gguf"
 
 
 def test_layers_that_take_features_of_images_are_kept(tmp_path):
