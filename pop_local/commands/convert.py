@@ -172,8 +172,8 @@ def convert(
         typer.Option(
             "--force",
             "-f",
-            help="Replace an existing output. With --skip or --boundary: write a fit, too, that can"
-            " no longer copy from its prompt.",
+            help="Replace an existing output. With --skip or --boundary and no --quality or limit:"
+            " write a fit, too, that can no longer copy from its prompt.",
         ),
     ] = False,
     json: opt.Json = False,

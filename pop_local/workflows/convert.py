@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Literal
 from converter import rewrite
 from converter.errors import PopError, StoppedError, WriteError
 from converter.fit import KvType
-from converter.format import ATTENTION, FITTED, OWN, Budget, Measured, PopMeta
+from converter.format import ATTENTION, FITTED, OWN, Measured, PopMeta
 from converter.plan import Plan
 from converter.rewrite import Examine, Fitted, Sizes, check_target, measure
-from converter.shape import source_shape
+from converter.shape import source_shape, trained_ctx
 from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
 from converter.source import Source, read_source
+from converter.weights import Weights
 from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, Needs, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.measure.budget import BALANCED
@@ -165,10 +166,10 @@ def convert(
     itself, or both, or `Fastest()`, which chooses a selection, too. `fit` None leaves the skipped
     layers their own projections. `out` None is a name beside the model: NAME.pop.gguf, or
     NAME.pop-sidecar.gguf for a sidecar. With `resume` a fit that is stopped is kept beside `out`,
-    and a kept one goes on. `force` replaces an existing output, and writes a named depth that can
-    no longer copy, or find facts again. Raises PopError: OutputExistsError,
-    OverBudgetError, CopyingBrokenError and others; an earlier output stays then, and nothing new is
-    left. Raises StoppedError when the watch says so.
+    and a kept one goes on. `force` replaces an existing output, and writes a depth that is named
+    without a budget although it can no longer copy, or find facts again. Raises PopError:
+    OutputExistsError, OverBudgetError, CopyingBrokenError and others; an earlier output stays then,
+    and nothing new is left. Raises StoppedError when the watch says so.
     """
     planned = plan_conversion(model, out, depth, fit, rows, output, hardware, resume=resume)
     return run_conversion(planned, force=force, watch=watch)
@@ -218,6 +219,10 @@ def plan_conversion(
         from pop_local.workflows.fastest import recipes
 
         plans = recipes(shape, projection=projection, **vars(rows))
+    if fit is not None:
+        weights = Weights(source)
+        for layer in _deepest(plans).fitted_layers:
+            weights.require_readable(layer)
     if fit is not None and fit.distill:
         if plans[0].select or fit.mmproj:
             raise PopError(
@@ -250,11 +255,12 @@ def run_conversion(
         warnings.append(error)
         watch.on_warning(error)
 
+    _warn_of_short_contexts(conversion.source, warned)
     phases = Stopwatch()
     watched = replace(watch, on_warning=warned, on_stage=phases.before(watch.on_stage))
     run = _Run(conversion, force, watched)
     if isinstance(conversion.depth, Within):
-        plan, meta, trials = run.within(conversion.depth.budget)
+        plan, meta, trials = run.within(conversion.depth)
     elif conversion.plans[0].select:
         plan, meta = run.with_selection(conversion.plans)
         trials = ()
@@ -274,6 +280,20 @@ def run_conversion(
     )
 
 
+def _warn_of_short_contexts(source: Source, warn: Callable[[PopError], object]) -> None:
+    from pop_local.measure.quality import QualitySettings
+
+    trained, settings = trained_ctx(source.first), QualitySettings()
+    n_read = settings.n_context + settings.n_continuation
+    if trained is not None and 0 < trained < n_read:
+        warn(
+            PopError(
+                f"the model was trained on {trained:,} tokens and is measured on {n_read} at once",
+                "expect little of its figures",
+            )
+        )
+
+
 @dataclass(frozen=True)
 class _Run:
     """One conversion under way."""
@@ -282,16 +302,20 @@ class _Run:
     force: bool
     watch: Watch
 
-    def within(self, budget: Budget) -> tuple[Plan, PopMeta, tuple[Trial, ...]]:
+    def within(self, depth: Within) -> tuple[Plan, PopMeta, tuple[Trial, ...]]:
         from pop_local.workflows.search import search
 
         planned = self.conversion
         options = planned.fit or FitOptions()
-        with _resumable(options, self.watch):
+        is_named = depth.at is not None
+        if planned.fit is not None:
+            # A search finds out by itself which boundaries cannot copy.
+            self._examination(planned.deepest, allow_broken_copy=not is_named).before_fit()
+        with _resumable(options, self.watch, keeps_refused=is_named):
             chosen = search(
                 planned.source,
                 planned.plans,
-                budget,
+                depth.budget,
                 options,
                 planned.hardware,
                 self.watch,
@@ -381,11 +405,16 @@ class _Run:
 
 
 @contextmanager
-def _resumable(options: FitOptions, watch: Watch) -> Iterator[None]:
-    """Around a fit and what follows it: it is kept when that is stopped or cannot be written."""
+def _resumable(options: FitOptions, watch: Watch, *, keeps_refused: bool = False) -> Iterator[None]:
+    """Around a fit and what follows it: it is kept when that is stopped or cannot be written.
+
+    `keeps_refused`: over a budget, too, since the same depth may be asked for with another one.
+    """
+    keeping: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
+    keeping += (StoppedError, WriteError, *([OverBudgetError] if keeps_refused else []))
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, StoppedError, WriteError):
+    except keeping:
         if kept := ", ".join(map(str, options.kept())):
             watch.on_note(
                 f"What was read is kept in {kept}: the same conversion goes on from there."

@@ -269,7 +269,7 @@ class _Search:
 
     def _fit(self, wanted: Sequence[int]) -> None:
         """Fit the first of `wanted`, with others in the same pass over the text."""
-        options = self.options.at(wanted[0])
+        options = self.options if len(self.plans) == 1 else self.options.at(wanted[0])
         # A fit that is there goes on, whatever memory is free now.
         kept = kept_boundaries(options.state_path) if options.state_path else ()
         is_ours = wanted[0] in kept and {*kept} <= {*self.plans}

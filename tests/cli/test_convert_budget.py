@@ -126,14 +126,21 @@ def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     assert "custom allows KL 0.0001" in done.stdout
 
 
-def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path):
+def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path, monkeypatch):
     named = ("--text", letters, "--projection", "fitted", *FEW, "--skip", "1/2", "--json")
     refused = convert(tiny, *named, "--max-kl", 0.0001)
     assert (refused.exit_code, refused.stdout) == (1, "")
     said = " ".join(refused.stderr.split())
     assert "4 skipped layers lose more than the budget allows (KL 0.0001," in said
     assert names(tmp_path) == {"tiny.gguf"}
-    done = convert(tiny, *named, *LOOSE)
+    planned = json.loads(convert(tiny, *named, *LOOSE, "--dry-run").stdout)
+    assert (planned["boundary"], planned["budget"]["max_kl"]) == (4, 50)
+    # What was fitted is kept for another budget.
+    assert convert(tiny, *named, "--max-kl", 0.0001, "--resume").exit_code == 1
+    assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
+    with monkeypatch.context() as unread:
+        unread.setattr(activations.Reading, "window", None)
+        done = convert(tiny, *named, *LOOSE, "--resume")
     assert done.exit_code == 0, done.stderr
     [trial] = json.loads(done.stdout)["tried"]
     assert (trial["boundary"], trial["in_budget"]) == (4, True)

@@ -5,16 +5,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from converter import weights
 from converter.format import ATTENTION, read_pop_meta
 from pop_local.cli import app
 from pop_local.measure import budget, depth
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows import examine as examining
 from pop_local.workflows import fits
+from support.synthetic import make_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_examination")]
 
@@ -98,6 +101,45 @@ def test_a_fit_that_could_not_be_measured_is_not_begun(tiny, words, tmp_path, mo
     assert "the fit could not be measured: of a context of 512 tokens none" in done.stderr
     assert "lower --sink and --tail" in done.stderr
     assert not (tmp_path / "tiny.pop.gguf").exists()
+
+
+@pytest.mark.parametrize("depth", [(), ("--boundary", 5)])
+def test_no_search_is_begun_that_could_not_measure(tiny, words, monkeypatch, depth):
+    monkeypatch.setattr(fits, "calibrate", None)
+    given = (tiny, *depth, "--quality", "fast", "--text", words, "--tokens", 2048)
+    done = convert(*given, "--tail", 600)
+    assert done.exit_code == 1
+    assert "the fit could not be measured: of a context of 512 tokens none" in done.stderr
+
+
+def test_a_hopeless_depth_is_refused_unfitted_with_a_budget_too(tiny, words, monkeypatch):
+    monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
+    monkeypatch.setattr(fits, "calibrate", None)
+    given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--quality", "fast", "--force")
+    done = convert(tiny, *given)
+    assert done.exit_code == 1
+    assert "no fit brings that back" in " ".join(done.stderr.split())
+
+
+def test_a_context_shorter_than_what_is_measured_is_warned_of(tmp_path):
+    path = make_gguf(tmp_path / "short.gguf", "llama", n_ctx_train=256)
+    done = own(path, "--boundary", 5)
+    assert done.exit_code == 0, done.stderr
+    assert "trained on 256 tokens and is measured on 640" in " ".join(done.stderr.split())
+
+
+def test_what_only_a_fit_needs_is_refused_by_the_dry_run(tiny, monkeypatch):
+    with monkeypatch.context() as unknown:
+        unknown.setattr(weights, "dequantize", Mock(side_effect=NotImplementedError))
+        refused = convert(tiny, "--dry-run")
+        assert refused.exit_code == 1
+        assert "has a type that cannot be read here" in " ".join(refused.stderr.split())
+        assert convert(tiny, "--dry-run", "--projection", "own").exit_code == 0
+    with tiny.open("ab") as file:
+        file.write(bytes(4096))
+    refused = convert(tiny, "--dry-run")
+    assert refused.exit_code == 1
+    assert "bytes after its last tensor" in " ".join(refused.stderr.split())
 
 
 def test_without_a_backend_nothing_is_measured(tiny, tmp_path):

@@ -61,6 +61,8 @@ def show_converted(conversion: Conversion, done: Converted) -> None:
 def plan_json(conversion: Conversion) -> dict[str, Any]:
     """The plan as one object; of a search, the boundaries or recipes that may be chosen."""
     depth, wished, plans = conversion.depth, _wished(conversion), conversion.plans
+    if isinstance(depth, Within) and depth.at is not None:
+        return _object(conversion, wished, conversion.sizes, None) | {"budget": depth.budget}
     if not isinstance(depth, Within | Fastest):
         return _object(conversion, wished, conversion.sizes, None)
     found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
@@ -171,7 +173,8 @@ def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
     if fit is None or needs is None:
         return
     n_tokens, n = fit.n_tokens(plan.shape.n_embd), len(needs.groups)
-    at_most = "up to " if isinstance(conversion.depth, Within) else ""
+    depth = conversion.depth
+    at_most = "up to " if isinstance(depth, Within) and depth.at is None else ""
     passes = "one pass" if n == 1 else f"{at_most}{n} passes, {at_most}{n} times the work"
     distilled = ", then distilled" if fit.distill else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
