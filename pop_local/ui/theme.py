@@ -29,10 +29,17 @@ THEME = Theme(
 )
 
 
+class _Console(Console):
+    @property
+    def is_terminal(self) -> bool:
+        """A pipe is none: for rich it would be with FORCE_COLOR or TTY_COMPATIBLE."""
+        return super().is_terminal and (self._force_terminal is not None or self.file.isatty())
+
+
 def _console(*, stderr: bool) -> Console:
     # rich drops only the colours for NO_COLOR; without a colour system bold and dim go as well.
     plain = bool(os.environ.get("NO_COLOR"))
-    return Console(
+    return _Console(
         theme=THEME,
         stderr=stderr,
         highlight=False,

@@ -60,6 +60,21 @@ def test_facts_in_a_pipe_are_not_wrapped(capsys):
     assert capsys.readouterr().out.splitlines() == ["A       " + "x" * 200, "Longer  y"]
 
 
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_pipe_gets_the_bare_text_whatever_the_environment_says(monkeypatch, capsys, variable):
+    monkeypatch.setenv(variable, "1")
+    for stream, stderr in (("out", False), ("err", True)):
+        monkeypatch.setattr(theme, stream, theme._console(stderr=stderr))
+    monkeypatch.setattr(tables, "out", theme.out)
+    tables.print_table(SPEEDS)
+    print_facts([("A", "x" * 200)])
+    theme.note("a note")
+    printed = capsys.readouterr()
+    assert printed.out == f"{markdown(SPEEDS)}\nA  {'x' * 200}\n"
+    assert printed.err == "a note\n"
+    assert theme.look("terminal") == theme.LOOKS["plain"]
+
+
 NASTY = "\x1b]0;owned\x07a\nb\u202e\udcff é語"
 HARMLESS = r"\x1b]0;owned\x07a\nb\u202e\udcff é語"
 
