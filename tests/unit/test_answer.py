@@ -187,3 +187,12 @@ def test_nothing_that_markdown_leaves_out_is_lost(monkeypatch):
     lines = "\n".join(shown(text, 80, 20, 7, monkeypatch))
     for part in ("[1]: https://a.org", "plot", "https://x.org/p.png"):
         assert part in lines
+
+
+@pytest.mark.parametrize("width", [80, 24])
+def test_nothing_of_a_wide_table_is_lost(width, monkeypatch):
+    address = "https://example.org/" + "0123456789" * 8
+    table = f"| where | {'heading' * 9} |\n|---|--:|\n| {address} | `{'code' * 20}` |\n"
+    lines = shown(table, width, 60, 1000, monkeypatch)
+    seen, written = (sorted(filter(str.isalnum, text)) for text in ("".join(lines), table))
+    assert seen == written

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console
-from rich.markdown import Heading, Markdown, MarkdownElement
+from rich.markdown import Heading, Markdown, MarkdownElement, TableElement
 from rich.segment import Segment
 
 Lines = list[list[Segment]]
@@ -27,12 +27,24 @@ class _LeftHeading(Heading):
         yield self.text
 
 
+class _FoldedTable(TableElement):
+    """rich cuts off what is too wide for its column."""
+
+    def __rich_console__(self, console: Console, options: Any) -> Any:
+        tables: Any = super().__rich_console__(console, options)
+        for table in tables:
+            for column in table.columns:
+                column.overflow = "fold"
+            yield table
+
+
 class _Markdown(Markdown):
     """Line breaks stay where the model made them, links show where they lead."""
 
     elements: ClassVar[dict[str, type[MarkdownElement]]] = {
         **Markdown.elements,
         "heading_open": _LeftHeading,
+        "table_open": _FoldedTable,
     }
 
     def __init__(self, text: str, code_theme: str) -> None:
