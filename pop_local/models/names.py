@@ -117,6 +117,16 @@ def lookup(name: str) -> Model | None:
     return None
 
 
+def stored(name: str) -> Path | None:
+    """Return the file that lies in the models folder under a name, None when there is none.
+
+    It comes before one of the catalog, as `list` shows it and `rm` removes it by that name.
+    """
+    here = models_by_name(models_dir())
+    known = known_name(name, here)
+    return here[known][0] if known else None
+
+
 def resolve(model: str) -> Path:
     """Return the file of a model given by path or by name; the converted one is preferred.
 
@@ -136,13 +146,11 @@ def resolve_base(model: str) -> Path:
 def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
     if Path(model).is_file():
         return Path(model)
-    if Path(model).is_dir():
-        raise PopError(f"{model} is a folder", "give the GGUF file itself")
-    if Path(model).exists():
-        raise PopError(f"{model} is a pipe or a device, not a file", "give a GGUF file")
+    if path := stored(model):
+        return path
     entry = lookup(model)
     if entry is None:
-        return _stored(model)
+        raise _not_there(model)
     for file in files(entry):
         if (path := models_dir() / file).is_file():
             return path
@@ -154,26 +162,27 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
     )
 
 
-def _stored(model: str) -> Path:
-    """Return a file of the models folder by its name; by its path there was none."""
+def _not_there(model: str) -> PopError:
+    """Say what is wrong with a name that neither a file, the folder nor the catalog has."""
+    if Path(model).is_dir():
+        return PopError(f"{model} is a folder", "give the GGUF file itself")
+    if Path(model).exists():
+        return PopError(f"{model} is a pipe or a device, not a file", "give a GGUF file")
     if model.lower().startswith(_REMOTE):
-        raise PopError(
+        return PopError(
             f"{model} has to be fetched first",
             "fetch it, and give the file",
             cause="is-remote",
             model=model,
         )
     if os.sep in model or "/" in model:
-        raise PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
-    stored = models_by_name(models_dir())
-    if name := known_name(model, stored):
-        return stored[name][0]
-    here = {name: name for name in stored}
+        return PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
+    here = {name: name for name in models_by_name(models_dir())}
     if model.lower().endswith(".gguf"):
         beside = {file.name: file.name for file in Path().glob("*.gguf")}
         hint = nearest_hint(model, here | beside, "check the path")
-        raise PopError(f"there is no file {model}", hint, cause="unknown-model")
-    raise _unknown(f"there is no model named {model!r}", model, here)
+        return PopError(f"there is no file {model}", hint, cause="unknown-model")
+    return _unknown(f"there is no model named {model!r}", model, here)
 
 
 def _nearest_file_hint(path: Path) -> str:

@@ -8,7 +8,7 @@ from converter.sidecar import pop_of
 from converter.source import read_source
 from pop_local.fetching.catalog import fetch
 from pop_local.models.mmproj import mmproj_beside
-from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve
+from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve, stored
 from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.models.sizes import size
 from pop_local.models.stored import ModelFiles
@@ -114,10 +114,10 @@ def files_at_depth(model: str | None, sidecar: Path | None, watch: Watch) -> Mod
 
 
 def _entry(model: str | None) -> Model | None:
-    """The catalog's entry; None for a path."""
-    if model is not None and (Path(model).exists() or lookup(model) is None):
-        return None
-    return find(model or DEFAULT_MODEL)
+    """The catalog's entry; None for a path, and for what is stored under that name."""
+    if model is None:
+        return find(DEFAULT_MODEL)
+    return None if Path(model).is_file() or stored(model) else lookup(model)
 
 
 def _base(model: str | None, watch: Watch) -> Path:

@@ -112,6 +112,19 @@ def test_a_path_is_taken_as_it_is(store, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_stored_under_a_name_comes_before_the_catalog(store, capsys):
+    own = make_gguf(store / "smollm2.gguf", "llama", n_layer=4)
+    assert files("smollm2") == ModelFiles(own)
+    assert at_depth("smollm2") == own
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_does_not_hide_a_name_of_the_catalog(store, shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("smollm2").mkdir()
+    assert files("smollm2") == ModelFiles(store / "tiny.gguf", shipped)
+
+
 def test_unknown_names_and_paths_are_refused(store):
     for model in ("nonsense", "no/such/file.gguf"):
         with pytest.raises(PopError, match="there is no"):

@@ -248,6 +248,25 @@ def test_resolve_prefers_the_converted_file(tiny, store):
     assert resolve_base("tiny") == store / tiny.file
 
 
+@pytest.mark.parametrize("name", ["tiny", "TINY", "tiny.gguf"])
+def test_resolve_prefers_what_is_stored_under_a_name_of_the_catalog(tiny, store, name):
+    store.mkdir()
+    for file in (tiny.file, tiny.pop_file, "tiny.gguf"):
+        (store / file).touch()
+    assert resolve(name) == resolve_base(name) == store / "tiny.gguf"
+
+
+def test_a_folder_does_not_hide_a_name_of_the_catalog(tiny, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    store.mkdir()
+    (store / tiny.file).touch()
+    assert resolve("tiny") == store / tiny.file
+    (store / tiny.file).unlink()
+    with pytest.raises(PopError, match="not been fetched"):
+        resolve("tiny")
+
+
 def test_resolve_takes_paths(tmp_path):
     file = tmp_path / "model.gguf"
     file.touch()
