@@ -64,7 +64,6 @@ class _Turn:
         self._n_shown = 0
         self._sampled = model.sampled(prompt.tokens, options)
         self._n_decoded = 0
-        self._ended = False
         self._decode_s = 0.0
 
     def close(self) -> None:
@@ -95,14 +94,14 @@ class _Turn:
         if token == -1:
             yield Chunk("", self._stats("interrupted"))
             return
-        if self._begun:
+        if self._begun and self._options.grammar is None:  # a form has no room for it
             yield Chunk(self._begun)
         yield from self._decode(token)
 
     def _decode(self, token: int) -> Iterator[Chunk]:
         while True:
             self._n_decoded += 1
-            at_end = self._ended = self._is_end(token)
+            at_end = self._is_end(token)
             shown = "" if at_end else self._text.push(self._pieces[token])
             if self._logprobs is not None and (not at_end or self._options.has_end_logprob):
                 self._logprobs.push(token)
@@ -118,9 +117,9 @@ class _Turn:
         if self._logprobs is None:
             return Chunk(text, stats)
         self._n_shown += len(text.encode())
-        # The token that ends the answer begins where the text ends.
-        is_ended = stats is not None and self._ended
-        return Chunk(text, stats, self._logprobs.take(self._n_shown + is_ended))
+        # Last tokens without text begin where it ends; with a stop string they are cut off.
+        is_whole = stats is not None and not self._text.stopped
+        return Chunk(text, stats, self._logprobs.take(self._n_shown + is_whole))
 
     def _next_token(self) -> int:
         if self._model.epoch != self._epoch:

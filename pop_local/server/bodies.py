@@ -260,7 +260,12 @@ def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 class CompletionBody(Body):
     prompt: Annotated[Prompts, WrapValidator(_of_a_kind)]
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_TOP_LOGPROBS),
+        # A chat's false; to Pydantic it is the number 0, which asks for them.
+        BeforeValidator(lambda value: None if value is False else value),
+    ] = None
 
     @model_validator(mode="after")
     def _says_enough(self) -> "CompletionBody":

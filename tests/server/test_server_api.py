@@ -7,11 +7,13 @@ import pytest
 
 from pop_local.engine.turn import TurnOptions
 from pop_local.server import answers
+from pop_local.server.app import create_app
 from pop_local.server.bodies import ChatBody
 from pop_local.server.tasks import Tasks
 from support.asked import LONG, N_CTX, NAME, chat, complete, events, text_of
-from support.calls import read
-from support.serving import counted
+from support.calls import opened, read
+from support.serving import asking, counted
+from support.synthetic import TEMPLATE, make_gguf
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -268,6 +270,39 @@ def test_the_token_that_ends_a_completion_has_its_log_probability(client, stream
     pieces = events(complete(client, stream=True, **asked))
     found = [piece["choices"][0]["logprobs"] for piece in pieces]
     assert sum(len(one["tokens"]) for one in found if one) == 2
+
+
+def test_a_last_token_has_its_log_probability_whatever_its_text(tmp_path):
+    control = [f"<|{n}|>" for n in range(200)]
+    path = make_gguf(tmp_path / "control.gguf", "llama", n_vocab=512, control=control)
+    asked = {"max_tokens": 1, "logprobs": 1, "temperature": 10.0}
+    with asking(create_app(opened(path), NAME)) as client:
+        choices = [complete(client, seed=n, **asked).json()["choices"][0] for n in range(12)]
+    texts = [choice["text"] for choice in choices]
+    assert "" in texts and any(texts)
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [1] * 12
+
+
+def test_a_stop_string_leaves_no_log_probability_of_what_it_cut_off(client):
+    whole = complete(client, logprobs=0).json()["choices"][0]
+    cut = complete(client, logprobs=0, stop=whole["text"][3:5]).json()["choices"][0]
+    assert len("".join(cut["logprobs"]["tokens"])) <= len(whole["text"])
+    assert len(cut["logprobs"]["tokens"]) < len(whole["logprobs"]["tokens"])
+
+
+def test_false_asks_for_no_log_probabilities(client):
+    assert complete(client, logprobs=False).json()["choices"][0]["logprobs"] is None
+    found = complete(client, logprobs=True).json()["choices"][0]["logprobs"]
+    assert len(found["top_logprobs"][0]) >= 1
+
+
+def test_a_form_has_no_room_for_a_begun_thought(tmp_path):
+    thinks = TEMPLATE + "<think>\n"
+    path = make_gguf(tmp_path / "thinks.gguf", "llama", chat_template=thinks)
+    with asking(create_app(opened(path), NAME)) as client:
+        assert text_of(chat(client)).startswith("<think>")
+        wanted = {"type": "json_object", "schema": {"enum": [5]}}
+        assert json.loads(text_of(chat(client, response_format=wanted))) == 5
 
 
 def test_the_token_that_ends_a_chat_has_none(client):
