@@ -18,10 +18,13 @@ class CtrlC:
 def deferred_interrupt() -> Iterator[CtrlC]:
     """The first Ctrl-C is only remembered; a second one raises wherever the program is.
 
-    A KV cache must not be cut off between a decode and the count of its tokens.
+    A KV cache must not be cut off between a decode and the count of its tokens. Where Ctrl-C is
+    ignored, as in the background jobs of a script, it stays so.
     """
     interrupt = CtrlC()
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    # None: handled by something that is not Python's, which could not be put back.
+    if not is_main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         yield interrupt
         return
 
