@@ -4,15 +4,20 @@ import errno
 import io
 import sys
 
+import pytest
+
+from converter.errors import PopError
 from pop_local.ui.chat.line import piped_line
 from pop_local.ui.chat.repl import converse
 from support.scripted import STATS, ScriptedModel, Transcript, scripted_chat
 
 
+def piped(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
 def test_a_line_that_is_not_utf8_is_left_out(monkeypatch):
-    monkeypatch.setattr(
-        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff\xfe\ntwo\r\nGr\xc3\xbc\xc3\x9fe"))
-    )
+    piped(monkeypatch, b"one\n\xff\xfe\ntwo\r\nGr\xc3\xbc\xc3\x9fe")
     model = ScriptedModel(["One.", STATS], ["Two.", STATS], ["Three.", STATS])
     screen = Transcript()
     chat = scripted_chat(model, screen)
@@ -20,6 +25,21 @@ def test_a_line_that_is_not_utf8_is_left_out(monkeypatch):
     assert [messages[-1].content for messages in model.asked] == ["one", "two", "Grüße"]
     assert screen.shown.count("! that line is not UTF-8 text, and is left out") == 1
     assert chat.has_failed
+
+
+def test_a_mark_of_the_encoding_is_not_sent(monkeypatch):
+    piped(monkeypatch, "one\n".encode("utf-8-sig") * 2)
+    assert [piped_line(), piped_line()] == ["one", "one"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_not_asked(monkeypatch, encoding):
+    """As Windows PowerShell writes files."""
+    piped(monkeypatch, "hi\r\nyou\r\n".encode(encoding))
+    for _ in range(2):
+        with pytest.raises(PopError, match="not UTF-8 text") as failure:
+            piped_line()
+        assert failure.value.hint == "save it as UTF-8"
 
 
 def test_a_pipe_that_cannot_be_read_ends_the_chat():

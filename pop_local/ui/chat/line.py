@@ -3,6 +3,7 @@
 prompt_toolkit where a keyboard is; a pipe is read line by line, without a prompt.
 """
 
+import codecs
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -82,13 +83,18 @@ def piped_line(default: str = "") -> str:
     line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
+    # Each file that is piped in may begin with a mark.
+    line = line.removeprefix(codecs.BOM_UTF8)
     return _utf8(line.rstrip(b"\r\n").decode(errors="surrogateescape"))
 
 
 def _utf8(line: str) -> str:
-    """The line as it is. Raises PopError where bytes stand in it as surrogates."""
-    if any("\ud800" <= char <= "\udfff" for char in line):
-        raise PopError("that line is not UTF-8 text, and is left out", "send it as UTF-8")
+    """The line as it is. Raises PopError where bytes stand in it as surrogates, and for a NUL.
+
+    As UTF-8, each second character of UTF-16 is one.
+    """
+    if any("\ud800" <= char <= "\udfff" or char == "\0" for char in line):
+        raise PopError("that line is not UTF-8 text, and is left out", "save it as UTF-8")
     return line
 
 
