@@ -4,6 +4,7 @@ Nobody else is answered while a body is read: of a list one wrong entry is enoug
 have limits.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -52,9 +53,24 @@ _UNSUPPORTED = (
     "truncate_prompt_tokens",
     "lora",
     "continue_final_message",
+    "samplers",
+    "n_indent",
+    "include_stop_str_in_output",
 )
-# The one value of each that clients may send.
-_USUAL = {"n": 1, "best_of": 1, "typical_p": 1, "add_generation_prompt": True}
+# What clients may send of each: what the server does anyway.
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "n_cmpl": (1,),
+    "best_of": (1,),
+    "typical_p": (1,),
+    "top_n_sigma": (-1, 0),
+    "repeat_last_n": (64,),
+    "adaptive_target": (-1,),
+    "t_max_predict_ms": (-1, 0),
+    "reasoning_budget_tokens": (-1,),
+    "prompt_logprobs": (None,),
+    "add_generation_prompt": (True,),
+}
 
 
 class _Lenient(BaseModel):
@@ -168,14 +184,15 @@ class Sampling(_Lenient):
 class Body(Sampling):
     """What both kinds of request share; None stands for the server's default.
 
-    `n_predict` is llama.cpp's, where it comes before the others, too; `repetition_penalty` is
-    mlx-lm's name of `repeat_penalty`.
+    `n_predict` is llama.cpp's, where it comes before the others, too, and `max_completion_tokens`
+    OpenAI's newer name of `max_tokens`; `repetition_penalty` is mlx-lm's name of `repeat_penalty`.
     """
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Limit = Field(None, ge=0)
+    max_completion_tokens: Limit = Field(None, ge=1)
     n_predict: Limit = Field(None, ge=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = None
@@ -195,6 +212,12 @@ class Body(Sampling):
         return False
 
     @property
+    def limit(self) -> int | None:
+        """How many tokens to write at most, by the first of its names."""
+        given = (self.n_predict, self.max_completion_tokens, self.max_tokens)
+        return next((limit for limit in given if limit is not None), None)
+
+    @property
     def has_grammar(self) -> bool:
         """Whether the answer is kept to a form."""
         form = self.response_format
@@ -207,8 +230,12 @@ class Body(Sampling):
             if extra.get(name):
                 raise ValueError(f"{name} is not supported")
         for name, usual in _USUAL.items():
-            if extra.get(name) not in (None, usual):
-                raise ValueError(f"{name} must be {str(usual).lower()}: nothing else is supported")
+            if extra.get(name) not in (None, *usual):
+                raise ValueError(
+                    f"{name} must be {json.dumps(usual[0])}: nothing else is supported"
+                )
+        if extra.get("reasoning_effort") == "none":
+            raise ValueError("reasoning_effort: thinking cannot be switched off")
         if self.repeat_penalty is None:
             self.repeat_penalty = self.repetition_penalty
         form = self.response_format
@@ -221,7 +248,6 @@ class ChatBody(Body):
     messages: Annotated[
         list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     ]
-    max_completion_tokens: Limit = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -231,7 +257,7 @@ class ChatBody(Body):
 
     @model_validator(mode="after")
     def _says_enough(self) -> "ChatBody":
-        if self.max_tokens == 0 and self.n_predict is None:
+        if self.limit == 0:
             raise ValueError("max_tokens must be at least 1")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
@@ -269,6 +295,9 @@ class CompletionBody(Body):
 
     @model_validator(mode="after")
     def _says_enough(self) -> "CompletionBody":
-        if self.max_tokens == 0 and self.n_predict is None and not self.echo:
+        if self.limit == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1, unless the prompt is echoed")
+        # A chat's template writes them, so there it is vLLM's default.
+        if (self.model_extra or {}).get("add_special_tokens") is False:
+            raise ValueError("add_special_tokens must be true: nothing else is supported")
         return self

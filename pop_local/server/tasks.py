@@ -54,9 +54,8 @@ class Tasks:
         except PopError as error:
             raise ApiError(400, error.message, param="messages") from error
         self._check_length(len(prompt.tokens), "messages")
-        max_tokens = body.n_predict or body.max_completion_tokens or body.max_tokens
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        options = self._options(body, max_tokens, n_top_logprobs)
+        options = self._options(body, body.limit, n_top_logprobs)
         return Task(prompt, options, *self._mode(body.pop))
 
     def completion(self, body: CompletionBody) -> Task:
@@ -66,8 +65,7 @@ class Tasks:
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
-        asked = body.max_tokens if body.n_predict is None else body.n_predict
-        max_tokens = COMPLETION_TOKENS if asked is None else asked
+        max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
         pieces = Pieces(self._model.vocab, special=True)
         shown = prompt.tokens if body.echo or body.logprobs is not None else []

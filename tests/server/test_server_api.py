@@ -247,6 +247,12 @@ def test_what_clients_send_without_meaning_it_is_taken(client):
         "mirostat": 0,
         "n": 1,
         "add_generation_prompt": True,
+        "add_special_tokens": False,
+        "prompt_logprobs": None,
+        "reasoning_effort": "low",
+        "repeat_last_n": 64,
+        "top_n_sigma": -1.0,
+        "t_max_predict_ms": 0,
     }
     assert text_of(chat(client, **usual)) == text_of(chat(client))
 
@@ -255,6 +261,12 @@ def test_the_limit_of_llama_cpp_comes_first(client):
     answer = complete(client, n_predict=3, max_tokens=9).json()
     assert answer["usage"]["completion_tokens"] == 3
     assert chat(client, n_predict=3, max_tokens=9).json()["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_the_newer_name_of_the_limit(client, ask):
+    answer = ask(client, max_completion_tokens=3, max_tokens=None).json()
+    assert answer["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
