@@ -10,9 +10,11 @@ from jinja2 import TemplateError
 
 from converter.errors import PopError
 from pop_local.engine.answer import Answering, answer
+from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.images.mmproj import Seen
 from pop_local.engine.images.pictures import Picture
+from pop_local.engine.llama.upstream import LlamaGrammar
 from pop_local.engine.prompts import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.pruned import PrunedLlama
 from pop_local.engine.special_tokens import SpecialTokens, unused_marks
@@ -78,6 +80,18 @@ class ChatModel(PrunedLlama):
             return Prompt(self.tokens_of(text, add_bos=True))
 
         return answer(self, render, self._chosen(options))
+
+    def create_chat_completion(self, *arguments: Any, **options: Any) -> Any:
+        """As llama_cpp's, with this library's grammars of JSON schemas, as the server's.
+
+        Raises GrammarError for a response_format that an answer cannot be kept to.
+        """
+        schema = _schema_of(options.get("response_format") or {})
+        if schema is not None:
+            # llama_cpp's own let raw line ends into strings, and take no json_schema.
+            options["response_format"] = None
+            options["grammar"] = LlamaGrammar(_grammar=self.grammars.of_schema(schema))
+        return super().create_chat_completion(*arguments, **options)
 
     def _chosen(self, options: dict[str, Any]) -> TurnOptions:
         chosen: dict[str, Any] = self.recommended | options
@@ -182,6 +196,18 @@ def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Pic
         pieces += [message.content[at:offset], mark]
         at = offset
     return "".join([*pieces, message.content[at:]])
+
+
+def _schema_of(form: dict[str, Any]) -> Any:
+    """The JSON schema that a response_format asks for, None for any text."""
+    match form.get("type", "text"), form:
+        case "text", _:
+            return None
+        case "json_object", _:
+            return form.get("schema") or {"type": "object"}
+        case "json_schema", {"json_schema": {"schema": schema}}:
+            return schema
+    raise GrammarError(f"there is no response_format like {form}")
 
 
 def _encoded(text: str) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pop_local import PopModel
+from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.llama import backend
 from support.converted import tiny
 from support.synthetic import TEMPLATE
@@ -100,3 +101,33 @@ def test_an_answer_follows_a_json_schema(model, temperature):
         lambda: list(model.create_chat_completion(MESSAGES, seed=1, stream=True, **options)),
     )
     assert json.loads(joined(chunks)) == answered
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_object", "schema": {"const": "C:\\new\nline"}},
+        {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"enum": ["C:\\new\nline"]}},
+        },
+    ],
+)
+def test_json_that_is_asked_for_is_escaped(model, form):
+    reply = model.create_chat_completion(MESSAGES, response_format=form, max_tokens=60)
+    assert json.loads(content(reply)) == "C:\\new\nline"
+
+
+def test_an_answer_without_a_form_is_any_text(model):
+    for form in (None, {"type": "text"}):
+        reply = model.create_chat_completion(MESSAGES, response_format=form, **GREEDY)
+        assert content(reply) == content(model.create_chat_completion(MESSAGES, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"type": "xml"}, {"type": "json_schema"}, {"type": "json_object", "schema": {"type": 5}}],
+)
+def test_a_form_that_cannot_be_kept_to_is_refused(model, form):
+    with pytest.raises(GrammarError):
+        model.create_chat_completion(MESSAGES, response_format=form)
