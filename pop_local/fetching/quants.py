@@ -26,26 +26,35 @@ _MAX_LISTED = 40
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model of a repository: its name there without the ending, and its files in order."""
+    """A model of a repository: its name there without the ending, and its files in order.
+
+    `missing`: the first part that the repository lacks, "" where all are there.
+    """
 
     name: str
     files: tuple[str, ...]
+    missing: str = ""
 
 
 def _choices(files: Sequence[str]) -> tuple[Candidate, ...]:
     """Return the models among a repository's files; the parts of a split one are one."""
-    found: list[Candidate] = []
+    found: dict[tuple[str, int], Candidate] = {}
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     for name in sorted(by_name):
         part = part_of(name)
         if part is None:
-            found.append(Candidate(name.removesuffix(SUFFIX), (by_name[name],)))
-        elif part.number == 1:
+            found[name, 1] = Candidate(name.removesuffix(SUFFIX), (by_name[name],))
+        elif (part.stem, part.count) not in found:
             parts = part_names(part.stem, part.count)
-            if missing := [each for each in parts if each not in by_name]:
-                raise PopError(f"the repository lacks {missing[0]}", "take another file of it")
-            found.append(Candidate(part.stem, tuple(by_name[each] for each in parts)))
-    return tuple(found)
+            here = tuple(by_name[each] for each in parts if each in by_name)
+            missing = next((each for each in parts if each not in by_name), "")
+            found[part.stem, part.count] = Candidate(part.stem, here, missing)
+    return tuple(found.values())
+
+
+def _whole(models: list[Candidate]) -> list[Candidate]:
+    """Return those without a missing part; all, where each lacks one."""
+    return [model for model in models if not model.missing] or models
 
 
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
@@ -75,25 +84,27 @@ def choose(repo: str, files: Sequence[str], wanted: str) -> Candidate:
 
     Raises PopError listing the choices when there is none, or more than one.
     """
-    known = _choices(files)
-    models = [choice for choice in known if not _HELPERS.search(choice.name)]
+    known = list(_choices(files))
     if not known:
         raise PopError(f"{repo} has no GGUF files", "look for a repository of that model with them")
-    if not wanted:
-        if len(models) == 1:
-            return models[0]
-        wanted = next((quant for quant in PREFERRED if _matching(models, quant)), "")
-    if not wanted:
-        raise PopError(f"{repo} has several models; say which", _listed(repo, models))
-    found = _named(known, models, wanted)
-    if len(found) == 1:
-        return found[0]
-    if found:
+    models = [choice for choice in known if not _HELPERS.search(choice.name)]
+    whole = _whole(models)
+    if not wanted and len(whole) != 1:
+        known = models = whole
+        wanted = next((quant for quant in PREFERRED if _matching(whole, quant)), "")
+        if not wanted:
+            raise PopError(f"{repo} has several models; say which", _listed(repo, whole))
+    found = _whole(_named(known, models, wanted)) if wanted else whole
+    if not found:
+        raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, whole))
+    if len(found) > 1:
         raise PopError(f"{wanted!r} names {len(found)} files of {repo}", _listed(repo, found))
-    raise PopError(f"{repo} has no file named {wanted!r}", _listed(repo, models))
+    if found[0].missing:
+        raise PopError(f"the repository lacks {found[0].missing}", "take another file of it")
+    return found[0]
 
 
-def _named(known: Sequence[Candidate], models: list[Candidate], wanted: str) -> list[Candidate]:
+def _named(known: list[Candidate], models: list[Candidate], wanted: str) -> list[Candidate]:
     exact = [choice for choice in known if wanted in (choice.name, *choice.files)]
     stem = wanted.lower().removesuffix(".gguf")
     by_file_name = [c for c in known if c.name.lower().rpartition("/")[2] == stem]

@@ -73,12 +73,29 @@ def test_the_usual_one(files, found):
         (["a.gguf", "b.gguf"], "", "several models", "hf:a/b:NAME from a, b"),
         (["README.md", "model.safetensors"], "", "has no GGUF files", ""),
         (["x-00001-of-00002.gguf"], "", "lacks x-00002-of-00002.gguf", ""),
+        ([BF16[0], "model-Q8_0.gguf"], "bf16", f"lacks {BF16[1]}", "another file"),
+        ([BF16[1], "model-Q8_0.gguf"], BF16[1], f"lacks {BF16[0]}", "another file"),
+        ([BF16[0], "a.gguf", "b.gguf"], "", "several models", "from a, b"),
     ],
 )
 def test_what_is_unclear_lists_the_choices(files, wanted, message, listed):
     with pytest.raises(PopError, match=message) as failure:
         choose("a/b", files, wanted)
     assert listed in failure.value.hint
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted", "found"),
+    [
+        (["x-Q4_K_M-00001-of-00002.gguf", "x-Q8_0.gguf", "x-F16.gguf"], "", "x-Q8_0"),
+        (["x-Q4_K_M-00001-of-00002.gguf", "x-F16.gguf"], "", "x-F16"),
+        (["Q4_K_M-00001-of-00002.gguf", "x-Q4_K_M.gguf", "x-F16.gguf"], "", "x-Q4_K_M"),
+        (["x-Q4_K_M-00001-of-00002.gguf", "x-F16.gguf", "x-Q8_0.gguf"], "F16", "x-F16"),
+        (["x-Q8_0-00001-of-00002.gguf", "x-Q8_0.gguf", "x-F16.gguf"], "q8_0", "x-Q8_0"),
+    ],
+)
+def test_a_split_that_lacks_a_part_spoils_no_other(files, wanted, found):
+    assert choose("a/b", files, wanted) == Candidate(found, (f"{found}.gguf",))
 
 
 def test_a_long_list_is_cut():
