@@ -37,9 +37,22 @@ from pop_local.engine.prefill.kv_state import (
     PopState,
     context_state,
     conversion,
+    own_sha256,
     restore_context_state,
 )
 from pop_local.engine.prefill.plan import NO_ENDS, n_equal
+
+# Fields of llama_context_params, as `Llama` sets them where nobody says otherwise.
+_ROPE = {
+    "rope_freq_base": 0.0,
+    "rope_freq_scale": 0.0,
+    "rope_scaling_type": -1,
+    "yarn_ext_factor": -1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_orig_ctx": 0,
+}
 
 
 class KvLlama(SeeingLlama):
@@ -142,13 +155,15 @@ class KvLlama(SeeingLlama):
         self.epoch = 0
         self._batch_rows = TokenBatch(self.n_batch)
         self._stack.callback(self._batch_rows.close)
-        self._stack.callback(self.close_mmproj)
+        if self._mmproj:
+            self._stack.callback(self._mmproj.close)
         n_ubatch = self.context_params.n_ubatch
         self.deep = DeepPasses(self.ctx, self.rows, self.interrupt, n_ubatch, on_device=on_device)
         self.select = 0.0
         self.selection = Selection()
         self.online = OnlineRefill(self.deep, 0)
         self._n_refilled = 0
+        self._opened_by = os.getpid()
         # Of the last prompt's images.
         self.encode_s = 0.0
         self.set_depth(select, keep_states=keep_states)
@@ -158,6 +173,23 @@ class KvLlama(SeeingLlama):
     def vocab(self) -> Any:
         """llama.cpp's vocabulary, for Pieces and the backend's bindings."""
         return self._model.vocab
+
+    @cached_property
+    def loaded_with(self) -> str:
+        """In words, the options of `Llama` that K/V depend on, where they are not its defaults."""
+        found = {name: getattr(self.context_params, name) for name in _ROPE}
+        given = [f"{name} {value:g}" for name, value in found.items() if value != _ROPE[name]]
+        if self.kv_overrides:
+            given.append(f"keys {self.kv_overrides}")
+        if self.lora_sha256:
+            given.append(f"LoRA {self.lora_sha256[:16]} x {self.lora_scale:g}")
+        return "".join(f", {each}" for each in given)
+
+    @cached_property
+    def model_key(self) -> str:
+        """What tells its K/V from those of other models, whatever is pruned."""
+        sha256 = own_sha256(read_source(Path(self.model_path)))
+        return f"model {sha256[:16]}{self.loaded_with}, images {self.mmproj_key}"
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -268,7 +300,8 @@ class KvLlama(SeeingLlama):
     # The KV cache
 
     def clear(self) -> None:
-        """Empty the KV cache."""
+        """Empty the KV cache. Raises PopError while a batch is computed."""
+        self.interrupt.require_idle()
         self.n_tokens = 0
         self.rows.forget_from(0)
         self._requires_eval = True
@@ -283,8 +316,9 @@ class KvLlama(SeeingLlama):
     def truncate(self, n_tokens: int) -> bool:
         """Forget all cached tokens but the first, which end with no part of an image.
 
-        Returns False for a memory that cannot do so.
+        Returns False for a memory that cannot do so. Raises PopError while a batch is computed.
         """
+        self.interrupt.require_idle()
         n_tokens = max(0, min(n_tokens, self.n_tokens))
         if self._lacks_rows_before(n_tokens) or not self._forget_from(n_tokens):
             return False
@@ -319,7 +353,8 @@ class KvLlama(SeeingLlama):
 
     def set_cache(self, cache: BaseLlamaCache | None) -> None:
         """Keep prompts that another one drives out of the KV cache; None keeps no more of them."""
-        self.cache = None if cache is None else KeyedCache(cache, self.mode_key)
+        key = f"{self.model_key}, {self.mode_key}"
+        self.cache = None if cache is None else KeyedCache(cache, key)
 
     def _keep(self) -> None:
         size = api.llama_state_get_size(self.ctx) if self.cache and self.n_tokens else 0
@@ -338,14 +373,18 @@ class KvLlama(SeeingLlama):
             self._keep()
         if tokens in self.cache:
             state = self.cache[tokens]
-            if n_equal(tokens, state.input_ids[: state.n_tokens]) > n_same:
+            kept = state.input_ids[: state.n_tokens]
+            if n_equal(tokens, kept) > n_same:
                 self.load_state(state)
+            else:  # a cache on disk has given it away
+                self.cache[kept.tolist()] = state
 
     def save_state(self) -> PopState:
         self._forget_from(self.n_tokens)  # what was decoded of a batch that failed
         kv = context_state(self.ctx)
         return PopState(
             key=self.kv_key,
+            model=self.model_key,
             is_full=self.rows.is_full[: self.n_tokens].copy(),
             positions=self.rows.positions[: self.n_tokens + 1].copy(),
             input_ids=self.input_ids.copy(),
@@ -357,7 +396,15 @@ class KvLlama(SeeingLlama):
         )
 
     def load_state(self, state: LlamaState) -> None:
-        """Take over a saved KV cache. Raises PopError for another mode, boundary or conversion."""
+        """Take over a saved KV cache.
+
+        Raises PopError for another model, mode, boundary or conversion, and on one that prunes for
+        what llama_cpp's own `Llama` saved, which does not know its pruned rows.
+        """
+        if not isinstance(state, PopState) and self.boundary:
+            raise PopError("the saved state does not say which rows are pruned", "read it again")
+        if isinstance(state, PopState) and state.model not in ("", self.model_key):
+            raise PopError("the saved state belongs to another model", "read the prompt again")
         key = state.key if isinstance(state, PopState) else FULL
         if not self.takes(str(key)):
             raise PopError(
@@ -422,8 +469,9 @@ class KvLlama(SeeingLlama):
         }
 
     def close(self) -> None:
+        """Free the model, at the end of what llama.cpp computes now, which is stopped."""
         # __del__ calls it after a failed __init__ too.
-        if hasattr(self, "_stack"):
+        if hasattr(self, "_stack") and not self.interrupt.postponed(self.close):
             if hasattr(self, "online"):
                 self.online.end()
             super().close()

@@ -1,5 +1,6 @@
 """How prompts are read, answers sampled, and rows given their depth afterwards."""
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -110,6 +111,7 @@ class PrunedLlama(KvLlama):
         full_from: int,
         last: Outputs,
     ) -> None:
+        epoch = self.epoch
         with self.interrupt.watching(self.ctx):
             for start, end in plan.chunks:
                 # llama_cpp asks for the logits of each batch's last token, which makes it full.
@@ -119,6 +121,8 @@ class PrunedLlama(KvLlama):
                 else:
                     self._decode(tokens[start:end], outputs, rule, full_from)
                 self.interrupt.check()
+                if self.epoch != epoch:
+                    raise DisplacedError
                 self._report(end, plan.n_tokens)
 
     def _can_select(self, plan: PrefillPlan) -> bool:
@@ -232,6 +236,7 @@ class PrunedLlama(KvLlama):
         self.rows.read(start, full, keeps_states=keeps_states, positions=positions)
 
     def _make_room(self, n_tokens: int) -> None:
+        self._require_usable()
         total = self.n_tokens + n_tokens
         if total > self._n_ctx:
             larger = total + 256
@@ -243,6 +248,14 @@ class PrunedLlama(KvLlama):
             )
         logs.forget_errors()
         self._forget_from(self.n_tokens)
+
+    def _require_usable(self) -> None:
+        self.interrupt.require_idle()
+        if os.getpid() != self._opened_by:
+            raise PopError(
+                "the model was opened by another process, whose threads a fork does not have",
+                "open it in the process that asks it",
+            )
 
     # Generation
 
@@ -257,9 +270,19 @@ class PrunedLlama(KvLlama):
         tokens = list(tokens)
         if options.pop("reset", True):
             tokens = self._unread(tokens)
+        steps = super().generate(tokens, *args, **options | {"reset": False})
+        sent = None
         try:
-            yield from super().generate(tokens, *args, **options | {"reset": False})
+            while True:
+                token = steps.send(sent)
+                epoch = self.epoch
+                sent = yield token
+                if self.epoch != epoch:
+                    raise DisplacedError
+        except StopIteration:
+            return
         finally:
+            steps.close()
             self.online.end()
 
     def _unread(self, tokens: list[int]) -> list[int]:
@@ -277,10 +300,15 @@ class PrunedLlama(KvLlama):
     def _n_usable(self, tokens: Sequence[int]) -> int:
         """How many cached rows a prompt may reuse.
 
-        A reading that was stopped before its selection left the sink pruned. Where that cannot be
+        With a selection, no pruned ones without their states, which a saved KV cache lacks. A
+        reading that was stopped before its selection left the sink pruned. Where that cannot be
         made up for, none.
         """
         usable = n_usable(tokens, self._input_ids, self.rows.is_full, self.rule)
+        if self.select:
+            # From there on none could be selected.
+            lost = ~(self.rows.is_full | self.rows.has_state)[:usable]
+            usable = int(lost.argmax()) if lost.any() else usable
         n_sink = min(usable, self.rule.sink_tokens)
         can_deepen = bool(self.select) and bool(self.rows.has_state[:n_sink].all())
         return usable if can_deepen or self.rows.is_full[:n_sink].all() else 0
@@ -347,6 +375,7 @@ class PrunedLlama(KvLlama):
         chunk runs and after it (a chunk takes a second, on a device a fifth of it; one that was
         ended is done again the next time). `on_progress` gets (done_rows, total_rows).
         """
+        self._require_usable()
         first, total = self.n_exact, self.n_refillable
 
         def advance() -> None:

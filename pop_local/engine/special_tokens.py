@@ -5,6 +5,7 @@ With `<|im_end|>` and the like in it, a document could end its turn and begin on
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 from pop_local.engine.llama.backend import bindings
 
@@ -15,13 +16,14 @@ _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a plane for private use
 class SpecialTokens:
     """Those of a vocabulary that llama.cpp looks for in a text only when it is told to.
 
-    `tokenize(text, special)` is the model's, without a token at the beginning.
+    `tokenize(text, special)` is a method of the model, without a token at the beginning.
     """
 
     def __init__(self, vocab: Any, tokenize: Callable[[str, bool], list[int]]) -> None:
         self._api = bindings()
         self._vocab = vocab
-        self._tokenize = tokenize
+        # The model has this object: with it in turn, only the garbage collector would free both.
+        self._tokenize = WeakMethod(tokenize)
 
     def spelled(self, tokens: Iterable[int], texts: Sequence[str]) -> list[str]:
         """The special tokens among `tokens` that one of the texts spells out."""
@@ -41,9 +43,9 @@ class SpecialTokens:
             part = text[at:end]
             part = part.lstrip(_SPACES) if is_stripped else part
             part = part.rstrip(_SPACES) if until_text else part
-            found.extend(self._tokenize(part.translate(restored), False) if part else ())
+            found.extend(self._tokens_of(part.translate(restored), False) if part else ())
 
-        for token in self._tokenize(text, True):
+        for token in self._tokens_of(text, True):
             special = self._text(token) if self._is_special(token) else ""
             start = text.find(special, at) if special else -1
             if start < 0:
@@ -55,6 +57,11 @@ class SpecialTokens:
             is_stripped = bool(attributes & self._api.LLAMA_TOKEN_ATTR_RSTRIP)
         add(len(text), False)
         return found
+
+    def _tokens_of(self, text: str, special: bool) -> list[int]:
+        tokenize = self._tokenize()
+        assert tokenize is not None, "the model outlives its tokens"
+        return tokenize(text, special)
 
     def _attributes(self, token: int) -> int:
         return int(self._api.llama_vocab_get_attr(self._vocab, token))

@@ -282,6 +282,20 @@ def test_a_later_question_selects_among_all_rows(pop_file):
     assert model.selection.n_deep == 30
 
 
+def test_rows_without_states_are_read_again_for_a_selection(pop_file):
+    model = opened(pop_file, select=0.1)
+    said = prompt(300)
+    read(model, said)
+    state = model.save_state()
+    read(model, prompt(100, seed=2))
+    model.load_state(state)
+    said += prompt(30, seed=1)
+    expected = read(opened(pop_file, select=0.1), said)
+    backend.reset_counters(model.ctx)
+    np.testing.assert_allclose(read(model, said), expected, atol=NOISE)
+    assert model.selection.n_selected > 20
+
+
 def attention(path, tokens, layers, monkeypatch):
     """What the full model's softmax gives: [n_head, n_rows, n_rows] of each layer."""
     found = {}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from llama_cpp import LlamaRAMCache
+from llama_cpp import Llama, LlamaRAMCache
 
 from converter.errors import PopError
 from pop_local.engine.answer import answer
@@ -259,3 +259,51 @@ def test_a_window_that_nobody_knows_of_may_have_dropped_rows(tmp_path):
     tokens = prompt(400)[:100] + prompt(60, seed=1)
     expected = read(opened(path, n_ctx=512, swa_full=False), tokens)
     np.testing.assert_allclose(read(model, tokens), expected, atol=NOISE)
+
+
+def test_a_prompt_cache_is_not_shared_between_models(pop_file, tmp_path):
+    cache, tokens = LlamaRAMCache(), prompt(100)
+    paths = [make_gguf(tmp_path / f"{seed}.gguf", "llama", seed=seed) for seed in (0, 1)]
+    first, other = map(opened, paths)
+    first.set_cache(cache)
+    completed(first, tokens, max_tokens=1)
+    other.set_cache(cache)
+    assert other.cache is not None and tokens not in other.cache
+    with pytest.raises(PopError, match="another model"):
+        other.load_state(first.save_state())
+    again = opened(paths[0])
+    again.set_cache(cache)
+    assert again.cache is not None and tokens in again.cache
+
+
+def test_a_state_that_does_not_know_its_pruned_rows_is_refused(pop_file):
+    model = opened(pop_file)
+    read(model, prompt(100))
+    with pytest.raises(PopError, match="which rows are pruned"):
+        model.load_state(Llama.save_state(model))
+
+
+def test_a_cache_that_gives_its_states_away_gets_them_back(pop_file):
+    """As LlamaDiskCache does."""
+
+    class Giving(LlamaRAMCache):
+        def __getitem__(self, key):
+            found = super().__getitem__(key)
+            self.cache_state.clear()
+            return found
+
+    model = opened(pop_file)
+    model.set_cache(Giving())
+    n_read(model, prompt(100))
+    n_read(model, prompt(100, seed=1))
+    n_read(model, prompt(100, seed=1)[:60] + prompt(40, seed=2))
+    assert n_read(model, prompt(100)) <= 16
+
+
+def test_a_completion_does_not_go_on_over_another_prompt(pop_file):
+    model = opened(pop_file)
+    stream = model.create_completion(prompt(100), max_tokens=50, temperature=0.0, stream=True)
+    next(iter(stream))
+    read(model, prompt(50, seed=1))
+    with pytest.raises(PopError, match="another answer begun"):
+        list(stream)

@@ -21,11 +21,6 @@ class SeeingLlama(Llama):
         """Take an mmproj; the arguments are its own. Raises PopError for what is none."""
         self._mmproj = Mmproj(path, use_gpu=use_gpu, max_tokens=max_tokens, should_stop=should_stop)
 
-    def close_mmproj(self) -> None:
-        """Free it, before the model that it belongs to."""
-        if self._mmproj:
-            self._mmproj.close()
-
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         of_mmproj = self._mmproj and self._mmproj.max_tokens

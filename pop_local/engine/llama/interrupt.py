@@ -39,6 +39,8 @@ class Interrupt:
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._pending: list[tuple[int, FrameType | None]] = []
         self._is_watching = False
+        self._is_asking = False
+        self._at_end: Callable[[], None] | None = None
         self.should_stop: Callable[[], bool] | None = None
 
     @contextmanager
@@ -60,7 +62,24 @@ class Interrupt:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             self._raised = None
+            at_end, self._at_end = self._at_end, None
+            if at_end is not None:
+                at_end()
             self._deliver()
+
+    def postponed(self, work: Callable[[], None]) -> bool:
+        """Whether llama.cpp computes now: it is stopped then, and `work` is done at its end."""
+        if self._is_watching:
+            self._at_end = work
+        return self._is_watching
+
+    def require_idle(self) -> None:
+        """Raises PopError for whoever is asked whether to stop, in the midst of a batch."""
+        if self._is_asking:
+            raise PopError(
+                "the model computes, and only waits to hear whether it should stop",
+                "ask it for more once this answer has ended",
+            )
 
     def check(self) -> None:
         """To be called after each batch: raises what the callback could not raise.
@@ -76,12 +95,15 @@ class Interrupt:
     def is_wanted(self) -> bool:
         """Whether to stop, for whatever runs between two batches; `check` then says why."""
         if self._raised is None:
+            self._is_asking = True
             try:
                 self._deliver()
                 if self._wanted():  # which need not be said again
                     self._raised = StoppedError()
             except BaseException as error:
                 self._raised = error
+            finally:
+                self._is_asking = False
         return self._raised is not None
 
     def _put_off_signals(self) -> None:
@@ -102,4 +124,6 @@ class Interrupt:
             self._handlers[number](number, frame)
 
     def _wanted(self) -> bool:
+        if self._at_end is not None:
+            return True
         return self.should_stop is not None and self.should_stop()

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from operator import mul
 from pathlib import Path
+from threading import RLock
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -21,6 +22,9 @@ from pop_local.engine.llama.rpc import Servers
 from pop_local.engine.prefill.plan import RowRule
 
 DEFAULT_CTX = 8192
+# llama_cpp sends stdout and stderr nowhere meanwhile (suppress_stdout_stderr): of two at once, the
+# last would bring back what the first has left.
+_LOADING = RLock()
 # Of the model that this thread opens; none for llama.cpp's own way of finding parts.
 _wanted: ContextVar[tuple[Path, ...]] = ContextVar("wanted", default=())
 _servers: ContextVar[Servers | None] = ContextVar("servers", default=None)
@@ -44,13 +48,14 @@ def loading(base: Source, sidecar: Path | None, servers: Servers | None) -> Iter
     and offers no other way in.
     """
     _install(backend.bindings())
-    files = _wanted.set(() if sidecar is None else (*base.paths, sidecar))
-    on = _servers.set(servers)
-    try:
-        yield
-    finally:
-        _wanted.reset(files)
-        _servers.reset(on)
+    with _LOADING:
+        files = _wanted.set(() if sidecar is None else (*base.paths, sidecar))
+        on = _servers.set(servers)
+        try:
+            yield
+        finally:
+            _wanted.reset(files)
+            _servers.reset(on)
 
 
 def _install(api: ModuleType) -> None:

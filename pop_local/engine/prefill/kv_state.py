@@ -32,14 +32,25 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     keys = replace(keys, measured=None, refilled=None, recall=None, budget=None)
     digest = hashlib.sha256(b"".join(encode_keys(keys)))
     for header in base.parts if sidecar is None else (read_header(sidecar),):
-        _add_tensors(digest, header)
+        _add_tensors(digest, header, are_fitted=True)
     return f"{meta.projection} projections {digest.hexdigest()[:16]}"
 
 
-def _add_tensors(digest: Any, header: Header) -> None:
+def own_sha256(source: Source) -> str:
+    """Tells two models of one shape apart by the beginnings of their tensors.
+
+    A model and its conversion have the same.
+    """
+    digest = hashlib.sha256()
+    for header in source.parts:
+        _add_tensors(digest, header, are_fitted=False)
+    return digest.hexdigest()
+
+
+def _add_tensors(digest: Any, header: Header, *, are_fitted: bool) -> None:
     with header.path.open("rb") as file:
         for tensor in header.tensors:
-            if TENSOR_MARK in tensor.name:
+            if (TENSOR_MARK in tensor.name) is are_fitted:
                 digest.update(f"{tensor.name} {tensor.dims} {tensor.type}".encode())
                 file.seek(header.data_start + tensor.offset)
                 digest.update(file.read(min(tensor.size_bytes, SAMPLED_BYTES)))
@@ -53,11 +64,6 @@ class KvKey:
     boundary: int
     conversion: str = NO_CONVERSION
 
-    @property
-    def as_token(self) -> int:
-        """A number that is no token, one for each key."""
-        return -1 - int.from_bytes(str(self).encode(), "big")
-
     def __str__(self) -> str:
         if self.mode is Mode.OFF:
             return "mode OFF"
@@ -70,7 +76,7 @@ FULL = KvKey(Mode.OFF, 0)
 class PopState(LlamaState):
     """A LlamaState, and of each of its tokens whether it ran all layers, and where it stands.
 
-    `positions`: as of CachedRows.
+    `positions`: as of CachedRows. `model`: whose it is (KvLlama.model_key), "" if nobody knows.
     """
 
     def __init__(
@@ -79,10 +85,12 @@ class PopState(LlamaState):
         key: KvKey,
         is_full: np.ndarray,
         positions: np.ndarray,
+        model: str = "",
         **fields: Any,
     ) -> None:
         super().__init__(**fields)
         self.key = key
+        self.model = model
         self.is_full = is_full
         self.positions = positions
 
@@ -132,12 +140,13 @@ class PromptCache(LlamaRAMCache):
 
 
 class KeyedCache(BaseLlamaCache):
-    """A prompt cache of llama_cpp in which only states of the model's own key are found."""
+    """A prompt cache of llama_cpp in which only states of one key are found."""
 
-    def __init__(self, cache: BaseLlamaCache, key: KvKey) -> None:
+    def __init__(self, cache: BaseLlamaCache, key: str) -> None:
         super().__init__(cache.capacity_bytes)
         self.cache = cache
-        self.key = key
+        # A number that is no token, one for each key.
+        self._mark = -1 - int.from_bytes(key.encode(), "big")
 
     @property
     def cache_size(self) -> int:
@@ -153,4 +162,4 @@ class KeyedCache(BaseLlamaCache):
         self.cache[self._keyed(tokens)] = state
 
     def _keyed(self, tokens: Sequence[int]) -> list[int]:
-        return [self.key.as_token, *tokens]
+        return [self._mark, *tokens]

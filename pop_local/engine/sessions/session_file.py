@@ -50,21 +50,11 @@ from pop_local.engine.sessions.schema import (
 )
 
 SUFFIX = ".popsession"
+_NO_STATES = "none could be selected for a later question"
 _NOT_SAVED = "they had made room for another conversation when it was saved"
 _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
-# Fields of llama_context_params, as `Llama` sets them where nobody says otherwise.
-_ROPE = {
-    "rope_freq_base": 0.0,
-    "rope_freq_scale": 0.0,
-    "rope_scaling_type": -1,
-    "yarn_ext_factor": -1.0,
-    "yarn_attn_factor": 1.0,
-    "yarn_beta_fast": 32.0,
-    "yarn_beta_slow": 1.0,
-    "yarn_orig_ctx": 0,
-}
 _NAME = re.compile(r"\w[\w .+-]{0,79}")
 # What zipfile and the schema raise; RuntimeError for encrypted archives and deeply nested JSON.
 _DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
@@ -129,19 +119,8 @@ def _is_name(name: str) -> bool:
 def fingerprint(model: ChatModel) -> Fingerprint:
     """Reads the model's headers, and of its tensors the beginnings."""
     source = read_source(Path(model.model_path))
-    version = f"{llama_cpp.__version__} abi {backend.library_abi()}{_loaded_with(model)}"
+    version = f"{llama_cpp.__version__} abi {backend.library_abi()}{model.loaded_with}"
     return Fingerprint(source.size_bytes, sampled_sha256(source), version, model.mmproj_key)
-
-
-def _loaded_with(model: ChatModel) -> str:
-    """In words, the options of `Llama` that K/V depend on, where they are not its defaults."""
-    found = {name: getattr(model.context_params, name) for name in _ROPE}
-    given = [f"{name} {value:g}" for name, value in found.items() if value != _ROPE[name]]
-    if model.kv_overrides:
-        given.append(f"keys {model.kv_overrides}")
-    if model.lora_sha256:
-        given.append(f"LoRA {model.lora_sha256[:16]} x {model.lora_scale:g}")
-    return "".join(f", {each}" for each in given)
 
 
 class Sessions:
@@ -234,6 +213,8 @@ class Sessions:
             return Restored(session, f"they need a context of {n_tokens} tokens")
         with _opened(path) as archive:
             state = _state(archive, n_tokens)
+        if model.select and not state.is_full.all():
+            return Restored(session, _NO_STATES)
         has_images = bool(session.conversation.pictures)
         if not _is_consistent(state, model.n_vocab(), has_images=has_images):
             raise _damaged(path)
