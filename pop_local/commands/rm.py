@@ -9,6 +9,7 @@ import typer
 
 from converter.errors import PopError
 from pop_local.commands.options import Json
+from pop_local.models.mmproj import orphans
 from pop_local.models.names import lookup, models_dir
 from pop_local.models.sizes import size
 from pop_local.models.stored import removable, total_bytes
@@ -28,12 +29,13 @@ def rm(
 ) -> None:
     """Remove models, converted copies or unfinished downloads from the models folder.
 
-    A model goes with its sidecar; its converted copy is a model of its own and stays, unless the
-    name is one of the catalog, which stands for both.
+    A model goes with its sidecar, and with the mmproj that has its name; its converted copy is a
+    model of its own and stays, unless the name is one of the catalog, which stands for both.
     """
     folder = models_dir()
     # All names are looked up before anything goes; one given twice goes once.
     files = tuple(dict.fromkeys(file for name in names for file in _files(folder, name)))
+    files += orphans(folder, files)
     freed_bytes = total_bytes(files)
     if not yes:
         _ask(files, freed_bytes)

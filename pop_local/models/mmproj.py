@@ -1,6 +1,7 @@
 """Mmprojs, the files that let a model see pictures, beside their models."""
 
 import re
+from collections.abc import Collection
 from itertools import takewhile
 from pathlib import Path
 
@@ -43,16 +44,27 @@ def is_mmproj(path: Path) -> bool:
 
 def mmproj_beside(model: Path) -> Path | None:
     """Return the one that lies beside a model: the one with its name, or else the only one, unless
-    that has the name of another model."""
+    that has the name of another model, which may be gone."""
     files = [path for path in sorted(model.parent.glob("*.gguf")) if path != model]
     found = [path for path in files if "mmproj" in path.name]
     named = model.with_name(mmproj_name(model.name))
     chosen = named if named in found else found[0] if len(found) == 1 else None
     if chosen is None or not is_mmproj(chosen):
         return None
+    if chosen == named or not _words(chosen.name):
+        return chosen
     rivals = [path.name for path in files if path not in found]
     rivals = [name for name in rivals if _words(name) != _words(model.name)]
-    if chosen == named or not rivals or not _words(chosen.name):
-        return chosen
-    most = max(n_shared(chosen.name, name) for name in rivals)
+    most = max((n_shared(chosen.name, name) for name in rivals), default=0)
     return chosen if 0 < n_shared(chosen.name, model.name) >= most else None
+
+
+def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
+    """Return the mmprojs that have the names of models in a folder which are `gone` from it.
+
+    One that a model which stays has, too, as its converted copy does, is none of them.
+    """
+    kept = {mmproj_name(path.name) for path in folder.glob("*.gguf") if path not in gone}
+    names = {mmproj_name(path.name) for path in gone} - kept
+    found = (folder / name for name in sorted(names))
+    return tuple(path for path in found if path not in gone and is_mmproj(path))

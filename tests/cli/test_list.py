@@ -22,6 +22,7 @@ from pop_local.models.names import resolve
 from pop_local.models.stored import Stored, known_name, models_by_name, removable, stock
 from pop_local.ui.theme import THEME
 from support.converted import converted, paired
+from support.seeing import EYES, make_mmproj
 from support.synthetic import make_gguf, make_split
 
 
@@ -241,6 +242,24 @@ def test_rm_prefers_a_stored_name_to_one_of_the_catalog(store):
 def test_rm_takes_a_sidecar_alone(store):
     path = sidecar(store)
     assert removable(store, "Tiny.Q8_0.pop-sidecar") == (path,)
+
+
+def test_rm_takes_the_mmproj_that_has_a_models_name(store):
+    named, other = store / "mmproj-Tiny.Q8_0.gguf", store / "mmproj-Other.gguf"
+    for path in (named, other):
+        make_mmproj(path, EYES["llama"])
+    assert pop_local("rm", "Tiny.Q8_0", "--yes").exit_code == 0
+    assert named.exists()  # its converted copy has it, too
+    done = pop_local("rm", "Tiny.Q8_0.pop", "--yes", "--json")
+    assert json.loads(done.stdout)["files"] == [str(store / "Tiny.Q8_0.pop.gguf"), str(named)]
+    assert (named.exists(), other.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("also", [(), ("mmproj-Tiny.Q8_0",)])
+def test_rm_of_a_model_and_its_copy_leaves_no_mmproj(store, also):
+    named = make_mmproj(store / "mmproj-Tiny.Q8_0.gguf", EYES["llama"])
+    assert pop_local("rm", "Tiny.Q8_0", "Tiny.Q8_0.pop", *also, "--yes").exit_code == 0
+    assert not named.exists()
 
 
 def test_rm_takes_nothing_when_one_name_is_unknown(store):

@@ -68,7 +68,8 @@ def test_a_layer_that_lacks_a_part(part, smol, tmp_path):
         ("mmproj-Vision-8B-Q4_K_M.gguf", ("Text-7B.gguf", "Vision-8B-Q8_0.gguf"), (1,)),
         ("mmproj-Qwen2-VL-2B-f16.gguf", ("Qwen2-7B.gguf", "Qwen2-VL-2B-Q4_0.gguf"), (1,)),
         ("mmproj-Gone-8B.gguf", ("Text-7B.gguf", "Other-8B.gguf"), ()),
-        ("mmproj-of-mine.gguf", ("a-Q4_0.gguf", "a-Q8_0.gguf", "a-Q8_0.pop.gguf"), (0, 1, 2)),
+        ("mmproj-a-of-mine.gguf", ("a-Q4_0.gguf", "a-Q8_0.gguf", "a-Q8_0.pop.gguf"), (0, 1, 2)),
+        ("mmproj-Gone-8B.gguf", ("Other-8B.gguf",), ()),
     ],
 )
 def test_whose_mmproj_the_only_one_of_a_folder_is(smol, tmp_path, name, models, seeing):
