@@ -14,8 +14,9 @@ from converter.fit import RIDGE, KvType, Weighting
 from converter.format import ATTENTION, WIDE
 from converter.plan import parse_skip
 from pop_local.calibration.options import FitOptions
-from pop_local.config.settings import MOST, MOST_SEED
+from pop_local.config.settings import MOST, MOST_SEED, load
 from pop_local.engine.llama.rpc import address
+from pop_local.ui.theme import warn
 from pop_local.workflows.options import Boundary, Hardware, Skip
 
 
@@ -33,11 +34,16 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
-def _no_more_than_cores(n_threads: int | None) -> int | None:
+def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | None:
     n_cores = os.cpu_count()
-    if n_threads is not None and n_cores is not None and n_threads > n_cores:
+    if n_threads is None or n_cores is None or n_threads <= n_cores:
+        return n_threads
+    if "threads" in given_names(call):
         raise typer.BadParameter(f"{n_threads} is too many: this machine has {n_cores} cores")
-    return n_threads
+    # A setting may be shared by several machines.
+    where = next(value.where for value in load() if value.key == "threads")
+    warn(f"{where}: threads is {n_threads}, but this machine has {n_cores} cores: all are used")
+    return n_cores
 
 
 Threads = Annotated[
