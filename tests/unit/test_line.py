@@ -5,9 +5,11 @@ import io
 import sys
 
 import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 
 from converter.errors import PopError
-from pop_local.ui.chat.line import piped_line
+from pop_local.ui.chat.line import _Completer, piped_line
 from pop_local.ui.chat.repl import converse
 from support.scripted import STATS, ScriptedModel, Transcript, scripted_chat
 
@@ -40,6 +42,13 @@ def test_utf16_is_not_asked(monkeypatch, encoding):
         with pytest.raises(PopError, match="not UTF-8 text") as failure:
             piped_line()
         assert failure.value.hint == "save it as UTF-8"
+
+
+def test_words_and_paths_are_completed_beside_each_other(tmp_path):
+    (tmp_path / "small.gguf").touch()
+    completer = _Completer({"/model": lambda: (f"{tmp_path}/smol", "other")})
+    found = completer.get_completions(Document(f"/model {tmp_path}/sm"), CompleteEvent())
+    assert [each.text for each in found] == [f"{tmp_path}/smol", "all.gguf"]
 
 
 def test_a_pipe_that_cannot_be_read_ends_the_chat():

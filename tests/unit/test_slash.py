@@ -132,6 +132,16 @@ def test_model_is_shown_and_changed_in_mid_conversation():
     assert [message.content for message in other.asked[0]] == ["hi", "One.", "go on"]
 
 
+def test_a_model_may_be_given_as_a_file_may(tmp_path, monkeypatch):
+    for home in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(home, str(tmp_path))
+    file = tmp_path / "my model.gguf"
+    file.touch()
+    for given in ("~/my model.gguf", f"'{file}'"):
+        shown = talk(ScriptedModel(), f"/model {given}", others={str(file): ScriptedModel()})
+        assert shown[1] == "# model.gguf (Scripted, llama)"
+
+
 def test_a_base_model_is_warned_of():
     other = ScriptedModel()
     del other.metadata["tokenizer.chat_template"]

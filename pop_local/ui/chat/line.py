@@ -183,7 +183,7 @@ class _History(FileHistory):
 
 
 class _Completer(Completer):
-    """Commands, and what may follow them; paths where a command has no words of its own."""
+    """Commands, and what may follow them: words, paths or either."""
 
     def __init__(self, commands: Mapping[str, Words]) -> None:
         self._commands = commands
@@ -200,14 +200,15 @@ class _Completer(Completer):
         name, space, argument = text.partition(" ")
         if not space:
             yield from _matching(self._commands, name, end=" ")
-        elif name in PATH_COMMANDS:
+            return
+        if name in self._commands:
+            yield from _matching(self._commands[name](), argument)
+        if name in PATH_COMMANDS:
             for found in self._paths.get_completions(Document(argument), event):
                 yield _with_slash(found)
-        elif name in self._commands:
-            yield from _matching(self._commands[name](), argument)
 
 
-PATH_COMMANDS = ("/file", "/glob", "/image")
+PATH_COMMANDS = ("/file", "/glob", "/image", "/model")
 
 
 def _matching(words: Iterable[str], begun: str, end: str = "") -> Iterator[Completion]:

@@ -97,7 +97,8 @@ def _edit(chat: Dialogue, argument: str) -> None:
 
 def _model(chat: Dialogue, argument: str) -> None:
     if argument:
-        chat.reopen(argument, None)
+        path = attach.given_path(argument)
+        chat.reopen(str(path) if path.is_file() else argument, None)
         chat.warn_of_base()
         chat.warn_of_blindness()
     metadata = chat.model.metadata
