@@ -37,11 +37,13 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
 def _read(path: Path) -> Document:
     content = _within_limit(read_file(path, MAX_BYTES + 1), str(path))
+    # A file of a session holds text alone.
+    name = os.fsencode(path).decode(errors="replace")
     if path.suffix.lower() not in _READERS:
-        return Document(str(path), decoded(content, str(path)))
+        return Document(name, decoded(content, str(path)))
     kind, library, text_of = _READERS[path.suffix.lower()]
     try:
-        return Document(str(path), text_of(path, content))
+        return Document(name, text_of(path, content))
     except (PopError, OSError):
         raise
     except ImportError as error:

@@ -45,6 +45,12 @@ def test_plain_text_in_the_usual_encodings(tmp_path):
         assert read_document(path).text == "Grüße\n"
 
 
+def test_a_name_that_is_no_text(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
+    Path(path).write_text("Words.")
+    assert read_document(path).name == f"{tmp_path}/\ufffd.txt"
+
+
 def test_a_pdf(tmp_path):
     path = tmp_path / "paper.PDF"
     path.write_bytes(pdf(b"BT /F1 12 Tf 20 100 Td (Hello from page one) Tj ET"))

@@ -14,7 +14,7 @@ from pop_local.config.settings import sessions_dir
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.chat_session import ChatSession
-from pop_local.engine.sessions.conversation import Conversation, Turn
+from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
@@ -50,6 +50,14 @@ def test_only_the_cells_in_use_are_saved(chat_model, sessions):
         answered(model, QUESTION)
         sizes.append(sessions.save("talk", model, said))
     assert sizes[1] - sizes[0] < 10_000
+
+
+def test_a_name_that_is_no_text_is_saved(chat_model, sessions):
+    said = Conversation("", (Turn("What?", (Document("\udcff.txt", "Words."),), "Words."),))
+    sessions.save_transcript("talk", opened(chat_model), said)
+    [stored] = sessions.listed()
+    assert stored.session is not None
+    assert stored.session.conversation.turns[0].documents == (Document("?.txt", "Words."),)
 
 
 def test_another_conversation_in_the_kv_cache_is_not_saved(chat_model, sessions):

@@ -186,7 +186,8 @@ class Sessions:
             if hasattr(os, "fchmod"):  # what was said is nobody else's business
                 os.fchmod(file.fileno(), 0o600)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(_TRANSCRIPT, encoded(session))
+                # The name of a file may be no text.
+                archive.writestr(_TRANSCRIPT, encoded(session).encode(errors="replace"))
                 for picture in conversation.pictures:
                     archive.writestr(_PICTURE.format(picture.sha256), picture.content)
                 if state is not None:
