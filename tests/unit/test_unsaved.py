@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
@@ -49,6 +50,25 @@ def test_a_chat_that_dies_is_offered_until_it_is_gone_on_with(model, tmp_path):
     assert shown[0].endswith("; it has 3 turns.")
     assert talked(model, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_says_nothing_to_one_is_not_asked_about_the_next(model, tmp_path):
+    for question in ("one", "two"):
+        talked(model, tmp_path, *["k"] * (question == "two"), question, SystemExit(143))
+    assert len(list(tmp_path.glob("*.popsession"))) == 2
+    for lines, n_asked in ((("", "/exit"), 1), (("k", "k", "/exit"), 2)):
+        shown = talked(model, tmp_path, *lines)
+        assert sum(line.startswith("? A chat ended") for line in shown) == n_asked
+
+
+def test_a_mode_that_comes_back_with_a_conversation_is_said(model, tmp_path):
+    talked(model, tmp_path, "my question", SystemExit(143))
+    model.set_pop(Mode.OFF)
+    try:
+        shown = talked(model, tmp_path, "g", "/exit")
+    finally:
+        model.set_pop(Mode.CONTEXT)
+    assert "# Pruning is on: context tokens skip the layers from 5 on." in shown
 
 
 def test_its_folders_are_the_owners(model, tmp_path):

@@ -70,30 +70,39 @@ class Unsaved:
             chat.screen.warn(f"A crash would lose this conversation, unless you /save it: {reason}")
 
     def offer(self, chat: Dialogue) -> None:
-        """Ask what is to become of the conversations of chats that died, the last one first."""
+        """Ask what is to become of the conversations of chats that died, the last one first.
+
+        Until one is gone on with, or nothing is said to one.
+        """
         try:
             for stored in reversed(list(self._sessions.listed())):
                 with suppress(Timeout), FileLock(self._lock_of(stored.name), timeout=0, mode=0o600):
-                    if stored.session and self._goes_on(chat, stored):
+                    if stored.session and self._is_last(chat, stored):
                         return
         except Exception as error:
             chat.fail(as_pop_error(error))
 
-    def _goes_on(self, chat: Dialogue, stored: SavedFile) -> bool:
+    def _is_last(self, chat: Dialogue, stored: SavedFile) -> bool:
         assert stored.session is not None
         n_turns = len(stored.session.conversation.turns)
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.changed_s))
         what = f"A chat ended unexpectedly on {day}; it has {n_turns} turn{'s' * (n_turns != 1)}."
         chosen = chat.screen.choose(what, _CHOICES)
         if chosen == "g":
-            from pop_local.engine.sessions.chat_session import load_session
-
-            chat.resume(load_session(chat.model, self._sessions.path(stored.name)), "")
-            self.keep(chat)
-            chat.screen.note("It is read again with your next question.")
+            self._go_on(chat, stored.name)
         if chosen == "d" or (chosen == "g" and self._is_possible):
             self._remove(stored.name)
-        return chosen == "g"
+        return chosen in ("g", None)
+
+    def _go_on(self, chat: Dialogue, name: str) -> None:
+        from pop_local.engine.sessions.chat_session import load_session
+
+        before = chat.model.pop_mode
+        chat.resume(load_session(chat.model, self._sessions.path(name)), "")
+        self.keep(chat)
+        chat.screen.note("It is read again with your next question.")
+        if chat.model.pop_mode is not before:
+            chat.screen.note(chat.pop_state())
 
     def _remove(self, name: str) -> None:
         for path in (self._sessions.path(name), self._lock_of(name)):
