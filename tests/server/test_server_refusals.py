@@ -19,7 +19,7 @@ from support.asked import BOMB, N_CTX, NAME, chat, complete, text_of
 from support.calls import opened
 from support.serving import asking
 
-SELF_REFERRING = {
+REFERRING = {
     "type": "json_schema",
     "json_schema": {"schema": {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}}}},
 }
@@ -61,7 +61,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"prompt_logprobs": 0}, "prompt_logprobs must be null"),
         (HELLO | {"repetition_penalty": 99}, "repetition_penalty"),
         (HELLO | {"n_predict": 0}, "n_predict"),
-        (HELLO | {"response_format": SELF_REFERRING}, "whole schema"),
+        (HELLO | {"response_format": REFERRING}, "what #/$defs/B refers to is not there"),
         (HELLO | {"guided_choice": ["a"]}, "guided_choice is not supported"),
         (HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
         (HELLO | {"logit_bias": {"5": 1}}, "logit_bias is not supported"),

@@ -50,7 +50,10 @@ class Grammars:
         self._lock = threading.Lock()
 
     def of_schema(self, schema: Any) -> str:
-        """GBNF for the JSON texts of a JSON schema; numeric ranges and the like are not enforced.
+        """GBNF for the JSON texts of a JSON schema.
+
+        Of bounds of numbers only short ranges of integers are kept to; multipleOf, uniqueItems, not
+        and the like are not. An object has the properties that are named, in that order.
 
         Raises GrammarError when the schema cannot be expressed.
         """

@@ -6,7 +6,7 @@ tells what it will take.
 
 import base64
 import ctypes
-import re
+import json
 from contextlib import suppress
 from typing import Any
 
@@ -16,9 +16,6 @@ from converter.errors import PopError
 from pop_local.engine.limited.child import serve
 from pop_local.engine.llama.backend import bindings
 
-# A character of a JSON string (RFC 8259).
-_PLAIN = r'[^"\\\x00-\x1F]'
-_ESCAPED = r'"\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})'
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -37,19 +34,12 @@ class Work:
         self._grammar: Any = None
 
     def of_schema(self, schema: str) -> str:
-        from llama_cpp import llama_grammar as upstream
+        from pop_local.engine.decode.gbnf import gbnf_of
 
-        # Its strings hold raw line ends, and its literals do not escape backslashes.
-        upstream.PRIMITIVE_RULES["char"] = upstream.BuiltinRule(f"{_PLAIN} | {_ESCAPED}", [])
-        upstream.DOT = _PLAIN
-        upstream.GRAMMAR_LITERAL_ESCAPE_RE = re.compile(r'[\r\n"\\]')
-        upstream.GRAMMAR_LITERAL_ESCAPES["\\"] = "\\\\"
         try:
-            return str(upstream.json_schema_to_gbnf(schema))
+            return gbnf_of(json.loads(schema))
         except Exception as error:  # it asserts, indexes and recurses on whatever it is given
             reason = str(error) or type(error).__name__
-            if isinstance(error, KeyError):
-                reason = f"what {error} refers to is not there, or is the whole schema"
             raise PopError(f"the JSON schema cannot be turned into a grammar: {reason}") from error
 
     def start(self, text: str, root: str) -> None:

@@ -1,0 +1,210 @@
+"""JSON schemas: which values an answer may be, as the model's tokens are let through or not."""
+
+import base64
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pop_local.engine.decode.grammar import GrammarError
+from pop_local.engine.decode.schema import ANY, prepared
+from pop_local.engine.decode.text import Pieces
+from support.calls import N_VOCAB, opened
+from support.converted import tiny
+
+Accepts = Callable[[Any, Any], bool]
+
+
+@pytest.fixture(scope="module")
+def accepts(tmp_path_factory):
+    """Whether the grammar of a schema lets a value through, byte by byte, and ends there."""
+    with opened(tiny(tmp_path_factory.mktemp("schema"))) as model:
+        pieces = Pieces(model.vocab)
+        tokens = {pieces[token]: token for token in range(N_VOCAB) if len(pieces[token]) == 1}
+
+        def accepts(schema: Any, value: Any) -> bool:
+            grammar = model.grammars.of_schema(schema)
+            model.grammars.check(grammar)
+            child = model.grammars.take()
+            child.call("start", grammar, "root")
+            last = None
+            for byte in [*json.dumps(value).encode(), None]:
+                token = model.token_eos() if byte is None else tokens[bytes([byte])]
+                allowed = np.frombuffer(base64.b64decode(child.call("allowed", last)), np.uint8)
+                if not np.unpackbits(allowed)[token]:
+                    break
+                last = token
+            model.grammars.give_back(child)
+            return last == model.token_eos()
+
+        yield accepts
+
+
+def check(accepts: Accepts, schema: Any, right: list[Any], wrong: list[Any]) -> None:
+    assert [value for value in right if not accepts(schema, value)] == []
+    assert [value for value in wrong if accepts(schema, value)] == []
+
+
+def an_object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+STRING = {"type": "string"}
+ADDRESS = an_object(street=STRING)
+VALUES = [{"a": [1]}, [None, {}], "a", 1.5, True, None]
+
+
+def test_a_list_of_types_keeps_the_other_keywords(accepts):
+    unit = {"type": ["string", "null"], "enum": ["F", "C", None]}
+    check(accepts, unit, ["F", None], ["Kelvin", 5])
+    check(accepts, {**ADDRESS, "type": ["object", "null"]}, [{"street": "a"}, None], [{}, "a"])
+    short = {"type": ["string", "integer"], "maxLength": 2}
+    check(accepts, short, ["ab", 5], ["abc", None])
+
+
+def test_values_may_begin_alike(accepts):
+    right = ["a", "ab", "abc", "b", "", 1, 12, -1, {"a": 1}, "C:\\x", "a"]
+    check(accepts, {"enum": right}, right, ["c", "abcd", 2, 123, {"a": 2}, "C:"])
+
+
+def test_what_all_of_holds(accepts):
+    colour = {"enum": ["red", "green"]}
+    for schema in (
+        {"allOf": [colour]},
+        {"type": "string", "allOf": [{"$ref": "#/$defs/c"}], "$defs": {"c": colour}},
+        {"allOf": [colour, {"description": "of the car"}], "default": "red"},
+    ):
+        check(accepts, schema, ["red"], [{}, "blue"])
+    both = {"allOf": [ADDRESS, {"properties": {"town": STRING}}]}
+    check(accepts, both, [{"street": "a", "town": "b"}, {"street": "a"}], [{}, {"town": "b"}])
+    beside = {**ADDRESS, "anyOf": [an_object(a={"const": 1}), {"properties": {"b": {"const": 2}}}]}
+    check(accepts, beside, [{"street": "s", "a": 1}, {"street": "s", "b": 2}], [{"a": 1}])
+    with pytest.raises(GrammarError, match="allOf joins nothing but objects"):
+        accepts({"allOf": [STRING, colour]}, "red")
+
+
+def test_without_a_type_any_value_goes(accepts):
+    a_list = {"type": "array", "items": {}}
+    check(accepts, a_list, [VALUES], [{}])
+    check(accepts, {"type": "array", "maxItems": 2}, [[1, "a"], []], [[1, 2, 3]])
+    check(accepts, an_object(a={"title": "A"}), [{"a": value} for value in VALUES], [{}])
+    free = {"type": "object", "additionalProperties": True}
+    check(accepts, free, [{"a": value} for value in VALUES], ["a"])
+    check(accepts, {**free, **an_object(a=True)}, [{"a": 1, "b": 2}], [{"b": 2}])
+    check(accepts, {"title": "Anything"}, VALUES, [])
+    check(accepts, {}, [{"a": 1}], [[1], "a"])
+
+
+NODE = {
+    "type": "object",
+    "properties": {"value": {"type": "integer"}, "next": {"$ref": "#/$defs/Tree_Node"}},
+    "required": ["value"],
+}
+
+
+@pytest.mark.parametrize("name", ["Tree_Node", "value", "next", "shared0", "string", "a/b~c d"])
+def test_a_definition_may_have_any_name(accepts, name):
+    escaped = name.replace("~", "~0").replace("/", "~1").replace(" ", "%20")
+    written = json.dumps(NODE).replace("Tree_Node", escaped)
+    root = {"$ref": f"#/$defs/{escaped}", "$defs": {name: json.loads(written)}}
+    one, two = {"value": 1}, {"value": 1, "next": {"value": 2}}
+    check(accepts, root, [one, two], [{"value": "a"}, {"next": one}, 5])
+    within = {
+        **an_object(shared0={"const": 3}, value={"$ref": root["$ref"]}),
+        "$defs": root["$defs"],
+    }
+    check(accepts, within, [{"shared0": 3, "value": two}], [{"shared0": 3, "value": 1}])
+
+
+def test_a_property_and_a_definition_of_one_name(accepts):
+    schema = an_object(
+        status={"type": "object", "properties": {"a": STRING}},
+        other={"$ref": "#/definitions/status"},
+    ) | {"definitions": {"status": {"enum": ["on", "off"]}}}
+    right = {"status": {"a": "on"}, "other": "off"}
+    check(accepts, schema, [right], [{"status": "on", "other": "off"}, {**right, "other": {}}])
+
+
+def test_a_whole_schema_may_be_referred_to(accepts):
+    nested = {"type": "array", "items": {"$ref": "#"}}
+    check(accepts, nested, [[], [[], [[]]]], [[1]])
+
+
+def test_a_property_does_not_become_a_part_of_numbers(accepts):
+    schema = an_object(integral_part={"const": "x"}, n={"type": "number"})
+    check(accepts, schema, [{"integral_part": "x", "n": 12.5}], [])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "right", "wrong"),
+    [
+        ({"minimum": 1, "maximum": 12}, [1, 9, 12], [0, 13, 1.5, -1]),
+        ({"exclusiveMinimum": -2, "exclusiveMaximum": 1.5}, [-1, 0, 1], [-2, 2]),
+        ({"minimum": 1900, "maximum": 2100}, [1900, 1999, 2100], [1, 190, 1899, 2101, 20000]),
+        ({"minimum": 1}, [1, 10**6], ["a"]),
+        ({"minimum": 0, "maximum": 10**6}, [5, 10**6], ["a"]),
+        ({"minimum": 0, "exclusiveMinimum": True, "maximum": 9}, [5], ["a"]),
+    ],
+)
+def test_a_short_range_of_integers_is_kept_to(accepts, bounds, right, wrong):
+    check(accepts, {"type": "integer", **bounds}, right, wrong)
+    check(accepts, {"type": ["integer", "null"], **bounds}, [*right, None], wrong)
+
+
+def test_numbers_of_items_and_characters(accepts):
+    text = {"type": "string", "minLength": 2, "maxLength": 3}
+    check(accepts, text, ["ab", "abc"], ["a", "abcd"])
+    check(accepts, {"type": "string", "maxLength": 0}, [""], ["a"])
+    check(accepts, {"type": "string", "pattern": "^(ab){2,}c{1,2}$"}, ["ababc"], ["abc", "ababccc"])
+    for least, most in ((0, 2), (1, 2), (2, 2), (1, 1), (0, 0), (2, 5), (2, None)):
+        schema: dict[str, Any] = {"type": "array", "items": {"const": 1}, "minItems": least}
+        schema |= {} if most is None else {"maxItems": most}
+        lists = [[1] * n for n in range(7)]
+        right = [one for one in lists if least <= len(one) <= (math.inf if most is None else most)]
+        check(accepts, schema, right, [one for one in lists if one not in right])
+
+
+def test_ordinary_limits_are_not_too_large(accepts):
+    form = an_object(**{name: {"type": "string", "maxLength": 255} for name in "abcdefgh"})
+    check(
+        accepts,
+        form,
+        [dict.fromkeys("abcdefgh", "x" * 255)],
+        [dict.fromkeys("abcdefgh", "x" * 256)],
+    )
+    many = {"type": "array", "items": {"type": "string", "maxLength": 1000}, "maxItems": 1000}
+    check(accepts, many, [["a", "b"]], ["a"])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        False,
+        [],
+        {"enum": []},
+        {"anyOf": []},
+        {"type": "value"},
+        {"type": []},
+        {"minimum": 3},
+        {"required": ["a"]},
+        {"type": "integer", "minimum": 3, "maximum": 2},
+        {"type": "string", "minLength": 3, "maxLength": 2},
+        {"type": "array", "items": False},
+        {"$ref": "#anchor"},
+        {"$ref": "other.json"},
+        {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}},
+        {"allOf": [{"$ref": "#"}, ADDRESS]},
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(accepts, schema):
+    with pytest.raises(GrammarError):
+        accepts(schema, {})
+
+
+def test_what_says_nothing_of_values_is_left_out():
+    said = {"type": "string", "title": "A", "default": {"$ref": "#/none"}, "not": {"$ref": "#/x"}}
+    assert prepared(said) == {"type": "string", "$defs": {}}
+    assert prepared(an_object(a={"examples": [1]}))["properties"] == {"a": ANY}
