@@ -67,6 +67,12 @@ def serve(
             help="Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
         ),
     ] = 2048,
+    max_waiting: Annotated[
+        int,
+        typer.Option(
+            "--max-waiting", min=1, help="Requests that may wait; those beyond are refused (503)."
+        ),
+    ] = 256,
     parse_special: opt.ParseSpecial = False,
     mmproj: opt.Mmproj = None,
     image_tokens: opt.ImageTokens = None,
@@ -89,7 +95,7 @@ def serve(
     opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
     try:
         name = name or _default_name(model, opened.model_path)
-        app = create_app(opened, name, api_key=api_key, host=host)
+        app = create_app(opened, name, api_key=api_key, host=host, max_waiting=max_waiting)
         listening.listen(128)
         _announce(opened, name, listening, is_open=host not in LOOPBACK and not api_key)
         run_app(app, listening)

@@ -54,7 +54,7 @@ def create_app(
     *,
     api_key: str = "",
     host: str = "127.0.0.1",
-    max_waiting: int = 64,
+    max_waiting: int = 256,
     max_body_bytes: int = 0,
 ) -> Starlette:
     """The application; from the start of its lifespan to its end the model belongs to it.

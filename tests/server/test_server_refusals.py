@@ -17,6 +17,7 @@ from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Task, Worker
 from support.asked import BOMB, N_CTX, NAME, chat, complete, text_of
 from support.calls import opened
+from support.program import called
 from support.serving import asking
 
 REFERRING = {
@@ -202,6 +203,23 @@ def test_a_full_queue_is_503(path):
         assert response.status_code == 503
         assert "try again later" in response.json()["error"]["message"]
         assert "retry-after" in response.headers
+
+
+def test_the_command_says_how_many_may_wait(path, monkeypatch):
+    task = Task(Prompt([1], ()), TurnOptions(), Mode.OFF)
+
+    async def fill(worker: Worker) -> None:
+        for _ in range(3):
+            worker.submit(task)
+        with pytest.raises(ApiError, match="3 requests wait already"):
+            worker.submit(task)
+
+    def fill_instead(app, listening):
+        asyncio.run(fill(app.state.worker))
+
+    monkeypatch.setattr("pop_local.server.app.run_app", fill_instead)
+    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
+    assert called("serve", path, "--port", 0, "--max-waiting", 3).returncode == 0
 
 
 def test_who_hung_up_does_not_keep_others_from_waiting(full):
