@@ -209,6 +209,21 @@ def test_without_colours_answers_stay_as_they_were_written(history):
     assert not re.search(r"\x1b\[(?:[1-9][0-9;]*)m", terminal.raw)
 
 
+def test_a_dumb_terminal_gets_no_escape_sequences(history):
+    terminal = chat(history, TERM="dumb")
+    terminal.line("hi")
+    terminal.expect(re.escape("**2** characters in 1 lines: `hi`"))
+    terminal.expect_prompt()
+    terminal.line("/edit")
+    terminal.expect("> hi$")
+    terminal.line("gher")
+    terminal.expect(re.escape("**6** characters in 1 lines: `higher`"))
+    terminal.expect_prompt()
+    terminal.line("/exit")
+    assert terminal.expect_end() == 0
+    assert "\x1b" not in terminal.raw
+
+
 def test_a_history_that_cannot_be_written_is_done_without(tmp_path):
     (tmp_path / "file").write_text("")
     terminal = chat(tmp_path / "file" / "history")

@@ -8,17 +8,19 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import Output
 from prompt_toolkit.output.defaults import create_output
+from prompt_toolkit.output.plain_text import PlainTextOutput
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.styles import Style
+from prompt_toolkit.utils import is_dumb_terminal
 
 from converter.errors import PopError
 from converter.output import make_private
@@ -55,8 +57,7 @@ def line_reader(
     """
     if not sys.stdin.isatty():
         return piped_line
-    session: PromptSession[str] = PromptSession(
-        PROMPT,
+    session = _session(
         history=_History(history),
         completer=_Completer(commands),
         complete_while_typing=False,
@@ -66,14 +67,15 @@ def line_reader(
         prompt_continuation=lambda width, line, n_wraps: WRAPPED if n_wraps else CONTINUATION,
         enable_open_in_editor=True,
         key_bindings=_bindings(),
-        output=_output(),
         refresh_interval=_REFRESH_S,
         style=Style.from_dict({"bottom-toolbar": "noreverse"}),
     )
 
     def read(default: str = "") -> str:
         below = status if status() else None
-        return unquoted(_utf8(session.prompt(default=default, bottom_toolbar=below)))
+        # A dumb terminal gets what is typed, not what is there to be edited.
+        prompt = PROMPT + default if is_dumb_terminal() else PROMPT
+        return unquoted(_utf8(session.prompt(prompt, default=default, bottom_toolbar=below)))
 
     return read
 
@@ -100,19 +102,23 @@ def _utf8(line: str) -> str:
 
 def chosen_key(keys: Sequence[str]) -> str | None:
     """One of the keys, typed at a prompt; None for an empty line, Ctrl-C or Ctrl-D."""
-    session: PromptSession[str] = PromptSession(f"{'/'.join(keys)}? ", output=_output())
+    session = _session()
     while True:
         try:
-            typed = session.prompt().strip().lower()
+            typed = session.prompt(f"{'/'.join(keys)}? ").strip().lower()
         except (KeyboardInterrupt, EOFError):
             return None
         if not typed or typed in keys:
             return typed or None
 
 
-def _output() -> Output:
+def _session(**options: Any) -> PromptSession[str]:
     # Answers may go to a file; what is asked must not.
-    return create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
+    stream = sys.stdout if sys.stdout.isatty() else sys.stderr
+    output = PlainTextOutput(stream) if is_dumb_terminal() else create_output(stream)
+    # Given to the session itself, it would keep it from the mode for dumb terminals.
+    with create_app_session(output=output):
+        return PromptSession(**options)
 
 
 def is_open(text: str) -> bool:
