@@ -110,9 +110,13 @@ class KvLlama(SeeingLlama):
         # llama.cpp keeps all rows otherwise.
         is_windowed = options.get("swa_full") is False
         self._window = opening.least_window(source, n_ctx) if is_windowed else 0
-        if not on_device and not {"type_k", "type_v"} & options.keys():
-            holds_states = bool(self.meta and (keep_states or self._share(select)))
-            opening.require_room(source, n_ctx, is_windowed=is_windowed, holds_states=holds_states)
+        opening.require_room(
+            source,
+            n_ctx,
+            is_windowed=is_windowed,
+            holds_kv=not on_device and not {"type_k", "type_v"} & options.keys(),
+            holds_states=bool(self.meta and (keep_states or self._share(select))),
+        )
         self.interrupt = Interrupt()
         if mmproj is not None:
             is_wanted = self.interrupt.is_wanted
@@ -265,7 +269,7 @@ class KvLlama(SeeingLlama):
 
         `keep_states`: whether other rows are to be redone later (`refills`); a selection implies
         it. Of no effect on a model without a boundary. Raises PopError for a share that is none,
-        or that a model with several positions a row (M-RoPE) cannot have.
+        or that a model with several positions a row (M-RoPE), or without `swa_full`, cannot have.
         """
         share = self._share(select)
         if not 0 <= share <= 1:
@@ -274,6 +278,11 @@ class KvLlama(SeeingLlama):
             raise PopError(
                 "this model has several positions a token (M-RoPE): none can be selected",
                 "open it without a selection",
+            )
+        if share and self.boundary and self._window:
+            raise PopError(
+                "none can be selected where layers with a sliding window keep only its rows",
+                "open the model with swa_full, or with select=0",
             )
         self.select = share if self.boundary and not self.is_mrope else 0.0
         self.refills = bool(self.boundary) and not self.is_mrope and keep_states

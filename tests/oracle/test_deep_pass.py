@@ -146,6 +146,25 @@ def test_a_sequence_beside_another(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.parametrize("kv_unified", [True, False], ids=["one stream", "a stream each"])
+def test_two_sequences_in_turn(llama: Trio, kv_unified: bool, tmp_path: Path, job: Job) -> None:
+    """Passes of one size over each, whose graphs are alike but for where the K/V lie."""
+    job = replace(job, n_seq_max=2, kv_unified=kv_unified)
+    both = [
+        Step("decode", tokens=random_tokens(N_UBATCH, N_VOCAB, seed=1 + seq), seq=seq)
+        for seq in (0, 1)
+    ]
+    ours, theirs = [
+        [Step("save", seq=seq, path=str(tmp_path / f"{who}{seq}")) for seq in (0, 1)]
+        for who in ("ours", "theirs")
+    ]
+    deep = [*deepened(0, N_UBATCH), *deepened(0, N_UBATCH, seq=1)]
+    read_pruned(job, llama, [*both, *deep, *ours])
+    read_in_full(job, llama, [*both, *theirs])
+    for mine, other in zip(ours, theirs, strict=True):
+        assert Path(mine.path).read_bytes() == Path(other.path).read_bytes()
+
+
 def test_rows_that_came_later_into_the_same_cells(llama: Trio, tmp_path: Path, job: Job) -> None:
     tokens, others = random_tokens(200, N_VOCAB), random_tokens(80, N_VOCAB, seed=1)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"

@@ -282,6 +282,16 @@ def test_a_later_question_selects_among_all_rows(pop_file):
     assert model.selection.n_deep == 30
 
 
+def test_none_can_be_selected_where_a_window_drops_rows(tmp_path):
+    path = tiny(tmp_path, "gemma3")
+    with pytest.raises(PopError, match="sliding window"):
+        opened(path, select=0.1, swa_full=False)
+    model = opened(path, swa_full=False)
+    backend.set_keep(model.ctx, True)
+    with pytest.raises(PopError, match="swa_full"):
+        backend.set_question(model.ctx, 10)
+
+
 def test_rows_without_states_are_read_again_for_a_selection(pop_file):
     model = opened(pop_file, select=0.1)
     said = prompt(300)

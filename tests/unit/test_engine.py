@@ -140,6 +140,16 @@ def test_embeddings_run_full(pop_file):
     assert counters.n_full > 0
 
 
+def test_pooled_embeddings_run_full(pop_file, tmp_path):
+    """Pooling takes all rows, so that no pruned prefill can be reserved."""
+    mean = {"embedding": True, "pooling_type": 1}
+    pruned, plain = (
+        opened(pop_file, **mean),
+        opened(make_gguf(tmp_path / "m.gguf", "llama"), **mean),
+    )
+    np.testing.assert_allclose(pruned.embed("a b c" * 20), plain.embed("a b c" * 20), atol=1e-4)
+
+
 def test_a_draft_model_runs_full_and_does_not_change_the_tokens(pop_file):
     repeated = prompt(60) * 3
     plain = opened(pop_file)

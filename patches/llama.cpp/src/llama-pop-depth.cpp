@@ -10,6 +10,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <new>
 #include <numeric>
 
 //
@@ -118,10 +119,11 @@ static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int3
 
     llama_ubatch res;
 
-    res.b_equal_seqs = false;
+    // of one sequence, so that its graph is not taken for another's, whose K/V lie elsewhere
+    res.b_equal_seqs = true;
     res.n_tokens     = n;
-    res.n_seq_tokens = 1;
-    res.n_seqs       = n;
+    res.n_seq_tokens = n;
+    res.n_seqs       = 1;
     res.n_seqs_unq   = 1;
     res.n_pos        = 1;
     res.token        = nullptr;
@@ -154,14 +156,14 @@ static std::string find_obstacle(llama_context & ctx, const caches & kv, const l
     if (ctx.get_model().hparams.n_pos_per_embd() > 1) {
         return "rows of this model have several positions each";
     }
-    if (cparams.embeddings || cparams.embeddings_nextn || !cparams.causal_attn) {
-        return "the context is set to embeddings, or its rows see later ones";
+    if (llama_pop_reads_all(cparams) || !cparams.causal_attn) {
+        return "the context gives the states of rows, or its rows see later ones";
     }
     if (!std::is_sorted(pos, pos + n, std::less_equal<>())) {
         return "the positions are not ascending";
     }
     for (int32_t i = 0; i < n; ++i) {
-        if (kept.boundary != pop.boundary || find_state(*kv.base, seq_id, pos[i]) < 0) {
+        if (kept.states.empty() || kept.boundary != pop.boundary || find_state(*kv.base, seq_id, pos[i]) < 0) {
             return format("the state of position %d was not kept", pos[i]);
         }
     }
@@ -261,6 +263,20 @@ static std::vector<uint32_t> find_rows(const llama_kv_cache & kv, const llama_ub
     return res;
 }
 
+static size_t n_states(const llama_hparams & hparams, const llama_kv_cache & kv) {
+    return (size_t) hparams.n_embd*kv.get_size()*kv.get_n_stream();
+}
+
+static size_t n_scores(const llama_hparams & hparams, const llama_kv_cache & kv) {
+    return (size_t) hparams.n_head()*kv.get_size()*LLAMA_POP_SCORE_LAYERS;
+}
+
+static void reserve(llama_pop_kept & kept, const llama_hparams & hparams, const llama_kv_cache & kv) {
+    kept.states.reserve(n_states(hparams, kv));
+    kept.asked .reserve(n_scores(hparams, kv));
+    kept.paid  .reserve(n_scores(hparams, kv));
+}
+
 void llama_context::pop_finish(const llama_ubatch & ubatch, const llm_graph_result & res) {
     llama_pop_count(pop_counters, model.hparams, cparams, ubatch);
 
@@ -281,9 +297,9 @@ void llama_context::pop_finish(const llama_ubatch & ubatch, const llm_graph_resu
 
     if (kept.states.empty() || kept.boundary != boundary) {
         kept.boundary = boundary;
-        kept.states.assign(n_embd*n_cells*kv.get_n_stream(), 0.0f);
-        kept.asked .assign(n_cells*n_head*LLAMA_POP_SCORE_LAYERS, 0.0f);
-        kept.paid  = kept.asked;
+        kept.states.assign(n_states(model.hparams, kv), 0.0f);
+        kept.asked .assign(n_scores(model.hparams, kv), 0.0f);
+        kept.paid  .assign(n_scores(model.hparams, kv), 0.0f);
         for (uint32_t s = 0; s < kv.get_n_seq_max(); ++s) {
             auto & flags = kv.get_cells(s).pop_kept;
             flags.assign(flags.size(), false);
@@ -340,14 +356,32 @@ void llama_context::pop_finish(const llama_ubatch & ubatch, const llm_graph_resu
 //
 
 int32_t llama_pop_set_keep(llama_context * ctx, bool keep) {
-    if (keep && (ctx->pop().boundary == 0 || !get_caches(ctx->get_memory()).base)) {
+    const auto & model = ctx->get_model();
+    const auto * kv    = get_caches(ctx->get_memory()).base;
+
+    if (keep && (ctx->pop().boundary == 0 || !kv)) {
         LLAMA_LOG_ERROR("%s: the model has no boundary, or the context no KV cache\n", __func__);
+        return -1;
+    }
+    if (keep && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        LLAMA_LOG_ERROR("%s: the tensors are split among devices\n", __func__);
         return -1;
     }
 
     ctx->pop().keep = keep;
     if (!keep) {
         ctx->pop_kept = {};
+        return 0;
+    }
+
+    // here, where it can be said, and not in the middle of a prompt
+    try {
+        reserve(ctx->pop_kept, model.hparams, *kv);
+    } catch (const std::bad_alloc &) {
+        LLAMA_LOG_ERROR("%s: no memory for the states of %u rows\n", __func__, kv->get_size()*kv->get_n_stream());
+        ctx->pop().keep = false;
+        ctx->pop_kept   = {};
+        return -1;
     }
     return 0;
 }
@@ -366,6 +400,11 @@ int32_t llama_pop_set_question(llama_context * ctx, llama_seq_id seq_id, llama_p
 
     if (pos >= 0 && !pop.keep) {
         LLAMA_LOG_ERROR("%s: states are not kept, see llama_pop_set_keep()\n", __func__);
+        return -1;
+    }
+    const auto kv = get_caches(ctx->get_memory());
+    if (pos >= 0 && kv.swa && kv.swa->get_size() != kv.base->get_size()) {
+        LLAMA_LOG_ERROR("%s: layers with a sliding window have other cells, open the context with swa_full\n", __func__);
         return -1;
     }
     if (pos >= 0 && !ctx->get_cparams().kv_unified && ctx->n_seq_max() > 1) {

@@ -320,6 +320,10 @@ static int64_t load_wide_input(llama_model_base & model, llama_model_loader & ml
 void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml) {
     const auto & hparams = model.hparams;
 
+    if (hparams.pop.fitted && model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        refuse("fitted projections cannot be split among devices by tensor, split by layer");
+    }
+
     // the layer at the boundary has none: its own projections are exact
     const uint32_t first = hparams.pop.fitted ? hparams.pop.boundary + 1 : hparams.n_layer();
 

@@ -112,6 +112,12 @@ static llama_pop_plan plan_exact(const llama_cparams & cparams, const llama_ubat
     return plan;
 }
 
+bool llama_pop_reads_all(const llama_cparams & cparams) {
+    const auto & layer_inp = cparams.embeddings_layer_inp;
+    return cparams.embeddings || cparams.embeddings_nextn || cparams.training ||
+        std::find(layer_inp.begin(), layer_inp.end(), true) != layer_inp.end();
+}
+
 llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
     const auto & pop = cparams.pop;
 
@@ -121,14 +127,9 @@ llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cp
         return pop.reserving ? plan_reserve(hparams, cparams, ubatch) : llama_pop_plan();
     }
 
-    // whoever reads the state of every row needs every row
-    const auto & layer_inp = cparams.embeddings_layer_inp;
-    const bool reads_all = cparams.embeddings || cparams.embeddings_nextn || cparams.training ||
-        std::find(layer_inp.begin(), layer_inp.end(), true) != layer_inp.end();
-
     llama_pop_plan plan;
 
-    if (pop.mode == LLAMA_POP_MODE_OFF || pop.deepening || reads_all) {
+    if (pop.mode == LLAMA_POP_MODE_OFF || pop.deepening || llama_pop_reads_all(cparams)) {
         return plan;
     }
 
@@ -198,6 +199,11 @@ bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_
     }
 
     const auto & cparams = ctx.get_cparams();
+
+    // nothing is pruned then, and pooling would not fit the fewer rows
+    if (llama_pop_reads_all(cparams)) {
+        return true;
+    }
 
     const uint32_t n_seqs = cparams.kv_unified ? 1 : cparams.n_seq_max;
 

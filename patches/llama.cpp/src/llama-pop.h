@@ -217,6 +217,9 @@ struct llama_pop_plan {
     std::vector<int32_t> rows; // the full rows of the ubatch, as many of each KV stream
 };
 
+// whether somebody reads the states of all rows, so that all are full
+bool llama_pop_reads_all(const llama_cparams & cparams);
+
 // graph nodes beyond those of an unpruned graph, at the most
 uint32_t llama_pop_n_nodes(const llama_model & model);
 

@@ -98,19 +98,23 @@ def least_window(source: Source, unknown: int) -> int:
     return unknown
 
 
-def require_room(source: Source, n_ctx: int, *, is_windowed: bool, holds_states: bool) -> None:
+def require_room(
+    source: Source, n_ctx: int, *, is_windowed: bool, holds_kv: bool, holds_states: bool
+) -> None:
     """Raises PopError for a context whose K/V in F16 are more than the memory that is free.
 
     llama.cpp fills them with zeros, and the system ends the process. Where it `is_windowed`, layers
-    with a sliding window count as that, the least that they take. Rows that can be redone hold
-    their state in F32 besides. What an architecture needs that cannot be pruned is not known.
+    with a sliding window count as that, the least that they take. `holds_kv`: they are in main
+    memory, and in F16; rows that can be redone (`holds_states`) have their state in F32 there,
+    whatever computes. What an architecture needs that cannot be pruned is not known.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):
         shape = source_shape(source)
         windows = shape.swa_window if is_windowed else [0] * shape.n_layer
         cells = [min(n_ctx, window or n_ctx) for window in windows]
-        needed_bytes = 2 * sum(map(mul, cells, shape.kv_macs)) // shape.n_embd
+        if holds_kv:
+            needed_bytes = 2 * sum(map(mul, cells, shape.kv_macs)) // shape.n_embd
         if holds_states:
             needed_bytes += 4 * n_ctx * shape.n_embd
     if needed_bytes > free_bytes:
