@@ -13,7 +13,9 @@ from converter.plan import TAIL_TOKENS
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
 from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
+from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.tables import print_json
+from pop_local.ui.theme import note
 from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch
@@ -237,6 +239,8 @@ def convert(
         Hardware(threads, gpu_layers),
         resume=resume,
     )
+    if (found := sidecar_of(planned.source)) and is_shipped(found):
+        note(f"{found.name} comes with pop-local: it is used without a conversion.")
     if not json:
         view.show_plan(planned)
     elif dry_run:

@@ -1,15 +1,18 @@
 """A model of the catalog becomes a file to open: fetched, with its sidecar, and said so."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from converter.errors import PopError
 from converter.format import read_binding
 from converter.header import read_header
 from converter.sidecar import sidecar_meta
+from pop_local.cli import app
 from pop_local.engine.model import PopModel
 from pop_local.models import names as models
 from pop_local.models import sidecars
@@ -83,6 +86,13 @@ def test_a_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):
     content[content.index(b"attn_q")] ^= 1
     other.write_bytes(content)
     assert files(str(other)) == ModelFiles(other)
+
+
+def test_a_conversion_says_that_a_sidecar_is_there(shipped, tmp_path):
+    given = ["convert", str(tmp_path / "tiny.gguf"), "--dry-run", "--json"]
+    planned = CliRunner().invoke(app, given)
+    assert planned.exit_code == 0 and json.loads(planned.stdout)
+    assert f"{shipped.name} comes with pop-local" in " ".join(planned.stderr.split())
 
 
 def test_one_beside_the_model_comes_first(shipped, tmp_path):

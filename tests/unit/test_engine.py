@@ -7,7 +7,10 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import spawn
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from converter.errors import PopError, StoppedError
 from converter.shape import read_shape
 from converter.source import read_source
+from pop_local.engine import template_child
+from pop_local.engine.limited.process import LimitedProcess, NoChildError
 from pop_local.engine.llama import backend, devices, opening
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
@@ -379,6 +384,21 @@ def test_a_forked_model_has_no_threads_to_compute_with(pop_file, monkeypatch):
     for use in (lambda: model.eval(prompt(10)), model.refill):
         with pytest.raises(PopError, match="opened by another process"):
             use()
+
+
+def test_a_frozen_application_is_not_begun_again(monkeypatch):
+    """Its executable is itself; who embeds Python names one, as for multiprocessing."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    limits: Any = {"limit_s": 5.0, "limit_bytes": 2**29}
+    with pytest.raises(NoChildError) as refused:
+        LimitedProcess(template_child.__name__, **limits)
+    assert "multiprocessing.set_executable" in refused.value.hint
+    named = Path(sys.executable)
+    monkeypatch.setattr(sys, "executable", "application")
+    monkeypatch.setattr(spawn, "_python_exe", os.fsencode(named))
+    child = LimitedProcess(template_child.__name__, **limits)
+    assert child.call("rendered", "{{ 1 + 1 }}", {}) == "2"
+    child.close()
 
 
 def test_models_are_loaded_one_after_the_other(pop_file):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from multiprocessing.spawn import get_executable
 from typing import Any
 
 from converter.errors import PopError
@@ -28,6 +29,17 @@ class BeyondLimitsError(PopError):
     """The call took more time or memory than it may."""
 
 
+def _python() -> str:
+    """The interpreter for children: multiprocessing's, which who embeds Python may name."""
+    python = os.fsdecode(get_executable())
+    if getattr(sys, "frozen", False) and python == sys.executable:
+        raise NoChildError(
+            "a frozen application has no Python to render chat templates with",
+            "name one, with the same packages: multiprocessing.set_executable(...)",
+        )
+    return python
+
+
 class LimitedProcess:
     """A child that runs `main(*arguments, limit_s, limit_bytes)` of a module.
 
@@ -40,7 +52,7 @@ class LimitedProcess:
         self._is_ready = False
         called = json.dumps([module, *arguments, limit_s, limit_bytes])
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, called, *sys.path],
+            [_python(), "-I", "-c", _START, called, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
