@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,8 @@ from pop_local.engine.pruned import PrunedLlama
 from pop_local.engine.special_tokens import SpecialTokens, unused_marks
 from pop_local.engine.templates import LimitedChatFormatter, formatter_of
 from pop_local.engine.turn import Message, TurnOptions
+
+_PROBE = "0f3c9a71d2"  # in no template
 
 
 class ChatModel(PrunedLlama):
@@ -102,6 +105,8 @@ class ChatModel(PrunedLlama):
 
         Raises PopError when the template refuses the conversation.
         """
+        if any(message.role == "system" for message in messages) and not self._takes_system:
+            messages = _without_system(messages)
         contents = [message.content for message in messages]
         _encoded("".join(contents))
         marks: dict[str, str] = {}
@@ -146,27 +151,32 @@ class ChatModel(PrunedLlama):
     @cached_property
     def _wants_parts(self) -> bool:
         """Whether the template takes a message's content as parts only, found by trying it."""
-        probe = "0f3c9a71d2"  # in no template
-
-        def is_shown(content: Any) -> bool:
-            return probe in self._formatter(messages=[{"role": "user", "content": content}]).prompt
-
         # One that goes beyond its limits with plain text would do so with the conversation, too.
         with suppress(ValueError, TemplateError):
-            if is_shown(probe):
+            if self._is_shown({"role": "user", "content": _PROBE}):
                 return False
         with suppress(PopError, ValueError, TemplateError):
-            return is_shown([{"type": "text", "text": probe}])
+            parts = [{"type": "text", "text": _PROBE}]
+            return self._is_shown({"role": "user", "content": parts})
         return False
 
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template shows what the system says, found by trying it."""
+        with suppress(ValueError, TemplateError):
+            return self._is_shown(self._given("system", _PROBE), self._given("user", "a"))
+        return False
+
+    def _is_shown(self, *messages: Any) -> bool:
+        return _PROBE in self._formatter(messages=[*messages]).prompt
+
+    def _given(self, role: str, content: str) -> dict[str, Any]:
+        parts = [{"type": "text", "text": content}]
+        return {"role": role, "content": parts if self._wants_parts else content}
+
     def _rendered(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
-        plain: Any = [
-            {
-                "role": message.role,
-                "content": [{"type": "text", "text": content}] if self._wants_parts else content,
-            }
-            for message, content in zip(messages, contents, strict=True)
-        ]
+        said = zip(messages, contents, strict=True)
+        plain: Any = [self._given(message.role, content) for message, content in said]
         try:
             return str(self._formatter(messages=plain).prompt)
         except (ValueError, TemplateError) as error:
@@ -196,6 +206,27 @@ def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Pic
         pieces += [message.content[at:offset], mark]
         at = offset
     return "".join([*pieces, message.content[at:]])
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """What the system says begins what the user says next (llama.cpp's common/chat.cpp)."""
+    found: list[Message] = []
+    held: Message | None = None
+    for message in messages:
+        if held is not None and message.role != "assistant":
+            message, held = _joined(held, message), None
+        if message.role == "system":
+            held = message
+        else:
+            found.append(message)
+    return found if held is None else [*found, replace(held, role="user")]
+
+
+def _joined(first: Message, second: Message) -> Message:
+    content = f"{first.content}\n{second.content}"
+    n_before = len(content) - len(second.content)
+    moved = ((n_before + offset, picture) for offset, picture in second.pictures)
+    return Message(second.role, content, (*first.pictures, *moved))
 
 
 def _schema_of(form: dict[str, Any]) -> Any:

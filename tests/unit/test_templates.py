@@ -7,9 +7,13 @@ import pytest
 from converter.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine import templates
+from pop_local.engine.chat_model import _without_system
+from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.llama.upstream import Jinja2ChatFormatter
 from pop_local.engine.model import PopModel
 from pop_local.engine.templates import LimitedChatFormatter
+from pop_local.engine.turn import Message
+from support.seeing import png
 from support.synthetic import make_gguf
 
 MESSAGES = [
@@ -65,6 +69,36 @@ def test_a_wild_template_is_an_error_of_its_model_alone(hurried, tmp_path, templ
         PopModel(path, n_threads=1, n_ctx=128).chat("hello")
     fair = LimitedChatFormatter(FAIR[0], "</s>", "<s>")
     assert "Be brief." in fair(messages=MESSAGES).prompt  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("of_system", ["{{ raise_exception('no system') }}", "{% continue %}"])
+def test_where_a_template_knows_no_system_the_user_says_it(tmp_path, of_system):
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}" + of_system + "{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    path = make_gguf(tmp_path / "plain.gguf", "llama", chat_template=template)
+    with PopModel(path, n_threads=1, n_ctx=256) as model:
+        for given, meant in (
+            (["system A", "user B", "assistant C"], ["user A\nB", "assistant C"]),
+            (["system A", "assistant B", "system C", "user D"], ["assistant B", "user A\nC\nD"]),
+            (["system A"], ["user A"]),
+        ):
+            one, other = ([message(line) for line in lines] for lines in (given, meant))
+            assert model.chat_prompt(one).tokens == model.chat_prompt(other).tokens
+
+
+def message(line: str) -> Message:
+    role, content = line.split(" ")
+    return Message(role, content)  # type: ignore[arg-type]
+
+
+def test_pictures_move_with_what_is_said_after_the_system():
+    picture = picture_of(png(3, 32, 32), "a.png")
+    said = [Message("system", "ab"), Message("user", "cd", ((0, picture), (2, picture)))]
+    [joined] = _without_system(said)
+    assert joined.content == "ab\ncd"
+    assert [offset for offset, _ in joined.pictures] == [3, 5]
 
 
 def test_what_goes_beyond_its_limits_is_tried_once(hurried, tmp_path, monkeypatch):
