@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from os.path import commonprefix
+from types import SimpleNamespace
 from typing import Any
 
 from llama_cpp import llama_grammar
@@ -27,7 +28,7 @@ class _Converter(_upstream.SchemaConverter):  # type: ignore[misc]  # not typed
     def visit(self, schema: Any, name: str) -> str:
         if "enum" not in schema:
             return str(super().visit(schema, name))
-        rule = _one_of(dict.fromkeys(map(json.dumps, schema["enum"])), self._format_literal)
+        rule = _one_of(dict.fromkeys(map(_written, schema["enum"])), self._format_literal)
         is_reserved = name in _upstream.RESERVED_NAMES
         return str(self._add_rule(f"{name}-" if is_reserved else name or "root", rule))
 
@@ -68,8 +69,14 @@ def _repeated(
     return f"{item} {more}" if n_min else f"({item} {more})?"
 
 
+def _written(value: Any) -> str:
+    """JSON as a model would write it: \\u00e9 for é is not what it has learned."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 # Upstream's strings hold raw line ends, its literals do not escape backslashes, its repetitions
 # nest a bracket for each, and a property integral_part takes the place of a rule of its own.
+_upstream.json = SimpleNamespace(dumps=_written)
 _upstream.PRIMITIVE_RULES["char"] = _upstream.BuiltinRule(f"{_PLAIN} | {_ESCAPED}", [])
 _upstream.DOT = _PLAIN
 _upstream.GRAMMAR_LITERAL_ESCAPE_RE = re.compile(r'[\r\n"\\]')
