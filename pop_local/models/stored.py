@@ -1,6 +1,8 @@
 """What lies in a models folder: models, their parts, sidecars and unfinished downloads."""
 
+import os
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +17,8 @@ SUFFIX = ".gguf"
 PARTIAL_SUFFIX = ".gguf.partial"
 # Beside an unfinished download: where it comes from.
 ORIGIN_SUFFIX = ".origin"
+_PARTS_SUFFIX = ".gguf.parts"
+_UNFINISHED = "unfinished download: pull it again"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
     return found
 
 
+def parts_folder(model: Path) -> Path:
+    """Return the hidden folder where the parts of a model of the catalog are gathered."""
+    return model.with_name(f".{model.name}.parts")
+
+
 def stock(folder: Path) -> tuple[Stored, ...]:
     """Return all that lies there, in the order of the names; damaged files, too."""
     found = map(_examined, _unread(folder))
@@ -72,7 +81,8 @@ def stock(folder: Path) -> tuple[Stored, ...]:
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files that go with a name: a model and its sidecar, a sidecar, a download.
+    """Return the files that go with a name: a model and its sidecar, a sidecar, a download, which
+    may be a folder.
 
     Raises PopError for a file elsewhere, and for an unknown name, naming the nearest.
     """
@@ -83,7 +93,7 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
         )
     groups = {model.name: model.all_files for model in _unread(folder)}
     groups |= {path.name.removesuffix(SUFFIX): (path,) for path in _files(folder, SIDECAR_SUFFIX)}
-    if known := known_name(path.name, groups):
+    if known := known_name(path.name.removeprefix("."), groups):
         return groups[known]
     raise PopError(
         f"there is no model {name!r} in {folder}",
@@ -107,7 +117,17 @@ def known_name(name: str, known: Collection[str]) -> str | None:
 
 def total_bytes(files: Iterable[Path]) -> int:
     """Return the size of all files together; a link's is its own, which removing it frees."""
-    return sum(path.lstat().st_size for path in files)
+    return sum(_bytes_in(path) if path.is_dir() else path.lstat().st_size for path in files)
+
+
+def _bytes_in(folder: Path) -> int:
+    """Return the size of all files in a folder, where pip may still be at work."""
+    n_bytes = 0
+    for at, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                n_bytes += Path(at, name).lstat().st_size
+    return n_bytes
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
@@ -127,13 +147,16 @@ def _unread(folder: Path) -> Iterator[Stored]:
     for path in _files(folder, PARTIAL_SUFFIX):
         origin = path.with_name(path.name + ORIGIN_SUFFIX)
         files = (path, origin) if origin.exists() else (path,)
-        yield Stored(path.name, files, problem="unfinished download: pull it again")
+        yield Stored(path.name, files, problem=_UNFINISHED)
+    for path in sorted(folder.glob(f".*{_PARTS_SUFFIX}")):
+        if path.is_dir() and not path.is_symlink():
+            yield Stored(path.name.removeprefix("."), (path,), problem=_UNFINISHED)
 
 
 def _examined(found: Stored) -> Stored:
     # Of a link what it leads to, if that is there.
-    sizes = (path.stat().st_size for path in found.all_files if path.exists())
-    found = replace(found, size_bytes=sum(sizes))
+    here = [path.resolve() for path in found.all_files if path.exists()]
+    found = replace(found, size_bytes=total_bytes(here))
     if found.problem:
         return found
     try:

@@ -19,7 +19,14 @@ from pop_local.cli import app
 from pop_local.commands.list import list as list_models
 from pop_local.models import names as models
 from pop_local.models.names import resolve
-from pop_local.models.stored import Stored, known_name, models_by_name, removable, stock
+from pop_local.models.stored import (
+    Stored,
+    known_name,
+    models_by_name,
+    parts_folder,
+    removable,
+    stock,
+)
 from pop_local.ui.theme import THEME
 from support.converted import converted, paired
 from support.seeing import EYES, make_mmproj
@@ -228,6 +235,19 @@ def test_rm_takes_a_name_of_the_catalog_for_what_it_fetched(store):
     ]
     assert not (store / entry.file).exists()
     assert "there is no model 'gemma-3-270m'" in pop_local("rm", "gemma-3-270m", "--yes").stderr
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "gemma-3-270m.Q4_K_M.gguf.parts"])
+def test_parts_of_the_catalog_are_shown_and_removed(store, name):
+    parts = parts_folder(store / models.find("gemma-3-270m").file)
+    (parts / "pip-x").mkdir(parents=True)
+    (parts / "one.whl").write_bytes(bytes(700))
+    (parts / "pip-x" / "two.whl").write_bytes(bytes(77))
+    shown = the("gemma-3-270m.Q4_K_M.gguf.parts", store)
+    assert (shown.size_bytes, shown.problem) == (777, "unfinished download: pull it again")
+    done = pop_local("rm", name, "--yes", "--json")
+    assert json.loads(done.stdout) == {"files": [str(parts)], "freed_bytes": 777}
+    assert not parts.exists()
 
 
 def test_rm_prefers_a_stored_name_to_one_of_the_catalog(store):

