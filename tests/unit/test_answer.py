@@ -189,10 +189,14 @@ def test_nothing_that_markdown_leaves_out_is_lost(monkeypatch):
         assert part in lines
 
 
+@pytest.mark.parametrize("n_columns", [1, 6, 8, 30])
 @pytest.mark.parametrize("width", [80, 24])
-def test_nothing_of_a_wide_table_is_lost(width, monkeypatch):
+def test_nothing_of_a_wide_table_is_lost(width, n_columns, monkeypatch):
     address = "https://example.org/" + "0123456789" * 8
-    table = f"| where | {'heading' * 9} |\n|---|--:|\n| {address} | `{'code' * 20}` |\n"
-    lines = shown(table, width, 60, 1000, monkeypatch)
-    seen, written = (sorted(filter(str.isalnum, text)) for text in ("".join(lines), table))
+    rows = [
+        f"| {row} | " + f"{cell} | " * n_columns + "\n"
+        for row, cell in (("where", "heading" * 9), ("--:", "---"), (address, f"`{'code' * 20}`"))
+    ]
+    lines = shown("".join(rows), width, 800, 10_000, monkeypatch)
+    seen, written = (sorted(filter(str.isalnum, text)) for text in map("".join, (lines, rows)))
     assert seen == written

@@ -1,6 +1,7 @@
 """Markdown as lines of a terminal, block by block; nothing that a model wrote gets lost."""
 
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from markdown_it import MarkdownIt
@@ -8,6 +9,7 @@ from markdown_it.token import Token
 from rich.console import Console
 from rich.markdown import Heading, Markdown, MarkdownElement, TableElement
 from rich.segment import Segment
+from rich.text import Text
 
 Lines = list[list[Segment]]
 
@@ -17,6 +19,8 @@ _PARSER.disable(["reference", "image"])
 # Where blocks begin and end can be said without a look at the words in them, for half the price.
 _BLOCKS = MarkdownIt("commonmark", {"html": False}).enable("table")
 _BLOCKS.disable(["inline", "reference"])
+# Of a table, with the space between two.
+_LEAST_COLUMN = 4
 
 
 class _LeftHeading(Heading):
@@ -27,15 +31,23 @@ class _LeftHeading(Heading):
         yield self.text
 
 
-class _FoldedTable(TableElement):
-    """rich cuts off what is too wide for its column."""
+class _WholeTable(TableElement):
+    """rich cuts off what is too wide for its column, and leaves out columns that find no room."""
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         tables: Any = super().__rich_console__(console, options)
         for table in tables:
             for column in table.columns:
                 column.overflow = "fold"
-            yield table
+            if len(table.columns) * _LEAST_COLUMN <= options.max_width:
+                yield table
+            else:
+                yield from self._rows()
+
+    def _rows(self) -> Iterator[Text]:
+        head = self.header.row if self.header else None
+        for row in [*([head] if head else []), *(self.body.rows if self.body else [])]:
+            yield Text(" | ").join(cell.content for cell in row.cells)
 
 
 class _Markdown(Markdown):
@@ -44,7 +56,7 @@ class _Markdown(Markdown):
     elements: ClassVar[dict[str, type[MarkdownElement]]] = {
         **Markdown.elements,
         "heading_open": _LeftHeading,
-        "table_open": _FoldedTable,
+        "table_open": _WholeTable,
     }
 
     def __init__(self, text: str, code_theme: str) -> None:
