@@ -18,6 +18,10 @@ from support.converted import tiny
 Accepts = Callable[[Any, Any], bool]
 
 
+class Raw(str):
+    """A string that JSON's quotes are put around as it is."""
+
+
 @pytest.fixture(scope="module")
 def accepts(tmp_path_factory):
     """Whether the grammar of a schema lets a value through, byte by byte, and ends there."""
@@ -31,7 +35,9 @@ def accepts(tmp_path_factory):
             child = model.grammars.take()
             child.call("start", grammar, "root")
             last = None
-            for byte in [*json.dumps(value, ensure_ascii=False).encode(), None]:
+            is_raw = isinstance(value, Raw)
+            text = f'"{value}"' if is_raw else json.dumps(value, ensure_ascii=False)
+            for byte in [*text.encode(), None]:
                 token = model.token_eos() if byte is None else tokens[bytes([byte])]
                 allowed = np.frombuffer(base64.b64decode(child.call("allowed", last)), np.uint8)
                 if not np.unpackbits(allowed)[token]:
@@ -182,6 +188,33 @@ def test_ordinary_limits_are_not_too_large(accepts):
     )
     many = {"type": "array", "items": {"type": "string", "maxLength": 1000}, "maxItems": 1000}
     check(accepts, many, [["a", "b"]], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right", "wrong"),
+    [
+        (r"^\d{4}-\d{2}$", ["2026-11"], ["2026-1", "a"]),
+        (r"^\w+@[\w-]+(?:\.[a-z]+)+$", ["a_1@b-c.co.uk"], ["a@b", "a@bxc"]),
+        (r"^\S\D$", ["ab"], [" b", "a1", '"b', "a\n"]),
+        (r"^[^a]{2}$", ["bc", "é-"], ["ab", 'b"', "b\\", "\n\n"]),
+        (r"^[ -~]+$", ["a [b] c~"], ['"', "é"]),
+        (r"^[\]\-^]+$", ["]-^"], ["\\", "a"]),
+        (r"^yes|no$", ["yes", "no"], ["yno", "yeso"]),
+        (r"^\(\$[0-9]\)$", ["($5)"], ["5"]),
+    ],
+)
+def test_what_a_pattern_matches_is_json(accepts, pattern, right, wrong):
+    check(accepts, {"type": "string", "pattern": pattern}, right, wrong)
+    for raw in wrong:  # not escaped either, as json.dumps has it
+        assert not accepts({"type": "string", "pattern": pattern}, Raw(raw))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a", "^a$|^b$", '^"$', r"^\\$", r"^\b$", "^(?!a)b$", r"^[\x41]$"]
+)
+def test_a_pattern_that_cannot_be_kept_to_is_refused(accepts, pattern):
+    with pytest.raises(GrammarError, match="pattern"):
+        accepts({"type": "string", "pattern": pattern}, "a")
 
 
 @pytest.mark.parametrize(

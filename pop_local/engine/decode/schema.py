@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
+from pop_local.engine.decode.pattern import readable
+
 Schema = dict[str, Any]
 
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
@@ -137,6 +139,8 @@ class _Document:
         found = {name: said[name] for name in _KEPT if name in said}
         if not found:
             raise ValueError(f"{json.dumps(said)} has no type")
+        if isinstance(said.get("pattern"), str):
+            found["pattern"] = readable(said["pattern"])
         if "properties" in said:
             named = said["properties"].items()
             found["properties"] = {name: self._plain(each) for name, each in named}
