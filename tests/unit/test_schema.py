@@ -69,6 +69,13 @@ def test_a_list_of_types_keeps_the_other_keywords(accepts):
     check(accepts, {**ADDRESS, "type": ["object", "null"]}, [{"street": "a"}, None], [{}, "a"])
     short = {"type": ["string", "integer"], "maxLength": 2}
     check(accepts, short, ["ab", 5], ["abc", None])
+    nested: dict[str, Any] = {"const": 1}
+    for _ in range(30):  # each type looks at what is its own, not twice as much on each level
+        nested = {
+            "type": ["array", "null"],
+            "items": {**an_object(a=nested), "type": ["object", "string"]},
+        }
+    check(accepts, nested, [None, [{"a": None}, "b"]], [1, [{"b": 1}]])
 
 
 def test_values_may_begin_alike(accepts):
@@ -93,6 +100,8 @@ def test_what_all_of_holds(accepts):
     check(accepts, both, [{"street": "a", "town": "b"}, {"street": "a"}], [{}, {"town": "b"}])
     beside = {**ADDRESS, "anyOf": [an_object(a={"const": 1}), {"properties": {"b": {"const": 2}}}]}
     check(accepts, beside, [{"street": "s", "a": 1}, {"street": "s", "b": 2}], [{"a": 1}])
+    several = {"allOf": [ADDRESS, {"anyOf": [an_object(a={"const": 1}), an_object(b=STRING)]}]}
+    check(accepts, several, [{"street": "s", "a": 1}, {"street": "s", "b": "x"}], [{"a": 1}])
     with pytest.raises(GrammarError, match="allOf joins nothing but objects"):
         accepts({"allOf": [STRING, colour]}, "red")
 

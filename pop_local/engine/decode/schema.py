@@ -7,6 +7,7 @@ allOf for nothing, and mistakes names of definitions for those of properties and
 import json
 import math
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,11 +22,12 @@ _ANNOTATIONS = {
     *("title", "description", "default", "examples", "example"),
     *("deprecated", "readOnly", "writeOnly", "discriminator"),
 }
-# What the converter looks at; it resolves references within the rest, too.
-_KEPT = (
-    *("type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
-    *("pattern", "format", "minLength", "maxLength"),
-)
+# What the converter looks at, by type; it would resolve references within the rest, too.
+_KEPT = {
+    "object": ("properties", "required", "additionalProperties"),
+    "array": ("items", "prefixItems", "minItems", "maxItems"),
+    "string": ("pattern", "format", "minLength", "maxLength"),
+}
 # The converter's own name of any JSON value.
 ANY: Schema = {"type": "value"}
 _MOST_INTEGERS = 1000
@@ -136,20 +138,21 @@ class _Document:
             raise ValueError(f"there is no type {json.dumps(kind)}")
         if kind == "integer" and (numbers := _integers(said)) is not None:
             return {"enum": numbers}
-        found = {name: said[name] for name in _KEPT if name in said}
+        kept = chain(*_KEPT.values()) if kind is None else _KEPT.get(kind, ())
+        found = {name: said[name] for name in ("type", *kept) if name in said}
         if not found:
             raise ValueError(f"{json.dumps(said)} has no type")
-        if isinstance(said.get("pattern"), str):
-            found["pattern"] = readable(said["pattern"])
-        if "properties" in said:
-            named = said["properties"].items()
+        if "pattern" in found:
+            found["pattern"] = readable(found["pattern"])
+        if "properties" in found:
+            named = found["properties"].items()
             found["properties"] = {name: self._plain(each) for name, each in named}
-        if said.get("additionalProperties", False) is not False:
-            found["additionalProperties"] = self._plain(said["additionalProperties"])
-        items = said.get("prefixItems", said.get("items", True))
+        if found.get("additionalProperties", False) is not False:
+            found["additionalProperties"] = self._plain(found["additionalProperties"])
+        items = found.pop("prefixItems", found.get("items", True))
         if isinstance(items, list):  # the converter makes just these
             found["items"] = [self._plain(each) for each in items]
-        elif kind == "array" or "items" in said:
+        elif kind == "array" or "items" in found:
             found["items"] = self._plain(items)
         return found
 
