@@ -37,22 +37,11 @@ from pop_local.engine.prefill.kv_state import (
     PopState,
     context_state,
     conversion,
+    loaded_with,
     own_sha256,
     restore_context_state,
 )
 from pop_local.engine.prefill.plan import NO_ENDS, n_equal
-
-# Fields of llama_context_params, as `Llama` sets them where nobody says otherwise.
-_ROPE = {
-    "rope_freq_base": 0.0,
-    "rope_freq_scale": 0.0,
-    "rope_scaling_type": -1,
-    "yarn_ext_factor": -1.0,
-    "yarn_attn_factor": 1.0,
-    "yarn_beta_fast": 32.0,
-    "yarn_beta_slow": 1.0,
-    "yarn_orig_ctx": 0,
-}
 
 
 class KvLlama(SeeingLlama):
@@ -179,21 +168,10 @@ class KvLlama(SeeingLlama):
         return self._model.vocab
 
     @cached_property
-    def loaded_with(self) -> str:
-        """In words, the options of `Llama` that K/V depend on, where they are not its defaults."""
-        found = {name: getattr(self.context_params, name) for name in _ROPE}
-        given = [f"{name} {value:g}" for name, value in found.items() if value != _ROPE[name]]
-        if self.kv_overrides:
-            given.append(f"keys {self.kv_overrides}")
-        if self.lora_sha256:
-            given.append(f"LoRA {self.lora_sha256[:16]} x {self.lora_scale:g}")
-        return "".join(f", {each}" for each in given)
-
-    @cached_property
     def model_key(self) -> str:
         """What tells its K/V from those of other models, whatever is pruned."""
         sha256 = own_sha256(read_source(Path(self.model_path)))
-        return f"model {sha256[:16]}{self.loaded_with}, images {self.mmproj_key}"
+        return f"model {sha256[:16]}{loaded_with(self)}, images {self.mmproj_key}"
 
     @cached_property
     def shape(self) -> ModelShape:

@@ -16,6 +16,17 @@ from pop_local.engine.llama.backend import Mode, bindings
 from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaRAMCache, LlamaState
 
 NO_CONVERSION = f"{OWN} projections"
+# Fields of llama_context_params, as `Llama` sets them where nobody says otherwise.
+_ROPE = {
+    "rope_freq_base": 0.0,
+    "rope_freq_scale": 0.0,
+    "rope_scaling_type": -1,
+    "yarn_ext_factor": -1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_orig_ctx": 0,
+}
 
 
 def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
@@ -34,6 +45,17 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
     for header in base.parts if sidecar is None else (read_header(sidecar),):
         _add_tensors(digest, header, are_fitted=True)
     return f"{meta.projection} projections {digest.hexdigest()[:16]}"
+
+
+def loaded_with(model: Any) -> str:
+    """In words, the options of a KvLlama that K/V depend on, where they are not the defaults."""
+    found = {name: getattr(model.context_params, name) for name in _ROPE}
+    given = [f"{name} {value:g}" for name, value in found.items() if value != _ROPE[name]]
+    if model.kv_overrides:
+        given.append(f"keys {model.kv_overrides}")
+    if model.lora_sha256:
+        given.append(f"LoRA {model.lora_sha256[:16]} x {model.lora_scale:g}")
+    return "".join(f", {each}" for each in given)
 
 
 def own_sha256(source: Source) -> str:

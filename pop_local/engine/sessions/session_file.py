@@ -38,7 +38,7 @@ from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.upstream import llama_cpp
-from pop_local.engine.prefill.kv_state import FULL, PopState
+from pop_local.engine.prefill.kv_state import FULL, PopState, loaded_with
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.schema import (
     Fingerprint,
@@ -119,7 +119,7 @@ def _is_name(name: str) -> bool:
 def fingerprint(model: ChatModel) -> Fingerprint:
     """Reads the model's headers, and of its tensors the beginnings."""
     source = read_source(Path(model.model_path))
-    version = f"{llama_cpp.__version__} abi {backend.library_abi()}{model.loaded_with}"
+    version = f"{llama_cpp.__version__} abi {backend.library_abi()}{loaded_with(model)}"
     return Fingerprint(source.size_bytes, sampled_sha256(source), version, model.mmproj_key)
 
 
