@@ -87,8 +87,15 @@ class ChatModel(PrunedLlama):
     def create_chat_completion(self, *arguments: Any, **options: Any) -> Any:
         """As llama_cpp's, with this library's grammars of JSON schemas, as the server's.
 
-        Raises GrammarError for a response_format that an answer cannot be kept to.
+        Raises GrammarError for a response_format that an answer cannot be kept to, and PopError for
+        pictures, which llama_cpp's templates would drop or invent.
         """
+        messages = options.get("messages") or (arguments[0] if arguments else [])
+        if any(_has_pictures(message.get("content")) for message in messages):
+            raise PopError(
+                "llama_cpp's own chat shows the model no pictures",
+                "ask with chat(..., images=[...])",
+            )
         schema = _schema_of(options.get("response_format") or {})
         if schema is not None:
             # llama_cpp's own let raw line ends into strings, and take no json_schema.
@@ -196,6 +203,10 @@ class ChatModel(PrunedLlama):
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""
         return len(self.chat_prompt(messages).tokens)
+
+
+def _has_pictures(content: Any) -> bool:
+    return isinstance(content, list) and any(part.get("type") != "text" for part in content)
 
 
 def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Picture]) -> str:

@@ -292,6 +292,8 @@ class PrunedLlama(KvLlama):
             return []
         # Logits come with a token: where all are cached, the last one is read again.
         n_kept = min(usable, max(0, len(tokens) - 1))
+        if 0 < n_kept < len(tokens) and tokens[n_kept] < 0:  # not a part of a picture
+            n_kept = max(start for start, _ in self.images_in(tokens) if start <= n_kept)
         self._requires_eval = True
         if not self.truncate(n_kept):
             self.clear()
@@ -306,8 +308,9 @@ class PrunedLlama(KvLlama):
         """
         usable = n_usable(tokens, self._input_ids, self.rows.is_full, self.rule)
         if self.select:
-            # From there on none could be selected.
+            # From there on none could be selected; of a picture none ever is.
             lost = ~(self.rows.is_full | self.rows.has_state)[:usable]
+            lost &= self._input_ids[:usable] >= 0
             usable = int(lost.argmax()) if lost.any() else usable
         n_sink = min(usable, self.rule.sink_tokens)
         can_deepen = bool(self.select) and bool(self.rows.has_state[:n_sink].all())

@@ -32,7 +32,7 @@ from pop_local.server.errors import ApiError, as_api_error
 from pop_local.server.front import Front
 from pop_local.server.memory import return_large_blocks
 from pop_local.server.metrics import Metrics
-from pop_local.server.pictures import MAX_DATA_URL, n_in_data_urls
+from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_data_urls
 from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Job, Task, Worker
@@ -184,20 +184,22 @@ class Api:
         async for piece in request.stream():
             raw += piece
             if len(raw) > self._max_body_bytes + self._max_picture_bytes:
-                raise self._too_large()
-        if len(raw) - n_in_data_urls(raw) > self._max_body_bytes:
-            raise self._too_large()
+                raise self._too_large(len(raw) - n_in_data_urls(raw))
+        if (n_other := len(raw) - n_in_data_urls(raw)) > self._max_body_bytes:
+            raise self._too_large(n_other)
         body = kind.model_validate_json(raw)
         self._check_name(body.model)
         return body
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
+    def _too_large(self, n_other: int) -> ApiError:
+        """`n_other`: the bytes so far that are no pictures."""
+        message = (
             f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
-            f" holds {self._model.n_ctx():,} tokens",
-            code="request_too_large",
+            f" holds {self._model.n_ctx():,} tokens"
         )
+        if n_other <= self._max_body_bytes:
+            message = f"the pictures of a request may have {MAX_BYTES >> 20} MiB together"
+        return ApiError(413, message, code="request_too_large")
 
     async def _answer(
         self, request: Request, body: Body, task: Task, kind: type[Reply]

@@ -317,6 +317,52 @@ def test_a_selection_beside_a_picture(arch, tmp_path):
         assert (arch == "llama") == model.rows.has_state[rows].any()
 
 
+def test_with_a_selection_a_picture_is_read_once_all_the_same(tmp_path):
+    """Of Gemma 3, whose pictures keep no states, so that none of their rows is ever selected."""
+    seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
+    with seeing.opened(select=0.25) as model:
+        said, first = answered(model, prompt(model, LONG, 3))
+        assert answered(model, prompt(model, LONG, 3)) == (said, 1)
+        assert first > 64
+
+
+def test_a_picture_is_never_cut_in_two(smol):
+    """As where the rows after it came without their states, and none could be selected."""
+    with smol.opened(select=0.25) as model:
+        tokens = prompt(model, LONG, 3)
+        want = answered(model, tokens)[0]
+        model.rows.has_state[image_start(tokens) + 1 :] = False
+        model.rows.is_full[image_start(tokens) + 1 :] = False
+        assert answered(model, tokens)[0] == want
+
+
+def test_what_should_stop_raises_comes_out_of_an_encoding(smol):
+    """Whoever fits a model to pictures asks outside of a prompt."""
+    with smol.opened() as model:
+        tokens = prompt(model, "a b", 3)
+        image = model.eye.image_at(tokens[image_start(tokens) :])
+        calls = iter([False])
+
+        def pressed() -> bool:
+            for call in calls:
+                return call
+            raise KeyboardInterrupt
+
+        model.eye._should_stop = pressed
+        with pytest.raises(KeyboardInterrupt):
+            model.eye.embedded(image)
+
+
+def test_llama_cpps_own_chat_is_shown_no_pictures(smol):
+    url = {"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}
+    messages: Any = [{"role": "user", "content": [url, {"type": "text", "text": "a b"}]}]
+    with smol.opened() as model:
+        with pytest.raises(PopError, match="no pictures"):
+            model.create_chat_completion(messages, max_tokens=1)
+        messages[0]["content"].remove(url)
+        assert model.create_chat_completion(messages=messages, max_tokens=1)
+
+
 def test_a_prompt_with_a_picture_is_not_short(smol):
     with smol.opened() as model:
         model.rule = replace(model.rule, tail_tokens=256)

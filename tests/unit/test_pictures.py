@@ -41,6 +41,13 @@ def test_photographs_are_turned_upright_and_transparency_is_white():
     assert set(clear.rgb()[2]) == {255}
 
 
+def test_grey_of_16_bits_is_scaled_not_cut_off():
+    ramp = np.linspace(0, 65535, 64 * 16).astype(np.uint16).reshape(16, 64)
+    picture = picture_of(encoded(Image.fromarray(ramp), "PNG"), "a")
+    grey = np.frombuffer(picture.rgb()[2], np.uint8)[::3].reshape(16, 64)
+    np.testing.assert_allclose(grey, ramp / 257, atol=1)
+
+
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [*(("PNG", mode) for mode in ("1", "P", "L", "RGB", "RGBA")), ("JPEG", "L"), ("JPEG", "RGB")],

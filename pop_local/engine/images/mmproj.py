@@ -109,6 +109,7 @@ class Mmproj:
         self._use_gpu = use_gpu
         self._should_stop = should_stop
         self._was_stopped = False
+        self._raised: BaseException | None = None
         self._encode_s = 0.0
         self._n_nodes = 0
         self._ctx: Any = None
@@ -224,10 +225,13 @@ class Mmproj:
         return np.ctypeslib.as_array(rows, (image.n_rows, self._n_embd)).copy()
 
     def _encode(self, chunk: Any) -> bool:
-        """Whether all of it was encoded."""
+        """Whether all of it was encoded. Raises what `should_stop` raised meanwhile."""
+        self._raised = None
         self._was_stopped = self._should_stop()
         if self._was_stopped or self._mtmd.mtmd_encode_chunk(self._ctx, chunk) != 0:
             return False
+        if self._raised is not None:
+            raise self._raised
         return not self._was_stopped
 
     def positions(self, image: ImageChunk, first: int) -> np.ndarray:
@@ -263,7 +267,10 @@ class Mmproj:
         if is_asked:
             self._n_nodes += 1
             return self._n_nodes % _NODES_AT_ONCE == 0
-        self._was_stopped = self._was_stopped or self._should_stop()
+        try:
+            self._was_stopped = self._was_stopped or self._should_stop()
+        except BaseException as error:  # ctypes would drop it
+            self._was_stopped, self._raised = True, error
         return not self._was_stopped
 
     def _cut_of(self, image: ImageChunk) -> _Cut:

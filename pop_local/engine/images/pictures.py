@@ -65,9 +65,12 @@ class Picture:
         with _opened(self.content, self.name) as opened:
             _orientation(opened)
             shown: Image.Image = opened
+            if opened.mode.startswith("I"):  # 16 bits of grey, which would be cut off at 255
+                shown = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+                shown.info.pop("transparency", None)
             n_pixels = opened.width * opened.height
             if n_pixels > _MAX_SHOWN:
-                if opened.mode in ("1", "P"):  # which cannot be scaled smoothly
+                if shown.mode in ("1", "P"):  # which cannot be scaled smoothly
                     shown = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
                 share = (_MAX_SHOWN / n_pixels) ** 0.5
                 size = opened.width * share, opened.height * share
