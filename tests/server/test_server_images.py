@@ -205,6 +205,7 @@ def test_room_for_pictures_is_for_nothing_else(client):
 def test_a_request_that_is_too_large(client, monkeypatch):
     response = post(client, image("data:image/png;base64," + "A" * (45 * 2**20)), text("a"))
     assert response.status_code == 413
+    assert "pictures of a request may have 32 MiB together" in response.text
 
 
 @pytest.mark.parametrize(

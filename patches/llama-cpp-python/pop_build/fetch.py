@@ -50,6 +50,14 @@ def cache_folder() -> Path:
     return base / "pop-local"
 
 
+def fetch_or_keep(pin: Pin, instead: Path) -> Path:
+    """The pinned source distribution, in the user's cache, or `instead` where none can be kept."""
+    try:
+        return fetch(pin, cache_folder())
+    except (OSError, RuntimeError):  # no home, or one that somebody else owns
+        return fetch(pin, instead)
+
+
 def fetch(pin: Pin, folder: Path) -> Path:
     """The pinned source distribution in the folder, downloaded when it is not there or damaged."""
     kept = folder / pin.sdist
@@ -91,7 +99,9 @@ def _download(pin: Pin, folder: Path) -> None:
         raise _other_file(pin, "pip refused it")
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR: ")] or lines[-5:]
+        # What pip did not expect is a trace, whose last line tells.
+        found = [line for line in lines if re.match("ERROR: (?!Exception:)", line)]
+        errors = found or lines[-5:]
         reason = "\n     ".join(errors)
         raise BuildError(f"pip could not fetch {pin.name} {pin.version}:\n     {reason}", _hint())
 

@@ -10,9 +10,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import NoReturn
 
+from filelock import FileLock
+
 from . import missing
 from .errors import BuildError
-from .tree import PORTABLE_VARIABLE, find_hooks, hook_files, package_files, prepare, recipe
+from .tree import PORTABLE_VARIABLE, find_hooks, hook_files, key, package_files, prepare, recipe
 
 Settings = dict[str, "list[str] | str"] | None
 
@@ -107,10 +109,23 @@ def build_editable(
 
 @contextmanager
 def _prepared(config_settings: Settings) -> Iterator[Settings]:
-    """Inside the patched tree, with our settings beneath those of the user."""
+    """Inside the patched tree, with our settings beneath those of the user.
+
+    One build at a time: CMake's folder holds paths of the one that is under way.
+    """
     with _short_errors():
         missing.check_architecture(os.environ)
-        folder = prepare(recipe(PACKAGE, os.environ))
+        wanted = recipe(PACKAGE, os.environ)
+    (PACKAGE / "build").mkdir(exist_ok=True)
+    with FileLock(PACKAGE / "build" / f"{key(wanted)}.lock"):
+        with _short_errors():
+            folder = prepare(wanted)
+        with _configured(folder, config_settings) as settings:
+            yield settings
+
+
+@contextmanager
+def _configured(folder: Path, config_settings: Settings) -> Iterator[Settings]:
     settings: dict[str, list[str] | str] = {"build-dir": str(folder / "cmake")}
     settings["wheel.license-files"] = ["LICENSE.md", "vendor/llama.cpp/LICENSE"]
     settings |= {f"cmake.define.{name}": value for name, value in defines(os.environ).items()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import BuildError
+from .tree import PORTABLE_VARIABLE
 
 # By ggml's option: what its CMakeLists.txt looks for, as CMakeCache.txt names it, and what that is.
 _WANTED = {
@@ -25,7 +26,7 @@ _WANTED = {
 }
 _ENTRY = re.compile(r"^([^#/:\n]+):\w+=(.*)$", re.MULTILINE)
 _DEFINE = re.compile(r"-D\s*(\w+)(?::\w+)?=(\S+)")
-_ARCHITECTURES = ("CMAKE_CUDA_ARCHITECTURES", "GGML_NATIVE")
+_ARCHITECTURES = {"CMAKE_CUDA_ARCHITECTURES", "GGML_NATIVE"}
 _ON = ("1", "on", "true", "yes", "y")
 
 
@@ -58,7 +59,8 @@ def check_architecture(env: Mapping[str, str]) -> None:
     It only warns of that, and pip hides warnings.
     """
     given = {name: value.lower() for name, value in _DEFINE.findall(env.get("CMAKE_ARGS", ""))}
-    is_named = "CUDAARCHS" in env or not given.keys().isdisjoint(_ARCHITECTURES)
+    # A portable build is for all.
+    is_named = bool({"CUDAARCHS", PORTABLE_VARIABLE} & env.keys() or given.keys() & _ARCHITECTURES)
     if given.get("GGML_CUDA") in _ON and not is_named and not _sees_gpu():
         raise BuildError(
             "No NVIDIA GPU is visible here, so nobody knows what to compile CUDA code for.",

@@ -12,10 +12,13 @@ from pathlib import Path
 
 from .apply import apply_patch
 from .errors import BuildError
-from .fetch import SOURCE_VARIABLE, Pin, cache_folder, fetch, read_pin
+from .fetch import SOURCE_VARIABLE, Pin, fetch_or_keep, read_pin
+from .machine import cpu
 
 PORTABLE_VARIABLE = "POP_LLAMA_CPP_PORTABLE"
 UNPATCHED_VARIABLE = "POP_LLAMA_CPP_UNPATCHED"
+# In the package `llama_cpp`, so that a wheel says of which build it is.
+KEY_FILE = "pop_build_key.txt"
 # What a user sets to get another library out of the same sources.
 _FLAGS = (
     *("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
@@ -63,6 +66,11 @@ class Recipe:
 def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
     """The recipe that the package and the environment ask for."""
     source = Path(env[SOURCE_VARIABLE]).expanduser() if env.get(SOURCE_VARIABLE) else None
+    if source is not None and not source.is_absolute():
+        raise BuildError(
+            f"{SOURCE_VARIABLE} is {source}, and pip builds in another folder.",
+            "Give an absolute path.",
+        )
     if source is not None and not source.exists():
         raise BuildError(
             f"There is nothing at {source}.",
@@ -70,7 +78,9 @@ def recipe(package: Path, env: Mapping[str, str]) -> Recipe:
         )
     hooks = None if env.get(UNPATCHED_VARIABLE) else find_hooks(package)
     flags = tuple(f"{name}={env[name]}" for name in _FLAGS if env.get(name))
-    return Recipe(package, hooks, source and source.absolute(), flags)
+    if not env.get(PORTABLE_VARIABLE):
+        flags += (f"CPU={cpu()}",)
+    return Recipe(package, hooks, source, flags)
 
 
 def find_hooks(package: Path) -> Path:
@@ -130,6 +140,7 @@ def prepare(recipe: Recipe) -> Path:
         _patch(recipe, tree)
         _set(tree / "llama_cpp" / "__init__.py", "__version__", recipe.version)
         _set(tree / "pyproject.toml", "name", recipe.name)
+        (tree / "llama_cpp" / KEY_FILE).write_text(folder.name, encoding="utf-8")
         tree.replace(source)
     stamp.write_text(_fingerprint(source))
     _forget_old(builds, folder)
@@ -137,7 +148,7 @@ def prepare(recipe: Recipe) -> Path:
 
 
 def _extract(recipe: Recipe, scratch: Path) -> Path:
-    source = recipe.source or fetch(recipe.pin, cache_folder())
+    source = recipe.source or fetch_or_keep(recipe.pin, recipe.package / "build" / "source")
     if source.is_dir():
         skipped = shutil.ignore_patterns(*_NOT_SOURCE)
         tree = Path(shutil.copytree(source, scratch / "tree", symlinks=True, ignore=skipped))

@@ -34,7 +34,7 @@ def _python() -> str:
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
-            "a frozen application has no Python to render chat templates with",
+            "a frozen application has no Python for chat templates and grammars",
             "name one, with the same packages: multiprocessing.set_executable(...)",
         )
     return python
