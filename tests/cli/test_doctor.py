@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama_cpp
 import pytest
 from typer.testing import CliRunner
 
@@ -92,14 +93,25 @@ def test_missing_backend_must_be_fixed(install, monkeypatch):
     assert checks()["backend"]["to_do"] == backend.INSTALL_HINT
 
 
-def test_llama_cpp_python_beside_ours_must_go(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_llama_cpp_python_beside_ours_must_go(tmp_path, monkeypatch, is_ours):
+    """One of the system, whose files a virtual environment's hide, does no harm."""
+    folder = tmp_path / "llama_cpp"
+    if is_ours:
+        folder.symlink_to(Path(llama_cpp.__file__).parent)
+    else:
+        folder.mkdir()
+        (folder / "__init__.py").touch()
     metadata = tmp_path / "llama_cpp_python-9.9.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 9.9\n")
     monkeypatch.syspath_prepend(tmp_path)
     backend.bindings.cache_clear()
-    assert doctor().exit_code == 1
     found = checks()["backend"]
+    if not is_ours:
+        assert found["status"] == "ok"
+        return
+    assert doctor().exit_code == 1
     assert found["found"].startswith("llama-cpp-python 9.9 is installed")
     assert "pip uninstall llama-cpp-python" in found["to_do"]
 

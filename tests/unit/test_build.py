@@ -19,7 +19,7 @@ else:
     import tomli as tomllib
 
 from pop_build import fetch as fetching
-from pop_build import missing
+from pop_build import missing, tree
 from pop_build.errors import BuildError
 from pop_build.fetch import SOURCE_VARIABLE, Pin, fetch
 from pop_build.hooks import defines, launchers
@@ -155,6 +155,26 @@ def test_missing_hooks_and_missing_source(package, tmp_path):
         recipe(package, {})
 
 
+def test_a_source_is_named_as_every_folder_knows_it(package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_sdist(tmp_path / "own.tar.gz")
+    with pytest.raises(BuildError, match="another folder") as refused:
+        recipe(package, {SOURCE_VARIABLE: "own.tar.gz"})
+    assert "absolute" in refused.value.hint
+
+
+def test_a_build_is_of_one_processor_unless_it_is_portable(package, monkeypatch):
+    here, portable = key(recipe(package, {})), key(recipe(package, {PORTABLE_VARIABLE: "1"}))
+    monkeypatch.setattr(tree, "cpu", lambda: "another one")
+    assert key(recipe(package, {})) != here
+    assert key(recipe(package, {PORTABLE_VARIABLE: "1"})) == portable
+
+
+def test_the_wheel_says_of_which_build_it_is(package, tmp_path):
+    asked = recipe(package, {SOURCE_VARIABLE: str(make_sdist(tmp_path / "own.tar.gz"))})
+    assert read(prepare(asked) / "src" / "llama_cpp" / tree.KEY_FILE) == key(asked)
+
+
 @pytest.fixture
 def pin(package: Path) -> Pin:
     return recipe(package, {}).pin
@@ -192,6 +212,24 @@ def test_the_cached_file_is_checked_each_time(package, tmp_path, monkeypatch):
     kept.write_bytes(b"damaged")
     assert fetch(pin, tmp_path / "cache").read_bytes() == b"the release"
     assert len(calls) == 2
+
+
+def test_where_no_cache_can_be_kept_it_is_beside_the_build(package, tmp_path, monkeypatch):
+    digest = hashlib.sha256(b"the release").hexdigest()
+    write(package / "upstream.txt", f"llama-cpp-python==0.3.36 --hash=sha256:{digest}\n")
+    serve(monkeypatch, b"the release")
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setattr(fetching, "cache_folder", lambda: tmp_path / "home" / "cache")
+    kept = fetching.fetch_or_keep(recipe(package, {}).pin, tmp_path / "instead")
+    assert kept.parent == tmp_path / "instead"
+
+
+def test_what_pip_did_not_expect_is_told(pin, tmp_path, monkeypatch):
+    said = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: File name too long\n"
+    failed = subprocess.CompletedProcess([], 2, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(BuildError, match="File name too long"):
+        fetch(pin, tmp_path)
 
 
 def test_the_unpatched_library_is_built_once(package, tmp_path):
@@ -287,7 +325,8 @@ CUDA = {"CMAKE_ARGS": "-DGGML_VULKAN=on -DGGML_CUDA:BOOL=ON"}
 def test_cuda_is_not_compiled_for_a_gpu_that_nobody_named(monkeypatch):
     sees_gpu = iter([False, True])
     monkeypatch.setattr(missing, "_sees_gpu", lambda: next(sees_gpu))
-    for env in ({}, {"CMAKE_ARGS": "-DGGML_CUDA=off"}, CUDA | {"CUDAARCHS": "90"}):
+    named = CUDA | {"CUDAARCHS": "90"}, CUDA | {PORTABLE_VARIABLE: "1"}
+    for env in ({}, {"CMAKE_ARGS": "-DGGML_CUDA=off"}, *named):
         missing.check_architecture(env)
     for more in ("-D GGML_NATIVE=off", "-DCMAKE_CUDA_ARCHITECTURES=80-virtual"):
         missing.check_architecture({"CMAKE_ARGS": f"{CUDA['CMAKE_ARGS']} {more}"})

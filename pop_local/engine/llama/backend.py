@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,7 +89,12 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
 def bindings() -> ModuleType:
     """llama_cpp's low-level module, its log taken over. Raises PopError when there is none, or
     another distribution that owns the same files."""
+    ours = find_spec("llama_cpp")
+    used = ours and ours.origin and Path(ours.origin).resolve()
     for other in metadata.distributions(name=OTHER):
+        # One of the system may lie behind that of a virtual environment, which is ours.
+        if used and Path(str(other.locate_file("llama_cpp/__init__.py"))).resolve() != used:
+            continue
         raise PopError(
             f"{OTHER} {other.version} is installed, whose files take the place of those of {OURS}",
             f"pip uninstall {OTHER}, which takes files of both, and {INSTALL_HINT}",
