@@ -4,8 +4,8 @@
 # make fuzz SECONDS=3600: damaged files for each reader, for so long (FUZZ_SEED=N begins elsewhere,
 #   FUZZ_FILES=N tries so many instead)
 # make sanitize: the patched library with AddressSanitizer and UBSan under the oracle and damaged files
-# make sidecars: fits the models of the catalog anew (CATALOG=names for some of them,
-#   DISTILL_TOKENS=65536 for a quarter of the text that their fits are trained on)
+# make sidecars: fits the models of the catalog anew, as what is shipped was made, in hours
+#   (CATALOG=names for some of them, SIDECAR_name=options for others)
 # make wheels: dist/ with the wheels of the backend and of pop-local, and of all that they need
 # make test-wheels: installs them alone in a fresh environment, and asks one question
 # make test-gpu: the GPUs of a build for them (CMAKE_ARGS, or macOS) against the CPU
@@ -168,14 +168,15 @@ endif
 # What chat, run and pull open the catalog's models with. Hours on one core, all from the beginning.
 # Torch, which distilling needs, is among the tools.
 SIDECARS := pop_local/data/sidecars
-DISTILL_TOKENS ?= 262144
+SIDECAR_smollm2 ?= --distill --distill-tokens 262144
+SIDECAR_gemma3 ?=
+SIDECAR_qwen-0.5b ?= --distill --distill-tokens 262144
+SIDECAR_qwen-1.5b ?= --boundary 17 --projection wide --quality balanced --distill --distill-tokens 131072
 CATALOG ?= smollm2 gemma3 qwen-0.5b qwen-1.5b
-sidecars: $(VENV)/.tools
-	@for name in $(CATALOG); do \
-	  model=$$($(BIN)/pop-local pull $$name --dir models) && $(BIN)/pop-local convert $$model \
-	  $(SIDECARS)/$$(basename $$model .gguf).pop-sidecar.gguf --sidecar --force \
-	  --distill --distill-tokens $(DISTILL_TOKENS) || exit 1; \
-	done
+sidecars: $(addprefix sidecar-,$(CATALOG))
+sidecar-%: $(VENV)/.tools
+	@model=$$($(BIN)/pop-local pull $* --dir models) && $(BIN)/pop-local convert $$model \
+	$(SIDECARS)/$$(basename $$model .gguf).pop-sidecar.gguf --sidecar --force $(SIDECAR_$*)
 
 clean:
 	rm -rf $(VENV) $(WHEELS) build pop_local.egg-info $(PACKAGE)/build .mypy_cache .pytest_cache .ruff_cache
