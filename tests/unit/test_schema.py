@@ -102,8 +102,69 @@ def test_what_all_of_holds(accepts):
     check(accepts, beside, [{"street": "s", "a": 1}, {"street": "s", "b": 2}], [{"a": 1}])
     several = {"allOf": [ADDRESS, {"anyOf": [an_object(a={"const": 1}), an_object(b=STRING)]}]}
     check(accepts, several, [{"street": "s", "a": 1}, {"street": "s", "b": "x"}], [{"a": 1}])
-    with pytest.raises(GrammarError, match="allOf joins nothing but objects"):
-        accepts({"allOf": [STRING, colour]}, "red")
+    check(accepts, {"allOf": [STRING, colour]}, ["red"], ["blue"])
+
+
+NEEDS_A, NEEDS_B = an_object(a={"const": 1}), an_object(b={"const": 2})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [ADDRESS, {"anyOf": [NEEDS_A, NEEDS_B]}]},
+        {"allOf": [ADDRESS], "anyOf": [NEEDS_A, NEEDS_B]},
+        {"allOf": [{**ADDRESS, "oneOf": [NEEDS_A, NEEDS_B]}]},
+        {"allOf": [{**ADDRESS, "oneOf": [NEEDS_A, NEEDS_B]}, {"type": "object"}]},
+        {**ADDRESS, "anyOf": [{"properties": {}, "oneOf": [NEEDS_A, NEEDS_B]}]},
+        {"$ref": "#/$defs/A", "anyOf": [NEEDS_A, NEEDS_B], "$defs": {"A": ADDRESS}},
+    ],
+)
+def test_of_several_schemas_each_holds(accepts, schema):
+    right = [{"street": "s", "a": 1}, {"street": "s", "b": 2}]
+    check(accepts, schema, right, [{"street": "s"}, {"a": 1}, {"street": "s", "a": 2}])
+
+
+def test_what_two_say_of_one_property_holds(accepts):
+    kinds = [an_object(kind={"const": kind}) for kind in ("cat", "dog")]
+    base = an_object(kind=STRING)
+    for schema in ({**base, "allOf": kinds[:1]}, {"allOf": [*kinds[:1], base]}):
+        check(accepts, schema, [{"kind": "cat"}], [{"kind": "dog"}, {}])
+    one_of = {**base, "oneOf": kinds}
+    check(accepts, one_of, [{"kind": "cat"}, {"kind": "dog"}], [{"kind": "cow"}])
+    few = {**an_object(kind={"enum": ["cow", "cat"]}), "additionalProperties": False}
+    check(accepts, {"allOf": [few, base]}, [{"kind": "cat"}], [{"kind": "dog"}])
+    integers = {"additionalProperties": {"type": "integer"}}
+    a_number = {"allOf": [integers, an_object(n={"type": "number"}), {"required": ["m"]}]}
+    check(accepts, a_number, [{"n": 1, "m": 2}], [{"n": 1.5, "m": 2}, {"n": 1, "m": "a"}])
+
+
+def test_what_stands_beside_a_reference_holds(accepts):
+    schema = {"$ref": "#/$defs/A", "maxLength": 2, "$defs": {"A": {**STRING, "minLength": 1}}}
+    check(accepts, schema, ["a", "ab"], ["", "abc"])
+    schema["$defs"] = {"A": {"type": ["string", "null"], "maxLength": 5}}
+    check(accepts, schema, ["ab", None], ["abc"])
+    schema["$defs"] = {"A": {"enum": ["a", "abc"]}}
+    with pytest.raises(GrammarError, match="cannot be joined"):
+        accepts(schema, "a")
+
+
+def test_a_schema_that_holds_itself_may_be_joined(accepts):
+    part = {"allOf": [{"$ref": "#/$defs/A"}, {"properties": {"n": {"type": "integer"}}}]}
+    node = {"type": "object", "properties": {"next": part}}
+    schema = {"$ref": "#/$defs/A", "$defs": {"A": node}}
+    check(accepts, schema, [{"next": {"next": {"n": 1}}}, {}], [{"next": {"n": "a"}}, {"n": 1}])
+
+
+def test_what_is_required_and_not_described_is_there(accepts):
+    schema = {**ADDRESS, "anyOf": [{"required": ["a"]}, {"required": ["street"]}]}
+    check(accepts, schema, [{"street": "s", "a": 5}, {"street": "s"}], [{"a": 5}])
+    check(accepts, {"type": "object", "required": ["a"]}, [{"a": VALUES}], [{}])
+    check(accepts, {"type": "object", "required": []}, [{}, {"a": 1}], [1])
+
+
+def test_an_enum_has_values_of_its_type(accepts):
+    check(accepts, {"type": ["string", "null"], "enum": ["F"]}, ["F"], [None])
+    check(accepts, {"type": "number", "enum": ["F", 1, 1.5, True]}, [1, 1.5], ["F", True])
 
 
 def test_without_a_type_any_value_goes(accepts):
@@ -174,6 +235,12 @@ def test_a_short_range_of_integers_is_kept_to(accepts, bounds, right, wrong):
     check(accepts, {"type": ["integer", "null"], **bounds}, [*right, None], wrong)
 
 
+def test_equal_ranges_of_integers_are_written_once(accepts):
+    names = [f"n{number}" for number in range(12)]
+    form = an_object(**{name: {"type": "integer", "minimum": 0, "maximum": 999} for name in names})
+    check(accepts, form, [dict.fromkeys(names, 999)], [dict.fromkeys(names, 1000)])
+
+
 def test_numbers_of_items_and_characters(accepts):
     text = {"type": "string", "minLength": 2, "maxLength": 3}
     check(accepts, text, ["ab", "abc"], ["a", "abcd"])
@@ -210,6 +277,7 @@ def test_ordinary_limits_are_not_too_large(accepts):
         (r"^[\]\-^]+$", ["]-^"], ["\\", "a"]),
         (r"^yes|no$", ["yes", "no"], ["yno", "yeso"]),
         (r"^\(\$[0-9]\)$", ["($5)"], ["5"]),
+        (r"^\++[*?]+a?(?:b)*$", ["+*", "+++?*abb"], ["*", "+"]),
     ],
 )
 def test_what_a_pattern_matches_is_json(accepts, pattern, right, wrong):
@@ -219,7 +287,11 @@ def test_what_a_pattern_matches_is_json(accepts, pattern, right, wrong):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["a", "^a$|^b$", '^"$', r"^\\$", r"^\b$", "^(?!a)b$", r"^[\x41]$"]
+    "pattern",
+    [
+        *("a", "^a$|^b$", '^"$', r"^\\$", r"^\b$", "^(?!a)b$", r"^[\x41]$"),
+        *("^a+?$", "^a??$", "^a{2}?$", "^a*+$", "^(ab)++$"),
+    ],
 )
 def test_a_pattern_that_cannot_be_kept_to_is_refused(accepts, pattern):
     with pytest.raises(GrammarError, match="pattern"):
@@ -244,6 +316,16 @@ def test_a_pattern_that_cannot_be_kept_to_is_refused(accepts, pattern):
         {"$ref": "other.json"},
         {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}},
         {"allOf": [{"$ref": "#"}, ADDRESS]},
+        {"allOf": [STRING, {"type": "integer"}]},
+        {"allOf": [STRING, {"not": {"const": "a"}}]},
+        {"allOf": [{"enum": ["a"]}, {"enum": ["b"]}]},
+        {"allOf": [{"const": 1}, {"const": True}]},
+        {"allOf": [{**STRING, "pattern": "^a$"}, {"pattern": "^b$"}]},
+        {"allOf": [{**ADDRESS, "additionalProperties": False}, NEEDS_A]},
+        {"allOf": [{"type": "array", "prefixItems": [{}]}, {"items": STRING}]},
+        {"allOf": [{"anyOf": [STRING] * 11}] * 3},
+        {"type": "string", "pattern": "^a+$", "maxLength": 2},
+        {"type": "object", "required": ["a"], "additionalProperties": False},
     ],
 )
 def test_what_cannot_be_expressed_is_refused(accepts, schema):

@@ -9,7 +9,8 @@ _UNIT = re.compile(
     r"\\(?P<escaped>.?)"
     r"|\[(?P<negated>\^?)(?P<members>(?:\\.|[^\]\\])+)\]"
     r"|(?P<opened>\(\?:)"
-    r'|(?P<refused>[\^$"\x00-\x1f]|\(\?)',
+    # GBNF takes a second quantifier, as of +?, for another repetition.
+    r'|(?P<refused>[\^$"\x00-\x1f]|\(\?|[*+?}][*+?{])',
     re.DOTALL,
 )
 _MEMBER = re.compile(r"(\\?.)(?:-(\\?.))?", re.DOTALL)

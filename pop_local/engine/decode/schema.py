@@ -6,31 +6,29 @@ allOf for nothing, and mistakes names of definitions for those of properties and
 
 import json
 import math
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable
+from functools import reduce
+from itertools import chain, product
 from typing import Any
 from urllib.parse import unquote
 
+from pop_local.engine.decode.keywords import (
+    COMPOSING,
+    KEPT,
+    KNOWN,
+    TYPES,
+    Schema,
+    joined,
+    kinds_of,
+    said_by,
+    without,
+)
 from pop_local.engine.decode.pattern import readable
 
-Schema = dict[str, Any]
-
-_TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
-# They say nothing of what is allowed.
-_ANNOTATIONS = {
-    *("$schema", "$id", "$anchor", "$comment", "$defs", "definitions"),
-    *("title", "description", "default", "examples", "example"),
-    *("deprecated", "readOnly", "writeOnly", "discriminator"),
-}
-# What the converter looks at, by type; it would resolve references within the rest, too.
-_KEPT = {
-    "object": ("properties", "required", "additionalProperties"),
-    "array": ("items", "prefixItems", "minItems", "maxItems"),
-    "string": ("pattern", "format", "minLength", "maxLength"),
-}
 # The converter's own name of any JSON value.
 ANY: Schema = {"type": "value"}
 _MOST_INTEGERS = 1000
+_MOST_ALTERNATIVES = 1000
 
 
 def prepared(schema: Any) -> Schema:
@@ -61,33 +59,24 @@ class _Document:
         return {**found, "$defs": self._shared}
 
     def _plain(self, schema: Any) -> Schema:
-        if schema is True:
-            return ANY
-        if not isinstance(schema, dict):
-            raise ValueError(f"{json.dumps(schema)} is no schema that a value can keep to")
-        said = _without(schema, _ANNOTATIONS)
+        said = said_by(schema)
         match said:
-            case {"$ref": ref}:
-                return self._reference(ref)
-            case {"const": value}:
-                return {"enum": [value]}
-            case {"enum": [_, *_] as values}:
-                return {"enum": values}
-            case {"oneOf": [_, *_] as several} | {"anyOf": [_, *_] as several}:
-                return self._one_of(_without(said, {"oneOf", "anyOf"}), several)
-            case {"type": [_, *_] as types}:
-                return self._one_of({}, [_of_type(said, each) for each in types])
-            case {"allOf": [_, *_] as parts}:
-                return self._all_of(_without(said, {"allOf"}), parts)
-            case {"enum": _} | {"oneOf": _} | {"anyOf": _} | {"allOf": _}:
-                raise ValueError("enum, oneOf, anyOf and allOf are lists with something in them")
-        return self._single(said) if said else ANY
+            case {"$ref": ref} if len(said) == 1:
+                return self._named(ref, lambda: self._plain(self._target(ref)))
+            case {"allOf": [part]} if len(said) == 1:
+                return self._plain(part)
+            case {"anyOf": [_, *_] as parts} | {"oneOf": [_, *_] as parts} if len(said) == 1:
+                return {"anyOf": [self._plain(each) for each in parts]}
+        if said.keys() & COMPOSING:
+            return self._named(json.dumps(said), lambda: self._any_of(self._expanded(said)))
+        return self._single(said)
 
-    def _reference(self, ref: str) -> Schema:
-        if ref not in self._names:
-            name = self._names[ref] = f"{self._prefix}{len(self._names)}"
-            self._shared[name] = self._plain(self._target(ref))
-        return {"$ref": f"#/$defs/{self._names[ref]}"}
+    def _named(self, key: str, make: Callable[[], Schema]) -> Schema:
+        """Refer to a definition, which is made once, as it may be large or hold itself."""
+        if key not in self._names:
+            name = self._names[key] = f"{self._prefix}{len(self._names)}"
+            self._shared[name] = make()
+        return {"$ref": f"#/$defs/{self._names[key]}"}
 
     def _target(self, ref: str) -> Any:
         if ref != "#" and not ref.startswith("#/"):
@@ -101,68 +90,67 @@ class _Document:
                 raise ValueError(f"what {ref} refers to is not there") from None
         return found
 
-    def _one_of(self, beside: Schema, several: list[Any]) -> Schema:
-        if "properties" in beside:
-            several = [{"allOf": [beside, each]} for each in several]
-        return {"anyOf": [self._plain(each) for each in several]}
+    def _expanded(self, schema: Any) -> list[Schema]:
+        """Return alternatives that together allow the same, each without parts and references."""
+        said = said_by(schema)
+        if said and not said.keys() & KNOWN:
+            raise ValueError(f"nothing of {json.dumps(said)} can be kept to")
+        parts = [self._target(said["$ref"])] if "$ref" in said else []
+        parts += said.get("allOf", [])
+        choices = [*map(self._expanded, parts), [without(said, COMPOSING)]]
+        for name in ("anyOf", "oneOf"):
+            if name in said:
+                choices.append([*chain(*map(self._expanded, said[name]))])
+        n_alternatives = math.prod(map(len, choices))
+        if not 0 < n_alternatives <= _MOST_ALTERNATIVES:
+            raise ValueError(f"anyOf and oneOf leave {n_alternatives} alternatives")
+        return [reduce(joined, several) for several in product(*choices)]
 
-    def _all_of(self, beside: Schema, parts: list[Any]) -> Schema:
-        parts = [part for part in parts if part is not True and _without(part, _ANNOTATIONS)]
-        if _without(beside, {"type"}) or not parts:
-            parts.append(beside)
-        if len(parts) == 1:
-            return self._plain(parts[0])
-        properties: Schema = {}
-        required: list[str] = []
-        for part in self._flat(parts):
-            for one in (part, *map(self._resolved, part.get("anyOf", ()))):
-                if not one.keys() & {"properties", "required", "anyOf"}:
-                    raise ValueError("allOf joins nothing but objects with properties")
-                properties |= one.get("properties", {})
-                required += one.get("required", []) if one is part else []
-        return self._plain({"type": "object", "properties": properties, "required": required})
-
-    def _flat(self, parts: list[Any]) -> Iterator[Schema]:
-        for part in map(self._resolved, parts):
-            yield from self._flat(part.get("allOf", []))
-            rest = _without(part, {"allOf", *_ANNOTATIONS})
-            if rest and rest != {"type": "object"}:
-                yield rest
-
-    def _resolved(self, schema: Schema) -> Schema:
-        return self._resolved(self._target(schema["$ref"])) if "$ref" in schema else schema
+    def _any_of(self, several: list[Schema]) -> Schema:
+        return {"anyOf": [self._single(each) for each in several]}
 
     def _single(self, said: Schema) -> Schema:
+        match said:
+            case {"enum": [*values], "type": kind}:
+                fitting = [each for each in values if TYPES[type(each)] in kinds_of(kind)]
+                return self._single({"enum": fitting})
+            case {"enum": [_, *_] as values}:
+                return {"enum": values}
+            case {"type": [_, *_] as kinds} if "enum" not in said:
+                return self._any_of([{**said, "type": kind} for kind in kinds])
+            case {"enum": _} | {"type": []}:
+                raise ValueError(f"no value keeps to {json.dumps(said)}")
         kind = said.get("type")
-        if kind is not None and kind not in _TYPES:
+        if kind is not None and kind not in TYPES.values():
             raise ValueError(f"there is no type {json.dumps(kind)}")
         if kind == "integer" and (numbers := _integers(said)) is not None:
-            return {"enum": numbers}
-        kept = chain(*_KEPT.values()) if kind is None else _KEPT.get(kind, ())
+            return self._named(f"{numbers[0]} to {numbers[-1]}", lambda: {"enum": numbers})
+        kept = chain(*KEPT.values()) if kind is None else KEPT.get(kind, ())
         found = {name: said[name] for name in ("type", *kept) if name in said}
-        if not found:
+        if not found and said:
             raise ValueError(f"{json.dumps(said)} has no type")
+        return self._within(found) if found else ANY
+
+    def _within(self, found: Schema) -> Schema:
         if "pattern" in found:
+            if found.keys() & {"minLength", "maxLength"}:
+                raise ValueError("beside a pattern no length is kept to: say it in the pattern")
             found["pattern"] = readable(found["pattern"])
-        if "properties" in found:
-            named = found["properties"].items()
-            found["properties"] = {name: self._plain(each) for name, each in named}
+        others = found.get("additionalProperties", True)
+        named = found.get("properties", {})
+        if "properties" in found or found.get("type") == "object":
+            # The converter overlooks what is required and has no schema of its own.
+            named = {**dict.fromkeys(found.get("required", ()), others), **named}
+        if named or "properties" in found:
+            found["properties"] = {name: self._plain(each) for name, each in named.items()}
         if found.get("additionalProperties", False) is not False:
-            found["additionalProperties"] = self._plain(found["additionalProperties"])
+            found["additionalProperties"] = self._plain(others)
         items = found.pop("prefixItems", found.get("items", True))
         if isinstance(items, list):  # the converter makes just these
             found["items"] = [self._plain(each) for each in items]
-        elif kind == "array" or "items" in found:
+        elif found.get("type") == "array" or "items" in found:
             found["items"] = self._plain(items)
         return found
-
-
-def _without(schema: Schema, names: set[str]) -> Schema:
-    return {name: value for name, value in schema.items() if name not in names}
-
-
-def _of_type(said: Schema, kind: Any) -> Schema:
-    return {"type": "null"} if kind == "null" else {**said, "type": kind}
 
 
 def _integers(said: Schema) -> list[int] | None:
