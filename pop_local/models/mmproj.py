@@ -10,7 +10,7 @@ from converter.source import part_of, read_source
 
 ARCHITECTURE = "clip"
 # Words of a file's name that are no model's.
-_GENERIC = re.compile(r"mmproj|model|b?f\d+|i?q\d\w*|gguf|pop|sidecar|", re.IGNORECASE)
+_GENERIC = re.compile(r"((mmproj|model|b?f\d+|gguf|pop|sidecar)(_|$))*(i?q\d\w*)?", re.IGNORECASE)
 
 
 def mmproj_name(model: str) -> str:
@@ -62,9 +62,9 @@ def mmproj_beside(model: Path) -> Path | None:
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
     """Return the mmprojs that have the names of models in a folder which are `gone` from it.
 
-    One that a model which stays has, too, as its converted copy does, is none of them.
+    One that a model which stays has, too, as its converted copy may, is none of them.
     """
-    kept = {mmproj_name(path.name) for path in folder.glob("*.gguf") if path not in gone}
-    names = {mmproj_name(path.name) for path in gone} - kept
-    found = (folder / name for name in sorted(names))
-    return tuple(path for path in found if path not in gone and is_mmproj(path))
+    models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
+    kept = {mmproj_beside(path) for path in models if path not in gone}
+    named = {folder / mmproj_name(path.name) for path in gone} - kept
+    return tuple(path for path in sorted(named) if path not in gone and is_mmproj(path))

@@ -18,6 +18,7 @@ from converter.source import read_source
 from pop_local.cli import app
 from pop_local.commands.list import list as list_models
 from pop_local.models import names as models
+from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import resolve
 from pop_local.models.stored import (
     Stored,
@@ -280,6 +281,23 @@ def test_rm_of_a_model_and_its_copy_leaves_no_mmproj(store, also):
     named = make_mmproj(store / "mmproj-Tiny.Q8_0.gguf", EYES["llama"])
     assert pop_local("rm", "Tiny.Q8_0", "Tiny.Q8_0.pop", *also, "--yes").exit_code == 0
     assert not named.exists()
+
+
+def test_rm_leaves_the_mmproj_that_another_quantisation_has(store):
+    for name in ("See-Q4_K_M.gguf", "See-Q8_0.gguf"):
+        make_gguf(store / name, "llama")
+    named = make_mmproj(store / "mmproj-See-Q4_K_M.gguf", EYES["llama"])
+    assert mmproj_beside(store / "See-Q8_0.gguf") == named
+    assert pop_local("rm", "See-Q4_K_M", "--yes").exit_code == 0
+    assert mmproj_beside(store / "See-Q8_0.gguf") == named
+
+
+def test_rm_takes_the_mmprojs_of_all_quantisations(store):
+    for name in ("See-Q4_K_M", "See-Q8_0"):
+        make_gguf(store / f"{name}.gguf", "llama")
+        make_mmproj(store / f"mmproj-{name}.gguf", EYES["llama"])
+    assert pop_local("rm", "See-Q4_K_M", "See-Q8_0", "--yes").exit_code == 0
+    assert [*store.glob("mmproj-See*")] == []
 
 
 def test_rm_takes_nothing_when_one_name_is_unknown(store):

@@ -65,6 +65,9 @@ def test_a_layer_that_lacks_a_part(part, smol, tmp_path):
     [
         ("mmproj.gguf", ("Text-7B.gguf", "Vision-8B-Q8_0.gguf"), (0, 1)),
         ("mmproj-model-f16.gguf", ("Text-7B.gguf", "Vision-8B.gguf"), (0, 1)),
+        ("mmproj_model_f16.gguf", ("Vision-8B.gguf",), (0,)),
+        ("mmproj_f16_q8_0.gguf", ("Vision-8B.gguf",), (0,)),
+        ("mmproj_gone.gguf", ("Vision-8B.gguf",), ()),
         ("mmproj-Vision-8B-Q4_K_M.gguf", ("Text-7B.gguf", "Vision-8B-Q8_0.gguf"), (1,)),
         ("mmproj-Qwen2-VL-2B-f16.gguf", ("Qwen2-7B.gguf", "Qwen2-VL-2B-Q4_0.gguf"), (1,)),
         ("mmproj-Gone-8B.gguf", ("Text-7B.gguf", "Other-8B.gguf"), ()),
