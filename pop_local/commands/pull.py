@@ -12,8 +12,11 @@ from pop_local.fetching.hub import fetch_from_hub, find_on_hub, is_hub
 from pop_local.fetching.url import fetch_url, file_name, is_url, kept_of_url
 from pop_local.models.names import find, load_catalog, models_dir
 from pop_local.models.sizes import size
+from pop_local.models.stored import PARTIAL_SUFFIX
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.theme import note, say, warn
+
+_GOES_ON = "the same command goes on from there."
 
 
 def pull(
@@ -53,16 +56,16 @@ def pull(
 
 def _what_is_kept(model: str, folder: Path, sha256: str | None) -> str:
     """Say what the same command goes on with. A hub's files can all be gone on with."""
-    what = "What has arrived is kept"
-    n_bytes = 1
+    if is_hub(model):
+        if any(folder.glob(f"*{PARTIAL_SUFFIX}")):
+            return f"What has arrived is kept: {_GOES_ON}"
+        return "No file is half there: the same command fetches what is missing."
     if is_url(model):
-        n_bytes = kept_of_url(model, folder, _hash(sha256))
-    elif not is_hub(model):
-        what = "Parts that arrived whole are kept"
-        n_bytes = kept_bytes(folder / find(model).file)
-    if not n_bytes:
-        return "What has arrived cannot be gone on with: the same command begins anew."
-    return f"{what}: the same command goes on from there."
+        if kept_of_url(model, folder, _hash(sha256)):
+            return f"What has arrived is kept: {_GOES_ON}"
+    elif kept_bytes(folder / find(model).file):
+        return f"Parts that arrived whole are kept: {_GOES_ON}"
+    return "What has arrived cannot be gone on with: the same command begins anew."
 
 
 def _fetched(model: str, folder: Path, sha256: str | None, *, force: bool) -> Path:

@@ -150,7 +150,7 @@ class _Transfer:
 
         headers = {"Accept-Encoding": "identity", **self._remote.headers}
         validator, total = self._origin()
-        start = self.kept_bytes()
+        start = self._size() if total else 0
         if start:
             if start == total:
                 return
@@ -216,10 +216,11 @@ class _Transfer:
     def _of_the_same(self, validator: str, total: int) -> str:
         """Return the validator of what arrived; where the reply's is another, begin anew.
 
-        Not all servers heed If-Range, and a part need not say again what it is a part of.
+        Not all servers heed If-Range, and a part need not say again what it is a part of. What
+        arrived without one, the hash will judge.
         """
         before, total_before = self._origin()
-        if total != total_before or (validator and validator != before):
+        if total != total_before or (validator and before and validator != before):
             self._forget()
             raise _Dropped("the file changed on the server")
         return before

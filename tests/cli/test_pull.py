@@ -84,6 +84,25 @@ def test_ctrl_c_says_which_parts_of_the_catalog_are_kept(tmp_path, monkeypatch, 
     assert said in done.stderr.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("partial", "said"),
+    [
+        ("", "No file is half there: the same command fetches what is missing."),
+        ("a.gguf.partial", "What has arrived is kept: the same command goes on from there."),
+    ],
+)
+def test_ctrl_c_says_whether_a_file_of_a_hub_has_begun(tmp_path, monkeypatch, partial, said):
+    def find_on_hub(name: str) -> None:
+        if partial:
+            (tmp_path / partial).write_bytes(MODEL)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pop_local.commands.pull.find_on_hub", find_on_hub)
+    done = pull("hf:a/b", "--dir", str(tmp_path))
+    assert done.returncode == 130
+    assert said in done.stderr.splitlines()
+
+
 def test_ctrl_c_does_not_promise_what_the_server_cannot_do(hub, tmp_path, monkeypatch):
     hub.headers = {"ETag": 'W/"weak"'}
 

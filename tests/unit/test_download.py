@@ -382,6 +382,13 @@ def test_a_part_need_not_say_again_what_it_is_of(hub, tmp_path):
     assert hub.downloads()[-1].headers["if-range"] == f'"{SHA256[:16]}"'
 
 
+def test_the_hash_judges_what_arrived_without_a_validator(hub, tmp_path):
+    hub.raw = [reply(MODEL[:HALF], f"Content-Length: {len(MODEL)}"), part(HALF, len(MODEL))]
+    assert pull(hub, tmp_path, sha256=SHA256).read_bytes() == MODEL
+    asked = [request.headers.get("range") for request in hub.requests]
+    assert asked == [None, f"bytes={HALF}-"]
+
+
 def test_a_server_that_gives_the_same_part_again_and_again_is_left(hub, tmp_path):
     headers = (f"Content-Length: {len(MODEL)}", f'ETag: "{SHA256[:16]}"')
     again = [reply(MODEL[:HALF], *headers), *[part(HALF, HALF + 100)] * 2]
