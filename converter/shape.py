@@ -129,6 +129,8 @@ def source_shape(source: Source) -> ModelShape:
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
     if not 0 < n_layer <= MAX_LAYERS:
         raise FormatError(f"{source.first.path} says it has {n_layer} layers", "download it again")
+    if not source.tensors:
+        raise FormatError(f"{source.first.path} has a vocabulary and no layers", "give the model")
     blocks = _blocks(source.tensors, n_layer, source.first.path)
     n_embd = keys.number("embedding_length")
     if n_embd < 1:
@@ -232,8 +234,6 @@ def _blocks(tensors: Iterable[TensorInfo], n_layer: int, path: Path) -> list[_Bl
         if match and int(match[1]) < n_layer:
             blocks[int(match[1])][match[2]] = tensor
     empty = [number for number, block in enumerate(blocks) if not block]
-    if len(empty) == n_layer:
-        raise FormatError(f"{path} has a vocabulary and no layers", "give the model itself")
     if empty:
         raise FormatError(f"{path} has no tensors for layer {empty[0]}", "download it again")
     return blocks

@@ -21,6 +21,7 @@ from converter.source import Source, read_source
 from converter.weights import Weights
 from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, Needs, fit_needs
 from pop_local.calibration.options import FitOptions
+from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
@@ -281,14 +282,11 @@ def run_conversion(
 
 
 def _warn_of_short_contexts(source: Source, warn: Callable[[PopError], object]) -> None:
-    from pop_local.measure.quality import QualitySettings
-
-    trained, settings = trained_ctx(source.first), QualitySettings()
-    n_read = settings.n_context + settings.n_continuation
-    if trained is not None and 0 < trained < n_read:
+    trained = trained_ctx(source.first)
+    if trained is not None and 0 < trained < N_WINDOW:
         warn(
             PopError(
-                f"the model was trained on {trained:,} tokens and is measured on {n_read} at once",
+                f"the model was trained on {trained:,} tokens, fewer than are read at once here",
                 "expect little of its figures",
             )
         )
