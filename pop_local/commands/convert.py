@@ -10,6 +10,7 @@ import typer
 
 from converter.format import PopMeta
 from converter.plan import TAIL_TOKENS
+from converter.rewrite import check_target
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
 from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
@@ -246,6 +247,8 @@ def convert(
     elif dry_run:
         print_json(view.plan_json(planned))
     if dry_run:
+        # But for what --force would replace.
+        check_target(planned.path, planned.target, planned.sizes, force=True)
         return
     try:
         with stoppable_watch() as watch:

@@ -222,6 +222,13 @@ def test_command_prints_its_plan_and_writes_beside(tiny, tmp_path):
     assert meta.boundary == 6
 
 
+def test_a_dry_run_refuses_the_output_that_a_conversion_would(tiny, tmp_path):
+    for target, reason in ((tiny, "input itself"), (tmp_path / "no" / "out.gguf", "no folder")):
+        refused = command(str(tiny), str(target), "--dry-run")
+        assert refused.exit_code == 1
+        assert reason in " ".join(refused.stderr.split())
+
+
 def test_dry_run_writes_nothing_and_tells_the_same(tiny, tmp_path):
     planned = json.loads(command(tiny, "--boundary", 3, "--tail", 4, "--dry-run", "--json").stdout)
     assert names(tmp_path) == {"tiny.gguf"}
