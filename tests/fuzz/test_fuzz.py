@@ -47,7 +47,7 @@ from support.synthetic import TEMPLATE, make_gguf
 
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "8"))
 N_FILES = int(os.environ.get("FUZZ_FILES", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 FEWEST = 100  # on a machine that is too busy for more
