@@ -29,11 +29,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 FIT = ("--projection", "fitted", "--distill", *FEW)
 
 
-def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path, monkeypatch):
-    """The fits are trained on so little here that what is inside says nothing about them."""
+def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """The boundaries from which six windows are read to distil on, and those that are distilled."""
     pytest.importorskip("torch")
-    distilled: list[int] = []
     read: list[int] = []
+    distilled: list[int] = []
 
     def prepare(source, first, *args, real=fits.prepare):
         read.append(first)
@@ -46,6 +46,12 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
     monkeypatch.setattr(fits, "prepare", prepare)
     monkeypatch.setattr(fits, "distilled", train)
     monkeypatch.setattr(texts, "N_DISTILLED", 6)
+    return read, distilled
+
+
+def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path, monkeypatch):
+    """The fits are trained on so little here that what is inside says nothing about them."""
+    read, distilled = followed(monkeypatch)
     monkeypatch.setattr(searching, "N_DEEPER", 2)
 
     class Told(gradual.Gradual):
@@ -78,17 +84,7 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
 def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
     tiny, letters, tmp_path, monkeypatch
 ):
-    pytest.importorskip("torch")
-    distilled: list[bool] = []
-    read: list[int] = []
-
-    def prepare(source, first, *args, real=fits.prepare):
-        read.append(first)
-        return real(source, first, *args)
-
-    def train(*args, real=fits.distilled):
-        distilled.append(True)
-        return real(*args)
+    read, distilled = followed(monkeypatch)
 
     class Told(gradual.Gradual):
         def measure(self, model, on_progress):
@@ -97,9 +93,6 @@ def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
             found = Estimate(1.0 if distilled else 2000.0, 0.0)
             self.quality = replace(self.quality, copy_ppl_ratio=found)
 
-    monkeypatch.setattr(fits, "prepare", prepare)
-    monkeypatch.setattr(fits, "distilled", train)
-    monkeypatch.setattr(texts, "N_DISTILLED", 6)
     for module in (fits, searching):
         monkeypatch.setattr(module, "Gradual", Told)
     done = convert(tiny, *FIT, "--text", letters, "--boundary", 4, *LOOSE)

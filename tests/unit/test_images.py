@@ -327,12 +327,13 @@ def test_with_a_selection_a_picture_is_read_once_all_the_same(tmp_path):
 
 
 def test_a_picture_is_never_cut_in_two(smol):
-    """As where the rows after it came without their states, and none could be selected."""
-    with smol.opened(select=0.25) as model:
+    """Of a prompt that ends with a cached one, all but the last row would be kept."""
+    with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)[0]
-        model.rows.has_state[image_start(tokens) + 1 :] = False
-        model.rows.is_full[image_start(tokens) + 1 :] = False
+        with pytest.raises(PopError, match="ends with a picture"):
+            answered(model, tokens[: image_end(tokens)])
+        assert model.n_tokens in [start for start, _ in model.images_in(tokens)]
         assert answered(model, tokens)[0] == want
 
 
