@@ -92,7 +92,6 @@ class KvLlama(SeeingLlama):
         self.meta = pop_of(source, self.sidecar)
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
-        self._own_sha256 = own_sha256(source)
         has_devices = bool(rpc) or any(device.is_gpu for device in devices())
         on_device = n_gpu_layers != 0 and has_devices
         n_ctx_default = opening.default_ctx(source.first)
@@ -134,6 +133,8 @@ class KvLlama(SeeingLlama):
         except (ValueError, RuntimeError, TemplateError) as error:
             what = f"{model_path}" if sidecar is None else f"{model_path} with {sidecar}"
             raise PopError(f"{what} cannot be opened: {logs.first_error() or error}") from error
+        # The file has been read by now; later it may have gone.
+        self._own_sha256 = own_sha256(source)
         if self._servers:
             close_at_exit(self)
         backend.require_boundary(self._model.model, self.meta)
