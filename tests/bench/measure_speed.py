@@ -48,8 +48,8 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """Median and extremes of the ratios within rounds."""
+class Spread:
+    """Median and extremes of what was measured in each round."""
 
     median: float
     min: float
@@ -65,8 +65,8 @@ class Row:
     variant: str
     n_pruned: int
     ttft_s: float
-    speedup: Ratio
-    speedup_unpatched: Ratio
+    speedup: Spread
+    speedup_unpatched: Spread
     limit: float
     of_limit: float
 
@@ -78,20 +78,21 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Clock = Callable[[], float]
 
 
-def child(lib_is_patched: bool, model: str, n_ctx: int, clock: Clock) -> None:
+def child(options: argparse.Namespace) -> None:
     """Answers one JSON line with another until its input ends."""
-    open_runner = _patched if lib_is_patched else _unpatched
-    runner = open_runner(model, n_ctx, clock)
+    open_runner = _patched if options.child == "patched" else _unpatched
+    runner = open_runner(options, CLOCKS[options.clock])
     for line in sys.stdin:
         print(json.dumps(runner(**json.loads(line))), flush=True)
 
 
-def _patched(model: str, n_ctx: int, clock: Clock) -> Any:
+def _patched(options: argparse.Namespace, clock: Clock) -> Any:
     from pop_local.engine.llama.backend import Mode
     from pop_local.engine.model import PopModel
     from pop_local.measure.speed import run
 
-    opened = PopModel(model, n_ctx=n_ctx, n_threads=1, n_gpu_layers=0)
+    on = {"sidecar": options.sidecar, "n_threads": options.threads, "n_gpu_layers": 0}
+    opened = PopModel(options.model, n_ctx=options.ctx, **on)
 
     def runner(tokens: list[int], n_decode: int, mode: int, boundary: int) -> dict[str, float]:
         if boundary:
@@ -106,13 +107,12 @@ def _patched(model: str, n_ctx: int, clock: Clock) -> Any:
     return runner
 
 
-def _unpatched(model: str, n_ctx: int, clock: Clock) -> Any:
+def _unpatched(options: argparse.Namespace, clock: Clock) -> Any:
     import llama_cpp
 
     assert not hasattr(llama_cpp.llama_cpp._lib, "llama_pop_abi"), "this library is patched"
-    opened = llama_cpp.Llama(
-        model, n_ctx=n_ctx, n_threads=1, n_threads_batch=1, n_gpu_layers=0, verbose=False
-    )
+    on = {"n_threads": options.threads, "n_threads_batch": options.threads, "n_gpu_layers": 0}
+    opened = llama_cpp.Llama(options.model, n_ctx=options.ctx, verbose=False, **on)
 
     def runner(tokens: list[int], n_decode: int, mode: int, boundary: int) -> dict[str, float]:
         opened.reset()
@@ -143,7 +143,8 @@ class Child:
         environment = os.environ | ({"LLAMA_CPP_LIB_PATH": str(library)} if library else {})
         is_patched = library is None or library == options.other
         arguments = [options.model, "--child", "patched" if is_patched else "unpatched"]
-        arguments += ["--clock", options.clock]
+        arguments += ["--clock", options.clock, "--threads", str(options.threads)]
+        arguments += ["--sidecar", str(options.sidecar)] if options.sidecar else []
         self._process = subprocess.Popen(
             [sys.executable, __file__, *arguments, "--ctx", str(n_ctx)],
             stdin=subprocess.PIPE,
@@ -209,9 +210,12 @@ def show(text: str, end: str = "\n") -> None:
     print(text, end=end, file=sys.stderr, flush=True)
 
 
-def ratio(above: list[dict[str, float]], below: list[dict[str, float]], key: str) -> Ratio:
-    values = [a[key] / b[key] for a, b in zip(above, below, strict=True)]
-    return Ratio(float(np.median(values)), min(values), max(values))
+def ratio(above: list[dict[str, float]], below: list[dict[str, float]], key: str) -> Spread:
+    return spread([a[key] / b[key] for a, b in zip(above, below, strict=True)])
+
+
+def spread(values: list[float]) -> Spread:
+    return Spread(float(np.median(values)), min(values), max(values))
 
 
 def ttft_rows(runs: Runs, shape: ModelShape, n_prompt: int) -> list[Row]:
@@ -251,8 +255,8 @@ def print_rows(rows: list[Row]) -> None:
         )
 
 
-def shown(value: Ratio) -> str:
-    return f"{value.median:.3f} ({value.min:.3f}-{value.max:.3f})"
+def shown(value: Spread, digits: int = 3) -> str:
+    return f"{value.median:.{digits}f} ({value.min:.{digits}f}-{value.max:.{digits}f})"
 
 
 def measure_decode(
@@ -331,13 +335,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--child", choices=["patched", "unpatched"], help=argparse.SUPPRESS)
     parser.add_argument("--ctx", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--sidecar", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parsed()
     if options.child:
-        child(options.child == "patched", options.model, options.ctx, CLOCKS[options.clock])
+        child(options)
         return
     shape = read_shape(Path(options.model))
     n_prompts = [int(n) for n in options.prompts.split(",") if n]

@@ -1,0 +1,156 @@
+// Attention, AVX-512: the vectors in which attention-kernel.h is written.
+
+#pragma once
+
+#include "attention-tile.h"
+#include "types.h"
+
+#include <immintrin.h>
+
+namespace pop {
+
+using floats = __m512;
+using ints   = __m512i;
+
+constexpr int LANES   = 16;
+constexpr int COLUMNS = 4; // vectors of the register tile beside its six rows: 24 sums in 32 registers
+
+// Sums have the type of the instruction's operands: with __m512i, GCC copies each of them before it adds.
+#if defined(__GNUC__)
+typedef int sums __attribute__((vector_size(64), may_alias));
+#else
+using sums = __m512i;
+#endif
+
+static inline sums dot(sums s, ints a, ints b) {
+#if defined(__AVX512VNNI__)
+    return (sums) _mm512_dpwssd_epi32((ints) s, a, b);
+#else
+    return (sums) _mm512_add_epi32((ints) s, _mm512_madd_epi16(a, b));
+#endif
+}
+
+static inline sums   no_sums() { return (sums) _mm512_setzero_si512(); }
+static inline floats to_floats(sums s) { return _mm512_cvtepi32_ps((ints) s); }
+
+static inline floats load(const float * p) { return _mm512_loadu_ps(p); }
+static inline ints   load(const int16_t * p) { return _mm512_load_si512(p); }
+static inline void   store(float * p, floats x) { _mm512_storeu_ps(p, x); }
+static inline void   store(int16_t * p, ints x) { _mm512_store_si512(p, x); }
+static inline floats splat(float x) { return _mm512_set1_ps(x); }
+static inline ints   splat(int32_t x) { return _mm512_set1_epi32(x); }
+
+static inline floats add(floats a, floats b) { return _mm512_add_ps(a, b); }
+static inline floats sub(floats a, floats b) { return _mm512_sub_ps(a, b); }
+static inline floats mul(floats a, floats b) { return _mm512_mul_ps(a, b); }
+static inline floats div(floats a, floats b) { return _mm512_div_ps(a, b); }
+static inline floats max(floats a, floats b) { return _mm512_max_ps(a, b); }
+static inline floats min(floats a, floats b) { return _mm512_min_ps(a, b); }
+static inline floats fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+static inline floats abs(floats a) { return _mm512_abs_ps(a); }
+static inline float  max_of(floats a) { return _mm512_reduce_max_ps(a); }
+static inline float  sum_of(floats a) { return _mm512_reduce_add_ps(a); }
+
+static inline ints   round(floats x) { return _mm512_cvtps_epi32(x); }
+static inline floats bits_as_number(floats x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(x)); }
+static inline floats low_bits_as_exponent(floats x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
+
+// 32 to 16 bits: in each 128-bit lane four of a, then four of b
+static inline ints narrow(ints a, ints b) { return _mm512_packs_epi32(a, b); }
+// 16 bits of a, 16 of b, in turn
+static inline ints interleave(ints a, ints b) { return _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)); }
+
+static inline floats load_halves(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+
+// 16 values of a row, from dim d on
+template <ggml_type TYPE> static inline floats load_row(const char * row, int d) {
+    if constexpr (TYPE == GGML_TYPE_F32) {
+        return _mm512_loadu_ps((const float *) row + d);
+    } else if constexpr (TYPE == GGML_TYPE_F16) {
+        return load_halves((const uint16_t *) row + d);
+    } else if constexpr (TYPE == GGML_TYPE_BF16) {
+        const __m256i x = _mm256_loadu_si256((const __m256i *) ((const uint16_t *) row + d));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+    } else {
+        const block_q8_0 & b = ((const block_q8_0 *) row)[d / QK8_0];
+        const __m128i      x = _mm_loadu_si128((const __m128i *) (b.qs + d % QK8_0));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)), _mm512_set1_ps(_cvtsh_ss(b.d)));
+    }
+}
+
+// a vector for each of 16 cells to one for each of 16 dwords
+static inline void transpose(ints v[16]) {
+    ints t[16];
+    POP_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        t[i]     = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    POP_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        v[i]     = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    POP_UNROLL
+    for (int j = 0; j < 4; j++) {
+        const ints a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88), b = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
+        const ints c = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd), d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
+        t[j]         = _mm512_shuffle_i32x4(a, b, 0x88);
+        t[8 + j]     = _mm512_shuffle_i32x4(a, b, 0xdd);
+        t[4 + j]     = _mm512_shuffle_i32x4(c, d, 0x88);
+        t[12 + j]    = _mm512_shuffle_i32x4(c, d, 0xdd);
+    }
+    POP_UNROLL
+    for (int i = 0; i < 16; i++) {
+        v[i] = t[i];
+    }
+}
+
+static inline __m256 max_of_pair(__m256 a, __m256 b) {
+    return _mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+}
+
+static inline __m256 max_of_quad(__m256 a, __m256 b) {
+    const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
+    return _mm256_max_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+}
+
+// the maximum of each of 8 vectors
+static inline __m256 max_of_8(const __m256 v[8]) {
+    const __m256 a = max_of_quad(max_of_pair(v[0], v[1]), max_of_pair(v[2], v[3]));
+    const __m256 b = max_of_quad(max_of_pair(v[4], v[5]), max_of_pair(v[6], v[7]));
+    return _mm256_max_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+static inline __m256 max_of_halves(floats x) {
+    return _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
+
+// the maximum of each of as many vectors as one has lanes
+static inline floats max_of_each(const floats v[LANES]) {
+    __m256 h[LANES];
+    POP_UNROLL
+    for (int i = 0; i < LANES; i++) {
+        h[i] = max_of_halves(v[i]);
+    }
+    return _mm512_insertf32x8(_mm512_castps256_ps512(max_of_8(h)), max_of_8(h + 8), 1);
+}
+
+// of six vectors to the first lanes; the others repeat some
+static inline floats max_of_rows(const floats v[TILE_ROWS]) {
+    const __m256 a = max_of_halves(v[4]), b = max_of_halves(v[5]);
+    const __m256 h[8] = { max_of_halves(v[0]), max_of_halves(v[1]), max_of_halves(v[2]), max_of_halves(v[3]), a, b, a, b };
+    return _mm512_castps256_ps512(max_of_8(h));
+}
+
+// of 64 cells
+static inline mask_state state_of_mask(const uint16_t * mask) {
+    const ints a = _mm512_loadu_si512(mask), b = _mm512_loadu_si512(mask + 32), any = _mm512_or_si512(a, b);
+    const ints masked = _mm512_set1_epi16((short) 0xfc00);
+    const uint32_t seen_a = _mm512_cmpneq_epi16_mask(a, masked), seen_b = _mm512_cmpneq_epi16_mask(b, masked);
+    return _mm512_test_epi16_mask(any, any) == 0 ? MASK_NONE : (seen_a | seen_b) == 0 ? MASK_ALL : MASK_SOME;
+}
+
+} // namespace pop

@@ -1,0 +1,311 @@
+// Products with 256-bit vectors: AVX-VNNI where there is, else AVX2.
+//
+// Activations are rounded to int8 with a scale for each 32 along K. A tile of the product has 16 rows and 3 columns:
+// its sums of 32 bits and those of floats fit the 16 registers. The sums of floats follow K for any number of columns.
+
+#include "gemm.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+#include "unpack-256.h"
+
+namespace pop {
+namespace {
+
+constexpr int COLS  = 3;
+constexpr int BLOCK = 32; // of 32 along K: 20 KiB of a panel, which stay in the first cache
+
+// The bits of a float; with an int below 2^22 added to them, they are those of the float plus the int.
+constexpr int MAGIC = 0x4b400000;
+
+// a tile of packed columns for 32 along K, in 4 bytes
+template <typename P> struct tile_of {
+    static constexpr int SCALE  = P::STEPS * COLS;
+    static constexpr int START  = SCALE + COLS;
+    static constexpr int SUM    = START + (P::SHIFT ? P::HALVES * COLS : 0);
+    static constexpr int LENGTH = SUM + (P::MINS ? P::HALVES * COLS : 0);
+};
+
+// packing
+
+inline float max_of(__m256 x) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+// 32 values as 16-bit integers, the first 16 in q[0]
+inline float quantize(const float * x, __m256i (&q)[2]) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 v[4], m = _mm256_setzero_ps();
+    POP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_loadu_ps(x + 8 * i);
+        m    = _mm256_max_ps(m, _mm256_andnot_ps(sign, v[i]));
+    }
+    const float  max   = max_of(m);
+    const __m256 scale = _mm256_set1_ps(max > 1e-30f ? 127.0f / max : 0.0f);
+    __m256i n[4];
+    POP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], scale));
+    }
+    q[0] = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[0], n[1]), 0xd8);
+    q[1] = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[2], n[3]), 0xd8);
+    return max / 127.0f;
+}
+
+// sums of the first and the second 16 of bytes: each of the even pairs (low 16 bits) and the odd pairs
+inline void pair_sums(__m256i bytes, int (&sums)[2]) {
+    __m256i s = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+    s = _mm256_add_epi16(s, _mm256_shuffle_epi32(s, 0x4e));
+    s = _mm256_add_epi16(s, _mm256_shuffle_epi32(s, 0xb1));
+    sums[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(s));
+    sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(s, 1));
+}
+
+inline int low_half(int x)  { return (int16_t) x; }
+inline int high_half(int x) { return (int16_t) ((unsigned) x >> 16); }
+
+inline int join_halves(int low, int high) {
+    return (int) ((unsigned) low & 0xffff) | (int) ((unsigned) high << 16);
+}
+
+// What the sums of products begin with: -shift * sums, for 32-bit sums on the way to a float, for others in pairs of 16 bits.
+template <typename P> int start_of(int sums) {
+    const int low = -P::SHIFT * low_half(sums), high = -P::SHIFT * high_half(sums);
+    return VNNI ? MAGIC + low + high : join_halves(low, high);
+}
+
+template <typename P> void pack_32(const float * x, int32_t * out) {
+    using T = tile_of<P>;
+    __m256i q[2];
+    const float   scale = quantize(x, q);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(q[0], q[1]), 0xd8);
+
+    alignas(32) int32_t words[P::STEPS];
+    if constexpr (P::WIDE) {
+        _mm256_store_si256((__m256i *) words, q[0]);
+        _mm256_store_si256((__m256i *) words + 1, q[1]);
+    } else {
+        _mm256_store_si256((__m256i *) words, bytes);
+    }
+    POP_UNROLL
+    for (int i = 0; i < P::STEPS; i++) {
+        out[i * COLS] = words[i];
+    }
+    memcpy(out + T::SCALE, &scale, sizeof(scale));
+
+    if (P::SHIFT || P::MINS) {
+        int sums[2];
+        pair_sums(bytes, sums);
+        if (P::HALVES == 1) { // within 16 bits
+            sums[0] = join_halves(low_half(sums[0]) + low_half(sums[1]), high_half(sums[0]) + high_half(sums[1]));
+        }
+        for (int half = 0; half < P::HALVES; half++) {
+            if (P::SHIFT) {
+                out[T::START + half * COLS] = start_of<P>(sums[half]);
+            }
+            if (P::MINS) {
+                const float sum = scale * (float) (low_half(sums[half]) + high_half(sums[half]));
+                memcpy(out + T::SUM + half * COLS, &sum, sizeof(sum));
+            }
+        }
+    }
+}
+
+template <typename P> void pack(const float * const * cols, int n, int n_blocks, uint8_t * tile) {
+    for (int c = 0; c < n; c++) {
+        int32_t * out = (int32_t *) tile + c;
+        for (int b = 0; b < n_blocks; b++, out += tile_of<P>::LENGTH) {
+            pack_32<P>(cols[c] + 32 * b, out);
+        }
+    }
+}
+
+// products
+
+// Compilers would add in an order that takes more registers than there are.
+inline __m256i in_order(__m256i x) {
+#if defined(__GNUC__)
+    __asm__("" : "+x"(x));
+#endif
+    return x;
+}
+
+inline __m256i add_dots(__m256i sum, __m256i codes, __m256i col) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sum, codes, col);
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(sum, codes, col);
+#else
+    return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, col)));
+#endif
+}
+
+inline __m256i add_wide_dots(__m256i sum, __m256i codes, __m256i col) {
+    return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(codes, col)));
+}
+
+// the sums of products of integers, half a block or a whole one, as floats
+template <typename P, int C> inline void dots(const uint8_t * panel, const int32_t * tile, int half, __m256 (&out)[C][VECTORS]) {
+    constexpr int n = P::STEPS / P::HALVES;
+    const int32_t * start = tile + tile_of<P>::START + half * COLS;
+    __m256i sum[C][VECTORS];
+
+    POP_UNROLL
+    for (int c = 0; c < C; c++) {
+        POP_UNROLL
+        for (int r = 0; r < VECTORS; r++) {
+            sum[c][r] = _mm256_set1_epi32(P::SHIFT ? start[c] : VNNI ? MAGIC : 0);
+        }
+    }
+    POP_UNROLL
+    for (int k = half * n; k < (half + 1) * n; k++) {
+        __m256i codes[VECTORS];
+        POP_UNROLL
+        for (int r = 0; r < VECTORS; r++) {
+            codes[r] = _mm256_load_si256((const __m256i *) panel + k * VECTORS + r);
+        }
+        POP_UNROLL
+        for (int c = 0; c < C; c++) {
+            const __m256i col = _mm256_set1_epi32(tile[k * COLS + c]);
+            POP_UNROLL
+            for (int r = 0; r < VECTORS; r++) {
+                sum[c][r] = P::WIDE ? add_wide_dots(sum[c][r], codes[r], col) : add_dots(sum[c][r], codes[r], col);
+            }
+        }
+    }
+    POP_UNROLL
+    for (int c = 0; c < C; c++) {
+        POP_UNROLL
+        for (int r = 0; r < VECTORS; r++) {
+            if (VNNI) {
+                out[c][r] = _mm256_sub_ps(_mm256_castsi256_ps(sum[c][r]), _mm256_castsi256_ps(_mm256_set1_epi32(MAGIC)));
+            } else {
+                out[c][r] = _mm256_cvtepi32_ps(P::WIDE ? sum[c][r] : _mm256_madd_epi16(sum[c][r], _mm256_set1_epi16(1)));
+            }
+        }
+    }
+}
+
+// C columns of a tile with a panel; what is there already is added to
+template <typename P, int C> void multiply_tile(const uint8_t * panel, const int32_t * tile, int n_blocks, bool first, float * const * to) {
+    __m256 total[C][VECTORS];
+    POP_UNROLL
+    for (int c = 0; c < C; c++) {
+        POP_UNROLL
+        for (int r = 0; r < VECTORS; r++) {
+            total[c][r] = first ? _mm256_setzero_ps() : _mm256_loadu_ps(to[c] + 8 * r);
+        }
+    }
+    for (int b = 0; b < n_blocks; b++, panel += P::BYTES, tile += tile_of<P>::LENGTH) {
+        const float * values = (const float *) tile;
+        POP_UNROLL
+        for (int half = 0; half < P::HALVES; half++) {
+            const float * scales = (const float *) (panel + P::CODES) + half * ROWS;
+            const float * mins   = scales + P::HALVES * ROWS;
+            __m256 sum[C][VECTORS];
+            dots<P, C>(panel, tile, half, sum);
+            POP_UNROLL
+            for (int c = 0; c < C; c++) {
+                const __m256 scale = _mm256_broadcast_ss(values + tile_of<P>::SCALE + c);
+                POP_UNROLL
+                for (int r = 0; r < VECTORS; r++) {
+                    total[c][r] = _mm256_fmadd_ps(sum[c][r], _mm256_mul_ps(scale, _mm256_load_ps(scales + 8 * r)), total[c][r]);
+                }
+                if (P::MINS) {
+                    const __m256 s = _mm256_broadcast_ss(values + tile_of<P>::SUM + half * COLS + c);
+                    POP_UNROLL
+                    for (int r = 0; r < VECTORS; r++) {
+                        total[c][r] = _mm256_fmadd_ps(s, _mm256_load_ps(mins + 8 * r), total[c][r]);
+                    }
+                }
+            }
+        }
+    }
+    POP_UNROLL
+    for (int c = 0; c < C; c++) {
+        POP_UNROLL
+        for (int r = 0; r < VECTORS; r++) {
+            _mm256_storeu_ps(to[c] + 8 * r, total[c][r]);
+        }
+    }
+}
+
+template <typename P> void multiply_cols(const uint8_t * panel, const int32_t * tile, int n_blocks, bool first, int n_cols, float * const * to) {
+    switch (n_cols) {
+        case 1:  multiply_tile<P, 1>(panel, tile, n_blocks, first, to); break;
+        case 2:  multiply_tile<P, 2>(panel, tile, n_blocks, first, to); break;
+        default: multiply_tile<P, 3>(panel, tile, n_blocks, first, to);
+    }
+}
+
+// the same where the panel has fewer rows
+template <typename P>
+void multiply_few_rows(const uint8_t * panel, const int32_t * tile, int n_blocks, bool first, int n_cols, float * const * to, int n_rows) {
+    float   rows[COLS][ROWS] = {};
+    float * cols[COLS]       = { rows[0], rows[1], rows[2] };
+    for (int c = 0; c < n_cols && !first; c++) {
+        std::copy_n(to[c], n_rows, rows[c]);
+    }
+    multiply_cols<P>(panel, tile, n_blocks, first, n_cols, cols);
+    for (int c = 0; c < n_cols; c++) {
+        std::copy_n(rows[c], n_rows, to[c]);
+    }
+}
+
+template <int LAYOUT> void multiply(const gemm_share & s) {
+    using P = panel_for<LAYOUT>;
+    constexpr int length = tile_of<P>::LENGTH;
+
+    for (int b = 0; b < s.n_blocks; b += BLOCK) {
+        const int n = std::min(BLOCK, s.n_blocks - b);
+        unpack<LAYOUT, P>(s.weights, s.stride, s.n_rows, b, n, s.scratch);
+
+        const int32_t * tile = (const int32_t *) s.tiles + (size_t) b * length;
+        for (int c = 0; c < s.n_cols; c += COLS, tile += (size_t) s.n_blocks * length) {
+            const int n_cols = std::min(COLS, s.n_cols - c);
+            float * to[COLS];
+            for (int i = 0; i < n_cols; i++) {
+                to[i] = s.out[c + i] + s.row;
+            }
+            if (s.n_rows == ROWS) {
+                multiply_cols<P>(s.scratch, tile, n, b == 0, n_cols, to);
+            } else {
+                multiply_few_rows<P>(s.scratch, tile, n, b == 0, n_cols, to, s.n_rows);
+            }
+        }
+    }
+}
+
+constexpr int MIN_COLS = VNNI ? 3 : 4;
+
+template <int LAYOUT> const gemm * kernels_of() {
+    using P = panel_for<LAYOUT>;
+    static constexpr gemm kernels = {
+        ROWS, COLS, MIN_COLS, tile_of<P>::LENGTH * sizeof(int32_t), (size_t) BLOCK * P::BYTES, pack<P>, multiply<LAYOUT>,
+    };
+    return &kernels;
+}
+
+} // namespace
+
+const gemm * gemm_256(int layout) {
+    switch (layout) {
+#define POP_CASE(LAYOUT) case LAYOUT: return kernels_of<LAYOUT>();
+        POP_EACH_LAYOUT(POP_CASE)
+#undef POP_CASE
+        default: return nullptr;
+    }
+}
+
+} // namespace pop
+
+#else
+
+const pop::gemm * pop::gemm_256(int) {
+    return nullptr;
+}
+
+#endif

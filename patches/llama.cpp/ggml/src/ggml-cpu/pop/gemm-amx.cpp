@@ -1,0 +1,230 @@
+// Products by AMX: weights and activations as bf16, sums in f32 over all of K.
+//
+// Rounding to eight bits of mantissa loses a quarter of what activations of eight bits with a scale for each 32 lose, and
+// without scales nothing has to be done between two products: the tiles are four times as fast as AVX-512 VNNI.
+
+#include "gemm.h"
+
+#if defined(__AMX_TILE__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__linux__) && defined(__x86_64__)
+
+#include "unpack-512.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// the wheels' variant for such processors is compiled without the flag; all that have AMX have its bf16
+#define POP_AMX __attribute__((target("amx-tile,amx-bf16")))
+
+namespace pop {
+
+constexpr int COLS   = 16;        // of a tile
+constexpr int STEP   = 64;        // blocks that are unpacked at once
+constexpr int PANELS = 4;         // that meet a tile of columns while it is in the nearest cache
+constexpr int TILE   = COLS * 64; // bytes: 16 rows of 32 bf16, or 16 pairs along K of 16 rows
+
+static void pack(const float * const * cols, int n, int n_blocks, uint8_t * tile) {
+    for (int c = 0; c < COLS; c++) {
+        for (int b = 0; b < n_blocks; b++) {
+            __m512i x = _mm512_setzero_si512();
+            if (c < n) {
+                x = (__m512i) _mm512_cvtne2ps_pbh(_mm512_loadu_ps(cols[c] + 32 * b + 16), _mm512_loadu_ps(cols[c] + 32 * b));
+            }
+            _mm512_store_si512(tile + (size_t) b * TILE + c * 64, x);
+        }
+    }
+}
+
+// two f32 of each of 16 rows to pairs of bf16
+static inline __m512i pairs_of(__m512 first, __m512 second) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i low  = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(first), half), 16);
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(second), half);
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
+}
+
+// a panel's blocks of codes and scales to tiles of values: for each block, of the first 16 rows and of the others
+template <int LAYOUT> static void expand(const uint8_t * panel, int n, uint8_t * out) {
+    constexpr format f = type_of<LAYOUT>::fmt;
+    constexpr int parts = f.halves ? 2 : 1;
+    const __m512i byte = _mm512_set1_epi32(255);
+    for (int b = 0; b < n; b++, panel += panel_block(f)) {
+        const float * sets = (const float *) (panel + PANEL_CODES);
+        for (int r = 0; r < 2; r++, out += TILE) {
+            POP_UNROLL
+            for (int g = 0; g < 8; g++) {
+                const int h = f.halves ? g / 4 : 0;
+                const __m512 scale = _mm512_load_ps(sets + h * PANEL_ROWS + r * 16);
+                const __m512 min = f.mins ? _mm512_load_ps(sets + (parts + h) * PANEL_ROWS + r * 16)
+                                          : _mm512_mul_ps(scale, _mm512_set1_ps((float) -f.bias));
+                const __m512i q = _mm512_load_si512(panel + g * PANEL_ROWS * 4 + r * 64);
+                const auto value = [&](__m512i code) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale, min); };
+                _mm512_store_si512(out + g * 128,
+                    pairs_of(value(_mm512_and_si512(q, byte)), value(_mm512_and_si512(_mm512_srli_epi32(q, 8), byte))));
+                _mm512_store_si512(out + g * 128 + 64,
+                    pairs_of(value(_mm512_and_si512(_mm512_srli_epi32(q, 16), byte)), value(_mm512_srli_epi32(q, 24))));
+            }
+        }
+    }
+}
+
+// where the results of a panel go
+struct results {
+    const gemm_share & share;
+    size_t             apart;     // bytes from column to column, 0: they differ
+    int                first_row; // of the share
+
+    float * at(int col, int half) const { return share.out[col] + share.row + first_row + 16 * half; }
+
+    // a tile's sums can be loaded and stored as they are
+    bool whole(int n_cols) const { return apart && n_cols % COLS == 0 && share.n_rows - first_row >= PANEL_ROWS; }
+
+    __mmask16 rows(int half) const {
+        const int n = share.n_rows - first_row - 16 * half;
+        return (__mmask16) (n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0);
+    }
+};
+
+// 16 columns times 16 rows of sums, some of which may not be there
+struct tile_sums {
+    alignas(64) float values[COLS][16];
+
+    void read(const results & r, int col, int half) {
+        for (int c = 0; c < COLS && col + c < r.share.n_cols; c++) {
+            _mm512_store_ps(values[c], _mm512_maskz_loadu_ps(r.rows(half), r.at(col + c, half)));
+        }
+    }
+
+    void write(const results & r, int col, int half) const {
+        for (int c = 0; c < COLS && col + c < r.share.n_cols; c++) {
+            _mm512_mask_storeu_ps(r.at(col + c, half), r.rows(half), _mm512_load_ps(values[c]));
+        }
+    }
+};
+
+// one or two tiles of columns, `apart` bytes from each other, times 32 rows; the sums over earlier blocks are where the results go
+template <bool TWO>
+POP_AMX static void multiply_tiles(const uint8_t * pairs, const uint8_t * tile, size_t apart, int n, bool first, const results & r, int col) {
+    const bool whole = r.whole(std::min(r.share.n_cols - col, (TWO ? 2 : 1) * COLS));
+    tile_sums sums[4];
+    float * at[4];
+    for (int i = 0; i < (TWO ? 4 : 2); i++) {
+        at[i] = whole ? r.at(col + i / 2 * COLS, i % 2) : sums[i].values[0];
+        if (!whole && !first) {
+            sums[i].read(r, col + i / 2 * COLS, i % 2);
+        }
+    }
+    const size_t stride = whole ? r.apart : sizeof(sums[0].values[0]);
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, at[0], stride);
+        _tile_loadd(1, at[1], stride);
+        if (TWO) {
+            _tile_loadd(2, at[2], stride);
+            _tile_loadd(3, at[3], stride);
+        }
+    }
+    for (int b = 0; b < n; b++, pairs += 2 * TILE, tile += TILE) {
+        _tile_loadd(4, tile, 64);
+        _tile_loadd(6, pairs, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, pairs + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (TWO) {
+            _tile_loadd(5, tile + apart, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, at[0], stride);
+    _tile_stored(1, at[1], stride);
+    if (TWO) {
+        _tile_stored(2, at[2], stride);
+        _tile_stored(3, at[3], stride);
+    }
+    for (int i = 0; !whole && i < (TWO ? 4 : 2); i++) {
+        sums[i].write(r, col + i / 2 * COLS, i % 2);
+    }
+}
+
+// bytes from each column of the result to the next, 0: they differ
+static size_t distance(const gemm_share & s) {
+    const ptrdiff_t d = s.n_cols > 1 ? s.out[1] - s.out[0] : 0;
+    for (int c = 1; c + 1 < s.n_cols; c++) {
+        if (s.out[c + 1] - s.out[c] != d) {
+            return 0;
+        }
+    }
+    return d > 0 ? d * sizeof(float) : 0;
+}
+
+struct alignas(64) tile_config {
+    uint8_t  palette, start_row, zero[14];
+    uint16_t row_bytes[16];
+    uint8_t  n_rows[16];
+};
+
+template <int LAYOUT> POP_AMX static void multiply(const gemm_share & s) {
+    static const tile_config whole = { 1, 0, {}, { 64, 64, 64, 64, 64, 64, 64, 64 }, { 16, 16, 16, 16, 16, 16, 16, 16 } };
+    tile_config before; // upstream's kernels configure a thread once
+    _tile_storeconfig(&before);
+    _tile_loadconfig(&whole);
+
+    constexpr int panel_bytes = STEP * 2 * TILE;
+    uint8_t * codes = s.scratch + (size_t) PANELS * panel_bytes;
+    const size_t apart = (size_t) s.n_blocks * TILE, between = distance(s);
+    for (int b = 0; b < s.n_blocks; b += STEP) {
+        const int n = std::min(STEP, s.n_blocks - b);
+        for (int r = 0; r < s.n_rows; r += PANEL_ROWS) {
+            unpack<LAYOUT>(s.weights + r * s.stride, s.stride, std::min(PANEL_ROWS, s.n_rows - r), b, n, codes);
+            expand<LAYOUT>(codes, n, s.scratch + r / PANEL_ROWS * panel_bytes);
+        }
+        for (int c = 0; c < s.n_cols; c += 2 * COLS) {
+            const uint8_t * tile = s.tiles + c / COLS * apart + (size_t) b * TILE;
+            const auto run = c + COLS < s.n_cols ? multiply_tiles<true> : multiply_tiles<false>;
+            for (int r = 0; r < s.n_rows; r += PANEL_ROWS) {
+                run(s.scratch + r / PANEL_ROWS * panel_bytes, tile, apart, n, b == 0, { s, between, r }, c);
+            }
+        }
+    }
+    before.palette ? _tile_loadconfig(&before) : _tile_release();
+}
+
+template <int LAYOUT> static const gemm * kernel() {
+    constexpr size_t scratch = (size_t) STEP * (panel_block(type_of<LAYOUT>::fmt) + PANELS * 2 * TILE);
+    static const gemm g = { PANELS * PANEL_ROWS, COLS, 6, TILE, scratch, pack, multiply<LAYOUT> };
+    return &g;
+}
+
+// Linux lends a process the tiles' registers when it asks
+static bool may_use_tiles() {
+    const long request = 0x1023, tiles = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool may = syscall(SYS_arch_prctl, request, tiles) == 0;
+    return may;
+}
+
+const gemm * gemm_amx(int layout) {
+    if (!may_use_tiles()) {
+        return nullptr;
+    }
+    switch (layout) {
+#define POP_CASE(LAYOUT) case LAYOUT: return kernel<LAYOUT>();
+        POP_EACH_LAYOUT(POP_CASE)
+        POP_EACH_X16(POP_CASE)
+#undef POP_CASE
+    }
+    return nullptr;
+}
+
+} // namespace pop
+
+#else
+
+const pop::gemm * pop::gemm_amx(int) {
+    return nullptr;
+}
+
+#endif

@@ -1,0 +1,330 @@
+// Which operations the kernels compute, and how threads share one: columns are packed, then panels of weights go round.
+
+#include "pop.h"
+
+#include "attention.h"
+#include "types.h"
+
+#include "ggml-backend-impl.h"
+#include "ggml-cpu-impl.h"
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace pop {
+
+//
+// the switch
+//
+
+using gemm_table = const gemm * (*)(int layout);
+
+struct instructions {
+    const char * name;
+    gemm_table   table;
+};
+
+static const instructions all_instructions[] = {
+    { "amx",        gemm_amx },
+    { "avx512vnni", gemm_512 },
+#ifdef __AVXVNNI__
+    { "avxvnni",    gemm_256 },
+#else
+    { "avx2",       gemm_256 },
+#endif
+};
+
+// GGML_POP_KERNELS: 0 is off, the name of instructions keeps to them and those that need less
+static const instructions * in_use() {
+    static const instructions * const found = []() -> const instructions * {
+        const char * wanted = getenv("GGML_POP_KERNELS");
+        if (wanted && strcmp(wanted, "0") == 0) {
+            return nullptr;
+        }
+        bool allowed = !wanted || !*wanted || strcmp(wanted, "1") == 0;
+        for (const instructions & i : all_instructions) {
+            allowed = allowed || strcmp(wanted, i.name) == 0;
+            if (allowed && i.table(GGML_TYPE_Q8_0)) {
+                return &i;
+            }
+        }
+        return nullptr;
+    }();
+    return found;
+}
+
+static ggml_pop_rows rows_asked(const ggml_tensor * op) {
+    return (ggml_pop_rows) ggml_get_op_params_i32(op, GGML_POP_OP_PARAM);
+}
+
+//
+// the work buffer
+//
+
+// hands out parts of the work buffer; without one it counts
+struct arena {
+    char * base = nullptr;
+    size_t size = 0;
+
+    explicit arena(void * wdata) : base((char *) GGML_PAD((uintptr_t) wdata, 64)) {}
+
+    template <typename T> T * take(size_t n) {
+        T * p = (T *) (base + size);
+        size += GGML_PAD(n * sizeof(T), 64);
+        return p;
+    }
+
+    size_t needed() const { return size + 64; }
+};
+
+//
+// products
+//
+
+static bool lies_in(const ggml_tensor * t, const char * buffer_type) {
+    return t->buffer && strcmp(ggml_backend_buft_name(t->buffer->buft), buffer_type) == 0;
+}
+
+static int layout_of(const ggml_tensor * weights) {
+    return !weights->extra ? weights->type
+        : lies_in(weights, "CPU_REPACK") ? X8 + weights->type
+        : lies_in(weights, "AMX") ? X16 + weights->type
+        : -1;
+}
+
+// null: not computed here
+static const gemm * kernel_of(const ggml_tensor * op) {
+    const ggml_tensor * weights = op->src[0];
+    const ggml_tensor * input   = op->src[1];
+    if ((op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) || !in_use() || rows_asked(op) == GGML_POP_ROWS_NONE ||
+        input->type != GGML_TYPE_F32 || input->nb[0] != sizeof(float) || op->nb[0] != sizeof(float) ||
+        weights->nb[0] != ggml_type_size(weights->type) || weights->ne[0] % 32 != 0 || weights->ne[3] != 1 ||
+        (op->op == GGML_OP_MUL_MAT && weights->ne[2] != 1)) {
+        return nullptr;
+    }
+    const gemm * g = in_use()->table(layout_of(weights));
+    if (!g || rows_asked(op) == GGML_POP_ROWS_ALL) {
+        return g;
+    }
+    return ggml_nrows(op) >= g->min_cols * weights->ne[2] ? g : nullptr;
+}
+
+static int64_t n_tiles(const gemm & g, int64_t n_cols) {
+    return (n_cols + g.n_cols - 1) / g.n_cols;
+}
+
+static int64_t n_panels(const gemm & g, const ggml_tensor * weights) {
+    return (weights->ne[1] + g.n_rows - 1) / g.n_rows;
+}
+
+// columns of a tensor of two to four dimensions, in the order of memory
+static float * column(const ggml_tensor * t, int64_t i) {
+    const int64_t i1 = i % t->ne[1], i2 = i / t->ne[1] % t->ne[2], i3 = i / t->ne[1] / t->ne[2];
+    return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
+}
+
+// what both kinds of products keep in the work buffer
+struct product_work {
+    float **  out;     // [n_cols]
+    uint8_t * tiles;
+    uint8_t * scratch; // of all threads
+    size_t    tile;    // bytes
+    size_t    each;    // bytes of scratch
+
+    product_work(arena & a, const gemm & g, const ggml_tensor * op, int64_t tiles_at_most, int n_threads) {
+        tile    = op->src[0]->ne[0] / 32 * g.tile;
+        each    = GGML_PAD(g.scratch, 64);
+        out     = a.take<float *>(ggml_nrows(op));
+        tiles   = a.take<uint8_t>(tiles_at_most * tile);
+        scratch = a.take<uint8_t>(n_threads * each);
+    }
+};
+
+static void multiply_panel(const gemm & g, const ggml_tensor * weights, int64_t matrix, int64_t panel, const product_work & w,
+        int64_t first_tile, int64_t first_col, int64_t n_cols, int ith) {
+    const int layout = layout_of(weights);
+    const size_t stride = layout < X8 ? weights->nb[1] : row_bytes(layout, weights->ne[0]);
+    gemm_share s;
+    s.row      = (size_t) panel * g.n_rows;
+    s.weights  = (const char *) weights->data + matrix * weights->nb[2] + s.row * stride;
+    s.stride   = stride;
+    s.n_rows   = (int) std::min<int64_t>(g.n_rows, weights->ne[1] - (int64_t) s.row);
+    s.n_blocks = (int) (weights->ne[0] / 32);
+    s.tiles    = w.tiles + first_tile * w.tile;
+    s.n_cols   = (int) n_cols;
+    s.out      = w.out + first_col;
+    s.scratch  = w.scratch + ith * w.each;
+    g.multiply(s);
+}
+
+static size_t mul_mat_size(const gemm & g, const ggml_tensor * op, int n_threads) {
+    arena a(nullptr);
+    product_work(a, g, op, n_tiles(g, ggml_nrows(op)), n_threads);
+    return a.needed();
+}
+
+static void mul_mat(const ggml_compute_params * params, const gemm & g, ggml_tensor * op) {
+    const ggml_tensor * weights = op->src[0];
+    const int64_t n_cols = ggml_nrows(op), tiles = n_tiles(g, n_cols);
+    arena a(params->wdata);
+    const product_work w(a, g, op, tiles, params->nth);
+    GGML_ASSERT(params->wsize >= a.needed());
+
+    for (int64_t t = params->ith; t < tiles; t += params->nth) {
+        const float * cols[MAX_TILE_COLS];
+        const int64_t first = t * g.n_cols, n = std::min<int64_t>(g.n_cols, n_cols - first);
+        for (int64_t i = 0; i < n; i++) {
+            cols[i] = column(op->src[1], first + i);
+            w.out[first + i] = column(op, first + i);
+        }
+        g.pack(cols, (int) n, (int) (weights->ne[0] / 32), w.tiles + t * w.tile);
+    }
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    // threads share a matrix of few rows by columns, too; each part unpacks its weights
+    const int64_t panels = n_panels(g, weights);
+    const int64_t parts  = params->nth == 1 ? 1 : (4 * params->nth + panels - 1) / panels;
+    const int64_t step   = std::max<int64_t>(2, (tiles + parts - 1) / parts);
+    for (int64_t i = params->ith;; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t tile = i / panels * step;
+        if (tile >= tiles) {
+            break;
+        }
+        const int64_t first = tile * g.n_cols;
+        multiply_panel(g, weights, 0, i % panels, w, tile, first, std::min(step * g.n_cols, n_cols - first), params->ith);
+    }
+}
+
+//
+// products with the experts that a router chose
+//
+
+struct expert {
+    int64_t matrix;
+    int64_t first_col, n_cols;
+    int64_t first_tile;
+};
+
+struct expert_work {
+    int64_t * n_experts;   // that have columns
+    expert *  experts;     // [n_experts]
+    const float ** cols;   // [n_cols], by expert, as the results are
+    int64_t * next;        // [all experts]
+    product_work product;
+
+    static int64_t tiles_at_most(const gemm & g, const ggml_tensor * op) {
+        const int64_t n_cols = ggml_nrows(op);
+        return std::min(n_cols, n_cols / g.n_cols + op->src[0]->ne[2]);
+    }
+
+    expert_work(arena & a, const gemm & g, const ggml_tensor * op, int n_threads) :
+        n_experts(a.take<int64_t>(1)),
+        experts  (a.take<expert>(op->src[0]->ne[2])),
+        cols     (a.take<const float *>(ggml_nrows(op))),
+        next     (a.take<int64_t>(op->src[0]->ne[2])),
+        product  (a, g, op, tiles_at_most(g, op), n_threads) {}
+};
+
+static size_t mul_mat_id_size(const gemm & g, const ggml_tensor * op, int n_threads) {
+    arena a(nullptr);
+    expert_work(a, g, op, n_threads);
+    return a.needed();
+}
+
+// ids [n_used, n_tokens]; the input [n, n_used or 1, n_tokens], the result [n, n_used, n_tokens]
+static void sort_by_expert(const gemm & g, ggml_tensor * op, const expert_work & w) {
+    const ggml_tensor * input = op->src[1], * ids = op->src[2];
+    const int64_t n_matrices = op->src[0]->ne[2];
+    const auto id_at = [&](int64_t i, int64_t token) {
+        const int32_t id = *(const int32_t *) ((const char *) ids->data + i * ids->nb[0] + token * ids->nb[1]);
+        GGML_ASSERT(id >= 0 && id < n_matrices);
+        return id;
+    };
+    std::fill(w.next, w.next + n_matrices, 0);
+    for (int64_t token = 0; token < ids->ne[1]; token++) {
+        for (int64_t i = 0; i < ids->ne[0]; i++) {
+            w.next[id_at(i, token)]++;
+        }
+    }
+    int64_t n = 0, col = 0, tile = 0;
+    for (int64_t m = 0; m < n_matrices; m++) {
+        const int64_t n_cols = w.next[m];
+        w.next[m] = col;
+        if (n_cols > 0) {
+            w.experts[n++] = { m, col, n_cols, tile };
+            col  += n_cols;
+            tile += n_tiles(g, n_cols);
+        }
+    }
+    *w.n_experts = n;
+    for (int64_t token = 0; token < ids->ne[1]; token++) {
+        for (int64_t i = 0; i < ids->ne[0]; i++) {
+            const int64_t c = w.next[id_at(i, token)]++;
+            w.cols[c]        = (const float *) ((const char *) input->data + i % input->ne[1] * input->nb[1] + token * input->nb[2]);
+            w.product.out[c] = (float *) ((char *) op->data + i * op->nb[1] + token * op->nb[2]);
+        }
+    }
+}
+
+static void mul_mat_id(const ggml_compute_params * params, const gemm & g, ggml_tensor * op) {
+    const ggml_tensor * weights = op->src[0];
+    arena a(params->wdata);
+    const expert_work w(a, g, op, params->nth);
+    GGML_ASSERT(params->wsize >= a.needed());
+
+    if (params->ith == 0) {
+        sort_by_expert(g, op, w);
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    const int n_blocks = (int) (weights->ne[0] / 32);
+    for (int64_t e = 0; e < *w.n_experts; e++) {
+        const expert & x = w.experts[e];
+        for (int64_t t = 0; t < n_tiles(g, x.n_cols); t++) {
+            if ((x.first_tile + t) % params->nth == params->ith) {
+                const int64_t first = t * g.n_cols, n = std::min<int64_t>(g.n_cols, x.n_cols - first);
+                g.pack(w.cols + x.first_col + first, (int) n, n_blocks, w.product.tiles + (x.first_tile + t) * w.product.tile);
+            }
+        }
+    }
+    ggml_barrier(params->threadpool);
+
+    const int64_t panels = n_panels(g, weights);
+    for (int64_t i = params->ith; i < *w.n_experts * panels; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const expert & x = w.experts[i / panels];
+        multiply_panel(g, weights, x.matrix, i % panels, w.product, x.first_tile, x.first_col, x.n_cols, params->ith);
+    }
+}
+
+} // namespace pop
+
+size_t ggml_pop_work_size(int n_threads, const ggml_tensor * op) {
+    if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+        return pop::in_use() ? pop::attention_work_size(n_threads, op) : 0;
+    }
+    const pop::gemm * g = pop::kernel_of(op);
+    return !g ? 0 : op->op == GGML_OP_MUL_MAT ? pop::mul_mat_size(*g, op, n_threads) : pop::mul_mat_id_size(*g, op, n_threads);
+}
+
+bool ggml_pop_compute_forward(const ggml_compute_params * params, ggml_tensor * op) {
+    if (params->use_ref) {
+        return false;
+    }
+    if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+        return pop::in_use() && pop::attention_forward(params, op);
+    }
+    const pop::gemm * g = pop::kernel_of(op);
+    if (g) {
+        (op->op == GGML_OP_MUL_MAT ? pop::mul_mat : pop::mul_mat_id)(params, *g, op);
+    }
+    return g;
+}
+
+const char * ggml_pop_kernels(void) {
+    const char * wanted = getenv("GGML_POP_KERNELS");
+    return pop::in_use() ? pop::in_use()->name : wanted && strcmp(wanted, "0") == 0 ? "off" : "none";
+}

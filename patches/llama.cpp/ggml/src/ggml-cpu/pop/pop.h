@@ -1,0 +1,39 @@
+// Kernels for prompts on x86: products and attention of batches of rows, computed from the tensors as they are in memory.
+//
+// A row's result depends neither on the rows that are computed with it nor on the number of threads.
+
+#pragma once
+
+#include "ggml.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct ggml_compute_params;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// What a graph may ask of a MUL_MAT, MUL_MAT_ID or FLASH_ATTN_EXT, at this index of its op_params.
+#define GGML_POP_OP_PARAM 15
+
+enum ggml_pop_rows {
+    GGML_POP_ROWS_FAST = 0, // these kernels where they are faster, which takes a few rows
+    GGML_POP_ROWS_NONE = 1, // never these kernels
+    GGML_POP_ROWS_ALL  = 2, // these kernels for any number of rows
+};
+
+// bytes of the work buffer that the operation needs, 0: these kernels do not compute it
+size_t ggml_pop_work_size(int n_threads, const struct ggml_tensor * op);
+
+// false: these kernels do not compute the operation, and nothing was done
+bool ggml_pop_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * op);
+
+// "amx", "avx512vnni", "avxvnni" or "avx2"; "off": GGML_POP_KERNELS=0, "none": this processor or build has none of them.
+// another value of that variable, one of these names, keeps to these instructions and those that need less
+const char * ggml_pop_kernels(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,234 @@
+// Weights to panels, AVX-512: rows as GGUF files have them.
+
+#pragma once
+
+#include "panel-512.h"
+
+namespace pop {
+
+// 256 codes of a row. scales: 8 and 8 mins, or 16 where there is one for each half; mins: 16, likewise
+struct row_codes {
+    __m512i codes[4];
+    __m512  scales;
+    __m512  mins;
+};
+
+// the low nibbles of 32 bytes, then the high ones
+static inline __m512i nibbles(__m256i x) {
+    return _mm512_and_si512(join(x, _mm256_srli_epi16(x, 4)), _mm512_set1_epi8(15));
+}
+
+// the low nibbles of 16 bytes, then the high ones
+static inline __m256i nibbles_16(const uint8_t * p) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) p);
+    return _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1), _mm256_set1_epi8(15));
+}
+
+template <typename B> static inline __m512 scales_k4(const B & x) {
+    uint64_t scales, mins;
+    split_k4(x.scales, scales, mins);
+    return _mm512_mul_ps(floats_of_bytes(scales, mins),
+        _mm512_insertf32x8(_mm512_set1_ps(from_half(x.d)), _mm256_set1_ps(-from_half(x.dmin)), 1));
+}
+
+static inline row_codes read(const block_q4_K & x) {
+    row_codes r;
+    POP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        r.codes[i] = nibbles(load_256(x.qs + 32 * i));
+    }
+    r.scales = scales_k4(x);
+    return r;
+}
+
+static inline row_codes read(const block_q5_K & x) {
+    row_codes r;
+    const __m512i high = join(load_256(x.qh), _mm256_srli_epi16(load_256(x.qh), 1)); // bit 2 i of code 32 i
+    POP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const __m512i bit = _mm512_and_si512(_mm512_srli_epi16(high, 2 * i), _mm512_set1_epi8(1));
+        r.codes[i] = _mm512_or_si512(nibbles(load_256(x.qs + 32 * i)), _mm512_slli_epi16(bit, 4));
+    }
+    r.scales = scales_k4(x);
+    return r;
+}
+
+static inline row_codes read(const block_q6_K & x) {
+    row_codes r;
+    POP_UNROLL
+    for (int h = 0; h < 2; h++) {
+        const __m512i low  = _mm512_loadu_si512(x.ql + 64 * h);
+        const __m256i top  = load_256(x.qh + 32 * h);
+        const __m512i tops = join(top, _mm256_srli_epi16(top, 2)); // of codes 0 to 63, four bits further of 64 to 127
+        const __m512i four = _mm512_set1_epi8(15), two = _mm512_set1_epi8(3);
+        r.codes[2 * h]     = _mm512_or_si512(_mm512_and_si512(low, four), _mm512_slli_epi16(_mm512_and_si512(tops, two), 4));
+        r.codes[2 * h + 1] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(low, 4), four),
+            _mm512_slli_epi16(_mm512_and_si512(_mm512_srli_epi16(tops, 4), two), 4));
+    }
+    const __m512i scales = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) x.scales));
+    r.scales = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), _mm512_set1_ps(from_half(x.d)));
+    return r;
+}
+
+// pairs of bits of 32 bytes: 128 codes
+static inline void read_pairs(const uint8_t * p, __m512i codes[2]) {
+    const __m512i x = join(load_256(p), _mm256_srli_epi16(load_256(p), 2));
+    codes[0] = _mm512_and_si512(x, _mm512_set1_epi8(3));
+    codes[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(3));
+}
+
+static inline row_codes read(const block_q2_K & x) {
+    row_codes r;
+    read_pairs(x.qs, r.codes);
+    read_pairs(x.qs + 32, r.codes + 2);
+    const __m128i s    = _mm_loadu_si128((const __m128i *) x.scales);
+    const __m128i four = _mm_set1_epi8(15);
+    const __m512i scales = _mm512_cvtepu8_epi32(_mm_and_si128(s, four));
+    const __m512i mins   = _mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(s, 4), four));
+    r.scales = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), _mm512_set1_ps(from_half(x.d)));
+    r.mins   = _mm512_mul_ps(_mm512_cvtepi32_ps(mins), _mm512_set1_ps(-from_half(x.dmin)));
+    return r;
+}
+
+static inline row_codes read(const block_q3_K & x) {
+    row_codes r;
+    read_pairs(x.qs, r.codes);
+    read_pairs(x.qs + 32, r.codes + 2);
+    const __m512i high = join(load_256(x.hmask), _mm256_srli_epi16(load_256(x.hmask), 1));
+    POP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const __m512i bit = _mm512_and_si512(_mm512_srli_epi16(high, 2 * i), _mm512_set1_epi8(1));
+        r.codes[i] = _mm512_or_si512(r.codes[i], _mm512_slli_epi16(bit, 2));
+    }
+    uint32_t s[3], t[4];
+    memcpy(s, x.scales, 12);
+    for (int i = 0; i < 4; i++) {
+        t[i] = ((s[i % 2] >> (i / 2 * 4)) & 0x0f0f0f0f) | ((s[2] >> (2 * i)) & 0x03030303) << 4;
+    }
+    const __m512i scales = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) t));
+    r.scales = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(scales, _mm512_set1_epi32(32))), _mm512_set1_ps(from_half(x.d)));
+    return r;
+}
+
+static inline row_codes read(const block_iq4_xs & x) {
+    row_codes r;
+    POP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        r.codes[i] = look_up(iq4_codes, join(nibbles_16(x.qs + 32 * i), nibbles_16(x.qs + 32 * i + 16)));
+    }
+    const __m256i by_block = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    uint32_t low;
+    memcpy(&low, x.scales_l, 4);
+    const __m256i l = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32((int) low), _mm256_slli_epi32(by_block, 2)), _mm256_set1_epi32(15));
+    const __m256i h = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(x.scales_h), _mm256_slli_epi32(by_block, 1)), _mm256_set1_epi32(3));
+    const __m256i s = _mm256_sub_epi32(_mm256_or_si256(l, _mm256_slli_epi32(h, 4)), _mm256_set1_epi32(32));
+    r.scales = _mm512_castps256_ps512(_mm256_mul_ps(_mm256_cvtepi32_ps(s), _mm256_set1_ps(from_half(x.d))));
+    return r;
+}
+
+static inline __m256i fifth_bits(const uint8_t qh[4]) {
+    uint32_t bits;
+    memcpy(&bits, qh, 4);
+    return _mm256_maskz_set1_epi8(bits, 16);
+}
+
+static inline __m256i codes_32(const block_q4_0 & x) { return nibbles_16(x.qs); }
+static inline __m256i codes_32(const block_q4_1 & x) { return nibbles_16(x.qs); }
+static inline __m256i codes_32(const block_q5_0 & x) { return _mm256_or_si256(nibbles_16(x.qs), fifth_bits(x.qh)); }
+static inline __m256i codes_32(const block_q5_1 & x) { return _mm256_or_si256(nibbles_16(x.qs), fifth_bits(x.qh)); }
+static inline __m256i codes_32(const block_q8_0 & x) { return _mm256_xor_si256(load_256(x.qs), _mm256_set1_epi8((char) 0x80)); }
+
+static inline __m256i codes_32(const block_iq4_nl & x) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) iq4_codes)), nibbles_16(x.qs));
+}
+
+static inline __m256i codes_32(const block_mxfp4 & x) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *) mxfp4_codes)), nibbles_16(x.qs));
+}
+
+// 2^(e - 128), the scale of values that are doubled
+static inline float half_of_e8m0(uint8_t e) {
+    const uint32_t bits = e < 2 ? 0x00200000u << e : (uint32_t) (e - 1) << 23;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+template <typename B> static inline float scale_of(const B & x) { return from_half(x.d); }
+static inline float scale_of(const block_mxfp4 & x) { return half_of_e8m0(x.e); }
+
+template <typename B> static inline float min_of(const B &) { return 0.0f; }
+static inline float min_of(const block_q4_1 & x) { return from_half(x.m); }
+static inline float min_of(const block_q5_1 & x) { return from_half(x.m); }
+
+// up to 8 blocks of 32
+template <typename B> static inline row_codes read(const B * x, int n) {
+    row_codes r;
+    alignas(64) float scales[16] = {};
+    POP_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const __m256i none = _mm256_setzero_si256();
+        r.codes[i] = join(2 * i < n ? codes_32(x[2 * i]) : none, 2 * i + 1 < n ? codes_32(x[2 * i + 1]) : none);
+    }
+    for (int i = 0; i < n; i++) {
+        scales[i]     = scale_of(x[i]);
+        scales[8 + i] = min_of(x[i]);
+    }
+    r.scales = _mm512_load_ps(scales);
+    return r;
+}
+
+// up to eight blocks of up to 16 rows, each by itself in memory
+template <int LAYOUT> static void unpack_rows(const char * weights, size_t stride, int n_rows, int block, int n, panel_half<LAYOUT> to) {
+    using type = type_of<LAYOUT>;
+    constexpr format f = type::fmt;
+    __m512i codes[4][16], scales[16], mins[16];
+    for (int j = 0; j < 16; j++) {
+        // rows that are not there repeat the last one, and are not stored
+        const auto * x = (const typename type::block *) (weights + std::min(j, n_rows - 1) * stride) + block * 32 / type::n_values;
+        row_codes r;
+        if constexpr (type::n_values == 256) {
+            r = read(*x);
+        } else {
+            r = read(x, n);
+        }
+        POP_UNROLL
+        for (int i = 0; i < 4; i++) {
+            codes[i][j] = r.codes[i];
+        }
+        scales[j] = _mm512_castps_si512(r.scales);
+        if constexpr (f.mins && f.halves) {
+            mins[j] = _mm512_castps_si512(r.mins);
+        }
+    }
+    for (int i = 0; 2 * i < n; i++) {
+        transpose_16(codes[i]);
+        for (int g = 0; g < 8; g++) {
+            to.put_codes(2 * i, g, codes[i][g]);
+            if (2 * i + 1 < n) {
+                to.put_codes(2 * i + 1, g, codes[i][8 + g]);
+            }
+        }
+    }
+    transpose_16(scales);
+    if constexpr (f.mins && f.halves) {
+        transpose_16(mins);
+    }
+    for (int i = 0; i < n; i++) {
+        if constexpr (f.halves) {
+            to.put_set(i, 0, _mm512_castsi512_ps(scales[2 * i]));
+            to.put_set(i, 1, _mm512_castsi512_ps(scales[2 * i + 1]));
+            if constexpr (f.mins) {
+                to.put_set(i, 2, _mm512_castsi512_ps(mins[2 * i]));
+                to.put_set(i, 3, _mm512_castsi512_ps(mins[2 * i + 1]));
+            }
+        } else {
+            to.put_set(i, 0, _mm512_castsi512_ps(scales[i]));
+            if constexpr (f.mins) {
+                to.put_set(i, 1, _mm512_castsi512_ps(scales[8 + i]));
+            }
+        }
+    }
+}
+
+} // namespace pop

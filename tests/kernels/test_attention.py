@@ -1,0 +1,221 @@
+"""FLASH_ATTN_EXT against float64: masks, heads, caches, and what a row's result may depend on."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from support.ggml import Attention, Rows, Stored, compute, is_covered
+from support.kernels import (
+    attention,
+    causal,
+    expected_attention,
+    first_rows,
+    narrowed,
+    rms,
+    seen,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+Make = Callable[[np.random.Generator], Attention]
+# An error relative to the ideal's.
+MARGIN = 2
+SINKS = np.array([-1, 0, 3, 9], np.float32)
+
+
+def check(op: Attention, got: np.ndarray) -> None:
+    """Hold a result against float64, its error against the ideal's; or it is upstream's."""
+    want = expected_attention(op)
+    error, ideal = rms(got - want), rms(expected_attention(op, ideal=True) - want)
+    if is_covered(op):
+        assert error <= MARGIN * ideal, f"{error / ideal} of the ideal's error"
+    else:
+        np.testing.assert_array_equal(got, compute(op, Rows.NONE))
+        assert error <= 0.02 * rms(want)
+
+
+def with_heads(n_heads: int, n_kv_heads: int) -> Make:
+    return lambda rng: attention(rng, n_heads=n_heads, n_kv_heads=n_kv_heads)
+
+
+def several_sequences(rng: np.random.Generator) -> Attention:
+    """Cells and rows of three sequences, in any order."""
+    n_rows, n_kv = 40, 150
+    of_cell, of_row = rng.integers(0, 3, n_kv), rng.integers(0, 3, n_rows)
+    position, now = rng.permutation(n_kv), rng.integers(0, n_kv, n_rows)
+    cells = (of_row[:, None] == of_cell) & (position <= now[:, None])
+    cells[:, 0] = True
+    return attention(rng, n_kv=n_kv, mask=seen(cells))
+
+
+def streams(rng: np.random.Generator) -> Attention:
+    op = attention(rng, n_streams=3, n_kv=130)
+    masks = [causal(40, 130), causal(40, 130, window=20), seen(rng.random((40, 130)) < 0.5)]
+    return replace(op, mask=np.concatenate(masks))
+
+
+def blind_rows(rng: np.random.Generator) -> Attention:
+    op = attention(rng)
+    assert op.mask is not None
+    op.mask[:, :, 3:9] = -np.inf
+    op.mask[:, :, 39] = -np.inf
+    return op
+
+
+def biased_keys(rng: np.random.Generator) -> Attention:
+    """As Qwen2.5 has them: some dimensions of K are large in every cell."""
+    op = attention(rng, n_kv=200)
+    k = op.k.values
+    k[..., [3, 40, 41]] += [100.0, -60.0, 30.0]
+    data = narrowed(k.astype(np.float32), Type.F16).data
+    data[:, op.n_kv :] = 0xFF
+    return replace(op, k=Stored(Type.F16, data))
+
+
+def alibi(rng: np.random.Generator, n_heads: int = 6) -> Attention:
+    distance = np.arange(60, 100)[:, None] - np.arange(100)
+    mask = np.where(distance >= 0, -distance, -np.inf).astype(np.float16)[None, None]
+    return replace(attention(rng, n_heads=n_heads, mask=mask), max_bias=8.0)
+
+
+def uneven_mask(rng: np.random.Generator) -> Attention:
+    """Values of a mask that are neither 0 nor infinite, and others of each head."""
+    mask = rng.standard_normal((1, 4, 40, 100)).astype(np.float16)
+    return attention(rng, mask=mask)
+
+
+COVERED: dict[str, Make] = {
+    "causal": attention,
+    "one row": lambda rng: attention(rng, n_rows=1, n_kv=77),
+    "whole tiles": lambda rng: attention(rng, n_rows=128, n_kv=128),
+    "rows that fill no tile": lambda rng: attention(rng, n_rows=70, n_kv=333),
+    "many rows and heads": lambda rng: attention(rng, 150, n_kv=170, n_heads=12),
+    "a sliding window": lambda rng: attention(rng, n_kv=300, mask=causal(40, 300, window=33)),
+    "no causal mask": lambda rng: attention(rng, mask=seen(np.ones((40, 100), bool))),
+    "several sequences": several_sequences,
+    "streams": streams,
+    "rows that see nothing": blind_rows,
+    "as many K/V heads": with_heads(3, 3),
+    "two heads share": with_heads(4, 2),
+    "six heads share": with_heads(12, 2),
+    "seven heads share": with_heads(14, 2),
+    "heads of 128": lambda rng: attention(rng, n_dims=128),
+    "heads of 256": lambda rng: attention(rng, n_dims=256, n_heads=2, n_kv_heads=1),
+    "biased keys": biased_keys,
+    "q8_0": lambda rng: attention(rng, type_=Type.Q8_0),
+    "q8_0, heads of 128": lambda rng: attention(rng, type_=Type.Q8_0, n_dims=128, n_kv=77),
+}
+# Our kernels or upstream's, where ours do not cover it.
+OTHER: dict[str, Make] = {
+    "no mask": lambda rng: replace(attention(rng), mask=None),
+    "soft cap": lambda rng: replace(attention(rng), softcap=2.0),
+    "sinks": lambda rng: replace(attention(rng), sinks=SINKS),
+    "sinks of rows that see nothing": lambda rng: replace(blind_rows(rng), sinks=SINKS),
+    "ALiBi": alibi,
+    "ALiBi, heads no power of two": lambda rng: alibi(rng, 12),
+    "a mask with values": uneven_mask,
+    "heads of 32": lambda rng: attention(rng, n_dims=32),
+    "heads of 80": lambda rng: attention(rng, n_dims=80),
+    "heads of 96": lambda rng: attention(rng, n_dims=96),
+    "heads of 192 and 128": lambda rng: attention(rng, n_dims=192, n_dims_v=128),
+    "f32": lambda rng: attention(rng, type_=Type.F32),
+    "q4_0": lambda rng: attention(rng, type_=Type.Q4_0),
+    "bf16": lambda rng: attention(rng, type_=Type.BF16),
+}
+each = pytest.mark.parametrize("make", (COVERED | OTHER).values(), ids=(COVERED | OTHER).keys())
+
+
+@each
+def test_errors_are_those_of_16_bits(make: Make, rng: np.random.Generator) -> None:
+    op = make(rng)
+    got = compute(op)
+    check(op, got)
+    if op.mask is not None:
+        blind = np.broadcast_to((op.mask == -np.inf).all(-1)[:, 0], op.q.shape[:2])
+        assert not got[blind].any()
+
+
+@pytest.mark.parametrize("make", COVERED.values(), ids=COVERED.keys())
+def test_common_models_are_covered(make: Make, rng: np.random.Generator) -> None:
+    assert is_covered(make(rng))
+
+
+@each
+def test_a_rows_result_depends_on_what_it_sees_alone(make: Make, rng: np.random.Generator) -> None:
+    op = make(rng)
+    if not is_covered(op):
+        pytest.skip("these kernels leave it to upstream's")
+    want = compute(op)
+    for n_threads in (2, 3):
+        np.testing.assert_array_equal(compute(op, n_threads=n_threads), want)
+    for n_rows in {1, 5, 17, 39} - {*range(op.q.shape[1], 40)}:
+        np.testing.assert_array_equal(compute(first_rows(op, n_rows)), want[..., :n_rows, :, :])
+    if op.mask is not None:
+        last = replace(op, q=op.q[:, -1:], mask=np.ascontiguousarray(op.mask[:, :, -1:]))
+        np.testing.assert_array_equal(compute(last), want[..., -1:, :, :])
+
+
+def test_a_row_that_is_no_number_stays_alone(rng: np.random.Generator) -> None:
+    op = attention(rng)
+    want = compute(op)
+    q = op.q.copy()
+    q[:, 5] = np.nan
+    others = np.arange(40) != 5
+    np.testing.assert_array_equal(compute(replace(op, q=q))[:, others], want[:, others])
+
+
+def test_cells_that_nobody_sees_change_nothing(rng: np.random.Generator) -> None:
+    """Not even large ones, before, among and behind those that rows see."""
+    op = attention(rng, n_kv=333, mask=seen(rng.random((40, 333)) < 0.3))
+    if not is_covered(op):
+        pytest.skip("these kernels leave it to upstream's")
+    assert op.mask is not None
+    op.mask[..., :70] = op.mask[..., 190:196] = op.mask[..., 200:] = -np.inf
+    want = compute(op)
+    hidden = (op.mask == -np.inf).all((0, 1, 2))
+    k, v = op.k.data.copy(), op.v.data.copy()
+    # The largest float16.
+    k.view("<f2")[:, :333][:, hidden] = v.view("<f2")[:, :333][:, hidden] = 65504
+    np.testing.assert_array_equal(
+        compute(replace(op, k=Stored(Type.F16, k), v=Stored(Type.F16, v))), want
+    )
+    for n_kv in (200, 256):
+        shorter = replace(op, n_kv=n_kv, mask=np.ascontiguousarray(op.mask[..., :n_kv]))
+        np.testing.assert_array_equal(compute(shorter), want)
+
+
+def test_streams_are_computed_as_each_alone(rng: np.random.Generator) -> None:
+    op = streams(rng)
+    if not is_covered(op):
+        pytest.skip("these kernels leave it to upstream's")
+    assert op.mask is not None
+    want = compute(op)
+    for stream in range(3):
+        one = slice(stream, stream + 1)
+        alone = replace(
+            op,
+            q=op.q[one],
+            k=Stored(op.k.type, op.k.data[one]),
+            v=Stored(op.v.type, op.v.data[one]),
+            mask=op.mask[one],
+        )
+        np.testing.assert_array_equal(compute(alone), want[one])
+
+
+def test_one_mask_serves_all_streams(rng: np.random.Generator) -> None:
+    op = attention(rng, n_streams=2)
+    check(op, compute(op))
+
+
+@pytest.mark.parametrize("large", [30.0, 3e4])
+def test_scores_may_be_large(large: float, rng: np.random.Generator) -> None:
+    """One cell gets it all."""
+    op = attention(rng)
+    op = replace(op, q=(large * op.q).astype(np.float32))
+    got = compute(op)
+    assert np.isfinite(got).all()
+    if large == 30:
+        check(op, got)

@@ -1,0 +1,57 @@
+"""The kernels that a processor of less would have, which GGML_POP_KERNELS chooses by their name."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from support.ggml import MulMat, MulMatId, Op, Stored, in_child
+from support.kernels import (
+    QUANTISED,
+    REPACKED,
+    check_extreme,
+    check_product,
+    extremes,
+    first_rows,
+    mul_mat,
+    mul_mat_id,
+)
+
+N_ROWS = (1, 2, 3, 5, 17)
+
+
+@pytest.mark.parametrize("name", ["avx512vnni", "avxvnni", "avx2"])
+def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Generator) -> None:
+    if name == kernels:
+        pytest.skip("all tests are about these")
+    ops: dict[tuple[object, ...], Op] = {}
+    for type_ in QUANTISED:
+        many = mul_mat(rng, type_, 40, n_out=77, n_in=768)
+        ops |= {(type_, n_rows): first_rows(many, n_rows) for n_rows in (*N_ROWS, 40)}
+        ops |= {(type_, "extreme", i): each for i, each in enumerate(extremes(type_))}
+        ops[type_, "experts"] = mul_mat_id(rng, type_, (0, 1, 5, 6, 40), n_out=77)
+    for type_ in REPACKED:
+        plain = mul_mat(rng, type_, 17, n_out=72, n_in=768)
+        ops |= {(type_, "plain"): plain, (type_, "repacked"): replace(plain, repacked=True)}
+    child = in_child(list(ops.values()), env={"GGML_POP_KERNELS": name})
+    if child.kernels != name:
+        pytest.skip("these kernels are not in the library")
+    results = dict(zip(ops, child.results, strict=True))
+    for key, op in ops.items():
+        got = results[key]
+        if "extreme" in key:
+            assert isinstance(op, MulMat)
+            check_extreme(got, op, name)
+        elif isinstance(op, MulMatId):
+            for expert in range(len(op.weights.data)):
+                rows = op.ids[:, 0] == expert
+                if rows.any():
+                    stored = Stored(op.weights.type, op.weights.data[expert])
+                    check_product(got[rows], stored, op.x[rows])
+        elif key[1] in N_ROWS:
+            np.testing.assert_array_equal(got, results[key[0], 40][: len(got)])
+        elif key[1] == "repacked":
+            np.testing.assert_array_equal(got, results[key[0], "plain"])
+        else:
+            assert isinstance(op, MulMat)
+            check_product(got, op.weights, op.x)

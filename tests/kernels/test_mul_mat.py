@@ -1,0 +1,177 @@
+"""MUL_MAT: errors by type, shapes, extreme codes, and what a row's result may depend on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from support.ggml import MulMat, Rows, Stored, compute, is_covered
+from support.kernels import (
+    FLOATS,
+    QUANTISED,
+    REPACKED,
+    SCALES,
+    TYPES,
+    activations,
+    block,
+    check_extreme,
+    check_product,
+    extremes,
+    first_rows,
+    mul_mat,
+    put_scale,
+    rms,
+    weights,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+each_type = pytest.mark.parametrize("type_", TYPES, ids=lambda type_: type_.name)
+each_quantised = pytest.mark.parametrize("type_", QUANTISED, ids=lambda type_: type_.name)
+
+
+def widths(type_: Type) -> tuple[int, ...]:
+    """Numbers of inputs that end within whatever is unpacked at once."""
+    if type_ in FLOATS:
+        return 32, 50, 96, 768
+    return (32, 64, 96, 1056) if block(type_) == 32 else (256, 768, 1280)
+
+
+@each_type
+def test_errors_are_those_of_the_activations_in_int8(type_: Type, rng: np.random.Generator) -> None:
+    for n_in in widths(type_):
+        for n_out in (1, 31, 77):
+            op = mul_mat(rng, type_, 40, n_out, n_in)
+            check_product(compute(op), op.weights, op.x)
+
+
+@each_quantised
+def test_all_sizes_are_covered(type_: Type, rng: np.random.Generator) -> None:
+    for n_in in widths(type_):
+        for n_rows in (1, 2, 40):
+            assert is_covered(mul_mat(rng, type_, n_rows, 31, n_in))
+
+
+@each_type
+def test_a_rows_result_does_not_depend_on_the_others(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat(rng, type_, 40, n_out=77, n_in=768)
+    if not is_covered(op):
+        pytest.skip("these kernels leave the type to upstream's")
+    want = compute(op)
+    check_product(want, op.weights, op.x)
+    for n_rows in range(1, 40):
+        np.testing.assert_array_equal(compute(first_rows(op, n_rows)), want[:n_rows])
+    np.testing.assert_array_equal(compute(replace(op, x=op.x[7:20])), want[7:20])
+    x, others = op.x.copy(), np.arange(40) != 9
+    x[9] = np.nan
+    np.testing.assert_array_equal(compute(replace(op, x=x))[others], want[others])
+
+
+@each_type
+def test_threads_change_nothing(type_: Type, rng: np.random.Generator) -> None:
+    for n_out in (40, 300):
+        op = mul_mat(rng, type_, 70, n_out)
+        if not is_covered(op):
+            pytest.skip("these kernels leave the type to upstream's")
+        for n_rows in (1, 7, 70):
+            part = first_rows(op, n_rows)
+            want = compute(part)
+            for n_threads in (2, 3):
+                np.testing.assert_array_equal(compute(part, n_threads=n_threads), want)
+
+
+@pytest.mark.parametrize("type_", REPACKED, ids=lambda type_: type_.name)
+def test_repacked_weights_are_the_same(type_: Type, rng: np.random.Generator) -> None:
+    for n_out in (8, 72):
+        op = mul_mat(rng, type_, 17, n_out, n_in=768)
+        repacked = replace(op, repacked=True)
+        try:
+            got = compute(repacked)
+        except LookupError as error:
+            pytest.skip(str(error))
+        want = compute(op)
+        assert is_covered(repacked)
+        np.testing.assert_array_equal(got, want)
+        for n_rows in (1, 6):
+            part = first_rows(repacked, n_rows)
+            np.testing.assert_array_equal(compute(part, n_threads=2), want[:n_rows])
+
+
+@each_type
+def test_few_rows_get_one_of_two_results(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat(rng, type_, 40, n_out=77, n_in=768)
+    n_ours = 0
+    for n_rows in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 40):
+        part = first_rows(op, n_rows)
+        got, ours = compute(part, Rows.FAST), compute(part)
+        is_ours = np.array_equal(got, ours)
+        assert is_ours or np.array_equal(got, compute(part, Rows.NONE))
+        assert is_ours or not n_ours, "more rows, and upstream's again"
+        n_ours += is_ours
+
+
+@each_quantised
+def test_extreme_codes_fit(type_: Type, kernels: str) -> None:
+    for op in extremes(type_):
+        check_extreme(compute(op), op, kernels)
+
+
+@each_quantised
+def test_blocks_of_zeros(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat(rng, type_, 16, n_out=40, n_in=768)
+    data = op.weights.data.reshape(40, 768 // block(type_), -1)
+    for at in SCALES[type_]:
+        put_scale(data[::3], at, np.zeros(data[::3].shape[:-1]))
+        put_scale(data[:, 1:2], at, np.zeros((40, 1)))
+    if type_ == Type.MXFP4:
+        data[::3] = 0
+    x = op.x.copy()
+    x[2:5] = 0
+    x[:, 32:64] = 0
+    op = replace(op, weights=Stored(type_, data.reshape(40, -1)), x=x)
+    got = compute(op)
+    check_product(got, op.weights, x)
+    assert not got[2:5].any() and np.abs(got[:, ::3]).max() < 1e-30
+
+
+@each_quantised
+def test_scales_may_be_tiny_and_activations_large(
+    type_: Type, kernels: str, rng: np.random.Generator
+) -> None:
+    stored = weights(rng, type_, 40, 256)
+    data = stored.data.reshape(40, 256 // block(type_), -1)
+    for at in SCALES[type_]:  # the smallest ones of float16
+        put_scale(data, at, rng.integers(-3, 4, data.shape[:-1]) * 2.0**-24)
+    if type_ == Type.MXFP4:  # AMX takes subnormal numbers for zeros
+        data[..., 0] = rng.integers(0, 4, data.shape[:-1]) + (8 if kernels == "amx" else 0)
+    x = activations(rng, 32, 256)
+    x[::2] *= 1e5
+    x[1::2] *= 1e2
+    check_product(compute(MulMat(stored, x[::2])), stored, x[::2])
+    check_product(compute(MulMat(stored, x[1::2])), stored, x[1::2])
+
+
+@each_type
+def test_rows_may_be_apart(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat(rng, type_, 16)
+    np.testing.assert_array_equal(compute(replace(op, stride=300)), compute(op))
+
+
+@pytest.mark.parametrize("type_", [Type.Q4_K, Type.Q5_0, Type.Q8_0, *FLOATS], ids=lambda t: t.name)
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+def test_several_matrices(type_: Type, permuted: bool, rng: np.random.Generator) -> None:
+    """Weights of two heads or one, rows of six heads in two streams: attention without kernels."""
+    for n_weights in (1, 2):
+        stored = weights(rng, type_, 1, n_weights, 33, 256)
+        x = activations(rng, 2, 6, 17, 256)
+        of_each_head = Stored(type_, np.repeat(stored.data, 6 // n_weights, 1))
+        op = MulMat(stored, x)
+        if permuted:
+            stored = Stored(type_, np.ascontiguousarray(np.swapaxes(stored.data, 1, 2)))
+            op = MulMat(stored, np.ascontiguousarray(np.swapaxes(x, 1, 2)), permuted=True)
+        if is_covered(op):
+            check_product(compute(op, n_threads=2), of_each_head, x)
+        # Upstream's activations have a scale per 256.
+        got, want = compute(op), np.einsum("nhrk,mhok->nhro", x, of_each_head.values)
+        assert rms(got - want) <= 0.05 * rms(want)

@@ -1,0 +1,104 @@
+"""MUL_MAT_ID, the experts of a mixture: as MUL_MAT of each expert for the rows that chose it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from support.ggml import MulMat, MulMatId, Rows, Stored, compute, is_covered
+from support.kernels import (
+    FLOATS,
+    QUANTISED,
+    REPACKED,
+    TYPES,
+    check_product,
+    first_rows,
+    mul_mat_id,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+each_type = pytest.mark.parametrize("type_", TYPES, ids=lambda type_: type_.name)
+# Rows of each expert.
+UNEVEN = (0, 1, 5, 6, 40, 7, 13)
+# The same for tokens with two or three experts.
+SHARED = (0, 1, 5, 6, 40, 34, 34)
+
+
+def check(op: MulMatId, got: np.ndarray) -> None:
+    """Each expert's rows against float64, with the error that MUL_MAT may have."""
+    ids = op.ids[:, : op.n_used]
+    x = np.broadcast_to(op.x, (*ids.shape, op.x.shape[-1]))
+    assert not np.isnan(got).any()
+    for expert in np.unique(ids):
+        rows = ids == expert
+        stored = Stored(op.weights.type, op.weights.data[expert])
+        if rows.sum() > 4:
+            check_product(got[rows], stored, x[rows])
+        else:
+            want = x[rows] @ stored.values.T
+            np.testing.assert_allclose(got[rows], want, rtol=0, atol=0.1 * want.std())
+
+
+@each_type
+def test_experts_with_none_one_or_many_rows(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat_id(rng, type_, UNEVEN, n_out=77)
+    if type_ in QUANTISED:
+        assert is_covered(op)
+    check(op, compute(op))
+
+
+@pytest.mark.parametrize("type_", [Type.Q4_K, Type.MXFP4, Type.Q8_0], ids=lambda t: t.name)
+def test_several_experts_a_token(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat_id(rng, type_, SHARED, n_used=3, n_out=40)
+    check(op, compute(op))
+    # The up projections read one row for all experts of a token.
+    shared = replace(op, x=op.x[:, :1])
+    got = compute(shared)
+    check(shared, got)
+    for each in range(op.n_used):
+        one = replace(shared, ids=op.ids[:, each:], n_used=1)
+        np.testing.assert_array_equal(compute(one)[:, 0], got[:, each])
+
+
+@each_type
+def test_a_rows_result_is_that_of_its_expert_alone(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat_id(rng, type_, SHARED, n_used=2, n_out=77)
+    if not is_covered(op):
+        pytest.skip("these kernels leave the type to upstream's")
+    got = compute(op)
+    for expert in range(len(SHARED)):
+        rows = op.ids[:, : op.n_used] == expert
+        if rows.any():
+            alone = MulMat(Stored(type_, op.weights.data[expert]), op.x[rows])
+            np.testing.assert_array_equal(compute(alone), got[rows])
+    for n_tokens in (1, 5, 17):
+        part = first_rows(op, n_tokens)
+        np.testing.assert_array_equal(compute(part), got[:n_tokens])
+    for n_threads in (2, 3):
+        np.testing.assert_array_equal(compute(op, n_threads=n_threads), got)
+
+
+@pytest.mark.parametrize("type_", REPACKED, ids=lambda type_: type_.name)
+def test_repacked_experts_are_the_same(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat_id(rng, type_, SHARED, n_used=2)
+    repacked = replace(op, repacked=True)
+    try:
+        got = compute(repacked)
+    except LookupError as error:
+        pytest.skip(str(error))
+    assert is_covered(repacked)
+    np.testing.assert_array_equal(got, compute(op))
+
+
+@pytest.mark.parametrize("type_", [Type.Q4_K, Type.MXFP4, *FLOATS], ids=lambda t: t.name)
+def test_experts_with_few_rows_are_right_in_either_way(
+    type_: Type, rng: np.random.Generator
+) -> None:
+    """Where some experts get these kernels and others upstream's, or the operation as a whole."""
+    for per_expert in ((1, 0, 2, 3), (5, 6, 1, 0), UNEVEN):
+        op = mul_mat_id(rng, type_, per_expert, n_out=40)
+        got, ours, upstreams = (compute(op, rows) for rows in (Rows.FAST, Rows.ALL, Rows.NONE))
+        for row in range(len(got)):
+            assert any(np.array_equal(got[row], other[row]) for other in (ours, upstreams))

@@ -1,0 +1,95 @@
+"""When our kernels compute, and when upstream's do."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from support import ggml
+from support.ggml import Op, Rows, compute, in_child
+from support.kernels import QUANTISED, REPACKED, TYPES, attention, mul_mat, mul_mat_id
+
+N_ROWS = (1, 8, 64)
+
+
+@functools.cache
+def samples() -> list[Op]:
+    """Products of each type, of experts, and attention, of few rows and of many."""
+    rng = np.random.default_rng(1)
+    ops: list[Op] = [mul_mat(rng, type_, n_rows) for type_ in TYPES for n_rows in N_ROWS]
+    ops += [mul_mat_id(rng, type_, (0, 1, 8, 30, 21), n_used=2) for type_ in TYPES]
+    ops += [
+        attention(rng, n_rows, n_kv=128, type_=type_)
+        for type_ in (Type.F16, Type.Q8_0)
+        for n_rows in N_ROWS
+    ]
+    return ops
+
+
+def assert_same(some: list[np.ndarray], others: list[np.ndarray]) -> None:
+    for one, other in zip(some, others, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("type_", QUANTISED, ids=lambda type_: type_.name)
+def test_they_are_in_use(type_: Type, kernels: str, rng: np.random.Generator) -> None:
+    for op in (mul_mat(rng, type_, 64, 256), mul_mat_id(rng, type_, (64, 64), n_out=256)):
+        got = compute(op, Rows.FAST)
+        assert not np.array_equal(got, compute(op, Rows.NONE))
+        np.testing.assert_array_equal(got, compute(op, Rows.ALL))
+
+
+@pytest.mark.parametrize("type_", [Type.F16, Type.Q8_0], ids=lambda type_: type_.name)
+def test_attention_is_in_use(type_: Type, kernels: str, rng: np.random.Generator) -> None:
+    op = attention(rng, n_rows=128, n_kv=256, n_heads=6, type_=type_)
+    got = compute(op, Rows.FAST)
+    assert not np.array_equal(got, compute(op, Rows.NONE))
+    np.testing.assert_array_equal(got, compute(op, Rows.ALL))
+
+
+def test_none_gives_upstreams_bits(unpatched_lib: Path) -> None:
+    theirs = in_child(samples(), lib=unpatched_lib, rows=Rows.NONE)
+    assert_same([compute(op, Rows.NONE) for op in samples()], theirs.results)
+
+
+def test_the_environment_turns_them_off(kernels: str) -> None:
+    off = in_child(samples(), env={"GGML_POP_KERNELS": "0"}, rows=Rows.ALL)
+    assert off.kernels == "off"
+    assert_same([compute(op, Rows.NONE) for op in samples()], off.results)
+
+
+def test_the_reference_implementation_remains(kernels: str) -> None:
+    for op in samples():
+        want = compute(op, Rows.NONE, reference=True)
+        np.testing.assert_array_equal(compute(op, Rows.ALL, reference=True), want)
+
+
+def test_nothing_behind_a_tensor_is_touched(kernels: str) -> None:
+    """A model's last tensor may end where its file and the memory end."""
+    rng = np.random.default_rng(2)
+    ops: list[Op] = []
+    for type_ in TYPES:
+        for n_rows in (1, 5, 24):
+            ops.append(mul_mat(rng, type_, n_rows, n_out=96))
+        ops.append(mul_mat_id(rng, type_, (1, 8, 7, 16), n_out=96))
+    for type_ in (Type.F16, Type.Q8_0):
+        for n_dims in (64, 128):
+            ops.append(attention(rng, 40, n_kv=104, n_dims=n_dims, type_=type_))
+    done = in_child(ops, guarded=True, n_threads=2)
+    assert_same([compute(op) for op in ops], done.results)
+
+
+def test_repacked_weights_are_in_use_for_many_rows(kernels: str, rng: np.random.Generator) -> None:
+    n_types = 0
+    for type_ in REPACKED:
+        op = mul_mat(rng, type_, 64, n_out=256)
+        repacked = ggml.MulMat(op.weights, op.x, repacked=True)
+        try:
+            got = compute(repacked, Rows.FAST)
+        except LookupError:
+            continue
+        np.testing.assert_array_equal(got, compute(op, Rows.ALL))
+        n_types += 1
+    assert n_types

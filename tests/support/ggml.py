@@ -1,0 +1,459 @@
+"""One operation of ggml at a time, computed by the CPU backend of the library that llama_cpp loads.
+
+Arrays have ggml's dimensions in the opposite order: the last one is contiguous in memory. A child
+process computes with another library (LLAMA_CPP_LIB_PATH), or under another environment.
+"""
+
+import ctypes
+import functools
+import mmap
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from pop_local.engine.llama.backend import bindings
+
+REPACK = "CPU_REPACK"
+_ROWS_PARAM = 15  # GGML_POP_OP_PARAM
+_ALIGNMENT = 32  # of tensors in a model's file
+_N_DIMS, _N_TENSORS = 4, 16
+
+
+class Rows(IntEnum):
+    """enum ggml_pop_rows: our kernels where they are faster, never, or for any number of rows."""
+
+    FAST = 0
+    NONE = 1
+    ALL = 2
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Values of a type, as a file has them: uint8 [..., bytes of a row]."""
+
+    type: Type
+    data: np.ndarray
+
+    @property
+    def n_values(self) -> int:
+        """Values of a row."""
+        n_block, n_bytes = gguf.GGML_QUANT_SIZES[self.type]
+        return self.data.shape[-1] // n_bytes * n_block
+
+    @property
+    def values(self) -> np.ndarray:
+        """The same as float64 [..., values of a row]."""
+        if self.type == Type.F16:
+            return self.data.view(np.float16).astype(np.float64)
+        return gguf.dequantize(self.data, self.type).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class MulMat:
+    """`weights`: [..., n_out, n_in]; `x`: float32 [..., n_rows, n_in].
+
+    `stride`: floats from a row of x to the next one; 0: n_in. `permuted`: n_out and n_rows are not
+    the last dimension but one in memory, but that before it, as in a KV cache. `repacked`: weights
+    in the layout of upstream's kernels.
+    """
+
+    weights: Stored
+    x: np.ndarray
+    stride: int = 0
+    permuted: bool = False
+    repacked: bool = False
+
+
+@dataclass(frozen=True)
+class MulMatId:
+    """`weights`: [n_experts, n_out, n_in]; `x`: float32 [n_tokens, n_used or 1, n_in].
+
+    `ids`: int32 [n_tokens, at least n_used], of which the first n_used count.
+    """
+
+    weights: Stored
+    x: np.ndarray
+    ids: np.ndarray
+    n_used: int
+    repacked: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """FLASH_ATTN_EXT with its tensors as a KV cache has them.
+
+    `q`: float32 [n_streams, n_rows, n_heads, n_dims]; `k`, `v`: [n_streams, n_cells, n_kv_heads,
+    n_dims], of which the first `n_kv` cells count; `mask`: float16 [n_streams or 1, n_heads or 1,
+    n_rows, n_kv]; `sinks`: float32 [n_heads].
+    """
+
+    q: np.ndarray
+    k: Stored
+    v: Stored
+    n_kv: int
+    scale: float
+    mask: np.ndarray | None = None
+    sinks: np.ndarray | None = None
+    max_bias: float = 0.0
+    softcap: float = 0.0
+
+
+Op = MulMat | MulMatId | Attention
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A child's: the kernels that its library names, None if it names none, and each result."""
+
+    kernels: str | None
+    results: list[np.ndarray]
+
+
+def compute(
+    op: Op,
+    rows: Rows = Rows.ALL,
+    n_threads: int = 1,
+    *,
+    guarded: bool = False,
+    reference: bool = False,
+) -> np.ndarray:
+    """Compute an operation.
+
+    `guarded`: the process dies when anything touches memory behind a tensor, whose bytes must be a
+    multiple of 32. `reference`: by upstream's reference implementation. Returns float32: for MulMat
+    [..., n_rows, n_out], for MulMatId [n_tokens, n_used, n_out], for Attention [n_streams, n_rows,
+    n_heads, n_dims]. Raises LookupError where the processor has no layout for weights that are to
+    be repacked.
+    """
+    graph = _Graph(guarded)
+    try:
+        found = graph.compute(graph.build(op, rows), n_threads, reference)
+        n_dims = max(op.x.ndim, op.weights.data.ndim) if isinstance(op, MulMat) else 3
+        return found if isinstance(op, Attention) else found[(0,) * (_N_DIMS - n_dims)]
+    finally:
+        graph.close()
+
+
+def is_covered(op: Op, rows: Rows = Rows.ALL) -> bool:
+    """Whether our kernels compute the operation."""
+    graph = _Graph()
+    try:
+        return bool(_work_size()(1, graph.build(op, rows)))
+    finally:
+        graph.close()
+
+
+def kernels() -> str:
+    """The kernels that are in use: "off", "none", or a name. Raises LookupError: unpatched."""
+    function = _cpu().kernels
+    if function is None:
+        raise LookupError("the CPU's kernels are unpatched: ggml_pop_kernels is missing")
+    name: bytes = function()
+    return name.decode()
+
+
+def in_child(ops: Sequence[Op], lib: Path | None = None, env: Any = None, **how: Any) -> Answer:
+    """Have each operation computed as by `compute(op, **how)`, in a process of its own.
+
+    `lib`: the folder of another library; `env`: more of its environment. Raises
+    subprocess.CalledProcessError when it died.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", "from support.ggml import answer; answer()"],
+        input=pickle.dumps((ops, how)),
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        | ({"LLAMA_CPP_LIB_PATH": str(lib)} if lib else {})
+        | (env or {}),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    given: Answer = pickle.loads(done.stdout)
+    return given
+
+
+def answer() -> None:
+    """Do what `in_child` asks, over stdin and stdout."""
+    stdout = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    ops, how = pickle.load(sys.stdin.buffer)
+    try:
+        name = kernels()
+    except LookupError:
+        name = None
+    pickle.dump(Answer(name, [compute(op, **how) for op in ops]), stdout)
+    stdout.close()
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
+
+
+class _Tensor(ctypes.Structure):
+    """struct ggml_tensor."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * _N_DIMS),
+        ("nb", ctypes.c_size_t * _N_DIMS),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 8),
+    )
+
+
+_POINTER, _INT, _INT64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
+_FLOAT = ctypes.c_float
+_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
+    "ggml_init": ([_InitParams], _POINTER),
+    "ggml_free": ([_POINTER], None),
+    "ggml_tensor_overhead": ([], _SIZE),
+    "ggml_graph_overhead_custom": ([_SIZE, ctypes.c_bool], _SIZE),
+    "ggml_new_tensor": ([_POINTER, _INT, _INT, ctypes.POINTER(_INT64)], _POINTER),
+    "ggml_view_4d": ([_POINTER, _POINTER, *[_INT64] * 4, *[_SIZE] * 4], _POINTER),
+    "ggml_permute": ([_POINTER, _POINTER, *[_INT] * 4], _POINTER),
+    "ggml_mul_mat": ([_POINTER] * 3, _POINTER),
+    "ggml_mul_mat_id": ([_POINTER] * 4, _POINTER),
+    "ggml_flash_attn_ext": ([*[_POINTER] * 5, *[_FLOAT] * 3], _POINTER),
+    "ggml_flash_attn_ext_add_sinks": ([_POINTER, _POINTER], None),
+    "ggml_new_graph_custom": ([_POINTER, _SIZE, ctypes.c_bool], _POINTER),
+    "ggml_build_forward_expand": ([_POINTER, _POINTER], None),
+    "ggml_backend_buft_name": ([_POINTER], ctypes.c_char_p),
+    "ggml_backend_buft_alloc_buffer": ([_POINTER, _SIZE], _POINTER),
+    "ggml_backend_buft_get_alloc_size": ([_POINTER, _POINTER], _SIZE),
+    "ggml_backend_buffer_free": ([_POINTER], None),
+    "ggml_backend_buffer_get_base": ([_POINTER], _POINTER),
+    "ggml_backend_cpu_buffer_from_ptr": ([_POINTER, _SIZE], _POINTER),
+    "ggml_backend_dev_backend_reg": ([_POINTER], _POINTER),
+    "ggml_backend_dev_buffer_type": ([_POINTER], _POINTER),
+    "ggml_backend_dev_init": ([_POINTER, ctypes.c_char_p], _POINTER),
+    "ggml_backend_graph_compute": ([_POINTER, _POINTER], _INT),
+    "ggml_backend_reg_get_proc_address": ([_POINTER, ctypes.c_char_p], _POINTER),
+    "ggml_backend_tensor_alloc": ([_POINTER, _POINTER, _POINTER], _INT),
+    "ggml_backend_tensor_get": ([_POINTER, _POINTER, _SIZE, _SIZE], None),
+    "ggml_backend_tensor_memset": ([_POINTER, ctypes.c_uint8, _SIZE, _SIZE], None),
+    "ggml_backend_tensor_set": ([_POINTER, _POINTER, _SIZE, _SIZE], None),
+    "ggml_backend_view_init": ([_POINTER], _INT),
+}
+
+
+@functools.cache
+def _base() -> ctypes.CDLL:
+    """libggml-base with its functions declared."""
+    api = bindings()
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    library = load_shared_library("ggml-base", api._base_path)
+    for name, (argument_types, result_type) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = argument_types, result_type
+    return library
+
+
+@dataclass(frozen=True)
+class _Cpu:
+    """The CPU's device, its backend, and its buffer types by name; "": the usual one."""
+
+    backend: int
+    buffer_types: dict[str, int]
+    set_n_threads: Any
+    set_use_ref: Any
+    kernels: Any
+
+
+@functools.cache
+def _cpu() -> _Cpu:
+    ggml, base = bindings()._ggml, _base()
+    by_type = ggml.ggml_backend_dev_by_type
+    by_type.restype = _POINTER
+    device = by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
+    registry = base.ggml_backend_dev_backend_reg(device)
+
+    def function(name: str, result_type: Any, *argument_types: Any) -> Any:
+        address = base.ggml_backend_reg_get_proc_address(registry, name.encode())
+        return address and ctypes.CFUNCTYPE(result_type, *argument_types)(address)
+
+    bufts = ctypes.POINTER(_POINTER)
+    extra = function("ggml_backend_dev_get_extra_bufts", bufts, _POINTER)(device)
+    types = {"": base.ggml_backend_dev_buffer_type(device)}
+    for each in extra:
+        if each is None:
+            break
+        types[base.ggml_backend_buft_name(each).decode()] = each
+    return _Cpu(
+        base.ggml_backend_dev_init(device, None),
+        types,
+        function("ggml_backend_set_n_threads", None, _POINTER, _INT),
+        function("ggml_backend_cpu_set_use_ref", None, _POINTER, ctypes.c_bool),
+        function("ggml_pop_kernels", ctypes.c_char_p),
+    )
+
+
+@functools.cache
+def _work_size() -> Any:
+    """ggml_pop_work_size of the library with the CPU's kernels, which may be one of several."""
+    for path in sorted(Path(bindings()._base_path).glob("*ggml-cpu*")):
+        try:
+            library = ctypes.CDLL(str(path), mode=getattr(os, "RTLD_NOLOAD", 0))
+            function = library.ggml_pop_work_size
+        except (AttributeError, OSError):
+            continue
+        function.argtypes, function.restype = [_INT, _POINTER], _SIZE
+        return function
+    raise LookupError("the CPU's kernels are unpatched: ggml_pop_work_size is missing")
+
+
+class _Graph:
+    """The tensors of one operation, each in a buffer of its own."""
+
+    def __init__(self, guarded: bool = False) -> None:
+        self._base = _base()
+        self._guarded = guarded
+        self._buffers: list[int] = []
+        self._pages: list[mmap.mmap] = []
+        size = _N_TENSORS * self._base.ggml_tensor_overhead()
+        size += self._base.ggml_graph_overhead_custom(_N_TENSORS, False)
+        self._ctx = self._base.ggml_init(_InitParams(size, None, True))
+
+    def close(self) -> None:
+        self._base.ggml_free(self._ctx)
+        for buffer in self._buffers:
+            self._base.ggml_backend_buffer_free(buffer)
+
+    def build(self, op: Op, rows: Rows) -> int:
+        """Returns the tensor of the result."""
+        if isinstance(op, MulMat):
+            result = self._mul_mat(op)
+        elif isinstance(op, MulMatId):
+            result = self._mul_mat_id(op)
+        else:
+            result = self._attention(op)
+        _Tensor.from_address(result).op_params[_ROWS_PARAM] = rows
+        return result
+
+    def compute(self, result: int, n_threads: int, reference: bool) -> np.ndarray:
+        base, cpu = self._base, _cpu()
+        tensor = _Tensor.from_address(result)
+        found = np.empty(tuple(tensor.ne)[::-1], np.float32)
+        self._place(result)
+        # An element that nobody writes is not a number.
+        base.ggml_backend_tensor_memset(result, 255, 0, found.nbytes)
+        graph = base.ggml_new_graph_custom(self._ctx, _N_TENSORS, False)
+        base.ggml_build_forward_expand(graph, result)
+        cpu.set_n_threads(cpu.backend, n_threads)
+        cpu.set_use_ref(cpu.backend, reference)
+        if status := base.ggml_backend_graph_compute(cpu.backend, graph):
+            raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
+        base.ggml_backend_tensor_get(result, found.ctypes.data, 0, found.nbytes)
+        return found
+
+    def _mul_mat(self, op: MulMat) -> int:
+        x = op.x
+        if op.stride:
+            shape = (*x.shape[:-1], op.stride - x.shape[-1])
+            x = np.concatenate([x, np.full(shape, np.nan, np.float32)], -1)
+        weights = self._stored(op.weights, REPACK if op.repacked else "")
+        inputs = self._view(self._array(x), n_values=op.x.shape[-1])
+        if op.permuted:
+            weights, inputs = self._permuted(weights), self._permuted(inputs)
+        return int(self._base.ggml_mul_mat(self._ctx, weights, inputs))
+
+    def _mul_mat_id(self, op: MulMatId) -> int:
+        weights = self._stored(op.weights, REPACK if op.repacked else "")
+        ids = self._view(self._array(op.ids), n_values=op.n_used)
+        return int(self._base.ggml_mul_mat_id(self._ctx, weights, self._array(op.x), ids))
+
+    def _attention(self, op: Attention) -> int:
+        q = self._permuted(self._array(op.q))
+        k, v = (
+            self._permuted(self._view(self._stored(cache), n_cells=op.n_kv))
+            for cache in (op.k, op.v)
+        )
+        mask = None if op.mask is None else self._array(op.mask)
+        result = self._base.ggml_flash_attn_ext(
+            self._ctx, q, k, v, mask, op.scale, op.max_bias, op.softcap
+        )
+        if op.sinks is not None:
+            self._base.ggml_flash_attn_ext_add_sinks(result, self._array(op.sinks))
+        return int(result)
+
+    def _array(self, values: np.ndarray) -> int:
+        types = {"float32": Type.F32, "float16": Type.F16, "int32": Type.I32}
+        return self._new(types[values.dtype.name], values.shape, values)
+
+    def _stored(self, stored: Stored, buffer_type: str = "") -> int:
+        shape = (*stored.data.shape[:-1], stored.n_values)
+        return self._new(stored.type, shape, stored.data, buffer_type)
+
+    def _new(
+        self, type_: Type, shape: tuple[int, ...], content: np.ndarray, buffer_type: str = ""
+    ) -> int:
+        sizes = (_INT64 * len(shape))(*shape[::-1])
+        tensor = int(self._base.ggml_new_tensor(self._ctx, int(type_), len(shape), sizes))
+        self._place(tensor, buffer_type)
+        if buffer_type and not _Tensor.from_address(tensor).extra:
+            raise LookupError(f"{buffer_type} has no layout for {type_.name} here")
+        content = np.ascontiguousarray(content)
+        self._base.ggml_backend_tensor_set(tensor, content.ctypes.data, 0, content.nbytes)
+        return tensor
+
+    def _place(self, tensor: int, buffer_type: str = "") -> None:
+        base, kind = self._base, _cpu().buffer_types[buffer_type]
+        size = base.ggml_backend_buft_get_alloc_size(kind, tensor)
+        if self._guarded and not buffer_type:
+            buffer, address = self._guarded_buffer(size)
+        else:
+            buffer = base.ggml_backend_buft_alloc_buffer(kind, size)
+            address = base.ggml_backend_buffer_get_base(buffer)
+        self._buffers.append(buffer)
+        base.ggml_backend_tensor_alloc(buffer, tensor, address)
+
+    def _guarded_buffer(self, size: int) -> tuple[int, int]:
+        """A buffer that ends where a page begins that nobody may touch."""
+        assert size % _ALIGNMENT == 0, size
+        page = mmap.PAGESIZE
+        n_bytes = -(-size // page) * page
+        pages = mmap.mmap(-1, n_bytes + page)
+        self._pages.append(pages)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        protect = ctypes.CDLL(None).mprotect
+        if protect(ctypes.c_void_p(start + n_bytes), ctypes.c_size_t(page), 0):
+            raise OSError("mprotect")
+        address = start + n_bytes - size
+        return self._base.ggml_backend_cpu_buffer_from_ptr(address, size), address
+
+    def _view(self, tensor: int, n_values: int = 0, n_cells: int = 0) -> int:
+        """The first values of each row, or cells of each stream: all of them where it is 0."""
+        of = _Tensor.from_address(tensor)
+        sizes = [n_values or of.ne[0], of.ne[1], n_cells or of.ne[2], of.ne[3]]
+        view = self._base.ggml_view_4d(self._ctx, tensor, *sizes, *of.nb[1:], 0)
+        self._base.ggml_backend_view_init(view)
+        return int(view)
+
+    def _permuted(self, tensor: int) -> int:
+        """The two dimensions in the middle change places."""
+        view = self._base.ggml_permute(self._ctx, tensor, 0, 2, 1, 3)
+        self._base.ggml_backend_view_init(view)
+        return int(view)
