@@ -88,6 +88,7 @@ class Job:
     further: tuple[str, ...] = ()
     mmap: bool = True
     repacked: bool = True  # weights laid out anew for this processor's kernels
+    kernels: bool = False  # ours for prompts, whose bits are not those of an unpatched library
     cvec: tuple[float, ...] = field(default=())
     watched: bool = False  # by an evaluation callback
     n_gpu_layers: int = GPU_LAYERS
@@ -223,6 +224,8 @@ class Session:
         self.ctx = lib.llama_init_from_model(self.model, self._context_params(job))
         if not self.ctx:
             raise RuntimeError("no context")
+        if not job.lib:
+            self._pop("llama_pop_set_kernels", job.kernels)
         self._adapter: Any = None
         if job.lora:
             self._set_lora(job.lora)
