@@ -36,6 +36,13 @@ NO_DEVICE = {
     "CUDA": "does nvidia-smi show one, with a driver for the CUDA that this was built with?",
     "Vulkan": "ggml leaves out CPUs, as lavapipe is: GGML_VK_VISIBLE_DEVICES=0 takes the first",
 }
+# What a kernel for prompts needs of the processor, and what a better one would.
+KERNELS = {
+    "avx512-bf16": "this processor has AVX512_VNNI and AVX512_BF16",
+    "avx512-vnni": "this processor has AVX512_VNNI, without AVX512_BF16",
+    "avx-vnni": "this processor has AVX_VNNI, without AVX512_VNNI",
+    "avx2": "this processor has AVX2, without AVX_VNNI and AVX512_VNNI",
+}
 CUDA_HINT = 'to use it: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
 
 
@@ -92,8 +99,21 @@ def _backend() -> list[Check]:
         Check("built_in", "Built in", "ok", ", ".join(name for name, _ in info.built_in)),
         *_gpus(info),
         Check("cpu_features", "CPU features", "ok", f"{variant}{_enabled(info.features)}"),
+        _kernels(info.kernels),
         _threads(info.n_threads),
     ]
+
+
+def _kernels(name: str) -> Check:
+    """Which of our kernels read prompts on the CPU, and why."""
+    if name == devices.KERNELS_OFF:
+        to_do = "without it prompts are read faster"
+        return Check("kernels", "Kernels for prompts", "note", "off: GGML_POP_KERNELS=0", to_do)
+    if name == devices.NO_KERNELS:
+        found = "none: this build is for another processor, where llama.cpp's own read prompts"
+    else:
+        found = f"{name} ({KERNELS.get(name, 'of this build')})"
+    return Check("kernels", "Kernels for prompts", "ok", found)
 
 
 def _threads(n_threads: int) -> Check:

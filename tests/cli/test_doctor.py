@@ -45,13 +45,16 @@ def install(monkeypatch, tmp_path):
     def pretend(
         *,
         abi: int | None = backend.ABI,
-        devices: tuple[Device, ...] = (CPU,),
+        found: tuple[Device, ...] = (CPU,),
         built_in: tuple[tuple[str, int], ...] = (("RPC", 0), ("CPU", 1)),
         variant: str = "",
         n_threads: int = 4,
+        kernels: str = devices.NO_KERNELS,
     ) -> None:
         library = Path("lib/libllama.so")
-        info = BackendInfo("0.3.36", library, abi, devices, built_in, FEATURES, n_threads, variant)
+        info = BackendInfo(
+            *("0.3.36", library, abi, found, built_in, FEATURES, n_threads, variant, kernels)
+        )
         monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", lambda: info)
 
     return pretend
@@ -131,6 +134,27 @@ def test_the_variant_of_the_cpu_is_named(install):
     assert devices._cpu_variant(LOG.replace("-zen4", "")) == ""
 
 
+@pytest.mark.parametrize(
+    ("kernels", "found", "status"),
+    [
+        ("avx512-bf16", "avx512-bf16 (this processor has AVX512_VNNI and AVX512_BF16)", "ok"),
+        ("off", "off: GGML_POP_KERNELS=0", "note"),
+        ("none", "none: this build is for another processor", "ok"),
+    ],
+)
+def test_the_kernels_for_prompts_are_named(install, kernels, found, status):
+    install(kernels=kernels)
+    check = checks()["kernels"]
+    assert check["found"].startswith(found)
+    assert check["status"] == status
+
+
+def test_a_backend_without_kernels_has_none(monkeypatch):
+    monkeypatch.setattr(devices.GgmlLibrary, "function", lambda *_: None)
+    assert devices.prompt_kernels() == devices.NO_KERNELS
+    assert not devices.kernels_read_prompts()
+
+
 def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     install()
     assert checks()["threads"]["status"] == "ok"
@@ -161,7 +185,7 @@ def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
 
 
 def test_gpus_are_listed(install):
-    install(devices=(GPU, CPU))
+    install(found=(GPU, CPU))
     assert checks()["gpu"]["found"] == "CUDA0: Some GPU, 70.00 GB of 80.00 GB free"
 
 
