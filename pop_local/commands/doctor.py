@@ -36,13 +36,14 @@ NO_DEVICE = {
     "CUDA": "does nvidia-smi show one, with a driver for the CUDA that this was built with?",
     "Vulkan": "ggml leaves out CPUs, as lavapipe is: GGML_VK_VISIBLE_DEVICES=0 takes the first",
 }
-# What a kernel for prompts needs of the processor, and what a better one would.
+# Why these kernels for prompts and no others, by what the processor and the build have.
 KERNELS = {
-    "avx512-bf16": "this processor has AVX512_VNNI and AVX512_BF16",
-    "avx512-vnni": "this processor has AVX512_VNNI, without AVX512_BF16",
-    "avx-vnni": "this processor has AVX_VNNI, without AVX512_VNNI",
-    "avx2": "this processor has AVX2, without AVX_VNNI and AVX512_VNNI",
+    "amx": "AMX_INT8 and AVX512_VNNI are here",
+    "avx512vnni": "AVX512_VNNI is here, AMX_INT8 is not",
+    "avxvnni": "AVX_VNNI is here, AVX512_VNNI is not",
+    "avx2": "AVX2 is here, AVX_VNNI and AVX512_VNNI are not",
 }
+KERNELS_VARIABLE = "GGML_POP_KERNELS"
 CUDA_HINT = 'to use it: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
 
 
@@ -106,14 +107,14 @@ def _backend() -> list[Check]:
 
 def _kernels(name: str) -> Check:
     """Which of our kernels read prompts on the CPU, and why."""
-    if name == devices.KERNELS_OFF:
-        to_do = "without it prompts are read faster"
-        return Check("kernels", "Kernels for prompts", "note", "off: GGML_POP_KERNELS=0", to_do)
+    title, asked = "Kernels for prompts", os.environ.get(KERNELS_VARIABLE)
     if name == devices.NO_KERNELS:
-        found = "none: this build is for another processor, where llama.cpp's own read prompts"
-    else:
-        found = f"{name} ({KERNELS.get(name, 'of this build')})"
-    return Check("kernels", "Kernels for prompts", "ok", found)
+        found = "none for this processor in this build: llama.cpp's own read prompts"
+        return Check("kernels", title, "ok", found)
+    if asked is not None:
+        found = f"{name}: {KERNELS_VARIABLE}={asked}"
+        return Check("kernels", title, "note", found, "without it the fastest are taken")
+    return Check("kernels", title, "ok", f"{name} ({KERNELS.get(name, 'the best of this build')})")
 
 
 def _threads(n_threads: int) -> Check:

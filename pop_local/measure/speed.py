@@ -104,13 +104,13 @@ def measure_speed(
     n_rounds: int,
     on_progress: Progress,
     picture: Picture | None = None,
-    upstream: PopModel | None = None,
+    upstream: Callable[[Sequence[int]], Run] | None = None,
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds after one to warm up.
 
-    `picture` is part of each prompt. `upstream`: the same model without our kernels.
-    `on_progress` gets (done_tokens, total_tokens). The contexts must hold the longest prompt and
-    N_DECODE more tokens. Raises PopError when the counters do not prove what is measured.
+    `picture` is part of each prompt. `upstream` runs one without our kernels. `on_progress` gets
+    (done_tokens, total_tokens). The context must hold the longest prompt and N_DECODE more tokens.
+    Raises PopError when the counters do not prove what is measured.
     """
     n_ways = 3 if upstream is None else 4
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
@@ -120,7 +120,11 @@ def measure_speed(
 
 
 def _row(
-    model: PopModel, upstream: PopModel | None, tokens: Sequence[int], n_rounds: int, ran: Ran
+    model: PopModel,
+    upstream: Callable[[Sequence[int]], Run] | None,
+    tokens: Sequence[int],
+    n_rounds: int,
+    ran: Ran,
 ) -> SpeedRow:
     n_prompt = len(tokens)
     ways = [
@@ -129,7 +133,7 @@ def _row(
         partial(run_context, model, tokens),
     ]
     if upstream is not None:
-        ways.insert(0, partial(run, upstream, Mode.OFF, tokens))
+        ways.insert(0, partial(upstream, tokens))
     *others, full, pop, context = run_rounds(ways, n_rounds, lambda: ran(n_prompt))
     rows = pop[0].counters
     reading = spread(a.read_s / b.read_s for a, b in zip(full, pop, strict=True))

@@ -1,7 +1,7 @@
 """Time to first token with and without pruning, on the same weights."""
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,18 +12,18 @@ from converter.shape import ModelShape, source_shape, trained_ctx
 from converter.sidecar import pop_of
 from converter.source import Source, read_source
 from pop_local.engine.images.pictures import read_picture
-from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.devices import devices, kernels_read_prompts, prompt_kernels
 from pop_local.engine.model import PopModel
 from pop_local.measure.break_even import Tried, measure_break_even
 from pop_local.measure.speed import (
     N_DECODE,
+    Run,
     SpeedRow,
     measure_speed,
     random_prompt,
-    run,
     run_rounds,
 )
+from pop_local.measure.upstream import Upstream
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
@@ -106,42 +106,43 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
     picture = None if options.image is None else read_picture(options.image)
     with _opened(model, sidecar, options, watch) as (loaded, _, found):
         is_ours = found.kernels and kernels_read_prompts() and picture is None
-        setting, beside = _upstream(loaded, options, watch) if is_ours else (None, None)
-        with closing(beside) if beside else nullcontext():
+        with _upstream(loaded, options) if is_ours else nullcontext((None, None)) as beside:
+            setting, read = beside
             advance = watch.stage("Measuring")
             lengths = options.n_prompts
-            rows = measure_speed(loaded, lengths, options.n_pairs, advance, picture, beside)
+            rows = measure_speed(loaded, lengths, options.n_pairs, advance, picture, read)
     return Speed(found, rows, setting)
 
 
-def _upstream(loaded: PopModel, options: BenchOptions, watch: Watch) -> tuple[str, PopModel]:
+@contextmanager
+def _upstream(
+    model: PopModel, options: BenchOptions
+) -> Iterator[tuple[str, Callable[[Sequence[int]], Run]]]:
     """The same model by llama.cpp's own kernels, weights repacked for them or not, and which.
 
-    Whichever reads faster is taken; flash attention is no gain there. A second model is open
-    meanwhile, and a third to choose.
+    Whichever reads faster is taken; flash attention is no gain there.
     """
+    opening: dict[str, Any] = {
+        "n_ctx": model.n_ctx(),
+        "n_batch": options.n_batch,
+        "n_ubatch": options.n_batch,
+        "n_threads": model.n_threads,
+        "n_gpu_layers": 0,
+    }
     both = {
-        name: opened(
-            ModelFiles(Path(loaded.model_path)),
-            options.hardware,
-            watch,
-            n_ctx=loaded.n_ctx(),
-            n_batch=options.n_batch,
-            n_ubatch=options.n_batch,
-            kernels=False,
-            flash_attn=False,
-            repack=repack,
-        )
+        name: Upstream(Path(model.model_path), repack=repack, **opening)
         for name, repack in {"weights repacked": True, "weights not repacked": False}.items()
     }
-    tokens = random_prompt(loaded, min(_N_TRIED, options.n_longest))
-    ways = [partial(run, model, Mode.OFF, tokens, 1) for model in both.values()]
-    times_s = {name: runs[0].ttft_s for name, runs in zip(both, run_rounds(ways, 1), strict=True)}
-    best = min(both, key=lambda name: times_s[name])
-    beside = both.pop(best)
-    for other in both.values():
-        other.close()
-    return best, beside
+    with ExitStack() as open_ones:
+        for each in both.values():
+            open_ones.enter_context(each)
+        tokens = random_prompt(model, min(_N_TRIED, options.n_longest))
+        tried = run_rounds([partial(each.run, tokens) for each in both.values()], 1)
+        times_s = {name: runs[0].ttft_s for name, runs in zip(both, tried, strict=True)}
+        best = min(both, key=lambda name: times_s[name])
+        for name in both.keys() - {best}:
+            both[name].close()
+        yield best, both[best].run
 
 
 def find_break_even(

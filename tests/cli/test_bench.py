@@ -1,6 +1,7 @@
 """`pop-local bench`: its JSON and table, what it refuses; a cached prefix is never timed."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import speed
 from pop_local.measure.speed import Run, measure_speed, random_prompt, require_rows, run_rounds
+from pop_local.measure.upstream import Upstream
 from pop_local.workflows import bench as workflow
 from support.calls import read
 from support.converted import converted, tiny
@@ -205,13 +207,20 @@ def test_what_was_read_for_the_limit_answers_nothing(model):
 
 
 def test_what_upstream_takes_is_measured_beside_ours(model):
-    upstream = PopModel(
-        model.model_path, n_ctx=512, n_threads=1, kernels=False, flash_attn=False, repack=False
-    )
-    [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=upstream)
+    options = {"n_ctx": 512, "n_threads": 1, "repack": False}
+    with Upstream(Path(model.model_path), **options) as upstream:
+        [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=upstream.run)
     assert row.upstream_ttft_s is not None and row.kernels_speedup is not None
     ratio = row.upstream_ttft_s.median / row.full_ttft_s.median
     assert row.kernels_speedup.median == pytest.approx(ratio)
+
+
+def test_what_upstream_cannot_open_is_said(tmp_path):
+    with (
+        Upstream(tmp_path / "none.gguf") as upstream,
+        pytest.raises(PopError, match=r"none\.gguf"),
+    ):
+        upstream.run([1])
 
 
 def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):

@@ -135,14 +135,18 @@ def test_the_variant_of_the_cpu_is_named(install):
 
 
 @pytest.mark.parametrize(
-    ("kernels", "found", "status"),
+    ("kernels", "asked", "found", "status"),
     [
-        ("avx512-bf16", "avx512-bf16 (this processor has AVX512_VNNI and AVX512_BF16)", "ok"),
-        ("off", "off: GGML_POP_KERNELS=0", "note"),
-        ("none", "none: this build is for another processor", "ok"),
+        ("avx512vnni", None, "avx512vnni (AVX512_VNNI is here, AMX_INT8 is not)", "ok"),
+        ("avx2", "avx2", "avx2: GGML_POP_KERNELS=avx2", "note"),
+        ("off", "0", "off: GGML_POP_KERNELS=0", "note"),
+        ("none", None, "none for this processor in this build", "ok"),
     ],
 )
-def test_the_kernels_for_prompts_are_named(install, kernels, found, status):
+def test_the_kernels_for_prompts_are_named(install, monkeypatch, kernels, asked, found, status):
+    monkeypatch.delenv("GGML_POP_KERNELS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("GGML_POP_KERNELS", asked)
     install(kernels=kernels)
     check = checks()["kernels"]
     assert check["found"].startswith(found)

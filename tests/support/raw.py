@@ -88,7 +88,6 @@ class Job:
     further: tuple[str, ...] = ()
     mmap: bool = True
     repacked: bool = True  # weights laid out anew for this processor's kernels
-    kernels: bool = False  # ours for prompts, whose bits are not those of an unpatched library
     cvec: tuple[float, ...] = field(default=())
     watched: bool = False  # by an evaluation callback
     n_gpu_layers: int = GPU_LAYERS
@@ -125,7 +124,8 @@ class _Child:
     """
 
     def __init__(self, lib: str | None) -> None:
-        env = os.environ | ({"LLAMA_CPP_LIB_PATH": lib} if lib else {})
+        # The bits of our kernels for prompts are not those of an unpatched library.
+        env = os.environ | {"GGML_POP_KERNELS": "0"} | ({"LLAMA_CPP_LIB_PATH": lib} if lib else {})
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the child)
         self._process = subprocess.Popen(
             [sys.executable, __file__],
@@ -224,8 +224,6 @@ class Session:
         self.ctx = lib.llama_init_from_model(self.model, self._context_params(job))
         if not self.ctx:
             raise RuntimeError("no context")
-        if not job.lib:
-            self._pop("llama_pop_set_kernels", job.kernels)
         self._adapter: Any = None
         if job.lora:
             self._set_lora(job.lora)
