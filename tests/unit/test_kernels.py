@@ -7,18 +7,21 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from converter.errors import PopError
 from pop_local.calibration.activations import Tensor
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine import kv_llama
 from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
-from pop_local.engine.llama.devices import Device, GgmlLibrary
+from pop_local.engine.llama.devices import Device, GgmlLibrary, kernels_read_prompts
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.session_file import Sessions
-from support.calls import greedy, opened, prompt, read
-from support.converted import tiny
+from support.calls import greedy, kv_bytes, last_logits, opened, prompt, read
+from support.converted import converted, tiny
+from support.synthetic import make_gguf
 
 FAST, NONE, ALL = range(3)
 OP_PARAM = 15
@@ -130,6 +133,50 @@ def test_a_prompt_is_read_as_one_whose_last_token_alone_is_read_again(pop_file, 
     said.clear()
     greedy(model, prompt(100))
     assert said == [(99, True), *steps]
+
+
+# --- what comes of it
+
+
+has_kernels = pytest.mark.skipif(not kernels_read_prompts(), reason="no kernels for this processor")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def quantised(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return converted(make_gguf(folder / "model.gguf", request.param, type=Type.Q8_0), folder)
+
+
+@has_kernels
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
+def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
+    found = []
+    for n_batch, n_threads in ((64, 1), (64, 2), (7, 1), (1, 1)):
+        model = opened(quantised, n_batch=n_batch, n_ubatch=n_batch, n_threads=n_threads)
+        model.set_pop(mode)
+        model.eval(prompt(150))
+        found.append((kv_bytes(model), last_logits(model).tobytes()))
+    assert len(set(found)) == 1
+
+
+@has_kernels
+def test_a_refilled_cache_is_the_full_models_whatever_its_chunks_were(quantised):
+    tokens = prompt(150)
+    full = opened(quantised)
+    full.set_pop(Mode.OFF)
+    full.eval(tokens)
+    for n_ubatch in (50, 7, 1):
+        model = opened(quantised, n_ubatch=n_ubatch, keep_states=True)
+        model.eval(tokens)
+        assert kv_bytes(model) != kv_bytes(full)
+        assert model.refill() == len(tokens)
+        assert kv_bytes(model) == kv_bytes(full)
+
+
+@has_kernels
+def test_a_context_with_kernels_off_computes_without_them(quantised):
+    on, off = (opened(quantised, kernels=is_on, flash_attn=False) for is_on in (True, False))
+    assert read(on, prompt(60)).tobytes() != read(off, prompt(60)).tobytes()
 
 
 # --- options
