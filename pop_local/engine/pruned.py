@@ -54,14 +54,13 @@ class PrunedLlama(KvLlama):
         self._make_room(len(tokens))
         self._requires_eval = True  # until the logits are these tokens', whatever is raised
         is_single = len(tokens) == 1 and tokens[0] >= 0
-        with backend.reading(self.ctx, not is_single or self.n_tokens < self._n_asked):
-            if is_single:
-                if self.online.n_rows != 0 and not on_battery():
-                    self.online.before(self.n_tokens)
-                position = int(self.rows.positions[self.n_tokens])
-                self._decode(tokens, Outputs.LAST, self.rule, position)
-            else:
-                self._prefill(tokens)
+        backend.set_reading(self.ctx, not is_single or self.n_tokens < self._n_asked)
+        if is_single:
+            if self.online.n_rows != 0 and not on_battery():
+                self.online.before(self.n_tokens)
+            self._decode(tokens, Outputs.LAST, self.rule, int(self.rows.positions[self.n_tokens]))
+        else:
+            self._prefill(tokens)
 
     def skim(self, tokens: Sequence[int]) -> None:
         """Append a prompt to the KV cache as context alone: no token is full, none has logits.
@@ -71,8 +70,8 @@ class PrunedLlama(KvLlama):
         self._make_room(len(tokens))
         images = self.images_in(tokens)
         plan = plan_prefill(self.n_tokens, len(tokens), NO_ENDS, self.n_batch, images)
-        with backend.reading(self.ctx):
-            self._read_context(tokens, plan)
+        backend.set_reading(self.ctx, True)
+        self._read_context(tokens, plan)
 
     def _prefill(self, tokens: Sequence[int]) -> None:
         images = self.images_in(tokens)

@@ -96,14 +96,14 @@ def read_raw(model: PopModel, tokens: list[int], images: list[tuple[int, int]]) 
     api.llama_memory_clear(model._ctx.memory, True)
     batch = TokenBatch(model.n_batch)
     pos = 0
-    with backend.reading(model.ctx):
-        for start, end in plan.chunks:
-            if (start, end) in images:
-                pos += decode_raw(model, tokens[start:], pos)
-                continue
-            outputs = Outputs.LAST if end == len(tokens) else Outputs.NONE
-            assert batch.decode(model.ctx, tokens[start:end], pos, outputs) == 0
-            pos += end - start
+    backend.set_reading(model.ctx, True)
+    for start, end in plan.chunks:
+        if (start, end) in images:
+            pos += decode_raw(model, tokens[start:], pos)
+            continue
+        outputs = Outputs.LAST if end == len(tokens) else Outputs.NONE
+        assert batch.decode(model.ctx, tokens[start:end], pos, outputs) == 0
+        pos += end - start
     batch.close()
 
 

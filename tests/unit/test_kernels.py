@@ -86,14 +86,12 @@ def test_a_prompt_is_theirs_however_few_its_rows_and_a_step_is_not(watched):
     step = watched.decoded(1)
     assert {mark for _, mark in step} == {FAST}
     assert names <= {name for name, _ in step}
+    backend.set_reading(watched.ctx, True)
     for n in (N_UBATCH, 3, 1):
-        with backend.reading(watched.ctx):
-            read = watched.decoded(n)
-        assert read == {(name, ALL) for name, _ in step}
-    # Graphs are reused: the last step had as many rows.
+        assert watched.decoded(n) == {(name, ALL) for name, _ in step}
+    backend.set_reading(watched.ctx, False)
+    # Graphs are reused: the last batch had as many rows.
     assert watched.decoded(1) == step
-    with backend.reading(watched.ctx, is_prompt=False):
-        assert watched.decoded(1) == step
 
 
 def test_a_deep_pass_is_theirs(pop_file):
@@ -108,23 +106,23 @@ def test_nothing_is_theirs_where_they_are_off(pop_file):
         backend.set_kernels(watched.ctx, False)
         backend.set_keep(watched.ctx, True)
         assert {mark for _, mark in watched.decoded(1)} == {NONE}
-        with backend.reading(watched.ctx):
-            assert {mark for _, mark in watched.decoded(40)} == {NONE}
+        backend.set_reading(watched.ctx, True)
+        assert {mark for _, mark in watched.decoded(40)} == {NONE}
         assert {mark for _, mark in watched.deepened(range(2))} == {NONE}
         backend.set_kernels(watched.ctx, True)
-        assert {mark for _, mark in watched.decoded(1)} == {FAST}
+        assert {mark for _, mark in watched.decoded(1)} == {ALL}
 
 
 def test_a_prompt_is_read_as_one_whose_last_token_alone_is_read_again(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
     said: list[tuple[int, bool]] = []
-    reading = backend.reading
+    set_reading = backend.set_reading
 
-    def noted(ctx, is_prompt=True):
-        said.append((model.n_tokens, is_prompt))
-        return reading(ctx, is_prompt)
+    def noted(ctx, is_on):
+        said.append((model.n_tokens, is_on))
+        set_reading(ctx, is_on)
 
-    monkeypatch.setattr(backend, "reading", noted)
+    monkeypatch.setattr(backend, "set_reading", noted)
     answered = greedy(model, prompt(100))
     steps = [(100 + n, False) for n in range(len(answered) - 1)]
     assert said == [(0, True), *steps]

@@ -7,8 +7,6 @@ setter raises PopError when the library refuses. `ctx` is a llama_context pointe
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import metadata
@@ -240,20 +238,13 @@ def set_kernels(ctx: Any, are_on: bool) -> None:
     _set("llama_pop_set_kernels", ctx, are_on)
 
 
-@contextmanager
-def reading(ctx: Any, is_prompt: bool = True) -> Iterator[None]:
-    """Meanwhile, batches are of a prompt: no row depends on how many are computed with it.
+def set_reading(ctx: Any, is_on: bool) -> None:
+    """Say whether batches are of a prompt from now on, so that no row depends on how it is cut.
 
-    That is so with our kernels and flash attention. A prompt's last rows would else be too few for
-    these kernels, which a token that is decoded still is. If not `is_prompt`, nothing changes.
+    That holds with our kernels and flash attention: they compute it however few rows are left. Of a
+    token that is decoded they compute what they are faster at.
     """
-    if is_prompt:
-        _set("llama_pop_set_reading", ctx, True)
-    try:
-        yield
-    finally:
-        if is_prompt:
-            _set("llama_pop_set_reading", ctx, False)
+    _set("llama_pop_set_reading", ctx, is_on)
 
 
 def get_counters(ctx: Any) -> Counters:
