@@ -46,7 +46,7 @@ class Observer(Protocol):
         """
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
     """struct ggml_tensor of ggml.h, up to its name."""
 
     _fields_ = (
@@ -72,11 +72,11 @@ class _Reader:
         self._ggml = GgmlLibrary()
         self._buffer = np.empty(0, np.uint8)
 
-    def op(self, tensor: _Tensor) -> bytes:
+    def op(self, tensor: Tensor) -> bytes:
         name: bytes = self._ggml("ggml_op_name", ctypes.c_char_p, tensor.op)
         return name
 
-    def read(self, address: int, tensor: _Tensor) -> Rows:
+    def read(self, address: int, tensor: Tensor) -> Rows:
         """Return the values, ggml's dimensions in numpy's order. Raises PopError if not float32."""
         if tensor.type != _F32:
             raise PopError(f"the backend computes {tensor.name.decode()} in another type than F32")
@@ -86,7 +86,7 @@ class _Reader:
         values: Rows = np.ndarray(shape, np.float32, raw, strides=strides)
         return values
 
-    def _bytes(self, address: int, tensor: _Tensor, n_bytes: int) -> Any:
+    def _bytes(self, address: int, tensor: Tensor, n_bytes: int) -> Any:
         buffer = ctypes.c_void_p(tensor.buffer)
         if self._ggml("ggml_backend_buffer_is_host", ctypes.c_bool, buffer):
             return (ctypes.c_uint8 * n_bytes).from_address(tensor.data)
@@ -142,7 +142,7 @@ class _Taps:
         return not ask
 
     def _call(self, address: int, ask: bool) -> bool:
-        tensor = _Tensor.from_address(address)
+        tensor = Tensor.from_address(address)
         found = self._wanted.get(tensor.name)
         if found is None:
             return not ask

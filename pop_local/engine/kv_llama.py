@@ -26,7 +26,7 @@ from pop_local.engine.images.seeing import SeeingLlama
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import TokenBatch
-from pop_local.engine.llama.devices import devices
+from pop_local.engine.llama.devices import devices, kernels_read_prompts
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers, close_at_exit
 from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaState, api
@@ -66,6 +66,9 @@ class KvLlama(SeeingLlama):
         keep_states: bool = False,
         mmproj: str | os.PathLike[str] | None = None,
         image_tokens: int | None = None,
+        kernels: bool = True,
+        flash_attn: bool | None = None,
+        repack: bool = True,
         verbose: bool = False,
         **options: Any,
     ) -> None:
@@ -80,8 +83,11 @@ class KvLlama(SeeingLlama):
         `keep_states`: whether `refill` is to be had, which a selection implies (`held_bytes`).
         `mmproj`: the file that makes rows of pictures, which is loaded with the first of them.
         `image_tokens`: the most that one image takes, of models where that varies.
-        `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, flash_attn, type_k, lora_path, ...). A
-        converted model starts in mode CONTEXT.
+        `kernels`: whether prompts are read with our kernels, where there are any for this CPU.
+        `flash_attn`: None takes it where it wins, which is on a CPU with them and on GPUs that have
+        it. `repack`: whether llama.cpp copies weights in another order for its own CPU kernels.
+        `options` go to `llama_cpp.Llama` (n_batch, n_ubatch, type_k, lora_path, ...). A converted
+        model starts in mode CONTEXT.
         """
         if unknown := sorted(options.keys() - signature(Llama).parameters.keys()):
             raise TypeError(f"a model is not opened with {unknown[0]!r}: no such option")
@@ -92,8 +98,12 @@ class KvLlama(SeeingLlama):
         self.meta = pop_of(source, self.sidecar)
         self.rule = opening.rule_of(self.meta)
         self._conversion = conversion(self.meta, source, self.sidecar)
-        has_devices = bool(rpc) or any(device.is_gpu for device in devices())
-        on_device = n_gpu_layers != 0 and has_devices
+        has_gpu = any(device.is_gpu for device in devices())
+        on_device = n_gpu_layers != 0 and (bool(rpc) or has_gpu)
+        self._opened_with = {"kernels": kernels, "flash_attn": flash_attn, "repack": repack}
+        auto_attention = flash_attn is None and on_device and has_gpu
+        if flash_attn is None:
+            flash_attn = kernels and kernels_read_prompts()
         n_ctx_default = opening.default_ctx(source.first)
         n_ctx = n_ctx or n_ctx_default
         # llama.cpp keeps all rows otherwise.
@@ -117,13 +127,20 @@ class KvLlama(SeeingLlama):
         if "tokenizer.chat_template" in source.first.keys:
             templates.start()  # while the model is loaded
         try:
-            with opening.loading(source, self.sidecar, self._servers):
+            with opening.loading(
+                source,
+                self.sidecar,
+                self._servers,
+                auto_attention=auto_attention,
+                repack=repack,
+            ):
                 super().__init__(
                     os.fspath(model_path),
                     n_ctx=n_ctx,
                     n_threads=n_threads,
                     n_threads_batch=n_threads_batch or n_threads,
                     n_gpu_layers=n_gpu_layers,
+                    flash_attn=flash_attn,
                     verbose=verbose,
                     **options,
                 )
@@ -138,6 +155,7 @@ class KvLlama(SeeingLlama):
         if self._servers:
             close_at_exit(self)
         backend.require_boundary(self._model.model, self.meta)
+        backend.set_kernels(self.ctx, kernels)
         self.exact = backend.model_exact(self._model.model)
         if self.exact:
             self.rule = NO_ENDS
@@ -395,7 +413,10 @@ class KvLlama(SeeingLlama):
         if not isinstance(state, PopState) and self.boundary:
             raise PopError("the saved state does not say which rows are pruned", "read it again")
         if isinstance(state, PopState) and state.model not in ("", self.model_key):
-            raise PopError("the saved state belongs to another model", "read the prompt again")
+            raise PopError(
+                "the saved state belongs to another model, or one that was opened otherwise",
+                "read the prompt again",
+            )
         key = state.key if isinstance(state, PopState) else FULL
         if not self.takes(str(key)):
             raise PopError(
@@ -453,6 +474,7 @@ class KvLlama(SeeingLlama):
         state = super().__getstate__()
         return {
             **state,
+            **self._opened_with,
             "sidecar": self.sidecar and str(self.sidecar),
             "rpc": self.rpc,
             "select": self.select,

@@ -39,6 +39,8 @@ N_QUESTION = 32
 class PrunedLlama(KvLlama):
     """`Llama` with its own `eval`, so that what llama_cpp builds upon it prunes, too."""
 
+    _n_asked = 0  # tokens of the prompt whose answer is sampled
+
     # Evaluation
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -51,12 +53,25 @@ class PrunedLlama(KvLlama):
             return
         self._make_room(len(tokens))
         self._requires_eval = True  # until the logits are these tokens', whatever is raised
-        if len(tokens) == 1 and tokens[0] >= 0:
+        is_single = len(tokens) == 1 and tokens[0] >= 0
+        backend.set_reading(self.ctx, not is_single or self.n_tokens < self._n_asked)
+        if is_single:
             if self.online.n_rows != 0 and not on_battery():
                 self.online.before(self.n_tokens)
             self._decode(tokens, Outputs.LAST, self.rule, int(self.rows.positions[self.n_tokens]))
         else:
             self._prefill(tokens)
+
+    def skim(self, tokens: Sequence[int]) -> None:
+        """Append a prompt to the KV cache as context alone: no token is full, none has logits.
+
+        That is the least that pruning leaves to do. Raises PopError as `eval` does.
+        """
+        self._make_room(len(tokens))
+        images = self.images_in(tokens)
+        plan = plan_prefill(self.n_tokens, len(tokens), NO_ENDS, self.n_batch, images)
+        backend.set_reading(self.ctx, True)
+        self._read_context(tokens, plan)
 
     def _prefill(self, tokens: Sequence[int]) -> None:
         images = self.images_in(tokens)
@@ -137,20 +152,25 @@ class PrunedLlama(KvLlama):
         n_past, end = self.n_tokens, self.n_tokens + plan.n_tokens
         tail = min(plan.full_from, end - 1)
         question = min(tail, max(plan.text_from, end - N_QUESTION))
-        backend.set_full_from(self.ctx, NOWHERE)
-        backend.set_sink(self.ctx, 0)
         backend.set_question(self.ctx, question)
         try:
-            self._read(tokens, plan, NO_ENDS, NOWHERE, Outputs.NONE)
+            self._read_context(tokens, plan)
             chosen = self._select(question, tail, end)
         finally:
             backend.set_question(self.ctx, -1)
-            backend.set_sink(self.ctx, self.rule.sink_tokens)
         sink = np.flatnonzero(~self.rows.is_full[: min(self.rule.sink_tokens, tail)])
         deep = [*sink.tolist(), *chosen, *range(tail, end)]
         self.deep.run(deep, logits=True)
         self.selection = Selection(len(chosen), sum(row >= n_past for row in deep))
         self._requires_eval = False
+
+    def _read_context(self, tokens: Sequence[int], plan: PrefillPlan) -> None:
+        backend.set_full_from(self.ctx, NOWHERE)
+        backend.set_sink(self.ctx, 0)
+        try:
+            self._read(tokens, plan, NO_ENDS, NOWHERE, Outputs.NONE)
+        finally:
+            backend.set_sink(self.ctx, self.rule.sink_tokens)
 
     def _select(self, question: int, tail: int, end: int) -> list[int]:
         """Choose among the rows before the tail those that the question up to `end` needs."""
@@ -268,6 +288,7 @@ class PrunedLlama(KvLlama):
         self.encode_s = 0.0
         self._sampler = None  # the last one's grammar, whose process serves the next
         tokens = list(tokens)
+        self._n_asked = len(tokens)
         if options.pop("reset", True):
             tokens = self._unread(tokens)
         steps = super().generate(tokens, *args, **options | {"reset": False})
@@ -284,6 +305,7 @@ class PrunedLlama(KvLlama):
         finally:
             steps.close()
             self.online.end()
+            self._n_asked = 0
 
     def _unread(self, tokens: list[int]) -> list[int]:
         """Keep what the cache has of a prompt; return the rest of it, nothing if all is done."""

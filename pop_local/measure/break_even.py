@@ -9,11 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from converter.errors import PopError
+from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import use_rule
-from pop_local.measure.speed import Spread, random_prompt, ratios, run_pairs, spread
+from pop_local.measure.speed import Spread, random_prompt, ratios, run, run_rounds, spread
 
 # The search ends when the answer is known to a part of this.
 _PRECISION = 8
@@ -118,7 +120,8 @@ def _doubled(shortest: int, longest: int) -> list[int]:
 
 
 def _try(model: PopModel, n_prompt: int, n_pairs: int, clock: Callable[[], float]) -> Tried:
-    full, pop = run_pairs(model, random_prompt(model, n_prompt), n_pairs, n_decode=1, clock=clock)
+    tokens, modes = random_prompt(model, n_prompt), (Mode.OFF, Mode.CONTEXT)
+    full, pop = run_rounds([partial(run, model, mode, tokens, 1, clock) for mode in modes], n_pairs)
     of_pairs = ratios(full, pop)
     n_pruned = pop[0].counters.n_context - pop[0].counters.n_deep
     return Tried(n_prompt, n_pruned, spread(of_pairs), quartile_distance(of_pairs), wins(of_pairs))

@@ -164,6 +164,7 @@ class Forced:
         mode = pruning.continuation
         # Attention is counted in mode CONTEXT; the rows are full there, too: they ask for logits.
         backend.set_mode(self._ctx, Mode.CONTEXT if pruning.n_refilled else mode)
+        backend.set_reading(self._ctx, False)
         backend.reset_counters(self._ctx)
         logits = np.empty((len(tokens), self._n_vocab), np.float32)
         logits[:1] = self._next

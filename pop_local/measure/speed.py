@@ -1,26 +1,29 @@
-"""Time to first token, pruned against full: in pairs, in one process, on the same weights.
+"""Time to first token, pruned against full: in rounds, in one process, on the same weights.
 
-The two runs of a pair follow each other, in an order that changes from pair to pair, and what is
-reported is the ratio within the pair: a machine that slows down for a while slows down both. Each
-run starts from an empty KV cache, and the backend's row counters must say that every prompt token
-was evaluated, and pruned or not as expected; otherwise nothing is reported.
+The runs of a round follow each other, in an order that turns round each time, and ratios are those
+within a round: a machine that slows down for a while slows down all of them. Each run starts from
+an empty KV cache, and the backend's row counters must say that every prompt token was evaluated,
+and pruned or not as expected; otherwise nothing is reported.
 
 A run is what a user waits for: prefill and the sampling of the first token. Some more tokens are
 then decoded, which always run all layers. Of a prompt with a picture TTFT has its encoding in it,
 which pruning does not touch: the limit is that of what remains.
+
+The limit is measured, too. In the last run of a round every token is context, and no logits are
+computed: a pruned prompt takes longer by its full tokens. Multiply-accumulates would be no limit:
+attention, products and what is neither have speeds of their own.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from converter.errors import PopError
-from converter.macs import exact_limit, speedup_limit
 from converter.progress import Progress, Ran, counting
-from converter.shape import ModelShape
 from pop_local.engine.images.mmproj import Seen
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama import backend
@@ -54,12 +57,13 @@ class ModePair:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One prompt length; `speedup` is of the pairs' TTFT, `read_speedup` of what is not encoding.
+    """One prompt length; `speedup` is of the rounds' TTFT, `read_speedup` of what is not encoding.
 
-    `of_limit` is the median of the latter by the limit. `n_image`: rows of a picture, which took
-    `encode_s` to encode in the middle run. `n_skipped_exact`: rows that left exactly, of a model
-    that allows it. `n_selected`: context rows that ran all layers because the prompt's tail needs
-    them.
+    `limit`: what `read_speedup` would be if no token were full. `of_limit` is the median of the
+    latter by it. `n_image`: rows of a picture, which took `encode_s` to encode in the middle run.
+    `n_skipped_exact`: rows that left exactly, of a model that allows it. `n_selected`: context rows
+    that ran all layers because the prompt's tail needs them. `upstream_ttft_s`: of llama.cpp
+    without our kernels, `kernels_speedup`: of the full model with them; None where there are none.
     """
 
     n_prompt: int
@@ -75,6 +79,8 @@ class SpeedRow:
     n_image: int
     encode_s: float
     read_speedup: Spread
+    upstream_ttft_s: Spread | None = None
+    kernels_speedup: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -94,38 +100,46 @@ class Run:
 
 def measure_speed(
     model: PopModel,
-    shape: ModelShape,
     n_prompts: Sequence[int],
-    n_pairs: int,
+    n_rounds: int,
     on_progress: Progress,
     picture: Picture | None = None,
+    upstream: Callable[[Sequence[int]], Run] | None = None,
 ) -> tuple[SpeedRow, ...]:
-    """Measure each prompt length in `n_pairs` pairs after one to warm up.
+    """Measure each prompt length in `n_rounds` rounds after one to warm up.
 
-    `picture` is part of each prompt. `on_progress` gets (done_tokens, total_tokens). The context
-    must hold the longest prompt and N_DECODE more tokens. Raises PopError when the counters do not
-    prove what is measured.
+    `picture` is part of each prompt. `upstream` runs one without our kernels. `on_progress` gets
+    (done_tokens, total_tokens). The context must hold the longest prompt and N_DECODE more tokens.
+    Raises PopError when the counters do not prove what is measured.
     """
-    ran = counting(sum(n_prompts) * 2 * (n_pairs + 1), on_progress)
+    n_ways = 3 if upstream is None else 4
+    ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
     seen = model.eye.see(picture) if picture else None
     prompts = [random_prompt(model, n_prompt, seen) for n_prompt in n_prompts]
-    return tuple(_row(model, shape, tokens, n_pairs, ran) for tokens in prompts)
+    return tuple(_row(model, upstream, tokens, n_rounds, ran) for tokens in prompts)
 
 
 def _row(
-    model: PopModel, shape: ModelShape, tokens: Sequence[int], n_pairs: int, ran: Ran
+    model: PopModel,
+    upstream: Callable[[Sequence[int]], Run] | None,
+    tokens: Sequence[int],
+    n_rounds: int,
+    ran: Ran,
 ) -> SpeedRow:
     n_prompt = len(tokens)
-    full, pop = run_pairs(model, tokens, n_pairs, ran=ran)
+    ways = [
+        partial(run, model, Mode.OFF, tokens),
+        partial(run, model, Mode.CONTEXT, tokens),
+        partial(run_context, model, tokens),
+    ]
+    if upstream is not None:
+        ways.insert(0, partial(upstream, tokens))
+    *others, full, pop, context = run_rounds(ways, n_rounds, lambda: ran(n_prompt))
     rows = pop[0].counters
-    limit = (
-        exact_limit(shape, n_prompt)
-        if model.exact
-        else speedup_limit(
-            shape, n_prompt, model.boundary, rows.n_full + rows.n_deep, model.projection
-        )
-    )
     reading = spread(a.read_s / b.read_s for a, b in zip(full, pop, strict=True))
+    limit = statistics.median(a.read_s / b.read_s for a, b in zip(full, context, strict=True))
+    if rows.n_full + rows.n_deep == n_prompt:  # too short to be pruned
+        limit = 1.0
     return SpeedRow(
         n_prompt=n_prompt,
         n_pruned=rows.n_context - rows.n_deep,
@@ -143,27 +157,26 @@ def _row(
             full=statistics.median(run.decode_tokens_per_s for run in full),
             pop=statistics.median(run.decode_tokens_per_s for run in pop),
         ),
+        upstream_ttft_s=spread(run.ttft_s for run in others[0]) if others else None,
+        kernels_speedup=spread(ratios(others[0], full)) if others else None,
     )
 
 
-def run_pairs(
-    model: PopModel,
-    tokens: Sequence[int],
-    n_pairs: int,
-    n_decode: int = N_DECODE,
-    clock: Callable[[], float] = time.perf_counter,
-    ran: Ran = lambda n_tokens: None,
-) -> tuple[list[Run], list[Run]]:
-    """Run one prompt in pairs, in full and pruned, after a pair to warm up.
+def run_rounds(
+    ways: Sequence[Callable[[], Run]], n_rounds: int, ran: Callable[[], None] = lambda: None
+) -> list[list[Run]]:
+    """Run each way once a round, after a round to warm up; returns the runs of each.
 
-    Their order changes from pair to pair. `ran` gets the prompt tokens of each run.
+    Their order turns round each time. `ran` is told of each run.
     """
-    runs: dict[Mode, list[Run]] = {Mode.OFF: [], Mode.CONTEXT: []}
-    for pair in range(n_pairs + 1):
-        for mode in runs if pair % 2 else reversed(runs):
-            runs[mode].append(run(model, mode, tokens, n_decode, clock))
-            ran(len(tokens))
-    return runs[Mode.OFF][1:], runs[Mode.CONTEXT][1:]
+    runs: list[list[Run]] = [[] for _ in ways]
+    order = list(range(len(ways)))
+    for _ in range(n_rounds + 1):
+        order.reverse()
+        for way in order:
+            runs[way].append(ways[way]())
+            ran()
+    return [each[1:] for each in runs]
 
 
 def ratios(full: Sequence[Run], pop: Sequence[Run]) -> list[float]:
@@ -195,6 +208,24 @@ def run(
     require_rows(model, mode, len(tokens), counters, model.images_in(tokens))
     rate = n_decode / (decoded_s - first_s)
     return Run(first_s - started_s, rate, counters, encode_s, model.selection.n_selected)
+
+
+def run_context(model: PopModel, tokens: Sequence[int]) -> Run:
+    """Read the tokens into an empty cache with none of them full; no token comes of it."""
+    model.set_pop(Mode.CONTEXT)
+    model.clear()
+    model.encode_s = 0.0
+    backend.reset_counters(model.ctx)
+    started_s = time.perf_counter()
+    model.skim(tokens)
+    read_s = time.perf_counter() - started_s
+    counters = backend.get_counters(model.ctx)
+    if counters.n_context + counters.n_exact != len(tokens) or counters.n_full:
+        raise PopError(
+            f"the measurement does not hold: of {len(tokens)} prompt tokens all should be context;"
+            f" the backend counted {counters.n_full} full"
+        )
+    return Run(read_s, 0.0, counters, model.encode_s)
 
 
 def require_rows(

@@ -1,8 +1,9 @@
 """Time to first token with and without pruning, on the same weights."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,27 @@ from converter.shape import ModelShape, source_shape, trained_ctx
 from converter.sidecar import pop_of
 from converter.source import Source, read_source
 from pop_local.engine.images.pictures import read_picture
-from pop_local.engine.llama.devices import devices
+from pop_local.engine.llama.devices import devices, kernels_read_prompts, prompt_kernels
 from pop_local.engine.model import PopModel
 from pop_local.measure.break_even import Tried, measure_break_even
-from pop_local.measure.speed import N_DECODE, SpeedRow, measure_speed
+from pop_local.measure.speed import (
+    N_DECODE,
+    Run,
+    SpeedRow,
+    measure_speed,
+    random_prompt,
+    run_rounds,
+)
+from pop_local.measure.upstream import Upstream
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_depth, model_files
 from pop_local.workflows.options import Hardware
+
+# Tokens by which llama.cpp's best setting is chosen, at the most.
+_N_TRIED = 512
 
 
 @dataclass(frozen=True)
@@ -53,12 +65,14 @@ class BenchOptions:
 class Bench:
     """What was measured on: `backend` names the device and the threads.
 
+    `kernels`: those of ours that read the prompts (`prompt_kernels`), "" where a device does.
     `is_exact`: the tokens that skip the layers from `boundary` on are of no use there.
     """
 
     model: str
     sidecar: str | None
     backend: str
+    kernels: str
     boundary: int
     is_exact: bool
     n_layer: int
@@ -67,10 +81,15 @@ class Bench:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed-ups by prompt length."""
+    """The speed-ups by prompt length.
+
+    `upstream`: which setting of llama.cpp without our kernels, the faster one, was measured beside
+    them; None where they do not compute.
+    """
 
     bench: Bench
     rows: tuple[SpeedRow, ...]
+    upstream: str | None
 
 
 @dataclass(frozen=True)
@@ -85,10 +104,45 @@ class BreakEvenSearch:
 def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
     """Measure each prompt length. Raises PopError, StoppedError."""
     picture = None if options.image is None else read_picture(options.image)
-    with _opened(model, sidecar, options, watch) as (loaded, shape, found):
-        advance = watch.stage("Measuring")
-        rows = measure_speed(loaded, shape, options.n_prompts, options.n_pairs, advance, picture)
-    return Speed(found, rows)
+    with _opened(model, sidecar, options, watch) as (loaded, _, found):
+        is_ours = found.kernels and kernels_read_prompts() and picture is None
+        with _upstream(loaded, options) if is_ours else nullcontext((None, None)) as beside:
+            setting, read = beside
+            advance = watch.stage("Measuring")
+            lengths = options.n_prompts
+            rows = measure_speed(loaded, lengths, options.n_pairs, advance, picture, read)
+    return Speed(found, rows, setting)
+
+
+@contextmanager
+def _upstream(
+    model: PopModel, options: BenchOptions
+) -> Iterator[tuple[str, Callable[[Sequence[int]], Run]]]:
+    """The same model by llama.cpp's own kernels, weights repacked for them or not, and which.
+
+    Whichever reads faster is taken; flash attention is no gain there.
+    """
+    opening: dict[str, Any] = {
+        "n_ctx": model.n_ctx(),
+        "n_batch": options.n_batch,
+        "n_ubatch": options.n_batch,
+        "n_threads": model.n_threads,
+        "n_gpu_layers": 0,
+    }
+    both = {
+        name: Upstream(Path(model.model_path), repack=repack, **opening)
+        for name, repack in {"weights repacked": True, "weights not repacked": False}.items()
+    }
+    with ExitStack() as open_ones:
+        for each in both.values():
+            open_ones.enter_context(each)
+        tokens = random_prompt(model, min(_N_TRIED, options.n_longest))
+        tried = run_rounds([partial(each.run, tokens) for each in both.values()], 1)
+        times_s = {name: runs[0].ttft_s for name, runs in zip(both, tried, strict=True)}
+        best = min(both, key=lambda name: times_s[name])
+        for name in both.keys() - {best}:
+            both[name].close()
+        yield best, both[best].run
 
 
 def find_break_even(
@@ -161,14 +215,17 @@ def _bench(files: ModelFiles, shape: ModelShape, model: PopModel, hardware: Hard
     found = devices()
     gpus = [device for device in found if device.is_gpu]
     device = gpus[0] if gpus and hardware.n_gpu_layers != 0 else found[-1]
-    on = f"{device.name} ({device.description})"
+    on, kernels = f"{device.name} ({device.description})", ""
     if hardware.rpc and hardware.n_gpu_layers != 0:
         on = f"RPC ({', '.join(hardware.rpc)})"
+    elif not device.is_gpu:
+        kernels = prompt_kernels()
     threads = "1 thread" if model.n_threads == 1 else f"{model.n_threads} threads"
     return Bench(
         model=str(files.path),
         sidecar=str(files.sidecar) if files.sidecar else None,
         backend=f"{on}, {threads}",
+        kernels=kernels,
         boundary=model.boundary or model.exact,
         is_exact=model.exact > 0,
         n_layer=shape.n_layer,

@@ -31,7 +31,7 @@ class TimedAnswer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The two answers; `limit` is what the multiply-accumulates allow at most.
+    """The two answers; `limit`: how many times fewer multiply-accumulates pruning takes.
 
     `speedup` is of the pairs, each an answer in full and one with pruning.
     """

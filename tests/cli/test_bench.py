@@ -3,16 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from converter.errors import PopError
-from converter.macs import exact_limit, speedup_limit
-from converter.shape import read_shape
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import speed
-from pop_local.measure.speed import measure_speed, random_prompt, require_rows
-from support.converted import tiny
+from pop_local.measure.speed import Run, measure_speed, random_prompt, require_rows, run_rounds
+from pop_local.measure.upstream import Upstream
+from pop_local.workflows import bench as workflow
+from support.calls import read
+from support.converted import converted, tiny
 from support.program import Done, called
 from support.shared_kv import make_shared
 from support.synthetic import make_gguf
@@ -40,7 +42,8 @@ def report(*arguments: object) -> dict:
 def test_json_is_one_object_of_the_agreed_shape(pop_file):
     found = report(pop_file, "--prompt", "100,200", "--repeat", 2)
     where = {"boundary", "n_layer", "is_exact", "min_prompt"}
-    assert set(found) == {"model", "sidecar", "backend", "rows"} | where
+    how = {"backend", "kernels", "upstream"}
+    assert set(found) == {"model", "sidecar", "rows"} | where | how
     assert (found["boundary"], found["n_layer"], found["is_exact"]) == (4, 8, False)
     assert found["model"] == str(pop_file)
     assert "1 thread" in found["backend"]
@@ -49,14 +52,13 @@ def test_json_is_one_object_of_the_agreed_shape(pop_file):
         for name in ("full_ttft_s", "pop_ttft_s", "speedup"):
             assert set(row[name]) == SPREAD
             assert 0 < row[name]["min"] <= row[name]["median"] <= row[name]["max"]
-        assert row["limit"] == speedup_limit(read_shape(pop_file), n_prompt, 4, 17)
         assert row["of_limit"] == pytest.approx(row["speedup"]["median"] / row["limit"])
         assert set(row["decode_tokens_per_s"]) == {"full", "pop"}
         assert min(row["decode_tokens_per_s"].values()) > 0
         assert row["n_selected"] == 0
         assert (row["n_image"], row["encode_s"]) == (0, 0)
         assert row["read_speedup"] == row["speedup"]
-        assert len(row) == 13
+        assert len(row) == 15
 
 
 def test_table_is_markdown_on_stdout(pop_file):
@@ -71,16 +73,25 @@ def test_table_is_markdown_on_stdout(pop_file):
 
 
 def test_another_boundary_has_another_limit(pop_file):
-    found = report(pop_file, "--prompt", "100", "--repeat", 1, "--boundary", 2)
-    assert found["rows"][0]["limit"] == speedup_limit(read_shape(pop_file), 100, 2, 17)
+    deep, shallow = (
+        report(pop_file, "--prompt", "512", "--repeat", 3, "--boundary", layer)["rows"][0]
+        for layer in (2, 7)
+    )
+    assert deep["limit"] > shallow["limit"]
 
 
-def test_selected_rows_count_in_the_limit(pop_file):
+def test_a_prompt_too_short_to_be_pruned_has_none(tmp_path):
+    path = converted(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, min_prompt=200)
+    short, long = report(path, "--prompt", "199,200", "--repeat", 1)["rows"]
+    assert (short["n_pruned"], short["limit"]) == (0, 1.0)
+    assert long["n_pruned"] == 200 - 17 and long["limit"] != 1.0
+
+
+def test_selected_rows(pop_file):
     arguments = (pop_file, "--prompt", "200", "--repeat", 1, "--select", "10%")
     [row] = report(*arguments)["rows"]
     n_selected = round(0.1 * (200 - 17))
     assert (row["n_selected"], row["n_pruned"]) == (n_selected, 200 - 17 - n_selected)
-    assert row["limit"] == speedup_limit(read_shape(pop_file), 200, 4, 17 + n_selected)
     assert "selected" in bench(*arguments).stdout
     [plain] = report(
         make_gguf(pop_file.parent / "plain.gguf", "llama"), *arguments[1:], "--boundary", 4
@@ -162,24 +173,65 @@ def test_pruning_that_did_not_happen_is_never_reported(model):
         require_rows(model, Mode.CONTEXT, 100, Counters(0, 100))
 
 
-def test_pairs_change_their_order_and_the_first_one_is_not_counted(model, monkeypatch):
-    order: list[Mode] = []
-    measured = speed.run
+def test_rounds_change_their_order_and_the_first_one_is_not_counted():
+    order: list[Run] = []
 
-    def noted(model, mode, tokens, *how):
-        order.append(mode)
-        return measured(model, mode, tokens, *how)
+    def way(seconds: float) -> Run:
+        order.append(Run(seconds + len(order) / 10, 1.0, Counters(0, 0)))
+        return order[-1]
 
-    monkeypatch.setattr("pop_local.measure.speed.run", noted)
+    full, pop = run_rounds([lambda: way(1.0), lambda: way(2.0)], 2)
+    assert [int(one.ttft_s) for one in order] == [2, 1, 1, 2, 2, 1]
+    assert full == [order[2], order[5]] and pop == [order[3], order[4]]
+
+
+def test_each_run_advances(model):
     steps: list[tuple[int, int]] = []
-    shape = read_shape(Path(model.model_path))
-    measure_speed(model, shape, (100,), 2, lambda *step: steps.append(step))
-    assert [order[i : i + 2] for i in (0, 2, 4)] == [
-        [Mode.CONTEXT, Mode.OFF],
-        [Mode.OFF, Mode.CONTEXT],
-        [Mode.CONTEXT, Mode.OFF],
-    ]
-    assert steps == [(100 * n, 600) for n in range(7)]
+    measure_speed(model, (100,), 2, lambda *step: steps.append(step))
+    assert steps == [(100 * n, 900) for n in range(10)]
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_the_limit_is_a_reading_without_full_tokens(tmp_path, model, is_exact):
+    if is_exact:
+        model = PopModel(make_shared(tmp_path / "model.gguf", "gemma4"), n_ctx=512, n_threads=1)
+    counted = speed.run_context(model, random_prompt(model, 100)).counters
+    assert counted == (Counters(0, 0, 100) if is_exact else Counters(100, 0))
+
+
+def test_what_was_read_for_the_limit_answers_nothing(model):
+    tokens = random_prompt(model, 100)
+    expected = read(model, tokens)
+    speed.run_context(model, tokens)
+    np.testing.assert_array_equal(read(model, tokens), expected)
+
+
+def test_what_upstream_takes_is_measured_beside_ours(model):
+    options = {"n_ctx": 512, "n_threads": 1, "repack": False}
+    with Upstream(Path(model.model_path), **options) as upstream:
+        [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=upstream.run)
+    assert row.upstream_ttft_s is not None and row.kernels_speedup is not None
+    ratio = row.upstream_ttft_s.median / row.full_ttft_s.median
+    assert row.kernels_speedup.median == pytest.approx(ratio)
+
+
+def test_what_upstream_cannot_open_is_said(tmp_path):
+    with (
+        Upstream(tmp_path / "none.gguf") as upstream,
+        pytest.raises(PopError, match=r"none\.gguf"),
+    ):
+        upstream.run([1])
+
+
+def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):
+    monkeypatch.setattr(workflow, "prompt_kernels", lambda: "some")
+    monkeypatch.setattr(workflow, "kernels_read_prompts", lambda: True)
+    found = report(pop_file, "--prompt", "100", "--repeat", 1, "--gpu-layers", 0)
+    assert found["kernels"] == "some"
+    assert found["upstream"] in ("weights repacked", "weights not repacked")
+    assert set(found["rows"][0]["upstream_ttft_s"]) == SPREAD
+    table = bench(pop_file, "--prompt", "100", "--repeat", 1, "--gpu-layers", 0).stdout
+    assert "some, beside llama.cpp's own (weights" in table and "TTFT llama.cpp (s)" in table
 
 
 def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
@@ -187,7 +239,6 @@ def test_a_model_that_rows_leave_exactly_needs_no_conversion(tmp_path):
     found = report(model, "--prompt", "100", "--repeat", 1)
     [row] = found["rows"]
     assert (row["n_pruned"], row["n_skipped_exact"]) == (0, 99)
-    assert row["limit"] == exact_limit(read_shape(model), 100)
     table = bench(model, "--prompt", "100", "--repeat", 1).stdout
     assert "skip layers 4 to 7 of 8, exactly" in " ".join(table.split())
     searched = bench(model, "--find-break-even", "--prompt", "100")

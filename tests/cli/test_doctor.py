@@ -45,13 +45,16 @@ def install(monkeypatch, tmp_path):
     def pretend(
         *,
         abi: int | None = backend.ABI,
-        devices: tuple[Device, ...] = (CPU,),
+        found: tuple[Device, ...] = (CPU,),
         built_in: tuple[tuple[str, int], ...] = (("RPC", 0), ("CPU", 1)),
         variant: str = "",
         n_threads: int = 4,
+        kernels: str = devices.NO_KERNELS,
     ) -> None:
         library = Path("lib/libllama.so")
-        info = BackendInfo("0.3.36", library, abi, devices, built_in, FEATURES, n_threads, variant)
+        info = BackendInfo(
+            *("0.3.36", library, abi, found, built_in, FEATURES, n_threads, variant, kernels)
+        )
         monkeypatch.setattr("pop_local.engine.llama.devices.describe_backend", lambda: info)
 
     return pretend
@@ -131,6 +134,31 @@ def test_the_variant_of_the_cpu_is_named(install):
     assert devices._cpu_variant(LOG.replace("-zen4", "")) == ""
 
 
+@pytest.mark.parametrize(
+    ("kernels", "asked", "found", "status"),
+    [
+        ("avx512vnni", None, "avx512vnni (AVX512_VNNI is here, AMX_INT8 is not)", "ok"),
+        ("avx2", "avx2", "avx2: GGML_POP_KERNELS=avx2", "note"),
+        ("off", "0", "off: GGML_POP_KERNELS=0", "note"),
+        ("none", None, "none for this processor in this build", "ok"),
+    ],
+)
+def test_the_kernels_for_prompts_are_named(install, monkeypatch, kernels, asked, found, status):
+    monkeypatch.delenv("GGML_POP_KERNELS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("GGML_POP_KERNELS", asked)
+    install(kernels=kernels)
+    check = checks()["kernels"]
+    assert check["found"].startswith(found)
+    assert check["status"] == status
+
+
+def test_a_backend_without_kernels_has_none(monkeypatch):
+    monkeypatch.setattr(devices.GgmlLibrary, "function", lambda *_: None)
+    assert devices.prompt_kernels() == devices.NO_KERNELS
+    assert not devices.kernels_read_prompts()
+
+
 def test_threads_without_a_core_of_their_own_are_noted(install, monkeypatch):
     install()
     assert checks()["threads"]["status"] == "ok"
@@ -161,7 +189,7 @@ def test_threads_that_wait_for_each_other_sleep_soon(given, spins):
 
 
 def test_gpus_are_listed(install):
-    install(devices=(GPU, CPU))
+    install(found=(GPU, CPU))
     assert checks()["gpu"]["found"] == "CUDA0: Some GPU, 70.00 GB of 80.00 GB free"
 
 

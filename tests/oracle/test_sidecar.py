@@ -105,7 +105,7 @@ def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
 
 
 def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
-    monkeypatch.setattr(opening, "loading", lambda *_: nullcontext())
+    monkeypatch.setattr(opening, "loading", lambda *_, **options: nullcontext())
     with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
         opened(pair.base, sidecar=pair.sidecar)
     with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):

@@ -53,11 +53,11 @@ def test_a_base_model_gets_a_plain_transcript(gemma):
 
 
 def test_plain_text_is_continued(model):
-    *_, last = model.continue_text("One, two, three, four,", temperature=0.0, max_tokens=8)
+    *_, last = model.continue_text("A, B, C, D, E,", temperature=0.0, max_tokens=8)
     assert last.stats is not None
     assert last.stats.n_prompt < 12
-    pieces = model.continue_text("One, two, three, four,", temperature=0.0, max_tokens=8)
-    assert "five" in "".join(piece.text for piece in pieces)
+    pieces = model.continue_text("A, B, C, D, E,", temperature=0.0, max_tokens=8)
+    assert "F, G" in "".join(piece.text for piece in pieces)
 
 
 def test_llama_cpps_own_chat_completion_works(model):

@@ -84,10 +84,10 @@ def test_openai_chat(client):
 
 def test_openai_completions(client):
     fixed = {"model": "smol", "temperature": 0, "max_tokens": 12}
-    asked = fixed | {"prompt": "One, two, three, four,", "stop": " seven"}
+    asked = fixed | {"prompt": "A, B, C, D, E,", "stop": " H"}
     (choice,) = client.completions.create(logprobs=2, **asked).choices
-    assert (choice.text, choice.finish_reason) == (" five, six,", "stop")
-    assert choice.logprobs.tokens == [" five", ",", " six", ","]
+    assert (choice.text, choice.finish_reason) == (" F, G,", "stop")
+    assert choice.logprobs.tokens == [" F", ",", " G", ","]
     pieces = client.completions.create(stream=True, **asked)
     assert "".join(piece.choices[0].text for piece in pieces) == choice.text
 
@@ -172,7 +172,7 @@ def test_eight_clients_at_once_get_their_own_answers(free):
 def test_a_client_that_goes_ends_the_prefill(free, stream):
     before = free.metrics()
     asked = {"role": "user", "content": f"{stream}. " + STORY * 45}
-    impatient = httpx2.Timeout(60, read=0.5)
+    impatient = httpx2.Timeout(60, read=0.2)
     with pytest.raises(httpx2.ReadTimeout):
         # The stream's first event comes at once, the next one after the prefill.
         free.post("chat/completions", timeout=impatient, messages=[asked], stream=stream)

@@ -124,7 +124,8 @@ class _Child:
     """
 
     def __init__(self, lib: str | None) -> None:
-        env = os.environ | ({"LLAMA_CPP_LIB_PATH": lib} if lib else {})
+        # The bits of our kernels for prompts are not those of an unpatched library.
+        env = os.environ | {"GGML_POP_KERNELS": "0"} | ({"LLAMA_CPP_LIB_PATH": lib} if lib else {})
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the child)
         self._process = subprocess.Popen(
             [sys.executable, __file__],

@@ -129,8 +129,8 @@ def test_json_says_what_was_found_and_what_the_file_says(pop_file):
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert set(report) == {
-        *("model", "sidecar", "backend", "boundary", "n_layer", "is_exact", "min_prompt"),
-        *("break_even", "tried"),
+        *("model", "sidecar", "backend", "kernels", "boundary", "n_layer", "is_exact"),
+        *("min_prompt", "break_even", "tried"),
     }
     assert (report["boundary"], report["min_prompt"]) == (4, min_prompt_of(pop_file))
     lengths = [one["n_prompt"] for one in report["tried"]]

@@ -325,7 +325,9 @@ def attention(path, tokens, layers, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
-@pytest.mark.parametrize("options", [{}, {"flash_attn": True}, {"n_batch": 512, "n_ubatch": 512}])
+@pytest.mark.parametrize(
+    "options", [{"flash_attn": False}, {"flash_attn": True}, {"n_batch": 512, "n_ubatch": 512}]
+)
 def test_scores_are_those_of_the_attention_itself(tmp_path, monkeypatch, arch, options):
     path = tiny(tmp_path, arch, boundary=5)
     tokens, n = prompt(200), 150

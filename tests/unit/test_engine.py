@@ -255,7 +255,7 @@ def test_a_file_cut_short_is_an_error_with_a_reason(pop_file, tmp_path):
 
 def test_a_context_that_cannot_be_had_is_an_error_with_llama_cpps_reason(pop_file):
     with pytest.raises(PopError, match="V cache"):
-        opened(pop_file, type_v=8)
+        opened(pop_file, type_v=8, flash_attn=False)
 
 
 def test_opening_and_answering_write_nothing(pop_file, capfd):

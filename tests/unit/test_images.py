@@ -96,6 +96,7 @@ def read_raw(model: PopModel, tokens: list[int], images: list[tuple[int, int]]) 
     api.llama_memory_clear(model._ctx.memory, True)
     batch = TokenBatch(model.n_batch)
     pos = 0
+    backend.set_reading(model.ctx, True)
     for start, end in plan.chunks:
         if (start, end) in images:
             pos += decode_raw(model, tokens[start:], pos)

@@ -157,13 +157,40 @@ llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cp
     return plan;
 }
 
+// as enum ggml_pop_rows in ggml-cpu/pop/pop.h, at GGML_POP_OP_PARAM of an operation's parameters. other backends ignore it
+enum kernel_rows {
+    KERNEL_ROWS_FAST = 0,
+    KERNEL_ROWS_NONE = 1,
+    KERNEL_ROWS_ALL  = 2,
+};
+
+static const int KERNEL_OP_PARAM = 15;
+
+static kernel_rows get_kernel_rows(const llama_pop_cparams & pop) {
+    if (!pop.kernels) {
+        return KERNEL_ROWS_NONE;
+    }
+    return pop.reading || pop.deepening ? KERNEL_ROWS_ALL : KERNEL_ROWS_FAST;
+}
+
+void llama_pop_mark_graph(ggml_cgraph * gf, const llama_pop_cparams & pop) {
+    const auto rows = get_kernel_rows(pop);
+
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID || node->op == GGML_OP_FLASH_ATTN_EXT) {
+            node->op_params[KERNEL_OP_PARAM] = rows;
+        }
+    }
+}
+
 bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b) {
     const auto plan_a = llama_pop_make_plan(a.hparams, a.cparams, a.ubatch);
     const auto plan_b = llama_pop_make_plan(b.hparams, b.cparams, b.ubatch);
 
     const auto & pop_a = a.cparams.pop;
     const auto & pop_b = b.cparams.pop;
-    if (pop_a.deepening != pop_b.deepening || pop_a.keep != pop_b.keep ||
+    if (pop_a.deepening != pop_b.deepening || pop_a.keep != pop_b.keep || get_kernel_rows(pop_a) != get_kernel_rows(pop_b) ||
             llama_pop_make_scored(a.cparams, a.ubatch).rows.size() != llama_pop_make_scored(b.cparams, b.ubatch).rows.size() || pop_a.boundary != pop_b.boundary) {
         return false;
     }
@@ -250,7 +277,7 @@ static const bool is_told = [] {
 }();
 
 int32_t llama_pop_abi(void) {
-    return 3;
+    return 4;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {
@@ -335,6 +362,16 @@ int32_t llama_pop_set_full_from(llama_context * ctx, llama_seq_id seq_id, llama_
 
 int32_t llama_pop_set_sink(llama_context * ctx, int32_t n_tokens) {
     ctx->pop().sink_tokens = n_tokens < 0 ? ctx->get_model().hparams.pop.sink_tokens : n_tokens;
+    return 0;
+}
+
+int32_t llama_pop_set_kernels(llama_context * ctx, bool kernels) {
+    ctx->pop().kernels = kernels;
+    return 0;
+}
+
+int32_t llama_pop_set_reading(llama_context * ctx, bool reading) {
+    ctx->pop().reading = reading;
     return 0;
 }
 

@@ -110,6 +110,13 @@ extern "C" {
     // any head, where A is the attention that the question pays to it and T that of all rows
     LLAMA_API int32_t llama_pop_get_scores(struct llama_context * ctx, llama_seq_id seq_id, float * scores, int32_t n);
 
+    // whether the CPU's kernels for prompts (ggml-cpu/pop) may compute: true at first
+    LLAMA_API int32_t llama_pop_set_kernels(struct llama_context * ctx, bool kernels);
+
+    // true: rows of a prompt are among those of each llama_decode() from now on. its products and attention are then left to
+    // these kernels however few rows there are, so that no row depends on how the prompt was cut. deep passes always are
+    LLAMA_API int32_t llama_pop_set_reading(struct llama_context * ctx, bool reading);
+
     LLAMA_API void llama_pop_get_counters  (const struct llama_context * ctx, struct llama_pop_counters * counters);
     LLAMA_API void llama_pop_reset_counters(struct llama_context * ctx);
 
@@ -180,6 +187,8 @@ struct llama_pop_cparams {
     bool reserving = false; // the next graph is for the reserve of a pruned prefill
     bool deepening = false; // the next graph is a deep pass
     bool keep      = false; // the states at the boundary
+    bool kernels   = true;  // the CPU's kernels for prompts may compute
+    bool reading   = false; // rows of a prompt are among those of the next ubatches
 };
 
 // what a context keeps of its rows, by the cells of their stream. a cell that another row takes forgets that it was kept,
@@ -230,6 +239,9 @@ bool llama_pop_rope_per_layer(llm_arch arch);
 bool llama_pop_has_gelu(llm_arch arch);
 
 bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b);
+
+// tells the CPU's kernels for prompts which operations of a new graph are theirs
+void llama_pop_mark_graph(ggml_cgraph * gf, const llama_pop_cparams & pop);
 
 // to be called at the start of each layer. at the boundary it stores the projected K/V of all rows for the skipped
 // layers, and reduces the state and the inputs to the full rows. true: no row goes on, leave the loop over the layers

@@ -22,7 +22,7 @@ from converter.errors import PopError
 from converter.format import PopMeta
 from pop_local.engine.llama import logs
 
-ABI = 3
+ABI = 4
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
@@ -80,6 +80,8 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_deepen": ([_POINTER, _INT32, _POINTER, _INT32, ctypes.c_bool], _INT32),
     "llama_pop_set_question": ([_POINTER, _INT32, _INT32], _INT32),
     "llama_pop_get_scores": ([_POINTER, _INT32, _POINTER, _INT32], _INT32),
+    "llama_pop_set_kernels": ([_POINTER, ctypes.c_bool], _INT32),
+    "llama_pop_set_reading": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_get_counters": ([_POINTER, ctypes.POINTER(_CCounters)], None),
     "llama_pop_reset_counters": ([_POINTER], None),
 }
@@ -229,6 +231,20 @@ def get_scores(ctx: Any, n_rows: int) -> np.ndarray:
     scores = np.zeros(n_rows, np.float32)
     _set("llama_pop_get_scores", ctx, 0, scores.ctypes.data_as(_POINTER), n_rows)
     return scores
+
+
+def set_kernels(ctx: Any, are_on: bool) -> None:
+    """Say whether the CPU may compute prompts with our kernels instead of llama.cpp's."""
+    _set("llama_pop_set_kernels", ctx, are_on)
+
+
+def set_reading(ctx: Any, is_on: bool) -> None:
+    """Say whether batches are of a prompt from now on, so that no row depends on how it is cut.
+
+    That holds with our kernels and flash attention: they compute it however few rows are left. Of a
+    token that is decoded they compute what they are faster at.
+    """
+    _set("llama_pop_set_reading", ctx, is_on)
 
 
 def get_counters(ctx: Any) -> Counters:

@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -12,6 +12,8 @@ from converter.errors import PopError
 from pop_local.engine.llama import backend
 
 _POINTER = ctypes.c_void_p
+NO_KERNELS = "none"
+KERNELS_OFF = "off"
 
 
 class Kind(IntEnum):
@@ -39,6 +41,7 @@ class BackendInfo:
 
     `built_in`: ggml's backends by name, each with the number of devices that it found here.
     `cpu_variant`: the one that ggml chose of several for this CPU, by its name; none: "".
+    `kernels`: as of `prompt_kernels`.
     """
 
     version: str
@@ -49,6 +52,7 @@ class BackendInfo:
     features: str
     n_threads: int
     cpu_variant: str = ""
+    kernels: str = NO_KERNELS
 
 
 def describe_backend() -> BackendInfo:
@@ -65,7 +69,22 @@ def describe_backend() -> BackendInfo:
         features=llama_cpp.llama_print_system_info().decode(),
         n_threads=backend.default_threads(),
         cpu_variant=_cpu_variant("".join(getattr(llama_cpp, "_backends_log", ()))),
+        kernels=prompt_kernels(),
     )
+
+
+def prompt_kernels() -> str:
+    """The kernels of ours that read prompts on this CPU, by their name (ggml_pop_kernels).
+
+    NO_KERNELS: there are none for it. KERNELS_OFF: the environment says GGML_POP_KERNELS=0.
+    """
+    named = GgmlLibrary().function("CPU", "ggml_pop_kernels", ctypes.c_char_p)
+    return NO_KERNELS if named is None else str(named().decode())
+
+
+def kernels_read_prompts() -> bool:
+    """Whether there are such kernels, and they are on."""
+    return prompt_kernels() not in (NO_KERNELS, KERNELS_OFF)
 
 
 def _cpu_variant(log: str) -> str:
@@ -97,6 +116,18 @@ class GgmlLibrary:
                 function.restype = result_type
                 return function(*arguments)
         raise PopError(f"the backend has no function {name}", backend.INSTALL_HINT)
+
+    def function(
+        self, of: str, name: str, result_type: Any, *argument_types: Any
+    ) -> Callable[..., Any] | None:
+        """A function that one of ggml's backends offers by its name; None: it does not.
+
+        So it is found in a backend that is a file of its own, too.
+        """
+        registered = self("ggml_backend_reg_by_name", _POINTER, of.encode())
+        get = "ggml_backend_reg_get_proc_address"
+        found = registered and self(get, _POINTER, _POINTER(registered), name.encode())
+        return ctypes.CFUNCTYPE(result_type, *argument_types)(found) if found else None
 
     def devices(self) -> Iterator[int]:
         """The pointers (ggml_backend_dev_t) of all."""

@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from operator import mul
 from pathlib import Path
 from threading import RLock
@@ -25,9 +26,19 @@ DEFAULT_CTX = 8192
 # llama_cpp sends stdout and stderr nowhere meanwhile (suppress_stdout_stderr): of two at once, the
 # last would bring back what the first has left.
 _LOADING = RLock()
-# Of the model that this thread opens; none for llama.cpp's own way of finding parts.
-_wanted: ContextVar[tuple[Path, ...]] = ContextVar("wanted", default=())
-_servers: ContextVar[Servers | None] = ContextVar("servers", default=None)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Of the model that this thread opens; no files for llama.cpp's own way of finding parts."""
+
+    files: tuple[Path, ...] = ()
+    servers: Servers | None = None
+    auto_attention: bool = False
+    repack: bool = True
+
+
+_wanted: ContextVar[_Wanted] = ContextVar("wanted", default=_Wanted())  # noqa: B039 (frozen)
 
 
 class Closed:
@@ -41,40 +52,55 @@ class Closed:
 
 
 @contextmanager
-def loading(base: Source, sidecar: Path | None, servers: Servers | None) -> Iterator[None]:
+def loading(
+    base: Source,
+    sidecar: Path | None,
+    servers: Servers | None,
+    *,
+    auto_attention: bool = False,
+    repack: bool = True,
+) -> Iterator[None]:
     """Meanwhile, what this thread loads by path comes from all files of `base` and the sidecar.
 
-    It computes on the servers, where there are any. llama_cpp's `Llama` takes one path, no devices,
-    and offers no other way in.
+    It computes on the servers, where there are any. `auto_attention`: with flash attention where
+    the devices have it. `repack`: as of KvLlama. llama_cpp's `Llama` takes one path and none of the
+    others, and offers no other way in.
     """
     _install(backend.bindings())
+    files = () if sidecar is None else (*base.paths, sidecar)
     with _LOADING:
-        files = _wanted.set(() if sidecar is None else (*base.paths, sidecar))
-        on = _servers.set(servers)
+        before = _wanted.set(_Wanted(files, servers, auto_attention, repack))
         try:
             yield
         finally:
-            _wanted.reset(files)
-            _servers.reset(on)
+            _wanted.reset(before)
 
 
 def _install(api: ModuleType) -> None:
-    """Let llama_cpp's function for one path look at `_wanted` and `_servers`, once."""
-    from_one = api.llama_model_load_from_file
+    """Let llama_cpp's functions for a model and its context look at `_wanted`, once."""
+    from_one, context_of = api.llama_model_load_from_file, api.llama_init_from_model
     if hasattr(from_one, "from_one"):
         return
 
     def load_wanted(path: bytes, params: Any) -> Any:
-        if servers := _servers.get():
-            params.devices = ctypes.cast(servers.handles, ctypes.c_void_p)
-        files = _wanted.get()
-        if not files:
+        wanted = _wanted.get()
+        if wanted.servers:
+            params.devices = ctypes.cast(wanted.servers.handles, ctypes.c_void_p)
+        params.use_extra_bufts &= wanted.repack
+        if not wanted.files:
             return from_one(path, params)
-        paths = (ctypes.c_char_p * len(files))(*(str(file).encode() for file in files))
-        return api.llama_model_load_from_splits(paths, len(files), params)
+        names = [str(file).encode() for file in wanted.files]
+        paths = (ctypes.c_char_p * len(names))(*names)
+        return api.llama_model_load_from_splits(paths, len(names), params)
+
+    def init_wanted(model: Any, params: Any) -> Any:
+        if _wanted.get().auto_attention:
+            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_AUTO
+        return context_of(model, params)
 
     load_wanted.from_one = from_one  # type: ignore[attr-defined]
     api.llama_model_load_from_file = load_wanted  # type: ignore[attr-defined]
+    api.llama_init_from_model = init_wanted  # type: ignore[attr-defined]
 
 
 def rule_of(meta: PopMeta | None) -> RowRule:

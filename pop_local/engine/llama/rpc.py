@@ -103,11 +103,9 @@ def serve(host: str, port: int, n_threads: int) -> NoReturn:
 def _function(
     ggml: GgmlLibrary, name: str, result_type: Any, *argument_types: Any
 ) -> Callable[..., Any]:
-    registered = ggml("ggml_backend_reg_by_name", _POINTER, b"RPC")
-    if registered is None:
+    function = ggml.function("RPC", name, result_type, *argument_types)
+    if function is None:
         raise PopError("this llama.cpp was built without RPC", backend.INSTALL_HINT)
-    found = ggml("ggml_backend_reg_get_proc_address", _POINTER, _POINTER(registered), name.encode())
-    function: Callable[..., Any] = ctypes.CFUNCTYPE(result_type, *argument_types)(found)
     return function
 
 

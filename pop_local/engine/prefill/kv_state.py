@@ -16,8 +16,10 @@ from pop_local.engine.llama.backend import Mode, bindings
 from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaRAMCache, LlamaState
 
 NO_CONVERSION = f"{OWN} projections"
-# Fields of llama_context_params, as `Llama` sets them where nobody says otherwise.
-_ROPE = {
+# Fields of llama_context_params, as `Llama` sets them where nobody says otherwise. With flash
+# attention V is stored in another order.
+_DEFAULTS = {
+    "flash_attn_type": 0,
     "rope_freq_base": 0.0,
     "rope_freq_scale": 0.0,
     "rope_scaling_type": -1,
@@ -49,8 +51,8 @@ def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
 
 def loaded_with(model: Any) -> str:
     """In words, the options of a KvLlama that K/V depend on, where they are not the defaults."""
-    found = {name: getattr(model.context_params, name) for name in _ROPE}
-    given = [f"{name} {value:g}" for name, value in found.items() if value != _ROPE[name]]
+    found = {name: getattr(model.context_params, name) for name in _DEFAULTS}
+    given = [f"{name} {value:g}" for name, value in found.items() if value != _DEFAULTS[name]]
     if model.kv_overrides:
         given.append(f"keys {model.kv_overrides}")
     if model.lora_sha256:

@@ -16,6 +16,7 @@ def show_comparison(found: Comparison) -> None:
     if full.text != pop.text:
         say("The answers differ: pruning costs some quality, which `pop-local eval` measures.\n")
     pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
-    say(f"Speed-up: {speedup.median:.2f}x{pairs} (analytical limit {found.limit:.2f}x)")
+    fewer = f"{found.limit:.2f} times fewer multiply-accumulates"
+    say(f"Speed-up: {speedup.median:.2f}x{pairs} ({fewer})")
     skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
     say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,}; they skipped {skipped}")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def speed_json(found: Speed) -> dict[str, object]:
     """The rows as one object."""
-    return vars(found.bench) | {"rows": found.rows}
+    return vars(found.bench) | {"upstream": found.upstream, "rows": found.rows}
 
 
 def show_speed(found: Speed) -> None:
@@ -22,8 +22,12 @@ def show_speed(found: Speed) -> None:
     layers = f"{bench.boundary} to {bench.n_layer - 1} of {bench.n_layer}"
     layers += ", exactly" if bench.is_exact else ""
     say(f"{bench.model}: context tokens skip layers {layers}")
-    say(f"{bench.backend}; medians, in brackets the extremes\n")
+    say(f"{bench.backend}; medians, in brackets the extremes")
     columns = _EXACT_ROWS if bench.is_exact else _ROWS
+    if found.upstream is not None:
+        say(f"Kernels for prompts: {bench.kernels}, beside llama.cpp's own ({found.upstream})")
+        columns = (*columns[:2], _UPSTREAM, columns[2], _KERNELS, *columns[3:])
+    say("")
     if any(row.n_selected for row in found.rows):
         columns = (*columns[:2], _SELECTED, *columns[2:])
     if any(row.n_image for row in found.rows):
@@ -95,5 +99,7 @@ _NOT_ENCODING = (
     "\nEncoding the picture is part of both TTFTs, and pruning does not shorten it; the limit is"
     " that of the rest."
 )
+_UPSTREAM = Column("upstream_ttft_s", "TTFT llama.cpp (s)", _PRECISE, numeric=True)
+_KERNELS = Column("kernels_speedup", "by kernels", _RATIO, numeric=True)
 _SELECTED = Column("n_selected", "selected", "{:,}".format, numeric=True)
 _EXACT_ROWS = _columns("n_skipped_exact", "left exactly", "exact")

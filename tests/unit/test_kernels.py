@@ -1,0 +1,231 @@
+"""Our kernels for prompts: what graphs ask of them, and which options follow from them."""
+
+import ctypes
+import pickle
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from converter.errors import PopError
+from pop_local.calibration.activations import Tensor
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.engine import kv_llama
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.devices import Device, GgmlLibrary, kernels_read_prompts
+from pop_local.engine.sessions.conversation import Conversation
+from pop_local.engine.sessions.session_file import Sessions
+from support.calls import greedy, kv_bytes, last_logits, opened, prompt, read
+from support.converted import converted, tiny
+from support.synthetic import make_gguf
+
+FAST, NONE, ALL = range(3)
+OP_PARAM = 15
+PRODUCTS = {"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT"}
+N_UBATCH = 64
+
+
+@pytest.fixture(scope="module")
+def pop_file(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("kernels"))
+
+
+class Watched:
+    """A context, and by what marks its products were left to which kernels."""
+
+    def __init__(self, path, **options) -> None:
+        self._model = LoadedModel(path, n_threads=1)
+        self._marks: set[tuple[str, int]] = set()
+        self._callback = backend.bindings().ggml_backend_sched_eval_callback(self._note)
+        self._opened = self._model.context(
+            n_ctx=256, n_batch=N_UBATCH, n_ubatch=N_UBATCH, cb_eval=self._callback, **options
+        )
+        self._name = GgmlLibrary()
+        self.n_tokens = 0
+
+    def __enter__(self) -> "Watched":
+        self.ctx = self._opened.__enter__()
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._opened.__exit__(*raised)
+        self._model.__exit__(*raised)
+
+    def _note(self, address: int, is_asked: bool, _: object) -> bool:
+        tensor = Tensor.from_address(address)
+        name = self._name("ggml_op_name", ctypes.c_char_p, tensor.op).decode()
+        if name in PRODUCTS:
+            self._marks.add((name, tensor.op_params[OP_PARAM]))
+        return False
+
+    def decoded(self, n: int) -> set[tuple[str, int]]:
+        self._marks.clear()
+        with closing(TokenBatch(n)) as batch:
+            assert batch.decode(self.ctx, prompt(n), self.n_tokens, Outputs.LAST) == 0
+        self.n_tokens += n
+        return set(self._marks)
+
+    def deepened(self, rows: range) -> set[tuple[str, int]]:
+        self._marks.clear()
+        assert backend.deepen(self.ctx, np.asarray(rows, np.int32))
+        return set(self._marks)
+
+
+@pytest.fixture(params=["llama", "qwen3moe"])
+def watched(request, tmp_path) -> Iterator[Watched]:
+    with Watched(tiny(tmp_path, request.param), flash_attn_type=1) as found:
+        yield found
+
+
+def test_a_prompt_is_theirs_however_few_its_rows_and_a_step_is_not(watched):
+    names = {"MUL_MAT", "FLASH_ATTN_EXT"}
+    step = watched.decoded(1)
+    assert {mark for _, mark in step} == {FAST}
+    assert names <= {name for name, _ in step}
+    backend.set_reading(watched.ctx, True)
+    for n in (N_UBATCH, 3, 1):
+        assert watched.decoded(n) == {(name, ALL) for name, _ in step}
+    backend.set_reading(watched.ctx, False)
+    # Graphs are reused: the last batch had as many rows.
+    assert watched.decoded(1) == step
+
+
+def test_a_deep_pass_is_theirs(pop_file):
+    with Watched(pop_file) as watched:
+        backend.set_keep(watched.ctx, True)
+        watched.decoded(40)
+        assert {mark for _, mark in watched.deepened(range(2))} == {ALL}
+
+
+def test_nothing_is_theirs_where_they_are_off(pop_file):
+    with Watched(pop_file) as watched:
+        backend.set_kernels(watched.ctx, False)
+        backend.set_keep(watched.ctx, True)
+        assert {mark for _, mark in watched.decoded(1)} == {NONE}
+        backend.set_reading(watched.ctx, True)
+        assert {mark for _, mark in watched.decoded(40)} == {NONE}
+        assert {mark for _, mark in watched.deepened(range(2))} == {NONE}
+        backend.set_kernels(watched.ctx, True)
+        assert {mark for _, mark in watched.decoded(1)} == {ALL}
+
+
+def test_a_prompt_is_read_as_one_whose_last_token_alone_is_read_again(pop_file, monkeypatch):
+    model = opened(pop_file, keep_states=True)
+    said: list[tuple[int, bool]] = []
+    set_reading = backend.set_reading
+
+    def noted(ctx, is_on):
+        said.append((model.n_tokens, is_on))
+        set_reading(ctx, is_on)
+
+    monkeypatch.setattr(backend, "set_reading", noted)
+    answered = greedy(model, prompt(100))
+    steps = [(100 + n, False) for n in range(len(answered) - 1)]
+    assert said == [(0, True), *steps]
+    model.truncate(100)
+    model.refill()
+    said.clear()
+    greedy(model, prompt(100))
+    assert said == [(99, True), *steps]
+
+
+# --- what comes of it
+
+
+has_kernels = pytest.mark.skipif(not kernels_read_prompts(), reason="no kernels for this processor")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def quantised(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return converted(make_gguf(folder / "model.gguf", request.param, type=Type.Q8_0), folder)
+
+
+@has_kernels
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
+def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
+    found = []
+    for n_batch, n_threads in ((64, 1), (64, 2), (7, 1), (1, 1)):
+        model = opened(quantised, n_batch=n_batch, n_ubatch=n_batch, n_threads=n_threads)
+        model.set_pop(mode)
+        model.eval(prompt(150))
+        found.append((kv_bytes(model), last_logits(model).tobytes()))
+    assert len(set(found)) == 1
+
+
+@has_kernels
+def test_a_refilled_cache_is_the_full_models_whatever_its_chunks_were(quantised):
+    tokens = prompt(150)
+    full = opened(quantised)
+    full.set_pop(Mode.OFF)
+    full.eval(tokens)
+    for n_ubatch in (50, 7, 1):
+        model = opened(quantised, n_ubatch=n_ubatch, keep_states=True)
+        model.eval(tokens)
+        assert kv_bytes(model) != kv_bytes(full)
+        assert model.refill() == len(tokens)
+        assert kv_bytes(model) == kv_bytes(full)
+
+
+@has_kernels
+def test_a_context_with_kernels_off_computes_without_them(quantised):
+    on, off = (opened(quantised, kernels=is_on, flash_attn=False) for is_on in (True, False))
+    assert read(on, prompt(60)).tobytes() != read(off, prompt(60)).tobytes()
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("has_kernels", "options", "expected"),
+    [
+        (True, {}, 1),
+        (True, {"kernels": False}, 0),
+        (True, {"flash_attn": False}, 0),
+        (False, {}, 0),
+        (False, {"flash_attn": True}, 1),
+    ],
+)
+def test_flash_attention_goes_with_the_kernels(
+    pop_file, monkeypatch, has_kernels, options, expected
+):
+    monkeypatch.setattr(kv_llama, "kernels_read_prompts", lambda: has_kernels)
+    model = opened(pop_file, **options)
+    assert model.context_params.flash_attn_type == expected
+    again = pickle.loads(pickle.dumps(model))
+    assert again.context_params.flash_attn_type == expected
+
+
+def test_on_a_gpu_flash_attention_is_llama_cpps_choice(pop_file, monkeypatch):
+    gpu = Device("GPU0", "Some GPU", True, 10**9, 10**9)
+    monkeypatch.setattr(kv_llama, "devices", lambda: (gpu,))
+    auto = backend.bindings().LLAMA_FLASH_ATTN_TYPE_AUTO
+    model = opened(pop_file)
+    assert model.context_params.flash_attn_type == auto
+    assert len(greedy(model, prompt(40))) > 0
+    assert opened(pop_file, n_gpu_layers=0).context_params.flash_attn_type != auto
+    assert opened(pop_file, flash_attn=False).context_params.flash_attn_type == 0
+
+
+def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
+    """V lies in another order there."""
+    model, other = (opened(pop_file, flash_attn=is_on) for is_on in (True, False))
+    tokens = prompt(100)
+    read(model, tokens)
+    with pytest.raises(PopError, match="opened otherwise"):
+        other.load_state(model.save_state())
+    sessions = Sessions(tmp_path)
+    conversation = Conversation()
+    next(model.session().stream("What?", max_tokens=1))
+    sessions.save("one", model, conversation)
+    assert sessions.load("one", other).reread
+    assert not sessions.load("one", opened(pop_file, flash_attn=True)).reread
+
+
+def test_weights_that_are_not_repacked_give_the_same(pop_file):
+    one, other = (opened(pop_file, repack=repack) for repack in (True, False))
+    np.testing.assert_allclose(read(one, prompt(60)), read(other, prompt(60)), atol=0.1)
