@@ -82,7 +82,7 @@ template <ggml_type TYPE> static inline floats load_row(const char * row, int d)
     } else {
         const block_q8_0 & b = ((const block_q8_0 *) row)[d / QK8_0];
         const __m128i      x = _mm_loadl_epi64((const __m128i *) (b.qs + d % QK8_0));
-        return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_set1_ps(_cvtsh_ss(b.d)));
+        return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), _mm256_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(b.d)))));
     }
 }
 

@@ -116,7 +116,8 @@ static inline const char * cell_at(const char * cells, size_t stride, const kv_t
     return cells + std::min(i, tile.n_cells - 1) * stride;
 }
 
-template <ggml_type TYPE> static inline void load_k(const char * row, int d, const head_dims & dims, const kv_tile & tile, floats out[PARTS]) {
+template <ggml_type TYPE>
+static inline void load_k(const char * row, int d, const head_dims & dims, const kv_tile & tile, floats out[PARTS]) {
     load_dims<TYPE>(row, d, dims.dk, out);
     if (tile.k_centre) {
         POP_UNROLL
@@ -264,7 +265,8 @@ static POP_NOINLINE void score(const head_dims & dims, const kv_tile & tile, con
 }
 
 // cap and mask of a row's scores
-static POP_NOINLINE void change_scores(const head_dims & dims, const kv_tile & tile, const uint16_t * mask, float slope, float * scores) {
+static POP_NOINLINE void change_scores(const head_dims & dims, const kv_tile & tile, const uint16_t * mask, float slope,
+                                       float * scores) {
     for (int i = 0; i < TILE_CELLS; i += LANES) {
         floats x = load(scores + i);
         if (dims.cap != 0.0f) {
@@ -395,6 +397,15 @@ static void merge_groups(const head_dims & dims, const row_group & to, const row
 
 static float sum_of_row(const float * sums) {
     return sum_of(load(sums));
+}
+
+// 0, or NaN where a value is none or infinite: the integers would hide it
+static float nothing_of(const float * x, int n) {
+    floats sum = splat(0.0f);
+    for (int d = 0; d < n; d += LANES) {
+        sum = fma(load(x + d), splat(0.0f), sum);
+    }
+    return sum_of(sum);
 }
 
 // What a tile of masked cells leaves may differ in the sign of a zero, so there is only one zero.

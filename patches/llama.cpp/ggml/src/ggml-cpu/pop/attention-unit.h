@@ -1,4 +1,5 @@
-// A unit of attention: some queries of all query heads that share a K/V head. K and V are packed tile by tile, once for all its rows.
+// A unit of attention: some queries of all query heads that share a K/V head.
+// K and V are packed tile by tile, once for all of its rows.
 
 #pragma once
 
@@ -183,13 +184,14 @@ struct unit {
     const int         n_rows, n_groups;
 
     unit(const attention & a, const scratch & s, int seq, int kv_head, int first, int n) :
-        a(a), s(s), seq(seq), kv_head(kv_head), first(first), n(n), n_rows(n * a.n_shared), n_groups((n_rows + TILE_ROWS - 1) / TILE_ROWS) {}
+        a(a), s(s), seq(seq), kv_head(kv_head), first(first), n(n), n_rows(n * a.n_shared), n_groups(groups_of(a, n)) {}
 
     int head_of(int row) const { return kv_head * a.n_shared + row / n; }
 
     const uint16_t * mask_row(int row) const {
-        const char * m = (const char *) a.mask->data + (first + row % n) * a.mask->nb[1] + head_of(row) % a.mask->ne[2] * a.mask->nb[2];
-        return (const uint16_t *) (m + seq % a.mask->ne[3] * a.mask->nb[3]);
+        const ggml_tensor * m  = a.mask;
+        const size_t        at = head_of(row) % m->ne[2] * m->nb[2] + seq % m->ne[3] * m->nb[3];
+        return (const uint16_t *) ((const char *) m->data + (first + row % n) * m->nb[1] + at);
     }
 
     // of a tile's cells
@@ -203,7 +205,8 @@ struct unit {
     }
 
     const float * q_row(int row) const {
-        return (const float *) ((const char *) a.q->data + (first + row % n) * a.q->nb[1] + head_of(row) * a.q->nb[2] + seq * a.q->nb[3]);
+        const size_t at = (first + row % n) * a.q->nb[1] + head_of(row) * a.q->nb[2] + seq * a.q->nb[3];
+        return (const float *) ((const char *) a.q->data + at);
     }
 
     void read_k(int cell, float * to) const {
@@ -350,9 +353,10 @@ struct unit {
                 const float sink = ((const float *) a.sinks->data)[head_of(row)] * LOG2_E;
                 sum += (float) WEIGHT_MAX * exp2f(sink - group.top[c]);
             }
-            const bool seen = group.top[c] != NO_TOP;
-            char *     to   = (char *) a.out->data + (((size_t) seq * a.n_queries + first + row % n) * a.n_heads + head_of(row)) * a.out->nb[1];
-            write_row(group.out + (size_t) c * a.dims.dv, a.dims.dv, seen ? 1.0f / sum : 0.0f, (float *) to);
+            const bool   seen = group.top[c] != NO_TOP;
+            const float  factor = (seen ? 1.0f / sum : 0.0f) + nothing_of(q_row(row), a.dims.dk);
+            const size_t to   = ((size_t) seq * a.n_queries + first + row % n) * a.n_heads + head_of(row);
+            write_row(group.out + (size_t) c * a.dims.dv, a.dims.dv, factor, (float *) a.out->data + to * a.dims.dv);
         }
     }
 

@@ -1,7 +1,8 @@
 // Attention: what is covered, and how threads share it.
 //
 // Tiles begin at multiples of 64 cells, and one that a row does not see changes no bit of its result. So that depends neither on
-// the other rows, nor on how long the cache is behind the last cell that the row sees, nor on how rows are shared out.
+// the other rows, nor on how long the cache is behind the last cell that the row sees, nor on how rows are shared out. It depends
+// on K of the first two cells, whoever's they are, from which the bias of K is read.
 
 #include "attention.h"
 
@@ -68,7 +69,9 @@ struct cut {
         partial_size        = pop::partial_size(a, n_queries);
     }
 
-    size_t size(int n_threads) const { return 64 + n_threads * scratch_size + (n_chunks > 1 ? (size_t) n_units * n_chunks * partial_size : 0); }
+    size_t size(int n_threads) const {
+        return 64 + n_threads * scratch_size + (n_chunks > 1 ? (size_t) n_units * n_chunks * partial_size : 0);
+    }
 
     // the last queries see the most cells: they come first
     unit unit_at(const attention & a, const scratch & s, int i) const {
@@ -89,8 +92,13 @@ template <typename Work> void share_out(const ggml_compute_params * params, int 
 }
 
 void compute_in_parts(const ggml_compute_params * params, const attention & a, const cut & c, const scratch & s, char * parts) {
-    const auto part = [&](int unit, int chunk) { return partial_at(a, c.n_queries, parts + ((size_t) unit * c.n_chunks + chunk) * c.partial_size); };
-    share_out(params, c.n_units * c.n_chunks, [&](int i) { c.unit_at(a, s, i / c.n_chunks).compute_chunk(i % c.n_chunks, part(i / c.n_chunks, i % c.n_chunks)); });
+    const auto part = [&](int unit, int chunk) {
+        return partial_at(a, c.n_queries, parts + ((size_t) unit * c.n_chunks + chunk) * c.partial_size);
+    };
+    share_out(params, c.n_units * c.n_chunks, [&](int i) {
+        const int unit = i / c.n_chunks, chunk = i % c.n_chunks;
+        c.unit_at(a, s, unit).compute_chunk(chunk, part(unit, chunk));
+    });
     ggml_barrier(params->threadpool);
     for (int i = params->ith; i < c.n_units; i += params->nth) {
         const unit u = c.unit_at(a, s, i);

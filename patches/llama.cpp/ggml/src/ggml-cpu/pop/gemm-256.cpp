@@ -9,6 +9,13 @@
 
 #include "unpack-256.h"
 
+// where a call would move the sums from registers to memory
+#if defined(_MSC_VER)
+#    define POP_INLINE __forceinline
+#else
+#    define POP_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace pop {
 namespace {
 
@@ -28,20 +35,21 @@ template <typename P> struct tile_of {
 
 // packing
 
-inline float max_of(__m256 x) {
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+inline float max_of(__m256i x) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
 }
 
 // 32 values as 16-bit integers, the first 16 in q[0]
 inline float quantize(const float * x, __m256i (&q)[2]) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 v[4], m = _mm256_setzero_ps();
+    const __m256i sign = _mm256_set1_epi32(0x7fffffff);
+    __m256  v[4];
+    __m256i m = _mm256_setzero_si256(); // of absolute values as integers, so that NaN is the greatest
     POP_UNROLL
     for (int i = 0; i < 4; i++) {
         v[i] = _mm256_loadu_ps(x + 8 * i);
-        m    = _mm256_max_ps(m, _mm256_andnot_ps(sign, v[i]));
+        m    = _mm256_max_epi32(m, _mm256_and_si256(_mm256_castps_si256(v[i]), sign));
     }
     const float  max   = max_of(m);
     const __m256 scale = _mm256_set1_ps(max > 1e-30f ? 127.0f / max : 0.0f);
@@ -71,7 +79,7 @@ inline int join_halves(int low, int high) {
     return (int) ((unsigned) low & 0xffff) | (int) ((unsigned) high << 16);
 }
 
-// What the sums of products begin with: -shift * sums, for 32-bit sums on the way to a float, for others in pairs of 16 bits.
+// Sums of products begin with -shift * sums: with VNNI one of 32 bits, ready to be a float, else a pair of 16 bits.
 template <typename P> int start_of(int sums) {
     const int low = -P::SHIFT * low_half(sums), high = -P::SHIFT * high_half(sums);
     return VNNI ? MAGIC + low + high : join_halves(low, high);
@@ -133,22 +141,23 @@ inline __m256i in_order(__m256i x) {
     return x;
 }
 
-inline __m256i add_dots(__m256i sum, __m256i codes, __m256i col) {
+template <typename P> POP_INLINE __m256i add_dots(__m256i sum, __m256i codes, __m256i col) {
+    if constexpr (P::WIDE) {
+        return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(codes, col)));
+    } else {
 #if defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sum, codes, col);
+        return _mm256_dpbusd_avx_epi32(sum, codes, col);
 #elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(sum, codes, col);
+        return _mm256_dpbusd_epi32(sum, codes, col);
 #else
-    return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, col)));
+        return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, col)));
 #endif
-}
-
-inline __m256i add_wide_dots(__m256i sum, __m256i codes, __m256i col) {
-    return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(codes, col)));
+    }
 }
 
 // the sums of products of integers, half a block or a whole one, as floats
-template <typename P, int C> inline void dots(const uint8_t * panel, const int32_t * tile, int half, __m256 (&out)[C][VECTORS]) {
+template <typename P, int C>
+POP_INLINE void dots(const uint8_t * panel, const int32_t * tile, int half, __m256 (&out)[C][VECTORS]) {
     constexpr int n = P::STEPS / P::HALVES;
     const int32_t * start = tile + tile_of<P>::START + half * COLS;
     __m256i sum[C][VECTORS];
@@ -172,7 +181,7 @@ template <typename P, int C> inline void dots(const uint8_t * panel, const int32
             const __m256i col = _mm256_set1_epi32(tile[k * COLS + c]);
             POP_UNROLL
             for (int r = 0; r < VECTORS; r++) {
-                sum[c][r] = P::WIDE ? add_wide_dots(sum[c][r], codes[r], col) : add_dots(sum[c][r], codes[r], col);
+                sum[c][r] = add_dots<P>(sum[c][r], codes[r], col);
             }
         }
     }
@@ -190,7 +199,8 @@ template <typename P, int C> inline void dots(const uint8_t * panel, const int32
 }
 
 // C columns of a tile with a panel; what is there already is added to
-template <typename P, int C> void multiply_tile(const uint8_t * panel, const int32_t * tile, int n_blocks, bool first, float * const * to) {
+template <typename P, int C>
+void multiply_tile(const uint8_t * panel, const int32_t * tile, int n_blocks, bool first, float * const * to) {
     __m256 total[C][VECTORS];
     POP_UNROLL
     for (int c = 0; c < C; c++) {
@@ -212,7 +222,8 @@ template <typename P, int C> void multiply_tile(const uint8_t * panel, const int
                 const __m256 scale = _mm256_broadcast_ss(values + tile_of<P>::SCALE + c);
                 POP_UNROLL
                 for (int r = 0; r < VECTORS; r++) {
-                    total[c][r] = _mm256_fmadd_ps(sum[c][r], _mm256_mul_ps(scale, _mm256_load_ps(scales + 8 * r)), total[c][r]);
+                    const __m256 both = _mm256_mul_ps(scale, _mm256_load_ps(scales + 8 * r));
+                    total[c][r] = _mm256_fmadd_ps(sum[c][r], both, total[c][r]);
                 }
                 if (P::MINS) {
                     const __m256 s = _mm256_broadcast_ss(values + tile_of<P>::SUM + half * COLS + c);
@@ -233,7 +244,8 @@ template <typename P, int C> void multiply_tile(const uint8_t * panel, const int
     }
 }
 
-template <typename P> void multiply_cols(const uint8_t * panel, const int32_t * tile, int n_blocks, bool first, int n_cols, float * const * to) {
+template <typename P>
+void multiply_cols(const uint8_t * panel, const int32_t * tile, int n_blocks, bool first, int n_cols, float * const * to) {
     switch (n_cols) {
         case 1:  multiply_tile<P, 1>(panel, tile, n_blocks, first, to); break;
         case 2:  multiply_tile<P, 2>(panel, tile, n_blocks, first, to); break;
@@ -243,7 +255,8 @@ template <typename P> void multiply_cols(const uint8_t * panel, const int32_t * 
 
 // the same where the panel has fewer rows
 template <typename P>
-void multiply_few_rows(const uint8_t * panel, const int32_t * tile, int n_blocks, bool first, int n_cols, float * const * to, int n_rows) {
+void multiply_few_rows(const uint8_t * panel, const int32_t * tile, int n_blocks, bool first, int n_cols, float * const * to,
+                       int n_rows) {
     float   rows[COLS][ROWS] = {};
     float * cols[COLS]       = { rows[0], rows[1], rows[2] };
     for (int c = 0; c < n_cols && !first; c++) {

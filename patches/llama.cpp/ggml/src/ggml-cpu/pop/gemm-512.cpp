@@ -22,11 +22,14 @@ struct tile_block {
 
 static_assert(sizeof(tile_block) == TILE, "a tile is packed without gaps");
 
-static inline float greatest(__m512 x) {
-    const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-    __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
-    z = _mm_max_ps(z, _mm_movehl_ps(z, z));
-    return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
+// of the absolute values of 32: compared as integers, so that NaN is the greatest
+static inline float greatest(__m512 x0, __m512 x1) {
+    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
+    const __m512i x = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(x0), sign), _mm512_and_si512(_mm512_castps_si512(x1), sign));
+    const __m256i y = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(z, _mm_shuffle_epi32(z, 0xb1))));
 }
 
 // the words: with mins, what they are multiplied with: scale * sum; else where the sums of products begin: -bias * sum.
@@ -37,9 +40,9 @@ template <bool HALVES, bool MINS, int BIAS> static void pack(const float * const
         for (int c = 0; c < n; c++) {
             const float * x = cols[c] + 32 * b;
             const __m512 x0 = _mm512_loadu_ps(x), x1 = _mm512_loadu_ps(x + 16);
-            const float top = greatest(_mm512_max_ps(_mm512_abs_ps(x0), _mm512_abs_ps(x1)));
+            const float top = greatest(x0, x1);
             const float scale = top / 127.0f;
-            const __m512 inverse = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+            const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? 127.0f / top : 0.0f);
             const __m128i q0 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x0, inverse)));
             const __m128i q1 = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x1, inverse)));
             _mm_storeu_si128((__m128i *) out->codes[c], q0);

@@ -67,6 +67,27 @@ template <int LAYOUT> static void expand(const uint8_t * panel, int n, uint8_t *
     }
 }
 
+// weights to tiles of values as above, n blocks of up to 32 rows
+template <int LAYOUT> static void values_of(const char * weights, size_t stride, int n_rows, int block, int n, uint8_t * codes, uint8_t * out) {
+    if constexpr (LAYOUT != GGML_TYPE_BF16) {
+        unpack<LAYOUT>(weights, stride, n_rows, block, n, codes);
+        expand<LAYOUT>(codes, n, out);
+        return;
+    }
+    for (int r = 0; r < n_rows; r += 16) {
+        for (int b = 0; b < n; b++) {
+            __m512i v[16];
+            for (int j = 0; j < 16; j++) {
+                v[j] = _mm512_loadu_si512(weights + std::min(r + j, n_rows - 1) * stride + (size_t) (block + b) * 64);
+            }
+            transpose_16(v);
+            for (int j = 0; j < 16; j++) {
+                _mm512_store_si512(out + (2 * b + r / 16) * TILE + j * 64, v[j]);
+            }
+        }
+    }
+}
+
 // where the results of a panel go
 struct results {
     const gemm_share & share;
@@ -179,8 +200,8 @@ template <int LAYOUT> POP_AMX static void multiply(const gemm_share & s) {
     for (int b = 0; b < s.n_blocks; b += STEP) {
         const int n = std::min(STEP, s.n_blocks - b);
         for (int r = 0; r < s.n_rows; r += PANEL_ROWS) {
-            unpack<LAYOUT>(s.weights + r * s.stride, s.stride, std::min(PANEL_ROWS, s.n_rows - r), b, n, codes);
-            expand<LAYOUT>(codes, n, s.scratch + r / PANEL_ROWS * panel_bytes);
+            values_of<LAYOUT>(s.weights + r * s.stride, s.stride, std::min(PANEL_ROWS, s.n_rows - r), b, n,
+                codes, s.scratch + r / PANEL_ROWS * panel_bytes);
         }
         for (int c = 0; c < s.n_cols; c += 2 * COLS) {
             const uint8_t * tile = s.tiles + c / COLS * apart + (size_t) b * TILE;
@@ -214,6 +235,7 @@ const gemm * gemm_amx(int layout) {
 #define POP_CASE(LAYOUT) case LAYOUT: return kernel<LAYOUT>();
         POP_EACH_LAYOUT(POP_CASE)
         POP_EACH_X16(POP_CASE)
+        POP_CASE(GGML_TYPE_BF16)
 #undef POP_CASE
     }
     return nullptr;

@@ -39,10 +39,12 @@ struct gemm {
 };
 
 constexpr int MAX_TILE_COLS = 16;
+constexpr int NEVER_FASTER  = 1 << 30; // a min_cols
 
 // null: these kernels do not read the layout, or the processor or the build lacks the instructions
 const gemm * gemm_amx(int layout);
 const gemm * gemm_512(int layout);
 const gemm * gemm_256(int layout);
+const gemm * gemm_float(int layout);
 
 } // namespace pop

@@ -103,6 +103,7 @@ static const gemm * kernel_of(const ggml_tensor * op) {
         return nullptr;
     }
     const gemm * g = in_use()->table(layout_of(weights));
+    g = g ? g : gemm_float(layout_of(weights));
     if (!g || rows_asked(op) == GGML_POP_ROWS_ALL) {
         return g;
     }

@@ -53,6 +53,10 @@ POP_TYPE(GGML_TYPE_Q5_K,   block_q5_K,   256,   0, true,  false)
 POP_TYPE(GGML_TYPE_Q6_K,   block_q6_K,   256,  32, false, true)
 POP_TYPE(GGML_TYPE_IQ4_XS, block_iq4_xs, 256, 128, false, false)
 
+// no codes, and no panels of them
+struct block_bf16 { ggml_bf16_t values[32]; };
+POP_TYPE(GGML_TYPE_BF16, block_bf16, 32, 0, false, false)
+
 using rows_q4_0_x8  = rows_32_x8<ggml_half, 16>;
 using rows_mxfp4_x8 = rows_32_x8<uint8_t, 16>;
 using rows_q2_K_x8  = rows_256_x8<16, 64>;

@@ -41,8 +41,8 @@ template <int LAYOUT> constexpr int shift_of() {
     return VNNI ? fmt.bias : fmt.bias == 128 ? 0 : five ? 16 : fmt.bias;
 }
 
-template <int LAYOUT> using panel_for =
-    panel_of<!VNNI && type_of<LAYOUT>::fmt.bias == 128, shift_of<LAYOUT>(), type_of<LAYOUT>::fmt.mins, type_of<LAYOUT>::fmt.halves>;
+template <int LAYOUT, typename T = type_of<LAYOUT>>
+using panel_for = panel_of<!VNNI && T::fmt.bias == 128, shift_of<LAYOUT>(), T::fmt.mins, T::fmt.halves>;
 
 inline __m256i load(const void * p) {
     return _mm256_loadu_si256((const __m256i *) p);
@@ -252,7 +252,8 @@ template <typename P> void put_codes(uint8_t * panel, int vector, int k4, __m256
         return;
     }
     const char    none   = (char) 128;
-    const __m256i first  = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, none, 1, none, 4, none, 5, none, 8, none, 9, none, 12, none, 13, none));
+    const __m256i first  = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, none, 1, none, 4, none, 5, none, 8, none, 9, none, 12, none, 13, none));
     const __m256i second = _mm256_add_epi8(first, _mm256_set1_epi16(2));
     const __m256i bias   = _mm256_set1_epi16(128);
     _mm256_store_si256(out + (2 * k4 + 0) * VECTORS, _mm256_sub_epi16(_mm256_shuffle_epi8(v, first), bias));
@@ -313,7 +314,8 @@ template <typename P, typename B> void put_row_scales(uint8_t * panel, int vecto
 }
 
 // one block of each of eight rows, which begin at x
-template <int LAYOUT, typename P> void unpack_rows(uint8_t * panel, int vector, const typename type_of<LAYOUT>::block * const * x) {
+template <int LAYOUT, typename P>
+void unpack_rows(uint8_t * panel, int vector, const typename type_of<LAYOUT>::block * const * x) {
     if constexpr (type_of<LAYOUT>::n_values == 256) {
         put_row_scales<P>(panel, vector, x);
         for (int j = 0; j < 8; j++) {
@@ -352,7 +354,8 @@ void put_rows_8(uint8_t * panel, int vector, const uint8_t * qs, int n_chunks, i
     }
 }
 
-template <int LAYOUT, typename P> void unpack_rows_8(uint8_t * panel, int vector, const typename type_of<LAYOUT>::block & x) {
+template <int LAYOUT, typename P>
+void unpack_rows_8(uint8_t * panel, int vector, const typename type_of<LAYOUT>::block & x) {
     const auto same = [](__m256i v) { return v; };
 
     if constexpr (LAYOUT == X8 + GGML_TYPE_Q4_K) {
