@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.asked import BOMB
+from support.f32_copy import write_f32
 from support.rpc import rpc_server
 from support.serving import Served, served
 from support.shared_kv import GEMMA4_E2B, add_keys, shapes
@@ -23,4 +24,5 @@ __all__ = [
     "rpc_server",
     "served",
     "shapes",
+    "write_f32",
 ]

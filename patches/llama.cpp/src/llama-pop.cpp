@@ -173,12 +173,25 @@ static kernel_rows get_kernel_rows(const llama_pop_cparams & pop) {
     return pop.reading || pop.deepening ? KERNEL_ROWS_ALL : KERNEL_ROWS_FAST;
 }
 
+static bool has_kernels(ggml_op op) {
+    switch (op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+        case GGML_OP_FLASH_ATTN_EXT:
+        case GGML_OP_GLU:
+        case GGML_OP_RMS_NORM:
+            return true;
+        default:
+            return false;
+    }
+}
+
 void llama_pop_mark_graph(ggml_cgraph * gf, const llama_pop_cparams & pop) {
     const auto rows = get_kernel_rows(pop);
 
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         ggml_tensor * node = ggml_graph_node(gf, i);
-        if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID || node->op == GGML_OP_FLASH_ATTN_EXT) {
+        if (has_kernels(node->op)) {
             node->op_params[KERNEL_OP_PARAM] = rows;
         }
     }

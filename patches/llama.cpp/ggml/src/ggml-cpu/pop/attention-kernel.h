@@ -1,12 +1,13 @@
 // Attention of one tile: what it takes to pack Q, K and V, and six rows at a time to attend to 64 cells.
 //
-// Written in the vectors of attention-512.h or attention-256.h, one of which is included before. See attention-tile.h.
+// See attention-tile.h.
 // Products that are added are written as fma, so that no compiler's choice makes the bits of a row depend on the rows beside it.
 
 #pragma once
 
 #include "attention-tile.h"
 #include "types.h"
+#include "vectors.h"
 
 #include <math.h>
 #include <string.h>
@@ -26,24 +27,6 @@ constexpr int WIDTH = COLUMNS * LANES;     // cells or dims of a register tile
 constexpr int PAIRS = SCALE_DIMS / 2;      // of dims that share a scale
 constexpr int VECS  = TILE_CELLS / LANES;
 constexpr int PARTS = SCALE_DIMS / LANES;
-
-// SCALE / 2^EXPONENT * 2^(x + EXPONENT) to 3e-6, exact at 0, for x up to 100; 0 where its exponent would be below -126
-template <int EXPONENT, int SCALE> static inline floats exp2_scaled(floats x) {
-    constexpr float mantissa = (float) SCALE / (1 << EXPONENT);
-    const floats    magic    = splat(12583039.0f + EXPONENT); // 1.5 * 2^23 + 127: the sum's low bits are the exponent
-    x                        = max(x, splat(-127.0f - EXPONENT));
-    const floats t           = add(x, magic);
-    const floats r           = sub(x, sub(t, magic));
-    floats       p           = fma(r, splat(0.009582853f * mantissa), splat(0.055906426f * mantissa));
-    p                        = fma(p, r, splat(0.24024099f * mantissa));
-    p                        = fma(p, r, splat(0.6931242f * mantissa));
-    p                        = fma(p, r, splat(mantissa));
-    return mul(p, low_bits_as_exponent(t));
-}
-
-static inline floats exp2_of(floats x) {
-    return exp2_scaled<0, 1>(x);
-}
 
 // WEIGHT_MAX * 2^x
 static inline floats weight_of(floats x) {

@@ -10,15 +10,9 @@
 
 #include "ggml-cpu-impl.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#    include "attention-512.h"
-#    define POP_ATTENTION
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#    include "attention-256.h"
-#    define POP_ATTENTION
-#endif
+#include "vectors.h"
 
-#ifdef POP_ATTENTION
+#ifdef POP_VECTORS
 
 #include "attention-unit.h"
 
@@ -31,10 +25,6 @@ constexpr int FEW       = 16;  // so few queries may share out chunks of cells, 
 
 bool covered(const ggml_tensor * op) {
     const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3];
-    // faster than upstream's from one row on
-    if (op->op != GGML_OP_FLASH_ATTN_EXT || op->op_params[GGML_POP_OP_PARAM] == GGML_POP_ROWS_NONE) {
-        return false;
-    }
     const auto rows_lie_flat = [](const ggml_tensor * t) { return t->nb[0] == ggml_type_size(t->type); };
     return q->type == GGML_TYPE_F32 && k_packer(k->type) && v_packer(v->type) && (!mask || mask->type == GGML_TYPE_F16) &&
            q->ne[0] == k->ne[0] && k->ne[0] % 16 == 0 && v->ne[0] % 16 == 0 && v->ne[1] == k->ne[1] && k->ne[1] < INT32_MAX / 2 &&

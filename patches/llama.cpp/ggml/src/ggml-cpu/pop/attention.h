@@ -1,4 +1,4 @@
-// Attention of prompts: FLASH_ATTN_EXT in tiles that the query heads of a K/V head share.
+// FLASH_ATTN_EXT in tiles that the query heads of a K/V head share; from one row on faster than upstream's.
 
 #pragma once
 

@@ -26,7 +26,7 @@ constexpr int panel_block(format f) {
 }
 
 static inline float from_half(ggml_half h) {
-    return _cvtsh_ss(h);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
 }
 
 static inline __m256i load_256(const void * p) {

@@ -3,6 +3,7 @@
 #include "pop.h"
 
 #include "attention.h"
+#include "rows.h"
 #include "types.h"
 
 #include "ggml-backend-impl.h"
@@ -96,8 +97,7 @@ static int layout_of(const ggml_tensor * weights) {
 static const gemm * kernel_of(const ggml_tensor * op) {
     const ggml_tensor * weights = op->src[0];
     const ggml_tensor * input   = op->src[1];
-    if ((op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) || !in_use() || rows_asked(op) == GGML_POP_ROWS_NONE ||
-        input->type != GGML_TYPE_F32 || input->nb[0] != sizeof(float) || op->nb[0] != sizeof(float) ||
+    if ((op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) || input->type != GGML_TYPE_F32 || input->nb[0] != sizeof(float) || op->nb[0] != sizeof(float) ||
         weights->nb[0] != ggml_type_size(weights->type) || weights->ne[0] % 32 != 0 || weights->ne[3] != 1 ||
         (op->op == GGML_OP_MUL_MAT && weights->ne[2] != 1)) {
         return nullptr;
@@ -303,26 +303,40 @@ static void mul_mat_id(const ggml_compute_params * params, const gemm & g, ggml_
 
 } // namespace pop
 
+// whether these kernels may compute the operation
+static bool may_compute(const ggml_tensor * op) {
+    return pop::in_use() && pop::rows_asked(op) != GGML_POP_ROWS_NONE;
+}
+
 size_t ggml_pop_work_size(int n_threads, const ggml_tensor * op) {
+    if (!may_compute(op)) {
+        return 0;
+    }
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
-        return pop::in_use() ? pop::attention_work_size(n_threads, op) : 0;
+        return pop::attention_work_size(n_threads, op);
     }
     const pop::gemm * g = pop::kernel_of(op);
     return !g ? 0 : op->op == GGML_OP_MUL_MAT ? pop::mul_mat_size(*g, op, n_threads) : pop::mul_mat_id_size(*g, op, n_threads);
 }
 
 bool ggml_pop_compute_forward(const ggml_compute_params * params, ggml_tensor * op) {
-    if (params->use_ref) {
+    if (params->use_ref || !may_compute(op)) {
         return false;
     }
-    if (op->op == GGML_OP_FLASH_ATTN_EXT) {
-        return pop::in_use() && pop::attention_forward(params, op);
+    switch (op->op) {
+        case GGML_OP_FLASH_ATTN_EXT: return pop::attention_forward(params, op);
+        case GGML_OP_GLU:            return pop::geglu(params, op);
+        default:                     break;
     }
     const pop::gemm * g = pop::kernel_of(op);
     if (g) {
         (op->op == GGML_OP_MUL_MAT ? pop::mul_mat : pop::mul_mat_id)(params, *g, op);
     }
     return g;
+}
+
+bool ggml_pop_rms_norm_mul(const ggml_compute_params * params, const ggml_tensor * norm, ggml_tensor * mul) {
+    return may_compute(norm) && pop::rms_norm_mul(params, norm, mul);
 }
 
 const char * ggml_pop_kernels(void) {

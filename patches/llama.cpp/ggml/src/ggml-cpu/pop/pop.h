@@ -15,7 +15,7 @@ struct ggml_compute_params;
 extern "C" {
 #endif
 
-// What a graph may ask of a MUL_MAT, MUL_MAT_ID or FLASH_ATTN_EXT, at this index of its op_params.
+// What a graph may ask of an operation, at this index of its op_params.
 #define GGML_POP_OP_PARAM 15
 
 enum ggml_pop_rows {
@@ -29,6 +29,9 @@ size_t ggml_pop_work_size(int n_threads, const struct ggml_tensor * op);
 
 // false: these kernels do not compute the operation, and nothing was done
 bool ggml_pop_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * op);
+
+// an RMS_NORM and the MUL of its result, likewise
+bool ggml_pop_rms_norm_mul(const struct ggml_compute_params * params, const struct ggml_tensor * norm, struct ggml_tensor * mul);
 
 // "amx", "avx512vnni", "avxvnni" or "avx2"; "off": GGML_POP_KERNELS=0, "none": this processor or build has none of them.
 // another value of that variable, one of these names, keeps to these instructions and those that need less

@@ -1,4 +1,4 @@
-// Attention, AVX-512: the vectors in which attention-kernel.h is written.
+// AVX-512: the vectors in which attention and operations on rows are written.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Attention, AVX2 and AVX-VNNI: the vectors in which attention-kernel.h is written.
+// AVX2 and AVX-VNNI: the vectors in which attention and operations on rows are written.
 
 #pragma once
 

@@ -1,0 +1,17 @@
+// Operations on rows by themselves, which take their share of a prompt's time once products are fast.
+
+#pragma once
+
+#include "ggml.h"
+
+struct ggml_compute_params;
+
+namespace pop {
+
+// x * sigmoid(...) of one half times the other: GGML_GLU_OP_GEGLU. false: not covered, and nothing was done
+bool geglu(const ggml_compute_params * params, ggml_tensor * op);
+
+// RMS_NORM and the MUL behind it. false: likewise
+bool rms_norm_mul(const ggml_compute_params * params, const ggml_tensor * norm, ggml_tensor * mul);
+
+} // namespace pop

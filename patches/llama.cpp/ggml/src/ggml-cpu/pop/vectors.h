@@ -1,0 +1,37 @@
+// The widest vectors of floats that a build has, and their exponential function. POP_VECTORS: there are some.
+
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#    include "vectors-512.h"
+#    define POP_VECTORS
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#    include "vectors-256.h"
+#    define POP_VECTORS
+#endif
+
+#ifdef POP_VECTORS
+
+namespace pop {
+
+// SCALE / 2^EXPONENT * 2^(x + EXPONENT) to 3e-6, exact at 0, for x up to 100; 0 where its exponent would be below -126
+template <int EXPONENT, int SCALE> static inline floats exp2_scaled(floats x) {
+    constexpr float mantissa = (float) SCALE / (1 << EXPONENT);
+    const floats    magic    = splat(12583039.0f + EXPONENT); // 1.5 * 2^23 + 127: the sum's low bits are the exponent
+    x                        = max(x, splat(-127.0f - EXPONENT));
+    const floats t           = add(x, magic);
+    const floats r           = sub(x, sub(t, magic));
+    floats       p           = fma(r, splat(0.009582853f * mantissa), splat(0.055906426f * mantissa));
+    p                        = fma(p, r, splat(0.24024099f * mantissa));
+    p                        = fma(p, r, splat(0.6931242f * mantissa));
+    p                        = fma(p, r, splat(mantissa));
+    return mul(p, low_bits_as_exponent(t));
+}
+
+static inline floats exp2_of(floats x) {
+    return exp2_scaled<0, 1>(x);
+}
+
+} // namespace pop
+
+#endif
