@@ -1,11 +1,12 @@
 """The kernels that a processor of less would have, which GGML_POP_KERNELS chooses by their name."""
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from support.ggml import MulMat, MulMatId, Op, Stored, in_child
+from support.ggml import MulMat, MulMatId, Op, Stored, compute, in_child
 from support.kernels import (
     QUANTISED,
     REPACKED,
@@ -32,7 +33,10 @@ def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Gene
         ops[type_, "experts"] = mul_mat_id(rng, type_, (0, 1, 5, 6, 40), n_out=77)
     for type_ in REPACKED:
         plain = mul_mat(rng, type_, 17, n_out=72, n_in=768)
-        ops |= {(type_, "plain"): plain, (type_, "repacked"): replace(plain, repacked=True)}
+        repacked = replace(plain, repacked=True)
+        with contextlib.suppress(LookupError):  # Q2_K has a layout where there is AVX-512.
+            compute(repacked)
+            ops |= {(type_, "plain"): plain, (type_, "repacked"): repacked}
     child = in_child(list(ops.values()), env={"GGML_POP_KERNELS": name})
     if child.kernels != name:
         pytest.skip("these kernels are not in the library")

@@ -5,6 +5,8 @@
 
 #include "gemm.h"
 
+#include "ggml-cpu-impl.h" // defines __FMA__ and __F16C__, which MSVC does not
+
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include "unpack-256.h"
@@ -134,7 +136,7 @@ template <typename P> void pack(const float * const * cols, int n, int n_blocks,
 // products
 
 // Compilers would add in an order that takes more registers than there are.
-inline __m256i in_order(__m256i x) {
+[[maybe_unused]] inline __m256i in_order(__m256i x) {
 #if defined(__GNUC__)
     __asm__("" : "+x"(x));
 #endif

@@ -12,6 +12,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
+
 // the wheels' variant for such processors is compiled without the flag; all that have AMX have its bf16
 #define POP_AMX __attribute__((target("amx-tile,amx-bf16")))
 
@@ -135,6 +137,7 @@ POP_AMX static void multiply_tiles(const uint8_t * pairs, const uint8_t * tile, 
         }
     }
     const size_t stride = whole ? r.apart : sizeof(sums[0].values[0]);
+    std::atomic_signal_fence(std::memory_order_seq_cst); // GCC does not know that tiles are loaded from memory
     if (first) {
         _tile_zero(0);
         _tile_zero(1);

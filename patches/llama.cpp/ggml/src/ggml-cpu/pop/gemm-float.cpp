@@ -3,6 +3,8 @@
 
 #include "gemm.h"
 
+#include "ggml-cpu-impl.h" // defines __FMA__ and __F16C__, which MSVC does not
+
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include "types.h"

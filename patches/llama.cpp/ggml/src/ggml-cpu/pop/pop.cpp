@@ -93,21 +93,25 @@ static int layout_of(const ggml_tensor * weights) {
         : -1;
 }
 
+static bool has_rows_of_floats(const ggml_tensor * t) {
+    return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float);
+}
+
 // null: not computed here
 static const gemm * kernel_of(const ggml_tensor * op) {
+    if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
+        return nullptr;
+    }
     const ggml_tensor * weights = op->src[0];
-    const ggml_tensor * input   = op->src[1];
-    if ((op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) || input->type != GGML_TYPE_F32 || input->nb[0] != sizeof(float) || op->nb[0] != sizeof(float) ||
-        weights->nb[0] != ggml_type_size(weights->type) || weights->ne[0] % 32 != 0 || weights->ne[3] != 1 ||
-        (op->op == GGML_OP_MUL_MAT && weights->ne[2] != 1)) {
+    const bool is_plain = weights->nb[0] == ggml_type_size(weights->type) && weights->ne[0] % 32 == 0 && weights->ne[3] == 1 &&
+                          (op->op == GGML_OP_MUL_MAT_ID || weights->ne[2] == 1);
+    if (!is_plain || !has_rows_of_floats(op->src[1]) || !has_rows_of_floats(op)) {
         return nullptr;
     }
     const gemm * g = in_use()->table(layout_of(weights));
     g = g ? g : gemm_float(layout_of(weights));
-    if (!g || rows_asked(op) == GGML_POP_ROWS_ALL) {
-        return g;
-    }
-    return ggml_nrows(op) >= g->min_cols * weights->ne[2] ? g : nullptr;
+    const bool is_enough = rows_asked(op) == GGML_POP_ROWS_ALL || (g && ggml_nrows(op) >= g->min_cols * weights->ne[2]);
+    return is_enough ? g : nullptr;
 }
 
 static int64_t n_tiles(const gemm & g, int64_t n_cols) {
