@@ -23,7 +23,7 @@ _opened: PopModel  # in the child
 
 
 class Upstream:
-    """A model that llama.cpp reads in full, by its own kernels and without flash attention.
+    """A model that llama.cpp reads in full, by its own kernels.
 
     `options` are PopModel's. Whatever its process raises is raised by `run`.
     """
@@ -52,7 +52,7 @@ def _open(path: Path, options: dict[str, Any]) -> None:
     global _opened
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever measures ends it
     os.environ["GGML_POP_KERNELS"] = "0"  # which is read as the first model is loaded
-    _opened = PopModel(path, kernels=False, flash_attn=False, **options)
+    _opened = PopModel(path, kernels=False, **options)
 
 
 def _run(tokens: Sequence[int]) -> Run:

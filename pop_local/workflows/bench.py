@@ -31,6 +31,12 @@ from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_depth, model_files
 from pop_local.workflows.options import Hardware
 
+# Of llama.cpp: whether weights are repacked, whether attention is flash attention.
+_SETTINGS = {
+    "flash attention": (True, True),
+    "no flash attention": (True, False),
+    "flash attention, weights not repacked": (False, True),
+}
 # Tokens by which llama.cpp's best setting is chosen, at the most.
 _N_TRIED = 512
 
@@ -118,10 +124,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
 def _upstream(
     model: PopModel, options: BenchOptions
 ) -> Iterator[tuple[str, Callable[[Sequence[int]], Run]]]:
-    """The same model by llama.cpp's own kernels, weights repacked for them or not, and which.
-
-    Whichever reads faster is taken; flash attention is no gain there.
-    """
+    """The same model by llama.cpp's own kernels, in the setting that reads fastest, and which."""
     opening: dict[str, Any] = {
         "n_ctx": model.n_ctx(),
         "n_batch": options.n_batch,
@@ -129,20 +132,20 @@ def _upstream(
         "n_threads": model.n_threads,
         "n_gpu_layers": 0,
     }
-    both = {
-        name: Upstream(Path(model.model_path), repack=repack, **opening)
-        for name, repack in {"weights repacked": True, "weights not repacked": False}.items()
+    ways = {
+        name: Upstream(Path(model.model_path), repack=repack, flash_attn=flash_attn, **opening)
+        for name, (repack, flash_attn) in _SETTINGS.items()
     }
     with ExitStack() as open_ones:
-        for each in both.values():
+        for each in ways.values():
             open_ones.enter_context(each)
         tokens = random_prompt(model, min(_N_TRIED, options.n_longest))
-        tried = run_rounds([partial(each.run, tokens) for each in both.values()], 1)
-        times_s = {name: runs[0].ttft_s for name, runs in zip(both, tried, strict=True)}
-        best = min(both, key=lambda name: times_s[name])
-        for name in both.keys() - {best}:
-            both[name].close()
-        yield best, both[best].run
+        tried = run_rounds([partial(each.run, tokens) for each in ways.values()], 1)
+        times_s = {name: runs[0].ttft_s for name, runs in zip(ways, tried, strict=True)}
+        best = min(ways, key=lambda name: times_s[name])
+        for name in ways.keys() - {best}:
+            ways[name].close()
+        yield best, ways[best].run
 
 
 def find_break_even(
