@@ -3,7 +3,8 @@
 # make check: ruff, mypy and the quick tests, which need the backend, but no models and no second library
 # make fuzz SECONDS=3600: damaged files for each reader, for so long (FUZZ_SEED=N begins elsewhere,
 #   FUZZ_FILES=N tries so many instead)
-# make sanitize: the patched library with AddressSanitizer and UBSan under the oracle and damaged files
+# make sanitize: the patched library with AddressSanitizer and UBSan under the oracle, damaged files, and
+#   the tests of the CPU's kernels
 # make sidecars: fits the models of the catalog anew, as what is shipped was made, in hours
 #   (CATALOG=names for some of them, SIDECAR_name=options for others)
 # make wheels: dist/ with the wheels of the backend and of pop-local, and of all that they need
@@ -57,8 +58,8 @@ SANITIZED := $(CURDIR)/$(PACKAGE)/build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer -g1
 REPORTS := $(SANITIZED)/reports
 SANITIZED_TESTS ?= $(patsubst %,tests/oracle/test_%.py,oracle deep_pass image_rows wide) \
-	tests/unit/test_images.py tests/fuzz \
-	-k "tiny_models_equal and (llama or gemma3) or deep_pass or image or wide or llama_cpp_loads"
+	tests/unit/test_images.py tests/fuzz tests/kernels \
+	-k "tiny_models_equal and (llama or gemma3) or deep_pass or image or wide or llama_cpp_loads or kernels"
 sanitize: $(VENV)/.tools
 	rm -rf "$(SANITIZED)"
 	CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" \
@@ -71,7 +72,7 @@ sanitize: $(VENV)/.tools
 	UBSAN_OPTIONS=print_stacktrace=1:log_path="$(REPORTS)/ubsan" \
 	LLAMA_CPP_LIB_PATH="$(SANITIZED)/llama_cpp/lib" FUZZ_FILES=2000 $(BIN)/pytest -rP $(SANITIZED_TESTS)
 	@cat "$(REPORTS)"/* 2>/dev/null | grep -o "[^/]*: runtime error.*" | sort | uniq -c | sort -rn
-	@! grep -q "llama-pop[^ ]*: runtime error" "$(REPORTS)"/* 2>/dev/null
+	@! grep -qE "(llama-pop|/pop/)[^ ]*: runtime error" "$(REPORTS)"/* 2>/dev/null
 
 wheels: | $(VENV)/.ready
 	rm -rf $(WHEELS) $(PACKAGE)/build/wheels build pop_local.egg-info

@@ -104,7 +104,7 @@ struct partial {
 
 // Where things lie in a part of the work buffer, and how large it is.
 struct layout {
-    char * at;
+    uintptr_t at; // null may not be added to
 
     template <typename T> void operator()(T *& to, size_t n) {
         to = (T *) at;
@@ -118,14 +118,14 @@ inline int groups_of(const attention & a, int n_queries) {
 
 inline size_t partial_size(const attention & a, int n_queries) {
     partial p;
-    layout  take = { nullptr };
+    layout  take = { 0 };
     p.lay_out(a, groups_of(a, n_queries), [&](auto *& to, size_t n) { take(to, n); });
-    return (size_t) take.at;
+    return take.at;
 }
 
 inline partial partial_at(const attention & a, int n_queries, char * base) {
     partial p;
-    layout  take = { base };
+    layout  take = { (uintptr_t) base };
     p.lay_out(a, groups_of(a, n_queries), [&](auto *& to, size_t n) { take(to, n); });
     return p;
 }
@@ -144,7 +144,7 @@ struct scratch {
 
     scratch(const attention & a, int n_queries, char * base) {
         const size_t n_groups = groups_of(a, n_queries), blocks = a.dims.blocks(), pairs = a.dims.k_pairs();
-        layout       take     = { base };
+        layout       take     = { (uintptr_t) base };
         take(q, n_groups * pairs * TILE_ROWS * 2);
         take(q_scale, n_groups * blocks * TILE_ROWS);
         take(offset, n_groups * TILE_ROWS);
@@ -159,7 +159,7 @@ struct scratch {
         take(tile.v_inverse, TILE_CELLS);
         take(states, a.mask_rows(n_queries));
         take(edge, (size_t) a.mask_rows(n_queries) * TILE_CELLS);
-        size = (size_t) (take.at - base);
+        size = take.at - (uintptr_t) base;
     }
 
     row_group group(const attention & a, const partial & p, int i) const {

@@ -160,7 +160,8 @@ template <int LAYOUT> static void multiply(const gemm_share & s) {
 
 template <int LAYOUT> static const gemm * kernel() {
     constexpr format f = type_of<LAYOUT>::fmt;
-    static const gemm g = { PANEL_ROWS, COLS, 6, TILE, (size_t) STEP * panel_block(f), pack<f.halves, f.mins, f.bias>, multiply<LAYOUT> };
+    constexpr int min_cols = LAYOUT >= X16 ? 17 : LAYOUT >= X8 ? 2 : 5;
+    static const gemm g = { PANEL_ROWS, COLS, min_cols, TILE, (size_t) STEP * panel_block(f), pack<f.halves, f.mins, f.bias>, multiply<LAYOUT> };
     return &g;
 }
 

@@ -5,6 +5,10 @@
 
 #include "gemm.h"
 
+#if defined(__AMXTILE__) && !defined(__AMX_TILE__) // of older versions of Clang
+#    define __AMX_TILE__
+#endif
+
 #if defined(__AMX_TILE__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__linux__) && defined(__x86_64__)
 
 #include "unpack-512.h"
@@ -219,7 +223,8 @@ template <int LAYOUT> POP_AMX static void multiply(const gemm_share & s) {
 
 template <int LAYOUT> static const gemm * kernel() {
     constexpr size_t scratch = (size_t) STEP * (panel_block(type_of<LAYOUT>::fmt) + PANELS * 2 * TILE);
-    static const gemm g = { PANELS * PANEL_ROWS, COLS, 6, TILE, scratch, pack, multiply<LAYOUT> };
+    constexpr int min_cols = LAYOUT >= X16 ? 33 : LAYOUT >= X8 ? 6 : 9;
+    static const gemm g = { PANELS * PANEL_ROWS, COLS, min_cols, TILE, scratch, pack, multiply<LAYOUT> };
     return &g;
 }
 

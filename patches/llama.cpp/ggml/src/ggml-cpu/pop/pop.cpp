@@ -64,10 +64,10 @@ static ggml_pop_rows rows_asked(const ggml_tensor * op) {
 
 // hands out parts of the work buffer; without one it counts
 struct arena {
-    char * base = nullptr;
-    size_t size = 0;
+    uintptr_t base; // null may not be added to
+    size_t    size = 0;
 
-    explicit arena(void * wdata) : base((char *) GGML_PAD((uintptr_t) wdata, 64)) {}
+    explicit arena(void * wdata) : base(GGML_PAD((uintptr_t) wdata, 64)) {}
 
     template <typename T> T * take(size_t n) {
         T * p = (T *) (base + size);

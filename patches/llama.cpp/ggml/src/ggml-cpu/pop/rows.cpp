@@ -51,10 +51,10 @@ bool geglu(const ggml_compute_params * params, ggml_tensor * op) {
 bool rms_norm_mul(const ggml_compute_params * params, const ggml_tensor * norm, ggml_tensor * mul_op) {
     const ggml_tensor * x = norm->src[0], * w = mul_op->src[mul_op->src[0] == norm];
     const int64_t n = mul_op->ne[0];
-    if (!of_rows(mul_op, n) || !of_rows(x, n) || !of_rows(w, n) || w->ne[0] != n || ggml_nrows(w) != 1) {
+    const float eps = ggml_get_op_params_f32(norm, 0);
+    if (!(eps >= 0.0f) || !of_rows(mul_op, n) || !of_rows(x, n) || !of_rows(w, n) || w->ne[0] != n || ggml_nrows(w) != 1) {
         return false;
     }
-    const float eps = ggml_get_op_params_f32(norm, 0);
     share_rows(params, ggml_nrows(mul_op), [&](int64_t i) {
         const float * in  = (const float *) ((const char *) x->data + i * x->nb[1]);
         float *       out = (float *) ((char *) mul_op->data + i * mul_op->nb[1]);
