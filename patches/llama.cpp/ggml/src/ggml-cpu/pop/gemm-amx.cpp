@@ -25,6 +25,7 @@ namespace pop {
 
 constexpr int COLS   = 16;        // of a tile
 constexpr int STEP   = 64;        // blocks that are unpacked at once
+constexpr int UNPACK = 8;          // of these, so that their codes stay in the nearest cache
 constexpr int PANELS = 4;         // that meet a tile of columns while it is in the nearest cache
 constexpr int TILE   = COLS * 64; // bytes: 16 rows of 32 bf16, or 16 pairs along K of 16 rows
 
@@ -207,8 +208,10 @@ template <int LAYOUT> POP_AMX static void multiply(const gemm_share & s) {
     for (int b = 0; b < s.n_blocks; b += STEP) {
         const int n = std::min(STEP, s.n_blocks - b);
         for (int r = 0; r < s.n_rows; r += PANEL_ROWS) {
-            values_of<LAYOUT>(s.weights + r * s.stride, s.stride, std::min(PANEL_ROWS, s.n_rows - r), b, n,
-                codes, s.scratch + r / PANEL_ROWS * panel_bytes);
+            for (int i = 0; i < n; i += UNPACK) {
+                values_of<LAYOUT>(s.weights + r * s.stride, s.stride, std::min(PANEL_ROWS, s.n_rows - r), b + i, std::min(UNPACK, n - i),
+                    codes, s.scratch + r / PANEL_ROWS * panel_bytes + i * 2 * TILE);
+            }
         }
         for (int c = 0; c < s.n_cols; c += 2 * COLS) {
             const uint8_t * tile = s.tiles + c / COLS * apart + (size_t) b * TILE;
@@ -222,7 +225,7 @@ template <int LAYOUT> POP_AMX static void multiply(const gemm_share & s) {
 }
 
 template <int LAYOUT> static const gemm * kernel() {
-    constexpr size_t scratch = (size_t) STEP * (panel_block(type_of<LAYOUT>::fmt) + PANELS * 2 * TILE);
+    constexpr size_t scratch = (size_t) UNPACK * panel_block(type_of<LAYOUT>::fmt) + STEP * PANELS * 2 * TILE;
     constexpr int min_cols = LAYOUT >= X16 ? 33 : LAYOUT >= X8 ? 6 : 9;
     static const gemm g = { PANELS * PANEL_ROWS, COLS, min_cols, TILE, scratch, pack, multiply<LAYOUT> };
     return &g;

@@ -186,6 +186,7 @@ template <int LAYOUT> static void unpack_rows(const char * weights, size_t strid
     for (int j = 0; j < 16; j++) {
         // rows that are not there repeat the last one, and are not stored
         const auto * x = (const typename type::block *) (weights + std::min(j, n_rows - 1) * stride) + block * 32 / type::n_values;
+        fetch((const char *) x + PANEL_ROWS * stride, sizeof(*x) * 256 / type::n_values);
         row_codes r;
         if constexpr (type::n_values == 256) {
             r = read(*x);

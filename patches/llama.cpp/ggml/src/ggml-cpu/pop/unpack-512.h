@@ -20,6 +20,9 @@ template <int LAYOUT> static void unpack(const char * weights, size_t stride, in
             if constexpr (LAYOUT >= X16) {
                 unpack_x16(at(r), m, to);
             } else if constexpr (LAYOUT >= X8) {
+                for (int h = 0; h < 16; h += 8) {
+                    fetch((const char *) at(r + h) + PANEL_ROWS * stride, sizeof(typename type::block) * 256 / type::n_values);
+                }
                 unpack_x8(at(r), at(r + 8 < n_rows ? r + 8 : r), m, to);
             } else {
                 unpack_rows<LAYOUT>(weights + r * stride, stride, n_rows - r, block + i, m, to);
