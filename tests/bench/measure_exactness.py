@@ -1,17 +1,17 @@
 """How exact the kernels for prompts are: KL from the same weights computed in F32. Not a test.
 
     python tests/bench/measure_exactness.py MODEL.gguf [--text FILE] [--chunks 8] [--tokens 512]
-        [--parts] [--json]
+        [--skip 0] [--parts] [--json]
 
 The truth is an F32 copy of the model in a temporary folder (TMPDIR, 4 bytes a weight and a logit),
 with K/V in F32, read by llama.cpp's own kernels. These and each of ours that this machine has then
 read the model itself, on one thread. Only the fastest of ours finds weights repacked: they may be
 in buffers for AMX, which kernels of fewer instructions leave to llama.cpp.
 
-Each chunk of held-out text is one prompt, read in full. All rows are compared but the last one.
-Errors are standard errors by chunk, differences are paired by chunk. `--parts` tells products from
-attention: without flash attention ours compute products only, with F32 weights attention only.
-Prints Markdown, or one JSON object.
+Each chunk of held-out text is one prompt, read in full. All rows are compared but the last one;
+`--skip` leaves out the first: without BOS they may differ by nats and make the mean alone. Errors
+are standard errors by chunk, differences are paired. `--parts` tells products from attention: ours
+compute only products without flash attention, only attention with F32 weights. Prints Markdown.
 """
 
 import argparse
@@ -70,23 +70,24 @@ def settings(with_parts: bool) -> Iterator[Setting]:
 
 
 def score(setting: Setting, folder: Path, options: argparse.Namespace) -> Floats | None:
-    """Return KL and NLL of each row [2, n_chunks, n - 1] in nats; None: no such kernels here."""
+    """Return KL and NLL of the rows [2, n_chunks, n_rows] in nats; None: no such kernels here."""
     os.environ["GGML_POP_KERNELS"] = setting.kernels  # which is read once in a process
     if setting.kernels not in ("0", prompt_kernels()):
         return None
     n, is_truth, scores = options.tokens, setting == TRUTH, []
-    how: dict[str, Any] = {"n_ctx": n, "n_batch": n, "n_ubatch": n, "n_threads": 1}
-    how |= {"flash_attn": setting.flash_attn, "repack": setting.repack}
-    how |= {"type_k": 0, "type_v": 0} if is_truth else {}  # GGML_TYPE_F32
+    how: dict[str, Any] = {"type_k": 0, "type_v": 0} if is_truth else {}  # GGML_TYPE_F32
+    how |= {"flash_attn": setting.flash_attn, "repack": setting.repack, "n_threads": 1}
+    how |= {"n_ctx": n, "n_batch": n, "n_ubatch": n}
     with PopModel(folder / "f32" if setting.is_f32 else options.model, n_gpu_layers=0, **how) as m:
         start, text = bos(m), given_text(options.text) if options.text else shipped_text()
         windows = spread_windows(tokenize(m, text), options.chunks, n - len(start))
         for number, chunk in enumerate([*start, *window] for window in windows):
-            read, path = predictions(logits(m, chunk)[:-1]), folder / f"{number}.npy"
+            path = folder / f"{number}.npy"
+            read = predictions(logits(m, chunk)[options.skip : -1])
             if is_truth:  # for the others
                 np.save(path, read.logits)
             kl = divergence(predictions(np.load(path, mmap_mode="r")), read).kl
-            scores.append((kl, likelihood(read, np.asarray(chunk[1:])).nll))
+            scores.append((kl, likelihood(read, np.asarray(chunk[options.skip + 1 :])).nll))
     return np.array(scores).swapaxes(0, 1)
 
 
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="instead of the held-out text of pop-local")
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="of a chunk, BOS included")
+    parser.add_argument("--skip", type=int, default=0, help="first rows that are not compared")
     parser.add_argument("--parts", action="store_true", help="products and attention apart, too")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
