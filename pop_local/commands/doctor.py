@@ -36,13 +36,6 @@ NO_DEVICE = {
     "CUDA": "does nvidia-smi show one, with a driver for the CUDA that this was built with?",
     "Vulkan": "ggml leaves out CPUs, as lavapipe is: GGML_VK_VISIBLE_DEVICES=0 takes the first",
 }
-# Why these kernels for prompts and no others, by what the processor and the build have.
-KERNELS = {
-    "amx": "AMX_INT8 and AVX512_VNNI are here",
-    "avx512vnni": "AVX512_VNNI is here, AMX_INT8 is not",
-    "avxvnni": "AVX_VNNI is here, AVX512_VNNI is not",
-    "avx2": "AVX2 is here, AVX_VNNI and AVX512_VNNI are not",
-}
 KERNELS_VARIABLE = "GGML_POP_KERNELS"
 CUDA_HINT = 'to use it: CMAKE_ARGS="-DGGML_CUDA=on" pip install ./patches/llama-cpp-python'
 
@@ -108,13 +101,14 @@ def _backend() -> list[Check]:
 def _kernels(name: str) -> Check:
     """Which of our kernels read prompts on the CPU, and why."""
     title, asked = "Kernels for prompts", os.environ.get(KERNELS_VARIABLE)
-    if name == devices.NO_KERNELS:
-        found = "none for this processor in this build: llama.cpp's own read prompts"
-        return Check("kernels", title, "ok", found)
     if asked is not None:
         found = f"{name}: {KERNELS_VARIABLE}={asked}"
         return Check("kernels", title, "note", found, "without it the fastest are taken")
-    return Check("kernels", title, "ok", f"{name} ({KERNELS.get(name, 'the best of this build')})")
+    if name == devices.NO_KERNELS:
+        found = "none for this processor in this build: llama.cpp's own read prompts"
+        return Check("kernels", title, "ok", found)
+    found = f"{name}, the fastest that this processor and this build have"
+    return Check("kernels", title, "ok", found)
 
 
 def _threads(n_threads: int) -> Check:

@@ -103,7 +103,8 @@ class KvLlama(SeeingLlama):
         self._opened_with = {"kernels": kernels, "flash_attn": flash_attn, "repack": repack}
         auto_attention = flash_attn is None and on_device and has_gpu
         if flash_attn is None:
-            flash_attn = kernels and kernels_read_prompts()
+            # A server's device may lack it, and cannot be asked.
+            flash_attn = not rpc and kernels and kernels_read_prompts()
         n_ctx_default = opening.default_ctx(source.first)
         n_ctx = n_ctx or n_ctx_default
         # llama.cpp keeps all rows otherwise.

@@ -8,10 +8,12 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.speed import Run, run
@@ -39,9 +41,15 @@ class Upstream:
         self.close()
 
     def run(self, tokens: Sequence[int]) -> Run:
-        """As `speed.run`, of the full model."""
-        self._loaded.result()
-        return self._pool.submit(_run, tokens).result()
+        """As `speed.run`, of the full model. Raises PopError where the process has ended."""
+        try:
+            self._loaded.result()
+            return self._pool.submit(_run, tokens).result()
+        except BrokenProcessPool as error:
+            raise PopError(
+                "the process that runs llama.cpp by itself ended",
+                "is there memory for the model twice?",
+            ) from error
 
     def close(self) -> None:
         """End the process."""

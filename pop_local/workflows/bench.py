@@ -1,7 +1,7 @@
 """Time to first token with and without pruning, on the same weights."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,12 @@ from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_depth, model_files
 from pop_local.workflows.options import Hardware
 
-# Of llama.cpp: whether weights are repacked, whether attention is flash attention.
+# Whether llama.cpp repacks weights, and whether its attention is flash attention.
 _SETTINGS = {
     "flash attention": (True, True),
     "no flash attention": (True, False),
     "flash attention, weights not repacked": (False, True),
+    "no flash attention, weights not repacked": (False, False),
 }
 # Tokens by which llama.cpp's best setting is chosen, at the most.
 _N_TRIED = 512
@@ -132,20 +133,15 @@ def _upstream(
         "n_threads": model.n_threads,
         "n_gpu_layers": 0,
     }
-    ways = {
-        name: Upstream(Path(model.model_path), repack=repack, flash_attn=flash_attn, **opening)
-        for name, (repack, flash_attn) in _SETTINGS.items()
-    }
-    with ExitStack() as open_ones:
-        for each in ways.values():
-            open_ones.enter_context(each)
-        tokens = random_prompt(model, min(_N_TRIED, options.n_longest))
-        tried = run_rounds([partial(each.run, tokens) for each in ways.values()], 1)
-        times_s = {name: runs[0].ttft_s for name, runs in zip(ways, tried, strict=True)}
-        best = min(ways, key=lambda name: times_s[name])
-        for name in ways.keys() - {best}:
-            ways[name].close()
-        yield best, ways[best].run
+    path, tokens = Path(model.model_path), random_prompt(model, min(_N_TRIED, options.n_longest))
+    times_s = {}
+    for name, (repack, flash_attn) in _SETTINGS.items():  # one at a time, for the memory
+        with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as tried:
+            times_s[name] = run_rounds([partial(tried.run, tokens)], 1)[0][0].ttft_s
+    best = min(times_s, key=lambda name: times_s[name])
+    repack, flash_attn = _SETTINGS[best]
+    with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as upstream:
+        yield best, upstream.run
 
 
 def find_break_even(

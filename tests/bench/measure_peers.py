@@ -26,7 +26,7 @@ from converter.shape import read_shape
 from measure_speed import Child, Spread, Variant, machine, prompt, show, shown, skipping, spread
 
 SETTINGS = {
-    "llama": ("-fa 1 --repack 1", "-fa 1 --repack 0"),
+    "llama": ("-fa 1 --repack 1", "-fa 0 --repack 1", "-fa 1 --repack 0", "-fa 0 --repack 0"),
     "ik": ("-fa 1 -rtr 0", "-fa 1 -rtr 1"),
 }
 

@@ -330,7 +330,7 @@ template <int R> static void attend_rows(const head_dims & dims, const kv_tile &
     score<R>(dims, tile, group, scores);
     if (masked || dims.cap != 0.0f) {
         for (int c = 0; c < R; c++) {
-            change_scores(dims, tile, masked ? group.mask[c] : nullptr, group.slope[c], scores[c]);
+            change_scores(dims, tile, masked ? group.mask[c] : nullptr, masked ? group.slope[c] : 0.0f, scores[c]);
         }
     }
     weigh<R>(tile, group, scores, weights, carry, gain);
@@ -360,7 +360,7 @@ static void attend(const head_dims & dims, const kv_tile & tile, const row_group
     }
 }
 
-// what rows have come to over further cells
+// adds the sums of rows over further cells
 static void merge_groups(const head_dims & dims, const row_group & to, const row_group & from) {
     alignas(64) float keep[LANES], gain[LANES];
     const floats      a = load(to.top), b = load(from.top), next = max(a, b);

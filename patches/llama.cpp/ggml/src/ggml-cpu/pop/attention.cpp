@@ -2,7 +2,7 @@
 //
 // Tiles begin at multiples of 64 cells, and one that a row does not see changes no bit of its result. So that depends neither on
 // the other rows, nor on how long the cache is behind the last cell that the row sees, nor on how rows are shared out. It depends
-// on K of the first two cells, whoever's they are, from which the bias of K is read.
+// on K of the first two cells, whoever's they are, from which the bias of K is read. A NaN in Q stays one; K and V have none.
 
 #include "attention.h"
 
@@ -27,7 +27,8 @@ bool covered(const ggml_tensor * op) {
     const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3];
     const auto rows_lie_flat = [](const ggml_tensor * t) { return t->nb[0] == ggml_type_size(t->type); };
     return q->type == GGML_TYPE_F32 && k_packer(k->type) && v_packer(v->type) && (!mask || mask->type == GGML_TYPE_F16) &&
-           q->ne[0] == k->ne[0] && k->ne[0] % 16 == 0 && v->ne[0] % 16 == 0 && v->ne[1] == k->ne[1] && k->ne[1] < INT32_MAX / 2 &&
+           q->ne[1] > 0 && k->ne[1] > 0 && k->ne[1] < INT32_MAX / 2 && v->ne[1] == k->ne[1] &&
+           q->ne[0] == k->ne[0] && k->ne[0] % 16 == 0 && v->ne[0] % 16 == 0 &&
            k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[2] % k->ne[2] == 0 && q->ne[3] % k->ne[3] == 0 &&
            rows_lie_flat(q) && rows_lie_flat(k) && rows_lie_flat(v) && op->nb[0] == sizeof(float) && op->nb[1] == v->ne[0] * sizeof(float) &&
            q->nb[1] % sizeof(float) == 0 && k->nb[1] % 2 == 0 && v->nb[1] % 2 == 0;
@@ -114,7 +115,7 @@ size_t attention_work_size(int n_threads, const ggml_tensor * op) {
 }
 
 bool attention_forward(const ggml_compute_params * params, ggml_tensor * op) {
-    if (params->use_ref || !covered(op)) {
+    if (!covered(op)) {
         return false;
     }
     const attention a(op);

@@ -18,11 +18,9 @@ namespace pop {
 // the switch
 //
 
-using gemm_table = const gemm * (*)(int layout);
-
 struct instructions {
     const char * name;
-    gemm_table   table;
+    const gemm * (*table)(int layout);
 };
 
 static const instructions all_instructions[] = {
@@ -30,27 +28,30 @@ static const instructions all_instructions[] = {
     { "avx512vnni", gemm_512 },
 #ifdef __AVXVNNI__
     { "avxvnni",    gemm_256 },
-#else
-    { "avx2",       gemm_256 },
 #endif
+    { "avx2",       gemm_256 },
 };
 
-// GGML_POP_KERNELS: 0 is off, the name of instructions keeps to them and those that need less
+static bool is_off() {
+    const char * wanted = getenv("GGML_POP_KERNELS");
+    return wanted && strcmp(wanted, "0") == 0;
+}
+
+// the best ones, from those on that GGML_POP_KERNELS names
+static const instructions * find_instructions() {
+    const char * wanted  = getenv("GGML_POP_KERNELS");
+    bool         allowed = !wanted || strcmp(wanted, "1") == 0;
+    for (const instructions & i : all_instructions) {
+        allowed = allowed || strcmp(wanted, i.name) == 0;
+        if (allowed && i.table(GGML_TYPE_Q8_0)) {
+            return &i;
+        }
+    }
+    return nullptr;
+}
+
 static const instructions * in_use() {
-    static const instructions * const found = []() -> const instructions * {
-        const char * wanted = getenv("GGML_POP_KERNELS");
-        if (wanted && strcmp(wanted, "0") == 0) {
-            return nullptr;
-        }
-        bool allowed = !wanted || !*wanted || strcmp(wanted, "1") == 0;
-        for (const instructions & i : all_instructions) {
-            allowed = allowed || strcmp(wanted, i.name) == 0;
-            if (allowed && i.table(GGML_TYPE_Q8_0)) {
-                return &i;
-            }
-        }
-        return nullptr;
-    }();
+    static const instructions * const found = find_instructions();
     return found;
 }
 
@@ -62,7 +63,7 @@ static ggml_pop_rows rows_asked(const ggml_tensor * op) {
 // the work buffer
 //
 
-// hands out parts of the work buffer; without one it counts
+// Hands out parts of the work buffer; without one it counts.
 struct arena {
     uintptr_t base; // null may not be added to
     size_t    size = 0;
@@ -344,6 +345,5 @@ bool ggml_pop_rms_norm_mul(const ggml_compute_params * params, const ggml_tensor
 }
 
 const char * ggml_pop_kernels(void) {
-    const char * wanted = getenv("GGML_POP_KERNELS");
-    return pop::in_use() ? pop::in_use()->name : wanted && strcmp(wanted, "0") == 0 ? "off" : "none";
+    return pop::in_use() ? pop::in_use()->name : pop::is_off() ? "off" : "none";
 }

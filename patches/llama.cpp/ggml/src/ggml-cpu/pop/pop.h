@@ -15,7 +15,7 @@ struct ggml_compute_params;
 extern "C" {
 #endif
 
-// What a graph may ask of an operation, at this index of its op_params.
+// Where in its op_params a graph says who computes an operation.
 #define GGML_POP_OP_PARAM 15
 
 enum ggml_pop_rows {
@@ -33,8 +33,8 @@ bool ggml_pop_compute_forward(const struct ggml_compute_params * params, struct 
 // an RMS_NORM and the MUL of its result, likewise
 bool ggml_pop_rms_norm_mul(const struct ggml_compute_params * params, const struct ggml_tensor * norm, struct ggml_tensor * mul);
 
-// "amx", "avx512vnni", "avxvnni" or "avx2"; "off": GGML_POP_KERNELS=0, "none": this processor or build has none of them.
-// another value of that variable, one of these names, keeps to these instructions and those that need less
+// "amx", "avx512vnni", "avxvnni" or "avx2": the products' instructions. "off": GGML_POP_KERNELS=0. "none": this processor or build has
+// none of them, or none that the variable allows: one of these names leaves out the ones before it. Other operations have the build's
 const char * ggml_pop_kernels(void);
 
 #ifdef __cplusplus

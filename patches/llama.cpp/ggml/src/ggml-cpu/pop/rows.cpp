@@ -36,10 +36,10 @@ bool geglu(const ggml_compute_params * params, ggml_tensor * op) {
     if (ggml_get_glu_op(op) != GGML_GLU_OP_GEGLU || !of_rows(op, n) || !of_rows(a, n) || !of_rows(b, n)) {
         return false;
     }
-    const bool swapped = ggml_get_op_params_i32(op, 1);
+    const bool is_split = !op->src[1], swapped = ggml_get_op_params_i32(op, 1);
     share_rows(params, ggml_nrows(op), [&](int64_t i) {
-        const float * x = (const float *) ((const char *) a->data + i * a->nb[1]) + (a == b && swapped ? n : 0);
-        const float * y = (const float *) ((const char *) b->data + i * b->nb[1]) + (a == b && !swapped ? n : 0);
+        const float * x = (const float *) ((const char *) a->data + i * a->nb[1]) + (is_split && swapped ? n : 0);
+        const float * y = (const float *) ((const char *) b->data + i * b->nb[1]) + (is_split && !swapped ? n : 0);
         float *     out = (float *) ((char *) op->data + i * op->nb[1]);
         for (int64_t k = 0; k < n; k += LANES) {
             store(out + k, mul(gelu(load(x + k)), load(y + k)));
