@@ -70,7 +70,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured on: `backend` names the device and the threads.
+    """The circumstances: `backend` names the device and the threads.
 
     `kernels`: those of ours that read the prompts (`prompt_kernels`), "" where a device does.
     `is_exact`: the tokens that skip the layers from `boundary` on are of no use there.

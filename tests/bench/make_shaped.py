@@ -113,7 +113,7 @@ def own_shapes(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def layer_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Of a layer's tensors, but for experts."""
+    """The tensors of a layer, but for experts."""
     n_embd, n_ff = recipe.n_embd, recipe.n_ff
     n_q, n_kv = recipe.n_head * recipe.head_dim, recipe.n_head_kv * recipe.head_dim
     is_oss = recipe.arch == "gpt-oss"
@@ -135,7 +135,7 @@ def layer_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 
 
 def expert_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Of a layer's experts and their router."""
+    """The experts of a layer and their router."""
     n, n_embd, n_ff = recipe.n_expert, recipe.n_embd, recipe.n_ff
     rows = {"ffn_gate_inp": (n,), "ffn_gate_exps": (n, n_ff), "ffn_up_exps": (n, n_ff)}
     parts = {f"{name}.weight": (*dims, n_embd) for name, dims in rows.items()}

@@ -56,7 +56,7 @@ UPSTREAM = (Setting("llama.cpp, fa off"), Setting("llama.cpp, fa on", flash_attn
 
 
 def settings(with_parts: bool) -> Iterator[Setting]:
-    """What is compared, the kernels that this machine lacks among it."""
+    """The settings to compare, kernels that this machine lacks among them."""
     yield from (TRUTH, *UPSTREAM, Setting("llama.cpp, fa off, not repacked", repack=False))
     if with_parts:
         yield Setting("llama.cpp, fa off, F32 weights", is_f32=True)

@@ -241,8 +241,8 @@ def set_kernels(ctx: Any, are_on: bool) -> None:
 def set_reading(ctx: Any, is_on: bool) -> None:
     """Say whether batches are of a prompt from now on, so that no row depends on how it is cut.
 
-    That holds with our kernels and flash attention: they compute it however few rows are left. Of a
-    token that is decoded they compute what they are faster at.
+    That holds with our kernels and flash attention: they compute it however few rows are left.
+    While a token is decoded they compute only what they are faster at.
     """
     _set("llama_pop_set_reading", ctx, is_on)
 

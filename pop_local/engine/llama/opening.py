@@ -30,7 +30,7 @@ _LOADING = RLock()
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Of the model that this thread opens; no files for llama.cpp's own way of finding parts."""
+    """For the model that this thread opens; no files for llama.cpp's own way of finding parts."""
 
     files: tuple[Path, ...] = ()
     servers: Servers | None = None

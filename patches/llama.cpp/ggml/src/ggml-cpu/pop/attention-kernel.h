@@ -391,7 +391,7 @@ static float nothing_of(const float * x, int n) {
     return sum_of(sum);
 }
 
-// What a tile of masked cells leaves may differ in the sign of a zero, so there is only one zero.
+// A tile of masked cells may change the sign of a zero, so there is only one zero.
 static void write_row(const float * out, int dv, float factor, float * to) {
     for (int d = 0; d < dv; d += LANES) {
         store(to + d, add(mul(load(out + d), splat(factor)), splat(0.0f)));

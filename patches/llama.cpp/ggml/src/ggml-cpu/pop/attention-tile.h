@@ -1,4 +1,4 @@
-// What the driver and the kernels of attention share: a tile of cells, a group of rows, and the ranges of their integers.
+// Shared by the driver and the kernels of attention: a tile of cells, a group of rows, and the ranges of their integers.
 //
 // Q, K, V and the weights of a tile are 16-bit integers with scales, so that both products are sums of integers:
 //   Q  a scale for each row and 64 dims            K  a scale for each cell and 64 dims

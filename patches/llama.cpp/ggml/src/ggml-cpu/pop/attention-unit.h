@@ -83,7 +83,7 @@ struct attention {
     }
 };
 
-// What rows have come to over some cells.
+// The sums of rows over some cells.
 struct partial {
     float * top;
     float * sum;
@@ -217,7 +217,7 @@ struct unit {
         }
     }
 
-    // What is large in cells 0 and 1, since the first token's K is often unlike all others. A row that sees cell 0 alone has weight 1
+    // The large values of cells 0 and 1, since the first token's K is often unlike all others. A row that sees cell 0 alone has weight 1
     // there whatever the centre is, unless a cap or sinks count: these take cell 0. False: nothing is large.
     bool find_centre() const {
         const int dk = a.dims.dk;

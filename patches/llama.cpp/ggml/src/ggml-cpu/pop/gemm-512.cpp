@@ -25,7 +25,8 @@ static_assert(sizeof(tile_block) == TILE, "a tile is packed without gaps");
 // of the absolute values of 32: compared as integers, so that NaN is the greatest
 static inline float greatest(__m512 x0, __m512 x1) {
     const __m512i sign = _mm512_set1_epi32(0x7fffffff);
-    const __m512i x = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(x0), sign), _mm512_and_si512(_mm512_castps_si512(x1), sign));
+    const __m512i a = _mm512_and_si512(_mm512_castps_si512(x0), sign), b = _mm512_and_si512(_mm512_castps_si512(x1), sign);
+    const __m512i x = _mm512_max_epi32(a, b);
     const __m256i y = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
     __m128i z = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
     z = _mm_max_epi32(z, _mm_shuffle_epi32(z, 0x4e));
@@ -49,8 +50,8 @@ template <bool HALVES, bool MINS, int BIAS> static void pack(const float * const
             _mm_storeu_si128((__m128i *) (out->codes[c] + 16), q1);
             out->scales[c] = scale;
 
-            const __m128i one = _mm_set1_epi8(1);
-            __m128i sums = _mm_hadd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), one, q0), _mm_dpbusd_epi32(_mm_setzero_si128(), one, q1));
+            const __m128i one = _mm_set1_epi8(1), zero = _mm_setzero_si128();
+            __m128i sums = _mm_hadd_epi32(_mm_dpbusd_epi32(zero, one, q0), _mm_dpbusd_epi32(zero, one, q1));
             sums = _mm_hadd_epi32(sums, sums);
             const int32_t half[2] = { _mm_cvtsi128_si32(sums), _mm_extract_epi32(sums, 1) };
             for (int h = 0; h < (HALVES ? 2 : 1); h++) {
@@ -118,7 +119,8 @@ template <bool HALVES, bool MINS, int N> struct sums_of {
 
 // 32 rows times N columns; the sums over earlier blocks are where the result goes
 template <bool HALVES, bool MINS, int N>
-static void multiply_tile(const uint8_t * panel, const uint8_t * tile, int n, bool first, const gemm_share & s, int col, const __mmask16 rows[2]) {
+static void multiply_tile(const uint8_t * panel, const uint8_t * tile, int n, bool first, const gemm_share & s, int col,
+        const __mmask16 rows[2]) {
     sums_of<HALVES, MINS, N> sums;
     POP_UNROLL
     for (int c = 0; c < N; c++) {
@@ -161,7 +163,8 @@ template <int LAYOUT> static void multiply(const gemm_share & s) {
 template <int LAYOUT> static const gemm * kernel() {
     constexpr format f = type_of<LAYOUT>::fmt;
     constexpr int min_cols = LAYOUT >= X16 ? 17 : LAYOUT >= X8 ? 2 : 5;
-    static const gemm g = { PANEL_ROWS, COLS, min_cols, TILE, (size_t) STEP * panel_block(f), pack<f.halves, f.mins, f.bias>, multiply<LAYOUT> };
+    constexpr size_t scratch = (size_t) STEP * panel_block(f);
+    static const gemm g = { PANEL_ROWS, COLS, min_cols, TILE, scratch, pack<f.halves, f.mins, f.bias>, multiply<LAYOUT> };
     return &g;
 }
 

@@ -25,7 +25,7 @@ namespace pop {
 
 constexpr int COLS   = 16;        // of a tile
 constexpr int STEP   = 64;        // blocks that are unpacked at once
-constexpr int UNPACK = 8;          // of these, so that their codes stay in the nearest cache
+constexpr int UNPACK = 8;         // of these, so that their codes stay in the nearest cache
 constexpr int PANELS = 4;         // that meet a tile of columns while it is in the nearest cache
 constexpr int TILE   = COLS * 64; // bytes: 16 rows of 32 bf16, or 16 pairs along K of 16 rows
 
@@ -75,7 +75,8 @@ template <int LAYOUT> static void expand(const uint8_t * panel, int n, uint8_t *
 }
 
 // weights to tiles of values as above, n blocks of up to 32 rows
-template <int LAYOUT> static void values_of(const char * weights, size_t stride, int n_rows, int block, int n, uint8_t * codes, uint8_t * out) {
+template <int LAYOUT>
+static void values_of(const char * weights, size_t stride, int n_rows, int block, int n, uint8_t * codes, uint8_t * out) {
     if constexpr (LAYOUT != GGML_TYPE_BF16) {
         unpack<LAYOUT>(weights, stride, n_rows, block, n, codes);
         expand<LAYOUT>(codes, n, out);
@@ -131,7 +132,8 @@ struct tile_sums {
 
 // one or two tiles of columns, `apart` bytes from each other, times 32 rows; the sums over earlier blocks are where the results go
 template <bool TWO>
-POP_AMX static void multiply_tiles(const uint8_t * pairs, const uint8_t * tile, size_t apart, int n, bool first, const results & r, int col) {
+POP_AMX static void multiply_tiles(const uint8_t * pairs, const uint8_t * tile, size_t apart, int n, bool first, const results & r,
+        int col) {
     const bool whole = r.whole(std::min(r.share.n_cols - col, (TWO ? 2 : 1) * COLS));
     tile_sums sums[4];
     float * at[4];
@@ -209,8 +211,9 @@ template <int LAYOUT> POP_AMX static void multiply(const gemm_share & s) {
         const int n = std::min(STEP, s.n_blocks - b);
         for (int r = 0; r < s.n_rows; r += PANEL_ROWS) {
             for (int i = 0; i < n; i += UNPACK) {
-                values_of<LAYOUT>(s.weights + r * s.stride, s.stride, std::min(PANEL_ROWS, s.n_rows - r), b + i, std::min(UNPACK, n - i),
-                    codes, s.scratch + r / PANEL_ROWS * panel_bytes + i * 2 * TILE);
+                const int n_rows = std::min(PANEL_ROWS, s.n_rows - r);
+                values_of<LAYOUT>(s.weights + r * s.stride, s.stride, n_rows, b + i, std::min(UNPACK, n - i), codes,
+                    s.scratch + r / PANEL_ROWS * panel_bytes + i * 2 * TILE);
             }
         }
         for (int c = 0; c < s.n_cols; c += 2 * COLS) {

@@ -33,7 +33,7 @@ static inline __m256i load_256(const void * p) {
     return _mm256_loadu_si256((const __m256i *) p);
 }
 
-// what is read soon: rows lie too far apart for the processor to foresee it
+// for bytes that are read soon: rows are too far apart for the processor to foresee it
 static inline void fetch(const char * p, size_t n) {
     for (size_t i = 0; i < n; i += 64) {
         _mm_prefetch(p + i, _MM_HINT_T0);

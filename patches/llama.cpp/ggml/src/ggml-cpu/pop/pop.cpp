@@ -129,7 +129,7 @@ static float * column(const ggml_tensor * t, int64_t i) {
     return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3]);
 }
 
-// what both kinds of products keep in the work buffer
+// both kinds of products keep this in the work buffer
 struct product_work {
     float **  out;     // [n_cols]
     uint8_t * tiles;

@@ -33,8 +33,8 @@ bool ggml_pop_compute_forward(const struct ggml_compute_params * params, struct 
 // an RMS_NORM and the MUL of its result, likewise
 bool ggml_pop_rms_norm_mul(const struct ggml_compute_params * params, const struct ggml_tensor * norm, struct ggml_tensor * mul);
 
-// "amx", "avx512vnni", "avxvnni" or "avx2": the products' instructions. "off": GGML_POP_KERNELS=0. "none": this processor or build has
-// none of them, or none that the variable allows: one of these names leaves out the ones before it. Other operations have the build's
+// The products' instructions: "amx", "avx512vnni", "avxvnni" or "avx2". GGML_POP_KERNELS set to one of these leaves out those before it.
+// "off": it is 0. "none": no instructions are left that this processor and this build have. Other operations have the build's.
 const char * ggml_pop_kernels(void);
 
 #ifdef __cplusplus

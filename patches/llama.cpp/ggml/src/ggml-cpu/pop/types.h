@@ -1,4 +1,4 @@
-// What the kernels know of each type: value = scale * (code - bias), or scale * code + min.
+// The types and layouts of weights: value = scale * (code - bias), or scale * code + min.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace pop {
 
 struct format {
-    int  bias;   // what is subtracted from a code, where there are no mins
+    int  bias;   // is subtracted from a code, where there are no mins
     bool mins;   // a min beside each scale
     bool halves; // a scale for each 16 along K, not for 32
 };
