@@ -107,9 +107,6 @@ COVERED: dict[str, Make] = {
     "biased keys": biased_keys,
     "q8_0": lambda rng: attention(rng, type_=Type.Q8_0),
     "q8_0, heads of 128": lambda rng: attention(rng, type_=Type.Q8_0, n_dims=128, n_kv=77),
-}
-# Our kernels or upstream's, where ours do not cover it.
-OTHER: dict[str, Make] = {
     "no mask": lambda rng: replace(attention(rng), mask=None),
     "soft cap": lambda rng: replace(attention(rng), softcap=2.0),
     "sinks": lambda rng: replace(attention(rng), sinks=SINKS),
@@ -122,8 +119,11 @@ OTHER: dict[str, Make] = {
     "heads of 96": lambda rng: attention(rng, n_dims=96),
     "heads of 192 and 128": lambda rng: attention(rng, n_dims=192, n_dims_v=128),
     "f32": lambda rng: attention(rng, type_=Type.F32),
-    "q4_0": lambda rng: attention(rng, type_=Type.Q4_0),
     "bf16": lambda rng: attention(rng, type_=Type.BF16),
+}
+# What upstream's kernels compute.
+OTHER: dict[str, Make] = {
+    "q4_0": lambda rng: attention(rng, type_=Type.Q4_0),
 }
 each = pytest.mark.parametrize("make", (COVERED | OTHER).values(), ids=(COVERED | OTHER).keys())
 

@@ -8,6 +8,7 @@ import pytest
 
 from support.ggml import MulMat, MulMatId, Op, Stored, compute, in_child
 from support.kernels import (
+    INTERLEAVED,
     QUANTISED,
     REPACKED,
     check_extreme,
@@ -16,6 +17,7 @@ from support.kernels import (
     first_rows,
     mul_mat,
     mul_mat_id,
+    reads,
 )
 
 N_ROWS = (1, 2, 3, 5, 17)
@@ -29,14 +31,19 @@ def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Gene
     for type_ in QUANTISED:
         many = mul_mat(rng, type_, 40, n_out=77, n_in=768)
         ops |= {(type_, n_rows): first_rows(many, n_rows) for n_rows in (*N_ROWS, 40)}
+        x = many.x.copy()
+        x[3, 301] = np.nan
+        ops[type_, "no number"] = replace(many, x=x)
         ops |= {(type_, "extreme", i): each for i, each in enumerate(extremes(type_))}
         ops[type_, "experts"] = mul_mat_id(rng, type_, (0, 1, 5, 6, 40), n_out=77)
-    for type_ in REPACKED:
-        plain = mul_mat(rng, type_, 17, n_out=72, n_in=768)
-        repacked = replace(plain, repacked=True)
+    for buffer, type_ in REPACKED:
+        if not reads(name, buffer):
+            continue
+        plain = mul_mat(rng, type_, 17, n_out=9 * INTERLEAVED[buffer], n_in=768)
+        repacked = replace(plain, buffer=buffer)
         with contextlib.suppress(LookupError):  # Q2_K has a layout where there is AVX-512.
             compute(repacked)
-            ops |= {(type_, "plain"): plain, (type_, "repacked"): repacked}
+            ops |= {(type_, buffer, "plain"): plain, (type_, buffer, "repacked"): repacked}
     child = in_child(list(ops.values()), env={"GGML_POP_KERNELS": name})
     if child.kernels != name:
         pytest.skip("these kernels are not in the library")
@@ -54,8 +61,12 @@ def test_products_of_lesser_kernels(name: str, kernels: str, rng: np.random.Gene
                     check_product(got[rows], stored, op.x[rows])
         elif key[1] in N_ROWS:
             np.testing.assert_array_equal(got, results[key[0], 40][: len(got)])
-        elif key[1] == "repacked":
-            np.testing.assert_array_equal(got, results[key[0], "plain"])
+        elif "no number" in key:
+            assert np.isnan(got[3]).all()
+            others = np.arange(40) != 3
+            np.testing.assert_array_equal(got[others], results[key[0], 40][others])
+        elif "repacked" in key:
+            np.testing.assert_array_equal(got, results[(*key[:2], "plain")])
         else:
             assert isinstance(op, MulMat)
             check_product(got, op.weights, op.x)

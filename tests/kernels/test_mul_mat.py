@@ -9,18 +9,20 @@ from gguf import GGMLQuantizationType as Type
 from support.ggml import MulMat, Rows, Stored, compute, is_covered
 from support.kernels import (
     FLOATS,
+    INTERLEAVED,
     QUANTISED,
-    REPACKED,
     SCALES,
     TYPES,
     activations,
     block,
     check_extreme,
     check_product,
+    each_repacked,
     extremes,
     first_rows,
     mul_mat,
     put_scale,
+    reads,
     rms,
     weights,
 )
@@ -81,11 +83,28 @@ def test_threads_change_nothing(type_: Type, rng: np.random.Generator) -> None:
                 np.testing.assert_array_equal(compute(part, n_threads=n_threads), want)
 
 
-@pytest.mark.parametrize("type_", REPACKED, ids=lambda type_: type_.name)
-def test_repacked_weights_are_the_same(type_: Type, rng: np.random.Generator) -> None:
-    for n_out in (8, 72):
+@each_type
+def test_what_is_no_number_stays_so_and_alone(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat(rng, type_, 40, n_out=77, n_in=768)
+    if not is_covered(op):
+        pytest.skip("these kernels leave the type to upstream's")
+    want, others = compute(op), ~np.isin(np.arange(40), (3, 9, 39))
+    x = op.x.copy()
+    x[[3, 9, 39], [0, 301, 767]] = np.nan
+    got = compute(replace(op, x=x))
+    assert np.isnan(got[~others]).all()
+    np.testing.assert_array_equal(got[others], want[others])
+
+
+@each_repacked
+def test_repacked_weights_are_the_same(
+    buffer: str, type_: Type, kernels: str, rng: np.random.Generator
+) -> None:
+    if not reads(kernels, buffer):
+        pytest.skip("these kernels leave the layout to upstream's")
+    for n_out in (INTERLEAVED[buffer], 9 * INTERLEAVED[buffer]):
         op = mul_mat(rng, type_, 17, n_out, n_in=768)
-        repacked = replace(op, repacked=True)
+        repacked = replace(op, buffer=buffer)
         try:
             got = compute(repacked)
         except LookupError as error:

@@ -80,10 +80,25 @@ def test_a_rows_result_is_that_of_its_expert_alone(type_: Type, rng: np.random.G
         np.testing.assert_array_equal(compute(op, n_threads=n_threads), got)
 
 
-@pytest.mark.parametrize("type_", REPACKED, ids=lambda type_: type_.name)
+@each_type
+def test_what_is_no_number_stays_so_and_alone(type_: Type, rng: np.random.Generator) -> None:
+    op = mul_mat_id(rng, type_, SHARED, n_used=2, n_out=77)
+    if not is_covered(op):
+        pytest.skip("these kernels leave the type to upstream's")
+    want = compute(op)
+    x = op.x.copy()
+    x[9, 1, 100] = np.nan
+    got = compute(replace(op, x=x))
+    assert np.isnan(got[9, 1]).all()
+    got[9, 1] = want[9, 1]
+    np.testing.assert_array_equal(got, want)
+
+
+# AMX's buffers are for MUL_MAT alone.
+@pytest.mark.parametrize("type_", [t for buffer, t in REPACKED if buffer == "CPU_REPACK"])
 def test_repacked_experts_are_the_same(type_: Type, rng: np.random.Generator) -> None:
     op = mul_mat_id(rng, type_, SHARED, n_used=2)
-    repacked = replace(op, repacked=True)
+    repacked = replace(op, buffer="CPU_REPACK")
     try:
         got = compute(repacked)
     except LookupError as error:

@@ -1,6 +1,7 @@
 """When our kernels compute, and when upstream's do."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,25 @@ from gguf import GGMLQuantizationType as Type
 
 from support import ggml
 from support.ggml import Op, Rows, compute, in_child
-from support.kernels import QUANTISED, REPACKED, TYPES, attention, mul_mat, mul_mat_id
+from support.kernels import (
+    INTERLEAVED,
+    QUANTISED,
+    REPACKED,
+    TYPES,
+    attention,
+    geglu,
+    mul_mat,
+    mul_mat_id,
+    reads,
+    rms_norm_mul,
+)
 
 N_ROWS = (1, 8, 64)
 
 
 @functools.cache
 def samples() -> list[Op]:
-    """Products of each type, of experts, and attention, of few rows and of many."""
+    """Products of each type, of experts, attention, and others, of few rows and of many."""
     rng = np.random.default_rng(1)
     ops: list[Op] = [mul_mat(rng, type_, n_rows) for type_ in TYPES for n_rows in N_ROWS]
     ops += [mul_mat_id(rng, type_, (0, 1, 8, 30, 21), n_used=2) for type_ in TYPES]
@@ -25,6 +37,8 @@ def samples() -> list[Op]:
         for type_ in (Type.F16, Type.Q8_0)
         for n_rows in N_ROWS
     ]
+    for n_rows in N_ROWS:
+        ops += [geglu(rng, n_rows, 192), rms_norm_mul(rng, n_rows, 192)]
     return ops
 
 
@@ -77,19 +91,25 @@ def test_nothing_behind_a_tensor_is_touched(kernels: str) -> None:
     for type_ in (Type.F16, Type.Q8_0):
         for n_dims in (64, 128):
             ops.append(attention(rng, 40, n_kv=104, n_dims=n_dims, type_=type_))
+        ops += [geglu(rng, 5, n_dims), rms_norm_mul(rng, 5, n_dims)]
     done = in_child(ops, guarded=True, n_threads=2)
     assert_same([compute(op) for op in ops], done.results)
 
 
-def test_repacked_weights_are_in_use_for_many_rows(kernels: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("buffer", INTERLEAVED)
+def test_repacked_weights_are_in_use_for_many_rows(
+    buffer: str, kernels: str, rng: np.random.Generator
+) -> None:
+    if buffer not in ggml.buffers() or not reads(kernels, buffer):
+        pytest.skip("this processor, the library or these kernels have none of them")
     n_types = 0
-    for type_ in REPACKED:
-        op = mul_mat(rng, type_, 64, n_out=256)
-        repacked = ggml.MulMat(op.weights, op.x, repacked=True)
+    for type_ in (type_ for of, type_ in REPACKED if of == buffer):
+        repacked = replace(mul_mat(rng, type_, 64, n_out=256), buffer=buffer)
         try:
             got = compute(repacked, Rows.FAST)
         except LookupError:
             continue
-        np.testing.assert_array_equal(got, compute(op, Rows.ALL))
+        np.testing.assert_array_equal(got, compute(repacked, Rows.ALL))
+        assert not np.array_equal(got, compute(repacked, Rows.NONE))
         n_types += 1
     assert n_types

@@ -23,10 +23,10 @@ from gguf import GGMLQuantizationType as Type
 
 from pop_local.engine.llama.backend import bindings
 
-REPACK = "CPU_REPACK"
 _ROWS_PARAM = 15  # GGML_POP_OP_PARAM
 _ALIGNMENT = 32  # of tensors in a model's file
 _N_DIMS, _N_TENSORS = 4, 16
+_GEGLU = 1  # GGML_GLU_OP_GEGLU
 
 
 class Rows(IntEnum):
@@ -63,15 +63,15 @@ class MulMat:
     """`weights`: [..., n_out, n_in]; `x`: float32 [..., n_rows, n_in].
 
     `stride`: floats from a row of x to the next one; 0: n_in. `permuted`: n_out and n_rows are not
-    the last dimension but one in memory, but that before it, as in a KV cache. `repacked`: weights
-    in the layout of upstream's kernels.
+    the last dimension but one in memory, but that before it, as in a KV cache. `buffer`: the type
+    of buffer with upstream's layout for the weights, as CPU_REPACK; "": they are as in a file.
     """
 
     weights: Stored
     x: np.ndarray
     stride: int = 0
     permuted: bool = False
-    repacked: bool = False
+    buffer: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class MulMatId:
     x: np.ndarray
     ids: np.ndarray
     n_used: int
-    repacked: bool = False
+    buffer: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,35 @@ class Attention:
     softcap: float = 0.0
 
 
-Op = MulMat | MulMatId | Attention
+@dataclass(frozen=True)
+class GeGlu:
+    """GLU by gelu: gelu(x) * y, both float32 [..., n_rows, n].
+
+    `y`: None, and x has 2 n values a row, of which the first n are x and the others y, or the other
+    way round where it is `swapped`; the same array as x: one tensor is both. `stride`: floats from
+    a row to the next one; 0: as many as it has.
+    """
+
+    x: np.ndarray
+    y: np.ndarray | None = None
+    swapped: bool = False
+    stride: int = 0
+
+
+@dataclass(frozen=True)
+class RmsNormMul:
+    """RMS_NORM of x, float32 [..., n_rows, n], and MUL by `gain`, float32 [n].
+
+    `stride`: as of GeGlu.
+    """
+
+    x: np.ndarray
+    gain: np.ndarray
+    eps: float = 1e-6
+    stride: int = 0
+
+
+Op = MulMat | MulMatId | Attention | GeGlu | RmsNormMul
 
 
 @dataclass(frozen=True)
@@ -132,20 +160,22 @@ def compute(
     `guarded`: the process dies when anything touches memory behind a tensor, whose bytes must be a
     multiple of 32. `reference`: by upstream's reference implementation. Returns float32: for MulMat
     [..., n_rows, n_out], for MulMatId [n_tokens, n_used, n_out], for Attention [n_streams, n_rows,
-    n_heads, n_dims]. Raises LookupError where the processor has no layout for weights that are to
-    be repacked.
+    n_heads, n_dims], for others [..., n_rows, n]. Raises LookupError where the processor or the
+    library has no such buffer, or no layout there for the weights.
     """
     graph = _Graph(guarded)
     try:
         found = graph.compute(graph.build(op, rows), n_threads, reference)
-        n_dims = max(op.x.ndim, op.weights.data.ndim) if isinstance(op, MulMat) else 3
-        return found if isinstance(op, Attention) else found[(0,) * (_N_DIMS - n_dims)]
+        if isinstance(op, Attention):
+            return found
+        n_dims = max(op.x.ndim, op.weights.data.ndim) if isinstance(op, MulMat) else op.x.ndim
+        return found[(0,) * (_N_DIMS - n_dims)]
     finally:
         graph.close()
 
 
 def is_covered(op: Op, rows: Rows = Rows.ALL) -> bool:
-    """Whether our kernels compute the operation."""
+    """Whether our kernels compute a product or attention."""
     graph = _Graph()
     try:
         return bool(_work_size()(1, graph.build(op, rows)))
@@ -160,6 +190,11 @@ def kernels() -> str:
         raise LookupError("the CPU's kernels are unpatched: ggml_pop_kernels is missing")
     name: bytes = function()
     return name.decode()
+
+
+def buffers() -> set[str]:
+    """The types of buffers with layouts for upstream's kernels, by name."""
+    return _cpu().buffer_types.keys() - {""}
 
 
 def in_child(ops: Sequence[Op], lib: Path | None = None, env: Any = None, **how: Any) -> Answer:
@@ -234,6 +269,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "ggml_new_tensor": ([_POINTER, _INT, _INT, ctypes.POINTER(_INT64)], _POINTER),
     "ggml_view_4d": ([_POINTER, _POINTER, *[_INT64] * 4, *[_SIZE] * 4], _POINTER),
     "ggml_permute": ([_POINTER, _POINTER, *[_INT] * 4], _POINTER),
+    "ggml_glu": ([_POINTER, _POINTER, _INT, ctypes.c_bool], _POINTER),
+    "ggml_glu_split": ([*[_POINTER] * 3, _INT], _POINTER),
+    "ggml_rms_norm": ([_POINTER, _POINTER, _FLOAT], _POINTER),
+    "ggml_mul": ([_POINTER] * 3, _POINTER),
     "ggml_mul_mat": ([_POINTER] * 3, _POINTER),
     "ggml_mul_mat_id": ([_POINTER] * 4, _POINTER),
     "ggml_flash_attn_ext": ([*[_POINTER] * 5, *[_FLOAT] * 3], _POINTER),
@@ -344,10 +383,16 @@ class _Graph:
 
     def build(self, op: Op, rows: Rows) -> int:
         """Returns the tensor of the result."""
+        if isinstance(op, RmsNormMul):
+            norm, result = self._rms_norm_mul(op)
+            _Tensor.from_address(norm).op_params[_ROWS_PARAM] = rows
+            return result
         if isinstance(op, MulMat):
             result = self._mul_mat(op)
         elif isinstance(op, MulMatId):
             result = self._mul_mat_id(op)
+        elif isinstance(op, GeGlu):
+            result = self._geglu(op)
         else:
             result = self._attention(op)
         _Tensor.from_address(result).op_params[_ROWS_PARAM] = rows
@@ -370,18 +415,14 @@ class _Graph:
         return found
 
     def _mul_mat(self, op: MulMat) -> int:
-        x = op.x
-        if op.stride:
-            shape = (*x.shape[:-1], op.stride - x.shape[-1])
-            x = np.concatenate([x, np.full(shape, np.nan, np.float32)], -1)
-        weights = self._stored(op.weights, REPACK if op.repacked else "")
-        inputs = self._view(self._array(x), n_values=op.x.shape[-1])
+        weights = self._stored(op.weights, op.buffer)
+        inputs = self._rows(op.x, op.stride)
         if op.permuted:
             weights, inputs = self._permuted(weights), self._permuted(inputs)
         return int(self._base.ggml_mul_mat(self._ctx, weights, inputs))
 
     def _mul_mat_id(self, op: MulMatId) -> int:
-        weights = self._stored(op.weights, REPACK if op.repacked else "")
+        weights = self._stored(op.weights, op.buffer)
         ids = self._view(self._array(op.ids), n_values=op.n_used)
         return int(self._base.ggml_mul_mat_id(self._ctx, weights, self._array(op.x), ids))
 
@@ -398,6 +439,27 @@ class _Graph:
         if op.sinks is not None:
             self._base.ggml_flash_attn_ext_add_sinks(result, self._array(op.sinks))
         return int(result)
+
+    def _geglu(self, op: GeGlu) -> int:
+        x = self._rows(op.x, op.stride)
+        if op.y is None:
+            return int(self._base.ggml_glu(self._ctx, x, _GEGLU, op.swapped))
+        y = x if op.y is op.x else self._rows(op.y, op.stride)
+        return int(self._base.ggml_glu_split(self._ctx, x, y, _GEGLU))
+
+    def _rms_norm_mul(self, op: RmsNormMul) -> tuple[int, int]:
+        """The norm, and the result."""
+        norm = int(self._base.ggml_rms_norm(self._ctx, self._rows(op.x, op.stride), op.eps))
+        self._place(norm)
+        return norm, int(self._base.ggml_mul(self._ctx, norm, self._array(op.gain)))
+
+    def _rows(self, x: np.ndarray, stride: int) -> int:
+        """Rows of x, between which nothing is a number."""
+        n_values = x.shape[-1]
+        if stride:
+            between = np.full((*x.shape[:-1], stride - n_values), np.nan, np.float32)
+            x = np.concatenate([x, between], -1)
+        return self._view(self._array(x), n_values=n_values)
 
     def _array(self, values: np.ndarray) -> int:
         types = {"float32": Type.F32, "float16": Type.F16, "int32": Type.I32}
@@ -420,7 +482,9 @@ class _Graph:
         return tensor
 
     def _place(self, tensor: int, buffer_type: str = "") -> None:
-        base, kind = self._base, _cpu().buffer_types[buffer_type]
+        base, kind = self._base, _cpu().buffer_types.get(buffer_type)
+        if kind is None:
+            raise LookupError(f"no buffers of type {buffer_type} here")
         size = base.ggml_backend_buft_get_alloc_size(kind, tensor)
         if self._guarded and not buffer_type:
             buffer, address = self._guarded_buffer(size)

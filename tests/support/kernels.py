@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import gguf
 import numpy as np
+import pytest
 from gguf import GGMLQuantizationType as Type
 
-from support.ggml import Attention, MulMat, MulMatId, Op, Stored
+from support.ggml import Attention, GeGlu, MulMat, MulMatId, Op, RmsNormMul, Stored
 
 # Where a block of the type has float16: its scale, and that of its minimum.
 SCALES: dict[Type, tuple[int, ...]] = {
@@ -31,8 +32,16 @@ SCALES: dict[Type, tuple[int, ...]] = {
 QUANTISED = list(SCALES)
 FLOATS = [Type.F16, Type.BF16]
 TYPES = QUANTISED + FLOATS
-# Types that CPU_REPACK has layouts for on x86.
-REPACKED = [Type.Q4_0, Type.Q4_K, Type.Q2_K, Type.IQ4_NL, Type.MXFP4]
+# Upstream's buffers that interleave rows on x86: how many, and of which types.
+INTERLEAVED = {"CPU_REPACK": 8, "AMX": 32}
+REPACKED = [
+    *(("CPU_REPACK", t) for t in (Type.Q4_0, Type.Q4_K, Type.Q2_K, Type.IQ4_NL, Type.MXFP4)),
+    *(("AMX", t) for t in (Type.Q4_0, Type.Q4_1, Type.Q8_0)),
+    *(("AMX", t) for t in (Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS)),
+]
+each_repacked = pytest.mark.parametrize(
+    ("buffer", "type_"), REPACKED, ids=[f"{buffer}-{type_.name}" for buffer, type_ in REPACKED]
+)
 _MXFP4_SCALE = 127  # of its byte: 1
 
 # A product's error relative to the ideal's.
@@ -75,6 +84,11 @@ def filled(type_: Type, byte: int, *shape: int, scale: float = 0.03) -> Stored:
 def put_scale(data: np.ndarray, at: int, values: np.ndarray) -> None:
     """Write float16 at a byte of each block, uint8 [..., bytes of a block]."""
     data[..., at : at + 2] = values.astype("<f2")[..., None].view(np.uint8)
+
+
+def reads(name: str, buffer: str) -> bool:
+    """Whether the kernels of a name know the layouts in a type of upstream's buffers."""
+    return buffer != "AMX" or name in ("amx", "avx512vnni")
 
 
 def narrowed(values: np.ndarray, type_: Type) -> Stored:
@@ -176,6 +190,37 @@ def mul_mat_id(
     )
 
 
+def geglu(rng: np.random.Generator, *shape: int) -> GeGlu:
+    """Of two tensors [..., n_rows, n], the first as large as one of a feed-forward may be."""
+    x = 3 * rng.standard_normal(shape)
+    large = rng.choice([-1e4, -87, -20, -9.99, 0, 1e-30, 10.01, 20, 1e4], shape)
+    x = np.where(rng.random(shape) < 0.1, large, x).astype(np.float32)
+    return GeGlu(x, activations(rng, *shape))
+
+
+def expected_geglu(op: GeGlu) -> np.ndarray:
+    """Gelu by tanh times the other, in float64."""
+    x, y = op.x.astype(np.float64), op.y
+    if y is None:
+        x, y = np.split(x, 2, -1)
+        if op.swapped:
+            x, y = y, x
+    twice = np.sqrt(8 / np.pi) * (x + 0.044715 * x**3)
+    return x / (1 + np.exp(-np.maximum(twice, -700))) * y
+
+
+def rms_norm_mul(rng: np.random.Generator, *shape: int) -> RmsNormMul:
+    """Rows [..., n_rows, n] whose sizes differ by up to 1e12."""
+    sizes = 10 ** rng.uniform(-6, 6, (*shape[:-1], 1))
+    x = (sizes * activations(rng, *shape)).astype(np.float32)
+    return RmsNormMul(x, rng.standard_normal(shape[-1]).astype(np.float32))
+
+
+def expected_rms_norm_mul(op: RmsNormMul) -> np.ndarray:
+    x = op.x.astype(np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + op.eps) * op.gain
+
+
 def attention(
     rng: np.random.Generator,
     n_rows: int = 40,
@@ -229,6 +274,8 @@ def first_rows(op: Op, n_rows: int) -> Op:
         return replace(op, q=op.q[:, :n_rows], mask=mask)
     if isinstance(op, MulMatId):
         return replace(op, x=op.x[:n_rows], ids=op.ids[:n_rows])
+    if isinstance(op, GeGlu) and op.y is not None:
+        return replace(op, x=op.x[..., :n_rows, :], y=op.y[..., :n_rows, :])
     return replace(op, x=op.x[..., :n_rows, :])
 
 

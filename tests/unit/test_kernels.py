@@ -25,7 +25,7 @@ from support.synthetic import make_gguf
 
 FAST, NONE, ALL = range(3)
 OP_PARAM = 15
-PRODUCTS = {"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT"}
+MARKED = {"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT", "GLU", "RMS_NORM"}
 N_UBATCH = 64
 
 
@@ -35,7 +35,7 @@ def pop_file(tmp_path_factory):
 
 
 class Watched:
-    """A context, and by what marks its products were left to which kernels."""
+    """A context, and by what marks its operations were left to which kernels."""
 
     def __init__(self, path, **options) -> None:
         self._model = LoadedModel(path, n_threads=1)
@@ -58,7 +58,7 @@ class Watched:
     def _note(self, address: int, is_asked: bool, _: object) -> bool:
         tensor = Tensor.from_address(address)
         name = self._name("ggml_op_name", ctypes.c_char_p, tensor.op).decode()
-        if name in PRODUCTS:
+        if name in MARKED:
             self._marks.add((name, tensor.op_params[OP_PARAM]))
         return False
 
@@ -82,10 +82,9 @@ def watched(request, tmp_path) -> Iterator[Watched]:
 
 
 def test_a_prompt_is_theirs_however_few_its_rows_and_a_step_is_not(watched):
-    names = {"MUL_MAT", "FLASH_ATTN_EXT"}
     step = watched.decoded(1)
     assert {mark for _, mark in step} == {FAST}
-    assert names <= {name for name, _ in step}
+    assert MARKED - {"MUL_MAT_ID"} <= {name for name, _ in step}
     backend.set_reading(watched.ctx, True)
     for n in (N_UBATCH, 3, 1):
         assert watched.decoded(n) == {(name, ALL) for name, _ in step}
@@ -226,6 +225,15 @@ def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
     assert not sessions.load("one", opened(pop_file, flash_attn=True)).reread
 
 
-def test_weights_that_are_not_repacked_give_the_same(pop_file):
-    one, other = (opened(pop_file, repack=repack) for repack in (True, False))
-    np.testing.assert_allclose(read(one, prompt(60)), read(other, prompt(60)), atol=0.1)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_weights_that_are_not_repacked_give_the_same(tmp_path, kernels):
+    path = tiny(tmp_path, type=Type.Q4_0)
+    one, other = (opened(path, repack=repack, kernels=kernels) for repack in (True, False))
+    assert one.model_params.use_extra_bufts
+    assert not other.model_params.use_extra_bufts
+    results = read(one, prompt(60)), read(other, prompt(60))
+    if kernels and kernels_read_prompts():
+        np.testing.assert_array_equal(*results)
+    else:
+        # Upstream's kernels for the two differ by up to 0.06, and other weights by 1.
+        np.testing.assert_allclose(*results, atol=0.2)

@@ -1,0 +1,131 @@
+"""GEGLU, and RMS_NORM with the MUL behind it, against float64, and beside upstream's."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from support.ggml import GeGlu, RmsNormMul, Rows, compute
+from support.kernels import (
+    expected_geglu,
+    expected_rms_norm_mul,
+    first_rows,
+    geglu,
+    rms_norm_mul,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+Make = Callable[..., GeGlu | RmsNormMul]
+
+
+def halves(rng: np.random.Generator, *shape: int) -> GeGlu:
+    op = geglu(rng, *shape)
+    return GeGlu(np.concatenate([op.x, op.y], -1))
+
+
+def swapped_halves(rng: np.random.Generator, *shape: int) -> GeGlu:
+    return replace(halves(rng, *shape), swapped=True)
+
+
+def twice_the_same(rng: np.random.Generator, *shape: int) -> GeGlu:
+    x = geglu(rng, *shape).x
+    return GeGlu(x, x)
+
+
+KINDS: dict[str, Make] = {
+    "geglu of halves": halves,
+    "geglu of swapped halves": swapped_halves,
+    "geglu of two": geglu,
+    "geglu of twice the same": twice_the_same,
+    "rms_norm": rms_norm_mul,
+}
+each = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+
+
+def expected(op: GeGlu | RmsNormMul) -> np.ndarray:
+    return expected_geglu(op) if isinstance(op, GeGlu) else expected_rms_norm_mul(op)
+
+
+@each
+@pytest.mark.parametrize("shape", [(1, 16), (7, 48), (40, 1152), (3, 2, 5, 64)])
+def test_errors_are_those_of_float32(
+    make: Make, shape: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    op = make(rng, *shape)
+    want = expected(op)
+    np.testing.assert_allclose(compute(op, Rows.FAST), want, rtol=1e-5, atol=1e-20)
+
+
+@each
+@pytest.mark.parametrize("n_values", [1, 15, 20, 100])
+def test_rows_that_fill_no_vector_are_right(
+    make: Make, n_values: int, rng: np.random.Generator
+) -> None:
+    """Upstream's gelu comes from a table in float16."""
+    op = make(rng, 7, n_values)
+    np.testing.assert_allclose(compute(op, Rows.FAST), expected(op), rtol=0.01, atol=2e-3)
+
+
+@each
+def test_they_are_in_use_for_any_number_of_rows(make: Make, rng: np.random.Generator) -> None:
+    for n_rows in (1, 40):
+        ops = [make(rng, n_rows, 1152) for _ in range(20)]
+        results = [compute(op, Rows.FAST) for op in ops]
+        upstreams = [compute(op, Rows.NONE) for op in ops]
+        assert not np.array_equal(results, upstreams)
+        np.testing.assert_array_equal(results, [compute(op, Rows.ALL) for op in ops])
+
+
+@each
+def test_a_row_depends_on_nothing_else(make: Make, rng: np.random.Generator) -> None:
+    op = make(rng, 41, 208)
+    want = compute(op)
+    for n_threads in (2, 3):
+        np.testing.assert_array_equal(compute(op, n_threads=n_threads), want)
+    for n_rows in (1, 2, 17):
+        part = first_rows(op, n_rows)
+        np.testing.assert_array_equal(compute(part, n_threads=2), want[:n_rows])
+
+
+@each
+def test_rows_may_be_apart(make: Make, rng: np.random.Generator) -> None:
+    for shape in ((9, 64), (2, 3, 9, 64)):
+        op = make(rng, *shape)
+        apart = replace(op, stride=op.x.shape[-1] + 5)
+        np.testing.assert_array_equal(compute(apart, n_threads=2), compute(op))
+
+
+@each
+def test_what_is_no_number_stays_so_and_alone(make: Make, rng: np.random.Generator) -> None:
+    op = make(rng, 9, 64)
+    x = op.x.copy()
+    x[4, 37] = np.nan
+    changed = replace(op, x=x, y=x) if isinstance(op, GeGlu) and op.y is op.x else replace(op, x=x)
+    want, got = compute(op), compute(changed)
+    row = isinstance(op, RmsNormMul)
+    hit = np.zeros(want.shape, bool)
+    hit[4, slice(None) if row else 37] = True
+    assert np.isnan(got[hit]).all()
+    np.testing.assert_array_equal(got[~hit], want[~hit])
+
+
+def test_the_second_of_geglu_may_be_no_number(rng: np.random.Generator) -> None:
+    op = geglu(rng, 9, 64)
+    assert op.y is not None
+    y = op.y.copy()
+    y[4, 37] = np.nan
+    np.testing.assert_array_equal(np.isnan(compute(replace(op, y=y))), np.isnan(y))
+
+
+def test_norms_of_zeros_are_zeros(rng: np.random.Generator) -> None:
+    op = rms_norm_mul(rng, 3, 64)
+    op.x[1] = 0
+    assert not compute(op)[1].any()
+
+
+def test_the_norms_epsilon_counts(rng: np.random.Generator) -> None:
+    for eps in (0, 1e-12, 1.0):
+        op = replace(rms_norm_mul(rng, 20, 96), eps=eps)
+        np.testing.assert_allclose(compute(op), expected(op), rtol=1e-5)
