@@ -41,6 +41,8 @@ def pair(pop_file, servers):
     with ExitStack() as stack:
 
         def both(**options):
+            # Off with servers by default, whose devices may lack it.
+            options = {"flash_attn": False} | options
             models = opened(pop_file, **options), opened(pop_file, rpc=servers, **options)
             for model in models:
                 stack.enter_context(model)

@@ -200,8 +200,6 @@ struct alignas(64) tile_config {
 
 template <int LAYOUT> POP_AMX static void multiply(const gemm_share & s) {
     static const tile_config whole = { 1, 0, {}, { 64, 64, 64, 64, 64, 64, 64, 64 }, { 16, 16, 16, 16, 16, 16, 16, 16 } };
-    tile_config before; // upstream's kernels configure a thread once
-    _tile_storeconfig(&before);
     _tile_loadconfig(&whole);
 
     constexpr int panel_bytes = STEP * 2 * TILE;
@@ -224,7 +222,7 @@ template <int LAYOUT> POP_AMX static void multiply(const gemm_share & s) {
             }
         }
     }
-    before.palette ? _tile_loadconfig(&before) : _tile_release();
+    _tile_release();
 }
 
 template <int LAYOUT> static const gemm * kernel() {
