@@ -8,6 +8,7 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include "types.h"
+#include "vectors.h"
 
 #include <immintrin.h>
 
@@ -16,22 +17,7 @@
 
 namespace pop {
 
-#ifdef __AVX512F__
-using vec = __m512;
-constexpr int LANES = 16, COLS = 12; // 24 sums in registers
-static inline vec load(const float * p) { return _mm512_load_ps(p); }
-static inline vec all(float x) { return _mm512_set1_ps(x); }
-static inline vec add_product(vec a, vec b, vec sum) { return _mm512_fmadd_ps(a, b, sum); }
-static inline void store(float * p, vec x) { _mm512_store_ps(p, x); }
-#else
-using vec = __m256;
-constexpr int LANES = 8, COLS = 6; // 12 sums in registers
-static inline vec load(const float * p) { return _mm256_load_ps(p); }
-static inline vec all(float x) { return _mm256_set1_ps(x); }
-static inline vec add_product(vec a, vec b, vec sum) { return _mm256_fmadd_ps(a, b, sum); }
-static inline void store(float * p, vec x) { _mm256_store_ps(p, x); }
-#endif
-
+constexpr int COLS = LANES == 16 ? 12 : 6; // 24 sums in 32 registers, or 12 in 16
 constexpr int ROWS = 2 * LANES;
 constexpr int STEP = 256; // along K, unpacked at once: f32 [STEP][ROWS]
 constexpr int TILE = COLS * 32 * (int) sizeof(float);
@@ -71,7 +57,7 @@ template <typename T> static void unpack(const char * weights, size_t stride, in
 
 // a panel times the first N columns of a tile over n values along K; what is there already is added to
 template <int N> static void multiply_tile(const float * panel, const uint8_t * tile, int n, float sums[COLS][ROWS]) {
-    vec f[N][2];
+    floats f[N][2];
     POP_UNROLL
     for (int c = 0; c < N; c++) {
         f[c][0] = load(sums[c]);
@@ -80,11 +66,11 @@ template <int N> static void multiply_tile(const float * panel, const uint8_t * 
     for (int b = 0; b < n; b += 32, tile += TILE) {
         const float * x = (const float *) tile;
         for (int k = 0; k < 32; k++, x++, panel += ROWS) {
-            const vec w0 = load(panel), w1 = load(panel + LANES);
+            const floats w0 = load(panel), w1 = load(panel + LANES);
             POP_UNROLL
             for (int c = 0; c < N; c++) {
-                f[c][0] = add_product(w0, all(x[c * 32]), f[c][0]);
-                f[c][1] = add_product(w1, all(x[c * 32]), f[c][1]);
+                f[c][0] = fma(w0, splat(x[c * 32]), f[c][0]);
+                f[c][1] = fma(w1, splat(x[c * 32]), f[c][1]);
             }
         }
     }

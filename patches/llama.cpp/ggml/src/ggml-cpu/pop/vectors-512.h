@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention-tile.h"
+#include "transpose-512.h"
 #include "types.h"
 
 #include <immintrin.h>
@@ -78,35 +79,7 @@ template <ggml_type TYPE> static inline floats load_row(const char * row, int d)
     }
 }
 
-// a vector for each of 16 cells to one for each of 16 dwords
-static inline void transpose(ints v[16]) {
-    ints t[16];
-    POP_UNROLL
-    for (int i = 0; i < 16; i += 2) {
-        t[i]     = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    POP_UNROLL
-    for (int i = 0; i < 16; i += 4) {
-        v[i]     = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    POP_UNROLL
-    for (int j = 0; j < 4; j++) {
-        const ints a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88), b = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
-        const ints c = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd), d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
-        t[j]         = _mm512_shuffle_i32x4(a, b, 0x88);
-        t[8 + j]     = _mm512_shuffle_i32x4(a, b, 0xdd);
-        t[4 + j]     = _mm512_shuffle_i32x4(c, d, 0x88);
-        t[12 + j]    = _mm512_shuffle_i32x4(c, d, 0xdd);
-    }
-    POP_UNROLL
-    for (int i = 0; i < 16; i++) {
-        v[i] = t[i];
-    }
-}
+static inline void transpose(ints v[16]) { transpose_16(v); }
 
 static inline __m256 max_of_pair(__m256 a, __m256 b) {
     return _mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
