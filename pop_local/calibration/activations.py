@@ -47,7 +47,7 @@ class Observer(Protocol):
 
 
 class Tensor(ctypes.Structure):
-    """struct ggml_tensor of ggml.h, up to its name."""
+    """struct ggml_tensor of ggml.h, but for its padding."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -62,6 +62,7 @@ class Tensor(ctypes.Structure):
         ("view_offs", ctypes.c_size_t),
         ("data", ctypes.c_void_p),
         ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
     )
 
 

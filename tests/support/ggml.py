@@ -21,6 +21,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from pop_local.calibration.activations import Tensor
 from pop_local.engine.llama.backend import bindings
 
 _ROWS_PARAM = 15  # GGML_POP_OP_PARAM
@@ -238,27 +239,6 @@ class _InitParams(ctypes.Structure):
     )
 
 
-class _Tensor(ctypes.Structure):
-    """struct ggml_tensor."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * _N_DIMS),
-        ("nb", ctypes.c_size_t * _N_DIMS),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-        ("extra", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 8),
-    )
-
-
 _POINTER, _INT, _INT64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _FLOAT = ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
@@ -385,7 +365,7 @@ class _Graph:
         """Returns the tensor of the result."""
         if isinstance(op, RmsNormMul):
             norm, result = self._rms_norm_mul(op)
-            _Tensor.from_address(norm).op_params[_ROWS_PARAM] = rows
+            Tensor.from_address(norm).op_params[_ROWS_PARAM] = rows
             return result
         if isinstance(op, MulMat):
             result = self._mul_mat(op)
@@ -395,12 +375,12 @@ class _Graph:
             result = self._geglu(op)
         else:
             result = self._attention(op)
-        _Tensor.from_address(result).op_params[_ROWS_PARAM] = rows
+        Tensor.from_address(result).op_params[_ROWS_PARAM] = rows
         return result
 
     def compute(self, result: int, n_threads: int, reference: bool) -> np.ndarray:
         base, cpu = self._base, _cpu()
-        tensor = _Tensor.from_address(result)
+        tensor = Tensor.from_address(result)
         found = np.empty(tuple(tensor.ne)[::-1], np.float32)
         self._place(result)
         # An element that nobody writes is not a number.
@@ -475,7 +455,7 @@ class _Graph:
         sizes = (_INT64 * len(shape))(*shape[::-1])
         tensor = int(self._base.ggml_new_tensor(self._ctx, int(type_), len(shape), sizes))
         self._place(tensor, buffer_type)
-        if buffer_type and not _Tensor.from_address(tensor).extra:
+        if buffer_type and not Tensor.from_address(tensor).extra:
             raise LookupError(f"{buffer_type} has no layout for {type_.name} here")
         content = np.ascontiguousarray(content)
         self._base.ggml_backend_tensor_set(tensor, content.ctypes.data, 0, content.nbytes)
@@ -510,7 +490,7 @@ class _Graph:
 
     def _view(self, tensor: int, n_values: int = 0, n_cells: int = 0) -> int:
         """The first values of each row, or cells of each stream: all of them where it is 0."""
-        of = _Tensor.from_address(tensor)
+        of = Tensor.from_address(tensor)
         sizes = [n_values or of.ne[0], of.ne[1], n_cells or of.ne[2], of.ne[3]]
         view = self._base.ggml_view_4d(self._ctx, tensor, *sizes, *of.nb[1:], 0)
         self._base.ggml_backend_view_init(view)
