@@ -2,11 +2,11 @@
 
 #include "llama-pop.h"
 
+#include "llama-pop-cells.h"
+
 #include "llama-context.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
-#include "llama-kv-cache.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -16,18 +16,6 @@
 //
 // cells
 //
-
-struct caches {
-    llama_kv_cache * base = nullptr;
-    llama_kv_cache * swa  = nullptr; // of the layers with a sliding window, null: there are none
-};
-
-static caches get_caches(llama_memory_t memory) {
-    if (auto * kv = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
-        return { kv->get_base(), kv->get_swa() };
-    }
-    return { dynamic_cast<llama_kv_cache *>(memory), nullptr };
-}
 
 // -1: the sequence has no such position
 static int64_t find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos pos) {
@@ -81,29 +69,23 @@ static uint32_t count_cells(const llama_kv_cache & kv, llama_seq_id seq_id, llam
 // deep pass
 //
 
-// while it lives, ubatches go to the cells that their rows have
-struct in_place {
-    in_place(llama_context & ctx, const caches & kv, llama_seq_id seq_id, llama_pos pos_max) : ctx(ctx), kv(kv) {
-        ctx.pop().deepening = true;
-        kv.base->pop_n_kv = count_cells(*kv.base, seq_id, pos_max);
-        if (kv.swa) {
-            kv.swa->pop_n_kv = count_cells(*kv.swa, seq_id, pos_max);
-        }
+// while it lives, graphs are those of a deep pass
+struct deepening {
+    deepening(llama_pop_cparams & pop, const float * states) : pop(pop) {
+        pop.deepening = true;
+        pop.states    = states;
     }
 
-    ~in_place() {
-        ctx.pop().deepening = false;
-        kv.base->pop_n_kv = 0;
-        if (kv.swa) {
-            kv.swa->pop_n_kv = 0;
-        }
+    ~deepening() {
+        pop.deepening = false;
+        pop.states    = nullptr;
     }
 
-    llama_context & ctx;
-    const caches    kv;
+    llama_pop_cparams & pop;
 };
 
-static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits) {
+// tokens: of each row, for what an architecture adds to the state behind the boundary. fewer than n: some have none
+static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool logits, std::vector<llama_token> tokens, int64_t n_embd_inp) {
     auto data = std::make_shared<llama_ubatch::data_t>();
 
     data->pos.assign(pos, pos + n);
@@ -113,6 +95,12 @@ static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int3
     data->seq_id  .assign(n, data->seq_id_data.data());
     data->seq_idx .assign(LLAMA_MAX_SEQ, -1);
     data->output  .assign(n, 0);
+
+    if ((int32_t) tokens.size() == n) {
+        data->token = std::move(tokens);
+    } else {
+        data->embd.assign(n*n_embd_inp, 0.0f);
+    }
 
     data->seq_idx[seq_id]  = 0;
     data->output.back()    = logits;
@@ -126,8 +114,8 @@ static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int3
     res.n_seqs       = 1;
     res.n_seqs_unq   = 1;
     res.n_pos        = 1;
-    res.token        = nullptr;
-    res.embd         = nullptr;
+    res.token        = data->token.empty() ? nullptr : data->token.data();
+    res.embd         = data->embd .empty() ? nullptr : data->embd .data();
     res.pos          = data->pos.data();
     res.n_seq_id     = data->n_seq_id.data();
     res.seq_id       = data->seq_id.data();
@@ -140,7 +128,7 @@ static llama_ubatch make_ubatch(llama_seq_id seq_id, const llama_pos * pos, int3
 }
 
 // why a pass cannot be had, empty: it can
-static std::string find_obstacle(llama_context & ctx, const caches & kv, const llama_pop_kept & kept, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
+static std::string find_obstacle(llama_context & ctx, const llama_pop_caches & kv, const llama_pop_kept & kept, llama_seq_id seq_id, const llama_pos * pos, int32_t n) {
     const auto & cparams = ctx.get_cparams();
     const auto & pop     = cparams.pop;
 
@@ -178,7 +166,7 @@ static std::string find_obstacle(llama_context & ctx, const caches & kv, const l
 }
 
 int32_t llama_context::pop_deepen(llama_seq_id seq_id, const llama_pos * pos, int32_t n, bool with_logits) {
-    const auto kv = get_caches(memory.get());
+    const auto kv = llama_pop_get_caches(memory.get());
 
     const auto obstacle = kv.base ? find_obstacle(*this, kv, pop_kept, seq_id, pos, n) : "the memory is not a KV cache";
     if (!obstacle.empty() || (with_logits && !sampling.samplers.empty())) {
@@ -190,26 +178,35 @@ int32_t llama_context::pop_deepen(llama_seq_id seq_id, const llama_pos * pos, in
     sched_reserve();
     memory_update(false);
 
-    auto ubatch = make_ubatch(seq_id, pos, n, with_logits);
-
     const int64_t n_embd = model.hparams.n_embd;
+
+    std::vector<float>       states;
+    std::vector<llama_token> tokens;
     for (int32_t i = 0; i < n; ++i) {
         const float * state = pop_kept.states.data() + find_state(*kv.base, seq_id, pos[i])*n_embd;
-        ubatch.data->embd.insert(ubatch.data->embd.end(), state, state + n_embd);
+        states.insert(states.end(), state, state + n_embd);
+
+        const auto & cells = kv.base->get_cells(seq_id);
+        const auto   token = cells.ext_get(find_cell(cells, seq_id, pos[i])).tok;
+        if (token != LLAMA_TOKEN_NULL) {
+            tokens.push_back(token);
+        }
     }
-    ubatch.embd = ubatch.data->embd.data();
 
-    const in_place guard(*this, kv, seq_id, pos[n - 1]);
+    const auto ubatch = make_ubatch(seq_id, pos, n, with_logits, std::move(tokens), model.hparams.n_embd_inp());
 
-    llama_kv_cache::slot_info_vec_t base = { find_slot(*kv.base, seq_id, pos, n) };
-
-    llama_memory_context_ptr mctx;
+    llama_pop_places places;
+    places.base      = find_slot(*kv.base, seq_id, pos, n);
+    places.n_kv_base = count_cells(*kv.base, seq_id, pos[n - 1]);
     if (kv.swa) {
-        llama_kv_cache::slot_info_vec_t swa = { find_slot(*kv.swa, seq_id, pos, n) };
-        mctx = std::make_unique<llama_kv_cache_iswa_context>(static_cast<llama_kv_cache_iswa *>(memory.get()), std::move(base), std::move(swa), std::vector<llama_ubatch>{ ubatch });
-    } else {
-        mctx = std::make_unique<llama_kv_cache_context>(kv.base, std::move(base), std::vector<llama_ubatch>{ ubatch });
+        places.swa      = find_slot(*kv.swa, seq_id, pos, n);
+        places.n_kv_swa = count_cells(*kv.swa, seq_id, pos[n - 1]);
     }
+
+    const auto mctx = llama_pop_use_places(memory.get(), places, ubatch);
+
+    const llama_pop_in_place in_place(memory.get(), places);
+    const deepening          guard(cparams.pop, states.data());
 
     // without logits, those of the last batch stay
     const int32_t n_outputs_before = n_outputs;
@@ -278,14 +275,14 @@ static void reserve(llama_pop_kept & kept, const llama_hparams & hparams, const 
 }
 
 void llama_context::pop_finish(const llama_ubatch & ubatch, const llm_graph_result & res) {
-    llama_pop_count(pop_counters, model.hparams, cparams, ubatch);
+    llama_pop_count(pop_counters, cparams, ubatch);
 
     ggml_tensor * t_states = ggml_graph_get_tensor(res.get_gf(), LLAMA_POP_STATES);
     if (!t_states) {
         return;
     }
 
-    const auto & kv = *get_caches(memory.get()).base;
+    const auto & kv = *llama_pop_get_caches(memory.get()).base;
 
     const int64_t n_embd   = model.hparams.n_embd;
     const int64_t n_head   = model.hparams.n_head();
@@ -357,7 +354,7 @@ void llama_context::pop_finish(const llama_ubatch & ubatch, const llm_graph_resu
 
 int32_t llama_pop_set_keep(llama_context * ctx, bool keep) {
     const auto & model = ctx->get_model();
-    const auto * kv    = get_caches(ctx->get_memory()).base;
+    const auto * kv    = llama_pop_get_caches(ctx->get_memory()).base;
 
     if (keep && (ctx->pop().boundary == 0 || !kv)) {
         LLAMA_LOG_ERROR("%s: the model has no boundary, or the context no KV cache\n", __func__);
@@ -402,7 +399,7 @@ int32_t llama_pop_set_question(llama_context * ctx, llama_seq_id seq_id, llama_p
         LLAMA_LOG_ERROR("%s: states are not kept, see llama_pop_set_keep()\n", __func__);
         return -1;
     }
-    const auto kv = get_caches(ctx->get_memory());
+    const auto kv = llama_pop_get_caches(ctx->get_memory());
     if (pos >= 0 && kv.swa && kv.swa->get_size() != kv.base->get_size()) {
         LLAMA_LOG_ERROR("%s: layers with a sliding window have other cells, open the context with swa_full\n", __func__);
         return -1;
@@ -420,7 +417,7 @@ int32_t llama_pop_set_question(llama_context * ctx, llama_seq_id seq_id, llama_p
 }
 
 int32_t llama_pop_get_scores(llama_context * ctx, llama_seq_id seq_id, float * scores, int32_t n) {
-    const auto * kv = get_caches(ctx->get_memory()).base;
+    const auto * kv = llama_pop_get_caches(ctx->get_memory()).base;
 
     const auto & kept = ctx->pop_kept;
     if (!kv || kept.asked.empty() || seq_id < 0 || seq_id >= (llama_seq_id) kv->get_n_seq_max() || kv->get_n_stream() > 1) {

@@ -1,449 +1,296 @@
-// prefill-only pruning: the graph, see llama-pop.h
+// prefill-only pruning: the graph, see llama-pop.h and patches/README.md
 
-#include "llama-pop.h"
 #include "llama-pop-graph.h"
 
+#include "llama-pop-cells.h"
+
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
-#include "llama-kv-cache.h"
 #include "llama-model.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
+#include <stdexcept>
+#include <unordered_set>
 
 //
-// attention inputs
+// the inputs of a second build
 //
 
-// the inputs of the layers of one kind (with or without a sliding window) and their KV cache
-struct llama_pop_attn {
-    const llama_kv_cache_context * mctx;
-
-    ggml_tensor *& k_idxs;
-    ggml_tensor *& v_idxs;
-    ggml_tensor *& mask;
-    ggml_tensor *& mask_cnv;
-    ggml_tensor *  k_rot;
-    ggml_tensor *  v_rot;
-};
-
-static std::vector<llama_pop_attn> get_attn(llm_graph_input_attn_kv & inp) {
-    return {
-        { inp.mctx, inp.self_k_idxs, inp.self_v_idxs, inp.self_kq_mask, inp.self_kq_mask_cnv, inp.self_k_rot, inp.self_v_rot },
-    };
-}
-
-static std::vector<llama_pop_attn> get_attn(llm_graph_input_attn_kv_iswa & inp) {
-    return {
-        { inp.mctx->get_base(), inp.self_k_idxs, inp.self_v_idxs, inp.self_kq_mask, inp.self_kq_mask_cnv, inp.self_k_rot, inp.self_v_rot },
-        { inp.mctx->get_swa(), inp.self_k_idxs_swa, inp.self_v_idxs_swa, inp.self_kq_mask_swa, inp.self_kq_mask_swa_cnv, inp.self_k_rot_swa, inp.self_v_rot_swa },
-    };
-}
-
-static llama_pop_attn get_attn_of_layer(llm_graph_input_attn_kv & inp, const llama_hparams &, int) {
-    return get_attn(inp)[0];
-}
-
-static llama_pop_attn get_attn_of_layer(llm_graph_input_attn_kv_iswa & inp, const llama_hparams & hparams, int il) {
-    return get_attn(inp)[hparams.is_swa(il) ? 1 : 0];
-}
-
-// inputs are [.., n_tokens] with the rows of the ubatch outermost
-static void gather_rows(ggml_tensor * dst, const ggml_tensor * src, const std::vector<int32_t> & rows, uint32_t n_tokens) {
-    if (!is_used(dst)) {
-        return;
-    }
-
-    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer) && ggml_backend_buffer_is_host(src->buffer));
-
-    const size_t size = ggml_nbytes(src)/n_tokens;
-    for (size_t i = 0; i < rows.size(); ++i) {
-        memcpy((char *) dst->data + i*size, (const char *) src->data + rows[i]*size, size);
-    }
-}
-
-// the inputs of the layers past the boundary: those of the whole ubatch, reduced to the full rows
-template <typename T>
+// of the full rows: their ubatch, their cells, and their states at the boundary
 class llm_graph_input_pop : public llm_graph_input_i {
 public:
-    llm_graph_input_pop(llama_pop_plan plan, T * whole, ggml_tensor * out_ids, uint32_t n_pos_per_embd) :
-        plan(std::move(plan)), whole(whole), reduced(*whole), out_ids(out_ids), pos(n_pos_per_embd) {}
+    explicit llm_graph_input_pop(const llm_graph_params & whole) : params(whole) {
+        take(whole);
+    }
 
-    // note: the inputs of the whole ubatch were added, and so are set, before these
-    void set_input(const llama_ubatch * ubatch) override {
-        const auto & rows = plan.rows;
-
-        for (int64_t i = 0; i < ids->ne[1]; ++i) {
-            ggml_backend_tensor_set(ids, rows.data(), i*ids->nb[1], rows.size()*sizeof(int32_t));
+    // note: what it sets belongs to the ubatch that the last take() saw
+    void set_input(const llama_ubatch *) override {
+        if (is_used(states)) {
+            ggml_backend_tensor_set(states, params.cparams.pop.states, 0, ggml_nbytes(states));
         }
-
-        set_out_ids(*ubatch);
-
-        std::vector<llama_pos>      row_pos;
-        std::vector<int32_t>        row_n_seq_id;
-        std::vector<llama_seq_id *> row_seq_id;
-
-        const uint32_t n_pos = std::max<uint32_t>(1, ubatch->n_pos);
-        for (uint32_t p = 0; p < n_pos; ++p) {
-            for (const int32_t row : rows) {
-                row_pos.push_back(ubatch->pos[p*ubatch->n_tokens + row]);
-            }
+        for (int64_t i = 0; is_used(ids) && i < ids->ne[1]; ++i) {
+            ggml_backend_tensor_set(ids, plan.rows.data(), i*ids->nb[1], plan.rows.size()*sizeof(int32_t));
         }
-        for (const int32_t row : rows) {
-            row_n_seq_id.push_back(ubatch->n_seq_id[row]);
-            row_seq_id  .push_back(ubatch->seq_id  [row]);
-        }
-
-        llama_ubatch sub = *ubatch;
-
-        sub.n_tokens = rows.size();
-        sub.pos      = row_pos.data();
-        sub.n_seq_id = row_n_seq_id.data();
-        sub.seq_id   = row_seq_id.data();
-
-        pos.set_input(&sub);
-
-        reduced.mctx = whole->mctx; // that of this batch: the one before is gone
-
-        const auto src = get_attn(*whole);
-        const auto dst = get_attn(reduced);
-
-        for (size_t i = 0; i < src.size(); ++i) {
-            gather_rows(dst[i].k_idxs, src[i].k_idxs, rows, ubatch->n_tokens);
-            gather_rows(dst[i].v_idxs, src[i].v_idxs, rows, ubatch->n_tokens);
-
-            if (is_used(src[i].mask)) {
-                gather_rows(dst[i].mask, src[i].mask, rows, ubatch->n_tokens);
-            } else if (is_used(dst[i].mask)) {
-                src[i].mctx->set_input_kq_mask(dst[i].mask, &sub, whole->cparams.causal_attn);
-            }
+        for (auto & input : inputs) {
+            input->set_input(&params.ubatch);
         }
     }
 
-    bool can_reuse(const llm_graph_params & params) override {
-        auto plan_new = llama_pop_make_plan(params.hparams, params.cparams, params.ubatch);
+    bool can_reuse(const llm_graph_params & whole) override {
+        const auto il     = plan.il;
+        const auto n_rows = plan.rows.size();
 
-        bool res = plan_new.il == plan.il && plan_new.rows.size() == plan.rows.size();
+        take(whole);
 
-        plan = std::move(plan_new);
-
-        reduced.mctx = whole->mctx; // that of this batch: the one before is gone
-
-        const auto src = get_attn(*whole);
-        const auto dst = get_attn(reduced);
-
-        for (size_t i = 0; i < src.size(); ++i) {
-            res &= dst[i].mask->ne[0] == src[i].mctx->get_n_kv();
+        bool res = il == plan.il && n_rows == plan.rows.size();
+        for (auto & input : inputs) {
+            res = res && input->can_reuse(params);
         }
-
         return res;
     }
 
-    llama_pop_plan plan;
+    llm_graph_params params; // of the second build
 
-    T * whole; // owned by the graph result
-    T   reduced;
+    ggml_tensor * ids    = nullptr; // I32 [n_rows, n_slices], each slice the same
+    ggml_tensor * states = nullptr; // F32 [n_embd, n_rows], those that were kept
 
-    ggml_tensor * ids = nullptr; // I32 [n_full, n_slices], each slice the same
-    ggml_tensor * out_ids;       // I32 [n_outputs], the input of the whole ubatch: it comes to index the full rows
-
-    llm_graph_input_pos pos;
+    std::vector<llm_graph_input_ptr> inputs;
 
 private:
-    void set_out_ids(const llama_ubatch & ubatch) {
-        if (!is_used(out_ids)) {
+    void take(const llm_graph_params & whole) {
+        plan = llama_pop_make_plan(whole.cparams, whole.ubatch);
+
+        params.cparams = whole.cparams;
+        params.ubatch  = whole.ubatch;
+        params.mctx    = whole.mctx;
+
+        // a deep pass has a ubatch and cells of its own already
+        if (plan.il < 0) {
             return;
         }
+        params.ubatch = llama_pop_pick_rows(whole.ubatch, plan.rows, whole.hparams.n_embd_inp());
 
-        std::vector<int32_t> idxs;
-        for (size_t i = 0; i < plan.rows.size(); ++i) {
-            if (ubatch.output[plan.rows[i]]) {
-                idxs.push_back(i);
-            }
+        // in a reserve the rows have no cells
+        if (whole.cparams.pop.n_reserve == 0) {
+            const auto places = llama_pop_pick_places(*whole.mctx, plan.rows);
+
+            mctx        = llama_pop_use_places(whole.cparams.pop.memory, places, params.ubatch);
+            params.mctx = mctx.get();
+
+            const llama_pop_in_place guard(whole.cparams.pop.memory, places);
+            mctx->apply();
         }
-
-        ggml_backend_tensor_set(out_ids, idxs.data(), 0, idxs.size()*sizeof(int32_t));
     }
+
+    llama_pop_plan           plan;
+    llama_memory_context_ptr mctx;
 };
+
+//
+// nodes
+//
+
+// whether it writes into memory that was there before the graph: K and V, recurrent states
+static bool writes(const ggml_tensor * node) {
+    switch (node->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_VIEW:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            return false;
+        default:
+            return node->view_src && node->view_src->buffer;
+    }
+}
+
+// drops the nodes from first to end, but those for which is_root() holds, those from end on, and what any of them needs
+template <typename F>
+static void drop_nodes(llm_graph_result & res, int first, int end, F is_root) {
+    ggml_cgraph  * gf  = res.get_gf();
+    ggml_context * ctx = res.get_ctx();
+
+    std::vector<ggml_tensor *> nodes(ggml_graph_nodes(gf), ggml_graph_nodes(gf) + ggml_graph_n_nodes(gf));
+
+    std::unordered_set<const ggml_tensor *> needed;
+    std::vector<ggml_tensor *> kept;
+
+    for (int i = (int) nodes.size() - 1; i >= 0; --i) {
+        ggml_tensor * node = nodes[i];
+
+        if (i >= first && i < end && !is_root(node) && needed.count(node) == 0) {
+            continue;
+        }
+        kept.push_back(node);
+        needed.insert(std::begin(node->src), std::end(node->src));
+        needed.insert(node->view_src);
+    }
+
+    ggml_graph_clear(gf);
+
+    for (auto it = kept.rbegin(); it != kept.rend(); ++it) {
+        if ((*it)->flags & GGML_TENSOR_FLAG_COMPUTE) {
+            ggml_build_forward_expand(gf, *it);
+        } else {
+            ggml_build_forward_order(gf, *it);
+        }
+    }
+    // who sets an input expects it to be allocated. ggml_gallocr compares what nodes read: of two graphs it takes one for the
+    // other if only unread leafs differ
+    for (ggml_tensor * cur = ggml_get_first_tensor(ctx); cur; cur = ggml_get_next_tensor(ctx, cur)) {
+        if (cur->flags & GGML_TENSOR_FLAG_INPUT && needed.count(cur) == 0) {
+            ggml_build_forward_expand(gf, ggml_view_1d(ctx, cur, cur->ne[0], 0));
+        }
+    }
+}
+
+static void drop_results(llm_graph_result & res) {
+    res.t_logits = res.t_embd = res.t_embd_pooled = res.t_h_nextn = nullptr;
+}
+
+//
+// layers
+//
+
+// the states of the rows that run all layers. cur is what the second build has at the boundary, of the same shape
+static ggml_tensor * build_states(const llm_graph_context & g, llama_pop_build & build, const ggml_tensor * cur) {
+    ggml_tensor * whole = build.state;
+    if (!whole) {
+        return build.deep->states = new_input(g, GGML_TYPE_F32, g.n_embd, g.n_tokens);
+    }
+    if (!ggml_is_contiguous(whole)) {
+        whole = ggml_cont(g.ctx0, whole);
+    }
+
+    // [n, n_tokens] or [n, n_tokens, n_slices]
+    if (whole->ne[1] != cur->ne[1]) {
+        build.deep->ids = new_input(g, GGML_TYPE_I32, g.n_tokens, whole->ne[2]);
+        return pick_rows(g, whole, build.deep->ids);
+    }
+
+    // [n, n_slices, n_tokens]
+    build.deep->ids = new_input(g, GGML_TYPE_I32, g.n_tokens, 1);
+    whole = pick_rows(g, ggml_reshape_2d(g.ctx0, whole, whole->ne[0]*whole->ne[1], whole->ne[2]), build.deep->ids);
+    return ggml_reshape_3d(g.ctx0, whole, cur->ne[0], cur->ne[1], cur->ne[2]);
+}
+
+// what a layer gives that is skipped: the states that it was given. cur has fewer rows if only those with logits are left
+static ggml_tensor * skip_layer(const llm_graph_context & g, ggml_tensor * state, const ggml_tensor * cur) {
+    if (ggml_nelements(cur) == ggml_nelements(state)) {
+        // a node of its own: the architecture gives it the layer's name
+        return ggml_view_3d(g.ctx0, state, state->ne[0], state->ne[1], state->ne[2], state->nb[1], state->nb[2], 0);
+    }
+    for (const auto & input : g.res->inputs) {
+        if (const auto * outputs = dynamic_cast<const llm_graph_input_out_ids *>(input.get())) {
+            return ggml_get_rows(g.ctx0, state, outputs->out_ids);
+        }
+    }
+    GGML_ABORT("rows were dropped without a list of them");
+}
+
+ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur, int il) {
+    auto & build = g.res->pop;
+
+    if (build.boundary == 0 || il < build.boundary - 1) {
+        return cur;
+    }
+    if (il >= build.boundary) {
+        if (build.pass != LLAMA_POP_PASS_CONTEXT) {
+            return cur;
+        }
+        if (il == build.boundary) {
+            ggml_build_forward_expand(g.gf, cur); // llama_pop_project() looks at it
+        }
+        return skip_layer(g, build.state, cur);
+    }
+
+    const bool is_deep = build.pass == LLAMA_POP_PASS_DEEP;
+    if (is_deep) {
+        cur = build_states(g, build, cur);
+    } else {
+        build.state = cur;
+    }
+    ggml_build_forward_expand(g.gf, cur);
+
+    if (!is_deep && g.cparams.pop.keep && cur->ne[0] == g.n_embd && cur->ne[1] == g.n_tokens && cur->ne[2] == 1) {
+        build_output(g, ggml_cont(g.ctx0, cur), LLAMA_POP_STATES);
+    }
+
+    build.n_nodes = ggml_graph_n_nodes(g.gf);
+    return cur;
+}
 
 //
 // graph
 //
 
-uint32_t llama_pop_n_nodes(const llama_model & model) {
-    return llama_pop_supports(model.arch) ? 40*model.hparams.n_layer() : llama_pop_exact_layer(model.arch, model.hparams) > 0 ? 32 : 0;
+uint32_t llama_pop_max_nodes(uint32_t n_nodes) {
+    return 3*n_nodes; // two builds and the fitted projections
 }
 
-// cur: Q or K [n_embd_head, n_head, n_tokens]
-static ggml_tensor * build_rope(const llm_graph_context & g, const llama_model & model, ggml_tensor * cur, ggml_tensor * inp_pos, int il) {
-    const bool per_layer = llama_pop_rope_per_layer(g.arch);
-
-    const float base  = per_layer ? model.get_rope_freq_base (g.cparams, il) : g.freq_base;
-    const float scale = per_layer ? model.get_rope_freq_scale(g.cparams, il) : g.freq_scale;
-
-    if (g.hparams.n_pos_per_embd() > 1) {
-        int sections[4];
-        std::copy(std::begin(g.hparams.rope_sections), std::begin(g.hparams.rope_sections) + 4, sections);
-
-        return ggml_rope_multi(g.ctx0, cur, inp_pos, nullptr,
-                g.hparams.n_rot(il), sections, g.rope_type, g.n_ctx_orig, base, scale,
-                g.ext_factor, g.attn_factor, g.beta_fast, g.beta_slow);
-    }
-
-    return ggml_rope_ext(g.ctx0, cur, inp_pos, model.get_rope_factors(g.cparams, il),
-            g.hparams.n_rot(il), g.rope_type, g.n_ctx_orig, base, scale,
-            g.ext_factor, g.attn_factor, g.beta_fast, g.beta_slow);
-}
-
-// wide: null, or what llama_pop_build_wide() gives
-static llm_graph_qkv build_fitted_kv(const llm_graph_context & g, const llama_pop_layer & layer, ggml_tensor * cur, ggml_tensor * wide, int il) {
-    ggml_tensor * k = g.build_lora_mm(layer.wk, cur);
-    ggml_tensor * v = g.build_lora_mm(layer.wv, cur);
-
-    if (wide) {
-        k = ggml_add(g.ctx0, k, g.build_lora_mm(layer.wk_wide, wide));
-        v = ggml_add(g.ctx0, v, g.build_lora_mm(layer.wv_wide, wide));
-    }
-
-    k = ggml_add(g.ctx0, k, layer.wk_b);
-    v = ggml_add(g.ctx0, v, layer.wv_b);
-
-    k = ggml_reshape_3d(g.ctx0, k, g.hparams.n_embd_head_k(il), g.hparams.n_head_kv(il), g.n_tokens);
-    v = ggml_reshape_3d(g.ctx0, v, g.hparams.n_embd_head_v(il), g.hparams.n_head_kv(il), g.n_tokens);
-
-    return { nullptr, k, v };
-}
-
-// note: of the own projections Q stays outside the graph, unless its weights are fused with those of K and V
-static llm_graph_qkv build_own_kv(const llm_graph_context & g, const llama_layer & layer, ggml_tensor * cur, int il) {
-    const int64_t n_k = g.hparams.n_embd_head_k(il);
-    const int64_t n_v = g.hparams.n_embd_head_v(il);
-
-    return g.build_qkv(layer, cur, n_k, g.hparams.n_head(il), n_k, g.hparams.n_head_kv(il), n_v, g.hparams.n_head_kv(il), il);
-}
-
-static void store_kv(const llm_graph_context & g, const llama_pop_attn & attn, ggml_tensor * k, ggml_tensor * v, int il) {
-    if (attn.k_rot) {
-        k = llama_mul_mat_hadamard(g.ctx0, k, attn.k_rot);
-    }
-    if (attn.v_rot) {
-        v = llama_mul_mat_hadamard(g.ctx0, v, attn.v_rot);
-    }
-
-    ggml_build_forward_expand(g.gf, attn.mctx->cpy_k(g.ctx0, k, attn.k_idxs, il));
-    ggml_build_forward_expand(g.gf, attn.mctx->cpy_v(g.ctx0, v, attn.v_idxs, il));
-}
-
-// what the heads of a layer's attention give, [n_embd_head_v*n_head, n_tokens]; stores its K/V
-template <typename T>
-static ggml_tensor * build_heads(const llm_graph_context & g, const llama_model & model, T & inp_attn, ggml_tensor * inp_pos, llm_graph_qkv qkv, int il) {
-    const auto & layer = model.layers[il];
-
-    if (layer.attn_q_norm) {
-        qkv.q = g.build_norm(qkv.q, layer.attn_q_norm, nullptr, LLM_NORM_RMS, il);
-    }
-    qkv.q = build_rope(g, model, qkv.q, inp_pos, il);
-
-    // before the soft cap, which comes before kq_scale
-    const float given = g.hparams.f_attention_scale;
-    qkv.q = ggml_scale(g.ctx0, qkv.q, given == 0.0f ? 1.0f/sqrtf(float(g.hparams.n_embd_head_k(il))) : given);
-
-    ggml_tensor * heads = g.build_attn(&inp_attn, nullptr, nullptr, nullptr, qkv.q, qkv.k, qkv.v, nullptr, nullptr, nullptr, 1.0f, il);
-    g.cb(heads, "pop_heads", -1);
-    return heads;
-}
-
-// stores the K/V of all rows for the skipped layers, projected from their state at the boundary
-// note: the layers themselves overwrite those of the full rows later in the graph
-template <typename T>
-static void build_kv(const llm_graph_context & g, const llama_model & model, int boundary, ggml_tensor * inpL, ggml_tensor * inp_pos, T & inp_attn) {
-    // the normalisation is the same for all layers, only the gain differs
-    ggml_tensor * normed = g.build_norm(inpL, nullptr, nullptr, LLM_NORM_RMS, -1);
-    g.cb(normed, "pop_norm", -1);
-
-    // what was fitted on text alone is worse for images than the layers' own projections
-    const bool takes_fitted = !g.ubatch.embd || g.hparams.pop.fitted_images;
-
-    ggml_tensor * wide = g.hparams.pop.wide && takes_fitted ? llama_pop_build_wide(g, model.layers[boundary], normed) : nullptr;
-
-    for (int il = boundary; il < g.n_layer; ++il) {
-        const auto & layer = model.layers[il];
-
-        ggml_tensor * cur = ggml_mul(g.ctx0, normed, layer.attn_norm);
-        if (layer.attn_norm_b) {
-            cur = ggml_add(g.ctx0, cur, layer.attn_norm_b);
-        }
-
-        auto [q, k, v] = layer.pop.wk && takes_fitted ? build_fitted_kv(g, layer.pop, cur, wide, il) : build_own_kv(g, layer, cur, il);
-
-        if (layer.attn_k_norm) {
-            k = g.build_norm(k, layer.attn_k_norm, nullptr, LLM_NORM_RMS, il);
-        }
-
-        k = build_rope(g, model, k, inp_pos, il);
-
-        g.cb(k, "pop_k", il);
-        g.cb(v, "pop_v", il);
-
-        if (il == boundary && wide && g.hparams.pop.attention) {
-            wide = ggml_concat(g.ctx0, wide, build_heads(g, model, inp_attn, inp_pos, { q, k, v }, il), 0);
-            continue;
-        }
-
-        store_kv(g, get_attn_of_layer(inp_attn, g.hparams, il), k, v, il);
+static void check_met(const llm_graph_params & params) {
+    if (params.res->pop.n_nodes < 0) {
+        throw std::runtime_error(format("prefill-only pruning: the graph of architecture '%s' has no boundary at layer %d",
+                llm_arch_name(params.arch), params.res->pop.boundary));
     }
 }
 
-static int64_t count_slices(const std::vector<ggml_tensor **> & states) {
-    int64_t res = 1;
-    for (const auto * state : states) {
-        res = std::max(res, (*state)->ne[2]);
-    }
-    return res;
+// the layers from the boundary on for the rows that run all layers
+static std::unique_ptr<llm_graph_context> build_deep(const llama_model & model, const llm_graph_params & params) {
+    auto & res   = *params.res;
+    auto & build = res.pop;
+
+    auto deep = std::make_unique<llm_graph_input_pop>(params);
+
+    build.pass    = LLAMA_POP_PASS_DEEP;
+    build.deep    = deep.get();
+    build.n_nodes = -1;
+
+    const size_t n_inputs = res.inputs.size();
+    const int    n_nodes  = ggml_graph_n_nodes(res.get_gf());
+
+    auto llm = model.build_arch_graph(deep->params);
+    check_met(params);
+
+    drop_nodes(res, n_nodes, build.n_nodes, [](const ggml_tensor *) { return false; });
+
+    deep->inputs.assign(std::make_move_iterator(res.inputs.begin() + n_inputs), std::make_move_iterator(res.inputs.end()));
+    res.inputs.resize(n_inputs);
+    res.add_input(std::move(deep));
+    res.set_params(params);
+
+    return llm;
 }
 
-// reduces the states and the inputs to the full rows
-template <typename T>
-static void build_reduction(llm_graph_context & g, llama_pop_plan plan, const std::vector<ggml_tensor **> & states, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, T *& inp_attn) {
-    const int64_t n_full = plan.rows.size();
-    const int64_t n_pos  = g.hparams.n_pos_per_embd();
+std::unique_ptr<llm_graph_context> llama_pop_build_graph(const llama_model & model, const llm_graph_params & params) {
+    auto & res   = *params.res;
+    auto & build = res.pop;
 
-    auto inp = std::make_unique<llm_graph_input_pop<T>>(std::move(plan), inp_attn, inp_out_ids, n_pos);
+    const auto & pop  = params.cparams.pop;
+    const auto   plan = llama_pop_make_plan(params.cparams, params.ubatch);
 
-    inp->ids     = new_input(g, GGML_TYPE_I32, n_full,       count_slices(states));
-    inp->pos.pos = new_input(g, GGML_TYPE_I32, n_full*n_pos, 1);
-
-    for (auto & attn : get_attn(inp->reduced)) {
-        attn.k_idxs   = new_input(g, attn.k_idxs->type, attn.k_idxs->ne[0]/g.n_tokens*n_full, 1);
-        attn.v_idxs   = new_input(g, attn.v_idxs->type, attn.v_idxs->ne[0]/g.n_tokens*n_full, 1);
-        attn.mask     = new_input(g, attn.mask->type,   attn.mask->ne[0], n_full/attn.mask->ne[3], attn.mask->ne[3]);
-        attn.mask_cnv = attn.mask;
-    }
-
-    for (auto * state : states) {
-        *state = pick_rows(g, *state, inp->ids);
-        g.cb(*state, "pop_full", -1);
-    }
-
-    inp_pos  = inp->pos.pos;
-    inp_attn = &inp->reduced;
-
-    g.n_tokens = n_full;
-
-    g.res->add_input(std::move(inp));
-}
-
-// the states that a deep pass begins with: an architecture may have scaled its input as if it were of tokens
-class llm_graph_input_pop_states : public llm_graph_input_i {
-public:
-    void set_input(const llama_ubatch * ubatch) override {
-        ggml_backend_tensor_set(states, ubatch->embd, 0, ggml_nbytes(states));
-    }
-
-    bool can_reuse(const llm_graph_params & params) override {
-        return params.ubatch.n_tokens == states->ne[1];
-    }
-
-    ggml_tensor * states = nullptr; // F32 [n_embd, n_tokens]
-};
-
-static ggml_tensor * build_kept_states(llm_graph_context & g) {
-    auto inp = std::make_unique<llm_graph_input_pop_states>();
-
-    inp->states = new_input(g, GGML_TYPE_F32, g.n_embd, g.n_tokens);
-
-    ggml_tensor * states = inp->states;
-    g.res->add_input(std::move(inp));
-    return states;
-}
-
-template <typename T>
-static bool enter_layer(llm_graph_context & g, const llama_model & model, int & il, ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, T *& inp_attn) {
-    const auto & pop = g.cparams.pop;
+    build       = {};
+    build.model = &model;
 
     if (pop.deepening) {
-        if (il == 0) {
-            il   = pop.boundary;
-            inpL = build_kept_states(g);
-        }
-        return false;
+        build.boundary = pop.boundary;
+        return build_deep(model, params);
     }
-
-    if (il == 0 || il != (int) pop.boundary) {
-        return false;
-    }
-
-    if (pop.keep) {
-        build_output(g, ggml_cont(g.ctx0, inpL), LLAMA_POP_STATES);
-    }
-
-    auto plan = llama_pop_make_plan(g.hparams, g.cparams, g.ubatch);
     if (plan.il < 0) {
-        return false;
+        build.boundary = pop.keep ? pop.boundary : 0;
+        return model.build_arch_graph(params);
     }
 
-    build_kv(g, model, il, inpL, inp_pos, *inp_attn);
+    build.pass     = LLAMA_POP_PASS_CONTEXT;
+    build.boundary = plan.il;
 
-    if (plan.rows.empty()) {
-        inpL = ggml_get_rows(g.ctx0, inpL, inp_out_ids);
-        return true;
+    auto llm = model.build_arch_graph(params);
+    check_met(params);
+    llama_pop_check_projected(params);
+
+    const bool has_logits = pop.mode == LLAMA_POP_MODE_ALWAYS && params.n_outputs > 0;
+    if (!has_logits) {
+        drop_results(res);
     }
+    drop_nodes(res, build.n_nodes, ggml_graph_n_nodes(res.get_gf()), [&](const ggml_tensor * node) { return writes(node) || node == res.t_logits; });
 
-    build_reduction(g, std::move(plan), { &inpL }, inp_pos, inp_out_ids, inp_attn);
-    return false;
-}
-
-bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int & il, ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv *& inp_attn) {
-    return enter_layer(g, model, il, inpL, inp_pos, inp_out_ids, inp_attn);
-}
-
-bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int & il, ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv_iswa *& inp_attn) {
-    return enter_layer(g, model, il, inpL, inp_pos, inp_out_ids, inp_attn);
-}
-
-bool llama_pop_enter_layer(llm_graph_context &, const llama_model &, int &, ggml_tensor *&, ggml_tensor *&, ggml_tensor *, llm_graph_input_attn_no_cache *&) {
-    return false; // embeddings: no KV cache to fill
-}
-
-bool llama_pop_leave(llm_graph_context & g, int il, ggml_tensor *& q, ggml_tensor *& k, ggml_tensor *& v, std::initializer_list<ggml_tensor **> states, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv_iswa *& inp_attn) {
-    if (il + 1 != (int) g.cparams.pop.exact) {
-        return false;
-    }
-
-    auto plan = llama_pop_make_plan(g.hparams, g.cparams, g.ubatch);
-    if (plan.il < 0) {
-        return false;
-    }
-
-    store_kv(g, get_attn_of_layer(*inp_attn, g.hparams, il), k, v, il);
-    k = nullptr;
-    v = nullptr;
-
-    std::vector<ggml_tensor **> present;
-    for (auto * state : states) {
-        if (*state) {
-            present.push_back(state);
-        }
-    }
-
-    if (plan.rows.empty()) {
-        ggml_tensor * none = new_input(g, GGML_TYPE_I32, 0, count_slices(present));
-        for (auto * state : present) {
-            *state = pick_rows(g, *state, none);
-        }
-        g.n_tokens = 0;
-        return true;
-    }
-
-    const int64_t n_head_dim = q->ne[0];
-    const int64_t n_head     = q->ne[1];
-
-    q = ggml_reshape_2d(g.ctx0, q, n_head_dim*n_head, g.n_tokens);
-    present.push_back(&q);
-
-    build_reduction(g, std::move(plan), present, inp_pos, inp_out_ids, inp_attn);
-
-    q = ggml_reshape_3d(g.ctx0, q, n_head_dim, n_head, g.n_tokens);
-    return false;
+    return plan.rows.empty() ? std::move(llm) : build_deep(model, params);
 }

@@ -2,9 +2,9 @@
 
 #pragma once
 
-#include "llama-graph.h"
+#include "llama-pop.h"
 
-struct llama_layer;
+#include "llama-graph.h"
 
 // an input that no layer reads is left unallocated
 inline bool is_used(const ggml_tensor * inp) {
@@ -28,5 +28,5 @@ inline void build_output(const llm_graph_context & g, ggml_tensor * cur, const c
     ggml_build_forward_expand(g.gf, cur);
 }
 
-// the wider input of the fitted projections, [n_wide, n_tokens], of the normalised states at the boundary [n_embd, n_tokens]
-ggml_tensor * llama_pop_build_wide(const llm_graph_context & g, const llama_layer & layer, ggml_tensor * normed);
+// throws where the architecture's graph has not taken the fitted projections of all skipped layers
+void llama_pop_check_projected(const llm_graph_params & params);

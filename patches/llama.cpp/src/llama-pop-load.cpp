@@ -12,56 +12,58 @@
 #include <string>
 
 //
-// architectures: those whose loop over the layers calls llama_pop_enter_layer()
+// architectures
 //
 
-struct llama_pop_arch {
-    llm_arch arch;
-    bool     rope_per_layer; // the RoPE base and scale of sliding-window layers are their own
-    bool     has_gelu;       // the activation of the FFN, otherwise SiLU
-};
-
-static const llama_pop_arch LLAMA_POP_ARCHS[] = {
-    { LLM_ARCH_LLAMA,      false, false },
-    { LLM_ARCH_QWEN2,      false, false },
-    { LLM_ARCH_QWEN2VL,    false, false },
-    { LLM_ARCH_QWEN3,      false, false },
-    { LLM_ARCH_QWEN3MOE,   false, false },
-    { LLM_ARCH_QWEN3VL,    false, false },
-    { LLM_ARCH_QWEN3VLMOE, false, false },
-    { LLM_ARCH_GEMMA2,     true,  true  },
-    { LLM_ARCH_GEMMA3,     true,  true  },
-    { LLM_ARCH_PHI3,       false, false },
-};
-
-static const llama_pop_arch * find_arch(llm_arch arch) {
-    for (const auto & cur : LLAMA_POP_ARCHS) {
-        if (cur.arch == arch) {
-            return &cur;
-        }
+// those that read no prompt into a memory, and those whose layers are no loop of their own
+static bool is_decoder(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_BERT:
+        case LLM_ARCH_EUROBERT:
+        case LLM_ARCH_GEMMA_EMBEDDING:
+        case LLM_ARCH_JINA_BERT_V2:
+        case LLM_ARCH_JINA_BERT_V3:
+        case LLM_ARCH_LLAMA_EMBED:
+        case LLM_ARCH_MODERN_BERT:
+        case LLM_ARCH_NEO_BERT:
+        case LLM_ARCH_NOMIC_BERT:
+        case LLM_ARCH_NOMIC_BERT_MOE:
+        case LLM_ARCH_T5:
+        case LLM_ARCH_T5ENCODER:
+        case LLM_ARCH_WAVTOKENIZER_DEC:
+        case LLM_ARCH_CLIP:
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_EAGLE3:
+        case LLM_ARCH_GEMMA4_ASSISTANT:
+            return false;
+        default:
+            return !llm_arch_is_diffusion(arch);
     }
-    return nullptr;
 }
 
-bool llama_pop_supports(llm_arch arch) {
-    return find_arch(arch) != nullptr;
+std::string llama_pop_find_obstacle(const llama_model & model, uint32_t boundary) {
+    const auto & hparams = model.hparams;
+
+    if (!is_decoder(model.arch)) {
+        return format("architecture '%s' is an encoder, a diffusion model or a draft", llm_arch_name(model.arch));
+    }
+    if (boundary < 1 || boundary >= hparams.n_layer()) {
+        return format("boundary %u is not between 1 and %u", boundary, hparams.n_layer() - 1);
+    }
+    if (boundary < hparams.n_deepstack_layers) {
+        return format("boundary %u is too low: the first %u layers take features of images", boundary, hparams.n_deepstack_layers);
+    }
+    const uint32_t shared = llama_pop_exact_layer(hparams);
+    if (shared > 0 && boundary >= shared) {
+        return format("boundary %u is too high: the layers from %u on store no K/V", boundary, shared);
+    }
+    return "";
 }
 
-bool llama_pop_rope_per_layer(llm_arch arch) {
-    return find_arch(arch)->rope_per_layer;
-}
-
-bool llama_pop_has_gelu(llm_arch arch) {
-    return find_arch(arch)->has_gelu;
-}
-
-// those whose layers that store K/V call llama_pop_leave()
-uint32_t llama_pop_exact_layer(llm_arch arch, const llama_hparams & hparams) {
-    const bool has_hook = arch == LLM_ARCH_GEMMA3N || arch == LLM_ARCH_GEMMA4;
-
+uint32_t llama_pop_exact_layer(const llama_hparams & hparams) {
     const int32_t n_kv = hparams.n_layer_kv_from_start;
 
-    return has_hook && n_kv > 0 && n_kv < (int32_t) hparams.n_layer() ? n_kv : 0;
+    return n_kv > 1 && n_kv < (int32_t) hparams.n_layer() ? n_kv : 0;
 }
 
 //
@@ -213,17 +215,13 @@ void llama_pop_load_sidecar(llama_model_loader & ml, const std::string & path) {
 void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
     const gguf_context * gguf = ml.metadata;
 
-    const uint32_t exact = llama_pop_exact_layer(model.arch, model.hparams);
+    const uint32_t exact = llama_pop_exact_layer(model.hparams);
     if (exact > 0) {
         LLAMA_LOG_INFO("%s: layers %u to %u store no K/V, rows without logits leave before them\n", __func__, exact, model.hparams.n_layer() - 1);
     }
 
     if (!gguf || !has_pop_keys(gguf)) {
         return;
-    }
-
-    if (!llama_pop_supports(model.arch) || model.hparams.use_kq_norm) {
-        refuse(format("architecture '%s' does not support it, use the original file", llm_arch_name(model.arch)));
     }
 
     const uint32_t version = get_u32(gguf, "pop.version", 0);
@@ -247,10 +245,9 @@ void llama_pop_load_hparams(llama_model_base & model, llama_model_loader & ml) {
 
     pop.fitted_images = get_u32(gguf, "pop.image_rows", 0) > 0;
 
-    // these layers add features of an image to the state of its rows
-    const uint32_t n_deepstack = model.hparams.n_deepstack_layers;
-    if (pop.boundary < n_deepstack) {
-        refuse(format("boundary %u is too low: the first %u layers take features of images", pop.boundary, n_deepstack));
+    const auto obstacle = llama_pop_find_obstacle(model, pop.boundary);
+    if (!obstacle.empty()) {
+        refuse(obstacle);
     }
 
     LLAMA_LOG_INFO("%s: boundary = %u of %u layers, %s projections\n", __func__, pop.boundary, model.hparams.n_layer(), projection.c_str());

@@ -47,7 +47,7 @@ static const llm_graph_input_pop_scored & get_scored_input(const llm_graph_conte
 void llama_pop_score(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il) {
     const int boundary = g.cparams.pop.boundary;
 
-    if (il >= boundary || il < boundary - LLAMA_POP_SCORE_LAYERS || k->ne[3] != 1) {
+    if (g.res->pop.pass == LLAMA_POP_PASS_DEEP || il >= boundary || il < boundary - LLAMA_POP_SCORE_LAYERS || k->ne[3] != 1) {
         return;
     }
 

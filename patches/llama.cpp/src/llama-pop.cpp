@@ -1,6 +1,7 @@
 // prefill-only pruning: which rows are full, and the C ABI, see llama-pop.h
 
 #include "llama-pop.h"
+#include "llama-pop-cells.h"
 
 #include "llama-context.h"
 #include "llama-graph.h"
@@ -16,21 +17,29 @@
 // rows
 //
 
-static bool is_full(const llama_pop_cparams & pop, const llama_ubatch & ubatch, uint32_t i) {
-    const llama_pos pos = ubatch.pos[i];
-
-    if (ubatch.output[i] || pos < (int64_t) pop.sink_tokens) {
+static bool is_full(const llama_pop_cparams & pop, llama_pos pos, bool output, int32_t n_seq_id, const llama_seq_id * seq_ids) {
+    if (output || pos < (int64_t) pop.sink_tokens) {
         return true;
     }
 
-    for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
-        const size_t seq_id = ubatch.seq_id[i][s];
+    for (int32_t s = 0; s < n_seq_id; ++s) {
+        const size_t seq_id = seq_ids[s];
         if (seq_id < pop.full_from.size() && pos >= pop.full_from[seq_id]) {
             return true;
         }
     }
 
     return false;
+}
+
+static bool is_full(const llama_pop_cparams & pop, const llama_ubatch & ubatch, uint32_t i) {
+    return is_full(pop, ubatch.pos[i], ubatch.output[i], ubatch.n_seq_id[i], ubatch.seq_id[i]);
+}
+
+bool llama_pop_differ(const llama_pop_cparams * pop, const llama_batch & batch, int32_t a, int32_t b) {
+    return pop && pop->apart &&
+        is_full(*pop, batch.pos[a], batch.logits[a], batch.n_seq_id[a], batch.seq_id[a]) !=
+        is_full(*pop, batch.pos[b], batch.logits[b], batch.n_seq_id[b], batch.seq_id[b]);
 }
 
 static uint32_t n_streams(const llama_cparams & cparams) {
@@ -65,16 +74,15 @@ llama_pop_scored llama_pop_make_scored(const llama_cparams & cparams, const llam
     return scored;
 }
 
-static llama_pop_plan plan_reserve(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
-    const bool prunes = cparams.pop.boundary > 0;
+static llama_pop_plan plan_reserve(const llama_cparams & cparams, const llama_ubatch & ubatch) {
+    const auto & pop = cparams.pop;
 
     // as many of each sequence, at the most all but one: the attention splits the rows among the streams
-    const uint64_t n_each = prunes ? (uint64_t) hparams.pop.sink_tokens + hparams.pop.tail_tokens : 1;
-    const uint32_t n_full = std::min(n_each, (uint64_t) ubatch.n_seq_tokens - 1)*ubatch.n_seqs;
+    const uint32_t n_each = pop.apart ? 0 : std::min(pop.n_reserve, ubatch.n_seq_tokens - 1);
 
     llama_pop_plan plan;
-    plan.il = prunes ? cparams.pop.boundary : cparams.pop.exact;
-    for (uint32_t i = 0; i < n_full; ++i) {
+    plan.il = pop.boundary > 0 ? pop.boundary : pop.exact;
+    for (uint32_t i = 0; i < n_each*ubatch.n_seqs; ++i) {
         plan.rows.push_back(i);
     }
     return plan;
@@ -118,13 +126,13 @@ bool llama_pop_reads_all(const llama_cparams & cparams) {
         std::find(layer_inp.begin(), layer_inp.end(), true) != layer_inp.end();
 }
 
-llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
+llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ubatch & ubatch) {
     const auto & pop = cparams.pop;
 
     // a ubatch for a reserve borrows its sequences from the list of them, see ubatch_prepare_reserve()
     const bool is_reserve = ubatch.seq_id[0] == ubatch.seq_id_unq;
     if (is_reserve) {
-        return pop.reserving ? plan_reserve(hparams, cparams, ubatch) : llama_pop_plan();
+        return pop.n_reserve > 0 ? plan_reserve(cparams, ubatch) : llama_pop_plan();
     }
 
     llama_pop_plan plan;
@@ -150,7 +158,9 @@ llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cp
         }
     }
 
-    if (plan.rows.size() < ubatch.n_tokens) {
+    // a recurrent layer must see its rows in order: such ubatches hold rows of one kind, or all are full
+    const bool is_mixed = !plan.rows.empty() && plan.rows.size() < ubatch.n_tokens;
+    if (plan.rows.size() < ubatch.n_tokens && !(pop.apart && is_mixed)) {
         plan.il = pop.boundary;
     }
 
@@ -198,8 +208,8 @@ void llama_pop_mark_graph(ggml_cgraph * gf, const llama_pop_cparams & pop) {
 }
 
 bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b) {
-    const auto plan_a = llama_pop_make_plan(a.hparams, a.cparams, a.ubatch);
-    const auto plan_b = llama_pop_make_plan(b.hparams, b.cparams, b.ubatch);
+    const auto plan_a = llama_pop_make_plan(a.cparams, a.ubatch);
+    const auto plan_b = llama_pop_make_plan(b.cparams, b.ubatch);
 
     const auto & pop_a = a.cparams.pop;
     const auto & pop_b = b.cparams.pop;
@@ -211,13 +221,13 @@ bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b
     return plan_a.il == plan_b.il && (plan_a.il < 0 || plan_a.rows.size() == plan_b.rows.size());
 }
 
-void llama_pop_count(llama_pop_counters & counters, const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch) {
+void llama_pop_count(llama_pop_counters & counters, const llama_cparams & cparams, const llama_ubatch & ubatch) {
     if (cparams.pop.deepening) {
         counters.n_deep += ubatch.n_tokens;
         return;
     }
 
-    const auto plan = llama_pop_make_plan(hparams, cparams, ubatch);
+    const auto plan = llama_pop_make_plan(cparams, ubatch);
 
     const int64_t n_full = plan.il < 0 ? ubatch.n_tokens : plan.rows.size();
 
@@ -229,27 +239,27 @@ void llama_pop_count(llama_pop_counters & counters, const llama_hparams & hparam
 bool llama_pop_one_seq(const llama_cparams & cparams, uint32_t n_outputs, uint32_t n_tokens) {
     const auto & pop = cparams.pop;
 
-    return pop.boundary > 0 && !cparams.kv_unified &&
+    return pop.boundary > 0 && (!cparams.kv_unified || pop.apart) &&
         (pop.mode == LLAMA_POP_MODE_ALWAYS || (pop.mode == LLAMA_POP_MODE_CONTEXT && n_outputs < n_tokens));
 }
 
 bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_tokens, const llama_memory_context_i * mctx) {
-    if ((pop.boundary == 0 && pop.exact == 0) || ctx.get_model().hparams.no_alloc) {
-        return true;
-    }
-
     const auto & cparams = ctx.get_cparams();
+    const auto & hparams = ctx.get_model().hparams;
 
-    // nothing is pruned then, and pooling would not fit the fewer rows
-    if (llama_pop_reads_all(cparams)) {
+    pop.memory = ctx.get_memory();
+    pop.apart  = pop.memory && !llama_pop_get_caches(pop.memory).base && cparams.n_rs_seq == 0;
+
+    // nothing is pruned where all states are read, and pooling would not fit the fewer rows
+    if (!pop.memory || (pop.boundary == 0 && pop.exact == 0) || hparams.no_alloc || llama_pop_reads_all(cparams)) {
         return true;
     }
 
     const uint32_t n_seqs = cparams.kv_unified ? 1 : cparams.n_seq_max;
 
-    pop.reserving = true;
+    pop.n_reserve = pop.boundary > 0 ? std::max(1u, hparams.pop.sink_tokens + hparams.pop.tail_tokens) : 1;
     const bool ok = ctx.graph_reserve(n_tokens, n_seqs, n_seqs, mctx) != nullptr;
-    pop.reserving = false;
+    pop.n_reserve = 0;
 
     return ok;
 }
@@ -265,7 +275,7 @@ llama_pop_cparams llama_pop_init(const llama_model & model) {
 
     pop.boundary    = hparams.boundary;
     pop.sink_tokens = hparams.sink_tokens;
-    pop.exact       = llama_pop_exact_layer(model.arch, model.hparams);
+    pop.exact       = std::max(1u, llama_pop_exact_layer(model.hparams)) - 1;
     pop.mode        = pop.boundary > 0 || pop.exact > 0 ? LLAMA_POP_MODE_CONTEXT : LLAMA_POP_MODE_OFF;
 
     return pop;
@@ -290,15 +300,15 @@ static const bool is_told = [] {
 }();
 
 int32_t llama_pop_abi(void) {
-    return 4;
+    return 5;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {
-    return llama_pop_supports(model->arch) && !model->hparams.use_kq_norm ? (int32_t) model->hparams.pop.boundary : -1;
+    return llama_pop_find_obstacle(*model, std::max(1u, model->hparams.n_deepstack_layers)).empty() ? (int32_t) model->hparams.pop.boundary : -1;
 }
 
 int32_t llama_pop_model_exact(const llama_model * model) {
-    return llama_pop_exact_layer(model->arch, model->hparams);
+    return llama_pop_exact_layer(model->hparams);
 }
 
 int32_t llama_pop_set_mode(llama_context * ctx, int32_t mode) {
@@ -332,16 +342,9 @@ int32_t llama_pop_set_boundary(llama_context * ctx, int32_t layer) {
         pop.mode     = pop.boundary > 0 || pop.exact > 0 ? pop.mode : LLAMA_POP_MODE_OFF;
         return 0;
     }
-    if (llama_pop_model_boundary(&model) < 0) {
-        LLAMA_LOG_ERROR("%s: architecture '%s' does not support prefill-only pruning\n", __func__, llm_arch_name(model.arch));
-        return -1;
-    }
-    if (layer < 0 || layer >= (int32_t) hparams.n_layer()) {
-        LLAMA_LOG_ERROR("%s: boundary %d is not between 1 and %d\n", __func__, layer, (int32_t) hparams.n_layer() - 1);
-        return -1;
-    }
-    if (layer < (int32_t) hparams.n_deepstack_layers) {
-        LLAMA_LOG_ERROR("%s: boundary %d is too low: the first %u layers take features of images\n", __func__, layer, hparams.n_deepstack_layers);
+    const auto obstacle = llama_pop_find_obstacle(model, std::max(0, layer));
+    if (!obstacle.empty() || !pop.memory) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, obstacle.empty() ? "the context has no memory" : obstacle.c_str());
         return -1;
     }
     if (hparams.pop.fitted && layer != (int32_t) hparams.pop.boundary) {

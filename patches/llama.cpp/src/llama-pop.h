@@ -5,7 +5,8 @@
 // sink_tokens, or it is at or past full_from of one of its sequences.
 //
 // Exact skipping: where the last layers read the K/V of an earlier one, a row whose logits are not requested is of no
-// use past the last layer that stores K/V. It leaves there, and no other row changes. This needs no keys in the file.
+// use past the K and V of the last layer that stores any. That layer is the boundary then, with its own projections, and no
+// other row changes. This needs no keys in the file.
 //
 // Deep pass: of rows whose state at the boundary was kept, the layers from there on run later, on the cells that the rows
 // have. They attend to what the KV cache holds by then, and overwrite their projected K/V.
@@ -17,7 +18,7 @@
 #include "llama-arch.h"
 
 #include <cstdint>
-#include <initializer_list>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -30,14 +31,15 @@ struct llama_model;
 struct llama_model_base;
 struct llama_model_loader;
 struct llama_ubatch;
+struct llama_layer;
 struct llama_memory_context_i;
+struct llama_memory_i;
 
 struct llm_graph_context;
 struct llm_graph_params;
 
-class llm_graph_input_attn_kv;
-class llm_graph_input_attn_kv_iswa;
-class llm_graph_input_attn_no_cache;
+class llama_batch_allocr;
+class llm_graph_input_pop;
 
 #ifdef __cplusplus
 extern "C" {
@@ -70,10 +72,10 @@ extern "C" {
 
     LLAMA_API int32_t llama_pop_abi(void);
 
-    // the boundary that the file asks for, 0: the file has no POP keys, -1: the architecture has no hook
+    // the boundary that the file asks for, 0: the file has no POP keys, -1: the architecture cannot be pruned
     LLAMA_API int32_t llama_pop_model_boundary(const struct llama_model * model);
 
-    // the first layer that rows without logits need not enter: those from it on store no K/V. 0: there is none
+    // the first of the layers that store no K/V, so that rows without logits leave before them. 0: there is none
     LLAMA_API int32_t llama_pop_model_exact(const struct llama_model * model);
 
     LLAMA_API int32_t llama_pop_set_mode(struct llama_context * ctx, int32_t mode);
@@ -117,6 +119,11 @@ extern "C" {
     // these kernels however few rows there are, so that no row depends on how the prompt was cut. deep passes always are
     LLAMA_API int32_t llama_pop_set_reading(struct llama_context * ctx, bool reading);
 
+    // multiply-accumulates of a prompt of n_tokens that is read into an empty cache, at most n_ubatch of them, for the logits of
+    // the last one, at the present boundary and mode; the last n_full rows are full. scans of recurrent states are not counted.
+    // -1: an error
+    LLAMA_API int64_t llama_pop_count_macs(struct llama_context * ctx, int32_t n_tokens, int32_t n_full);
+
     LLAMA_API void llama_pop_get_counters  (const struct llama_context * ctx, struct llama_pop_counters * counters);
     LLAMA_API void llama_pop_reset_counters(struct llama_context * ctx);
 
@@ -155,10 +162,11 @@ struct llama_pop_layer {
     ggml_tensor * up   = nullptr; // [n_embd, n_neurons]
 };
 
-bool llama_pop_supports(llm_arch arch);
+// why a model cannot be pruned from this layer on, empty: it can
+std::string llama_pop_find_obstacle(const llama_model & model, uint32_t boundary);
 
 // see llama_pop_model_exact()
-uint32_t llama_pop_exact_layer(llm_arch arch, const llama_hparams & hparams);
+uint32_t llama_pop_exact_layer(const llama_hparams & hparams);
 
 // a sidecar is the file after the model's own, of which there is one unless n_split says more. empty: there is none
 std::string llama_pop_take_sidecar(std::vector<std::string> & paths, uint16_t n_split);
@@ -177,14 +185,20 @@ struct llama_pop_cparams {
     llama_pop_mode mode        = LLAMA_POP_MODE_OFF;
     uint32_t       boundary    = 0;
     uint32_t       sink_tokens = 0;
-    uint32_t       exact       = 0; // the first layer that rows without logits do not enter, 0: none
+    uint32_t       exact       = 0; // the boundary of exact skipping, 0: none. only where the file has no other
 
     std::vector<llama_pos> full_from; // by sequence, no entry: none by position
 
     llama_seq_id question_seq = -1; // -1: there is no question
     llama_pos    question_pos = -1;
 
-    bool reserving = false; // the next graph is for the reserve of a pruned prefill
+    llama_memory_i * memory = nullptr; // of the context
+
+    bool apart = false; // context and full rows come in ubatches of their own
+
+    const float * states = nullptr; // of a deep pass, [n_embd, n_rows]
+
+    uint32_t n_reserve = 0; // the next graph is for a reserve: that of a pruned prefill with so many full rows. 0: for none
     bool deepening = false; // the next graph is a deep pass
     bool keep      = false; // the states at the boundary
     bool kernels   = true;  // the CPU's kernels for prompts may compute
@@ -205,8 +219,12 @@ struct llama_pop_kept {
 
 llama_pop_cparams llama_pop_init(const llama_model & model);
 
-// the ubatches of separate KV streams hold one sequence each, since rows are picked within one stream
+// the ubatches of separate KV streams hold one sequence each, since rows are picked within one stream. so do those of
+// memories that take context and full rows apart
 bool llama_pop_one_seq(const llama_cparams & cparams, uint32_t n_outputs, uint32_t n_tokens);
+
+// whether two rows of a batch belong into different ubatches. pop: null, they never do
+bool llama_pop_differ(const llama_pop_cparams * pop, const llama_batch & batch, int32_t a, int32_t b);
 
 // reserve the compute buffers for a pruned prefill, false: out of memory
 bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_tokens, const llama_memory_context_i * mctx);
@@ -214,7 +232,7 @@ bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_
 static const int LLAMA_POP_SCORE_LAYERS = 4;
 static const int LLAMA_POP_SCORE_STRIDE = 16;
 
-void llama_pop_count(llama_pop_counters & counters, const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch);
+void llama_pop_count(llama_pop_counters & counters, const llama_cparams & cparams, const llama_ubatch & ubatch);
 
 //
 // graph
@@ -229,36 +247,54 @@ struct llama_pop_plan {
 // whether somebody reads the states of all rows, so that all are full
 bool llama_pop_reads_all(const llama_cparams & cparams);
 
-// graph nodes beyond those of an unpruned graph, at the most
-uint32_t llama_pop_n_nodes(const llama_model & model);
+// of those that an unpruned graph may have
+uint32_t llama_pop_max_nodes(uint32_t n_nodes);
 
-llama_pop_plan llama_pop_make_plan(const llama_hparams & hparams, const llama_cparams & cparams, const llama_ubatch & ubatch);
-
-bool llama_pop_rope_per_layer(llm_arch arch);
-
-bool llama_pop_has_gelu(llm_arch arch);
+llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ubatch & ubatch);
 
 bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b);
 
 // tells the CPU's kernels for prompts which operations of a new graph are theirs
 void llama_pop_mark_graph(ggml_cgraph * gf, const llama_pop_cparams & pop);
 
-// to be called at the start of each layer. at the boundary it stores the projected K/V of all rows for the skipped
-// layers, and reduces the state and the inputs to the full rows. true: no row goes on, leave the loop over the layers
-// a deep pass begins at the boundary instead of at the first layer
-bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int & il,
-        ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv *& inp_attn);
-bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int & il,
-        ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv_iswa *& inp_attn);
-bool llama_pop_enter_layer(llm_graph_context & g, const llama_model & model, int & il,
-        ggml_tensor *& inpL, ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_no_cache *& inp_attn);
+//
+// building
+//
+// the architecture's own code builds the graph, once or twice. context pass: for all rows; the layers from the boundary on are
+// given the states there, and only what they write into the memory stays, with what that needs. deep pass: for the full rows;
+// the layers below the boundary go, and those from there on begin with the states of the context pass, or with kept ones
+//
 
-// to be called in each layer that stores K/V, before its attention. in the last of them it stores K/V, here no longer
-// needed, and reduces Q, the states and the inputs to the full rows. a state is [n, n_tokens] or [n, n_tokens, n_slices],
-// or null. true: no row goes on, leave the loop over the layers
-bool llama_pop_leave(llm_graph_context & g, int il, ggml_tensor *& q, ggml_tensor *& k, ggml_tensor *& v,
-        std::initializer_list<ggml_tensor **> states,
-        ggml_tensor *& inp_pos, ggml_tensor * inp_out_ids, llm_graph_input_attn_kv_iswa *& inp_attn);
+enum llama_pop_pass {
+    LLAMA_POP_PASS_WHOLE   = 0, // neither: all rows run all layers
+    LLAMA_POP_PASS_CONTEXT = 1,
+    LLAMA_POP_PASS_DEEP    = 2,
+};
+
+// how far a graph is built, of its llm_graph_result
+struct llama_pop_build {
+    llama_pop_pass pass = LLAMA_POP_PASS_WHOLE;
+
+    const llama_model * model = nullptr;
+
+    int32_t boundary    = 0;  // 0: nothing is to be done at any layer
+    int32_t n_nodes     = -1; // those of the graph when the boundary was met in this pass, -1: not yet
+    int32_t n_projected = 0;  // layers that took their fitted projections
+
+    ggml_tensor * state = nullptr; // at the boundary, of all rows
+    ggml_tensor * wide  = nullptr; // the wider input of fitted projections
+
+    llm_graph_input_pop * deep = nullptr; // owned by the result
+};
+
+// to be called in the place of build_arch_graph()
+std::unique_ptr<llm_graph_context> llama_pop_build_graph(const llama_model & model, const llm_graph_params & params);
+
+// to be called at the end of each layer: what the next one is given, and at the boundary the states that a pass begins with
+ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur, int il);
+
+// to be called where a layer has projected its K and V from cur: in skipped layers they become the fitted ones
+void llama_pop_project(const llm_graph_context & g, const llama_layer & layer, ggml_tensor * cur, ggml_tensor *& k, ggml_tensor *& v);
 
 // rows whose attention is counted
 struct llama_pop_scored {

@@ -22,7 +22,7 @@ from converter.errors import PopError
 from converter.format import PopMeta
 from pop_local.engine.llama import logs
 
-ABI = 4
+ABI = 5
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
