@@ -150,37 +150,40 @@ static void drop_results(llm_graph_result & res) {
 // layers
 //
 
-// the states of the rows that run all layers. cur is what the second build has at the boundary, of the same shape
-static ggml_tensor * build_states(const llm_graph_context & g, llama_pop_build & build, const ggml_tensor * cur) {
-    ggml_tensor * whole = build.state;
-    if (!whole) {
-        return build.deep->states = new_input(g, GGML_TYPE_F32, g.n_embd, g.n_tokens);
+// the states of some rows, of the shape that cur has: the last dimension in which the two differ is that of the rows
+static ggml_tensor * pick_states(const llm_graph_context & g, ggml_tensor * states, const ggml_tensor * cur, ggml_tensor * ids) {
+    if (!ggml_is_contiguous(states)) {
+        states = ggml_cont(g.ctx0, states);
     }
-    if (!ggml_is_contiguous(whole)) {
-        whole = ggml_cont(g.ctx0, whole);
-    }
-
     // [n, n_tokens] or [n, n_tokens, n_slices]
-    if (whole->ne[1] != cur->ne[1]) {
-        build.deep->ids = new_input(g, GGML_TYPE_I32, g.n_tokens, whole->ne[2]);
-        return pick_rows(g, whole, build.deep->ids);
+    if (states->ne[2] == cur->ne[2]) {
+        return pick_rows(g, states, ids);
     }
-
     // [n, n_slices, n_tokens]
-    build.deep->ids = new_input(g, GGML_TYPE_I32, g.n_tokens, 1);
-    whole = pick_rows(g, ggml_reshape_2d(g.ctx0, whole, whole->ne[0]*whole->ne[1], whole->ne[2]), build.deep->ids);
-    return ggml_reshape_3d(g.ctx0, whole, cur->ne[0], cur->ne[1], cur->ne[2]);
+    states = ggml_reshape_2d(g.ctx0, states, states->ne[0]*states->ne[1], states->ne[2]);
+    return ggml_reshape_3d(g.ctx0, pick_rows(g, states, ids), cur->ne[0], cur->ne[1], cur->ne[2]);
 }
 
-// what a layer gives that is skipped: the states that it was given. cur has fewer rows if only those with logits are left
-static ggml_tensor * skip_layer(const llm_graph_context & g, ggml_tensor * state, const ggml_tensor * cur) {
-    if (ggml_nelements(cur) == ggml_nelements(state)) {
+// the states that the second build begins with. cur is what it has at the boundary
+static ggml_tensor * build_states(const llm_graph_context & g, llama_pop_build & build, const ggml_tensor * cur) {
+    auto & deep = *build.deep;
+
+    if (!build.state) {
+        return deep.states = new_input(g, GGML_TYPE_F32, g.n_embd, g.n_tokens);
+    }
+    deep.ids = new_input(g, GGML_TYPE_I32, g.n_tokens, build.state->ne[2] == cur->ne[2] ? cur->ne[2] : 1);
+    return pick_states(g, build.state, cur, deep.ids);
+}
+
+// what a skipped layer gives: the states that it was given. cur has fewer rows where only those with logits are left
+static ggml_tensor * skip_layer(const llm_graph_context & g, ggml_tensor * states, const ggml_tensor * cur) {
+    if (ggml_nelements(cur) == ggml_nelements(states)) {
         // a node of its own: the architecture gives it the layer's name
-        return ggml_view_3d(g.ctx0, state, state->ne[0], state->ne[1], state->ne[2], state->nb[1], state->nb[2], 0);
+        return ggml_view_3d(g.ctx0, states, states->ne[0], states->ne[1], states->ne[2], states->nb[1], states->nb[2], 0);
     }
     for (const auto & input : g.res->inputs) {
         if (const auto * outputs = dynamic_cast<const llm_graph_input_out_ids *>(input.get())) {
-            return ggml_get_rows(g.ctx0, state, outputs->out_ids);
+            return pick_states(g, states, cur, outputs->out_ids);
         }
     }
     GGML_ABORT("rows were dropped without a list of them");
