@@ -1,88 +1,13 @@
 // prefill-only pruning: the graph, see llama-pop.h and patches/README.md
 
 #include "llama-pop-graph.h"
-
-#include "llama-pop-cells.h"
+#include "llama-pop-inputs.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <stdexcept>
 #include <unordered_set>
-
-//
-// the inputs of a second build
-//
-
-// of the full rows: their ubatch, their cells, and their states at the boundary
-class llm_graph_input_pop : public llm_graph_input_i {
-public:
-    explicit llm_graph_input_pop(const llm_graph_params & whole) : params(whole) {
-        take(whole);
-    }
-
-    // note: what it sets belongs to the ubatch that the last take() saw
-    void set_input(const llama_ubatch *) override {
-        if (is_used(states)) {
-            ggml_backend_tensor_set(states, params.cparams.pop.states, 0, ggml_nbytes(states));
-        }
-        for (int64_t i = 0; is_used(ids) && i < ids->ne[1]; ++i) {
-            ggml_backend_tensor_set(ids, plan.rows.data(), i*ids->nb[1], plan.rows.size()*sizeof(int32_t));
-        }
-        for (auto & input : inputs) {
-            input->set_input(&params.ubatch);
-        }
-    }
-
-    bool can_reuse(const llm_graph_params & whole) override {
-        const auto il     = plan.il;
-        const auto n_rows = plan.rows.size();
-
-        take(whole);
-
-        bool res = il == plan.il && n_rows == plan.rows.size();
-        for (auto & input : inputs) {
-            res = res && input->can_reuse(params);
-        }
-        return res;
-    }
-
-    llm_graph_params params; // of the second build
-
-    ggml_tensor * ids    = nullptr; // I32 [n_rows, n_slices], each slice the same
-    ggml_tensor * states = nullptr; // F32 [n_embd, n_rows], those that were kept
-
-    std::vector<llm_graph_input_ptr> inputs;
-
-private:
-    void take(const llm_graph_params & whole) {
-        plan = llama_pop_make_plan(whole.cparams, whole.ubatch);
-
-        params.cparams = whole.cparams;
-        params.ubatch  = whole.ubatch;
-        params.mctx    = whole.mctx;
-
-        // a deep pass has a ubatch and cells of its own already
-        if (plan.il < 0) {
-            return;
-        }
-        params.ubatch = llama_pop_pick_rows(whole.ubatch, plan.rows, whole.hparams.n_embd_inp());
-
-        // in a reserve the rows have no cells
-        if (whole.cparams.pop.n_reserve == 0) {
-            const auto places = llama_pop_pick_places(*whole.mctx, plan.rows);
-
-            mctx        = llama_pop_use_places(whole.cparams.pop.memory, places, params.ubatch);
-            params.mctx = mctx.get();
-
-            const llama_pop_in_place guard(whole.cparams.pop.memory, places);
-            mctx->apply();
-        }
-    }
-
-    llama_pop_plan           plan;
-    llama_memory_context_ptr mctx;
-};
 
 //
 // nodes

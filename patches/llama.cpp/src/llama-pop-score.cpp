@@ -61,6 +61,11 @@ void llama_pop_score(const llm_graph_context & g, ggml_tensor * q, ggml_tensor *
     const int64_t n_head_dim = q->ne[0];
     const int64_t n_head     = q->ne[1];
 
+    // a view into fused Q, K and V where nothing has rotated it
+    if (!ggml_is_contiguous(q)) {
+        q = ggml_cont(g.ctx0, q);
+    }
+
     ggml_tensor * asking = pick_rows(g, ggml_reshape_2d(g.ctx0, q, n_head_dim*n_head, q->ne[2]), inp.rows);
     asking = ggml_permute(g.ctx0, ggml_reshape_3d(g.ctx0, asking, n_head_dim, n_head, inp.rows->ne[0]), 0, 2, 1, 3);
 
