@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import add
 from typing import NamedTuple
 
 import psutil
@@ -103,12 +104,12 @@ def plan_needs(
     every = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
     pairs = list(dict.fromkeys(every))
     n_inputs = shape.n_embd + max(shape.n_wide(plan.boundary, plan.projection) for plan in plans)
-    scratch = max(fit.scratch_bytes(n_inputs, n_kv(shape, p.layer), N_WINDOW) for p in pairs)
+    scratch = max(fit.scratch_bytes(n_inputs, shape.n_kv(p.layer), N_WINDOW) for p in pairs)
     gram = fit.gram_bytes(n_inputs)
     groups: list[list[Pair]] = [[]]
     sizes = [0]
     for pair in pairs:
-        cross = fit.cross_bytes(n_inputs, n_kv(shape, pair.layer))
+        cross = fit.cross_bytes(n_inputs, shape.n_kv(pair.layer))
         known = any(other.boundary == pair.boundary for other in groups[-1])
         size = cross if known else gram + cross
         if groups[-1] and sizes[-1] + size + scratch > memory_bytes:
@@ -119,8 +120,8 @@ def plan_needs(
         sizes[-1] += size
     n_sums = max(sizes) + scratch
     n_stored = sum(stored_bytes(plan, options.kv_type) for plan in plans)
-    n_heads = max(dim // 64 for dim in shape.attn_dim)
-    read = 4 * N_WINDOW * (len(plans) * (n_inputs + 1) + sum(shape.kv_macs) // shape.n_embd)
+    n_heads = max(map(add, shape.n_q, shape.n_heads_out)) // 64
+    read = 4 * N_WINDOW * (len(plans) * (n_inputs + 1) + sum(shape.n_k + shape.n_v))
     masses = 8 * N_WINDOW * n_heads * N_WINDOW
     passing = n_sums + read + masses + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
@@ -132,10 +133,5 @@ def plan_needs(
 
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
     """Return what a KV cache of F16 takes, and a batch of `n_rows` that all give logits."""
-    cache = 2 * n_cells * sum(shape.kv_macs) // shape.n_embd
+    cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
-
-
-def n_kv(shape: ModelShape, layer: int) -> int:
-    """Return how many numbers K and V of a layer are, for one token."""
-    return shape.kv_macs[layer] // shape.n_embd

@@ -50,7 +50,7 @@ class ScriptedModel:
         self.boundary, self.projection = 20, "fitted"
         self.shape = None
         self.exact = 0
-        self.is_mrope = False
+        self.no_refill = ""
         self.model_path = "model.gguf"
         self.metadata = {
             "general.architecture": "llama",

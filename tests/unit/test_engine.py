@@ -275,7 +275,7 @@ def test_the_backend_describes_itself():
 def test_states_need_room_too(pop_file, tmp_path, monkeypatch):
     shape = read_shape(pop_file)
     n_cells = 4096
-    kv_bytes = 2 * n_cells * sum(shape.kv_macs) // shape.n_embd
+    kv_bytes = 2 * n_cells * sum(shape.n_k + shape.n_v)
     memory = SimpleNamespace(total=10**12, available=kv_bytes, free=0)
     for name in ("virtual_memory", "swap_memory"):
         monkeypatch.setattr(f"pop_local.engine.llama.opening.psutil.{name}", lambda: memory)

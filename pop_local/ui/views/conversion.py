@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from converter.format import OWN
-from converter.macs import LIMIT_PROMPT
 from converter.sidecar import sidecar_path
+from converter.skipping import skipping_of
+from converter.work import LIMIT_PROMPT
 from pop_local.measure.budget import FAST
 from pop_local.models.sizes import size
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
+from pop_local.ui.views.skipping import skipping_facts
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 from pop_local.workflows.options import Fastest, Within
 
@@ -140,6 +143,8 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: Sizes) -> list[Fact]:
 
 
 def _limit(plan: Plan) -> str:
+    if isnan(plan.speedup_limit):
+        return "not known without the backend"
     return f"for a prompt of {LIMIT_PROMPT:,} tokens at most {plan.speedup_limit:.2f}x"
 
 
@@ -162,6 +167,7 @@ def _facts(
         ("Layers", f"{plan.shape.n_layer}, of which context tokens skip {layers}"),
         *where,
         ("K/V of skipped", f"{plan.projection} projections; {opened_by}"),
+        *skipping_facts(skipping_of(plan.shape))[1:],
         full_fact(plan),
         ("Size", f"{read}, {form} {output}"),
         ("Speed-up", limit),
