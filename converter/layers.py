@@ -41,6 +41,15 @@ class Layer(dict[str, TensorInfo]):
         return any(name.startswith(_RECURRENT) for name in self) or self.keys() >= _LIGHTNING
 
     @property
+    def no_refill(self) -> str:
+        """Why rows can be neither selected nor refilled because of this layer, "" where they can."""
+        if self.is_recurrent:
+            return "its recurrent layers keep a state of all rows, which none can enter later"
+        if any(name.startswith("indexer") for name in self):
+            return "its cache holds more than K and V"
+        return "its state has several streams" if "altup_router" in self else ""
+
+    @property
     def is_fittable(self) -> bool:
         has_kv = "attn_qkv" in self or {"attn_k", "attn_v"} <= self.keys()
         has_norm = "attn_norm" in self and "attn_norm.bias" not in self

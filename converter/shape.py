@@ -13,8 +13,7 @@ from converter.source import Source, read_source
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 # Rows of added tensors come in blocks of ggml's quantised types.
 _BLOCK_SIZE = 32
-# Why rows of a model can be neither selected nor refilled.
-RECURRENT = "its recurrent layers keep a state of all rows, which none can enter later"
+# Why rows of a model can be neither selected nor refilled, see Layer.no_refill for others.
 MROPE = "its rows have several positions each (M-RoPE)"
 _RMS_KEY = "attention.layer_norm_rms_epsilon"
 
@@ -30,6 +29,7 @@ class ModelShape:
     apart means all of them here. `is_recurrent`: whether a layer keeps a state that no row can
     overwrite. `is_fittable`: whether its K and V can be fitted.
 
+    `no_refill`: why rows can be neither selected nor refilled, "" where they can.
     `exact`: the first of the layers that read the K/V of an earlier one, 0 where each has its own.
     `n_deepstack`: the first layers, which add features of images to the state. `is_mrope`: rows
     have several positions.
@@ -51,6 +51,7 @@ class ModelShape:
     exact: int = 0
     n_deepstack: int = 0
     is_mrope: bool = False
+    no_refill: str = ""
 
     def n_kv(self, layer: int) -> int:
         """Return how many numbers K and V of a layer are, for one token."""
@@ -59,11 +60,6 @@ class ModelShape:
     def fits(self, boundary: int) -> bool:
         """Whether projections can be fitted at a boundary: for all layers, two at least."""
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
-
-    @property
-    def no_refill(self) -> str:
-        """Why rows can be neither selected nor refilled, "" where they can."""
-        return RECURRENT if any(self.is_recurrent) else MROPE if self.is_mrope else ""
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
         """Return the sizes of the wider input (converter.wide): previous state, neurons.
@@ -108,6 +104,7 @@ def source_shape(source: Source) -> ModelShape:
     if any(min(part) < 0 for part in parts):
         raise keys.wrong("has fused projections that are too small for its heads")
     n_q, n_k, n_v = zip(*parts, strict=True)
+    reasons = [*(layer.no_refill for layer in layers), MROPE if keys.is_mrope else ""]
     has_fits = keys.arch not in UNFITTED and keys.header.of_arch(_RMS_KEY) is not None
     return ModelShape(
         arch=keys.arch,
@@ -126,6 +123,7 @@ def source_shape(source: Source) -> ModelShape:
         exact=exact if exact < n_layer else 0,
         n_deepstack=keys.number("n_deepstack_layers", 0),
         is_mrope=keys.is_mrope,
+        no_refill=next(filter(None, reasons), ""),
     )
 
 

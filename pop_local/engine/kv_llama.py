@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from converter.errors import PopError
-from converter.shape import ModelShape, read_shape
+from converter.shape import MROPE, ModelShape, source_shape
 from converter.sidecar import pop_of
 from converter.source import read_source, sampled_sha256
 from pop_local.engine import templates
@@ -92,7 +92,7 @@ class KvLlama(SeeingLlama):
         if unknown := sorted(options.keys() - signature(Llama).parameters.keys()):
             raise TypeError(f"a model is not opened with {unknown[0]!r}: no such option")
         backend.require_patched()
-        source = read_source(Path(model_path))
+        self._source = source = read_source(Path(model_path))
         self.sidecar = None if sidecar is None else Path(sidecar)
         self.grammars = Grammars(os.fspath(model_path))
         self.meta = pop_of(source, self.sidecar)
@@ -165,7 +165,7 @@ class KvLlama(SeeingLlama):
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
         self.rows = CachedRows(self._n_ctx)
         self.is_mrope = backend.is_mrope(self._model.model)
-        self.no_refill = backend.no_refill(self._model.model)
+        self.no_refill = self._no_refill()
         # Counts what makes an answer that is still being sampled wrong to go on with.
         self.epoch = 0
         self._batch_rows = TokenBatch(self.n_batch)
@@ -200,7 +200,7 @@ class KvLlama(SeeingLlama):
 
         Raises UnsupportedArchitectureError for a model that cannot be pruned.
         """
-        return read_shape(Path(self.model_path))
+        return source_shape(self._source)
 
     @cached_property
     def macs(self) -> GraphMacs:
@@ -213,6 +213,13 @@ class KvLlama(SeeingLlama):
     def boundary(self) -> int:
         """The first layer that context tokens skip; 0 when there is none."""
         return backend.get_boundary(self.ctx)
+
+    def _no_refill(self) -> str:
+        """Why rows can be neither selected nor refilled, "" where they can."""
+        with suppress(PopError):
+            if why := self.shape.no_refill:
+                return why
+        return MROPE if self.is_mrope else ""
 
     @property
     def exact(self) -> int:

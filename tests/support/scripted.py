@@ -48,6 +48,7 @@ class ScriptedModel:
         self.options: dict[str, Any] = {}
         self.pop_mode = Mode.CONTEXT
         self.boundary, self.projection = 20, "fitted"
+        self.macs = None
         self.shape = None
         self.exact = 0
         self.no_refill = ""

@@ -20,7 +20,6 @@ import psutil
 
 from converter.errors import PopError
 from converter.format import PopMeta
-from converter.shape import MROPE, RECURRENT
 from pop_local.engine.llama import logs
 
 ABI = 5
@@ -161,14 +160,6 @@ def is_mrope(model: Any) -> bool:
     api = bindings()
     kinds = (api.LLAMA_ROPE_TYPE_MROPE, api.LLAMA_ROPE_TYPE_IMROPE)
     return api.llama_model_rope_type(model) in kinds
-
-
-def no_refill(model: Any) -> str:
-    """Return why rows can be neither selected nor refilled, "" where they can."""
-    api = bindings()
-    if api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model):
-        return RECURRENT
-    return MROPE if is_mrope(model) else ""
 
 
 def require_boundary(model: Any, meta: PopMeta | None) -> None:
