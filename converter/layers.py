@@ -42,7 +42,7 @@ class Layer(dict[str, TensorInfo]):
 
     @property
     def no_refill(self) -> str:
-        """Why rows can be neither selected nor refilled because of this layer, "" where they can."""
+        """Why rows can be neither selected nor refilled, "" where this layer lets them."""
         if self.is_recurrent:
             return "its recurrent layers keep a state of all rows, which none can enter later"
         if any(name.startswith("indexer") for name in self):
