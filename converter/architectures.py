@@ -36,6 +36,7 @@ REFUSED = {
 }
 LOOPS_KEY = "num_loops"
 
+_LAYER_NORM = "its norm is not an RMS norm"
 _OWN_QKV = "its graph makes K and V in a way of its own"
 # Architectures whose tensors look as if K and V could be fitted (llama.cpp: no build_qkv).
 UNFITTED = {
@@ -44,10 +45,33 @@ UNFITTED = {
     "graniteswitch": _OWN_QKV,
     "mimo2": _OWN_QKV,
     "openelm": _OWN_QKV,
+    "plamo2": _OWN_QKV,
     "plamo3": _OWN_QKV,
+    "cohere2": _LAYER_NORM,
+    "cohere2moe": _LAYER_NORM,
+    "command-r": _LAYER_NORM,
+    "dbrx": _LAYER_NORM,
     "chameleon": "its norm may come after the attention",
     "gemma3n": "its state has several streams",
 }
+
+# Architectures whose rows have several positions each (M-RoPE), if their file has sections for it.
+SEVERAL_POSITIONS = (
+    "bailingmoe3",
+    "glm4",
+    "glm4moe",
+    "hunyuan_vl",
+    "paddleocr",
+    "qwen2vl",
+    "qwen35",
+    "qwen35moe",
+    "qwen3tts",
+    "qwen3vl",
+    "qwen3vlmoe",
+    "qwen4exp",
+)
+# Architectures whose gated FFN has GELU in the place of SiLU.
+GELU = ("gemma", "gemma2", "gemma3", "grok", "spark2_5")
 
 # Gemma 3n names nowhere how many of its layers have K/V of their own.
 GEMMA3N_KV_LAYERS = 20

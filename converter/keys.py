@@ -1,6 +1,6 @@
 """The keys of a model that its architecture names, `ARCH.*`, checked."""
 
-from converter.architectures import LOOPS_KEY, refusal
+from converter.architectures import LOOPS_KEY, SEVERAL_POSITIONS, refusal
 from converter.errors import FormatError, UnsupportedArchitectureError
 from converter.header import Array, Header
 
@@ -57,6 +57,9 @@ class ArchKeys:
 
     @property
     def is_mrope(self) -> bool:
+        """Whether rows have several positions each."""
+        if self.arch not in SEVERAL_POSITIONS:
+            return False
         sections = self.header.of_arch("rope.dimension_sections")
         items = (sections.items or ())[:2] if isinstance(sections, Array) else ()
         return len(items) == 2 and all(isinstance(item, int) and item > 0 for item in items)

@@ -21,7 +21,13 @@ from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
 from converter.skipping import skipping_of
 from converter.source import Source, read_source
 from converter.weights import Weights
-from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, Needs, fit_needs
+from pop_local.calibration.needs import (
+    KINDS_OF_MANY,
+    KINDS_OF_ONE,
+    Needs,
+    fit_needs,
+    fit_seconds,
+)
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.engine.llama.graph_macs import graph_macs
@@ -117,11 +123,19 @@ class Conversion:
     @property
     def needs(self) -> Needs | None:
         """What fitting all plans takes; None where nothing is fitted."""
-        wanted = {plan.boundary: plan for plan in self.plans if plan.projection != OWN}
-        plans = list(wanted.values())
-        if self.fit is None or not plans:
+        if self.fit is None or not self._fitted:
             return None
-        return fit_needs(plans, self.source, self.fit, self.kinds)
+        return fit_needs(self._fitted, self.source, self.fit, self.kinds)
+
+    @property
+    def fit_seconds(self) -> float | None:
+        """About how long that takes; None where nothing is fitted, or nothing counts the work."""
+        needs = self.needs
+        return fit_seconds(self._fitted, self.fit, needs) if self.fit and needs else None
+
+    @property
+    def _fitted(self) -> list[Plan]:
+        return [*{p.boundary: p for p in self.plans if p.projection != OWN}.values()]
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from converter.sidecar import sidecar_path
 from converter.skipping import skipping_of
 from converter.work import LIMIT_PROMPT
 from pop_local.measure.budget import FAST
-from pop_local.models.sizes import size
+from pop_local.models.sizes import duration, size
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
 from pop_local.ui.views.skipping import skipping_facts
@@ -116,7 +116,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """`memory_bytes`: the most that fitting `plans` takes, without distilling; None without one."""
+    """`memory_bytes`, `fit_seconds`: what fitting `plans` takes, not distilling; None for no fit."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -133,6 +133,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "source_bytes": conversion.sizes.source_bytes,
         "limit_n_prompt": LIMIT_PROMPT,
         "memory_bytes": needs.total_bytes if needs else None,
+        "fit_seconds": conversion.fit_seconds,
     }
 
 
@@ -186,6 +187,11 @@ def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
     more = "; distilling is not in it" if fit.distill else ""
     yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit{more}"
+    if (seconds := conversion.fit_seconds) is not None:
+        yield (
+            "Time",
+            f"{at_most}about {duration(seconds)} for the fit{more}, by this machine's speed",
+        )
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:

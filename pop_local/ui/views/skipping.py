@@ -25,11 +25,11 @@ def skipping_facts(found: Skipping, work: Work | None = None) -> list[Fact]:
     if found.fits_from is not None:
         later = f" from boundary {found.fits_from} on" if found.fits_from > found.first else ""
         projections = f"fitted{later}, or own ones"
-    measured = "real models" if found.is_measured else "random models alone: measure it"
+    measured = "real models" if found.is_measured else "random models alone"
     return [
         ("Can be skipped", f"layers {found.first} to {found.last}{exact}"),
         ("Left in them", left),
         ("Projections", projections),
         ("Refilling", f"no: {found.no_refill}" if found.no_refill else "yes"),
-        ("Tried on", measured),
+        ("Measured on", measured),
     ]
