@@ -52,7 +52,7 @@ class ArchKeys:
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
-            raise self.wrong(f"has no number {self.arch}.{name}: it is {value}")
+            raise self.wrong(f"is no model: its {self.arch}.{name} is {value}")
         return int(value)
 
     @property

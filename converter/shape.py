@@ -87,10 +87,11 @@ def source_shape(source: Source) -> ModelShape:
     """Return the shape of a model. Raises FormatError, UnsupportedArchitectureError."""
     keys = ArchKeys(source.first)
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
-    n_embd = keys.number("embedding_length")
-    if not 0 < n_layer <= MAX_LAYERS or n_embd < 1:
-        raise keys.wrong(f"has {n_layer} layers and states of {n_embd} values")
+    if not 0 < n_layer <= MAX_LAYERS:
+        raise keys.wrong(f"says it has {n_layer} layers")
     layers = read_layers(source, n_layer)
+    if (n_embd := keys.number("embedding_length")) < 1:
+        raise keys.wrong("has states of 0 values")
     n_shared = n_layer - GEMMA3N_KV_LAYERS if keys.arch == "gemma3n" else 0
     exact = n_layer - keys.number("attention.shared_kv_layers", max(n_shared, 0))
     if exact < 1:

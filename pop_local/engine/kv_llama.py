@@ -157,7 +157,7 @@ class KvLlama(SeeingLlama):
         backend.require_boundary(self._model.model, self.meta)
         backend.set_kernels(self.ctx, kernels)
         self._window = api.llama_model_n_swa(self._model.model) if is_windowed else 0
-        self._exact = backend.model_exact(self._model.model)
+        self.exact = self._exact_now()
         if self.exact:
             self.rule = NO_ENDS
         self.pop_mode = backend.get_mode(self.ctx)
@@ -221,10 +221,10 @@ class KvLlama(SeeingLlama):
                 return why
         return MROPE if self.is_mrope else ""
 
-    @property
-    def exact(self) -> int:
+    def _exact_now(self) -> int:
         """The layer at which context tokens leave, exactly; 0: none, or they are pruned earlier."""
-        return 0 if 0 < self.boundary < self._exact else self._exact
+        exact = backend.model_exact(self._model.model)
+        return 0 if 0 < self.boundary < exact else exact
 
     @property
     def can_switch(self) -> bool:
@@ -268,6 +268,7 @@ class KvLlama(SeeingLlama):
         """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
         self.interrupt.require_idle()
         backend.set_boundary(self.ctx, layer)
+        self.exact = self._exact_now()
         self._switched(keeps_cache=False)
 
     def _switched(self, *, keeps_cache: bool) -> None:

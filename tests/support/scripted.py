@@ -48,7 +48,7 @@ class ScriptedModel:
         self.options: dict[str, Any] = {}
         self.pop_mode = Mode.CONTEXT
         self.boundary, self.projection = 20, "fitted"
-        self.macs = None
+        self.macs = lambda n_prompt, boundary, n_full: 1
         self.shape = None
         self.exact = 0
         self.no_refill = ""

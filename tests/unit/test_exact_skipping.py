@@ -138,10 +138,10 @@ def test_the_figures_of_an_answer(shared: Path) -> None:
     assert stats.prefill_tokens_per_s == pytest.approx(stats.n_prompt / stats.prefill_s)
 
 
-def test_there_is_no_boundary_to_set(shared: Path) -> None:
+def test_there_is_no_boundary_where_layers_share(shared: Path) -> None:
     model = opened(shared)
-    with pytest.raises(PopError, match="does not support"):
-        model.set_boundary(3)
+    with pytest.raises(PopError, match="store no K/V"):
+        model.set_boundary(model.exact)
     with pytest.raises(PopError, match="no boundary"):
         model.set_pop(Mode.ALWAYS)
 

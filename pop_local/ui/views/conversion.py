@@ -116,7 +116,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """`memory_bytes`, `fit_seconds`: what fitting `plans` takes, not distilling; None for no fit."""
+    """`memory_bytes`, `fit_seconds`: of fitting `plans` without distilling; None without a fit."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -188,10 +188,8 @@ def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
     more = "; distilling is not in it" if fit.distill else ""
     yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit{more}"
     if (seconds := conversion.fit_seconds) is not None:
-        yield (
-            "Time",
-            f"{at_most}about {duration(seconds)} for the fit{more}, by this machine's speed",
-        )
+        time = f"{at_most}about {duration(seconds)} for the fit{more}"
+        yield "Time", f"{time}, by this machine's speed"
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:
