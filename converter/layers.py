@@ -25,7 +25,8 @@ class Layer(dict[str, TensorInfo]):
 
     def attention(self, dim_k: int, dim_v: int) -> tuple[int, int, int]:
         """Return the rows of Q, K and V; a fused tensor has as many of Q as its heads give."""
-        if self.is_recurrent and "attn_k" not in self:
+        # The K of a recurrence with a convolution of its own (KDA) goes into no cache.
+        if self.is_recurrent and ("attn_k" not in self or "ssm_conv1d_k" in self):
             return 0, 0, 0
         if fused := self.rows("attn_qkv"):
             n_q = self.inputs("attn_output") * dim_k // max(dim_v, 1)
@@ -44,7 +45,7 @@ class Layer(dict[str, TensorInfo]):
     def no_refill(self) -> str:
         """Why rows can be neither selected nor refilled, "" where this layer lets them."""
         if self.is_recurrent:
-            return "its recurrent layers keep a state of all rows, which none can enter later"
+            return "its recurrent layers keep one state of all rows"
         if any(name.startswith("indexer") for name in self):
             return "its cache holds more than K and V"
         return "its state has several streams" if "altup_router" in self else ""

@@ -57,4 +57,4 @@ def _no_fit(shape: ModelShape) -> str:
         return "its recurrent layers have no K and V"
     if not any(shape.n_v):
         return "its K and V are compressed"
-    return "its layers have no RMS norm with a gain alone before K and V"
+    return "no RMS norm with a gain alone comes before its K and V"
