@@ -59,11 +59,12 @@ def wide_macs(shape: ModelShape, boundary: int, projection: str, n_prompt: int) 
     return total
 
 
-def left_share(macs: Macs, boundary: int, n_prompt: int = LIMIT_PROMPT) -> float:
+def left_share(macs: Macs, boundary: int, n_prompt: int = LIMIT_PROMPT) -> float | None:
     """Return the share of the skipped layers' work that is left to context rows.
 
-    The work of all rows but the first is counted twice with it, and once without it.
+    Full rows do what is left twice, since their true K/V replace those, and so it can be told. None
+    where they are read apart, as with recurrent states.
     """
     full = macs(n_prompt, None, n_prompt)
     left = macs(n_prompt, boundary, n_prompt - 1) - full
-    return left / (full + left - macs(n_prompt, boundary, 1))
+    return left / (full + left - macs(n_prompt, boundary, 1)) if left > 0 else None

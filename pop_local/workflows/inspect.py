@@ -53,11 +53,11 @@ class Verification:
 class Work:
     """What skipping from a layer on wins for LIMIT_PROMPT tokens, by multiply-accumulates.
 
-    `left_share`: of the skipped layers' work, what is left to context tokens.
+    `left_share`: of the skipped layers' work, what is left to context tokens, None if not known.
     """
 
     boundary: int
-    left_share: float
+    left_share: float | None
     speedup_limit: float
 
 

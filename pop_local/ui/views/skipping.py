@@ -17,10 +17,9 @@ def skipping_facts(found: Skipping, work: Work | None = None) -> list[Fact]:
     exact = f"; from {found.exact} on exactly, and nothing changes" if found.exact else ""
     left = " and ".join(found.left) or "nothing"
     if work is not None:
-        left += (
-            f", {work.left_share:.1%} of the work from layer {work.boundary} on; for"
-            f" {LIMIT_PROMPT:,} tokens at most {work.speedup_limit:.2f}x"
-        )
+        share = f", {work.left_share:.1%} of their work" if work.left_share is not None else ""
+        limit = f"at most {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
+        left += f"{share}; from layer {work.boundary} on {limit}"
     projections = f"own ones alone: {found.no_fit}"
     if found.fits_from is not None:
         later = f" from boundary {found.fits_from} on" if found.fits_from > found.first else ""
