@@ -348,21 +348,18 @@ def memory(
 
 def _device_bytes(plan: Plan, hyper: Hyper, n_tokens: int, matrices: torch.dtype) -> int:
     shape = plan.shape
-    layers = [
-        sum(parts)
-        for parts in zip(shape.attn_proj_macs, shape.kv_macs, shape.ffn_macs, strict=True)
-    ]
-    kept = sum(layers[plan.boundary :]) + shape.head_macs
+    head = shape.n_vocab * shape.n_embd
+    kept = sum(shape.n_weights[plan.boundary :]) + head
     # One layer, or the head, is read in float32 while the others are there.
-    weights = matrices.itemsize * kept + 4 * max(*layers, shape.head_macs)
-    projections = 6 * _n_inputs(plan) * sum(shape.kv_macs[each] for each in plan.fitted_layers)
-    n_head = max(shape.attn_dim) // (hyper.dim_k + hyper.dim_v)
+    weights = matrices.itemsize * kept + 4 * max(*shape.n_weights, head)
+    projections = 6 * _n_inputs(plan) * sum(map(shape.n_kv, plan.fitted_layers))
+    n_head = max(shape.n_heads_out) // hyper.dim_v
     n_answer = n_tokens - int(_CONTEXT[0] * n_tokens)
     n_rows = N_BATCH * (n_answer + _n_sink(plan.sink_tokens, n_tokens))
     per_row = 4 * min(shape.n_vocab, n_rows * _N_LIKELY) + plan.n_skipped * (
-        4 * max(shape.ffn_macs) // shape.n_embd + 5 * n_head * n_tokens
+        12 * max(shape.n_neurons) + 5 * n_head * n_tokens
     )
-    return weights + 4 * (projections // shape.n_embd + n_rows * per_row)
+    return weights + 4 * (projections + n_rows * per_row)
 
 
 def _n_inputs(plan: Plan) -> int:

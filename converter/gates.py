@@ -129,11 +129,9 @@ def needed_bytes(
     shape: ModelShape, hyper: Hyper, n_tokens: int, n_answer: int, n_batch: int
 ) -> int:
     """Return the memory that `gate_gradients` takes for windows of `n_tokens`, torch included."""
-    layers = zip(shape.attn_proj_macs, shape.kv_macs, shape.ffn_macs, strict=True)
     # One layer is read while the one before it is still there.
-    weights = shape.head_macs + 2 * max(sum(parts) for parts in layers)
-    n_head = max(shape.attn_dim) // (hyper.dim_k + hyper.dim_v)
-    n_ff = max(shape.ffn_macs) // (3 * shape.n_embd)
+    weights = shape.n_vocab * shape.n_embd + 2 * max(shape.n_weights)
+    n_head, n_ff = max(shape.n_heads_out) // hyper.dim_v, max(shape.n_neurons)
     per_token = shape.n_embd * (shape.n_layer + 20) + 6 * n_ff + 5 * n_head * n_tokens
     logits = 5 * n_answer * shape.n_vocab
     return BASE_BYTES + 4 * (weights + n_batch * n_tokens * per_token + logits)

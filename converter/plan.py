@@ -1,12 +1,13 @@
 """Which layers context tokens skip, and which tokens run in full."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from math import nan
 
 from converter.errors import PlanError, UnsupportedArchitectureError
 from converter.format import MAX_TOKENS, OWN, Budget, PopMeta, Recalled, Refilled
-from converter.macs import LIMIT_PROMPT, shortest_saving, speedup_limit
-from converter.shape import SHARED_KV, ModelShape
+from converter.shape import ModelShape
+from converter.work import LIMIT_PROMPT, Macs, speedup_limit, wide_macs
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
@@ -25,6 +26,7 @@ class Plan:
     where the user did. `select` is the share of context tokens that run all layers, too, chosen by
     the question, `refilled` what was measured of it with the others following, `recall` how often
     facts of a prompt were found. `is_distilled`: whether the fit is trained end to end, too.
+    `macs` counts the model's work, None where nothing can.
     """
 
     shape: ModelShape
@@ -38,6 +40,7 @@ class Plan:
     refilled: Refilled | None = None
     recall: Recalled | None = None
     is_distilled: bool = False
+    macs: Macs | None = field(default=None, compare=False, repr=False)
 
     @property
     def schedule(self) -> str:
@@ -50,16 +53,23 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """The speed-up at most, by multiply-accumulates, of a prompt of LIMIT_PROMPT tokens."""
+        """The speed-up at most, by multiply-accumulates, of a prompt of LIMIT_PROMPT tokens.
+
+        It is NaN where nothing counts them.
+        """
+        if self.macs is None:
+            return nan
         n_ends = self.sink_tokens + self.tail_tokens
         n_selected = round(self.select * (LIMIT_PROMPT - n_ends))
         n_full = n_ends + n_selected
-        return speedup_limit(self.shape, LIMIT_PROMPT, self.boundary, n_full, self.projection)
+        more = wide_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)
+        return speedup_limit(self.macs, LIMIT_PROMPT, self.boundary, n_full, more)
 
     @property
     def fitted_layers(self) -> range:
         """The layers whose K/V projections are fitted; the boundary's own are exact."""
-        return range(self.boundary + 1, self.shape.n_layer)
+        first = self.shape.n_layer if self.projection == OWN else self.boundary + 1
+        return range(first, self.shape.n_layer)
 
     @property
     def meta(self) -> PopMeta:
@@ -104,16 +114,17 @@ def make_plan(
     min_prompt: int | None = None,
     projection: str = OWN,
     select: float = 0.0,
+    macs: Macs | None = None,
 ) -> Plan:
     """Decide a conversion; the boundary is as given, else it follows from `skip`.
 
     A fraction is rounded to whole layers, but never to none. `min_prompt`: the shortest prompt in
-    tokens that is pruned; None takes the one that saves enough with this model (see
-    `shortest_saving`). With one skipped layer `projection` is "own": there is nothing to fit, its
-    own projections are exact. Raises PlanError when nothing would be kept or skipped, or a token
-    count does not fit; UnsupportedArchitectureError as `require_prunable`.
+    tokens that is pruned; None takes twice the full rows, which saves half as much as a long one.
+    `projection` is "own" where there is nothing to fit: with one skipped layer, whose own
+    projections are exact, and where a skipped layer takes no others. Raises PlanError when nothing
+    would be kept or skipped, or a token count does not fit; UnsupportedArchitectureError where
+    context tokens leave the model earlier than that, exactly.
     """
-    require_prunable(shape)
     if boundary is None:
         if isinstance(skip, Fraction):
             skip = max(1, int(shape.n_layer * skip + Fraction(1, 2)))
@@ -130,16 +141,17 @@ def make_plan(
             f"{boundary} does not",
             f"choose a boundary from 1 to {shape.n_layer - 1}",
         )
+    if shape.exact and boundary > shape.exact - 2:
+        require_prunable(shape)
     if boundary < shape.n_deepstack:
         raise PlanError(
             f"the first {shape.n_deepstack} layers take features of images: boundary {boundary}"
             " would skip some of them",
             f"choose a boundary from {shape.n_deepstack} to {shape.n_layer - 1}",
         )
-    if select and shape.is_mrope:
+    if select and shape.no_refill:
         raise PlanError(
-            f"the architecture {shape.arch!r} has several positions a token (M-RoPE), and none of"
-            " its tokens can be selected",
+            f"no tokens of this {shape.arch} model can be selected: {shape.no_refill}",
             "convert it without a selection",
         )
     tokens = {"sink": sink_tokens, "tail": tail_tokens, "min_prompt": min_prompt or 0}
@@ -149,22 +161,20 @@ def make_plan(
                 f"{name} {value} is not a number of tokens", f"give 0 to {MAX_TOKENS:,}"
             )
     if min_prompt is None:
-        min_prompt = shortest_saving(shape, boundary, sink_tokens + tail_tokens)
-    if boundary == shape.n_layer - 1:
+        min_prompt = 2 * (sink_tokens + tail_tokens)
+    if not shape.fits(boundary):
         projection = OWN
-    return Plan(shape, boundary, projection, sink_tokens, tail_tokens, min_prompt, select=select)
+    return Plan(
+        shape, boundary, projection, sink_tokens, tail_tokens, min_prompt, select=select, macs=macs
+    )
 
 
 def require_prunable(shape: ModelShape) -> None:
-    """Raises UnsupportedArchitectureError where nothing need be converted, or cannot be."""
+    """Raises UnsupportedArchitectureError where nothing need be converted."""
     if shape.exact:
         raise UnsupportedArchitectureError(
             f"this {shape.arch} model already reads fast, and exactly: context tokens leave it at"
             f" layer {shape.exact} of {shape.n_layer}, since the layers from there on share the K/V"
             " of earlier ones; there is nothing to convert",
-            "use the file as it is",
-        )
-    if shape.arch in SHARED_KV:
-        raise UnsupportedArchitectureError(
-            f"the architecture {shape.arch!r} cannot be pruned", "use the file as it is"
+            f"use the file as it is, or choose a boundary from 1 to {shape.exact - 2}",
         )

@@ -28,12 +28,12 @@ from converter.format import (
     pop_meta,
 )
 from converter.header import BLOCK_SIZES, TensorInfo
-from converter.macs import wide_weights
 from converter.output import check_output, replacing
 from converter.plan import Plan
 from converter.progress import Progress, Ran, counting
 from converter.shape import source_shape
 from converter.source import Source, read_source
+from converter.work import wide_weights
 
 # As long as a real one, so that the header keeps its size.
 UNKNOWN_SHA256 = "0" * 64
@@ -82,10 +82,10 @@ def stored_bytes(plan: Plan, kind: KvType) -> int:
     """Return the bytes that a plan's fitted weights and biases take in a file, 0 for none."""
     if plan.projection == OWN:
         return 0
-    n_plain = sum(plan.shape.kv_macs[layer] for layer in plan.fitted_layers)
+    n_rows = sum(map(plan.shape.n_kv, plan.fitted_layers))
     n_wide = wide_weights(plan.shape, plan.boundary, plan.projection)
     n_elements, n_bytes = BLOCK_SIZES[kind.ggml]
-    return (n_plain + n_wide) // n_elements * n_bytes + 4 * n_plain // plan.shape.n_embd
+    return (n_rows * plan.shape.n_embd + n_wide) // n_elements * n_bytes + 4 * n_rows
 
 
 def stored_type(tensors: Iterable[TensorInfo]) -> KvType | None:

@@ -82,15 +82,13 @@ class Weights:
             if (name := f"blk.{layer}.attn_{part}.weight") in self:
                 self.rows(name, slice(1))
 
-    def own_projection(self, layer: int, n_kv: int) -> KvProjection:
-        """Read a layer's own K/V projections.
-
-        `n_kv` is n_k + n_v, which a fused tensor does not tell.
-        """
+    def own_projection(self, layer: int, n_k: int, n_v: int) -> KvProjection:
+        """Read a layer's own K/V projections; a fused tensor does not tell their rows."""
+        n_kv = n_k + n_v
         gain = self[f"blk.{layer}.attn_norm.weight"]
         if f"blk.{layer}.attn_qkv.weight" in self:
             weight = self._part(layer, "qkv")[-n_kv:]
-            return KvProjection(gain, weight, self._bias(layer, "qkv", n_kv), n_kv // 2)
+            return KvProjection(gain, weight, self._bias(layer, "qkv", n_kv), n_k)
         k, v = self._part(layer, "k"), self._part(layer, "v")
         bias = np.concatenate([self._bias(layer, "k", len(k)), self._bias(layer, "v", len(v))])
         return KvProjection(gain, np.concatenate([k, v]), bias, len(k))

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from converter.architectures import GELU
 from converter.content import NewTensor
 from converter.fit import KvType, decode_weight, encode_weight
-from converter.hyper import GEMMAS
 from converter.shape import ModelShape
 from converter.weights import Floats, Weights
 
@@ -106,7 +106,7 @@ def decode_input(
     neurons = None
     if "ffn_up" in found:
         gain = weights[f"blk.{boundary}.ffn_norm.weight"]
-        neurons = Neurons(gain, found["ffn_gate"], found["ffn_up"], shape.arch in GEMMAS)
+        neurons = Neurons(gain, found["ffn_gate"], found["ffn_up"], shape.arch in GELU)
     return WideInput(found["prev"], neurons)
 
 
@@ -130,5 +130,5 @@ def _neurons(shape: ModelShape, weights: Weights, layer: int) -> tuple[Neurons, 
     else:
         gate, up = np.split(up, 2)
     strength = np.linalg.norm(weights[f"{name}down.weight"], axis=0)
-    made = Neurons(weights[f"{name}norm.weight"], gate, up, shape.arch in GEMMAS)
+    made = Neurons(weights[f"{name}norm.weight"], gate, up, shape.arch in GELU)
     return made, strength

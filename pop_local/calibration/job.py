@@ -23,7 +23,7 @@ from pop_local.calibration.activations import Reading, Rows, reading
 from pop_local.calibration.images import CalibrationImages, pictures_of
 from pop_local.calibration.images import identity as images_identity
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import Pair, n_kv, plan_needs
+from pop_local.calibration.needs import Pair, plan_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import State, load, save
 from pop_local.calibration.texts import (
@@ -169,7 +169,7 @@ class _Job:
         boundaries = {pair.boundary for pair in pairs}
         self._choose_inputs(boundaries - state.wides.keys())
         for boundary in boundaries - state.grams.keys():
-            widths = {p.layer: n_kv(self._shape, p.layer) for p in pairs if p.boundary == boundary}
+            widths = {p.layer: self._shape.n_kv(p.layer) for p in pairs if p.boundary == boundary}
             n_inputs = max(self._n_inputs(boundary, kind) for kind in self._projections[boundary])
             state.grams[boundary] = Gram.empty(n_inputs, widths)
         layers = {layer for boundary in boundaries for layer in self._fitted_layers[boundary]}
@@ -277,10 +277,11 @@ class _Job:
 
         What is kept when this stops is solved again.
         """
+        shape = self._shape
         solved: list[tuple[tuple[int, str], NewTensor]] = []
         for boundary, layer in self._state.groups[self._state.group]:
             gram = self._state.grams[boundary]
-            own = self._weights.own_projection(layer, gram.xy[layer].shape[1])
+            own = self._weights.own_projection(layer, shape.n_k[layer], shape.n_v[layer])
             for projection in self._projections[boundary]:
                 sums = gram.of_first(self._n_inputs(boundary, projection))
                 fitted = fit.fit_layer(layer, sums, own, self._options.ridge)

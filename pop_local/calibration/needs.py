@@ -1,9 +1,12 @@
 """What a calibration takes: how often the text is read, and how much memory."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import add
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 
 from converter import fit
@@ -16,6 +19,8 @@ from pop_local.calibration.options import FitOptions
 from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
 
+# Rows and columns of the product that a machine's speed is measured by.
+_N_PRODUCT = 1024
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 300 * 10**6
 # Kinds of fit that are tried where the options leave it open. For many depths attention is not: the
@@ -103,12 +108,12 @@ def plan_needs(
     every = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
     pairs = list(dict.fromkeys(every))
     n_inputs = shape.n_embd + max(shape.n_wide(plan.boundary, plan.projection) for plan in plans)
-    scratch = max(fit.scratch_bytes(n_inputs, n_kv(shape, p.layer), N_WINDOW) for p in pairs)
+    scratch = max(fit.scratch_bytes(n_inputs, shape.n_kv(p.layer), N_WINDOW) for p in pairs)
     gram = fit.gram_bytes(n_inputs)
     groups: list[list[Pair]] = [[]]
     sizes = [0]
     for pair in pairs:
-        cross = fit.cross_bytes(n_inputs, n_kv(shape, pair.layer))
+        cross = fit.cross_bytes(n_inputs, shape.n_kv(pair.layer))
         known = any(other.boundary == pair.boundary for other in groups[-1])
         size = cross if known else gram + cross
         if groups[-1] and sizes[-1] + size + scratch > memory_bytes:
@@ -119,8 +124,8 @@ def plan_needs(
         sizes[-1] += size
     n_sums = max(sizes) + scratch
     n_stored = sum(stored_bytes(plan, options.kv_type) for plan in plans)
-    n_heads = max(dim // 64 for dim in shape.attn_dim)
-    read = 4 * N_WINDOW * (len(plans) * (n_inputs + 1) + sum(shape.kv_macs) // shape.n_embd)
+    n_heads = max(map(add, shape.n_q, shape.n_heads_out)) // 64
+    read = 4 * N_WINDOW * (len(plans) * (n_inputs + 1) + sum(shape.n_k + shape.n_v))
     masses = 8 * N_WINDOW * n_heads * N_WINDOW
     passing = n_sums + read + masses + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
@@ -130,12 +135,39 @@ def plan_needs(
     return Needs(tuple(map(tuple, groups)), n_sums, total)
 
 
+def fit_seconds(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> float | None:
+    """Return about how long the fit of all plans takes here; None where nothing counts the work.
+
+    The text is read in each pass, sums grow with each row, and each pair is solved in float64.
+    Measuring what was fitted is not in it.
+    """
+    shape, macs = plans[0].shape, plans[0].macs
+    if macs is None:
+        return None
+    n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
+    n_sampled = n_sampled_of(n_windows) if options.text is None else 0
+    reading = (n_windows * len(needs.groups) + n_sampled) * macs(N_WINDOW, None, N_WINDOW)
+    pairs = [pair for group in needs.groups for pair in group]
+    n_inputs = shape.n_embd + max(shape.n_wide(plan.boundary, plan.projection) for plan in plans)
+    n_out = [shape.n_kv(pair.layer) for pair in pairs]
+    n_boundaries = len({pair.boundary for pair in pairs})
+    adding = n_windows * N_WINDOW * n_inputs * (n_boundaries * n_inputs + sum(n_out))
+    solving = 2 * sum(n_inputs**2 * (n_inputs // 3 + n) for n in n_out)
+    return (reading + adding + solving) / macs_per_s()
+
+
+def macs_per_s() -> float:
+    """Measure the multiply-accumulates a second of this machine, in some tenths of a second."""
+    a = np.ones((_N_PRODUCT, _N_PRODUCT), np.float32)
+    times_s = []
+    for _ in range(4):
+        began_s = time.perf_counter()
+        a @ a
+        times_s.append(time.perf_counter() - began_s)
+    return float(_N_PRODUCT**3 / min(times_s))
+
+
 def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
     """Return what a KV cache of F16 takes, and a batch of `n_rows` that all give logits."""
-    cache = 2 * n_cells * sum(shape.kv_macs) // shape.n_embd
+    cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
-
-
-def n_kv(shape: ModelShape, layer: int) -> int:
-    """Return how many numbers K and V of a layer are, for one token."""
-    return shape.kv_macs[layer] // shape.n_embd

@@ -7,14 +7,20 @@ from typing import Annotated
 import typer
 
 from converter.errors import PopError
+from converter.source import read_source
+from pop_local.calibration.options import FitOptions
 from pop_local.fetching.catalog import fetch, kept_bytes
 from pop_local.fetching.hub import fetch_from_hub, find_on_hub, is_hub
 from pop_local.fetching.url import fetch_url, file_name, is_url, kept_of_url
+from pop_local.measure.budget import BALANCED
 from pop_local.models.names import find, load_catalog, models_dir
-from pop_local.models.sizes import size
+from pop_local.models.sidecars import sidecar_of
+from pop_local.models.sizes import duration, size
 from pop_local.models.stored import PARTIAL_SUFFIX
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.theme import note, say, warn
+from pop_local.workflows.convert import plan_conversion
+from pop_local.workflows.options import Hardware, RowOptions, Within
 
 _GOES_ON = "the same command goes on from there."
 
@@ -51,7 +57,34 @@ def pull(
     except KeyboardInterrupt:
         note(_what_is_kept(model, folder, sha256))
         raise
+    _tell_needs(path)
     say(str(path))
+
+
+def _tell_needs(path: Path) -> None:
+    """What converting the model would take; nothing where it need not be."""
+    try:
+        if sidecar_of(read_source(path)) is not None:
+            return
+        planned = plan_conversion(
+            str(path),
+            None,
+            Within(BALANCED),
+            FitOptions(),
+            RowOptions(),
+            "sidecar",
+            Hardware(),
+            resume=False,
+        )
+        needs, seconds = planned.needs, planned.fit_seconds
+    except PopError as error:
+        note(f"It is read in full: {error.message}.")
+        return
+    if needs is None:
+        note("`pop-local convert` fits nothing to it: skipped layers keep their own projections.")
+        return
+    time = f", and about {duration(seconds)} for the fit" if seconds is not None else ""
+    note(f"`pop-local convert` takes {size(needs.total_bytes)} of memory{time}.")
 
 
 def _what_is_kept(model: str, folder: Path, sha256: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -12,8 +12,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from converter.errors import PopError
-from converter.format import OWN
-from converter.shape import ModelShape, read_shape
+from converter.shape import MROPE, ModelShape, source_shape
 from converter.sidecar import pop_of
 from converter.source import read_source, sampled_sha256
 from pop_local.engine import templates
@@ -27,6 +26,7 @@ from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import TokenBatch
 from pop_local.engine.llama.devices import devices, kernels_read_prompts
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers, close_at_exit
 from pop_local.engine.llama.upstream import BaseLlamaCache, Llama, LlamaState, api
@@ -92,7 +92,7 @@ class KvLlama(SeeingLlama):
         if unknown := sorted(options.keys() - signature(Llama).parameters.keys()):
             raise TypeError(f"a model is not opened with {unknown[0]!r}: no such option")
         backend.require_patched()
-        source = read_source(Path(model_path))
+        self._source = source = read_source(Path(model_path))
         self.sidecar = None if sidecar is None else Path(sidecar)
         self.grammars = Grammars(os.fspath(model_path))
         self.meta = pop_of(source, self.sidecar)
@@ -109,7 +109,6 @@ class KvLlama(SeeingLlama):
         n_ctx = n_ctx or n_ctx_default
         # llama.cpp keeps all rows otherwise.
         is_windowed = options.get("swa_full") is False
-        self._window = opening.least_window(source, n_ctx) if is_windowed else 0
         opening.require_room(
             source,
             n_ctx,
@@ -157,7 +156,8 @@ class KvLlama(SeeingLlama):
             close_at_exit(self)
         backend.require_boundary(self._model.model, self.meta)
         backend.set_kernels(self.ctx, kernels)
-        self.exact = backend.model_exact(self._model.model)
+        self._window = api.llama_model_n_swa(self._model.model) if is_windowed else 0
+        self.exact = self._exact_now()
         if self.exact:
             self.rule = NO_ENDS
         self.pop_mode = backend.get_mode(self.ctx)
@@ -165,6 +165,7 @@ class KvLlama(SeeingLlama):
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
         self.rows = CachedRows(self._n_ctx)
         self.is_mrope = backend.is_mrope(self._model.model)
+        self.no_refill = self._no_refill()
         # Counts what makes an answer that is still being sampled wrong to go on with.
         self.epoch = 0
         self._batch_rows = TokenBatch(self.n_batch)
@@ -195,11 +196,16 @@ class KvLlama(SeeingLlama):
 
     @cached_property
     def shape(self) -> ModelShape:
-        """What the multiply-accumulates of a prefill depend on.
+        """The sizes of the model's layers.
 
         Raises UnsupportedArchitectureError for a model that cannot be pruned.
         """
-        return read_shape(Path(self.model_path))
+        return source_shape(self._source)
+
+    @cached_property
+    def macs(self) -> GraphMacs:
+        """What reading prompts takes, by multiply-accumulates."""
+        return GraphMacs(Path(self.model_path), self.sidecar)
 
     # Pruning
 
@@ -207,6 +213,18 @@ class KvLlama(SeeingLlama):
     def boundary(self) -> int:
         """The first layer that context tokens skip; 0 when there is none."""
         return backend.get_boundary(self.ctx)
+
+    def _no_refill(self) -> str:
+        """Why rows can be neither selected nor refilled, "" where they can."""
+        with suppress(PopError):
+            if why := self.shape.no_refill:
+                return why
+        return MROPE if self.is_mrope else ""
+
+    def _exact_now(self) -> int:
+        """The layer at which context tokens leave, exactly; 0: none, or they are pruned earlier."""
+        exact = backend.model_exact(self._model.model)
+        return 0 if 0 < self.boundary < exact else exact
 
     @property
     def can_switch(self) -> bool:
@@ -246,15 +264,11 @@ class KvLlama(SeeingLlama):
         backend.set_mode(self.ctx, mode)
         self._switched(keeps_cache=is_its_own or bool(self.exact))
 
-    @property
-    def projection(self) -> str:
-        """The K/V projections of context tokens: own or a kind of fit (converter.format)."""
-        return self.meta.projection if self.meta else OWN
-
     def set_boundary(self, layer: int) -> None:
         """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
         self.interrupt.require_idle()
         backend.set_boundary(self.ctx, layer)
+        self.exact = self._exact_now()
         self._switched(keeps_cache=False)
 
     def _switched(self, *, keeps_cache: bool) -> None:
@@ -269,15 +283,15 @@ class KvLlama(SeeingLlama):
 
         `keep_states`: whether other rows are to be redone later (`refills`); a selection implies
         it. Of no effect on a model without a boundary. Raises PopError for a share that is none,
-        or that a model with several positions a row (M-RoPE), or without `swa_full`, cannot have.
+        or that a model cannot have: without `swa_full`, or because of `no_refill`.
         """
         self.interrupt.require_idle()
         share = self._share(select)
         if not 0 <= share <= 1:
             raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
-        if select and self.is_mrope:
+        if select and self.no_refill:
             raise PopError(
-                "this model has several positions a token (M-RoPE): none can be selected",
+                f"no tokens of this model can be selected: {self.no_refill}",
                 "open it without a selection",
             )
         if share and self.boundary and self._window:
@@ -285,8 +299,8 @@ class KvLlama(SeeingLlama):
                 "none can be selected where layers with a sliding window keep only its rows",
                 "open the model with swa_full, or with select=0",
             )
-        self.select = share if self.boundary and not self.is_mrope else 0.0
-        self.refills = bool(self.boundary) and not self.is_mrope and keep_states
+        self.select = share if self.boundary and not self.no_refill else 0.0
+        self.refills = bool(self.boundary) and not self.no_refill and keep_states
         self.keeps_states = self.refills or self.select > 0
         backend.set_keep(self.ctx, self.keeps_states)
         if not self.keeps_states:

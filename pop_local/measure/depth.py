@@ -11,10 +11,10 @@ from itertools import pairwise
 
 from converter.errors import PlanError
 from converter.format import Budget
-from converter.macs import speedup_limit
-from converter.plan import Plan
+from converter.plan import Plan, require_prunable
 from converter.progress import Progress
 from converter.shape import ModelShape
+from converter.work import LIMIT_PROMPT, speedup_limit
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
 from pop_local.measure.estimate import Estimate
@@ -69,8 +69,10 @@ class DepthCost:
 def boundaries(shape: ModelShape, divisor: int = 2) -> tuple[int, ...]:
     """Return the boundaries from the last layer alone down to half of all, or to n_layer / divisor.
 
-    Layers that take features of images are kept. Raises PlanError for a model of one layer.
+    Layers that take features of images are kept. Raises PlanError for a model of one layer, and as
+    `require_prunable`.
     """
+    require_prunable(shape)
     if shape.n_layer < 2:
         raise PlanError("a model of one layer has none that could be skipped")
     lowest = max(1, shape.n_deepstack, shape.n_layer // divisor)
@@ -94,24 +96,22 @@ def own_retention(model: PopModel, plan: Plan, on_progress: Progress) -> Estimat
 
 def measure_cliff(
     model: PopModel,
-    shape: ModelShape,
     reference: Reference,
-    n_prompt: int,
     on_progress: Progress,
 ) -> tuple[DepthCost, ...]:
     """Measure the retention at each of `boundaries`, and what each layer adds to its loss.
 
-    The speed-up limits are for prompts of `n_prompt` tokens; `on_progress` gets (done_tokens,
+    The speed-up limits are for prompts of LIMIT_PROMPT tokens; `on_progress` gets (done_tokens,
     total_tokens).
     """
-    tried = boundaries(shape)
+    tried = boundaries(model.shape)
     retentions = measure_retention(reference, model, tried, on_progress)
     n_full = model.rule.sink_tokens + model.rule.tail_tokens
     return tuple(
         DepthCost(
             boundary=boundary,
-            n_skipped=shape.n_layer - boundary,
-            speedup_limit=speedup_limit(shape, n_prompt, boundary, n_full),
+            n_skipped=model.shape.n_layer - boundary,
+            speedup_limit=speedup_limit(model.macs, LIMIT_PROMPT, boundary, n_full),
             retention=retention,
             lost_retention=lost,
         )

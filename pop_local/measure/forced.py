@@ -6,6 +6,7 @@ must show after each context, and after each text, that as many rows were pruned
 otherwise PopError. Who watches the model (PopModel.watch_prefill) may stop it: StoppedError.
 """
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -114,6 +115,11 @@ class Forced:
         self._rows = rows
         self._n_context = 0
         self._next = np.empty((0, self._n_vocab), np.float32)
+        handle = model._model.model
+        self._is_recurrent = self._api.llama_model_is_recurrent(handle) or (
+            self._api.llama_model_is_hybrid(handle)
+        )
+        self._state = b""
 
     def read(self, context: Tokens, pruning: Pruning, *, keep_states: bool = False) -> None:
         """Read a context into an empty cache. Raises PopError unless it is pruned as planned.
@@ -135,7 +141,7 @@ class Forced:
         model.eval(context)
         self._require("context", len(context), n_pruned(self.rule, len(context), pruning))
         self._n_context = len(context)
-        self._next = self._logits(1).copy()
+        self._keep()
 
     def follow(self, tokens: Tokens) -> None:
         """Let a text follow the context, in full, and be part of it from now on."""
@@ -145,7 +151,7 @@ class Forced:
         model.eval(tokens)
         model.rule, model.select = self.rule, select
         self._n_context += len(tokens)
-        self._next = self._logits(1).copy()
+        self._keep()
 
     def refill(self) -> None:
         """Give all rows their depth; the last one predicts anew."""
@@ -197,7 +203,21 @@ class Forced:
         buffer = self._api.llama_get_logits(self._ctx)
         return np.ctypeslib.as_array(buffer, (n_rows, self._n_vocab))
 
+    def _keep(self) -> None:
+        """Keep what the context's last token predicts, and recurrent states after it."""
+        self._next = self._logits(1).copy()
+        if self._is_recurrent:
+            flags = self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+            size = self._api.llama_state_seq_get_size_ext(self._ctx, 0, flags)
+            state = (ctypes.c_uint8 * size)()
+            self._api.llama_state_seq_get_data_ext(self._ctx, state, size, 0, flags)
+            self._state = bytes(state)
+
     def _forget_from(self, position: int) -> None:
+        if self._is_recurrent:
+            flags = self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+            state = (ctypes.c_uint8 * len(self._state)).from_buffer_copy(self._state)
+            self._api.llama_state_seq_set_data_ext(self._ctx, state, len(state), 0, flags)
         memory = self._api.llama_get_memory(self._ctx)
         if not self._api.llama_memory_seq_rm(memory, 0, position, -1):
             raise PopError("this model's KV cache cannot forget its last tokens")

@@ -1,12 +1,9 @@
 """What reading a prompt in full would have cost: measured in this run, else computed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
-from converter.format import OWN
-from converter.macs import exact_macs, prefill_macs
-from converter.shape import ModelShape
+from converter.work import Macs
 from pop_local.engine.turn import TurnStats
 
 # Fewer tokens say little about a long prompt, and attention makes long ones slower per token.
@@ -23,11 +20,13 @@ class FullCost:
 
 
 class FullCosts:
-    """A record of prompts that were read in full, and what it says of others."""
+    """A record of prompts that were read in full, and what it says of others.
 
-    def __init__(self, shape: ModelShape | None, boundary: int, projection: str = OWN) -> None:
-        self._shape = shape
-        self._boundary, self._projection = boundary, projection
+    `boundary` is where context tokens leave the model, pruned or exactly; None: they do not.
+    """
+
+    def __init__(self, macs: Macs, boundary: int | None) -> None:
+        self._macs, self._boundary = macs, boundary
         self._measured: list[TurnStats] = []
 
     def record(self, stats: TurnStats) -> None:
@@ -45,23 +44,18 @@ class FullCosts:
         return FullCost(stats.prefill_s * self._limit(stats), is_measured=False)
 
     def _limit(self, stats: TurnStats) -> float:
-        if self._shape is None or not (stats.n_skipped_exact or self._boundary):
+        if self._boundary is None:
             return 1.0
-        full = self._macs(stats, lambda shape, n, n_full: prefill_macs(shape, n, None, n_full))
-        if stats.n_skipped_exact:
-            return full / self._macs(stats, lambda shape, n, _: exact_macs(shape, n))
-        boundary, projection = self._boundary, self._projection
-        return full / self._macs(
-            stats, lambda shape, n, n_full: prefill_macs(shape, n, boundary, n_full, projection)
-        )
+        n_full = 1 if stats.n_skipped_exact else stats.n_full
+        return self._work(stats, None, n_full) / self._work(stats, self._boundary, n_full)
 
-    def _macs(self, stats: TurnStats, of: Callable[[ModelShape, int, int], int]) -> int:
+    def _work(self, stats: TurnStats, boundary: int | None, n_full: int) -> int:
         """Count the new tokens' work: that of all less that of the cached, none of it full."""
-        assert self._shape is not None
-        whole = of(self._shape, stats.n_prompt, stats.n_full)
+        whole = self._macs(stats.n_prompt, boundary, n_full)
         if not stats.n_cached:
             return whole
-        return whole - of(self._shape, stats.n_cached, 0) + self._shape.head_macs
+        # One row of the cached is full here, which they had not.
+        return whole - self._macs(stats.n_cached, boundary, 1) + self._macs(1, None, 1)
 
 
 def _like(full: TurnStats, pruned: TurnStats) -> bool:

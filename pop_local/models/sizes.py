@@ -1,4 +1,4 @@
-"""Sizes for people."""
+"""Sizes and times for people."""
 
 
 def size(n_bytes: int) -> str:
@@ -9,3 +9,11 @@ def size(n_bytes: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1000
     return f"{amount:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time to about two digits, as of an estimate: 40 s, 12 min, 3 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds)):d} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.0f} h"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from converter.errors import PopError
 from converter.format import FITTED, Budget, Calibration
-from converter.macs import LIMIT_PROMPT
 from converter.plan import Plan, make_plan
 from converter.shape import ModelShape, source_shape
 from converter.sidecar import pop_of
@@ -180,7 +179,7 @@ class _Run:
             advance = self.watch.stage("Reading in full")
             reference = read_reference(model, tokens, settings, advance)
             advance = self.watch.stage("Looking for the cliff")
-            depths = measure_cliff(model, self.shape, reference, LIMIT_PROMPT, advance)
+            depths = measure_cliff(model, reference, advance)
         return depths, reference, [[*start, *text] for text in texts]
 
     def fitted(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import PopError
-from converter.shape import ModelShape, source_shape, trained_ctx
+from converter.keys import trained_ctx
+from converter.shape import ModelShape, source_shape
 from converter.sidecar import pop_of
 from converter.source import Source, read_source
 from pop_local.engine.images.pictures import read_picture

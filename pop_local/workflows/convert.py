@@ -10,18 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter import rewrite
-from converter.errors import PopError, StoppedError, WriteError
+from converter.errors import PlanError, PopError, StoppedError, WriteError
 from converter.fit import KvType
 from converter.format import ATTENTION, FITTED, OWN, Measured, PopMeta
+from converter.keys import trained_ctx
 from converter.plan import Plan
 from converter.rewrite import Examine, Fitted, Sizes, check_target, measure
-from converter.shape import source_shape, trained_ctx
+from converter.shape import source_shape
 from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
+from converter.skipping import skipping_of
 from converter.source import Source, read_source
 from converter.weights import Weights
-from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, Needs, fit_needs
+from pop_local.calibration.needs import (
+    KINDS_OF_MANY,
+    KINDS_OF_ONE,
+    Needs,
+    fit_needs,
+    fit_seconds,
+)
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
+from pop_local.engine.llama.graph_macs import graph_macs
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
@@ -114,11 +123,19 @@ class Conversion:
     @property
     def needs(self) -> Needs | None:
         """What fitting all plans takes; None where nothing is fitted."""
-        wanted = {plan.boundary: plan for plan in self.plans if plan.projection != OWN}
-        plans = list(wanted.values())
-        if self.fit is None or not plans:
+        if self.fit is None or not self._fitted:
             return None
-        return fit_needs(plans, self.source, self.fit, self.kinds)
+        return fit_needs(self._fitted, self.source, self.fit, self.kinds)
+
+    @property
+    def fit_seconds(self) -> float | None:
+        """About how long that takes; None where nothing is fitted, or nothing counts the work."""
+        needs = self.needs
+        return fit_seconds(self._fitted, self.fit, needs) if self.fit and needs else None
+
+    @property
+    def _fitted(self) -> list[Plan]:
+        return [*{p.boundary: p for p in self.plans if p.projection != OWN}.values()]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -215,14 +232,17 @@ def plan_conversion(
         depths = []
     else:
         depths = [depth]
-    plans = tuple(each.plan(shape, projection=projection, **vars(rows)) for each in depths)
+    macs = graph_macs(source.first.path)
+    options = {"projection": projection, "macs": macs} | vars(rows)
+    plans = tuple(each.plan(shape, **options) for each in depths)
     if isinstance(depth, Fastest):
         from pop_local.workflows.fastest import recipes
 
-        plans = recipes(shape, projection=projection, **vars(rows))
+        plans = recipes(shape, **options)
     if fit is not None:
+        _require_fit(fit, plans)
         weights = Weights(source)
-        for layer in _deepest(plans).fitted_layers:
+        for layer in {layer for plan in plans for layer in plan.fitted_layers}:
             weights.require_readable(layer)
     if fit is not None and fit.distill:
         if plans[0].select or fit.mmproj:
@@ -240,6 +260,17 @@ def plan_conversion(
     kv_type = (fit or FitOptions()).kv_type
     sizes = kind.measure(_deepest(plans), source.first.path, kv_type)
     return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
+
+
+def _require_fit(fit: FitOptions, plans: Sequence[Plan]) -> None:
+    """Raises PlanError where a kind of fit is asked for, and none is possible."""
+    why = skipping_of(plans[0].shape).no_fit
+    if fit.projection is not None and why:
+        raise PlanError(
+            f"no projections can be fitted for this {plans[0].shape.arch} model: {why}",
+            "leave the skipped layers their own",
+            cause="no-fit",
+        )
 
 
 def run_conversion(
@@ -306,7 +337,7 @@ class _Run:
         planned = self.conversion
         options = planned.fit or FitOptions()
         is_named = depth.at is not None
-        if planned.fit is not None:
+        if any(plan.projection != OWN for plan in planned.plans):
             # A search finds out by itself which boundaries cannot copy.
             self._examination(planned.deepest, allow_broken_copy=not is_named).before_fit()
         with _resumable(options, self.watch, keeps_refused=is_named):

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import median
 
 from converter.errors import PopError
-from converter.macs import speedup_limit
 from converter.plan import require_prunable
+from converter.work import speedup_limit
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
@@ -81,9 +81,7 @@ def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
         pop=replace(pop, ttft_s=median(each.ttft_s for _, each in pairs)),
         n_pairs=n_pairs,
         speedup=spread(full.ttft_s / pop.ttft_s for full, pop in pairs),
-        limit=speedup_limit(
-            opened.shape, full.n_full, opened.boundary, pop.n_full, opened.projection
-        ),
+        limit=speedup_limit(opened.macs, full.n_full, opened.boundary, pop.n_full),
     )
 
 

@@ -123,7 +123,7 @@ def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
     tensors = {tensor.name: tensor for tensor in fitted.tensors}
     projections = {}
     for layer in plan.fitted_layers:
-        own = weights.own_projection(layer, needs.n_kv(shape, layer))
+        own = weights.own_projection(layer, shape.n_k[layer], shape.n_v[layer])
         projections[layer] = fit.decode(layer, tensors, own)
     wide = None
     if plan.projection != FITTED:

@@ -11,14 +11,16 @@ from converter.errors import PopError
 from converter.fit import KvType
 from converter.format import FITTED, OWN, Calibration
 from converter.header import read_header
-from converter.macs import LIMIT_PROMPT, speedup_limit
+from converter.keys import trained_ctx
 from converter.plan import Plan, make_plan, require_prunable
 from converter.rewrite import stored_type
-from converter.shape import ModelShape, source_shape, trained_ctx
+from converter.shape import ModelShape, source_shape
 from converter.sidecar import pop_of
 from converter.source import Source, read_source
+from converter.work import LIMIT_PROMPT, speedup_limit
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.graph_macs import graph_macs
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning, always_skip, forced, use_rule
 from pop_local.measure.heldout import Text, TextTokens, given_text, shipped_text, tokenize
@@ -129,7 +131,8 @@ def evaluate(
         fit.require_text(shape.n_embd)
         with run.opened(files):
             pass  # what does not fit is said before minutes of fitting
-        plans = [make_plan(shape, boundary=each, projection=FITTED) for each in boundaries]
+        macs = graph_macs(files.path)
+        plans = [make_plan(shape, boundary=b, projection=FITTED, macs=macs) for b in boundaries]
 
         def measure(plan: Plan, sidecar: Path) -> Row:
             [row] = run.rows((plan.boundary,), sidecar)
@@ -147,8 +150,8 @@ def _boundaries(
     if depths:
         return tuple(dict.fromkeys(depth.plan(shape).boundary for depth in depths))
     meta = pop_of(source, files.sidecar)
-    require_prunable(shape)
     if meta is None:
+        require_prunable(shape)
         raise nothing_to_evaluate(source)
     return (meta.boundary,)
 
@@ -236,8 +239,9 @@ class _Run:
             recalls = [self._recall(model, n_tokens, pops) for n_tokens in self.recall]
             second = [self._second_turn(model, tokens, pruning) for pruning in pops]
             n_full = model.rule.sink_tokens + model.rule.tail_tokens
+            n_full += round(select * (LIMIT_PROMPT - n_full))
+            limits = [speedup_limit(model.macs, LIMIT_PROMPT, b, n_full) for b in boundaries]
         n = len(boundaries)
-        n_full += round(select * (LIMIT_PROMPT - n_full))
         calibration = None if meta is None else meta.calibration
         projection = meta.projection if meta is not None else OWN
         tensors = self.source.tensors if sidecar is None else read_header(sidecar).tensors
@@ -247,9 +251,7 @@ class _Run:
                 projection=projection,
                 calibration=calibration,
                 kv_type=stored_type(tensors),
-                speedup_limit=speedup_limit(
-                    shape, LIMIT_PROMPT, quality.boundary, n_full, projection
-                ),
+                speedup_limit=limits[number],
                 quality=quality,
                 recall=tuple(of_length[number] for of_length in recalls),
                 select=select,

@@ -1,21 +1,26 @@
 """What is in a model file, or in a sidecar: from its headers, and on request from all of it."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 
 from converter.content import copy_data, read_content
-from converter.errors import FormatError
+from converter.errors import FormatError, PopError
 from converter.format import PREFIX, TENSOR_MARK, PopMeta
 from converter.header import Header, TensorInfo, read_header
+from converter.keys import trained_ctx
+from converter.plan import DEFAULT_SKIP
 from converter.progress import counting
 from converter.rewrite import original
-from converter.shape import ARCHITECTURES, SHARED_KV, source_shape, trained_ctx
+from converter.shape import source_shape
 from converter.sidecar import base_path, pop_of, sidecar_meta
+from converter.skipping import Skipping, skipping_of
 from converter.source import Source, is_sidecar, read_source
+from converter.work import LIMIT_PROMPT, Macs, left_share, speedup_limit
 from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
 from pop_local.models.names import load_catalog, resolve
 from pop_local.models.sidecars import sidecar_of
@@ -45,11 +50,27 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What skipping from a layer on wins for LIMIT_PROMPT tokens, by multiply-accumulates.
+
+    `left_share`: of the skipped layers' work, what is left to context tokens, None if not known.
+    """
+
+    boundary: int
+    left_share: float | None
+    speedup_limit: float
+
+
+# Opens what counts the work of a model and its sidecar, None where nothing can.
+OpenMacs = Callable[[Path, Path | None], Macs | None]
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What is in a model; `pop` is what the sidecar says if there is one.
 
-    `mmproj` is what lies beside it to let it see pictures. `exact` is the layer from which on
-    context tokens are of no use, so that they leave; 0: none.
+    `mmproj` is what lies beside it to let it see pictures. `skipping`: None for what cannot be
+    pruned, because of `refused`. `work`: None where nothing counts it.
     """
 
     file: str
@@ -57,8 +78,9 @@ class Inspection:
     size_bytes: int
     name: str
     architecture: str
-    architecture_supported: bool
-    exact: int
+    skipping: Skipping | None
+    refused: str
+    work: Work | None
     n_layer: int
     n_embd: int
     n_ctx_train: int
@@ -88,7 +110,12 @@ class SidecarInspection:
 
 
 def inspect(
-    model: str, sidecar: Path | None, *, with_hash: bool, watch: Watch
+    model: str,
+    sidecar: Path | None,
+    *,
+    with_hash: bool,
+    watch: Watch,
+    open_macs: OpenMacs = lambda path, sidecar: None,
 ) -> Inspection | SidecarInspection:
     """Look into a file given by path or name, and into its sidecar: given, beside it or shipped.
 
@@ -101,7 +128,8 @@ def inspect(
     source = read_source(path)
     sidecar = sidecar or sidecar_of(source)
     meta = pop_of(source, sidecar)
-    return _of_model(source, sidecar, meta, verify(source, meta, watch) if with_hash else None)
+    verified = verify(source, meta, watch) if with_hash else None
+    return _of_model(source, sidecar, meta, verified, open_macs)
 
 
 def require_unchanged(found: Inspection | SidecarInspection) -> None:
@@ -156,6 +184,7 @@ def _of_model(
     sidecar: Path | None,
     meta: PopMeta | None,
     verification: Verification | None,
+    open_macs: OpenMacs,
 ) -> Inspection:
     first = source.first
     architecture = first.get("general.architecture")
@@ -163,14 +192,20 @@ def _of_model(
         raise FormatError(f"{first.path} names no architecture", "give a language model")
     name = first.get("general.name")
     mmproj = None if architecture == ARCHITECTURE else mmproj_beside(first.path)
+    skipping, refused = None, ""
+    try:
+        skipping = skipping_of(source_shape(source))
+    except PopError as error:
+        refused = error.message
     return Inspection(
         file=str(first.path),
         n_files=len(source.parts),
         size_bytes=source.size_bytes,
         name=name if isinstance(name, str) else "",
         architecture=architecture,
-        architecture_supported=architecture in ARCHITECTURES,
-        exact=source_shape(source).exact if architecture in SHARED_KV else 0,
+        skipping=skipping,
+        refused=refused,
+        work=None if skipping is None else _work(skipping, meta, open_macs(first.path, sidecar)),
         n_layer=_number(source, "block_count"),
         n_embd=_number(source, "embedding_length"),
         n_ctx_train=trained_ctx(first) or 0,
@@ -184,6 +219,19 @@ def _of_model(
         opens_in_stock_llama_cpp=not any(TENSOR_MARK in tensor.name for tensor in source.tensors),
         verification=verification,
     )
+
+
+def _work(skipping: Skipping, meta: PopMeta | None, macs: Macs | None) -> Work | None:
+    """At the file's boundary, else where tokens leave exactly, else at two thirds."""
+    two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
+    boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
+    if macs is None or not 0 < boundary <= skipping.last:
+        return None
+    with suppress(PopError):
+        n_full = meta.sink_tokens + meta.tail_tokens if meta else 1
+        limit = speedup_limit(macs, LIMIT_PROMPT, boundary, n_full)
+        return Work(boundary, left_share(macs, boundary), limit)
+    return None
 
 
 def _number(source: Source, name: str) -> int:

@@ -162,7 +162,7 @@ class _Search:
 
         None goes as deep as where copying was lost, which a selection hardly mends.
         """
-        if self.plans[deepest].shape.is_mrope:
+        if self.plans[deepest].shape.no_refill:
             return []
         past = [self.plans[each] for each in takewhile(self._may_copy, self._past(deepest))]
         plans = [replace(plan, select=SELECTED) for plan in past if self._is_ready(plan)]

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converter.format import FITTED
-from converter.macs import speedup_limit
 from converter.plan import Plan, make_plan
-from converter.shape import ModelShape, read_shape
+from converter.shape import read_shape
 from converter.source import read_source
+from converter.work import speedup_limit
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
@@ -38,16 +38,14 @@ class Point:
     recall: Recall
 
 
-def points(
-    model: PopModel, shape: ModelShape, reference: RecallReference, shares: list[float]
-) -> list[Point]:
+def points(model: PopModel, reference: RecallReference, shares: list[float]) -> list[Point]:
     """All shares of one boundary."""
     n_ends = model.rule.sink_tokens + model.rule.tail_tokens
     found = []
     for share in shares:
         pruning = Pruning(model.boundary, Mode.CONTEXT, select=share)
         n_full = n_ends + round(share * (N_LIMIT - n_ends))
-        limit = speedup_limit(shape, N_LIMIT, model.boundary, n_full)
+        limit = speedup_limit(model.macs, N_LIMIT, model.boundary, n_full)
         recall = reference.measure(model, pruning, lambda done, total: None)
         found.append(Point(model.boundary, share, limit, recall))
         exact, full = recall.exact_pruned, recall.exact_full
@@ -118,7 +116,7 @@ def main() -> None:
         with opened(sidecar) as model:
             if given.tail is not None:
                 use_rule(model, replace(model.rule, tail_tokens=given.tail))
-            return points(model, shape, reference, shares)
+            return points(model, reference, shares)
 
     plans = [make_plan(shape, boundary=each, projection=FITTED) for each in boundaries]
     if given.sidecars is None:

@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from converter.macs import exact_limit, speedup_limit
 from converter.plan import make_plan, parse_skip
 from converter.shape import ModelShape, read_shape
+from converter.work import Macs, speedup_limit
+from pop_local.engine.llama.graph_macs import GraphMacs
 
 N_DECODE_PROMPT = 16
 
@@ -218,16 +219,16 @@ def spread(values: list[float]) -> Spread:
     return Spread(float(np.median(values)), min(values), max(values))
 
 
-def ttft_rows(runs: Runs, shape: ModelShape, n_prompt: int) -> list[Row]:
+def ttft_rows(runs: Runs, macs: Macs, exact: int, n_prompt: int) -> list[Row]:
     unpatched, full, *pruned = runs.items()
     rows = []
     for variant, done in [unpatched, full, *pruned]:
         n_pruned = int(done[0]["n_pruned"])
         limit = 1.0
         if variant.boundary:
-            limit = speedup_limit(shape, n_prompt, variant.boundary, n_prompt - n_pruned)
+            limit = speedup_limit(macs, n_prompt, variant.boundary, n_prompt - n_pruned)
         elif variant.mode:
-            limit = exact_limit(shape, n_prompt)
+            limit = speedup_limit(macs, n_prompt, exact, 1)
         speedup = ratio(full[1], done, "ttft_s")
         rows.append(
             Row(
@@ -345,7 +346,7 @@ def main() -> None:
     if options.child:
         child(options)
         return
-    shape = read_shape(Path(options.model))
+    shape, macs = read_shape(Path(options.model)), GraphMacs(Path(options.model))
     n_prompts = [int(n) for n in options.prompts.split(",") if n]
     variants = [
         Variant("other" if options.other else "unpatched", is_patched=False),
@@ -358,7 +359,7 @@ def main() -> None:
     with children(options, max([*n_prompts, options.decode]) + 64) as pair:
         for n_prompt in n_prompts:
             runs = measure(pair, variants, prompt(shape.n_vocab, n_prompt), 1, options.pairs)
-            rows += ttft_rows(runs, shape, n_prompt)
+            rows += ttft_rows(runs, macs, shape.exact, n_prompt)
         print_rows(rows)
         decode = measure_decode(pair, decoding, options, shape.n_vocab) if options.decode else {}
     result = {"model": options.model, "machine": machine(), "ttft": [asdict(row) for row in rows]}

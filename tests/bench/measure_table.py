@@ -25,6 +25,7 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
 from pop_local.commands.options import ProjectionName
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import QualitySettings, measure_against
 from pop_local.measure.recall import RecallSettings
@@ -60,8 +61,11 @@ def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
 
 def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
     """What each sidecar loses, kept beside it; those that are missing are measured."""
-    shape = source_shape(read_source(model))
-    plans = {path: make_plan(shape, boundary=b, projection=k) for (b, k), path in sidecars.items()}
+    shape, macs = source_shape(read_source(model)), GraphMacs(model)
+    plans = {
+        path: make_plan(shape, boundary=b, projection=k, macs=macs)
+        for (b, k), path in sidecars.items()
+    }
     with terminal_watch() as watch:
         some_plan = next(iter(plans.values()))
         full = FullModel(model, some_plan, QualitySettings(n_windows), ONE_THREAD, watch)

@@ -14,11 +14,11 @@ from converter.format import PopMeta, read_pop_meta
 from converter.header import read_header
 from converter.plan import make_plan, parse_skip
 from converter.rewrite import convert, measure
-from converter.shape import ARCHITECTURES, read_shape
+from converter.shape import read_shape
 from pop_local.cli import app
 from support.converted import convert_default, names
 from support.oracle import assert_same_logits
-from support.synthetic import make_gguf, make_split
+from support.synthetic import DEFAULTS, make_gguf, make_split
 
 
 def command(*arguments: object):
@@ -75,7 +75,7 @@ def test_plan_of_another_model(tiny, tmp_path):
 # --- what is written
 
 
-@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("arch", sorted(DEFAULTS))
 def test_only_keys_are_added(tmp_path, arch):
     src = make_gguf(tmp_path / "model.gguf", arch)
     dst = tmp_path / "out.gguf"
@@ -105,7 +105,7 @@ def test_only_keys_are_added(tmp_path, arch):
         assert old.data.tobytes() == new.data.tobytes()
 
 
-@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("arch", sorted(DEFAULTS))
 def test_unpatched_library_runs_it_as_the_source(tmp_path, arch, unpatched_lib):
     src = make_gguf(tmp_path / "model.gguf", arch)
     dst = tmp_path / "out.gguf"

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from converter.format import ATTENTION, WIDE, read_pop_meta
-from converter.macs import LIMIT_PROMPT, speedup_limit
-from converter.shape import read_shape
+from converter.format import ATTENTION, read_pop_meta
+from converter.work import LIMIT_PROMPT, speedup_limit
 from pop_local.calibration import texts
 from pop_local.cli import app
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import budget
 from pop_local.workflows import examine as examining
 from pop_local.workflows import fits
@@ -119,10 +119,9 @@ def test_a_wide_fit(tiny, tmp_path, words, short_examination):
     report, target = json.loads(done.stdout), tmp_path / "tiny.pop.gguf"
     meta = read_pop_meta(target)
     assert meta is not None and meta.projection == report["projection"] == "fitted-wide"
-    shape, n_full = read_shape(tiny), 1 + 32
-    limit = speedup_limit(shape, LIMIT_PROMPT, meta.boundary, n_full, WIDE)
-    assert limit < speedup_limit(shape, LIMIT_PROMPT, meta.boundary, n_full)
-    assert report["speedup_limit"] == limit
+    limit = speedup_limit(GraphMacs(target), LIMIT_PROMPT, meta.boundary, 1 + 32)
+    assert limit < speedup_limit(GraphMacs(tiny), LIMIT_PROMPT, meta.boundary, 1 + 32)
+    assert report["speedup_limit"] == pytest.approx(limit, rel=1e-3)
     short = ("--windows", "2", "--context", "60", "--continuation", "20", "--recall", "0")
     few = (str(target), "--threads", "1", "--json")
     found = json.loads(CliRunner().invoke(app, ["eval", *few, *short]).stdout)

@@ -11,9 +11,9 @@ from converter.errors import FormatError, OutputExistsError, WriteError
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import convert, strip
-from converter.shape import ARCHITECTURES, read_shape
+from converter.shape import read_shape
 from pop_local.cli import app
-from support.synthetic import add_keys, make_gguf, make_split
+from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split
 
 
 def command(*arguments: object):
@@ -30,7 +30,7 @@ def pop(tiny) -> Path:
     return converted(tiny, tiny.with_name("tiny.pop.gguf"))
 
 
-@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("arch", sorted(DEFAULTS))
 def test_round_trip(tmp_path, arch):
     src = make_gguf(tmp_path / "model.gguf", arch)
     back = tmp_path / "back.gguf"

@@ -21,7 +21,8 @@ import pytest
 from converter.errors import PopError
 from converter.format import read_pop_meta
 from converter.header import read_header
-from converter.shape import read_shape, trained_ctx
+from converter.keys import trained_ctx
+from converter.shape import read_shape
 from converter.sidecar import read_sidecar, sidecar_beside, sidecar_meta
 from converter.source import read_source
 from pop_local.engine.llama.backend import Mode

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from converter.shape import MROPE, read_shape
+from converter.shape import read_shape
 from support.oracle import Q8_0, Trio, make_trio, random_tokens
 from support.pop_files import OWN, add_to, own_as_fitted
 from support.raw import Job, Step, run
-from support.synthetic import make_gguf
+from support.synthetic import DEFAULTS, make_gguf
 
 N_VOCAB = 380
 BOUNDARY = 5
@@ -70,7 +70,7 @@ def steps_of(parts: tuple[Part, ...], arch: str) -> list[Step]:
             steps.append(Step("decode", tokens=tokens, pos=pos, logits="none"))
             pos += part.n
             continue
-        grid = GRID if arch in MROPE else 0
+        grid = GRID if DEFAULTS[arch].rope_sections else 0
         steps.append(Step("image", value=part.n, pos=pos, grid=grid, causal=arch != "gemma3"))
         pos += max(grid, -(-part.n // grid)) if grid else part.n
     return steps
@@ -148,7 +148,7 @@ def test_full_rows_that_begin_within_an_image(tiny: Trio, tmp_path: Path, job: J
         model = make_gguf(tmp_path / "wide.gguf", arch, type=Type.Q8_0, swa_window=256)
         tiny = make_trio(model, tmp_path, BOUNDARY)
     text, image, rest = steps_of((Text(40), Image(70), Text(20)), arch)
-    first = 0 if arch in MROPE else 30
+    first = 0 if DEFAULTS[arch].rope_sections else 30
     full_from = image.pos + first
     got = pruned(tiny, [text, image, asking(rest)], full_from, job)
     np.testing.assert_array_equal(got["counters"], [40 + first, 70 - first + 20])

@@ -40,6 +40,7 @@ from support.oracle import (
 from support.raw import Job
 from support.sidecars import require_same
 from support.synthetic import DEEP_OUTPUTS, zero_deep_copy
+from support.windows import windows_of
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +117,7 @@ def test_a_real_model_differs_by_the_rounding_of_its_products(
     job = replace(job, type_k=F32, type_v=F32)
     stored = prefilled(trio, tokens, tmp_path, job)
     reference = Reference(trio.pruned, normalised_states(trio, tokens, job))
-    windows = read_shape(trio.original).swa_window
+    windows = windows_of(trio.original)
     for layer in range(trio.boundary, len(windows)):
         found, wanted = context_rows(
             stored[layer], reference.layer(layer, swa=windows[layer] > 0), len(tokens)

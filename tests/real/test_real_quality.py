@@ -4,7 +4,6 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
@@ -104,7 +103,7 @@ def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, 
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
     settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=1)
     reference = read_reference(opened, tokens, settings, ignore)
-    found = measure_cliff(opened, read_shape(path), reference, 2048, ignore)
+    found = measure_cliff(opened, reference, ignore)
     assert {d.boundary for d in found[1:] if (d.lost_retention or 0) > 0.4} == cliff
     assert found[-1].retention is not None
     assert found[-1].retention.value < 0.3

@@ -16,6 +16,7 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
+from pop_local.engine.llama.graph_macs import GraphMacs
 
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]
@@ -52,7 +53,13 @@ def settings(text: Path, **others: object) -> FitOptions:
 
 
 def planned(path: Path, boundary: int = BOUNDARY, projection: str = FITTED):
-    return make_plan(read_shape(path), boundary=boundary, sink_tokens=0, projection=projection)
+    return make_plan(
+        read_shape(path),
+        boundary=boundary,
+        sink_tokens=0,
+        projection=projection,
+        macs=GraphMacs(path),
+    )
 
 
 def fitted(path: Path, options: FitOptions, follow: Follow = SILENT, projection: str = FITTED):

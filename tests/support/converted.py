@@ -62,7 +62,7 @@ def paired(base: Path, folder: Path, projection: str, seed: int = 0, **plan: Any
 
 
 def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float = 1.0) -> Fitted:
-    """Random projections, of as many K as V; wide ones where the plan says so.
+    """Random projections; wide ones where the plan says so.
 
     `scale`: of K and V.
     """
@@ -84,9 +84,11 @@ def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float 
         made = WideInput(random(n_prev, n_embd), neurons)
         tensors += encode_input(plan.boundary, made, kind)
     for layer in plan.fitted_layers:
-        n_kv = plan.shape.kv_macs[layer] // n_embd
+        n_kv = plan.shape.n_kv(layer)
         weight, bias = random(n_kv, n_embd) * times, rng.standard_normal(n_kv, np.float32) * times
         wide = random(n_kv, n_wide) * times if n_wide else None
-        tensors += encode(layer, KvProjection(gain, weight, bias, n_kv // 2, wide), kind)
+        tensors += encode(
+            layer, KvProjection(gain, weight, bias, plan.shape.n_k[layer], wide), kind
+        )
     calibration = Calibration("random", "0" * 64, 1, 0.0, "none")
     return Fitted(calibration, tuple(tensors), projection=plan.projection)

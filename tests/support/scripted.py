@@ -48,9 +48,10 @@ class ScriptedModel:
         self.options: dict[str, Any] = {}
         self.pop_mode = Mode.CONTEXT
         self.boundary, self.projection = 20, "fitted"
+        self.macs = lambda n_prompt, boundary, n_full: 1
         self.shape = None
         self.exact = 0
-        self.is_mrope = False
+        self.no_refill = ""
         self.model_path = "model.gguf"
         self.metadata = {
             "general.architecture": "llama",

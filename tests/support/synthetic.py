@@ -136,6 +136,29 @@ def add_keys(src: Path, dst: Path, **keys: int | str) -> Path:
     return dst
 
 
+def renamed(src: Path, folder: Path, arch: str) -> Path:
+    """Copy a model into a folder as one of another architecture, with the same tensors."""
+    header = read_header(src)
+    old, raw = str(header.get("general.architecture")), src.read_bytes()
+    keys = b"".join(
+        _renamed(name, raw[key.start : key.end], old, arch) for name, key in header.keys.items()
+    )
+    table = raw[header.keys_end : header.tensors_end]
+    head = raw[:24] + keys + table
+    path = folder / f"{arch}.gguf"
+    path.write_bytes(head + bytes(-len(head) % header.alignment) + raw[header.data_start :])
+    return path
+
+
+def _renamed(name: str, raw: bytes, old: str, arch: str) -> bytes:
+    if name == "general.architecture":
+        return _encode_key(name, arch)
+    if not name.startswith(f"{old}."):
+        return raw
+    new = name.replace(old, arch, 1).encode()
+    return len(new).to_bytes(8, "little") + new + raw[8 + len(name.encode()) :]
+
+
 def add_tensor(src: Path, dst: Path, name: str, values: NDArray[Any]) -> Path:
     """Copy a model with a tensor of float32 more."""
     data = values.astype(np.float32).tobytes()

@@ -24,7 +24,7 @@ def test_the_taps_show_what_the_layer_computes(arch: str, tmp_path: Path):
     weights = Weights(read_source(path))
     for layer in (5, 6):
         k, v, mass = shown.layers[layer][0]
-        own = weights.own_projection(layer, k.shape[1] + v.shape[1])
+        own = weights.own_projection(layer, k.shape[1], v.shape[1])
         x = fit.with_bias(fit.normalised(shown.states[layer][0], 1e-6)).astype(np.float64)
         wanted = (x[:, :-1] * own.gain) @ own.weight.T + own.bias
         np.testing.assert_allclose(np.concatenate([k, v], axis=1), wanted, atol=0.02)

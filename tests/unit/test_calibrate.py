@@ -67,7 +67,7 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
     )
     y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
     d = np.mean([_weights(shown.layers[layer], weighting) for layer in (5, 6, 7)], axis=0)
-    own = Weights(read_source(path)).own_projection(6, y.shape[1])
+    own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     root = np.sqrt(d.astype(np.float64))[:, None]
     weighted = x.astype(np.float64) * root
     start = np.vstack([own.gain[:, None] * own.weight.T, own.bias]).astype(np.float64)
@@ -178,8 +178,7 @@ def test_a_state_of_other_settings_is_refused(llama: Path, letters: Path, tmp_pa
 
 
 def _n_kv(path: Path) -> int:
-    shape = read_shape(path)
-    return shape.kv_macs[0] // shape.n_embd
+    return read_shape(path).n_kv(0)
 
 
 def test_a_fitted_file_can_be_stripped(llama: Path, whole: Fitted, tmp_path: Path):

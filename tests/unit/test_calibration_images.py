@@ -90,7 +90,7 @@ def error(plain: Path, found: Fitted | None, recorder: Recorder) -> float:
     wrong = power = 0.0
     for layer in LAYERS:
         y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in recorder.layers[layer]])
-        own = Weights(read_source(plain)).own_projection(layer, y.shape[1])
+        own = Weights(read_source(plain)).own_projection(layer, *[y.shape[1] // 2] * 2)
         weight, bias = (own.weight, own.bias) if found is None else stored(found, layer)
         wrong += float(np.square((x[:, :-1] * own.gain) @ weight.T + bias - y).sum())
         power += float(np.square(y).sum())

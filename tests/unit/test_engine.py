@@ -16,7 +16,7 @@ from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.backend import Counters, Mode
 from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read
 from support.converted import converted, tiny
-from support.synthetic import add_keys, make_gguf
+from support.synthetic import add_keys, make_gguf, renamed
 
 
 @pytest.fixture(scope="module")
@@ -237,11 +237,11 @@ def test_an_unpatched_library_is_refused_with_the_cure(pop_file, unpatched_lib):
     assert "Traceback" not in done.stderr
 
 
-def test_an_architecture_without_the_hook_is_named(tmp_path):
-    plain = make_gguf(tmp_path / "olmo2.gguf", "olmo2")
-    keyed = tmp_path / "olmo2.pop.gguf"
+def test_an_architecture_that_cannot_be_pruned_is_named(tmp_path):
+    plain = renamed(make_gguf(tmp_path / "model.gguf", "qwen2"), tmp_path, "dream")
+    keyed = tmp_path / "dream.pop.gguf"
     add_keys(plain, keyed, pop__version=1, pop__schedule="FFFFSSSS", pop__projection="own")
-    with pytest.raises(PopError, match="olmo2"):
+    with pytest.raises(PopError, match="'dream' is an encoder, a diffusion model or a draft"):
         opened(keyed)
 
 
@@ -275,7 +275,7 @@ def test_the_backend_describes_itself():
 def test_states_need_room_too(pop_file, tmp_path, monkeypatch):
     shape = read_shape(pop_file)
     n_cells = 4096
-    kv_bytes = 2 * n_cells * sum(shape.kv_macs) // shape.n_embd
+    kv_bytes = 2 * n_cells * sum(shape.n_k + shape.n_v)
     memory = SimpleNamespace(total=10**12, available=kv_bytes, free=0)
     for name in ("virtual_memory", "swap_memory"):
         monkeypatch.setattr(f"pop_local.engine.llama.opening.psutil.{name}", lambda: memory)

@@ -9,9 +9,10 @@ from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
 from converter.errors import PopError, UnsupportedArchitectureError
-from converter.macs import exact_limit, exact_macs, prefill_macs
+from converter.format import FITTED, OWN
 from converter.plan import make_plan
-from converter.shape import ModelShape, read_shape
+from converter.shape import read_shape
+from converter.work import speedup_limit
 from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
@@ -40,75 +41,36 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_the_shape_of_gemma4(tmp_path: Path) -> None:
     """Layers 3 and 7 have no window, and heads of twice the size; 4 to 7 share K/V."""
     shape = read_shape(make_shared(tmp_path / "m.gguf", "gemma4"))
-    n_embd, n_q, n_kv = 128, 4 * 64, 64
+    n_q, n_kv = 4 * 64, 64
     assert shape.exact == 4
-    assert shape.swa_window == (16, 16, 16, 0) * 2
-    assert shape.attn_proj_macs == tuple(2 * n_embd * n_q * n for n in (1, 1, 1, 2) * 2)
-    assert shape.kv_macs == (*(2 * n_embd * n_kv * n for n in (1, 1, 1, 2)), 0, 0, 0, 0)
-    assert shape.ffn_macs == (3 * n_embd * 192 + 2 * n_embd * 32,) * 8
-    assert shape.attn_dim == tuple(2 * n_q * n for n in (1, 1, 1, 2) * 2)
-    assert (shape.input_macs, shape.output_macs) == (n_embd * 32 * 8, 0)
+    assert shape.windows == (16, 16, 16, 0) * 2
+    assert shape.n_q == shape.n_heads_out == tuple(n_q * n for n in (1, 1, 1, 2) * 2)
+    assert shape.n_k == shape.n_v == (*(n_kv * n for n in (1, 1, 1, 2)), 0, 0, 0, 0)
 
 
 def test_the_shape_of_gemma3n(tmp_path: Path) -> None:
     shape = read_shape(make_shared(tmp_path / "m.gguf", "gemma3n"))
-    n_embd, altup, laurel = 128, 4 * 128 + 4 * 16, 2 * 128 * 64
     assert shape.exact == 20
-    assert [layer for layer in range(25) if not shape.swa_window[layer]] == [4, 9, 14, 19, 24]
-    assert shape.kv_macs == (2 * n_embd * 64,) * 20 + (0,) * 5
-    assert shape.ffn_macs == (3 * n_embd * 192 + 2 * n_embd * 256 + altup + laurel,) * 25
-    assert shape.input_macs == n_embd * 256 * 25 + 3 * n_embd**2
-    assert shape.output_macs == 3 * n_embd**2
+    assert [layer for layer in range(25) if not shape.windows[layer]] == [4, 9, 14, 19, 24]
+    assert shape.n_k == (64,) * 20 + (0,) * 5
 
 
 @pytest.mark.parametrize("part", [{"fused_qkv": True}, {"k_as_v": True}, {"n_expert": 4}])
 def test_other_parts_of_gemma4(part: dict, tmp_path: Path) -> None:
     plain = read_shape(make_shared(tmp_path / "plain.gguf", "gemma4"))
     other = read_shape(make_shared(tmp_path / "other.gguf", "gemma4", **part))
-    if "k_as_v" in part:
-        assert other.kv_macs == (*plain.kv_macs[:3], plain.kv_macs[3] // 2, 0, 0, 0, 0)
-    else:
-        assert other.kv_macs == plain.kv_macs
-    if "fused_qkv" in part:  # one product: where K and V are another layer's they are made in vain
-        assert other.attn_proj_macs[:4] == plain.attn_proj_macs[:4]
-    elif "n_expert" in part:
-        experts = 2 * 3 * 128 * 192 + 4 * 128
-        assert other.ffn_macs == tuple(n + experts for n in plain.ffn_macs)
+    assert (other.n_k, other.n_v) == (plain.n_k, plain.n_v)
 
 
-def test_a_gemma4_that_shares_nothing_has_no_exact_layer(tmp_path: Path) -> None:
-    path = make_shared(tmp_path / "m.gguf", "gemma4", n_shared=0)
-    assert read_shape(path).exact == 0
-    with pytest.raises(UnsupportedArchitectureError, match="cannot be pruned"):
-        make_plan(read_shape(path))
-
-
-def counted(model: ModelShape, n_prompt: int, exact: bool) -> int:
-    """Row by row, position by position."""
-    total = model.head_macs
-    for row in range(n_prompt):
-        is_full = not exact or row == n_prompt - 1
-        total += model.input_macs + is_full * model.output_macs
-        for layer in range(model.n_layer):
-            total += model.kv_macs[layer]
-            if not is_full and layer >= model.exact - 1:
-                continue
-            window = model.swa_window[layer] or n_prompt
-            seen = [p for p in range(row + 1) if row - p < window]
-            total += model.attn_proj_macs[layer] + model.ffn_macs[layer]
-            total += len(seen) * model.attn_dim[layer]
-    return total
-
-
-@pytest.mark.parametrize("n_prompt", [1, 2, 40])
-def test_macs_are_those_of_a_row_by_row_count(n_prompt: int, shared: Path) -> None:
-    shape = read_shape(shared)
-    # Numbers that differ between layers, so that none can stand in for another.
-    shape = replace(shape, ffn_macs=tuple(n + i for i, n in enumerate(shape.ffn_macs)))
-    full, exact = prefill_macs(shape, n_prompt, None, 1), exact_macs(shape, n_prompt)
-    assert full == counted(shape, n_prompt, exact=False)
-    assert exact == counted(shape, n_prompt, exact=True)
-    assert exact_limit(shape, n_prompt) == full / exact
+def test_a_gemma4_can_be_pruned_before_the_layers_that_share(tmp_path: Path) -> None:
+    shape = read_shape(make_shared(tmp_path / "m.gguf", "gemma4"))
+    assert make_plan(shape, boundary=2, projection=FITTED).projection == OWN
+    with pytest.raises(UnsupportedArchitectureError, match="exactly") as raised:
+        make_plan(shape, boundary=3)
+    assert "a boundary from 1 to 2" in raised.value.hint
+    alone = read_shape(make_shared(tmp_path / "alone.gguf", "gemma4", n_shared=0))
+    assert alone.exact == 0
+    assert make_plan(alone, projection=FITTED).projection == OWN
 
 
 @pytest.mark.parametrize("command", ["convert", "analyze", "eval", "demo"])
@@ -122,10 +84,9 @@ def test_what_prunes_says_that_nothing_need_be_converted(command: str, shared: P
 def test_inspect_says_what_context_tokens_skip(shared: Path) -> None:
     found = json.loads(CliRunner().invoke(app, ["inspect", str(shared), "--json"]).stdout)
     shape = read_shape(shared)
-    assert (found["exact"], found["pop"]) == (shape.exact, None)
+    assert (found["skipping"]["exact"], found["pop"]) == (shape.exact, None)
     told = " ".join(CliRunner().invoke(app, ["inspect", str(shared)]).stdout.split())
-    assert f"(needs no pruning) Layers {shape.n_layer}" in told
-    assert f"context tokens skip layers {shape.exact} to {shape.n_layer - 1}" in told
+    assert f"layers 1 to {shape.n_layer - 1}; from {shape.exact} on exactly" in told
     assert "not converted" not in told
 
 
@@ -177,10 +138,10 @@ def test_the_figures_of_an_answer(shared: Path) -> None:
     assert stats.prefill_tokens_per_s == pytest.approx(stats.n_prompt / stats.prefill_s)
 
 
-def test_there_is_no_boundary_to_set(shared: Path) -> None:
+def test_there_is_no_boundary_where_layers_share(shared: Path) -> None:
     model = opened(shared)
-    with pytest.raises(PopError, match="does not support"):
-        model.set_boundary(3)
+    with pytest.raises(PopError, match="store no K/V"):
+        model.set_boundary(model.exact)
     with pytest.raises(PopError, match="no boundary"):
         model.set_pop(Mode.ALWAYS)
 
@@ -204,13 +165,14 @@ def test_the_chat_says_where_tokens_leave_and_keeps_its_turns() -> None:
 
 
 def test_what_a_full_reading_would_take_is_known(shared: Path) -> None:
-    shape = read_shape(shared)
+    model = opened(shared)
     stats = figures(n_prompt=1000, n_cached=0, n_pruned=0, n_full=1, n_skipped_exact=999)
-    cost = _costs(opened(shared)).of(stats)
-    assert cost.seconds == pytest.approx(stats.prefill_s * exact_limit(shape, 1000))
+    cost = _costs(model).of(stats)
+    limit = speedup_limit(model.macs, 1000, model.exact, 1)
+    assert cost.seconds == pytest.approx(stats.prefill_s * limit)
     assert not cost.is_measured
     later = replace(stats, n_cached=400, n_skipped_exact=599)
-    assert _costs(opened(shared)).of(later).seconds > later.prefill_s
+    assert _costs(model).of(later).seconds > later.prefill_s
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])

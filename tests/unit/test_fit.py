@@ -132,7 +132,7 @@ def test_encoded_tensors_decode_to_the_weights(kind: KvType):
 def test_own_projections_as_the_file_has_them(arch: str, tmp_path: Path):
     path = make_gguf(tmp_path / "model.gguf", arch)
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
-    own = Weights(read_source(path)).own_projection(3, 128)
+    own = Weights(read_source(path)).own_projection(3, 64, 64)
     if arch == "phi3":
         wanted = tensors["blk.3.attn_qkv.weight"][-128:]
     else:
@@ -148,9 +148,9 @@ def test_own_projections_as_the_file_has_them(arch: str, tmp_path: Path):
 
 def test_a_scale_of_its_own_multiplies_a_projection(tmp_path: Path):
     path = make_gguf(tmp_path / "model.gguf", "llama")
-    plain = Weights(read_source(path)).own_projection(3, 128).weight
+    plain = Weights(read_source(path)).own_projection(3, 64, 64).weight
     scaled = add_tensor(path, tmp_path / "scaled.gguf", "blk.3.attn_k.scale", np.array([0.25]))
-    found = Weights(read_source(scaled)).own_projection(3, 128).weight
+    found = Weights(read_source(scaled)).own_projection(3, 64, 64).weight
     np.testing.assert_array_equal(found[:64], plain[:64] / 4)
     np.testing.assert_array_equal(found[64:], plain[64:])
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from converter.macs import speedup_limit
-from converter.shape import read_shape
+from converter.work import speedup_limit
 from pop_local.engine.decode.recommended import recommended
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
 from pop_local.measure.full_cost import FullCosts
@@ -43,12 +43,12 @@ def test_the_model_answers_as_its_file_recommends(tmp_path):
 
 
 def test_without_a_measurement_the_cost_comes_from_the_limit(tmp_path):
-    shape = read_shape(tiny(tmp_path, boundary=5))
-    costs = FullCosts(shape, 5)
+    macs = GraphMacs(tiny(tmp_path, boundary=5))
+    costs = FullCosts(macs, 5)
     whole = figures(n_prompt=1000, n_cached=0, n_pruned=983, n_full=17, prefill_s=2.0)
     cost = costs.of(whole)
     assert not cost.is_measured
-    assert cost.seconds == pytest.approx(2.0 * speedup_limit(shape, 1000, 5, 17))
+    assert cost.seconds == pytest.approx(2.0 * speedup_limit(macs, 1000, 5, 17))
     # What was cached need not be read in full either.
     rest = costs.of(figures(n_prompt=1000, n_cached=500, n_pruned=483, n_full=17, prefill_s=1.0))
     assert 1.0 < rest.seconds < cost.seconds

@@ -9,29 +9,35 @@ import pytest
 from converter.errors import FormatError, PlanError, UnsupportedArchitectureError
 from converter.header import read_header
 from converter.plan import make_plan
-from converter.shape import ARCHITECTURES, read_shape
+from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.measure.depth import boundaries
-from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split
+from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split, renamed
+from support.windows import windows_of
 
 
-@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("arch", sorted(DEFAULTS))
 @pytest.mark.parametrize("overrides", [{}, {"fused_qkv": True}, {"tied_output": True}])
 def test_shape(tmp_path, arch, overrides):
     recipe = replace(DEFAULTS[arch], **overrides)
     shape = read_shape(make_gguf(tmp_path / "model.gguf", arch, **overrides))
     n_q, n_kv = recipe.n_head * recipe.head_dim, recipe.n_head_kv * recipe.head_dim
-    ffn_macs = 3 * recipe.n_embd * recipe.n_ff
-    if recipe.n_expert:
-        ffn_macs = ffn_macs * recipe.n_expert_used + recipe.n_embd * recipe.n_expert
+    n_ffn = 3 * recipe.n_embd * recipe.n_ff * max(recipe.n_expert, 1)
+    n_ffn += recipe.n_embd * recipe.n_expert
     layers = recipe.n_layer
     assert (shape.arch, shape.n_layer, shape.n_embd) == (arch, layers, recipe.n_embd)
     assert shape.n_vocab == recipe.n_vocab
-    assert shape.attn_proj_macs == (2 * recipe.n_embd * n_q,) * layers
-    assert shape.kv_macs == (2 * recipe.n_embd * n_kv,) * layers
-    assert shape.ffn_macs == (ffn_macs,) * layers
-    assert shape.attn_dim == (2 * n_q,) * layers
-    assert shape.head_macs == recipe.n_embd * recipe.n_vocab
+    assert shape.n_q == shape.n_heads_out == (n_q,) * layers
+    assert shape.n_k == shape.n_v == (n_kv,) * layers
+    # OLMo 2 has a norm after its FFN alone.
+    is_read = not recipe.n_expert and arch != "olmo2"
+    assert shape.n_neurons == (recipe.n_ff if is_read else 0,) * layers
+    assert shape.n_weights == (2 * recipe.n_embd * (n_q + n_kv) + n_ffn,) * layers
+    assert shape.is_mrope == (len(recipe.rope_sections) > 0)
+    assert (shape.exact, any(shape.is_recurrent)) == (0, False)
+    # OLMo 2 norms what attention gives, not what it takes.
+    fits = [] if arch == "olmo2" else list(range(layers - 1))
+    assert [boundary for boundary in range(layers) if shape.fits(boundary)] == fits
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,7 @@ def test_shape(tmp_path, arch, overrides):
 )
 def test_sliding_windows(tmp_path, arch, period, full_layers):
     path = make_gguf(tmp_path / "model.gguf", arch, swa_period=period, swa_window=16)
-    windows = read_shape(path).swa_window
+    windows = windows_of(path)
     assert {layer for layer, window in enumerate(windows) if window == 0} == full_layers
     assert set(windows) <= {0, 16}
 
@@ -56,7 +62,7 @@ def test_sliding_windows(tmp_path, arch, period, full_layers):
 def test_sliding_window_flag_for_each_layer(tmp_path):
     pattern = [True, False, False, True, True, True, True, False]
     path = make_gguf(tmp_path / "model.gguf", "gemma3", swa_pattern=pattern)
-    assert read_shape(path).swa_window == tuple(16 * flag for flag in pattern)
+    assert windows_of(path) == read_shape(path).windows == tuple(16 * flag for flag in pattern)
 
 
 def test_window_that_a_model_does_not_have(tmp_path):
@@ -66,7 +72,7 @@ def test_window_that_a_model_does_not_have(tmp_path):
         windowed = add_keys(
             path, tmp_path / f"{arch}w.gguf", **{f"{arch}__attention__sliding_window": 16}
         )
-        assert set(read_shape(windowed).swa_window) == {0}
+        assert set(windows_of(windowed)) == {0}
 
 
 def test_head_counts_for_each_layer(tmp_path):
@@ -81,10 +87,22 @@ def test_split_model_has_the_shape_of_the_whole(tmp_path):
     assert read_shape(parts[0]) == read_shape(whole)
 
 
-def test_unsupported_architecture_is_named(tmp_path):
-    with pytest.raises(UnsupportedArchitectureError, match="olmo2") as raised:
-        read_shape(make_gguf(tmp_path / "model.gguf", "olmo2"))
-    assert all(arch in raised.value.hint for arch in ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["bert", "dream", "eagle3", "clip", "hrm_text"])
+def test_what_reads_no_prompt_is_refused_by_name(tmp_path, arch):
+    path = renamed(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, arch)
+    with pytest.raises(UnsupportedArchitectureError, match=f"{arch}.*cannot be pruned"):
+        read_shape(path)
+
+
+def test_an_architecture_that_is_new_is_read_like_any_other(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    assert read_shape(renamed(path, tmp_path, "novel")) == replace(read_shape(path), arch="novel")
+
+
+def test_a_model_whose_layers_run_several_times_is_refused(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    with pytest.raises(UnsupportedArchitectureError, match="several times"):
+        read_shape(add_keys(path, tmp_path / "looped.gguf", llama__num_loops=2))
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,21 @@ from converter import fit
 from converter.errors import StoppedError
 from converter.fit import KvType, Weighting
 from converter.format import ATTENTION, FITTED, OWN, WIDE, read_pop_meta
-from converter.macs import prefill_macs, wide_weights
 from converter.plan import make_plan
 from converter.rewrite import convert, measure, stored_bytes, stored_type, strip
 from converter.shape import read_shape
+from converter.sidecar import write_sidecar
 from converter.source import read_source
 from converter.weights import Weights
 from converter.wide import MOST_NEURON, wide_input
+from converter.work import LIMIT_PROMPT, speedup_limit, wide_macs, wide_weights
 from pop_local.calibration import needs
 from pop_local.calibration.job import Calibrated
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE, MOST_COST, fit_cost, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, given_text
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.workflows import fits
@@ -101,7 +103,7 @@ def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     n_heads = read_shape(path).n_heads_out[BOUNDARY] if heads else 0
     assert x.shape[1] == 128 + N_PREV + n_neurons + n_heads + 1
     y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
-    own = Weights(read_source(path)).own_projection(6, y.shape[1])
+    own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     zeros = np.zeros((x.shape[1] - 129, y.shape[1]))
     start = np.vstack([own.gain[:, None] * own.weight.T, zeros, own.bias])
     ridge = np.append(np.full(x.shape[1] - 1, fit.RIDGE), fit.BIAS_RIDGE)
@@ -181,12 +183,15 @@ def test_what_it_costs_is_what_it_stores_and_attention(kind, llama):
         if "attn" not in each.name or "_wide" in each.name
     )
     assert wide_weights(shape, BOUNDARY, kind) == n_wide
-    plain = prefill_macs(shape, 300, BOUNDARY, 17, FITTED)
-    assert plain == prefill_macs(shape, 300, BOUNDARY, 17, OWN)
+    assert wide_macs(shape, BOUNDARY, FITTED, 300) == wide_macs(shape, BOUNDARY, OWN, 300) == 0
     # Q of 128 numbers, then scores and sums of as many over 1 to 300 positions.
     attention = 300 * 128 * 128 + 2 * 128 * 300 * 301 // 2 if kind == ATTENTION else 0
-    assert prefill_macs(shape, 300, BOUNDARY, 17, kind) == plain + 300 * n_wide + attention
+    assert wide_macs(shape, BOUNDARY, kind, 300) == 300 * n_wide + attention
     assert plan.speedup_limit < planned(llama).speedup_limit
+    sidecar = llama.with_name(f"{kind}.gguf")
+    write_sidecar(plan, llama, sidecar, fitted=made, force=True)
+    of_file = speedup_limit(GraphMacs(llama, sidecar), LIMIT_PROMPT, BOUNDARY, 32)
+    assert of_file == pytest.approx(plan.speedup_limit, rel=1e-3)
     assert stored_bytes(plan, KvType.Q8_0) == sum(len(each.data) for each in made.tensors)
 
 
@@ -303,7 +308,7 @@ def test_what_costs_much_is_not_tried(llama):
 def test_what_costs_little_is(n_ff, wanted, tmp_path):
     """Few K/V heads beside a wide FFN."""
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=1, n_ff=n_ff)
-    plan = make_plan(read_shape(path), boundary=6, projection=FITTED)
+    plan = make_plan(read_shape(path), boundary=6, projection=FITTED, macs=GraphMacs(path))
     assert kinds(plan, FitOptions()) == [FITTED, *wanted]
     of_many = needs.in_kinds([plan] * 2, FitOptions(), KINDS_OF_MANY)
     assert [each.projection for each in of_many] == [FITTED, WIDE] * 2

@@ -82,6 +82,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_get_scores": ([_POINTER, _INT32, _POINTER, _INT32], _INT32),
     "llama_pop_set_kernels": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_set_reading": ([_POINTER, ctypes.c_bool], _INT32),
+    "llama_pop_count_macs": ([_POINTER, _INT32, _INT32], ctypes.c_int64),
     "llama_pop_get_counters": ([_POINTER, ctypes.POINTER(_CCounters)], None),
     "llama_pop_reset_counters": ([_POINTER], None),
 }
@@ -231,6 +232,18 @@ def get_scores(ctx: Any, n_rows: int) -> np.ndarray:
     scores = np.zeros(n_rows, np.float32)
     _set("llama_pop_get_scores", ctx, 0, scores.ctypes.data_as(_POINTER), n_rows)
     return scores
+
+
+def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
+    """Return the multiply-accumulates of a prompt, `n_full` rows full, in the context's mode.
+
+    It is read into an empty cache, up to the last row's logits. Raises PopError.
+    """
+    logs.forget_errors()
+    found = int(require_patched().llama_pop_count_macs(ctx, n_tokens, n_full))
+    if found < 0:
+        raise PopError(logs.first_error() or f"work of {n_tokens} tokens cannot be counted")
+    return found
 
 
 def set_kernels(ctx: Any, are_on: bool) -> None:

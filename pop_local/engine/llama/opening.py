@@ -16,7 +16,8 @@ import psutil
 from converter.errors import PopError
 from converter.format import PopMeta
 from converter.header import Header
-from converter.shape import source_shape, trained_ctx
+from converter.keys import trained_ctx
+from converter.shape import source_shape
 from converter.source import Source
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.rpc import Servers
@@ -114,16 +115,6 @@ def default_ctx(header: Header) -> int:
     return min(trained_ctx(header) or DEFAULT_CTX, DEFAULT_CTX)
 
 
-def least_window(source: Source, unknown: int) -> int:
-    """Return the shortest sliding window of a model's layers in tokens, 0 for none.
-
-    `unknown`: that of an architecture that cannot be pruned.
-    """
-    with suppress(PopError):
-        return min(filter(None, source_shape(source).swa_window), default=0)
-    return unknown
-
-
 def require_room(
     source: Source, n_ctx: int, *, is_windowed: bool, holds_kv: bool, holds_states: bool
 ) -> None:
@@ -132,15 +123,15 @@ def require_room(
     llama.cpp fills them with zeros, and the system ends the process. Where it `is_windowed`, layers
     with a sliding window count as that, the least that they take. `holds_kv`: they are in main
     memory, and in F16; rows that can be redone (`holds_states`) have their state in F32 there,
-    whatever computes. What an architecture needs that cannot be pruned is not known.
+    whatever computes. What else a state takes is not known.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):
         shape = source_shape(source)
-        windows = shape.swa_window if is_windowed else [0] * shape.n_layer
+        windows = shape.windows if is_windowed else [0] * shape.n_layer
         cells = [min(n_ctx, window or n_ctx) for window in windows]
         if holds_kv:
-            needed_bytes = 2 * sum(map(mul, cells, shape.kv_macs)) // shape.n_embd
+            needed_bytes = 2 * sum(map(mul, cells, map(shape.n_kv, range(shape.n_layer))))
         if holds_states:
             needed_bytes += 4 * n_ctx * shape.n_embd
     if needed_bytes > free_bytes:

@@ -253,5 +253,4 @@ class Dialogue:
 
 
 def _costs(model: PopModel) -> FullCosts:
-    shape = model.shape if model.can_switch else None
-    return FullCosts(shape, model.boundary, model.projection)
+    return FullCosts(model.macs, model.boundary or model.exact or None)

@@ -93,7 +93,7 @@ def finish(chat: Dialogue) -> None:
 def status(chat: Dialogue) -> str:
     """How much of the cache is the full model's, "" where all of any is."""
     model = chat.model
-    if chat.refill == "off" or not model.boundary or model.is_mrope:
+    if chat.refill == "off" or not model.boundary or model.no_refill:
         return ""
     waits = ", refilling waits for mains power" if on_battery() else ""
     return f"{model.n_exact:,} of {model.n_tokens:,} cached tokens are exact{waits}"
@@ -102,8 +102,8 @@ def status(chat: Dialogue) -> str:
 def _state(chat: Dialogue) -> str:
     if not chat.model.boundary:
         return "There is nothing to refill: this model is not pruned."
-    if chat.model.is_mrope:
-        return "Tokens of this model have several positions (M-RoPE): pruned ones are not refilled."
+    if chat.model.no_refill:
+        return f"Pruned tokens of this model are not refilled: {chat.model.no_refill}."
     if chat.refill == "off":
         return "Refilling is off: pruned tokens stay so."
     held = size(chat.model.held_bytes)

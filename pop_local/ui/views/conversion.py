@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from converter.format import OWN
-from converter.macs import LIMIT_PROMPT
 from converter.sidecar import sidecar_path
+from converter.skipping import skipping_of
+from converter.work import LIMIT_PROMPT
 from pop_local.measure.budget import FAST
-from pop_local.models.sizes import size
+from pop_local.models.sizes import duration, size
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
+from pop_local.ui.views.skipping import skipping_facts
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 from pop_local.workflows.options import Fastest, Within
 
@@ -113,7 +116,7 @@ def _object(
 
 
 def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
-    """`memory_bytes`: the most that fitting `plans` takes, without distilling; None without one."""
+    """`memory_bytes`, `fit_seconds`: of fitting `plans` without distilling; None without a fit."""
     needs = conversion.needs
     return {
         "source": str(conversion.path),
@@ -130,6 +133,7 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
         "source_bytes": conversion.sizes.source_bytes,
         "limit_n_prompt": LIMIT_PROMPT,
         "memory_bytes": needs.total_bytes if needs else None,
+        "fit_seconds": conversion.fit_seconds,
     }
 
 
@@ -140,6 +144,8 @@ def _plan_facts(conversion: Conversion, plan: Plan, sizes: Sizes) -> list[Fact]:
 
 
 def _limit(plan: Plan) -> str:
+    if isnan(plan.speedup_limit):
+        return "not known without the backend"
     return f"for a prompt of {LIMIT_PROMPT:,} tokens at most {plan.speedup_limit:.2f}x"
 
 
@@ -162,6 +168,7 @@ def _facts(
         ("Layers", f"{plan.shape.n_layer}, of which context tokens skip {layers}"),
         *where,
         ("K/V of skipped", f"{plan.projection} projections; {opened_by}"),
+        *skipping_facts(skipping_of(plan.shape))[1:],
         full_fact(plan),
         ("Size", f"{read}, {form} {output}"),
         ("Speed-up", limit),
@@ -180,6 +187,9 @@ def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
     more = "; distilling is not in it" if fit.distill else ""
     yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit{more}"
+    if (seconds := conversion.fit_seconds) is not None:
+        time = f"{at_most}about {duration(seconds)} for the fit{more}"
+        yield "Time", f"{time}, by this machine's speed"
 
 
 def full_fact(rows: Plan | PopMeta) -> Fact:

@@ -5,6 +5,7 @@ from pop_local.models.mmproj import ARCHITECTURE
 from pop_local.models.sizes import size
 from pop_local.ui.tables import Fact
 from pop_local.ui.views.conversion import full_fact, measured_facts
+from pop_local.ui.views.skipping import skipping_facts
 from pop_local.ui.views.trials import budget_fact
 from pop_local.workflows.inspect import Inspection, SidecarInspection, TensorGroup, Verification
 
@@ -25,21 +26,19 @@ def _model_facts(found: Inspection) -> list[Fact]:
             ("Tensors", _tensors(found.tensors)),
         ]
     files = f", in {found.n_files} files" if found.n_files > 1 else ""
-    supported = "can be pruned" if found.architecture_supported else "cannot be pruned"
-    if found.exact:
-        supported = "needs no pruning"
     return [
         ("File", found.file),
         ("Size", f"{size(found.size_bytes)}{files}"),
         ("Name", found.name or "none given"),
-        ("Architecture", f"{found.architecture} ({supported})"),
+        ("Architecture", f"{found.architecture}{_refused(found)}"),
         ("Layers", f"{found.n_layer}, width {found.n_embd}"),
         ("Trained context", f"{found.n_ctx_train:,} tokens"),
         ("Chat template", "yes" if found.has_chat_template else "no: a base model"),
         ("Tensors", _tensors(found.tensors)),
         *([("Sidecar", found.sidecar)] if found.sidecar else []),
         *([("Sees pictures by", found.mmproj)] if found.mmproj else []),
-        *(_exact_facts(found) if found.exact else _pruning_facts(found.pop)),
+        *(skipping_facts(found.skipping, found.work) if found.skipping else []),
+        *([] if _is_exact(found) else _pruning_facts(found.pop)),
         ("Stock llama.cpp", _stock(found)),
     ]
 
@@ -66,9 +65,12 @@ def _tensors(groups: tuple[TensorGroup, ...]) -> str:
     return ", ".join(texts) or "none"
 
 
-def _exact_facts(found: Inspection) -> list[Fact]:
-    layers = f"layers {found.exact} to {found.n_layer - 1} of {found.n_layer}"
-    return [("Exact skipping", f"context tokens skip {layers}, and nothing changes")]
+def _is_exact(found: Inspection) -> bool:
+    return found.pop is None and found.skipping is not None and found.skipping.exact > 0
+
+
+def _refused(found: Inspection) -> str:
+    return f" (cannot be pruned: {found.refused})" if found.refused else ""
 
 
 def _pruning_facts(meta: PopMeta | None) -> list[Fact]:

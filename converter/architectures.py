@@ -1,0 +1,85 @@
+"""What only the name of an architecture tells: neither keys nor tensors say it.
+
+Everything else about a model comes from its file (converter.shape). Names as in llama.cpp's
+src/llama-arch.cpp; one that is missing here is taken for a decoder like any other.
+"""
+
+_ENCODER = "an encoder, which writes no text"
+_DIFFUSION = "a diffusion model, which reads its whole text in every step"
+_DRAFT = "a draft for another model"
+_LOOPED = "a model that runs its layers several times"
+
+# Architectures that read no prompt token by token, or whose schedule no file can name.
+REFUSED = {
+    "bert": _ENCODER,
+    "modern-bert": _ENCODER,
+    "nomic-bert": _ENCODER,
+    "nomic-bert-moe": _ENCODER,
+    "neo-bert": _ENCODER,
+    "jina-bert-v2": _ENCODER,
+    "jina-bert-v3": _ENCODER,
+    "eurobert": _ENCODER,
+    "gemma-embedding": _ENCODER,
+    "llama-embed": _ENCODER,
+    "t5": "an encoder with a decoder",
+    "t5encoder": _ENCODER,
+    "clip": "the part of a model that sees pictures",
+    "wavtokenizer-dec": "a decoder of sound",
+    "dream": _DIFFUSION,
+    "llada": _DIFFUSION,
+    "llada-moe": _DIFFUSION,
+    "rnd1": _DIFFUSION,
+    "eagle3": _DRAFT,
+    "dflash": _DRAFT,
+    "gemma4-assistant": _DRAFT,
+    "hrm_text": _LOOPED,
+}
+LOOPS_KEY = "num_loops"
+
+_LAYER_NORM = "its norm is not an RMS norm"
+_OWN_QKV = "its graph makes K and V in a way of its own"
+# Architectures whose tensors look as if K and V could be fitted (llama.cpp: no build_qkv).
+UNFITTED = {
+    "cogvlm": _OWN_QKV,
+    "gemma4": _OWN_QKV,
+    "graniteswitch": _OWN_QKV,
+    "mimo2": _OWN_QKV,
+    "openelm": _OWN_QKV,
+    "plamo2": _OWN_QKV,
+    "plamo3": _OWN_QKV,
+    "cohere2": _LAYER_NORM,
+    "cohere2moe": _LAYER_NORM,
+    "command-r": _LAYER_NORM,
+    "dbrx": _LAYER_NORM,
+    "chameleon": "its norm may come after the attention",
+    "gemma3n": "its state has several streams",
+}
+
+# Architectures whose rows have several positions each (M-RoPE), if their file has sections for it.
+SEVERAL_POSITIONS = (
+    "bailingmoe3",
+    "glm4",
+    "glm4moe",
+    "hunyuan_vl",
+    "paddleocr",
+    "qwen2vl",
+    "qwen35",
+    "qwen35moe",
+    "qwen3tts",
+    "qwen3vl",
+    "qwen3vlmoe",
+    "qwen4exp",
+)
+# Architectures whose gated FFN has GELU in the place of SiLU.
+GELU = ("gemma", "gemma2", "gemma3", "grok", "spark2_5")
+
+# Gemma 3n names nowhere how many of its layers have K/V of their own.
+GEMMA3N_KV_LAYERS = 20
+
+# Architectures that were measured on real models; all others on random ones.
+MEASURED = ("llama", "qwen2", "gemma3")
+
+
+def refusal(arch: str, n_loops: int) -> str:
+    """Return what a model is that cannot be pruned, "" for any other."""
+    return REFUSED.get(arch, _LOOPED if n_loops > 1 else "")

@@ -1,0 +1,79 @@
+"""The keys of a model that its architecture names, `ARCH.*`, checked."""
+
+from converter.architectures import LOOPS_KEY, SEVERAL_POSITIONS, refusal
+from converter.errors import FormatError, UnsupportedArchitectureError
+from converter.header import Array, Header
+
+# Dimensions and counts have 32 bits in llama.cpp.
+MAX_NUMBER = 2**31 - 1
+# llama_cpp makes room for as many tokens whenever it tokenises.
+MAX_CTX = 1 << 27
+
+
+def trained_ctx(header: Header) -> int | None:
+    """Return the context in tokens that a model was trained with, None if its file is silent.
+
+    Raises FormatError for what no context can be.
+    """
+    value = header.of_arch("context_length")
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value <= MAX_CTX:
+        raise FormatError(f"{header.path} has a context of {value} tokens", "download it again")
+    return value
+
+
+class ArchKeys:
+    """The keys `ARCH.*` of a model that can be pruned."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        if header.get("general.type") == "adapter":
+            raise FormatError(
+                f"{header.path} is a LoRA adapter, not a model", "give the model that it belongs to"
+            )
+        if "general.architecture" not in header.keys:
+            raise FormatError(f"{header.path} names no architecture", "give a language model")
+        self.arch = str(header.get("general.architecture"))
+        if reason := refusal(self.arch, self.number(LOOPS_KEY, 1)):
+            raise UnsupportedArchitectureError(
+                f"{header.path} ({self.arch}) is {reason}: it cannot be pruned",
+                "give a decoder, which writes a text token by token",
+            )
+
+    def wrong(self, what: str) -> FormatError:
+        return FormatError(f"{self.header.path} {what}", "download it again")
+
+    def number(self, name: str, default: int | None = None) -> int:
+        """Return a number; of one for each layer the first. Flags are 0 and 1."""
+        value = self.header.of_arch(name)
+        if isinstance(value, Array):
+            value = next(iter(value.items or ()), None)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or not 0 <= value <= MAX_NUMBER:
+            raise self.wrong(f"is no model: its {self.arch}.{name} is {value}")
+        return int(value)
+
+    @property
+    def is_mrope(self) -> bool:
+        """Whether rows have several positions each."""
+        if self.arch not in SEVERAL_POSITIONS:
+            return False
+        sections = self.header.of_arch("rope.dimension_sections")
+        items = (sections.items or ())[:2] if isinstance(sections, Array) else ()
+        return len(items) == 2 and all(isinstance(item, int) and item > 0 for item in items)
+
+    def windows(self, n_layer: int) -> tuple[int, ...]:
+        tokens = self.number("attention.sliding_window", 0)
+        name = "attention.sliding_window_pattern"
+        pattern = self.header.of_arch(name)
+        if isinstance(pattern, Array):
+            flags = (pattern.items or ())[:n_layer]
+            if len(flags) < n_layer:
+                raise self.wrong(f"has too short a {self.arch}.{name}")
+            return tuple(tokens if flag else 0 for flag in flags)
+        period = self.number(name, 0)
+        return tuple(
+            tokens if period == 0 or layer % period < period - 1 else 0 for layer in range(n_layer)
+        )

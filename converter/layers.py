@@ -1,0 +1,84 @@
+"""The tensors of a model by layer, and what they say about it."""
+
+import re
+
+from converter.errors import FormatError
+from converter.format import TENSOR_MARK
+from converter.header import TensorInfo
+from converter.source import Source
+
+_NAME = re.compile(r"blk\.([0-9]{1,4})\.(.+)")
+# Tensors of layers that keep a state in the place of each token's K/V, or sum up several tokens.
+_RECURRENT = ("ssm_", "shortconv.", "time_mix_", "attn_compressor_")
+# Lightning attention (MiniMax) is told by a second norm beside a gate.
+_LIGHTNING = {"attn_norm_2", "attn_gate"}
+
+
+class Layer(dict[str, TensorInfo]):
+    """The tensors of a layer by their names within it, without ".weight"."""
+
+    def rows(self, name: str) -> int:
+        return self[name].dims[1] if name in self and len(self[name].dims) == 2 else 0
+
+    def inputs(self, name: str) -> int:
+        return self[name].dims[0] if self.rows(name) else 0
+
+    def attention(self, dim_k: int, dim_v: int) -> tuple[int, int, int]:
+        """Return the rows of Q, K and V; a fused tensor has as many of Q as its heads give."""
+        # The K of a recurrence with a convolution of its own (KDA) goes into no cache.
+        if self.is_recurrent and ("attn_k" not in self or "ssm_conv1d_k" in self):
+            return 0, 0, 0
+        if fused := self.rows("attn_qkv"):
+            n_q = self.inputs("attn_output") * dim_k // max(dim_v, 1)
+            n_k = (fused - n_q) * dim_k // max(dim_k + dim_v, 1)
+            return n_q, n_k, fused - n_q - n_k
+        n_k = self.rows("attn_k")
+        if not n_k:
+            return self.rows("attn_q"), self.rows("attn_kv_a_mqa") or self.rows("attn_kv"), 0
+        return self.rows("attn_q"), n_k, self.rows("attn_v") or n_k
+
+    @property
+    def is_recurrent(self) -> bool:
+        return any(name.startswith(_RECURRENT) for name in self) or self.keys() >= _LIGHTNING
+
+    @property
+    def no_refill(self) -> str:
+        """Why rows can be neither selected nor refilled, "" where this layer lets them."""
+        if self.is_recurrent:
+            return "its recurrent layers keep one state of all rows"
+        if any(name.startswith("indexer") for name in self):
+            return "its cache holds more than K and V"
+        return "its state has several streams" if "altup_router" in self else ""
+
+    @property
+    def is_fittable(self) -> bool:
+        has_kv = "attn_qkv" in self or {"attn_k", "attn_v"} <= self.keys()
+        has_norm = "attn_norm" in self and "attn_norm.bias" not in self
+        return has_kv and has_norm and not self.is_recurrent
+
+    @property
+    def n_neurons(self) -> int:
+        """The neurons of a dense FFN with a gate, which may be the first half of `ffn_up`."""
+        n_up, n_down = self.rows("ffn_up"), self.inputs("ffn_down")
+        is_gated = n_up == 2 * n_down if "ffn_gate" not in self else n_up == n_down
+        return n_down if is_gated and "ffn_norm" in self else 0
+
+    @property
+    def n_weights(self) -> int:
+        # A vector (norm gain) multiplies nothing but itself.
+        return sum(each.n_elements for each in self.values() if len(each.dims) > 1)
+
+
+def read_layers(source: Source, n_layer: int) -> list[Layer]:
+    """Return the layers of a model, without added tensors. Raises FormatError for none."""
+    path, layers = source.first.path, [Layer() for _ in range(n_layer)]
+    if not source.tensors:
+        raise FormatError(f"{path} has a vocabulary and no layers", "give the model")
+    for tensor in source.tensors:
+        match = _NAME.fullmatch(tensor.name)
+        if match and int(match[1]) < n_layer and TENSOR_MARK not in tensor.name:
+            layers[int(match[1])][match[2].removesuffix(".weight")] = tensor
+    empty = [number for number, layer in enumerate(layers) if not layer]
+    if empty:
+        raise FormatError(f"{path} has no tensors for layer {empty[0]}", "download it again")
+    return layers

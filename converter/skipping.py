@@ -1,0 +1,60 @@
+"""What can be skipped of a model, in which way, and what is left to do in a skipped layer."""
+
+from dataclasses import dataclass
+
+from converter.architectures import MEASURED, UNFITTED
+from converter.shape import ModelShape
+
+_KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """What context tokens can skip: layers from `first` to `last`, of which one at least is kept.
+
+    `left`: what they still compute in skipped layers. `fits_from`: the first boundary for which
+    projections can be fitted, None for none, because of `no_fit`. `exact`: the layer where they
+    leave without any loss, 0 for none. `no_refill`: why they can be neither selected nor refilled,
+    "" where they can. `is_measured`: the architecture was, on real models.
+    """
+
+    first: int
+    last: int
+    left: tuple[str, ...]
+    fits_from: int | None
+    no_fit: str
+    exact: int
+    no_refill: str
+    is_measured: bool
+
+
+def skipping_of(shape: ModelShape) -> Skipping:
+    """Return what can be skipped of a model."""
+    first = max(1, shape.n_deepstack)
+    fits = [boundary for boundary in range(first, shape.n_layer) if shape.fits(boundary)]
+    kinds = {kind: None for layer in range(first, shape.n_layer) for kind in _left(shape, layer)}
+    return Skipping(
+        first=first,
+        last=shape.n_layer - 1,
+        left=tuple(kinds),
+        fits_from=min(fits, default=None),
+        no_fit="" if fits else _no_fit(shape),
+        exact=shape.exact,
+        no_refill=shape.no_refill,
+        is_measured=shape.arch in MEASURED,
+    )
+
+
+def _left(shape: ModelShape, layer: int) -> list[str]:
+    kv = [_KV if shape.n_v[layer] else _LATENT] if shape.n_k[layer] else []
+    return kv + [_STATE] * shape.is_recurrent[layer]
+
+
+def _no_fit(shape: ModelShape) -> str:
+    if shape.arch in UNFITTED:
+        return UNFITTED[shape.arch]
+    if any(shape.is_recurrent):
+        return "its recurrent layers have no K and V"
+    if not any(shape.n_v):
+        return "its K and V are compressed"
+    return "no RMS norm with a gain alone comes before its K and V"

@@ -1,0 +1,70 @@
+"""The speed-up that pruning can reach at most: the quotient of multiply-accumulates.
+
+They are counted on llama.cpp's own graph (pop_local.engine.llama.graph_macs), for a prompt that is
+read into an empty cache up to the last token's logits. Left out is what is not a matrix product
+(norms, RoPE, softmax, masks, activations, copies), and how well the hardware does with few rows.
+
+Own projections and fitted ones cost the same. A *wide* fit (converter.wide) makes its input once
+for each row, and multiplies it for each layer behind the boundary; with attention among it, all
+rows have the boundary layer's Q, scores and sums, too. That is added here, for fits that no file
+has yet.
+"""
+
+from typing import Protocol
+
+from converter.format import ATTENTION
+from converter.shape import ModelShape
+
+# Long enough that the full rows hardly count, short enough for a question about a document.
+LIMIT_PROMPT = 2048
+
+
+class Macs(Protocol):
+    """The multiply-accumulates of a prompt of one model."""
+
+    def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
+        """Count those of `n_prompt` tokens where `n_full` rows, the last one among them, are full.
+
+        `boundary` is the first skipped layer, None for the full model. Raises PopError.
+        """
+
+
+def speedup_limit(macs: Macs, n_prompt: int, boundary: int, n_full: int, more: int = 0) -> float:
+    """Return how many times fewer multiply-accumulates the pruned prefill takes.
+
+    `more` of them are a wide fit's (`wide_macs`).
+    """
+    n_full = min(n_full, n_prompt)
+    return macs(n_prompt, None, n_prompt) / (macs(n_prompt, boundary, n_full) + more)
+
+
+def wide_weights(shape: ModelShape, boundary: int, projection: str) -> int:
+    """Count what a wide fit stores, and multiplies for each row, beyond a plain one; 0 for that."""
+    n_wide = shape.n_wide(boundary, projection)
+    if not n_wide:
+        return 0
+    n_prev, n_neurons = shape.wide_inputs(boundary)
+    n_kv = sum(map(shape.n_kv, range(boundary + 1, shape.n_layer)))
+    return (n_prev + 2 * n_neurons) * shape.n_embd + n_wide * n_kv
+
+
+def wide_macs(shape: ModelShape, boundary: int, projection: str, n_prompt: int) -> int:
+    """Count what a wide fit adds to a prompt; 0 for a plain one and for own projections."""
+    total = n_prompt * wide_weights(shape, boundary, projection)
+    if projection == ATTENTION:
+        n_q = shape.n_q[boundary]
+        inside = min(n_prompt, shape.windows[boundary] or n_prompt)
+        visible = inside * (inside + 1) // 2 + (n_prompt - inside) * inside
+        total += n_prompt * n_q * shape.n_embd + (n_q + shape.n_heads_out[boundary]) * visible
+    return total
+
+
+def left_share(macs: Macs, boundary: int, n_prompt: int = LIMIT_PROMPT) -> float | None:
+    """Return the share of the skipped layers' work that is left to context rows.
+
+    Full rows do what is left twice, since their true K/V replace those, and so it can be told. None
+    where they are read apart, as with recurrent states.
+    """
+    full = macs(n_prompt, None, n_prompt)
+    left = macs(n_prompt, boundary, n_prompt - 1) - full
+    return left / (full + left - macs(n_prompt, boundary, 1)) if left > 0 else None

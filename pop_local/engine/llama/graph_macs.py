@@ -1,0 +1,99 @@
+"""Multiply-accumulates, counted on llama.cpp's own graph of a model whose weights are not read."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from converter.errors import PopError
+from converter.sidecar import pop_of
+from converter.source import read_source
+from pop_local.engine.llama import backend, logs, opening
+from pop_local.engine.llama.backend import Mode
+
+# Tokens of the context that is simulated, at the least.
+_N_CTX = 4096
+
+
+class GraphMacs:
+    """What reading a prompt costs a model, given by its file and its sidecar (converter.work.Macs).
+
+    Nothing but the headers is read, when something is first asked for; that takes as long as the
+    vocabulary, some tenths of a second. Numbers are kept.
+    """
+
+    def __init__(self, path: Path, sidecar: Path | None = None) -> None:
+        self._path, self._sidecar = path, sidecar
+        self._model: Any = None
+        self._ctx: Any = None
+        self._found: dict[tuple[int, int | None, int], int] = {}
+
+    def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
+        """Count, see converter.work.Macs; a boundary with a fit is that of the file.
+
+        Raises PopError where there is no such model or boundary.
+        """
+        key = n_prompt, boundary, n_full
+        if key not in self._found:
+            ctx = self._context(n_prompt)
+            backend.set_mode(ctx, Mode.OFF)
+            if boundary is not None:
+                if boundary not in (backend.get_boundary(ctx), self._exact):
+                    backend.set_boundary(ctx, boundary)
+                backend.set_mode(ctx, Mode.CONTEXT)
+            self._found[key] = backend.count_macs(ctx, n_prompt, n_full)
+        return self._found[key]
+
+    def _context(self, n_prompt: int) -> Any:
+        api = backend.bindings()
+        if self._model is None:
+            self._model = self._opened()
+            self._exact = backend.model_exact(self._model)
+        if self._ctx is None or api.llama_n_ctx(self._ctx) < n_prompt:
+            if self._ctx is not None:
+                api.llama_free(self._ctx)
+            params = api.llama_context_default_params()
+            params.n_ctx = params.n_batch = params.n_ubatch = max(n_prompt, _N_CTX)
+            # Its nodes of flash attention do not tell which layer they are of.
+            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            logs.forget_errors()
+            self._ctx = api.llama_init_from_model(self._model, params)
+            if not self._ctx:
+                raise PopError(f"no context for {self._path}: {logs.first_error()}")
+        return self._ctx
+
+    def _opened(self) -> Any:
+        backend.require_patched()
+        api, source = backend.bindings(), read_source(self._path)
+        params = api.llama_model_default_params()
+        params.no_alloc, params.load_mode = True, api.LLAMA_LOAD_MODE_NONE
+        params.n_gpu_layers, params.use_extra_bufts = 0, False
+        logs.forget_errors()
+        api.llama_backend_init()
+        with opening.loading(source, self._sidecar, None):
+            model = api.llama_model_load_from_file(str(self._path).encode(), params)
+        if not model:
+            raise PopError(f"{self._path} cannot be opened: {logs.first_error()}")
+        backend.require_boundary(model, pop_of(source, self._sidecar))
+        return model
+
+    def close(self) -> None:
+        """Free what was opened; the numbers stay."""
+        api = backend.bindings()
+        if self._ctx is not None:
+            api.llama_free(self._ctx)
+        if self._model is not None:
+            api.llama_model_free(self._model)
+        self._ctx = self._model = None
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+
+def graph_macs(path: Path, sidecar: Path | None = None) -> GraphMacs | None:
+    """Return what counts a model's work; None where there is no backend to do so."""
+    try:
+        backend.require_patched()
+    except PopError:
+        return None
+    return GraphMacs(path, sidecar)

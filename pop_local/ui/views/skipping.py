@@ -1,0 +1,34 @@
+"""What can be skipped of a model, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from converter.work import LIMIT_PROMPT
+from pop_local.ui.tables import Fact
+
+if TYPE_CHECKING:
+    from converter.skipping import Skipping
+    from pop_local.workflows.inspect import Work
+
+
+def skipping_facts(found: Skipping, work: Work | None = None) -> list[Fact]:
+    """Which layers context tokens can skip, what is left there, and what can be done about it."""
+    exact = f"; from {found.exact} on exactly, and nothing changes" if found.exact else ""
+    left = " and ".join(found.left) or "nothing"
+    if work is not None:
+        share = f", {work.left_share:.1%} of their work" if work.left_share is not None else ""
+        limit = f"at most {work.speedup_limit:.2f}x for {LIMIT_PROMPT:,} tokens"
+        left += f"{share}; from layer {work.boundary} on {limit}"
+    projections = f"own ones alone: {found.no_fit}"
+    if found.fits_from is not None:
+        later = f" from boundary {found.fits_from} on" if found.fits_from > found.first else ""
+        projections = f"fitted{later}, or own ones"
+    measured = "real models" if found.is_measured else "random models alone"
+    return [
+        ("Can be skipped", f"layers {found.first} to {found.last}{exact}"),
+        ("Left in them", left),
+        ("Projections", projections),
+        ("Refilling", f"no: {found.no_refill}" if found.no_refill else "yes"),
+        ("Measured on", measured),
+    ]

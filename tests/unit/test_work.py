@@ -1,0 +1,116 @@
+"""Multiply-accumulates, counted on the graph, against a count of all rows and positions."""
+
+from dataclasses import replace
+from math import isnan
+from pathlib import Path
+
+import pytest
+
+from converter.errors import PopError
+from converter.plan import make_plan
+from converter.shape import read_shape
+from converter.work import left_share, speedup_limit
+from pop_local.engine.llama import graph_macs as module
+from pop_local.engine.llama.graph_macs import GraphMacs, graph_macs
+from support.shared_kv import make_shared
+from support.synthetic import DEFAULTS, make_gguf
+from support.windows import windows_of
+
+# A fused tensor, as phi3 has it, gives Q along with K and V.
+ARCHS = ("llama", "qwen3moe", "gemma2", "gemma3")
+
+
+def counted(path: Path, n_prompt: int, boundary: int | None, n_full: int) -> int:
+    """Row by row, position by position."""
+    shape, windows = read_shape(path), windows_of(path)
+    recipe = DEFAULTS[shape.arch]
+    n_embd, n_layer = shape.n_embd, shape.n_layer
+    n_ffn = 3 * n_embd * recipe.n_ff * (recipe.n_expert_used if recipe.n_expert else 1)
+    n_ffn += n_embd * recipe.n_expert
+    first_full = n_prompt - n_full
+    total = shape.n_vocab * n_embd
+    for layer in range(n_layer):
+        skipped = boundary is not None and layer >= boundary
+        for row in range(n_prompt):
+            if skipped:
+                total += n_embd * shape.n_kv(layer)
+                if row < first_full:
+                    continue
+            seen = [p for p in range(row + 1) if row - p < (windows[layer] or n_prompt)]
+            n_out = shape.n_heads_out[layer]
+            total += n_embd * (shape.n_q[layer] + shape.n_kv(layer) + n_out)
+            total += len(seen) * (shape.n_q[layer] + n_out)
+            if layer < n_layer - 1 or row == n_prompt - 1:
+                total += n_ffn
+    return total
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_macs_are_those_of_a_row_by_row_count(arch, tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", arch)
+    macs = GraphMacs(path)
+    for n_prompt in (1, 2, 40):
+        assert macs(n_prompt, None, 1) == counted(path, n_prompt, None, 1)
+        for boundary in (1, 4, 7):
+            for n_full in {1, 3, 17} & set(range(1, n_prompt)):
+                found = macs(n_prompt, boundary, n_full)
+                assert found == counted(path, n_prompt, boundary, n_full)
+
+
+def test_rows_that_leave_exactly_save_what_follows(tmp_path):
+    path = make_shared(tmp_path / "model.gguf", "gemma4")
+    shape, macs, n = read_shape(path), GraphMacs(path), 40
+    saved = 0
+    for layer in range(shape.exact - 1, shape.n_layer):
+        window = shape.windows[layer] or n
+        seen = sum(min(row + 1, window) for row in range(n - 1))
+        saved += (n - 1) * (shape.n_weights[layer] - shape.n_embd * shape.n_kv(layer))
+        saved += seen * (shape.n_q[layer] + shape.n_heads_out[layer])
+    found = macs(n, None, 1) - macs(n, shape.exact, 1)
+    assert found == pytest.approx(saved, rel=0.01)
+
+
+def test_more_full_rows_and_fewer_skipped_layers_lower_the_limit(tmp_path):
+    macs = GraphMacs(make_gguf(tmp_path / "model.gguf", "llama"))
+    limits = [speedup_limit(macs, 400, boundary, 17) for boundary in (1, 4, 7)]
+    assert limits == sorted(limits, reverse=True) and limits[-1] > 1
+    assert speedup_limit(macs, 400, 4, 17) > speedup_limit(macs, 400, 4, 100)
+    assert speedup_limit(macs, 400, 4, 17, more=10**6) < speedup_limit(macs, 400, 4, 17)
+
+
+def test_what_is_left_in_skipped_layers_is_their_share_of_the_work(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    shape = read_shape(path)
+    # Attention sees half of the prompt, and the last layer's FFN a single row.
+    attention = (shape.n_q[0] + shape.n_heads_out[0]) * 2048 // 2
+    last_ffn = 3 * shape.n_embd * shape.n_neurons[7]
+    work = 4 * (shape.n_weights[0] + attention) - last_ffn
+    left = 4 * shape.n_embd * shape.n_kv(0)
+    assert left_share(GraphMacs(path), 4) == pytest.approx(left / work, rel=0.01)
+
+
+def test_longer_prompts_get_a_larger_context_and_nothing_is_counted_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_N_CTX", 64)
+    macs = GraphMacs(make_gguf(tmp_path / "model.gguf", "llama"))
+    first = macs(40, 4, 1)
+    assert macs(400, 4, 1) > 5 * first
+    macs.close()
+    (tmp_path / "model.gguf").unlink()
+    assert macs(40, 4, 1) == first
+    with pytest.raises(PopError):
+        macs(41, 4, 1)
+
+
+def test_what_cannot_be_counted_is_said(tmp_path, monkeypatch):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    with pytest.raises(PopError):
+        GraphMacs(path)(40, 9, 1)
+    plan = make_plan(read_shape(path))
+    assert isnan(plan.speedup_limit)
+    assert replace(plan, macs=GraphMacs(path)).speedup_limit > 1.3
+
+    def refused() -> None:
+        raise PopError("unpatched")
+
+    monkeypatch.setattr(module.backend, "require_patched", refused)
+    assert graph_macs(path) is None
