@@ -30,7 +30,7 @@ N_MODELS = 4
 class Step:
     """One call. `op`: decode, embeddings, embed, causal, save, load, remove, shift, mode, boundary,
     full_from, sink, counters, exact, image, hidden, keep, deepen, deep, question, scores, copy,
-    logits.
+    logits, model.
 
     decode: `tokens` from `pos` on in `seq`, and in each of `coupled`; `logits` "last", "all" or
     "none"; `more`: further (seq, pos, tokens) in the same batch, with the logits of their last
@@ -46,7 +46,8 @@ class Step:
     at the boundary from now on, or no longer. deepen: a deep pass over the positions `tokens` of
     `seq`, whose logits "last" asks for; `value`: what it returns, if not 0. question: rows of `seq`
     from `pos` on. scores: of the first `value` positions. copy: `seq` becomes sequence `value`,
-    too. logits: those of the last output, once more.
+    too. logits: those of the last output, once more. model: the first layer that rows without
+    logits need not enter (0: none), and whether the memory is recurrent, in part at least.
     """
 
     op: str
@@ -393,6 +394,11 @@ class Session:
 
     def _exact(self, step: Step) -> np.ndarray:
         return self._rows()[2:3]
+
+    def _model(self, step: Step) -> np.ndarray:
+        model = ctypes.c_void_p(self.model)
+        recurs = self.lib.llama_model_is_recurrent(model) or self.lib.llama_model_is_hybrid(model)
+        return np.array([self.capi.llama_pop_model_exact(model), recurs], np.int64)
 
     def _deep(self, step: Step) -> np.ndarray:
         return self._rows()[3:]

@@ -1,0 +1,246 @@
+"""Every architecture of llama.cpp against the unpatched library, by tiny models of its own recipes.
+
+The models are support/recipes.py's, their silent copies support/silent.py's. Context rows and full
+rows come in calls of their own, so that all products have the same shapes in both libraries.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converter.header import read_header
+from support import recipes
+from support.architectures import (
+    MORE_KEYS,
+    NO_DEEP_PASS,
+    NO_RECIPE,
+    REFUSED,
+    WITH_EXPERTS,
+)
+from support.oracle import random_tokens
+from support.raw import DiedError, Job, Step, run
+from support.silent import IMPOSSIBLE, setting, silent_copy
+
+N_CONTEXT, N_TAIL, N_UBATCH = 100, 8, 64
+NAMES = recipes.names()
+DECODERS = [name for name in NAMES if name.arch not in REFUSED | NO_RECIPE]
+Results = dict[str, np.ndarray]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="the library hides what recipes need"),
+    pytest.mark.skipif(not NAMES, reason="`make recipes` was not run"),
+]
+
+
+def make(name: recipes.Name, path: Path) -> Path:
+    kind = replace(name, is_moe=name.is_moe or name.arch in WITH_EXPERTS)
+    return recipes.make(kind, path, MORE_KEYS.get(name.arch, ()))
+
+
+@dataclass
+class Subject:
+    """A tiny model, and what the unpatched library makes of its context and tail."""
+
+    name: recipes.Name
+    folder: Path
+    job: Job
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        return random_tokens(N_CONTEXT + N_TAIL, setting(read_header(self.path), "vocab_size"))
+
+    @cached_property
+    def n_layer(self) -> int:
+        return setting(read_header(self.path), "block_count")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.job.model)
+
+    @property
+    def context(self) -> Step:
+        return Step("decode", tokens=self.tokens[:N_CONTEXT], logits="none")
+
+    @property
+    def tail(self) -> Step:
+        return Step("decode", "tail", tokens=self.tokens[N_CONTEXT:], pos=N_CONTEXT, logits="all")
+
+    @property
+    def at_once(self) -> Step:
+        """Context and tail, with the logits of the last row."""
+        return Step("decode", "at once", tokens=self.tokens)
+
+    def state(self, name: str) -> str:
+        return str(self.folder / f"{name}.state")
+
+    def save(self, name: str) -> Step:
+        return Step("save", path=self.state(name))
+
+    def load(self, name: str) -> Step:
+        return Step("load", path=self.state(name))
+
+    def read(self, name: str) -> bytes:
+        return Path(self.state(name)).read_bytes()
+
+    def unpatched(self, *steps: Step, model: Path | None = None) -> Results:
+        return run(replace(self.job, model=str(model or self.path), steps=steps))
+
+    def patched(self, *steps: Step) -> Results:
+        return run(replace(self.job, steps=steps, lib=None))
+
+    @cached_property
+    def full(self) -> Results:
+        """Of the full model: logits of the tail after its context, and of the last row at once."""
+        steps = (self.context, self.save("full"), self.tail, Step("remove"), self.at_once)
+        return self.unpatched(*steps)
+
+    def half(self, boundary: int) -> Results:
+        """Of the full model behind the state that the silent copy left."""
+        silent = silent_copy(self.path, self.folder / f"silent{boundary}.gguf", boundary)
+        self.unpatched(self.context, self.save(f"silent{boundary}"), model=silent)
+        silent.unlink()
+        return self.unpatched(self.load(f"silent{boundary}"), self.tail)
+
+    @cached_property
+    def _traits(self) -> tuple[int, bool]:
+        exact, recurs = self.patched(Step("model", "traits"))["traits"]
+        return int(exact), bool(recurs)
+
+    @property
+    def last(self) -> int:
+        """The last layer that stores anything."""
+        return (self._traits[0] or self.n_layer) - 1
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some of its layers are: refilling is impossible then."""
+        return self._traits[1]
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Half of the layers; and all but one, so that recurrent layers are among the skipped."""
+        return sorted({self.n_layer // 2, *([1] if self.is_recurrent else [])})
+
+
+@pytest.fixture(scope="module")
+def job(unpatched_lib: Path) -> Job:
+    return Job("", (), lib=str(unpatched_lib), n_ctx=256, n_batch=256, n_ubatch=N_UBATCH)
+
+
+@pytest.fixture(scope="module")
+def subject(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, job: Job
+) -> Iterator[Subject]:
+    folder = tmp_path_factory.mktemp(request.param.arch)
+    path = make(request.param, folder / "model.gguf")
+    yield Subject(request.param, folder, replace(job, model=str(path)))
+    shutil.rmtree(folder)
+
+
+every = pytest.mark.parametrize("subject", DECODERS, ids=str, indirect=True)
+
+
+def pruned(boundary: int) -> tuple[Step, ...]:
+    return (
+        Step("boundary", value=boundary),
+        Step("mode", value=1),
+        Step("sink", value=0),
+        Step("full_from", value=N_CONTEXT),
+    )
+
+
+@every
+def test_off_is_the_full_model(subject: Subject) -> None:
+    off = (*pruned(subject.n_layer // 2), Step("mode", value=0))
+    got = subject.patched(*off, subject.context, subject.tail, Step("counters", "counters"))
+    np.testing.assert_array_equal(got["tail"], subject.full["tail"])
+    np.testing.assert_array_equal(got["counters"], [0, N_CONTEXT + N_TAIL])
+
+
+@every
+def test_the_last_layer_is_skipped_exactly(subject: Subject) -> None:
+    """What is stored is what the full model stores, so that nothing behind it can differ."""
+    steps = (subject.context, Step("counters", "counters"), subject.save("last"), subject.tail)
+    got = subject.patched(*pruned(subject.last), *steps)
+    np.testing.assert_array_equal(got["counters"], [N_CONTEXT, 0])
+    np.testing.assert_array_equal(got["tail"], subject.full["tail"])
+    assert subject.read("last") == subject.read("full")
+
+
+@every
+def test_half_of_the_layers_equal_the_reference(subject: Subject) -> None:
+    """And neither state nor logits are the full model's: writes that fail would be seen."""
+    for boundary in subject.boundaries:
+        steps = (subject.context, subject.save("half"), Step("remove"), subject.load("half"))
+        got = subject.patched(*pruned(boundary), *steps, subject.tail)["tail"]
+        if subject.name.arch in IMPOSSIBLE:
+            assert np.isfinite(got).all()
+        else:
+            np.testing.assert_array_equal(got, subject.half(boundary)["tail"])
+            assert subject.read("half") == subject.read(f"silent{boundary}")
+        if boundary < subject.last:
+            assert not np.array_equal(got, subject.full["tail"])
+            assert subject.read("half") != subject.read("full")
+
+
+@every
+def test_context_and_full_rows_share_a_ubatch(subject: Subject) -> None:
+    """The last ubatch has rows of both; recurrent layers get them apart, bit for bit."""
+    boundary = subject.boundaries[0]
+    counters = Step("counters", "counters")
+    last = replace(subject.tail, logits="last")
+    (apart,) = subject.patched(*pruned(boundary), subject.context, last)["tail"]
+    got = subject.patched(*pruned(boundary), subject.at_once, counters)
+    np.testing.assert_array_equal(got["counters"], [N_CONTEXT, N_TAIL])
+    noise = np.abs(subject.full["at once"][-1] - subject.full["tail"][-1]).max()
+    allowed = 0 if subject.is_recurrent else 4 * noise + 1e-6 * np.abs(apart).max()
+    assert np.abs(got["at once"][-1] - apart).max() <= allowed
+
+
+@every
+def test_a_deep_pass_over_the_context_gives_the_full_model(subject: Subject) -> None:
+    starts = range(0, N_CONTEXT, N_UBATCH)
+    pieces = [tuple(range(start, min(start + N_UBATCH, N_CONTEXT))) for start in starts]
+    steps = (
+        *pruned(subject.n_layer // 2),
+        Step("keep", value=1),
+        subject.context,
+        *(Step("deepen", tokens=piece, logits="none") for piece in pieces),
+        subject.save("deep"),
+        subject.tail,
+    )
+    if subject.is_recurrent or subject.name.arch in NO_DEEP_PASS:
+        with pytest.raises(RuntimeError, match=r"llama_pop_(set_keep|deepen)\b.* (was refused|-1)"):
+            subject.patched(*steps)
+        return
+    np.testing.assert_array_equal(subject.patched(*steps)["tail"], subject.full["tail"])
+    assert subject.read("deep") == subject.read("full")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.arch in REFUSED.keys() - NO_RECIPE.keys()], ids=str
+)
+def test_what_is_no_decoder_is_refused_by_name(name: recipes.Name, tmp_path: Path) -> None:
+    path = make(name, tmp_path / "model.gguf")
+    with pytest.raises(RuntimeError, match=rf"(?s)'{name.arch}'.*llama_pop_set_boundary"):
+        run(Job(str(path), (Step("boundary", value=1),), n_ctx=256))
+
+
+@pytest.mark.parametrize("arch", NO_RECIPE)
+def test_there_is_no_recipe_yet(arch: str, tmp_path: Path, job: Job) -> None:
+    (name,) = (name for name in NAMES if name.arch == arch)
+    tokens = Step("decode", tokens=random_tokens(8, 128), logits="none")
+    with pytest.raises((recipes.NoModelError, RuntimeError, DiedError)):
+        run(replace(job, model=str(make(name, tmp_path / "model.gguf")), steps=(tokens,)))
+
+
+def test_each_name_of_ours_is_one_of_llama_cpps() -> None:
+    ours = {*REFUSED, *NO_RECIPE, *MORE_KEYS, *WITH_EXPERTS, *NO_DEEP_PASS, *IMPOSSIBLE}
+    assert ours <= {name.arch for name in NAMES}
