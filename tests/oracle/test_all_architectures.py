@@ -218,20 +218,26 @@ def test_the_check_can_fail(job: Job, tmp_path: Path) -> None:
 
 @every
 def test_half_of_the_layers_equal_the_reference(subject: Subject) -> None:
-    """And neither state nor logits are the full model's: writes that fail would be seen."""
+    """And neither state nor logits are the full model's: writes that fail would be seen.
+
+    In mode ALWAYS the logits are those of the state at the boundary, as the silent copy's are.
+    """
+    context, at_once, again = subject.context, subject.at_once, Step("remove")
     for boundary in subject.boundaries:
-        steps = (subject.context, subject.save("got"), Step("remove"), subject.load("got"))
-        got = subject.patched(*pruned(boundary), *steps, subject.tail)["tail"]
-        if subject.name.arch in IMPOSSIBLE:
-            assert np.isfinite(got).all()
-        else:
-            save = subject.save("want")
-            subject.unpatched(subject.context, save, model=subject.silent(boundary))
-            want = subject.unpatched(subject.load("want"), subject.tail)["tail"]
-            np.testing.assert_array_equal(got, want)
-            assert subject.read("got") == subject.read("want")
-        assert not np.array_equal(got, subject.full.tail)
+        steps = (context, subject.save("got"), again, subject.load("got"), subject.tail)
+        always = (again, Step("mode", value=2), at_once)
+        got = subject.patched(*pruned(boundary), *steps, *always)
+        assert not np.array_equal(got["tail"], subject.full.tail)
         assert subject.read("got") != subject.full.state
+        if subject.name.arch in IMPOSSIBLE:
+            assert np.isfinite(got["tail"]).all()
+            continue
+        steps = (context, subject.save("want"), again, at_once)
+        silent = subject.unpatched(*steps, model=subject.silent(boundary))
+        want = subject.unpatched(subject.load("want"), subject.tail)
+        np.testing.assert_array_equal(got["tail"], want["tail"])
+        np.testing.assert_array_equal(got["at once"], silent["at once"])
+        assert subject.read("got") == subject.read("want")
 
 
 @comparable
