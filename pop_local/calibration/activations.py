@@ -25,6 +25,8 @@ Rows = NDArray[np.float32]
 
 _F32 = 0  # GGML_TYPE_F32
 _FLASH_ATTN_OFF = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
+# Apertus gives its V a second name in the place of the first.
+_NAMES = {b"Kcur": "k", b"Vcur": "v", b"Vcur_pos": "v", b"kq_soft_max": "mass"}
 # Before norm and RoPE K and V are shaped into heads, fused or not; later tensors reuse their names.
 _SHAPED = (b"RESHAPE", b"VIEW")
 
@@ -121,7 +123,7 @@ class _Taps:
         for layer in heads:
             self._wanted[b"kqv_out-%d" % layer] = ("heads", layer)
         for layer in layers:
-            for kind, name in (("k", b"Kcur"), ("v", b"Vcur"), ("mass", b"kq_soft_max")):
+            for name, kind in _NAMES.items():
                 self._wanted[b"%s-%d" % (name, layer)] = (kind, layer)
         self._reader = _Reader()
         self._layers: dict[int, dict[str, Rows]] = {}
