@@ -32,7 +32,7 @@ def converted(tiny: Path) -> Path:
 def test_unconverted_file(tiny):
     found = json.loads(inspect(tiny, "--json").stdout)
     assert found["architecture"] == "llama"
-    assert found["architecture_supported"]
+    assert found["skipping"]["fits_from"] == 1
     assert found["n_layer"] == 8
     assert found["boundary"] is None
     assert found["pop"] is None
