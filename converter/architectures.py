@@ -32,9 +32,10 @@ REFUSED = {
     "eagle3": _DRAFT,
     "dflash": _DRAFT,
     "gemma4-assistant": _DRAFT,
-    "hrm_text": _LOOPED,
 }
 LOOPS_KEY = "num_loops"
+# Architectures whose later layers run with the tensors of earlier ones.
+REPEATED = ("hrm_text",)
 
 _LAYER_NORM = "its norm is not an RMS norm"
 _OWN_QKV = "its graph makes K and V in a way of its own"

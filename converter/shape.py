@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.architectures import GEMMA3N_KV_LAYERS, UNFITTED
+from converter.architectures import GEMMA3N_KV_LAYERS, REPEATED, UNFITTED
 from converter.errors import FormatError
 from converter.format import ATTENTION, WIDE_KINDS
 from converter.keys import ArchKeys
@@ -89,7 +89,7 @@ def source_shape(source: Source) -> ModelShape:
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
     if not 0 < n_layer <= MAX_LAYERS:
         raise keys.wrong(f"says it has {n_layer} layers")
-    layers = read_layers(source, n_layer)
+    layers = read_layers(source, n_layer, repeat=keys.arch in REPEATED)
     if (n_embd := keys.number("embedding_length")) < 1:
         raise keys.wrong("has states of 0 values")
     n_shared = n_layer - GEMMA3N_KV_LAYERS if keys.arch == "gemma3n" else 0

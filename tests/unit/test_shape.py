@@ -87,7 +87,7 @@ def test_split_model_has_the_shape_of_the_whole(tmp_path):
     assert read_shape(parts[0]) == read_shape(whole)
 
 
-@pytest.mark.parametrize("arch", ["bert", "dream", "eagle3", "clip", "hrm_text"])
+@pytest.mark.parametrize("arch", ["bert", "dream", "eagle3", "clip", "t5"])
 def test_what_reads_no_prompt_is_refused_by_name(tmp_path, arch):
     path = renamed(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, arch)
     with pytest.raises(UnsupportedArchitectureError, match=f"{arch}.*cannot be pruned"):
