@@ -3,7 +3,6 @@
 #include "llama-pop-graph.h"
 #include "llama-pop-cells.h"
 #include "llama-pop-inputs.h"
-
 #include "llama-impl.h"
 #include "llama-model.h"
 
