@@ -38,7 +38,9 @@ from pop_local.engine.sessions.schema import (
     encoded_array,
 )
 from pop_local.engine.sessions.session_file import Sessions
+from pop_local.measure.depth import boundaries
 from pop_local.server.app import create_app
+from pop_local.workflows.convert import LEAST_DIVISOR
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import inspect
 from support import recipes
@@ -128,7 +130,8 @@ def test_headers_and_pop_keys(tmp_path):
         with suppress(PopError):
             shape = read_shape(target)
             skipping_of(shape)
-            make_plan(shape, projection="fitted-wide")
+            for boundary in boundaries(shape, LEAST_DIVISOR):
+                make_plan(shape, boundary=boundary, projection="fitted-wide")
         inspect(str(target), None, with_hash=False, watch=Watch())
 
     campaign(attempt)

@@ -75,6 +75,12 @@ def test_window_that_a_model_does_not_have(tmp_path):
         assert set(windows_of(windowed)) == {0}
 
 
+def test_more_layers_for_images_than_there_are_is_no_model(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "qwen3vl", n_deepstack=8)
+    with pytest.raises(FormatError, match="images to 8 of 8 layers"):
+        read_shape(path)
+
+
 def test_head_counts_for_each_layer(tmp_path):
     plain = read_shape(make_gguf(tmp_path / "plain.gguf", "llama"))
     assert read_shape(make_gguf(tmp_path / "arrays.gguf", "llama", head_arrays=True)) == plain

@@ -40,8 +40,9 @@ class GraphMacs:
             ctx = self._context(n_prompt)
             backend.set_mode(ctx, Mode.OFF)
             if boundary is not None:
-                if boundary not in (backend.get_boundary(ctx), self._exact):
-                    backend.set_boundary(ctx, boundary)
+                layer = 0 if boundary == self._exact else boundary
+                if layer != backend.get_boundary(ctx):
+                    backend.set_boundary(ctx, layer)
                 backend.set_mode(ctx, Mode.CONTEXT)
             self._found[key] = backend.count_macs(ctx, n_prompt, key[2])
         return self._found[key]
