@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from converter.errors import UnsupportedArchitectureError
+from converter.errors import PopError, UnsupportedArchitectureError
 from converter.shape import read_shape
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import FULL, forced
@@ -31,6 +31,15 @@ def test_the_table_has_what_headers_say(name, tmp_path):
     except UnsupportedArchitectureError:
         line = f"| {NAMES[name].arch} | "
     assert line in TABLE
+
+
+@pytest.mark.skipif("gpt2" not in NAMES, reason="the recipes are not built")
+def test_no_more_is_read_than_there_are_positions(tmp_path):
+    with PopModel(made("gpt2", tmp_path), n_ctx=512, n_threads=1) as model:
+        model.eval([1] * 256)
+        model.clear()
+        with pytest.raises(PopError, match="the 256 positions of the model"):
+            model.eval([1] * 257)
 
 
 @pytest.mark.parametrize(
