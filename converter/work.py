@@ -34,7 +34,7 @@ def speedup_limit(macs: Macs, n_prompt: int, boundary: int, n_full: int, more: i
 
     `more` of them are a wide fit's (`wide_macs`).
     """
-    n_full = min(n_full, n_prompt)
+    n_full = max(1, min(n_full, n_prompt))  # the last token's logits make it one
     return macs(n_prompt, None, n_prompt) / (macs(n_prompt, boundary, n_full) + more)
 
 

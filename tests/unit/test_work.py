@@ -76,6 +76,7 @@ def test_more_full_rows_and_fewer_skipped_layers_lower_the_limit(tmp_path):
     limits = [speedup_limit(macs, 400, boundary, 17) for boundary in (1, 4, 7)]
     assert limits == sorted(limits, reverse=True) and limits[-1] > 1
     assert speedup_limit(macs, 400, 4, 17) > speedup_limit(macs, 400, 4, 100)
+    assert speedup_limit(macs, 400, 4, 0) == speedup_limit(macs, 400, 4, 1)
     assert speedup_limit(macs, 400, 4, 17, more=10**6) < speedup_limit(macs, 400, 4, 17)
 
 
