@@ -41,7 +41,7 @@ from pop_local.engine.prefill.kv_state import (
     own_sha256,
     restore_context_state,
 )
-from pop_local.engine.prefill.plan import NO_ENDS, n_equal
+from pop_local.engine.prefill.plan import NO_ENDS, RowRule, n_equal
 
 
 class KvLlama(SeeingLlama):
@@ -158,8 +158,6 @@ class KvLlama(SeeingLlama):
         backend.set_kernels(self.ctx, kernels)
         self._window = api.llama_model_n_swa(self._model.model) if is_windowed else 0
         self.exact = self._exact_now()
-        if self.exact:
-            self.rule = NO_ENDS
         self.pop_mode = backend.get_mode(self.ctx)
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
@@ -226,6 +224,11 @@ class KvLlama(SeeingLlama):
         """The layer at which context tokens leave, exactly; 0: none, or they are pruned earlier."""
         exact = backend.model_exact(self._model.model)
         return 0 if 0 < self.boundary < exact else exact
+
+    @property
+    def rule_now(self) -> RowRule:
+        """The rule of what is read now: rows that leave exactly do so at the ends, too."""
+        return NO_ENDS if self.exact else self.rule
 
     @property
     def can_switch(self) -> bool:

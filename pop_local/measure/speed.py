@@ -232,7 +232,7 @@ def require_rows(
     model: PopModel, mode: Mode, n_prompt: int, counters: Counters, images: Images = ()
 ) -> None:
     """Raise PopError unless the whole prompt was evaluated, and pruned as the mode says."""
-    plan = plan_prefill(0, n_prompt, model.rule, model.n_batch, images)
+    plan = plan_prefill(0, n_prompt, model.rule_now, model.n_batch, images)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
     if n_left and not model.exact:
         # Of pictures perhaps none can be: how many of the rest only the engine knows.

@@ -14,6 +14,7 @@ from pop_local.measure.forced import Pruning
 from pop_local.measure.recall import N_FACTS, RecallSettings, make_documents, measure_recall
 from support.calibrating import words
 from support.converted import paired, tiny
+from support.shared_kv import make_shared
 from support.synthetic import make_gguf
 
 KEYS = {
@@ -119,6 +120,12 @@ def test_a_model_without_keys_is_measured_at_a_given_depth(tmp_path, text):
     refused = evaluate(plain, "--text", text, *SHORT)
     assert refused.exit_code == 1
     assert "--sweep" in refused.stderr
+
+
+def test_a_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_path, text):
+    found = measured(make_shared(tmp_path / "g.gguf", "gemma4"), "--text", text, "--boundary", 2)
+    assert (found["boundary"], found["n_pruned"]) == (2, 2 * (60 - 1 - 32))
+    assert found["speedup_limit"] > 1
 
 
 def test_people_get_facts_or_a_table(pop_file, text):
