@@ -7,7 +7,7 @@ from math import nan
 from converter.errors import PlanError, UnsupportedArchitectureError
 from converter.format import MAX_TOKENS, OWN, Budget, PopMeta, Recalled, Refilled
 from converter.shape import ModelShape
-from converter.work import LIMIT_PROMPT, Macs, speedup_limit, wide_macs
+from converter.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
@@ -62,7 +62,7 @@ class Plan:
         n_ends = self.sink_tokens + self.tail_tokens
         n_selected = round(self.select * (LIMIT_PROMPT - n_ends))
         n_full = n_ends + n_selected
-        more = wide_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)
+        more = fit_macs(self.shape, self.boundary, self.projection, LIMIT_PROMPT)
         return speedup_limit(self.macs, LIMIT_PROMPT, self.boundary, n_full, more)
 
     @property

@@ -14,7 +14,7 @@ MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 # Rows of added tensors come in blocks of ggml's quantised types.
 _BLOCK_SIZE = 32
 # Why rows of a model can be neither selected nor refilled, see Layer.no_refill for others.
-MROPE = "its rows have several positions each (M-RoPE)"
+_MROPE = "its rows have several positions each (M-RoPE)"
 _RMS_KEY = "attention.layer_norm_rms_epsilon"
 
 
@@ -27,12 +27,12 @@ class ModelShape:
     `n_neurons`: those of a dense, gated FFN, 0 of any other. `n_weights`: elements of all matrices.
     `windows`: visible positions, 0 for all; a file that does not tell the layers with a window
     apart means all of them here. `is_recurrent`: whether a layer keeps a state that no row can
-    overwrite. `is_fittable`: whether its K and V can be fitted.
+    overwrite. `is_fittable`: whether its K and V can be fitted; `is_fused`: its Q is in one tensor
+    with them.
 
     `no_refill`: why rows can be neither selected nor refilled, "" where they can.
     `exact`: the first of the layers that read the K/V of an earlier one, 0 where each has its own.
-    `n_deepstack`: the first layers, which add features of images to the state. `is_mrope`: rows
-    have several positions.
+    `n_deepstack`: the first layers, which add features of images to the state.
     """
 
     arch: str
@@ -48,9 +48,9 @@ class ModelShape:
     windows: tuple[int, ...]
     is_recurrent: tuple[bool, ...]
     is_fittable: tuple[bool, ...]
+    is_fused: tuple[bool, ...]
     exact: int = 0
     n_deepstack: int = 0
-    is_mrope: bool = False
     no_refill: str = ""
 
     def n_kv(self, layer: int) -> int:
@@ -107,7 +107,7 @@ def source_shape(source: Source) -> ModelShape:
     if any(min(part) < 0 for part in parts):
         raise keys.wrong("has fused projections that are too small for its heads")
     n_q, n_k, n_v = zip(*parts, strict=True)
-    reasons = [*(layer.no_refill for layer in layers), MROPE if keys.is_mrope else ""]
+    reasons = [*(layer.no_refill for layer in layers), _MROPE if keys.is_mrope else ""]
     has_fits = keys.arch not in UNFITTED and keys.header.of_arch(_RMS_KEY) is not None
     return ModelShape(
         arch=keys.arch,
@@ -123,9 +123,9 @@ def source_shape(source: Source) -> ModelShape:
         windows=keys.windows(n_layer),
         is_recurrent=tuple(layer.is_recurrent for layer in layers),
         is_fittable=tuple(has_fits and layer.is_fittable for layer in layers),
+        is_fused=tuple("attn_qkv" in layer for layer in layers),
         exact=exact if exact < n_layer else 0,
         n_deepstack=n_deepstack,
-        is_mrope=keys.is_mrope,
         no_refill=next(filter(None, reasons), ""),
     )
 

@@ -4,15 +4,16 @@ They are counted on llama.cpp's own graph (pop_local.engine.llama.graph_macs), f
 read into an empty cache up to the last token's logits. Left out is what is not a matrix product
 (norms, RoPE, softmax, masks, activations, copies), and how well the hardware does with few rows.
 
-Own projections and fitted ones cost the same. A *wide* fit (converter.wide) makes its input once
-for each row, and multiplies it for each layer behind the boundary; with attention among it, all
-rows have the boundary layer's Q, scores and sums, too. That is added here, for fits that no file
-has yet.
+Fitted projections cost as much as own ones, and less than those fused with Q. A *wide* fit
+(converter.wide) makes its input once for each row, and multiplies it for each layer behind the
+boundary; with attention among it, all rows have the boundary layer's Q, scores and sums, too. That
+is added here, for fits that no file has yet.
 """
 
+from itertools import compress
 from typing import Protocol
 
-from converter.format import ATTENTION
+from converter.format import ATTENTION, OWN
 from converter.shape import ModelShape
 
 # Long enough that the full rows hardly count, short enough for a question about a document.
@@ -32,7 +33,7 @@ class Macs(Protocol):
 def speedup_limit(macs: Macs, n_prompt: int, boundary: int, n_full: int, more: int = 0) -> float:
     """Return how many times fewer multiply-accumulates the pruned prefill takes.
 
-    `more` of them are a wide fit's (`wide_macs`).
+    `more` of them are a fit's (`fit_macs`).
     """
     n_full = max(1, min(n_full, n_prompt))  # the last token's logits make it one
     return macs(n_prompt, None, n_prompt) / (macs(n_prompt, boundary, n_full) + more)
@@ -48,14 +49,17 @@ def wide_weights(shape: ModelShape, boundary: int, projection: str) -> int:
     return (n_prev + 2 * n_neurons) * shape.n_embd + n_wide * n_kv
 
 
-def wide_macs(shape: ModelShape, boundary: int, projection: str, n_prompt: int) -> int:
-    """Count what a wide fit adds to a prompt; 0 for a plain one and for own projections."""
-    total = n_prompt * wide_weights(shape, boundary, projection)
+def fit_macs(shape: ModelShape, boundary: int, projection: str, n_prompt: int) -> int:
+    """Count what a fit adds to a prompt: less than 0 where own projections are fused with Q."""
+    n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
+    saved = 0 if projection == OWN else n_unfused * shape.n_embd
+    total = n_prompt * (wide_weights(shape, boundary, projection) - saved)
     if projection == ATTENTION:
         n_q = shape.n_q[boundary]
         inside = min(n_prompt, shape.windows[boundary] or n_prompt)
         visible = inside * (inside + 1) // 2 + (n_prompt - inside) * inside
-        total += n_prompt * n_q * shape.n_embd + (n_q + shape.n_heads_out[boundary]) * visible
+        total += (n_q + shape.n_heads_out[boundary]) * visible
+        total += 0 if shape.is_fused[boundary] else n_prompt * n_q * shape.n_embd
     return total
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from converter.errors import PopError
-from converter.shape import MROPE, ModelShape, source_shape
+from converter.shape import ModelShape, source_shape
 from converter.sidecar import pop_of
 from converter.source import read_source, sampled_sha256
 from pop_local.engine import templates
@@ -164,7 +164,6 @@ class KvLlama(SeeingLlama):
         self.rows = CachedRows(self._n_ctx)
         self.n_positions = opening.n_positions(source)
         self.is_mrope = backend.is_mrope(self._model.model)
-        self.no_refill = self._no_refill()
         # Counts what makes an answer that is still being sampled wrong to go on with.
         self.epoch = 0
         self._batch_rows = TokenBatch(self.n_batch)
@@ -213,12 +212,12 @@ class KvLlama(SeeingLlama):
         """The first layer that context tokens skip; 0 when there is none."""
         return backend.get_boundary(self.ctx)
 
-    def _no_refill(self) -> str:
-        """Why rows can be neither selected nor refilled, "" where they can."""
+    @cached_property
+    def no_refill(self) -> str:
+        """Why rows can be neither selected nor refilled; "" where they can, or none is pruned."""
         with suppress(PopError):
-            if why := self.shape.no_refill:
-                return why
-        return MROPE if self.is_mrope else ""
+            return self.shape.no_refill
+        return ""
 
     def _exact_now(self) -> int:
         """The layer at which context tokens leave, exactly; 0: none, or they are pruned earlier."""

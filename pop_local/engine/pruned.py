@@ -58,7 +58,7 @@ class PrunedLlama(KvLlama):
         if is_single:
             if self.online.n_rows != 0 and not on_battery():
                 self.online.before(self.n_tokens)
-            self._decode(tokens, Outputs.LAST, self.rule_now, int(self.rows.positions[self.n_tokens]))
+            self._decode(tokens, Outputs.LAST, self.rule, int(self.rows.positions[self.n_tokens]))
         else:
             self._prefill(tokens)
 
@@ -89,7 +89,7 @@ class PrunedLlama(KvLlama):
             # What is past the last image is text, and a position further on each.
             full_from = self._position_after(tokens, images, plan.full_from - self.n_tokens)
             backend.set_full_from(self.ctx, full_from)
-            self._read(tokens, plan, self.rule_now, full_from, Outputs.LAST)
+            self._read(tokens, plan, self.rule, full_from, Outputs.LAST)
 
     def images_in(self, tokens: Sequence[int]) -> Images:
         """Find the images of a prompt. Raises PopError for one that this model was not given."""
@@ -333,7 +333,7 @@ class PrunedLlama(KvLlama):
         reading that was stopped before its selection left the sink pruned. Where that cannot be
         made up for, none.
         """
-        usable = n_usable(tokens, self._input_ids, self.rows.is_full, self.rule_now)
+        usable = n_usable(tokens, self._input_ids, self.rows.is_full, self.rule)
         if self.select:
             # From there on none could be selected; of a picture none ever is.
             lost = ~(self.rows.is_full | self.rows.has_state)[:usable]

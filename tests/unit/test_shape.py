@@ -33,7 +33,8 @@ def test_shape(tmp_path, arch, overrides):
     is_read = not recipe.n_expert and arch != "olmo2"
     assert shape.n_neurons == (recipe.n_ff if is_read else 0,) * layers
     assert shape.n_weights == (2 * recipe.n_embd * (n_q + n_kv) + n_ffn,) * layers
-    assert shape.is_mrope == (len(recipe.rope_sections) > 0)
+    assert shape.is_fused == (recipe.fused_qkv,) * layers
+    assert bool(shape.no_refill) == (len(recipe.rope_sections) > 0)
     assert (shape.exact, any(shape.is_recurrent)) == (0, False)
     # OLMo 2 norms what attention gives, not what it takes.
     fits = [] if arch == "olmo2" else list(range(layers - 1))

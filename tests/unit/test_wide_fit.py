@@ -19,7 +19,7 @@ from converter.sidecar import write_sidecar
 from converter.source import read_source
 from converter.weights import Weights
 from converter.wide import MOST_NEURON, wide_input
-from converter.work import LIMIT_PROMPT, speedup_limit, wide_macs, wide_weights
+from converter.work import LIMIT_PROMPT, fit_macs, speedup_limit, wide_weights
 from pop_local.calibration import needs
 from pop_local.calibration.job import Calibrated
 from pop_local.calibration.loaded import LoadedModel
@@ -183,16 +183,26 @@ def test_what_it_costs_is_what_it_stores_and_attention(kind, llama):
         if "attn" not in each.name or "_wide" in each.name
     )
     assert wide_weights(shape, BOUNDARY, kind) == n_wide
-    assert wide_macs(shape, BOUNDARY, FITTED, 300) == wide_macs(shape, BOUNDARY, OWN, 300) == 0
+    assert fit_macs(shape, BOUNDARY, FITTED, 300) == fit_macs(shape, BOUNDARY, OWN, 300) == 0
     # Q of 128 numbers, then scores and sums of as many over 1 to 300 positions.
     attention = 300 * 128 * 128 + 2 * 128 * 300 * 301 // 2 if kind == ATTENTION else 0
-    assert wide_macs(shape, BOUNDARY, kind, 300) == 300 * n_wide + attention
+    assert fit_macs(shape, BOUNDARY, kind, 300) == 300 * n_wide + attention
     assert plan.speedup_limit < planned(llama).speedup_limit
     sidecar = llama.with_name(f"{kind}.gguf")
     write_sidecar(plan, llama, sidecar, fitted=made, force=True)
     of_file = speedup_limit(GraphMacs(llama, sidecar), LIMIT_PROMPT, BOUNDARY, 32)
     assert of_file == pytest.approx(plan.speedup_limit, rel=1e-3)
     assert stored_bytes(plan, KvType.Q8_0) == sum(len(each.data) for each in made.tensors)
+
+
+@pytest.mark.parametrize("kind", [FITTED, WIDE, ATTENTION])
+def test_a_fit_in_the_place_of_fused_projections_saves_q(kind, tmp_path):
+    path = make_gguf(tmp_path / "phi3.gguf", "phi3")
+    plan = planned(path, projection=kind)
+    sidecar = path.with_name("sidecar.gguf")
+    write_sidecar(plan, path, sidecar, fitted=made_up(plan), force=True)
+    of_file = speedup_limit(GraphMacs(path, sidecar), LIMIT_PROMPT, BOUNDARY, 32)
+    assert of_file == pytest.approx(plan.speedup_limit, rel=1e-3)
 
 
 def test_a_wide_file_can_be_stripped(llama, tmp_path):
