@@ -1,5 +1,6 @@
 """Which layers context tokens skip, and which tokens run in full."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import nan
@@ -7,6 +8,7 @@ from math import nan
 from converter.errors import PlanError, UnsupportedArchitectureError
 from converter.format import MAX_TOKENS, OWN, Budget, PopMeta, Recalled, Refilled
 from converter.shape import ModelShape
+from converter.skipping import skipping_of
 from converter.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit
 
 # The paper's middle setting: most of the speed for little of the quality.
@@ -178,4 +180,16 @@ def require_prunable(shape: ModelShape) -> None:
             f" layer {shape.exact} of {shape.n_layer}, since the layers from there on share the K/V"
             " of earlier ones; there is nothing to convert",
             f"use the file as it is{earlier}",
+        )
+
+
+def require_fit(plans: Sequence[Plan]) -> None:
+    """Raises PlanError where none of the plans has projections to fit, but for a last layer's."""
+    if all(plan.projection == OWN for plan in plans) and any(plan.n_skipped > 1 for plan in plans):
+        found = skipping_of(plans[0].shape)
+        why = found.no_fit or f"it can be fitted from boundary {found.fits_from} on"
+        raise PlanError(
+            f"no projections can be fitted there for this {plans[0].shape.arch} model: {why}",
+            "leave the skipped layers their own",
+            cause="no-fit",
         )

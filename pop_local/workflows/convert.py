@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter import rewrite
-from converter.errors import PlanError, PopError, StoppedError, WriteError
+from converter.errors import PopError, StoppedError, WriteError
 from converter.fit import KvType
 from converter.format import ATTENTION, FITTED, OWN, Measured, PopMeta
 from converter.keys import trained_ctx
-from converter.plan import Plan
+from converter.plan import Plan, require_fit
 from converter.rewrite import Examine, Fitted, Sizes, check_target, measure
 from converter.shape import source_shape
 from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
-from converter.skipping import skipping_of
 from converter.source import Source, read_source
 from converter.weights import Weights
 from pop_local.calibration.needs import (
@@ -240,7 +239,8 @@ def plan_conversion(
 
         plans = recipes(shape, **options)
     if fit is not None:
-        _require_fit(fit, plans)
+        if fit.projection is not None:
+            require_fit(plans)
         weights = Weights(source)
         for layer in {layer for plan in plans for layer in plan.fitted_layers}:
             weights.require_readable(layer)
@@ -260,17 +260,6 @@ def plan_conversion(
     kv_type = (fit or FitOptions()).kv_type
     sizes = kind.measure(_deepest(plans), source.first.path, kv_type)
     return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
-
-
-def _require_fit(fit: FitOptions, plans: Sequence[Plan]) -> None:
-    """Raises PlanError where a kind of fit is asked for, and none is possible."""
-    why = skipping_of(plans[0].shape).no_fit
-    if fit.projection is not None and why:
-        raise PlanError(
-            f"no projections can be fitted for this {plans[0].shape.arch} model: {why}",
-            "leave the skipped layers their own",
-            cause="no-fit",
-        )
 
 
 def run_conversion(

@@ -12,7 +12,7 @@ from converter.fit import KvType
 from converter.format import FITTED, OWN, Calibration
 from converter.header import read_header
 from converter.keys import trained_ctx
-from converter.plan import Plan, make_plan, require_prunable
+from converter.plan import Plan, make_plan, require_fit, require_prunable
 from converter.rewrite import stored_type
 from converter.shape import ModelShape, source_shape
 from converter.sidecar import pop_of
@@ -129,10 +129,11 @@ def evaluate(
         rows = run.rows(boundaries, files.sidecar)
     else:
         fit.require_text(shape.n_embd)
-        with run.opened(files):
-            pass  # what does not fit is said before minutes of fitting
         macs = graph_macs(files.path)
         plans = [make_plan(shape, boundary=b, projection=FITTED, macs=macs) for b in boundaries]
+        require_fit(plans)
+        with run.opened(files):
+            pass  # what does not fit is said before minutes of fitting
 
         def measure(plan: Plan, sidecar: Path) -> Row:
             [row] = run.rows((plan.boundary,), sidecar)

@@ -128,6 +128,13 @@ def test_a_model_that_rows_leave_exactly_is_measured_at_an_earlier_depth(tmp_pat
     assert found["speedup_limit"] > 1
 
 
+def test_a_fit_of_what_takes_none_is_refused(tmp_path, text):
+    model = make_gguf(tmp_path / "olmo2.gguf", "olmo2")
+    refused = evaluate(model, "--text", text, "--boundary", 5, "--fit", *SHORT)
+    assert refused.exit_code == 1
+    assert "no projections can be fitted" in " ".join(refused.stderr.split())
+
+
 def test_people_get_facts_or_a_table(pop_file, text):
     one = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0)
     assert "Same first choice" in one.stdout

@@ -7,8 +7,9 @@ import gguf
 import pytest
 
 from converter.errors import FormatError, PlanError, UnsupportedArchitectureError
+from converter.format import FITTED
 from converter.header import read_header
-from converter.plan import make_plan
+from converter.plan import make_plan, require_fit
 from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.measure.depth import boundaries
@@ -154,3 +155,13 @@ def test_layers_that_take_features_of_images_are_kept(tmp_path):
         make_plan(shape, boundary=2)
     with pytest.raises(PlanError, match="M-RoPE"):
         make_plan(shape, boundary=5, select=0.1)
+
+
+def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):
+    shape = read_shape(make_gguf(tmp_path / "model.gguf", "llama"))
+    hybrid = replace(shape, is_fittable=(False,) * 4 + (True,) * 4)
+    early, late, last = (make_plan(hybrid, boundary=b, projection=FITTED) for b in (3, 4, 7))
+    for plans in ([early, late], [last]):
+        require_fit(plans)
+    with pytest.raises(PlanError, match="from boundary 4 on"):
+        require_fit([early])
