@@ -362,6 +362,15 @@ class KvLlama(SeeingLlama):
             return bool(api.llama_memory_seq_rm(self._ctx.memory, 0, position, -1))
         return True
 
+    def _forget_unfinished(self) -> None:
+        """Forget what was decoded of a batch that failed.
+
+        Raises PopError where a recurrent state cannot go back; the KV cache is empty then.
+        """
+        if not self._forget_from(self.n_tokens):
+            self.clear()
+            raise PopError("the state is ahead of the tokens that were read", "read them again")
+
     def _lacks_rows_before(self, row: int) -> bool:
         """Whether a sliding window has dropped rows that this one attends to.
 
@@ -386,7 +395,8 @@ class KvLlama(SeeingLlama):
     def _keep(self) -> None:
         size = api.llama_state_get_size(self.ctx) if self.cache and self.n_tokens else 0
         if self.cache and 0 < size <= self.cache.capacity_bytes:
-            self.cache[self._input_ids.tolist()] = self.save_state()
+            with suppress(PopError):  # a state that is ahead of its tokens is of no use
+                self.cache[self._input_ids.tolist()] = self.save_state()
 
     def _exchange(self, tokens: Sequence[int]) -> None:
         """Take from the prompt cache what has more in common with a prompt than the KV cache has.
@@ -407,7 +417,7 @@ class KvLlama(SeeingLlama):
                 self.cache[kept.tolist()] = state
 
     def save_state(self) -> PopState:
-        self._forget_from(self.n_tokens)  # what was decoded of a batch that failed
+        self._forget_unfinished()
         kv = context_state(self.ctx)
         return PopState(
             key=self.kv_key,

@@ -272,7 +272,7 @@ class PrunedLlama(KvLlama):
                 "give a shorter text",
             )
         logs.forget_errors()
-        self._forget_from(self.n_tokens)
+        self._forget_unfinished()
 
     def _require_usable(self) -> None:
         self.interrupt.require_idle()

@@ -210,14 +210,16 @@ class Forced:
             flags = self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
             size = self._api.llama_state_seq_get_size_ext(self._ctx, 0, flags)
             state = (ctypes.c_uint8 * size)()
-            self._api.llama_state_seq_get_data_ext(self._ctx, state, size, 0, flags)
+            if not self._api.llama_state_seq_get_data_ext(self._ctx, state, size, 0, flags):
+                raise PopError("this model's state cannot be kept")
             self._state = bytes(state)
 
     def _forget_from(self, position: int) -> None:
         if self._is_recurrent:
             flags = self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
             state = (ctypes.c_uint8 * len(self._state)).from_buffer_copy(self._state)
-            self._api.llama_state_seq_set_data_ext(self._ctx, state, len(state), 0, flags)
+            if not self._api.llama_state_seq_set_data_ext(self._ctx, state, len(state), 0, flags):
+                raise PopError("this model's state cannot be brought back")
         memory = self._api.llama_get_memory(self._ctx)
         if not self._api.llama_memory_seq_rm(memory, 0, position, -1):
             raise PopError("this model's KV cache cannot forget its last tokens")

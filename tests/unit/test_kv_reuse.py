@@ -251,6 +251,17 @@ def test_no_more_is_forgotten_than_is_cached(pop_file):
     assert greedy(model, prompt(120)) == expected
 
 
+def test_a_state_that_cannot_go_back_is_neither_read_on_nor_saved(pop_file, monkeypatch):
+    """As recurrent ones are after a prefill that was interrupted."""
+    model = opened(pop_file)
+    for use in (lambda: model.eval([1]), model.save_state):
+        read(model, prompt(100))
+        with monkeypatch.context() as patched, pytest.raises(PopError, match="ahead of the tokens"):
+            patched.setattr(model, "_forget_from", lambda row: False)
+            use()
+        assert model.n_tokens == 0
+
+
 def test_a_window_that_nobody_knows_of_may_have_dropped_rows(tmp_path):
     base = make_gguf(tmp_path / "base.gguf", "olmo2")
     path = add_to(base, tmp_path / "olmo2.gguf", {"olmo2.attention.sliding_window": 16})

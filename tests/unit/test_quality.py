@@ -100,6 +100,18 @@ def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
         reader.read(text(60), Pruning(4, Mode.CONTEXT))
 
 
+@pytest.mark.parametrize("part", ["get", "set"])
+def test_a_state_that_is_not_kept_or_brought_back_is_an_error(model, part, monkeypatch):
+    with forced(model) as reader, pytest.raises(PopError, match="this model's state cannot"):
+        reader._is_recurrent = True
+        for each in {"get", part}:
+            n_bytes = int(each != part)
+            name = f"llama_state_seq_{each}_data_ext"
+            monkeypatch.setattr(reader._api, name, lambda *_, n=n_bytes: n)
+        reader.read(text(60), FULL)
+        reader.predict(text(20))
+
+
 def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_graph(model):
     n_asked = 0
 
