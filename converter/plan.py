@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import nan
 
 from converter.errors import PlanError, UnsupportedArchitectureError
 from converter.format import MAX_TOKENS, OWN, Budget, PopMeta, Recalled, Refilled
 from converter.shape import ModelShape
 from converter.skipping import skipping_of
-from converter.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit
+from converter.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit, uncounted
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
@@ -28,7 +27,7 @@ class Plan:
     where the user did. `select` is the share of context tokens that run all layers, too, chosen by
     the question, `refilled` what was measured of it with the others following, `recall` how often
     facts of a prompt were found. `is_distilled`: whether the fit is trained end to end, too.
-    `macs` counts the model's work, None where nothing can.
+    `macs` counts the model's work.
     """
 
     shape: ModelShape
@@ -42,7 +41,7 @@ class Plan:
     refilled: Refilled | None = None
     recall: Recalled | None = None
     is_distilled: bool = False
-    macs: Macs | None = field(default=None, compare=False, repr=False)
+    macs: Macs = field(default=uncounted, compare=False, repr=False)
 
     @property
     def schedule(self) -> str:
@@ -55,12 +54,7 @@ class Plan:
 
     @property
     def speedup_limit(self) -> float:
-        """The speed-up at most, by multiply-accumulates, of a prompt of LIMIT_PROMPT tokens.
-
-        It is NaN where nothing counts them.
-        """
-        if self.macs is None:
-            return nan
+        """The speed-up at most of a prompt of LIMIT_PROMPT tokens. Raises PopError, see `macs`."""
         n_ends = self.sink_tokens + self.tail_tokens
         n_selected = round(self.select * (LIMIT_PROMPT - n_ends))
         n_full = n_ends + n_selected
@@ -116,7 +110,7 @@ def make_plan(
     min_prompt: int | None = None,
     projection: str = OWN,
     select: float = 0.0,
-    macs: Macs | None = None,
+    macs: Macs = uncounted,
 ) -> Plan:
     """Decide a conversion; the boundary is as given, else it follows from `skip`.
 

@@ -13,6 +13,7 @@ is added here, for fits that no file has yet.
 from itertools import compress
 from typing import Protocol
 
+from converter.errors import PopError
 from converter.format import ATTENTION, OWN
 from converter.shape import ModelShape
 
@@ -28,6 +29,11 @@ class Macs(Protocol):
 
         `boundary` is the first skipped layer, None for the full model. Raises PopError.
         """
+
+
+def uncounted(n_prompt: int, boundary: int | None, n_full: int) -> int:
+    """Macs of plans that nobody asks for their speed-up."""
+    raise PopError("nothing counts the work of this plan")
 
 
 def speedup_limit(macs: Macs, n_prompt: int, boundary: int, n_full: int, more: int = 0) -> float:

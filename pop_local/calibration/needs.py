@@ -43,14 +43,17 @@ class Pair(NamedTuple):
 class Needs:
     """What a calibration takes.
 
-    `groups`: the pairs of each pass over the text. `sums_bytes`: the Gram matrices of the largest
-    group and the work on them. `total_bytes`: the whole process, with the weights twice since the
-    backend may repack them.
+    `groups`: the pairs of each pass over the text, `n_inputs`: of a fit at most, `n_sampled`:
+    windows of text that the model samples itself, before anything is summed. `sums_bytes`: the
+    Gram matrices of the largest group and the work on them. `total_bytes`: the whole process, with
+    the weights twice since the backend may repack them.
     """
 
     groups: tuple[tuple[Pair, ...], ...]
     sums_bytes: int
     total_bytes: int
+    n_inputs: int
+    n_sampled: int
 
 
 def free_bytes() -> int:
@@ -100,10 +103,7 @@ def fit_needs(
 def plan_needs(
     plans: Sequence[Plan], source: Source, options: FitOptions, n_sampled: int = 0
 ) -> Needs:
-    """Group the pairs of all plans so that their sums stay below the limit, one at least.
-
-    `n_sampled`: windows that the model samples itself, before anything is summed.
-    """
+    """Group the pairs of all plans so that their sums stay below the limit, one at least."""
     shape, memory_bytes = plans[0].shape, sums_limit_bytes(options)
     every = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
     pairs = list(dict.fromkeys(every))
@@ -132,23 +132,20 @@ def plan_needs(
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
     seeing = options.mmproj.stat().st_size if options.mmproj else 0
     total = _BASE_BYTES + 2 * source.size_bytes + seeing + n_stored + max(passing, sampling)
-    return Needs(tuple(map(tuple, groups)), n_sums, total)
+    return Needs(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
 
 
-def fit_seconds(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> float | None:
-    """Return about how long the fit of all plans takes here; None where nothing counts the work.
+def fit_seconds(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> float:
+    """Return about how long the fit of all plans takes here. Raises PopError, see `Plan.macs`.
 
     The text is read in each pass, sums grow with each row, and each pair is solved in float64.
     Measuring what was fitted is not in it.
     """
-    shape, macs = plans[0].shape, plans[0].macs
-    if macs is None:
-        return None
+    shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
-    n_sampled = n_sampled_of(n_windows) if options.text is None else 0
-    reading = (n_windows * len(needs.groups) + n_sampled) * macs(N_WINDOW, None, N_WINDOW)
-    pairs = [pair for group in needs.groups for pair in group]
-    n_inputs = shape.n_embd + max(shape.n_wide(plan.boundary, plan.projection) for plan in plans)
+    n_read = n_windows * len(needs.groups) + needs.n_sampled
+    reading = n_read * plans[0].macs(N_WINDOW, None, N_WINDOW)
+    pairs, n_inputs = [pair for group in needs.groups for pair in group], needs.n_inputs
     n_out = [shape.n_kv(pair.layer) for pair in pairs]
     n_boundaries = len({pair.boundary for pair in pairs})
     adding = n_windows * N_WINDOW * n_inputs * (n_boundaries * n_inputs + sum(n_out))

@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 from pop_local.commands.options import Json, Pop
-from pop_local.engine.llama.graph_macs import graph_macs
 from pop_local.ui.tables import print_facts, print_json
 from pop_local.ui.views.inspection import inspection_facts
 from pop_local.ui.watch import terminal_watch
@@ -28,6 +27,6 @@ def inspect(
 ) -> None:
     """Show a model's architecture, layers, boundary, sizes and where it comes from."""
     with terminal_watch() as watch:
-        found = inspect_file(model, pop, with_hash=verify, watch=watch, open_macs=graph_macs)
+        found = inspect_file(model, pop, with_hash=verify, watch=watch)
     print_json(found) if json else print_facts(inspection_facts(found))
     require_unchanged(found)

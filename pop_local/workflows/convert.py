@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,7 +30,7 @@ from pop_local.calibration.needs import (
 )
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
-from pop_local.engine.llama.graph_macs import graph_macs
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
@@ -119,18 +120,30 @@ class Conversion:
     def deepest(self) -> Plan:
         return _deepest(self.plans)
 
-    @property
+    @cached_property
+    def not_counted(self) -> str:
+        """Why no plan's work can be counted, as without the backend; "" where it can."""
+        try:
+            _ = self.deepest.speedup_limit
+        except PopError as error:
+            return error.message
+        return ""
+
+    @cached_property
     def needs(self) -> Needs | None:
-        """What fitting all plans takes; None where nothing is fitted."""
-        if self.fit is None or not self._fitted:
+        """What fitting all plans takes; None where nothing is fitted, or the work not counted."""
+        if self.fit is None or not self._fitted or self.not_counted:
             return None
         return fit_needs(self._fitted, self.source, self.fit, self.kinds)
 
-    @property
+    @cached_property
     def fit_seconds(self) -> float | None:
-        """About how long that takes; None where nothing is fitted, or nothing counts the work."""
-        needs = self.needs
-        return fit_seconds(self._fitted, self.fit, needs) if self.fit and needs else None
+        """About how long that takes."""
+        return fit_seconds(self._fitted, self.fit, self.needs) if self.fit and self.needs else None
+
+    def limit(self, plan: Plan) -> float | None:
+        """The speed-up of a plan at most; None where its work cannot be counted."""
+        return None if self.not_counted else plan.speedup_limit
 
     @property
     def _fitted(self) -> list[Plan]:
@@ -231,8 +244,7 @@ def plan_conversion(
         depths = []
     else:
         depths = [depth]
-    macs = graph_macs(source.first.path)
-    options = {"projection": projection, "macs": macs} | vars(rows)
+    options = {"projection": projection, "macs": GraphMacs(source.first.path)} | vars(rows)
     plans = tuple(each.plan(shape, **options) for each in depths)
     if isinstance(depth, Fastest):
         from pop_local.workflows.fastest import recipes

@@ -20,7 +20,7 @@ from converter.source import Source, read_source
 from converter.work import LIMIT_PROMPT, speedup_limit
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.graph_macs import graph_macs
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning, always_skip, forced, use_rule
 from pop_local.measure.heldout import Text, TextTokens, given_text, shipped_text, tokenize
@@ -129,7 +129,7 @@ def evaluate(
         rows = run.rows(boundaries, files.sidecar)
     else:
         fit.require_text(shape.n_embd)
-        macs = graph_macs(files.path)
+        macs = GraphMacs(files.path)
         plans = [make_plan(shape, boundary=b, projection=FITTED, macs=macs) for b in boundaries]
         require_fit(plans)
         with run.opened(files):

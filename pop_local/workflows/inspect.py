@@ -1,7 +1,7 @@
 """What is in a model file, or in a sidecar: from its headers, and on request from all of it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from converter.sidecar import base_path, pop_of, sidecar_meta
 from converter.skipping import Skipping, skipping_of
 from converter.source import Source, is_sidecar, read_source
 from converter.work import LIMIT_PROMPT, Macs, left_share, speedup_limit
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.mmproj import ARCHITECTURE, mmproj_beside
 from pop_local.models.names import load_catalog, resolve
 from pop_local.models.sidecars import sidecar_of
@@ -59,10 +60,6 @@ class Work:
     boundary: int
     left_share: float | None
     speedup_limit: float
-
-
-# Opens what counts the work of a model and its sidecar, None where nothing can.
-OpenMacs = Callable[[Path, Path | None], Macs | None]
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,6 @@ def inspect(
     *,
     with_hash: bool,
     watch: Watch,
-    open_macs: OpenMacs = lambda path, sidecar: None,
 ) -> Inspection | SidecarInspection:
     """Look into a file given by path or name, and into its sidecar: given, beside it or shipped.
 
@@ -129,7 +125,7 @@ def inspect(
     sidecar = sidecar or sidecar_of(source)
     meta = pop_of(source, sidecar)
     verified = verify(source, meta, watch) if with_hash else None
-    return _of_model(source, sidecar, meta, verified, open_macs)
+    return _of_model(source, sidecar, meta, verified)
 
 
 def require_unchanged(found: Inspection | SidecarInspection) -> None:
@@ -184,7 +180,6 @@ def _of_model(
     sidecar: Path | None,
     meta: PopMeta | None,
     verification: Verification | None,
-    open_macs: OpenMacs,
 ) -> Inspection:
     first = source.first
     architecture = first.get("general.architecture")
@@ -205,7 +200,7 @@ def _of_model(
         architecture=architecture,
         skipping=skipping,
         refused=refused,
-        work=None if skipping is None else _work(skipping, meta, open_macs(first.path, sidecar)),
+        work=_work(skipping, meta, GraphMacs(first.path, sidecar)) if skipping else None,
         n_layer=_number(source, "block_count"),
         n_embd=_number(source, "embedding_length"),
         n_ctx_train=trained_ctx(first) or 0,
@@ -221,11 +216,11 @@ def _of_model(
     )
 
 
-def _work(skipping: Skipping, meta: PopMeta | None, macs: Macs | None) -> Work | None:
+def _work(skipping: Skipping, meta: PopMeta | None, macs: Macs) -> Work | None:
     """At the file's boundary, else where tokens leave exactly, else at two thirds."""
     two_thirds = max(skipping.first, round((skipping.last + 1) * (1 - DEFAULT_SKIP)))
     boundary = meta.boundary if meta else skipping.exact or min(skipping.last, two_thirds)
-    if macs is None or not 0 < boundary <= skipping.last:
+    if not 0 < boundary <= skipping.last:
         return None
     with suppress(PopError):
         n_full = meta.sink_tokens + meta.tail_tokens if meta else 1

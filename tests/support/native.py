@@ -2,12 +2,15 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from converter.errors import PopError
 from pop_local.engine.limited.child import serve
 from pop_local.engine.limited.process import LimitedProcess
 from pop_local.engine.llama import logs
+from pop_local.workflows.events import Watch
+from pop_local.workflows.inspect import inspect
 from support.calls import opened
 
 TEXT = b"The ferry leaves the pier at half past six, with nobody on board. "
@@ -22,9 +25,10 @@ class Loader:
         self.n_children = 0
 
     def read(self, path: Path, sidecar: Path | None = None) -> str:
-        """Open, tokenize, read with pruning, sample a token. Returns "", or what the user reads.
+        """Inspect, open, tokenize, read with pruning, sample a token.
 
-        Raises PopError where nobody says why: another exception, a crash, too much time or memory.
+        Returns "", or what the user reads. Raises PopError where nobody says why: another exception,
+        a crash, too much time or memory.
         """
         if self._child is None or not self._child.is_alive:
             limit_s, limit_bytes = self._limits
@@ -43,8 +47,11 @@ class Loader:
 
 class _Work:
     def read(self, path: str, sidecar: str | None) -> str:
+        given = None if sidecar is None else Path(sidecar)
+        with suppress(PopError):  # it counts on llama.cpp's graph
+            inspect(path, given, with_hash=False, watch=Watch())
         try:
-            with opened(Path(path), sidecar=sidecar, n_ctx=64) as model:
+            with opened(Path(path), sidecar=given, n_ctx=64) as model:
                 tokens = model.tokenize(TEXT, special=True)[:48]
                 model.detokenize([next(model.generate(tokens, temp=0.0))])
         except PopError as error:

@@ -100,12 +100,3 @@ class GraphMacs:
     def __del__(self) -> None:
         with suppress(Exception):
             self.close()
-
-
-def graph_macs(path: Path, sidecar: Path | None = None) -> GraphMacs | None:
-    """Return what counts a model's work; None where there is no backend to do so."""
-    try:
-        backend.require_patched()
-    except PopError:
-        return None
-    return GraphMacs(path, sidecar)

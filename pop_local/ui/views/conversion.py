@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from converter.format import OWN
@@ -33,12 +32,14 @@ def show_plan(conversion: Conversion) -> None:
     if isinstance(depth, Fastest):
         tried = ", ".join(f"{p.boundary} with {p.select:.0%}" for p in conversion.plans)
         where = [("Recipes", f"{tried}: the first one with which facts are found again")]
-        plan, allowed_by, limit = first, "that", _limit(first)
+        plan, allowed_by, limit = first, "that", _limit(conversion, first)
     elif isinstance(depth, Within) and depth.at is None:
         past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
         where = [budget_fact(depth.budget), ("Boundaries", past)]
         allowed_by = "the budget"
-        limit = f"{_limit(first)} if only the first is inside, {plan.speedup_limit:.2f}x if all are"
+        limit = _limit(conversion, first)
+        if most := conversion.limit(plan):
+            limit += f" if only the first is inside, {most:.2f}x if all are"
     else:
         budget = [budget_fact(depth.budget)] if isinstance(depth, Within) else []
         print_facts([*_plan_facts(conversion, plan, conversion.sizes), *budget, *fit_facts])
@@ -70,14 +71,18 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
         return _object(conversion, wished, conversion.sizes, None)
     found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
     if isinstance(depth, Fastest):
-        fields = ("boundary", "n_skipped", "select", "speedup_limit")
-        recipes = [{name: getattr(plan, name) for name in fields} for plan in plans]
+        fields = ("boundary", "n_skipped", "select")
+        recipes = [
+            {name: getattr(plan, name) for name in fields}
+            | {"speedup_limit": conversion.limit(plan)}
+            for plan in plans
+        ]
         del found["select"]
         return found | {"recipes": recipes}
     return found | {
         "boundaries": [plan.boundary for plan in plans],
-        "least_speedup_limit": plans[0].speedup_limit,
-        "most_speedup_limit": conversion.deepest.speedup_limit,
+        "least_speedup_limit": conversion.limit(plans[0]),
+        "most_speedup_limit": conversion.limit(conversion.deepest),
         "budget": depth.budget,
     }
 
@@ -103,7 +108,7 @@ def _object(
         "n_skipped": plan.n_skipped,
         "schedule": plan.schedule,
         "output_bytes": sizes.output_bytes,
-        "speedup_limit": plan.speedup_limit,
+        "speedup_limit": conversion.limit(plan),
         "source_sha256": meta and meta.source_sha256,
         "calibration": meta and meta.calibration,
         "measured": meta and meta.measured,
@@ -140,12 +145,12 @@ def _common(conversion: Conversion, plan: Plan) -> dict[str, Any]:
 def _plan_facts(conversion: Conversion, plan: Plan, sizes: Sizes) -> list[Fact]:
     where = [("Boundary", f"layer {plan.boundary}"), ("Schedule", plan.schedule)]
     output = size(sizes.output_bytes)
-    return _facts(conversion, plan, str(plan.n_skipped), where, output, _limit(plan))
+    return _facts(conversion, plan, str(plan.n_skipped), where, output, _limit(conversion, plan))
 
 
-def _limit(plan: Plan) -> str:
-    if isnan(plan.speedup_limit):
-        return "not known without the backend"
+def _limit(conversion: Conversion, plan: Plan) -> str:
+    if conversion.not_counted:
+        return f"not known: {conversion.not_counted}"
     return f"for a prompt of {LIMIT_PROMPT:,} tokens at most {plan.speedup_limit:.2f}x"
 
 
