@@ -27,8 +27,8 @@ class Loader:
     def read(self, path: Path, sidecar: Path | None = None) -> str:
         """Inspect, open, tokenize, read with pruning, sample a token.
 
-        Returns "", or what the user reads. Raises PopError where nobody says why: another exception,
-        a crash, too much time or memory.
+        Returns "", or what the user reads. Raises PopError where nobody says why: another
+        exception, a crash, too much time or memory.
         """
         if self._child is None or not self._child.is_alive:
             limit_s, limit_bytes = self._limits
