@@ -74,6 +74,11 @@ SEVERAL_POSITIONS = (
 # Architectures whose gated FFN has GELU in the place of SiLU.
 GELU = ("gemma", "gemma2", "gemma3", "grok", "spark2_5")
 
+# Layers of a period, the last of which attends to all positions, where the file names neither.
+PERIODS = {"gemma2": 2, "gemma3": 6, "llama": 1, "phi3": 1, "qwen2": 1, "qwen3": 1}
+# The window in tokens where the file names none.
+WINDOWS = {"gemma2": 4096}
+
 # Gemma 3n names nowhere how many of its layers have K/V of their own.
 GEMMA3N_KV_LAYERS = 20
 

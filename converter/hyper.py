@@ -15,10 +15,6 @@ GEMMAS = ("gemma2", "gemma3")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)
 # Gemma's 27B models, told by their depth, scale scores by the width of the state, not of a head.
 _WIDE_SCALE = {"gemma2": 46, "gemma3": 62}
-# The last layer of each period attends to all positions, unless the file says otherwise.
-_PERIODS = {"gemma2": 2, "gemma3": 6}
-_PATTERN = "attention.sliding_window_pattern"
-_WINDOWS = {"gemma2": 4096, "gemma3": 0}
 _FINAL_CAP = {"gemma2": 30, "gemma3": 0}
 _SCALINGS = ("none", "linear")
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -100,20 +96,8 @@ def read_hyper(source: Source) -> Hyper:
         interleaved=arch == "llama",
         gelu=gemma,
         ropes=_ropes(header, shape),
-        windows=windows(header, shape),
+        windows=shape.windows,
     )
-
-
-def windows(header: Header, shape: ModelShape) -> tuple[int, ...]:
-    """Return the visible positions of each layer, 0 for all, where the file names no pattern, too.
-
-    llama.cpp knows no windows of most architectures, whatever their files say.
-    """
-    period = _PERIODS.get(shape.arch, 1)
-    if header.of_arch(_PATTERN) is not None:
-        return shape.windows
-    tokens = max(shape.windows) or _WINDOWS.get(shape.arch, 0)
-    return tuple(tokens if each % period < period - 1 else 0 for each in range(shape.n_layer))
 
 
 def _unsupported(header: Header, what: str) -> UnsupportedArchitectureError:
@@ -145,7 +129,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
         windowed = Rope(_number(header, "rope.freq_base_swa", 10_000), 1.0)
     else:
         windowed = Rope(_number(header, "rope.freq_base_swa", whole.base), whole.scale)
-    return tuple(windowed if window else whole for window in windows(header, shape))
+    return tuple(windowed if window else whole for window in shape.windows)
 
 
 def _number(header: Header, name: str, default: float | None = None) -> float:

@@ -1,6 +1,6 @@
 """The keys of a model that its architecture names, `ARCH.*`, checked."""
 
-from converter.architectures import LOOPS_KEY, SEVERAL_POSITIONS, refusal
+from converter.architectures import LOOPS_KEY, PERIODS, SEVERAL_POSITIONS, WINDOWS, refusal
 from converter.errors import FormatError, UnsupportedArchitectureError
 from converter.header import Array, Header
 
@@ -65,7 +65,8 @@ class ArchKeys:
         return len(items) == 2 and all(isinstance(item, int) and item > 0 for item in items)
 
     def windows(self, n_layer: int) -> tuple[int, ...]:
-        tokens = self.number("attention.sliding_window", 0)
+        """Return the visible positions of each layer, 0 for all."""
+        tokens = self.number("attention.sliding_window", WINDOWS.get(self.arch, 0))
         name = "attention.sliding_window_pattern"
         pattern = self.header.of_arch(name)
         if isinstance(pattern, Array):
@@ -73,7 +74,7 @@ class ArchKeys:
             if len(flags) < n_layer:
                 raise self.wrong(f"has too short a {self.arch}.{name}")
             return tuple(tokens if flag else 0 for flag in flags)
-        period = self.number(name, 0)
+        period = self.number(name, PERIODS.get(self.arch, 0))
         return tuple(
             tokens if period == 0 or layer % period < period - 1 else 0 for layer in range(n_layer)
         )

@@ -1,12 +1,13 @@
 """`pop-local pull MODEL`: fetch a model of the catalog, of a hub, or from a URL."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from converter.errors import PopError, UnsupportedArchitectureError
+from converter.errors import PopError
 from converter.source import read_source
 from pop_local.calibration.options import FitOptions
 from pop_local.fetching.catalog import fetch, kept_bytes
@@ -15,10 +16,11 @@ from pop_local.fetching.url import fetch_url, file_name, is_url, kept_of_url
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import find, load_catalog, models_dir
 from pop_local.models.sidecars import sidecar_of
-from pop_local.models.sizes import duration, size
+from pop_local.models.sizes import size
 from pop_local.models.stored import PARTIAL_SUFFIX
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.theme import note, say, warn
+from pop_local.ui.views.conversion import fit_facts
 from pop_local.workflows.convert import plan_conversion
 from pop_local.workflows.options import Hardware, RowOptions, Within
 
@@ -62,31 +64,15 @@ def pull(
 
 
 def _tell_needs(path: Path) -> None:
-    """What converting the model would take; nothing where it need not be."""
-    try:
-        if sidecar_of(read_source(path)) is not None:
-            return
-        planned = plan_conversion(
-            str(path),
-            None,
-            Within(BALANCED),
-            FitOptions(),
-            RowOptions(),
-            "sidecar",
-            Hardware(),
-            resume=False,
-        )
-        needs, seconds = planned.needs, planned.fit_seconds
-    except UnsupportedArchitectureError as error:
-        note(f"{error.message}.")
-        return
-    except PopError:  # whoever opens the file says it
-        return
-    if needs is None:
-        note("`pop-local convert` fits nothing to it: skipped layers keep their own projections.")
-        return
-    time = f", and about {duration(seconds)} for the fit" if seconds is not None else ""
-    note(f"`pop-local convert` takes {size(needs.total_bytes)} of memory{time}.")
+    """What fitting the model would take, as `convert --dry-run` says; nothing where it need not."""
+    with suppress(PopError):  # whoever opens the file says it
+        if sidecar_of(read_source(path)) is None:
+            ends, at = RowOptions(), Within(BALANCED)
+            planned = plan_conversion(
+                str(path), None, at, FitOptions(), ends, "sidecar", Hardware(), resume=False
+            )
+            for label, value in fit_facts(planned):
+                note(f"`pop-local convert`, {label.lower()}: {value}.")
 
 
 def _what_is_kept(model: str, folder: Path, sha256: str | None) -> str:

@@ -16,6 +16,7 @@ from pop_local.models.names import find
 from pop_local.models.stored import parts_folder
 from support.hub_server import Hub, serving
 from support.program import Done, called
+from support.synthetic import make_gguf
 
 MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
 STALL = 5 << 16
@@ -38,6 +39,13 @@ def test_a_url_goes_into_the_models_folder_and_its_path_is_printed(hub, tmp_path
     assert done.stdout == f"{tmp_path / 'store' / 'tiny.gguf'}\n"
     assert "Without --sha256" in done.stderr
     assert (tmp_path / "store" / "tiny.gguf").read_bytes() == MODEL
+
+
+def test_it_says_what_a_fit_would_take(hub, tmp_path):
+    hub.plain["model.gguf"] = make_gguf(tmp_path / "model.gguf", "llama").read_bytes()
+    done = pull(hub.url("model.gguf"), "--dir", str(tmp_path / "store"))
+    assert "`pop-local convert`, memory: " in done.stderr and "for the fit" in done.stderr
+    assert done.stdout == f"{tmp_path / 'store' / 'model.gguf'}\n"
 
 
 def test_a_right_hash_is_silent(hub, tmp_path):

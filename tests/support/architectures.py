@@ -1,39 +1,10 @@
-"""Which architectures llama.cpp knows that are not pruned, and why: plain data.
+"""Architectures of llama.cpp that its recipes make no models of, or special ones: plain data.
 
 Names are llama.cpp's own. tests/oracle/test_all_architectures.py fails for a name that is neither
 here nor right, so a new one of a new llama.cpp is noticed.
 """
 
 from collections.abc import Mapping
-
-ENCODER = "it is an encoder: its rows see each other, and nothing follows its prompt"
-DIFFUSION = "it is a diffusion model: its rows see each other, and are read again and again"
-DRAFT = "it drafts for another model, whose states it reads"
-CROSS = "its decoder reads what its encoder makes of the prompt"
-
-# llama_pop_set_boundary() refuses these.
-REFUSED: Mapping[str, str] = {
-    "bert": ENCODER,
-    "dream": DIFFUSION,
-    "eurobert": ENCODER,
-    "gemma-embedding": ENCODER,
-    "jina-bert-v2": ENCODER,
-    "jina-bert-v3": ENCODER,
-    "llada": DIFFUSION,
-    "llada-moe": DIFFUSION,
-    "llama-embed": ENCODER,
-    "modern-bert": ENCODER,
-    "neo-bert": ENCODER,
-    "nomic-bert": ENCODER,
-    "nomic-bert-moe": ENCODER,
-    "rnd1": DIFFUSION,
-    "t5": CROSS,
-    "t5encoder": ENCODER,
-    "wavtokenizer-dec": "it makes sound of codes, all of them at once",
-    "dflash": DRAFT,
-    "eagle3": DRAFT,
-    "gemma4-assistant": DRAFT,
-}
 
 # llama.cpp's own test has no recipe that makes a model of these.
 NO_RECIPE: Mapping[str, str] = {

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def show_plan(conversion: Conversion) -> None:
     """What is going to be done, before it begins."""
     depth, plan, first = conversion.depth, conversion.deepest, conversion.plans[0]
-    fit_facts = _fit_facts(conversion)
+    fits = fit_facts(conversion)
     if isinstance(depth, Fastest):
         tried = ", ".join(f"{p.boundary} with {p.select:.0%}" for p in conversion.plans)
         where = [("Recipes", f"{tried}: the first one with which facts are found again")]
@@ -42,11 +42,11 @@ def show_plan(conversion: Conversion) -> None:
             limit += f" if only the first is inside, {most:.2f}x if all are"
     else:
         budget = [budget_fact(depth.budget)] if isinstance(depth, Within) else []
-        print_facts([*_plan_facts(conversion, plan, conversion.sizes), *budget, *fit_facts])
+        print_facts([*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits])
         return
     layers = f"as many as {allowed_by} allows, {plan.n_skipped} at most"
     output = f"up to {size(conversion.sizes.output_bytes)}"
-    print_facts([*_facts(conversion, plan, layers, where, output, limit), *fit_facts])
+    print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])
 
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
@@ -180,7 +180,8 @@ def _facts(
     ]
 
 
-def _fit_facts(conversion: Conversion) -> Iterator[Fact]:
+def fit_facts(conversion: Conversion) -> Iterator[Fact]:
+    """What the fit takes; nothing where none is planned."""
     plan, fit, needs = conversion.deepest, conversion.fit, conversion.needs
     if fit is None or needs is None:
         return
