@@ -2,7 +2,8 @@
 //
 // recipes list                                             a line for each: its architecture, "dense" or "moe"
 // recipes make ARCH KIND LAYERS SEED FILE [KEY=VALUE]...   the keys come on top of the recipe's: an integer, a number
-//                                                          with a point, or an array of flags with commas
+//                                                          with a point, or an array with commas: of flags, if all are 0
+//                                                          or 1, or of integers
 
 #include <cstdint>
 
@@ -66,11 +67,16 @@ static void add_key(gguf_context * keys, const std::string & arch, const std::st
         gguf_set_val_u32(keys, name.c_str(), std::stoul(value));
         return;
     }
-    std::vector<char> flags;
+    std::vector<uint32_t> numbers;
     std::istringstream items(value);
     for (std::string item; std::getline(items, item, ','); ) {
-        flags.push_back(item == "1");
+        numbers.push_back(std::stoul(item));
     }
+    if (*std::max_element(numbers.begin(), numbers.end()) > 1) {
+        gguf_set_arr_data(keys, name.c_str(), GGUF_TYPE_UINT32, numbers.data(), numbers.size());
+        return;
+    }
+    const std::vector<char> flags(numbers.begin(), numbers.end());
     gguf_set_arr_data(keys, name.c_str(), GGUF_TYPE_BOOL, flags.data(), flags.size());
 }
 
