@@ -36,12 +36,12 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test check fuzz sanitize test-gpu test-vulkan sidecars wheels test-wheels lint backend \
-	unpatched clean
+	unpatched recipes clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
 	@$(BIN)/pop-local demo $(SMOLLM2).gguf
 
-test: lint unpatched $(SMOLLM2).gguf $(GEMMA).gguf
+test: lint recipes $(SMOLLM2).gguf $(GEMMA).gguf
 	$(PYTEST) $(ARGS)
 
 check: lint
@@ -154,6 +154,10 @@ $(VENV)/.tools: pyproject.toml | $(VENV)/.app
 # After the patched backend, so that with -j the tools and models are fetched meanwhile.
 unpatched: $(VENV)/.ready | backend
 	@$(FOUND) $(BIN)/python $(PACKAGE)/tool.py unpatched $(PACKAGE)/build/unpatched
+
+# llama.cpp's own tiny models of all architectures: seconds, once.
+recipes: unpatched | $(VENV)/.app
+	@PYTHONPATH=tests:$(PACKAGE) $(BIN)/python -m support.recipes
 
 $(SMOLLM2).gguf: | $(VENV)/.app
 	@$(BIN)/pop-local pull SmolLM2-135M-Instruct --dir models

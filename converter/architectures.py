@@ -32,9 +32,11 @@ REFUSED = {
     "eagle3": _DRAFT,
     "dflash": _DRAFT,
     "gemma4-assistant": _DRAFT,
-    "hrm_text": _LOOPED,
+    "chameleon": "a model whose prompts llama.cpp does not read without logits",
 }
 LOOPS_KEY = "num_loops"
+# Architectures whose later layers run with the tensors of earlier ones.
+REPEATED = ("hrm_text",)
 
 _LAYER_NORM = "its norm is not an RMS norm"
 _OWN_QKV = "its graph makes K and V in a way of its own"
@@ -51,7 +53,6 @@ UNFITTED = {
     "cohere2moe": _LAYER_NORM,
     "command-r": _LAYER_NORM,
     "dbrx": _LAYER_NORM,
-    "chameleon": "its norm may come after the attention",
     "gemma3n": "its state has several streams",
 }
 

@@ -69,8 +69,11 @@ class Layer(dict[str, TensorInfo]):
         return sum(each.n_elements for each in self.values() if len(each.dims) > 1)
 
 
-def read_layers(source: Source, n_layer: int) -> list[Layer]:
-    """Return the layers of a model, without added tensors. Raises FormatError for none."""
+def read_layers(source: Source, n_layer: int, *, repeat: bool) -> list[Layer]:
+    """Return the layers of a model, without added tensors. Raises FormatError for none.
+
+    With `repeat` those that have no tensors run with the tensors of earlier ones.
+    """
     path, layers = source.first.path, [Layer() for _ in range(n_layer)]
     if not source.tensors:
         raise FormatError(f"{path} has a vocabulary and no layers", "give the model")
@@ -78,6 +81,9 @@ def read_layers(source: Source, n_layer: int) -> list[Layer]:
         match = _NAME.fullmatch(tensor.name)
         if match and int(match[1]) < n_layer and TENSOR_MARK not in tensor.name:
             layers[int(match[1])][match[2].removesuffix(".weight")] = tensor
+    if repeat:
+        n_own = sum(map(bool, layers))
+        layers = [layer or layers[i % max(n_own, 1)] for i, layer in enumerate(layers)]
     empty = [number for number, layer in enumerate(layers) if not layer]
     if empty:
         raise FormatError(f"{path} has no tensors for layer {empty[0]}", "download it again")

@@ -172,9 +172,10 @@ def make_plan(
 def require_prunable(shape: ModelShape) -> None:
     """Raises UnsupportedArchitectureError where nothing need be converted."""
     if shape.exact:
+        earlier = f", or choose a boundary from 1 to {shape.exact - 2}" if shape.exact > 2 else ""
         raise UnsupportedArchitectureError(
             f"this {shape.arch} model already reads fast, and exactly: context tokens leave it at"
             f" layer {shape.exact} of {shape.n_layer}, since the layers from there on share the K/V"
             " of earlier ones; there is nothing to convert",
-            f"use the file as it is, or choose a boundary from 1 to {shape.exact - 2}",
+            f"use the file as it is{earlier}",
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.architectures import GEMMA3N_KV_LAYERS, UNFITTED
+from converter.architectures import GEMMA3N_KV_LAYERS, REPEATED, UNFITTED
 from converter.errors import FormatError
 from converter.format import ATTENTION, WIDE_KINDS
 from converter.keys import ArchKeys
@@ -89,9 +89,11 @@ def source_shape(source: Source) -> ModelShape:
     n_layer = keys.number("block_count") - keys.number("nextn_predict_layers", 0)
     if not 0 < n_layer <= MAX_LAYERS:
         raise keys.wrong(f"says it has {n_layer} layers")
-    layers = read_layers(source, n_layer)
+    layers = read_layers(source, n_layer, repeat=keys.arch in REPEATED)
     if (n_embd := keys.number("embedding_length")) < 1:
         raise keys.wrong("has states of 0 values")
+    if (n_deepstack := keys.number("n_deepstack_layers", 0)) >= n_layer:
+        raise keys.wrong(f"adds features of images to {n_deepstack} of {n_layer} layers")
     n_shared = n_layer - GEMMA3N_KV_LAYERS if keys.arch == "gemma3n" else 0
     exact = n_layer - keys.number("attention.shared_kv_layers", max(n_shared, 0))
     if exact < 1:
@@ -122,7 +124,7 @@ def source_shape(source: Source) -> ModelShape:
         is_recurrent=tuple(layer.is_recurrent for layer in layers),
         is_fittable=tuple(has_fits and layer.is_fittable for layer in layers),
         exact=exact if exact < n_layer else 0,
-        n_deepstack=keys.number("n_deepstack_layers", 0),
+        n_deepstack=n_deepstack,
         is_mrope=keys.is_mrope,
         no_refill=next(filter(None, reasons), ""),
     )

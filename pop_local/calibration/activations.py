@@ -27,6 +27,8 @@ _F32 = 0  # GGML_TYPE_F32
 _FLASH_ATTN_OFF = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
 # Before norm and RoPE K and V are shaped into heads, fused or not; later tensors reuse their names.
 _SHAPED = (b"RESHAPE", b"VIEW")
+# Where they are shaped under another name, they are the product, or its sum with a bias.
+_FLAT = (b"MUL_MAT", b"ADD")
 
 
 class Observer(Protocol):
@@ -118,6 +120,8 @@ class _Taps:
         self._wanted: dict[bytes, tuple[str, int]] = {}
         for boundary in boundaries:
             self._wanted[b"l_out-%d" % (boundary - 1)] = ("state", boundary)
+            # Step 3.5 gives the state a second name in the place of the first.
+            self._wanted[b"attn_norm_in-%d" % boundary] = ("state", boundary)
         for layer in heads:
             self._wanted[b"kqv_out-%d" % layer] = ("heads", layer)
         for layer in layers:
@@ -125,12 +129,14 @@ class _Taps:
                 self._wanted[b"%s-%d" % (name, layer)] = (kind, layer)
         self._reader = _Reader()
         self._layers: dict[int, dict[str, Rows]] = {}
+        self._shaped: set[tuple[int, str]] = set()
         self.n_seen = 0
         self.n_expected = len(boundaries) + len(heads) + len(layers)
         self.raised: BaseException | None = None
 
     def start_window(self) -> None:
         self._layers.clear()
+        self._shaped.clear()
         self.n_seen = 0
 
     def __call__(self, address: int, ask: bool, _data: object) -> bool:
@@ -148,8 +154,12 @@ class _Taps:
         if found is None:
             return not ask
         kind, number = found
-        if kind in "kv" and self._reader.op(tensor) not in _SHAPED:
-            return not ask
+        if kind in "kv":
+            is_flat = (op := self._reader.op(tensor)) in _FLAT
+            if not (is_flat or op in _SHAPED) or (is_flat and (number, kind) in self._shaped):
+                return not ask
+            if not is_flat and not ask:
+                self._shaped.add((number, kind))
         if not ask:
             self._show(kind, number, self._reader.read(address, tensor))
         return True
@@ -162,7 +172,11 @@ class _Taps:
             return
         parts = self._layers.setdefault(number, {})
         heads = values[0]
-        parts[kind] = _received(heads) if kind == "mass" else heads.reshape(len(heads), -1).copy()
+        if kind == "mass":
+            parts[kind] = _received(heads)
+        else:
+            heads = heads[0] if len(heads) == 1 else heads
+            parts[kind] = heads.reshape(len(heads), -1).copy()
         if len(parts) == 3:
             self._observer.layer(number, **self._layers.pop(number))
             self.n_seen += 1

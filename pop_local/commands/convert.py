@@ -141,7 +141,7 @@ def convert(
         typer.Option(
             "--distill",
             help="Train the fit end to end, too (minutes for each depth that is tried): it copies"
-            " better. Needs torch.",
+            " better. Needs torch; for dense models of llama, qwen2, qwen3, gemma2 and gemma3.",
         ),
     ] = False,
     distill_tokens: Annotated[

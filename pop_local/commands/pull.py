@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from converter.errors import PopError
+from converter.errors import PopError, UnsupportedArchitectureError
 from converter.source import read_source
 from pop_local.calibration.options import FitOptions
 from pop_local.fetching.catalog import fetch, kept_bytes
@@ -77,8 +77,10 @@ def _tell_needs(path: Path) -> None:
             resume=False,
         )
         needs, seconds = planned.needs, planned.fit_seconds
-    except PopError as error:
-        note(f"It is read in full: {error.message}.")
+    except UnsupportedArchitectureError as error:
+        note(f"{error.message}.")
+        return
+    except PopError:  # whoever opens the file says it
         return
     if needs is None:
         note("`pop-local convert` fits nothing to it: skipped layers keep their own projections.")

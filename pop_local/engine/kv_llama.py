@@ -164,6 +164,7 @@ class KvLlama(SeeingLlama):
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
         self.rows = CachedRows(self._n_ctx)
+        self.n_positions = opening.n_positions(source)
         self.is_mrope = backend.is_mrope(self._model.model)
         self.no_refill = self._no_refill()
         # Counts what makes an answer that is still being sampled wrong to go on with.

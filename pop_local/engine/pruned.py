@@ -266,6 +266,11 @@ class PrunedLlama(KvLlama):
                 cause="context-too-small",
                 n_ctx=larger,
             )
+        if 0 < self.n_positions < total:
+            raise PopError(
+                f"{total} tokens are more than the {self.n_positions} positions of the model",
+                "give a shorter text",
+            )
         logs.forget_errors()
         self._forget_from(self.n_tokens)
 

@@ -14,6 +14,8 @@ from pop_local.measure.divergence import Flags, Floats
 
 _N_BOOTSTRAP = 200
 _SEED = 20260203
+# Beyond it exp is no number of 64 bits.
+_MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def mean(per_window: Floats | Flags) -> Estimate:
 def exp_mean(per_window: Floats) -> Estimate:
     """Return exp of the mean, as in a perplexity; its error is to first order."""
     inner = mean(per_window)
-    value = math.exp(inner.value)
+    value = math.exp(inner.value) if inner.value < _MAX_EXPONENT else math.inf
     return Estimate(value, None if inner.se is None else value * inner.se)
 
 

@@ -65,6 +65,7 @@ BY_CAUSE = {
     "projections-for-one-depth": (
         "measure other depths on the model itself, {model}, with --fit or without"
     ),
+    "no-fit": "convert with --projection own",
     "own-loses-more": "leave --projection own out",
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
     "recall-lost": "select more (--select), skip fewer layers, or write it all the same (--force)",

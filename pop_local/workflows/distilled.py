@@ -42,18 +42,17 @@ def require_distillable(
 ) -> TorchDevice:
     """Return where the plan's fit can be distilled, with what was `read`. Raises PopError."""
     cannot = "the fit cannot be distilled"
+    try:
+        hyper = read_hyper(source)
+    except UnsupportedArchitectureError as error:
+        message = f"{cannot}: {error.message}; {error.hint}"
+        raise PopError(message, "take it as it is", cause="not-distilled") from None
     if plan.projection == OWN:
         raise PopError(
             f"{cannot}: with one skipped layer there is none",
             "take it as it is",
             cause="not-distilled",
         )
-    try:
-        hyper = read_hyper(source)
-    except UnsupportedArchitectureError as error:
-        raise PopError(
-            f"{cannot}: {error.message}", "take it as it is", cause="not-distilled"
-        ) from None
     device = torch_device(hardware, cannot)
     from converter.distill import memory
 

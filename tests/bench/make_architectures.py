@@ -1,6 +1,6 @@
 """Writes random models of thirteen architectures, to measure the speed of. Not a test.
 
-    make unpatched && python tests/bench/make_architectures.py FOLDER [NAME...]
+    make unpatched recipes && python tests/bench/make_architectures.py FOLDER [NAME...]
 
 Each is built by llama.cpp's own recipe, in the reduced shape of a published model: its kinds of
 layers, heads and experts, fewer and narrower. The vocabulary has 4,096 tokens, the matrices are in
@@ -47,8 +47,8 @@ def experts(n: int, n_used: int, n_ff: int) -> str:
     return f"expert_count={n} expert_used_count={n_used} {sizes}"
 
 
-def every(period: int, one: int, others: int, n: int) -> str:
-    """A number for each of `n` layers: `one` in the last layer of each period."""
+def every(period: int, one: object, others: object, n: int) -> str:
+    """A value for each of `n` layers: `one` in the last layer of each period."""
     return ",".join(str(others if (layer + 1) % period else one) for layer in range(n))
 
 
@@ -75,7 +75,7 @@ SHAPES = {
         f"embedding_length=704 feed_forward_length=512 {heads(4, every(6, 1, 2, 12), 256)}"
         f" attention.key_length_swa=128 attention.value_length_swa=128 {experts(16, 4, 192)}"
         " rope.dimension_count_swa=128 attention.sliding_window=256"
-        f" attention.sliding_window_pattern={every(6, 0, 1, 12)}"
+        f" attention.sliding_window_pattern={every(6, "false", "true", 12)}"
         " embedding_length_per_layer_input=0",
         is_moe=True,
     ),

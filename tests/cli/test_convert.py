@@ -18,7 +18,7 @@ from converter.shape import read_shape
 from pop_local.cli import app
 from support.converted import convert_default, names
 from support.oracle import assert_same_logits
-from support.synthetic import DEFAULTS, make_gguf, make_split
+from support.synthetic import DEFAULTS, make_gguf, make_split, renamed
 
 
 def command(*arguments: object):
@@ -265,11 +265,11 @@ def test_wrong_usage_exits_with_two(tiny, tmp_path, options):
 
 
 def test_failures_are_two_lines_and_exit_with_one(tmp_path):
-    src = make_gguf(tmp_path / "model.gguf", "olmo2")
+    src = renamed(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, "bert")
     failed = command(src)
     assert failed.exit_code == 1
-    assert "olmo2" in failed.stderr
-    assert "gemma3" in failed.stderr
+    assert "bert" in failed.stderr
+    assert "give a decoder" in failed.stderr
     assert len(failed.stderr.splitlines()) == 2
     assert not failed.stdout
     with pytest.raises(UnsupportedArchitectureError):

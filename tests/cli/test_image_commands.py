@@ -104,7 +104,7 @@ def test_chat_refuses_what_is_no_picture(path):
 
 
 def test_refilling_says_what_it_cannot(path, tmp_path):
-    assert "several positions (M-RoPE)" in chatted(path, "/refill idle")
+    assert "several positions each (M-RoPE)" in chatted(path, "/refill idle")
     gemma = make_seeing(tmp_path, "gemma3")
     (tmp_path / "a.png").write_bytes(png(3))
     lines = ("/refill idle", "what?", f"/image {tmp_path / 'a.png'}", "and?", "/refill")

@@ -15,7 +15,7 @@ from converter.source import read_source
 from pop_local.cli import app
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import verify
-from support.synthetic import make_gguf
+from support.synthetic import make_gguf, renamed
 
 
 def inspect(*arguments: object):
@@ -32,7 +32,7 @@ def converted(tiny: Path) -> Path:
 def test_unconverted_file(tiny):
     found = json.loads(inspect(tiny, "--json").stdout)
     assert found["architecture"] == "llama"
-    assert found["architecture_supported"]
+    assert found["skipping"]["fits_from"] == 1
     assert found["n_layer"] == 8
     assert found["boundary"] is None
     assert found["pop"] is None
@@ -82,9 +82,20 @@ def test_verify_finds_a_changed_byte(converted):
 
 
 def test_unsupported_architecture_is_shown_as_such(tmp_path):
-    done = inspect(make_gguf(tmp_path / "other.gguf", "olmo2"))
+    path = renamed(make_gguf(tmp_path / "other.gguf", "llama"), tmp_path, "dream")
+    done = inspect(path)
     assert done.exit_code == 0
-    assert "olmo2 (cannot be pruned)" in done.stdout
+    told = " ".join(done.stdout.split())
+    assert "dream (cannot be pruned:" in told and "a diffusion model" in told
+
+
+@pytest.mark.parametrize(("arch", "projections"), [("llama", "fitted, or own"), ("olmo2", "own")])
+def test_what_can_be_skipped_is_said(tmp_path, arch, projections):
+    done = inspect(make_gguf(tmp_path / "model.gguf", arch))
+    told = " ".join(done.stdout.split())
+    assert "Can be skipped layers 1 to 7" in told
+    assert f"Projections {projections}" in told
+    assert "of their work; from layer 5 on at most" in told
 
 
 def test_bad_files_are_one_error(tmp_path, tiny):

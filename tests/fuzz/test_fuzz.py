@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from converter.errors import PopError
 from converter.format import read_pop_meta
 from converter.header import read_header
 from converter.keys import trained_ctx
+from converter.plan import make_plan
 from converter.shape import read_shape
 from converter.sidecar import read_sidecar, sidecar_beside, sidecar_meta
+from converter.skipping import skipping_of
 from converter.source import read_source
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
@@ -35,15 +38,20 @@ from pop_local.engine.sessions.schema import (
     encoded_array,
 )
 from pop_local.engine.sessions.session_file import Sessions
+from pop_local.measure.depth import boundaries
 from pop_local.server.app import create_app
+from pop_local.workflows.convert import LEAST_DIVISOR
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import inspect
+from support import recipes
+from support.architectures import MORE_KEYS
 from support.asked import NAME
 from support.calls import opened
 from support.converted import paired, tiny
 from support.mutants import IN_PLACE, mutated_bytes, mutated_json
 from support.native import Loader
 from support.serving import asking
+from support.shared_kv import make_shared
 from support.synthetic import TEMPLATE, make_gguf
 
 pytestmark = pytest.mark.slow
@@ -56,6 +64,13 @@ FEWEST = 100  # on a machine that is too busy for more
 # ends is to be ended from outside.
 PATIENCE_S, CHILD_PATIENCE_S = 5.0, 60.0
 SMALL: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
+
+# Recipes of llama.cpp: experts, compressed K/V, recurrent states, shared K/V, and their mixtures.
+OTHERS = (
+    *("deepseek2+experts", "falcon-h1", "gemma3n", "gemma4", "glm4", "gpt-oss+experts"),
+    *("granitehybrid", "kimi-linear+experts", "lfm2", "mamba2", "minimax-01+experts"),
+    *("mistral3", "nemotron_h", "olmo2", "qwen35", "qwen35moe+experts", "rwkv7", "smollm3"),
+)
 
 # Makes a damaged file from a source of chance, and reads it.
 Attempt = Callable[[random.Random], None]
@@ -82,25 +97,41 @@ def campaign(attempt: Attempt) -> None:
     assert 0 < n_refused < n_attempts
 
 
+def others(folder: Path) -> list[Path]:
+    """Models of other architectures, by llama.cpp's own recipes where these are built."""
+    made = [name for name in recipes.names() if str(name) in OTHERS]
+    return [
+        recipes.make(name, folder / f"{name}.gguf", MORE_KEYS.get(name.arch, ())) for name in made
+    ]
+
+
 def test_headers_and_pop_keys(tmp_path):
     models = [
         make_gguf(tmp_path / f"{arch}.gguf", arch, head_arrays=True, **SMALL)
         for arch in ("llama", "gemma3", "qwen3moe")
     ]
-    models.append(tiny(tmp_path, boundary=1, **SMALL))
-    contents = [(model.read_bytes(), read_header(model).tensors_end) for model in models]
+    models += [tiny(tmp_path, boundary=1, **SMALL), make_shared(tmp_path / "g.gguf", "gemma4")]
+    models += others(tmp_path)
+    headers = [(model, read_header(model).tensors_end) for model in models]
+    contents = [
+        (model.read_bytes()[: end + 64], end, model.stat().st_size) for model, end in headers
+    ]
     target = tmp_path / "bad.gguf"
 
     def attempt(rng: random.Random) -> None:
-        content, end = rng.choice(contents)
-        target.write_bytes(mutated_bytes(rng, content[: end + 64], 0, end))
+        content, end, size = rng.choice(contents)
+        target.write_bytes(mutated_bytes(rng, content, 0, end))
         with target.open("r+b") as file:
-            file.truncate(len(content) if rng.random() < 0.95 else rng.randrange(len(content)))
+            file.truncate(size if rng.random() < 0.95 else rng.randrange(size))
         header = read_header(target)
-        for read in (read_shape, read_pop_meta):
-            with suppress(PopError):
-                read(target)
+        with suppress(PopError):
+            read_pop_meta(target)
         trained_ctx(header)
+        with suppress(PopError):
+            shape = read_shape(target)
+            skipping_of(shape)
+            for boundary in boundaries(shape, LEAST_DIVISOR):
+                make_plan(shape, boundary=boundary, projection="fitted-wide")
         inspect(str(target), None, with_hash=False, watch=Watch())
 
     campaign(attempt)
@@ -155,7 +186,8 @@ def test_what_llama_cpp_loads(tmp_path):
     pair = paired(base, tmp_path, "fitted-wide", boundary=1)
     loader, said = Loader(CHILD_PATIENCE_S), Counter[str]()
     bad, sidecar = tmp_path / "bad.gguf", tmp_path / "bad-sidecar.gguf"
-    whole = {path: path.read_bytes() for path in (alone, pair.single, pair.sidecar)}
+    paths = (alone, pair.single, pair.sidecar, *others(tmp_path))
+    whole = {path: path.read_bytes() for path in paths}
     headers = {path: read_header(path) for path in whole}
 
     def attempt(rng: random.Random) -> None:

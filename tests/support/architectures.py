@@ -35,20 +35,27 @@ REFUSED: Mapping[str, str] = {
     "gemma4-assistant": DRAFT,
 }
 
-# llama.cpp's own test has no recipe that makes a model of these, or one that crashes llama.cpp.
+# llama.cpp's own test has no recipe that makes a model of these.
 NO_RECIPE: Mapping[str, str] = {
-    "chameleon": "llama.cpp crashes where no row of a batch has logits",
     "clip": "it is no language model: llama.cpp opens it beside one",
     "dflash": "its recipe lacks the layers of the other model",
     "eagle3": "its recipe lacks the layers of the other model",
     "gemma4-assistant": "its recipe lacks the shapes of the other model",
     "gptj": "llama.cpp has its name, and no code for it",
     "graniteswitch": "its recipe lacks the adapters",
-    "rwkv6qwen2": "its recipe crashes llama.cpp",
+}
+
+# llama.cpp itself crashes when it reads a prompt with these.
+CRASHES: Mapping[str, str] = {
+    "chameleon": "where no row of a ubatch has logits",
+    "rwkv6qwen2": "with the model that its recipe makes",
 }
 
 # Recipes that make a model with experts alone, which upstream's list does not say.
 WITH_EXPERTS = ("deepseek2-ocr", "nomic-bert-moe")
+
+# llama.cpp crashes with flash attention on the models of these recipes.
+NO_FLASH_ATTENTION = ("plm",)
 
 SEVERAL_POSITIONS = "its rows have several positions each, by the recipe at least"
 OWN_CACHE = "its cache is of another kind than keys and values alone"
@@ -71,7 +78,7 @@ NO_DEEP_PASS: Mapping[str, str] = {
     "qwen3vlmoe": SEVERAL_POSITIONS,
 }
 
-# Keys without which a recipe makes no model, or none that has a reference.
+# Keys without which a recipe makes no model, or one that cannot be told from the full model.
 MORE_KEYS: Mapping[str, tuple[str, ...]] = {
     "arwkv7": (
         "attention.decay_lora_rank=32",
@@ -80,13 +87,29 @@ MORE_KEYS: Mapping[str, tuple[str, ...]] = {
         "attention.gate_lora_rank=32",
         "token_shift_count=1",
     ),
+    "bailingmoe3": (
+        "swiglu_clamp_exp=0.0,4.0,0.0,4.0",
+        "swiglu_clamp_shexp=0.0,5.0,0.0,5.0",
+    ),
     "bert": ("tokenizer.ggml.token_type_count=2",),
     # Streams that are kept apart stay the same to the last bit without it.
     "deepseek4": ("hyper_connection.epsilon=0.0",),
-    "gemma4": ("attention.sliding_window_pattern=1,1,1,0,1",),
+    "gemma4": ("attention.sliding_window_pattern=true,true,true,false,true",),
     "glm5-next": ("hyper_connection.epsilon=0.0",),
     "jina-bert-v2": ("tokenizer.ggml.token_type_count=2",),
     "jina-bert-v3": ("tokenizer.ggml.token_type_count=2",),
+    "nemotron_h": (
+        "block_count=6",
+        "attention.head_count=2,0,2,2,0,2",
+        "attention.head_count_kv=2,0,2,2,0,2",
+        "feed_forward_length=0,0,384,0,0,384",
+    ),
+    "nemotron_h_moe": (
+        "block_count=6",
+        "attention.head_count=2,0,2,2,0,2",
+        "attention.head_count_kv=2,0,2,2,0,2",
+        "feed_forward_length=0,0,384,0,0,384",
+    ),
     "nomic-bert": ("tokenizer.ggml.token_type_count=2",),
     "nomic-bert-moe": ("tokenizer.ggml.token_type_count=2", "moe_every_n_layers=2"),
     "rwkv7": (

@@ -396,9 +396,10 @@ class Session:
         return self._rows()[2:3]
 
     def _model(self, step: Step) -> np.ndarray:
-        model = ctypes.c_void_p(self.model)
+        model = self.lib.llama_get_model(self.ctx)
+        exact = self.capi.llama_pop_model_exact(ctypes.c_void_p(model))
         recurs = self.lib.llama_model_is_recurrent(model) or self.lib.llama_model_is_hybrid(model)
-        return np.array([self.capi.llama_pop_model_exact(model), recurs], np.int64)
+        return np.array([exact, recurs], np.int64)
 
     def _deep(self, step: Step) -> np.ndarray:
         return self._rows()[3:]

@@ -2,8 +2,7 @@
 //
 // recipes list                                             a line for each: its architecture, "dense" or "moe"
 // recipes make ARCH KIND LAYERS SEED FILE [KEY=VALUE]...   the keys come on top of the recipe's: an integer, a number
-//                                                          with a point, or an array with commas: of flags, if all are 0
-//                                                          or 1, or of integers
+//                                                          with a point, or several of these, or of true and false
 
 #include <cstdint>
 
@@ -55,29 +54,32 @@ static bool write_file(const gguf_context * keys, made_model & made, const char 
     return gguf_write_to_file(file.get(), path, false);
 }
 
+template <typename T>
+static void set_array(gguf_context * keys, const char * name, gguf_type type, const std::vector<double> & numbers) {
+    const std::vector<T> values(numbers.begin(), numbers.end());
+    gguf_set_arr_data(keys, name, type, values.data(), values.size());
+}
+
 static void add_key(gguf_context * keys, const std::string & arch, const std::string & text) {
     const size_t equals = text.find('=');
     const std::string name  = (text.rfind("tokenizer.", 0) == 0 ? "" : arch + ".") + text.substr(0, equals);
     const std::string value = text.substr(equals + 1);
-    if (value.find('.') != std::string::npos) {
-        gguf_set_val_f32(keys, name.c_str(), std::stof(value));
-        return;
-    }
-    if (value.find(',') == std::string::npos) {
-        gguf_set_val_u32(keys, name.c_str(), std::stoul(value));
-        return;
-    }
-    std::vector<uint32_t> numbers;
+
+    std::vector<double> numbers;
     std::istringstream items(value);
     for (std::string item; std::getline(items, item, ','); ) {
-        numbers.push_back(std::stoul(item));
+        numbers.push_back(item == "true" ? 1 : item == "false" ? 0 : std::stod(item));
     }
-    if (*std::max_element(numbers.begin(), numbers.end()) > 1) {
-        gguf_set_arr_data(keys, name.c_str(), GGUF_TYPE_UINT32, numbers.data(), numbers.size());
-        return;
+    const bool is_float = value.find('.') != std::string::npos;
+    if (numbers.size() == 1) {
+        is_float ? gguf_set_val_f32(keys, name.c_str(), numbers[0]) : gguf_set_val_u32(keys, name.c_str(), numbers[0]);
+    } else if (is_float) {
+        set_array<float>(keys, name.c_str(), GGUF_TYPE_FLOAT32, numbers);
+    } else if (value.find('e') != std::string::npos) {
+        set_array<int8_t>(keys, name.c_str(), GGUF_TYPE_BOOL, numbers);
+    } else {
+        set_array<uint32_t>(keys, name.c_str(), GGUF_TYPE_UINT32, numbers);
     }
-    const std::vector<char> flags(numbers.begin(), numbers.end());
-    gguf_set_arr_data(keys, name.c_str(), GGUF_TYPE_BOOL, flags.data(), flags.size());
 }
 
 static bool make(const std::string & name, bool moe, size_t seed, const char * path, const std::vector<std::string> & more) {

@@ -13,15 +13,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
+
 from pop_build.errors import BuildError
 from pop_build.fetch import fetch_or_keep
 from pop_build.tree import UNPATCHED_VARIABLE, Recipe, key, recipe
-
 from support.paths import PACKAGE
 
 FOLDER = PACKAGE / "build" / "recipes"
@@ -66,10 +66,11 @@ def make(name: Name, path: Path, more: Sequence[str] = (), seed: int = 1) -> Pat
     It has N_LAYERS layers, unless the recipe says how many or fits upstream's two alone. Raises
     NoModelError.
     """
+    kind = "moe" if name.is_moe else "dense"
     for n_layers in (N_LAYERS, 2):
-        kind = "moe" if name.is_moe else "dense"
-        command = [FOLDER / "recipes", "make", name.arch, kind, str(n_layers), str(seed), path]
-        made = subprocess.run([*command, *more], capture_output=True, text=True, errors="replace")
+        arguments = [name.arch, kind, str(n_layers), str(seed), str(path), *more]
+        command = [str(FOLDER / "recipes"), "make", *arguments]
+        made = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if made.returncode == 0:
             return path
     raise NoModelError(made.stderr)
@@ -115,7 +116,7 @@ def _extract(wanted: Recipe, tree: Path) -> None:
     test.write_text(text.replace(_UPSTREAM_LAYERS, _OUR_LAYERS), encoding="utf-8")
 
 
-def _sources(wanted: Recipe):  # type: ignore[no-untyped-def]
+def _sources(wanted: Recipe) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
     """Each file of llama.cpp, and what reads it."""
     source = wanted.source or fetch_or_keep(wanted.pin, PACKAGE / "build" / "source")
     if source.is_dir():

@@ -75,6 +75,12 @@ def test_window_that_a_model_does_not_have(tmp_path):
         assert set(windows_of(windowed)) == {0}
 
 
+def test_more_layers_for_images_than_there_are_is_no_model(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "qwen3vl", n_deepstack=8)
+    with pytest.raises(FormatError, match="images to 8 of 8 layers"):
+        read_shape(path)
+
+
 def test_head_counts_for_each_layer(tmp_path):
     plain = read_shape(make_gguf(tmp_path / "plain.gguf", "llama"))
     assert read_shape(make_gguf(tmp_path / "arrays.gguf", "llama", head_arrays=True)) == plain
@@ -87,7 +93,7 @@ def test_split_model_has_the_shape_of_the_whole(tmp_path):
     assert read_shape(parts[0]) == read_shape(whole)
 
 
-@pytest.mark.parametrize("arch", ["bert", "dream", "eagle3", "clip", "hrm_text"])
+@pytest.mark.parametrize("arch", ["bert", "dream", "eagle3", "clip", "t5"])
 def test_what_reads_no_prompt_is_refused_by_name(tmp_path, arch):
     path = renamed(make_gguf(tmp_path / "model.gguf", "llama"), tmp_path, arch)
     with pytest.raises(UnsupportedArchitectureError, match=f"{arch}.*cannot be pruned"):

@@ -1,8 +1,8 @@
 // prefill-only pruning: the graph, see llama-pop.h and patches/README.md
 
 #include "llama-pop-graph.h"
+#include "llama-pop-cells.h"
 #include "llama-pop-inputs.h"
-
 #include "llama-impl.h"
 #include "llama-model.h"
 
@@ -150,8 +150,8 @@ ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur
 // graph
 //
 
-uint32_t llama_pop_max_nodes(uint32_t n_nodes) {
-    return 3*n_nodes; // two builds and the fitted projections
+uint32_t llama_pop_max_nodes(llama_memory_i * memory, uint32_t n_nodes) {
+    return llama_pop_get_caches(memory).base ? 3*n_nodes : n_nodes + 128; // two builds and fitted projections; views of inputs
 }
 
 static void check_met(const llm_graph_params & params) {

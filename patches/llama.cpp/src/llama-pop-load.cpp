@@ -47,6 +47,9 @@ std::string llama_pop_find_obstacle(const llama_model & model, uint32_t boundary
     if (!is_decoder(model.arch)) {
         return format("architecture '%s' is an encoder, a diffusion model or a draft", llm_arch_name(model.arch));
     }
+    if (model.arch == LLM_ARCH_CHAMELEON) {
+        return "llama.cpp reads no rows without logits of architecture 'chameleon'";
+    }
     if (boundary < 1 || boundary >= hparams.n_layer()) {
         return format("boundary %u is not between 1 and %u", boundary, hparams.n_layer() - 1);
     }

@@ -22,11 +22,15 @@ static bool is_named(const ggml_tensor * node, const char * prefix) {
     return strncmp(node->name, prefix, strlen(prefix)) == 0;
 }
 
+// by the names of scores and sums, or of a view of K in the cache
+static int32_t find_layer(const ggml_tensor * node) {
+    const char * number = node->op == GGML_OP_FLASH_ATTN_EXT ? strstr(node->src[1]->name, "_l") : strrchr(node->name, '-');
+    return number ? atoi(number + (*number == '_' ? 2 : 1)) : 0;
+}
+
 static int64_t count_node(const ggml_tensor * node, const llama_hparams & hparams, int64_t n_prompt) {
     const auto visible = [&](int64_t n_rows) {
-        const char * dash = strrchr(node->name, '-');
-        const int32_t  il = dash ? atoi(dash + 1) : 0;
-        return count_visible(n_prompt, n_rows, hparams.is_swa(il) ? hparams.n_swa : 0);
+        return count_visible(n_prompt, n_rows, hparams.is_swa(find_layer(node)) ? hparams.n_swa : 0);
     };
 
     switch (node->op) {

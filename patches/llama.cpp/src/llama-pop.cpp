@@ -122,7 +122,7 @@ static llama_pop_plan plan_exact(const llama_cparams & cparams, const llama_ubat
 
 bool llama_pop_reads_all(const llama_cparams & cparams) {
     const auto & layer_inp = cparams.embeddings_layer_inp;
-    return cparams.embeddings || cparams.embeddings_nextn || cparams.training ||
+    return cparams.embeddings || cparams.embeddings_nextn || cparams.training || cparams.ctx_type == LLAMA_CONTEXT_TYPE_MTP ||
         std::find(layer_inp.begin(), layer_inp.end(), true) != layer_inp.end();
 }
 
@@ -239,6 +239,11 @@ void llama_pop_count(llama_pop_counters & counters, const llama_cparams & cparam
 bool llama_pop_one_seq(const llama_cparams & cparams, uint32_t n_outputs, uint32_t n_tokens) {
     const auto & pop = cparams.pop;
 
+    // who keeps snapshots of states wants the last rows of a sequence in one ubatch: all of them are full then
+    if (pop.apart && cparams.n_rs_seq > 0) {
+        return false;
+    }
+
     return pop.boundary > 0 && (!cparams.kv_unified || pop.apart) &&
         (pop.mode == LLAMA_POP_MODE_ALWAYS || (pop.mode == LLAMA_POP_MODE_CONTEXT && n_outputs < n_tokens));
 }
@@ -248,7 +253,7 @@ bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_
     const auto & hparams = ctx.get_model().hparams;
 
     pop.memory = ctx.get_memory();
-    pop.apart  = pop.memory && !llama_pop_get_caches(pop.memory).base && cparams.n_rs_seq == 0;
+    pop.apart  = pop.memory && !llama_pop_get_caches(pop.memory).base;
 
     // nothing is pruned where all states are read, and pooling would not fit the fewer rows
     if (!pop.memory || (pop.boundary == 0 && pop.exact == 0) || hparams.no_alloc || llama_pop_reads_all(cparams)) {

@@ -194,7 +194,7 @@ struct llama_pop_cparams {
 
     llama_memory_i * memory = nullptr; // of the context
 
-    bool apart = false; // context and full rows come in ubatches of their own
+    bool apart = false; // the memory takes no second build: context and full rows come in ubatches of their own
 
     const float * states = nullptr; // of a deep pass, [n_embd, n_rows]
 
@@ -248,7 +248,7 @@ struct llama_pop_plan {
 bool llama_pop_reads_all(const llama_cparams & cparams);
 
 // of those that an unpruned graph may have
-uint32_t llama_pop_max_nodes(uint32_t n_nodes);
+uint32_t llama_pop_max_nodes(llama_memory_i * memory, uint32_t n_nodes);
 
 llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ubatch & ubatch);
 

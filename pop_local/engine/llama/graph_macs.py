@@ -10,15 +10,16 @@ from converter.source import read_source
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 
-# Tokens of the context that is simulated, at the least.
-_N_CTX = 4096
+# Tokens that are counted at once; graphs of some recurrent layers grow with them.
+_N_CTX = 2048
 
 
 class GraphMacs:
     """What reading a prompt costs a model, given by its file and its sidecar (converter.work.Macs).
 
     Nothing but the headers is read, when something is first asked for; that takes as long as the
-    vocabulary, some tenths of a second. Numbers are kept.
+    vocabulary, some tenths of a second. Numbers are kept. Prompts of more than 2,048 tokens are
+    extrapolated, which is exact for windows of up to 1,024.
     """
 
     def __init__(self, path: Path, sidecar: Path | None = None) -> None:
@@ -32,16 +33,27 @@ class GraphMacs:
 
         Raises PopError where there is no such model or boundary.
         """
-        key = n_prompt, boundary, n_full
+        key = n_prompt, boundary, 1 if boundary is None else n_full
+        if n_prompt > _N_CTX and 2 * key[2] < _N_CTX:
+            return self._beyond(*key)
         if key not in self._found:
             ctx = self._context(n_prompt)
             backend.set_mode(ctx, Mode.OFF)
             if boundary is not None:
-                if boundary not in (backend.get_boundary(ctx), self._exact):
-                    backend.set_boundary(ctx, boundary)
+                layer = 0 if boundary == self._exact else boundary
+                if layer != backend.get_boundary(ctx):
+                    backend.set_boundary(ctx, layer)
                 backend.set_mode(ctx, Mode.CONTEXT)
-            self._found[key] = backend.count_macs(ctx, n_prompt, n_full)
+            self._found[key] = backend.count_macs(ctx, n_prompt, key[2])
         return self._found[key]
+
+    def _beyond(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
+        """Continue three shorter prompts: all work grows with the tokens, or with their square."""
+        step = _N_CTX // 4
+        first, second, third = (self(i * step, boundary, n_full) for i in (2, 3, 4))
+        n = n_prompt / step - 2
+        bent = third - 2 * second + first
+        return round(first + n * (second - first) + n * (n - 1) / 2 * bent)
 
     def _context(self, n_prompt: int) -> Any:
         api = backend.bindings()

@@ -115,6 +115,12 @@ def default_ctx(header: Header) -> int:
     return min(trained_ctx(header) or DEFAULT_CTX, DEFAULT_CTX)
 
 
+def n_positions(source: Source) -> int:
+    """Return how many positions a model has learned, past which llama.cpp aborts; 0: any number."""
+    dims = {tensor.name: tensor.dims for tensor in source.tensors}.get("position_embd.weight", ())
+    return dims[-1] if dims else 0
+
+
 def require_room(
     source: Source, n_ctx: int, *, is_windowed: bool, holds_kv: bool, holds_states: bool
 ) -> None:

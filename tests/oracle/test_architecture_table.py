@@ -1,0 +1,57 @@
+"""Every architecture: what docs/architectures.md says of it, and how its quality is measured."""
+
+import numpy as np
+import pytest
+
+from converter.errors import PopError, UnsupportedArchitectureError
+from converter.shape import read_shape
+from pop_local.engine.model import PopModel
+from pop_local.measure.forced import FULL, forced
+from support import recipes
+from support.architecture_table import DOCUMENT, row, written
+from support.architectures import MORE_KEYS
+
+pytestmark = pytest.mark.slow
+TABLE = written(DOCUMENT.read_text(encoding="utf-8"))
+NAMES = {str(name): name for name in recipes.names()}
+
+
+def made(name: str, path):
+    recipe = NAMES[name]
+    try:
+        return recipes.make(recipe, path / "model.gguf", MORE_KEYS.get(recipe.arch, ()))
+    except recipes.NoModelError:
+        pytest.skip("its recipe makes no model")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_has_what_headers_say(name, tmp_path):
+    try:
+        line = row(read_shape(made(name, tmp_path)))
+    except UnsupportedArchitectureError:
+        line = f"| {NAMES[name].arch} | "
+    assert line in TABLE
+
+
+@pytest.mark.skipif("gpt2" not in NAMES, reason="the recipes are not built")
+def test_no_more_is_read_than_there_are_positions(tmp_path):
+    with PopModel(made("gpt2", tmp_path), n_ctx=512, n_threads=1) as model:
+        model.eval([1] * 256)
+        model.clear()
+        with pytest.raises(PopError, match="the 256 positions of the model"):
+            model.eval([1] * 257)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(NAMES.keys() & {"qwen35", "lfm2", "mamba2", "rwkv7", "deepseek4+experts"})
+)
+def test_a_text_is_forgotten_by_recurrent_layers_too(name, tmp_path):
+    """What follows a context is scored, put back, and scores the same again."""
+    with PopModel(made(name, tmp_path), n_ctx=256, n_threads=1) as model, forced(model) as reader:
+        context, text, another = (range(1, 1 + n) for n in (100, 20, 21))
+        reader.read(context, FULL)
+        first, other = reader.predict(text), reader.predict(another[1:])
+        again = reader.predict(text)
+    # Other cells of the cache are added up in another order.
+    noise, change = np.abs(again - first)[1:].max(), np.abs(other - first)[1:].max()
+    assert noise < 1e-3 * change
