@@ -11,18 +11,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from gguf import GGUFReader, GGUFWriter
-from gguf import GGMLQuantizationType as Type
-from gguf.quants import quantize
-
-from shared import TEMPLATE, Name, Recipe, add_tokenizer, make
+from shared import Name, make, talkable
 
 N_VOCAB, N_CTX = 4096, 8192
-# The standard deviation of all that a recipe makes.
-RECIPES_DEVIATION = 0.1
-# llama.cpp's quantisation leaves these, too, as they are.
-PRECISE = ("ffn_gate_inp.", "conv1d.", "shortconv.conv.")
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ SHAPES = {
         f"embedding_length=704 feed_forward_length=512 {heads(4, every(6, 1, 2, 12), 256)}"
         f" attention.key_length_swa=128 attention.value_length_swa=128 {experts(16, 4, 192)}"
         " rope.dimension_count_swa=128 attention.sliding_window=256"
-        f" attention.sliding_window_pattern={every(6, "false", "true", 12)}"
+        f" attention.sliding_window_pattern={every(6, 'false', 'true', 12)}"
         " embedding_length_per_layer_input=0",
         is_moe=True,
     ),
@@ -123,40 +114,9 @@ def main() -> None:
         raw = path.with_suffix(".f32")
         more = f"{shape.keys} block_count={shape.layers} context_length={N_CTX}".split()
         make(Name(name, shape.is_moe), raw, more)
-        rewrite(raw, path)
+        talkable(raw, path, N_VOCAB)
         raw.unlink()
         print(f"{path}: {path.stat().st_size / 1e6:.0f} MB")
-
-
-def rewrite(raw: Path, path: Path) -> None:
-    """Copy a recipe's model with a vocabulary that can be talked with, in Q4_0."""
-    reader, rng = GGUFReader(raw), np.random.default_rng(0)
-    arch = reader.fields["general.architecture"].contents()
-    writer = GGUFWriter(path, arch, use_temp_file=True)
-    for key, field in reader.fields.items():
-        if key.startswith(f"{arch}.") and key != f"{arch}.vocab_size":
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
-    writer.add_name(f"random {arch}")
-    writer.add_chat_template(TEMPLATE)
-    add_tokenizer(writer, Recipe(n_vocab=N_VOCAB))
-    for tensor in reader.tensors:
-        values = tensor.data.astype(np.float32)
-        if tensor.name in ("token_embd.weight", "output.weight"):
-            shape = (N_VOCAB, values.shape[1])
-            values = rng.standard_normal(shape, np.float32) * np.float32(RECIPES_DEVIATION)
-        kind, is_weight = Type.F32, tensor.name.endswith(".weight")
-        if is_weight and (values.ndim == 1 or "norm" in tensor.name):
-            values += 1
-        elif values.ndim > 1:
-            # Rows of about unit gain.
-            values *= values.shape[-1] ** -0.5 / RECIPES_DEVIATION
-            if is_weight and not any(part in tensor.name for part in PRECISE):
-                kind = Type.Q4_0
-        writer.add_tensor(tensor.name, quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 if __name__ == "__main__":

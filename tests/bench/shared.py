@@ -11,23 +11,23 @@ from support.recipes import Name, make
 from support.rpc import rpc_server
 from support.serving import Served, served
 from support.shared_kv import GEMMA4_E2B, add_keys, shapes
-from support.synthetic import TEMPLATE, Recipe, add_header, add_tokenizer
+from support.synthetic import Recipe, add_header
+from support.talkable import talkable
 from support.terminal import Terminal
 
 __all__ = [
     "BOMB",
     "GEMMA4_E2B",
-    "TEMPLATE",
     "Name",
     "Recipe",
     "Served",
     "Terminal",
     "add_header",
     "add_keys",
-    "add_tokenizer",
     "make",
     "rpc_server",
     "served",
     "shapes",
+    "talkable",
     "write_f32",
 ]
