@@ -132,8 +132,9 @@ class Forced:
             model.set_boundary(pruning.boundary)
             model.set_depth(pruning.select, keep_states=keep_states or pruning.n_refilled > 0)
             if pruning.n_refilled and not model.refills:
+                why = f": {model.no_refill}" if model.no_refill else ""
                 raise PopError(
-                    "this model's rows cannot be given their depth later",
+                    f"this model's rows cannot be given their depth later{why}",
                     "measure without refilling",
                 )
         model.set_pop(pruning.context)

@@ -26,6 +26,7 @@ from support.architectures import (
     WITH_EXPERTS,
 )
 from support.oracle import random_tokens
+from support.pop_files import OWN, add_to
 from support.raw import Job, Step, run
 from support.silent import IMPOSSIBLE, setting, silent_copy
 
@@ -309,6 +310,10 @@ def test_what_is_no_decoder_is_refused_by_name(name: recipes.Name, tmp_path: Pat
     path = make(name, tmp_path / "model.gguf")
     with pytest.raises(RuntimeError, match=rf"(?s)'{name.arch}'.*llama_pop_set_boundary"):
         run(Job(str(path), (Step("boundary", value=1),), n_ctx=256))
+    schedule = "F" + "S" * (setting(read_header(path), "block_count") - 1)
+    wrong = add_to(path, tmp_path / "wrong.gguf", {**OWN, "pop.schedule": schedule})
+    with pytest.raises(RuntimeError, match=f"'{name.arch}' is an encoder, a diffusion"):
+        run(Job(str(wrong), (), n_ctx=256))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.arch in NO_RECIPE], ids=str)

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
+from converter.shape import read_shape
 from support.cpu import has_amx
 from support.oracle import distance, random_tokens
 from support.pop_files import Keys, add_to
@@ -340,11 +341,13 @@ def test_a_model_that_shares_nothing_runs_all_layers(tmp_path: Path, job: Job) -
         counted(job, model, (Step("mode", value=1),))
 
 
-def test_pop_keys_and_other_modes_are_refused(plain: Path, tmp_path: Path, job: Job) -> None:
-    for step in (Step("mode", value=2), Step("boundary", value=3)):
+def test_layers_without_k_v_are_no_boundary(plain: Path, tmp_path: Path, job: Job) -> None:
+    n_layer = read_shape(plain).n_layer
+    for step in (Step("mode", value=2), Step("boundary", value=n_layer - 1)):
         with pytest.raises(RuntimeError, match="was refused"):
             counted(job, plain, (step,))
-    keys: Keys = {"pop.version": 1, "pop.schedule": "FFFFFSSS", "pop.projection": "own"}
+    schedule = "F" * (n_layer - 1) + "S"
+    keys: Keys = {"pop.version": 1, "pop.schedule": schedule, "pop.projection": "own"}
     wrong = add_to(plain, tmp_path / "wrong.gguf", keys)
-    with pytest.raises(RuntimeError, match=r"architecture 'gemma(3n|4)' does not support"):
+    with pytest.raises(RuntimeError, match="store no K/V"):
         counted(job, wrong, ())

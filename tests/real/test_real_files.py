@@ -42,7 +42,7 @@ def test_about_half_of_the_saving_is_there_at_the_shortest_prompt(smollm2):
     macs = GraphMacs(smollm2)
     for boundary in (25, 20, 15):
         whole, shortest = (1 - 1 / speedup_limit(macs, n, boundary, 33) for n in (2048, 66))
-        assert shortest == pytest.approx(whole / 2, rel=0.1)
+        assert shortest == pytest.approx(whole / 2, rel=0.15)
 
 
 def test_limit_of_a_real_model_lies_where_the_design_measured_it(smollm2):

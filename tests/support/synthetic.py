@@ -217,7 +217,7 @@ def _zero_deep(path: Path, boundary: int) -> None:
 def add_header(writer: GGUFWriter, recipe: Recipe) -> None:
     """Everything but the tensors."""
     _add_keys(writer, recipe)
-    _add_tokenizer(writer, recipe)
+    add_tokenizer(writer, recipe)
 
 
 def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
@@ -265,7 +265,7 @@ def _add_keys(writer: GGUFWriter, recipe: Recipe) -> None:
         writer.add_chat_template(recipe.chat_template)
 
 
-def _add_tokenizer(writer: GGUFWriter, recipe: Recipe) -> None:
+def add_tokenizer(writer: GGUFWriter, recipe: Recipe) -> None:
     """A SentencePiece vocabulary: three specials, all bytes, letters, then made-up words."""
     special = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", gguf.TokenType.CONTROL)]
     special.append(("</s>", gguf.TokenType.CONTROL))

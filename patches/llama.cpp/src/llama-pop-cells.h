@@ -6,7 +6,7 @@
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 
-// of other memories (recurrent states, several kinds of cells) neither is there
+// both are null where the memory is another one: recurrent states, several kinds of cells
 struct llama_pop_caches {
     llama_kv_cache * base = nullptr;
     llama_kv_cache * swa  = nullptr; // of the layers with a sliding window, null: there are none

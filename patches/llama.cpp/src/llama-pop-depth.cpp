@@ -132,7 +132,7 @@ static std::string find_obstacle(llama_context & ctx, const llama_pop_caches & k
     const auto & cparams = ctx.get_cparams();
     const auto & pop     = cparams.pop;
 
-    if (!pop.keep) {
+    if (!pop.keep || pop.boundary == 0) {
         return "states are not kept, see llama_pop_set_keep()";
     }
     if (n < 1 || n > (int32_t) cparams.n_ubatch) {

@@ -30,9 +30,7 @@ static std::vector<int32_t> find_previous(const llama_ubatch & ubatch) {
 class llm_graph_input_pop_previous : public llm_graph_input_i {
 public:
     void set_input(const llama_ubatch * ubatch) override {
-        if (is_used(rows)) {
-            ggml_backend_tensor_set(rows, find_previous(*ubatch).data(), 0, ggml_nbytes(rows));
-        }
+        ggml_backend_tensor_set(rows, find_previous(*ubatch).data(), 0, ggml_nbytes(rows));
     }
 
     bool can_reuse(const llm_graph_params & params) override {

@@ -138,7 +138,7 @@ ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur
     }
     ggml_build_forward_expand(g.gf, cur);
 
-    if (!is_deep && g.cparams.pop.keep && cur->ne[0] == g.n_embd && cur->ne[1] == g.n_tokens && cur->ne[2] == 1) {
+    if (!is_deep && g.cparams.pop.keep && build.boundary == (int32_t) g.cparams.pop.boundary && cur->ne[0] == g.n_embd && cur->ne[1] == g.n_tokens && cur->ne[2] == 1) {
         build_output(g, ggml_cont(g.ctx0, cur), LLAMA_POP_STATES);
     }
 

@@ -6,11 +6,6 @@
 
 #include "llama-graph.h"
 
-// an input that no layer reads is left unallocated
-inline bool is_used(const ggml_tensor * inp) {
-    return inp && inp->buffer;
-}
-
 inline ggml_tensor * new_input(const llm_graph_context & g, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne3 = 1) {
     ggml_tensor * inp = ggml_new_tensor_4d(g.ctx0, type, ne0, ne1, 1, ne3);
     ggml_set_input(inp);

@@ -10,10 +10,10 @@ llm_graph_input_pop::llm_graph_input_pop(const llm_graph_params & whole) : param
 }
 
 void llm_graph_input_pop::set_input(const llama_ubatch *) {
-    if (is_used(states)) {
+    if (states) {
         ggml_backend_tensor_set(states, params.cparams.pop.states, 0, ggml_nbytes(states));
     }
-    for (int64_t i = 0; is_used(ids) && i < ids->ne[1]; ++i) {
+    for (int64_t i = 0; ids && i < ids->ne[1]; ++i) {
         ggml_backend_tensor_set(ids, plan.rows.data(), i*ids->nb[1], plan.rows.size()*sizeof(int32_t));
     }
     for (auto & input : inputs) {

@@ -1,4 +1,4 @@
-// prefill-only pruning: the architectures that have it, and what the file and its sidecar say, see llama-pop.h
+// prefill-only pruning: what cannot be pruned, and what the file and its sidecar say, see llama-pop.h
 
 #include "llama-pop.h"
 

@@ -67,10 +67,17 @@ static int64_t count_graph(llama_context & ctx, const llama_memory_context_i * m
 int64_t llama_pop_count_macs(llama_context * ctx, int32_t n_tokens, int32_t n_full) {
     const auto & cparams = ctx->get_cparams();
 
+    if (ctx->pop().mode == LLAMA_POP_MODE_ALWAYS || llama_pop_reads_all(cparams) || (!cparams.kv_unified && cparams.n_seq_max > 1)) {
+        LLAMA_LOG_ERROR("%s: counted is one sequence of a context that gives logits, pruned or not\n", __func__);
+        return -1;
+    }
     if (n_tokens < 1 || n_tokens > (int32_t) std::min(cparams.n_ubatch, cparams.n_ctx) || n_full < 1 || !ctx->get_memory()) {
         LLAMA_LOG_ERROR("%s: %d tokens of which %d are full, expected at most %u\n", __func__, n_tokens, n_full, cparams.n_ubatch);
         return -1;
     }
+
+    ctx->synchronize();
+    ctx->sched_reserve();
 
     auto & pop = ctx->pop();
 

@@ -8,10 +8,8 @@
 class llm_graph_input_pop_scored : public llm_graph_input_i {
 public:
     void set_input(const llama_ubatch *) override {
-        if (is_used(rows)) {
-            ggml_backend_tensor_set(rows,    scored.rows.data(),    0, ggml_nbytes(rows));
-            ggml_backend_tensor_set(weights, scored.weights.data(), 0, ggml_nbytes(weights));
-        }
+        ggml_backend_tensor_set(rows,    scored.rows.data(),    0, ggml_nbytes(rows));
+        ggml_backend_tensor_set(weights, scored.weights.data(), 0, ggml_nbytes(weights));
     }
 
     bool can_reuse(const llm_graph_params & params) override {

@@ -142,7 +142,7 @@ llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ub
     }
 
     if (pop.boundary == 0) {
-        return pop.exact > 0 && !cparams.cb_eval ? plan_exact(cparams, ubatch) : plan;
+        return pop.exact > 0 && !pop.apart && !cparams.cb_eval ? plan_exact(cparams, ubatch) : plan;
     }
 
     // without a causal mask a text is an encoder's. the rows of an image read each other, and are context all the same
@@ -336,6 +336,31 @@ int32_t llama_pop_get_mode(const llama_context * ctx) {
     return ctx->get_cparams().pop.mode;
 }
 
+// builds a pruned graph, and computes nothing: whether the architecture meets the boundary
+static bool meets_boundary(llama_context & ctx) {
+    const auto & cparams = ctx.get_cparams();
+    if (llama_pop_reads_all(cparams)) {
+        return true;
+    }
+
+    ctx.synchronize();
+    ctx.sched_reserve();
+
+    const uint32_t n_seqs = cparams.kv_unified ? 1 : cparams.n_seq_max;
+    const auto     mctx   = ctx.get_memory()->init_full();
+
+    ctx.pop().n_reserve = 1;
+    try {
+        ctx.graph_reserve(2*n_seqs, n_seqs, n_seqs, mctx.get(), true);
+        ctx.pop().n_reserve = 0;
+        return true;
+    } catch (const std::exception & error) {
+        ctx.pop().n_reserve = 0;
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, error.what());
+        return false;
+    }
+}
+
 int32_t llama_pop_set_boundary(llama_context * ctx, int32_t layer) {
     const auto & model   = ctx->get_model();
     const auto & hparams = model.hparams;
@@ -357,7 +382,13 @@ int32_t llama_pop_set_boundary(llama_context * ctx, int32_t layer) {
         return -1;
     }
 
+    const uint32_t before = pop.boundary;
+
     pop.boundary = layer;
+    if (before != pop.boundary && !meets_boundary(*ctx)) {
+        pop.boundary = before;
+        return -1;
+    }
     return 0;
 }
 

@@ -146,7 +146,7 @@ struct llama_pop_hparams {
 };
 
 // fitted projections of a layer. wide ones have a second input, which the layer at the boundary makes: the previous row's
-// state, reduced, some neurons of its FFN, see llama_pop_build_wide(), and perhaps the heads of its attention
+// state, reduced, some neurons of its FFN, see llama-pop-fit.cpp, and perhaps the heads of its attention
 struct llama_pop_layer {
     ggml_tensor * wk   = nullptr; // [n_embd, n_embd_k_gqa]
     ggml_tensor * wk_b = nullptr; // [n_embd_k_gqa]
@@ -247,7 +247,7 @@ struct llama_pop_plan {
 // whether somebody reads the states of all rows, so that all are full
 bool llama_pop_reads_all(const llama_cparams & cparams);
 
-// of those that an unpruned graph may have
+// room for nodes. n_nodes: that of an unpruned graph
 uint32_t llama_pop_max_nodes(llama_memory_i * memory, uint32_t n_nodes);
 
 llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ubatch & ubatch);

@@ -142,7 +142,8 @@ def _facts(row: Row) -> Iterator[Fact]:
     retained = "but the full model does not copy random tokens either"
     if q.induction_retention is not None:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"
-    yield "Induction", f"NLL +{with_se(q.induction_delta_nll, '.3f')}, {retained}"
+    added = with_se(q.induction_delta_nll, ".3f")
+    yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
     if (second := row.second_turn) is not None:
         after = with_se(second.kl_refilled, ".4f")
         yield "Second answer", f"KL {with_se(second.kl_pruned, '.4f')}, refilled {after}"

@@ -1,0 +1,37 @@
+"""Commands on tiny models whose layers are of other kinds: recurrent, latent, with norms behind."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pop_local.cli import app
+from support import recipes
+from support.talkable import talkable
+
+LATENT, NORMS_BEHIND = recipes.Name("deepseek2", is_moe=True), recipes.Name("olmo2", is_moe=False)
+RECURRENT = recipes.Name("lfm2", is_moe=False)
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="the library hides what recipes need"),
+    pytest.mark.skipif(not recipes.names(), reason="`make recipes` was not run"),
+]
+
+
+def done(*args: object) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", [RECURRENT, LATENT, NORMS_BEHIND], ids=str)
+def test_a_model_of_any_kind_is_converted_and_asked(name: recipes.Name, tmp_path: Path) -> None:
+    raw = recipes.make(
+        name, tmp_path / "raw.gguf", ["context_length=2048", "attention.head_count=2"]
+    )
+    model = talkable(raw, tmp_path / "model.gguf")
+    done("convert", model, "--skip", "1/2", "--projection", "own", "--force")
+    question = " ".join("abcdefgh" * 20)
+    options = ["--max-tokens", 3, "--temperature", 0, "--threads", 1]
+    assert "(144 pruned)" in done("run", tmp_path / "model.pop.gguf", question, *options)
