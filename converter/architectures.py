@@ -1,4 +1,4 @@
-"""What only the name of an architecture tells: neither keys nor tensors say it.
+"""Facts that the name of an architecture alone tells: neither keys nor tensors say them.
 
 Everything else about a model comes from its file (converter.shape). Names as in llama.cpp's
 src/llama-arch.cpp; one that is missing here is taken for a decoder like any other.

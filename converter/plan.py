@@ -117,9 +117,10 @@ def make_plan(
     A fraction is rounded to whole layers, but never to none. `min_prompt`: the shortest prompt in
     tokens that is pruned; None takes twice the full rows, which saves half as much as a long one.
     `projection` is "own" where there is nothing to fit: with one skipped layer, whose own
-    projections are exact, and where a skipped layer takes no others. Raises PlanError when nothing
-    would be kept or skipped, or a token count does not fit; UnsupportedArchitectureError where
-    context tokens leave the model earlier than that, exactly.
+    projections are exact, and where a skipped layer takes no others.
+
+    Raises PlanError when nothing would be kept or skipped, or a token count does not fit. Raises
+    UnsupportedArchitectureError where context tokens leave the model earlier than that, exactly.
     """
     if boundary is None:
         if isinstance(skip, Fraction):

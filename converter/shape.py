@@ -1,14 +1,13 @@
-"""What a model's layers are, from the keys and tensors that all GGUF files share."""
+"""The layers of a model, from the keys and tensors that all GGUF files share."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from converter.architectures import GEMMA3N_KV_LAYERS, REPEATED, UNFITTED
 from converter.errors import FormatError
 from converter.format import ATTENTION, WIDE_KINDS
 from converter.keys import ArchKeys
 from converter.layers import read_layers
-from converter.source import Source, read_source
+from converter.source import Source
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 # Rows of added tensors come in blocks of ggml's quantised types.
@@ -76,11 +75,6 @@ class ModelShape:
             return 0
         n_heads = self.n_heads_out[boundary] if projection == ATTENTION else 0
         return sum(self.wide_inputs(boundary)) + n_heads
-
-
-def read_shape(path: Path) -> ModelShape:
-    """Read the shape of a model, split or not. Raises FormatError, UnsupportedArchitectureError."""
-    return source_shape(read_source(path))
 
 
 def source_shape(source: Source) -> ModelShape:

@@ -1,4 +1,4 @@
-"""What can be skipped of a model, in which way, and what is left to do in a skipped layer."""
+"""The layers that can be skipped, in which way, and the work that is left in them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ _KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
 
 @dataclass(frozen=True)
 class Skipping:
-    """What context tokens can skip: layers from `first` to `last`, of which one at least is kept.
+    """Layers `first` to `last`, which context tokens can skip; one at least is kept.
 
     `left`: what they still compute in skipped layers. `fits_from`: the first boundary for which
     projections can be fitted, None for none, because of `no_fit`. `exact`: the layer where they

@@ -14,7 +14,8 @@ import typer
 from rich.text import Text
 
 from converter.errors import PopError
-from converter.shape import read_shape
+from converter.shape import source_shape
+from converter.source import read_source
 from pop_local import __version__
 from pop_local.commands.options import Json
 from pop_local.config import settings
@@ -172,7 +173,7 @@ def _as_read(path: Path) -> str:
     mmproj = mmproj_beside(path)
     seeing = f", sees pictures by {mmproj.name}" if mmproj else ""
     with suppress(PopError):
-        if exact := read_shape(path).exact:
+        if exact := source_shape(read_source(path)).exact:
             return f"{path} (context tokens leave at layer {exact}, exactly){seeing}"
     return f"{path}{seeing}"
 

@@ -64,7 +64,7 @@ def pull(
 
 
 def _tell_needs(path: Path) -> None:
-    """What fitting the model would take, as `convert --dry-run` says; nothing where it need not."""
+    """Tell the needs of a fit, as `convert --dry-run` says; nothing where it need not."""
     with suppress(PopError):  # whoever opens the file says it
         if sidecar_of(read_source(path)) is None:
             ends, at = RowOptions(), Within(BALANCED)

@@ -202,7 +202,7 @@ class KvLlama(SeeingLlama):
 
     @cached_property
     def macs(self) -> GraphMacs:
-        """What reading prompts takes, by multiply-accumulates."""
+        """The multiply-accumulates of reading prompts."""
         return GraphMacs(Path(self.model_path), self.sidecar)
 
     # Pruning

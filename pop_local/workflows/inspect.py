@@ -52,7 +52,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Work:
-    """What skipping from a layer on wins for LIMIT_PROMPT tokens, by multiply-accumulates.
+    """The gain of skipping from a layer on for LIMIT_PROMPT tokens, by multiply-accumulates.
 
     `left_share`: of the skipped layers' work, what is left to context tokens, None if not known.
     """

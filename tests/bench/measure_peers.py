@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from converter.shape import read_shape
 from measure_speed import Child, Spread, Variant, machine, prompt, show, shown, skipping, spread
+from support.shapes import read_shape
 
 SETTINGS = {
     "llama": ("-fa 1 --repack 1", "-fa 0 --repack 1", "-fa 1 --repack 0", "-fa 0 --repack 0"),

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from converter.format import FITTED
 from converter.plan import Plan, make_plan
-from converter.shape import read_shape
 from converter.source import read_source
 from converter.work import speedup_limit
 from pop_local.calibration.options import FitOptions
@@ -26,6 +25,7 @@ from pop_local.measure.recall import N_AROUND, Recall, RecallReference, RecallSe
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.options import Hardware
+from support.shapes import read_shape
 
 N_LIMIT = 1024
 

@@ -31,9 +31,10 @@ from typing import Any
 import numpy as np
 
 from converter.plan import make_plan, parse_skip
-from converter.shape import ModelShape, read_shape
+from converter.shape import ModelShape
 from converter.work import Macs, speedup_limit
 from pop_local.engine.llama.graph_macs import GraphMacs
+from support.shapes import read_shape
 
 N_DECODE_PROMPT = 16
 

@@ -7,7 +7,6 @@ from typing import cast
 
 import pytest
 
-from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.calibration import needs
 from pop_local.calibration.needs import plan_needs
@@ -21,6 +20,7 @@ from pop_local.workflows import analyze as analyzing
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import AnalyzeOptions, Hardware
 from support.analyzed import FITTED, UNFITTED, analyze, report
+from support.shapes import read_shape
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow

@@ -14,10 +14,10 @@ from converter.format import PopMeta, read_pop_meta
 from converter.header import read_header
 from converter.plan import make_plan, parse_skip
 from converter.rewrite import convert, measure
-from converter.shape import read_shape
 from pop_local.cli import app
 from support.converted import convert_default, names
 from support.oracle import assert_same_logits
+from support.shapes import read_shape
 from support.synthetic import DEFAULTS, make_gguf, make_split, renamed
 
 

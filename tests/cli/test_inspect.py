@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from converter.plan import make_plan
 from converter.rewrite import convert
-from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.cli import app
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import verify
+from support.shapes import read_shape
 from support.synthetic import make_gguf, renamed
 
 

@@ -14,7 +14,6 @@ from converter.errors import PopError
 from converter.format import Measured
 from converter.header import read_header
 from converter.plan import TAIL_TOKENS, make_plan
-from converter.shape import read_shape
 from converter.sidecar import sidecar_beside, write_sidecar
 from converter.source import read_source
 from pop_local.cli import app
@@ -25,6 +24,7 @@ from pop_local.models.stored import ModelFiles
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
 from support.converted import Pair, made_up, names, paired
+from support.shapes import read_shape
 from support.synthetic import make_gguf, make_split
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ from converter.errors import FormatError, OutputExistsError, WriteError
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import convert, strip
-from converter.shape import read_shape
 from pop_local.cli import app
+from support.shapes import read_shape
 from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split
 
 

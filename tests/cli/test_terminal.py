@@ -9,8 +9,8 @@ import pytest
 
 from converter.plan import make_plan
 from converter.rewrite import convert
-from converter.shape import read_shape
 from support.program import called, run
+from support.shapes import read_shape
 from support.synthetic import TEMPLATE, make_gguf
 
 if sys.platform == "win32":

@@ -24,7 +24,6 @@ from converter.format import read_pop_meta
 from converter.header import read_header
 from converter.keys import trained_ctx
 from converter.plan import make_plan
-from converter.shape import read_shape
 from converter.sidecar import read_sidecar, sidecar_beside, sidecar_meta
 from converter.skipping import skipping_of
 from converter.source import read_source
@@ -53,6 +52,7 @@ from support.converted import paired, tiny
 from support.mutants import IN_PLACE, mutated_bytes, mutated_json
 from support.native import Loader
 from support.serving import asking
+from support.shapes import read_shape
 from support.shared_kv import make_shared
 from support.synthetic import TEMPLATE, make_gguf
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from converter.errors import PopError, UnsupportedArchitectureError
-from converter.shape import read_shape
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import FULL, forced
 from support import recipes
 from support.architecture_table import DOCUMENT, row, written
 from support.architectures import MORE_KEYS
+from support.shapes import read_shape
 
 pytestmark = pytest.mark.slow
 TABLE = written(DOCUMENT.read_text(encoding="utf-8"))

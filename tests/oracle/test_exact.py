@@ -9,11 +9,11 @@ import gguf
 import numpy as np
 import pytest
 
-from converter.shape import read_shape
 from support.cpu import has_amx
 from support.oracle import distance, random_tokens
 from support.pop_files import Keys, add_to
 from support.raw import Job, Step, run
+from support.shapes import read_shape
 from support.shared_kv import DEFAULTS, SharedKv, make_shared, shapes
 
 N_VOCAB = 380

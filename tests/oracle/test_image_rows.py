@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from converter.shape import read_shape
 from support.oracle import Q8_0, Trio, make_trio, random_tokens
 from support.pop_files import OWN, add_to, own_as_fitted
 from support.raw import Job, Step, run
+from support.shapes import read_shape
 from support.synthetic import DEFAULTS, make_gguf
 
 N_VOCAB = 380

@@ -14,7 +14,6 @@ from converter.errors import PopError, WriteError
 from converter.format import Measured, PopMeta, Recalled, pop_meta
 from converter.header import read_header
 from converter.plan import make_plan
-from converter.shape import read_shape
 from converter.sidecar import measure_sidecar, read_sidecar, write_sidecar
 from converter.source import read_source
 from pop_local.calibration.loaded import LoadedModel
@@ -27,6 +26,7 @@ from support.calls import opened, prompt, read
 from support.converted import Pair, made_up, paired
 from support.oracle import random_tokens
 from support.raw import Job, run
+from support.shapes import read_shape
 from support.sidecars import outcome, require_same
 from support.synthetic import make_gguf, make_split
 

@@ -20,8 +20,8 @@ from support.kv_reference import (
 )
 from support.oracle import Trio, make_trio, random_tokens
 from support.raw import Job
+from support.shapes import read_shape
 from support.synthetic import make_gguf
-from support.windows import windows_of
 
 N_VOCAB = 380
 # Of values around 1 to 10: sums of F32 products, and RoPE's angles in F32.
@@ -71,7 +71,7 @@ def test_context_rows_are_those_of_the_reference(
     job = replace(job, type_k=cache, type_v=cache)
     stored = prefilled(tiny, tokens, tmp_path, job)
     reference = Reference(tiny.pruned, normalised_states(tiny, tokens, job))
-    windows = windows_of(tiny.original)
+    windows = read_shape(tiny.original).windows
     for layer in range(tiny.boundary, len(windows)):
         found, wanted = context_rows(
             stored[layer], reference.layer(layer, swa=windows[layer] > 0), len(tokens)

@@ -15,7 +15,6 @@ from converter.format import ATTENTION, WIDE
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import Fitted, convert
-from converter.shape import read_shape
 from support.converted import made_up
 from support.kv_reference import (
     F16,
@@ -28,8 +27,8 @@ from support.kv_reference import (
 )
 from support.oracle import Q8_0, Tokens, Trio, make_trio, random_tokens
 from support.raw import GPU_LAYERS, Job, Step, run
+from support.shapes import read_shape
 from support.synthetic import make_gguf
-from support.windows import windows_of
 
 N_VOCAB, N_UBATCH, BOUNDARY = 380, 32, 3
 # Of values around 1: sums of F32 products, ggml's table of GELU in F16; attention in F16 below the
@@ -80,7 +79,7 @@ def stored_kv(trio: Trio, parts: Parts, folder: Path, job: Job) -> list[dict[int
     job = replace(job, model=str(trio.pruned), steps=steps, lib=None, n_seq_max=2)
     counters = run(replace(job, n_ubatch=N_UBATCH))["counters"]
     np.testing.assert_array_equal(counters, [len(FIRST) + len(SECOND), 0])
-    windows = windows_of(trio.original)
+    windows = read_shape(trio.original).windows
     return [parse_state((folder / f"state{seq}").read_bytes(), windows) for seq in (0, 1)]
 
 
@@ -116,7 +115,7 @@ def test_the_previous_row_is_of_the_same_sequence_and_ubatch(
         uncut = Reference(wide.pruned, states)
         itself = Reference(wide.pruned, states, range(len(tokens)))
         for layer in range(BOUNDARY + 1, 8):
-            swa = windows_of(wide.original)[layer] > 0
+            swa = read_shape(wide.original).windows[layer] > 0
             assert (off(found[seq][layer], reference.layer(layer, swa=swa)) < close).all()
             # What the reference would not notice is no proof.
             assert (off(found[seq][layer], uncut.layer(layer, swa=swa))[cut[1:]] > WRONG).all()
@@ -128,7 +127,7 @@ def test_a_quantised_cache(wide: Trio, tmp_path: Path, job: Job) -> None:
     """K is turned there before it is rounded, V is not."""
     job = replace(job, kv_unified=True, type_k=Q8_0, type_v=F16)
     found = stored_kv(wide, IN_TURN, tmp_path, job)
-    windows = windows_of(wide.original)
+    windows = read_shape(wide.original).windows
     reference = Reference(wide.pruned, normalised_states(wide, FIRST, job), edges(IN_TURN, 0))
     for layer in range(BOUNDARY + 1, 8):
         wanted, got = reference.layer(layer, swa=windows[layer] > 0), found[0][layer]
@@ -149,7 +148,7 @@ def test_a_row_of_two_sequences_is_the_previous_one_of_both(
         *(Step("save", seq=seq, path=str(tmp_path / f"state{seq}")) for seq in (0, 1)),
     )
     run(replace(job, model=str(wide.pruned), steps=steps, lib=None, n_seq_max=2, kv_unified=True))
-    windows = windows_of(wide.original)
+    windows = read_shape(wide.original).windows
     for seq in (0, 1):
         found = parse_state((tmp_path / f"state{seq}").read_bytes(), windows)
         states = normalised_states(wide, (*shared, *own[seq]), job)

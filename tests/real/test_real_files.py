@@ -7,14 +7,14 @@ import pytest
 
 from converter.hyper import read_hyper
 from converter.rewrite import strip
-from converter.shape import read_shape, source_shape
+from converter.shape import source_shape
 from converter.source import read_source
 from converter.work import speedup_limit
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.heldout import shipped_text, spread_windows, tokenize
 from support.converted import convert_default
-from support.windows import windows_of
+from support.shapes import read_shape
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def test_real_models(smollm2, gemma):
     assert (shape.n_q[0], shape.n_k[0], shape.n_v[0]) == (9 * 64, 3 * 64, 3 * 64)
     shape = read_shape(gemma)
     assert (shape.arch, shape.n_layer, shape.n_vocab) == ("gemma3", 18, 262144)
-    windows = windows_of(gemma)
+    windows = read_shape(gemma).windows
     assert [layer for layer, window in enumerate(windows) if window == 0] == [5, 11, 17]
     assert max(windows) == 512
 

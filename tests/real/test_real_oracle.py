@@ -13,7 +13,6 @@ from converter.fit import KvType
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import convert
-from converter.shape import read_shape
 from support.converted import convert_default, paired
 from support.kv_reference import (
     F32,
@@ -38,9 +37,9 @@ from support.oracle import (
     unpatched_noise,
 )
 from support.raw import Job
+from support.shapes import read_shape
 from support.sidecars import require_same
 from support.synthetic import DEEP_OUTPUTS, zero_deep_copy
-from support.windows import windows_of
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +116,7 @@ def test_a_real_model_differs_by_the_rounding_of_its_products(
     job = replace(job, type_k=F32, type_v=F32)
     stored = prefilled(trio, tokens, tmp_path, job)
     reference = Reference(trio.pruned, normalised_states(trio, tokens, job))
-    windows = windows_of(trio.original)
+    windows = read_shape(trio.original).windows
     for layer in range(trio.boundary, len(windows)):
         found, wanted = context_rows(
             stored[layer], reference.layer(layer, swa=windows[layer] > 0), len(tokens)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from converter.architectures import REFUSED
 from converter.errors import UnsupportedArchitectureError
-from converter.shape import ModelShape, read_shape
+from converter.shape import ModelShape
 from converter.skipping import skipping_of
 from support.paths import ROOT
+from support.shapes import read_shape
 
 DOCUMENT = ROOT / "docs" / "architectures.md"
 _BEGIN, _END = "<!-- table -->\n", "<!-- end -->\n"

@@ -9,7 +9,6 @@ import numpy as np
 from converter.fit import KvType
 from converter.format import FITTED
 from converter.plan import make_plan
-from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.calibration.activations import reading
 from pop_local.calibration.job import Follow, calibrate
@@ -17,6 +16,7 @@ from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.engine.llama.graph_macs import GraphMacs
+from support.shapes import read_shape
 
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]

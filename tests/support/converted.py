@@ -11,10 +11,10 @@ from converter.fit import KvType, encode
 from converter.format import WIDE_KINDS, Calibration, PopMeta
 from converter.plan import Plan, make_plan
 from converter.rewrite import Fitted, convert
-from converter.shape import read_shape
 from converter.sidecar import write_sidecar
 from converter.weights import KvProjection
 from converter.wide import Neurons, WideInput, encode_input
+from support.shapes import read_shape
 from support.synthetic import make_gguf
 
 # Of tests that do not say.

@@ -18,13 +18,12 @@ from converter.format import ATTENTION, FITTED
 from converter.header import read_header
 from converter.plan import make_plan
 from converter.rewrite import convert
-from converter.shape import read_shape
 from converter.source import read_source
 from converter.weights import Weights
 from support.converted import made_up
 from support.oracle import Tokens, Trio
 from support.raw import Job, Step, run
-from support.windows import windows_of
+from support.shapes import read_shape
 
 # ggml rounds the input of a quantised product to 127 steps each side, in blocks of 32.
 BLOCK, N_STEPS = 32, 127
@@ -70,7 +69,7 @@ class Reference:
     def __init__(self, pruned: Path, states: np.ndarray, edges: Sequence[int] = (0,)) -> None:
         self._weights = Weights(read_source(pruned))
         self._header = read_header(pruned)
-        self._states, self._windows = states, windows_of(pruned)
+        self._states, self._windows = states, read_shape(pruned).windows
         self.arch = str(self._header.get("general.architecture"))
         per_head = self._key("embedding_length") // self._key("attention.head_count")
         self._head_dim = int(self._key("attention.key_length", per_head))
@@ -266,7 +265,7 @@ def prefilled(trio: Trio, tokens: Tokens, folder: Path, job: Job) -> dict[int, S
     )
     counters = run(replace(job, model=str(trio.pruned), steps=steps, lib=None))["counters"]
     np.testing.assert_array_equal(counters, [len(tokens) - 1, 1])
-    return parse_state(state.read_bytes(), windows_of(trio.original))
+    return parse_state(state.read_bytes(), read_shape(trio.original).windows)
 
 
 def context_rows(stored: Stored, expected: Expected, n_tokens: int) -> tuple[Stored, Expected]:

@@ -14,8 +14,8 @@ import numpy as np
 
 from converter.plan import make_plan
 from converter.rewrite import convert
-from converter.shape import read_shape
 from support.raw import Job, Step, run
+from support.shapes import read_shape
 from support.synthetic import zero_deep_copy
 
 Tokens = tuple[int, ...]

@@ -16,11 +16,11 @@ from PIL import Image
 
 from converter.plan import make_plan
 from converter.rewrite import convert
-from converter.shape import read_shape
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
+from support.shapes import read_shape
 from support.synthetic import DEFAULTS, Weights, make_gguf
 
 CONTROL = (

@@ -20,8 +20,8 @@ OUTPUTS = (
     *("ffn_down", "ffn_down_exps", "ffn_down_shexp", "ffn_down_chexps"),
     *("vis_attn_output", "vis_down"),
 )
-# What an architecture adds, or multiplies the state by, besides. Layers without an FFN, as recipes
-# leave some, add what the norm before it gives.
+# Other tensors that an architecture adds, or multiplies the state by. Layers without an FFN, as
+# recipes leave some, add what the norm before it gives.
 MORE: Mapping[str, Mapping[str, float]] = {
     "ernie4_5-moe": {"ffn_norm": 0.0},
     "refact": {"ffn_norm": 0.0},

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from converter.errors import PopError
 from converter.format import read_pop_meta
 from converter.plan import make_plan
-from converter.shape import read_shape
 from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
@@ -20,6 +19,7 @@ from pop_local.measure.break_even import Tried, measure_break_even, search, wins
 from pop_local.measure.forced import use_rule
 from pop_local.ui.views.stats import stats_line
 from support.converted import converted, tiny
+from support.shapes import read_shape
 from support.synthetic import make_gguf
 
 FULL_ROW_S, CONTEXT_ROW_S = 1.0, 0.75

@@ -12,7 +12,6 @@ from converter.errors import StoppedError
 from converter.fit import Gram, Weighting
 from converter.format import read_pop_meta
 from converter.rewrite import Fitted, convert, strip
-from converter.shape import read_shape
 from converter.source import read_source
 from converter.weights import Weights
 from pop_local.calibration.loaded import LoadedModel
@@ -31,6 +30,7 @@ from support.calibrating import (
     settings,
     stopped_at,
 )
+from support.shapes import read_shape
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow

@@ -11,11 +11,11 @@ from llama_cpp import LlamaGrammar, LogitsProcessorList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from converter.errors import PopError
-from converter.shape import read_shape
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.backend import Counters, Mode
 from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read
 from support.converted import converted, tiny
+from support.shapes import read_shape
 from support.synthetic import add_keys, make_gguf, renamed
 
 

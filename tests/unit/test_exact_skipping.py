@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from converter.errors import PopError, UnsupportedArchitectureError
 from converter.format import FITTED, OWN
 from converter.plan import make_plan
-from converter.shape import read_shape
 from converter.work import speedup_limit
 from pop_local.cli import app
 from pop_local.engine.llama import backend
@@ -24,6 +23,7 @@ from pop_local.server.tasks import Tasks
 from pop_local.ui.chat.dialogue import _costs
 from support.calls import evaluated, greedy, opened, prompt
 from support.scripted import ScriptedModel, figures, talk
+from support.shapes import read_shape
 from support.shared_kv import make_shared
 from support.synthetic import TEMPLATE
 

@@ -16,9 +16,9 @@ from converter.errors import FormatError, UnsupportedArchitectureError
 from converter.format import Budget, PopMeta, encode_keys, read_pop_meta
 from converter.header import MAX_KEPT_ITEMS, Array, read_header
 from converter.hyper import read_hyper
-from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.engine.model import PopModel
+from support.shapes import read_shape
 from support.shared_kv import make_shared
 from support.synthetic import DEFAULTS, add_keys, make_gguf
 

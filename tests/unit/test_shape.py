@@ -10,11 +10,10 @@ from converter.errors import FormatError, PlanError, UnsupportedArchitectureErro
 from converter.format import FITTED
 from converter.header import read_header
 from converter.plan import make_plan, require_fit
-from converter.shape import read_shape
 from converter.source import read_source
 from pop_local.measure.depth import boundaries
+from support.shapes import read_shape
 from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split, renamed
-from support.windows import windows_of
 
 
 @pytest.mark.parametrize("arch", sorted(DEFAULTS))
@@ -56,7 +55,7 @@ def test_shape(tmp_path, arch, overrides):
 )
 def test_sliding_windows(tmp_path, arch, period, full_layers):
     path = make_gguf(tmp_path / "model.gguf", arch, swa_period=period, swa_window=16)
-    windows = windows_of(path)
+    windows = read_shape(path).windows
     assert {layer for layer, window in enumerate(windows) if window == 0} == full_layers
     assert set(windows) <= {0, 16}
 
@@ -64,7 +63,7 @@ def test_sliding_windows(tmp_path, arch, period, full_layers):
 def test_sliding_window_flag_for_each_layer(tmp_path):
     pattern = [True, False, False, True, True, True, True, False]
     path = make_gguf(tmp_path / "model.gguf", "gemma3", swa_pattern=pattern)
-    assert windows_of(path) == read_shape(path).windows == tuple(16 * flag for flag in pattern)
+    assert read_shape(path).windows == tuple(16 * flag for flag in pattern)
 
 
 def test_window_that_a_model_does_not_have(tmp_path):
@@ -74,7 +73,7 @@ def test_window_that_a_model_does_not_have(tmp_path):
         windowed = add_keys(
             path, tmp_path / f"{arch}w.gguf", **{f"{arch}__attention__sliding_window": 16}
         )
-        assert set(windows_of(windowed)) == {0}
+        assert set(read_shape(windowed).windows) == {0}
 
 
 def test_more_layers_for_images_than_there_are_is_no_model(tmp_path):

@@ -14,7 +14,6 @@ from converter.fit import KvType, Weighting
 from converter.format import ATTENTION, FITTED, OWN, WIDE, read_pop_meta
 from converter.plan import make_plan
 from converter.rewrite import convert, measure, stored_bytes, stored_type, strip
-from converter.shape import read_shape
 from converter.sidecar import write_sidecar
 from converter.source import read_source
 from converter.weights import Weights
@@ -46,6 +45,7 @@ from support.calibrating import (
     stopped_at,
 )
 from support.converted import made_up
+from support.shapes import read_shape
 from support.synthetic import make_gguf
 
 N_PREV, N_NEURONS = 32, 64

@@ -7,13 +7,12 @@ import pytest
 
 from converter.errors import PopError
 from converter.plan import make_plan
-from converter.shape import read_shape
 from converter.work import left_share, speedup_limit
 from pop_local.engine.llama import graph_macs as module
 from pop_local.engine.llama.graph_macs import GraphMacs
+from support.shapes import read_shape
 from support.shared_kv import make_shared
 from support.synthetic import DEFAULTS, make_gguf
-from support.windows import windows_of
 
 # A fused tensor, as phi3 has it, gives Q along with K and V.
 ARCHS = ("llama", "qwen3moe", "gemma2", "gemma3")
@@ -21,7 +20,7 @@ ARCHS = ("llama", "qwen3moe", "gemma2", "gemma3")
 
 def counted(path: Path, n_prompt: int, boundary: int | None, n_full: int) -> int:
     """Row by row, position by position."""
-    shape, windows = read_shape(path), windows_of(path)
+    shape, windows = read_shape(path), read_shape(path).windows
     recipe = DEFAULTS[shape.arch]
     n_embd, n_layer = shape.n_embd, shape.n_layer
     n_ffn = 3 * n_embd * recipe.n_ff * (recipe.n_expert_used if recipe.n_expert else 1)

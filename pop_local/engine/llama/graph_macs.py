@@ -15,7 +15,7 @@ _N_CTX = 2048
 
 
 class GraphMacs:
-    """What reading a prompt costs a model, given by its file and its sidecar (converter.work.Macs).
+    """The work of a model, given by its file and its sidecar, for a prompt (converter.work.Macs).
 
     Nothing but the headers is read, when something is first asked for; that takes as long as the
     vocabulary, some tenths of a second. Numbers are kept. Prompts of more than 2,048 tokens are

@@ -129,7 +129,7 @@ def require_room(
     llama.cpp fills them with zeros, and the system ends the process. Where it `is_windowed`, layers
     with a sliding window count as that, the least that they take. `holds_kv`: they are in main
     memory, and in F16; rows that can be redone (`holds_states`) have their state in F32 there,
-    whatever computes. What else a state takes is not known.
+    whatever computes. Other parts of a state are not counted.
     """
     needed_bytes, free_bytes = 0, psutil.virtual_memory().available + psutil.swap_memory().free
     with suppress(PopError):

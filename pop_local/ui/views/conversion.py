@@ -181,7 +181,7 @@ def _facts(
 
 
 def fit_facts(conversion: Conversion) -> Iterator[Fact]:
-    """What the fit takes; nothing where none is planned."""
+    """The text, memory and time of the fit; nothing where none is planned."""
     plan, fit, needs = conversion.deepest, conversion.fit, conversion.needs
     if fit is None or needs is None:
         return

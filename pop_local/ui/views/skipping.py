@@ -1,4 +1,4 @@
-"""What can be skipped of a model, in words."""
+"""The layers that can be skipped, in words."""
 
 from __future__ import annotations
 
