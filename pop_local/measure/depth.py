@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from converter.errors import PlanError
 from converter.format import Budget
-from converter.plan import Plan, require_prunable
+from converter.plan import Plan
 from converter.progress import Progress
 from converter.shape import ModelShape
 from converter.work import LIMIT_PROMPT, speedup_limit
@@ -69,10 +69,8 @@ class DepthCost:
 def boundaries(shape: ModelShape, divisor: int = 2) -> tuple[int, ...]:
     """Return the boundaries from the last layer alone down to half of all, or to n_layer / divisor.
 
-    Layers that take features of images are kept. Raises PlanError for a model of one layer, and as
-    `require_prunable`.
+    Layers that take features of images are kept. Raises PlanError for a model of one layer.
     """
-    require_prunable(shape)
     if shape.n_layer < 2:
         raise PlanError("a model of one layer has none that could be skipped")
     lowest = max(1, shape.n_deepstack, shape.n_layer // divisor)

@@ -235,13 +235,13 @@ def test_fitted_projections_cannot_be_tried_elsewhere(tmp_path):
 
 @pytest.mark.parametrize(("n_layer", "deepest"), [(2, 1), (3, 1), (18, 9), (30, 15)])
 def test_the_deeper_half_is_probed(n_layer, deepest):
-    found = boundaries(SimpleNamespace(n_layer=n_layer, n_deepstack=0, exact=0))  # type: ignore[arg-type]
+    found = boundaries(SimpleNamespace(n_layer=n_layer, n_deepstack=0))  # type: ignore[arg-type]
     assert (found[0], found[-1]) == (n_layer - 1, deepest)
 
 
 def test_a_single_layer_has_nothing_to_skip():
     with pytest.raises(PlanError):
-        boundaries(SimpleNamespace(n_layer=1, exact=0))  # type: ignore[arg-type]
+        boundaries(SimpleNamespace(n_layer=1))  # type: ignore[arg-type]
 
 
 def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
