@@ -14,6 +14,7 @@ from converter.plan import make_plan
 from converter.shape import source_shape
 from converter.source import read_source
 from pop_local.calibration import needs, texts
+from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import gradual
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
@@ -116,7 +117,8 @@ def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(
     kind, n_lost, boundaries, tiny, monkeypatch
 ):
     shape = source_shape(read_source(tiny))
-    plans = {each: make_plan(shape, boundary=each, projection=WIDE) for each in (5, 4, 3)}
+    given: Any = {"projection": WIDE, "macs": GraphMacs(tiny)}
+    plans = {each: make_plan(shape, boundary=each, **given) for each in (5, 4, 3)}
     unused: Any = None
     fitted = {(each, either, False): unused for each in plans for either in (WIDE, ATTENTION)}
     tried = []
