@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from converter.architectures import REFUSED
+from converter.errors import UnsupportedArchitectureError
 from converter.header import read_header
 from support import recipes
+from support.architecture_table import DOCUMENT, row, written
 from support.architectures import (
     CRASHES,
     MORE_KEYS,
@@ -28,11 +30,13 @@ from support.architectures import (
 from support.oracle import random_tokens
 from support.pop_files import OWN, add_to
 from support.raw import Job, Step, run
+from support.shapes import read_shape
 from support.silent import IMPOSSIBLE, setting, silent_copy
 
 # Two ubatches of context, longer than the recipes' windows of 32 rows.
 N_CONTEXT, N_TAIL, N_UBATCH = 48, 4, 32
 NAMES = recipes.names()
+TABLE = written(DOCUMENT.read_text(encoding="utf-8"))
 DECODERS = [name for name in NAMES if name.arch not in {*REFUSED, *NO_RECIPE, *CRASHES}]
 LLAMA = recipes.Name("llama", is_moe=False)
 Results = dict[str, np.ndarray]
@@ -177,6 +181,11 @@ def pruned(boundary: int) -> tuple[Step, ...]:
 
 
 @every
+def test_the_table_has_what_headers_say(subject: Subject) -> None:
+    assert row(read_shape(subject.path)) in TABLE
+
+
+@every
 def test_off_is_the_full_model(subject: Subject) -> None:
     off = (*pruned(subject.n_layer // 2), Step("mode", value=0))
     got = subject.patched(*off, subject.context, subject.tail, Step("counters", "counters"))
@@ -314,6 +323,9 @@ def test_what_is_no_decoder_is_refused_by_name(name: recipes.Name, tmp_path: Pat
     wrong = add_to(path, tmp_path / "wrong.gguf", {**OWN, "pop.schedule": schedule})
     with pytest.raises(RuntimeError, match=f"'{name.arch}' is an encoder, a diffusion"):
         run(Job(str(wrong), (), n_ctx=256))
+    with pytest.raises(UnsupportedArchitectureError):
+        read_shape(path)
+    assert f"| {name.arch} | " in TABLE
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.arch in NO_RECIPE], ids=str)

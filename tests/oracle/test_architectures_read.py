@@ -1,18 +1,15 @@
-"""Every architecture: what docs/architectures.md says of it, and how its quality is measured."""
+"""Learned positions, and states that are put back: models of some architectures in the engine."""
 
 import numpy as np
 import pytest
 
-from converter.errors import PopError, UnsupportedArchitectureError
+from converter.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import FULL, forced
 from support import recipes
-from support.architecture_table import DOCUMENT, row, written
 from support.architectures import MORE_KEYS
-from support.shapes import read_shape
 
 pytestmark = pytest.mark.slow
-TABLE = written(DOCUMENT.read_text(encoding="utf-8"))
 NAMES = {str(name): name for name in recipes.names()}
 
 
@@ -22,15 +19,6 @@ def made(name: str, path):
         return recipes.make(recipe, path / "model.gguf", MORE_KEYS.get(recipe.arch, ()))
     except recipes.NoModelError:
         pytest.skip("its recipe makes no model")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_table_has_what_headers_say(name, tmp_path):
-    try:
-        line = row(read_shape(made(name, tmp_path)))
-    except UnsupportedArchitectureError:
-        line = f"| {NAMES[name].arch} | "
-    assert line in TABLE
 
 
 @pytest.mark.skipif("gpt2" not in NAMES, reason="the recipes are not built")
