@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from converter.shape import source_shape
+from converter.source import read_source
 from measure_speed import Child, Spread, Variant, machine, prompt, show, shown, skipping, spread
-from support.shapes import read_shape
 
 SETTINGS = {
     "llama": ("-fa 1 --repack 1", "-fa 0 --repack 1", "-fa 1 --repack 0", "-fa 0 --repack 0"),
@@ -95,7 +96,7 @@ def bench(program: Path, setting: str, options: argparse.Namespace) -> Run:
 @contextmanager
 def ours(options: argparse.Namespace) -> Iterator[list[Entry]]:
     """pop-local in full and pruned, in a child that has run each of them once."""
-    shape = read_shape(Path(options.model))
+    shape = source_shape(read_source(Path(options.model)))
     pruned = [Variant("pruned", is_patched=True, mode=1)]
     variants = pruned if options.sidecar else skipping(shape, options.skips)
     process = Child(options, max(options.prompts) + 64, None)

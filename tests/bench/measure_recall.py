@@ -15,6 +15,7 @@ from pathlib import Path
 
 from converter.format import FITTED
 from converter.plan import Plan, make_plan
+from converter.shape import source_shape
 from converter.source import read_source
 from converter.work import speedup_limit
 from pop_local.calibration.options import FitOptions
@@ -25,7 +26,6 @@ from pop_local.measure.recall import N_AROUND, Recall, RecallReference, RecallSe
 from pop_local.workflows.events import Watch
 from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.options import Hardware
-from support.shapes import read_shape
 
 N_LIMIT = 1024
 
@@ -101,7 +101,7 @@ def main() -> None:
     given = parser.parse_args()
     boundaries = [int(part) for part in given.boundaries.split(",")]
     shares = [float(part) for part in given.shares.split(",")]
-    shape = read_shape(given.model)
+    shape = source_shape(read_source(given.model))
     settings = RecallSettings(given.documents, given.tokens)
 
     def opened(sidecar: Path | None) -> PopModel:

@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 
 from converter.plan import make_plan, parse_skip
-from converter.shape import ModelShape
+from converter.shape import ModelShape, source_shape
+from converter.source import read_source
 from converter.work import Macs, speedup_limit
 from pop_local.engine.llama.graph_macs import GraphMacs
-from support.shapes import read_shape
 
 N_DECODE_PROMPT = 16
 
@@ -347,7 +347,7 @@ def main() -> None:
     if options.child:
         child(options)
         return
-    shape, macs = read_shape(Path(options.model)), GraphMacs(Path(options.model))
+    shape, macs = source_shape(read_source(Path(options.model))), GraphMacs(Path(options.model))
     n_prompts = [int(n) for n in options.prompts.split(",") if n]
     variants = [
         Variant("other" if options.other else "unpatched", is_patched=False),

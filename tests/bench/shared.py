@@ -1,9 +1,10 @@
-"""What the scripts take from the tests' support package, made importable."""
+"""The scripts' part of the tests' support package, made importable, and what that imports."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "patches" / "llama-cpp-python"))
 
 from support.asked import BOMB
 from support.f32_copy import write_f32
