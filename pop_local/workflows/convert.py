@@ -131,7 +131,7 @@ class Conversion:
 
     @cached_property
     def needs(self) -> Needs | None:
-        """What fitting all plans takes; None where nothing is fitted, or the work not counted."""
+        """The memory and time of all plans' fits; None where there are none, or not counted."""
         if self.fit is None or not self._fitted or self.not_counted:
             return None
         return fit_needs(self._fitted, self.source, self.fit, self.kinds)

@@ -116,7 +116,7 @@ class Subject:
 
     @cached_property
     def full(self) -> "Full":
-        """What the unpatched library gives."""
+        """Run steps in the unpatched library."""
         steps = (self.context, self.save("full"), self.tail, Step("remove"), self.at_once)
         got = self.unpatched(*steps)
         return Full(got["tail"], got["at once"][-1], self.read("full"))
@@ -195,7 +195,7 @@ def test_off_is_the_full_model(subject: Subject) -> None:
 
 @every
 def test_the_last_layer_is_skipped_exactly(subject: Subject) -> None:
-    """What is stored is what the full model stores, so that nothing behind it can differ."""
+    """The same is stored as by the full model, so that nothing behind it can differ."""
     check_equal_to_full(subject, subject.last)
 
 

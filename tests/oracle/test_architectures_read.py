@@ -34,7 +34,7 @@ def test_no_more_is_read_than_there_are_positions(tmp_path):
     "name", sorted(NAMES.keys() & {"qwen35", "lfm2", "mamba2", "rwkv7", "deepseek4+experts"})
 )
 def test_a_text_is_forgotten_by_recurrent_layers_too(name, tmp_path):
-    """What follows a context is scored, put back, and scores the same again."""
+    """A text behind a context is scored, put back, and scores the same again."""
     with PopModel(made(name, tmp_path), n_ctx=256, n_threads=1) as model, forced(model) as reader:
         context, text, another = (range(1, 1 + n) for n in (100, 20, 21))
         reader.read(context, FULL)
