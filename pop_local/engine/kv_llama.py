@@ -157,6 +157,7 @@ class KvLlama(SeeingLlama):
         backend.require_boundary(self._model.model, self.meta)
         backend.set_kernels(self.ctx, kernels)
         self._window = api.llama_model_n_swa(self._model.model) if is_windowed else 0
+        self.exact = self._exact_now()
         self.pop_mode = backend.get_mode(self.ctx)
         # llama.cpp rounds the context up.
         self.input_ids = np.zeros(self._n_ctx, dtype=np.intc)
@@ -218,8 +219,7 @@ class KvLlama(SeeingLlama):
             return self.shape.no_refill
         return ""
 
-    @property
-    def exact(self) -> int:
+    def _exact_now(self) -> int:
         """The layer at which context tokens leave, exactly; 0: none, or they are pruned earlier."""
         exact = backend.model_exact(self._model.model)
         return 0 if 0 < self.boundary < exact else exact
@@ -271,6 +271,7 @@ class KvLlama(SeeingLlama):
         """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
         self.interrupt.require_idle()
         backend.set_boundary(self.ctx, layer)
+        self.exact = self._exact_now()
         self._switched(keeps_cache=False)
 
     def _switched(self, *, keeps_cache: bool) -> None:
