@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converter.errors import OutputExistsError, PopError, StoppedError
+    from pop_local.base.errors import OutputExistsError, PopError, StoppedError
     from pop_local.calibration.options import FitOptions
     from pop_local.engine.decode.grammar import GrammarError
     from pop_local.engine.model import PopModel
@@ -76,7 +76,7 @@ __all__ = [
 
 # Imported when they are asked for: the commands' --help must not load llama.cpp.
 _MODULES = {
-    "converter.errors": ["OutputExistsError", "PopError", "StoppedError"],
+    "pop_local.base.errors": ["OutputExistsError", "PopError", "StoppedError"],
     "pop_local.calibration.options": ["FitOptions"],
     "pop_local.measure.budget": ["BALANCED", "FAST", "NEAR_LOSSLESS"],
     "pop_local.measure.quality": ["QualitySettings"],

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import bindings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.texts import N_WINDOW, CalibrationError
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj, Seen

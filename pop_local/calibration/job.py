@@ -8,17 +8,18 @@ from itertools import chain
 
 import numpy as np
 
-from converter import fit
-from converter.content import NewTensor
-from converter.errors import StoppedError
-from converter.fit import DAMAGED_HINT, Gram
-from converter.format import ATTENTION, FITTED, Calibration
-from converter.plan import Plan
-from converter.progress import Progress
-from converter.rewrite import Fitted
-from converter.source import Source
-from converter.weights import Weights
-from converter.wide import encode_input, wide_input
+from pop_converter.fit import least_squares as fit
+from pop_converter.fit.least_squares import DAMAGED_HINT, Gram
+from pop_converter.fit.weights import Weights
+from pop_converter.fit.wide import encode_input, wide_input
+from pop_converter.gguf.content import NewTensor
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.format import Calibration
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Fitted
+from pop_converter.projection import Projection
+from pop_local.base.errors import StoppedError
+from pop_local.base.progress import Progress
 from pop_local.calibration.activations import Reading, Rows, reading
 from pop_local.calibration.images import CalibrationImages, pictures_of
 from pop_local.calibration.images import identity as images_identity
@@ -96,7 +97,7 @@ class _Job:
         self._shape = plans[0].shape
         self._given = text
         self._fitted_layers = {plan.boundary: plan.fitted_layers for plan in plans}
-        self._projections: dict[int, list[str]] = {}
+        self._projections: dict[int, list[Projection]] = {}
         for plan in plans:
             self._projections.setdefault(plan.boundary, []).append(plan.projection)
         self._groups = plan_needs(plans, source, options).groups
@@ -178,7 +179,7 @@ class _Job:
             self,
             boundaries=sorted(boundaries),
             layers=sorted(layers),
-            heads=[each for each in boundaries if ATTENTION in self._projections[each]],
+            heads=[each for each in boundaries if Projection.ATTENTION in self._projections[each]],
             n_window=N_WINDOW,
         ) as opened:
             while state.n_done < n_all:
@@ -201,7 +202,9 @@ class _Job:
 
     def _choose_inputs(self, boundaries: Set[int]) -> None:
         """Choose the wider inputs by some windows, spread over the text."""
-        wanted = sorted(each for each in boundaries if self._projections[each] != [FITTED])
+        wanted = sorted(
+            each for each in boundaries if self._projections[each] != [Projection.FITTED]
+        )
         if not wanted:
             return
         windows = self._state.text.windows
@@ -258,11 +261,11 @@ class _Job:
         """What the fits at a boundary see, the narrowest kind's first."""
         x, wide = self._x[boundary], self._state.wides.get(boundary)
         parts = [x] if wide is None else [x, wide(x)]
-        if ATTENTION in self._projections[boundary]:
+        if Projection.ATTENTION in self._projections[boundary]:
             parts.append(self._heads[boundary])
         return parts
 
-    def _n_inputs(self, boundary: int, projection: str) -> int:
+    def _n_inputs(self, boundary: int, projection: Projection) -> int:
         return self._shape.n_embd + self._shape.n_wide(boundary, projection)
 
     def _add(self) -> None:
@@ -278,7 +281,7 @@ class _Job:
         What is kept when this stops is solved again.
         """
         shape = self._shape
-        solved: list[tuple[tuple[int, str], NewTensor]] = []
+        solved: list[tuple[tuple[int, Projection], NewTensor]] = []
         for boundary, layer in self._state.groups[self._state.group]:
             gram = self._state.grams[boundary]
             own = self._weights.own_projection(layer, shape.n_k[layer], shape.n_v[layer])
@@ -289,7 +292,7 @@ class _Job:
                 solved += [((boundary, projection), tensor) for tensor in tensors]
                 self._heed()
         for key, tensor in solved:
-            if key not in self._state.tensors and key[1] != FITTED:
+            if key not in self._state.tensors and key[1] != Projection.FITTED:
                 made = self._state.wides[key[0]]
                 inputs = encode_input(key[0], made, self._options.kv_type)
                 self._state.tensors[key] = [*inputs]

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from converter.errors import PopError
-from converter.sidecar import pop_of
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.sidecar import pop_of
+from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.rpc import Servers
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from converter import fit
-from converter.format import ATTENTION, FITTED, WIDE
-from converter.plan import Plan
-from converter.rewrite import stored_bytes
-from converter.shape import ModelShape
-from converter.source import Source
+from pop_converter.architecture.shape import ModelShape
+from pop_converter.fit import least_squares as fit
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import stored_bytes
+from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
@@ -25,11 +25,11 @@ _N_PRODUCT = 1024
 _BASE_BYTES = 300 * 10**6
 # Kinds of fit that are tried where the options leave it open. For many depths attention is not: the
 # sums would take several times as long.
-KINDS_OF_MANY = (FITTED, WIDE)
-KINDS_OF_ONE = (FITTED, WIDE, ATTENTION)
+KINDS_OF_MANY = (Projection.FITTED, Projection.WIDE)
+KINDS_OF_ONE = (Projection.FITTED, Projection.WIDE, Projection.ATTENTION)
 # Of a pruned prompt's work: a fit that adds more is not tried unless it is asked for, or copying
 # was lost in a search.
-MOST_COST = {WIDE: 0.015, ATTENTION: 0.03}
+MOST_COST = {Projection.WIDE: 0.015, Projection.ATTENTION: 0.03}
 
 
 class Pair(NamedTuple):
@@ -66,13 +66,15 @@ def sums_limit_bytes(options: FitOptions) -> int:
     return free_bytes() // 2 if options.memory_bytes is None else options.memory_bytes
 
 
-def fit_cost(plan: Plan, projection: str) -> float:
+def fit_cost(plan: Plan, projection: Projection) -> float:
     """Return what share of the speed a kind of fit costs, beside a plain one."""
-    plain, wide = (replace(plan, projection=kind).speedup_limit for kind in (FITTED, projection))
+    plain, wide = (
+        replace(plan, projection=kind).speedup_limit for kind in (Projection.FITTED, projection)
+    )
     return 1 - wide / plain
 
 
-def in_kinds(plans: Sequence[Plan], options: FitOptions, kinds: Sequence[str]) -> list[Plan]:
+def in_kinds(plans: Sequence[Plan], options: FitOptions, kinds: Sequence[Projection]) -> list[Plan]:
     """Return the plans with the projections to fit: several times where measuring is to decide.
 
     It decides at the first plan, for all. Of `kinds` those that cost little there, unless the
@@ -82,7 +84,9 @@ def in_kinds(plans: Sequence[Plan], options: FitOptions, kinds: Sequence[str]) -
         wanted = [options.projection]
     else:
         wanted = [
-            kind for kind in kinds if kind == FITTED or fit_cost(plans[0], kind) <= MOST_COST[kind]
+            kind
+            for kind in kinds
+            if kind == Projection.FITTED or fit_cost(plans[0], kind) <= MOST_COST[kind]
         ]
     return [replace(plan, projection=kind) for plan in plans for kind in wanted]
 
@@ -91,7 +95,7 @@ def fit_needs(
     plans: Sequence[Plan],
     source: Source,
     options: FitOptions,
-    kinds: Sequence[str] = KINDS_OF_MANY,
+    kinds: Sequence[Projection] = KINDS_OF_MANY,
 ) -> Needs:
     """Return what a fit of all plans takes. Raises CalibrationError for too few tokens."""
     plans = in_kinds(plans, options, kinds)

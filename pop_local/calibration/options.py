@@ -4,14 +4,15 @@ import glob
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converter.fit import RIDGE, KvType, Weighting
+from pop_converter.fit.least_squares import RIDGE, KvType, Weighting
+from pop_converter.projection import Projection
 
 
 @dataclass(frozen=True)
 class FitOptions:
     """How to fit the K/V projections of skipped layers.
 
-    `projection`: a kind of fit (converter.format), None for the better one, measured.
+    `projection`: a kind of fit (pop_converter.popfile.format), None for the better one, measured.
     `tokens`: how many to read, None for a number by the model. `text`: a file or a folder, None for
     Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
     pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
@@ -29,7 +30,7 @@ class FitOptions:
     state_path: Path | None = None
     mmproj: Path | None = None
     images: Path | None = None
-    projection: str | None = None
+    projection: Projection | None = None
     distill: bool = False
     distill_tokens: int | None = None
 

@@ -12,10 +12,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from converter.content import NewTensor
-from converter.fit import Gram
-from converter.output import replacing
-from converter.wide import Neurons, WideInput
+from pop_converter.fit.least_squares import Gram
+from pop_converter.fit.wide import Neurons, WideInput
+from pop_converter.gguf.content import NewTensor
+from pop_converter.projection import Projection
+from pop_local.base.output import replacing
 from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationError, CalibrationText
 
@@ -49,7 +50,7 @@ class State:
     n_done: int = 0
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
-    tensors: dict[tuple[int, str], list[NewTensor]] = field(default_factory=dict)
+    tensors: dict[tuple[int, Projection], list[NewTensor]] = field(default_factory=dict)
 
 
 def save(path: Path, identity: str, state: State) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.samples import sample_windows
 from pop_local.texts.decoding import decoded, read_bytes, read_text

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from converter.format import PopMeta
-from converter.plan import TAIL_TOKENS
-from converter.rewrite import check_target
+from pop_converter.popfile.format import PopMeta
+from pop_converter.popfile.plan import TAIL_TOKENS
+from pop_converter.popfile.rewrite import check_target
+from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
 from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
@@ -102,7 +103,7 @@ def convert(
         ),
     ] = None,
     projection: Annotated[
-        opt.ProjectionName | None,
+        Projection | None,
         typer.Option(
             help="K/V of skipped layers: fitted to the model (takes minutes), wide (fitted to more"
             " than the token itself), attention (wide, and to what the first skipped layer's"
@@ -225,16 +226,16 @@ def convert(
         distill=distill or None,
         distill_tokens=distill_tokens,
     )
-    if projection is opt.ProjectionName.OWN:
+    if projection is Projection.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
         if resume:
             raise typer.BadParameter("--projection own fits nothing that could go on: leave it out")
-    fit = replace(fit or FitOptions(), projection=projection and projection.kind)
+    fit = replace(fit or FitOptions(), projection=projection)
     planned = plan_conversion(
         model,
         output,
         _wanted(quality, limits, named),
-        None if projection is opt.ProjectionName.OWN else fit,
+        None if projection is Projection.OWN else fit,
         RowOptions(sink, tail, min_prompt, opt.selected(select) or 0.0),
         "sidecar" if sidecar else "copy",
         Hardware(threads, gpu_layers),

@@ -13,16 +13,16 @@ import psutil
 import typer
 from rich.text import Text
 
-from converter.errors import PopError
-from converter.shape import source_shape
-from converter.source import read_source
+from pop_converter.architecture.shape import source_shape
+from pop_converter.gguf.source import read_source
 from pop_local import __version__
+from pop_local.base.errors import PopError
+from pop_local.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.engine.llama import backend, devices
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import DEFAULT_MODEL, lookup, models_dir, resolve
-from pop_local.models.sizes import size
 from pop_local.ui.hints import hint_of
 from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json

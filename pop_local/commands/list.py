@@ -1,8 +1,8 @@
 """`pop-local list`: the models that are here."""
 
+from pop_local.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.models.names import models_dir
-from pop_local.models.sizes import size
 from pop_local.models.stored import Stored, stock
 from pop_local.ui.tables import Column, Table, print_json, print_table
 from pop_local.ui.theme import note

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from converter.errors import PlanError, PopError
-from converter.fit import RIDGE, KvType, Weighting
-from converter.format import ATTENTION, WIDE
-from converter.plan import parse_skip
+from pop_converter.fit.least_squares import RIDGE, KvType, Weighting
+from pop_converter.popfile.plan import parse_skip
+from pop_local.base.errors import PlanError, PopError
 from pop_local.calibration.options import FitOptions
 from pop_local.config.settings import MOST, MOST_SEED, load
 from pop_local.engine.llama.rpc import address
@@ -237,20 +236,6 @@ def named_depth(skip: str | None, boundary: int | None) -> Skip | Boundary | Non
 
 
 # The fit
-
-
-class ProjectionName(str, Enum):
-    """Whose K/V projections context tokens get in skipped layers."""
-
-    FITTED = "fitted"
-    WIDE = "wide"
-    ATTENTION = "attention"
-    OWN = "own"
-
-    @property
-    def kind(self) -> str:
-        """As the file names it (converter.format)."""
-        return {"wide": WIDE, "attention": ATTENTION}.get(self.value, self.value)
 
 
 Tokens = Annotated[

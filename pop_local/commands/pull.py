@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from converter.errors import PopError
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
+from pop_local.base.errors import PopError
+from pop_local.base.numbers import size
 from pop_local.calibration.options import FitOptions
 from pop_local.fetching.catalog import fetch, kept_bytes
 from pop_local.fetching.hub import fetch_from_hub, find_on_hub, is_hub
@@ -16,7 +17,6 @@ from pop_local.fetching.url import fetch_url, file_name, is_url, kept_of_url
 from pop_local.measure.budget import BALANCED
 from pop_local.models.names import find, load_catalog, models_dir
 from pop_local.models.sidecars import sidecar_of
-from pop_local.models.sizes import size
 from pop_local.models.stored import PARTIAL_SUFFIX
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.theme import note, say, warn

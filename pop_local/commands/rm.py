@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
+from pop_local.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.models.mmproj import orphans
 from pop_local.models.names import lookup, models_dir
-from pop_local.models.sizes import size
 from pop_local.models.stored import parts_folder, removable, total_bytes
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note, say

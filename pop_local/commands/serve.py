@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
 from pop_local.models.names import lookup

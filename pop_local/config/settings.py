@@ -13,8 +13,8 @@ import platformdirs
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
-from converter.errors import PopError
-from pop_local.config.nearest import nearest_hint
+from pop_local.base.errors import PopError
+from pop_local.base.nearest import nearest_hint
 
 PREFIX = "POP_LOCAL_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"

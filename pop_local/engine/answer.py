@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
-from converter.errors import PopError, StoppedError
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.decode.text import Pieces, TextStream
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.interrupt import DisplacedError

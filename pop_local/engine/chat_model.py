@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.answer import Answering, answer
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.decode.recommended import recommended

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from converter.errors import PopError
-from converter.shape import ModelShape, source_shape
-from converter.sidecar import pop_of
-from converter.source import read_source, sampled_sha256
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.gguf.source import read_source, sampled_sha256
+from pop_converter.popfile.sidecar import pop_of
+from pop_local.base.errors import PopError
 from pop_local.engine import templates
 from pop_local.engine.decode.grammar import Grammars
 from pop_local.engine.depth.online import OnlineRefill

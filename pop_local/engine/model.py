@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
 from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.chat_session import (

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarSampler
 from pop_local.engine.decode.greedy import GreedySampler
 from pop_local.engine.depth.online import OnlineRefill

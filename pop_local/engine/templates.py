@@ -4,7 +4,7 @@ import atexit
 import threading
 from typing import Any
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine import template_child
 from pop_local.engine.limited.process import BeyondLimitsError, LimitedProcess, RefusedError
 from pop_local.engine.llama import backend

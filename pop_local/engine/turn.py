@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypedDict
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import Picture
 
 Role = Literal["system", "user", "assistant"]

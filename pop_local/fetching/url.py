@@ -3,8 +3,8 @@
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from converter.errors import PopError
-from converter.progress import Progress
+from pop_local.base.errors import PopError
+from pop_local.base.progress import Progress
 from pop_local.fetching.download import Remote, download, kept_bytes, without_secrets
 from pop_local.fetching.target import harmless, is_there
 from pop_local.models.stored import SUFFIX

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import use_rule

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from converter.format import NO_LIMIT, Budget
+from pop_converter.popfile.format import NO_LIMIT, Budget
 
 if TYPE_CHECKING:
     from pop_local.measure.estimate import Estimate

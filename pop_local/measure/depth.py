@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from converter.errors import PlanError
-from converter.format import Budget
-from converter.plan import Plan
-from converter.progress import Progress
-from converter.shape import ModelShape
-from converter.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.architecture.shape import ModelShape
+from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.popfile.format import Budget
+from pop_converter.popfile.plan import Plan
+from pop_local.base.errors import PlanError
+from pop_local.base.progress import Progress
 from pop_local.engine.model import PopModel
 from pop_local.measure.budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
 from pop_local.measure.estimate import Estimate

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.errors import PopError
-from converter.plan import Plan
+from pop_converter.popfile.plan import Plan
+from pop_local.base.errors import PopError
 from pop_local.engine.depth.online import OnlineRefill
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import median
 
-from converter.work import Macs
+from pop_converter.architecture.work import Macs
 from pop_local.engine.turn import TurnStats
 
 # Fewer tokens say little about a long prompt, and attention makes long ones slower per token.

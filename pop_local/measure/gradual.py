@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from converter.progress import Progress
+from pop_local.base.progress import Progress
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import Floats
 from pop_local.measure.forced import Pruning, forced

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.decoder import Decoder
-from converter.gates import gate_gradients
 from pop_local.measure.estimate import Estimate, mean, redrawn
+from pop_local.research.decoder import Decoder
+from pop_local.research.gates import gate_gradients
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def measure_importance(
     seed: int,
     on_progress: Callable[[int, int], object],
 ) -> Importance:
-    """Estimate the importance of layers (converter.gates) from windows of equal length.
+    """Estimate the importance of layers (pop_local.research.gates) from windows of equal length.
 
     Their first tokens are as the model wants a text to begin. `on_progress` is as in
     `gate_gradients`.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from converter.errors import PopError
-from converter.progress import Progress, counting
+from pop_local.base.errors import PopError
+from pop_local.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import Floats, likelihood, predictions
 from pop_local.measure.estimate import Estimate, mean

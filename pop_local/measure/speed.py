@@ -22,8 +22,8 @@ from functools import partial
 
 import numpy as np
 
-from converter.errors import PopError
-from converter.progress import Progress, Ran, counting
+from pop_local.base.errors import PopError
+from pop_local.base.progress import Progress, Ran, counting
 from pop_local.engine.images.mmproj import Seen
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama import backend

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from converter.progress import Progress, counting
+from pop_local.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import Predictions, divergence, predictions
 from pop_local.measure.estimate import Estimate, mean

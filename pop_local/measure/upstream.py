@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.speed import Run, run

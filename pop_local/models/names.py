@@ -9,9 +9,9 @@ from typing import Any
 import platformdirs
 import tomlkit
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
+from pop_local.base.nearest import nearest_hint
 from pop_local.config import settings
-from pop_local.config.nearest import nearest_hint
 from pop_local.models.stored import known_name, models_by_name
 
 DEFAULT_MODEL = settings.find("model").default

@@ -3,10 +3,10 @@
 import importlib.resources
 from pathlib import Path
 
-from converter.format import pop_meta, read_binding
-from converter.header import read_header
-from converter.sidecar import SUFFIX, bind, sidecar_beside
-from converter.source import Source
+from pop_converter.gguf.header import read_header
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.format import pop_meta, read_binding
+from pop_converter.popfile.sidecar import SUFFIX, bind, sidecar_beside
 
 # For the models of the catalog (docs/quality.md says how each was made); whatever a copy is called,
 # its hash tells.

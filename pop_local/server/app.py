@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from converter.errors import PopError, StoppedError
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.answer import answer
 from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.engine.llama.backend import Mode

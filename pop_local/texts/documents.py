@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from converter.errors import PopError
-from pop_local.engine.files import read_file
+from pop_local.base.errors import PopError
+from pop_local.base.files import read_file
 from pop_local.engine.sessions.conversation import Document
 from pop_local.texts.decoding import decoded
 

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
 
-from converter.errors import PopError
-from pop_local.config.nearest import nearest_hint
+from pop_local.base.errors import PopError
+from pop_local.base.nearest import nearest_hint
 from pop_local.ui.printable import printable
 
 THEME = Theme(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.ui.hints import hint_of
 from pop_local.ui.interrupt import deferred_interrupt
 from pop_local.ui.progress import Advance, bytes_progress, token_progress

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.errors import PopError
-from converter.format import FITTED, Budget, Calibration
-from converter.plan import Plan, make_plan
-from converter.shape import ModelShape, source_shape
-from converter.sidecar import pop_of
-from converter.source import Source, read_source
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile.format import Budget, Calibration
+from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.sidecar import pop_of
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 from pop_local.calibration import needs as memory
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import default_tokens
@@ -213,11 +214,11 @@ class _Run:
         return {quality.boundary: quality for quality in found}
 
     def plan(self, boundary: int) -> Plan:
-        return make_plan(self.shape, boundary=boundary, projection=FITTED)
+        return make_plan(self.shape, boundary=boundary, projection=Projection.FITTED)
 
     def _fit_options(self) -> FitOptions:
         n_tokens = self.options.fit_tokens or default_tokens(self.shape.n_embd) // _FIT_SHARE
-        return FitOptions(n_tokens, projection=FITTED)
+        return FitOptions(n_tokens, projection=Projection.FITTED)
 
     def _affordable(self, plans: list[Plan]) -> list[Plan]:
         """As many of the first as one pass over the text has memory for, at least one."""

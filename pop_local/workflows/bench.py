@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from converter.errors import PopError
-from converter.keys import trained_ctx
-from converter.shape import ModelShape, source_shape
-from converter.sidecar import pop_of
-from converter.source import Source, read_source
+from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile.sidecar import pop_of
+from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.devices import devices, kernels_read_prompts, prompt_kernels
 from pop_local.engine.model import PopModel

@@ -10,17 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from converter import rewrite
-from converter.errors import PopError, StoppedError, WriteError
-from converter.fit import KvType
-from converter.format import ATTENTION, FITTED, OWN, Measured, PopMeta
-from converter.keys import trained_ctx
-from converter.plan import Plan, require_fit
-from converter.rewrite import Examine, Fitted, Sizes, check_target, measure
-from converter.shape import source_shape
-from converter.sidecar import measure_sidecar, sidecar_path, write_sidecar
-from converter.source import Source, read_source
-from converter.weights import Weights
+from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.shape import source_shape
+from pop_converter.fit.least_squares import KvType
+from pop_converter.fit.weights import Weights
+from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile import rewrite
+from pop_converter.popfile.format import Measured, PopMeta
+from pop_converter.popfile.plan import Plan, require_fit
+from pop_converter.popfile.rewrite import Examine, Fitted, Sizes, check_target, measure
+from pop_converter.popfile.sidecar import measure_sidecar, sidecar_path, write_sidecar
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError, StoppedError, WriteError
 from pop_local.calibration.needs import (
     KINDS_OF_MANY,
     KINDS_OF_ONE,
@@ -147,10 +148,10 @@ class Conversion:
 
     @property
     def _fitted(self) -> list[Plan]:
-        return [*{p.boundary: p for p in self.plans if p.projection != OWN}.values()]
+        return [*{p.boundary: p for p in self.plans if p.projection != Projection.OWN}.values()]
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[Projection, ...]:
         """The kinds of fit that are tried, if the fit leaves it open."""
         depth = self.depth.at if isinstance(self.depth, Within) else self.depth
         return KINDS_OF_ONE if isinstance(depth, (Skip, Boundary)) else KINDS_OF_MANY
@@ -229,7 +230,7 @@ def plan_conversion(
         fit.require_text(shape.n_embd)
         if resume:
             fit = replace(fit, state_path=target.with_name(f".{target.name}{STATE_SUFFIX}"))
-    projection = OWN if fit is None else fit.projection or FITTED
+    projection = Projection.OWN if fit is None else fit.projection or Projection.FITTED
     if isinstance(depth, Within):
         if rows.select:
             raise PopError(
@@ -266,8 +267,8 @@ def plan_conversion(
         from pop_local.workflows.distilled import require_distillable
 
         deepest = _deepest(plans)
-        if fit.projection is None and deepest.projection != OWN:
-            deepest = replace(deepest, projection=ATTENTION)
+        if fit.projection is None and deepest.projection != Projection.OWN:
+            deepest = replace(deepest, projection=Projection.ATTENTION)
         require_distillable(deepest, source, fit, hardware)
     kv_type = (fit or FitOptions()).kv_type
     sizes = kind.measure(_deepest(plans), source.first.path, kv_type)
@@ -338,7 +339,7 @@ class _Run:
         planned = self.conversion
         options = planned.fit or FitOptions()
         is_named = depth.at is not None
-        if any(plan.projection != OWN for plan in planned.plans):
+        if any(plan.projection != Projection.OWN for plan in planned.plans):
             # A search finds out by itself which boundaries cannot copy.
             self._examination(planned.deepest, allow_broken_copy=not is_named).before_fit()
         with _resumable(options, self.watch, keeps_refused=is_named):
@@ -375,7 +376,7 @@ class _Run:
         return recipe.plan, meta
 
     def as_named(self, plan: Plan) -> PopMeta:
-        if plan.projection == OWN:
+        if plan.projection == Projection.OWN:
             found = self._own(plan)
             return self._write(plan, None, None if found is None else lambda written: found)
         from pop_local.workflows.fits import Fitter

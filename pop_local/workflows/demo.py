@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from converter.errors import PopError
-from converter.plan import require_prunable
-from converter.work import speedup_limit
+from pop_converter.architecture.work import speedup_limit
+from pop_converter.popfile.plan import require_prunable
+from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message

@@ -1,4 +1,4 @@
-"""Distilled fits: whether there can be any here, and the training of one (converter.distill)."""
+"""Distilled fits: whether there can be any here, and the training of one (research.distill)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from converter import fit
-from converter.errors import PopError, UnsupportedArchitectureError
-from converter.fit import KvType
-from converter.format import ATTENTION, FITTED, OWN
-from converter.hyper import read_hyper
-from converter.plan import Plan
-from converter.rewrite import Fitted
-from converter.shape import source_shape
-from converter.source import Source
-from converter.weights import Weights
-from converter.wide import decode_input
+from pop_converter.architecture.shape import source_shape
+from pop_converter.fit import least_squares as fit
+from pop_converter.fit.least_squares import KvType
+from pop_converter.fit.weights import Weights
+from pop_converter.fit.wide import decode_input
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Fitted
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError, UnsupportedArchitectureError
 from pop_local.calibration import needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, SEED, Windows
+from pop_local.research.hyper import read_hyper
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
 from pop_local.workflows.refusals import TooLittleMemoryError
 from pop_local.workflows.torch_device import TorchDevice, computing, torch_device
 
 if TYPE_CHECKING:
-    from converter.decoder import Decoder
-    from converter.distill import Reference, Start
+    from pop_local.research.decoder import Decoder
+    from pop_local.research.distill import Reference, Start
 
 _HINT = "close other programs, or leave it out"
 
@@ -47,14 +47,14 @@ def require_distillable(
     except UnsupportedArchitectureError as error:
         message = f"{cannot}: {error.message}; {error.hint}"
         raise PopError(message, "take it as it is", cause="not-distilled") from None
-    if plan.projection == OWN:
+    if plan.projection == Projection.OWN:
         raise PopError(
             f"{cannot}: with one skipped layer there is none",
             "take it as it is",
             cause="not-distilled",
         )
     device = torch_device(hardware, cannot)
-    from converter.distill import memory
+    from pop_local.research.distill import memory
 
     n_windows = options.n_distilled(plan.shape.n_embd)
     takes = memory(plan, hyper, n_windows, N_WINDOW, device.matrices)
@@ -76,7 +76,7 @@ def prepare(
 
     Raises PopError, StoppedError.
     """
-    from converter.distill import read
+    from pop_local.research.distill import read
 
     stage = watch.stage("Reading text to distil on")
     with _decoding(source, device) as decoder:
@@ -93,7 +93,7 @@ def distilled(
     watch: Watch,
 ) -> Fitted:
     """Train a fit end to end. Raises PopError, StoppedError."""
-    from converter.distill import distill
+    from pop_local.research.distill import distill
 
     start = start_of(plan, source, fitted)
     stage = watch.stage(f"Distilling boundary {plan.boundary}")
@@ -108,7 +108,7 @@ def distilled(
 
 @contextmanager
 def _decoding(source: Source, device: TorchDevice) -> Iterator[Decoder]:
-    from converter.decoder import Decoder
+    from pop_local.research.decoder import Decoder
 
     with computing("distilling", _HINT, cause="no-memory-to-distill"):
         yield Decoder(source, device.name, device.matrices)
@@ -116,7 +116,7 @@ def _decoding(source: Source, device: TorchDevice) -> Iterator[Decoder]:
 
 def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
     """Return what distilling a fit begins with. Raises FormatError."""
-    from converter.distill import Start
+    from pop_local.research.distill import Start
 
     shape, weights = source_shape(source), Weights(source)
     tensors = {tensor.name: tensor for tensor in fitted.tensors}
@@ -125,7 +125,7 @@ def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
         own = weights.own_projection(layer, shape.n_k[layer], shape.n_v[layer])
         projections[layer] = fit.decode(layer, tensors, own)
     wide = None
-    if plan.projection != FITTED:
+    if plan.projection != Projection.FITTED:
         wide = decode_input(shape, weights, plan.boundary, tensors)
-    sees_heads = plan.projection == ATTENTION
+    sees_heads = plan.projection == Projection.ATTENTION
     return Start(plan.boundary, plan.sink_tokens, projections, wide, sees_heads)

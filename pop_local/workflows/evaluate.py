@@ -7,17 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from converter.errors import PopError
-from converter.fit import KvType
-from converter.format import FITTED, OWN, Calibration
-from converter.header import read_header
-from converter.keys import trained_ctx
-from converter.plan import Plan, make_plan, require_fit, require_prunable
-from converter.rewrite import stored_type
-from converter.shape import ModelShape, source_shape
-from converter.sidecar import pop_of
-from converter.source import Source, read_source
-from converter.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.fit.least_squares import KvType
+from pop_converter.gguf.header import read_header
+from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile.format import Calibration
+from pop_converter.popfile.plan import Plan, make_plan, require_fit, require_prunable
+from pop_converter.popfile.rewrite import stored_type
+from pop_converter.popfile.sidecar import pop_of
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.graph_macs import GraphMacs
@@ -130,7 +131,10 @@ def evaluate(
     else:
         fit.require_text(shape.n_embd)
         macs = GraphMacs(files.path)
-        plans = [make_plan(shape, boundary=b, projection=FITTED, macs=macs) for b in boundaries]
+        plans = [
+            make_plan(shape, boundary=b, projection=Projection.FITTED, macs=macs)
+            for b in boundaries
+        ]
         require_fit(plans)
         with run.opened(files):
             pass  # what does not fit is said before minutes of fitting
@@ -244,7 +248,7 @@ class _Run:
             limits = [speedup_limit(model.macs, LIMIT_PROMPT, b, n_full) for b in boundaries]
         n = len(boundaries)
         calibration = None if meta is None else meta.calibration
-        projection = meta.projection if meta is not None else OWN
+        projection = meta.projection if meta is not None else Projection.OWN
         tensors = self.source.tensors if sidecar is None else read_header(sidecar).tensors
         return tuple(
             Row(

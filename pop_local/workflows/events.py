@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from converter.errors import PopError, StoppedError
-from converter.progress import Progress
+from pop_local.base.errors import PopError, StoppedError
+from pop_local.base.progress import Progress
 
 
 class Unit(Enum):

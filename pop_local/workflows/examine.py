@@ -4,9 +4,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.errors import PopError
-from converter.format import ATTENTION, Measured
-from converter.plan import Plan
+from pop_converter.popfile.format import Measured
+from pop_converter.popfile.plan import Plan
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.measure import depth
 from pop_local.measure.budget import (
@@ -59,7 +60,7 @@ class Examination:
         with self._opened(ModelFiles(self.src)) as (model, tokens):
             _require_windows(model, tokens)
             kept = None
-            if not (self.allow_broken_copy or self.plan.projection == ATTENTION):
+            if not (self.allow_broken_copy or self.plan.projection == Projection.ATTENTION):
                 advance = self.watch.stage("Trying the boundary without a fit")
                 kept = depth.own_retention(model, self.plan, advance)
         if kept is not None and is_hopeless(FAST, kept):

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from converter.format import OWN, Budget, Refilled
-from converter.plan import Plan
-from converter.rewrite import Fitted
-from converter.shape import ModelShape
-from converter.source import Source
+from pop_converter.architecture.shape import ModelShape
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.format import Budget, Refilled
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Fitted
+from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning
@@ -69,7 +70,7 @@ def first_that_recalls(
     options: FitOptions,
     hardware: Hardware,
     watch: Watch,
-    kinds: Sequence[str],
+    kinds: Sequence[Projection],
     *,
     takes_any: bool = False,
 ) -> Recipe:
@@ -80,7 +81,7 @@ def first_that_recalls(
     StoppedError.
     """
     bases = {plan.boundary: replace(plan, select=0.0) for plan in plans}
-    wanted = [plan for plan in bases.values() if plan.projection != OWN]
+    wanted = [plan for plan in bases.values() if plan.projection != Projection.OWN]
     require_room(wanted, source, options)
     made = Fitter(source, options, hardware, watch, kinds).fit(wanted, options.state_path)
     fitted = {plan.boundary: fit for plan, fit in zip(wanted, made, strict=True)}
@@ -91,7 +92,7 @@ def first_that_recalls(
     tried: list[str] = []
     for plan in plans:
         fit = fitted.get(plan.boundary)
-        plan = replace(plan, projection=fit.projection if fit else OWN)
+        plan = replace(plan, projection=fit.projection if fit else Projection.OWN)
         with (
             temporary_sidecar(plan, source, fit) as sidecar,
             opened(ModelFiles(source.first.path, sidecar), hardware, watch, n_ctx=n_ctx) as model,

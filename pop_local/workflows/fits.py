@@ -10,11 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
-from converter.format import FITTED, OWN
-from converter.plan import Plan
-from converter.rewrite import Fitted, check_target
-from converter.sidecar import measure_sidecar, write_sidecar
-from converter.source import Source
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Fitted, check_target
+from pop_converter.popfile.sidecar import measure_sidecar, write_sidecar
+from pop_converter.projection import Projection
 from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
@@ -31,7 +31,7 @@ from pop_local.workflows.measuring import opened_to_measure
 from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
-    from converter.distill import Reference
+    from pop_local.research.distill import Reference
 
 T = TypeVar("T")
 _PREFIX = "pop-local-"
@@ -56,11 +56,11 @@ class Fitter:
     options: FitOptions
     hardware: Hardware
     watch: Watch
-    kinds: Sequence[str] = KINDS_OF_MANY
+    kinds: Sequence[Projection] = KINDS_OF_MANY
     text: CalibrationText | None = None
-    kind: str | None = None
+    kind: Projection | None = None
     full: FullModel | None = None
-    seen: dict[tuple[int, str], Gradual] = field(default_factory=dict)
+    seen: dict[tuple[int, Projection], Gradual] = field(default_factory=dict)
     reference: Reference | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
@@ -79,7 +79,7 @@ class Fitter:
         with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
             done = calibrate(wanted, model, self.source, options, follow, self.text)
         self.text = done.text
-        made: dict[int, dict[str, Fitted]] = {plan.boundary: {} for plan in plans}
+        made: dict[int, dict[Projection, Fitted]] = {plan.boundary: {} for plan in plans}
         for plan, fitted in zip(wanted, done.fitted, strict=True):
             made[plan.boundary][plan.projection] = fitted
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
@@ -110,7 +110,7 @@ class Fitter:
             n_windows = self.options.n_distilled(n_embd)
             return to_distill(model, self.text, self.options.text, n_windows)
 
-    def _better(self, plan: Plan, fits: Mapping[str, Fitted]) -> Fitted:
+    def _better(self, plan: Plan, fits: Mapping[Projection, Fitted]) -> Fitted:
         """Take the kind found to be better, by measuring the first boundary that has several."""
         if len(fits) == 1:
             [self.kind] = fits
@@ -131,7 +131,9 @@ class Fitter:
             self.watch.on_note(f"Projections are {self.kind}: {seen}")
         return fits[self.kind]
 
-    def _qualities(self, plan: Plan, fits: Mapping[str, Fitted]) -> dict[str, Quality]:
+    def _qualities(
+        self, plan: Plan, fits: Mapping[Projection, Fitted]
+    ) -> dict[Projection, Quality]:
         """What each kind loses, on the same windows."""
         path, settings = self.source.first.path, QualitySettings(_N_WINDOWS, n_draws=1)
         full = self.full or FullModel(path, plan, settings, self.hardware, self.watch)
@@ -183,9 +185,9 @@ def measure_fits(
     The fits are of one kind, so that depths compare: plain unless the options say otherwise. Raises
     PopError, StoppedError.
     """
-    options = replace(options, projection=options.projection or FITTED)
+    options = replace(options, projection=options.projection or Projection.FITTED)
     require_room(plans, source, options)
-    wanted = [plan for plan in plans if plan.projection != OWN]
+    wanted = [plan for plan in plans if plan.projection != Projection.OWN]
     made = Fitter(source, options, hardware, watch).fit(wanted, None)
     fitted = dict(zip(wanted, made, strict=True))
     found = []

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from converter.plan import Plan
+from pop_converter.popfile.plan import Plan
 from pop_local.measure.heldout import room
 from pop_local.measure.quality import QualitySettings, Reference, read_reference
 from pop_local.measure.recall import RecallReference, RecallSettings

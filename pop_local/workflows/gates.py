@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converter.errors import PopError, UnsupportedArchitectureError
-from converter.shape import source_shape
-from converter.source import Source
+from pop_converter.architecture.shape import source_shape
+from pop_converter.gguf.source import Source
+from pop_local.base.errors import PopError, UnsupportedArchitectureError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import AnalyzeOptions, Hardware
 from pop_local.workflows.refusals import TooLittleMemoryError
@@ -37,7 +37,7 @@ def possible(
 
     Raises PopError for too little memory.
     """
-    from converter.hyper import read_hyper
+    from pop_local.research.hyper import read_hyper
 
     try:
         device = torch_device(hardware, "the gates are left out")
@@ -49,7 +49,7 @@ def possible(
     except UnsupportedArchitectureError as error:
         watch.on_warning(PopError(f"the gates are left out: {error.message}", error.hint))
         return None
-    from converter.gates import needed_bytes
+    from pop_local.research.gates import needed_bytes
 
     for n_batch in range(min(_MAX_BATCH, options.n_gated), 0, -1):
         needed = needed_bytes(
@@ -74,8 +74,8 @@ def importance(
     watch: Watch,
 ) -> Importance:
     """The importance of each layer for reading and for answering. Raises PopError, StoppedError."""
-    from converter.decoder import Decoder
     from pop_local.measure.importance import measure_importance
+    from pop_local.research.decoder import Decoder
 
     with computing(
         "the gates", "take shorter windows, or leave them out", cause="no-memory-for-gates"

@@ -6,9 +6,9 @@ from dataclasses import fields
 from math import isnan
 from typing import Any
 
-from converter.errors import PopError
-from converter.format import Measured, Recalled
-from converter.plan import Plan
+from pop_converter.popfile.format import Measured, Recalled
+from pop_converter.popfile.plan import Plan
+from pop_local.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import as_planned
 from pop_local.measure.heldout import TextTokens, shipped_text, tokenize

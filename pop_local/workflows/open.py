@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.errors import FormatError, PopError
-from converter.sidecar import pop_of
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.sidecar import pop_of
+from pop_local.base.errors import FormatError, PopError
+from pop_local.base.numbers import size
 from pop_local.fetching.catalog import fetch
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve, stored
 from pop_local.models.sidecars import is_shipped, sidecar_of
-from pop_local.models.sizes import size
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Hardware

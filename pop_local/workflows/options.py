@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.format import Budget, PopMeta
-from converter.plan import TAIL_TOKENS, Plan, make_plan, parse_skip
-from converter.shape import ModelShape
+from pop_converter.architecture.shape import ModelShape
+from pop_converter.popfile.format import Budget, PopMeta
+from pop_converter.popfile.plan import TAIL_TOKENS, Plan, make_plan, parse_skip
 
 N_GATED = 20
 

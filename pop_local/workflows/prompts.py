@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from converter.errors import PopError, StoppedError, WriteError
-from converter.output import replacing
-from converter.sidecar import pop_of
-from converter.source import read_source
-from pop_local.engine.files import read_file
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.sidecar import pop_of
+from pop_local.base.errors import PopError, StoppedError, WriteError
+from pop_local.base.files import read_file
+from pop_local.base.output import replacing
 from pop_local.engine.images.mmproj import fingerprint
 from pop_local.engine.model import PopModel
 from pop_local.measure.prompts import (

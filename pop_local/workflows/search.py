@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 
-from converter.errors import PopError
-from converter.format import ATTENTION, OWN, Budget, Measured
-from converter.plan import Plan
-from converter.rewrite import Fitted
-from converter.source import Source
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.format import Budget, Measured
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Fitted
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 from pop_local.calibration.needs import KINDS_OF_MANY, fit_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import kept_boundaries
@@ -68,7 +69,7 @@ def search(
     options: FitOptions,
     hardware: Hardware,
     watch: Watch,
-    kinds: Sequence[str] = KINDS_OF_MANY,
+    kinds: Sequence[Projection] = KINDS_OF_MANY,
 ) -> Chosen:
     """Choose the deepest of a model's plans within the budget; those to be fitted, by `options`.
 
@@ -96,7 +97,7 @@ class _Search:
     full: FullModel
     fitter: Fitter
     # By boundary, kind, and whether it is distilled.
-    fitted: dict[tuple[int, str, bool], Fitted] = field(default_factory=dict)
+    fitted: dict[tuple[int, Projection, bool], Fitted] = field(default_factory=dict)
     measured: dict[int, Gradual] = field(default_factory=dict)
     qualities: dict[int, Quality] = field(default_factory=dict)
     verdicts: dict[int, bool] = field(default_factory=dict)
@@ -136,17 +137,19 @@ class _Search:
         past = self._past(deepest)[:N_PAST]
         if not past or self.options.projection:
             return []
-        if self.plans[past[0]].projection in (OWN, ATTENTION):
+        if self.plans[past[0]].projection in (Projection.OWN, Projection.ATTENTION):
             return []
         if not budgets.predicts(self.budget, self.qualities[past[0]]):
             return []
-        plans = [replace(self.plans[each], projection=ATTENTION) for each in reversed(past)]
+        plans = [
+            replace(self.plans[each], projection=Projection.ATTENTION) for each in reversed(past)
+        ]
         plans = [plan for plan in plans if plan.speedup_limit >= ATTENTION_GAIN * limit]
         if not plans:
             return []
         names = ", ".join(str(plan.boundary) for plan in plans)
         self.watch.on_note(f"Fitting boundary {names} with attention, since copying was lost first")
-        options = replace(self.options, projection=ATTENTION)
+        options = replace(self.options, projection=Projection.ATTENTION)
         fitter = replace(self.fitter, options=options)
         try:
             require_room(plans, self.source, options)
@@ -185,7 +188,7 @@ class _Search:
         found: tuple[Trial, ...] = ()
         has_lost_few = False
         for plan in plans:
-            if plan.projection == OWN or not self._is_ready(plan):
+            if plan.projection == Projection.OWN or not self._is_ready(plan):
                 continue
             try:
                 tried = self._tried([replace(plan, is_distilled=True)], until=False)
@@ -290,7 +293,7 @@ class _Search:
             self.fitted[plan.boundary, fitted.projection, False] = fitted
 
     def _fit_of(self, plan: Plan) -> Fitted | None:
-        if plan.projection == OWN:
+        if plan.projection == Projection.OWN:
             return None
         plain = self.fitted[plan.boundary, plan.projection, False]
         if not plan.is_distilled:
@@ -302,7 +305,10 @@ class _Search:
         return self.fitted[key]
 
     def _is_ready(self, plan: Plan) -> bool:
-        return plan.projection == OWN or (plan.boundary, plan.projection, False) in self.fitted
+        return (
+            plan.projection == Projection.OWN
+            or (plan.boundary, plan.projection, False) in self.fitted
+        )
 
     def _room_for(self, wanted: Sequence[int]) -> tuple[int, ...]:
         """The first of `wanted`, and as many of the others as fit into memory beside it."""
@@ -367,6 +373,6 @@ def _limit(trials: Sequence[Trial]) -> float:
 
 
 def _named(plan: Plan) -> str:
-    attention = " with attention" if plan.projection == ATTENTION else ""
+    attention = " with attention" if plan.projection == Projection.ATTENTION else ""
     selected = f" with {plan.select:.0%} selected" if plan.select else ""
     return f"{plan.boundary}{attention}{selected}{' distilled' if plan.is_distilled else ''}"

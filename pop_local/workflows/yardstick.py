@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from converter.output import check_output
-from converter.source import Source
+from pop_converter.gguf.source import Source
+from pop_local.base.output import check_output
 from pop_local.engine.llama.backend import default_threads
 from pop_local.engine.llama.quantise import TYPES, quantise
 from pop_local.measure.forced import FULL, use_rule

@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from converter.shape import source_shape
-from converter.source import read_source
 from measure_speed import Child, Spread, Variant, machine, prompt, show, shown, skipping, spread
+from pop_converter.architecture.shape import source_shape
+from pop_converter.gguf.source import read_source
 
 SETTINGS = {
     "llama": ("-fa 1 --repack 1", "-fa 0 --repack 1", "-fa 1 --repack 0", "-fa 0 --repack 0"),

@@ -13,11 +13,11 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converter.format import FITTED
-from converter.plan import Plan, make_plan
-from converter.shape import source_shape
-from converter.source import read_source
-from converter.work import speedup_limit
+from pop_converter.architecture.shape import source_shape
+from pop_converter.architecture.work import speedup_limit
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
@@ -118,7 +118,7 @@ def main() -> None:
                 use_rule(model, replace(model.rule, tail_tokens=given.tail))
             return points(model, reference, shares)
 
-    plans = [make_plan(shape, boundary=each, projection=FITTED) for each in boundaries]
+    plans = [make_plan(shape, boundary=each, projection=Projection.FITTED) for each in boundaries]
     if given.sidecars is None:
         source, hardware = read_source(given.model), Hardware(n_threads=1)
         parts = measure_fits(plans, source, FitOptions(), hardware, Watch(), measure)

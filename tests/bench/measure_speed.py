@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from converter.plan import make_plan, parse_skip
-from converter.shape import ModelShape, source_shape
-from converter.source import read_source
-from converter.work import Macs, speedup_limit
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.architecture.work import Macs, speedup_limit
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.plan import make_plan, parse_skip
 from pop_local.engine.llama.graph_macs import GraphMacs
 
 N_DECODE_PROMPT = 16

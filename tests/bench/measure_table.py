@@ -17,14 +17,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from converter.plan import Plan, make_plan
-from converter.shape import source_shape
-from converter.sidecar import write_sidecar
-from converter.source import read_source
+from pop_converter.architecture.shape import source_shape
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.sidecar import write_sidecar
+from pop_converter.projection import Projection
 from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
-from pop_local.commands.options import ProjectionName
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.forced import Pruning
 from pop_local.measure.quality import QualitySettings, measure_against
@@ -39,7 +39,7 @@ from pop_local.workflows.options import Hardware
 
 POP_LOCAL = (sys.executable, "-m", "pop_local")
 ONE_THREAD = Hardware(n_threads=1, n_gpu_layers=0)
-Recipe = tuple[int, str]  # boundary, kind of fit
+Recipe = tuple[int, Projection]  # boundary, kind of fit
 HEADS = ("skipped", "limit", "KL", "first token", "PPL ratio", "copy", "facts, of full")
 
 
@@ -133,7 +133,7 @@ def main() -> None:
         os.sched_setaffinity(0, {options.cpu})
     options.out.mkdir(parents=True, exist_ok=True)
     fits = [each.split(":") for each in options.fits.split(",")]
-    recipes = [(int(boundary), ProjectionName(kind).kind) for boundary, kind in fits]
+    recipes = [(int(boundary), Projection(kind)) for boundary, kind in fits]
     prompts = [int(each) for each in options.prompts.split(",") if each]
     sidecars = fit(options.model, recipes, options.out)
     measure(options.model, sidecars, options.windows)

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from converter.errors import PlanError, PopError
+from pop_local.base.errors import PlanError, PopError
 from pop_local.calibration import needs
 from pop_local.measure import depth
 from pop_local.measure.depth import (
@@ -145,7 +145,7 @@ def test_a_plot_has_units_and_the_chosen_boundary(
 
 
 def test_without_torch_the_probes_still_run(model, text, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("converter.")]:
+    for name in [name for name in sys.modules if name.startswith("pop_local.research.")]:
         if name.endswith((".gates", ".decoder")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)

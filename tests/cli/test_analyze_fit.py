@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
 from pop_local.calibration import needs
 from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.options import FitOptions

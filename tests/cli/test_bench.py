@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import speed

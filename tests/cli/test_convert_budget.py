@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from converter.errors import PopError
-from converter.format import ATTENTION, WIDE, read_pop_meta
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 from pop_local.calibration import activations, needs, texts
 from pop_local.cli import app
 from pop_local.measure import budget, gradual, quality
@@ -26,6 +27,8 @@ from pop_local.workflows import search as searching
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.synthetic import make_gguf
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 
@@ -201,7 +204,10 @@ def test_attention_is_kept_where_copying_breaks_first(fails, letters, tmp_path, 
         def measure(self, model, on_progress):
             super().measure(model, on_progress)
             assert self.quality is not None
-            deepest, good = (4 if model.meta.projection == ATTENTION else 5), Estimate(1.0, 0.0)
+            deepest, good = (
+                (4 if model.meta.projection == ATTENTION else 5),
+                Estimate(1.0, 0.0),
+            )
             copied = good if self.boundary >= deepest and not self.select else Estimate(1.2, 0.0)
             self.quality = replace(
                 self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=copied

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from converter.errors import PopError
-from converter.format import ATTENTION, WIDE, read_pop_meta
-from converter.plan import make_plan
-from converter.shape import source_shape
-from converter.source import read_source
+from pop_converter.architecture.shape import source_shape
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.popfile.plan import make_plan
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 from pop_local.calibration import needs, texts
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import gradual
@@ -24,6 +25,8 @@ from pop_local.workflows.refusals import Trial
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.synthetic import make_gguf
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search")]
 

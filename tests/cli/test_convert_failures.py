@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from converter import rewrite
-from converter.errors import FormatError, OutputExistsError, WriteError
-from converter.format import read_pop_meta
-from converter.header import read_header
-from converter.rewrite import Sizes, check_target
+from pop_converter.gguf.header import read_header
+from pop_converter.popfile import rewrite
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.popfile.rewrite import Sizes, check_target
+from pop_local.base.errors import FormatError, OutputExistsError, WriteError
 from support.converted import convert_default, names
 from support.synthetic import add_keys, make_gguf, make_split
 
@@ -24,7 +24,7 @@ resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
 # The command, which gets nothing more to copy after its first chunk.
 STOPPED = """
 import sys, time
-from converter import content
+from pop_converter.gguf import content
 from pop_local.workflows import convert
 
 def read(stretch, free_buffer, real=content._read):
@@ -232,7 +232,7 @@ def test_file_too_large_for_its_limit(tiny, tmp_path):
 
 
 def test_source_that_shrinks_while_it_is_read(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("converter.content.CHUNK_BYTES", 100_000)
+    monkeypatch.setattr("pop_converter.gguf.content.CHUNK_BYTES", 100_000)
     with pytest.raises(FormatError, match="became shorter"):
         convert_default(
             tiny, tmp_path / "out.gguf", progress=lambda *both: os.truncate(tiny, 1_000_000)

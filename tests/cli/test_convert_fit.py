@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from converter.format import ATTENTION, read_pop_meta
-from converter.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.projection import Projection
 from pop_local.calibration import texts
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
@@ -107,7 +108,10 @@ def test_a_named_depth_is_distilled(tiny, tmp_path, words, short_examination):
     assert "Distilling boundary 5" in [phase["name"] for phase in report["phases"]]
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.calibration is not None
-    assert (meta.projection, meta.calibration.n_distilled) == (ATTENTION, 6 * texts.N_WINDOW)
+    assert (meta.projection, meta.calibration.n_distilled) == (
+        Projection.ATTENTION,
+        6 * texts.N_WINDOW,
+    )
     shown = CliRunner().invoke(app, ["inspect", str(tiny)])
     assert "fitted-attention, distilled" in shown.stdout
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from converter.format import read_pop_meta
+from pop_converter.popfile.format import read_pop_meta
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel

@@ -10,8 +10,9 @@ from unittest.mock import Mock
 import pytest
 from typer.testing import CliRunner, Result
 
-from converter import weights
-from converter.format import ATTENTION, read_pop_meta
+from pop_converter.fit import weights
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.projection import Projection
 from pop_local.cli import app
 from pop_local.measure import budget, depth
 from pop_local.measure.estimate import Estimate
@@ -172,4 +173,4 @@ def test_attention_is_fitted_where_own_projections_copy_nothing(tiny, words, tmp
     given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--projection", "attention")
     assert convert(tiny, *given).exit_code == 0
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and meta.projection == ATTENTION
+    assert meta is not None and meta.projection == Projection.ATTENTION

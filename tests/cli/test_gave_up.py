@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from converter.header import read_header
+from pop_converter.gguf.header import read_header
 from support.converted import names
 from support.program import run
 from support.serving import served

@@ -8,17 +8,27 @@ from string import Formatter
 
 import pytest
 
-import converter
+import pop_converter
 import pop_local
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.cli import COMMANDS
 from pop_local.ui import errors
 from pop_local.ui.chat.slash import COMMANDS as SLASH_COMMANDS
 from pop_local.ui.hints import BY_CAUSE, hint_of
 
-ROOMS = ("engine", "measure", "calibration", "fetching", "models", "texts", "config", "workflows")
+ROOMS = (
+    "base",
+    "engine",
+    "measure",
+    "calibration",
+    "fetching",
+    "models",
+    "texts",
+    "config",
+    "workflows",
+)
 FOLDERS = (
-    Path(converter.__file__).parent,
+    Path(pop_converter.__file__).parent,
     *(Path(pop_local.__file__).parent / room for room in ROOMS),
 )
 LIBRARY = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))

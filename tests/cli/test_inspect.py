@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from converter.plan import make_plan
-from converter.rewrite import convert
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.rewrite import convert
 from pop_local.cli import app
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import verify

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from converter.errors import PopError
-from converter.format import read_binding
-from converter.header import read_header
-from converter.sidecar import sidecar_meta
+from pop_converter.gguf.header import read_header
+from pop_converter.popfile.format import read_binding
+from pop_converter.popfile.sidecar import sidecar_meta
+from pop_local.base.errors import PopError
 from pop_local.cli import app
 from pop_local.engine.model import PopModel
 from pop_local.models import names as models

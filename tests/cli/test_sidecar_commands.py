@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner, Result
 
-from converter.errors import PopError
-from converter.format import Measured
-from converter.header import read_header
-from converter.plan import TAIL_TOKENS, make_plan
-from converter.sidecar import sidecar_beside, write_sidecar
-from converter.source import read_source
+from pop_converter.gguf.header import read_header
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import Measured
+from pop_converter.popfile.plan import TAIL_TOKENS, make_plan
+from pop_converter.popfile.sidecar import sidecar_beside, write_sidecar
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 from pop_local.cli import app
 from pop_local.engine.model import PopModel
 from pop_local.models import names as models
@@ -133,7 +134,7 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "pop_local.workflows.examine.measured", lambda quality: Measured(kl_mean=0.25)
     )
-    plan = make_plan(read_shape(base), projection="fitted", boundary=4)
+    plan = make_plan(read_shape(base), projection=Projection.FITTED, boundary=4)
     monkeypatch.setattr("pop_local.workflows.fits.Fitter.fit", lambda *_, **__: (made_up(plan),))
     done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)
     assert done.exit_code == 0, done.stderr

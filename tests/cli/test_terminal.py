@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from converter.plan import make_plan
-from converter.rewrite import convert
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.rewrite import convert
 from support.program import called, run
 from support.shapes import read_shape
 from support.synthetic import TEMPLATE, make_gguf

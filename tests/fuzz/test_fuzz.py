@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converter.errors import PopError
-from converter.format import read_pop_meta
-from converter.header import read_header
-from converter.keys import trained_ctx
-from converter.plan import make_plan
-from converter.sidecar import read_sidecar, sidecar_beside, sidecar_meta
-from converter.skipping import skipping_of
-from converter.source import read_source
-from converter.work import uncounted
+from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.skipping import skipping_of
+from pop_converter.architecture.work import uncounted
+from pop_converter.gguf.header import read_header
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.sidecar import read_sidecar, sidecar_beside, sidecar_meta
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.schema import (
@@ -139,7 +140,7 @@ def test_headers_and_pop_keys(tmp_path, not_counted):
             shape = read_shape(target)
             skipping_of(shape)
             for boundary in boundaries(shape, LEAST_DIVISOR):
-                make_plan(shape, boundary=boundary, projection="fitted-wide")
+                make_plan(shape, boundary=boundary, projection=Projection.WIDE)
         inspect(str(target), None, with_hash=False, watch=Watch())
 
     campaign(attempt)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converter.architectures import REFUSED
-from converter.errors import UnsupportedArchitectureError
-from converter.header import read_header
+from pop_converter.architecture.names import REFUSED
+from pop_converter.gguf.header import read_header
+from pop_local.base.errors import UnsupportedArchitectureError
 from support import recipes
 from support.architecture_table import DOCUMENT, row, written
 from support.architectures import (

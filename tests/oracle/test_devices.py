@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from converter.fit import KvType
-from converter.format import ATTENTION, FITTED, WIDE
 from oracle.test_deep_pass import KEEP, N_UBATCH, deepened
 from oracle.test_image_rows import PROMPTS as PICTURES
 from oracle.test_image_rows import asking, n_rows, steps_of
+from pop_converter.fit.least_squares import KvType
+from pop_converter.projection import Projection
 from support.kv_reference import fit_at_random, rms
 from support.oracle import Q8_0, Trio, make_trio, random_tokens
 from support.raw import GPU_LAYERS, Job, Step, run
@@ -26,6 +26,8 @@ from support.rpc import rpc_server
 from support.shared_kv import DEFAULTS as SHARED_KV
 from support.shared_kv import make_shared
 from support.synthetic import make_gguf
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 N_VOCAB, N_LAYER, BOUNDARY, N_TAIL = 380, 8, 5, 16
 ALL = N_LAYER + 1  # the output counts as a layer
@@ -36,7 +38,12 @@ AS_OWN = {FITTED: 0.7, WIDE: 0.43, ATTENTION: 0.43}
 
 QUANTISED = {"flash_attn": True, "type_k": Q8_0, "type_v": Q8_0}
 AT_BOUNDARY = {"n_gpu_layers": ALL - BOUNDARY}
-FITS = (("llama", FITTED), ("llama", WIDE), ("llama", ATTENTION), ("gemma3", WIDE))
+FITS = (
+    ("llama", FITTED),
+    ("llama", WIDE),
+    ("llama", ATTENTION),
+    ("gemma3", WIDE),
+)
 ARCHS = ("llama", "qwen2", "gemma3", "phi3", "llama-moe", "qwen2vl", "qwen3vl")
 
 

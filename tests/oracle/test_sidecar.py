@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from llama_cpp import LlamaRAMCache
 
-from converter.errors import PopError, WriteError
-from converter.format import Measured, PopMeta, Recalled, pop_meta
-from converter.header import read_header
-from converter.plan import make_plan
-from converter.sidecar import measure_sidecar, read_sidecar, write_sidecar
-from converter.source import read_source
+from pop_converter.gguf.header import read_header
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import Measured, PopMeta, Recalled, pop_meta
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.sidecar import measure_sidecar, read_sidecar, write_sidecar
+from pop_local.base.errors import PopError, WriteError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.llama import opening
 from pop_local.engine.llama.backend import Mode

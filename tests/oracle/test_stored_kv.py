@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from converter.fit import KvType
+from pop_converter.fit.least_squares import KvType
+from pop_converter.projection import Projection
 from support.kv_reference import (
     F16,
     F32,
@@ -22,6 +23,8 @@ from support.oracle import Trio, make_trio, random_tokens
 from support.raw import Job
 from support.shapes import read_shape
 from support.synthetic import make_gguf
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 N_VOCAB = 380
 # Of values around 1 to 10: sums of F32 products, and RoPE's angles in F32.
@@ -58,13 +61,11 @@ def job(unpatched_lib: Path) -> Job:
 
 
 # A fit of the last kind has all that a wide one has.
-@pytest.mark.parametrize(
-    ("projection", "cache"), [("own", F32), ("fitted", F16), ("fitted-attention", F32)]
-)
+@pytest.mark.parametrize(("projection", "cache"), [(OWN, F32), (FITTED, F16), (ATTENTION, F32)])
 def test_context_rows_are_those_of_the_reference(
-    tiny: Trio, projection: str, cache: int, tmp_path: Path, job: Job
+    tiny: Trio, projection: Projection, cache: int, tmp_path: Path, job: Job
 ) -> None:
-    if projection != "own":
+    if projection != OWN:
         made = fit_at_random(tiny, tmp_path / "fitted.gguf", KvType.F32, projection)
         tiny = replace(tiny, pruned=made)
     tokens = random_tokens(64, N_VOCAB)

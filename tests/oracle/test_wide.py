@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from converter.fit import KvType
-from converter.format import ATTENTION, WIDE
-from converter.header import read_header
-from converter.plan import make_plan
-from converter.rewrite import Fitted, convert
+from pop_converter.fit.least_squares import KvType
+from pop_converter.gguf.header import read_header
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.rewrite import Fitted, convert
+from pop_converter.projection import Projection
 from support.converted import made_up
 from support.kv_reference import (
     F16,
@@ -29,6 +29,8 @@ from support.oracle import Q8_0, Tokens, Trio, make_trio, random_tokens
 from support.raw import GPU_LAYERS, Job, Step, run
 from support.shapes import read_shape
 from support.synthetic import make_gguf
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 N_VOCAB, N_UBATCH, BOUNDARY = 380, 32, 3
 # Of values around 1: sums of F32 products, ggml's table of GELU in F16; attention in F16 below the
@@ -187,7 +189,9 @@ def test_rows_of_images_have_previous_ones_too(tmp_path: Path) -> None:
 # --- what is refused
 
 
-def damaged(folder: Path, changed: dict[str, np.ndarray | None], projection: str = WIDE) -> Job:
+def damaged(
+    folder: Path, changed: dict[str, np.ndarray | None], projection: Projection = WIDE
+) -> Job:
     """A wide fit whose F32 tensors are changed, or left out."""
     base = make_gguf(folder / "base.gguf", "llama")
     plan = make_plan(read_shape(base), boundary=4, sink_tokens=0, projection=WIDE)
@@ -236,4 +240,4 @@ def test_an_undamaged_one_loads(tmp_path: Path) -> None:
 
 def test_a_plain_fit_with_wide_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="does not belong to the schedule and projection"):
-        run(damaged(tmp_path, {}, projection="fitted"))
+        run(damaged(tmp_path, {}, projection=Projection.FITTED))

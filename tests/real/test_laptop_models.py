@@ -2,7 +2,7 @@
 
 import pytest
 
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import shipped_text, tokenize

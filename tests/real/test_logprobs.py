@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from converter.errors import StoppedError
+from pop_local.base.errors import StoppedError
 from pop_local.engine.answer import answer
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.logprobs import prompt_logprobs

@@ -5,14 +5,14 @@ import importlib.resources
 
 import pytest
 
-from converter.hyper import read_hyper
-from converter.rewrite import strip
-from converter.shape import source_shape
-from converter.source import read_source
-from converter.work import speedup_limit
+from pop_converter.architecture.shape import source_shape
+from pop_converter.architecture.work import speedup_limit
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.rewrite import strip
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.heldout import shipped_text, spread_windows, tokenize
+from pop_local.research.hyper import read_hyper
 from support.converted import convert_default
 from support.shapes import read_shape
 
@@ -84,7 +84,7 @@ def test_the_document_is_long_enough(smollm2):
 
 def test_needed_memory_grows_with_what_is_computed(smollm2):
     pytest.importorskip("torch")
-    from converter.gates import needed_bytes
+    from pop_local.research.gates import needed_bytes
 
     source = read_source(smollm2)
     shape, hyper = source_shape(source), read_hyper(source)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 
-from converter.fit import KvType
-from converter.header import read_header
-from converter.plan import make_plan
-from converter.rewrite import convert
+from pop_converter.fit.least_squares import KvType
+from pop_converter.gguf.header import read_header
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.rewrite import convert
 from support.converted import convert_default, paired
 from support.kv_reference import (
     F32,

@@ -4,7 +4,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure import depth, probes
@@ -127,8 +127,8 @@ def test_logits_of_real_models_are_those_of_the_backend(request, name):
 def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     """SmolLM2: the last third has 0.2 of the others' importance in prefill, 2 times in decode."""
     pytest.importorskip("torch")
-    from converter.decoder import Decoder
     from pop_local.measure.importance import measure_importance
+    from pop_local.research.decoder import Decoder
 
     model = PopModel(smollm2, n_ctx=64, n_threads=1)
     text = tokenize(model, Text("prose", (shipped_part("prose"),)))

@@ -13,7 +13,7 @@ import httpx2
 import openai
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.commands import serve
 from support.converted import tiny
 from support.serving import PATIENCE_S, served

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from converter.architectures import REFUSED
-from converter.errors import UnsupportedArchitectureError
-from converter.shape import ModelShape
-from converter.skipping import skipping_of
+from pop_converter.architecture.names import REFUSED
+from pop_converter.architecture.shape import ModelShape
+from pop_converter.architecture.skipping import skipping_of
+from pop_local.base.errors import UnsupportedArchitectureError
 from support.paths import ROOT
 from support.shapes import read_shape
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from converter.fit import KvType
-from converter.format import FITTED
-from converter.plan import make_plan
-from converter.source import read_source
+from pop_converter.fit.least_squares import KvType
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.plan import make_plan
+from pop_converter.projection import Projection
 from pop_local.calibration.activations import reading
 from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
@@ -17,6 +17,8 @@ from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.engine.llama.graph_macs import GraphMacs
 from support.shapes import read_shape
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]
@@ -52,7 +54,7 @@ def settings(text: Path, **others: object) -> FitOptions:
     return replace(made, **others)  # type: ignore[arg-type]
 
 
-def planned(path: Path, boundary: int = BOUNDARY, projection: str = FITTED):
+def planned(path: Path, boundary: int = BOUNDARY, projection: Projection = FITTED):
     return make_plan(
         read_shape(path),
         boundary=boundary,
@@ -62,13 +64,19 @@ def planned(path: Path, boundary: int = BOUNDARY, projection: str = FITTED):
     )
 
 
-def fitted(path: Path, options: FitOptions, follow: Follow = SILENT, projection: str = FITTED):
+def fitted(
+    path: Path, options: FitOptions, follow: Follow = SILENT, projection: Projection = FITTED
+):
     [found] = fitted_at((BOUNDARY,), path, options, follow, (projection,))
     return found
 
 
 def fitted_at(
-    boundaries, path: Path, options: FitOptions, follow: Follow = SILENT, projections=(FITTED,)
+    boundaries,
+    path: Path,
+    options: FitOptions,
+    follow: Follow = SILENT,
+    projections=(FITTED,),
 ):
     plans = [planned(path, boundary, each) for boundary in boundaries for each in projections]
     with LoadedModel(path, n_threads=1) as model:

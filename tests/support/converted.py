@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from converter.content import NewTensor
-from converter.fit import KvType, encode
-from converter.format import WIDE_KINDS, Calibration, PopMeta
-from converter.plan import Plan, make_plan
-from converter.rewrite import Fitted, convert
-from converter.sidecar import write_sidecar
-from converter.weights import KvProjection
-from converter.wide import Neurons, WideInput, encode_input
+from pop_converter.fit.least_squares import KvType, encode
+from pop_converter.fit.weights import KvProjection
+from pop_converter.fit.wide import Neurons, WideInput, encode_input
+from pop_converter.gguf.content import NewTensor
+from pop_converter.popfile.format import Calibration, PopMeta
+from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.rewrite import Fitted, convert
+from pop_converter.popfile.sidecar import write_sidecar
+from pop_converter.projection import Projection
 from support.shapes import read_shape
 from support.synthetic import make_gguf
 
@@ -53,7 +54,7 @@ class Pair:
 
 
 def paired(base: Path, folder: Path, projection: str, seed: int = 0, **plan: Any) -> Pair:
-    made = make_plan(read_shape(base), projection=projection, **{**DEFAULTS, **plan})
+    made = make_plan(read_shape(base), projection=Projection(projection), **{**DEFAULTS, **plan})
     fitted = None if projection == "own" else made_up(made, seed)
     pair = Pair(base, folder / "single.gguf", folder / f"{base.stem}.pop-sidecar.gguf")
     convert(made, base, pair.single, fitted=fitted)
@@ -77,7 +78,7 @@ def made_up(plan: Plan, seed: int = 0, kind: KvType = KvType.Q8_0, scale: float 
 
     tensors: list[NewTensor] = []
     gain = np.ones(n_embd, np.float32)
-    if plan.projection in WIDE_KINDS:
+    if plan.projection.is_wide:
         gate, up = random(n_neurons, n_embd), random(n_neurons, n_embd)
         # Some are clamped.
         neurons = Neurons(gain, gate, 6 * up, False) if n_neurons else None

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import FULL, forced
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
-from converter.decoder import Decoder  # noqa: E402
+from pop_local.research.decoder import Decoder  # noqa: E402
 
 
 def backend_logits(model: PopModel, tokens: list[int]) -> np.ndarray:

@@ -13,17 +13,19 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
-from converter.fit import KvType
-from converter.format import ATTENTION, FITTED
-from converter.header import read_header
-from converter.plan import make_plan
-from converter.rewrite import convert
-from converter.source import read_source
-from converter.weights import Weights
+from pop_converter.fit.least_squares import KvType
+from pop_converter.fit.weights import Weights
+from pop_converter.gguf.header import read_header
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.rewrite import convert
+from pop_converter.projection import Projection
 from support.converted import made_up
 from support.oracle import Tokens, Trio
 from support.raw import Job, Step, run
 from support.shapes import read_shape
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 # ggml rounds the input of a quantised product to 127 steps each side, in blocks of 32.
 BLOCK, N_STEPS = 32, 127
@@ -279,7 +281,7 @@ def context_rows(stored: Stored, expected: Expected, n_tokens: int) -> tuple[Sto
 
 
 def fit_at_random(
-    trio: Trio, path: Path, kv_type: KvType, projection: str = FITTED, scale: float = 1.0
+    trio: Trio, path: Path, kv_type: KvType, projection: Projection = FITTED, scale: float = 1.0
 ) -> Path:
     """Fitted projections unlike any of the model's own; each layer's differ."""
     shape = read_shape(trio.original)

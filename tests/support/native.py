@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.limited.child import serve
 from pop_local.engine.limited.process import LimitedProcess
 from pop_local.engine.llama import logs

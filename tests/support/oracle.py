@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from converter.plan import make_plan
-from converter.rewrite import convert
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.rewrite import convert
 from support.raw import Job, Step, run
 from support.shapes import read_shape
 from support.synthetic import zero_deep_copy

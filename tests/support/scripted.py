@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.chat_session import ChatSession

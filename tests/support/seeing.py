@@ -14,8 +14,8 @@ import numpy as np
 from gguf import GGUFWriter
 from PIL import Image
 
-from converter.plan import make_plan
-from converter.rewrite import convert
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.rewrite import convert
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.model import PopModel

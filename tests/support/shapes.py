@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from converter.shape import ModelShape, source_shape
-from converter.source import read_source
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.gguf.source import read_source
 
 
 def read_shape(path: Path) -> ModelShape:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from converter.header import Header, TensorInfo, read_header
+from pop_converter.gguf.header import Header, TensorInfo, read_header
 
 # Without these a layer adds nothing.
 OUTPUTS = (

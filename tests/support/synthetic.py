@@ -16,9 +16,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
-from converter.content import NewTensor, copy_data, read_content, with_tensors
-from converter.header import read_header
-from converter.source import read_source
+from pop_converter.gguf.content import NewTensor, copy_data, read_content, with_tensors
+from pop_converter.gguf.header import read_header
+from pop_converter.gguf.source import read_source
 
 Weights = NDArray[np.float32]
 

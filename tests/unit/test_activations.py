@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converter import fit
-from converter.source import read_source
-from converter.weights import Weights
+from pop_converter.fit import least_squares as fit
+from pop_converter.fit.weights import Weights
+from pop_converter.gguf.source import read_source
 from pop_local.calibration.activations import reading
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.texts import N_WINDOW

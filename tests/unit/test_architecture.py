@@ -8,32 +8,43 @@ import pytest
 
 from support.paths import ROOT
 
-# `pop_local` itself is what programs import: its modules without a room.
+# `pop_local` itself is what programs import: its modules without a room. `base` is under all.
 ARROWS = {
     "cli": "config ui",
     "commands": (
         "calibration config converter engine fetching measure models server texts ui workflows"
     ),
-    "pop_local": "calibration converter engine measure texts workflows",
+    "pop_local": "calibration engine measure texts workflows",
     "ui": "config converter engine measure models texts workflows",
     "server": "config converter engine measure models texts",
-    "workflows": "calibration config converter engine fetching measure models texts",
+    "workflows": "calibration config converter engine fetching measure models research texts",
+    "research": "converter",
     "calibration": "converter engine models texts",
-    "measure": "converter engine models texts",
+    "measure": "converter engine models research texts",
     "fetching": "config converter models",
-    "texts": "converter engine",
+    "texts": "engine",
     "engine": "converter models",
     "models": "config converter",
-    "config": "converter",
+    "config": "",
     "converter": "",
+    "base": "",
+}
+# The same for the rooms within one.
+INSIDE = {
+    "converter": {
+        "popfile": "architecture fit gguf",
+        "fit": "architecture gguf",
+        "architecture": "gguf",
+        "gguf": "",
+    },
 }
 # Of these, types alone: what is drawn is another's result.
 DRAWN = [("ui", "workflows")]
 ON_THE_TERMINAL = {"cli", "commands", "ui"}
 FILES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for package in ("converter", "pop_local")
-    for path in (ROOT / package).rglob("*.py")
+    ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in (ROOT / "converter" / "pop_converter", ROOT / "pop_local")
+    for path in package.rglob("*.py")
 }
 
 
@@ -66,9 +77,18 @@ IMPORTS = [found for module in FILES for found in imports_of(module)]
 
 def room(module: str) -> str:
     package, *inner = module.split(".")
+    if package == "pop_converter":
+        return "converter"
     if package == "pop_local" and inner and inner[0] != "__main__":
         return inner[0]
     return "cli" if inner == ["__main__"] else package
+
+
+def inner_room(module: str) -> str:
+    """The room within a room; "" for a module that lies in none."""
+    parts = module.split(".")[1 if module.startswith("pop_converter") else 2 :]
+    folder = FILES[module].name == "__init__.py"
+    return parts[0] if len(parts) > 1 or (parts and folder) else ""
 
 
 def test_every_room_has_its_arrows():
@@ -78,11 +98,28 @@ def test_every_room_has_its_arrows():
 
 @pytest.mark.parametrize("name", ARROWS)
 def test_a_room_imports_what_its_arrows_say(name):
-    allowed = {name, *ARROWS[name].split()}
+    allowed = {name, "base", *ARROWS[name].split()}
     of_ours = [found for found in IMPORTS if room(found.by) == name and found.module in FILES]
     # The version is the package's.
     wrong = [found for found in of_ours if room(found.module) not in allowed]
     assert [found for found in wrong if found.name != "__version__"] == []
+
+
+@pytest.mark.parametrize("outer", INSIDE)
+def test_a_room_within_imports_what_its_arrows_say(outer):
+    table = INSIDE[outer]
+    graphlib.TopologicalSorter({name: set(to.split()) for name, to in table.items()}).prepare()
+    inner = [each for each in IMPORTS if each.module in FILES and room(each.by) == outer]
+    assert {inner_room(module) for module in FILES if room(module) == outer} - {""} == table.keys()
+    wrong = [
+        found
+        for found in inner
+        if room(found.module) == outer
+        and (by := inner_room(found.by))
+        and (to := inner_room(found.module))
+        and to not in {by, *table[by].split()}
+    ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("arrow", DRAWN)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from converter.errors import PopError
-from converter.format import read_pop_meta
-from converter.plan import make_plan
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.popfile.plan import make_plan
+from pop_local.base.errors import PopError
 from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from converter.format import Budget
+from pop_converter.popfile.format import Budget
 from pop_local.measure.budget import (
     BALANCED,
     BUDGETS,

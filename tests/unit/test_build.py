@@ -280,7 +280,7 @@ def test_the_app_asks_for_the_version_that_is_built():
 
 
 def test_every_module_lies_in_a_package_that_setup_finds():
-    for folder in ("pop_local", "converter"):
+    for folder in ("pop_local", "converter/pop_converter"):
         for module in (ROOT / folder).rglob("*.py"):
             assert (module.parent / "__init__.py").is_file()
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converter import fit
-from converter.errors import StoppedError
-from converter.fit import Gram, Weighting
-from converter.format import read_pop_meta
-from converter.rewrite import Fitted, convert, strip
-from converter.source import read_source
-from converter.weights import Weights
+from pop_converter.fit import least_squares as fit
+from pop_converter.fit.least_squares import Gram, Weighting
+from pop_converter.fit.weights import Weights
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.popfile.rewrite import Fitted, convert, strip
+from pop_local.base.errors import StoppedError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.options import FitOptions

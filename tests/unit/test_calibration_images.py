@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from converter import fit
-from converter.errors import PopError, StoppedError
-from converter.format import read_pop_meta
-from converter.rewrite import Fitted, convert
-from converter.source import read_source
-from converter.weights import Weights
+from pop_converter.fit import least_squares as fit
+from pop_converter.fit.weights import Weights
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.popfile.rewrite import Fitted, convert
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration.activations import reading
 from pop_local.calibration.images import CalibrationImages, drawn, pictures_of
 from pop_local.calibration.job import Follow

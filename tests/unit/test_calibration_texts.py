@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.calibration import texts
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from llama_cpp import LlamaRAMCache
 
-from converter.errors import PopError, StoppedError
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration import activations
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.depth.rows import CachedRows

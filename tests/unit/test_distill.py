@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converter import distill as distilling
-from converter import fit
-from converter.errors import PopError
-from converter.format import ATTENTION, FITTED, WIDE
-from converter.plan import Plan
-from converter.rewrite import Fitted
-from converter.sidecar import write_sidecar
-from converter.source import read_source
+from pop_converter.fit import least_squares as fit
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Fitted
+from pop_converter.popfile.sidecar import write_sidecar
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import FULL, Pruning, forced
+from pop_local.research import distill as distilling
 from pop_local.workflows.distilled import distilled as train
 from pop_local.workflows.distilled import prepare, start_of
 from pop_local.workflows.events import Watch
@@ -26,7 +26,9 @@ from support.synthetic import make_gguf
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
-from converter.decoder import Decoder  # noqa: E402
+from pop_local.research.decoder import Decoder  # noqa: E402
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 N_TOKENS, N_CONTEXT, N_SINK = 96, 64, 2
 

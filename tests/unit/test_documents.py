@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine import files
 from pop_local.engine.images.pictures import read_picture
 from pop_local.texts import documents

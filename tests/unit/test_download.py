@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.fetching import download as download_module
 from pop_local.fetching.url import fetch_url
 from support.hub_server import Hub, serving

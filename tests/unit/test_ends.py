@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converter.errors import PopError, StoppedError
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine import template_child
 from pop_local.engine.limited.process import LimitedProcess, NoChildError
 from pop_local.engine.llama import backend, opening

@@ -10,7 +10,7 @@ import pytest
 from llama_cpp import LlamaGrammar, LogitsProcessorList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.backend import Counters, Mode
 from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read

@@ -8,10 +8,10 @@ import pytest
 from gguf import GGMLQuantizationType
 from typer.testing import CliRunner
 
-from converter.errors import PopError, UnsupportedArchitectureError
-from converter.format import FITTED, OWN
-from converter.plan import make_plan
-from converter.work import speedup_limit
+from pop_converter.architecture.work import speedup_limit
+from pop_converter.popfile.plan import make_plan
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError, UnsupportedArchitectureError
 from pop_local.cli import app
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
@@ -26,6 +26,8 @@ from support.scripted import ScriptedModel, figures, talk
 from support.shapes import read_shape
 from support.shared_kv import make_shared
 from support.synthetic import TEMPLATE
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 
 @pytest.fixture(scope="module", params=["gemma3n", "gemma4"])

@@ -7,10 +7,11 @@ import gguf
 import numpy as np
 import pytest
 
-from converter import fit, solve
-from converter.fit import FitError, Gram, KvType, Weighting
-from converter.source import read_source
-from converter.weights import KvProjection, Weights
+from pop_converter.fit import least_squares as fit
+from pop_converter.fit import solve
+from pop_converter.fit.least_squares import FitError, Gram, KvType, Weighting
+from pop_converter.fit.weights import KvProjection, Weights
+from pop_converter.gguf.source import read_source
 from support.synthetic import add_tensor, make_gguf
 
 N, N_K, N_V, N_ROWS = 24, 6, 4, 400

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
 from support.calls import prompt
 from support.synthetic import make_gguf
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
-from converter.decoder import Decoder  # noqa: E402
-from converter.gates import gate_gradients  # noqa: E402
 from pop_local.measure import importance  # noqa: E402
+from pop_local.research.decoder import Decoder  # noqa: E402
+from pop_local.research.gates import gate_gradients  # noqa: E402
 
 N_CONTEXT = 10
 SEED = 7

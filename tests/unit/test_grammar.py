@@ -6,7 +6,7 @@ from itertools import product
 import psutil
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError, Grammars
 from support.asked import BOMB
 from support.calls import opened

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.sessions import session_file
 from pop_local.engine.sessions.session_file import Sessions
 from support.seeing import (

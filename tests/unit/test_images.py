@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converter.errors import PopError, StoppedError
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.images import mmproj
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.llama import backend

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.calibration.activations import Tensor
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine import kv_llama

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from llama_cpp import Llama, LlamaRAMCache
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.answer import answer
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode

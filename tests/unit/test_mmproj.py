@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import picture_of, read_picture
 from pop_local.engine.llama import logs
 from pop_local.models.mmproj import mmproj_beside

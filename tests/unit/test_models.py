@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.fetching import catalog
 from pop_local.fetching.catalog import fetch
 from pop_local.models import names as models

@@ -2,7 +2,7 @@
 
 import pytest
 
-from converter.work import speedup_limit
+from pop_converter.architecture.work import speedup_limit
 from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel

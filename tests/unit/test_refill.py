@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.depth import online, power
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, rpc
 from pop_local.engine.llama.backend import Counters
 from pop_local.engine.prefill.kv_state import FULL

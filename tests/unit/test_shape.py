@@ -6,11 +6,11 @@ from dataclasses import replace
 import gguf
 import pytest
 
-from converter.errors import FormatError, PlanError, UnsupportedArchitectureError
-from converter.format import FITTED
-from converter.header import read_header
-from converter.plan import make_plan, require_fit
-from converter.source import read_source
+from pop_converter.gguf.header import read_header
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.plan import make_plan, require_fit
+from pop_converter.projection import Projection
+from pop_local.base.errors import FormatError, PlanError, UnsupportedArchitectureError
 from pop_local.measure.depth import boundaries
 from support.shapes import read_shape
 from support.synthetic import DEFAULTS, add_keys, make_gguf, make_split, renamed
@@ -159,7 +159,9 @@ def test_layers_that_take_features_of_images_are_kept(tmp_path):
 def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):
     shape = read_shape(make_gguf(tmp_path / "model.gguf", "llama"))
     hybrid = replace(shape, is_fittable=(False,) * 4 + (True,) * 4)
-    early, late, last = (make_plan(hybrid, boundary=b, projection=FITTED) for b in (3, 4, 7))
+    early, late, last = (
+        make_plan(hybrid, boundary=b, projection=Projection.FITTED) for b in (3, 4, 7)
+    )
     for plans in ([early, late], [last]):
         require_fit(plans)
     with pytest.raises(PlanError, match="from boundary 4 on"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_local.models.sizes import size
+from pop_local.base.numbers import size
 from pop_local.ui import tables, theme
 from pop_local.ui.tables import Column, Table, markdown, print_facts, print_json
 

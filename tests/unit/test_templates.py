@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine import templates
 from pop_local.engine.chat_model import _without_system

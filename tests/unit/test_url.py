@@ -5,7 +5,7 @@ import ssl
 
 import pytest
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.fetching.download import reason_of
 from pop_local.fetching.url import file_name
 

@@ -8,17 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from converter import fit
-from converter.errors import StoppedError
-from converter.fit import KvType, Weighting
-from converter.format import ATTENTION, FITTED, OWN, WIDE, read_pop_meta
-from converter.plan import make_plan
-from converter.rewrite import convert, measure, stored_bytes, stored_type, strip
-from converter.sidecar import write_sidecar
-from converter.source import read_source
-from converter.weights import Weights
-from converter.wide import MOST_NEURON, wide_input
-from converter.work import LIMIT_PROMPT, fit_macs, speedup_limit, wide_weights
+from pop_converter.architecture.work import LIMIT_PROMPT, fit_macs, speedup_limit, wide_weights
+from pop_converter.fit import least_squares as fit
+from pop_converter.fit.least_squares import KvType, Weighting
+from pop_converter.fit.weights import Weights
+from pop_converter.fit.wide import MOST_NEURON, wide_input
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import read_pop_meta
+from pop_converter.popfile.plan import make_plan
+from pop_converter.popfile.rewrite import convert, measure, stored_bytes, stored_type, strip
+from pop_converter.popfile.sidecar import write_sidecar
+from pop_converter.projection import Projection
+from pop_local.base.errors import StoppedError
 from pop_local.calibration import needs
 from pop_local.calibration.job import Calibrated
 from pop_local.calibration.loaded import LoadedModel
@@ -47,6 +48,8 @@ from support.calibrating import (
 from support.converted import made_up
 from support.shapes import read_shape
 from support.synthetic import make_gguf
+
+OWN, FITTED, WIDE, ATTENTION = Projection
 
 N_PREV, N_NEURONS = 32, 64
 
@@ -88,7 +91,12 @@ def inputs(path: Path, tensors, shown: Recorder) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "kind"),
-    [("llama", ATTENTION), ("gemma3", ATTENTION), ("phi3", ATTENTION), ("qwen3moe", WIDE)],
+    [
+        ("llama", ATTENTION),
+        ("gemma3", ATTENTION),
+        ("phi3", ATTENTION),
+        ("qwen3moe", WIDE),
+    ],
 )
 def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     path = make_gguf(tmp_path / f"{arch}.gguf", arch)
@@ -135,7 +143,8 @@ def test_narrower_fits_come_from_the_same_sums(llama, letters):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("memory_bytes", "stop_after", "kind"), [(1 << 30, 7, ATTENTION), (1, 14, WIDE)]
+    ("memory_bytes", "stop_after", "kind"),
+    [(1 << 30, 7, ATTENTION), (1, 14, WIDE)],
 )
 def test_a_resumed_fit_equals_one_without_a_stop(
     memory_bytes, stop_after, kind, llama, letters, tmp_path
@@ -245,7 +254,12 @@ class Losses:
 
 @pytest.mark.parametrize(
     ("wide", "attention", "wanted"),
-    [(0.85, 0.78, WIDE), (0.95, 0.85, FITTED), (1.2, 1.2, FITTED), (0.85, 0.6, ATTENTION)],
+    [
+        (0.85, 0.78, WIDE),
+        (0.95, 0.85, FITTED),
+        (1.2, 1.2, FITTED),
+        (0.85, 0.6, ATTENTION),
+    ],
 )
 def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
     wide, attention, wanted, llama, monkeypatch
@@ -257,7 +271,10 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
     costs = {FITTED: 0.0, WIDE: 0.01, ATTENTION: 0.02}
     monkeypatch.setattr(fits, "fit_cost", lambda plan, kind: costs[kind])
     monkeypatch.setattr(fits, "_WORTH", 10)
-    losses = Losses(monkeypatch, {FITTED: 1.0, WIDE: wide, ATTENTION: attention})
+    losses = Losses(
+        monkeypatch,
+        {FITTED: 1.0, WIDE: wide, ATTENTION: attention},
+    )
     notes: list[str] = []
     watch = Watch(on_note=notes.append)
     hardware = Hardware(n_threads=1)
@@ -275,11 +292,19 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
 
 @pytest.mark.parametrize(
     ("broken", "wanted"),
-    [((FITTED, WIDE), ATTENTION), ((FITTED,), WIDE), ((FITTED, WIDE, ATTENTION), FITTED)],
+    [
+        ((FITTED, WIDE), ATTENTION),
+        ((FITTED,), WIDE),
+        ((FITTED, WIDE, ATTENTION), FITTED),
+    ],
 )
 def test_what_copies_goes_before_what_is_cheap(broken, wanted, llama, monkeypatch):
     monkeypatch.setattr(needs, "MOST_COST", {WIDE: 0.2, ATTENTION: 0.2})
-    Losses(monkeypatch, {FITTED: 0.5, WIDE: 1.0, ATTENTION: 1.0}, broken)
+    Losses(
+        monkeypatch,
+        {FITTED: 0.5, WIDE: 1.0, ATTENTION: 1.0},
+        broken,
+    )
     hardware = Hardware(n_threads=1)
     fitter = Fitter(read_source(llama), FitOptions(), hardware, Watch(), KINDS_OF_ONE)
     [made] = fitter.fit([planned(llama)], None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.decode import grammar_child
 from pop_local.engine.limited.process import BeyondLimitsError, LimitedProcess, RefusedError
 from pop_local.engine.llama.backend import bindings

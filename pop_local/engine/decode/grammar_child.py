@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.limited.child import serve
 from pop_local.engine.llama.backend import bindings
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from converter.errors import StoppedError
+from pop_local.base.errors import StoppedError
 from pop_local.engine.depth.rows import CachedRows
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.interrupt import Interrupt

@@ -23,8 +23,8 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from converter.errors import PopError, StoppedError
-from converter.source import read_source, sampled_sha256
+from pop_converter.gguf.source import read_source, sampled_sha256
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.images.pictures import Picture, require_pillow
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings

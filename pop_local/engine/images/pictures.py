@@ -17,8 +17,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.errors import PopError
-from pop_local.engine.files import read_file
+from pop_local.base.errors import PopError
+from pop_local.base.files import read_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

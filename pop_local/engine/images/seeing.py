@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.images.pictures import has_pillow
 from pop_local.engine.llama.upstream import Llama, chat_format

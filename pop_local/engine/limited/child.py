@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 
 
 def serve(work: object, limit_s: float, limit_bytes: int) -> None:

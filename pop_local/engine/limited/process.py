@@ -8,7 +8,7 @@ from contextlib import suppress
 from multiprocessing.spawn import get_executable
 from typing import Any
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 
 _START = (
     "import sys; sys.path[:] = sys.argv[2:]; import importlib, json;"

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from converter.errors import PopError
-from converter.format import PopMeta
+from pop_converter.popfile.format import PopMeta
+from pop_local.base.errors import PopError
 from pop_local.engine.llama import logs
 
 ABI = 5

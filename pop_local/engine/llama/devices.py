@@ -8,7 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend
 
 _POINTER = ctypes.c_void_p

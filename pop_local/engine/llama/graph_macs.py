@@ -4,9 +4,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from converter.errors import PopError
-from converter.sidecar import pop_of
-from converter.source import read_source
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.sidecar import pop_of
+from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, logs, opening
 from pop_local.engine.llama.backend import Mode
 
@@ -15,7 +15,7 @@ _N_CTX = 2048
 
 
 class GraphMacs:
-    """The work of a model, given by its file and its sidecar, for a prompt (converter.work.Macs).
+    """The work of a prompt by a model's file and sidecar (pop_converter.architecture.work.Macs).
 
     Nothing but the headers is read, when something is first asked for; that takes as long as the
     vocabulary, some tenths of a second. Numbers are kept. Prompts of more than 2,048 tokens are
@@ -29,7 +29,7 @@ class GraphMacs:
         self._found: dict[tuple[int, int | None, int], int] = {}
 
     def __call__(self, n_prompt: int, boundary: int | None, n_full: int) -> int:
-        """Count, see converter.work.Macs; a boundary with a fit is that of the file.
+        """Count (architecture.work.Macs); a boundary with a fit is that of the file.
 
         Raises PopError where there is no such model or boundary.
         """

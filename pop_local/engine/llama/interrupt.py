@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from converter.errors import PopError, StoppedError
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import bindings
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")

@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 
 import psutil
 
-from converter.errors import PopError
-from converter.format import PopMeta
-from converter.header import Header
-from converter.keys import trained_ctx
-from converter.shape import source_shape
-from converter.source import Source
+from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.shape import source_shape
+from pop_converter.gguf.header import Header
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.format import PopMeta
+from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.rpc import Servers
 from pop_local.engine.prefill.plan import RowRule

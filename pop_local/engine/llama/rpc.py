@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 from weakref import WeakSet
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.devices import GgmlLibrary, Kind
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from converter.format import OWN, TENSOR_MARK, PopMeta, encode_keys
-from converter.header import Header, read_header
-from converter.source import SAMPLED_BYTES, Source
+from pop_converter.gguf.header import Header, read_header
+from pop_converter.gguf.source import SAMPLED_BYTES, Source
+from pop_converter.popfile.format import PopMeta, encode_keys
+from pop_converter.projection import TENSOR_MARK, Projection
 from pop_local.engine.llama.backend import Mode, bindings
 from pop_local.engine.llama.upstream import BaseLlamaCache, LlamaRAMCache, LlamaState
 
-NO_CONVERSION = f"{OWN} projections"
+NO_CONVERSION = f"{Projection.OWN} projections"
 # Fields of llama_context_params, as `Llama` sets them where nobody says otherwise. With flash
 # attention V is stored in another order.
 _DEFAULTS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from converter.plan import TAIL_TOKENS
+from pop_converter.popfile.plan import TAIL_TOKENS
 from pop_local.engine.llama.batch import Outputs
 
 

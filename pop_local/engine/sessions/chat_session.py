@@ -12,7 +12,7 @@ from inspect import GEN_RUNNING, getgeneratorstate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.errors import OutputExistsError, PopError
+from pop_local.base.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
 from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture

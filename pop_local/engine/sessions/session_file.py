@@ -29,9 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from converter.errors import PopError
-from converter.output import make_private, replacing
-from converter.source import read_source, sampled_sha256
+from pop_converter.gguf.source import read_source, sampled_sha256
+from pop_local.base.errors import PopError
+from pop_local.base.output import make_private, replacing
 from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.images.pictures import Picture, picture_of

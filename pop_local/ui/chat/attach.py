@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.config.settings import expanded
 from pop_local.engine.sessions.conversation import Document
 from pop_local.texts.documents import read_document

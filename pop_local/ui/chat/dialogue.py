@@ -11,7 +11,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Document

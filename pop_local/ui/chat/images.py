@@ -1,6 +1,6 @@
 """/image: pictures that go with the next question."""
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import Picture, read_picture
 from pop_local.ui.chat.attach import NEXT, choose, given_path, room_in
 from pop_local.ui.chat.dialogue import Dialogue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.engine.turn import ContextFullError
 from pop_local.ui.chat.screen import Choice, Screen
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pop_local.base.numbers import size
 from pop_local.engine.depth.power import RECHECK_S, on_battery
-from pop_local.models.sizes import size
 from pop_local.ui.errors import as_pop_error
 
 if TYPE_CHECKING:

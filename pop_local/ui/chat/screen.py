@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from converter.errors import PopError
+from pop_local.base.errors import PopError
 from pop_local.ui import errors
 from pop_local.ui.chat.answer import AnswerView, MarkdownAnswer, PlainAnswer
 from pop_local.ui.progress import Advance, prefill_progress

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from converter.errors import PopError
-from pop_local.config.nearest import nearest_hint
+from pop_local.base.errors import PopError
+from pop_local.base.nearest import nearest_hint
+from pop_local.base.numbers import size
 from pop_local.config.settings import sessions_dir
-from pop_local.models.sizes import size
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.refill import finish
 from pop_local.ui.chat.screen import Choice

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from converter.output import make_private
+from pop_local.base.output import make_private
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.screen import Choice
 from pop_local.ui.errors import as_pop_error

@@ -11,7 +11,7 @@ from rich.bar import Bar
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from converter.format import FITTED, OWN
+from pop_converter.projection import Projection
 from pop_local.ui.tables import Column, Fact, Table, markdown, print_facts
 from pop_local.ui.theme import out
 from pop_local.ui.views.quality import bare, figures, text_json, with_se
@@ -74,7 +74,7 @@ def _depth_json(depth: DepthCost) -> dict[str, Any]:
 
 def _projection(depth: DepthCost) -> str | None:
     """Of `depth.quality`."""
-    return None if depth.quality is None else FITTED if depth.fitted else OWN
+    return None if depth.quality is None else Projection.FITTED if depth.fitted else Projection.OWN
 
 
 def show(found: Analysis) -> None:

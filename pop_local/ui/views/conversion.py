@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from converter.format import OWN
-from converter.sidecar import sidecar_path
-from converter.skipping import skipping_of
-from converter.work import LIMIT_PROMPT
+from pop_converter.architecture.skipping import skipping_of
+from pop_converter.architecture.work import LIMIT_PROMPT
+from pop_converter.popfile.sidecar import sidecar_path
+from pop_converter.projection import Projection
+from pop_local.base.numbers import duration, size
 from pop_local.measure.budget import FAST
-from pop_local.models.sizes import duration, size
 from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
 from pop_local.ui.views.skipping import skipping_facts
@@ -19,9 +19,9 @@ from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
 from pop_local.workflows.options import Fastest, Within
 
 if TYPE_CHECKING:
-    from converter.format import PopMeta, Recalled, Refilled
-    from converter.plan import Plan
-    from converter.rewrite import Sizes
+    from pop_converter.popfile.format import PopMeta, Recalled, Refilled
+    from pop_converter.popfile.plan import Plan
+    from pop_converter.popfile.rewrite import Sizes
     from pop_local.workflows.convert import Conversion, Converted
 
 
@@ -165,7 +165,7 @@ def _facts(
     opened_by = "stock llama.cpp opens the copy, too"
     if form == "sidecar":
         opened_by = "the model itself stays as it is, for any program"
-    elif plan.projection != OWN:
+    elif plan.projection != Projection.OWN:
         opened_by = "the copy opens in pop-local only, since stock llama.cpp refuses added tensors"
     return [
         ("Model", str(conversion.path)),

@@ -1,8 +1,9 @@
 """What `inspect` says of models and of sidecars."""
 
-from converter.format import OWN, Budget, PopMeta
+from pop_converter.popfile.format import Budget, PopMeta
+from pop_converter.projection import Projection
+from pop_local.base.numbers import size
 from pop_local.models.mmproj import ARCHITECTURE
-from pop_local.models.sizes import size
 from pop_local.ui.tables import Fact
 from pop_local.ui.views.conversion import full_fact, measured_facts
 from pop_local.ui.views.skipping import skipping_facts
@@ -77,7 +78,7 @@ def _pruning_facts(meta: PopMeta | None) -> list[Fact]:
     if meta is None:
         return [("Pruning", "none: not converted (see `pop-local convert`)")]
     skipped = f"{meta.n_layer - meta.boundary} of {meta.n_layer} layers"
-    own = meta.projection == OWN
+    own = meta.projection == Projection.OWN
     return [
         ("Boundary", f"layer {meta.boundary}: context tokens skip the last {skipped}"),
         ("Schedule", meta.schedule),

@@ -9,8 +9,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import PopError
-from converter.output import check_output, replacing
+from pop_local.base.errors import PopError
+from pop_local.base.output import check_output, replacing
 from pop_local.models.names import resolve, resolve_base
 from pop_local.ui.views.quality import ALWAYS_SKIP
 

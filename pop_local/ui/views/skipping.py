@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from converter.work import LIMIT_PROMPT
+from pop_converter.architecture.work import LIMIT_PROMPT
 from pop_local.ui.tables import Fact
 
 if TYPE_CHECKING:
-    from converter.skipping import Skipping
+    from pop_converter.architecture.skipping import Skipping
     from pop_local.workflows.inspect import Work
 
 

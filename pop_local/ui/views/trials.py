@@ -12,8 +12,8 @@ from pop_local.ui.theme import out
 from pop_local.ui.views.quality import figures, with_se
 
 if TYPE_CHECKING:
-    from converter.format import Budget
-    from converter.plan import Plan
+    from pop_converter.popfile.format import Budget
+    from pop_converter.popfile.plan import Plan
     from pop_local.measure.recall import Recall
     from pop_local.workflows.refusals import Trial
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converter.errors import FormatError
-from converter.header import (
+from pop_converter.gguf.header import (
     DEFAULT_ALIGNMENT,
     MAGIC,
     VERSIONS,
@@ -22,8 +21,9 @@ from converter.header import (
     align,
     truncated,
 )
-from converter.progress import Ran
-from converter.source import SPLIT_PREFIX, Source
+from pop_converter.gguf.source import SPLIT_PREFIX, Source
+from pop_local.base.errors import FormatError
+from pop_local.base.progress import Ran
 
 # Larger writes took the kernel twice as long (docs/lab-notebook.md).
 CHUNK_BYTES = 256 << 10

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.architectures import GELU
-from converter.content import NewTensor
-from converter.fit import KvType, decode_weight, encode_weight
-from converter.shape import ModelShape
-from converter.weights import Floats, Weights
+from pop_converter.architecture.names import GELU
+from pop_converter.architecture.shape import ModelShape
+from pop_converter.fit.least_squares import KvType, decode_weight, encode_weight
+from pop_converter.fit.weights import Floats, Weights
+from pop_converter.gguf.content import NewTensor
 
 MOST_NEURON = 5.0
 

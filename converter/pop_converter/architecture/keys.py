@@ -1,8 +1,14 @@
 """The keys of a model that its architecture names, `ARCH.*`, checked."""
 
-from converter.architectures import LOOPS_KEY, PERIODS, SEVERAL_POSITIONS, WINDOWS, refusal
-from converter.errors import FormatError, UnsupportedArchitectureError
-from converter.header import Array, Header
+from pop_converter.architecture.names import (
+    LOOPS_KEY,
+    PERIODS,
+    SEVERAL_POSITIONS,
+    WINDOWS,
+    refusal,
+)
+from pop_converter.gguf.header import Array, Header
+from pop_local.base.errors import FormatError, UnsupportedArchitectureError
 
 # Dimensions and counts have 32 bits in llama.cpp.
 MAX_NUMBER = 2**31 - 1

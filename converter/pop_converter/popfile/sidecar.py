@@ -9,24 +9,21 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from converter.content import Content, copy_data, read_content, same_data, with_tensors
-from converter.errors import FormatError, WriteError
-from converter.fit import KvType
-from converter.format import (
+from pop_converter.fit.least_squares import KvType
+from pop_converter.gguf.content import Content, copy_data, read_content, same_data, with_tensors
+from pop_converter.gguf.header import Header, read_header
+from pop_converter.gguf.source import Source, is_sidecar, read_source
+from pop_converter.popfile.format import (
     CONVERT_AGAIN,
     PREFIX,
-    WIDE_KINDS,
     Binding,
     PopMeta,
     encode_sidecar_keys,
     pop_meta,
     read_binding,
 )
-from converter.header import Header, read_header
-from converter.output import check_output, replacing
-from converter.plan import Plan
-from converter.progress import Progress, counting
-from converter.rewrite import (
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import (
     Examine,
     Fitted,
     Sizes,
@@ -35,7 +32,9 @@ from converter.rewrite import (
     stored_bytes,
     unconverted,
 )
-from converter.source import Source, is_sidecar, read_source
+from pop_local.base.errors import FormatError, WriteError
+from pop_local.base.output import check_output, replacing
+from pop_local.base.progress import Progress, counting
 
 SUFFIX = ".pop-sidecar.gguf"
 _EMPTY = Content()
@@ -130,7 +129,7 @@ def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:
 def _check_tensors(header: Header, meta: PopMeta) -> None:
     """Compare the names of tensors; llama.cpp compares shapes and types on loading."""
     layers = range(meta.boundary + 1, meta.n_layer) if meta.is_fitted else ()
-    is_wide = meta.projection in WIDE_KINDS
+    is_wide = meta.projection.is_wide
     kinds = (".weight", ".bias", *(("_wide.weight",) if is_wide else ()))
     expected = {
         f"blk.{layer}.pop_attn_{part}{kind}"

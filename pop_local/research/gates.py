@@ -30,10 +30,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from converter.decoder import BASE_BYTES, Decoder, Layer
-from converter.hyper import Hyper
-from converter.progress import Progress, Ran, counting
-from converter.shape import ModelShape
+from pop_converter.architecture.shape import ModelShape
+from pop_local.base.progress import Progress, Ran, counting
+from pop_local.research.decoder import BASE_BYTES, Decoder, Layer
+from pop_local.research.hyper import Hyper
 
 Tokens = NDArray[np.int32]
 Floats = NDArray[np.float64]

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from converter.architectures import GEMMA3N_KV_LAYERS, REPEATED, UNFITTED
-from converter.errors import FormatError
-from converter.format import ATTENTION, WIDE_KINDS
-from converter.keys import ArchKeys
-from converter.layers import read_layers
-from converter.source import Source
+from pop_converter.architecture.keys import ArchKeys
+from pop_converter.architecture.layers import read_layers
+from pop_converter.architecture.names import GEMMA3N_KV_LAYERS, REPEATED, UNFITTED
+from pop_converter.gguf.source import Source
+from pop_converter.projection import Projection
+from pop_local.base.errors import FormatError
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 # Rows of added tensors come in blocks of ggml's quantised types.
@@ -61,7 +61,7 @@ class ModelShape:
         return boundary < self.n_layer - 1 and all(self.is_fittable[boundary:])
 
     def wide_inputs(self, boundary: int) -> tuple[int, int]:
-        """Return the sizes of the wider input (converter.wide): previous state, neurons.
+        """Return the sizes of the wider input (pop_converter.fit.wide): previous state, neurons.
 
         A quarter and a half of the state, in blocks of quantised rows.
         """
@@ -69,11 +69,11 @@ class ModelShape:
         n_most = min(self.n_embd // 2, self.n_neurons[boundary])
         return n_prev, n_most // _BLOCK_SIZE * _BLOCK_SIZE
 
-    def n_wide(self, boundary: int, projection: str) -> int:
+    def n_wide(self, boundary: int, projection: Projection) -> int:
         """Return how many inputs a fit has beside the state, 0 if it is not wide."""
-        if projection not in WIDE_KINDS:
+        if not projection.is_wide:
             return 0
-        n_heads = self.n_heads_out[boundary] if projection == ATTENTION else 0
+        n_heads = self.n_heads_out[boundary] if projection == Projection.ATTENTION else 0
         return sum(self.wide_inputs(boundary)) + n_heads
 
 

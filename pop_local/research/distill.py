@@ -1,10 +1,10 @@
 """Distils fitted K/V projections: trains them end to end on what the full model predicts.
 
-Least squares (converter.fit) brings K and V of each layer near to the full model's, whatever the
-layers make of the difference. Here the skipped layers are computed as a pruned prompt has them: the
-rows of a context stop at the boundary, all but the sinks before it, and those of the answer after
-it run all layers and attend to the projections' K and V. The loss is KL(full || pruned), averaged
-over the answer's rows; its gradient goes through the skipped layers into the projections, which
+Least squares (pop_converter.fit.least_squares) brings K and V of each layer near to the full
+model's, whatever the layers make of the difference. Here the skipped layers are computed as a
+pruned prompt has them. Rows of a context stop at the boundary, all but the sinks before it. Rows
+of the answer after it run all layers and attend to the projections' K and V. The loss is
+KL(full || pruned), averaged over the answer's rows; its gradient goes through the skipped layers into the projections, which
 Adam changes (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980). The
 model's weights stay as they are.
 
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from converter.decoder import BASE_BYTES, Decoder, Layer, Stored
-from converter.fit import FitError, normalised
-from converter.hyper import Hyper
-from converter.plan import Plan
-from converter.progress import Progress, Ran, counting
-from converter.weights import KvProjection
-from converter.wide import WideInput
+from pop_converter.fit.least_squares import FitError, normalised
+from pop_converter.fit.weights import KvProjection
+from pop_converter.fit.wide import WideInput
+from pop_converter.popfile.plan import Plan
+from pop_local.base.progress import Progress, Ran, counting
+from pop_local.research.decoder import BASE_BYTES, Decoder, Layer, Stored
+from pop_local.research.hyper import Hyper
 
 Tokens = NDArray[np.int32]
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from converter.errors import PlanError, UnsupportedArchitectureError
-from converter.format import MAX_TOKENS, OWN, Budget, PopMeta, Recalled, Refilled
-from converter.shape import ModelShape
-from converter.skipping import skipping_of
-from converter.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit, uncounted
+from pop_converter.architecture.shape import ModelShape
+from pop_converter.architecture.skipping import skipping_of
+from pop_converter.architecture.work import LIMIT_PROMPT, Macs, fit_macs, speedup_limit, uncounted
+from pop_converter.popfile.format import MAX_TOKENS, Budget, PopMeta, Recalled, Refilled
+from pop_converter.projection import Projection
+from pop_local.base.errors import PlanError, UnsupportedArchitectureError
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
@@ -23,16 +24,16 @@ Share = Fraction | int
 class Plan:
     """A decided conversion; layers from `boundary` on are skipped by context tokens.
 
-    `projection` is a kind of converter.format. `budget` is what decided the boundary, None
-    where the user did. `select` is the share of context tokens that run all layers, too, chosen by
-    the question, `refilled` what was measured of it with the others following, `recall` how often
-    facts of a prompt were found. `is_distilled`: whether the fit is trained end to end, too.
+    `budget` decided the boundary; it is None where the user did. `select`: the share of context
+    tokens that run all layers, too, chosen by the question. `refilled`: the quality of that once
+    the others have followed. `recall`: how often facts of a prompt were found. `is_distilled`:
+    whether the fit is trained end to end, too.
     `macs` counts the model's work.
     """
 
     shape: ModelShape
     boundary: int
-    projection: str
+    projection: Projection
     sink_tokens: int
     tail_tokens: int
     min_prompt: int
@@ -64,7 +65,7 @@ class Plan:
     @property
     def fitted_layers(self) -> range:
         """The layers whose K/V projections are fitted; the boundary's own are exact."""
-        first = self.shape.n_layer if self.projection == OWN else self.boundary + 1
+        first = self.shape.n_layer if self.projection == Projection.OWN else self.boundary + 1
         return range(first, self.shape.n_layer)
 
     @property
@@ -108,7 +109,7 @@ def make_plan(
     sink_tokens: int = PopMeta.sink_tokens,
     tail_tokens: int = TAIL_TOKENS,
     min_prompt: int | None = None,
-    projection: str = OWN,
+    projection: Projection = Projection.OWN,
     select: float = 0.0,
     macs: Macs = uncounted,
 ) -> Plan:
@@ -160,7 +161,7 @@ def make_plan(
     if min_prompt is None:
         min_prompt = 2 * (sink_tokens + tail_tokens)
     if not shape.fits(boundary):
-        projection = OWN
+        projection = Projection.OWN
     return Plan(
         shape, boundary, projection, sink_tokens, tail_tokens, min_prompt, select=select, macs=macs
     )
@@ -180,7 +181,9 @@ def require_prunable(shape: ModelShape) -> None:
 
 def require_fit(plans: Sequence[Plan]) -> None:
     """Raises PlanError where none of the plans has projections to fit, but for a last layer's."""
-    if all(plan.projection == OWN for plan in plans) and any(plan.n_skipped > 1 for plan in plans):
+    if all(plan.projection == Projection.OWN for plan in plans) and any(
+        plan.n_skipped > 1 for plan in plans
+    ):
         found = skipping_of(plans[0].shape)
         why = found.no_fit or f"it can be fitted from boundary {found.fits_from} on"
         raise PlanError(

@@ -6,10 +6,10 @@ Names and defaults as llama.cpp has them (llama-model.cpp, models/ARCH.cpp).
 from dataclasses import dataclass
 from math import sqrt
 
-from converter.errors import FormatError, UnsupportedArchitectureError
-from converter.header import Array, Header
-from converter.shape import ModelShape, source_shape
-from converter.source import Source
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.gguf.header import Array, Header
+from pop_converter.gguf.source import Source
+from pop_local.base.errors import FormatError, UnsupportedArchitectureError
 
 GEMMAS = ("gemma2", "gemma3")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *GEMMAS)

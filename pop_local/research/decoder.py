@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from converter.hyper import Hyper, Rope, read_hyper
-from converter.source import Source
-from converter.weights import Floats, Weights
+from pop_converter.fit.weights import Floats, Weights
+from pop_converter.gguf.source import Source
+from pop_local.research.hyper import Hyper, Rope, read_hyper
 
 _FREQS = "rope_freqs.weight"
 # The interpreter with torch loaded.

@@ -5,17 +5,17 @@ read into an empty cache up to the last token's logits. Left out is what is not 
 (norms, RoPE, softmax, masks, activations, copies), and how well the hardware does with few rows.
 
 Fitted projections cost as much as own ones, and less than those fused with Q. A *wide* fit
-(converter.wide) makes its input once for each row, and multiplies it for each layer behind the
-boundary; with attention among it, all rows have the boundary layer's Q, scores and sums, too. That
-is added here, for fits that no file has yet.
+(pop_converter.fit.wide) makes its input once for each row, and multiplies it for each layer behind
+the boundary. With attention among it, all rows have the boundary layer's Q, scores and sums, too.
+That is added here, for fits that no file has yet.
 """
 
 from itertools import compress
 from typing import Protocol
 
-from converter.errors import PopError
-from converter.format import ATTENTION, OWN
-from converter.shape import ModelShape
+from pop_converter.architecture.shape import ModelShape
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
 
 # Long enough that the full rows hardly count, short enough for a question about a document.
 LIMIT_PROMPT = 2048
@@ -45,7 +45,7 @@ def speedup_limit(macs: Macs, n_prompt: int, boundary: int, n_full: int, more: i
     return macs(n_prompt, None, n_prompt) / (macs(n_prompt, boundary, n_full) + more)
 
 
-def wide_weights(shape: ModelShape, boundary: int, projection: str) -> int:
+def wide_weights(shape: ModelShape, boundary: int, projection: Projection) -> int:
     """Count what a wide fit stores, and multiplies for each row, beyond a plain one; 0 for that."""
     n_wide = shape.n_wide(boundary, projection)
     if not n_wide:
@@ -55,12 +55,12 @@ def wide_weights(shape: ModelShape, boundary: int, projection: str) -> int:
     return (n_prev + 2 * n_neurons) * shape.n_embd + n_wide * n_kv
 
 
-def fit_macs(shape: ModelShape, boundary: int, projection: str, n_prompt: int) -> int:
+def fit_macs(shape: ModelShape, boundary: int, projection: Projection, n_prompt: int) -> int:
     """Count what a fit adds to a prompt: less than 0 where own projections are fused with Q."""
     n_unfused = sum(compress(shape.n_q[boundary + 1 :], shape.is_fused[boundary + 1 :]))
-    saved = 0 if projection == OWN else n_unfused * shape.n_embd
+    saved = 0 if projection == Projection.OWN else n_unfused * shape.n_embd
     total = n_prompt * (wide_weights(shape, boundary, projection) - saved)
-    if projection == ATTENTION:
+    if projection == Projection.ATTENTION:
         n_q = shape.n_q[boundary]
         inside = min(n_prompt, shape.windows[boundary] or n_prompt)
         visible = inside * (inside + 1) // 2 + (n_prompt - inside) * inside

@@ -12,20 +12,13 @@ from typing import Any, TypeVar
 
 from gguf import GGUFValueType
 
-from converter.errors import FormatError
-from converter.header import Header, read_header
-from converter.source import SIDECAR_ARCH
+from pop_converter.gguf.header import Header, read_header
+from pop_converter.gguf.source import SIDECAR_ARCH
+from pop_converter.projection import Projection
+from pop_local.base.errors import FormatError
 
 PREFIX = "pop."
 VERSION = 1
-OWN = "own"
-FITTED = "fitted"
-# Fitted to more than the state of the token itself, see converter.wide.
-WIDE = "fitted-wide"
-ATTENTION = "fitted-attention"
-WIDE_KINDS = (WIDE, ATTENTION)
-# In the names of fitted tensors, and of no others.
-TENSOR_MARK = ".pop_"
 MAX_TOKENS = 2**31 - 1
 MAX_TEXT = 1 << 16
 MAX_FILE_NAME = 255
@@ -39,7 +32,7 @@ class Calibration:
     """What projections were fitted on.
 
     `sha256` is of the text, or of the tokens where some were sampled. `n_distilled` tokens were
-    read to train the fit end to end (converter.distill), 0 where it was not.
+    read to train the fit end to end (pop_local.research.distill), 0 where it was not.
     """
 
     name: str
@@ -137,7 +130,7 @@ class PopMeta:
     """
 
     schedule: str
-    projection: str = OWN
+    projection: Projection = Projection.OWN
     sink_tokens: int = 1
     tail_tokens: int = 16
     min_prompt: int = 0
@@ -166,7 +159,7 @@ class PopMeta:
     @property
     def is_fitted(self) -> bool:
         """Whether tensors were added to the model."""
-        return self.projection != OWN
+        return self.projection != Projection.OWN
 
 
 # Key, field of PopMeta, type of the value; in the order in which they are written.
@@ -226,6 +219,8 @@ def pop_meta(header: Header) -> PopMeta | None:
         if type(value) is not kind:
             raise FormatError(f"{header.path}: {name} is not of type {kind.__name__}")
         values[field] = _in_range(header, name, value)
+    if "projection" in values:
+        values["projection"] = _projection(header, values["projection"])
     for name, group in _GROUPS.items():
         values[name] = _read_group(header, f"{PREFIX}{name}.", group)
     if "schedule" not in values:
@@ -276,6 +271,15 @@ def _in_range(header: Header, name: str, value: Any) -> Any:
     return value
 
 
+def _projection(header: Header, name: str) -> Projection:
+    try:
+        return Projection(name)
+    except ValueError as error:
+        raise FormatError(
+            f"{header.path} has K/V projections of the unknown kind {name!r}", CONVERT_AGAIN
+        ) from error
+
+
 def _check_fit(meta: PopMeta, header: Header) -> None:
     # Version 1.
     unknown = sorted(set(meta.schedule) - set("FS"))
@@ -288,11 +292,6 @@ def _check_fit(meta: PopMeta, header: Header) -> None:
     if not re.fullmatch("F+S+", meta.schedule):
         raise FormatError(
             f"schedule {meta.schedule!r} is not F's followed by S's, at least one of each",
-            CONVERT_AGAIN,
-        )
-    if meta.projection not in (OWN, FITTED, *WIDE_KINDS):
-        raise FormatError(
-            f"{header.path} has K/V projections of the unknown kind {meta.projection!r}",
             CONVERT_AGAIN,
         )
     if not 0 <= meta.select <= 1:
@@ -341,7 +340,7 @@ def _encode_group(prefix: str, group: Group) -> list[bytes]:
 
 def _encode_key(name: str, value: int | float | str) -> bytes:
     if isinstance(value, str):
-        return _text(name) + struct.pack("<I", GGUFValueType.STRING) + _text(value)
+        return _text(name) + struct.pack("<I", GGUFValueType.STRING) + _text(str(value))
     if isinstance(value, float):
         return _text(name) + struct.pack("<Id", GGUFValueType.FLOAT64, value)
     if name.endswith(_SIZE):

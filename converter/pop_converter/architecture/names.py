@@ -1,7 +1,7 @@
 """Facts that the name of an architecture alone tells: neither keys nor tensors say them.
 
-Everything else about a model comes from its file (converter.shape). Names as in llama.cpp's
-src/llama-arch.cpp; one that is missing here is taken for a decoder like any other.
+Everything else comes from a model's file (pop_converter.architecture.shape). Names are those of
+llama.cpp's src/llama-arch.cpp; one that is missing here is taken for a decoder like any other.
 """
 
 _ENCODER = "an encoder, which writes no text"

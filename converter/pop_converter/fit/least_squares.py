@@ -9,8 +9,8 @@ D the token weights and W0 the own projections:
 The input of the stored tensor is gain * x, so its weight is W / gain. Scaling x by the gain scales
 a ridge proportional to diag(X'DX) alike, so both coordinates have one solution.
 
-A wide fit has more inputs, X = [x, z, 1] (see converter.wide), whose ridge pulls toward zero. The
-sums of the plain fit are among its own.
+A wide fit (pop_converter.fit.wide) has more inputs, X = [x, z, 1], whose ridge pulls toward zero.
+The sums of the plain fit are among its own.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from converter.content import NewTensor
-from converter.errors import PopError
-from converter.solve import Doubles, SingularError, solve
-from converter.weights import Floats, KvProjection
+from pop_converter.fit.solve import Doubles, SingularError, solve
+from pop_converter.fit.weights import Floats, KvProjection
+from pop_converter.gguf.content import NewTensor
+from pop_local.base.errors import PopError
 
 RIDGE = 1e-3
 BIAS_RIDGE = 1e-6

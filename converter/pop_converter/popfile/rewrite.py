@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from converter.content import (
+from pop_converter.architecture.shape import source_shape
+from pop_converter.architecture.work import wide_weights
+from pop_converter.fit.least_squares import KvType
+from pop_converter.gguf.content import (
     Content,
     NewTensor,
     copy_data,
@@ -14,26 +17,21 @@ from converter.content import (
     with_tensors,
     without_last,
 )
-from converter.errors import FormatError, PlanError, WriteError
-from converter.fit import KvType
-from converter.format import (
-    FITTED,
-    OWN,
+from pop_converter.gguf.header import BLOCK_SIZES, TensorInfo
+from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile.format import (
     PREFIX,
-    TENSOR_MARK,
     Calibration,
     Measured,
     PopMeta,
     encode_keys,
     pop_meta,
 )
-from converter.header import BLOCK_SIZES, TensorInfo
-from converter.output import check_output, replacing
-from converter.plan import Plan
-from converter.progress import Progress, Ran, counting
-from converter.shape import source_shape
-from converter.source import Source, read_source
-from converter.work import wide_weights
+from pop_converter.popfile.plan import Plan
+from pop_converter.projection import TENSOR_MARK, Projection
+from pop_local.base.errors import FormatError, PlanError, WriteError
+from pop_local.base.output import check_output, replacing
+from pop_local.base.progress import Progress, Ran, counting
 
 # As long as a real one, so that the header keeps its size.
 UNKNOWN_SHA256 = "0" * 64
@@ -44,13 +42,13 @@ class Fitted:
     """Fitted projections as they go into the file, with what they were fitted on.
 
     `image_rows`: rows of pictures, besides the tokens of the calibration. `projection`: which
-    kind of fit (converter.format).
+    kind of fit (pop_converter.popfile.format).
     """
 
     calibration: Calibration
     tensors: tuple[NewTensor, ...]
     image_rows: int = 0
-    projection: str = FITTED
+    projection: Projection = Projection.FITTED
 
 
 # Called with the written file before it takes its place; raising keeps it from doing so.
@@ -72,7 +70,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Sizes:
     """
     source = unconverted(src)
     content = read_content(source, without=PREFIX)
-    if plan.projection != OWN:
+    if plan.projection != Projection.OWN:
         with_tensors(content, ())
     written = content.with_keys(encode_keys(draft_meta(plan, source))).size_bytes
     return Sizes(source.size_bytes, written + stored_bytes(plan, kv_type))
@@ -80,7 +78,7 @@ def measure(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Sizes:
 
 def stored_bytes(plan: Plan, kind: KvType) -> int:
     """Return the bytes that a plan's fitted weights and biases take in a file, 0 for none."""
-    if plan.projection == OWN:
+    if plan.projection == Projection.OWN:
         return 0
     n_rows = sum(map(plan.shape.n_kv, plan.fitted_layers))
     n_wide = wide_weights(plan.shape, plan.boundary, plan.projection)
@@ -199,7 +197,7 @@ def planned_source(plan: Plan, src: Path, fitted: Fitted | None) -> Source:
     source = unconverted(src)
     if source_shape(source) != plan.shape:
         raise PlanError(f"the plan was made for another model than {src}")
-    if (plan.projection != OWN) != (fitted is not None):
+    if (plan.projection != Projection.OWN) != (fitted is not None):
         raise PlanError("the plan is for fitted projections, and there are none (or the reverse)")
     return source
 

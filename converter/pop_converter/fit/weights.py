@@ -8,8 +8,8 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from converter.errors import FormatError
-from converter.source import Source
+from pop_converter.gguf.source import Source
+from pop_local.base.errors import FormatError
 
 Floats = NDArray[np.float32]
 
@@ -20,7 +20,7 @@ class KvProjection:
 
     They are its own, or fitted ones. `weight` [n_k + n_v, n_embd] comes after `gain` [n_embd],
     which is attn_norm's; `bias` is [n_k + n_v]. `wide` [n_k + n_v, n_wide] is that of the wider
-    input (converter.wide), None without one.
+    input (pop_converter.fit.wide), None without one.
     """
 
     gain: Floats

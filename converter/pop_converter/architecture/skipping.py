@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from converter.architectures import MEASURED, UNFITTED
-from converter.shape import ModelShape
+from pop_converter.architecture.names import MEASURED, UNFITTED
+from pop_converter.architecture.shape import ModelShape
 
 _KV, _LATENT, _STATE = "K and V", "compressed K/V", "recurrent state"
 

@@ -1,0 +1,1 @@
+"""The solve of K/V projections."""

@@ -1,0 +1,1 @@
+"""GGUF files: headers, sources, content."""

@@ -1,0 +1,1 @@
+"""The POP format, plans, and the streaming rewrite."""

@@ -1,0 +1,1 @@
+"""Under every room: errors, progress, files, numbers."""

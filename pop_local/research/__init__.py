@@ -1,0 +1,1 @@
+"""Analyses and trainings that need torch."""
