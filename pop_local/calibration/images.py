@@ -40,7 +40,7 @@ class CalibrationImages:
         self.eye = Mmproj(mmproj, use_gpu=False, max_tokens=N_WINDOW, should_stop=should_stop)
         self.eye.open(model.handle, model.n_threads)
         self._seen: list[Seen] = [self.eye.see(picture) for picture in pictures]
-        images = [image for seen in self._seen for image in seen.images]
+        images = [image for seen in self._seen for image in seen.images.values()]
         self.images: list[ImageChunk] = [image for image in images if image.n_rows <= N_WINDOW]
         if not self.images:
             raise CalibrationError(

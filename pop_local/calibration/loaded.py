@@ -1,6 +1,5 @@
 """A model's weights without a context, for work that needs contexts of its own shape."""
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +8,12 @@ from typing import Any
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
-from pop_local.engine.llama import backend, logs, opening
+from pop_local.engine.llama import backend, logs
+from pop_local.engine.llama.context import tokenized
+from pop_local.engine.llama.loading import load_model
 from pop_local.engine.llama.rpc import Servers
-
-_QUESTION = "QUESTION"
+from pop_local.engine.prompt.prompter import start_of_question
+from pop_local.engine.prompt.templates import Template
 
 
 class LoadedModel:
@@ -40,13 +41,7 @@ class LoadedModel:
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         self._servers = Servers(rpc) if rpc else None
-        logs.forget_errors()
-        self._api.llama_backend_init()
-        with opening.loading(source, sidecar, self._servers):
-            self.handle = self._api.llama_model_load_from_file(str(path).encode(), params)
-        if not self.handle:
-            raise PopError(f"{path} cannot be opened: {logs.first_error()}")
-        backend.require_boundary(self.handle, meta)
+        self.handle = load_model(source, sidecar, meta, params, self._servers)
         self.vocab = self._api.llama_model_get_vocab(self.handle)
         self.n_vocab = int(self._api.llama_vocab_n_tokens(self.vocab))
 
@@ -80,28 +75,15 @@ class LoadedModel:
         """
         if not self._template:
             return []
-        from pop_local.engine.templates import formatter_of  # loads llama_cpp
-
-        question: Any = [{"role": "user", "content": _QUESTION}]
-        try:
-            formatter = formatter_of(self.vocab, self._template)
-            before, found, _ = formatter(messages=question).prompt.partition(_QUESTION)
-        except ValueError:
-            return []
-        return self.tokenize(before, special=True) if found else []
+        template = Template(self._template, self.vocab)
+        return self.tokenize(start_of_question(template), special=True)
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Return the tokens of a text, without BOS.
 
         What looks like a special token is text unless `special`.
         """
-        raw = text.encode()
-        room = len(raw) + 8
-        tokens = (ctypes.c_int32 * room)()
-        n = self._api.llama_tokenize(self.vocab, raw, len(raw), tokens, room, False, special)
-        if n < 0:
-            raise PopError("the text cannot be split into tokens")
-        return tokens[:n]
+        return tokenized(self.vocab, text, special=special)
 
     @contextmanager
     def context(self, **params: Any) -> Iterator[Any]:

@@ -54,7 +54,7 @@ def chat(
     )
     begun.warn_of_base()
     if sys.stdin.isatty():
-        note(f"{begun.model.model_path}, context of {begun.model.n_ctx():,} tokens.")
+        note(f"{begun.model.path}, context of {begun.model.n_ctx:,} tokens.")
         note(begun.pop_state())
         if begun.model.mmproj:
             note(f"It sees pictures, by {begun.model.mmproj.name}: /image PATH.")

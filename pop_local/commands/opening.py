@@ -45,7 +45,7 @@ class Opener:
                 image_tokens=self.image_tokens,
             )
         if self.mmproj and not name:
-            _ = opened.eye  # what does not fit is said now, not with the first picture
-        opened.refill_answers(None if self.refill == "answer" else 0)
-        opened.parse_special = self.parse_special
+            opened.prompter.open_eye()  # what does not fit is said now, not with the first picture
+        opened.refiller.refill_answers(None if self.refill == "answer" else 0)
+        opened.prompter.parse_special = self.parse_special
         return opened

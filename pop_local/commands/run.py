@@ -85,11 +85,11 @@ def run(
     rows = no_pop, parse_special, share, refill.value
     opened = Opener(model, pop, ctx, hardware, *rows, mmproj, image_tokens)()
     for picture in pictures:
-        screen.note(picture_line(picture, opened.count_picture(picture), opened.n_ctx()))
+        screen.note(picture_line(picture, opened.count_picture(picture), opened.n_ctx))
     for document in turn.documents:
-        n_tokens = len(opened.tokens_of(document.text))
-        screen.note(counted_line(document.name, n_tokens, opened.n_ctx()))
-    options["min_answer"] = least_answer(max_tokens, opened.n_ctx())
+        n_tokens = len(opened.tokenize(document.text))
+        screen.note(counted_line(document.name, n_tokens, opened.n_ctx))
+    options["min_answer"] = least_answer(max_tokens, opened.n_ctx)
     with unechoed_keys(), deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked
         try:
@@ -156,9 +156,9 @@ def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> dict[str, Any]:
     stats = pieces[-1].stats
     assert stats is not None, "the last chunk carries the figures"
     return {
-        "model": opened.model_path,
+        "model": opened.path,
         "text": "".join(chunk.text for chunk in pieces),
-        "pop": bool(opened.pop_mode),
+        "pop": bool(opened.mode),
         "boundary": opened.boundary,
         "reading": stats.reading,
         "stats": stats,

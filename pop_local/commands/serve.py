@@ -85,16 +85,16 @@ def serve(
     _require_packages()
     listening = _bound(host, port)
     _log_to_stderr()
-    from pop_local.engine.prefill.kv_state import PromptCache
+    from pop_local.engine.cache.state import PromptCache
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
     hardware, share = opt.hardware(threads, gpu_layers, rpc), opt.selected(select)
     rows = no_pop, parse_special, share, refill.value
     opened = Opener(model, pop, ctx, hardware, *rows, mmproj, image_tokens)()
-    opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
+    opened.cache.prompts = PromptCache(cache_ram * 2**20) if cache_ram else None
     try:
-        name = name or _default_name(model, opened.model_path)
+        name = name or _default_name(model, opened.path)
         app = create_app(opened, name, api_key=api_key, host=host, max_waiting=max_waiting)
         listening.listen(128)
         _announce(opened, name, listening, is_open=host not in LOOPBACK and not api_key)
@@ -104,9 +104,9 @@ def serve(
         opened.close()
 
 
-def _default_name(model: str, path: str) -> str:
+def _default_name(model: str, path: Path) -> str:
     """What was given, if it is a name of the catalog: what requests are likely to say."""
-    return model if lookup(model) else os.fsencode(Path(path).stem).decode(errors="replace")
+    return model if lookup(model) else os.fsencode(path.stem).decode(errors="replace")
 
 
 def _require_packages() -> None:
@@ -153,10 +153,10 @@ def _bound(host: str, port: int) -> socket.socket:
 def _announce(opened: "PopModel", name: str, listening: socket.socket, is_open: bool) -> None:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    pruning = f"pruned from layer {opened.boundary} on" if opened.pop_mode else "not pruned"
-    if opened.pop_mode and opened.exact:
+    pruning = f"pruned from layer {opened.boundary} on" if opened.mode else "not pruned"
+    if opened.mode and opened.exact:
         pruning = f"read exactly: context tokens leave at layer {opened.exact}"
-    note(f"{name}, context of {opened.n_ctx():,} tokens, prompts {pruning}.")
+    note(f"{name}, context of {opened.n_ctx:,} tokens, prompts {pruning}.")
     if opened.mmproj and not opened.can_see:
         warn("No pictures are read, since Pillow is missing: pip install 'pop-local[images]'")
     elif opened.mmproj:

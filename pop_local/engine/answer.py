@@ -3,15 +3,20 @@
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
 
-from pop_local.base.errors import PopError, StoppedError
+from pop_local.base.errors import PopError
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.decode.logprobs import Logprobs
+from pop_local.engine.decode.sampler import Allowed, Sampler
 from pop_local.engine.decode.text import Pieces, TextStream
-from pop_local.engine.llama import backend
+from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.llama.interrupt import DisplacedError
-from pop_local.engine.logprobs import Logprobs
-from pop_local.engine.prefill.plan import plan_prefill, text_from
-from pop_local.engine.prompts import Prompt
-from pop_local.engine.pruned import PrunedLlama
+from pop_local.engine.prefill.plan import RowRule
+from pop_local.engine.prefill.read import OnPrefill, Read, ReadingStoppedError, read
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.prompt.prompter import is_end
 from pop_local.engine.turn import (
     Chunk,
     ContextFullError,
@@ -24,9 +29,61 @@ from pop_local.engine.turn import (
 Answering = Generator[Chunk, None, None]
 
 
-def answer(model: PrunedLlama, render: Callable[[], Prompt], options: TurnOptions) -> Answering:
+class Sampling(Protocol):
+    """Where tokens come from."""
+
+    def sample(self) -> int:
+        """Choose the next token from the last logits."""
+
+    def close(self) -> None:
+        """Free what is held."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of a model, what answers take."""
+
+    cache: KvCache
+    refiller: Refiller
+    rule: RowRule
+
+    def read(self, prompt: Prompt, on_prefill: OnPrefill | None = None) -> Read:
+        """Read a prompt for an answer, as prefill.read.read does."""
+        self.refiller.online.end()
+        return read(self.cache, prompt, self.rule, on_prefill)
+
+    def sampled(self, sampler: Sampling) -> Generator[int]:
+        """Sample the tokens that follow what was read, one after the other and without end.
+
+        Raises DisplacedError where the cache has another prompt by then.
+        """
+        return self._sampled(sampler, self.cache.epoch)
+
+    def _sampled(self, sampler: Sampling, epoch: int) -> Generator[int]:
+        cache = self.cache
+        try:
+            while True:
+                token = sampler.sample()
+                yield token
+                if cache.epoch != epoch:
+                    raise DisplacedError
+                self.refiller.before_step()
+                cache.step(token)
+                if cache.epoch != epoch:
+                    raise DisplacedError
+        finally:
+            sampler.close()
+            self.refiller.online.end()
+
+
+def answer(
+    parts: Parts,
+    render: Callable[[], Prompt],
+    options: TurnOptions,
+    constraint: Callable[[], Allowed | None] = lambda: None,
+) -> Answering:
     """Stream the answer to a prompt; the last chunk carries the figures."""
-    with closing(_Turn(model, render, options)) as turn:
+    with closing(_Turn(parts, render, options, constraint)) as turn:
         yield from turn.chunks()
 
 
@@ -34,7 +91,11 @@ class _Turn:
     """One answer while it comes into being; time starts with the object."""
 
     def __init__(
-        self, model: PrunedLlama, render: Callable[[], Prompt], options: TurnOptions
+        self,
+        parts: Parts,
+        render: Callable[[], Prompt],
+        options: TurnOptions,
+        constraint: Callable[[], Allowed | None],
     ) -> None:
         self._started_s = time.perf_counter()
         if options.max_tokens is not None and options.max_tokens < 1:
@@ -45,63 +106,57 @@ class _Turn:
         stops: object = options.stops
         if isinstance(stops, str):  # a sequence of letters, to Python
             raise PopError("stops is a single text, not several", f"stops=({stops!r},)")
-        prompt = render()
-        self._model = model
+        self._parts = parts
         self._options = options
-        self._seen = prompt.seen
-        self._n_prompt = len(prompt.tokens)
-        self._n_image = prompt.n_image
-        self._text_from = text_from(prompt.tokens)
-        self._begun = prompt.begun
-        room = model.n_ctx() - self._n_prompt
+        self._prompt = prompt = render()
+        context = self._context = parts.cache.context
+        room = context.n_ctx - len(prompt)
         if room < options.min_answer:
-            raise ContextFullError(self._n_prompt, options.min_answer, model.n_ctx())
+            raise ContextFullError(len(prompt), options.min_answer, context.n_ctx)
         self._limit = min(options.max_tokens or room, room)
         self._text = TextStream((*prompt.stops, *options.stops))
-        self._pieces = Pieces(model.vocab)
+        self._pieces = Pieces(context.vocab)
         n_top = options.n_top_logprobs
-        self._logprobs = None if n_top is None else Logprobs(model, n_top)
+        self._logprobs = None if n_top is None else Logprobs(context, n_top)
         self._n_shown = 0
-        self._sampled = model.sampled(prompt.tokens, options)
+        self._sampler = Sampler(context, options, constraint())
+        self._sampled: Generator[int] | None = None
         self._n_decoded = 0
         self._decode_s = 0.0
 
     def close(self) -> None:
-        self._sampled.close()
+        if self._sampled is not None:
+            self._sampled.close()
+        self._sampler.close()
 
     def chunks(self) -> Iterator[Chunk]:
-        backend.reset_counters(self._model.ctx)
-        self._n_refilled = self._model.take_refilled()
+        options = self._options
+        self._n_refilled = self._parts.refiller.take_refilled()
         prefill_started_s = time.perf_counter()
-        should_stop = self._options.should_stop
         try:
-            with self._model.watching_prefill(self._options.on_prefill, should_stop):
+            with self._context.interrupt.stopped_by(options.should_stop):
+                found = self._parts.read(self._prompt, options.on_prefill)
+                self._sampled = self._parts.sampled(self._sampler)
                 token = next(self._sampled)
-        except StoppedError:
-            if should_stop is None:  # whoever watches the model stops more than this answer
+        except ReadingStoppedError as error:
+            if options.should_stop is None:  # whoever watches the model stops more than this answer
                 raise
-            token = -1
-        self._epoch = self._model.epoch
+            found, token = error.read, -1
+        self._epoch = self._parts.cache.epoch
         now_s = time.perf_counter()
-        self._ttft_s, self._encode_s = now_s - self._started_s, self._model.encode_s
-        self._prefill_s = now_s - prefill_started_s - self._encode_s
-        self._evaluated = backend.get_counters(self._model.ctx)
-        self._selection = self._model.selection
-        self._n_exact = self._model.n_exact
-        n_evaluated = self._evaluated.n_rows
-        # A batch that was stopped has been counted in part, and dropped.
-        self._n_cached = max(0, self._model.n_tokens - n_evaluated)
+        self._read, self._ttft_s = found, now_s - self._started_s
+        self._prefill_s = now_s - prefill_started_s - found.encode_s
         if token == -1:
             yield Chunk("", self._stats("interrupted"))
             return
-        if self._begun and self._options.grammar is None:  # a form has no room for it
-            yield Chunk(self._begun)
+        if self._prompt.begun and options.grammar is None:  # a form has no room for it
+            yield Chunk(self._prompt.begun)
         yield from self._decode(token)
 
     def _decode(self, token: int) -> Iterator[Chunk]:
         while True:
             self._n_decoded += 1
-            at_end = self._is_end(token)
+            at_end = is_end(self._context, token)
             shown = "" if at_end else self._text.push(self._pieces[token])
             if self._logprobs is not None and (not at_end or self._options.has_end_logprob):
                 self._logprobs.push(token)
@@ -122,15 +177,13 @@ class _Turn:
         return Chunk(text, stats, self._logprobs.take(self._n_shown + is_whole))
 
     def _next_token(self) -> int:
-        if self._model.epoch != self._epoch:
+        if self._parts.cache.epoch != self._epoch:
             raise DisplacedError
+        assert self._sampled is not None, "a first token came of it"
         started_s = time.perf_counter()
         token = next(self._sampled)
         self._decode_s += time.perf_counter() - started_s
         return token
-
-    def _is_end(self, token: int) -> bool:
-        return bool(backend.bindings().llama_vocab_is_eog(self._model.vocab, token))
 
     def _cut_short(self) -> FinishReason | None:
         if self._n_decoded >= self._limit:
@@ -140,32 +193,24 @@ class _Turn:
         return None
 
     def _stats(self, reason: FinishReason) -> TurnStats:
+        found = self._read
+        counters, selection = found.counters, found.selection
         return TurnStats(
-            n_prompt=self._n_prompt,
-            n_cached=self._n_cached,
-            n_pruned=self._evaluated.n_context - self._selection.n_deep,
-            n_selected=self._selection.n_selected,
+            n_prompt=len(self._prompt),
+            n_cached=found.n_cached,
+            n_pruned=counters.n_context - selection.n_deep,
+            n_selected=selection.n_selected,
             n_refilled=self._n_refilled,
-            n_exact=self._n_exact,
-            n_skipped_exact=self._evaluated.n_exact,
-            exact_layer=self._model.exact,
-            n_full=self._evaluated.n_full + self._selection.n_deep,
+            n_exact=found.n_exact,
+            n_skipped_exact=counters.n_exact,
+            exact_layer=self._parts.cache.exact,
+            n_full=counters.n_full + selection.n_deep,
             ttft_s=self._ttft_s,
             prefill_s=self._prefill_s,
             n_decoded=self._n_decoded,
             decode_s=self._decode_s,
             finish_reason=reason,
-            n_image=self._n_image,
-            encode_s=self._encode_s,
-            is_short=self._is_short(),
+            n_image=self._prompt.n_image,
+            encode_s=found.encode_s,
+            is_short=found.is_short,
         )
-
-    def _is_short(self) -> bool:
-        model = self._model
-        if model.exact:
-            return False
-        n_new = max(1, self._n_prompt - self._n_cached)
-        n_shown = self._text_from - self._n_cached
-        images = [(0, n_shown)] if n_shown > 0 else ()
-        plan = plan_prefill(self._n_cached, n_new, model.rule, model.n_batch, images)
-        return model.pop_mode is backend.Mode.CONTEXT and plan.n_pruned == 0

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pop_converter.gguf.source import read_source
-from pop_local.engine.chat_model import ChatModel
-from pop_local.engine.llama.backend import Mode
+from pop_local.engine.open_model import OpenModel
 from pop_local.engine.sessions.chat_session import (
     Answer,
     ChatSession,
@@ -26,12 +25,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 
-class PopModel(ChatModel):
-    """A model on the patched backend, which prunes while it reads prompts if it is converted.
-
-    It is a `llama_cpp.Llama`: what takes one of those takes this, and templates, samplers, grammars
-    and completions work as they are. Raises PopError.
-    """
+class PopModel(OpenModel):
+    """An open model that is found by its name, and holds conversations. Raises PopError."""
 
     @classmethod
     def open(
@@ -40,9 +35,6 @@ class PopModel(ChatModel):
         *,
         sidecar: str | os.PathLike[str] | None = None,
         mmproj: str | os.PathLike[str] | None = None,
-        n_ctx: int | None = None,
-        n_threads: int | None = None,
-        n_gpu_layers: int = -1,
         **options: Any,
     ) -> Self:
         """Open a GGUF file, or a model that is here by its name.
@@ -56,27 +48,8 @@ class PopModel(ChatModel):
             path,
             sidecar=sidecar_of(read_source(path)) if sidecar is None else sidecar,
             mmproj=mmproj_beside(path) if mmproj is None else mmproj,
-            n_ctx=n_ctx,
-            n_threads=n_threads,
-            n_gpu_layers=n_gpu_layers,
             **options,
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def pruning(self) -> bool:
-        """Whether prompts are pruned. Switching it empties the KV cache, so that no prompt is read
-        half in full; switching it on raises PopError for a model that is not converted."""
-        return self.pop_mode is not Mode.OFF
-
-    @pruning.setter
-    def pruning(self, is_on: bool) -> None:
-        self.set_pop(Mode.CONTEXT if is_on else Mode.OFF)
 
     def chat(
         self,
@@ -113,3 +86,9 @@ class PopModel(ChatModel):
     def load_session(self, path: str | os.PathLike[str]) -> ChatSession:
         """Go on with a conversation that ChatSession.save, or the chat, has written."""
         return load_session(self, path)
+
+    def as_llama(self) -> Any:
+        """Return a llama_cpp.Llama that asks this model, for programs that want one."""
+        from pop_local.engine.as_llama import as_llama
+
+        return as_llama(self)

@@ -123,5 +123,6 @@ def _try(model: PopModel, n_prompt: int, n_pairs: int, clock: Callable[[], float
     tokens, modes = random_prompt(model, n_prompt), (Mode.OFF, Mode.CONTEXT)
     full, pop = run_rounds([partial(run, model, mode, tokens, 1, clock) for mode in modes], n_pairs)
     of_pairs = ratios(full, pop)
-    n_pruned = pop[0].counters.n_context - pop[0].counters.n_deep
+    counters = pop[0].read.counters
+    n_pruned = counters.n_context - counters.n_deep
     return Tried(n_prompt, n_pruned, spread(of_pairs), quartile_distance(of_pairs), wins(of_pairs))

@@ -3,7 +3,7 @@
 Logits exist only where they are requested, and rows that request logits are full in every mode but
 ALWAYS. So nothing of the context is ever scored but what its last token predicts. The row counters
 must show after each context, and after each text, that as many rows were pruned as planned;
-otherwise PopError. Who watches the model (PopModel.watch_prefill) may stop it: StoppedError.
+otherwise PopError. Whoever watches the model (Interrupt.should_stop) may stop it: StoppedError.
 """
 
 import ctypes
@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from pop_converter.popfile.plan import Plan
 from pop_local.base.errors import PopError
 from pop_local.engine.depth.online import OnlineRefill
+from pop_local.engine.depth.passes import deepen
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
+from pop_local.engine.prefill.read import append
+from pop_local.engine.prompt.prompt import Prompt
 
 Logits = NDArray[np.float32]
 Tokens = Sequence[int]
@@ -67,10 +70,8 @@ def n_pruned(rule: RowRule, n_context: int, pruning: Pruning) -> int:
 
 def use_rule(model: PopModel, rule: RowRule) -> None:
     """Let the model's prefills follow another rule; this empties the KV cache."""
-    if rule.sink_tokens != model.rule.sink_tokens:
-        backend.set_sink(model.ctx, rule.sink_tokens)
     model.rule = rule
-    model.clear()
+    model.cache.clear()
 
 
 def as_planned(model: PopModel, plan: Plan) -> None:
@@ -83,42 +84,30 @@ def as_planned(model: PopModel, plan: Plan) -> None:
 def forced(model: PopModel) -> Iterator["Forced"]:
     """Open a model for teacher forcing.
 
-    Contexts of any length are pruned: `min_prompt` is a matter of speed. Afterwards mode, boundary
-    and selection are as before, and the KV cache is empty.
+    Contexts of any length are pruned: `min_prompt` is a matter of speed. Afterwards mode and
+    boundary are as before, and the KV cache is empty.
     """
-    mode, boundary, rule, select = model.pop_mode, model.boundary, model.rule, model.select
-    refills = model.refills
-    model.rule = replace(rule, min_prompt=0)
-    try:
-        with closing(TokenBatch(model.n_batch)) as rows:
-            yield Forced(model, rows)
-    finally:
-        model.rule = rule
-        model.set_boundary(boundary)
-        model.set_pop(mode)
-        model.set_depth(select, keep_states=refills)
-        model.clear()
+    with model.cache.lent(), closing(TokenBatch(model.context.n_batch)) as rows:
+        yield Forced(model, rows)
 
 
 class Forced:
     """A model that is told what to read and what to predict; `forced` makes one.
 
-    What follows a context goes round the model's own record of its KV cache.
+    Text after a context goes round the KV cache's own record.
     """
 
     def __init__(self, model: PopModel, rows: TokenBatch) -> None:
-        self.rule = model.rule
+        self.rule = replace(model.rule, min_prompt=0, select=0.0)
         self._api = backend.bindings()
         self.model = model
-        self._ctx = model.ctx
-        self._n_vocab = model.n_vocab()
+        self._cache, self._context = model.cache, model.context
+        self._ctx = model.context.ctx
+        self._n_vocab = model.context.n_vocab
         self._rows = rows
         self._n_context = 0
         self._next = np.empty((0, self._n_vocab), np.float32)
-        handle = model._model.model
-        self._is_recurrent = self._api.llama_model_is_recurrent(handle) or (
-            self._api.llama_model_is_hybrid(handle)
-        )
+        self._is_recurrent = model.context.is_recurrent
         self._state = b""
 
     def read(self, context: Tokens, pruning: Pruning, *, keep_states: bool = False) -> None:
@@ -126,39 +115,34 @@ class Forced:
 
         `keep_states`: so that the model can be told to refill it.
         """
-        model = self.model
-        model.clear()
+        cache = self._cache
+        cache.clear()
         if pruning.context is not Mode.OFF:
-            model.set_boundary(pruning.boundary)
-            model.set_depth(pruning.select, keep_states=keep_states or pruning.n_refilled > 0)
-            if pruning.n_refilled and not model.refills:
-                why = f": {model.no_refill}" if model.no_refill else ""
+            cache.set_boundary(pruning.boundary)
+            needs = keep_states or pruning.n_refilled > 0 or pruning.select > 0
+            if needs and self.model.no_refill:
                 raise PopError(
-                    f"this model's rows cannot be given their depth later{why}",
-                    "measure without refilling",
+                    f"this model's rows cannot be given their depth later: {self.model.no_refill}",
+                    "measure without refilling and without a selection",
                 )
-        model.set_pop(pruning.context)
-        backend.reset_counters(self._ctx)
-        model.eval(context)
+            cache.keep_states(needs)
+        cache.set_mode(pruning.context)
+        append(cache, Prompt(context), replace(self.rule, select=pruning.select))
         self._require("context", len(context), n_pruned(self.rule, len(context), pruning))
         self._n_context = len(context)
         self._keep()
 
     def follow(self, tokens: Tokens) -> None:
         """Let a text follow the context, in full, and be part of it from now on."""
-        model = self.model
-        select, model.select = model.select, 0.0
-        model.rule = replace(self.rule, min_prompt=len(tokens) + 1)
-        model.eval(tokens)
-        model.rule, model.select = self.rule, select
+        append(self._cache, Prompt(tokens), replace(self.rule, min_prompt=len(tokens) + 1))
         self._n_context += len(tokens)
         self._keep()
 
     def refill(self) -> None:
         """Give all rows their depth; the last one predicts anew."""
         self.model.refill()
-        self.model.deep.run([self._n_context - 1], logits=True)
-        self._next = self._logits(1).copy()
+        deepen(self._cache, [self._n_context - 1], logits=True)
+        self._next = self._context.logits().copy()
 
     def predict(self, tokens: Tokens, pruning: Pruning = FULL) -> Logits:
         """Logits (len(tokens), n_vocab) for a text right after the context.
@@ -175,17 +159,17 @@ class Forced:
         backend.reset_counters(self._ctx)
         logits = np.empty((len(tokens), self._n_vocab), np.float32)
         logits[:1] = self._next
-        step = 1 if pruning.n_refilled else min(_MAX_SCORED_ROWS, self.model.n_batch)
-        refilling = OnlineRefill(self.model.deep, pruning.n_refilled)
+        step = 1 if pruning.n_refilled else min(_MAX_SCORED_ROWS, self._context.n_batch)
+        refilling = OnlineRefill(self._cache, pruning.n_refilled)
         try:
             for start in range(0, len(tokens) - 1, step):
                 piece = tokens[start : min(start + step, len(tokens) - 1)]
-                refilling.before(self._n_context + start)
+                refilling.before_row(self._n_context + start)
                 self._decode(piece, self._n_context + start)
-                logits[start + 1 : start + 1 + len(piece)] = self._logits(len(piece))
+                logits[start + 1 : start + 1 + len(piece)] = self._context.logits(len(piece))
         finally:
             refilling.end()
-            backend.set_mode(self._ctx, self.model.pop_mode)
+            backend.set_mode(self._ctx, self._cache.mode)
         n_decoded = len(tokens) - 1
         self._require("continuation", n_decoded, n_decoded if mode is Mode.ALWAYS else 0)
         self._forget_from(self._n_context)
@@ -193,20 +177,15 @@ class Forced:
 
     def _decode(self, tokens: Tokens, first_pos: int) -> None:
         logs.forget_errors()
-        with self.model.interrupt.watching(self._ctx):
+        with self._context.interrupt.watching(self._ctx):
             code = self._rows.decode(self._ctx, tokens, first_pos, Outputs.ALL)
-            self.model.interrupt.check()
+            self._context.interrupt.check()
         if code != 0:
             raise logs.not_decoded(code)
 
-    def _logits(self, n_rows: int) -> Logits:
-        """Return the last batch's outputs, which the next batch overwrites."""
-        buffer = self._api.llama_get_logits(self._ctx)
-        return np.ctypeslib.as_array(buffer, (n_rows, self._n_vocab))
-
     def _keep(self) -> None:
         """Keep what the context's last token predicts, and recurrent states after it."""
-        self._next = self._logits(1).copy()
+        self._next = self._context.logits().copy()
         if self._is_recurrent:
             flags = self._api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
             size = self._api.llama_state_seq_get_size_ext(self._ctx, 0, flags)

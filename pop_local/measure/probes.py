@@ -145,15 +145,15 @@ def _scored(reader: Forced) -> tuple[int, int]:
 
 def bos(model: PopModel) -> tuple[int, ...]:
     """Return what the model wants at the start of every text: BOS or nothing."""
-    return (model.token_bos(),) if model._model.add_bos_token() else ()
+    return model.context.bos
 
 
 def random_tokens(model: PopModel, n_tokens: int, rng: np.random.Generator) -> list[int]:
     """Draw ordinary tokens evenly; control tokens are treated by models in their own way."""
-    vocab, attribute = model.vocab, backend.bindings().llama_vocab_get_attr
+    vocab, attribute = model.context.vocab, backend.bindings().llama_vocab_get_attr
     tokens: list[int] = []
     while len(tokens) < n_tokens:
-        token = int(rng.integers(model.n_vocab()))
+        token = int(rng.integers(model.context.n_vocab))
         if attribute(vocab, token) & _NORMAL:
             tokens.append(token)
     return tokens

@@ -252,9 +252,7 @@ def compared(model: PopModel, prompt: Prompt, full: Answered, pruned: Answered) 
         pruned=pruned,
         is_full_right=prompt.is_right(full.text),
         is_pruned_right=prompt.is_right(pruned.text),
-        first_difference=_first_difference(
-            model.tokens_of(full.text), model.tokens_of(pruned.text)
-        ),
+        first_difference=_first_difference(model.tokenize(full.text), model.tokenize(pruned.text)),
     )
 
 

@@ -170,7 +170,7 @@ def make_documents(model: PopModel, settings: RecallSettings) -> list[Asked]:
 def _sentences(model: PopModel) -> list[list[int]]:
     text = " ".join(shipped_part("prose").split())
     parts = [part.strip() + "." for part in text.split(". ")]
-    return [model.tokens_of(" " + part) for part in parts if 20 < len(part) < 400]
+    return [model.tokenize(" " + part) for part in parts if 20 < len(part) < 400]
 
 
 def _document(
@@ -180,7 +180,7 @@ def _document(
     places = [str(place) for place in rng.choice(pairs, N_FACTS, replace=False)]
     codes = [str(rng.integers(10 ** (N_DIGITS - 1), 10**N_DIGITS)) for _ in places]
     facts = [
-        model.tokens_of(" " + _FACT.format(place=place, code=code))
+        model.tokenize(" " + _FACT.format(place=place, code=code))
         for place, code in zip(places, codes, strict=True)
     ]
     room = n_tokens - sum(map(len, facts)) - len(bos(model))
@@ -199,7 +199,7 @@ def _document(
     for fact in facts:
         pieces.insert(int(rng.integers(len(pieces) + 1)), fact)
     which = int(rng.integers(N_FACTS))
-    question = model.tokens_of(_QUESTION.format(place=places[which]))
+    question = model.tokenize(_QUESTION.format(place=places[which]))
     document = [token for piece in pieces for token in piece]
-    answer = model.tokens_of(" " + codes[which])
+    answer = model.tokenize(" " + codes[which])
     return Asked((*bos(model), *document, *question), tuple(answer))

@@ -17,6 +17,7 @@ attention, products and what is neither have speeds of their own.
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,10 +27,11 @@ from pop_local.base.errors import PopError
 from pop_local.base.progress import Progress, Ran, counting
 from pop_local.engine.images.mmproj import Seen
 from pop_local.engine.images.pictures import Picture
-from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.plan import Images, plan_prefill
+from pop_local.engine.prefill.plan import NO_ENDS, Images, plan_prefill
+from pop_local.engine.prefill.read import Read, skim
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
 
 N_DECODE = 32
@@ -85,17 +87,15 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class Run:
-    """One measurement; the counters are those of the prefill."""
+    """One measurement."""
 
     ttft_s: float
     decode_tokens_per_s: float
-    counters: Counters
-    encode_s: float = 0.0
-    n_selected: int = 0
+    read: Read
 
     @property
     def read_s(self) -> float:
-        return self.ttft_s - self.encode_s
+        return self.ttft_s - self.read.encode_s
 
 
 def measure_speed(
@@ -104,7 +104,7 @@ def measure_speed(
     n_rounds: int,
     on_progress: Progress,
     picture: Picture | None = None,
-    upstream: Callable[[Sequence[int]], Run] | None = None,
+    upstream: Callable[[Prompt], Run] | None = None,
 ) -> tuple[SpeedRow, ...]:
     """Measure each prompt length in `n_rounds` rounds after one to warm up.
 
@@ -114,28 +114,28 @@ def measure_speed(
     """
     n_ways = 3 if upstream is None else 4
     ran = counting(sum(n_prompts) * n_ways * (n_rounds + 1), on_progress)
-    seen = model.eye.see(picture) if picture else None
+    seen = model.prompter.see(picture) if picture else None
     prompts = [random_prompt(model, n_prompt, seen) for n_prompt in n_prompts]
-    return tuple(_row(model, upstream, tokens, n_rounds, ran) for tokens in prompts)
+    return tuple(_row(model, upstream, prompt, n_rounds, ran) for prompt in prompts)
 
 
 def _row(
     model: PopModel,
-    upstream: Callable[[Sequence[int]], Run] | None,
-    tokens: Sequence[int],
+    upstream: Callable[[Prompt], Run] | None,
+    prompt: Prompt,
     n_rounds: int,
     ran: Ran,
 ) -> SpeedRow:
-    n_prompt = len(tokens)
+    n_prompt = len(prompt)
     ways = [
-        partial(run, model, Mode.OFF, tokens),
-        partial(run, model, Mode.CONTEXT, tokens),
-        partial(run_context, model, tokens),
+        partial(run, model, Mode.OFF, prompt),
+        partial(run, model, Mode.CONTEXT, prompt),
+        partial(run_context, model, prompt),
     ]
     if upstream is not None:
-        ways.insert(0, partial(upstream, tokens))
+        ways.insert(0, partial(upstream, prompt))
     *others, full, pop, context = run_rounds(ways, n_rounds, lambda: ran(n_prompt))
-    rows = pop[0].counters
+    rows = pop[0].read.counters
     reading = spread(a.read_s / b.read_s for a, b in zip(full, pop, strict=True))
     limit = statistics.median(a.read_s / b.read_s for a, b in zip(full, context, strict=True))
     if rows.n_full + rows.n_deep == n_prompt:  # too short to be pruned
@@ -143,15 +143,15 @@ def _row(
     return SpeedRow(
         n_prompt=n_prompt,
         n_pruned=rows.n_context - rows.n_deep,
-        n_selected=pop[0].n_selected,
+        n_selected=pop[0].read.selection.n_selected,
         n_skipped_exact=rows.n_exact,
         full_ttft_s=spread(run.ttft_s for run in full),
         pop_ttft_s=spread(run.ttft_s for run in pop),
         speedup=spread(ratios(full, pop)),
         limit=limit,
         of_limit=reading.median / limit,
-        n_image=sum(token < 0 for token in tokens),
-        encode_s=statistics.median(run.encode_s for run in pop),
+        n_image=prompt.n_image,
+        encode_s=statistics.median(run.read.encode_s for run in pop),
         read_speedup=reading,
         decode_tokens_per_s=ModePair(
             full=statistics.median(run.decode_tokens_per_s for run in full),
@@ -187,56 +187,57 @@ def ratios(full: Sequence[Run], pop: Sequence[Run]) -> list[float]:
 def run(
     model: PopModel,
     mode: Mode,
-    tokens: Sequence[int],
+    prompt: Prompt,
     n_decode: int = N_DECODE,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Run:
-    """Read the tokens into an empty cache, take the first token, decode `n_decode` more."""
-    model.set_pop(mode)
-    model.clear()
-    backend.reset_counters(model.ctx)
-    sampled = model.sampled(tokens, TurnOptions(temperature=0.0))
+    """Read a prompt into an empty cache, take the first token, decode `n_decode` more."""
+    model.set_mode(mode)
+    model.cache.clear()
     started_s = clock()
-    next(sampled)
-    first_s = clock()
-    counters = backend.get_counters(model.ctx)
-    for _ in range(n_decode):
+    read = model.read(prompt)
+    with closing(model.sampled(TurnOptions(temperature=0.0))) as sampled:
         next(sampled)
-    decoded_s = clock()
-    sampled.close()
-    encode_s = model.encode_s
-    require_rows(model, mode, len(tokens), counters, model.images_in(tokens))
-    rate = n_decode / (decoded_s - first_s)
-    return Run(first_s - started_s, rate, counters, encode_s, model.selection.n_selected)
+        first_s = clock()
+        for _ in range(n_decode):
+            next(sampled)
+        decoded_s = clock()
+    n_selected = read.selection.n_selected
+    require_rows(model, mode, len(prompt), read.counters, prompt.spans, n_selected)
+    return Run(first_s - started_s, n_decode / (decoded_s - first_s), read)
 
 
-def run_context(model: PopModel, tokens: Sequence[int]) -> Run:
-    """Read the tokens into an empty cache with none of them full; no token comes of it."""
-    model.set_pop(Mode.CONTEXT)
-    model.clear()
-    model.encode_s = 0.0
-    backend.reset_counters(model.ctx)
+def run_context(model: PopModel, prompt: Prompt) -> Run:
+    """Read a prompt into an empty cache with none of its rows full; no token comes of it."""
+    model.set_mode(Mode.CONTEXT)
+    model.cache.clear()
     started_s = time.perf_counter()
-    model.skim(tokens)
+    read = skim(model.cache, prompt)
     read_s = time.perf_counter() - started_s
-    counters = backend.get_counters(model.ctx)
-    if counters.n_context + counters.n_exact != len(tokens) or counters.n_full:
+    counters = read.counters
+    if counters.n_context + counters.n_exact != len(prompt) or counters.n_full:
         raise PopError(
-            f"the measurement does not hold: of {len(tokens)} prompt tokens all should be context;"
+            f"the measurement does not hold: of {len(prompt)} prompt tokens all should be context;"
             f" the backend counted {counters.n_full} full"
         )
-    return Run(read_s, 0.0, counters, model.encode_s)
+    return Run(read_s, 0.0, read)
 
 
 def require_rows(
-    model: PopModel, mode: Mode, n_prompt: int, counters: Counters, images: Images = ()
+    model: PopModel,
+    mode: Mode,
+    n_prompt: int,
+    counters: Counters,
+    images: Images = (),
+    n_selected: int = 0,
 ) -> None:
     """Raise PopError unless the whole prompt was evaluated, and pruned as the mode says."""
-    plan = plan_prefill(0, n_prompt, model.rule_now, model.n_batch, images)
+    rule = NO_ENDS if model.exact else model.rule
+    plan = plan_prefill(0, n_prompt, rule, model.context.n_batch, images)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
     if n_left and not model.exact:
         # Of pictures perhaps none can be: how many of the rest only the engine knows.
-        n_left -= model.selection.n_selected if images else round(model.select * n_left)
+        n_left -= n_selected if images else round(rule.select * n_left)
     expected = (0, n_left) if model.exact else (n_left, 0)
     # What got its depth afterwards ran all layers, too.
     n_pruned, n_full = counters.n_context - counters.n_deep, counters.n_full + counters.n_deep
@@ -248,14 +249,15 @@ def require_rows(
         )
 
 
-def random_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> list[int]:
+def random_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> Prompt:
     """Draw token ids evenly: what they say does not matter to the time they take.
 
     A picture stands near their beginning. Raises PopError where it leaves no room for text.
     """
-    tokens: list[int] = np.random.default_rng(_SEED).integers(0, model.n_vocab(), n_prompt).tolist()
+    rng = np.random.default_rng(_SEED)
+    tokens: list[int] = rng.integers(0, model.context.n_vocab, n_prompt).tolist()
     if seen is None:
-        return tokens
+        return Prompt(tokens)
     n_text = n_prompt - len(seen.tokens)
     if n_text <= _N_BEFORE:
         raise PopError(
@@ -264,7 +266,9 @@ def random_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> l
             cause="prompts-too-short",
             n_least=len(seen.tokens) + 64,
         )
-    return [*tokens[:_N_BEFORE], *seen.tokens, *tokens[_N_BEFORE:n_text]]
+    images = {_N_BEFORE + offset: image for offset, image in seen.images.items()}
+    shown = [*tokens[:_N_BEFORE], *seen.tokens, *tokens[_N_BEFORE:n_text]]
+    return Prompt(shown, images=images)
 
 
 def spread(values: Iterable[float]) -> Spread:

@@ -6,7 +6,6 @@ llama.cpp does best by itself cannot be seen in a process that has ours.
 
 import os
 import signal
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.speed import Run, run
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ class Upstream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, tokens: Sequence[int]) -> Run:
+    def run(self, prompt: Prompt) -> Run:
         """As `speed.run`, of the full model. Raises PopError where the process has ended."""
         try:
             self._loaded.result()
-            return self._pool.submit(_run, tokens).result()
+            return self._pool.submit(_run, prompt).result()
         except BrokenProcessPool as error:
             raise PopError(
                 "the process that runs llama.cpp by itself ended",
@@ -63,5 +63,5 @@ def _open(path: Path, options: dict[str, Any]) -> None:
     _opened = PopModel(path, kernels=False, **options)
 
 
-def _run(tokens: Sequence[int]) -> Run:
-    return run(_opened, Mode.OFF, tokens)
+def _run(prompt: Prompt) -> Run:
+    return run(_opened, Mode.OFF, prompt)

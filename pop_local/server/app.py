@@ -98,7 +98,7 @@ class Api:
         self._name = name
         self._created = int(time.time())
         self._tasks = Tasks(model)
-        by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx())
+        by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx)
         self._max_body_bytes = max_body_bytes or by_context
         self._max_picture_bytes = MAX_DATA_URL if model.can_see else 0
         self._watchers: set[asyncio.Task[None]] = set()
@@ -138,7 +138,7 @@ class Api:
             "created": self._created,
             "owned_by": "pop-local",
             "pop": {
-                "n_ctx": self._model.n_ctx(),
+                "n_ctx": self._model.n_ctx,
                 "boundary": self._model.boundary,
                 "images": self._model.can_see,
                 "exact": self._model.exact,
@@ -195,7 +195,7 @@ class Api:
         """`n_other`: the bytes so far that are no pictures."""
         message = (
             f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
-            f" holds {self._model.n_ctx():,} tokens"
+            f" holds {self._model.n_ctx:,} tokens"
         )
         if n_other <= self._max_body_bytes:
             message = f"the pictures of a request may have {MAX_BYTES >> 20} MiB together"

@@ -11,7 +11,7 @@ from pop_local.engine.images.pictures import Picture
 from pop_local.engine.limited.process import NoChildError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prompts import Prompt
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Message, TurnOptions
 from pop_local.server.bodies import Body, ChatBody, ChatMessage, CompletionBody, Sampling
 from pop_local.server.errors import ApiError
@@ -37,7 +37,7 @@ class Tasks:
 
     def __init__(self, model: PopModel) -> None:
         self._model = model
-        self._default = model.pop_mode
+        self._default = model.mode
 
     def chat(self, body: ChatBody) -> Task:
         urls = [url for message in body.messages for _, url in message.image_urls]
@@ -53,22 +53,23 @@ class Tasks:
             raise
         except PopError as error:
             raise ApiError(400, error.message, param="messages") from error
-        self._check_length(len(prompt.tokens), "messages")
+        self._check_length(len(prompt), "messages")
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
         return Task(prompt, options, *self._mode(body.pop))
 
     def completion(self, body: CompletionBody) -> Task:
-        prompt = Prompt(self._tokens(body.prompt), ())
-        self._check_length(len(prompt.tokens), "prompt")
+        tokens = self._tokens(body.prompt)
+        prompt = Prompt(tokens)
+        self._check_length(len(tokens), "prompt")
         mode, reason = self._mode(body.pop)
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
-        pieces = Pieces(self._model.vocab, special=True)
-        shown = prompt.tokens if body.echo or body.logprobs is not None else []
+        pieces = Pieces(self._model.context.vocab, special=True)
+        shown = tokens if body.echo or body.logprobs is not None else []
         text = b"".join(pieces[token] for token in shown).decode(errors="replace")
         if body.echo:
             return Task(prompt, options, mode, reason, text, n_prompt_logprobs)
@@ -89,9 +90,9 @@ class Tasks:
                 raise ApiError(400, "send one prompt per request", param="prompt")
             return self._tokens(prompt[0])
         if isinstance(prompt, str):
-            return self._model.tokenize(prompt.encode(), add_bos=True, special=True)
+            return self._model.tokenize(prompt, add_bos=True, special=True)
         tokens = [token for token in prompt if isinstance(token, int)]
-        n_vocab = self._model.n_vocab()
+        n_vocab = self._model.context.n_vocab
         if any(not 0 <= token < n_vocab for token in tokens):
             raise ApiError(400, f"token ids go from 0 to {n_vocab - 1}", param="prompt")
         return tokens
@@ -104,7 +105,7 @@ class Tasks:
             self._check_length(n_shown + 1, "messages")
 
     def _check_length(self, n_prompt: int, param: str) -> None:
-        n_ctx = self._model.n_ctx()
+        n_ctx = self._model.n_ctx
         if n_prompt == 0:
             raise ApiError(400, "the prompt is empty", param=param)
         if n_prompt >= n_ctx:

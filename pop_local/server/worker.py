@@ -11,12 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pop_local.base.errors import PopError, StoppedError
-from pop_local.engine.answer import answer
+from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import PopModel
-from pop_local.engine.prompts import Prompt
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
 from pop_local.server.errors import ApiError, hung_up
 from pop_local.server.metrics import Metrics
@@ -178,7 +177,7 @@ class Worker(threading.Thread):
     def _wait(self) -> None:
         """Until there is something to do; meanwhile cached prompts are given their depth."""
         while True:
-            has_work = bool(self._model.refills and self._model.n_refillable)
+            has_work = bool(self._model.refills and self._model.refiller.n_refillable)
             if has_work and self._calls.empty() and not on_battery():
                 self._refill()
             with suppress(queue.Empty):
@@ -190,7 +189,7 @@ class Worker(threading.Thread):
             n_rows = self._model.refill(should_stop=lambda: not self._calls.empty() or on_battery())
         except Exception:  # whatever it was, requests are answered
             log.exception("refilling failed, and goes on no longer")
-            self._model.set_depth(self._model.select)
+            self._model.set_depth(self._model.rule.select)
         else:
             self._metrics.refilled.inc(n_rows)
 
@@ -222,15 +221,17 @@ class Worker(threading.Thread):
             return job.cancelled.is_set() or self._stopping.is_set()
 
         task = job.task
-        n_prompt = len(task.prompt.tokens)
+        n_prompt = len(task.prompt)
         # Empties the KV cache where it changes: one cache never mixes full and pruned prompts.
-        self._model.set_pop(task.mode)
+        self._model.set_mode(task.mode)
         options = replace(task.options, should_stop=should_stop)
         read: list[TokenLogprob] = []
         started_s = time.perf_counter()
         if task.n_prompt_logprobs is not None:
-            with self._model.watching_prefill(None, should_stop):
-                read = prompt_logprobs(self._model, task.prompt.tokens, task.n_prompt_logprobs)
+            with self._model.context.interrupt.stopped_by(should_stop):
+                read = prompt_logprobs(
+                    self._model.cache, task.prompt.tokens, task.n_prompt_logprobs
+                )
         read_s = time.perf_counter() - started_s if read else 0.0
         if task.echo or read:
             yield Chunk(task.echo, logprobs=tuple(read))
@@ -239,7 +240,7 @@ class Worker(threading.Thread):
             n_full = len(read)
             yield Chunk("", TurnStats(n_prompt, 0, 0, n_full, read_s, read_s, 0, 0.0, "length"))
             return
-        for chunk in answer(self._model, lambda: task.prompt, options):
+        for chunk in self._model.answer(task.prompt, options):
             if read and (stats := chunk.stats) is not None:
                 # The answer found in the cache what was read for it before.
                 ttft_s, prefill_s = stats.ttft_s + read_s, stats.prefill_s + read_s

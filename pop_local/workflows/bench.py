@@ -1,6 +1,6 @@
 """Time to first token with and without pruning, on the same weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.devices import devices, kernels_read_prompts, prompt_kernels
 from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.break_even import Tried, measure_break_even
 from pop_local.measure.speed import (
     N_DECODE,
@@ -125,20 +126,20 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
 @contextmanager
 def _upstream(
     model: PopModel, options: BenchOptions
-) -> Iterator[tuple[str, Callable[[Sequence[int]], Run]]]:
+) -> Iterator[tuple[str, Callable[[Prompt], Run]]]:
     """The same model by llama.cpp's own kernels, in the setting that reads fastest, and which."""
     opening: dict[str, Any] = {
-        "n_ctx": model.n_ctx(),
+        "n_ctx": model.n_ctx,
         "n_batch": options.n_batch,
         "n_ubatch": options.n_batch,
-        "n_threads": model.n_threads,
+        "n_threads": model.context.n_threads,
         "n_gpu_layers": 0,
     }
-    path, tokens = Path(model.model_path), random_prompt(model, min(_N_TRIED, options.n_longest))
+    path, prompt = model.path, random_prompt(model, min(_N_TRIED, options.n_longest))
     times_s = {}
     for name, (repack, flash_attn) in _SETTINGS.items():  # one at a time, for the memory
         with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as tried:
-            times_s[name] = run_rounds([partial(tried.run, tokens)], 1)[0][0].ttft_s
+            times_s[name] = run_rounds([partial(tried.run, prompt)], 1)[0][0].ttft_s
     best = min(times_s, key=lambda name: times_s[name])
     repack, flash_attn = _SETTINGS[best]
     with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as upstream:
@@ -220,7 +221,7 @@ def _bench(files: ModelFiles, shape: ModelShape, model: PopModel, hardware: Hard
         on = f"RPC ({', '.join(hardware.rpc)})"
     elif not device.is_gpu:
         kernels = prompt_kernels()
-    threads = "1 thread" if model.n_threads == 1 else f"{model.n_threads} threads"
+    threads = "1 thread" if model.context.n_threads == 1 else f"{model.context.n_threads} threads"
     return Bench(
         model=str(files.path),
         sidecar=str(files.sidecar) if files.sidecar else None,

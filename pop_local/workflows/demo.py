@@ -10,6 +10,7 @@ from pop_converter.popfile.plan import require_prunable
 from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Message
 from pop_local.measure.speed import Spread, require_rows, spread
 from pop_local.workflows.events import Watch
@@ -54,7 +55,7 @@ def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
     Raises PopError for a model that is not converted, or when the counters do not prove what is
     measured; StoppedError.
     """
-    path = Path(opened.model_path)
+    path = opened.path
     if opened.exact:
         require_prunable(opened.shape)
     if opened.meta is None:
@@ -62,17 +63,17 @@ def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
             f"{path} is not converted", "convert it first", cause="not-converted", model=path
         )
     # The first run of all reads the weights from the disk, and would be the slower one.
-    opened.eval(opened.tokenize(_text("document.md").encode())[:WARM_UP_TOKENS])
+    opened.read(Prompt(opened.tokenize(_text("document.md"))[:WARM_UP_TOKENS]))
     pairs = []
     for pair in range(n_pairs):
         order = [Mode.CONTEXT, Mode.OFF] if pair % 2 else [Mode.OFF, Mode.CONTEXT]
         nth = f"{pair + 1} of {n_pairs}"
         answers = {mode: _answer(opened, mode, nth, watch) for mode in order}
         pairs.append((answers[Mode.OFF], answers[Mode.CONTEXT]))
-    opened.set_pop(Mode.CONTEXT)
+    opened.set_mode(Mode.CONTEXT)
     full, pop = pairs[0]
     return Comparison(
-        model=opened.model_path,
+        model=str(opened.path),
         boundary=opened.boundary,
         n_layer=opened.shape.n_layer,
         question=_text("question.md"),
@@ -96,8 +97,8 @@ def _text(name: str) -> str:
 
 def _answer(opened: PopModel, mode: Mode, nth: str, watch: Watch) -> TimedAnswer:
     """Into an empty cache; raises PopError unless the counters prove that it was."""
-    opened.set_pop(mode)
-    opened.clear()
+    opened.set_mode(mode)
+    opened.cache.clear()
     prompt = f"{_text('document.md')}\n\n{_text('question.md')}"
     what = "Reading in full" if mode is Mode.OFF else "Reading, pruned"
     chunks = list(

@@ -6,6 +6,7 @@ fastest on, and the first one that is as good as the full model is taken.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.model import PopModel
+from pop_local.engine.turn import TurnOptions
 from pop_local.measure.forced import Pruning
 from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
@@ -160,14 +162,14 @@ def _chosen(
 
 def _affordable(model: PopModel) -> str:
     """Say how many rows this machine can refill with each token of an answer."""
-    model.set_depth(model.select, keep_states=True)
-    model.refill_answers(None)
-    sampled = model.generate(random_prompt(model, _SETTINGS.n_tokens), temp=0.0)
-    for _ in range(_N_TIMED):
-        next(sampled)
-    sampled.close()
-    n_rows = model.online.n_rows or 0
-    model.refill_answers(0)
+    model.set_depth(model.rule.select, keep_states=True)
+    model.refiller.refill_answers(None)
+    model.read(random_prompt(model, _SETTINGS.n_tokens))
+    with closing(model.sampled(TurnOptions(temperature=0.0))) as sampled:
+        for _ in range(_N_TIMED):
+            next(sampled)
+    n_rows = model.refiller.online.n_rows or 0
+    model.refiller.refill_answers(0)
     if n_rows == 0:
         return "This machine computes at its limit: nothing is refilled while it answers."
     return f"This machine can refill {n_rows} rows with each token of an answer."

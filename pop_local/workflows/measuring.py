@@ -22,7 +22,7 @@ from pop_local.workflows.options import Hardware
 def opened(files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any) -> PopModel:
     """A model that the watch may stop while llama.cpp reads; `options` as for PopModel."""
     model = PopModel(files.path, sidecar=files.sidecar, **vars(hardware), **options)
-    model.watch_prefill(None, watch.should_stop)
+    model.context.interrupt.should_stop = watch.should_stop
     return model
 
 

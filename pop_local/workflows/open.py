@@ -70,7 +70,7 @@ def open_model(
     if select and opened.meta is None:
         watch.on_warning(PopError("nothing is selected: this model is not pruned"))
     if in_full:
-        opened.set_pop(Mode.OFF)
+        opened.set_mode(Mode.OFF)
     return opened
 
 

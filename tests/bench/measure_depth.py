@@ -51,10 +51,10 @@ class Round:
 def read(
     model: PopModel, variant: Variant, tokens: Sequence[int], clock: Callable[[], float]
 ) -> float:
-    model.set_pop(variant.mode)
+    model.set_mode(variant.mode)
     model.set_depth(variant.select, keep_states=variant.keep)
-    model.clear()
-    backend.reset_counters(model.ctx)
+    model.cache.clear()
+    backend.reset_counters(model.context.ctx)
     started_s = clock()
     model.eval(tokens)
     return clock() - started_s
@@ -76,7 +76,7 @@ def one_round(
     for name in names[shift:] + names[:shift]:
         took_s[name] = read(model, variants[name], tokens, clock)
         if name == "kept":
-            n_pruned = backend.get_counters(model.ctx).n_context
+            n_pruned = backend.get_counters(model.context.ctx).n_context
             started_s = clock()
             assert model.refill() == len(tokens)
             refilled_s = clock() - started_s

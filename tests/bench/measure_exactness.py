@@ -94,13 +94,13 @@ def score(setting: Setting, folder: Path, options: argparse.Namespace) -> Floats
 def logits(model: PopModel, tokens: list[int]) -> Logits:
     """Return those of all rows of a prompt read in full [n, n_vocab]; the next overwrites them."""
     model.pruning = False
-    model.clear()
-    backend.set_reading(model.ctx, True)
+    model.cache.clear()
+    backend.set_reading(model.context.ctx, True)
     with closing(TokenBatch(len(tokens))) as rows:
-        if code := rows.decode(model.ctx, tokens, 0, Outputs.ALL):
+        if code := rows.decode(model.context.ctx, tokens, 0, Outputs.ALL):
             raise logs.not_decoded(code)
-    buffer = backend.bindings().llama_get_logits(model.ctx)
-    return np.ctypeslib.as_array(buffer, (len(tokens), model.n_vocab()))
+    buffer = backend.bindings().llama_get_logits(model.context.ctx)
+    return np.ctypeslib.as_array(buffer, (len(tokens), model.context.n_vocab))
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Estimate]]:

@@ -24,12 +24,12 @@ WAYS = ("full", "pruned", "selected")
 
 def read(way: str, model: str, sidecar: str, n_prompt: int, select: float) -> float:
     opened = PopModel(model, sidecar=sidecar, n_ctx=n_prompt + 16, n_threads=1)
-    opened.set_pop(Mode.OFF if way == "full" else Mode.CONTEXT)
+    opened.set_mode(Mode.OFF if way == "full" else Mode.CONTEXT)
     opened.set_depth(select if way == "selected" else 0.0)
     tokens = random_prompt(opened, n_prompt)
     took_s = 0.0
     for _ in range(2):
-        opened.clear()
+        opened.cache.clear()
         started_s = time.perf_counter()
         opened.eval(tokens)
         took_s = time.perf_counter() - started_s

@@ -34,7 +34,7 @@ def limit(rate: str) -> None:
 
 def measured(model: PopModel, tokens: list[int], n_decode: int) -> tuple[float, float, int]:
     """Time to the first token, decode per token, and bytes sent for the prompt."""
-    model.clear()
+    model.cache.clear()
     before, start = sent_bytes(), time.perf_counter()
     sampled = model.generate(tokens, temp=0.0)
     next(sampled)
@@ -59,12 +59,12 @@ def main() -> None:
         model = PopModel(options.model, n_ctx=options.prompt + 64, n_threads=1, rpc=servers)
         stack.enter_context(model)
         rng = np.random.default_rng(0)
-        tokens: list[int] = rng.integers(3, model.n_vocab(), options.prompt).tolist()
+        tokens: list[int] = rng.integers(3, model.context.n_vocab, options.prompt).tolist()
         print("rate      mode     TTFT (s)  decode (ms)  sent for the prompt (MB)")
         for rate in options.rates.split(","):
             limit(rate)
             for mode in (Mode.OFF, Mode.CONTEXT):
-                model.set_pop(mode)
+                model.set_mode(mode)
                 runs = [measured(model, tokens, 16) for _ in range(options.repeat)]
                 ttft_s, decode_s, n_bytes = (
                     statistics.median(of) for of in zip(*runs, strict=True)

@@ -22,7 +22,7 @@ for line in sys.stdin:
     tokens = prompts.setdefault(n, list(random_prompt(model, n, None)))
     model.pruning = bool(pruned)
     model.reset()
-    model.clear()
+    model.cache.clear()
     start = time.perf_counter()
     model.eval(tokens)
     print(time.perf_counter() - start, flush=True)

@@ -9,6 +9,8 @@ import pytest
 from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.read import Read
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure import speed
 from pop_local.measure.speed import Run, measure_speed, random_prompt, require_rows, run_rounds
 from pop_local.measure.upstream import Upstream
@@ -160,7 +162,7 @@ def model(pop_file):
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_each_run_reads_the_whole_prompt_again(model, mode):
     tokens = random_prompt(model, 100)
-    counters = {speed.run(model, mode, tokens).counters for _ in range(3)}
+    counters = {speed.run(model, mode, tokens).read.counters for _ in range(3)}
     assert counters == {Counters(0, 100) if mode is Mode.OFF else Counters(83, 17)}
 
 
@@ -168,7 +170,7 @@ def test_each_run_reads_the_whole_prompt_again(model, mode):
 def test_a_cached_prefix_is_never_reported(model, mode, monkeypatch):
     tokens = random_prompt(model, 100)
     speed.run(model, mode, tokens)
-    monkeypatch.setattr(model, "clear", lambda: None)
+    monkeypatch.setattr(model.cache, "clear", lambda: None)
     with pytest.raises(PopError, match="does not hold"):
         speed.run(model, mode, tokens)
 
@@ -183,7 +185,7 @@ def test_rounds_change_their_order_and_the_first_one_is_not_counted():
     order: list[Run] = []
 
     def way(seconds: float) -> Run:
-        order.append(Run(seconds + len(order) / 10, 1.0, Counters(0, 0)))
+        order.append(Run(seconds + len(order) / 10, 1.0, Read(0, 0, Counters(0, 0))))
         return order[-1]
 
     full, pop = run_rounds([lambda: way(1.0), lambda: way(2.0)], 2)
@@ -201,20 +203,20 @@ def test_each_run_advances(model):
 def test_the_limit_is_a_reading_without_full_tokens(tmp_path, model, is_exact):
     if is_exact:
         model = PopModel(make_shared(tmp_path / "model.gguf", "gemma4"), n_ctx=512, n_threads=1)
-    counted = speed.run_context(model, random_prompt(model, 100)).counters
+    counted = speed.run_context(model, random_prompt(model, 100)).read.counters
     assert counted == (Counters(0, 0, 100) if is_exact else Counters(100, 0))
 
 
 def test_what_was_read_for_the_limit_answers_nothing(model):
     tokens = random_prompt(model, 100)
-    expected = read(model, tokens)
+    expected = read(model, list(tokens.tokens))
     speed.run_context(model, tokens)
-    np.testing.assert_array_equal(read(model, tokens), expected)
+    np.testing.assert_array_equal(read(model, list(tokens.tokens)), expected)
 
 
 def test_what_upstream_takes_is_measured_beside_ours(model):
     options = {"n_ctx": 512, "n_threads": 1, "repack": False}
-    with Upstream(Path(model.model_path), **options) as upstream:
+    with Upstream(Path(model.path), **options) as upstream:
         [row] = measure_speed(model, (100,), 1, lambda *step: None, upstream=upstream.run)
     assert row.upstream_ttft_s is not None and row.kernels_speedup is not None
     ratio = row.upstream_ttft_s.median / row.full_ttft_s.median
@@ -226,7 +228,7 @@ def test_what_upstream_cannot_open_is_said(tmp_path):
         Upstream(tmp_path / "none.gguf") as upstream,
         pytest.raises(PopError, match=r"none\.gguf"),
     ):
-        upstream.run([1])
+        upstream.run(Prompt([1]))
 
 
 def test_bench_measures_upstream_where_our_kernels_compute(pop_file, monkeypatch):

@@ -61,7 +61,7 @@ def test_a_selection_is_stored_and_used(plain, tmp_path):
     assert meta.refilled.n_rows == 8
     assert 0 < meta.refilled.kl_mean < meta.measured.kl_mean
     assert "10% of the others, which the question needs" in " ".join(done.output.split())
-    assert PopModel(out, n_ctx=512, n_threads=1).select == 0.1
+    assert PopModel(out, n_ctx=512, n_threads=1).rule.select == 0.1
     shown = CliRunner().invoke(app, ["inspect", str(out)]).stdout
     assert "10% of the others" in " ".join(shown.split())
     assert "all of them: the full model" in " ".join(shown.split())

@@ -293,12 +293,12 @@ def test_a_converted_file_is_not_fitted_again(pop_file, temporary):
 def test_documents_state_their_facts_once_and_ask_for_one(pop_file):
     model = PopModel(pop_file, n_ctx=512, n_threads=1)
     for asked in make_documents(model, RecallSettings(3, 400)):
-        text = model.detokenize(list(asked.prompt)).decode()
+        text = model.detokenize(asked.prompt)
         document, question = text.split("Question:")
-        assert len(asked.prompt) - len(model.tokenize(question.encode())) in range(380, 420)
+        assert len(asked.prompt) - len(model.tokenize(question)) in range(380, 420)
         assert document.count("The access code of the") == N_FACTS
         place = question.rpartition("access code of the ")[2].removesuffix(" is")
-        code = model.detokenize(list(asked.answer)).decode().strip()
+        code = model.detokenize(asked.answer).strip()
         assert f"The access code of the {place} is {code}." in document
         assert text.count(code) == 1
 
@@ -318,7 +318,7 @@ def test_recall_is_scored_in_full_and_pruned(pop_file):
     assert done[-1] == (15, 15)
     assert len({recall.nll_full.value for recall in found}) == 1
     assert len({recall.nll_pruned.value for recall in found}) == 4
-    assert (model.boundary, model.pop_mode, model.select) == (4, Mode.CONTEXT, 0.0)
+    assert (model.boundary, model.mode, model.rule.select) == (4, Mode.CONTEXT, 0.0)
 
 
 def test_selection_is_measured(pop_file, text):

@@ -8,6 +8,7 @@ from pop_local.engine.model import PopModel
 from pop_local.measure.forced import FULL, forced
 from support import recipes
 from support.architectures import MORE_KEYS
+from support.calls import append
 
 pytestmark = pytest.mark.slow
 NAMES = {str(name): name for name in recipes.names()}
@@ -24,10 +25,10 @@ def made(name: str, path):
 @pytest.mark.skipif("gpt2" not in NAMES, reason="the recipes are not built")
 def test_no_more_is_read_than_there_are_positions(tmp_path):
     with PopModel(made("gpt2", tmp_path), n_ctx=512, n_threads=1) as model:
-        model.eval([1] * 256)
-        model.clear()
+        append(model, [1] * 256)
+        model.cache.clear()
         with pytest.raises(PopError, match="the 256 positions of the model"):
-            model.eval([1] * 257)
+            append(model, [1] * 257)
 
 
 @pytest.mark.parametrize(

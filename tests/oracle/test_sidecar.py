@@ -1,14 +1,11 @@
 """Base and sidecar give what the single converted file gives, bit for bit."""
 
 import hashlib
-import pickle
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_cpp import LlamaRAMCache
 
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
@@ -17,10 +14,12 @@ from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.sidecar import measure_sidecar, read_sidecar, write_sidecar
 from pop_local.base.errors import PopError, WriteError
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.engine.llama import opening
+from pop_local.engine.cache.keys import conversion
+from pop_local.engine.cache.state import PromptCache
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.kv_state import conversion
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.budget import BALANCED
 from support.calls import opened, prompt, read
 from support.converted import Pair, made_up, paired
@@ -89,7 +88,7 @@ def test_the_base_opens_unpatched(pair, unpatched_lib):
 def test_the_engine(pair):
     tokens = prompt(200)
     single, both = opened(pair.single), opened(pair.base, sidecar=pair.sidecar)
-    assert both.boundary == 4 and both.pop_mode is Mode.CONTEXT
+    assert both.boundary == 4 and both.mode is Mode.CONTEXT
     assert both.rule == single.rule
     np.testing.assert_array_equal(read(both, tokens), read(single, tokens))
     with LoadedModel(pair.base, sidecar=pair.sidecar, n_threads=1) as model:
@@ -99,13 +98,17 @@ def test_the_engine(pair):
 def test_a_sidecar_belongs_to_one_model_only_while_it_is_opened(pair):
     opened(pair.base, sidecar=pair.sidecar)
     assert opened(pair.base).boundary == 0
-    before = opened(pair.base, sidecar=pair.sidecar, select=0.2, keep_states=True)
-    again = pickle.loads(pickle.dumps(before))
-    assert (again.boundary, again.select, again.refills) == (4, 0.2, True)
+    again = opened(pair.base, sidecar=pair.sidecar, select=0.2, keep_states=True)
+    assert (again.boundary, again.rule.select, again.refills) == (4, 0.2, True)
 
 
 def test_a_library_that_ignores_the_sidecar_is_noticed(pair, monkeypatch):
-    monkeypatch.setattr(opening, "loading", lambda *_, **options: nullcontext())
+    api = backend.bindings()
+
+    def load(paths, n_paths, params):
+        return api.llama_model_load_from_file(paths[0], params)
+
+    monkeypatch.setattr(api, "llama_model_load_from_splits", load)
     with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
         opened(pair.base, sidecar=pair.sidecar)
     with pytest.raises(PopError, match="prunes from layer 0, the file says 4"):
@@ -122,13 +125,13 @@ def test_a_state_of_another_conversion_is_refused(fitted, tmp_path):
     own = paired(fitted.base, folder, "own", boundary=4)
     model = opened(fitted.base, sidecar=fitted.sidecar)
     read(model, prompt(100))
-    state = model.save_state()
+    state = model.cache.save()
     for sidecar in (other.sidecar, own.sidecar):
         with pytest.raises(PopError, match="belongs to mode CONTEXT, boundary 4, fitted"):
-            opened(fitted.base, sidecar=sidecar).load_state(state)
+            opened(fitted.base, sidecar=sidecar).cache.restore(state)
     single = opened(fitted.single)
-    single.load_state(state)
-    assert single.n_tokens == 100
+    single.cache.restore(state)
+    assert single.cache.n_tokens == 100
 
 
 def test_what_decided_the_boundary_makes_no_other_conversion(fitted):
@@ -143,25 +146,28 @@ def test_what_decided_the_boundary_makes_no_other_conversion(fitted):
     )
 
 
-def test_a_prompt_cache_is_not_shared_between_conversions(fitted, tmp_path):
+def test_a_prompt_cache_does_not_mix_conversions(fitted, tmp_path):
     other = paired(fitted.base, tmp_path, "fitted", seed=1, boundary=4)
-    cache, tokens = LlamaRAMCache(), prompt(100)
-    first = opened(fitted.base, sidecar=fitted.sidecar)
-    first.set_cache(cache)
-    first.create_completion(tokens, max_tokens=1, temperature=0.0)
-    for sidecar, is_found in ((other.sidecar, False), (fitted.sidecar, True)):
-        model = opened(fitted.base, sidecar=sidecar)
-        model.set_cache(cache)
-        assert model.cache is not None and (tokens in model.cache) is is_found
+    cache, tokens = PromptCache(2**24), Prompt(prompt(100))
+    models = [
+        opened(fitted.base, sidecar=sidecar)
+        for sidecar in (fitted.sidecar, other.sidecar, fitted.sidecar)
+    ]
+    for model in models:
+        model.cache.prompts = cache
+    first, another, again = models
+    first.read(tokens)
+    first.read(Prompt(prompt(100, seed=1)))
+    assert (another.read(tokens).n_cached, again.read(tokens).n_cached) == (0, 99)
 
 
 def test_states_read_in_full_are_shared(pair):
     full = opened(pair.base)
     read(full, prompt(100))
     both = opened(pair.base, sidecar=pair.sidecar)
-    both.set_pop(Mode.OFF)
-    both.load_state(full.save_state())
-    assert both.n_tokens == 100
+    both.set_mode(Mode.OFF)
+    both.cache.restore(full.cache.save())
+    assert both.cache.n_tokens == 100
 
 
 # --- writing

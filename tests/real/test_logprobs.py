@@ -5,10 +5,10 @@ import pytest
 
 from pop_local.base.errors import StoppedError
 from pop_local.engine.answer import answer
+from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.logprobs import prompt_logprobs
 from pop_local.engine.model import PopModel
-from pop_local.engine.prompts import Prompt
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Message, TurnOptions
 from support.calls import opened, prompt, read
 from support.converted import tiny
@@ -68,21 +68,21 @@ def test_they_go_with_the_text_and_not_with_a_stop_string(chatty):
 def test_of_a_prompt_are_those_of_the_full_model(model):
     tokens = prompt(150)
     found = prompt_logprobs(model, tokens, 2)
-    assert model.pop_mode is Mode.CONTEXT
+    assert model.mode is Mode.CONTEXT
     assert len(found) == 150
     assert found[0].logprob is None
-    model.set_pop(Mode.OFF)
+    model.set_mode(Mode.OFF)
     for n in (1, 63, 64, 65, 149):
         expected = log_softmax(read(model, tokens[:n]))
         assert found[n].logprob == pytest.approx(expected[tokens[n]], abs=0.01)
         assert found[n].top[0].logprob == pytest.approx(expected.max(), abs=0.01)
-    model.set_pop(Mode.CONTEXT)
+    model.set_mode(Mode.CONTEXT)
 
 
 def test_reading_a_prompt_can_be_stopped(model):
-    model.watch_prefill(None, lambda: model.n_tokens >= 64)
+    model.watch_prefill(None, lambda: model.cache.n_tokens >= 64)
     with pytest.raises(StoppedError):
         prompt_logprobs(model, prompt(200), 0)
     model.watch_prefill(None, None)
-    assert model.n_tokens == 64
+    assert model.cache.n_tokens == 64
     assert len(prompt_logprobs(model, prompt(5), 0)) == 5

@@ -78,7 +78,7 @@ def test_shipped_text_is_long_enough_and_does_not_repeat_itself(smollm2):
 
 
 def test_the_document_is_long_enough(smollm2):
-    text = (importlib.resources.files("pop_local") / "data" / "document.md").read_bytes()
+    text = (importlib.resources.files("pop_local") / "data" / "document.md").read_text()
     assert len(PopModel(smollm2, n_ctx=256).tokenize(text)) >= 1500
 
 

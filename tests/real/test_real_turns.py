@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from pop_local.engine.model import PopModel
-from pop_local.engine.prompts import PLAIN_STOPS
+from pop_local.engine.prompt.prompt import PLAIN_STOPS
 from pop_local.engine.turn import Message
 from support.talking import ask
 
@@ -26,7 +26,7 @@ def test_an_answer_ends_by_itself(model):
 
 def test_ctrl_c_ends_a_prefill_and_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
-    model.clear()
+    model.cache.clear()
     begun = threading.Event()
 
     def press() -> None:
@@ -38,7 +38,7 @@ def test_ctrl_c_ends_a_prefill_and_leaves_the_model_usable(model):
     with pytest.raises(KeyboardInterrupt):
         ask(model, QUESTION, on_prefill=lambda done, total: begun.set() if done == 64 else None)
     thread.join()
-    assert model.n_tokens < 128
+    assert model.cache.n_tokens < 128
     assert ask(model, QUESTION)[0] == expected
 
 
@@ -48,7 +48,7 @@ def test_a_base_model_gets_a_plain_transcript(gemma):
     assert "Paris" in text
     assert not any(stop in text for stop in PLAIN_STOPS)
     # BOS, which Gemma cannot do without, is part of the prompt.
-    assert model.input_ids[0] == model.token_bos()
+    assert (model.cache.tokens[0],) == model.context.bos
     assert stats.n_prompt < 20
 
 
@@ -61,7 +61,7 @@ def test_plain_text_is_continued(model):
 
 
 def test_llama_cpps_own_chat_completion_works(model):
-    answer = model.create_chat_completion(
+    answer = model.as_llama().create_chat_completion(
         [{"role": "user", "content": QUESTION.content}], temperature=0.0, max_tokens=12
     )
     assert answer["choices"][0]["message"]["content"] == ask(model, QUESTION)[0]

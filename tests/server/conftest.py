@@ -28,5 +28,5 @@ def client(path):
 def full(path):
     """Another copy, which runs in full."""
     model = opened(path, n_ctx=N_CTX)
-    model.set_pop(Mode.OFF)
+    model.set_mode(Mode.OFF)
     return model

@@ -7,7 +7,7 @@ import pytest
 
 from pop_local.base.errors import PopError
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.prompts import Prompt
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Chunk, TurnOptions
 from pop_local.server.worker import Job, Task
 from support.scripted import STATS

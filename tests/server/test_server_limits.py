@@ -129,7 +129,7 @@ def test_what_leaves_the_cache_leaves_the_process(path):
     changed = """
 import random, resource
 from types import SimpleNamespace
-from pop_local.engine.prefill.kv_state import PromptCache
+from pop_local.engine.cache.state import PromptCache
 from pop_local.engine.turn import Chunk, TurnStats
 from pop_local.server import worker
 

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pop_local.engine.decode.grammar import Grammars
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.prompts import Prompt
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
 from pop_local.server.app import create_app
 from pop_local.server.bodies import ChatBody, Prompts

@@ -1,15 +1,21 @@
 """Calls of the engine that its tests share, on tiny random models."""
 
 import ctypes
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_cpp import Llama
 
+from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill import read as prefill
+from pop_local.engine.prefill.read import OnPrefill, Read
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.turn import TurnOptions
 
 N_VOCAB = 384
 # Of the logits (standard deviation 1): other batch shapes change them by up to 0.002, switching the
@@ -29,39 +35,53 @@ def prompt(n_tokens: int, seed: int = 0) -> list[int]:
 
 
 def last_logits(model: PopModel) -> np.ndarray:
-    row = backend.bindings().llama_get_logits_ith(model.ctx, -1)
+    row = backend.bindings().llama_get_logits_ith(model.context.ctx, -1)
     return np.ctypeslib.as_array(row, (N_VOCAB,)).copy()
 
 
 def kv_bytes(model: PopModel) -> bytes:
     """The saved state of sequence 0."""
     api = backend.bindings()
-    size = api.llama_state_seq_get_size(model.ctx, 0)
+    size = api.llama_state_seq_get_size(model.context.ctx, 0)
     buffer = (ctypes.c_uint8 * size)()
-    api.llama_state_seq_get_data(model.ctx, buffer, size, 0)
+    api.llama_state_seq_get_data(model.context.ctx, buffer, size, 0)
     return bytes(buffer)
+
+
+def append(model: PopModel, tokens: list[int], on_prefill: OnPrefill | None = None) -> Read:
+    """Read tokens after all that is cached, pruned as one prompt."""
+    return prefill.append(model.cache, Prompt(tokens), model.rule, on_prefill)
 
 
 def read(model: PopModel, tokens: list[int]) -> np.ndarray:
     """Logits after the prompt, its beginning taken from the KV cache if it is there."""
-    sampled = model.generate(tokens, temp=0.0)
-    next(sampled)
+    model.read(Prompt(tokens))
     return last_logits(model)
 
 
 def evaluated(model: PopModel, tokens: list[int]) -> Counters:
-    backend.reset_counters(model.ctx)
-    read(model, tokens)
-    return backend.get_counters(model.ctx)
+    return model.read(Prompt(tokens)).counters
 
 
-def greedy(model: Llama, tokens: list[int], n: int = 12, **options: Any) -> list[int]:
-    sampled = model.generate(tokens, temp=0.0, **options)
-    return [next(sampled) for _ in range(n)]
+def steps(model: PopModel, tokens: list[int]) -> Generator[int]:
+    """Greedy tokens after a prompt."""
+    model.read(Prompt(tokens))
+    return model.sampled(TurnOptions(temperature=0.0))
+
+
+def greedy(model: PopModel, tokens: list[int], n: int = 12) -> list[int]:
+    with closing(steps(model, tokens)) as sampled:
+        return [next(sampled) for _ in range(n)]
+
+
+def text_of(model: PopModel, tokens: Iterable[int]) -> str:
+    """The text of tokens, control tokens among them."""
+    pieces = Pieces(model.context.vocab, special=True)
+    return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 
 
 def completed(model: PopModel, tokens: list[int], **options: Any) -> str:
     """The text of llama_cpp's own completion at temperature 0."""
-    answer: Any = model.create_completion(tokens, temperature=0.0, **options)
+    answer: Any = model.as_llama().create_completion(tokens, temperature=0.0, **options)
     text: str = answer["choices"][0]["text"]
     return text

@@ -11,9 +11,9 @@ from pop_local.engine.limited.process import LimitedProcess
 from pop_local.engine.llama import logs
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import inspect
-from support.calls import opened
+from support.calls import greedy, opened
 
-TEXT = b"The ferry leaves the pier at half past six, with nobody on board. "
+TEXT = "The ferry leaves the pier at half past six, with nobody on board. "
 
 
 class Loader:
@@ -53,14 +53,14 @@ class _Work:
         try:
             with opened(Path(path), sidecar=given, n_ctx=64) as model:
                 tokens = model.tokenize(TEXT, special=True)[:48]
-                model.detokenize([next(model.generate(tokens, temp=0.0))])
+                model.detokenize(greedy(model, tokens, 1))
         except PopError as error:
             return error.message or "refused"
         return ""
 
 
 def main(limit_s: float, limit_bytes: int) -> None:
-    stdout = os.dup(1)  # llama_cpp silences the one that everybody has while it opens a model
+    stdout = os.dup(1)
 
     def tell(reason: str) -> None:
         os.write(stdout, json.dumps({"result": f"llama.cpp gave up: {reason}"}).encode() + b"\n")

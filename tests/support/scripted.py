@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 from pop_local.base.errors import PopError
@@ -46,46 +47,39 @@ class ScriptedModel:
         self.answers = list(answers)
         self.asked: list[list[Message]] = []
         self.options: dict[str, Any] = {}
-        self.pop_mode = Mode.CONTEXT
+        self.mode = Mode.CONTEXT
         self.boundary, self.projection = 20, "fitted"
         self.macs = lambda n_prompt, boundary, n_full: 1
         self.shape = None
         self.exact = 0
         self.no_refill = ""
-        self.model_path = "model.gguf"
-        self.metadata = {
-            "general.architecture": "llama",
-            "general.name": "Scripted",
-            "tokenizer.chat_template": "none is needed",
-        }
+        self.path = "model.gguf"
+        names = {"general.architecture": "llama", "general.name": "Scripted"}
+        self.context = SimpleNamespace(header=names)
+        self.prompter = SimpleNamespace(has_template=True)
+        self.refiller = SimpleNamespace(refill_answers=lambda n_rows: None)
+        self.rule = SimpleNamespace(select=0.0)
         self.n_ctx_train = 8192
-        self.select = 0.0
         self.recommended: dict[str, float] = {}
         self.is_closed = False
-        self._n_ctx = n_ctx
+        self.n_ctx = n_ctx
 
     @property
     def can_switch(self) -> bool:
         return bool(self.boundary or self.exact)
 
-    def set_pop(self, mode: Mode) -> None:
+    def set_mode(self, mode: Mode) -> None:
         if not self.can_switch:
             raise PopError("model.gguf has no pruning keys", "convert it first")
-        self.pop_mode = mode
+        self.mode = mode
 
     def set_depth(self, select: float | None = None, *, keep_states: bool = False) -> None:
         pass
 
-    def refill_answers(self, n_rows: int | None) -> None:
-        pass
-
-    def n_ctx(self) -> int:
-        return self._n_ctx
-
     def chat_turn(self, messages: Sequence[Message], **options: Any) -> Iterator[Chunk]:
         n_prompt = self.count_prompt(messages)
-        if n_prompt + options["min_answer"] > self._n_ctx:
-            raise ContextFullError(n_prompt, options["min_answer"], self._n_ctx)
+        if n_prompt + options["min_answer"] > self.n_ctx:
+            raise ContextFullError(n_prompt, options["min_answer"], self.n_ctx)
         self.asked.append(list(messages))
         self.options = options
         options["on_prefill"](512, 1000)
@@ -100,12 +94,12 @@ class ScriptedModel:
     def count_picture(self, picture: Picture) -> int:
         raise AssertionError("nobody shows it a picture")
 
-    def tokens_of(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         self._words = text.split()
         return list(range(len(self._words)))
 
-    def detokenize(self, tokens: list[int]) -> bytes:
-        return " ".join(self._words[token] for token in tokens).encode()
+    def detokenize(self, tokens: list[int]) -> str:
+        return " ".join(self._words[token] for token in tokens)
 
     def session(self, system: str = "") -> ChatSession:
         return ChatSession(cast(Any, self), Conversation(system))

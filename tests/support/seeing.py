@@ -4,8 +4,10 @@ Keys and tensors of an mmproj are those that tools/mtmd/clip.cpp of llama.cpp as
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from PIL import Image
 from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.rewrite import convert
 from pop_local.engine.images.pictures import picture_of
-from pop_local.engine.llama import backend
 from pop_local.engine.model import PopModel
-from pop_local.engine.turn import Message
+from pop_local.engine.prefill import read as prefill
+from pop_local.engine.prefill.read import Read
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.turn import Message, TurnOptions
 from support.shapes import read_shape
 from support.synthetic import DEFAULTS, Weights, make_gguf
 
@@ -199,30 +203,27 @@ class Seeing:
         return PopModel(self.path, n_threads=1, **chosen | options)
 
 
-def prompt(model: PopModel, question: str, *seeds: int) -> list[int]:
-    """Its tokens, whose pictures are kept as long as the model."""
+def prompt(model: PopModel, question: str, *seeds: int) -> Prompt:
+    """A question about drawn pictures."""
     shown = tuple((0, picture_of(png(seed), f"{seed}.png")) for seed in seeds)
-    made = model.chat_prompt([Message("user", question, shown)])
-    vars(model).setdefault("prompts", []).append(made)
-    return made.tokens
+    return model.chat_prompt([Message("user", question, shown)])
 
 
-def answered(model: PopModel, tokens: list[int], n: int = 4) -> tuple[list[int], int]:
+def append(model: PopModel, made: Prompt) -> Read:
+    """Read a prompt after all that is cached."""
+    return prefill.append(model.cache, made, model.rule)
+
+
+def answered(model: PopModel, made: Prompt, n: int = 4) -> tuple[list[int], int]:
     """The likeliest tokens after a prompt, and how many rows were read for the first."""
-    backend.reset_counters(model.ctx)
-    said: list[int] = []
-    for token in model.generate(tokens, temp=0.0):
-        if not said:
-            n_read = backend.get_counters(model.ctx).n_rows
-        said.append(token)
-        if len(said) == n:
-            break
-    return said, n_read
+    read = model.read(made)
+    with closing(model.sampled(TurnOptions(temperature=0.0))) as sampled:
+        return list(islice(sampled, n)), read.counters.n_rows
 
 
-def image_start(tokens: list[int]) -> int:
-    return next(row for row, token in enumerate(tokens) if token < 0)
+def image_start(made: Prompt) -> int:
+    return made.spans[0][0]
 
 
-def image_end(tokens: list[int]) -> int:
-    return 1 + max(row for row, token in enumerate(tokens) if token < 0)
+def image_end(made: Prompt) -> int:
+    return made.text_from

@@ -45,7 +45,7 @@ class ScriptedClock:
     """Rows take the time that they are said to take, and a pruned prefill `overhead_s` more."""
 
     def __init__(self, model: PopModel, overhead_s: float) -> None:
-        self._ctx = model.ctx
+        self._ctx = model.context.ctx
         self._overhead_s = overhead_s
 
     def __call__(self) -> float:

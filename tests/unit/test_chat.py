@@ -58,12 +58,12 @@ def test_pop_is_switched_and_shown():
         "> /pop maybe",
         "# /pop takes on or off, not maybe.",
     ]
-    assert model.pop_mode is Mode.CONTEXT
+    assert model.mode is Mode.CONTEXT
 
 
 def test_pop_on_a_model_that_is_not_converted():
     model = ScriptedModel()
-    model.boundary, model.pop_mode = 0, Mode.OFF
+    model.boundary, model.mode = 0, Mode.OFF
     assert talk(model, "/pop", "/pop on") == [
         "> /pop",
         "# Pruning is not possible: this model is not converted.",

@@ -40,7 +40,7 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(talk, sessions, dama
     middle = len(content) // 2
     if damage in ("other zip", "no object"):
         with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("session.json", '{"format": 1}' if damage == "other zip" else "null")
+            archive.writestr("session.json", '{"format": 3}' if damage == "other zip" else "null")
     else:
         path.write_bytes(
             {
@@ -50,10 +50,10 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(talk, sessions, dama
                 "text": b"not a session",
             }[damage]
         )
-    n_tokens = model.n_tokens
+    n_tokens = model.cache.n_tokens
     with pytest.raises(PopError, match="damaged or not a session"):
         sessions.load("talk", model)
-    assert model.n_tokens == n_tokens
+    assert model.cache.n_tokens == n_tokens
     assert [stored.name for stored in sessions.listed()] == ["talk"]
 
 
@@ -81,7 +81,8 @@ TURN = "conversation.turns.0"
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("format", 3),
+        ("format", True),
+        ("format", "3"),
         ("unknown", 1),
         ("name", []),
         ("model", None),
@@ -116,10 +117,10 @@ def test_every_field_of_a_session_has_a_type_and_a_range(talk, sessions, place, 
         rewritten(path, fields={"conversation.turns": [value]})
     else:
         rewritten(path, fields={place: value})
-    n_tokens = model.n_tokens
+    n_tokens = model.cache.n_tokens
     with pytest.raises(PopError, match="damaged or not a session"):
         sessions.load("talk", model)
-    assert model.n_tokens == n_tokens
+    assert model.cache.n_tokens == n_tokens
     (stored,) = sessions.listed()
     assert stored.session is None
 
@@ -146,15 +147,15 @@ def npy(head: str, data: bytes = b"") -> bytes:
 @pytest.mark.parametrize("name", ["tokens_npy", "full_npy"])
 def test_arrays_are_of_the_expected_type_and_size(talk, sessions, name, content):
     model, path = talk
-    rewritten(path, **{name: content.replace(b"N", str(model.n_tokens).encode())})
+    rewritten(path, **{name: content.replace(b"N", str(model.cache.n_tokens).encode())})
     with pytest.raises(PopError, match="damaged or not a session"):
         sessions.load("talk", model)
 
 
 def test_tokens_are_of_the_vocabulary(talk, sessions):
     model, path = talk
-    for token in (-1, model.n_vocab()):
-        tokens = encoded_array(np.full(model.n_tokens, token, np.int32))
+    for token in (-2, model.context.n_vocab):
+        tokens = encoded_array(np.full(model.cache.n_tokens, token, np.int32))
         rewritten(path, tokens_npy=tokens)
         with pytest.raises(PopError, match="damaged or not a session"):
             sessions.load("talk", model)
@@ -166,15 +167,15 @@ def test_k_v_that_are_not_all_there_are_read_again(chat_model, sessions, kv):
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
     expected = follow_up(opened(chat_model), said)
-    state = model.save_state().llama_state
+    state = model.cache.save().cells
     if kv == "of fewer cells":
-        model.truncate(10)
-        state = model.save_state().llama_state
+        model.cache.truncate(10)
+        state = model.cache.save().cells
     content = {"empty": b"", "cut": state[:-1]}.get(kv, state)
     rewritten(sessions.path("talk"), kv_bin=content)
     restored = sessions.load("talk", model)
     assert restored.reread == "the saved state does not fit this model and context"
-    assert model.n_tokens == 0
+    assert model.cache.n_tokens == 0
     assert follow_up(model, said) == expected
 
 

@@ -6,21 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_cpp import LlamaRAMCache
 
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration import activations
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.engine.depth.rows import CachedRows
+from pop_local.engine.cache.keys import FULL
+from pop_local.engine.cache.rows import CachedRows
+from pop_local.engine.cache.state import PromptCache
 from pop_local.engine.depth.select import N_BEFORE, N_BEHIND, best_rows, select_rows, spread
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
-from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.kv_state import FULL, context_state
-from pop_local.engine.turn import TurnOptions
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.forced import forced
 from support.calibrating import Recorder
-from support.calls import NOISE, greedy, kv_bytes, last_logits, opened, prompt, read
+from support.calls import NOISE, append, greedy, kv_bytes, last_logits, opened, prompt, read
 from support.converted import tiny
 
 N_BATCH = 64
@@ -92,8 +91,8 @@ def test_a_score_reaches_the_rows_behind_it():
 def test_of_a_prompt_that_is_all_question_its_own_rows_are_selected(pop_file):
     model = opened(pop_file, select=0.1)
     model.rule = replace(model.rule, tail_tokens=4, min_prompt=0)
-    read(model, prompt(24))
-    assert (model.selection.n_selected, model.selection.n_deep) == (2, 1 + 2 + 4)
+    selection = model.read(Prompt(prompt(24))).selection
+    assert (selection.n_selected, selection.n_deep) == (2, 1 + 2 + 4)
 
 
 def test_rows_are_selected_by_attention_and_by_words():
@@ -122,19 +121,23 @@ def kept(pop_file, **options):
 def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_file, monkeypatch):
     tokens = prompt(200)
     full = opened(pop_file)
-    full.set_pop(Mode.OFF)
-    full.eval(tokens)
+    full.set_mode(Mode.OFF)
+    append(full, tokens)
     model = kept(pop_file)
-    model.eval(tokens)
-    assert (model.n_exact, model.n_refillable, model.kv_key == FULL) == (0, 200, False)
+    append(model, tokens)
+    assert (model.cache.n_exact, model.refiller.n_refillable, model.cache.key == FULL) == (
+        0,
+        200,
+        False,
+    )
     # As large as a batch, whatever it takes.
-    monkeypatch.setattr(model.deep, "_adapt", lambda n_rows, took_s: None)
-    monkeypatch.setattr(model.deep, "_chunk", N_BATCH)
+    monkeypatch.setattr(model.refiller._passes, "_adapt", lambda n_rows, took_s: None)
+    monkeypatch.setattr(model.refiller._passes, "_chunk", N_BATCH)
     said = []
     assert model.refill(on_progress=lambda done, total: said.append((done, total))) == 200
     assert said == [(64, 200), (128, 200), (192, 200), (200, 200)]
-    assert (model.n_exact, model.n_refillable, model.kv_key) == (200, 0, FULL)
-    assert context_state(model.ctx)[-1000:] == context_state(full.ctx)[-1000:]
+    assert (model.cache.n_exact, model.refiller.n_refillable, model.cache.key) == (200, 0, FULL)
+    assert model.context.state()[-1000:] == full.context.state()[-1000:]
     assert kv_bytes(model) == kv_bytes(full)
     assert model.refill() == 0
 
@@ -142,14 +145,14 @@ def test_refilled_in_the_batches_of_the_prompt_the_cache_is_the_full_models(pop_
 def test_turns_after_refilling_are_those_of_the_full_model(pop_file):
     """Questions too short to be pruned, over a document that was."""
     full, model = opened(pop_file), kept(pop_file)
-    full.set_pop(Mode.OFF)
+    full.set_mode(Mode.OFF)
     model.rule = replace(model.rule, min_prompt=100)
     said = prompt(300)
     said += greedy(model, said)
-    assert model.n_exact == 0
+    assert model.cache.n_exact == 0
     for turn in range(3):
         model.refill()
-        assert model.n_exact == model.n_tokens
+        assert model.cache.n_exact == model.cache.n_tokens
         said += prompt(20, seed=turn + 1)
         np.testing.assert_allclose(read(model, said), read(full, said), atol=NOISE)
         answer = greedy(model, said)
@@ -159,14 +162,14 @@ def test_turns_after_refilling_are_those_of_the_full_model(pop_file):
 
 def test_refilling_that_is_stopped_goes_on_later(pop_file):
     model = kept(pop_file)
-    model.eval(prompt(200))
+    append(model, prompt(200))
     asked = iter([False] * 40)
     n_first = model.refill(should_stop=lambda: next(asked, True))
     assert 0 <= n_first < 200
-    assert model.n_exact == n_first
+    assert model.cache.n_exact == n_first
     assert n_first + model.refill() == 200
     full = opened(pop_file)
-    full.set_pop(Mode.OFF)
+    full.set_mode(Mode.OFF)
     answer = greedy(full, prompt(200))
     assert greedy(model, prompt(200)) == answer
 
@@ -175,63 +178,62 @@ def test_an_answer_is_redone_with_its_prompt(pop_file):
     model = kept(pop_file)
     tokens = prompt(200)
     answer = greedy(model, tokens)
-    assert model.refill() == model.n_tokens == 200 + len(answer) - 1
+    assert model.refill() == model.cache.n_tokens == 200 + len(answer) - 1
 
 
 def test_without_states_nothing_is_refilled(pop_file):
     model = opened(pop_file)
-    model.eval(prompt(200))
-    assert (model.n_refillable, model.refill()) == (0, 0)
-    assert backend.keep_size(model.ctx) == 0
+    append(model, prompt(200))
+    assert (model.refiller.n_refillable, model.refill()) == (0, 0)
+    assert backend.keep_size(model.context.ctx) == 0
 
 
 def test_rows_of_a_loaded_state_cannot_be_redone(pop_file):
     model = kept(pop_file)
-    model.eval(prompt(200))
-    state = model.save_state()
-    model.load_state(state)
-    assert (model.n_exact, model.n_refillable) == (0, 0)
-    model.eval(prompt(40, seed=1))
+    append(model, prompt(200))
+    state = model.cache.save()
+    model.cache.restore(state)
+    assert (model.cache.n_exact, model.refiller.n_refillable) == (0, 0)
+    append(model, prompt(40, seed=1))
     assert model.refill() == 0
 
 
 def test_an_exact_state_is_the_full_models(pop_file):
     model = kept(pop_file)
-    model.eval(prompt(200))
+    append(model, prompt(200))
     model.refill()
-    state = model.save_state()
+    state = model.cache.save()
     assert state.key == FULL
     other = opened(pop_file)
-    other.load_state(state)
-    assert other.n_exact == 200
-    other.set_pop(Mode.OFF)
-    assert other.n_tokens == 200, "the full model's cache stays when pruning is switched off"
-    other.load_state(state)
+    other.cache.restore(state)
+    assert other.cache.n_exact == 200
+    other.set_mode(Mode.OFF)
+    assert other.cache.n_tokens == 200, "the full model's cache stays when pruning is switched off"
+    other.cache.restore(state)
     unfinished = kept(pop_file)
-    unfinished.eval(prompt(200))
-    unfinished.set_pop(Mode.OFF)
-    assert unfinished.n_tokens == 0
+    append(unfinished, prompt(200))
+    unfinished.set_mode(Mode.OFF)
+    assert unfinished.cache.n_tokens == 0
 
 
 def test_selected_rows_run_all_layers_with_the_tail(pop_file):
     model = opened(pop_file, select=0.1)
     tokens = prompt(300)
-    model.eval(tokens)
+    selection = append(model, tokens).selection
     sink, tail = model.rule.sink_tokens, model.rule.tail_tokens
     n = round(0.1 * (300 - sink - tail))
-    counters = backend.get_counters(model.ctx)
+    counters = backend.get_counters(model.context.ctx)
     assert counters == Counters(300, 0, 0, sink + n + tail)
-    assert model.selection.n_selected == n
-    assert model.selection.n_deep == sink + n + tail
-    assert int(model.rows.is_full[:300].sum()) == sink + n + tail
-    assert model.rows.is_full[300 - tail : 300].all()
+    assert (selection.n_selected, selection.n_deep) == (n, sink + n + tail)
+    assert int(model.cache.rows.is_full[:300].sum()) == sink + n + tail
+    assert model.cache.rows.is_full[300 - tail : 300].all()
     logits = last_logits(model)
     assert logits.std() > 0.1
     # What was left out makes a difference, as do the rows that were chosen.
     plain, full = opened(pop_file), opened(pop_file)
-    full.set_pop(Mode.OFF)
+    full.set_mode(Mode.OFF)
     for other in (plain, full):
-        other.eval(tokens)
+        append(other, tokens)
         assert np.abs(logits - last_logits(other)).max() > NOISE
 
 
@@ -249,21 +251,21 @@ def test_a_short_tail_leaves_the_question_as_it_is(pop_file, monkeypatch):
         return select_rows(scores, tokens, question, may_be, n)
 
     monkeypatch.setattr(backend, "set_question", set_question)
-    monkeypatch.setattr("pop_local.engine.pruned.select_rows", select)
+    monkeypatch.setattr("pop_local.engine.prefill.read.select_rows", select)
     model = opened(pop_file, select=0.1)
     model.rule = replace(model.rule, tail_tokens=4)
     tokens = prompt(300)
-    model.eval(tokens)
+    append(model, tokens)
     assert asked == [300 - 32, -1]
     assert words == [token for token in tokens[-32:] if token in words]
     assert len(words) > 4
-    assert model.rows.is_full[296:300].all()
-    assert not model.rows.is_full[268:296].any()
+    assert model.cache.rows.is_full[296:300].all()
+    assert not model.cache.rows.is_full[268:296].any()
 
 
 def test_all_rows_selected_give_the_full_models_logits(pop_file):
     model, full = opened(pop_file, select=1.0, n_batch=512, n_ubatch=512), opened(pop_file)
-    full.set_pop(Mode.OFF)
+    full.set_mode(Mode.OFF)
     np.testing.assert_allclose(read(model, prompt(300)), read(full, prompt(300)), atol=NOISE)
 
 
@@ -272,14 +274,13 @@ def test_a_later_question_selects_among_all_rows(pop_file):
     model.rule = replace(model.rule, min_prompt=100)
     said = prompt(300)
     read(model, said)
-    backend.reset_counters(model.ctx)
     said += prompt(30, seed=1)
-    read(model, said)
+    found = model.read(Prompt(said))
     # The question is too short to be pruned: all of it is deep.
-    n = model.selection.n_selected
+    n = found.selection.n_selected
     assert n > 0
-    assert backend.get_counters(model.ctx) == Counters(30, 0, 0, n + 30)
-    assert model.selection.n_deep == 30
+    assert found.counters == Counters(30, 0, 0, n + 30)
+    assert found.selection.n_deep == 30
 
 
 def test_none_can_be_selected_where_a_window_drops_rows(tmp_path):
@@ -287,23 +288,22 @@ def test_none_can_be_selected_where_a_window_drops_rows(tmp_path):
     with pytest.raises(PopError, match="sliding window"):
         opened(path, select=0.1, swa_full=False)
     model = opened(path, swa_full=False)
-    backend.set_keep(model.ctx, True)
+    backend.set_keep(model.context.ctx, True)
     with pytest.raises(PopError, match="swa_full"):
-        backend.set_question(model.ctx, 10)
+        backend.set_question(model.context.ctx, 10)
 
 
 def test_rows_without_states_are_read_again_for_a_selection(pop_file):
     model = opened(pop_file, select=0.1)
     said = prompt(300)
     read(model, said)
-    state = model.save_state()
+    state = model.cache.save()
     read(model, prompt(100, seed=2))
-    model.load_state(state)
+    model.cache.restore(state)
     said += prompt(30, seed=1)
     expected = read(opened(pop_file, select=0.1), said)
-    backend.reset_counters(model.ctx)
-    np.testing.assert_allclose(read(model, said), expected, atol=NOISE)
-    assert model.selection.n_selected > 20
+    assert model.read(Prompt(said)).selection.n_selected > 20
+    np.testing.assert_allclose(last_logits(model), expected, atol=NOISE)
 
 
 def attention(path, tokens, layers, monkeypatch):
@@ -332,28 +332,28 @@ def test_scores_are_those_of_the_attention_itself(tmp_path, monkeypatch, arch, o
     path = tiny(tmp_path, arch, boundary=5)
     tokens, n = prompt(200), 150
     model = kept(path, **options)
-    backend.set_question(model.ctx, n)
-    model.eval(tokens)
+    backend.set_question(model.context.ctx, n)
+    append(model, tokens)
     expected = np.zeros(n)
     for weights in attention(path, tokens, (1, 2, 3, 4), monkeypatch):
         asked = weights[:, n:, :n].sum(axis=1)
         paid = weights[:, ::16, :n].sum(axis=1)
         expected += (asked / (paid + paid.mean(axis=1, keepdims=True))).max(axis=0)
-    np.testing.assert_allclose(backend.get_scores(model.ctx, n), expected, rtol=0.02)
+    np.testing.assert_allclose(backend.get_scores(model.context.ctx, n), expected, rtol=0.02)
 
 
 def test_another_question_is_counted_anew(pop_file):
     model = kept(pop_file)
-    backend.set_question(model.ctx, 150)
-    model.eval(prompt(200))
-    first = backend.get_scores(model.ctx, 150)
-    backend.set_question(model.ctx, 200)
-    assert backend.get_scores(model.ctx, 150).sum() == 0
-    model.eval(prompt(30, seed=1))
-    assert np.abs(backend.get_scores(model.ctx, 150) - first).max() > 0
-    backend.set_question(model.ctx, -1)
+    backend.set_question(model.context.ctx, 150)
+    append(model, prompt(200))
+    first = backend.get_scores(model.context.ctx, 150)
+    backend.set_question(model.context.ctx, 200)
+    assert backend.get_scores(model.context.ctx, 150).sum() == 0
+    append(model, prompt(30, seed=1))
+    assert np.abs(backend.get_scores(model.context.ctx, 150) - first).max() > 0
+    backend.set_question(model.context.ctx, -1)
     with pytest.raises(PopError, match="no position"):
-        backend.get_scores(model.ctx, 231)
+        backend.get_scores(model.context.ctx, 231)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
@@ -377,7 +377,7 @@ def test_memory_stays_flat_over_many_turns(pop_file):
         said += prompt(5 + turn % 20, seed=turn)
         if turn == 49:
             before = resident_bytes()
-    assert model.n_exact > 0
+    assert model.cache.n_exact > 0
     assert resident_bytes() - before < 4 * 2**20
 
 
@@ -397,59 +397,53 @@ def test_a_reading_that_was_stopped_before_its_selection_is_made_up_for(pop_file
     tokens = prompt(300)
     model = opened(pop_file, select=0.1)
     expected = read(model, tokens)
-    model.clear()
+    model.cache.clear()
 
     def stop_after_two(done, total):
         if done >= 2 * N_BATCH:
             raise StoppedError
 
-    with model.watching_prefill(stop_after_two, None), pytest.raises(StoppedError):
-        model.eval(tokens)
-    assert not model.rows.is_full[0]
-    state = model.save_state()
+    with pytest.raises(StoppedError):
+        append(model, tokens, stop_after_two)
+    assert not model.cache.rows.is_full[0]
+    state = model.cache.save()
     np.testing.assert_allclose(read(model, tokens), expected, atol=NOISE)
     # Saved, its rows have no states: it is read again.
     other = opened(pop_file, select=0.1)
-    other.load_state(state)
+    other.cache.restore(state)
     np.testing.assert_allclose(read(other, tokens), expected, atol=NOISE)
     plain = opened(pop_file, select=0.0)
-    plain.load_state(state)
+    plain.cache.restore(state)
     read(plain, tokens)
-    assert plain.rows.is_full[0]
+    assert plain.cache.rows.is_full[0]
 
 
 def test_without_a_tail_the_last_row_predicts(pop_file):
     tokens = prompt(300)
     model, full = opened(pop_file, select=1.0), opened(pop_file)
     model.rule = replace(model.rule, tail_tokens=0)
-    full.set_pop(Mode.OFF)
+    full.set_mode(Mode.OFF)
     np.testing.assert_allclose(read(model, tokens), read(full, tokens), atol=NOISE)
-    assert model.rows.is_full[:300].all()
-
-
-def answer_of(model: PopModel) -> list[int]:
-    """Read with the prompt cache, which llama_cpp's own generate does not ask."""
-    sampled = model.sampled(prompt(200, seed=1), TurnOptions(temperature=0.0))
-    return [next(sampled) for _ in range(12)]
+    assert model.cache.rows.is_full[:300].all()
 
 
 def test_a_prompt_cache_is_of_the_mode_not_of_what_is_cached(pop_file):
     model = kept(pop_file)
-    model.eval(prompt(200))
+    append(model, prompt(200))
     model.refill()
-    model.set_cache(LlamaRAMCache())
+    model.cache.prompts = PromptCache(2**24)
     for mode in (Mode.CONTEXT, Mode.OFF):
         fresh = opened(pop_file)
         for each in (model, fresh):
-            each.set_pop(mode)
-        assert answer_of(model) == answer_of(fresh)
+            each.set_mode(mode)
+        assert greedy(model, prompt(200, seed=1)) == greedy(fresh, prompt(200, seed=1))
 
 
 def test_measuring_leaves_refilling_as_it_was(pop_file):
     model = opened(pop_file, select=0.1)
     with forced(model):
         pass
-    assert (model.select, model.refills, model.keeps_states) == (0.1, False, True)
+    assert (model.rule.select, model.refills, model.cache.keeps_states) == (0.1, False, True)
 
 
 def test_refilling_that_raises_has_done_what_it_did(pop_file):
@@ -461,7 +455,7 @@ def test_refilling_that_raises_has_done_what_it_did(pop_file):
 
     with pytest.raises(KeyboardInterrupt):
         model.refill(on_progress=fail)
-    n = model.n_exact
+    n = model.cache.n_exact
     assert n > 0
-    assert model.take_refilled() == n
-    assert model._requires_eval
+    assert model.refiller.take_refilled() == n
+    assert not model.cache.has_logits

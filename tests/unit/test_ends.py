@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 import sys
-import threading
 import weakref
 from multiprocessing import spawn
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pop_converter.gguf.source import read_source
 from pop_local.base.errors import PopError, StoppedError
-from pop_local.engine import template_child
 from pop_local.engine.limited.process import LimitedProcess, NoChildError
-from pop_local.engine.llama import backend, opening
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.model import PopModel
-from support.calls import NOISE, opened, prompt, read
+from pop_local.engine.prompt import template_child
+from support.calls import NOISE, append, opened, prompt, read
 from support.converted import tiny
 
 
@@ -43,15 +40,15 @@ def test_a_model_that_is_closed_while_it_reads_stops_first(pop_file):
         signal.raise_signal(signal.SIGTERM)
         return False
 
-    model.watch_prefill(None, should_stop)
+    model.context.interrupt.should_stop = should_stop
     try:
         with pytest.raises(SystemExit) as ended:
-            model.eval(prompt(300))
+            append(model, prompt(300))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 3
     with pytest.raises(PopError, match="is closed"):
-        model.eval(prompt(10))
+        append(model, prompt(10))
 
 
 def test_a_model_closed_by_whoever_watches_it_stops_first(pop_file):
@@ -61,22 +58,23 @@ def test_a_model_closed_by_whoever_watches_it_stops_first(pop_file):
         if 0 < done < total:
             model.close()
 
-    model.watch_prefill(close, None)
     with pytest.raises(StoppedError):
-        model.eval(prompt(300))
+        append(model, prompt(300), close)
     with pytest.raises(PopError, match="is closed"):
-        model.eval(prompt(10))
+        append(model, prompt(10))
 
 
-@pytest.mark.parametrize("use", [PopModel.clear, lambda model: model.eval([3])])
+@pytest.mark.parametrize(
+    "use", [lambda model: model.cache.clear(), lambda model: append(model, [3])]
+)
 def test_a_model_that_computes_does_nothing_else(pop_file, use):
     model = opened(pop_file)
     expected = read(model, prompt(300))
-    model.clear()
-    model.watch_prefill(None, lambda: bool(use(model)))
+    model.cache.clear()
+    model.context.interrupt.should_stop = lambda: bool(use(model))
     with pytest.raises(PopError, match="only waits to hear"):
-        model.eval(prompt(300))
-    model.watch_prefill(None, None)
+        append(model, prompt(300))
+    model.context.interrupt.should_stop = None
     np.testing.assert_allclose(read(model, prompt(300)), expected, atol=NOISE)
 
 
@@ -84,7 +82,7 @@ def test_a_forked_model_has_no_threads_to_compute_with(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
     read(model, prompt(100))
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    for use in (lambda: model.eval(prompt(10)), model.refill):
+    for use in (lambda: append(model, prompt(10)), model.refill):
         with pytest.raises(PopError, match="opened by another process"):
             use()
 
@@ -104,36 +102,20 @@ def test_a_frozen_application_is_not_begun_again(monkeypatch):
     child.close()
 
 
-def test_models_are_loaded_one_after_the_other(pop_file):
-    """Since llama_cpp takes stdout and stderr away meanwhile, from the whole process."""
-    source, begun = read_source(pop_file), threading.Event()
-
-    def load() -> None:
-        with opening.loading(source, None, None):
-            begun.set()
-
-    other = threading.Thread(target=load)
-    with opening.loading(source, None, None):
-        other.start()
-        assert not begun.wait(0.2)
-    assert begun.wait(30)
-    other.join()
-
-
 def test_a_model_closed_between_two_chunks_of_refilling_stops_first(pop_file):
     model = opened(pop_file, keep_states=True)
     read(model, prompt(300))
     assert 0 < model.refill(on_progress=lambda done, total: model.close()) < 300
     with pytest.raises(PopError, match="is closed"):
-        model.eval(prompt(10))
+        append(model, prompt(10))
 
 
 def test_a_mode_is_not_switched_while_a_batch_is_computed(pop_file):
     model = opened(pop_file)
-    model.watch_prefill(None, lambda: bool(model.set_pop(Mode.OFF)))  # type: ignore[func-returns-value]
+    model.context.interrupt.should_stop = lambda: bool(model.set_mode(Mode.OFF))  # type: ignore[func-returns-value]
     with pytest.raises(PopError, match="only waits to hear"):
-        model.eval(prompt(300))
-    assert model.pop_mode is backend.get_mode(model.ctx) is Mode.CONTEXT
+        append(model, prompt(300))
+    assert model.mode is backend.get_mode(model.context.ctx) is Mode.CONTEXT
 
 
 def test_a_state_is_saved_though_the_file_has_gone(tmp_path):
@@ -141,7 +123,7 @@ def test_a_state_is_saved_though_the_file_has_gone(tmp_path):
     read(model, prompt(50))
     for path in tmp_path.glob("*.gguf"):
         path.unlink()
-    assert model.save_state().n_tokens == 50
+    assert model.cache.save().n_tokens == 50
 
 
 def test_a_model_that_nobody_has_is_freed_at_once(pop_file):

@@ -3,17 +3,18 @@
 import os
 import subprocess
 import sys
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from llama_cpp import LlamaGrammar, LogitsProcessorList
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.backend import Counters, Mode
-from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.turn import TurnOptions
+from support.calls import NOISE, completed, evaluated, greedy, opened, prompt, read, steps
 from support.converted import converted, tiny
 from support.shapes import read_shape
 from support.synthetic import add_keys, make_gguf, renamed
@@ -29,7 +30,7 @@ def pop_file(tmp_path_factory):
 
 def test_a_converted_model_starts_pruning_and_tells_its_boundary(pop_file):
     model = opened(pop_file)
-    assert (model.pop_mode, model.boundary) == (Mode.CONTEXT, 4)
+    assert (model.mode, model.boundary) == (Mode.CONTEXT, 4)
     assert model.meta is not None
     assert model.meta.tail_tokens == 16
 
@@ -43,30 +44,30 @@ def test_only_sink_and_tail_are_full_whatever_the_batches(tmp_path, n_tokens):
 
 def test_in_full_mode_nothing_is_pruned(pop_file):
     model = opened(pop_file)
-    model.set_pop(Mode.OFF)
+    model.set_mode(Mode.OFF)
     assert evaluated(model, prompt(200)) == Counters(0, 200)
 
 
 def test_decoded_tokens_are_full(pop_file):
     model = opened(pop_file)
-    backend.reset_counters(model.ctx)
+    backend.reset_counters(model.context.ctx)
     greedy(model, prompt(100), 10)
     # The tenth token is sampled and not decoded.
-    assert backend.get_counters(model.ctx) == Counters(83, 17 + 9)
+    assert backend.get_counters(model.context.ctx) == Counters(83, 17 + 9)
 
 
 def test_always_prunes_decoded_tokens_too(pop_file):
     model = opened(pop_file)
-    model.set_pop(Mode.ALWAYS)
-    backend.reset_counters(model.ctx)
+    model.set_mode(Mode.ALWAYS)
+    backend.reset_counters(model.context.ctx)
     greedy(model, prompt(100), 10)
-    assert backend.get_counters(model.ctx) == Counters(109, 0)
+    assert backend.get_counters(model.context.ctx) == Counters(109, 0)
 
 
 def test_pruning_changes_the_logits(pop_file):
     model = opened(pop_file)
     pruned = read(model, prompt(200))
-    model.set_pop(Mode.OFF)
+    model.set_mode(Mode.OFF)
     assert np.abs(read(model, prompt(200)) - pruned).max() > 10 * NOISE
 
 
@@ -74,14 +75,14 @@ def test_short_prompts_run_full_when_the_file_says_so(tmp_path):
     source = make_gguf(tmp_path / "m.gguf", "llama")
     model = opened(converted(source, tmp_path, boundary=4, min_prompt=50))
     assert evaluated(model, prompt(49)) == Counters(0, 49)
-    model.clear()
+    model.cache.clear()
     assert evaluated(model, prompt(50)) == Counters(33, 17)
 
 
 def test_prompts_that_are_hardly_longer_than_their_full_tokens_run_full(pop_file):
     model = opened(pop_file)
     assert evaluated(model, prompt(33)) == Counters(0, 33)
-    model.clear()
+    model.cache.clear()
     assert evaluated(model, prompt(34)) == Counters(17, 17)
 
 
@@ -107,74 +108,39 @@ def test_a_boundary_outside_the_model_is_refused(pop_file, layer):
 
 def test_an_unconverted_model_runs_full_and_says_how_to_convert(tmp_path):
     model = opened(make_gguf(tmp_path / "m.gguf", "llama"))
-    assert model.pop_mode is Mode.OFF
+    assert model.mode is Mode.OFF
     assert evaluated(model, prompt(100)) == Counters(0, 100)
     with pytest.raises(PopError) as caught:
-        model.set_pop(Mode.CONTEXT)
+        model.set_mode(Mode.CONTEXT)
     assert "convert it first" in caught.value.hint
 
 
-# --- what llama_cpp offers on top
+# --- what is sampled
 
 
-def test_all_logits_run_full(pop_file):
-    model = opened(pop_file, logits_all=True)
-    assert evaluated(model, prompt(100)) == Counters(0, 100)
-    plain = opened(pop_file)
-    plain.set_pop(Mode.OFF)
-    np.testing.assert_allclose(model.scores[99], read(plain, prompt(100)), atol=NOISE)
-
-
-def test_embeddings_run_full(pop_file):
-    model = opened(pop_file, embedding=True)
-    backend.reset_counters(model.ctx)
-    model.embed("some text to embed", truncate=False)
-    counters = backend.get_counters(model.ctx)
-    assert counters.n_context == 0
-    assert counters.n_full > 0
-
-
-def test_pooled_embeddings_run_full(pop_file, tmp_path):
-    """Pooling takes all rows, so that no pruned prefill can be reserved."""
-    mean = {"embedding": True, "pooling_type": 1}
-    pruned, plain = (
-        opened(pop_file, **mean),
-        opened(make_gguf(tmp_path / "m.gguf", "llama"), **mean),
-    )
-    np.testing.assert_allclose(pruned.embed("a b c" * 20), plain.embed("a b c" * 20), atol=1e-4)
-
-
-def test_a_draft_model_runs_full_and_does_not_change_the_tokens(pop_file):
-    repeated = prompt(60) * 3
-    plain = opened(pop_file)
-    plain.set_pop(Mode.OFF)
-    drafted = opened(pop_file, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))
-    backend.reset_counters(drafted.ctx)
-    assert greedy(drafted, repeated, 30) == greedy(plain, repeated, 30)
-    assert backend.get_counters(drafted.ctx).n_context == 0
-
-
-def test_greedy_takes_the_token_that_llama_cpps_sampler_takes(pop_file):
+def test_greedy_takes_the_token_that_llama_cpps_samplers_take(pop_file):
     model = opened(pop_file)
     ours = greedy(model, prompt(100), 20)
-    model.clear()
-    # A processor that changes nothing takes the ordinary chain.
-    unchanged = LogitsProcessorList([lambda ids, scores: scores])
-    theirs = greedy(model, prompt(100), 20, logits_processor=unchanged)
-    assert ours == theirs
+    # Mirostat is not ours; with top_k=1 the ordinary chain has no choice.
+    for options in ({"top_k": 1, "seed": 3}, {"temperature": 0.0, "repeat_penalty": 1.0001}):
+        model.cache.clear()
+        model.read(Prompt(prompt(100)))
+        theirs = list(islice(model.sampled(TurnOptions(**options)), 20))
+        assert ours == theirs
 
 
 def test_grammars_hold(pop_file):
     model = opened(pop_file)
-    grammar = LlamaGrammar.from_string('root ::= "a" | "b"', verbose=False)
-    assert completed(model, prompt(100), max_tokens=5, grammar=grammar) in ("a", "b")
+    options = TurnOptions(max_tokens=5, temperature=0.0, grammar='root ::= "a" | "b"')
+    said = "".join(chunk.text for chunk in model.answer(Prompt(prompt(100)), options))
+    assert said in ("a", "b")
 
 
 def test_completions_are_pruned_as_prompts_are(pop_file):
     model = opened(pop_file)
-    backend.reset_counters(model.ctx)
+    backend.reset_counters(model.context.ctx)
     completed(model, prompt(100), max_tokens=1)
-    assert backend.get_counters(model.ctx) == Counters(83, 17)
+    assert backend.get_counters(model.context.ctx) == Counters(83, 17)
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"])
@@ -206,7 +172,7 @@ def test_a_context_must_find_room_beside_other_programs(pop_file, monkeypatch):
     """Whatever the machine has in all: the system would end the process."""
     memory = SimpleNamespace(total=10**12, available=2_000_000, free=0)
     for name in ("virtual_memory", "swap_memory"):
-        monkeypatch.setattr(f"pop_local.engine.llama.opening.psutil.{name}", lambda: memory)
+        monkeypatch.setattr(f"pop_local.engine.llama.loading.psutil.{name}", lambda: memory)
     opened(pop_file, n_ctx=512)
     with pytest.raises(PopError, match="are free"):
         opened(pop_file, n_ctx=1024)
@@ -217,7 +183,7 @@ def test_a_window_saves_memory_only_where_llama_cpp_is_told_so(tmp_path, monkeyp
     free_bytes = 1 << 20
     memory = SimpleNamespace(total=10**12, available=free_bytes, free=0)
     for name in ("virtual_memory", "swap_memory"):
-        monkeypatch.setattr(f"pop_local.engine.llama.opening.psutil.{name}", lambda: memory)
+        monkeypatch.setattr(f"pop_local.engine.llama.loading.psutil.{name}", lambda: memory)
     opened(path, n_ctx=1024, swa_full=False)
     with pytest.raises(PopError, match="are free"):
         opened(path, n_ctx=1024)
@@ -278,7 +244,7 @@ def test_states_need_room_too(pop_file, tmp_path, monkeypatch):
     kv_bytes = 2 * n_cells * sum(shape.n_k + shape.n_v)
     memory = SimpleNamespace(total=10**12, available=kv_bytes, free=0)
     for name in ("virtual_memory", "swap_memory"):
-        monkeypatch.setattr(f"pop_local.engine.llama.opening.psutil.{name}", lambda: memory)
+        monkeypatch.setattr(f"pop_local.engine.llama.loading.psutil.{name}", lambda: memory)
     opened(pop_file, n_ctx=n_cells)
     with pytest.raises(PopError, match="are free"):
         opened(pop_file, n_ctx=n_cells, keep_states=True)
@@ -292,8 +258,8 @@ def test_what_is_no_lora_adapter_is_refused(pop_file, tmp_path):
 
 def test_closing_a_model_ends_its_answers_and_its_refilling(pop_file):
     model = opened(pop_file, keep_states=True)
-    model.refill_answers(4)
-    stream = model.generate(prompt(200), temp=0.0)
+    model.refiller.refill_answers(4)
+    stream = steps(model, prompt(200))
     for _ in range(10):
         next(stream)
     model.close()
@@ -304,7 +270,7 @@ def test_closing_a_model_ends_its_answers_and_its_refilling(pop_file):
 
 def test_without_states_no_answer_takes_them(pop_file):
     model = opened(pop_file, keep_states=True)
-    model.refill_answers(4)
+    model.refiller.refill_answers(4)
     greedy(model, prompt(200))
     model.set_depth()
     assert len(greedy(model, prompt(200, seed=1))) == 12

@@ -13,9 +13,9 @@ from pop_converter.popfile.plan import make_plan
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, UnsupportedArchitectureError
 from pop_local.cli import app
+from pop_local.engine.cache.keys import FULL
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
-from pop_local.engine.prefill.kv_state import FULL
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.server.bodies import CompletionBody
@@ -98,10 +98,10 @@ def test_inspect_says_what_context_tokens_skip(shared: Path) -> None:
 def test_all_rows_but_the_last_leave_exactly(shared: Path) -> None:
     model = opened(shared)
     assert model.exact == read_shape(shared).exact
-    assert (model.pop_mode, model.boundary, model.kv_key) == (Mode.CONTEXT, 0, FULL)
+    assert (model.mode, model.boundary, model.cache.key) == (Mode.CONTEXT, 0, FULL)
     assert evaluated(model, prompt(200)) == Counters(0, 1, 199)
-    model.set_pop(Mode.OFF)
-    model.clear()
+    model.set_mode(Mode.OFF)
+    model.cache.clear()
     assert evaluated(model, prompt(200)) == Counters(0, 200)
 
 
@@ -110,23 +110,23 @@ def test_a_switch_keeps_the_cache(shared: Path) -> None:
     greedy(model, prompt(100), 5)
     # From now on the last token is read alone, in both modes: the same shapes, the same bits.
     reused = greedy(model, prompt(100), 5)
-    model.set_pop(Mode.OFF)
-    assert (model.n_tokens, model.kv_key) == (104, FULL)
-    backend.reset_counters(model.ctx)
+    model.set_mode(Mode.OFF)
+    assert (model.cache.n_tokens, model.cache.key) == (104, FULL)
+    backend.reset_counters(model.context.ctx)
     assert greedy(model, prompt(100), 5) == reused
-    assert backend.get_counters(model.ctx).n_rows == 1 + 4
+    assert backend.get_counters(model.context.ctx).n_rows == 1 + 4
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_a_state_of_either_mode_loads_in_the_other(mode: Mode, shared: Path) -> None:
     model = opened(shared)
-    model.set_pop(mode)
+    model.set_mode(mode)
     first = greedy(model, prompt(100), 5)
-    state = model.save_state()
+    state = model.cache.save()
     other = opened(shared)
-    other.set_pop(Mode.CONTEXT if mode is Mode.OFF else Mode.OFF)
-    other.load_state(state)
-    assert other.n_tokens == 104
+    other.set_mode(Mode.CONTEXT if mode is Mode.OFF else Mode.OFF)
+    other.cache.restore(state)
+    assert other.cache.n_tokens == 104
     assert greedy(other, prompt(100), 5) == first
 
 
@@ -145,7 +145,7 @@ def test_there_is_no_boundary_where_layers_share(shared: Path) -> None:
     with pytest.raises(PopError, match="store no K/V"):
         model.set_boundary(model.exact)
     with pytest.raises(PopError, match="no boundary"):
-        model.set_pop(Mode.ALWAYS)
+        model.set_mode(Mode.ALWAYS)
 
 
 # --- what is said of them
@@ -182,15 +182,15 @@ def test_a_session_is_loaded_with_its_mode_and_its_cache(mode: Mode, tmp_path: P
     path = make_shared(tmp_path / "m.gguf", "gemma4", chat_template=TEMPLATE)
     sessions, asked = Sessions(tmp_path / "sessions"), Conversation("", (Turn("a b c d e f"),))
     model = opened(path)
-    model.set_pop(mode)
+    model.set_mode(mode)
     chunks = model.chat_turn(asked.messages, temperature=0.0, max_tokens=8)
     answer = "".join(chunk.text for chunk in chunks)
     said = asked.without_last().plus(replace(asked.turns[-1], answer=answer))
     sessions.save("talk", model, said)
     other = opened(path)
     restored = sessions.load("talk", other)
-    assert (restored.reread, other.pop_mode, other.kv_key) == ("", mode, FULL)
-    assert other.n_tokens > 10
+    assert (restored.reread, other.mode, other.cache.key) == ("", mode, FULL)
+    assert other.cache.n_tokens > 10
 
 
 @pytest.mark.parametrize("pop", [None, True, False])

@@ -10,13 +10,14 @@ import pytest
 
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.images import mmproj
+from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch, decode_rows
-from pop_local.engine.llama.upstream import api, chat_format
 from pop_local.engine.model import PopModel
-from pop_local.engine.prefill.plan import RowRule, images_in, plan_prefill
+from pop_local.engine.prefill.plan import RowRule, plan_prefill
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import ContextFullError, Message
 from support.seeing import (
     EYES,
@@ -24,6 +25,7 @@ from support.seeing import (
     PARTS_TEMPLATE,
     Seeing,
     answered,
+    append,
     image_end,
     image_start,
     make_mmproj,
@@ -44,7 +46,7 @@ def test_a_picture_is_read_once_and_another_one_anew(seeing):
 
         other = prompt(model, LONG, 4)
         start = image_start(first)
-        assert other[:start] == first[:start] and other[start] != first[start]
+        assert other.tokens[:start] == first.tokens[:start]
         said_of_other, n_read = answered(model, other)
         assert n_read == len(other) - start
         assert said_of_other == answered(fresh, prompt(fresh, LONG, 4))[0]
@@ -54,7 +56,7 @@ def test_a_picture_is_read_once_and_another_one_anew(seeing):
         short = prompt(model, "a b", 3)
         said_shortly, n_read = answered(model, short)
         assert n_read <= len(short) - image_end(short)
-        fresh.clear()
+        fresh.cache.clear()
         assert said_shortly == answered(fresh, prompt(fresh, "a b", 3))[0]
 
 
@@ -71,46 +73,47 @@ def test_two_pictures_in_a_conversation(seeing):
         assert second.n_prompt == second.n_cached + second.n_pruned + second.n_full
         third = session.chat("g", **options).stats
         assert third.n_image == second.n_image and third.encode_s == 0
-        assert model.rows.positions[model.n_tokens] <= model.n_tokens
-        assert (model.rows.positions[model.n_tokens] < model.n_tokens) == model.is_mrope
+        assert model.cache.rows.positions[model.cache.n_tokens] <= model.cache.n_tokens
+        assert (
+            model.cache.rows.positions[model.cache.n_tokens] < model.cache.n_tokens
+        ) == model.context.is_mrope
 
 
 def test_mtmd_reads_as_a_batch_of_embeddings_does(seeing):
     with seeing.opened() as model:
         tokens = prompt(model, "a b c d", 3)
-        model.eval(tokens)
+        append(model, tokens)
         want = logits(model)
-        ((start, end), *more) = images_in(tokens, lambda rest: model.eye.image_at(rest).n_rows)
-        read_raw(model, tokens, [(start, end), *more])
+        read_raw(model, tokens)
         np.testing.assert_array_equal(logits(model), want)
 
 
 def logits(model: PopModel) -> np.ndarray:
-    row = api.llama_get_logits_ith(model.ctx, -1)
-    return np.ctypeslib.as_array(row, (model.n_vocab(),)).copy()
+    return model.context.logits().copy()
 
 
-def read_raw(model: PopModel, tokens: list[int], images: list[tuple[int, int]]) -> None:
+def read_raw(model: PopModel, made: Prompt) -> None:
     """Decode a prompt as the engine does, but the images as batches made here."""
-    plan = plan_prefill(0, len(tokens), model.rule, model.n_batch, images)
-    api.llama_memory_clear(model._ctx.memory, True)
-    batch = TokenBatch(model.n_batch)
+    context = model.context
+    plan = plan_prefill(0, len(made), model.rule, context.n_batch, made.spans)
+    context.forget_all()
+    batch = TokenBatch(context.n_batch)
     pos = 0
-    backend.set_reading(model.ctx, True)
+    backend.set_reading(context.ctx, True)
     for start, end in plan.chunks:
-        if (start, end) in images:
-            pos += decode_raw(model, tokens[start:], pos)
+        if start in made.images:
+            pos += decode_raw(model, made.images[start], pos)
             continue
-        outputs = Outputs.LAST if end == len(tokens) else Outputs.NONE
-        assert batch.decode(model.ctx, tokens[start:end], pos, outputs) == 0
+        outputs = Outputs.LAST if end == len(made) else Outputs.NONE
+        assert batch.decode(context.ctx, made.tokens[start:end], pos, outputs) == 0
         pos += end - start
     batch.close()
 
 
-def decode_raw(model: PopModel, tokens: list[int], pos: int) -> int:
-    eye, image = model.eye, model.eye.image_at(tokens)
-    rows, positions = eye.embedded(image), eye.positions(image, pos)
-    assert decode_rows(model.ctx, rows, positions, is_mutual=image.is_mutual) == 0
+def decode_raw(model: PopModel, image: ImageChunk, pos: int) -> int:
+    assert model.eye is not None
+    rows, positions = model.eye.embedded(image), model.eye.positions(image, pos)
+    assert decode_rows(model.context.ctx, rows, positions, is_mutual=image.is_mutual) == 0
     return image.n_pos
 
 
@@ -119,17 +122,16 @@ def test_reading_a_picture_can_be_stopped(seeing):
     with seeing.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)
-        start = image_start(tokens)
         for n_asked in (1, 3, 6, 12):
-            model.clear()
+            model.cache.clear()
             left = iter([False] * n_asked)
             with (
-                model.watching_prefill(None, lambda left=left: next(left, True)),
+                model.context.interrupt.stopped_by(lambda left=left: next(left, True)),
                 pytest.raises(StoppedError),
             ):
-                model.eval(tokens)
-            at = model.n_tokens
-            assert at <= start or tokens[at] >= 0 or tokens[at - 1] >= 0, "half an image"
+                append(model, tokens)
+            at = model.cache.n_tokens
+            assert not any(begin < at < end for begin, end in tokens.spans), "half an image"
             assert answered(model, tokens)[0] == want[0]
 
 
@@ -138,18 +140,18 @@ def test_ctrl_c_while_a_picture_is_encoded(smol, how):
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)[0]
-        model.clear()
+        model.cache.clear()
 
         def pressed() -> bool:
-            if model.n_tokens > 0:
+            if model.cache.n_tokens > 0:
                 if how == "an exception":
                     raise KeyboardInterrupt
                 signal.raise_signal(signal.SIGINT)
             return False
 
-        with model.watching_prefill(None, pressed), pytest.raises(KeyboardInterrupt):
-            model.eval(tokens)
-        assert model.n_tokens == image_start(tokens)
+        with model.context.interrupt.stopped_by(pressed), pytest.raises(KeyboardInterrupt):
+            append(model, tokens)
+        assert model.cache.n_tokens == image_start(tokens)
         assert answered(model, tokens)[0] == want
 
 
@@ -160,15 +162,15 @@ def test_a_wish_to_stop_need_not_be_repeated(smol):
         n_nodes = model.eye._n_nodes
         n_stopped = 0
         for when in range(20):
-            model.clear()
+            model.cache.clear()
             left, before = iter([False] * when + [True]), model.eye._n_nodes
 
             def once(left: Iterator[bool] = left) -> bool:
-                return model.n_tokens > 0 and next(left, False)
+                return model.cache.n_tokens > 0 and next(left, False)
 
             try:
-                with model.watching_prefill(None, once):
-                    model.eval(tokens)
+                with model.context.interrupt.stopped_by(once):
+                    append(model, tokens)
             except StoppedError:
                 n_stopped += 0 < model.eye._n_nodes - before < n_nodes
             assert answered(model, tokens)[0] == want
@@ -178,9 +180,9 @@ def test_a_wish_to_stop_need_not_be_repeated(smol):
 def test_half_an_encoding_is_none(smol):
     with smol.opened() as model:
         tokens = prompt(model, "a b", 3)
-        image = model.eye.image_at(tokens[image_start(tokens) :])
+        image = next(iter(tokens.images.values()))
         left = iter([False, True])
-        model.interrupt.should_stop = lambda: next(left, False)
+        model.context.interrupt.should_stop = lambda: next(left, False)
         with pytest.raises(StoppedError):
             model.eye.embedded(image)
 
@@ -190,31 +192,26 @@ def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
         tokens = prompt(model, LONG, 3)
         n_left = 0
         for when in range(0, 400, 10):
-            model.clear()
+            model.cache.clear()
             left = iter([False] * when)
             with (
-                model.watching_prefill(None, lambda left=left: next(left, True)),
+                model.context.interrupt.stopped_by(lambda left=left: next(left, True)),
                 pytest.raises(StoppedError),
             ):
-                model.eval(tokens)
-            n_left += model._end > model.rows.positions[model.n_tokens]
-            model.load_state(model.save_state())
+                append(model, tokens)
+            n_left += model.context.end > model.cache.rows.positions[model.cache.n_tokens]
+            model.cache.restore(model.cache.save())
         assert n_left, "it was stopped between two ubatches"
 
 
-def test_pictures_are_kept_while_somebody_may_want_them(smol, monkeypatch):
+def test_pictures_that_nobody_asks_about_are_not_kept_cut_up(smol, monkeypatch):
     monkeypatch.setattr(mmproj, "_KNOWN_ROWS", 100)
     with smol.opened() as model:
-        first = model.chat_prompt([Message("user", "a", ((0, picture_of(png(3), "a")),))])
+        first = prompt(model, "a", 3)
         for seed in (4, 5):
             prompt(model, "a", seed)
         assert len(model.eye._known) == 1
-        assert answered(model, first.tokens)[1] == len(first.tokens)
-        tokens = first.tokens
-        del first
-        model.clear()
-        with pytest.raises(PopError, match="was not given"):
-            model.eval(tokens)
+        assert answered(model, first)[1] == len(first)
 
 
 def test_cut_up_pictures_are_freed(smol):
@@ -236,12 +233,12 @@ def test_cut_up_pictures_are_freed(smol):
             real.mtmd_input_chunks_free(chunks)
 
     with smol.opened() as model:
-        real = model.eye._mtmd
+        real = model.prompter.open_eye()._mtmd
         model.eye._mtmd = Counting()
         tokens = prompt(model, "a b", 3, 4, 5)
         assert n_held == 1
         want = answered(model, tokens)[0]
-        model.clear()
+        model.cache.clear()
         assert answered(model, tokens)[0] == want and n_held == 1
     assert n_held == 0
 
@@ -258,11 +255,14 @@ def test_a_model_that_is_closed_sees_nothing(smol):
             eye.see(picture)
 
 
-def test_ids_are_of_one_mmproj(smol, tmp_path):
+def test_rows_are_of_one_mmproj(smol, tmp_path):
     other = make_mmproj(tmp_path / "mmproj.gguf", replace(EYES["llama"], seed=2))
     with smol.opened() as model, smol.opened(mmproj=other) as another:
-        ids = {token for token in prompt(model, "a", 3) if token < 0}
-        assert not ids & set(prompt(another, "a", 3))
+        one, same = prompt(model, "a", 3), prompt(another, "a", 3)
+        assert one.tokens == same.tokens
+        assert not {each.key for each in one.images.values()} & {
+            each.key for each in same.images.values()
+        }
 
 
 def test_a_context_that_a_picture_does_not_fit(seeing):
@@ -275,13 +275,11 @@ def test_a_context_that_a_picture_does_not_fit(seeing):
 def test_pruning_off_reads_pictures_in_full(seeing):
     with seeing.opened() as model:
         tokens = prompt(model, LONG, 3)
-        model.eval(tokens)
+        append(model, tokens)
         pruned = logits(model)
-        model.set_pop(Mode.OFF)
-        backend.reset_counters(model.ctx)
-        model.eval(tokens)
-        assert backend.get_counters(model.ctx).n_context == 0
-        assert model.n_exact == len(tokens)
+        model.set_mode(Mode.OFF)
+        assert append(model, tokens).counters.n_context == 0
+        assert model.cache.n_exact == len(tokens)
         assert not np.array_equal(logits(model), pruned)
 
 
@@ -291,18 +289,18 @@ def test_depth_with_pictures(seeing):
         with pytest.raises(PopError, match="M-RoPE"):
             seeing.opened(select=0.5)
         with seeing.opened(keep_states=True) as model:
-            model.refill_answers(4)
+            model.refiller.refill_answers(4)
             assert model.chat(LONG, images=[png(3)], max_tokens=4).stats.n_refilled == 0
     with seeing.opened(keep_states=True, flash_attn=False) as model:
         tokens = prompt(model, LONG, 3)
-        model.eval(tokens)
+        append(model, tokens)
         if seeing.arch != "llama":
-            assert model.n_refillable == 0
+            assert model.refiller.n_refillable == 0
             return
         assert model.refill() == len(tokens)
         refilled = answered(model, tokens)[0]
-        model.set_pop(Mode.OFF)
-        model.clear()
+        model.set_mode(Mode.OFF)
+        model.cache.clear()
         assert answered(model, tokens)[0] == refilled
 
 
@@ -311,11 +309,11 @@ def test_a_selection_beside_a_picture(arch, tmp_path):
     seeing = Seeing(arch, make_seeing(tmp_path, arch))
     with seeing.opened(select=0.25) as model:
         for question in (LONG, "a b"):  # of which the question itself would reach into the picture
-            model.clear()
+            model.cache.clear()
             stats = model.chat(question, images=[png(3)], max_tokens=2, temperature=0.0).stats
         assert stats.n_selected > 0
-        rows = np.flatnonzero(model.input_ids[: stats.n_prompt] < 0)
-        assert (arch == "llama") == model.rows.has_state[rows].any()
+        rows = np.flatnonzero(model.cache.tokens[: stats.n_prompt] < 0)
+        assert (arch == "llama") == model.cache.rows.has_state[rows].any()
 
 
 def test_with_a_selection_a_picture_is_read_once_all_the_same(tmp_path):
@@ -333,8 +331,8 @@ def test_a_picture_is_never_cut_in_two(smol):
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)[0]
         with pytest.raises(PopError, match="ends with a picture"):
-            answered(model, tokens[: image_end(tokens)])
-        assert model.n_tokens in [start for start, _ in model.images_in(tokens)]
+            answered(model, replace(tokens, tokens=tokens.tokens[: image_end(tokens)]))
+        assert model.cache.n_tokens in tokens.images
         assert answered(model, tokens)[0] == want
 
 
@@ -342,7 +340,7 @@ def test_what_should_stop_raises_comes_out_of_an_encoding(smol):
     """Whoever fits a model to pictures asks outside of a prompt."""
     with smol.opened() as model:
         tokens = prompt(model, "a b", 3)
-        image = model.eye.image_at(tokens[image_start(tokens) :])
+        image = next(iter(tokens.images.values()))
         calls = iter([False])
 
         def pressed() -> bool:
@@ -360,9 +358,9 @@ def test_llama_cpps_own_chat_is_shown_no_pictures(smol):
     messages: Any = [{"role": "user", "content": [url, {"type": "text", "text": "a b"}]}]
     with smol.opened() as model:
         with pytest.raises(PopError, match="no pictures"):
-            model.create_chat_completion(messages, max_tokens=1)
+            model.as_llama().create_chat_completion(messages, max_tokens=1)
         messages[0]["content"].remove(url)
-        assert model.create_chat_completion(messages=messages, max_tokens=1)
+        assert model.as_llama().create_chat_completion(messages=messages, max_tokens=1)
 
 
 def test_a_prompt_with_a_picture_is_not_short(smol):
@@ -378,16 +376,8 @@ def test_an_image_larger_than_a_ubatch_whose_rows_see_each_other(tmp_path):
     with seeing.opened(n_ubatch=32) as model:
         with pytest.raises(PopError, match="64 tokens, which see each other"):
             model.chat("a", images=[png(3)], max_tokens=1)
-        assert model.n_tokens == 0, "what precedes it was read for nothing"
+        assert model.cache.n_tokens == 0, "what precedes it was read for nothing"
         assert model.chat("a", max_tokens=1).stats.n_decoded == 1
-
-
-def test_llama_cpps_own_handlers_are_refused(smol):
-    handler = object.__new__(chat_format.Qwen25VLChatHandler)
-    with pytest.raises(PopError, match="would read past the pruning"):
-        smol.opened(chat_handler=handler)
-    with smol.opened() as model, pytest.raises(PopError, match="Qwen25VLChatHandler"):
-        model.chat_handler = handler
 
 
 # Templates, and what messages spell out
@@ -403,22 +393,23 @@ def test_templates_that_take_parts_or_strings(smol, tmp_path):
 @pytest.mark.parametrize("text", ["<__media__>", "\U000f0000", "<|vision_start|>", "<|im_end|>"])
 def test_what_a_message_spells_out_is_text(smol, text):
     with smol.opened() as model:
-        tokens = prompt(model, f"a {text} b", 3)
-        plain = prompt(model, "a b", 3)
-        assert [token for token in tokens if token < 0] == [token for token in plain if token < 0]
-        special = [token for token in range(model.n_vocab()) if model._special._is_special(token)]
-        assert [tokens.count(one) for one in special] == [plain.count(one) for one in special]
-        said = model.detokenize([token for token in tokens if token >= 0])
-        assert text.encode() in said
+        made, plain = prompt(model, f"a {text} b", 3), prompt(model, "a b", 3)
+        assert [*made.images.values()] == [*plain.images.values()]
+        is_special = model.prompter._special._is_special
+        special = [token for token in range(model.context.n_vocab) if is_special(token)]
+        counted = [[each.tokens.count(one) for one in special] for each in (made, plain)]
+        assert counted[0] == counted[1]
+        said = model.detokenize([token for token in made.tokens if token >= 0])
+        assert text in said
 
 
 def test_pictures_stand_where_the_message_has_them(smol):
     with smol.opened() as model:
         picture = picture_of(png(3), "3.png")
-        tokens = model.chat_prompt([Message("user", "abcd", ((2, picture),))]).tokens
-        before, after = tokens[: image_start(tokens)], tokens[image_end(tokens) :]
-        assert b"ab" in model.detokenize(before) and b"cd" in model.detokenize(after)
-        assert b"cd" not in model.detokenize(before)
+        made = model.chat_prompt([Message("user", "abcd", ((2, picture),))])
+        before, after = made.tokens[: image_start(made)], made.tokens[image_end(made) :]
+        assert "ab" in model.detokenize(before) and "cd" in model.detokenize(after)
+        assert "cd" not in model.detokenize(before)
 
 
 def test_a_template_that_drops_a_picture(tmp_path):

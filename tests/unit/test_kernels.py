@@ -1,7 +1,6 @@
 """Our kernels for prompts: what graphs ask of them, and which options follow from them."""
 
 import ctypes
-import pickle
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -12,14 +11,13 @@ from gguf import GGMLQuantizationType as Type
 from pop_local.base.errors import PopError
 from pop_local.calibration.activations import Tensor
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.engine import kv_llama
-from pop_local.engine.llama import backend
+from pop_local.engine.llama import backend, context
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.devices import Device, GgmlLibrary, kernels_read_prompts
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.session_file import Sessions
-from support.calls import greedy, kv_bytes, last_logits, opened, prompt, read
+from support.calls import append, greedy, kv_bytes, last_logits, opened, prompt, read
 from support.converted import converted, tiny
 from support.synthetic import make_gguf
 
@@ -118,14 +116,14 @@ def test_a_prompt_is_read_as_one_whose_last_token_alone_is_read_again(pop_file, 
     set_reading = backend.set_reading
 
     def noted(ctx, is_on):
-        said.append((model.n_tokens, is_on))
+        said.append((model.cache.n_tokens, is_on))
         set_reading(ctx, is_on)
 
     monkeypatch.setattr(backend, "set_reading", noted)
     answered = greedy(model, prompt(100))
     steps = [(100 + n, False) for n in range(len(answered) - 1)]
     assert said == [(0, True), *steps]
-    model.truncate(100)
+    model.cache.truncate(100)
     model.refill()
     said.clear()
     greedy(model, prompt(100))
@@ -150,8 +148,8 @@ def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
     found = []
     for n_batch, n_threads in ((64, 1), (64, 2), (7, 1), (1, 1)):
         model = opened(quantised, n_batch=n_batch, n_ubatch=n_batch, n_threads=n_threads)
-        model.set_pop(mode)
-        model.eval(prompt(150))
+        model.set_mode(mode)
+        append(model, prompt(150))
         found.append((kv_bytes(model), last_logits(model).tobytes()))
     assert len(set(found)) == 1
 
@@ -160,11 +158,11 @@ def test_a_prompt_is_the_same_however_it_is_cut(quantised, mode):
 def test_a_refilled_cache_is_the_full_models_whatever_its_chunks_were(quantised):
     tokens = prompt(150)
     full = opened(quantised)
-    full.set_pop(Mode.OFF)
-    full.eval(tokens)
+    full.set_mode(Mode.OFF)
+    append(full, tokens)
     for n_ubatch in (50, 7, 1):
         model = opened(quantised, n_ubatch=n_ubatch, keep_states=True)
-        model.eval(tokens)
+        append(model, tokens)
         assert kv_bytes(model) != kv_bytes(full)
         assert model.refill() == len(tokens)
         assert kv_bytes(model) == kv_bytes(full)
@@ -192,22 +190,20 @@ def test_a_context_with_kernels_off_computes_without_them(quantised):
 def test_flash_attention_goes_with_the_kernels(
     pop_file, monkeypatch, has_kernels, options, expected
 ):
-    monkeypatch.setattr(kv_llama, "kernels_read_prompts", lambda: has_kernels)
+    monkeypatch.setattr(context, "kernels_read_prompts", lambda: has_kernels)
     model = opened(pop_file, **options)
-    assert model.context_params.flash_attn_type == expected
-    again = pickle.loads(pickle.dumps(model))
-    assert again.context_params.flash_attn_type == expected
+    assert model.context.settings.flash_attn_type == expected
 
 
 def test_on_a_gpu_flash_attention_is_llama_cpps_choice(pop_file, monkeypatch):
     gpu = Device("GPU0", "Some GPU", True, 10**9, 10**9)
-    monkeypatch.setattr(kv_llama, "devices", lambda: (gpu,))
+    monkeypatch.setattr(context, "devices", lambda: (gpu,))
     auto = backend.bindings().LLAMA_FLASH_ATTN_TYPE_AUTO
     model = opened(pop_file)
-    assert model.context_params.flash_attn_type == auto
+    assert model.context.settings.flash_attn_type == auto
     assert len(greedy(model, prompt(40))) > 0
-    assert opened(pop_file, n_gpu_layers=0).context_params.flash_attn_type != auto
-    assert opened(pop_file, flash_attn=False).context_params.flash_attn_type == 0
+    assert opened(pop_file, n_gpu_layers=0).context.settings.flash_attn_type != auto
+    assert opened(pop_file, flash_attn=False).context.settings.flash_attn_type == 0
 
 
 def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
@@ -216,7 +212,7 @@ def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
     tokens = prompt(100)
     read(model, tokens)
     with pytest.raises(PopError, match="opened otherwise"):
-        other.load_state(model.save_state())
+        other.cache.restore(model.cache.save())
     sessions = Sessions(tmp_path)
     conversation = Conversation()
     next(model.session().stream("What?", max_tokens=1))
@@ -229,8 +225,6 @@ def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
 def test_weights_that_are_not_repacked_give_the_same(tmp_path, kernels):
     path = tiny(tmp_path, type=Type.Q4_0)
     one, other = (opened(path, repack=repack, kernels=kernels) for repack in (True, False))
-    assert one.model_params.use_extra_bufts
-    assert not other.model_params.use_extra_bufts
     results = read(one, prompt(60)), read(other, prompt(60))
     if kernels and kernels_read_prompts():
         np.testing.assert_array_equal(*results)

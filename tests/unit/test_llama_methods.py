@@ -1,4 +1,4 @@
-"""What llama_cpp's `Llama` offers works on a PopModel, and prunes.
+"""A PopModel as a `llama_cpp.Llama`: completions and chats, and they prune.
 
 The model is random, so that an answer of a form is the grammar's doing.
 """
@@ -36,17 +36,21 @@ def model(tmp_path_factory):
 
 def pruned(model: PopModel, ask: Callable[[], Any]) -> Any:
     """What is asked for, of a prompt whose context tokens are all pruned and whose tail is not."""
-    model.clear()
-    backend.reset_counters(model.ctx)
+    model.cache.clear()
+    backend.reset_counters(model.context.ctx)
     reply = ask()
-    counters = backend.get_counters(model.ctx)
-    n_prompt = len(model.tokenize(TEXT.encode(), add_bos=False))
+    counters = backend.get_counters(model.context.ctx)
+    n_prompt = len(model.tokenize(TEXT))
     assert counters.n_context >= n_prompt - FULL_ROWS
     if "usage" in reply:
         assert counters.n_context == reply["usage"]["prompt_tokens"] - FULL_ROWS
         # The last token is sampled and not decoded.
         assert counters.n_full - FULL_ROWS <= reply["usage"]["completion_tokens"]
     return reply
+
+
+def chat(model: PopModel, messages: Any, **options: Any) -> Any:
+    return model.as_llama().create_chat_completion(messages, **options)
 
 
 def joined(chunks: Any) -> str:
@@ -59,32 +63,34 @@ def content(reply: Any) -> str:
 
 
 def test_a_call_is_a_completion(model):
-    called = pruned(model, lambda: model(TEXT, **GREEDY))
-    completed = pruned(model, lambda: model.create_completion(TEXT, **GREEDY))
-    streamed = pruned(model, lambda: list(model(TEXT, stream=True, **GREEDY)))
+    called = pruned(model, lambda: model.as_llama()(TEXT, **GREEDY))
+    completed = pruned(model, lambda: model.as_llama().create_completion(TEXT, **GREEDY))
+    streamed = pruned(model, lambda: list(model.as_llama()(TEXT, stream=True, **GREEDY)))
     assert called["choices"] == completed["choices"]
     text = completed["choices"][0]["text"]
     assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == text != ""
 
 
 def test_a_chat_at_once_and_in_pieces(model):
-    reply = pruned(model, lambda: model.create_chat_completion(MESSAGES, **GREEDY))
+    reply = pruned(model, lambda: chat(model, MESSAGES, **GREEDY))
     chunks = pruned(
-        model, lambda: list(model.create_chat_completion(MESSAGES, stream=True, **GREEDY))
+        model,
+        lambda: list(chat(model, MESSAGES, stream=True, **GREEDY)),
     )
     assert joined(chunks) == content(reply) != ""
     assert chunks[-1]["choices"][0]["finish_reason"] == reply["choices"][0]["finish_reason"]
 
 
 def test_a_stop_string_ends_a_chat(model):
-    whole = content(pruned(model, lambda: model.create_chat_completion(MESSAGES, **GREEDY)))
+    whole = content(pruned(model, lambda: chat(model, MESSAGES, **GREEDY)))
     stop = whole[len(whole) // 2 :][:2]
     expected = whole[: whole.index(stop)]
     options = GREEDY | {"stop": [stop]}
-    reply = pruned(model, lambda: model.create_chat_completion(MESSAGES, **options))
+    reply = pruned(model, lambda: chat(model, MESSAGES, **options))
     assert (content(reply), reply["choices"][0]["finish_reason"]) == (expected, "stop")
     chunks = pruned(
-        model, lambda: list(model.create_chat_completion(MESSAGES, stream=True, **options))
+        model,
+        lambda: list(chat(model, MESSAGES, stream=True, **options)),
     )
     assert joined(chunks) == expected
 
@@ -92,13 +98,13 @@ def test_a_stop_string_ends_a_chat(model):
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_an_answer_follows_a_json_schema(model, temperature):
     options: Any = {"response_format": FORMAT, "temperature": temperature, "max_tokens": 200}
-    reply = pruned(model, lambda: model.create_chat_completion(MESSAGES, seed=1, **options))
+    reply = pruned(model, lambda: chat(model, MESSAGES, seed=1, **options))
     answered = json.loads(content(reply))
     assert isinstance(answered["when"], bool)
     assert answered["who"] in ("Anna", "Mara")
     chunks = pruned(
         model,
-        lambda: list(model.create_chat_completion(MESSAGES, seed=1, stream=True, **options)),
+        lambda: list(chat(model, MESSAGES, seed=1, stream=True, **options)),
     )
     assert json.loads(joined(chunks)) == answered
 
@@ -114,14 +120,14 @@ def test_an_answer_follows_a_json_schema(model, temperature):
     ],
 )
 def test_json_that_is_asked_for_is_escaped(model, form):
-    reply = model.create_chat_completion(MESSAGES, response_format=form, max_tokens=60)
+    reply = chat(model, MESSAGES, response_format=form, max_tokens=60)
     assert json.loads(content(reply)) == "C:\\new\nline"
 
 
 def test_an_answer_without_a_form_is_any_text(model):
     for form in (None, {"type": "text"}):
-        reply = model.create_chat_completion(MESSAGES, response_format=form, **GREEDY)
-        assert content(reply) == content(model.create_chat_completion(MESSAGES, **GREEDY))
+        reply = chat(model, MESSAGES, response_format=form, **GREEDY)
+        assert content(reply) == content(chat(model, MESSAGES, **GREEDY))
 
 
 @pytest.mark.parametrize(
@@ -130,4 +136,4 @@ def test_an_answer_without_a_form_is_any_text(model):
 )
 def test_a_form_that_cannot_be_kept_to_is_refused(model, form):
     with pytest.raises(GrammarError):
-        model.create_chat_completion(MESSAGES, response_format=form)
+        chat(model, MESSAGES, response_format=form)

@@ -132,9 +132,9 @@ def test_a_model_is_opened_by_name_and_with_the_sidecar_beside_it(tmp_path, monk
     assert "did you mean tiny?" in caught.value.hint
 
 
-def test_the_constructor_is_llama_cpps(chat_model):
+def test_the_constructor_takes_a_path(chat_model):
     with PopModel(str(chat_model), n_ctx=256) as model:
-        assert (model.n_ctx(), model.boundary, model.pruning) == (256, 5, True)
+        assert (model.n_ctx, model.boundary, model.pruning) == (256, 5, True)
 
 
 def test_a_closed_model_says_so(chat_model, tmp_path):
@@ -148,8 +148,8 @@ def test_a_closed_model_says_so(chat_model, tmp_path):
         lambda: session.chat("a"),
         lambda: session.save(tmp_path / "closed"),
         lambda: model.load_session(session_file(chat_model, tmp_path)),
-        lambda: model.create_completion([5] * 20),
-        model.clear,
+        lambda: model.as_llama().create_completion([5] * 20),
+        model.cache.clear,
     ):
         with pytest.raises(PopError, match="is closed"):
             ask()
@@ -170,7 +170,7 @@ def test_chat_and_stream_say_the_same_and_remember_nothing(model):
     stats = answer.stats
     assert (stats.n_pruned, stats.n_cached) == (stats.n_prompt - 17, 0)
     assert stats.n_decoded == 8
-    model.clear()
+    model.cache.clear()
     document = Document("notes.txt", "i j k " * 20)
     stream = model.stream(QUESTION, documents=[document], system="Be brief.", **GREEDY)
     pieces = list(stream)
@@ -210,9 +210,9 @@ def test_pruning_off_reads_in_full(model):
     model.pruning = False
     answer = model.chat(QUESTION, **GREEDY)
     assert (answer.stats.reading, answer.stats.n_full) == ("full", answer.stats.n_prompt)
-    n_tokens = model.n_tokens
+    n_tokens = model.cache.n_tokens
     model.pruning = False
-    assert model.n_tokens == n_tokens, "nothing was switched, so nothing is emptied"
+    assert model.cache.n_tokens == n_tokens, "nothing was switched, so nothing is emptied"
     model.pruning = True
     assert model.chat(QUESTION, **GREEDY).stats.reading == "pruned"
 

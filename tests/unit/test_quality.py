@@ -79,19 +79,19 @@ def test_predictions_are_those_of_one_full_pass(model):
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_the_model_is_left_as_it_was(model, mode):
-    model.set_pop(mode)
+    model.set_mode(mode)
     before = model.boundary
     measure_prunings(model, [text()], SHORT, [Pruning(2), Pruning(6)], ignore)
     assert model.boundary == before
-    assert model.pop_mode is backend.get_mode(model.ctx) is mode
-    assert model.n_tokens == 0
+    assert model.mode is backend.get_mode(model.context.ctx) is mode
+    assert model.cache.n_tokens == 0
 
 
 def test_a_model_without_keys_is_left_without_a_boundary(tmp_path):
     model = opened(make_gguf(tmp_path / "plain.gguf", "llama"))
     quality = measure_prunings(model, [text()], SHORT, [Pruning(4)], ignore)[0]
     assert quality.n_pruned > 0
-    assert (model.boundary, model.pop_mode) == (0, Mode.OFF)
+    assert (model.boundary, model.mode) == (0, Mode.OFF)
 
 
 def test_rows_that_were_not_pruned_as_planned_are_an_error(model, monkeypatch):
@@ -123,13 +123,13 @@ def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_grap
     with model.watching_prefill(None, should_stop), pytest.raises(StoppedError):
         measured(model)
     assert n_asked == 3, "the first batch was not read to its end"
-    assert (model.n_tokens, model.pop_mode) == (0, Mode.CONTEXT)
+    assert (model.cache.n_tokens, model.mode) == (0, Mode.CONTEXT)
     assert measured(model).n_pruned > 0
 
 
 def test_a_switch_that_does_not_switch_is_an_error(model, monkeypatch):
     monkeypatch.setattr(backend, "set_mode", lambda ctx, mode: None)
-    model.set_pop(Mode.CONTEXT)
+    model.set_mode(Mode.CONTEXT)
     with pytest.raises(PopError, match="does not hold"):
         measured(model)
 
@@ -232,7 +232,7 @@ def test_random_tokens_are_scored_whatever_runs_in_full(model, tail):
 
 def test_random_tokens_are_no_control_tokens(model):
     tokens = random_tokens(model, 2000, np.random.default_rng(0))
-    vocab = model.vocab
+    vocab = model.context.vocab
     attribute = backend.bindings().llama_vocab_get_attr
     assert {attribute(vocab, token) & 8 for token in tokens} == {0}  # LLAMA_TOKEN_ATTR_CONTROL
 

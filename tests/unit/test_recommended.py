@@ -1,31 +1,35 @@
 """Sampling as the file recommends it, and what full reading would have cost."""
 
+import math
+
 import pytest
 
 from pop_converter.architecture.work import speedup_limit
+from pop_converter.gguf.header import read_header
 from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
 from pop_local.measure.full_cost import FullCosts
 from support.converted import tiny
+from support.pop_files import Keys, add_to
 from support.scripted import figures
+from support.synthetic import make_gguf
 
 
-def test_the_keys_of_newer_files_become_options():
-    assert recommended(
-        {
-            "general.sampling.temp": "0.700000",
-            "general.sampling.top_k": "20",
-            "general.sampling.penalty_repeat": "1.05",
-            "general.sampling.mirostat": "2",
-        }
-    ) == {"temperature": 0.7, "top_k": 20, "repeat_penalty": 1.05}
+def test_the_keys_of_newer_files_become_options(tmp_path):
+    keys = {"temp": 0.5, "top_k": 20, "penalty_repeat": 1.25, "mirostat": 2}
+    given: Keys = {f"general.sampling.{name}": value for name, value in keys.items()}
+    path = add_to(make_gguf(tmp_path / "plain.gguf", "llama"), tmp_path / "keyed.gguf", given)
+    found = recommended(read_header(path))
+    assert found == {"temperature": 0.5, "top_k": 20, "repeat_penalty": 1.25}
 
 
-@pytest.mark.parametrize("value", ["nan", "-1", "inf", "warm", ""])
-def test_what_is_no_sensible_number_is_left_out(value):
-    assert recommended({"general.sampling.temp": value}) == {}
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf, "warm"])
+def test_a_number_that_makes_no_sense_is_left_out(tmp_path, value):
+    plain = make_gguf(tmp_path / "plain.gguf", "llama")
+    path = add_to(plain, tmp_path / "keyed.gguf", {"general.sampling.temp": value})
+    assert recommended(read_header(path)) == {}
 
 
 def test_the_model_answers_as_its_file_recommends(tmp_path):

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from pop_local.base.errors import PopError
+from pop_local.engine.cache.keys import FULL
 from pop_local.engine.depth import online, power
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.prefill.kv_state import FULL
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.measure.forced import Pruning, forced
 from pop_local.server import worker
@@ -22,7 +22,7 @@ from pop_local.server.app import create_app
 from pop_local.ui.chat import refill
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
-from support.calls import NOISE, greedy, opened, prompt, read
+from support.calls import NOISE, append, greedy, opened, prompt, read, steps
 from support.converted import tiny
 from support.scripted import Transcript
 from support.serving import asking
@@ -56,14 +56,14 @@ def wait_for(condition):
 def test_rows_get_their_depth_while_a_line_is_typed(chat):
     begun = chat()
     begun.ask(WORDS)
-    assert begun.model.n_exact == 0
+    assert begun.model.cache.n_exact == 0
     with refill.refilling(begun):
-        wait_for(lambda: begun.model.n_refillable == 0)
-    assert begun.model.n_exact == begun.model.n_tokens > 200
-    assert begun.model.kv_key == FULL
+        wait_for(lambda: begun.model.refiller.n_refillable == 0)
+    assert begun.model.cache.n_exact == begun.model.cache.n_tokens > 200
+    assert begun.model.cache.key == FULL
     assert (
         refill.status(begun)
-        == f"{begun.model.n_tokens} of {begun.model.n_tokens} cached tokens are exact"
+        == f"{begun.model.cache.n_tokens} of {begun.model.cache.n_tokens} cached tokens are exact"
     )
 
 
@@ -73,11 +73,11 @@ def test_a_line_that_comes_early_ends_it(chat, pause_s):
     begun.ask(WORDS)
     with refill.refilling(begun):
         time.sleep(pause_s)
-    n_exact = begun.model.n_exact
+    n_exact = begun.model.cache.n_exact
     assert not any(thread.name == "pop-local refill" for thread in threading.enumerate())
     begun.ask("and now?")
     assert begun.session.answer_stats[-1].n_refilled == n_exact
-    assert begun.model.n_exact <= begun.model.n_tokens
+    assert begun.model.cache.n_exact <= begun.model.cache.n_tokens
 
 
 def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
@@ -88,15 +88,15 @@ def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
     begun.ask(WORDS)
     with refill.refilling(begun):
         time.sleep(0.05)
-    assert begun.model.n_exact == 0
+    assert begun.model.cache.n_exact == 0
     assert "waits for mains power" in refill.status(begun)
-    begun.model.refill_answers(8)
+    begun.model.refiller.refill_answers(8)
     assert begun.ask("and now?") is None
     assert begun.session.answer_stats[-1].n_refilled == 0
-    assert begun.model.n_exact == 0
+    assert begun.model.cache.n_exact == 0
     battery.power_plugged = None  # it cannot tell
     with refill.refilling(begun):
-        wait_for(lambda: begun.model.n_refillable == 0)
+        wait_for(lambda: begun.model.refiller.n_refillable == 0)
 
 
 def test_a_machine_that_cannot_look_for_a_battery_has_none(chat, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_machine_that_cannot_look_for_a_battery_has_none(chat, monkeypatch):
     begun.ask(WORDS)
     assert "mains power" not in refill.status(begun)
     with refill.refilling(begun):
-        wait_for(lambda: begun.model.n_refillable == 0)
+        wait_for(lambda: begun.model.refiller.n_refillable == 0)
 
 
 def test_off_refills_nothing(chat):
@@ -117,7 +117,7 @@ def test_off_refills_nothing(chat):
     begun.ask(WORDS)
     with refill.refilling(begun):
         pass
-    assert (begun.model.n_exact, refill.status(begun)) == (0, "")
+    assert (begun.model.cache.n_exact, refill.status(begun)) == (0, "")
 
 
 def talked(begun):
@@ -134,10 +134,10 @@ def test_whatever_comes_in_between_the_rest_is_refilled(chat, lines):
     assert "!" not in talked(begun)
     model = begun.model
     model.refill()
-    assert model.n_exact == model.n_tokens > 200
-    tokens = model.input_ids[: model.n_tokens].tolist()
-    full = opened(Path(model.model_path))
-    full.set_pop(Mode.OFF)
+    assert model.cache.n_exact == model.cache.n_tokens > 200
+    tokens = model.cache.tokens[: model.cache.n_tokens].tolist()
+    full = opened(Path(model.path))
+    full.set_mode(Mode.OFF)
     np.testing.assert_allclose(read(model, tokens), read(full, tokens), atol=NOISE)
 
 
@@ -145,7 +145,7 @@ def test_rows_whose_states_were_dropped_stay_pruned(chat):
     begun = chat(WORDS, "/refill off", "/refill idle", "what?")
     talked(begun)
     assert begun.model.refill() == 0
-    assert begun.model.n_exact < 200
+    assert begun.model.cache.n_exact < 200
 
 
 def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
     other = chat(mode="off").model
     restored = saved.load("here", other)
     assert restored.reread == ""
-    assert other.n_exact == other.n_tokens > 200
+    assert other.cache.n_exact == other.cache.n_tokens > 200
 
 
 def test_the_command_says_how_far_it_is(chat):
@@ -171,37 +171,37 @@ def test_the_command_says_how_far_it_is(chat):
 def test_rows_are_refilled_with_each_token_of_an_answer(pop_file):
     tokens = prompt(200)
     model = opened(pop_file, keep_states=True)
-    model.refill_answers(8)
-    n_deep = int(model.rows.is_full.sum())
+    model.refiller.refill_answers(8)
+    n_deep = int(model.cache.rows.is_full.sum())
     answer = greedy(model, tokens, n=20)
-    assert int(model.rows.is_full[:200].sum()) > n_deep + 100
-    assert model.n_exact == 0
+    assert int(model.cache.rows.is_full[:200].sum()) > n_deep + 100
+    assert model.cache.n_exact == 0
     plain = opened(pop_file, keep_states=True)
     assert greedy(plain, tokens, n=20)[0] == answer[0]
     # Nothing is left to be counted once it is refilled.
     model.refill()
-    assert model.n_exact == model.n_tokens
+    assert model.cache.n_exact == model.cache.n_tokens
 
 
-def taken(model, monkeypatch):
-    """The rows of each pass from now on."""
+def taken(monkeypatch):
+    """The rows of each pass during answers, from now on."""
     passes = []
-    run = model.deep.run
+    run = online.deepen
 
-    def noted(positions, *, logits=False):
-        passes.append(list(positions))
-        run(positions, logits=logits)
+    def noted(cache, rows):
+        passes.append(list(rows))
+        run(cache, rows)
 
-    monkeypatch.setattr(model.deep, "run", noted)
+    monkeypatch.setattr(online, "deepen", noted)
     return passes
 
 
 def test_rows_are_taken_by_attention_not_in_order(pop_file, monkeypatch):
     model = opened(pop_file, keep_states=True)
-    model.refill_answers(8)
-    sampled = model.generate(prompt(200), temp=0.0)
+    model.refiller.refill_answers(8)
+    sampled = steps(model, prompt(200))
     next(sampled)
-    passes = taken(model, monkeypatch)
+    passes = taken(monkeypatch)
     for _ in range(10):
         next(sampled)
     assert len(passes) >= 8
@@ -209,9 +209,9 @@ def test_rows_are_taken_by_attention_not_in_order(pop_file, monkeypatch):
     assert sorted(row for rows in passes for row in rows) != list(range(1, 1 + 8 * len(passes)))
     sampled.close()
     # Nobody asks any longer: what is read next counts as no question.
-    backend.set_question(model.ctx, -1)
-    model.eval(prompt(60, seed=1))
-    assert backend.get_scores(model.ctx, 150).sum() == 0
+    backend.set_question(model.context.ctx, -1)
+    append(model, prompt(60, seed=1))
+    assert backend.get_scores(model.context.ctx, 150).sum() == 0
 
 
 def test_a_measured_answer_takes_them_so_too(pop_file, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_measured_answer_takes_them_so_too(pop_file, monkeypatch):
     pruning = Pruning(4, Mode.CONTEXT, n_refilled=8)
     with forced(model) as reader:
         reader.read(prompt(200), pruning)
-        passes = taken(model, monkeypatch)
+        passes = taken(monkeypatch)
         reader.predict(prompt(20, seed=1), pruning)
     rows = [row for rows in passes for row in rows]
     assert len(rows) == len(set(rows)) > 100
@@ -234,15 +234,15 @@ def test_a_measured_answer_takes_them_so_too(pop_file, monkeypatch):
 def test_as_many_as_the_machine_affords(pop_file, monkeypatch, trial_s, n_rows):
     """Of a step of 10 ms a tenth, 8 rows taking so long."""
     model = opened(pop_file, keep_states=True)
-    model.refill_answers(None)
+    model.refiller.refill_answers(None)
     clock = itertools.count(step=0.01)
     monkeypatch.setattr(online, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     tried = iter([0.0, trial_s])  # at first there is nothing to try it on
-    monkeypatch.setattr(model.deep, "try_out", lambda n: next(tried))
+    monkeypatch.setattr(online.OnlineRefill, "_try_out", lambda _: next(tried))
     greedy(model, prompt(200), n=7)
-    assert model.online.n_rows is None
+    assert model.refiller.online.n_rows is None
     greedy(model, prompt(200), n=12)
-    assert model.online.n_rows == n_rows
+    assert model.refiller.online.n_rows == n_rows
 
 
 def test_ctrl_c_while_it_ends_does_not_leave_it_running(chat, monkeypatch):
@@ -267,7 +267,7 @@ def test_a_server_refills_between_requests(pop_file):
         body = {"model": "tiny", "prompt": WORDS, "max_tokens": 2, "temperature": 0}
         first = client.post("/v1/completions", json=body).json()["usage"]["pop"]
         assert (first["n_refilled"], first["n_exact"]) == (0, 0)
-        wait_for(lambda: model.n_refillable == 0)
+        wait_for(lambda: model.refiller.n_refillable == 0)
         again = client.post("/v1/completions", json={**body, "prompt": WORDS + "i"}).json()
         pop = again["usage"]["pop"]
         assert pop["n_refilled"] > 200
@@ -285,9 +285,9 @@ def test_a_server_refills_once_it_is_on_mains_power_again(pop_file, monkeypatch)
     with asking(create_app(model, "tiny")) as client:
         client.post("/v1/completions", json={"prompt": WORDS, "max_tokens": 2})
         time.sleep(0.05)
-        assert (model.n_exact, model.n_refillable > 0) == (0, True)
+        assert (model.cache.n_exact, model.refiller.n_refillable > 0) == (0, True)
         battery.power_plugged = True
-        wait_for(lambda: model.n_refillable == 0)
+        wait_for(lambda: model.refiller.n_refillable == 0)
 
 
 def test_a_server_answers_after_whatever_went_wrong_in_refilling(pop_file, monkeypatch):

@@ -13,9 +13,9 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from pop_local.base.errors import PopError
+from pop_local.engine.cache.keys import FULL
 from pop_local.engine.llama import backend, rpc
 from pop_local.engine.llama.backend import Counters
-from pop_local.engine.prefill.kv_state import FULL
 from support.calls import evaluated, greedy, kv_bytes, last_logits, opened, prompt
 from support.converted import tiny
 from support.program import called, run
@@ -54,7 +54,7 @@ def pair(pop_file, servers):
 def assert_same(model, other):
     np.testing.assert_array_equal(last_logits(model), last_logits(other))
     assert kv_bytes(model) == kv_bytes(other)
-    assert backend.get_counters(model.ctx) == backend.get_counters(other.ctx)
+    assert backend.get_counters(model.context.ctx) == backend.get_counters(other.context.ctx)
 
 
 def test_a_pruned_prompt_is_that_of_the_local_cpu(pair, servers, caplog):
@@ -76,7 +76,7 @@ def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
         monkeypatch.setattr(model.deep, "_chunk", 64)
         model.eval(prompt(200))
         assert model.refill() == 200
-        assert model.kv_key == FULL
+        assert model.cache.key == FULL
     assert_same(*models)
 
 
@@ -91,7 +91,7 @@ def test_a_selection_is_that_of_the_local_cpu(pair):
 def test_a_state_goes_from_here_to_there(pair):
     here, there = pair()
     here.eval(prompt(200))
-    there.load_state(here.save_state())
+    there.cache.restore(here.cache.save())
     assert greedy(there, prompt(220)) == greedy(here, prompt(220))
 
 

@@ -12,6 +12,7 @@ import pytest
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.decode.schema import ANY, prepared
 from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama import backend
 from support.calls import N_VOCAB, opened
 from support.converted import tiny
 
@@ -26,7 +27,7 @@ class Raw(str):
 def accepts(tmp_path_factory):
     """Whether the grammar of a schema lets a value through, byte by byte, and ends there."""
     with opened(tiny(tmp_path_factory.mktemp("schema"))) as model:
-        pieces = Pieces(model.vocab)
+        pieces = Pieces(model.context.vocab)
         tokens = {pieces[token]: token for token in range(N_VOCAB) if len(pieces[token]) == 1}
 
         def accepts(schema: Any, value: Any) -> bool:
@@ -37,14 +38,15 @@ def accepts(tmp_path_factory):
             last = None
             is_raw = isinstance(value, Raw)
             text = f'"{value}"' if is_raw else json.dumps(value, ensure_ascii=False)
+            eos = backend.bindings().llama_vocab_eos(model.context.vocab)
             for byte in [*text.encode(), None]:
-                token = model.token_eos() if byte is None else tokens[bytes([byte])]
+                token = eos if byte is None else tokens[bytes([byte])]
                 allowed = np.frombuffer(base64.b64decode(child.call("allowed", last)), np.uint8)
                 if not np.unpackbits(allowed)[token]:
                     break
                 last = token
             model.grammars.give_back(child)
-            return last == model.token_eos()
+            return last == eos
 
         yield accepts
 

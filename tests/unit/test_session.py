@@ -18,6 +18,7 @@ from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
+from support.calls import text_of
 from support.converted import converted, tiny
 from support.scripted import Transcript
 from support.synthetic import TEMPLATE, make_gguf
@@ -27,7 +28,7 @@ from support.talking import QUESTION, answered, follow_up, opened
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.CONTEXT])
 def test_a_loaded_session_goes_on_without_reading_again(chat_model, sessions, mode):
     model = opened(chat_model)
-    model.set_pop(mode)
+    model.set_mode(mode)
     said = answered(model, QUESTION)
     sessions.save("talk", model, said)
     path = sessions.path("talk")
@@ -36,7 +37,7 @@ def test_a_loaded_session_goes_on_without_reading_again(chat_model, sessions, mo
     fresh = opened(chat_model)
     restored = sessions.load("talk", fresh)
     assert (restored.reread, restored.session.conversation) == ("", said)
-    assert fresh.pop_mode is mode
+    assert fresh.mode is mode
     text, n_read = follow_up(fresh, said)
     assert text == expected
     assert n_read < 50 < restored.session.n_tokens
@@ -65,16 +66,16 @@ def test_another_conversation_in_the_kv_cache_is_not_saved(chat_model, sessions)
     ours, theirs = (ChatSession(model, Conversation("Be brief.")) for _ in range(2))
     ours.chat(QUESTION.question, max_tokens=8, temperature=0.0)
     theirs.chat("my secret", max_tokens=8, temperature=0.0)
-    n_tokens = model.n_tokens
+    n_tokens = model.cache.n_tokens
     sessions.save("ours", model, ours.conversation)
     with zipfile.ZipFile(sessions.path("ours")) as archive:
         assert archive.namelist() == ["session.json"]
-    assert model.n_tokens == n_tokens, "theirs are left alone"
+    assert model.cache.n_tokens == n_tokens, "theirs are left alone"
     fresh = opened(chat_model)
-    fresh.set_pop(Mode.OFF)
+    fresh.set_mode(Mode.OFF)
     restored = sessions.load("ours", fresh)
     assert "another conversation" in restored.reread
-    assert (restored.session.conversation, fresh.pop_mode) == (ours.conversation, Mode.CONTEXT)
+    assert (restored.session.conversation, fresh.mode) == (ours.conversation, Mode.CONTEXT)
 
 
 def test_what_another_conversation_adds_to_ours_is_not_saved(chat_model, sessions):
@@ -82,8 +83,8 @@ def test_what_another_conversation_adds_to_ours_is_not_saved(chat_model, session
     said = Conversation("Be brief.", (replace(QUESTION, answer="i j k"),))
     messages = said.plus(Turn("my secret")).messages
     list(model.chat_turn(messages, max_tokens=2, temperature=0.0))
-    cached = model.detokenize(model.input_ids[: model.n_tokens].tolist())
-    assert b"my secret" in cached
+    cached = model.detokenize(model.cache.tokens.tolist())
+    assert "my secret" in cached
     sessions.save("talk", model, said)
     text = cached_text(sessions, model)
     assert text.endswith(QUESTION.question + "\nassistant:") and "my secret" not in text
@@ -98,17 +99,17 @@ def test_an_answer_is_saved_to_its_end(chat_model, sessions, stops, answer):
     session = ChatSession(model)
     options = {"stops": stops, "grammar": 'root ::= "hello world"'}
     assert session.chat(QUESTION.question, temperature=0.0, **options).text == answer
-    n_tokens = model.n_tokens
+    n_tokens = model.cache.n_tokens
     sessions.save("talk", model, session.conversation)
     assert cached_text(sessions, model).endswith(f"assistant:{answer.rstrip()}")
-    assert (model.n_tokens < n_tokens) == bool(stops), "a stop string's beginning is dropped"
+    assert (model.cache.n_tokens < n_tokens) == bool(stops), "a stop string's beginning is dropped"
 
 
 def cached_text(sessions: Sessions, model: PopModel) -> str:
     """What the K/V that were saved as talk belong to."""
     with zipfile.ZipFile(sessions.path("talk")) as archive:
         tokens = np.load(io.BytesIO(archive.read("tokens.npy")))
-    return model.detokenize(tokens.tolist(), special=True).decode(errors="replace")
+    return text_of(model, tokens.tolist())
 
 
 @pytest.mark.parametrize("other", ["model", "boundary", "context"])
@@ -128,7 +129,7 @@ def test_k_v_of_something_else_are_not_used(chat_model, sessions, tmp_path, othe
     restored = sessions.load("talk", different)
     assert reason in restored.reread
     assert restored.session.conversation == said
-    assert different.n_tokens == 0
+    assert different.cache.n_tokens == 0
 
 
 def test_another_boundary_of_the_same_file_reads_again(chat_model, sessions):
@@ -137,13 +138,13 @@ def test_another_boundary_of_the_same_file_reads_again(chat_model, sessions):
     sessions.save("talk", model, said)
     model.set_boundary(6)
     assert "boundary 5" in sessions.load("talk", model).reread
-    assert model.n_tokens == 0
+    assert model.cache.n_tokens == 0
 
 
 def test_another_backend_reads_again(chat_model, sessions, monkeypatch):
     model = opened(chat_model)
     sessions.save("talk", model, answered(model, QUESTION))
-    monkeypatch.setattr("pop_local.engine.sessions.session_file.llama_cpp.__version__", "9.9.9")
+    monkeypatch.setattr("pop_local.engine.llama.backend.version", lambda: "9.9.9")
     assert "backend" in sessions.load("talk", model).reread
 
 

@@ -120,7 +120,7 @@ def test_set_refuses_nonsense(line, answer):
 
 def test_model_is_shown_and_changed_in_mid_conversation():
     model, other = ScriptedModel(["One.", STATS]), ScriptedModel(["Two.", STATS], n_ctx=2048)
-    other.model_path = "other.gguf"
+    other.path = "other.gguf"
     shown = talk(model, "hi", "/pop off", "/model other", "go on", others={"other": other})
     assert shown[6:10] == [
         "> /model other",
@@ -144,7 +144,7 @@ def test_a_model_may_be_given_as_a_file_may(tmp_path, monkeypatch):
 
 def test_a_base_model_is_warned_of():
     other = ScriptedModel()
-    del other.metadata["tokenizer.chat_template"]
+    other.prompter.has_template = False
     shown = talk(ScriptedModel(), "/model other", others={"other": other})
     assert shown[1].startswith("* This is a base model without a chat template")
 
@@ -167,9 +167,9 @@ def test_a_larger_context_is_of_the_model_that_was_taken():
 
 def test_a_model_that_cannot_be_pruned_switches_nothing_off():
     plain, other = ScriptedModel(), ScriptedModel()
-    plain.boundary, plain.pop_mode = 0, Mode.OFF
+    plain.boundary, plain.mode = 0, Mode.OFF
     talk(plain, "/model other", others={"other": other})
-    assert other.pop_mode is Mode.CONTEXT
+    assert other.mode is Mode.CONTEXT
 
 
 def test_a_model_that_is_not_there_leaves_the_one_that_is():
@@ -324,7 +324,7 @@ def test_nothing_is_dropped_unasked():
 def test_a_switch_is_kept_by_a_larger_context(switch, mode):
     """Whatever its command line says: --no-pop opens each model with pruning off."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
-    larger.pop_mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
+    larger.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
     shown = talk(model, f"/pop {switch}", "a " * 13, "l", sampling={}, others={1024: larger})
-    assert larger.pop_mode is mode
+    assert larger.mode is mode
     assert shown[-2:] == ["z", STATS_LINE]

@@ -3,15 +3,15 @@
 from typing import Any
 
 import pytest
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from pop_local.base.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.engine import templates
-from pop_local.engine.chat_model import _without_system
 from pop_local.engine.images.pictures import picture_of
-from pop_local.engine.llama.upstream import Jinja2ChatFormatter
 from pop_local.engine.model import PopModel
-from pop_local.engine.templates import LimitedChatFormatter
+from pop_local.engine.prompt import templates
+from pop_local.engine.prompt.prompter import _without_system
+from pop_local.engine.prompt.templates import Template
 from pop_local.engine.turn import Message
 from support.seeing import png
 from support.synthetic import make_gguf
@@ -46,11 +46,18 @@ WILD = {
 }
 
 
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory):
+    path = make_gguf(tmp_path_factory.mktemp("vocab") / "model.gguf", "llama")
+    with LoadedModel(path, n_threads=1) as model:
+        yield model.vocab
+
+
 @pytest.mark.parametrize("template", FAIR)
-def test_the_prompt_is_what_llama_cpp_makes(template):
-    made = (kind(template, "</s>", "<s>") for kind in (LimitedChatFormatter, Jinja2ChatFormatter))
-    ours, theirs = (formatter(messages=MESSAGES).prompt for formatter in made)  # type: ignore[arg-type]
-    assert ours == theirs != ""
+def test_the_prompt_is_what_llama_cpp_makes(template, vocab):
+    ours = Template(template, vocab)
+    theirs = Jinja2ChatFormatter(template, ours._eos, ours._bos)
+    assert ours.render(MESSAGES) == theirs(messages=MESSAGES).prompt != ""  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -63,12 +70,11 @@ def hurried(monkeypatch):
 
 
 @pytest.mark.parametrize("template", WILD, ids=lambda template: template[:30])
-def test_a_wild_template_is_an_error_of_its_model_alone(hurried, tmp_path, template):
+def test_a_wild_template_is_an_error_of_its_model_alone(hurried, tmp_path, template, vocab):
     path = make_gguf(tmp_path / "wild.gguf", "llama", chat_template=template)
     with pytest.raises(PopError, match=f"chat template .*{WILD[template]}"):
         PopModel(path, n_threads=1, n_ctx=128).chat("hello")
-    fair = LimitedChatFormatter(FAIR[0], "</s>", "<s>")
-    assert "Be brief." in fair(messages=MESSAGES).prompt  # type: ignore[arg-type]
+    assert "Be brief." in Template(FAIR[0], vocab).render(MESSAGES)
 
 
 @pytest.mark.parametrize("of_system", ["{{ raise_exception('no system') }}", "{% continue %}"])
@@ -123,11 +129,11 @@ def test_what_goes_beyond_its_limits_is_an_error_of_a_fit(hurried, tmp_path):
         _ = model.before_question
 
 
-def test_an_interrupted_render_is_not_the_answer_to_the_next(monkeypatch):
-    formatter = LimitedChatFormatter("{{ messages[0].content }}", "", "")
+def test_an_interrupted_render_is_not_the_answer_to_the_next(monkeypatch, vocab):
+    template = Template("{{ messages[0].content }}", vocab)
 
     def ask(content: str) -> str:
-        return str(formatter(messages=[{"role": "user", "content": content}]).prompt)
+        return template.render([{"role": "user", "content": content}])
 
     assert ask("one") == "one"
 

@@ -10,6 +10,7 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
+from support.calls import append
 from support.synthetic import make_gguf
 from support.talking import ask
 
@@ -45,14 +46,14 @@ def test_progress_counts_the_tokens_that_are_not_cached(model):
 
 
 def test_whoever_watches_the_model_stops_more_than_the_answer(model):
-    with model.watching_prefill(None, lambda: True):
+    with model.context.interrupt.stopped_by(lambda: True):
         with pytest.raises(StoppedError):
             ask(model, QUESTION)
         _, stats = ask(model, QUESTION, should_stop=lambda: False, max_tokens=1)
         with pytest.raises(StoppedError):
-            model.eval([1, 2])
+            append(model, [1, 2])
     assert stats.n_decoded == 1
-    model.eval([1, 2])
+    append(model, [1, 2])
 
 
 def test_an_answer_ends_at_its_limit_and_at_a_stop_string(model):
@@ -67,7 +68,7 @@ def test_an_answer_ends_where_the_context_does(chat_model):
     small = PopModel(chat_model, n_ctx=256, n_threads=1)
     _, stats = ask(small, Message("user", "Who?"), max_tokens=None)
     assert stats.finish_reason == "length"
-    assert stats.n_prompt + stats.n_decoded == small.n_ctx()
+    assert stats.n_prompt + stats.n_decoded == small.n_ctx
 
 
 def test_a_prompt_beyond_the_context_says_so(model):
@@ -93,17 +94,17 @@ def test_an_answer_that_is_abandoned_leaves_the_model_usable(model):
 
 def test_a_prefill_that_is_stopped_has_its_figures_and_leaves_the_model_usable(model):
     expected, _ = ask(model, QUESTION)
-    model.clear()
+    model.cache.clear()
     asked = 0
 
     def in_the_second_batch() -> bool:
         nonlocal asked
-        asked += model.n_tokens >= 64
+        asked += model.cache.n_tokens >= 64
         return asked > 50
 
     text, stats = ask(model, QUESTION, should_stop=in_the_second_batch)
     assert (text, stats.finish_reason, stats.n_decoded) == ("", "interrupted", 0)
-    assert model.n_tokens == 64
+    assert model.cache.n_tokens == 64
     assert ask(model, QUESTION)[0] == expected
 
 
@@ -125,10 +126,10 @@ def test_a_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
     expected, whole = ask(model, QUESTION)
     longer = [QUESTION, Message("assistant", expected), QUESTION]
     expected_later, later = ask(model, *longer)
-    model.clear()
+    model.cache.clear()
     n = whole.n_prompt
-    text, stats = ask(model, QUESTION, should_stop=lambda: model.n_tokens == n)
-    assert (text, stats.finish_reason, model.n_tokens) == ("", "interrupted", n)
+    text, stats = ask(model, QUESTION, should_stop=lambda: model.cache.n_tokens == n)
+    assert (text, stats.finish_reason, model.cache.n_tokens) == ("", "interrupted", n)
     text, stats = ask(model, QUESTION)
     assert (text, stats.n_cached) == (expected, n)
     text, stats = ask(model, *longer)
@@ -137,7 +138,7 @@ def test_a_stop_right_after_the_last_batch_keeps_the_whole_prompt(model):
 
 def test_ctrl_c_right_after_the_last_batch_keeps_the_whole_prompt(model):
     expected, whole = ask(model, QUESTION)
-    model.clear()
+    model.cache.clear()
 
     def press(done: int, total: int) -> None:
         if done == total:
@@ -145,7 +146,7 @@ def test_ctrl_c_right_after_the_last_batch_keeps_the_whole_prompt(model):
 
     with pytest.raises(KeyboardInterrupt):
         ask(model, QUESTION, on_prefill=press)
-    assert model.n_tokens == whole.n_prompt
+    assert model.cache.n_tokens == whole.n_prompt
     text, stats = ask(model, QUESTION)
     assert (text, stats.n_cached) == (expected, whole.n_prompt)
 
@@ -153,7 +154,7 @@ def test_ctrl_c_right_after_the_last_batch_keeps_the_whole_prompt(model):
 def test_an_answer_does_not_go_on_over_an_emptied_cache(model):
     chunks = model.chat_turn([QUESTION], temperature=0.0, max_tokens=12)
     next(chunks)
-    model.set_pop(Mode.OFF)
+    model.set_mode(Mode.OFF)
     with pytest.raises(PopError, match="emptied"):
         list(chunks)
 

@@ -63,11 +63,11 @@ def test_who_says_nothing_to_one_is_not_asked_about_the_next(model, tmp_path):
 
 def test_a_mode_that_comes_back_with_a_conversation_is_said(model, tmp_path):
     talked(model, tmp_path, "my question", SystemExit(143))
-    model.set_pop(Mode.OFF)
+    model.set_mode(Mode.OFF)
     try:
         shown = talked(model, tmp_path, "g", "/exit")
     finally:
-        model.set_pop(Mode.CONTEXT)
+        model.set_mode(Mode.CONTEXT)
     assert "# Pruning is on: context tokens skip the layers from 5 on." in shown
 
 

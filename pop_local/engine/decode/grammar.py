@@ -1,7 +1,6 @@
 """Grammars that keep an answer to a form: GBNF, from a JSON schema too, and a safe sampler."""
 
 import base64
-import ctypes
 import json
 import re
 import threading
@@ -14,7 +13,6 @@ import numpy as np
 from pop_local.base.errors import PopError
 from pop_local.engine.decode import grammar_child
 from pop_local.engine.limited.process import BeyondLimitsError, LimitedProcess, RefusedError
-from pop_local.engine.llama.backend import bindings
 
 ROOT = "root"
 # A stopping server waits for a call to end, but not long.
@@ -153,49 +151,36 @@ def _refuse_large(text: str) -> None:
         )
 
 
-class GrammarSampler:
-    """Lets through what the grammar allows, then leaves the choice to a llama_cpp sampler chain.
+class GrammarConstraint:
+    """Which tokens a GBNF grammar allows, by llama.cpp's own code in a child process.
 
     In llama.cpp's own chain a grammar that does not parse, or that allows no token, ends the
     process.
     """
 
-    def __init__(self, grammars: Grammars, n_vocab: int, grammar: Any, chain: Any) -> None:
-        _refuse_large(grammar._grammar)
-        self._api = bindings()
-        self._chain = chain
-        self._candidates = np.empty(n_vocab, dtype=grammar_child.CANDIDATE)
-        self._ids = np.arange(n_vocab, dtype=np.int32)
+    def __init__(self, grammars: Grammars, n_vocab: int, grammar: str) -> None:
+        _refuse_large(grammar)
+        self._n_vocab = n_vocab
         self._last: int | None = None
         self._grammars = grammars
         self._child: _Child | None = grammars.take()
-        self._child.call("start", grammar._grammar, grammar._root)
+        self._child.call("start", grammar, ROOT)
 
-    def sample(self, context: Any, row: int = -1) -> int:
-        """Raises GrammarError when no token may follow."""
-        n_vocab = len(self._ids)
+    def allowed(self) -> np.ndarray:
+        """Return bool [n_vocab]. Raises GrammarError when no token may follow."""
         assert self._child is not None
         bits = np.frombuffer(base64.b64decode(self._child.call("allowed", self._last)), np.uint8)
-        is_allowed = np.unpackbits(bits, count=n_vocab).astype(bool)
+        is_allowed = np.unpackbits(bits, count=self._n_vocab).astype(bool)
         if not is_allowed.any():
             raise GrammarError("the grammar allows no token here")
-        logits = np.ctypeslib.as_array(self._api.llama_get_logits_ith(context.ctx, row), (n_vocab,))
-        self._candidates["id"] = self._ids
-        self._candidates["logit"] = np.where(is_allowed, logits, -np.inf)
-        self._candidates["p"] = 0
-        data = self._candidates.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
-        array = self._api.llama_token_data_array(data, n_vocab, -1, False)
-        self._api.llama_sampler_apply(self._chain.sampler, ctypes.byref(array))
-        self._last = int(array.data[array.selected].id)
-        self._api.llama_sampler_accept(self._chain.sampler, self._last)
-        return self._last
+        return is_allowed
+
+    def accept(self, token: int) -> None:
+        """Go on after a token."""
+        self._last = token
 
     def close(self) -> None:
+        """Give the process back."""
         if self._child is not None:
             self._grammars.give_back(self._child)
             self._child = None
-
-    def __del__(self) -> None:
-        # Also after a failed __init__.
-        if hasattr(self, "_child"):
-            self.close()

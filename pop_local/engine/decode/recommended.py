@@ -4,8 +4,8 @@ Names as in llama.cpp's src/llama-arch.cpp; older files have none, and TurnOptio
 """
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+
+from pop_converter.gguf.header import Header
 
 _OPTIONS = {
     "general.sampling.temp": ("temperature", float),
@@ -16,12 +16,11 @@ _OPTIONS = {
 }
 
 
-def recommended(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Fields of TurnOptions, from keys and values as text; what is no sensible number is left."""
-    found = {}
+def recommended(header: Header) -> dict[str, float]:
+    """Return fields of TurnOptions; what is no sensible number is left out."""
+    found: dict[str, float] = {}
     for key, (option, kind) in _OPTIONS.items():
-        with suppress(ValueError):
-            value = float(metadata.get(key, ""))
-            if math.isfinite(value) and value >= 0:
-                found[option] = kind(value)
+        value = header.get(key)
+        if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+            found[option] = kind(value)
     return found

@@ -3,7 +3,8 @@
 import statistics
 import time
 
-from pop_local.engine.depth.passes import DeepPasses
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.depth.passes import deepen
 from pop_local.engine.depth.select import best_rows, spread
 from pop_local.engine.llama import backend
 
@@ -22,32 +23,32 @@ class OnlineRefill:
     decoding is bound by memory that is some; where it computes at the machine's limit, none.
     """
 
-    def __init__(self, passes: DeepPasses, n_rows: int | None) -> None:
-        self._passes = passes
+    def __init__(self, cache: KvCache, n_rows: int | None) -> None:
+        self._cache = cache
         self.n_rows = n_rows
         self._steps_s: list[float] = []
         self._before_s = 0.0
         self._begun = -1
 
-    def before(self, position: int) -> None:
-        """To be called before the token at this position is decoded.
+    def before_row(self, row: int) -> None:
+        """To be called before the token of an answer at this row is decoded.
 
-        Raises PopError and StoppedError as `DeepPasses.run` does.
+        Raises PopError and StoppedError as `deepen` does.
         """
         if self.n_rows is None:
             self._time()
         if not self.n_rows:
             return
-        if 0 <= self._begun < position:
-            self._run_best(position, self.n_rows)
-        if self._begun < 0 or position - self._begun >= N_ASKING:
-            backend.set_question(self._passes.ctx, position)
-            self._begun = position
+        if 0 <= self._begun < row:
+            self._run_best(row, self.n_rows)
+        if self._begun < 0 or row - self._begun >= N_ASKING:
+            backend.set_question(self._cache.context.ctx, row)
+            self._begun = row
 
     def end(self) -> None:
         """The answer is written."""
-        if self._begun >= 0:
-            backend.set_question(self._passes.ctx, -1)
+        if self._begun >= 0 and not self._cache.context.is_closed:
+            backend.set_question(self._cache.context.ctx, -1)
         self._begun = -1
         self._before_s = 0.0
 
@@ -58,14 +59,24 @@ class OnlineRefill:
             self._steps_s.append(now_s - before_s)
         if len(self._steps_s) == _N_TIMED:
             step_s = statistics.median(self._steps_s)
-            trial_s = self._passes.try_out(_N_TRIAL)
+            trial_s = self._try_out()
             if trial_s:
                 self.n_rows = int(_N_TRIAL * MAX_SLOWDOWN * step_s / trial_s)
             self._steps_s.clear()
 
+    def _try_out(self) -> float:
+        """Run the next rows that are not exact; returns its seconds, 0 for too few."""
+        rows = self._cache.rows
+        first = rows.n_exact
+        if not rows.has_state[first : first + _N_TRIAL].all():
+            return 0.0
+        started_s = time.perf_counter()
+        deepen(self._cache, range(first, first + _N_TRIAL))
+        return time.perf_counter() - started_s
+
     def _run_best(self, n_cached: int, n_rows: int) -> None:
-        rows = self._passes.rows
+        rows = self._cache.rows
         may_be = rows.has_state[:n_cached] & ~rows.is_full[:n_cached]
         if may_be.any():
-            scores = spread(backend.get_scores(self._passes.ctx, n_cached))
-            self._passes.run(best_rows(scores, may_be, n_rows).tolist())
+            scores = spread(backend.get_scores(self._cache.context.ctx, n_cached))
+            deepen(self._cache, best_rows(scores, may_be, n_rows).tolist())

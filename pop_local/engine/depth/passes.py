@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from pop_local.base.errors import StoppedError
-from pop_local.engine.depth.rows import CachedRows
+from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.interrupt import Interrupt
 
 # How long a chunk of refilling takes. On the CPU the abort callback ends it between two nodes, and
 # only its work is lost; a device computes it to its end while a question waits.
@@ -18,64 +16,49 @@ CHUNK_ON_DEVICE_S = 0.2
 _FIRST_CHUNK = 64
 
 
+def deepen(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> None:
+    """Run these ascending rows deep, with the logits of the last one if asked for.
+
+    Raises PopError where the backend refuses; when interrupted, StoppedError or whatever Ctrl-C
+    raises.
+    """
+    context = cache.context
+    cache.has_logits = False
+    for start in range(0, len(rows), context.n_ubatch):
+        piece = rows[start : start + context.n_ubatch]
+        at_end = start + len(piece) == len(rows)
+        with context.interrupt.watching(context.ctx):
+            if backend.deepen(context.ctx, np.asarray(piece, np.int32), logits=logits and at_end):
+                cache.rows.deepened(piece)
+            context.interrupt.check()
+    cache.has_logits = logits
+
+
 class DeepPasses:
-    """Runs them on the rows of one context, `n_ubatch` rows at the most in each."""
+    """Gives the rows of a cache their depth in order, in chunks as long as their time allows."""
 
-    def __init__(
-        self, ctx: Any, rows: CachedRows, interrupt: Interrupt, n_ubatch: int, *, on_device: bool
-    ) -> None:
-        self.ctx = ctx
-        self.rows = rows
-        self._interrupt = interrupt
-        self._n_ubatch = n_ubatch
-        self._chunk_s = CHUNK_ON_DEVICE_S if on_device else CHUNK_S
-        self._chunk = min(_FIRST_CHUNK, n_ubatch)
-
-    def run(self, positions: Sequence[int], *, logits: bool = False) -> None:
-        """Run the rows at these ascending positions, with the logits of the last one if asked for.
-
-        Raises PopError where the backend refuses; when interrupted, StoppedError or whatever Ctrl-C
-        raises.
-        """
-        for start in range(0, len(positions), self._n_ubatch):
-            piece = positions[start : start + self._n_ubatch]
-            at_end = start + len(piece) == len(positions)
-            with self._interrupt.watching(self.ctx):
-                rows = np.asarray(piece, np.int32)
-                if backend.deepen(self.ctx, rows, logits=logits and at_end):
-                    self.rows.deepened(piece)
-                self._interrupt.check()
-
-    def try_out(self, n_rows: int) -> float:
-        """Run the next rows that are not exact; returns its seconds, 0 for too few."""
-        first = self.rows.n_exact
-        if not self.rows.has_state[first : first + n_rows].all():
-            return 0.0
-        started_s = time.perf_counter()
-        self.run(range(first, first + n_rows))
-        return time.perf_counter() - started_s
+    def __init__(self, cache: KvCache) -> None:
+        self.cache = cache
+        self._chunk_s = CHUNK_ON_DEVICE_S if cache.context.on_device else CHUNK_S
+        self._chunk = min(_FIRST_CHUNK, cache.context.n_ubatch)
 
     def refill(
         self, n_rows: int, should_stop: Callable[[], bool] | None, on_chunk: Callable[[], None]
     ) -> None:
-        """Make the first `n_rows` exact, in order, until `should_stop` says so.
-
-        Chunks are as large as their time allows, as measured by those before.
-        """
-        before, self._interrupt.should_stop = self._interrupt.should_stop, should_stop
+        """Make the first `n_rows` exact, in order, until `should_stop` says so."""
+        rows, interrupt = self.cache.rows, self.cache.context.interrupt
         try:
-            while self.rows.n_exact < n_rows and not (should_stop is not None and should_stop()):
-                first = self.rows.n_exact
-                piece = range(first, min(first + self._chunk, n_rows))
-                started_s = time.perf_counter()
-                self.run(piece)
-                self._adapt(len(piece), time.perf_counter() - started_s)
-                on_chunk()
+            with interrupt.stopped_by(should_stop):
+                while rows.n_exact < n_rows and not (should_stop is not None and should_stop()):
+                    first = rows.n_exact
+                    piece = range(first, min(first + self._chunk, n_rows))
+                    started_s = time.perf_counter()
+                    deepen(self.cache, piece)
+                    self._adapt(len(piece), time.perf_counter() - started_s)
+                    on_chunk()
         except StoppedError:
             return
-        finally:
-            self._interrupt.should_stop = before
 
     def _adapt(self, n_rows: int, took_s: float) -> None:
         wanted = int(n_rows * self._chunk_s / max(took_s, 1e-6))
-        self._chunk = max(1, min(wanted, 2 * self._chunk, self._n_ubatch))
+        self._chunk = max(1, min(wanted, 2 * self._chunk, self.cache.context.n_ubatch))

@@ -26,6 +26,9 @@ class Selection:
     n_deep: int = 0
 
 
+NONE_SELECTED = Selection()
+
+
 def select_rows(
     scores: np.ndarray, tokens: np.ndarray, question: Sequence[int], may_be: np.ndarray, n: int
 ) -> np.ndarray:

@@ -1,25 +1,22 @@
-"""An mmproj, the eye of a vision-language model: pictures to ids, ids to rows of embeddings.
+"""An mmproj, the eye of a vision-language model: pictures to rows of embeddings.
 
-Bindings are llama_cpp's own of libmtmd. An image's rows are numbers below zero among the tokens of
-a prompt, made from a hash of the mmproj, the picture and the row; so equal prompts have equal
-tokens, and whatever finds cached K/V by them needs to know nothing of images.
+Bindings are llama_cpp's own of libmtmd. An image takes rows of a prompt, which
+have NO_TOKEN among its tokens; by its key cached rows are found again.
 """
 
 import ctypes
 import functools
-import hashlib
 import os
 import re
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -33,7 +30,9 @@ from pop_local.models.mmproj import ARCHITECTURE
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Of pictures whose ids are known, so that a conversation's are not cut up for each question.
+# Stands for a row of an image (LLAMA_TOKEN_NULL).
+NO_TOKEN = -1
+# Rows of pictures that are known, so that a conversation's are not cut up for each question.
 _KNOWN_ROWS = 1 << 16
 # Each layer has the same of these.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
@@ -45,28 +44,36 @@ _NODES_AT_ONCE = 32
 class ImageChunk:
     """A piece of a picture as the model sees it; some models cut one into several.
 
-    `number`: among libmtmd's chunks of the picture. `ids` stand for its rows among the tokens.
+    `number`: among libmtmd's chunks of the picture. `key` tells its rows from those of others.
     `n_pos`: by how many positions what follows is further on. `is_mutual`: its rows see each other,
     so they are decoded at once.
     """
 
+    picture: Picture
     number: int
-    ids: tuple[int, ...]
+    key: str
+    n_rows: int
     n_pos: int
     is_mutual: bool
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.ids)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture as the model sees it: ids of rows, and the tokens that the model wants around."""
+    """A picture as the model sees it: rows of images, and the tokens that the model wants around.
 
-    picture: Picture
+    `images`: by the offset among `tokens` where each begins.
+    """
+
     tokens: tuple[int, ...]
-    images: tuple[ImageChunk, ...]
+    images: Mapping[int, ImageChunk]
+
+
+@dataclass(frozen=True)
+class ImageRead:
+    """The code that llama_decode returned for an image, -1 where encoding was ended."""
+
+    code: int
+    encode_s: float
 
 
 class _Cut:
@@ -110,14 +117,10 @@ class Mmproj:
         self._should_stop = should_stop
         self._was_stopped = False
         self._raised: BaseException | None = None
-        self._encode_s = 0.0
         self._n_nodes = 0
         self._ctx: Any = None
         self._lock = threading.RLock()
-        self._known: OrderedDict[str, tuple[tuple[int, ...], tuple[ImageChunk, ...]]]
-        self._known = OrderedDict()
-        # By the picture's hash, and by the first id of each of its images.
-        self._alive: WeakValueDictionary[str | int, Seen] = WeakValueDictionary()
+        self._known: OrderedDict[str, Seen] = OrderedDict()
         self._last: _Cut | None = None
 
     def open(self, model: Any, n_threads: int) -> "Self":
@@ -158,7 +161,7 @@ class Mmproj:
         )
 
     def see(self, picture: Picture) -> Seen:
-        """Cut a picture up as the model wants it; whoever decodes it keeps what is returned.
+        """Cut a picture up as the model wants it.
 
         Raises PopError for a damaged picture, and for one that the model cannot be shown.
         """
@@ -167,49 +170,28 @@ class Mmproj:
             self._known[picture.sha256] = known
             while len(self._known) > 1 and self._n_known() > _KNOWN_ROWS:
                 self._known.popitem(last=False)
-            seen = self._alive.setdefault(picture.sha256, Seen(picture, *known))
-            for image in seen.images:
-                self._alive[image.ids[0]] = seen
-        return seen
+        return known
 
     def _n_known(self) -> int:
-        return sum(len(tokens) for tokens, _ in self._known.values())
+        return sum(len(seen.tokens) for seen in self._known.values())
 
-    def _seen(self, token: int) -> Seen:
-        seen = self._alive.get(int(token))
-        if seen is None:
-            raise PopError("the prompt has an image that this model was not given")
-        return seen
-
-    def image_at(self, tokens: Sequence[int]) -> ImageChunk:
-        """Return the image that `tokens` begin with. Raises PopError for one nobody keeps."""
-        images = self._seen(tokens[0]).images
-        image = next(one for one in images if one.ids[0] == tokens[0])
-        if tuple(tokens[: image.n_rows]) != image.ids:
-            raise PopError("the prompt has a part of an image")
-        return image
-
-    def decode(self, ctx: Any, image: ImageChunk, pos: int, n_batch: int) -> int:
-        """Encode an image and decode its rows from position `pos` on, in sequence 0.
-
-        Returns what llama_decode returns. When `should_stop` ended the encoding, that is -1.
-        """
+    def decode(self, ctx: Any, image: ImageChunk, pos: int, n_batch: int) -> ImageRead:
+        """Encode an image and decode its rows from position `pos` on, in sequence 0."""
         mtmd = self._mtmd
         started_s = time.perf_counter()
-        cut = self._cut_of(image)
+        cut = self._cut_up(image.picture)
         is_encoded = self._encode(cut[image.number])
-        self._encode_s += time.perf_counter() - started_s
+        encode_s = time.perf_counter() - started_s
         if not is_encoded:
-            return -1
+            return ImageRead(-1, encode_s)
         after = ctypes.c_int32()
         nobody = mtmd.mtmd_helper_post_decode_callback(0)
         embeddings = mtmd.mtmd_get_output_embd(self._ctx)
-        return int(
-            mtmd.mtmd_helper_decode_image_chunk(
-                *(self._ctx, ctx, cut[image.number], embeddings, pos, 0, n_batch),
-                *(ctypes.byref(after), nobody, None),
-            )
+        code = mtmd.mtmd_helper_decode_image_chunk(
+            *(self._ctx, ctx, cut[image.number], embeddings, pos, 0, n_batch),
+            *(ctypes.byref(after), nobody, None),
         )
+        return ImageRead(int(code), encode_s)
 
     def embedded(self, image: ImageChunk) -> np.ndarray:
         """Return what the encoder makes of an image, float32 [n_rows, n_embd_inp].
@@ -217,7 +199,7 @@ class Mmproj:
         Raises PopError where it fails, StoppedError where `should_stop` ended it.
         """
         logs.forget_errors()
-        if not self._encode(self._cut_of(image)[image.number]):
+        if not self._encode(self._cut_up(image.picture)[image.number]):
             if self._was_stopped:
                 raise StoppedError
             raise PopError(logs.first_error() or "the image cannot be encoded")
@@ -241,16 +223,11 @@ class Mmproj:
         """
         if not self._mtmd.mtmd_decode_use_mrope(self._ctx):
             return first + np.arange(image.n_rows, dtype=np.int32)[None]
-        cut = self._cut_of(image)
+        cut = self._cut_up(image.picture)
         shown = self._mtmd.mtmd_input_chunk_get_tokens_image(cut[image.number])
         at = self._mtmd.mtmd_image_tokens_get_decoder_pos
         rows = [at(shown, first, row) for row in range(image.n_rows)]
         return np.array([[p.t, p.y, p.x, p.z] for p in rows], np.int32).T
-
-    def take_encode_s(self) -> float:
-        """How long encoding took, in seconds, since this was asked before."""
-        taken_s, self._encode_s = self._encode_s, 0.0
-        return taken_s
 
     def close(self) -> None:
         with self._lock:
@@ -272,9 +249,6 @@ class Mmproj:
         except BaseException as error:  # ctypes would drop it
             self._was_stopped, self._raised = True, error
         return not self._was_stopped
-
-    def _cut_of(self, image: ImageChunk) -> _Cut:
-        return self._cut_up(self._seen(image.ids[0]).picture)
 
     def _cut_up(self, picture: Picture) -> _Cut:
         """The last picture is kept cut up: it is likely to be decoded next, piece by piece."""
@@ -303,40 +277,40 @@ class Mmproj:
             mtmd.mtmd_bitmap_free(bitmap)
         return cut
 
-    def _pieces(self, picture: Picture) -> tuple[tuple[int, ...], tuple[ImageChunk, ...]]:
+    def _pieces(self, picture: Picture) -> Seen:
         mtmd = self._mtmd
         tokens: list[int] = []
-        images: list[ImageChunk] = []
+        images: dict[int, ImageChunk] = {}
         cut = self._cut_up(picture)
         for number in range(len(cut)):
             chunk = cut[number]
             if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-                n = ctypes.c_size_t()
-                words = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
-                found = words[: n.value]
-                if min(found, default=0) < 0:
-                    raise PopError(
-                        f"the model lacks tokens that {self.path} puts around images",
-                        "give the mmproj that was published with it",
-                    )
-                tokens += found
+                tokens += self._words(chunk)
                 continue
             n_rows = int(mtmd.mtmd_input_chunk_get_n_tokens(chunk))
-            image = ImageChunk(
-                number,
-                self._ids(picture, len(tokens), n_rows),
-                int(mtmd.mtmd_input_chunk_get_n_pos(chunk)),
-                bool(mtmd.mtmd_decode_use_non_causal(self._ctx, chunk)),
+            images[len(tokens)] = ImageChunk(
+                picture=picture,
+                number=number,
+                # The number of rows depends on `max_tokens`.
+                key=f"{self.key} {picture.sha256} {number} {n_rows}",
+                n_rows=n_rows,
+                n_pos=int(mtmd.mtmd_input_chunk_get_n_pos(chunk)),
+                is_mutual=bool(mtmd.mtmd_decode_use_non_causal(self._ctx, chunk)),
             )
-            images.append(image)
-            tokens += image.ids
-        return tuple(tokens), tuple(images)
+            tokens += [NO_TOKEN] * n_rows
+        return Seen(tuple(tokens), images)
 
-    def _ids(self, picture: Picture, offset: int, n_rows: int) -> tuple[int, ...]:
-        """Numbers from -2**31 to -1; `n_rows` is part of them, since it depends on `max_tokens`."""
-        seed = f"{self.key} {picture.sha256} {offset} {n_rows}".encode()
-        raw = np.frombuffer(hashlib.shake_256(seed).digest(4 * n_rows), np.dtype("<u4"))
-        return tuple((-1 - (raw >> 1).astype(np.int64)).tolist())
+    def _words(self, chunk: Any) -> list[int]:
+        """The tokens that the model wants around images."""
+        n = ctypes.c_size_t()
+        words = self._mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
+        found: list[int] = words[: n.value]
+        if min(found, default=0) < 0:
+            raise PopError(
+                f"the model lacks tokens that {self.path} puts around images",
+                "give the mmproj that was published with it",
+            )
+        return found
 
 
 def fingerprint(path: Path) -> str:

@@ -120,6 +120,14 @@ def bindings() -> ModuleType:
     return llama_cpp
 
 
+def version() -> str:
+    """The version of llama_cpp."""
+    bindings()
+    import llama_cpp
+
+    return str(llama_cpp.__version__)
+
+
 def library_abi() -> int | None:
     """The version of the C ABI that the loaded library has; None when it is not patched."""
     function = getattr(bindings()._lib, "llama_pop_abi", None)

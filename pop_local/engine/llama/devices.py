@@ -58,10 +58,8 @@ class BackendInfo:
 def describe_backend() -> BackendInfo:
     """Works with an unpatched library too. Raises PopError when there is none at all."""
     llama_cpp = backend.bindings()
-    import llama_cpp as package
-
     return BackendInfo(
-        version=package.__version__,
+        version=backend.version(),
         library_path=Path(llama_cpp._lib._name),
         abi=backend.library_abi(),
         devices=devices(),

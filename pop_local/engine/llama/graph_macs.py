@@ -7,7 +7,7 @@ from typing import Any
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
-from pop_local.engine.llama import backend, logs, opening
+from pop_local.engine.llama import backend, loading, logs
 from pop_local.engine.llama.backend import Mode
 
 # Tokens that are counted at once; graphs of some recurrent layers grow with them.
@@ -74,19 +74,12 @@ class GraphMacs:
         return self._ctx
 
     def _opened(self) -> Any:
-        backend.require_patched()
         api, source = backend.bindings(), read_source(self._path)
         params = api.llama_model_default_params()
         params.no_alloc, params.load_mode = True, api.LLAMA_LOAD_MODE_NONE
         params.n_gpu_layers, params.use_extra_bufts = 0, False
-        logs.forget_errors()
-        api.llama_backend_init()
-        with opening.loading(source, self._sidecar, None):
-            model = api.llama_model_load_from_file(str(self._path).encode(), params)
-        if not model:
-            raise PopError(f"{self._path} cannot be opened: {logs.first_error()}")
-        backend.require_boundary(model, pop_of(source, self._sidecar))
-        return model
+        meta = pop_of(source, self._sidecar)
+        return loading.load_model(source, self._sidecar, meta, params, None)
 
     def close(self) -> None:
         """Free what was opened; the numbers stay."""

@@ -67,6 +67,16 @@ class Interrupt:
                 at_end()
             self._deliver()
 
+    @contextmanager
+    def stopped_by(self, should_stop: Callable[[], bool] | None) -> Iterator[None]:
+        """Ask this for a while; without one, whoever might stop it before still may."""
+        before = self.should_stop
+        self.should_stop = should_stop or before
+        try:
+            yield
+        finally:
+            self.should_stop = before
+
     def postponed(self, work: Callable[[], None]) -> bool:
         """Whether llama.cpp computes now: it is stopped then, and `work` is done at its end."""
         if self._is_watching:

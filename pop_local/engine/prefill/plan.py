@@ -1,25 +1,37 @@
-"""Which prompt rows run in full, in which pieces a prompt is decoded, what it may reuse.
+"""Which prompt rows run in full, and in which pieces a prompt is decoded.
 
 The backend's rule, by position: a row is full if its logits are requested, or it is one of the
 first `sink_tokens`, or it is at or past `full_from`; every other row stops at the boundary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.plan import TAIL_TOKENS
 from pop_local.engine.llama.batch import Outputs
 
 
 @dataclass(frozen=True)
 class RowRule:
-    """How many tokens at the two ends of a prompt are full; shorter prompts are full altogether."""
+    """How many tokens at the two ends of a prompt are full; shorter prompts are full altogether.
+
+    `select`: the share of context rows that run all layers, too, because the question needs them.
+    """
 
     sink_tokens: int = 1
     tail_tokens: int = TAIL_TOKENS
     min_prompt: int = 0
+    select: float = 0.0
+
+    @classmethod
+    def of(cls, meta: PopMeta | None) -> "RowRule":
+        """Return the rule of a file's keys, without its selection."""
+        if meta is None:
+            return cls()
+        return cls(meta.sink_tokens, meta.tail_tokens, meta.min_prompt)
 
 
 # Only rows whose logits are requested: where rows leave exactly, or get their depth later.
@@ -98,37 +110,3 @@ def full_rows(positions: np.ndarray, rule: RowRule, full_from: int, outputs: Out
     full |= outputs is Outputs.ALL
     full[-1] |= outputs is Outputs.LAST
     return full
-
-
-def images_in(tokens: Sequence[int], n_rows: Callable[[Sequence[int]], int]) -> Images:
-    """Find the images of a prompt: ids below zero; `n_rows` says of how many one begins."""
-    ids = np.asarray(tokens, dtype=np.int64)
-    found: list[tuple[int, int]] = []
-    for start in np.flatnonzero(ids < 0).tolist():
-        if not found or start >= found[-1][1]:
-            found.append((start, start + n_rows(tokens[start:])))
-    return found
-
-
-def text_from(tokens: Sequence[int]) -> int:
-    """Return where the text after a prompt's last image begins."""
-    rows = np.flatnonzero(np.asarray(tokens, dtype=np.int64) < 0)
-    return int(rows[-1]) + 1 if rows.size else 0
-
-
-def n_usable(tokens: Sequence[int], cached: np.ndarray, is_full: np.ndarray, rule: RowRule) -> int:
-    """How many cached rows the prompt `tokens` may reuse.
-
-    As many as it begins with, but no context row where the prompt's own tail must be full.
-    """
-    n_same = n_equal(tokens, cached)
-    tail_start = max(text_from(tokens), len(tokens) - rule.tail_tokens)
-    pruned = np.flatnonzero(~is_full[tail_start:n_same])
-    return tail_start + int(pruned[0]) if pruned.size else n_same
-
-
-def n_equal(tokens: Sequence[int], cached: np.ndarray) -> int:
-    """How many tokens both begin with."""
-    n = min(len(tokens), len(cached))
-    differ = np.flatnonzero(cached[:n] != np.asarray(tokens[:n], dtype=np.intc))
-    return int(differ[0]) if differ.size else n

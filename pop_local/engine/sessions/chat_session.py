@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from pop_local.base.errors import OutputExistsError, PopError
 from pop_local.engine.answer import Answering
-from pop_local.engine.chat_model import ChatModel
 from pop_local.engine.images.pictures import Picture, picture_of, read_picture
+from pop_local.engine.open_model import OpenModel
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import SUFFIX, Sessions, n_own_tokens
 from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
@@ -84,7 +84,7 @@ class ChatSession:
     """
 
     def __init__(
-        self, model: ChatModel, conversation: Conversation | None = None, *, reread: str = ""
+        self, model: OpenModel, conversation: Conversation | None = None, *, reread: str = ""
     ) -> None:
         """`reread`: why the conversation has to be read again, or nothing."""
         self.model = model
@@ -255,7 +255,7 @@ class ChatSession:
         return target
 
 
-def load_session(model: ChatModel, path: str | os.PathLike[str]) -> ChatSession:
+def load_session(model: OpenModel, path: str | os.PathLike[str]) -> ChatSession:
     """Go on with a saved conversation; the model takes over its pruning and its KV cache.
 
     Where these do not fit the model, `reread` says why, and the next question reads all of it.

@@ -16,7 +16,7 @@ from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
 # The head of an array as numpy writes one of one dimension; numpy's own reader would allocate what
 # a head asks for, and evaluates it.
 _NPY = re.compile(
@@ -36,9 +36,16 @@ class Fingerprint:
     mmproj: str = ""
 
 
+class OtherFormatError(Exception):
+    """A session of another version."""
+
+
 @dataclass(frozen=True)
 class Session:
-    """What a file holds besides the K/V; `mode` is the one that they were computed in."""
+    """What a file holds besides the K/V; `mode` is the one that they were computed in.
+
+    `images`: the key of each image by the row where it begins.
+    """
 
     name: str
     model: str
@@ -47,6 +54,7 @@ class Session:
     key: str
     fingerprint: Fingerprint
     conversation: Conversation
+    images: tuple[tuple[int, str], ...] = ()
 
 
 def encoded(session: Session) -> str:
@@ -62,11 +70,14 @@ ReadPicture = Callable[[str, str], Picture]
 
 
 def decoded(content: bytes, picture: ReadPicture) -> Session:
-    """Return the session in JSON. Raises ValueError or RecursionError for what is none."""
+    """Return the session in JSON.
+
+    Raises OtherFormatError, and ValueError or RecursionError for what is none.
+    """
     raw = _typed(json.loads(content), dict)
-    fields = _object(_upgraded(raw), Session, "format")
-    if fields["format"] != FORMAT:
-        raise ValueError("another format")
+    if (found := _typed(raw.get("format"), int)) != FORMAT:
+        raise OtherFormatError(f"it is of format {found}, this version reads format {FORMAT}")
+    fields = _object(raw, Session, "format")
     fingerprint = _object(fields["fingerprint"], Fingerprint)
     conversation = _object(fields["conversation"], Conversation)
     if _text(fields["mode"]) not in Mode.__members__:
@@ -87,21 +98,8 @@ def decoded(content: bytes, picture: ReadPicture) -> Session:
             _text(conversation["system"]),
             tuple(_turn(turn, picture) for turn in _typed(conversation["turns"], list)),
         ),
+        images=tuple(_image(each) for each in _typed(fields["images"], list)),
     )
-
-
-def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 knew no pictures."""
-    if raw.get("format") != 1 or type(raw["format"]) is not int:
-        return raw
-    fingerprint = _typed(raw.get("fingerprint"), dict)
-    conversation = _typed(raw.get("conversation"), dict)
-    turns = [_typed(turn, dict) | {"pictures": []} for turn in _typed(conversation["turns"], list)]
-    return raw | {
-        "format": FORMAT,
-        "fingerprint": fingerprint | {"mmproj": ""},
-        "conversation": conversation | {"turns": turns},
-    }
 
 
 def encoded_array(values: np.ndarray) -> bytes:
@@ -122,6 +120,11 @@ def decoded_array(content: bytes, kind: type[np.generic], length: int) -> np.nda
     ):
         raise ValueError("another array")
     return np.frombuffer(content, dtype, offset=head.end())
+
+
+def _image(value: object) -> tuple[int, str]:
+    start, key = _typed(value, list)
+    return _number(start, 2**31 - 1), _text(key)
 
 
 def _turn(value: object, picture: ReadPicture) -> Turn:

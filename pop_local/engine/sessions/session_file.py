@@ -1,10 +1,9 @@
 """Saved conversations: the transcript and the KV state, in one zip file each.
 
     session.json   format, model, backend, KV key and the transcript
-    tokens.npy     int32 (n_tokens): the token of each cached position
+    tokens.npy     int32 (n_tokens): the token of each cached row, NO_TOKEN for those of images
     full.npy       bool (n_tokens): whether its row ran all layers
-    positions.npy  int32 (n_tokens + 1): where it stands, and where the next one will; format 1 has
-                   none: one after the other
+    positions.npy  int32 (n_tokens + 1): where it stands, and where the next one will
     pictures/HASH  the files of pictures, by SHA-256
     kv.bin         llama.cpp's state: the cells in use, not the whole context
 
@@ -32,16 +31,19 @@ import numpy as np
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local.base.errors import PopError
 from pop_local.base.output import make_private, replacing
-from pop_local.engine.chat_model import ChatModel
+from pop_local.engine.cache.keys import FULL, opened_with
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.cache.state import SavedState
 from pop_local.engine.decode.text import Pieces
+from pop_local.engine.images.mmproj import NO_TOKEN
 from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
-from pop_local.engine.llama.upstream import llama_cpp
-from pop_local.engine.prefill.kv_state import FULL, PopState, loaded_with
+from pop_local.engine.open_model import OpenModel
 from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.schema import (
     Fingerprint,
+    OtherFormatError,
     Session,
     decoded,
     decoded_array,
@@ -81,7 +83,7 @@ class Restored:
     reread: str
 
 
-def n_own_tokens(model: ChatModel, conversation: Conversation) -> int:
+def n_own_tokens(model: OpenModel, conversation: Conversation) -> int:
     """How many cached tokens, from the first on, are the conversation's.
 
     They are the prompt of its last question, whole, and what is cached of the answer; otherwise 0.
@@ -95,14 +97,14 @@ def n_own_tokens(model: ChatModel, conversation: Conversation) -> int:
         prompt = model.chat_prompt(asked.messages)
     except PopError:  # of another model's template, so nothing of it is cached
         return 0
-    n_own = len(prompt.tokens)
-    if model.n_cached(prompt.tokens) < n_own:
+    n_own = len(prompt)
+    if model.cache.n_same(prompt) < n_own:
         return 0
-    pieces = Pieces(model.vocab)
+    pieces = Pieces(model.context.vocab)
     said = last.answer.removeprefix(prompt.begun).encode()
     at = 0
-    for token in model.input_ids[n_own : model.n_tokens].tolist():
-        if token < 0:  # of a picture that was shown later
+    for token in model.cache.tokens[n_own:].tolist():
+        if token == NO_TOKEN:  # of a picture that was shown later
             break
         piece = pieces[token]
         if not said.startswith(piece, at):
@@ -116,11 +118,12 @@ def _is_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and name == name.strip()
 
 
-def fingerprint(model: ChatModel) -> Fingerprint:
+def fingerprint(model: OpenModel) -> Fingerprint:
     """Reads the model's headers, and of its tensors the beginnings."""
-    source = read_source(Path(model.model_path))
-    version = f"{llama_cpp.__version__} abi {backend.library_abi()}{loaded_with(model)}"
-    return Fingerprint(source.size_bytes, sampled_sha256(source), version, model.mmproj_key)
+    source = read_source(model.path)
+    version = f"{backend.version()} abi {backend.library_abi()}{opened_with(model.context)}"
+    mmproj = model.eye.key if model.eye else ""
+    return Fingerprint(source.size_bytes, sampled_sha256(source), version, mmproj)
 
 
 class Sessions:
@@ -153,30 +156,31 @@ class Sessions:
             )
         return self._folder / f"{name}{SUFFIX}"
 
-    def save(self, name: str, model: ChatModel, conversation: Conversation) -> int:
+    def save(self, name: str, model: OpenModel, conversation: Conversation) -> int:
         """Write the file beside and rename it; returns its size in bytes. Raises PopError.
 
         Where the conversation's K/V are cached, what is cached after them is forgotten.
         """
         return self._write(name, model, conversation, _own_state(model, conversation))
 
-    def save_transcript(self, name: str, model: ChatModel, conversation: Conversation) -> int:
+    def save_transcript(self, name: str, model: OpenModel, conversation: Conversation) -> int:
         """As `save`, without the K/V: quick, small, and nothing that is cached is forgotten."""
         return self._write(name, model, conversation, None)
 
     def _write(
-        self, name: str, model: ChatModel, conversation: Conversation, state: PopState | None
+        self, name: str, model: OpenModel, conversation: Conversation, state: SavedState | None
     ) -> int:
         path = self.path(name)
         n_tokens = 0 if state is None else state.n_tokens
         session = Session(
             name=name,
-            model=model.model_path,
+            model=str(model.path),
             n_tokens=n_tokens,
-            mode=model.pop_mode,
-            key=str(model.kv_key),
+            mode=model.mode,
+            key=str(model.cache.key),
             fingerprint=fingerprint(model),
             conversation=conversation,
+            images=tuple(state.images.items()) if state else (),
         )
         try:
             make_private(self._folder)
@@ -192,14 +196,14 @@ class Sessions:
                     archive.writestr(_PICTURE.format(picture.sha256), picture.content)
                 if state is not None:
                     archive.writestr("positions.npy", encoded_array(state.positions))
-                    archive.writestr("tokens.npy", encoded_array(state.input_ids[:n_tokens]))
+                    archive.writestr("tokens.npy", encoded_array(state.tokens))
                     archive.writestr("full.npy", encoded_array(state.is_full))
-                    archive.writestr("kv.bin", state.llama_state)
+                    archive.writestr("kv.bin", state.cells)
             file.flush()
             os.fsync(file.fileno())  # nothing else holds what was said
         return path.stat().st_size
 
-    def load(self, name: str, model: ChatModel) -> Restored:
+    def load(self, name: str, model: OpenModel) -> Restored:
         """The model takes over mode and K/V where they fit. Raises PopError, nothing changed."""
         path = self.path(name)
         session = self._read(name, _stored_picture)
@@ -207,23 +211,22 @@ class Sessions:
         if reread:
             return Restored(session, reread)
         if session.n_tokens == 0:
-            model.set_pop(session.mode)
+            model.set_mode(session.mode)
             return Restored(session, _NOT_SAVED if session.conversation.turns else "")
         n_tokens = session.n_tokens
-        if n_tokens > model.n_ctx():
+        if n_tokens > model.n_ctx:
             return Restored(session, f"they need a context of {n_tokens} tokens")
         with _opened(path) as archive:
-            state = _state(archive, n_tokens)
-        if model.select and not state.is_full.all():
+            state = _state(archive, session, model.cache)
+        if model.rule.select and not state.is_full.all():
             return Restored(session, _NO_STATES)
-        has_images = bool(session.conversation.pictures)
-        if not _is_consistent(state, model.n_vocab(), has_images=has_images):
+        if not _is_consistent(state, model.context.n_vocab):
             raise _damaged(path)
-        model.set_pop(session.mode)
-        if not model.takes(session.key):
+        model.set_mode(session.mode)
+        if not model.cache.takes(session.key):
             return Restored(session, f"they belong to {session.key}")
         try:
-            model.take_over(state, is_exact=session.key == str(FULL))
+            model.cache.take_over(state)
         except PopError as error:
             return Restored(session, error.message)
         return Restored(session, "")
@@ -249,45 +252,43 @@ def _named_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
     return Picture(name, b"", 0, 0)
 
 
-def _state(archive: zipfile.ZipFile, n_tokens: int) -> PopState:
+def _state(archive: zipfile.ZipFile, session: Session, cache: KvCache) -> SavedState:
     """What is saved of the KV cache. Raises ValueError for arrays of other lengths."""
-    positions = np.arange(n_tokens + 1, dtype=np.int32)
-    if "positions.npy" in archive.namelist():
-        positions = decoded_array(_member(archive, "positions.npy"), np.int32, n_tokens + 1)
-    kv = _member(archive, "kv.bin")
-    return PopState(
-        key=FULL,
-        is_full=decoded_array(_member(archive, "full.npy"), np.bool_, n_tokens),
-        positions=positions,
-        input_ids=decoded_array(_member(archive, "tokens.npy"), np.int32, n_tokens),
-        scores=np.zeros(0, np.single),
-        n_tokens=n_tokens,
-        llama_state=kv,
-        llama_state_size=len(kv),
-        seed=0,
+    n = session.n_tokens
+    return SavedState(
+        key=FULL if session.key == str(FULL) else cache.mode_key,
+        model=cache.model_key,
+        tokens=decoded_array(_member(archive, "tokens.npy"), np.int32, n),
+        is_full=decoded_array(_member(archive, "full.npy"), np.bool_, n),
+        positions=decoded_array(_member(archive, "positions.npy"), np.int32, n + 1),
+        cells=_member(archive, "kv.bin"),
+        images=dict(session.images),
     )
 
 
-def _is_consistent(state: PopState, n_vocab: int, *, has_images: bool) -> bool:
-    """Whether tokens are in the vocabulary, and positions ascend."""
-    is_text = state.input_ids >= 0
+def _is_consistent(state: SavedState, n_vocab: int) -> bool:
+    """Whether tokens are in the vocabulary or of images, and positions ascend."""
+    is_text = state.tokens != NO_TOKEN
+    begins = np.flatnonzero(~is_text & np.r_[True, is_text[:-1]])
     steps = np.diff(state.positions)
     return bool(
-        state.input_ids.max() < n_vocab
-        and (has_images or is_text.all())
+        state.tokens.max() < n_vocab
+        and state.tokens.min() >= NO_TOKEN
+        and set(begins.tolist()) <= state.images.keys()
+        and not is_text[[start for start in state.images if start < len(is_text)]].any()
         and state.positions[0] == 0
         and (steps >= 0).all()
         and (steps[is_text] == 1).all()
     )
 
 
-def _own_state(model: ChatModel, conversation: Conversation) -> PopState | None:
+def _own_state(model: OpenModel, conversation: Conversation) -> SavedState | None:
     """None where the conversation's K/V are not cached."""
     n_own = n_own_tokens(model, conversation)
-    return model.save_state() if n_own and model.truncate(n_own) else None
+    return model.cache.save() if n_own and model.cache.truncate(n_own) else None
 
 
-def _difference(session: Session, model: ChatModel) -> str:
+def _difference(session: Session, model: OpenModel) -> str:
     saved, ours = session.fingerprint, fingerprint(model)
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
         return f"they belong to another model ({session.model})"
@@ -317,6 +318,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except OSError as error:
         raise PopError(f"cannot read {path}: {error.strerror}") from error
+    except OtherFormatError as error:
+        raise PopError(f"the session {path} cannot be read: {error}") from error
     except _DAMAGES as error:
         raise _damaged(path) from error
 

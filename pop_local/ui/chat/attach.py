@@ -52,7 +52,7 @@ def attach_glob(chat: Dialogue, argument: str) -> None:
 
 
 def _offer(chat: Dialogue, paths: Sequence[Path], *, may_cut: bool) -> None:
-    n_ctx = chat.model.n_ctx()
+    n_ctx = chat.model.n_ctx
     files = [counted for path in paths if (counted := _counted(chat, path))]
     for counted in files:
         chat.screen.note(counted_line(counted.document.name, counted.n_tokens, n_ctx))
@@ -89,12 +89,12 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
 
 def room_in(chat: Dialogue) -> int:
     """How many tokens may still be attached; none are left below zero."""
-    return chat.model.n_ctx() - chat.n_used - chat.n_answer - _QUESTION_TOKENS
+    return chat.model.n_ctx - chat.n_used - chat.n_answer - _QUESTION_TOKENS
 
 
 def choose(chat: Dialogue, n_tokens: int, room: int, cuts: Sequence[Choice] = ()) -> str | None:
     """What to do about too much to attach: the key, "l" once the context is larger."""
-    n_ctx = chat.model.n_ctx()
+    n_ctx = chat.model.n_ctx
     n_larger = larger_ctx(chat.model, n_tokens - room + n_ctx)
     larger = [Choice("l", f"take a larger context (--ctx {n_larger})")] if n_larger else []
     question = f"That is {n_tokens - room:,} tokens more than there is room for ({max(0, room):,})."
@@ -118,9 +118,9 @@ def _counted(chat: Dialogue, path: Path) -> _Counted | None:
 
 
 def _cut(chat: Dialogue, counted: _Counted, n_tokens: int, end: str) -> _Counted:
-    tokens = chat.model.tokens_of(counted.document.text)
+    tokens = chat.model.tokenize(counted.document.text)
     kept = tokens[:n_tokens] if end == "b" else tokens[-n_tokens:]
-    text = chat.model.detokenize(kept).decode(errors="ignore")
+    text = chat.model.detokenize(kept)
     return _Counted(replace(counted.document, text=text), len(kept))
 
 
@@ -134,7 +134,7 @@ def _list(chat: Dialogue) -> None:
         chat.screen.note("Nothing is attached; /file PATH attaches a file.")
     for document in chat.documents:
         n_tokens = chat.count_tokens(document.text)
-        chat.screen.note(counted_line(document.name, n_tokens, chat.model.n_ctx()))
+        chat.screen.note(counted_line(document.name, n_tokens, chat.model.n_ctx))
 
 
 def given_path(path: str) -> Path:

@@ -23,15 +23,15 @@ from pop_local.ui.interrupt import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
 
 if TYPE_CHECKING:
-    from pop_local.engine.chat_model import ChatModel
     from pop_local.engine.model import PopModel
+    from pop_local.engine.open_model import OpenModel
     from pop_local.engine.sessions.chat_session import ChatSession, Stream
 
 WARN_SHARE = 0.8
 
 
 # By name (None: the first one again) and context in tokens (None: as the options say).
-OpenModel = Callable[[str | None, int | None], "PopModel"]
+ModelOpener = Callable[[str | None, int | None], "PopModel"]
 # ChatSession's stream, retry or edit, which wait for the options of an answer.
 Ask = Callable[..., "Stream"]
 
@@ -42,7 +42,7 @@ class Dialogue:
     def __init__(
         self,
         model: PopModel,
-        open_model: OpenModel,
+        open_model: ModelOpener,
         screen: Screen,
         *,
         system: str = "",
@@ -67,7 +67,7 @@ class Dialogue:
     # The model
 
     @property
-    def model(self) -> ChatModel:
+    def model(self) -> OpenModel:
         """The session's model, which reopen changes."""
         return self.session.model
 
@@ -77,18 +77,18 @@ class Dialogue:
             return self._exact_state()
         if not self.model.boundary:
             return "Pruning is not possible: this model is not converted."
-        if self.model.pop_mode is Mode.OFF:
+        if self.model.mode is Mode.OFF:
             return "Pruning is off: prompts are read in full."
         return f"Pruning is on: context tokens skip the layers from {self.model.boundary} on."
 
     def set_refill(self, refill: str) -> None:
         """Choose when cached rows are given their depth, of ui.chat.refill.MODES."""
         self.refill = refill
-        self.model.set_depth(self.model.select, keep_states=refill != "off")
-        self.model.refill_answers(None if refill == "answer" else 0)
+        self.model.set_depth(self.model.rule.select, keep_states=refill != "off")
+        self.model.refiller.refill_answers(None if refill == "answer" else 0)
 
     def _exact_state(self) -> str:
-        if self.model.pop_mode is Mode.OFF:
+        if self.model.mode is Mode.OFF:
             return "Exact skipping is off: prompts are read in full, with the same result."
         return (
             f"Exact skipping is on: context tokens leave at layer {self.model.exact}, past which"
@@ -103,7 +103,7 @@ class Dialogue:
         before, self.session.model, self.costs = self.model, opened, _costs(opened)
         # One without anything to prune by is off, but not by choice.
         if before.can_switch and self.model.can_switch:
-            self.model.set_pop(before.pop_mode)
+            self.model.set_mode(before.mode)
         before.close()
         self.set_refill(self.refill)
         self._is_warned = False
@@ -115,12 +115,12 @@ class Dialogue:
         except PopError as error:
             self.fail(error)
             return False
-        self.screen.note(f"The context holds {self.model.n_ctx():,} tokens now.")
+        self.screen.note(f"The context holds {self.model.n_ctx:,} tokens now.")
         return True
 
     def warn_of_base(self) -> None:
         """Warn if the model was never taught to answer."""
-        if "tokenizer.chat_template" not in self.model.metadata:
+        if not self.model.prompter.has_template:
             self.screen.warn(
                 "This is a base model without a chat template:"
                 " it continues text rather than answers."
@@ -135,7 +135,7 @@ class Dialogue:
             )
 
     def count_tokens(self, text: str) -> int:
-        return len(self.model.tokens_of(text))
+        return len(self.model.tokenize(text))
 
     @property
     def n_used(self) -> int:
@@ -148,7 +148,7 @@ class Dialogue:
     @property
     def n_answer(self) -> int:
         """The room that an answer needs at least."""
-        return least_answer(self.sampling.get("max_tokens"), self.model.n_ctx())
+        return least_answer(self.sampling.get("max_tokens"), self.model.n_ctx)
 
     # The conversation
 
@@ -241,7 +241,7 @@ class Dialogue:
         """Once, until it is emptier again."""
         if not self.session.answer_stats:
             return
-        last, n_ctx = self.session.answer_stats[-1], self.model.n_ctx()
+        last, n_ctx = self.session.answer_stats[-1], self.model.n_ctx
         n_used = last.n_prompt + last.n_decoded
         is_full = n_used >= WARN_SHARE * n_ctx
         if is_full and not self._is_warned:
@@ -252,5 +252,5 @@ class Dialogue:
         self._is_warned = is_full
 
 
-def _costs(model: PopModel) -> FullCosts:
+def _costs(model: OpenModel) -> FullCosts:
     return FullCosts(model.macs, model.boundary or model.exact or None)

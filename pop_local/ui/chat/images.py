@@ -34,4 +34,4 @@ def _list(chat: Dialogue) -> None:
 
 
 def _counted(chat: Dialogue, picture: Picture) -> str:
-    return picture_line(picture, chat.model.count_picture(picture), chat.model.n_ctx())
+    return picture_line(picture, chat.model.count_picture(picture), chat.model.n_ctx)

@@ -10,7 +10,7 @@ from pop_local.engine.turn import ContextFullError
 from pop_local.ui.chat.screen import Choice, Screen
 
 if TYPE_CHECKING:
-    from pop_local.engine.chat_model import ChatModel
+    from pop_local.engine.open_model import OpenModel
     from pop_local.engine.sessions.chat_session import ChatSession
 
 # A prompt that leaves less room for its answer does not fit.
@@ -57,18 +57,18 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
     return next((room for choice, room in options if choice.key == chosen), Room())
 
 
-def too_long(model: ChatModel, error: ContextFullError) -> PopError:
+def too_long(model: OpenModel, error: ContextFullError) -> PopError:
     """Say, where nobody can be asked, what is wrong, and which context would do."""
     n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
     larger = f"take a larger context (--ctx {n_larger}) or " if n_larger else ""
     return PopError(error.message, f"{larger}give less text")
 
 
-def larger_ctx(model: ChatModel, n_needed: int) -> int | None:
+def larger_ctx(model: OpenModel, n_needed: int) -> int | None:
     """Choose a context for so many tokens and half as many again; None if the model has none."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.n_ctx_train)
-    return n_ctx if n_ctx >= n_needed and n_ctx > model.n_ctx() else None
+    return n_ctx if n_ctx >= n_needed and n_ctx > model.n_ctx else None
 
 
 def _fits(session: ChatSession, n_dropped: int, error: ContextFullError) -> bool:

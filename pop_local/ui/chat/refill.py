@@ -28,7 +28,7 @@ def refilling(chat: Dialogue) -> Iterator[None]:
 
     def work() -> None:
         try:
-            while chat.model.n_refillable and not stop.is_set():
+            while chat.model.refiller.n_refillable and not stop.is_set():
                 if on_battery():
                     stop.wait(RECHECK_S)
                 else:
@@ -70,7 +70,10 @@ def set_mode(chat: Dialogue, mode: str) -> None:
     chat.screen.note(_state(chat))
     if line := status(chat):
         chat.screen.note(line)
-        if chat.model.n_exact < chat.model.n_tokens and not chat.model.n_refillable:
+        if (
+            chat.model.cache.n_exact < chat.model.cache.n_tokens
+            and not chat.model.refiller.n_refillable
+        ):
             chat.screen.note(
                 "They cannot be refilled: they were loaded, or read without keeping their states,"
                 " or are of a picture whose tokens see each other."
@@ -79,7 +82,7 @@ def set_mode(chat: Dialogue, mode: str) -> None:
 
 def finish(chat: Dialogue) -> None:
     """Before the cache is saved: give all rows their depth, unless Ctrl-C ends it."""
-    if chat.refill == "off" or not chat.model.n_refillable:
+    if chat.refill == "off" or not chat.model.refiller.n_refillable:
         return
     try:
         with chat.screen.reading("Refilling") as advance:
@@ -96,7 +99,7 @@ def status(chat: Dialogue) -> str:
     if chat.refill == "off" or not model.boundary or model.no_refill:
         return ""
     waits = ", refilling waits for mains power" if on_battery() else ""
-    return f"{model.n_exact:,} of {model.n_tokens:,} cached tokens are exact{waits}"
+    return f"{model.cache.n_exact:,} of {model.cache.n_tokens:,} cached tokens are exact{waits}"
 
 
 def _state(chat: Dialogue) -> str:
@@ -109,7 +112,7 @@ def _state(chat: Dialogue) -> str:
     held = size(chat.model.held_bytes)
     if chat.refill == "idle":
         return f"Pruned tokens run the skipped layers while you type; their states take {held}."
-    n_rows = chat.model.online.n_rows
+    n_rows = chat.model.refiller.online.n_rows
     with_each = "some" if n_rows is None else n_rows or "none (this machine computes at its limit)"
     return (
         "Pruned tokens run the skipped layers while you type; with each token of an answer,"

@@ -45,7 +45,7 @@ def load(chat: Dialogue, name: str) -> None:
         return
     from pop_local.engine.sessions.chat_session import load_session
 
-    sessions, before = saved(), chat.model.pop_mode
+    sessions, before = saved(), chat.model.mode
     path = sessions.path(name)
     if not path.is_file():
         known = {known: known for known in sessions.names()}
@@ -64,7 +64,7 @@ def load(chat: Dialogue, name: str) -> None:
     else:
         chat.screen.note(f"{session.n_cached:,} tokens need not be read again.")
     chat.warn_of_blindness()
-    if chat.model.pop_mode is not before:
+    if chat.model.mode is not before:
         chat.screen.note(chat.pop_state())
 
 

@@ -48,13 +48,13 @@ def _pop(chat: Dialogue, argument: str) -> None:
         chat.refuse(f"/pop takes on or off, not {argument}.")
         return
     if argument:
-        chat.model.set_pop(modes[argument.lower()])
+        chat.model.set_mode(modes[argument.lower()])
     chat.screen.note(chat.pop_state())
 
 
 def _stats(chat: Dialogue, argument: str) -> None:
     chat.screen.note(chat.pop_state())
-    for line in session_lines(chat.session.answer_stats, chat.model.n_ctx(), chat.costs.of):
+    for line in session_lines(chat.session.answer_stats, chat.model.n_ctx, chat.costs.of):
         chat.screen.note(line)
 
 
@@ -101,16 +101,16 @@ def _model(chat: Dialogue, argument: str) -> None:
         chat.reopen(str(path) if path.is_file() else argument, None)
         chat.warn_of_base()
         chat.warn_of_blindness()
-    metadata = chat.model.metadata
-    name = metadata.get("general.name", "")
-    label = ", ".join(part for part in (name, metadata.get("general.architecture", "")) if part)
-    chat.screen.note(f"{chat.model.model_path} ({label})")
-    chat.screen.note(f"Its context holds {chat.model.n_ctx():,} tokens.")
+    header = chat.model.context.header
+    known = (header.get("general.name"), header.get("general.architecture"))
+    label = ", ".join(str(part) for part in known if part)
+    chat.screen.note(f"{chat.model.path} ({label})")
+    chat.screen.note(f"Its context holds {chat.model.n_ctx:,} tokens.")
     chat.screen.note(chat.pop_state())
 
 
 def _context(chat: Dialogue, argument: str) -> None:
-    n_used, n_ctx = chat.n_used, chat.model.n_ctx()
+    n_used, n_ctx = chat.n_used, chat.model.n_ctx
     chat.screen.note(f"{n_used:,} of {n_ctx:,} tokens are used ({n_used / n_ctx:.0%}).")
     for number, turn in enumerate(chat.session.conversation.turns, start=1):
         n_asked, n_said = chat.count_tokens(turn.prompt), chat.count_tokens(turn.answer)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pop_local.engine.prompts import THINK
+from pop_local.engine.prompt.prompt import THINK
 
 END = "</think>"
 

@@ -97,11 +97,11 @@ class Unsaved:
     def _go_on(self, chat: Dialogue, name: str) -> None:
         from pop_local.engine.sessions.chat_session import load_session
 
-        before = chat.model.pop_mode
+        before = chat.model.mode
         chat.resume(load_session(chat.model, self._sessions.path(name)), "")
         self.keep(chat)
         chat.screen.note("It is read again with your next question.")
-        if chat.model.pop_mode is not before:
+        if chat.model.mode is not before:
             chat.screen.note(chat.pop_state())
 
     def _remove(self, name: str) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.decode.text import Pieces
-from pop_local.engine.llama import logs
+from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs
-from pop_local.engine.pruned import PrunedLlama
+from pop_local.engine.llama.context import Context
 from pop_local.engine.turn import Likely, TokenLogprob
 
 # Each takes n_vocab * 4 bytes in llama.cpp's buffer, which never shrinks.
@@ -22,10 +23,10 @@ class Logprobs:
     They are the model's own: of its logits as they are, before temperature, penalties or grammar.
     """
 
-    def __init__(self, model: PrunedLlama, n_top: int) -> None:
-        self._ctx = model.ctx
-        self._n_vocab = model.n_vocab()
-        self._pieces = Pieces(model.vocab)
+    def __init__(self, context: Context, n_top: int) -> None:
+        self._ctx = context.ctx
+        self._n_vocab = context.n_vocab
+        self._pieces = Pieces(context.vocab)
         self._n_top = n_top
         self._end = 0
         # With the byte of the answer where each begins.
@@ -46,31 +47,31 @@ class Logprobs:
         return taken
 
 
-def prompt_logprobs(model: PrunedLlama, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
+def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[TokenLogprob]:
     """Find that of each token of a prompt; the first one, which nothing precedes, has none.
 
     Every row asks for logits, so all of them run in full, and take the place of the KV cache.
     """
-    pieces = Pieces(model.vocab, special=True)
+    pieces = Pieces(cache.context.vocab, special=True)
     found = [TokenLogprob(pieces[tokens[0]], None)]
-    for logits in _all_logits(model, tokens):
+    for logits in _all_logits(cache, tokens):
         for row in logits[: len(tokens) - len(found)]:
             found.append(_of_token(pieces, row, tokens[len(found)], n_top))
     return found
 
 
-def _all_logits(model: PrunedLlama, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-    """(n, n_vocab) for piece after piece of the prompt, valid until the next one."""
-    model.clear()
-    logs.forget_errors()
-    step = min(_MAX_ROWS, model.n_batch)
-    with model.interrupt.watching(model.ctx):
+def _all_logits(cache: KvCache, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    """Give (n, n_vocab) for piece after piece of the prompt, valid until the next one."""
+    cache.clear()
+    context = cache.context
+    step = min(_MAX_ROWS, context.n_batch)
+    backend.set_reading(context.ctx, True)
+    with context.interrupt.watching(context.ctx):
         for start in range(0, len(tokens), step):
             piece = tokens[start : start + step]
-            model._decode(piece, Outputs.ALL, model.rule, 0)
-            model.interrupt.check()
-            logits = bindings().llama_get_logits(model.ctx)
-            yield np.ctypeslib.as_array(logits, (len(piece), model.n_vocab()))
+            cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
+            context.interrupt.check()
+            yield context.logits(len(piece))
 
 
 def _of_token(pieces: Pieces, logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprob:

@@ -3,27 +3,22 @@
 With `<|im_end|>` and the like in it, a document could end its turn and begin one of the system's.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakMethod
 
 from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.context import tokenized
 
 _SPACES = " \t\n\v\f\r"  # of C's isspace
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0xFFFFD  # a plane for private use
 
 
 class SpecialTokens:
-    """Those of a vocabulary that llama.cpp looks for in a text only when it is told to.
+    """Those of a vocabulary that llama.cpp looks for in a text only when it is told to."""
 
-    `tokenize(text, special)` is a method of the model, without a token at the beginning.
-    """
-
-    def __init__(self, vocab: Any, tokenize: Callable[[str, bool], list[int]]) -> None:
+    def __init__(self, vocab: Any) -> None:
         self._api = bindings()
         self._vocab = vocab
-        # The model has this object: with it in turn, only the garbage collector would free both.
-        self._tokenize = WeakMethod(tokenize)
 
     def spelled(self, tokens: Iterable[int], texts: Sequence[str]) -> list[str]:
         """The special tokens among `tokens` that one of the texts spells out."""
@@ -59,9 +54,7 @@ class SpecialTokens:
         return found
 
     def _tokens_of(self, text: str, special: bool) -> list[int]:
-        tokenize = self._tokenize()
-        assert tokenize is not None, "the model outlives its tokens"
-        return tokenize(text, special)
+        return tokenized(self._vocab, text, special=special)
 
     def _attributes(self, token: int) -> int:
         return int(self._api.llama_vocab_get_attr(self._vocab, token))

@@ -2,13 +2,13 @@
 
 import atexit
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from pop_local.base.errors import PopError
-from pop_local.engine import template_child
 from pop_local.engine.limited.process import BeyondLimitsError, LimitedProcess, RefusedError
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.upstream import Jinja2ChatFormatter, chat_format
+from pop_local.engine.prompt import template_child
 
 LIMIT_S = 5.0
 LIMIT_BYTES = 512 * 2**20
@@ -16,38 +16,48 @@ LIMIT_BYTES = 512 * 2**20
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 
 
-class LimitedChatFormatter(Jinja2ChatFormatter):
-    """llama_cpp's own, but for where it renders.
+class Template:
+    """A chat template, and the BOS and EOS of llama.cpp's vocabulary, "" where it has none.
 
-    Raises ValueError for what is no template, and where one refuses, and PopError where it goes
-    beyond the limits.
+    Raises PopError for what is no template, and where one goes beyond the limits.
     """
 
-    def __init__(self, template: str, *arguments: Any, **options: Any) -> None:
-        super().__init__("", *arguments, **options)
-        self.template = template
-        self._environment = self  # type: ignore[assignment]  # it asks this to render
-        if len(template) > MAX_TEMPLATE_CHARACTERS:
-            raise ValueError(f"its chat template has {len(template):,} characters")
+    def __init__(self, source: str, vocab: Any) -> None:
+        self._source = source
+        api = backend.bindings()
+        self._eos, self._bos = (
+            api.llama_vocab_get_text(vocab, token).decode() if token >= 0 else ""
+            for token in (api.llama_vocab_eos(vocab), api.llama_vocab_bos(vocab))
+        )
+        if len(source) > MAX_TEMPLATE_CHARACTERS:
+            raise PopError(
+                f"its chat template has {len(source):,} characters",
+                "take the model from another publisher",
+            )
         try:
-            _renderer.render(template, None)
+            _renderer.render(source, None)
         except ValueError as error:
-            raise ValueError(f"its chat template is broken: {error}") from error
+            raise PopError(
+                f"its chat template is broken: {error}",
+                "take the model from another publisher",
+            ) from error
 
-    def render(self, **arguments: Any) -> str:
-        """Render the template; functions among the arguments are the child's own."""
-        plain = {name: value for name, value in arguments.items() if not callable(value)}
-        return _renderer.render(self.template, plain)
+    def render(self, messages: Sequence[Any]) -> str:
+        """Render messages, up to where the answer begins.
 
-
-def formatter_of(vocab: Any, template: str) -> LimitedChatFormatter:
-    """With the BOS and EOS of llama.cpp's vocabulary, "" for one that it does not have."""
-    api = backend.bindings()
-    eos, bos = (
-        api.llama_vocab_get_text(vocab, token).decode() if token >= 0 else ""
-        for token in (api.llama_vocab_eos(vocab), api.llama_vocab_bos(vocab))
-    )
-    return LimitedChatFormatter(template, eos_token=eos, bos_token=bos)
+        Raises ValueError where the template refuses them, PopError where it goes beyond limits.
+        """
+        values = dict.fromkeys(("functions", "function_call", "tools", "tool_choice"))
+        return _renderer.render(
+            self._source,
+            {
+                **values,
+                "messages": list(messages),
+                "eos_token": self._eos,
+                "bos_token": self._bos,
+                "add_generation_prompt": True,
+            },
+        )
 
 
 def start() -> None:
@@ -93,5 +103,3 @@ class _Renderer:
 
 
 _renderer = _Renderer()
-# Also the ones that llama_cpp makes of what a file says while it opens it.
-chat_format.Jinja2ChatFormatter = LimitedChatFormatter  # type: ignore[misc]

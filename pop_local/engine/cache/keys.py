@@ -1,0 +1,89 @@
+"""Keys of K/V: under which model, mode, boundary and conversion they were computed."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pop_converter.gguf.header import Header, read_header
+from pop_converter.gguf.source import SAMPLED_BYTES, Source
+from pop_converter.popfile.format import PopMeta, encode_keys
+from pop_converter.projection import TENSOR_MARK, Projection
+from pop_local.engine.llama.backend import Mode, bindings
+from pop_local.engine.llama.context import Context
+
+NO_CONVERSION = f"{Projection.OWN} projections"
+# Fields of llama_context_params that K/V depend on. With flash attention V is stored in another
+# order.
+_FIELDS = (
+    *("flash_attn_type", "rope_freq_base", "rope_freq_scale", "rope_scaling_type"),
+    *("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
+)
+
+
+@dataclass(frozen=True)
+class KvKey:
+    """The key of a prompt's K/V besides its tokens; K/V of two keys are never mixed."""
+
+    mode: Mode
+    boundary: int
+    conversion: str = NO_CONVERSION
+
+    def __str__(self) -> str:
+        if self.mode is Mode.OFF:
+            return "mode OFF"
+        return f"mode {self.mode.name}, boundary {self.boundary}, {self.conversion}"
+
+
+FULL = KvKey(Mode.OFF, 0)
+
+
+def conversion(meta: PopMeta | None, base: Source, sidecar: Path | None) -> str:
+    """Return words and a fingerprint that tell two conversions of one model apart.
+
+    It covers the keys that pruned K/V depend on, and the table and beginnings of fitted tensors. A
+    sidecar and a single file of one fit have the same.
+    """
+    if meta is None:
+        return NO_CONVERSION
+    # Where the keys come from, what was measured, and what decided, do not matter.
+    keys = replace(meta, source_name="", source_bytes=0, tool="")
+    keys = replace(keys, measured=None, refilled=None, recall=None, budget=None)
+    digest = hashlib.sha256(b"".join(encode_keys(keys)))
+    for header in base.parts if sidecar is None else (read_header(sidecar),):
+        _add_tensors(digest, header, are_fitted=True)
+    return f"{meta.projection} projections {digest.hexdigest()[:16]}"
+
+
+def opened_with(context: Context) -> str:
+    """Return, in words, the options that K/V depend on where they are not the defaults."""
+    defaults = bindings().llama_context_default_params()
+    defaults.flash_attn_type = 0
+    found = {name: getattr(context.settings, name) for name in _FIELDS}
+    options = context.options
+    given = [f"{k} {value:g}" for k, value in found.items() if value != getattr(defaults, k)]
+    if options.kv_overrides:
+        given.append(f"keys {options.kv_overrides}")
+    if context.lora_sha256:
+        given.append(f"LoRA {context.lora_sha256[:16]} x {options.lora_scale:g}")
+    return "".join(f", {each}" for each in given)
+
+
+def own_sha256(source: Source) -> str:
+    """Return what tells two models of one shape apart: a hash of the beginnings of their tensors.
+
+    A model and its conversion have the same.
+    """
+    digest = hashlib.sha256()
+    for header in source.parts:
+        _add_tensors(digest, header, are_fitted=False)
+    return digest.hexdigest()
+
+
+def _add_tensors(digest: Any, header: Header, *, are_fitted: bool) -> None:
+    with header.path.open("rb") as file:
+        for tensor in header.tensors:
+            if (TENSOR_MARK in tensor.name) is are_fitted:
+                digest.update(f"{tensor.name} {tensor.dims} {tensor.type}".encode())
+                file.seek(header.data_start + tensor.offset)
+                digest.update(file.read(min(tensor.size_bytes, SAMPLED_BYTES)))

@@ -1,0 +1,356 @@
+"""The KV cache of a context: whose its rows are, what is known of each, and what may be reused."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import numpy as np
+
+from pop_local.base.errors import PopError
+from pop_local.engine.cache.keys import FULL, KvKey, conversion, opened_with, own_sha256
+from pop_local.engine.cache.rows import CachedRows
+from pop_local.engine.cache.state import PromptCache, SavedState
+from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk, Mmproj
+from pop_local.engine.llama import backend, logs
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.llama.context import Context
+from pop_local.engine.prompt.prompt import Prompt
+
+
+class KvCache:
+    """The rows that a context has cached, in one mode.
+
+    The cache belongs to one mode and boundary. Switching either empties it, unless it is the full
+    model's own: because rows leave exactly (`exact`: from which layer on, 0 for no such model) or
+    because all of them were given their depth.
+
+    `images`: the key of each image by the row where it begins. `has_logits`: whether the last
+    row's logits can be sampled from. `epoch` counts what makes an answer that is still being
+    sampled wrong to go on with. `prompts`: keeps prompts that another one drives out.
+    """
+
+    def __init__(self, context: Context, eye: Mmproj | None = None) -> None:
+        """`eye`: what pictures are read with."""
+        self.context, self.eye = context, eye
+        self.rows = CachedRows(context.n_ctx)
+        self.images: dict[int, str] = {}
+        self.n_tokens = 0
+        self.has_logits = False
+        self.keeps_states = False
+        self.epoch = 0
+        self.prompts: PromptCache | None = None
+        self.mode = backend.get_mode(context.ctx)
+        self.exact = self._exact_now()
+        self._tokens = np.zeros(context.n_ctx, dtype=np.intc)
+        self._conversion = conversion(context.meta, context.source, context.sidecar)
+        # The file has been read by now; later it may have gone.
+        self._own_sha256 = own_sha256(context.source)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The cached tokens, int32 [n_tokens]; NO_TOKEN for rows of images."""
+        return self._tokens[: self.n_tokens]
+
+    @property
+    def n_exact(self) -> int:
+        """How many cached rows, from the first on, are the full model's own."""
+        return self.n_tokens if self.exact else min(self.rows.n_exact, self.n_tokens)
+
+    @property
+    def position(self) -> int:
+        """The position of the next row."""
+        return int(self.rows.positions[self.n_tokens])
+
+    # Keys
+
+    @property
+    def boundary(self) -> int:
+        """The first layer that context tokens skip; 0 when there is none."""
+        return backend.get_boundary(self.context.ctx)
+
+    @property
+    def model_key(self) -> str:
+        """What tells its K/V from those of other models, whatever is pruned."""
+        images = self.eye.key if self.eye else ""
+        return f"model {self._own_sha256[:16]}{opened_with(self.context)}, images {images}"
+
+    @property
+    def key(self) -> KvKey:
+        """The key of what is cached."""
+        return FULL if 0 < self.n_tokens == self.n_exact else self.mode_key
+
+    @property
+    def mode_key(self) -> KvKey:
+        """The key of what is read now, whatever is cached."""
+        if self.mode is Mode.OFF or self.exact:
+            return FULL
+        return KvKey(self.mode, self.boundary, self._conversion)
+
+    def takes(self, key: str) -> bool:
+        """Whether reading can go on after K/V of this key: its own, or the full model's."""
+        return key in (str(FULL), str(self.mode_key))
+
+    def set_mode(self, mode: Mode) -> None:
+        """Switch pruning, or exact skipping, and empty the cache if it is not the same in both.
+
+        Raises PopError for a model that has neither.
+        """
+        self.context.interrupt.require_idle()
+        if mode is self.mode:
+            return
+        if mode is not Mode.OFF and not (self.boundary or self.exact):
+            raise PopError(
+                f"{self.context.path} has no pruning keys",
+                "convert it first",
+                cause="not-converted",
+                model=str(self.context.path),
+            )
+        if not self.exact:
+            self._keep()
+        # What was read in full is read again with pruning, so that the two can be compared.
+        is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
+        backend.set_mode(self.context.ctx, mode)
+        self._switched(keeps=is_its_own or bool(self.exact))
+
+    def set_boundary(self, layer: int) -> None:
+        """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
+        self.context.interrupt.require_idle()
+        backend.set_boundary(self.context.ctx, layer)
+        self.exact = self._exact_now()
+        self._switched(keeps=False)
+
+    def keep_states(self, keep: bool) -> None:
+        """Keep the state at the boundary of each row from now on, or drop all."""
+        backend.set_keep(self.context.ctx, keep)
+        self.keeps_states = keep
+        if not keep:
+            self.rows.has_state[:] = False
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Switch back, at the end, whatever is switched meanwhile, and empty the cache."""
+        mode, boundary, keeps = self.mode, self.boundary, self.keeps_states
+        try:
+            yield
+        finally:
+            self.set_boundary(boundary)
+            self.set_mode(mode)
+            self.keep_states(keeps)
+            self.clear()
+
+    def _exact_now(self) -> int:
+        """The layer at which context tokens leave, exactly; 0: none, or they are pruned earlier."""
+        exact = backend.model_exact(self.context.model)
+        return 0 if 0 < self.boundary < exact else exact
+
+    def _switched(self, *, keeps: bool) -> None:
+        self.mode = backend.get_mode(self.context.ctx)
+        if not keeps:
+            self.clear()
+
+    # Forgetting
+
+    def clear(self) -> None:
+        """Forget everything. Raises PopError while a batch is computed."""
+        self.context.interrupt.require_idle()
+        self.n_tokens = 0
+        self.images.clear()
+        self.has_logits = False
+        self.rows.forget_from(0)
+        self.context.forget_all()
+        self.epoch += 1
+
+    def truncate(self, n_rows: int) -> bool:
+        """Forget all rows but the first `n_rows`, which end with no part of an image.
+
+        Returns False for a memory that cannot do so. Raises PopError while a batch is computed.
+        """
+        self.context.interrupt.require_idle()
+        n_rows = max(0, min(n_rows, self.n_tokens))
+        if self._lacks_rows_before(n_rows) or not self._forget_from(n_rows):
+            return False
+        if n_rows < self.n_tokens:
+            self.n_tokens = n_rows
+            self.images = {start: key for start, key in self.images.items() if start < n_rows}
+            self.rows.forget_from(n_rows)
+            self.has_logits = False
+            self.epoch += 1
+        return True
+
+    def forget_unfinished(self) -> None:
+        """Forget what was decoded of a batch that failed.
+
+        Raises PopError where a recurrent state cannot go back; the cache is empty then.
+        """
+        if not self._forget_from(self.n_tokens):
+            self.clear()
+            raise PopError("the state is ahead of the tokens that were read", "read them again")
+
+    def _forget_from(self, row: int) -> bool:
+        return self.context.forget_from(int(self.rows.positions[row]))
+
+    def _lacks_rows_before(self, row: int) -> bool:
+        """Whether a sliding window has dropped rows that this one attends to.
+
+        llama.cpp forgets the rows from there on all the same (llama_kv_cache_iswa::seq_rm).
+        """
+        window = self.context.window
+        seen_from = max(0, int(self.rows.positions[row]) - window + 1)
+        return bool(window) and self.context.first_kept > seen_from
+
+    # Saving
+
+    def n_same(self, prompt: Prompt) -> int:
+        """Count the rows of a prompt, from the first on, that are cached."""
+        return prompt.n_equal(self.tokens, self.images)
+
+    def save(self) -> SavedState:
+        """Return all that is cached. Raises PopError as `forget_unfinished`."""
+        self.forget_unfinished()
+        n = self.n_tokens
+        return SavedState(
+            key=self.key,
+            model=self.model_key,
+            tokens=self.tokens.copy(),
+            is_full=self.rows.is_full[:n].copy(),
+            positions=self.rows.positions[: n + 1].copy(),
+            cells=self.context.state(),
+            images=dict(self.images),
+        )
+
+    def restore(self, state: SavedState) -> None:
+        """Take over a saved cache.
+
+        Raises PopError for another model, mode, boundary or conversion.
+        """
+        if state.model != self.model_key:
+            raise PopError(
+                "the saved state belongs to another model, or one that was opened otherwise",
+                "read the prompt again",
+            )
+        if not self.takes(str(state.key)):
+            raise PopError(
+                f"the saved state belongs to {state.key}, the model is set to {self.key}",
+                "switch the model first, or read the prompt again",
+            )
+        self.take_over(state)
+
+    def take_over(self, state: SavedState) -> None:
+        """Take over the state of a model of the same key.
+
+        Raises PopError when it does not fit; the cache is empty then.
+        """
+        self.clear()
+        n = state.n_tokens
+        end = int(state.positions[n - 1]) + 1 if n else 0
+        if not self.context.restore(state.cells) or self.context.end != end:
+            self.clear()
+            raise PopError("the saved state does not fit this model and context")
+        self._tokens[:n] = state.tokens
+        self.images = dict(state.images)
+        self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
+        self.n_tokens = n
+
+    def exchange(self, prompt: Prompt) -> None:
+        """Take from the prompt cache what has more in common with a prompt than this one has.
+
+        What is cached here goes there if less than half is reused, as in llama-server.
+        """
+        if self.prompts is None:
+            return
+        n_same = self.n_same(prompt)
+        if 2 * n_same < self.n_tokens:
+            self._keep()
+        state, n_there = self.prompts.longest(self._prompts_key, prompt)
+        if state is not None and n_there > n_same:
+            self.restore(state)
+
+    @property
+    def _prompts_key(self) -> str:
+        return f"{self.model_key}, {self.mode_key}"
+
+    def _keep(self) -> None:
+        if self.prompts is None or not self.n_tokens:
+            return
+        if self.context.state_size() <= self.prompts.capacity_bytes:
+            with suppress(PopError):  # a state that is ahead of its tokens is of no use
+                self.prompts.add(self._prompts_key, self.save())
+
+    # Reading
+
+    def make_room(self, n_rows: int) -> None:
+        """Raise PopError unless so many more rows fit."""
+        context = self.context
+        context.require_usable()
+        total = self.n_tokens + n_rows
+        if total > context.n_ctx:
+            larger = total + 256
+            raise PopError(
+                f"{total} tokens do not fit the context of {context.n_ctx}",
+                f"open the model with a larger one: n_ctx={larger}",
+                cause="context-too-small",
+                n_ctx=larger,
+            )
+        if 0 < context.n_positions < total:
+            raise PopError(
+                f"{total} tokens are more than the {context.n_positions} positions of the model",
+                "give a shorter text",
+            )
+        self.forget_unfinished()
+
+    def step(self, token: int) -> None:
+        """Append a token of an answer, which runs all layers unless the mode is ALWAYS."""
+        self.make_room(1)
+        backend.set_reading(self.context.ctx, False)
+        self.append([token], Outputs.LAST, np.ones(1, bool))
+
+    def append(self, tokens: Sequence[int], outputs: Outputs, full: np.ndarray) -> None:
+        """Decode tokens after the last row; `full`: bool [n], which rows run all layers.
+
+        Raises PopError where they cannot be decoded.
+        """
+        self.has_logits = False
+        first = self.position
+        self.context.decode(tokens, first, outputs)
+        positions = first + np.arange(len(tokens) + 1, dtype=np.int32)
+        self._have_read(tokens, positions, full, keeps_states=self.keeps_states)
+        self.has_logits = outputs is not Outputs.NONE
+
+    def append_image(self, image: ImageChunk, full: np.ndarray) -> float:
+        """Encode an image and decode its rows; returns the seconds that encoding took.
+
+        Raises PopError where it cannot be read.
+        """
+        assert self.eye is not None, "an eye has made the image"
+        context, start, n = self.context, self.n_tokens, image.n_rows
+        self.has_logits = False
+        first = self.position
+        logs.forget_errors()
+        read = self.eye.decode(context.ctx, image, first, context.n_batch)
+        if read.code != 0:
+            context.interrupt.check()
+            raise PopError(logs.first_error() or f"the image could not be read (code {read.code})")
+        positions = first + np.arange(n + 1, dtype=np.int32)
+        if context.is_mrope:
+            positions[1:-1] = first
+        positions[-1] = first + image.n_pos
+        # A row that has seen later ones is not what a deep pass would make of it.
+        has_states = self.keeps_states and not image.is_mutual
+        self._have_read([NO_TOKEN] * n, positions, full, keeps_states=has_states)
+        self.images[start] = image.key
+        return read.encode_s
+
+    def _have_read(
+        self,
+        tokens: Sequence[int],
+        positions: np.ndarray,
+        full: np.ndarray,
+        *,
+        keeps_states: bool,
+    ) -> None:
+        if self.exact or self.mode is not Mode.CONTEXT:
+            full = np.full(len(tokens), self.mode is not Mode.ALWAYS)
+        start = self.n_tokens
+        self.n_tokens = start + len(tokens)
+        self._tokens[start : self.n_tokens] = tokens
+        self.rows.read(start, full, keeps_states=keeps_states, positions=positions)

@@ -1,0 +1,102 @@
+"""From logits to tokens: llama.cpp's samplers, in the order in which llama_cpp chains them.
+
+Greedy sampling takes the largest logit itself. A chain first builds a list of {id, logit, p} for
+the whole vocabulary, for each token, and picks the same one (the first of the largest).
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.context import Context
+from pop_local.engine.turn import TurnOptions
+
+_N_PENALISED = 64  # the last tokens that penalties look at
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+class Allowed(Protocol):
+    """Which tokens may come next."""
+
+    def allowed(self) -> np.ndarray:
+        """Return bool [n_vocab]. Raises PopError where no token may follow."""
+
+    def accept(self, token: int) -> None:
+        """Go on after a token."""
+
+    def close(self) -> None:
+        """Give back what is held."""
+
+
+class Sampler:
+    """Samples one answer from a context's last logits."""
+
+    def __init__(
+        self, context: Context, options: TurnOptions, constraint: Allowed | None = None
+    ) -> None:
+        """`constraint`: what the answer is kept to."""
+        self._context, self._constraint = context, constraint
+        self._api = bindings()
+        self._chain: Any = None
+        penalties = (options.repeat_penalty, options.frequency_penalty, options.presence_penalty)
+        if options.temperature != 0 or penalties != (1.0, 0.0, 0.0):
+            self._chain = self._chained(options, penalties)
+
+    def _chained(self, options: TurnOptions, penalties: tuple[float, float, float]) -> Any:
+        api = self._api
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+
+        def add(make: Callable[..., Any], *values: Any) -> None:
+            api.llama_sampler_chain_add(chain, make(*values))
+
+        add(api.llama_sampler_init_penalties, self._context.n_vocab, _N_PENALISED, *penalties)
+        if options.temperature == 0:
+            add(api.llama_sampler_init_greedy)
+            return chain
+        if options.temperature > 0:
+            add(api.llama_sampler_init_top_k, options.top_k)
+            add(api.llama_sampler_init_top_p, options.top_p, 1)
+            add(api.llama_sampler_init_min_p, options.min_p, 1)
+            add(api.llama_sampler_init_temp, options.temperature)
+        seed = api.LLAMA_DEFAULT_SEED if options.seed is None else options.seed
+        add(api.llama_sampler_init_dist, seed)
+        return chain
+
+    def sample(self) -> int:
+        """Choose the next token. Raises PopError where the constraint allows none."""
+        context = self._context
+        if self._constraint is None and self._chain is not None:
+            return int(self._api.llama_sampler_sample(self._chain, context.ctx, -1))
+        row = self._api.llama_get_logits_ith(context.ctx, -1)
+        logits = np.ctypeslib.as_array(row, (context.n_vocab,))
+        if self._constraint is None:
+            return int(logits.argmax())
+        logits = np.where(self._constraint.allowed(), logits, -np.inf)
+        token = int(logits.argmax()) if self._chain is None else self._from_chain(logits)
+        self._constraint.accept(token)
+        return token
+
+    def _from_chain(self, logits: np.ndarray) -> int:
+        candidates = np.zeros(len(logits), _CANDIDATE)
+        candidates["id"], candidates["logit"] = np.arange(len(logits)), logits
+        data = candidates.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
+        array = self._api.llama_token_data_array(data, len(logits), -1, False)
+        self._api.llama_sampler_apply(self._chain, ctypes.byref(array))
+        token = int(array.data[array.selected].id)
+        self._api.llama_sampler_accept(self._chain, token)
+        return token
+
+    def close(self) -> None:
+        """Free the chain."""
+        if self._chain is not None:
+            self._api.llama_sampler_free(self._chain)
+            self._chain = None
+        if self._constraint is not None:
+            self._constraint.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_chain"):
+            self.close()

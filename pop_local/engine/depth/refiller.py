@@ -1,0 +1,73 @@
+"""Depth, afterwards: cached rows become the full model's, between answers or during one."""
+
+from collections.abc import Callable
+
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.depth.online import OnlineRefill
+from pop_local.engine.depth.passes import DeepPasses
+from pop_local.engine.depth.power import on_battery
+
+
+class Refiller:
+    """Gives pruned rows of a cache their depth, once their states are kept."""
+
+    def __init__(self, cache: KvCache) -> None:
+        self._cache = cache
+        self._passes = DeepPasses(cache)
+        self.online = OnlineRefill(cache, 0)
+        self._n_refilled = 0
+
+    def refill_answers(self, n_rows: int | None) -> None:
+        """Run this many pruned rows before each token of an answer, none where states are not kept.
+
+        None: as many as slow decoding by a tenth; `online.n_rows` says how many once it is known.
+        """
+        self.online.end()
+        self.online = OnlineRefill(self._cache, n_rows if self._cache.keeps_states else 0)
+
+    def before_step(self) -> None:
+        """Do what is to be done before the next token of an answer is decoded."""
+        if self.online.n_rows != 0 and not on_battery():
+            self.online.before_row(self._cache.n_tokens)
+
+    def take_refilled(self) -> int:
+        """Return how many rows were refilled since this was asked before."""
+        n, self._n_refilled = self._n_refilled, 0
+        return n
+
+    @property
+    def n_refillable(self) -> int:
+        """How many rows `refill` would make exact."""
+        cache = self._cache
+        redo = cache.rows.can_be_redone(cache.n_tokens)
+        return cache.n_tokens - cache.n_exact if redo else 0
+
+    def refill(
+        self,
+        should_stop: Callable[[], bool] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Give all cached rows their depth, in order, until the cache is the full model's.
+
+        Returns the number of rows done, 0 where states are not kept. `should_stop` is asked while a
+        chunk runs and after it (a chunk takes a second, on a device a fifth of it; one that was
+        ended is done again the next time). `on_progress` gets (done_rows, total_rows).
+        """
+        cache = self._cache
+        cache.context.require_usable()
+        first, total = cache.n_exact, self.n_refillable
+
+        def advance() -> None:
+            if on_progress is not None:
+                on_progress(cache.n_exact - first, total)
+
+        try:
+            if total:
+                with cache.context.interrupt.watching(cache.context.ctx):
+                    self._passes.refill(cache.n_tokens, should_stop, advance)
+        finally:
+            n = cache.n_exact - first
+            if n > 0:
+                cache.has_logits = False  # the last ones came of the rows as they were
+            self._n_refilled += n
+        return n

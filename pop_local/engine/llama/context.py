@@ -1,0 +1,364 @@
+"""A model and its llama_context: opened, tokenised with, decoded on, freed."""
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pop_converter.gguf.header import Header
+from pop_converter.gguf.source import Source, read_source, sampled_sha256
+from pop_converter.popfile.format import PopMeta
+from pop_local.base.errors import PopError
+from pop_local.engine.llama import backend, loading, logs
+from pop_local.engine.llama.batch import Outputs, TokenBatch
+from pop_local.engine.llama.devices import devices, kernels_read_prompts
+from pop_local.engine.llama.interrupt import Interrupt
+from pop_local.engine.llama.rpc import Servers, close_at_exit
+
+_N_BATCH = 512
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """How a model is opened.
+
+    `n_ctx`: None takes the model's own context, at most 8192 tokens. `n_threads`: for prefill
+    (unless `n_threads_batch` says otherwise) and decode; None takes the physical cores.
+    `n_gpu_layers`: -1 for all, without effect where there is no GPU. `rpc`: servers (HOST:PORT)
+    that hold these layers, before local GPUs; if one goes away, llama.cpp ends the process.
+    `kernels`: whether prompts are read with our kernels, where there are any for this CPU.
+    `flash_attn`: None takes it where it wins: on a CPU with them, and on GPUs that have it.
+    `repack`: whether llama.cpp copies weights in another order for its own CPU kernels.
+    `others`: fields of llama_model_params and llama_context_params by their own names.
+    """
+
+    n_ctx: int | None = None
+    n_batch: int = _N_BATCH
+    n_ubatch: int = _N_BATCH
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    n_gpu_layers: int = -1
+    rpc: Sequence[str] = ()
+    kernels: bool = True
+    flash_attn: bool | None = None
+    repack: bool = True
+    use_mmap: bool = True
+    use_mlock: bool = False
+    lora_path: str | os.PathLike[str] | None = None
+    lora_scale: float = 1.0
+    kv_overrides: dict[str, bool | int | float | str] | None = None
+    tensor_split: Sequence[float] = ()
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "ContextOptions":
+        """Make options of keywords. Raises TypeError for a name that llama.cpp does not know."""
+        api = backend.bindings()
+        known = cls.__dataclass_fields__.keys() - {"others"}
+        others = {name: value for name, value in given.items() if name not in known}
+        structures = (api.llama_model_params, api.llama_context_params)
+        fields = {name for each in structures for name, *_ in each._fields_}
+        if unknown := sorted(others.keys() - fields):
+            raise TypeError(f"a model is not opened with {unknown[0]!r}: no such option")
+        ours = {name: value for name, value in given.items() if name in known}
+        return cls(**ours, others=others)
+
+
+class Context:
+    """A model's weights and vocabulary, and one llama_context on them.
+
+    `model`, `vocab` and `ctx` are llama.cpp's pointers. `window`: how many positions layers with a
+    sliding window keep, 0 where they keep all. Raises PopError with llama.cpp's reason when the
+    file cannot be opened. For one thread at a time; closing from another one is postponed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        meta: PopMeta | None,
+        options: ContextOptions,
+        *,
+        sidecar: Path | None = None,
+        holds_states: bool = False,
+    ) -> None:
+        """Open a model with its POP keys, of the file or the sidecar.
+
+        `holds_states`: whether memory is needed for states at the boundary, too.
+        """
+        self._ctx: Any = None
+        self._model: Any = None
+        self._batch: TokenBatch | None = None
+        self._lora: Any = None
+        backend.require_patched()
+        self._api = backend.bindings()
+        self.source, self.meta, self.sidecar, self.options = source, meta, sidecar, options
+        self.path = source.first.path
+        self.n_threads = options.n_threads or backend.default_threads()
+        self.n_threads_batch = options.n_threads_batch or self.n_threads
+        has_gpu = any(device.is_gpu for device in devices())
+        self.on_device = options.n_gpu_layers != 0 and (bool(options.rpc) or has_gpu)
+        self._params = self._context_params(has_gpu)
+        # llama.cpp keeps all rows otherwise.
+        is_windowed = options.others.get("swa_full") is False
+        loading.require_room(
+            self.source,
+            self._params.n_ctx,
+            is_windowed=is_windowed,
+            holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
+            holds_states=holds_states,
+        )
+        self.interrupt = Interrupt()
+        self._servers = Servers(tuple(options.rpc)) if options.rpc else None
+        try:
+            self._open()
+        except PopError:
+            self.close()
+            raise
+        self.window = self._api.llama_model_n_swa(self.model) if is_windowed else 0
+        self.n_positions = loading.n_positions(self.source)
+        self.is_mrope = backend.is_mrope(self.model)
+        self._opened_by = os.getpid()
+        if self._servers:
+            close_at_exit(self)
+
+    def _context_params(self, has_gpu: bool) -> Any:
+        api, options = self._api, self.options
+        params = api.llama_context_default_params()
+        n_ctx = options.n_ctx or loading.default_ctx(self.source.first)
+        params.n_ctx = n_ctx
+        params.n_batch = min(n_ctx, options.n_batch)
+        params.n_ubatch = min(params.n_batch, options.n_ubatch)
+        params.n_threads, params.n_threads_batch = self.n_threads, self.n_threads_batch
+        flash_attn = options.flash_attn
+        if flash_attn is None:
+            # A server's device may lack it, and cannot be asked.
+            flash_attn = not options.rpc and options.kernels and kernels_read_prompts()
+        params.flash_attn_type = int(flash_attn)
+        if options.flash_attn is None and self.on_device and has_gpu:
+            params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_AUTO
+        _fill(params, options.others)
+        return params
+
+    def _open(self) -> None:
+        api, options = self._api, self.options
+        params = api.llama_model_default_params()
+        params.n_gpu_layers = 2**31 - 1 if options.n_gpu_layers == -1 else options.n_gpu_layers
+        params.use_extra_bufts = options.repack
+        params.load_mode = self._load_mode()
+        if options.kv_overrides:
+            overrides = loading.key_overrides(options.kv_overrides)
+            params.kv_overrides = overrides
+        if options.tensor_split:
+            n_devices = api.llama_max_devices()
+            split = loading.numbers(ctypes.c_float, options.tensor_split, n_devices)
+            params.tensor_split = split
+        _fill(params, options.others)
+        self._model = loading.load_model(
+            self.source, self.sidecar, self.meta, params, self._servers
+        )
+        self._vocab = api.llama_model_get_vocab(self._model)
+        self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
+        self._ctx = api.llama_init_from_model(self._model, self._params)
+        if not self._ctx:
+            raise PopError(f"{self.path} cannot be opened: {logs.first_error()}")
+        # llama.cpp rounds the context up.
+        self.n_ctx = int(api.llama_n_ctx(self._ctx))
+        self.n_batch, self.n_ubatch = self._params.n_batch, self._params.n_ubatch
+        self._batch = TokenBatch(self.n_batch)
+        self.lora_sha256 = self._add_lora() if options.lora_path else ""
+        backend.set_kernels(self._ctx, options.kernels)
+
+    def _load_mode(self) -> int:
+        api, options = self._api, self.options
+        if options.use_mmap and options.lora_path is None:
+            mapped = api.LLAMA_LOAD_MODE_MMAP_MLOCK if options.use_mlock else None
+            return int(mapped or api.LLAMA_LOAD_MODE_MMAP)
+        return int(api.LLAMA_LOAD_MODE_MLOCK if options.use_mlock else api.LLAMA_LOAD_MODE_NONE)
+
+    def _add_lora(self) -> str:
+        """Apply the LoRA adapter; returns what tells it from others."""
+        api, path = self._api, Path(os.fspath(self.options.lora_path or ""))
+        self._lora = api.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not self._lora:
+            raise PopError(
+                f"{self.path} cannot be opened: {path} is no LoRA adapter for it",
+                "give one that was made for this model",
+            )
+        adapters = (api.llama_adapter_lora_p_ctypes * 1)(self._lora)
+        scales = (ctypes.c_float * 1)(self.options.lora_scale)
+        if api.llama_set_adapters_lora(self._ctx, adapters, 1, scales):
+            raise PopError(f"{self.path} cannot be opened: {path} cannot be applied")
+        return sampled_sha256(read_source(path))
+
+    @property
+    def ctx(self) -> Any:
+        """llama.cpp's context. Raises PopError once it is closed."""
+        if self._ctx is None:
+            raise PopError(f"the model {self.path} is closed", "open it again")
+        return self._ctx
+
+    @property
+    def model(self) -> Any:
+        """llama.cpp's model. Raises PopError once it is closed."""
+        if self._model is None:
+            raise PopError(f"the model {self.path} is closed", "open it again")
+        return self._model
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary. Raises PopError once it is closed."""
+        _ = self.model
+        return self._vocab
+
+    @property
+    def _memory(self) -> Any:
+        return self._api.llama_get_memory(self.ctx)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._ctx is None
+
+    @property
+    def header(self) -> Header:
+        """The keys of the model's file."""
+        return self.source.first
+
+    @property
+    def settings(self) -> Any:
+        """The llama_context_params that it was opened with."""
+        return self._params
+
+    @property
+    def bos(self) -> tuple[int, ...]:
+        """The token that the model wants before any text, or nothing."""
+        adds = self._api.llama_vocab_get_add_bos(self.vocab)
+        return (int(self._api.llama_vocab_bos(self.vocab)),) if adds else ()
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layer has a state that cannot go back."""
+        api = self._api
+        recurrent = api.llama_model_is_recurrent(self.model)
+        return bool(recurrent or api.llama_model_is_hybrid(self.model))
+
+    def require_usable(self) -> None:
+        """Raise PopError while a batch is computed, and in a fork, which has no threads of it."""
+        self.interrupt.require_idle()
+        if os.getpid() != self._opened_by:
+            raise PopError(
+                "the model was opened by another process, whose threads a fork does not have",
+                "open it in the process that asks it",
+            )
+
+    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
+        """Return the tokens of a text; what looks like a special token is text unless `special`.
+
+        Raises PopError for what cannot be written as UTF-8.
+        """
+        return tokenized(self.vocab, text, add_bos=add_bos, special=special)
+
+    def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
+        """Decode tokens at consecutive positions of sequence 0.
+
+        Raises PopError where llama.cpp refuses them; when interrupted, StoppedError or whatever
+        Ctrl-C raises.
+        """
+        assert self._batch is not None
+        logs.forget_errors()
+        code = self._batch.decode(self.ctx, tokens, first_position, outputs)
+        if code != 0:
+            self.interrupt.check()
+            raise logs.not_decoded(code)
+
+    def logits(self, n_rows: int = 1) -> np.ndarray:
+        """Return the last batch's outputs, float32 [n_rows, n_vocab], until the next decode."""
+        found = self._api.llama_get_logits(self.ctx)
+        return np.ctypeslib.as_array(found, (n_rows, self.n_vocab))
+
+    @property
+    def end(self) -> int:
+        """The position after the last one in llama.cpp's memory."""
+        memory = self._memory
+        return int(self._api.llama_memory_seq_pos_max(memory, 0)) + 1 if memory else 0
+
+    @property
+    def first_kept(self) -> int:
+        """The first position that is in it."""
+        return int(self._api.llama_memory_seq_pos_min(self._memory, 0))
+
+    def forget_from(self, position: int) -> bool:
+        """Forget what is cached from this position on; False for a memory that cannot."""
+        if self.end > position:
+            return bool(self._api.llama_memory_seq_rm(self._memory, 0, position, -1))
+        return True
+
+    def forget_all(self) -> None:
+        """Empty llama.cpp's memory."""
+        if memory := self._memory:
+            self._api.llama_memory_clear(memory, True)
+
+    def state_size(self) -> int:
+        """Return the bytes of `state`, at most."""
+        return int(self._api.llama_state_get_size(self.ctx))
+
+    def state(self) -> bytes:
+        """Return all that the context holds (llama_state_get_data)."""
+        buffer = np.empty(self.state_size(), dtype=np.uint8)
+        n = self._api.llama_state_get_data(self.ctx, _bytes_at(buffer), buffer.size)
+        return buffer[:n].tobytes()
+
+    def restore(self, state: bytes) -> bool:
+        """Take over a `state`; what the context holds is undefined where that is False.
+
+        Nothing is no state, though llama.cpp reads 0 bytes of it, as many as there are.
+        """
+        if not state:
+            return False
+        buffer = np.frombuffer(state, dtype=np.uint8).copy()
+        n = self._api.llama_state_set_data(self.ctx, _bytes_at(buffer), buffer.size)
+        return bool(n == buffer.size)
+
+    def close(self) -> None:
+        """Free the model. Where this thread reads a prompt, that is stopped first."""
+        if self._model is None or self.interrupt.postponed(self.close):
+            return
+        if self._batch is not None:
+            self._batch.close()
+        if self._lora:
+            self._api.llama_adapter_lora_free(self._lora)
+        if self._ctx:
+            self._api.llama_free(self._ctx)
+        self._api.llama_model_free(self._model)
+        self._model = self._ctx = self._batch = self._lora = self._servers = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def tokenized(vocab: Any, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
+    """Return the tokens of a text by llama.cpp's vocabulary. Raises PopError."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error
+    room = len(raw) + 8
+    tokens = (ctypes.c_int32 * room)()
+    tokenize = backend.bindings().llama_tokenize
+    n = tokenize(vocab, raw, len(raw), tokens, room, add_bos, special)
+    if n < 0:
+        raise PopError("the text cannot be split into tokens")
+    return tokens[:n]
+
+
+def _fill(params: Any, others: Mapping[str, Any]) -> None:
+    for name, _ in params._fields_:
+        if others.get(name) is not None:
+            setattr(params, name, others[name])
+
+
+def _bytes_at(buffer: np.ndarray) -> Any:
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

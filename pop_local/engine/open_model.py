@@ -1,0 +1,345 @@
+"""A model that is open: its parts, how it reads prompts and answers them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.format import PopMeta
+from pop_converter.popfile.sidecar import pop_of
+from pop_local.base.errors import PopError
+from pop_local.engine.answer import Answering, Parts, answer
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.decode.grammar import GrammarConstraint, Grammars
+from pop_local.engine.decode.recommended import recommended
+from pop_local.engine.decode.sampler import Allowed, Sampler
+from pop_local.engine.decode.text import Pieces
+from pop_local.engine.depth.refiller import Refiller
+from pop_local.engine.images.mmproj import Mmproj
+from pop_local.engine.images.pictures import Picture, has_pillow
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.context import Context, ContextOptions
+from pop_local.engine.llama.graph_macs import GraphMacs
+from pop_local.engine.prefill.plan import RowRule
+from pop_local.engine.prefill.read import Read
+from pop_local.engine.prompt import templates
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.prompt.prompter import Prompter
+from pop_local.engine.turn import Message, TurnOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class OpenModel:
+    """A model on the patched backend, which prunes while it reads prompts if it is converted.
+
+    Its parts: `context` (llama.cpp's), `cache` (the KV cache), `prompter` (conversations to
+    prompts), `refiller` (depth for pruned rows), `eye` (its mmproj, or None). `rule`: which rows of
+    a prompt are full. A converted model starts in mode CONTEXT. Raises PopError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sidecar: str | os.PathLike[str] | None = None,
+        mmproj: str | os.PathLike[str] | None = None,
+        image_tokens: int | None = None,
+        select: float | None = None,
+        keep_states: bool = False,
+        **options: Any,
+    ) -> None:
+        """Load a model; raises PopError with llama.cpp's reason when it cannot be.
+
+        `sidecar`: a file with POP keys and tensors for this model. `mmproj`: the file that makes
+        rows of pictures, which is loaded with the first of them. `image_tokens`: the most that one
+        image takes, of models where that varies. `select`: the share of context rows that run all
+        layers because the question needs them; None for what the file says. `keep_states`: whether
+        `refill` is wanted, which a selection implies (`held_bytes`). `options` are those of
+        ContextOptions, and fields of llama.cpp's own parameters by their names.
+        """
+        backend.require_patched()
+        given = ContextOptions.of(options)
+        beside = None if sidecar is None else Path(sidecar)
+        source = read_source(Path(path))
+        meta = pop_of(source, beside)
+        if "tokenizer.chat_template" in source.first.keys:
+            templates.start()  # while the model is loaded
+        redoes = meta is not None and bool(keep_states or _share(meta, select))
+        self.context = Context(source, meta, given, sidecar=beside, holds_states=redoes)
+        self.eye = self._eye(mmproj, image_tokens)
+        self.cache = KvCache(self.context, self.eye)
+        self.prompter = Prompter(self.context, self.eye)
+        self._require_template()
+        self.refiller = Refiller(self.cache)
+        self.grammars = Grammars(str(path))
+        self.rule = RowRule.of(self.meta)
+        self.set_depth(select, keep_states=keep_states)
+
+    def _require_template(self) -> None:
+        """Say now, not with the first question, that a template is broken."""
+        if self.prompter.has_template:
+            try:
+                _ = self.prompter.template
+            except PopError as error:
+                message = f"{self.path} cannot be opened: {error.message}"
+                raise PopError(message, error.hint) from error
+
+    def _eye(self, path: str | os.PathLike[str] | None, max_tokens: int | None) -> Mmproj | None:
+        if path is None:
+            return None
+        return Mmproj(
+            Path(path),
+            use_gpu=self.context.options.n_gpu_layers != 0,
+            max_tokens=max_tokens,
+            should_stop=self.context.interrupt.is_wanted,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model; where a prompt is read, by the same thread, that is stopped first."""
+        self.refiller.online.end()
+        self.context.close()
+        self.grammars.close()
+        if self.eye is not None and self.context.is_closed:
+            self.eye.close()
+
+    # About the model
+
+    @property
+    def path(self) -> Path:
+        """The model's file, the first part of a split one."""
+        return self.context.path
+
+    @property
+    def sidecar(self) -> Path | None:
+        return self.context.sidecar
+
+    @property
+    def meta(self) -> PopMeta | None:
+        """The POP keys of the file or the sidecar; None for a model that is not converted."""
+        return self.context.meta
+
+    @property
+    def n_ctx(self) -> int:
+        """The context in tokens."""
+        return self.context.n_ctx
+
+    @property
+    def n_ctx_train(self) -> int:
+        """The context in tokens that the model was trained with."""
+        return int(backend.bindings().llama_model_n_ctx_train(self.context.model))
+
+    @property
+    def mmproj(self) -> Path | None:
+        """The file that makes rows of pictures."""
+        return self.eye.path if self.eye else None
+
+    @property
+    def can_see(self) -> bool:
+        """Whether pictures can be read: there is an mmproj, and Pillow."""
+        return self.eye is not None and has_pillow()
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The sizes of the model's layers.
+
+        Raises UnsupportedArchitectureError for a model that cannot be pruned.
+        """
+        return source_shape(self.context.source)
+
+    @cached_property
+    def macs(self) -> GraphMacs:
+        """The multiply-accumulates of reading prompts."""
+        return GraphMacs(self.path, self.sidecar)
+
+    @cached_property
+    def recommended(self) -> dict[str, float]:
+        """The fields of TurnOptions that the model's file recommends."""
+        return recommended(self.context.header)
+
+    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
+        """Return the tokens of a text; what looks like a special token is text unless `special`.
+
+        Raises PopError for what cannot be written as UTF-8.
+        """
+        return self.context.tokenize(text, add_bos=add_bos, special=special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without control tokens and parts of characters at its ends."""
+        pieces = Pieces(self.context.vocab)
+        return b"".join(pieces[token] for token in tokens).decode(errors="ignore")
+
+    # Pruning
+
+    @property
+    def mode(self) -> Mode:
+        """How prompts are read."""
+        return self.cache.mode
+
+    def set_mode(self, mode: Mode) -> None:
+        """Switch how prompts are read; see KvCache.set_mode."""
+        self.cache.set_mode(mode)
+
+    @property
+    def pruning(self) -> bool:
+        """Whether prompts are pruned. Switching it empties the KV cache, so that no prompt is read
+        half in full; switching it on raises PopError for a model that is not converted."""
+        return self.mode is not Mode.OFF
+
+    @pruning.setter
+    def pruning(self, is_on: bool) -> None:
+        self.set_mode(Mode.CONTEXT if is_on else Mode.OFF)
+
+    @property
+    def boundary(self) -> int:
+        """The first layer that context tokens skip; 0 when there is none."""
+        return self.cache.boundary
+
+    def set_boundary(self, layer: int) -> None:
+        """Prune from another layer on, own projections only; 0 goes back to the file's boundary."""
+        self.cache.set_boundary(layer)
+
+    @property
+    def exact(self) -> int:
+        """The layer at which context tokens leave, exactly; 0: none, or they are pruned earlier."""
+        return self.cache.exact
+
+    @property
+    def can_switch(self) -> bool:
+        """Whether prompts can be read otherwise than in full."""
+        return bool(self.boundary or self.exact)
+
+    @cached_property
+    def no_refill(self) -> str:
+        """Why rows can be neither selected nor refilled; "" where they can, or none is pruned."""
+        with suppress(PopError):
+            return self.shape.no_refill
+        return ""
+
+    def set_depth(self, select: float | None = None, *, keep_states: bool = False) -> None:
+        """Choose the share of context rows that a question gets deep, None for the file's.
+
+        `keep_states`: whether other rows are to be redone later; a selection implies it. It has no
+        effect on a model without a boundary. Raises PopError for a share that is none, or that a
+        model cannot have: without `swa_full`, or because of `no_refill`.
+        """
+        self.context.interrupt.require_idle()
+        share = _share(self.meta, select)
+        if not 0 <= share <= 1:
+            raise PopError(f"the share of selected rows is {share}", "give one from 0 to 1")
+        if select and self.no_refill:
+            raise PopError(
+                f"no tokens of this model can be selected: {self.no_refill}",
+                "open it without a selection",
+            )
+        if share and self.boundary and self.context.window:
+            raise PopError(
+                "none can be selected where layers with a sliding window keep only its rows",
+                "open the model with swa_full, or with select=0",
+            )
+        can_redo = bool(self.boundary) and not self.no_refill
+        self.rule = replace(self.rule, select=share if can_redo else 0.0)
+        self.refills = can_redo and keep_states
+        self.cache.keep_states(self.refills or self.rule.select > 0)
+        if not self.cache.keeps_states:
+            self.refiller.refill_answers(0)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held to redo rows: states at the boundary, and attention counted."""
+        return backend.keep_size(self.context.ctx)
+
+    def refill(
+        self,
+        should_stop: Callable[[], bool] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Give all cached rows their depth, in order; see Refiller.refill."""
+        return self.refiller.refill(should_stop, on_progress)
+
+    # Reading and answering
+
+    @property
+    def parts(self) -> Parts:
+        """What answers take."""
+        return Parts(self.cache, self.refiller, self.rule)
+
+    def read(self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None) -> Read:
+        """Read a prompt into the KV cache; see prefill.read.read."""
+        return self.parts.read(prompt, on_prefill)
+
+    def sampled(self, options: TurnOptions) -> Generator[int]:
+        """Sample the tokens that follow what was read, one after the other and without end."""
+        return self.parts.sampled(Sampler(self.context, options, self._constraint(options)))
+
+    def answer(self, prompt: Prompt, options: TurnOptions) -> Answering:
+        """Answer a prompt; the last chunk carries the figures.
+
+        Closing the iterator, or an exception in it, leaves the model usable. Raises PopError when
+        the prompt does not fit the context.
+        """
+        return self._answer(lambda: prompt, options)
+
+    def _answer(self, render: Callable[[], Prompt], options: TurnOptions) -> Answering:
+        return answer(self.parts, render, options, lambda: self._constraint(options))
+
+    def _constraint(self, options: TurnOptions) -> Allowed | None:
+        if options.grammar is None:
+            return None
+        return GrammarConstraint(self.grammars, self.context.n_vocab, options.grammar)
+
+    def chat_turn(self, messages: Sequence[Message], **options: Any) -> Answering:
+        """Answer the last message, as `answer` does.
+
+        `options` are the fields of TurnOptions, by default as the file recommends. Raises PopError
+        also when the template refuses the conversation.
+        """
+        return self._answer(lambda: self.chat_prompt(messages), self._chosen(options))
+
+    def ask(self, messages: Sequence[Message], **options: Any) -> Answering:
+        """As chat_turn; a base model, which has no chat template, continues the messages' text.
+
+        Pictures make it a conversation even then.
+        """
+        if self.prompter.has_template or any(message.pictures for message in messages):
+            return self.chat_turn(messages, **options)
+        return self.continue_text("\n\n".join(each.content for each in messages), **options)
+
+    def continue_text(self, text: str, **options: Any) -> Answering:
+        """Continue the text, which is the whole prompt; otherwise as chat_turn."""
+        return self._answer(lambda: self.prompter.text(text), self._chosen(options))
+
+    def _chosen(self, options: dict[str, Any]) -> TurnOptions:
+        chosen: dict[str, Any] = self.recommended | options
+        return TurnOptions(**chosen)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Make the prompt of a conversation; see Prompter.conversation."""
+        return self.prompter.conversation(messages)
+
+    def count_prompt(self, messages: Sequence[Message]) -> int:
+        """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""
+        return len(self.chat_prompt(messages))
+
+    def count_picture(self, picture: Picture) -> int:
+        """Count the tokens that a picture takes. Raises PopError as Mmproj.see does."""
+        return len(self.prompter.see(picture).tokens)
+
+
+def _share(meta: PopMeta | None, select: float | None) -> float:
+    return (meta.select if meta else 0.0) if select is None else select

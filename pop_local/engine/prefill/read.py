@@ -1,0 +1,276 @@
+"""Reading a prompt into a KV cache: what is reused, pruned, selected and run in full."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pop_local.base.errors import PopError, StoppedError
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.depth.passes import deepen
+from pop_local.engine.depth.select import NONE_SELECTED, Selection, select_rows
+from pop_local.engine.images.mmproj import ImageChunk
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.batch import Outputs
+from pop_local.engine.llama.interrupt import DisplacedError
+from pop_local.engine.prefill.plan import (
+    NO_ENDS,
+    NOWHERE,
+    PrefillPlan,
+    RowRule,
+    full_rows,
+    plan_prefill,
+)
+from pop_local.engine.prompt.prompt import Prompt
+
+# The last rows of a prompt, whose attention and words choose others. Fewer of them may run deep.
+N_QUESTION = 32
+
+# Gets (done, total) rows of what is not cached, once per batch.
+OnPrefill = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Read:
+    """How a prompt was read.
+
+    `n_cached` rows were reused. `counters` are the backend's, of this reading alone. `encode_s`:
+    making rows of images. `n_exact`: rows that are the full model's own afterwards. `is_short`: it
+    would have been pruned, had it been longer.
+    """
+
+    n_prompt: int
+    n_cached: int
+    counters: Counters
+    selection: Selection = NONE_SELECTED
+    encode_s: float = 0.0
+    n_exact: int = 0
+    is_short: bool = False
+
+
+class ReadingStoppedError(StoppedError):
+    """A reading that was ended; `read` says how far it came."""
+
+    def __init__(self, read: Read) -> None:
+        super().__init__()
+        self.read = read
+
+
+def read(
+    cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
+) -> Read:
+    """Read a prompt, of which the cache may have the beginning; the last row's logits are there.
+
+    Raises PopError when it does not fit the context or cannot be decoded, and ReadingStoppedError
+    or whatever Ctrl-C raises when it is interrupted. What was decoded by then stays.
+    """
+    cache.epoch += 1
+    cache.exchange(prompt)
+    n_usable = _n_usable(cache, prompt, rule)
+    if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
+        is_short = _is_pruning(cache)
+        n_exact = cache.n_exact
+        return Read(len(prompt), n_usable, Counters(0, 0), n_exact=n_exact, is_short=is_short)
+    # Logits come with a token: where all are cached, the last one is read again.
+    n_kept = min(n_usable, max(0, len(prompt) - 1))
+    for start, end in prompt.spans:
+        if start < n_kept < end:  # not a part of an image
+            n_kept = start
+    cache.has_logits = False
+    if not cache.truncate(n_kept):
+        cache.clear()
+    return append(cache, prompt.from_row(cache.n_tokens), rule, on_prefill)
+
+
+def append(
+    cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None = None
+) -> Read:
+    """Read a prompt after all that is cached, and prune it as one. Raises as `read` does."""
+    cache.make_room(len(prompt))
+    if prompt.images and prompt.spans[-1][1] == len(prompt):
+        raise PopError("the prompt ends with a picture", "let a question follow it")
+    for image in prompt.images.values():
+        _require_room(cache, image)
+    reading = _Reading(cache, prompt, rule, on_prefill)
+    try:
+        reading.run()
+    except StoppedError as error:
+        raise ReadingStoppedError(reading.so_far()) from error
+    return reading.so_far()
+
+
+def skim(cache: KvCache, prompt: Prompt) -> Read:
+    """Read a prompt after all that is cached, as context alone: no row is full or has logits.
+
+    That is the least that pruning leaves to do. Raises as `read` does.
+    """
+    cache.make_room(len(prompt))
+    reading = _Reading(cache, prompt, NO_ENDS, None)
+    reading.run_context()
+    return reading.so_far()
+
+
+def _n_usable(cache: KvCache, prompt: Prompt, rule: RowRule) -> int:
+    """Count the cached rows that a prompt may reuse.
+
+    As many as it begins with, but no context row where the prompt's own tail must be full. With a
+    selection, no pruned ones without their states, which a saved cache lacks. A reading that was
+    stopped before its selection left the sink pruned. Where that cannot be made up for, none.
+    """
+    rows = cache.rows
+    usable = cache.n_same(prompt)
+    tail_start = max(prompt.text_from, len(prompt) - rule.tail_tokens)
+    pruned = np.flatnonzero(~rows.is_full[tail_start:usable])
+    usable = tail_start + int(pruned[0]) if pruned.size else usable
+    if rule.select:
+        # From there on none could be selected; of an image none ever is.
+        lost = ~(rows.is_full | rows.has_state)[:usable]
+        lost &= cache.tokens[:usable] >= 0
+        usable = int(lost.argmax()) if lost.any() else usable
+    n_sink = min(usable, rule.sink_tokens)
+    can_deepen = bool(rule.select) and bool(rows.has_state[:n_sink].all())
+    return usable if can_deepen or rows.is_full[:n_sink].all() else 0
+
+
+def _is_pruning(cache: KvCache) -> bool:
+    return cache.mode is Mode.CONTEXT and not cache.exact
+
+
+def _require_room(cache: KvCache, image: ImageChunk) -> None:
+    n, n_at_once = image.n_rows, min(cache.context.n_batch, cache.context.n_ubatch)
+    if image.is_mutual and n > n_at_once:
+        raise PopError(
+            f"an image of {n} tokens, which see each other, does not fit a ubatch of {n_at_once}",
+            f"open the model with n_batch={n} and n_ubatch={n} at least",
+        )
+
+
+class _Reading:
+    """One prompt on its way into the cache."""
+
+    def __init__(
+        self, cache: KvCache, prompt: Prompt, rule: RowRule, on_prefill: OnPrefill | None
+    ) -> None:
+        self._cache, self._prompt = cache, prompt
+        # Where context tokens leave exactly, those at the ends do so, too.
+        self._rule = NO_ENDS if cache.exact else rule
+        self._ctx = cache.context.ctx
+        self._on_prefill = on_prefill
+        self._epoch = cache.epoch
+        self._n_cached = cache.n_tokens
+        self._plan: PrefillPlan = plan_prefill(
+            self._n_cached, len(prompt), self._rule, cache.context.n_batch, prompt.spans
+        )
+        self._selection = NONE_SELECTED
+        self._encode_s = 0.0
+        backend.reset_counters(self._ctx)
+        backend.set_reading(self._ctx, True)
+
+    def so_far(self) -> Read:
+        """Say how the prompt was read, or how far."""
+        cache = self._cache
+        counters = backend.get_counters(self._ctx)
+        return Read(
+            n_prompt=self._n_cached + len(self._prompt),
+            # A batch that was stopped has been counted in part, and dropped.
+            n_cached=min(self._n_cached, max(0, cache.n_tokens - counters.n_rows)),
+            counters=counters,
+            selection=self._selection,
+            encode_s=self._encode_s,
+            n_exact=cache.n_exact,
+            is_short=_is_pruning(cache) and self._plan.n_pruned == 0,
+        )
+
+    def run(self) -> None:
+        """Read it."""
+        self._report(0)
+        if self._can_select():
+            self._run_selecting()
+            return
+        # After the last image there is text, and each row is a position further on.
+        full_from = self._position_of(self._plan.full_from - self._n_cached)
+        backend.set_sink(self._ctx, self._rule.sink_tokens)
+        backend.set_full_from(self._ctx, full_from)
+        self._run(self._rule, full_from, Outputs.LAST)
+
+    def run_context(self) -> None:
+        """Read all of it as context."""
+        backend.set_full_from(self._ctx, NOWHERE)
+        backend.set_sink(self._ctx, 0)
+        self._run(NO_ENDS, NOWHERE, Outputs.NONE)
+
+    def _run(self, rule: RowRule, full_from: int, last: Outputs) -> None:
+        cache, prompt = self._cache, self._prompt
+        interrupt = cache.context.interrupt
+        with interrupt.watching(self._ctx):
+            for start, end in self._plan.chunks:
+                outputs = last if end == len(prompt) else Outputs.NONE
+                n = end - start
+                if start in prompt.images:
+                    image = prompt.images[start]
+                    positions = cache.position + np.arange(n) * (not cache.context.is_mrope)
+                    full = full_rows(positions, rule, full_from, Outputs.NONE)
+                    self._encode_s += cache.append_image(image, full)
+                else:
+                    positions = cache.position + np.arange(n)
+                    full = full_rows(positions, rule, full_from, outputs)
+                    cache.append(prompt.tokens[start:end], outputs, full)
+                interrupt.check()
+                if cache.epoch != self._epoch:
+                    raise DisplacedError
+                self._report(end)
+
+    def _report(self, done: int) -> None:
+        if self._on_prefill is not None:
+            self._on_prefill(done, len(self._prompt))
+        if self._cache.epoch != self._epoch:
+            raise DisplacedError
+
+    def _position_of(self, n: int) -> int:
+        """The position of the row after the next `n`, which cut no image in two."""
+        images = self._prompt.images.items()
+        lost = sum(each.n_rows - each.n_pos for start, each in images if start + each.n_rows <= n)
+        return self._cache.position + n - lost
+
+    def _can_select(self) -> bool:
+        cache = self._cache
+        if not self._rule.select or not _is_pruning(cache) or len(self._prompt) == 1:
+            return False
+        return self._plan.n_pruned > 0 or not cache.rows.is_full[: cache.n_tokens].all()
+
+    def _run_selecting(self) -> None:
+        """Read all rows to the boundary; then sink, selected rows and tail run deep, together."""
+        rows = self._cache.rows
+        n_past, end = self._n_cached, self._n_cached + len(self._prompt)
+        tail = min(self._plan.full_from, end - 1)
+        question = min(tail, max(self._plan.text_from, end - N_QUESTION))
+        backend.set_question(self._ctx, question)
+        try:
+            self.run_context()
+            chosen = self._select(question, tail, end)
+        finally:
+            backend.set_question(self._ctx, -1)
+        sink = np.flatnonzero(~rows.is_full[: min(self._rule.sink_tokens, tail)])
+        deep = [*sink.tolist(), *chosen, *range(tail, end)]
+        deepen(self._cache, deep, logits=True)
+        self._selection = Selection(len(chosen), sum(row >= n_past for row in deep))
+
+    def _select(self, question: int, tail: int, end: int) -> list[int]:
+        """Choose among the rows before the tail those that the question up to `end` needs."""
+        cache = self._cache
+        may_be = cache.rows.has_state[:tail] & ~cache.rows.is_full[:tail]
+        may_be[: self._rule.sink_tokens] = False
+        n = round(self._rule.select * int(may_be.sum()))
+        asked = self._ordinary(cache.tokens[question:end].tolist())
+        scores = backend.get_scores(self._ctx, question)
+        chosen = select_rows(scores, cache.tokens[:question], asked, may_be[:question], n)
+        # The question's own rows come last: it is full of its own words.
+        own = question + np.flatnonzero(may_be[question:])
+        return [*chosen.tolist(), *own[len(own) - (n - len(chosen)) :].tolist()]
+
+    def _ordinary(self, tokens: Sequence[int]) -> list[int]:
+        """Leave out control tokens and the like."""
+        api, vocab = backend.bindings(), self._cache.context.vocab
+        normal = api.LLAMA_TOKEN_ATTR_NORMAL
+        return [each for each in tokens if api.llama_vocab_get_attr(vocab, each) & normal]
