@@ -76,7 +76,8 @@ def kept_table(name: str, chosen: str | None) -> str:
         columns = [by_name[column] for column in chosen.split(", ")]
     commands = ", ".join(f"`{command}`" for command in kept["commands"])
     source = "; ".join(part for part in (commands, kept["machine"], kept["date"]) if part)
-    return f"\n{table(columns, kept['rows'])}\n({source})\n"
+    notes = f". {kept['notes']}" if "notes" in kept else ""
+    return f"\n{table(columns, kept['rows'])}\n({source}{notes})\n"
 
 
 def summary() -> str:
