@@ -2,11 +2,11 @@
 
     python tests/bench/render_docs.py [--no-chart]        (make docs)
 
-A document says `<!-- table NAME -->`, or `<!-- table NAME: COLUMN, COLUMN -->` for some columns; what
-follows up to `<!-- end -->` is written anew. A result is a JSON file: columns with a title and a
-format, rows of values, and where they were measured. A cell is null, a text, a list of numbers for
-the format (or for the first part of it), or an object with such a `value` and a `note` or a `format`
-of its own.
+`<!-- table NAME -->` in a document, or `<!-- table NAME: COLUMN, COLUMN -->` for some columns,
+begins a table; all lines up to `<!-- end -->` are written anew. A result is a JSON file: columns
+with a title and a format, rows, and where they were measured. A cell is null, a text, a list of
+numbers for the format or for its first part, or an object with such a `value` and a `note` or a
+`format` of its own.
 """
 
 import argparse
@@ -41,7 +41,8 @@ def read(name: str) -> Any:
 def cell_text(value: Any, layout: str) -> str:
     """Return a cell; fewer values than the layout has take its first part."""
     if isinstance(value, dict):
-        return f"{cell_text(value['value'], value.get('format', layout))} {value.get('note', '')}".strip()
+        text = cell_text(value["value"], value.get("format", layout))
+        return f"{text} {value['note']}" if "note" in value else text
     if value is None or isinstance(value, str):
         return value or ""
     values = value if isinstance(value, list) else [value]
