@@ -1,6 +1,7 @@
 # make demo: everything, then one long prompt answered with and without pruning
 # make test: everything that the tests need, then ruff, mypy and pytest (ARGS="-k name")
 # make check: ruff, mypy and the quick tests, which need the backend, but no models and no second library
+# make docs: the tables of the documents and the chart of README, from docs/results
 # make fuzz SECONDS=3600: damaged files for each reader, for so long (FUZZ_SEED=N begins elsewhere,
 #   FUZZ_FILES=N tries so many instead)
 # make sanitize: the patched library with AddressSanitizer and UBSan under the oracle, damaged files, and
@@ -35,7 +36,7 @@ FOUND := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check fuzz sanitize test-gpu test-vulkan sidecars wheels test-wheels lint backend \
+.PHONY: demo test check docs fuzz sanitize test-gpu test-vulkan sidecars wheels test-wheels lint backend \
 	unpatched recipes clean
 
 demo: $(VENV)/.app $(SMOLLM2).gguf
@@ -46,6 +47,9 @@ test: lint recipes $(SMOLLM2).gguf $(GEMMA).gguf
 
 check: lint
 	$(PYTEST) -m "not slow" $(ARGS)
+
+docs: $(VENV)/.tools
+	$(BIN)/python tests/bench/render_docs.py
 
 SECONDS ?= 60
 fuzz: $(VENV)/.tools

@@ -4,7 +4,7 @@
         [--select 0.1] [--rounds 3]
 
 On processors with AMX a full reading takes up to half as long again once the same context has read
-with fewer rows (docs/lab-notebook.md), which flatters pairs in one process. Here each process reads
+with fewer rows (docs/notebook), which flatters pairs in one process. Here each process reads
 the prompt twice in one way, and the second time counts. One thread. Prints Markdown.
 """
 

@@ -8,7 +8,7 @@ Beside x, the normalised state at the boundary, K and V of later layers see z = 
   Strong is who adds most power to that layer's output. They are scaled to unit variance and clamped
   (unclamped, single windows lose everything). There are none where experts share the FFN.
 
-The previous token of the first one of a ubatch is itself. (Found in the lab: docs/lab-notebook.md.)
+The previous token of the first one of a ubatch is itself. (docs/notebook/wide-fits.md)
 
 A fit of the kind "fitted-attention" also sees what the heads of the boundary layer's attention
 give, before its output projection. Nothing is stored for that: context rows keep this attention.

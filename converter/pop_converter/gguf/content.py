@@ -25,7 +25,7 @@ from pop_converter.gguf.source import SPLIT_PREFIX, Source
 from pop_local.base.errors import FormatError
 from pop_local.base.progress import Ran
 
-# Larger writes took the kernel twice as long (docs/lab-notebook.md).
+# Larger writes took the kernel twice as long (docs/notebook).
 CHUNK_BYTES = 256 << 10
 N_BUFFERS = 8
 _COUNTS = struct.Struct("<IQQ")

@@ -13,7 +13,7 @@ from pop_local.base.errors import PlanError, UnsupportedArchitectureError
 
 # The paper's middle setting: most of the speed for little of the quality.
 DEFAULT_SKIP = Fraction(1, 3)
-# 16 leave the first answer token 1.4 times as wrong (docs/lab-notebook.md), and win 0.5 % of time.
+# 16 leave the first answer token 1.4 times as wrong (docs/notebook), and win 0.5 % of time.
 TAIL_TOKENS = 32
 
 # Of a model's layers: a fraction, or a number of layers.

@@ -1,0 +1,144 @@
+"""The tables of the documents and the chart of README, from the kept results in docs/results.
+
+    python tests/bench/render_docs.py [--no-chart]        (make docs)
+
+`<!-- table NAME -->` in a document, or `<!-- table NAME: COLUMN, COLUMN -->` for some columns,
+begins a table; all lines up to `<!-- end -->` are written anew. A result is a JSON file: columns
+with a title and a format, rows, and where they were measured. A cell is null, a text, a list of
+numbers for the format or for its first part, or an object with such a `value` and a `note` or a
+`format` of its own.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeAlias
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+CHART = ROOT / "docs" / "images" / "ttft.png"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_TABLE = re.compile(r"(<!-- table ([\w-]+)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.S)
+# The chart's rows of speeds.json: model and tokens of the prompt.
+_CHARTED = [
+    ("SmolLM2-135M Q4_1", 2048),
+    ("Gemma-3-270M Q4_K_M", 2048),
+    ("Qwen2.5-Coder-0.5B Q4_K_M", 2048),
+    ("Qwen2.5-Coder-1.5B Q4_K_M", 2048),
+    ("SmolLM2-135M Q4_1", 8192),
+]
+_BARS = {"llama": "llama.cpp", "full": "pop-local, in full", "pruned": "pop-local, pruned"}
+
+Row: TypeAlias = dict[str, Any]
+
+
+def read(name: str) -> Any:
+    """Return a kept result."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def cell_text(value: Any, layout: str) -> str:
+    """Return a cell; fewer values than the layout has take its first part."""
+    if isinstance(value, dict):
+        text = cell_text(value["value"], value.get("format", layout))
+        return f"{text} {value['note']}" if "note" in value else text
+    if value is None or isinstance(value, str):
+        return value or ""
+    values = value if isinstance(value, list) else [value]
+    parts = re.split(r"(?= ± | \()", layout)
+    while len(parts) > 1 and "".join(parts).count("{") > len(values):
+        parts.pop()
+    return "".join(parts).format(*values)
+
+
+def table(columns: list[Row], rows: list[Row]) -> str:
+    """Return a Markdown table; a repeated name in the first column is left out."""
+    lines = [
+        "| " + " | ".join(column["title"] for column in columns) + " |",
+        "|" + "|".join("---:" if "format" in column else "---" for column in columns) + "|",
+    ]
+    before = None
+    for row in rows:
+        cells = [cell_text(row.get(c["name"]), c.get("format", "{}")) for c in columns]
+        if cells[0] == before:
+            cells[0] = ""
+        before = cells[0] or before
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def kept_table(name: str, chosen: str | None) -> str:
+    """Return the table of a result, of the chosen columns, and how it was measured."""
+    kept = read(name)
+    columns = kept["columns"]
+    if chosen:
+        by_name = {column["name"]: column for column in columns}
+        columns = [by_name[column] for column in chosen.split(", ")]
+    commands = ", ".join(f"`{command}`" for command in kept["commands"])
+    source = "; ".join(part for part in (commands, kept["machine"], kept["date"]) if part)
+    notes = f". {kept['notes']}" if "notes" in kept else ""
+    return f"\n{table(columns, kept['rows'])}\n({source}{notes})\n"
+
+
+def summary() -> str:
+    """Return README's table: the shipped sidecars' losses beside their speeds."""
+    losses, speeds = read("shipped"), read("speeds")
+    columns = {column["name"]: column for column in losses["columns"]}
+    by_model = {row["model"]: row for row in speeds["rows"] if row["tokens"] == 2048}
+    rows = []
+    for row in losses["rows"]:
+        speed = by_model[row["model"]]
+        three = [speed[name][0] for name in ("llama", "full", "pruned")]
+        rows.append(row | {"speeds": three})
+    title = "tokens/s: llama.cpp, ours in full, pruned"
+    shown = [columns["model"], columns["skipped"]]
+    shown += [{"name": "speeds", "title": title, "format": "{:,.0f}, {:,.0f}, {:,.0f}"}]
+    shown += [columns[name] for name in ("ppl_ratio", "copy_ppl_ratio", "facts")]
+    return table(shown, rows)
+
+
+def rendered(text: str) -> str:
+    """Return a document with its tables written anew."""
+
+    def anew(found: re.Match[str]) -> str:
+        begin, name, chosen, end = found.groups()
+        return begin + (summary() if name == "summary" else kept_table(name, chosen)) + end
+
+    return _TABLE.sub(anew, text)
+
+
+def draw(path: Path) -> None:
+    """Draw the time to first token: tokens of the prompt over tokens per second."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = {(row["model"], row["tokens"]): row for row in read("speeds")["rows"]}
+    figure = Figure(figsize=(8, 2.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for at, (name, color) in enumerate(zip(_BARS, ("#b8b8b8", "#7aa6d8", "#1f5fa8"), strict=True)):
+        heights = [n_tokens / rows[model, n_tokens][name][0] for model, n_tokens in _CHARTED]
+        places = [place + (at - 1) * 0.27 for place in range(len(heights))]
+        bars = axes.bar(places, heights, 0.26, label=_BARS[name], color=color)
+        axes.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=8)
+    axes.set_yscale("log")
+    axes.set_ylim(0.5, 130)
+    names = [f"{model.split(' ')[0]}\n{n_tokens:,} tokens" for model, n_tokens in _CHARTED]
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.set_ylabel("seconds (log scale)", fontsize=8)
+    axes.set_title("Time to first token, one thread of a Xeon with AMX", fontsize=9)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-chart", action="store_true", help="tables alone; no matplotlib")
+    for document in DOCUMENTS:
+        before = document.read_text(encoding="utf-8")
+        if (after := rendered(before)) != before:
+            document.write_text(after, encoding="utf-8")
+    if not parser.parse_args().no_chart:
+        draw(CHART)

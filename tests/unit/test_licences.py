@@ -1,0 +1,18 @@
+"""The licence of each shipped sidecar is beside it, as the catalog names it for the model."""
+
+from pathlib import Path
+
+from pop_local.models.names import load_catalog
+from support.paths import ROOT
+
+SIDECARS = ROOT / "pop_local" / "data" / "sidecars"
+
+
+def test_each_sidecar_has_the_licence_of_its_model() -> None:
+    table = (SIDECARS / "LICENSES.md").read_text(encoding="utf-8")
+    lines = dict(line.split(" | ", 1) for line in table.splitlines() if line.startswith("| `"))
+    assert {name[3:-1] for name in lines} == {path.name for path in SIDECARS.glob("*.gguf")}
+    for model in load_catalog():
+        line = lines[f"| `{Path(model.file).stem}.pop-sidecar.gguf`"]
+        assert line.split(" | ")[-1].strip(" |") == model.licence.split(" (")[0]
+        assert line.startswith(model.name)

@@ -1,0 +1,69 @@
+"""The documents' tables are what the kept results give (tests/bench/render_docs.py)."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pop_local.measure.budget import BUDGETS
+from support.paths import ROOT, TESTS
+
+sys.path.append(str(TESTS / "bench"))
+import render_docs
+
+
+@pytest.mark.parametrize(
+    "path", render_docs.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_the_tables_are_rendered(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert render_docs.rendered(text) == text, "run `make docs`"
+
+
+def test_each_result_is_shown_and_says_where_it_is_from() -> None:
+    shown = "".join(path.read_text(encoding="utf-8") for path in render_docs.DOCUMENTS)
+    for path in render_docs.RESULTS.glob("*.json"):
+        kept = render_docs.read(path.stem)
+        assert kept["commands"] and kept["machine"] and kept["versions"] and kept["date"]
+        assert f"<!-- table {path.stem}" in shown
+        names = {column["name"] for column in kept["columns"]}
+        assert all(names.issuperset(row) for row in kept["rows"])
+
+
+def test_the_table_of_budgets_has_the_limits() -> None:
+    rows = {row["quality"].split(" ")[0]: row for row in render_docs.read("budgets")["rows"]}
+    assert rows.keys() == BUDGETS.keys()
+    for quality, budget in BUDGETS.items():
+        row = rows[quality]
+        assert (row["kl"], row["ppl_ratio"], row["copy_ppl_ratio"]) == (
+            budget.max_kl,
+            budget.max_ppl_ratio,
+            budget.max_copy_ratio,
+        )
+        assert (row["random_tokens"], row["facts_lost"]) == (
+            budget.least_retention,
+            budget.max_lost_recall,
+        )
+
+
+def test_cells_take_as_much_of_a_format_as_they_have_values() -> None:
+    layout = "{:.2f}x ({:.2f}-{:.2f})"
+    assert render_docs.cell_text([1.5, 1, 2], layout) == "1.50x (1.00-2.00)"
+    assert render_docs.cell_text(1.5, layout) == "1.50x"
+    assert render_docs.cell_text({"value": [1.5], "note": "*"}, layout) == "1.50x *"
+    assert render_docs.cell_text("not tried", layout) == "not tried"
+    assert render_docs.cell_text(None, layout) == ""
+
+
+def test_a_repeated_name_is_left_out_and_columns_are_chosen() -> None:
+    columns = [{"name": "a", "title": "A"}, {"name": "b", "title": "B", "format": "{:.0%}"}]
+    made = render_docs.table(columns, [{"a": "x", "b": 0.5}, {"a": "x", "b": 1}])
+    assert made == "| A | B |\n|---|---:|\n| x | 50% |\n|  | 100% |\n"
+    text = "<!-- table budgets: quality, kl -->\n<!-- end -->\n"
+    assert "copy" not in render_docs.rendered(text) and "balanced" in render_docs.rendered(text)
+
+
+def test_the_chart_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    render_docs.draw(tmp_path / "ttft.png")
+    assert (tmp_path / "ttft.png").stat().st_size > 10_000
