@@ -4,9 +4,9 @@ Least squares (pop_converter.fit.least_squares) brings K and V of each layer nea
 model's, whatever the layers make of the difference. Here the skipped layers are computed as a
 pruned prompt has them. Rows of a context stop at the boundary, all but the sinks before it. Rows
 of the answer after it run all layers and attend to the projections' K and V. The loss is
-KL(full || pruned), averaged over the answer's rows; its gradient goes through the skipped layers into the projections, which
-Adam changes (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980). The
-model's weights stay as they are.
+KL(full || pruned), averaged over the answer's rows. Its gradient goes through the skipped layers
+into the projections, which Adam changes (knowledge distillation: Hinton et al., arXiv 1503.02531;
+Adam: arXiv 1412.6980). The model's weights stay as they are.
 
 Some windows end with a passage of their own context, since copying is what pruning loses first.
 """
