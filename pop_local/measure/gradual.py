@@ -1,4 +1,4 @@
-"""One boundary measured a few windows at a time, so that one may stop when they say enough."""
+"""One boundary measured a few windows at a time, so that one may stop when they are enough."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ N_FIRST_WINDOWS = 4
 class Gradual:
     """A boundary's scores so far, against a reference that was read at once.
 
-    `quality` is what they say, None before the first are measured.
+    `quality` is their summary, None before the first are measured.
     """
 
     reference: Reference
@@ -41,7 +41,7 @@ class Gradual:
         return len(self._scores) == len(self.reference.windows)
 
     def settled(self, is_enough: Callable[[Quality], bool]) -> Quality | None:
-        """`quality`, if it is of all windows, or `is_enough` says that these will do; else None."""
+        """`quality`, if it is of all windows, or if `is_enough` accepts it; else None."""
         found = self.quality
         return found if found and (self.is_whole or is_enough(found)) else None
 

@@ -1,8 +1,8 @@
 """Can the model still copy from what it has read? Two probes that see what the KL of prose hides.
 
-*Copy*: a passage of the context follows the context again. *Induction*: random token ids, twice;
-it needs no text, and the first occurrence says what not copying at all would cost. Both score only
-tokens whose first occurrence was pruned (all of the random ones if that is none of them).
+*Copy*: a passage of the context follows the context again. *Induction*: random token ids, twice.
+It needs no text, and the first occurrence has the loss of not copying at all. Both score only
+tokens whose first occurrence was pruned (all of the random ones if none was).
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
-"""What pruning costs: a pruned context, then its continuation, against the full model.
+"""The loss by pruning: a pruned context, then its continuation, against the full model.
 
-A window is a context, read in the mode to be measured, and a continuation, teacher-forced over that
-context's K/V: in full, unless the baseline is measured that skips layers there, too. Both models
-see the same windows, in one process, on the same weights; only the modes differ. Compared are the
-distributions that predict each token of the continuation, the first of which comes from the
-context's last token.
+A window is a context and a continuation. The context is read in the mode to be measured. The
+continuation is teacher-forced over that context's K/V, in full; only the baseline skips layers
+there, too. Both models see the same windows, in one process, on the same weights; only the modes
+differ. The distributions that predict each token of the continuation are compared; the first comes
+from the context's last token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,14 +64,14 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class Quality:
-    """What pruning costs at one boundary, against the full model.
+    """The loss by pruning at one boundary, against the full model.
 
     kl_*: KL(full || pruned) of the continuation's tokens in nats; kl_first of its first one. ppl_*:
     perplexity of the continuation. top1_agreement: share of tokens where both have the same first
     choice. copy_*: a passage of the context repeated; copy_top1 is the share of its tokens that the
-    model puts first. induction_*: random tokens repeated; delta_nll is what pruning adds to the NLL
-    of the second occurrence, retention is how much of the full model's gain over the first
-    occurrence is left (None where the full model has none).
+    model puts first. induction_*: random tokens repeated. delta_nll is the NLL that pruning adds to
+    the second occurrence. retention is the part of the full model's gain over the first occurrence
+    that is left, None where the full model has none.
 
     n_pruned: context tokens of all windows that stopped at the boundary, as the backend counted;
     n_pruned_continuation: those of the continuations, none but for the baseline.
@@ -100,7 +100,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Window:
-    """What is read, what follows it, and a passage of it to be repeated, as tokens."""
+    """A context, its continuation, and a passage of the context to be repeated, as tokens."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -133,7 +133,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full model says of windows, and of random tokens repeated.
+    """The full model's scores of windows, and of random tokens repeated.
 
     From `read_reference` it takes 2 * n_windows * n_continuation * n_vocab bytes for as long as it
     is kept.

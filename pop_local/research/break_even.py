@@ -2,7 +2,7 @@
 
 Below it the full rows and the extra work of pruning (projections computed twice, more and smaller
 products) take what is saved. The length depends on the hardware: where few rows cost as much as
-many, on a GPU above all, it is longer than multiply-accumulates say.
+many, on a GPU above all, it is longer than multiply-accumulates predict.
 """
 
 import statistics
@@ -26,7 +26,7 @@ _PRECISION = 8
 
 @dataclass(frozen=True)
 class Tried:
-    """One prompt length; `speedup` is of its pairs, `iqr` how far their quartiles lie apart."""
+    """One prompt length; `speedup` is of its pairs, `iqr` the distance of their quartiles."""
 
     n_prompt: int
     n_pruned: int
@@ -69,7 +69,7 @@ def measure_break_even(
     on_tried: Callable[[int], object],
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[int | None, tuple[Tried, ...]]:
-    """Search up to `n_longest` tokens, whatever `min_prompt` says; see BreakEven.
+    """Search up to `n_longest` tokens, whatever `min_prompt` is; see BreakEven.
 
     Each length is measured in `n_pairs` pairs, 2 at least. `on_tried` gets the number of lengths so
     far. Raises PopError when the counters do not prove what is measured, or nothing of the longest
@@ -102,8 +102,8 @@ def measure_break_even(
 def search(is_won: Callable[[int], bool], shortest: int, longest: int) -> int | None:
     """Return the shortest length that is won, to an eighth of it; None when none is.
 
-    Lengths are doubled until two in a row are won, so that one stroke of luck does not end the
-    search; then the gap below the first of them is halved.
+    Lengths are doubled until two in a row are won: one stroke of luck must not end the search. Then
+    the gap below the first of them is halved.
     """
     lost, won = shortest - 1, None
     for n_prompt in _doubled(shortest, longest):
@@ -123,12 +123,12 @@ def search(is_won: Callable[[int], bool], shortest: int, longest: int) -> int | 
 
 
 def wins(speedups: Sequence[float]) -> bool:
-    """Tell whether the median lies above 1 by more than the quartiles lie apart."""
+    """Tell whether the median is above 1 by more than the quartiles are apart."""
     return statistics.median(speedups) - 1 > quartile_distance(speedups)
 
 
 def quartile_distance(speedups: Sequence[float]) -> float:
-    """Return how far the quartiles lie apart."""
+    """Return how far the quartiles are apart."""
     low, _, high = statistics.quantiles(speedups, n=4, method="inclusive")
     return high - low
 

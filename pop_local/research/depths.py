@@ -1,8 +1,8 @@
 """How deep pruning may go: each boundary of the deeper half, measured cheaply.
 
-Random tokens repeated say how much of copying each boundary keeps, with the layers' own
-projections: where it is kept, a fit hardly moves that. There a few windows of prose give the KL and
-the copy ratio, with fitted projections if there are any.
+Random tokens repeated show how much of copying each boundary keeps, with the layers' own
+projections: where it is kept, a fit hardly changes that. There a few windows of prose give the KL
+and the copy ratio, with fitted projections if there are any.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from pop_local.measure.quality import Quality, Reference, measure_retention
 
 # A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
 CLIFF = 0.2
-# What saves less is not worth measuring.
+# Boundaries that save less are not worth measuring.
 LEAST_LIMIT = 1.05
 
 

@@ -37,8 +37,8 @@ _HINT = "close other programs, or leave it out"
 class Distiller:
     """Trains fits of one model end to end (pop_local.workflows.fits.Distiller).
 
-    `reference` is what the full model says of the text, kept for further fits: about 0.5 GB for a
-    state of 500 dimensions.
+    `reference` is the full model on the text, kept for further fits: about 0.5 GB for a state of
+    500 dimensions.
     """
 
     source: Source
@@ -78,7 +78,7 @@ class Distiller:
         """Return the fit, trained on `text`. Raises PopError, StoppedError.
 
         The full model reads the text first, unless it did so for this boundary. With `n_deeper`,
-        the next so many boundaries below can be distilled with what it said.
+        this many boundaries below can be distilled by the same reading.
         """
         device = self.require(plan)
         reference = self.reference
