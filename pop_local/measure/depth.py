@@ -3,12 +3,12 @@
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.popfile.plan import Plan
 from pop_local.base.errors import PlanError
-from pop_local.base.progress import Progress
+from pop_local.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.forced import Pruning, as_planned, forced
 from pop_local.measure.probes import measure_induction, read_repeated
-from pop_local.measure.quality import QualitySettings, retention, tokens_counted
+from pop_local.measure.quality import QualitySettings, retention
 
 # A retention to some percent, in seconds.
 _LOOK = QualitySettings(n_draws=2)
@@ -28,11 +28,11 @@ def boundaries(shape: ModelShape, divisor: int = 2) -> tuple[int, ...]:
 def own_retention(model: PopModel, plan: Plan, on_progress: Progress) -> Estimate | None:
     """Measure `Quality.induction_retention` of the plan's boundary without a fit, in seconds.
 
-    `on_progress` gets (done_tokens, total_tokens).
+    `on_progress` counts draws.
     """
     as_planned(model, plan)
     with forced(model) as reader:
-        ran = tokens_counted(reader, _LOOK, (), 1, 1, on_progress)
+        ran = counting(2 * _LOOK.n_draws, on_progress)
         repeated = read_repeated(reader, _LOOK.n_draws, _LOOK.seed, ran)
         pruning = Pruning(plan.boundary, _LOOK.mode)
         [found] = measure_induction(reader, repeated, [pruning], ran)

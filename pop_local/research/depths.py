@@ -53,8 +53,7 @@ def measure_cliff(
 ) -> tuple[DepthCost, ...]:
     """Measure the retention at each of `boundaries`, and how much of it each layer loses.
 
-    The speed-up limits are for prompts of LIMIT_PROMPT tokens; `on_progress` gets (done_tokens,
-    total_tokens).
+    The speed-up limits are for prompts of LIMIT_PROMPT tokens; `on_progress` counts draws.
     """
     tried = boundaries(model.shape)
     retentions = measure_retention(reference, model, tried, on_progress)

@@ -46,7 +46,7 @@ def measure_second_turn(
 ) -> SecondTurn:
     """Read a context, let a text follow it for good, and score the next one, in each window.
 
-    `on_progress` gets (done_tokens, total_tokens). Raises PopError when the text is too short, or a
+    `on_progress` counts contexts. Raises PopError when the text is too short, or a
     context was not pruned as planned.
     """
     start = bos(model)
