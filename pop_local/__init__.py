@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from pop_local.engine.turn import AnswerOptions, ContextFullError, SessionStats, TurnStats
     from pop_local.measure.budget import BALANCED, FAST, NEAR_LOSSLESS
     from pop_local.measure.quality import QualitySettings
+    from pop_local.research.analyze import Analysis, analyze
+    from pop_local.research.options import AnalyzeOptions
     from pop_local.texts.documents import read_document
-    from pop_local.workflows.analyze import Analysis, analyze
     from pop_local.workflows.convert import Converted, convert
     from pop_local.workflows.evaluate import EvaluateOptions, Evaluation, evaluate
     from pop_local.workflows.events import Watch
     from pop_local.workflows.options import (
-        AnalyzeOptions,
         Boundary,
         Fastest,
         Hardware,
@@ -80,12 +80,13 @@ _MODULES = {
     "pop_local.calibration.options": ["FitOptions"],
     "pop_local.measure.budget": ["BALANCED", "FAST", "NEAR_LOSSLESS"],
     "pop_local.measure.quality": ["QualitySettings"],
-    "pop_local.workflows.analyze": ["Analysis", "analyze"],
+    "pop_local.research.analyze": ["Analysis", "analyze"],
+    "pop_local.research.options": ["AnalyzeOptions"],
     "pop_local.workflows.convert": ["Converted", "convert"],
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
     "pop_local.workflows.options": [
-        *("AnalyzeOptions", "Boundary", "Fastest", "Hardware", "RowOptions", "Skip", "Within"),
+        *("Boundary", "Fastest", "Hardware", "RowOptions", "Skip", "Within"),
     ],
     "pop_local.workflows.refusals": ["CopyingBrokenError", "OverBudgetError", "RecallLostError"],
     "pop_local.engine.decode.grammar": ["GrammarError"],

@@ -68,8 +68,10 @@ def bench(
     shown = image, mmproj, image_tokens
     options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on, share, *shown)
     if find_break_even:
+        from pop_local.research import break_even
+
         with stoppable_watch() as watch:
-            gained = workflow.find_break_even(model, pop, options, watch)
+            gained = break_even.find_break_even(model, pop, options, watch)
         print_json(view.gain_json(gained)) if json else view.show_gain(gained, max(n_prompts))
     else:
         with stoppable_watch() as watch:

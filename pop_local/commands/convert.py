@@ -223,14 +223,15 @@ def convert(
         weighting=weighting,
         mmproj=mmproj,
         images=images,
-        distill=distill or None,
         distill_tokens=distill_tokens,
     )
     if projection is Projection.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
-        if resume:
-            raise typer.BadParameter("--projection own fits nothing that could go on: leave it out")
+        if resume or distill:
+            raise typer.BadParameter("--projection own fits nothing: leave out --resume, --distill")
     fit = replace(fit or FitOptions(), projection=projection)
+    if distill:
+        from pop_local.research import distilled
     planned = plan_conversion(
         model,
         output,
@@ -239,6 +240,7 @@ def convert(
         RowOptions(sink, tail, min_prompt, opt.selected(select) or 0.0),
         "sidecar" if sidecar else "copy",
         Hardware(threads, gpu_layers),
+        distilled.Distiller if distill else None,
         resume=resume,
     )
     if (found := sidecar_of(planned.source)) and is_shipped(found):

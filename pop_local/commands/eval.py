@@ -9,9 +9,7 @@ import typer
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import note
 from pop_local.ui.views import quality as view
-from pop_local.ui.views.plots import plot_sweep, require_plot
 from pop_local.ui.views.prompts import comparison_json, show_comparison
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.options import Boundary, Skip
@@ -80,11 +78,6 @@ def eval(  # noqa: A001
     ridge: opt.Ridge = None,
     weighting: opt.WeightingOption = None,
     memory: opt.Memory = None,
-    plot_file: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="OUT.png", help="Draw the depths of --sweep."),
-    ] = None,
-    force: opt.ReplacePlot = False,
     no_boundary: Annotated[
         bool, typer.Option("--no-boundary", help="Prune the context's last token as well.")
     ] = False,
@@ -137,8 +130,8 @@ def eval(  # noqa: A001
         return
     if no_boundary and no_pop:
         raise typer.BadParameter("--no-boundary prunes all, --no-pop nothing: give one of them")
-    if plot_file is not None and sweep is None:
-        raise typer.BadParameter("--plot draws the depths of a --sweep")
+    if second_turn and (sweep is not None or fit):
+        raise typer.BadParameter("--second-turn is of one depth, as it is: no --sweep, no --fit")
     if baseline is not None and (no_boundary or no_pop):
         raise typer.BadParameter("--baseline compares with POP: leave --no-boundary, --no-pop out")
     lengths = tuple(filter(None, opt.lengths(recall, "--recall", least=0)))
@@ -155,11 +148,11 @@ def eval(  # noqa: A001
         opt.no_fit(given, "there is no --fit")
     elif pop is not None:
         raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
-    if plot_file is not None:
-        require_plot(plot_file, model, force=force)
     from pop_local.engine.llama.backend import Mode
     from pop_local.measure.quality import QualitySettings
-    from pop_local.workflows.evaluate import EvaluateOptions, evaluate
+    from pop_local.research.turns import second_turn as measure_second_turn
+    from pop_local.research.yardstick import quantised
+    from pop_local.workflows.evaluate import EvaluateOptions, begin
 
     mode = Mode.ALWAYS if no_boundary else Mode.OFF if no_pop else Mode.CONTEXT
     options = EvaluateOptions(
@@ -169,30 +162,24 @@ def eval(  # noqa: A001
         n_documents=documents,
         select=opt.selected(select),
         n_refilled=refill,
-        second_turn=second_turn,
         baseline=None if baseline is None else "always-skip",
-        yardstick=yardstick,
         sink_tokens=sink,
         tail_tokens=tail,
         n_ctx=n_ctx,
     )
     with stoppable_watch() as watch:
-        found = evaluate(
-            model,
-            options,
-            depths=depths,
-            fit=(given or FitOptions()) if fit else None,
-            sidecar=pop,
-            hardware=opt.hardware(threads, gpu_layers, rpc),
-            watch=watch,
-        )
-    if plot_file is not None:
-        plot_sweep(found.rows, plot_file, force=force)
-        note(f"Drawn: {plot_file}")
+        how = (given or FitOptions()) if fit else None
+        hardware = opt.hardware(threads, gpu_layers, rpc)
+        run = begin(model, options, depths, how, pop, hardware, watch)
+        second = measure_second_turn(run) if second_turn else None
+        found = run.evaluation()
+        beside = view.Beside(second, tuple(quantised(run)) if yardstick else ())
     if sweep is not None:
-        print_json(view.sweep_json(found)) if json else view.show_sweep(found)
+        print_json(view.sweep_json(found, beside)) if json else view.show_sweep(found, beside)
     else:
-        print_json(view.evaluation_json(found)) if json else view.show_evaluation(found)
+        print_json(view.evaluation_json(found, beside)) if json else view.show_evaluation(
+            found, beside
+        )
 
 
 def _require_one_kind(call: typer.Context, prompts: Path | None) -> None:

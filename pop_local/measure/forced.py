@@ -150,7 +150,7 @@ class Forced:
         Row i is what context and tokens[:i] predict. All rows but those of the context are full,
         or none is in mode ALWAYS. The text is forgotten again, so that another may follow the same
         context; rows of the context that were given their depth meanwhile stay deep. Raises
-        PopError unless the text is pruned as the mode says.
+        PopError unless the text is pruned as the mode requires.
         """
         mode = pruning.continuation
         # Attention is counted in mode CONTEXT; the rows are full there, too: they ask for logits.

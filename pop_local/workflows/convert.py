@@ -54,6 +54,7 @@ from pop_local.workflows.refusals import (
 
 if TYPE_CHECKING:
     from pop_local.workflows.examine import Examination
+    from pop_local.workflows.fits import Distiller, MakeDistiller
 
 STATE_SUFFIX = ".calibration"
 # No model was seen to copy with fewer than a third of its layers left.
@@ -101,7 +102,7 @@ class Conversion:
     """A conversion that is planned; nothing is measured or written yet.
 
     `plans`: the one whose depth the caller named, or all that a search may choose, in its order.
-    `sizes`: of the deepest. `fit`: None for own projections.
+    `sizes`: of the deepest. `fit`: None for own projections. `distiller`: None for plain fits.
     """
 
     source: Source
@@ -112,6 +113,7 @@ class Conversion:
     sizes: Sizes
     fit: FitOptions | None
     hardware: Hardware
+    distiller: MakeDistiller | None = None
 
     @property
     def path(self) -> Path:
@@ -188,6 +190,7 @@ def convert(
     output: OutputName = "copy",
     resume: bool = False,
     force: bool = False,
+    distiller: MakeDistiller | None = None,
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
 ) -> Converted:
@@ -197,12 +200,15 @@ def convert(
     itself, or both, or `Fastest()`, which chooses a selection, too. `fit` None leaves the skipped
     layers their own projections. `out` None is a name beside the model: NAME.pop.gguf, or
     NAME.pop-sidecar.gguf for a sidecar. With `resume` a fit that is stopped is kept beside `out`,
-    and a kept one goes on. `force` replaces an existing output, and writes a depth that is named
+    and a kept one goes on. `distiller` (pop_local.research.distilled.Distiller) makes what trains
+    the fit end to end. `force` replaces an existing output, and writes a depth that is named
     without a budget although it can no longer copy, or find facts again. Raises PopError:
     OutputExistsError, OverBudgetError, CopyingBrokenError and others; an earlier output stays then,
     and nothing new is left. Raises StoppedError when the watch says so.
     """
-    planned = plan_conversion(model, out, depth, fit, rows, output, hardware, resume=resume)
+    planned = plan_conversion(
+        model, out, depth, fit, rows, output, hardware, distiller, resume=resume
+    )
     return run_conversion(planned, force=force, watch=watch)
 
 
@@ -218,6 +224,7 @@ def plan_conversion(
     rows: RowOptions,
     output: OutputName,
     hardware: Hardware,
+    distiller: MakeDistiller | None = None,
     *,
     resume: bool,
 ) -> Conversion:
@@ -257,22 +264,20 @@ def plan_conversion(
         weights = Weights(source)
         for layer in {layer for plan in plans for layer in plan.fitted_layers}:
             weights.require_readable(layer)
-    if fit is not None and fit.distill:
-        if plans[0].select or fit.mmproj:
+    if distiller is not None:
+        if fit is None or plans[0].select or fit.mmproj:
             raise PopError(
-                "a fit is not distilled for selections or pictures",
+                "nothing is distilled of own projections, for selections or pictures",
                 "take it as it is, or do without them",
                 cause="not-distilled",
             )
-        from pop_local.workflows.distilled import require_distillable
-
         deepest = _deepest(plans)
         if fit.projection is None and deepest.projection != Projection.OWN:
             deepest = replace(deepest, projection=Projection.ATTENTION)
-        require_distillable(deepest, source, fit, hardware)
+        distiller(source, fit, hardware, Watch()).require(deepest)
     kv_type = (fit or FitOptions()).kv_type
     sizes = kind.measure(_deepest(plans), source.first.path, kv_type)
-    return Conversion(source, target, kind, depth, plans, sizes, fit, hardware)
+    return Conversion(source, target, kind, depth, plans, sizes, fit, hardware, distiller)
 
 
 def run_conversion(
@@ -351,6 +356,7 @@ class _Run:
                 planned.hardware,
                 self.watch,
                 planned.kinds,
+                self._distiller(),
             )
             meta = self._write(chosen.plan, chosen.fitted, lambda written: chosen.measured)
         return chosen.plan, meta, chosen.trials
@@ -386,17 +392,23 @@ class _Run:
         examination = self._examination(plan, allow_broken_copy=self.force)
         examination.before_fit()
         with _resumable(planned.fit, self.watch):
-            fitter = Fitter(
-                planned.source, planned.fit, planned.hardware, self.watch, planned.kinds
-            )
+            distiller = self._distiller()
+            of = planned.source, planned.fit, planned.hardware, self.watch, planned.kinds
+            fitter = Fitter(*of, distiller=distiller)
             [fitted] = fitter.fit((plan,), planned.fit.state_path)
-            if planned.fit.distill:
+            if distiller is not None:
                 fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)
             return self._write(
                 plan,
                 fitted,
                 lambda written: examination.of_fit(planned.output.files(planned.path, written)),
             )
+
+    def _distiller(self) -> Distiller | None:
+        planned = self.conversion
+        if planned.fit is None or planned.distiller is None:
+            return None
+        return planned.distiller(planned.source, planned.fit, planned.hardware, self.watch)
 
     def _own(self, plan: Plan) -> Measured | None:
         """What own projections lose; None where that cannot be measured, as without llama.cpp."""

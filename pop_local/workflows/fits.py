@@ -1,14 +1,12 @@
 """Fits of one model, whose text is sampled once, and sidecars of them that are not kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.plan import Plan
@@ -19,19 +17,15 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
-from pop_local.calibration.texts import CalibrationText, Windows, to_distill
+from pop_local.calibration.texts import CalibrationText
 from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.distilled import distilled, prepare, require_distillable
 from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.full_model import FullModel
 from pop_local.workflows.measuring import opened_to_measure
 from pop_local.workflows.options import Hardware
-
-if TYPE_CHECKING:
-    from pop_local.research.distill import Reference
 
 T = TypeVar("T")
 _PREFIX = "pop-local-"
@@ -41,6 +35,22 @@ _WORTH = 5.0
 _N_WINDOWS = 8
 
 
+class Distiller(Protocol):
+    """Trains fits of one model end to end; `MakeDistiller` makes one."""
+
+    def require(self, plan: Plan) -> object:
+        """Raise PopError where the plan's fit cannot be distilled."""
+
+    def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
+        """Return the fit, trained on `text`. Raises PopError, StoppedError.
+
+        With `n_deeper`, the next so many boundaries below will probably follow.
+        """
+
+
+MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distiller]
+
+
 @dataclass
 class Fitter:
     """Fits plans of one model, all with the same options and on the same text.
@@ -48,8 +58,7 @@ class Fitter:
     Where the options leave it open, which of `kinds` is taken is decided once, by measuring them at
     the first boundary. Those that copy go first. `full` is what they are measured against, None to
     read a few windows for that alone; `seen` is how each measured, by boundary and kind.
-    `reference` is what further fits can be distilled with, some 0.5 GB for 500 dimensions of the
-    states.
+    `distiller` trains the chosen fits end to end, None for not at all.
     """
 
     source: Source
@@ -61,7 +70,7 @@ class Fitter:
     kind: Projection | None = None
     full: FullModel | None = None
     seen: dict[tuple[int, Projection], Gradual] = field(default_factory=dict)
-    reference: Reference | None = None
+    distiller: Distiller | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -85,30 +94,9 @@ class Fitter:
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
-        """Train one of the fits end to end. Raises PopError, StoppedError.
-
-        The text is read in full first, unless it was for this boundary: with `n_deeper`, what it
-        takes to distil so many boundaries past this one is kept.
-        """
-        reference = self.reference
-        if reference is not None and plan.boundary < reference.first:
-            reference = None
-        device = require_distillable(plan, self.source, self.options, self.hardware, reference)
-        if reference is None:
-            windows, self.reference = self._windows(plan.shape.n_embd), None
-            first = max(plan.boundary - n_deeper, 0)
-            reference = prepare(self.source, first, windows, device, self.watch)
-        self.reference = reference if n_deeper else None
-        kv_type = self.options.kv_type
-        return distilled(plan, self.source, fitted, kv_type, reference, device, self.watch)
-
-    def _windows(self, n_embd: int) -> Windows:
-        if self.reference is not None:
-            return self.reference.windows
-        assert self.text is not None, "nothing was fitted"
-        with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
-            n_windows = self.options.n_distilled(n_embd)
-            return to_distill(model, self.text, self.options.text, n_windows)
+        """Train one of the fits end to end; see Distiller. Raises PopError, StoppedError."""
+        assert self.distiller is not None and self.text is not None, "nothing was fitted"
+        return self.distiller.train(plan, fitted, self.text, n_deeper)
 
     def _better(self, plan: Plan, fits: Mapping[Projection, Fitted]) -> Fitted:
         """Take the kind found to be better, by measuring the first boundary that has several."""

@@ -27,7 +27,7 @@ from pop_local.measure.quality import Quality, QualitySettings
 from pop_local.measure.recall import NO_ANSWERS, Recall
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
-from pop_local.workflows.fits import Fitter, require_room, temporary_sidecar
+from pop_local.workflows.fits import Distiller, Fitter, require_room, temporary_sidecar
 from pop_local.workflows.full_model import FullModel
 from pop_local.workflows.measuring import measured, opened_to_measure, recalled
 from pop_local.workflows.options import Hardware
@@ -70,6 +70,7 @@ def search(
     hardware: Hardware,
     watch: Watch,
     kinds: Sequence[Projection] = KINDS_OF_MANY,
+    distiller: Distiller | None = None,
 ) -> Chosen:
     """Choose the deepest of a model's plans within the budget; those to be fitted, by `options`.
 
@@ -79,7 +80,7 @@ def search(
     """
     settings = QualitySettings(N_WINDOWS)
     full = FullModel(source.first.path, plans[0], settings, hardware, watch)
-    fitter = Fitter(source, options, hardware, watch, kinds, full=full)
+    fitter = Fitter(source, options, hardware, watch, kinds, full=full, distiller=distiller)
     by_boundary = {plan.boundary: plan for plan in plans}
     return _Search(source, by_boundary, budget, options, hardware, watch, full, fitter).run()
 
@@ -109,7 +110,7 @@ class _Search:
         if deepest is not None:
             trials += self._tried(self._with_attention(deepest, _limit(trials)), until=True)
             trials += self._tried(self._with_selection(deepest, _limit(trials)), until=False)
-        if self.options.distill:
+        if self.fitter.distiller is not None:
             trials += self._distilled(trials)
         if not any(trial.in_budget for trial in trials):
             raise self._over(trials)

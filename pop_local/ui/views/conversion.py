@@ -96,8 +96,7 @@ def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
 
 def _wished(conversion: Conversion) -> Plan:
     """The deepest plan, distilled if that is asked for."""
-    wanted = conversion.fit is not None and conversion.fit.distill
-    return replace(conversion.deepest, is_distilled=wanted)
+    return replace(conversion.deepest, is_distilled=conversion.distiller is not None)
 
 
 def _object(
@@ -189,9 +188,9 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     depth = conversion.depth
     at_most = "up to " if isinstance(depth, Within) and depth.at is None else ""
     passes = "one pass" if n == 1 else f"{at_most}{n} passes, {at_most}{n} times the work"
-    distilled = ", then distilled" if fit.distill else ""
+    distilled = ", then distilled" if conversion.distiller else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
-    more = "; distilling is not in it" if fit.distill else ""
+    more = "; distilling is not in it" if conversion.distiller else ""
     yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit{more}"
     if (seconds := conversion.fit_seconds) is not None:
         time = f"{at_most}about {duration(seconds)} for the fit{more}"

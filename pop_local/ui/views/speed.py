@@ -8,7 +8,8 @@ from pop_local.ui.tables import Column, Table, markdown
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
-    from pop_local.workflows.bench import BreakEvenSearch, Speed
+    from pop_local.research.break_even import BreakEven
+    from pop_local.workflows.bench import Speed
 
 
 def speed_json(found: Speed) -> dict[str, object]:
@@ -37,12 +38,12 @@ def show_speed(found: Speed) -> None:
         say(_NOT_ENCODING)
 
 
-def gain_json(found: BreakEvenSearch) -> dict[str, object]:
-    """The search as one object; `min_prompt`: what the file says now."""
+def gain_json(found: BreakEven) -> dict[str, object]:
+    """The search as one object; `min_prompt`: the file's, now."""
     return vars(found.bench) | {"break_even": found.n_prompt, "tried": found.tried}
 
 
-def show_gain(found: BreakEvenSearch, n_longest: int) -> None:
+def show_gain(found: BreakEven, n_longest: int) -> None:
     """A table with one row for each length tried, and what to make of it."""
     bench = found.bench
     say(f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}")
@@ -50,7 +51,7 @@ def show_gain(found: BreakEvenSearch, n_longest: int) -> None:
     say(f"{markdown(Table.of(_TRIED, found.tried))}\n\n{_advice(found, n_longest)}")
 
 
-def _advice(found: BreakEvenSearch, n_longest: int) -> str:
+def _advice(found: BreakEven, n_longest: int) -> str:
     now = "the file names no shortest prompt"
     if found.bench.min_prompt:
         now = f"the file prunes from {found.bench.min_prompt:,} tokens on"
@@ -62,7 +63,7 @@ def _advice(found: BreakEvenSearch, n_longest: int) -> str:
     )
 
 
-# Of a Spread.
+# The text of a Spread.
 _PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
 _TRIED = (
