@@ -30,8 +30,8 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from measure_speed import CLOCKS, Clock
 from overhead import Answered, Overhead, on_a_terminal, overhead, parser, report
 from pop_local.engine.decode.text import Pieces
-from pop_local.engine.llama import backend
 from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.sessions.conversation import Document, Turn
 from pop_local.engine.turn import TurnOptions
 from pop_local.measure.speed import require_rows
@@ -95,7 +95,7 @@ class Child:
 
     def chat(self, document: Document, n_decode: int) -> Timed:
         self._chat.forget()
-        self._model.clear()
+        self._model.cache.clear()
         self._chat.documents.append(document)
         self._chat.sampling["max_tokens"] = n_decode
         self._screen.first_s = 0.0
@@ -109,39 +109,38 @@ class Child:
         )
         return Timed(first_s - started_s, end_s - first_s, answered)
 
-    def engine(self, tokens: list[int], n_decode: int) -> Timed:
-        self._model.clear()
-        backend.reset_counters(self._model.ctx)
-        sampled = self._model.sampled(tokens, TurnOptions(temperature=0.0))
+    def engine(self, prompt: Prompt, n_decode: int) -> Timed:
+        self._model.cache.clear()
         started_s = self._clock()
+        counters = self._model.read(prompt).counters
+        sampled = self._model.sampled(TurnOptions(temperature=0.0))
         found = [next(sampled)]
         first_s = self._clock()
-        counters = backend.get_counters(self._model.ctx)
         found += [next(sampled) for _ in range(n_decode - 1)]
         end_s = self._clock()
         sampled.close()
-        require_rows(self._model, self._model.pop_mode, len(tokens), counters)
-        pieces = Pieces(self._model.vocab)
+        require_rows(self._model, self._model.mode, len(prompt), counters)
+        pieces = Pieces(self._model.context.vocab)
         text = b"".join(pieces[token] for token in found).decode(errors="replace")
-        answered = Answered(text, len(tokens), 0, counters.n_context, n_decode)
+        answered = Answered(text, len(prompt), 0, counters.n_context, n_decode)
         return Timed(first_s - started_s, end_s - first_s, answered)
 
     def measure(self, n_prompt: int, n_decode: int, rounds: int) -> tuple[Overhead, Overhead]:
         """Of the time to first token, and of decoding."""
         document = self._document(n_prompt)
-        tokens = self._model.chat_prompt(Turn(QUESTION, (document,)).messages).tokens
+        prompt = self._model.chat_prompt(Turn(QUESTION, (document,)).messages)
         answered = self.chat(document, n_decode).answered  # the model may end earlier
         runs: dict[bool, list[Timed]] = {False: [], True: []}
         for number in range(rounds):
             for is_chat in (number % 2 == 0, number % 2 == 1):
                 n = answered.n_decoded
-                run = self.chat(document, n) if is_chat else self.engine(tokens, n)
+                run = self.chat(document, n) if is_chat else self.engine(prompt, n)
                 assert run.answered == answered
                 runs[is_chat].append(run)
         ttft_s = [[run.ttft_s for run in runs[is_chat]] for is_chat in (False, True)]
         decode_s = [[run.decode_s for run in runs[is_chat]] for is_chat in (False, True)]
         return (
-            overhead("first token", answered, len(tokens), *ttft_s),
+            overhead("first token", answered, len(prompt), *ttft_s),
             overhead("decoding", answered, answered.n_decoded - 1, *decode_s),
         )
 

@@ -15,13 +15,14 @@ which one thread makes comparable on a machine with other work to do. Prints Mar
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.read import Read
+from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.forced import use_rule
 from pop_local.measure.speed import Spread, random_prompt, spread
 
@@ -49,19 +50,18 @@ class Round:
 
 
 def read(
-    model: PopModel, variant: Variant, tokens: Sequence[int], clock: Callable[[], float]
-) -> float:
+    model: PopModel, variant: Variant, prompt: Prompt, clock: Callable[[], float]
+) -> tuple[float, Read]:
     model.set_mode(variant.mode)
     model.set_depth(variant.select, keep_states=variant.keep)
     model.cache.clear()
-    backend.reset_counters(model.context.ctx)
     started_s = clock()
-    model.eval(tokens)
-    return clock() - started_s
+    done = model.read(prompt)
+    return clock() - started_s, done
 
 
 def one_round(
-    model: PopModel, tokens: Sequence[int], share: float, number: int, clock: Callable[[], float]
+    model: PopModel, prompt: Prompt, share: float, number: int, clock: Callable[[], float]
 ) -> Round:
     variants = {
         "full": Variant(Mode.OFF),
@@ -74,14 +74,14 @@ def one_round(
     took_s: dict[str, float] = {}
     refilled_s, n_selected, n_pruned = 0.0, 0, 0
     for name in names[shift:] + names[:shift]:
-        took_s[name] = read(model, variants[name], tokens, clock)
+        took_s[name], done = read(model, variants[name], prompt, clock)
         if name == "kept":
-            n_pruned = backend.get_counters(model.context.ctx).n_context
+            n_pruned = done.counters.n_context
             started_s = clock()
-            assert model.refill() == len(tokens)
+            assert model.refill() == len(prompt)
             refilled_s = clock() - started_s
         if name == "selected":
-            n_selected = model.selection.n_selected
+            n_selected = done.selection.n_selected
     return Round(
         took_s["full"],
         took_s["pruned"],
@@ -102,7 +102,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--pop", type=Path)
+    parser.add_argument("--sidecar", type=Path)
     parser.add_argument("--boundary", type=int, default=0)
     parser.add_argument("--prompts", default="512,2048")
     parser.add_argument("--select", type=float, default=0.1)
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     given = parser.parse_args()
     lengths = [int(part) for part in given.prompts.split(",")]
-    model = PopModel(given.model, sidecar=given.pop, n_ctx=max(lengths) + 16, n_threads=1)
+    model = PopModel(given.model, sidecar=given.sidecar, n_ctx=max(lengths) + 16, n_threads=1)
     if given.boundary:
         model.set_boundary(given.boundary)
     if given.tail is not None:
@@ -124,10 +124,10 @@ def main() -> None:
     print("selecting, of its rows' cost | refilling s | refilling, of its rows' cost |")
     print("|---:" * 9 + "|")
     for n_prompt in lengths:
-        tokens = random_prompt(model, n_prompt)
+        prompt = random_prompt(model, n_prompt)
         clock = CLOCKS[given.clock]
         rounds = [
-            one_round(model, tokens, given.select, number, clock)
+            one_round(model, prompt, given.select, number, clock)
             for number in range(given.rounds + 1)
         ][1:]
         last = rounds[-1]

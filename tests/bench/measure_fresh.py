@@ -26,12 +26,12 @@ def read(way: str, model: str, sidecar: str, n_prompt: int, select: float) -> fl
     opened = PopModel(model, sidecar=sidecar, n_ctx=n_prompt + 16, n_threads=1)
     opened.set_mode(Mode.OFF if way == "full" else Mode.CONTEXT)
     opened.set_depth(select if way == "selected" else 0.0)
-    tokens = random_prompt(opened, n_prompt)
+    prompt = random_prompt(opened, n_prompt)
     took_s = 0.0
     for _ in range(2):
         opened.cache.clear()
         started_s = time.perf_counter()
-        opened.eval(tokens)
+        opened.read(prompt)
         took_s = time.perf_counter() - started_s
     return took_s
 

@@ -18,6 +18,8 @@ import numpy as np
 
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.turn import TurnOptions
 from shared import rpc_server
 
 
@@ -36,7 +38,8 @@ def measured(model: PopModel, tokens: list[int], n_decode: int) -> tuple[float, 
     """Time to the first token, decode per token, and bytes sent for the prompt."""
     model.cache.clear()
     before, start = sent_bytes(), time.perf_counter()
-    sampled = model.generate(tokens, temp=0.0)
+    model.read(Prompt(tokens))
+    sampled = model.sampled(TurnOptions(temperature=0.0))
     next(sampled)
     ttft_s, n_bytes = time.perf_counter() - start, sent_bytes() - before
     start = time.perf_counter()

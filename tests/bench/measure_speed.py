@@ -91,6 +91,7 @@ def child(options: argparse.Namespace) -> None:
 def _patched(options: argparse.Namespace, clock: Clock) -> Any:
     from pop_local.engine.llama.backend import Mode
     from pop_local.engine.model import PopModel
+    from pop_local.engine.prompt.prompt import Prompt
     from pop_local.measure.speed import run
 
     on = {"sidecar": options.sidecar, "n_threads": options.threads, "n_gpu_layers": 0}
@@ -99,11 +100,12 @@ def _patched(options: argparse.Namespace, clock: Clock) -> Any:
     def runner(tokens: list[int], n_decode: int, mode: int, boundary: int) -> dict[str, float]:
         if boundary:
             opened.set_boundary(boundary)
-        done = run(opened, Mode(mode), tokens, n_decode, clock)
+        done = run(opened, Mode(mode), Prompt(tokens), n_decode, clock)
+        rows = done.read.counters
         return {
             "ttft_s": done.ttft_s,
             "decode": done.decode_tokens_per_s,
-            "n_pruned": done.counters.n_context + done.counters.n_exact,
+            "n_pruned": rows.n_context + rows.n_exact,
         }
 
     return runner

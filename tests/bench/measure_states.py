@@ -19,12 +19,11 @@ prompts = {}
 print("ready", flush=True)
 for line in sys.stdin:
     n, pruned = map(int, line.split())
-    tokens = prompts.setdefault(n, list(random_prompt(model, n, None)))
+    prompt = prompts.setdefault(n, random_prompt(model, n))
     model.pruning = bool(pruned)
-    model.reset()
     model.cache.clear()
     start = time.perf_counter()
-    model.eval(tokens)
+    model.read(prompt)
     print(time.perf_counter() - start, flush=True)
 """
 
