@@ -32,6 +32,17 @@ ARROWS = {
 }
 # The same for the rooms within one.
 INSIDE = {
+    "engine": {
+        "sessions": "cache decode images llama",
+        "prefill": "cache depth images llama prompt",
+        "decode": "cache limited llama",
+        "depth": "cache llama",
+        "cache": "images llama prompt",
+        "prompt": "images limited llama",
+        "images": "llama",
+        "llama": "",
+        "limited": "",
+    },
     "converter": {
         "popfile": "architecture fit gguf",
         "fit": "architecture gguf",
