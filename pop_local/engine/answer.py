@@ -41,7 +41,7 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """Of a model, what answers take."""
+    """The parts of a model that answers take."""
 
     cache: KvCache
     refiller: Refiller

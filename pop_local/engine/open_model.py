@@ -61,11 +61,10 @@ class OpenModel:
         """Load a model; raises PopError with llama.cpp's reason when it cannot be.
 
         `sidecar`: a file with POP keys and tensors for this model. `mmproj`: the file that makes
-        rows of pictures, which is loaded with the first of them. `image_tokens`: the most that one
-        image takes, of models where that varies. `select`: the share of context rows that run all
-        layers because the question needs them; None for what the file says. `keep_states`: whether
-        `refill` is wanted, which a selection implies (`held_bytes`). `options` are those of
-        ContextOptions, and fields of llama.cpp's own parameters by their names.
+        rows of pictures, loaded with the first of them. `image_tokens`: the most that one image
+        takes, where that varies. `select`: the share of context rows that a question gets deep;
+        None for the file's. `keep_states`: whether rows can be refilled; a selection implies it.
+        `options` are those of ContextOptions, and fields of llama.cpp's own parameters.
         """
         backend.require_patched()
         given = ContextOptions.of(options)
@@ -261,7 +260,7 @@ class OpenModel:
 
     @property
     def held_bytes(self) -> int:
-        """What is held to redo rows: states at the boundary, and attention counted."""
+        """Bytes held to redo rows: states at the boundary, and attention counted."""
         return backend.keep_size(self.context.ctx)
 
     def refill(
@@ -276,7 +275,7 @@ class OpenModel:
 
     @property
     def parts(self) -> Parts:
-        """What answers take."""
+        """The parts that answers take."""
         return Parts(self.cache, self.refiller, self.rule)
 
     def read(self, prompt: Prompt, on_prefill: Callable[[int, int], None] | None = None) -> Read:

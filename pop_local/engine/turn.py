@@ -1,4 +1,4 @@
-"""What goes into a turn of a conversation and what comes out: pieces of text, then the figures."""
+"""A turn of a conversation: its messages and options, pieces of text, then the figures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -55,7 +55,7 @@ class TurnOptions:
 
 
 class AnswerOptions(TypedDict, total=False):
-    """What may be given of TurnOptions; anything else is as the model's file recommends."""
+    """The fields of TurnOptions that callers may give; others are as the file recommends."""
 
     max_tokens: int | None
     min_answer: int

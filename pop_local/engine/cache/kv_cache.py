@@ -20,13 +20,12 @@ from pop_local.engine.prompt.prompt import Prompt
 class KvCache:
     """The rows that a context has cached, in one mode.
 
-    The cache belongs to one mode and boundary. Switching either empties it, unless it is the full
-    model's own: because rows leave exactly (`exact`: from which layer on, 0 for no such model) or
-    because all of them were given their depth.
+    The cache belongs to one mode and boundary, and switching either empties it. It stays where it
+    is the full model's own: where rows leave exactly, or all of them got their depth.
 
-    `images`: the key of each image by the row where it begins. `has_logits`: whether the last
-    row's logits can be sampled from. `epoch` counts what makes an answer that is still being
-    sampled wrong to go on with. `prompts`: keeps prompts that another one drives out.
+    `exact`: the layer from which on context rows leave exactly, 0 for none. `images`: the key of
+    each image by its first row. `has_logits`: whether the last row's logits can be sampled from.
+    `epoch` changes where a running answer cannot go on. `prompts` keeps other prompts' states.
     """
 
     def __init__(self, context: Context, eye: Mmproj | None = None) -> None:
@@ -70,7 +69,7 @@ class KvCache:
 
     @property
     def model_key(self) -> str:
-        """What tells its K/V from those of other models, whatever is pruned."""
+        """Tells its K/V from those of other models, whatever is pruned."""
         images = self.eye.key if self.eye else ""
         return f"model {self._own_sha256[:16]}{opened_with(self.context)}, images {images}"
 
@@ -107,7 +106,7 @@ class KvCache:
             )
         if not self.exact:
             self._keep()
-        # What was read in full is read again with pruning, so that the two can be compared.
+        # A prompt read in full is read again with pruning, so that the two can be compared.
         is_its_own = mode is Mode.OFF and self.n_exact == self.n_tokens
         backend.set_mode(self.context.ctx, mode)
         self._switched(keeps=is_its_own or bool(self.exact))
@@ -254,7 +253,7 @@ class KvCache:
     def exchange(self, prompt: Prompt) -> None:
         """Take from the prompt cache what has more in common with a prompt than this one has.
 
-        What is cached here goes there if less than half is reused, as in llama-server.
+        The rows here go there if less than half is reused, as in llama-server.
         """
         if self.prompts is None:
             return

@@ -1,4 +1,4 @@
-"""What is known of the rows of a KV cache: where each stands, and if projected, deep or exact."""
+"""The rows of a KV cache: the position of each, and whether it is projected, deep or exact."""
 
 from collections.abc import Sequence
 

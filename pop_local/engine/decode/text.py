@@ -48,7 +48,7 @@ class TextStream:
         return self._release()
 
     def flush(self) -> str:
-        """What was held back, at the end of an answer; nothing after a stop string."""
+        """Return the text held back, at the end of an answer; nothing after a stop string."""
         if self.stopped:
             return ""
         self._held += self._decoder.decode(b"", final=True)

@@ -10,7 +10,7 @@ from pop_local.engine.llama import backend
 
 # Answer rows whose attention chooses; docs/depth.md.
 N_ASKING = 8
-# What refilling may add to the time of a token.
+# The share by which refilling may slow a token down.
 MAX_SLOWDOWN = 0.1
 _N_TIMED = 4
 _N_TRIAL = 8

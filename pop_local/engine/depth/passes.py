@@ -9,8 +9,8 @@ from pop_local.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama import backend
 
-# How long a chunk of refilling takes. On the CPU the abort callback ends it between two nodes, and
-# only its work is lost; a device computes it to its end while a question waits.
+# The length of a chunk of refilling. On the CPU the abort callback ends it between two nodes. A
+# device computes it to its end while a question waits.
 CHUNK_S = 1.0
 CHUNK_ON_DEVICE_S = 0.2
 _FIRST_CHUNK = 64

@@ -50,8 +50,7 @@ class Refiller:
         """Give all cached rows their depth, in order, until the cache is the full model's.
 
         Returns the number of rows done, 0 where states are not kept. `should_stop` is asked while a
-        chunk runs and after it (a chunk takes a second, on a device a fifth of it; one that was
-        ended is done again the next time). `on_progress` gets (done_rows, total_rows).
+        chunk runs and after it. `on_progress` gets (done_rows, total_rows).
         """
         cache = self._cache
         cache.context.require_usable()

@@ -1,7 +1,8 @@
 """Which context rows a question needs: those that it attends to, and those that share its words.
 
-The algorithm is this project's (docs/depth.md): attention of the question by head, over what all
-rows pay to the same row, and rare tokens of the question, each spread over its neighbourhood.
+The algorithm is this project's (docs/depth.md). One score is the question's attention by head,
+over what all rows pay to the same row. The other is rare tokens of the question. Each is spread
+over its neighbourhood.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ N_BEFORE = 3
 
 @dataclass(frozen=True)
 class Selection:
-    """What a prompt's question got deep.
+    """The rows that a prompt's question got deep.
 
     `n_selected` rows were chosen, `n_deep` rows of the prompt itself ran all layers: the chosen
     ones that had not been cached before, sink and tail.

@@ -36,7 +36,7 @@ NO_TOKEN = -1
 _KNOWN_ROWS = 1 << 16
 # Each layer has the same of these.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
-# Of the encoder's graph: asked in between whether to stop.
+# Nodes of the encoder's graph between two questions whether to stop.
 _NODES_AT_ONCE = 32
 
 
@@ -314,7 +314,7 @@ class Mmproj:
 
 
 def fingerprint(path: Path) -> str:
-    """What tells mmprojs apart: size, and a hash of the header and of all tensors' beginnings.
+    """Return what tells mmprojs apart: size, and a hash of header and tensors' beginnings.
 
     Raises PopError for what is none.
     """

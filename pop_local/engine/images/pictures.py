@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
-# Of all passes that a progressive JPEG takes over its pixels; there may be any number in few bytes.
+# Pixels in all passes of a progressive JPEG; few bytes may ask for any number of passes.
 MAX_SCANNED = 20 * MAX_PIXELS
 # Nothing is left of a strip once a model has scaled it.
 MAX_ASPECT = 100
 _WHITE = (255, 255, 255, 255)
 # More than a model is shown; a larger picture is scaled down before anything else is made of it.
 _MAX_SHOWN = 8_000_000
-# Of a JPEG file: the head of a scan of 1 to 4 components.
+# The head of a scan in a JPEG file, of 1 to 4 components.
 _SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 _SIDEWAYS = (5, 6, 7, 8)  # of EXIF's orientations
 
@@ -122,7 +122,7 @@ def require_pillow() -> None:
 
 
 def _orientation(opened: "Image") -> object:
-    """What the head says; of PNG files Pillow would read all pixels to look for it behind them."""
+    """Read the head alone: Pillow would read all pixels of a PNG to look behind them."""
     from PIL import Image
 
     return Image.Image.getexif(opened).get(0x0112)

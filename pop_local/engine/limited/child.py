@@ -14,7 +14,7 @@ def serve(work: object, limit_s: float, limit_bytes: int) -> None:
     """Answer calls of `work`'s methods from standard input until it is closed.
 
     A call that takes longer than `limit_s` ends this process; memory is limited to `limit_bytes`
-    more than there is in use now, on Linux. What a method raises is its refusal.
+    more than there is in use now, on Linux. An error of a method is its refusal.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever calls
     _limit_memory(limit_bytes)

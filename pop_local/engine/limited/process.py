@@ -18,7 +18,7 @@ _START = (
 
 
 class RefusedError(PopError):
-    """What was asked for is not to be had; message and hint are the child's."""
+    """The child refuses; message and hint are its own."""
 
 
 class NoChildError(PopError):

@@ -27,8 +27,8 @@ OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
 )
-# Of libgomp, whose own 300,000 last for milliseconds at each of a token's barriers: beside other
-# work threads then wait for each other's time slices, and spend their own on waiting.
+# Spins of libgomp at a barrier. Its own 300,000 last for milliseconds: beside other work, threads
+# would spend their time slices on waiting for each other.
 SPINS = "1000"
 
 
@@ -43,9 +43,11 @@ class Mode(IntEnum):
 
 @dataclass(frozen=True)
 class Counters:
-    """Rows since the last reset: those that stopped at the boundary, those that ran all layers,
-    those that left, exactly, where the last layers share the KV of earlier ones, and those of deep
-    passes, which are among the former."""
+    """Rows since the last reset, by how they were computed.
+
+    `n_context` stopped at the boundary, `n_full` ran all layers, `n_exact` left exactly, where the
+    last layers share the KV of earlier ones. `n_deep` of them ran deep passes, too.
+    """
 
     n_context: int
     n_full: int
@@ -236,7 +238,7 @@ def set_question(ctx: Any, position: int) -> None:
 
 
 def get_scores(ctx: Any, n_rows: int) -> np.ndarray:
-    """What the question attends to among the first rows of sequence 0: float32 [n_rows]."""
+    """Return the question's attention to the first rows of sequence 0: float32 [n_rows]."""
     scores = np.zeros(n_rows, np.float32)
     _set("llama_pop_get_scores", ctx, 0, scores.ctypes.data_as(_POINTER), n_rows)
     return scores

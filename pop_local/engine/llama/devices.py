@@ -1,4 +1,4 @@
-"""What there is to compute on: ggml's functions by name, its backends and their devices."""
+"""The devices to compute on: ggml's functions by name, its backends and their devices."""
 
 import ctypes
 import re
@@ -37,7 +37,7 @@ class Device:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What `doctor` tells about the backend; `abi` is None when the library is unpatched.
+    """The backend as `doctor` shows it; `abi` is None when the library is unpatched.
 
     `built_in`: ggml's backends by name, each with the number of devices that it found here.
     `cpu_variant`: the one that ggml chose of several for this CPU, by its name; none: "".

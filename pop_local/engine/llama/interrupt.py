@@ -14,7 +14,7 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 class DisplacedError(PopError):
-    """What an answer needs of the KV cache has been taken away from under it."""
+    """Another prompt has taken the KV cache of an answer."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -27,8 +27,7 @@ class Interrupt:
     """Passes signals (Ctrl-C) and the caller's wish to stop through llama_decode.
 
     Python handles signals only between bytecodes: without a callback, Ctrl-C would wait for the
-    end of the batch, which takes a large model on a CPU a minute. In the callback, in turn, a
-    handler must not raise, for ctypes drops that: handlers are put off to where it is caught.
+    end of the batch. ctypes drops what a callback raises, so handlers are put off.
     """
 
     def __init__(self) -> None:

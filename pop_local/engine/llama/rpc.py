@@ -24,7 +24,7 @@ _HELLO = struct.pack("<BQ24x", 14, 24)
 _HELLO_ANSWER = struct.pack("<Q", 28)
 _POINTER = ctypes.c_void_p
 
-# Of the models that this process has open: theirs are not asked again, being busy.
+# Servers of open models are busy, and not asked again.
 _in_use: "WeakSet[Servers]" = WeakSet()
 _models: "WeakSet[Any]" = WeakSet()
 

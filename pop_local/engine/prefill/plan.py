@@ -1,7 +1,7 @@
 """Which prompt rows run in full, and in which pieces a prompt is decoded.
 
-The backend's rule, by position: a row is full if its logits are requested, or it is one of the
-first `sink_tokens`, or it is at or past `full_from`; every other row stops at the boundary.
+The backend's rule is by position. A row is full if its logits are requested, if it is one of the
+first `sink_tokens`, or at or past `full_from`. Every other row stops at the boundary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,9 +43,9 @@ NOWHERE = 2**31 - 1
 class PrefillPlan:
     """A prompt of which `n_tokens` are to be decoded after those that are cached.
 
-    `full_from` is a row, `text_from` the one after the last image; `chunks` are (start, end)
-    offsets among the tokens to decode, of text or of one image; `n_pruned` rows stop at the
-    boundary when the mode is CONTEXT.
+    `full_from` is a row, `text_from` the one after the last image. `chunks` are (start, end)
+    offsets among the tokens to decode, of text or of one image. `n_pruned` rows stop at the
+    boundary in mode CONTEXT.
     """
 
     n_tokens: int

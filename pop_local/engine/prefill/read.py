@@ -63,7 +63,7 @@ def read(
     """Read a prompt, of which the cache may have the beginning; the last row's logits are there.
 
     Raises PopError when it does not fit the context or cannot be decoded, and ReadingStoppedError
-    or whatever Ctrl-C raises when it is interrupted. What was decoded by then stays.
+    or whatever Ctrl-C raises when it is interrupted. Rows decoded by then stay.
     """
     cache.epoch += 1
     cache.exchange(prompt)

@@ -184,7 +184,7 @@ def _with_marks(message: Message, unused: Iterator[str], pictures: dict[str, Pic
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """What the system says begins what the user says next (llama.cpp's common/chat.cpp)."""
+    """Let the system's words begin the user's next ones (llama.cpp's common/chat.cpp)."""
     found: list[Message] = []
     held: Message | None = None
     for message in messages:

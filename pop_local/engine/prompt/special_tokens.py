@@ -28,7 +28,7 @@ class SpecialTokens:
     def tokens(self, text: str, marks: dict[str, str]) -> list[int]:
         """Tokenise a prompt in which a mark stands for each of these texts, which are just text.
 
-        What lies between two special tokens is tokenised in one piece, as llama.cpp does it.
+        Text between two special tokens is tokenised in one piece, as llama.cpp does it.
         """
         restored = str.maketrans(marks)
         found: list[int] = []

@@ -71,7 +71,7 @@ def rendered(template: str, arguments: dict[str, Any] | None) -> str:
 
 
 class Work:
-    """What can be asked for."""
+    """The calls that are answered."""
 
     rendered = staticmethod(rendered)
 

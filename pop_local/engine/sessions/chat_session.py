@@ -30,7 +30,7 @@ GivenImage = str | os.PathLike[str] | bytes | Picture
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and its figures."""
+    """An answer and its figures."""
 
     text: str
     stats: TurnStats
@@ -79,8 +79,8 @@ class Stream(Iterator[str]):
 class ChatSession:
     """A conversation in which every question comes after all that was said before.
 
-    Not for several threads. A model has one KV cache, and gives one answer at a time: what another
-    session asks in between has to make room, and is read again later.
+    Not for several threads. A model has one KV cache, and gives one answer at a time. Another
+    session's question drives this conversation out, which is then read again.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class ChatSession:
 
     @property
     def last_asked(self) -> Turn | None:
-        """What retry and edit ask again: the dropped question, or else the last turn."""
+        """The question that retry and edit ask again: the dropped one, or else the last turn's."""
         turns = self.conversation.turns
         return self._dropped or (turns[-1] if turns else None)
 

@@ -1,4 +1,4 @@
-"""What a session file may hold: every field has a type and a range, checked before it is used."""
+"""The fields of a session file: each has a type and a range, checked before it is used."""
 
 import dataclasses
 import io
@@ -28,7 +28,7 @@ _NPY = re.compile(
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What saved K/V belong to, besides the POP key."""
+    """The model and backend of saved K/V, besides the POP key."""
 
     model_bytes: int
     model_sha256: str
@@ -42,7 +42,7 @@ class OtherFormatError(Exception):
 
 @dataclass(frozen=True)
 class Session:
-    """What a file holds besides the K/V; `mode` is the one that they were computed in.
+    """A file but for the K/V; `mode` is the one that they were computed in.
 
     `images`: the key of each image by the row where it begins.
     """

@@ -7,8 +7,7 @@
     pictures/HASH  the files of pictures, by SHA-256
     kv.bin         llama.cpp's state: the cells in use, not the whole context
 
-What the model has cached may be another conversation, which is nobody's business here: then
-n_tokens is 0, and session.json is all there is.
+Where the model has another conversation cached, n_tokens is 0 and there is session.json alone.
 
 The K/V are used again only by the same model and mmproj (size and hash of headers and tensors'
 beginnings), POP mode, boundary and projections (KvKey), backend version, LoRA adapter and RoPE
@@ -58,7 +57,7 @@ _TRANSCRIPT = "session.json"
 _PICTURE = "pictures/{}"
 _MAX_TRANSCRIPT_BYTES = 1 << 28
 _NAME = re.compile(r"\w[\w .+-]{0,79}")
-# What zipfile and the schema raise; RuntimeError for encrypted archives and deeply nested JSON.
+# Errors of zipfile and the schema; RuntimeError for encrypted archives and deeply nested JSON.
 _DAMAGES = (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError)
 
 # The picture of a name and a hash in a file.
@@ -253,7 +252,7 @@ def _named_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
 
 
 def _state(archive: zipfile.ZipFile, session: Session, cache: KvCache) -> SavedState:
-    """What is saved of the KV cache. Raises ValueError for arrays of other lengths."""
+    """Read the saved KV cache. Raises ValueError for arrays of other lengths."""
     n = session.n_tokens
     return SavedState(
         key=FULL if session.key == str(FULL) else cache.mode_key,
