@@ -12,6 +12,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import Measured, PopMeta, Recalled, pop_meta
 from pop_converter.popfile.plan import make_plan
 from pop_converter.popfile.sidecar import measure_sidecar, read_sidecar, write_sidecar
+from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, WriteError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.cache.keys import conversion
@@ -29,7 +30,7 @@ from support.shapes import read_shape
 from support.sidecars import outcome, require_same
 from support.synthetic import make_gguf, make_split
 
-PROJECTIONS = ["own", "fitted", "fitted-wide"]
+PROJECTIONS = [Projection.OWN, Projection.FITTED, Projection.WIDE]
 
 
 @pytest.fixture(scope="module", params=PROJECTIONS)

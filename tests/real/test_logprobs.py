@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from pop_local.base.errors import StoppedError
-from pop_local.engine.answer import answer
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
@@ -33,7 +32,7 @@ def test_of_a_sampled_token(model):
     tokens = prompt(40)
     expected = log_softmax(read(model, tokens))
     options = TurnOptions(temperature=0.0, max_tokens=1, n_top_logprobs=3)
-    (chunk,) = answer(model, lambda: Prompt(tokens, ()), options)
+    (chunk,) = model.answer(Prompt(tokens), options)
     (found,) = chunk.logprobs
     best = np.sort(expected)[::-1]
     assert found.logprob == pytest.approx(best[0], abs=1e-3)
@@ -42,7 +41,7 @@ def test_of_a_sampled_token(model):
 
 
 def test_none_unless_asked_for(model):
-    chunks = list(answer(model, lambda: Prompt(prompt(8), ()), TurnOptions(max_tokens=3)))
+    chunks = list(model.answer(Prompt(prompt(8)), TurnOptions(max_tokens=3)))
     assert not any(chunk.logprobs for chunk in chunks)
 
 
@@ -67,7 +66,7 @@ def test_they_go_with_the_text_and_not_with_a_stop_string(chatty):
 
 def test_of_a_prompt_are_those_of_the_full_model(model):
     tokens = prompt(150)
-    found = prompt_logprobs(model, tokens, 2)
+    found = prompt_logprobs(model.cache, tokens, 2)
     assert model.mode is Mode.CONTEXT
     assert len(found) == 150
     assert found[0].logprob is None
@@ -80,9 +79,9 @@ def test_of_a_prompt_are_those_of_the_full_model(model):
 
 
 def test_reading_a_prompt_can_be_stopped(model):
-    model.watch_prefill(None, lambda: model.cache.n_tokens >= 64)
+    model.context.interrupt.should_stop = lambda: model.cache.n_tokens >= 64
     with pytest.raises(StoppedError):
-        prompt_logprobs(model, prompt(200), 0)
-    model.watch_prefill(None, None)
+        prompt_logprobs(model.cache, prompt(200), 0)
+    model.context.interrupt.should_stop = None
     assert model.cache.n_tokens == 64
-    assert len(prompt_logprobs(model, prompt(5), 0)) == 5
+    assert len(prompt_logprobs(model.cache, prompt(5), 0)) == 5

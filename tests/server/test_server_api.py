@@ -140,7 +140,7 @@ def test_a_schema_and_a_grammar_hold(client):
 
 
 def test_pop_false_gives_the_full_models_logits(client, full):
-    tokens = full.tokenize(LONG.encode(), add_bos=True, special=True)
+    tokens = full.tokenize(LONG, add_bos=True, special=True)
     expected = log_softmax(read(full, tokens)).max()
     whole = complete(client, max_tokens=1, logprobs=1, pop=False)
     pruned = complete(
@@ -160,7 +160,7 @@ def test_pop_false_gives_the_full_models_logits(client, full):
 
 @pytest.mark.parametrize("as_tokens", [False, True])
 def test_an_echo_with_logprobs_is_read_in_full(client, full, as_tokens):
-    tokens = full.tokenize(LONG.encode(), add_bos=True, special=True)
+    tokens = full.tokenize(LONG, add_bos=True, special=True)
     prompt = [tokens] if as_tokens else LONG
     answer = complete(client, prompt, echo=True, logprobs=2, max_tokens=1).json()
     (choice,), pop = answer["choices"], answer["usage"]["pop"]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from pop_local.engine.images import seeing
+from pop_local.engine import open_model
 from pop_local.engine.images.pictures import Picture, picture_of
 from pop_local.engine.model import PopModel
 from pop_local.server import pictures, tasks
@@ -228,7 +228,7 @@ def test_malformed_parts(client, part, field):
 @pytest.mark.parametrize("lacks", ["mmproj", "Pillow"])
 def test_a_server_that_cannot_see(path, monkeypatch, lacks):
     eye = None if lacks == "mmproj" else path.parent / "mmproj.gguf"
-    monkeypatch.setattr(seeing, "has_pillow", lambda: lacks != "Pillow")
+    monkeypatch.setattr(open_model, "has_pillow", lambda: lacks != "Pillow")
     model = PopModel(path, mmproj=eye, n_ctx=1024, n_threads=1)
     with asking(create_app(model, "tiny")) as client:
         assert client.get("/v1/models").json()["data"][0]["pop"]["images"] is False

@@ -128,8 +128,8 @@ def test_what_leaves_the_cache_leaves_the_process(path):
     """States of 2 to 16 MB, copied as those of a context, and small things in between."""
     changed = """
 import random, resource
-from types import SimpleNamespace
-from pop_local.engine.cache.state import PromptCache
+import numpy as np
+from pop_local.engine.cache.state import PromptCache, SavedState
 from pop_local.engine.turn import Chunk, TurnStats
 from pop_local.server import worker
 
@@ -142,10 +142,11 @@ def work(self, job):
     for number in range(200):
         size = rng.randrange(1 << 21, 1 << 24)
         buffer = bytearray(size)
-        cache[[number]] = SimpleNamespace(llama_state=bytes(buffer), llama_state_size=size)
+        tokens = np.array([number], np.int32)
+        cache.add("", SavedState(None, "", tokens, None, None, bytes(buffer)))
         small[rng.randrange(40)] = bytes(rng.randrange(1 << 10, 1 << 16))
         del buffer
-        most = max(most, resident() - before - cache.cache_size)
+        most = max(most, resident() - before - cache.size_bytes)
     yield Chunk(str(most >> 20), TurnStats(1, 0, 0, 1, 0.0, 0.0, 0, 0.0, "stop"))
 
 worker.Worker._answer = work
