@@ -17,8 +17,8 @@ class FitOptions:
     Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
     pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
     None for nowhere. `mmproj`: with it the fit is on pictures, too: those in the folder `images`,
-    or drawn ones. `distill`: whether the fit that a conversion chooses is trained end to
-    end, too, on `distill_tokens` of text: None for as many as are read, 64k at least.
+    or drawn ones. `distill_tokens`: of text that a trainer of the fit reads, None for as many as
+    are fitted on, 64k at least.
     """
 
     tokens: int | None = None
@@ -31,7 +31,6 @@ class FitOptions:
     mmproj: Path | None = None
     images: Path | None = None
     projection: Projection | None = None
-    distill: bool = False
     distill_tokens: int | None = None
 
     @property

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pop_local.commands import options as opt
+from pop_local.commands.unfolding import unfolded
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import warn
 from pop_local.ui.views import speed as view
@@ -14,6 +15,7 @@ from pop_local.ui.watch import stoppable_watch
 DEFAULT_PROMPTS = "512,1024,2048"
 
 
+@unfolded
 def bench(
     model: Annotated[
         str,
@@ -46,12 +48,8 @@ def bench(
     mmproj: opt.Mmproj = None,
     image_tokens: opt.ImageTokens = None,
     select: opt.Select = None,
-    pop: opt.Pop = None,
     json: opt.Json = False,
-    threads: opt.Threads = None,
-    n_ctx: opt.MeasuredCtx = None,
-    gpu_layers: opt.GpuLayers = -1,
-    rpc: opt.Rpc = None,
+    measured: opt.MeasureOptions = opt.MeasureOptions(),
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
     n_prompts = opt.lengths(prompt, "--prompt", least=1)
@@ -63,17 +61,25 @@ def bench(
         raise typer.BadParameter("--mmproj and --image-tokens are for an --image: give one")
     from pop_local.workflows import bench as workflow
 
-    on = opt.hardware(threads, gpu_layers, rpc)
-    share = opt.selected(select)
-    shown = image, mmproj, image_tokens
-    options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on, share, *shown)
+    options = workflow.BenchOptions(
+        n_prompts,
+        repeat,
+        boundary,
+        batch,
+        measured.n_ctx,
+        measured.hardware,
+        opt.selected(select),
+        image,
+        mmproj,
+        image_tokens,
+    )
     if find_break_even:
         with stoppable_watch() as watch:
-            gained = workflow.find_break_even(model, pop, options, watch)
+            gained = workflow.find_break_even(model, measured.sidecar, options, watch)
         print_json(view.gain_json(gained)) if json else view.show_gain(gained, max(n_prompts))
     else:
         with stoppable_watch() as watch:
-            speed = workflow.bench(model, pop, options, watch)
+            speed = workflow.bench(model, measured.sidecar, options, watch)
         print_json(view.speed_json(speed)) if json else view.show_speed(speed)
         if repeat < 2:
             warn("One pair of runs says nothing of noise: give --repeat 3, say.")

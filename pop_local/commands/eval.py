@@ -1,20 +1,24 @@
 """`pop-local eval MODEL`: what pruning costs in quality, measured against the full model."""
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
+from pop_converter.fit.least_squares import RIDGE, Weighting
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
+from pop_local.commands.unfolding import Group, unfolded
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views import quality as view
 from pop_local.ui.views.plots import plot_sweep, require_plot
-from pop_local.ui.views.prompts import comparison_json, show_comparison
 from pop_local.ui.watch import stoppable_watch
-from pop_local.workflows.options import Boundary, Skip
+
+if TYPE_CHECKING:
+    from pop_local.workflows.conversion.goals import Named
 
 
 class BaselineName(str, Enum):
@@ -23,12 +27,69 @@ class BaselineName(str, Enum):
     ALWAYS_SKIP = view.ALWAYS_SKIP
 
 
-_OF_PROMPTS = {"answers", "longest", "mmproj"}
-_OF_BOTH = {"model", "prompts", "pop", "json", "threads", "n_ctx", "gpu_layers", "rpc"}
+@dataclass(frozen=True)
+class AblationOptions(Group):
+    """Other ways to prune, and what to compare with."""
+
+    panel: ClassVar[str] = "Ablations and yardsticks"
+
+    select: opt.Select = None
+    refill: Annotated[
+        int,
+        typer.Option(min=0, help="Rows to give their depth with each scored token."),
+    ] = 0
+    sink: Annotated[
+        int | None,
+        typer.Option(min=0, help="First tokens in full, whatever the file says."),
+    ] = None
+    tail: Annotated[
+        int | None,
+        typer.Option(min=0, help="Last context tokens in full, likewise."),
+    ] = None
+    no_boundary: Annotated[
+        bool,
+        typer.Option("--no-boundary", help="Prune the context's last token as well."),
+    ] = False
+    second_turn: Annotated[
+        bool,
+        typer.Option("--second-turn", help="Also the answer after that, refilled or not."),
+    ] = False
+    baseline: Annotated[
+        BaselineName | None,
+        typer.Option(help="Compare with skipping the same layers for every token, answers too."),
+    ] = None
+    yardstick: Annotated[
+        bool,
+        typer.Option("--yardstick", help="Also measure the model quantised as Q4_0, Q3_K_M, Q2_K."),
+    ] = False
 
 
+@dataclass(frozen=True)
+class EvalFitOptions(opt.FittingOptions):
+    """How projections are fitted."""
+
+    ridge: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            callback=opt.finite,
+            help=f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
+        ),
+    ] = None
+    weighting: Annotated[
+        Weighting | None,
+        typer.Option(
+            help="Whether tokens count by the attention that they get. Default: attention."
+        ),
+    ] = None
+    fit_text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE|DIR", help="Text to fit on. Default: convert's."),
+    ] = None
+
+
+@unfolded
 def eval(  # noqa: A001
-    call: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, converted or not, or a name.")
     ],
@@ -38,152 +99,83 @@ def eval(  # noqa: A001
     context: Annotated[int, typer.Option(min=2, help="Tokens to prune in each window.")] = 512,
     continuation: Annotated[int, typer.Option(min=2, help="Tokens to score after them.")] = 128,
     windows: Annotated[int, typer.Option(min=1, help="How many windows.")] = 32,
-    prompts: Annotated[
-        Path | None,
+    recall: Annotated[
+        str | None,
         typer.Option(
-            metavar="FILE.jsonl",
-            help="Your own prompts, answered in full and pruned, instead of all else: a line is"
-            ' {"prompt": ...} or {"messages": [...]}, perhaps with "documents" and "answer".',
+            metavar="N,...", help="Tokens of documents to ask facts of; 0 for none. Default: 512."
         ),
     ] = None,
-    answers: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Keeps answers to --prompts; goes on where they end."),
+    documents: Annotated[
+        int | None, typer.Option(min=2, help="How many of each length. Default: 24.")
     ] = None,
-    # It must not be called max_tokens: the setting of that name is for conversations.
-    longest: Annotated[
-        int, typer.Option("--max-tokens", min=1, help="Longest answer to --prompts.")
-    ] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of passages, random tokens and facts.")] = 0,
     skip: Annotated[
         str | None, typer.Option(metavar="SHARE", help="Layers to skip: 1/3, 0.33, or a number.")
     ] = None,
     boundary: opt.BoundaryLayer = None,
     sweep: Annotated[
-        str | None, typer.Option(metavar="SHARE,...", help="Several depths: 1/6,1/4,1/3,1/2.")
+        str | None, typer.Option(metavar="SHARE,...", help="Several boundaries: 1/6,1/4,1/3,1/2.")
     ] = None,
     fit: Annotated[
-        bool, typer.Option("--fit", help="Fit the projections at each depth before measuring.")
+        bool, typer.Option("--fit", help="Fit the projections at each boundary before measuring.")
     ] = False,
-    baseline: Annotated[
-        BaselineName | None,
-        typer.Option(help="Compare with skipping the same layers for every token, answers too."),
-    ] = None,
-    yardstick: Annotated[
-        bool,
-        typer.Option("--yardstick", help="Also measure the model quantised as Q4_0, Q3_K_M, Q2_K."),
-    ] = False,
-    fit_text: Annotated[
-        Path | None, typer.Option(metavar="FILE|DIR", help="Text to fit on. Default: convert's.")
-    ] = None,
-    tokens: opt.Tokens = None,
-    kv_type: opt.KvTypeOption = None,
-    ridge: opt.Ridge = None,
-    weighting: opt.WeightingOption = None,
-    memory: opt.Memory = None,
     plot_file: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="OUT.png", help="Draw the depths of --sweep."),
+        typer.Option("--plot", metavar="OUT.png", help="Draw the boundaries of --sweep."),
     ] = None,
     force: opt.ReplacePlot = False,
-    no_boundary: Annotated[
-        bool, typer.Option("--no-boundary", help="Prune the context's last token as well.")
-    ] = False,
-    pop: opt.Pop = None,
-    no_pop: opt.NoPop = False,
-    sink: Annotated[
-        int | None, typer.Option(min=0, help="First tokens in full, whatever the file says.")
-    ] = None,
-    tail: Annotated[
-        int | None, typer.Option(min=0, help="Last context tokens in full, likewise.")
-    ] = None,
-    select: opt.Select = None,
-    refill: Annotated[
-        int, typer.Option(min=0, help="Rows to give their depth with each scored token.")
-    ] = 0,
-    recall: Annotated[
-        str,
-        typer.Option(metavar="N,...", help="Tokens of documents to ask facts of; 0 for none."),
-    ] = "512",
-    second_turn: Annotated[
-        bool, typer.Option("--second-turn", help="Also the answer after that, refilled or not.")
-    ] = False,
-    documents: Annotated[int, typer.Option(min=2, help="How many of each length.")] = 24,
-    mmproj: opt.Mmproj = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of passages, random tokens and facts.")] = 0,
     json: opt.Json = False,
-    threads: opt.Threads = None,
-    n_ctx: opt.MeasuredCtx = None,
-    gpu_layers: opt.GpuLayers = -1,
-    rpc: opt.Rpc = None,
+    *,
+    measured: opt.MeasureOptions,
+    ablation: AblationOptions,
+    fitting: EvalFitOptions,
 ) -> None:
-    """Measure what pruning costs: KL and perplexity against the full model, copying, recall.
-
-    With --prompts it compares answers instead, to prompts of your own.
-    """
-    _require_one_kind(call, prompts)
-    if prompts is not None:
-        from pop_local.workflows.prompts import PromptOptions, evaluate_prompts
-
-        with stoppable_watch() as watch:
-            compared = evaluate_prompts(
-                model,
-                prompts,
-                PromptOptions(longest, n_ctx, answers, mmproj),
-                sidecar=pop,
-                hardware=opt.hardware(threads, gpu_layers, rpc),
-                watch=watch,
-            )
-        print_json(comparison_json(compared)) if json else show_comparison(compared)
-        return
-    if no_boundary and no_pop:
-        raise typer.BadParameter("--no-boundary prunes all, --no-pop nothing: give one of them")
+    """Measure what pruning costs: KL and perplexity against the full model, copying, recall."""
+    no_boundary = ablation.no_boundary
     if plot_file is not None and sweep is None:
-        raise typer.BadParameter("--plot draws the depths of a --sweep")
-    if baseline is not None and (no_boundary or no_pop):
-        raise typer.BadParameter("--baseline compares with POP: leave --no-boundary, --no-pop out")
-    lengths = tuple(filter(None, opt.lengths(recall, "--recall", least=0)))
-    of_facts = opt.given_names(call) & {"documents", "recall" if lengths else ""}
-    if (no_boundary or no_pop) and of_facts:
+        raise typer.BadParameter("--plot draws the boundaries of a --sweep")
+    if ablation.baseline is not None and no_boundary:
+        raise typer.BadParameter("--baseline compares with POP: leave --no-boundary out")
+    lengths = tuple(filter(None, opt.lengths(recall or "512", "--recall", least=0)))
+    if no_boundary and (documents is not None or (recall is not None and lengths)):
         raise typer.BadParameter(
-            f"no facts are asked with --no-pop or --no-boundary: leave --{min(of_facts)} out"
+            "no facts are asked with --no-boundary: leave --recall and --documents out"
         )
-    depths = _depths(skip, boundary, sweep)
-    given = opt.given_fit(
-        memory, tokens=tokens, text=fit_text, kv_type=kv_type, ridge=ridge, weighting=weighting
-    )
+    at = _boundaries(skip, boundary, sweep)
+    given = fitting.fit(text=fitting.fit_text, ridge=fitting.ridge, weighting=fitting.weighting)
     if not fit:
         opt.no_fit(given, "there is no --fit")
-    elif pop is not None:
-        raise typer.BadParameter("--fit makes projections of its own: leave --pop out")
+    elif measured.sidecar is not None:
+        raise typer.BadParameter("--fit makes projections of its own: leave --sidecar out")
     if plot_file is not None:
         require_plot(plot_file, model, force=force)
     from pop_local.engine.llama.backend import Mode
     from pop_local.measure.quality import QualitySettings
     from pop_local.workflows.evaluate import EvaluateOptions, evaluate
 
-    mode = Mode.ALWAYS if no_boundary else Mode.OFF if no_pop else Mode.CONTEXT
+    mode = Mode.ALWAYS if no_boundary else Mode.CONTEXT
     options = EvaluateOptions(
         text=text,
         settings=QualitySettings(windows, context, continuation, mode, seed),
         recall=lengths,
-        n_documents=documents,
-        select=opt.selected(select),
-        n_refilled=refill,
-        second_turn=second_turn,
-        baseline=None if baseline is None else "always-skip",
-        yardstick=yardstick,
-        sink_tokens=sink,
-        tail_tokens=tail,
-        n_ctx=n_ctx,
+        n_documents=documents or EvaluateOptions.n_documents,
+        select=opt.selected(ablation.select),
+        n_refilled=ablation.refill,
+        second_turn=ablation.second_turn,
+        baseline=None if ablation.baseline is None else "always-skip",
+        yardstick=ablation.yardstick,
+        sink_tokens=ablation.sink,
+        tail_tokens=ablation.tail,
+        n_ctx=measured.n_ctx,
     )
     with stoppable_watch() as watch:
         found = evaluate(
             model,
             options,
-            depths=depths,
+            at=at,
             fit=(given or FitOptions()) if fit else None,
-            sidecar=pop,
-            hardware=opt.hardware(threads, gpu_layers, rpc),
+            sidecar=measured.sidecar,
+            hardware=measured.hardware,
             watch=watch,
         )
     if plot_file is not None:
@@ -195,22 +187,11 @@ def eval(  # noqa: A001
         print_json(view.evaluation_json(found)) if json else view.show_evaluation(found)
 
 
-def _require_one_kind(call: typer.Context, prompts: Path | None) -> None:
-    """Wrong usage if options were given that are of no effect with --prompts, or without."""
-    names = opt.given_names(call) - _OF_BOTH
-    for option in call.command.params:
-        if option.name in names and (option.name in _OF_PROMPTS) != (prompts is not None):
-            of = "is of no effect with --prompts" if prompts else "belongs to --prompts"
-            raise typer.BadParameter(f"{option.opts[0]} {of}")
-
-
-def _depths(
-    skip: str | None, boundary: int | None, sweep: str | None
-) -> tuple[Skip | Boundary, ...]:
-    """As given; none for the file's."""
+def _boundaries(skip: str | None, boundary: int | None, sweep: str | None) -> "tuple[Named, ...]":
+    """Return the boundaries that were given; none for the file's."""
     if sum(option is not None for option in (skip, boundary, sweep)) > 1:
         raise typer.BadParameter("--skip, --boundary and --sweep say the same: give one of them")
     if sweep is not None:
         return tuple(opt.share(part, "--sweep") for part in sweep.split(","))
-    named = opt.named_depth(skip, boundary)
+    named = opt.named_boundary(skip, boundary)
     return () if named is None else (named,)

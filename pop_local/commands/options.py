@@ -1,22 +1,29 @@
-"""Options that several commands share, and what they turn into."""
+"""Options that several commands share, in groups that a command takes as one object."""
 
 import math
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from pop_converter.fit.least_squares import RIDGE, KvType, Weighting
+from pop_converter.fit.least_squares import KvType
 from pop_converter.popfile.plan import parse_skip
 from pop_local.base.errors import PlanError, PopError
 from pop_local.calibration.options import FitOptions
+from pop_local.commands.unfolding import Group
 from pop_local.config.settings import MOST, MOST_SEED, load
 from pop_local.engine.llama.rpc import address
 from pop_local.ui.theme import warn
-from pop_local.workflows.options import Boundary, Hardware, Skip
+from pop_local.workflows.options import Hardware
+
+if TYPE_CHECKING:
+    from pop_local.workflows.conversion.goals import Named, Skip
+
+DEFAULT_THEME = "terminal"
 
 
 def finite(value: float | None) -> float | None:
@@ -45,6 +52,10 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     return n_cores
 
 
+def _usage(error: PopError, option: str) -> typer.BadParameter:
+    return typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option)
+
+
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -54,53 +65,15 @@ Threads = Annotated[
         help="CPU threads. Default: the physical cores.",
     ),
 ]
-Ctx = Annotated[
-    int | None,
-    typer.Option(
-        "--ctx", min=1, max=MOST, help="Context in tokens. Default: the model's, at most 8192."
-    ),
-]
-# The parameter must not be called ctx: the setting of that name is for conversations.
-MeasuredCtx = Annotated[
-    int | None,
-    typer.Option(
-        "--ctx", min=1, max=MOST, help="Context in tokens. Default: what is measured needs."
-    ),
-]
 GpuLayers = Annotated[
     int,
     typer.Option(
         "--gpu-layers", min=-1, max=MOST, help="Layers on the GPU; -1 for all, 0 for none."
     ),
 ]
-Rpc = Annotated[
-    str | None,
-    typer.Option(
-        "--rpc",
-        metavar="HOST:PORT,...",
-        help="Machines that hold the layers, each with `pop-local rpc-server` running.",
-    ),
-]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option("--max-tokens", min=1, help="Longest answer. Default: what the context holds."),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature", min=0.0, callback=finite, help="0 always takes the likeliest token."
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option("--top-p", min=0.0, max=1.0, callback=finite, help="Nucleus sampling."),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        "--seed", min=0, max=MOST_SEED, help="Makes an answer repeatable. Default: chance."
-    ),
-]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")]
+ReplacePlot = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing plot.")]
 Theme = Annotated[
     str,
     typer.Option(
@@ -109,20 +82,12 @@ Theme = Annotated[
         " or a style of Pygments.",
     ),
 ]
-ParseSpecial = Annotated[
-    bool,
-    typer.Option(
-        "--parse-special",
-        help="Special tokens that messages and documents spell out act as such: only for text that"
-        " you trust.",
-    ),
-]
-NoPop = Annotated[bool, typer.Option("--no-pop", help="Read prompts in full, without pruning.")]
-Pop = Annotated[
+System = Annotated[str, typer.Option("--system", help="System prompt.")]
+Sidecar = Annotated[
     Path | None,
     typer.Option(
-        "--pop",
-        metavar="SIDECAR",
+        "--sidecar",
+        metavar="PATH",
         help="The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
         " pop-local.",
     ),
@@ -146,36 +111,6 @@ ImageTokens = Annotated[
         help="The most that one picture takes, with models where that varies.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")]
-ReplacePlot = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing plot.")]
-
-DEFAULT_THEME = "terminal"
-
-
-def sampling(**options: Any) -> dict[str, Any]:
-    """The options that were given; the engine has its own defaults for the others."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def hardware(threads: int | None, gpu_layers: int, rpc: str | None) -> Hardware:
-    """What --threads, --gpu-layers and --rpc say; a malformed address is wrong usage."""
-    servers = tuple(name.strip() for name in rpc.split(",")) if rpc else ()
-    try:
-        for name in servers:
-            address(name)
-    except PopError as error:
-        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--rpc") from error
-    return Hardware(threads, gpu_layers, servers)
-
-
-# How deep
-
-BoundaryLayer = Annotated[
-    int | None, typer.Option(metavar="LAYER", help="The first layer to skip, instead of --skip.")
-]
-
-
 Select = Annotated[
     str | None,
     typer.Option(
@@ -194,14 +129,183 @@ class RefillName(str, Enum):
     OFF = "off"
 
 
-Refill = Annotated[
-    RefillName,
-    typer.Option(
-        "--refill",
-        help="When pruned tokens run the skipped layers: while nothing is asked, also with each"
-        " token of an answer, or never.",
-    ),
+@dataclass(frozen=True)
+class ProcessorOptions(Group):
+    """The processors of this machine."""
+
+    panel: ClassVar[str] = "Hardware"
+
+    threads: Threads = None
+    gpu_layers: GpuLayers = -1
+
+    @property
+    def hardware(self) -> Hardware:
+        """The same for a workflow."""
+        return Hardware(self.threads, self.gpu_layers)
+
+
+@dataclass(frozen=True)
+class HardwareOptions(ProcessorOptions):
+    """Processors of this machine and others."""
+
+    rpc: Annotated[
+        str | None,
+        typer.Option(
+            "--rpc",
+            metavar="HOST:PORT,...",
+            help="Machines that hold the layers, each with `pop-local rpc-server` running.",
+        ),
+    ] = None
+
+    @property
+    def hardware(self) -> Hardware:
+        """The same for a workflow; a malformed address is wrong usage."""
+        servers = tuple(name.strip() for name in self.rpc.split(",")) if self.rpc else ()
+        try:
+            for name in servers:
+                address(name)
+        except PopError as error:
+            raise _usage(error, "--rpc") from error
+        return Hardware(self.threads, self.gpu_layers, servers)
+
+
+@dataclass(frozen=True)
+class MeasureOptions(HardwareOptions):
+    """The model that is measured, but for its name."""
+
+    panel: ClassVar[str] = "Model and hardware"
+
+    sidecar: Sidecar = None
+    # It must not be called ctx: the setting of that name is for conversations.
+    n_ctx: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx", min=1, max=MOST, help="Context in tokens. Default: what is measured needs."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class OpenOptions(HardwareOptions):
+    """The model that is talked to, but for its name."""
+
+    panel: ClassVar[str] = "Model and hardware"
+
+    sidecar: Sidecar = None
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx", min=1, max=MOST, help="Context in tokens. Default: the model's, at most 8192."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ModelOptions(OpenOptions):
+    """The same, and how it reads."""
+
+    full: Annotated[bool, typer.Option("--full", help="Read prompts in full, without pruning.")] = (
+        False
+    )
+    select: Select = None
+    refill: Annotated[
+        RefillName,
+        typer.Option(
+            "--refill",
+            help="When pruned tokens run the skipped layers: while nothing is asked, also with each"
+            " token of an answer, or never.",
+        ),
+    ] = RefillName.OFF
+    parse_special: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special",
+            help="Special tokens that messages and documents spell out act as such: only for text"
+            " that you trust.",
+        ),
+    ] = False
+    mmproj: Mmproj = None
+    image_tokens: ImageTokens = None
+
+
+@dataclass(frozen=True)
+class SamplingOptions(Group):
+    """How answers are sampled."""
+
+    panel: ClassVar[str] = "Answers"
+
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", min=1, help="Longest answer. Default: what the context holds."
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature", min=0.0, callback=finite, help="0 always takes the likeliest token."
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", min=0.0, max=1.0, callback=finite, help="Nucleus sampling."),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", min=0, max=MOST_SEED, help="Makes an answer repeatable. Default: chance."
+        ),
+    ] = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that were given; the engine has its own defaults for the others."""
+        return given(**vars(self))
+
+
+@dataclass(frozen=True)
+class FittingOptions(Group):
+    """How projections are fitted, but for the text."""
+
+    panel: ClassVar[str] = "The fit"
+
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens", min=1, help="Tokens to fit on. Default: 24 per dimension, 16384 at least."
+        ),
+    ] = None
+    kv_type: Annotated[
+        KvType | None,
+        typer.Option("--kv-type", help="Type of the fitted weights. Default: q8_0."),
+    ] = None
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            "--memory",
+            metavar="GB",
+            min=0.0,
+            max=1e9,
+            callback=finite,
+            help="For the fit's sums. Default: half of what is free.",
+        ),
+    ] = None
+
+    def fit(self, **others: Any) -> FitOptions | None:
+        """Return the options of the fit that were given, with others; None where none was."""
+        memory_bytes = None if self.memory is None else int(self.memory * 10**9)
+        found = given(tokens=self.tokens, kv_type=self.kv_type, memory_bytes=memory_bytes, **others)
+        return FitOptions(**found) if found else None
+
+
+BoundaryLayer = Annotated[
+    int | None, typer.Option(metavar="LAYER", help="The first layer to skip, instead of --skip.")
 ]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def selected(text: str | None) -> float | None:
@@ -217,63 +321,26 @@ def selected(text: str | None) -> float | None:
     return value
 
 
-def share(text: str, option: str) -> Skip:
+def share(text: str, option: str) -> "Skip":
     """A share of the layers; what cannot be one is wrong usage of the option."""
     try:
         parse_skip(text)
     except PlanError as error:
-        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option) from error
+        raise _usage(error, option) from error
+    from pop_local.workflows.conversion.goals import Skip
+
     return Skip(text)
 
 
-def named_depth(skip: str | None, boundary: int | None) -> Skip | Boundary | None:
-    """What --skip or --boundary says; None where neither was given."""
+def named_boundary(skip: str | None, boundary: int | None) -> "Named | None":
+    """Return the boundary of --skip or --boundary; None where neither was given."""
+    from pop_local.workflows.conversion.goals import Boundary
+
     if skip is not None and boundary is not None:
         raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
     if skip is not None:
         return share(skip, "--skip")
     return None if boundary is None else Boundary(boundary)
-
-
-# The fit
-
-
-Tokens = Annotated[
-    int | None,
-    typer.Option(
-        "--tokens", min=1, help="Tokens to fit on. Default: 24 per dimension, 16384 at least."
-    ),
-]
-KvTypeOption = Annotated[
-    KvType | None, typer.Option("--kv-type", help="Type of the fitted weights. Default: q8_0.")
-]
-Ridge = Annotated[
-    float | None,
-    typer.Option(
-        "--ridge",
-        min=0.0,
-        callback=finite,
-        help=f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
-    ),
-]
-WeightingOption = Annotated[
-    Weighting | None,
-    typer.Option(
-        "--weighting",
-        help="Whether tokens count by the attention they receive. Default: attention.",
-    ),
-]
-Memory = Annotated[
-    float | None,
-    typer.Option(
-        "--memory",
-        metavar="GB",
-        min=0.0,
-        max=1e9,
-        callback=finite,
-        help="For the fit's sums. Default: half of what is free.",
-    ),
-]
 
 
 def given_names(call: typer.Context) -> set[str]:
@@ -292,13 +359,6 @@ def lengths(text: str, option: str, *, least: int) -> tuple[int, ...]:
     raise typer.BadParameter(
         f"{text!r} is not a list of lengths from {least} on, such as 512,2048", param_hint=option
     )
-
-
-def given_fit(memory_gb: float | None, **options: Any) -> FitOptions | None:
-    """The options of the fit that were given, the others by default; None where none was."""
-    memory_bytes = None if memory_gb is None else int(memory_gb * 10**9)
-    given = sampling(**options, memory_bytes=memory_bytes)
-    return FitOptions(**given) if given else None
 
 
 def no_fit(given: FitOptions | None, of: str) -> None:

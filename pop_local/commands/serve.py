@@ -14,6 +14,7 @@ import typer
 from pop_local.base.errors import PopError
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
+from pop_local.commands.unfolding import unfolded
 from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
 
+@unfolded
 def serve(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
@@ -50,14 +52,7 @@ def serve(
             help="The model's name in the API. Default: the catalog's, if MODEL is, or the file's.",
         ),
     ] = "",
-    pop: opt.Pop = None,
-    no_pop: opt.NoPop = False,
-    threads: opt.Threads = None,
-    ctx: opt.Ctx = None,
-    gpu_layers: opt.GpuLayers = -1,
-    rpc: opt.Rpc = None,
-    select: opt.Select = None,
-    refill: opt.Refill = opt.RefillName.IDLE,
+    how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE),
     cache_ram: Annotated[
         int,
         typer.Option(
@@ -73,9 +68,6 @@ def serve(
             "--max-waiting", min=1, help="Requests that may wait; those beyond are refused (503)."
         ),
     ] = 256,
-    parse_special: opt.ParseSpecial = False,
-    mmproj: opt.Mmproj = None,
-    image_tokens: opt.ImageTokens = None,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API.
 
@@ -89,9 +81,7 @@ def serve(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    hardware, share = opt.hardware(threads, gpu_layers, rpc), opt.selected(select)
-    rows = no_pop, parse_special, share, refill.value
-    opened = Opener(model, pop, ctx, hardware, *rows, mmproj, image_tokens)()
+    opened = Opener(model, how)()
     opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
     try:
         name = name or _default_name(model, opened.model_path)

@@ -42,11 +42,11 @@ from pop_local.measure.quality import (
 from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows import gates
+from pop_local.workflows.conversion.fits import measure_fits
+from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
-from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.options import AnalyzeOptions, Hardware
-from pop_local.workflows.refusals import TooLittleMemoryError
 
 if TYPE_CHECKING:
     from pop_local.measure.importance import Importance

@@ -21,9 +21,9 @@ from pop_local.calibration import needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, SEED, Windows
 from pop_local.research.hyper import read_hyper
+from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
-from pop_local.workflows.refusals import TooLittleMemoryError
 from pop_local.workflows.torch_device import TorchDevice, computing, torch_device
 
 if TYPE_CHECKING:

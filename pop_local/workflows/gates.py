@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import Source
 from pop_local.base.errors import PopError, UnsupportedArchitectureError
+from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import AnalyzeOptions, Hardware
-from pop_local.workflows.refusals import TooLittleMemoryError
 from pop_local.workflows.torch_device import computing, torch_device
 
 if TYPE_CHECKING:

@@ -103,7 +103,7 @@ def _files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
     return ModelFiles(base, sidecar_of(read_source(base)))
 
 
-def files_at_depth(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
+def files_at_boundary(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
     """What to open for a boundary of the caller's, which fitted projections cannot have.
 
     So no sidecar is looked for, and of the catalog's model the unconverted file is taken.

@@ -1,6 +1,6 @@
 """Time to read a prompt in full, pruned, with a selection, each in its own process. Not a test.
 
-    python tests/bench/measure_fresh.py MODEL.gguf --pop SIDECAR [--prompts 512,2048]
+    python tests/bench/measure_fresh.py MODEL.gguf --sidecar PATH [--prompts 512,2048]
         [--select 0.1] [--rounds 3]
 
 On processors with AMX a full reading takes up to half as long again once the same context has read
@@ -44,7 +44,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--pop", type=Path, required=True)
+    parser.add_argument("--sidecar", type=Path, required=True)
     parser.add_argument("--prompts", default="512,2048")
     parser.add_argument("--select", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=3)

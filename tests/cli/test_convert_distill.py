@@ -19,9 +19,10 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import gradual
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
-from pop_local.workflows import fits
-from pop_local.workflows import search as searching
-from pop_local.workflows.refusals import Trial
+from pop_local.workflows import distilled as trainer
+from pop_local.workflows.conversion import fits
+from pop_local.workflows.conversion import within as searching
+from pop_local.workflows.conversion.within import Candidate, Kind
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.synthetic import make_gguf
@@ -39,16 +40,16 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     read: list[int] = []
     distilled: list[int] = []
 
-    def prepare(source, first, *args, real=fits.prepare):
+    def prepare(source, first, *args, real=trainer.prepare):
         read.append(first)
         return real(source, first, *args)
 
-    def train(plan, *args, real=fits.distilled):
+    def train(plan, *args, real=trainer.distilled):
         distilled.append(plan.boundary)
         return real(plan, *args)
 
-    monkeypatch.setattr(fits, "prepare", prepare)
-    monkeypatch.setattr(fits, "distilled", train)
+    monkeypatch.setattr(trainer, "prepare", prepare)
+    monkeypatch.setattr(trainer, "distilled", train)
     monkeypatch.setattr(texts, "N_DISTILLED", 6)
     return read, distilled
 
@@ -121,24 +122,33 @@ def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(
 ):
     shape = source_shape(read_source(tiny))
     given: Any = {"projection": WIDE, "macs": GraphMacs(tiny)}
-    plans = {each: make_plan(shape, boundary=each, **given) for each in (5, 4, 3)}
-    unused: Any = None
-    fitted = {(each, either, False): unused for each in plans for either in (WIDE, ATTENTION)}
-    tried = []
+    plans = [make_plan(shape, boundary=each, **given) for each in (5, 4, 3)]
     good: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
     lost = dict(zip((5, 4, 3), n_lost, strict=False))
+    tried = []
 
-    def judged(self, plans, until):
-        [plan] = plans
+    def settled(self, candidate):
+        plan = candidate.plan
         tried.append((plan.boundary, plan.projection, plan.is_distilled))
         n = lost[plan.boundary]
         recall: Any = SimpleNamespace(exact_lost=Estimate(n / 24, 0.1), n_documents=24)
-        return (Trial(plan, good, n == 0, recall),)
+        candidate.recall, candidate.is_inside = recall, n == 0
+        return candidate.is_inside
 
-    monkeypatch.setattr(searching._Search, "_tried", judged)
-    others = dict.fromkeys(("source", "options", "hardware", "watch", "full", "fitter"), unused)
-    search = searching._Search(plans=plans, budget=BALANCED, fitted=fitted, **others)
-    search._distilled([Trial(replace(plans[5], projection=kind), good, True)])
+    monkeypatch.setattr(searching.Search, "_settle", settled)
+    unused: Any = None
+    plain: Any = "plain"
+    fitter: Any = SimpleNamespace(distilled=lambda *_: "trained")
+    search = searching.Search(unused, BALANCED, fitter, unused, plans)
+    for plan in plans:
+        search.tried[plan.boundary, Kind.SEARCHED].fitted = plain
+        attentive = replace(plan, projection=ATTENTION)
+        search.tried[plan.boundary, Kind.ATTENTION] = Candidate(attentive, plain)
+    first = Kind.SEARCHED if kind == WIDE else Kind.ATTENTION
+    chosen = search.tried[5, first]
+    measured: Any = SimpleNamespace(quality=good)
+    chosen.is_inside, chosen.gradual = True, measured
+    search._try_distilled()
     assert tried == [(boundary, kind, True) for boundary in boundaries]
 
 
@@ -179,7 +189,7 @@ def test_what_goes_wrong_leaves_what_was_found_without(tiny, letters, tmp_path, 
     def fail(*args):
         raise PopError("no memory is left")
 
-    monkeypatch.setattr(fits, "prepare", fail)
+    monkeypatch.setattr(trainer, "prepare", fail)
     done = convert(tiny, "--sidecar", *FIT, *LOOSE, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["distilled"] is False

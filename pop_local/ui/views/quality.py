@@ -1,4 +1,4 @@
-"""How the quality of pruning is shown: facts for one depth, a table for several, JSON."""
+"""How the quality of pruning is shown: facts for one boundary, a table for several, JSON."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def text_json(text: Text) -> dict[str, str]:
 
 
 def evaluation_json(found: Evaluation) -> dict[str, Any]:
-    """The only depth as one object."""
+    """The only boundary as one object."""
     return _json_head(found) | _row_json(found.rows[0])
 
 
 def sweep_json(found: Evaluation) -> dict[str, Any]:
-    """All depths, in a list of rows."""
+    """All boundaries, in a list of rows."""
     return _json_head(found) | {"rows": [_row_json(row) for row in found.rows]}
 
 
@@ -94,7 +94,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def show_evaluation(found: Evaluation) -> None:
-    """Facts for one depth; a table for several, or with a baseline."""
+    """Facts for one boundary; a table for several, or with a baseline."""
     if len(found.rows) > 1 or found.rows[0].always_skip is not None or found.yardstick:
         show_sweep(found)
         return
@@ -103,7 +103,7 @@ def show_evaluation(found: Evaluation) -> None:
 
 
 def show_sweep(found: Evaluation) -> None:
-    """A table with a row for each depth, and one below it for its baseline."""
+    """A table with a row for each boundary, and one below it for its baseline."""
     from pop_local.workflows.evaluate import Row
 
     q = found.rows[0].quality
