@@ -26,9 +26,10 @@ def chat(
             help=f"A GGUF file or a name of the catalog. Default: {DEFAULT_MODEL}",
         ),
     ] = None,
+    *,
     system: opt.System = "",
     opened: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE),
-    sampling: opt.SamplingOptions = opt.SamplingOptions(),
+    sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""

@@ -1,15 +1,26 @@
 """`pop-local compare MODEL PROMPTS.jsonl`: one's own prompts, answered in full and pruned."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pop_local.commands import options as opt
-from pop_local.commands.unfolding import unfolded
+from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.ui.tables import print_json
 from pop_local.ui.views.answers import comparison_json, show_comparison
 from pop_local.ui.watch import stoppable_watch
+
+
+@dataclass(frozen=True)
+class AnswerOptions(Group):
+    """How prompts are answered."""
+
+    answers: Path | None = option(None, "Keeps the answers; goes on where they end.", "FILE")
+    # It must not be called max_tokens: the setting of that name is for conversations.
+    longest: int = option(256, "Longest answer.", flag="--max-tokens", min=1)
+    mmproj: Path | None = option(None, opt.MMPROJ, "FILE")
 
 
 @unfolded
@@ -25,15 +36,9 @@ def compare(
             ' "images" and "answer".',
         ),
     ],
-    answers: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Keeps the answers; goes on where they end."),
-    ] = None,
-    # It must not be called max_tokens: the setting of that name is for conversations.
-    longest: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer.")] = 256,
-    mmproj: opt.Mmproj = None,
-    json: opt.Json = False,
     *,
+    how: AnswerOptions,
+    json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:
     """Answer your own prompts in full and pruned, and compare: same, right, how fast.
@@ -47,7 +52,7 @@ def compare(
         found = compare_answers(
             model,
             prompts,
-            CompareOptions(longest, measured.n_ctx, answers, mmproj),
+            CompareOptions(how.longest, measured.n_ctx, how.answers, how.mmproj),
             sidecar=measured.sidecar,
             hardware=measured.hardware,
             watch=watch,

@@ -14,7 +14,7 @@ from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
-from pop_local.commands.unfolding import Group, unfolded
+from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
 from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.tables import print_json
@@ -39,8 +39,43 @@ class QualityName(str, Enum):
     FASTEST = "fastest"
 
 
+@dataclass(frozen=True)
+class HowOptions(Group):
+    """What is written, and how."""
+
+    quality: QualityName | None = option(
+        None,
+        f"What may be lost. Default: {BALANCED.quality}, or anything with --skip or --boundary.",
+    )
+    projection: Projection | None = option(
+        None,
+        "K/V of skipped layers: own (no fit, loses more quality), fitted to the model (takes"
+        " minutes), fitted-wide (to more than the token itself) or fitted-attention (also to what"
+        " the first skipped layer's attention gives). Default: what measures best for its cost.",
+    )
+    text: Path | None = option(
+        None,
+        "Text to fit on. Default: documentation, code and samples of the model.",
+        "FILE|DIR",
+    )
+    distill: bool = option(
+        False,
+        "Train the fit end to end, too: it copies better. This takes minutes for each boundary that"
+        " is tried. Needs torch; for dense models of llama, qwen2, qwen3, gemma2 and gemma3.",
+    )
+    resume: bool = option(False, "Keep the fit when it is stopped, and go on with a kept one.")
+    sidecar: bool = option(False, "Write only what is new, into a small file beside the model.")
+    dry_run: bool = option(False, "Print the plan and write nothing.")
+    force: bool = option(
+        False,
+        "Replace an existing output. With --skip or --boundary and no --quality or limit: write a"
+        " fit, too, that can no longer copy from its prompt.",
+        flag="--force -f",
+    )
+
+
 def _limit(unit: str, words: str) -> Any:
-    return typer.Option(metavar=unit, min=0.0, callback=opt.positive, help=words)
+    return option(None, words, unit, min=0.0, callback=opt.positive)
 
 
 @dataclass(frozen=True)
@@ -49,13 +84,11 @@ class LimitOptions(Group):
 
     panel: ClassVar[str] = "Limits of your own"
 
-    max_kl: Annotated[float | None, _limit("NATS", "KL divergence from the full model.")] = None
-    max_ppl_ratio: Annotated[float | None, _limit("RATIO", "Perplexity, in the full model's.")] = (
-        None
+    max_kl: float | None = _limit("NATS", "KL divergence from the full model.")
+    max_ppl_ratio: float | None = _limit("RATIO", "Perplexity, in the full model's.")
+    max_copy_ratio: float | None = _limit(
+        "RATIO", "Perplexity of a repeated passage, in the full model's."
     )
-    max_copy_ratio: Annotated[
-        float | None, _limit("RATIO", "Perplexity of a repeated passage, in the full model's.")
-    ] = None
 
 
 @dataclass(frozen=True)
@@ -64,28 +97,21 @@ class FullRowOptions(Group):
 
     panel: ClassVar[str] = "Tokens in full"
 
-    sink: Annotated[int, typer.Option(min=0, help="First tokens of a prompt.")] = (
-        PopMeta.sink_tokens
+    sink: int = option(PopMeta.sink_tokens, "First tokens of a prompt.", min=0)
+    tail: int = option(TAIL_TOKENS, "Last tokens of a prompt.", min=0)
+    min_prompt: int | None = option(
+        None,
+        "Shorter prompts run in full. Default: those that save less than half of what long ones"
+        " save, about 70.",
+        min=0,
     )
-    tail: Annotated[int, typer.Option(min=0, help="Last tokens of a prompt.")] = TAIL_TOKENS
-    min_prompt: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Shorter prompts run in full. Default: those that save less than half of what"
-            " long ones save, about 70.",
-        ),
-    ] = None
-    select: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Context tokens that the question needs, as 10%; with --skip or --boundary.",
-        ),
-    ] = None
+    select: str | None = option(
+        None, "Context tokens that the question needs, as 10%; with --skip or --boundary.", "SHARE"
+    )
 
     @property
     def rows(self) -> RowOptions:
+        """The same for a workflow."""
         return RowOptions(self.sink, self.tail, self.min_prompt, opt.selected(self.select) or 0.0)
 
 
@@ -93,29 +119,16 @@ class FullRowOptions(Group):
 class ConvertFitOptions(opt.FittingOptions):
     """How projections are fitted."""
 
-    mmproj: Annotated[
-        Path | None,
-        typer.Option(
-            "--mmproj", metavar="FILE", help="Fit on pictures, too, as this mmproj shows them."
-        ),
-    ] = None
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            "--images",
-            metavar="DIR",
-            help="Pictures to fit on, with --mmproj. Default: drawn ones.",
-        ),
-    ] = None
-    distill_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--distill-tokens",
-            min=1,
-            help="Tokens of text for --distill: more are better, and take as many times the time."
-            " Default: as many as are fitted on, 65536 at least.",
-        ),
-    ] = None
+    mmproj: Path | None = option(None, "Fit on pictures, too, as this mmproj shows them.", "FILE")
+    images: Path | None = option(
+        None, "Pictures to fit on, with --mmproj. Default: drawn ones.", "DIR"
+    )
+    distill_tokens: int | None = option(
+        None,
+        "Tokens of text for --distill: more are better, and take as many times the time. Default:"
+        " as many as are fitted on, 65536 at least.",
+        min=1,
+    )
 
 
 @unfolded
@@ -125,72 +138,10 @@ def convert(
         Path | None,
         typer.Argument(metavar="OUT.gguf", help="Default: IN.pop.gguf beside it."),
     ] = None,
-    skip: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Layers to skip: 1/3, 0.33, or a number. Default: as many as --quality allows.",
-        ),
-    ] = None,
-    boundary: opt.BoundaryLayer = None,
-    quality: Annotated[
-        QualityName | None,
-        typer.Option(
-            help=f"What may be lost. Default: {BALANCED.quality}, or anything with --skip or"
-            " --boundary."
-        ),
-    ] = None,
-    projection: Annotated[
-        Projection | None,
-        typer.Option(
-            help="K/V of skipped layers: own (no fit, loses more quality), fitted to the model"
-            " (takes minutes), fitted-wide (to more than the token itself) or fitted-attention"
-            " (also to what the first skipped layer's attention gives). Default: what measures"
-            " best for its cost."
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE|DIR",
-            help="Text to fit on. Default: documentation, code and samples of the model.",
-        ),
-    ] = None,
-    distill: Annotated[
-        bool,
-        typer.Option(
-            "--distill",
-            help="Train the fit end to end, too: it copies better. This takes minutes for each"
-            " boundary that is tried. Needs torch; for dense models of llama, qwen2, qwen3,"
-            " gemma2 and gemma3.",
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Keep the fit when it is stopped, and go on with a kept one."
-        ),
-    ] = False,
-    sidecar: Annotated[
-        bool,
-        typer.Option(
-            "--sidecar", help="Write only what is new, into a small file beside the model."
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
-    ] = False,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            "-f",
-            help="Replace an existing output. With --skip or --boundary and no --quality or limit:"
-            " write a fit, too, that can no longer copy from its prompt.",
-        ),
-    ] = False,
-    json: opt.Json = False,
     *,
+    at: opt.BoundaryOptions,
+    how: HowOptions,
+    json: opt.Json = False,
     limits: LimitOptions,
     full: FullRowOptions,
     fitting: ConvertFitOptions,
@@ -213,29 +164,29 @@ def convert(
     the copy too (and runs it in full). With --sidecar the model itself stays the file to open, here
     and elsewhere.
     """
-    named, own = opt.named_boundary(skip, boundary), opt.given(**vars(limits))
-    if full.select is not None and (named is None or quality or own):
+    named, own = at.named, opt.given(**vars(limits))
+    if full.select is not None and (named is None or how.quality or own):
         raise typer.BadParameter(
             "--select goes with --skip or --boundary alone; --quality fastest chooses its own"
         )
     if fitting.images is not None and fitting.mmproj is None:
         raise typer.BadParameter("--images goes with --mmproj", param_hint="--images")
-    if fitting.distill_tokens is not None and not distill:
+    if fitting.distill_tokens is not None and not how.distill:
         raise typer.BadParameter("it goes with --distill", param_hint="--distill-tokens")
-    others = {"text": text, "mmproj": fitting.mmproj, "images": fitting.images}
+    others = {"text": how.text, "mmproj": fitting.mmproj, "images": fitting.images}
     fit = fitting.fit(**others, distill_tokens=fitting.distill_tokens)
-    if projection is Projection.OWN:
+    if how.projection is Projection.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
-        if resume or distill:
+        if how.resume or how.distill:
             raise typer.BadParameter("--projection own fits nothing: leave --resume, --distill out")
-    fit = replace(fit or FitOptions(), projection=projection)
+    fit = replace(fit or FitOptions(), projection=how.projection)
     options = ConvertOptions(
-        goal=_wanted(quality, own, named),
-        fit=None if projection is Projection.OWN else fit,
+        goal=_wanted(how.quality, own, named),
+        fit=None if how.projection is Projection.OWN else fit,
         rows=full.rows,
-        output="sidecar" if sidecar else "copy",
-        resume=resume,
-        trainer=_trainer() if distill else None,
+        output="sidecar" if how.sidecar else "copy",
+        resume=how.resume,
+        trainer=_trainer() if how.distill else None,
         hardware=processors.hardware,
     )
     planned = plan_conversion(model, output, options)
@@ -243,15 +194,15 @@ def convert(
         note(f"{found.name} comes with pop-local: it is used without a conversion.")
     if not json:
         view.show_plan(planned)
-    elif dry_run:
+    elif how.dry_run:
         print_json(view.plan_json(planned))
-    if dry_run:
+    if how.dry_run:
         # But for what --force would replace.
         check_target(planned.path, planned.target, planned.sizes, force=True)
         return
     try:
         with stoppable_watch() as watch:
-            done = run_conversion(planned, force=force, watch=watch)
+            done = run_conversion(planned, force=how.force, watch=watch)
     except OverBudgetError as error:
         if not json:
             show_trials(error.trials)

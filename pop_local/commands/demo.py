@@ -28,6 +28,7 @@ def demo(
             help=f"A converted GGUF file, or a model of the catalog. Default: {DEFAULT_MODEL}",
         ),
     ] = None,
+    *,
     pairs: Annotated[
         int, typer.Option(min=1, help="How many times to answer in full and pruned.")
     ] = N_PAIRS,
@@ -35,8 +36,8 @@ def demo(
         bool, typer.Option("--json", help="Print one JSON object, and open no chat.")
     ] = False,
     system: opt.System = "",
-    how: opt.OpenOptions = opt.OpenOptions(),
-    sampling: opt.SamplingOptions = opt.SamplingOptions(),
+    how: opt.OpenOptions,
+    sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
     """Answer one question about a document with and without pruning, then open the chat.

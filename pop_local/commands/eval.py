@@ -10,7 +10,7 @@ import typer
 from pop_converter.fit.least_squares import RIDGE, Weighting
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
-from pop_local.commands.unfolding import Group, unfolded
+from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views import quality as view
@@ -28,64 +28,52 @@ class BaselineName(str, Enum):
 
 
 @dataclass(frozen=True)
+class WindowOptions(Group):
+    """What is measured on."""
+
+    text: Path | None = option(None, "Held-out text. Default: our own.", "FILE")
+    context: int = option(512, "Tokens to prune in each window.", min=2)
+    continuation: int = option(128, "Tokens to score after them.", min=2)
+    windows: int = option(32, "How many windows.", min=1)
+    recall: str | None = option(
+        None, "Tokens of documents to ask facts of; 0 for none. Default: 512.", "N,..."
+    )
+    documents: int | None = option(None, "How many of each length. Default: 24.", min=2)
+    seed: int = option(0, "Of passages, random tokens and facts.", min=0)
+
+
+@dataclass(frozen=True)
 class AblationOptions(Group):
     """Other ways to prune, and what to compare with."""
 
     panel: ClassVar[str] = "Ablations and yardsticks"
 
-    select: opt.Select = None
-    refill: Annotated[
-        int,
-        typer.Option(min=0, help="Rows to give their depth with each scored token."),
-    ] = 0
-    sink: Annotated[
-        int | None,
-        typer.Option(min=0, help="First tokens in full, whatever the file says."),
-    ] = None
-    tail: Annotated[
-        int | None,
-        typer.Option(min=0, help="Last context tokens in full, likewise."),
-    ] = None
-    no_boundary: Annotated[
-        bool,
-        typer.Option("--no-boundary", help="Prune the context's last token as well."),
-    ] = False
-    second_turn: Annotated[
-        bool,
-        typer.Option("--second-turn", help="Also the answer after that, refilled or not."),
-    ] = False
-    baseline: Annotated[
-        BaselineName | None,
-        typer.Option(help="Compare with skipping the same layers for every token, answers too."),
-    ] = None
-    yardstick: Annotated[
-        bool,
-        typer.Option("--yardstick", help="Also measure the model quantised as Q4_0, Q3_K_M, Q2_K."),
-    ] = False
+    select: str | None = option(None, opt.SELECT, "SHARE")
+    refill: int = option(0, "Rows to give their depth with each scored token.", min=0)
+    sink: int | None = option(None, "First tokens in full, whatever the file says.", min=0)
+    tail: int | None = option(None, "Last context tokens in full, likewise.", min=0)
+    no_boundary: bool = option(False, "Prune the context's last token as well.")
+    second_turn: bool = option(False, "Also the answer after that, refilled or not.")
+    baseline: BaselineName | None = option(
+        None, "Compare with skipping the same layers for every token, answers too."
+    )
+    yardstick: bool = option(False, "Also measure the model quantised as Q4_0, Q3_K_M, Q2_K.")
 
 
 @dataclass(frozen=True)
 class EvalFitOptions(opt.FittingOptions):
     """How projections are fitted."""
 
-    ridge: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            callback=opt.finite,
-            help=f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
-        ),
-    ] = None
-    weighting: Annotated[
-        Weighting | None,
-        typer.Option(
-            help="Whether tokens count by the attention that they get. Default: attention."
-        ),
-    ] = None
-    fit_text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE|DIR", help="Text to fit on. Default: convert's."),
-    ] = None
+    ridge: float | None = option(
+        None,
+        f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
+        min=0.0,
+        callback=opt.finite,
+    )
+    weighting: Weighting | None = option(
+        None, "Whether tokens count by the attention that they get. Default: attention."
+    )
+    fit_text: Path | None = option(None, "Text to fit on. Default: convert's.", "FILE|DIR")
 
 
 @unfolded
@@ -93,26 +81,9 @@ def eval(  # noqa: A001
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, converted or not, or a name.")
     ],
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Held-out text. Default: our own.")
-    ] = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens to prune in each window.")] = 512,
-    continuation: Annotated[int, typer.Option(min=2, help="Tokens to score after them.")] = 128,
-    windows: Annotated[int, typer.Option(min=1, help="How many windows.")] = 32,
-    recall: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,...", help="Tokens of documents to ask facts of; 0 for none. Default: 512."
-        ),
-    ] = None,
-    documents: Annotated[
-        int | None, typer.Option(min=2, help="How many of each length. Default: 24.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of passages, random tokens and facts.")] = 0,
-    skip: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Layers to skip: 1/3, 0.33, or a number.")
-    ] = None,
-    boundary: opt.BoundaryLayer = None,
+    *,
+    on: WindowOptions,
+    at: opt.BoundaryOptions,
     sweep: Annotated[
         str | None, typer.Option(metavar="SHARE,...", help="Several boundaries: 1/6,1/4,1/3,1/2.")
     ] = None,
@@ -125,7 +96,6 @@ def eval(  # noqa: A001
     ] = None,
     force: opt.ReplacePlot = False,
     json: opt.Json = False,
-    *,
     measured: opt.MeasureOptions,
     ablation: AblationOptions,
     fitting: EvalFitOptions,
@@ -136,12 +106,12 @@ def eval(  # noqa: A001
         raise typer.BadParameter("--plot draws the boundaries of a --sweep")
     if ablation.baseline is not None and no_boundary:
         raise typer.BadParameter("--baseline compares with POP: leave --no-boundary out")
-    lengths = tuple(filter(None, opt.lengths(recall or "512", "--recall", least=0)))
-    if no_boundary and (documents is not None or (recall is not None and lengths)):
+    lengths = tuple(filter(None, opt.lengths(on.recall or "512", "--recall", least=0)))
+    if no_boundary and (on.documents is not None or (on.recall is not None and lengths)):
         raise typer.BadParameter(
             "no facts are asked with --no-boundary: leave --recall and --documents out"
         )
-    at = _boundaries(skip, boundary, sweep)
+    boundaries = _boundaries(at, sweep)
     given = fitting.fit(text=fitting.fit_text, ridge=fitting.ridge, weighting=fitting.weighting)
     if not fit:
         opt.no_fit(given, "there is no --fit")
@@ -155,10 +125,10 @@ def eval(  # noqa: A001
 
     mode = Mode.ALWAYS if no_boundary else Mode.CONTEXT
     options = EvaluateOptions(
-        text=text,
-        settings=QualitySettings(windows, context, continuation, mode, seed),
+        text=on.text,
+        settings=QualitySettings(on.windows, on.context, on.continuation, mode, on.seed),
         recall=lengths,
-        n_documents=documents or EvaluateOptions.n_documents,
+        n_documents=on.documents or EvaluateOptions.n_documents,
         select=opt.selected(ablation.select),
         n_refilled=ablation.refill,
         second_turn=ablation.second_turn,
@@ -172,7 +142,7 @@ def eval(  # noqa: A001
         found = evaluate(
             model,
             options,
-            at=at,
+            at=boundaries,
             fit=(given or FitOptions()) if fit else None,
             sidecar=measured.sidecar,
             hardware=measured.hardware,
@@ -187,11 +157,10 @@ def eval(  # noqa: A001
         print_json(view.evaluation_json(found)) if json else view.show_evaluation(found)
 
 
-def _boundaries(skip: str | None, boundary: int | None, sweep: str | None) -> "tuple[Named, ...]":
+def _boundaries(at: opt.BoundaryOptions, sweep: str | None) -> "tuple[Named, ...]":
     """Return the boundaries that were given; none for the file's."""
-    if sum(option is not None for option in (skip, boundary, sweep)) > 1:
+    if sum(each is not None for each in (at.skip, at.boundary, sweep)) > 1:
         raise typer.BadParameter("--skip, --boundary and --sweep say the same: give one of them")
     if sweep is not None:
         return tuple(opt.share(part, "--sweep") for part in sweep.split(","))
-    named = opt.named_boundary(skip, boundary)
-    return () if named is None else (named,)
+    return () if at.named is None else (at.named,)

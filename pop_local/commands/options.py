@@ -14,7 +14,7 @@ from pop_converter.fit.least_squares import KvType
 from pop_converter.popfile.plan import parse_skip
 from pop_local.base.errors import PlanError, PopError
 from pop_local.calibration.options import FitOptions
-from pop_local.commands.unfolding import Group
+from pop_local.commands.unfolding import Group, option
 from pop_local.config.settings import MOST, MOST_SEED, load
 from pop_local.engine.llama.rpc import address
 from pop_local.ui.theme import warn
@@ -56,69 +56,32 @@ def _usage(error: PopError, option: str) -> typer.BadParameter:
     return typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option)
 
 
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        min=1,
-        callback=_no_more_than_cores,
-        help="CPU threads. Default: the physical cores.",
-    ),
-]
-GpuLayers = Annotated[
-    int,
-    typer.Option(
-        "--gpu-layers", min=-1, max=MOST, help="Layers on the GPU; -1 for all, 0 for none."
-    ),
-]
+_THREADS = "CPU threads. Default: the physical cores."
+_CORES: dict[str, Any] = {"min": 1, "callback": _no_more_than_cores}
+_GPU_LAYERS = "Layers on the GPU; -1 for all, 0 for none."
+_SIDECAR = (
+    "The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
+    " pop-local."
+)
+MMPROJ = "What lets the model see pictures. Default: the mmproj*.gguf beside it, if there is one."
+SELECT = (
+    "Context tokens to run in full because the question needs them: 10%, 0 for none. Default: what"
+    " the file says."
+)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")]
 ReplacePlot = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing plot.")]
+Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
+System = Annotated[str, typer.Option("--system", help="System prompt.")]
 Theme = Annotated[
     str,
     typer.Option(
-        "--theme",
         help="Of answers in a terminal: terminal (its own colours), dark, light, plain,"
         " or a style of Pygments.",
     ),
 ]
-System = Annotated[str, typer.Option("--system", help="System prompt.")]
-Sidecar = Annotated[
-    Path | None,
-    typer.Option(
-        "--sidecar",
-        metavar="PATH",
-        help="The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
-        " pop-local.",
-    ),
-]
-Mmproj = Annotated[
-    Path | None,
-    typer.Option(
-        "--mmproj",
-        metavar="FILE",
-        help="What lets the model see pictures. Default: the mmproj*.gguf beside it, if there is"
-        " one.",
-    ),
-]
-ImageTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--image-tokens",
-        metavar="MAX",
-        min=1,
-        max=MOST,
-        help="The most that one picture takes, with models where that varies.",
-    ),
-]
-Select = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SHARE",
-        help="Context tokens to run in full because the question needs them: 10%, 0 for none."
-        " Default: what the file says.",
-    ),
-]
+Threads = Annotated[int | None, typer.Option("--threads", help=_THREADS, **_CORES)]
+GpuLayers = Annotated[int, typer.Option("--gpu-layers", help=_GPU_LAYERS, min=-1, max=MOST)]
 
 
 class RefillName(str, Enum):
@@ -135,8 +98,8 @@ class ProcessorOptions(Group):
 
     panel: ClassVar[str] = "Hardware"
 
-    threads: Threads = None
-    gpu_layers: GpuLayers = -1
+    threads: int | None = option(None, _THREADS, **_CORES)
+    gpu_layers: int = option(-1, _GPU_LAYERS, min=-1, max=MOST)
 
     @property
     def hardware(self) -> Hardware:
@@ -148,14 +111,11 @@ class ProcessorOptions(Group):
 class HardwareOptions(ProcessorOptions):
     """Processors of this machine and others."""
 
-    rpc: Annotated[
-        str | None,
-        typer.Option(
-            "--rpc",
-            metavar="HOST:PORT,...",
-            help="Machines that hold the layers, each with `pop-local rpc-server` running.",
-        ),
-    ] = None
+    rpc: str | None = option(
+        None,
+        "Machines that hold the layers, each with `pop-local rpc-server` running.",
+        "HOST:PORT,...",
+    )
 
     @property
     def hardware(self) -> Hardware:
@@ -175,14 +135,27 @@ class MeasureOptions(HardwareOptions):
 
     panel: ClassVar[str] = "Model and hardware"
 
-    sidecar: Sidecar = None
+    sidecar: Path | None = option(None, _SIDECAR, "PATH")
     # It must not be called ctx: the setting of that name is for conversations.
-    n_ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx", min=1, max=MOST, help="Context in tokens. Default: what is measured needs."
-        ),
-    ] = None
+    n_ctx: int | None = option(
+        None, "Context in tokens. Default: what is measured needs.", flag="--ctx", min=1, max=MOST
+    )
+
+
+@dataclass(frozen=True)
+class PictureOptions(Group):
+    """How a model sees."""
+
+    panel: ClassVar[str] = "Pictures"
+
+    mmproj: Path | None = option(None, MMPROJ, "FILE")
+    image_tokens: int | None = option(
+        None,
+        "The most that one picture takes, with models where that varies.",
+        "MAX",
+        min=1,
+        max=MOST,
+    )
 
 
 @dataclass(frozen=True)
@@ -191,41 +164,30 @@ class OpenOptions(HardwareOptions):
 
     panel: ClassVar[str] = "Model and hardware"
 
-    sidecar: Sidecar = None
-    ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--ctx", min=1, max=MOST, help="Context in tokens. Default: the model's, at most 8192."
-        ),
-    ] = None
+    sidecar: Path | None = option(None, _SIDECAR, "PATH")
+    ctx: int | None = option(
+        None, "Context in tokens. Default: the model's, at most 8192.", min=1, max=MOST
+    )
 
 
 @dataclass(frozen=True)
-class ModelOptions(OpenOptions):
+class ModelOptions(OpenOptions, PictureOptions):
     """The same, and how it reads."""
 
-    full: Annotated[bool, typer.Option("--full", help="Read prompts in full, without pruning.")] = (
-        False
+    panel: ClassVar[str] = "Model and hardware"
+
+    full: bool = option(False, "Read prompts in full, without pruning.")
+    select: str | None = option(None, SELECT, "SHARE")
+    refill: RefillName = option(
+        RefillName.OFF,
+        "When pruned tokens run the skipped layers: while nothing is asked, also with each token of"
+        " an answer, or never.",
     )
-    select: Select = None
-    refill: Annotated[
-        RefillName,
-        typer.Option(
-            "--refill",
-            help="When pruned tokens run the skipped layers: while nothing is asked, also with each"
-            " token of an answer, or never.",
-        ),
-    ] = RefillName.OFF
-    parse_special: Annotated[
-        bool,
-        typer.Option(
-            "--parse-special",
-            help="Special tokens that messages and documents spell out act as such: only for text"
-            " that you trust.",
-        ),
-    ] = False
-    mmproj: Mmproj = None
-    image_tokens: ImageTokens = None
+    parse_special: bool = option(
+        False,
+        "Special tokens that messages and documents spell out act as such: only for text that you"
+        " trust.",
+    )
 
 
 @dataclass(frozen=True)
@@ -234,28 +196,14 @@ class SamplingOptions(Group):
 
     panel: ClassVar[str] = "Answers"
 
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-tokens", min=1, help="Longest answer. Default: what the context holds."
-        ),
-    ] = None
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            "--temperature", min=0.0, callback=finite, help="0 always takes the likeliest token."
-        ),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option("--top-p", min=0.0, max=1.0, callback=finite, help="Nucleus sampling."),
-    ] = None
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed", min=0, max=MOST_SEED, help="Makes an answer repeatable. Default: chance."
-        ),
-    ] = None
+    max_tokens: int | None = option(None, "Longest answer. Default: what the context holds.", min=1)
+    temperature: float | None = option(
+        None, "0 always takes the likeliest token.", min=0.0, callback=finite
+    )
+    top_p: float | None = option(None, "Nucleus sampling.", min=0.0, max=1.0, callback=finite)
+    seed: int | None = option(
+        None, "Makes an answer repeatable. Default: chance.", min=0, max=MOST_SEED
+    )
 
     @property
     def given(self) -> dict[str, Any]:
@@ -269,27 +217,18 @@ class FittingOptions(Group):
 
     panel: ClassVar[str] = "The fit"
 
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--tokens", min=1, help="Tokens to fit on. Default: 24 per dimension, 16384 at least."
-        ),
-    ] = None
-    kv_type: Annotated[
-        KvType | None,
-        typer.Option("--kv-type", help="Type of the fitted weights. Default: q8_0."),
-    ] = None
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            "--memory",
-            metavar="GB",
-            min=0.0,
-            max=1e9,
-            callback=finite,
-            help="For the fit's sums. Default: half of what is free.",
-        ),
-    ] = None
+    tokens: int | None = option(
+        None, "Tokens to fit on. Default: 24 per dimension, 16384 at least.", min=1
+    )
+    kv_type: KvType | None = option(None, "Type of the fitted weights. Default: q8_0.")
+    memory: float | None = option(
+        None,
+        "For the fit's sums. Default: half of what is free.",
+        "GB",
+        min=0.0,
+        max=1e9,
+        callback=finite,
+    )
 
     def fit(self, **others: Any) -> FitOptions | None:
         """Return the options of the fit that were given, with others; None where none was."""
@@ -298,9 +237,25 @@ class FittingOptions(Group):
         return FitOptions(**found) if found else None
 
 
-BoundaryLayer = Annotated[
-    int | None, typer.Option(metavar="LAYER", help="The first layer to skip, instead of --skip.")
-]
+@dataclass(frozen=True)
+class BoundaryOptions(Group):
+    """A boundary by name or by share."""
+
+    skip: str | None = option(
+        None, "Layers to skip: 1/3, 0.33, or a number. Default: what --quality allows.", "SHARE"
+    )
+    boundary: int | None = option(None, "The first layer to skip, instead of --skip.", "LAYER")
+
+    @property
+    def named(self) -> "Named | None":
+        """The boundary of --skip or --boundary; None where neither was given."""
+        from pop_local.workflows.conversion.goals import Boundary
+
+        if self.skip is not None and self.boundary is not None:
+            raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
+        if self.skip is not None:
+            return share(self.skip, "--skip")
+        return None if self.boundary is None else Boundary(self.boundary)
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -330,17 +285,6 @@ def share(text: str, option: str) -> "Skip":
     from pop_local.workflows.conversion.goals import Skip
 
     return Skip(text)
-
-
-def named_boundary(skip: str | None, boundary: int | None) -> "Named | None":
-    """Return the boundary of --skip or --boundary; None where neither was given."""
-    from pop_local.workflows.conversion.goals import Boundary
-
-    if skip is not None and boundary is not None:
-        raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
-    if skip is not None:
-        return share(skip, "--skip")
-    return None if boundary is None else Boundary(boundary)
 
 
 def given_names(call: typer.Context) -> set[str]:

@@ -43,6 +43,7 @@ def run(
     question: Annotated[
         str, typer.Argument(metavar="QUESTION", help="Not needed when text is piped in.")
     ] = "",
+    *,
     file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -55,8 +56,8 @@ def run(
     ] = None,
     json: opt.Json = False,
     system: opt.System = "",
-    how: opt.ModelOptions = opt.ModelOptions(),
-    sampling: opt.SamplingOptions = opt.SamplingOptions(),
+    how: opt.ModelOptions,
+    sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
     """Answer one question. Pictures, files and piped text come before it in the prompt.

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ import typer
 from pop_local.base.errors import PopError
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
-from pop_local.commands.unfolding import unfolded
+from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
 
@@ -24,50 +25,39 @@ if TYPE_CHECKING:
 _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
 
+@dataclass(frozen=True)
+class ServerOptions(Group):
+    """Who is served, and how."""
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all networks.")
+    port: int = option(8080, "0 takes any free one.", min=0, max=65535)
+    api_key: str = option(
+        "",
+        "Clients must send it as their key. Default: no key; web pages and requests to other host"
+        " names are refused.",
+        envvar="POP_LOCAL_API_KEY",
+        show_envvar=True,
+    )
+    name: str = option(
+        "", "The model's name in the API. Default: the catalog's, if MODEL is, or the file's."
+    )
+    cache_ram: int = option(
+        2048,
+        "Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
+        "MIB",
+        min=0,
+    )
+    max_waiting: int = option(256, "Requests that may wait; those beyond are refused (503).", min=1)
+
+
 @unfolded
 def serve(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
     ],
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all networks.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0 takes any free one.")
-    ] = 8080,
-    api_key: Annotated[
-        str,
-        typer.Option(
-            "--api-key",
-            envvar="POP_LOCAL_API_KEY",
-            show_envvar=True,
-            help="Clients must send it as their key. Default: no key; web pages and requests to"
-            " other host names are refused.",
-        ),
-    ] = "",
-    name: Annotated[
-        str,
-        typer.Option(
-            "--name",
-            help="The model's name in the API. Default: the catalog's, if MODEL is, or the file's.",
-        ),
-    ] = "",
+    *,
+    to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE),
-    cache_ram: Annotated[
-        int,
-        typer.Option(
-            "--cache-ram",
-            metavar="MIB",
-            min=0,
-            help="Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
-        ),
-    ] = 2048,
-    max_waiting: Annotated[
-        int,
-        typer.Option(
-            "--max-waiting", min=1, help="Requests that may wait; those beyond are refused (503)."
-        ),
-    ] = 256,
 ) -> None:
     """Serve a model to programs that speak OpenAI's API.
 
@@ -75,19 +65,19 @@ def serve(
     be read in full. /health and /metrics (Prometheus) tell how the server is.
     """
     _require_packages()
-    listening = _bound(host, port)
+    listening = _bound(to.host, to.port)
     _log_to_stderr()
     from pop_local.engine.prefill.kv_state import PromptCache
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
     opened = Opener(model, how)()
-    opened.set_cache(PromptCache(cache_ram * 2**20) if cache_ram else None)
+    opened.set_cache(PromptCache(to.cache_ram * 2**20) if to.cache_ram else None)
     try:
-        name = name or _default_name(model, opened.model_path)
-        app = create_app(opened, name, api_key=api_key, host=host, max_waiting=max_waiting)
+        name = to.name or _default_name(model, opened.model_path)
+        app = create_app(opened, name, api_key=to.api_key, host=to.host, max_waiting=to.max_waiting)
         listening.listen(128)
-        _announce(opened, name, listening, is_open=host not in LOOPBACK and not api_key)
+        _announce(opened, name, listening, is_open=to.host not in LOOPBACK and not to.api_key)
         run_app(app, listening)
     finally:
         listening.close()

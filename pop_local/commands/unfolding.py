@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, ClassVar, get_args
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, ClassVar
+
+import typer
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,16 @@ class Group:
     panel: ClassVar[str] = ""
 
 
+def option(default: Any, words: str, unit: str = "", *, flag: str = "", **how: Any) -> Any:
+    """Return a field of a Group: an option whose help is `words`.
+
+    `unit`: a name for its value, "" for that of the type. `flag`: its name, and perhaps a short
+    one, "" for the field's. `how` goes to typer.
+    """
+    how |= {"metavar": unit or None, "help": words}
+    return field(default=default, metadata={"flag": flag, "how": how})
+
+
 def unfolded(command: Callable[..., None]) -> Callable[..., None]:
     """Let typer see the options of each parameter whose type is a Group.
 
@@ -21,39 +32,33 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
     from that.
     """
     options: list[inspect.Parameter] = []
-    groups: dict[str, type[Group]] = {}
+    groups: dict[str, Any] = {}
     for parameter in inspect.signature(command).parameters.values():
         kind, default = parameter.annotation, parameter.default
         if is_dataclass(kind):
-            groups[parameter.name] = kind  # type: ignore[assignment]
-            options += _options(groups[parameter.name], default)
+            groups[parameter.name] = kind
+            defaults = {} if default is parameter.empty else vars(default)
+            options += [_option(each, kind, defaults) for each in fields(kind)]
         else:
             options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     def called(**given: Any) -> None:
         for name, kind in groups.items():
-            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+            given[name] = kind(**{each.name: given.pop(each.name) for each in fields(kind)})
         command(**given)
 
     called.__name__, called.__doc__ = command.__name__, command.__doc__
-    called.__annotations__ = {option.name: option.annotation for option in options}
+    called.__annotations__ = {each.name: each.annotation for each in options}
     called.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     return called
 
 
-def _options(kind: type[Group], default: Any) -> list[inspect.Parameter]:
-    found = []
-    for field in fields(kind):
-        of, option = get_args(field.type)
-        option = copy(option)
-        option.rich_help_panel = kind.panel or option.rich_help_panel
-        has_none = default is inspect.Parameter.empty
-        found.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default if has_none else getattr(default, field.name),
-                annotation=Annotated[of, option],
-            )
-        )
-    return found
+def _option(one: "Field[Any]", kind: Any, defaults: dict[str, Any]) -> inspect.Parameter:
+    flags = (one.metadata["flag"] or f"--{one.name.replace('_', '-')}").split()
+    found = typer.Option(*flags, rich_help_panel=kind.panel or None, **one.metadata["how"])
+    return inspect.Parameter(
+        one.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=defaults.get(one.name, one.default),
+        annotation=Annotated[one.type, found],
+    )
