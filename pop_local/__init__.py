@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from pop_local.engine.turn import AnswerOptions, ContextFullError, SessionStats, TurnStats
     from pop_local.measure.budget import BALANCED, FAST, NEAR_LOSSLESS
     from pop_local.measure.quality import QualitySettings
+    from pop_local.research.analyze import Analysis, analyze
+    from pop_local.research.options import AnalyzeOptions
     from pop_local.texts.documents import read_document
-    from pop_local.workflows.analyze import Analysis, analyze
     from pop_local.workflows.conversion.convert import Converted, convert
     from pop_local.workflows.conversion.goals import Boundary, Fastest, Skip, Within
     from pop_local.workflows.conversion.refusals import (
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     )
     from pop_local.workflows.evaluate import EvaluateOptions, Evaluation, evaluate
     from pop_local.workflows.events import Watch
-    from pop_local.workflows.options import AnalyzeOptions, Hardware, RowOptions
+    from pop_local.workflows.options import Hardware, RowOptions
 
 __version__ = "0.1.0"
 
@@ -77,7 +78,8 @@ _MODULES = {
     "pop_local.calibration.options": ["FitOptions"],
     "pop_local.measure.budget": ["BALANCED", "FAST", "NEAR_LOSSLESS"],
     "pop_local.measure.quality": ["QualitySettings"],
-    "pop_local.workflows.analyze": ["Analysis", "analyze"],
+    "pop_local.research.analyze": ["Analysis", "analyze"],
+    "pop_local.research.options": ["AnalyzeOptions"],
     "pop_local.workflows.conversion.convert": ["Converted", "convert"],
     "pop_local.workflows.conversion.goals": ["Boundary", "Fastest", "Skip", "Within"],
     "pop_local.workflows.conversion.refusals": [
@@ -85,7 +87,7 @@ _MODULES = {
     ],
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
-    "pop_local.workflows.options": ["AnalyzeOptions", "Hardware", "RowOptions"],
+    "pop_local.workflows.options": ["Hardware", "RowOptions"],
     "pop_local.engine.decode.grammar": ["GrammarError"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.documents": ["read_document"],

@@ -1,4 +1,4 @@
-"""What runs through a model while it reads a window in full: taps for the calibration.
+"""Taps for the calibration: the arrays of a model while it reads a window in full.
 
 The scheduler's evaluation callback (ggml_backend_sched_eval_callback) names each tensor of the
 graph before it is computed and shows those that were asked for right after; see
@@ -43,7 +43,7 @@ class Observer(Protocol):
     def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:
         """Take what layer `layer` computes.
 
-        `k` (before norm and RoPE) is [n_tokens, n_k], `v` [n_tokens, n_v]; `mass` [n_tokens] is the
+        `k` (before norm and RoPE) is [n_tokens, n_k], `v` [n_tokens, n_v]. `mass` [n_tokens] is the
         attention that each token receives from later ones, summed over heads and queries.
         """
 

@@ -40,7 +40,7 @@ from pop_local.engine.images.pictures import Picture
 
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
-# What a wider input is made of is chosen by so many rows for each dimension of the state.
+# Rows for each dimension of the state, by which the parts of a wider input are chosen.
 _ROWS_PER_DIM = 2
 _LEAST_WINDOWS = 4
 
@@ -72,11 +72,12 @@ def calibrate(
 ) -> Calibrated:
     """Fit for each plan the projections of all its skipped layers but the first.
 
-    The plans have fitted projections, plain or wide, and differ in boundary or in these; one pass
+    The plans have fitted projections, plain or wide, and differ in boundary or in these. One pass
     over the text serves all of them where memory allows (`plan_needs`). `text`: that of an earlier
-    calibration of the same model with the same options, None to cut or sample it now. Raises
-    PopError, and StoppedError; with a state path the next call goes on then, as after a finished
-    one: the file is the caller's to remove.
+    calibration of the same model with the same options, None to cut or sample it now.
+
+    Raises PopError and StoppedError. With a state path the next call goes on from there, also after
+    a finished one: the caller removes the file.
     """
     return _Job(plans, model, source, options, follow, text).run()
 
@@ -123,7 +124,7 @@ class _Job:
 
     def _calibrated(self) -> Calibrated:
         path = self._options.state_path
-        # Of a kept state the groups are its own: memory may have been another matter then.
+        # A kept state has its own groups: there may have been more memory then, or less.
         self._state = (path and load(path, self._identity)) or State(self._text(), self._groups)
         while self._state.group < len(self._state.groups):
             self._read(self._state.groups[self._state.group])
@@ -258,7 +259,7 @@ class _Job:
         self._heads[layer] = rows.copy()
 
     def _inputs(self, boundary: int) -> list[Rows]:
-        """What the fits at a boundary see, the narrowest kind's first."""
+        """The inputs of the fits at a boundary, the narrowest kind's first."""
         x, wide = self._x[boundary], self._state.wides.get(boundary)
         parts = [x] if wide is None else [x, wide(x)]
         if Projection.ATTENTION in self._projections[boundary]:
@@ -278,7 +279,7 @@ class _Job:
     def _solve(self) -> None:
         """Put all projections of a group into the state at once.
 
-        What is kept when this stops is solved again.
+        After a stop in between, the whole group is solved again.
         """
         shape = self._shape
         solved: list[tuple[tuple[int, Projection], NewTensor]] = []

@@ -58,7 +58,7 @@ class LoadedModel:
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """What the model wants before any text: its BOS token, or nothing."""
+        """The tokens that the model wants before any text: BOS, or none."""
         adds = self._api.llama_vocab_get_add_bos(self.vocab)
         return (self.first_token,) if adds else ()
 
@@ -73,7 +73,7 @@ class LoadedModel:
 
     @property
     def before_question(self) -> list[int]:
-        """What the model's chat template puts before a user's first question, as tokens.
+        """The tokens that the chat template puts before a user's first question.
 
         It is empty without a template, and where that wants something else than a question.
         Raises PopError where it goes beyond its limits.
@@ -93,7 +93,7 @@ class LoadedModel:
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Return the tokens of a text, without BOS.
 
-        What looks like a special token is text unless `special`.
+        The name of a special token is plain text unless `special`.
         """
         raw = text.encode()
         room = len(raw) + 8

@@ -1,4 +1,4 @@
-"""What a calibration takes: how often the text is read, and how much memory."""
+"""The cost of a calibration: passes over the text, memory, time."""
 
 import time
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ _BASE_BYTES = 300 * 10**6
 # sums would take several times as long.
 KINDS_OF_MANY = (Projection.FITTED, Projection.WIDE)
 KINDS_OF_ONE = (Projection.FITTED, Projection.WIDE, Projection.ATTENTION)
-# Of a pruned prompt's work: a fit that adds more is not tried unless it is asked for, or copying
-# was lost in a search.
+# Shares of a pruned prompt's work. A fit that adds more is not tried unless it is asked for, or
+# copying was lost in a search.
 MOST_COST = {Projection.WIDE: 0.015, Projection.ATTENTION: 0.03}
 
 
@@ -41,12 +41,12 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a calibration takes.
+    """The cost of a calibration.
 
-    `groups`: the pairs of each pass over the text, `n_inputs`: of a fit at most, `n_sampled`:
-    windows of text that the model samples itself, before anything is summed. `sums_bytes`: the
-    Gram matrices of the largest group and the work on them. `total_bytes`: the whole process, with
-    the weights twice since the backend may repack them.
+    `groups`: the pairs of each pass over the text. `n_inputs`: of a fit, at most. `n_sampled`:
+    windows of text that the model samples first. `sums_bytes`: the Gram matrices of the largest
+    group and the work on them. `total_bytes`: the whole process, with the weights twice since the
+    backend may repack them.
     """
 
     groups: tuple[tuple[Pair, ...], ...]
@@ -62,7 +62,7 @@ def free_bytes() -> int:
 
 
 def sums_limit_bytes(options: FitOptions) -> int:
-    """Return what the sums of a pass may take: as the options say, else half of what is free."""
+    """Return what the sums of a pass may take: from the options, else half of what is free."""
     return free_bytes() // 2 if options.memory_bytes is None else options.memory_bytes
 
 
@@ -77,8 +77,8 @@ def fit_cost(plan: Plan, projection: Projection) -> float:
 def in_kinds(plans: Sequence[Plan], options: FitOptions, kinds: Sequence[Projection]) -> list[Plan]:
     """Return the plans with the projections to fit: several times where measuring is to decide.
 
-    It decides at the first plan, for all. Of `kinds` those that cost little there, unless the
-    options name one.
+    It decides at the first plan, for all. The kinds are those of `kinds` that cost little there,
+    unless the options name one.
     """
     if options.projection is not None:
         wanted = [options.projection]

@@ -17,8 +17,8 @@ class FitOptions:
     Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
     pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
     None for nowhere. `mmproj`: with it the fit is on pictures, too: those in the folder `images`,
-    or drawn ones. `distill_tokens`: of text that a trainer of the fit reads, None for as many as
-    are fitted on, 64k at least.
+    or drawn ones. `distill_tokens`: of text for a fit that is distilled, too, None for as many as
+    are read, 64k at least.
     """
 
     tokens: int | None = None

@@ -20,7 +20,7 @@ from pop_local.base.output import replacing
 from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationError, CalibrationText
 
-# RuntimeError: a zip that says it is encrypted, or packed in a way that is not known.
+# RuntimeError: a zip marked as encrypted, or packed in a way that is not known.
 # TokenError: an array whose head numpy takes apart as Python.
 _DAMAGES = (
     OSError,

@@ -1,4 +1,4 @@
-"""What to calibrate on: the user's text, or what every machine has at hand."""
+"""Text to calibrate on: the user's, or text that every machine has."""
 
 import hashlib
 import sysconfig
@@ -92,8 +92,8 @@ def own_text(
 ) -> CalibrationText:
     """Make a text of Python's documentation, its library's code, and samples of the model.
 
-    Half of the samples are what it writes of itself, half is what it takes for a user's question,
-    and its answer: they begin as its chat template does. Nothing is downloaded. `on_progress` gets
+    Half of the samples are text that the model writes by itself. The other half are questions and
+    answers: they begin as its chat template does. Nothing is downloaded. `on_progress` gets
     (done_tokens, total_tokens) of the sampling.
     """
     n_sampled = n_sampled_of(count)

@@ -9,9 +9,10 @@ from pop_local.commands import options as opt
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note
 from pop_local.ui.views.analysis import as_json, show
-from pop_local.ui.views.plots import plot_analysis, require_plot
 from pop_local.ui.watch import stoppable_watch
-from pop_local.workflows.options import N_GATED, AnalyzeOptions, Hardware
+from pop_local.workflows.options import Hardware
+
+_N_GATED = 20
 
 
 def analyze(
@@ -22,7 +23,7 @@ def analyze(
     context: Annotated[int, typer.Option(min=32, help="Context tokens in each window.")] = 192,
     continuation: Annotated[int, typer.Option(min=2, help="Answer tokens after them.")] = 64,
     windows: Annotated[
-        int | None, typer.Option(min=2, help=f"Windows for the gates. Default: {N_GATED}.")
+        int | None, typer.Option(min=2, help=f"Windows for the gates. Default: {_N_GATED}.")
     ] = None,
     probe_windows: Annotated[int, typer.Option(min=1, help="Windows for the probes.")] = 3,
     no_gates: Annotated[
@@ -47,16 +48,19 @@ def analyze(
         raise typer.BadParameter("--tokens are for the fit: leave it out, or --no-fit")
     if no_gates and windows is not None:
         raise typer.BadParameter("--windows are for the gates: leave it out, or --no-gates")
+    from pop_local.research import plots
+
     if plot_file is not None:
-        require_plot(plot_file, model, force=force)
-    from pop_local.workflows.analyze import analyze as analyze_model
+        plots.require_plot(plot_file, model, force=force)
+    from pop_local.research.analyze import analyze as analyze_model
+    from pop_local.research.options import AnalyzeOptions
 
     options = AnalyzeOptions(
         text=text,
         n_context=context,
         n_answer=continuation,
         n_probed=probe_windows,
-        n_gated=0 if no_gates else windows or N_GATED,
+        n_gated=0 if no_gates else windows or _N_GATED,
         with_fit=not no_fit,
         fit_tokens=tokens,
         seed=seed,
@@ -64,6 +68,6 @@ def analyze(
     with stoppable_watch() as watch:
         found = analyze_model(model, options, hardware=Hardware(threads, gpu_layers), watch=watch)
     if plot_file is not None:
-        plot_analysis(found, plot_file, force=force)
+        plots.plot_analysis(found, plot_file, force=force)
         note(f"Drawn: {plot_file}")
     print_json(as_json(found)) if json else show(found)

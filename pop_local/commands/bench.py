@@ -68,8 +68,10 @@ def bench(
         **vars(pictures),
     )
     if read.find_break_even:
+        from pop_local.research import break_even
+
         with stoppable_watch() as watch:
-            gained = workflow.find_break_even(model, measured.sidecar, options, watch)
+            gained = break_even.find_break_even(model, measured.sidecar, options, watch)
         print_json(view.gain_json(gained)) if json else view.show_gain(gained, max(n_prompts))
     else:
         with stoppable_watch() as watch:

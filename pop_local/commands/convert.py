@@ -23,10 +23,10 @@ from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch
 from pop_local.workflows.conversion.convert import run_conversion
+from pop_local.workflows.conversion.distiller import MakeDistiller
 from pop_local.workflows.conversion.goals import Fastest, Named, Within
 from pop_local.workflows.conversion.plan import ConvertOptions, Goal, plan_conversion
 from pop_local.workflows.conversion.refusals import OverBudgetError
-from pop_local.workflows.conversion.trainer import Trainer
 from pop_local.workflows.options import RowOptions
 
 
@@ -186,7 +186,7 @@ def convert(
         rows=full.rows,
         output="sidecar" if how.sidecar else "copy",
         resume=how.resume,
-        trainer=_trainer() if how.distill else None,
+        distiller=_distiller() if how.distill else None,
         hardware=processors.hardware,
     )
     planned = plan_conversion(model, output, options)
@@ -213,10 +213,10 @@ def convert(
         view.show_converted(planned, done)
 
 
-def _trainer() -> Trainer:
-    from pop_local.workflows import distilled
+def _distiller() -> MakeDistiller:
+    from pop_local.research.distilled import Distiller
 
-    return distilled
+    return Distiller
 
 
 def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:

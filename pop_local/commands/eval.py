@@ -12,9 +12,7 @@ from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
 from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.ui.tables import print_json
-from pop_local.ui.theme import note
 from pop_local.ui.views import quality as view
-from pop_local.ui.views.plots import plot_sweep, require_plot
 from pop_local.ui.watch import stoppable_watch
 
 if TYPE_CHECKING:
@@ -90,11 +88,6 @@ def eval(  # noqa: A001
     fit: Annotated[
         bool, typer.Option("--fit", help="Fit the projections at each boundary before measuring.")
     ] = False,
-    plot_file: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="OUT.png", help="Draw the boundaries of --sweep."),
-    ] = None,
-    force: opt.ReplacePlot = False,
     json: opt.Json = False,
     measured: opt.MeasureOptions,
     ablation: AblationOptions,
@@ -102,8 +95,8 @@ def eval(  # noqa: A001
 ) -> None:
     """Measure what pruning costs: KL and perplexity against the full model, copying, recall."""
     no_boundary = ablation.no_boundary
-    if plot_file is not None and sweep is None:
-        raise typer.BadParameter("--plot draws the boundaries of a --sweep")
+    if ablation.second_turn and (sweep is not None or fit):
+        raise typer.BadParameter("--second-turn is of one boundary: leave --sweep and --fit out")
     if ablation.baseline is not None and no_boundary:
         raise typer.BadParameter("--baseline compares with POP: leave --no-boundary out")
     lengths = tuple(filter(None, opt.lengths(on.recall or "512", "--recall", least=0)))
@@ -117,11 +110,11 @@ def eval(  # noqa: A001
         opt.no_fit(given, "there is no --fit")
     elif measured.sidecar is not None:
         raise typer.BadParameter("--fit makes projections of its own: leave --sidecar out")
-    if plot_file is not None:
-        require_plot(plot_file, model, force=force)
     from pop_local.engine.llama.backend import Mode
     from pop_local.measure.quality import QualitySettings
-    from pop_local.workflows.evaluate import EvaluateOptions, evaluate
+    from pop_local.research.turns import second_turn as measure_second_turn
+    from pop_local.research.yardstick import quantised
+    from pop_local.workflows.evaluate import EvaluateOptions, begin
 
     mode = Mode.ALWAYS if no_boundary else Mode.CONTEXT
     options = EvaluateOptions(
@@ -131,30 +124,23 @@ def eval(  # noqa: A001
         n_documents=on.documents or EvaluateOptions.n_documents,
         select=opt.selected(ablation.select),
         n_refilled=ablation.refill,
-        second_turn=ablation.second_turn,
         baseline=None if ablation.baseline is None else "always-skip",
-        yardstick=ablation.yardstick,
         sink_tokens=ablation.sink,
         tail_tokens=ablation.tail,
         n_ctx=measured.n_ctx,
     )
     with stoppable_watch() as watch:
-        found = evaluate(
-            model,
-            options,
-            at=boundaries,
-            fit=(given or FitOptions()) if fit else None,
-            sidecar=measured.sidecar,
-            hardware=measured.hardware,
-            watch=watch,
-        )
-    if plot_file is not None:
-        plot_sweep(found.rows, plot_file, force=force)
-        note(f"Drawn: {plot_file}")
+        how = (given or FitOptions()) if fit else None
+        run = begin(model, options, boundaries, how, measured.sidecar, measured.hardware, watch)
+        second = measure_second_turn(run) if ablation.second_turn else None
+        found = run.evaluation()
+        beside = view.Beside(second, tuple(quantised(run)) if ablation.yardstick else ())
     if sweep is not None:
-        print_json(view.sweep_json(found)) if json else view.show_sweep(found)
+        print_json(view.sweep_json(found, beside)) if json else view.show_sweep(found, beside)
     else:
-        print_json(view.evaluation_json(found)) if json else view.show_evaluation(found)
+        print_json(view.evaluation_json(found, beside)) if json else view.show_evaluation(
+            found, beside
+        )
 
 
 def _boundaries(at: opt.BoundaryOptions, sweep: str | None) -> "tuple[Named, ...]":

@@ -241,9 +241,7 @@ class FittingOptions(Group):
 class BoundaryOptions(Group):
     """A boundary by name or by share."""
 
-    skip: str | None = option(
-        None, "Layers to skip: 1/3, 0.33, or a number. Default: what --quality allows.", "SHARE"
-    )
+    skip: str | None = option(None, "Layers to skip: 1/3, 0.33, or a number.", "SHARE")
     boundary: int | None = option(None, "The first layer to skip, instead of --skip.", "LAYER")
 
     @property

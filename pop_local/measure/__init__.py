@@ -1,1 +1,1 @@
-"""What pruning gains, measured and bounded."""
+"""The gains and losses of pruning, measured and bounded."""

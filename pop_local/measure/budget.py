@@ -43,9 +43,10 @@ BUDGETS = {budget.quality: budget for budget in (NEAR_LOSSLESS, BALANCED, FAST)}
 
 # Where copying is kept it hardly moves the retention; few draws leave as much open.
 _RETENTION_GAIN = 0.05
-# Nothing turns round what lies so far below the limit.
+# No fit brings back a retention this far below the limit.
 _LOST_RETENTION = 0.3
-# Of facts, in standard errors: what is let through, and up to where more documents may settle it.
+# Lost facts past the limit, in standard errors: those let through, those that more documents may
+# settle.
 _BY_CHANCE, _UNSETTLED = 1.0, 2.0
 # Standard errors; where there are few windows, these are not well known themselves.
 _CLEAR = 3.0
@@ -62,7 +63,7 @@ def is_inside(budget: Budget, quality: "Quality") -> bool:
 def recalls(budget: Budget, recall: "Recall") -> bool:
     """Tell whether no more facts are lost than the budget allows, give or take a standard error.
 
-    Of 24 documents that is two where 3 in 100 may be lost, four where 10 in 100 may.
+    With 24 documents, two may be lost where the limit is 3 in 100, four where it is 10 in 100.
     """
     return _least_lost(recall, _BY_CHANCE) <= budget.max_lost_recall
 
@@ -116,9 +117,9 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
     """Return the boundaries whose verdict may matter: the next to ask about, then its neighbours.
 
     There is none when the deepest inside is known, or that there is none. `plans`: the boundaries
-    that may be chosen. `verdicts`: whether each boundary measured so far is inside. The middle is
-    near to most models' answer: from there one goes on, as far again as the verdicts lie apart,
-    until both are known, inside and outside, and then halves what is between.
+    that may be chosen. `verdicts`: whether each boundary measured so far is inside. The search
+    starts in the middle, which is near to most models' answer. Its steps double until one boundary
+    is inside and one is outside; then it halves the gap.
     """
     inside = min((b for b, passed in verdicts.items() if passed), default=max(plans) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
@@ -165,7 +166,7 @@ def _excess(estimate: "Estimate", limit: float) -> tuple[float, float]:
 
 
 def limits_in_words(budget: Budget) -> str:
-    """What a budget allows, in the order of `figures_in_words`; older files have fewer limits."""
+    """The limits of a budget, in the order of `figures_in_words`; older files have fewer."""
     perplexity = facts = ""
     if budget.max_ppl_ratio < NO_LIMIT:
         perplexity = f"perplexity ratio {budget.max_ppl_ratio:g}, "
@@ -178,7 +179,7 @@ def limits_in_words(budget: Budget) -> str:
 
 
 def figures_in_words(quality: "Quality", recall: "Recall | None" = None) -> str:
-    """What a budget looks at; `recall`: where facts were asked for."""
+    """The figures that a budget limits; `recall` where facts were asked for."""
     retention = quality.induction_retention
     kept = "" if retention is None else f", {retention.value:.0%} kept of copying random tokens"
     facts = "" if recall is None else f", {recall.exact_lost.value:.0%} of facts lost"

@@ -1,4 +1,4 @@
-"""What two models make of the same tokens: KL divergence, log-likelihood, first choice.
+"""Two models on the same tokens: KL divergence, log-likelihood, first choice.
 
 float64 throughout: single precision has an error of 1e-6 in log-softmax over a large vocabulary,
 which is as large as what must be told from zero.
@@ -58,7 +58,7 @@ def predictions(logits: Logits) -> Predictions:
 def halved(predicted: Predictions) -> Predictions:
     """Return the predictions in half the memory: as log-probabilities in half precision.
 
-    That adds about 1e-6 to a KL. What was the first choice stays it.
+    That adds about 1e-6 to a KL. First choices stay the same.
     """
     logits = np.empty(predicted.logits.shape, np.float16)
     for rows in _chunks(predicted.logits):

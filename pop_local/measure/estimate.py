@@ -1,7 +1,7 @@
 """Figures over windows with their standard errors.
 
-Tokens of one window depend on each other, so a window is the unit: errors of means come from the
-spread between windows, errors of quantiles and the like from windows drawn again (bootstrap).
+Tokens of one window depend on each other, so a window is the unit. Errors of means come from the
+spread between windows, other errors from windows drawn again (bootstrap).
 """
 
 import math

@@ -103,7 +103,7 @@ def forced(model: PopModel) -> Iterator["Forced"]:
 class Forced:
     """A model that is told what to read and what to predict; `forced` makes one.
 
-    What follows a context goes round the model's own record of its KV cache.
+    Tokens after a context go round the model's own record of its KV cache.
     """
 
     def __init__(self, model: PopModel, rows: TokenBatch) -> None:
@@ -166,7 +166,7 @@ class Forced:
         Row i is what context and tokens[:i] predict. All rows but those of the context are full,
         or none is in mode ALWAYS. The text is forgotten again, so that another may follow the same
         context; rows of the context that were given their depth meanwhile stay deep. Raises
-        PopError unless the text is pruned as the mode says.
+        PopError unless the text is pruned as the mode requires.
         """
         mode = pruning.continuation
         # Attention is counted in mode CONTEXT; the rows are full there, too: they ask for logits.

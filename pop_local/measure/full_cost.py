@@ -1,4 +1,4 @@
-"""What reading a prompt in full would have cost: measured in this run, else computed."""
+"""The cost of reading a prompt in full: measured in this run, else computed."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -6,7 +6,7 @@ from statistics import median
 from pop_converter.architecture.work import Macs
 from pop_local.engine.turn import TurnStats
 
-# Fewer tokens say little about a long prompt, and attention makes long ones slower per token.
+# Fewer tokens predict little of a long prompt, and attention makes long ones slower per token.
 _LEAST_TOKENS = 64
 _COMPARABLE = 2.0
 
@@ -20,7 +20,7 @@ class FullCost:
 
 
 class FullCosts:
-    """A record of prompts that were read in full, and what it says of others.
+    """A record of prompts that were read in full, and the cost of others by it.
 
     `boundary` is where context tokens leave the model, pruned or exactly; None: they do not.
     """

@@ -1,9 +1,9 @@
-"""One boundary measured a few windows at a time, so that one may stop when they say enough."""
+"""One boundary measured a few windows at a time, so that one may stop when they are enough."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from pop_local.base.progress import Progress
+from pop_local.base.progress import Progress, counting
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import Floats
 from pop_local.measure.forced import Pruning, forced
@@ -14,7 +14,6 @@ from pop_local.measure.quality import (
     Scores,
     score,
     summarize,
-    tokens_counted,
 )
 
 # After so many windows, and after twice as many each time, it is asked whether they are enough.
@@ -25,7 +24,7 @@ N_FIRST_WINDOWS = 4
 class Gradual:
     """A boundary's scores so far, against a reference that was read at once.
 
-    `quality` is what they say, None before the first are measured.
+    `quality` is their summary, None before the first are measured.
     """
 
     reference: Reference
@@ -41,7 +40,7 @@ class Gradual:
         return len(self._scores) == len(self.reference.windows)
 
     def settled(self, is_enough: Callable[[Quality], bool]) -> Quality | None:
-        """`quality`, if it is of all windows, or `is_enough` says that these will do; else None."""
+        """`quality`, if it is of all windows, or if `is_enough` accepts it; else None."""
         found = self.quality
         return found if found and (self.is_whole or is_enough(found)) else None
 
@@ -63,7 +62,7 @@ class Gradual:
         """Measure four windows that are spread over the text, later as many as before.
 
         `model`: a file of the reference's model, always with the same projections. `on_progress`
-        gets (done_tokens, total_tokens) of this call. Raises PopError as `measure_prunings` does.
+        counts windows and draws of this call. Raises PopError as `measure_prunings` does.
         """
         reference, n_done = self.reference, len(self._scores)
         pruning = Pruning(self.boundary, reference.settings.mode, select=self.select)
@@ -73,8 +72,7 @@ class Gradual:
         order = order[n_done : max(N_FIRST_WINDOWS, 2 * n_done)]
         windows, full = [pairs[i][0] for i in order], [pairs[i][1] for i in order]
         with forced(model) as reader:
-            settings = replace(reference.settings, n_draws=n_draws)
-            ran = tokens_counted(reader, settings, windows, 0, 1, on_progress)
+            ran = counting(len(windows) + n_draws, on_progress)
             if self._repeated_nll is None:
                 [self._repeated_nll] = measure_induction(reader, reference.repeated, [pruning], ran)
             self._scores += score(reader, windows, full, [pruning], ran)[0]

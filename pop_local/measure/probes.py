@@ -1,8 +1,8 @@
 """Can the model still copy from what it has read? Two probes that see what the KL of prose hides.
 
-*Copy*: a passage of the context follows the context again. *Induction*: random token ids, twice;
-it needs no text, and the first occurrence says what not copying at all would cost. Both score only
-tokens whose first occurrence was pruned (all of the random ones if that is none of them).
+*Copy*: a passage of the context follows the context again. *Induction*: random token ids, twice.
+It needs no text, and the first occurrence has the loss of not copying at all. Both score only
+tokens whose first occurrence was pruned (all of the random ones if none was).
 """
 
 from collections.abc import Sequence
@@ -77,28 +77,15 @@ def copied(reader: Forced, passage: Sequence[int], pruning: Pruning = FULL) -> L
     return likelihood(predictions(reader.predict(passage, pruning)[1:]), targets)
 
 
-def n_read_tokens(reader: Forced, n_draws: int) -> int:
-    """Return how many tokens `read_repeated` evaluates, but for BOS."""
-    return n_draws * (N_REPEATED + 2 * _scored(reader)[1])
-
-
-def n_measured_tokens(reader: Forced, n_draws: int) -> int:
-    """Return how many tokens `measure_induction` evaluates for one pruning, but for BOS."""
-    return n_draws * (N_REPEATED + _scored(reader)[1])
-
-
 def read_repeated(reader: Forced, n_draws: int, seed: int, ran: Ran) -> Repeated:
-    """Draw random tokens and score them by the full model.
-
-    `ran` gets the number of tokens of each step.
-    """
+    """Draw random tokens and score them by the full model; `ran` counts the draws."""
     rng = np.random.default_rng(seed)
     draws, first, full = [], np.empty(n_draws), np.empty(n_draws)
     for draw in range(n_draws):
         draws.append(tokens := random_tokens(reader.model, N_REPEATED, rng))
         first[draw] = _first_nll(reader, tokens)
         full[draw] = _second_nll(reader, tokens, FULL)
-        ran(n_read_tokens(reader, 1))
+        ran(1)
     return Repeated(tuple(draws), first, full)
 
 
@@ -107,14 +94,13 @@ def measure_induction(
 ) -> Floats:
     """Return the mean NLL [n_prunings, n_draws] in nats of the second occurrence when pruned.
 
-    `ran` gets the number of tokens of each step.
+    `ran` counts them.
     """
     pruned = np.empty((len(prunings), len(repeated.draws)))
-    n_tokens = n_measured_tokens(reader, 1)
     for i, pruning in enumerate(prunings):
         for draw, tokens in enumerate(repeated.draws):
             pruned[i, draw] = _second_nll(reader, tokens, pruning)
-            ran(n_tokens)
+            ran(1)
     return pruned
 
 

@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """The prompts of a file; `sha256` is of all that they say, documents included, and where."""
+    """The prompts of a file; `sha256` is of their content and lines, documents included."""
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -223,8 +223,8 @@ def _text(given: Any) -> str:
 def answered(model: PopModel, prompt: Prompt, max_tokens: int) -> Answered:
     """Answer a prompt greedily, as the model's pruning is set; one without template continues it.
 
-    What the prompt shares with the one before is not read again. Raises PopError when it does not
-    fit, and StoppedError when whoever watches the model says so.
+    The beginning that it shares with the prompt before is not read again. Raises PopError when it
+    does not fit, and StoppedError when the watcher of the model stops it.
     """
     try:
         chunks = list(model.ask(prompt.messages, temperature=0.0, max_tokens=max_tokens))

@@ -1,10 +1,10 @@
-"""What pruning costs: a pruned context, then its continuation, against the full model.
+"""The loss by pruning: a pruned context, then its continuation, against the full model.
 
-A window is a context, read in the mode to be measured, and a continuation, teacher-forced over that
-context's K/V: in full, unless the baseline is measured that skips layers there, too. Both models
-see the same windows, in one process, on the same weights; only the modes differ. Compared are the
-distributions that predict each token of the continuation, the first of which comes from the
-context's last token.
+A window is a context and a continuation. The context is read in the mode to be measured. The
+continuation is teacher-forced over that context's K/V, in full; only the baseline skips layers
+there, too. Both models see the same windows, in one process, on the same weights; only the modes
+differ. The distributions that predict each token of the continuation are compared; the first comes
+from the context's last token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,8 +35,6 @@ from pop_local.measure.probes import (
     bos,
     copied,
     measure_induction,
-    n_measured_tokens,
-    n_read_tokens,
     pick_passage,
     read_repeated,
     too_short,
@@ -64,14 +62,14 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class Quality:
-    """What pruning costs at one boundary, against the full model.
+    """The loss by pruning at one boundary, against the full model.
 
     kl_*: KL(full || pruned) of the continuation's tokens in nats; kl_first of its first one. ppl_*:
     perplexity of the continuation. top1_agreement: share of tokens where both have the same first
     choice. copy_*: a passage of the context repeated; copy_top1 is the share of its tokens that the
-    model puts first. induction_*: random tokens repeated; delta_nll is what pruning adds to the NLL
-    of the second occurrence, retention is how much of the full model's gain over the first
-    occurrence is left (None where the full model has none).
+    model puts first. induction_*: random tokens repeated. delta_nll is the NLL that pruning adds to
+    the second occurrence. retention is the part of the full model's gain over the first occurrence
+    that is left, None where the full model has none.
 
     n_pruned: context tokens of all windows that stopped at the boundary, as the backend counted;
     n_pruned_continuation: those of the continuations, none but for the baseline.
@@ -100,15 +98,11 @@ class Quality:
 
 @dataclass(frozen=True)
 class Window:
-    """What is read, what follows it, and a passage of it to be repeated, as tokens."""
+    """A context, its continuation, and a passage of the context to be repeated, as tokens."""
 
     context: Sequence[int]
     continuation: Sequence[int]
     passage: Sequence[int]
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.context) + len(self.continuation) + len(self.passage)
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full model says of windows, and of random tokens repeated.
+    """The full model's scores of windows, and of random tokens repeated.
 
     From `read_reference` it takes 2 * n_windows * n_continuation * n_vocab bytes for as long as it
     is kept.
@@ -155,13 +149,14 @@ def measure_prunings(
     """Measure each pruning; the full model runs once.
 
     At other boundaries than the file's the projections are the layers' own. `text_tokens`: one
-    sequence for each part of the text, without BOS. `on_progress` gets (done_tokens, total_tokens).
+    sequence for each part of the text, without BOS. `on_progress` counts windows and draws.
     Memory: 8 * n_continuation * n_vocab bytes. Raises PopError when the text is too short, nothing
     would be pruned, or the counters do not show what was planned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
-        ran = tokens_counted(reader, settings, windows, 1, len(prunings), on_progress)
+        n_steps = (1 + len(prunings)) * (len(windows) + settings.n_draws)
+        ran = counting(n_steps, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
         reference = Reference(settings, windows, _read_full(reader, windows, ran), repeated)
         return _measure(reader, reference, prunings, ran)
@@ -172,12 +167,12 @@ def read_reference(
 ) -> Reference:
     """Run the full model over windows and random tokens.
 
-    `on_progress` gets (done_tokens, total_tokens). Raises PopError when the text is too short, or
-    nothing would be pruned.
+    `on_progress` counts windows and draws. Raises PopError when the text is too short, or nothing
+    would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
-        ran = tokens_counted(reader, settings, windows, 1, 0, on_progress)
+        ran = counting(len(windows) + settings.n_draws, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
         kept = (
             replace(full, predicted=halved(full.predicted))
@@ -191,13 +186,12 @@ def measure_against(
 ) -> tuple[Quality, ...]:
     """Measure each pruning of a file of the same model.
 
-    At boundaries other than the file's the projections are the layers' own. `on_progress` gets
-    (done_tokens, total_tokens). Raises PopError as `measure_prunings` does.
+    At boundaries other than the file's the projections are the layers' own. `on_progress` counts
+    windows and draws. Raises PopError as `measure_prunings` does.
     """
-    settings = reference.settings
+    n_each = len(reference.windows) + reference.settings.n_draws
     with forced(model) as reader:
-        n = len(prunings)
-        ran = tokens_counted(reader, settings, reference.windows, 0, n, on_progress)
+        ran = counting(len(prunings) * n_each, on_progress)
         return _measure(reader, reference, prunings, ran)
 
 
@@ -208,27 +202,9 @@ def measure_retention(
     settings = reference.settings
     prunings = [Pruning(boundary, settings.mode) for boundary in boundaries]
     with forced(model) as reader:
-        ran = tokens_counted(reader, settings, (), 0, len(prunings), on_progress)
+        ran = counting(len(prunings) * settings.n_draws, on_progress)
         found = measure_induction(reader, reference.repeated, prunings, ran)
         return tuple(retention(reference.repeated, nll) for nll in found)
-
-
-def tokens_counted(
-    reader: Forced,
-    settings: QualitySettings,
-    windows: Sequence[Window],
-    n_full: int,
-    n_prunings: int,
-    on_progress: Progress,
-) -> Ran:
-    """Return what counts the tokens of `n_full` runs of the full model and of each pruning.
-
-    They are those of the windows and of the random tokens.
-    """
-    n_windows = sum(window.n_tokens for window in windows)
-    n_each_full = n_windows + n_read_tokens(reader, settings.n_draws)
-    n_each_pruning = n_windows + n_measured_tokens(reader, settings.n_draws)
-    return counting(n_full * n_each_full + n_prunings * n_each_pruning, on_progress)
 
 
 def _measure(
@@ -246,7 +222,7 @@ def _measure(
 def _read_full(reader: Forced, windows: Sequence[Window], ran: Ran) -> Iterator[FullScores]:
     for window in windows:
         full = _score_full(reader, window)
-        ran(window.n_tokens)
+        ran(1)
         yield full
 
 
@@ -262,7 +238,7 @@ def score(
     for window, of_full in zip(windows, full, strict=True):
         for of_pruning, pruning in zip(scores, prunings, strict=True):
             of_pruning.append(_score_pruned(reader, window, of_full, pruning))
-            ran(window.n_tokens)
+            ran(1)
     return scores
 
 

@@ -22,7 +22,7 @@ N_FACTS = 6
 N_DIGITS = 5
 # [n_documents, 2], as RecallReference.answers has them.
 NO_ANSWERS: Floats = np.empty((0, 2))
-# What question and answer add to a document, in tokens, at the most.
+# Tokens that question and answer add to a document, at the most.
 N_AROUND = 64
 
 # Any two may come together: facts of one document share words, so that a word alone is no cue.
@@ -44,7 +44,7 @@ class RecallSettings:
 
 @dataclass(frozen=True)
 class Recall:
-    """Of the answers' tokens: NLL in nats; share of answers whose every token came first.
+    """NLL of the answers' tokens in nats; share of answers whose every token came first.
 
     `exact_lost` is the difference of the shares, whose error is that of the pairs.
     """
@@ -93,7 +93,7 @@ def measure_recall(
 
 @dataclass(frozen=True)
 class RecallReference:
-    """What the full model answers, to compare several files of the same model with."""
+    """The full model's answers, to compare several files of the same model with."""
 
     settings: RecallSettings
     asked: tuple[Asked, ...] = ()
@@ -132,7 +132,7 @@ class RecallReference:
         return np.concatenate([known, scores])
 
     def compared(self, answers: Floats) -> Recall:
-        """What all answers are beside the full model's."""
+        """Compare all answers with the full model's."""
         return Recall(
             n_documents=len(self.full),
             n_tokens=self.settings.n_tokens,

@@ -1,17 +1,17 @@
 """Time to first token, pruned against full: in rounds, in one process, on the same weights.
 
-The runs of a round follow each other, in an order that turns round each time, and ratios are those
+The runs of a round follow each other, in an order that turns round each time. Ratios are those
 within a round: a machine that slows down for a while slows down all of them. Each run starts from
-an empty KV cache, and the backend's row counters must say that every prompt token was evaluated,
-and pruned or not as expected; otherwise nothing is reported.
+an empty KV cache. The backend's row counters must show that every prompt token was evaluated, and
+pruned or not as expected; otherwise nothing is reported.
 
-A run is what a user waits for: prefill and the sampling of the first token. Some more tokens are
-then decoded, which always run all layers. Of a prompt with a picture TTFT has its encoding in it,
-which pruning does not touch: the limit is that of what remains.
+A run is the time that a user waits: prefill and the sampling of the first token. Some more tokens
+are then decoded, which always run all layers. TTFT of a prompt with a picture includes the
+encoding, which pruning does not touch: the limit is that of the rest.
 
 The limit is measured, too. In the last run of a round every token is context, and no logits are
 computed: a pruned prompt takes longer by its full tokens. Multiply-accumulates would be no limit:
-attention, products and what is neither have speeds of their own.
+attention, products and the rest have speeds of their own.
 """
 
 import statistics
@@ -34,7 +34,7 @@ from pop_local.engine.turn import TurnOptions
 
 N_DECODE = 32
 _SEED = 20260203
-# What a template puts before a picture, at the least.
+# Tokens that a template puts before a picture, at the least.
 _N_BEFORE = 8
 
 
@@ -231,14 +231,14 @@ def run_context(model: PopModel, tokens: Sequence[int]) -> Run:
 def require_rows(
     model: PopModel, mode: Mode, n_prompt: int, counters: Counters, images: Images = ()
 ) -> None:
-    """Raise PopError unless the whole prompt was evaluated, and pruned as the mode says."""
+    """Raise PopError unless the whole prompt was evaluated, and pruned as the mode requires."""
     plan = plan_prefill(0, n_prompt, model.rule_now, model.n_batch, images)
     n_left = 0 if mode is Mode.OFF else plan.n_pruned
     if n_left and not model.exact:
-        # Of pictures perhaps none can be: how many of the rest only the engine knows.
+        # Perhaps no row of a picture can be: only the engine knows how many of the others were.
         n_left -= model.selection.n_selected if images else round(model.select * n_left)
     expected = (0, n_left) if model.exact else (n_left, 0)
-    # What got its depth afterwards ran all layers, too.
+    # Rows that got their depth afterwards ran all layers, too.
     n_pruned, n_full = counters.n_context - counters.n_deep, counters.n_full + counters.n_deep
     if (n_pruned, counters.n_exact, n_full) != (*expected, n_prompt - n_left):
         raise PopError(
@@ -249,9 +249,9 @@ def require_rows(
 
 
 def random_prompt(model: PopModel, n_prompt: int, seen: Seen | None = None) -> list[int]:
-    """Draw token ids evenly: what they say does not matter to the time they take.
+    """Draw token ids evenly: their meaning does not change the time they take.
 
-    A picture stands near their beginning. Raises PopError where it leaves no room for text.
+    A picture is near their beginning. Raises PopError where it leaves no room for text.
     """
     tokens: list[int] = np.random.default_rng(_SEED).integers(0, model.n_vocab(), n_prompt).tolist()
     if seen is None:

@@ -1,7 +1,7 @@
 """llama.cpp without our kernels, measured in a process of its own.
 
-How weights lie in memory is settled as they are loaded, for the kernels of that process. So what
-llama.cpp does best by itself cannot be seen in a process that has ours.
+The layout of weights in memory is fixed as they are loaded, for the kernels of that process. So
+llama.cpp's best cannot be measured in a process that has ours.
 """
 
 import os

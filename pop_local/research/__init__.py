@@ -1,1 +1,1 @@
-"""Analyses and trainings that need torch."""
+"""Analyses beside the product; some need torch. Commands import them when they are asked for."""

@@ -1,8 +1,7 @@
 """A dense decoder in torch, for gradients: weights from the GGUF, one layer at a time.
 
 The computation is llama.cpp's (models/llama.cpp, qwen2, qwen3, gemma2, gemma3), by default in
-float32, where llama.cpp rounds activations and the KV cache: their logits differ by a KL of about
-0.001.
+float32. llama.cpp rounds activations and the KV cache: the logits differ by a KL of about 0.001.
 """
 
 from dataclasses import dataclass
@@ -136,7 +135,7 @@ class Layer:
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         """Return [n_windows, n_head, n_rows, dim_v] of what queries take from keys and values."""
-        # Query heads that share a key head lie next to each other.
+        # Query heads that share a key head are next to each other.
         n_sharing = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(n_sharing, 1), v.repeat_interleave(n_sharing, 1)
         scale, cap = self.hyper.attention_scale, self.hyper.attention_cap

@@ -4,9 +4,9 @@ Least squares (pop_converter.fit.least_squares) brings K and V of each layer nea
 model's, whatever the layers make of the difference. Here the skipped layers are computed as a
 pruned prompt has them. Rows of a context stop at the boundary, all but the sinks before it. Rows
 of the answer after it run all layers and attend to the projections' K and V. The loss is
-KL(full || pruned), averaged over the answer's rows; its gradient goes through the skipped layers into the projections, which
-Adam changes (knowledge distillation: Hinton et al., arXiv 1503.02531; Adam: arXiv 1412.6980). The
-model's weights stay as they are.
+KL(full || pruned), averaged over the answer's rows. Its gradient goes through the skipped layers
+into the projections, which Adam changes (knowledge distillation: Hinton et al., arXiv 1503.02531;
+Adam: arXiv 1412.6980). The model's weights stay as they are.
 
 Some windows end with a passage of their own context, since copying is what pruning loses first.
 """
@@ -43,24 +43,24 @@ _BETAS = (0.9, 0.98)
 # For each window of text, how many repeat a passage, and its length in tokens.
 _COPIES = 0.4
 _PASSAGE = (96, 200)
-# What share of a window is its context, at least and at most; less in a step that has a window
+# The share of a window that is its context, at least and at most; less in a step that has a window
 # which repeats a passage.
 _CONTEXT = (0.47, 0.78)
 _COPY_CONTEXT = (0.47, 0.58)
-# What is known of the inputs is from so many rows of each window.
+# Rows of each window that the statistics of the inputs are from.
 _ROWS_EACH = 64
-# Of an input, in units of the mean.
+# The power of an input, in units of the mean.
 _LEAST_POWER = 0.1
-# So many tokens of each row of an answer are what the loss looks at, in all of its rows.
+# Tokens of each row of an answer that the loss is of, in all rows of the answer.
 _N_LIKELY = 64
 
 
 @dataclass(frozen=True)
 class Start:
-    """What is distilled: the fitted projections of all skipped layers but the first, by layer.
+    """A fit to distil: the projections of all skipped layers but the first, by layer.
 
-    `wide` makes the wider input that they see, None without one; with `sees_heads` they see what
-    the heads of the boundary layer's attention give, too. The first `n_sink` rows of a prompt are
+    `wide` makes the wider input that they see, None without one. With `sees_heads` they also see
+    the outputs of the boundary layer's attention heads. The first `n_sink` rows of a prompt are
     never pruned; of a window, a quarter at most.
     """
 
@@ -73,7 +73,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full model makes of `windows` and of some more that repeat a passage, n_all in all.
+    """The full model on `windows` and on some more that repeat a passage, n_all in all.
 
     `states` [n_all, n_tokens, n_embd] enter the layer `first`: no fit that is distilled with them
     begins before. `last` [same] leave the last layer. `likely` [n_all, n_tokens, n_likely] are the
@@ -236,7 +236,7 @@ class _Student:
     def kl(self, chosen: list[int], n_context: int) -> Tensor:
         """Return KL(full || pruned) in nats of the answer's rows of some windows, [n, n_answer].
 
-        It is among the tokens that are likely in one of these rows: with all of a large vocabulary
+        It is among the tokens that are likely in one of these rows. With all of a large vocabulary
         the LM head would take most of the time.
         """
         reference, device = self._reference, self._decoder.device

@@ -1,4 +1,4 @@
-"""What a dense decoder computes besides its weights, from the keys of its file.
+"""The computation of a dense decoder besides its weights, from the keys of its file.
 
 Names and defaults as llama.cpp has them (llama-model.cpp, models/ARCH.cpp).
 """
@@ -40,7 +40,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Hyper:
-    """What a decoder computes, apart from its weights.
+    """The computation of a decoder, apart from its weights.
 
     `interleaved`: RoPE turns neighbours (llama), not halves. A cap of 0 is none. `ropes` and
     `windows` (visible positions, 0 for all) have an entry for each layer.
@@ -135,7 +135,7 @@ def _ropes(header: Header, shape: ModelShape) -> tuple[Rope, ...]:
 def _number(header: Header, name: str, default: float | None = None) -> float:
     """Return a number that holds for all layers.
 
-    Of head counts written layer by layer it is the first: the sizes of tensors tell the others.
+    Head counts may be written layer by layer: the first is taken, tensor sizes tell the others.
     """
     value = header.of_arch(name)
     if value is None and default is not None:

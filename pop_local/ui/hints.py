@@ -11,7 +11,7 @@ from pop_local.base.errors import PopError
 # By cause; the names in braces are the error's fields, and {hint} is what the library says.
 BY_CAUSE = {
     "activations-not-shown": "reinstall the backend, or convert with --projection own",
-    "analyze-fitted": "analyze the model that it was made of; pop-local strip {path} gives it back",
+    "analyze-converted": "analyze the model it was made of; pop-local strip {path} gives it back",
     "bench-context": "leave --ctx out, or give shorter prompts (--prompt)",
     "bench-trained": "give shorter prompts (--prompt)",
     "cannot-resume": "delete it, or leave out --resume, to start afresh",

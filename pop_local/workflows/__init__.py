@@ -1,1 +1,1 @@
-"""What the commands do, as library calls: convert, evaluate, analyze, and what they share."""
+"""The work of commands as library calls: convert, evaluate, bench, and their shared parts."""

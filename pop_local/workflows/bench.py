@@ -15,7 +15,6 @@ from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.devices import devices, kernels_read_prompts, prompt_kernels
 from pop_local.engine.model import PopModel
-from pop_local.measure.break_even import Tried, measure_break_even
 from pop_local.measure.speed import (
     N_DECODE,
     Run,
@@ -100,19 +99,10 @@ class Speed:
     upstream: str | None
 
 
-@dataclass(frozen=True)
-class BreakEvenSearch:
-    """The shortest prompt that gains, None when none does up to the longest tried."""
-
-    bench: Bench
-    n_prompt: int | None
-    tried: tuple[Tried, ...]
-
-
 def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch) -> Speed:
     """Measure each prompt length. Raises PopError, StoppedError."""
     picture = None if options.image is None else read_picture(options.image)
-    with _opened(model, sidecar, options, watch) as (loaded, _, found):
+    with opened_to_bench(model, sidecar, options, watch) as (loaded, _, found):
         is_ours = found.kernels and kernels_read_prompts() and picture is None
         with _upstream(loaded, options) if is_ours else nullcontext((None, None)) as beside:
             setting, read = beside
@@ -145,30 +135,11 @@ def _upstream(
         yield best, upstream.run
 
 
-def find_break_even(
-    model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
-) -> BreakEvenSearch:
-    """Search for the shortest prompt that gains. Raises PopError, StoppedError."""
-    n_tried, n_longest = 0, options.n_longest
-
-    def tried(one: Tried) -> None:
-        nonlocal n_tried
-        n_tried += 1
-        # Doubling up to the longest takes most of the steps.
-        advance(n_tried, max(n_tried, n_longest.bit_length()))
-
-    with _opened(model, sidecar, options, watch) as (loaded, shape, found):
-        if shape.exact:
-            raise PopError(f"{found.model} loses nothing with any prompt: there is nothing to find")
-        advance = watch.stage("Searching")
-        searched = measure_break_even(loaded, options.n_pairs, n_longest, tried)
-    return BreakEvenSearch(found, searched.n_prompt, searched.tried)
-
-
 @contextmanager
-def _opened(
+def opened_to_bench(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[PopModel, ModelShape, Bench]]:
+    """The model at the boundary to measure, and the circumstances. Raises PopError."""
     find = model_files if options.boundary is None else files_at_boundary
     files = find(model, sidecar, watch)
     source = read_source(files.path)

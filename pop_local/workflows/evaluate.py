@@ -34,7 +34,6 @@ from pop_local.measure.recall import (
     make_documents,
     measure_recall,
 )
-from pop_local.measure.turns import SecondTurn, measure_second_turn, second_windows
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.goals import Named
@@ -42,7 +41,6 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.open import files_at_boundary, model_files
 from pop_local.workflows.options import Hardware
-from pop_local.workflows.yardstick import Quantised, quantised
 
 Baseline = Literal["always-skip"]
 
@@ -54,8 +52,7 @@ class EvaluateOptions:
     `recall`: tokens of the documents that facts are asked of, none of them for no such question;
     `n_documents` of each length. `select`: the share of context rows that run all layers since
     what follows needs them, None for what the file says; `n_refilled`: rows that are given their
-    depth with each token that follows; `second_turn`: also measure the answer after the first one;
-    `yardstick`: also what quantising the model further loses.
+    depth with each token that follows.
     `sink_tokens`, `tail_tokens`: None for what the file says. `n_ctx` None: what is needed.
     """
 
@@ -65,9 +62,7 @@ class EvaluateOptions:
     n_documents: int = 24
     select: float | None = None
     n_refilled: int = 0
-    second_turn: bool = False
     baseline: Baseline | None = None
-    yardstick: bool = False
     sink_tokens: int | None = None
     tail_tokens: int | None = None
     n_ctx: int | None = None
@@ -88,7 +83,6 @@ class Row:
     recall: tuple[Recall, ...]
     select: float = 0.0
     n_refilled: int = 0
-    second_turn: SecondTurn | None = None
     always_skip: Quality | None = None
     calibration: Calibration | None = None
     kv_type: KvType | None = None
@@ -101,7 +95,6 @@ class Evaluation:
     model: Path
     text: Text
     rows: tuple[Row, ...]
-    yardstick: tuple[Quantised, ...] = ()
 
 
 def evaluate(
@@ -120,34 +113,30 @@ def evaluate(
     Without it, other boundaries than the file's have own projections. Raises PopError, and
     StoppedError.
     """
+    return begin(model, options, at, fit, sidecar, hardware, watch).evaluation()
+
+
+def begin(
+    model: str | os.PathLike[str],
+    options: EvaluateOptions,
+    at: Sequence[Named],
+    fit: FitOptions | None,
+    sidecar: Path | None,
+    hardware: Hardware,
+    watch: Watch,
+) -> "EvaluationRun":
+    """Settle what `evaluate` measures. Raises PopError for what it would refuse."""
     find = files_at_boundary if fit is not None or at else model_files
     files = find(os.fspath(model), sidecar, watch)
     source = read_source(files.path)
     shape = source_shape(source)
     boundaries = _boundaries(source, files, shape, at)
     text = shipped_text() if options.text is None else given_text(options.text)
-    run = _Run(source, shape, options, text, hardware, watch)
     if fit is None:
         _require_projections(source, files.sidecar, boundaries)
-        rows = run.rows(boundaries, files.sidecar)
     else:
         fit.require_text(shape.n_embd)
-        macs = GraphMacs(files.path)
-        plans = [
-            make_plan(shape, boundary=b, projection=Projection.FITTED, macs=macs)
-            for b in boundaries
-        ]
-        require_fit(plans)
-        with run.opened(files):
-            pass  # what does not fit is said before minutes of fitting
-
-        def measure(plan: Plan, sidecar: Path) -> Row:
-            [row] = run.rows((plan.boundary,), sidecar)
-            return row
-
-        rows = tuple(measure_fits(plans, source, fit, hardware, watch, measure))
-    yardstick = run.yardstick(files.sidecar) if options.yardstick else ()
-    return Evaluation(files.path, text, rows, yardstick)
+    return EvaluationRun(source, files, shape, boundaries, options, text, fit, hardware, watch)
 
 
 def _boundaries(
@@ -186,33 +175,58 @@ def _require_projections(source: Source, sidecar: Path | None, boundaries: Seque
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One evaluation under way."""
+class EvaluationRun:
+    """One evaluation under way, at `boundaries`."""
 
     source: Source
+    files: ModelFiles
     shape: ModelShape
+    boundaries: tuple[int, ...]
     options: EvaluateOptions
     text: Text
+    fit: FitOptions | None
     hardware: Hardware
     watch: Watch
 
-    def yardstick(self, sidecar: Path | None) -> tuple[Quantised, ...]:
-        """Measure the model quantised further."""
-        settings = self.options.settings
-        asked = [self._asked(n_tokens) for n_tokens in self.recall]
-        return tuple(
-            quantised(
-                self.source,
-                sidecar,
-                self.full_rows,
-                self.text,
-                settings,
-                asked,
-                self.context(),
-                self.hardware,
-                self.watch,
-            )
-        )
+    def evaluation(self) -> Evaluation:
+        """Measure each depth. Raises PopError, StoppedError."""
+        if self.fit is None:
+            rows = self._rows(self.prunings, self.files.sidecar)
+        else:
+            rows = self._fitted(self.fit)
+        return Evaluation(self.files.path, self.text, rows)
+
+    def _fitted(self, fit: FitOptions) -> tuple[Row, ...]:
+        macs = GraphMacs(self.files.path)
+        plans = [
+            make_plan(self.shape, boundary=b, projection=Projection.FITTED, macs=macs)
+            for b in self.boundaries
+        ]
+        require_fit(plans)
+        with self.opened(self.files):
+            pass  # what does not fit is said before minutes of fitting
+        prunings = {pruning.boundary: pruning for pruning in self.prunings}
+
+        def measure(plan: Plan, sidecar: Path) -> Row:
+            [row] = self._rows((prunings[plan.boundary],), sidecar)
+            return row
+
+        return tuple(measure_fits(plans, self.source, fit, self.hardware, self.watch, measure))
+
+    @property
+    def select(self) -> float:
+        """The share of context rows that run all layers, as given, else the file's."""
+        if self.options.select is not None:
+            return self.options.select
+        meta = pop_of(self.source, self.files.sidecar)
+        return meta.select if meta else 0.0
+
+    @property
+    def prunings(self) -> tuple[Pruning, ...]:
+        """One at each boundary."""
+        first = Pruning(0, self.options.settings.mode, select=self.select)
+        first = replace(first, n_refilled=self.options.n_refilled)
+        return tuple(replace(first, boundary=boundary) for boundary in self.boundaries)
 
     @property
     def full_rows(self) -> dict[str, int]:
@@ -225,30 +239,22 @@ class _Run:
         """None in other modes: generated tokens would be pruned as well, or nothing would be."""
         return self.options.recall if self.options.settings.mode is Mode.CONTEXT else ()
 
-    def rows(self, boundaries: Sequence[int], sidecar: Path | None) -> tuple[Row, ...]:
+    def _rows(self, pops: Sequence[Pruning], sidecar: Path | None) -> tuple[Row, ...]:
         """Measure the boundaries on one loaded model."""
         settings, shape = self.options.settings, self.shape
         meta = pop_of(self.source, sidecar)
-        select = self.options.select
-        if select is None:
-            select = meta.select if meta else 0.0
-        prunings = [
-            Pruning(boundary, settings.mode, select=select, n_refilled=self.options.n_refilled)
-            for boundary in boundaries
-        ]
-        pops = prunings.copy()
+        prunings = [*pops]
         if self.options.baseline is not None:
-            prunings += [always_skip(boundary) for boundary in boundaries]
+            prunings += [always_skip(pruning.boundary) for pruning in pops]
         files = ModelFiles(self.source.first.path, sidecar)
         with self.opened(files) as (model, tokens):
             advance = self.watch.stage("Measuring")
             qualities = measure_prunings(model, tokens, settings, prunings, advance)
             recalls = [self._recall(model, n_tokens, pops) for n_tokens in self.recall]
-            second = [self._second_turn(model, tokens, pruning) for pruning in pops]
             n_full = model.rule.sink_tokens + model.rule.tail_tokens
-            n_full += round(select * (LIMIT_PROMPT - n_full))
-            limits = [speedup_limit(model.macs, LIMIT_PROMPT, b, n_full) for b in boundaries]
-        n = len(boundaries)
+            n_full += round(self.select * (LIMIT_PROMPT - n_full))
+            limits = [speedup_limit(model.macs, LIMIT_PROMPT, p.boundary, n_full) for p in pops]
+        n = len(pops)
         calibration = None if meta is None else meta.calibration
         projection = meta.projection if meta is not None else Projection.OWN
         tensors = self.source.tensors if sidecar is None else read_header(sidecar).tensors
@@ -261,9 +267,8 @@ class _Run:
                 speedup_limit=limits[number],
                 quality=quality,
                 recall=tuple(of_length[number] for of_length in recalls),
-                select=select,
+                select=self.select,
                 n_refilled=self.options.n_refilled,
-                second_turn=second[number],
                 always_skip=baseline,
             )
             for number, (quality, baseline) in enumerate(
@@ -272,27 +277,30 @@ class _Run:
         )
 
     @contextmanager
-    def opened(self, files: ModelFiles) -> Iterator[tuple[PopModel, TextTokens]]:
-        """The model, and the text in its tokens.
+    def opened(
+        self, files: ModelFiles, n_following: int | None = None
+    ) -> Iterator[tuple[PopModel, TextTokens]]:
+        """The model, and the text in its tokens; `n_following` as for `context`.
 
         Raises PopError where it has no room for the windows, or documents for their facts.
         """
-        with opened(files, self.hardware, self.watch, n_ctx=self.context()) as model:
+        n_ctx = self.context(n_following)
+        with opened(files, self.hardware, self.watch, n_ctx=n_ctx) as model:
             use_rule(model, replace(model.rule, **self.full_rows))
             tokens = tokenize(model, self.text)
             with forced(model) as reader:
                 choose_windows(reader, tokens, self.options.settings)
-            if self.options.second_turn:
-                second_windows(model, tokens, self.options.settings)
             if self.recall:
-                make_documents(model, self._asked(min(self.recall)))
+                make_documents(model, self.asked(min(self.recall)))
             yield model, tokens
 
-    def context(self) -> int:
-        """The context in tokens that is opened. Raises PopError when it is too small."""
+    def context(self, n_following: int | None = None) -> int:
+        """The context in tokens that is opened. Raises PopError when it is too small.
+
+        `n_following` tokens are read after the context of a window, None for its continuation.
+        """
         settings, given = self.options.settings, self.options.n_ctx
-        n_following = 2 if self.options.second_turn else 1
-        windows = settings.n_context + n_following * settings.n_continuation
+        windows = settings.n_context + (n_following or settings.n_continuation)
         asked = max(self.recall, default=-N_AROUND) + N_AROUND
         needed = max(windows, 2 * N_REPEATED + 1, asked)
         trained = trained_ctx(self.source.first)
@@ -305,20 +313,12 @@ class _Run:
             )
         return given or needed
 
-    def _second_turn(
-        self, model: PopModel, tokens: TextTokens, pruning: Pruning
-    ) -> SecondTurn | None:
-        if not self.options.second_turn:
-            return None
-        advance = self.watch.stage("Measuring the second answer")
-        return measure_second_turn(model, tokens, self.options.settings, pruning, advance)
-
     def _recall(
         self, model: PopModel, n_tokens: int, prunings: Sequence[Pruning]
     ) -> tuple[Recall, ...]:
         advance = self.watch.stage("Asking")
-        return measure_recall(model, self._asked(n_tokens), prunings, advance)
+        return measure_recall(model, self.asked(n_tokens), prunings, advance)
 
-    def _asked(self, n_tokens: int) -> RecallSettings:
+    def asked(self, n_tokens: int) -> RecallSettings:
         options = self.options
         return RecallSettings(options.n_documents, n_tokens, options.settings.seed)

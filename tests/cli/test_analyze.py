@@ -9,13 +9,11 @@ import pytest
 
 from pop_local.base.errors import PlanError, PopError
 from pop_local.calibration import needs
-from pop_local.measure import depth
-from pop_local.measure.depth import (
-    boundaries,
-)
+from pop_local.measure.depth import boundaries
 from pop_local.measure.estimate import Estimate
+from pop_local.research import depths
 from support.analyzed import FITTED, UNFITTED, analyze, report
-from support.converted import paired, tiny
+from support.converted import paired
 from support.synthetic import make_gguf
 
 PNG = b"\x89PNG"
@@ -62,28 +60,8 @@ def test_a_pipe_gets_one_table_and_the_findings(model, text):
         assert label in done.stdout
 
 
-def test_a_terminal_gets_bars_and_a_narrow_one_none(model, text, monkeypatch):
-    pytest.importorskip("torch")
-    from rich.console import Console
-
-    from pop_local.ui.theme import THEME
-    from pop_local.ui.views import analysis
-
-    shown = []
-    for width in (140, 80, 60):
-        console = Console(
-            force_terminal=True, width=width, record=True, color_system=None, theme=THEME
-        )
-        monkeypatch.setattr(analysis, "out", console)
-        assert analyze(model, "--text", text, *UNFITTED).exit_code == 0
-        shown.append(console.export_text())
-    assert ["█" in text for text in shown] == [True, True, False]
-    assert all("Prefill" in text for text in shown)
-    assert max(map(len, shown[1].splitlines())) <= 80
-
-
 def test_where_copying_is_lost_nothing_else_is_measured(model, text, monkeypatch):
-    monkeypatch.setattr(depth, "may_copy", lambda budget, retention: False)
+    monkeypatch.setattr(depths, "may_copy", lambda budget, retention: False)
     given = (model, "--text", text, "--no-gates")
     first, *others = report(*given)["boundaries"]
     assert first["quality"] is not None
@@ -139,6 +117,19 @@ def test_a_plot_has_units_and_the_chosen_boundary(
         labels = axes.get_legend_handles_labels()[1]
         assert [label for label in labels if "balanced: boundary" in label]
         assert {kind, "balanced limit"} <= set(labels)
+
+
+def test_a_plot_of_an_unknown_kind_fails_before_measuring(model):
+    done = analyze(model, "--plot", "out.gif")
+    assert done.exit_code == 1
+    assert "out.png" in done.stderr
+
+
+def test_a_plot_without_matplotlib_fails_before_measuring(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = analyze(model, "--plot", "out.png")
+    assert done.exit_code == 1
+    assert "[plot]" in done.stderr
 
 
 # --- what cannot be had
@@ -197,10 +188,10 @@ def test_what_cannot_be_measured_is_one_clear_error(model, text, options, reason
 def test_too_short_a_context_is_said_before_anything_is_loaded(
     model, text, monkeypatch, context, is_enough
 ):
-    def load(*_: object) -> NoReturn:
+    def load(*_: object, **options: object) -> NoReturn:
         raise PopError("loaded")
 
-    monkeypatch.setattr("pop_local.workflows.analyze._Run._opened", load)
+    monkeypatch.setattr("pop_local.research.analyze.opened", load)
     done = analyze(model, "--text", text, *UNFITTED, "--no-gates", "--context", context)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
@@ -210,23 +201,13 @@ def test_too_short_a_context_is_said_before_anything_is_loaded(
     assert "--tail" not in message
 
 
-def test_a_converted_file_is_analysed_like_its_base(tmp_path, text):
-    pytest.importorskip("torch")
-    converted = tiny(tmp_path)
-    assert "converted already" in analyze(converted, "--text", text, *FITTED).stderr
-    figures = []
-    for path in (converted, tmp_path / "llama.gguf"):
-        found = report(path, "--text", text)
-        figures.append({**found, "model": None})
-    assert figures[0] == figures[1]
-
-
-def test_fitted_projections_cannot_be_tried_elsewhere(tmp_path):
+@pytest.mark.parametrize("projection", ["own", "fitted"])
+def test_a_converted_file_is_refused(tmp_path, projection):
     base = make_gguf(tmp_path / "base.gguf", "llama", n_layer=6)
-    done = analyze(paired(base, tmp_path, "fitted", boundary=3).single, *FITTED)
+    done = analyze(paired(base, tmp_path, projection, boundary=3).single, *FITTED)
     assert done.exit_code == 1
     message = " ".join(done.stderr.split())
-    assert "its boundary 3 only" in message
+    assert "is converted already" in message
     assert "pop-local strip" in message
 
 
@@ -246,8 +227,8 @@ def test_a_single_layer_has_nothing_to_skip():
 
 def test_what_a_layer_loses_is_counted_down_to_not_copying_at_all():
     found = [Estimate(value, 0.0) for value in (1.0, 0.9, 0.2, -0.5, -2.0)]
-    assert depth._losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
-    assert depth._losses([None]) == [None]
+    assert depths.losses(found) == pytest.approx([0, 0.1, 0.7, 0.2, 0])
+    assert depths.losses([None]) == [None]
 
 
 def test_windows_are_for_the_gates(model):

@@ -7,20 +7,12 @@ from typing import cast
 
 import pytest
 
-from pop_converter.gguf.source import read_source
 from pop_local.calibration import needs
-from pop_local.calibration.needs import plan_needs
-from pop_local.calibration.options import FitOptions
 from pop_local.measure import budget
-from pop_local.measure.depth import DepthCost, deepest_within, with_qualities, worth_measuring
 from pop_local.measure.estimate import Estimate
-from pop_local.measure.heldout import Text
 from pop_local.measure.quality import Quality
-from pop_local.workflows import analyze as analyzing
-from pop_local.workflows.events import Watch
-from pop_local.workflows.options import AnalyzeOptions, Hardware
+from pop_local.research.depths import DepthCost, deepest_within, worth_measuring
 from support.analyzed import FITTED, UNFITTED, analyze, report
-from support.shapes import read_shape
 from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
@@ -95,20 +87,6 @@ def test_too_little_memory_for_the_fit(model, text, monkeypatch):
     assert done.stdout == ""
 
 
-def test_as_many_boundaries_as_there_is_memory_for(model, monkeypatch):
-    source = read_source(model)
-    options = AnalyzeOptions(fit_tokens=2048)
-    run = analyzing._Run(source, read_shape(model), Text("none", ()), options, Hardware(), Watch())
-    plans = [run.plan(boundary) for boundary in (3, 4)]
-    sums = [
-        plan_needs(plans[:n], source, FitOptions(memory_bytes=1 << 40)).sums_bytes for n in (1, 2)
-    ]
-    monkeypatch.setattr(needs, "sums_limit_bytes", lambda options: sums[0])
-    assert run._affordable(plans) == plans[:1]
-    monkeypatch.setattr(needs, "sums_limit_bytes", lambda options: sums[1])
-    assert run._affordable(plans) == plans
-
-
 def test_prose_is_measured_down_to_one_boundary_past_hope():
     retentions = (1, 0.99, 0.95, 0.9, 0.3, 0.1)
     depths = [made(9 - n, retention=kept) for n, kept in enumerate(retentions)]
@@ -121,16 +99,15 @@ def test_prose_is_measured_down_to_one_boundary_past_hope():
     assert worth_measuring([replace(d, retention=None) for d in depths]) == (9, 8, 7, 6, 5, 4)
 
 
-def test_the_deepest_within_goes_by_the_fit_where_there_is_one():
+def test_the_deepest_within_is_among_those_measured_on_prose():
     depths = [made(9), made(8), made(7), made(6)]
     assert deepest_within(budget.BALANCED, depths) is None
-    own = {9: cost(9, 0.0), 8: cost(8, 0.03), 7: cost(7, 0.1)}
-    measured = with_qualities(depths, own, {})
-    assert getattr(deepest_within(budget.BALANCED, measured), "boundary", None) == 8
-    fitted = with_qualities(depths, own, {7: cost(7, 0.03), 8: cost(8, 0.01)})
-    assert [depth.fitted is not None for depth in fitted] == [False, True, True, False]
-    assert getattr(deepest_within(budget.BALANCED, fitted), "boundary", None) == 7
-    assert deepest_within(replace(budget.BALANCED, max_kl=-1.0), fitted) is None
+    kls = {9: 0.0, 8: 0.03, 7: 0.1}
+    measured = [
+        replace(depth, quality=cost(depth.boundary, kls[depth.boundary])) for depth in depths[:3]
+    ]
+    assert getattr(deepest_within(budget.BALANCED, [*measured, depths[3]]), "boundary", None) == 8
+    assert deepest_within(replace(budget.BALANCED, max_kl=-1.0), measured) is None
 
 
 def is_within(row):

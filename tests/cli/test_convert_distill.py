@@ -19,7 +19,7 @@ from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import gradual
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
-from pop_local.workflows import distilled as trainer
+from pop_local.research.distilled import Distiller
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import within as searching
 from pop_local.workflows.conversion.within import Candidate, Kind
@@ -38,32 +38,32 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     """The boundaries from which six windows are read to distil on, and those that are distilled."""
     pytest.importorskip("torch")
     read: list[int] = []
-    distilled: list[int] = []
+    trained: list[int] = []
 
-    def prepare(source, first, *args, real=trainer.prepare):
+    def noted_read(self, first, *args, real=Distiller.read):
         read.append(first)
-        return real(source, first, *args)
+        return real(self, first, *args)
 
-    def train(plan, *args, real=trainer.distilled):
-        distilled.append(plan.boundary)
-        return real(plan, *args)
+    def noted_trained(self, plan, *args, real=Distiller.trained):
+        trained.append(plan.boundary)
+        return real(self, plan, *args)
 
-    monkeypatch.setattr(trainer, "prepare", prepare)
-    monkeypatch.setattr(trainer, "distilled", train)
+    monkeypatch.setattr(Distiller, "read", noted_read)
+    monkeypatch.setattr(Distiller, "trained", noted_trained)
     monkeypatch.setattr(texts, "N_DISTILLED", 6)
-    return read, distilled
+    return read, trained
 
 
 def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path, monkeypatch):
     """The fits are trained on so little here that what is inside says nothing about them."""
-    read, distilled = followed(monkeypatch)
+    read, trained = followed(monkeypatch)
     monkeypatch.setattr(searching, "N_DEEPER", 2)
 
     class Told(gradual.Gradual):
         def measure(self, model, on_progress):
             super().measure(model, on_progress)
             assert self.quality is not None
-            deepest = 3 if self.boundary in distilled else 5
+            deepest = 3 if self.boundary in trained else 5
             good = Estimate(1.0 if self.boundary >= deepest else 1.5, 0.0)
             self.quality = replace(
                 self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=good
@@ -75,7 +75,7 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop-sidecar.gguf")
     assert meta is not None and meta.budget is not None and meta.calibration is not None
-    assert distilled == [5, 4, 3, 2]
+    assert trained == [5, 4, 3, 2]
     assert read == [3, 2], "once for three boundaries, and again for what is deeper"
     assert (meta.boundary, meta.calibration.n_distilled) == (3, 6 * texts.N_WINDOW)
     assert meta.budget.tried.endswith(
@@ -89,13 +89,13 @@ def test_distilled_fits_are_tried_from_the_chosen_one_on(tiny, letters, tmp_path
 def test_a_named_depth_is_distilled_where_its_plain_fit_is_outside(
     tiny, letters, tmp_path, monkeypatch
 ):
-    read, distilled = followed(monkeypatch)
+    read, trained = followed(monkeypatch)
 
     class Told(gradual.Gradual):
         def measure(self, model, on_progress):
             super().measure(model, on_progress)
             assert self.quality is not None
-            found = Estimate(1.0 if distilled else 2000.0, 0.0)
+            found = Estimate(1.0 if trained else 2000.0, 0.0)
             self.quality = replace(self.quality, copy_ppl_ratio=found)
 
     for module in (fits, searching):
@@ -189,7 +189,7 @@ def test_what_goes_wrong_leaves_what_was_found_without(tiny, letters, tmp_path, 
     def fail(*args):
         raise PopError("no memory is left")
 
-    monkeypatch.setattr(trainer, "prepare", fail)
+    monkeypatch.setattr(Distiller, "read", fail)
     done = convert(tiny, "--sidecar", *FIT, *LOOSE, "--text", letters, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["distilled"] is False

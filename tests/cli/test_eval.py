@@ -1,7 +1,6 @@
 """`pop-local eval`: options, output, refusals; cued recall."""
 
 import json
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -33,7 +32,6 @@ KEYS = {
     "top1_agreement",
 }
 SHORT = ("--windows", "2", "--context", "60", "--continuation", "20", "--threads", "1")
-PNG = b"\x89PNG"
 
 
 @pytest.fixture(scope="module")
@@ -138,33 +136,6 @@ def test_people_get_facts_or_a_table(pop_file, text):
     assert "Copy ratio" in several.stdout
 
 
-def test_a_plot_is_a_png_and_replaces_nothing(pop_file, text, tmp_path):
-    pytest.importorskip("matplotlib")
-    target = tmp_path / "out.png"
-    sweep = (pop_file, "--text", text, *SHORT, "--recall", 0, "--sweep", "2,4", "--plot", target)
-    assert evaluate(*sweep).exit_code == 0
-    drawn = target.read_bytes()
-    assert drawn.startswith(PNG)
-    refused = evaluate(*sweep)
-    assert refused.exit_code == 1
-    assert "--force" in refused.stderr
-    assert target.read_bytes() == drawn
-    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
-
-
-def test_a_plot_of_an_unknown_kind_fails_before_measuring(pop_file, tmp_path):
-    done = evaluate(pop_file, "--sweep", "2,4", "--plot", tmp_path / "out.gif")
-    assert done.exit_code == 1
-    assert "out.png" in done.stderr
-
-
-def test_a_plot_without_matplotlib_fails_before_measuring(pop_file, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = evaluate(pop_file, "--sweep", "2,4", "--plot", tmp_path / "out.png")
-    assert done.exit_code == 1
-    assert "[plot]" in done.stderr
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -174,7 +145,8 @@ def test_a_plot_without_matplotlib_fails_before_measuring(pop_file, tmp_path, mo
         ["--no-boundary", "--recall", "0", "--documents", "4"],
         ["--recall", "512,x"],
         ["--recall", "-1"],
-        ["--plot", "out.png"],
+        ["--second-turn", "--sweep", "2,4"],
+        ["--second-turn", "--skip", "1/3", "--fit"],
         ["--skip", "soon"],
         ["--sweep", "1/3,soon"],
         ["--sweep", ""],
@@ -264,7 +236,6 @@ def test_options_of_the_fit_without_it_are_wrong_usage(plain):
         (["--ctx", "100"], "100 are given"),
         (["--windows", "500"], "tokens are needed"),
         (["--recall", "100"], "give longer documents (--recall)"),
-        (["--context", "500", "--continuation", "200", "--second-turn"], "tokens are needed"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_fit(plain, text, monkeypatch, options, reason):
@@ -335,6 +306,16 @@ def test_the_second_answer_is_that_of_the_full_model_once_refilled(pop_file, tex
     assert second["kl_refilled"] < 1e-4 < second["kl_pruned"]
     assert second["n_windows"] == 2
     assert measured(pop_file, "--text", text)["second_turn"] is None
+    shown = evaluate(pop_file, "--text", text, *SHORT, "--recall", 0, "--second-turn").stdout
+    assert "Second answer" in shown
+
+
+def test_a_text_too_short_for_the_second_answer_is_said_first(pop_file, text, monkeypatch):
+    monkeypatch.setattr("pop_local.workflows.evaluate.measure_prunings", None)
+    long = ("--context", "500", "--continuation", "200", "--second-turn")
+    done = evaluate(pop_file, "--text", text, *SHORT, *long)
+    assert done.exit_code == 1
+    assert "tokens are needed" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("share", ["-1", "101%", "much", "nan"])

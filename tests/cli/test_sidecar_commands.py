@@ -190,7 +190,7 @@ def test_a_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
 def test_run(base, sidecar):
     arguments = ("run", base, "word " * 40, "--json", "--max-tokens", 2, "--threads", 1)
     found = json.loads(command(*arguments).stdout)
-    assert (found["boundary"], found["pop"]) == (4, True)
+    assert (found["boundary"], found["full"]) == (4, False)
     assert found["stats"]["n_pruned"] > 0
     done = command(*arguments, "--full")
     assert "Pruning as" not in done.stderr

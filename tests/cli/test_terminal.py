@@ -172,7 +172,7 @@ def test_run_reads_files_and_pipes_before_the_question(model, tmp_path):
     assert both["boundary"] == 5
     assert both["stats"]["n_decoded"] == 4
     full = json.loads(called(*arguments, "--json", "--file", str(file), "--full").stdout)
-    assert (full["pop"], full["stats"]["n_pruned"]) == (False, 0)
+    assert (full["full"], full["stats"]["n_pruned"]) == (True, 0)
 
 
 def test_run_prints_the_same_answer_with_and_without_json(model):
@@ -203,7 +203,7 @@ def test_run_without_a_template_continues_the_text(tmp_path):
         called("run", str(base), "abc", "--json", "--max-tokens", "4", *ANSWER_OPTIONS).stdout
     )
     assert done["stats"]["n_prompt"] < 8
-    assert not done["pop"]
+    assert done["full"]
     options = ("--system", "Be brief.", "--json", "--max-tokens", "4", *ANSWER_OPTIONS)
     after = json.loads(called("run", base, "abc", *options).stdout)
     assert after["stats"]["n_prompt"] > done["stats"]["n_prompt"]

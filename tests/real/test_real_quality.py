@@ -7,15 +7,16 @@ import pytest
 from pop_converter.gguf.source import read_source
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
-from pop_local.measure import depth, probes
+from pop_local.measure import probes
 from pop_local.measure.budget import BALANCED, FAST, copies, is_hopeless
-from pop_local.measure.depth import measure_cliff, worth_measuring
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import Pruning, always_skip, forced
 from pop_local.measure.heldout import Text, shipped_part, shipped_text, spread_windows, tokenize
 from pop_local.measure.probes import bos
 from pop_local.measure.quality import QualitySettings, measure_against, read_reference
 from pop_local.measure.recall import RecallSettings, measure_recall
+from pop_local.research import depths
+from pop_local.research.depths import measure_cliff, worth_measuring
 from pop_local.workflows.conversion import named
 from support.searched import FEW, convert
 
@@ -98,7 +99,7 @@ def test_selection_brings_recall_back(smollm2_q4_0):
 )
 def test_the_cliffs_of_real_models_are_found(request, monkeypatch, name, tried, cliff):
     path = request.getfixturevalue(name)
-    monkeypatch.setattr(depth, "boundaries", lambda shape: tried)
+    monkeypatch.setattr(depths, "boundaries", lambda shape: tried)
     opened = PopModel(path, n_ctx=512, n_threads=1)
     tokens = tokenize(opened, Text("prose", (shipped_part("prose"),)))
     settings = QualitySettings(n_windows=1, n_context=64, n_continuation=8, n_draws=1)
@@ -127,15 +128,13 @@ def test_logits_of_real_models_are_those_of_the_backend(request, name):
 def test_deep_layers_of_a_real_model_answer_and_do_not_read(smollm2):
     """SmolLM2: the last third has 0.2 of the others' importance in prefill, 2 times in decode."""
     pytest.importorskip("torch")
-    from pop_local.measure.importance import measure_importance
     from pop_local.research.decoder import Decoder
+    from pop_local.research.importance import measure_importance
 
     model = PopModel(smollm2, n_ctx=64, n_threads=1)
     text = tokenize(model, Text("prose", (shipped_part("prose"),)))
     windows = spread_windows(text, 4, 96)
-    found = measure_importance(
-        Decoder(read_source(smollm2)), windows, 64, n_batch=4, seed=0, on_progress=ignore
-    )
+    found = measure_importance(Decoder(read_source(smollm2)), windows, 64, 0, ignore)
     assert found.prefill.median_ratio is not None and found.decode.median_ratio is not None
     assert found.prefill.median_ratio.value < 0.5
     assert found.decode.median_ratio.value > 1

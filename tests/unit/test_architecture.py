@@ -12,15 +12,16 @@ from support.paths import ROOT
 ARROWS = {
     "cli": "config ui",
     "commands": (
-        "calibration config converter engine fetching measure models server texts ui workflows"
+        "calibration config converter engine fetching measure models research server texts ui"
+        " workflows"
     ),
-    "pop_local": "calibration engine measure texts workflows",
-    "ui": "config converter engine measure models texts workflows",
+    "pop_local": "calibration engine measure research texts workflows",
+    "ui": "config converter engine measure models research texts workflows",
+    "research": "calibration converter engine measure models texts workflows",
     "server": "config converter engine measure models texts",
-    "workflows": "calibration config converter engine fetching measure models research texts",
-    "research": "converter",
+    "workflows": "calibration config converter engine fetching measure models texts",
     "calibration": "converter engine models texts",
-    "measure": "converter engine models research texts",
+    "measure": "converter engine models texts",
     "fetching": "config converter models",
     "texts": "engine",
     "engine": "converter models",
@@ -39,7 +40,7 @@ INSIDE = {
     },
 }
 # Of these, types alone: what is drawn is another's result.
-DRAWN = [("ui", "workflows")]
+DRAWN = [("ui", "workflows"), ("ui", "research")]
 ON_THE_TERMINAL = {"cli", "commands", "ui"}
 FILES = {
     ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
@@ -127,6 +128,18 @@ def test_of_results_only_the_types_are_imported(arrow):
     found = [each for each in IMPORTS if (room(each.by), room(each.module)) == arrow]
     assert found
     assert [each for each in found if not each.name[:1].isupper()] == []
+
+
+def test_research_is_imported_where_a_command_asks_for_it():
+    """Within functions, or for types alone: only research itself imports it at the top."""
+    outside = [module for module in FILES if room(module) != "research"]
+    wrong = [
+        node
+        for module in outside
+        for node in ast.parse(FILES[module].read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and "research" in ast.unparse(node)
+    ]
+    assert wrong == []
 
 
 def test_only_the_terminal_knows_typer_and_rich():

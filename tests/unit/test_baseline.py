@@ -135,24 +135,6 @@ def test_people_get_both_below_each_other(pop_file, text):
     assert kinds[2:] == ["own", "always-skip"]
 
 
-def test_a_plot_draws_both(pop_file, text, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from matplotlib.axes import Axes
-
-    drawn: list[str] = []
-    draw = Axes.errorbar
-
-    def noted(self, *arguments, **options):
-        drawn.append(options["label"])
-        return draw(self, *arguments, **options)
-
-    monkeypatch.setattr(Axes, "errorbar", noted)
-    target = tmp_path / "out.png"
-    sweep = (pop_file, "--text", text, "--sweep", "2,4", "--plot", target)
-    assert evaluate(*sweep, *BASELINE).exit_code == 0
-    assert drawn == ["POP", "always-skip"] * 2
-
-
 def test_it_is_compared_with_pop_only(pop_file):
     assert evaluate(pop_file, *BASELINE, "--no-boundary").exit_code == 2
 

@@ -15,8 +15,8 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
-from pop_local.measure.break_even import Tried, measure_break_even, search, wins
 from pop_local.measure.forced import use_rule
+from pop_local.research.break_even import measure_break_even, search, wins
 from pop_local.ui.views.stats import stats_line
 from support.converted import converted, tiny
 from support.shapes import read_shape
@@ -89,30 +89,32 @@ def test_a_median_above_one_must_exceed_the_spread():
 @pytest.mark.parametrize("overhead_s", [4.0, 12.5, 1000.0])
 def test_break_even_is_where_the_rows_saved_pay_for_the_overhead(model, overhead_s):
     """Each context row saves a quarter of a second, so 17 + 4 * overhead rows are even."""
-    seen: list[Tried] = []
-    found = measure_break_even(model, 2, 200, seen.append, ScriptedClock(model, overhead_s))
+    seen: list[int] = []
+    clock = ScriptedClock(model, overhead_s)
+    n_prompt, tried = measure_break_even(model, 2, 200, seen.append, clock)
     even = 17 + int(4 * overhead_s)
     if even > 200:
-        assert found.n_prompt is None
+        assert n_prompt is None
     else:
-        assert found.n_prompt is not None
-        assert even < found.n_prompt <= even + even // 7
-    assert sorted(seen, key=lambda one: one.n_prompt) == list(found.tried)
-    assert all(one.n_pruned == one.n_prompt - 17 for one in found.tried)
-    assert all(one.iqr == 0 and one.wins == (one.n_prompt > even) for one in found.tried)
+        assert n_prompt is not None
+        assert even < n_prompt <= even + even // 7
+    assert seen == list(range(1, len(tried) + 1))
+    assert list(tried) == sorted(tried, key=lambda one: one.n_prompt)
+    assert all(one.n_pruned == one.n_prompt - 17 for one in tried)
+    assert all(one.iqr == 0 and one.wins == (one.n_prompt > even) for one in tried)
 
 
 def test_what_the_file_calls_short_is_measured_all_the_same_and_stays(model):
     rule = replace(model.rule, min_prompt=100)
     use_rule(model, rule)
-    found = measure_break_even(model, 2, 40, lambda one: None, ScriptedClock(model, 0.0))
-    assert found.n_prompt == 18
+    found, _ = measure_break_even(model, 2, 40, lambda n: None, ScriptedClock(model, 0.0))
+    assert found == 18
     assert model.rule == rule
 
 
 def test_prompts_of_full_rows_only_are_an_error(model):
     with pytest.raises(PopError, match="of 17 tokens none"):
-        measure_break_even(model, 2, 17, lambda one: None)
+        measure_break_even(model, 2, 17, lambda n: None)
 
 
 # --- bench --find-break-even
@@ -221,4 +223,4 @@ def test_run_says_it_in_json(tmp_path):
     )
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert (report["pop"], report["reading"], report["stats"]["n_pruned"]) == (True, "short", 0)
+    assert (report["full"], report["reading"], report["stats"]["n_pruned"]) == (False, "short", 0)

@@ -13,14 +13,15 @@ from pop_converter.popfile.rewrite import Fitted
 from pop_converter.popfile.sidecar import write_sidecar
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
+from pop_local.calibration.options import FitOptions
 from pop_local.engine.model import PopModel
 from pop_local.measure.divergence import divergence, predictions
 from pop_local.measure.forced import FULL, Pruning, forced
 from pop_local.research import distill as distilling
-from pop_local.workflows.distilled import distilled as train
-from pop_local.workflows.distilled import prepare, start_of
+from pop_local.research.distilled import Distiller, start_of
+from pop_local.research.torch_device import TorchDevice, computing
 from pop_local.workflows.events import Watch
-from pop_local.workflows.torch_device import TorchDevice, computing
+from pop_local.workflows.options import Hardware
 from support.calibrating import BOUNDARY, fitted, planned, prompt, settings
 from support.synthetic import make_gguf
 
@@ -101,14 +102,14 @@ def test_what_the_backend_loses_on_other_text_becomes_less(letters, tmp_path, mo
     windows = np.array([prompt(N_TOKENS, seed) for seed in range(60)], np.int32)
     others = np.array([prompt(N_TOKENS, seed) for seed in range(200, 204)], np.int32)
     counted: list[tuple[int, int]] = []
-    source, device = read_source(path), TorchDevice("cpu", 0, torch.float32)
+    device = TorchDevice("cpu", 0, torch.float32)
     watch = Watch(on_progress=lambda *each: counted.append(each))
-    reference = prepare(source, BOUNDARY, windows, device, watch)
+    options = FitOptions(kv_type=fit.KvType.F32)
+    distiller = Distiller(read_source(path), options, Hardware(), watch)
+    reference = distiller.read(BOUNDARY, windows, device)
     assert counted[0][0] == 0 and counted[-1][0] == counted[-1][1]
     counted.clear()
-    distilled = train(
-        pruned_plan(path, made), source, made, fit.KvType.F32, reference, device, watch
-    )
+    distilled = distiller.trained(pruned_plan(path, made), made, reference, device)
     assert [done for done, _ in counted[:3]] == [0, 1, 2], "a stop is asked for with each input"
     assert counted[-1][0] == counted[-1][1]
     assert distilled.calibration.n_distilled == windows.size

@@ -1,1 +1,1 @@
-"""What a model's layers are, and which of them prompts can skip."""
+"""The layers of a model, and which of them prompts can skip."""

@@ -1,4 +1,4 @@
-"""The tensors of a model by layer, and what they say about it."""
+"""The tensors of a model by layer, and the facts that they tell."""
 
 import re
 

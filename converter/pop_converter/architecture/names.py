@@ -1,4 +1,4 @@
-"""Facts that the name of an architecture alone tells: neither keys nor tensors say them.
+"""Facts that the name of an architecture alone tells: neither keys nor tensors do.
 
 Everything else comes from a model's file (pop_converter.architecture.shape). Names are those of
 llama.cpp's src/llama-arch.cpp; one that is missing here is taken for a decoder like any other.

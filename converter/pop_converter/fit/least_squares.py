@@ -31,7 +31,7 @@ BIAS_RIDGE = 1e-6
 # Inputs whose gain makes them this much weaker than the average (in power) keep their own weights:
 # dividing by such a gain would spoil the scale of the quantised block that they share.
 WEAK_INPUT = 1e-4
-# Of the token weights: the least, and the most attention in units of its mean.
+# The least token weight, and the most attention that counts, in units of its mean.
 LEAST_WEIGHT = 0.2
 MOST_ATTENTION = 50.0
 # Least pivot of the system, whose diagonal is 1: below it rounding decides.
@@ -66,8 +66,8 @@ class KvType(str, Enum):
 class Gram:
     """The sums that the fits at a boundary need: float32 products of windows, added in float64.
 
-    They are X'DX [n_inputs + 1, n_inputs + 1] as `xx`, and X'DY [n_inputs + 1, n_k + n_v] of each
-    layer as `xy`; the ones come last.
+    `xx` is X'DX [n_inputs + 1, n_inputs + 1], `xy` is X'DY [n_inputs + 1, n_k + n_v] of each layer.
+    The ones come last.
     """
 
     def __init__(self, xx: Doubles, xy: dict[int, Doubles]) -> None:
@@ -142,7 +142,7 @@ def token_weights(mass: Floats, weighting: Weighting) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Solve for the projections that stand in for a layer's `own`.
+    """Solve for the projections that replace a layer's `own`.
 
     `ridge` is in units of the diagonal of X'DX and pulls toward `own`. Raises FitError when the
     sums are not finite, or singular.

@@ -41,7 +41,7 @@ def solve_torch(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
     import torch
 
     if torch.cuda.is_available():
-        # The model that is read, and measured next, lies there, too.
+        # The model that is read, and measured next, is there, too.
         try:
             return _solved_on("cuda", system, rest, least_pivot)
         except torch.cuda.OutOfMemoryError:

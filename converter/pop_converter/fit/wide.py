@@ -1,17 +1,17 @@
-"""The wider input of a fit: more of what is known at the boundary than the state of a token itself.
+"""The wider input of a fit: more than the state of the token itself at the boundary.
 
 Beside x, the normalised state at the boundary, K and V of later layers see z = [p, a]:
 
 - p: x of the previous token, reduced to a quarter by PCA. Attention in the skipped layers moves
-  what a token's predecessor is to it (induction), which no function of its own state can know.
+  the predecessor of a token to it (induction), which no function of its own state can know.
 - a: the strongest neurons of the FFN of the boundary layer itself, up * act(gate) evaluated on x.
   Strong is who adds most power to that layer's output. They are scaled to unit variance and clamped
   (unclamped, single windows lose everything). There are none where experts share the FFN.
 
 The previous token of the first one of a ubatch is itself. (Found in the lab: docs/lab-notebook.md.)
 
-A fit of the kind "fitted-attention" also sees what the heads of the boundary layer's attention
-give, before its output projection. Nothing is stored for that: context rows keep this attention.
+A fit of the kind "fitted-attention" also sees the outputs of the boundary layer's attention heads,
+before the output projection. Nothing is stored for that: context rows keep this attention.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,7 +51,7 @@ class Neurons:
 
 @dataclass(frozen=True)
 class WideInput:
-    """What makes z of x: `previous` [n_prev, n_embd], and scaled neurons, None for none."""
+    """The function from x to z: `previous` [n_prev, n_embd], scaled neurons, None for none."""
 
     previous: Floats
     neurons: Neurons | None

@@ -1,7 +1,7 @@
 """The GGUF container: keys and tensor table of one file, without reading its tensors.
 
 `gguf.GGUFReader` keeps two numpy arrays per vocabulary entry (Gemma-3-270M: 12 s, 680 MB), hence
-a scanner of our own; types and block sizes still come from the gguf package.
+this scanner. Types and block sizes are those of the gguf package.
 Layout: magic, version, counts, keys, tensor table, padding, data (ggml/docs/gguf.md).
 """
 
@@ -22,7 +22,7 @@ from pop_local.base.errors import FormatError, TruncatedError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-# What no model comes near: vocabularies take some megabytes, and names are short.
+# Limits far above any model: vocabularies take some megabytes, and names are short.
 MAX_HEADER_BYTES = 1 << 28
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 18
@@ -46,7 +46,7 @@ _SCALARS: dict[int, str] = {
     GGUFValueType.FLOAT64: "d",
 }
 _NUMBERS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
-# Of a tensor with so many dimensions: they, its type, its offset.
+# A tensor's entry by its number of dimensions: they, its type, its offset.
 _ROWS = tuple(struct.Struct(f"<{n_dims}QIQ") for n_dims in range(5))
 # (elements, bytes) per block by ggml type; Q2_0 (42) is newer than the gguf package.
 BLOCK_SIZES = {42: (64, 18)} | {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}

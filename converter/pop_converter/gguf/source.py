@@ -1,4 +1,4 @@
-"""A model as it lies on disk: one GGUF file, or the parts of a split one."""
+"""A model on disk: one GGUF file, or the parts of a split one."""
 
 import hashlib
 import re
@@ -9,16 +9,16 @@ from pop_converter.gguf.header import Header, Scalar, TensorInfo, read_header
 from pop_local.base.errors import FormatError
 
 SPLIT_PREFIX = "split."
-# The architecture that a sidecar names: llama.cpp knows none of this name and says so.
+# The architecture that a sidecar names: llama.cpp knows none of this name and refuses it.
 SIDECAR_ARCH = "pop-sidecar"
-# Of each tensor, where a hash tells models apart: no two agree in that many.
+# Bytes of each tensor in a hash that tells models apart: no two agree in that many.
 SAMPLED_BYTES = 4096
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class SplitPart:
-    """What the file name of a part of a split model says; `number` counts from 1."""
+    """The file name of a part of a split model, taken apart; `number` counts from 1."""
 
     stem: str
     number: int

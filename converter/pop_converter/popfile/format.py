@@ -23,13 +23,13 @@ MAX_TOKENS = 2**31 - 1
 MAX_TEXT = 1 << 16
 MAX_FILE_NAME = 255
 CONVERT_AGAIN = "update pop-local, or convert the model again"
-# Of a budget in a file that does not name one.
+# A limit of a budget in a file that does not name it.
 NO_LIMIT = 1e9
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What projections were fitted on.
+    """The text that projections were fitted on.
 
     `sha256` is of the text, or of the tokens where some were sampled. `n_distilled` tokens were
     read to train the fit end to end (pop_local.research.distill), 0 where it was not.
@@ -47,7 +47,7 @@ class Calibration:
 class Measured:
     """The quality on text that was not calibrated on, pruned against full.
 
-    KL is in nats; pop_local.measure.quality says what each figure is.
+    KL is in nats; pop_local.measure.quality defines each figure.
     """
 
     kl_mean: float = 0.0
@@ -80,7 +80,7 @@ class Refilled:
 class Recalled:
     """How often facts of a prompt were found again: shares of the documents asked about.
 
-    pop_local.measure.recall says what is asked. `lost_se`: the standard error of `full` - `pruned`.
+    pop_local.measure.recall asks the questions. `lost_se`: the standard error of `full` - `pruned`.
     """
 
     n_documents: int
@@ -91,11 +91,11 @@ class Recalled:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a boundary was chosen by: it is the deepest one that `quality` allows.
+    """The limits that a boundary was chosen by: it is the deepest one that `quality` allows.
 
     The bounds are on kl_mean, ppl_ratio and copy_ppl_ratio of Measured, on the retention of random
-    tokens (see pop_local.measure.quality), and on what is lost of Recalled. `tried` holds the
-    boundaries that were measured, and the verdicts. What has a default is missing in older files.
+    tokens (see pop_local.measure.quality), and on the lost share of Recalled. `tried` holds the
+    boundaries that were measured, and the verdicts. Older files miss the fields with defaults.
     """
 
     quality: str
@@ -117,16 +117,16 @@ class Binding:
 
 @dataclass(frozen=True)
 class PopMeta:
-    """What a converted file says about its pruning.
+    """The keys of a converted file about its pruning.
 
     `schedule` has one letter per layer: F runs for every token, S is skipped by context tokens.
     `sink_tokens` and `tail_tokens` run in full at the prompt's two ends; prompts shorter than
     `min_prompt` run in full altogether. `select` is the share of context rows that run all layers,
-    too, chosen by the question. `source_sha256` is the hash of the file that stripping
-    gives back, or that a sidecar is for: the source, or the single file that the source's parts
-    add up to. `source_bytes` is its size when tensors were added to it, otherwise 0. `image_rows`:
-    how many rows of pictures projections were fitted on besides text; where that is 0, those of
-    pictures get the layers' own. The defaults are what a file without the keys means.
+    too, chosen by the question. `source_sha256` is the hash of the file that stripping gives back,
+    or that a sidecar is for; parts of a source count as one file. `source_bytes` is its size when
+    tensors were added to it, otherwise 0. `image_rows`: how many rows of pictures projections were
+    fitted on besides text; where that is 0, those of pictures get the layers' own. A file without
+    the keys means the defaults.
     """
 
     schedule: str
@@ -312,7 +312,7 @@ def _n_layer(header: Header) -> int | None:
 
 
 def encode_keys(meta: PopMeta) -> tuple[bytes, ...]:
-    """Encode the keys of a converted file as they stand in it, each by itself."""
+    """Encode the keys of a converted file as they are in it, each by itself."""
     keys = [_encode_key(name, getattr(meta, field)) for name, field, _ in _KEYS]
     keys += [
         _encode_key(name, value)

@@ -16,7 +16,7 @@ DEFAULT_SKIP = Fraction(1, 3)
 # 16 leave the first answer token 1.4 times as wrong (docs/lab-notebook.md), and win 0.5 % of time.
 TAIL_TOKENS = 32
 
-# Of a model's layers: a fraction, or a number of layers.
+# A fraction of a model's layers, or a number of layers.
 Share = Fraction | int
 
 
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def meta(self) -> PopMeta:
-        """The keys of the file that this plan makes, but for what is said of source and fit."""
+        """The keys of the file that this plan makes, but for those of source and fit."""
         return PopMeta(
             schedule=self.schedule,
             projection=self.projection,

@@ -183,7 +183,7 @@ def original(source: Source, meta: PopMeta) -> Content:
 
 
 def _verify(written: Path, content: Content, whole: Content, meta: PopMeta, advance: Ran) -> bool:
-    """Tell whether the original, byte for byte, what was added, and `meta` lie on disk."""
+    """Tell whether the original, byte for byte, the added tensors, and `meta` are on disk."""
     source = read_source(written)
     return (
         pop_meta(source.first) == meta
@@ -237,7 +237,7 @@ def unconverted(src: Path) -> Source:
 
 
 def tool_name() -> str:
-    """Return name and version as they stand in `pop.tool`."""
+    """Return name and version, as in `pop.tool`."""
     try:
         return f"pop-local {version('pop-local')}"
     except PackageNotFoundError:

@@ -1,7 +1,7 @@
 """Sidecars: the POP keys and tensors of a model in a small file of their own, beside it.
 
 The model is neither copied nor changed. A sidecar knows it by its size and by a hash of its keys
-and tensor table, so that opening both reads no gigabytes; `pop.source.sha256` covers all of it.
+and tensor table, so that opening both reads no gigabytes. `pop.source.sha256` covers all of it.
 """
 
 import glob
@@ -42,12 +42,12 @@ _EMPTY = Content()
 
 
 def sidecar_path(base: Source) -> Path:
-    """Return where the sidecar of a model lies unless somebody says otherwise."""
+    """Return the default path of a model's sidecar."""
     return base.first.path.with_name(Path(base.name).stem + SUFFIX)
 
 
 def sidecar_beside(base: Source) -> Path | None:
-    """Return the sidecar that lies there, None for none and for a converted model."""
+    """Return the sidecar at `sidecar_path`; None for none, and for a converted model."""
     found = sidecar_path(base)
     return found if found.is_file() and pop_meta(base.first) is None else None
 

@@ -1,1 +1,1 @@
-"""What a result looks like: tables, plots and words."""
+"""How results are shown: tables and words."""

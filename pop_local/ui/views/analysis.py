@@ -1,41 +1,19 @@
-"""How an analysis is shown: a table with bars, the same as Markdown, JSON."""
+"""How an analysis is shown: a table, findings in words, JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import compress
-from math import sqrt
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-
-from rich.bar import Bar
-from rich.table import Table as RichTable
-from rich.text import Text as RichText
 
 from pop_converter.projection import Projection
 from pop_local.ui.tables import Column, Fact, Table, markdown, print_facts
-from pop_local.ui.theme import out
+from pop_local.ui.theme import say
 from pop_local.ui.views.quality import bare, figures, text_json, with_se
 
 if TYPE_CHECKING:
-    from pop_local.measure.depth import DepthCost
-    from pop_local.measure.estimate import Estimate
-    from pop_local.measure.importance import Stage
-    from pop_local.workflows.analyze import Analysis
-
-_BAR_WIDTH = 8
-_ROOMY_WIDTH, _BARS_WIDTH = 100, 80
-# Columns that a narrower terminal does without: the findings below the table say it, too.
-_LEAST_WIDTH = {"projection": 60, "note": 72, "lost_retention": 78}
-_LEAST_WIDTH_BESIDE_BARS = {"note": 80, "projection": 88, "lost_retention": 94}
-
-_BOUNDARY = (
-    "from Limit on a row is of pruning from its layer on; KL: to the full model, nats per token of "
-    "prose; Copy: perplexity of a repeated passage, in the full model's"
-)
-_INDUCTION = (
-    "what is kept of the full model's gain on repeated random tokens, with own projections; Lost: "
-    "by skipping this layer, too"
-)
+    from pop_local.research.analyze import Analysis
+    from pop_local.research.depths import DepthCost
+    from pop_local.research.importance import Stage
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
@@ -52,7 +30,7 @@ def as_json(found: Analysis) -> dict[str, Any]:
         "chosen": {
             "budget": found.budget,
             "boundary": chosen and chosen.boundary,
-            "projection": chosen and _projection(chosen),
+            "projection": chosen and chosen.projection,
             "is_estimate": True,
         },
     }
@@ -67,22 +45,14 @@ def _depth_json(depth: DepthCost) -> dict[str, Any]:
         "induction_retention": kept and kept.value,
         "induction_retention_se": kept and kept.se,
         "lost_retention": depth.lost_retention,
-        "projection": _projection(depth),
+        "projection": depth.projection,
         "quality": depth.quality and figures(depth.quality),
     }
 
 
-def _projection(depth: DepthCost) -> str | None:
-    """Of `depth.quality`."""
-    return None if depth.quality is None else Projection.FITTED if depth.fitted else Projection.OWN
-
-
 def show(found: Analysis) -> None:
-    """On stdout: in a terminal with bars, elsewhere as Markdown; then the findings in words."""
-    if out.is_terminal:
-        out.print(_drawn(found))
-    else:
-        out.file.write(markdown(_table(found, with_se)) + "\n\n")
+    """On stdout: a table, then the findings in words."""
+    say(f"{markdown(_table(found))}\n")
     print_facts([*_facts(found)])
 
 
@@ -98,8 +68,8 @@ _DEPTHS = (
 )
 
 
-def _table(found: Analysis, importance: Callable[[Estimate, str], str]) -> Table:
-    """A line for each layer, which is the boundary, too: what pruning from there on costs."""
+def _table(found: Analysis) -> Table:
+    """A line for each layer, which is the boundary, too: the cost of pruning from there on."""
     gates = found.importance
     stages = () if gates is None else (gates.prefill, gates.decode)
     by_layer = {depth.boundary: depth for depth in found.depths}
@@ -107,7 +77,7 @@ def _table(found: Analysis, importance: Callable[[Estimate, str], str]) -> Table
     rows = [
         (
             layer,
-            *(importance(stage.layers[layer], ".2f") for stage in stages),
+            *(with_se(stage.layers[layer], ".2f") for stage in stages),
             *(_cells(by_layer[layer], found) if layer in by_layer else ("",) * len(_DEPTHS)),
         )
         for layer in layers
@@ -120,7 +90,7 @@ def _cells(depth: DepthCost, found: Analysis) -> tuple[str, ...]:
     quality, kept, lost = depth.quality, depth.retention, depth.lost_retention
     return (
         f"{depth.speedup_limit:.2f}x",
-        _projection(depth) or "",
+        depth.projection or "",
         bare(quality.kl_mean, ".3f") if quality else "",
         bare(quality.copy_ppl_ratio, ".2f") if quality else "",
         "-" if kept is None else _share(kept.value),
@@ -129,50 +99,14 @@ def _cells(depth: DepthCost, found: Analysis) -> tuple[str, ...]:
     )
 
 
-def _drawn(found: Analysis) -> RichTable:
-    gates = found.importance
-    table = _table(found, bare)
-    padding = (0, 2 if out.width >= _ROOMY_WIDTH else 1, 0, 0)
-    drawn = RichTable(header_style="title", box=None, padding=padding)
-    has_blocks = (out.encoding or "").lower().startswith("utf")
-    with_bars = gates is not None and out.width >= _BARS_WIDTH and has_blocks
-    least_width = _LEAST_WIDTH_BESIDE_BARS if with_bars else _LEAST_WIDTH
-    shown = [out.width >= least_width.get(column.key, 0) for column in table.columns]
-    for column in compress(table.columns, shown):
-        drawn.add_column(column.title, justify="right" if column.numeric else "left", no_wrap=True)
-        if with_bars and column in _GATES:
-            drawn.add_column("", width=_BAR_WIDTH)
-    styles = {str(depth.boundary): "bad" for depth in found.cliff}
-    if found.chosen is not None:
-        styles[str(found.chosen.boundary)] = "good"
-    for cells in table.texts():
-        style = styles.get(cells[0], "")
-        row: list[RichText | Bar] = [RichText(cell, style=style) for cell in compress(cells, shown)]
-        if with_bars and gates is not None:
-            layer = int(cells[0])
-            row.insert(3, _bar(gates.decode, layer, "yellow"))
-            row.insert(2, _bar(gates.prefill, layer, "cyan"))
-        drawn.add_row(*row)
-    return drawn
-
-
-def _bar(stage: Stage, layer: int, color: str) -> Bar:
-    """As long as the root of the importance, the size of the gradient: the squares differ a lot."""
-    largest = max(estimate.value for estimate in stage.layers)
-    length = sqrt(stage.layers[layer].value / largest) if largest else 0.0
-    return Bar(1.0, 0.0, length, width=_BAR_WIDTH, color=color)
-
-
 def _facts(found: Analysis) -> Iterator[Fact]:
     gates, made = found.importance, found.calibration
     if gates is not None:
         windows = f"{gates.n_windows} windows of {gates.n_context} + {gates.n_answer} tokens"
-        how = f"mean of (dL/dg)^2 ± one standard error over {windows}; bars: its root"
+        how = f"mean of (dL/dg)^2 ± one standard error over {windows}"
         yield "Importance", how
         yield "Reading", _thirds(gates.prefill)
         yield "Answering", _thirds(gates.decode)
-    yield "Boundary", _BOUNDARY
-    yield "Induction", _INDUCTION
     yield "Copying", _cliff(found)
     if made is not None:
         yield "Fitted on", f"{made.name}: {made.n_tokens:,} tokens"
@@ -180,7 +114,7 @@ def _facts(found: Analysis) -> Iterator[Fact]:
 
 
 def _choice(found: Analysis) -> str:
-    """What the budget would take by these figures."""
+    """The boundary that the budget would take by these figures."""
     name, depth = found.budget.quality, found.chosen
     if depth is None or depth.quality is None:
         return f"no boundary that was measured is within the {name} budget"
@@ -188,7 +122,8 @@ def _choice(found: Analysis) -> str:
     losses = f"KL {with_se(quality.kl_mean, '.4f')}, copy ratio {quality.copy_ppl_ratio.value:.3f}"
     if quality.induction_retention is not None:
         losses += f", {quality.induction_retention.value:.0%} of copying kept"
-    how = "with the fit" if depth.fitted else "with the layers' own projections"
+    is_own = depth.projection == Projection.OWN
+    how = "with the layers' own projections" if is_own else "with the fit"
     windows = f"{quality.n_windows} window{'s' * (quality.n_windows > 1)}"
     return (
         f"{name} would take boundary {depth.boundary}, at most {depth.speedup_limit:.2f}x: "

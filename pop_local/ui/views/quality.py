@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pop_local.measure.heldout import Text
     from pop_local.measure.quality import Quality
     from pop_local.measure.recall import Recall
-    from pop_local.measure.turns import SecondTurn
+    from pop_local.research.turns import SecondTurn
+    from pop_local.research.yardstick import Quantised
     from pop_local.workflows.evaluate import Evaluation, Row
 
 ALWAYS_SKIP = "always-skip"
@@ -52,17 +53,26 @@ def text_json(text: Text) -> dict[str, str]:
     return {"name": text.name, "sha256": text.sha256}
 
 
-def evaluation_json(found: Evaluation) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Beside:
+    """Beside an evaluation: the second answer at its only boundary, the model quantised."""
+
+    second_turn: SecondTurn | None = None
+    yardstick: tuple[Quantised, ...] = ()
+
+
+def evaluation_json(found: Evaluation, beside: Beside) -> dict[str, Any]:
     """The only boundary as one object."""
-    return _json_head(found) | _row_json(found.rows[0])
+    second = beside.second_turn and figures(beside.second_turn)
+    return _json_head(found, beside) | _row_json(found.rows[0]) | {"second_turn": second}
 
 
-def sweep_json(found: Evaluation) -> dict[str, Any]:
+def sweep_json(found: Evaluation, beside: Beside) -> dict[str, Any]:
     """All boundaries, in a list of rows."""
-    return _json_head(found) | {"rows": [_row_json(row) for row in found.rows]}
+    return _json_head(found, beside) | {"rows": [_row_json(row) for row in found.rows]}
 
 
-def _json_head(found: Evaluation) -> dict[str, Any]:
+def _json_head(found: Evaluation, beside: Beside) -> dict[str, Any]:
     yardstick = [
         {
             "name": each.name,
@@ -70,7 +80,7 @@ def _json_head(found: Evaluation) -> dict[str, Any]:
             **figures(each.quality),
             "recall": [figures(recall) for recall in each.recall],
         }
-        for each in found.yardstick
+        for each in beside.yardstick
     ]
     return {"model": str(found.model), "text": text_json(found.text), "yardstick": yardstick}
 
@@ -88,32 +98,31 @@ def _row_json(row: Row) -> dict[str, Any]:
         "select": row.select,
         "n_refilled": row.n_refilled,
         "recall": [figures(recall) for recall in row.recall],
-        "second_turn": None if row.second_turn is None else figures(row.second_turn),
         "baseline": None if always is None else {"name": ALWAYS_SKIP, **figures(always)},
     }
 
 
-def show_evaluation(found: Evaluation) -> None:
+def show_evaluation(found: Evaluation, beside: Beside) -> None:
     """Facts for one boundary; a table for several, or with a baseline."""
-    if len(found.rows) > 1 or found.rows[0].always_skip is not None or found.yardstick:
-        show_sweep(found)
+    if len(found.rows) > 1 or found.rows[0].always_skip is not None or beside.yardstick:
+        show_sweep(found, beside)
         return
     model, text = ("Model", str(found.model)), ("Text", found.text.name)
-    print_facts([model, text, *_facts(found.rows[0])])
+    print_facts([model, text, *_facts(found.rows[0], beside.second_turn)])
 
 
-def show_sweep(found: Evaluation) -> None:
+def show_sweep(found: Evaluation, beside: Beside) -> None:
     """A table with a row for each boundary, and one below it for its baseline."""
     from pop_local.workflows.evaluate import Row
 
     q = found.rows[0].quality
     rows = [line for row in found.rows for line in (row, *_baseline(row))]
-    rows += [Row(0, each.name, nan, each.quality, each.recall) for each in found.yardstick]
+    rows += [Row(0, each.name, nan, each.quality, each.recall) for each in beside.yardstick]
     say(f"{found.model}: {q.n_windows} windows of {q.n_context} + {q.n_continuation} tokens")
     say(f"{found.text.name}; ± one standard error\n\n{markdown(Table.of(_COLUMNS, rows))}")
 
 
-def _facts(row: Row) -> Iterator[Fact]:
+def _facts(row: Row, second: SecondTurn | None) -> Iterator[Fact]:
     q, made = row.quality, row.calibration
     if made is not None:
         how = f"{made.n_tokens:,} tokens, ridge {made.ridge:g}, weighting {made.weighting}"
@@ -144,7 +153,7 @@ def _facts(row: Row) -> Iterator[Fact]:
         retained = f"{q.induction_retention.value:.0%} of the full model's gain"
     added = with_se(q.induction_delta_nll, ".3f")
     yield "Induction", f"NLL {'' if added.startswith('-') else '+'}{added}, {retained}"
-    if (second := row.second_turn) is not None:
+    if second is not None:
         after = with_se(second.kl_refilled, ".4f")
         yield "Second answer", f"KL {with_se(second.kl_pruned, '.4f')}, refilled {after}"
     for recall in row.recall:

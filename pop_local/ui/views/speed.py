@@ -8,7 +8,8 @@ from pop_local.ui.tables import Column, Table, markdown
 from pop_local.ui.theme import say
 
 if TYPE_CHECKING:
-    from pop_local.workflows.bench import BreakEvenSearch, Speed
+    from pop_local.research.break_even import BreakEven
+    from pop_local.workflows.bench import Speed
 
 
 def speed_json(found: Speed) -> dict[str, object]:
@@ -37,12 +38,12 @@ def show_speed(found: Speed) -> None:
         say(_NOT_ENCODING)
 
 
-def gain_json(found: BreakEvenSearch) -> dict[str, object]:
+def gain_json(found: BreakEven) -> dict[str, object]:
     """The search as one object; `min_prompt`: what the file says now."""
     return vars(found.bench) | {"break_even": found.n_prompt, "tried": found.tried}
 
 
-def show_gain(found: BreakEvenSearch, n_longest: int) -> None:
+def show_gain(found: BreakEven, n_longest: int) -> None:
     """A table with one row for each length tried, and what to make of it."""
     bench = found.bench
     say(f"{bench.model}: pruned from layer {bench.boundary} on; {bench.backend}")
@@ -50,7 +51,7 @@ def show_gain(found: BreakEvenSearch, n_longest: int) -> None:
     say(f"{markdown(Table.of(_TRIED, found.tried))}\n\n{_advice(found, n_longest)}")
 
 
-def _advice(found: BreakEvenSearch, n_longest: int) -> str:
+def _advice(found: BreakEven, n_longest: int) -> str:
     now = "the file names no shortest prompt"
     if found.bench.min_prompt:
         now = f"the file prunes from {found.bench.min_prompt:,} tokens on"

@@ -14,6 +14,7 @@ from pop_local.base.errors import PopError
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
+from pop_local.workflows.conversion.distiller import MakeDistiller
 from pop_local.workflows.conversion.goals import Within
 from pop_local.workflows.conversion.output import OutputName
 from pop_local.workflows.conversion.plan import (
@@ -24,7 +25,6 @@ from pop_local.workflows.conversion.plan import (
     plan_conversion,
 )
 from pop_local.workflows.conversion.refusals import Trial
-from pop_local.workflows.conversion.trainer import Trainer
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Phase, Stopwatch, Watch
 from pop_local.workflows.options import Hardware, RowOptions
@@ -55,7 +55,7 @@ def convert(
     rows: RowOptions = RowOptions(),
     output: OutputName = "copy",
     resume: bool = False,
-    trainer: Trainer | None = None,
+    distiller: MakeDistiller | None = None,
     force: bool = False,
     hardware: Hardware = Hardware(),
     watch: Watch = Watch(),
@@ -71,7 +71,7 @@ def convert(
     Raises PopError: OutputExistsError, OverBudgetError, CopyingBrokenError and others. An earlier
     output stays then, and nothing new is left. Raises StoppedError when the watch says so.
     """
-    options = ConvertOptions(goal, fit, rows, output, resume, trainer, hardware)
+    options = ConvertOptions(goal, fit, rows, output, resume, distiller, hardware)
     return run_conversion(plan_conversion(model, out, options), force=force, watch=watch)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.plan import Plan
@@ -16,12 +16,12 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import KINDS_OF_MANY, fit_cost, in_kinds
 from pop_local.calibration.options import FitOptions
-from pop_local.calibration.texts import CalibrationText, Windows, to_distill
+from pop_local.calibration.texts import CalibrationText
 from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
+from pop_local.workflows.conversion.distiller import Distiller
 from pop_local.workflows.conversion.full_model import FullModel
-from pop_local.workflows.conversion.trainer import Trainer
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Progress, Watch
 from pop_local.workflows.options import Hardware
@@ -39,20 +39,18 @@ class Fitter:
 
     Where the options leave it open, one of `kinds` is chosen once, by measuring them at the first
     boundary. Those that copy go first. `full` is the model that they are measured against, None to
-    read a few windows for that alone; `seen` is how each measured, by boundary and kind. `trainer`
-    is None where no fit is trained end to end. `reference` is its text as it was read: some 0.5 GB
-    for 500 dimensions of the states.
+    read a few windows for that alone; `seen` is how each measured, by boundary and kind.
+    `distiller` trains chosen fits end to end, None for none.
     """
 
     bench: Workbench
     options: FitOptions
     kinds: Sequence[Projection] = KINDS_OF_MANY
     full: FullModel | None = None
-    trainer: Trainer | None = None
     text: CalibrationText | None = None
     kind: Projection | None = None
     seen: dict[tuple[int, Projection], Gradual] = field(default_factory=dict)
-    reference: Any = None
+    distiller: Distiller | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -67,7 +65,7 @@ class Fitter:
         kind = self.options.projection or self.kind
         options = replace(self.options, state_path=state_path, projection=kind)
         wanted = in_kinds(plans, options, self.kinds)
-        with self._loaded() as model:
+        with LoadedModel(self.bench.path, **vars(self.bench.hardware)) as model:
             done = calibrate(wanted, model, self.bench.source, options, follow, self.text)
         self.text = done.text
         made: dict[int, dict[Projection, Fitted]] = {plan.boundary: {} for plan in plans}
@@ -76,40 +74,9 @@ class Fitter:
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
-        """Train one of the fits end to end. Raises PopError, StoppedError.
-
-        The text is read in full first, unless it was for this boundary. With `n_deeper`, that
-        reading is kept for as many boundaries past this one.
-        """
-        trainer, bench = self.trainer, self.bench
-        assert trainer is not None, "nobody was handed in who trains"
-        reference = self.reference
-        if reference is not None and plan.boundary < reference.first:
-            reference = None
-        device = trainer.require_distillable(
-            plan, bench.source, self.options, bench.hardware, reference
-        )
-        if reference is None:
-            windows, self.reference = self._windows(plan.shape.n_embd), None
-            first = max(plan.boundary - n_deeper, 0)
-            reference = trainer.prepare(bench.source, first, windows, device, bench.watch)
-        self.reference = reference if n_deeper else None
-        kv_type = self.options.kv_type
-        return trainer.distilled(
-            plan, bench.source, fitted, kv_type, reference, device, bench.watch
-        )
-
-    def _loaded(self) -> LoadedModel:
-        return LoadedModel(self.bench.path, **vars(self.bench.hardware))
-
-    def _windows(self, n_embd: int) -> Windows:
-        if self.reference is not None:
-            windows: Windows = self.reference.windows
-            return windows
-        assert self.text is not None, "nothing was fitted"
-        with self._loaded() as model:
-            n_windows = self.options.n_distilled(n_embd)
-            return to_distill(model, self.text, self.options.text, n_windows)
+        """Train one of the fits end to end; see Distiller. Raises PopError, StoppedError."""
+        assert self.distiller is not None and self.text is not None, "nothing was fitted"
+        return self.distiller.train(plan, fitted, self.text, n_deeper)
 
     def _better(self, plan: Plan, fits: Mapping[Projection, Fitted]) -> Fitted:
         """Take the kind found to be better, by measuring the first boundary that has several."""

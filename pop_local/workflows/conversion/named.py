@@ -53,7 +53,7 @@ def write_named(run: Run) -> Outcome:
     with run.resumable():
         fitter = run.fitter()
         [fitted] = fitter.fit((plan,), run.fit.state_path)
-        if fitter.trainer is not None:
+        if fitter.distiller is not None:
             fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)
         return run.write(
             plan,

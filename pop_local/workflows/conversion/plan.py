@@ -31,13 +31,13 @@ from pop_local.workflows.conversion.refusals import (
     Trial,
 )
 from pop_local.workflows.conversion.workbench import Workbench
-from pop_local.workflows.events import Unit
+from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Hardware, RowOptions
 
 if TYPE_CHECKING:
+    from pop_local.workflows.conversion.distiller import MakeDistiller
     from pop_local.workflows.conversion.fits import Fitter
     from pop_local.workflows.conversion.full_model import FullModel
-    from pop_local.workflows.conversion.trainer import Trainer
 
 STATE_SUFFIX = ".calibration"
 
@@ -77,8 +77,8 @@ class ConvertOptions:
     """How to convert.
 
     `fit` None leaves the skipped layers their own projections. With `resume` a fit that is stopped
-    is kept beside the output, and a kept one goes on. With a `trainer` the fit is trained end to
-    end, too.
+    is kept beside the output, and a kept one goes on. With a `distiller` the fit is trained
+    end to end, too.
     """
 
     goal: Goal
@@ -86,7 +86,7 @@ class ConvertOptions:
     rows: RowOptions = RowOptions()
     output: OutputName = "copy"
     resume: bool = False
-    trainer: Trainer | None = None
+    distiller: MakeDistiller | None = None
     hardware: Hardware = Hardware()
 
 
@@ -119,7 +119,7 @@ class Conversion:
 
     @property
     def is_distilled(self) -> bool:
-        return self.options.trainer is not None
+        return self.options.distiller is not None
 
     @property
     def deepest(self) -> Plan:
@@ -182,8 +182,8 @@ def plan_conversion(
         weights = Weights(source)
         for layer in {layer for plan in plans for layer in plan.fitted_layers}:
             weights.require_readable(layer)
-        if options.trainer is not None:
-            _require_distillable(options.trainer, source, plans, fit, options.hardware)
+    if options.distiller is not None:
+        _require_distillable(options.distiller, source, plans, fit, options.hardware)
     kv_type = (fit or FitOptions()).kv_type
     sizes = output.measure(_deepest(plans), source.first.path, kv_type)
     return Conversion(source, target, output, plans, sizes, options)
@@ -194,18 +194,22 @@ def _deepest(plans: Sequence[Plan]) -> Plan:
 
 
 def _require_distillable(
-    trainer: Trainer, source: Source, plans: Sequence[Plan], fit: FitOptions, hardware: Hardware
+    make: MakeDistiller,
+    source: Source,
+    plans: Sequence[Plan],
+    fit: FitOptions | None,
+    hardware: Hardware,
 ) -> None:
-    if plans[0].select or fit.mmproj:
+    if fit is None or plans[0].select or fit.mmproj:
         raise PopError(
-            "a fit is not distilled for selections or pictures",
+            "nothing is distilled of own projections, for selections or pictures",
             "take it as it is, or do without them",
             cause="not-distilled",
         )
     deepest = _deepest(plans)
     if fit.projection is None and deepest.projection != Projection.OWN:
         deepest = replace(deepest, projection=Projection.ATTENTION)
-    trainer.require_distillable(deepest, source, fit, hardware)
+    make(source, fit, hardware, Watch()).require(deepest)
 
 
 @dataclass(frozen=True)
@@ -233,8 +237,10 @@ class Run:
         """Return what fits the plans, and measures against `full`."""
         from pop_local.workflows.conversion.fits import Fitter
 
-        planned = self.conversion
-        return Fitter(self.bench, self.fit, planned.goal.kinds, full, planned.options.trainer)
+        bench, kinds = self.bench, self.conversion.goal.kinds
+        make = self.conversion.options.distiller
+        distiller = make and make(bench.source, self.fit, bench.hardware, bench.watch)
+        return Fitter(bench, self.fit, kinds, full=full, distiller=distiller)
 
     def write(
         self,

@@ -126,7 +126,7 @@ class Search:
         deepest = self._deepest_inside()
         if deepest is not None:
             self._try_attention(deepest)
-        if self.fitter.trainer is not None:
+        if self.fitter.distiller is not None:
             self._try_distilled()
         if not any(each.is_inside for each in self._judged):
             raise self._over()

@@ -1,4 +1,4 @@
-"""The second answer: what pruning of the prompt still costs it, refilled in between or not."""
+"""The loss of the second answer by pruning of the prompt, refilled in between or not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pop_local.measure.forced import FULL, Forced, Pruning, forced
 from pop_local.measure.heldout import TextTokens, spread_windows
 from pop_local.measure.probes import bos
 from pop_local.measure.quality import QualitySettings
+from pop_local.workflows.evaluate import EvaluationRun
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,15 @@ class SecondTurn:
     kl_refilled: Estimate
 
 
+def second_turn(run: EvaluationRun) -> SecondTurn:
+    """Measure the second answer at the only depth of an evaluation. Raises PopError."""
+    [pruning] = run.prunings
+    n_following = 2 * run.options.settings.n_continuation
+    with run.opened(run.files, n_following) as (model, tokens):
+        advance = run.watch.stage("Measuring the second answer")
+        return measure_second_turn(model, tokens, run.options.settings, pruning, advance)
+
+
 def measure_second_turn(
     model: PopModel,
     text_tokens: TextTokens,
@@ -36,10 +46,13 @@ def measure_second_turn(
 ) -> SecondTurn:
     """Read a context, let a text follow it for good, and score the next one, in each window.
 
-    `on_progress` gets (done_tokens, total_tokens). Raises PopError when the text is too short, or a
+    `on_progress` counts contexts. Raises PopError when the text is too short, or a
     context was not pruned as planned.
     """
-    windows = second_windows(model, text_tokens, settings)
+    start = bos(model)
+    n_text = settings.n_context - len(start) + 2 * settings.n_continuation
+    spread = spread_windows(text_tokens, settings.n_windows, n_text)
+    windows = [(*start, *window) for window in spread]
     with forced(model) as reader:
         ran = counting(len(windows) * 3, on_progress)
         kl = np.empty((2, len(windows), settings.n_continuation))
@@ -51,16 +64,6 @@ def measure_second_turn(
                 kl[row, number] = divergence(full, predicted).kl
                 ran(1)
     return SecondTurn(len(windows), mean(kl[0]), mean(kl[1]))
-
-
-def second_windows(
-    model: PopModel, text_tokens: TextTokens, settings: QualitySettings
-) -> list[tuple[int, ...]]:
-    """Cut windows with room for a second answer out of a text. Raises PopError if it is short."""
-    start = bos(model)
-    n_text = settings.n_context - len(start) + 2 * settings.n_continuation
-    spread = spread_windows(text_tokens, settings.n_windows, n_text)
-    return [(*start, *window) for window in spread]
 
 
 def _second(

@@ -1,22 +1,19 @@
-"""What quantising a model further loses, to hold what pruning loses against."""
+"""Losses of quantising a model further, to compare with those of pruning."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pop_converter.gguf.source import Source
 from pop_local.base.output import check_output
 from pop_local.engine.llama.backend import default_threads
 from pop_local.engine.llama.quantise import TYPES, quantise
 from pop_local.measure.forced import FULL, use_rule
-from pop_local.measure.heldout import Text, tokenize
-from pop_local.measure.quality import Quality, QualitySettings, measure_against, read_reference
-from pop_local.measure.recall import Recall, RecallReference, RecallSettings
+from pop_local.measure.quality import Quality, measure_against, read_reference
+from pop_local.measure.recall import Recall, RecallReference
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.events import Watch
+from pop_local.workflows.evaluate import EvaluationRun
 from pop_local.workflows.measuring import opened
-from pop_local.workflows.options import Hardware
 
 
 @dataclass(frozen=True)
@@ -29,30 +26,23 @@ class Quantised:
     recall: tuple[Recall, ...]
 
 
-def quantised(
-    source: Source,
-    sidecar: Path | None,
-    rows: Mapping[str, int],
-    text: Text,
-    settings: QualitySettings,
-    recall: Sequence[RecallSettings],
-    n_ctx: int,
-    hardware: Hardware,
-    watch: Watch,
-) -> Iterator[Quantised]:
+def quantised(run: EvaluationRun) -> Iterator[Quantised]:
     """Quantise a model as each of TYPES, and measure the windows and facts that pruning gets.
 
-    Passages are chosen among what pruning does not keep full: by the rule of `sidecar`, but for the
-    fields of RowRule in `rows`. Copies are temporary. Quantised twice, a model loses a little more
-    than quantised once from its original weights. Raises PopError, StoppedError.
+    Passages are chosen among what pruning does not keep full. Copies are temporary. A model that is
+    quantised twice loses a little more than one quantised once, from its original weights. Raises
+    PopError, StoppedError.
     """
+    source, watch, hardware = run.source, run.watch, run.hardware
     model = source.first.path
-    with opened(ModelFiles(model, sidecar), hardware, watch, n_ctx=n_ctx) as full:
-        rule = replace(full.rule, **rows)
-        use_rule(full, rule)
+    with run.opened(run.files) as (full, tokens):
+        rule = full.rule
         advance = watch.stage("Reading in full")
-        reference = read_reference(full, tokenize(full, text), settings, advance)
-        asked = [RecallReference.read(full, each, watch.stage("Asking in full")) for each in recall]
+        reference = read_reference(full, tokens, run.options.settings, advance)
+        asked = [
+            RecallReference.read(full, run.asked(n_tokens), watch.stage("Asking in full"))
+            for n_tokens in run.recall
+        ]
     for name in TYPES:
         with TemporaryDirectory(prefix="pop-local-") as folder:
             target = Path(folder) / f"{name}.gguf"
@@ -60,7 +50,7 @@ def quantised(
             watch.on_note(f"Quantising as {name}")
             n_threads = hardware.n_threads or default_threads()
             quantise(model, target, name, n_threads, watch.should_stop)
-            with opened(ModelFiles(target), hardware, watch, n_ctx=n_ctx) as other:
+            with opened(ModelFiles(target), hardware, watch, n_ctx=run.context()) as other:
                 # Figures are of the rows that the rule scores.
                 use_rule(other, rule)
                 advance = watch.stage(f"Measuring {name}")

@@ -1,0 +1,228 @@
+"""Layers that reading can do without: importance by gates, then what each boundary costs."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile.format import Budget, Calibration
+from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.sidecar import pop_of
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
+from pop_local.calibration import needs as memory
+from pop_local.calibration.options import FitOptions
+from pop_local.calibration.texts import default_tokens
+from pop_local.engine.model import PopModel
+from pop_local.engine.prefill.plan import RowRule
+from pop_local.measure import budget
+from pop_local.measure.depth import boundaries
+from pop_local.measure.forced import Pruning, as_planned
+from pop_local.measure.heldout import Text, given_text, shipped_part, spread_windows, tokenize
+from pop_local.measure.probes import N_REPEATED, bos, require_passage
+from pop_local.measure.quality import (
+    Quality,
+    QualitySettings,
+    Reference,
+    measure_against,
+    read_reference,
+)
+from pop_local.models.names import resolve_base
+from pop_local.models.stored import ModelFiles
+from pop_local.research.depths import DepthCost, deepest_within, measure_cliff, worth_measuring
+from pop_local.research.importance import Importance, Windows, gates_device, importance
+from pop_local.research.options import AnalyzeOptions
+from pop_local.workflows.conversion.fits import measure_fits
+from pop_local.workflows.conversion.refusals import TooLittleMemoryError
+from pop_local.workflows.events import Watch
+from pop_local.workflows.measuring import opened
+from pop_local.workflows.options import Hardware
+
+# Draws of random tokens, which give the retention to some percent.
+_N_DRAWS = 2
+# The part of `convert`'s tokens that is enough to compare depths.
+_FIT_SHARE = 4
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """`importance` is None where the gates were left out; `depths` from the last layer on.
+
+    `calibration`: of the fits, None where there are none. `chosen`: the deepest boundary that
+    `budget` accepts on these figures.
+    """
+
+    model: Path
+    text: Text
+    seed: int
+    importance: Importance | None
+    depths: tuple[DepthCost, ...]
+    calibration: Calibration | None
+    budget: Budget
+    chosen: DepthCost | None
+
+    @property
+    def cliff(self) -> tuple[DepthCost, ...]:
+        """The boundaries at which copying from the prompt is lost."""
+        return tuple(depth for depth in self.depths if depth.is_cliff)
+
+
+def analyze(
+    model: str | os.PathLike[str],
+    options: AnalyzeOptions = AnalyzeOptions(),
+    *,
+    hardware: Hardware = Hardware(),
+    watch: Watch = Watch(),
+) -> Analysis:
+    """Measure which layers matter for reading and for answering, and how deep pruning may go.
+
+    The model is given by path or name, and is not converted. Without torch, or for an architecture
+    that it does not compute, the gates are left out with a warning. Raises PopError, StoppedError.
+    """
+    source = read_source(resolve_base(os.fspath(model)))
+    require_unconverted(source)
+    shipped = Text("prose of pop-local", (shipped_part("prose"),))
+    text = given_text(options.text) if options.text else shipped
+    run = _Run(source, source_shape(source), text, options, hardware, watch)
+    require_passage(options.n_context, RowRule(run.ends.sink_tokens, run.ends.tail_tokens))
+    if options.with_fit:
+        run.require_memory()
+    device = gates_device(source, options, hardware, watch) if options.n_gated else None
+    depths, reference, windows = run.probed(options.n_gated if device else 0)
+    measure = run.fitted if options.with_fit else run.unfitted
+    wanted = worth_measuring(depths)
+    measured = measure(reference, wanted) if wanted else ()
+    prose = {each.quality.boundary: each for each in measured}
+    depths = tuple(
+        replace(each, quality=found.quality, projection=found.projection)
+        if (found := prose.get(each.boundary))
+        else each
+        for each in depths
+    )
+    gates = None if device is None else importance(source, device, windows, options, watch)
+    return Analysis(
+        model=source.first.path,
+        text=text,
+        seed=options.seed,
+        importance=gates,
+        depths=depths,
+        calibration=next((each.calibration for each in prose.values() if each.calibration), None),
+        budget=budget.BALANCED,
+        chosen=deepest_within(budget.BALANCED, depths),
+    )
+
+
+def require_unconverted(source: Source) -> None:
+    """Refuse a converted file: fits are made, and boundaries compared, for the model it was."""
+    path = source.first.path
+    if pop_of(source, None) is not None:
+        raise PopError(
+            f"{path} is converted already",
+            "analyze the model that it was made of; stripping the file gives it back",
+            cause="analyze-converted",
+            path=path,
+        )
+
+
+@dataclass(frozen=True)
+class _Prose:
+    """One boundary on prose; `calibration` of its fit, None without one."""
+
+    quality: Quality
+    projection: Projection = Projection.OWN
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One analysis under way."""
+
+    source: Source
+    shape: ModelShape
+    text: Text
+    options: AnalyzeOptions
+    hardware: Hardware
+    watch: Watch
+
+    @property
+    def ends(self) -> Plan:
+        """A plan with the full rows that a conversion has."""
+        return self._plan(self.shape.n_layer - 1)
+
+    def require_memory(self) -> None:
+        """Raise PopError where memory does not do for the fits."""
+        plans = [plan for plan in map(self._plan, boundaries(self.shape)) if plan.fitted_layers]
+        if not plans:
+            return
+        free_bytes = memory.free_bytes()
+        needs = memory.fit_needs(plans, self.source, self._fit_options())
+        if needs.total_bytes > free_bytes:
+            raise TooLittleMemoryError(
+                "the fit needs",
+                needs.total_bytes,
+                free_bytes,
+                "fit on fewer tokens, close other programs, or leave it out",
+                cause="no-memory-for-fit",
+            )
+
+    def probed(self, n_gated: int) -> tuple[tuple[DepthCost, ...], Reference, Windows]:
+        """Read the full model's half, then random tokens at each boundary. Raises PopError.
+
+        Returns how much of copying each boundary keeps, that half, and `n_gated` windows.
+        """
+        options = self.options
+        n_probed, n_context, n_answer = options.n_probed, options.n_context, options.n_answer
+        settings = QualitySettings(
+            n_probed, n_context, n_answer, seed=options.seed, n_draws=_N_DRAWS
+        )
+        with self._opened_as_planned() as model:
+            tokens = tokenize(model, self.text)
+            start = bos(model)
+            texts = spread_windows(tokens, n_gated, options.n_window - len(start))
+            advance = self.watch.stage("Reading in full")
+            reference = read_reference(model, tokens, settings, advance)
+            depths = measure_cliff(model, reference, self.watch.stage("Looking for the cliff"))
+        return depths, reference, [[*start, *text] for text in texts]
+
+    def fitted(self, reference: Reference, tried: Sequence[int]) -> Sequence[_Prose]:
+        """Fit the boundaries and measure each; the last layer alone has nothing to fit."""
+
+        def measure(plan: Plan, sidecar: Path) -> _Prose:
+            advance = self.watch.stage(f"Measuring boundary {plan.boundary}")
+            with self._opened(sidecar) as model:
+                [found] = measure_against(reference, model, (Pruning(plan.boundary),), advance)
+            meta = pop_of(self.source, sidecar)
+            assert meta is not None, "it was written for this model"
+            return _Prose(found, meta.projection, meta.calibration)
+
+        plans, fit = [*map(self._plan, tried)], self._fit_options()
+        return measure_fits(plans, self.source, fit, self.hardware, self.watch, measure)
+
+    def unfitted(self, reference: Reference, tried: Sequence[int]) -> Sequence[_Prose]:
+        """Measure with the layers' own projections."""
+        with self._opened_as_planned() as model:
+            advance = self.watch.stage("Measuring with own projections")
+            found = measure_against(reference, model, [*map(Pruning, tried)], advance)
+        return [*map(_Prose, found)]
+
+    def _plan(self, boundary: int) -> Plan:
+        return make_plan(self.shape, boundary=boundary, projection=Projection.FITTED)
+
+    def _fit_options(self) -> FitOptions:
+        n_tokens = self.options.fit_tokens or default_tokens(self.shape.n_embd) // _FIT_SHARE
+        return FitOptions(n_tokens, projection=Projection.FITTED)
+
+    @contextmanager
+    def _opened_as_planned(self) -> Iterator[PopModel]:
+        """The model with own projections, and the full rows that a conversion has."""
+        with self._opened(None) as model:
+            as_planned(model, self.ends)
+            yield model
+
+    def _opened(self, sidecar: Path | None) -> PopModel:
+        files = ModelFiles(self.source.first.path, sidecar)
+        n_ctx = max(self.options.n_window, 2 * N_REPEATED + 1)
+        return opened(files, self.hardware, self.watch, n_ctx=n_ctx)

@@ -1,0 +1,103 @@
+"""How deep pruning may go: each boundary of the deeper half, measured cheaply.
+
+Random tokens repeated show how much of copying each boundary keeps, with the layers' own
+projections: where it is kept, a fit hardly changes that. There a few windows of prose give the KL
+and the copy ratio, with fitted projections if there are any.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pop_converter.architecture.work import LIMIT_PROMPT, speedup_limit
+from pop_converter.popfile.format import Budget
+from pop_converter.projection import Projection
+from pop_local.base.progress import Progress
+from pop_local.engine.model import PopModel
+from pop_local.measure.budget import BALANCED, FAST, deepest_inside, is_inside, may_copy
+from pop_local.measure.depth import boundaries
+from pop_local.measure.estimate import Estimate
+from pop_local.measure.quality import Quality, Reference, measure_retention
+
+# A layer carries the cliff if skipping it, too, loses this part of the full model's gain.
+CLIFF = 0.2
+# Boundaries that save less are not worth measuring.
+LEAST_LIMIT = 1.05
+
+
+@dataclass(frozen=True)
+class DepthCost:
+    """One boundary, measured cheaply.
+
+    `retention`: as in `Quality`, with the layers' own projections. `lost_retention`: the part of
+    the full model's gain that skipping the layer at the boundary loses on top of those above it.
+    Both are None where the full model has no gain. `quality` on prose, with `projection`; both are
+    None where it was not worth measuring.
+    """
+
+    boundary: int
+    n_skipped: int
+    speedup_limit: float
+    retention: Estimate | None
+    lost_retention: float | None
+    quality: Quality | None = None
+    projection: Projection | None = None
+
+    @property
+    def is_cliff(self) -> bool:
+        return self.lost_retention is not None and self.lost_retention >= CLIFF
+
+
+def measure_cliff(
+    model: PopModel, reference: Reference, on_progress: Progress
+) -> tuple[DepthCost, ...]:
+    """Measure the retention at each of `boundaries`, and how much of it each layer loses.
+
+    The speed-up limits are for prompts of LIMIT_PROMPT tokens; `on_progress` counts draws.
+    """
+    tried = boundaries(model.shape)
+    retentions = measure_retention(reference, model, tried, on_progress)
+    n_full = model.rule.sink_tokens + model.rule.tail_tokens
+    return tuple(
+        DepthCost(
+            boundary=boundary,
+            n_skipped=model.shape.n_layer - boundary,
+            speedup_limit=speedup_limit(model.macs, LIMIT_PROMPT, boundary, n_full),
+            retention=retention,
+            lost_retention=lost,
+        )
+        for boundary, retention, lost in zip(tried, retentions, losses(retentions), strict=True)
+    )
+
+
+def losses(retentions: Sequence[Estimate | None]) -> list[float | None]:
+    """Return how much of the gain each boundary loses, from the shallowest to the deepest.
+
+    A boundary worse than not copying at all counts as not copying. Where the full model does not
+    copy, none has a retention.
+    """
+    kept = [max(0.0, each.value) for each in retentions if each is not None]
+    if len(kept) < len(retentions):
+        return [None] * len(retentions)
+    return [before - now for before, now in pairwise((1.0, *kept))]
+
+
+def worth_measuring(depths: Sequence[DepthCost]) -> tuple[int, ...]:
+    """Return the boundaries that may keep enough of copying, and the one past them.
+
+    Enough is what the loosest budget asks. The likeliest to be chosen comes first, the shallowest
+    where the model does not copy; boundaries that could save next to nothing are left out.
+    """
+    hopeful = [may_copy(FAST, depth.retention) for depth in depths]
+    n_worth = hopeful.index(False) + 1 if False in hopeful else len(depths)
+    wanted = [d.boundary for d in depths[:n_worth] if d.speedup_limit >= LEAST_LIMIT]
+    guess = deepest_inside(
+        {d.boundary: may_copy(BALANCED, d.retention) for d in depths if d.retention is not None}
+    )
+    return tuple(sorted(wanted, key=lambda boundary: abs(boundary - (guess or boundary))))
+
+
+def deepest_within(budget: Budget, depths: Sequence[DepthCost]) -> DepthCost | None:
+    """Return the deepest boundary within a budget, None where there is none."""
+    inside = [d for d in depths if d.quality is not None and is_inside(budget, d.quality)]
+    return min(inside, key=lambda depth: depth.boundary, default=None)

@@ -1,0 +1,143 @@
+"""Whether a conversion's fits can be distilled on this machine, and their training (distill.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pop_converter.architecture.shape import source_shape
+from pop_converter.fit import least_squares as fit
+from pop_converter.fit.weights import Weights
+from pop_converter.fit.wide import decode_input
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Fitted
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError, UnsupportedArchitectureError
+from pop_local.calibration import needs
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.calibration.options import FitOptions
+from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, Windows, to_distill
+from pop_local.research.hyper import read_hyper
+from pop_local.research.torch_device import TorchDevice, computing, torch_device
+from pop_local.workflows.conversion.refusals import TooLittleMemoryError
+from pop_local.workflows.events import Watch
+from pop_local.workflows.options import Hardware
+
+if TYPE_CHECKING:
+    from pop_local.research.decoder import Decoder
+    from pop_local.research.distill import Reference, Start
+
+_HINT = "close other programs, or leave it out"
+
+
+@dataclass
+class Distiller:
+    """Trains fits of one model end to end (pop_local.workflows.conversion.distiller).
+
+    `reference` is the full model on the text, kept for further fits: about 0.5 GB for a state of
+    500 dimensions.
+    """
+
+    source: Source
+    options: FitOptions
+    hardware: Hardware
+    watch: Watch
+    reference: Reference | None = None
+
+    def require(self, plan: Plan) -> TorchDevice:
+        """Return the device that can distil the plan's fit. Raises PopError where none can."""
+        cannot, why = "the fit cannot be distilled", ""
+        try:
+            hyper = read_hyper(self.source)
+        except UnsupportedArchitectureError as error:
+            why = f"{error.message}; {error.hint}"
+        if plan.projection == Projection.OWN:
+            why = "with one skipped layer there is none"
+        if why:
+            raise PopError(f"{cannot}: {why}", "take it as it is", cause="not-distilled")
+        device = torch_device(self.hardware, cannot)
+        from pop_local.research.distill import memory
+
+        n_windows = self.options.n_distilled(plan.shape.n_embd)
+        takes = memory(plan, hyper, n_windows, N_WINDOW, device.matrices)
+        is_read = self.reference is not None and self.reference.first <= plan.boundary
+        main, there = takes.main + (0 if is_read else takes.reference), takes.device
+        if device.name == "cpu":
+            main, there = main + there, 0
+        for needed, free in ((main, needs.free_bytes()), (there, device.free_bytes)):
+            if needed > free:
+                raise TooLittleMemoryError(
+                    "distilling the fit needs", needed, free, _HINT, cause="no-memory-to-distill"
+                )
+        return device
+
+    def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
+        """Return the fit, trained on `text`. Raises PopError, StoppedError.
+
+        The full model reads the text first, unless it did so for this boundary. With `n_deeper`,
+        this many boundaries below can be distilled by the same reading.
+        """
+        device = self.require(plan)
+        reference = self.reference
+        if reference is None or plan.boundary < reference.first:
+            windows = reference.windows if reference else self._windows(plan, text)
+            self.reference = reference = None  # there is memory for one of them
+            reference = self.read(max(plan.boundary - n_deeper, 0), windows, device)
+        self.reference = reference if n_deeper else None
+        return self.trained(plan, fitted, reference, device)
+
+    def _windows(self, plan: Plan, text: CalibrationText) -> Windows:
+        n_windows = self.options.n_distilled(plan.shape.n_embd)
+        with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
+            return to_distill(model, text, self.options.text, n_windows)
+
+    def read(self, first: int, windows: Windows, device: TorchDevice) -> Reference:
+        """Read windows [n_windows, N_WINDOW] in full, for boundaries from `first` on."""
+        from pop_local.research.distill import read
+
+        stage = self.watch.stage("Reading text to distil on")
+        with self._decoding(device) as decoder:
+            return read(decoder, first, windows, seed=SEED, on_progress=stage)
+
+    def trained(
+        self, plan: Plan, fitted: Fitted, reference: Reference, device: TorchDevice
+    ) -> Fitted:
+        """Return the fit, trained on what was read."""
+        from pop_local.research.distill import distill
+
+        start, kv_type = start_of(plan, self.source, fitted), self.options.kv_type
+        stage = self.watch.stage(f"Distilling boundary {plan.boundary}")
+        with self._decoding(device) as decoder:
+            found = distill(decoder, start, reference, seed=SEED, on_progress=stage)
+        new = [each for layer, made in found.items() for each in fit.encode(layer, made, kv_type)]
+        names = {tensor.name for tensor in new}
+        kept = [tensor for tensor in fitted.tensors if tensor.name not in names]
+        calibration = replace(fitted.calibration, n_distilled=int(reference.windows.size))
+        return replace(fitted, tensors=(*kept, *new), calibration=calibration)
+
+    @contextmanager
+    def _decoding(self, device: TorchDevice) -> Iterator[Decoder]:
+        from pop_local.research.decoder import Decoder
+
+        with computing("distilling", _HINT, cause="no-memory-to-distill"):
+            yield Decoder(self.source, device.name, device.matrices)
+
+
+def start_of(plan: Plan, source: Source, fitted: Fitted) -> Start:
+    """Return the fit as distilling begins with it. Raises FormatError."""
+    from pop_local.research.distill import Start
+
+    shape, weights = source_shape(source), Weights(source)
+    tensors = {tensor.name: tensor for tensor in fitted.tensors}
+    projections = {}
+    for layer in plan.fitted_layers:
+        own = weights.own_projection(layer, shape.n_k[layer], shape.n_v[layer])
+        projections[layer] = fit.decode(layer, tensors, own)
+    wide = None
+    if plan.projection != Projection.FITTED:
+        wide = decode_input(shape, weights, plan.boundary, tensors)
+    sees_heads = plan.projection == Projection.ATTENTION
+    return Start(plan.boundary, plan.sink_tokens, projections, wide, sees_heads)

@@ -1,0 +1,149 @@
+"""Importance of each layer for reading and for answering, by virtual gates (gates.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pop_converter.architecture.shape import source_shape
+from pop_converter.gguf.source import Source
+from pop_local.base.errors import PopError, UnsupportedArchitectureError
+from pop_local.measure.estimate import Estimate, mean, redrawn
+from pop_local.research.hyper import read_hyper
+from pop_local.research.torch_device import TorchDevice, computing, torch_device
+from pop_local.workflows.conversion.refusals import TooLittleMemoryError
+from pop_local.workflows.events import Watch
+from pop_local.workflows.options import Hardware
+
+if TYPE_CHECKING:
+    from pop_local.base.progress import Progress
+    from pop_local.research.decoder import Decoder
+    from pop_local.research.options import AnalyzeOptions
+
+Windows = Sequence[Sequence[int]]
+# Windows at a time: more are not faster on a CPU.
+_N_BATCH = 4
+_NO_MEMORY, _SHORTER = "no-memory-for-gates", "take shorter windows"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The importance I_l of each layer, in squares of nats, summed over a window's answer rows.
+
+    The last third of the layers and the others each have the median layer, since single layers
+    make up most of a mean, and the mean. `median_ratio` is the last third's to the others', None
+    where those add nothing.
+    """
+
+    layers: tuple[Estimate, ...]
+    last_third_median: Estimate
+    others_median: Estimate
+    median_ratio: Estimate | None
+    last_third_mean: Estimate
+    others_mean: Estimate
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Both stages; `n_context` and `n_answer` are the tokens of a window that each gate scales."""
+
+    n_windows: int
+    n_context: int
+    n_answer: int
+    prefill: Stage
+    decode: Stage
+
+
+def gates_device(
+    source: Source, options: AnalyzeOptions, hardware: Hardware, watch: Watch
+) -> TorchDevice | None:
+    """Return the device to compute the gates on; None, with a warning, where none can.
+
+    Raises PopError for too little memory.
+    """
+    try:
+        device = torch_device(hardware, "the gates are left out")
+    except PopError as error:
+        watch.on_warning(error)
+        return None
+    try:
+        hyper = read_hyper(source)
+    except UnsupportedArchitectureError as error:
+        watch.on_warning(PopError(f"the gates are left out: {error.message}", error.hint))
+        return None
+    from pop_local.research.gates import needed_bytes
+
+    shape, n_batch = source_shape(source), min(_N_BATCH, options.n_gated)
+    needed = needed_bytes(shape, hyper, options.n_window, options.n_answer, n_batch)
+    if needed > device.free_bytes:
+        hint = f"{_SHORTER}, close other programs, or leave them out"
+        raise TooLittleMemoryError(
+            "the gates need", needed, device.free_bytes, hint, cause=_NO_MEMORY
+        )
+    return device
+
+
+def importance(
+    source: Source, device: TorchDevice, windows: Windows, options: AnalyzeOptions, watch: Watch
+) -> Importance:
+    """Measure the importance of each layer on windows. Raises PopError, StoppedError."""
+    from pop_local.research.decoder import Decoder
+
+    stage = watch.stage("Virtual gates")
+    with computing("the gates", f"{_SHORTER}, or leave them out", cause=_NO_MEMORY):
+        decoder = Decoder(source, device.name)
+        return measure_importance(decoder, windows, options.n_context, options.seed, stage)
+
+
+def measure_importance(
+    decoder: Decoder,
+    windows: Windows,
+    n_context: int,
+    seed: int,
+    on_progress: Progress,
+) -> Importance:
+    """Estimate the importance of layers from windows of equal length.
+
+    Their first tokens are as the model wants a text to begin. `on_progress` is as in
+    `gate_gradients`.
+    """
+    from pop_local.research.gates import gate_gradients
+
+    tokens = np.array(windows, np.int32)
+    found = gate_gradients(
+        decoder, tokens, n_context, n_batch=_N_BATCH, seed=seed, on_progress=on_progress
+    )
+    return Importance(
+        n_windows=len(tokens),
+        n_context=n_context,
+        n_answer=tokens.shape[1] - n_context,
+        prefill=stage_of(found.prefill**2),
+        decode=stage_of(found.decode**2),
+    )
+
+
+def stage_of(squares: NDArray[np.float64]) -> Stage:
+    """Summarise squared gradients [n_windows, n_layer]."""
+    n_layer = squares.shape[1]
+    n_others = n_layer - max(1, n_layer // 3)
+    last, others = squares[:, n_others:], squares[:, :n_others]
+
+    def median_ratio(drawn: NDArray[np.float64]) -> float:
+        return _median_layer(drawn[:, n_others:]) / _median_layer(drawn[:, :n_others])
+
+    return Stage(
+        layers=tuple(mean(squares[:, layer]) for layer in range(n_layer)),
+        last_third_median=redrawn(last, _median_layer),
+        others_median=redrawn(others, _median_layer),
+        median_ratio=redrawn(squares, median_ratio) if _median_layer(others) else None,
+        last_third_mean=mean(last),
+        others_mean=mean(others),
+    )
+
+
+def _median_layer(squares: NDArray[np.float64]) -> float:
+    return float(np.median(squares.mean(axis=0)))

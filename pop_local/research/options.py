@@ -1,0 +1,27 @@
+"""How to analyze a model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """How to analyze. `text`: a file, None for the shipped prose.
+
+    Windows have `n_context` + `n_answer` tokens: `n_probed` of them for the probes, `n_gated` for
+    the gates, 0 for no gates. `with_fit`: measure fitted projections; `fit_tokens` None for a
+    quarter of what a conversion fits on.
+    """
+
+    text: Path | None = None
+    n_context: int = 192
+    n_answer: int = 64
+    n_probed: int = 3
+    n_gated: int = 20
+    with_fit: bool = True
+    fit_tokens: int | None = None
+    seed: int = 0
+
+    @property
+    def n_window(self) -> int:
+        return self.n_context + self.n_answer
