@@ -9,12 +9,12 @@ import typer
 from pop_local.commands import options as opt
 from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.ui.tables import print_json
-from pop_local.ui.views.answers import comparison_json, show_comparison
+from pop_local.ui.views.comparison import comparison_json, show_comparison
 from pop_local.ui.watch import stoppable_watch
 
 
 @dataclass(frozen=True)
-class AnswerOptions(Group):
+class GreedyOptions(Group):
     """How prompts are answered."""
 
     answers: Path | None = option(None, "Keeps the answers; goes on where they end.", "FILE")
@@ -37,7 +37,7 @@ def compare(
         ),
     ],
     *,
-    how: AnswerOptions,
+    how: GreedyOptions,
     json: opt.Json = False,
     measured: opt.MeasureOptions,
 ) -> None:

@@ -47,7 +47,7 @@ def demo(
     """
     screen = Screen(look(theme))
     open_named = Opener(model, opt.ModelOptions(**vars(how)))
-    from pop_local.ui.views.comparison import show_comparison
+    from pop_local.ui.views.demo import show_demonstration
     from pop_local.workflows.demo import compare_answers, data_path
 
     opened = open_named()
@@ -56,7 +56,7 @@ def demo(
     if json:
         print_json(found)
         return
-    show_comparison(found)
+    show_demonstration(found)
     if sys.stdin.isatty():
         note("Now it is your turn; pruning is on. /help lists the commands, /exit leaves.")
         note(f"The document is not part of this chat: /file {data_path('document.md')} reads it.")

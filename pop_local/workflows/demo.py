@@ -30,7 +30,7 @@ class TimedAnswer:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Demonstration:
     """The two answers; `limit`: how many times fewer multiply-accumulates pruning takes.
 
     `speedup` is of the pairs, each an answer in full and one with pruning.
@@ -48,7 +48,7 @@ class Comparison:
     limit: float
 
 
-def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
+def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     """Answer in pairs; which comes first changes from pair to pair, and pruning is on at the end.
 
     Raises PopError for a model that is not converted, or when the counters do not prove what is
@@ -71,7 +71,7 @@ def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
         pairs.append((answers[Mode.OFF], answers[Mode.CONTEXT]))
     opened.set_pop(Mode.CONTEXT)
     full, pop = pairs[0]
-    return Comparison(
+    return Demonstration(
         model=opened.model_path,
         boundary=opened.boundary,
         n_layer=opened.shape.n_layer,

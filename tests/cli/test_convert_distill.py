@@ -22,7 +22,7 @@ from pop_local.measure.estimate import Estimate
 from pop_local.research.distilled import Distiller
 from pop_local.workflows.conversion import fits
 from pop_local.workflows.conversion import within as searching
-from pop_local.workflows.conversion.within import Candidate, Kind
+from pop_local.workflows.conversion.within import Contender, Stage
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.synthetic import make_gguf
@@ -141,10 +141,10 @@ def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(
     fitter: Any = SimpleNamespace(distilled=lambda *_: "trained")
     search = searching.Search(unused, BALANCED, fitter, unused, plans)
     for plan in plans:
-        search.tried[plan.boundary, Kind.SEARCHED].fitted = plain
+        search.tried[plan.boundary, Stage.SEARCHED].fitted = plain
         attentive = replace(plan, projection=ATTENTION)
-        search.tried[plan.boundary, Kind.ATTENTION] = Candidate(attentive, plain)
-    first = Kind.SEARCHED if kind == WIDE else Kind.ATTENTION
+        search.tried[plan.boundary, Stage.ATTENTION] = Contender(attentive, plain)
+    first = Stage.SEARCHED if kind == WIDE else Stage.ATTENTION
     chosen = search.tried[5, first]
     measured: Any = SimpleNamespace(quality=good)
     chosen.is_inside, chosen.gradual = True, measured

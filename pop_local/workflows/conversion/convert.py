@@ -19,9 +19,9 @@ from pop_local.workflows.conversion.goals import Within
 from pop_local.workflows.conversion.output import OutputName
 from pop_local.workflows.conversion.plan import (
     Conversion,
+    ConversionRun,
     ConvertOptions,
     Goal,
-    Run,
     plan_conversion,
 )
 from pop_local.workflows.conversion.refusals import Trial
@@ -97,7 +97,7 @@ def run_conversion(
     phases = Stopwatch()
     watched = replace(watch, on_warning=warned, on_stage=phases.before(watch.on_stage))
     bench = Workbench(conversion.source, conversion.options.hardware, watched)
-    done = conversion.goal.carry_out(Run(conversion, force, bench))
+    done = conversion.goal.carry_out(ConversionRun(conversion, force, bench))
     meta = done.meta
     is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
     plan = replace(done.plan, projection=meta.projection, is_distilled=is_distilled)

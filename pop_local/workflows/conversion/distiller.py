@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pop_local.calibration.texts import CalibrationText
 
 
-class Distiller(Protocol):
+class Distilling(Protocol):
     """Trains fits of one model end to end; `MakeDistiller` makes one."""
 
     def require(self, plan: Plan) -> object:
@@ -29,4 +29,4 @@ class Distiller(Protocol):
         """
 
 
-MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distiller]
+MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distilling]

@@ -19,7 +19,7 @@ from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.quality import Quality, QualitySettings, measure_prunings
 from pop_local.measure.recall import N_AROUND, Recall, RecallReference, RecallSettings
 from pop_local.measure.speed import random_prompt
-from pop_local.workflows.conversion.plan import Outcome, Run
+from pop_local.workflows.conversion.plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.refusals import RecallLostError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import measured, recalled
@@ -49,7 +49,7 @@ def recipes(shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
     return tuple(sorted(plans, key=lambda plan: -plan.speedup_limit))
 
 
-def write_first(run: Run, *, takes_any: bool) -> Outcome:
+def write_first(run: ConversionRun, *, takes_any: bool) -> Outcome:
     """Write the first plan of a conversion that finds facts like the full model.
 
     Each plan has its selection. `takes_any`: the first one, whatever it finds. Raises

@@ -20,7 +20,7 @@ from pop_local.calibration.texts import CalibrationText
 from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.workflows.conversion.distiller import Distiller
+from pop_local.workflows.conversion.distiller import Distilling
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Progress, Watch
@@ -50,7 +50,7 @@ class Fitter:
     text: CalibrationText | None = None
     kind: Projection | None = None
     seen: dict[tuple[int, Projection], Gradual] = field(default_factory=dict)
-    distiller: Distiller | None = None
+    distiller: Distilling | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -74,7 +74,7 @@ class Fitter:
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
-        """Train one of the fits end to end; see Distiller. Raises PopError, StoppedError."""
+        """Train one of the fits end to end; see Distilling. Raises PopError, StoppedError."""
         assert self.distiller is not None and self.text is not None, "nothing was fitted"
         return self.distiller.train(plan, fitted, self.text, n_deeper)
 

@@ -12,7 +12,7 @@ from pop_converter.popfile.plan import Plan, make_plan, parse_skip
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
 from pop_local.calibration.needs import KINDS_OF_MANY, KINDS_OF_ONE
-from pop_local.workflows.conversion.plan import Goal, Outcome, Run
+from pop_local.workflows.conversion.plan import ConversionRun, Goal, Outcome
 
 # No model was seen to copy with fewer than a third of its layers left.
 LEAST_DIVISOR = 3
@@ -32,7 +32,7 @@ class Named(Goal):
     def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
         return (self.plan(shape, **rows),)
 
-    def carry_out(self, run: Run) -> Outcome:
+    def carry_out(self, run: ConversionRun) -> Outcome:
         if run.conversion.deepest.select:
             from pop_local.workflows.conversion.fastest import write_first
 
@@ -93,7 +93,7 @@ class Within(Goal):
         tried = boundaries(shape, LEAST_DIVISOR)
         return tuple(make_plan(shape, boundary=each, **rows) for each in tried)
 
-    def carry_out(self, run: Run) -> Outcome:
+    def carry_out(self, run: ConversionRun) -> Outcome:
         from pop_local.workflows.conversion.within import write_deepest
 
         return write_deepest(run, self.budget)
@@ -116,7 +116,7 @@ class Fastest(Goal):
 
         return recipes(shape, **rows)
 
-    def carry_out(self, run: Run) -> Outcome:
+    def carry_out(self, run: ConversionRun) -> Outcome:
         from pop_local.workflows.conversion.fastest import write_first
 
         return write_first(run, takes_any=False)

@@ -30,7 +30,7 @@ from pop_local.measure.quality import (
     read_reference,
 )
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.conversion.plan import Outcome, Run
+from pop_local.workflows.conversion.plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_copy
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.measuring import measured
@@ -40,7 +40,7 @@ N_WINDOWS = 8
 N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
 
 
-def write_named(run: Run) -> Outcome:
+def write_named(run: ConversionRun) -> Outcome:
     """Write the boundary of a conversion. Raises CopyingBrokenError, PopError, StoppedError.
 
     A fit that cannot copy is refused unless that is forced; own projections are only warned of.
@@ -62,7 +62,7 @@ def write_named(run: Run) -> Outcome:
         )
 
 
-def write_own(run: Run, plan: Plan) -> Outcome:
+def write_own(run: ConversionRun, plan: Plan) -> Outcome:
     """Write own projections, and the figures of what they lose where these can be measured."""
     try:
         found = Examination(run.bench, plan, allow_broken_copy=True).of_own()

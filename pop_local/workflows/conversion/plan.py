@@ -68,7 +68,7 @@ class Goal(ABC):
         """
 
     @abstractmethod
-    def carry_out(self, run: Run) -> Outcome:
+    def carry_out(self, run: ConversionRun) -> Outcome:
         """Choose among the plans, fit, measure and write. Raises PopError, StoppedError."""
 
 
@@ -222,7 +222,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Run:
+class ConversionRun:
     """A conversion under way. `force`: replace an output, and write what would be refused."""
 
     conversion: Conversion

@@ -26,7 +26,7 @@ from pop_local.measure.recall import NO_ANSWERS, Recall
 from pop_local.workflows.conversion.fits import Fitter
 from pop_local.workflows.conversion.full_model import FullModel
 from pop_local.workflows.conversion.named import Examination
-from pop_local.workflows.conversion.plan import Outcome, Run
+from pop_local.workflows.conversion.plan import ConversionRun, Outcome
 from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.measuring import measured, recalled
@@ -42,7 +42,7 @@ ATTENTION_GAIN = 1.03
 N_DEEPER = 3
 
 
-class Kind(Enum):
+class Stage(Enum):
     """The fits that a boundary may be tried with."""
 
     SEARCHED = auto()
@@ -51,8 +51,8 @@ class Kind(Enum):
 
 
 @dataclass(eq=False)
-class Candidate:
-    """A boundary with one kind of fit, and all that is known of it.
+class Contender:
+    """A boundary at one stage, and all that is known of it.
 
     `fitted` is None before the fit, and for own projections. `is_inside` is the verdict so far.
     """
@@ -81,7 +81,7 @@ class Candidate:
         return f"{self.plan.boundary}{attention}{' distilled' if self.plan.is_distilled else ''}"
 
 
-def write_deepest(run: Run, budget: Budget) -> Outcome:
+def write_deepest(run: ConversionRun, budget: Budget) -> Outcome:
     """Choose the deepest plan of a conversion within the budget, and write it.
 
     Raises OverBudgetError, PopError, StoppedError.
@@ -108,20 +108,20 @@ class Search:
     fitter: Fitter
     full: FullModel
     plans: Sequence[Plan]
-    tried: dict[tuple[int, Kind], Candidate] = field(init=False)
+    tried: dict[tuple[int, Stage], Contender] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tried = {(plan.boundary, Kind.SEARCHED): Candidate(plan) for plan in self.plans}
+        self.tried = {(plan.boundary, Stage.SEARCHED): Contender(plan) for plan in self.plans}
 
     @property
     def trials(self) -> tuple[Trial, ...]:
         return tuple(each.trial for each in self._judged)
 
     @property
-    def _judged(self) -> list[Candidate]:
+    def _judged(self) -> list[Contender]:
         return [each for each in self.tried.values() if each.is_inside is not None]
 
-    def run(self) -> Candidate:
+    def run(self) -> Contender:
         """Return the fastest candidate inside, whose plan says what was tried."""
         deepest = self._deepest_inside()
         if deepest is not None:
@@ -141,7 +141,7 @@ class Search:
             plan = replace(plan, recall=recalled(chosen.recall))
         return replace(chosen, plan=plan)
 
-    def _fastest(self) -> Candidate:
+    def _fastest(self) -> Contender:
         inside = (each for each in self._judged if each.is_inside)
         return max(inside, key=lambda it: (it.plan.speedup_limit, -it.quality.kl_mean.value))
 
@@ -174,8 +174,8 @@ class Search:
             else:
                 self._ask(candidate)
 
-    def _searched(self, boundary: int) -> Candidate:
-        return self.tried[boundary, Kind.SEARCHED]
+    def _searched(self, boundary: int) -> Contender:
+        return self.tried[boundary, Stage.SEARCHED]
 
     def _fit(self, wanted: Sequence[int]) -> None:
         """Fit the first of `wanted`, with others in the same pass over the text."""
@@ -183,7 +183,7 @@ class Search:
         options = options if len(self.plans) == 1 else options.at(wanted[0])
         # A fit that is there goes on, whatever memory is free now.
         kept = kept_boundaries(options.state_path) if options.state_path else ()
-        is_ours = wanted[0] in kept and all((each, Kind.SEARCHED) in self.tried for each in kept)
+        is_ours = wanted[0] in kept and all((each, Stage.SEARCHED) in self.tried for each in kept)
         fitted = [self._searched(each) for each in (kept if is_ours else self._room_for(wanted))]
         plans = [each.plan for each in fitted]
         self.bench.require_room(plans, options.kv_type)
@@ -242,8 +242,8 @@ class Search:
         except PopError as error:
             self._note(f"Attention is left out: {error}")
             return
-        found = [Candidate(*each) for each in zip(plans, made, strict=True)]
-        self.tried |= {(each.plan.boundary, Kind.ATTENTION): each for each in found}
+        found = [Contender(*each) for each in zip(plans, made, strict=True)]
+        self.tried |= {(each.plan.boundary, Stage.ATTENTION): each for each in found}
         for candidate in found:
             if self._settle(candidate):
                 break
@@ -265,7 +265,7 @@ class Search:
                 plain = self._searched(each)
             if plain.fitted is None:
                 continue
-            candidate = Candidate(replace(plain.plan, is_distilled=True))
+            candidate = Contender(replace(plain.plan, is_distilled=True))
             n_deeper = min(N_DEEPER, len(self._past(each)))
             try:
                 candidate.fitted = self.fitter.distilled(candidate.plan, plain.fitted, n_deeper)
@@ -273,7 +273,7 @@ class Search:
             except PopError as error:
                 self._note(f"Distilling is left out: {error}")
                 return
-            self.tried[each, Kind.DISTILLED] = candidate
+            self.tried[each, Stage.DISTILLED] = candidate
             if is_inside:
                 continue
             # Facts are asked for where everything else is inside.
@@ -284,7 +284,7 @@ class Search:
 
     # Verdicts
 
-    def _settle(self, candidate: Candidate) -> bool:
+    def _settle(self, candidate: Contender) -> bool:
         """Measure a candidate until it is clearly outside, else in whole, and ask for facts."""
 
         def is_outside(quality: Quality) -> bool:
@@ -296,7 +296,7 @@ class Search:
             self._ask(candidate)
         return bool(candidate.is_inside)
 
-    def _judge(self, candidate: Candidate, is_enough: Callable[[Quality], bool]) -> None:
+    def _judge(self, candidate: Contender, is_enough: Callable[[Quality], bool]) -> None:
         """Measure a candidate until that is enough, and judge it."""
         boundary = candidate.plan.boundary
         gradual = candidate.gradual = candidate.gradual or Gradual(self.full.reference, boundary)
@@ -307,7 +307,7 @@ class Search:
                 gradual.measure_until(is_enough, model, begin)
         candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
 
-    def _ask(self, candidate: Candidate) -> None:
+    def _ask(self, candidate: Contender) -> None:
         """Ask for facts of pruned documents, of as many more where a few are lost, and judge."""
         answers = NO_ANSWERS
         for n_documents in (N_DOCUMENTS, 2 * N_DOCUMENTS):
