@@ -18,7 +18,7 @@ DEFAULT_PROMPTS = "512,1024,2048"
 
 @dataclass(frozen=True)
 class PromptOptions(Group):
-    """What is read, and how often."""
+    """Prompts that are read, and how often."""
 
     prompt: str = option(DEFAULT_PROMPTS, "Prompt lengths in tokens.", "N,N,...")
     repeat: int = option(5, "Pairs of runs for each length.", min=1)

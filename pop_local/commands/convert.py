@@ -41,7 +41,7 @@ class QualityName(str, Enum):
 
 @dataclass(frozen=True)
 class HowOptions(Group):
-    """What is written, and how."""
+    """The output, and how it is made."""
 
     quality: QualityName | None = option(
         None,

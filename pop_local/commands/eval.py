@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class BaselineName(str, Enum):
-    """What pruning is compared with."""
+    """Baselines to compare pruning with."""
 
     ALWAYS_SKIP = view.ALWAYS_SKIP
 
 
 @dataclass(frozen=True)
 class WindowOptions(Group):
-    """What is measured on."""
+    """The text and the documents."""
 
     text: Path | None = option(None, "Held-out text. Default: our own.", "FILE")
     context: int = option(512, "Tokens to prune in each window.", min=2)

@@ -58,6 +58,7 @@ def _usage(error: PopError, option: str) -> typer.BadParameter:
 
 _THREADS = "CPU threads. Default: the physical cores."
 _CORES: dict[str, Any] = {"min": 1, "callback": _no_more_than_cores}
+_HARDWARE = "Hardware"
 _GPU_LAYERS = "Layers on the GPU; -1 for all, 0 for none."
 _SIDECAR = (
     "The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
@@ -80,8 +81,13 @@ Theme = Annotated[
         " or a style of Pygments.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", help=_THREADS, **_CORES)]
-GpuLayers = Annotated[int, typer.Option("--gpu-layers", help=_GPU_LAYERS, min=-1, max=MOST)]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help=_THREADS, rich_help_panel=_HARDWARE, **_CORES)
+]
+GpuLayers = Annotated[
+    int,
+    typer.Option("--gpu-layers", help=_GPU_LAYERS, rich_help_panel=_HARDWARE, min=-1, max=MOST),
+]
 
 
 class RefillName(str, Enum):
@@ -96,7 +102,7 @@ class RefillName(str, Enum):
 class ProcessorOptions(Group):
     """The processors of this machine."""
 
-    panel: ClassVar[str] = "Hardware"
+    panel: ClassVar[str] = _HARDWARE
 
     threads: int | None = option(None, _THREADS, **_CORES)
     gpu_layers: int = option(-1, _GPU_LAYERS, min=-1, max=MOST)

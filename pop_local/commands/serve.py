@@ -85,7 +85,7 @@ def serve(
 
 
 def _default_name(model: str, path: str) -> str:
-    """What was given, if it is a name of the catalog: what requests are likely to say."""
+    """Return the name that was given if the catalog has it, as requests are likely to use it."""
     return model if lookup(model) else os.fsencode(Path(path).stem).decode(errors="replace")
 
 

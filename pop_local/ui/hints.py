@@ -1,4 +1,4 @@
-"""What the user can do about an error, in the words of the command line.
+"""Remedies for errors, in the words of the command line.
 
 The library says what to do in Python's terms; here its causes get hints that name options and
 commands.

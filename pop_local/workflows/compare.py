@@ -101,7 +101,7 @@ def _answer_all(
 def _identity(
     files: ModelFiles, mmproj: Path | None, given: PromptFile, max_tokens: int
 ) -> dict[str, Any]:
-    """What answers depend on. Raises PopError for a model that prunes nothing."""
+    """Return all that answers depend on. Raises PopError for a model that prunes nothing."""
     source = read_source(files.path)
     meta = pop_of(source, files.sidecar)
     if meta is None:

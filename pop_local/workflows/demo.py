@@ -14,7 +14,7 @@ from pop_local.engine.turn import Message
 from pop_local.measure.speed import Spread, require_rows, spread
 from pop_local.workflows.events import Watch
 
-# Of the two answers.
+# The longest answer, of two.
 MAX_TOKENS = 32
 WARM_UP_TOKENS = 64
 

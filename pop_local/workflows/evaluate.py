@@ -1,4 +1,4 @@
-"""What pruning costs in quality: a model measured at one boundary or several, fitted or not."""
+"""The cost of pruning in quality: a model measured at one boundary or several, fitted or not."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ Baseline = Literal["always-skip"]
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is measured. `text`: a file, None for the shipped held-out text.
+    """How to measure. `text`: a file, None for the shipped held-out text.
 
     `recall`: tokens of the documents that facts are asked of, none of them for no such question;
     `n_documents` of each length. `select`: the share of context rows that run all layers since

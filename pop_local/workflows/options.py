@@ -22,7 +22,7 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What to compute on.
+    """Processors to compute on.
 
     `n_threads` None: the physical cores. `n_gpu_layers`: -1 for all, of no effect without a GPU.
     `rpc`: servers on other machines (HOST:PORT), which count as GPUs.

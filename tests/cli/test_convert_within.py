@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from pop_converter.popfile import sidecar as sidecars
 from pop_converter.popfile.format import read_pop_meta
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
@@ -108,6 +109,20 @@ def test_what_is_measured_to_choose_a_kind_is_not_measured_again(tiny, letters, 
     [chosen] = re.findall(r"Projections are ([a-z-]+):", done.stderr)
     [kl] = re.findall(rf"[ ,]{chosen} KL ([0-9.]+)", done.stderr)
     assert f"{first['kl_mean']:.4f}" == kl
+
+
+def test_no_trial_reads_the_model_to_hash_it(tiny, letters, monkeypatch):
+    hashed: list[object] = []
+
+    def copy_data(content, *rest, real=sidecars.copy_data):
+        hashed.append(content)
+        return real(content, *rest)
+
+    monkeypatch.setattr(sidecars, "copy_data", copy_data)
+    done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert len(json.loads(done.stdout)["tried"]) > 1
+    assert len(hashed) == 1, "for the sidecar that stays"
 
 
 def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):

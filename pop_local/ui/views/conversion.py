@@ -1,4 +1,4 @@
-"""What `convert` says: facts for people, one object for --json."""
+"""The output of `convert`: facts for people, one object for --json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(conversion: Conversion) -> None:
-    """What is going to be done, before it begins."""
+    """Show the plan, before anything begins."""
     plan, first, limits = conversion.deepest, conversion.plans[0], conversion.goal.limits
     budget = [] if limits is None else [budget_fact(limits)]
     fits = fit_facts(conversion)
@@ -49,11 +49,11 @@ def show_plan(conversion: Conversion) -> None:
 
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
-    """What was found, chosen and written."""
+    """Show the choice, its figures and the file."""
     if done.trials:
         show_trials(done.trials)
     is_known = conversion.goal.is_named and not done.trials
-    # Of several kinds of fit the better one was taken.
+    # The better one of several kinds of fit was taken.
     if not is_known or done.plan.projection != conversion.deepest.projection:
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
     print_facts([*measured_facts(done.meta), ("Written", str(done.path))])
@@ -89,7 +89,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """What was written as one object, what a search `tried`, and the seconds of all `phases`."""
+    """The file as one object, the boundaries that were `tried`, the seconds of all `phases`."""
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
     return found | {"tried": tried, "phases": done.phases}
@@ -207,7 +207,7 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
 
 
 def measured_facts(meta: PopMeta) -> list[Fact]:
-    """What a file says of its quality, or was just found."""
+    """The quality that a file states, or that was just found."""
     if (found := meta.measured) is None:
         return []
     quality = (

@@ -49,7 +49,7 @@ def figures(quality: Quality | Recall | SecondTurn) -> dict[str, Any]:
 
 
 def text_json(text: Text) -> dict[str, str]:
-    """What was measured on."""
+    """The text that was measured on."""
     return {"name": text.name, "sha256": text.sha256}
 
 

@@ -63,7 +63,7 @@ def _advice(found: BreakEven, n_longest: int) -> str:
     )
 
 
-# Of a Spread.
+# Formats of a Spread.
 _PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
 _TRIED = (

@@ -30,7 +30,7 @@ _COLUMNS = (
     Column("recall", "Facts found", lambda found: _of_full(found) if found else "", numeric=True),
     Column("in_budget", "In budget", lambda passed: "yes" if passed else "no"),
 )
-# Of the figures of a trial, those that a budget looks at.
+# The figures of a trial that a budget looks at.
 _JUDGED = (
     *("n_windows", "kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio"),
     *("copy_ppl_ratio_se", "induction_retention", "induction_retention_se"),

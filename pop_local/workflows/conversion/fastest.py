@@ -25,7 +25,7 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import measured, recalled
 
 FASTEST = "fastest"
-# Of the layers, what is kept below the boundary; of the context tokens, what is selected.
+# The parts of the layers below the boundary, and of the context tokens that are selected.
 _KEPT_SHARES = (1 / 3, 5 / 12, 1 / 2, 7 / 12)
 _SHARES = (0.1, 0.2)
 # How much less often a fact may be found than by the full model.
@@ -103,7 +103,7 @@ def _decided(
 
     quality = of(_pruning(plan), QualitySettings(_N_WINDOWS), "Measuring")
     refilling = replace(_pruning(plan), n_refilled=N_REFILLED)
-    # Of random tokens nothing is stored.
+    # A file stores nothing about random tokens.
     few = QualitySettings(_N_REFILLED_WINDOWS, n_draws=1)
     later = of(refilling, few, "Measuring with refilling")
     refilled = Refilled(

@@ -35,7 +35,7 @@ from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_c
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.measuring import measured
 
-# Of a fit; without one the measuring should not take long, and is not as exact.
+# Windows for a fit. Without one the measuring should not take long, and is not as exact.
 N_WINDOWS = 8
 N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
 

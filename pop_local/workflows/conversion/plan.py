@@ -214,7 +214,7 @@ def _require_distillable(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was written: its plan, its keys, and the trials of a search."""
+    """The plan and the keys that were written, and the trials of a search."""
 
     plan: Plan
     meta: PopMeta

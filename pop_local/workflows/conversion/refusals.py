@@ -1,4 +1,4 @@
-"""What a conversion refuses, or lets through with a warning, and what it knows of it."""
+"""Errors of a conversion, and the trials that some of them carry."""
 
 from __future__ import annotations
 
