@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     given = parser.parse_args()
     lengths = [int(part) for part in given.prompts.split(",")]
-    model = PopModel(given.model, sidecar=given.pop, n_ctx=max(lengths) + 16, n_threads=1)
+    model = PopModel(given.model, sidecar=given.sidecar, n_ctx=max(lengths) + 16, n_threads=1)
     if given.boundary:
         model.set_boundary(given.boundary)
     if given.tail is not None:
