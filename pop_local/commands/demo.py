@@ -48,11 +48,11 @@ def demo(
     screen = Screen(look(theme))
     open_named = Opener(model, opt.ModelOptions(**vars(how)))
     from pop_local.ui.views.demo import show_demonstration
-    from pop_local.workflows.demo import compare_answers, data_path
+    from pop_local.workflows.demo import demonstrate, data_path
 
     opened = open_named()
     with terminal_watch() as watch:
-        found = compare_answers(opened, pairs, watch)
+        found = demonstrate(opened, pairs, watch)
     if json:
         print_json(found)
         return

@@ -48,7 +48,7 @@ class Demonstration:
     limit: float
 
 
-def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
+def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     """Answer in pairs; which comes first changes from pair to pair, and pruning is on at the end.
 
     Raises PopError for a model that is not converted, or when the counters do not prove what is

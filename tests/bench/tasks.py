@@ -1,4 +1,4 @@
-"""Task benchmarks as files for `pop-local eval --prompts`, from their own files. Not a test.
+"""Task benchmarks as files for `pop-local compare`, from their own files. Not a test.
 
     python tests/bench/tasks.py gsm8k test.jsonl --shots 4 [--limit 100] > gsm8k.jsonl
     pop-local compare MODEL.pop.gguf gsm8k.jsonl --answers gsm8k.answers.jsonl --json
