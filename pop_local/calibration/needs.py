@@ -61,11 +61,6 @@ def free_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def sums_limit_bytes(options: FitOptions) -> int:
-    """Return what the sums of a pass may take: from the options, else half of what is free."""
-    return free_bytes() // 2 if options.memory_bytes is None else options.memory_bytes
-
-
 def fit_cost(plan: Plan, projection: Projection) -> float:
     """Return what share of the speed a kind of fit costs, beside a plain one."""
     plain, wide = (
@@ -107,8 +102,13 @@ def fit_needs(
 def plan_needs(
     plans: Sequence[Plan], source: Source, options: FitOptions, n_sampled: int = 0
 ) -> Needs:
-    """Group the pairs of all plans so that their sums stay below the limit, one at least."""
-    shape, memory_bytes = plans[0].shape, sums_limit_bytes(options)
+    """Group the pairs of all plans so that their sums stay below the limit, one at least.
+
+    The limit is that of the options, else half of what is free.
+    """
+    shape, memory_bytes = plans[0].shape, options.memory_bytes
+    if memory_bytes is None:
+        memory_bytes = free_bytes() // 2
     every = [Pair(plan.boundary, layer) for plan in plans for layer in plan.fitted_layers]
     pairs = list(dict.fromkeys(every))
     n_inputs = shape.n_embd + max(shape.n_wide(plan.boundary, plan.projection) for plan in plans)

@@ -48,7 +48,7 @@ def demo(
     screen = Screen(look(theme))
     open_named = Opener(model, opt.ModelOptions(**vars(how)))
     from pop_local.ui.views.demo import show_demonstration
-    from pop_local.workflows.demo import demonstrate, data_path
+    from pop_local.workflows.demo import data_path, demonstrate
 
     opened = open_named()
     with terminal_watch() as watch:

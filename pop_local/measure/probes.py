@@ -35,26 +35,17 @@ class Repeated:
     full: Floats
 
 
-def least_context(rule: RowRule) -> int:
-    """Return the shortest context in tokens that `pick_passage` finds a passage in."""
-    return max(1, rule.sink_tokens) + rule.tail_tokens + 2
-
-
 def require_passage(n_context: int, rule: RowRule) -> None:
     """Raise PopError for a context that is too short for `pick_passage`."""
-    if n_context < least_context(rule):
-        raise too_short(
+    least = max(1, rule.sink_tokens) + rule.tail_tokens + 2
+    if n_context < least:
+        raise PopError(
             f"of {n_context} context tokens the first {rule.sink_tokens} and the last"
             f" {rule.tail_tokens} are full: too few are left to measure",
-            rule,
+            f"give a longer context: {least} tokens or more",
+            cause="context-too-short",
+            n_least=least,
         )
-
-
-def too_short(message: str, rule: RowRule) -> PopError:
-    """Return the error for a context that is too short."""
-    least = least_context(rule)
-    hint = f"give a longer context: {least} tokens or more"
-    return PopError(message, hint, cause="context-too-short", n_least=least)
 
 
 def pick_passage(

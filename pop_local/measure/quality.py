@@ -37,7 +37,7 @@ from pop_local.measure.probes import (
     measure_induction,
     pick_passage,
     read_repeated,
-    too_short,
+    require_passage,
 )
 
 # Below this share of the first occurrence's NLL the full model itself does not copy random tokens.
@@ -249,13 +249,7 @@ def choose_windows(
 
     Raises PopError when the text or the context is too short.
     """
-    pruning = Pruning(0, settings.mode)
-    if settings.mode is not Mode.OFF and not n_pruned(reader.rule, settings.n_context, pruning):
-        raise too_short(
-            f"of a context of {settings.n_context} tokens none would be pruned: the first"
-            f" {reader.rule.sink_tokens} and the last {reader.rule.tail_tokens} are full",
-            reader.rule,
-        )
+    require_passage(settings.n_context, reader.rule)
     start = bos(reader.model)
     n_text = settings.n_context - len(start)
     rng = np.random.default_rng(settings.seed)

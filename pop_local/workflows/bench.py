@@ -44,7 +44,7 @@ _N_TRIED = 512
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The prompts that are measured, and where.
+    """How to measure, and where.
 
     `n_prompts`: tokens of each prompt. `n_pairs`: of runs for each length. `boundary` None: the
     file's. `n_batch`: tokens that are read at once. `n_ctx` None: what is measured needs.

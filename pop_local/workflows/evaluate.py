@@ -1,4 +1,4 @@
-"""The cost of pruning in quality: a model measured at one boundary or several, fitted or not."""
+"""The quality that pruning leaves: a model measured at one boundary or several, fitted or not."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -50,10 +50,10 @@ class EvaluateOptions:
     """How to measure. `text`: a file, None for the shipped held-out text.
 
     `recall`: tokens of the documents that facts are asked of, none of them for no such question;
-    `n_documents` of each length. `select`: the share of context rows that run all layers since
-    what follows needs them, None for what the file says; `n_refilled`: rows that are given their
-    depth with each token that follows.
-    `sink_tokens`, `tail_tokens`: None for what the file says. `n_ctx` None: what is needed.
+    `n_documents` of each length. `select`: the share of context rows that run all layers, as the
+    question needs them, None for the file's. `n_refilled`: rows that are given their depth with
+    each token of the continuation. `sink_tokens`, `tail_tokens`: None for the file's. `n_ctx`: None
+    for as much as is needed.
     """
 
     text: Path | None = None
@@ -204,7 +204,7 @@ class EvaluationRun:
         ]
         require_fit(plans)
         with self.opened(self.files):
-            pass  # what does not fit is said before minutes of fitting
+            pass  # a text too short is an error before minutes of fitting
         prunings = {pruning.boundary: pruning for pruning in self.prunings}
 
         def measure(plan: Plan, sidecar: Path) -> Row:

@@ -54,7 +54,9 @@ def main() -> None:
         took_s: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(given.rounds):
             for way in WAYS:
-                asked = json.dumps([way, str(given.model), str(given.sidecar), n_prompt, given.select])
+                asked = json.dumps(
+                    [way, str(given.model), str(given.sidecar), n_prompt, given.select]
+                )
                 command = [sys.executable, __file__, "--child", asked]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 took_s[way].append(float(done.stdout))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import pop_local
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import read_pop_meta
@@ -167,6 +168,11 @@ def test_what_cannot_be_distilled_is_refused_before_measuring(arch, options, rea
     assert done.exit_code == 1
     assert reason in done.stderr and "leave out --distill" in done.stderr
     assert names(tmp_path) == {"tiny.gguf"}
+
+
+def test_a_program_that_wants_no_fit_can_distil_none(tiny):
+    with pytest.raises(PopError, match="of own projections"):
+        pop_local.convert(tiny, goal=pop_local.Skip("1/3"), fit=None, distiller=Distiller)
 
 
 def test_distilling_wants_torch_and_memory(tiny, monkeypatch):

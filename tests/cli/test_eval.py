@@ -169,7 +169,7 @@ def test_the_setting_of_the_context_is_for_conversations(pop_file, text, monkeyp
         (["--sweep", "1/3,9"], "9 of 8 layers cannot be skipped"),
         (["--ctx", "100"], "100 are given"),
         (["--windows", "500"], "tokens are needed"),
-        (["--context", "17"], "none would be pruned"),
+        (["--context", "17"], "too few are left"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
     ],
 )

@@ -152,7 +152,7 @@ def test_tokens_pruned_follow_rule_and_mode(model, rule, mode, n_pruned):
 
 
 def test_a_context_of_full_tokens_only_is_an_error(model):
-    with pytest.raises(PopError, match="none would be pruned"):
+    with pytest.raises(PopError, match="too few are left"):
         measured(model, replace(SHORT, n_context=17))
 
 

@@ -39,7 +39,7 @@ def show_speed(found: Speed) -> None:
 
 
 def gain_json(found: BreakEven) -> dict[str, object]:
-    """The search as one object; `min_prompt`: what the file says now."""
+    """The search as one object; `min_prompt`: the file's, now."""
     return vars(found.bench) | {"break_even": found.n_prompt, "tried": found.tried}
 
 
@@ -63,7 +63,7 @@ def _advice(found: BreakEven, n_longest: int) -> str:
     )
 
 
-# Formats of a Spread.
+# The text of a Spread.
 _PRECISE = "{0.median:.3f} ({0.min:.3f}-{0.max:.3f})".format
 _RATIO = "{0.median:.2f}x ({0.min:.2f}-{0.max:.2f})".format
 _TRIED = (
