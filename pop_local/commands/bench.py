@@ -20,14 +20,14 @@ DEFAULT_PROMPTS = "512,1024,2048"
 class PromptOptions(Group):
     """Prompts that are read, and how often."""
 
-    prompt: str = option(DEFAULT_PROMPTS, "Prompt lengths in tokens.", "N,N,...")
-    repeat: int = option(5, "Pairs of runs for each length.", min=1)
-    boundary: int | None = option(None, "Prune from this layer on, whatever the file says.", min=1)
-    batch: int = option(512, "Tokens that are read at once.", min=1)
+    prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
+    repeat: int = option("Pairs of runs for each length.", min=1, default=5)
+    boundary: int | None = option("Prune from this layer on, whatever the file says.", min=1)
+    batch: int = option("Tokens that are read at once.", min=1, default=512)
     find_break_even: bool = option(
-        False, "Search for the shortest prompt that gains, up to the longest of --prompt."
+        "Search for the shortest prompt that gains, up to the longest of --prompt.", default=False
     )
-    select: str | None = option(None, opt.SELECT, "SHARE")
+    select: str | None = option(opt.SELECT, "SHARE")
 
 
 @unfolded

@@ -17,10 +17,10 @@ from pop_local.ui.watch import stoppable_watch
 class GreedyOptions(Group):
     """How prompts are answered."""
 
-    answers: Path | None = option(None, "Keeps the answers; goes on where they end.", "FILE")
+    answers: Path | None = option("Keeps the answers; goes on where they end.", "FILE")
     # It must not be called max_tokens: the setting of that name is for conversations.
-    longest: int = option(256, "Longest answer.", flag="--max-tokens", min=1)
-    mmproj: Path | None = option(None, opt.MMPROJ, "FILE")
+    longest: int = option("Longest answer.", flag="--max-tokens", min=1, default=256)
+    mmproj: Path | None = option(opt.MMPROJ, "FILE")
 
 
 @unfolded

@@ -44,38 +44,39 @@ class HowOptions(Group):
     """The output, and how it is made."""
 
     quality: QualityName | None = option(
-        None,
         f"What may be lost. Default: {BALANCED.quality}, or anything with --skip or --boundary.",
     )
     projection: Projection | None = option(
-        None,
         "K/V of skipped layers: own (no fit, loses more quality), fitted to the model (takes"
         " minutes), fitted-wide (to more than the token itself) or fitted-attention (also to what"
         " the first skipped layer's attention gives). Default: what measures best for its cost.",
     )
     text: Path | None = option(
-        None,
         "Text to fit on. Default: documentation, code and samples of the model.",
         "FILE|DIR",
     )
     distill: bool = option(
-        False,
         "Train the fit end to end, too: it copies better. This takes minutes for each boundary that"
         " is tried. Needs torch; for dense models of llama, qwen2, qwen3, gemma2 and gemma3.",
+        default=False,
     )
-    resume: bool = option(False, "Keep the fit when it is stopped, and go on with a kept one.")
-    sidecar: bool = option(False, "Write only what is new, into a small file beside the model.")
-    dry_run: bool = option(False, "Print the plan and write nothing.")
+    resume: bool = option(
+        "Keep the fit when it is stopped, and go on with a kept one.", default=False
+    )
+    sidecar: bool = option(
+        "Write only what is new, into a small file beside the model.", default=False
+    )
+    dry_run: bool = option("Print the plan and write nothing.", default=False)
     force: bool = option(
-        False,
         "Replace an existing output. With --skip or --boundary and no --quality or limit: write a"
         " fit, too, that can no longer copy from its prompt.",
         flag="--force -f",
+        default=False,
     )
 
 
 def _limit(unit: str, words: str) -> Any:
-    return option(None, words, unit, min=0.0, callback=opt.positive)
+    return option(words, unit, min=0.0, callback=opt.positive)
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,15 @@ class FullRowOptions(Group):
 
     panel: ClassVar[str] = "Tokens in full"
 
-    sink: int = option(PopMeta.sink_tokens, "First tokens of a prompt.", min=0)
-    tail: int = option(TAIL_TOKENS, "Last tokens of a prompt.", min=0)
+    sink: int = option("First tokens of a prompt.", min=0, default=PopMeta.sink_tokens)
+    tail: int = option("Last tokens of a prompt.", min=0, default=TAIL_TOKENS)
     min_prompt: int | None = option(
-        None,
         "Shorter prompts run in full. Default: those that save less than half of what long ones"
         " save, about 70.",
         min=0,
     )
     select: str | None = option(
-        None, "Context tokens that the question needs, as 10%; with --skip or --boundary.", "SHARE"
+        "Context tokens that the question needs, as 10%; with --skip or --boundary.", "SHARE"
     )
 
     @property
@@ -119,12 +119,9 @@ class FullRowOptions(Group):
 class ConvertFitOptions(opt.FittingOptions):
     """How projections are fitted."""
 
-    mmproj: Path | None = option(None, "Fit on pictures, too, as this mmproj shows them.", "FILE")
-    images: Path | None = option(
-        None, "Pictures to fit on, with --mmproj. Default: drawn ones.", "DIR"
-    )
+    mmproj: Path | None = option("Fit on pictures, too, as this mmproj shows them.", "FILE")
+    images: Path | None = option("Pictures to fit on, with --mmproj. Default: drawn ones.", "DIR")
     distill_tokens: int | None = option(
-        None,
         "Tokens of text for --distill: more are better, and take as many times the time. Default:"
         " as many as are fitted on, 65536 at least.",
         min=1,

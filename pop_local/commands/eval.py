@@ -29,15 +29,15 @@ class BaselineName(str, Enum):
 class WindowOptions(Group):
     """The text and the documents."""
 
-    text: Path | None = option(None, "Held-out text. Default: our own.", "FILE")
-    context: int = option(512, "Tokens to prune in each window.", min=2)
-    continuation: int = option(128, "Tokens to score after them.", min=2)
-    windows: int = option(32, "How many windows.", min=1)
+    text: Path | None = option("Held-out text. Default: our own.", "FILE")
+    context: int = option("Tokens to prune in each window.", min=2, default=512)
+    continuation: int = option("Tokens to score after them.", min=2, default=128)
+    windows: int = option("How many windows.", min=1, default=32)
     recall: str | None = option(
-        None, "Tokens of documents to ask facts of; 0 for none. Default: 512.", "N,..."
+        "Tokens of documents to ask facts of; 0 for none. Default: 512.", "N,..."
     )
-    documents: int | None = option(None, "How many of each length. Default: 24.", min=2)
-    seed: int = option(0, "Of passages, random tokens and facts.", min=0)
+    documents: int | None = option("How many of each length. Default: 24.", min=2)
+    seed: int = option("Of passages, random tokens and facts.", min=0, default=0)
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,18 @@ class AblationOptions(Group):
 
     panel: ClassVar[str] = "Ablations and yardsticks"
 
-    select: str | None = option(None, opt.SELECT, "SHARE")
-    refill: int = option(0, "Rows to give their depth with each scored token.", min=0)
-    sink: int | None = option(None, "First tokens in full, whatever the file says.", min=0)
-    tail: int | None = option(None, "Last context tokens in full, likewise.", min=0)
-    no_boundary: bool = option(False, "Prune the context's last token as well.")
-    second_turn: bool = option(False, "Also the answer after that, refilled or not.")
+    select: str | None = option(opt.SELECT, "SHARE")
+    refill: int = option("Rows to give their depth with each scored token.", min=0, default=0)
+    sink: int | None = option("First tokens in full, whatever the file says.", min=0)
+    tail: int | None = option("Last context tokens in full, likewise.", min=0)
+    no_boundary: bool = option("Prune the context's last token as well.", default=False)
+    second_turn: bool = option("Also the answer after that, refilled or not.", default=False)
     baseline: BaselineName | None = option(
-        None, "Compare with skipping the same layers for every token, answers too."
+        "Compare with skipping the same layers for every token, answers too."
     )
-    yardstick: bool = option(False, "Also measure the model quantised as Q4_0, Q3_K_M, Q2_K.")
+    yardstick: bool = option(
+        "Also measure the model quantised as Q4_0, Q3_K_M, Q2_K.", default=False
+    )
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,14 @@ class EvalFitOptions(opt.FittingOptions):
     """How projections are fitted."""
 
     ridge: float | None = option(
-        None,
         f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
         min=0.0,
         callback=opt.finite,
     )
     weighting: Weighting | None = option(
-        None, "Whether tokens count by the attention that they get. Default: attention."
+        "Whether tokens count by the attention that they get. Default: attention."
     )
-    fit_text: Path | None = option(None, "Text to fit on. Default: convert's.", "FILE|DIR")
+    fit_text: Path | None = option("Text to fit on. Default: convert's.", "FILE|DIR")
 
 
 @unfolded

@@ -104,8 +104,8 @@ class ProcessorOptions(Group):
 
     panel: ClassVar[str] = _HARDWARE
 
-    threads: int | None = option(None, _THREADS, **_CORES)
-    gpu_layers: int = option(-1, _GPU_LAYERS, min=-1, max=MOST)
+    threads: int | None = option(_THREADS, **_CORES)
+    gpu_layers: int = option(_GPU_LAYERS, min=-1, max=MOST, default=-1)
 
     @property
     def hardware(self) -> Hardware:
@@ -118,7 +118,6 @@ class HardwareOptions(ProcessorOptions):
     """Processors of this machine and others."""
 
     rpc: str | None = option(
-        None,
         "Machines that hold the layers, each with `pop-local rpc-server` running.",
         "HOST:PORT,...",
     )
@@ -141,10 +140,10 @@ class MeasureOptions(HardwareOptions):
 
     panel: ClassVar[str] = "Model and hardware"
 
-    sidecar: Path | None = option(None, _SIDECAR, "PATH")
+    sidecar: Path | None = option(_SIDECAR, "PATH")
     # It must not be called ctx: the setting of that name is for conversations.
     n_ctx: int | None = option(
-        None, "Context in tokens. Default: what is measured needs.", flag="--ctx", min=1, max=MOST
+        "Context in tokens. Default: what is measured needs.", flag="--ctx", min=1, max=MOST
     )
 
 
@@ -154,9 +153,8 @@ class PictureOptions(Group):
 
     panel: ClassVar[str] = "Pictures"
 
-    mmproj: Path | None = option(None, MMPROJ, "FILE")
+    mmproj: Path | None = option(MMPROJ, "FILE")
     image_tokens: int | None = option(
-        None,
         "The most that one picture takes, with models where that varies.",
         "MAX",
         min=1,
@@ -170,9 +168,9 @@ class OpenOptions(HardwareOptions):
 
     panel: ClassVar[str] = "Model and hardware"
 
-    sidecar: Path | None = option(None, _SIDECAR, "PATH")
+    sidecar: Path | None = option(_SIDECAR, "PATH")
     ctx: int | None = option(
-        None, "Context in tokens. Default: the model's, at most 8192.", min=1, max=MOST
+        "Context in tokens. Default: the model's, at most 8192.", min=1, max=MOST
     )
 
 
@@ -182,17 +180,17 @@ class ModelOptions(OpenOptions, PictureOptions):
 
     panel: ClassVar[str] = "Model and hardware"
 
-    full: bool = option(False, "Read prompts in full, without pruning.")
-    select: str | None = option(None, SELECT, "SHARE")
+    full: bool = option("Read prompts in full, without pruning.", default=False)
+    select: str | None = option(SELECT, "SHARE")
     refill: RefillName = option(
-        RefillName.OFF,
         "When pruned tokens run the skipped layers: while nothing is asked, also with each token of"
         " an answer, or never.",
+        default=RefillName.OFF,
     )
     parse_special: bool = option(
-        False,
         "Special tokens that messages and documents spell out act as such: only for text that you"
         " trust.",
+        default=False,
     )
 
 
@@ -202,14 +200,12 @@ class SamplingOptions(Group):
 
     panel: ClassVar[str] = "Answers"
 
-    max_tokens: int | None = option(None, "Longest answer. Default: what the context holds.", min=1)
+    max_tokens: int | None = option("Longest answer. Default: what the context holds.", min=1)
     temperature: float | None = option(
-        None, "0 always takes the likeliest token.", min=0.0, callback=finite
+        "0 always takes the likeliest token.", min=0.0, callback=finite
     )
-    top_p: float | None = option(None, "Nucleus sampling.", min=0.0, max=1.0, callback=finite)
-    seed: int | None = option(
-        None, "Makes an answer repeatable. Default: chance.", min=0, max=MOST_SEED
-    )
+    top_p: float | None = option("Nucleus sampling.", min=0.0, max=1.0, callback=finite)
+    seed: int | None = option("Makes an answer repeatable. Default: chance.", min=0, max=MOST_SEED)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -224,11 +220,10 @@ class FittingOptions(Group):
     panel: ClassVar[str] = "The fit"
 
     tokens: int | None = option(
-        None, "Tokens to fit on. Default: 24 per dimension, 16384 at least.", min=1
+        "Tokens to fit on. Default: 24 per dimension, 16384 at least.", min=1
     )
-    kv_type: KvType | None = option(None, "Type of the fitted weights. Default: q8_0.")
+    kv_type: KvType | None = option("Type of the fitted weights. Default: q8_0.")
     memory: float | None = option(
-        None,
         "For the fit's sums. Default: half of what is free.",
         "GB",
         min=0.0,
@@ -247,8 +242,8 @@ class FittingOptions(Group):
 class BoundaryOptions(Group):
     """A boundary by name or by share."""
 
-    skip: str | None = option(None, "Layers to skip: 1/3, 0.33, or a number.", "SHARE")
-    boundary: int | None = option(None, "The first layer to skip, instead of --skip.", "LAYER")
+    skip: str | None = option("Layers to skip: 1/3, 0.33, or a number.", "SHARE")
+    boundary: int | None = option("The first layer to skip, instead of --skip.", "LAYER")
 
     @property
     def named(self) -> "Named | None":

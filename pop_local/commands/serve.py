@@ -29,25 +29,28 @@ _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 class ServerOptions(Group):
     """Who is served, and how."""
 
-    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all networks.")
-    port: int = option(8080, "0 takes any free one.", min=0, max=65535)
+    host: str = option("Address to listen on; 0.0.0.0 for all networks.", default="127.0.0.1")
+    port: int = option("0 takes any free one.", min=0, max=65535, default=8080)
     api_key: str = option(
-        "",
         "Clients must send it as their key. Default: no key; web pages and requests to other host"
         " names are refused.",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
+        default="",
     )
     name: str = option(
-        "", "The model's name in the API. Default: the catalog's, if MODEL is, or the file's."
+        "The model's name in the API. Default: the catalog's, if MODEL is, or the file's.",
+        default="",
     )
     cache_ram: int = option(
-        2048,
         "Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
         "MIB",
         min=0,
+        default=2048,
     )
-    max_waiting: int = option(256, "Requests that may wait; those beyond are refused (503).", min=1)
+    max_waiting: int = option(
+        "Requests that may wait; those beyond are refused (503).", min=1, default=256
+    )
 
 
 @unfolded

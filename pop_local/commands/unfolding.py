@@ -15,7 +15,7 @@ class Group:
     panel: ClassVar[str] = ""
 
 
-def option(default: Any, words: str, unit: str = "", *, flag: str = "", **how: Any) -> Any:
+def option(words: str, unit: str = "", *, default: Any = None, flag: str = "", **how: Any) -> Any:
     """Return a field of a Group: an option whose help is `words`.
 
     `unit`: a name for its value, "" for that of the type. `flag`: its name, and perhaps a short

@@ -20,9 +20,9 @@ class Sizes(Group):
 
     panel: ClassVar[str] = "How large"
 
-    width: int = option(3, "From left to right.", "CELLS", min=1)
-    n_rows: int | None = option(None, "From top to bottom.", flag="--rows -r")
-    is_bold: bool = option(False, "Thicker.", flag="--bold")
+    width: int = option("From left to right.", "CELLS", default=3, min=1)
+    n_rows: int | None = option("From top to bottom.", flag="--rows -r")
+    is_bold: bool = option("Thicker.", default=False, flag="--bold")
 
 
 @unfolded

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,10 +228,10 @@ class ConversionRun:
     conversion: Conversion
     force: bool
     bench: Workbench
-    fit: FitOptions = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "fit", self.conversion.fit or FitOptions())
+    @property
+    def fit(self) -> FitOptions:
+        return self.conversion.fit or FitOptions()
 
     def fitter(self, full: FullModel | None = None) -> Fitter:
         """Return what fits the plans, and measures against `full`."""
