@@ -16,18 +16,16 @@ if TYPE_CHECKING:
     from pop_local.research.analyze import Analysis, analyze
     from pop_local.research.options import AnalyzeOptions
     from pop_local.texts.documents import read_document
-    from pop_local.workflows.convert import Converted, convert
+    from pop_local.workflows.conversion.convert import Converted, convert
+    from pop_local.workflows.conversion.goals import Boundary, Fastest, Skip, Within
+    from pop_local.workflows.conversion.refusals import (
+        CopyingBrokenError,
+        OverBudgetError,
+        RecallLostError,
+    )
     from pop_local.workflows.evaluate import EvaluateOptions, Evaluation, evaluate
     from pop_local.workflows.events import Watch
-    from pop_local.workflows.options import (
-        Boundary,
-        Fastest,
-        Hardware,
-        RowOptions,
-        Skip,
-        Within,
-    )
-    from pop_local.workflows.refusals import CopyingBrokenError, OverBudgetError, RecallLostError
+    from pop_local.workflows.options import Hardware, RowOptions
 
 __version__ = "0.1.0"
 
@@ -82,13 +80,14 @@ _MODULES = {
     "pop_local.measure.quality": ["QualitySettings"],
     "pop_local.research.analyze": ["Analysis", "analyze"],
     "pop_local.research.options": ["AnalyzeOptions"],
-    "pop_local.workflows.convert": ["Converted", "convert"],
+    "pop_local.workflows.conversion.convert": ["Converted", "convert"],
+    "pop_local.workflows.conversion.goals": ["Boundary", "Fastest", "Skip", "Within"],
+    "pop_local.workflows.conversion.refusals": [
+        *("CopyingBrokenError", "OverBudgetError", "RecallLostError"),
+    ],
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
-    "pop_local.workflows.options": [
-        *("Boundary", "Fastest", "Hardware", "RowOptions", "Skip", "Within"),
-    ],
-    "pop_local.workflows.refusals": ["CopyingBrokenError", "OverBudgetError", "RecallLostError"],
+    "pop_local.workflows.options": ["Hardware", "RowOptions"],
     "pop_local.engine.decode.grammar": ["GrammarError"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.documents": ["read_document"],

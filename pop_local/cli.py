@@ -17,6 +17,7 @@ COMMANDS = (
     Entry("strip", "pop_local.commands.strip", "Turn a converted file back into the original."),
     Entry("bench", "pop_local.commands.bench", "Measure time to first token, full against pruned."),
     Entry("eval", "pop_local.commands.eval", "Measure quality, pruned against full."),
+    Entry("compare", "pop_local.commands.compare", "Answer your own prompts in full and pruned."),
     Entry("analyze", "pop_local.commands.analyze", "Measure which layers reading can do without."),
     Entry("demo", "pop_local.commands.demo", "Answer one long prompt with and without pruning."),
     Entry("inspect", "pop_local.commands.inspect", "Show what is in a model file."),

@@ -1,11 +1,13 @@
 """`pop-local bench MODEL`: time to first token, pruned against full."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pop_local.commands import options as opt
+from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import warn
 from pop_local.ui.views import speed as view
@@ -14,68 +16,66 @@ from pop_local.ui.watch import stoppable_watch
 DEFAULT_PROMPTS = "512,1024,2048"
 
 
+@dataclass(frozen=True)
+class PromptOptions(Group):
+    """Prompts that are read, and how often."""
+
+    prompt: str = option("Prompt lengths in tokens.", "N,N,...", default=DEFAULT_PROMPTS)
+    repeat: int = option("Pairs of runs for each length.", min=1, default=5)
+    boundary: int | None = option("Prune from this layer on, whatever the file says.", min=1)
+    batch: int = option("Tokens that are read at once.", min=1, default=512)
+    find_break_even: bool = option(
+        "Search for the shortest prompt that gains, up to the longest of --prompt.", default=False
+    )
+    select: str | None = option(opt.SELECT, "SHARE")
+
+
+@unfolded
 def bench(
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="A converted GGUF file, or one with a sidecar."),
     ],
-    prompt: Annotated[
-        str, typer.Option("--prompt", metavar="N,N,...", help="Prompt lengths in tokens.")
-    ] = DEFAULT_PROMPTS,
-    repeat: Annotated[
-        int, typer.Option("--repeat", min=1, help="Pairs of runs for each length.")
-    ] = 5,
-    boundary: Annotated[
-        int | None,
-        typer.Option("--boundary", min=1, help="Prune from this layer on, whatever the file says."),
-    ] = None,
-    batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Tokens that are read at once.")
-    ] = 512,
-    find_break_even: Annotated[
-        bool,
-        typer.Option(
-            "--find-break-even",
-            help="Search for the shortest prompt that gains, up to the longest of --prompt.",
-        ),
-    ] = False,
+    *,
+    read: PromptOptions,
+    json: opt.Json = False,
     image: Annotated[
         Path | None,
         typer.Option("--image", metavar="FILE", help="A picture that is part of each prompt."),
     ] = None,
-    mmproj: opt.Mmproj = None,
-    image_tokens: opt.ImageTokens = None,
-    select: opt.Select = None,
-    pop: opt.Pop = None,
-    json: opt.Json = False,
-    threads: opt.Threads = None,
-    n_ctx: opt.MeasuredCtx = None,
-    gpu_layers: opt.GpuLayers = -1,
-    rpc: opt.Rpc = None,
+    pictures: opt.PictureOptions,
+    measured: opt.MeasureOptions,
 ) -> None:
     """Measure time to first token with and without pruning, in alternation on the same weights."""
-    n_prompts = opt.lengths(prompt, "--prompt", least=1)
-    if find_break_even and repeat < 2:
+    n_prompts = opt.lengths(read.prompt, "--prompt", least=1)
+    if read.find_break_even and read.repeat < 2:
         raise typer.BadParameter("--find-break-even needs the spread of 2 pairs at least: --repeat")
-    if find_break_even and image is not None:
+    if read.find_break_even and image is not None:
         raise typer.BadParameter("--find-break-even is of text: leave out --image")
-    if image is None and (mmproj is not None or image_tokens is not None):
+    if image is None and opt.given(**vars(pictures)):
         raise typer.BadParameter("--mmproj and --image-tokens are for an --image: give one")
     from pop_local.workflows import bench as workflow
 
-    on = opt.hardware(threads, gpu_layers, rpc)
-    share = opt.selected(select)
-    shown = image, mmproj, image_tokens
-    options = workflow.BenchOptions(n_prompts, repeat, boundary, batch, n_ctx, on, share, *shown)
-    if find_break_even:
+    options = workflow.BenchOptions(
+        n_prompts,
+        n_pairs=read.repeat,
+        boundary=read.boundary,
+        n_batch=read.batch,
+        n_ctx=measured.n_ctx,
+        hardware=measured.hardware,
+        select=opt.selected(read.select),
+        image=image,
+        **vars(pictures),
+    )
+    if read.find_break_even:
         from pop_local.research import break_even
 
         with stoppable_watch() as watch:
-            gained = break_even.find_break_even(model, pop, options, watch)
+            gained = break_even.find_break_even(model, measured.sidecar, options, watch)
         print_json(view.gain_json(gained)) if json else view.show_gain(gained, max(n_prompts))
     else:
         with stoppable_watch() as watch:
-            speed = workflow.bench(model, pop, options, watch)
+            speed = workflow.bench(model, measured.sidecar, options, watch)
         print_json(view.speed_json(speed)) if json else view.show_speed(speed)
-        if repeat < 2:
+        if read.repeat < 2:
             warn("One pair of runs says nothing of noise: give --repeat 3, say.")

@@ -1,10 +1,10 @@
 """`pop-local convert IN.gguf [OUT.gguf]`: write the model with its pruning schedule."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -14,6 +14,7 @@ from pop_converter.popfile.rewrite import check_target
 from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.commands import options as opt
+from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.measure.budget import BALANCED, BUDGETS, FAST, NEAR_LOSSLESS
 from pop_local.models.sidecars import is_shipped, sidecar_of
 from pop_local.ui.tables import print_json
@@ -21,17 +22,12 @@ from pop_local.ui.theme import note
 from pop_local.ui.views import conversion as view
 from pop_local.ui.views.trials import show_trials
 from pop_local.ui.watch import stoppable_watch
-from pop_local.workflows.convert import plan_conversion, run_conversion
-from pop_local.workflows.options import (
-    Boundary,
-    Depth,
-    Fastest,
-    Hardware,
-    RowOptions,
-    Skip,
-    Within,
-)
-from pop_local.workflows.refusals import OverBudgetError
+from pop_local.workflows.conversion.convert import run_conversion
+from pop_local.workflows.conversion.distiller import MakeDistiller
+from pop_local.workflows.conversion.goals import Fastest, Named, Within
+from pop_local.workflows.conversion.plan import ConvertOptions, Goal, plan_conversion
+from pop_local.workflows.conversion.refusals import OverBudgetError
+from pop_local.workflows.options import RowOptions
 
 
 class QualityName(str, Enum):
@@ -43,144 +39,110 @@ class QualityName(str, Enum):
     FASTEST = "fastest"
 
 
+@dataclass(frozen=True)
+class HowOptions(Group):
+    """The output, and how it is made."""
+
+    quality: QualityName | None = option(
+        f"What may be lost. Default: {BALANCED.quality}, or anything with --skip or --boundary.",
+    )
+    projection: Projection | None = option(
+        "K/V of skipped layers: own (no fit, loses more quality), fitted to the model (takes"
+        " minutes), fitted-wide (to more than the token itself) or fitted-attention (also to what"
+        " the first skipped layer's attention gives). Default: what measures best for its cost.",
+    )
+    text: Path | None = option(
+        "Text to fit on. Default: documentation, code and samples of the model.",
+        "FILE|DIR",
+    )
+    distill: bool = option(
+        "Train the fit end to end, too: it copies better. This takes minutes for each boundary that"
+        " is tried. Needs torch; for dense models of llama, qwen2, qwen3, gemma2 and gemma3.",
+        default=False,
+    )
+    resume: bool = option(
+        "Keep the fit when it is stopped, and go on with a kept one.", default=False
+    )
+    sidecar: bool = option(
+        "Write only what is new, into a small file beside the model.", default=False
+    )
+    dry_run: bool = option("Print the plan and write nothing.", default=False)
+    force: bool = option(
+        "Replace an existing output. With --skip or --boundary and no --quality or limit: write a"
+        " fit, too, that can no longer copy from its prompt.",
+        flag="--force -f",
+        default=False,
+    )
+
+
 def _limit(unit: str, words: str) -> Any:
-    return typer.Option(metavar=unit, min=0.0, callback=opt.positive, help=words)
+    return option(words, unit, min=0.0, callback=opt.positive)
 
 
+@dataclass(frozen=True)
+class LimitOptions(Group):
+    """Limits instead of a named budget."""
+
+    panel: ClassVar[str] = "Limits of your own"
+
+    max_kl: float | None = _limit("NATS", "KL divergence from the full model.")
+    max_ppl_ratio: float | None = _limit("RATIO", "Perplexity, in the full model's.")
+    max_copy_ratio: float | None = _limit(
+        "RATIO", "Perplexity of a repeated passage, in the full model's."
+    )
+
+
+@dataclass(frozen=True)
+class FullRowOptions(Group):
+    """Tokens of a prompt that run in full."""
+
+    panel: ClassVar[str] = "Tokens in full"
+
+    sink: int = option("First tokens of a prompt.", min=0, default=PopMeta.sink_tokens)
+    tail: int = option("Last tokens of a prompt.", min=0, default=TAIL_TOKENS)
+    min_prompt: int | None = option(
+        "Shorter prompts run in full. Default: those that save less than half of what long ones"
+        " save, about 70.",
+        min=0,
+    )
+    select: str | None = option(
+        "Context tokens that the question needs, as 10%; with --skip or --boundary.", "SHARE"
+    )
+
+    @property
+    def rows(self) -> RowOptions:
+        """The same for a workflow."""
+        return RowOptions(self.sink, self.tail, self.min_prompt, opt.selected(self.select) or 0.0)
+
+
+@dataclass(frozen=True)
+class ConvertFitOptions(opt.FittingOptions):
+    """How projections are fitted."""
+
+    mmproj: Path | None = option("Fit on pictures, too, as this mmproj shows them.", "FILE")
+    images: Path | None = option("Pictures to fit on, with --mmproj. Default: drawn ones.", "DIR")
+    distill_tokens: int | None = option(
+        "Tokens of text for --distill: more are better, and take as many times the time. Default:"
+        " as many as are fitted on, 65536 at least.",
+        min=1,
+    )
+
+
+@unfolded
 def convert(
     model: Annotated[str, typer.Argument(metavar="IN.gguf", help="A model, or its first part.")],
     output: Annotated[
         Path | None,
         typer.Argument(metavar="OUT.gguf", help="Default: IN.pop.gguf beside it."),
     ] = None,
-    skip: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Layers to skip: 1/3, 0.33, or a number. Default: as many as --quality allows.",
-        ),
-    ] = None,
-    boundary: opt.BoundaryLayer = None,
-    quality: Annotated[
-        QualityName | None,
-        typer.Option(
-            help=f"What may be lost. Default: {BALANCED.quality}, or anything with --skip or"
-            " --boundary."
-        ),
-    ] = None,
-    max_kl: Annotated[
-        float | None,
-        _limit("NATS", "Largest KL divergence from the full model, instead of --quality."),
-    ] = None,
-    max_ppl_ratio: Annotated[
-        float | None,
-        _limit("RATIO", "Largest perplexity, in the full model's; likewise."),
-    ] = None,
-    max_copy_ratio: Annotated[
-        float | None,
-        _limit("RATIO", "Largest perplexity of a repeated passage, in the full model's; likewise."),
-    ] = None,
-    select: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Context tokens to run in full because the question needs them, as 10%; with"
-            " --skip or --boundary.",
-        ),
-    ] = None,
-    sink: Annotated[
-        int, typer.Option(min=0, help="First tokens of a prompt to run in full.")
-    ] = PopMeta.sink_tokens,
-    tail: Annotated[
-        int, typer.Option(min=0, help="Last tokens of a prompt to run in full.")
-    ] = TAIL_TOKENS,
-    min_prompt: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Shorter prompts run in full. Default: those that save less than half of what"
-            " long ones save, about 70.",
-        ),
-    ] = None,
-    projection: Annotated[
-        Projection | None,
-        typer.Option(
-            help="K/V of skipped layers: fitted to the model (takes minutes), wide (fitted to more"
-            " than the token itself), attention (wide, and to what the first skipped layer's"
-            " attention gives), or their own (no fit, loses more quality). Default: what measures"
-            " best for its cost."
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE|DIR",
-            help="Text to fit on. Default: documentation, code and samples of the model.",
-        ),
-    ] = None,
-    mmproj: Annotated[
-        Path | None,
-        typer.Option(
-            "--mmproj", metavar="FILE", help="Fit on pictures, too, as this mmproj shows them."
-        ),
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            "--images",
-            metavar="DIR",
-            help="Pictures to fit on, with --mmproj. Default: drawn ones.",
-        ),
-    ] = None,
-    tokens: opt.Tokens = None,
-    kv_type: opt.KvTypeOption = None,
-    ridge: opt.Ridge = None,
-    weighting: opt.WeightingOption = None,
-    memory: opt.Memory = None,
-    distill: Annotated[
-        bool,
-        typer.Option(
-            "--distill",
-            help="Train the fit end to end, too (minutes for each depth that is tried): it copies"
-            " better. Needs torch; for dense models of llama, qwen2, qwen3, gemma2 and gemma3.",
-        ),
-    ] = False,
-    distill_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--distill-tokens",
-            min=1,
-            help="Tokens of text for --distill: more are better, and take as many times the time."
-            " Default: as many as are fitted on, 65536 at least.",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Keep the fit when it is stopped, and go on with a kept one."
-        ),
-    ] = False,
-    sidecar: Annotated[
-        bool,
-        typer.Option(
-            "--sidecar", help="Write only what is new, into a small file beside the model."
-        ),
-    ] = False,
-    threads: opt.Threads = None,
-    gpu_layers: opt.GpuLayers = -1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
-    ] = False,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            "-f",
-            help="Replace an existing output. With --skip or --boundary and no --quality or limit:"
-            " write a fit, too, that can no longer copy from its prompt.",
-        ),
-    ] = False,
+    *,
+    at: opt.BoundaryOptions,
+    how: HowOptions,
     json: opt.Json = False,
+    limits: LimitOptions,
+    full: FullRowOptions,
+    fitting: ConvertFitOptions,
+    processors: opt.ProcessorOptions,
 ) -> None:
     """Make a copy of a model that reads long prompts faster.
 
@@ -199,63 +161,45 @@ def convert(
     the copy too (and runs it in full). With --sidecar the model itself stays the file to open, here
     and elsewhere.
     """
-    named = opt.named_depth(skip, boundary)
-    given = {
-        "max_kl": max_kl,
-        "max_ppl_ratio": max_ppl_ratio,
-        "max_copy_ratio": max_copy_ratio,
-    }
-    limits = {name: limit for name, limit in given.items() if limit is not None}
-    if select is not None and (named is None or quality or limits):
+    named, own = at.named, opt.given(**vars(limits))
+    if full.select is not None and (named is None or how.quality or own):
         raise typer.BadParameter(
             "--select goes with --skip or --boundary alone; --quality fastest chooses its own"
         )
-    if images is not None and mmproj is None:
+    if fitting.images is not None and fitting.mmproj is None:
         raise typer.BadParameter("--images goes with --mmproj", param_hint="--images")
-    if distill_tokens is not None and not distill:
+    if fitting.distill_tokens is not None and not how.distill:
         raise typer.BadParameter("it goes with --distill", param_hint="--distill-tokens")
-    fit = opt.given_fit(
-        memory,
-        tokens=tokens,
-        text=text,
-        kv_type=kv_type,
-        ridge=ridge,
-        weighting=weighting,
-        mmproj=mmproj,
-        images=images,
-        distill_tokens=distill_tokens,
-    )
-    if projection is Projection.OWN:
+    others = {"text": how.text, "mmproj": fitting.mmproj, "images": fitting.images}
+    fit = fitting.fit(**others, distill_tokens=fitting.distill_tokens)
+    if how.projection is Projection.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
-        if resume or distill:
-            raise typer.BadParameter("--projection own fits nothing: leave out --resume, --distill")
-    fit = replace(fit or FitOptions(), projection=projection)
-    if distill:
-        from pop_local.research import distilled
-    planned = plan_conversion(
-        model,
-        output,
-        _wanted(quality, limits, named),
-        None if projection is Projection.OWN else fit,
-        RowOptions(sink, tail, min_prompt, opt.selected(select) or 0.0),
-        "sidecar" if sidecar else "copy",
-        Hardware(threads, gpu_layers),
-        distilled.Distiller if distill else None,
-        resume=resume,
+        if how.resume or how.distill:
+            raise typer.BadParameter("--projection own fits nothing: leave --resume, --distill out")
+    fit = replace(fit or FitOptions(), projection=how.projection)
+    options = ConvertOptions(
+        goal=_wanted(how.quality, own, named),
+        fit=None if how.projection is Projection.OWN else fit,
+        rows=full.rows,
+        output="sidecar" if how.sidecar else "copy",
+        resume=how.resume,
+        distiller=_distiller() if how.distill else None,
+        hardware=processors.hardware,
     )
+    planned = plan_conversion(model, output, options)
     if (found := sidecar_of(planned.source)) and is_shipped(found):
         note(f"{found.name} comes with pop-local: it is used without a conversion.")
     if not json:
         view.show_plan(planned)
-    elif dry_run:
+    elif how.dry_run:
         print_json(view.plan_json(planned))
-    if dry_run:
+    if how.dry_run:
         # But for what --force would replace.
         check_target(planned.path, planned.target, planned.sizes, force=True)
         return
     try:
         with stoppable_watch() as watch:
-            done = run_conversion(planned, force=force, watch=watch)
+            done = run_conversion(planned, force=how.force, watch=watch)
     except OverBudgetError as error:
         if not json:
             show_trials(error.trials)
@@ -266,15 +210,21 @@ def convert(
         view.show_converted(planned, done)
 
 
-def _wanted(
-    quality: QualityName | None, limits: Mapping[str, float], named: Skip | Boundary | None
-) -> Depth:
+def _distiller() -> MakeDistiller:
+    from pop_local.research.distilled import Distiller
+
+    return Distiller
+
+
+def _wanted(quality: QualityName | None, limits: Mapping[str, float], named: Named | None) -> Goal:
     """As asked for; limits that are not given are those of BALANCED."""
     if quality and limits:
         raise typer.BadParameter("give --quality, or limits of your own, not both")
     if quality is QualityName.FASTEST:
         if named is not None:
-            raise typer.BadParameter("--quality fastest chooses how deep: leave out the depth")
+            raise typer.BadParameter(
+                "--quality fastest chooses the boundary: leave out --skip and --boundary"
+            )
         return Fastest()
     if quality:
         return Within(BUDGETS[quality.value], named)

@@ -7,6 +7,7 @@ import typer
 
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
+from pop_local.commands.unfolding import unfolded
 from pop_local.models.names import DEFAULT_MODEL
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
@@ -14,11 +15,11 @@ from pop_local.ui.chat.screen import Screen
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import look, note
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.options import Hardware
 
 N_PAIRS = 3
 
 
+@unfolded
 def demo(
     model: Annotated[
         str | None,
@@ -27,21 +28,16 @@ def demo(
             help=f"A converted GGUF file, or a model of the catalog. Default: {DEFAULT_MODEL}",
         ),
     ] = None,
+    *,
     pairs: Annotated[
         int, typer.Option(min=1, help="How many times to answer in full and pruned.")
     ] = N_PAIRS,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and open no chat.")
     ] = False,
-    system: Annotated[str, typer.Option("--system", help="System prompt of the chat.")] = "",
-    pop: opt.Pop = None,
-    max_tokens: opt.MaxTokens = None,
-    temperature: opt.Temperature = None,
-    top_p: opt.TopP = None,
-    seed: opt.Seed = None,
-    threads: opt.Threads = None,
-    ctx: opt.Ctx = None,
-    gpu_layers: opt.GpuLayers = -1,
+    system: opt.System = "",
+    how: opt.OpenOptions,
+    sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
     """Answer one question about a document with and without pruning, then open the chat.
@@ -50,19 +46,18 @@ def demo(
     said for the chat.
     """
     screen = Screen(look(theme))
-    chosen = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    open_named = Opener(model, pop, ctx, Hardware(threads, gpu_layers))
-    from pop_local.ui.views.comparison import show_comparison
-    from pop_local.workflows.demo import compare_answers, data_path
+    open_named = Opener(model, opt.ModelOptions(**vars(how)))
+    from pop_local.ui.views.demo import show_demonstration
+    from pop_local.workflows.demo import data_path, demonstrate
 
     opened = open_named()
     with terminal_watch() as watch:
-        found = compare_answers(opened, pairs, watch)
+        found = demonstrate(opened, pairs, watch)
     if json:
         print_json(found)
         return
-    show_comparison(found)
+    show_demonstration(found)
     if sys.stdin.isatty():
         note("Now it is your turn; pruning is on. /help lists the commands, /exit leaves.")
         note(f"The document is not part of this chat: /file {data_path('document.md')} reads it.")
-        talk(Dialogue(opened, open_named, screen, system=system, sampling=chosen))
+        talk(Dialogue(opened, open_named, screen, system=system, sampling=sampling.given))

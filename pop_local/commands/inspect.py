@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pop_local.commands.options import Json, Pop
+from pop_local.commands.options import Json, Sidecar
 from pop_local.ui.tables import print_facts, print_json
 from pop_local.ui.views.inspection import inspection_facts
 from pop_local.ui.watch import terminal_watch
@@ -16,7 +16,7 @@ def inspect(
     model: Annotated[
         str, typer.Argument(metavar="FILE", help="A GGUF file, or a name of the catalog.")
     ],
-    pop: Pop = None,
+    sidecar: Sidecar = None,
     json: Json = False,
     verify: Annotated[
         bool,
@@ -27,6 +27,6 @@ def inspect(
 ) -> None:
     """Show a model's architecture, layers, boundary, sizes and where it comes from."""
     with terminal_watch() as watch:
-        found = inspect_file(model, pop, with_hash=verify, watch=watch)
+        found = inspect_file(model, sidecar, with_hash=verify, watch=watch)
     print_json(found) if json else print_facts(inspection_facts(found))
     require_unchanged(found)

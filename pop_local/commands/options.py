@@ -1,22 +1,29 @@
-"""Options that several commands share, and what they turn into."""
+"""Options that several commands share, in groups that a command takes as one object."""
 
 import math
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from pop_converter.fit.least_squares import RIDGE, KvType, Weighting
+from pop_converter.fit.least_squares import KvType
 from pop_converter.popfile.plan import parse_skip
 from pop_local.base.errors import PlanError, PopError
 from pop_local.calibration.options import FitOptions
+from pop_local.commands.unfolding import Group, option
 from pop_local.config.settings import MOST, MOST_SEED, load
 from pop_local.engine.llama.rpc import address
 from pop_local.ui.theme import warn
-from pop_local.workflows.options import Boundary, Hardware, Skip
+from pop_local.workflows.options import Hardware
+
+if TYPE_CHECKING:
+    from pop_local.workflows.conversion.goals import Named, Skip
+
+DEFAULT_THEME = "terminal"
 
 
 def finite(value: float | None) -> float | None:
@@ -45,144 +52,41 @@ def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | Non
     return n_cores
 
 
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        min=1,
-        callback=_no_more_than_cores,
-        help="CPU threads. Default: the physical cores.",
-    ),
-]
-Ctx = Annotated[
-    int | None,
-    typer.Option(
-        "--ctx", min=1, max=MOST, help="Context in tokens. Default: the model's, at most 8192."
-    ),
-]
-# The parameter must not be called ctx: the setting of that name is for conversations.
-MeasuredCtx = Annotated[
-    int | None,
-    typer.Option(
-        "--ctx", min=1, max=MOST, help="Context in tokens. Default: what is measured needs."
-    ),
-]
-GpuLayers = Annotated[
-    int,
-    typer.Option(
-        "--gpu-layers", min=-1, max=MOST, help="Layers on the GPU; -1 for all, 0 for none."
-    ),
-]
-Rpc = Annotated[
-    str | None,
-    typer.Option(
-        "--rpc",
-        metavar="HOST:PORT,...",
-        help="Machines that hold the layers, each with `pop-local rpc-server` running.",
-    ),
-]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option("--max-tokens", min=1, help="Longest answer. Default: what the context holds."),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature", min=0.0, callback=finite, help="0 always takes the likeliest token."
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option("--top-p", min=0.0, max=1.0, callback=finite, help="Nucleus sampling."),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        "--seed", min=0, max=MOST_SEED, help="Makes an answer repeatable. Default: chance."
-    ),
-]
+def _usage(error: PopError, option: str) -> typer.BadParameter:
+    return typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option)
+
+
+_THREADS = "CPU threads. Default: the physical cores."
+_CORES: dict[str, Any] = {"min": 1, "callback": _no_more_than_cores}
+_HARDWARE = "Hardware"
+_GPU_LAYERS = "Layers on the GPU; -1 for all, 0 for none."
+_SIDECAR = (
+    "The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
+    " pop-local."
+)
+MMPROJ = "What lets the model see pictures. Default: the mmproj*.gguf beside it, if there is one."
+SELECT = (
+    "Context tokens to run in full because the question needs them: 10%, 0 for none. Default: what"
+    " the file says."
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")]
+ReplacePlot = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing plot.")]
+Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
+System = Annotated[str, typer.Option("--system", help="System prompt.")]
 Theme = Annotated[
     str,
     typer.Option(
-        "--theme",
         help="Of answers in a terminal: terminal (its own colours), dark, light, plain,"
         " or a style of Pygments.",
     ),
 ]
-ParseSpecial = Annotated[
-    bool,
-    typer.Option(
-        "--parse-special",
-        help="Special tokens that messages and documents spell out act as such: only for text that"
-        " you trust.",
-    ),
+Threads = Annotated[
+    int | None, typer.Option("--threads", help=_THREADS, rich_help_panel=_HARDWARE, **_CORES)
 ]
-NoPop = Annotated[bool, typer.Option("--no-pop", help="Read prompts in full, without pruning.")]
-Pop = Annotated[
-    Path | None,
-    typer.Option(
-        "--pop",
-        metavar="SIDECAR",
-        help="The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
-        " pop-local.",
-    ),
-]
-Mmproj = Annotated[
-    Path | None,
-    typer.Option(
-        "--mmproj",
-        metavar="FILE",
-        help="What lets the model see pictures. Default: the mmproj*.gguf beside it, if there is"
-        " one.",
-    ),
-]
-ImageTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--image-tokens",
-        metavar="MAX",
-        min=1,
-        max=MOST,
-        help="The most that one picture takes, with models where that varies.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")]
-ReplacePlot = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing plot.")]
-
-DEFAULT_THEME = "terminal"
-
-
-def sampling(**options: Any) -> dict[str, Any]:
-    """The options that were given; the engine has its own defaults for the others."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def hardware(threads: int | None, gpu_layers: int, rpc: str | None) -> Hardware:
-    """What --threads, --gpu-layers and --rpc say; a malformed address is wrong usage."""
-    servers = tuple(name.strip() for name in rpc.split(",")) if rpc else ()
-    try:
-        for name in servers:
-            address(name)
-    except PopError as error:
-        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint="--rpc") from error
-    return Hardware(threads, gpu_layers, servers)
-
-
-# How deep
-
-BoundaryLayer = Annotated[
-    int | None, typer.Option(metavar="LAYER", help="The first layer to skip, instead of --skip.")
-]
-
-
-Select = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SHARE",
-        help="Context tokens to run in full because the question needs them: 10%, 0 for none."
-        " Default: what the file says.",
-    ),
+GpuLayers = Annotated[
+    int,
+    typer.Option("--gpu-layers", help=_GPU_LAYERS, rich_help_panel=_HARDWARE, min=-1, max=MOST),
 ]
 
 
@@ -194,14 +98,168 @@ class RefillName(str, Enum):
     OFF = "off"
 
 
-Refill = Annotated[
-    RefillName,
-    typer.Option(
-        "--refill",
-        help="When pruned tokens run the skipped layers: while nothing is asked, also with each"
-        " token of an answer, or never.",
-    ),
-]
+@dataclass(frozen=True)
+class ProcessorOptions(Group):
+    """The processors of this machine."""
+
+    panel: ClassVar[str] = _HARDWARE
+
+    threads: int | None = option(_THREADS, **_CORES)
+    gpu_layers: int = option(_GPU_LAYERS, min=-1, max=MOST, default=-1)
+
+    @property
+    def hardware(self) -> Hardware:
+        """The same for a workflow."""
+        return Hardware(self.threads, self.gpu_layers)
+
+
+@dataclass(frozen=True)
+class HardwareOptions(ProcessorOptions):
+    """Processors of this machine and others."""
+
+    rpc: str | None = option(
+        "Machines that hold the layers, each with `pop-local rpc-server` running.",
+        "HOST:PORT,...",
+    )
+
+    @property
+    def hardware(self) -> Hardware:
+        """The same for a workflow; a malformed address is wrong usage."""
+        servers = tuple(name.strip() for name in self.rpc.split(",")) if self.rpc else ()
+        try:
+            for name in servers:
+                address(name)
+        except PopError as error:
+            raise _usage(error, "--rpc") from error
+        return Hardware(self.threads, self.gpu_layers, servers)
+
+
+@dataclass(frozen=True)
+class MeasureOptions(HardwareOptions):
+    """The model that is measured, but for its name."""
+
+    panel: ClassVar[str] = "Model and hardware"
+
+    sidecar: Path | None = option(_SIDECAR, "PATH")
+    # It must not be called ctx: the setting of that name is for conversations.
+    n_ctx: int | None = option(
+        "Context in tokens. Default: what is measured needs.", flag="--ctx", min=1, max=MOST
+    )
+
+
+@dataclass(frozen=True)
+class PictureOptions(Group):
+    """How a model sees."""
+
+    panel: ClassVar[str] = "Pictures"
+
+    mmproj: Path | None = option(MMPROJ, "FILE")
+    image_tokens: int | None = option(
+        "The most that one picture takes, with models where that varies.",
+        "MAX",
+        min=1,
+        max=MOST,
+    )
+
+
+@dataclass(frozen=True)
+class OpenOptions(HardwareOptions):
+    """The model that is talked to, but for its name."""
+
+    panel: ClassVar[str] = "Model and hardware"
+
+    sidecar: Path | None = option(_SIDECAR, "PATH")
+    ctx: int | None = option(
+        "Context in tokens. Default: the model's, at most 8192.", min=1, max=MOST
+    )
+
+
+@dataclass(frozen=True)
+class ModelOptions(OpenOptions, PictureOptions):
+    """The same, and how it reads."""
+
+    panel: ClassVar[str] = "Model and hardware"
+
+    full: bool = option("Read prompts in full, without pruning.", default=False)
+    select: str | None = option(SELECT, "SHARE")
+    refill: RefillName = option(
+        "When pruned tokens run the skipped layers: while nothing is asked, also with each token of"
+        " an answer, or never.",
+        default=RefillName.OFF,
+    )
+    parse_special: bool = option(
+        "Special tokens that messages and documents spell out act as such: only for text that you"
+        " trust.",
+        default=False,
+    )
+
+
+@dataclass(frozen=True)
+class SamplingOptions(Group):
+    """How answers are sampled."""
+
+    panel: ClassVar[str] = "Answers"
+
+    max_tokens: int | None = option("Longest answer. Default: what the context holds.", min=1)
+    temperature: float | None = option(
+        "0 always takes the likeliest token.", min=0.0, callback=finite
+    )
+    top_p: float | None = option("Nucleus sampling.", min=0.0, max=1.0, callback=finite)
+    seed: int | None = option("Makes an answer repeatable. Default: chance.", min=0, max=MOST_SEED)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that were given; the engine has its own defaults for the others."""
+        return given(**vars(self))
+
+
+@dataclass(frozen=True)
+class FittingOptions(Group):
+    """How projections are fitted, but for the text."""
+
+    panel: ClassVar[str] = "The fit"
+
+    tokens: int | None = option(
+        "Tokens to fit on. Default: 24 per dimension, 16384 at least.", min=1
+    )
+    kv_type: KvType | None = option("Type of the fitted weights. Default: q8_0.")
+    memory: float | None = option(
+        "For the fit's sums. Default: half of what is free.",
+        "GB",
+        min=0.0,
+        max=1e9,
+        callback=finite,
+    )
+
+    def fit(self, **others: Any) -> FitOptions | None:
+        """Return the options of the fit that were given, with others; None where none was."""
+        memory_bytes = None if self.memory is None else int(self.memory * 10**9)
+        found = given(tokens=self.tokens, kv_type=self.kv_type, memory_bytes=memory_bytes, **others)
+        return FitOptions(**found) if found else None
+
+
+@dataclass(frozen=True)
+class BoundaryOptions(Group):
+    """A boundary by name or by share."""
+
+    skip: str | None = option("Layers to skip: 1/3, 0.33, or a number.", "SHARE")
+    boundary: int | None = option("The first layer to skip, instead of --skip.", "LAYER")
+
+    @property
+    def named(self) -> "Named | None":
+        """The boundary of --skip or --boundary; None where neither was given."""
+        from pop_local.workflows.conversion.goals import Boundary
+
+        if self.skip is not None and self.boundary is not None:
+            raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
+        if self.skip is not None:
+            return share(self.skip, "--skip")
+        return None if self.boundary is None else Boundary(self.boundary)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def selected(text: str | None) -> float | None:
@@ -217,63 +275,15 @@ def selected(text: str | None) -> float | None:
     return value
 
 
-def share(text: str, option: str) -> Skip:
+def share(text: str, option: str) -> "Skip":
     """A share of the layers; what cannot be one is wrong usage of the option."""
     try:
         parse_skip(text)
     except PlanError as error:
-        raise typer.BadParameter(f"{error.message}: {error.hint}", param_hint=option) from error
+        raise _usage(error, option) from error
+    from pop_local.workflows.conversion.goals import Skip
+
     return Skip(text)
-
-
-def named_depth(skip: str | None, boundary: int | None) -> Skip | Boundary | None:
-    """What --skip or --boundary says; None where neither was given."""
-    if skip is not None and boundary is not None:
-        raise typer.BadParameter("give one of --skip and --boundary", param_hint="--boundary")
-    if skip is not None:
-        return share(skip, "--skip")
-    return None if boundary is None else Boundary(boundary)
-
-
-# The fit
-
-
-Tokens = Annotated[
-    int | None,
-    typer.Option(
-        "--tokens", min=1, help="Tokens to fit on. Default: 24 per dimension, 16384 at least."
-    ),
-]
-KvTypeOption = Annotated[
-    KvType | None, typer.Option("--kv-type", help="Type of the fitted weights. Default: q8_0.")
-]
-Ridge = Annotated[
-    float | None,
-    typer.Option(
-        "--ridge",
-        min=0.0,
-        callback=finite,
-        help=f"Pull of the fit toward the layers' own projections. Default: {RIDGE}.",
-    ),
-]
-WeightingOption = Annotated[
-    Weighting | None,
-    typer.Option(
-        "--weighting",
-        help="Whether tokens count by the attention they receive. Default: attention.",
-    ),
-]
-Memory = Annotated[
-    float | None,
-    typer.Option(
-        "--memory",
-        metavar="GB",
-        min=0.0,
-        max=1e9,
-        callback=finite,
-        help="For the fit's sums. Default: half of what is free.",
-    ),
-]
 
 
 def given_names(call: typer.Context) -> set[str]:
@@ -292,13 +302,6 @@ def lengths(text: str, option: str, *, least: int) -> tuple[int, ...]:
     raise typer.BadParameter(
         f"{text!r} is not a list of lengths from {least} on, such as 512,2048", param_hint=option
     )
-
-
-def given_fit(memory_gb: float | None, **options: Any) -> FitOptions | None:
-    """The options of the fit that were given, the others by default; None where none was."""
-    memory_bytes = None if memory_gb is None else int(memory_gb * 10**9)
-    given = sampling(**options, memory_bytes=memory_bytes)
-    return FitOptions(**given) if given else None
 
 
 def no_fit(given: FitOptions | None, of: str) -> None:

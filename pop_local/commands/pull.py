@@ -10,7 +10,6 @@ import typer
 from pop_converter.gguf.source import read_source
 from pop_local.base.errors import PopError
 from pop_local.base.numbers import size
-from pop_local.calibration.options import FitOptions
 from pop_local.fetching.catalog import fetch, kept_bytes
 from pop_local.fetching.hub import fetch_from_hub, find_on_hub, is_hub
 from pop_local.fetching.url import fetch_url, file_name, is_url, kept_of_url
@@ -21,8 +20,8 @@ from pop_local.models.stored import PARTIAL_SUFFIX
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.theme import note, say, warn
 from pop_local.ui.views.conversion import fit_facts
-from pop_local.workflows.convert import plan_conversion
-from pop_local.workflows.options import Hardware, RowOptions, Within
+from pop_local.workflows.conversion.goals import Within
+from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
 
 _GOES_ON = "the same command goes on from there."
 
@@ -67,10 +66,8 @@ def _tell_needs(path: Path) -> None:
     """Tell the needs of a fit, as `convert --dry-run` says; nothing where it need not."""
     with suppress(PopError):  # whoever opens the file says it
         if sidecar_of(read_source(path)) is None:
-            ends, at = RowOptions(), Within(BALANCED)
-            planned = plan_conversion(
-                str(path), None, at, FitOptions(), ends, "sidecar", Hardware(), resume=False
-            )
+            options = ConvertOptions(Within(BALANCED), output="sidecar")
+            planned = plan_conversion(path, None, options)
             for label, value in fit_facts(planned):
                 note(f"`pop-local convert`, {label.lower()}: {value}.")
 

@@ -54,7 +54,7 @@ def rm(
 
 
 def _files(folder: Path, name: str) -> tuple[Path, ...]:
-    """What is stored under the name; else what was fetched by it, as one of the catalog."""
+    """Return the files of that name; else those that the catalog fetched by it."""
     try:
         return removable(folder, name)
     except PopError:

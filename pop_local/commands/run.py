@@ -14,6 +14,7 @@ import typer
 
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
+from pop_local.commands.unfolding import unfolded
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.turn import Chunk, ContextFullError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _PATIENCE_S = 5.0
 
 
+@unfolded
 def run(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
@@ -41,6 +43,7 @@ def run(
     question: Annotated[
         str, typer.Argument(metavar="QUESTION", help="Not needed when text is piped in.")
     ] = "",
+    *,
     file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -52,23 +55,10 @@ def run(
         typer.Option("--image", help="Picture to ask about; can be given several times."),
     ] = None,
     json: opt.Json = False,
-    system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
-    pop: opt.Pop = None,
-    no_pop: opt.NoPop = False,
-    max_tokens: opt.MaxTokens = None,
-    temperature: opt.Temperature = None,
-    top_p: opt.TopP = None,
-    seed: opt.Seed = None,
-    threads: opt.Threads = None,
-    ctx: opt.Ctx = None,
-    gpu_layers: opt.GpuLayers = -1,
-    rpc: opt.Rpc = None,
-    select: opt.Select = None,
-    refill: opt.Refill = opt.RefillName.OFF,
+    system: opt.System = "",
+    how: opt.ModelOptions,
+    sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
-    parse_special: opt.ParseSpecial = False,
-    mmproj: opt.Mmproj = None,
-    image_tokens: opt.ImageTokens = None,
 ) -> None:
     """Answer one question. Pictures, files and piped text come before it in the prompt.
 
@@ -80,16 +70,14 @@ def run(
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
     messages = Conversation(system, (turn,)).messages
     screen = Screen(look(theme))
-    options = opt.sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    hardware, share = opt.hardware(threads, gpu_layers, rpc), opt.selected(select)
-    rows = no_pop, parse_special, share, refill.value
-    opened = Opener(model, pop, ctx, hardware, *rows, mmproj, image_tokens)()
+    opened = Opener(model, how)()
     for picture in pictures:
         screen.note(picture_line(picture, opened.count_picture(picture), opened.n_ctx))
     for document in turn.documents:
         n_tokens = len(opened.tokenize(document.text))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx))
-    options["min_answer"] = least_answer(max_tokens, opened.n_ctx)
+    options = sampling.given
+    options["min_answer"] = least_answer(sampling.max_tokens, opened.n_ctx)
     with unechoed_keys(), deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked
         try:
@@ -158,7 +146,7 @@ def _collected(opened: "PopModel", chunks: Iterator[Chunk]) -> dict[str, Any]:
     return {
         "model": opened.path,
         "text": "".join(chunk.text for chunk in pieces),
-        "pop": bool(opened.mode),
+        "full": not opened.mode,
         "boundary": opened.boundary,
         "reading": stats.reading,
         "stats": stats,

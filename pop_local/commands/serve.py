@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ import typer
 from pop_local.base.errors import PopError
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
+from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
 
@@ -23,59 +25,42 @@ if TYPE_CHECKING:
 _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
 
+@dataclass(frozen=True)
+class ServerOptions(Group):
+    """Who is served, and how."""
+
+    host: str = option("Address to listen on; 0.0.0.0 for all networks.", default="127.0.0.1")
+    port: int = option("0 takes any free one.", min=0, max=65535, default=8080)
+    api_key: str = option(
+        "Clients must send it as their key. Default: no key; web pages and requests to other host"
+        " names are refused.",
+        envvar="POP_LOCAL_API_KEY",
+        show_envvar=True,
+        default="",
+    )
+    name: str = option(
+        "The model's name in the API. Default: the catalog's, if MODEL is, or the file's.",
+        default="",
+    )
+    cache_ram: int = option(
+        "Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
+        "MIB",
+        min=0,
+        default=2048,
+    )
+    max_waiting: int = option(
+        "Requests that may wait; those beyond are refused (503).", min=1, default=256
+    )
+
+
+@unfolded
 def serve(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
     ],
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all networks.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0 takes any free one.")
-    ] = 8080,
-    api_key: Annotated[
-        str,
-        typer.Option(
-            "--api-key",
-            envvar="POP_LOCAL_API_KEY",
-            show_envvar=True,
-            help="Clients must send it as their key. Default: no key; web pages and requests to"
-            " other host names are refused.",
-        ),
-    ] = "",
-    name: Annotated[
-        str,
-        typer.Option(
-            "--name",
-            help="The model's name in the API. Default: the catalog's, if MODEL is, or the file's.",
-        ),
-    ] = "",
-    pop: opt.Pop = None,
-    no_pop: opt.NoPop = False,
-    threads: opt.Threads = None,
-    ctx: opt.Ctx = None,
-    gpu_layers: opt.GpuLayers = -1,
-    rpc: opt.Rpc = None,
-    select: opt.Select = None,
-    refill: opt.Refill = opt.RefillName.IDLE,
-    cache_ram: Annotated[
-        int,
-        typer.Option(
-            "--cache-ram",
-            metavar="MIB",
-            min=0,
-            help="Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
-        ),
-    ] = 2048,
-    max_waiting: Annotated[
-        int,
-        typer.Option(
-            "--max-waiting", min=1, help="Requests that may wait; those beyond are refused (503)."
-        ),
-    ] = 256,
-    parse_special: opt.ParseSpecial = False,
-    mmproj: opt.Mmproj = None,
-    image_tokens: opt.ImageTokens = None,
+    *,
+    to: ServerOptions,
+    how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE),
 ) -> None:
     """Serve a model to programs that speak OpenAI's API.
 
@@ -83,21 +68,19 @@ def serve(
     be read in full. /health and /metrics (Prometheus) tell how the server is.
     """
     _require_packages()
-    listening = _bound(host, port)
+    listening = _bound(to.host, to.port)
     _log_to_stderr()
     from pop_local.engine.cache.state import PromptCache
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    hardware, share = opt.hardware(threads, gpu_layers, rpc), opt.selected(select)
-    rows = no_pop, parse_special, share, refill.value
-    opened = Opener(model, pop, ctx, hardware, *rows, mmproj, image_tokens)()
-    opened.cache.prompts = PromptCache(cache_ram * 2**20) if cache_ram else None
+    opened = Opener(model, how)()
+    opened.cache.prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
     try:
-        name = name or _default_name(model, opened.path)
-        app = create_app(opened, name, api_key=api_key, host=host, max_waiting=max_waiting)
+        name = to.name or _default_name(model, opened.path)
+        app = create_app(opened, name, api_key=to.api_key, host=to.host, max_waiting=to.max_waiting)
         listening.listen(128)
-        _announce(opened, name, listening, is_open=host not in LOOPBACK and not api_key)
+        _announce(opened, name, listening, is_open=to.host not in LOOPBACK and not to.api_key)
         run_app(app, listening)
     finally:
         listening.close()
@@ -105,7 +88,7 @@ def serve(
 
 
 def _default_name(model: str, path: Path) -> str:
-    """What was given, if it is a name of the catalog: what requests are likely to say."""
+    """Return the name that was given if the catalog has it, as requests are likely to use it."""
     return model if lookup(model) else os.fsencode(path.stem).decode(errors="replace")
 
 

@@ -35,11 +35,11 @@ from pop_local.models.stored import ModelFiles
 from pop_local.research.depths import DepthCost, deepest_within, measure_cliff, worth_measuring
 from pop_local.research.importance import Importance, Windows, gates_device, importance
 from pop_local.research.options import AnalyzeOptions
+from pop_local.workflows.conversion.fits import measure_fits
+from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
-from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.measuring import opened
 from pop_local.workflows.options import Hardware
-from pop_local.workflows.refusals import TooLittleMemoryError
 
 # Draws of random tokens, which give the retention to some percent.
 _N_DRAWS = 2

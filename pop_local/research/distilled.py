@@ -22,9 +22,9 @@ from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW, SEED, CalibrationText, Windows, to_distill
 from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
+from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
-from pop_local.workflows.refusals import TooLittleMemoryError
 
 if TYPE_CHECKING:
     from pop_local.research.decoder import Decoder
@@ -35,7 +35,7 @@ _HINT = "close other programs, or leave it out"
 
 @dataclass
 class Distiller:
-    """Trains fits of one model end to end (pop_local.workflows.fits.Distiller).
+    """Trains fits of one model end to end (pop_local.workflows.conversion.distiller).
 
     `reference` is the full model on the text, kept for further fits: about 0.5 GB for a state of
     500 dimensions.

@@ -15,9 +15,9 @@ from pop_local.base.errors import PopError, UnsupportedArchitectureError
 from pop_local.measure.estimate import Estimate, mean, redrawn
 from pop_local.research.hyper import read_hyper
 from pop_local.research.torch_device import TorchDevice, computing, torch_device
+from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.options import Hardware
-from pop_local.workflows.refusals import TooLittleMemoryError
 
 if TYPE_CHECKING:
     from pop_local.base.progress import Progress

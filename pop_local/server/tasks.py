@@ -25,7 +25,7 @@ _LOWEST_TEMPERATURE = 0.01
 
 NO_KEYS = "the model has no pruning keys"
 REQUESTED = "the request asks for it"
-SERVER_OFF = "the server runs with --no-pop"
+SERVER_OFF = "the server runs with --full"
 PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 
 

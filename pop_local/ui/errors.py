@@ -65,7 +65,7 @@ def _stopped() -> typer.Exit:
 
 
 def as_pop_error(error: Exception) -> PopError:
-    """What went wrong and what to do, for failures of the machine as for our own."""
+    """Return the message and the remedy, for failures of the machine as for our own."""
     if isinstance(error, PopError):
         return error
     if isinstance(error, MemoryError):

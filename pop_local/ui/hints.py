@@ -1,4 +1,4 @@
-"""What the user can do about an error, in the words of the command line.
+"""Remedies for errors, in the words of the command line.
 
 The library says what to do in Python's terms; here its causes get hints that name options and
 commands.
@@ -62,18 +62,18 @@ BY_CAUSE = {
         "allow more (--quality fast, --max-kl, --max-ppl-ratio, --max-copy-ratio), or choose --skip"
         " or --boundary without a limit"
     ),
-    "projections-for-one-depth": (
-        "measure other depths on the model itself, {model}, with --fit or without"
+    "projections-for-one-boundary": (
+        "measure other boundaries on the model itself, {model}, with --fit or without"
     ),
     "no-fit": "leave the layers their own: --projection own of convert, no --fit of eval",
     "own-loses-more": "leave --projection own out",
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
     "recall-lost": "select more (--select), skip fewer layers, or write it all the same (--force)",
     "rpc-unreachable": "start it there, from the same version: pop-local rpc-server --host ...",
-    "sidecar-alone": "say where it is: pop-local inspect MODEL --pop {sidecar} --verify",
-    "sidecar-as-model": "give the model itself ({model}), and --pop",
-    "sidecar-for-converted": "open it without --pop, or give the file that it was converted from",
-    "singular": "fit on more varied text, or with a larger --ridge",
+    "sidecar-alone": "say where it is: pop-local inspect MODEL --sidecar {sidecar} --verify",
+    "sidecar-as-model": "give the model itself ({model}), and --sidecar",
+    "sidecar-for-converted": "leave out --sidecar, or give the file that it was converted from",
+    "singular": "fit on more varied text; eval --fit takes a larger --ridge",
     "text-too-short": "give a longer text (--text), fewer windows, or shorter ones (--context)",
     "too-few-tokens": "give --tokens {n_least} or more; the default is {n_default}",
     "unknown-model": "{hint}; `pop-local list` shows what is here",

@@ -23,7 +23,7 @@ class Entry:
     help: str
 
     def function(self) -> Any:
-        """What stands in the module by this name, with an underscore for each hyphen."""
+        """Return the function or app of this name, with an underscore for each hyphen."""
         return getattr(importlib.import_module(self.module), self.name.replace("-", "_"))
 
 
@@ -44,7 +44,7 @@ class LazyCommand(TyperCommand):
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
         command = self._load()
-        # What must be given is never filled in: `rm` would take the default model.
+        # Required arguments are never filled in: `rm` would take the default model.
         wanted = {param.name for param in command.params if not param.required} & {*self._names}
         # Completion and help work whatever the values are.
         if wanted and not extra.get("resilient_parsing") and not {*args} & {*HELP_OPTIONS}:

@@ -1,4 +1,4 @@
-"""What others wrote (names, metadata, replies) as text that cannot steer a terminal."""
+"""Text of others (names, metadata, replies) that cannot steer a terminal."""
 
 import unicodedata
 
@@ -7,7 +7,7 @@ _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: str, *, kept: str = "") -> str:
-    """What would steer a terminal, or cannot be encoded, as an escape; all of `kept` stays."""
+    """Escape all that would steer a terminal or cannot be encoded; all of `kept` stays."""
     return "".join(
         char.encode("unicode_escape").decode()
         if unicodedata.category(char) in _UNPRINTABLE and char not in kept

@@ -88,7 +88,7 @@ def _in_words(what: str) -> Advance:
     def advance(done: int, total: int) -> None:
         nonlocal begun, said_s
         now_s = time.monotonic()
-        # What was done before, and by whom, says nothing of the time left.
+        # Work that was done before says nothing of the time left.
         first_done, first_s = begun = begun or (done, now_s)
         if now_s - said_s < _SAID_EVERY_S or not first_done < done < total:
             return

@@ -29,7 +29,7 @@ from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened
-from pop_local.workflows.open import files_at_depth, model_files
+from pop_local.workflows.open import files_at_boundary, model_files
 from pop_local.workflows.options import Hardware
 
 # Whether llama.cpp repacks weights, and whether its attention is flash attention.
@@ -140,8 +140,8 @@ def _upstream(
 def opened_to_bench(
     model: str, sidecar: Path | None, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[PopModel, ModelShape, Bench]]:
-    """The model at the depth to measure, and the circumstances. Raises PopError."""
-    find = model_files if options.boundary is None else files_at_depth
+    """The model at the boundary to measure, and the circumstances. Raises PopError."""
+    find = model_files if options.boundary is None else files_at_boundary
     files = find(model, sidecar, watch)
     source = read_source(files.path)
     shape = source_shape(source)

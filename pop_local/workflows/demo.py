@@ -15,7 +15,7 @@ from pop_local.engine.turn import Message
 from pop_local.measure.speed import Spread, require_rows, spread
 from pop_local.workflows.events import Watch
 
-# Of the two answers.
+# The longest answer, of two.
 MAX_TOKENS = 32
 WARM_UP_TOKENS = 64
 
@@ -31,7 +31,7 @@ class TimedAnswer:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Demonstration:
     """The two answers; `limit`: how many times fewer multiply-accumulates pruning takes.
 
     `speedup` is of the pairs, each an answer in full and one with pruning.
@@ -49,7 +49,7 @@ class Comparison:
     limit: float
 
 
-def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
+def demonstrate(opened: PopModel, n_pairs: int, watch: Watch) -> Demonstration:
     """Answer in pairs; which comes first changes from pair to pair, and pruning is on at the end.
 
     Raises PopError for a model that is not converted, or when the counters do not prove what is
@@ -72,7 +72,7 @@ def compare_answers(opened: PopModel, n_pairs: int, watch: Watch) -> Comparison:
         pairs.append((answers[Mode.OFF], answers[Mode.CONTEXT]))
     opened.set_mode(Mode.CONTEXT)
     full, pop = pairs[0]
-    return Comparison(
+    return Demonstration(
         model=str(opened.path),
         boundary=opened.boundary,
         n_layer=opened.shape.n_layer,

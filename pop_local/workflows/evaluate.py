@@ -1,4 +1,4 @@
-"""The quality that pruning leaves: a model measured at one depth or several, fitted or not."""
+"""The quality that pruning leaves: a model measured at one boundary or several, fitted or not."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -35,11 +35,12 @@ from pop_local.measure.recall import (
     measure_recall,
 )
 from pop_local.models.stored import ModelFiles
+from pop_local.workflows.conversion.fits import measure_fits
+from pop_local.workflows.conversion.goals import Named
 from pop_local.workflows.events import Watch
-from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.measuring import opened
-from pop_local.workflows.open import files_at_depth, model_files
-from pop_local.workflows.options import Boundary, Hardware, Skip
+from pop_local.workflows.open import files_at_boundary, model_files
+from pop_local.workflows.options import Hardware
 
 Baseline = Literal["always-skip"]
 
@@ -69,7 +70,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """One depth; `speedup_limit` by multiply-accumulates, `recall` by length of the documents.
+    """One boundary; `speedup_limit` by multiply-accumulates, `recall` by length of the documents.
 
     `always_skip`: the baseline that skips the same layers for every token, None if not measured.
     `calibration`, `kv_type`: of fitted projections, else None.
@@ -89,7 +90,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The rows of all depths, in the order in which they were asked for."""
+    """The rows of all boundaries, in the order in which they were asked for."""
 
     model: Path
     text: Text
@@ -100,7 +101,7 @@ def evaluate(
     model: str | os.PathLike[str],
     options: EvaluateOptions = EvaluateOptions(),
     *,
-    depths: Sequence[Skip | Boundary] = (),
+    at: Sequence[Named] = (),
     fit: FitOptions | None = None,
     sidecar: Path | None = None,
     hardware: Hardware = Hardware(),
@@ -108,27 +109,28 @@ def evaluate(
 ) -> Evaluation:
     """Measure what pruning costs a model, given by path or name.
 
-    `depths`: none for that of the converted file. `fit` fits the projections at each depth first;
-    without it, other depths than the file's have own projections. Raises PopError, StoppedError.
+    `at`: none for the boundary of the converted file. `fit` fits the projections at each one first.
+    Without it, other boundaries than the file's have own projections. Raises PopError, and
+    StoppedError.
     """
-    return begin(model, options, depths, fit, sidecar, hardware, watch).evaluation()
+    return begin(model, options, at, fit, sidecar, hardware, watch).evaluation()
 
 
 def begin(
     model: str | os.PathLike[str],
     options: EvaluateOptions,
-    depths: Sequence[Skip | Boundary],
+    at: Sequence[Named],
     fit: FitOptions | None,
     sidecar: Path | None,
     hardware: Hardware,
     watch: Watch,
 ) -> "EvaluationRun":
     """Settle what `evaluate` measures. Raises PopError for what it would refuse."""
-    find = files_at_depth if fit is not None or depths else model_files
+    find = files_at_boundary if fit is not None or at else model_files
     files = find(os.fspath(model), sidecar, watch)
     source = read_source(files.path)
     shape = source_shape(source)
-    boundaries = _boundaries(source, files, shape, depths)
+    boundaries = _boundaries(source, files, shape, at)
     text = shipped_text() if options.text is None else given_text(options.text)
     if fit is None:
         _require_projections(source, files.sidecar, boundaries)
@@ -138,11 +140,11 @@ def begin(
 
 
 def _boundaries(
-    source: Source, files: ModelFiles, shape: ModelShape, depths: Sequence[Skip | Boundary]
+    source: Source, files: ModelFiles, shape: ModelShape, at: Sequence[Named]
 ) -> tuple[int, ...]:
-    """The boundary of each depth, as given, else the file's."""
-    if depths:
-        return tuple(dict.fromkeys(depth.plan(shape).boundary for depth in depths))
+    """Return those given, else the file's."""
+    if at:
+        return tuple(dict.fromkeys(each.plan(shape).boundary for each in at))
     meta = pop_of(source, files.sidecar)
     if meta is None:
         require_prunable(shape)
@@ -154,20 +156,20 @@ def nothing_to_evaluate(source: Source) -> PopError:
     """Return the error for a model that prunes nothing."""
     return PopError(
         f"{source.first.path} is not converted: there is nothing to measure",
-        "convert it, or say at which depth to measure it",
+        "convert it, or say at which boundary to measure it",
         cause="nothing-to-evaluate",
         model=source.first.path,
     )
 
 
 def _require_projections(source: Source, sidecar: Path | None, boundaries: Sequence[int]) -> None:
-    """Raises PopError where there are none at one of the depths."""
+    """Raises PopError where there are none at one of the boundaries."""
     meta = pop_of(source, sidecar)
     if meta is not None and meta.is_fitted and set(boundaries) != {meta.boundary}:
         raise PopError(
             f"{sidecar or source.first.path} has projections for boundary {meta.boundary} only",
-            f"measure other depths on the model itself, {meta.source_name}, fitted or not",
-            cause="projections-for-one-depth",
+            f"measure other boundaries on the model itself, {meta.source_name}, fitted or not",
+            cause="projections-for-one-boundary",
             model=meta.source_name,
         )
 
@@ -238,7 +240,7 @@ class EvaluationRun:
         return self.options.recall if self.options.settings.mode is Mode.CONTEXT else ()
 
     def _rows(self, pops: Sequence[Pruning], sidecar: Path | None) -> tuple[Row, ...]:
-        """Measure the depths on one loaded model."""
+        """Measure the boundaries on one loaded model."""
         settings, shape = self.options.settings, self.shape
         meta = pop_of(self.source, sidecar)
         prunings = [*pops]

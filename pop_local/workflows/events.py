@@ -10,7 +10,7 @@ from pop_local.base.progress import Progress
 
 
 class Unit(Enum):
-    """What a stage counts."""
+    """The unit that a stage counts in."""
 
     TOKENS = "tokens"
     BYTES = "bytes"
@@ -64,7 +64,7 @@ class Stopwatch:
         self._since_s = time.monotonic()
 
     def before(self, on_stage: Callable[[str, Unit], object]) -> Callable[[str, Unit], object]:
-        """What notes that a stage begins, and then calls `on_stage`."""
+        """Return a callback that notes a stage, and then calls `on_stage`."""
 
         def begin(name: str, unit: Unit) -> object:
             self._note(name)

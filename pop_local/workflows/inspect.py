@@ -1,4 +1,4 @@
-"""What is in a model file, or in a sidecar: from its headers, and on request from all of it."""
+"""The content of a model file or a sidecar: its headers, and on request all of it."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -65,7 +65,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a model; `pop` is what the sidecar says if there is one.
+    """The content of a model; `pop` is what the sidecar says if there is one.
 
     `mmproj` is what lies beside it to let it see pictures. `skipping`: None for what cannot be
     pruned, because of `refused`. `work`: None where nothing counts it.
@@ -95,7 +95,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class SidecarInspection:
-    """What is in a sidecar; `model` None when its model does not lie beside it."""
+    """The content of a sidecar; `model` None when its model does not lie beside it."""
 
     file: str
     size_bytes: int

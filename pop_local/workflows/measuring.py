@@ -1,18 +1,13 @@
-"""A model opened to be measured on held-out text, and what a file stores of the result."""
+"""A model opened to be measured, and the figures that a file stores of the result."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from math import isnan
 from typing import Any
 
 from pop_converter.popfile.format import Measured, Recalled
-from pop_converter.popfile.plan import Plan
 from pop_local.base.errors import PopError
 from pop_local.engine.model import PopModel
-from pop_local.measure.forced import as_planned
-from pop_local.measure.heldout import TextTokens, shipped_text, tokenize
-from pop_local.measure.quality import Quality, QualitySettings
+from pop_local.measure.quality import Quality
 from pop_local.measure.recall import Recall
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Watch
@@ -24,21 +19,6 @@ def opened(files: ModelFiles, hardware: Hardware, watch: Watch, **options: Any) 
     model = PopModel(files.path, sidecar=files.sidecar, **vars(hardware), **options)
     model.context.interrupt.should_stop = watch.should_stop
     return model
-
-
-@contextmanager
-def opened_to_measure(
-    files: ModelFiles, plan: Plan, hardware: Hardware, watch: Watch
-) -> Iterator[tuple[PopModel, TextTokens]]:
-    """A model whose full rows are those of the plan, and the held-out text in its tokens.
-
-    Raises PopError; while llama.cpp reads, the watch may stop it.
-    """
-    settings = QualitySettings()
-    n_ctx = 2 * (settings.n_context + settings.n_continuation)
-    with opened(files, hardware, watch, n_ctx=n_ctx) as model:
-        as_planned(model, plan)
-        yield model, tokenize(model, shipped_text())
 
 
 def measured(quality: Quality) -> Measured:

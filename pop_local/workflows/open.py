@@ -75,7 +75,7 @@ def open_model(
 
 
 def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """What to open, see `_files`; a sidecar that was not asked for is named."""
+    """Return the files to open (`_files`); a sidecar that was not asked for is named."""
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
         ours = is_shipped(files.sidecar)
@@ -85,7 +85,7 @@ def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelF
 
 
 def _files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """What to open: with the sidecar given, else the one beside the model or shipped for it.
+    """Return the files to open: with the sidecar given, the one beside the model or a shipped one.
 
     One of the catalog is fetched first, and its sidecar is shipped.
     """
@@ -103,8 +103,8 @@ def _files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
     return ModelFiles(base, sidecar_of(read_source(base)))
 
 
-def files_at_depth(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
-    """What to open for a boundary of the caller's, which fitted projections cannot have.
+def files_at_boundary(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
+    """Return the files to open for a boundary that fitted projections cannot have.
 
     So no sidecar is looked for, and of the catalog's model the unconverted file is taken.
     """

@@ -1,6 +1,6 @@
 """Why a kind of text loses more than another: what it repeats, or what is new. Not a test.
 
-    python tests/bench/explain_kinds.py MODEL.gguf [--pop SIDECAR] [--windows 8] TEXT ...
+    python tests/bench/explain_kinds.py MODEL.gguf [--sidecar PATH] [--windows 8] TEXT ...
 
 A token of a continuation repeats when the context has it after the same two tokens, so that the
 model may copy it from there; what repeats within the continuation counts as new. Prints Markdown,
@@ -44,15 +44,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--pop", type=Path, help="the model's sidecar")
+    parser.add_argument("--sidecar", type=Path, help="the model's sidecar")
     parser.add_argument("--windows", type=int, default=8)
     options = parser.parse_args()
     settings = QualitySettings(options.windows, n_draws=1)
     print("| text | KL | tokens that repeat | their KL | KL of the others | worst twentieth |")
     print("|---|---|---|---|---|---|")
-    with PopModel(options.model, sidecar=options.pop, n_threads=1, n_ctx=2048) as model:
+    with PopModel(options.model, sidecar=options.sidecar, n_threads=1, n_ctx=2048) as model:
         if not model.boundary:
-            parser.error("nothing is pruned in MODEL: name its sidecar by --pop")
+            parser.error("nothing is pruned in MODEL: name its sidecar by --sidecar")
         for path in options.texts:
             tokens = tokenize(model, given_text(path))
             reference = read_reference(model, tokens, settings, lambda done, total: None)

@@ -1,6 +1,6 @@
 """What depth on demand costs: keeping states, selecting rows, refilling them. Not a test.
 
-    python tests/bench/measure_depth.py MODEL.pop.gguf [--pop SIDECAR] [--boundary LAYER]
+    python tests/bench/measure_depth.py MODEL.pop.gguf [--sidecar PATH] [--boundary LAYER]
         [--prompts 512,2048] [--select 0.1] [--tail 32] [--rounds 5] [--clock wall]
 
 One model, one thread. In each round every variant reads the prompt once, from an empty KV cache,

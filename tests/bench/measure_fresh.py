@@ -1,6 +1,6 @@
 """Time to read a prompt in full, pruned, with a selection, each in its own process. Not a test.
 
-    python tests/bench/measure_fresh.py MODEL.gguf --pop SIDECAR [--prompts 512,2048]
+    python tests/bench/measure_fresh.py MODEL.gguf --sidecar PATH [--prompts 512,2048]
         [--select 0.1] [--rounds 3]
 
 On processors with AMX a full reading takes up to half as long again once the same context has read
@@ -44,7 +44,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--pop", type=Path, required=True)
+    parser.add_argument("--sidecar", type=Path, required=True)
     parser.add_argument("--prompts", default="512,2048")
     parser.add_argument("--select", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -54,7 +54,9 @@ def main() -> None:
         took_s: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(given.rounds):
             for way in WAYS:
-                asked = json.dumps([way, str(given.model), str(given.pop), n_prompt, given.select])
+                asked = json.dumps(
+                    [way, str(given.model), str(given.sidecar), n_prompt, given.select]
+                )
                 command = [sys.executable, __file__, "--child", asked]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 took_s[way].append(float(done.stdout))

@@ -23,8 +23,8 @@ from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.measure.forced import Pruning, use_rule
 from pop_local.measure.recall import N_AROUND, Recall, RecallReference, RecallSettings
+from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.events import Watch
-from pop_local.workflows.fits import measure_fits
 from pop_local.workflows.options import Hardware
 
 N_LIMIT = 1024

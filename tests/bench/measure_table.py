@@ -32,9 +32,8 @@ from pop_local.measure.recall import RecallSettings
 from pop_local.models.stored import ModelFiles
 from pop_local.ui.views.quality import figures
 from pop_local.ui.watch import terminal_watch
-from pop_local.workflows.events import Watch
-from pop_local.workflows.full_model import FullModel
-from pop_local.workflows.measuring import opened_to_measure
+from pop_local.workflows.conversion.full_model import FullModel
+from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.options import Hardware
 
 POP_LOCAL = (sys.executable, "-m", "pop_local")
@@ -68,22 +67,23 @@ def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
     }
     with terminal_watch() as watch:
         some_plan = next(iter(plans.values()))
-        full = FullModel(model, some_plan, QualitySettings(n_windows), ONE_THREAD, watch)
+        bench = Workbench(read_source(model), ONE_THREAD, watch)
+        full = FullModel(bench, some_plan, QualitySettings(n_windows))
         for sidecar, plan in plans.items():
             kept = sidecar.with_suffix(".quality.json")
             if not kept.exists():
-                kept.write_text(json.dumps(measure_one(full, plan, sidecar, watch), indent=2))
+                kept.write_text(json.dumps(measure_one(full, plan, sidecar), indent=2))
 
 
-def measure_one(full: FullModel, plan: Plan, sidecar: Path, watch: Watch) -> dict[str, Any]:
+def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
     """What one sidecar loses, against what the full model said."""
     pruning = Pruning(plan.boundary)
     reference, recall = full.reference, full.recall(RecallSettings().n_documents)
-    files = ModelFiles(full.path, sidecar)
-    with opened_to_measure(files, plan, ONE_THREAD, watch) as (model, _):
-        advance = watch.stage(f"Measuring boundary {plan.boundary}")
+    bench = full.bench
+    with bench.opened(plan, ModelFiles(bench.path, sidecar)) as model:
+        advance = bench.watch.stage(f"Measuring boundary {plan.boundary}")
         [quality] = measure_against(reference, model, [pruning], advance)
-        facts = recall.measure(model, pruning, watch.stage("Asking"))
+        facts = recall.measure(model, pruning, bench.watch.stage("Asking"))
     return {
         "n_skipped": plan.n_skipped,
         "speedup_limit": plan.speedup_limit,
@@ -140,7 +140,7 @@ def main() -> None:
     heads = (*HEADS, *(text.stem for text in options.texts), *(f"{n:,} tokens" for n in prompts))
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for (_, kind), sidecar in sidecars.items():
-        of = (options.model, "--pop", sidecar)
+        of = (options.model, "--sidecar", sidecar)
         found = json.loads(sidecar.with_suffix(".quality.json").read_text())
         cells = [f"{found['n_skipped']}, {kind}", *quality_cells(found)]
         for text in options.texts:

@@ -35,10 +35,10 @@ SCENES = (
     Scene(
         OPTIONS,
         (
-            "/pop off",
+            "/full on",
             f"/file {DOCUMENT}",
             "What rule was painted above the lamp-room door?",
-            "/pop on",
+            "/full off",
             "/retry",
             "/stats",
             "/save lighthouse",

@@ -1,7 +1,7 @@
-"""Task benchmarks as files for `pop-local eval --prompts`, from their own files. Not a test.
+"""Task benchmarks as files for `pop-local compare`, from their own files. Not a test.
 
     python tests/bench/tasks.py gsm8k test.jsonl --shots 4 [--limit 100] > gsm8k.jsonl
-    pop-local eval MODEL.pop.gguf --prompts gsm8k.jsonl --answers gsm8k.answers.jsonl --json
+    pop-local compare MODEL.pop.gguf gsm8k.jsonl --answers gsm8k.answers.jsonl --json
     python tests/bench/tasks.py score HumanEval.jsonl --shots 4 humaneval.answers.jsonl
 
 FILE as it is published: gsm8k, humaneval, ruler and musique as JSONL, mmlu as CSV without a head.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pop_local.measure import gradual, probes
-from pop_local.workflows import examine, search
+from pop_local.workflows.conversion import named, within
 from support import calibrating
 from support.synthetic import make_gguf
 
@@ -13,8 +13,8 @@ from support.synthetic import make_gguf
 @pytest.fixture(autouse=True)
 def little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """One draw of random tokens, and one window of what own projections lose."""
-    monkeypatch.setattr(examine, "N_OWN_WINDOWS", 1)
-    monkeypatch.setattr(examine, "N_OWN_DRAWS", 1)
+    monkeypatch.setattr(named, "N_OWN_WINDOWS", 1)
+    monkeypatch.setattr(named, "N_OWN_DRAWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
 
 
@@ -32,11 +32,11 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def short_examination(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examine, "N_WINDOWS", 1)
+    monkeypatch.setattr(named, "N_WINDOWS", 1)
 
 
 @pytest.fixture
 def short_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
-    monkeypatch.setattr(search, "N_WINDOWS", 2)
-    monkeypatch.setattr(search, "N_DOCUMENTS", 2)
+    monkeypatch.setattr(within, "N_WINDOWS", 2)
+    monkeypatch.setattr(within, "N_DOCUMENTS", 2)

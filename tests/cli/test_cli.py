@@ -257,7 +257,7 @@ def test_a_reader_that_left_is_no_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("pop-local c", ["chat", "convert", "config"]), ("pop-local config s", ["set"])],
+    [("pop-local c", ["chat", "convert", "compare", "config"]), ("pop-local config s", ["set"])],
 )
 def test_shell_completion(tmp_path, words, expected):
     (tmp_path / "config.toml").write_text("broken")
@@ -288,7 +288,7 @@ def test_shell_completion_is_installed(tmp_path):
         ("convert", "m.gguf", "--max-copy-ratio", "nan"),
         ("convert", "m.gguf", "--memory", "inf"),
         ("convert", "m.gguf", "--memory", "1e300"),
-        ("convert", "m.gguf", "--ridge", "nan"),
+        ("eval", "m.gguf", "--ridge", "nan"),
         ("run", "m.gguf", "hi", "--temperature", "inf"),
         ("run", "m.gguf", "hi", "--top-p", "nan"),
     ],

@@ -21,9 +21,9 @@ from pop_local.measure import gradual
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
 from pop_local.research.distilled import Distiller
-from pop_local.workflows import fits
-from pop_local.workflows import search as searching
-from pop_local.workflows.refusals import Trial
+from pop_local.workflows.conversion import fits
+from pop_local.workflows.conversion import within as searching
+from pop_local.workflows.conversion.within import Contender, Stage
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.synthetic import make_gguf
@@ -123,24 +123,33 @@ def test_deeper_fits_of_the_chosen_kind_follow_one_that_lost_few_facts(
 ):
     shape = source_shape(read_source(tiny))
     given: Any = {"projection": WIDE, "macs": GraphMacs(tiny)}
-    plans = {each: make_plan(shape, boundary=each, **given) for each in (5, 4, 3)}
-    unused: Any = None
-    fitted = {(each, either, False): unused for each in plans for either in (WIDE, ATTENTION)}
-    tried = []
+    plans = [make_plan(shape, boundary=each, **given) for each in (5, 4, 3)]
     good: Any = SimpleNamespace(kl_mean=Estimate(0.01, 0.001))
     lost = dict(zip((5, 4, 3), n_lost, strict=False))
+    tried = []
 
-    def judged(self, plans, until):
-        [plan] = plans
+    def settled(self, candidate):
+        plan = candidate.plan
         tried.append((plan.boundary, plan.projection, plan.is_distilled))
         n = lost[plan.boundary]
         recall: Any = SimpleNamespace(exact_lost=Estimate(n / 24, 0.1), n_documents=24)
-        return (Trial(plan, good, n == 0, recall),)
+        candidate.recall, candidate.is_inside = recall, n == 0
+        return candidate.is_inside
 
-    monkeypatch.setattr(searching._Search, "_tried", judged)
-    others = dict.fromkeys(("source", "options", "hardware", "watch", "full", "fitter"), unused)
-    search = searching._Search(plans=plans, budget=BALANCED, fitted=fitted, **others)
-    search._distilled([Trial(replace(plans[5], projection=kind), good, True)])
+    monkeypatch.setattr(searching.Search, "_settle", settled)
+    unused: Any = None
+    plain: Any = "plain"
+    fitter: Any = SimpleNamespace(distilled=lambda *_: "trained")
+    search = searching.Search(unused, BALANCED, fitter, unused, plans)
+    for plan in plans:
+        search.tried[plan.boundary, Stage.SEARCHED].fitted = plain
+        attentive = replace(plan, projection=ATTENTION)
+        search.tried[plan.boundary, Stage.ATTENTION] = Contender(attentive, plain)
+    first = Stage.SEARCHED if kind == WIDE else Stage.ATTENTION
+    chosen = search.tried[5, first]
+    measured: Any = SimpleNamespace(quality=good)
+    chosen.is_inside, chosen.gradual = True, measured
+    search._try_distilled()
     assert tried == [(boundary, kind, True) for boundary in boundaries]
 
 
@@ -163,7 +172,7 @@ def test_what_cannot_be_distilled_is_refused_before_measuring(arch, options, rea
 
 def test_a_program_that_wants_no_fit_can_distil_none(tiny):
     with pytest.raises(PopError, match="of own projections"):
-        pop_local.convert(tiny, depth=pop_local.Skip("1/3"), fit=None, distiller=Distiller)
+        pop_local.convert(tiny, goal=pop_local.Skip("1/3"), fit=None, distiller=Distiller)
 
 
 def test_distilling_wants_torch_and_memory(tiny, monkeypatch):

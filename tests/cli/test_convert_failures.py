@@ -25,7 +25,7 @@ resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
 STOPPED = """
 import sys, time
 from pop_converter.gguf import content
-from pop_local.workflows import convert
+from pop_local.workflows.conversion import named
 
 def read(stretch, free_buffer, real=content._read):
     for chunk in real(stretch, free_buffer):
@@ -37,7 +37,7 @@ def read(stretch, free_buffer, real=content._read):
 
 content._read = read
 content.CHUNK_BYTES = 100_000
-convert._Run._own = lambda *_: None
+named.write_own = lambda run, plan: run.write(plan, None, None)
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", "--projection", "own", "--skip", "1/3", *sys.argv[1:]]
 main()

@@ -23,8 +23,8 @@ from pop_local.calibration import texts
 from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure import budget
-from pop_local.workflows import examine as examining
-from pop_local.workflows import fits
+from pop_local.workflows.conversion import fits
+from pop_local.workflows.conversion import named as examining
 from support.converted import names
 from support.synthetic import make_gguf
 
@@ -52,14 +52,14 @@ KEEPING = """
 import sys
 from pop_local.calibration import job
 from pop_local.measure import probes
-from pop_local.workflows import examine
+from pop_local.workflows.conversion import named
 
 def load(*arguments, real=job.load):
     print("begins", flush=True)
     return real(*arguments)
 
 job.load, job.SAVE_EVERY_S = load, 0.0
-examine.N_WINDOWS = examine.N_OWN_WINDOWS = examine.N_OWN_DRAWS = probes.N_DRAWS = 1
+named.N_WINDOWS = named.N_OWN_WINDOWS = named.N_OWN_DRAWS = probes.N_DRAWS = 1
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", *sys.argv[1:]]
 main()
@@ -98,9 +98,17 @@ def test_people_read_the_figures_that_are_stored(tiny, tmp_path, words, monkeypa
     assert said.count("pop-local only") == 1
 
 
-def test_a_named_depth_is_distilled(tiny, tmp_path, words, short_examination):
+def test_a_named_boundary_is_distilled(tiny, tmp_path, words, short_examination):
     pytest.importorskip("torch")
-    fit = ("--projection", "attention", "--text", words, "--distill", "--distill-tokens", 6 * 512)
+    fit = (
+        "--projection",
+        "fitted-attention",
+        "--text",
+        words,
+        "--distill",
+        "--distill-tokens",
+        6 * 512,
+    )
     done = convert(tiny, *fit, "--sidecar", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -118,7 +126,7 @@ def test_a_named_depth_is_distilled(tiny, tmp_path, words, short_examination):
 
 def test_a_wide_fit(tiny, tmp_path, words, short_examination):
     """Its cost is in every limit that is said."""
-    done = convert(tiny, "--projection", "wide", "--text", words, "--json")
+    done = convert(tiny, "--projection", "fitted-wide", "--text", words, "--json")
     assert done.exit_code == 0, done.output
     report, target = json.loads(done.stdout), tmp_path / "tiny.pop.gguf"
     meta = read_pop_meta(target)
@@ -199,7 +207,8 @@ def test_too_few_tokens(tiny, tmp_path):
 def test_a_singular_gram(tmp_path, words):
     """As many tokens as inputs, but the first of each window does not count."""
     wide = make_gguf(tmp_path / "wide.gguf", "llama", n_embd=2048, n_layer=3, n_ff=64)
-    done = convert(wide, "--skip", 2, "--text", words, "--ridge", 0)
+    singular = ("--fit", "--skip", 2, "--fit-text", words, "--ridge", 0, "--recall", 0)
+    done = CliRunner().invoke(app, ["eval", str(wide), *map(str, singular), *FEW])
     assert_refused(done, tmp_path, "singular")
 
 

@@ -80,7 +80,7 @@ def test_in_a_terminal_it_goes_on_as_a_chat_with_the_settings(tiny_file, monkeyp
     child = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=120)
     child.expect("Tokens pruned")
     child.expect("/exit leaves")
-    child.sendline("/pop")
+    child.sendline("/full")
     child.expect("Pruning is on")
     child.sendline("/set")
     child.expect("temperature is 0.5")

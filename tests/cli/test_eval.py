@@ -82,15 +82,10 @@ def test_json_has_the_keys_of_one_depth(pop_file, text):
         (["--tail", 4], 2 * 55),
         (["--tail", 4, "--sink", 0], 2 * 56),
         (["--no-boundary"], 2 * 60),
-        (["--no-pop"], 0),
     ],
 )
 def test_ablations_change_the_tokens_pruned(pop_file, text, options, n_pruned):
     assert measured(pop_file, "--text", text, *options)["n_pruned"] == n_pruned
-
-
-def test_full_against_full_is_zero(pop_file, text):
-    assert abs(measured(pop_file, "--text", text, "--no-pop")["kl_mean"]) < 1e-6
 
 
 def test_a_switch_without_effect_fails_instead_of_measuring_the_full_model(
@@ -146,8 +141,7 @@ def test_people_get_facts_or_a_table(pop_file, text):
     [
         ["--skip", "1/3", "--boundary", "4"],
         ["--sweep", "2,4", "--boundary", "4"],
-        ["--no-pop", "--no-boundary"],
-        ["--no-pop", "--recall", "512"],
+        ["--no-boundary", "--recall", "512"],
         ["--no-boundary", "--recall", "0", "--documents", "4"],
         ["--recall", "512,x"],
         ["--recall", "-1"],
@@ -331,7 +325,7 @@ def test_what_is_no_share_is_wrong_usage(pop_file, share):
 
 def test_a_fitted_file_has_projections_for_its_own_boundary_only(plain, tmp_path):
     pair = paired(plain, tmp_path, "fitted", boundary=4)
-    for given in ((pair.single,), (pair.base, "--pop", pair.sidecar)):
+    for given in ((pair.single,), (pair.base, "--sidecar", pair.sidecar)):
         done = evaluate(*given, "--skip", 2)
         assert done.exit_code == 1
         assert "has projections for boundary 4 only" in done.stderr

@@ -176,27 +176,27 @@ def test_bench_with_a_picture_of_which_nothing_can_be_selected(tmp_path):
     assert row["n_selected"] == round(0.1 * n_may_be)
 
 
-def test_eval_of_prompts_with_pictures(path, tmp_path):
+def test_compare_prompts_with_pictures(path, tmp_path):
     lines = [{"prompt": "what? " * 20, "images": [str(path.parent / name)]} for name in ("a.png",)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    given = ("--prompts", tmp_path / "mine.jsonl", "--max-tokens", 2, "--threads", 1, "--json")
-    done = called("eval", path, *given)
+    given = (tmp_path / "mine.jsonl", "--max-tokens", 2, "--threads", 1, "--json")
+    done = called("compare", path, *given)
     assert done.returncode == 0, done.stderr
     [answer] = json.loads(done.stdout)["answers"]
     assert answer["pruned"]["n_pruned"] > 48 and answer["full"]["n_pruned"] == 0
     kept = ("--answers", tmp_path / "answers.jsonl")
-    assert called("eval", path, *given, *kept).returncode == 0
+    assert called("compare", path, *given, *kept).returncode == 0
     other = tmp_path / "other.gguf"
     other.write_bytes((path.parent / "mmproj.gguf").read_bytes())
-    assert called("eval", path, *given, *kept, "--mmproj", other).returncode == 0, "the same"
+    assert called("compare", path, *given, *kept, "--mmproj", other).returncode == 0, "the same"
     content = bytearray(other.read_bytes())
     content[-4] ^= 1
     other.write_bytes(content)
-    done = called("eval", path, *given, *kept, "--mmproj", other)
+    done = called("compare", path, *given, *kept, "--mmproj", other)
     assert done.returncode == 1 and "does not hold answers" in done.stderr
     lines[0]["images"] = [str(path.parent / "no.png")]
     (tmp_path / "mine.jsonl").write_text(json.dumps(lines[0]))
-    done = called("eval", path, *given)
+    done = called("compare", path, *given)
     assert done.returncode == 1 and "no.png is no picture" in done.stderr
 
 

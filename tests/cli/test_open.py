@@ -48,7 +48,7 @@ def files(model: str | None) -> ModelFiles:
 
 def at_depth(model: str) -> Path:
     with terminal_watch() as watch:
-        return opening.files_at_depth(model, None, watch).path
+        return opening.files_at_boundary(model, None, watch).path
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from pop_local.models.names import DEFAULT_MODEL, find
 from pop_local.models.stored import ModelFiles
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
+from pop_local.workflows.conversion.fits import Fitter
 from support.converted import Pair, made_up, names, paired
 from support.shapes import read_shape
 from support.synthetic import make_gguf, make_split
@@ -36,9 +37,9 @@ def model_files(model: str | None, sidecar: Path | None = None) -> ModelFiles:
         return opening.model_files(model, sidecar, watch)
 
 
-def files_at_depth(model: str, sidecar: Path | None) -> ModelFiles:
+def files_at_boundary(model: str, sidecar: Path | None) -> ModelFiles:
     with terminal_watch() as watch:
-        return opening.files_at_depth(model, sidecar, watch)
+        return opening.files_at_boundary(model, sidecar, watch)
 
 
 def command(*arguments: object, text: str = "") -> Result:
@@ -103,8 +104,8 @@ def test_an_existing_output_is_replaced_only_by_force(base, sidecar):
 def test_elsewhere_it_has_to_be_named(base, tmp_path):
     done = convert(base, tmp_path / "other.gguf")
     assert done.exit_code == 0
-    assert f"open it with --pop {tmp_path / 'other.gguf'}" in " ".join(done.stderr.split())
-    assert "--pop" not in convert(base).stderr
+    assert f"open it with --sidecar {tmp_path / 'other.gguf'}" in " ".join(done.stderr.split())
+    assert "--sidecar" not in convert(base).stderr
 
 
 def test_the_model_itself_is_never_the_output(base):
@@ -128,14 +129,14 @@ def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
         assert sidecar_beside(read_source(base)) is None, "not in its place yet"
         return (SimpleNamespace(boundary=4),)
 
-    monkeypatch.setattr("pop_local.workflows.examine.measure_prunings", measure)
-    monkeypatch.setattr("pop_local.workflows.examine.copies", lambda *_: True)
-    monkeypatch.setattr("pop_local.workflows.examine.is_inside", lambda *_: True)
+    monkeypatch.setattr("pop_local.workflows.conversion.named.measure_prunings", measure)
+    monkeypatch.setattr("pop_local.workflows.conversion.named.copies", lambda *_: True)
+    monkeypatch.setattr("pop_local.workflows.conversion.named.is_inside", lambda *_: True)
     monkeypatch.setattr(
-        "pop_local.workflows.examine.measured", lambda quality: Measured(kl_mean=0.25)
+        "pop_local.workflows.conversion.named.measured", lambda quality: Measured(kl_mean=0.25)
     )
     plan = make_plan(read_shape(base), projection=Projection.FITTED, boundary=4)
-    monkeypatch.setattr("pop_local.workflows.fits.Fitter.fit", lambda *_, **__: (made_up(plan),))
+    monkeypatch.setattr(Fitter, "fit", lambda *_: (made_up(plan),))
     done = command("convert", "--sidecar", "--projection", "fitted", "--boundary", 4, base)
     assert done.exit_code == 0, done.stderr
     assert seen == [(base, "fitted")]
@@ -167,8 +168,8 @@ def test_a_converted_model_has_none(fitted):
 
 
 def test_a_depth_of_the_callers_own_leaves_it_out(base, sidecar):
-    assert files_at_depth(str(base), None) == ModelFiles(base)
-    assert files_at_depth(str(base), sidecar) == ModelFiles(base, sidecar)
+    assert files_at_boundary(str(base), None) == ModelFiles(base)
+    assert files_at_boundary(str(base), sidecar) == ModelFiles(base, sidecar)
 
 
 def test_a_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
@@ -189,15 +190,15 @@ def test_a_model_of_the_catalog(base, sidecar, monkeypatch, tmp_path):
 def test_run(base, sidecar):
     arguments = ("run", base, "word " * 40, "--json", "--max-tokens", 2, "--threads", 1)
     found = json.loads(command(*arguments).stdout)
-    assert (found["boundary"], found["pop"]) == (4, True)
+    assert (found["boundary"], found["full"]) == (4, False)
     assert found["stats"]["n_pruned"] > 0
-    done = command(*arguments, "--no-pop")
+    done = command(*arguments, "--full")
     assert "Pruning as" not in done.stderr
     found = json.loads(done.stdout)
     assert found["stats"]["n_pruned"] == 0
     elsewhere = sidecar.rename(base.with_name("other.gguf"))
     assert json.loads(command(*arguments).stdout)["boundary"] == 0
-    assert json.loads(command(*arguments, "--pop", elsewhere).stdout)["boundary"] == 4
+    assert json.loads(command(*arguments, "--sidecar", elsewhere).stdout)["boundary"] == 4
 
 
 def test_chat(base, sidecar):
@@ -210,10 +211,10 @@ def test_a_stale_sidecar_does_not_matter_in_full(base, sidecar):
     make_gguf(base, "llama", chat_template="{{ messages[-1].content }}!")
     ask = ("run", base, "hi", "--max-tokens", 2, "--threads", 1)
     assert command(*ask).exit_code == 1
-    done = command(*ask, "--no-pop")
+    done = command(*ask, "--full")
     assert done.exit_code == 0, done.stderr
     assert "does not belong to" in " ".join(done.stderr.split())
-    assert command(*ask, "--no-pop", "--pop", sidecar).exit_code == 1
+    assert command(*ask, "--full", "--sidecar", sidecar).exit_code == 1
 
 
 def test_bench(base, sidecar):
@@ -235,7 +236,7 @@ def test_eval(fitted, tmp_path):
     assert found["kl_mean"] == json.loads(alone.stdout)["kl_mean"]
     own = json.loads(command(*arguments, "--boundary", 5).stdout)
     assert (own["projection"], own["boundary"]) == ("own", 5)
-    both = command(*arguments, "--pop", fitted.sidecar, "--fit")
+    both = command(*arguments, "--sidecar", fitted.sidecar, "--fit")
     assert both.exit_code == 2
 
 
@@ -275,7 +276,7 @@ def test_inspect_of_a_sidecar_alone(base, sidecar, tmp_path):
     done = command("inspect", alone, "--verify")
     assert done.exit_code == 1
     assert "does not lie beside" in done.stderr
-    done = command("inspect", base, "--pop", alone, "--verify", "--json")
+    done = command("inspect", base, "--sidecar", alone, "--verify", "--json")
     assert json.loads(done.stdout)["verification"]["unchanged"] is True
 
 

@@ -181,15 +181,18 @@ REFUSED = {
     "run": (("run", "tiny.pop-sidecar.gguf", "hi"), "is a sidecar"),
     "bench": (("bench", "tiny.pop-sidecar.gguf"), "is a sidecar"),
     "eval": (("eval", "tiny.pop-sidecar.gguf"), "is a sidecar"),
-    "model as sidecar": (("run", "tiny.gguf", "hi", "--pop", "tiny.gguf"), "is not a sidecar"),
-    "no such sidecar": (("run", "tiny.gguf", "hi", "--pop", "no.gguf"), "there is no sidecar"),
-    "other model": (("run", "other.gguf", "hi", "--pop", "tiny.pop-sidecar.gguf"), "not belong"),
+    "model as sidecar": (("run", "tiny.gguf", "hi", "--sidecar", "tiny.gguf"), "is not a sidecar"),
+    "no such sidecar": (("run", "tiny.gguf", "hi", "--sidecar", "no.gguf"), "there is no sidecar"),
+    "other model": (
+        ("run", "other.gguf", "hi", "--sidecar", "tiny.pop-sidecar.gguf"),
+        "not belong",
+    ),
     "other model, inspected": (
-        ("inspect", "other.gguf", "--pop", "tiny.pop-sidecar.gguf"),
+        ("inspect", "other.gguf", "--sidecar", "tiny.pop-sidecar.gguf"),
         "not belong",
     ),
     "converted model": (
-        ("chat", "single.gguf", "--pop", "tiny.pop-sidecar.gguf"),
+        ("chat", "single.gguf", "--sidecar", "tiny.pop-sidecar.gguf"),
         "converted itself",
     ),
 }

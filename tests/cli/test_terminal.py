@@ -63,7 +63,7 @@ def test_second_turn_reuses_the_first(model):
     chat.line("and now?")
     chat.expect(STATS)
     assert chat.group(2) >= n_first - 20
-    chat.line("/pop off")
+    chat.line("/full on")
     chat.expect("Pruning is off")
     chat.line("and now?")
     chat.expect(STATS)
@@ -151,7 +151,7 @@ def test_progress_and_facts_fit_a_narrow_terminal(model):
 
 
 def test_piped_chat_prints_answers_alone(model):
-    done = run("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS, text="hi\n/pop off\nho\n")
+    done = run("chat", str(model), "--max-tokens", "5", *ANSWER_OPTIONS, text="hi\n/full on\nho\n")
     assert done.returncode == 0
     assert "> " not in done.stdout
     assert "TTFT" not in done.stdout
@@ -171,8 +171,8 @@ def test_run_reads_files_and_pipes_before_the_question(model, tmp_path):
     assert both["stats"]["n_pruned"] > 0
     assert both["boundary"] == 5
     assert both["stats"]["n_decoded"] == 4
-    full = json.loads(called(*arguments, "--json", "--file", str(file), "--no-pop").stdout)
-    assert (full["pop"], full["stats"]["n_pruned"]) == (False, 0)
+    full = json.loads(called(*arguments, "--json", "--file", str(file), "--full").stdout)
+    assert (full["full"], full["stats"]["n_pruned"]) == (True, 0)
 
 
 def test_run_prints_the_same_answer_with_and_without_json(model):
@@ -203,7 +203,7 @@ def test_run_without_a_template_continues_the_text(tmp_path):
         called("run", str(base), "abc", "--json", "--max-tokens", "4", *ANSWER_OPTIONS).stdout
     )
     assert done["stats"]["n_prompt"] < 8
-    assert not done["pop"]
+    assert done["full"]
     options = ("--system", "Be brief.", "--json", "--max-tokens", "4", *ANSWER_OPTIONS)
     after = json.loads(called("run", base, "abc", *options).stdout)
     assert after["stats"]["n_prompt"] > done["stats"]["n_prompt"]

@@ -42,7 +42,7 @@ from pop_local.engine.sessions.session_file import Sessions
 from pop_local.measure.depth import boundaries
 from pop_local.server.app import create_app
 from pop_local.workflows import inspect as inspection
-from pop_local.workflows.convert import LEAST_DIVISOR
+from pop_local.workflows.conversion.goals import LEAST_DIVISOR
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import inspect
 from support import recipes

@@ -17,7 +17,7 @@ from pop_local.measure.quality import QualitySettings, measure_against, read_ref
 from pop_local.measure.recall import RecallSettings, measure_recall
 from pop_local.research import depths
 from pop_local.research.depths import measure_cliff, worth_measuring
-from pop_local.workflows import examine
+from pop_local.workflows.conversion import named
 from support.searched import FEW, convert
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
 
     At 20 a fit on four windows, which the command examines, takes off most of what is lost.
     """
-    monkeypatch.setattr(examine, "N_WINDOWS", 1)
+    monkeypatch.setattr(named, "N_WINDOWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
     model = PopModel(smollm2_q4_0, n_ctx=512, n_threads=1)
     tokens = tokenize(model, Text("shipped", shipped_text().parts[2:3]))

@@ -155,7 +155,10 @@ def test_one_pair_has_no_spread(pop_file):
 
 
 def test_convert_writes_twice_the_full_rows_unless_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("pop_local.workflows.convert._Run._own", lambda *_: None)
+    monkeypatch.setattr(
+        "pop_local.workflows.conversion.named.write_own",
+        lambda run, plan: run.write(plan, None, None),
+    )
     source = make_gguf(tmp_path / "m.gguf", "llama")
     runner = CliRunner()
     for options, name in (([], "a.gguf"), (["--min-prompt", "7"], "b.gguf")):
@@ -220,4 +223,4 @@ def test_run_says_it_in_json(tmp_path):
     )
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert (report["pop"], report["reading"], report["stats"]["n_pruned"]) == (True, "short", 0)
+    assert (report["full"], report["reading"], report["stats"]["n_pruned"]) == (False, "short", 0)

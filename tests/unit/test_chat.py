@@ -48,15 +48,15 @@ def test_two_turns_keep_the_conversation():
 
 def test_pop_is_switched_and_shown():
     model = ScriptedModel()
-    assert talk(model, "/pop", "/pop off", "/POP ON", "/pop maybe") == [
-        "> /pop",
+    assert talk(model, "/full", "/full on", "/FULL OFF", "/full maybe") == [
+        "> /full",
         "# Pruning is on: context tokens skip the layers from 20 on.",
-        "> /pop off",
+        "> /full on",
         "# Pruning is off: prompts are read in full.",
-        "> /POP ON",
+        "> /FULL OFF",
         "# Pruning is on: context tokens skip the layers from 20 on.",
-        "> /pop maybe",
-        "# /pop takes on or off, not maybe.",
+        "> /full maybe",
+        "# /full takes on or off, not maybe.",
     ]
     assert model.mode is Mode.CONTEXT
 
@@ -64,10 +64,10 @@ def test_pop_is_switched_and_shown():
 def test_pop_on_a_model_that_is_not_converted():
     model = ScriptedModel()
     model.boundary, model.mode = 0, Mode.OFF
-    assert talk(model, "/pop", "/pop on") == [
-        "> /pop",
+    assert talk(model, "/full", "/full off") == [
+        "> /full",
         "# Pruning is not possible: this model is not converted.",
-        "> /pop on",
+        "> /full off",
         "! model.gguf has no pruning keys; convert it first",
     ]
 
@@ -200,7 +200,7 @@ def test_interrupt_ends_piped_lines(answer, monkeypatch):
     "line",
     [
         *("/retry", "/edit", "/undo", "/save", "/load", "/nonsense"),
-        *("/pop maybe", "/refill often", "/set top_p 2", "/set nothing"),
+        *("/full maybe", "/refill often", "/set top_p 2", "/set nothing"),
     ],
 )
 def test_what_is_refused_counts_as_a_failure(line):

@@ -154,7 +154,7 @@ def test_there_is_no_boundary_where_layers_share(shared: Path) -> None:
 def test_the_chat_says_where_tokens_leave_and_keeps_its_turns() -> None:
     model = ScriptedModel(["One.", figures(n_pruned=0, n_skipped_exact=983, exact_layer=15)])
     model.boundary, model.exact = 0, 15
-    said = talk(model, "/pop", "hello", "/stats", "/pop off", "/pop")
+    said = talk(model, "/full", "hello", "/stats", "/full on", "/full")
     on = (
         "# Exact skipping is on: context tokens leave at layer 15, past which nothing reads them."
         " Answers are those of the full model."

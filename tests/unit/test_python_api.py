@@ -36,8 +36,8 @@ def documented() -> str:
 
 EXAMINES_LITTLE = """
 from pop_local.measure import probes
-from pop_local.workflows import examine
-examine.N_WINDOWS = examine.N_OWN_WINDOWS = probes.N_DRAWS = 1
+from pop_local.workflows.conversion import named
+named.N_WINDOWS = named.N_OWN_WINDOWS = probes.N_DRAWS = 1
 """
 
 

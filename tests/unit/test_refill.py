@@ -127,7 +127,7 @@ def talked(begun):
 
 
 @pytest.mark.parametrize(
-    "lines", [("/clear",), ("/pop off",), ("/pop off", "/pop on"), ("/retry",), ("/undo",), ()]
+    "lines", [("/clear",), ("/full on",), ("/full on", "/full off"), ("/retry",), ("/undo",), ()]
 )
 def test_whatever_comes_in_between_the_rest_is_refilled(chat, lines):
     begun = chat(WORDS, *lines, WORDS[::-1])

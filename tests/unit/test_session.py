@@ -200,7 +200,7 @@ def test_save_load_and_sessions(chat_model, monkeypatch, tmp_path):
     assert shown[1] == "# Loaded one: 1 turn."
     assert shown[2].endswith(" tokens need not be read again.")
     assert shown[3] == "> /stats", "pruning was on and still is"
-    _, in_another_mode = talked(opened(chat_model), "/pop off", "/load one")
+    _, in_another_mode = talked(opened(chat_model), "/full on", "/load one")
     assert in_another_mode[-1].startswith("# Pruning is on")
     assert chat.session.answer_stats[0].n_cached > 100
     _, shown = talked(model, "/save one", "k", "/load oen", "/load ../one", "/save")

@@ -121,7 +121,7 @@ def test_set_refuses_nonsense(line, answer):
 def test_model_is_shown_and_changed_in_mid_conversation():
     model, other = ScriptedModel(["One.", STATS]), ScriptedModel(["Two.", STATS], n_ctx=2048)
     other.path = "other.gguf"
-    shown = talk(model, "hi", "/pop off", "/model other", "go on", others={"other": other})
+    shown = talk(model, "hi", "/full on", "/model other", "go on", others={"other": other})
     assert shown[6:10] == [
         "> /model other",
         "# other.gguf (Scripted, llama)",
@@ -320,11 +320,11 @@ def test_nothing_is_dropped_unasked():
         assert len(model.asked) == 2
 
 
-@pytest.mark.parametrize(("switch", "mode"), [("off", Mode.OFF), ("on", Mode.CONTEXT)])
+@pytest.mark.parametrize(("switch", "mode"), [("on", Mode.OFF), ("off", Mode.CONTEXT)])
 def test_a_switch_is_kept_by_a_larger_context(switch, mode):
-    """Whatever its command line says: --no-pop opens each model with pruning off."""
+    """Whatever its command line says: --full opens each model with pruning off."""
     model, larger = ScriptedModel(n_ctx=8), ScriptedModel(["z", STATS])
     larger.mode = Mode.OFF if mode is Mode.CONTEXT else Mode.CONTEXT
-    shown = talk(model, f"/pop {switch}", "a " * 13, "l", sampling={}, others={1024: larger})
+    shown = talk(model, f"/full {switch}", "a " * 13, "l", sampling={}, others={1024: larger})
     assert larger.mode is mode
     assert shown[-2:] == ["z", STATS_LINE]

@@ -29,11 +29,13 @@ from pop_local.calibration.texts import N_WINDOW, given_text
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.measure.budget import BALANCED
 from pop_local.measure.estimate import Estimate
-from pop_local.workflows import fits
-from pop_local.workflows.convert import plan_conversion
+from pop_local.workflows.conversion import fits
+from pop_local.workflows.conversion.fits import Fitter
+from pop_local.workflows.conversion.goals import Boundary, Fastest, Skip, Within
+from pop_local.workflows.conversion.plan import ConvertOptions, plan_conversion
+from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Watch
-from pop_local.workflows.fits import Fitter
-from pop_local.workflows.options import Boundary, Fastest, Hardware, RowOptions, Skip, Within
+from pop_local.workflows.options import Hardware
 from support.calibrating import (
     BOUNDARY,
     N_TOKENS,
@@ -277,8 +279,8 @@ def test_a_wider_fit_is_taken_where_it_is_worth_its_cost(
     )
     notes: list[str] = []
     watch = Watch(on_note=notes.append)
-    hardware = Hardware(n_threads=1)
-    fitter = Fitter(read_source(llama), FitOptions(), hardware, watch, KINDS_OF_ONE)
+    bench = Workbench(read_source(llama), Hardware(n_threads=1), watch)
+    fitter = Fitter(bench, FitOptions(), KINDS_OF_ONE)
     [made] = fitter.fit([plan], None)
     assert made.projection == wanted
     assert losses.measured == [FITTED, WIDE, ATTENTION]
@@ -305,8 +307,8 @@ def test_what_copies_goes_before_what_is_cheap(broken, wanted, llama, monkeypatc
         {FITTED: 0.5, WIDE: 1.0, ATTENTION: 1.0},
         broken,
     )
-    hardware = Hardware(n_threads=1)
-    fitter = Fitter(read_source(llama), FitOptions(), hardware, Watch(), KINDS_OF_ONE)
+    bench = Workbench(read_source(llama), Hardware(n_threads=1), Watch())
+    fitter = Fitter(bench, FitOptions(), KINDS_OF_ONE)
     [made] = fitter.fit([planned(llama)], None)
     assert made.projection == wanted
 
@@ -316,7 +318,7 @@ def kinds(plan, options: FitOptions) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("depth", "wanted"),
+    ("goal", "wanted"),
     [
         (Boundary(4), KINDS_OF_ONE),
         (Skip("2"), KINDS_OF_ONE),
@@ -324,12 +326,8 @@ def kinds(plan, options: FitOptions) -> list[str]:
         (Fastest(), KINDS_OF_MANY),
     ],
 )
-def test_attention_is_tried_where_one_depth_is_named(depth, wanted, llama):
-    rows, hardware = RowOptions(), Hardware(n_threads=1)
-    planned = plan_conversion(
-        llama, None, depth, FitOptions(), rows, "sidecar", hardware, resume=False
-    )
-    assert planned.kinds == wanted
+def test_attention_is_tried_where_one_boundary_is_named(goal, wanted, llama):
+    assert plan_conversion(llama, None, ConvertOptions(goal)).goal.kinds == wanted
 
 
 def test_what_costs_much_is_not_tried(llama):

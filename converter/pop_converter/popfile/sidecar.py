@@ -24,6 +24,7 @@ from pop_converter.popfile.format import (
 )
 from pop_converter.popfile.plan import Plan
 from pop_converter.popfile.rewrite import (
+    UNKNOWN_SHA256,
     Examine,
     Fitted,
     Sizes,
@@ -156,7 +157,8 @@ def _check_tensors(header: Header, meta: PopMeta) -> None:
 def measure_sidecar(plan: Plan, src: Path, kv_type: KvType = KvType.Q8_0) -> Sizes:
     """Return the sizes of `write_sidecar`, without doing it (see `rewrite.measure`)."""
     source = unconverted(src)
-    header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), bind(source))).header
+    binding = Binding(source.size_bytes, UNKNOWN_SHA256)
+    header = _EMPTY.with_keys(encode_sidecar_keys(draft_meta(plan, source), binding)).header
     return Sizes(source.size_bytes, len(header) + stored_bytes(plan, kv_type))
 
 
@@ -202,6 +204,20 @@ def write_sidecar(
         if bind(read_source(src)) != binding:
             raise WriteError(f"{src} changed while it was read", "try again")
     return meta
+
+
+def write_trial(
+    plan: Plan, source: Source, dst: Path, binding: Binding, fitted: Fitted | None
+) -> None:
+    """Write a sidecar that is only measured: nothing of the model is read or hashed for it.
+
+    `binding` is that of `source` (`bind`). Raises WriteError.
+    """
+    whole = with_tensors(_EMPTY, fitted.tensors) if fitted else _EMPTY
+    written = whole.with_keys(encode_sidecar_keys(draft_meta(plan, source, fitted), binding))
+    with replacing(dst, force=False) as file:
+        file.write(written.header)
+        file.writelines(written.added)
 
 
 def _holds(written: Path, content: Content) -> bool:

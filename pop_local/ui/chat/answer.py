@@ -15,7 +15,7 @@ from pop_local.ui.chat.markdown import Lines, is_code, rendered, top_level
 from pop_local.ui.chat.tail import Tail
 from pop_local.ui.chat.thinking import Piece, ThinkingSplitter
 
-# What a model writes must not move the cursor or recolour the terminal.
+# A model must not move the cursor or recolour the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _INTERVAL_S = 0.05
 # Drawing takes no more than a 75th of the time.

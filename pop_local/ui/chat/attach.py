@@ -18,7 +18,7 @@ from pop_local.ui.chat.screen import Choice
 from pop_local.ui.errors import as_pop_error
 from pop_local.ui.views.stats import counted_line
 
-# What a question takes besides its files, the marks of the template included.
+# Tokens of a question besides its files, the marks of the template included.
 _QUESTION_TOKENS = 64
 _MAX_FILES = 500
 NEXT = "It goes with your next question."
@@ -93,7 +93,7 @@ def room_in(chat: Dialogue) -> int:
 
 
 def choose(chat: Dialogue, n_tokens: int, room: int, cuts: Sequence[Choice] = ()) -> str | None:
-    """What to do about too much to attach: the key, "l" once the context is larger."""
+    """Ask for a way to attach too much: the key, "l" once the context is larger."""
     n_ctx = chat.model.n_ctx
     n_larger = larger_ctx(chat.model, n_tokens - room + n_ctx)
     larger = [Choice("l", f"take a larger context (--ctx {n_larger})")] if n_larger else []

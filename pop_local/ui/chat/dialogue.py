@@ -171,7 +171,7 @@ class Dialogue:
         self.answer(ask)
 
     def answer(self, ask: Ask) -> None:
-        """Show the answer. What was said before Ctrl-C or a failure stays said.
+        """Show the answer. The part before Ctrl-C or a failure stays.
 
         Ctrl-C ends piped lines for good: raises KeyboardInterrupt.
         """

@@ -53,7 +53,7 @@ def line_reader(
 
     `status` stands below the line that is typed, if there is any when it begins.
 
-    Of what is typed Enter sends; Alt-Enter and an open quote make a new line.
+    Typed lines are sent by Enter; Alt-Enter and an open quote make a new line.
     """
     if not sys.stdin.isatty():
         return piped_line

@@ -19,7 +19,7 @@ _PARSER.disable(["reference", "image"])
 # Where blocks begin and end can be said without a look at the words in them, for half the price.
 _BLOCKS = MarkdownIt("commonmark", {"html": False}).enable("table")
 _BLOCKS.disable(["inline", "reference"])
-# Of a table, with the space between two.
+# Columns of a table, with the space between two.
 _LEAST_COLUMN = 4
 
 

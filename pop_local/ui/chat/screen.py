@@ -21,7 +21,7 @@ class Choice:
 
 
 class Screen:
-    """What a conversation is drawn on; in a pipe the answers alone come out on stdout."""
+    """The screen of a conversation; in a pipe the answers alone come out on stdout."""
 
     def __init__(self, look: Look) -> None:
         self._look = look

@@ -42,10 +42,10 @@ def obey(chat: Dialogue, line: str) -> None:
     chat.refuse(f"There is no command {name}: {hint or '/help lists the commands.'}")
 
 
-def _pop(chat: Dialogue, argument: str) -> None:
-    modes = {"on": Mode.CONTEXT, "off": Mode.OFF}
+def _full(chat: Dialogue, argument: str) -> None:
+    modes = {"on": Mode.OFF, "off": Mode.CONTEXT}
     if argument and argument.lower() not in modes:
-        chat.refuse(f"/pop takes on or off, not {argument}.")
+        chat.refuse(f"/full takes on or off, not {argument}.")
         return
     if argument:
         chat.model.set_mode(modes[argument.lower()])
@@ -153,8 +153,8 @@ class Command:
 
 COMMANDS = {
     "/help": Command("/help", "this list", _help),
-    "/pop": Command(
-        "/pop on|off", "skip layers while reading, or read all in full", _pop, lambda: ("on", "off")
+    "/full": Command(
+        "/full on|off", "read in full, or skip layers while reading", _full, lambda: ("on", "off")
     ),
     "/refill": Command(
         "/refill idle|answer|off",

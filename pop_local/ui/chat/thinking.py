@@ -1,4 +1,4 @@
-"""What a reasoning model thinks before it answers, told apart from the answer."""
+"""The thoughts of a reasoning model, told apart from its answer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class ThinkingSplitter:
         yield from self._step()
 
     def flush(self) -> Iterator[Piece]:
-        """What was held back, at the end of the answer."""
+        """Return the text that was held back, at the end of the answer."""
         if self._held:
             yield Piece(self._held, is_thought=self._step == self._inside)
         self._held = ""

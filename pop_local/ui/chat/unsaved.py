@@ -1,4 +1,4 @@
-"""What was said and is not saved outlives its chat: a crash, a kill, a closed terminal.
+"""An unsaved conversation outlives its chat: a crash, a kill, a closed terminal.
 
 Every chat keeps its transcript, without K/V, in a file beside a lock, and removes both when it is
 left. A file whose lock nobody holds is that of a chat which died.

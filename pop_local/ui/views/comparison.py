@@ -1,22 +1,86 @@
-"""How `demo` shows its two answers."""
+"""How answers in full and pruned are compared: facts, a table of those that differ, JSON."""
 
-from pop_local.ui.theme import say
-from pop_local.workflows.demo import MAX_TOKENS, Comparison
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from pop_local.ui.tables import Column, Fact, Table, print_facts, print_table
+from pop_local.ui.theme import out
+
+if TYPE_CHECKING:
+    from pop_local.measure.prompts import Compared, Comparison
+
+_N_SHOWN = 60
+_N_SHARED = 15
 
 
 def show_comparison(found: Comparison) -> None:
-    """The answers, and what they took."""
-    full, pop, speedup = found.full, found.pop, found.speedup
-    say(f"Model: {found.model}")
-    say(f"Prompt: a document of ours and a question, {found.n_prompt:,} tokens")
-    say(f"Question: {found.question}")
-    say(f"Answers: the likeliest tokens, {MAX_TOKENS} at most\n")
-    say(f"Pruning off, first token after {full.ttft_s:.2f} s:\n  {full.text}\n")
-    say(f"Pruning on, first token after {pop.ttft_s:.2f} s:\n  {pop.text}\n")
-    if full.text != pop.text:
-        say("The answers differ: pruning costs some quality, which `pop-local eval` measures.\n")
-    pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
-    fewer = f"{found.limit:.2f} times fewer multiply-accumulates"
-    say(f"Speed-up: {speedup.median:.2f}x{pairs} ({fewer})")
-    skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
-    say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,}; they skipped {skipped}")
+    """Facts, then a table of the answers that differ."""
+    n = len(found.answers)
+    facts: list[Fact] = [
+        ("Prompts", f"{found.prompts.name}: {n}, answered greedily"),
+        ("Same answer", f"{n - len(found.different)} of {n}"),
+    ]
+    if found.n_judged:
+        right = f"in full {found.full_hits}, pruned {found.pruned_hits}, of {found.n_judged}"
+        only = f"{found.n_only_full} in full only, {found.n_only_pruned} pruned only"
+        facts += [("Right", f"{right}; {only}"), ("", f"p = {found.p_value:.2g} (McNemar, exact)")]
+    ratio = found.full_ttft_s / found.pruned_ttft_s
+    times = f"{found.full_ttft_s:.2f} s in full, {found.pruned_ttft_s:.2f} s pruned, all together"
+    facts.append(("To first token", f"{times}: {ratio:.2f}x, not in pairs"))
+    if found.n_unpruned:
+        facts.append(("Not pruned", f"{found.n_unpruned}, which are short, or cached"))
+    print_facts(facts)
+    if found.different:
+        out.file.write("\n")
+        rows = tuple(_row(each) for each in found.different)
+        print_table(Table(_COLUMNS, rows))
+
+
+def comparison_json(found: Comparison) -> dict[str, Any]:
+    """All figures, and all answers."""
+    return {
+        "prompts": {"name": found.prompts.name, "sha256": found.prompts.sha256},
+        "n": len(found.answers),
+        "n_same": len(found.answers) - len(found.different),
+        "n_judged": found.n_judged,
+        "full_hits": found.full_hits,
+        "pruned_hits": found.pruned_hits,
+        "n_only_full": found.n_only_full,
+        "n_only_pruned": found.n_only_pruned,
+        "p_value": found.p_value,
+        "full_ttft_s": found.full_ttft_s,
+        "pruned_ttft_s": found.pruned_ttft_s,
+        "n_unpruned": found.n_unpruned,
+        "answers": [asdict(each) for each in found.answers],
+    }
+
+
+def _row(each: Compared) -> tuple[Any, ...]:
+    texts = (each.full.text, each.pruned.text)
+    pairs = zip(*texts, strict=False)
+    n_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    start = max(0, n_alike - _N_SHARED)
+    shown = [_cut(text, start) for text in texts]
+    return (each.line, each.first_difference, each.is_full_right, each.is_pruned_right, *shown)
+
+
+def _cut(text: str, start: int) -> str:
+    end = start + _N_SHOWN
+    return "…" * (start > 0) + " ".join(text[start:end].split()) + "…" * (end < len(text))
+
+
+def _verdict(is_right: bool | None) -> str:
+    return {True: "right", False: "wrong", None: "-"}[is_right]
+
+
+_COLUMNS = (
+    Column("line", "Line", numeric=True),
+    Column("first_difference", "Same tokens", numeric=True),
+    Column("is_full_right", "Full", _verdict),
+    Column("is_pruned_right", "Pruned", _verdict),
+    Column("full", "In full"),
+    Column("pruned", "Pruned answer"),
+)

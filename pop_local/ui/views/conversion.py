@@ -1,4 +1,4 @@
-"""What `convert` says: facts for people, one object for --json."""
+"""The output of `convert`: facts for people, one object for --json."""
 
 from __future__ import annotations
 
@@ -16,79 +16,80 @@ from pop_local.ui.tables import Fact, print_facts
 from pop_local.ui.theme import note
 from pop_local.ui.views.skipping import skipping_facts
 from pop_local.ui.views.trials import budget_fact, show_trials, trial_json
-from pop_local.workflows.options import Fastest, Within
 
 if TYPE_CHECKING:
     from pop_converter.popfile.format import PopMeta, Recalled, Refilled
     from pop_converter.popfile.plan import Plan
     from pop_converter.popfile.rewrite import Sizes
-    from pop_local.workflows.convert import Conversion, Converted
+    from pop_local.workflows.conversion.convert import Converted
+    from pop_local.workflows.conversion.plan import Conversion
 
 
 def show_plan(conversion: Conversion) -> None:
-    """What is going to be done, before it begins."""
-    depth, plan, first = conversion.depth, conversion.deepest, conversion.plans[0]
+    """Show the plan, before anything begins."""
+    plan, first, limits = conversion.deepest, conversion.plans[0], conversion.goal.limits
+    budget = [] if limits is None else [budget_fact(limits)]
     fits = fit_facts(conversion)
-    if isinstance(depth, Fastest):
-        tried = ", ".join(f"{p.boundary} with {p.select:.0%}" for p in conversion.plans)
-        where = [("Recipes", f"{tried}: the first one with which facts are found again")]
-        plan, allowed_by, limit = first, "that", _limit(conversion, first)
-    elif isinstance(depth, Within) and depth.at is None:
-        past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
-        where = [budget_fact(depth.budget), ("Boundaries", past)]
-        allowed_by = "the budget"
-        limit = _limit(conversion, first)
-        if most := conversion.limit(plan):
-            limit += f" if only the first is inside, {most:.2f}x if all are"
-    else:
-        budget = [budget_fact(depth.budget)] if isinstance(depth, Within) else []
+    if conversion.goal.is_named:
         print_facts([*_plan_facts(conversion, plan, conversion.sizes), *budget, *fits])
         return
+    limit = _limit(conversion, first)
+    if limits is None:
+        tried = ", ".join(f"{p.boundary} with {p.select:.0%}" for p in conversion.plans)
+        where = [("Recipes", f"{tried}: the first one with which facts are found again")]
+        plan, allowed_by = first, "that"
+    else:
+        past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
+        where, allowed_by = [*budget, ("Boundaries", past)], "the budget"
+        if most := conversion.limit(plan):
+            limit += f" if only the first is inside, {most:.2f}x if all are"
     layers = f"as many as {allowed_by} allows, {plan.n_skipped} at most"
     output = f"up to {size(conversion.sizes.output_bytes)}"
     print_facts([*_facts(conversion, plan, layers, where, output, limit), *fits])
 
 
 def show_converted(conversion: Conversion, done: Converted) -> None:
-    """What was found, chosen and written."""
-    if isinstance(conversion.depth, Within):
+    """Show the choice, its figures and the file."""
+    if done.trials:
         show_trials(done.trials)
-    is_known = not isinstance(conversion.depth, Within | Fastest)
-    # Of several kinds of fit the better one was taken.
+    is_known = conversion.goal.is_named and not done.trials
+    # The better one of several kinds of fit was taken.
     if not is_known or done.plan.projection != conversion.deepest.projection:
         print_facts(_plan_facts(conversion, done.plan, done.sizes))
     print_facts([*measured_facts(done.meta), ("Written", str(done.path))])
     if conversion.output.name == "sidecar" and done.path != sidecar_path(conversion.source):
-        note(f"It is looked for beside the model only: open it with --pop {done.path}.")
+        note(f"It is looked for beside the model only: open it with --sidecar {done.path}.")
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
     """The plan as one object; of a search, the boundaries or recipes that may be chosen."""
-    depth, wished, plans = conversion.depth, _wished(conversion), conversion.plans
-    if isinstance(depth, Within) and depth.at is not None:
-        return _object(conversion, wished, conversion.sizes, None) | {"budget": depth.budget}
-    if not isinstance(depth, Within | Fastest):
-        return _object(conversion, wished, conversion.sizes, None)
+    wished, plans, limits = _wished(conversion), conversion.plans, conversion.goal.limits
+    budget = {} if limits is None else {"budget": limits}
+    if conversion.goal.is_named:
+        return _object(conversion, wished, conversion.sizes, None) | budget
     found = _common(conversion, wished) | {"most_output_bytes": conversion.sizes.output_bytes}
-    if isinstance(depth, Fastest):
-        fields = ("boundary", "n_skipped", "select")
-        recipes = [
-            {name: getattr(plan, name) for name in fields}
-            | {"speedup_limit": conversion.limit(plan)}
-            for plan in plans
-        ]
-        del found["select"]
-        return found | {"recipes": recipes}
-    return found | {
-        "boundaries": [plan.boundary for plan in plans],
-        "least_speedup_limit": conversion.limit(plans[0]),
-        "most_speedup_limit": conversion.limit(conversion.deepest),
-        "budget": depth.budget,
-    }
+    if limits is not None:
+        return found | {
+            "boundaries": [plan.boundary for plan in plans],
+            "least_speedup_limit": conversion.limit(plans[0]),
+            "most_speedup_limit": conversion.limit(conversion.deepest),
+            **budget,
+        }
+    del found["select"]
+    recipes = [
+        {
+            "boundary": plan.boundary,
+            "n_skipped": plan.n_skipped,
+            "select": plan.select,
+            "speedup_limit": conversion.limit(plan),
+        }
+        for plan in plans
+    ]
+    return found | {"recipes": recipes}
 
 
 def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
-    """What was written as one object, what a search `tried`, and the seconds of all `phases`."""
+    """The file as one object, the boundaries that were `tried`, the seconds of all `phases`."""
     tried = [trial_json(trial) for trial in done.trials]
     found = _object(conversion, done.plan, done.sizes, done.meta)
     return found | {"tried": tried, "phases": done.phases}
@@ -96,7 +97,7 @@ def converted_json(conversion: Conversion, done: Converted) -> dict[str, Any]:
 
 def _wished(conversion: Conversion) -> Plan:
     """The deepest plan, distilled if that is asked for."""
-    return replace(conversion.deepest, is_distilled=conversion.distiller is not None)
+    return replace(conversion.deepest, is_distilled=conversion.is_distilled)
 
 
 def _object(
@@ -185,12 +186,12 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     if fit is None or needs is None:
         return
     n_tokens, n = fit.n_tokens(plan.shape.n_embd), len(needs.groups)
-    depth = conversion.depth
-    at_most = "up to " if isinstance(depth, Within) and depth.at is None else ""
+    is_searched = conversion.goal.limits is not None and not conversion.goal.is_named
+    at_most = "up to " if is_searched else ""
     passes = "one pass" if n == 1 else f"{at_most}{n} passes, {at_most}{n} times the work"
-    distilled = ", then distilled" if conversion.distiller else ""
+    distilled = ", then distilled" if conversion.is_distilled else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
-    more = "; distilling is not in it" if conversion.distiller else ""
+    more = "; distilling is not in it" if conversion.is_distilled else ""
     yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit{more}"
     if (seconds := conversion.fit_seconds) is not None:
         time = f"{at_most}about {duration(seconds)} for the fit{more}"
@@ -206,7 +207,7 @@ def full_fact(rows: Plan | PopMeta) -> Fact:
 
 
 def measured_facts(meta: PopMeta) -> list[Fact]:
-    """What a file says of its quality, or was just found."""
+    """The quality that a file states, or that was just found."""
     if (found := meta.measured) is None:
         return []
     quality = (

@@ -1,4 +1,4 @@
-"""What `inspect` says of models and of sidecars."""
+"""The output of `inspect` for models and sidecars."""
 
 from pop_converter.popfile.format import Budget, PopMeta
 from pop_converter.projection import Projection

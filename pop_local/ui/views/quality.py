@@ -1,4 +1,4 @@
-"""How the quality of pruning is shown: facts for one depth, a table for several, JSON."""
+"""How the quality of pruning is shown: facts for one boundary, a table for several, JSON."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ def text_json(text: Text) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Beside:
-    """Measured beside an evaluation: the second answer at its only depth, the model quantised."""
+    """Beside an evaluation: the second answer at its only boundary, the model quantised."""
 
     second_turn: SecondTurn | None = None
     yardstick: tuple[Quantised, ...] = ()
 
 
 def evaluation_json(found: Evaluation, beside: Beside) -> dict[str, Any]:
-    """The only depth as one object."""
+    """The only boundary as one object."""
     second = beside.second_turn and figures(beside.second_turn)
     return _json_head(found, beside) | _row_json(found.rows[0]) | {"second_turn": second}
 
 
 def sweep_json(found: Evaluation, beside: Beside) -> dict[str, Any]:
-    """All depths, in a list of rows."""
+    """All boundaries, in a list of rows."""
     return _json_head(found, beside) | {"rows": [_row_json(row) for row in found.rows]}
 
 
@@ -103,7 +103,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def show_evaluation(found: Evaluation, beside: Beside) -> None:
-    """Facts for one depth; a table for several, or with a baseline."""
+    """Facts for one boundary; a table for several, or with a baseline."""
     if len(found.rows) > 1 or found.rows[0].always_skip is not None or beside.yardstick:
         show_sweep(found, beside)
         return
@@ -112,7 +112,7 @@ def show_evaluation(found: Evaluation, beside: Beside) -> None:
 
 
 def show_sweep(found: Evaluation, beside: Beside) -> None:
-    """A table with a row for each depth, and one below it for its baseline."""
+    """A table with a row for each boundary, and one below it for its baseline."""
     from pop_local.workflows.evaluate import Row
 
     q = found.rows[0].quality

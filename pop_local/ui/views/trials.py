@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from pop_converter.popfile.format import Budget
     from pop_converter.popfile.plan import Plan
     from pop_local.measure.recall import Recall
-    from pop_local.workflows.refusals import Trial
+    from pop_local.workflows.conversion.refusals import Trial
 
 _COLUMNS = (
     Column("plan.boundary", "Boundary", numeric=True),
     Column("plan.n_skipped", "Skipped", numeric=True),
     Column("plan", "K/V", lambda plan: _kind(plan)),
-    Column("plan.select", "Selected", "{:.0%}".format, numeric=True),
     Column("plan.speedup_limit", "Limit", "{:.2f}x".format, numeric=True),
     Column("quality.n_windows", "Windows", numeric=True),
     Column("quality.kl_mean", "KL", partial(with_se, spec=".4f"), numeric=True),
@@ -31,7 +30,7 @@ _COLUMNS = (
     Column("recall", "Facts found", lambda found: _of_full(found) if found else "", numeric=True),
     Column("in_budget", "In budget", lambda passed: "yes" if passed else "no"),
 )
-# Of the figures of a trial, those that a budget looks at.
+# The figures of a trial that a budget looks at.
 _JUDGED = (
     *("n_windows", "kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio"),
     *("copy_ppl_ratio_se", "induction_retention", "induction_retention_se"),
@@ -64,7 +63,6 @@ def trial_json(trial: Trial) -> dict[str, Any]:
         "n_skipped": plan.n_skipped,
         "projection": plan.projection,
         "distilled": plan.is_distilled,
-        "select": plan.select,
         "speedup_limit": plan.speedup_limit,
         **{name: found[name] for name in _JUDGED},
         "recall": trial.recall and figures(trial.recall),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from pop_converter.popfile import sidecar as sidecars
 from pop_converter.popfile.format import read_pop_meta
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
@@ -22,8 +23,8 @@ from pop_local.cli import app
 from pop_local.measure import budget, gradual, quality
 from pop_local.measure.estimate import Estimate
 from pop_local.measure.recall import Asked, RecallReference
-from pop_local.workflows import fits, full_model
-from pop_local.workflows import search as searching
+from pop_local.workflows.conversion import fits, full_model
+from pop_local.workflows.conversion import within as searching
 from support.converted import names
 from support.searched import FEW, LOOSE, convert
 from support.synthetic import make_gguf
@@ -110,6 +111,20 @@ def test_what_is_measured_to_choose_a_kind_is_not_measured_again(tiny, letters, 
     assert f"{first['kl_mean']:.4f}" == kl
 
 
+def test_no_trial_reads_the_model_to_hash_it(tiny, letters, monkeypatch):
+    hashed: list[object] = []
+
+    def copy_data(content, *rest, real=sidecars.copy_data):
+        hashed.append(content)
+        return real(content, *rest)
+
+    monkeypatch.setattr(sidecars, "copy_data", copy_data)
+    done = convert(tiny, "--sidecar", "--text", letters, *FEW, *LOOSE, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert len(json.loads(done.stdout)["tried"]) > 1
+    assert len(hashed) == 1, "for the sidecar that stays"
+
+
 def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     """The last layer's own projections are exact; a random model loses all else."""
     done = convert(tiny, *FEW, "--max-kl", 0.0001)
@@ -117,7 +132,7 @@ def test_one_layer_is_what_a_strict_budget_leaves(tiny, tmp_path):
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.measured is not None
     assert (meta.boundary, meta.projection) == (7, "own")
-    tried = "7 inside, 6 outside, 5 outside, 5 with 10% selected outside"
+    tried = "7 inside, 6 outside, 5 outside"
     assert meta.budget.tried == tried
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "tiny.pop.gguf")])
     assert f"Boundaries tried  {tried}" in shown.stdout
@@ -152,43 +167,6 @@ def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path, monkeypatch)
     assert (meta.boundary, meta.budget.tried) == (4, "4 inside")
 
 
-@pytest.mark.parametrize("gain", [1.0, 2.0])
-def test_a_deeper_boundary_with_a_selection_is_taken_if_it_is_inside_and_gains_enough(
-    tiny, tmp_path, monkeypatch, gain
-):
-    deepest = {0.0: 5, 0.1: 4}
-
-    class Told(gradual.Gradual):
-        def measure(self, model, on_progress):
-            super().measure(model, on_progress)
-            assert self.quality is not None
-            inside = self.boundary >= deepest[self.select]
-            kl, ratio = Estimate(0.001 if inside else 1.0, 1e-4), Estimate(1.0, 0.0)
-            self.quality = replace(
-                self.quality,
-                kl_mean=kl,
-                ppl_ratio=ratio,
-                copy_ppl_ratio=ratio,
-                induction_retention=None,
-            )
-
-    monkeypatch.setattr(searching, "Gradual", Told)
-    monkeypatch.setattr(searching, "SELECTION_GAIN", gain)
-    done = convert(tiny, "--projection", "own", "--threads", 1, "--json")
-    assert done.exit_code == 0, done.stderr
-    found, meta = json.loads(done.stdout), read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and meta.budget is not None
-    if gain == 2.0:
-        assert (meta.boundary, meta.select) == (5, 0.0)
-        return
-    assert (meta.boundary, meta.select) == (4, 0.1)
-    assert meta.budget.tried.startswith("5 inside, 4 outside, ")
-    assert meta.budget.tried.endswith("4 with 10% selected inside, 3 with 10% selected outside")
-    limits = {(each["boundary"], each["select"]): each["speedup_limit"] for each in found["tried"]}
-    assert limits[4, 0.1] > limits[5, 0]
-    assert found["select"] == 0.1
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_attention_is_kept_where_copying_breaks_first(fails, letters, tmp_path, monkeypatch):
     fit = fits.Fitter.fit
@@ -208,7 +186,7 @@ def test_attention_is_kept_where_copying_breaks_first(fails, letters, tmp_path, 
                 (4 if model.meta.projection == ATTENTION else 5),
                 Estimate(1.0, 0.0),
             )
-            copied = good if self.boundary >= deepest and not self.select else Estimate(1.2, 0.0)
+            copied = good if self.boundary >= deepest else Estimate(1.2, 0.0)
             self.quality = replace(
                 self.quality, kl_mean=Estimate(0.001, 1e-4), ppl_ratio=good, copy_ppl_ratio=copied
             )
@@ -227,7 +205,6 @@ def test_attention_is_kept_where_copying_breaks_first(fails, letters, tmp_path, 
         assert "Attention is left out: the text is too short" in done.stderr
         return
     assert (meta.boundary, meta.projection) == (4, ATTENTION)
-    # A selection would not mend what is copied.
     assert meta.budget.tried.endswith("3 with attention outside, 4 with attention inside")
     taken = [each for each in json.loads(done.stdout)["tried"] if each["projection"] == ATTENTION]
     assert [each["in_budget"] for each in taken] == [False, True]
@@ -257,8 +234,8 @@ def test_facts_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, mon
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.budget is not None and meta.recall is not None
-    # The last two with attention, and with a selection.
-    assert [boundary for boundary, _ in asked] == [2, 3, 3, 4, 4, 2, 2]
+    # The last one with attention.
+    assert [boundary for boundary, _ in asked] == [2, 3, 3, 4, 4, 2]
     assert {n_new for _, n_new in asked} == {12}
     assert (meta.boundary, meta.recall.n_documents) == (4, 24)
     assert (meta.recall.pruned, meta.recall.full) == (22 / 24, 1.0)
@@ -267,17 +244,8 @@ def test_facts_that_are_lost_put_a_boundary_outside(tiny, letters, tmp_path, mon
     assert rows[-1].split("|")[-3].strip() == "67% of 100%"
 
 
-def test_models_that_see_have_no_selection(tmp_path):
-    model = make_gguf(tmp_path / "tiny.gguf", "qwen2vl")
-    done = convert(model, "--projection", "own", "--threads", 1, *LOOSE, "--max-kl", 0.0001)
-    assert done.exit_code == 0, done.stderr
-    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and meta.budget is not None
-    assert "outside" in meta.budget.tried and "selected" not in meta.budget.tried
-
-
 def test_own_projections_need_no_fit(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("pop_local.workflows.fits.calibrate", None)
+    monkeypatch.setattr("pop_local.workflows.conversion.fits.calibrate", None)
     done = convert(tiny, "--projection", "own", "--threads", 1, *LOOSE)
     assert done.exit_code == 0, done.stderr
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
@@ -306,7 +274,7 @@ def test_contradictions_are_wrong_usage(tiny, tmp_path, options):
 
 
 def test_an_output_in_the_way_is_refused_before_measuring(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(searching, "_Search", None)
+    monkeypatch.setattr(searching, "Search", None)
     (tmp_path / "tiny.pop.gguf").touch()
     refused = convert(tiny)
     assert refused.exit_code == 1
@@ -325,7 +293,7 @@ def test_an_output_in_the_way_is_refused_before_measuring(tiny, tmp_path, monkey
 def test_what_no_fit_could_use_is_refused_before_measuring(
     tiny, tmp_path, monkeypatch, options, reason
 ):
-    monkeypatch.setattr(searching, "_Search", None)
+    monkeypatch.setattr(searching, "Search", None)
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("ten bytes.")
     for dry_run in ((), ("--dry-run",)):
@@ -335,7 +303,7 @@ def test_what_no_fit_could_use_is_refused_before_measuring(
 
 
 def test_dry_run_says_what_would_be_tried(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(searching, "_Search", None)
+    monkeypatch.setattr(searching, "Search", None)
     done = convert(tiny, "--dry-run", "--quality", "near-lossless")
     assert done.exit_code == 0
     assert "from 7 down to 2" in done.stdout

@@ -37,7 +37,7 @@ _MODES = {"full": False, "pruned": True}
 
 
 @dataclass(frozen=True)
-class PromptOptions:
+class CompareOptions:
     """How to answer: greedily, `max_tokens` at most.
 
     `n_ctx`: the context in tokens, None as for a chat. `answers`: a file that keeps the answers, so
@@ -51,10 +51,10 @@ class PromptOptions:
     mmproj: Path | None = None
 
 
-def evaluate_prompts(
+def compare_answers(
     model: str | os.PathLike[str],
     prompts: str | os.PathLike[str],
-    options: PromptOptions = PromptOptions(),
+    options: CompareOptions = CompareOptions(),
     *,
     sidecar: Path | None = None,
     hardware: Hardware = Hardware(),
@@ -85,7 +85,7 @@ def _answer_all(
     mode: str,
     is_pruning: bool,
     given: PromptFile,
-    options: PromptOptions,
+    options: CompareOptions,
     kept: "_Kept",
     watch: Watch,
 ) -> None:
@@ -101,7 +101,7 @@ def _answer_all(
 def _identity(
     files: ModelFiles, mmproj: Path | None, given: PromptFile, max_tokens: int
 ) -> dict[str, Any]:
-    """What answers depend on. Raises PopError for a model that prunes nothing."""
+    """Return all that answers depend on. Raises PopError for a model that prunes nothing."""
     source = read_source(files.path)
     meta = pop_of(source, files.sidecar)
     if meta is None:

@@ -1,8 +1,6 @@
-"""The short evaluation of a depth that the caller named; of a fit it decides, else it tells."""
+"""A boundary that the caller named: fitted, measured in short and written, or refused."""
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from pop_converter.popfile.format import Measured
 from pop_converter.popfile.plan import Plan
@@ -21,7 +19,7 @@ from pop_local.measure.budget import (
     limits_in_words,
 )
 from pop_local.measure.forced import Pruning, forced
-from pop_local.measure.heldout import TextTokens
+from pop_local.measure.heldout import shipped_text, tokenize
 from pop_local.measure.quality import (
     Quality,
     QualitySettings,
@@ -32,24 +30,55 @@ from pop_local.measure.quality import (
     read_reference,
 )
 from pop_local.models.stored import ModelFiles
-from pop_local.workflows.events import Watch
-from pop_local.workflows.measuring import measured, opened_to_measure
-from pop_local.workflows.options import Hardware
-from pop_local.workflows.refusals import CopyingBrokenError, broken_copy
+from pop_local.workflows.conversion.plan import ConversionRun, Outcome
+from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_copy
+from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.measuring import measured
 
-# Of a fit; without one the measuring should not take long, and is not as exact.
+# Windows for a fit. Without one the measuring should not take long, and is not as exact.
 N_WINDOWS = 8
 N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
 
 
+def write_named(run: ConversionRun) -> Outcome:
+    """Write the boundary of a conversion. Raises CopyingBrokenError, PopError, StoppedError.
+
+    A fit that cannot copy is refused unless that is forced; own projections are only warned of.
+    """
+    [plan], output = run.conversion.plans, run.conversion.output
+    if plan.projection == Projection.OWN:
+        return write_own(run, plan)
+    examination = Examination(run.bench, plan, allow_broken_copy=run.force)
+    examination.before_fit()
+    with run.resumable():
+        fitter = run.fitter()
+        [fitted] = fitter.fit((plan,), run.fit.state_path)
+        if fitter.distiller is not None:
+            fitted = fitter.distilled(replace(plan, projection=fitted.projection), fitted)
+        return run.write(
+            plan,
+            fitted,
+            lambda written: examination.of_fit(output.files(run.bench.path, written)),
+        )
+
+
+def write_own(run: ConversionRun, plan: Plan) -> Outcome:
+    """Write own projections, and the figures of what they lose where these can be measured."""
+    try:
+        found = Examination(run.bench, plan, allow_broken_copy=True).of_own()
+    except PopError as error:
+        message = f"what own projections lose is not known: {error.message}"
+        run.bench.watch.on_warning(PopError(message))
+        return run.write(plan, None, None)
+    return run.write_measured(plan, None, found)
+
+
 @dataclass(frozen=True)
 class Examination:
-    """What is examined: a plan of the model `src`. Broken copying is let through if allowed."""
+    """A plan that is examined. Broken copying is let through if allowed."""
 
+    bench: Workbench
     plan: Plan
-    src: Path
-    hardware: Hardware
-    watch: Watch
     allow_broken_copy: bool
 
     def before_fit(self) -> None:
@@ -57,11 +86,11 @@ class Examination:
 
         One with attention may. Raises PopError where a fit could not be measured.
         """
-        with self._opened(ModelFiles(self.src)) as (model, tokens):
-            _require_windows(model, tokens)
+        with self.bench.opened(self.plan) as model:
+            _require_windows(model)
             kept = None
             if not (self.allow_broken_copy or self.plan.projection == Projection.ATTENTION):
-                advance = self.watch.stage("Trying the boundary without a fit")
+                advance = self.bench.watch.stage("Trying the boundary without a fit")
                 kept = depth.own_retention(model, self.plan, advance)
         if kept is not None and is_hopeless(FAST, kept):
             raise self._refusal(
@@ -71,7 +100,7 @@ class Examination:
 
     def of_fit(self, files: ModelFiles) -> Measured:
         """Measure what was written. Raises CopyingBrokenError, and PopError when it cannot be."""
-        self.watch.on_note("Measuring what was written on held-out text")
+        self.bench.watch.on_note("Measuring what was written on held-out text")
         quality = self._measure(files, QualitySettings(N_WINDOWS))
         if not (self.allow_broken_copy or copies(FAST, quality)):
             raise self._refusal(figures_in_words(quality))
@@ -79,12 +108,12 @@ class Examination:
         return measured(quality)
 
     def of_own(self) -> Measured:
-        """What own projections lose, on few windows. Raises PopError when it cannot be measured."""
-        self.watch.on_note("Measuring what own projections lose on held-out text")
-        quality = self._measure(ModelFiles(self.src), _own_settings())
+        """Measure own projections on few windows. Raises PopError when that cannot be done."""
+        self.bench.watch.on_note("Measuring what own projections lose on held-out text")
+        quality = self._measure(None, _own_settings())
         self._warn_outside(quality)
         if self.plan.shape.fits(quality.boundary) and not is_inside(BALANCED, quality):
-            self.watch.on_warning(
+            self.bench.watch.on_warning(
                 PopError(
                     "own projections lose more than fitted ones would",
                     "fit them",
@@ -93,50 +122,47 @@ class Examination:
             )
         return measured(quality)
 
-    def _opened(self, files: ModelFiles) -> AbstractContextManager[tuple[PopModel, TextTokens]]:
-        return opened_to_measure(files, self.plan, self.hardware, self.watch)
-
-    def _measure(self, files: ModelFiles, settings: QualitySettings) -> Quality:
-        with self._opened(files) as (model, tokens):
-            pruning = Pruning(self.plan.boundary)
-            [quality] = measure_prunings(
-                model, tokens, settings, [pruning], self.watch.stage("Measuring")
-            )
+    def _measure(self, files: ModelFiles | None, settings: QualitySettings) -> Quality:
+        with self.bench.opened(self.plan, files) as model:
+            tokens, pruning = tokenize(model, shipped_text()), Pruning(self.plan.boundary)
+            advance = self.bench.watch.stage("Measuring")
+            [quality] = measure_prunings(model, tokens, settings, [pruning], advance)
         return quality
 
     def _warn_outside(self, quality: Quality) -> None:
         boundary = quality.boundary
         if not copies(FAST, quality):
-            self.watch.on_warning(PopError(broken_copy(boundary, figures_in_words(quality))))
+            self.bench.watch.on_warning(PopError(broken_copy(boundary, figures_in_words(quality))))
         elif not is_inside(BALANCED, quality):
             found = figures_in_words(quality)
             budget = f"the {BALANCED.quality} budget ({limits_in_words(BALANCED)})"
-            self.watch.on_warning(
+            self.bench.watch.on_warning(
                 PopError(
                     f"boundary {boundary} is outside {budget}: {found}",
-                    "give the budget instead of the depth: the deepest inside is looked for",
+                    "give the budget instead of the boundary: the deepest inside is looked for",
                     cause="outside-budget",
                 )
             )
 
     def _refusal(self, found: str) -> CopyingBrokenError:
         boundary = self.plan.boundary
-        self.watch.on_note(
+        self.bench.watch.on_note(
             f"Boundary {boundary} cannot copy; looking for the deepest that does even with own "
             "projections"
         )
         return CopyingBrokenError(boundary, found, self._deepest_passing(boundary + 1))
 
     def _deepest_passing(self, first: int) -> int | None:
-        """The deepest boundary from `first` on that copies with own projections.
+        """Return the deepest boundary from `first` on that copies with own projections.
 
         Fitted ones may pass deeper, but each would have to be fitted first.
         """
-        with self._opened(ModelFiles(self.src)) as (model, tokens):
-            advance = self.watch.stage("Reading in full")
+        with self.bench.opened(self.plan) as model:
+            advance = self.bench.watch.stage("Reading in full")
+            tokens = tokenize(model, shipped_text())
             reference = read_reference(model, tokens, _own_settings(), advance)
             for boundary in range(first, self.plan.shape.n_layer):
-                advance = self.watch.stage(f"Trying boundary {boundary}")
+                advance = self.bench.watch.stage(f"Trying boundary {boundary}")
                 [kept] = measure_retention(reference, model, (boundary,), advance)
                 if not keeps(FAST, kept):
                     continue
@@ -147,10 +173,10 @@ class Examination:
         return None
 
 
-def _require_windows(model: PopModel, tokens: TextTokens) -> None:
+def _require_windows(model: PopModel) -> None:
     try:
         with forced(model) as reader:
-            choose_windows(reader, tokens, QualitySettings(N_WINDOWS))
+            choose_windows(reader, tokenize(model, shipped_text()), QualitySettings(N_WINDOWS))
     except PopError as error:
         raise PopError(
             f"the fit could not be measured: {error.message}",

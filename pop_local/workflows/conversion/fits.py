@@ -1,17 +1,16 @@
-"""Fits of one model, whose text is sampled once, and sidecars of them that are not kept."""
+"""Fits of one model, whose text is sampled once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.plan import Plan
-from pop_converter.popfile.rewrite import Fitted, check_target
-from pop_converter.popfile.sidecar import measure_sidecar, write_sidecar
+from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
@@ -21,56 +20,37 @@ from pop_local.calibration.texts import CalibrationText
 from pop_local.measure import budget as budgets
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.models.stored import ModelFiles
+from pop_local.workflows.conversion.distiller import Distilling
+from pop_local.workflows.conversion.full_model import FullModel
+from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Progress, Watch
-from pop_local.workflows.full_model import FullModel
-from pop_local.workflows.measuring import opened_to_measure
 from pop_local.workflows.options import Hardware
 
 T = TypeVar("T")
-_PREFIX = "pop-local-"
-# A wider fit is worth a share of the speed where it takes off so many times that share of the KL.
+# A wider fit is worth a share of the speed where it takes off this many times that share of the KL.
 # One layer more costs about 4 % of the speed, and takes off a fifth of the KL.
 _WORTH = 5.0
 _N_WINDOWS = 8
-
-
-class Distiller(Protocol):
-    """Trains fits of one model end to end; `MakeDistiller` makes one."""
-
-    def require(self, plan: Plan) -> object:
-        """Raise PopError where the plan's fit cannot be distilled."""
-
-    def train(self, plan: Plan, fitted: Fitted, text: CalibrationText, n_deeper: int) -> Fitted:
-        """Return the fit, trained on `text`. Raises PopError, StoppedError.
-
-        With `n_deeper`, the next so many boundaries below will probably follow.
-        """
-
-
-MakeDistiller = Callable[[Source, FitOptions, Hardware, Watch], Distiller]
 
 
 @dataclass
 class Fitter:
     """Fits plans of one model, all with the same options and on the same text.
 
-    Where the options leave it open, which of `kinds` is taken is decided once, by measuring them at
-    the first boundary. Those that copy go first. `full` is what they are measured against, None to
+    Where the options leave it open, one of `kinds` is chosen once, by measuring them at the first
+    boundary. Those that copy go first. `full` is the model that they are measured against, None to
     read a few windows for that alone; `seen` is how each measured, by boundary and kind.
-    `distiller` trains the chosen fits end to end, None for not at all.
+    `distiller` trains chosen fits end to end, None for none.
     """
 
-    source: Source
+    bench: Workbench
     options: FitOptions
-    hardware: Hardware
-    watch: Watch
     kinds: Sequence[Projection] = KINDS_OF_MANY
+    full: FullModel | None = None
     text: CalibrationText | None = None
     kind: Projection | None = None
-    full: FullModel | None = None
     seen: dict[tuple[int, Projection], Gradual] = field(default_factory=dict)
-    distiller: Distiller | None = None
+    distiller: Distilling | None = None
 
     def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
         """Fit each plan in one go. Raises PopError, and StoppedError when the watch says so.
@@ -80,13 +60,13 @@ class Fitter:
         if not plans:
             return ()
         follow = Follow(
-            self._lazily("Sampling text"), self._lazily("Fitting"), self.watch.should_stop
+            self._lazily("Sampling text"), self._lazily("Fitting"), self.bench.watch.should_stop
         )
         kind = self.options.projection or self.kind
         options = replace(self.options, state_path=state_path, projection=kind)
         wanted = in_kinds(plans, options, self.kinds)
-        with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
-            done = calibrate(wanted, model, self.source, options, follow, self.text)
+        with LoadedModel(self.bench.path, **vars(self.bench.hardware)) as model:
+            done = calibrate(wanted, model, self.bench.source, options, follow, self.text)
         self.text = done.text
         made: dict[int, dict[Projection, Fitted]] = {plan.boundary: {} for plan in plans}
         for plan, fitted in zip(wanted, done.fitted, strict=True):
@@ -94,7 +74,7 @@ class Fitter:
         return tuple(self._better(plan, made[plan.boundary]) for plan in plans)
 
     def distilled(self, plan: Plan, fitted: Fitted, n_deeper: int = 0) -> Fitted:
-        """Train one of the fits end to end; see Distiller. Raises PopError, StoppedError."""
+        """Train one of the fits end to end; see Distilling. Raises PopError, StoppedError."""
         assert self.distiller is not None and self.text is not None, "nothing was fitted"
         return self.distiller.train(plan, fitted, self.text, n_deeper)
 
@@ -103,7 +83,7 @@ class Fitter:
         if len(fits) == 1:
             [self.kind] = fits
         if self.kind is None:
-            self.watch.on_note("Measuring whether a wider fit is worth its cost")
+            self.bench.watch.on_note("Measuring whether a wider fit is worth its cost")
             found = self._qualities(plan, fits)
             costs = {kind: fit_cost(plan, kind) for kind in fits}
             losses = {kind: each.kl_mean.value for kind, each in found.items()}
@@ -116,48 +96,36 @@ class Fitter:
                 + ("" if kind in able else ", copying broken")
                 for kind in fits
             )
-            self.watch.on_note(f"Projections are {self.kind}: {seen}")
+            self.bench.watch.on_note(f"Projections are {self.kind}: {seen}")
         return fits[self.kind]
 
     def _qualities(
         self, plan: Plan, fits: Mapping[Projection, Fitted]
     ) -> dict[Projection, Quality]:
-        """What each kind loses, on the same windows."""
-        path, settings = self.source.first.path, QualitySettings(_N_WINDOWS, n_draws=1)
-        full = self.full or FullModel(path, plan, settings, self.hardware, self.watch)
-        begin = partial(self.watch.stage, "Measuring")
+        """Measure the loss of each kind, on the same windows."""
+        full = self.full or FullModel(self.bench, plan, QualitySettings(_N_WINDOWS, n_draws=1))
+        begin = partial(self.bench.watch.stage, "Measuring")
         qualities = {}
         for kind, fitted in fits.items():
             gradual = self.seen[plan.boundary, kind] = Gradual(full.reference, plan.boundary)
-            with temporary_sidecar(plan, self.source, fitted) as sidecar:
-                files = ModelFiles(path, sidecar)
-                with opened_to_measure(files, plan, self.hardware, self.watch) as (model, _):
-                    qualities[kind] = gradual.measure_until(
-                        lambda found: found.n_windows >= _N_WINDOWS, model, begin
-                    )
+            with self.bench.tried(plan, fitted) as model:
+                qualities[kind] = gradual.measure_until(
+                    lambda found: found.n_windows >= _N_WINDOWS, model, begin
+                )
         return qualities
 
     def _lazily(self, name: str) -> Progress:
-        """A stage that begins when its work does: a kept fit has none of it."""
-        begun = False
+        """Return a stage that begins when its work does: a kept fit has none of it."""
+        watch, begun = self.bench.watch, False
 
         def advance(done: int, total: int) -> None:
             nonlocal begun
             if not begun:
-                self.watch.stage(name)
+                watch.stage(name)
                 begun = True
-            self.watch.on_progress(done, total)
+            watch.on_progress(done, total)
 
         return advance
-
-
-@contextmanager
-def temporary_sidecar(plan: Plan, source: Source, fitted: Fitted | None) -> Iterator[Path]:
-    """A sidecar to measure, which is gone afterwards. Raises PopError."""
-    with TemporaryDirectory(prefix=_PREFIX) as folder:
-        target = Path(folder) / "fitted.gguf"
-        write_sidecar(plan, source.first.path, target, fitted=fitted)
-        yield target
 
 
 def measure_fits(
@@ -170,25 +138,17 @@ def measure_fits(
 ) -> list[T]:
     """Fit all plans in one go, then measure a temporary sidecar of each, one after the other.
 
-    The fits are of one kind, so that depths compare: plain unless the options say otherwise. Raises
-    PopError, StoppedError.
+    The fits are of one kind, so that boundaries compare: plain unless the options say otherwise.
+    Raises PopError, StoppedError.
     """
+    bench = Workbench(source, hardware, watch)
     options = replace(options, projection=options.projection or Projection.FITTED)
-    require_room(plans, source, options)
+    bench.require_room(plans, options.kv_type)
     wanted = [plan for plan in plans if plan.projection != Projection.OWN]
-    made = Fitter(source, options, hardware, watch).fit(wanted, None)
+    made = Fitter(bench, options).fit(wanted, None)
     fitted = dict(zip(wanted, made, strict=True))
     found = []
     for plan in plans:
-        with temporary_sidecar(plan, source, fitted.get(plan)) as sidecar:
+        with bench.sidecar(plan, fitted.get(plan)) as sidecar:
             found.append(measure(plan, sidecar))
     return found
-
-
-def require_room(plans: Sequence[Plan], source: Source, options: FitOptions) -> None:
-    """Raises WriteError when a temporary sidecar would not find the space, before the fit."""
-    path = source.first.path
-    with TemporaryDirectory(prefix=_PREFIX) as folder:
-        for plan in plans:
-            sizes = measure_sidecar(plan, path, options.kv_type)
-            check_target(path, Path(folder) / "fitted.gguf", sizes, force=False)

@@ -10,7 +10,7 @@ from pop_local.cli import app
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.model import PopModel
 from pop_local.measure.estimate import Estimate
-from pop_local.workflows import fastest
+from pop_local.workflows.conversion import fastest
 from support.searched import convert
 from support.shapes import read_shape
 from support.synthetic import make_gguf

@@ -1,4 +1,4 @@
-"""`pop-local eval --prompts`: both answers to each prompt, compared, kept, gone on with."""
+"""`pop-local compare`: both answers to each prompt, compared, kept, gone on with."""
 
 import json
 
@@ -32,19 +32,19 @@ def mine(tmp_path):
     return path
 
 
-def evaluate(*arguments: object):
+def answered(*arguments: object):
     options = ("--threads", 1, "--max-tokens", 8, "--ctx", 512)
-    return CliRunner().invoke(app, ["eval", *map(str, (*arguments, *options))])
+    return CliRunner().invoke(app, ["compare", *map(str, (*arguments, *options))])
 
 
 def compared(*arguments: object):
-    done = evaluate(*arguments, "--json")
+    done = answered(*arguments, "--json")
     assert done.exit_code == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_both_answers_are_compared(pop_file, mine):
-    found = compared(pop_file, "--prompts", mine)
+    found = compared(pop_file, mine)
     first, second, short = found["answers"]
     assert found["n"] == 3
     assert found["n_judged"] == 2
@@ -61,12 +61,12 @@ def test_both_answers_are_compared(pop_file, mine):
 
 
 def test_a_table_shows_what_differs(pop_file, mine):
-    done = evaluate(pop_file, "--prompts", mine)
+    done = answered(pop_file, mine)
     assert done.exit_code == 0, done.stderr
     facts = " ".join(done.stdout.split())
     assert "Right in full 1, pruned 1, of 2; 0 in full only, 0 pruned only" in facts
     assert "Not pruned 2, which are short, or cached" in facts
-    found = compared(pop_file, "--prompts", mine)
+    found = compared(pop_file, mine)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert found["n_same"] < 3
     assert len(rows) == 2 + 3 - found["n_same"]
@@ -81,21 +81,21 @@ def test_it_goes_on_where_it_was_stopped(pop_file, mine, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr("pop_local.workflows.prompts.answered", counted)
-    stopped = evaluate(pop_file, "--prompts", mine, "--answers", kept)
+    monkeypatch.setattr("pop_local.workflows.compare.answered", counted)
+    stopped = answered(pop_file, mine, "--answers", kept)
     assert stopped.exit_code == 130
     assert "keeps 4 answers" in " ".join(stopped.stderr.split())
     with kept.open("a") as file:
         file.write('{"mode": "pruned", "line": 2, "te')
     monkeypatch.undo()
-    whole = compared(pop_file, "--prompts", mine, "--answers", kept)
-    fresh = compared(pop_file, "--prompts", mine)
+    whole = compared(pop_file, mine, "--answers", kept)
+    fresh = compared(pop_file, mine)
     for one, other in zip(whole["answers"], fresh["answers"], strict=True):
         assert one["full"]["text"] == other["full"]["text"]
         assert one["first_difference"] == other["first_difference"]
     assert len(kept.read_text().splitlines()) == 1 + 6
     mine.write_text('{"prompt": "another"}')
-    refused = evaluate(pop_file, "--prompts", mine, "--answers", kept)
+    refused = answered(pop_file, mine, "--answers", kept)
     assert refused.exit_code == 1
     assert "does not hold answers of this model to these prompts" in refused.stderr
 
@@ -104,45 +104,40 @@ def test_answers_of_the_model_read_otherwise_are_not_gone_on_with(mine, tmp_path
     base = make_gguf(tmp_path / "llama.gguf", "llama", chat_template=TEMPLATE)
     kept = tmp_path / "answers.jsonl"
     once = converted(base, tmp_path, boundary=4)
-    assert evaluate(once, "--prompts", mine, "--answers", kept).exit_code == 0
-    assert evaluate(once, "--prompts", mine, "--answers", kept).exit_code == 0
+    assert answered(once, mine, "--answers", kept).exit_code == 0
+    assert answered(once, mine, "--answers", kept).exit_code == 0
     (other := tmp_path / "other").mkdir()
-    refused = evaluate(
-        converted(base, other, boundary=4, tail_tokens=8), "--prompts", mine, "--answers", kept
-    )
+    refused = answered(converted(base, other, boundary=4, tail_tokens=8), mine, "--answers", kept)
     assert refused.exit_code == 1
     assert "does not hold answers of this model" in refused.stderr
 
 
 def test_answers_that_are_none(pop_file, mine, tmp_path):
     kept = tmp_path / "answers.jsonl"
-    assert evaluate(pop_file, "--prompts", mine, "--answers", kept).exit_code == 0
+    assert answered(pop_file, mine, "--answers", kept).exit_code == 0
     head, first, *rest = kept.read_text().splitlines()
     for changed in ({"text": None}, {"text": "\ud800"}, {"ttft_s": 10**400}, {"n_pruned": "many"}):
         entry = json.dumps(json.loads(first) | changed)
         kept.write_text("\n".join([head, entry, *rest, ""]))
-        refused = evaluate(pop_file, "--prompts", mine, "--answers", kept)
+        refused = answered(pop_file, mine, "--answers", kept)
         assert refused.exit_code == 1
         assert "does not hold answers" in refused.stderr, changed
 
 
 def test_prompts_that_do_not_fit_are_named(pop_file, mine):
     mine.write_text(json.dumps({"prompt": SHARED * 10}))
-    refused = evaluate(pop_file, "--prompts", mine)
+    refused = answered(pop_file, mine)
     assert refused.exit_code == 1
     assert "line 1: the prompt has" in refused.stderr
     assert "--ctx" in refused.stderr
 
 
 def test_a_model_that_prunes_nothing_is_refused(mine, tmp_path):
-    refused = evaluate(make_gguf(tmp_path / "plain.gguf", "llama"), "--prompts", mine)
+    refused = answered(make_gguf(tmp_path / "plain.gguf", "llama"), mine)
     assert refused.exit_code == 1
     assert "there is nothing to measure" in refused.stderr
 
 
-def test_options_of_no_effect_are_wrong_usage(pop_file, mine):
-    assert evaluate(pop_file, "--prompts", mine, "--windows", 3).exit_code == 2
-    assert evaluate(pop_file, "--prompts", mine, "--skip", "1/3").exit_code == 2
-    assert evaluate(pop_file).exit_code == 2, "--max-tokens is given"
-    unreachable = evaluate(pop_file, "--prompts", mine, "--rpc", "127.0.0.1:1")
+def test_a_server_that_is_not_there_is_one_clear_error(pop_file, mine):
+    unreachable = answered(pop_file, mine, "--rpc", "127.0.0.1:1")
     assert (unreachable.exit_code, "cannot be reached" in unreachable.stderr) == (1, True)

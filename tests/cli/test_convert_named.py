@@ -16,8 +16,8 @@ from pop_converter.projection import Projection
 from pop_local.cli import app
 from pop_local.measure import budget, depth
 from pop_local.measure.estimate import Estimate
-from pop_local.workflows import examine as examining
-from pop_local.workflows import fits
+from pop_local.workflows.conversion import fits
+from pop_local.workflows.conversion import named as examining
 from support.synthetic import make_gguf
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_examination")]
@@ -170,7 +170,7 @@ def test_a_refusal_leaves_the_fit_of_another_depth(tiny, words, tmp_path, monkey
 def test_attention_is_fitted_where_own_projections_copy_nothing(tiny, words, tmp_path, monkeypatch):
     monkeypatch.setattr(depth, "own_retention", lambda *_: Estimate(0.1, 0.01))
     allow(monkeypatch, ANYTHING, ANYTHING)
-    given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--projection", "attention")
+    given = ("--boundary", 6, "--text", words, "--tokens", 2048, "--projection", "fitted-attention")
     assert convert(tiny, *given).exit_code == 0
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.projection == Projection.ATTENTION

@@ -1,4 +1,4 @@
-"""What a conversion refuses, or lets through with a warning, and what it knows of it."""
+"""Errors of a conversion, and the trials that some of them carry."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class OverBudgetError(PopError):
     """Not even one skipped layer is within the budget; `trials` says what was measured."""
 
     def __init__(self, message: str, trials: tuple[Trial, ...]) -> None:
-        super().__init__(message, "allow more, or name the depth yourself", cause="over-budget")
+        super().__init__(message, "allow more, or name the boundary yourself", cause="over-budget")
         self.trials = trials
 
 

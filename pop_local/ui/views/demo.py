@@ -1,0 +1,22 @@
+"""How `demo` shows its two answers."""
+
+from pop_local.ui.theme import say
+from pop_local.workflows.demo import MAX_TOKENS, Demonstration
+
+
+def show_demonstration(found: Demonstration) -> None:
+    """The answers, and what they took."""
+    full, pop, speedup = found.full, found.pop, found.speedup
+    say(f"Model: {found.model}")
+    say(f"Prompt: a document of ours and a question, {found.n_prompt:,} tokens")
+    say(f"Question: {found.question}")
+    say(f"Answers: the likeliest tokens, {MAX_TOKENS} at most\n")
+    say(f"Pruning off, first token after {full.ttft_s:.2f} s:\n  {full.text}\n")
+    say(f"Pruning on, first token after {pop.ttft_s:.2f} s:\n  {pop.text}\n")
+    if full.text != pop.text:
+        say("The answers differ: pruning costs some quality, which `pop-local eval` measures.\n")
+    pairs = f", {speedup.min:.2f}-{speedup.max:.2f} in {found.n_pairs} pairs" * (found.n_pairs > 1)
+    fewer = f"{found.limit:.2f} times fewer multiply-accumulates"
+    say(f"Speed-up: {speedup.median:.2f}x{pairs} ({fewer})")
+    skipped = f"{found.n_layer - found.boundary} of {found.n_layer} layers"
+    say(f"Tokens pruned: {pop.n_pruned:,} of {found.n_prompt:,}; they skipped {skipped}")

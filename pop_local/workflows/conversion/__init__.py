@@ -1,0 +1,1 @@
+"""Conversion: choose how deep, fit, measure, write."""

@@ -1,0 +1,112 @@
+"""Conversion as a library call."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pop_converter.architecture.keys import trained_ctx
+from pop_converter.popfile.format import PopMeta
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Sizes, check_target
+from pop_local.base.errors import PopError
+from pop_local.calibration.options import FitOptions
+from pop_local.calibration.texts import N_WINDOW
+from pop_local.measure.budget import BALANCED
+from pop_local.workflows.conversion.distiller import MakeDistiller
+from pop_local.workflows.conversion.goals import Within
+from pop_local.workflows.conversion.output import OutputName
+from pop_local.workflows.conversion.plan import (
+    Conversion,
+    ConversionRun,
+    ConvertOptions,
+    Goal,
+    plan_conversion,
+)
+from pop_local.workflows.conversion.refusals import Trial
+from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.events import Phase, Stopwatch, Watch
+from pop_local.workflows.options import Hardware, RowOptions
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A written conversion. `meta` is what the file says of itself, its measured quality included.
+
+    `warnings`: what was let through and might have been refused. `phases`: what took how long.
+    """
+
+    path: Path
+    plan: Plan
+    meta: PopMeta
+    sizes: Sizes
+    trials: tuple[Trial, ...]
+    warnings: tuple[PopError, ...]
+    phases: tuple[Phase, ...]
+
+
+def convert(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    goal: Goal = Within(BALANCED),
+    fit: FitOptions | None = FitOptions(),
+    rows: RowOptions = RowOptions(),
+    output: OutputName = "copy",
+    resume: bool = False,
+    distiller: MakeDistiller | None = None,
+    force: bool = False,
+    hardware: Hardware = Hardware(),
+    watch: Watch = Watch(),
+) -> Converted:
+    """Convert a model, given by path or name, so that it reads long prompts faster.
+
+    `goal` is a budget of quality, within which the deepest boundary is searched (`Within`), a
+    named boundary (`Skip`, `Boundary`), or `Fastest()`, which chooses a selection, too. `out` None
+    is a name beside the model: NAME.pop.gguf, or NAME.pop-sidecar.gguf for a sidecar. `force`
+    replaces an existing output. It also writes a boundary that is named without a budget although
+    it can no longer copy, or find facts again. The others are fields of `ConvertOptions`.
+
+    Raises PopError: OutputExistsError, OverBudgetError, CopyingBrokenError and others. An earlier
+    output stays then, and nothing new is left. Raises StoppedError when the watch says so.
+    """
+    options = ConvertOptions(goal, fit, rows, output, resume, distiller, hardware)
+    return run_conversion(plan_conversion(model, out, options), force=force, watch=watch)
+
+
+def run_conversion(
+    conversion: Conversion, *, force: bool = False, watch: Watch = Watch()
+) -> Converted:
+    """Do what is planned; see `convert`."""
+    check_target(conversion.path, conversion.target, conversion.sizes, force=force)
+    warnings: list[PopError] = []
+
+    def warned(error: PopError) -> None:
+        warnings.append(error)
+        watch.on_warning(error)
+
+    trained = trained_ctx(conversion.source.first)
+    if trained is not None and 0 < trained < N_WINDOW:
+        warned(
+            PopError(
+                f"the model was trained on {trained:,} tokens, fewer than are read at once here",
+                "expect little of its figures",
+            )
+        )
+    phases = Stopwatch()
+    watched = replace(watch, on_warning=warned, on_stage=phases.before(watch.on_stage))
+    bench = Workbench(conversion.source, conversion.options.hardware, watched)
+    done = conversion.goal.carry_out(ConversionRun(conversion, force, bench))
+    meta = done.meta
+    is_distilled = meta.calibration is not None and meta.calibration.n_distilled > 0
+    plan = replace(done.plan, projection=meta.projection, is_distilled=is_distilled)
+    return Converted(
+        path=conversion.target,
+        plan=plan,
+        meta=meta,
+        sizes=conversion.sizes_of(plan),
+        trials=done.trials,
+        warnings=tuple(warnings),
+        phases=phases.stop(),
+    )

@@ -1,0 +1,47 @@
+"""The full model on held-out text and on facts: read when it is first asked for, then kept."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from pop_converter.popfile.plan import Plan
+from pop_local.measure.heldout import room, shipped_text, tokenize
+from pop_local.measure.quality import QualitySettings, Reference, read_reference
+from pop_local.measure.recall import RecallReference, RecallSettings
+from pop_local.workflows.conversion.workbench import Workbench
+
+_NONE = RecallReference(RecallSettings())
+
+
+@dataclass(frozen=True)
+class FullModel:
+    """The model itself; sink and tail are those of `plan`, whose boundary does not matter.
+
+    `settings` say how much is read, fewer windows where the text has no more. The first reading
+    may raise PopError and StoppedError.
+    """
+
+    bench: Workbench
+    plan: Plan
+    settings: QualitySettings
+    _recalls: dict[int, RecallReference] = field(default_factory=dict)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """Its predictions of the held-out text."""
+        watch, settings = self.bench.watch, self.settings
+        watch.on_note("Reading held-out text in full")
+        with self.bench.opened(self.plan) as model:
+            tokens = tokenize(model, shipped_text())
+            n_found = room(tokens, settings.n_context + settings.n_continuation)
+            settings = replace(settings, n_windows=min(settings.n_windows, max(1, n_found)))
+            return read_reference(model, tokens, settings, watch.stage("Reading in full"))
+
+    def recall(self, n_documents: int) -> RecallReference:
+        """How often it finds facts in this number of documents; it is asked once about each."""
+        if not (found := self._recalls.get(n_documents)):
+            fewer = [each for each in self._recalls.values() if len(each.asked) < n_documents]
+            before = max(fewer, key=lambda each: len(each.asked), default=_NONE)
+            with self.bench.opened(self.plan) as model:
+                advance = self.bench.watch.stage("Asking for facts in full")
+                found = self._recalls[n_documents] = before.more(model, n_documents, advance)
+        return found

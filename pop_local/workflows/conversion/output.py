@@ -1,0 +1,52 @@
+"""The two kinds of output: a converted copy, and a sidecar beside the model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pop_converter.fit.least_squares import KvType
+from pop_converter.gguf.source import Source
+from pop_converter.popfile import rewrite
+from pop_converter.popfile.format import PopMeta
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Sizes, measure
+from pop_converter.popfile.sidecar import measure_sidecar, sidecar_path, write_sidecar
+from pop_local.models.stored import ModelFiles
+
+OutputName = Literal["copy", "sidecar"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One kind of output.
+
+    `stage` names the work of writing it, `write` is the converter's function for that, and
+    `files(source, written)` are the files to open then.
+    """
+
+    name: OutputName
+    stage: str
+    measure: Callable[[Plan, Path, KvType], Sizes]
+    default_path: Callable[[Source], Path]
+    write: Callable[..., PopMeta]
+    files: Callable[[Path, Path], ModelFiles]
+
+
+def _copy_path(source: Source) -> Path:
+    return source.first.path.with_name(f"{Path(source.name).stem}.pop.gguf")
+
+
+OUTPUTS: dict[OutputName, Output] = {
+    "copy": Output(
+        "copy",
+        "Writing, then reading back",
+        measure,
+        _copy_path,
+        rewrite.convert,
+        lambda src, written: ModelFiles(written),
+    ),
+    "sidecar": Output(
+        "sidecar", "Reading the model", measure_sidecar, sidecar_path, write_sidecar, ModelFiles
+    ),
+}

@@ -1,0 +1,305 @@
+"""A conversion that is settled before anything is measured or written, and one under way."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pop_converter.architecture.shape import ModelShape, source_shape
+from pop_converter.fit.weights import Weights
+from pop_converter.gguf.source import Source, read_source
+from pop_converter.popfile.format import Budget, Measured, PopMeta
+from pop_converter.popfile.plan import Plan, require_fit
+from pop_converter.popfile.rewrite import Examine, Fitted, Sizes
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError, StoppedError, WriteError
+from pop_local.calibration.needs import Needs, fit_needs, fit_seconds
+from pop_local.calibration.options import FitOptions
+from pop_local.engine.llama.graph_macs import GraphMacs
+from pop_local.models.names import resolve_base
+from pop_local.workflows.conversion.output import OUTPUTS, Output, OutputName
+from pop_local.workflows.conversion.refusals import (
+    CopyingBrokenError,
+    OverBudgetError,
+    RecallLostError,
+    Trial,
+)
+from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.events import Unit, Watch
+from pop_local.workflows.options import Hardware, RowOptions
+
+if TYPE_CHECKING:
+    from pop_local.workflows.conversion.distiller import MakeDistiller
+    from pop_local.workflows.conversion.fits import Fitter
+    from pop_local.workflows.conversion.full_model import FullModel
+
+STATE_SUFFIX = ".calibration"
+
+
+class Goal(ABC):
+    """How many layers a conversion skips; pop_local.workflows.conversion.goals has the kinds."""
+
+    @property
+    def limits(self) -> Budget | None:
+        """The budget that the quality is held to; None for none."""
+        return None
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the caller named the boundary."""
+        return True
+
+    @property
+    @abstractmethod
+    def kinds(self) -> tuple[Projection, ...]:
+        """The kinds of fit that are tried where the options leave it open."""
+
+    @abstractmethod
+    def plans(self, shape: ModelShape, **rows: Any) -> tuple[Plan, ...]:
+        """Return the plans that may be chosen, in the order of the choice.
+
+        `rows` go to make_plan. Raises PlanError, PopError.
+        """
+
+    @abstractmethod
+    def carry_out(self, run: ConversionRun) -> Outcome:
+        """Choose among the plans, fit, measure and write. Raises PopError, StoppedError."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert.
+
+    `fit` None leaves the skipped layers their own projections. With `resume` a fit that is stopped
+    is kept beside the output, and a kept one goes on. With a `distiller` the fit is trained
+    end to end, too.
+    """
+
+    goal: Goal
+    fit: FitOptions | None = FitOptions()
+    rows: RowOptions = RowOptions()
+    output: OutputName = "copy"
+    resume: bool = False
+    distiller: MakeDistiller | None = None
+    hardware: Hardware = Hardware()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is planned; nothing is measured or written yet.
+
+    `plans`: the one whose boundary the caller named, or all that a search may choose, in its order.
+    `sizes`: of the deepest.
+    """
+
+    source: Source
+    target: Path
+    output: Output
+    plans: tuple[Plan, ...]
+    sizes: Sizes
+    options: ConvertOptions
+
+    @property
+    def path(self) -> Path:
+        return self.source.first.path
+
+    @property
+    def goal(self) -> Goal:
+        return self.options.goal
+
+    @property
+    def fit(self) -> FitOptions | None:
+        return self.options.fit
+
+    @property
+    def is_distilled(self) -> bool:
+        return self.options.distiller is not None
+
+    @property
+    def deepest(self) -> Plan:
+        return _deepest(self.plans)
+
+    @cached_property
+    def not_counted(self) -> str:
+        """Why no plan's work can be counted, as without the backend; "" where it can."""
+        try:
+            _ = self.deepest.speedup_limit
+        except PopError as error:
+            return error.message
+        return ""
+
+    @cached_property
+    def needs(self) -> Needs | None:
+        """The memory and time of all plans' fits; None where there are none, or not counted."""
+        if self.fit is None or not self._fitted or self.not_counted:
+            return None
+        return fit_needs(self._fitted, self.source, self.fit, self.goal.kinds)
+
+    @cached_property
+    def fit_seconds(self) -> float | None:
+        """About how long that takes."""
+        return fit_seconds(self._fitted, self.fit, self.needs) if self.fit and self.needs else None
+
+    def limit(self, plan: Plan) -> float | None:
+        """The speed-up of a plan at most; None where its work cannot be counted."""
+        return None if self.not_counted else plan.speedup_limit
+
+    @property
+    def _fitted(self) -> list[Plan]:
+        return [*{p.boundary: p for p in self.plans if p.projection != Projection.OWN}.values()]
+
+    def sizes_of(self, plan: Plan) -> Sizes:
+        """Return the bytes that writing one of the plans reads and writes."""
+        kv_type = (self.fit or FitOptions()).kv_type
+        return self.output.measure(plan, self.path, kv_type)
+
+
+def plan_conversion(
+    model: str | os.PathLike[str], out: str | os.PathLike[str] | None, options: ConvertOptions
+) -> Conversion:
+    """Settle what `convert` would do, in milliseconds. Raises PopError for what it would refuse."""
+    source = read_source(resolve_base(os.fspath(model)))
+    shape, fit = source_shape(source), options.fit
+    output = OUTPUTS[options.output]
+    target = output.default_path(source) if out is None else Path(out)
+    if fit is not None:
+        fit.require_text(shape.n_embd)
+        if options.resume:
+            fit = replace(fit, state_path=target.with_name(f".{target.name}{STATE_SUFFIX}"))
+            options = replace(options, fit=fit)
+    projection = Projection.OWN if fit is None else fit.projection or Projection.FITTED
+    macs = GraphMacs(source.first.path)
+    plans = options.goal.plans(shape, projection=projection, macs=macs, **vars(options.rows))
+    if fit is not None:
+        if fit.projection is not None:
+            require_fit(plans)
+        weights = Weights(source)
+        for layer in {layer for plan in plans for layer in plan.fitted_layers}:
+            weights.require_readable(layer)
+    if options.distiller is not None:
+        _require_distillable(options.distiller, source, plans, fit, options.hardware)
+    kv_type = (fit or FitOptions()).kv_type
+    sizes = output.measure(_deepest(plans), source.first.path, kv_type)
+    return Conversion(source, target, output, plans, sizes, options)
+
+
+def _deepest(plans: Sequence[Plan]) -> Plan:
+    return min(plans, key=lambda plan: plan.boundary)
+
+
+def _require_distillable(
+    make: MakeDistiller,
+    source: Source,
+    plans: Sequence[Plan],
+    fit: FitOptions | None,
+    hardware: Hardware,
+) -> None:
+    if fit is None or plans[0].select or fit.mmproj:
+        raise PopError(
+            "nothing is distilled of own projections, for selections or pictures",
+            "take it as it is, or do without them",
+            cause="not-distilled",
+        )
+    deepest = _deepest(plans)
+    if fit.projection is None and deepest.projection != Projection.OWN:
+        deepest = replace(deepest, projection=Projection.ATTENTION)
+    make(source, fit, hardware, Watch()).require(deepest)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The plan and the keys that were written, and the trials of a search."""
+
+    plan: Plan
+    meta: PopMeta
+    trials: tuple[Trial, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConversionRun:
+    """A conversion under way. `force`: replace an output, and write what would be refused."""
+
+    conversion: Conversion
+    force: bool
+    bench: Workbench
+
+    @property
+    def fit(self) -> FitOptions:
+        return self.conversion.fit or FitOptions()
+
+    def fitter(self, full: FullModel | None = None) -> Fitter:
+        """Return what fits the plans, and measures against `full`."""
+        from pop_local.workflows.conversion.fits import Fitter
+
+        bench, kinds = self.bench, self.conversion.goal.kinds
+        make = self.conversion.options.distiller
+        distiller = make and make(bench.source, self.fit, bench.hardware, bench.watch)
+        return Fitter(bench, self.fit, kinds, full=full, distiller=distiller)
+
+    def write(
+        self,
+        plan: Plan,
+        fitted: Fitted | None,
+        examine: Examine | None,
+        trials: tuple[Trial, ...] = (),
+    ) -> Outcome:
+        """Write a plan with its fit, None for own projections. Raises PopError, StoppedError."""
+        planned, watch = self.conversion, self.bench.watch
+        output = planned.output
+        advance = watch.stage(output.stage, Unit.BYTES)
+
+        def examined(written: Path) -> Measured:
+            assert examine is not None
+            found = examine(written)
+            watch.on_stage(output.stage, Unit.BYTES)
+            return found
+
+        meta = output.write(
+            plan,
+            planned.path,
+            planned.target,
+            fitted=fitted,
+            examine=examine and examined,
+            progress=advance,
+            force=self.force,
+        )
+        return Outcome(plan, meta, trials)
+
+    def write_measured(
+        self, plan: Plan, fitted: Fitted | None, found: Measured, trials: tuple[Trial, ...] = ()
+    ) -> Outcome:
+        """Write a plan whose quality was measured already."""
+        return self.write(plan, fitted, lambda written: found, trials)
+
+    @contextmanager
+    def resumable(self, *, keeps_refused: bool = False) -> Iterator[None]:
+        """Keep the fit of the block when that is stopped or its result cannot be written.
+
+        `keeps_refused`: over a budget, too, since the same boundary may be asked for with another.
+        """
+        keeping: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
+        keeping += (StoppedError, WriteError, *([OverBudgetError] if keeps_refused else []))
+        try:
+            yield
+        except keeping as error:
+            if kept := ", ".join(map(str, self.fit.kept())):
+                again = "the same conversion"
+                if isinstance(error, OverBudgetError):
+                    again = "this boundary with another budget, or none,"
+                note = f"What was read is kept in {kept}: {again} goes on from there."
+                self.bench.watch.on_note(note)
+            raise
+        except (CopyingBrokenError, OverBudgetError, RecallLostError):
+            self._forget()
+            raise
+        self._forget()
+
+    def _forget(self) -> None:
+        for path in self.fit.kept():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,333 @@
+"""The fastest recipe within a budget: fits and measures candidates until it is known.
+
+That is the deepest boundary inside, unless deeper ones are with attention kept, or once they are
+distilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from functools import partial
+
+from pop_converter.popfile.format import Budget
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Fitted
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError
+from pop_local.calibration.needs import fit_needs
+from pop_local.calibration.state import kept_boundaries
+from pop_local.measure import budget as budgets
+from pop_local.measure.forced import Pruning
+from pop_local.measure.gradual import Gradual
+from pop_local.measure.quality import Quality, QualitySettings
+from pop_local.measure.recall import NO_ANSWERS, Recall
+from pop_local.workflows.conversion.fits import Fitter
+from pop_local.workflows.conversion.full_model import FullModel
+from pop_local.workflows.conversion.named import Examination
+from pop_local.workflows.conversion.plan import ConversionRun, Outcome
+from pop_local.workflows.conversion.refusals import OverBudgetError, Trial
+from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.measuring import measured, recalled
+
+# Their mean KL has a standard error of a fifth or less.
+N_WINDOWS = 16
+N_DOCUMENTS = 12
+# Boundaries past the deepest inside that are tried with attention, which restores copying, and the
+# speed-up that it must win.
+N_PAST = 2
+ATTENTION_GAIN = 1.03
+# Boundaries past one that is distilled for which the text that is read in full serves, too.
+N_DEEPER = 3
+
+
+class Stage(Enum):
+    """The fits that a boundary may be tried with."""
+
+    SEARCHED = auto()
+    ATTENTION = auto()
+    DISTILLED = auto()
+
+
+@dataclass(eq=False)
+class Contender:
+    """A boundary at one stage, and all that is known of it.
+
+    `fitted` is None before the fit, and for own projections. `is_inside` is the verdict so far.
+    """
+
+    plan: Plan
+    fitted: Fitted | None = None
+    gradual: Gradual | None = None
+    is_inside: bool | None = None
+    recall: Recall | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.plan.projection == Projection.OWN or self.fitted is not None
+
+    @property
+    def quality(self) -> Quality:
+        assert self.gradual is not None and self.gradual.quality is not None, "not measured"
+        return self.gradual.quality
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(self.plan, self.quality, bool(self.is_inside), self.recall)
+
+    def __str__(self) -> str:
+        attention = " with attention" if self.plan.projection == Projection.ATTENTION else ""
+        return f"{self.plan.boundary}{attention}{' distilled' if self.plan.is_distilled else ''}"
+
+
+def write_deepest(run: ConversionRun, budget: Budget) -> Outcome:
+    """Choose the deepest plan of a conversion within the budget, and write it.
+
+    Raises OverBudgetError, PopError, StoppedError.
+    """
+    planned, is_named = run.conversion, run.conversion.goal.is_named
+    if any(plan.projection != Projection.OWN for plan in planned.plans):
+        # A search finds out by itself which boundaries cannot copy.
+        examined = Examination(run.bench, planned.deepest, allow_broken_copy=not is_named)
+        examined.before_fit()
+    with run.resumable(keeps_refused=is_named):
+        full = FullModel(run.bench, planned.plans[0], QualitySettings(N_WINDOWS))
+        search = Search(run.bench, budget, run.fitter(full), full, planned.plans)
+        chosen = search.run()
+        found = measured(chosen.quality)
+        return run.write_measured(chosen.plan, chosen.fitted, found, search.trials)
+
+
+@dataclass
+class Search:
+    """One search. `tried` has its candidates; those of SEARCHED from the shallowest plan on."""
+
+    bench: Workbench
+    budget: Budget
+    fitter: Fitter
+    full: FullModel
+    plans: Sequence[Plan]
+    tried: dict[tuple[int, Stage], Contender] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tried = {(plan.boundary, Stage.SEARCHED): Contender(plan) for plan in self.plans}
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        return tuple(each.trial for each in self._judged)
+
+    @property
+    def _judged(self) -> list[Contender]:
+        return [each for each in self.tried.values() if each.is_inside is not None]
+
+    def run(self) -> Contender:
+        """Return the fastest candidate inside, whose plan says what was tried."""
+        deepest = self._deepest_inside()
+        if deepest is not None:
+            self._try_attention(deepest)
+        if self.fitter.distiller is not None:
+            self._try_distilled()
+        if not any(each.is_inside for each in self._judged):
+            raise self._over()
+        chosen = self._fastest()
+        figures = budgets.figures_in_words(chosen.quality)
+        self._note(f"Boundary {chosen} is the fastest within the budget: {figures}")
+        tried = ", ".join(
+            f"{each} {'inside' if each.is_inside else 'outside'}" for each in self._judged
+        )
+        plan = replace(chosen.plan, budget=replace(self.budget, tried=tried))
+        if chosen.recall is not None:
+            plan = replace(plan, recall=recalled(chosen.recall))
+        return replace(chosen, plan=plan)
+
+    def _fastest(self) -> Contender:
+        inside = (each for each in self._judged if each.is_inside)
+        return max(inside, key=lambda it: (it.plan.speedup_limit, -it.quality.kl_mean.value))
+
+    def _note(self, text: str) -> None:
+        self.bench.watch.on_note(text)
+
+    def _past(self, boundary: int) -> list[int]:
+        return sorted({each for each, _ in self.tried if each < boundary}, reverse=True)
+
+    # The deepest boundary inside
+
+    def _deepest_inside(self) -> int | None:
+        while True:
+            verdicts = {each.plan.boundary: bool(each.is_inside) for each in self._judged}
+            if wanted := budgets.undecided([plan.boundary for plan in self.plans], verdicts):
+                candidate = self._searched(wanted[0])
+                if not candidate.is_ready:
+                    self._fit(wanted)
+                self._judge(candidate, lambda quality: budgets.is_clear(self.budget, quality))
+                continue
+            deepest = budgets.deepest_inside(verdicts)
+            if deepest is None:
+                return None
+            candidate = self._searched(deepest)
+            if candidate.recall is not None:
+                return deepest
+            # On all windows, and asked for facts, it may be outside after all.
+            if candidate.gradual is not None and not candidate.gradual.is_whole:
+                self._judge(candidate, lambda quality: False)
+            else:
+                self._ask(candidate)
+
+    def _searched(self, boundary: int) -> Contender:
+        return self.tried[boundary, Stage.SEARCHED]
+
+    def _fit(self, wanted: Sequence[int]) -> None:
+        """Fit the first of `wanted`, with others in the same pass over the text."""
+        options = self.fitter.options
+        options = options if len(self.plans) == 1 else options.at(wanted[0])
+        # A fit that is there goes on, whatever memory is free now.
+        kept = kept_boundaries(options.state_path) if options.state_path else ()
+        is_ours = wanted[0] in kept and all((each, Stage.SEARCHED) in self.tried for each in kept)
+        fitted = [self._searched(each) for each in (kept if is_ours else self._room_for(wanted))]
+        plans = [each.plan for each in fitted]
+        self.bench.require_room(plans, options.kv_type)
+        names = ", ".join(map(str, sorted(plan.boundary for plan in plans)))
+        self._note(f"Fitting the projections for boundary {names}")
+        made = self.fitter.fit(plans, options.state_path)
+        for candidate, fit in zip(fitted, made, strict=True):
+            candidate.fitted = fit
+            candidate.plan = replace(candidate.plan, projection=fit.projection)
+            candidate.gradual = self.fitter.seen.get((candidate.plan.boundary, fit.projection))
+
+    def _room_for(self, wanted: Sequence[int]) -> tuple[int, ...]:
+        """Return the first of `wanted`, and as many others as fit into memory beside it."""
+        chosen: list[int] = []
+        for boundary in wanted:
+            if self._searched(boundary).is_ready:
+                continue
+            plans = [self._searched(each).plan for each in (*chosen, boundary)]
+            needs = fit_needs(plans, self.bench.source, self.fitter.options)
+            if chosen and len(needs.groups) > 1:
+                break
+            chosen.append(boundary)
+        return tuple(chosen)
+
+    # Deeper ones, with other fits
+
+    def _try_attention(self, deepest: int) -> None:
+        """Fit the next deeper boundaries with attention, if the first lost copying or facts alone.
+
+        The deepest is measured first, until one is inside; all win enough over the fastest so far.
+        When one of these fits fails, what was found without them stays.
+        """
+        options, past = self.fitter.options, self._past(deepest)[:N_PAST]
+        if not past or options.projection:
+            return
+        first = self._searched(past[0])
+        if first.plan.projection in (Projection.OWN, Projection.ATTENTION):
+            return
+        if not budgets.predicts(self.budget, first.quality):
+            return
+        limit = ATTENTION_GAIN * self._fastest().plan.speedup_limit
+        plans = [
+            replace(self._searched(each).plan, projection=Projection.ATTENTION)
+            for each in reversed(past)
+        ]
+        plans = [plan for plan in plans if plan.speedup_limit >= limit]
+        if not plans:
+            return
+        names = ", ".join(str(plan.boundary) for plan in plans)
+        self._note(f"Fitting boundary {names} with attention, since copying was lost first")
+        options = replace(options, projection=Projection.ATTENTION)
+        try:
+            self.bench.require_room(plans, options.kv_type)
+            fitter = replace(self.fitter, options=options)
+            made = fitter.fit(plans, options.at(past[0]).state_path)
+        except PopError as error:
+            self._note(f"Attention is left out: {error}")
+            return
+        found = [Contender(*each) for each in zip(plans, made, strict=True)]
+        self.tried |= {(each.plan.boundary, Stage.ATTENTION): each for each in found}
+        for candidate in found:
+            if self._settle(candidate):
+                break
+
+    def _try_distilled(self) -> None:
+        """Try distilled fits: the fastest, then deeper ones while they pass.
+
+        Where no fit passes, the shallowest is the first. One that loses a few facts too many, which
+        another fit may find, does not end it, a second does. The deeper ones are of the fastest's
+        kind where there is such a fit. When distilling fails, what was found without it stays.
+        """
+        judged = {key: each for key, each in self.tried.items() if each.is_inside is not None}
+        fastest = self._fastest() if any(each.is_inside for each in self._judged) else None
+        boundary, kind = next(key for key, each in judged.items() if fastest in (None, each))
+        has_lost_few = False
+        for each in (boundary, *self._past(boundary)):
+            plain = self.tried.get((each, kind)) or self._searched(each)
+            if plain.fitted is None:
+                plain = self._searched(each)
+            if plain.fitted is None:
+                continue
+            candidate = Contender(replace(plain.plan, is_distilled=True))
+            n_deeper = min(N_DEEPER, len(self._past(each)))
+            try:
+                candidate.fitted = self.fitter.distilled(candidate.plan, plain.fitted, n_deeper)
+                is_inside = self._settle(candidate)
+            except PopError as error:
+                self._note(f"Distilling is left out: {error}")
+                return
+            self.tried[each, Stage.DISTILLED] = candidate
+            if is_inside:
+                continue
+            # Facts are asked for where everything else is inside.
+            recall = candidate.recall
+            if has_lost_few or recall is None or not budgets.is_open(self.budget, recall):
+                return
+            has_lost_few = True
+
+    # Verdicts
+
+    def _settle(self, candidate: Contender) -> bool:
+        """Measure a candidate until it is clearly outside, else in whole, and ask for facts."""
+
+        def is_outside(quality: Quality) -> bool:
+            is_clear = budgets.is_clear(self.budget, quality)
+            return is_clear and not budgets.is_inside(self.budget, quality)
+
+        self._judge(candidate, is_outside)
+        if candidate.is_inside:
+            self._ask(candidate)
+        return bool(candidate.is_inside)
+
+    def _judge(self, candidate: Contender, is_enough: Callable[[Quality], bool]) -> None:
+        """Measure a candidate until that is enough, and judge it."""
+        boundary = candidate.plan.boundary
+        gradual = candidate.gradual = candidate.gradual or Gradual(self.full.reference, boundary)
+        if not gradual.settled(is_enough):
+            self._note(f"Measuring boundary {candidate} on held-out text")
+            begin = partial(self.bench.watch.stage, f"Measuring boundary {boundary}")
+            with self.bench.tried(candidate.plan, candidate.fitted) as model:
+                gradual.measure_until(is_enough, model, begin)
+        candidate.is_inside = budgets.is_inside(self.budget, candidate.quality)
+
+    def _ask(self, candidate: Contender) -> None:
+        """Ask for facts of pruned documents, of as many more where a few are lost, and judge."""
+        answers = NO_ANSWERS
+        for n_documents in (N_DOCUMENTS, 2 * N_DOCUMENTS):
+            reference = self.full.recall(n_documents)
+            with self.bench.tried(candidate.plan, candidate.fitted) as model:
+                advance = self.bench.watch.stage(f"Asking for facts, boundary {candidate}")
+                pruning = Pruning(candidate.plan.boundary)
+                answers = reference.answers(model, pruning, advance, answers)
+            recall = candidate.recall = reference.compared(answers)
+            candidate.is_inside = budgets.recalls(self.budget, recall)
+            if not budgets.is_open(self.budget, recall):
+                return
+
+    def _over(self) -> OverBudgetError:
+        shallowest = max(each.plan.boundary for each in self._judged)
+        best = [each for each in self._judged if each.plan.boundary == shallowest][-1]
+        n_skipped, limits = best.plan.n_skipped, budgets.limits_in_words(self.budget)
+        return OverBudgetError(
+            f"{n_skipped} skipped layer{'s' * (n_skipped > 1)} lose{'s' * (n_skipped == 1)} more"
+            f" than the budget allows ({limits}):"
+            f" {budgets.figures_in_words(best.quality, best.recall)}",
+            self.trials,
+        )

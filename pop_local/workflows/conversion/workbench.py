@@ -1,0 +1,90 @@
+"""The model that is converted, opened to measure it: as it is, or with a fit that is not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from pop_converter.fit.least_squares import KvType
+from pop_converter.gguf.source import Source
+from pop_converter.popfile.format import Binding
+from pop_converter.popfile.plan import Plan
+from pop_converter.popfile.rewrite import Fitted, check_target
+from pop_converter.popfile.sidecar import bind, measure_sidecar, write_trial
+from pop_local.models.stored import ModelFiles
+from pop_local.workflows.events import Watch
+from pop_local.workflows.options import Hardware
+
+if TYPE_CHECKING:
+    from pop_local.engine.model import PopModel
+
+_PREFIX = "pop-local-"
+_NAME = "fitted.gguf"
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A model that is measured in parts, the hardware for that, and who follows."""
+
+    source: Source
+    hardware: Hardware
+    watch: Watch
+
+    @property
+    def path(self) -> Path:
+        return self.source.first.path
+
+    @cached_property
+    def binding(self) -> Binding:
+        return bind(self.source)
+
+    @contextmanager
+    def opened(
+        self, plan: Plan, files: ModelFiles | None = None, *, n_ctx: int | None = None
+    ) -> Iterator[PopModel]:
+        """Open the model, or `files` made of it, with the full rows of the plan.
+
+        `n_ctx` None: what held-out text takes. Raises PopError. The watch may stop it while
+        llama.cpp reads: StoppedError.
+        """
+        from pop_local.measure.forced import as_planned
+        from pop_local.measure.quality import QualitySettings
+        from pop_local.workflows.measuring import opened
+
+        settings = QualitySettings()
+        n_ctx = n_ctx or 2 * (settings.n_context + settings.n_continuation)
+        files = files or ModelFiles(self.path)
+        with opened(files, self.hardware, self.watch, n_ctx=n_ctx) as model:
+            as_planned(model, plan)
+            yield model
+
+    @contextmanager
+    def tried(
+        self, plan: Plan, fitted: Fitted | None, *, n_ctx: int | None = None
+    ) -> Iterator[PopModel]:
+        """Open the model as the plan converts it. Raises as `opened`."""
+        with (
+            self.sidecar(plan, fitted) as sidecar,
+            self.opened(plan, ModelFiles(self.path, sidecar), n_ctx=n_ctx) as model,
+        ):
+            yield model
+
+    @contextmanager
+    def sidecar(self, plan: Plan, fitted: Fitted | None) -> Iterator[Path]:
+        """Write a sidecar that is gone afterwards. Raises PopError."""
+        with TemporaryDirectory(prefix=_PREFIX) as folder:
+            target = Path(folder) / _NAME
+            write_trial(plan, self.source, target, self.binding, fitted)
+            yield target
+
+    def require_room(self, plans: Sequence[Plan], kv_type: KvType) -> None:
+        """Raises WriteError when such a sidecar would not find the space, before the fit."""
+        with TemporaryDirectory(prefix=_PREFIX) as folder:
+            for plan in plans:
+                sizes = measure_sidecar(plan, self.path, kv_type)
+                check_target(self.path, Path(folder) / _NAME, sizes, force=False)

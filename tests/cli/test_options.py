@@ -1,0 +1,70 @@
+"""Options in groups: commands get them as objects, the help has them under headings."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from pop_local.cli import COMMANDS
+from pop_local.commands.unfolding import Group, option, unfolded
+
+MOST_IN_SIGHT = 15
+
+
+@dataclass(frozen=True)
+class Sizes(Group):
+    """Two numbers and a switch."""
+
+    panel: ClassVar[str] = "How large"
+
+    width: int = option("From left to right.", "CELLS", default=3, min=1)
+    n_rows: int | None = option("From top to bottom.", flag="--rows -r")
+    is_bold: bool = option("Thicker.", default=False, flag="--bold")
+
+
+@unfolded
+def draw(what: str, *, sizes: Sizes = Sizes(n_rows=7)) -> None:
+    """Print what it got."""
+    print(json.dumps([what, asdict(sizes)]))
+
+
+def called(*arguments: str):
+    program = typer.Typer()
+    program.command()(draw)
+    return CliRunner().invoke(program, [*arguments])
+
+
+def test_a_group_is_one_object_with_the_defaults_of_its_parameter():
+    plain = called("box")
+    assert json.loads(plain.stdout) == ["box", {"width": 3, "n_rows": 7, "is_bold": False}]
+    given = called("box", "--width", "4", "-r", "2", "--bold")
+    assert json.loads(given.stdout) == ["box", {"width": 4, "n_rows": 2, "is_bold": True}]
+
+
+@pytest.mark.parametrize("wrong", [("--width", "0"), ("--n-rows", "2"), ("--no-bold",)])
+def test_its_limits_and_names_are_the_options(wrong):
+    assert called("box", *wrong).exit_code == 2
+
+
+def test_the_help_has_it_under_its_heading():
+    shown = called("--help").stdout
+    assert shown.index("Options") < shown.index("How large") < shown.index("From left to right.")
+
+
+@pytest.mark.parametrize("entry", COMMANDS, ids=lambda entry: entry.name)
+def test_no_command_shows_more_options_at_once_than_one_can_read(entry):
+    function = entry.function()
+    if isinstance(function, typer.Typer):
+        return
+    program = typer.Typer()
+    program.command()(function)
+    params = typer.main.get_command(program).params
+    seen = [
+        each.name
+        for each in params
+        if each.param_type_name == "option" and not getattr(each, "rich_help_panel", None)
+    ]
+    assert len(seen) <= MOST_IN_SIGHT, seen
