@@ -26,6 +26,7 @@ ROOMS = (
     "texts",
     "config",
     "workflows",
+    "research",
 )
 FOLDERS = (
     Path(pop_converter.__file__).parent,

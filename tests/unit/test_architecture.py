@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -165,3 +166,27 @@ def test_no_module_is_in_a_circle():
             graph[found.by].add(found.module)
     assert graph["pop_local.engine.model"] > {"pop_local.engine.open_model"}
     graphlib.TopologicalSorter(graph).prepare()
+
+
+DEFINED = re.compile(r"^(?!static)[\w:<>*& ]*\b(llama_pop_\w+)\([^;{]*\) *\{", re.M)
+
+
+def test_no_file_of_the_patches_is_in_a_circle():
+    """Neither by calls of what another file defines nor, among headers, by includes."""
+    folder = ROOT / "patches" / "llama.cpp" / "src"
+    texts = {path.name: re.sub(r"//.*", "", path.read_text()) for path in folder.glob("*.*")}
+    sources = [name for name in texts if name.endswith(".cpp")]
+    owner = {found: name for name in sources for found in DEFINED.findall(texts[name])}
+    assert len(owner) > 30
+    calls = {
+        name: {owner[f] for f in re.findall(r"\b(llama_pop_\w+)\(", texts[name]) if f in owner}
+        for name in sources
+    }
+    includes = {
+        name: set(re.findall(r'#include "(llama-pop[\w-]*\.h)"', text))
+        for name, text in texts.items()
+        if name.endswith(".h")
+    }
+    for graph in (calls, includes):
+        order = {name: found - {name} for name, found in graph.items()}
+        graphlib.TopologicalSorter(order).prepare()
