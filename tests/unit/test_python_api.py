@@ -237,5 +237,5 @@ def test_questions_that_are_refused(model):
 
 def test_a_search_is_given_no_selection(tmp_path):
     path = make_gguf(tmp_path / "tiny.gguf", "llama")
-    with pytest.raises(PopError, match="chooses the selection itself"):
+    with pytest.raises(PopError, match="a budget allows no selection"):
         pop_local.convert(path, rows=pop_local.RowOptions(select=0.1))
