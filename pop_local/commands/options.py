@@ -58,8 +58,6 @@ def _usage(error: PopError, option: str) -> typer.BadParameter:
 
 _THREADS = "CPU threads. Default: the physical cores."
 _CORES: dict[str, Any] = {"min": 1, "callback": _no_more_than_cores}
-_HARDWARE = "Hardware"
-_GPU_LAYERS = "Layers on the GPU; -1 for all, 0 for none."
 _SIDECAR = (
     "The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
     " pop-local."
@@ -70,8 +68,6 @@ SELECT = (
     " the file says."
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Plot = Annotated[Path | None, typer.Option("--plot", metavar="OUT.png", help="Draw it.")]
-ReplacePlot = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing plot.")]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", help="System prompt.")]
 Theme = Annotated[
@@ -81,13 +77,7 @@ Theme = Annotated[
         " or a style of Pygments.",
     ),
 ]
-Threads = Annotated[
-    int | None, typer.Option("--threads", help=_THREADS, rich_help_panel=_HARDWARE, **_CORES)
-]
-GpuLayers = Annotated[
-    int,
-    typer.Option("--gpu-layers", help=_GPU_LAYERS, rich_help_panel=_HARDWARE, min=-1, max=MOST),
-]
+Threads = Annotated[int | None, typer.Option("--threads", help=_THREADS, **_CORES)]
 
 
 class RefillName(str, Enum):
@@ -102,10 +92,12 @@ class RefillName(str, Enum):
 class ProcessorOptions(Group):
     """The processors of this machine."""
 
-    panel: ClassVar[str] = _HARDWARE
+    panel: ClassVar[str] = "Hardware"
 
     threads: int | None = option(_THREADS, **_CORES)
-    gpu_layers: int = option(_GPU_LAYERS, min=-1, max=MOST, default=-1)
+    gpu_layers: int = option(
+        "Layers on the GPU; -1 for all, 0 for none.", min=-1, max=MOST, default=-1
+    )
 
     @property
     def hardware(self) -> Hardware:
