@@ -62,7 +62,7 @@ SANITIZED := $(CURDIR)/$(PACKAGE)/build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-omit-frame-pointer -g1
 REPORTS := $(SANITIZED)/reports
 SANITIZED_TESTS ?= $(patsubst %,tests/oracle/test_%.py,oracle deep_pass image_rows wide) \
-	tests/unit/test_images.py tests/fuzz tests/kernels \
+	tests/unit/engine/test_images.py tests/fuzz tests/kernels \
 	-k "tiny_models_equal and (llama or gemma3) or deep_pass or image or wide or llama_cpp_loads or kernels"
 sanitize: $(VENV)/.tools
 	rm -rf "$(SANITIZED)"

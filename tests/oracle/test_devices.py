@@ -21,7 +21,8 @@ from pop_converter.fit.least_squares import KvType
 from pop_converter.projection import Projection
 from support.kv_reference import fit_at_random, rms
 from support.oracle import Q8_0, Trio, make_trio, random_tokens
-from support.raw import GPU_LAYERS, Job, Step, run
+from support.raw import Job, Step, run
+from support.raw_jobs import GPU_LAYERS
 from support.rpc import rpc_server
 from support.shared_kv import DEFAULTS as SHARED_KV
 from support.shared_kv import make_shared

@@ -26,7 +26,8 @@ from support.kv_reference import (
     parse_state,
 )
 from support.oracle import Q8_0, Tokens, Trio, make_trio, random_tokens
-from support.raw import GPU_LAYERS, Job, Step, run
+from support.raw import Job, Step, run
+from support.raw_jobs import GPU_LAYERS
 from support.shapes import read_shape
 from support.synthetic import make_gguf
 

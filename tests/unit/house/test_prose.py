@@ -1,6 +1,6 @@
 """How the documents read: short sentences, and none that begins with a noun clause.
 
-`python tests/unit/test_prose.py` prints the mean of each document and its longest sentences.
+`python tests/unit/house/test_prose.py` prints the mean of each document and its longest sentences.
 """
 
 import ast
@@ -14,7 +14,7 @@ from statistics import mean
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = [
     *(
         ROOT / name

@@ -11,9 +11,8 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration import activations
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.cache.keys import FULL
-from pop_local.engine.cache.rows import CachedRows
 from pop_local.engine.cache.state import PromptCache
-from pop_local.engine.depth.select import N_BEFORE, N_BEHIND, best_rows, select_rows, spread
+from pop_local.engine.depth.select import select_rows
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt
@@ -30,88 +29,11 @@ def pop_file(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("depth"))
 
 
-def rows_read(*batches):
-    """Rows after these batches, each a string with F for a full row and any other for context."""
-    rows, start = CachedRows(100), 0
-    for batch in batches:
-        full = np.array([letter == "F" for letter in batch])
-        rows.read(start, full, np.arange(start, start + len(full) + 1), keeps_states=True)
-        start += len(batch)
-    return rows
-
-
-@pytest.mark.parametrize(
-    ("batches", "n_exact"),
-    [
-        (("FFF", "F"), 4),
-        (("FFF", "cccF", "FF"), 3),
-        (("Fcc", "F"), 0),
-        (("ccc", "FFF"), 0),
-        (("FF", "FFc"), 2),
-    ],
-)
-def test_rows_are_exact_as_far_as_nothing_was_pruned(batches, n_exact):
-    assert rows_read(*batches).n_exact == n_exact
-
-
-@pytest.mark.parametrize(
-    ("passes", "n_exact"),
-    [
-        (((0, 1, 2),), 3),
-        (((0, 1), (2, 3, 4)), 5),
-        (((1, 2, 3),), 0),  # the first row is missing
-        (((0, 1, 3),), 0),  # with a gap: the last one attended to a projected row
-        (((3, 4), (0, 1, 2)), 3),  # those behind were deep too early
-        (((0, 1, 2), (1, 2, 3)), 4),
-        (((0, 1, 2), (0, 1)), 3),
-    ],
-)
-def test_deep_rows_are_exact_in_order_only(passes, n_exact):
-    rows = rows_read("cccccc")
-    for positions in passes:
-        rows.deepened(positions)
-    assert rows.n_exact == n_exact
-
-
-def test_rows_that_are_gone_or_read_anew_are_not_exact():
-    rows = rows_read("FFFFFF")
-    rows.forget_from(4)
-    assert (rows.n_exact, rows.has_state[:6].tolist()) == (4, [True] * 4 + [False] * 2)
-    rows.read(2, np.array([False, True]), np.arange(2, 5), keeps_states=True)
-    assert rows.n_exact == 2
-    assert not rows.is_full[4:].any()
-
-
-def test_a_score_reaches_the_rows_behind_it():
-    scores = np.zeros(60)
-    scores[30] = 1.0
-    assert np.flatnonzero(spread(scores)).tolist() == list(range(30 - N_BEFORE, 30 + N_BEHIND + 1))
-
-
 def test_of_a_prompt_that_is_all_question_its_own_rows_are_selected(pop_file):
     model = opened(pop_file, select=0.1)
     model.rule = replace(model.rule, tail_tokens=4, min_prompt=0)
     selection = model.read(Prompt(prompt(24))).selection
     assert (selection.n_selected, selection.n_deep) == (2, 1 + 2 + 4)
-
-
-def test_rows_are_selected_by_attention_and_by_words():
-    tokens = np.arange(400) % 7 + 10
-    tokens[100] = 3  # a rare token of the question
-    scores = np.zeros(400)
-    scores[300] = 1.0
-    may_be = np.ones(400, bool)
-    may_be[305] = False
-    chosen = select_rows(scores, tokens, [3], may_be, 30).tolist()
-    by_attention = [row for row in range(297, 317) if row != 305][:15]
-    assert chosen == [*range(97, 112), *by_attention]
-    assert len(select_rows(scores, tokens, [], may_be, 30)) == 30
-    assert select_rows(scores, tokens, [3], may_be, 0).size == 0
-    assert len(select_rows(scores, tokens, [3], may_be, 1000)) == 399
-
-
-def test_equal_scores_take_the_earlier_rows():
-    assert best_rows(np.ones(9), np.arange(9) > 2, 3).tolist() == [3, 4, 5]
 
 
 def kept(pop_file, **options):

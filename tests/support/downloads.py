@@ -1,0 +1,42 @@
+"""A file to download, from a server that may misbehave."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pop_local.fetching import download as download_module
+from pop_local.fetching.url import fetch_url
+from support.hub_server import Hub, serving
+
+MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
+OTHER = b"GGUF" + random.Random(1).randbytes(700_000)
+# A chunk that was read whole is kept when a connection breaks.
+CHUNK = download_module._CHUNK_BYTES
+HALF = 5 * CHUNK
+SHA256 = hashlib.sha256(MODEL).hexdigest()
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[Hub]:
+    monkeypatch.setattr(download_module, "_PAUSE_S", 0.0)
+    with serving(Hub(plain={"tiny.gguf": MODEL})) as hub:
+        yield hub
+
+
+def pull(
+    hub: Hub, folder: Path, name: str = "tiny.gguf", sha256: str = "", **options: bool
+) -> Path:
+    return fetch_url(
+        hub.url(name), folder, sha256, lambda done, total: None, **{"force": False} | options
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def reply(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    return "\r\n".join((f"HTTP/1.1 {status}", *headers, "", "")).encode() + body
