@@ -2,14 +2,11 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from pop_local.fetching import download as download_module
 from pop_local.fetching.url import fetch_url
-from support.hub_server import Hub, serving
+from support.hub_server import Hub
 
 MODEL = b"GGUF" + random.Random(0).randbytes(700_000)
 OTHER = b"GGUF" + random.Random(1).randbytes(700_000)
@@ -17,13 +14,6 @@ OTHER = b"GGUF" + random.Random(1).randbytes(700_000)
 CHUNK = download_module._CHUNK_BYTES
 HALF = 5 * CHUNK
 SHA256 = hashlib.sha256(MODEL).hexdigest()
-
-
-@pytest.fixture
-def hub(monkeypatch) -> Iterator[Hub]:
-    monkeypatch.setattr(download_module, "_PAUSE_S", 0.0)
-    with serving(Hub(plain={"tiny.gguf": MODEL})) as hub:
-        yield hub
 
 
 def pull(
