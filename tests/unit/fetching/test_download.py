@@ -119,7 +119,7 @@ def test_secrets_of_an_address_are_neither_shown_nor_kept(hub, tmp_path):
     with pytest.raises(PopError):
         fetch_url(url, tmp_path, "", lambda done, total: None, force=False)
     assert "s3cret" not in (tmp_path / "tiny.gguf.partial.origin").read_text()
-    hub.plain.cache.clear()
+    hub.plain.clear()
     with pytest.raises(PopError, match="nothing at") as failure:
         fetch_url(url, tmp_path, "", lambda done, total: None, force=False)
     assert "s3cret" not in failure.value.message
