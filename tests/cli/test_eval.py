@@ -329,4 +329,4 @@ def test_a_fitted_file_has_projections_for_its_own_boundary_only(plain, tmp_path
         done = evaluate(*given, "--skip", 2)
         assert done.exit_code == 1
         assert "has projections for boundary 4 only" in done.stderr
-        assert "measure other depths on the model itself" in done.stderr
+        assert "measure other boundaries on the model itself" in done.stderr
