@@ -99,7 +99,7 @@ def test_a_fit_that_could_not_be_measured_is_not_begun(tiny, words, tmp_path, mo
     monkeypatch.setattr(fits, "calibrate", None)
     done = convert(tiny, "--boundary", 5, "--tail", 600, "--text", words, "--tokens", 2048)
     assert done.exit_code == 1
-    assert "the fit could not be measured: of a context of 512 tokens none" in done.stderr
+    assert "the fit could not be measured: of 512 context tokens the first" in done.stderr
     assert "lower --sink and --tail" in done.stderr
     assert not (tmp_path / "tiny.pop.gguf").exists()
 
@@ -110,7 +110,7 @@ def test_no_search_is_begun_that_could_not_measure(tiny, words, monkeypatch, dep
     given = (tiny, *depth, "--quality", "fast", "--text", words, "--tokens", 2048)
     done = convert(*given, "--tail", 600)
     assert done.exit_code == 1
-    assert "the fit could not be measured: of a context of 512 tokens none" in done.stderr
+    assert "the fit could not be measured: of 512 context tokens the first" in done.stderr
 
 
 def test_a_hopeless_depth_is_refused_unfitted_with_a_budget_too(tiny, words, monkeypatch):
