@@ -35,6 +35,8 @@ def own(*arguments: object) -> Result:
 
 
 def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget.Budget) -> None:
+    # The command is perhaps loaded only now, and names its qualities by the budgets.
+    fast = replace(fast, quality="fast")
     monkeypatch.setattr(examining, "BALANCED", balanced)
     monkeypatch.setattr(examining, "FAST", fast)
     monkeypatch.setattr(budget, "FAST", fast)
