@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Windows = Sequence[Sequence[int]]
 # Windows at a time: more are not faster on a CPU.
 _N_BATCH = 4
-_NO_MEMORY, _SHORTER = "no-memory-for-gates", "take shorter windows"
+_SHORTER = "take shorter windows"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def gates_device(
     if needed > device.free_bytes:
         hint = f"{_SHORTER}, close other programs, or leave them out"
         raise TooLittleMemoryError(
-            "the gates need", needed, device.free_bytes, hint, cause=_NO_MEMORY
+            "the gates need", needed, device.free_bytes, hint, cause="no-memory-for-gates"
         )
     return device
 
@@ -94,7 +94,7 @@ def importance(
     from pop_local.research.decoder import Decoder
 
     stage = watch.stage("Virtual gates")
-    with computing("the gates", f"{_SHORTER}, or leave them out", cause=_NO_MEMORY):
+    with computing("the gates", f"{_SHORTER}, or leave them out", cause="no-memory-for-gates"):
         decoder = Decoder(source, device.name)
         return measure_importance(decoder, windows, options.n_context, options.seed, stage)
 

@@ -134,7 +134,7 @@ def _draw_loss(axes: "Axes", loss: _Loss, found: Analysis) -> None:
             axes.plot(*at, "o", color=color, zorder=3)
             axes.annotate(str(depth.boundary), at, (0, 6), textcoords="offset points", color=color)
     name, limit = found.budget.quality, getattr(found.budget, loss.limit)
-    axes.axhline(limit, color="tab:green", ls="--", lw=1, label=f"{name} limit")
+    axes.axhline(limit, color="tab:green", ls="dashed", lw=1, label=f"{name} limit")
     if found.chosen is not None:
         label = f"{name}: boundary {found.chosen.boundary} (estimate)"
         axes.axvline(found.chosen.speedup_limit, color="tab:green", lw=1, label=label)

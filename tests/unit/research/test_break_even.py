@@ -47,11 +47,14 @@ class ScriptedClock:
     def __init__(self, model: PopModel, overhead_s: float) -> None:
         self._ctx = model.context.ctx
         self._overhead_s = overhead_s
+        self._now_s = 0.0
 
     def __call__(self) -> float:
         rows = backend.get_counters(self._ctx)
+        backend.reset_counters(self._ctx)
         overhead_s = self._overhead_s if rows.n_context else 0.0
-        return rows.n_full * FULL_ROW_S + rows.n_context * CONTEXT_ROW_S + overhead_s
+        self._now_s += rows.n_full * FULL_ROW_S + rows.n_context * CONTEXT_ROW_S + overhead_s
+        return self._now_s
 
 
 # --- the search
@@ -191,11 +194,11 @@ def picky(tmp_path_factory) -> PopModel:
     ],
 )
 def test_figures_say_how_the_prompt_was_read_and_why(picky, mode, n_words, reading):
-    picky.set_pop(mode)
-    picky.clear()
+    picky.set_mode(mode)
+    picky.cache.clear()
     message = Message("user", "a " * n_words)
     *_, last = picky.chat_turn([message], max_tokens=2, temperature=0.0)
-    rows = backend.get_counters(picky.ctx)
+    rows = backend.get_counters(picky.context.ctx)
     assert last.stats.reading == reading
     assert (rows.n_context > 0) is (reading == "pruned")
     assert last.stats.n_pruned == rows.n_context
@@ -203,16 +206,16 @@ def test_figures_say_how_the_prompt_was_read_and_why(picky, mode, n_words, readi
 
 
 def test_a_short_question_after_a_cached_document_is_short(picky):
-    picky.set_pop(Mode.CONTEXT)
-    picky.clear()
+    picky.set_mode(Mode.CONTEXT)
+    picky.cache.clear()
     document = [Message("user", "a " * 200)]
     *_, first = picky.chat_turn(document, max_tokens=1, temperature=0.0)
-    backend.reset_counters(picky.ctx)
+    backend.reset_counters(picky.context.ctx)
     more = [*document, Message("assistant", "b"), Message("user", "c")]
     *_, second = picky.chat_turn(more, max_tokens=1, temperature=0.0)
     assert (first.stats.reading, second.stats.reading) == ("pruned", "short")
     assert second.stats.n_cached > 100
-    assert backend.get_counters(picky.ctx) == Counters(0, second.stats.n_full)
+    assert backend.get_counters(picky.context.ctx) == Counters(0, second.stats.n_full)
 
 
 def test_run_says_it_in_json(tmp_path):
