@@ -60,12 +60,9 @@ def opened_with(context: Context) -> str:
     defaults = bindings().llama_context_default_params()
     defaults.flash_attn_type = 0
     found = {name: getattr(context.settings, name) for name in _FIELDS}
-    options = context.options
     given = [f"{k} {value:g}" for k, value in found.items() if value != getattr(defaults, k)]
-    if options.kv_overrides:
-        given.append(f"keys {options.kv_overrides}")
     if context.lora_sha256:
-        given.append(f"LoRA {context.lora_sha256[:16]} x {options.lora_scale:g}")
+        given.append(f"LoRA {context.lora_sha256[:16]} x {context.options.lora_scale:g}")
     return "".join(f", {each}" for each in given)
 
 

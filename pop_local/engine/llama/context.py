@@ -50,8 +50,6 @@ class ContextOptions:
     use_mlock: bool = False
     lora_path: str | os.PathLike[str] | None = None
     lora_scale: float = 1.0
-    kv_overrides: dict[str, bool | int | float | str] | None = None
-    tensor_split: Sequence[float] = ()
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -149,13 +147,6 @@ class Context:
         params.n_gpu_layers = 2**31 - 1 if options.n_gpu_layers == -1 else options.n_gpu_layers
         params.use_extra_bufts = options.repack
         params.load_mode = self._load_mode()
-        if options.kv_overrides:
-            overrides = loading.key_overrides(options.kv_overrides)
-            params.kv_overrides = overrides
-        if options.tensor_split:
-            n_devices = api.llama_max_devices()
-            split = loading.numbers(ctypes.c_float, options.tensor_split, n_devices)
-            params.tensor_split = split
         _fill(params, options.others)
         self._model = loading.load_model(
             self.source, self.sidecar, self.meta, params, self._servers

@@ -1,7 +1,6 @@
 """How a model is loaded: its files and sidecar, devices, the context that memory allows."""
 
 import ctypes
-from collections.abc import Sequence
 from contextlib import suppress
 from operator import mul
 from pathlib import Path
@@ -51,30 +50,6 @@ def load_model(
         api.llama_model_free(model)
         raise
     return model
-
-
-def key_overrides(given: dict[str, bool | int | float | str]) -> Any:
-    """Return an array of llama_model_kv_override for these keys. Raises PopError."""
-    api = backend.bindings()
-    array = (api.llama_model_kv_override * (len(given) + 1))()
-    for entry, (name, value) in zip(array, given.items(), strict=False):
-        entry.key = name.encode()
-        if isinstance(value, bool):
-            entry.tag, entry.value.val_bool = api.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
-        elif isinstance(value, int):
-            entry.tag, entry.value.val_i64 = api.LLAMA_KV_OVERRIDE_TYPE_INT, value
-        elif isinstance(value, float):
-            entry.tag, entry.value.val_f64 = api.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
-        elif len(value.encode()) < 128:
-            entry.tag, entry.value.val_str = api.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
-        else:
-            raise PopError(f"the value for {name} is too long", "give 127 bytes at most")
-    return array
-
-
-def numbers(kind: type[Any], given: Sequence[float], n_least: int) -> Any:
-    """Return a C array of these numbers, with zeros up to `n_least`."""
-    return (kind * max(n_least, len(given)))(*given)
 
 
 def default_ctx(header: Header) -> int:
