@@ -120,7 +120,7 @@ def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_grap
         n_asked += 1
         return n_asked >= 3
 
-    with model.watching_prefill(None, should_stop), pytest.raises(StoppedError):
+    with model.context.interrupt.stopped_by(should_stop), pytest.raises(StoppedError):
         measured(model)
     assert n_asked == 3, "the first batch was not read to its end"
     assert (model.cache.n_tokens, model.mode) == (0, Mode.CONTEXT)
