@@ -126,7 +126,9 @@ class Context:
     def _context_params(self, has_gpu: bool) -> Any:
         api, options = self._api, self.options
         params = api.llama_context_default_params()
-        n_ctx = options.n_ctx or loading.default_ctx(self.source.first)
+        # It also refuses a file whose context has no sensible size.
+        default = loading.default_ctx(self.source.first)
+        n_ctx = options.n_ctx or default
         params.n_ctx = n_ctx
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)

@@ -16,7 +16,7 @@ from pop_local.base.errors import PopError
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.llama import backend, rpc
 from pop_local.engine.llama.backend import Counters
-from support.calls import evaluated, greedy, kv_bytes, last_logits, opened, prompt
+from support.calls import append, evaluated, greedy, kv_bytes, last_logits, opened, prompt
 from support.converted import tiny
 from support.program import called, run
 from support.rpc import free_port, rpc_server
@@ -72,9 +72,9 @@ def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
     models = pair(keep_states=True)
     for model in models:
         # As large as a batch, whatever it takes.
-        monkeypatch.setattr(model.deep, "_adapt", lambda n_rows, took_s: None)
-        monkeypatch.setattr(model.deep, "_chunk", 64)
-        model.eval(prompt(200))
+        monkeypatch.setattr(model.refiller._passes, "_adapt", lambda n_rows, took_s: None)
+        monkeypatch.setattr(model.refiller._passes, "_chunk", 64)
+        append(model, prompt(200))
         assert model.refill() == 200
         assert model.cache.key == FULL
     assert_same(*models)
@@ -83,14 +83,13 @@ def test_refilled_rows_are_those_of_the_local_cpu(pair, monkeypatch):
 def test_a_selection_is_that_of_the_local_cpu(pair):
     models = pair(select=0.1)
     for model in models:
-        model.eval(prompt(300))
-        assert model.selection.n_selected > 20
+        assert append(model, prompt(300)).selection.n_selected > 20
     assert_same(*models)
 
 
 def test_a_state_goes_from_here_to_there(pair):
     here, there = pair()
-    here.eval(prompt(200))
+    append(here, prompt(200))
     there.cache.restore(here.cache.save())
     assert greedy(there, prompt(220)) == greedy(here, prompt(220))
 
@@ -140,10 +139,10 @@ def test_a_server_that_dies_while_a_prompt_is_read_ends_the_process_with_a_reaso
     program = """
 import os, signal, sys
 from pop_local import PopModel
+from pop_local.engine.prompt.prompt import Prompt
 model = PopModel(sys.argv[1], n_ctx=1024, n_batch=64, n_threads=1, rpc=[sys.argv[2]])
 kill = lambda done, total: done and os.kill(int(sys.argv[3]), signal.SIGKILL)
-model.watch_prefill(kill, None)
-model.eval(list(range(3, 300)))
+model.read(Prompt(list(range(3, 300))), kill)
 """
     with rpc_server() as server:
         words = [sys.executable, "-c", program, pop_file, server.name, str(server.process.pid)]
