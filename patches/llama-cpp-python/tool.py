@@ -1,4 +1,4 @@
-"""What the Makefile asks of this package.
+"""The Makefile's door to this package.
 
 python tool.py key               prints the key of the build: pin, patches and compiler flags
 python tool.py unpatched FOLDER  builds the unpatched libraries into the folder, once

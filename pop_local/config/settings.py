@@ -1,4 +1,4 @@
-"""Settings: what the user's file says, over it the environment, over both a command's flags."""
+"""Settings: a command's flags override the environment, which overrides the user's file."""
 
 import math
 import os
@@ -18,14 +18,14 @@ from pop_local.base.nearest import nearest_hint
 
 PREFIX = "POP_LOCAL_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
-# No settings: where they are, and what does not belong into a file.
+# Variables with the prefix that are no settings.
 _OTHER_VARIABLES = (CONFIG_VARIABLE, PREFIX + "API_KEY")
 
 Scalar = int | float | str
 Origin = Literal["default", "file", "environment"]
-# llama.cpp counts no further.
+# The largest of llama.cpp's counts.
 MOST = 2**31 - 1
-# The next one asks llama.cpp for chance.
+# The next number asks llama.cpp for a random seed.
 MOST_SEED = 2**32 - 2
 _MOST_BITS = 64
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
@@ -35,7 +35,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text"}
 class Setting:
     """A setting that a user may make.
 
-    `default` says for people what holds when nobody sets it; `least` and `most` are inclusive.
+    `default` is for people to read; `least` and `most` are inclusive.
     """
 
     key: str
@@ -70,7 +70,7 @@ KEYS = tuple(setting.key for setting in SETTINGS)
 
 @dataclass(frozen=True)
 class Value:
-    """What a setting is, and who says so; `where` is the file or the variable."""
+    """A setting's value and its origin; `where` is the file or the variable."""
 
     key: str
     value: Scalar | None
@@ -86,7 +86,7 @@ def config_path() -> Path:
 
 
 def expanded(path: str) -> Path:
-    """Put a home folder for its ~. Raises PopError where there is no such user, or a NUL in it."""
+    """Replace ~ by the home folder. Raises PopError for an unknown user or a NUL."""
     if "\0" in path:
         raise PopError("a path has no NUL in it", "write the path anew")
     try:
@@ -121,12 +121,12 @@ def state_dir() -> Path:
 
 
 def sessions_dir() -> Path:
-    """Return where saved sessions lie."""
+    """Return the folder of saved sessions."""
     return state_dir() / "sessions"
 
 
 def unsaved_dir() -> Path:
-    """Return where chats that are under way are kept, in case of a crash."""
+    """Return the folder of running chats, kept in case of a crash."""
     return state_dir() / "unsaved"
 
 
@@ -199,7 +199,7 @@ def _file_value(path: Path, text: str, key: str, value: object) -> Value:
     setting = located(lambda: find(key), where)
     checked = located(lambda: _checked(setting, value), f"{where}, {key}", "correct that line")
     if setting.is_path:
-        # Not of wherever a command happens to run.
+        # Relative to the file, not to the current folder.
         checked = str(path.parent / expanded(str(checked)))
     return Value(key, checked, "file", str(path))
 
@@ -211,7 +211,7 @@ def _line(text: str, key: str) -> int:
 
 
 def located(call: Callable[[], Any], where: str, hint: str = "") -> Any:
-    """Call it, with `where` before the message of a PopError, and `hint` where it has none."""
+    """Call it; a PopError gets `where` before its message, and `hint` where it has none."""
     try:
         return call()
     except PopError as error:
@@ -226,7 +226,7 @@ def _checked(setting: Setting, value: object) -> Scalar:
         if setting.is_path:
             expanded(value)
         return value
-    # Also refuses nan, which is neither, and what no float holds.
+    # This refuses nan, too, and numbers that no float holds.
     if not setting.least <= value <= min(setting.most, sys.float_info.max):
         raise PopError(f"{_shown(value)} is not {_wanted(setting)}")
     return setting.kind(value)
@@ -235,7 +235,7 @@ def _checked(setting: Setting, value: object) -> Scalar:
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    # Python writes no whole number of thousands of digits.
+    # Python prints no whole number of thousands of digits.
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         return f"a number of {value.bit_length():,} bits"
     return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"

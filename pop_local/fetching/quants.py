@@ -1,4 +1,4 @@
-"""Which of a repository's GGUF files is meant."""
+"""Chooses among a repository's GGUF files."""
 
 import re
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from pop_local.base.errors import PopError
 from pop_local.models.mmproj import n_shared
 from pop_local.models.stored import SUFFIX
 
-# The first that a repository has is taken when nobody says which: small enough for most machines,
-# good enough for most questions, then by size upward and downward.
+# The first that a repository has is the default. The smallest good ones come first, then larger
+# ones, then the rest.
 PREFERRED = (
     *("Q4_K_M", "Q4_K_S", "Q4_K_L", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0"),
     *("Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q6_K", "Q8_0"),
@@ -19,7 +19,7 @@ PREFERRED = (
 )
 # GGUF files that are no language models: projectors of images, statistics of calibration.
 _HELPERS = re.compile(r"mmproj|imatrix", re.IGNORECASE)
-# Of projectors, the smallest first.
+# Types of projectors, the smallest first.
 _MMPROJ_TYPES = ("Q8_0", "F16", "BF16", "F32")
 _MAX_LISTED = 40
 
@@ -37,7 +37,7 @@ class Candidate:
 
 
 def _choices(files: Sequence[str]) -> tuple[Candidate, ...]:
-    """Return the models among a repository's files; the parts of a split one are one."""
+    """Return the models among a repository's files; a split one counts once."""
     found: dict[tuple[str, int], Candidate] = {}
     by_name = {usual_ending(file): file for file in files if file.lower().endswith(SUFFIX)}
     for name in sorted(by_name):
@@ -53,14 +53,14 @@ def _choices(files: Sequence[str]) -> tuple[Candidate, ...]:
 
 
 def _whole(models: list[Candidate]) -> list[Candidate]:
-    """Return those without a missing part; all, where each lacks one."""
+    """Return the complete models; all, where none is complete."""
     return [model for model in models if not model.missing] or models
 
 
 def choose_mmproj(files: Sequence[str], model: str) -> str | None:
     """Return the mmproj for a file of a repository, None where it has none.
 
-    That is the one in its folder whose name has most of the file's; of several, the smallest.
+    One in the file's folder comes first, then the one with most words in common, then the smallest.
     """
     of = PurePosixPath(model)
 
@@ -112,10 +112,7 @@ def _named(known: list[Candidate], models: list[Candidate], wanted: str) -> list
 
 
 def _matching(models: list[Candidate], wanted: str) -> list[Candidate]:
-    """Return the models whose name contains `wanted`, in any case.
-
-    Where it is a word of its own in some, they alone are meant (F16, BF16).
-    """
+    """Return the models whose names have `wanted` as a word (F16, BF16), else as a part of one."""
     contained = [choice for choice in models if wanted.lower() in choice.name.lower()]
     whole = [choice for choice in contained if _word(wanted).search(choice.name.lower())]
     return whole or contained

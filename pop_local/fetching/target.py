@@ -1,4 +1,4 @@
-"""What all ways of fetching ask of the place where the model shall lie."""
+"""Checks of the place for a fetched model, which all ways of fetching share."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ _MAX_NAME_BYTES = 255 - len(".partial.origin")
 
 
 def harmless(name: str) -> str:
-    """Turn a name given by a server into a file name that is one everywhere; it may be empty."""
+    """Make a file name for any system out of a server's; it may be empty."""
     return re.sub(r"[^\w .+()=@,-]", "_", name).strip(" .")
 
 
@@ -30,10 +30,10 @@ def file_sha256(path: Path) -> str:
 
 
 def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
-    """Tell whether the file is there already, so that nothing need be fetched.
+    """Tell whether the file is there already; without a `sha256` nobody can tell.
 
-    Without a `sha256` nobody can tell. Raises PopError for a folder or too long a name, and
-    OutputExistsError when another file has that name and `force` does not let it be replaced.
+    Raises PopError for a folder or too long a name, OutputExistsError for another file unless
+    `force`.
     """
     if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
         raise PopError(f"{target.name} is too long a name for a file", "fetch it another way")
@@ -61,7 +61,7 @@ def is_there(target: Path, sha256: str, what: str, *, force: bool) -> bool:
 def alone(target: Path) -> Iterator[None]:
     """Keep others from fetching to the same place; two would write into one partial file.
 
-    Raises PopError when another process is at it.
+    Raises PopError while another process does.
     """
     from filelock import FileLock, Timeout
 
@@ -80,7 +80,7 @@ def alone(target: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raise PopError when the folder's disk has not so many bytes free for `what`."""
+    """Raise PopError when the folder's disk has fewer bytes free than `what` needs."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise PopError(

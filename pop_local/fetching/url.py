@@ -13,16 +13,14 @@ SCHEMES = ("https://", "http://")
 
 
 def is_url(name: str) -> bool:
-    """Tell whether a name is an address."""
     return name.lower().startswith(SCHEMES)
 
 
 def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: bool) -> Path:
     """Fetch the file at `url` into `folder` under its own name, and return its path.
 
-    `sha256` may be "". A file that is there already is returned when its hash is the given one, and
-    otherwise refused unless `force` says to replace it. `advance` gets (done_bytes, total_bytes).
-    Raises PopError.
+    `sha256` may be "". A file with that hash is kept; another is refused unless `force`. `advance`
+    gets (done_bytes, total_bytes). Raises PopError.
     """
     target = folder / file_name(url)
     if is_there(target, sha256, f"the file of sha256 {sha256}", force=force):
@@ -33,14 +31,14 @@ def fetch_url(url: str, folder: Path, sha256: str, advance: Progress, *, force: 
 
 
 def kept_of_url(url: str, folder: Path, sha256: str) -> int:
-    """Return how many bytes the same `fetch_url` would go on with, after one that was stopped."""
+    """Return how many bytes `fetch_url` would use again after it was stopped."""
     return kept_bytes(Remote(url, sha256=sha256), folder / file_name(url))
 
 
 def file_name(url: str) -> str:
-    """Return the last part of the address, as a file name that is harmless everywhere.
+    """Return the last part of the address as a harmless file name.
 
-    Raises PopError for what is no address, and for one without a host or such a part.
+    Raises PopError for an address that is invalid, or has no host or no such part.
     """
     try:
         parts = urlsplit(url)

@@ -1,1 +1,1 @@
-"""A model's files, and the names that it goes by."""
+"""Models' files and names."""

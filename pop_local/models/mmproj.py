@@ -14,7 +14,7 @@ _GENERIC = re.compile(r"((mmproj|model|b?f\d+|gguf|pop|sidecar)(_|$))*(i?q\d\w*)
 
 
 def mmproj_name(model: str) -> str:
-    """Return what the mmproj of a model's file is called, where several models lie in a folder."""
+    """Return the name of the mmproj for a model's file, where several models share a folder."""
     return f"mmproj-{_stem(model)}.gguf"
 
 
@@ -24,7 +24,7 @@ def _stem(model: str) -> str:
 
 
 def n_shared(mmproj: str, model: str) -> int:
-    """Count the words that both names begin with, what is no model's left out."""
+    """Count the words that both names begin with, generic ones left out."""
     pairs = zip(_words(mmproj), _words(model), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -35,7 +35,7 @@ def _words(name: str) -> list[str]:
 
 
 def is_mmproj(path: Path) -> bool:
-    """Tell whether a file is one; False as well for what cannot be read."""
+    """Tell whether a file is an mmproj; False for one that cannot be read."""
     try:
         return read_source(path).first.get("general.architecture") == ARCHITECTURE
     except (PopError, OSError):
@@ -43,8 +43,10 @@ def is_mmproj(path: Path) -> bool:
 
 
 def mmproj_beside(model: Path) -> Path | None:
-    """Return the one that lies beside a model: the one with its name, or else the only one, unless
-    that has the name of another model, which may be gone."""
+    """Return the mmproj beside a model: the one with its name, else the only one.
+
+    One with another model's name is left alone, even if that model is gone.
+    """
     files = [path for path in sorted(model.parent.glob("*.gguf")) if path != model]
     found = [path for path in files if "mmproj" in path.name]
     named = model.with_name(mmproj_name(model.name))
@@ -60,9 +62,9 @@ def mmproj_beside(model: Path) -> Path | None:
 
 
 def orphans(folder: Path, gone: Collection[Path]) -> tuple[Path, ...]:
-    """Return the mmprojs that have the names of models in a folder which are `gone` from it.
+    """Return the mmprojs of models that are `gone` from a folder.
 
-    One that a model which stays has, too, as its converted copy may, is none of them.
+    One that another model still uses, such as a converted copy, is left out.
     """
     models = (path for path in folder.glob("*.gguf") if "mmproj" not in path.name)
     kept = {mmproj_beside(path) for path in models if path not in gone}

@@ -1,4 +1,4 @@
-"""Models by name: the catalog, and what lies in the models folder."""
+"""Models by name: the catalog and the models folder."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from pop_local.models.stored import known_name, models_by_name
 
 DEFAULT_MODEL = settings.find("model").default
 _REMOTE = ("hf:", "https://", "http://")
-# By these a clone is known.
+# A clone has these folders.
 _CLONE = ("models", "pop_local/models", "patches/llama.cpp")
 MODELS_VARIABLE = settings.find("models_dir").variable
 
@@ -63,7 +63,7 @@ class Model:
 
     @property
     def origin(self) -> str:
-        """Where it comes from, and whose packaging is fetched, in words."""
+        """Its publisher, licence and packaging, in words."""
         return f"{self.source}, licence {self.licence}, in wheels of third parties, checked by hash"
 
     @property
@@ -118,9 +118,9 @@ def lookup(name: str) -> Model | None:
 
 
 def stored(name: str) -> Path | None:
-    """Return the file that lies in the models folder under a name, None when there is none.
+    """Return the file of that name in the models folder, None when there is none.
 
-    It comes before one of the catalog, as `list` shows it and `rm` removes it by that name.
+    It takes precedence over the catalog's, since `list` and `rm` use that name.
     """
     here = models_by_name(models_dir())
     known = known_name(name, here)
@@ -130,7 +130,7 @@ def stored(name: str) -> Path | None:
 def resolve(model: str) -> Path:
     """Return the file of a model given by path or by name; the converted one is preferred.
 
-    Raises PopError naming the nearest one, or saying that it has to be fetched.
+    Raises PopError naming the nearest one, or telling to fetch it.
     """
     return _resolve(model, lambda entry: (entry.pop_file, entry.file))
 
@@ -163,7 +163,7 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
 
 
 def _not_there(model: str) -> PopError:
-    """Say what is wrong with a name that neither a file, the folder nor the catalog has."""
+    """Return the error for a name that is no file, and neither in the folder nor the catalog."""
     if Path(model).is_dir():
         return PopError(f"{model} is a folder", "give the GGUF file itself")
     if Path(model).exists():

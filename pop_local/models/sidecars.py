@@ -1,4 +1,4 @@
-"""The sidecar of a model: the one that lies beside it, else one that is shipped for it."""
+"""The sidecar of a model: the one beside it, else one that is shipped for it."""
 
 import importlib.resources
 from pathlib import Path
@@ -8,8 +8,8 @@ from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import pop_meta, read_binding
 from pop_converter.popfile.sidecar import SUFFIX, bind, sidecar_beside
 
-# For the models of the catalog (docs/quality.md says how each was made); whatever a copy is called,
-# its hash tells.
+# For the models of the catalog (docs/quality.md tells how each was made), which are known by their
+# hashes.
 SHIPPED = Path(str(importlib.resources.files("pop_local") / "data" / "sidecars"))
 
 

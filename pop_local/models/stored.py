@@ -1,4 +1,4 @@
-"""What lies in a models folder: models, their parts, sidecars and unfinished downloads."""
+"""The files in a models folder: models, their parts, sidecars and unfinished downloads."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -15,7 +15,7 @@ from pop_local.models.sidecars import sidecar_of
 
 SUFFIX = ".gguf"
 PARTIAL_SUFFIX = ".gguf.partial"
-# Beside an unfinished download: where it comes from.
+# Beside an unfinished download, this file names its origin.
 ORIGIN_SUFFIX = ".origin"
 _PARTS_SUFFIX = ".gguf.parts"
 _UNFINISHED = "unfinished download: pull it again"
@@ -23,7 +23,7 @@ _UNFINISHED = "unfinished download: pull it again"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model, and the sidecar that says how it is pruned if it does not say so itself."""
+    """A model, and the sidecar with its pruning, None where its own file has it."""
 
     path: Path
     sidecar: Path | None = None
@@ -31,10 +31,10 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Stored:
-    """One model of a folder; `problem` says why it cannot be used, or is empty.
+    """One model of a folder; `problem` tells why it cannot be used, or is empty.
 
-    `size_bytes` is of all its files, the sidecar included. `boundary` and `projection` are the
-    model's own, or else those of its sidecar, which may be a shipped one.
+    `size_bytes` counts all its files, the sidecar too. `boundary` and `projection` are the model's
+    own, else those of its sidecar, which may be a shipped one.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Stored:
 
 
 def models_by_name(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Return the GGUF files of each model in their order, by file name without the ending.
+    """Return each model's GGUF files in order, by file name without the ending.
 
-    The parts of a split model are one; sidecars are none.
+    The parts of a split model count as one; sidecars are left out.
     """
     found: dict[str, tuple[Path, ...]] = {}
     parts: dict[tuple[str, int], list[Path]] = {}
@@ -75,14 +75,13 @@ def parts_folder(model: Path) -> Path:
 
 
 def stock(folder: Path) -> tuple[Stored, ...]:
-    """Return all that lies there, in the order of the names; damaged files, too."""
+    """Return all models of a folder in the order of their names, damaged ones too."""
     found = map(_examined, _unread(folder))
     return tuple(sorted(found, key=lambda model: model.name.lower()))
 
 
 def removable(folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files that go with a name: a model and its sidecar, a sidecar, a download, which
-    may be a folder.
+    """Return the files of that name: a model and its sidecar, a sidecar, or a download.
 
     Raises PopError for a file elsewhere, and for an unknown name, naming the nearest.
     """
@@ -103,9 +102,9 @@ def removable(folder: Path, name: str) -> tuple[Path, ...]:
 
 
 def known_name(name: str, known: Collection[str]) -> str | None:
-    """Return which of the known names is meant, with or without .gguf; in any case, if none fits.
+    """Return the known name that is meant, with or without .gguf, None for none.
 
-    None where there is no such name.
+    An exact match comes before one in another case.
     """
     for wanted in (name, name.removesuffix(SUFFIX)):
         if wanted in known:
@@ -116,7 +115,7 @@ def known_name(name: str, known: Collection[str]) -> str | None:
 
 
 def total_bytes(files: Iterable[Path]) -> int:
-    """Return the size of all files together; a link's is its own, which removing it frees."""
+    """Return the size of all files together; a link counts with its own size."""
     return sum(_bytes_in(path) if path.is_dir() else path.lstat().st_size for path in files)
 
 
@@ -154,7 +153,7 @@ def _unread(folder: Path) -> Iterator[Stored]:
 
 
 def _examined(found: Stored) -> Stored:
-    # Of a link what it leads to, if that is there.
+    # A link counts with its target, if that exists.
     here = [path.resolve() for path in found.all_files if path.exists()]
     found = replace(found, size_bytes=total_bytes(here))
     if found.problem:

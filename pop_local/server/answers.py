@@ -14,7 +14,7 @@ from pop_local.server.worker import STOPPING, Job
 
 # Tokens that come faster than this are sent together, each as an event of its own.
 _PAUSE_S = 0.02
-# The end of an answer is not waited for that long.
+# A whole answer's end comes sooner than after this.
 _LONG_PAUSE_S = 1.0
 # So that proxies and clients do not take a long prefill for a dead connection.
 _PING_S = 10.0
@@ -39,7 +39,7 @@ async def whole_answer(state: State, job: Job, reply: Reply) -> Response:
 async def streamed_answer(
     state: State, job: Job, reply: Reply, *, wants_usage: bool
 ) -> AsyncIterator[bytes]:
-    """Ends with [DONE], or with an error in place of it."""
+    """Yield events; the last is [DONE] or an error."""
     nothing_yet: Json = {"usage": None} if wants_usage else {}
     complete = False
     try:
@@ -71,7 +71,7 @@ async def streamed_answer(
 
 
 def _ended(state: State, job: Job, stats: TurnStats) -> tuple[str, Json]:
-    """Why, and the usage. Raises ApiError when the answer was cut off."""
+    """Return the finish reason and the usage. Raises ApiError when the answer was cut off."""
     state.note = (
         f", waited {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
         f" ({stats.left}), TTFT {stats.ttft_s:.2f} s,"

@@ -57,10 +57,11 @@ def create_app(
     max_waiting: int = 256,
     max_body_bytes: int = 0,
 ) -> Starlette:
-    """The application; from the start of its lifespan to its end the model belongs to it.
+    """Make the application; the model belongs to it from the start of its lifespan to its end.
 
-    `name`: of the model in the API. `api_key`: "" for none. `host`: what the server listens on;
-    without a key it answers to this and loopback names only. `max_body_bytes` 0: by context.
+    `name`: the model's in the API. `api_key`: "" for none. `host`: the address that the server
+    listens on; without a key it answers to this and loopback names only. `max_body_bytes` 0: by
+    context.
     `app.state.worker` is the thread that has the model: stop it to end running answers.
     """
     api = Api(model, name, max_waiting, max_body_bytes)
@@ -165,8 +166,7 @@ class Api:
         return await self._answer(request, body, task, Reply)
 
     async def _task(self, make: Callable[[AnyBody], Task], body: AnyBody) -> Task:
-        """Grammars and pictures are checked one at a time: what takes long is in nobody else's way,
-        and takes no more memory than one."""
+        """Check grammars and pictures one at a time, so that they take the memory of one."""
 
         def made() -> Task:
             self.worker.require_open()
@@ -192,7 +192,6 @@ class Api:
         return body
 
     def _too_large(self, n_other: int) -> ApiError:
-        """`n_other`: the bytes so far that are no pictures."""
         message = (
             f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
             f" holds {self._model.n_ctx:,} tokens"
@@ -217,8 +216,6 @@ class Api:
         )
 
     def _cancel_when_gone(self, request: Request, job: Job) -> None:
-        """Also while nothing is being sent, and where the answer is not streamed."""
-
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
@@ -253,13 +250,12 @@ class _Server(uvicorn.Server):
 
 
 def _end(sig: int) -> None:
-    """What a hung model holds cannot be freed."""
     log.error("the model does not come back: ended without it")
     os._exit(128 + sig)
 
 
 def run_app(app: Starlette, listening: socket.socket) -> None:
-    """Raises what the signal raises, when nobody uses the model any more."""
+    """Serve until a signal, and raise what it raises once nobody uses the model any more."""
     return_large_blocks()
     config = uvicorn.Config(
         app,

@@ -1,7 +1,7 @@
-"""What clients may send. Fields that change nothing are ignored, those that would are refused.
+"""Requests as clients send them. Fields that change nothing are ignored, others are refused.
 
-Nobody else is answered while a body is read: of a list one wrong entry is enough, and long ones
-have limits.
+Nobody else is answered while a body is read. So a list ends at its first wrong entry, and its
+length has a limit.
 """
 
 import json
@@ -23,7 +23,7 @@ from pop_local.config.settings import MOST
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_MESSAGES = 10_000
-MAX_PROMPTS = 16  # of which one may be sent
+MAX_PROMPTS = 16  # one may be sent
 MAX_PARTS = 1_000
 
 _UNSUPPORTED = (
@@ -57,7 +57,7 @@ _UNSUPPORTED = (
     "n_indent",
     "include_stop_str_in_output",
 )
-# What clients may send of each: what the server does anyway.
+# Values that ask for what the server does anyway.
 _USUAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "n_cmpl": (1,),
@@ -140,12 +140,11 @@ class ChatMessage(_Lenient):
 
     @property
     def text(self) -> str:
-        """Without its pictures."""
         return "\n".join(part.text for part in self.content or () if isinstance(part, TextPart))
 
     @property
     def image_urls(self) -> list[tuple[int, str]]:
-        """Where in the text each picture stands, and its URL."""
+        """The offset in the text and the URL of each picture."""
         found: list[tuple[int, str]] = []
         offset = n_texts = 0
         for part in self.content or ():
@@ -182,10 +181,10 @@ class Sampling(_Lenient):
 
 
 class Body(Sampling):
-    """What both kinds of request share; None stands for the server's default.
+    """The fields that both kinds of request share; None: the server's default.
 
-    `n_predict` is llama.cpp's, where it comes before the others, too, and `max_completion_tokens`
-    OpenAI's newer name of `max_tokens`; `repetition_penalty` is mlx-lm's name of `repeat_penalty`.
+    `n_predict` is llama.cpp's name of `max_tokens`, `max_completion_tokens` OpenAI's newer one, and
+    `repetition_penalty` mlx-lm's name of `repeat_penalty`.
     """
 
     model: str | None = None
@@ -219,7 +218,6 @@ class Body(Sampling):
 
     @property
     def has_grammar(self) -> bool:
-        """Whether the answer is kept to a form."""
         form = self.response_format
         return self.grammar is not None or (form is not None and form.wanted is not None)
 
@@ -274,7 +272,6 @@ Prompts = (
 
 
 def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """Say what a prompt may be, not what is wrong with it as each of these."""
     try:
         return handler(prompt)
     except ValidationError:

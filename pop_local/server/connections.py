@@ -1,4 +1,4 @@
-"""Connections that wait: uvicorn lets them stay for ever, and takes as many as come."""
+"""Limits for connections, which uvicorn lets wait for ever and takes without number."""
 
 import asyncio
 import sys
@@ -7,9 +7,9 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# For a whole request, from its first byte or the connection on.
+# For a whole request, from its first byte or from the connection.
 REQUEST_S = 60.0
-# asyncio takes so many at once before any of them is looked at.
+# asyncio takes this many at once before any of them is looked at.
 ACCEPTED_AT_ONCE = 8
 _MOST = 512
 # Descriptors for connections that are just being taken or ended, and for child processes.
@@ -30,8 +30,10 @@ def max_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """uvicorn's own, but a request that is not complete in time ends it. Where there is no room for
-    another one, the one that has waited longest for a request makes room."""
+    """uvicorn's own, ended by a request that is not complete in time.
+
+    Where there is no room for another, the one that has waited longest for a request makes room.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
 

@@ -16,7 +16,7 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
 class ApiError(HTTPException):
-    """A request that is not answered; `param` names the field that is to blame, if one is."""
+    """A request that is not answered; `param` names the field to blame, if any."""
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, param: str | None = None
@@ -57,9 +57,8 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _of_body(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body, and where it is."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Which of several kinds a part was taken for stands before the field of that name.
+    # A part's kind comes before the field of the same name.
     where = ".".join(str(part) for part, _ in groupby(first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{where}: {message}" if where else message, param=where or None)

@@ -1,4 +1,4 @@
-"""What every request passes first: the rule of entry, the count, the log."""
+"""The middleware that every request passes first: the rule of entry, the count, the log."""
 
 import asyncio
 import hmac
@@ -19,7 +19,7 @@ log = logging.getLogger("pop_local.server")
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PROBES = ("/health", "/metrics")
-# Others share one label, however many are tried.
+# Other paths share one label, however many are tried.
 _PATHS = ("/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
 
 
@@ -64,10 +64,10 @@ class Front:
 
 
 def refusal(scope: Scope, api_key: str, host: str) -> ApiError | None:
-    """What is wrong with a request's sender, if anything; `host` is what the server listens on.
+    """Return why a request's sender is refused, if so; `host` is the address listened on.
 
-    Without a key web pages are kept out: of other origins, and those whose name was made to lead
-    here. Names can be made to lead anywhere, addresses cannot: with 0.0.0.0 all may be asked.
+    Without a key, web pages of other origins are kept out, and those whose name was made to lead
+    here. An address cannot be made to lead elsewhere, so with 0.0.0.0 all addresses may be asked.
     """
     headers = Headers(scope=scope)
     if api_key:
@@ -93,8 +93,7 @@ def _refused(what: str, code: str) -> ApiError:
 
 
 def _host_name(url: str) -> str:
-    """Without port and the brackets of IPv6; "" for what is no URL, such as the origin null, or is
-    more than a scheme, a name and a port."""
+    """Return the name without port or brackets; "" unless scheme, name and port are all."""
     try:
         parts = urlsplit(url)
         is_more = "@" in parts.netloc or parts.netloc != url.partition("//")[2]

@@ -1,4 +1,4 @@
-"""What glibc does with large blocks that are given back to it."""
+"""A setting of glibc: large blocks that are freed go back to the system."""
 
 import ctypes
 import sys
@@ -8,11 +8,11 @@ _LARGE_BYTES = 1 << 20
 
 
 def return_large_blocks() -> None:
-    """Have this process give what it frees in blocks of 1 MiB and more back to the system.
+    """Have this process give freed blocks of 1 MiB and more back to the system.
 
-    glibc raises that limit to the largest block that was freed, 32 MiB at most, and cuts what is
-    below from heaps, one or more for each thread. Between the states of a cache, of all sizes,
-    there stays as much room as they take. Of no effect without glibc.
+    glibc raises that limit to the largest block that was freed, 32 MiB at most. Smaller blocks come
+    from heaps, where a cache's states of all sizes leave gaps as large as themselves. Without glibc
+    this does nothing.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)

@@ -1,4 +1,4 @@
-"""Figures for Prometheus."""
+"""One server's figures for Prometheus; nothing is global."""
 
 from functools import partial
 
@@ -11,8 +11,6 @@ _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 class Metrics:
-    """Of one server; nothing is global."""
-
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         seconds = partial(Histogram, buckets=_BUCKETS, registry=self._registry)
@@ -49,7 +47,7 @@ class Metrics:
             self._prompt.labels(kind)
 
     def answered(self, stats: TurnStats) -> None:
-        """An interrupted answer counts with what was done for it."""
+        """Count an answer; an interrupted one with the work that was done."""
         self._prompt.labels("pruned").inc(stats.n_pruned)
         self._prompt.labels("exact").inc(stats.n_skipped_exact)
         self._prompt.labels("full").inc(stats.n_full)

@@ -10,7 +10,7 @@ from pop_local.base.errors import PopError
 from pop_local.engine.images.pictures import MAX_BYTES, MAX_PIXELS, Picture, picture_of
 from pop_local.server.errors import ApiError
 
-# Of one request's pictures together: they are decoded before the queue.
+# For one request's pictures together: they are decoded before the queue.
 MAX_PICTURES = 64
 MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
 _URL = re.compile(rb'"data:image[^"]*"', re.IGNORECASE)

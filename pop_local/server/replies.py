@@ -1,4 +1,4 @@
-"""What the server answers: OpenAI's objects, and the counters in them."""
+"""The server's answers: OpenAI's objects, and the counters in them."""
 
 import time
 import uuid
@@ -12,8 +12,10 @@ Json = dict[str, Any]
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None) -> Json:
-    """`pop.reason`: why pruning is off for this request, null when it is on. `pop.reading`: see
-    TurnStats, null when nothing was read. Times in seconds.
+    """Return the counters; times in seconds.
+
+    `pop.reason`: why pruning is off for this request, null when it is on. `pop.reading`: see
+    TurnStats, null when nothing was read.
     """
     return {
         "prompt_tokens": stats.n_prompt,
@@ -98,8 +100,6 @@ class Reply:
 
 
 class ChatReply(Reply):
-    """The same of a chat."""
-
     id_prefix, whole_kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def opening(self) -> tuple[Json, ...]:
@@ -120,7 +120,7 @@ class ChatReply(Reply):
 
 
 def _top(token: TokenLogprob) -> Json | None:
-    """As OpenAI: the likeliest ones, and the token itself where it is none of them."""
+    """Return the likeliest tokens, and the token itself where it is none of them."""
     if token.logprob is None:
         return None
     # Two tokens may look alike as text; the likelier one counts.

@@ -30,9 +30,9 @@ PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 
 
 class Tasks:
-    """Makes tasks: tokenises, and checks what can be checked before the queue.
+    """Makes tasks, checked as far as possible before the queue.
 
-    May be used from several threads, while the model decodes in another one.
+    Several threads may use it, while the model decodes in another.
     """
 
     def __init__(self, model: PopModel) -> None:
@@ -98,7 +98,7 @@ class Tasks:
         return tokens
 
     def _check_pictures(self, pictures: Sequence[Picture]) -> None:
-        """One by one: those after the first that does not fit are not decoded."""
+        """Stop at the first that does not fit: the others are not decoded."""
         n_shown = 0
         for picture in pictures:
             n_shown += self._model.count_picture(picture)
@@ -120,7 +120,7 @@ class Tasks:
     def _options(
         self, body: Body, max_tokens: int | None, n_top_logprobs: int | None
     ) -> TurnOptions:
-        """Where the body says nothing, what the model recommends, else the engine's defaults."""
+        """Take the body's values, else the model's recommended ones, else the engine's."""
         given = body.model_dump(include=set(Sampling.model_fields), exclude_none=True)
         if given.get("temperature", 1.0) < _LOWEST_TEMPERATURE:
             given["temperature"] = 0.0
@@ -148,7 +148,6 @@ class Tasks:
 
 
 def _message(message: ChatMessage, pictures: Iterator[Picture]) -> Message:
-    """With as many of the pictures as are its own."""
     role = "system" if message.role == "developer" else message.role
     shown = tuple((offset, next(pictures)) for offset, _ in message.image_urls)
     return Message(role, message.text, shown)

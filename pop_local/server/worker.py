@@ -29,11 +29,11 @@ _HUNG_S = 60.0
 
 @dataclass(frozen=True)
 class Task:
-    """What to do. `reason`: why the prompt is read in full, None where it is pruned.
+    """A request's work. `reason`: why the prompt is read in full, None where it is pruned.
 
-    `echo` comes first in the answer, with the prompt's log probabilities where they are wanted:
-    `n_prompt_logprobs` is None, or how many alternatives to each of its tokens. `n_written`: the
-    characters of a prompt that is not echoed, from which text offsets count.
+    `echo` comes first in the answer. `n_prompt_logprobs`: alternatives to each of the prompt's
+    tokens, None for no log probabilities. `n_written`: the characters of a prompt that is not
+    echoed, from which text offsets count.
     """
 
     prompt: Prompt
@@ -46,9 +46,9 @@ class Task:
 
 
 class Job:
-    """A task on its way: made in the event loop, which reads the answer, worked on in the thread.
+    """A task in progress: the event loop makes it and reads the answer, the thread works on it.
 
-    queued_s is 0 until the work begins.
+    `queued_s` is 0 until the work begins.
     """
 
     def __init__(self, task: Task) -> None:
@@ -62,14 +62,14 @@ class Job:
         self._is_awaited = False
 
     def cancel(self) -> None:
-        """To be called in the event loop. A job that waits ends at once, a running one soon."""
+        """End a waiting job at once, a running one soon. Call it in the event loop."""
         self.cancelled.set()
         if not self.queued_s:
             self._arrived.append(hung_up())
             self._wake()
 
     def put(self, item: Chunk | Exception) -> None:
-        """To be called by the thread."""
+        """Add to the answer. Call it in the thread."""
         self._arrived.append(item)
         if self._is_awaited or isinstance(item, Exception) or item.stats is not None:
             with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
@@ -80,18 +80,16 @@ class Job:
             self._awaited.set_result(None)
 
     async def _wait(self, seconds: float | None) -> None:
-        """Until it is woken; what has arrived since the last look wakes it, too."""
         self._awaited = self._loop.create_future()
         await asyncio.wait([self._awaited], timeout=seconds)
 
     async def batches(
         self, pause_s: float, idle_s: float | None = None
     ) -> AsyncIterator[list[Chunk]]:
-        """The answer, chunks that arrived together in one list; an empty one whenever nothing came
-        for `idle_s`. Raises what went wrong.
+        """Yield the chunks that arrived together; an empty list after `idle_s` without any.
 
-        After a batch nothing but the end is looked for during `pause_s`: on a busy core, waking up
-        for a token costs what a small model takes for a twentieth of it.
+        Raises the error that ended the answer. After a batch only the end wakes this during
+        `pause_s`. On a busy core, waking up takes a twentieth of a small model's time for a token.
         """
         while True:
             self._is_awaited = True
@@ -131,12 +129,12 @@ class Worker(threading.Thread):
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """What is being answered ends, what waits is refused. May be called from anywhere."""
+        """End the running answer, and refuse those that wait. Call it anywhere."""
         self._stopping.set()
         self._calls.put(None)
 
     def silent_s(self) -> float:
-        """For how long the model has not come back, in seconds, beyond what is to be expected."""
+        """Return for how many seconds the model has hung, 0 while it has not."""
         seen_s = self._seen_s
         silent_s = 0.0 if seen_s is None else time.monotonic() - seen_s
         return silent_s if silent_s > _HUNG_S else 0.0
@@ -175,7 +173,7 @@ class Worker(threading.Thread):
             job.put(ApiError(503, STOPPING))
 
     def _wait(self) -> None:
-        """Until there is something to do; meanwhile cached prompts are given their depth."""
+        """Wait for a call; meanwhile refill cached prompts."""
         while True:
             has_work = bool(self._model.refills and self._model.refiller.n_refillable)
             if has_work and self._calls.empty() and not on_battery():
@@ -187,7 +185,7 @@ class Worker(threading.Thread):
     def _refill(self) -> None:
         try:
             n_rows = self._model.refill(should_stop=lambda: not self._calls.empty() or on_battery())
-        except Exception:  # whatever it was, requests are answered
+        except Exception:  # requests are answered all the same
             log.exception("refilling failed, and goes on no longer")
             self._model.set_depth(self._model.rule.select)
         else:

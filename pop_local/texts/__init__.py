@@ -1,1 +1,1 @@
-"""Text out of the files that people have."""
+"""Text out of users' files."""

@@ -1,4 +1,4 @@
-"""Plain text out of bytes and files: UTF-8, or what a byte order mark says."""
+"""Plain text out of bytes and files: UTF-8, or UTF-16 with its byte order mark."""
 
 import codecs
 from pathlib import Path
@@ -11,7 +11,7 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decoded(content: bytes, origin: str) -> str:
-    """Decode a text. Raises PopError, naming `origin`, for what is no text."""
+    """Decode a text. Raises PopError, naming `origin`, if it is no text."""
     try:
         text = content.decode("utf-16" if content.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError as error:

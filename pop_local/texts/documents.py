@@ -1,4 +1,4 @@
-"""The text of a file: plain text in whatever language, PDF and DOCX.
+"""The text of a file: plain text in any language, PDF and DOCX.
 
 pypdf and python-docx come with the extra `documents` and are imported when such a file is read.
 """
@@ -16,7 +16,7 @@ from pop_local.engine.sessions.conversation import Document
 from pop_local.texts.decoding import decoded
 
 MAX_BYTES = 100_000_000
-# A DOCX may be so much larger unpacked: its XML takes twelve times as much memory.
+# A DOCX may grow by this when unpacked: its XML takes twelve times as much memory.
 _MAX_GROWTH_BYTES = 32_000_000
 EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
 
@@ -24,8 +24,7 @@ EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
 def read_document(path: str | os.PathLike[str]) -> Document:
     """Read a document: plain text, PDF or DOCX.
 
-    Raises OSError when it cannot be read, and PopError for what is no text, holds none or is far
-    too large.
+    Raises OSError when it cannot be read, PopError when it is no text, holds none or is too large.
     """
     document = _read(Path(path))
     if not document.text.strip():
@@ -104,7 +103,7 @@ def _docx(path: Path, content: bytes) -> str:
 
 
 def _table(table: Any) -> str:
-    """Each cell once: `row.cells` would repeat one as often as its file says that it spans."""
+    """Take each cell once; `row.cells` would repeat one for each column that it spans."""
     rows = ([_cell(cell) for cell in row.tc_lst] for row in table._tbl.tr_lst)
     return "\n".join(" | ".join(cells) for cells in rows)
 

@@ -28,7 +28,7 @@ EXIT_PIPE_CLOSED = 141
 
 @contextmanager
 def guard(*, debug: bool) -> Iterator[None]:
-    """Runs a command: a failure becomes two lines on stderr and exit code 1, without a trace.
+    """Run a command: a failure becomes two lines on stderr and exit code 1, without a trace.
 
     With `debug` the trace comes first, and llama.cpp's log goes to stderr meanwhile.
     """
@@ -65,7 +65,7 @@ def _stopped() -> typer.Exit:
 
 
 def as_pop_error(error: Exception) -> PopError:
-    """Return the message and the remedy, for failures of the machine as for our own."""
+    """Return an error with message and remedy for any failure."""
     if isinstance(error, PopError):
         return error
     if isinstance(error, MemoryError):
@@ -77,7 +77,7 @@ def as_pop_error(error: Exception) -> PopError:
 
 
 def show(error: PopError) -> None:
-    """Two lines on stderr: what is wrong, what to do."""
+    """Print the error and its hint on stderr, a line each."""
     _labelled("error", error.message)
     if hint := hints.hint_of(error):
         _labelled("hint", hint)
@@ -90,7 +90,7 @@ def _labelled(label: str, text: str) -> None:
 
 @functools.cache
 def _last_words() -> Callable[[str], None]:
-    """Says why llama.cpp ends the process, and ends it as other errors do."""
+    """Return a function that reports why llama.cpp gave up, and ends the process."""
     # stderr itself leads nowhere while llama_cpp opens a model.
     stderr = os.dup(2)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C that asks first: the work ends where it may end, not in the middle of a step."""
+"""Ctrl-C that asks first: the work ends between two steps, not within one."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """Whether Ctrl-C has been pressed."""
+    """`asked`: whether Ctrl-C has been pressed."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -16,10 +16,10 @@ class CtrlC:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[CtrlC]:
-    """The first Ctrl-C is only remembered; a second one raises wherever the program is.
+    """Only remember the first Ctrl-C; a second one raises at once.
 
     A KV cache must not be cut off between a decode and the count of its tokens. Where Ctrl-C is
-    ignored, as in the background jobs of a script, it stays so.
+    ignored, as in a script's background jobs, it stays ignored.
     """
     interrupt = CtrlC()
     is_main = threading.current_thread() is threading.main_thread()

@@ -9,13 +9,13 @@ from typing import Any
 if sys.platform != "win32":
     import termios
 
-# How the terminals are that do not echo now.
+# The earlier modes of terminals that do not echo now.
 _before: list[list[Any]] = []
 
 
 @contextmanager
 def unechoed_keys() -> Iterator[None]:
-    """The terminal does not write them into an answer, whose lines would not be found again."""
+    """Keep typed keys out of an answer, which could not be redrawn with them."""
     if sys.platform == "win32" or not _is_in_foreground():
         yield
         return
@@ -32,14 +32,14 @@ def unechoed_keys() -> Iterator[None]:
 
 
 def echo_again() -> None:
-    """The terminal as it was before `unechoed_keys`, unless it is gone or someone else's by now."""
+    """Undo `unechoed_keys`, unless the terminal is gone or belongs to another program."""
     if sys.platform != "win32" and _before and _is_in_foreground():
         with suppress(termios.error):
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, _before.pop())
 
 
 def _is_in_foreground() -> bool:
-    """Whether stdin is a terminal, and ours: changing it from the background stops a program."""
+    """Tell whether we may change the terminal: from the background, that stops a program."""
     try:
         return sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
     except OSError:

@@ -67,7 +67,7 @@ class LazyCommand(TyperCommand):
 
 
 def _paragraphs(docstring: str | None) -> str:
-    """Without the breaks in their lines, which Typer would keep in all but the first."""
+    """Join each paragraph's lines; Typer does so only in the first."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -75,7 +75,7 @@ def _paragraphs(docstring: str | None) -> str:
 def lazy_group(
     entries: Sequence[Entry], names: Collection[str], load: Callable[[], Mapping[str, Any]]
 ) -> type[TyperGroup]:
-    """A group class for `typer.Typer(cls=...)` that knows these commands by name.
+    """Return a group class of these commands, for `typer.Typer(cls=...)`.
 
     `load` gives values for parameters of these `names`, used where no flag is given.
     """

@@ -1,4 +1,4 @@
-"""Text of others (names, metadata, replies) that cannot steer a terminal."""
+"""Makes foreign text (names, metadata, replies) harmless to a terminal."""
 
 import unicodedata
 

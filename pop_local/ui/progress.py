@@ -32,18 +32,18 @@ _SAID_EVERY_S = 20.0
 
 
 def bytes_progress(what: str) -> AbstractContextManager[Advance]:
-    """A callback (done_bytes, total_bytes) that shows them while the block runs."""
+    """Show (done_bytes, total_bytes) while the block runs."""
     return _bar(what, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()))
 
 
 def token_progress(what: str) -> AbstractContextManager[Advance]:
-    """A callback (done_tokens, total_tokens) that shows them while the block runs."""
+    """Show (done_tokens, total_tokens) while the block runs."""
     return _bar(what, (MofNCompleteColumn(), _TimeLeft()))
 
 
 @contextmanager
 def prefill_progress(what: str) -> Iterator[Advance]:
-    """As token_progress, with the speed; a short prompt is read before one could look at a bar."""
+    """As token_progress, with the speed; a short prompt gets no bar."""
     with ExitStack() as stack:
         bars: list[Advance] = []
 
@@ -77,7 +77,6 @@ def _clock(left_s: float) -> str:
 
 
 def _taken_s(task: Task) -> float:
-    """From the beginning to the last update."""
     return max(float(task.fields["taken_s"]), 1e-6)
 
 
@@ -88,7 +87,7 @@ def _in_words(what: str) -> Advance:
     def advance(done: int, total: int) -> None:
         nonlocal begun, said_s
         now_s = time.monotonic()
-        # Work that was done before says nothing of the time left.
+        # Work that was done before tells nothing about the time left.
         first_done, first_s = begun = begun or (done, now_s)
         if now_s - said_s < _SAID_EVERY_S or not first_done < done < total:
             return

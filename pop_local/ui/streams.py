@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr, whatever a command was started with."""
+"""Makes stdin, stdout and stderr usable, however a command was started."""
 
 import codecs
 import io
@@ -9,8 +9,8 @@ import sys
 def prepare_streams() -> None:
     """Open a closed stream on the null device, and let stdout take any character.
 
-    On Windows a pipe or a file gets UTF-8. Names that are no text come out as the bytes that they
-    are; what a locale other than UTF-8 does not know is escaped.
+    On Windows a pipe or a file gets UTF-8. Names that are no text come out as their bytes; a locale
+    other than UTF-8 gets escapes for characters that it lacks.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

@@ -68,7 +68,7 @@ def rich_table(table: Table) -> RichTable:
 
 
 def print_table(table: Table) -> None:
-    """On stdout: drawn in a terminal, elsewhere Markdown."""
+    """Print a table on stdout: drawn in a terminal, elsewhere Markdown."""
     if out.is_terminal:
         out.print(rich_table(table))
     else:
@@ -76,7 +76,7 @@ def print_table(table: Table) -> None:
 
 
 def markdown(table: Table) -> str:
-    """A Markdown table with its cells padded, so that it reads well in a terminal too."""
+    """Return a Markdown table, its cells padded to read well as text."""
     head = [column.title for column in table.columns]
     body = [[cell.replace("|", "\\|") for cell in row] for row in table.texts()]
     widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
@@ -90,7 +90,7 @@ def markdown(table: Table) -> str:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout; dataclasses become objects, paths become strings."""
+    """Print JSON on stdout; dataclasses become objects, paths become strings."""
     is_ascii = out.encoding != "utf-8"
     text = json.dumps(value, indent=2, ensure_ascii=is_ascii, allow_nan=False, default=_jsonable)
     out.file.write(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
@@ -108,7 +108,7 @@ Fact = tuple[str, str]
 
 
 def print_facts(facts: Sequence[Fact]) -> None:
-    """Labels and values in two columns on stdout; unwrapped where no terminal is."""
+    """Print labels and values in two columns on stdout, wrapped only in a terminal."""
     facts = [(label, printable(value)) for label, value in facts]
     if not out.is_terminal:
         width = max(len(label) for label, _ in facts)

@@ -32,7 +32,7 @@ THEME = Theme(
 class _Console(Console):
     @property
     def is_terminal(self) -> bool:
-        """A pipe is none: for rich it would be with FORCE_COLOR or TTY_COMPATIBLE."""
+        """False for a pipe, even with FORCE_COLOR or TTY_COMPATIBLE."""
         return super().is_terminal and (self._force_terminal is not None or self.file.isatty())
 
 
@@ -68,9 +68,9 @@ LOOKS = {
 
 
 def look(name: str) -> Look:
-    """One of LOOKS, or by the name of a style of Pygments. Raises PopError.
+    """Return one of LOOKS, or that of a Pygments style. Raises PopError.
 
-    Plain without colours or on a terminal that cannot move its cursor: it would only lose marks.
+    It is plain where colours are off, and on a terminal that cannot move its cursor.
     """
     from pygments.styles import get_all_styles
 
@@ -83,17 +83,17 @@ def look(name: str) -> Look:
 
 
 def say(text: str) -> None:
-    """Lines of data on stdout; a pipe gets them as they are."""
+    """Print lines of data on stdout; a pipe gets them unchanged."""
     out.file.write((printable(text, kept="\n") if out.is_terminal else text) + "\n")
 
 
 def note(message: str) -> None:
-    """One line of what is going on, on stderr."""
+    """Print one line of news on stderr."""
     _tell(message, "note")
 
 
 def warn(message: str) -> None:
-    """One line that the user should not miss, on stderr."""
+    """Print one line on stderr that the user should not miss."""
     _tell(message, "warn")
 
 

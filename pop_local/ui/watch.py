@@ -15,7 +15,7 @@ _BARS = {Unit.TOKENS: token_progress, Unit.BYTES: bytes_progress}
 
 
 class _Stages:
-    """One bar at a time: it is put away for the next stage, for a note, and at the end."""
+    """One bar at a time, removed before the next stage, before a note, and at the end."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -48,7 +48,7 @@ class _Stages:
 
 @contextmanager
 def terminal_watch() -> Iterator[Watch]:
-    """Shows what a workflow does; Ctrl-C raises KeyboardInterrupt wherever the work is."""
+    """Show a workflow's progress; Ctrl-C raises KeyboardInterrupt at once."""
     stages = _Stages()
     try:
         yield Watch(stages.begin, stages.advance, stages.tell, stages.warn)
@@ -58,6 +58,6 @@ def terminal_watch() -> Iterator[Watch]:
 
 @contextmanager
 def stoppable_watch() -> Iterator[Watch]:
-    """As `terminal_watch`; the first Ctrl-C is asked for, so that a fit can be kept."""
+    """As `terminal_watch`, but the first Ctrl-C only asks to stop, so that a fit can be kept."""
     with deferred_interrupt() as interrupt, terminal_watch() as watch:
         yield replace(watch, should_stop=lambda: interrupt.asked)

@@ -1,7 +1,7 @@
 """An answer while it is written: Markdown in a terminal, the bare text elsewhere.
 
-Finished blocks are printed for good; only the last one is drawn anew as it grows, and never more
-of it than the screen holds. So nothing that has scrolled away is ever touched.
+Finished blocks are printed for good. Only the last is drawn anew as it grows, and never more of it
+than the screen holds. Nothing that has scrolled away is ever touched.
 """
 
 import time
@@ -43,7 +43,7 @@ class PlainAnswer:
 
 
 class MarkdownAnswer:
-    """Rendered and highlighted; what a reasoning model thinks first is dim and plain."""
+    """Rendered and highlighted; a reasoning model's thoughts are dim and plain."""
 
     def __init__(self, console: Console, code_theme: str) -> None:
         self._console = console

@@ -18,7 +18,7 @@ from pop_local.ui.chat.screen import Choice
 from pop_local.ui.errors import as_pop_error
 from pop_local.ui.views.stats import counted_line
 
-# Tokens of a question besides its files, the marks of the template included.
+# Tokens of a question without its files, with the template's marks.
 _QUESTION_TOKENS = 64
 _MAX_FILES = 500
 NEXT = "It goes with your next question."
@@ -88,7 +88,7 @@ def _attach(chat: Dialogue, files: Sequence[_Counted], may_cut: bool) -> None:
 
 
 def room_in(chat: Dialogue) -> int:
-    """How many tokens may still be attached; none are left below zero."""
+    """Return how many tokens may still be attached; it may be negative."""
     return chat.model.n_ctx - chat.n_used - chat.n_answer - _QUESTION_TOKENS
 
 

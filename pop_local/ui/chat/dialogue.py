@@ -1,7 +1,6 @@
-"""The conversation on a screen: asks the session, shows what it says, and finds room for it.
+"""The conversation on a screen: asks the session, shows its answers, and finds room for them.
 
-It knows neither the terminal nor llama.cpp: answers come from a ChatSession, and what is to be seen
-goes to a Screen.
+It knows neither the terminal nor llama.cpp: answers come from a ChatSession and go to a Screen.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ WARN_SHARE = 0.8
 
 # By name (None: the first one again) and context in tokens (None: as the options say).
 ModelOpener = Callable[[str | None, int | None], "PopModel"]
-# ChatSession's stream, retry or edit, which wait for the options of an answer.
+# ChatSession's stream, retry or edit; they take the options of an answer.
 Ask = Callable[..., "Stream"]
 
 
@@ -49,7 +48,7 @@ class Dialogue:
         sampling: Mapping[str, Any],
         refill: str = "off",
     ) -> None:
-        """`refill`: when cached rows are given their depth, of ui.chat.refill.MODES."""
+        """`refill`: one of ui.chat.refill.MODES."""
         self.session: ChatSession = model.session(system=system)
         self.costs = _costs(model)
         self.screen = screen
@@ -82,7 +81,7 @@ class Dialogue:
         return f"Pruning is on: context tokens skip the layers from {self.model.boundary} on."
 
     def set_refill(self, refill: str) -> None:
-        """Choose when cached rows are given their depth, of ui.chat.refill.MODES."""
+        """Choose when cached rows are refilled; `refill` is one of ui.chat.refill.MODES."""
         self.refill = refill
         self.model.set_depth(self.model.rule.select, keep_states=refill != "off")
         self.model.refiller.refill_answers(None if refill == "answer" else 0)
@@ -139,7 +138,7 @@ class Dialogue:
 
     @property
     def n_used(self) -> int:
-        """Tokens of the conversation and of what is attached to the next question."""
+        """Tokens of the conversation and of the next question's attachments."""
         said = self.session.conversation.messages
         n_said = self.model.count_prompt(said) if said else 0
         n_shown = sum(map(self.model.count_picture, self.pictures))
@@ -228,7 +227,6 @@ class Dialogue:
         self.screen.note(stats_line(stats))
 
     def _make_room(self, error: ContextFullError) -> bool:
-        """Whether the dropped question may be asked again now."""
         room = ask_for_room(self.screen, self.session, error)
         if room.n_ctx:
             return self.enlarge(room.n_ctx)
@@ -238,7 +236,6 @@ class Dialogue:
         return room.n_dropped > 0
 
     def _warn_when_full(self) -> None:
-        """Once, until it is emptier again."""
         if not self.session.answer_stats:
             return
         last, n_ctx = self.session.answer_stats[-1], self.model.n_ctx

@@ -31,7 +31,7 @@ WRAPPED = "  "
 QUOTES = '"""'
 # A pasted book need not be offered again.
 _MAX_REMEMBERED = 10_000
-# How often the status below it is looked at.
+# The status below the line is brought up to date this often.
 _REFRESH_S = 0.5
 
 Words = Callable[[], Iterable[str]]
@@ -49,11 +49,9 @@ class LineReader(Protocol):
 def line_reader(
     history: Path, commands: Mapping[str, Words], status: Callable[[], str]
 ) -> LineReader:
-    """For whatever stdin is. `commands` gives the words that may follow each command.
+    """Return a reader of stdin. `commands` gives the words that may follow each command.
 
-    `status` stands below the line that is typed, if there is any when it begins.
-
-    Typed lines are sent by Enter; Alt-Enter and an open quote make a new line.
+    `status` is shown below a typed line, unless it is empty when the line begins.
     """
     if not sys.stdin.isatty():
         return piped_line
@@ -81,7 +79,7 @@ def line_reader(
 
 
 def piped_line(default: str = "") -> str:
-    """A line of stdin. Raises EOFError at the end, PopError for what is not UTF-8 text."""
+    """Read a line of stdin. Raises EOFError at the end, PopError if it is not UTF-8 text."""
     line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
@@ -91,17 +89,14 @@ def piped_line(default: str = "") -> str:
 
 
 def _utf8(line: str) -> str:
-    """The line as it is. Raises PopError where bytes stand in it as surrogates, and for a NUL.
-
-    As UTF-8, each second character of UTF-16 is one.
-    """
+    """Return the line. Raises PopError for a NUL, and for bytes that came as surrogates."""
     if any("\ud800" <= char <= "\udfff" or char == "\0" for char in line):
         raise PopError("that line is not UTF-8 text, and is left out", "save it as UTF-8")
     return line
 
 
 def chosen_key(keys: Sequence[str]) -> str | None:
-    """One of the keys, typed at a prompt; None for an empty line, Ctrl-C or Ctrl-D."""
+    """Ask for one of the keys; None for an empty line, Ctrl-C or Ctrl-D."""
     session = _session()
     while True:
         try:
@@ -122,13 +117,13 @@ def _session(**options: Any) -> PromptSession[str]:
 
 
 def is_open(text: str) -> bool:
-    """Whether the text, or the argument of its command, begins a block that is not yet ended."""
+    """Tell whether the text, or its command's argument, begins a block that has not ended."""
     body = _body(text)
     return body.startswith(QUOTES) and (not body.endswith(QUOTES) or body.count(QUOTES) % 2 == 1)
 
 
 def unquoted(text: str) -> str:
-    """Without the triple quotes around a block of several lines."""
+    """Remove the triple quotes around a block of several lines."""
     body = _body(text)
     if not body.startswith(QUOTES) or is_open(text):
         return text
@@ -189,8 +184,6 @@ class _History(FileHistory):
 
 
 class _Completer(Completer):
-    """Commands, and what may follow them: words, paths or either."""
-
     def __init__(self, commands: Mapping[str, Words]) -> None:
         self._commands = commands
         self._paths = PathCompleter(expanduser=True)

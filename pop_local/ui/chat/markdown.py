@@ -16,7 +16,7 @@ Lines = list[list[Segment]]
 # HTML and definitions of links are shown as they are, images as links: rich would leave them out.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 _PARSER.disable(["reference", "image"])
-# Where blocks begin and end can be said without a look at the words in them, for half the price.
+# Finding the blocks alone takes half the time.
 _BLOCKS = MarkdownIt("commonmark", {"html": False}).enable("table")
 _BLOCKS.disable(["inline", "reference"])
 # Columns of a table, with the space between two.
@@ -72,7 +72,7 @@ def _with_breaks(token: Token) -> Token:
 
 
 def top_level(text: str) -> list[str]:
-    """The source of each block: paragraph, list, table, code and so on."""
+    """Split a text into its blocks: paragraphs, lists, tables, code and so on."""
     lines = re.split(r"(?<=\n)", text)
     starts = [token.map[0] for token in _BLOCKS.parse(text) if token.level == 0 and token.map]
     if not starts:
@@ -83,12 +83,12 @@ def top_level(text: str) -> list[str]:
 
 
 def is_code(text: str) -> bool:
-    """Whether it is a single block of code between fences."""
+    """Tell whether a text is a single block of code between fences."""
     return [token.type for token in _BLOCKS.parse(text)] == ["fence"]
 
 
 def rendered(console: Console, text: str, code_theme: str, width: int) -> Lines:
-    """Lines as wide as their content, without blank ones before and after."""
+    """Return lines as wide as their content, without blank ones before and after."""
     markdown, options = _Markdown(text, code_theme), console.options.update(width=width)
     lines = [_trimmed(line) for line in console.render_lines(markdown, options, pad=False)]
     while lines and not lines[-1]:
@@ -99,7 +99,7 @@ def rendered(console: Console, text: str, code_theme: str, width: int) -> Lines:
 
 
 def _trimmed(line: list[Segment]) -> list[Segment]:
-    """Without spaces at its end that show nothing, which would be copied along, and wrapped."""
+    """Remove invisible spaces at the end, which would be copied and wrapped."""
     while line and not (line[-1].style and line[-1].style.bgcolor):
         text = line[-1].text.rstrip()
         if text:

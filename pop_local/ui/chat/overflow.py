@@ -20,20 +20,19 @@ _CTX_STEP = 1024
 
 @dataclass(frozen=True)
 class Room:
-    """How room is to be made: forget so many of the oldest turns, or open a context of so many
-    tokens; neither when the question is given up."""
+    """Turns to drop, or tokens of a larger context; both 0 when the question is given up."""
 
     n_dropped: int = 0
     n_ctx: int = 0
 
 
 def least_answer(max_tokens: int | None, n_ctx: int) -> int:
-    """The room that an answer needs at least, in tokens."""
+    """Return how many tokens an answer needs at least."""
     return min(max_tokens or ANSWER_TOKENS, ANSWER_TOKENS, max(1, n_ctx // 8))
 
 
 def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) -> Room:
-    """Ask the user what is to be done for the question that was dropped."""
+    """Ask the user how to make room for the question that was dropped."""
     message = (
         f"The context is too small by {error.n_short:,} tokens: the conversation and this question"
         f" have {error.n_prompt:,}, an answer needs {error.n_answer:,} or more,"
@@ -58,14 +57,14 @@ def ask_for_room(screen: Screen, session: ChatSession, error: ContextFullError) 
 
 
 def too_long(model: OpenModel, error: ContextFullError) -> PopError:
-    """Say, where nobody can be asked, what is wrong, and which context would do."""
+    """Return the error for where nobody can be asked; it names a context that is large enough."""
     n_larger = larger_ctx(model, error.n_prompt + error.n_answer)
     larger = f"take a larger context (--ctx {n_larger}) or " if n_larger else ""
     return PopError(error.message, f"{larger}give less text")
 
 
 def larger_ctx(model: OpenModel, n_needed: int) -> int | None:
-    """Choose a context for so many tokens and half as many again; None if the model has none."""
+    """Choose a context for half again as many tokens; None if the model has none."""
     wanted = -(-(n_needed + n_needed // 2) // _CTX_STEP) * _CTX_STEP
     n_ctx = min(wanted, model.n_ctx_train)
     return n_ctx if n_ctx >= n_needed and n_ctx > model.n_ctx else None

@@ -45,7 +45,6 @@ def set_param(chat: Dialogue, argument: str) -> None:
 
 
 def _line(chat: Dialogue, name: str) -> str:
-    """Its value and whose it is."""
     if name in chat.sampling:
         return f"{name} is {_shown(chat.sampling[name])}."
     if name in chat.model.recommended:

@@ -1,4 +1,4 @@
-"""Depth while the user thinks: cached rows are given theirs until the next line comes."""
+"""/refill: pruned rows of the cache run the skipped layers while the user types."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODES = ("idle", "answer", "off")
 
 @contextmanager
 def refilling(chat: Dialogue) -> Iterator[None]:
-    """Refill in a thread of its own; whoever leaves waits for the node of a graph at the most."""
+    """Refill in another thread; leaving waits for at most one node of a graph."""
     if chat.refill == "off":
         yield
         return
@@ -33,7 +33,7 @@ def refilling(chat: Dialogue) -> Iterator[None]:
                     stop.wait(RECHECK_S)
                 else:
                     chat.model.refill(should_stop=lambda: stop.is_set() or on_battery())
-        except Exception as error:  # a conversation outlives whatever went wrong
+        except Exception as error:  # the conversation goes on
             failures.append(error)
 
     thread = threading.Thread(target=work, name="pop-local refill", daemon=True)
@@ -49,7 +49,7 @@ def refilling(chat: Dialogue) -> Iterator[None]:
 
 
 def _join(thread: threading.Thread) -> None:
-    """Wait for the thread whatever Ctrl-C says: nobody else may touch the model before."""
+    """Wait for the thread despite Ctrl-C: nobody else may touch the model before."""
     interrupted = False
     while thread.is_alive():
         try:
@@ -61,7 +61,7 @@ def _join(thread: threading.Thread) -> None:
 
 
 def set_mode(chat: Dialogue, mode: str) -> None:
-    """`/refill`: alone it says how far the cache is exact."""
+    """Obey /refill; alone, it shows how far the cache is exact."""
     if mode and mode not in MODES:
         chat.refuse(f"/refill takes {', '.join(MODES)}, not {mode}.")
         return
@@ -81,7 +81,7 @@ def set_mode(chat: Dialogue, mode: str) -> None:
 
 
 def finish(chat: Dialogue) -> None:
-    """Before the cache is saved: give all rows their depth, unless Ctrl-C ends it."""
+    """Refill all rows before the cache is saved, unless Ctrl-C ends it."""
     if chat.refill == "off" or not chat.model.refiller.n_refillable:
         return
     try:
@@ -94,7 +94,7 @@ def finish(chat: Dialogue) -> None:
 
 
 def status(chat: Dialogue) -> str:
-    """How much of the cache is the full model's, "" where all of any is."""
+    """Tell how much of the cache is exact; "" where nothing can be refilled."""
     model = chat.model
     if chat.refill == "off" or not model.boundary or model.no_refill:
         return ""

@@ -31,7 +31,7 @@ def converse(
 ) -> None:
     """Pass lines on until the user leaves or the input ends; `keep` is called before each.
 
-    Raises KeyboardInterrupt where nobody types them.
+    Raises KeyboardInterrupt where the lines are piped.
     """
     while True:
         try:
@@ -45,7 +45,7 @@ def converse(
             return
         except BrokenPipeError:
             raise
-        except Exception as error:  # an hour of conversation outlives whatever went wrong
+        except Exception as error:  # the conversation goes on
             chat.fail(as_pop_error(error))
 
 

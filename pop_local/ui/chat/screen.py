@@ -28,7 +28,6 @@ class Screen:
         self._answer: AnswerView | None = None
 
     def text(self, piece: str) -> None:
-        """Show a piece of the answer."""
         if self._answer is None:
             self._answer = PlainAnswer(sys.stdout)
             if self._look.is_markdown:
@@ -36,21 +35,17 @@ class Screen:
         self._answer.push(piece)
 
     def end_answer(self) -> None:
-        """The answer is complete, or was cut off."""
         if self._answer is not None:
             self._answer.end()
         self._answer = None
 
     def note(self, line: str) -> None:
-        """Say in one line what goes on."""
         note(line)
 
     def warn(self, line: str) -> None:
-        """Say in one line what should not be missed."""
         warn(line)
 
     def error(self, error: PopError) -> None:
-        """Say what went wrong and what to do."""
         errors.show(error)
 
     def reading(self, what: str = "Reading the prompt") -> AbstractContextManager[Advance]:
@@ -59,13 +54,13 @@ class Screen:
 
     @property
     def is_typed(self) -> bool:
-        """Whether somebody types the lines, who can be asked."""
+        """Whether somebody types the lines, and can be asked."""
         return sys.stdin.isatty()
 
     def choose(self, question: str, choices: Sequence[Choice]) -> str | None:
-        """Return the key of what the user wants; None for nothing, or when nobody can be asked.
+        """Return the key of the user's choice; None for no choice, or when nobody can be asked.
 
-        The last choice is to do nothing; when it is the only one there is nothing to ask.
+        The last choice is to do nothing; when it is the only one, nothing is asked.
         """
         warn(question)
         if len(choices) == 1 or not self.is_typed:

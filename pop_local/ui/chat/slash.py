@@ -29,9 +29,9 @@ class EditRequest(Exception):  # noqa: N818 (no error)
 
 
 def obey(chat: Dialogue, line: str) -> None:
-    """Do what a line that begins with a slash says.
+    """Obey a line that begins with a slash.
 
-    Raises PopError, and LeaveRequest and EditRequest, which only the reader of lines can follow.
+    Raises PopError, and LeaveRequest and EditRequest for the reader of lines.
     """
     name, _, argument = line.strip().partition(" ")
     command = COMMANDS.get(name.lower())
@@ -143,7 +143,7 @@ def _short(text: str) -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """The action gets what follows the command's name; `words` are offered there, or none."""
+    """A command; `action` gets the text after its name, and `words` are offered there."""
 
     usage: str
     help: str

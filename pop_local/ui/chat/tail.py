@@ -31,5 +31,5 @@ class Tail:
         self._widths = [Segment.get_line_length(line) for line in lines]
 
     def _n_rows(self, width: int) -> int:
-        """A line that was drawn before the terminal became narrower has been wrapped by it."""
+        """Count the rows of a line, which a terminal wraps when it becomes narrower."""
         return max(1, -(-width // max(1, self._console.width)))

@@ -1,4 +1,4 @@
-"""The thoughts of a reasoning model, told apart from its answer."""
+"""Splits the thoughts of a reasoning model from its answer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

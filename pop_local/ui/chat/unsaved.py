@@ -1,7 +1,7 @@
-"""An unsaved conversation outlives its chat: a crash, a kill, a closed terminal.
+"""Keeps an unsaved conversation through a crash, a kill or a closed terminal.
 
-Every chat keeps its transcript, without K/V, in a file beside a lock, and removes both when it is
-left. A file whose lock nobody holds is that of a chat which died.
+Every chat keeps its transcript, without K/V, in a file beside a lock, and removes both when it
+ends. A file whose lock nobody holds belongs to a chat that died.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Unsaved:
         self._lock.release(force=True)
 
     def keep(self, chat: Dialogue) -> None:
-        """Write down what was said since the last call; where that fails, it is said once."""
+        """Save the transcript if it has changed; warn once if that fails."""
         said = chat.session.conversation
         if not self._is_possible or said is self._kept or not (said.turns or self._kept):
             return
@@ -70,9 +70,9 @@ class Unsaved:
             chat.screen.warn(f"A crash would lose this conversation, unless you /save it: {reason}")
 
     def offer(self, chat: Dialogue) -> None:
-        """Ask what is to become of the conversations of chats that died, the last one first.
+        """Offer the conversations of chats that died, the last one first.
 
-        Until one is gone on with, or nothing is said to one.
+        It ends when the user goes on with one, or does not answer.
         """
         try:
             for stored in reversed(list(self._sessions.listed())):
