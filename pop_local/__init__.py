@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pop_local.base.errors import OutputExistsError, PopError, StoppedError
     from pop_local.calibration.options import FitOptions
-    from pop_local.engine.decode.grammar import GrammarError
+    from pop_local.engine.decode.grammar import Grammar, GrammarError
     from pop_local.engine.model import PopModel
     from pop_local.engine.sessions.chat_session import Answer, ChatSession, Stream
     from pop_local.engine.sessions.conversation import Conversation, Document, Turn
@@ -48,6 +48,7 @@ __all__ = [
     "Evaluation",
     "Fastest",
     "FitOptions",
+    "Grammar",
     "GrammarError",
     "Hardware",
     "OutputExistsError",
@@ -88,7 +89,7 @@ _MODULES = {
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
     "pop_local.workflows.options": ["Hardware", "RowOptions"],
-    "pop_local.engine.decode.grammar": ["GrammarError"],
+    "pop_local.engine.decode.grammar": ["Grammar", "GrammarError"],
     "pop_local.engine.model": ["PopModel"],
     "pop_local.texts.documents": ["read_document"],
     "pop_local.engine.sessions.conversation": ["Conversation", "Document", "Turn"],

@@ -6,6 +6,7 @@ are pruned and cached as ever; completions, streaming and stop strings are llama
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -16,7 +17,7 @@ from llama_cpp import _internals as internals
 from llama_cpp import llama_chat_format as chat_format
 
 from pop_local.base.errors import PopError
-from pop_local.engine.decode.grammar import GrammarError
+from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
 
@@ -92,9 +93,9 @@ def _generate(
     else:
         known = TurnOptions.__dataclass_fields__.keys() & options.keys()
         chosen = {name: options[name] for name in known}
-        text = grammar and grammar._grammar
+        form = getattr(grammar, "_grammar", grammar)  # llama_cpp's has GBNF in it
         seed = llama._seed
-        steps = model.sampled(TurnOptions(temperature=temp, grammar=text, seed=seed, **chosen))
+        steps = model.sampled(TurnOptions(temperature=temp, grammar=form, seed=seed, **chosen))
     for token in steps:
         llama.input_ids, llama.n_tokens = model.cache.tokens, model.cache.n_tokens
         if stopping_criteria is not None and stopping_criteria(llama.input_ids, None):
@@ -140,7 +141,10 @@ def _create_chat_completion(model: OpenModel, llama: Any, *given: Any, **options
     if schema is not None:
         # llama_cpp's own let raw line ends into strings, and take no json_schema.
         options["response_format"] = None
-        options["grammar"] = llama_cpp.LlamaGrammar(_grammar=model.grammars.of_schema(schema))
+        options["grammar"] = grammar = Grammar.of_schema(schema)
+        if grammar.ignored:
+            what = ", ".join(grammar.ignored)
+            warnings.warn(f"not enforced of the JSON schema: {what}", stacklevel=2)
     return llama_cpp.Llama.create_chat_completion(llama, *given, **options)
 
 

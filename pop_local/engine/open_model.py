@@ -17,7 +17,8 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
 from pop_local.engine.answer import Answering, Parts, answer
 from pop_local.engine.cache.kv_cache import KvCache
-from pop_local.engine.decode.grammar import GrammarConstraint, Grammars
+from pop_local.engine.decode.constraint import Constraint, LLTokenizer, tokenizer_of
+from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.decode.recommended import recommended
 from pop_local.engine.decode.sampler import Allowed, Sampler
 from pop_local.engine.decode.text import Pieces
@@ -80,7 +81,6 @@ class OpenModel:
         self.prompter = Prompter(self.context, self.eye)
         self._require_template()
         self.refiller = Refiller(self.cache)
-        self.grammars = Grammars(str(path))
         self.rule = RowRule.of(self.meta)
         self.set_depth(select, keep_states=keep_states)
 
@@ -113,11 +113,15 @@ class OpenModel:
         """Free the model; where a prompt is read, by the same thread, that is stopped first."""
         self.refiller.online.end()
         self.context.close()
-        self.grammars.close()
         if self.eye is not None and self.context.is_closed:
             self.eye.close()
 
     # About the model
+
+    @cached_property
+    def token_trie(self) -> LLTokenizer:
+        """The vocabulary for Constraint, read when it is first needed."""
+        return tokenizer_of(self.context.vocab)
 
     @property
     def path(self) -> Path:
@@ -298,9 +302,12 @@ class OpenModel:
         return answer(self.parts, render, options, lambda: self._constraint(options))
 
     def _constraint(self, options: TurnOptions) -> Allowed | None:
-        if options.grammar is None:
+        grammar = options.grammar
+        if grammar is None:
             return None
-        return GrammarConstraint(self.grammars, self.context.n_vocab, options.grammar)
+        return Constraint(
+            self.token_trie, Grammar.of_gbnf(grammar) if isinstance(grammar, str) else grammar
+        )
 
     def chat_turn(self, messages: Sequence[Message], **options: Any) -> Answering:
         """Answer the last message, as `answer` does.

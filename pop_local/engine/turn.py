@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, TypedDict
 
 from pop_local.base.errors import PopError
+from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.images.pictures import Picture
 
 Role = Literal["system", "user", "assistant"]
@@ -32,8 +33,8 @@ class TurnOptions:
     `on_prefill(done, total)` counts the prompt tokens that are not cached, once per batch.
     `should_stop` is asked during the prefill and after each token; an answer that it ends is
     "interrupted" and has its figures all the same. `stops` end the answer and are not part of it.
-    `grammar` is GBNF. `n_top_logprobs`: None for no log probabilities at all; `has_end_logprob`:
-    whether the token that ends the answer has one, too.
+    `grammar`: a text is GBNF. `n_top_logprobs`: None for no log probabilities at all;
+    `has_end_logprob`: whether the token that ends the answer has one, too.
     """
 
     max_tokens: int | None = None
@@ -47,7 +48,7 @@ class TurnOptions:
     presence_penalty: float = 0.0
     seed: int | None = None
     stops: tuple[str, ...] = ()
-    grammar: str | None = None
+    grammar: str | Grammar | None = None
     n_top_logprobs: int | None = None
     has_end_logprob: bool = False
     on_prefill: Callable[[int, int], None] | None = None
@@ -68,7 +69,7 @@ class AnswerOptions(TypedDict, total=False):
     presence_penalty: float
     seed: int | None
     stops: tuple[str, ...]
-    grammar: str | None
+    grammar: str | Grammar | None
     on_prefill: Callable[[int, int], None] | None
     should_stop: Callable[[], bool] | None
 

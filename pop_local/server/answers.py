@@ -7,6 +7,7 @@ from typing import Any
 from starlette.datastructures import State
 from starlette.responses import JSONResponse, Response
 
+from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.turn import TokenLogprob, TurnStats
 from pop_local.server.errors import ApiError, as_api_error, hung_up
 from pop_local.server.replies import Json, Reply, usage
@@ -81,7 +82,9 @@ def _ended(state: State, job: Job, stats: TurnStats) -> tuple[str, Json]:
         if job.cancelled.is_set():
             raise hung_up()
         raise ApiError(503, STOPPING)
-    return stats.finish_reason, usage(stats, job.queued_s, job.task.reason)
+    grammar = job.task.options.grammar
+    ignored = grammar.ignored if isinstance(grammar, Grammar) else ()
+    return stats.finish_reason, usage(stats, job.queued_s, job.task.reason, ignored)
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -11,11 +11,12 @@ from pop_local.engine.turn import TokenLogprob, TurnStats
 Json = dict[str, Any]
 
 
-def usage(stats: TurnStats, queued_s: float, reason: str | None) -> Json:
+def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
     """Return the counters; times in seconds.
 
     `pop.reason`: why pruning is off for this request, null when it is on. `pop.reading`: see
-    TurnStats, null when nothing was read.
+    TurnStats, null when nothing was read. `pop.ignored`: keywords of the JSON schema that were not
+    enforced.
     """
     return {
         "prompt_tokens": stats.n_prompt,
@@ -32,6 +33,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None) -> Json:
             "n_image": stats.n_image,
             "reading": stats.reading if stats.n_evaluated else None,
             "reason": reason,
+            "ignored": list(ignored),
             "queued_s": round(queued_s, 6),
             "ttft_s": round(stats.ttft_s, 6),
             "encode_s": round(stats.encode_s, 6),

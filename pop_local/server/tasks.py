@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from pop_local.base.errors import PopError
 from pop_local.config.settings import MOST_SEED
-from pop_local.engine.decode.grammar import GrammarError
+from pop_local.engine.decode.constraint import Constraint
+from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.limited.process import NoChildError
@@ -134,17 +135,19 @@ class Tasks:
             **{**self._model.recommended, **given},
         )
 
-    def _grammar(self, body: Body) -> str | None:
-        text, param, form = body.grammar, "grammar", body.response_format
+    def _grammar(self, body: Body) -> Grammar | None:
+        form, param, grammar = body.response_format, "grammar", None
         try:
             if form is not None and form.wanted is not None:
                 param = "response_format"
-                text = self._model.grammars.of_schema(form.wanted)
-            if text is not None:
-                self._model.grammars.check(text)
+                grammar = Grammar.of_schema(form.wanted)
+            elif body.grammar is not None:
+                grammar = Grammar.of_gbnf(body.grammar)
+            if grammar is not None:
+                Constraint(self._model.token_trie, grammar).allowed()
         except GrammarError as error:
             raise ApiError(400, error.message, code="invalid_grammar", param=param) from error
-        return text
+        return grammar
 
 
 def _message(message: ChatMessage, pictures: Iterator[Picture]) -> Message:

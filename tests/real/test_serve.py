@@ -118,7 +118,7 @@ def test_openai_errors(client, server):
     with wrong, pytest.raises(openai.AuthenticationError):
         ask(wrong)
     with pytest.raises(openai.APIError, match="no token"):
-        list(ask(client, stream=True, extra_body={"grammar": 'root ::= "a" [\\x00]'}))
+        list(ask(client, stream=True, extra_body={"grammar": 'root ::= "a" x\nx ::= x "c"'}))
 
 
 # --- llm

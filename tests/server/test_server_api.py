@@ -136,6 +136,15 @@ def test_a_schema_and_a_grammar_hold(client):
     assert text_of(complete(client, grammar='root ::= "yes" | "no"')) in ("yes", "no")
 
 
+def test_what_of_a_schema_is_not_enforced_is_named(client):
+    schema = {"type": "array", "items": {"const": 1}, "maxItems": 2}
+    for more, ignored in (({}, []), ({"uniqueItems": True}, ["uniqueItems"])):
+        form = {"type": "json_object", "schema": schema | more}
+        answer = chat(client, response_format=form, max_tokens=50).json()
+        assert answer["usage"]["pop"]["ignored"] == ignored
+        assert set(json.loads(answer["choices"][0]["message"]["content"])) <= {1}
+
+
 # --- in full
 
 

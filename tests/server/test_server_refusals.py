@@ -6,7 +6,6 @@ import json
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from pop_local.engine.decode.grammar import Grammars
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
@@ -62,7 +61,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"prompt_logprobs": 0}, "prompt_logprobs must be null"),
         (HELLO | {"repetition_penalty": 99}, "repetition_penalty"),
         (HELLO | {"n_predict": 0}, "n_predict"),
-        (HELLO | {"response_format": REFERRING}, "what #/$defs/B refers to is not there"),
+        (HELLO | {"response_format": REFERRING}, "Pointer '/$defs/B' does not exist"),
         (HELLO | {"guided_choice": ["a"]}, "guided_choice is not supported"),
         (HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
         (HELLO | {"logit_bias": {"5": 1}}, "logit_bias is not supported"),
@@ -83,13 +82,13 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
             | {
                 "response_format": {
                     "type": "json_schema",
-                    "json_schema": {"schema": {"type": "string", "minLength": 10**9}},
+                    "json_schema": {"schema": {"type": "string", "pattern": "(?=a)"}},
                 }
             },
-            "minLength",
+            "pattern",
         ),
         (HELLO | {"grammar": "nonsense"}, "not valid GBNF"),
-        (HELLO | {"grammar": 'root ::= "ab" [\\x00]'}, "no token"),
+        (HELLO | {"grammar": 'root ::= "ab" x\nx ::= x "c"'}, "no token"),
     ],
 )
 def test_bad_chats_are_400_with_a_reason(client, body, reason):
@@ -142,7 +141,7 @@ def test_of_many_errors_the_first_is_enough(kind, body):
 
 
 def test_an_error_in_a_stream_is_an_event(client):
-    response = complete(client, grammar='root ::= "ab" [\\x00]', stream=True)
+    response = complete(client, grammar='root ::= "ab" x\nx ::= x "c"', stream=True)
     error = json.loads(response.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
     assert "no token" in error["message"]
     assert text_of(complete(client))
@@ -186,13 +185,14 @@ def test_other_paths_and_methods_have_the_same_shape(client):
 
 def test_a_grammar_bomb_is_400_and_the_next_request_is_answered(path):
     model = opened(path, n_ctx=N_CTX)
-    model.grammars = Grammars(str(path), limit_s=1, limit_bytes=32 * 2**20)
     with asking(create_app(model, NAME)) as client:
-        for grammar in (f'root ::= [ -~] a0 "z"\n{BOMB}', 'root ::= "a" root "b" | "a" root "c"'):
-            response = complete(client, grammar=grammar, max_tokens=60)
-            assert response.status_code == 400
-            assert response.json()["error"]["code"] == "invalid_grammar"
-            assert client.get("/health").status_code == 200
+        response = complete(client, grammar=f'root ::= a0 "z"\n{BOMB[:-2]}"a"')
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "invalid_grammar"
+        assert client.get("/health").status_code == 200
+        # This one doubles llama.cpp's own stacks with each token.
+        endless = complete(client, grammar='root ::= "a" root "b" | "a" root "c"', max_tokens=60)
+        assert set(text_of(endless)) == {"a"}
         assert text_of(complete(client))
     model.close()
 

@@ -1,85 +1,133 @@
-"""GBNF of JSON schemas, by llama_cpp's converter, which is mended as this is imported."""
+"""llama.cpp's GBNF, written as llguidance's Lark.
 
-import json
+The library's own converter makes tokens of whole words and classes, and takes the longest one that
+fits: `"a" "b" | "ab" "c"` then refuses "ab". Here each character is one of its own, or, where no
+rule holds itself, the grammar is a single regular expression.
+"""
+
 import re
-from collections.abc import Callable, Iterable
-from os.path import commonprefix
-from types import SimpleNamespace
-from typing import Any
+from itertools import chain
 
-from llama_cpp import llama_grammar
-
-from pop_local.engine.decode.schema import prepared
-
-_upstream: Any = llama_grammar
-# A character of a JSON string (RFC 8259).
-_PLAIN = r'[^"\\\x00-\x1F]'
-_ESCAPED = r'"\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4})'
-
-
-def gbnf_of(schema: Any) -> str:
-    """Write the grammar of a schema's JSON texts; raises whatever what is no schema leads to."""
-    made = _Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
-    made.visit(made.resolve_refs(prepared(schema), "here"), "")
-    return str(made.format_grammar())
+_TOKEN = re.compile(
+    r"(?P<rule>[\w-]+)\s*::="
+    r"|(?P<name>[\w-]+)"
+    r'|"(?P<text>(?:[^"\\]|\\.)*)"'
+    r"|\[(?P<negated>\^?)(?P<members>(?:[^\]\\]|\\.)+)\]"
+    r"|(?P<dot>\.)"
+    r"|(?P<mark>[(|)])"
+    r"|(?P<times>[*+?]|\{\s*\d+\s*(?:,\s*\d*\s*)?\})"
+    r"|(?P<space>(?:\s|#[^\n]*)+)",
+    re.DOTALL,
+)
+_CHARACTER = r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\[tnr\\\"\[\]]|[^\\]"
+_LETTER = re.compile(_CHARACTER, re.DOTALL)
+_MEMBER = re.compile(f"({_CHARACTER})(?:-({_CHARACTER}))?", re.DOTALL)
+_CONTROL = {"t": 9, "n": 10, "r": 13}
 
 
-class _Converter(_upstream.SchemaConverter):  # type: ignore[misc]  # not typed
-    def visit(self, schema: Any, name: str) -> str:
-        if "enum" not in schema:
-            return str(super().visit(schema, name))
-        rule = _one_of(dict.fromkeys(map(_written, schema["enum"])), self._format_literal)
-        is_reserved = name in _upstream.RESERVED_NAMES
-        return str(self._add_rule(f"{name}-" if is_reserved else name or "root", rule))
+def lark_of(text: str) -> str:
+    """Write a GBNF grammar as Lark; raises ValueError for one that is not valid."""
+    rules: dict[str, list[re.Match[str]]] = {}
+    body: list[re.Match[str]] | None = None
+    at = depth = 0
+    while at < len(text):
+        token = _TOKEN.match(text, at)
+        if token is None:
+            raise ValueError(f"{text[at : at + 20]!r} is not part of a grammar")
+        at = token.end()
+        depth += {"(": 1, ")": -1}.get(token["mark"] or "", 0)
+        if token["rule"]:
+            if token["rule"] in rules or body is not None:
+                raise ValueError(f"the rule {token['rule']} begins twice, or within another")
+            body = rules[token["rule"]] = []
+        elif token["space"]:
+            # A line's end is a rule's end, unless more has to follow.
+            if "\n" in token["space"] and body and not depth and body[-1]["mark"] != "|":
+                body = None
+        elif body is None:
+            raise ValueError(f"{token[0]} is in no rule")
+        else:
+            body.append(token)
+    rules = {name: _looped(name, body) for name, body in rules.items()}
+    named = {name: {each["name"] for each in body} - {None} for name, body in rules.items()}
+    if missing := {"root"}.union(*named.values()) - rules.keys():
+        raise ValueError(f"there is no rule {min(missing)}")
+    # Lark's names in capitals are regular expressions, which cannot hold themselves.
+    flat: set[str] = set()
+    while more := {name for name in named.keys() - flat if named[name] <= flat}:
+        flat |= more
+    letter = "R" if flat == rules.keys() else "r"
+    names = {name: f"{letter}{number}" for number, name in enumerate(rules)}
+    lines = [f"{names[name]}: {_written(body, names)}" for name, body in rules.items()]
+    return "\n".join([f"start: {names['root']}", *lines])
 
 
-def _one_of(texts: Iterable[str], literal: Callable[[str], str]) -> str:
-    """GBNF for one of the texts, which are not the same: what several begin with stands once.
-
-    llama.cpp tries each alternative on each token of the vocabulary.
-    """
-    by_first: dict[str, list[str]] = {}
-    for text in texts:
-        by_first.setdefault(text[0], []).append(text)
-    found = []
-    for several in by_first.values():
-        begun = commonprefix(several)  # noqa: RUF071 (these are no paths)
-        rest = [text[len(begun) :] for text in several if text != begun]
-        is_whole = "?" if begun in several else ""
-        found.append(literal(begun) + (f" ({_one_of(rest, literal)}){is_whole}" if rest else ""))
-    return " | ".join(found)
-
-
-def _repeated(
-    item: str,
-    n_min: int,
-    n_max: int | None,
-    separator_rule: str = "",
-    item_rule_is_literal: bool = False,
-) -> str:
-    """GBNF for so many items, by its own {n_min,n_max}; called with upstream's names."""
-    if n_max is not None and n_max < n_min:
-        raise ValueError(f"at least {n_min} and at most {n_max}: there is nothing like it")
-    if n_max == 0:
-        return ""
-    if not separator_rule:
-        return f"{item}{{{n_min},{'' if n_max is None else n_max}}}"
-    most = "" if n_max is None else n_max - 1
-    more = f"({separator_rule} {item}){{{max(0, n_min - 1)},{most}}}"
-    return f"{item} {more}" if n_min else f"({item} {more})?"
+def _looped(name: str, body: list[re.Match[str]]) -> list[re.Match[str]]:
+    """Write `r ::= a r | b` as `(a)* (b)`, whose tokens do not take longer the more there are."""
+    several: list[list[re.Match[str]]] = [[]]
+    depth = 0
+    for token in body:
+        depth += {"(": 1, ")": -1}.get(token["mark"] or "", 0)
+        if token["mark"] == "|" and not depth:
+            several.append([])
+        else:
+            several[-1].append(token)
+    again = [one[:-1] for one in several if one and one[-1]["name"] == name]
+    last = [one for one in several if not one or one[-1]["name"] != name]
+    if not again or not last or any(each["name"] == name for one in again + last for each in one):
+        return body
+    return [*_one_of(again), *_TOKEN.finditer("*"), *_one_of(last)]
 
 
-def _written(value: Any) -> str:
-    """JSON as a model would write it: \\u00e9 for é is not what it has learned."""
-    return json.dumps(value, ensure_ascii=False)
+def _one_of(several: list[list[re.Match[str]]]) -> list[re.Match[str]]:
+    opened, either, closed = _TOKEN.finditer("(|)")
+    _, *rest = chain.from_iterable([either, *one] for one in several)
+    return [opened, *rest, closed]
 
 
-# Upstream's strings hold raw line ends, its literals do not escape backslashes, its repetitions
-# nest a bracket for each, and a property integral_part takes the place of a rule of its own.
-_upstream.json = SimpleNamespace(dumps=_written)
-_upstream.PRIMITIVE_RULES["char"] = _upstream.BuiltinRule(f"{_PLAIN} | {_ESCAPED}", [])
-_upstream.DOT = _PLAIN
-_upstream.GRAMMAR_LITERAL_ESCAPE_RE = re.compile(r'[\r\n"\\]')
-_upstream.GRAMMAR_LITERAL_ESCAPES["\\"] = "\\\\"
-_upstream._build_repetition = _repeated
-_upstream.RESERVED_NAMES |= {name.replace("-", "_") for name in _upstream.RESERVED_NAMES}
+def _written(body: list[re.Match[str]], names: dict[str, str]) -> str:
+    found: list[str] = []
+    is_empty = True
+    for token in body:
+        if token["mark"] and token["mark"] != "(" and is_empty:
+            found.append('""')
+        if token["times"] and is_empty:
+            raise ValueError(f"{token[0]} follows nothing")
+        if token["name"]:
+            found.append(names[token["name"]])
+        elif token["text"] is not None:
+            found.append(_literal(token["text"]))
+        elif token["members"]:
+            found.append(f"/[{token['negated']}{_class(token['members'])}]/")
+        else:
+            found.append(r"/(?s:.)/" if token["dot"] else re.sub(r"\s", "", token[0]))
+        is_empty = token["mark"] in ("(", "|")
+    return " ".join([*found, '""'] if is_empty else found)
+
+
+def _literal(text: str) -> str:
+    letters = " ".join(f"/{_code(one)}/" for one in _whole(_LETTER, text))
+    return f"({letters})" if letters else '""'
+
+
+def _class(members: str) -> str:
+    pairs = (_MEMBER.fullmatch(one) for one in _whole(_MEMBER, members))
+    return "".join("-".join(map(_code, filter(None, pair.groups()))) for pair in pairs if pair)
+
+
+def _whole(pattern: re.Pattern[str], text: str) -> list[str]:
+    """All matches in a row; raises ValueError for an escape that GBNF does not have."""
+    found = [match[0] for match in pattern.finditer(text)]
+    if "".join(found) != text:
+        raise ValueError(f"{text!r} has an escape that GBNF does not know")
+    return found
+
+
+def _code(letter: str) -> str:
+    if len(letter) > 2:
+        number = int(letter[2:], 16)
+    elif len(letter) == 2:
+        number = _CONTROL.get(letter[1], ord(letter[1]))
+    else:
+        number = ord(letter)
+    return f"\\x{{{number:x}}}"

@@ -1,186 +1,184 @@
-"""Grammars that keep an answer to a form: GBNF, from a JSON schema too, and a safe sampler."""
+"""Forms of answers: JSON schemas, GBNF and regular expressions, as llguidance takes them."""
 
-import base64
 import json
 import re
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from llguidance import LLMatcher, regex_to_lark
 
 from pop_local.base.errors import PopError
 from pop_local.engine.decode import grammar_child
-from pop_local.engine.limited.process import BeyondLimitsError, LimitedProcess, RefusedError
+from pop_local.engine.decode.gbnf import lark_of
+from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
 
-ROOT = "root"
-# A stopping server waits for a call to end, but not long.
 LIMIT_S = 3
 LIMIT_BYTES = 512 * 2**20
-# llama.cpp parses and expands by recursion: beyond this its stack, and the process, may end.
-_MAX_CHARACTERS = 64 * 1024
-_MAX_BRACKETS = 2000
-_MAX_REPETITIONS = 1000
-_COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
-_REPEATED = re.compile(r"[{,]\s*0*(\d+)\s*(?=[,}])")
-_MAX_IDLE = 2
+_MAX_CHARACTERS = 2**20
+_MAX_MESSAGE = 300
+_OPTIONS: Any = {
+    # A model may otherwise write white space for ever.
+    "whitespace_pattern": r" |\n{1,2}[ \t]{0,20}",
+    "whitespace_flexible": True,
+    "item_separator": ",",
+    "key_separator": ":",
+    # With \u a named property could be written a second time, with any value.
+    "json_allowed_escapes": 'nrbtf\\"',
+    "json_allow_general_unicode_escapes": False,
+    "coerce_one_of": True,
+    "lenient": True,
+}
+# Schemas are below these keywords by name, and values below those.
+_NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+_VALUES = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_DATA = {*_VALUES, "default", "examples", "example"}
+# Beyond it llguidance compares integers as floating point.
+_MAX_INTEGER = 2**53
+# Characters that JSON writes with \u only.
+_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+# Its formats know no leap years, and all years and seconds that RFC 3339 has digits for.
+_DAY = (
+    r"\d{4}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))"
+    r"|(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29"
+)
+_STRICTER = {
+    "date": [f"^(?:{_DAY})", "^[0-9]*[1-9]"],
+    "date-time": [f"^(?:{_DAY})", "^[0-9]{0,3}[1-9]", ":[0-9]{2}:[0-5]"],
+    "time": [":[0-9]{2}:[0-5]"],
+}
+_child = KeptProcess(grammar_child.__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
 
 
 class GrammarError(PopError):
     """The grammar or the JSON schema cannot be used, or leaves no token to go on with."""
 
 
-class Grammars:
-    """The grammars of one model, worked on in child processes with limits on time and memory.
+@dataclass(frozen=True)
+class Grammar:
+    """A form of answers that compiles within limits on time and memory.
 
-    A child begins with the first grammar and loads the vocabulary, which takes about a second; it
-    serves one grammar at a time, and the next one after it. May be used from several threads.
+    `text` is llguidance's own. `ignored`: keywords of a JSON schema that are not enforced.
     """
 
-    def __init__(
-        self, model_path: str, limit_s: float = LIMIT_S, limit_bytes: int = LIMIT_BYTES
-    ) -> None:
-        """The limits are those of one call; only Linux keeps to that on memory."""
-        self._model_path = model_path
-        self._limit_s, self._limit_bytes = limit_s, limit_bytes
-        self._idle: list[_Child] = []
-        self._lock = threading.Lock()
+    text: str
+    ignored: tuple[str, ...] = ()
 
-    def of_schema(self, schema: Any) -> str:
-        """GBNF for the JSON texts of a JSON schema.
+    @classmethod
+    def of_schema(cls, schema: Any) -> "Grammar":
+        """Allow the JSON texts of a JSON schema (draft 2020-12), properties in the order given.
 
-        Of bounds of numbers only short ranges of integers are kept to; multipleOf, uniqueItems, not
-        and the like are not. An object has the properties that are named, in that order.
-
-        Raises GrammarError when the schema cannot be expressed.
+        Raises GrammarError for what is no schema, allows nothing, or cannot be expressed.
         """
         try:
-            _refuse_large_counts(schema)
-            written = json.dumps(schema)
+            # A copy, to be changed, of which the texts and numbers are JSON's.
+            given = {"allOf": [schema]} if isinstance(schema, bool) else schema
+            given = json.loads(json.dumps(given))
+            if not isinstance(given, dict):
+                raise ValueError("it is no object")
+            ignored = [name for part in _schemas(given) for name in _prepared(part)]
+            text = f"start: %json {json.dumps({**given, 'x-guidance': _OPTIONS})}"
         except (RecursionError, TypeError, ValueError) as error:
-            raise GrammarError(
-                f"the JSON schema is not JSON, or nested too deeply: {error}"
-            ) from error
-        with self._borrowed() as child:
-            text: str = child.call("of_schema", written)
-            return text
+            raise GrammarError(f"the JSON schema is not valid: {error}") from error
+        text, warnings = _checked(text, "the JSON schema")
+        ignored += [name for each in warnings for name in _named(each)]
+        return cls(text, tuple(dict.fromkeys(ignored)))
 
-    def check(self, text: str) -> None:
-        """Raises GrammarError unless llama.cpp can parse it, and tell which tokens may begin."""
-        _refuse_large(text)
-        with self._borrowed() as child:
-            child.call("start", text, ROOT)
-            child.call("allowed", None)
+    @classmethod
+    def of_gbnf(cls, gbnf: str) -> "Grammar":
+        """Allow what llama.cpp's GBNF describes, from the rule `root` on.
 
-    @contextmanager
-    def _borrowed(self) -> Iterator["_Child"]:
-        child = self.take()
+        Raises GrammarError for what is not valid.
+        """
         try:
-            yield child
-        finally:
-            self.give_back(child)
-
-    def take(self) -> "_Child":
-        """A process for one grammar, to be given back."""
-        with self._lock:
-            while self._idle:
-                child = self._idle.pop()
-                if child.is_alive:
-                    return child
-                child.close()
-        return _Child(
-            grammar_child.__name__,
-            self._model_path,
-            limit_s=self._limit_s,
-            limit_bytes=self._limit_bytes,
-        )
-
-    def give_back(self, child: "_Child") -> None:
-        with self._lock:
-            if child.is_alive and len(self._idle) < _MAX_IDLE:
-                self._idle.append(child)
-                return
-        child.close()
-
-    def close(self) -> None:
-        """End the processes that nobody uses; one in use ends when it is given back, or with us."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for child in idle:
-            child.close()
-
-
-class _Child(LimitedProcess):
-    """A process of grammar_child; what it says becomes GrammarErrors."""
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        try:
-            return super().call(name, *arguments)
-        except RefusedError as error:
-            raise GrammarError(error.message, error.hint) from error
-        except BeyondLimitsError as error:
+            text = lark_of(gbnf)
+            text.encode()
+        except ValueError as error:
             raise GrammarError(
-                f"the grammar takes {self.limits}",
-                "parts that may be empty, or that begin alike, multiply: write fewer of them",
+                f"the grammar is not valid GBNF: {error}",
+                "each rule is NAME ::= ..., the first one named root",
             ) from error
+        return cls(_checked(text, "the grammar")[0])
+
+    @classmethod
+    def of_regex(cls, pattern: str) -> "Grammar":
+        """Allow what a regular expression (of Rust's `regex`) matches as a whole.
+
+        Raises GrammarError for what is not valid.
+        """
+        return cls(_checked(f"start: /{regex_to_lark(pattern)}/", "the regular expression")[0])
 
 
-def _refuse_large_counts(schema: Any) -> None:
-    if isinstance(schema, dict):
-        counts = [(name, schema.get(name)) for name in _COUNTS]
-        pattern = schema.get("pattern")
-        if isinstance(pattern, str):
-            counts += [("pattern", int(count[:9])) for count in _REPEATED.findall(pattern)]
-        for name, count in counts:
-            if isinstance(count, (int, float)) and not 0 <= count <= _MAX_REPETITIONS:
-                raise GrammarError(
-                    f"the JSON schema's {name} asks for {count} repetitions, the highest possible"
-                    f" is {_MAX_REPETITIONS}"
-                )
-    if isinstance(schema, (dict, list)):
-        for part in schema.values() if isinstance(schema, dict) else schema:
-            _refuse_large_counts(part)
+def _checked(lark: str, noun: str) -> tuple[str, list[str]]:
+    """Compile a grammar in the child process; return it and llguidance's warnings.
 
-
-def _refuse_large(text: str) -> None:
-    if len(text) > _MAX_CHARACTERS or text.count("(") > _MAX_BRACKETS:
-        raise GrammarError(
-            f"the grammar is too large: {len(text)} characters, {text.count('(')} brackets",
-            f"at most {_MAX_CHARACTERS} and {_MAX_BRACKETS} are allowed",
-        )
-
-
-class GrammarConstraint:
-    """Which tokens a GBNF grammar allows, by llama.cpp's own code in a child process.
-
-    In llama.cpp's own chain a grammar that does not parse, or that allows no token, ends the
-    process.
+    Raises GrammarError for one that is wrong or takes too much.
     """
+    # Forced text is left to the model's own tokens: `a{400000000}` is forced text, too.
+    text = LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{lark}')
+    if len(text) > _MAX_CHARACTERS:
+        raise GrammarError(f"{noun} is too large: {len(text):,} characters")
+    try:
+        return text, _child.call("warnings", text)
+    except RefusedError as error:
+        raise GrammarError(f"{noun} is not valid: {short(error.message)}") from error
+    except BeyondLimitsError as error:
+        raise GrammarError(f"{noun} takes {_child.limits}", "write fewer parts") from error
 
-    def __init__(self, grammars: Grammars, n_vocab: int, grammar: str) -> None:
-        _refuse_large(grammar)
-        self._n_vocab = n_vocab
-        self._last: int | None = None
-        self._grammars = grammars
-        self._child: _Child | None = grammars.take()
-        self._child.call("start", grammar, ROOT)
 
-    def allowed(self) -> np.ndarray:
-        """Return bool [n_vocab]. Raises GrammarError when no token may follow."""
-        assert self._child is not None
-        bits = np.frombuffer(base64.b64decode(self._child.call("allowed", self._last)), np.uint8)
-        is_allowed = np.unpackbits(bits, count=self._n_vocab).astype(bool)
-        if not is_allowed.any():
-            raise GrammarError("the grammar allows no token here")
-        return is_allowed
+def short(message: str) -> str:
+    """Return a message of llguidance in one line, in the words of JSON schemas."""
+    said = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", message)
+    said = re.split(r"\n<|\n +\d+ \| ", said)[0]
+    return " ".join(said.split()).replace("regex", "pattern")[:_MAX_MESSAGE]
 
-    def accept(self, token: int) -> None:
-        """Go on after a token."""
-        self._last = token
 
-    def close(self) -> None:
-        """Give the process back."""
-        if self._child is not None:
-            self._grammars.give_back(self._child)
-            self._child = None
+def _named(warning: str) -> list[str]:
+    """The keywords that one of llguidance's warnings is about."""
+    head, _, tail = warning.partition(": ")
+    if head == "Unimplemented keys":
+        return [str(key) for key in json.loads(tail)]
+    if head == "Unknown format":
+        return [f"format {tail}"]
+    return ["minProperties", "maxProperties"] if head.startswith("min/max") else [head.split()[0]]
+
+
+def _schemas(part: Any) -> Iterator[dict[str, Any]]:
+    """A schema and those within it, whatever their properties are called."""
+    if isinstance(part, list):
+        for each in part:
+            yield from _schemas(each)
+    elif isinstance(part, dict):
+        yield part
+        for name, below in part.items():
+            if name in _NAMED and isinstance(below, dict):
+                yield from _schemas([*below.values()])
+            elif name not in _DATA:
+                yield from _schemas(below)
+
+
+def _prepared(schema: dict[str, Any]) -> list[str]:
+    """Make up for what llguidance does not see; returns what it enforces in part only.
+
+    Raises GrammarError for values that it would take for others.
+    """
+    for name in _VALUES:
+        for value in _leaves(schema.get(name)):
+            if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+                raise GrammarError(f"the JSON schema's {name} {value} is beyond 2^53")
+            if isinstance(value, str) and _UNWRITABLE.search(value):
+                raise GrammarError(f"the JSON schema's {name} {value!r} has a control character")
+    patterns = _STRICTER.get(str(schema.get("format")), [])
+    if patterns and isinstance(schema.setdefault("allOf", []), list):
+        schema["allOf"] += [{"pattern": each} for each in patterns]
+    # The same name twice counts as two.
+    n_least = schema.get("minProperties")
+    return ["minProperties"] if isinstance(n_least, int) and n_least > 1 else []
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+    else:
+        yield value

@@ -22,13 +22,10 @@ class Allowed(Protocol):
     """Which tokens may come next."""
 
     def allowed(self) -> np.ndarray:
-        """Return bool [n_vocab]. Raises PopError where no token may follow."""
+        """Return the ids of tokens, in order. Raises PopError where no token may follow."""
 
     def accept(self, token: int) -> None:
         """Go on after a token."""
-
-    def close(self) -> None:
-        """Give back what is held."""
 
 
 class Sampler:
@@ -74,14 +71,18 @@ class Sampler:
         logits = np.ctypeslib.as_array(row, (context.n_vocab,))
         if self._constraint is None:
             return int(logits.argmax())
-        logits = np.where(self._constraint.allowed(), logits, -np.inf)
-        token = int(logits.argmax()) if self._chain is None else self._from_chain(logits)
+        ids = self._constraint.allowed()
+        logits = logits[ids]
+        if self._chain is None:
+            token = int(ids[logits.argmax()])
+        else:
+            token = self._from_chain(ids, logits)
         self._constraint.accept(token)
         return token
 
-    def _from_chain(self, logits: np.ndarray) -> int:
-        candidates = np.zeros(len(logits), _CANDIDATE)
-        candidates["id"], candidates["logit"] = np.arange(len(logits)), logits
+    def _from_chain(self, ids: np.ndarray, logits: np.ndarray) -> int:
+        candidates = np.zeros(len(ids), _CANDIDATE)
+        candidates["id"], candidates["logit"] = ids, logits
         data = candidates.ctypes.data_as(ctypes.POINTER(self._api.llama_token_data))
         array = self._api.llama_token_data_array(data, len(logits), -1, False)
         self._api.llama_sampler_apply(self._chain, ctypes.byref(array))
@@ -94,8 +95,6 @@ class Sampler:
         if self._chain is not None:
             self._api.llama_sampler_free(self._chain)
             self._chain = None
-        if self._constraint is not None:
-            self._constraint.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_chain"):

@@ -1,9 +1,11 @@
 """The caller's side of a process with limits."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from multiprocessing.spawn import get_executable
 from typing import Any
@@ -47,7 +49,6 @@ class LimitedProcess:
     """
 
     def __init__(self, module: str, *arguments: Any, limit_s: float, limit_bytes: int) -> None:
-        self.limits = f"more than {limit_s:g} s, or more than {limit_bytes >> 20} MiB"
         self._owner = os.getpid()
         self._is_ready = False
         called = json.dumps([module, *arguments, limit_s, limit_bytes])
@@ -73,7 +74,7 @@ class LimitedProcess:
             self.close()
             if not self._is_ready:
                 raise NoChildError("a child process ended before its work began")
-            raise BeyondLimitsError(f"it takes {self.limits}")
+            raise BeyondLimitsError("it goes beyond its limits")
         answer = json.loads(line)
         if "refused" in answer:
             raise RefusedError(answer["refused"], answer.get("hint", ""))
@@ -104,3 +105,42 @@ class LimitedProcess:
             assert pipe is not None
             with suppress(OSError):  # what it never read
                 pipe.close()
+
+
+class KeptProcess:
+    """The one child of this process for a module's work, begun again after it has ended.
+
+    May be used from several threads.
+    """
+
+    def __init__(self, module: str, *, limit_s: float, limit_bytes: int) -> None:
+        self.limit_s, self.limit_bytes = limit_s, limit_bytes
+        self._module = module
+        self._lock = threading.RLock()
+        self._process: LimitedProcess | None = None
+        atexit.register(self.close)
+
+    @property
+    def limits(self) -> str:
+        """The limits of one call, for messages."""
+        return f"more than {self.limit_s:g} s, or more than {self.limit_bytes >> 20} MiB"
+
+    def start(self) -> LimitedProcess:
+        """Start the child, which takes a part of a second, before it is needed."""
+        with self._lock:
+            if self._process is None or not self._process.is_alive:
+                self.close()
+                self._process = LimitedProcess(
+                    self._module, limit_s=self.limit_s, limit_bytes=self.limit_bytes
+                )
+            return self._process
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a method as LimitedProcess does."""
+        with self._lock:
+            return self.start().call(name, *arguments)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+        self._process = None

@@ -1,12 +1,10 @@
 """Chat templates rendered in a child process, with limits on time and memory."""
 
-import atexit
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 from pop_local.base.errors import PopError
-from pop_local.engine.limited.process import BeyondLimitsError, LimitedProcess, RefusedError
+from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
 from pop_local.engine.llama import backend
 from pop_local.engine.prompt import template_child
 
@@ -65,41 +63,17 @@ def start() -> None:
     _renderer.start()
 
 
-class _Renderer:
-    """The one child of this process, begun again after it has ended."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._process: LimitedProcess | None = None
-        atexit.register(self.close)
-
-    def start(self) -> LimitedProcess:
-        with self._lock:
-            if self._process is None or not self._process.is_alive:
-                self.close()
-                self._process = LimitedProcess(
-                    template_child.__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES
-                )
-            return self._process
-
+class _Renderer(KeptProcess):
     def render(self, template: str, arguments: dict[str, Any] | None) -> str:
-        with self._lock:
-            process = self.start()
-            try:
-                text: str = process.call("rendered", template, arguments)
-            except RefusedError as error:
-                raise ValueError(error.message) from error
-            except BeyondLimitsError as error:
-                raise PopError(
-                    f"the chat template takes {process.limits}",
-                    "take the model from another publisher",
-                ) from error
+        try:
+            text: str = self.call("rendered", template, arguments)
+        except RefusedError as error:
+            raise ValueError(error.message) from error
+        except BeyondLimitsError as error:
+            raise PopError(
+                f"the chat template takes {self.limits}", "take the model from another publisher"
+            ) from error
         return text
 
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.close()
-        self._process = None
 
-
-_renderer = _Renderer()
+_renderer = _Renderer(template_child.__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)

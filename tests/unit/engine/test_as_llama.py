@@ -124,6 +124,13 @@ def test_json_that_is_asked_for_is_escaped(model, form):
     assert json.loads(content(reply)) == "C:\\new\nline"
 
 
+def test_what_of_a_form_is_not_enforced_is_a_warning(model):
+    form = {"type": "json_object", "schema": {"enum": [[1]], "uniqueItems": True}}
+    with pytest.warns(UserWarning, match="uniqueItems"):
+        reply = model.create_chat_completion(MESSAGES, response_format=form, max_tokens=60)
+    assert json.loads(content(reply)) == [1]
+
+
 def test_an_answer_without_a_form_is_any_text(model):
     for form in (None, {"type": "text"}):
         reply = chat(model, MESSAGES, response_format=form, **GREEDY)

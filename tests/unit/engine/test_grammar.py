@@ -1,15 +1,17 @@
 """Grammars in the engine: what is refused, what holds, and that nothing ends the process."""
 
 import json
-from itertools import product
+import time
+from contextlib import suppress
 
 import psutil
 import pytest
 
-from pop_local.base.errors import PopError
-from pop_local.engine.decode.grammar import GrammarError, Grammars
+from pop_local.engine.decode.constraint import Constraint
+from pop_local.engine.decode.grammar import Grammar, GrammarError
+from pop_local.engine.decode.text import Pieces
 from support.asked import BOMB
-from support.calls import opened
+from support.calls import N_VOCAB, opened, read
 from support.converted import tiny
 
 SCHEMA = {
@@ -22,6 +24,8 @@ SCHEMA = {
     "required": ["colour", "name", "ripe"],
     "additionalProperties": False,
 }
+EOS = 2
+DEAD_END = 'root ::= "ab" x\nx ::= x "c"'
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def answer(model, **options) -> str:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_schema_holds(model, temperature):
-    grammar = model.grammars.of_schema(SCHEMA)
+    grammar = Grammar.of_schema(SCHEMA)
     for seed in range(3):
         found = json.loads(answer(model, grammar=grammar, temperature=temperature, seed=seed))
         assert sorted(found) == ["colour", "name", "ripe"]
@@ -58,102 +62,154 @@ def test_the_seed_counts_under_a_grammar(model):
     assert answer(model, seed=2, **options) != text
 
 
+def test_the_likeliest_of_the_allowed_tokens_is_taken(model):
+    model.cache.clear()
+    text = answer(model, grammar="root ::= [b-y]", temperature=0.0)
+    model.cache.clear()
+    logits = read(model, model.prompter.tokens_of("Once upon a time", add_bos=True))
+    allowed = Constraint(model.token_trie, Grammar.of_gbnf("root ::= [b-y]")).allowed()
+    best = int(allowed[logits[allowed].argmax()])
+    assert text.encode() == model.token_trie.decode_bytes([best])
+
+
+def test_a_regular_expression_holds(model):
+    grammar = Grammar.of_regex(r"[0-9]{2}/[a-c]+x")
+    head, tail = answer(model, grammar=grammar, temperature=1.5, seed=3).split("/")
+    assert head.isdigit() and set(tail[:-1]) <= {*"abc"} and tail[-1] == "x"
+    with pytest.raises(GrammarError, match="regular expression"):
+        Grammar.of_regex("(")
+
+
+# --- what GBNF means
+
+
+@pytest.fixture(scope="module")
+def accepts(model):
+    """Whether a grammar lets a text through, byte by byte, and ends there."""
+    tokens = {model.token_trie.decode_bytes([token]): token for token in range(N_VOCAB)}
+
+    def accepts(gbnf: str, text: str) -> bool:
+        constraint = Constraint(model.token_trie, Grammar.of_gbnf(gbnf))
+        for byte in text.encode():
+            if tokens[bytes([byte])] not in constraint.allowed():
+                return False
+            constraint.accept(tokens[bytes([byte])])
+        return EOS in constraint.allowed()
+
+    return accepts
+
+
+@pytest.mark.parametrize(
+    ("gbnf", "right", "wrong"),
+    [
+        ('root ::= "a" "b" | "ab" "c"', ["ab", "abc"], ["a", "c"]),
+        ('root ::= word "b"\nword ::= [a-z]+', ["ab", "abb"], ["b", "a"]),
+        ('root ::= ("a" | b){2,3} # two\nb ::= "b"\n', ["ab", "aba"], ["a", "abab"]),
+        ('root ::=\n  "a"? |\n  ("b" "c")*', ["", "a", "bcbc"], ["b", "aa"]),
+        ('root ::= "\\u00e9" [\\x41-C] [^\\]\\n] .', ["éAa\n", "éC[é"], ["éDaa", "éA]a"]),
+        (r'root ::= [a&&b] [-z] "\\\"\t/é"', ['&-\\"\t/é', 'az\\"\t/é'], ["ab"]),
+        ('root ::= "(" root ")" | "x"', ["x", "((x))"], ["(x", "()"]),
+        ('root ::= [a-z] root | ""', ["", "abc"], ["1"]),
+        ('root ::= root "a" | "b"', ["b", "baa"], ["ab"]),
+        ('root ::= a\na ::= "x" b | "y"\nb ::= a a', ["y", "xyy", "xxyyy"], ["x", "xy"]),
+        ('start ::= "a"\nroot ::= start if\nif ::= | "b"', ["a", "ab"], ["b"]),
+        ("root ::= a{2}\na ::= [ab]{1,}", ["ab", "aaaa"], ["a"]),
+    ],
+)
+def test_gbnf_is_read_as_llama_cpp_does(accepts, gbnf, right, wrong):
+    assert [text for text in right if not accepts(gbnf, text)] == []
+    assert [text for text in wrong if accepts(gbnf, text)] == []
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "root", "root ::= nowhere", "other ::= [a]", "root ::= root [a]", 'root ::= "a"\0'],
+    [
+        *("", "root", "root ::= nowhere", "other ::= [a]", 'root ::= "a"\0', 'root ::= "\\d"'),
+        *("root ::= *", 'root ::= "a', "root ::= (", "root ::= []", 'root ::= a ::= "a"'),
+        *('root ::= "a"\nroot ::= "b"', 'root ::= "\ud800"', "root ::= " + "(" * 9000),
+    ],
 )
 def test_what_is_no_grammar_is_refused(model, text):
     with pytest.raises(GrammarError, match="not valid"):
-        model.grammars.check(text)
+        Grammar.of_gbnf(text)
     with pytest.raises(GrammarError, match="not valid"):
         answer(model, grammar=text)
 
 
-@pytest.mark.parametrize("text", ["root ::= " + "(" * 9000, f'root ::= "{"a" * 70_000}"'])
-def test_a_grammar_beyond_the_parsers_stack_is_refused(model, text):
-    with pytest.raises(GrammarError, match="too large"):
-        model.grammars.check(text)
-
-
-@pytest.mark.parametrize("begins", ["", "[ -~]"])
-def test_a_grammar_that_takes_too_much_is_refused_and_the_next_one_is_not(path, begins):
-    grammars = Grammars(str(path), limit_bytes=32 * 2**20)
-    with pytest.raises(GrammarError, match="32 MiB"):
-        grammars.check(f'root ::= {begins} a0 "z"\n{BOMB}')
-    grammars.check("root ::= [a-z]")
-    grammars.close()
-
-
-def test_a_grammar_that_takes_too_long_is_refused(path):
-    grammars = Grammars(str(path), limit_s=1)
-    with pytest.raises(GrammarError, match="more than 1 s"):
-        grammars.check(f'root ::= a0 "z"\n{BOMB}')
-    grammars.close()
-
-
-def test_what_grows_with_the_answer_ends_it_and_the_model_goes_on(path):
-    with opened(path) as model:
-        model.grammars = Grammars(str(path), limit_s=1)
-        with pytest.raises(GrammarError, match="more than 1 s"):
-            answer(model, grammar='root ::= "a" root "b" | "a" root "c"', max_tokens=60)
-        assert answer(model, grammar='root ::= "ab"') == "ab"
-
-
-def test_a_process_that_was_ended_is_replaced(path):
-    grammars = Grammars(str(path))
-    grammars.check("root ::= [a]")
-    child = grammars.take()
-    grammars.give_back(child)
-    child.close()
-    grammars.check("root ::= [a]")
-    grammars.close()
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'root ::= a0 "z"\n{BOMB}',
+        f'root ::= [ -~] a0 "z"\n{BOMB[:-2]}"a"',
+        'root ::= "a" root "b" | "a" root "c"',
+        'root ::= x\nx ::= x x | "a" | ""',
+        'root ::= ("a"? "b"?){0,60000}',
+        'root ::= (("a"{0,1000}){0,1000}){0,1000} | "(" root ")"',
+        'root ::= "a"{400000000}',
+        f'root ::= "{"a" * 70_000}" | "(" root ")"',
+        f'root ::= "{"a" * 2_000_000}"',
+    ],
+    ids=range(9),
+)
+def test_attacks_take_seconds_at_most(model, text):
+    """They are refused, or end an answer, or it goes on as any other."""
+    memory = psutil.Process().memory_info().rss
+    started_s = time.perf_counter()
+    with suppress(GrammarError):
+        constraint = Constraint(model.token_trie, Grammar.of_gbnf(text))
+        for _ in range(50):
+            constraint.accept(int(constraint.allowed()[-1]))
+    assert time.perf_counter() - started_s < 12
+    assert psutil.Process().memory_info().rss - memory < 200 * 2**20
+    assert answer(model, grammar='root ::= "ab"') == "ab"
 
 
 def test_a_dead_end_is_an_error_and_the_model_goes_on(model):
     with pytest.raises(GrammarError, match="no token"):
-        answer(model, grammar='root ::= "ab" [\\x00]')
+        answer(model, grammar=DEAD_END)
     assert answer(model, grammar='root ::= "ab"') == "ab"
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"type": "date"},
-        {"type": "string", "minLength": 10**9},
-        {"type": "array", "items": {"type": "string", "maxLength": 10**9}},
-        {"$ref": "#/nowhere"},
-        {"$ref": "https://example.org/schema.json"},
-        {"type": "object", "properties": 5},
-        {"type": "string", "pattern": "^a{400000000}$"},
-        {"items": {"pattern": "^(a{2}){0, 400000000}$"}},
-    ],
-)
-def test_a_schema_that_cannot_be_kept_to_is_refused(model, schema):
-    with pytest.raises(PopError, match="JSON schema"):
-        model.grammars.of_schema(schema)
 
 
 def test_what_json_escapes_is_escaped(model):
     for text in ("C:\\dir", "a\nb", 'b"c', "\U0001f600", "tab\t"):
-        grammar = model.grammars.of_schema({"const": text})
+        grammar = Grammar.of_schema({"const": text})
         assert json.loads(answer(model, grammar=grammar)) == text
 
 
 def test_no_line_ends_within_a_string(model):
-    schemas = (
-        {"type": "string", "minLength": 40, "maxLength": 40},
-        {"type": "string", "pattern": "^.{40}$"},
-    )
-    for seed, schema in product(range(3), schemas):
-        grammar = model.grammars.of_schema(schema)
+    grammar = Grammar.of_schema({"type": "string", "minLength": 40, "maxLength": 40})
+    for seed in range(3):
         assert json.loads(answer(model, grammar=grammar, temperature=10.0, seed=seed))
 
 
-def test_a_model_that_is_closed_leaves_no_process(path):
-    before = {*psutil.Process().children()}
+# --- the vocabulary
+
+
+def test_tokens_are_the_bytes_that_they_show(model):
+    trie, pieces = model.token_trie, Pieces(model.context.vocab)
+    ends = {token for token in range(N_VOCAB) if not pieces[token]}
+    # No letter has the byte FF.
+    shown = [token for token in range(N_VOCAB) if pieces[token] not in (b"", b"\xff")]
+    assert [trie.decode_bytes([token]) for token in shown] == [pieces[token] for token in shown]
+    assert trie.eos_tokens == [EOS]
+    anything = Constraint(trie, Grammar.of_gbnf("root ::= .*"))
+    assert not {*anything.allowed()} & (ends - {EOS})
+
+
+def test_letters_of_several_tokens_are_let_through_whole(model):
+    trie = model.token_trie
+    constraint = Constraint(trie, Grammar.of_gbnf('root ::= [é-ê] "x"'))
+    for byte in "é".encode():
+        found = [trie.decode_bytes([token]) for token in constraint.allowed()]
+        assert bytes([byte]) in found and b"x" not in found
+        constraint.accept(int(constraint.allowed()[found.index(bytes([byte]))]))
+    assert {trie.decode_bytes([token]) for token in constraint.allowed()} == {b"x"}
+
+
+def test_the_vocabulary_is_read_once_and_outlives_the_model(path):
     with opened(path) as model:
-        assert answer(model, grammar='root ::= "ab"') == "ab"
-        [child] = {*psutil.Process().children()} - before
-        assert answer(model, grammar='root ::= "cd"') == "cd"
-        assert {*psutil.Process().children()} - before == {child}, "the first serves the second"
-    child.wait(10)
+        assert "token_trie" not in vars(model)
+        trie = model.token_trie
+        assert model.token_trie is trie
+    constraint = Constraint(trie, Grammar.of_gbnf('root ::= "ab"'))
+    assert len(constraint.allowed()) >= 1

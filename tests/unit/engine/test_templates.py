@@ -63,7 +63,7 @@ def test_the_prompt_is_what_llama_cpp_makes(template, vocab):
 @pytest.fixture
 def hurried(monkeypatch):
     """A child that has two seconds."""
-    monkeypatch.setattr(templates, "LIMIT_S", 2.0)
+    monkeypatch.setattr(templates._renderer, "limit_s", 2.0)
     templates._renderer.close()
     yield
     templates._renderer.close()

@@ -1,0 +1,79 @@
+"""Which tokens may follow in an answer of a form, by llguidance."""
+
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from pop_local.engine.decode.grammar import Grammar, GrammarError, short
+from pop_local.engine.decode.grammar_child import LIMITS
+from pop_local.engine.decode.text import Pieces
+from pop_local.engine.llama.backend import bindings
+
+
+class _Vocabulary:
+    """A llama.cpp vocabulary as llguidance asks for one (`TokenizerWrapper`).
+
+    A token is the bytes that it shows, as in Pieces: a control token has none and is never allowed.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocab: Any, ends: list[int]) -> None:
+        pieces = Pieces(vocab)
+        n_vocab = bindings().llama_vocab_n_tokens(vocab)
+        self.tokens = [b"" if token in ends else pieces[token] for token in range(n_vocab)]
+        self.eos_token_id = ends[0]
+        self.special_token_ids = ends
+
+    def __call__(self, text: str) -> list[int]:
+        raise NotImplementedError("no_forcing: the model decides on its tokens")
+
+
+def tokenizer_of(vocab: Any) -> LLTokenizer:
+    """Read llama.cpp's vocabulary, which takes a second or more."""
+    api = bindings()
+    every = range(api.llama_vocab_n_tokens(vocab))
+    ends = [token for token in every if api.llama_vocab_is_eog(vocab, token)]
+    if not ends:
+        raise GrammarError("the model has no token that ends an answer of a form")
+    wrapper: Any = _Vocabulary(vocab, ends)
+    return LLTokenizer(wrapper, eos_token=ends)
+
+
+class Constraint:
+    """One answer of a form: which tokens may follow those that were accepted.
+
+    Not thread-safe. Raises GrammarError when the grammar goes beyond llguidance's limits.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, grammar: Grammar) -> None:
+        self._matcher = LLMatcher(tokenizer, grammar.text, log_level=0, limits=LIMITS)
+        self._n_vocab = tokenizer.vocab_size
+        self._check()
+
+    def allowed(self) -> NDArray[np.intp]:
+        """Return the ids of the tokens that may follow, in order; at the end those that end it.
+
+        Raises GrammarError when there is none.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        found = np.flatnonzero(np.unpackbits(bits, count=self._n_vocab, bitorder="little"))
+        if not len(found):
+            raise GrammarError("the grammar allows no token here")
+        return found
+
+    def accept(self, token: int) -> None:
+        """Go on after a token, one of those that were allowed."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = short(self._matcher.get_error())
+            if reason.startswith("NoExtension"):
+                raise GrammarError("the grammar allows no token here")
+            raise GrammarError(f"the grammar goes beyond its limits: {reason}")

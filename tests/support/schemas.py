@@ -1,0 +1,284 @@
+"""JSON schemas as programs send them, random ones, and answers sampled under them."""
+
+import json
+from enum import Enum
+from random import Random
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from pop_local.engine.decode.constraint import Constraint
+from pop_local.engine.decode.grammar import Grammar
+
+Json = dict[str, Any]
+# Formats that an answer has, and that jsonschema can check.
+FORMATS = ["date-time", "time", "date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"]
+# What joins the letters of a tiny vocabulary to JSON.
+PIECES = [
+    '{"',
+    '":',
+    '",',
+    '"}',
+    '": "',
+    '", "',
+    "[]",
+    "{}",
+    '"}]',
+    "},",
+    "]}",
+    "true",
+    "null",
+    "12",
+]
+# An answer longer than this ends as soon as it may.
+_LONG = 80
+_ENDING = ([b"}", b"]", b'"', b"@"], [b"n", b",", b":"])
+
+
+class Colour(Enum):
+    RED = "red"
+    GREEN = "green"
+
+
+class Address(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    street: str
+    number: int = Field(ge=1, le=9999)
+    postcode: str = Field(pattern=r"^[0-9]{5}$")
+    country: Literal["de", "fr"] = "de"
+
+
+class Person(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    name: str = Field(min_length=1, max_length=12)
+    age: int | None = Field(None, ge=0, lt=150)
+    address: Address | None = None
+    colours: list[Colour] = Field([], max_length=3)
+
+
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    count: int = 0
+    label: str | None = None
+    __pydantic_extra__: dict[str, int] = Field(init=False)
+
+
+class Tree(BaseModel):
+    value: int
+    children: list["Tree"] = Field([], max_length=2)
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: int = Field(ge=0, le=9)
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+    name: str
+
+
+class Owner(BaseModel):
+    pet: Annotated[Cat | Dog, Field(discriminator="kind")]
+    others: list[Cat | Dog] = []
+
+
+class Measures(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    weight: float = Field(gt=0, le=500)
+    steps: int = Field(multiple_of=5, ge=0, le=1000)
+    pair: tuple[int, str]
+    maybe: bool | str | None = None
+
+
+class Order(BaseModel):
+    id: str = Field(json_schema_extra={"format": "uuid"})
+    lines: list[Measures] = Field(min_length=1, max_length=2)
+    notes: dict[str, str] = {}
+
+
+def an_object(**properties: Any) -> Json:
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+def a_list(items: Any, **limits: int) -> Json:
+    return {"type": "array", "items": items, **limits}
+
+
+STRING, INTEGER, NUMBER, NULL = ({"type": each} for each in ("string", "integer", "number", "null"))
+CLOSED = {"additionalProperties": False}
+_NODE = {"type": "object", "properties": {"id": INTEGER, "next": {"$ref": "#/$defs/Node"}}}
+_EXPRESSION = {
+    "anyOf": [
+        NUMBER,
+        an_object(op={"enum": ["+", "*"]}, left={"$ref": "#/$defs/E"}, right={"$ref": "#/$defs/E"}),
+    ]
+}
+
+REALISTIC: dict[str, Any] = {
+    **{
+        model.__name__: TypeAdapter(model).json_schema()
+        for model in (Address, Person, Open, Tree, Owner, Measures, Order)
+    },
+    "list of models": TypeAdapter(list[Address]).json_schema(),
+    "map of models": TypeAdapter(dict[str, Cat]).json_schema(),
+    "optional and open": {"type": "object", "properties": {"a": INTEGER, "b": STRING}},
+    "optional, open to numbers": {
+        "type": "object",
+        "properties": {"a": INTEGER, "b": STRING},
+        "additionalProperties": NUMBER,
+    },
+    "open, of one needed": {**an_object(a=INTEGER), "additionalProperties": True},
+    "optional and closed": {"type": "object", "properties": {"a": INTEGER, "b": STRING}, **CLOSED},
+    "map": {"type": "object", "additionalProperties": INTEGER},
+    "map of lists": {"type": "object", "additionalProperties": a_list(STRING, maxItems=2)},
+    "map of at most two": {"type": "object", "additionalProperties": STRING, "maxProperties": 2},
+    "map by pattern": {"type": "object", "patternProperties": {"^x-": STRING}, **CLOSED},
+    "pattern beside names": {
+        "type": "object",
+        "properties": {"id": INTEGER},
+        "patternProperties": {"^n_": NUMBER},
+        "additionalProperties": {"type": "boolean"},
+    },
+    "at least one": {
+        "type": "object",
+        "properties": {"a": INTEGER, "b": INTEGER},
+        "minProperties": 1,
+        **CLOSED,
+    },
+    "strange names": {"type": "object", "properties": {"": INTEGER, "$ref": STRING, "a/b": NULL}},
+    "linked list": {"$ref": "#/$defs/Node", "$defs": {"Node": _NODE}},
+    "expression": {"$ref": "#/$defs/E", "$defs": {"E": _EXPRESSION}},
+    "whole reference": a_list({"$ref": "#"}, maxItems=2),
+    "formats": an_object(**{name: {**STRING, "format": name} for name in FORMATS}),
+    "dates or none": a_list({"type": ["string", "null"], "format": "date"}, minItems=1),
+    "duration": {**STRING, "format": "duration"},
+    "patterns": an_object(
+        code={**STRING, "pattern": "^[A-Z]{2}-[0-9]+$"}, part={**STRING, "pattern": "[^0-9]"}
+    ),
+    "pattern and length": {**STRING, "pattern": "^(ab)+$", "maxLength": 6},
+    "lengths": an_object(
+        a={**STRING, "minLength": 2, "maxLength": 3}, b={**STRING, "maxLength": 0}
+    ),
+    "tuple": {"type": "array", "prefixItems": [INTEGER, STRING], "minItems": 1, "maxItems": 4},
+    "closed tuple": {"type": "array", "prefixItems": [INTEGER, STRING], "items": False},
+    "matrix": a_list(a_list(NUMBER, minItems=2, maxItems=2), minItems=1, maxItems=3),
+    "any": {},
+    "any object": {"type": "object"},
+    "union": {"anyOf": [INTEGER, a_list(STRING), an_object(a=NULL)]},
+    "one of": {"oneOf": [STRING, INTEGER, NULL]},
+    "all of": {"allOf": [an_object(a=INTEGER), {"properties": {"b": STRING}, "required": ["b"]}]},
+    "beside a reference": {
+        "$ref": "#/$defs/A",
+        "$defs": {"A": {**STRING, "minLength": 1}},
+        "maxLength": 2,
+    },
+    "constants": a_list({"enum": ["a", "ab", 1, 1.5, None, True, {"k": [1]}, 'q"\\']}, minItems=1),
+    "ranges": an_object(
+        a={**INTEGER, "minimum": -12, "maximum": 120},
+        b={**NUMBER, "exclusiveMinimum": 0, "maximum": 1.5},
+        c={**NUMBER, "multipleOf": 0.25, "minimum": 0},
+        d={**INTEGER, "exclusiveMinimum": 3},
+    ),
+}
+
+
+def random_schema(random: Random, depth: int = 3) -> Any:
+    """Make a schema that allows something, of keywords that are enforced."""
+    kinds = ["string", "integer", "number", "enum", "null", "boolean", "format", "any"]
+    kinds += ["object", "object", "object", "array", "tuple", "anyOf", "types"] if depth else []
+    match random.choice(kinds):
+        case "string":
+            least, most = sorted((random.randrange(4), random.randrange(8)))
+            return {**STRING, **_some(random, {"minLength": least, "maxLength": most})}
+        case "integer" | "number" as kind:
+            least, most = sorted((random.randrange(-50, 50), random.randrange(-50, 200)))
+            limits = {"minimum": least - 0.5, "maximum": most + 1, "exclusiveMaximum": most + 2.5}
+            return {"type": kind, **_some(random, limits)}
+        case "enum":
+            several = ["a", "b c", "", 5, -1.25, None, False, [1, "x"], {"a": 1}, "é"]
+            return {"enum": random.sample(several, random.randrange(1, 4))}
+        case "format":
+            return {**STRING, "format": random.choice(FORMATS)}
+        case "any":
+            return random.choice([{}, True, {"description": "anything"}])
+        case "object":
+            return _random_object(random, depth - 1)
+        case "array":
+            least, most = sorted((random.randrange(3), random.randrange(1, 4)))
+            items = {"type": "array", "items": random_schema(random, depth - 1)}
+            return items | _some(random, {"minItems": least, "maxItems": most})
+        case "tuple":
+            first = [random_schema(random, depth - 1) for _ in range(random.randrange(1, 3))]
+            limits = {"minItems": random.randrange(3), "maxItems": random.randrange(2, 5)}
+            rest = _some(random, {**limits, "items": random_schema(random, depth - 1)})
+            return {"type": "array", "prefixItems": first, **rest}
+        case "types":
+            kinds = random.sample(["string", "integer", "null", "array"], 2)
+            return {"type": kinds, "maxLength": 3, "minimum": 2, "maxItems": 1}
+        case "anyOf":
+            return {"anyOf": [random_schema(random, depth - 1) for _ in range(2)]}
+        case kind:
+            return {"type": kind}
+
+
+def _random_object(random: Random, depth: int) -> Json:
+    names = random.sample(["a", "ab", "b", "", "$ref", "type", "é", "n_1"], random.randrange(4))
+    found: Json = {"type": "object"}
+    if names:
+        found["properties"] = {name: random_schema(random, depth) for name in names}
+        found["required"] = [name for name in names if random.random() < 0.5]
+    other = random.choice([None, True, False, random_schema(random, depth)])
+    if other is not None:
+        found["additionalProperties"] = other
+    if random.random() < 0.2:
+        found["patternProperties"] = {"^n_": random_schema(random, depth)}
+    if not names and other is not False and random.random() < 0.3:
+        found["maxProperties"] = random.randrange(1, 3)
+    return found
+
+
+def _some(random: Random, limits: Json) -> Json:
+    return {name: value for name, value in limits.items() if random.random() < 0.5}
+
+
+class Answers:
+    """Answers whose logits are random, but of long ones, which end as soon as they may."""
+
+    def __init__(self, trie: Any, seed: int = 0) -> None:
+        self._trie = trie
+        self._rng = np.random.default_rng(seed)
+        pieces = [trie.decode_bytes([token]) for token in range(trie.vocab_size)]
+        self._wish = np.zeros(trie.vocab_size)
+        for rank, ending in enumerate(_ENDING):
+            found = [token for token, piece in enumerate(pieces) if piece in ending]
+            self._wish[found] = 50 - 20 * rank
+        self._wish[trie.eos_tokens] = 99
+
+    def sample(self, grammar: Grammar) -> str:
+        """One answer. Raises AssertionError for one that does not end."""
+        constraint = Constraint(self._trie, grammar)
+        tokens: list[int] = []
+        while True:
+            ids = constraint.allowed()
+            logits = self._rng.gumbel(size=len(ids))
+            if len(tokens) > _LONG:
+                logits += self._wish[ids]
+            token = int(ids[logits.argmax()])
+            if token in self._trie.eos_tokens:
+                return bytes(self._trie.decode_bytes(tokens)).decode()
+            tokens.append(token)
+            assert len(tokens) < 20 * _LONG, self._trie.decode_str(tokens)
+            constraint.accept(token)
+
+
+def wrong(schema: Any, text: str) -> str:
+    """Why the text is no answer to the schema, formats included; "" if it is one."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        return f"{text!r}: {error}"
+    validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    return "; ".join(f"{text!r}: {error.message}" for error in validator.iter_errors(value))
