@@ -31,7 +31,7 @@ def read_file(path: Path, most: int = -1) -> bytes:
 
 
 def _first_of(path: Path, pipe: int) -> bytes:
-    """What a pipe has now, or b"" once somebody writes to it."""
+    """Return the bytes that a pipe has now, or b"" once somebody writes to it."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline_s:
         try:

@@ -18,7 +18,7 @@ _STACK_BYTES = 4 << 20
 
 
 class Work:
-    """What can be asked for: a method, arguments and results that JSON knows."""
+    """The calls that are answered, with arguments and results of JSON."""
 
     def __init__(self) -> None:
         self._tokenizer = LLTokenizer("byte")

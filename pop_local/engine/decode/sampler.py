@@ -73,10 +73,7 @@ class Sampler:
             return int(logits.argmax())
         ids = self._constraint.allowed()
         logits = logits[ids]
-        if self._chain is None:
-            token = int(ids[logits.argmax()])
-        else:
-            token = self._from_chain(ids, logits)
+        token = int(ids[logits.argmax()]) if self._chain is None else self._from_chain(ids, logits)
         self._constraint.accept(token)
         return token
 

@@ -99,6 +99,10 @@ def test_documents_have_short_sentences(path: Path) -> None:
     assert not [sentence for sentence in found if begins_badly(sentence)]
 
 
+def test_docstrings_and_comments_begin_well() -> None:
+    assert offenders([ROOT / "pop_local", ROOT / "converter"]) == []
+
+
 def test_links_lead_somewhere() -> None:
     anchor = re.compile(r"[^\w\- ]")
     for document in DOCUMENTS:
