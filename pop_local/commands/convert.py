@@ -146,20 +146,16 @@ def convert(
 ) -> None:
     """Make a copy of a model that reads long prompts faster.
 
-    As many layers are skipped as the quality asked for allows: near-lossless makes held-out text at
-    most 1.01 times as perplexing as the full model finds it, and a repeated passage 1.02 times,
-    balanced 1.03 and 1.1 times, fast 1.06 and 1.3 times; the KL divergence, random tokens and
-    facts of a prompt have limits, too (--dry-run names them all). --skip and --boundary say it
-    themselves, and are refused past --quality if that is given, too. fastest goes deeper, about
-    twice the speed, where text is no longer copied: tokens that the question needs run all layers,
-    so that facts are found as by the full model, and the rest gets its depth afterwards (--refill
-    of chat and serve).
+    As many layers are skipped as --quality allows. Three qualities limit the perplexity of
+    held-out text and of a repeated passage: near-lossless at 1.01 and 1.02 times the full model's,
+    balanced at 1.03 and 1.1 times, fast at 1.06 and 1.3 times. --dry-run names all limits. --skip
+    and --boundary name the layers themselves. fastest reads about twice as fast, and no longer
+    copies text: it runs the tokens in full that the question needs, and the rest afterwards.
 
     The weights stay as they are. The K/V projections of the skipped layers are fitted to the model
-    and added, so that only pop-local opens the copy; what that leaves of the model's quality is
-    measured, printed and stored. With --projection own nothing is added, and stock llama.cpp opens
-    the copy too (and runs it in full). With --sidecar the model itself stays the file to open, here
-    and elsewhere.
+    and added, so only pop-local opens the copy. The loss of quality is measured, printed and
+    stored. With --projection own nothing is added, and stock llama.cpp opens the copy too, in full.
+    With --sidecar the model itself stays the file to open.
     """
     named, own = at.named, opt.given(**vars(limits))
     if full.select is not None and (named is None or how.quality or own):
