@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pop_local.base.errors import OutputExistsError, PopError, StoppedError
     from pop_local.calibration.options import FitOptions
+    from pop_local.engine.context_full import ContextFullError
     from pop_local.engine.decode.grammar import Grammar, GrammarError
     from pop_local.engine.model import PopModel
     from pop_local.engine.sessions.chat_session import Answer, ChatSession, Stream
     from pop_local.engine.sessions.conversation import Conversation, Document, Turn
-    from pop_local.engine.turn import AnswerOptions, ContextFullError, SessionStats, TurnStats
+    from pop_local.engine.turn import AnswerOptions, SessionStats, TurnStats
     from pop_local.measure.budget import BALANCED, FAST, NEAR_LOSSLESS
     from pop_local.measure.quality import QualitySettings
     from pop_local.research.analyze import Analysis, analyze
@@ -94,7 +95,8 @@ _MODULES = {
     "pop_local.texts.documents": ["read_document"],
     "pop_local.engine.sessions.conversation": ["Conversation", "Document", "Turn"],
     "pop_local.engine.sessions.chat_session": ["Answer", "ChatSession", "Stream"],
-    "pop_local.engine.turn": ["AnswerOptions", "ContextFullError", "SessionStats", "TurnStats"],
+    "pop_local.engine.context_full": ["ContextFullError"],
+    "pop_local.engine.turn": ["AnswerOptions", "SessionStats", "TurnStats"],
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours

@@ -12,6 +12,7 @@ from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.context import tokenized
 from pop_local.engine.llama.loading import load_model
 from pop_local.engine.llama.rpc import Servers
+from pop_local.engine.llama.threads import default_threads
 from pop_local.engine.prompt.prompter import start_of_question
 from pop_local.engine.prompt.templates import Template
 
@@ -37,7 +38,7 @@ class LoadedModel:
         source = read_source(path)
         meta = pop_of(source, sidecar)
         self._template = str(source.first.get("tokenizer.chat_template") or "")
-        self.n_threads = n_threads or backend.default_threads()
+        self.n_threads = n_threads or default_threads()
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         self._servers = Servers(rpc) if rpc else None

@@ -9,7 +9,7 @@ import typer
 
 from pop_local.commands.options import Threads
 from pop_local.engine.llama import rpc
-from pop_local.engine.llama.backend import default_threads
+from pop_local.engine.llama.threads import default_threads
 from pop_local.ui.theme import note, warn
 
 

@@ -15,9 +15,10 @@ import typer
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
 from pop_local.commands.unfolding import unfolded
+from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
-from pop_local.engine.turn import Chunk, ContextFullError
+from pop_local.engine.turn import Chunk
 from pop_local.texts.decoding import decoded
 from pop_local.texts.documents import read_document, read_limited
 from pop_local.ui.chat.overflow import least_answer, too_long

@@ -70,7 +70,7 @@ def serve(
     _require_packages()
     listening = _bound(to.host, to.port)
     _log_to_stderr()
-    from pop_local.engine.cache.state import PromptCache
+    from pop_local.engine.cache.prompt_cache import PromptCache
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from pop_local.base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.decode.logprobs import Logprobs
 from pop_local.engine.decode.sampler import Allowed, Sampler
 from pop_local.engine.decode.text import Pieces, TextStream
@@ -17,13 +18,7 @@ from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prefill.read import OnPrefill, Read, ReadingStoppedError, read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import is_end
-from pop_local.engine.turn import (
-    Chunk,
-    ContextFullError,
-    FinishReason,
-    TurnOptions,
-    TurnStats,
-)
+from pop_local.engine.turn import Chunk, FinishReason, TurnOptions, TurnStats
 
 # Closing it ends the answer.
 Answering = Generator[Chunk, None, None]

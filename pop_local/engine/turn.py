@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypedDict
 
-from pop_local.base.errors import PopError
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.images.pictures import Picture
 
@@ -209,30 +208,6 @@ class Chunk:
     text: str
     stats: TurnStats | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-
-
-class ContextFullError(PopError):
-    """A prompt and its answer do not fit the context; all numbers are tokens.
-
-    `n_answer` is the room that the answer was to have, `n_short` what is missing.
-    """
-
-    def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:
-        larger = n_prompt + max(512, n_answer)
-        super().__init__(
-            f"the prompt has {n_prompt:,} tokens, {n_prompt + n_answer - n_ctx:,} too many:"
-            f" the context holds {n_ctx:,}, and an answer needs {n_answer:,}",
-            f"give a larger context (n_ctx={larger}) or a shorter prompt",
-            cause="context-full",
-            n_ctx=larger,
-        )
-        self.n_prompt = n_prompt
-        self.n_answer = n_answer
-        self.n_ctx = n_ctx
-
-    @property
-    def n_short(self) -> int:
-        return self.n_prompt + self.n_answer - self.n_ctx
 
 
 def _rate(n_tokens: int, seconds: float) -> float:

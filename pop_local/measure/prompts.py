@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pop_local.base.errors import PopError
+from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.model import PopModel
 from pop_local.engine.sessions.conversation import Document, Turn
-from pop_local.engine.turn import ContextFullError, Message
+from pop_local.engine.turn import Message
 from pop_local.texts.decoding import read_text
 from pop_local.texts.documents import read_document
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
 from pop_local.calibration import needs
-from pop_local.engine.llama.backend import default_threads
+from pop_local.engine.llama.threads import default_threads
 from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:

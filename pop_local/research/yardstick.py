@@ -6,8 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pop_local.base.output import check_output
-from pop_local.engine.llama.backend import default_threads
 from pop_local.engine.llama.quantise import TYPES, quantise
+from pop_local.engine.llama.threads import default_threads
 from pop_local.measure.forced import FULL, use_rule
 from pop_local.measure.quality import Quality, measure_against, read_reference
 from pop_local.measure.recall import Recall, RecallReference

@@ -16,7 +16,7 @@ from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, WriteError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.cache.keys import conversion
-from pop_local.engine.cache.state import PromptCache
+from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from pop_local.base.errors import PopError
+from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation
-from pop_local.engine.turn import Chunk, ContextFullError, Message, TurnStats
+from pop_local.engine.turn import Chunk, Message, TurnStats
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import converse
 from pop_local.ui.chat.screen import Choice, Screen

@@ -7,8 +7,9 @@ import numpy as np
 
 from pop_local.base.errors import PopError
 from pop_local.engine.cache.keys import FULL, KvKey, conversion, opened_with, own_sha256
+from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.cache.rows import CachedRows
-from pop_local.engine.cache.state import PromptCache, SavedState
+from pop_local.engine.cache.state import SavedState
 from pop_local.engine.images.mmproj import NO_TOKEN, ImageChunk, Mmproj
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode

@@ -1,13 +1,11 @@
-"""Saved KV caches, and those of prompts that another one drove out."""
+"""Saved KV caches."""
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pop_local.engine.cache.keys import KvKey
-from pop_local.engine.prompt.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -29,49 +27,3 @@ class SavedState:
     @property
     def n_tokens(self) -> int:
         return len(self.tokens)
-
-
-_Name = tuple[str, bytes, frozenset[tuple[int, str]]]
-
-
-class PromptCache:
-    """Saved states by key and tokens, up to `capacity_bytes` of cells; the oldest goes first.
-
-    A prompt takes the place of those that it goes on from, and one that is too large drives no
-    others out. Several models may share one.
-    """
-
-    def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
-        self._states: OrderedDict[_Name, SavedState] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    @property
-    def size_bytes(self) -> int:
-        """How many bytes of cells are kept."""
-        return sum(len(state.cells) for state in self._states.values())
-
-    def add(self, key: str, state: SavedState) -> None:
-        """Keep a state under the key of whoever may use it."""
-        if len(state.cells) > self.capacity_bytes:
-            return
-        name = (key, state.tokens.tobytes(), frozenset(state.images.items()))
-        for other in list(self._states):
-            if other[0] == key and name[1].startswith(other[1]) and other[2] <= name[2]:
-                del self._states[other]
-        self._states[name] = state
-        while self.size_bytes > self.capacity_bytes:
-            self._states.popitem(last=False)
-
-    def longest(self, key: str, prompt: Prompt) -> tuple[SavedState | None, int]:
-        """Find the state of a key that has the most rows in common with a prompt, and how many."""
-        best, n_best = None, 0
-        for name, state in self._states.items():
-            if name[0] == key and (n := prompt.n_equal(state.tokens, state.images)) > n_best:
-                best, n_best = name, n
-        if best is None:
-            return None, 0
-        self._states.move_to_end(best)
-        return self._states[best], n_best

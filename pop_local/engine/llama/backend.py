@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import psutil
 
 from pop_converter.popfile.format import PopMeta
 from pop_local.base.errors import PopError
@@ -284,15 +283,3 @@ def _set(name: str, ctx: Any, *values: Any) -> None:
     logs.forget_errors()
     if getattr(require_patched(), name)(ctx, *values) != 0:
         raise PopError(logs.first_error() or f"{name}{values} was refused")
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use; a second thread on a core slows llama.cpp down."""
-    if hasattr(os, "sched_getaffinity"):
-        cpus = os.sched_getaffinity(0)
-        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-        try:
-            return len({Path(siblings.format(cpu)).read_text() for cpu in cpus})
-        except OSError:
-            return len(cpus)
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1

@@ -18,6 +18,7 @@ from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.devices import devices, kernels_read_prompts
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers, close_at_exit
+from pop_local.engine.llama.threads import default_threads
 
 _N_BATCH = 512
 
@@ -95,7 +96,7 @@ class Context:
         self._api = backend.bindings()
         self.source, self.meta, self.sidecar, self.options = source, meta, sidecar, options
         self.path = source.first.path
-        self.n_threads = options.n_threads or backend.default_threads()
+        self.n_threads = options.n_threads or default_threads()
         self.n_threads_batch = options.n_threads_batch or self.n_threads
         has_gpu = any(device.is_gpu for device in devices())
         self.on_device = options.n_gpu_layers != 0 and (bool(options.rpc) or has_gpu)

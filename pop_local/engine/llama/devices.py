@@ -10,6 +10,7 @@ from typing import Any
 
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend
+from pop_local.engine.llama.threads import default_threads
 
 _POINTER = ctypes.c_void_p
 NO_KERNELS = "none"
@@ -65,7 +66,7 @@ def describe_backend() -> BackendInfo:
         devices=devices(),
         built_in=tuple(GgmlLibrary().backends()),
         features=llama_cpp.llama_print_system_info().decode(),
-        n_threads=backend.default_threads(),
+        n_threads=default_threads(),
         cpu_variant=_cpu_variant("".join(getattr(llama_cpp, "_backends_log", ()))),
         kernels=prompt_kernels(),
     )

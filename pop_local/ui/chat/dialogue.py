@@ -11,10 +11,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pop_local.base.errors import PopError
+from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.sessions.conversation import Document
-from pop_local.engine.turn import ContextFullError
 from pop_local.measure.full_cost import FullCosts
 from pop_local.ui.chat.overflow import ask_for_room, least_answer
 from pop_local.ui.chat.screen import Screen

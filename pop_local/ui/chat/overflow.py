@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
-from pop_local.engine.turn import ContextFullError
+from pop_local.engine.context_full import ContextFullError
 from pop_local.ui.chat.screen import Choice, Screen
 
 if TYPE_CHECKING:

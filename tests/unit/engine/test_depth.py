@@ -11,7 +11,7 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration import activations
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.cache.keys import FULL
-from pop_local.engine.cache.state import PromptCache
+from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.select import select_rows
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode

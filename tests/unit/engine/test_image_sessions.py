@@ -108,7 +108,7 @@ def test_a_session_of_impossible_rows_or_other_pictures_is_damaged(smol, tmp_pat
 
 
 def test_prompt_caches_know_pictures(smol):
-    from pop_local.engine.cache.state import PromptCache
+    from pop_local.engine.cache.prompt_cache import PromptCache
 
     options = {"temperature": 0.0, "max_tokens": 2}
     with smol.opened() as model:

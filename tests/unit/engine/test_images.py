@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pop_local.base.errors import PopError, StoppedError
+from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images import mmproj
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import picture_of
@@ -18,7 +19,7 @@ from pop_local.engine.llama.batch import Outputs, TokenBatch, decode_rows
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import ContextFullError, Message
+from pop_local.engine.turn import Message
 from support.seeing import (
     EYES,
     LONG,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pop_local.base.errors import PopError
-from pop_local.engine.cache.state import PromptCache
+from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt

@@ -1,0 +1,27 @@
+"""The error for a prompt that does not fit the context."""
+
+from pop_local.base.errors import PopError
+
+
+class ContextFullError(PopError):
+    """A prompt and its answer do not fit the context; all numbers are tokens.
+
+    `n_answer` is the room that the answer was to have, `n_short` what is missing.
+    """
+
+    def __init__(self, n_prompt: int, n_answer: int, n_ctx: int) -> None:
+        larger = n_prompt + max(512, n_answer)
+        super().__init__(
+            f"the prompt has {n_prompt:,} tokens, {n_prompt + n_answer - n_ctx:,} too many:"
+            f" the context holds {n_ctx:,}, and an answer needs {n_answer:,}",
+            f"give a larger context (n_ctx={larger}) or a shorter prompt",
+            cause="context-full",
+            n_ctx=larger,
+        )
+        self.n_prompt = n_prompt
+        self.n_answer = n_answer
+        self.n_ctx = n_ctx
+
+    @property
+    def n_short(self) -> int:
+        return self.n_prompt + self.n_answer - self.n_ctx
