@@ -144,7 +144,7 @@ def _create_chat_completion(model: OpenModel, llama: Any, *given: Any, **options
         options["grammar"] = grammar = Grammar.of_schema(schema)
         if grammar.ignored:
             what = ", ".join(grammar.ignored)
-            warnings.warn(f"not enforced of the JSON schema: {what}", stacklevel=2)
+            warnings.warn(f"not enforced of the JSON schema: {what}", stacklevel=3)
     return llama_cpp.Llama.create_chat_completion(llama, *given, **options)
 
 

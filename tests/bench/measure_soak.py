@@ -33,16 +33,13 @@ STORY = (
     "and her dog sleeps under the table. "
 )
 ENDLESS = "root ::= [a-z] root"
+_MANY = {"type": "object", "properties": {f"p{n}": {} for n in range(10_000)}}
 BOMBS = (
-    {"grammar": f'root ::= [ -~] a0 "z"\n{BOMB}'},
-    {"grammar": f'root ::= a0 "z"\n{BOMB}'},
-    {"grammar": 'root ::= "a" root "b" | "a" root "c"'},
-    {
-        "response_format": {
-            "type": "json_schema",
-            "json_schema": {"name": "a", "schema": {"type": "string", "pattern": "^a{400000000}$"}},
-        }
-    },
+    {"grammar": f'root ::= a0 "z"\n{BOMB[:-2]}"a"'},
+    *(
+        {"response_format": {"type": "json_object", "schema": schema}}
+        for schema in ({"type": "integer", "multipleOf": 999_983}, _MANY)
+    ),
 )
 MALFORMED: tuple[dict[str, Any], ...] = (
     *({"n": 3}, {"messages": []}, {"max_tokens": "many"}, {"temperature": -1}),

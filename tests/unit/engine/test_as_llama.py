@@ -127,7 +127,7 @@ def test_json_that_is_asked_for_is_escaped(model, form):
 def test_what_of_a_form_is_not_enforced_is_a_warning(model):
     form = {"type": "json_object", "schema": {"enum": [[1]], "uniqueItems": True}}
     with pytest.warns(UserWarning, match="uniqueItems"):
-        reply = model.create_chat_completion(MESSAGES, response_format=form, max_tokens=60)
+        reply = chat(model, MESSAGES, response_format=form, max_tokens=60)
     assert json.loads(content(reply)) == [1]
 
 

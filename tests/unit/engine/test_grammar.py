@@ -66,7 +66,7 @@ def test_the_likeliest_of_the_allowed_tokens_is_taken(model):
     model.cache.clear()
     text = answer(model, grammar="root ::= [b-y]", temperature=0.0)
     model.cache.clear()
-    logits = read(model, model.prompter.tokens_of("Once upon a time", add_bos=True))
+    logits = read(model, model.context.tokenize("Once upon a time", add_bos=True))
     allowed = Constraint(model.token_trie, Grammar.of_gbnf("root ::= [b-y]")).allowed()
     best = int(allowed[logits[allowed].argmax()])
     assert text.encode() == model.token_trie.decode_bytes([best])
