@@ -34,7 +34,7 @@ STORY = (
 )
 ENDLESS = "root ::= [a-z] root"
 _MANY = {"type": "object", "properties": {f"p{n}": {} for n in range(10_000)}}
-BOMBS = (
+BOMBS: tuple[dict[str, Any], ...] = (
     {"grammar": f'root ::= a0 "z"\n{BOMB[:-2]}"a"'},
     *(
         {"response_format": {"type": "json_object", "schema": schema}}
