@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import openai
 import pytest
+from typer.testing import CliRunner
 
 from pop_local.base.errors import PopError
+from pop_local.cli import app
 from pop_local.commands import serve
 from support.converted import tiny
 from support.serving import PATIENCE_S, served
@@ -279,9 +281,10 @@ def test_an_address_of_another_machine_is_said_to_be_none_of_this_one(host, reas
 
 def test_missing_packages_name_the_extra(monkeypatch, tiny_file):
     monkeypatch.setattr(serve, "_PACKAGES", ("uvicorn", "no_such_package"))
-    with pytest.raises(PopError, match="serving needs no_such_package") as caught:
-        serve.serve(str(tiny_file))
-    assert "'pop-local[server]'" in caught.value.hint
+    done = CliRunner().invoke(app, ["serve", str(tiny_file)])
+    assert done.exit_code == 1
+    assert "serving needs no_such_package" in done.stderr
+    assert "'pop-local[server]'" in done.stderr
 
 
 def test_an_open_address_without_a_key_is_warned_of(tiny_file):
