@@ -224,8 +224,10 @@ class Sessions:
         model.set_mode(session.mode)
         if not model.cache.takes(session.key):
             return Restored(session, f"they belong to {session.key}")
+        # The key of the mode that is set by now.
+        key = FULL if session.key == str(FULL) else model.cache.mode_key
         try:
-            model.cache.take_over(state)
+            model.cache.take_over(dataclasses.replace(state, key=key))
         except PopError as error:
             return Restored(session, error.message)
         return Restored(session, "")

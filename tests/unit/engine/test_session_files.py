@@ -287,3 +287,14 @@ def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path)
     other = tmp_path / "other.gguf"
     other.write_bytes(trained)
     assert "another model" in sessions.load("talk", opened(other)).reread
+
+
+def test_a_pruned_session_loaded_with_pruning_off_is_not_the_full_models(chat_model, sessions):
+    model = opened(chat_model)
+    sessions.save("talk", model, answered(model, QUESTION))
+    other = opened(chat_model)
+    other.pruning = False
+    assert sessions.load("talk", other).reread == ""
+    assert (other.mode, other.cache.n_exact) == (Mode.CONTEXT, 0)
+    other.pruning = False
+    assert other.cache.n_tokens == 0
