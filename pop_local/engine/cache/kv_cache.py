@@ -263,7 +263,8 @@ class KvCache:
             self._keep()
         state, n_there = self.prompts.longest(self._prompts_key, prompt)
         if state is not None and n_there > n_same:
-            self.restore(state)
+            with suppress(PopError):  # of a larger context, say; the cache is empty then
+                self.restore(state)
 
     @property
     def _prompts_key(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,8 @@ def read(
     Raises PopError when it does not fit the context or cannot be decoded, and ReadingStoppedError
     or whatever Ctrl-C raises when it is interrupted. Rows decoded by then stay.
     """
+    if not len(prompt):
+        raise PopError("the prompt is empty", "give a text")
     cache.epoch += 1
     cache.exchange(prompt)
     n_usable = _n_usable(cache, prompt, rule)
@@ -96,6 +99,8 @@ def append(
     try:
         reading.run()
     except StoppedError as error:
+        if cache.context.is_closed:
+            raise
         raise ReadingStoppedError(reading.so_far()) from error
     return reading.so_far()
 
@@ -155,7 +160,6 @@ class _Reading:
         self._cache, self._prompt = cache, prompt
         # Where context tokens leave exactly, those at the ends do so, too.
         self._rule = NO_ENDS if cache.exact else rule
-        self._ctx = cache.context.ctx
         self._on_prefill = on_prefill
         self._epoch = cache.epoch
         self._n_cached = cache.n_tokens
@@ -166,6 +170,11 @@ class _Reading:
         self._encode_s = 0.0
         backend.reset_counters(self._ctx)
         backend.set_reading(self._ctx, True)
+
+    @property
+    def _ctx(self) -> Any:
+        """llama.cpp's. Raises PopError where `on_prefill` has closed the model."""
+        return self._cache.context.ctx
 
     def so_far(self) -> Read:
         """Say how the prompt was read, or how far."""

@@ -17,6 +17,8 @@ from pop_local.engine.limited.process import LimitedProcess, NoChildError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt import template_child
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.turn import TurnOptions
 from support.calls import NOISE, append, opened, prompt, read
 from support.converted import tiny
 
@@ -62,6 +64,21 @@ def test_a_model_closed_by_whoever_watches_it_stops_first(pop_file):
         append(model, prompt(300), close)
     with pytest.raises(PopError, match="is closed"):
         append(model, prompt(10))
+
+
+@pytest.mark.parametrize("when", [0, 512, 968])
+@pytest.mark.parametrize("should_stop", [None, lambda: False])
+def test_an_answer_of_a_model_closed_while_it_reads_is_an_error(pop_file, when, should_stop):
+    model = opened(pop_file, n_batch=512)
+
+    def close(done: int, total: int) -> None:
+        if done == when:
+            model.close()
+
+    options = TurnOptions(max_tokens=2, on_prefill=close, should_stop=should_stop)
+    with pytest.raises(PopError if when != 512 else StoppedError):
+        list(model.answer(Prompt(prompt(968)), options))
+    assert model.context.is_closed
 
 
 @pytest.mark.parametrize(

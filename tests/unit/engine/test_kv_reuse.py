@@ -296,3 +296,18 @@ def test_an_answer_does_not_go_on_over_another_prompt(pop_file):
     for answer in (first, stream):
         with pytest.raises(PopError, match="another answer begun"):
             list(answer)
+
+
+def test_a_kept_prompt_of_a_larger_context_is_read_again(pop_file):
+    """Models may share a prompt cache."""
+    large, small = opened(pop_file), opened(pop_file, n_ctx=256)
+    large.cache.prompts = small.cache.prompts = PromptCache(2**24)
+    n_read(large, prompt(300))
+    n_read(large, prompt(50, seed=1))
+    assert n_read(small, prompt(200)) == 200
+
+
+def test_an_empty_prompt_is_an_error(pop_file):
+    model = opened(pop_file)
+    with pytest.raises(PopError, match="the prompt is empty"):
+        model.read(Prompt([]))
