@@ -236,6 +236,10 @@ class Mmproj:
             self._ctx = self._last = None
             self._known.clear()
 
+    def __del__(self) -> None:
+        if getattr(self, "_ctx", None):
+            self.close()
+
     def _goes_on(self, _tensor: int, is_asked: bool, _data: object) -> bool:
         """libmtmd asks before each node whether its result is wanted, and then, whether to go on.
 
