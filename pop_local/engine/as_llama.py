@@ -22,6 +22,7 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
 
 if TYPE_CHECKING:
+    from pop_local.engine.llama.context import Context
     from pop_local.engine.open_model import OpenModel
 
 _N_PENALISED = 64
@@ -34,10 +35,11 @@ def as_llama(model: OpenModel) -> llama_cpp.Llama:
     models and logits of all tokens.
     """
     context = model.context
-    native, ctx = object.__new__(internals.LlamaModel), object.__new__(internals.LlamaContext)
+    native, ctx = object.__new__(_Model), object.__new__(_Context)
     for each in (native, ctx):  # whose pointers are not theirs to free
-        vars(each).update(_exit_stack=ExitStack(), sampler=None, custom_samplers=[])
-    native.model, native.vocab, ctx.ctx = context.model, context.vocab, context.ctx
+        vars(each).update(
+            _exit_stack=ExitStack(), sampler=None, custom_samplers=[], context=context
+        )
     llama = object.__new__(llama_cpp.Llama)
     vars(llama).update(
         _stack=ExitStack(),
@@ -71,6 +73,30 @@ def as_llama(model: OpenModel) -> llama_cpp.Llama:
     return llama
 
 
+class _Model(internals.LlamaModel):
+    """The model of an open context; its pointers raise PopError once that is closed."""
+
+    context: Context
+
+    @property
+    def model(self) -> Any:
+        return self.context.model
+
+    @property
+    def vocab(self) -> Any:
+        return self.context.vocab
+
+
+class _Context(internals.LlamaContext):
+    """An open context, in the same way."""
+
+    context: Context
+
+    @property
+    def ctx(self) -> Any:
+        return self.context.ctx
+
+
 def _generate(
     model: OpenModel,
     llama: Any,
@@ -83,13 +109,23 @@ def _generate(
     logits_processor: Any = None,
     **options: Any,
 ) -> Iterator[int]:
-    """As Llama.generate; with `logits_processor` or mirostat the sampler is llama_cpp's own."""
+    """As Llama.generate; for what ours do not know the sampler is llama_cpp's own.
+
+    Raises PopError for these (`logits_processor`, mirostat, `typical_p`) along with a grammar.
+    """
     if not reset:
         raise PopError("generate goes on from what was read by itself", "leave reset out")
+    is_foreign = logits_processor or options.get("mirostat_mode")
+    is_foreign = is_foreign or options.get("typical_p", 1.0) != 1.0
+    if grammar is not None and is_foreign:
+        raise PopError(
+            "logits_processor, logit_bias, mirostat and typical_p do not go with a grammar",
+            "leave one of them out",
+        )
     model.read(Prompt(list(tokens)))
-    if grammar is None and (logits_processor or options.get("mirostat_mode")):
+    if is_foreign:
         chain = llama._init_sampler(temp=temp, logits_processor=logits_processor, **options)
-        steps = model.parts.sampled(_Chain(llama, chain))
+        steps = model.parts.sampled(_Chain(model, llama, chain))
     else:
         known = TurnOptions.__dataclass_fields__.keys() & options.keys()
         chosen = {name: options[name] for name in known}
@@ -97,7 +133,7 @@ def _generate(
         seed = llama._seed
         steps = model.sampled(TurnOptions(temperature=temp, grammar=form, seed=seed, **chosen))
     for token in steps:
-        llama.input_ids, llama.n_tokens = model.cache.tokens, model.cache.n_tokens
+        _show_tokens(model, llama)
         if stopping_criteria is not None and stopping_criteria(llama.input_ids, None):
             return
         yield token
@@ -106,20 +142,25 @@ def _generate(
 class _Chain:
     """A sampler of llama_cpp, called as ours are."""
 
-    def __init__(self, llama: Any, chain: Any) -> None:
-        self._llama, self._chain = llama, chain
+    def __init__(self, model: OpenModel, llama: Any, chain: Any) -> None:
+        self._model, self._llama, self._chain = model, llama, chain
 
     def sample(self) -> int:
+        _show_tokens(self._model, self._llama)  # which a logits_processor is given
         return int(self._chain.sample(self._llama._ctx, -1))
 
     def close(self) -> None:
         self._chain.close()
 
 
+def _show_tokens(model: OpenModel, llama: Any) -> None:
+    llama.input_ids, llama.n_tokens = model.cache.tokens, model.cache.n_tokens
+
+
 def _chat_handler(model: OpenModel) -> Any:
-    def render(*, messages: list[Any], **_: Any) -> chat_format.ChatFormatterResponse:
+    def render(*, messages: list[Any], **tools: Any) -> chat_format.ChatFormatterResponse:
         return chat_format.ChatFormatterResponse(
-            prompt=model.prompter.template.render(messages), added_special=True
+            prompt=model.prompter.template.render(messages, tools), added_special=True
         )
 
     return chat_format.chat_formatter_to_chat_completion_handler(render)
@@ -129,7 +170,7 @@ def _create_chat_completion(model: OpenModel, llama: Any, *given: Any, **options
     """As Llama's, with this library's grammars of JSON schemas, as the server's.
 
     Raises GrammarError for a response_format that an answer cannot be kept to, and PopError for
-    pictures and tools, which llama_cpp's own chat would drop or invent.
+    pictures, which llama_cpp's own chat would drop or invent.
     """
     messages = options.get("messages") or (given[0] if given else [])
     if any(_has_pictures(message.get("content")) for message in messages):

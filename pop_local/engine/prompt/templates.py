@@ -1,6 +1,6 @@
 """Chat templates rendered in a child process, with limits on time and memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pop_local.base.errors import PopError
@@ -40,16 +40,18 @@ class Template:
                 "take the model from another publisher",
             ) from error
 
-    def render(self, messages: Sequence[Any]) -> str:
+    def render(self, messages: Sequence[Any], tools: Mapping[str, Any] | None = None) -> str:
         """Render messages, up to where the answer begins.
 
-        Raises ValueError where the template refuses them, PopError where it goes beyond limits.
+        `tools`: what llama_cpp's chats give besides. Raises ValueError where the template refuses
+        them, PopError where it goes beyond limits.
         """
         values = dict.fromkeys(("functions", "function_call", "tools", "tool_choice"))
         return _renderer.render(
             self._source,
             {
                 **values,
+                **(tools or {}),
                 "messages": list(messages),
                 "eos_token": self._eos,
                 "bos_token": self._bos,
