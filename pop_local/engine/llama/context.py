@@ -60,7 +60,13 @@ class ContextOptions:
         known = cls.__dataclass_fields__.keys() - {"others"}
         others = {name: value for name, value in given.items() if name not in known}
         structures = (api.llama_model_params, api.llama_context_params)
-        fields = {name for each in structures for name, *_ in each._fields_}
+        # Pointers and callbacks are no options.
+        fields = {
+            name
+            for each in structures
+            for name, kind in each._fields_
+            if issubclass(kind, ctypes._SimpleCData) and kind is not ctypes.c_void_p
+        }
         if unknown := sorted(others.keys() - fields):
             raise TypeError(f"a model is not opened with {unknown[0]!r}: no such option")
         ours = {name: value for name, value in given.items() if name in known}
@@ -130,7 +136,7 @@ class Context:
         # It also refuses a file whose context has no sensible size.
         default = loading.default_ctx(self.source.first)
         n_ctx = options.n_ctx or default
-        params.n_ctx = n_ctx
+        params.n_ctx = min(n_ctx, 2**32 - 1)  # more would wrap around
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
         params.n_threads, params.n_threads_batch = self.n_threads, self.n_threads_batch
