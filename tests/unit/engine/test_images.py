@@ -1,6 +1,5 @@
 """Pictures in prompts, on tiny models of each kind: read, reused, stopped, saved, refused."""
 
-import gc
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -438,21 +437,3 @@ def test_a_tail_does_not_reach_into_an_image():
     assert plan.chunks == ((0, 60), (60, 124), (124, 184), (184, 200))
     short = plan_prefill(0, 50, replace(rule, min_prompt=64), 64, [(10, 45)])
     assert (short.full_from, short.n_pruned) == (0, 0)
-
-
-def test_the_eye_of_a_model_that_nobody_has_is_freed(smol):
-    model = smol.opened()
-    mtmd, freed = model.prompter.open_eye()._mtmd, []
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(mtmd, name)
-
-        def mtmd_free(self, ctx: Any) -> None:
-            freed.append(ctx)
-            mtmd.mtmd_free(ctx)
-
-    model.eye._mtmd = Counting()
-    del model
-    gc.collect()
-    assert len(freed) == 1

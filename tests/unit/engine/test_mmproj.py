@@ -1,9 +1,11 @@
 """Mmprojs: which one a model has, what it takes, and what is none."""
 
+import gc
 import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,3 +131,21 @@ def test_what_fails_elsewhere_is_no_reason_here(smol, tmp_path):
         other.join()
         assert logs.first_error() == "a reason"
         logs.forget_errors()
+
+
+def test_the_eye_of_a_model_that_nobody_has_is_freed(smol):
+    model = smol.opened()
+    mtmd, freed = model.prompter.open_eye()._mtmd, []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(mtmd, name)
+
+        def mtmd_free(self, ctx: Any) -> None:
+            freed.append(ctx)
+            mtmd.mtmd_free(ctx)
+
+    model.eye._mtmd = Counting()
+    del model
+    gc.collect()
+    assert len(freed) == 1
