@@ -40,6 +40,7 @@ def as_llama(model: OpenModel) -> llama_cpp.Llama:
         vars(each).update(
             _exit_stack=ExitStack(), sampler=None, custom_samplers=[], context=context
         )
+    metadata = native.metadata()  # an error, where the model is closed
     llama = object.__new__(llama_cpp.Llama)
     vars(llama).update(
         _stack=ExitStack(),
@@ -47,7 +48,7 @@ def as_llama(model: OpenModel) -> llama_cpp.Llama:
         _ctx=ctx,
         verbose=False,
         model_path=str(context.path),
-        metadata=native.metadata(),
+        metadata=metadata,
         context_params=context.settings,
         n_batch=context.n_batch,
         n_threads=context.n_threads,

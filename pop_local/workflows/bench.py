@@ -11,7 +11,7 @@ from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.sidecar import pop_of
-from pop_local.base.errors import PopError
+from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.images.pictures import read_picture
 from pop_local.engine.llama.devices import devices, kernels_read_prompts, prompt_kernels
 from pop_local.engine.model import PopModel
@@ -105,7 +105,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
     picture = None if options.image is None else read_picture(options.image)
     with opened_to_bench(model, sidecar, options, watch) as (loaded, _, found):
         is_ours = found.kernels and kernels_read_prompts() and picture is None
-        with _upstream(loaded, options) if is_ours else nullcontext((None, None)) as beside:
+        with _upstream(loaded, options, watch) if is_ours else nullcontext((None, None)) as beside:
             setting, read = beside
             advance = watch.stage("Measuring")
             lengths = options.n_prompts
@@ -115,7 +115,7 @@ def bench(model: str, sidecar: Path | None, options: BenchOptions, watch: Watch)
 
 @contextmanager
 def _upstream(
-    model: PopModel, options: BenchOptions
+    model: PopModel, options: BenchOptions, watch: Watch
 ) -> Iterator[tuple[str, Callable[[Prompt], Run]]]:
     """The same model by llama.cpp's own kernels, in the setting that reads fastest, and which."""
     opening: dict[str, Any] = {
@@ -128,6 +128,8 @@ def _upstream(
     path, prompt = model.path, random_prompt(model, min(_N_TRIED, options.n_longest))
     times_s = {}
     for name, (repack, flash_attn) in _SETTINGS.items():  # one at a time, for the memory
+        if watch.should_stop():
+            raise StoppedError
         with Upstream(path, repack=repack, flash_attn=flash_attn, **opening) as tried:
             times_s[name] = run_rounds([partial(tried.run, prompt)], 1)[0][0].ttft_s
     best = min(times_s, key=lambda name: times_s[name])

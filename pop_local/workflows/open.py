@@ -79,8 +79,8 @@ def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelF
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
         ours = is_shipped(files.sidecar)
-        named = f"{files.sidecar.name}, which comes with pop-local," if ours else files.sidecar
-        watch.on_note(f"Pruning as {named} says.")
+        named = f"{files.sidecar.name}, which comes with pop-local" if ours else files.sidecar
+        watch.on_note(f"Pruning by {named}.")
     return files
 
 

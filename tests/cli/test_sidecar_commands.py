@@ -150,7 +150,7 @@ def test_it_is_found_beside_the_model_and_said_so(base, sidecar, capsys):
     assert model_files(str(base)) == ModelFiles(base, sidecar)
     said = capsys.readouterr()
     assert said.out == ""
-    assert f"Pruning as {sidecar} says." in said.err.replace("\n", "")
+    assert f"Pruning by {sidecar}." in said.err.replace("\n", "")
 
 
 def test_it_can_be_named(base, sidecar, capsys):
@@ -193,7 +193,7 @@ def test_run(base, sidecar):
     assert (found["boundary"], found["full"]) == (4, False)
     assert found["stats"]["n_pruned"] > 0
     done = command(*arguments, "--full")
-    assert "Pruning as" not in done.stderr
+    assert "Pruning by" not in done.stderr
     found = json.loads(done.stdout)
     assert found["stats"]["n_pruned"] == 0
     elsewhere = sidecar.rename(base.with_name("other.gguf"))

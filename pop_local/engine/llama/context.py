@@ -118,9 +118,11 @@ class Context:
         )
         self.interrupt = Interrupt()
         self._servers = Servers(tuple(options.rpc)) if options.rpc else None
+        params = self._model_params()
         try:
-            self._open()
-        except PopError:
+            with self.interrupt.opening(params):
+                self._open(params)
+        except BaseException:  # Ctrl-C, too
             self.close()
             raise
         self.window = self._api.llama_model_n_swa(self.model) if is_windowed else 0
@@ -150,15 +152,19 @@ class Context:
         _fill(params, options.others)
         return params
 
-    def _open(self) -> None:
-        api, options = self._api, self.options
-        params = api.llama_model_default_params()
+    def _model_params(self) -> Any:
+        options = self.options
+        params = self._api.llama_model_default_params()
         params.n_gpu_layers = 2**31 - 1 if options.n_gpu_layers == -1 else options.n_gpu_layers
         params.use_extra_bufts = options.repack
         params.load_mode = self._load_mode()
         _fill(params, options.others)
+        return params
+
+    def _open(self, model_params: Any) -> None:
+        api, options = self._api, self.options
         self._model = loading.load_model(
-            self.source, self.sidecar, self.meta, params, self._servers
+            self.source, self.sidecar, self.meta, model_params, self._servers
         )
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))

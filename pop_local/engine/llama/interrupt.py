@@ -58,12 +58,23 @@ class Interrupt:
         finally:
             self._is_watching = False
             self._api.llama_set_abort_callback(ctx, self._no_callback, None)
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+            self._restore_handlers()
             self._raised = None
             at_end, self._at_end = self._at_end, None
             if at_end is not None:
                 at_end()
+            self._deliver()
+
+    @contextmanager
+    def opening(self, model_params: Any) -> Iterator[None]:
+        """Stop the loading of a model at a signal (llama_progress_callback), and handle it then."""
+        self._put_off_signals()
+        callback = self._api.llama_progress_callback(lambda _part, _data: not self._pending)
+        model_params.progress_callback = callback
+        try:
+            yield
+        finally:
+            self._restore_handlers()
             self._deliver()
 
     @contextmanager
@@ -126,6 +137,10 @@ class Interrupt:
             if number is not None and callable(handler):
                 self._handlers[number] = handler
                 signal.signal(number, lambda *received: self._pending.append(received))
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _deliver(self) -> None:
         while self._pending:

@@ -1,6 +1,7 @@
 """How a model ends, and what must not happen meanwhile: closing, forks, threads, references."""
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.limited.process import LimitedProcess, NoChildError
-from pop_local.engine.llama import backend
+from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt import template_child
 from pop_local.engine.prompt.prompt import Prompt
@@ -26,6 +27,28 @@ from support.converted import tiny
 @pytest.fixture(scope="module")
 def pop_file(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("ends"))
+
+
+def test_ctrl_c_while_a_model_opens_ends_that(pop_file):
+    """It arrives in llama.cpp's log, where ctypes drops what is raised."""
+    presses: list[logging.LogRecord] = []
+
+    class Pressing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if not presses:
+                presses.append(record)
+                signal.raise_signal(signal.SIGINT)
+
+    handler, level = Pressing(), logs.logger.level
+    logs.logger.addHandler(handler)
+    logs.logger.setLevel(logging.DEBUG)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            opened(pop_file)
+    finally:
+        logs.logger.removeHandler(handler)
+        logs.logger.setLevel(level)
+    assert presses
 
 
 def test_a_model_that_is_closed_while_it_reads_stops_first(pop_file):
