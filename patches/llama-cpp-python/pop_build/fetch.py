@@ -99,7 +99,7 @@ def _download(pin: Pin, folder: Path) -> None:
         raise _other_file(pin, "pip refused it")
     if run.returncode != 0:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
-        # What pip did not expect is a trace, whose last line tells.
+        # An error that pip did not expect is a trace; its last line tells the reason.
         found = [line for line in lines if re.match("ERROR: (?!Exception:)", line)]
         errors = found or lines[-5:]
         reason = "\n     ".join(errors)

@@ -1,4 +1,4 @@
-"""What a GPU's backend needs to be built, in words, since CMake's are not of users."""
+"""Explains a failed build of a GPU's backend, since CMake's messages are not for users."""
 
 import ctypes
 import re

@@ -19,7 +19,7 @@ PORTABLE_VARIABLE = "POP_LLAMA_CPP_PORTABLE"
 UNPATCHED_VARIABLE = "POP_LLAMA_CPP_UNPATCHED"
 # In the package `llama_cpp`, so that a wheel says of which build it is.
 KEY_FILE = "pop_build_key.txt"
-# What a user sets to get another library out of the same sources.
+# Variables that give another library out of the same sources.
 _FLAGS = (
     *("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
     *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK", PORTABLE_VARIABLE),
@@ -35,7 +35,7 @@ _KEPT_TREES = 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a build is made of. `hooks` is None for the unpatched library; `source` one's own."""
+    """The parts of a build. `hooks` is None for the unpatched library; `source` one's own."""
 
     package: Path
     hooks: Path | None
