@@ -149,7 +149,7 @@ $(VENV)/.app: $(SOURCES) | backend
 	@rm -rf build pop_local.egg-info
 	@touch $@
 
-# Of ten thousand files the tests import a tenth, which Python compiles then.
+# The tests import a tenth of ten thousand files, which Python compiles then.
 $(VENV)/.tools: pyproject.toml | $(VENV)/.app
 	$(BIN)/python -m pip install --quiet --no-compile ".[test]"
 	@rm -rf build pop_local.egg-info
@@ -174,7 +174,7 @@ ifneq ($(filter test,$(MAKECMDGOALS)),)
 $(SMOLLM2).gguf $(GEMMA).gguf: | $(VENV)/.tools
 endif
 
-# What chat, run and pull open the catalog's models with. Hours on one core, all from the beginning.
+# The sidecars with which chat, run and pull open the catalog's models. Hours on one core, all from the beginning.
 # Torch, which distilling needs, is among the tools.
 SIDECARS := pop_local/data/sidecars
 SIDECAR_smollm2 ?= --distill --distill-tokens 262144

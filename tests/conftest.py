@@ -1,4 +1,4 @@
-"""What all tests stand on: their environment, two small models and the unpatched library."""
+"""Shared by all tests: their environment, two small models and the unpatched library."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a model is fetched for, or the unpatched library built, is no part of `make check`."""
+    """Tests that fetch a model, or build the unpatched library, are no part of `make check`."""
     for item in items:
         if {"smollm2", "gemma", "unpatched_lib"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)

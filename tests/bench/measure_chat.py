@@ -1,4 +1,4 @@
-"""What the chat costs over the engine: time to first token, and decoding. Not a test.
+"""The cost of the chat over the engine: time to first token, and decoding. Not a test.
 
     python tests/bench/measure_chat.py MODEL [--prompt 2048] [--decode 256] [--rounds 9] [--cpu N]
                                        [--clock wall|cpu] [--json]
@@ -45,7 +45,7 @@ QUESTION = "Write a long guide to this place in Markdown, with headings, lists a
 
 # With a text at hand it writes Markdown, and long enough.
 N_WRITING_PROMPT = 400
-# What a terminal sends around pasted text.
+# A terminal sends these around pasted text.
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 
 
@@ -126,7 +126,7 @@ class Child:
         return Timed(first_s - started_s, end_s - first_s, answered)
 
     def measure(self, n_prompt: int, n_decode: int, rounds: int) -> tuple[Overhead, Overhead]:
-        """Of the time to first token, and of decoding."""
+        """The ratios of the time to first token, and of decoding."""
         document = self._document(n_prompt)
         prompt = self._model.chat_prompt(Turn(QUESTION, (document,)).messages)
         answered = self.chat(document, n_decode).answered  # the model may end earlier

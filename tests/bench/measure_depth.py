@@ -1,4 +1,4 @@
-"""What depth on demand costs: keeping states, selecting rows, refilling them. Not a test.
+"""The cost of depth on demand: keeping states, selecting rows, refilling them. Not a test.
 
     python tests/bench/measure_depth.py MODEL.pop.gguf [--sidecar PATH] [--boundary LAYER]
         [--prompts 512,2048] [--select 0.1] [--tail 32] [--rounds 5] [--clock wall]

@@ -53,7 +53,7 @@ ABLATIONS = (
 
 
 def evaluated(row: Row, model: Path, fitted: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What eval printed, kept in the folder of --out."""
+    """The output of eval, kept in the folder of --out."""
     kept = Path(options.out, f"{model.stem}.{row.name.replace(' ', '-')}.{options.windows}.json")
     if not kept.exists():
         command = ["eval", str(fitted if row.is_fitted_file else model), "--json", "--recall", "0"]

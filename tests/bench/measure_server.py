@@ -1,4 +1,4 @@
-"""What the server costs one client, against `pop-local run`. Not a test.
+"""The cost of the server for one client, against `pop-local run`. Not a test.
 
     python tests/bench/measure_server.py MODEL [--words 300] [--decode 256] [--rounds 9] [--cpu N]
                                          [--clock wall|cpu] [--json]

@@ -50,7 +50,7 @@ WATCH_EVERY_S = 5
 
 @dataclass
 class Tally:
-    """What all clients have seen; `lost` has what was not answered as it should be."""
+    """The answers to all clients; `lost` has those that were not as it should be."""
 
     turns: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)

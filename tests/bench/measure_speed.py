@@ -6,8 +6,8 @@ FOLDER holds upstream's libllama of the same release and flags, or with --other 
 of the patched one, as a wheel's, which then stands in its place. Two child processes stay open, on
 one core and one thread: one with the unpatched library and llama_cpp's own `Llama.generate`, one
 with the patched library and PopModel. In each round every variant runs once, in an order that
-rotates; ratios are taken within the round. Of a model that rows leave exactly, that is measured
-instead of boundaries. The patched runs prove by the row counters that all of
+rotates; ratios are taken within the round. A model that rows leave exactly is measured so,
+without boundaries. The patched runs prove by the row counters that all of
 the prompt was evaluated and what of it was pruned. Decoding is compared from a prompt of 16 tokens
 on, as llama-bench's `tg` has none (give its path with --llama-bench). On a machine with other work
 to do, `--clock cpu` takes the process's CPU time, which one thread makes comparable.
@@ -41,7 +41,7 @@ N_DECODE_PROMPT = 16
 
 @dataclass(frozen=True)
 class Variant:
-    """What runs; `mode` is the backend's, 0 for all layers. `boundary` 0: that of the file."""
+    """A prompt's run; `mode` is the backend's, 0 for all layers. `boundary` 0: that of the file."""
 
     name: str
     is_patched: bool

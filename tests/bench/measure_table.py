@@ -59,7 +59,7 @@ def fit(model: Path, recipes: list[Recipe], folder: Path) -> dict[Recipe, Path]:
 
 
 def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
-    """What each sidecar loses, kept beside it; those that are missing are measured."""
+    """Return the losses of each sidecar, kept beside it; those that are missing are measured."""
     shape, macs = source_shape(read_source(model)), GraphMacs(model)
     plans = {
         path: make_plan(shape, boundary=b, projection=k, macs=macs)
@@ -76,7 +76,7 @@ def measure(model: Path, sidecars: dict[Recipe, Path], n_windows: int) -> None:
 
 
 def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
-    """What one sidecar loses, against what the full model said."""
+    """Return the losses of one sidecar, against what the full model said."""
     pruning = Pruning(plan.boundary)
     reference, recall = full.reference, full.recall(RecallSettings().n_documents)
     bench = full.bench
@@ -93,7 +93,7 @@ def measure_one(full: FullModel, plan: Plan, sidecar: Path) -> dict[str, Any]:
 
 
 def asked(kept: Path, *command: object) -> dict[str, Any]:
-    """What a command printed as JSON, kept in a file."""
+    """The JSON that a command printed, kept in a file."""
     if not kept.exists():
         words = [*POP_LOCAL, *map(str, command), "--threads", "1", "--gpu-layers", "0", "--json"]
         kept.write_text(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)

@@ -1,4 +1,4 @@
-"""What measure_chat.py and measure_server.py share: options, ratios within rounds, the report."""
+"""Shared by measure_chat.py and measure_server.py: options, ratios within rounds, the report."""
 
 import argparse
 import fcntl
@@ -22,7 +22,7 @@ COLUMNS, ROWS = 100, 40
 
 @dataclass(frozen=True)
 class Answered:
-    """What must not differ between two ways to the same answer."""
+    """The figures that must not differ between two ways to the same answer."""
 
     text: str
     n_prompt: int
@@ -54,7 +54,7 @@ class Overhead:
 def overhead(
     what: str, answered: Answered, n_tokens: int, base_s: Sequence[float], ours_s: Sequence[float]
 ) -> Overhead:
-    """Of two ways to the same tokens, each with its seconds round by round."""
+    """Compare two ways to the same tokens, each with its seconds round by round."""
     return Overhead(
         what,
         answered,

@@ -118,7 +118,7 @@ def _asked(task: Task) -> str:
 def score(path: Path, n_shots: int, answers: Path) -> dict[str, Any]:
     """Run the programs of both modes; the answers' lines are those of the tasks asked.
 
-    Of unfinished answers, only lines that both modes have answered count.
+    Unfinished answers count where both modes have the line.
     """
     asked = list(entries(path, "humaneval"))[n_shots:]
     _, *kept = map(json.loads, answers.read_text("utf-8").rpartition("\n")[0].splitlines())
@@ -140,7 +140,7 @@ def score(path: Path, n_shots: int, answers: Path) -> dict[str, Any]:
 def passes(entry: dict[str, Any], answer: str) -> bool:
     """Whether the answer's code passes the task's tests, in a process of its own."""
     code = _CODE.search(answer)
-    # What the task imports stays there; a function that is written in whole takes its stub's place.
+    # Imports of the task stay there; a function that is written in whole takes its stub's place.
     program = f"{entry['prompt']}    pass\n\n{code[1] if code else answer}\n\n{entry['test']}\n"
     program += f"\ncheck({entry['entry_point']})\n"
     try:

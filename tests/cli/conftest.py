@@ -1,4 +1,4 @@
-"""What all tests of commands have, and what several of them convert, fit on and shorten."""
+"""Fixtures of all tests of commands: models that several of them convert, fit on and shorten."""
 
 from pathlib import Path
 

@@ -120,12 +120,12 @@ def is_within(row):
 
 
 def made(boundary: int, retention: float = 1.0) -> DepthCost:
-    """Of a model of ten layers."""
+    """The figures of a model of ten layers."""
     return DepthCost(boundary, 10 - boundary, 1.5, Estimate(retention, 0.0), 0.0)
 
 
 def cost(boundary: int, kl: float) -> Quality:
-    """What a budget looks at."""
+    """The figures that a budget looks at."""
     quality = SimpleNamespace(
         boundary=boundary,
         kl_mean=Estimate(kl, 0.0),

@@ -39,7 +39,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def help_without_heavy() -> dict[str, tuple[str, str]]:
-    """What each command raised and printed where neither torch nor llama_cpp can be imported."""
+    """The errors and output of each command where neither torch nor llama_cpp can be imported."""
     done = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, timeout=60)
     found: dict[str, tuple[str, str]] = json.loads(done.stdout)
     return found

@@ -38,7 +38,7 @@ def meta_of(path):
 
 @pytest.fixture
 def found(monkeypatch):
-    """What the probe is to find, recipe by recipe; the full model finds 0.8."""
+    """The shares that the probe is to find, recipe by recipe; the full model finds 0.8."""
     shares: list[float] = []
 
     def told(*_):

@@ -153,7 +153,7 @@ def test_a_named_depth_is_held_to_a_budget(tiny, letters, tmp_path, monkeypatch)
     assert names(tmp_path) == {"tiny.gguf"}
     planned = json.loads(convert(tiny, *named, *LOOSE, "--dry-run").stdout)
     assert (planned["boundary"], planned["budget"]["max_kl"]) == (4, 50)
-    # What was fitted is kept for another budget.
+    # The fits are kept for another budget.
     assert convert(tiny, *named, "--max-kl", 0.0001, "--resume").exit_code == 1
     assert names(tmp_path) == {"tiny.gguf", ".tiny.pop.gguf.calibration"}
     with monkeypatch.context() as unread:

@@ -22,7 +22,7 @@ def demo(*arguments: object) -> Done:
 
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory):
-    # So many tokens are slow to read with more layers.
+    # A prompt of this length is slow to read with more layers.
     folder = tmp_path_factory.mktemp("demo")
     source = make_gguf(
         folder / "m.gguf", "llama", n_layer=3, n_embd=64, n_head=2, n_ff=64, n_ctx_train=16384

@@ -71,7 +71,7 @@ def check(
             assert found == before or is_whole(out), (at, hit)
             there = names(below) if below.exists() else set()
             left = there - {NAME} - (kept if error else set())
-            # What cannot be removed stays, of course.
+            # A file that cannot be removed stays.
             assert len(left) <= (hit == "unlink"), (at, hit, left)
             if error and kept:
                 assert not work(below) and is_whole(out) and names(below) == {NAME}

@@ -52,7 +52,7 @@ def store(tmp_path: Path, monkeypatch) -> Path:
 
 
 def sidecar(store: Path) -> Path:
-    """Of Tiny.Q8_0, with fitted projections."""
+    """A sidecar of Tiny.Q8_0, with fitted projections."""
     base = store / "Tiny.Q8_0.gguf"
     made = paired(base, store.parent, "fitted", boundary=5)
     return made.sidecar.rename(sidecar_path(read_source(base)))

@@ -1,4 +1,4 @@
-"""What others wrote never steers the terminal: file names, metadata, servers, error texts."""
+"""Text that others wrote never steers the terminal: file names, metadata, servers, error texts."""
 
 import json
 import sys

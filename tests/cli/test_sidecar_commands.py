@@ -120,7 +120,7 @@ def test_parts_have_one_sidecar(tmp_path):
 
 
 def test_a_fit_is_examined_on_base_and_sidecar(tmp_path, monkeypatch):
-    """What is measured is opened with both; fit and measuring have tests of their own."""
+    """The model to measure is opened with both; fit and measuring have tests of their own."""
     base = make_gguf(tmp_path / "tiny.gguf", "llama")
     seen = []
 

@@ -97,7 +97,7 @@ EDITS = {
     "size": (_size, "does not belong to"),
     "version": (_version, "POP version 2"),
 }
-# What the library says by itself, without the engine's checks before it.
+# The library's own words, without the engine's checks before it.
 BARE = {
     "nan": "not finite",
     "shape": "wrong shape",

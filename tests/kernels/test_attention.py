@@ -121,7 +121,7 @@ COVERED: dict[str, Make] = {
     "f32": lambda rng: attention(rng, type_=Type.F32),
     "bf16": lambda rng: attention(rng, type_=Type.BF16),
 }
-# What upstream's kernels compute.
+# The results of upstream's kernels.
 OTHER: dict[str, Make] = {
     "q4_0": lambda rng: attention(rng, type_=Type.Q4_0),
 }

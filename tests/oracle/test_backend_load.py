@@ -1,4 +1,4 @@
-"""What the patched library loads, and the reason it gives for what it refuses."""
+"""Files that the patched library loads, and the reasons it gives for refusals."""
 
 from dataclasses import replace
 from pathlib import Path

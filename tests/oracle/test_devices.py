@@ -133,7 +133,7 @@ def trios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trio]:
 
 @pytest.fixture(scope="module")
 def device() -> Iterator[dict[str, Any]]:
-    """What a job on the devices has."""
+    """The fields of a job on the devices."""
     if GPU_LAYERS:
         yield {"n_gpu_layers": GPU_LAYERS}
         return
@@ -171,7 +171,7 @@ def in_sequences() -> list[Step]:
 
 
 def steps_and_rows(case: Case, mode: int) -> tuple[list[Step], int]:
-    """What is read, and how many rows stop at the boundary, or leave, unless all are full."""
+    """The tokens to read, and how many rows stop at the boundary, or leave, unless all are full."""
     if case.reads == "pictures":
         *before, last = steps_of(PICTURES["over several ubatches"][0], case.model)
         return [*before, asking(last)], sum(map(n_rows, (*before, last))) - 1
@@ -217,7 +217,7 @@ def test_pruning_has_the_noise_of_the_full_model(
 def test_attention_is_counted_as_on_the_cpu(
     model: str, trios: dict[str, Trio], device: dict[str, Any]
 ) -> None:
-    """What a selection goes by."""
+    """The scores that a selection goes by."""
     [tokens] = PROMPTS[-1:]
     steps = (
         *(Step("mode", value=1), KEEP, Step("full_from", value=len(tokens) - N_TAIL)),

@@ -51,13 +51,13 @@ def job(unpatched_lib: Path) -> Job:
 
 
 def counted(job: Job, model: Path, steps: tuple[Step, ...]) -> dict:
-    """What the patched library gives; it counts its rows at the end."""
+    """Results of the patched library, which counts its rows at the end."""
     steps = (*steps, Step("exact", "exact"), Step("counters", "counters"))
     return run(replace(job, model=str(model), steps=steps, lib=None))
 
 
 def both(job: Job, model: Path, steps: tuple[Step, ...]) -> tuple[dict, dict]:
-    """What the patched and the unpatched library give; nothing may be saved by these steps."""
+    """Results of the patched and the unpatched library; nothing may be saved by these steps."""
     return counted(job, model, steps), run(replace(job, model=str(model), steps=steps))
 
 
@@ -265,7 +265,7 @@ def test_a_state_goes_from_either_library_to_the_other(
 
 
 def test_a_lora_adapter(plain: Path, tmp_path: Path, job: Job) -> None:
-    """Of all layers, those without K/V among them, and of the per-layer projections."""
+    """They include layers without K/V, and the per-layer projections."""
     arch = "gemma3n" if "gemma3n" in str(plain) else "gemma4"
     lora = make_lora(tmp_path / "lora.gguf", DEFAULTS[arch])
     tokens = random_tokens(513, N_VOCAB)

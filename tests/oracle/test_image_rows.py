@@ -96,7 +96,7 @@ def n_rows(step: Step) -> int:
 def expected(
     trio: Trio, context: list[Step], tail: list[Step], job: Job, folder: Path, cut: tuple[Step, ...]
 ) -> np.ndarray:
-    """What the rows of `tail` give after `context` ran through the model with silent layers.
+    """Outputs of the rows of `tail` after `context` ran through the model with silent layers.
 
     `cut`: steps in between, on the real model.
     """

@@ -27,10 +27,10 @@ from support.synthetic import make_gguf
 OWN, FITTED, WIDE, ATTENTION = Projection
 
 N_VOCAB = 380
-# Of values around 1 to 10: sums of F32 products, and RoPE's angles in F32.
+# For values around 1 to 10: sums of F32 products, and RoPE's angles in F32.
 CLOSE = 2e-3
 
-# What a synthetic model is there for: biases, k_norm, RoPE and windows by layer, fused weights.
+# The synthetic models differ in biases, k_norm, RoPE and windows by layer, fused weights.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-rope-factors": {"rope_factors": True},

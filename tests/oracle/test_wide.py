@@ -34,8 +34,8 @@ from support.synthetic import make_gguf
 OWN, FITTED, WIDE, ATTENTION = Projection
 
 N_VOCAB, N_UBATCH, BOUNDARY = 380, 32, 3
-# Of values around 1: sums of F32 products, ggml's table of GELU in F16; attention in F16 below the
-# boundary moves the state itself, as products in F16 do on GPUs. What is wrong is off by more.
+# For values around 1: sums of F32 products, ggml's table of GELU in F16; attention in F16 below the
+# boundary moves the state itself, as products in F16 do on GPUs. An error is off by more.
 ROUNDED, WRONG = 0.06, 0.3
 CLOSE = ROUNDED if GPU_LAYERS else 4e-3
 Parts = Sequence[tuple[int, int, Tokens]]
@@ -72,7 +72,7 @@ def edges(parts: Parts, seq: int) -> list[int]:
 
 
 def stored_kv(trio: Trio, parts: Parts, folder: Path, job: Job) -> list[dict[int, Stored]]:
-    """What each of two sequences has after a batch of context rows alone."""
+    """The K/V of each of two sequences after a batch of context rows alone."""
     (seq, pos, tokens), *more = parts
     steps = (
         Step("decode", seq=seq, pos=pos, tokens=tokens, more=tuple(more), logits="none"),
@@ -120,7 +120,7 @@ def test_the_previous_row_is_of_the_same_sequence_and_ubatch(
         for layer in range(BOUNDARY + 1, 8):
             swa = read_shape(wide.original).windows[layer] > 0
             assert (off(found[seq][layer], reference.layer(layer, swa=swa)) < close).all()
-            # What the reference would not notice is no proof.
+            # A difference that the reference would not notice proves nothing.
             assert (off(found[seq][layer], uncut.layer(layer, swa=swa))[cut[1:]] > WRONG).all()
             wrong = off(found[seq][layer], itself.layer(layer, swa=swa))
             assert (np.delete(wrong, cut) > WRONG).all()

@@ -1,4 +1,4 @@
-"""What the files of the real models say, and what texts are in their tokens."""
+"""The keys of the real models' files, and texts in their tokens."""
 
 import hashlib
 import importlib.resources

@@ -1,4 +1,4 @@
-"""What pruning costs the small real models, and what is seen in their layers."""
+"""Losses of the small real models by pruning, and figures of their layers."""
 
 from pydoc_data.topics import topics
 
@@ -47,7 +47,7 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     assert third.induction_retention.value > 0.7 > 0.2 > half.induction_retention.value
     assert half.kl_mean.value > BALANCED.max_kl
     assert not copies(FAST, half)
-    # What `convert` refuses before it fits.
+    # `convert` refuses it before it fits.
     assert is_hopeless(FAST, half.induction_retention)
     assert not is_hopeless(FAST, third.induction_retention)
     text, target = tmp_path / "topics.txt", tmp_path / "fitted.gguf"

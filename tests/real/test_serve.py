@@ -32,7 +32,7 @@ DECODED = "pop_decoded_tokens_total"
 HUNG_UP = 'pop_requests_total{path="/v1/chat/completions",status="499"}'
 
 
-# What was refilled between two requests answers the second one otherwise.
+# Rows that were refilled between two requests change the second answer.
 REPEATABLE = ("--ctx", 2048, "--refill", "off")
 
 

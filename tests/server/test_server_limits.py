@@ -1,4 +1,4 @@
-"""What must not take the server away from others: a hung model, connections that say nothing."""
+"""Nothing takes the server away from others: a hung model, connections that say nothing."""
 
 import signal
 import socket

@@ -1,4 +1,4 @@
-"""What the HTTP API refuses: in one shape, with a reason."""
+"""Refusals of the HTTP API: in one shape, with a reason."""
 
 import asyncio
 import json

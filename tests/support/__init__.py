@@ -1,1 +1,1 @@
-"""What tests share: models, jobs, servers, terminals. Imported as `from support.raw import run`."""
+"""Shared by tests: models, jobs, servers, terminals. Imported as `from support.raw import run`."""

@@ -18,8 +18,8 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
 
 N_VOCAB = 384
-# Of the logits (standard deviation 1): other batch shapes change them by up to 0.002, switching the
-# mode by 1.2, and 15 context rows in a prompt's tail by 0.14.
+# Noise of the logits (standard deviation 1): other batch shapes change them by up to 0.002,
+# switching the mode by 1.2, and 15 context rows in a prompt's tail by 0.14.
 NOISE = 0.01
 MODES = [Mode.OFF, Mode.CONTEXT]
 

@@ -18,7 +18,7 @@ from pop_converter.projection import Projection
 from support.shapes import read_shape
 from support.synthetic import make_gguf
 
-# Of tests that do not say.
+# For tests that name none.
 DEFAULTS = {"min_prompt": 34, "tail_tokens": 16}
 
 
@@ -28,7 +28,7 @@ def convert_default(src: Path, dst: Path, **options: object) -> PopMeta:
 
 
 def names(folder: Path) -> set[str]:
-    """Of the files that lie there."""
+    """Names of the files in the folder."""
     return {path.name for path in folder.iterdir()}
 
 

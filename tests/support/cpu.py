@@ -1,4 +1,4 @@
-"""What the processor that the tests run on can do."""
+"""Features of the processor that the tests run on."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ class Hub:
     drops: list[int] = field(default_factory=list)
     busy: int = 0
     requests: list[Request] = field(default_factory=list)
-    # What the bytes' host adds to, or changes in, its answers.
+    # Headers that the bytes' host adds to its answers, or changes.
     headers: dict[str, str] = field(default_factory=dict)
     ignores_ranges: bool = False
     # Where every request is sent on to, if anywhere.

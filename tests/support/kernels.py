@@ -191,7 +191,7 @@ def mul_mat_id(
 
 
 def geglu(rng: np.random.Generator, *shape: int) -> GeGlu:
-    """Of two tensors [..., n_rows, n], the first as large as one of a feed-forward may be."""
+    """Compare two tensors [..., n_rows, n], the first as large as one of a feed-forward may be."""
     x = 3 * rng.standard_normal(shape)
     large = rng.choice([-1e4, -87, -20, -9.99, 0, 1e-30, 10.01, 20, 1e4], shape)
     x = np.where(rng.random(shape) < 0.1, large, x).astype(np.float32)

@@ -54,7 +54,7 @@ class Expected:
 def normalised_states(trio: Trio, tokens: Tokens, job: Job) -> np.ndarray:
     """h_b / rms(h_b), float64 [n_tokens, n_embd], by the unpatched library.
 
-    What silent deep layers leave as it was comes out behind the output norm.
+    Silent deep layers leave the state as it was; it comes out behind the output norm.
     """
     step = Step("embeddings", "states", tokens=tokens, logits="all")
     normed = run(replace(job, model=str(trio.silent), steps=(step,)))["states"]
@@ -96,7 +96,7 @@ class Reference:
         return cur * scale, scale
 
     def _heads(self, layer: int) -> np.ndarray:
-        """What the heads of a layer's attention give, [n_tokens, n_head * head_dim]."""
+        """Outputs of the heads of a layer's attention, [n_tokens, n_head * head_dim]."""
         x, window = self._states * self._tensor(f"blk.{layer}.attn_norm.weight"), self._windows
         q, k = (self._rope(self._normed(layer, p, x)[0], bool(window[layer])) for p in "qk")
         v = self._product(layer, "v", x).reshape(k.shape)
@@ -223,7 +223,7 @@ class _Reader:
 
 
 def _parse_cache(reader: _Reader, layers: list[int]) -> dict[int, Stored]:
-    """Of several streams the sequence is in one, and the others are written as empty."""
+    """The sequence is in one of several streams, and the others are written as empty."""
     [n_streams] = reader.take("I")
     found = [_parse_stream(reader, layers) for _ in range(n_streams)]
     [stored] = [stream for stream in found if stream]

@@ -15,7 +15,7 @@ _JSON_VALUES: tuple[Any, ...] = (
 
 
 _KINDS = range(6)
-# What comes behind stays where it is.
+# The lines behind stay in their places.
 IN_PLACE = (0, 1, 2, 5)
 
 

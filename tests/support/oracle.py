@@ -1,4 +1,4 @@
-"""What pruning must give, computed by the unpatched library alone (DESIGN.md, section 3).
+"""The results of pruning, computed by the unpatched library alone (DESIGN.md, section 3).
 
 A model whose deep layers' attn_output and ffn_down are zero keeps the boundary state through them,
 so it fills the deep KV cache from that state exactly as pruning does. Context tokens run through

@@ -1,4 +1,4 @@
-"""What programs ask in the tests of the Python API."""
+"""Programs that run in the tests of the Python API."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """A script of llama.cpp calls, run in a child process with the patched or the unpatched library.
 
-`run(Job(...))` gives back, by name, the logits of each decode step that has a name. What is shared
-between jobs (states of a sequence) goes through files. Each library has one child for all jobs, and
+`run(Job(...))` gives back, by name, the logits of each decode step that has a name. States of a
+sequence, which jobs share, go through files. Each library has one child for all jobs, and
 one for those of each set of servers, which keeps the last models open; each job has a context of
 its own. This module imports no code of pop_local.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from support.raw_jobs import Job, Step
 
-# Of the models that a child keeps open: three of a Trio, and one.
+# A child keeps four models open: three of a Trio, and one.
 N_MODELS = 4
 
 

@@ -15,7 +15,7 @@ from pop_local.engine.decode.grammar import Grammar
 Json = dict[str, Any]
 # Formats that an answer has, and that jsonschema can check.
 FORMATS = ["date-time", "time", "date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"]
-# What joins the letters of a tiny vocabulary to JSON.
+# Pieces that join the letters of a tiny vocabulary to JSON.
 PIECES = [
     '{"',
     '":',

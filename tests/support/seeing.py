@@ -45,7 +45,7 @@ PARTS_TEMPLATE = TEMPLATE.replace(
 
 @dataclass(frozen=True)
 class Eye:
-    """What mmproj to build; `n_text`: the width of the text model's states."""
+    """The mmproj to build; `n_text`: the width of the text model's states."""
 
     projector: str
     n_text: int = 128

@@ -21,7 +21,7 @@ GEMMA3N_KV_LAYERS = 20
 
 @dataclass(frozen=True)
 class SharedKv:
-    """What to build; `make_shared` takes every field as a keyword.
+    """The model to build; `make_shared` takes every field as a keyword.
 
     `base`: what both have in common with other architectures; its head_dim is that of layers
     without a window, `head_dim_swa` that of the others. `n_ff`: by layer, if they differ.

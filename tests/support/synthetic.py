@@ -37,7 +37,7 @@ DEEP_OUTPUTS = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to build; `make_gguf` takes every field as a keyword.
+    """The model to build; `make_gguf` takes every field as a keyword.
 
     `type`: of the weight matrices. `zero_deep`: from this layer on attn_output and ffn_down are
     zero (None: nowhere). `rope_factors`: rope_freqs (llama) or the long/short pair (phi3).

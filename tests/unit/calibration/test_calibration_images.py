@@ -68,7 +68,7 @@ def with_pictures(plain: Path, **others: object):
 
 
 def shown(plain: Path, seed: int) -> Recorder:
-    """What the full model computes for images that nothing was fitted on."""
+    """States of the full model for images that nothing was fitted on."""
     recorder = Recorder()
     mmproj = plain.parent / "mmproj.gguf"
     with LoadedModel(plain, n_threads=1) as model:

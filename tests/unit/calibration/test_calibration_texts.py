@@ -1,4 +1,4 @@
-"""What is calibrated on: texts, given or refused, and samples of the model."""
+"""Calibration data: texts, given or refused, and samples of the model."""
 
 from pathlib import Path
 

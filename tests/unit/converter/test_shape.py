@@ -1,4 +1,4 @@
-"""What `read_shape` makes of every architecture, and the zeroing that the oracle rests on."""
+"""`read_shape` on every architecture, and the zeroing that the oracle rests on."""
 
 import struct
 from dataclasses import replace

@@ -67,7 +67,7 @@ def matrices(made) -> dict[str, np.ndarray]:
 def inputs(path: Path, tensors, shown: Recorder) -> np.ndarray:
     """[x, z, 1] of all rows but the windows' first ones, in float64 and row by row.
 
-    What heads give is as it was shown, where it was.
+    Outputs of the heads are those shown, where there are any.
     """
     gain = Weights(read_source(path))[f"blk.{BOUNDARY}.ffn_norm.weight"].astype(float)
     name, rows = f"blk.{BOUNDARY}.pop_", []
@@ -151,7 +151,7 @@ def test_narrower_fits_come_from_the_same_sums(llama, letters):
 def test_a_resumed_fit_equals_one_without_a_stop(
     memory_bytes, stop_after, kind, llama, letters, tmp_path
 ):
-    """What the inputs are chosen by is read first: four windows, at each of which it may stop."""
+    """The text that chooses the inputs is read first: four windows, each of which may be the last."""
     kept = settings(letters, state_path=tmp_path / "state", memory_bytes=memory_bytes)
     with pytest.raises(StoppedError):
         fitted(llama, kept, stopped_at(stop_after), kind)

@@ -36,7 +36,7 @@ def model(tmp_path_factory):
 
 
 def pruned(model: PopModel, ask: Callable[[], Any]) -> Any:
-    """What is asked for, of a prompt whose context tokens are all pruned and whose tail is not."""
+    """A request with a prompt whose context tokens are all pruned and whose tail is not."""
     model.cache.clear()
     backend.reset_counters(model.context.ctx)
     reply = ask()

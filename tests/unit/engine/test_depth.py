@@ -151,7 +151,7 @@ def test_selected_rows_run_all_layers_with_the_tail(pop_file):
     assert model.cache.rows.is_full[300 - tail : 300].all()
     logits = last_logits(model)
     assert logits.std() > 0.1
-    # What was left out makes a difference, as do the rows that were chosen.
+    # The rows that were left out make a difference, as do the rows that were chosen.
     plain, full = opened(pop_file), opened(pop_file)
     full.set_mode(Mode.OFF)
     for other in (plain, full):
@@ -229,7 +229,7 @@ def test_rows_without_states_are_read_again_for_a_selection(pop_file):
 
 
 def attention(path, tokens, layers, monkeypatch):
-    """What the full model's softmax gives: [n_head, n_rows, n_rows] of each layer."""
+    """The full model's attention weights: [n_head, n_rows, n_rows] of each layer."""
     found = {}
 
     class Kept(Recorder):

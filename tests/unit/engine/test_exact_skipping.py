@@ -32,7 +32,7 @@ OWN, FITTED, WIDE, ATTENTION = Projection
 
 @pytest.fixture(scope="module", params=["gemma3n", "gemma4"])
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Of F32 weights, whose kernels are the same on all processors: support.cpu.has_amx.
+    # For F32 weights, whose kernels are the same on all processors: support.cpu.has_amx.
     folder = tmp_path_factory.mktemp(request.param)
     return make_shared(folder / "model.gguf", request.param, type=GGMLQuantizationType.F32)
 

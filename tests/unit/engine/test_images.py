@@ -318,7 +318,7 @@ def test_a_selection_beside_a_picture(arch, tmp_path):
 
 
 def test_with_a_selection_a_picture_is_read_once_all_the_same(tmp_path):
-    """Of Gemma 3, whose pictures keep no states, so that none of their rows is ever selected."""
+    """Pictures of Gemma 3 keep no states, so that none of their rows is ever selected."""
     seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
     with seeing.opened(select=0.25) as model:
         said, first = answered(model, prompt(model, LONG, 3))
@@ -327,7 +327,7 @@ def test_with_a_selection_a_picture_is_read_once_all_the_same(tmp_path):
 
 
 def test_a_picture_is_never_cut_in_two(smol):
-    """Of a prompt that ends with a cached one, all but the last row would be kept."""
+    """A prompt that ends with a cached one would keep all but the last row."""
     with smol.opened() as model:
         tokens = prompt(model, LONG, 3)
         want = answered(model, tokens)[0]

@@ -1,4 +1,4 @@
-"""Whose K/V are reused: never those of the other mode, nor context rows in a prompt's tail."""
+"""Which K/V are reused: never those of the other mode, nor context rows in a prompt's tail."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_switching_to_the_mode_it_has_keeps_the_cache(pop_file):
 
 
 def test_noise_is_above_that_of_the_unpatched_library(pop_file, unpatched_lib):
-    """What the tests here and of the engine allow for, when batches have other shapes."""
+    """The noise that tests of the engine allow for, when batches have other shapes."""
     last = Step("decode", "last", tokens=tuple(prompt(200)))
     one, *others = (
         run(Job(str(pop_file), (last,), lib=str(unpatched_lib), n_ubatch=n_ubatch))["last"]

@@ -53,6 +53,6 @@ def test_without_a_measurement_the_cost_comes_from_the_limit(tmp_path):
     cost = costs.of(whole)
     assert not cost.is_measured
     assert cost.seconds == pytest.approx(2.0 * speedup_limit(macs, 1000, 5, 17))
-    # What was cached need not be read in full either.
+    # Cached tokens need not be read in full either.
     rest = costs.of(figures(n_prompt=1000, n_cached=500, n_pruned=483, n_full=17, prefill_s=1.0))
     assert 1.0 < rest.seconds < cost.seconds

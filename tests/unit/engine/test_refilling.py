@@ -121,7 +121,7 @@ def test_off_refills_nothing(chat):
 
 
 def talked(begun):
-    """What was shown once all lines were passed on."""
+    """The text that was shown once all lines were passed on."""
     converse(begun, begun.screen.read_line)
     return begun.screen.shown
 
@@ -232,7 +232,7 @@ def test_a_measured_answer_takes_them_so_too(pop_file, monkeypatch):
 
 @pytest.mark.parametrize(("trial_s", "n_rows"), [(0.003, 2), (0.08, 0)])
 def test_as_many_as_the_machine_affords(pop_file, monkeypatch, trial_s, n_rows):
-    """Of a step of 10 ms a tenth, 8 rows taking so long."""
+    """A tenth of a step of 10 ms, where 8 rows take that long."""
     model = opened(pop_file, keep_states=True)
     model.refiller.refill_answers(None)
     clock = itertools.count(step=0.01)

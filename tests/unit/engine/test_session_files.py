@@ -106,7 +106,7 @@ def test_an_answer_is_saved_to_its_end(chat_model, sessions, stops, answer):
 
 
 def cached_text(sessions: Sessions, model: PopModel) -> str:
-    """What the K/V that were saved as talk belong to."""
+    """The key of the K/V that were saved as talk."""
     with zipfile.ZipFile(sessions.path("talk")) as archive:
         tokens = np.load(io.BytesIO(archive.read("tokens.npy")))
     return text_of(model, tokens.tolist())
@@ -274,7 +274,7 @@ def test_pruned_rows_that_none_could_be_selected_of_are_read_again(chat_model, s
 
 
 def test_other_weights_or_rope_are_another_model(chat_model, sessions, tmp_path):
-    """Of the same recipe: only what the tensors hold is different."""
+    """Two files of one recipe, whose tensors alone differ."""
     model = opened(chat_model)
     sessions.save("talk", model, answered(model, QUESTION))
     assert sessions.load("talk", opened(chat_model)).reread == ""

@@ -51,7 +51,7 @@ INSIDE = {
         "gguf": "",
     },
 }
-# Of these, types alone: what is drawn is another's result.
+# Only types of these: what is drawn is another's result.
 DRAWN = [("ui", "workflows"), ("ui", "research")]
 ON_THE_TERMINAL = {"cli", "commands", "ui"}
 FILES = {

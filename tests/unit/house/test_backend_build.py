@@ -27,7 +27,7 @@ from pop_build.tree import PORTABLE_VARIABLE, UNPATCHED_VARIABLE, key, prepare, 
 from pop_build.unpatched import build_unpatched
 from pop_local.engine.llama.backend import OTHER, OURS
 
-# What CMake takes from the environment, as docs/install.md says.
+# CMake takes these from the environment, as docs/install.md says.
 FLAGS = (
     *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
     *("CUDACXX", "CUDAHOSTCXX", "CUDAARCHS", "CUDAFLAGS", "VULKAN_SDK", PORTABLE_VARIABLE),

@@ -100,7 +100,8 @@ def test_documents_have_short_sentences(path: Path) -> None:
 
 
 def test_docstrings_and_comments_begin_well() -> None:
-    assert offenders([ROOT / "pop_local", ROOT / "converter"]) == []
+    folders = ("pop_local", "converter", "patches/llama-cpp-python/pop_build", "tests")
+    assert offenders([ROOT / name for name in folders]) == []
 
 
 def test_links_lead_somewhere() -> None:

@@ -44,7 +44,7 @@ def facts(n_lost, n_documents, n_won=0):
 
 
 def searched(deepest: int) -> tuple[int | None, list[int]]:
-    """What is found of 15 to 29, and what is measured, when all from `deepest` on is inside."""
+    """The boundary found of 15 to 29, and those measured, when all from `deepest` on is inside."""
     verdicts: dict[int, bool] = {}
     while wanted := undecided(range(15, 30), verdicts):
         assert wanted[0] not in verdicts
@@ -123,7 +123,7 @@ def test_one_window_has_no_error_and_decides():
         (BALANCED, facts(2, 24), True, False),
         (BALANCED, facts(3, 24), False, False),
         (BALANCED, facts(5, 24), False, True),
-        # What is found by chance besides makes nobody more lenient.
+        # Facts found by chance make nobody more lenient.
         (BALANCED, facts(5, 24, 3), True, False),
         (BALANCED, facts(6, 24, 3), False, False),
         (FAST, facts(2, 12), True, False),

@@ -43,7 +43,7 @@ def test_the_standard_error_is_that_of_windows_not_of_tokens():
 
 def test_bootstrap_agrees_with_the_plain_error_where_both_are_known():
     values = np.random.default_rng(1).normal(size=(400, 1))
-    # Of the median of a normal distribution: sqrt(pi / 2n).
+    # The error of the median of a normal distribution: sqrt(pi / 2n).
     assert quantile(values, 0.5).se == pytest.approx(np.sqrt(np.pi / 800), rel=0.3)
 
 

@@ -17,7 +17,7 @@ from support.synthetic import add_tensor, make_gguf, make_split
 pytest.importorskip("torch")
 from support.decoders import backend_logits, mean_kl, torch_logits
 
-# Of random models whose weights are F16 or Q8_0; a wrong key moves them by a hundred times that.
+# For random models whose weights are F16 or Q8_0; a wrong key moves them by a hundred times that.
 NOISE = 1e-4
 TINY: dict[str, dict[str, object]] = {
     "llama": {"rope_factors": True, "head_arrays": True},

@@ -150,7 +150,7 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, monkeypatch, r
     monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    # What waits all the same is not to wait for ever.
+    # A thread that waits all the same must not wait for ever.
     rescue = threading.Timer(10, path.write_bytes, (b"",))
     rescue.start()
     with pytest.raises(PopError, match="nobody writes to the pipe"):

@@ -16,7 +16,7 @@ from pop_local.workflows.events import Unit, Watch
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What a terminal gets, by its width; the clock goes on by two seconds with each batch."""
+    """Lines on a terminal of a width; the clock goes on by two seconds with each batch."""
 
     def read(width: int, *steps: tuple[int, int]) -> str:
         file = io.StringIO()
