@@ -63,8 +63,8 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", "8"))
 N_FILES = int(os.environ.get("FUZZ_FILES", "0"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 FEWEST = 100  # on a machine that is too busy for more
-# Limits for one file: processor time here, and a child's on a busy machine. A reader that never ends
-# is to be ended from outside.
+# Limits for one file: processor time here, a child's on a busy machine. A reader that never ends is
+# to be ended from outside.
 PATIENCE_S, CHILD_PATIENCE_S = 5.0, 60.0
 SMALL: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
 

@@ -151,7 +151,7 @@ def test_narrower_fits_come_from_the_same_sums(llama, letters):
 def test_a_resumed_fit_equals_one_without_a_stop(
     memory_bytes, stop_after, kind, llama, letters, tmp_path
 ):
-    """The text that chooses the inputs is read first: four windows, each of which may be the last."""
+    """The text that chooses the inputs is read first: four windows, and any may be the last."""
     kept = settings(letters, state_path=tmp_path / "state", memory_bytes=memory_bytes)
     with pytest.raises(StoppedError):
         fitted(llama, kept, stopped_at(stop_after), kind)
