@@ -11,6 +11,13 @@ llama_pop_caches llama_pop_get_caches(llama_memory_i * memory) {
     return { dynamic_cast<llama_kv_cache *>(memory), nullptr };
 }
 
+int64_t llama_pop_find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos pos) {
+    const auto & all = cells.seq_pos_get(seq_id);
+
+    const auto it = all.lower_bound({ pos, 0 });
+    return it != all.end() && it->first == pos ? (int64_t) it->second : -1;
+}
+
 // note: the rows of a ubatch lie stream by stream, as many of each
 static llama_kv_cache::slot_info pick_slots(const llama_kv_cache_context & whole, const std::vector<int32_t> & rows) {
     const auto & slots = whole.pop_slots();

@@ -14,6 +14,9 @@ struct llama_pop_caches {
 
 llama_pop_caches llama_pop_get_caches(llama_memory_i * memory);
 
+// the cell of a position, -1: the sequence has no such position
+int64_t llama_pop_find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos pos);
+
 // where the rows of a ubatch are in each cache, and how many of the cells they may attend to
 struct llama_pop_places {
     llama_kv_cache::slot_info base{};
