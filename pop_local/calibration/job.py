@@ -20,7 +20,7 @@ from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.base.errors import StoppedError
 from pop_local.base.progress import Progress
-from pop_local.calibration.activations import Reading, Rows, reading
+from pop_local.calibration.activations import Reading, reading
 from pop_local.calibration.images import CalibrationImages, pictures_of
 from pop_local.calibration.images import identity as images_identity
 from pop_local.calibration.loaded import LoadedModel
@@ -37,6 +37,7 @@ from pop_local.calibration.texts import (
 )
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import Picture
+from pop_local.engine.llama.taps import Rows, Tapped, Wanted
 
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
@@ -83,7 +84,7 @@ def calibrate(
 
 
 class _Job:
-    """One calibration; it observes the model's layers as they are computed."""
+    """One calibration."""
 
     def __init__(
         self,
@@ -110,10 +111,6 @@ class _Job:
         if options.mmproj:
             self._images = CalibrationImages(model, options.mmproj, pictures, follow.should_stop)
         self._saved_s = time.monotonic()
-        self._x: dict[int, Rows] = {}
-        self._heads: dict[int, Rows] = {}
-        self._y: dict[int, Rows] = {}
-        self._token_weights: dict[int, Rows] = {}
 
     def run(self) -> Calibrated:
         try:
@@ -175,31 +172,28 @@ class _Job:
             n_inputs = max(self._n_inputs(boundary, kind) for kind in self._projections[boundary])
             state.grams[boundary] = Gram.empty(n_inputs, widths)
         layers = {layer for boundary in boundaries for layer in self._fitted_layers[boundary]}
-        with reading(
-            self._model,
-            self,
-            boundaries=sorted(boundaries),
-            layers=sorted(layers),
-            heads=[each for each in boundaries if Projection.ATTENTION in self._projections[each]],
-            n_window=N_WINDOW,
-        ) as opened:
+        seeing = [each for each in boundaries if Projection.ATTENTION in self._projections[each]]
+        wanted = Wanted(
+            tuple(sorted(boundaries)), tuple(sorted(layers)), tuple(seeing), tuple(sorted(layers))
+        )
+        with reading(self._model, wanted, N_WINDOW) as opened:
             while state.n_done < n_all:
                 if state.n_done < n_text:
-                    opened.window(state.text.windows[state.n_done].tolist())
+                    tapped = opened.window(state.text.windows[state.n_done].tolist())
                 else:
-                    self._read_image(opened, images[state.n_done - n_text])
-                self._add()
+                    tapped = self._read_image(opened, images[state.n_done - n_text])
+                self._add(tapped)
                 state.n_done += 1
                 n_read = state.group * n_all + state.n_done
                 n_passes = len(state.groups)
                 self._follow.on_reading(n_read * N_WINDOW, n_passes * n_all * N_WINDOW)
                 self._keep()
 
-    def _read_image(self, opened: Reading, image: ImageChunk) -> None:
+    def _read_image(self, opened: Reading, image: ImageChunk) -> Tapped:
         assert self._images is not None
         eye = self._images.eye
         rows, positions = eye.embedded(image), eye.positions(image, 0)
-        opened.image(rows, positions, is_mutual=image.is_mutual)
+        return opened.image(rows, positions, is_mutual=image.is_mutual)
 
     def _choose_inputs(self, boundaries: Set[int]) -> None:
         """Choose the wider inputs by some windows, spread over the text."""
@@ -213,11 +207,11 @@ class _Job:
         n_chosen = min(len(windows), max(_LEAST_WINDOWS, n_least))
         chosen = np.linspace(0, len(windows) - 1, n_chosen).astype(int)
         seen: dict[int, list[Rows]] = {boundary: [] for boundary in wanted}
-        with reading(self._model, self, boundaries=wanted, layers=(), n_window=N_WINDOW) as opened:
+        with reading(self._model, Wanted(tuple(wanted)), N_WINDOW) as opened:
             for window in chosen:
-                opened.window(windows[window].tolist())
+                tapped = opened.window(windows[window].tolist())
                 for boundary in wanted:
-                    seen[boundary].append(self._x[boundary][1:])
+                    seen[boundary].append(self._state_at(boundary, tapped)[1:])
                 self._heed()
         for boundary in wanted:
             self._heed()
@@ -240,41 +234,42 @@ class _Job:
             save(path, self._identity, self._state)
         raise StoppedError
 
-    # The observer: position 0 is left out, since the first token always runs in full.
-
-    def state(self, boundary: int, rows: Rows) -> None:
-        if not np.isfinite(rows).all():
+    def _state_at(self, boundary: int, tapped: Tapped) -> Rows:
+        state = tapped.states[boundary]
+        if not np.isfinite(state).all():
             raise CalibrationError(
                 f"what layer {boundary - 1} of the model computes is not finite",
                 DAMAGED_HINT,
                 cause="not-finite",
             )
-        self._x[boundary] = fit.normalised(rows, self._eps)
+        return fit.normalised(state, self._eps)
 
-    def layer(self, layer: int, k: Rows, v: Rows, mass: Rows) -> None:
-        self._y[layer] = np.concatenate([k, v], axis=1)[1:]
-        self._token_weights[layer] = fit.token_weights(mass[1:], self._options.weighting)
-
-    def heads(self, layer: int, rows: Rows) -> None:
-        self._heads[layer] = rows.copy()
-
-    def _inputs(self, boundary: int) -> list[Rows]:
+    def _inputs(self, boundary: int, tapped: Tapped) -> list[Rows]:
         """The inputs of the fits at a boundary, the narrowest kind's first."""
-        x, wide = self._x[boundary], self._state.wides.get(boundary)
+        x, wide = self._state_at(boundary, tapped), self._state.wides.get(boundary)
         parts = [x] if wide is None else [x, wide(x)]
         if Projection.ATTENTION in self._projections[boundary]:
-            parts.append(self._heads[boundary])
+            parts.append(tapped.heads[boundary])
         return parts
 
     def _n_inputs(self, boundary: int, projection: Projection) -> int:
         return self._shape.n_embd + self._shape.n_wide(boundary, projection)
 
-    def _add(self) -> None:
-        """Add the window that was read; a boundary's layers share one weighting, their mean."""
+    def _add(self, tapped: Tapped) -> None:
+        """Add the window that was read; a boundary's layers share one weighting, their mean.
+
+        Position 0 is left out, since the first token always runs in full.
+        """
+        y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
+        every = {
+            layer: fit.token_weights(mass[1:], self._options.weighting)
+            for layer, mass in tapped.mass.items()
+        }
         for boundary, gram in self._state.grams.items():
-            weights = [self._token_weights[layer] for layer in self._fitted_layers[boundary]]
-            inputs = fit.with_bias(*self._inputs(boundary))
-            gram.add(inputs[1:], self._y, np.mean(weights, axis=0))
+            weights = [every[layer] for layer in self._fitted_layers[boundary] if layer in every]
+            inputs = fit.with_bias(*self._inputs(boundary, tapped))[1:]
+            mean = np.mean(weights, axis=0) if weights else np.ones(len(inputs), np.float32)
+            gram.add(inputs, y, mean)
 
     def _solve(self) -> None:
         """Put all projections of a group into the state at once.

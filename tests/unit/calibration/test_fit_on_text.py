@@ -25,6 +25,7 @@ from support.calibrating import (
     SILENT,
     fitted,
     fitted_at,
+    kv,
     planned,
     recorded,
     settings,
@@ -63,10 +64,10 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
         windows = given_text(model, letters, N_TOKENS // N_WINDOW, 128).windows
     shown = recorded(path, windows.tolist())
     x = np.concatenate(
-        [fit.with_bias(fit.normalised(rows[1:], 1e-6)) for rows in shown.states[BOUNDARY]]
+        [fit.with_bias(fit.normalised(each.states[BOUNDARY][1:], 1e-6)) for each in shown]
     )
-    y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
-    d = np.mean([_weights(shown.layers[layer], weighting) for layer in (5, 6, 7)], axis=0)
+    y = kv(shown, 6)
+    d = np.mean([_weights(shown, layer, weighting) for layer in (5, 6, 7)], axis=0)
     own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     root = np.sqrt(d.astype(np.float64))[:, None]
     weighted = x.astype(np.float64) * root
@@ -82,9 +83,9 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
     np.testing.assert_allclose(predicted, x @ wanted, atol=2e-3)
 
 
-def _weights(shown, weighting: Weighting) -> np.ndarray:
+def _weights(shown, layer: int, weighting: Weighting) -> np.ndarray:
     """The weights of all tokens but the windows' first ones, by one layer's attention."""
-    return np.concatenate([fit.token_weights(mass[1:], weighting) for _, _, mass in shown])
+    return np.concatenate([fit.token_weights(each.mass[layer][1:], weighting) for each in shown])
 
 
 def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
