@@ -8,10 +8,6 @@ from itertools import chain
 
 import numpy as np
 
-from pop_converter.fit import least_squares as fit
-from pop_converter.fit.least_squares import DAMAGED_HINT, Gram
-from pop_converter.fit.weights import Weights
-from pop_converter.fit.wide import encode_input, wide_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import Calibration
@@ -27,9 +23,9 @@ from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import Pair, plan_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import State, load, save
+from pop_local.calibration.sums import Summing
 from pop_local.calibration.texts import (
     N_WINDOW,
-    CalibrationError,
     CalibrationText,
     given_text,
     own_text,
@@ -98,13 +94,11 @@ class _Job:
         self._plans, self._model, self._options, self._follow = plans, model, options, follow
         self._shape = plans[0].shape
         self._given = text
-        self._fitted_layers = {plan.boundary: plan.fitted_layers for plan in plans}
-        self._projections: dict[int, list[Projection]] = {}
+        projections: dict[int, list[Projection]] = {}
         for plan in plans:
-            self._projections.setdefault(plan.boundary, []).append(plan.projection)
+            projections.setdefault(plan.boundary, []).append(plan.projection)
+        self._summing = Summing(source, self._shape, projections, options.weighting)
         self._groups = plan_needs(plans, source, options).groups
-        self._weights = Weights(source)
-        self._eps = _rms_epsilon(source)
         pictures = pictures_of(options.images) if options.mmproj else ()
         self._identity = _identity(plans, source, options, self._groups, pictures)
         self._images = None
@@ -126,7 +120,7 @@ class _Job:
         while self._state.group < len(self._state.groups):
             self._read(self._state.groups[self._state.group])
             self._solve()
-            self._state.grams.clear()
+            self._state.sums.grams.clear()
             self._state.group += 1
             self._state.n_done = 0
         if path:
@@ -166,23 +160,18 @@ class _Job:
         images = self._images.images if self._images else []
         n_all = n_text + len(images)
         boundaries = {pair.boundary for pair in pairs}
-        self._choose_inputs(boundaries - state.wides.keys())
-        for boundary in boundaries - state.grams.keys():
-            widths = {p.layer: self._shape.n_kv(p.layer) for p in pairs if p.boundary == boundary}
-            n_inputs = max(self._n_inputs(boundary, kind) for kind in self._projections[boundary])
-            state.grams[boundary] = Gram.empty(n_inputs, widths)
-        layers = {layer for boundary in boundaries for layer in self._fitted_layers[boundary]}
-        seeing = [each for each in boundaries if Projection.ATTENTION in self._projections[each]]
-        wanted = Wanted(
-            tuple(sorted(boundaries)), tuple(sorted(layers)), tuple(seeing), tuple(sorted(layers))
-        )
+        self._choose_inputs(boundaries - state.sums.wides.keys())
+        for boundary in boundaries - state.sums.grams.keys():
+            layers = [pair.layer for pair in pairs if pair.boundary == boundary]
+            state.sums.grams[boundary] = self._summing.empty(boundary, layers)
+        wanted = self._summing.wanted(boundaries)
         with reading(self._model, wanted, N_WINDOW) as opened:
             while state.n_done < n_all:
                 if state.n_done < n_text:
                     tapped = opened.window(state.text.windows[state.n_done].tolist())
                 else:
                     tapped = self._read_image(opened, images[state.n_done - n_text])
-                self._add(tapped)
+                self._summing.add(state.sums, tapped)
                 state.n_done += 1
                 n_read = state.group * n_all + state.n_done
                 n_passes = len(state.groups)
@@ -197,9 +186,7 @@ class _Job:
 
     def _choose_inputs(self, boundaries: Set[int]) -> None:
         """Choose the wider inputs by some windows, spread over the text."""
-        wanted = sorted(
-            each for each in boundaries if self._projections[each] != [Projection.FITTED]
-        )
+        wanted = sorted(filter(self._summing.is_wide, boundaries))
         if not wanted:
             return
         windows = self._state.text.windows
@@ -211,13 +198,12 @@ class _Job:
             for window in chosen:
                 tapped = opened.window(windows[window].tolist())
                 for boundary in wanted:
-                    seen[boundary].append(self._state_at(boundary, tapped)[1:])
+                    seen[boundary].append(self._summing.state(boundary, tapped)[1:])
                 self._heed()
         for boundary in wanted:
             self._heed()
-            self._state.wides[boundary] = wide_input(
-                self._shape, self._weights, boundary, seen[boundary]
-            )
+            chosen_input = self._summing.choose_input(boundary, seen[boundary])
+            self._state.sums.wides[boundary] = chosen_input
 
     def _keep(self) -> None:
         self._heed()
@@ -234,70 +220,23 @@ class _Job:
             save(path, self._identity, self._state)
         raise StoppedError
 
-    def _state_at(self, boundary: int, tapped: Tapped) -> Rows:
-        state = tapped.states[boundary]
-        if not np.isfinite(state).all():
-            raise CalibrationError(
-                f"what layer {boundary - 1} of the model computes is not finite",
-                DAMAGED_HINT,
-                cause="not-finite",
-            )
-        return fit.normalised(state, self._eps)
-
-    def _inputs(self, boundary: int, tapped: Tapped) -> list[Rows]:
-        """The inputs of the fits at a boundary, the narrowest kind's first."""
-        x, wide = self._state_at(boundary, tapped), self._state.wides.get(boundary)
-        parts = [x] if wide is None else [x, wide(x)]
-        if Projection.ATTENTION in self._projections[boundary]:
-            parts.append(tapped.heads[boundary])
-        return parts
-
-    def _n_inputs(self, boundary: int, projection: Projection) -> int:
-        return self._shape.n_embd + self._shape.n_wide(boundary, projection)
-
-    def _add(self, tapped: Tapped) -> None:
-        """Add the window that was read; a boundary's layers share one weighting, their mean.
-
-        Position 0 is left out, since the first token always runs in full.
-        """
-        y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
-        every = {
-            layer: fit.token_weights(mass[1:], self._options.weighting)
-            for layer, mass in tapped.mass.items()
-        }
-        for boundary, gram in self._state.grams.items():
-            weights = [every[layer] for layer in self._fitted_layers[boundary] if layer in every]
-            inputs = fit.with_bias(*self._inputs(boundary, tapped))[1:]
-            mean = np.mean(weights, axis=0) if weights else np.ones(len(inputs), np.float32)
-            gram.add(inputs, y, mean)
-
     def _solve(self) -> None:
         """Put all projections of a group into the state at once.
 
         After a stop in between, the whole group is solved again.
         """
-        shape = self._shape
+        state, options, summing = self._state, self._options, self._summing
         solved: list[tuple[tuple[int, Projection], NewTensor]] = []
-        for boundary, layer in self._state.groups[self._state.group]:
-            gram = self._state.grams[boundary]
-            own = self._weights.own_projection(layer, shape.n_k[layer], shape.n_v[layer])
-            for projection in self._projections[boundary]:
-                sums = gram.of_first(self._n_inputs(boundary, projection))
-                fitted = fit.fit_layer(layer, sums, own, self._options.ridge)
-                tensors = fit.encode(layer, fitted, self._options.kv_type)
-                solved += [((boundary, projection), tensor) for tensor in tensors]
+        for boundary, layer in state.groups[state.group]:
+            gram = state.sums.grams[boundary]
+            for kind in summing.projections[boundary]:
+                tensors = summing.solve(gram, boundary, layer, kind, options.ridge, options.kv_type)
+                solved += [((boundary, kind), tensor) for tensor in tensors]
                 self._heed()
         for key, tensor in solved:
-            if key not in self._state.tensors and key[1] != Projection.FITTED:
-                made = self._state.wides[key[0]]
-                inputs = encode_input(key[0], made, self._options.kv_type)
-                self._state.tensors[key] = [*inputs]
-            self._state.tensors.setdefault(key, []).append(tensor)
-
-
-def _rms_epsilon(source: Source) -> float:
-    value = source.first.of_arch("attention.layer_norm_rms_epsilon")
-    return value if isinstance(value, float) else 0.0
+            if key not in state.tensors and key[1] != Projection.FITTED:
+                state.tensors[key] = [*summing.encode_input(state.sums, key[0], options.kv_type)]
+            state.tensors.setdefault(key, []).append(tensor)
 
 
 def _identity(

@@ -18,6 +18,7 @@ from pop_converter.gguf.content import NewTensor
 from pop_converter.projection import Projection
 from pop_local.base.output import replacing
 from pop_local.calibration.needs import Pair
+from pop_local.calibration.sums import Sums
 from pop_local.calibration.texts import CalibrationError, CalibrationText
 
 # RuntimeError: a zip marked as encrypted, or packed in a way that is not known.
@@ -39,17 +40,15 @@ _DAMAGES = (
 class State:
     """How far a calibration is: `n_done` windows of the group at work are read.
 
-    `groups`: the pairs of each pass over the text. By boundary, `wides`: what makes the wider
-    input where there is one, `grams`: the sums of the group at work. `tensors`: the fits of the
-    groups before it, by boundary and projection.
+    `groups`: the pairs of each pass over the text. `sums`: those of the group at work. `tensors`:
+    the fits of the groups before it, by boundary and projection.
     """
 
     text: CalibrationText
     groups: tuple[tuple[Pair, ...], ...]
     group: int = 0
     n_done: int = 0
-    wides: dict[int, WideInput] = field(default_factory=dict)
-    grams: dict[int, Gram] = field(default_factory=dict)
+    sums: Sums = field(default_factory=Sums)
     tensors: dict[tuple[int, Projection], list[NewTensor]] = field(default_factory=dict)
 
 
@@ -61,18 +60,18 @@ def save(path: Path, identity: str, state: State) -> None:
         "text": [state.text.name, state.text.sha256],
         "groups": state.groups,
         "counts": [state.group, state.n_done],
-        "grams": [(boundary, list(gram.xy)) for boundary, gram in state.grams.items()],
+        "grams": [(boundary, list(gram.xy)) for boundary, gram in state.sums.grams.items()],
         "tensors": [(*key, each.name, each.dims, each.type) for *key, each in tensors],
         "wides": [
             (boundary, wide.neurons and wide.neurons.is_gelu)
-            for boundary, wide in state.wides.items()
+            for boundary, wide in state.sums.wides.items()
         ],
     }
     arrays: dict[str, Any] = {"head": json.dumps(head), "windows": state.text.windows}
-    for boundary, gram in state.grams.items():
+    for boundary, gram in state.sums.grams.items():
         arrays[f"xx.{boundary}"] = gram.xx
         arrays |= {f"xy.{boundary}.{layer}": xy for layer, xy in gram.xy.items()}
-    for boundary, wide in state.wides.items():
+    for boundary, wide in state.sums.wides.items():
         arrays[f"previous.{boundary}"] = wide.previous
         if (made := wide.neurons) is not None:
             parts = {"gain": made.gain, "gate": made.gate, "up": made.up}
@@ -98,13 +97,13 @@ def load(path: Path, identity: str) -> State | None:
         state = State(text, _groups(head), *head["counts"])
         for boundary, layers in head["grams"]:
             xy = {layer: arrays[f"xy.{boundary}.{layer}"] for layer in layers}
-            state.grams[boundary] = Gram(arrays[f"xx.{boundary}"], xy)
+            state.sums.grams[boundary] = Gram(arrays[f"xx.{boundary}"], xy)
         for boundary, is_gelu in head["wides"]:
             neurons = None
             if is_gelu is not None:
                 gain, gate, up = (arrays[f"{part}.{boundary}"] for part in ("gain", "gate", "up"))
                 neurons = Neurons(gain, gate, up, is_gelu)
-            state.wides[boundary] = WideInput(arrays[f"previous.{boundary}"], neurons)
+            state.sums.wides[boundary] = WideInput(arrays[f"previous.{boundary}"], neurons)
         for number, (boundary, projection, tensor_name, dims, kind) in enumerate(head["tensors"]):
             data = arrays[f"data.{number}"].tobytes()
             tensor = NewTensor(tensor_name, tuple(dims), kind, data)

@@ -13,6 +13,7 @@ from pop_converter.fit.least_squares import Gram
 from pop_local.base.errors import PopError
 from pop_local.calibration import state
 from pop_local.calibration.needs import Pair
+from pop_local.calibration.sums import Sums
 from pop_local.calibration.texts import CalibrationText
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions, _stored_picture
@@ -154,8 +155,8 @@ def test_a_session(model, tmp_path, number, monkeypatch):
 
 def test_a_checkpoint_of_a_fit(tmp_path, number):
     text = CalibrationText("text", "0" * 64, np.zeros((4, 8), np.int32))
-    gram = Gram(np.ones((5, 5)), {2: np.ones((5, 4))})
-    made = state.State(text, ((Pair(1, 2),),), 0, 3, grams={1: gram})
+    gram = Gram(np.ones((5, 5), np.float32), {2: np.ones((5, 4), np.float32)})
+    made = state.State(text, ((Pair(1, 2),),), 0, 3, sums=Sums(grams={1: gram}))
     check(
         tmp_path,
         number,

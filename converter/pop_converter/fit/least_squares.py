@@ -64,20 +64,21 @@ class KvType(str, Enum):
 
 
 class Gram:
-    """The sums that the fits at a boundary need: float32 products of windows, added in float64.
+    """The sums that the fits at a boundary need, in float32: the ridge is far above its rounding.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1], `xy` is X'DY [n_inputs + 1, n_k + n_v] of each layer.
     The ones come last.
     """
 
-    def __init__(self, xx: Doubles, xy: dict[int, Doubles]) -> None:
+    def __init__(self, xx: Floats, xy: dict[int, Floats]) -> None:
         self.xx, self.xy = xx, xy
 
     @classmethod
     def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":
         """Return the sums of no window; `n_kv` is n_k + n_v of each layer."""
         n = n_inputs + 1
-        return cls(np.zeros((n, n)), {layer: np.zeros((n, width)) for layer, width in n_kv.items()})
+        xy = {layer: np.zeros((n, width), np.float32) for layer, width in n_kv.items()}
+        return cls(np.zeros((n, n), np.float32), xy)
 
     def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
         """Add one window: x [n, n_inputs + 1] (see `with_bias`), weights [n].
@@ -102,12 +103,12 @@ class Gram:
 
 def gram_bytes(n_inputs: int) -> int:
     """Return the bytes that a boundary's X'DX takes."""
-    return 8 * (n_inputs + 1) ** 2
+    return 4 * (n_inputs + 1) ** 2
 
 
 def cross_bytes(n_inputs: int, n_kv: int) -> int:
     """Return the bytes that a layer's X'DY takes."""
-    return 8 * (n_inputs + 1) * n_kv
+    return 4 * (n_inputs + 1) * n_kv
 
 
 def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
@@ -117,7 +118,7 @@ def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
     """
     n = n_inputs + 1
     adding = 4 * (n * (n + n_kv) + 4 * n_rows * (n + n_kv))
-    solving = 8 * (3 * n**2 + 6 * n * n_kv)
+    solving = 8 * (4 * n**2 + 6 * n * n_kv)
     return max(adding, solving)
 
 
@@ -156,7 +157,8 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     n_embd, n_wide = gain.size, len(gram.xx) - gain.size - 1
     zeros = np.zeros((n_wide, own.bias.size))
     start = np.vstack([gain[:, None] * own.weight.T, zeros, own.bias])
-    delta = _solve(gram.xx, xy - gram.xx @ start, _ridge(gram.xx, gain, ridge))
+    xx = gram.xx.astype(np.float64)
+    delta = _solve(xx, xy - xx @ start, _ridge(xx, gain, ridge))
     used = gain != 0
     step = np.zeros((n_embd, own.bias.size))
     step[used] = delta[:n_embd][used] / gain[used, None]

@@ -1,0 +1,118 @@
+"""The sums of the fits at some boundaries: how rows become inputs, what is added, what is solved.
+
+`convert` adds windows of a text, learning adds what is read anyway (pop_local/learning). The sums
+of the same rows are the same.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pop_converter.architecture.shape import ModelShape
+from pop_converter.fit import least_squares as fit
+from pop_converter.fit.least_squares import DAMAGED_HINT, Gram, KvType, Weighting
+from pop_converter.fit.weights import Weights
+from pop_converter.fit.wide import WideInput, encode_input, wide_input
+from pop_converter.gguf.content import NewTensor
+from pop_converter.gguf.source import Source
+from pop_converter.projection import Projection
+from pop_local.calibration.texts import CalibrationError
+from pop_local.engine.llama.taps import Rows, Tapped, Wanted
+
+
+@dataclass
+class Sums:
+    """By boundary, `wides`: what makes the wider input where there is one, `grams`: the sums."""
+
+    wides: dict[int, WideInput] = field(default_factory=dict)
+    grams: dict[int, Gram] = field(default_factory=dict)
+
+
+class Summing:
+    """Adds the rows of a model to sums, and solves these."""
+
+    def __init__(
+        self,
+        source: Source,
+        shape: ModelShape,
+        projections: Mapping[int, Sequence[Projection]],
+        weighting: Weighting = Weighting.ATTENTION,
+    ) -> None:
+        """`projections`: the kinds of fit at each boundary, own ones not among them."""
+        self.shape, self.projections, self._weighting = shape, projections, weighting
+        self._weights = Weights(source)
+        eps = source.first.of_arch("attention.layer_norm_rms_epsilon")
+        self._eps = eps if isinstance(eps, float) else 0.0
+
+    def layers(self, boundary: int) -> range:
+        """The layers that are fitted at a boundary."""
+        return range(boundary + 1, self.shape.n_layer)
+
+    def wanted(self, boundaries: Iterable[int]) -> Wanted:
+        """What rows must show to be added to the sums of these boundaries."""
+        at = tuple(sorted(boundaries))
+        layers = tuple(self.layers(at[0]))
+        seeing = [each for each in at if Projection.ATTENTION in self.projections[each]]
+        return Wanted(at, layers, tuple(seeing), layers)
+
+    def is_wide(self, boundary: int) -> bool:
+        """Whether an input must be chosen (`choose_input`) before rows can be added."""
+        return set(self.projections[boundary]) != {Projection.FITTED}
+
+    def state(self, boundary: int, tapped: Tapped) -> Rows:
+        """Return the normalised state [n_rows, n_embd]. Raises CalibrationError if not finite."""
+        state = tapped.states[boundary]
+        if not np.isfinite(state).all():
+            raise CalibrationError(
+                f"what layer {boundary - 1} of the model computes is not finite",
+                DAMAGED_HINT,
+                cause="not-finite",
+            )
+        return fit.normalised(state, self._eps)
+
+    def choose_input(self, boundary: int, windows: Sequence[Rows]) -> WideInput:
+        """Choose what the wider input is made of, by the normalised states of some windows."""
+        return wide_input(self.shape, self._weights, boundary, windows)
+
+    def empty(self, boundary: int, layers: Iterable[int]) -> Gram:
+        """Return the sums of no row, of some of the layers that are fitted at a boundary."""
+        widths = {layer: self.shape.n_kv(layer) for layer in layers}
+        kinds = self.projections[boundary]
+        return Gram.empty(max(self._n_inputs(boundary, kind) for kind in kinds), widths)
+
+    def add(self, sums: Sums, tapped: Tapped) -> None:
+        """Add all rows but the first, which has no predecessor, or runs in full always.
+
+        A boundary's layers share one weighting, their mean.
+        """
+        y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
+        weights = {
+            layer: fit.token_weights(mass[1:], self._weighting)
+            for layer, mass in tapped.mass.items()
+        }
+        for boundary, gram in sums.grams.items():
+            x = self.state(boundary, tapped)
+            parts = [x]
+            if boundary in sums.wides:
+                parts.append(sums.wides[boundary](x))
+            if Projection.ATTENTION in self.projections[boundary]:
+                parts.append(tapped.heads[boundary])
+            known = [weights[layer] for layer in self.layers(boundary) if layer in weights]
+            mean = np.mean(known, axis=0) if known else np.ones(len(x) - 1, np.float32)
+            gram.add(fit.with_bias(*parts)[1:], y, mean)
+
+    def solve(
+        self, gram: Gram, boundary: int, layer: int, kind: Projection, ridge: float, stored: KvType
+    ) -> tuple[NewTensor, ...]:
+        """Solve for the fit of a layer by the sums at a boundary. Raises FitError."""
+        own = self._weights.own_projection(layer, self.shape.n_k[layer], self.shape.n_v[layer])
+        fitted = fit.fit_layer(layer, gram.of_first(self._n_inputs(boundary, kind)), own, ridge)
+        return fit.encode(layer, fitted, stored)
+
+    def encode_input(self, sums: Sums, boundary: int, stored: KvType) -> tuple[NewTensor, ...]:
+        """Return the tensors of the wider input at a boundary."""
+        return encode_input(boundary, sums.wides[boundary], stored)
+
+    def _n_inputs(self, boundary: int, kind: Projection) -> int:
+        return self.shape.n_embd + self.shape.n_wide(boundary, kind)
