@@ -23,7 +23,6 @@ from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import Pair, plan_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import State, load, save
-from pop_local.calibration.sums import Summing
 from pop_local.calibration.texts import (
     N_WINDOW,
     CalibrationText,
@@ -33,6 +32,7 @@ from pop_local.calibration.texts import (
 )
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import Picture
+from pop_local.engine.learning.sums import Summing
 from pop_local.engine.llama.taps import Rows, Tapped, Wanted
 
 # A state takes gigabytes for a large model.

@@ -13,8 +13,8 @@ from pop_converter.fit.least_squares import Gram
 from pop_local.base.errors import PopError
 from pop_local.calibration import state
 from pop_local.calibration.needs import Pair
-from pop_local.calibration.sums import Sums
 from pop_local.calibration.texts import CalibrationText
+from pop_local.engine.learning.sums import Sums
 from pop_local.engine.sessions.conversation import Conversation, Turn
 from pop_local.engine.sessions.session_file import Sessions, _stored_picture
 from support.calls import completed, opened

@@ -67,11 +67,11 @@ class Gram:
     """The sums that the fits at a boundary need, in float32: the ridge is far above its rounding.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1], `xy` is X'DY [n_inputs + 1, n_k + n_v] of each layer.
-    The ones come last.
+    The ones come last. `n_rows` were added.
     """
 
-    def __init__(self, xx: Floats, xy: dict[int, Floats]) -> None:
-        self.xx, self.xy = xx, xy
+    def __init__(self, xx: Floats, xy: dict[int, Floats], n_rows: int = 0) -> None:
+        self.xx, self.xy, self.n_rows = xx, xy, n_rows
 
     @classmethod
     def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":
@@ -91,6 +91,14 @@ class Gram:
         self.xx += weighted.T @ weighted
         for layer, xy in self.xy.items():
             xy += weighted.T @ (y[layer] * root)
+        self.n_rows += len(x)
+
+    def merge(self, other: "Gram") -> None:
+        """Add the sums of other rows, of the same inputs and layers."""
+        self.xx += other.xx
+        for layer, xy in self.xy.items():
+            xy += other.xy[layer]
+        self.n_rows += other.n_rows
 
     def of_first(self, n_inputs: int) -> "Gram":
         """Return the sums of the first inputs alone, such as those of the state."""
@@ -98,7 +106,7 @@ class Gram:
         if kept.size == len(self.xx):
             return self
         xy = {layer: sums[kept] for layer, sums in self.xy.items()}
-        return Gram(self.xx[np.ix_(kept, kept)], xy)
+        return Gram(self.xx[np.ix_(kept, kept)], xy, self.n_rows)
 
 
 def gram_bytes(n_inputs: int) -> int:

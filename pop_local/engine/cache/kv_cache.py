@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,22 @@ from pop_local.engine.llama.context import Context
 from pop_local.engine.prompt.prompt import Prompt
 
 
+class Watcher(Protocol):
+    """Who follows what is read."""
+
+    def attach(self, cache: "KvCache") -> None:
+        """Follow this cache from now on."""
+
+    def detach(self) -> None:
+        """Follow it no longer."""
+
+    def read(self, start: int, tokens: Sequence[int]) -> None:
+        """Tokens were read, the first of them as row `start`."""
+
+    def computed(self) -> None:
+        """Rows were computed, which taps may show (engine/llama/taps.py)."""
+
+
 class KvCache:
     """The rows that a context has cached, in one mode.
 
@@ -27,6 +44,7 @@ class KvCache:
     `exact`: the layer from which on context rows leave exactly, 0 for none. `images`: the key of
     each image by its first row. `has_logits`: whether the last row's logits can be sampled from.
     `epoch` changes where a running answer cannot go on. `prompts` keeps other prompts' states.
+    `learner` follows what is read.
     """
 
     def __init__(self, context: Context, eye: Mmproj | None = None) -> None:
@@ -39,6 +57,7 @@ class KvCache:
         self.keeps_states = False
         self.epoch = 0
         self.prompts: PromptCache | None = None
+        self.learner: Watcher | None = None
         self.mode = backend.get_mode(context.ctx)
         self.exact = self._exact_now()
         self._tokens = np.zeros(context.n_ctx, dtype=np.intc)
@@ -130,9 +149,14 @@ class KvCache:
     def lent(self) -> Iterator[None]:
         """Switch back, at the end, whatever is switched meanwhile, and empty the cache."""
         mode, boundary, keeps = self.mode, self.boundary, self.keeps_states
+        learner = self.learner
+        if learner is not None:
+            learner.detach()
         try:
             yield
         finally:
+            if learner is not None:
+                learner.attach(self)
             self.set_boundary(boundary)
             self.set_mode(mode)
             self.keep_states(keeps)
@@ -316,6 +340,9 @@ class KvCache:
         positions = first + np.arange(len(tokens) + 1, dtype=np.int32)
         self._have_read(tokens, positions, full, keeps_states=self.keeps_states)
         self.has_logits = outputs is not Outputs.NONE
+        if self.learner is not None:
+            self.learner.read(self.n_tokens - len(tokens), tokens)
+            self.learner.computed()
 
     def append_image(self, image: ImageChunk, full: np.ndarray) -> float:
         """Encode an image and decode its rows; returns the seconds that encoding took.

@@ -57,6 +57,12 @@ class Tapped:
     heads: dict[int, Rows] = field(default_factory=dict)
     mass: dict[int, Rows] = field(default_factory=dict)
 
+    @property
+    def n_bytes(self) -> int:
+        """The memory of all arrays."""
+        every = (self.states, self.k, self.v, self.heads, self.mass)
+        return sum(rows.nbytes for each in every for rows in each.values())
+
     def has(self, wanted: Wanted) -> bool:
         """Whether all that was wanted is here, but for the mass, which some memories lack."""
         return (

@@ -1,23 +1,23 @@
 """The sums of the fits at some boundaries: how rows become inputs, what is added, what is solved.
 
-`convert` adds windows of a text, learning adds what is read anyway (pop_local/learning). The sums
-of the same rows are the same.
+`convert` adds windows of a text, learning adds what is read anyway (learner.py). Sums of the same
+rows are the same.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from pop_converter.architecture.shape import ModelShape
 from pop_converter.fit import least_squares as fit
-from pop_converter.fit.least_squares import DAMAGED_HINT, Gram, KvType, Weighting
+from pop_converter.fit.least_squares import DAMAGED_HINT, FitError, Gram, KvType, Weighting
 from pop_converter.fit.weights import Weights
-from pop_converter.fit.wide import WideInput, encode_input, wide_input
+from pop_converter.fit.wide import Neurons, WideInput, encode_input, wide_input
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
-from pop_local.calibration.texts import CalibrationError
 from pop_local.engine.llama.taps import Rows, Tapped, Wanted
 
 
@@ -27,6 +27,56 @@ class Sums:
 
     wides: dict[int, WideInput] = field(default_factory=dict)
     grams: dict[int, Gram] = field(default_factory=dict)
+
+    def has_same_input(self, other: "Sums", boundary: int) -> bool:
+        """Whether rows of both are products of the same inputs."""
+        ours, theirs = self.wides.get(boundary), other.wides.get(boundary)
+        if ours is None or theirs is None:
+            return ours is theirs
+        return bool(np.array_equal(ours.previous, theirs.previous))
+
+    def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what JSON can hold of them, and their arrays by name; see `of`."""
+        head = {
+            "grams": [
+                (boundary, list(gram.xy), gram.n_rows) for boundary, gram in self.grams.items()
+            ],
+            "wides": [
+                (boundary, wide.neurons and wide.neurons.is_gelu)
+                for boundary, wide in self.wides.items()
+            ],
+        }
+        arrays: dict[str, Any] = {}
+        for boundary, gram in self.grams.items():
+            arrays[f"xx.{boundary}"] = gram.xx
+            arrays |= {f"xy.{boundary}.{layer}": xy for layer, xy in gram.xy.items()}
+        for boundary, wide in self.wides.items():
+            arrays[f"previous.{boundary}"] = wide.previous
+            if (made := wide.neurons) is not None:
+                parts = {"gain": made.gain, "gate": made.gate, "up": made.up}
+                arrays |= {f"{part}.{boundary}": array for part, array in parts.items()}
+        return head, arrays
+
+    @classmethod
+    def of(cls, head: Any, arrays: Any) -> "Sums":
+        """Return the sums that `arrays` took apart."""
+        sums = cls(stored_inputs(head, arrays))
+        for boundary, layers, n_rows in head["grams"]:
+            xy = {layer: arrays[f"xy.{boundary}.{layer}"] for layer in layers}
+            sums.grams[boundary] = Gram(arrays[f"xx.{boundary}"], xy, n_rows)
+        return sums
+
+
+def stored_inputs(head: Any, arrays: Any) -> dict[int, WideInput]:
+    """Return the wider inputs that `Sums.arrays` took apart, by boundary."""
+    wides = {}
+    for boundary, is_gelu in head["wides"]:
+        neurons = None
+        if is_gelu is not None:
+            gain, gate, up = (arrays[f"{part}.{boundary}"] for part in ("gain", "gate", "up"))
+            neurons = Neurons(gain, gate, up, is_gelu)
+        wides[boundary] = WideInput(arrays[f"previous.{boundary}"], neurons)
+    return wides
 
 
 class Summing:
@@ -61,10 +111,10 @@ class Summing:
         return set(self.projections[boundary]) != {Projection.FITTED}
 
     def state(self, boundary: int, tapped: Tapped) -> Rows:
-        """Return the normalised state [n_rows, n_embd]. Raises CalibrationError if not finite."""
+        """Return the normalised state [n_rows, n_embd]. Raises FitError if not finite."""
         state = tapped.states[boundary]
         if not np.isfinite(state).all():
-            raise CalibrationError(
+            raise FitError(
                 f"what layer {boundary - 1} of the model computes is not finite",
                 DAMAGED_HINT,
                 cause="not-finite",
@@ -84,7 +134,8 @@ class Summing:
     def add(self, sums: Sums, tapped: Tapped) -> None:
         """Add all rows but the first, which has no predecessor, or runs in full always.
 
-        A boundary's layers share one weighting, their mean.
+        A boundary's layers share one weighting, their mean. A deep pass shows no boundary below
+        its own: nothing is added there.
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
         weights = {
@@ -92,6 +143,8 @@ class Summing:
             for layer, mass in tapped.mass.items()
         }
         for boundary, gram in sums.grams.items():
+            if boundary not in tapped.states:
+                continue
             x = self.state(boundary, tapped)
             parts = [x]
             if boundary in sums.wides:

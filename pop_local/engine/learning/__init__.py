@@ -1,0 +1,1 @@
+"""What a fit of projections needs, kept of all that is read in full."""
