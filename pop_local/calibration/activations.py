@@ -47,13 +47,13 @@ class Reading:
         if code != 0:
             raise logs.not_decoded(code)
         tapped = taps.take(self._ctx)
-        if len(tapped) != 1 or not tapped[0].has(self._wanted):
+        if tapped is None or not tapped.has(self._wanted):
             raise PopError(
                 "the backend does not show what layers of this model compute",
                 "reinstall the backend, or convert with the model's own projections",
                 cause="activations-not-shown",
             )
-        return tapped[0]
+        return tapped
 
 
 @contextmanager

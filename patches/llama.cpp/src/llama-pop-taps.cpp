@@ -99,34 +99,18 @@ static std::vector<float> sum_mass(const std::vector<float> & by_row, int64_t n_
     return res;
 }
 
+// the tensors stay as they are until the next graph
 void llama_pop_take_taps(llama_context & ctx, const llama_ubatch & ubatch, const llama_memory_context_i * mctx, const llm_graph_result & res) {
-    auto * sched = ctx.get_sched();
+    ctx.pop_tapped.clear();
 
     for (const auto & [tap, cur] : res.pop.taps) {
-        llama_pop_tapped_rows rows;
-        rows.tap    = tap;
-        rows.pos    = ubatch.pos[0];
-        rows.n_rows = ubatch.n_tokens;
-        rows.data.resize(ggml_nelements(cur));
-        ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, cur), cur, rows.data.data(), 0, ggml_nbytes(cur));
+        llama_pop_tapped_rows rows { tap, cur, ubatch.pos[0], (int32_t) ubatch.n_tokens, {} };
+        if (tap.kind == LLAMA_POP_TAP_MASS) {
+            if (const auto * kv = llama_pop_find_cache(mctx, ctx.get_model().hparams.is_swa(tap.layer))) {
+                rows.cells = kv->pop_slots().idxs[0];
+            }
+        }
         ctx.pop_tapped.push_back(std::move(rows));
-    }
-    if (res.pop.taps.empty()) {
-        return;
-    }
-    ctx.synchronize();
-
-    for (size_t i = ctx.pop_tapped.size() - res.pop.taps.size(); i < ctx.pop_tapped.size(); ++i) {
-        auto & rows = ctx.pop_tapped[i];
-        if (rows.tap.kind != LLAMA_POP_TAP_MASS) {
-            continue;
-        }
-        const auto * kv = llama_pop_find_cache(mctx, ctx.get_model().hparams.is_swa(rows.tap.layer));
-        if (kv) {
-            rows.data = sum_mass(rows.data, (ubatch.n_tokens - 1)/LLAMA_POP_TAP_STRIDE + 1, kv->pop_slots().idxs[0]);
-        } else {
-            rows.data.assign(ubatch.n_tokens, 1.0f);
-        }
     }
 }
 
@@ -159,10 +143,29 @@ int32_t llama_pop_get_tapped(const llama_context * ctx, int32_t i, llama_pop_tap
         return -1;
     }
     const auto & rows = ctx->pop_tapped[i];
-    *tapped = { rows.tap.kind, rows.tap.layer, rows.pos, rows.n_rows, (int32_t) (rows.data.size()/rows.n_rows), rows.data.data() };
+
+    const bool is_mass = rows.tap.kind == LLAMA_POP_TAP_MASS;
+
+    *tapped = { rows.tap.kind, rows.tap.layer, rows.pos, rows.n_rows, is_mass ? 1 : (int32_t) (ggml_nelements(rows.cur)/rows.n_rows) };
     return 0;
 }
 
-void llama_pop_forget_tapped(llama_context * ctx) {
-    ctx->pop_tapped.clear();
+int32_t llama_pop_read_tapped(llama_context * ctx, int32_t i, float * dst) {
+    if (i < 0 || i >= llama_pop_n_tapped(ctx)) {
+        return -1;
+    }
+    ctx->synchronize();
+
+    const auto & rows = ctx->pop_tapped[i];
+    if (rows.tap.kind != LLAMA_POP_TAP_MASS) {
+        ggml_backend_tensor_get(rows.cur, dst, 0, ggml_nbytes(rows.cur));
+        return 0;
+    }
+    std::vector<float> by_row(ggml_nelements(rows.cur));
+    ggml_backend_tensor_get(rows.cur, by_row.data(), 0, ggml_nbytes(rows.cur));
+
+    // of a memory without cells nothing is known
+    const auto mass = rows.cells.empty() ? std::vector<float>(rows.n_rows, 1.0f) : sum_mass(by_row, (rows.n_rows - 1)/LLAMA_POP_TAP_STRIDE + 1, rows.cells);
+    std::copy(mass.begin(), mass.end(), dst);
+    return 0;
 }

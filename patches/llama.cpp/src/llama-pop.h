@@ -86,7 +86,6 @@ extern "C" {
         int32_t pos; // of the first row
         int32_t n_rows;
         int32_t n_cols;
-        const float * data;
     };
 
     LLAMA_API int32_t llama_pop_abi(void);
@@ -143,10 +142,10 @@ extern "C" {
     LLAMA_API int32_t llama_pop_add_tap    (struct llama_context * ctx, int32_t kind, int32_t layer);
     LLAMA_API void    llama_pop_remove_taps(struct llama_context * ctx);
 
-    // what was handed out since it was forgotten, ubatch by ubatch. data lives until then
-    LLAMA_API int32_t llama_pop_n_tapped     (const struct llama_context * ctx);
-    LLAMA_API int32_t llama_pop_get_tapped   (const struct llama_context * ctx, int32_t i, struct llama_pop_tapped * tapped);
-    LLAMA_API void    llama_pop_forget_tapped(struct llama_context * ctx);
+    // what the last ubatch of the last llama_decode() or deep pass hands out, until the next one
+    LLAMA_API int32_t llama_pop_n_tapped   (const struct llama_context * ctx);
+    LLAMA_API int32_t llama_pop_get_tapped (const struct llama_context * ctx, int32_t i, struct llama_pop_tapped * tapped);
+    LLAMA_API int32_t llama_pop_read_tapped(struct llama_context * ctx, int32_t i, float * dst);
 
     // multiply-accumulates of a prompt of n_tokens that is read into an empty cache, at most n_ubatch of them, for the logits of
     // the last one, at the present boundary and mode; the last n_full rows are full. scans of recurrent states are not counted.
@@ -255,13 +254,13 @@ struct llama_pop_kept {
     std::vector<float> paid;   // likewise
 };
 
-// of a ubatch
 struct llama_pop_tapped_rows {
     llama_pop_tap tap;
-    llama_pos     pos;
+    ggml_tensor * cur;
+    llama_pos     pos; // of the first row
     int32_t       n_rows;
 
-    std::vector<float> data;
+    std::vector<uint32_t> cells; // of the rows, for MASS
 };
 
 llama_pop_cparams llama_pop_init(const llama_model & model);

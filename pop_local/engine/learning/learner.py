@@ -6,6 +6,7 @@ prompt is read its rows are only kept; they are added later, when nobody waits.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from pop_local.engine.llama.taps import Tapped
 if TYPE_CHECKING:
     from pop_converter.architecture.shape import ModelShape
     from pop_local.engine.cache.kv_cache import KvCache
+
+log = logging.getLogger("pop_local.learning")
 
 # Shares of the layers that may be skipped, the deepest first.
 _SHARES = (0.5, 0.46, 0.4, 1 / 3)
@@ -101,10 +104,14 @@ class Learner:
         taps.set_taps(cache.context.ctx, self.summing.wanted(self.boundaries))
 
     def detach(self) -> None:
-        """Learn no longer, and keep what was learned."""
+        """Learn no longer, and save what was learned."""
         self._cache.learner = None
         if not self._cache.context.is_closed:
             taps.set_taps(self._cache.context.ctx, None)
+        try:
+            self.save()
+        except PopError as error:
+            log.warning("what was learned is not saved: %s", error)
 
     def _candidates(self, memory_bytes: int) -> tuple[int, ...]:
         """Boundaries whose sums fit, the deepest first; those of the file where it has some."""
@@ -149,19 +156,19 @@ class Learner:
     def computed(self) -> None:
         """Rows were computed: keep those that are the full model's own."""
         cache = self._cache
-        for tapped in taps.take(cache.context.ctx):
-            start, end = tapped.position, tapped.position + tapped.n_rows
-            is_exact = end <= cache.n_exact and not cache.images
-            if not is_exact or tapped.n_rows < _LEAST_ROWS:
-                continue
-            tokens = cache.tokens[start:end]
-            if any(each.overlaps(start, tokens) for each in self._apart):
-                continue
-            if self._waiting_bytes + tapped.n_bytes > self._room_bytes:
-                self._n_missed += tapped.n_rows
-                continue
-            self._waiting.append(tapped)
-            self._waiting_bytes += tapped.n_bytes
+        tapped = taps.take(cache.context.ctx)
+        if tapped is None or tapped.n_rows < _LEAST_ROWS or cache.images:
+            return
+        start, end = tapped.position, tapped.position + tapped.n_rows
+        tokens = cache.tokens[start:end]
+        is_apart = any(each.overlaps(start, tokens) for each in self._apart)
+        if end > cache.n_exact or is_apart:
+            return
+        if self._waiting_bytes + tapped.n_bytes > self._room_bytes:
+            self._n_missed += tapped.n_rows
+            return
+        self._waiting.append(tapped)
+        self._waiting_bytes += tapped.n_bytes
 
     # While nobody waits
 

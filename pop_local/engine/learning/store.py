@@ -20,6 +20,7 @@ from pop_converter.gguf.source import Source, sampled_sha256
 from pop_local.base.archives import DAMAGES
 from pop_local.base.output import make_private, replacing
 from pop_local.engine.learning.sums import Sums, stored_inputs
+from pop_local.models.sidecars import learned_path
 
 log = logging.getLogger("pop_local.learning")
 
@@ -43,21 +44,15 @@ class Known:
 
 @dataclass(frozen=True)
 class SumsFile:
-    """The file of one model in a folder; `model` is the hash that it is known by."""
+    """The file of one model; `model` is the hash that it is known by."""
 
     path: Path
     model: str
 
     @classmethod
-    def of(cls, folder: Path, source: Source) -> "SumsFile":
+    def of(cls, source: Source) -> "SumsFile":
         """Return the file of a model, which need not be there."""
-        model = sampled_sha256(source)
-        return cls(folder / f"{Path(source.name).stem}-{model[:16]}{SUFFIX}", model)
-
-    @property
-    def sidecar(self) -> Path:
-        """The sidecar that is made of the sums."""
-        return self.path.with_name(self.path.name.removesuffix(SUFFIX) + ".pop-sidecar.gguf")
+        return cls(learned_path(source, SUFFIX), sampled_sha256(source))
 
     def load(self) -> Sums:
         """Return the sums, empty ones where there are none. A damaged file is put aside."""
@@ -103,10 +98,3 @@ class SumsFile:
             head |= {"version": _VERSION, "model": self.model}
             with replacing(self.path, force=True) as file:
                 np.savez(file, head=json.dumps(head), **arrays)
-
-    def forget(self) -> bool:
-        """Remove the sums and the sidecar; returns whether there were any."""
-        found = [path for path in (self.path, self.sidecar) if path.exists()]
-        for path in [*found, self.path.with_suffix(".lock")]:
-            path.unlink(missing_ok=True)
-        return bool(found)

@@ -20,6 +20,9 @@ from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 from pop_local.engine.llama.taps import Rows, Tapped, Wanted
 
+# Layers whose attention tells how much a row counts: all of them say nearly the same.
+N_WEIGHING = 4
+
 
 @dataclass
 class Sums:
@@ -104,7 +107,8 @@ class Summing:
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
         seeing = [each for each in at if Projection.ATTENTION in self.projections[each]]
-        return Wanted(at, layers, tuple(seeing), layers)
+        weighing = np.linspace(at[-1] + 1, self.shape.n_layer - 1, N_WEIGHING).astype(int)
+        return Wanted(at, layers, tuple(seeing), tuple(sorted({*weighing.tolist()})))
 
     def is_wide(self, boundary: int) -> bool:
         """Whether an input must be chosen (`choose_input`) before rows can be added."""

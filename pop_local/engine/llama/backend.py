@@ -87,7 +87,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_remove_taps": ([_POINTER], None),
     "llama_pop_n_tapped": ([_POINTER], _INT32),
     "llama_pop_get_tapped": ([_POINTER, _INT32, _POINTER], _INT32),
-    "llama_pop_forget_tapped": ([_POINTER], None),
+    "llama_pop_read_tapped": ([_POINTER, _INT32, _POINTER], _INT32),
     "llama_pop_count_macs": ([_POINTER, _INT32, _INT32], ctypes.c_int64),
     "llama_pop_get_counters": ([_POINTER, ctypes.POINTER(_CCounters)], None),
     "llama_pop_reset_counters": ([_POINTER], None),

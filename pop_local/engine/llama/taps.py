@@ -1,6 +1,6 @@
 """Taps: what rows compute on their way through all layers, for fits of K/V projections.
 
-See llama_pop_add_tap in llama-pop.h. A ubatch of a prompt hands it out, and so does a deep pass.
+See llama_pop_add_tap in llama-pop.h. The last ubatch of a batch hands it out, and so does a deep pass.
 """
 
 import ctypes
@@ -21,9 +21,8 @@ class _Kind(IntEnum):
 
 
 class _CTapped(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("kind", "layer", "pos", "n_rows", "n_cols")),
-        ("data", ctypes.POINTER(ctypes.c_float)),
+    _fields_ = tuple(
+        (name, ctypes.c_int32) for name in ("kind", "layer", "pos", "n_rows", "n_cols")
     )
 
 
@@ -88,23 +87,22 @@ def set_taps(ctx: Any, wanted: Wanted | None) -> None:
                 backend.add_tap(ctx, kind, layer)
 
 
-def take(ctx: Any) -> list[Tapped]:
-    """Return what the ubatches since the last call handed out, in their order."""
+def take(ctx: Any) -> Tapped | None:
+    """Return what the last ubatch handed out, None where that was nothing."""
     library = backend.require_patched()
-    taken: list[Tapped] = []
-    seen: set[tuple[int, int]] = set()
-    found = _CTapped()
-    for number in range(library.llama_pop_n_tapped(ctx)):
-        library.llama_pop_get_tapped(ctx, number, ctypes.byref(found))
-        if not taken or (found.kind, found.layer) in seen:
-            taken.append(Tapped(found.pos, found.n_rows))
-            seen.clear()
-        seen.add((found.kind, found.layer))
-        rows = np.ctypeslib.as_array(found.data, (found.n_rows, found.n_cols)).copy()
-        of = taken[-1]
-        if found.kind == _Kind.MASS:
-            of.mass[found.layer] = rows[:, 0]
-        else:
-            (of.states, of.k, of.v, of.heads)[found.kind][found.layer] = rows
-    library.llama_pop_forget_tapped(ctx)
-    return taken
+    found = [_CTapped() for _ in range(library.llama_pop_n_tapped(ctx))]
+    for number, each in enumerate(found):
+        library.llama_pop_get_tapped(ctx, number, ctypes.byref(each))
+    if not found:
+        return None
+    # One block: the system gives large ones in large pages.
+    ends = np.cumsum([each.n_rows * each.n_cols for each in found])
+    block = np.empty(ends[-1], np.float32)
+    tapped = Tapped(found[0].pos, found[0].n_rows)
+    by_kind = (tapped.states, tapped.k, tapped.v, tapped.heads, tapped.mass)
+    for number, (each, end) in enumerate(zip(found, ends, strict=True)):
+        rows = block[end - each.n_rows * each.n_cols : end]
+        library.llama_pop_read_tapped(ctx, number, rows.ctypes.data_as(ctypes.c_void_p))
+        shape = (each.n_rows,) if each.kind == _Kind.MASS else (each.n_rows, each.n_cols)
+        by_kind[each.kind][each.layer] = rows.reshape(shape)
+    return tapped
