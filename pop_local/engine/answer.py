@@ -1,5 +1,6 @@
 """From a prompt to an answer: pieces of text as they are sampled, then the figures."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -167,9 +168,9 @@ class _Turn:
         if self._logprobs is None:
             return Chunk(text, stats)
         self._n_shown += len(text.encode())
-        # Last tokens without text begin where it ends; with a stop string they are cut off.
+        # Last tokens without text, or of half a character, count; those of a stop string do not.
         is_whole = stats is not None and not self._text.stopped
-        return Chunk(text, stats, self._logprobs.take(self._n_shown + is_whole))
+        return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 
     def _next_token(self) -> int:
         if self._parts.cache.epoch != self._epoch:
