@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pop_local.base.errors import PopError
@@ -63,7 +63,8 @@ class Parts:
                 yield token
                 if cache.epoch != epoch:
                     raise DisplacedError
-                self.refiller.before_step()
+                if self.rule.reuses:
+                    self.refiller.before_step()
                 cache.step(token)
                 if cache.epoch != epoch:
                     raise DisplacedError
@@ -79,6 +80,8 @@ def answer(
     constraint: Callable[[], Allowed | None] = lambda: None,
 ) -> Answering:
     """Stream the answer to a prompt; the last chunk carries the figures."""
+    if options.repeatable:
+        parts = replace(parts, rule=replace(parts.rule, reuses=False))
     with closing(_Turn(parts, render, options, constraint)) as turn:
         yield from turn.chunks()
 
