@@ -28,6 +28,7 @@ from pop_local.calibration.texts import (
     CalibrationText,
     given_text,
     own_text,
+    sampled,
     whole_text,
 )
 from pop_local.engine.images.mmproj import ImageChunk
@@ -117,6 +118,7 @@ class _Job:
         path = self._options.state_path
         # A kept state has its own groups: there may have been more memory then, or less.
         self._state = (path and load(path, self._identity)) or State(self._text(), self._groups)
+        self._state.text = sampled(self._model, self._state.text, self._sampled)
         while self._state.group < len(self._state.groups):
             self._read(self._state.groups[self._state.group])
             self._solve()
@@ -148,12 +150,11 @@ class _Job:
         count = options.n_tokens(n_embd) // N_WINDOW
         if options.text:
             return given_text(self._model, options.text, count, n_embd)
-        return own_text(self._model, count, self._sampled)
+        return own_text(self._model, count)
 
     def _sampled(self, done: int, total: int) -> None:
         self._follow.on_sampling(done, total)
-        if self._follow.should_stop():
-            raise StoppedError
+        self._keep()
 
     def _read(self, pairs: Sequence[Pair]) -> None:
         state, n_text = self._state, len(self._state.text.windows)

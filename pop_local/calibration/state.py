@@ -99,5 +99,5 @@ def _groups(head: Any) -> tuple[tuple[Pair, ...], ...]:
 
 def _cannot_resume(message: str) -> CalibrationError:
     return CalibrationError(
-        message, "delete it, or do not resume, to start afresh", cause="cannot-resume"
+        message, "move it away, or do not resume, to start afresh", cause="cannot-resume"
     )

@@ -33,7 +33,9 @@ class TurnOptions:
     `should_stop` is asked during the prefill and after each token; an answer that it ends is
     "interrupted" and has its figures all the same. `stops` end the answer and are not part of it.
     `grammar`: a text is GBNF. `n_top_logprobs`: None for no log probabilities at all;
-    `has_end_logprob`: whether the token that ends the answer has one, too.
+    `has_end_logprob`: whether the token that ends the answer has one, too. `repeatable`: the prompt
+    is read as if it were new, and nothing is refilled meanwhile, so that the same options with a
+    seed, or at temperature 0, give the same answer whatever was asked before.
     """
 
     max_tokens: int | None = None
@@ -50,6 +52,7 @@ class TurnOptions:
     grammar: str | Grammar | None = None
     n_top_logprobs: int | None = None
     has_end_logprob: bool = False
+    repeatable: bool = False
     on_prefill: Callable[[int, int], None] | None = None
     should_stop: Callable[[], bool] | None = None
 
@@ -69,6 +72,7 @@ class AnswerOptions(TypedDict, total=False):
     seed: int | None
     stops: tuple[str, ...]
     grammar: str | Grammar | None
+    repeatable: bool
     on_prefill: Callable[[int, int], None] | None
     should_stop: Callable[[], bool] | None
 

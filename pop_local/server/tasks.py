@@ -36,8 +36,10 @@ class Tasks:
     Several threads may use it, while the model decodes in another.
     """
 
-    def __init__(self, model: PopModel) -> None:
+    def __init__(self, model: PopModel, *, repeatable: bool = False) -> None:
+        """`repeatable`: whether answers are, unless a request says otherwise."""
         self._model = model
+        self._repeatable = repeatable
         self._default = model.mode
 
     def chat(self, body: ChatBody) -> Task:
@@ -132,6 +134,7 @@ class Tasks:
             stops=tuple(body.stop or ()),
             grammar=self._grammar(body),
             n_top_logprobs=n_top_logprobs,
+            repeatable=self._repeatable if body.repeatable is None else body.repeatable,
             **{**self._model.recommended, **given},
         )
 

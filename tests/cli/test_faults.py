@@ -16,7 +16,7 @@ from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationText
 from pop_local.engine.learning.sums import Sums
 from pop_local.engine.sessions.conversation import Conversation, Turn
-from pop_local.engine.sessions.session_file import Sessions, _stored_picture
+from pop_local.engine.sessions.session_file import Sessions
 from support.calls import completed, opened
 from support.converted import converted, names
 from support.faults import FAULTS, failing
@@ -148,7 +148,7 @@ def test_a_session(model, tmp_path, number, monkeypatch):
             tmp_path,
             number,
             lambda folder: refusal(lambda: Sessions(folder).save(NAME, asked, said)),
-            lambda path: Sessions(path.parent)._read(NAME, _stored_picture).conversation == said,
+            lambda path: Sessions(path.parent).load(NAME, asked).session.conversation == said,
             makes_folder=True,
         )
 

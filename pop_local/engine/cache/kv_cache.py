@@ -275,16 +275,16 @@ class KvCache:
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
         self.n_tokens = n
 
-    def exchange(self, prompt: Prompt) -> None:
-        """Take from the prompt cache what has more in common with a prompt than this one has.
+    def put_aside(self, prompt: Prompt) -> None:
+        """Give the rows to the prompt cache if a prompt has less than half, as in llama-server."""
+        if 2 * self.n_same(prompt) < self.n_tokens:
+            self._keep()
 
-        The rows here go there if less than half is reused, as in llama-server.
-        """
+    def exchange(self, prompt: Prompt) -> None:
+        """Take from the prompt cache what has more in common with a prompt than this one has."""
         if self.prompts is None:
             return
         n_same = self.n_same(prompt)
-        if 2 * n_same < self.n_tokens:
-            self._keep()
         state, n_there = self.prompts.longest(self._prompts_key, prompt)
         if state is not None and n_there > n_same:
             with suppress(PopError):  # of a larger context, say; the cache is empty then

@@ -14,6 +14,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.rewrite import Fitted, convert, strip
 from pop_local.base.errors import StoppedError
+from pop_local.calibration import samples
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.options import FitOptions
@@ -32,7 +33,7 @@ from support.calibrating import (
     stopped_at,
 )
 from support.shapes import read_shape
-from support.synthetic import make_gguf
+from support.synthetic import TEMPLATE, make_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -147,6 +148,29 @@ def test_a_resumed_fit_equals_one_without_a_stop(
     read.clear()
     watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
     assert (fitted(llama, kept, watch), read) == (again, [])
+
+
+def test_what_was_sampled_until_a_stop_is_kept(tmp_path, monkeypatch):
+    path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=TEMPLATE)
+    kept = replace(settings(tmp_path), text=None, state_path=tmp_path / "state")
+    drawn: list[int] = []
+
+    def counted(logits, chance, real=samples.draw):
+        drawn.append(real(logits, chance))
+        return drawn[-1]
+
+    monkeypatch.setattr(samples, "MAX_SEQUENCES", 1)
+    monkeypatch.setattr(samples, "draw", counted)
+    fitted(path, replace(kept, state_path=None))
+    all_drawn = drawn.copy()
+    drawn.clear()
+    with pytest.raises(StoppedError):  # at a step of the second sample
+        fitted(path, kept, stopped_at(N_WINDOW + 99))
+    n_kept = len(drawn)
+    assert N_WINDOW < n_kept < len(all_drawn)
+    fitted(path, kept)
+    assert len(drawn) == len(all_drawn)
+    assert drawn[: n_kept + 1] == all_drawn[: n_kept + 1], "the last one after reading again"
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 1 << 30), (1 << 30, 1)])

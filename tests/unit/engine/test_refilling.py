@@ -12,6 +12,7 @@ import pytest
 
 from pop_local.base.errors import PopError
 from pop_local.engine.cache.keys import FULL
+from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth import online, power
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -274,6 +275,28 @@ def test_a_server_refills_between_requests(pop_file):
         assert pop["n_exact"] > 200
         metrics = client.get("/metrics").text
         assert f"pop_refilled_tokens_total {pop['n_refilled']}.0" in metrics
+
+
+@pytest.mark.parametrize("by", ["request", "server"])
+def test_a_repeatable_answer_is_what_the_first_reading_gives(pop_file, by):
+    model = opened(pop_file, keep_states=True)
+    model.refiller.refill_answers(8)
+    model.cache.prompts = PromptCache(1 << 26)
+    with asking(create_app(model, "tiny", repeatable=by == "server")) as client:
+
+        def ask(prompt: str, **more: bool):
+            body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 1} | more
+            answer = client.post("/v1/completions", json=body).json()
+            return answer["choices"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        wanted = {} if by == "server" else {"repeatable": True}
+        first, _ = ask(WORDS, **wanted)
+        for prompt in (WORDS + "i j k", "another", WORDS[:99]):
+            ask(prompt, repeatable=False)
+            assert ask(WORDS, **wanted) == (first, 0)
+            wait_for(lambda: model.refiller.n_refillable == 0)
+        found, n_cached = ask(WORDS, repeatable=False)
+        assert n_cached > 0 and found != first
 
 
 def test_a_server_refills_once_it_is_on_mains_power_again(pop_file, monkeypatch):

@@ -40,7 +40,7 @@ INSIDE = {
         "depth": "cache llama",
         "cache": "images llama prompt",
         "prompt": "images limited llama",
-        "images": "llama",
+        "images": "limited llama",
         "llama": "",
         "limited": "",
     },
