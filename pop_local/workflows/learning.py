@@ -43,7 +43,7 @@ _GROWTH = 1.5
 
 @dataclass(frozen=True)
 class Lesson:
-    """A sidecar that was learned from `n_rows` rows; `quality` is on the newest text that was read."""
+    """A sidecar that was learned from `n_rows` rows; `quality` is on the newest of the prompts."""
 
     sidecar: Path
     plan: Plan

@@ -1,6 +1,7 @@
 """Taps: what rows compute on their way through all layers, for fits of K/V projections.
 
-See llama_pop_add_tap in llama-pop.h. The last ubatch of a batch hands it out, and so does a deep pass.
+See llama_pop_add_tap in llama-pop.h. A batch shows those of its last ubatch, and so does a deep
+pass.
 """
 
 import ctypes
