@@ -212,4 +212,5 @@ class _Turn:
             n_image=self._prompt.n_image,
             encode_s=found.encode_s,
             is_short=found.is_short,
+            fit=self._parts.cache.fit if counters.n_context else "",
         )

@@ -92,7 +92,7 @@ class TurnStats:
     included. encode_s: making rows of pictures, which pruning does not touch. prefill_s: reading
     the prompt, without that. decode_s: from the first to the last sampled token, the reader's own
     time left out. is_short: pruning is on, and the prompt (what was not cached of it) too short to
-    be pruned.
+    be pruned. fit: what the projections were fitted on that pruned tokens took, "" for none.
     """
 
     n_prompt: int
@@ -112,6 +112,7 @@ class TurnStats:
     n_exact: int = 0
     n_image: int = 0
     encode_s: float = 0.0
+    fit: str = ""
 
     @property
     def reading(self) -> Reading:

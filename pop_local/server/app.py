@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pop_local.base.errors import PopError
+from pop_local.engine.learning.lesson import Teacher
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
@@ -57,15 +58,17 @@ def create_app(
     max_waiting: int = 256,
     max_body_bytes: int = 0,
     repeatable: bool = False,
+    teacher: Teacher | None = None,
 ) -> Starlette:
     """Make the application; the model belongs to it from the start of its lifespan to its end.
 
     `name`: the model's in the API. `api_key`: "" for none. `host`: the address that the server
     listens on; without a key it answers to this and loopback names only. `max_body_bytes` 0: by
-    context. `repeatable`: see TurnOptions; a request may say otherwise.
+    context. `repeatable`: see TurnOptions; a request may say otherwise. `teacher`: makes fits of
+    what the model learns, between requests.
     `app.state.worker` is the thread that has the model: stop it to end running answers.
     """
-    api = Api(model, name, max_waiting, max_body_bytes, repeatable)
+    api = Api(model, name, max_waiting, max_body_bytes, repeatable, teacher)
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     app = Starlette(
         routes=[
@@ -102,6 +105,7 @@ class Api:
         max_waiting: int,
         max_body_bytes: int,
         repeatable: bool,
+        teacher: Teacher | None,
     ) -> None:
         self._model = model
         self._name = name
@@ -112,7 +116,7 @@ class Api:
         self._max_picture_bytes = MAX_DATA_URL if model.can_see else 0
         self._watchers: set[asyncio.Task[None]] = set()
         self.metrics = Metrics()
-        self.worker = Worker(model, self.metrics, max_waiting)
+        self.worker = Worker(model, self.metrics, max_waiting, teacher)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:

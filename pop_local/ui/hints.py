@@ -14,6 +14,7 @@ BY_CAUSE = {
     "analyze-converted": "analyze the model it was made of; pop-local strip {path} gives it back",
     "bench-context": "leave --ctx out, or give shorter prompts (--prompt)",
     "bench-trained": "give shorter prompts (--prompt)",
+    "cannot-learn": "leave it out: --learn off",
     "cannot-resume": "move it away, or leave out --resume, to start afresh",
     "context-full": "give a larger context (--ctx {n_ctx}) or a shorter prompt",
     "context-too-short": "give a longer context: --context {n_least} or more",

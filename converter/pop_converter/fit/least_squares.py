@@ -151,9 +151,9 @@ def token_weights(mass: Floats, weighting: Weighting) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Solve for the projections that replace a layer's `own`.
+    """Solve for the projections that replace a layer's `own`, or an earlier fit of them.
 
-    `ridge` is in units of the diagonal of X'DX and pulls toward `own`. Raises FitError when the
+    `ridge` is in units of the diagonal of X'DX and pulls toward these. Raises FitError when the
     sums are not finite, or singular.
     """
     xy = gram.xy[layer]
@@ -163,8 +163,8 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
         )
     gain = own.gain.astype(np.float64)
     n_embd, n_wide = gain.size, len(gram.xx) - gain.size - 1
-    zeros = np.zeros((n_wide, own.bias.size))
-    start = np.vstack([gain[:, None] * own.weight.T, zeros, own.bias])
+    own_wide = np.zeros((own.bias.size, n_wide), np.float32) if own.wide is None else own.wide
+    start: Doubles = np.vstack([gain[:, None] * own.weight.T, own_wide.T, own.bias])
     xx = gram.xx.astype(np.float64)
     delta = _solve(xx, xy - xx @ start, _ridge(xx, gain, ridge))
     used = gain != 0
@@ -172,7 +172,7 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     step[used] = delta[:n_embd][used] / gain[used, None]
     weight = (own.weight + step.T).astype(np.float32)
     bias = (own.bias + delta[-1]).astype(np.float32)
-    wide = np.ascontiguousarray(delta[n_embd:-1].T, np.float32)
+    wide = np.ascontiguousarray(own_wide + delta[n_embd:-1].T, np.float32)
     if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
         raise FitError(f"the fit of layer {layer} is not finite", "fit on other or more text")
     return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 
 from pop_converter.fit import least_squares as fit
+from pop_converter.popfile.sidecar import fitted_tensors
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
 from pop_local.engine.learning.store import SumsFile
@@ -26,6 +27,7 @@ from pop_local.engine.llama.taps import Tapped
 if TYPE_CHECKING:
     from pop_converter.architecture.shape import ModelShape
     from pop_local.engine.cache.kv_cache import KvCache
+    from pop_local.engine.llama.context import Context
 
 log = logging.getLogger("pop_local.learning")
 
@@ -90,12 +92,22 @@ class Learner:
         self._known = file.known()
         self._new = Sums(dict(self._known.wides))
         self._room_bytes = memory_bytes
-        boundary = cache.boundary
-        self.boundaries = (boundary,) if boundary else self._candidates(memory_bytes // 2)
-        kinds = dict.fromkeys(self.boundaries, (Projection.FITTED, Projection.WIDE))
-        self.summing = Summing(cache.context.source, shape, kinds)
+        self._begin(cache.context, memory_bytes)
         self._room_bytes -= sum(map(self._sums_bytes, self.boundaries))
         self.attach(cache)
+
+    def _begin(self, context: Context, memory_bytes: int) -> None:
+        """Learn at the boundary of the fit in use, which is bent; without one at several."""
+        meta, source, start = context.meta, context.source, {}
+        self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
+        kinds: dict[int, tuple[Projection, ...]]
+        kinds = dict.fromkeys(self.boundaries, (Projection.FITTED, Projection.WIDE))
+        if meta and meta.is_fitted and meta.boundary not in self._known.n_rows:
+            start = fitted_tensors(context.sidecar or context.path)
+            kinds = {meta.boundary: (meta.projection,)}
+        self.summing = Summing(source, self._shape, kinds, start=start)
+        if start and self.summing.is_wide(self.boundaries[0]):
+            self._new.wides[self.boundaries[0]] = self.summing.start_input(self.boundaries[0])
 
     def attach(self, cache: KvCache) -> None:
         """Learn from this cache from now on."""
@@ -226,7 +238,9 @@ class Learner:
 
     @property
     def _lacks_input(self) -> bool:
-        return not self._new.wides.keys() >= set(self.boundaries)
+        return any(
+            self.summing.is_wide(each) and each not in self._new.wides for each in self.boundaries
+        )
 
     @property
     def _can_choose(self) -> bool:

@@ -14,7 +14,13 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import DAMAGED_HINT, FitError, Gram, KvType, Weighting
 from pop_converter.fit.weights import Weights
-from pop_converter.fit.wide import Neurons, WideInput, encode_input, wide_input
+from pop_converter.fit.wide import (
+    Neurons,
+    WideInput,
+    decode_input,
+    encode_input,
+    wide_input,
+)
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
@@ -91,9 +97,15 @@ class Summing:
         shape: ModelShape,
         projections: Mapping[int, Sequence[Projection]],
         weighting: Weighting = Weighting.ATTENTION,
+        start: Mapping[str, NewTensor] | None = None,
     ) -> None:
-        """`projections`: the kinds of fit at each boundary, own ones not among them."""
+        """`projections`: the kinds of fit at each boundary, own ones not among them.
+
+        `start`: the tensors of an earlier fit, toward which the ridge pulls in the place of the
+        layers' own projections.
+        """
         self.shape, self.projections, self._weighting = shape, projections, weighting
+        self._start = start or {}
         self._weights = Weights(source)
         eps = source.first.of_arch("attention.layer_norm_rms_epsilon")
         self._eps = eps if isinstance(eps, float) else 0.0
@@ -124,6 +136,10 @@ class Summing:
                 cause="not-finite",
             )
         return fit.normalised(state, self._eps)
+
+    def start_input(self, boundary: int) -> WideInput:
+        """Return the wider input of the earlier fit."""
+        return decode_input(self.shape, self._weights, boundary, self._start)
 
     def choose_input(self, boundary: int, windows: Sequence[Rows]) -> WideInput:
         """Choose what the wider input is made of, by the normalised states of some windows."""
@@ -164,6 +180,8 @@ class Summing:
     ) -> tuple[NewTensor, ...]:
         """Solve for the fit of a layer by the sums at a boundary. Raises FitError."""
         own = self._weights.own_projection(layer, self.shape.n_k[layer], self.shape.n_v[layer])
+        if self._start:
+            own = fit.decode(layer, self._start, own)
         fitted = fit.fit_layer(layer, gram.of_first(self._n_inputs(boundary, kind)), own, ridge)
         return fit.encode(layer, fitted, stored)
 
