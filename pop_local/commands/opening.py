@@ -48,7 +48,7 @@ class Opener:
         return opened
 
     def lessons(self, model: OpenModel) -> Lessons | None:
-        """What turns that which the model learns into sidecars; None where it does not learn."""
+        """Return the teacher of a model; None where it does not learn."""
         if model.learner is None:
             return None
         from pop_local.workflows.learning import Lessons

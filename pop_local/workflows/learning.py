@@ -108,7 +108,7 @@ class Lessons:
         """Add rows that wait; once they are enough, solve and measure.
 
         Returns a sidecar that is better than the one in use, written: the deepest within the
-        budget, on what was read and on shipped facts. What is stopped goes on at the next call.
+        budget, on what was read and on shipped facts. A stopped call is continued by the next.
         Raises PopError.
         """
         self._should_stop = should_stop

@@ -107,7 +107,7 @@ class KvCache:
 
     @property
     def fit(self) -> str:
-        """What the projections of pruned rows were fitted on, and how many tokens of it."""
+        """The text that the projections of pruned rows were fitted on, with its tokens."""
         meta = self.context.meta
         if meta is None or meta.calibration is None:
             return "own projections"

@@ -33,7 +33,7 @@ log = logging.getLogger("pop_local.learning")
 
 # Shares of the layers that may be skipped, the deepest first.
 _SHARES = (0.5, 0.46, 0.4, 1 / 3)
-# Of each so many chunks of a prompt one is kept apart, to measure on; so many are kept.
+# One chunk of a prompt in N_APART is kept apart, to measure on; N_HELD_OUT are kept.
 N_APART = 6
 N_HELD_OUT = 16
 N_WINDOW = 512
@@ -47,7 +47,7 @@ _ROWS_TO_SAVE = 16_384
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned of a model so far, by all who use it.
+    """The figures of what was learned of a model so far, by all who use it.
 
     `n_rows` of the boundary that has most. `n_waiting` are kept to be added, `n_missed` found no
     room. `boundaries` are those that are learned, the deepest first.

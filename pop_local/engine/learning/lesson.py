@@ -27,7 +27,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Loss:
-    """What the fit in use loses on the newest of what was read: `n_windows` pieces of it.
+    """The loss of the fit in use on the newest of what was read: `n_windows` pieces of it.
 
     KL in nats with its standard error; `is_inside`: within the budget.
     """

@@ -30,7 +30,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Known:
-    """What a file says of its sums: `head`, and the wider inputs by boundary."""
+    """The head of a file of sums, and the wider inputs by boundary."""
 
     head: Any
     wides: dict[int, WideInput]

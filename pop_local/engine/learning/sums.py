@@ -115,7 +115,7 @@ class Summing:
         return range(boundary + 1, self.shape.n_layer)
 
     def wanted(self, boundaries: Iterable[int]) -> Wanted:
-        """What rows must show to be added to the sums of these boundaries."""
+        """Return what rows must show to be added to the sums of these boundaries."""
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
         seeing = [each for each in at if Projection.ATTENTION in self.projections[each]]

@@ -29,9 +29,10 @@ class _CTapped(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is handed out: states at `boundaries`, K and V of `layers`, their attention `heads`.
+    """A choice of what is handed out: states at `boundaries`, K and V of `layers`.
 
-    `weighing`: the layers whose attention tells how much a row counts.
+    `heads`: the layers whose attention gives its heads. `weighing`: those whose attention tells how
+    much a row counts.
     """
 
     boundaries: tuple[int, ...]
@@ -42,7 +43,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Tapped:
-    """What the rows of one ubatch computed, at positions from `position` on; by layer.
+    """The rows of one ubatch, at positions from `position` on: arrays by layer.
 
     `states` [n_rows, n_embd] are what the layer is given. `k` (before norm and RoPE) is
     [n_rows, n_k], `v` [n_rows, n_v], `heads` [n_rows, n_head * head_dim_v]. `mass` [n_rows] is the

@@ -32,7 +32,7 @@ WARN_SHARE = 0.8
 
 # By name (None: the first one again) and context in tokens (None: as the options say).
 ModelOpener = Callable[[str | None, int | None], "PopModel"]
-# What turns that which a model learns into lessons; None where it does not learn.
+# Makes the teacher of a model; None where it does not learn.
 Teach = Callable[["OpenModel"], "Teacher | None"]
 # ChatSession's stream, retry or edit; they take the options of an answer.
 Ask = Callable[..., "Stream"]
