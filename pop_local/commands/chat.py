@@ -59,6 +59,9 @@ def chat(
         if begun.model.mmproj:
             note(f"It sees pictures, by {begun.model.mmproj.name}: /image PATH.")
         note("Type a question, /help for the commands, /exit to leave.")
-    talk(begun)
+    try:
+        talk(begun)
+    finally:
+        begun.model.close()  # which saves what was learned
     if begun.has_failed and not sys.stdin.isatty():
         raise typer.Exit(EXIT_FAILED)

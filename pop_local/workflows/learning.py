@@ -57,7 +57,7 @@ class _LearnedFitter(Fitter):
         options, summing, boundary = self.options, self.learner.summing, plan.boundary
         gram, stored = self.sums.grams[boundary], options.kv_type
         tensors: list[NewTensor] = []
-        if plan.projection == Projection.WIDE:
+        if plan.projection.is_wide:
             tensors += summing.encode_input(self.sums, boundary, stored)
         for layer in plan.fitted_layers:
             tensors += summing.solve(gram, boundary, layer, plan.projection, options.ridge, stored)
@@ -166,10 +166,9 @@ class Lessons:
         plans = []
         for boundary in sorted(sums.grams, reverse=True):
             plan = make_plan(shape, boundary=boundary, projection=Projection.FITTED, macs=macs)
-            kind = learner.summing.projections[boundary][-1]
-            if kind != Projection.WIDE or fit_cost(plan, kind) <= MOST_COST[kind]:
-                plan = replace(plan, projection=kind)
-            plans.append(plan)
+            plain, *wider = learner.summing.projections[boundary]
+            kinds = [plain, *(kind for kind in wider if fit_cost(plan, kind) <= MOST_COST[kind])]
+            plans.append(replace(plan, projection=kinds[-1]))
         self._in_use = None
         settings = QualitySettings(
             len(learner.held_out), N_WINDOW - _N_CONTINUATION, _N_CONTINUATION, n_draws=_N_DRAWS

@@ -75,7 +75,7 @@ def test_a_line_that_comes_early_ends_it(chat, pause_s):
     with refill.idling(begun):
         time.sleep(pause_s)
     n_exact = begun.model.cache.n_exact
-    assert not any(thread.name == "pop-local refill" for thread in threading.enumerate())
+    assert not any(thread.name == "pop-local idle" for thread in threading.enumerate())
     begun.ask("and now?")
     assert begun.session.answer_stats[-1].n_refilled == n_exact
     assert begun.model.cache.n_exact <= begun.model.cache.n_tokens
@@ -259,7 +259,7 @@ def test_ctrl_c_while_it_ends_does_not_leave_it_running(chat, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt), refill.idling(begun):
         monkeypatch.setattr(threading.Thread, "join", join)
-    assert not any(thread.name == "pop-local refill" for thread in threading.enumerate())
+    assert not any(thread.name == "pop-local idle" for thread in threading.enumerate())
 
 
 def test_a_server_refills_between_requests(pop_file):
