@@ -155,7 +155,7 @@ def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
     [made] = fitted_at((5,), plain, settings(words(tmp_path)), projections=(kind,))
     # A bias that no text explains.
     worse = [
-        replace(each, data=np.full(each.dims, 0.3, np.float32).tobytes())
+        replace(each, data=np.full(each.dims, 3.0, np.float32).tobytes())
         if each.name.endswith(".bias")
         else each
         for each in made.tensors
