@@ -305,7 +305,7 @@ static const bool is_told = [] {
 }();
 
 int32_t llama_pop_abi(void) {
-    return 5;
+    return 6;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {
