@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,50 +14,58 @@ from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.batch import Outputs, TokenBatch
 
 MAX_SEQUENCES = 64
+NOT_SAMPLED = -1
+# Tokens at once of what was sampled before a stop.
+_READ_AGAIN = 128
 # Two levels of sums: a whole cumulative sum over the vocabulary would cost as much as the rest.
 _BLOCK = 256
 
 
 def sample_windows(
     model: LoadedModel,
-    starts: Sequence[Sequence[int]],
-    n_window: int,
+    windows: NDArray[np.int32],
+    n_given: Sequence[int],
     *,
     seed: int,
     on_progress: Callable[[int, int], object],
-) -> NDArray[np.int32]:
-    """Sample sequences, int32 [len(starts), n_window], at temperature 1.
+) -> None:
+    """Sample what is NOT_SAMPLED of sequences, int32 [n_windows, n_window], at temperature 1.
 
-    Each goes on from its own start, a token at least, which is cut where it is too long.
+    `n_given`: how many tokens each was begun with, one at least. After a stop the samples so far
+    are read again, and the sampling goes on with the chances that it would have had.
     `on_progress(done, total)` counts tokens. Raises PopError when llama.cpp fails or its logits are
     no numbers.
     """
     rng = np.random.default_rng(seed)
-    n_windows = len(starts)
-    parts = []
-    done, total = 0, n_windows * n_window
+    done = 0
     # Batches of about equal size.
-    for part in np.array_split(np.arange(n_windows), -(-n_windows // MAX_SEQUENCES)):
-        n = len(part)
-        tokens = np.empty((n, n_window), np.int32)
-        given = [starts[number][:n_window] for number in part.tolist()]
-        for row, start in zip(tokens, given, strict=True):
-            row[: len(start)] = start
-        for n_steps in _fill(tokens, [len(start) for start in given], model, rng):
-            on_progress(done + n * n_steps, total)
-        done += n * n_window
-        parts.append(tokens)
-    return np.concatenate(parts)
+    n_parts = -(-len(windows) // MAX_SEQUENCES)
+    parts = np.array_split(windows, n_parts), np.array_split(np.array(n_given), n_parts)
+    for tokens, given in zip(*parts, strict=True):
+        for n_steps in _fill(tokens, given, model, rng):
+            on_progress(done + len(tokens) * n_steps, windows.size)
+        done += tokens.size
 
 
 def _fill(
-    tokens: NDArray[np.int32], n_given: Sequence[int], model: LoadedModel, rng: np.random.Generator
+    tokens: NDArray[np.int32],
+    n_given: NDArray[Any],
+    model: LoadedModel,
+    rng: np.random.Generator,
 ) -> Iterator[int]:
-    """Sample all but the first `n_given` of each row; this yields how many columns there are."""
+    """Sample what is missing of each row; this yields how many columns there are."""
     n, n_window = tokens.shape
-    opened = model.context(n_ctx=n * n_window, n_batch=n, n_ubatch=n, n_seq_max=n)
-    with opened as ctx, closing(TokenBatch(n, is_step=True)) as batch:
-        for step in range(1, n_window):
+    n_known = int(np.append((tokens == NOT_SAMPLED).any(axis=0), True).argmax())
+    rng.random(int(np.maximum(n_known - n_given, 0).sum()))  # as many as were drawn for them
+    if n_known == n_window:
+        return
+    n_batch = n if n_known == 1 else max(n, _READ_AGAIN)
+    shape = {"n_ctx": n * n_window, "n_batch": n_batch, "n_ubatch": n_batch, "n_seq_max": n}
+    with model.context(**shape) as ctx, closing(TokenBatch(n, is_step=True)) as batch:
+        for sequence, row in enumerate(tokens[:, : n_known - 1]):
+            _read_again(ctx, sequence, row, n_batch)
+            yield n_known
+        for step in range(n_known, n_window):
             logs.forget_errors()
             code = batch.decode(ctx, tokens[:, step - 1], step - 1, Outputs.ALL)
             if code != 0:
@@ -71,6 +80,15 @@ def _fill(
                 if step >= given:
                     tokens[row, step] = draw(logits[row], rng.random())
             yield step + 1
+
+
+def _read_again(ctx: Any, sequence: int, tokens: NDArray[np.int32], n_batch: int) -> None:
+    with closing(TokenBatch(n_batch, sequence=sequence)) as batch:
+        for start in range(0, len(tokens), n_batch):
+            logs.forget_errors()
+            code = batch.decode(ctx, tokens[start : start + n_batch], start, Outputs.NONE)
+            if code != 0:
+                raise logs.not_decoded(code)
 
 
 def draw(logits: NDArray[np.float32], chance: float) -> int:

@@ -4,7 +4,7 @@ import hashlib
 import sysconfig
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pop_local.base.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.samples import sample_windows
+from pop_local.calibration.samples import NOT_SAMPLED, sample_windows
 from pop_local.texts.decoding import decoded, read_bytes, read_text
 
 Windows = NDArray[np.int32]
@@ -87,25 +87,44 @@ def n_sampled_of(count: int) -> int:
     return count // 2
 
 
-def own_text(
-    model: LoadedModel, count: int, on_progress: Callable[[int, int], object]
-) -> CalibrationText:
+def own_text(model: LoadedModel, count: int) -> CalibrationText:
     """Make a text of Python's documentation, its library's code, and samples of the model.
 
     Half of the samples are text that the model writes by itself. The other half are questions and
-    answers: they begin as its chat template does. Nothing is downloaded. `on_progress` gets
-    (done_tokens, total_tokens) of the sampling.
+    answers: they begin as its chat template does. Nothing is downloaded. Samples have only their
+    beginnings yet: `sampled` completes them.
     """
-    n_sampled = n_sampled_of(count)
+    n_cut = count - n_sampled_of(count)
     texts = _texts()
-    shares = np.array_split(np.arange(count - n_sampled), len(texts))
+    shares = np.array_split(np.arange(n_cut), len(texts))
     cut = [_cut(model, text, len(share)) for text, share in zip(texts, shares, strict=True)]
-    alone, chat = [model.first_token], model.before_question
+    starts = _starts(model, count - n_cut)
+    begun = np.full((len(starts), N_WINDOW), NOT_SAMPLED, np.int32)
+    for row, start in zip(begun, starts, strict=True):
+        row[: len(start)] = start
+    return CalibrationText(DEFAULT_NAME, "", np.concatenate([*cut, begun]))
+
+
+def sampled(
+    model: LoadedModel, text: CalibrationText, on_progress: Callable[[int, int], object]
+) -> CalibrationText:
+    """Complete the windows of `own_text` where they are; another text is returned as it is.
+
+    `on_progress` gets (done_tokens, total_tokens) of the sampling.
+    """
+    windows = text.windows
+    if (windows != NOT_SAMPLED).all():
+        return text
+    n_sampled = n_sampled_of(len(windows))
+    n_given = [len(start) for start in _starts(model, n_sampled)]
+    sample_windows(model, windows[-n_sampled:], n_given, seed=SEED, on_progress=on_progress)
+    return replace(text, sha256=hashlib.sha256(windows.tobytes()).hexdigest())
+
+
+def _starts(model: LoadedModel, n_sampled: int) -> list[list[int]]:
+    chat = model.before_question[:N_WINDOW]
     n_chat = n_sampled // 2 if chat else 0
-    starts = [chat] * n_chat + [alone] * (n_sampled - n_chat)
-    sampled = sample_windows(model, starts, N_WINDOW, seed=SEED, on_progress=on_progress)
-    windows = np.concatenate([*cut, sampled])
-    return CalibrationText(DEFAULT_NAME, hashlib.sha256(windows.tobytes()).hexdigest(), windows)
+    return [chat] * n_chat + [[model.first_token]] * (n_sampled - n_chat)
 
 
 def to_distill(

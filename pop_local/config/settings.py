@@ -133,6 +133,11 @@ def unsaved_dir() -> Path:
     return state_dir() / "unsaved"
 
 
+def learned_dir() -> Path:
+    """Return the folder of what was learned while reading."""
+    return state_dir() / "learned"
+
+
 def history_file() -> Path:
     """Return the file that keeps the lines typed in the chat."""
     return state_dir() / "history"

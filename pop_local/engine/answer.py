@@ -1,9 +1,10 @@
 """From a prompt to an answer: pieces of text as they are sampled, then the figures."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pop_local.base.errors import PopError
@@ -62,7 +63,8 @@ class Parts:
                 yield token
                 if cache.epoch != epoch:
                     raise DisplacedError
-                self.refiller.before_step()
+                if self.rule.reuses:
+                    self.refiller.before_step()
                 cache.step(token)
                 if cache.epoch != epoch:
                     raise DisplacedError
@@ -78,6 +80,8 @@ def answer(
     constraint: Callable[[], Allowed | None] = lambda: None,
 ) -> Answering:
     """Stream the answer to a prompt; the last chunk carries the figures."""
+    if options.repeatable:
+        parts = replace(parts, rule=replace(parts.rule, reuses=False))
     with closing(_Turn(parts, render, options, constraint)) as turn:
         yield from turn.chunks()
 
@@ -168,9 +172,9 @@ class _Turn:
         if self._logprobs is None:
             return Chunk(text, stats)
         self._n_shown += len(text.encode())
-        # Last tokens without text begin where it ends; with a stop string they are cut off.
+        # Last tokens without text, or of half a character, count; those of a stop string do not.
         is_whole = stats is not None and not self._text.stopped
-        return Chunk(text, stats, self._logprobs.take(self._n_shown + is_whole))
+        return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 
     def _next_token(self) -> int:
         if self._parts.cache.epoch != self._epoch:
@@ -209,4 +213,5 @@ class _Turn:
             n_image=self._prompt.n_image,
             encode_s=found.encode_s,
             is_short=found.is_short,
+            fit=self._parts.cache.fit if counters.n_context else "",
         )

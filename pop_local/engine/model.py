@@ -35,21 +35,25 @@ class PopModel(OpenModel):
         *,
         sidecar: str | os.PathLike[str] | None = None,
         mmproj: str | os.PathLike[str] | None = None,
+        learn: bool = False,
         **options: Any,
     ) -> Self:
         """Open a GGUF file, or a model that is here by its name.
 
         `sidecar`, `mmproj`: None takes the one beside the model, if there is one; a model of the
-        catalog has a sidecar in this package. The rest is as in the constructor. Nothing is fetched
-        or converted.
+        catalog has a sidecar in this package. `learn`: see OpenModel.learn. The rest is as in the
+        constructor. Nothing is fetched or converted.
         """
         path = names.resolve(os.fspath(model))
-        return cls(
+        opened = cls(
             path,
             sidecar=sidecar_of(read_source(path)) if sidecar is None else sidecar,
             mmproj=mmproj_beside(path) if mmproj is None else mmproj,
             **options,
         )
+        if learn:
+            opened.learn()
+        return opened
 
     def chat(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pop_converter.architecture.shape import ModelShape, source_shape
-from pop_converter.gguf.source import read_source
+from pop_converter.gguf.source import Source, read_source
 from pop_converter.popfile.format import PopMeta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
@@ -25,6 +25,8 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.images.pictures import Picture, has_pillow
+from pop_local.engine.learning.learner import Learned, Learner, default_memory
+from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.context import Context, ContextOptions
@@ -69,14 +71,29 @@ class OpenModel:
         """
         backend.require_patched()
         given = ContextOptions.of(options)
-        beside = None if sidecar is None else Path(sidecar)
         source = read_source(Path(path))
-        meta = pop_of(source, beside)
         if "tokenizer.chat_template" in source.first.keys:
             templates.start()  # while the model is loaded
+        self.learner: Learner | None = None
+        self._load(source, sidecar, given, select, keep_states=keep_states)
+        self.eye = self._eye(mmproj, image_tokens)
+        self._begin(select, keep_states=keep_states)
+
+    def _load(
+        self,
+        source: Source,
+        sidecar: str | os.PathLike[str] | None,
+        given: ContextOptions,
+        select: float | None,
+        *,
+        keep_states: bool,
+    ) -> None:
+        beside = None if sidecar is None else Path(sidecar)
+        meta = pop_of(source, beside)
         redoes = meta is not None and bool(keep_states or _share(meta, select))
         self.context = Context(source, meta, given, sidecar=beside, holds_states=redoes)
-        self.eye = self._eye(mmproj, image_tokens)
+
+    def _begin(self, select: float | None, *, keep_states: bool) -> None:
         self.cache = KvCache(self.context, self.eye)
         self.prompter = Prompter(self.context, self.eye)
         self._require_template()
@@ -112,9 +129,56 @@ class OpenModel:
     def close(self) -> None:
         """Free the model; where a prompt is read, by the same thread, that is stopped first."""
         self.refiller.online.end()
+        if self.learner is not None:
+            self.learner.detach()
         self.context.close()
         if self.eye is not None and self.context.is_closed:
             self.eye.close()
+
+    # Learning
+
+    def learn(self, memory_bytes: int | None = None) -> None:
+        """Learn from all that is read in full from now on (docs/learning.md).
+
+        `memory_bytes`: for what is kept, None for a part of what is free. Raises PopError for a
+        model that cannot be pruned by fits, or computes elsewhere.
+        """
+        if self.exact or self.context.options.rpc or self.shape.no_refill:
+            raise PopError(
+                "nothing can be learned of this model: it leaves layers out exactly, its rows have"
+                " several positions, or they are computed on another machine",
+                "open it without learning",
+                cause="cannot-learn",
+            )
+        file = SumsFile.of(self.context.source)
+        self.learner = Learner(self.cache, self.shape, file, memory_bytes or default_memory())
+
+    @property
+    def learned(self) -> Learned | None:
+        """The figures of what was learned so far; None where it does not learn."""
+        return None if self.learner is None else self.learner.learned
+
+    def adopt(self, sidecar: Path) -> None:
+        """Prune by another sidecar from now on; a cache that is the full model's own stays.
+
+        Raises PopError, nothing changed, and for a model that sees.
+        """
+        self.context.interrupt.require_idle()
+        if self.eye is not None:
+            raise PopError("a model that sees is not changed while it is open", "open it again")
+        before, select, keeps = self.cache, self.rule.select or None, self.refills
+        state = before.save() if 0 < before.n_tokens == before.n_exact else None
+        context = self.context
+        self._load(context.source, sidecar, context.options, select, keep_states=True)
+        # Whoever still asks the one before keeps it alive, such as a server's other thread.
+        self.__dict__.pop("macs", None)
+        self._begin(select, keep_states=keeps or self.learner is not None)
+        self.cache.prompts = before.prompts
+        if state is not None:
+            with suppress(PopError):  # it is read again
+                self.cache.restore(state)
+        if self.learner is not None:
+            self.learner.attach(self.cache)
 
     # About the model
 

@@ -34,7 +34,9 @@ class TurnOptions:
     "interrupted" and has its figures all the same. While a long text is split into tokens it raises
     StoppedError. `stops` end the answer and are not part of it.
     `grammar`: a text is GBNF. `n_top_logprobs`: None for no log probabilities at all;
-    `has_end_logprob`: whether the token that ends the answer has one, too.
+    `has_end_logprob`: whether the token that ends the answer has one, too. `repeatable`: the prompt
+    is read as if it were new, and nothing is refilled meanwhile, so that the same options with a
+    seed, or at temperature 0, give the same answer whatever was asked before.
     """
 
     max_tokens: int | None = None
@@ -51,6 +53,7 @@ class TurnOptions:
     grammar: str | Grammar | None = None
     n_top_logprobs: int | None = None
     has_end_logprob: bool = False
+    repeatable: bool = False
     on_prefill: Callable[[int, int], None] | None = None
     should_stop: Callable[[], bool] | None = None
 
@@ -70,6 +73,7 @@ class AnswerOptions(TypedDict, total=False):
     seed: int | None
     stops: tuple[str, ...]
     grammar: str | Grammar | None
+    repeatable: bool
     on_prefill: Callable[[int, int], None] | None
     should_stop: Callable[[], bool] | None
 
@@ -89,7 +93,7 @@ class TurnStats:
     included. encode_s: making rows of pictures, which pruning does not touch. prefill_s: reading
     the prompt, without that. decode_s: from the first to the last sampled token, the reader's own
     time left out. is_short: pruning is on, and the prompt (what was not cached of it) too short to
-    be pruned.
+    be pruned. fit: what the projections were fitted on that pruned tokens took, "" for none.
     """
 
     n_prompt: int
@@ -109,6 +113,7 @@ class TurnStats:
     n_exact: int = 0
     n_image: int = 0
     encode_s: float = 0.0
+    fit: str = ""
 
     @property
     def reading(self) -> Reading:

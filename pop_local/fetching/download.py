@@ -107,6 +107,7 @@ class _Transfer:
 
         try:
             with requests.Session() as session:
+                session.hooks["response"].append(self._require_unpacked)
                 self._fetch(session)
             self._check()
             with self._partial.open("r+b") as file:
@@ -180,6 +181,15 @@ class _Transfer:
             raise PopError(
                 f"{self._shown} cannot be fetched ({type(error).__name__})", "check the address"
             ) from error
+
+    def _require_unpacked(self, response: "requests.Response", **_: object) -> None:
+        """Few packed bytes may be any number of others; requests unpacks those of redirects."""
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity" and response.status_code < 400:
+            raise PopError(
+                f"{self._shown} is sent packed ({encoding}), which was not asked for",
+                "give another address",
+            )
 
     def _receive(self, response: "requests.Response", asked: int) -> None:
         self._check_status(response)
@@ -304,14 +314,10 @@ def _validator(response: "requests.Response") -> str:
 
 
 def _extent(response: "requests.Response") -> tuple[int, int]:
-    """Return the reply's offset in the file, and the file's size, 0 if unknown.
-
-    For an encoded reply, the server counts other bytes than those that arrive here.
-    """
-    is_plain = response.headers.get("Content-Encoding", "identity") == "identity"
+    """Return the reply's offset in the file, and the file's size, 0 if unknown."""
     if response.status_code == 206:
         extent = response.headers.get("Content-Range", "")
         part = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18})", extent)
-        return (int(part[1]), int(part[2])) if part and is_plain else (-1, 0)
+        return (int(part[1]), int(part[2])) if part else (-1, 0)
     length = response.headers.get("Content-Length", "")
-    return 0, int(length) if re.fullmatch(r"\d{1,18}", length) and is_plain else 0
+    return 0, int(length) if re.fullmatch(r"\d{1,18}", length) else 0

@@ -1,4 +1,4 @@
-"""The sidecar of a model: the one beside it, else one that is shipped for it."""
+"""The sidecar of a model: the one beside it, else one that was learned, or is shipped for it."""
 
 import importlib.resources
 from pathlib import Path
@@ -7,6 +7,8 @@ from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import pop_meta, read_binding
 from pop_converter.popfile.sidecar import SUFFIX, bind, sidecar_beside
+from pop_local.config.settings import learned_dir
+from pop_local.models.learned import learned_path
 
 # For the models of the catalog (docs/quality.md tells how each was made), which are known by their
 # hashes.
@@ -20,7 +22,13 @@ def sidecar_of(base: Source) -> Path | None:
     """
     if pop_meta(base.first) is not None:
         return None
-    return sidecar_beside(base) or _shipped(base)
+    learned = learned_path(base, SUFFIX)
+    return sidecar_beside(base) or (learned if learned.is_file() else _shipped(base))
+
+
+def is_learned(sidecar: Path) -> bool:
+    """Tell whether a sidecar was made of what was read here."""
+    return sidecar.parent == learned_dir()
 
 
 def is_shipped(sidecar: Path) -> bool:

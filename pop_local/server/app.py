@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pop_local.base.errors import PopError, StoppedError
+from pop_local.engine.learning.lesson import Teacher
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import streamed_answer, whole_answer
@@ -57,15 +58,18 @@ def create_app(
     host: str = "127.0.0.1",
     max_waiting: int = 256,
     max_body_bytes: int = 0,
+    repeatable: bool = False,
+    teacher: Teacher | None = None,
 ) -> Starlette:
     """Make the application; the model belongs to it from the start of its lifespan to its end.
 
     `name`: the model's in the API. `api_key`: "" for none. `host`: the address that the server
     listens on; without a key it answers to this and loopback names only. `max_body_bytes` 0: by
-    context.
+    context. `repeatable`: see TurnOptions; a request may say otherwise. `teacher`: makes fits of
+    what the model learns, between requests.
     `app.state.worker` is the thread that has the model: stop it to end running answers.
     """
-    api = Api(model, name, max_waiting, max_body_bytes)
+    api = Api(model, name, max_waiting, max_body_bytes, repeatable, teacher)
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     app = Starlette(
         routes=[
@@ -95,17 +99,25 @@ async def _refuse(request: Request, error: Exception) -> Response:
 class Api:
     """The endpoints of one model."""
 
-    def __init__(self, model: PopModel, name: str, max_waiting: int, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        model: PopModel,
+        name: str,
+        max_waiting: int,
+        max_body_bytes: int,
+        repeatable: bool,
+        teacher: Teacher | None,
+    ) -> None:
         self._model = model
         self._name = name
         self._created = int(time.time())
-        self._tasks = Tasks(model)
+        self._tasks = Tasks(model, repeatable=repeatable)
         by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx)
         self._max_body_bytes = max_body_bytes or by_context
         self._max_picture_bytes = MAX_DATA_URL if model.can_see else 0
         self._watchers: set[asyncio.Task[None]] = set()
         self.metrics = Metrics()
-        self.worker = Worker(model, self.metrics, max_waiting)
+        self.worker = Worker(model, self.metrics, max_waiting, teacher)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:

@@ -205,6 +205,7 @@ class Body(Sampling):
         None
     )
     pop: bool | None = None
+    repeatable: bool | None = None
 
     @property
     def has_pictures(self) -> bool:

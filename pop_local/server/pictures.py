@@ -13,10 +13,11 @@ from pop_local.server.errors import ApiError
 # For one request's pictures together: they are decoded before the queue.
 MAX_PICTURES = 64
 MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
-_URL = re.compile(rb'"data:image[^"]*"', re.IGNORECASE)
+# The last one of a body that is still coming has no end.
+_URL = re.compile(rb'"data:image[^"]*"?', re.IGNORECASE)
 _HEAD = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)
-# Base64 of the largest picture.
-MAX_DATA_URL = MAX_BYTES // 3 * 4 + 100
+# Base64 of the largest picture, in lines of 64 letters that end with an escaped CRLF.
+MAX_DATA_URL = MAX_BYTES // 3 * 4 * 17 // 16 + 100
 
 
 def n_in_data_urls(body: bytes | bytearray) -> int:
@@ -45,7 +46,8 @@ def _picture(url: str, name: str) -> Picture:
     if head is None:
         raise _refused(f"{name}: only data:image/...;base64 URLs are read, nothing is fetched")
     try:
-        content = base64.b64decode(url[head.end() :], validate=True)
+        letters = url[head.end() :].encode().translate(None, b"\r\n\t ")
+        content = base64.b64decode(letters, validate=True)
     except (binascii.Error, ValueError) as error:
         raise _refused(f"{name} is no base64: {error}") from error
     try:

@@ -97,7 +97,11 @@ def _docx(path: Path, content: bytes) -> str:
         n_bytes = sum(member.file_size for member in archive.infolist())
     if n_bytes > len(content) + _MAX_GROWTH_BYTES:
         raise _too_much(path)
-    blocks = docx.Document(io.BytesIO(content)).iter_inner_content()
+    document = docx.Document(io.BytesIO(content))
+    if document.element.getroottree().docinfo.internalDTD is not None:
+        # Its entities are not unfolded, and the text behind them would be lost.
+        raise PopError(f"{path} has a DTD, which no DOCX may have", "save it as plain text first")
+    blocks = document.iter_inner_content()
     texts = (_table(block) if hasattr(block, "rows") else block.text for block in blocks)
     return "\n\n".join(text for text in texts if text.strip())
 

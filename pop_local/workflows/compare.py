@@ -190,5 +190,5 @@ def _line(value: dict[str, Any]) -> bytes:
 def _foreign(path: Path) -> PopError:
     return PopError(
         f"{path} does not hold answers of this model to these prompts",
-        "give another file, or delete it",
+        "give another file, or move this one away",
     )

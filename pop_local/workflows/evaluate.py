@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pop_converter.architecture.keys import trained_ctx
 from pop_converter.architecture.shape import ModelShape, source_shape
@@ -229,7 +229,7 @@ class EvaluationRun:
         return tuple(replace(first, boundary=boundary) for boundary in self.boundaries)
 
     @property
-    def full_rows(self) -> dict[str, int]:
+    def full_rows(self) -> dict[str, Any]:
         """The ends of a context that were given, others than the file's."""
         ends = {"sink_tokens": self.options.sink_tokens, "tail_tokens": self.options.tail_tokens}
         return {end: n_tokens for end, n_tokens in ends.items() if n_tokens is not None}

@@ -14,8 +14,9 @@ from pop_local.base.errors import PopError
 from pop_local.calibration import state
 from pop_local.calibration.needs import Pair
 from pop_local.calibration.texts import CalibrationText
+from pop_local.engine.learning.sums import Sums
 from pop_local.engine.sessions.conversation import Conversation, Turn
-from pop_local.engine.sessions.session_file import Sessions, _stored_picture
+from pop_local.engine.sessions.session_file import Sessions
 from support.calls import completed, opened
 from support.converted import converted, names
 from support.faults import FAULTS, failing
@@ -147,15 +148,15 @@ def test_a_session(model, tmp_path, number, monkeypatch):
             tmp_path,
             number,
             lambda folder: refusal(lambda: Sessions(folder).save(NAME, asked, said)),
-            lambda path: Sessions(path.parent)._read(NAME, _stored_picture).conversation == said,
+            lambda path: Sessions(path.parent).load(NAME, asked).session.conversation == said,
             makes_folder=True,
         )
 
 
 def test_a_checkpoint_of_a_fit(tmp_path, number):
     text = CalibrationText("text", "0" * 64, np.zeros((4, 8), np.int32))
-    gram = Gram(np.ones((5, 5)), {2: np.ones((5, 4))})
-    made = state.State(text, ((Pair(1, 2),),), 0, 3, grams={1: gram})
+    gram = Gram(np.ones((5, 5), np.float32), {2: np.ones((5, 4), np.float32)})
+    made = state.State(text, ((Pair(1, 2),),), 0, 3, sums=Sums(grams={1: gram}))
     check(
         tmp_path,
         number,

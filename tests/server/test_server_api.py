@@ -136,6 +136,15 @@ def test_a_schema_and_a_grammar_hold(client):
     assert text_of(complete(client, grammar='root ::= "yes" | "no"')) in ("yes", "no")
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_half_a_character_at_the_limit_is_left_out_and_its_tokens_are_counted(client, n):
+    form = {"grammar": 'root ::= "€€"', "logprobs": 0}
+    choice = complete(client, max_tokens=n, **form).json()["choices"][0]
+    assert (choice["text"], len(choice["logprobs"]["tokens"])) == ("", n)
+    pieces = events(complete(client, max_tokens=n, stream=True, **form))
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == ""
+
+
 def test_what_of_a_schema_is_not_enforced_is_named(client):
     schema = {"type": "array", "items": {"const": 1}, "maxItems": 2}
     for more, ignored in (({}, []), ({"uniqueItems": True}, ["uniqueItems"])):

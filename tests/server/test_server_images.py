@@ -193,7 +193,7 @@ def test_pictures_and_grammars_do_not_wait_for_each_other(client, monkeypatch):
 
 
 def test_room_for_pictures_is_for_nothing_else(client):
-    long = " " * 2 * 2**20
+    long = "@" * 2 * 2**20
     response = post(client, image("data:image/png;base64," + long), text("a"))
     assert response.status_code == 400 and "no base64" in response.text
     assert post(client, image("http://example.org/" + long), text("a")).status_code == 413
@@ -203,9 +203,18 @@ def test_room_for_pictures_is_for_nothing_else(client):
 
 
 def test_a_request_that_is_too_large(client, monkeypatch):
-    response = post(client, image("data:image/png;base64," + "A" * (45 * 2**20)), text("a"))
+    response = post(client, image("data:image/png;base64," + "A" * (50 * 2**20)), text("a"))
     assert response.status_code == 413
     assert "pictures of a request may have 32 MiB together" in response.text
+    half = b'{"url": "data:image/png;base64,AAAA'
+    assert pictures.n_in_data_urls(half) == len(half) - 8, "it is refused before its end has come"
+
+
+def test_base64_in_lines_is_read(client):
+    lines = base64.encodebytes(png(3)).decode()
+    for ends in ("\n", "\r\n"):
+        url = "data:image/png;base64," + lines.replace("\n", ends)
+        assert asked(client, image(url), text("a"))["pop"]["n_image"] > 0
 
 
 @pytest.mark.parametrize(

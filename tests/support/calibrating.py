@@ -1,5 +1,8 @@
-"""Calibrations as their tests make them, and a recorder of what the taps show."""
+"""Calibrations as their tests make them, and what the full model computes."""
 
+import ctypes
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,7 +18,11 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
+from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.batch import Outputs, TokenBatch
 from pop_local.engine.llama.graph_macs import GraphMacs
+from pop_local.engine.llama.taps import Tapped, Wanted
+from support.ggml import Tensor
 from support.shapes import read_shape
 
 OWN, FITTED, WIDE, ATTENTION = Projection
@@ -31,22 +38,28 @@ def stopped_at(n: int) -> Follow:
     return replace(SILENT, should_stop=lambda: next(asked) == n)
 
 
-class Recorder:
-    """Keeps what the taps show."""
+def attention(path: Path, tokens: Sequence[int], layers: Sequence[int]) -> list[np.ndarray]:
+    """The full model's attention weights of some layers: each [n_head, n_rows, n_rows]."""
+    found: dict[bytes, np.ndarray] = {}
 
-    def __init__(self) -> None:
-        self.states: dict[int, list[np.ndarray]] = {}
-        self.given: dict[int, list[np.ndarray]] = {}
-        self.layers: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    def see(address: int, is_asked: bool, _: object) -> bool:
+        tensor = Tensor.from_address(address)
+        if tensor.name in names and not is_asked:
+            shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+            raw = (ctypes.c_uint8 * (tensor.nb[3] * tensor.ne[3])).from_address(tensor.data)
+            found[tensor.name] = np.ndarray(shape, np.float32, raw, strides=strides)[0].copy()
+        return True
 
-    def state(self, boundary: int, rows: np.ndarray) -> None:
-        self.states.setdefault(boundary, []).append(rows.copy())
-
-    def heads(self, layer: int, rows: np.ndarray) -> None:
-        self.given.setdefault(layer, []).append(rows.copy())
-
-    def layer(self, layer: int, k: np.ndarray, v: np.ndarray, mass: np.ndarray) -> None:
-        self.layers.setdefault(layer, []).append((k.copy(), v.copy(), mass.copy()))
+    n, names = len(tokens), [b"kq_soft_max-%d" % layer for layer in layers]
+    callback = bindings().ggml_backend_sched_eval_callback(see)
+    sizes = {"n_ctx": n, "n_batch": n, "n_ubatch": n, "flash_attn_type": 0}
+    with (
+        LoadedModel(path, n_threads=1) as model,
+        model.context(**sizes, cb_eval=callback) as ctx,
+        closing(TokenBatch(n)) as batch,
+    ):
+        assert batch.decode(ctx, tokens, 0, Outputs.NONE) == 0
+    return [found[name][:, :n, :n].astype(np.float64) for name in names]
 
 
 def settings(text: Path, **others: object) -> FitOptions:
@@ -83,16 +96,17 @@ def fitted_at(
         return calibrate(plans, model, read_source(path), options, follow).fitted
 
 
-def recorded(path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7), heads=()) -> Recorder:
-    recorder = Recorder()
-    shown = {"boundaries": boundaries, "layers": layers, "heads": heads}
-    with (
-        LoadedModel(path, n_threads=1) as model,
-        reading(model, recorder, **shown, n_window=N_WINDOW) as opened,
-    ):
-        for window in windows:
-            opened.window(window)
-    return recorder
+def recorded(
+    path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7), heads=()
+) -> list[Tapped]:
+    wanted = Wanted(boundaries, layers, heads, layers)
+    with LoadedModel(path, n_threads=1) as model, reading(model, wanted, N_WINDOW) as opened:
+        return [opened.window(window) for window in windows]
+
+
+def kv(shown: Sequence[Tapped], layer: int) -> np.ndarray:
+    """K and V of a layer: [n, n_k + n_v] of all rows but the windows' first ones."""
+    return np.concatenate([np.hstack([each.k[layer], each.v[layer]])[1:] for each in shown])
 
 
 def words(folder: Path) -> Path:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from pop_local.calibration.activations import Tensor
 from pop_local.engine.llama.backend import bindings
 from support.ggml_ops import Attention, GeGlu, MulMat, MulMatId, Op, RmsNormMul, Rows, Stored
 
@@ -27,6 +26,26 @@ _ROWS_PARAM = 15  # GGML_POP_OP_PARAM
 _ALIGNMENT = 32  # of tensors in a model's file
 _N_DIMS, _N_TENSORS = 4, 16
 _GEGLU = 1  # GGML_GLU_OP_GEGLU
+
+
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor of ggml.h, but for its padding."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+    )
 
 
 @dataclass(frozen=True)

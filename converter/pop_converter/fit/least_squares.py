@@ -64,20 +64,21 @@ class KvType(str, Enum):
 
 
 class Gram:
-    """The sums that the fits at a boundary need: float32 products of windows, added in float64.
+    """The sums that the fits at a boundary need, in float32: the ridge is far above its rounding.
 
     `xx` is X'DX [n_inputs + 1, n_inputs + 1], `xy` is X'DY [n_inputs + 1, n_k + n_v] of each layer.
-    The ones come last.
+    The ones come last. `n_rows` were added.
     """
 
-    def __init__(self, xx: Doubles, xy: dict[int, Doubles]) -> None:
-        self.xx, self.xy = xx, xy
+    def __init__(self, xx: Floats, xy: dict[int, Floats], n_rows: int = 0) -> None:
+        self.xx, self.xy, self.n_rows = xx, xy, n_rows
 
     @classmethod
     def empty(cls, n_inputs: int, n_kv: Mapping[int, int]) -> "Gram":
         """Return the sums of no window; `n_kv` is n_k + n_v of each layer."""
         n = n_inputs + 1
-        return cls(np.zeros((n, n)), {layer: np.zeros((n, width)) for layer, width in n_kv.items()})
+        xy = {layer: np.zeros((n, width), np.float32) for layer, width in n_kv.items()}
+        return cls(np.zeros((n, n), np.float32), xy)
 
     def add(self, x: Floats, y: Mapping[int, Floats], weights: Floats) -> None:
         """Add one window: x [n, n_inputs + 1] (see `with_bias`), weights [n].
@@ -90,6 +91,14 @@ class Gram:
         self.xx += weighted.T @ weighted
         for layer, xy in self.xy.items():
             xy += weighted.T @ (y[layer] * root)
+        self.n_rows += len(x)
+
+    def merge(self, other: "Gram") -> None:
+        """Add the sums of other rows, of the same inputs and layers."""
+        self.xx += other.xx
+        for layer, xy in self.xy.items():
+            xy += other.xy[layer]
+        self.n_rows += other.n_rows
 
     def of_first(self, n_inputs: int) -> "Gram":
         """Return the sums of the first inputs alone, such as those of the state."""
@@ -97,17 +106,17 @@ class Gram:
         if kept.size == len(self.xx):
             return self
         xy = {layer: sums[kept] for layer, sums in self.xy.items()}
-        return Gram(self.xx[np.ix_(kept, kept)], xy)
+        return Gram(self.xx[np.ix_(kept, kept)], xy, self.n_rows)
 
 
 def gram_bytes(n_inputs: int) -> int:
     """Return the bytes that a boundary's X'DX takes."""
-    return 8 * (n_inputs + 1) ** 2
+    return 4 * (n_inputs + 1) ** 2
 
 
 def cross_bytes(n_inputs: int, n_kv: int) -> int:
     """Return the bytes that a layer's X'DY takes."""
-    return 8 * (n_inputs + 1) * n_kv
+    return 4 * (n_inputs + 1) * n_kv
 
 
 def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
@@ -117,7 +126,7 @@ def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
     """
     n = n_inputs + 1
     adding = 4 * (n * (n + n_kv) + 4 * n_rows * (n + n_kv))
-    solving = 8 * (3 * n**2 + 6 * n * n_kv)
+    solving = 8 * (4 * n**2 + 6 * n * n_kv)
     return max(adding, solving)
 
 
@@ -142,9 +151,9 @@ def token_weights(mass: Floats, weighting: Weighting) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Solve for the projections that replace a layer's `own`.
+    """Solve for the projections that replace a layer's `own`, or an earlier fit of them.
 
-    `ridge` is in units of the diagonal of X'DX and pulls toward `own`. Raises FitError when the
+    `ridge` is in units of the diagonal of X'DX and pulls toward these. Raises FitError when the
     sums are not finite, or singular.
     """
     xy = gram.xy[layer]
@@ -154,15 +163,16 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
         )
     gain = own.gain.astype(np.float64)
     n_embd, n_wide = gain.size, len(gram.xx) - gain.size - 1
-    zeros = np.zeros((n_wide, own.bias.size))
-    start = np.vstack([gain[:, None] * own.weight.T, zeros, own.bias])
-    delta = _solve(gram.xx, xy - gram.xx @ start, _ridge(gram.xx, gain, ridge))
+    own_wide = np.zeros((own.bias.size, n_wide), np.float32) if own.wide is None else own.wide
+    start: Doubles = np.vstack([gain[:, None] * own.weight.T, own_wide.T, own.bias])
+    xx = gram.xx.astype(np.float64)
+    delta = _solve(xx, xy - xx @ start, _ridge(xx, gain, ridge))
     used = gain != 0
     step = np.zeros((n_embd, own.bias.size))
     step[used] = delta[:n_embd][used] / gain[used, None]
     weight = (own.weight + step.T).astype(np.float32)
     bias = (own.bias + delta[-1]).astype(np.float32)
-    wide = np.ascontiguousarray(delta[n_embd:-1].T, np.float32)
+    wide = np.ascontiguousarray(own_wide + delta[n_embd:-1].T, np.float32)
     if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
         raise FitError(f"the fit of layer {layer} is not finite", "fit on other or more text")
     return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)

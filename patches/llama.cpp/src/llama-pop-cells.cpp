@@ -2,6 +2,9 @@
 
 #include "llama-pop-cells.h"
 
+#include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-iswa.h"
+
 #include <algorithm>
 
 llama_pop_caches llama_pop_get_caches(llama_memory_i * memory) {
@@ -9,6 +12,19 @@ llama_pop_caches llama_pop_get_caches(llama_memory_i * memory) {
         return { kv->get_base(), kv->get_swa() };
     }
     return { dynamic_cast<llama_kv_cache *>(memory), nullptr };
+}
+
+const llama_kv_cache_context * llama_pop_find_cache(const llama_memory_context_i * mctx, bool is_swa) {
+    if (const auto * both = dynamic_cast<const llama_memory_hybrid_iswa_context *>(mctx)) {
+        mctx = both->get_attn();
+    }
+    if (const auto * both = dynamic_cast<const llama_memory_hybrid_context *>(mctx)) {
+        mctx = both->get_attn();
+    }
+    if (const auto * both = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
+        mctx = is_swa ? both->get_swa() : both->get_base();
+    }
+    return dynamic_cast<const llama_kv_cache_context *>(mctx);
 }
 
 int64_t llama_pop_find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos pos) {

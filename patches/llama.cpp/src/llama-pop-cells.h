@@ -14,6 +14,9 @@ struct llama_pop_caches {
 
 llama_pop_caches llama_pop_get_caches(llama_memory_i * memory);
 
+// the cache of the layers with a sliding window or of the others that a ubatch is placed in, null: the memory has none
+const llama_kv_cache_context * llama_pop_find_cache(const llama_memory_context_i * mctx, bool is_swa);
+
 // the cell of a position, -1: the sequence has no such position
 int64_t llama_pop_find_cell(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos pos);
 

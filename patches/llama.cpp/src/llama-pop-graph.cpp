@@ -117,10 +117,16 @@ static ggml_tensor * skip_layer(const llm_graph_context & g, ggml_tensor * state
 ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur, int il) {
     auto & build = g.res->pop;
 
+    if (build.pass == LLAMA_POP_PASS_WHOLE) {
+        llama_pop_tap_state(g, cur, il);
+    }
     if (build.boundary == 0 || il < build.boundary - 1) {
         return cur;
     }
     if (il >= build.boundary) {
+        if (build.pass == LLAMA_POP_PASS_DEEP) {
+            llama_pop_tap_state(g, cur, il);
+        }
         if (build.pass != LLAMA_POP_PASS_CONTEXT) {
             return cur;
         }
@@ -133,6 +139,7 @@ ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur
     const bool is_deep = build.pass == LLAMA_POP_PASS_DEEP;
     if (is_deep) {
         cur = build_states(g, build, cur);
+        llama_pop_tap_state(g, cur, il);
     } else {
         build.state = cur;
     }
@@ -151,7 +158,7 @@ ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur
 //
 
 uint32_t llama_pop_max_nodes(llama_memory_i * memory, uint32_t n_nodes) {
-    return llama_pop_get_caches(memory).base ? 3*n_nodes : n_nodes + 128; // two builds and fitted projections; views of inputs
+    return llama_pop_get_caches(memory).base ? 3*n_nodes : 2*n_nodes; // two builds and fitted projections; taps, views of inputs
 }
 
 static void check_met(const llm_graph_params & params) {
@@ -177,6 +184,7 @@ static std::unique_ptr<llm_graph_context> build_deep(const llama_model & model, 
 
     auto llm = model.build_arch_graph(deep->params);
     check_met(params);
+    llama_pop_tap_heads(*llm);
 
     drop_nodes(res, n_nodes, build.n_nodes, [](const ggml_tensor *) { return false; });
 
@@ -204,7 +212,9 @@ std::unique_ptr<llm_graph_context> llama_pop_build_graph(const llama_model & mod
     }
     if (plan.il < 0) {
         build.boundary = pop.keep ? pop.boundary : 0;
-        return model.build_arch_graph(params);
+        auto llm = model.build_arch_graph(params);
+        llama_pop_tap_heads(*llm);
+        return llm;
     }
 
     build.pass     = LLAMA_POP_PASS_CONTEXT;

@@ -23,5 +23,8 @@ inline void build_output(const llm_graph_context & g, ggml_tensor * cur, const c
     ggml_build_forward_expand(g.gf, cur);
 }
 
+// the attention [n_kv, n_rows, n_head] of rows q [n, n_head, n_rows] to k [n, n_head_kv, n_kv]
+ggml_tensor * llama_pop_attend(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale);
+
 // throws where the architecture's graph has not taken the fitted projections of all skipped layers
 void llama_pop_check_projected(const llm_graph_params & params);

@@ -46,8 +46,9 @@ static void reserve(llama_pop_kept & kept, const llama_hparams & hparams, const 
     kept.paid  .reserve(n_scores(hparams, kv));
 }
 
-void llama_context::pop_finish(const llama_ubatch & ubatch, const llm_graph_result & res) {
+void llama_context::pop_finish(const llama_ubatch & ubatch, const llama_memory_context_i * mctx, const llm_graph_result & res) {
     llama_pop_count(pop_counters, cparams, ubatch);
+    llama_pop_take_taps(*this, ubatch, mctx, res);
 
     ggml_tensor * t_states = ggml_graph_get_tensor(res.get_gf(), LLAMA_POP_STATES);
     if (!t_states) {

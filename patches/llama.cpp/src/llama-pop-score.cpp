@@ -42,6 +42,17 @@ static const llm_graph_input_pop_scored & get_scored_input(const llm_graph_conte
     return *static_cast<llm_graph_input_pop_scored *>(g.res->add_input(std::move(inp)));
 }
 
+ggml_tensor * llama_pop_attend(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale) {
+    ggml_tensor * kq = ggml_mul_mat(g.ctx0, ggml_permute(g.ctx0, k, 0, 2, 1, 3), ggml_permute(g.ctx0, q, 0, 2, 1, 3));
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+    if (g.hparams.attn_soft_cap) {
+        const float cap = g.hparams.f_attn_logit_softcapping;
+        kq = ggml_scale(g.ctx0, ggml_tanh(g.ctx0, ggml_scale(g.ctx0, kq, 1.0f/cap)), cap);
+    }
+    return ggml_soft_max_ext(g.ctx0, kq, kq_mask, kq_scale, g.hparams.f_max_alibi_bias);
+}
+
 void llama_pop_score(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il) {
     const int boundary = g.cparams.pop.boundary;
 
@@ -65,18 +76,9 @@ void llama_pop_score(const llm_graph_context & g, ggml_tensor * q, ggml_tensor *
     }
 
     ggml_tensor * asking = pick_rows(g, ggml_reshape_2d(g.ctx0, q, n_head_dim*n_head, q->ne[2]), inp.rows);
-    asking = ggml_permute(g.ctx0, ggml_reshape_3d(g.ctx0, asking, n_head_dim, n_head, inp.rows->ne[0]), 0, 2, 1, 3);
+    asking = ggml_reshape_3d(g.ctx0, asking, n_head_dim, n_head, inp.rows->ne[0]);
 
-    ggml_tensor * kq = ggml_mul_mat(g.ctx0, ggml_permute(g.ctx0, k, 0, 2, 1, 3), asking);
-    ggml_prec_set_acc(kq, GGML_PREC_F32);
-
-    if (g.hparams.attn_soft_cap) {
-        const float cap = g.hparams.f_attn_logit_softcapping;
-        kq = ggml_scale(g.ctx0, ggml_tanh(g.ctx0, ggml_scale(g.ctx0, kq, 1.0f/cap)), cap);
-    }
-
-    kq = ggml_soft_max_ext(g.ctx0, kq, pick_rows(g, kq_mask, inp.rows), kq_scale, g.hparams.f_max_alibi_bias);
-
+    ggml_tensor * kq      = llama_pop_attend(g, asking, k, pick_rows(g, kq_mask, inp.rows), kq_scale);
     ggml_tensor * by_cell = ggml_cont(g.ctx0, ggml_permute(g.ctx0, kq, 1, 0, 2, 3)); // [n_rows, n_kv, n_head]
 
     char name[GGML_MAX_NAME];

@@ -142,7 +142,7 @@ llama_pop_plan llama_pop_make_plan(const llama_cparams & cparams, const llama_ub
     }
 
     if (pop.boundary == 0) {
-        return pop.exact > 0 && !pop.apart && !cparams.cb_eval ? plan_exact(cparams, ubatch) : plan;
+        return pop.exact > 0 && !pop.apart && !cparams.cb_eval && pop.taps.empty() ? plan_exact(cparams, ubatch) : plan;
     }
 
     // without a causal mask a text is an encoder's. the rows of an image read each other, and are context all the same
@@ -213,7 +213,7 @@ bool llama_pop_same_graph(const llm_graph_params & a, const llm_graph_params & b
 
     const auto & pop_a = a.cparams.pop;
     const auto & pop_b = b.cparams.pop;
-    if (pop_a.deepening != pop_b.deepening || pop_a.keep != pop_b.keep || get_kernel_rows(pop_a) != get_kernel_rows(pop_b) ||
+    if (pop_a.deepening != pop_b.deepening || pop_a.keep != pop_b.keep || pop_a.taps != pop_b.taps || get_kernel_rows(pop_a) != get_kernel_rows(pop_b) ||
             llama_pop_make_scored(a.cparams, a.ubatch).rows.size() != llama_pop_make_scored(b.cparams, b.ubatch).rows.size() || pop_a.boundary != pop_b.boundary) {
         return false;
     }
@@ -305,7 +305,7 @@ static const bool is_told = [] {
 }();
 
 int32_t llama_pop_abi(void) {
-    return 6;
+    return 7;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {

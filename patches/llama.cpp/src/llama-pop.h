@@ -40,6 +40,7 @@ struct llm_graph_params;
 
 class llama_batch_allocr;
 class llm_graph_input_pop;
+class llm_graph_result;
 
 #ifdef __cplusplus
 extern "C" {
@@ -68,6 +69,23 @@ extern "C" {
         LLAMA_POP_DEEPEN_FAILED  = -2, // the pass is to be done again, or the rows are to be removed
         LLAMA_POP_DEEPEN_DONE    =  0,
         LLAMA_POP_DEEPEN_ABORTED =  2, // by the abort callback: the pass is to be done again
+    };
+
+    // what a layer computes, by its row: floats [n_rows, n_cols]
+    enum llama_pop_tap_kind {
+        LLAMA_POP_TAP_STATE = 0, // what the layer is given
+        LLAMA_POP_TAP_K     = 1, // before norm and RoPE
+        LLAMA_POP_TAP_V     = 2,
+        LLAMA_POP_TAP_HEADS = 3, // of its attention, before the output projection
+        LLAMA_POP_TAP_MASS  = 4, // the attention that a row receives from every LLAMA_POP_TAP_STRIDE-th later one, all heads
+    };
+
+    struct llama_pop_tapped {
+        int32_t kind;
+        int32_t layer;
+        int32_t pos; // of the first row
+        int32_t n_rows;
+        int32_t n_cols;
     };
 
     LLAMA_API int32_t llama_pop_abi(void);
@@ -118,6 +136,16 @@ extern "C" {
     // true: rows of a prompt are among those of each llama_decode() from now on. its products and attention are then left to
     // these kernels however few rows there are, so that no row depends on how the prompt was cut. deep passes always are
     LLAMA_API int32_t llama_pop_set_reading(struct llama_context * ctx, bool reading);
+
+    // taps: each ubatch of several rows, which all run all layers, hands out what was asked for here. so
+    // does a deep pass, from the boundary on. architectures whose K and V cannot be fitted hand out none
+    LLAMA_API int32_t llama_pop_add_tap    (struct llama_context * ctx, int32_t kind, int32_t layer);
+    LLAMA_API void    llama_pop_remove_taps(struct llama_context * ctx);
+
+    // what the last ubatch of the last llama_decode() or deep pass hands out, until the next one
+    LLAMA_API int32_t llama_pop_n_tapped   (const struct llama_context * ctx);
+    LLAMA_API int32_t llama_pop_get_tapped (const struct llama_context * ctx, int32_t i, struct llama_pop_tapped * tapped);
+    LLAMA_API int32_t llama_pop_read_tapped(struct llama_context * ctx, int32_t i, float * dst);
 
     // multiply-accumulates of a prompt of n_tokens that is read into an empty cache, at most n_ubatch of them, for the logits of
     // the last one, at the present boundary and mode; the last n_full rows are full. scans of recurrent states are not counted.
@@ -185,6 +213,13 @@ void llama_pop_load_tensors(llama_model_base & model, llama_model_loader & ml);
 // what the caller says, of a context
 //
 
+struct llama_pop_tap {
+    llama_pop_tap_kind kind;
+    int32_t            layer;
+
+    bool operator==(const llama_pop_tap & other) const { return kind == other.kind && layer == other.layer; }
+};
+
 struct llama_pop_cparams {
     llama_pop_mode mode        = LLAMA_POP_MODE_OFF;
     uint32_t       boundary    = 0;
@@ -192,6 +227,8 @@ struct llama_pop_cparams {
     uint32_t       exact       = 0; // the boundary of exact skipping, 0: none. only where the file has no other
 
     std::vector<llama_pos> full_from; // by sequence, no entry: none by position
+
+    std::vector<llama_pop_tap> taps;
 
     llama_seq_id question_seq = -1; // -1: there is no question
     llama_pos    question_pos = -1;
@@ -221,6 +258,15 @@ struct llama_pop_kept {
     std::vector<float> paid;   // likewise
 };
 
+struct llama_pop_tapped_rows {
+    llama_pop_tap tap;
+    ggml_tensor * cur;
+    llama_pos     pos; // of the first row
+    int32_t       n_rows;
+
+    std::vector<uint32_t> cells; // of the rows, for MASS
+};
+
 llama_pop_cparams llama_pop_init(const llama_model & model);
 
 // the ubatches of separate KV streams hold one sequence each, since rows are picked within one stream. so do those of
@@ -235,6 +281,7 @@ bool llama_pop_reserve(llama_context & ctx, llama_pop_cparams & pop, uint32_t n_
 
 static const int LLAMA_POP_SCORE_LAYERS = 4;
 static const int LLAMA_POP_SCORE_STRIDE = 16;
+static const int LLAMA_POP_TAP_STRIDE   = 16;
 
 void llama_pop_count(llama_pop_counters & counters, const llama_cparams & cparams, const llama_ubatch & ubatch);
 
@@ -288,6 +335,8 @@ struct llama_pop_build {
     ggml_tensor * state = nullptr; // at the boundary, of all rows
     ggml_tensor * wide  = nullptr; // the wider input of fitted projections
 
+    std::vector<std::pair<llama_pop_tap, ggml_tensor *>> taps;
+
     llm_graph_input_pop * deep = nullptr; // owned by the result
 };
 
@@ -299,6 +348,16 @@ ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur
 
 // to be called where a layer has projected its K and V from cur: in skipped layers they become the fitted ones
 void llama_pop_project(const llm_graph_context & g, const llama_layer & layer, ggml_tensor * cur, ggml_tensor *& k, ggml_tensor *& v);
+
+// to be called with what a layer gives, with its K and V, and when all layers are built
+void llama_pop_tap_state(const llm_graph_context & g, ggml_tensor * cur, int il);
+void llama_pop_tap_kv   (const llm_graph_context & g, const llama_layer & layer, ggml_tensor * k, ggml_tensor * v);
+void llama_pop_tap_heads(const llm_graph_context & g);
+
+// to be called by the attention, as llama_pop_score()
+void llama_pop_tap_mass(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask, float kq_scale, int il);
+
+void llama_pop_take_taps(llama_context & ctx, const llama_ubatch & ubatch, const llama_memory_context_i * mctx, const llm_graph_result & res);
 
 // rows whose attention is counted
 struct llama_pop_scored {

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,22 @@ from pop_local.engine.llama.context import Context
 from pop_local.engine.prompt.prompt import Prompt
 
 
+class Watcher(Protocol):
+    """Who follows what is read."""
+
+    def attach(self, cache: "KvCache") -> None:
+        """Follow this cache from now on."""
+
+    def detach(self) -> None:
+        """Follow it no longer."""
+
+    def read(self, start: int, tokens: Sequence[int]) -> None:
+        """Tokens were read, the first of them as row `start`."""
+
+    def computed(self) -> None:
+        """Rows were computed, which taps may show (engine/llama/taps.py)."""
+
+
 class KvCache:
     """The rows that a context has cached, in one mode.
 
@@ -27,6 +44,7 @@ class KvCache:
     `exact`: the layer from which on context rows leave exactly, 0 for none. `images`: the key of
     each image by its first row. `has_logits`: whether the last row's logits can be sampled from.
     `epoch` changes where a running answer cannot go on. `prompts` keeps other prompts' states.
+    `learner` follows what is read.
     """
 
     def __init__(self, context: Context, eye: Mmproj | None = None) -> None:
@@ -39,6 +57,7 @@ class KvCache:
         self.keeps_states = False
         self.epoch = 0
         self.prompts: PromptCache | None = None
+        self.learner: Watcher | None = None
         self.mode = backend.get_mode(context.ctx)
         self.exact = self._exact_now()
         self._tokens = np.zeros(context.n_ctx, dtype=np.intc)
@@ -86,6 +105,14 @@ class KvCache:
             return FULL
         return KvKey(self.mode, self.boundary, self._conversion)
 
+    @property
+    def fit(self) -> str:
+        """The text that the projections of pruned rows were fitted on, with its tokens."""
+        meta = self.context.meta
+        if meta is None or meta.calibration is None:
+            return "own projections"
+        return f"{meta.calibration.name}, {meta.calibration.n_tokens:,} tokens"
+
     def takes(self, key: str) -> bool:
         """Whether reading can go on after K/V of this key: its own, or the full model's."""
         return key in (str(FULL), str(self.mode_key))
@@ -130,9 +157,14 @@ class KvCache:
     def lent(self) -> Iterator[None]:
         """Switch back, at the end, whatever is switched meanwhile, and empty the cache."""
         mode, boundary, keeps = self.mode, self.boundary, self.keeps_states
+        learner = self.learner
+        if learner is not None:
+            learner.detach()
         try:
             yield
         finally:
+            if learner is not None:
+                learner.attach(self)
             self.set_boundary(boundary)
             self.set_mode(mode)
             self.keep_states(keeps)
@@ -251,16 +283,16 @@ class KvCache:
         self.rows.take_over(state.is_full, state.positions, is_exact=state.key == FULL)
         self.n_tokens = n
 
-    def exchange(self, prompt: Prompt) -> None:
-        """Take from the prompt cache what has more in common with a prompt than this one has.
+    def put_aside(self, prompt: Prompt) -> None:
+        """Give the rows to the prompt cache if a prompt has less than half, as in llama-server."""
+        if 2 * self.n_same(prompt) < self.n_tokens:
+            self._keep()
 
-        The rows here go there if less than half is reused, as in llama-server.
-        """
+    def exchange(self, prompt: Prompt) -> None:
+        """Take from the prompt cache what has more in common with a prompt than this one has."""
         if self.prompts is None:
             return
         n_same = self.n_same(prompt)
-        if 2 * n_same < self.n_tokens:
-            self._keep()
         state, n_there = self.prompts.longest(self._prompts_key, prompt)
         if state is not None and n_there > n_same:
             with suppress(PopError):  # of a larger context, say; the cache is empty then
@@ -316,6 +348,9 @@ class KvCache:
         positions = first + np.arange(len(tokens) + 1, dtype=np.int32)
         self._have_read(tokens, positions, full, keeps_states=self.keeps_states)
         self.has_logits = outputs is not Outputs.NONE
+        if self.learner is not None:
+            self.learner.read(self.n_tokens - len(tokens), tokens)
+            self.learner.computed()
 
     def append_image(self, image: ImageChunk, full: np.ndarray) -> float:
         """Encode an image and decode its rows; returns the seconds that encoding took.

@@ -40,7 +40,7 @@ class Logprobs:
         self._waiting.append((self._end, logprob))
         self._end += len(logprob.text)
 
-    def take(self, n_shown: int) -> tuple[TokenLogprob, ...]:
+    def take(self, n_shown: float) -> tuple[TokenLogprob, ...]:
         """Give out those of the tokens that begin within the first `n_shown` bytes, once."""
         taken = tuple(logprob for start, logprob in self._waiting if start < n_shown)
         self._waiting = self._waiting[len(taken) :]

@@ -48,10 +48,10 @@ class TextStream:
         return self._release()
 
     def flush(self) -> str:
-        """Return the text held back, at the end of an answer; nothing after a stop string."""
-        if self.stopped:
-            return ""
-        self._held += self._decoder.decode(b"", final=True)
+        """Return the text held back, at the end of an answer; nothing after a stop string.
+
+        Half a character is left out.
+        """
         shown, self._held = self._held, ""
         return shown
 

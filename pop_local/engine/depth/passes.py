@@ -31,6 +31,8 @@ def deepen(cache: KvCache, rows: Sequence[int], *, logits: bool = False) -> None
         with context.interrupt.watching(context.ctx):
             if backend.deepen(context.ctx, np.asarray(piece, np.int32), logits=logits and at_end):
                 cache.rows.deepened(piece)
+                if cache.learner is not None:
+                    cache.learner.computed()
             context.interrupt.check()
     cache.has_logits = logits
 

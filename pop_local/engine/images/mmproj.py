@@ -165,6 +165,8 @@ class Mmproj:
 
         Raises PopError for a damaged picture, and for one that the model cannot be shown.
         """
+        if picture.sha256 not in self._known:
+            self._cut_up(picture)
         with self._lock:
             known = self._known.pop(picture.sha256, None) or self._pieces(picture)
             self._known[picture.sha256] = known
@@ -255,17 +257,21 @@ class Mmproj:
         return not self._was_stopped
 
     def _cut_up(self, picture: Picture) -> _Cut:
-        """The last picture is kept cut up: it is likely to be decoded next, piece by piece."""
+        """The last picture is kept cut up: it is likely to be decoded next, piece by piece.
+
+        Pixels take seconds; other pictures are not held meanwhile.
+        """
+        if (last := self._last) is not None and last.sha256 == picture.sha256:
+            return last
+        pixels = picture.rgb()
         with self._lock:
             if self._ctx is None:
                 raise PopError(f"{self.path} is closed", "open the model again")
-            if self._last is None or self._last.sha256 != picture.sha256:
-                self._last = self._newly_cut(picture)
+            self._last = self._newly_cut(picture, *pixels)
             return self._last
 
-    def _newly_cut(self, picture: Picture) -> _Cut:
+    def _newly_cut(self, picture: Picture, width: int, height: int, rgb: bytes) -> _Cut:
         mtmd = self._mtmd
-        width, height, rgb = picture.rgb()
         buffer = (ctypes.c_uint8 * (3 * width * height)).from_buffer_copy(rgb)
         bitmap = mtmd.mtmd_bitmap_init(width, height, buffer)
         part = mtmd.mtmd_input_part(None, bitmap)

@@ -1,9 +1,11 @@
 """Pictures: a file's bytes to pixels, within limits that are checked before a pixel is decoded.
 
 Pillow decodes them, not the decoder inside libmtmd, which promises nothing for bytes from
-strangers, knows no WebP and does not turn photographs upright.
+strangers, knows no WebP and does not turn photographs upright. Large WebPs are decoded in a child
+process, since all threads wait while Pillow decodes one.
 """
 
+import base64
 import hashlib
 import importlib.util
 import os
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING
 
 from pop_local.base.errors import PopError
 from pop_local.base.files import read_file
+from pop_local.engine.limited.child import serve
+from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +37,12 @@ MAX_ASPECT = 100
 _WHITE = (255, 255, 255, 255)
 # More than a model is shown; a larger picture is scaled down before anything else is made of it.
 _MAX_SHOWN = 8_000_000
+# Pillow decodes no WebP at a smaller size, and holds it several times.
+MAX_WEBP_PIXELS = 2 * _MAX_SHOWN
+# A WebP of more takes longer than starting a child.
+_MAX_HERE = 1_000_000
+LIMIT_S = 20.0
+LIMIT_BYTES = 512 * 2**20
 # The head of a scan in a JPEG file, of 1 to 4 components.
 _SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 _SIDEWAYS = (5, 6, 7, 8)  # of EXIF's orientations
@@ -60,27 +70,10 @@ class Picture:
 
         Raises PopError for a damaged file.
         """
-        from PIL import Image, ImageOps
-
-        with _opened(self.content, self.name) as opened:
-            _orientation(opened)
-            shown: Image.Image = opened
-            if opened.mode.startswith("I"):  # 16 bits of grey, which would be cut off at 255
-                shown = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-                shown.info.pop("transparency", None)
-            n_pixels = opened.width * opened.height
-            if n_pixels > _MAX_SHOWN:
-                if shown.mode in ("1", "P"):  # which cannot be scaled smoothly
-                    shown = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
-                share = (_MAX_SHOWN / n_pixels) ** 0.5
-                size = opened.width * share, opened.height * share
-                shown.thumbnail(size, reducing_gap=1.1)  # by a JPEG decoder what it can
-            shown = ImageOps.exif_transpose(shown)
-            if shown.has_transparency_data:
-                layer = shown.convert("RGBA")
-                shown = Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer)
-            shown = shown.convert("RGB")
-        return shown.width, shown.height, shown.tobytes()
+        is_webp = self.content[8:12] == b"WEBP"
+        if is_webp and self.width * self.height > _MAX_HERE:
+            return _decoder.rgb(self)
+        return _rgb(self.content, self.name)
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
@@ -106,6 +99,61 @@ def picture_of(content: bytes, name: str) -> Picture:
     if is_jpeg and len(_SCAN.findall(content)) * width * height > MAX_SCANNED:
         raise PopError(f"{name} takes too many passes to decode", "save it as a baseline JPEG")
     return Picture(name, content, width, height)
+
+
+def _rgb(content: bytes, name: str) -> tuple[int, int, bytes]:
+    from PIL import Image, ImageOps
+
+    with _opened(content, name) as opened:
+        _orientation(opened)
+        shown: Image.Image = opened
+        if opened.mode.startswith("I"):  # 16 bits of grey, which would be cut off at 255
+            shown = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            shown.info.pop("transparency", None)
+        n_pixels = opened.width * opened.height
+        if n_pixels > _MAX_SHOWN:
+            if shown.mode in ("1", "P"):  # which cannot be scaled smoothly
+                shown = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
+            share = (_MAX_SHOWN / n_pixels) ** 0.5
+            size = opened.width * share, opened.height * share
+            shown.thumbnail(size, reducing_gap=1.1)  # by a JPEG decoder what it can
+        shown = ImageOps.exif_transpose(shown)
+        if shown.has_transparency_data:
+            layer = shown.convert("RGBA")
+            shown = Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer)
+        shown = shown.convert("RGB")
+    return shown.width, shown.height, shown.tobytes()
+
+
+class Work:
+    """The calls that the child answers."""
+
+    @staticmethod
+    def rgb(content: str, name: str) -> tuple[int, int, str]:
+        """As Picture.rgb, with bytes as base64."""
+        width, height, pixels = _rgb(base64.b64decode(content), name)
+        return width, height, base64.b64encode(pixels).decode()
+
+
+def main(limit_s: float, limit_bytes: int) -> None:
+    """Answer calls of Work until standard input is closed."""
+    serve(Work(), limit_s, limit_bytes)
+
+
+class _Decoder(KeptProcess):
+    """The caller's side, which raises PopError beyond the limits."""
+
+    def rgb(self, picture: Picture) -> tuple[int, int, bytes]:
+        content = base64.b64encode(picture.content).decode()
+        try:
+            width, height, pixels = self.call("rgb", content, picture.name)
+        except BeyondLimitsError as error:
+            message = f"{picture.name} takes {self.limits} to decode"
+            raise PopError(message, "scale the picture down") from error
+        return width, height, base64.b64decode(pixels)
+
+
+_decoder = _Decoder(__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
 
 
 def has_pillow() -> bool:
@@ -137,27 +185,33 @@ def _opened(content: bytes, name: str) -> "Iterator[Image]":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(BytesIO(content), formats=FORMATS) as opened:
-                _check(opened.width, opened.height, name)
+                _check(opened, name)
                 yield opened
     except Image.DecompressionBombError:
         raise _too_large(name) from None
     except PopError:
         raise
-    except (Exception, MemoryError) as error:  # decoders raise what they like on damaged files
+    except MemoryError as error:
+        message = f"{name} takes too much memory to decode"
+        raise PopError(message, "scale the picture down") from error
+    except Exception as error:  # decoders raise what they like on damaged files
         raise PopError(
             f"{name} is no picture that can be read",
             f"give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file",
         ) from error
 
 
-def _check(width: int, height: int, name: str) -> None:
+def _check(opened: "Image", name: str) -> None:
+    width, height = opened.size
     if width * height > MAX_PIXELS:
         raise _too_large(name)
+    if opened.format == "WEBP" and width * height > MAX_WEBP_PIXELS:
+        raise _too_large(f"{name}, a WebP,", MAX_WEBP_PIXELS)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise PopError(f"{name} is a strip of {width} x {height} pixels", "cut a piece out of it")
 
 
-def _too_large(name: str) -> PopError:
+def _too_large(name: str, limit: int = MAX_PIXELS) -> PopError:
     return PopError(
-        f"{name} has more than {MAX_PIXELS // 10**6} million pixels", "scale the picture down"
+        f"{name} has more than {limit // 10**6} million pixels", "scale the picture down"
     )

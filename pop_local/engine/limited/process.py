@@ -36,7 +36,7 @@ def _python() -> str:
     python = os.fsdecode(get_executable())
     if getattr(sys, "frozen", False) and python == sys.executable:
         raise NoChildError(
-            "a frozen application has no Python for chat templates and grammars",
+            "a frozen application has no Python for templates, grammars and large pictures",
             "name one, with the same packages: multiprocessing.set_executable(...)",
         )
     return python

@@ -21,7 +21,7 @@ from pop_converter.popfile.format import PopMeta
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import logs
 
-ABI = 6
+ABI = 7
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
@@ -83,6 +83,11 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_get_scores": ([_POINTER, _INT32, _POINTER, _INT32], _INT32),
     "llama_pop_set_kernels": ([_POINTER, ctypes.c_bool], _INT32),
     "llama_pop_set_reading": ([_POINTER, ctypes.c_bool], _INT32),
+    "llama_pop_add_tap": ([_POINTER, _INT32, _INT32], _INT32),
+    "llama_pop_remove_taps": ([_POINTER], None),
+    "llama_pop_n_tapped": ([_POINTER], _INT32),
+    "llama_pop_get_tapped": ([_POINTER, _INT32, _POINTER], _INT32),
+    "llama_pop_read_tapped": ([_POINTER, _INT32, _POINTER], _INT32),
     "llama_pop_count_macs": ([_POINTER, _INT32, _INT32], ctypes.c_int64),
     "llama_pop_tokenize": (
         [
@@ -289,6 +294,11 @@ def set_reading(ctx: Any, is_on: bool) -> None:
     While a token is decoded they compute only what they are faster at.
     """
     _set("llama_pop_set_reading", ctx, is_on)
+
+
+def add_tap(ctx: Any, kind: int, layer: int) -> None:
+    """Hand out what a layer computes from now on; see engine/llama/taps.py."""
+    _set("llama_pop_add_tap", ctx, kind, layer)
 
 
 def get_counters(ctx: Any) -> Counters:

@@ -43,12 +43,12 @@ def decode_rows(
 
 
 class TokenBatch:
-    """Up to `n_batch` tokens of sequence 0 at consecutive positions.
+    """Up to `n_batch` tokens of one sequence at consecutive positions.
 
     With `is_step` they are one of each sequence instead, all at one position.
     """
 
-    def __init__(self, n_batch: int, *, is_step: bool = False) -> None:
+    def __init__(self, n_batch: int, *, is_step: bool = False, sequence: int = 0) -> None:
         self._api = bindings()
         self._batch = self._api.llama_batch_init(n_batch, 0, 1)
         self._token = self._view("token", n_batch)
@@ -56,7 +56,7 @@ class TokenBatch:
         self._logits = self._view("logits", n_batch)
         self._view("n_seq_id", n_batch)[:] = 1
         for row in range(n_batch):
-            self._batch.seq_id[row][0] = row if is_step else 0
+            self._batch.seq_id[row][0] = row if is_step else sequence
         self._offsets = np.arange(n_batch, dtype=np.int32) * (not is_step)
 
     def _view(self, field: str, n_batch: int) -> np.ndarray:

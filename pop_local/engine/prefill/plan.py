@@ -19,12 +19,14 @@ class RowRule:
     """How many tokens at the two ends of a prompt are full; shorter prompts are full altogether.
 
     `select`: the share of context rows that run all layers, too, because the question needs them.
+    `reuses`: whether rows that are cached are taken, whatever has become of them since.
     """
 
     sink_tokens: int = 1
     tail_tokens: int = TAIL_TOKENS
     min_prompt: int = 0
     select: float = 0.0
+    reuses: bool = True
 
     @classmethod
     def of(cls, meta: PopMeta | None) -> "RowRule":

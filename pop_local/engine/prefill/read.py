@@ -69,8 +69,11 @@ def read(
     if not len(prompt):
         raise PopError("the prompt is empty", "give a text")
     cache.epoch += 1
-    cache.exchange(prompt)
-    n_usable = _n_usable(cache, prompt, rule)
+    cache.put_aside(prompt)
+    n_usable = 0
+    if rule.reuses:
+        cache.exchange(prompt)
+        n_usable = _n_usable(cache, prompt, rule)
     if n_usable == len(prompt) == cache.n_tokens and cache.has_logits:
         is_short = _is_pruning(cache)
         n_exact = cache.n_exact

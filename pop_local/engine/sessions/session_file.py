@@ -142,7 +142,8 @@ class Sessions:
         for name in self.names():
             status = self.path(name).stat()
             try:
-                session = self._read(name, _named_picture)
+                with _opened(self._file(name)) as archive:
+                    session = _session(archive, _named_picture)
             except PopError:
                 session = None
             yield SavedFile(name, status.st_size, status.st_mtime, session)
@@ -191,33 +192,32 @@ class Sessions:
                 os.fchmod(file.fileno(), 0o600)
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 # The name of a file may be no text.
-                archive.writestr(_TRANSCRIPT, encoded(session).encode(errors="replace"))
+                _add(archive, _TRANSCRIPT, encoded(session).encode(errors="replace"))
                 for picture in conversation.pictures:
-                    archive.writestr(_PICTURE.format(picture.sha256), picture.content)
+                    _add(archive, _PICTURE.format(picture.sha256), picture.content)
                 if state is not None:
-                    archive.writestr("positions.npy", encoded_array(state.positions))
-                    archive.writestr("tokens.npy", encoded_array(state.tokens))
-                    archive.writestr("full.npy", encoded_array(state.is_full))
-                    archive.writestr("kv.bin", state.cells)
+                    _add(archive, "positions.npy", encoded_array(state.positions))
+                    _add(archive, "tokens.npy", encoded_array(state.tokens))
+                    _add(archive, "full.npy", encoded_array(state.is_full))
+                    _add(archive, "kv.bin", state.cells)
             file.flush()
             os.fsync(file.fileno())  # nothing else holds what was said
         return path.stat().st_size
 
     def load(self, name: str, model: OpenModel) -> Restored:
         """The model takes over mode and K/V where they fit. Raises PopError, nothing changed."""
-        path = self.path(name)
-        session = self._read(name, _stored_picture)
-        reread = _difference(session, model)
+        path = self._file(name)
+        ours, state = fingerprint(model), None
+        with _opened(path) as archive:  # once: another process may replace the file meanwhile
+            session = _session(archive, _stored_picture)
+            reread = _difference(session, ours, model)
+            if session.n_tokens and not reread:
+                state = _state(archive, session, model.cache)
         if reread:
             return Restored(session, reread)
-        if session.n_tokens == 0:
+        if state is None:
             model.set_mode(session.mode)
             return Restored(session, _NOT_SAVED if session.conversation.turns else "")
-        n_tokens = session.n_tokens
-        if n_tokens > model.n_ctx:
-            return Restored(session, f"they need a context of {n_tokens} tokens")
-        with _opened(path) as archive:
-            state = _state(archive, session, model.cache)
         if model.rule.select and not state.is_full.all():
             return Restored(session, _NO_STATES)
         if not _is_consistent(state, model.context.n_vocab):
@@ -233,12 +233,20 @@ class Sessions:
             return Restored(session, error.message)
         return Restored(session, "")
 
-    def _read(self, name: str, picture: ReadFrom) -> Session:
+    def _file(self, name: str) -> Path:
         path = self.path(name)
         if not path.is_file():
             raise PopError(f"there is no session {name}", "check the name")
-        with _opened(path) as archive:
-            return decoded(_member(archive, _TRANSCRIPT), partial(picture, archive))
+        return path
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Add a member without the time, which the clock may have outside of what zip knows."""
+    archive.writestr(zipfile.ZipInfo(name), content)
+
+
+def _session(archive: zipfile.ZipFile, picture: ReadFrom) -> Session:
+    return decoded(_member(archive, _TRANSCRIPT), partial(picture, archive))
 
 
 def _stored_picture(archive: zipfile.ZipFile, name: str, sha256: str) -> Picture:
@@ -290,8 +298,9 @@ def _own_state(model: OpenModel, conversation: Conversation) -> SavedState | Non
     return model.cache.save() if n_own and model.cache.truncate(n_own) else None
 
 
-def _difference(session: Session, model: OpenModel) -> str:
-    saved, ours = session.fingerprint, fingerprint(model)
+def _difference(session: Session, ours: Fingerprint, model: OpenModel) -> str:
+    """Say why the model cannot use the K/V, nothing where it can."""
+    saved = session.fingerprint
     if (saved.model_bytes, saved.model_sha256) != (ours.model_bytes, ours.model_sha256):
         return f"they belong to another model ({session.model})"
     if saved.mmproj != ours.mmproj and session.conversation.pictures:
@@ -300,6 +309,8 @@ def _difference(session: Session, model: OpenModel) -> str:
         return f"they were computed by backend {saved.backend}, this is {ours.backend}"
     if session.mode is not Mode.OFF and not model.can_switch:
         return "they are pruned, which this model is not converted for"
+    if session.n_tokens > model.n_ctx:
+        return f"they need a context of {session.n_tokens} tokens"
     return ""
 
 
@@ -327,4 +338,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _damaged(path: Path) -> PopError:
-    return PopError(f"the session {path} is damaged or not a session", "delete it, or save it anew")
+    return PopError(
+        f"the session {path} is damaged or not a session",
+        "try again if it is being copied, else save under another name",
+    )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pop_converter.popfile.plan import Plan
-from pop_local.measure.heldout import room, shipped_text, tokenize
+from pop_local.measure.heldout import TextTokens, room, shipped_text, tokenize
 from pop_local.measure.quality import QualitySettings, Reference, read_reference
 from pop_local.measure.recall import RecallReference, RecallSettings
 from pop_local.workflows.conversion.workbench import Workbench
@@ -16,13 +16,14 @@ _NONE = RecallReference(RecallSettings())
 class FullModel:
     """The model itself; sink and tail are those of `plan`, whose boundary does not matter.
 
-    `settings` say how much is read, fewer windows where the text has no more. The first reading
-    may raise PopError and StoppedError.
+    `settings` say how much is read, fewer windows where the text has no more; `text`: tokens, None
+    for the shipped held-out text. The first reading may raise PopError and StoppedError.
     """
 
     bench: Workbench
     plan: Plan
     settings: QualitySettings
+    text: TextTokens | None = None
     _recalls: dict[int, RecallReference] = field(default_factory=dict)
 
     @cached_property
@@ -31,7 +32,7 @@ class FullModel:
         watch, settings = self.bench.watch, self.settings
         watch.on_note("Reading held-out text in full")
         with self.bench.opened(self.plan) as model:
-            tokens = tokenize(model, shipped_text())
+            tokens = self.text or tokenize(model, shipped_text())
             n_found = room(tokens, settings.n_context + settings.n_continuation)
             settings = replace(settings, n_windows=min(settings.n_windows, max(1, n_found)))
             return read_reference(model, tokens, settings, watch.stage("Reading in full"))

@@ -19,10 +19,11 @@ from pop_local.calibration.images import CalibrationImages, drawn, pictures_of
 from pop_local.calibration.job import Follow
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.texts import N_WINDOW, CalibrationError
+from pop_local.engine.llama.taps import Tapped, Wanted
 from support.calibrating import (
     BOUNDARY,
-    Recorder,
     fitted,
+    kv,
     planned,
     recorded,
     settings,
@@ -67,29 +68,27 @@ def with_pictures(plain: Path, **others: object):
     return options(plain, **made | others)
 
 
-def shown(plain: Path, seed: int) -> Recorder:
+def shown(plain: Path, seed: int) -> list[Tapped]:
     """States of the full model for images that nothing was fitted on."""
-    recorder = Recorder()
+    found = []
     mmproj = plain.parent / "mmproj.gguf"
     with LoadedModel(plain, n_threads=1) as model:
         held_out = CalibrationImages(model, mmproj, drawn(2, seed), never)
-        with reading(
-            model, recorder, boundaries=(BOUNDARY,), layers=LAYERS, n_window=N_WINDOW
-        ) as opened:
+        with reading(model, Wanted((BOUNDARY,), LAYERS), N_WINDOW) as opened:
             for image in held_out.images:
                 rows, at = held_out.eye.embedded(image), held_out.eye.positions(image, 0)
-                opened.image(rows, at, is_mutual=image.is_mutual)
+                found.append(opened.image(rows, at, is_mutual=image.is_mutual))
         held_out.eye.close()
-    return recorder
+    return found
 
 
-def error(plain: Path, found: Fitted | None, recorder: Recorder) -> float:
+def error(plain: Path, found: Fitted | None, held_out: list[Tapped]) -> float:
     """Relative RMS error of the K/V of all layers; None for the layers' own projections."""
-    states = np.concatenate([rows[1:] for rows in recorder.states[BOUNDARY]])
+    states = np.concatenate([each.states[BOUNDARY][1:] for each in held_out])
     x = fit.with_bias(fit.normalised(states, 1e-6))
     wrong = power = 0.0
     for layer in LAYERS:
-        y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in recorder.layers[layer]])
+        y = kv(held_out, layer)
         own = Weights(read_source(plain)).own_projection(layer, *[y.shape[1] // 2] * 2)
         weight, bias = (own.weight, own.bias) if found is None else stored(found, layer)
         wrong += float(np.square((x[:, :-1] * own.gain) @ weight.T + bias - y).sum())
@@ -118,7 +117,7 @@ def test_pictures_win_for_pictures_and_cost_nothing_for_text(plain, on_both):
     assert on_text.image_rows == 0 < on_both.image_rows
 
 
-def given(plain: Path, seed: int) -> Recorder:
+def given(plain: Path, seed: int) -> list[Tapped]:
     """The full model on text like that of the fit, in another order."""
     found = plain.parent / "words.txt"
     with LoadedModel(plain, n_threads=1) as model:

@@ -9,13 +9,14 @@ from pop_local.base.errors import PopError
 from pop_local.calibration import texts
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
-from pop_local.calibration.samples import draw, sample_windows
+from pop_local.calibration.samples import NOT_SAMPLED, draw, sample_windows
 from pop_local.calibration.texts import (
     CalibrationError,
     default_tokens,
     given_text,
     n_windows,
     own_text,
+    sampled,
     to_distill,
     whole_text,
 )
@@ -81,12 +82,11 @@ def test_how_much_is_distilled_on():
 
 
 def test_samples_are_repeatable_and_begin_as_told(llama: Path):
-    starts = [[1], [5, 6, 7], [9]]
+    first, again, other = (np.full((3, 32), NOT_SAMPLED, np.int32) for _ in range(3))
     with LoadedModel(llama, n_threads=1) as model:
-        first, again, other = (
-            sample_windows(model, starts, 32, seed=seed, on_progress=SILENT.on_sampling)
-            for seed in (0, 0, 1)
-        )
+        for windows, seed in ((first, 0), (again, 0), (other, 1)):
+            windows[:, 0], windows[1, :3] = (1, 5, 9), (5, 6, 7)
+            sample_windows(model, windows, [1, 3, 1], seed=seed, on_progress=SILENT.on_sampling)
     assert first[:, 0].tolist() == other[:, 0].tolist() == [1, 5, 9]
     assert first[1, :3].tolist() == other[1, :3].tolist() == [5, 6, 7]
     np.testing.assert_array_equal(first, again)
@@ -98,7 +98,7 @@ def test_the_default_text_is_documentation_code_and_samples_alone_and_in_chat(te
     path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=template)
     with LoadedModel(path, n_threads=1) as model:
         before = model.tokenize("<s>user: ", special=True)
-        text = own_text(model, 8, SILENT.on_sampling)
+        text = sampled(model, own_text(model, 8), SILENT.on_sampling)
         topics, code = (
             texts._cut(model, whole, 2) for whole in (texts._topics(), texts._library_code())
         )

@@ -14,6 +14,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.format import read_pop_meta
 from pop_converter.popfile.rewrite import Fitted, convert, strip
 from pop_local.base.errors import StoppedError
+from pop_local.calibration import samples
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.needs import plan_needs
 from pop_local.calibration.options import FitOptions
@@ -25,13 +26,14 @@ from support.calibrating import (
     SILENT,
     fitted,
     fitted_at,
+    kv,
     planned,
     recorded,
     settings,
     stopped_at,
 )
 from support.shapes import read_shape
-from support.synthetic import make_gguf
+from support.synthetic import TEMPLATE, make_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -63,10 +65,10 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
         windows = given_text(model, letters, N_TOKENS // N_WINDOW, 128).windows
     shown = recorded(path, windows.tolist())
     x = np.concatenate(
-        [fit.with_bias(fit.normalised(rows[1:], 1e-6)) for rows in shown.states[BOUNDARY]]
+        [fit.with_bias(fit.normalised(each.states[BOUNDARY][1:], 1e-6)) for each in shown]
     )
-    y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
-    d = np.mean([_weights(shown.layers[layer], weighting) for layer in (5, 6, 7)], axis=0)
+    y = kv(shown, 6)
+    d = np.mean([_weights(shown, layer, weighting) for layer in (5, 6, 7)], axis=0)
     own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     root = np.sqrt(d.astype(np.float64))[:, None]
     weighted = x.astype(np.float64) * root
@@ -82,9 +84,9 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
     np.testing.assert_allclose(predicted, x @ wanted, atol=2e-3)
 
 
-def _weights(shown, weighting: Weighting) -> np.ndarray:
+def _weights(shown, layer: int, weighting: Weighting) -> np.ndarray:
     """The weights of all tokens but the windows' first ones, by one layer's attention."""
-    return np.concatenate([fit.token_weights(mass[1:], weighting) for _, _, mass in shown])
+    return np.concatenate([fit.token_weights(each.mass[layer][1:], weighting) for each in shown])
 
 
 def _stored(tensors, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,6 +148,29 @@ def test_a_resumed_fit_equals_one_without_a_stop(
     read.clear()
     watch = replace(SILENT, on_reading=lambda done, total: read.append(done))
     assert (fitted(llama, kept, watch), read) == (again, [])
+
+
+def test_what_was_sampled_until_a_stop_is_kept(tmp_path, monkeypatch):
+    path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=TEMPLATE)
+    kept = replace(settings(tmp_path), text=None, state_path=tmp_path / "state")
+    drawn: list[int] = []
+
+    def counted(logits, chance, real=samples.draw):
+        drawn.append(real(logits, chance))
+        return drawn[-1]
+
+    monkeypatch.setattr(samples, "MAX_SEQUENCES", 1)
+    monkeypatch.setattr(samples, "draw", counted)
+    fitted(path, replace(kept, state_path=None))
+    all_drawn = drawn.copy()
+    drawn.clear()
+    with pytest.raises(StoppedError):  # at a step of the second sample
+        fitted(path, kept, stopped_at(N_WINDOW + 99))
+    n_kept = len(drawn)
+    assert N_WINDOW < n_kept < len(all_drawn)
+    fitted(path, kept)
+    assert len(drawn) == len(all_drawn)
+    assert drawn[: n_kept + 1] == all_drawn[: n_kept + 1], "the last one after reading again"
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 1 << 30), (1 << 30, 1)])

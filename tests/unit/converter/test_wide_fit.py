@@ -39,9 +39,9 @@ from pop_local.workflows.options import Hardware
 from support.calibrating import (
     BOUNDARY,
     N_TOKENS,
-    Recorder,
     fitted,
     fitted_at,
+    kv,
     planned,
     recorded,
     settings,
@@ -64,14 +64,15 @@ def matrices(made) -> dict[str, np.ndarray]:
     }
 
 
-def inputs(path: Path, tensors, shown: Recorder) -> np.ndarray:
+def inputs(path: Path, tensors, shown) -> np.ndarray:
     """[x, z, 1] of all rows but the windows' first ones, in float64 and row by row.
 
     Outputs of the heads are those shown, where there are any.
     """
     gain = Weights(read_source(path))[f"blk.{BOUNDARY}.ffn_norm.weight"].astype(float)
     name, rows = f"blk.{BOUNDARY}.pop_", []
-    for number, window in enumerate(shown.states[BOUNDARY]):
+    for each in shown:
+        window = each.states[BOUNDARY]
         x = window / np.sqrt(np.mean(window.astype(float) ** 2, 1, keepdims=True) + 1e-6)
         for i in range(1, len(x)):
             parts = [x[i], tensors[f"{name}prev.weight"] @ x[i - 1]]
@@ -84,8 +85,8 @@ def inputs(path: Path, tensors, shown: Recorder) -> np.ndarray:
                 else:
                     value = gate / (1 + np.exp(-gate)) * up
                 parts.append(np.clip(value, -5, 5))
-            if given := shown.given.get(BOUNDARY):
-                parts.append(given[number][i])
+            if each.heads:
+                parts.append(each.heads[BOUNDARY][i])
             rows.append(np.concatenate([*parts, [1]]))
     return np.array(rows)
 
@@ -112,7 +113,7 @@ def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     n_neurons = 0 if arch == "qwen3moe" else N_NEURONS
     n_heads = read_shape(path).n_heads_out[BOUNDARY] if heads else 0
     assert x.shape[1] == 128 + N_PREV + n_neurons + n_heads + 1
-    y = np.concatenate([np.concatenate([k, v], 1)[1:] for k, v, _ in shown.layers[6]])
+    y = kv(shown, 6)
     own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     zeros = np.zeros((x.shape[1] - 129, y.shape[1]))
     start = np.vstack([own.gain[:, None] * own.weight.T, zeros, own.bias])

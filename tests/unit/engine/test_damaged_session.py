@@ -51,8 +51,9 @@ def test_a_damaged_session_is_one_error_and_changes_nothing(talk, sessions, dama
             }[damage]
         )
     n_tokens = model.cache.n_tokens
-    with pytest.raises(PopError, match="damaged or not a session"):
+    with pytest.raises(PopError, match="damaged or not a session") as refused:
         sessions.load("talk", model)
+    assert "delete" not in refused.value.hint, "it may be a copy that is not complete yet"
     assert model.cache.n_tokens == n_tokens
     assert [stored.name for stored in sessions.listed()] == ["talk"]
 

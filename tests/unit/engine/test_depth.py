@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from pop_local.base.errors import PopError, StoppedError
-from pop_local.calibration import activations
-from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth.select import select_rows
@@ -17,7 +15,7 @@ from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.measure.forced import forced
-from support.calibrating import Recorder
+from support.calibrating import attention
 from support.calls import NOISE, append, greedy, kv_bytes, last_logits, opened, prompt, read
 from support.converted import tiny
 
@@ -228,36 +226,18 @@ def test_rows_without_states_are_read_again_for_a_selection(pop_file):
     np.testing.assert_allclose(last_logits(model), expected, atol=NOISE)
 
 
-def attention(path, tokens, layers, monkeypatch):
-    """The full model's attention weights: [n_head, n_rows, n_rows] of each layer."""
-    found = {}
-
-    class Kept(Recorder):
-        def layer(self, layer, k, v, mass):
-            found[layer] = mass
-
-    monkeypatch.setattr(activations, "_received", lambda values: values.astype(np.float64))
-    n = len(tokens)
-    with (
-        LoadedModel(path, n_threads=1) as model,
-        activations.reading(model, Kept(), boundaries=(), layers=layers, n_window=n) as reading,
-    ):
-        reading.window(tokens)
-    return [found[layer][:, :n, :n] for layer in layers]
-
-
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3"])
 @pytest.mark.parametrize(
     "options", [{"flash_attn": False}, {"flash_attn": True}, {"n_batch": 512, "n_ubatch": 512}]
 )
-def test_scores_are_those_of_the_attention_itself(tmp_path, monkeypatch, arch, options):
+def test_scores_are_those_of_the_attention_itself(tmp_path, arch, options):
     path = tiny(tmp_path, arch, boundary=5)
     tokens, n = prompt(200), 150
     model = kept(path, **options)
     backend.set_question(model.context.ctx, n)
     append(model, tokens)
     expected = np.zeros(n)
-    for weights in attention(path, tokens, (1, 2, 3, 4), monkeypatch):
+    for weights in attention(path, tokens, (1, 2, 3, 4)):
         asked = weights[:, n:, :n].sum(axis=1)
         paid = weights[:, ::16, :n].sum(axis=1)
         expected += (asked / (paid + paid.mean(axis=1, keepdims=True))).max(axis=0)

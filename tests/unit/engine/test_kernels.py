@@ -9,7 +9,6 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from pop_local.base.errors import PopError
-from pop_local.calibration.activations import Tensor
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.engine.llama import backend, context
 from pop_local.engine.llama.backend import Mode
@@ -19,6 +18,7 @@ from pop_local.engine.sessions.conversation import Conversation
 from pop_local.engine.sessions.session_file import Sessions
 from support.calls import append, greedy, kv_bytes, last_logits, opened, prompt, read
 from support.converted import converted, tiny
+from support.ggml import Tensor
 from support.synthetic import make_gguf
 
 FAST, NONE, ALL = range(3)

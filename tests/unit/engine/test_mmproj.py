@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pop_local.base.errors import PopError
-from pop_local.engine.images.pictures import picture_of, read_picture
+from pop_local.engine.images.pictures import Picture, picture_of, read_picture
 from pop_local.engine.llama import logs
 from pop_local.models.mmproj import mmproj_beside
 from support.seeing import (
@@ -100,6 +100,32 @@ def test_pictures_of_odd_sizes(seeing):
         for size in ((1, 1), (100, 1), (1, 100), (31, 333)):
             picture = picture_of(png(3, *size), "odd")
             assert model.chat("a", images=[picture], max_tokens=1).stats.n_image > 0
+
+
+def test_a_picture_that_is_decoded_holds_no_other(smol, monkeypatch):
+    large, small = picture_of(png(3), "large"), picture_of(png(4), "small")
+    is_begun, may_end = threading.Event(), threading.Event()
+
+    def slow(picture: Picture, real: Any = Picture.rgb) -> Any:
+        if picture is large:
+            is_begun.set()
+            assert may_end.wait(20)
+        return real(picture)
+
+    monkeypatch.setattr(Picture, "rgb", slow)
+    with smol.opened() as model:
+        threads = [
+            threading.Thread(target=model.count_picture, args=(each,)) for each in (large, small)
+        ]
+        threads[0].start()
+        assert is_begun.wait(20)
+        threads[1].start()
+        threads[1].join(10)
+        is_held = threads[1].is_alive()
+        may_end.set()
+        for thread in threads:
+            thread.join()
+    assert not is_held
 
 
 def test_the_library_starts_no_programs(smol):

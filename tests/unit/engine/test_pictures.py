@@ -128,6 +128,38 @@ def test_damaged_files_are_errors_or_pictures(kind):
             continue
 
 
+def webp(width: int, height: int) -> bytes:
+    """A file of 32 bytes: all pixels are of one colour, which takes no bits."""
+    channel = (0b101 | 9 << 3, 11)  # one symbol, of 8 bits
+    fields = ((width - 1, 14), (height - 1, 14), (0, 7), *[channel] * 4, (1, 4))
+    bits = "".join(f"{value:0{n}b}"[::-1] for value, n in fields)[::-1]
+    data = b"\x2f" + int(bits, 2).to_bytes(11, "little")
+    return b"RIFF\x18\0\0\0WEBPVP8L\x0c\0\0\0" + data
+
+
+def test_a_large_webp_is_decoded_elsewhere_since_all_threads_would_wait(monkeypatch):
+    picture = picture_of(webp(4000, 3900), "a")
+    monkeypatch.setattr(Image.Image, "load", None)
+    width, height, rgb = picture.rgb()
+    assert 7_900_000 < width * height <= 8_000_000
+    assert set(rgb) == {9}
+
+
+def test_a_webp_that_would_be_decoded_far_larger_than_it_is_shown_is_refused():
+    with pytest.raises(PopError, match="a WebP, has more than 16 million pixels"):
+        picture_of(webp(7000, 7000), "a")
+
+
+@pytest.mark.parametrize("limit", ["limit_s", "limit_bytes"])
+def test_decoding_has_limits(monkeypatch, limit):
+    limits = {"limit_s": 20.0, "limit_bytes": 1 << 29} | {limit: 1e-3 if limit == "limit_s" else 1}
+    child = pictures._Decoder(pictures.__name__, **limits)
+    monkeypatch.setattr(pictures, "_decoder", child)
+    with pytest.raises(PopError, match="to decode"):
+        picture_of(webp(4000, 3900), "a").rgb()
+    child.close()
+
+
 def test_equal_pictures_are_equal(tmp_path):
     one = picture_of(png(3), "a")
     assert one == picture_of(png(3), "b") and one.sha256 == Picture("b", png(3), 1, 1).sha256

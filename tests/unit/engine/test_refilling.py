@@ -12,6 +12,7 @@ import pytest
 
 from pop_local.base.errors import PopError
 from pop_local.engine.cache.keys import FULL
+from pop_local.engine.cache.prompt_cache import PromptCache
 from pop_local.engine.depth import online, power
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -57,7 +58,7 @@ def test_rows_get_their_depth_while_a_line_is_typed(chat):
     begun = chat()
     begun.ask(WORDS)
     assert begun.model.cache.n_exact == 0
-    with refill.refilling(begun):
+    with refill.idling(begun):
         wait_for(lambda: begun.model.refiller.n_refillable == 0)
     assert begun.model.cache.n_exact == begun.model.cache.n_tokens > 200
     assert begun.model.cache.key == FULL
@@ -71,7 +72,7 @@ def test_rows_get_their_depth_while_a_line_is_typed(chat):
 def test_a_line_that_comes_early_ends_it(chat, pause_s):
     begun = chat()
     begun.ask(WORDS)
-    with refill.refilling(begun):
+    with refill.idling(begun):
         time.sleep(pause_s)
     n_exact = begun.model.cache.n_exact
     assert not any(thread.name == "pop-local refill" for thread in threading.enumerate())
@@ -86,7 +87,7 @@ def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
     monkeypatch.setattr(power, "RECHECK_S", 0.0)
     begun = chat()
     begun.ask(WORDS)
-    with refill.refilling(begun):
+    with refill.idling(begun):
         time.sleep(0.05)
     assert begun.model.cache.n_exact == 0
     assert "waits for mains power" in refill.status(begun)
@@ -95,7 +96,7 @@ def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
     assert begun.session.answer_stats[-1].n_refilled == 0
     assert begun.model.cache.n_exact == 0
     battery.power_plugged = None  # it cannot tell
-    with refill.refilling(begun):
+    with refill.idling(begun):
         wait_for(lambda: begun.model.refiller.n_refillable == 0)
 
 
@@ -108,14 +109,14 @@ def test_a_machine_that_cannot_look_for_a_battery_has_none(chat, monkeypatch):
     begun = chat()
     begun.ask(WORDS)
     assert "mains power" not in refill.status(begun)
-    with refill.refilling(begun):
+    with refill.idling(begun):
         wait_for(lambda: begun.model.refiller.n_refillable == 0)
 
 
 def test_off_refills_nothing(chat):
     begun = chat(mode="off")
     begun.ask(WORDS)
-    with refill.refilling(begun):
+    with refill.idling(begun):
         pass
     assert (begun.model.cache.n_exact, refill.status(begun)) == (0, "")
 
@@ -256,7 +257,7 @@ def test_ctrl_c_while_it_ends_does_not_leave_it_running(chat, monkeypatch):
             raise KeyboardInterrupt
         joined(thread, timeout)
 
-    with pytest.raises(KeyboardInterrupt), refill.refilling(begun):
+    with pytest.raises(KeyboardInterrupt), refill.idling(begun):
         monkeypatch.setattr(threading.Thread, "join", join)
     assert not any(thread.name == "pop-local refill" for thread in threading.enumerate())
 
@@ -274,6 +275,28 @@ def test_a_server_refills_between_requests(pop_file):
         assert pop["n_exact"] > 200
         metrics = client.get("/metrics").text
         assert f"pop_refilled_tokens_total {pop['n_refilled']}.0" in metrics
+
+
+@pytest.mark.parametrize("by", ["request", "server"])
+def test_a_repeatable_answer_is_what_the_first_reading_gives(pop_file, by):
+    model = opened(pop_file, keep_states=True)
+    model.refiller.refill_answers(8)
+    model.cache.prompts = PromptCache(1 << 26)
+    with asking(create_app(model, "tiny", repeatable=by == "server")) as client:
+
+        def ask(prompt: str, **more: bool):
+            body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 1} | more
+            answer = client.post("/v1/completions", json=body).json()
+            return answer["choices"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        wanted = {} if by == "server" else {"repeatable": True}
+        first, _ = ask(WORDS, **wanted)
+        for prompt in (WORDS + "i j k", "another", WORDS[:99]):
+            ask(prompt, repeatable=False)
+            assert ask(WORDS, **wanted) == (first, 0)
+            wait_for(lambda: model.refiller.n_refillable == 0)
+        found, n_cached = ask(WORDS, repeatable=False)
+        assert n_cached > 0 and found != first
 
 
 def test_a_server_refills_once_it_is_on_mains_power_again(pop_file, monkeypatch):

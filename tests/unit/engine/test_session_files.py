@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 import zipfile
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from pop_local.base.errors import PopError
 from pop_local.config.settings import sessions_dir
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.sessions import session_file
 from pop_local.engine.sessions.chat_session import ChatSession
 from pop_local.engine.sessions.conversation import Conversation, Document, Turn
 from pop_local.engine.sessions.session_file import Sessions
@@ -59,6 +61,36 @@ def test_a_name_that_is_no_text_is_saved(chat_model, sessions):
     [stored] = sessions.listed()
     assert stored.session is not None
     assert stored.session.conversation.turns[0].documents == (Document("?.txt", "Words."),)
+
+
+@pytest.mark.parametrize("now_s", [0.0, 5e9])  # 1970 and 2128
+def test_a_clock_that_zip_does_not_know_keeps_nothing_from_being_saved(
+    chat_model, sessions, monkeypatch, now_s
+):
+    model = opened(chat_model)
+    said = answered(model, QUESTION)
+    monkeypatch.setattr(time, "time", lambda: now_s)
+    sessions.save("talk", model, said)
+    assert sessions.load("talk", model).session.conversation == said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file that is read cannot be replaced")
+def test_a_session_that_is_replaced_while_it_is_read_is_the_one_before(
+    chat_model, sessions, monkeypatch
+):
+    model = opened(chat_model)
+    said = answered(model, QUESTION)
+    sessions.save("talk", model, said)
+    longer = answered(model, *said.turns, Turn("and now?"))
+    sessions.save("other", model, longer)
+
+    def replaced(*arguments, real=session_file._difference):
+        sessions.path("other").replace(sessions.path("talk"))
+        return real(*arguments)
+
+    monkeypatch.setattr(session_file, "_difference", replaced)
+    restored = sessions.load("talk", model)
+    assert (restored.reread, restored.session.conversation) == ("", said)
 
 
 def test_another_conversation_in_the_kv_cache_is_not_saved(chat_model, sessions):

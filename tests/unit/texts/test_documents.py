@@ -104,7 +104,7 @@ def test_far_too_large_a_file_is_not_read(tmp_path):
 
 
 def docx_with(path: Path, old: bytes, new: bytes) -> Path:
-    """A DOCX of one table, its XML changed."""
+    """A DOCX of one table, the XML of its text changed."""
     docx = pytest.importorskip("docx")
     written = docx.Document()
     written.add_table(rows=1, cols=2).rows[0].cells[0].text = "text"
@@ -115,7 +115,9 @@ def docx_with(path: Path, old: bytes, new: bytes) -> Path:
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as changed,
     ):
         for name in archive.namelist():
-            changed.writestr(name, archive.read(name).replace(old, new))
+            xml = archive.read(name)
+            is_text = name == "word/document.xml"
+            changed.writestr(name, xml.replace(old, new) if is_text else xml)
     return path
 
 
@@ -133,6 +135,13 @@ def test_a_docx_that_unpacks_to_far_more_is_not_read(tmp_path):
 def test_a_wide_cell_is_read_once(tmp_path, wide):
     path = docx_with(tmp_path / "wide.docx", b"<w:tcPr>", b"<w:tcPr>" + wide)
     assert read_document(path).text == "text | "
+
+
+def test_a_docx_with_entities_is_refused_since_its_text_would_be_lost(tmp_path):
+    dtd = b'<!DOCTYPE w:document [<!ENTITY e "entity">]><w:document '
+    path = docx_with(tmp_path / "entity.docx", b"<w:document ", dtd)
+    with pytest.raises(PopError, match="has a DTD"):
+        read_document(path)
 
 
 def test_pages_that_share_what_they_draw_are_read_up_to_the_limit(tmp_path, monkeypatch):

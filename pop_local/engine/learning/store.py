@@ -1,0 +1,108 @@
+"""The file of a model's sums. Processes that learn at once add theirs to it, one after the other.
+
+It holds sums of products over thousands of rows, no row and no token. Its folder is its owner's
+only (docs/learning.md).
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from filelock import FileLock
+
+from pop_converter.fit.wide import WideInput
+from pop_converter.gguf.source import Source, sampled_sha256
+from pop_local.base.archives import DAMAGES
+from pop_local.base.output import make_private, replacing
+from pop_local.engine.learning.sums import Sums, stored_inputs
+from pop_local.models.learned import SUMS, learned_path
+
+log = logging.getLogger("pop_local.learning")
+
+T = TypeVar("T")
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Known:
+    """The head of a file of sums, and the wider inputs by boundary."""
+
+    head: Any
+    wides: dict[int, WideInput]
+
+    @property
+    def n_rows(self) -> dict[int, int]:
+        """The rows that were added, by boundary."""
+        return {boundary: n_rows for boundary, _, n_rows in self.head["grams"]}
+
+
+@dataclass(frozen=True)
+class SumsFile:
+    """The file of one model; `model` is the hash that it is known by."""
+
+    path: Path
+    model: str
+
+    @classmethod
+    def of(cls, source: Source) -> "SumsFile":
+        """Return the file of a model, which need not be there."""
+        return cls(learned_path(source, SUMS), sampled_sha256(source))
+
+    def load(self) -> Sums:
+        """Return the sums, empty ones where there are none. A damaged file is put aside."""
+        return self._read(Sums.of) or Sums()
+
+    def known(self) -> Known:
+        """Return what was added to what, without the sums."""
+        found = self._read(lambda head, arrays: Known(head, stored_inputs(head, arrays)))
+        return found or Known({"grams": []}, {})
+
+    def _read(self, take: Callable[[Any, Any], T]) -> T | None:
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                head = json.loads(str(arrays["head"]))
+                if (head["version"], head["model"]) == (_VERSION, self.model):
+                    return take(head, arrays)
+                log.warning("%s is of another model or version: it is begun anew", self.path)
+        except FileNotFoundError:
+            return None
+        except DAMAGES as error:
+            log.warning("%s is damaged, and begun anew: %s", self.path, error)
+        with suppress(OSError):
+            self.path.replace(self.path.with_suffix(".damaged"))
+        return None
+
+    def rows(self) -> dict[int, int]:
+        """Return the rows of each boundary, of whatever model; none of what cannot be read."""
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                head = json.loads(str(arrays["head"]))
+                return {int(boundary): int(n_rows) for boundary, _, n_rows in head["grams"]}
+        except DAMAGES:
+            return {}
+
+    def add(self, sums: Sums) -> None:
+        """Add sums to the file. Raises PopError where it cannot be written.
+
+        At boundaries whose wider input is another one there, these are left out: their rows were
+        added to other products.
+        """
+        make_private(self.path.parent)
+        with FileLock(self.path.with_suffix(".lock")):
+            every = self.load()
+            for boundary, gram in sums.grams.items():
+                if boundary not in every.grams:
+                    every.grams[boundary] = gram
+                    if boundary in sums.wides:
+                        every.wides[boundary] = sums.wides[boundary]
+                elif every.has_same_input(sums, boundary):
+                    every.grams[boundary].merge(gram)
+            head, arrays = every.arrays()
+            head |= {"version": _VERSION, "model": self.model}
+            with replacing(self.path, force=True) as file:
+                np.savez(file, head=json.dumps(head), **arrays)

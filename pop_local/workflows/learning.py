@@ -1,0 +1,202 @@
+"""From learned sums to a sidecar: solved, measured on what was read, taken where it is better."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pop_converter.fit.least_squares import KvType
+from pop_converter.gguf.content import NewTensor
+from pop_converter.popfile.format import Budget, Calibration
+from pop_converter.popfile.plan import Plan, make_plan
+from pop_converter.popfile.rewrite import Fitted
+from pop_converter.popfile.sidecar import SUFFIX, write_sidecar
+from pop_converter.projection import Projection
+from pop_local.base.errors import PopError, StoppedError
+from pop_local.calibration.needs import MOST_COST, fit_cost
+from pop_local.calibration.options import FitOptions
+from pop_local.engine.learning.learner import N_WINDOW, Learner
+from pop_local.engine.learning.lesson import Lesson, Loss
+from pop_local.engine.learning.sums import Sums
+from pop_local.engine.llama.graph_macs import GraphMacs
+from pop_local.engine.open_model import OpenModel
+from pop_local.measure.budget import BALANCED, is_inside
+from pop_local.measure.gradual import Gradual
+from pop_local.measure.quality import Quality, QualitySettings
+from pop_local.models.learned import learned_path
+from pop_local.models.stored import ModelFiles
+from pop_local.workflows.conversion.fits import Fitter
+from pop_local.workflows.conversion.full_model import FullModel
+from pop_local.workflows.conversion.refusals import OverBudgetError
+from pop_local.workflows.conversion.within import Contender, Search
+from pop_local.workflows.conversion.workbench import Workbench
+from pop_local.workflows.events import Watch
+from pop_local.workflows.measuring import measured
+from pop_local.workflows.options import Hardware
+
+# Windows of what was read, without which nothing is measured.
+LEAST_WINDOWS = 6
+_N_CONTINUATION = 128
+_N_DRAWS = 4
+# Rows by which the sums must have grown before the next try.
+_GROWTH = 1.5
+
+
+@dataclass
+class _LearnedFitter(Fitter):
+    """Solves the sums at each boundary, in the place of a calibration."""
+
+    learner: Learner | None = None
+    sums: Sums = field(default_factory=Sums)
+
+    def fit(self, plans: Sequence[Plan], state_path: Path | None) -> tuple[Fitted, ...]:
+        return tuple(map(self._solved, plans))
+
+    def _solved(self, plan: Plan) -> Fitted:
+        assert self.learner is not None
+        options, summing, boundary = self.options, self.learner.summing, plan.boundary
+        gram, stored = self.sums.grams[boundary], options.kv_type
+        tensors: list[NewTensor] = []
+        if plan.projection == Projection.WIDE:
+            tensors += summing.encode_input(self.sums, boundary, stored)
+        for layer in plan.fitted_layers:
+            tensors += summing.solve(gram, boundary, layer, plan.projection, options.ridge, stored)
+            if self.bench.watch.should_stop():
+                raise StoppedError
+        calibration = Calibration(
+            "prompts that were read here",
+            hashlib.sha256(gram.xx.tobytes()).hexdigest(),
+            gram.n_rows,
+            options.ridge,
+            options.weighting.value,
+        )
+        return Fitted(calibration, tuple(tensors), 0, plan.projection)
+
+
+class Lessons:
+    """Makes sidecars of what an open model learns, while nobody waits for it.
+
+    `loss`: of the fit in use, None before it is known.
+    """
+
+    def __init__(self, model: OpenModel, budget: Budget = BALANCED) -> None:
+        if model.learner is None:
+            raise PopError("the model does not learn", "call its learn()")
+        self.loss: Loss | None = None
+        self._in_use: Quality | None = None
+        self._model, self._learner, self._budget = model, model.learner, budget
+        self._should_stop: Callable[[], bool] = lambda: False
+        watch = Watch(should_stop=lambda: self._should_stop())
+        context = model.context
+        hardware = Hardware(context.n_threads, context.options.n_gpu_layers)
+        self._bench = Workbench(context.source, hardware, watch)
+        self._search: Search | None = None
+        self._next_rows = float(model.learner.learned.n_wanted)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `idle` would do something."""
+        return self._learner.has_work or self._is_due
+
+    @property
+    def _is_due(self) -> bool:
+        learned = self._learner.learned
+        is_enough = learned.n_rows >= self._next_rows and learned.n_held_out >= LEAST_WINDOWS
+        return self._search is not None or is_enough
+
+    def idle(self, should_stop: Callable[[], bool]) -> Lesson | None:
+        """Add rows that wait; once they are enough, solve and measure.
+
+        Returns a sidecar that is better than the one in use, written: the deepest within the
+        budget, on what was read and on shipped facts. A stopped call is continued by the next.
+        Raises PopError.
+        """
+        self._should_stop = should_stop
+        self._learner.work(should_stop)
+        if should_stop() or not self._is_due:
+            return None
+        try:
+            return self._tried()
+        except StoppedError:
+            return None
+        except OverBudgetError:
+            self._end()
+            return None
+
+    def _tried(self) -> Lesson | None:
+        search = self._search = self._search or self._begun()
+        if self._model.boundary and self._in_use is None:
+            self._take(self._measured_in_use(search.full))
+        chosen = search.run()
+        if not self._is_better(chosen):
+            self._end()
+            return None
+        target = learned_path(self._bench.source, SUFFIX)
+        assert chosen.fitted is not None and chosen.fitted.calibration is not None
+        found = measured(chosen.quality)
+        write_sidecar(
+            chosen.plan,
+            self._bench.path,
+            target,
+            fitted=chosen.fitted,
+            examine=lambda _: found,
+            progress=self._bench.watch.stage("Writing"),
+            force=True,
+        )
+        self._end()
+        self._take(chosen.quality)
+        plan, n_rows = chosen.plan, chosen.fitted.calibration.n_tokens
+        return Lesson(target, plan.boundary, plan.speedup_limit, n_rows)
+
+    def _take(self, quality: Quality) -> None:
+        """This is the loss of the fit in use."""
+        self._in_use = quality
+        self.loss = Loss(
+            quality.n_windows,
+            quality.kl_mean.value,
+            quality.kl_mean.se or 0.0,
+            quality.ppl_ratio.value,
+            quality.copy_ppl_ratio.value,
+            is_inside(self._budget, quality),
+        )
+
+    def _begun(self) -> Search:
+        learner, shape = self._learner, self._model.shape
+        macs, sums = GraphMacs(self._bench.path), learner.sums()
+        plans = []
+        for boundary in sorted(sums.grams, reverse=True):
+            plan = make_plan(shape, boundary=boundary, projection=Projection.FITTED, macs=macs)
+            kind = learner.summing.projections[boundary][-1]
+            if kind != Projection.WIDE or fit_cost(plan, kind) <= MOST_COST[kind]:
+                plan = replace(plan, projection=kind)
+            plans.append(plan)
+        self._in_use = None
+        settings = QualitySettings(
+            len(learner.held_out), N_WINDOW - _N_CONTINUATION, _N_CONTINUATION, n_draws=_N_DRAWS
+        )
+        texts = tuple(tuple(window.tolist()) for window in learner.held_out)
+        full = FullModel(self._bench, plans[0], settings, texts)
+        options = FitOptions(kv_type=KvType.Q8_0, projection=plans[0].projection)
+        fitter = _LearnedFitter(self._bench, options, learner=learner, sums=sums)
+        return Search(self._bench, self._budget, fitter, full, plans)
+
+    def _measured_in_use(self, full: FullModel) -> Quality:
+        model, bench = self._model, self._bench
+        gradual = Gradual(full.reference, model.boundary)
+        files = ModelFiles(model.path, model.sidecar)
+        with bench.opened(full.plan, files) as opened:
+            return gradual.measure_until(lambda _: False, opened, lambda: bench.watch.stage(""))
+
+    def _is_better(self, chosen: Contender) -> bool:
+        """Deeper than the one in use, or as deep and closer to the full model, or that is lost."""
+        before = self._in_use
+        if before is None or not is_inside(self._budget, before):
+            return True
+        in_use = self._model.boundary
+        if chosen.plan.boundary != in_use:
+            return chosen.plan.boundary < in_use
+        return chosen.quality.kl_mean.value < before.kl_mean.value
+
+    def _end(self) -> None:
+        self._search = None
+        self._next_rows = self._learner.learned.n_rows * _GROWTH
