@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pop_local.commands.options import ModelOptions, RefillName, Switch, selected
+from pop_local.ui.theme import warn
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.open import open_model
 
@@ -43,6 +44,7 @@ class Opener:
             )
         if options.mmproj and not name:
             opened.prompter.open_eye()  # what does not fit is said now, not with the first picture
+        self._warn(opened)
         opened.refiller.refill_answers(None if options.refill is RefillName.ANSWER else 0)
         opened.prompter.parse_special = options.parse_special
         return opened
@@ -54,3 +56,11 @@ class Opener:
         from pop_local.workflows.learning import Lessons
 
         return Lessons(model)
+
+    def _warn(self, opened: PopModel) -> None:
+        """Name the options that were given and change nothing."""
+        options = self.options
+        if options.refill is RefillName.ANSWER and not opened.refills:
+            warn(f"--refill has no effect: {opened.no_refill or 'this model is not pruned'}")
+        if options.image_tokens and opened.eye is None:
+            warn("--image-tokens has no effect: this model has no mmproj")

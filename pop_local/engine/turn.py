@@ -31,7 +31,8 @@ class TurnOptions:
 
     `on_prefill(done, total)` counts the prompt tokens that are not cached, once per batch.
     `should_stop` is asked during the prefill and after each token; an answer that it ends is
-    "interrupted" and has its figures all the same. `stops` end the answer and are not part of it.
+    "interrupted" and has its figures all the same. While a long text is split into tokens it raises
+    StoppedError. `stops` end the answer and are not part of it.
     `grammar`: a text is GBNF. `n_top_logprobs`: None for no log probabilities at all;
     `has_end_logprob`: whether the token that ends the answer has one, too. `repeatable`: the prompt
     is read as if it were new, and nothing is refilled meanwhile, so that the same options with a

@@ -15,6 +15,7 @@ from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.engine.learning.lesson import Teacher
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
@@ -146,6 +147,10 @@ class Worker(threading.Thread):
         silent_s = 0.0 if seen_s is None else time.monotonic() - seen_s
         return silent_s if silent_s > _HUNG_S else 0.0
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping.is_set()
+
     def require_open(self) -> None:
         """Raises ApiError when the server is stopping."""
         if self._stopping.is_set():
@@ -259,7 +264,7 @@ class Worker(threading.Thread):
         read: list[TokenLogprob] = []
         started_s = time.perf_counter()
         if task.n_prompt_logprobs is not None:
-            with self._model.context.interrupt.stopped_by(should_stop):
+            with stopped_by(should_stop):
                 read = prompt_logprobs(
                     self._model.cache, task.prompt.tokens, task.n_prompt_logprobs
                 )

@@ -35,6 +35,7 @@ BY_CAUSE = {
     "fit-not-measurable": "lower --sink and --tail; or --projection own, which may go unmeasured",
     "foreign-sidecar": "make one for this model: pop-local convert --sidecar {model}",
     "is-remote": "run `pop-local pull {model}` and give the file that it prints",
+    "model-replaced": "start again; and replace a model in use by a rename (mv), not by cp",
     "missing-torch": "install it with: pip install 'pop-local[analyze]'",
     "no-memory-for-fit": "lower --tokens, close other programs, or leave it out: --no-fit",
     "no-memory-for-gates": (

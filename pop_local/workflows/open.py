@@ -61,6 +61,8 @@ def open_model(
         image_tokens=image_tokens,
         **vars(hardware),
     )
+    if n_ctx and opened.n_ctx > n_ctx:
+        watch.on_note(f"The context holds {opened.n_ctx:,} tokens: llama.cpp rounds it up.")
     if n_ctx and n_ctx > opened.n_ctx_train:
         watch.on_warning(
             PopError(
