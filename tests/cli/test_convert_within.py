@@ -339,7 +339,7 @@ def test_a_stopped_search_is_resumed_with_whatever_memory_is_free(
 
     def window(self, tokens, real=activations.Reading.window):
         read.append(tokens)
-        real(self, tokens)
+        return real(self, tokens)
 
     monkeypatch.setattr(activations.Reading, "window", window)
     done = convert(*options, "--memory", 1)

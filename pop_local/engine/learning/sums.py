@@ -26,7 +26,7 @@ from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 from pop_local.engine.llama.taps import Rows, Tapped, Wanted
 
-# Layers whose attention tells how much a row counts: all of them say nearly the same.
+# The last layers, whose attention tells how much a row counts.
 N_WEIGHING = 4
 
 
@@ -119,8 +119,9 @@ class Summing:
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
         seeing = [each for each in at if Projection.ATTENTION in self.projections[each]]
-        weighing = np.linspace(at[-1] + 1, self.shape.n_layer - 1, N_WEIGHING).astype(int)
-        return Wanted(at, layers, tuple(seeing), tuple(sorted({*weighing.tolist()})))
+        # The same for all, so that no fit depends on those that are made beside it.
+        weighing = range(max(1, self.shape.n_layer - N_WEIGHING), self.shape.n_layer)
+        return Wanted(at, layers, tuple(seeing), tuple(weighing))
 
     def is_wide(self, boundary: int) -> bool:
         """Whether an input must be chosen (`choose_input`) before rows can be added."""
@@ -154,14 +155,12 @@ class Summing:
     def add(self, sums: Sums, tapped: Tapped) -> None:
         """Add all rows but the first, which has no predecessor, or runs in full always.
 
-        A boundary's layers share one weighting, their mean. A deep pass shows no boundary below
-        its own: nothing is added there.
+        All layers share one weighting, the mean of the last few. A deep pass shows no boundary
+        below its own: nothing is added there.
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
-        weights = {
-            layer: fit.token_weights(mass[1:], self._weighting)
-            for layer, mass in tapped.mass.items()
-        }
+        weights = [fit.token_weights(mass[1:], self._weighting) for mass in tapped.mass.values()]
+        mean = np.mean(weights, axis=0) if weights else np.ones(tapped.n_rows - 1, np.float32)
         for boundary, gram in sums.grams.items():
             if boundary not in tapped.states:
                 continue
@@ -171,8 +170,6 @@ class Summing:
                 parts.append(sums.wides[boundary](x))
             if Projection.ATTENTION in self.projections[boundary]:
                 parts.append(tapped.heads[boundary])
-            known = [weights[layer] for layer in self.layers(boundary) if layer in weights]
-            mean = np.mean(known, axis=0) if known else np.ones(len(x) - 1, np.float32)
             gram.add(fit.with_bias(*parts)[1:], y, mean)
 
     def solve(

@@ -80,7 +80,7 @@ def test_sums_of_full_readings_are_those_of_a_calibration(plain):
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_sums_of_refilled_rows_are_those_of_full_readings(arch, tmp_path, monkeypatch):
     """Rows that a deep pass gives are the full model's own, and weigh as much."""
-    path = tiny(tmp_path, arch, boundary=5)
+    path = tiny(tmp_path, arch, boundary=4)
     tokens = prompt(N)
     full, pruned = learning_model(path), learning_model(path, keep_states=True)
     full.set_mode(Mode.OFF)
