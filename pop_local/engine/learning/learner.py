@@ -132,11 +132,11 @@ class Learner:
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
         chosen: list[int] = []
         for boundary in dict.fromkeys(wanted):
-            memory_bytes -= self._sums_bytes(boundary)
-            if memory_bytes < 0:
-                break
-            if max(1, self._shape.n_deepstack) <= boundary < n - 1 and self._shape.fits(boundary):
+            can_be = max(1, self._shape.n_deepstack) <= boundary < n - 1
+            n_bytes = self._sums_bytes(boundary)
+            if can_be and self._shape.fits(boundary) and n_bytes <= memory_bytes:
                 chosen.append(boundary)
+                memory_bytes -= n_bytes
         if not chosen:
             raise PopError(
                 "there is too little memory to learn, or the model cannot be fitted",
@@ -255,5 +255,5 @@ class Learner:
 
 
 def default_memory() -> int:
-    """Return a sixth of the memory that is free, 1 GiB at most."""
-    return min(2**30, int(psutil.virtual_memory().available) // 6)
+    """Return a sixth of the memory that is free, 2 GiB at most."""
+    return min(2**31, int(psutil.virtual_memory().available) // 6)
