@@ -1,6 +1,9 @@
 """Learning while reading: which rows are added, to which sums, and what of it is kept."""
 
+import subprocess
+import sys
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -165,6 +168,41 @@ def test_a_damaged_file_is_begun_anew_with_a_word(plain, folder, caplog):
     other = learning_model(plain)
     assert other.learned.n_rows == 0 and "damaged" in caplog.text
     assert list(folder.glob("*.damaged")) and not path.exists()
+
+
+ADDING = """
+import sys
+from pathlib import Path
+import numpy as np
+from pop_converter.fit.least_squares import Gram
+from pop_local.engine.learning.store import SumsFile
+from pop_local.engine.learning.sums import Sums
+
+gram = Gram(np.ones((900, 900), np.float32), {2: np.ones((900, 64), np.float32)}, 1)
+print("begun", flush=True)
+while True:
+    SumsFile(Path(sys.argv[1]), "model").add(Sums(grams={1: gram}))
+"""
+
+
+def test_a_kill_at_any_time_leaves_whole_sums(tmp_path):
+    file = SumsFile(tmp_path / "learned" / "model.sums.npz", "model")
+    seen = 0
+    for number in range(12):
+        child = subprocess.Popen(
+            [sys.executable, "-c", ADDING, str(file.path)], stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None and child.stdout.readline()
+        time.sleep(0.02 + 0.011 * number)
+        child.kill()
+        child.wait()
+        grams = file.load().grams
+        n_rows = grams[1].n_rows if grams else 0
+        assert n_rows >= seen
+        seen = n_rows
+        assert not grams or (grams[1].xx == n_rows).all()
+    assert seen > 3
+    assert not list(tmp_path.rglob("*.damaged"))
 
 
 def test_rows_without_room_are_counted_and_left(plain):
