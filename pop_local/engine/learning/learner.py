@@ -22,7 +22,7 @@ from pop_local.base.errors import PopError
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.learning.sums import Summing, Sums
 from pop_local.engine.llama import taps
-from pop_local.engine.llama.taps import Tapped
+from pop_local.engine.llama.taps import Rows, Tapped
 
 if TYPE_CHECKING:
     from pop_converter.architecture.shape import ModelShape
@@ -88,6 +88,7 @@ class Learner:
         self.held_out: deque[np.ndarray] = deque(maxlen=N_HELD_OUT)
         self._apart: deque[_Apart] = deque(maxlen=N_HELD_OUT)
         self._waiting: deque[Tapped] = deque()
+        self._used: list[Rows] = []
         self._n_chunks = self._n_missed = self._waiting_bytes = 0
         self._known = file.known()
         self._new = Sums(dict(self._known.wides))
@@ -168,19 +169,21 @@ class Learner:
     def computed(self) -> None:
         """Rows were computed: keep those that are the full model's own."""
         cache = self._cache
-        tapped = taps.take(cache.context.ctx)
-        if tapped is None or tapped.n_rows < _LEAST_ROWS or cache.images:
+        tapped = taps.take(cache.context.ctx, self._used.pop() if self._used else None)
+        if tapped is None:
             return
         start, end = tapped.position, tapped.position + tapped.n_rows
         tokens = cache.tokens[start:end]
         is_apart = any(each.overlaps(start, tokens) for each in self._apart)
-        if end > cache.n_exact or is_apart:
+        is_wanted = tapped.n_rows >= _LEAST_ROWS and not (cache.images or is_apart)
+        has_room = self._waiting_bytes + tapped.block.nbytes <= self._room_bytes
+        if end <= cache.n_exact and is_wanted and has_room:
+            self._waiting.append(tapped)
+            self._waiting_bytes += tapped.block.nbytes
             return
-        if self._waiting_bytes + tapped.n_bytes > self._room_bytes:
+        self._used.append(tapped.block)
+        if end <= cache.n_exact and is_wanted:
             self._n_missed += tapped.n_rows
-            return
-        self._waiting.append(tapped)
-        self._waiting_bytes += tapped.n_bytes
 
     # While nobody waits
 
@@ -196,12 +199,13 @@ class Learner:
                 self._choose()
                 continue
             tapped = self._waiting.popleft()
-            self._waiting_bytes -= tapped.n_bytes
+            self._waiting_bytes -= tapped.block.nbytes
             for boundary in tapped.states.keys() & set(self.boundaries):
                 if boundary not in self._new.grams:
                     layers = self.summing.layers(boundary)
                     self._new.grams[boundary] = self.summing.empty(boundary, layers)
             self.summing.add(self._new, tapped)
+            self._used.append(tapped.block)
             if self._n_new >= _ROWS_TO_SAVE:
                 self.save()
 
