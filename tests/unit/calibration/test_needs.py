@@ -1,4 +1,4 @@
-"""What a fit is said to take: of a model of 8B, and beside what a process takes."""
+"""A fit takes what it is said to take: one of an 8B model below 12 GB, a smaller one measured."""
 
 import os
 import subprocess
