@@ -126,7 +126,7 @@ def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
     """
     n = n_inputs + 1
     adding = 4 * (n * (n + n_kv) + 4 * n_rows * (n + n_kv))
-    solving = 8 * (4 * n**2 + 6 * n * n_kv)
+    solving = 8 * (3 * n**2 + 6 * n * n_kv)
     return max(adding, solving)
 
 
@@ -188,13 +188,14 @@ def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
 
 
 def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
-    """Return (xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first."""
-    power = xx.diagonal()
+    """Return (xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first, in `xx`."""
+    power = xx.diagonal().copy()
     scale: Doubles = np.asarray(1 / np.sqrt(np.where(power > 0, power, 1)), np.float64)
-    system = xx * scale * scale[:, None]
-    system[np.diag_indices_from(system)] = np.where(power > 0, 1 + ridge, 1)
+    xx *= scale
+    xx *= scale[:, None]
+    xx[np.diag_indices_from(xx)] = np.where(power > 0, 1 + ridge, 1)
     try:
-        return solve(system, rest * scale[:, None], LEAST_PIVOT) * scale[:, None]
+        return solve(xx, rest * scale[:, None], LEAST_PIVOT) * scale[:, None]
     except SingularError as error:
         raise FitError(
             "the Gram matrix is singular",
