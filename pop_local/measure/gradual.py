@@ -75,7 +75,8 @@ class Gradual:
             ran = counting(len(windows) + n_draws, on_progress)
             if self._repeated_nll is None:
                 [self._repeated_nll] = measure_induction(reader, reference.repeated, [pruning], ran)
-            self._scores += score(reader, windows, full, [pruning], ran)[0]
+            for window, of_full in zip(windows, full, strict=True):  # a stop keeps those before it
+                self._scores += score(reader, [window], [of_full], [pruning], ran)[0]
             self.quality = summarize(
                 pruning,
                 reference.settings,

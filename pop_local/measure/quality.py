@@ -163,22 +163,26 @@ def measure_prunings(
 
 
 def read_reference(
-    model: PopModel, text_tokens: TextTokens, settings: QualitySettings, on_progress: Progress
+    model: PopModel,
+    text_tokens: TextTokens,
+    settings: QualitySettings,
+    on_progress: Progress,
+    known: list[FullScores] | None = None,
 ) -> Reference:
     """Run the full model over windows and random tokens.
 
-    `on_progress` counts windows and draws. Raises PopError when the text is too short, or nothing
-    would be pruned.
+    `known` has the scores of the first windows, and gets those of the others, so that one may go on
+    after a stop. `on_progress` counts windows and draws. Raises PopError when the text is too
+    short, or nothing would be pruned.
     """
     with forced(model) as reader:
         windows = choose_windows(reader, text_tokens, settings)
         ran = counting(len(windows) + settings.n_draws, on_progress)
         repeated = read_repeated(reader, settings.n_draws, settings.seed, ran)
-        kept = (
-            replace(full, predicted=halved(full.predicted))
-            for full in _read_full(reader, windows, ran)
-        )
-        return Reference(settings, windows, tuple(kept), repeated)
+        known = [] if known is None else known
+        for full in _read_full(reader, windows[len(known) :], ran):
+            known.append(replace(full, predicted=halved(full.predicted)))
+        return Reference(settings, windows, tuple(known), repeated)
 
 
 def measure_against(

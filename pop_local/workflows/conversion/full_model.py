@@ -5,11 +5,13 @@ from functools import cached_property
 
 from pop_converter.popfile.plan import Plan
 from pop_local.measure.heldout import TextTokens, room, shipped_text, tokenize
-from pop_local.measure.quality import QualitySettings, Reference, read_reference
+from pop_local.measure.quality import FullScores, QualitySettings, Reference, read_reference
 from pop_local.measure.recall import RecallReference, RecallSettings
 from pop_local.workflows.conversion.workbench import Workbench
 
 _NONE = RecallReference(RecallSettings())
+# Documents that are asked about before the answers are kept.
+_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class FullModel:
     plan: Plan
     settings: QualitySettings
     text: TextTokens | None = None
+    _scores: list[FullScores] = field(default_factory=list)
     _recalls: dict[int, RecallReference] = field(default_factory=dict)
 
     @cached_property
@@ -35,14 +38,17 @@ class FullModel:
             tokens = self.text or tokenize(model, shipped_text())
             n_found = room(tokens, settings.n_context + settings.n_continuation)
             settings = replace(settings, n_windows=min(settings.n_windows, max(1, n_found)))
-            return read_reference(model, tokens, settings, watch.stage("Reading in full"))
+            advance = watch.stage("Reading in full")
+            return read_reference(model, tokens, settings, advance, self._scores)
 
     def recall(self, n_documents: int) -> RecallReference:
         """How often it finds facts in this number of documents; it is asked once about each."""
         if not (found := self._recalls.get(n_documents)):
             fewer = [each for each in self._recalls.values() if len(each.asked) < n_documents]
-            before = max(fewer, key=lambda each: len(each.asked), default=_NONE)
+            found = max(fewer, key=lambda each: len(each.asked), default=_NONE)
             with self.bench.opened(self.plan) as model:
                 advance = self.bench.watch.stage("Asking for facts in full")
-                found = self._recalls[n_documents] = before.more(model, n_documents, advance)
+                # A stop keeps those before it.
+                for n in (*range(len(found.asked) + _AT_ONCE, n_documents, _AT_ONCE), n_documents):
+                    found = self._recalls[n] = found.more(model, n, advance)
         return found
