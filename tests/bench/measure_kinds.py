@@ -1,17 +1,16 @@
-"""What a fit on one kind of text loses on each other kind: a matrix. Not a test.
+"""A matrix: the loss of a fit on one kind of text, measured on each other kind. Not a test.
 
     python tests/bench/measure_kinds.py MODEL.gguf --boundary 13 --out FOLDER
         --fit NAME=FILE,... --fit NAME= ... --held NAME=FILE ... [--tokens 24576] [--windows 8]
 
 `--fit`: a row, fitted by `convert` on those files, on its own text where there are none. `--held`:
-a column, measured as `eval --recall 0` does; the full model reads it once for all rows. FOLDER
-keeps sidecars and figures: a second call makes only what is missing. Prints the rows as JSON,
-where a cell is KL, its standard error, PPL ratio, its standard error, copy PPL ratio.
+a column, measured as `eval --recall 0` does; the full model reads it once for all rows (2 * windows
+* 128 * n_vocab bytes each). FOLDER keeps sidecars and figures: a second call makes only what is
+missing. Prints rows as JSON; a cell is KL and PPL ratio with their errors, and copy PPL ratio.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from pop_local.ui.views.quality import figures
 from pop_local.ui.watch import terminal_watch
 
 WIDE = Projection.WIDE
+FIGURES = ("kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio")
 
 
 def named(option: str) -> tuple[str, list[Path]]:
@@ -53,20 +53,24 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
     return sidecar
 
 
-def reference(options: argparse.Namespace, text: Path, sidecar: Path) -> Reference:
-    """The full model on a column."""
+def measure(
+    options: argparse.Namespace, sidecar: Path, references: dict[str, Reference]
+) -> dict[str, Any]:
+    """A row: of each column as `eval --json` names it; `references` are read once."""
     settings = QualitySettings(options.windows, n_draws=1)
+    row: dict[str, Any] = {}
     with PopModel(options.model, sidecar=sidecar, n_threads=1, n_ctx=2048) as model:
-        tokens = tokenize(model, given_text(text))
-        return read_reference(model, tokens, settings, lambda done, total: None)
+        for column, [text] in options.held:
+            if column not in references:
+                tokens = tokenize(model, given_text(text))
+                references[column] = read_reference(model, tokens, settings, _silent)
+            pruning = Pruning(options.boundary)
+            [quality] = measure_against(references[column], model, [pruning], _silent)
+            row[column] = figures(quality)
+    return row
 
 
-def measure(options: argparse.Namespace, full: Reference, sidecar: Path) -> dict[str, Any]:
-    """A cell, as `eval --json` names its figures."""
-    with PopModel(options.model, sidecar=sidecar, n_threads=1, n_ctx=2048) as model:
-        pruning = Pruning(options.boundary)
-        [quality] = measure_against(full, model, [pruning], lambda done, total: None)
-    return figures(quality)
+def _silent(done: int, total: int) -> None: ...
 
 
 def main() -> None:
@@ -80,21 +84,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    sidecars = {name: fit(name, texts, options) for name, texts in options.fit}
-    rows: dict[str, Any] = {name: {"fitted": name} for name in sidecars}
-    for column, [text] in options.held:
-        kept = {row: path.with_suffix(f".{column}.json") for row, path in sidecars.items()}
-        if missing := [row for row, path in kept.items() if not path.exists()]:
-            full = reference(options, text, sidecars[missing[0]])
-            for row in missing:
-                kept[row].write_text(json.dumps(measure(options, full, sidecars[row])))
-                print(column, row, kept[row].read_text(), file=sys.stderr)
-        for row, path in kept.items():
-            found = json.loads(path.read_text())
-            names = ("kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio")
-            rows[row][column] = [round(found[name], 4) for name in names]
-    for found in rows.values():
-        print(json.dumps(found))
+    references: dict[str, Reference] = {}
+    for name, texts in options.fit:
+        sidecar = fit(name, texts, options)
+        kept = sidecar.with_suffix(".json")
+        if not kept.exists():
+            kept.write_text(json.dumps(measure(options, sidecar, references)))
+        row = {
+            column: [round(found[name], 4) for name in FIGURES]
+            for column, found in json.loads(kept.read_text()).items()
+        }
+        print(json.dumps({"fitted": name, **row}), flush=True)
 
 
 if __name__ == "__main__":
