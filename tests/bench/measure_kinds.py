@@ -6,7 +6,7 @@
 `--fit`: a row, fitted by `convert` on those files, on its own text where there are none. `--held`:
 a column, measured as `eval --recall 0` does; the full model reads it once for all rows (2 * windows
 * 128 * n_vocab bytes each). FOLDER keeps sidecars and figures: a second call makes only what is
-missing. Prints rows as JSON; a cell is KL and PPL ratio with their errors, and copy PPL ratio.
+missing. Prints rows as JSON, figures with their errors.
 """
 
 import argparse
@@ -30,7 +30,11 @@ from pop_local.ui.views.quality import figures
 from pop_local.ui.watch import terminal_watch
 
 WIDE = Projection.WIDE
-FIGURES = ("kl_mean", "kl_se", "ppl_ratio", "ppl_ratio_se", "copy_ppl_ratio")
+FIGURES = (
+    ("", "kl_mean", "kl_se"),
+    ("_ppl", "ppl_ratio", "ppl_ratio_se"),
+    ("_copy", "copy_ppl_ratio", "copy_ppl_ratio_se"),
+)
 
 
 def named(option: str) -> tuple[str, list[Path]]:
@@ -70,6 +74,15 @@ def measure(
     return row
 
 
+def cells(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of docs/results: KL, PPL ratio (`_ppl`) and copy PPL ratio of each column."""
+    found: dict[str, Any] = {}
+    for column, each in row.items():
+        for suffix, name, error in FIGURES:
+            found[column + suffix] = [round(each[name], 4), round(each[error], 4)]
+    return found | {"worst": max(found[column][0] for column in row)}
+
+
 def _silent(done: int, total: int) -> None: ...
 
 
@@ -90,11 +103,7 @@ def main() -> None:
         kept = sidecar.with_suffix(".json")
         if not kept.exists():
             kept.write_text(json.dumps(measure(options, sidecar, references)))
-        row = {
-            column: [round(found[name], 4) for name in FIGURES]
-            for column, found in json.loads(kept.read_text()).items()
-        }
-        print(json.dumps({"fitted": name, **row}), flush=True)
+        print(json.dumps({"fitted": name, **cells(json.loads(kept.read_text()))}), flush=True)
 
 
 if __name__ == "__main__":
