@@ -16,13 +16,22 @@ def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
     A kind is all files that lie below the same folder of the path and whose names end alike. It is
     read until it has `most_chars`, in an order by chance that is always the same. Left out are
     files that are no text, texts that were there before, and names that begin with a dot. Raises
-    PopError for a path that cannot be read or holds no text.
+    PopError for a path that cannot be read, or adds no text.
     """
     seen: set[str] = set()
-    return [
-        _in_folder(path, most_chars, seen) if path.is_dir() else [*_new(read_text_of(path), seen)]
-        for path in paths
-    ]
+    found: list[list[str]] = []
+    for path in paths:
+        if path.is_dir():
+            texts = _in_folder(path, most_chars, seen)
+        else:
+            texts = [*_new(read_text_of(path), seen)]
+        found.append(texts)
+        if not texts:
+            raise PopError(
+                f"{path} holds no text, or copies of what was read before",
+                "give a file of its own, or a folder of text files",
+            )
+    return found
 
 
 def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
@@ -30,8 +39,6 @@ def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
     shown = [file for file in files if not any(part.startswith(".") for part in file.parts)]
     shown.sort(key=lambda file: (_kind(file), _sha256(file.as_posix())))
     texts = [_joined(folder, kind, most_chars, seen) for _, kind in groupby(shown, _kind)]
-    if not any(texts):
-        raise PopError(f"{folder} holds no text", "give a file, or a folder of text files")
     return [text for text in texts if text]
 
 

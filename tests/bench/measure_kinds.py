@@ -33,7 +33,6 @@ WIDE = Projection.WIDE
 FIGURES = (
     ("", "kl_mean", "kl_se"),
     ("_ppl", "ppl_ratio", "ppl_ratio_se"),
-    ("_copy", "copy_ppl_ratio", "copy_ppl_ratio_se"),
 )
 
 
@@ -75,7 +74,7 @@ def measure(
 
 
 def cells(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of docs/results: KL, PPL ratio (`_ppl`) and copy PPL ratio of each column."""
+    """A row of docs/results: KL and PPL ratio (`_ppl`) of each column."""
     found: dict[str, Any] = {}
     for column, each in row.items():
         for suffix, name, error in FIGURES:

@@ -55,7 +55,13 @@ def test_copies_count_once_and_mail_is_its_body(tmp_path: Path):
 
 
 def test_what_holds_no_text_is_refused(tmp_path: Path):
-    write(tmp_path, a_bin=b"\0")
-    for path, message in ((tmp_path, "holds no text"), (tmp_path / "nowhere", "cannot read")):
+    write(tmp_path / "other", a_bin=b"\0")
+    write(tmp_path / "more", a_txt=b"text")
+    text = tmp_path / "more" / "a.txt"
+    for message, *paths in (
+        ("other holds no text", tmp_path / "other"),
+        ("cannot read", text, tmp_path / "nowhere"),
+        ("more holds no text, or copies", text, text.parent),
+    ):
         with pytest.raises(PopError, match=message):
-            read_kinds([path], 100)
+            read_kinds(paths, 100)
