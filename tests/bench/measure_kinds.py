@@ -50,7 +50,8 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
         plan = make_plan(source_shape(source), boundary=options.boundary, projection=WIDE)
         how = FitOptions(options.tokens, tuple(texts), projection=WIDE)
         with LoadedModel(options.model, n_threads=1) as model, terminal_watch() as watch:
-            follow = Follow(watch.stage("Sampling"), watch.stage("Fitting"), watch.should_stop)
+            watch.stage(f"Sampling and fitting {name}")
+            follow = Follow(watch.on_progress, watch.on_progress, watch.should_stop)
             [fitted] = calibrate([plan], model, source, how, follow).fitted
         write_sidecar(plan, options.model, sidecar, fitted=fitted)
     return sidecar
