@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import make_plan
@@ -23,17 +25,13 @@ from pop_local.calibration.job import Follow, calibrate
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.model import PopModel
-from pop_local.measure.forced import Pruning
+from pop_local.measure.estimate import Estimate, exp_mean, mean, ratio
+from pop_local.measure.forced import Pruning, forced
 from pop_local.measure.heldout import given_text, tokenize
-from pop_local.measure.quality import QualitySettings, Reference, measure_against, read_reference
-from pop_local.ui.views.quality import figures
+from pop_local.measure.quality import QualitySettings, Reference, read_reference, score
 from pop_local.ui.watch import terminal_watch
 
 WIDE = Projection.WIDE
-FIGURES = (
-    ("", "kl_mean", "kl_se"),
-    ("_ppl", "ppl_ratio", "ppl_ratio_se"),
-)
 
 
 def named(option: str) -> tuple[str, list[Path]]:
@@ -60,7 +58,7 @@ def fit(name: str, texts: list[Path], options: argparse.Namespace) -> Path:
 def measure(
     options: argparse.Namespace, sidecar: Path, references: dict[str, Reference]
 ) -> dict[str, Any]:
-    """A row: of each column as `eval --json` names it; `references` are read once."""
+    """A row: KL and what pruning adds to the NLL, by window; `references` are read once."""
     settings = QualitySettings(options.windows, n_draws=1)
     row: dict[str, Any] = {}
     with PopModel(options.model, sidecar=sidecar, n_threads=1, n_ctx=2048) as model:
@@ -68,19 +66,32 @@ def measure(
             if column not in references:
                 tokens = tokenize(model, given_text(text))
                 references[column] = read_reference(model, tokens, settings, _silent)
-            pruning = Pruning(options.boundary)
-            [quality] = measure_against(references[column], model, [pruning], _silent)
-            row[column] = figures(quality)
+            full, pruning = references[column], Pruning(options.boundary)
+            with forced(model) as reader:
+                [scores] = score(reader, full.windows, full.full, [pruning], lambda n: None)
+            row[column] = {
+                "kl": [float(each.divergence.kl.mean()) for each in scores],
+                "nll": [float((each.pruned.nll - each.full.nll).mean()) for each in scores],
+            }
     return row
 
 
-def cells(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of docs/results: KL and PPL ratio (`_ppl`) of each column."""
+def cells(row: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """A row of docs/results: KL and PPL ratio (`_ppl`) of each column.
+
+    `of_first`: the KL of all windows, in that of the same windows in the first row.
+    """
     found: dict[str, Any] = {}
     for column, each in row.items():
-        for suffix, name, error in FIGURES:
-            found[column + suffix] = [round(each[name], 4), round(each[error], 4)]
+        kl, ppl = mean(np.array(each["kl"])), exp_mean(np.array(each["nll"]))
+        found |= {column: _figures(kl), f"{column}_ppl": _figures(ppl)}
+    every, of = ([x for each in some.values() for x in each["kl"]] for some in (row, first))
+    found["of_first"] = _figures(ratio(np.array(every), np.array(of)))
     return found | {"worst": max(found[column][0] for column in row)}
+
+
+def _figures(estimate: Estimate) -> list[float]:
+    return [round(x, 4) for x in (estimate.value, estimate.se) if x is not None]
 
 
 def _silent(done: int, total: int) -> None: ...
@@ -98,12 +109,14 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     references: dict[str, Reference] = {}
+    rows: list[dict[str, Any]] = []
     for name, texts in options.fit:
         sidecar = fit(name, texts, options)
         kept = sidecar.with_suffix(".json")
         if not kept.exists():
             kept.write_text(json.dumps(measure(options, sidecar, references)))
-        print(json.dumps({"fitted": name, **cells(json.loads(kept.read_text()))}), flush=True)
+        rows.append(json.loads(kept.read_text()))
+        print(json.dumps({"fitted": name, **cells(rows[-1], rows[0])}), flush=True)
 
 
 if __name__ == "__main__":
