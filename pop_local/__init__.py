@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from pop_local.workflows.evaluate import EvaluateOptions, Evaluation, evaluate
     from pop_local.workflows.events import Watch
+    from pop_local.workflows.learning import Lessons
     from pop_local.workflows.options import Hardware, RowOptions
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "Grammar",
     "GrammarError",
     "Hardware",
+    "Lessons",
     "OutputExistsError",
     "OverBudgetError",
     "PopError",
@@ -89,6 +91,7 @@ _MODULES = {
     ],
     "pop_local.workflows.evaluate": ["EvaluateOptions", "Evaluation", "evaluate"],
     "pop_local.workflows.events": ["Watch"],
+    "pop_local.workflows.learning": ["Lessons"],
     "pop_local.workflows.options": ["Hardware", "RowOptions"],
     "pop_local.engine.decode.grammar": ["Grammar", "GrammarError"],
     "pop_local.engine.model": ["PopModel"],

@@ -24,6 +24,7 @@ COMMANDS = (
     Entry("pull", "pop_local.commands.pull", "Fetch a model by name, from a hub or a URL."),
     Entry("list", "pop_local.commands.list", "Show the models that are here."),
     Entry("rm", "pop_local.commands.rm", "Remove models."),
+    Entry("learn", "pop_local.commands.learn", "Show or forget what was learned while reading."),
     Entry("config", "pop_local.commands.config", "Show and change the settings."),
     Entry("doctor", "pop_local.commands.doctor", "Check this installation and say what to fix."),
 )

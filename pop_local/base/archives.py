@@ -12,6 +12,7 @@ DAMAGES = (
     LookupError,
     EOFError,
     TypeError,
+    MemoryError,
     RuntimeError,
     BadZipFile,
     TokenError,

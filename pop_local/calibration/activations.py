@@ -1,4 +1,4 @@
-"""What a model computes while it reads windows of a text in full, one by one."""
+"""The activations of a model while it reads windows of a text in full, one by one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager

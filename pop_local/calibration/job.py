@@ -20,7 +20,7 @@ from pop_local.calibration.activations import Reading, reading
 from pop_local.calibration.images import CalibrationImages, pictures_of
 from pop_local.calibration.images import identity as images_identity
 from pop_local.calibration.loaded import LoadedModel
-from pop_local.calibration.needs import Pair, plan_needs
+from pop_local.calibration.needs import Pair, n_choosing, plan_needs
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.state import State, load, save
 from pop_local.calibration.texts import (
@@ -38,9 +38,6 @@ from pop_local.engine.llama.taps import Rows, Tapped, Wanted
 
 # A state takes gigabytes for a large model.
 SAVE_EVERY_S = 60.0
-# Rows for each dimension of the state, by which the parts of a wider input are chosen.
-_ROWS_PER_DIM = 2
-_LEAST_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -191,8 +188,7 @@ class _Job:
         if not wanted:
             return
         windows = self._state.text.windows
-        n_least = -(-_ROWS_PER_DIM * self._shape.n_embd // N_WINDOW)
-        n_chosen = min(len(windows), max(_LEAST_WINDOWS, n_least))
+        n_chosen = min(len(windows), n_choosing(self._shape.n_embd))
         chosen = np.linspace(0, len(windows) - 1, n_chosen).astype(int)
         seen: dict[int, list[Rows]] = {boundary: [] for boundary in wanted}
         with reading(self._model, Wanted(tuple(wanted)), N_WINDOW) as opened:
@@ -203,7 +199,7 @@ class _Job:
                 self._heed()
         for boundary in wanted:
             self._heed()
-            chosen_input = self._summing.choose_input(boundary, seen[boundary])
+            chosen_input = self._summing.choose_input(boundary, seen.pop(boundary))
             self._state.sums.wides[boundary] = chosen_input
 
     def _keep(self) -> None:

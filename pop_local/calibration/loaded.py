@@ -10,6 +10,7 @@ from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend, logs
 from pop_local.engine.llama.context import tokenized
+from pop_local.engine.llama.devices import kernels_read_prompts
 from pop_local.engine.llama.loading import load_model
 from pop_local.engine.llama.rpc import Servers
 from pop_local.engine.llama.threads import default_threads
@@ -41,6 +42,8 @@ class LoadedModel:
         self.n_threads = n_threads or default_threads()
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        # Kernels of ours read the weights as they are in the file: a copy would only take room.
+        params.use_extra_bufts = not kernels_read_prompts()
         self._servers = Servers(rpc) if rpc else None
         self.handle = load_model(source, sidecar, meta, params, self._servers)
         self.vocab = self._api.llama_model_get_vocab(self.handle)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import add
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +17,22 @@ from pop_converter.projection import Projection
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.samples import MAX_SEQUENCES
 from pop_local.calibration.texts import N_WINDOW, n_sampled_of
+from pop_local.engine.llama.devices import kernels_read_prompts
 
 # Rows and columns of the product that a machine's speed is measured by.
 _N_PRODUCT = 1024
+# Kernels of ours read faster than numpy multiplies: four times with AMX, of others less is known.
+_READING_GAIN = 2
 # Python with numpy and llama.cpp, before any model.
-_BASE_BYTES = 300 * 10**6
+_BASE_BYTES = 100 * 10**6
+# A search fits few boundaries where the sums of all would take more.
+MOST_SUMS_BYTES = 6 * 10**9
+_ANY = 1 << 60
+# Rows for each dimension of the state, by which the parts of a wider input are chosen.
+_ROWS_PER_DIM = 2
+_LEAST_WINDOWS = 4
+# Predictions of the full model that a search keeps, with two bytes for each token.
+_N_PREDICTED = 16 * 128
 # Kinds of fit that are tried where the options leave it open. For many depths attention is not: the
 # sums would take several times as long.
 KINDS_OF_MANY = (Projection.FITTED, Projection.WIDE)
@@ -45,8 +55,8 @@ class Needs:
 
     `groups`: the pairs of each pass over the text. `n_inputs`: of a fit, at most. `n_sampled`:
     windows of text that the model samples first. `sums_bytes`: the Gram matrices of the largest
-    group and the work on them. `total_bytes`: the whole process, with the weights twice since the
-    backend may repack them.
+    group and the work on them. `total_bytes`: the most that the whole process takes beside the
+    model's file, whose pages the system lends to it.
     """
 
     groups: tuple[tuple[Pair, ...], ...]
@@ -99,6 +109,23 @@ def fit_needs(
     return plan_needs(plans, source, options, n_sampled)
 
 
+def spaced(
+    plans: Sequence[Plan], source: Source, options: FitOptions, kinds: Sequence[Projection]
+) -> tuple[Plan, ...]:
+    """Return as many plans, evenly spaced from the first on, as the sums of one pass may serve.
+
+    These take MOST_SUMS_BYTES, or the memory of the options where that is more.
+    """
+    most = max(MOST_SUMS_BYTES, options.memory_bytes or 0)
+    options = replace(options, memory_bytes=_ANY)
+    for step in range(1, len(plans)):
+        few = plans[::step]
+        fitted = in_kinds([plan for plan in few if plan.fitted_layers], options, kinds)
+        if not fitted or plan_needs(fitted, source, options).sums_bytes <= most:
+            return tuple(few)
+    return tuple(plans[:1])
+
+
 def plan_needs(
     plans: Sequence[Plan], source: Source, options: FitOptions, n_sampled: int = 0
 ) -> Needs:
@@ -128,14 +155,21 @@ def plan_needs(
         sizes[-1] += size
     n_sums = max(sizes) + scratch
     n_stored = sum(stored_bytes(plan, options.kv_type) for plan in plans)
-    n_heads = max(map(add, shape.n_q, shape.n_heads_out)) // 64
-    read = 4 * N_WINDOW * (len(plans) * (n_inputs + 1) + sum(shape.n_k + shape.n_v))
-    masses = 8 * N_WINDOW * n_heads * N_WINDOW
-    passing = n_sums + read + masses + _context_bytes(shape, N_WINDOW, N_WINDOW)
+    boundaries = {pair.boundary for pair in max(groups, key=len)}
+    n_tapped = len(boundaries) * n_inputs + sum(shape.n_k + shape.n_v)
+    # As the graph hands it out, as it is taken, and as it is added.
+    reading = 3 * 4 * N_WINDOW * n_tapped + _context_bytes(shape, N_WINDOW, N_WINDOW)
     n_at_once = min(n_sampled, MAX_SEQUENCES)
     sampling = _context_bytes(shape, n_at_once * N_WINDOW, n_at_once)
-    seeing = options.mmproj.stat().st_size if options.mmproj else 0
-    total = _BASE_BYTES + 2 * source.size_bytes + seeing + n_stored + max(passing, sampling)
+    if not kernels_read_prompts():
+        reading, sampling = reading + source.size_bytes, sampling + source.size_bytes
+    if options.mmproj:
+        reading += options.mmproj.stat().st_size
+    is_wide = any(plan.projection != Projection.FITTED for plan in plans)
+    choosing = is_wide * _choosing_bytes(shape, len(boundaries))
+    fitting = reading + max(n_sums, choosing)
+    most = max(fitting, sampling, _measuring_bytes(source, shape))
+    total = _BASE_BYTES + n_stored + most
     return Needs(tuple(map(tuple, groups)), n_sums, total, n_inputs, n_sampled)
 
 
@@ -148,7 +182,8 @@ def fit_seconds(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> flo
     shape = plans[0].shape
     n_windows = options.n_tokens(shape.n_embd) // N_WINDOW
     n_read = n_windows * len(needs.groups) + needs.n_sampled
-    reading = n_read * plans[0].macs(N_WINDOW, None, N_WINDOW)
+    n_macs = n_read * plans[0].macs(N_WINDOW, None, N_WINDOW)
+    reading = n_macs / (_READING_GAIN if kernels_read_prompts() else 1)
     pairs, n_inputs = [pair for group in needs.groups for pair in group], needs.n_inputs
     n_out = [shape.n_kv(pair.layer) for pair in pairs]
     n_boundaries = len({pair.boundary for pair in pairs})
@@ -172,3 +207,22 @@ def _context_bytes(shape: ModelShape, n_cells: int, n_rows: int) -> int:
     """Return what a KV cache of F16 takes, and a batch of `n_rows` that all give logits."""
     cache = 2 * n_cells * sum(shape.n_k + shape.n_v)
     return cache + 4 * n_rows * (2 * shape.n_vocab + 8 * shape.n_embd)
+
+
+def n_choosing(n_embd: int) -> int:
+    """Return the windows by which the parts of a wider input are chosen."""
+    return max(_LEAST_WINDOWS, -(-_ROWS_PER_DIM * n_embd // N_WINDOW))
+
+
+def _choosing_bytes(shape: ModelShape, n_boundaries: int) -> int:
+    """Return what choosing these parts takes: the states, their axes, all neurons of a layer."""
+    n, n_rows = shape.n_embd, n_choosing(shape.n_embd) * N_WINDOW
+    axes = 8 * n * (2 * n_rows + 3 * n)
+    neurons = 4 * max(shape.n_neurons) * (3 * n + 5 * N_WINDOW)
+    return 4 * n * n_rows * n_boundaries + 8 * n * (n_rows + n) + max(axes, neurons)
+
+
+def _measuring_bytes(source: Source, shape: ModelShape) -> int:
+    """Return what measuring a fit takes: weights that may be repacked, and predictions."""
+    context = _context_bytes(shape, 2 * N_WINDOW, N_WINDOW)
+    return source.size_bytes + context + 2 * _N_PREDICTED * shape.n_vocab

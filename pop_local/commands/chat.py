@@ -28,7 +28,7 @@ def chat(
     ] = None,
     *,
     system: opt.System = "",
-    opened: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE),
+    opened: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
     sampling: opt.SamplingOptions,
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
@@ -36,7 +36,7 @@ def chat(
     screen = Screen(look(theme))
     # A pipe does not wait: its next line is there already.
     if not sys.stdin.isatty() and opened.refill is opt.RefillName.IDLE:
-        opened = replace(opened, refill=opt.RefillName.OFF)
+        opened = replace(opened, refill=opt.RefillName.OFF, learn=opt.Switch.OFF)
     open_named = Opener(model, opened)
     begun = Dialogue(
         open_named(),
@@ -45,14 +45,23 @@ def chat(
         system=system,
         sampling=sampling.given,
         refill=opened.refill.value,
+        teach=open_named.lessons,
     )
     begun.warn_of_base()
     if sys.stdin.isatty():
         note(f"{begun.model.path}, context of {begun.model.n_ctx:,} tokens.")
         note(begun.pop_state())
+        if (learned := begun.model.learned) and not learned.n_rows:
+            note(
+                "It learns from what it reads, to read it faster later. Sums are kept, no text;"
+                " --learn off does not."
+            )
         if begun.model.mmproj:
             note(f"It sees pictures, by {begun.model.mmproj.name}: /image PATH.")
         note("Type a question, /help for the commands, /exit to leave.")
-    talk(begun)
+    try:
+        talk(begun)
+    finally:
+        begun.model.close()  # which saves what was learned
     if begun.has_failed and not sys.stdin.isatty():
         raise typer.Exit(EXIT_FAILED)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pop_local.commands.options import ModelOptions, RefillName, selected
+from pop_local.commands.options import ModelOptions, RefillName, Switch, selected
+from pop_local.ui.theme import warn
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows.open import open_model
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
+    from pop_local.engine.open_model import OpenModel
+    from pop_local.workflows.learning import Lessons
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,29 @@ class Opener:
                 in_full=options.full,
                 select=selected(options.select),
                 keep_states=options.refill is not RefillName.OFF,
+                learns=options.learn is Switch.ON,
                 mmproj=None if name else options.mmproj,
                 image_tokens=options.image_tokens,
             )
         if options.mmproj and not name:
             opened.prompter.open_eye()  # what does not fit is said now, not with the first picture
+        self._warn(opened)
         opened.refiller.refill_answers(None if options.refill is RefillName.ANSWER else 0)
         opened.prompter.parse_special = options.parse_special
         return opened
+
+    def lessons(self, model: OpenModel) -> Lessons | None:
+        """Return the teacher of a model; None where it does not learn."""
+        if model.learner is None:
+            return None
+        from pop_local.workflows.learning import Lessons
+
+        return Lessons(model)
+
+    def _warn(self, opened: PopModel) -> None:
+        """Name the options that were given and change nothing."""
+        options = self.options
+        if options.refill is RefillName.ANSWER and not opened.refills:
+            warn(f"--refill has no effect: {opened.no_refill or 'this model is not pruned'}")
+        if options.image_tokens and opened.eye is None:
+            warn("--image-tokens has no effect: this model has no mmproj")

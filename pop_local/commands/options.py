@@ -92,6 +92,13 @@ class RefillName(str, Enum):
     OFF = "off"
 
 
+class Switch(str, Enum):
+    """Something that is done, or not."""
+
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True)
 class ProcessorOptions(Group):
     """The processors of this machine."""
@@ -182,6 +189,10 @@ class ModelOptions(OpenOptions, PictureOptions):
         "When pruned tokens run the skipped layers: while nothing is asked, also with each token of"
         " an answer, or never.",
         default=RefillName.OFF,
+    )
+    learn: Switch = option(
+        "Learn from what is read, to read it faster later; sums are kept, no text.",
+        default=Switch.OFF,
     )
     parse_special: bool = option(
         "Special tokens that messages and documents spell out act as such: only for text that you"

@@ -91,6 +91,9 @@ def run(
                 _show(screen, chunks)
         except ContextFullError as error:
             raise too_long(opened, error) from error
+        if opened.learner is not None:
+            opened.learner.work(lambda: interrupt.asked)
+            opened.learner.save()
     if interrupt.asked:
         raise KeyboardInterrupt
 

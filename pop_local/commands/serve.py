@@ -65,7 +65,7 @@ def serve(
     ],
     *,
     to: ServerOptions,
-    how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE),
+    how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
 ) -> None:
     """Serve a model to programs that speak OpenAI's API.
 
@@ -79,7 +79,8 @@ def serve(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    opened = Opener(model, how)()
+    open_named = Opener(model, how)
+    opened = open_named()
     opened.cache.prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
     try:
         name = to.name or _default_name(model, opened.path)
@@ -90,6 +91,7 @@ def serve(
             host=to.host,
             max_waiting=to.max_waiting,
             repeatable=to.repeatable,
+            teacher=open_named.lessons(opened),
         )
         listening.listen(128)
         _announce(opened, name, listening, is_open=to.host not in LOOPBACK and not to.api_key)

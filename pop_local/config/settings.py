@@ -14,7 +14,9 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from pop_local.base.errors import PopError
+from pop_local.base.files import read_file
 from pop_local.base.nearest import nearest_hint
+from pop_local.base.numbers import size
 
 PREFIX = "POP_LOCAL_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
@@ -28,6 +30,7 @@ MOST = 2**31 - 1
 # The next number asks llama.cpp for a random seed.
 MOST_SEED = 2**32 - 2
 _MOST_BITS = 64
+_MOST_BYTES = 10**6
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
 
 
@@ -183,10 +186,15 @@ def _from_file(path: Path) -> dict[str, Value]:
 def read_document(path: Path) -> tomlkit.TOMLDocument:
     """Read the file, comments included; an empty one when there is none.
 
-    Raises PopError naming the line of a mistake.
+    Raises PopError naming the line of a mistake, and for what is no file of settings' size.
     """
     try:
-        return tomlkit.parse(path.read_text(encoding="utf-8-sig"))
+        if str(path) == os.devnull:
+            return tomlkit.document()
+        raw = read_file(path, _MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            raise PopError(f"{path} is larger than {size(_MOST_BYTES)}", "check the path")
+        return tomlkit.parse(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         return tomlkit.document()
     except TOMLKitError as error:

@@ -14,7 +14,7 @@ from pop_local.engine.decode.logprobs import Logprobs
 from pop_local.engine.decode.sampler import Allowed, Sampler
 from pop_local.engine.decode.text import Pieces, TextStream
 from pop_local.engine.depth.refiller import Refiller
-from pop_local.engine.llama.interrupt import DisplacedError
+from pop_local.engine.llama.interrupt import DisplacedError, stopped_by
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prefill.read import OnPrefill, Read, ReadingStoppedError, read
 from pop_local.engine.prompt.prompt import Prompt
@@ -107,7 +107,8 @@ class _Turn:
             raise PopError("stops is a single text, not several", f"stops=({stops!r},)")
         self._parts = parts
         self._options = options
-        self._prompt = prompt = render()
+        with stopped_by(options.should_stop):
+            self._prompt = prompt = render()
         context = self._context = parts.cache.context
         room = context.n_ctx - len(prompt)
         if room < options.min_answer:
@@ -133,7 +134,7 @@ class _Turn:
         self._n_refilled = self._parts.refiller.take_refilled()
         prefill_started_s = time.perf_counter()
         try:
-            with self._context.interrupt.stopped_by(options.should_stop):
+            with stopped_by(options.should_stop):
                 found = self._parts.read(self._prompt, options.on_prefill)
                 self._sampled = self._parts.sampled(self._sampler)
                 token = next(self._sampled)
@@ -212,4 +213,5 @@ class _Turn:
             n_image=self._prompt.n_image,
             encode_s=found.encode_s,
             is_short=found.is_short,
+            fit=self._parts.cache.fit if counters.n_context else "",
         )

@@ -155,7 +155,7 @@ class OpenModel:
 
     @property
     def learned(self) -> Learned | None:
-        """What was learned of the model so far; None where it does not learn."""
+        """The figures of what was learned so far; None where it does not learn."""
         return None if self.learner is None else self.learner.learned
 
     def adopt(self, sidecar: Path) -> None:

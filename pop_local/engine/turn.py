@@ -31,7 +31,8 @@ class TurnOptions:
 
     `on_prefill(done, total)` counts the prompt tokens that are not cached, once per batch.
     `should_stop` is asked during the prefill and after each token; an answer that it ends is
-    "interrupted" and has its figures all the same. `stops` end the answer and are not part of it.
+    "interrupted" and has its figures all the same. While a long text is split into tokens it raises
+    StoppedError. `stops` end the answer and are not part of it.
     `grammar`: a text is GBNF. `n_top_logprobs`: None for no log probabilities at all;
     `has_end_logprob`: whether the token that ends the answer has one, too. `repeatable`: the prompt
     is read as if it were new, and nothing is refilled meanwhile, so that the same options with a
@@ -92,7 +93,7 @@ class TurnStats:
     included. encode_s: making rows of pictures, which pruning does not touch. prefill_s: reading
     the prompt, without that. decode_s: from the first to the last sampled token, the reader's own
     time left out. is_short: pruning is on, and the prompt (what was not cached of it) too short to
-    be pruned.
+    be pruned. fit: what the projections were fitted on that pruned tokens took, "" for none.
     """
 
     n_prompt: int
@@ -112,6 +113,7 @@ class TurnStats:
     n_exact: int = 0
     n_image: int = 0
     encode_s: float = 0.0
+    fit: str = ""
 
     @property
     def reading(self) -> Reading:

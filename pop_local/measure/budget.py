@@ -121,7 +121,7 @@ def undecided(plans: Collection[int], verdicts: Mapping[int, bool]) -> tuple[int
     starts in the middle, which is near to most models' answer. Its steps double until one boundary
     is inside and one is outside; then it halves the gap.
     """
-    inside = min((b for b, passed in verdicts.items() if passed), default=max(plans) + 1)
+    inside = min((b for b, passed in verdicts.items() if passed), default=max(plans, default=0) + 1)
     outside = max((b for b, passed in verdicts.items() if not passed and b < inside), default=-1)
     between = sorted(boundary for boundary in plans if outside < boundary < inside)
     if not between:

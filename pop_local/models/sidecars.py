@@ -4,10 +4,11 @@ import importlib.resources
 from pathlib import Path
 
 from pop_converter.gguf.header import read_header
-from pop_converter.gguf.source import Source, sampled_sha256
+from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import pop_meta, read_binding
 from pop_converter.popfile.sidecar import SUFFIX, bind, sidecar_beside
 from pop_local.config.settings import learned_dir
+from pop_local.models.learned import learned_path
 
 # For the models of the catalog (docs/quality.md tells how each was made), which are known by their
 # hashes.
@@ -23,11 +24,6 @@ def sidecar_of(base: Source) -> Path | None:
         return None
     learned = learned_path(base, SUFFIX)
     return sidecar_beside(base) or (learned if learned.is_file() else _shipped(base))
-
-
-def learned_path(base: Source, suffix: str) -> Path:
-    """Return the file of what was learned of a model, which need not be there."""
-    return learned_dir() / f"{Path(base.name).stem}-{sampled_sha256(base)[:16]}{suffix}"
 
 
 def is_learned(sidecar: Path) -> bool:

@@ -159,10 +159,11 @@ class _Run:
             return
         free_bytes = memory.free_bytes()
         needs = memory.fit_needs(plans, self.source, self._fit_options())
-        if needs.total_bytes > free_bytes:
+        needed_bytes = needs.total_bytes + self.source.size_bytes
+        if needed_bytes > free_bytes:
             raise TooLittleMemoryError(
                 "the fit needs",
-                needs.total_bytes,
+                needed_bytes,
                 free_bytes,
                 "fit on fewer tokens, close other programs, or leave it out",
                 cause="no-memory-for-fit",

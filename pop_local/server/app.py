@@ -23,19 +23,21 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pop_local.base.errors import PopError
+from pop_local.base.errors import PopError, StoppedError
+from pop_local.engine.learning.lesson import Teacher
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
-from pop_local.server.errors import ApiError, as_api_error
+from pop_local.server.errors import ApiError, as_api_error, hung_up
 from pop_local.server.front import Front
 from pop_local.server.memory import return_large_blocks
 from pop_local.server.metrics import Metrics
 from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_data_urls
 from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
-from pop_local.server.worker import Job, Task, Worker
+from pop_local.server.worker import Task, Worker
 
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 32
@@ -57,15 +59,17 @@ def create_app(
     max_waiting: int = 256,
     max_body_bytes: int = 0,
     repeatable: bool = False,
+    teacher: Teacher | None = None,
 ) -> Starlette:
     """Make the application; the model belongs to it from the start of its lifespan to its end.
 
     `name`: the model's in the API. `api_key`: "" for none. `host`: the address that the server
     listens on; without a key it answers to this and loopback names only. `max_body_bytes` 0: by
-    context. `repeatable`: see TurnOptions; a request may say otherwise.
+    context. `repeatable`: see TurnOptions; a request may say otherwise. `teacher`: makes fits of
+    what the model learns, between requests.
     `app.state.worker` is the thread that has the model: stop it to end running answers.
     """
-    api = Api(model, name, max_waiting, max_body_bytes, repeatable)
+    api = Api(model, name, max_waiting, max_body_bytes, repeatable, teacher)
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
     app = Starlette(
         routes=[
@@ -102,6 +106,7 @@ class Api:
         max_waiting: int,
         max_body_bytes: int,
         repeatable: bool,
+        teacher: Teacher | None,
     ) -> None:
         self._model = model
         self._name = name
@@ -112,7 +117,7 @@ class Api:
         self._max_picture_bytes = MAX_DATA_URL if model.can_see else 0
         self._watchers: set[asyncio.Task[None]] = set()
         self.metrics = Metrics()
-        self.worker = Worker(model, self.metrics, max_waiting)
+        self.worker = Worker(model, self.metrics, max_waiting, teacher)
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -165,27 +170,32 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
-        task = await self._task(self._tasks.chat, body)
-        return await self._answer(request, body, task, ChatReply)
+        return await self._answer(request, body, self._tasks.chat, ChatReply)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        task = await self._task(self._tasks.completion, body)
-        return await self._answer(request, body, task, Reply)
+        return await self._answer(request, body, self._tasks.completion, Reply)
 
-    async def _task(self, make: Callable[[AnyBody], Task], body: AnyBody) -> Task:
+    async def _task(
+        self, make: Callable[[AnyBody], Task], body: AnyBody, gone: "asyncio.Task[None]"
+    ) -> Task:
         """Check grammars and pictures one at a time, so that they take the memory of one."""
 
         def made() -> Task:
             self.worker.require_open()
-            return make(body)
+            with stopped_by(lambda: gone.done() or self.worker.is_stopping):
+                return make(body)
 
         async with AsyncExitStack() as limits:
             if body.has_grammar:
                 await limits.enter_async_context(self._grammar_limit)
             if body.has_pictures:
                 await limits.enter_async_context(self._picture_limit)
-            return await run_in_threadpool(made)
+            try:
+                return await run_in_threadpool(made)
+            except StoppedError:
+                self.worker.require_open()
+                raise hung_up() from None
 
     async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
         raw = bytearray()
@@ -209,10 +219,16 @@ class Api:
         return ApiError(413, message, code="request_too_large")
 
     async def _answer(
-        self, request: Request, body: Body, task: Task, kind: type[Reply]
+        self,
+        request: Request,
+        body: AnyBody,
+        make: Callable[[AnyBody], Task],
+        kind: type[Reply],
     ) -> Response:
+        gone = self._gone(request)
+        task = await self._task(make, body, gone)
         job = self.worker.submit(task)
-        self._cancel_when_gone(request, job)
+        gone.add_done_callback(lambda _: job.cancel())
         reply = kind(self._name, task.options.n_top_logprobs is not None, task.n_written)
         if not body.stream:
             return await whole_answer(request.state, job, reply)
@@ -223,15 +239,17 @@ class Api:
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 
-    def _cancel_when_gone(self, request: Request, job: Job) -> None:
+    def _gone(self, request: Request) -> "asyncio.Task[None]":
+        """Return what is done once the client has hung up."""
+
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            job.cancel()
 
         watcher = asyncio.create_task(watch())
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
+        return watcher
 
 
 class _Server(uvicorn.Server):

@@ -15,8 +15,8 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
     """Return the counters; times in seconds.
 
     `pop.reason`: why pruning is off for this request, null when it is on. `pop.reading`: see
-    TurnStats, null when nothing was read. `pop.ignored`: keywords of the JSON schema that were not
-    enforced.
+    TurnStats, null when nothing was read. `pop.fit`: see there. `pop.ignored`: keywords of
+    the JSON schema that were not enforced.
     """
     return {
         "prompt_tokens": stats.n_prompt,
@@ -32,6 +32,7 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
             "n_exact": stats.n_exact,
             "n_image": stats.n_image,
             "reading": stats.reading if stats.n_evaluated else None,
+            "fit": stats.fit or None,
             "reason": reason,
             "ignored": list(ignored),
             "queued_s": round(queued_s, 6),

@@ -40,7 +40,7 @@ class Tasks:
         """`repeatable`: whether answers are, unless a request says otherwise."""
         self._model = model
         self._repeatable = repeatable
-        self._default = model.mode
+        self._is_full = model.can_switch and model.mode is Mode.OFF
 
     def chat(self, body: ChatBody) -> Task:
         urls = [url for message in body.messages for _, url in message.image_urls]
@@ -84,7 +84,7 @@ class Tasks:
                 raise ApiError(400, f"{NO_KEYS}: it cannot be pruned", param="pop")
             return Mode.OFF, NO_KEYS
         if pop is None:
-            return self._default, SERVER_OFF if self._default is Mode.OFF else None
+            return (Mode.OFF, SERVER_OFF) if self._is_full else (Mode.CONTEXT, None)
         return (Mode.CONTEXT, None) if pop else (Mode.OFF, REQUESTED)
 
     def _tokens(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[int]:

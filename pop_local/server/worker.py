@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.depth.power import RECHECK_S, on_battery
+from pop_local.engine.learning.lesson import Teacher
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Chunk, TokenLogprob, TurnOptions, TurnStats
@@ -114,9 +116,15 @@ class Job:
 class Worker(threading.Thread):
     """Serves jobs one after the other. The KV cache keeps the last prompt for the next job."""
 
-    def __init__(self, model: PopModel, metrics: Metrics, max_waiting: int) -> None:
+    def __init__(
+        self,
+        model: PopModel,
+        metrics: Metrics,
+        max_waiting: int,
+        teacher: Teacher | None = None,
+    ) -> None:
         super().__init__(name="pop-local model", daemon=True)
-        self._model = model
+        self._model, self._teacher = model, teacher
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._waiting: deque[Job] = deque()
@@ -138,6 +146,10 @@ class Worker(threading.Thread):
         seen_s = self._seen_s
         silent_s = 0.0 if seen_s is None else time.monotonic() - seen_s
         return silent_s if silent_s > _HUNG_S else 0.0
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping.is_set()
 
     def require_open(self) -> None:
         """Raises ApiError when the server is stopping."""
@@ -173,23 +185,49 @@ class Worker(threading.Thread):
             job.put(ApiError(503, STOPPING))
 
     def _wait(self) -> None:
-        """Wait for a call; meanwhile refill cached prompts."""
+        """Wait for a call; meanwhile refill cached prompts, and learn."""
         while True:
-            has_work = bool(self._model.refills and self._model.refiller.n_refillable)
-            if has_work and self._calls.empty() and not on_battery():
+            is_free = self._calls.empty() and not on_battery()
+            if is_free and self._can_refill:
                 self._refill()
+            elif is_free and self._can_learn:
+                self._learn()
+            has_work = self._can_refill or self._can_learn
             with suppress(queue.Empty):
-                self._calls.get(timeout=RECHECK_S if has_work else None)
+                waits_s = (RECHECK_S if on_battery() else 0.0) if has_work else None
+                self._calls.get(timeout=waits_s)
                 return
+
+    @property
+    def _can_refill(self) -> bool:
+        return bool(self._model.refills and self._model.refiller.n_refillable)
+
+    @property
+    def _can_learn(self) -> bool:
+        return self._teacher is not None and self._teacher.has_work
+
+    def _is_called(self) -> bool:
+        return not self._calls.empty() or on_battery()
 
     def _refill(self) -> None:
         try:
-            n_rows = self._model.refill(should_stop=lambda: not self._calls.empty() or on_battery())
+            n_rows = self._model.refill(should_stop=self._is_called)
         except Exception:  # requests are answered all the same
             log.exception("refilling failed, and goes on no longer")
             self._model.set_depth(self._model.rule.select)
         else:
             self._metrics.refilled.inc(n_rows)
+
+    def _learn(self) -> None:
+        assert self._teacher is not None
+        try:
+            lesson = self._teacher.idle(self._is_called)
+            if lesson is not None:
+                log.info("%s", lesson)
+                self._model.adopt(lesson.sidecar)
+        except Exception:
+            log.exception("learning failed, and goes on no longer")
+            self._teacher = None
 
     def _next(self) -> Job | None:
         with self._lock:
@@ -226,7 +264,7 @@ class Worker(threading.Thread):
         read: list[TokenLogprob] = []
         started_s = time.perf_counter()
         if task.n_prompt_logprobs is not None:
-            with self._model.context.interrupt.stopped_by(should_stop):
+            with stopped_by(should_stop):
                 read = prompt_logprobs(
                     self._model.cache, task.prompt.tokens, task.n_prompt_logprobs
                 )

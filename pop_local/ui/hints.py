@@ -14,6 +14,7 @@ BY_CAUSE = {
     "analyze-converted": "analyze the model it was made of; pop-local strip {path} gives it back",
     "bench-context": "leave --ctx out, or give shorter prompts (--prompt)",
     "bench-trained": "give shorter prompts (--prompt)",
+    "cannot-learn": "leave it out: --learn off",
     "cannot-resume": "move it away, or leave out --resume, to start afresh",
     "context-full": "give a larger context (--ctx {n_ctx}) or a shorter prompt",
     "context-too-short": "give a longer context: --context {n_least} or more",
@@ -34,6 +35,7 @@ BY_CAUSE = {
     "fit-not-measurable": "lower --sink and --tail; or --projection own, which may go unmeasured",
     "foreign-sidecar": "make one for this model: pop-local convert --sidecar {model}",
     "is-remote": "run `pop-local pull {model}` and give the file that it prints",
+    "model-replaced": "start again; and replace a model in use by a rename (mv), not by cp",
     "missing-torch": "install it with: pip install 'pop-local[analyze]'",
     "no-memory-for-fit": "lower --tokens, close other programs, or leave it out: --no-fit",
     "no-memory-for-gates": (

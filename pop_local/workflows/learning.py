@@ -16,13 +16,14 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.calibration.needs import MOST_COST, fit_cost
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.learning.learner import N_WINDOW, Learner
+from pop_local.engine.learning.lesson import Lesson, Loss
 from pop_local.engine.learning.sums import Sums
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.engine.open_model import OpenModel
 from pop_local.measure.budget import BALANCED, is_inside
 from pop_local.measure.gradual import Gradual
 from pop_local.measure.quality import Quality, QualitySettings
-from pop_local.models.sidecars import learned_path
+from pop_local.models.learned import learned_path
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.conversion.fits import Fitter
 from pop_local.workflows.conversion.full_model import FullModel
@@ -41,16 +42,6 @@ _N_DRAWS = 4
 _GROWTH = 1.5
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """A sidecar that was learned from `n_rows` rows; `quality` is on the newest of the prompts."""
-
-    sidecar: Path
-    plan: Plan
-    quality: Quality
-    n_rows: int
-
-
 @dataclass
 class _LearnedFitter(Fitter):
     """Solves the sums at each boundary, in the place of a calibration."""
@@ -66,7 +57,7 @@ class _LearnedFitter(Fitter):
         options, summing, boundary = self.options, self.learner.summing, plan.boundary
         gram, stored = self.sums.grams[boundary], options.kv_type
         tensors: list[NewTensor] = []
-        if plan.projection == Projection.WIDE:
+        if plan.projection.is_wide:
             tensors += summing.encode_input(self.sums, boundary, stored)
         for layer in plan.fitted_layers:
             tensors += summing.solve(gram, boundary, layer, plan.projection, options.ridge, stored)
@@ -85,20 +76,20 @@ class _LearnedFitter(Fitter):
 class Lessons:
     """Makes sidecars of what an open model learns, while nobody waits for it.
 
-    `loss`: of the sidecar in use on the newest windows of what was read, None before it is known.
+    `loss`: of the fit in use, None before it is known.
     """
 
-    def __init__(
-        self, model: OpenModel, hardware: Hardware = Hardware(), budget: Budget = BALANCED
-    ) -> None:
+    def __init__(self, model: OpenModel, budget: Budget = BALANCED) -> None:
         if model.learner is None:
             raise PopError("the model does not learn", "call its learn()")
-        self.loss: Quality | None = None
+        self.loss: Loss | None = None
+        self._in_use: Quality | None = None
         self._model, self._learner, self._budget = model, model.learner, budget
         self._should_stop: Callable[[], bool] = lambda: False
         watch = Watch(should_stop=lambda: self._should_stop())
-        hardware = replace(hardware, n_threads=hardware.n_threads or model.context.n_threads)
-        self._bench = Workbench(model.context.source, hardware, watch)
+        context = model.context
+        hardware = Hardware(context.n_threads, context.options.n_gpu_layers)
+        self._bench = Workbench(context.source, hardware, watch)
         self._search: Search | None = None
         self._next_rows = float(model.learner.learned.n_wanted)
 
@@ -117,7 +108,7 @@ class Lessons:
         """Add rows that wait; once they are enough, solve and measure.
 
         Returns a sidecar that is better than the one in use, written: the deepest within the
-        budget, on what was read and on shipped facts. What is stopped goes on at the next call.
+        budget, on what was read and on shipped facts. A stopped call is continued by the next.
         Raises PopError.
         """
         self._should_stop = should_stop
@@ -134,8 +125,8 @@ class Lessons:
 
     def _tried(self) -> Lesson | None:
         search = self._search = self._search or self._begun()
-        if self._model.boundary and self.loss is None:
-            self.loss = self._loss_in_use(search.full)
+        if self._model.boundary and self._in_use is None:
+            self._take(self._measured_in_use(search.full))
         chosen = search.run()
         if not self._is_better(chosen):
             self._end()
@@ -153,19 +144,32 @@ class Lessons:
             force=True,
         )
         self._end()
-        self.loss = chosen.quality
-        n_rows = chosen.fitted.calibration.n_tokens
-        return Lesson(target, chosen.plan, chosen.quality, n_rows)
+        self._take(chosen.quality)
+        plan, n_rows = chosen.plan, chosen.fitted.calibration.n_tokens
+        return Lesson(target, plan.boundary, plan.speedup_limit, n_rows)
+
+    def _take(self, quality: Quality) -> None:
+        """This is the loss of the fit in use."""
+        self._in_use = quality
+        self.loss = Loss(
+            quality.n_windows,
+            quality.kl_mean.value,
+            quality.kl_mean.se or 0.0,
+            quality.ppl_ratio.value,
+            quality.copy_ppl_ratio.value,
+            is_inside(self._budget, quality),
+        )
 
     def _begun(self) -> Search:
         learner, shape = self._learner, self._model.shape
         macs, sums = GraphMacs(self._bench.path), learner.sums()
         plans = []
         for boundary in sorted(sums.grams, reverse=True):
-            plan = make_plan(shape, boundary=boundary, projection=Projection.WIDE, macs=macs)
-            is_cheap = fit_cost(plan, Projection.WIDE) <= MOST_COST[Projection.WIDE]
-            plans.append(plan if is_cheap else replace(plan, projection=Projection.FITTED))
-        self.loss = None
+            plan = make_plan(shape, boundary=boundary, projection=Projection.FITTED, macs=macs)
+            plain, *wider = learner.summing.projections[boundary]
+            kinds = [plain, *(kind for kind in wider if fit_cost(plan, kind) <= MOST_COST[kind])]
+            plans.append(replace(plan, projection=kinds[-1]))
+        self._in_use = None
         settings = QualitySettings(
             len(learner.held_out), N_WINDOW - _N_CONTINUATION, _N_CONTINUATION, n_draws=_N_DRAWS
         )
@@ -175,7 +179,7 @@ class Lessons:
         fitter = _LearnedFitter(self._bench, options, learner=learner, sums=sums)
         return Search(self._bench, self._budget, fitter, full, plans)
 
-    def _loss_in_use(self, full: FullModel) -> Quality:
+    def _measured_in_use(self, full: FullModel) -> Quality:
         model, bench = self._model, self._bench
         gradual = Gradual(full.reference, model.boundary)
         files = ModelFiles(model.path, model.sidecar)
@@ -184,12 +188,13 @@ class Lessons:
 
     def _is_better(self, chosen: Contender) -> bool:
         """Deeper than the one in use, or as deep and closer to the full model, or that is lost."""
-        if self.loss is None or not is_inside(self._budget, self.loss):
+        before = self._in_use
+        if before is None or not is_inside(self._budget, before):
             return True
         in_use = self._model.boundary
         if chosen.plan.boundary != in_use:
             return chosen.plan.boundary < in_use
-        return chosen.quality.kl_mean.value < self.loss.kl_mean.value
+        return chosen.quality.kl_mean.value < before.kl_mean.value
 
     def _end(self) -> None:
         self._search = None

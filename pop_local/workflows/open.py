@@ -10,7 +10,7 @@ from pop_local.base.numbers import size
 from pop_local.fetching.catalog import fetch
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve, stored
-from pop_local.models.sidecars import is_shipped, sidecar_of
+from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Unit, Watch
 from pop_local.workflows.options import Hardware
@@ -29,6 +29,7 @@ def open_model(
     in_full: bool = False,
     select: float | None = None,
     keep_states: bool = False,
+    learns: bool = False,
     mmproj: Path | None = None,
     image_tokens: int | None = None,
 ) -> "PopModel":
@@ -36,7 +37,8 @@ def open_model(
 
     `in_full`: with pruning off, so that a sidecar beside it which does not fit is left out; one
     that fits stays, to switch pruning on later. `select`, `keep_states`, `image_tokens`: as
-    for PopModel. `mmproj`: None for the one beside the model, if there is one.
+    for PopModel. `learns`: from what it reads, if that is possible. `mmproj`: None for the one
+    beside the model, if there is one.
     Raises PopError, StoppedError.
     """
     files = (_files if in_full else model_files)(model, sidecar, watch)
@@ -59,6 +61,8 @@ def open_model(
         image_tokens=image_tokens,
         **vars(hardware),
     )
+    if n_ctx and opened.n_ctx > n_ctx:
+        watch.on_note(f"The context holds {opened.n_ctx:,} tokens: llama.cpp rounds it up.")
     if n_ctx and n_ctx > opened.n_ctx_train:
         watch.on_warning(
             PopError(
@@ -71,6 +75,11 @@ def open_model(
         watch.on_warning(PopError("nothing is selected: this model is not pruned"))
     if in_full:
         opened.set_mode(Mode.OFF)
+    if learns:
+        try:
+            opened.learn()
+        except PopError as error:
+            watch.on_note(f"It does not learn: {error.message}.")
     return opened
 
 
@@ -78,8 +87,11 @@ def model_files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelF
     """Return the files to open (`_files`); a sidecar that was not asked for is named."""
     files = _files(model, sidecar, watch)
     if files.sidecar is not None and sidecar is None:
-        ours = is_shipped(files.sidecar)
-        named = f"{files.sidecar.name}, which comes with pop-local" if ours else files.sidecar
+        named = str(files.sidecar)
+        if is_shipped(files.sidecar):
+            named = f"{files.sidecar.name}, which comes with pop-local"
+        elif is_learned(files.sidecar):
+            named = "what was learned from your prompts"
         watch.on_note(f"Pruning by {named}.")
     return files
 

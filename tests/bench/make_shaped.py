@@ -1,7 +1,7 @@
 """Writes a random model in the shape of a published one, to measure the speed of. Not a test.
 
     python tests/bench/make_shaped.py {gemma-4-e2b,llama-3.1-8b} MODEL.gguf [--type q8_0]
-    python tests/bench/make_shaped.py {qwen3-30b-a3b,gpt-oss-20b} MODEL.gguf
+    python tests/bench/make_shaped.py {qwen3-30b-a3b,gpt-oss-20b} MODEL.gguf [--layers N]
 
 All layers, heads, windows and widths are those of the published model; the vocabulary has 16,384
 tokens (32,768 of the 8B). The files have 2.1 and 7.7 GB with Q8_0, 1.1 and 4.1 GB with Q4_0.
@@ -11,6 +11,7 @@ usual files: as Q4_K_M has them, and experts in MXFP4 with all else in Q8_0.
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from math import log2
 from pathlib import Path
 
@@ -74,9 +75,11 @@ def main() -> None:
     parser.add_argument("shape", choices=["gemma-4-e2b", *RECIPES])
     parser.add_argument("model", type=Path)
     parser.add_argument("--type", choices=TYPES, default="q8_0")
+    parser.add_argument("--layers", type=int, help="fewer or more than published")
     options = parser.parse_args()
     kind, rng = TYPES[options.type], np.random.default_rng(0)
     recipe = RECIPES.get(options.shape, GEMMA4_E2B.base)
+    recipe = replace(recipe, n_layer=options.layers or recipe.n_layer)
     writer = GGUFWriter(options.model, recipe.arch, use_temp_file=True)
     if options.shape in RECIPES:
         add_header(writer, recipe)

@@ -164,6 +164,19 @@ def test_special_tokens_in_a_question_are_text_unless_told_otherwise(tmp_path):
     assert n_prompt == [2 + len("</s></s></s>"), 1 + 3]  # SentencePiece begins text with a space
 
 
+def test_options_without_effect_get_a_word(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    given = ("--ctx", 9, "--refill", "answer", "--image-tokens", 64, "--max-tokens", 1)
+    done = called("run", path, "hi", *given, "--threads", 1)
+    assert done.returncode == 0
+    for words in (
+        "The context holds 256 tokens",
+        "--refill has no effect: this model is not pruned",
+        "--image-tokens has no effect: this model has no mmproj",
+    ):
+        assert words in done.stderr
+
+
 def test_pull_into_what_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     done = called("pull", "smollm2", "--dir", str(tmp_path / "file" / "models"))

@@ -1,18 +1,22 @@
 """Settings from the file and the environment, and how they reach the commands."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from pop_local.base import files
 from pop_local.base.errors import PopError
 from pop_local.cli import app
 from pop_local.config import settings
 from pop_local.config.settings import Value, config_path, given, load
 from pop_local.models.names import models_dir
 from pop_local.ui.lazy import Entry, lazy_group
+from support.program import run
 
 
 @pytest.fixture
@@ -103,8 +107,24 @@ def test_a_file_that_cannot_be_read(file):
         load()
     file.unlink()
     file.mkdir()
-    with pytest.raises(PopError, match="cannot read"):
+    with pytest.raises(PopError, match="neither a file nor a pipe"):
         load()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names")
+def test_a_file_without_an_end_a_pipe_and_a_large_file(file, monkeypatch):
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
+    os.mkfifo(file)
+    with pytest.raises(PopError, match="nobody writes to the pipe"):
+        load()
+    file.unlink()
+    file.write_bytes(b"#" * (settings._MOST_BYTES + 1))
+    with pytest.raises(PopError, match=r"larger than 1\.0 MB"):
+        load()
+    monkeypatch.setenv("POP_LOCAL_CONFIG", os.devnull)
+    assert given() == {}
+    done = run("config", POP_LOCAL_CONFIG="/dev/zero")
+    assert (done.returncode, "/dev/zero is neither a file" in done.stderr) == (1, True)
 
 
 def test_a_mark_of_its_encoding_is_no_part_of_a_file(file):

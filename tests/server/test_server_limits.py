@@ -1,5 +1,6 @@
 """Nothing takes the server away from others: a hung model, connections that say nothing."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -96,6 +97,35 @@ def test_half_a_request_is_not_waited_for(silent, half):
         connection.sendall(half)
         with suppress(ConnectionResetError):
             assert connection.recv(1) == b""
+
+
+def test_a_prompt_is_not_split_into_tokens_for_who_hung_up(path):
+    changed = """
+from pop_local.engine.llama import interrupt
+from pop_local.server import tasks
+make, wanted = tasks.Tasks.completion, interrupt.Interrupt._wanted
+def seen(self, body):
+    try:
+        return make(self, body)
+    except BaseException as error:
+        print(type(error).__name__, flush=True)
+def asked(self):
+    print("asked", flush=True)
+    time.sleep(0.05)
+    return wanted(self)
+import time
+interrupt.Interrupt._wanted, tasks.Tasks.completion = asked, seen
+"""
+    body = json.dumps({"prompt": "\U00012345" * 80_000}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+    with running(path, changed) as (server, port):
+        assert server.stdout is not None
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(f"{head}\r\n\r\n".encode() + body)
+            assert server.stdout.readline() == "asked\n"
+            assert httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+        said = list(iter(server.stdout.readline, "StoppedError\n"))
+        assert len(said) < 20  # of some 60
 
 
 def test_what_hangs_while_python_winds_down_is_ended(path):

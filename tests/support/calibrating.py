@@ -28,6 +28,7 @@ from support.shapes import read_shape
 OWN, FITTED, WIDE, ATTENTION = Projection
 
 BOUNDARY, N_LAYER, N_TOKENS = 4, 8, 2048
+WEIGHING = (4, 5, 6, 7)
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3"]
 SILENT = Follow(lambda done, total: None, lambda done, total: None, lambda: False)
 
@@ -99,7 +100,7 @@ def fitted_at(
 def recorded(
     path: Path, windows, boundaries=(BOUNDARY,), layers=(5, 6, 7), heads=()
 ) -> list[Tapped]:
-    wanted = Wanted(boundaries, layers, heads, layers)
+    wanted = Wanted(boundaries, layers, heads, WEIGHING)
     with LoadedModel(path, n_threads=1) as model, reading(model, wanted, N_WINDOW) as opened:
         return [opened.window(window) for window in windows]
 

@@ -20,9 +20,12 @@ class Server:
 
 
 @contextmanager
-def rpc_server() -> Iterator[Server]:
+def rpc_server(*arguments: object, changed: str = "") -> Iterator[Server]:
+    """A server with more arguments; `changed`: what runs before it in its process."""
     port = free_port()
-    command = [sys.executable, "-m", "pop_local", "rpc-server", "--port", port, "--threads", 1]
+    program = f"{changed}\nfrom pop_local.__main__ import main; main()"
+    command = [sys.executable, "-c", program, "rpc-server", "--port", port, "--threads", 1]
+    command += arguments
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
     try:
         _wait_for(port, process)

@@ -53,7 +53,7 @@ class ScriptedModel:
         self.macs = lambda n_prompt, boundary, n_full: 1
         self.shape = None
         self.exact = 0
-        self.no_refill = ""
+        self.no_refill, self.learned = "", None
         self.path = "model.gguf"
         names = {"general.architecture": "llama", "general.name": "Scripted"}
         self.context = SimpleNamespace(header=names)

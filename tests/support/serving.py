@@ -43,8 +43,10 @@ class Served:
 
 
 @contextmanager
-def served(model: Path | str, *arguments: object) -> Iterator[Served]:
-    command = [sys.executable, "-m", "pop_local", "serve", model, "--port", 0, "--threads", 1]
+def served(model: Path | str, *arguments: object, changed: str = "") -> Iterator[Served]:
+    """A server; `changed`: what runs before it in its process."""
+    program = f"{changed}\nfrom pop_local.__main__ import main; main()"
+    command = [sys.executable, "-c", program, "serve", model, "--port", 0, "--threads", 1]
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log"
         with log_file.open("wb") as log:

@@ -14,6 +14,12 @@ from pop_local.base.errors import FormatError, UnsupportedArchitectureError
 MAX_NUMBER = 2**31 - 1
 # llama_cpp makes room for as many tokens whenever it tokenises.
 MAX_CTX = 1 << 27
+_MOST_LAYERS, _MOST_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
+# Here llama.cpp counts one expert as none.
+_DENSE_BY_COUNT = ("hunyuan-dense", "hunyuan_vl")
+_EPSILONS = tuple(
+    f"attention.{kind}_epsilon" for kind in ("layer_norm", "layer_norm_rms", "group_norm")
+)
 
 
 def trained_ctx(header: Header) -> int | None:
@@ -27,6 +33,43 @@ def trained_ctx(header: Header) -> int | None:
     if type(value) is not int or not 0 <= value <= MAX_CTX:
         raise FormatError(f"{header.path} has a context of {value} tokens", "download it again")
     return value
+
+
+def require_loadable(header: Header) -> None:
+    """Raise FormatError naming a key for which an assertion of llama.cpp would end the process."""
+
+    def numbers(name: str) -> list[float]:
+        value = header.of_arch(name)
+        items = (value.items or ()) if isinstance(value, Array) else (value,)
+        return [item for item in items if isinstance(item, int | float)]
+
+    def most(name: str) -> float:
+        return max(numbers(name), default=0)
+
+    n_layer, n_expert, n_group = map(most, ("block_count", "expert_count", "expert_group_count"))
+    n_used, n_group_used = most("expert_used_count"), most("expert_group_used_count")
+    width = most("attention.key_length") or most("embedding_length") // (
+        most("attention.head_count") or 1
+    )
+    is_dense = n_expert <= 1 and header.get("general.architecture") in _DENSE_BY_COUNT
+    wrong = {
+        "block_count": n_layer > _MOST_LAYERS or numbers("block_count") == [0],
+        "nextn_predict_layers": most("nextn_predict_layers") > n_layer,
+        "expert_count": n_expert > _MOST_EXPERTS,
+        "expert_used_count": not is_dense and not (n_expert > 0) <= n_used <= n_expert,
+        "expert_group_count": n_group >= max(n_expert, 1)
+        or (n_group > 1 and n_expert % n_group > 0),
+        "expert_group_used_count": n_group > 1 and not 0 < n_group_used < n_group,
+        "rope.dimension_sections": sum(numbers("rope.dimension_sections")) > width,
+    }
+    wrong |= {name: not all(eps >= 0 for eps in numbers(name)) for name in _EPSILONS}
+    for name in filter(wrong.__getitem__, wrong):
+        found = ", ".join(map(str, numbers(name))) or "nothing"
+        raise FormatError(
+            f"{header.path} cannot be opened: its {header.get('general.architecture')}.{name} is"
+            f" {found}",
+            "download it again",
+        )
 
 
 class ArchKeys:

@@ -126,7 +126,7 @@ def scratch_bytes(n_inputs: int, n_kv: int, n_rows: int) -> int:
     """
     n = n_inputs + 1
     adding = 4 * (n * (n + n_kv) + 4 * n_rows * (n + n_kv))
-    solving = 8 * (4 * n**2 + 6 * n * n_kv)
+    solving = 8 * (3 * n**2 + 6 * n * n_kv)
     return max(adding, solving)
 
 
@@ -151,9 +151,9 @@ def token_weights(mass: Floats, weighting: Weighting) -> Floats:
 
 
 def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -> KvProjection:
-    """Solve for the projections that replace a layer's `own`.
+    """Solve for the projections that replace a layer's `own`, or an earlier fit of them.
 
-    `ridge` is in units of the diagonal of X'DX and pulls toward `own`. Raises FitError when the
+    `ridge` is in units of the diagonal of X'DX and pulls toward these. Raises FitError when the
     sums are not finite, or singular.
     """
     xy = gram.xy[layer]
@@ -163,8 +163,8 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
         )
     gain = own.gain.astype(np.float64)
     n_embd, n_wide = gain.size, len(gram.xx) - gain.size - 1
-    zeros = np.zeros((n_wide, own.bias.size))
-    start = np.vstack([gain[:, None] * own.weight.T, zeros, own.bias])
+    own_wide = np.zeros((own.bias.size, n_wide), np.float32) if own.wide is None else own.wide
+    start: Doubles = np.vstack([gain[:, None] * own.weight.T, own_wide.T, own.bias])
     xx = gram.xx.astype(np.float64)
     delta = _solve(xx, xy - xx @ start, _ridge(xx, gain, ridge))
     used = gain != 0
@@ -172,7 +172,7 @@ def fit_layer(layer: int, gram: Gram, own: KvProjection, ridge: float = RIDGE) -
     step[used] = delta[:n_embd][used] / gain[used, None]
     weight = (own.weight + step.T).astype(np.float32)
     bias = (own.bias + delta[-1]).astype(np.float32)
-    wide = np.ascontiguousarray(delta[n_embd:-1].T, np.float32)
+    wide = np.ascontiguousarray(own_wide + delta[n_embd:-1].T, np.float32)
     if not all(np.isfinite(part).all() for part in (weight, wide, bias)):
         raise FitError(f"the fit of layer {layer} is not finite", "fit on other or more text")
     return replace(own, weight=weight, bias=bias, wide=wide if n_wide else None)
@@ -188,13 +188,14 @@ def _ridge(xx: Doubles, gain: Doubles, ridge: float) -> Doubles:
 
 
 def _solve(xx: Doubles, rest: Doubles, ridge: Doubles) -> Doubles:
-    """Return (xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first."""
-    power = xx.diagonal()
+    """Return (xx + diag(ridge * diag(xx)))^-1 rest, scaled to a unit diagonal first, in `xx`."""
+    power = xx.diagonal().copy()
     scale: Doubles = np.asarray(1 / np.sqrt(np.where(power > 0, power, 1)), np.float64)
-    system = xx * scale * scale[:, None]
-    system[np.diag_indices_from(system)] = np.where(power > 0, 1 + ridge, 1)
+    xx *= scale
+    xx *= scale[:, None]
+    xx[np.diag_indices_from(xx)] = np.where(power > 0, 1 + ridge, 1)
     try:
-        return solve(system, rest * scale[:, None], LEAST_PIVOT) * scale[:, None]
+        return solve(xx, rest * scale[:, None], LEAST_PIVOT) * scale[:, None]
     except SingularError as error:
         raise FitError(
             "the Gram matrix is singular",

@@ -25,10 +25,10 @@ def solve(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
 def solve_numpy(system: Doubles, rest: Doubles, least_pivot: float) -> Doubles:
     """Solve with numpy; see `solve`."""
     try:
-        factor = np.linalg.cholesky(system)
+        least_root = float(np.linalg.cholesky(system).diagonal().min())
     except np.linalg.LinAlgError as error:
         raise SingularError from error
-    _check(float(factor.diagonal().min()), least_pivot)
+    _check(least_root, least_pivot)
     # numpy has no triangular solve.
     return np.asarray(np.linalg.solve(system, rest), np.float64)
 

@@ -10,7 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from pop_converter.fit.least_squares import KvType
-from pop_converter.gguf.content import Content, copy_data, read_content, same_data, with_tensors
+from pop_converter.gguf.content import (
+    Content,
+    NewTensor,
+    copy_data,
+    read_content,
+    same_data,
+    with_tensors,
+)
 from pop_converter.gguf.header import Header, read_header
 from pop_converter.gguf.source import Source, is_sidecar, read_source
 from pop_converter.popfile.format import (
@@ -33,6 +40,7 @@ from pop_converter.popfile.rewrite import (
     stored_bytes,
     unconverted,
 )
+from pop_converter.projection import TENSOR_MARK
 from pop_local.base.errors import FormatError, WriteError
 from pop_local.base.output import check_output, replacing
 from pop_local.base.progress import Progress, counting
@@ -120,6 +128,22 @@ def sidecar_meta(header: Header) -> PopMeta:
             f"{header.path} is not a sidecar", "it is a converted model: open it by itself"
         )
     return meta
+
+
+def fitted_tensors(path: Path) -> dict[str, NewTensor]:
+    """Return the tensors that a fit added to a file or sidecar, by name. Raises FormatError."""
+    header = read_header(path)
+    try:
+        with path.open("rb") as file:
+            found = {}
+            for tensor in header.tensors:
+                if TENSOR_MARK in tensor.name:
+                    file.seek(header.data_start + tensor.offset)
+                    data = file.read(tensor.size_bytes)
+                    found[tensor.name] = NewTensor(tensor.name, tensor.dims, tensor.type, data)
+            return found
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from error
 
 
 def pop_of(base: Source, sidecar: Path | None) -> PopMeta | None:

@@ -139,7 +139,6 @@ ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur
     const bool is_deep = build.pass == LLAMA_POP_PASS_DEEP;
     if (is_deep) {
         cur = build_states(g, build, cur);
-        llama_pop_tap_state(g, cur, il);
     } else {
         build.state = cur;
     }
@@ -150,6 +149,10 @@ ggml_tensor * llama_pop_end_layer(const llm_graph_context & g, ggml_tensor * cur
     }
 
     build.n_nodes = ggml_graph_n_nodes(g.gf);
+
+    if (is_deep) {
+        llama_pop_tap_state(g, cur, il); // behind the nodes that go
+    }
     return cur;
 }
 

@@ -305,7 +305,7 @@ static const bool is_told = [] {
 }();
 
 int32_t llama_pop_abi(void) {
-    return 6;
+    return 7;
 }
 
 int32_t llama_pop_model_boundary(const llama_model * model) {

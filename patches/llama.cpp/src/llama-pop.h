@@ -152,6 +152,10 @@ extern "C" {
     // -1: an error
     LLAMA_API int64_t llama_pop_count_macs(struct llama_context * ctx, int32_t n_tokens, int32_t n_full);
 
+    // as llama_tokenize(), which the callback may stop. what the vocabulary throws goes to the log. both give INT32_MIN
+    LLAMA_API int32_t llama_pop_tokenize(const struct llama_vocab * vocab, const char * text, int32_t n_text, llama_token * tokens,
+        int32_t n_tokens_max, bool add_special, bool parse_special, ggml_abort_callback callback, void * data);
+
     LLAMA_API void llama_pop_get_counters  (const struct llama_context * ctx, struct llama_pop_counters * counters);
     LLAMA_API void llama_pop_reset_counters(struct llama_context * ctx);
 

@@ -105,6 +105,14 @@ class KvCache:
             return FULL
         return KvKey(self.mode, self.boundary, self._conversion)
 
+    @property
+    def fit(self) -> str:
+        """The text that the projections of pruned rows were fitted on, with its tokens."""
+        meta = self.context.meta
+        if meta is None or meta.calibration is None:
+            return "own projections"
+        return f"{meta.calibration.name}, {meta.calibration.n_tokens:,} tokens"
+
     def takes(self, key: str) -> bool:
         """Whether reading can go on after K/V of this key: its own, or the full model's."""
         return key in (str(FULL), str(self.mode_key))

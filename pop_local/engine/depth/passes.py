@@ -8,6 +8,7 @@ import numpy as np
 from pop_local.base.errors import StoppedError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.llama import backend
+from pop_local.engine.llama.interrupt import stopped_by
 
 # The length of a chunk of refilling. On the CPU the abort callback ends it between two nodes. A
 # device computes it to its end while a question waits.
@@ -48,9 +49,9 @@ class DeepPasses:
         self, n_rows: int, should_stop: Callable[[], bool] | None, on_chunk: Callable[[], None]
     ) -> None:
         """Make the first `n_rows` exact, in order, until `should_stop` says so."""
-        rows, interrupt = self.cache.rows, self.cache.context.interrupt
+        rows = self.cache.rows
         try:
-            with interrupt.stopped_by(should_stop):
+            with stopped_by(should_stop):
                 while rows.n_exact < n_rows and not (should_stop is not None and should_stop()):
                     first = rows.n_exact
                     piece = range(first, min(first + self._chunk, n_rows))

@@ -1,1 +1,1 @@
-"""What a fit of projections needs, kept of all that is read in full."""
+"""Learning while reading: the sums that a fit of projections needs, kept of what is read."""

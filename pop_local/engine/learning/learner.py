@@ -16,22 +16,24 @@ import numpy as np
 import psutil
 
 from pop_converter.fit import least_squares as fit
+from pop_converter.popfile.sidecar import fitted_tensors
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.learning.sums import Summing, Sums
 from pop_local.engine.llama import taps
-from pop_local.engine.llama.taps import Tapped
+from pop_local.engine.llama.taps import Rows, Tapped
 
 if TYPE_CHECKING:
     from pop_converter.architecture.shape import ModelShape
     from pop_local.engine.cache.kv_cache import KvCache
+    from pop_local.engine.llama.context import Context
 
 log = logging.getLogger("pop_local.learning")
 
 # Shares of the layers that may be skipped, the deepest first.
 _SHARES = (0.5, 0.46, 0.4, 1 / 3)
-# Of each so many chunks of a prompt one is kept apart, to measure on; so many are kept.
+# One chunk of a prompt in N_APART is kept apart, to measure on; N_HELD_OUT are kept.
 N_APART = 6
 N_HELD_OUT = 16
 N_WINDOW = 512
@@ -45,7 +47,7 @@ _ROWS_TO_SAVE = 16_384
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned of a model so far, by all who use it.
+    """The figures of what was learned of a model so far, by all who use it.
 
     `n_rows` of the boundary that has most. `n_waiting` are kept to be added, `n_missed` found no
     room. `boundaries` are those that are learned, the deepest first.
@@ -86,16 +88,27 @@ class Learner:
         self.held_out: deque[np.ndarray] = deque(maxlen=N_HELD_OUT)
         self._apart: deque[_Apart] = deque(maxlen=N_HELD_OUT)
         self._waiting: deque[Tapped] = deque()
+        self._used: list[Rows] = []
         self._n_chunks = self._n_missed = self._waiting_bytes = 0
         self._known = file.known()
         self._new = Sums(dict(self._known.wides))
         self._room_bytes = memory_bytes
-        boundary = cache.boundary
-        self.boundaries = (boundary,) if boundary else self._candidates(memory_bytes // 2)
-        kinds = dict.fromkeys(self.boundaries, (Projection.FITTED, Projection.WIDE))
-        self.summing = Summing(cache.context.source, shape, kinds)
+        self._begin(cache.context, memory_bytes)
         self._room_bytes -= sum(map(self._sums_bytes, self.boundaries))
         self.attach(cache)
+
+    def _begin(self, context: Context, memory_bytes: int) -> None:
+        """Learn at the boundary of the fit in use, which is bent; without one at several."""
+        meta, source, start = context.meta, context.source, {}
+        self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
+        kinds: dict[int, tuple[Projection, ...]]
+        kinds = dict.fromkeys(self.boundaries, (Projection.FITTED, Projection.WIDE))
+        if meta and meta.is_fitted and meta.boundary not in self._known.n_rows:
+            start = fitted_tensors(context.sidecar or context.path)
+            kinds = {meta.boundary: (meta.projection,)}
+        self.summing = Summing(source, self._shape, kinds, start=start)
+        if start and self.summing.is_wide(self.boundaries[0]):
+            self._new.wides[self.boundaries[0]] = self.summing.start_input(self.boundaries[0])
 
     def attach(self, cache: KvCache) -> None:
         """Learn from this cache from now on."""
@@ -120,11 +133,11 @@ class Learner:
         wanted = known or [n - max(1, round(n * share)) for share in _SHARES]
         chosen: list[int] = []
         for boundary in dict.fromkeys(wanted):
-            memory_bytes -= self._sums_bytes(boundary)
-            if memory_bytes < 0:
-                break
-            if max(1, self._shape.n_deepstack) <= boundary < n - 1 and self._shape.fits(boundary):
+            can_be = max(1, self._shape.n_deepstack) <= boundary < n - 1
+            n_bytes = self._sums_bytes(boundary)
+            if can_be and self._shape.fits(boundary) and n_bytes <= memory_bytes:
                 chosen.append(boundary)
+                memory_bytes -= n_bytes
         if not chosen:
             raise PopError(
                 "there is too little memory to learn, or the model cannot be fitted",
@@ -156,19 +169,21 @@ class Learner:
     def computed(self) -> None:
         """Rows were computed: keep those that are the full model's own."""
         cache = self._cache
-        tapped = taps.take(cache.context.ctx)
-        if tapped is None or tapped.n_rows < _LEAST_ROWS or cache.images:
+        tapped = taps.take(cache.context.ctx, self._used.pop() if self._used else None)
+        if tapped is None:
             return
         start, end = tapped.position, tapped.position + tapped.n_rows
         tokens = cache.tokens[start:end]
         is_apart = any(each.overlaps(start, tokens) for each in self._apart)
-        if end > cache.n_exact or is_apart:
+        is_wanted = tapped.n_rows >= _LEAST_ROWS and not (cache.images or is_apart)
+        has_room = self._waiting_bytes + tapped.block.nbytes <= self._room_bytes
+        if end <= cache.n_exact and is_wanted and has_room:
+            self._waiting.append(tapped)
+            self._waiting_bytes += tapped.block.nbytes
             return
-        if self._waiting_bytes + tapped.n_bytes > self._room_bytes:
+        self._used.append(tapped.block)
+        if end <= cache.n_exact and is_wanted:
             self._n_missed += tapped.n_rows
-            return
-        self._waiting.append(tapped)
-        self._waiting_bytes += tapped.n_bytes
 
     # While nobody waits
 
@@ -184,12 +199,13 @@ class Learner:
                 self._choose()
                 continue
             tapped = self._waiting.popleft()
-            self._waiting_bytes -= tapped.n_bytes
+            self._waiting_bytes -= tapped.block.nbytes
             for boundary in tapped.states.keys() & set(self.boundaries):
                 if boundary not in self._new.grams:
                     layers = self.summing.layers(boundary)
                     self._new.grams[boundary] = self.summing.empty(boundary, layers)
             self.summing.add(self._new, tapped)
+            self._used.append(tapped.block)
             if self._n_new >= _ROWS_TO_SAVE:
                 self.save()
 
@@ -226,7 +242,9 @@ class Learner:
 
     @property
     def _lacks_input(self) -> bool:
-        return not self._new.wides.keys() >= set(self.boundaries)
+        return any(
+            self.summing.is_wide(each) and each not in self._new.wides for each in self.boundaries
+        )
 
     @property
     def _can_choose(self) -> bool:
@@ -241,5 +259,5 @@ class Learner:
 
 
 def default_memory() -> int:
-    """Return a sixth of the memory that is free, 1 GiB at most."""
-    return min(2**30, int(psutil.virtual_memory().available) // 6)
+    """Return a sixth of the memory that is free, 2 GiB at most."""
+    return min(2**31, int(psutil.virtual_memory().available) // 6)

@@ -20,18 +20,17 @@ from pop_converter.gguf.source import Source, sampled_sha256
 from pop_local.base.archives import DAMAGES
 from pop_local.base.output import make_private, replacing
 from pop_local.engine.learning.sums import Sums, stored_inputs
-from pop_local.models.sidecars import learned_path
+from pop_local.models.learned import SUMS, learned_path
 
 log = logging.getLogger("pop_local.learning")
 
 T = TypeVar("T")
-SUFFIX = ".sums.npz"
 _VERSION = 1
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a file says of its sums: `head`, and the wider inputs by boundary."""
+    """The head of a file of sums, and the wider inputs by boundary."""
 
     head: Any
     wides: dict[int, WideInput]
@@ -52,7 +51,7 @@ class SumsFile:
     @classmethod
     def of(cls, source: Source) -> "SumsFile":
         """Return the file of a model, which need not be there."""
-        return cls(learned_path(source, SUFFIX), sampled_sha256(source))
+        return cls(learned_path(source, SUMS), sampled_sha256(source))
 
     def load(self) -> Sums:
         """Return the sums, empty ones where there are none. A damaged file is put aside."""
@@ -77,6 +76,15 @@ class SumsFile:
         with suppress(OSError):
             self.path.replace(self.path.with_suffix(".damaged"))
         return None
+
+    def rows(self) -> dict[int, int]:
+        """Return the rows of each boundary, of whatever model; none of what cannot be read."""
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                head = json.loads(str(arrays["head"]))
+                return {int(boundary): int(n_rows) for boundary, _, n_rows in head["grams"]}
+        except DAMAGES:
+            return {}
 
     def add(self, sums: Sums) -> None:
         """Add sums to the file. Raises PopError where it cannot be written.

@@ -14,13 +14,19 @@ from pop_converter.architecture.shape import ModelShape
 from pop_converter.fit import least_squares as fit
 from pop_converter.fit.least_squares import DAMAGED_HINT, FitError, Gram, KvType, Weighting
 from pop_converter.fit.weights import Weights
-from pop_converter.fit.wide import Neurons, WideInput, encode_input, wide_input
+from pop_converter.fit.wide import (
+    Neurons,
+    WideInput,
+    decode_input,
+    encode_input,
+    wide_input,
+)
 from pop_converter.gguf.content import NewTensor
 from pop_converter.gguf.source import Source
 from pop_converter.projection import Projection
 from pop_local.engine.llama.taps import Rows, Tapped, Wanted
 
-# Layers whose attention tells how much a row counts: all of them say nearly the same.
+# The last layers, whose attention tells how much a row counts.
 N_WEIGHING = 4
 
 
@@ -91,9 +97,15 @@ class Summing:
         shape: ModelShape,
         projections: Mapping[int, Sequence[Projection]],
         weighting: Weighting = Weighting.ATTENTION,
+        start: Mapping[str, NewTensor] | None = None,
     ) -> None:
-        """`projections`: the kinds of fit at each boundary, own ones not among them."""
+        """`projections`: the kinds of fit at each boundary, own ones not among them.
+
+        `start`: the tensors of an earlier fit, toward which the ridge pulls in the place of the
+        layers' own projections.
+        """
         self.shape, self.projections, self._weighting = shape, projections, weighting
+        self._start = start or {}
         self._weights = Weights(source)
         eps = source.first.of_arch("attention.layer_norm_rms_epsilon")
         self._eps = eps if isinstance(eps, float) else 0.0
@@ -103,12 +115,13 @@ class Summing:
         return range(boundary + 1, self.shape.n_layer)
 
     def wanted(self, boundaries: Iterable[int]) -> Wanted:
-        """What rows must show to be added to the sums of these boundaries."""
+        """Return what rows must show to be added to the sums of these boundaries."""
         at = tuple(sorted(boundaries))
         layers = tuple(self.layers(at[0]))
         seeing = [each for each in at if Projection.ATTENTION in self.projections[each]]
-        weighing = np.linspace(at[-1] + 1, self.shape.n_layer - 1, N_WEIGHING).astype(int)
-        return Wanted(at, layers, tuple(seeing), tuple(sorted({*weighing.tolist()})))
+        # The same for all, so that no fit depends on those that are made beside it.
+        weighing = range(max(1, self.shape.n_layer - N_WEIGHING), self.shape.n_layer)
+        return Wanted(at, layers, tuple(seeing), tuple(weighing))
 
     def is_wide(self, boundary: int) -> bool:
         """Whether an input must be chosen (`choose_input`) before rows can be added."""
@@ -125,6 +138,10 @@ class Summing:
             )
         return fit.normalised(state, self._eps)
 
+    def start_input(self, boundary: int) -> WideInput:
+        """Return the wider input of the earlier fit."""
+        return decode_input(self.shape, self._weights, boundary, self._start)
+
     def choose_input(self, boundary: int, windows: Sequence[Rows]) -> WideInput:
         """Choose what the wider input is made of, by the normalised states of some windows."""
         return wide_input(self.shape, self._weights, boundary, windows)
@@ -138,14 +155,12 @@ class Summing:
     def add(self, sums: Sums, tapped: Tapped) -> None:
         """Add all rows but the first, which has no predecessor, or runs in full always.
 
-        A boundary's layers share one weighting, their mean. A deep pass shows no boundary below
-        its own: nothing is added there.
+        All layers share one weighting, the mean of the last few. A deep pass shows no boundary
+        below its own: nothing is added there.
         """
         y = {layer: np.hstack([k, tapped.v[layer]])[1:] for layer, k in tapped.k.items()}
-        weights = {
-            layer: fit.token_weights(mass[1:], self._weighting)
-            for layer, mass in tapped.mass.items()
-        }
+        weights = [fit.token_weights(mass[1:], self._weighting) for mass in tapped.mass.values()]
+        mean = np.mean(weights, axis=0) if weights else np.ones(tapped.n_rows - 1, np.float32)
         for boundary, gram in sums.grams.items():
             if boundary not in tapped.states:
                 continue
@@ -155,8 +170,6 @@ class Summing:
                 parts.append(sums.wides[boundary](x))
             if Projection.ATTENTION in self.projections[boundary]:
                 parts.append(tapped.heads[boundary])
-            known = [weights[layer] for layer in self.layers(boundary) if layer in weights]
-            mean = np.mean(known, axis=0) if known else np.ones(len(x) - 1, np.float32)
             gram.add(fit.with_bias(*parts)[1:], y, mean)
 
     def solve(
@@ -164,6 +177,8 @@ class Summing:
     ) -> tuple[NewTensor, ...]:
         """Solve for the fit of a layer by the sums at a boundary. Raises FitError."""
         own = self._weights.own_projection(layer, self.shape.n_k[layer], self.shape.n_v[layer])
+        if self._start:
+            own = fit.decode(layer, self._start, own)
         fitted = fit.fit_layer(layer, gram.of_first(self._n_inputs(boundary, kind)), own, ridge)
         return fit.encode(layer, fitted, stored)
 

@@ -21,7 +21,7 @@ from pop_converter.popfile.format import PopMeta
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import logs
 
-ABI = 6
+ABI = 7
 OURS, OTHER = "pop-local-llama-cpp", "llama-cpp-python"
 INSTALL_HINT = (
     f"install it with: pip install ./patches/llama-cpp-python, or {OURS} anew from its wheel"
@@ -89,6 +89,13 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "llama_pop_get_tapped": ([_POINTER, _INT32, _POINTER], _INT32),
     "llama_pop_read_tapped": ([_POINTER, _INT32, _POINTER], _INT32),
     "llama_pop_count_macs": ([_POINTER, _INT32, _INT32], ctypes.c_int64),
+    "llama_pop_tokenize": (
+        [
+            *(_POINTER, ctypes.c_char_p, _INT32, _POINTER, _INT32),
+            *(ctypes.c_bool, ctypes.c_bool, _POINTER, _POINTER),
+        ],
+        _INT32,
+    ),
     "llama_pop_get_counters": ([_POINTER, ctypes.POINTER(_CCounters)], None),
     "llama_pop_reset_counters": ([_POINTER], None),
 }
@@ -258,6 +265,21 @@ def count_macs(ctx: Any, n_tokens: int, n_full: int) -> int:
     if found < 0:
         raise PopError(logs.first_error() or f"work of {n_tokens} tokens cannot be counted")
     return found
+
+
+def tokenize(vocab: Any, raw: bytes, *, add_bos: bool, special: bool, callback: Any) -> list[int]:
+    """Return the tokens of a text, none where the callback ended it.
+
+    Raises PopError for a vocabulary that cannot split it.
+    """
+    logs.forget_errors()
+    room = len(raw) + 8
+    tokens = (_INT32 * room)()
+    found = require_patched().llama_pop_tokenize
+    n = found(vocab, raw, len(raw), tokens, room, add_bos, special, callback, None)
+    if n < 0 and (reason := logs.first_error()):
+        raise PopError(f"the text cannot be split into tokens: {reason}")
+    return tokens[: max(n, 0)]
 
 
 def set_kernels(ctx: Any, are_on: bool) -> None:

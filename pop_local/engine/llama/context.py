@@ -3,6 +3,7 @@
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ class Context:
             holds_kv=not self.on_device and not {"type_k", "type_v"} & options.others.keys(),
             holds_states=holds_states,
         )
+        self._files = self._mapped()
         self.interrupt = Interrupt()
         self._servers = Servers(tuple(options.rpc)) if options.rpc else None
         params = self._model_params()
@@ -178,9 +180,28 @@ class Context:
         self.lora_sha256 = self._add_lora() if options.lora_path else ""
         backend.set_kernels(self._ctx, options.kernels)
 
+    @property
+    def _is_mapped(self) -> bool:
+        return self.options.use_mmap and self.options.lora_path is None
+
+    def _mapped(self) -> dict[Path, tuple[int, ...]]:
+        """Return what tells the mapped files from others; those that are gone stay mapped."""
+        files = (*self.source.paths, *filter(None, [self.sidecar])) if self._is_mapped else ()
+        marks: dict[Path, tuple[int, ...]] = {}
+        for path in files:
+            with suppress(OSError):
+                stat = path.stat()
+                marks[path] = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return marks
+
+    @property
+    def replaced(self) -> list[Path]:
+        """The files that are no longer those that were opened."""
+        return [path for path, mark in self._mapped().items() if self._files.get(path) != mark]
+
     def _load_mode(self) -> int:
         api, options = self._api, self.options
-        if options.use_mmap and options.lora_path is None:
+        if self._is_mapped:
             mapped = api.LLAMA_LOAD_MODE_MMAP_MLOCK if options.use_mlock else None
             return int(mapped or api.LLAMA_LOAD_MODE_MMAP)
         return int(api.LLAMA_LOAD_MODE_MLOCK if options.use_mlock else api.LLAMA_LOAD_MODE_NONE)
@@ -252,12 +273,21 @@ class Context:
         return bool(recurrent or api.llama_model_is_hybrid(self.model))
 
     def require_usable(self) -> None:
-        """Raise PopError while a batch is computed, and in a fork, which has no threads of it."""
+        """Raise PopError while a batch is computed, in a fork, and once a file was replaced.
+
+        A fork has no threads of it.
+        """
         self.interrupt.require_idle()
         if os.getpid() != self._opened_by:
             raise PopError(
                 "the model was opened by another process, whose threads a fork does not have",
                 "open it in the process that asks it",
+            )
+        if replaced := self.replaced:
+            raise PopError(
+                f"{replaced[0]} is another file than when it was opened",
+                "open the model again",
+                cause="model-replaced",
             )
 
     def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
@@ -345,19 +375,22 @@ class Context:
         self.close()
 
 
-def tokenized(vocab: Any, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
-    """Return the tokens of a text by llama.cpp's vocabulary. Raises PopError."""
+def utf8(text: str) -> bytes:
+    """Encode a text. Raises PopError for what cannot be written so."""
     try:
-        raw = text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise PopError("the prompt is not UTF-8 text", "save or type it as UTF-8") from error
-    room = len(raw) + 8
-    tokens = (ctypes.c_int32 * room)()
-    tokenize = backend.bindings().llama_tokenize
-    n = tokenize(vocab, raw, len(raw), tokens, room, add_bos, special)
-    if n < 0:
-        raise PopError("the text cannot be split into tokens")
-    return tokens[:n]
+
+
+def tokenized(vocab: Any, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
+    """Return the tokens of a text by llama.cpp's vocabulary.
+
+    Raises PopError; StoppedError, or whatever Ctrl-C raises, when it is interrupted.
+    """
+    raw = utf8(text)
+    with Interrupt().tokenizing() as callback:
+        return backend.tokenize(vocab, raw, add_bos=add_bos, special=special, callback=callback)
 
 
 def _fill(params: Any, others: Mapping[str, Any]) -> None:

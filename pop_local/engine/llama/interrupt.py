@@ -4,13 +4,26 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import bindings
 
+# Another reason to stop, for the work of this thread alone.
+_should_stop: ContextVar[Callable[[], bool] | None] = ContextVar("should_stop", default=None)
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+
+
+@contextmanager
+def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
+    """Ask this for a while; without one, whoever might stop it before still may."""
+    token = _should_stop.set(should_stop or _should_stop.get())
+    try:
+        yield
+    finally:
+        _should_stop.reset(token)
 
 
 class DisplacedError(PopError):
@@ -78,14 +91,16 @@ class Interrupt:
             self._deliver()
 
     @contextmanager
-    def stopped_by(self, should_stop: Callable[[], bool] | None) -> Iterator[None]:
-        """Ask this for a while; without one, whoever might stop it before still may."""
-        before = self.should_stop
-        self.should_stop = should_stop or before
+    def tokenizing(self) -> Iterator[Any]:
+        """Yield the callback that stops llama_pop_tokenize, and raise why it did."""
+        self._put_off_signals()
         try:
-            yield
+            yield self._callback
+            if self._raised is not None:
+                raise self._raised
         finally:
-            self.should_stop = before
+            self._restore_handlers()
+            self._deliver()
 
     def postponed(self, work: Callable[[], None]) -> bool:
         """Whether llama.cpp computes now: it is stopped then, and `work` is done at its end."""
@@ -150,4 +165,5 @@ class Interrupt:
     def _wanted(self) -> bool:
         if self._at_end is not None:
             return True
-        return self.should_stop is not None and self.should_stop()
+        should_stop = _should_stop.get() or self.should_stop
+        return should_stop is not None and should_stop()

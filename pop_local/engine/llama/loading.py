@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from pop_converter.architecture.keys import trained_ctx
+from pop_converter.architecture.keys import require_loadable, trained_ctx
 from pop_converter.architecture.shape import source_shape
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
@@ -29,6 +29,7 @@ def load_model(
     with llama.cpp's reason, and where it does not prune as `meta` says.
     """
     backend.require_patched()
+    require_loadable(source.first)
     api = backend.bindings()
     if servers is not None:
         params.devices = ctypes.cast(servers.handles, ctypes.c_void_p)

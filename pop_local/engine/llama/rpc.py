@@ -13,12 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 from weakref import WeakSet
 
+import psutil
+
 from pop_local.base.errors import PopError
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.devices import GgmlLibrary, Kind
 
 DEFAULT_PORT = 50052  # that of llama.cpp's own rpc-server
 _PATIENCE_S = 5.0
+# The patience of a server: for a hello, and between commands while another client waits.
+_HELLO_S, _IDLE_S = 4, 600
 # RPC_CMD_HELLO, the size of its request, and 24 bytes of capabilities; see rpc_msg_hello_rsp.
 _HELLO = struct.pack("<BQ24x", 14, 24)
 _HELLO_ANSWER = struct.pack("<Q", 28)
@@ -75,15 +79,21 @@ class Servers:
         _in_use.add(self)
 
 
-def serve(host: str, port: int, n_threads: int) -> NoReturn:
+def serve(host: str, port: int, n_threads: int, memory_bytes: int | None = None) -> NoReturn:
     """Lend this machine's GPUs, or its CPU where there is none, to one client after the other.
 
-    llama.cpp prints what happens to standard output. Python handles no signals meanwhile. Raises
-    PopError when it cannot listen there, and does not return otherwise.
+    `memory_bytes`: the most that a client may allocate; None for what is free on a CPU, and for no
+    limit on GPUs. A client that is silent for long gives way to another. llama.cpp prints what
+    happens to standard output. Python handles no signals meanwhile. Raises PopError when it cannot
+    listen there, and does not return otherwise.
     """
     ggml = GgmlLibrary()
     cpus = [device for device in ggml.devices() if ggml.kind(device) == Kind.CPU]
     devices = ggml.gpus() or cpus
+    if memory_bytes is None:
+        memory_bytes = 2**64 - 1 if ggml.gpus() else psutil.virtual_memory().available
+    limits = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
+    _function(ggml, "ggml_pop_rpc_set_limits", None, *limits)(_HELLO_S, _IDLE_S, memory_bytes)
     start = _function(
         *(ggml, "ggml_backend_rpc_start_server", None),
         *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, _POINTER),

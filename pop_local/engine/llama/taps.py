@@ -29,9 +29,10 @@ class _CTapped(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is handed out: states at `boundaries`, K and V of `layers`, their attention `heads`.
+    """A choice of what is handed out: states at `boundaries`, K and V of `layers`.
 
-    `weighing`: the layers whose attention tells how much a row counts.
+    `heads`: the layers whose attention gives its heads. `weighing`: those whose attention tells how
+    much a row counts.
     """
 
     boundaries: tuple[int, ...]
@@ -42,26 +43,22 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Tapped:
-    """What the rows of one ubatch computed, at positions from `position` on; by layer.
+    """The rows of one ubatch, at positions from `position` on: arrays by layer.
 
     `states` [n_rows, n_embd] are what the layer is given. `k` (before norm and RoPE) is
     [n_rows, n_k], `v` [n_rows, n_v], `heads` [n_rows, n_head * head_dim_v]. `mass` [n_rows] is the
-    attention that a row receives from later ones, all heads together, of each 16th of them.
+    attention that a row receives from later ones, all heads together, of each 16th of them. All
+    are views of `block`.
     """
 
     position: int
     n_rows: int
+    block: Rows
     states: dict[int, Rows] = field(default_factory=dict)
     k: dict[int, Rows] = field(default_factory=dict)
     v: dict[int, Rows] = field(default_factory=dict)
     heads: dict[int, Rows] = field(default_factory=dict)
     mass: dict[int, Rows] = field(default_factory=dict)
-
-    @property
-    def n_bytes(self) -> int:
-        """The memory of all arrays."""
-        every = (self.states, self.k, self.v, self.heads, self.mass)
-        return sum(rows.nbytes for each in every for rows in each.values())
 
     def has(self, wanted: Wanted) -> bool:
         """Whether all that was wanted is here, but for the mass, which some memories lack."""
@@ -88,18 +85,21 @@ def set_taps(ctx: Any, wanted: Wanted | None) -> None:
                 backend.add_tap(ctx, kind, layer)
 
 
-def take(ctx: Any) -> Tapped | None:
-    """Return what the last ubatch handed out, None where that was nothing."""
+def take(ctx: Any, used: Rows | None = None) -> Tapped | None:
+    """Return what the last ubatch handed out, None where that was nothing.
+
+    `used`: the block of an earlier one that is not needed any more. Where it is large enough it is
+    filled again, since new memory costs more than the copy.
+    """
     library = backend.require_patched()
     found = [_CTapped() for _ in range(library.llama_pop_n_tapped(ctx))]
     for number, each in enumerate(found):
         library.llama_pop_get_tapped(ctx, number, ctypes.byref(each))
     if not found:
         return None
-    # One block: the system gives large ones in large pages.
     ends = np.cumsum([each.n_rows * each.n_cols for each in found])
-    block = np.empty(ends[-1], np.float32)
-    tapped = Tapped(found[0].pos, found[0].n_rows)
+    block = used if used is not None and used.size >= ends[-1] else np.empty(ends[-1], np.float32)
+    tapped = Tapped(found[0].pos, found[0].n_rows, block)
     by_kind = (tapped.states, tapped.k, tapped.v, tapped.heads, tapped.mass)
     for number, (each, end) in enumerate(zip(found, ends, strict=True)):
         rows = block[end - each.n_rows * each.n_cols : end]

@@ -11,7 +11,7 @@ from pop_local.base.errors import PopError
 from pop_local.engine.images.mmproj import ImageChunk, Mmproj, Seen
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.llama.backend import bindings
-from pop_local.engine.llama.context import Context
+from pop_local.engine.llama.context import Context, utf8
 from pop_local.engine.prompt.prompt import PLAIN_STOPS, PLAIN_TEMPLATE, THINK, Prompt
 from pop_local.engine.prompt.special_tokens import SpecialTokens, unused_marks
 from pop_local.engine.prompt.templates import Template
@@ -61,7 +61,7 @@ class Prompter:
         if any(message.role == "system" for message in messages) and not self._takes_system:
             messages = _without_system(messages)
         contents = [message.content for message in messages]
-        self._context.tokenize("".join(contents))  # which is text
+        utf8("".join(contents))
         marks: dict[str, str] = {}
         unused = iter(unused_marks(contents))
         pictures: dict[str, Picture] = {}

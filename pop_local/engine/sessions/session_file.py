@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pop_converter.gguf.source import read_source, sampled_sha256
+from pop_converter.gguf.source import sampled_sha256
 from pop_local.base.errors import PopError
 from pop_local.base.output import make_private, replacing
 from pop_local.engine.cache.keys import FULL, opened_with
@@ -118,11 +118,12 @@ def _is_name(name: str) -> bool:
 
 
 def fingerprint(model: OpenModel) -> Fingerprint:
-    """Reads the model's headers, and of its tensors the beginnings."""
-    source = read_source(model.path)
+    """Read the beginnings of the model's tensors; where a file was replaced there is no hash."""
+    source = model.context.source
     version = f"{backend.version()} abi {backend.library_abi()}{opened_with(model.context)}"
     mmproj = model.eye.key if model.eye else ""
-    return Fingerprint(source.size_bytes, sampled_sha256(source), version, mmproj)
+    sha256 = "" if model.context.replaced else sampled_sha256(source)
+    return Fingerprint(source.size_bytes, sha256, version, mmproj)
 
 
 class Sessions:

@@ -22,6 +22,7 @@ from pop_local.ui.interrupt import CtrlC, deferred_interrupt
 from pop_local.ui.views.stats import stats_line
 
 if TYPE_CHECKING:
+    from pop_local.engine.learning.lesson import Lesson, Teacher
     from pop_local.engine.model import PopModel
     from pop_local.engine.open_model import OpenModel
     from pop_local.engine.sessions.chat_session import ChatSession, Stream
@@ -31,6 +32,8 @@ WARN_SHARE = 0.8
 
 # By name (None: the first one again) and context in tokens (None: as the options say).
 ModelOpener = Callable[[str | None, int | None], "PopModel"]
+# Makes the teacher of a model; None where it does not learn.
+Teach = Callable[["OpenModel"], "Teacher | None"]
 # ChatSession's stream, retry or edit; they take the options of an answer.
 Ask = Callable[..., "Stream"]
 
@@ -47,10 +50,13 @@ class Dialogue:
         system: str = "",
         sampling: Mapping[str, Any],
         refill: str = "off",
+        teach: Teach = lambda model: None,
     ) -> None:
         """`refill`: one of ui.chat.refill.MODES."""
         self.session: ChatSession = model.session(system=system)
         self.costs = _costs(model)
+        self._teach = teach
+        self.teacher = teach(model)
         self.screen = screen
         self.refill = refill
         self.sampling = dict(sampling)
@@ -100,12 +106,24 @@ class Dialogue:
         opened = self._open_model(name, n_ctx)
         self._name = name
         before, self.session.model, self.costs = self.model, opened, _costs(opened)
+        self.teacher = self._teach(opened)
         # One without anything to prune by is off, but not by choice.
         if before.can_switch and self.model.can_switch:
             self.model.set_mode(before.mode)
         before.close()
         self.set_refill(self.refill)
         self._is_warned = False
+
+    def adopt(self, lesson: Lesson) -> None:
+        """Prune by what was learned from now on, and say so."""
+        try:
+            self.model.adopt(lesson.sidecar)
+        except PopError as error:
+            self.screen.note(f"{lesson} That begins with the next start: {error.message}.")
+            return
+        self.costs = _costs(self.model)
+        self.set_refill(self.refill)
+        self.screen.note(f"{lesson} /full on compares.")
 
     def enlarge(self, n_ctx: int) -> bool:
         """Open the model again with a larger context; returns whether that worked."""

@@ -1,4 +1,4 @@
-"""/refill: pruned rows of the cache run the skipped layers while the user types."""
+"""While the user types: pruned rows run the skipped layers (/refill), and the model learns."""
 
 from __future__ import annotations
 
@@ -12,31 +12,39 @@ from pop_local.engine.depth.power import RECHECK_S, on_battery
 from pop_local.ui.errors import as_pop_error
 
 if TYPE_CHECKING:
+    from pop_local.engine.learning.lesson import Lesson
     from pop_local.ui.chat.dialogue import Dialogue
 
 MODES = ("idle", "answer", "off")
 
 
 @contextmanager
-def refilling(chat: Dialogue) -> Iterator[None]:
-    """Refill in another thread; leaving waits for at most one node of a graph."""
-    if chat.refill == "off":
-        yield
-        return
+def idling(chat: Dialogue) -> Iterator[None]:
+    """Refill and learn in another thread; leaving waits for at most one node of a graph."""
     stop = threading.Event()
+    lessons: list[Lesson] = []
     failures: list[Exception] = []
+
+    def should_stop() -> bool:
+        return stop.is_set() or on_battery()
 
     def work() -> None:
         try:
-            while chat.model.refiller.n_refillable and not stop.is_set():
+            while not stop.is_set() and not lessons:
+                refills = chat.refill != "off" and chat.model.refiller.n_refillable
+                learns = chat.teacher is not None and chat.teacher.has_work
+                if not (refills or learns):
+                    return
                 if on_battery():
                     stop.wait(RECHECK_S)
-                else:
-                    chat.model.refill(should_stop=lambda: stop.is_set() or on_battery())
+                elif refills:
+                    chat.model.refill(should_stop)
+                elif chat.teacher is not None and (lesson := chat.teacher.idle(should_stop)):
+                    lessons.append(lesson)
         except Exception as error:  # the conversation goes on
             failures.append(error)
 
-    thread = threading.Thread(target=work, name="pop-local refill", daemon=True)
+    thread = threading.Thread(target=work, name="pop-local idle", daemon=True)
     thread.start()
     try:
         yield
@@ -45,7 +53,10 @@ def refilling(chat: Dialogue) -> Iterator[None]:
         _join(thread)
         for error in failures:
             chat.set_refill("off")
+            chat.teacher = None
             chat.fail(as_pop_error(error))
+        for lesson in lessons:
+            chat.adopt(lesson)
 
 
 def _join(thread: threading.Thread) -> None:

@@ -8,7 +8,7 @@ from pop_local.base.errors import PopError
 from pop_local.config.settings import history_file, unsaved_dir
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.line import LineReader, line_reader
-from pop_local.ui.chat.refill import refilling, status
+from pop_local.ui.chat.refill import idling, status
 from pop_local.ui.chat.slash import COMMANDS, EditRequest, LeaveRequest, obey
 from pop_local.ui.chat.unsaved import Unsaved
 from pop_local.ui.errors import as_pop_error
@@ -51,7 +51,7 @@ def converse(
 
 def _pass_on(chat: Dialogue, read_line: LineReader) -> None:
     try:
-        with refilling(chat):
+        with idling(chat):
             line = read_line()
     except BrokenPipeError:
         raise

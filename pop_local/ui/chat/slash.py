@@ -7,7 +7,7 @@ from pop_local.base.nearest import nearest_hint
 from pop_local.engine.llama.backend import Mode
 from pop_local.ui.chat import attach, images, params, refill, sessions
 from pop_local.ui.chat.dialogue import Dialogue
-from pop_local.ui.views.stats import session_lines
+from pop_local.ui.views.stats import learned_lines, session_lines
 
 HELP_NOTES = (
     "Ctrl-C stops an answer.",
@@ -56,6 +56,9 @@ def _stats(chat: Dialogue, argument: str) -> None:
     chat.screen.note(chat.pop_state())
     for line in session_lines(chat.session.answer_stats, chat.model.n_ctx, chat.costs.of):
         chat.screen.note(line)
+    if (learned := chat.model.learned) is not None:
+        for line in learned_lines(learned, chat.teacher.loss if chat.teacher else None):
+            chat.screen.note(line)
 
 
 def _system(chat: Dialogue, argument: str) -> None:

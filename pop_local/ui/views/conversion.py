@@ -40,6 +40,8 @@ def show_plan(conversion: Conversion) -> None:
         plan, allowed_by = first, "that"
     else:
         past = f"from {first.boundary} down to {plan.boundary}, each as it will be used"
+        if n_few := conversion.n_few:
+            past += f"; own projections first, then fits of {n_few} deeper ones at most"
         where, allowed_by = [*budget, ("Boundaries", past)], "the budget"
         if most := conversion.limit(plan):
             limit += f" if only the first is inside, {most:.2f}x if all are"
@@ -192,7 +194,8 @@ def fit_facts(conversion: Conversion) -> Iterator[Fact]:
     distilled = ", then distilled" if conversion.is_distilled else ""
     yield "Fitted on", f"{fit.text_name}: {n_tokens:,} tokens in {passes}{distilled}"
     more = "; distilling is not in it" if conversion.is_distilled else ""
-    yield "Memory", f"{size(needs.total_bytes)} in all, {size(needs.sums_bytes)} for the fit{more}"
+    memory = f"{size(needs.total_bytes)} beside the model's file"
+    yield "Memory", f"{memory}, {size(needs.sums_bytes)} for the fit{more}"
     if (seconds := conversion.fit_seconds) is not None:
         time = f"{at_most}about {duration(seconds)} for the fit{more}"
         yield "Time", f"{time}, by this machine's speed"

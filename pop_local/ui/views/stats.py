@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from pop_local.engine.images.pictures import Picture
+from pop_local.engine.learning.learner import Learned
+from pop_local.engine.learning.lesson import Loss
 from pop_local.engine.turn import SessionStats, TurnStats
 from pop_local.measure.full_cost import FullCost
 
@@ -72,6 +74,21 @@ def session_lines(
     if len(answers) > 1:
         yield f"All {_reading(answers, full_cost)}"
     yield f"Context: {last.n_prompt + last.n_decoded:,} of {n_ctx:,} tokens used."
+
+
+def learned_lines(learned: Learned, loss: Loss | None) -> Iterator[str]:
+    """How much was learned, and what the fit in use loses on the newest of what was read."""
+    waiting = f", {learned.n_waiting:,} wait" if learned.n_waiting else ""
+    missed = f", {learned.n_missed:,} found no room" if learned.n_missed else ""
+    wanted = "" if learned.n_rows >= learned.n_wanted else f" of {learned.n_wanted:,} to begin with"
+    yield f"Learned: {learned.n_rows:,} tokens{wanted}{waiting}{missed}."
+    if loss is None:
+        return
+    yield (
+        f"On your own prompts ({loss.n_windows} pieces) pruning loses: KL {loss.kl:.3f} ±"
+        f" {loss.kl_se:.3f}, perplexity ratio {loss.ppl_ratio:.3f}, copying"
+        f" {loss.copy_ppl_ratio:.3f}{'' if loss.is_inside else ', more than it may'}."
+    )
 
 
 def _reading(answers: Sequence[TurnStats], full_cost: Callable[[TurnStats], FullCost]) -> str:

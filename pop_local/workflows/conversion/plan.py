@@ -19,7 +19,7 @@ from pop_converter.popfile.plan import Plan, require_fit
 from pop_converter.popfile.rewrite import Examine, Fitted, Sizes
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError, StoppedError, WriteError
-from pop_local.calibration.needs import Needs, fit_needs, fit_seconds
+from pop_local.calibration.needs import Needs, fit_needs, fit_seconds, spaced
 from pop_local.calibration.options import FitOptions
 from pop_local.engine.llama.graph_macs import GraphMacs
 from pop_local.models.names import resolve_base
@@ -137,7 +137,7 @@ class Conversion:
     @cached_property
     def needs(self) -> Needs | None:
         """The memory and time of all plans' fits; None where there are none, or not counted."""
-        if self.fit is None or not self._fitted or self.not_counted:
+        if self.fit is None or not self._fittable or self.not_counted:
             return None
         return fit_needs(self._fitted, self.source, self.fit, self.goal.kinds)
 
@@ -150,9 +150,20 @@ class Conversion:
         """The speed-up of a plan at most; None where its work cannot be counted."""
         return None if self.not_counted else plan.speedup_limit
 
+    @cached_property
+    def n_few(self) -> int:
+        """How many boundaries of a large model are fitted at most, 0 for all that are tried."""
+        return len(self._fitted) if self.needs and len(self._fitted) < len(self._fittable) else 0
+
     @property
-    def _fitted(self) -> list[Plan]:
+    def _fittable(self) -> list[Plan]:
         return [*{p.boundary: p for p in self.plans if p.projection != Projection.OWN}.values()]
+
+    @cached_property
+    def _fitted(self) -> Sequence[Plan]:
+        if self.fit is None or self.goal.limits is None:
+            return self._fittable
+        return spaced(self._fittable, self.source, self.fit, self.goal.kinds)
 
     def sizes_of(self, plan: Plan) -> Sizes:
         """Return the bytes that writing one of the plans reads and writes."""

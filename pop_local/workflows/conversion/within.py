@@ -16,7 +16,7 @@ from pop_converter.popfile.plan import Plan
 from pop_converter.popfile.rewrite import Fitted
 from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
-from pop_local.calibration.needs import fit_needs
+from pop_local.calibration.needs import fit_needs, spaced
 from pop_local.calibration.state import kept_boundaries
 from pop_local.measure import budget as budgets
 from pop_local.measure.forced import Pruning
@@ -45,6 +45,7 @@ N_DEEPER = 3
 class Stage(Enum):
     """The fits that a boundary may be tried with."""
 
+    OWN = auto()
     SEARCHED = auto()
     ATTENTION = auto()
     DISTILLED = auto()
@@ -101,7 +102,11 @@ def write_deepest(run: ConversionRun, budget: Budget) -> Outcome:
 
 @dataclass
 class Search:
-    """One search. `tried` has its candidates; those of SEARCHED from the shallowest plan on."""
+    """One search. `tried` has its candidates; those of SEARCHED from the shallowest plan on.
+
+    Where the sums of all would take too much memory, few boundaries are fitted: deeper ones than
+    own projections pass at, in one pass over the text, and none with attention.
+    """
 
     bench: Workbench
     budget: Budget
@@ -123,8 +128,11 @@ class Search:
 
     def run(self) -> Contender:
         """Return the fastest candidate inside, whose plan says what was tried."""
+        is_large = self._is_large()
+        if is_large:
+            self._leave_few()
         deepest = self._deepest_inside()
-        if deepest is not None:
+        if deepest is not None and not is_large:
             self._try_attention(deepest)
         if self.fitter.distiller is not None:
             self._try_distilled()
@@ -134,7 +142,9 @@ class Search:
         figures = budgets.figures_in_words(chosen.quality)
         self._note(f"Boundary {chosen} is the fastest within the budget: {figures}")
         tried = ", ".join(
-            f"{each} {'inside' if each.is_inside else 'outside'}" for each in self._judged
+            f"{each}{' own' * (stage is Stage.OWN)} {'inside' if each.is_inside else 'outside'}"
+            for (_, stage), each in self.tried.items()
+            if each.is_inside is not None
         )
         plan = replace(chosen.plan, budget=replace(self.budget, tried=tried))
         if chosen.recall is not None:
@@ -149,13 +159,50 @@ class Search:
         self.bench.watch.on_note(text)
 
     def _past(self, boundary: int) -> list[int]:
-        return sorted({each for each, _ in self.tried if each < boundary}, reverse=True)
+        found = (each for each, stage in self.tried if stage is Stage.SEARCHED)
+        return sorted((each for each in found if each < boundary), reverse=True)
+
+    # Few boundaries of a large model
+
+    def _is_large(self) -> bool:
+        fitted = [plan for plan in self.plans if plan.projection != Projection.OWN]
+        return len(self._spaced(fitted)) < len(fitted)
+
+    def _spaced(self, plans: Sequence[Plan]) -> tuple[Plan, ...]:
+        return spaced(plans, self.bench.source, self.fitter.options, self.fitter.kinds)
+
+    def _leave_few(self) -> None:
+        """Measure own projections if they may be taken, and leave few plans that may win more."""
+        plans, own = list(self.plans), {}
+        if self.fitter.options.projection is None:
+            self._note("Measuring own projections first, since fits at each boundary take memory")
+            search = replace(self, plans=[replace(it, projection=Projection.OWN) for it in plans])
+            deepest = search._deepest_inside()
+            own = {(each.plan.boundary, Stage.OWN): each for each in search._judged}
+            hopeless = [
+                each.plan.boundary
+                for each in own.values()
+                if budgets.is_hopeless(self.budget, each.quality.induction_retention)
+            ]
+            shallowest = plans[0].boundary + 1 if deepest is None else deepest
+            plans = [
+                it
+                for it in plans
+                if max(hopeless, default=0) < it.boundary < shallowest
+                and it.projection != Projection.OWN
+            ]
+        self.plans = self._spaced(plans)
+        self.tried = own | {(it.boundary, Stage.SEARCHED): Contender(it) for it in self.plans}
 
     # The deepest boundary inside
 
     def _deepest_inside(self) -> int | None:
         while True:
-            verdicts = {each.plan.boundary: bool(each.is_inside) for each in self._judged}
+            verdicts = {
+                boundary: bool(each.is_inside)
+                for (boundary, stage), each in self.tried.items()
+                if stage is Stage.SEARCHED and each.is_inside is not None
+            }
             if wanted := budgets.undecided([plan.boundary for plan in self.plans], verdicts):
                 candidate = self._searched(wanted[0])
                 if not candidate.is_ready:
@@ -260,10 +307,9 @@ class Search:
         boundary, kind = next(key for key, each in judged.items() if fastest in (None, each))
         has_lost_few = False
         for each in (boundary, *self._past(boundary)):
-            plain = self.tried.get((each, kind)) or self._searched(each)
-            if plain.fitted is None:
-                plain = self._searched(each)
-            if plain.fitted is None:
+            found = [self.tried.get((each, stage)) for stage in (kind, Stage.SEARCHED)]
+            plain = next((it for it in found if it is not None and it.fitted is not None), None)
+            if plain is None or plain.fitted is None:
                 continue
             candidate = Contender(replace(plain.plan, is_distilled=True))
             n_deeper = min(N_DEEPER, len(self._past(each)))

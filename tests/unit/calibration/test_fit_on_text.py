@@ -24,6 +24,7 @@ from support.calibrating import (
     N_LAYER,
     N_TOKENS,
     SILENT,
+    WEIGHING,
     fitted,
     fitted_at,
     kv,
@@ -68,7 +69,7 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
         [fit.with_bias(fit.normalised(each.states[BOUNDARY][1:], 1e-6)) for each in shown]
     )
     y = kv(shown, 6)
-    d = np.mean([_weights(shown, layer, weighting) for layer in (5, 6, 7)], axis=0)
+    d = np.mean([_weights(shown, layer, weighting) for layer in WEIGHING], axis=0)
     own = Weights(read_source(path)).own_projection(6, *[y.shape[1] // 2] * 2)
     root = np.sqrt(d.astype(np.float64))[:, None]
     weighted = x.astype(np.float64) * root

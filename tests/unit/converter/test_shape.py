@@ -6,6 +6,7 @@ from dataclasses import replace
 import gguf
 import pytest
 
+from pop_converter.architecture.keys import require_loadable
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import read_source
 from pop_converter.popfile.plan import make_plan, require_fit
@@ -166,3 +167,26 @@ def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):
         require_fit(plans)
     with pytest.raises(PlanError, match="from boundary 4 on"):
         require_fit([early])
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "kind", "value"),
+    [
+        ("llama", "block_count", "<I", 513),
+        ("qwen3moe", "expert_count", "<I", 1025),
+        ("qwen3moe", "expert_count", "<I", 0),
+        ("qwen3moe", "expert_used_count", "<I", 0),
+        ("qwen3moe", "expert_used_count", "<I", 9),
+        ("llama", "attention.layer_norm_rms_epsilon", "<f", -1.0),
+        ("llama", "attention.layer_norm_rms_epsilon", "<f", float("nan")),
+        ("qwen2vl", "rope.dimension_sections", "<I", 100),
+    ],
+)
+def test_numbers_that_end_the_process_are_named_before(tmp_path, arch, key, kind, value):
+    path = make_gguf(tmp_path / "model.gguf", arch)
+    require_loadable(read_header(path))
+    end, data = read_header(path).keys[f"{arch}.{key}"].end, path.read_bytes()
+    path.write_bytes(data[: end - 4] + struct.pack(kind, value) + data[end:])
+    named = "expert" if "expert" in key else f"{key} is"
+    with pytest.raises(FormatError, match=f"cannot be opened: its {arch}.{named}"):
+        require_loadable(read_header(path))

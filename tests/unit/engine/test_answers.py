@@ -8,6 +8,7 @@ import pytest
 
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.llama.backend import Mode
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.turn import Message
 from support.calls import append
@@ -46,7 +47,7 @@ def test_progress_counts_the_tokens_that_are_not_cached(model):
 
 
 def test_whoever_watches_the_model_stops_more_than_the_answer(model):
-    with model.context.interrupt.stopped_by(lambda: True):
+    with stopped_by(lambda: True):
         with pytest.raises(StoppedError):
             ask(model, QUESTION)
         _, stats = ask(model, QUESTION, should_stop=lambda: False, max_tokens=1)

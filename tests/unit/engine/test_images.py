@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pop_local.engine.images.pictures import picture_of
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.batch import Outputs, TokenBatch, decode_rows
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule, plan_prefill
 from pop_local.engine.prompt.prompt import Prompt
@@ -127,7 +129,7 @@ def test_reading_a_picture_can_be_stopped(seeing):
             model.cache.clear()
             left = iter([False] * n_asked)
             with (
-                model.context.interrupt.stopped_by(lambda left=left: next(left, True)),
+                stopped_by(partial(next, left, True)),
                 pytest.raises(StoppedError),
             ):
                 append(model, tokens)
@@ -150,7 +152,7 @@ def test_ctrl_c_while_a_picture_is_encoded(smol, how):
                 signal.raise_signal(signal.SIGINT)
             return False
 
-        with model.context.interrupt.stopped_by(pressed), pytest.raises(KeyboardInterrupt):
+        with stopped_by(pressed), pytest.raises(KeyboardInterrupt):
             append(model, tokens)
         assert model.cache.n_tokens == image_start(tokens)
         assert answered(model, tokens)[0] == want
@@ -170,7 +172,7 @@ def test_a_wish_to_stop_need_not_be_repeated(smol):
                 return model.cache.n_tokens > 0 and next(left, False)
 
             try:
-                with model.context.interrupt.stopped_by(once):
+                with stopped_by(once):
                     append(model, tokens)
             except StoppedError:
                 n_stopped += 0 < model.eye._n_nodes - before < n_nodes
@@ -196,7 +198,7 @@ def test_what_a_picture_that_was_stopped_left_is_not_saved(smol):
             model.cache.clear()
             left = iter([False] * when)
             with (
-                model.context.interrupt.stopped_by(lambda left=left: next(left, True)),
+                stopped_by(partial(next, left, True)),
                 pytest.raises(StoppedError),
             ):
                 append(model, tokens)

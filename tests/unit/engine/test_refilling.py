@@ -58,7 +58,7 @@ def test_rows_get_their_depth_while_a_line_is_typed(chat):
     begun = chat()
     begun.ask(WORDS)
     assert begun.model.cache.n_exact == 0
-    with refill.refilling(begun):
+    with refill.idling(begun):
         wait_for(lambda: begun.model.refiller.n_refillable == 0)
     assert begun.model.cache.n_exact == begun.model.cache.n_tokens > 200
     assert begun.model.cache.key == FULL
@@ -72,10 +72,10 @@ def test_rows_get_their_depth_while_a_line_is_typed(chat):
 def test_a_line_that_comes_early_ends_it(chat, pause_s):
     begun = chat()
     begun.ask(WORDS)
-    with refill.refilling(begun):
+    with refill.idling(begun):
         time.sleep(pause_s)
     n_exact = begun.model.cache.n_exact
-    assert not any(thread.name == "pop-local refill" for thread in threading.enumerate())
+    assert not any(thread.name == "pop-local idle" for thread in threading.enumerate())
     begun.ask("and now?")
     assert begun.session.answer_stats[-1].n_refilled == n_exact
     assert begun.model.cache.n_exact <= begun.model.cache.n_tokens
@@ -87,7 +87,7 @@ def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
     monkeypatch.setattr(power, "RECHECK_S", 0.0)
     begun = chat()
     begun.ask(WORDS)
-    with refill.refilling(begun):
+    with refill.idling(begun):
         time.sleep(0.05)
     assert begun.model.cache.n_exact == 0
     assert "waits for mains power" in refill.status(begun)
@@ -96,7 +96,7 @@ def test_nothing_is_refilled_on_a_battery(chat, monkeypatch):
     assert begun.session.answer_stats[-1].n_refilled == 0
     assert begun.model.cache.n_exact == 0
     battery.power_plugged = None  # it cannot tell
-    with refill.refilling(begun):
+    with refill.idling(begun):
         wait_for(lambda: begun.model.refiller.n_refillable == 0)
 
 
@@ -109,14 +109,14 @@ def test_a_machine_that_cannot_look_for_a_battery_has_none(chat, monkeypatch):
     begun = chat()
     begun.ask(WORDS)
     assert "mains power" not in refill.status(begun)
-    with refill.refilling(begun):
+    with refill.idling(begun):
         wait_for(lambda: begun.model.refiller.n_refillable == 0)
 
 
 def test_off_refills_nothing(chat):
     begun = chat(mode="off")
     begun.ask(WORDS)
-    with refill.refilling(begun):
+    with refill.idling(begun):
         pass
     assert (begun.model.cache.n_exact, refill.status(begun)) == (0, "")
 
@@ -257,9 +257,9 @@ def test_ctrl_c_while_it_ends_does_not_leave_it_running(chat, monkeypatch):
             raise KeyboardInterrupt
         joined(thread, timeout)
 
-    with pytest.raises(KeyboardInterrupt), refill.refilling(begun):
+    with pytest.raises(KeyboardInterrupt), refill.idling(begun):
         monkeypatch.setattr(threading.Thread, "join", join)
-    assert not any(thread.name == "pop-local refill" for thread in threading.enumerate())
+    assert not any(thread.name == "pop-local idle" for thread in threading.enumerate())
 
 
 def test_a_server_refills_between_requests(pop_file):

@@ -4,22 +4,27 @@ import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
+import psutil
 import pytest
 from gguf import GGMLQuantizationType as Type
 
 from pop_local.base.errors import PopError
+from pop_local.commands.rpc_server import is_loopback
 from pop_local.engine.cache.keys import FULL
 from pop_local.engine.llama import backend, rpc
 from pop_local.engine.llama.backend import Counters
 from support.calls import append, evaluated, greedy, kv_bytes, last_logits, opened, prompt
 from support.converted import tiny
 from support.program import called, run
-from support.rpc import free_port, rpc_server
+from support.rpc import Server, free_port, rpc_server
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,47 @@ def test_a_server_that_has_another_client_is_named(pop_file, servers, monkeypatc
         with pytest.raises(PopError, match=f"{servers[1]} does not answer") as caught:
             opened(pop_file, rpc=servers)
     assert "one client at a time" in caught.value.hint
+
+
+IMPATIENT = "from pop_local.engine.llama import rpc; rpc._HELLO_S = rpc._IDLE_S = 1"
+ALLOC_BUFFER, SET_TENSOR, DEVICE_COUNT = 0, 6, 15
+
+
+@contextmanager
+def greeted(server: Server) -> Iterator[Callable[..., bytes]]:
+    """Say hello; yields what sends bytes and returns so many of the answer."""
+    with socket.create_connection(rpc.address(server.name), timeout=20) as client:
+
+        def say(words: bytes, n_bytes: int) -> bytes:
+            client.sendall(words)
+            return answers.read(n_bytes)
+
+        with client.makefile("rb") as answers:
+            assert say(rpc._HELLO, 36).startswith(rpc._HELLO_ANSWER)
+            yield say
+
+
+def test_a_silent_client_gives_way_to_another():
+    with rpc_server(changed=IMPATIENT) as server:
+        with socket.create_connection(rpc.address(server.name)):
+            rpc._ask(server.name)
+        with greeted(server) as say:
+            time.sleep(1.5)  # without another client it may be silent
+            assert say(struct.pack("<BQ", DEVICE_COUNT, 0), 12)[8:] == struct.pack("<I", 1)
+            rpc._ask(server.name)
+            assert say(b"", 1) == b""
+
+
+def test_a_client_cannot_fill_the_memory():
+    with rpc_server("--memory", 0.001) as server:
+        before = psutil.Process(server.process.pid).memory_info().rss
+        with greeted(server) as say, suppress(ConnectionResetError):
+            assert say(struct.pack("<BQ", SET_TENSOR, 2**31) + b"ten bytes.", 1) == b""
+        assert psutil.Process(server.process.pid).memory_info().rss < before + 2**28
+        with greeted(server) as say:
+            for n_bytes, is_given in ((900_000, True), (200_000, False), (2**64 - 1, False)):
+                answer = say(struct.pack("<BQIQ", ALLOC_BUFFER, 12, 0, n_bytes), 24)
+                assert answer[16:] == struct.pack("<Q", n_bytes * is_given)
 
 
 def test_a_server_that_is_not_there_is_an_error():
@@ -201,3 +247,5 @@ def test_a_server_for_others_is_warned_of(servers):
     # The port is taken on one address, and so on all of them.
     done = run("rpc-server", "--host", "0.0.0.0", "--port", rpc.address(servers[0])[1])
     assert "Anyone who reaches this port" in done.stderr
+    names = ("127.evil.example", "localhost.evil", "127.0.0.2", "LocalHost")
+    assert [is_loopback(name) for name in names] == [False, False, True, True]

@@ -38,6 +38,7 @@ INSIDE = {
         "prefill": "cache depth images llama prompt",
         "decode": "cache limited llama",
         "depth": "cache llama",
+        "learning": "cache llama",
         "cache": "images llama prompt",
         "prompt": "images limited llama",
         "images": "limited llama",

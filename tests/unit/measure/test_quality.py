@@ -11,6 +11,7 @@ from pop_local.base.errors import PopError, StoppedError
 from pop_local.base.progress import Progress
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.engine.prefill.plan import RowRule
 from pop_local.measure import probes
@@ -120,7 +121,7 @@ def test_whoever_watches_the_model_stops_measuring_between_the_nodes_of_the_grap
         n_asked += 1
         return n_asked >= 3
 
-    with model.context.interrupt.stopped_by(should_stop), pytest.raises(StoppedError):
+    with stopped_by(should_stop), pytest.raises(StoppedError):
         measured(model)
     assert n_asked == 3, "the first batch was not read to its end"
     assert (model.cache.n_tokens, model.mode) == (0, Mode.CONTEXT)

@@ -1,0 +1,83 @@
+"""`pop-local learn`: what was learned from prompts that were read here, and forgetting it."""
+
+from typing import Annotated, Any
+
+import typer
+
+from pop_converter.gguf.header import read_header
+from pop_converter.gguf.source import read_source
+from pop_converter.popfile.sidecar import sidecar_meta
+from pop_local.commands.options import Json
+from pop_local.engine.learning.store import SumsFile
+from pop_local.models.learned import LearnedFiles, learned_files, learned_name
+from pop_local.models.names import resolve_base
+from pop_local.ui.lazy import HELP_OPTIONS
+from pop_local.ui.tables import Column, Table, print_json, print_table
+from pop_local.ui.theme import note
+
+learn = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": HELP_OPTIONS},
+)
+
+_COLUMNS = (
+    Column("model", "Model"),
+    Column("n_tokens", "Tokens"),
+    Column("boundaries", "Boundaries"),
+    Column("size_bytes", "Bytes"),
+    Column("pruned_from", "Pruned from"),
+)
+
+
+@learn.callback()
+def about() -> None:
+    """Show or forget what was learned: sums over tokens that were read, no text.
+
+    `chat` and `serve` learn while nothing is asked, unless --learn is off. Other programs do so
+    with PopModel.open(..., learn=True).
+    """
+
+
+@learn.command()
+def show(json: Json = False) -> None:
+    """Show the models that were learned, from how many tokens."""
+    found = [_shown(each) for each in learned_files()]
+    if json:
+        print_json({"learned": found})
+        return
+    if not found:
+        note("Nothing was learned yet.")
+        return
+    print_table(Table(_COLUMNS, tuple(tuple(each.values()) for each in found)))
+
+
+def _shown(files: LearnedFiles) -> dict[str, Any]:
+    n_rows = SumsFile(files.sums, "").rows()
+    pruned = None
+    if files.sidecar.exists():
+        pruned = sidecar_meta(read_header(files.sidecar)).boundary
+    boundaries = ", ".join(map(str, sorted(n_rows)))
+    return {
+        "model": files.name,
+        "n_tokens": max(n_rows.values(), default=0),
+        "boundaries": boundaries,
+        "size_bytes": files.size_bytes,
+        "pruned_from": pruned,
+    }
+
+
+@learn.command()
+def forget(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A GGUF file or a name. Default: all models."),
+    ] = None,
+) -> None:
+    """Forget what was learned of a model, or of all. Its sidecar goes, too."""
+    wanted = None if model is None else learned_name(read_source(resolve_base(model)))
+    forgotten = [each for each in learned_files() if wanted in (None, each.name)]
+    for each in forgotten:
+        each.forget()
+    note(f"Forgotten: {', '.join(each.name for each in forgotten) or 'nothing was learned'}.")

@@ -1,0 +1,105 @@
+"""`convert` of a model that is too large for a fit at each boundary, played by a small one."""
+
+import json
+
+import pytest
+
+from pop_converter.projection import Projection
+from pop_local.calibration import activations, needs
+from pop_local.measure import budget
+from pop_local.workflows.conversion import within as searching
+from support.searched import FEW, LOOSE, convert
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_search", "few_fit")]
+
+
+@pytest.fixture
+def few_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums have room for two of the boundaries 2 to 6."""
+    monkeypatch.setattr(needs, "MOST_SUMS_BYTES", 4_200_000)
+
+
+@pytest.fixture
+def own_pass_at(monkeypatch: pytest.MonkeyPatch):
+    """Own projections pass from a boundary on, fits everywhere."""
+
+    def passing(shallowest: int) -> None:
+        def judge(self, candidate, is_enough, real=searching.Search._judge):
+            real(self, candidate, is_enough)
+            is_own = candidate.plan.projection == Projection.OWN
+            candidate.is_inside = not is_own or candidate.plan.boundary >= shallowest
+
+        monkeypatch.setattr(searching.Search, "_judge", judge)
+
+    return passing
+
+
+def found_by(tiny, letters, *options: object):
+    done = convert(tiny, "--text", letters, *FEW, *LOOSE, *options, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    return found, [(each["boundary"], each["projection"]) for each in found["tried"]]
+
+
+def test_few_boundaries_are_fitted_in_one_pass(tiny, letters, own_pass_at, monkeypatch):
+    read: list[int] = []
+
+    def window(self, tokens, real=activations.Reading.window):
+        read.extend([1] * bool(self._wanted.layers))
+        return real(self, tokens)
+
+    monkeypatch.setattr(activations.Reading, "window", window)
+    own_pass_at(7)
+    found, tried = found_by(tiny, letters)
+    assert tried == [(7, "own"), (6, "own"), (5, "own"), (6, "fitted"), (3, "fitted")]
+    assert (found["boundary"], found["projection"]) == (3, "fitted")
+    assert found["budget"]["tried"].startswith("7 own inside, 6 own outside, 5 own outside, ")
+    assert len(read) == 2048 // 512
+
+
+def test_fits_are_tried_deeper_than_own_projections_pass(tiny, letters, own_pass_at):
+    own_pass_at(4)
+    found, tried = found_by(tiny, letters)
+    assert [boundary for boundary, kind in tried if kind != "own"] == [3, 2]
+    assert (found["boundary"], found["projection"]) == (2, "fitted")
+
+
+def test_own_projections_stay_where_none_is_deeper(tiny, letters, own_pass_at, tmp_path):
+    own_pass_at(2)
+    found, tried = found_by(tiny, letters)
+    assert {kind for _, kind in tried} == {"own"}
+    assert (found["boundary"], found["projection"]) == (2, "own")
+    assert found["calibration"] is None
+
+
+def test_boundaries_that_no_fit_brings_back_are_not_fitted(tiny, letters, own_pass_at, monkeypatch):
+    own_pass_at(7)
+    verdicts = dict(zip((7, 6, 5), (False, False, True), strict=True))
+    asked = iter(verdicts.values())
+    monkeypatch.setattr(budget, "is_hopeless", lambda limits, retention: next(asked))
+    _, tried = found_by(tiny, letters)
+    assert tried == [*((each, "own") for each in verdicts), (6, "fitted")]
+
+
+def test_a_named_projection_is_fitted_without_own_ones(tiny, letters, own_pass_at):
+    own_pass_at(7)
+    _, tried = found_by(tiny, letters, "--projection", "fitted")
+    assert {kind for boundary, kind in tried if boundary < 7} == {"fitted"}
+
+
+def test_a_stopped_search_goes_on_with_the_same_fits(tiny, letters, own_pass_at, monkeypatch):
+    own_pass_at(7)
+    options = (tiny, "--text", letters, *FEW, *LOOSE, "--resume")
+
+    def stop(self, candidate, is_enough, real=searching.Search._judge):
+        if candidate.fitted is not None:
+            raise KeyboardInterrupt
+        real(self, candidate, is_enough)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(searching.Search, "_judge", stop)
+        assert convert(*options).exit_code == 130
+    monkeypatch.setattr(activations.Reading, "window", None)
+    done = convert(*options)
+    assert done.exit_code == 0, done.stderr
+    assert "Fitting the projections for boundary 3, 6\n" in done.stderr

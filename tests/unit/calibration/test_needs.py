@@ -1,0 +1,99 @@
+"""A fit takes what it is said to take: one of an 8B model below 12 GB, a smaller one measured."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+
+from pop_local.calibration import needs
+from pop_local.measure.budget import BALANCED
+from pop_local.workflows.conversion.convert import Within, plan_conversion
+from pop_local.workflows.conversion.plan import ConvertOptions
+from support.calibrating import words
+from support.paths import TESTS
+from support.synthetic import make_gguf
+
+sys.path.append(str(TESTS / "bench"))
+import make_shaped
+
+pytestmark = pytest.mark.slow
+Q8_0 = GGMLQuantizationType.Q8_0
+# A laptop with 16 GB, most of them free.
+FREE_BYTES = 12 * 10**9
+
+# Fits two boundaries, wide, and says what was announced and what the process took, in bytes.
+FITTING = """
+import re, sys, threading, time
+from pathlib import Path
+
+from pop_converter.gguf.source import read_source
+from pop_local.calibration.needs import plan_needs
+from support.calibrating import WIDE, fitted_at, planned, settings
+
+path, text = map(Path, sys.argv[1:])
+most = 0
+
+def watch():
+    global most
+    while True:
+        status = Path("/proc/self/status").read_text()
+        most = max(most, 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]))
+        time.sleep(0.005)
+
+threading.Thread(target=watch, daemon=True).start()
+options = settings(text, tokens=4096)
+fitted_at((1, 2), path, options, projections=(WIDE,))
+plans = [planned(path, boundary, WIDE) for boundary in (1, 2)]
+print(plan_needs(plans, read_source(path), options).total_bytes, most)
+"""
+
+
+@pytest.fixture(scope="module")
+def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its header; all weights are a hole in the file."""
+    path = tmp_path_factory.mktemp("large") / "8b.gguf"
+    recipe = make_shaped.LLAMA_8B
+    writer = GGUFWriter(path, recipe.arch)
+    make_shaped.add_header(writer, recipe)
+    n_all = 0
+    for name, dims in make_shaped.own_shapes(recipe):
+        kind = GGMLQuantizationType.F32 if len(dims) == 1 else Q8_0
+        n_block, n_bytes = GGML_QUANT_SIZES[kind]
+        row = dims[-1] // n_block * n_bytes
+        n_data = row * (dims[0] if len(dims) > 1 else 1)
+        writer.add_tensor_info(name, dims, np.dtype(np.float32), n_data, raw_dtype=kind)
+        n_all += -(-n_data // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(-(-path.stat().st_size // 32) * 32 + n_all)
+    return path
+
+
+def test_no_flags_are_needed_to_fit_8b_on_a_laptop(llama_8b, monkeypatch):
+    monkeypatch.setattr(needs, "free_bytes", lambda: FREE_BYTES)
+    planned = plan_conversion(llama_8b, None, ConvertOptions(Within(BALANCED)))
+    assert planned.needs is not None
+    assert len(planned.plans) == 22
+    assert len(planned.needs.groups) == 1
+    assert planned.needs.total_bytes < FREE_BYTES
+    fitted = {pair.boundary for pair in planned.needs.groups[0]}
+    assert len(fitted) == planned.n_few == 4
+    assert min(fitted) <= 32 // 2 - 2
+
+
+def test_the_memory_of_a_fit_is_what_is_announced(tmp_path):
+    shape = {"n_layer": 4, "n_embd": 1536, "n_ff": 4096, "n_head": 12, "head_dim": 128}
+    path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=4, type=Q8_0, **shape)
+    command = [sys.executable, "-c", FITTING, str(path), str(words(tmp_path))]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    announced, took = map(int, done.stdout.split())
+    assert 0.8 * took < announced < 1.2 * took

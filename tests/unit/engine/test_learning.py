@@ -1,0 +1,249 @@
+"""Learning while reading: which rows are added, to which sums, and what of it is kept."""
+
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pop_converter.fit.least_squares import Weighting
+from pop_converter.gguf.source import read_source
+from pop_local.base.errors import PopError
+from pop_local.calibration.activations import reading
+from pop_local.calibration.loaded import LoadedModel
+from pop_local.engine.learning import learner as learning
+from pop_local.engine.learning.store import SumsFile
+from pop_local.engine.learning.sums import Summing, Sums
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prompt.prompt import Prompt
+from support.calls import opened, prompt
+from support.converted import tiny
+from support.synthetic import make_gguf
+
+N = 512
+ARCHS = ["llama", "gemma3", "qwen3moe"]
+LARGE = {"n_batch": N, "n_ubatch": N, "n_ctx": 4 * N}
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
+    return tmp_path / "state" / "learned"
+
+
+@pytest.fixture(params=ARCHS)
+def plain(request, tmp_path):
+    return make_gguf(tmp_path / f"{request.param}.gguf", request.param)
+
+
+def learning_model(path, **options) -> Any:
+    model = opened(path, **LARGE | options)
+    model.learn(1 << 30)
+    return model
+
+
+def read(model: Any, tokens) -> None:
+    model.cache.clear()
+    model.read(Prompt(tokens))
+
+
+def same_sums(found: Sums, wanted: Sums, boundary: int) -> None:
+    ours, theirs = found.grams[boundary], wanted.grams[boundary]
+    assert ours.n_rows == theirs.n_rows > 0
+    for a, b in ((ours.xx, theirs.xx), *((xy, theirs.xy[layer]) for layer, xy in ours.xy.items())):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_sums_of_full_readings_are_those_of_a_calibration(plain):
+    windows = [prompt(N, seed) for seed in range(3)]
+    model = learning_model(plain)
+    for window in windows:
+        read(model, window)
+    model.learner.work(never)
+    assert model.learned.n_rows == 3 * (N - 1)
+    found, summing = model.learner.sums(), model.learner.summing
+    wanted = Sums(dict(found.wides))
+    for boundary in model.learner.boundaries:
+        wanted.grams[boundary] = summing.empty(boundary, summing.layers(boundary))
+    at = summing.wanted(model.learner.boundaries)
+    with LoadedModel(plain, n_threads=1) as loaded, reading(loaded, at, N) as calibration:
+        for window in windows:
+            summing.add(wanted, calibration.window(window))
+    for boundary in model.learner.boundaries:
+        same_sums(found, wanted, boundary)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_sums_of_refilled_rows_are_those_of_full_readings(arch, tmp_path, monkeypatch):
+    """Rows that a deep pass gives are the full model's own, and weigh as much."""
+    path = tiny(tmp_path, arch, boundary=4)
+    tokens = prompt(N)
+    full, pruned = learning_model(path), learning_model(path, keep_states=True)
+    full.set_mode(Mode.OFF)
+    read(full, tokens)
+    read(pruned, tokens)
+    assert pruned.learned.n_waiting == 0
+    monkeypatch.setattr(pruned.refiller._passes, "_chunk", N)
+    pruned.refill()
+    [seen], [refilled] = full.learner._waiting, pruned.learner._waiting
+    assert (seen.position, seen.n_rows) == (refilled.position, refilled.n_rows) == (0, N)
+    for name in ("states", "k", "v", "mass"):
+        of_full, of_deep = getattr(seen, name), getattr(refilled, name)
+        assert of_full.keys() == of_deep.keys()
+        for layer, rows in of_full.items():
+            np.testing.assert_allclose(of_deep[layer], rows, atol=1e-3)
+
+
+def test_rows_that_attend_to_projected_ones_are_not_learned(tmp_path):
+    """Those of a prompt's tail run all layers, but behind rows that did not."""
+    model = learning_model(tiny(tmp_path, boundary=5), keep_states=True)
+    read(model, prompt(3 * N))
+    assert model.learned.n_waiting == 0
+
+
+def test_rows_kept_to_measure_on_are_in_no_sum(plain):
+    model = learning_model(plain)
+    tokens = prompt(N * 3)
+    read(model, tokens)
+    read(model, prompt(N * 3, seed=1))
+    assert model.learned.n_held_out == 1
+    model.learner.work(never)
+    assert model.learned.n_rows == 5 * (N - 1)
+    assert model.learner.held_out[0].tolist() == prompt(N * 3, seed=1)[2 * N :]
+    # Again, and as a refilled row would come.
+    read(model, prompt(N * 3, seed=1))
+    model.learner.work(never)
+    assert model.learned.n_rows == 7 * (N - 1)
+
+
+def test_nothing_of_a_prompt_is_on_the_disk(plain, folder):
+    model = learning_model(plain)
+    text = "the access code of the green depot is 48151 " * 300
+    tokens = model.tokenize(text)[: 3 * N]
+    read(model, tokens)
+    model.learner.work(never)
+    model.close()
+    kept = b"".join(path.read_bytes() for path in folder.iterdir())
+    assert len(kept) > 10_000
+    words = {b"depot", b"48151", b"access"}
+    as_numbers = {np.asarray(tokens[5:9], kind).tobytes() for kind in (np.int32, np.int64)}
+    assert not [each for each in words | as_numbers if each in kept]
+    assert oct(folder.stat().st_mode)[-3:] == "700"
+
+
+def test_two_who_learn_at_once_add_up(plain):
+    one, two = learning_model(plain), learning_model(plain)
+    for seed, model in enumerate((one, two)):
+        read(model, prompt(3 * N, seed))
+    threads = [threading.Thread(target=m.learner.work, args=(never,)) for m in (one, two)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    one.close()
+    n_rows = one.learned.n_rows
+    two.close()
+    # The second chose another wider input before it knew of the first: its rows do not fit.
+    assert SumsFile.of(read_source(plain)).known().n_rows[one.learner.boundaries[0]] == n_rows
+    three = learning_model(plain)
+    read(three, prompt(3 * N, 3))
+    three.learner.work(never)
+    three.close()
+    assert three.learned.n_rows == n_rows + 3 * (N - 1)
+
+
+def test_a_damaged_file_is_begun_anew_with_a_word(plain, folder, caplog):
+    model = learning_model(plain)
+    read(model, prompt(2 * N))
+    model.learner.work(never)
+    model.close()
+    [path] = folder.glob("*.sums.npz")
+    path.write_bytes(path.read_bytes()[:-5000])
+    other = learning_model(plain)
+    assert other.learned.n_rows == 0 and "damaged" in caplog.text
+    assert list(folder.glob("*.damaged")) and not path.exists()
+
+
+ADDING = """
+import sys
+from pathlib import Path
+import numpy as np
+from pop_converter.fit.least_squares import Gram
+from pop_local.engine.learning.store import SumsFile
+from pop_local.engine.learning.sums import Sums
+
+gram = Gram(np.ones((900, 900), np.float32), {2: np.ones((900, 64), np.float32)}, 1)
+print("begun", flush=True)
+while True:
+    SumsFile(Path(sys.argv[1]), "model").add(Sums(grams={1: gram}))
+"""
+
+
+def test_a_kill_at_any_time_leaves_whole_sums(tmp_path):
+    file = SumsFile(tmp_path / "learned" / "model.sums.npz", "model")
+    seen = 0
+    for number in range(12):
+        child = subprocess.Popen(
+            [sys.executable, "-c", ADDING, str(file.path)], stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None and child.stdout.readline()
+        time.sleep(0.02 + 0.011 * number)
+        child.kill()
+        child.wait()
+        grams = file.load().grams
+        n_rows = grams[1].n_rows if grams else 0
+        assert n_rows >= seen
+        seen = n_rows
+        assert not grams or (grams[1].xx == n_rows).all()
+    assert seen > 3
+    assert not list(tmp_path.rglob("*.damaged"))
+
+
+def test_rows_without_room_are_counted_and_left(plain):
+    model = learning_model(plain)
+    model.learner._room_bytes = 1_000_000
+    read(model, prompt(3 * N))
+    assert model.learned.n_missed > 0
+    assert model.learner._waiting_bytes <= 1_000_000
+
+
+def test_too_little_memory_is_said(plain):
+    with pytest.raises(PopError, match="too little memory"):
+        opened(plain, **LARGE).learn(1000)
+
+
+def test_attention_is_not_needed_to_add(plain):
+    """A memory without cells shows none: all rows weigh alike then."""
+    source = read_source(plain)
+    model = learning_model(plain)
+    read(model, prompt(N))
+    [tapped] = model.learner._waiting
+    kinds = model.learner.summing.projections
+    alike = Summing(source, model.shape, kinds, Weighting.NONE)
+    boundary = model.learner.boundaries[0]
+    wides = {boundary: alike.choose_input(boundary, [alike.state(boundary, tapped)])}
+    found, wanted = (Sums(wides, {boundary: alike.empty(boundary, [7])}) for _ in range(2))
+    alike.add(wanted, tapped)
+    tapped.mass.clear()
+    model.learner.summing.add(found, tapped)
+    same_sums(found, wanted, boundary)
+
+
+def test_candidates_are_the_deepest_that_memory_allows(plain):
+    every = learning_model(plain).learner
+    assert every.boundaries == tuple(sorted(every.boundaries)) and every.boundaries[0] == 4
+    few: Any = opened(plain, **LARGE)
+    few.learn(2 * every._sums_bytes(4) + 1000)
+    assert few.learner.boundaries == (4,)
+
+
+def test_figures_speak_of_all_that_was_learned(plain):
+    model = learning_model(plain)
+    assert model.learned.n_wanted == learning.ROWS_TO_FIT * 128
+    assert opened(plain, **LARGE).learned is None

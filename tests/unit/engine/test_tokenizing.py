@@ -1,0 +1,99 @@
+"""Tokenizing takes time in proportion to a text, little of the stack, and can be stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import gguf
+import pytest
+
+from pop_local.base.errors import StoppedError
+from pop_local.engine.llama.context import tokenized
+from pop_local.engine.llama.interrupt import stopped_by
+from support.calls import opened, text_of
+from support.synthetic import make_gguf
+
+# Seconds of the processor for a text that takes a tenth of them; it took more than twice as many.
+PATIENCE_S = 3.0
+UNKNOWN = "\U00012345"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A SentencePiece vocabulary with 4,000 tokens that a text may spell out."""
+    path = tmp_path_factory.mktemp("tokenizing") / "llama.gguf"
+    control = [f"<c{number}>" for number in range(4000)]
+    make_gguf(path, "llama", n_layer=1, n_vocab=4400, control=control)
+    with opened(path) as model:
+        yield model
+
+
+@pytest.mark.parametrize(
+    ("piece", "n_each"),
+    [(UNKNOWN * 2, 8), ("<c7>", 1), ("<", 1)],
+    ids=["bytes", "control tokens", "almost control tokens"],
+)
+def test_it_takes_time_in_proportion_to_the_text(model, piece, n_each):
+    began_s = time.process_time()
+    tokens = model.tokenize(piece * 100_000, special=True)
+    assert time.process_time() - began_s < PATIENCE_S
+    assert tokens[-100_000 * n_each :] == tokens[-n_each:] * 100_000
+    assert len(tokens) <= 100_000 * n_each + 1  # the space that comes first
+
+
+def test_control_tokens_are_found_in_a_long_text_as_in_a_short_one(model):
+    piece = "a <c1><c12> b<c1<c3>>."
+    two, three, many = (model.tokenize(piece * n, special=True) for n in (2, 3, 500))
+    assert {"<c1>", "<c3>", "<c12>"} <= {text_of(model, [token]) for token in two}
+    assert many == two + three[len(two) :] * 498
+
+
+BPE = """
+import sys
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.context import tokenized
+backend.require_patched()
+api = backend.bindings()
+params = api.llama_model_default_params()
+params.vocab_only = True
+model = api.llama_model_load_from_file(sys.argv[1].encode(), params)
+vocab = api.llama_model_get_vocab(model)
+print(*(len(tokenized(vocab, letter * 200_000)) for letter in "a! "))
+"""
+
+
+def test_a_long_run_of_letters_does_not_overflow_the_stack(tmp_path):
+    """With the regular expressions of Mistral's tokenizer, which llama.cpp leaves to std::regex."""
+    path = tmp_path / "bpe.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("tekken")
+    writer.add_token_list(["a", "!", "\u0120", "aa"])
+    writer.add_token_types([gguf.TokenType.NORMAL] * 4)
+    writer.add_token_merges(["a a"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    done = subprocess.run([sys.executable, "-c", BPE, path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "100000 200000 200000\n"), done.stderr
+
+
+def test_it_can_be_stopped(model):
+    began_s = time.process_time()
+    with stopped_by(lambda: True), pytest.raises(StoppedError):
+        tokenized(model.context.vocab, UNKNOWN * 2_000_000)
+    assert time.process_time() - began_s < PATIENCE_S
+    with stopped_by(lambda: False):
+        assert len(model.tokenize(UNKNOWN * 1000)) == 4001
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_stops_it(model):
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        model.tokenize(UNKNOWN * 2_000_000)
+    assert time.monotonic() - began_s < PATIENCE_S

@@ -1,0 +1,203 @@
+"""From learned sums to a sidecar that a model adopts, on tiny random models."""
+
+import time
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pop_converter.gguf.header import read_header
+from pop_converter.popfile.format import Budget, read_pop_meta
+from pop_converter.popfile.sidecar import sidecar_meta, write_sidecar
+from pop_converter.projection import Projection
+from pop_local.cli import app
+from pop_local.engine.learning import learner as learning
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.measure import gradual
+from pop_local.models.learned import learned_files
+from pop_local.models.sidecars import sidecar_of
+from pop_local.server.app import create_app
+from pop_local.ui.chat import refill
+from pop_local.ui.chat.dialogue import Dialogue
+from pop_local.workflows import learning as lessons_module
+from pop_local.workflows.conversion import within
+from pop_local.workflows.learning import Lessons
+from support.calibrating import fitted_at, planned, settings, words
+from support.calls import last_logits, opened, prompt, read
+from support.scripted import Transcript
+from support.serving import asking
+from support.synthetic import TEMPLATE, make_gguf
+
+N = 512
+ANY = Budget(
+    "any",
+    max_kl=1e9,
+    max_ppl_ratio=1e9,
+    max_copy_ratio=1e9,
+    least_retention=-1e9,
+    max_lost_recall=1.0,
+)
+NONE = Budget(
+    "none",
+    max_kl=1e-9,
+    max_ppl_ratio=0.5,
+    max_copy_ratio=0.5,
+    least_retention=0.9,
+    max_lost_recall=0.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(gradual, "N_FIRST_WINDOWS", 1)
+    monkeypatch.setattr(within, "N_DOCUMENTS", 2)
+    monkeypatch.setattr(lessons_module, "LEAST_WINDOWS", 1)
+    monkeypatch.setattr(learning, "N_APART", 3)
+
+
+def never() -> bool:
+    return False
+
+
+def wait_for(condition):
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    return make_gguf(tmp_path / "plain.gguf", "llama", chat_template=TEMPLATE)
+
+
+def taught(path, budget=ANY, n_prompts=3, **options) -> Any:
+    """A model that has read enough for a fit, and its teacher."""
+    model = opened(path, n_batch=N, n_ubatch=N, n_ctx=4 * N, **options)
+    model.learn(1 << 30)
+    lessons = Lessons(model, budget)
+    for seed in range(n_prompts):
+        read(model, prompt(3 * N, seed))
+    return model, lessons
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3moe"])
+def test_a_model_that_was_never_converted_prunes_after_some_prompts(arch, tmp_path):
+    path = make_gguf(tmp_path / "plain.gguf", arch)
+    model, lessons = taught(path)
+    lesson = lessons.idle(never)
+    assert lesson.boundary == model.learner.boundaries[0] == 4
+    assert lesson.speedup_limit > 1.2 and lesson.n_rows == model.learned.n_rows
+    before = last_logits(model)
+    n_cached = model.cache.n_tokens
+    model.adopt(lesson.sidecar)
+    assert (model.mode, model.boundary) == (Mode.CONTEXT, 4)
+    # Rows that were read in full are the full model's, and stay.
+    assert model.cache.n_tokens == model.cache.n_exact == n_cached
+    assert model.read(Prompt(prompt(3 * N, 2))).n_cached == n_cached - 1
+    np.testing.assert_allclose(last_logits(model), before, atol=0.01)
+    found = model.read(Prompt(prompt(3 * N, 9)))
+    assert found.counters.n_context > 1000
+    meta: Any = sidecar_meta(read_header(lesson.sidecar))
+    assert meta.calibration.n_tokens == lesson.n_rows
+    assert meta.measured.kl_mean == pytest.approx(lessons.loss.kl)
+
+
+def test_the_next_start_finds_what_was_learned(plain):
+    model, lessons = taught(plain)
+    lesson = lessons.idle(never)
+    model.close()
+    assert sidecar_of(model.context.source) == lesson.sidecar
+    assert read_pop_meta(plain) is None
+    [files] = learned_files()
+    assert files.sidecar == lesson.sidecar
+    shown = CliRunner().invoke(app, ["learn", "show", "--json"]).stdout
+    assert '"pruned_from": 4' in shown and f'"n_tokens": {lesson.n_rows}' in shown
+    assert CliRunner().invoke(app, ["learn", "forget", str(plain)]).exit_code == 0
+    assert not learned_files() and sidecar_of(model.context.source) is None
+    assert "Nothing was learned" in CliRunner().invoke(app, ["learn", "show"]).stderr
+
+
+def test_a_fit_that_loses_too_much_is_not_taken(plain):
+    model, lessons = taught(plain, NONE)
+    assert lessons.idle(never) is None
+    assert not lessons.has_work  # until there is more
+    assert sidecar_of(model.context.source) is None
+
+
+def test_a_stop_at_any_time_is_made_up_for(plain):
+    model, lessons = taught(plain)
+    stops = 0
+    for patience in count(2, 40):
+        asked = count(1)
+        lesson = lessons.idle(lambda: next(asked) >= patience)  # noqa: B023
+        if lesson:
+            break
+        stops += 1
+        assert sidecar_of(model.context.source) is None
+    assert stops > 3 and lesson.boundary == 4
+
+
+def test_a_later_fit_must_be_better(plain, monkeypatch):
+    model, lessons = taught(plain)
+    model.adopt(lessons.idle(never).sidecar)
+    assert not lessons.has_work
+    model.set_mode(Mode.OFF)
+    for seed in range(3, 6):
+        read(model, prompt(3 * N, seed))
+    assert lessons.has_work
+    better = lessons.idle(never)
+    # Random text teaches nothing more, but whether it did is what decides.
+    assert better is None or better.boundary == 4
+    assert lessons.loss.n_windows > 1
+
+
+@pytest.mark.parametrize("kind", [Projection.FITTED, Projection.WIDE, Projection.ATTENTION])
+def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
+    [made] = fitted_at((5,), plain, settings(words(tmp_path)), projections=(kind,))
+    # A bias that no text explains.
+    worse = [
+        replace(each, data=np.full(each.dims, 3.0, np.float32).tobytes())
+        if each.name.endswith(".bias")
+        else each
+        for each in made.tensors
+    ]
+    made, sidecar = replace(made, tensors=tuple(worse)), tmp_path / "fitted.gguf"
+    write_sidecar(planned(plain, 5, kind), plain, sidecar, fitted=made)
+    model, lessons = taught(plain, sidecar=sidecar, keep_states=True, n_prompts=0)
+    for seed in range(3):
+        read(model, prompt(3 * N, seed))
+        model.refill()
+    lesson = lessons.idle(never)
+    assert model.learner.boundaries == (5,)
+    assert lesson.boundary == 5
+    model.adopt(lesson.sidecar)
+    assert model.meta.projection == kind
+
+
+def test_a_chat_says_that_it_learned(plain):
+    model, lessons = taught(plain)
+    screen = Transcript()
+    sampling = {"temperature": 0.0, "max_tokens": 4}
+    chat = Dialogue(model, lambda *_: model, screen, sampling=sampling, teach=lambda _: lessons)
+    with refill.idling(chat):
+        wait_for(lambda: not lessons.has_work)
+    assert "# Learned from" in screen.shown
+    assert "times as fast from now on. /full on compares." in screen.shown
+    chat.ask("a b c d " * 300)
+    assert chat.session.answer_stats[-1].n_pruned > 0
+
+
+def test_a_server_says_which_fit_read_a_prompt(plain):
+    model, lessons = taught(plain)
+    with asking(create_app(model, "tiny", teacher=lessons)) as client:
+        wait_for(lambda: model.boundary)
+        body = {"prompt": "a b c d " * 300, "max_tokens": 2}
+        used = client.post("/v1/completions", json=body).json()["usage"]["pop"]
+    assert used["n_pruned"] > 0
+    assert used["fit"].startswith("prompts that were read here")
