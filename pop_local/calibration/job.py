@@ -26,10 +26,10 @@ from pop_local.calibration.state import State, load, save
 from pop_local.calibration.texts import (
     N_WINDOW,
     CalibrationText,
+    given_sha256,
     given_text,
     own_text,
     sampled,
-    whole_text,
 )
 from pop_local.engine.images.mmproj import ImageChunk
 from pop_local.engine.images.pictures import Picture
@@ -145,8 +145,8 @@ class _Job:
             return self._given
         options, n_embd = self._options, self._shape.n_embd
         count = options.n_tokens(n_embd) // N_WINDOW
-        if options.text:
-            return given_text(self._model, options.text, count, n_embd)
+        if options.texts:
+            return given_text(self._model, options.texts, count, n_embd)
         return own_text(self._model, count)
 
     def _sampled(self, done: int, total: int) -> None:
@@ -245,12 +245,13 @@ def _identity(
 ) -> str:
     """Return a text that differs wherever two calibrations would."""
     parts: list[object] = [part.path.stat().st_mtime_ns for part in source.parts]
-    if options.text:
-        parts.append(hashlib.sha256(whole_text(options.text).encode()).hexdigest())
+    n_tokens = options.n_tokens(plans[0].shape.n_embd)
+    if options.texts:
+        parts.append(given_sha256(options.texts, n_tokens // N_WINDOW))
     if options.mmproj:
         parts.append(images_identity(options.mmproj, pictures))
     parts += [source.name, source.size_bytes]
     parts += [(plan.schedule, plan.projection) for plan in plans]
-    parts += [*map(tuple, chain.from_iterable(groups)), options.n_tokens(plans[0].shape.n_embd)]
+    parts += [*map(tuple, chain.from_iterable(groups)), n_tokens]
     parts += [options.ridge, options.weighting.value, options.kv_type.value]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

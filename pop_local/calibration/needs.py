@@ -105,7 +105,7 @@ def fit_needs(
     """Return what a fit of all plans takes. Raises CalibrationError for too few tokens."""
     plans = in_kinds(plans, options, kinds)
     n_windows = options.n_tokens(plans[0].shape.n_embd) // N_WINDOW
-    n_sampled = n_sampled_of(n_windows) if options.text is None else 0
+    n_sampled = n_sampled_of(n_windows) if not options.texts else 0
     return plan_needs(plans, source, options, n_sampled)
 
 

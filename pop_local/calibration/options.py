@@ -13,7 +13,7 @@ class FitOptions:
     """How to fit the K/V projections of skipped layers.
 
     `projection`: a kind of fit (pop_converter.popfile.format), None for the better one, measured.
-    `tokens`: how many to read, None for a number by the model. `text`: a file or a folder, None for
+    `tokens`: how many to read, None for a number by the model. `texts`: files and folders, none for
     Python's documentation and code, and samples of the model. `memory_bytes`: for the sums of a
     pass over the text, None for half of what is free. `state_path`: where a stopped fit is kept,
     None for nowhere. `mmproj`: with it the fit is on pictures, too: those in the folder `images`,
@@ -22,7 +22,7 @@ class FitOptions:
     """
 
     tokens: int | None = None
-    text: Path | None = None
+    texts: tuple[Path, ...] = ()
     kv_type: KvType = KvType.Q8_0
     ridge: float = RIDGE
     weighting: Weighting = Weighting.ATTENTION
@@ -39,7 +39,7 @@ class FitOptions:
         from pop_local.calibration.texts import DEFAULT_NAME
 
         shown = f"; pictures ({self.images or 'drawn'})" if self.mmproj else ""
-        return f"{self.text or DEFAULT_NAME}{shown}"
+        return f"{', '.join(map(str, self.texts)) or DEFAULT_NAME}{shown}"
 
     def n_tokens(self, n_embd: int) -> int:
         """Return how many tokens are read, in whole windows.
@@ -66,8 +66,8 @@ class FitOptions:
         from pop_local.calibration.texts import require_text
 
         self.n_tokens(n_embd)
-        if self.text is not None:
-            require_text(self.text, n_embd)
+        if self.texts:
+            require_text(self.texts, n_embd)
         if self.mmproj is not None:
             from pop_local.calibration.images import pictures_of
             from pop_local.engine.images.mmproj import fingerprint

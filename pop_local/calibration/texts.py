@@ -2,10 +2,11 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from pop_local.base.errors import PopError
 from pop_local.calibration.loaded import LoadedModel
 from pop_local.calibration.samples import NOT_SAMPLED, sample_windows
-from pop_local.texts.decoding import decoded, read_bytes, read_text
+from pop_local.texts.decoding import decoded, read_bytes
+from pop_local.texts.folders import read_kinds
 
 Windows = NDArray[np.int32]
+T = TypeVar("T")
 
 N_WINDOW = 512
 SEED = 0
@@ -95,14 +98,12 @@ def own_text(model: LoadedModel, count: int) -> CalibrationText:
     beginnings yet: `sampled` completes them.
     """
     n_cut = count - n_sampled_of(count)
-    texts = _texts()
-    shares = np.array_split(np.arange(n_cut), len(texts))
-    cut = [_cut(model, text, len(share)) for text, share in zip(texts, shares, strict=True)]
+    cut = _spread(model, [_texts()], n_cut)
     starts = _starts(model, count - n_cut)
     begun = np.full((len(starts), N_WINDOW), NOT_SAMPLED, np.int32)
     for row, start in zip(begun, starts, strict=True):
         row[: len(start)] = start
-    return CalibrationText(DEFAULT_NAME, "", np.concatenate([*cut, begun]))
+    return CalibrationText(DEFAULT_NAME, "", np.concatenate([cut, begun]))
 
 
 def sampled(
@@ -128,71 +129,96 @@ def _starts(model: LoadedModel, n_sampled: int) -> list[list[int]]:
 
 
 def to_distill(
-    model: LoadedModel, text: CalibrationText, path: Path | None, n_windows: int
+    model: LoadedModel, text: CalibrationText, paths: Sequence[Path], n_windows: int
 ) -> Windows:
-    """Return the windows of a calibration, and more of its texts, or of what `path` holds.
+    """Return the windows of a calibration, and more of its texts, or of what `paths` hold.
 
     They are `n_windows`, fewer where a text has no more that are different.
     """
-    texts = [whole_text(path)] if path else _texts()
-    shares = np.array_split(np.arange(n_windows), len(texts))
-    more = [_cut(model, each, len(share)) for each, share in zip(texts, shares, strict=True)]
-    every = np.concatenate([text.windows, *more])
+    shelves = _shelves(paths, n_windows) if paths else [_texts()]
+    every = np.concatenate([text.windows, _spread(model, shelves, n_windows)])
     _, first = np.unique(every, axis=0, return_index=True)
     return every[np.sort(first)[:n_windows]]
 
 
-def given_text(model: LoadedModel, path: Path, count: int, n_embd: int) -> CalibrationText:
-    """Cut windows out of a text, spread evenly; of a shorter text, all there are.
+def given_text(
+    model: LoadedModel, paths: Sequence[Path], count: int, n_embd: int
+) -> CalibrationText:
+    """Cut windows out of texts, as many of each path, and in a folder as many of each kind.
 
-    Raises CalibrationError when the text is empty, binary, too short, or of one phrase.
+    Those too short for their share leave it to the others. Within a text they are spread evenly.
+    Raises CalibrationError when the texts are empty, binary, too short, or of one phrase.
     """
-    text = whole_text(path)
-    windows = _cut(model, text, count)
-    least = least_tokens(n_embd)
+    shelves = _shelves(paths, count)
+    windows, least = _spread(model, shelves, count), least_tokens(n_embd)
     if windows.size < least:
         found = f"{windows.size:,} tokens in whole windows of {N_WINDOW}"
-        raise _too_short(path, found, least)
+        raise _too_short(paths, found, least)
     if np.unique(windows).size < _LEAST_DISTINCT:
         raise CalibrationError(
-            f"{path} repeats itself: it has fewer than {_LEAST_DISTINCT} different tokens",
+            f"{_names(paths)} repeats itself: fewer than {_LEAST_DISTINCT} tokens are different",
             "give a text of ordinary variety, or none: the default needs no file",
         )
-    return CalibrationText(path.name, hashlib.sha256(text.encode()).hexdigest(), windows)
+    return CalibrationText(_names(paths), _sha256(shelves), windows)
 
 
-def require_text(path: Path, n_embd: int) -> None:
+def given_sha256(paths: Sequence[Path], count: int) -> str:
+    """Return the hash of all text that `count` windows are cut out of. Raises PopError."""
+    return _sha256(_shelves(paths, count))
+
+
+def _sha256(shelves: Sequence[Sequence[str]]) -> str:
+    return hashlib.sha256("\n\n".join(chain.from_iterable(shelves)).encode()).hexdigest()
+
+
+def require_text(paths: Sequence[Path], n_embd: int) -> None:
     """Raise PopError where `given_text` certainly would, without a model to count tokens."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise CalibrationError(
-            f"{path} is neither a file nor a folder", "save the text first: it is read twice"
-        )
-    n_bytes, least = len(whole_text(path).encode()), least_tokens(n_embd)
+    for path in paths:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CalibrationError(
+                f"{path} is neither a file nor a folder", "save the text first: it is read twice"
+            )
+    least = least_tokens(n_embd)
+    texts = chain.from_iterable(_shelves(paths, least // N_WINDOW))
+    n_bytes = sum(len(text.encode()) for text in texts)
     if n_bytes < least:
-        raise _too_short(path, f"{n_bytes:,} bytes", least)
+        raise _too_short(paths, f"{n_bytes:,} bytes", least)
 
 
-def _too_short(path: Path, found: str, least: int) -> CalibrationError:
+def _too_short(paths: Sequence[Path], found: str, least: int) -> CalibrationError:
     return CalibrationError(
-        f"{path} has {found}: this model needs {least:,} tokens",
+        f"{_names(paths)} has {found}: this model needs {least:,} tokens",
         "give more text, or none: the default needs no file",
     )
 
 
-def whole_text(path: Path) -> str:
-    """Read a file, or all texts below a folder in the order of their names. Raises PopError."""
-    if not path.is_dir():
-        return read_text(path)
-    parts: list[str] = []
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            content = read_bytes(file)
-            with suppress(PopError):
-                parts.append(decoded(content, str(file)))
-    text = "\n\n".join(parts)
-    if not text.strip():
-        raise CalibrationError(f"{path} holds no text", "give a file, or a folder of text files")
-    return text
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name or str(path) for path in paths)
+
+
+def _shelves(paths: Sequence[Path], count: int) -> list[list[str]]:
+    """Return the texts of each path: no more of a kind than `count` windows may need."""
+    return read_kinds(paths, count * N_WINDOW * _MAX_CHARS_PER_TOKEN)
+
+
+def _spread(model: LoadedModel, shelves: Sequence[Sequence[str]], count: int) -> Windows:
+    """Cut windows: as many of each shelf, and as many of each text on it."""
+
+    def of_shelf(shelf: Sequence[str], n: int) -> Windows:
+        return _shared(shelf, n, len, lambda text, n: _cut(model, text, n))
+
+    return _shared(shelves, count, lambda shelf: sum(map(len, shelf)), of_shelf)
+
+
+def _shared(
+    parts: Sequence[T], count: int, size: Callable[[T], int], cut: Callable[[T, int], Windows]
+) -> Windows:
+    """Cut in equal shares; what a part is too short for goes to the longer ones."""
+    found: list[Windows] = []
+    for n_open, part in zip(range(len(parts), 0, -1), sorted(parts, key=size), strict=True):
+        found.append(cut(part, count // n_open))
+        count -= len(found[-1])
+    return np.concatenate(found)
 
 
 def _texts() -> list[str]:

@@ -51,10 +51,7 @@ class HowOptions(Group):
         " minutes), fitted-wide (to more than the token itself) or fitted-attention (also to what"
         " the first skipped layer's attention gives). Default: what measures best for its cost.",
     )
-    text: Path | None = option(
-        "Text to fit on. Default: documentation, code and samples of the model.",
-        "FILE|DIR",
-    )
+    text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
     distill: bool = option(
         "Train the fit end to end, too: it copies better. This takes minutes for each boundary that"
         " is tried. Needs torch; for dense models of llama, qwen2, qwen3, gemma2 and gemma3.",
@@ -166,8 +163,9 @@ def convert(
         raise typer.BadParameter("--images goes with --mmproj", param_hint="--images")
     if fitting.distill_tokens is not None and not how.distill:
         raise typer.BadParameter("it goes with --distill", param_hint="--distill-tokens")
-    others = {"text": how.text, "mmproj": fitting.mmproj, "images": fitting.images}
-    fit = fitting.fit(**others, distill_tokens=fitting.distill_tokens)
+    others = {"mmproj": fitting.mmproj, "images": fitting.images}
+    texts = tuple(how.text or ()) or None
+    fit = fitting.fit(texts=texts, distill_tokens=fitting.distill_tokens, **others)
     if how.projection is Projection.OWN:
         opt.no_fit(fit, "--projection own fits nothing")
         if how.resume or how.distill:

@@ -72,7 +72,7 @@ class EvalFitOptions(opt.FittingOptions):
     weighting: Weighting | None = option(
         "Whether tokens count by the attention that they get. Default: attention."
     )
-    fit_text: Path | None = option("Text to fit on. Default: convert's.", "FILE|DIR")
+    fit_text: list[Path] | None = option(opt.FIT_TEXTS, "FILE|DIR")
 
 
 @unfolded
@@ -106,7 +106,8 @@ def eval(  # noqa: A001
             "no facts are asked with --no-boundary: leave --recall and --documents out"
         )
     boundaries = _boundaries(at, sweep)
-    given = fitting.fit(text=fitting.fit_text, ridge=fitting.ridge, weighting=fitting.weighting)
+    texts = tuple(fitting.fit_text or ()) or None
+    given = fitting.fit(texts=texts, ridge=fitting.ridge, weighting=fitting.weighting)
     if not fit:
         opt.no_fit(given, "there is no --fit")
     elif measured.sidecar is not None:

@@ -62,6 +62,10 @@ _SIDECAR = (
     "The model's sidecar. Default: NAME.pop-sidecar.gguf beside it, or one that comes with"
     " pop-local."
 )
+FIT_TEXTS = (
+    "Text to fit on, read in equal shares; repeatable. Default: documentation, code and samples of"
+    " the model."
+)
 MMPROJ = "What lets the model see pictures. Default: the mmproj*.gguf beside it, if there is one."
 SELECT = (
     "Context tokens to run in full because the question needs them: 10%, 0 for none. Default: what"

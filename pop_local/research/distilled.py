@@ -92,7 +92,7 @@ class Distiller:
     def _windows(self, plan: Plan, text: CalibrationText) -> Windows:
         n_windows = self.options.n_distilled(plan.shape.n_embd)
         with LoadedModel(self.source.first.path, **vars(self.hardware)) as model:
-            return to_distill(model, text, self.options.text, n_windows)
+            return to_distill(model, text, self.options.texts, n_windows)
 
     def read(self, first: int, windows: Windows, device: TorchDevice) -> Reference:
         """Read windows [n_windows, N_WINDOW] in full, for boundaries from `first` on."""

@@ -1,8 +1,10 @@
-"""The text of a file: plain text in any language, PDF and DOCX.
+"""The text of a file: plain text in any language, mail, PDF and DOCX.
 
 pypdf and python-docx come with the extra `documents` and are imported when such a file is read.
 """
 
+import email
+import email.policy
 import io
 import logging
 import os
@@ -13,7 +15,7 @@ from typing import Any, BinaryIO
 from pop_local.base.errors import PopError
 from pop_local.base.files import read_file
 from pop_local.engine.sessions.conversation import Document
-from pop_local.texts.decoding import decoded
+from pop_local.texts.decoding import decoded, read_text
 
 MAX_BYTES = 100_000_000
 # A DOCX may grow by this when unpacked: its XML takes twelve times as much memory.
@@ -22,7 +24,7 @@ EXTRA_HINT = "install the readers: pip install 'pop-local[documents]'"
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
-    """Read a document: plain text, PDF or DOCX.
+    """Read a document: plain text, mail, PDF or DOCX.
 
     Raises OSError when it cannot be read, PopError when it is no text, holds none or is too large.
     """
@@ -32,6 +34,18 @@ def read_document(path: str | os.PathLike[str]) -> Document:
             f"{path} holds no text", "give one that does; pictures of text need an OCR first"
         )
     return document
+
+
+def read_text_of(path: Path) -> str:
+    """Return the text of a document, plain text of any length. Raises PopError."""
+    if path.suffix.lower() not in _READERS:
+        return read_text(path)
+    try:
+        # A PDF may have halves of characters.
+        return read_document(path).text.encode(errors="replace").decode()
+    except OSError as error:
+        hint = "give a file that can be read"
+        raise PopError(f"cannot read {path}: {error.strerror}", hint) from error
 
 
 def _read(path: Path) -> Document:
@@ -106,6 +120,13 @@ def _docx(path: Path, content: bytes) -> str:
     return "\n\n".join(text for text in texts if text.strip())
 
 
+def _mail(path: Path, content: bytes) -> str:
+    message = email.message_from_bytes(content, policy=email.policy.default)
+    head = [f"{name}: {message[name]}" for name in ("From", "To", "Date", "Subject")]
+    body = message.get_body(("plain", "html"))
+    return "\n".join([*head, "", body.get_content() if body else ""])
+
+
 def _table(table: Any) -> str:
     """Take each cell once; `row.cells` would repeat one for each column that it spans."""
     rows = ([_cell(cell) for cell in row.tc_lst] for row in table._tbl.tr_lst)
@@ -118,5 +139,6 @@ def _cell(cell: Any) -> str:
 
 _READERS = {
     ".pdf": ("PDF", "a PDF, and pypdf", _pdf),
+    ".eml": ("mail", "", _mail),
     ".docx": ("DOCX", "DOCX, and python-docx", _docx),
 }

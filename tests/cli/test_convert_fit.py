@@ -155,6 +155,15 @@ def test_where_it_is_cheap_the_kind_is_measured(tmp_path, words, short_examinati
     assert "Projections are fitted-wide: " in done.stderr
 
 
+def test_several_texts(tiny, tmp_path, words, short_examination):
+    notes = tmp_path.parent / f"{tmp_path.name}-notes"
+    notes.mkdir()
+    (notes / "note.md").write_text(" ".join(f"note{number}" for number in range(3000)))
+    done = convert(tiny, "--text", words, "--text", notes, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["calibration"]["name"] == f"words.txt, {notes.name}"
+
+
 def test_one_skipped_layer_needs_no_fit(tiny, tmp_path):
     assert convert(tiny, "--skip", 1).exit_code == 0
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")

@@ -64,7 +64,7 @@ def attention(path: Path, tokens: Sequence[int], layers: Sequence[int]) -> list[
 
 
 def settings(text: Path, **others: object) -> FitOptions:
-    made = FitOptions(N_TOKENS, text, kv_type=KvType.F32, memory_bytes=1 << 30)
+    made = FitOptions(N_TOKENS, (text,), kv_type=KvType.F32, memory_bytes=1 << 30)
     return replace(made, **others)  # type: ignore[arg-type]
 
 

@@ -18,7 +18,6 @@ from pop_local.calibration.texts import (
     own_text,
     sampled,
     to_distill,
-    whole_text,
 )
 from support.calibrating import SILENT, fitted, settings
 from support.synthetic import make_gguf
@@ -32,18 +31,11 @@ def test_default_tokens_grow_with_the_model():
     ("content", "message"),
     [(b"", "no text"), (b" \n", "no text"), (b"ab\0cd", "binary"), (b"\xff\xfe\xfa", "not UTF-8")],
 )
-def test_texts_that_are_none_are_refused(content: bytes, message: str, tmp_path: Path):
+def test_texts_that_are_none_are_refused(llama, content: bytes, message: str, tmp_path: Path):
     path = tmp_path / "text"
     path.write_bytes(content)
-    with pytest.raises(PopError, match=message):
-        whole_text(path)
-
-
-def test_a_folder_is_all_its_texts(tmp_path: Path):
-    (tmp_path / "b.txt").write_text("second")
-    (tmp_path / "a.md").write_text("first")
-    (tmp_path / "c.bin").write_bytes(b"\0")
-    assert whole_text(tmp_path) == "first\n\nsecond"
+    with LoadedModel(llama, n_threads=1) as model, pytest.raises(PopError, match=message):
+        given_text(model, (path,), 4, 128)
 
 
 def test_too_little_text_says_how_much_is_needed(llama: Path, tmp_path: Path):
@@ -62,13 +54,34 @@ def test_one_phrase_over_and_over_is_refused(llama: Path, tmp_path: Path):
         fitted(llama, settings(path))
 
 
+def test_no_folder_drowns_another(llama: Path, tmp_path: Path):
+    """Each path has an equal share; in a folder, each kind of files has."""
+    code, notes = tmp_path / "code", tmp_path / "notes.md"
+    for folder, n in (("large", 400), ("small", 2)):
+        (code / folder).mkdir(parents=True)
+        for i in range(n):
+            words = " ".join(f"{folder}{i}of{word}" for word in range(300))
+            (code / folder / f"{i}.py").write_text(words)
+    notes.write_text(" ".join(f"note{word}" for word in range(2000)))
+    with LoadedModel(llama, n_threads=1) as model:
+        text = given_text(model, (code, notes), 12, 128)
+        marks = {name: model.tokenize(name) for name in ("large", "small", "note")}
+        shown = ["".join(map(chr, row)) for row in text.windows.tolist()]
+        counts = {
+            name: sum("".join(map(chr, mark)) in row for row in shown)
+            for name, mark in marks.items()
+        }
+    assert text.name == "code, notes.md" and len(text.windows) == 12
+    assert counts == {"large": 3, "small": 3, "note": 6}
+
+
 def test_what_is_distilled_on_are_different_windows(llama: Path, tmp_path: Path):
     path = tmp_path / "words.txt"
     path.write_text(" ".join(f"w{number}" for number in range(3000)))
     with LoadedModel(llama, n_threads=1) as model:
-        text = given_text(model, path, 4, 128)
-        windows = to_distill(model, text, path, 128)
-        few = to_distill(model, text, path, 6)
+        text = given_text(model, (path,), 4, 128)
+        windows = to_distill(model, text, (path,), 128)
+        few = to_distill(model, text, (path,), 6)
     assert windows[:4].tolist() == text.windows.tolist()
     assert 8 < len(windows) == len(np.unique(windows, axis=0)) < 128
     assert few[:4].tolist() == text.windows.tolist() and len(few) == 6

@@ -63,7 +63,7 @@ def test_the_fit_equals_direct_least_squares(arch, weighting, letters, tmp_path)
     path = make_gguf(tmp_path / "model.gguf", arch)
     tensors = {t.name: t for t in fitted(path, settings(letters, weighting=weighting)).tensors}
     with LoadedModel(path, n_threads=1) as model:
-        windows = given_text(model, letters, N_TOKENS // N_WINDOW, 128).windows
+        windows = given_text(model, (letters,), N_TOKENS // N_WINDOW, 128).windows
     shown = recorded(path, windows.tolist())
     x = np.concatenate(
         [fit.with_bias(fit.normalised(each.states[BOUNDARY][1:], 1e-6)) for each in shown]
@@ -153,7 +153,7 @@ def test_a_resumed_fit_equals_one_without_a_stop(
 
 def test_what_was_sampled_until_a_stop_is_kept(tmp_path, monkeypatch):
     path = make_gguf(tmp_path / "chat.gguf", "llama", chat_template=TEMPLATE)
-    kept = replace(settings(tmp_path), text=None, state_path=tmp_path / "state")
+    kept = replace(settings(tmp_path), texts=(), state_path=tmp_path / "state")
     drawn: list[int] = []
 
     def counted(logits, chance, real=samples.draw):

@@ -106,7 +106,7 @@ def test_the_fit_equals_direct_least_squares(arch, kind, letters, tmp_path):
     options = settings(letters, weighting=Weighting.NONE)
     tensors = matrices(fitted(path, options, projection=kind))
     with LoadedModel(path, n_threads=1) as model:
-        windows = given_text(model, letters, N_TOKENS // N_WINDOW, 128).windows
+        windows = given_text(model, (letters,), N_TOKENS // N_WINDOW, 128).windows
     heads = (BOUNDARY,) if kind == ATTENTION else ()
     shown = recorded(path, windows.tolist(), heads=heads)
     x = inputs(path, tensors, shown)

@@ -1,0 +1,66 @@
+"""Text out of files and folders that a person names, by kinds, so that none hides another."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+
+from pop_local.base.errors import PopError
+from pop_local.texts.documents import read_text_of
+
+
+def read_kinds(paths: Sequence[Path], most_chars: int) -> list[list[str]]:
+    """Return the texts of each path: one of a file, one of each kind in a folder.
+
+    A kind is all files that lie below the same folder of the path and whose names end alike. It is
+    read until it has `most_chars`, in an order by chance that is always the same. Left out are
+    files that are no text, texts that were there before, and names that begin with a dot. Raises
+    PopError for a path that cannot be read, or adds no text.
+    """
+    seen: set[str] = set()
+    found: list[list[str]] = []
+    for path in paths:
+        if path.is_dir():
+            texts = _in_folder(path, most_chars, seen)
+        else:
+            texts = [*_new(read_text_of(path), seen)]
+        found.append(texts)
+        if not texts:
+            raise PopError(
+                f"{path} holds no text, or copies of what was read before",
+                "give a file of its own, or a folder of text files",
+            )
+    return found
+
+
+def _in_folder(folder: Path, most_chars: int, seen: set[str]) -> list[str]:
+    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    shown = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    shown.sort(key=lambda file: (_kind(file), _sha256(file.as_posix())))
+    texts = [_joined(folder, kind, most_chars, seen) for _, kind in groupby(shown, _kind)]
+    return [text for text in texts if text]
+
+
+def _kind(file: Path) -> tuple[str, str]:
+    return "" if len(file.parts) == 1 else file.parts[0], file.suffix.lower()
+
+
+def _joined(folder: Path, files: Iterator[Path], most_chars: int, seen: set[str]) -> str:
+    parts: list[str] = []
+    for file in files:
+        with suppress(PopError):
+            parts += _new(read_text_of(folder / file), seen)
+        if sum(map(len, parts)) >= most_chars:
+            break
+    return "\n\n".join(parts)
+
+
+def _new(text: str, seen: set[str]) -> Iterator[str]:
+    if (sha256 := _sha256(text)) not in seen:
+        seen.add(sha256)
+        yield text
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()

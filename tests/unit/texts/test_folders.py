@@ -1,0 +1,67 @@
+"""Texts of files and folders: which are read, how they are grouped, what is left out."""
+
+from pathlib import Path
+
+import pytest
+
+from pop_local.base.errors import PopError
+from pop_local.texts.folders import read_kinds
+
+MAIL = b"""From: a@example.org
+To: b@example.org
+Subject: =?utf-8?q?L=C3=A4ufer?=
+Content-Type: text/plain; charset=utf-8
+Content-Transfer-Encoding: base64
+
+R3LDvMOfZQo=
+"""
+
+
+def write(folder: Path, **contents: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name.replace("_", ".")).write_bytes(content)
+
+
+def test_a_folder_is_read_by_kinds(tmp_path: Path):
+    write(tmp_path, a_md=b"note", b_bin=b"\0", c_txt=b"first", d_txt=b"second")
+    write(tmp_path / "code" / "deep", a_py=b"code", copy_py=b"note")
+    write(tmp_path / "code", b_c=b"other", b_py=b"more")
+    write(tmp_path / ".git", config_txt=b"hidden")
+    [texts] = read_kinds([tmp_path], 100)
+    assert [set(text.split("\n\n")) for text in texts] == [
+        {"note"},
+        {"first", "second"},
+        {"other"},
+        {"code", "more"},
+    ]
+
+
+def test_a_kind_is_read_no_further_than_is_wanted(tmp_path: Path):
+    for i in range(50):
+        write(tmp_path, **{f"{i}_txt": b"%09d" % i})
+    [[text]] = read_kinds([tmp_path], 30)
+    numbers = text.split("\n\n")
+    assert len(numbers) == 4 and numbers != sorted(numbers)
+    assert read_kinds([tmp_path], 30) == [[text]]
+
+
+def test_copies_count_once_and_mail_is_its_body(tmp_path: Path):
+    write(tmp_path / "mail", a_eml=MAIL, b_eml=MAIL)
+    write(tmp_path / "again", a_eml=MAIL, c_txt=b"text")
+    mail, again = read_kinds([tmp_path / "mail", tmp_path / "again"], 100)
+    assert len(mail) == 1 and mail[0].count("Subject: Läufer") == 1 and "\n\nGrüße" in mail[0]
+    assert again == ["text"]
+
+
+def test_what_holds_no_text_is_refused(tmp_path: Path):
+    write(tmp_path / "other", a_bin=b"\0")
+    write(tmp_path / "more", a_txt=b"text")
+    text = tmp_path / "more" / "a.txt"
+    for message, *paths in (
+        ("other holds no text", tmp_path / "other"),
+        ("cannot read", text, tmp_path / "nowhere"),
+        ("more holds no text, or copies", text, text.parent),
+    ):
+        with pytest.raises(PopError, match=message):
+            read_kinds(paths, 100)
