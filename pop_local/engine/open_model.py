@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.gguf.source import Source, read_source
-from pop_converter.popfile.format import PopMeta
+from pop_converter.popfile.format import PopMeta, pop_meta
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import PopError
 from pop_local.engine.answer import Answering, Parts, answer
@@ -25,7 +25,7 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.depth.refiller import Refiller
 from pop_local.engine.images.mmproj import Mmproj
 from pop_local.engine.images.pictures import Picture, has_pillow
-from pop_local.engine.learning.learner import Learned, Learner, default_memory
+from pop_local.engine.learning.learner import N_WINDOW, Learned, Learner, default_memory
 from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.llama import backend
 from pop_local.engine.llama.backend import Mode
@@ -129,9 +129,11 @@ class OpenModel:
     def close(self) -> None:
         """Free the model; where a prompt is read, by the same thread, that is stopped first."""
         self.refiller.online.end()
-        if self.learner is not None:
-            self.learner.detach()
-        self.context.close()
+        try:
+            if self.learner is not None:
+                self.learner.detach()
+        finally:
+            self.context.close()
         if self.eye is not None and self.context.is_closed:
             self.eye.close()
 
@@ -143,10 +145,18 @@ class OpenModel:
         `memory_bytes`: for what is kept, None for a part of what is free. Raises PopError for a
         model that cannot be pruned by fits, or computes elsewhere.
         """
-        if self.exact or self.context.options.rpc or self.shape.no_refill:
+        options = self.context.options
+        cannot = self.exact or options.rpc or self.shape.no_refill
+        if cannot or pop_meta(self.context.source.first) is not None:
             raise PopError(
-                "nothing can be learned of this model: it leaves layers out exactly, its rows have"
-                " several positions, or they are computed on another machine",
+                "nothing can be learned of this model: it is converted itself, leaves layers out"
+                " exactly, its rows have several positions, or are computed on another machine",
+                "open it without learning",
+                cause="cannot-learn",
+            )
+        if not N_WINDOW <= self.context.n_ubatch == self.context.n_batch:
+            raise PopError(
+                f"learning needs batches and ubatches of {N_WINDOW} tokens or more, of one size",
                 "open it without learning",
                 cause="cannot-learn",
             )
@@ -166,13 +176,20 @@ class OpenModel:
         self.context.interrupt.require_idle()
         if self.eye is not None:
             raise PopError("a model that sees is not changed while it is open", "open it again")
-        before, select, keeps = self.cache, self.rule.select or None, self.refills
+        before, select = self.cache, self.rule.select or None
+        was_full = self.can_switch and self.mode is Mode.OFF
         state = before.save() if 0 < before.n_tokens == before.n_exact else None
-        context = self.context
-        self._load(context.source, sidecar, context.options, select, keep_states=True)
-        # Whoever still asks the one before keeps it alive, such as a server's other thread.
-        self.__dict__.pop("macs", None)
-        self._begin(select, keep_states=keeps or self.learner is not None)
+        context, parts = self.context, dict(self.__dict__)
+        try:
+            # Whoever still asks the context before keeps it open, such as a server's other thread.
+            self._load(context.source, sidecar, context.options, select, keep_states=True)
+            self.__dict__.pop("macs", None)
+            self._begin(select, keep_states=self._wants_refill)
+        except BaseException:
+            self.__dict__.update(parts)
+            raise
+        if was_full:
+            self.set_mode(Mode.OFF)
         self.cache.prompts = before.prompts
         if state is not None:
             with suppress(PopError):  # it is read again
@@ -185,7 +202,7 @@ class OpenModel:
     @cached_property
     def token_trie(self) -> LLTokenizer:
         """The vocabulary for Constraint, read when it is first needed."""
-        return tokenizer_of(self.context.vocab)
+        return tokenizer_of(self.context)
 
     @property
     def path(self) -> Path:
@@ -248,7 +265,7 @@ class OpenModel:
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without control tokens and parts of characters at its ends."""
-        pieces = Pieces(self.context.vocab)
+        pieces = Pieces(self.context)
         return b"".join(pieces[token] for token in tokens).decode(errors="ignore")
 
     # Pruning
@@ -321,6 +338,7 @@ class OpenModel:
             )
         can_redo = bool(self.boundary) and not self.no_refill
         self.rule = replace(self.rule, select=share if can_redo else 0.0)
+        self._wants_refill = keep_states
         self.refills = can_redo and keep_states
         self.cache.keep_states(self.refills or self.rule.select > 0)
         if not self.cache.keeps_states:

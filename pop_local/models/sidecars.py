@@ -1,12 +1,14 @@
 """The sidecar of a model: the one beside it, else one that was learned, or is shipped for it."""
 
 import importlib.resources
+from contextlib import suppress
 from pathlib import Path
 
 from pop_converter.gguf.header import read_header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import pop_meta, read_binding
-from pop_converter.popfile.sidecar import SUFFIX, bind, sidecar_beside
+from pop_converter.popfile.sidecar import SUFFIX, bind, read_sidecar, sidecar_beside
+from pop_local.base.errors import FormatError
 from pop_local.config.settings import learned_dir
 from pop_local.models.learned import learned_path
 
@@ -22,8 +24,17 @@ def sidecar_of(base: Source) -> Path | None:
     """
     if pop_meta(base.first) is not None:
         return None
-    learned = learned_path(base, SUFFIX)
-    return sidecar_beside(base) or (learned if learned.is_file() else _shipped(base))
+    return sidecar_beside(base) or _learned(base) or _shipped(base)
+
+
+def _learned(base: Source) -> Path | None:
+    """Return the one that was learned, None where there is none, or a damaged one."""
+    path = learned_path(base, SUFFIX)
+    with suppress(FormatError):
+        if path.is_file():
+            read_sidecar(path, base)
+            return path
+    return None
 
 
 def is_learned(sidecar: Path) -> bool:

@@ -71,7 +71,7 @@ class Tasks:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
-        pieces = Pieces(self._model.context.vocab, special=True)
+        pieces = Pieces(self._model.context, special=True)
         shown = tokens if body.echo or body.logprobs is not None else []
         text = b"".join(pieces[token] for token in shown).decode(errors="replace")
         if body.echo:

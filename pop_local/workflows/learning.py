@@ -34,6 +34,7 @@ from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import measured
 from pop_local.workflows.options import Hardware
 
+_NAME = "prompts that were read here"
 # Windows of what was read, without which nothing is measured.
 LEAST_WINDOWS = 6
 _N_CONTINUATION = 128
@@ -64,7 +65,7 @@ class _LearnedFitter(Fitter):
             if self.bench.watch.should_stop():
                 raise StoppedError
         calibration = Calibration(
-            "prompts that were read here",
+            _NAME,
             hashlib.sha256(gram.xx.tobytes()).hexdigest(),
             gram.n_rows,
             options.ridge,
@@ -92,6 +93,9 @@ class Lessons:
         self._bench = Workbench(context.source, hardware, watch)
         self._search: Search | None = None
         self._next_rows = float(model.learner.learned.n_wanted)
+        meta = model.meta
+        if meta and meta.calibration and meta.calibration.name == _NAME:
+            self._next_rows = max(self._next_rows, _GROWTH * meta.calibration.n_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -125,6 +129,9 @@ class Lessons:
 
     def _tried(self) -> Lesson | None:
         search = self._search = self._search or self._begun()
+        if search is None:  # forgotten meanwhile
+            self._end()
+            return None
         if self._model.boundary and self._in_use is None:
             self._take(self._measured_in_use(search.full))
         chosen = search.run()
@@ -160,15 +167,17 @@ class Lessons:
             is_inside(self._budget, quality),
         )
 
-    def _begun(self) -> Search:
+    def _begun(self) -> Search | None:
         learner, shape = self._learner, self._model.shape
         macs, sums = GraphMacs(self._bench.path), learner.sums()
         plans = []
-        for boundary in sorted(sums.grams, reverse=True):
+        for boundary in sorted(sums.grams.keys() & set(learner.boundaries), reverse=True):
             plan = make_plan(shape, boundary=boundary, projection=Projection.FITTED, macs=macs)
             plain, *wider = learner.summing.projections[boundary]
             kinds = [plain, *(kind for kind in wider if fit_cost(plan, kind) <= MOST_COST[kind])]
             plans.append(replace(plan, projection=kinds[-1]))
+        if not plans:
+            return None
         self._in_use = None
         settings = QualitySettings(
             len(learner.held_out), N_WINDOW - _N_CONTINUATION, _N_CONTINUATION, n_draws=_N_DRAWS
@@ -198,4 +207,5 @@ class Lessons:
 
     def _end(self) -> None:
         self._search = None
-        self._next_rows = self._learner.learned.n_rows * _GROWTH
+        learned = self._learner.learned
+        self._next_rows = max(learned.n_wanted, _GROWTH * learned.n_rows)

@@ -75,7 +75,7 @@ def open_model(
         watch.on_warning(PopError("nothing is selected: this model is not pruned"))
     if in_full:
         opened.set_mode(Mode.OFF)
-    if learns:
+    if learns and not in_full:
         try:
             opened.learn()
         except PopError as error:

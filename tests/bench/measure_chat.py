@@ -120,7 +120,7 @@ class Child:
         end_s = self._clock()
         sampled.close()
         require_rows(self._model, self._model.mode, len(prompt), counters)
-        pieces = Pieces(self._model.context.vocab)
+        pieces = Pieces(self._model.context)
         text = b"".join(pieces[token] for token in found).decode(errors="replace")
         answered = Answered(text, len(prompt), 0, counters.n_context, n_decode)
         return Timed(first_s - started_s, end_s - first_s, answered)

@@ -10,6 +10,7 @@ from pop_local.engine.decode.grammar import Grammar, GrammarError, short
 from pop_local.engine.decode.grammar_child import LIMITS
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.context import Context
 
 
 class _Vocabulary:
@@ -21,9 +22,9 @@ class _Vocabulary:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, vocab: Any, ends: list[int]) -> None:
-        pieces = Pieces(vocab)
-        n_vocab = bindings().llama_vocab_n_tokens(vocab)
+    def __init__(self, context: Context, ends: list[int]) -> None:
+        pieces = Pieces(context)
+        n_vocab = bindings().llama_vocab_n_tokens(context.vocab)
         self.tokens = [b"" if token in ends else pieces[token] for token in range(n_vocab)]
         self.eos_token_id = ends[0]
         self.special_token_ids = ends
@@ -32,14 +33,14 @@ class _Vocabulary:
         raise NotImplementedError("no_forcing: the model decides on its tokens")
 
 
-def tokenizer_of(vocab: Any) -> LLTokenizer:
+def tokenizer_of(context: Context) -> LLTokenizer:
     """Read llama.cpp's vocabulary, which takes a second or more."""
-    api = bindings()
+    api, vocab = bindings(), context.vocab
     every = range(api.llama_vocab_n_tokens(vocab))
     ends = [token for token in every if api.llama_vocab_is_eog(vocab, token)]
     if not ends:
         raise GrammarError("the model has no token that ends an answer of a form")
-    wrapper: Any = _Vocabulary(vocab, ends)
+    wrapper: Any = _Vocabulary(context, ends)
     return LLTokenizer(wrapper, eos_token=ends)
 
 

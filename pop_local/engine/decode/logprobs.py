@@ -26,7 +26,7 @@ class Logprobs:
     def __init__(self, context: Context, n_top: int) -> None:
         self._ctx = context.ctx
         self._n_vocab = context.n_vocab
-        self._pieces = Pieces(context.vocab)
+        self._pieces = Pieces(context)
         self._n_top = n_top
         self._end = 0
         # With the byte of the answer where each begins.
@@ -52,7 +52,7 @@ def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[T
 
     Every row asks for logits, so all of them run in full, and take the place of the KV cache.
     """
-    pieces = Pieces(cache.context.vocab, special=True)
+    pieces = Pieces(cache.context, special=True)
     found = [TokenLogprob(pieces[tokens[0]], None)]
     for logits in _all_logits(cache, tokens):
         for row in logits[: len(tokens) - len(found)]:

@@ -3,16 +3,17 @@
 import codecs
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.context import Context
 
 
 class Pieces:
     """The bytes of single tokens; control tokens have none unless `special`."""
 
-    def __init__(self, vocab: Any, special: bool = False) -> None:
-        self._vocab = vocab
+    def __init__(self, context: Context, special: bool = False) -> None:
+        self._context = context  # which stays open as long as somebody asks
+        self._vocab = context.vocab
         self._special = special
         self._to_piece = bindings().llama_token_to_piece
         self._buffer = ctypes.create_string_buffer(64)

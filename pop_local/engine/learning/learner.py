@@ -41,6 +41,8 @@ N_WINDOW = 512
 # worth trying.
 _ROWS_TO_CHOOSE, ROWS_TO_FIT = 2, 16
 _LEAST_ROWS = 32
+# Sums of fewer rows are not written: of a few, something might be read back.
+LEAST_SAVED = 2048
 # Sums are written after so many rows, and at the end.
 _ROWS_TO_SAVE = 16_384
 
@@ -77,6 +79,10 @@ class _Apart:
         return first < last and bool(np.array_equal(ours, theirs[: last - first]))
 
 
+def _key(tokens: Sequence[int] | np.ndarray) -> int:
+    return hash(np.asarray(tokens, np.int32).tobytes())
+
+
 class Learner:
     """Learns from what a KvCache reads; one thread at a time uses both."""
 
@@ -89,6 +95,8 @@ class Learner:
         self._apart: deque[_Apart] = deque(maxlen=N_HELD_OUT)
         self._waiting: deque[Tapped] = deque()
         self._used: list[Rows] = []
+        # Chunks that were added, so that what is read again does not count again.
+        self._seen: set[int] = set()
         self._n_chunks = self._n_missed = self._waiting_bytes = 0
         self._known = file.known()
         self._new = Sums(dict(self._known.wides))
@@ -103,12 +111,16 @@ class Learner:
         self.boundaries = (meta.boundary,) if meta else self._candidates(memory_bytes // 2)
         kinds: dict[int, tuple[Projection, ...]]
         kinds = dict.fromkeys(self.boundaries, (Projection.FITTED, Projection.WIDE))
-        if meta and meta.is_fitted and meta.boundary not in self._known.n_rows:
+        if meta and meta.is_fitted and not self._known.is_own(meta.boundary):
             start = fitted_tensors(context.sidecar or context.path)
             kinds = {meta.boundary: (meta.projection,)}
         self.summing = Summing(source, self._shape, kinds, start=start)
+        if meta and self._sums_bytes(meta.boundary) > memory_bytes // 2:
+            raise _too_little()
         if start and self.summing.is_wide(self.boundaries[0]):
-            self._new.wides[self.boundaries[0]] = self.summing.start_input(self.boundaries[0])
+            self._new.wides.setdefault(
+                self.boundaries[0], self.summing.start_input(self.boundaries[0])
+            )
 
     def attach(self, cache: KvCache) -> None:
         """Learn from this cache from now on."""
@@ -139,11 +151,7 @@ class Learner:
                 chosen.append(boundary)
                 memory_bytes -= n_bytes
         if not chosen:
-            raise PopError(
-                "there is too little memory to learn, or the model cannot be fitted",
-                "read in full, or convert it",
-                cause="cannot-learn",
-            )
+            raise _too_little()
         return tuple(chosen)
 
     def _sums_bytes(self, boundary: int) -> int:
@@ -158,7 +166,8 @@ class Learner:
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
         """A chunk of a prompt was read from row `start` on, in whatever mode."""
-        if len(tokens) < N_WINDOW:
+        is_known = _key(tokens) in self._seen
+        if len(tokens) < N_WINDOW or is_known:
             return
         self._n_chunks += 1
         if self._n_chunks % N_APART == 0:
@@ -175,9 +184,11 @@ class Learner:
         start, end = tapped.position, tapped.position + tapped.n_rows
         tokens = cache.tokens[start:end]
         is_apart = any(each.overlaps(start, tokens) for each in self._apart)
-        is_wanted = tapped.n_rows >= _LEAST_ROWS and not (cache.images or is_apart)
+        is_known = _key(tokens) in self._seen
+        is_wanted = tapped.n_rows >= _LEAST_ROWS and not (cache.images or is_apart or is_known)
         has_room = self._waiting_bytes + tapped.block.nbytes <= self._room_bytes
         if end <= cache.n_exact and is_wanted and has_room:
+            self._seen.add(_key(tokens))
             self._waiting.append(tapped)
             self._waiting_bytes += tapped.block.nbytes
             return
@@ -211,10 +222,11 @@ class Learner:
 
     def save(self) -> None:
         """Add what is new to the file. Raises PopError; what is new stays here then."""
-        if self._new.grams:
-            self.file.add(self._new)
+        if self._n_new >= LEAST_SAVED:
+            kinds = {each: list(self.summing.projections[each]) for each in self._new.grams}
+            self.file.add(self._new, kinds)
             self._known = self.file.known()
-            self._new = Sums(dict(self._known.wides))
+            self._new = Sums(self._new.wides | self._known.wides)
 
     def sums(self) -> Sums:
         """Save what is new, and return all that was learned, of whatever process.
@@ -222,6 +234,7 @@ class Learner:
         Raises PopError.
         """
         self.save()
+        self._known = self.file.known()
         return self.file.load()
 
     @property
@@ -254,8 +267,23 @@ class Learner:
 
     def _choose(self) -> None:
         for boundary in set(self.boundaries) - self._new.wides.keys():
-            seen = [self.summing.state(boundary, each)[1:] for each in self._waiting]
+            seen = [
+                self.summing.state(boundary, each)[1:]
+                for each in self._waiting
+                if boundary in each.states
+            ]
+            if not seen:  # of rows that are refilled at another boundary
+                self.boundaries = tuple(each for each in self.boundaries if each != boundary)
+                continue
             self._new.wides[boundary] = self.summing.choose_input(boundary, seen)
+
+
+def _too_little() -> PopError:
+    return PopError(
+        "there is too little memory to learn, or the model cannot be fitted",
+        "read in full, or convert it",
+        cause="cannot-learn",
+    )
 
 
 def default_memory() -> int:

@@ -17,7 +17,9 @@ from filelock import FileLock
 
 from pop_converter.fit.wide import WideInput
 from pop_converter.gguf.source import Source, sampled_sha256
+from pop_converter.projection import Projection
 from pop_local.base.archives import DAMAGES
+from pop_local.base.errors import PopError, WriteError
 from pop_local.base.output import make_private, replacing
 from pop_local.engine.learning.sums import Sums, stored_inputs
 from pop_local.models.learned import SUMS, learned_path
@@ -39,6 +41,15 @@ class Known:
     def n_rows(self) -> dict[int, int]:
         """The rows that were added, by boundary."""
         return {boundary: n_rows for boundary, _, n_rows in self.head["grams"]}
+
+    @property
+    def kinds(self) -> dict[int, list[str]]:
+        """The kinds of fit that the sums of each boundary are for."""
+        return {int(boundary): kinds for boundary, kinds in self.head.get("kinds", {}).items()}
+
+    def is_own(self, boundary: int) -> bool:
+        """Whether the sums of a boundary were begun without a fit: several kinds can be made."""
+        return len(self.kinds.get(boundary, ())) > 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,9 @@ class SumsFile:
         except FileNotFoundError:
             return None
         except DAMAGES as error:
+            # The file may be whole where the system refuses; numpy's own errors have no number.
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise PopError(f"{self.path} cannot be read now: {error}") from error
             log.warning("%s is damaged, and begun anew: %s", self.path, error)
         with suppress(OSError):
             self.path.replace(self.path.with_suffix(".damaged"))
@@ -86,23 +100,33 @@ class SumsFile:
         except DAMAGES:
             return {}
 
-    def add(self, sums: Sums) -> None:
-        """Add sums to the file. Raises PopError where it cannot be written.
+    def add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
+        """Add sums of some kinds of fit to the file. Raises PopError where it cannot be written.
 
         At boundaries whose wider input is another one there, these are left out: their rows were
         added to other products.
         """
-        make_private(self.path.parent)
-        with FileLock(self.path.with_suffix(".lock")):
-            every = self.load()
-            for boundary, gram in sums.grams.items():
-                if boundary not in every.grams:
-                    every.grams[boundary] = gram
-                    if boundary in sums.wides:
-                        every.wides[boundary] = sums.wides[boundary]
-                elif every.has_same_input(sums, boundary):
-                    every.grams[boundary].merge(gram)
-            head, arrays = every.arrays()
-            head |= {"version": _VERSION, "model": self.model}
-            with replacing(self.path, force=True) as file:
-                np.savez(file, head=json.dumps(head), **arrays)
+        try:
+            make_private(self.path.parent)
+            with FileLock(self.path.with_suffix(".lock")):
+                self._add(sums, kinds)
+        except OSError as error:
+            raise WriteError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def _add(self, sums: Sums, kinds: dict[int, list[Projection]]) -> None:
+        every = self.load()
+        for boundary, gram in sums.grams.items():
+            if boundary not in every.grams:
+                every.grams[boundary] = gram
+                if boundary in sums.wides:
+                    every.wides[boundary] = sums.wides[boundary]
+            elif every.has_same_input(sums, boundary):
+                every.grams[boundary].merge(gram)
+        head, arrays = every.arrays()
+        known = self.known().kinds
+        named = {str(each): known.get(each) or kinds.get(each, []) for each in every.grams}
+        head |= {"version": _VERSION, "model": self.model, "kinds": named}
+        with replacing(self.path, force=True) as file:
+            with suppress(OSError):
+                Path(file.name).chmod(0o600)
+            np.savez(file, head=json.dumps(head), **arrays)

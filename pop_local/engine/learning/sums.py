@@ -42,7 +42,8 @@ class Sums:
         ours, theirs = self.wides.get(boundary), other.wides.get(boundary)
         if ours is None or theirs is None:
             return ours is theirs
-        return bool(np.array_equal(ours.previous, theirs.previous))
+        same_width = len(self.grams[boundary].xx) == len(other.grams[boundary].xx)
+        return same_width and bool(np.array_equal(ours.previous, theirs.previous))
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what JSON can hold of them, and their arrays by name; see `of`."""

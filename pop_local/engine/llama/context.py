@@ -20,6 +20,7 @@ from pop_local.engine.llama.devices import devices, kernels_read_prompts
 from pop_local.engine.llama.interrupt import Interrupt
 from pop_local.engine.llama.rpc import Servers, close_at_exit
 from pop_local.engine.llama.threads import default_threads
+from pop_local.models.sidecars import is_learned
 
 _N_BATCH = 512
 
@@ -186,7 +187,10 @@ class Context:
 
     def _mapped(self) -> dict[Path, tuple[int, ...]]:
         """Return what tells the mapped files from others; those that are gone stay mapped."""
-        files = (*self.source.paths, *filter(None, [self.sidecar])) if self._is_mapped else ()
+        sidecar = self.sidecar
+        if sidecar is not None and is_learned(sidecar):
+            sidecar = None  # it is only ever renamed over, and stays mapped
+        files = (*self.source.paths, *filter(None, [sidecar])) if self._is_mapped else ()
         marks: dict[Path, tuple[int, ...]] = {}
         for path in files:
             with suppress(OSError):

@@ -99,7 +99,7 @@ def n_own_tokens(model: OpenModel, conversation: Conversation) -> int:
     n_own = len(prompt)
     if model.cache.n_same(prompt) < n_own:
         return 0
-    pieces = Pieces(model.context.vocab)
+    pieces = Pieces(model.context)
     said = last.answer.removeprefix(prompt.begun).encode()
     at = 0
     for token in model.cache.tokens[n_own:].tolist():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,19 @@ if TYPE_CHECKING:
 MODES = ("idle", "answer", "off")
 
 
+def _learned(chat: Dialogue, should_stop: Callable[[], bool]) -> Lesson | None:
+    """Go on learning; a failure ends only that."""
+    try:
+        return chat.teacher.idle(should_stop) if chat.teacher else None
+    except Exception as error:
+        chat.teacher = None
+        chat.screen.warn(f"It learns no longer: {as_pop_error(error).message}.")
+        return None
+
+
 @contextmanager
 def idling(chat: Dialogue) -> Iterator[None]:
-    """Refill and learn in another thread; leaving waits for at most one node of a graph."""
+    """Refill and learn in another thread; leaving waits for a node of a graph, or a solve."""
     stop = threading.Event()
     lessons: list[Lesson] = []
     failures: list[Exception] = []
@@ -39,7 +49,7 @@ def idling(chat: Dialogue) -> Iterator[None]:
                     stop.wait(RECHECK_S)
                 elif refills:
                     chat.model.refill(should_stop)
-                elif chat.teacher is not None and (lesson := chat.teacher.idle(should_stop)):
+                elif lesson := _learned(chat, should_stop):
                     lessons.append(lesson)
         except Exception as error:  # the conversation goes on
             failures.append(error)
@@ -53,10 +63,9 @@ def idling(chat: Dialogue) -> Iterator[None]:
         _join(thread)
         for error in failures:
             chat.set_refill("off")
-            chat.teacher = None
             chat.fail(as_pop_error(error))
-        for lesson in lessons:
-            chat.adopt(lesson)
+    for lesson in lessons:
+        chat.adopt(lesson)
 
 
 def _join(thread: threading.Thread) -> None:

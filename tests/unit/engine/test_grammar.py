@@ -186,7 +186,7 @@ def test_no_line_ends_within_a_string(model):
 
 
 def test_tokens_are_the_bytes_that_they_show(model):
-    trie, pieces = model.token_trie, Pieces(model.context.vocab)
+    trie, pieces = model.token_trie, Pieces(model.context)
     ends = {token for token in range(N_VOCAB) if not pieces[token]}
     # No letter has the byte FF.
     shown = [token for token in range(N_VOCAB) if pieces[token] not in (b"", b"\xff")]

@@ -11,6 +11,8 @@ import pytest
 
 from pop_converter.fit.least_squares import Weighting
 from pop_converter.gguf.source import read_source
+from pop_converter.popfile.sidecar import write_sidecar
+from pop_converter.projection import Projection
 from pop_local.base.errors import PopError
 from pop_local.calibration.activations import reading
 from pop_local.calibration.loaded import LoadedModel
@@ -19,8 +21,8 @@ from pop_local.engine.learning.store import SumsFile
 from pop_local.engine.learning.sums import Summing, Sums
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
+from support.calibrating import planned
 from support.calls import opened, prompt
-from support.converted import tiny
 from support.synthetic import make_gguf
 
 N = 512
@@ -35,6 +37,7 @@ def never() -> bool:
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("POP_LOCAL_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(learning, "LEAST_SAVED", 1)
     return tmp_path / "state" / "learned"
 
 
@@ -47,6 +50,12 @@ def learning_model(path, **options) -> Any:
     model = opened(path, **LARGE | options)
     model.learn(1 << 30)
     return model
+
+
+def with_sidecar(folder, arch, boundary):
+    path, sidecar = make_gguf(folder / f"{arch}.gguf", arch), folder / "own.pop-sidecar.gguf"
+    write_sidecar(planned(path, boundary, Projection.OWN), path, sidecar)
+    return path, sidecar
 
 
 def read(model: Any, tokens) -> None:
@@ -83,9 +92,11 @@ def test_sums_of_full_readings_are_those_of_a_calibration(plain):
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_sums_of_refilled_rows_are_those_of_full_readings(arch, tmp_path, monkeypatch):
     """Rows that a deep pass gives are the full model's own, and weigh as much."""
-    path = tiny(tmp_path, arch, boundary=4)
+    path, sidecar = with_sidecar(tmp_path, arch, boundary=4)
     tokens = prompt(N)
-    full, pruned = learning_model(path), learning_model(path, keep_states=True)
+    full, pruned = (
+        learning_model(path, sidecar=sidecar, keep_states=keeps) for keeps in (False, True)
+    )
     full.set_mode(Mode.OFF)
     read(full, tokens)
     read(pruned, tokens)
@@ -103,7 +114,8 @@ def test_sums_of_refilled_rows_are_those_of_full_readings(arch, tmp_path, monkey
 
 def test_rows_that_attend_to_projected_ones_are_not_learned(tmp_path):
     """Those of a prompt's tail run all layers, but behind rows that did not."""
-    model = learning_model(tiny(tmp_path, boundary=5), keep_states=True)
+    path, sidecar = with_sidecar(tmp_path, "llama", boundary=5)
+    model = learning_model(path, sidecar=sidecar, keep_states=True)
     read(model, prompt(3 * N))
     assert model.learned.n_waiting == 0
 
@@ -117,10 +129,10 @@ def test_rows_kept_to_measure_on_are_in_no_sum(plain):
     model.learner.work(never)
     assert model.learned.n_rows == 5 * (N - 1)
     assert model.learner.held_out[0].tolist() == prompt(N * 3, seed=1)[2 * N :]
-    # Again, and as a refilled row would come.
+    # Read again, nothing is new.
     read(model, prompt(N * 3, seed=1))
     model.learner.work(never)
-    assert model.learned.n_rows == 7 * (N - 1)
+    assert (model.learned.n_rows, model.learned.n_held_out) == (5 * (N - 1), 1)
 
 
 def test_nothing_of_a_prompt_is_on_the_disk(plain, folder):
@@ -181,7 +193,7 @@ from pop_local.engine.learning.sums import Sums
 gram = Gram(np.ones((900, 900), np.float32), {2: np.ones((900, 64), np.float32)}, 1)
 print("begun", flush=True)
 while True:
-    SumsFile(Path(sys.argv[1]), "model").add(Sums(grams={1: gram}))
+    SumsFile(Path(sys.argv[1]), "model").add(Sums(grams={1: gram}), {1: ["fitted"]})
 """
 
 

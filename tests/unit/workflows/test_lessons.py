@@ -58,6 +58,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(within, "N_DOCUMENTS", 2)
     monkeypatch.setattr(lessons_module, "LEAST_WINDOWS", 1)
     monkeypatch.setattr(learning, "N_APART", 3)
+    monkeypatch.setattr(learning, "LEAST_SAVED", 1)
 
 
 def never() -> bool:
@@ -123,6 +124,42 @@ def test_the_next_start_finds_what_was_learned(plain):
     assert "Nothing was learned" in CliRunner().invoke(app, ["learn", "show"]).stderr
 
 
+def test_after_a_new_start_it_learns_on(plain):
+    model, lessons = taught(plain)
+    lesson = lessons.idle(never)
+    model.close()
+    again, lessons = taught(plain, sidecar=lesson.sidecar, keep_states=True, n_prompts=0)
+    n_rows = again.learned.n_rows
+    assert not lessons.has_work
+    for seed in range(3, 7):
+        read(again, prompt(3 * N, seed))
+        again.refill()
+    lessons.idle(never)
+    assert again.learned.n_rows > n_rows and lessons.loss is not None
+    # The sidecar in use may be replaced by the next one meanwhile.
+    lesson.sidecar.replace(lesson.sidecar.with_suffix(".old"))
+    again.read(Prompt(prompt(600, 9)))
+
+
+def test_a_user_who_reads_in_full_goes_on_doing_so(plain):
+    model, lessons = taught(plain)
+    model.adopt(lessons.idle(never).sidecar)
+    model.set_mode(Mode.OFF)
+    model.adopt(model.sidecar)
+    assert model.mode is Mode.OFF and not model.refills
+
+
+def test_what_is_forgotten_meanwhile_is_begun_anew(plain):
+    model, lessons = taught(plain)
+    model.learner.work(never)
+    model.learner.save()
+    for files in learned_files():
+        files.forget()
+    assert lessons.idle(never) is None
+    read(model, prompt(3 * N, 8))
+    assert lessons.idle(never) is None
+
+
 def test_a_fit_that_loses_too_much_is_not_taken(plain):
     model, lessons = taught(plain, NONE)
     assert lessons.idle(never) is None
@@ -167,7 +204,7 @@ def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
         else each
         for each in made.tensors
     ]
-    made, sidecar = replace(made, tensors=tuple(worse)), tmp_path / "fitted.gguf"
+    made, sidecar = replace(made, tensors=tuple(worse)), tmp_path / "fitted.pop-sidecar.gguf"
     write_sidecar(planned(plain, 5, kind), plain, sidecar, fitted=made)
     model, lessons = taught(plain, sidecar=sidecar, keep_states=True, n_prompts=0)
     for seed in range(3):
@@ -178,6 +215,17 @@ def test_a_fit_in_use_is_bent_to_what_is_read(plain, kind, tmp_path):
     assert lesson.boundary == 5
     model.adopt(lesson.sidecar)
     assert model.meta.projection == kind
+    model.close()
+    # At the next start, what is learned is added to the same sums.
+    n_rows = model.learned.n_rows
+    again, lessons = taught(plain, sidecar=sidecar, keep_states=True, n_prompts=0)
+    for seed in range(3, 6):
+        read(again, prompt(3 * N, seed))
+        again.refill()
+    again.learner.work(never)
+    again.learner.save()
+    assert again.learner.file.known().n_rows[5] > 1.5 * n_rows
+    assert lessons.idle(never) is None or again.learned.n_rows > n_rows
 
 
 def test_a_chat_says_that_it_learned(plain):
