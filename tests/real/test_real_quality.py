@@ -30,7 +30,7 @@ def ignore(done: int, total: int) -> None:
 def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     """SmolLM2 loses its copying between boundaries 20 and 16; prose hardly shows it.
 
-    At 20 a fit on four windows, which the command examines, takes off most of what is lost.
+    At 20 a fit on eight windows, which the command examines, takes off most of what is lost.
     """
     monkeypatch.setattr(named, "N_WINDOWS", 1)
     monkeypatch.setattr(probes, "N_DRAWS", 1)
@@ -52,7 +52,7 @@ def test_a_real_model_loses_what_is_known(smollm2_q4_0, tmp_path, monkeypatch):
     assert not is_hopeless(FAST, third.induction_retention)
     text, target = tmp_path / "topics.txt", tmp_path / "fitted.gguf"
     text.write_text("\n".join(topics.values()))
-    done = convert(smollm2_q4_0, target, "--text", text, "--skip", "1/3", *FEW)
+    done = convert(smollm2_q4_0, target, "--text", text, "--skip", "1/3", *FEW, "--tokens", 4096)
     assert done.exit_code == 0, done.stderr
     model = PopModel(target, n_ctx=512, n_threads=1)
     [fitted] = measure_against(reference, model, (Pruning(20),), ignore)

@@ -89,7 +89,7 @@ def test_no_flags_are_needed_to_fit_8b_on_a_laptop(llama_8b, monkeypatch):
 
 
 def test_the_memory_of_a_fit_is_what_is_announced(tmp_path):
-    shape = {"n_layer": 4, "n_embd": 1536, "n_ff": 4096, "n_head": 12, "head_dim": 128}
+    shape = {"n_layer": 4, "n_embd": 1024, "n_ff": 2816, "n_head": 8, "head_dim": 128}
     path = make_gguf(tmp_path / "model.gguf", "llama", n_head_kv=4, type=Q8_0, **shape)
     command = [sys.executable, "-c", FITTING, str(path), str(words(tmp_path))]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -215,7 +215,7 @@ def test_kv_of_another_attention_is_refused_or_read_anew(pop_file, tmp_path):
         other.cache.restore(model.cache.save())
     sessions = Sessions(tmp_path)
     conversation = Conversation()
-    next(model.session().stream("What?", max_tokens=1))
+    list(model.session().stream("What?", max_tokens=1))
     sessions.save("one", model, conversation)
     assert sessions.load("one", other).reread
     assert not sessions.load("one", opened(pop_file, flash_attn=True)).reread

@@ -170,14 +170,14 @@ def test_a_fit_that_loses_too_much_is_not_taken(plain):
 def test_a_stop_at_any_time_is_made_up_for(plain):
     model, lessons = taught(plain)
     stops = 0
-    for patience in count(2, 40):
+    for patience in count(5, 150):
         asked = count(1)
         lesson = lessons.idle(lambda: next(asked) >= patience)  # noqa: B023
         if lesson:
             break
         stops += 1
         assert sidecar_of(model.context.source) is None
-    assert stops > 3 and lesson.boundary == 4
+    assert stops > 1 and lesson.boundary == 4
 
 
 def test_a_later_fit_must_be_better(plain, monkeypatch):
