@@ -166,8 +166,7 @@ class Learner:
 
     def read(self, start: int, tokens: Sequence[int]) -> None:
         """A chunk of a prompt was read from row `start` on, in whatever mode."""
-        is_known = _key(tokens) in self._seen
-        if len(tokens) < N_WINDOW or is_known:
+        if len(tokens) < N_WINDOW or _key(tokens) in self._seen:
             return
         self._n_chunks += 1
         if self._n_chunks % N_APART == 0:
@@ -178,17 +177,21 @@ class Learner:
     def computed(self) -> None:
         """Rows were computed: keep those that are the full model's own."""
         cache = self._cache
-        tapped = taps.take(cache.context.ctx, self._used.pop() if self._used else None)
-        if tapped is None:
+        used = self._used.pop() if self._used else None
+        tapped = taps.take(cache.context.ctx, used)
+        if tapped is None:  # of a token that was decoded, say
+            if used is not None:
+                self._used.append(used)
             return
         start, end = tapped.position, tapped.position + tapped.n_rows
         tokens = cache.tokens[start:end]
         is_apart = any(each.overlaps(start, tokens) for each in self._apart)
-        is_known = _key(tokens) in self._seen
+        key = _key(tokens)
+        is_known = key in self._seen
         is_wanted = tapped.n_rows >= _LEAST_ROWS and not (cache.images or is_apart or is_known)
         has_room = self._waiting_bytes + tapped.block.nbytes <= self._room_bytes
         if end <= cache.n_exact and is_wanted and has_room:
-            self._seen.add(_key(tokens))
+            self._seen.add(key)
             self._waiting.append(tapped)
             self._waiting_bytes += tapped.block.nbytes
             return

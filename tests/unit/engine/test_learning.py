@@ -225,6 +225,15 @@ def test_rows_without_room_are_counted_and_left(plain):
     assert model.learner._waiting_bytes <= 1_000_000
 
 
+def test_memory_of_rows_is_used_again_whatever_is_decoded_meanwhile(plain):
+    model = learning_model(plain)
+    read(model, prompt(2 * N))
+    model.learner._waiting.clear()
+    model.learner._used.extend(blocks := [np.empty(10**6, np.float32)])
+    model.cache.step(5)
+    assert model.learner._used == blocks
+
+
 def test_too_little_memory_is_said(plain):
     with pytest.raises(PopError, match="too little memory"):
         opened(plain, **LARGE).learn(1000)
