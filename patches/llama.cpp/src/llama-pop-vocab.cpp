@@ -21,7 +21,7 @@ struct trie {
 
 }
 
-static const uint32_t N_TICKS = 4096; // milliseconds
+static const uint32_t N_TICKS = 4096; // milliseconds: a short text is not stopped
 
 static thread_local ggml_abort_callback should_stop = nullptr;
 static thread_local void *              stop_data   = nullptr;
@@ -74,6 +74,7 @@ int32_t llama_pop_tokenize(const llama_vocab * vocab, const char * text, int32_t
         bool add_special, bool parse_special, ggml_abort_callback callback, void * data) {
     should_stop = callback;
     stop_data   = data;
+    n_ticks     = 0;
 
     int32_t n = std::numeric_limits<int32_t>::min();
     try {

@@ -90,6 +90,12 @@ def test_it_can_be_stopped(model):
         assert len(model.tokenize(UNKNOWN * 1000)) == 4001
 
 
+def test_short_texts_are_not_stopped_however_many_came_before(model):
+    with stopped_by(lambda: True):
+        for _ in range(5000):
+            assert tokenized(model.context.vocab, "a short text")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_stops_it(model):
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
