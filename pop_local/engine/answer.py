@@ -115,7 +115,7 @@ class _Turn:
             raise ContextFullError(len(prompt), options.min_answer, context.n_ctx)
         self._limit = min(options.max_tokens or room, room)
         self._text = TextStream((*prompt.stops, *options.stops))
-        self._pieces = Pieces(context)
+        self._pieces = Pieces(context, options.calls.shown if options.calls else ())
         n_top = options.n_top_logprobs
         self._logprobs = None if n_top is None else Logprobs(context, n_top)
         self._n_shown = 0

@@ -36,6 +36,9 @@ from pop_local.engine.prefill.read import Read
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import Prompter
+from pop_local.engine.tools.form import CallForm, Triggered
+from pop_local.engine.tools.prompts import prompt_with_tools
+from pop_local.engine.tools.tool import Tools
 from pop_local.engine.turn import Message, TurnOptions
 
 if TYPE_CHECKING:
@@ -96,6 +99,7 @@ class OpenModel:
     def _begin(self, select: float | None, *, keep_states: bool) -> None:
         self.cache = KvCache(self.context, self.eye)
         self.prompter = Prompter(self.context, self.eye)
+        self._tries: dict[frozenset[int], LLTokenizer] = {}
         self._require_template()
         self.refiller = Refiller(self.cache)
         self.rule = RowRule.of(self.meta)
@@ -203,6 +207,14 @@ class OpenModel:
     def token_trie(self) -> LLTokenizer:
         """The vocabulary for Constraint, read when it is first needed."""
         return tokenizer_of(self.context)
+
+    def trie_with(self, shown: frozenset[int]) -> LLTokenizer:
+        """The vocabulary for answers that show these special tokens; the last one is kept."""
+        if not shown:
+            return self.token_trie
+        if shown not in self._tries:
+            self._tries = {shown: tokenizer_of(self.context, shown)}
+        return self._tries[shown]
 
     @property
     def path(self) -> Path:
@@ -384,7 +396,10 @@ class OpenModel:
         return answer(self.parts, render, options, lambda: self._constraint(options))
 
     def _constraint(self, options: TurnOptions) -> Allowed | None:
-        grammar = options.grammar
+        grammar, calls = options.grammar, options.calls
+        if calls is not None:
+            pieces = Pieces(self.context, calls.shown)
+            return Triggered(self.trie_with(calls.shown), pieces, calls)
         if grammar is None:
             return None
         return Constraint(
@@ -419,6 +434,12 @@ class OpenModel:
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """Make the prompt of a conversation; see Prompter.conversation."""
         return self.prompter.conversation(messages)
+
+    def tool_prompt(
+        self, messages: Sequence[Message], tools: Tools
+    ) -> tuple[Prompt, CallForm | None]:
+        """Make the prompt that tells of tools; see prompt_with_tools."""
+        return prompt_with_tools(self.context, self.prompter, messages, tools)
 
     def count_prompt(self, messages: Sequence[Message]) -> int:
         """Count the tokens of a conversation's prompt. Raises PopError as chat_prompt does."""

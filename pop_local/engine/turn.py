@@ -6,10 +6,20 @@ from typing import Literal, TypedDict
 
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.images.pictures import Picture
+from pop_local.engine.tools.form import CallForm
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "interrupted"]
 Reading = Literal["pruned", "exact", "short", "full"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the model wants called; `arguments` is a JSON text."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True)
@@ -17,11 +27,14 @@ class Message:
     """One message of a conversation.
 
     `pictures`: (offset, picture) pairs in order: each stands before that character of `content`.
+    `calls`: what an assistant called. `call_id`, of a tool's message: the call that it answers.
     """
 
     role: Role
     content: str
     pictures: tuple[tuple[int, Picture], ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,11 @@ class TurnOptions:
     `should_stop` is asked during the prefill and after each token; an answer that it ends is
     "interrupted" and has its figures all the same. While a long text is split into tokens it raises
     StoppedError. `stops` end the answer and are not part of it.
-    `grammar`: a text is GBNF. `n_top_logprobs`: None for no log probabilities at all;
-    `has_end_logprob`: whether the token that ends the answer has one, too. `repeatable`: the prompt
-    is read as if it were new, and nothing is refilled meanwhile, so that the same options with a
-    seed, or at temperature 0, give the same answer whatever was asked before.
+    `grammar`: a text is GBNF. `calls`: how the answer may call tools, in the place of a grammar.
+    `n_top_logprobs`: None for no log probabilities at all; `has_end_logprob`: whether the token
+    that ends the answer has one, too. `repeatable`: the prompt is read as if it were new, and
+    nothing is refilled meanwhile, so that the same options with a seed, or at temperature 0, give
+    the same answer whatever was asked before.
     """
 
     max_tokens: int | None = None
@@ -53,6 +67,7 @@ class TurnOptions:
     grammar: str | Grammar | None = None
     n_top_logprobs: int | None = None
     has_end_logprob: bool = False
+    calls: CallForm | None = None
     repeatable: bool = False
     on_prefill: Callable[[int, int], None] | None = None
     should_stop: Callable[[], bool] | None = None

@@ -1,16 +1,19 @@
 """From the chunks of a job to the response, whole or as server-sent events."""
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any, TypeVar
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 from starlette.responses import JSONResponse, Response
 
 from pop_local.engine.decode.grammar import Grammar
+from pop_local.engine.tools.form import CallForm
 from pop_local.engine.turn import TokenLogprob, TurnStats
 from pop_local.server.errors import ApiError, as_api_error, hung_up
-from pop_local.server.replies import Json, Reply, usage
+from pop_local.server.replies import Json, Reply, ToolReply, usage
 from pop_local.server.worker import STOPPING, Job
 
 # Tokens that come faster than this are sent together, each as an event of its own.
@@ -21,6 +24,7 @@ _LONG_PAUSE_S = 1.0
 _PING_S = 10.0
 _PING = b": working\n\n"
 _DONE = b"data: [DONE]\n\n"
+Made = TypeVar("Made")
 _encoded = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -33,7 +37,7 @@ async def whole_answer(state: State, job: Job, reply: Reply) -> Response:
             logprobs += chunk.logprobs
             if chunk.stats is not None:
                 ended, figures = _ended(state, job, chunk.stats)
-    whole = reply.whole("".join(text), logprobs, ended)
+    whole = await _made(reply, partial(reply.whole, "".join(text), logprobs, ended))
     return JSONResponse(whole | {"usage": figures})
 
 
@@ -47,17 +51,15 @@ async def streamed_answer(
         for event in reply.opening():
             yield _event(event | nothing_yet)
         async for batch in job.batches(_PAUSE_S, _PING_S):
-            pieces = [
-                _event(reply.piece(chunk.text, chunk.logprobs) | nothing_yet)
-                for chunk in batch
-                if chunk.text or chunk.logprobs
-            ]
+            made = await _made(reply, partial(reply.pieces, batch))
+            pieces = [_event(piece | nothing_yet) for piece in made]
             if pieces or not batch:
                 yield b"".join(pieces) or _PING
             if batch and (stats := batch[-1].stats) is not None:
                 ended, figures = _ended(state, job, stats)
         complete = True
-        yield _event(reply.last(ended) | nothing_yet)
+        for event in await _made(reply, partial(reply.ending, ended)):
+            yield _event(event | nothing_yet)
         if wants_usage:
             yield _event(reply.figures(figures))
         yield _DONE
@@ -71,6 +73,11 @@ async def streamed_answer(
             state.hung_up = True
 
 
+async def _made(reply: Reply, make: Callable[[], Made]) -> Made:
+    """Calls of tools are read in another process."""
+    return await run_in_threadpool(make) if isinstance(reply, ToolReply) else make()
+
+
 def _ended(state: State, job: Job, stats: TurnStats) -> tuple[str, Json]:
     """Return the finish reason and the usage. Raises ApiError when the answer was cut off."""
     state.note = (
@@ -82,8 +89,8 @@ def _ended(state: State, job: Job, stats: TurnStats) -> tuple[str, Json]:
         if job.cancelled.is_set():
             raise hung_up()
         raise ApiError(503, STOPPING)
-    grammar = job.task.options.grammar
-    ignored = grammar.ignored if isinstance(grammar, Grammar) else ()
+    form = job.task.options.calls or job.task.options.grammar
+    ignored = form.ignored if isinstance(form, (CallForm, Grammar)) else ()
     return stats.finish_reason, usage(stats, job.queued_s, job.task.reason, ignored)
 
 

@@ -35,7 +35,7 @@ from pop_local.server.front import Front
 from pop_local.server.memory import return_large_blocks
 from pop_local.server.metrics import Metrics
 from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_data_urls
-from pop_local.server.replies import ChatReply, Reply
+from pop_local.server.replies import ChatReply, Reply, ToolReply
 from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Task, Worker
 
@@ -229,7 +229,11 @@ class Api:
         task = await self._task(make, body, gone)
         job = self.worker.submit(task)
         gone.add_done_callback(lambda _: job.cancel())
-        reply = kind(self._name, task.options.n_top_logprobs is not None, task.n_written)
+        wants_logprobs = task.options.n_top_logprobs is not None
+        if task.options.calls is not None:
+            reply: Reply = ToolReply(self._name, wants_logprobs, task.options.calls)
+        else:
+            reply = kind(self._name, wants_logprobs, task.n_written)
         if not body.stream:
             return await whole_answer(request.state, job, reply)
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)

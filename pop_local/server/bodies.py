@@ -25,9 +25,9 @@ MAX_STOPS = 16
 MAX_MESSAGES = 10_000
 MAX_PROMPTS = 16  # one may be sent
 MAX_PARTS = 1_000
+MAX_TOOLS = 256
 
 _UNSUPPORTED = (
-    "tools",
     "functions",
     "logit_bias",
     "suffix",
@@ -134,9 +134,44 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
+class Called(_Lenient):
+    name: str
+    arguments: str = "{}"
+
+
+class SentCall(_Lenient):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: Called
+
+
+class Function(_Lenient):
+    """`strict` changes nothing: arguments are always those of the schema."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class SentTool(_Lenient):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Lenient):
+    name: str
+
+
+class NamedTool(_Lenient):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
 class ChatMessage(_Lenient):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Parts | None, BeforeValidator(_as_parts)] = None
+    tool_calls: Annotated[list[SentCall] | None, Field(max_length=MAX_TOOLS)] = None
+    tool_call_id: str = ""
 
     @property
     def text(self) -> str:
@@ -249,15 +284,33 @@ class ChatBody(Body):
     ]
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: Annotated[list[SentTool] | None, Field(fail_fast=True, max_length=MAX_TOOLS)] = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def has_pictures(self) -> bool:
         return any(message.image_urls for message in self.messages)
 
+    @property
+    def has_tools(self) -> bool:
+        """Whether tools are sent, or were in an earlier turn."""
+        return bool(self.tools) or any(
+            message.tool_calls or message.role == "tool" for message in self.messages
+        )
+
+    @property
+    def has_grammar(self) -> bool:
+        return super().has_grammar or self.has_tools
+
     @model_validator(mode="after")
     def _says_enough(self) -> "ChatBody":
         if self.limit == 0:
             raise ValueError("max_tokens must be at least 1")
+        if self.tools and super().has_grammar:
+            raise ValueError("give either tools or a form of the answer")
+        if not self.tools and self.tool_choice not in (None, "auto", "none"):
+            raise ValueError("tool_choice needs tools")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from pop_local.engine.turn import TokenLogprob, TurnStats
+from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.reader import CallReader, Piece, calls_of
+from pop_local.engine.turn import Chunk, TokenLogprob, ToolCall, TurnStats
 
 Json = dict[str, Any]
 
@@ -63,8 +65,16 @@ class Reply:
     def opening(self) -> tuple[Json, ...]:
         return ()
 
+    def pieces(self, batch: Sequence[Chunk]) -> list[Json]:
+        return [
+            self.piece(each.text, each.logprobs) for each in batch if each.text or each.logprobs
+        ]
+
     def piece(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
         return self._said(self.piece_kind, {"text": text}, logprobs)
+
+    def ending(self, finish_reason: str) -> list[Json]:
+        return [self.last(finish_reason)]
 
     def last(self, finish_reason: str) -> Json:
         return self._said(self.piece_kind, {"text": ""}, (), finish_reason)
@@ -120,6 +130,57 @@ class ChatReply(Reply):
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
         return {"content": [_chat_logprob(token) for token in logprobs], "refusal": None}
+
+
+class ToolReply(ChatReply):
+    """An answer that may call tools. Its calls are read in a child process: not in the loop."""
+
+    def __init__(self, model: str, wants_logprobs: bool, form: CallForm) -> None:
+        super().__init__(model, wants_logprobs, 0)
+        self._reader = CallReader(form)
+
+    def pieces(self, batch: Sequence[Chunk]) -> list[Json]:
+        said = self._reader.push("".join(chunk.text for chunk in batch))
+        logprobs = [token for chunk in batch for token in chunk.logprobs]
+        events = [self._said(self.piece_kind, {"delta": _delta(piece)}, ()) for piece in said]
+        if logprobs and self._wants_logprobs:
+            events.append(self._said(self.piece_kind, {"delta": {}}, logprobs))
+        return events
+
+    def ending(self, finish_reason: str) -> list[Json]:
+        said = self._reader.end()
+        events = [self._said(self.piece_kind, {"delta": _delta(piece)}, ()) for piece in said]
+        return [*events, self.last(self._reason(finish_reason))]
+
+    def whole(self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str) -> Json:
+        said = [*self._reader.push(text), *self._reader.end()]
+        message: Json = {"role": "assistant"}
+        content = "".join(piece.content for piece in said)
+        message["content"] = content if content or not self._reader.n_calls else None
+        if reasoning := "".join(piece.reasoning for piece in said):
+            message["reasoning_content"] = reasoning
+        if calls := calls_of(said):
+            message["tool_calls"] = [_call(call) for call in calls]
+        reason = self._reason(finish_reason)
+        return self._said(self.whole_kind, {"message": message}, logprobs, reason)
+
+    def _reason(self, finish_reason: str) -> str:
+        return "tool_calls" if self._reader.n_calls and finish_reason == "stop" else finish_reason
+
+
+def _delta(piece: Piece) -> Json:
+    if piece.call is None:
+        said = {"content": piece.content, "reasoning_content": piece.reasoning}
+        return {name: text for name, text in said.items() if text}
+    return {"tool_calls": [{"index": piece.index, **_call(piece.call)}]}
+
+
+def _call(call: ToolCall) -> Json:
+    """A call, or a later part of it, which is without id and name."""
+    function = {"arguments": call.arguments}
+    if not call.id:
+        return {"function": function}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, **function}}
 
 
 def _top(token: TokenLogprob) -> Json | None:

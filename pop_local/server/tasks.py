@@ -13,8 +13,17 @@ from pop_local.engine.limited.process import NoChildError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
 from pop_local.engine.prompt.prompt import Prompt
-from pop_local.engine.turn import Message, TurnOptions
-from pop_local.server.bodies import Body, ChatBody, ChatMessage, CompletionBody, Sampling
+from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.tool import Tool, Tools
+from pop_local.engine.turn import Message, ToolCall, TurnOptions
+from pop_local.server.bodies import (
+    Body,
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    NamedTool,
+    Sampling,
+)
 from pop_local.server.errors import ApiError
 from pop_local.server.pictures import sent_pictures
 from pop_local.server.worker import Task
@@ -51,15 +60,25 @@ class Tasks:
             self._check_pictures(pictures)
             shown = iter(pictures)
             messages = [_message(message, shown) for message in body.messages]
-            prompt = self._model.chat_prompt(messages)
-        except NoChildError:
+            prompt, calls = self._prompt(body, messages)
+        except (NoChildError, ApiError):
             raise
+        except GrammarError as error:
+            raise ApiError(400, error.message, code="invalid_grammar", param="tools") from error
         except PopError as error:
             raise ApiError(400, error.message, param="messages") from error
         self._check_length(len(prompt), "messages")
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
-        return Task(prompt, options, *self._mode(body.pop))
+        return Task(prompt, replace(options, calls=calls), *self._mode(body.pop))
+
+    def _prompt(self, body: ChatBody, messages: list[Message]) -> tuple[Prompt, CallForm | None]:
+        if not body.has_tools:
+            return self._model.chat_prompt(messages), None
+        prompt, calls = self._model.tool_prompt(messages, _tools(body))
+        if calls is not None:  # read before the model is asked for it
+            self._model.trie_with(calls.shown)
+        return prompt, calls
 
     def completion(self, body: CompletionBody) -> Task:
         tokens = self._tokens(body.prompt)
@@ -71,7 +90,7 @@ class Tasks:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
         max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
-        pieces = Pieces(self._model.context, special=True)
+        pieces = Pieces(self._model.context, range(self._model.context.n_vocab))
         shown = tokens if body.echo or body.logprobs is not None else []
         text = b"".join(pieces[token] for token in shown).decode(errors="replace")
         if body.echo:
@@ -156,4 +175,27 @@ class Tasks:
 def _message(message: ChatMessage, pictures: Iterator[Picture]) -> Message:
     role = "system" if message.role == "developer" else message.role
     shown = tuple((offset, next(pictures)) for offset, _ in message.image_urls)
-    return Message(role, message.text, shown)
+    calls = tuple(
+        ToolCall(call.id, call.function.name, call.function.arguments)
+        for call in message.tool_calls or ()
+    )
+    return Message(role, message.text, shown, calls, message.tool_call_id)
+
+
+def _tools(body: ChatBody) -> Tools:
+    """The tools that a request tells of: none where it wants none called."""
+    choice = body.tool_choice
+    if not body.tools or choice == "none":
+        return Tools((), ())
+    told = tuple(
+        Tool(one.name, one.description or "", one.parameters or {})
+        for one in (sent.function for sent in body.tools)
+    )
+    callable_ = told
+    if isinstance(choice, NamedTool):
+        callable_ = tuple(tool for tool in told if tool.name == choice.function.name)
+        if not callable_:
+            message = f"tool_choice names {choice.function.name!r}, which is not among the tools"
+            raise ApiError(400, message, param="tool_choice")
+    several = body.parallel_tool_calls is not False
+    return Tools(told, callable_, choice not in (None, "auto"), several)

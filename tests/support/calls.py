@@ -76,7 +76,7 @@ def greedy(model: PopModel, tokens: list[int], n: int = 12) -> list[int]:
 
 def text_of(model: PopModel, tokens: Iterable[int]) -> str:
     """The text of tokens, control tokens among them."""
-    pieces = Pieces(model.context, special=True)
+    pieces = Pieces(model.context, range(model.context.n_vocab))
     return b"".join(pieces[token] for token in tokens).decode(errors="replace")
 
 

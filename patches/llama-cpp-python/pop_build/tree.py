@@ -30,6 +30,7 @@ _LLAMA_CPP = Path("vendor", "llama.cpp")
 _NOT_SOURCE = (".git", "build", "__pycache__")
 # Not compiled, two thirds of the bytes, and too deep a path for Windows.
 _LEFT_OUT = ("benches", "docs", "examples", "models", "tests", "tools/ui")
+_KEPT = ("models/templates",)  # small, and the tests of chat formats read them
 _KEPT_TREES = 4
 
 
@@ -173,7 +174,8 @@ def _safe(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if not (member.isfile() or member.isdir()) or ".." in parts or Path(member.name).anchor:
             raise BuildError(f"The archive holds {member.name}, which is unsafe.", "Do not use it.")
         inside = Path(*parts[1:])
-        if not any(inside.is_relative_to(_LLAMA_CPP / folder) for folder in _LEFT_OUT):
+        is_kept = any(inside.is_relative_to(_LLAMA_CPP / folder) for folder in _KEPT)
+        if is_kept or not any(inside.is_relative_to(_LLAMA_CPP / name) for name in _LEFT_OUT):
             yield member
 
 

@@ -1,5 +1,6 @@
 """Which tokens may follow in an answer of a form, by llguidance."""
 
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ class _Vocabulary:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, context: Context, ends: list[int]) -> None:
-        pieces = Pieces(context)
+    def __init__(self, context: Context, ends: list[int], shown: Container[int]) -> None:
+        pieces = Pieces(context, shown)
         n_vocab = bindings().llama_vocab_n_tokens(context.vocab)
         self.tokens = [b"" if token in ends else pieces[token] for token in range(n_vocab)]
         self.eos_token_id = ends[0]
@@ -33,14 +34,14 @@ class _Vocabulary:
         raise NotImplementedError("no_forcing: the model decides on its tokens")
 
 
-def tokenizer_of(context: Context) -> LLTokenizer:
-    """Read llama.cpp's vocabulary, which takes a second or more."""
+def tokenizer_of(context: Context, shown: Container[int] = ()) -> LLTokenizer:
+    """Read llama.cpp's vocabulary, which takes a second or more; `shown`: see Pieces."""
     api, vocab = bindings(), context.vocab
     every = range(api.llama_vocab_n_tokens(vocab))
     ends = [token for token in every if api.llama_vocab_is_eog(vocab, token)]
     if not ends:
         raise GrammarError("the model has no token that ends an answer of a form")
-    wrapper: Any = _Vocabulary(context, ends)
+    wrapper: Any = _Vocabulary(context, ends, shown)
     return LLTokenizer(wrapper, eos_token=ends)
 
 

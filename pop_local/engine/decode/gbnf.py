@@ -6,6 +6,7 @@ rule holds itself, the grammar is a single regular expression.
 """
 
 import re
+from collections.abc import Mapping
 from itertools import chain
 
 _TOKEN = re.compile(
@@ -25,8 +26,11 @@ _MEMBER = re.compile(f"({_CHARACTER})(?:-({_CHARACTER}))?", re.DOTALL)
 _CONTROL = {"t": 9, "n": 10, "r": 13}
 
 
-def lark_of(text: str) -> str:
-    """Write a GBNF grammar as Lark; raises ValueError for one that is not valid."""
+def lark_of(text: str, instead: Mapping[str, str]) -> str:
+    """Write a GBNF grammar as Lark; raises ValueError for one that is not valid.
+
+    `instead`: the right side of some rules, as Lark. Rules that are only for these are left out.
+    """
     rules: dict[str, list[re.Match[str]]] = {}
     body: list[re.Match[str]] | None = None
     at = depth = 0
@@ -50,15 +54,25 @@ def lark_of(text: str) -> str:
             body.append(token)
     rules = {name: _looped(name, body) for name, body in rules.items()}
     named = {name: {each["name"] for each in body} - {None} for name, body in rules.items()}
+    if instead:
+        named |= {name: set() for name in instead.keys() & rules.keys()}
+        used, more = {"root"}, {"root"}
+        while more := {each for name in more for each in named.get(name, ())} - used:
+            used |= more
+        named = {name: named[name] for name in used if name in named}
+        rules = {name: rules[name] for name in named}
     if missing := {"root"}.union(*named.values()) - rules.keys():
         raise ValueError(f"there is no rule {min(missing)}")
     # Lark's names in capitals are regular expressions, which cannot hold themselves.
     flat: set[str] = set()
-    while more := {name for name in named.keys() - flat if named[name] <= flat}:
+    while more := {name for name in named.keys() - flat - instead.keys() if named[name] <= flat}:
         flat |= more
     letter = "R" if flat == rules.keys() else "r"
     names = {name: f"{letter}{number}" for number, name in enumerate(rules)}
-    lines = [f"{names[name]}: {_written(body, names)}" for name, body in rules.items()]
+    lines = [
+        f"{names[name]}: {instead.get(name) or _written(body, names)}"
+        for name, body in rules.items()
+    ]
     return "\n".join([f"start: {names['root']}", *lines])
 
 

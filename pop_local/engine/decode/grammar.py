@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ LIMIT_S = 3
 LIMIT_BYTES = 512 * 2**20
 _MAX_CHARACTERS = 2**20
 _MAX_MESSAGE = 300
+# Forced text is left to the model's own tokens: `a{400000000}` is forced text, too.
+_HEAD = '%llguidance {"no_forcing": true}\n'
 _OPTIONS: Any = {
     # A model may otherwise write white space for ever.
     "whitespace_pattern": r" |\n{1,2}[ \t]{0,20}",
@@ -50,6 +52,14 @@ _STRICTER = {
 _child = KeptProcess(grammar_child.__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
 
 
+@dataclass(frozen=True)
+class JsonRule:
+    """A JSON schema as the right side of a rule of Lark; `ignored`: keywords not enforced."""
+
+    text: str
+    ignored: tuple[str, ...]
+
+
 class GrammarError(PopError):
     """The grammar or the JSON schema cannot be used, or leaves no token to go on with."""
 
@@ -70,35 +80,33 @@ class Grammar:
 
         Raises GrammarError for what is no schema, allows nothing, or cannot be expressed.
         """
-        try:
-            # A copy, to be changed, of which the texts and numbers are JSON's.
-            given = {"allOf": [schema]} if isinstance(schema, bool) else schema
-            given = json.loads(json.dumps(given))
-            if not isinstance(given, dict):
-                raise ValueError("it is no object")
-            ignored = [name for part in _schemas(given) for name in _prepared(part)]
-            text = f"start: %json {json.dumps({**given, 'x-guidance': _OPTIONS})}"
-        except (RecursionError, TypeError, ValueError) as error:
-            raise GrammarError(f"the JSON schema is not valid: {error}") from error
-        text, warnings = _checked(text, "the JSON schema")
-        ignored += [name for each in warnings for name in _named(each)]
-        return cls(text, tuple(dict.fromkeys(ignored)))
+        rule = json_rule(schema)
+        return cls.of_lark(f"start: {rule.text}", "the JSON schema", rule.ignored)
 
     @classmethod
-    def of_gbnf(cls, gbnf: str) -> "Grammar":
+    def of_lark(cls, lark: str, noun: str, ignored: Sequence[str] = ()) -> "Grammar":
+        """Allow what llguidance's Lark describes. Raises GrammarError for what is not valid."""
+        text, warnings = _checked(lark, noun)
+        found = [*ignored, *(name for each in warnings for name in _named(each))]
+        return cls(text, tuple(dict.fromkeys(found)))
+
+    @classmethod
+    def of_gbnf(cls, gbnf: str, instead: Mapping[str, "JsonRule"] | None = None) -> "Grammar":
         """Allow what llama.cpp's GBNF describes, from the rule `root` on.
 
-        Raises GrammarError for what is not valid.
+        `instead`: JSON in the place of some rules. Raises GrammarError for what is not valid.
         """
+        rules = instead or {}
         try:
-            text = lark_of(gbnf)
+            text = lark_of(gbnf, {name: rule.text for name, rule in rules.items()})
             text.encode()
         except ValueError as error:
             raise GrammarError(
                 f"the grammar is not valid GBNF: {error}",
                 "each rule is NAME ::= ..., the first one named root",
             ) from error
-        return cls(_checked(text, "the grammar")[0])
+        ignored = [name for rule in rules.values() for name in rule.ignored]
+        return cls.of_lark(text, "the grammar", ignored)
 
     @classmethod
     def of_regex(cls, pattern: str) -> "Grammar":
@@ -109,13 +117,32 @@ class Grammar:
         return cls(_checked(f"start: /{regex_to_lark(pattern)}/", "the regular expression")[0])
 
 
+def json_rule(schema: Any) -> JsonRule:
+    """Write a JSON schema as Lark. Raises GrammarError for what is none."""
+    try:
+        # A copy, to be changed, of which the texts and numbers are JSON's.
+        given = {"allOf": [schema]} if isinstance(schema, bool) else schema
+        given = json.loads(json.dumps(given))
+        if not isinstance(given, dict):
+            raise ValueError("it is no object")
+        ignored = [name for part in _schemas(given) for name in _prepared(part)]
+        text = f"%json {json.dumps({**given, 'x-guidance': _OPTIONS})}"
+    except (RecursionError, TypeError, ValueError) as error:
+        raise GrammarError(f"the JSON schema is not valid: {error}") from error
+    return JsonRule(text, tuple(ignored))
+
+
+def unchecked(lark: str) -> Grammar:
+    """Return a grammar whose parts were checked in another one."""
+    return Grammar(LLMatcher.grammar_from_lark(f"{_HEAD}{lark}"))
+
+
 def _checked(lark: str, noun: str) -> tuple[str, list[str]]:
     """Compile a grammar in the child process; return it and llguidance's warnings.
 
     Raises GrammarError for one that is wrong or takes too much.
     """
-    # Forced text is left to the model's own tokens: `a{400000000}` is forced text, too.
-    text = LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{lark}')
+    text = LLMatcher.grammar_from_lark(f"{_HEAD}{lark}")
     if len(text) > _MAX_CHARACTERS:
         raise GrammarError(f"{noun} is too large: {len(text):,} characters")
     try:

@@ -52,7 +52,7 @@ def prompt_logprobs(cache: KvCache, tokens: Sequence[int], n_top: int) -> list[T
 
     Every row asks for logits, so all of them run in full, and take the place of the KV cache.
     """
-    pieces = Pieces(cache.context, special=True)
+    pieces = Pieces(cache.context, range(cache.context.n_vocab))
     found = [TokenLogprob(pieces[tokens[0]], None)]
     for logits in _all_logits(cache, tokens):
         for row in logits[: len(tokens) - len(found)]:

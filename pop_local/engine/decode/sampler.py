@@ -21,8 +21,8 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 class Allowed(Protocol):
     """Which tokens may come next."""
 
-    def allowed(self) -> np.ndarray:
-        """Return the ids of tokens, in order. Raises PopError where no token may follow."""
+    def allowed(self) -> np.ndarray | None:
+        """Return the ids of tokens, in order; None for all. Raises PopError where there is none."""
 
     def accept(self, token: int) -> None:
         """Go on after a token."""
@@ -64,18 +64,24 @@ class Sampler:
 
     def sample(self) -> int:
         """Choose the next token. Raises PopError where the constraint allows none."""
-        context = self._context
-        if self._constraint is None and self._chain is not None:
-            return int(self._api.llama_sampler_sample(self._chain, context.ctx, -1))
-        row = self._api.llama_get_logits_ith(context.ctx, -1)
-        logits = np.ctypeslib.as_array(row, (context.n_vocab,))
-        if self._constraint is None:
-            return int(logits.argmax())
-        ids = self._constraint.allowed()
-        logits = logits[ids]
-        token = int(ids[logits.argmax()]) if self._chain is None else self._from_chain(ids, logits)
-        self._constraint.accept(token)
+        ids = None if self._constraint is None else self._constraint.allowed()
+        token = self._any() if ids is None else self._one_of(ids)
+        if self._constraint is not None:
+            self._constraint.accept(token)
         return token
+
+    def _any(self) -> int:
+        if self._chain is not None:
+            return int(self._api.llama_sampler_sample(self._chain, self._context.ctx, -1))
+        return int(self._logits().argmax())
+
+    def _one_of(self, ids: np.ndarray) -> int:
+        logits = self._logits()[ids]
+        return int(ids[logits.argmax()]) if self._chain is None else self._from_chain(ids, logits)
+
+    def _logits(self) -> np.ndarray:
+        row = self._api.llama_get_logits_ith(self._context.ctx, -1)
+        return np.ctypeslib.as_array(row, (self._context.n_vocab,))
 
     def _from_chain(self, ids: np.ndarray, logits: np.ndarray) -> int:
         candidates = np.zeros(len(ids), _CANDIDATE)

@@ -2,19 +2,19 @@
 
 import codecs
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from pop_local.engine.llama.backend import bindings
 from pop_local.engine.llama.context import Context
 
 
 class Pieces:
-    """The bytes of single tokens; control tokens have none unless `special`."""
+    """The bytes of single tokens; control tokens have none unless they are `shown`."""
 
-    def __init__(self, context: Context, special: bool = False) -> None:
+    def __init__(self, context: Context, shown: Container[int] = ()) -> None:
         self._context = context  # which stays open as long as somebody asks
         self._vocab = context.vocab
-        self._special = special
+        self._shown = shown
         self._to_piece = bindings().llama_token_to_piece
         self._buffer = ctypes.create_string_buffer(64)
 
@@ -27,7 +27,8 @@ class Pieces:
 
     def _write(self, token: int) -> int:
         size = len(self._buffer)
-        return int(self._to_piece(self._vocab, token, self._buffer, size, 0, self._special))
+        is_shown = token in self._shown
+        return int(self._to_piece(self._vocab, token, self._buffer, size, 0, is_shown))
 
 
 class TextStream:

@@ -1,7 +1,7 @@
 """From a conversation to its prompt, by the template of the model's file."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -18,6 +18,9 @@ from pop_local.engine.prompt.templates import Template
 from pop_local.engine.turn import Message
 
 _PROBE = "0f3c9a71d2"  # in no template
+
+# From the messages' contents, and what marks other texts, to the text of a prompt.
+Write = Callable[[list[str], Callable[[str], str]], str]
 
 
 class Prompter:
@@ -60,21 +63,34 @@ class Prompter:
         """
         if any(message.role == "system" for message in messages) and not self._takes_system:
             messages = _without_system(messages)
-        contents = [message.content for message in messages]
-        utf8("".join(contents))
+        return self.written(messages, (), lambda contents, _: self._rendered(messages, contents))
+
+    def written(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
+        """Return the prompt that `write` makes of the messages' contents and these other texts.
+
+        It is called again, with marks in the place of special tokens that a text spells out: those
+        of the contents are there, the second argument puts them into other texts.
+        """
+        texts = [*(message.content for message in messages), *others]
+        utf8("".join(texts))
         marks: dict[str, str] = {}
-        unused = iter(unused_marks(contents))
+        unused = iter(unused_marks(texts))
         pictures: dict[str, Picture] = {}
         contents = [_with_marks(message, unused, pictures) for message in messages]
+
+        def marked(text: str) -> str:
+            for mark, one in marks.items():
+                text = text.replace(one, mark)
+            return text
+
         while True:
-            text = self._rendered(messages, contents)
+            text = write([marked(content) for content in contents], marked)
             tokens = self._context.tokenize(text, special=True)
-            spelled = [] if self.parse_special else self._special.spelled(tokens, contents)
+            left = [marked(one) for one in texts]
+            spelled = [] if self.parse_special else self._special.spelled(tokens, left)
             if not spelled:
                 break
-            for one in spelled:
-                marks[mark := next(unused)] = one
-                contents = [content.replace(one, mark) for content in contents]
+            marks |= {next(unused): one for one in spelled}
         if marks and not pictures:
             tokens = self._special.tokens(text, marks)
         bos = list(self._context.bos)

@@ -35,6 +35,7 @@ ARROWS = {
 INSIDE = {
     "engine": {
         "sessions": "cache decode images llama",
+        "tools": "decode limited llama prompt",
         "prefill": "cache depth images llama prompt",
         "decode": "cache limited llama",
         "depth": "cache llama",

@@ -1,0 +1,132 @@
+// llama.cpp's chat formats for the process in which pop_local renders templates. JSON in and out:
+//
+//   pop_chat_render {template, bos, eos, messages, tools, tool_choice, parallel}
+//                -> {prompt, start, grammar, triggers, shown, stops, takes_tools, format}
+//   pop_chat_parse  {format, text, partial}
+//                -> {content, reasoning, calls}
+//
+// messages, tools and tool_choice are OpenAI's. grammar is GBNF, from the first token that is sampled on, and
+// triggers say where it begins otherwise. shown: special tokens that are part of the format. both answer {error} in
+// the place of an exception, and their strings are the caller's to free, by pop_chat_free
+
+#include "chat.h"
+#include "json.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <string>
+
+#ifdef _WIN32
+#    define POP_CHAT_API extern "C" __declspec(dllexport)
+#else
+#    define POP_CHAT_API extern "C" __attribute__((visibility("default")))
+#endif
+
+using json = common_json;
+
+namespace {
+
+struct format {
+    std::string               key;
+    common_chat_parser_params params;
+};
+
+const char * TRIGGERS[] = { "token", "word", "pattern", "pattern_full" };
+
+std::string text_of(const json & object, const char * name) {
+    return object.contains(name) && object.at(name).is_string() ? object.at(name).get<std::string>() : std::string();
+}
+
+bool flag_of(const json & object, const char * name) {
+    return object.contains(name) && object.at(name).is_boolean() && object.at(name).get<bool>();
+}
+
+common_chat_templates_inputs inputs_of(const json & request) {
+    common_chat_templates_inputs inputs;
+    inputs.messages            = common_chat_msgs_parse_oaicompat(request.at("messages"));
+    inputs.tools               = common_chat_tools_parse_oaicompat(request.at("tools"));
+    inputs.tool_choice         = common_chat_tool_choice_parse_oaicompat(text_of(request, "tool_choice"));
+    inputs.parallel_tool_calls = flag_of(request, "parallel");
+    inputs.reasoning_format    = COMMON_REASONING_FORMAT_AUTO;
+    return inputs;
+}
+
+json render(const json & request) {
+    const std::string source = text_of(request, "template");
+    const auto inputs = inputs_of(request);
+
+    const auto chat   = common_chat_templates_init(nullptr, source, text_of(request, "bos"), text_of(request, "eos"));
+    const auto params = common_chat_templates_apply(chat.get(), inputs);
+
+    // the end of a turn is no part of the format: it is a token that is never shown
+    const auto open      = common_chat_templates_init(nullptr, source, text_of(request, "bos"), "");
+    const auto endless   = common_chat_templates_apply(open.get(), inputs);
+
+    json triggers = json::array();
+    for (const auto & trigger : endless.grammar_triggers) {
+        triggers.push_back(json{ { "type", TRIGGERS[trigger.type] }, { "value", trigger.value } });
+    }
+
+    return json{
+        { "prompt",      params.prompt },
+        { "start",       endless.generation_prompt },
+        { "grammar",     endless.grammar },
+        { "triggers",    triggers },
+        { "shown",       endless.preserved_tokens },
+        { "stops",       endless.additional_stops },
+        { "takes_tools", common_chat_templates_get_caps(chat.get())["supports_tools"] },
+        { "format", json{
+            { "kind",   (int) endless.format },
+            { "start",  endless.generation_prompt },
+            { "parser", endless.parser },
+        } },
+    };
+}
+
+json parse(const json & request) {
+    static format known; // one answer is parsed many times while it grows
+
+    const json & asked = request.at("format");
+    const std::string key = asked.dump();
+    if (known.key != key) {
+        common_chat_parser_params params;
+        params.format            = (common_chat_format) asked.at("kind").get<int>();
+        params.reasoning_format  = COMMON_REASONING_FORMAT_AUTO;
+        params.generation_prompt = text_of(asked, "start");
+        const std::string parser = text_of(asked, "parser");
+        if (!parser.empty()) {
+            params.parser.load(parser);
+        }
+        known = { key, params };
+    }
+
+    const auto message = common_chat_parse(text_of(request, "text"), flag_of(request, "partial"), known.params);
+
+    json calls = json::array();
+    for (const auto & call : message.tool_calls) {
+        calls.push_back(json{ { "id", call.id }, { "name", call.name }, { "arguments", call.arguments } });
+    }
+    return json{
+        { "content",   message.render_content() },
+        { "reasoning", message.reasoning_content },
+        { "calls",     calls },
+    };
+}
+
+char * answered(const char * request, const std::function<json(const json &)> & work) {
+    std::string answer;
+    try {
+        answer = work(json::parse(request)).dump();
+    } catch (const std::exception & error) {
+        answer = json{ { "error", error.what() } }.dump();
+    }
+    return strdup(answer.c_str());
+}
+
+}
+
+POP_CHAT_API char * pop_chat_render(const char * request) { return answered(request, render); }
+POP_CHAT_API char * pop_chat_parse (const char * request) { return answered(request, parse);  }
+POP_CHAT_API void   pop_chat_free  (char * text)          { free(text); }

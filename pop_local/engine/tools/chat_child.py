@@ -1,0 +1,59 @@
+"""The process in which llama.cpp's chat formats work: a template or an answer may end it.
+
+The library is `libpop-chat`, see patches/llama.cpp/common/pop/pop-chat.cpp.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pop_local.engine.limited.child import serve
+
+_NAMES = {"win32": "pop-chat.dll", "darwin": "libpop-chat.dylib"}
+
+
+def _library() -> ctypes.CDLL:
+    """Load it from where llama_cpp finds the others."""
+    package = find_spec("llama_cpp")
+    assert package is not None and package.origin is not None, "the backend is installed"
+    beside = Path(package.origin).parent / "lib"
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or beside)
+    library = ctypes.CDLL(str(folder / _NAMES.get(sys.platform, "libpop-chat.so")))
+    library.pop_chat_free.argtypes = [ctypes.c_void_p]
+    for function in (library.pop_chat_render, library.pop_chat_parse):
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_void_p
+    return library
+
+
+class Work:
+    """The calls that are answered; a ValueError says what llama.cpp does not take."""
+
+    def __init__(self) -> None:
+        self._library = _library()
+
+    def render(self, request: dict[str, Any]) -> Any:
+        """Return a prompt and the form of its answer."""
+        return self._call(self._library.pop_chat_render, request)
+
+    def parse(self, request: dict[str, Any]) -> Any:
+        """Return the content, the reasoning and the calls of an answer, or of its beginning."""
+        return self._call(self._library.pop_chat_parse, request)
+
+    def _call(self, function: Any, request: dict[str, Any]) -> Any:
+        written = function(json.dumps(request).encode())
+        try:
+            answer = json.loads(ctypes.string_at(written))
+        finally:
+            self._library.pop_chat_free(written)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
+
+
+def main(limit_s: float, limit_bytes: int) -> None:
+    """Answer calls of Work until standard input is closed."""
+    serve(Work(), limit_s, limit_bytes)

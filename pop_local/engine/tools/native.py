@@ -1,0 +1,95 @@
+"""A template's own form of tool calls, by llama.cpp's chat code in a child process."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pop_local.base.errors import PopError
+from pop_local.engine.limited.process import BeyondLimitsError, KeptProcess, RefusedError
+from pop_local.engine.prompt.templates import LIMIT_BYTES, LIMIT_S, Template
+from pop_local.engine.tools import chat_child
+from pop_local.engine.tools.tool import Tools
+
+_SEVERAL = "root ::= tool-call | tool-calls"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt and the form of its answer, as pop-chat.cpp has them.
+
+    `takes_tools`: whether the template knows any. `grammar` is GBNF; it begins where one of the
+    `triggers` (kind, value) does. `shown`: special tokens that are a part of the form.
+    """
+
+    prompt: str
+    takes_tools: bool
+    grammar: str
+    triggers: tuple[tuple[str, str], ...]
+    shown: tuple[str, ...]
+    stops: tuple[str, ...]
+    format: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """An answer, or what there is of it. `calls` are (name, arguments) pairs."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: tuple[tuple[str, str], ...] = ()
+
+
+class _Chat(KeptProcess):
+    def asked(self, work: str, request: dict[str, Any]) -> Any:
+        """Raises ValueError where llama.cpp refuses, PopError beyond limits."""
+        try:
+            return self.call(work, request)
+        except RefusedError as error:
+            raise ValueError(error.message) from error
+        except BeyondLimitsError as error:
+            raise PopError(f"the tool calls take {self.limits}", "send fewer or simpler") from error
+
+
+_chat = _Chat(chat_child.__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)
+
+
+def render(
+    template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]], how: Tools
+) -> Rendered:
+    """Render messages and tools, both OpenAI's. Raises ValueError, PopError beyond limits."""
+    request = {
+        "template": template.source,
+        "bos": template.bos,
+        "eos": template.eos,
+        "messages": messages,
+        "tools": tools,
+        "parallel": how.several,
+        "tool_choice": "auto",
+    }
+    made = _chat.asked("render", request)
+    grammar = made["grammar"]
+    if not grammar:  # without a trigger there is none for `auto`
+        required = _chat.asked("render", {**request, "tool_choice": "required"})
+        grammar = required["grammar"] and _with_root(required["grammar"], "tool-call")
+    elif not how.several and _SEVERAL in grammar:
+        grammar = _with_root(grammar, "tool-call")
+    return Rendered(
+        made["prompt"],
+        made["takes_tools"],
+        grammar,
+        tuple((one["type"], one["value"]) for one in made["triggers"]),
+        tuple(made["shown"]),
+        tuple(made["stops"]),
+        made["format"],
+    )
+
+
+def _with_root(grammar: str, rule: str) -> str:
+    rules = [line for line in grammar.splitlines() if not line.startswith("root ::=")]
+    return "\n".join([*rules, f"root ::= {rule}"])
+
+
+def parse(form: dict[str, Any], text: str, *, partial: bool) -> Parsed:
+    """Read an answer. Raises ValueError where it has not that form, PopError beyond limits."""
+    read = _chat.asked("parse", {"format": form, "text": text, "partial": partial})
+    calls = tuple((call["name"], call["arguments"]) for call in read["calls"])
+    return Parsed(read["content"], read["reasoning"], calls)

@@ -1,0 +1,173 @@
+"""The prompt of a conversation with tools, and the form of its answer."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pop_local.base.errors import PopError
+from pop_local.engine.decode.grammar import Grammar, JsonRule, json_rule, unchecked
+from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.context import Context, tokenized
+from pop_local.engine.prompt.prompt import THINK, Prompt
+from pop_local.engine.prompt.prompter import Prompter
+from pop_local.engine.tools import native, text_form
+from pop_local.engine.tools.form import CallForm, Trigger
+from pop_local.engine.tools.native import Rendered
+from pop_local.engine.tools.tool import Tools
+from pop_local.engine.turn import Message
+
+# Behind it a call may begin where one has to come.
+_THOUGHT = re.compile(r"</think>\s*()")
+
+
+def prompt_with_tools(
+    context: Context, prompter: Prompter, messages: Sequence[Message], tools: Tools
+) -> tuple[Prompt, CallForm | None]:
+    """Return the prompt that tells of the tools, and how its answer calls them.
+
+    In the template's own form where llama.cpp knows it, else as text. Where no tool may be called
+    the form is None. Raises PopError where the model has no template, or refuses the conversation,
+    and GrammarError for a schema.
+    """
+    if not prompter.has_template:
+        raise PopError("the model has no chat template: it knows no tools", "send none")
+    rules = {tool.name: json_rule(tool.openai["function"]["parameters"]) for tool in tools.told}
+    own = _Native(context, prompter, messages, tools)
+    if own.is_known:
+        return own.prompt(), own.form(rules) if tools.callable_ else None
+    prompt = prompter.conversation(text_form.with_tools(messages, tools.told))
+    if not tools.callable_:
+        return prompt, None
+    return replace(prompt, begun="" if tools.must_call else prompt.begun), _text_form(tools, rules)
+
+
+class _Native:
+    """A conversation as the template has it, by llama.cpp."""
+
+    def __init__(
+        self, context: Context, prompter: Prompter, messages: Sequence[Message], tools: Tools
+    ) -> None:
+        self._context, self._prompter = context, prompter
+        self._messages, self._tools = messages, tools
+        self._rendered: Rendered | None = None
+        try:
+            self._rendered = self._render([each.content for each in messages], lambda text: text)
+        except ValueError as error:
+            self._refusal = str(error)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the template shows tools, and there is a form of calls."""
+        made = self._rendered
+        if made is None or not self._tools.told:
+            return made is not None and made.takes_tools
+        return bool(made.grammar) and all(tool.name in made.prompt for tool in self._tools.told)
+
+    def prompt(self) -> Prompt:
+        """Render it, so that special tokens in texts are text."""
+        others = [text for message in self._messages for text in _texts(_calls(message))]
+        others += _texts([tool.openai for tool in self._tools.told])
+        made = self._prompter.written(self._messages, others, self._write)
+        assert self._rendered is not None
+        return Prompt(made.tokens, (*made.stops, *self._rendered.stops), "", made.images)
+
+    def _write(self, contents: list[str], marked: Callable[[str], str]) -> str:
+        try:
+            return self._render(contents, marked).prompt
+        except ValueError as error:
+            raise PopError(f"the chat template refuses this conversation: {error}") from error
+
+    def _render(self, contents: list[str], marked: Callable[[str], str]) -> Rendered:
+        said = zip(self._messages, contents, strict=True)
+        messages = [_openai(message, content, marked) for message, content in said]
+        told = [_mapped(tool.openai, marked) for tool in self._tools.told]
+        return native.render(self._prompter.template, messages, told, self._tools)
+
+    def form(self, rules: dict[str, JsonRule]) -> CallForm:
+        """Return the form of the answer; its grammar is that of the callable tools alone."""
+        tools, made = self._tools, self._rendered
+        assert made is not None
+        if tools.callable_ != tools.told:
+            contents = [each.content for each in self._messages]
+            one = _Native(self._context, self._prompter, self._messages, tools.only_callable)
+            made = one._render(contents, lambda text: text)
+        instead = {f"tool-{one.rule}-schema": rules[one.name] for one in tools.callable_}
+        grammar = Grammar.of_gbnf(made.grammar, instead)
+        shown = frozenset(self._shown(made))
+        if not tools.must_call:
+            triggers = tuple(Trigger(_pattern(*one), grammar) for one in made.triggers)
+            triggers += _in_json(tools, rules)
+        else:
+            thinks = made.prompt.rstrip().endswith(THINK)
+            triggers = (Trigger(_THOUGHT, grammar),) if thinks else ()
+        return CallForm(tuple(tools.names), triggers, grammar, shown, made.format)
+
+    def _shown(self, made: Rendered) -> Iterator[int]:
+        """The special tokens that are part of the form, but for those that end an answer."""
+        vocab = self._context.vocab
+        for text in made.shown:
+            for token in tokenized(vocab, text, special=True):
+                if not bindings().llama_vocab_is_eog(vocab, token):
+                    yield token
+
+
+def _text_form(tools: Tools, rules: dict[str, JsonRule]) -> CallForm:
+    called = [(tool, rules[tool.name].text) for tool in tools.callable_]
+    ignored = [name for tool in tools.callable_ for name in rules[tool.name].ignored]
+    lark = text_form.lark(called, several=tools.several)
+    grammar = Grammar.of_lark(lark, "the tools", ignored)
+    triggers: tuple[Trigger, ...] = ()
+    if not tools.must_call:
+        triggers = (Trigger(re.compile("(<tool_call>)"), grammar), *_in_json(tools, rules))
+    return CallForm(tuple(tools.names), triggers, grammar)
+
+
+def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> tuple[Trigger, ...]:
+    """Qwen2.5-Coder and others write a fence with JSON, whatever the prompt says."""
+    return tuple(
+        Trigger(text_form.opening(name), unchecked(text_form.rest_of_json(rules[name].text)))
+        for name in tools.names
+    )
+
+
+def _pattern(kind: str, value: str) -> re.Pattern[str]:
+    """A trigger of llama.cpp's as a pattern with a group (common_grammar_trigger)."""
+    source = value if kind.startswith("pattern") else re.escape(value)
+    found = re.compile(source)
+    return found if found.groups else re.compile(f"({source})")
+
+
+def _openai(message: Message, content: str, marked: Callable[[str], str]) -> dict[str, Any]:
+    made: dict[str, Any] = {"role": message.role, "content": content}
+    if message.calls:
+        made["tool_calls"] = _mapped(_calls(message), marked)
+    if message.role == "tool":
+        made["tool_call_id"] = message.call_id
+    return made
+
+
+def _calls(message: Message) -> list[Any]:
+    return [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in message.calls
+    ]
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy with all texts changed, names of properties among them."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(name): _mapped(each, change) for name, each in value.items()}
+    return [_mapped(each, change) for each in value] if isinstance(value, list) else value
+
+
+def _texts(value: Any) -> list[str]:
+    found: list[str] = []
+    _mapped(value, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
+    return found

@@ -1,0 +1,96 @@
+"""Calls read out of an answer while it is written."""
+
+import secrets
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from pop_local.base.errors import PopError
+from pop_local.engine.tools import native, text_form
+from pop_local.engine.tools.form import CallForm
+from pop_local.engine.tools.native import Parsed
+from pop_local.engine.turn import ToolCall
+
+_LETTERS = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What has come to an answer: content, reasoning, or a part of the call of this index.
+
+    The first part of a call has its id and name, the others arguments alone.
+    """
+
+    content: str = ""
+    reasoning: str = ""
+    call: ToolCall | None = None
+    index: int = 0
+
+
+class CallReader:
+    """Reads one answer, which comes in pieces of text."""
+
+    def __init__(self, form: CallForm) -> None:
+        self._form, self._native = form, form.native
+        self._text = ""
+        self._last = Parsed()
+        self.n_calls = 0
+
+    def push(self, text: str) -> list[Piece]:
+        """Return what the text adds."""
+        self._text += text
+        if not self._text or text_form.may_open(self._text):
+            return []
+        return self._added(self._parsed(partial=True))
+
+    def end(self) -> list[Piece]:
+        """Return what is left once the answer is complete."""
+        return self._added(self._parsed(partial=False))
+
+    def _parsed(self, *, partial: bool) -> Parsed:
+        """What llama.cpp finds no call in, a text form may; what is neither is content."""
+        found: Parsed | None = None
+        if self._native is not None:
+            try:
+                found = native.parse(self._native, self._text, partial=partial)
+            except ValueError:
+                found = self._last if partial else None
+            except PopError:  # beyond limits, such as thousands of brackets
+                self._native = None
+        if found is None or not found.calls:
+            as_text = text_form.parse(self._text, self._form.names, partial=partial)
+            found = as_text if found is None or as_text.calls else found
+        return found
+
+    def _added(self, now: Parsed) -> list[Piece]:
+        last, self._last = self._last, now
+        found = [
+            Piece(reasoning=_more(last.reasoning, now.reasoning)),
+            Piece(content=_more(last.content, now.content)),
+        ]
+        for index, (name, arguments) in enumerate(now.calls):
+            if index >= self.n_calls:
+                self.n_calls += 1
+                call = ToolCall("".join(secrets.choice(_LETTERS) for _ in range(9)), name, "")
+                found.append(Piece(call=call, index=index))
+            before = last.calls[index][1] if index < len(last.calls) else ""
+            if more := _more(before, arguments):
+                found.append(Piece(call=ToolCall("", "", more), index=index))
+        return [piece for piece in found if piece != Piece()]
+
+
+def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:
+    """Join the parts of the calls of an answer."""
+    calls: dict[int, ToolCall] = {}
+    for piece in pieces:
+        if piece.call is not None:
+            first = calls.get(piece.index)
+            more = piece.call.arguments
+            joined = replace(first, arguments=first.arguments + more) if first else piece.call
+            calls[piece.index] = joined
+    return [*calls.values()]
+
+
+def _more(before: str, now: str) -> str:
+    """What a text has become longer by; nothing where it has changed."""
+    return now[len(before) :] if now.startswith(before) else ""

@@ -1,0 +1,129 @@
+"""Calls as text, for templates that leave tools out, and for models that write JSON anyway."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pop_local.engine.tools.native import Parsed
+from pop_local.engine.tools.tool import Tool
+from pop_local.engine.turn import Message
+
+_SAID = """# Tools
+
+You may call these functions. Each line is one, with the JSON schema of its arguments:
+<tools>
+{tools}
+</tools>
+
+To call a function, write nothing but its name and arguments as JSON between these tags:
+<tool_call>
+{{"name": "NAME", "arguments": {{...}}}}
+</tool_call>
+Its result comes with the next message. Answer without a call where none is of use."""
+_CALL = "<tool_call>"
+_SPACE = r"/[ \n]{0,4}/"
+_END = r"/\s{0,4}(<\/tools?(_call)?>\s{0,4})?(```)?/"
+# In front of a call: a tag, or at the beginning of an answer a fence or nothing.
+_OPEN = r"(?:<tool_call>\s*|\A\s*(?:```\w*\s*)?(?:<tools?>\s*)?)"
+_CLOSE = re.compile(r"\s*\}\s*(?:</tools?(?:_call)?>\s*)?(?:```\s*)?")
+_BEGUN = re.compile(
+    r'\s*(?:`{0,3}|```\w*\s*)(?:<[tols_ca>]{0,10}\s*)?(?:\{\s*(?:"\w{0,4}|"name".{0,200})?)?',
+    re.DOTALL,
+)
+
+
+def with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """Write tools, calls and results into messages that any template shows."""
+    told = "\n".join(json.dumps(tool.openai["function"], ensure_ascii=False) for tool in tools)
+    found: list[Message] = []
+    for message in messages:
+        content = message.content
+        if message.role == "tool":
+            result = f"<tool_response>\n{content}\n</tool_response>"
+            last = found[-1] if found else None
+            if last is not None and last.call_id:
+                found[-1] = replace(last, content=f"{last.content}\n{result}")
+            else:
+                found.append(Message("user", result, message.pictures, call_id=message.call_id))
+        else:
+            calls = (
+                f'{_CALL}\n{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}\n'
+                "</tool_call>"
+                for call in message.calls
+            )
+            text = "\n".join([content] * bool(content) + [*calls])
+            found.append(replace(message, content=text, calls=()))
+    if not tools:
+        return found
+    system = _SAID.format(tools=told)
+    if found and found[0].role == "system":
+        return [replace(found[0], content=f"{found[0].content}\n\n{system}"), *found[1:]]
+    return [Message("system", system), *found]
+
+
+def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
+    """Return a grammar of calls between tags; `rules` has each tool's arguments as Lark."""
+    calls = " | ".join(f"call{number}" for number in range(len(rules)))
+    more = f"({_SPACE} call)*" if several else ""
+    lines = [
+        f"start: call {more}",
+        f'call: "{_CALL}" {_SPACE} ({calls}) {_SPACE} "</tool_call>"',
+    ]
+    for number, (tool, rule) in enumerate(rules):
+        named = json.dumps(f'"name": {json.dumps(tool.name)}, "arguments": ')
+        lines += [f'call{number}: "{{" {named} args{number} "}}"', f"args{number}: {rule}"]
+    return "\n".join(lines)
+
+
+def rest_of_json(rule: str) -> str:
+    """Return a grammar of arguments, and of what ends a call that began as `opening` matches."""
+    return f'start: args {_SPACE} "}}" {_END}\nargs: {rule}'
+
+
+def opening(name: str) -> re.Pattern[str]:
+    """Match a call of the function up to its arguments, where the first group is."""
+    return re.compile(
+        rf'{_OPEN}\{{\s*"name"\s*:\s*{re.escape(json.dumps(name))}\s*,\s*'
+        r'"(?:arguments|parameters)"\s*:\s*()'
+    )
+
+
+def may_open(text: str) -> bool:
+    """Whether the beginning of an answer may become a call in JSON."""
+    return _BEGUN.fullmatch(text) is not None
+
+
+def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
+    """Read an answer, or its beginning; calls of other names are content."""
+    content, calls, at = "", list[tuple[str, str]](), 0
+    openings = {name: opening(name) for name in names}
+    while True:
+        found = [
+            (match.start(), match.end(), name)
+            for name, pattern in openings.items()
+            if (match := pattern.search(text, at))
+        ]
+        if not found:
+            break
+        start, end, name = min(found)
+        content += text[at:start]
+        try:
+            _, at = json.JSONDecoder().raw_decode(text, end)
+        except ValueError:  # it goes on, or was cut short
+            calls.append((name, "" if partial else text[end:]))
+            return Parsed(content, "", tuple(calls))
+        calls.append((name, text[end:at]))
+        closed = _CLOSE.match(text, at)
+        at = closed.end() if closed else at
+    content += text[at:]
+    if partial:
+        content = content[: len(content) - _n_begun(content)]
+    return Parsed(content.rstrip() if calls else content, "", tuple(calls))
+
+
+def _n_begun(content: str) -> int:
+    """How many of the last characters may be the beginning of a call."""
+    if (tagged := content.find(_CALL)) >= 0:
+        return len(content) - tagged
+    return next((n for n in range(len(_CALL), 0, -1) if content.endswith(_CALL[:n])), 0)
