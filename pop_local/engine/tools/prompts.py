@@ -58,11 +58,11 @@ class _Native:
 
     @property
     def is_known(self) -> bool:
-        """Whether the template shows tools, and there is a form of calls."""
+        """Whether the template shows tools, and there is a form of calls, if any may come."""
         made = self._rendered
-        if made is None or not self._tools.told:
-            return made is not None and made.takes_tools
-        return bool(made.grammar) and all(tool.name in made.prompt for tool in self._tools.told)
+        if made is None or not made.takes_tools:
+            return False
+        return bool(made.grammar) or not self._tools.told
 
     def prompt(self) -> Prompt:
         """Render it, so that special tokens in texts are text."""

@@ -16,7 +16,7 @@ _LETTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class Piece:
-    """What has come to an answer: content, reasoning, or a part of the call of this index.
+    """A part of an answer: of its content, its reasoning, or the call of this index.
 
     The first part of a call has its id and name, the others arguments alone.
     """
@@ -48,7 +48,7 @@ class CallReader:
         return self._added(self._parsed(partial=False))
 
     def _parsed(self, *, partial: bool) -> Parsed:
-        """What llama.cpp finds no call in, a text form may; what is neither is content."""
+        """The text form may find calls where llama.cpp finds none; the rest is content."""
         found: Parsed | None = None
         if self._native is not None:
             try:
@@ -92,5 +92,5 @@ def calls_of(pieces: Iterable[Piece]) -> list[ToolCall]:
 
 
 def _more(before: str, now: str) -> str:
-    """What a text has become longer by; nothing where it has changed."""
+    """The text that was added at the end; nothing where the rest has changed, too."""
     return now[len(before) :] if now.startswith(before) else ""

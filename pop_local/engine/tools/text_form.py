@@ -27,6 +27,7 @@ _END = r"/\s{0,4}(<\/tools?(_call)?>\s{0,4})?(```)?/"
 # In front of a call: a tag, or at the beginning of an answer a fence or nothing.
 _OPEN = r"(?:<tool_call>\s*|\A\s*(?:```\w*\s*)?(?:<tools?>\s*)?)"
 _CLOSE = re.compile(r"\s*\}\s*(?:</tools?(?:_call)?>\s*)?(?:```\s*)?")
+_CLOSING = re.compile(r"\s*\}?\s*(?:<[/tols_ca>]*)?\s*`{0,3}\s*")  # a part of that
 _BEGUN = re.compile(
     r'\s*(?:`{0,3}|```\w*\s*)(?:<[tols_ca>]{0,10}\s*)?(?:\{\s*(?:"\w{0,4}|"name".{0,200})?)?',
     re.DOTALL,
@@ -116,7 +117,8 @@ def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
         calls.append((name, text[end:at]))
         closed = _CLOSE.match(text, at)
         at = closed.end() if closed else at
-    content += text[at:]
+    rest = text[at:]
+    content += "" if partial and calls and _CLOSING.fullmatch(rest) else rest
     if partial:
         content = content[: len(content) - _n_begun(content)]
     return Parsed(content.rstrip() if calls else content, "", tuple(calls))

@@ -13,8 +13,8 @@ from support.schemas import PIECES, REALISTIC, Answers, random_schema, wrong
 from support.synthetic import make_gguf
 
 # The whole campaign has 2,000 and 200.
-N_SCHEMAS = int(os.environ.get("POP_LOCAL_SCHEMAS", "60"))
-N_ANSWERS = int(os.environ.get("POP_LOCAL_ANSWERS", "5"))
+N_SCHEMAS = int(os.environ.get("POP_TEST_SCHEMAS", "60"))
+N_ANSWERS = int(os.environ.get("POP_TEST_ANSWERS", "5"))
 
 
 def answered(schema: Any, answers: Answers, n: int) -> None:
