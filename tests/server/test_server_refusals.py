@@ -36,7 +36,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (b"[" * 50_000, "recursion"),
         ({}, "messages: Field required"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages.0.content.0.image_url: Field required",
@@ -63,7 +63,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
         (HELLO | {"n_predict": 0}, "n_predict"),
         (HELLO | {"response_format": REFERRING}, "Pointer '/$defs/B' does not exist"),
         (HELLO | {"guided_choice": ["a"]}, "guided_choice is not supported"),
-        (HELLO | {"tools": [{"type": "function"}]}, "tools is not supported"),
+        (HELLO | {"tools": [{"type": "function"}]}, "tools.0.function: Field required"),
         (HELLO | {"logit_bias": {"5": 1}}, "logit_bias is not supported"),
         (HELLO | {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is"),
         (HELLO | {"json_schema": {"type": "object"}}, "json_schema is not supported"),

@@ -106,7 +106,7 @@ class Grammar:
                 "each rule is NAME ::= ..., the first one named root",
             ) from error
         ignored = [name for rule in rules.values() for name in rule.ignored]
-        return cls.of_lark(text, "the grammar", ignored)
+        return cls.of_lark(text, "a tool's schema" if rules else "the grammar", ignored)
 
     @classmethod
     def of_regex(cls, pattern: str) -> "Grammar":

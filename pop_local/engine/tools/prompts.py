@@ -32,7 +32,7 @@ def prompt_with_tools(
     """
     if not prompter.has_template:
         raise PopError("the model has no chat template: it knows no tools", "send none")
-    rules = {tool.name: json_rule(tool.openai["function"]["parameters"]) for tool in tools.told}
+    rules = {tool.name: json_rule(tool.schema) for tool in tools.told}
     own = _Native(context, prompter, messages, tools)
     if own.is_known:
         return own.prompt(), own.form(rules) if tools.callable_ else None
@@ -116,7 +116,7 @@ def _text_form(tools: Tools, rules: dict[str, JsonRule]) -> CallForm:
     called = [(tool, rules[tool.name].text) for tool in tools.callable_]
     ignored = [name for tool in tools.callable_ for name in rules[tool.name].ignored]
     lark = text_form.lark(called, several=tools.several)
-    grammar = Grammar.of_lark(lark, "the tools", ignored)
+    grammar = Grammar.of_lark(lark, "a tool's schema", ignored)
     triggers: tuple[Trigger, ...] = ()
     if not tools.must_call:
         triggers = (Trigger(re.compile("(<tool_call>)"), grammar), *_in_json(tools, rules))

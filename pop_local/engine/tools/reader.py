@@ -60,6 +60,9 @@ class CallReader:
         if found is None or not found.calls:
             as_text = text_form.parse(self._text, self._form.names, partial=partial)
             found = as_text if found is None or as_text.calls else found
+        is_lost = not (partial or found.calls or found.reasoning)
+        if is_lost and self._text.startswith(found.content):  # the beginning of a tag
+            found = Parsed(self._text)
         return found
 
     def _added(self, now: Parsed) -> list[Piece]:

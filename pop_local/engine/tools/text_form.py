@@ -79,7 +79,7 @@ def lark(rules: Sequence[tuple[Tool, str]], *, several: bool) -> str:
 
 def rest_of_json(rule: str) -> str:
     """Return a grammar of arguments, and of what ends a call that began as `opening` matches."""
-    return f'start: args {_SPACE} "}}" {_END}\nargs: {rule}'
+    return f'start: {_SPACE} args {_SPACE} "}}" {_END}\nargs: {rule}'
 
 
 def opening(name: str) -> re.Pattern[str]:
@@ -111,7 +111,7 @@ def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
         content += text[at:start]
         try:
             _, at = json.JSONDecoder().raw_decode(text, end)
-        except ValueError:  # it goes on, or was cut short
+        except (RecursionError, ValueError):  # it goes on, or was cut short
             calls.append((name, "" if partial else text[end:]))
             return Parsed(content, "", tuple(calls))
         calls.append((name, text[end:at]))

@@ -24,6 +24,11 @@ class Tool:
         return re.sub(r"[^a-zA-Z0-9-]+", "-", self.name)
 
     @property
+    def schema(self) -> dict[str, Any]:
+        """The schema of arguments: none but those that are named, unless it says otherwise."""
+        return {"additionalProperties": False, **(self.parameters or _NO_ARGUMENTS)}
+
+    @property
     def openai(self) -> dict[str, Any]:
         """The tool as OpenAI's clients send it, which templates expect."""
         function = {"name": self.name, "description": self.description}

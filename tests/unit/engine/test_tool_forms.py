@@ -23,11 +23,9 @@ from pop_local.engine.tools.tool import Tool, Tools
 from pop_local.engine.turn import Message, ToolCall
 from support.calls import opened
 from support.converted import tiny
-from support.paths import ROOT
 from support.synthetic import TEMPLATE
+from support.tooled import TEMPLATES
 
-FOLDER = "patches/llama-cpp-python/build/*/src/vendor/llama.cpp/models/templates/*.jinja"
-TEMPLATES = {path.stem: path for path in sorted(ROOT.glob(FOLDER))}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 TOOLS = (

@@ -1,0 +1,182 @@
+"""Tools through the API, as OpenAI's clients send them, on a small random model."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pop_local.server.app import create_app
+from support.asked import NAME, chat, events
+from support.calls import opened
+from support.converted import tiny
+from support.serving import asking
+from support.synthetic import TEMPLATE
+from support.tooled import DOUBLE, QWEN, TEMPLATES, WEATHER, function
+
+TOOLS = [WEATHER, DOUBLE]
+FORCED = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 200}
+CALL = {
+    "id": "abcdefgh1",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'},
+}
+TURN = [
+    {"role": "user", "content": "How is it in Rome?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "abcdefgh1", "content": "It rains."},
+]
+BOMB = {"type": "object", "properties": {f"p{n}": {} for n in range(10_000)}}
+NESTED: dict[str, Any] = {}
+for _ in range(150):
+    NESTED = {"properties": {"a": NESTED}}
+
+
+@pytest.fixture(scope="module", params=["native", "text"])
+def client(request, tmp_path_factory):
+    template = TEMPLATES[QWEN].read_text() if request.param == "native" else TEMPLATE
+    path = tiny(tmp_path_factory.mktemp("tools"), chat_template=template)
+    with opened(path, n_ctx=8192) as model, asking(create_app(model, NAME)) as client:
+        yield client
+
+
+def message_of(response: Any) -> tuple[dict[str, Any], str]:
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    return choice["message"], choice["finish_reason"]
+
+
+def called(message: dict[str, Any]) -> list[tuple[str, Any]]:
+    calls = [call["function"] for call in message["tool_calls"]]
+    return [(call["name"], json.loads(call["arguments"])) for call in calls]
+
+
+def joined(streamed: list[Any]) -> tuple[list[dict[str, Any]], str]:
+    """The calls out of a stream's deltas, as OpenAI's client joins them, and the content."""
+    calls: dict[int, dict[str, Any]] = {}
+    content = ""
+    for event in streamed:
+        delta = event["choices"][0]["delta"]
+        content += delta.get("content") or ""
+        for part in delta.get("tool_calls", []):
+            if "id" in part:
+                assert part["index"] == len(calls) and part["type"] == "function"
+                calls[part["index"]] = {"id": part["id"], "function": dict(part["function"])}
+            else:
+                arguments = part["function"]["arguments"]
+                calls[part["index"]]["function"]["arguments"] += arguments
+    return [*calls.values()], content
+
+
+def test_a_required_call_is_one_of_the_tools_with_arguments_of_its_schema(client):
+    message, reason = message_of(chat(client, **FORCED, parallel_tool_calls=False))
+    [(name, arguments)] = called(message)
+    assert (message["content"], reason) == (None, "tool_calls")
+    assert message["tool_calls"][0]["id"] and message["tool_calls"][0]["type"] == "function"
+    if name == "get_weather":
+        assert arguments["city"] in ("Paris", "Rome")
+    else:
+        assert arguments["n"] in range(10)
+
+
+def test_a_stream_has_the_same_calls(client):
+    whole, _ = message_of(chat(client, **FORCED, parallel_tool_calls=False))
+    streamed = events(chat(client, **FORCED, parallel_tool_calls=False, stream=True))
+    calls, content = joined(streamed)
+    assert called({"tool_calls": calls}) == called(whole) and content == ""
+    assert streamed[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_named_tool_is_called(client):
+    choice = {"type": "function", "function": {"name": "double"}}
+    body = FORCED | {"tool_choice": choice, "parallel_tool_calls": False}
+    assert [name for name, _ in called(message_of(chat(client, **body))[0])] == ["double"]
+
+
+def test_several_calls_have_indexes_and_ids_of_their_own(client):
+    streamed = events(
+        chat(client, **FORCED | {"max_tokens": 600}, temperature=1, seed=1, stream=True)
+    )
+    calls, _ = joined(streamed)
+    assert len({call["id"] for call in calls}) == len(calls) > 0
+
+
+def test_the_limit_cuts_a_call_short(client):
+    message, reason = message_of(chat(client, **FORCED | {"max_tokens": 3}))
+    assert reason == "length" and "tool_calls" not in message
+
+
+@pytest.mark.parametrize("body", [{"tool_choice": "auto"}, {"tool_choice": "none"}, {}])
+def test_an_answer_without_a_call_is_content(client, body):
+    message, reason = message_of(chat(client, tools=TOOLS, **body))
+    assert reason == "length" and message["content"] and "tool_calls" not in message
+    content = joined(events(chat(client, tools=TOOLS, stream=True, **body)))[1]
+    assert content == message["content"]
+
+
+def test_none_tells_of_no_tools_and_auto_does(client):
+    lengths = [
+        chat(client, tools=TOOLS, tool_choice=choice).json()["usage"]["prompt_tokens"]
+        for choice in ("auto", "none", "required")
+    ]
+    assert lengths[0] == lengths[2] > lengths[1]
+
+
+def test_the_second_turn_reads_the_call_and_its_result_alone(client):
+    first = chat(client, messages=TURN[:1], tools=TOOLS).json()["usage"]
+    second = chat(client, messages=TURN, tools=TOOLS).json()["usage"]
+    n_read = second["prompt_tokens"] - second["prompt_tokens_details"]["cached_tokens"]
+    # The tail of a prompt is read again, to be full.
+    assert n_read <= second["prompt_tokens"] - first["prompt_tokens"] + 40
+    assert message_of(chat(client, messages=TURN))[0]["content"]
+
+
+def test_log_probabilities_are_those_of_all_tokens(client):
+    response = chat(client, **FORCED | {"max_tokens": 12}, logprobs=True)
+    assert len(response.json()["choices"][0]["logprobs"]["content"]) == 12
+    streamed = events(chat(client, **FORCED | {"max_tokens": 12}, logprobs=True, stream=True))
+    each = [event["choices"][0]["logprobs"] for event in streamed]
+    assert sum(len(found["content"]) for found in each if found) == 12
+
+
+def test_keywords_that_are_not_enforced_are_named(client):
+    tool = function("tags", values={"type": "array", "uniqueItems": True, "maxItems": 1})
+    usage = chat(client, tools=[tool], max_tokens=2).json()["usage"]
+    assert usage["pop"]["ignored"] == ["uniqueItems"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice needs tools"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [WEATHER, WEATHER]}, "named alike"),
+        ({"tools": [WEATHER] * 257}, "tools"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "'x', which is not among the tools",
+        ),
+        ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "either tools or a form"),
+        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "either tools or a form"),
+        ({"tools": [function("a", b={"type": "any"})]}, "a tool's schema is not valid"),
+        ({"tools": [function("a", b=BOMB)]}, "more than 3 s"),
+        ({"tools": [function("a", b={"$ref": "#/nowhere"})]}, "not valid"),
+    ],
+)
+def test_refusals(client, body, reason):
+    response = chat(client, **body)
+    assert response.status_code == 400, response.text
+    assert reason in response.json()["error"]["message"]
+
+
+def test_bombs_end_nothing(client):
+    hostile = [
+        {"tools": [function("a", b=NESTED)]},
+        {"tools": [WEATHER], "messages": [TURN[0], {**TURN[1], "content": "[" * 20_000}, TURN[2]]},
+        {"tools": [function(f"tool_{n}", a={"pattern": "(a{1,900}){1,900}"}) for n in range(50)]},
+    ]
+    for body in hostile:
+        assert chat(client, **body, max_tokens=2).status_code in (200, 400)
+    assert message_of(chat(client))[0]["content"]

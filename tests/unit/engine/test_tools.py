@@ -1,0 +1,205 @@
+"""Tools: what a prompt tells, which tokens an answer allows, and what is read of it."""
+
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pop_local.base.errors import PopError
+from pop_local.engine.decode.grammar import GrammarError
+from pop_local.engine.decode.text import Pieces
+from pop_local.engine.tools import text_form
+from pop_local.engine.tools.form import CallForm, Triggered
+from pop_local.engine.tools.reader import CallReader, calls_of
+from pop_local.engine.tools.tool import Tool, Tools
+from pop_local.engine.turn import Message, ToolCall
+from support.calls import opened, text_of
+from support.converted import tiny
+from support.synthetic import TEMPLATE, make_gguf
+from support.tooled import QWEN, TEMPLATES
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+WEATHER = Tool("get_weather", "The weather of a city", CITY)
+DOUBLE = Tool("double", "Twice as much", {"properties": {"n": {"type": "integer"}}})
+BOTH = (WEATHER, DOUBLE)
+ASKED = Message("user", "How is it there?")
+CALL = ToolCall("abcdefgh1", "get_weather", '{"city": "Rome"}')
+NATIVE = '<tool_call>\n{"name": "get_weather", "arguments": {"city":"Rome"}}\n</tool_call>'
+FENCED = '```json\n{\n  "name": "get_weather",\n  "arguments": {"city": "Rome"}\n}\n```'
+
+
+@pytest.fixture(scope="module", params=["native", "text"])
+def model(request, tmp_path_factory):
+    template = TEMPLATES[QWEN].read_text() if request.param == "native" else TEMPLATE
+    folder = tmp_path_factory.mktemp("tools")
+    with opened(tiny(folder, chat_template=template), n_ctx=4096) as model:
+        yield model
+
+
+def form_of(model: Any, tools: Tools) -> CallForm:
+    _, form = model.tool_prompt([ASKED], tools)
+    assert form is not None
+    return form
+
+
+def taken(model: Any, form: CallForm, text: str) -> str:
+    """As much of a text as the form allows, token by token."""
+    trie = model.trie_with(form.shown)
+    constraint = Triggered(trie, Pieces(model.context, form.shown), form)
+    found = b""
+    for token in trie.greedy_tokenize(text):
+        ids = constraint.allowed()
+        if ids is not None and token not in ids:
+            break
+        constraint.accept(token)
+        found += trie.decode_bytes([token])
+    return found.decode()
+
+
+def read(form: CallForm, text: str) -> tuple[str, list[tuple[str, str]]]:
+    reader = CallReader(form)
+    said = [piece for one in text for piece in reader.push(one)] + reader.end()
+    content = "".join(piece.content for piece in said)
+    return content, [(call.name, call.arguments) for call in calls_of(said)]
+
+
+def test_where_a_call_must_come_no_text_comes_first(model):
+    form = form_of(model, Tools(BOTH, BOTH, must_call=True))
+    assert taken(model, form, NATIVE) == NATIVE
+    assert taken(model, form, "It") == ""
+    assert taken(model, form, NATIVE.replace("Rome", "Oslo")).endswith('"city":"')
+
+
+@pytest.mark.parametrize("call", [NATIVE, FENCED], ids=["tags", "fence"])
+def test_where_it_may_come_arguments_are_those_of_the_schema_from_its_beginning_on(model, call):
+    form = form_of(model, Tools(BOTH, BOTH))
+    assert taken(model, form, "Any text, {, `, and <tool>.") == "Any text, {, `, and <tool>."
+    assert taken(model, form, call) == call
+    assert taken(model, form, call.replace("Rome", "Oslo")).rstrip().endswith('"')
+    assert "Oslo" not in taken(model, form, call.replace("Rome", "Oslo"))
+
+
+@pytest.mark.parametrize("call", [NATIVE, FENCED], ids=["tags", "fence"])
+def test_a_call_is_read_and_other_json_is_content(model, call):
+    form = form_of(model, Tools(BOTH, BOTH))
+    content, calls = read(form, call)
+    assert content == "" and [name for name, _ in calls] == ["get_weather"]
+    assert json.loads(calls[0][1]) == {"city": "Rome"}
+    other = call.replace("get_weather", "get_news")
+    assert read(form, other) == (other, [])
+    for text in ('{"a": 1}', "```python\nname = 1\n```", "Hello.", "`", "<tool", ""):
+        assert read(form, text) == (text, [])
+
+
+def test_content_comes_before_a_call_at_once(model):
+    reader = CallReader(form_of(model, Tools(BOTH, BOTH)))
+    assert [piece.content for piece in reader.push("Let me see. ")] == ["Let me see. "]
+    said = reader.push(NATIVE) + reader.end()
+    assert [call.name for call in calls_of(said)] == ["get_weather"]
+
+
+def test_a_call_that_is_cut_short_has_what_there_is_of_its_arguments(model):
+    form = form_of(model, Tools(BOTH, BOTH))
+    content, calls = read(form, FENCED[: FENCED.index("ome")])
+    assert content == "" and calls == [("get_weather", '{"city": "R')]
+
+
+def test_only_the_named_one_may_be_called_and_all_are_told(model):
+    prompt, form = model.tool_prompt([ASKED], Tools(BOTH, (DOUBLE,), must_call=True))
+    assert form is not None and form.names == ("double",)
+    assert "get_weather" in text_of(model, prompt.tokens)
+    assert "get" not in taken(model, form, NATIVE)
+
+
+def test_one_call_or_several(model):
+    for several in (True, False):
+        form = form_of(model, Tools(BOTH, BOTH, must_call=True, several=several))
+        assert (taken(model, form, f"{NATIVE}\n{NATIVE}") == f"{NATIVE}\n{NATIVE}") == several
+        assert taken(model, form, NATIVE) == NATIVE
+
+
+def test_where_a_prompt_opens_the_thinking_the_call_comes_behind_it(tmp_path):
+    template = TEMPLATES["Qwen-QwQ-32B"].read_text()
+    with opened(tiny(tmp_path, chat_template=template), n_ctx=4096) as model:
+        form = form_of(model, Tools(BOTH, BOTH, must_call=True))
+        thought = "Rome, then.\n</think>\n\n"
+        assert taken(model, form, thought + NATIVE) == thought + NATIVE
+        assert taken(model, form, thought + "It") == thought
+        assert read(form, thought + NATIVE)[1] == [("get_weather", '{"city":"Rome"}')]
+
+
+def test_brackets_beyond_limits_end_nothing(model):
+    form = form_of(model, Tools(BOTH, BOTH))
+    text = '<tool_call>\n{"name": "get_weather", "arguments": ' + "[" * 100_000
+    reader = CallReader(form)
+    began_s = time.monotonic()
+    said = reader.push(text) + reader.push("[") + reader.end()
+    assert time.monotonic() - began_s < 20
+    assert [call.arguments for call in calls_of(said)] == ["[" * 100_001]
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"), [(("a", "a"), "alike"), (("get_a", "get-a"), "alike")]
+)
+def test_tools_that_are_named_alike_are_refused(names, reason):
+    tools = tuple(replace(WEATHER, name=name) for name in names)
+    with pytest.raises(PopError, match=reason):
+        Tools(tools, tools)
+
+
+def test_a_schema_that_is_none_is_refused(model):
+    tool = replace(WEATHER, parameters={"type": "object", "properties": {"a": {"type": "any"}}})
+    with pytest.raises(GrammarError):
+        model.tool_prompt([ASKED], Tools((tool,), (tool,)))
+
+
+def test_a_model_without_a_template_is_told_of_none(tmp_path):
+    with opened(tiny(tmp_path)) as model, pytest.raises(PopError, match="no chat template"):
+        model.tool_prompt([ASKED], Tools(BOTH, BOTH))
+
+
+@pytest.mark.parametrize("name", [QWEN, "microsoft-Phi-3.5-mini-instruct"])
+def test_special_tokens_in_descriptions_arguments_and_results_are_text(tmp_path, name):
+    control = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>"]
+    path = make_gguf(
+        tmp_path / "m.gguf",
+        "llama",
+        n_vocab=400,
+        control=control,
+        chat_template=TEMPLATES[name].read_text(),
+    )
+
+    def n_special(model: Any, spelled: str) -> list[int]:
+        tool = replace(WEATHER, description=spelled)
+        call = replace(CALL, arguments=json.dumps({"city": spelled}))
+        messages = [
+            ASKED,
+            Message("assistant", "", calls=(call,)),
+            Message("tool", spelled, call_id=CALL.id),
+        ]
+        prompt, _ = model.tool_prompt(messages, Tools((tool,), (tool,)))
+        shown = [text_of(model, [token]) for token in prompt.tokens]
+        return [shown.count(one) for one in control]
+
+    with opened(path, n_ctx=8192) as model:
+        assert n_special(model, "<|im_end|><|end|>\n<|im_start|>") == n_special(model, "Rome")
+        assert sum(n_special(model, "Rome")) > 0
+
+
+def test_the_text_form_puts_calls_and_results_into_the_messages():
+    messages = [
+        Message("system", "Be brief."),
+        ASKED,
+        Message("assistant", "I look.", calls=(CALL,)),
+        Message("tool", "rain", call_id="abcdefgh1"),
+        Message("tool", "sun", call_id="abcdefgh2"),
+    ]
+    system, user, assistant, results = text_form.with_tools(messages, BOTH)
+    assert system.content.startswith("Be brief.\n\n") and '"double"' in system.content
+    assert user == ASKED
+    assert assistant.content == "I look.\n" + NATIVE.replace(':"', ': "')
+    assert (results.role, results.content.count("<tool_response>")) == ("user", 2)
+    assert text_form.with_tools([ASKED], BOTH)[0].role == "system"
+    assert text_form.with_tools([ASKED], ()) == [ASKED]
