@@ -20,7 +20,7 @@ CALL = {
     "type": "function",
     "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'},
 }
-TURN = [
+TURN: list[dict[str, Any]] = [
     {"role": "user", "content": "How is it in Rome?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "abcdefgh1", "content": "It rains."},
@@ -172,9 +172,10 @@ def test_refusals(client, body, reason):
 
 
 def test_bombs_end_nothing(client):
-    hostile = [
+    nested: list[Any] = [TURN[0], {**TURN[1], "content": "[" * 20_000}, TURN[2]]
+    hostile: list[dict[str, Any]] = [
         {"tools": [function("a", b=NESTED)]},
-        {"tools": [WEATHER], "messages": [TURN[0], {**TURN[1], "content": "[" * 20_000}, TURN[2]]},
+        {"tools": [WEATHER], "messages": nested},
         {"tools": [function(f"tool_{n}", a={"pattern": "(a{1,900}){1,900}"}) for n in range(50)]},
     ]
     for body in hostile:

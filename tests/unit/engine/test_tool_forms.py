@@ -59,10 +59,10 @@ def model(tmp_path_factory):
 class Shown(Prompter):
     """Keeps the text of the prompt that it made last."""
 
-    text = ""
+    shown = ""
 
     def written(self, messages: Sequence[Message], others: Sequence[str], write: Write) -> Prompt:
-        self.text = write([message.content for message in messages], str)
+        self.shown = write([message.content for message in messages], str)
         return super().written(messages, others, write)
 
 
@@ -78,7 +78,7 @@ def written(model: Any, name: str, calls: tuple[ToolCall, ...]) -> Written:
 
     def text_of(*messages: Message) -> str:
         prompt_with_tools(model.context, prompter, messages, tools)
-        return prompter.text
+        return prompter.shown
 
     _, form = prompt_with_tools(model.context, prompter, [ASKED], tools)
     assert form is not None
@@ -194,4 +194,4 @@ def test_the_prompt_tells_of_each_tool(model, name):
     prompter = prompter_of(model, name)
     _, form = prompt_with_tools(model.context, prompter, [ASKED], Tools(TOOLS, TOOLS))
     assert form is not None and (form.native is None) == (name in AS_TEXT)
-    assert all(tool.name in prompter.text for tool in TOOLS)
+    assert all(tool.name in prompter.shown for tool in TOOLS)
