@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import chain
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ from pop_local.server.metrics import Metrics
 from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_data_urls
 from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
-from pop_local.server.worker import Task, Worker
+from pop_local.server.worker import Job, Task, Worker
 
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 32
@@ -170,18 +171,20 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
-        return await self._answer(request, body, self._tasks.chat, ChatReply)
+        reply = ChatReply(self._name, wants_usage=body.wants_usage)
+        return await self._answer(request, body, self._tasks.chat, reply)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        return await self._answer(request, body, self._tasks.completion, Reply)
+        reply = Reply(self._name, wants_usage=body.wants_usage)
+        return await self._answer(request, body, self._tasks.completions, reply)
 
-    async def _task(
-        self, make: Callable[[AnyBody], Task], body: AnyBody, gone: "asyncio.Task[None]"
-    ) -> Task:
+    async def _tasks_of(
+        self, make: Callable[[AnyBody], list[Task]], body: AnyBody, gone: "asyncio.Task[None]"
+    ) -> list[Task]:
         """Check grammars and pictures one at a time, so that they take the memory of one."""
 
-        def made() -> Task:
+        def made() -> list[Task]:
             self.worker.require_open()
             with stopped_by(lambda: gone.done() or self.worker.is_stopping):
                 return make(body)
@@ -219,23 +222,23 @@ class Api:
         return ApiError(413, message, code="request_too_large")
 
     async def _answer(
-        self,
-        request: Request,
-        body: AnyBody,
-        make: Callable[[AnyBody], Task],
-        kind: type[Reply],
+        self, request: Request, body: AnyBody, make: Callable[[AnyBody], list[Task]], reply: Reply
     ) -> Response:
+        """Answer tasks one after the other; others may be answered in between."""
         gone = self._gone(request)
-        task = await self._task(make, body, gone)
-        job = self.worker.submit(task)
-        gone.add_done_callback(lambda _: job.cancel())
-        reply = kind(self._name, task.options.n_top_logprobs is not None, task.n_written)
+
+        def submit(task: Task) -> Job:
+            job = self.worker.submit(task)
+            gone.add_done_callback(lambda _: job.cancel())
+            return job
+
+        first, *others = await self._tasks_of(make, body, gone)
+        jobs = chain([submit(first)], map(submit, others))
         if not body.stream:
-            return await whole_answer(request.state, job, reply)
-        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return await whole_answer(request.state, jobs, reply)
         return StreamingResponse(
-            streamed_answer(request.state, job, reply, wants_usage=wants_usage),
-            media_type="text/event-stream",
+            streamed_answer(request.state, jobs, reply),
+            media_type=reply.media_type,
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 

@@ -23,7 +23,7 @@ from pop_local.config.settings import MOST
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_MESSAGES = 10_000
-MAX_PROMPTS = 16  # one may be sent
+MAX_ANSWERS = 128  # to one request
 MAX_PARTS = 1_000
 
 _UNSUPPORTED = (
@@ -59,7 +59,6 @@ _UNSUPPORTED = (
 )
 # Values that ask for what the server does anyway.
 _USUAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "n_cmpl": (1,),
     "best_of": (1,),
     "typical_p": (1,),
@@ -194,6 +193,7 @@ class Body(Sampling):
     max_completion_tokens: Limit = Field(None, ge=1)
     n_predict: Limit = Field(None, ge=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
+    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
     seed: int | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
@@ -210,6 +210,10 @@ class Body(Sampling):
     @property
     def has_pictures(self) -> bool:
         return False
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def limit(self) -> int | None:
@@ -266,9 +270,9 @@ class ChatBody(Body):
 Tokens = Annotated[list[int], Field(fail_fast=True)]
 Prompts = (
     str
-    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_ANSWERS)]
     | Tokens
-    | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_ANSWERS)]
 )
 
 
@@ -277,12 +281,13 @@ def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return handler(prompt)
     except ValidationError:
         raise ValueError(
-            f"give a text or its tokens, or a list of at most {MAX_PROMPTS} of these"
+            f"give a text or its tokens, or a list of at most {MAX_ANSWERS} of these"
         ) from None
 
 
 class CompletionBody(Body):
     prompt: Annotated[Prompts, WrapValidator(_of_a_kind)]
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[
         int | None,
@@ -291,10 +296,20 @@ class CompletionBody(Body):
         BeforeValidator(lambda value: None if value is False else value),
     ] = None
 
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        several: Any = self.prompt
+        is_one = isinstance(several, str) or not several or isinstance(several[0], int)
+        return [several] if is_one else several
+
     @model_validator(mode="after")
     def _says_enough(self) -> "CompletionBody":
         if self.limit == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1, unless the prompt is echoed")
+        if self.suffix and self.echo:
+            raise ValueError("suffix: between two texts, the prompt is not echoed")
+        if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
+            raise ValueError(f"one request gets at most {MAX_ANSWERS} answers")
         # A chat's template writes them, so there it is vLLM's default.
         if (self.model_extra or {}).get("add_special_tokens") is False:
             raise ValueError("add_special_tokens must be true: nothing else is supported")

@@ -1,14 +1,30 @@
 """The server's answers: OpenAI's objects, and the counters in them."""
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
 from pop_local.engine.turn import TokenLogprob, TurnStats
+from pop_local.server.errors import ApiError
+from pop_local.server.worker import Task
 
 Json = dict[str, Any]
+encoded = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@dataclass(frozen=True)
+class End:
+    """How an answer ended: OpenAI's finish reason, the stop string that ended it ("" for none),
+    and its `usage`."""
+
+    reason: str
+    stop: str
+    usage: Json
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
@@ -44,36 +60,76 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
     }
 
 
-class Reply:
-    """One answer, whole or in pieces. `wants_logprobs` tells an empty list from none asked for.
+def total(ends: Sequence[End]) -> Json:
+    """Add up the counters of several answers; all else is the last one's."""
+    return reduce(_added, (end.usage for end in ends))
 
-    `n_written`: characters of the text so far, where the next token begins.
+
+def _added(one: Any, other: Any) -> Any:
+    if isinstance(one, dict):
+        return {key: _added(value, other[key]) for key, value in one.items()}
+    is_number = isinstance(one, int | float) and isinstance(other, int | float)
+    return one + other if is_number else other
+
+
+class Reply:
+    """The answers of a request, whole or in pieces: OpenAI's text completions.
+
+    `wants_logprobs` tells an empty list from none asked for. `n_written`: characters of the text so
+    far, where the next token begins. `ping` shows that a stream lives.
     """
 
     id_prefix = "cmpl"
     whole_kind = piece_kind = "text_completion"
+    media_type, ping = "text/event-stream", b": working\n\n"
 
-    def __init__(self, model: str, wants_logprobs: bool, n_written: int) -> None:
+    def __init__(self, model: str, *, wants_usage: bool = False) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
-        self._wants_logprobs = wants_logprobs
-        self._n_written = n_written
+        # Without it the pieces of a stream have no such field.
+        self._nothing_yet: Json = {"usage": None} if wants_usage else {}
 
-    def opening(self) -> tuple[Json, ...]:
+    def begin(self, index: int, task: Task) -> tuple[Json, ...]:
+        """Begin an answer; return the pieces before its first token."""
+        self._index = index
+        self._wants_logprobs = task.options.n_top_logprobs is not None
+        self._n_written = task.n_written
         return ()
 
     def piece(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
-        return self._said(self.piece_kind, {"text": text}, logprobs)
+        return self._piece({"text": text}, logprobs)
 
-    def last(self, finish_reason: str) -> Json:
-        return self._said(self.piece_kind, {"text": ""}, (), finish_reason)
+    def last(self, end: End) -> Json:
+        return self._piece({"text": ""}, (), end.reason)
 
-    def figures(self, usage: Json) -> Json:
-        return self._object(self.piece_kind, []) | {"usage": usage}
+    def closing(self, ends: Sequence[End]) -> bytes:
+        """Return the bytes that follow the last piece of a stream."""
+        figures = self._object(self.piece_kind, []) | {"usage": total(ends)}
+        return (self.frame(figures) if self._nothing_yet else b"") + b"data: [DONE]\n\n"
 
-    def whole(self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str) -> Json:
-        return self._said(self.whole_kind, {"text": text}, logprobs, finish_reason)
+    def whole(self, text: str, logprobs: Sequence[TokenLogprob], end: End) -> Json:
+        return self._said(self.whole_kind, {"text": text}, logprobs, end.reason)
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Any:
+        """Return one response for all answers."""
+        choices = [choice for whole in wholes for choice in whole["choices"]]
+        return wholes[0] | {"choices": choices, "usage": total(ends)}
+
+    def failed(self, error: ApiError) -> Json:
+        return error.body
+
+    def frame(self, content: Json) -> bytes:
+        """Return the bytes of one piece of a stream."""
+        return f"data: {encoded(content)}\n\n".encode()
+
+    def _piece(
+        self,
+        said: Json,
+        logprobs: Sequence[TokenLogprob] | None = None,
+        finish_reason: str | None = None,
+    ) -> Json:
+        return self._said(self.piece_kind, said, logprobs, finish_reason) | self._nothing_yet
 
     def _said(
         self,
@@ -83,7 +139,7 @@ class Reply:
         finish_reason: str | None = None,
     ) -> Json:
         shown = self._logprobs(logprobs) if self._wants_logprobs and logprobs is not None else None
-        choice = {"index": 0, **said, "logprobs": shown, "finish_reason": finish_reason}
+        choice = {"index": self._index, **said, "logprobs": shown, "finish_reason": finish_reason}
         return self._object(kind, [choice])
 
     def _object(self, kind: str, choices: list[Json]) -> Json:
@@ -105,21 +161,22 @@ class Reply:
 class ChatReply(Reply):
     id_prefix, whole_kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def opening(self) -> tuple[Json, ...]:
-        return (self._said(self.piece_kind, {"delta": {"role": "assistant", "content": ""}}),)
+    def begin(self, index: int, task: Task) -> tuple[Json, ...]:
+        super().begin(index, task)
+        return (self._piece({"delta": {"role": "assistant", "content": ""}}),)
 
     def piece(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
-        return self._said(self.piece_kind, {"delta": {"content": text}}, logprobs)
+        return self._piece({"delta": {"content": text}}, logprobs)
 
-    def last(self, finish_reason: str) -> Json:
-        return self._said(self.piece_kind, {"delta": {}}, None, finish_reason)
+    def last(self, end: End) -> Json:
+        return self._piece({"delta": {}}, None, end.reason)
 
-    def whole(self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str) -> Json:
+    def whole(self, text: str, logprobs: Sequence[TokenLogprob], end: End) -> Json:
         message = {"role": "assistant", "content": text}
-        return self._said(self.whole_kind, {"message": message}, logprobs, finish_reason)
+        return self._said(self.whole_kind, {"message": message}, logprobs, end.reason)
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
-        return {"content": [_chat_logprob(token) for token in logprobs], "refusal": None}
+        return {"content": [chat_logprob(token) for token in logprobs], "refusal": None}
 
 
 def _top(token: TokenLogprob) -> Json | None:
@@ -133,7 +190,7 @@ def _top(token: TokenLogprob) -> Json | None:
     return by_text
 
 
-def _chat_logprob(token: TokenLogprob) -> Json:
+def chat_logprob(token: TokenLogprob) -> Json:
     likely = [_described(one.text, one.logprob) for one in token.top]
     return _described(token.text, token.logprob) | {"top_logprobs": likely}
 
