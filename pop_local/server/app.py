@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain
 from types import FrameType
@@ -32,7 +32,7 @@ from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import Body, ChatBody, CompletionBody
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
 from pop_local.server.errors import ApiError, as_api_error, hung_up
-from pop_local.server.front import Front
+from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
 from pop_local.server.memory import return_large_blocks
 from pop_local.server.metrics import Metrics
 from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_data_urls
@@ -61,34 +61,51 @@ def create_app(
     max_body_bytes: int = 0,
     repeatable: bool = False,
     teacher: Teacher | None = None,
+    strict_model: bool = False,
+    origins: Sequence[str] = (),
 ) -> Starlette:
     """Make the application; the model belongs to it from the start of its lifespan to its end.
 
     `name`: the model's in the API. `api_key`: "" for none. `host`: the address that the server
     listens on; without a key it answers to this and loopback names only. `max_body_bytes` 0: by
     context. `repeatable`: see TurnOptions; a request may say otherwise. `teacher`: makes fits of
-    what the model learns, between requests.
+    what the model learns, between requests. `strict_model`: whether requests for other models are
+    refused, not answered by this one. `origins`: of web pages that may ask without a key, beside
+    those of this machine.
     `app.state.worker` is the thread that has the model: stop it to end running answers.
     """
-    api = Api(model, name, max_waiting, max_body_bytes, repeatable, teacher)
+    api = Api(model, name, max_waiting, max_body_bytes, repeatable, teacher, strict_model)
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
+    routes = [
+        Route("/health", api.health),
+        Route("/v1/health", api.health),
+        Route("/metrics", api.figures),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.one_model),
+        Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/v1/completions", api.complete, methods=["POST"]),
+    ]
     app = Starlette(
-        routes=[
-            Route("/health", api.health),
-            Route("/metrics", api.figures),
-            Route("/v1/models", api.models),
-            Route("/v1/models/{name:path}", api.one_model),
-            Route("/v1/chat/completions", api.chat, methods=["POST"]),
-            Route("/v1/completions", api.complete, methods=["POST"]),
-        ],
+        routes=routes,
         lifespan=api.lifespan,
         exception_handlers=dict.fromkeys(handled, _refuse),
     )
-    app.add_middleware(Front, metrics=api.metrics, api_key=api_key, host=host)
-    if api_key:  # no web page has it unless its user gave it
-        app.add_middleware(
-            CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
-        )
+    app.add_middleware(
+        Front,
+        metrics=api.metrics,
+        entry=Entry(api_key, host, tuple(origin.lower() for origin in origins)),
+        name=name,
+        paths=frozenset(route.path for route in routes),
+    )
+    app.add_middleware(
+        CORSMiddleware,
+        # With a key any page may ask: none has it unless its user gave it.
+        allow_origins=["*"] if api_key else list(origins),
+        allow_origin_regex=LOCAL_ORIGIN,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["X-Model"],
+    )
     app.state.worker = api.worker
     return app
 
@@ -108,9 +125,11 @@ class Api:
         max_body_bytes: int,
         repeatable: bool,
         teacher: Teacher | None,
+        strict_model: bool,
     ) -> None:
         self._model = model
         self._name = name
+        self._is_strict = strict_model
         self._created = int(time.time())
         self._tasks = Tasks(model, repeatable=repeatable)
         by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx)
@@ -143,7 +162,8 @@ class Api:
         return JSONResponse({"object": "list", "data": [self._card()]})
 
     async def one_model(self, request: Request) -> Response:
-        self._check_name(request.path_params["name"])
+        if not self._is_here(name := request.path_params["name"]):
+            raise self._absent(name)
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
@@ -160,14 +180,16 @@ class Api:
             },
         }
 
-    def _check_name(self, name: str | None) -> None:
-        if name is not None and name.lower() != self._name.lower():
-            raise ApiError(
-                404,
-                f"there is no model named {name!r} here; this server has {self._name!r}",
-                code="model_not_found",
-                param="model",
-            )
+    def _is_here(self, name: str) -> bool:
+        return name.lower() in (self._name.lower(), f"{self._name.lower()}:latest")
+
+    def _absent(self, name: str) -> ApiError:
+        return ApiError(
+            404,
+            f"there is no model named {name!r} here; this server has {self._name!r}",
+            code="model_not_found",
+            param="model",
+        )
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
@@ -209,7 +231,10 @@ class Api:
         if (n_other := len(raw) - n_in_data_urls(raw)) > self._max_body_bytes:
             raise self._too_large(n_other)
         body = kind.model_validate_json(raw)
-        self._check_name(body.model)
+        if body.model and not self._is_here(body.model):
+            if self._is_strict:
+                raise self._absent(body.model)
+            request.state.asked = body.model
         return body
 
     def _too_large(self, n_other: int) -> ApiError:

@@ -19,6 +19,15 @@ from support.calls import opened
 from support.program import called
 from support.serving import asking
 
+
+@pytest.fixture(scope="module")
+def model(path):
+    """For applications that are not started."""
+    model = opened(path)
+    yield model
+    model.close()
+
+
 REFERRING = {
     "type": "json_schema",
     "json_schema": {"schema": {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}}}},
@@ -168,13 +177,24 @@ def test_a_huge_body_is_413(client, declared):
     assert "100,000 bytes" in response.json()["error"]["message"]
 
 
-def test_an_unknown_model_is_404_and_names_the_one_that_is_there(client):
-    response = chat(client, model="gpt-4o")
+def test_another_model_is_answered_by_this_one_which_is_said(client, caplog):
+    caplog.set_level("INFO", "pop_local.server")
+    own = chat(client, model=NAME.upper())
+    assert "x-model" not in own.headers
+    other = chat(client, model="gpt-4o\n" + "x" * 200)
+    assert text_of(other) == text_of(own)
+    assert other.headers["x-model"] == other.json()["model"] == NAME
+    assert "asked for 'gpt-4o\\nxxx" in caplog.messages[-1]
+    assert len(caplog.messages[-1]) < 400
+    assert client.get("/v1/models/gpt-4o").status_code == 404
+
+
+def test_a_strict_server_refuses_other_models(model):
+    strict = asking(create_app(model, NAME, strict_model=True))
+    response = chat(strict, model="gpt-4o")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
     assert NAME in response.json()["error"]["message"]
-    assert client.get("/v1/models/gpt-4o").status_code == 404
-    assert text_of(chat(client, model=NAME.upper()))
 
 
 def test_other_paths_and_methods_have_the_same_shape(client):
