@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import uvicorn
@@ -29,13 +29,16 @@ from pop_local.engine.learning.lesson import Teacher
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import streamed_answer, whole_answer
-from pop_local.server.bodies import Body, ChatBody, CompletionBody
+from pop_local.server.bodies import ChatBody, CompletionBody
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
+from pop_local.server.doors.house import AnyBody, AnyNamed, Made
+from pop_local.server.doors.llama_server import LlamaServer
+from pop_local.server.doors.ollama import Ollama
 from pop_local.server.errors import ApiError, as_api_error, hung_up
 from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
 from pop_local.server.memory import return_large_blocks
 from pop_local.server.metrics import Metrics
-from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_data_urls
+from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_pictures
 from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Job, Task, Worker
@@ -47,8 +50,6 @@ _AT_LAST_S = 8.0
 _BACKLOG = 128
 
 log = logging.getLogger("pop_local.server")
-
-AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def create_app(
@@ -84,6 +85,8 @@ def create_app(
         Route("/v1/models/{name:path}", api.one_model),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.complete, methods=["POST"]),
+        *Ollama(api).routes,
+        *LlamaServer(api).routes,
     ]
     app = Starlette(
         routes=routes,
@@ -111,7 +114,7 @@ def create_app(
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response
+    return as_api_error(error).response(request.url.path)
 
 
 class Api:
@@ -127,11 +130,11 @@ class Api:
         teacher: Teacher | None,
         strict_model: bool,
     ) -> None:
-        self._model = model
-        self._name = name
+        self.model = model
+        self.name = name
         self._is_strict = strict_model
         self._created = int(time.time())
-        self._tasks = Tasks(model, repeatable=repeatable)
+        self.tasks = Tasks(model, repeatable=repeatable)
         by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx)
         self._max_body_bytes = max_body_bytes or by_context
         self._max_picture_bytes = MAX_DATA_URL if model.can_see else 0
@@ -168,67 +171,74 @@ class Api:
 
     def _card(self) -> dict[str, Any]:
         return {
-            "id": self._name,
+            "id": self.name,
             "object": "model",
             "created": self._created,
             "owned_by": "pop-local",
             "pop": {
-                "n_ctx": self._model.n_ctx,
-                "boundary": self._model.boundary,
-                "images": self._model.can_see,
-                "exact": self._model.exact,
+                "n_ctx": self.model.n_ctx,
+                "boundary": self.model.boundary,
+                "images": self.model.can_see,
+                "exact": self.model.exact,
             },
         }
 
     def _is_here(self, name: str) -> bool:
-        return name.lower() in (self._name.lower(), f"{self._name.lower()}:latest")
+        return name.lower() in (self.name.lower(), f"{self.name.lower()}:latest")
 
     def _absent(self, name: str) -> ApiError:
         return ApiError(
             404,
-            f"there is no model named {name!r} here; this server has {self._name!r}",
+            f"there is no model named {name!r} here; this server has {self.name!r}",
             code="model_not_found",
             param="model",
         )
 
     async def chat(self, request: Request) -> Response:
-        body = await self._body(request, ChatBody)
-        reply = ChatReply(self._name, wants_usage=body.wants_usage)
-        return await self._answer(request, body, self._tasks.chat, reply)
+        body = await self.read(request, ChatBody)
+        reply = ChatReply(self.name, wants_usage=body.wants_usage)
+        return await self.answer(request, body, self.tasks.chat, reply)
 
     async def complete(self, request: Request) -> Response:
-        body = await self._body(request, CompletionBody)
-        reply = Reply(self._name, wants_usage=body.wants_usage)
-        return await self._answer(request, body, self._tasks.completions, reply)
+        body = await self.read(request, CompletionBody)
+        reply = Reply(self.name, wants_usage=body.wants_usage)
+        return await self.answer(request, body, self.tasks.completions, reply)
+
+    async def work(self, request: Request, work: Callable[[], Made]) -> Made:
+        return await self._done(work, self._gone(request))
+
+    async def _done(self, work: Callable[[], Made], gone: "asyncio.Task[None]") -> Made:
+        """Return what is made in a thread until the client has hung up."""
+
+        def done() -> Made:
+            self.worker.require_open()
+            with stopped_by(lambda: gone.done() or self.worker.is_stopping):
+                return work()
+
+        try:
+            return await run_in_threadpool(done)
+        except StoppedError:
+            self.worker.require_open()
+            raise hung_up() from None
 
     async def _tasks_of(
         self, make: Callable[[AnyBody], list[Task]], body: AnyBody, gone: "asyncio.Task[None]"
     ) -> list[Task]:
         """Check grammars and pictures one at a time, so that they take the memory of one."""
-
-        def made() -> list[Task]:
-            self.worker.require_open()
-            with stopped_by(lambda: gone.done() or self.worker.is_stopping):
-                return make(body)
-
         async with AsyncExitStack() as limits:
             if body.has_grammar:
                 await limits.enter_async_context(self._grammar_limit)
             if body.has_pictures:
                 await limits.enter_async_context(self._picture_limit)
-            try:
-                return await run_in_threadpool(made)
-            except StoppedError:
-                self.worker.require_open()
-                raise hung_up() from None
+            return await self._done(lambda: make(body), gone)
 
-    async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
+    async def read(self, request: Request, kind: type[AnyNamed]) -> AnyNamed:
         raw = bytearray()
         async for piece in request.stream():
             raw += piece
             if len(raw) > self._max_body_bytes + self._max_picture_bytes:
-                raise self._too_large(len(raw) - n_in_data_urls(raw))
-        if (n_other := len(raw) - n_in_data_urls(raw)) > self._max_body_bytes:
+                raise self._too_large(len(raw) - n_in_pictures(raw))
+        if (n_other := len(raw) - n_in_pictures(raw)) > self._max_body_bytes:
             raise self._too_large(n_other)
         body = kind.model_validate_json(raw)
         if body.model and not self._is_here(body.model):
@@ -240,13 +250,13 @@ class Api:
     def _too_large(self, n_other: int) -> ApiError:
         message = (
             f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
-            f" holds {self._model.n_ctx:,} tokens"
+            f" holds {self.model.n_ctx:,} tokens"
         )
         if n_other <= self._max_body_bytes:
             message = f"the pictures of a request may have {MAX_BYTES >> 20} MiB together"
         return ApiError(413, message, code="request_too_large")
 
-    async def _answer(
+    async def answer(
         self, request: Request, body: AnyBody, make: Callable[[AnyBody], list[Task]], reply: Reply
     ) -> Response:
         """Answer tasks one after the other; others may be answered in between."""

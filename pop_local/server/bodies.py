@@ -72,19 +72,25 @@ _USUAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Lenient(BaseModel):
+class Lenient(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
-class StreamOptions(_Lenient):
+class Named(Lenient):
+    """A request to a model; None: to the one that is here."""
+
+    model: str | None = None
+
+
+class StreamOptions(Lenient):
     include_usage: bool | None = None
 
 
-class JsonSchema(_Lenient):
+class JsonSchema(Lenient):
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class ResponseFormat(_Lenient):
+class ResponseFormat(Lenient):
     """`schema` beside `json_object` is llama.cpp's."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -107,16 +113,16 @@ class ResponseFormat(_Lenient):
         return self.schema_ or {"type": "object"}
 
 
-class TextPart(_Lenient):
+class TextPart(Lenient):
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Lenient):
+class ImageUrl(Lenient):
     url: str
 
 
-class ImagePart(_Lenient):
+class ImagePart(Lenient):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -133,7 +139,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
-class ChatMessage(_Lenient):
+class ChatMessage(Lenient):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Parts | None, BeforeValidator(_as_parts)] = None
 
@@ -169,7 +175,7 @@ def _for_minus_one(unlimited: int) -> BeforeValidator:
 Limit = Annotated[int | None, _for_minus_one(MOST)]
 
 
-class Sampling(_Lenient):
+class Sampling(Lenient):
     temperature: float | None = Field(None, ge=0, le=10)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: Annotated[int | None, _for_minus_one(0)] = Field(None, ge=0)
@@ -179,14 +185,13 @@ class Sampling(_Lenient):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
 
 
-class Body(Sampling):
+class Body(Named, Sampling):
     """The fields that both kinds of request share; None: the server's default.
 
     `n_predict` is llama.cpp's name of `max_tokens`, `max_completion_tokens` OpenAI's newer one, and
     `repetition_penalty` mlx-lm's name of `repeat_penalty`.
     """
 
-    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Limit = Field(None, ge=0)

@@ -72,12 +72,13 @@ class Front:
         state: dict[str, Any] = scope.setdefault("state", {})
         try:
             error = refusal(scope, self._entry)
-            app = self._app if error is None else error.response
+            app = self._app if error is None else error.response(scope["path"])
             await app(scope, receive, watched_send)
         except asyncio.CancelledError:  # the server ends, and the rest of a request never came
             if is_started:
                 raise
-            await ApiError(503, STOPPING).response(scope, receive, watched_send)
+            stopping = ApiError(503, STOPPING).response(scope["path"])
+            await stopping(scope, receive, watched_send)
         finally:
             status = HUNG_UP if state.get("hung_up") else status
             path = scope["path"] if scope["path"] in self._paths else "other"

@@ -97,9 +97,7 @@ class Tasks:
     def _tokens(self, prompt: str | list[int], suffix: str | None) -> list[int]:
         """Return the tokens of a text, or check those given."""
         if not isinstance(prompt, str):
-            n_vocab = self._model.context.n_vocab
-            if any(not 0 <= token < n_vocab for token in prompt):
-                raise ApiError(400, f"token ids go from 0 to {n_vocab - 1}", param="prompt")
+            self.check_tokens(prompt, "prompt")
         if suffix:
             try:
                 return infilling(self._model.context, prompt, suffix)
@@ -108,6 +106,12 @@ class Tasks:
         if isinstance(prompt, str):
             return self._model.tokenize(prompt, add_bos=True, special=True)
         return prompt
+
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Raises ApiError for tokens that the vocabulary lacks."""
+        n_vocab = self._model.context.n_vocab
+        if any(not 0 <= token < n_vocab for token in tokens):
+            raise ApiError(400, f"token ids go from 0 to {n_vocab - 1}", param=param)
 
     def _check_pictures(self, pictures: Sequence[Picture]) -> None:
         """Stop at the first that does not fit: the others are not decoded."""

@@ -11,6 +11,8 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
 from pop_local.server.app import create_app
 from pop_local.server.bodies import ChatBody, Prompts
+from pop_local.server.doors.llama_server import DetokenizeBody, InfillBody
+from pop_local.server.doors.ollama import OllamaChat
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Task, Worker
@@ -144,6 +146,10 @@ def test_bad_completions_are_400_with_a_reason(client, body, reason):
         (Prompts, [0.5] * 20_000),
         (Prompts, [[0.5, 0.5]] * 20_000),
         (Prompts, [["a"]] * 20_000),
+        (OllamaChat, {"messages": [0] * 20_000}),
+        (OllamaChat, {"messages": [{"role": "user", "images": [0] * 60}] * 9_000}),
+        (InfillBody, {"input_extra": [0] * 900}),
+        (DetokenizeBody, {"tokens": ["a"] * 20_000}),
     ],
 )
 def test_of_many_errors_the_first_is_enough(kind, body):

@@ -3,33 +3,18 @@
 import asyncio
 from collections.abc import Iterator
 
-import pytest
 from starlette.datastructures import State
 
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import Chunk, TurnOptions
 from pop_local.server.answers import streamed_answer
-from pop_local.server.app import create_app
 from pop_local.server.replies import Reply
 from pop_local.server.worker import Job, Task
-from support.asked import N_CTX, NAME, chat, complete, events, text_of
-from support.calls import opened
-from support.converted import tiny
-from support.serving import asking
+from support.asked import NAME, chat, complete, events, text_of
+from support.filling import by_hand
 
-FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 PROMPTS = ["one and two", "three and four", "one and two"]
-
-
-@pytest.fixture(scope="module")
-def filler(tmp_path_factory):
-    """A model that can fill in."""
-    path = tiny(tmp_path_factory.mktemp("fim"), n_vocab=512, control=list(FIM))
-    model = opened(path, n_ctx=N_CTX)
-    with asking(create_app(model, NAME)) as client:
-        yield model, client
-    model.close()
 
 
 def texts(response) -> list[str]:
@@ -105,13 +90,11 @@ def test_the_others_are_not_begun_for_who_hung_up():
 
 def test_an_answer_goes_between_two_texts(filler):
     model, client = filler
-    pre, suf, mid = (model.tokenize(mark, special=True) for mark in FIM)
-    assert [len(mark) for mark in (pre, suf, mid)] == [1, 1, 1]
     before, after = "def f(", "): <|fim_middle|>"  # which is text here
-    by_hand = [*model.context.bos, *pre, *model.tokenize(before), *suf, *model.tokenize(after)]
-    expected = texts(complete(client, by_hand + mid))
+    tokens = by_hand(model, before, after)
+    expected = texts(complete(client, tokens))
     found = complete(client, before, suffix=after)
     assert texts(found) == expected
-    assert found.json()["usage"]["prompt_tokens"] == len(by_hand) + 1
+    assert found.json()["usage"]["prompt_tokens"] == len(tokens)
     assert texts(complete(client, model.tokenize(before), suffix=after)) == expected
     assert texts(complete(client, before, suffix="")) == texts(complete(client, before))

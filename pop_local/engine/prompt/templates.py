@@ -21,9 +21,9 @@ class Template:
     """
 
     def __init__(self, source: str, vocab: Any) -> None:
-        self._source = source
+        self.source = source
         api = backend.bindings()
-        self._eos, self._bos = (
+        self.eos, self.bos = (
             api.llama_vocab_get_text(vocab, token).decode() if token >= 0 else ""
             for token in (api.llama_vocab_eos(vocab), api.llama_vocab_bos(vocab))
         )
@@ -48,13 +48,13 @@ class Template:
         """
         values = dict.fromkeys(("functions", "function_call", "tools", "tool_choice"))
         return _renderer.render(
-            self._source,
+            self.source,
             {
                 **values,
                 **(tools or {}),
                 "messages": list(messages),
-                "eos_token": self._eos,
-                "bos_token": self._bos,
+                "eos_token": self.eos,
+                "bos_token": self.bos,
                 "add_generation_prompt": True,
             },
         )

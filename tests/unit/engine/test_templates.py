@@ -56,7 +56,7 @@ def vocab(tmp_path_factory):
 @pytest.mark.parametrize("template", FAIR)
 def test_the_prompt_is_what_llama_cpp_makes(template, vocab):
     ours = Template(template, vocab)
-    theirs = Jinja2ChatFormatter(template, ours._eos, ours._bos)
+    theirs = Jinja2ChatFormatter(template, ours.eos, ours.bos)
     assert ours.render(MESSAGES) == theirs(messages=MESSAGES).prompt != ""  # type: ignore[arg-type]
 
 
