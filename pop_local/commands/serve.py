@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import logging
 import os
+import re
 import socket
 import sys
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ class ServerOptions(Group):
     host: str = option("Address to listen on; 0.0.0.0 for all networks.", default="127.0.0.1")
     port: int = option("0 takes any free one.", min=0, max=65535, default=8080)
     api_key: str = option(
-        "Clients must send it as their key. Default: no key; web pages and requests to other host"
-        " names are refused.",
+        "Clients must send it as their key. Default: no key; requests to other host names, and of"
+        " web pages that are not of this machine, are refused.",
         envvar="POP_LOCAL_API_KEY",
         show_envvar=True,
         default="",
@@ -41,6 +42,14 @@ class ServerOptions(Group):
     name: str = option(
         "The model's name in the API. Default: the catalog's, if MODEL is, or the file's.",
         default="",
+    )
+    strict_model: bool = option(
+        "Refuse requests for other models, which this one answers otherwise.", default=False
+    )
+    cors: list[str] | None = option(
+        "Web pages of this origin may ask without a key, as those of this machine may; again for"
+        " more.",
+        "ORIGIN",
     )
     cache_ram: int = option(
         "Memory for the KV caches of earlier prompts; 0 keeps the last one only.",
@@ -73,6 +82,7 @@ def serve(
     be read in full. /health and /metrics (Prometheus) tell how the server is.
     """
     _require_packages()
+    origins = [_origin(given) for given in to.cors or ()]
     listening = _bound(to.host, to.port)
     _log_to_stderr()
     from pop_local.engine.cache.prompt_cache import PromptCache
@@ -92,6 +102,8 @@ def serve(
             max_waiting=to.max_waiting,
             repeatable=to.repeatable,
             teacher=open_named.lessons(opened),
+            strict_model=to.strict_model,
+            origins=origins,
         )
         listening.listen(128)
         _announce(opened, name, listening, is_open=to.host not in LOOPBACK and not to.api_key)
@@ -104,6 +116,17 @@ def serve(
 def _default_name(model: str, path: Path) -> str:
     """Return the name that was given if the catalog has it, as requests are likely to use it."""
     return model if lookup(model) else os.fsencode(path.stem).decode(errors="replace")
+
+
+def _origin(given: str) -> str:
+    origin = given.strip().removesuffix("/")
+    if not re.fullmatch(r"[\w+.-]+://[^/*?#\s]+", origin):
+        raise PopError(
+            f"{given!r} is no origin of web pages",
+            "give scheme, name and port as in https://example.org:8443; with --api-key, pages of"
+            " all origins may ask",
+        )
+    return origin
 
 
 def _require_packages() -> None:

@@ -160,7 +160,7 @@ class _Turn:
             shown = "" if at_end else self._text.push(self._pieces[token])
             if self._logprobs is not None and (not at_end or self._options.has_end_logprob):
                 self._logprobs.push(token)
-            reason = "stop" if at_end or self._text.stopped else self._cut_short()
+            reason = "stop" if at_end or self._text.stop else self._cut_short()
             if reason is not None:
                 yield self._chunk(shown + self._text.flush(), self._stats(reason))
                 return
@@ -173,7 +173,7 @@ class _Turn:
             return Chunk(text, stats)
         self._n_shown += len(text.encode())
         # Last tokens without text, or of half a character, count; those of a stop string do not.
-        is_whole = stats is not None and not self._text.stopped
+        is_whole = stats is not None and not self._text.stop
         return Chunk(text, stats, self._logprobs.take(math.inf if is_whole else self._n_shown))
 
     def _next_token(self) -> int:
@@ -214,4 +214,5 @@ class _Turn:
             encode_s=found.encode_s,
             is_short=found.is_short,
             fit=self._parts.cache.fit if counters.n_context else "",
+            stop=self._text.stop,
         )

@@ -109,6 +109,7 @@ class TurnStats:
     the prompt, without that. decode_s: from the first to the last sampled token, the reader's own
     time left out. is_short: pruning is on, and the prompt (what was not cached of it) too short to
     be pruned. fit: what the projections were fitted on that pruned tokens took, "" for none.
+    stop: the stop string that ended the answer, "" for none.
     """
 
     n_prompt: int
@@ -129,6 +130,7 @@ class TurnStats:
     n_image: int = 0
     encode_s: float = 0.0
     fit: str = ""
+    stop: str = ""
 
     @property
     def reading(self) -> Reading:

@@ -1,9 +1,6 @@
-"""From the chunks of a job to the response, whole or as server-sent events."""
+"""From the chunks of jobs to the response, whole or in pieces, in the form that a Reply gives."""
 
-import json
-from collections.abc import AsyncIterator, Callable
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
@@ -11,9 +8,10 @@ from starlette.responses import JSONResponse, Response
 
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.tools.form import CallForm
-from pop_local.engine.turn import TokenLogprob, TurnStats
+from pop_local.engine.tools.reader import CallReader, Piece
+from pop_local.engine.turn import Chunk, TokenLogprob, TurnStats
 from pop_local.server.errors import ApiError, as_api_error, hung_up
-from pop_local.server.replies import Json, Reply, ToolReply, usage
+from pop_local.server.replies import End, Json, Reply, usage
 from pop_local.server.worker import STOPPING, Job
 
 # Tokens that come faster than this are sent together, each as an event of its own.
@@ -22,64 +20,88 @@ _PAUSE_S = 0.02
 _LONG_PAUSE_S = 1.0
 # So that proxies and clients do not take a long prefill for a dead connection.
 _PING_S = 10.0
-_PING = b": working\n\n"
-_DONE = b"data: [DONE]\n\n"
-Made = TypeVar("Made")
-_encoded = json.JSONEncoder(ensure_ascii=False).encode
 
 
-async def whole_answer(state: State, job: Job, reply: Reply) -> Response:
-    text: list[str] = []
-    logprobs: list[TokenLogprob] = []
-    async for batch in job.batches(_LONG_PAUSE_S):
-        for chunk in batch:
-            text.append(chunk.text)
-            logprobs += chunk.logprobs
-            if chunk.stats is not None:
-                ended, figures = _ended(state, job, chunk.stats)
-    whole = await _made(reply, partial(reply.whole, "".join(text), logprobs, ended))
-    return JSONResponse(whole | {"usage": figures})
+async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Response:
+    wholes: list[Json] = []
+    ends: list[End] = []
+    for index, job in enumerate(jobs):
+        reply.begin(index, job.task)
+        chunks = [chunk async for batch in job.batches(_LONG_PAUSE_S) for chunk in batch]
+        reading = _Reading(job)
+        said = [*await reading.said("".join(chunk.text for chunk in chunks)), *await reading.rest()]
+        ends.append(_end(state, job, chunks[-1].stats, has_called=reading.has_called))
+        logprobs = [token for chunk in chunks for token in chunk.logprobs]
+        wholes.append(reply.whole(said, logprobs, ends[-1]))
+    return JSONResponse(reply.joined(wholes, ends))
 
 
-async def streamed_answer(
-    state: State, job: Job, reply: Reply, *, wants_usage: bool
-) -> AsyncIterator[bytes]:
-    """Yield events; the last is [DONE] or an error."""
-    nothing_yet: Json = {"usage": None} if wants_usage else {}
+async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> AsyncGenerator[bytes]:
+    """Yield one job's answer after the other; an error is the last piece, if there is any."""
+    ends: list[End] = []
     complete = False
+    last = b""
+
+    def framed(pieces: Iterable[Json]) -> bytes:
+        return b"".join(map(reply.frame, pieces))
+
     try:
-        for event in reply.opening():
-            yield _event(event | nothing_yet)
-        async for batch in job.batches(_PAUSE_S, _PING_S):
-            made = await _made(reply, partial(reply.pieces, batch))
-            pieces = [_event(piece | nothing_yet) for piece in made]
-            if pieces or not batch:
-                yield b"".join(pieces) or _PING
-            if batch and (stats := batch[-1].stats) is not None:
-                ended, figures = _ended(state, job, stats)
+        for index, job in enumerate(jobs):
+            yield last + framed(reply.begin(index, job.task))
+            reading = _Reading(job)
+            async for batch in job.batches(_PAUSE_S, _PING_S):
+                if not batch:
+                    yield reply.ping
+                    continue
+                parts = [reply.pieces(*part) for part in await reading.parts(batch)]
+                yield b"".join(map(framed, parts))
+            rest = [reply.pieces(piece, ()) for piece in await reading.rest()]
+            ends.append(_end(state, job, batch[-1].stats, has_called=reading.has_called))
+            last = b"".join(map(framed, [*rest, reply.ending(ends[-1])]))
         complete = True
-        for event in await _made(reply, partial(reply.ending, ended)):
-            yield _event(event | nothing_yet)
-        if wants_usage:
-            yield _event(reply.figures(figures))
-        yield _DONE
+        yield last + reply.closing(ends)
     except Exception as error:
         complete = not job.cancelled.is_set()
         job.cancelled.set()  # nobody reads what may still come
-        yield _event(as_api_error(error).body)
+        yield reply.frame(reply.failed(as_api_error(error)))
     finally:
         if not complete:
             job.cancelled.set()
             state.hung_up = True
 
 
-async def _made(reply: Reply, make: Callable[[], Made]) -> Made:
-    """Calls of tools are read in another process."""
-    return await run_in_threadpool(make) if isinstance(reply, ToolReply) else make()
+class _Reading:
+    """The pieces of an answer; calls of tools are read in another process, and not in the loop."""
+
+    def __init__(self, job: Job) -> None:
+        form = job.task.options.calls
+        self._reader = None if form is None else CallReader(form)
+
+    @property
+    def has_called(self) -> bool:
+        return self._reader is not None and self._reader.n_calls > 0
+
+    async def said(self, text: str) -> list[Piece]:
+        if self._reader is None:
+            return [Piece(text)] if text else []
+        return await run_in_threadpool(self._reader.push, text)
+
+    async def parts(self, batch: Sequence[Chunk]) -> list[tuple[Piece, Sequence[TokenLogprob]]]:
+        """Return the pieces of chunks that came together, with their log probabilities."""
+        if self._reader is None:
+            shown = (chunk for chunk in batch if chunk.text or chunk.logprobs)
+            return [(Piece(chunk.text), chunk.logprobs) for chunk in shown]
+        said = await self.said("".join(chunk.text for chunk in batch))
+        logprobs = [token for chunk in batch for token in chunk.logprobs]
+        return [*((piece, ()) for piece in said), *([(Piece(), logprobs)] if logprobs else [])]
+
+    async def rest(self) -> list[Piece]:
+        return [] if self._reader is None else await run_in_threadpool(self._reader.end)
 
 
-def _ended(state: State, job: Job, stats: TurnStats) -> tuple[str, Json]:
-    """Return the finish reason and the usage. Raises ApiError when the answer was cut off."""
+def _end(state: State, job: Job, stats: TurnStats | None, *, has_called: bool) -> End:
+    """Raises ApiError when the answer was cut off."""
+    assert stats is not None, "the last chunk has them"
     state.note = (
         f", waited {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
         f" ({stats.left}), TTFT {stats.ttft_s:.2f} s,"
@@ -90,9 +112,7 @@ def _ended(state: State, job: Job, stats: TurnStats) -> tuple[str, Json]:
             raise hung_up()
         raise ApiError(503, STOPPING)
     form = job.task.options.calls or job.task.options.grammar
-    ignored = form.ignored if isinstance(form, (CallForm, Grammar)) else ()
-    return stats.finish_reason, usage(stats, job.queued_s, job.task.reason, ignored)
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return f"data: {_encoded(content)}\n\n".encode()
+    ignored = form.ignored if isinstance(form, CallForm | Grammar) else ()
+    figures = usage(stats, job.queued_s, job.task.reason, ignored)
+    reason = stats.finish_reason
+    return End("tool_calls" if has_called and reason == "stop" else reason, stats.stop, figures)

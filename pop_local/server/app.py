@@ -7,10 +7,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import chain
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import uvicorn
@@ -28,16 +29,19 @@ from pop_local.engine.learning.lesson import Teacher
 from pop_local.engine.llama.interrupt import stopped_by
 from pop_local.engine.model import PopModel
 from pop_local.server.answers import streamed_answer, whole_answer
-from pop_local.server.bodies import Body, ChatBody, CompletionBody
+from pop_local.server.bodies import ChatBody, CompletionBody
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
+from pop_local.server.doors.house import AnyBody, AnyNamed, Made
+from pop_local.server.doors.llama_server import LlamaServer
+from pop_local.server.doors.ollama import Ollama
 from pop_local.server.errors import ApiError, as_api_error, hung_up
-from pop_local.server.front import Front
+from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
 from pop_local.server.memory import return_large_blocks
 from pop_local.server.metrics import Metrics
-from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_data_urls
-from pop_local.server.replies import ChatReply, Reply, ToolReply
+from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_pictures
+from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
-from pop_local.server.worker import Task, Worker
+from pop_local.server.worker import Job, Task, Worker
 
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 32
@@ -46,8 +50,6 @@ _AT_LAST_S = 8.0
 _BACKLOG = 128
 
 log = logging.getLogger("pop_local.server")
-
-AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def create_app(
@@ -60,40 +62,59 @@ def create_app(
     max_body_bytes: int = 0,
     repeatable: bool = False,
     teacher: Teacher | None = None,
+    strict_model: bool = False,
+    origins: Sequence[str] = (),
 ) -> Starlette:
     """Make the application; the model belongs to it from the start of its lifespan to its end.
 
     `name`: the model's in the API. `api_key`: "" for none. `host`: the address that the server
     listens on; without a key it answers to this and loopback names only. `max_body_bytes` 0: by
     context. `repeatable`: see TurnOptions; a request may say otherwise. `teacher`: makes fits of
-    what the model learns, between requests.
+    what the model learns, between requests. `strict_model`: whether requests for other models are
+    refused, not answered by this one. `origins`: of web pages that may ask without a key, beside
+    those of this machine.
     `app.state.worker` is the thread that has the model: stop it to end running answers.
     """
-    api = Api(model, name, max_waiting, max_body_bytes, repeatable, teacher)
+    api = Api(model, name, max_waiting, max_body_bytes, repeatable, teacher, strict_model)
     handled = (Exception, PopError, HTTPException, ValidationError, ClientDisconnect)
+    routes = [
+        Route("/health", api.health),
+        Route("/v1/health", api.health),
+        Route("/metrics", api.figures),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{name:path}", api.one_model),
+        Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/v1/completions", api.complete, methods=["POST"]),
+        *Ollama(api).routes,
+        *LlamaServer(api).routes,
+    ]
     app = Starlette(
-        routes=[
-            Route("/health", api.health),
-            Route("/metrics", api.figures),
-            Route("/v1/models", api.models),
-            Route("/v1/models/{name:path}", api.one_model),
-            Route("/v1/chat/completions", api.chat, methods=["POST"]),
-            Route("/v1/completions", api.complete, methods=["POST"]),
-        ],
+        routes=routes,
         lifespan=api.lifespan,
         exception_handlers=dict.fromkeys(handled, _refuse),
     )
-    app.add_middleware(Front, metrics=api.metrics, api_key=api_key, host=host)
-    if api_key:  # no web page has it unless its user gave it
-        app.add_middleware(
-            CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
-        )
+    app.add_middleware(
+        Front,
+        metrics=api.metrics,
+        entry=Entry(api_key, host, tuple(origin.lower() for origin in origins)),
+        name=name,
+        paths=frozenset(route.path for route in routes),
+    )
+    app.add_middleware(
+        CORSMiddleware,
+        # With a key any page may ask: none has it unless its user gave it.
+        allow_origins=["*"] if api_key else list(origins),
+        allow_origin_regex=LOCAL_ORIGIN,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["X-Model"],
+    )
     app.state.worker = api.worker
     return app
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response
+    return as_api_error(error).response(request.url.path)
 
 
 class Api:
@@ -107,11 +128,13 @@ class Api:
         max_body_bytes: int,
         repeatable: bool,
         teacher: Teacher | None,
+        strict_model: bool,
     ) -> None:
-        self._model = model
-        self._name = name
+        self.model = model
+        self.name = name
+        self._is_strict = strict_model
         self._created = int(time.time())
-        self._tasks = Tasks(model, repeatable=repeatable)
+        self.tasks = Tasks(model, repeatable=repeatable)
         by_context = max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * model.n_ctx)
         self._max_body_bytes = max_body_bytes or by_context
         self._max_picture_bytes = MAX_DATA_URL if model.can_see else 0
@@ -142,104 +165,115 @@ class Api:
         return JSONResponse({"object": "list", "data": [self._card()]})
 
     async def one_model(self, request: Request) -> Response:
-        self._check_name(request.path_params["name"])
+        if not self._is_here(name := request.path_params["name"]):
+            raise self._absent(name)
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
         return {
-            "id": self._name,
+            "id": self.name,
             "object": "model",
             "created": self._created,
             "owned_by": "pop-local",
             "pop": {
-                "n_ctx": self._model.n_ctx,
-                "boundary": self._model.boundary,
-                "images": self._model.can_see,
-                "exact": self._model.exact,
+                "n_ctx": self.model.n_ctx,
+                "boundary": self.model.boundary,
+                "images": self.model.can_see,
+                "exact": self.model.exact,
             },
         }
 
-    def _check_name(self, name: str | None) -> None:
-        if name is not None and name.lower() != self._name.lower():
-            raise ApiError(
-                404,
-                f"there is no model named {name!r} here; this server has {self._name!r}",
-                code="model_not_found",
-                param="model",
-            )
+    def _is_here(self, name: str) -> bool:
+        return name.lower() in (self.name.lower(), f"{self.name.lower()}:latest")
+
+    def _absent(self, name: str) -> ApiError:
+        return ApiError(
+            404,
+            f"there is no model named {name!r} here; this server has {self.name!r}",
+            code="model_not_found",
+            param="model",
+        )
 
     async def chat(self, request: Request) -> Response:
-        body = await self._body(request, ChatBody)
-        return await self._answer(request, body, self._tasks.chat, ChatReply)
+        body = await self.read(request, ChatBody)
+        reply = ChatReply(self.name, wants_usage=body.wants_usage)
+        return await self.answer(request, body, self.tasks.chat, reply)
 
     async def complete(self, request: Request) -> Response:
-        body = await self._body(request, CompletionBody)
-        return await self._answer(request, body, self._tasks.completion, Reply)
+        body = await self.read(request, CompletionBody)
+        reply = Reply(self.name, wants_usage=body.wants_usage)
+        return await self.answer(request, body, self.tasks.completions, reply)
 
-    async def _task(
-        self, make: Callable[[AnyBody], Task], body: AnyBody, gone: "asyncio.Task[None]"
-    ) -> Task:
-        """Check grammars and pictures one at a time, so that they take the memory of one."""
+    async def work(self, request: Request, work: Callable[[], Made]) -> Made:
+        return await self._done(work, self._gone(request))
 
-        def made() -> Task:
+    async def _done(self, work: Callable[[], Made], gone: "asyncio.Task[None]") -> Made:
+        """Return what is made in a thread until the client has hung up."""
+
+        def done() -> Made:
             self.worker.require_open()
             with stopped_by(lambda: gone.done() or self.worker.is_stopping):
-                return make(body)
+                return work()
 
+        try:
+            return await run_in_threadpool(done)
+        except StoppedError:
+            self.worker.require_open()
+            raise hung_up() from None
+
+    async def _tasks_of(
+        self, make: Callable[[AnyBody], list[Task]], body: AnyBody, gone: "asyncio.Task[None]"
+    ) -> list[Task]:
+        """Check grammars and pictures one at a time, so that they take the memory of one."""
         async with AsyncExitStack() as limits:
             if body.has_grammar:
                 await limits.enter_async_context(self._grammar_limit)
             if body.has_pictures:
                 await limits.enter_async_context(self._picture_limit)
-            try:
-                return await run_in_threadpool(made)
-            except StoppedError:
-                self.worker.require_open()
-                raise hung_up() from None
+            return await self._done(lambda: make(body), gone)
 
-    async def _body(self, request: Request, kind: type[AnyBody]) -> AnyBody:
+    async def read(self, request: Request, kind: type[AnyNamed]) -> AnyNamed:
         raw = bytearray()
         async for piece in request.stream():
             raw += piece
             if len(raw) > self._max_body_bytes + self._max_picture_bytes:
-                raise self._too_large(len(raw) - n_in_data_urls(raw))
-        if (n_other := len(raw) - n_in_data_urls(raw)) > self._max_body_bytes:
+                raise self._too_large(len(raw) - n_in_pictures(raw))
+        if (n_other := len(raw) - n_in_pictures(raw)) > self._max_body_bytes:
             raise self._too_large(n_other)
         body = kind.model_validate_json(raw)
-        self._check_name(body.model)
+        if body.model and not self._is_here(body.model):
+            if self._is_strict:
+                raise self._absent(body.model)
+            request.state.asked = body.model
         return body
 
     def _too_large(self, n_other: int) -> ApiError:
         message = (
             f"the request is larger than {self._max_body_bytes:,} bytes; the context of this server"
-            f" holds {self._model.n_ctx:,} tokens"
+            f" holds {self.model.n_ctx:,} tokens"
         )
         if n_other <= self._max_body_bytes:
             message = f"the pictures of a request may have {MAX_BYTES >> 20} MiB together"
         return ApiError(413, message, code="request_too_large")
 
-    async def _answer(
-        self,
-        request: Request,
-        body: AnyBody,
-        make: Callable[[AnyBody], Task],
-        kind: type[Reply],
+    async def answer(
+        self, request: Request, body: AnyBody, make: Callable[[AnyBody], list[Task]], reply: Reply
     ) -> Response:
+        """Answer tasks one after the other; others may be answered in between."""
         gone = self._gone(request)
-        task = await self._task(make, body, gone)
-        job = self.worker.submit(task)
-        gone.add_done_callback(lambda _: job.cancel())
-        wants_logprobs = task.options.n_top_logprobs is not None
-        if task.options.calls is not None:
-            reply: Reply = ToolReply(self._name, wants_logprobs, task.options.calls)
-        else:
-            reply = kind(self._name, wants_logprobs, task.n_written)
+
+        def submit(task: Task) -> Job:
+            job = self.worker.submit(task)
+            gone.add_done_callback(lambda _: job.cancel())
+            return job
+
+        first, *others = await self._tasks_of(make, body, gone)
+        jobs = chain([submit(first)], map(submit, others))
         if not body.stream:
-            return await whole_answer(request.state, job, reply)
-        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return await whole_answer(request.state, jobs, reply)
         return StreamingResponse(
-            streamed_answer(request.state, job, reply, wants_usage=wants_usage),
-            media_type="text/event-stream",
+            streamed_answer(request.state, jobs, reply),
+            media_type=reply.media_type,
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 

@@ -23,7 +23,7 @@ from pop_local.config.settings import MOST
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_MESSAGES = 10_000
-MAX_PROMPTS = 16  # one may be sent
+MAX_ANSWERS = 128  # to one request
 MAX_PARTS = 1_000
 MAX_TOOLS = 256
 
@@ -59,7 +59,6 @@ _UNSUPPORTED = (
 )
 # Values that ask for what the server does anyway.
 _USUAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "n_cmpl": (1,),
     "best_of": (1,),
     "typical_p": (1,),
@@ -73,19 +72,25 @@ _USUAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Lenient(BaseModel):
+class Lenient(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
-class StreamOptions(_Lenient):
+class Named(Lenient):
+    """A request to a model; None: to the one that is here."""
+
+    model: str | None = None
+
+
+class StreamOptions(Lenient):
     include_usage: bool | None = None
 
 
-class JsonSchema(_Lenient):
+class JsonSchema(Lenient):
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class ResponseFormat(_Lenient):
+class ResponseFormat(Lenient):
     """`schema` beside `json_object` is llama.cpp's."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -108,16 +113,16 @@ class ResponseFormat(_Lenient):
         return self.schema_ or {"type": "object"}
 
 
-class TextPart(_Lenient):
+class TextPart(Lenient):
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Lenient):
+class ImageUrl(Lenient):
     url: str
 
 
-class ImagePart(_Lenient):
+class ImagePart(Lenient):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -134,18 +139,18 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
-class Called(_Lenient):
+class Called(Lenient):
     name: str
     arguments: str = "{}"
 
 
-class SentCall(_Lenient):
+class SentCall(Lenient):
     id: str = ""
     type: Literal["function"] = "function"
     function: Called
 
 
-class Function(_Lenient):
+class Function(Lenient):
     """`strict` changes nothing: arguments are always those of the schema."""
 
     name: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
@@ -153,21 +158,21 @@ class Function(_Lenient):
     parameters: dict[str, Any] | None = None
 
 
-class SentTool(_Lenient):
+class SentTool(Lenient):
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Lenient):
+class NamedFunction(Lenient):
     name: str
 
 
-class NamedTool(_Lenient):
+class NamedTool(Lenient):
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
-class ChatMessage(_Lenient):
+class ChatMessage(Lenient):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Parts | None, BeforeValidator(_as_parts)] = None
     tool_calls: Annotated[list[SentCall] | None, Field(max_length=MAX_TOOLS)] = None
@@ -205,7 +210,7 @@ def _for_minus_one(unlimited: int) -> BeforeValidator:
 Limit = Annotated[int | None, _for_minus_one(MOST)]
 
 
-class Sampling(_Lenient):
+class Sampling(Lenient):
     temperature: float | None = Field(None, ge=0, le=10)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: Annotated[int | None, _for_minus_one(0)] = Field(None, ge=0)
@@ -215,20 +220,20 @@ class Sampling(_Lenient):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
 
 
-class Body(Sampling):
+class Body(Named, Sampling):
     """The fields that both kinds of request share; None: the server's default.
 
     `n_predict` is llama.cpp's name of `max_tokens`, `max_completion_tokens` OpenAI's newer one, and
     `repetition_penalty` mlx-lm's name of `repeat_penalty`.
     """
 
-    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Limit = Field(None, ge=0)
     max_completion_tokens: Limit = Field(None, ge=1)
     n_predict: Limit = Field(None, ge=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
+    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
     seed: int | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
@@ -245,6 +250,10 @@ class Body(Sampling):
     @property
     def has_pictures(self) -> bool:
         return False
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def limit(self) -> int | None:
@@ -319,9 +328,9 @@ class ChatBody(Body):
 Tokens = Annotated[list[int], Field(fail_fast=True)]
 Prompts = (
     str
-    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_ANSWERS)]
     | Tokens
-    | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_ANSWERS)]
 )
 
 
@@ -330,12 +339,13 @@ def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return handler(prompt)
     except ValidationError:
         raise ValueError(
-            f"give a text or its tokens, or a list of at most {MAX_PROMPTS} of these"
+            f"give a text or its tokens, or a list of at most {MAX_ANSWERS} of these"
         ) from None
 
 
 class CompletionBody(Body):
     prompt: Annotated[Prompts, WrapValidator(_of_a_kind)]
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[
         int | None,
@@ -344,10 +354,20 @@ class CompletionBody(Body):
         BeforeValidator(lambda value: None if value is False else value),
     ] = None
 
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        several: Any = self.prompt
+        is_one = isinstance(several, str) or not several or isinstance(several[0], int)
+        return [several] if is_one else several
+
     @model_validator(mode="after")
     def _says_enough(self) -> "CompletionBody":
         if self.limit == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1, unless the prompt is echoed")
+        if self.suffix and self.echo:
+            raise ValueError("suffix: between two texts, the prompt is not echoed")
+        if len(self.prompts) * (self.n or 1) > MAX_ANSWERS:
+            raise ValueError(f"one request gets at most {MAX_ANSWERS} answers")
         # A chat's template writes them, so there it is vLLM's default.
         if (self.model_extra or {}).get("add_special_tokens") is False:
             raise ValueError("add_special_tokens must be true: nothing else is supported")

@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients know."""
+"""Errors in the shape that clients know."""
 
 from itertools import groupby
 from typing import Any
@@ -31,8 +31,14 @@ class ApiError(HTTPException):
         return {"error": error}
 
     @property
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status_code, _HEADERS.get(self.status_code))
+    def of_ollama(self) -> dict[str, Any]:
+        """The body that Ollama's clients know."""
+        return {"error": self.detail}
+
+    def response(self, path: str) -> JSONResponse:
+        """Return the response to a request of this path."""
+        body = self.of_ollama if path.startswith("/api/") else self.body
+        return JSONResponse(body, self.status_code, _HEADERS.get(self.status_code))
 
 
 def hung_up() -> ApiError:

@@ -5,8 +5,9 @@ import hmac
 import ipaddress
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,18 +19,40 @@ from pop_local.server.worker import STOPPING
 log = logging.getLogger("pop_local.server")
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_PROBES = ("/health", "/metrics")
-# Other paths share one label, however many are tried.
-_PATHS = ("/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
+LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+# How containers call the machine that they run on; nobody can register a name that ends so.
+_DOCKER = "host.docker.internal"
+_HEALTH = ("/health", "/v1/health")
+_PROBES = (*_HEALTH, "/metrics")
+# Characters of the name that a client asks for, in the log.
+_SHOWN = 80
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Who is let in: those with the key, "" for none. `host`: the address that is listened on.
+    `origins`: of web pages that may ask, beside those of this machine."""
+
+    api_key: str
+    host: str
+    origins: tuple[str, ...]
 
 
 class Front:
-    """ASGI middleware. The scope's state may say `hung_up`, and a `note` for the log."""
+    """ASGI middleware. The scope's state may say `hung_up`, and a `note` for the log.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str, host: str) -> None:
+    Where the state has a name as `asked`, the client asked for another model than `name`. `paths`:
+    those that are counted each for itself.
+    """
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, entry: Entry, name: str, paths: frozenset[str]
+    ) -> None:
         self._app = app
         self._metrics = metrics
-        self._entry = (api_key, host)
+        self._entry = entry
+        self._model = quote(name, safe=" :+@,()").encode()
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,46 +65,55 @@ class Front:
             nonlocal status, is_started
             if message["type"] == "http.response.start":
                 status, is_started = message["status"], True
+                if "asked" in state:
+                    message["headers"] = [*message["headers"], (b"x-model", self._model)]
             await send(message)
 
         state: dict[str, Any] = scope.setdefault("state", {})
         try:
-            error = refusal(scope, *self._entry)
-            app = self._app if error is None else error.response
+            error = refusal(scope, self._entry)
+            app = self._app if error is None else error.response(scope["path"])
             await app(scope, receive, watched_send)
         except asyncio.CancelledError:  # the server ends, and the rest of a request never came
             if is_started:
                 raise
-            await ApiError(503, STOPPING).response(scope, receive, watched_send)
+            stopping = ApiError(503, STOPPING).response(scope["path"])
+            await stopping(scope, receive, watched_send)
         finally:
             status = HUNG_UP if state.get("hung_up") else status
-            path = scope["path"] if scope["path"] in _PATHS else "other"
+            path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
             client = scope["client"][0] if scope.get("client") else "-"
             took = f"{time.perf_counter() - started_s:.2f} s{state.get('note', '')}"
+            if "asked" in state:
+                took += f", asked for {state['asked'][:_SHOWN]!r}, which is not here"
             level = logging.DEBUG if path in _PROBES and status == 200 else logging.INFO
             log.log(level, "%s %s %r %d, %s", client, scope["method"], scope["path"], status, took)
 
 
-def refusal(scope: Scope, api_key: str, host: str) -> ApiError | None:
-    """Return why a request's sender is refused, if so; `host` is the address listened on.
+def refusal(scope: Scope, entry: Entry) -> ApiError | None:
+    """Return why a request's sender is refused, if so.
 
     Without a key, web pages of other origins are kept out, and those whose name was made to lead
     here. An address cannot be made to lead elsewhere, so with 0.0.0.0 all addresses may be asked.
     """
     headers = Headers(scope=scope)
-    if api_key:
+    if entry.api_key:
         given = headers.get("authorization", "").encode("latin-1")
-        if scope["path"] == "/health" or hmac.compare_digest(given, f"Bearer {api_key}".encode()):
+        wanted = f"Bearer {entry.api_key}".encode()
+        if scope["path"] in _HEALTH or hmac.compare_digest(given, wanted):
             return None
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-    asked, origin = headers.get("host", ""), headers.get("origin")
+    asked, origin, host = headers.get("host", ""), headers.get("origin"), entry.host.lower()
     name = _host_name(f"//{asked}")
     address, own = _address(name), _address(host)
     is_any_address = address is not None and own is not None and own.is_unspecified
-    if name not in (*LOOPBACK, host.lower()) and not is_any_address:
+    is_docker = name == _DOCKER and host not in LOOPBACK
+    if name not in (*LOOPBACK, host) and not is_any_address and not is_docker:
         return _refused(f"requests to the host name {asked!r}", "foreign_host")
-    if origin is not None and _host_name(origin) not in (*LOOPBACK, name):
+    if origin is None or origin.lower() in entry.origins:
+        return None
+    if _host_name(origin) not in (*LOOPBACK, name):
         return _refused(f"requests of web pages of {origin!r}", "foreign_origin")
     return None
 

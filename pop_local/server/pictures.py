@@ -13,14 +13,18 @@ from pop_local.server.errors import ApiError
 # For one request's pictures together: they are decoded before the queue.
 MAX_PICTURES = 64
 MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
-# The last one of a body that is still coming has no end.
-_URL = re.compile(rb'"data:image[^"]*"?', re.IGNORECASE)
+# The last one of a body that is still coming has no end. Ollama's clients send lists of base64,
+# whose end would be unclear with escapes in them.
+_URL = re.compile(
+    rb'"data:image[^"]*"?|"images"\s*:\s*\[(?:\s*"[^"\\]*"?\s*,?){0,%d}' % MAX_PICTURES,
+    re.IGNORECASE,
+)
 _HEAD = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)
 # Base64 of the largest picture, in lines of 64 letters that end with an escaped CRLF.
 MAX_DATA_URL = MAX_BYTES // 3 * 4 * 17 // 16 + 100
 
 
-def n_in_data_urls(body: bytes | bytearray) -> int:
+def n_in_pictures(body: bytes | bytearray) -> int:
     """Count the bytes of a body that are pictures, as many as a request may have."""
     return sum(len(match[0]) for match in islice(_URL.finditer(body), MAX_PICTURES))
 

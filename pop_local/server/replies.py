@@ -1,16 +1,31 @@
 """The server's answers: OpenAI's objects, and the counters in them."""
 
+import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
-from pop_local.engine.tools.form import CallForm
-from pop_local.engine.tools.reader import CallReader, Piece, calls_of
-from pop_local.engine.turn import Chunk, TokenLogprob, ToolCall, TurnStats
+from pop_local.engine.tools.reader import Piece, calls_of
+from pop_local.engine.turn import TokenLogprob, ToolCall, TurnStats
+from pop_local.server.errors import ApiError
+from pop_local.server.worker import Task
 
 Json = dict[str, Any]
+encoded = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@dataclass(frozen=True)
+class End:
+    """How an answer ended: OpenAI's finish reason, the stop string that ended it ("" for none),
+    and its `usage`."""
+
+    reason: str
+    stop: str
+    usage: Json
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:
@@ -46,44 +61,79 @@ def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequen
     }
 
 
-class Reply:
-    """One answer, whole or in pieces. `wants_logprobs` tells an empty list from none asked for.
+def total(ends: Sequence[End]) -> Json:
+    """Add up the counters of several answers; all else is the last one's."""
+    return reduce(_added, (end.usage for end in ends))
 
-    `n_written`: characters of the text so far, where the next token begins.
+
+def _added(one: Any, other: Any) -> Any:
+    if isinstance(one, dict):
+        return {key: _added(value, other[key]) for key, value in one.items()}
+    is_number = isinstance(one, int | float) and isinstance(other, int | float)
+    return one + other if is_number else other
+
+
+class Reply:
+    """The answers of a request, whole or in pieces: OpenAI's text completions.
+
+    `wants_logprobs` tells an empty list from none asked for. `n_written`: characters of the text so
+    far, where the next token begins. `ping` shows that a stream lives.
     """
 
     id_prefix = "cmpl"
     whole_kind = piece_kind = "text_completion"
+    media_type, ping = "text/event-stream", b": working\n\n"
 
-    def __init__(self, model: str, wants_logprobs: bool, n_written: int) -> None:
+    def __init__(self, model: str, *, wants_usage: bool = False) -> None:
         self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
-        self._wants_logprobs = wants_logprobs
-        self._n_written = n_written
+        # Without it the pieces of a stream have no such field.
+        self._nothing_yet: Json = {"usage": None} if wants_usage else {}
 
-    def opening(self) -> tuple[Json, ...]:
+    def begin(self, index: int, task: Task) -> tuple[Json, ...]:
+        """Begin an answer; return the pieces before its first token."""
+        self._index = index
+        self._wants_logprobs = task.options.n_top_logprobs is not None
+        self._n_written = task.n_written
         return ()
 
-    def pieces(self, batch: Sequence[Chunk]) -> list[Json]:
-        return [
-            self.piece(each.text, each.logprobs) for each in batch if each.text or each.logprobs
-        ]
+    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterable[Json]:
+        """Return the pieces of a stream that tell of what was said."""
+        return (self._piece({"text": piece.content}, logprobs),)
 
-    def piece(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
-        return self._said(self.piece_kind, {"text": text}, logprobs)
+    def ending(self, end: End) -> Iterable[Json]:
+        """Return the last pieces of an answer."""
+        return (self._piece({"text": ""}, (), end.reason),)
 
-    def ending(self, finish_reason: str) -> list[Json]:
-        return [self.last(finish_reason)]
+    def closing(self, ends: Sequence[End]) -> bytes:
+        """Return the bytes that follow the last piece of a stream."""
+        figures = self._object(self.piece_kind, []) | {"usage": total(ends)}
+        return (self.frame(figures) if self._nothing_yet else b"") + b"data: [DONE]\n\n"
 
-    def last(self, finish_reason: str) -> Json:
-        return self._said(self.piece_kind, {"text": ""}, (), finish_reason)
+    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+        """Return an answer that is not streamed."""
+        return self._said(self.whole_kind, {"text": content_of(said)}, logprobs, end.reason)
 
-    def figures(self, usage: Json) -> Json:
-        return self._object(self.piece_kind, []) | {"usage": usage}
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Any:
+        """Return one response for all answers."""
+        choices = [choice for whole in wholes for choice in whole["choices"]]
+        return wholes[0] | {"choices": choices, "usage": total(ends)}
 
-    def whole(self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str) -> Json:
-        return self._said(self.whole_kind, {"text": text}, logprobs, finish_reason)
+    def failed(self, error: ApiError) -> Json:
+        return error.body
+
+    def frame(self, content: Json) -> bytes:
+        """Return the bytes of one piece of a stream."""
+        return f"data: {encoded(content)}\n\n".encode()
+
+    def _piece(
+        self,
+        said: Json,
+        logprobs: Sequence[TokenLogprob] | None = None,
+        finish_reason: str | None = None,
+    ) -> Json:
+        return self._said(self.piece_kind, said, logprobs, finish_reason) | self._nothing_yet
 
     def _said(
         self,
@@ -93,7 +143,7 @@ class Reply:
         finish_reason: str | None = None,
     ) -> Json:
         shown = self._logprobs(logprobs) if self._wants_logprobs and logprobs is not None else None
-        choice = {"index": 0, **said, "logprobs": shown, "finish_reason": finish_reason}
+        choice = {"index": self._index, **said, "logprobs": shown, "finish_reason": finish_reason}
         return self._object(kind, [choice])
 
     def _object(self, kind: str, choices: list[Json]) -> Json:
@@ -115,68 +165,41 @@ class Reply:
 class ChatReply(Reply):
     id_prefix, whole_kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def opening(self) -> tuple[Json, ...]:
-        return (self._said(self.piece_kind, {"delta": {"role": "assistant", "content": ""}}),)
+    def begin(self, index: int, task: Task) -> tuple[Json, ...]:
+        super().begin(index, task)
+        return (self._piece({"delta": {"role": "assistant", "content": ""}}),)
 
-    def piece(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
-        return self._said(self.piece_kind, {"delta": {"content": text}}, logprobs)
+    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> Iterable[Json]:
+        delta: Json = {"content": piece.content}
+        if piece.call is not None:
+            delta = {"tool_calls": [{"index": piece.index, **call_json(piece.call)}]}
+        elif piece.reasoning:
+            delta = {"reasoning_content": piece.reasoning}
+        return (self._piece({"delta": delta}, logprobs),)
 
-    def last(self, finish_reason: str) -> Json:
-        return self._said(self.piece_kind, {"delta": {}}, None, finish_reason)
+    def ending(self, end: End) -> Iterable[Json]:
+        return (self._piece({"delta": {}}, None, end.reason),)
 
-    def whole(self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str) -> Json:
-        message = {"role": "assistant", "content": text}
-        return self._said(self.whole_kind, {"message": message}, logprobs, finish_reason)
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
-        return {"content": [_chat_logprob(token) for token in logprobs], "refusal": None}
-
-
-class ToolReply(ChatReply):
-    """An answer that may call tools. Its calls are read in a child process: not in the loop."""
-
-    def __init__(self, model: str, wants_logprobs: bool, form: CallForm) -> None:
-        super().__init__(model, wants_logprobs, 0)
-        self._reader = CallReader(form)
-
-    def pieces(self, batch: Sequence[Chunk]) -> list[Json]:
-        said = self._reader.push("".join(chunk.text for chunk in batch))
-        logprobs = [token for chunk in batch for token in chunk.logprobs]
-        events = [self._said(self.piece_kind, {"delta": _delta(piece)}, ()) for piece in said]
-        if logprobs and self._wants_logprobs:
-            events.append(self._said(self.piece_kind, {"delta": {}}, logprobs))
-        return events
-
-    def ending(self, finish_reason: str) -> list[Json]:
-        said = self._reader.end()
-        events = [self._said(self.piece_kind, {"delta": _delta(piece)}, ()) for piece in said]
-        return [*events, self.last(self._reason(finish_reason))]
-
-    def whole(self, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str) -> Json:
-        said = [*self._reader.push(text), *self._reader.end()]
-        message: Json = {"role": "assistant"}
-        content = "".join(piece.content for piece in said)
-        message["content"] = content if content or not self._reader.n_calls else None
+    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+        content, calls = content_of(said), calls_of(said)
+        message: Json = {"role": "assistant", "content": content or (None if calls else "")}
         if reasoning := "".join(piece.reasoning for piece in said):
             message["reasoning_content"] = reasoning
-        if calls := calls_of(said):
-            message["tool_calls"] = [_call(call) for call in calls]
-        reason = self._reason(finish_reason)
-        return self._said(self.whole_kind, {"message": message}, logprobs, reason)
+        if calls:
+            message["tool_calls"] = [call_json(call) for call in calls]
+        return self._said(self.whole_kind, {"message": message}, logprobs, end.reason)
 
-    def _reason(self, finish_reason: str) -> str:
-        return "tool_calls" if self._reader.n_calls and finish_reason == "stop" else finish_reason
-
-
-def _delta(piece: Piece) -> Json:
-    if piece.call is None:
-        said = {"content": piece.content, "reasoning_content": piece.reasoning}
-        return {name: text for name, text in said.items() if text}
-    return {"tool_calls": [{"index": piece.index, **_call(piece.call)}]}
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        return {"content": [chat_logprob(token) for token in logprobs], "refusal": None}
 
 
-def _call(call: ToolCall) -> Json:
-    """A call, or a later part of it, which is without id and name."""
+def content_of(said: Sequence[Piece]) -> str:
+    """Join the contents of an answer's pieces."""
+    return "".join(piece.content for piece in said)
+
+
+def call_json(call: ToolCall) -> Json:
+    """Return a call, or a later part of one, which has neither id nor name."""
     function = {"arguments": call.arguments}
     if not call.id:
         return {"function": function}
@@ -194,7 +217,7 @@ def _top(token: TokenLogprob) -> Json | None:
     return by_text
 
 
-def _chat_logprob(token: TokenLogprob) -> Json:
+def chat_logprob(token: TokenLogprob) -> Json:
     likely = [_described(one.text, one.logprob) for one in token.top]
     return _described(token.text, token.logprob) | {"top_logprobs": likely}
 

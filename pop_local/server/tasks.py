@@ -12,6 +12,7 @@ from pop_local.engine.images.pictures import Picture
 from pop_local.engine.limited.process import NoChildError
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.tool import Tool, Tools
@@ -51,7 +52,8 @@ class Tasks:
         self._repeatable = repeatable
         self._is_full = model.can_switch and model.mode is Mode.OFF
 
-    def chat(self, body: ChatBody) -> Task:
+    def chat(self, body: ChatBody) -> list[Task]:
+        """Make `n` tasks, whose seeds differ."""
         urls = [url for message in body.messages for _, url in message.image_urls]
         if urls and not self._model.can_see:
             raise ApiError(400, "this server reads no pictures", param="messages")
@@ -70,7 +72,8 @@ class Tasks:
         self._check_length(len(prompt), "messages")
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
-        return Task(prompt, replace(options, calls=calls), *self._mode(body.pop))
+        task = Task(prompt, replace(options, calls=calls), *self._mode(body.pop))
+        return _seeded(task, body.n)
 
     def _prompt(self, body: ChatBody, messages: list[Message]) -> tuple[Prompt, CallForm | None]:
         if not body.has_tools:
@@ -80,22 +83,27 @@ class Tasks:
             self._model.trie_with(calls.shown)
         return prompt, calls
 
-    def completion(self, body: CompletionBody) -> Task:
-        tokens = self._tokens(body.prompt)
-        prompt = Prompt(tokens)
-        self._check_length(len(tokens), "prompt")
+    def completions(self, body: CompletionBody) -> list[Task]:
+        """Make `n` tasks for each prompt, whose seeds differ."""
+        tokens = [self._tokens(prompt, body.suffix) for prompt in body.prompts]
+        for each in tokens:
+            self._check_length(len(each), "prompt")
+        max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
+        options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
+        tasks = [self._completion(body, each, options) for each in tokens]
+        return [one for task in tasks for one in _seeded(task, body.n)]
+
+    def _completion(self, body: CompletionBody, tokens: list[int], options: TurnOptions) -> Task:
         mode, reason = self._mode(body.pop)
         n_prompt_logprobs = body.logprobs if body.echo else None
         if n_prompt_logprobs is not None:
             mode, reason = Mode.OFF, PROMPT_LOGPROBS
-        max_tokens = COMPLETION_TOKENS if body.limit is None else body.limit
-        options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
         pieces = Pieces(self._model.context, range(self._model.context.n_vocab))
         shown = tokens if body.echo or body.logprobs is not None else []
         text = b"".join(pieces[token] for token in shown).decode(errors="replace")
         if body.echo:
-            return Task(prompt, options, mode, reason, text, n_prompt_logprobs)
-        return Task(prompt, options, mode, reason, n_written=len(text))
+            return Task(Prompt(tokens), options, mode, reason, text, n_prompt_logprobs)
+        return Task(Prompt(tokens), options, mode, reason, n_written=len(text))
 
     def _mode(self, pop: bool | None) -> tuple[Mode, str | None]:
         if not self._model.can_switch:
@@ -106,18 +114,24 @@ class Tasks:
             return (Mode.OFF, SERVER_OFF) if self._is_full else (Mode.CONTEXT, None)
         return (Mode.CONTEXT, None) if pop else (Mode.OFF, REQUESTED)
 
-    def _tokens(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[int]:
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise ApiError(400, "send one prompt per request", param="prompt")
-            return self._tokens(prompt[0])
+    def _tokens(self, prompt: str | list[int], suffix: str | None) -> list[int]:
+        """Return the tokens of a text, or check those given."""
+        if not isinstance(prompt, str):
+            self.check_tokens(prompt, "prompt")
+        if suffix:
+            try:
+                return infilling(self._model.context, prompt, suffix)
+            except PopError as error:
+                raise ApiError(400, error.message, param="suffix") from error
         if isinstance(prompt, str):
             return self._model.tokenize(prompt, add_bos=True, special=True)
-        tokens = [token for token in prompt if isinstance(token, int)]
+        return prompt
+
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Raises ApiError for tokens that the vocabulary lacks."""
         n_vocab = self._model.context.n_vocab
         if any(not 0 <= token < n_vocab for token in tokens):
-            raise ApiError(400, f"token ids go from 0 to {n_vocab - 1}", param="prompt")
-        return tokens
+            raise ApiError(400, f"token ids go from 0 to {n_vocab - 1}", param=param)
 
     def _check_pictures(self, pictures: Sequence[Picture]) -> None:
         """Stop at the first that does not fit: the others are not decoded."""
@@ -170,6 +184,15 @@ class Tasks:
         except GrammarError as error:
             raise ApiError(400, error.message, code="invalid_grammar", param=param) from error
         return grammar
+
+
+def _seeded(task: Task, n: int | None) -> list[Task]:
+    """Return a task `n` times, with seeds that count up from its own."""
+    seed = task.options.seed
+    if seed is None:
+        return [task] * (n or 1)
+    seeds = [(seed + number) % (MOST_SEED + 1) for number in range(n or 1)]
+    return [replace(task, options=replace(task.options, seed=each)) for each in seeds]
 
 
 def _message(message: ChatMessage, pictures: Iterator[Picture]) -> Message:

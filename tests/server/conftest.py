@@ -7,6 +7,7 @@ from pop_local.server.app import create_app
 from support.asked import N_CTX, NAME
 from support.calls import opened
 from support.converted import tiny
+from support.filling import make_filler
 from support.serving import asking
 from support.synthetic import TEMPLATE
 
@@ -30,3 +31,12 @@ def full(path):
     model = opened(path, n_ctx=N_CTX)
     model.set_mode(Mode.OFF)
     return model
+
+
+@pytest.fixture(scope="module")
+def filler(tmp_path_factory):
+    """A model that can fill in between two texts, and its client."""
+    model = opened(make_filler(tmp_path_factory.mktemp("fim")), n_ctx=N_CTX)
+    with asking(create_app(model, NAME)) as client:
+        yield model, client
+    model.close()

@@ -7,9 +7,15 @@ import pytest
 from pop_local.server.app import create_app
 from support.calls import opened
 from support.converted import tiny
+from support.program import called
 from support.serving import asking, counted
 
 NAME = "tiny"
+ORIGINS = ("https://friend.example", "app://notes")
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,18 @@ def test_the_key(model):
         ("0.0.0.0", {"Host": "192.168.1.5:8080"}, None),
         ("::", {"Host": "[fe80::1]:8080"}, None),
         ("0.0.0.0", {"Host": "evil.example"}, "foreign_host"),
+        ("0.0.0.0", {"Host": "host.docker.internal:8080"}, None),
+        ("mybox", {"Host": "HOST.docker.internal"}, None),
+        ("127.0.0.1", {"Host": "host.docker.internal"}, "foreign_host"),
+        ("localhost", {"Host": "host.docker.internal"}, "foreign_host"),
+        ("0.0.0.0", {"Host": "host.docker.internal.evil.example"}, "foreign_host"),
+        ("127.0.0.1", {"Host": "evil.example", "Origin": "http://localhost"}, "foreign_host"),
+        ("127.0.0.1", {"Host": "evil.example", "Origin": "app://notes"}, "foreign_host"),
         ("127.0.0.1", {"Origin": "http://localhost:3000"}, None),
+        ("127.0.0.1", {"Origin": "https://friend.example"}, None),
+        ("127.0.0.1", {"Origin": "app://notes"}, None),
+        ("127.0.0.1", {"Origin": "http://friend.example"}, "foreign_origin"),
+        ("127.0.0.1", {"Origin": "https://friend.example:81"}, "foreign_origin"),
         ("0.0.0.0", {"Host": "192.168.1.5:8080", "Origin": "http://192.168.1.5:8080"}, None),
         ("127.0.0.1", {"Origin": "https://evil.example"}, "foreign_origin"),
         ("127.0.0.1", {"Origin": "https://localhost.evil.example"}, "foreign_origin"),
@@ -61,7 +78,7 @@ def test_the_key(model):
     ],
 )
 def test_without_a_key_only_this_machine_is_answered(model, host, headers, code):
-    client = asking(create_app(model, NAME, host=host))
+    client = asking(create_app(model, NAME, host=host, origins=ORIGINS))
     response = client.get("/v1/models", headers=headers)
     if code is None:
         assert response.status_code == 200
@@ -76,7 +93,7 @@ def test_a_web_page_cannot_post_what_browsers_send_unasked(model):
     client = asking(create_app(model, NAME))
     before = counted(client)
     headers = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
-    body = json.dumps({"prompt": "abc", "model": "other"})  # were it let in: 404
+    body = json.dumps({"prompt": 5})  # were it let in: 400
     assert client.post("/v1/completions", content=body, headers=headers).status_code == 403
     after = counted(client)
     refused = 'pop_requests_total{path="/v1/completions",status="403"}'
@@ -86,14 +103,48 @@ def test_a_web_page_cannot_post_what_browsers_send_unasked(model):
 def test_a_web_page_that_has_the_key_is_answered(model):
     client = asking(create_app(model, NAME, api_key="secret"))
     page = {"Host": "box.example", "Origin": "https://page.example"}
-    asked = {
-        "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization,content-type",
-    }
-    allowed = client.options("/v1/chat/completions", headers=page | asked)
+    allowed = client.options("/v1/chat/completions", headers=page | PREFLIGHT)
     assert allowed.status_code == 200
     assert "authorization" in allowed.headers["access-control-allow-headers"]
     answer = client.get("/v1/models", headers=page | {"Authorization": "Bearer secret"})
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == "*"
     assert client.get("/v1/models", headers=page).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_allowed"),
+    [
+        ("http://localhost:3000", True),
+        ("https://localhost", True),
+        ("http://127.0.0.1:5173", True),
+        ("http://[::1]:1", True),
+        ("https://friend.example", True),
+        ("app://notes", True),
+        ("https://evil.example", False),
+        ("http://localhost.evil.example", False),
+        ("http://localhost:3000.evil.example", False),
+        ("http://localhost:x@evil.example", False),
+        ("http://xlocalhost", False),
+        ("http://127.0.0.1.evil.example", False),
+        ("http://127x0x0x1", False),
+        ("ftp://localhost", False),
+        ("null", False),
+    ],
+)
+def test_pages_of_this_machine_may_read_answers_without_a_key(model, origin, is_allowed):
+    client = asking(create_app(model, NAME, origins=ORIGINS))
+    page = {"Origin": origin}
+    allowed = client.options("/api/chat", headers=page | PREFLIGHT)
+    assert allowed.status_code == (200 if is_allowed else 400)
+    for response in (allowed, client.get("/v1/models", headers=page)):
+        expected = origin if is_allowed else None
+        assert response.headers.get("access-control-allow-origin") == expected
+        assert "access-control-allow-credentials" not in response.headers
+
+
+@pytest.mark.parametrize("origin", ["friend.example", "*", "null", "https://a.example/path", ""])
+def test_the_command_takes_origins_only(origin):
+    done = called("serve", "model.gguf", "--cors", origin)
+    assert done.returncode == 1
+    assert "no origin" in done.stderr

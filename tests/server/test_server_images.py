@@ -207,7 +207,7 @@ def test_a_request_that_is_too_large(client, monkeypatch):
     assert response.status_code == 413
     assert "pictures of a request may have 32 MiB together" in response.text
     half = b'{"url": "data:image/png;base64,AAAA'
-    assert pictures.n_in_data_urls(half) == len(half) - 8, "it is refused before its end has come"
+    assert pictures.n_in_pictures(half) == len(half) - 8, "it is refused before its end has come"
 
 
 def test_base64_in_lines_is_read(client):
@@ -245,3 +245,50 @@ def test_a_server_that_cannot_see(path, monkeypatch, lacks):
         assert response.status_code == 400
         assert "this server reads no pictures" in response.json()["error"]["message"]
     model.close()
+
+
+def letters(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def of_ollama(client: TestClient, *shown: str, door: str = "chat", words: str = "a") -> Any:
+    said = {"content": words} if door == "chat" else {"prompt": words}
+    one = {"role": "user", "images": shown, **said}
+    body = {"messages": [one]} if door == "chat" else one
+    options = {"temperature": 0, "num_predict": 4}
+    return client.post(f"/api/{door}", json=body | {"options": options, "stream": False})
+
+
+@pytest.mark.parametrize("door", ["chat", "generate"])
+def test_ollamas_pictures_stand_before_the_text(client, door):
+    expected = asked(client, image(data_url(png(3))), text(LONG))
+    found = of_ollama(client, letters(png(3)), door=door, words=LONG).json()
+    assert found["prompt_eval_count"] == expected["prompt_tokens"]
+    assert found["pop"]["n_image"] == expected["pop"]["n_image"] > 0
+    assert "vision" in client.post("/api/show", json={}).json()["capabilities"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "reason"),
+    [
+        ("@@@@", "is no base64"),
+        ("http://127.0.0.1/a.png", "is no base64"),
+        ("/etc/passwd", "is no base64"),
+        (letters(b"no picture"), "is no picture"),
+        (letters(BOMB), "more than 50 million pixels"),
+        ("@" * 2 * 2**20, "is no base64"),
+    ],
+    ids=lambda value: value[:32],
+)
+def test_what_is_refused_of_ollamas(client, shown, reason):
+    response = of_ollama(client, shown)
+    assert response.status_code == 400, response.text
+    assert reason in response.json()["error"]
+
+
+def test_room_for_ollamas_pictures_is_for_nothing_else(client):
+    assert of_ollama(client, letters(png(3)), words="@" * 2 * 2**20).status_code == 413
+    assert of_ollama(client, "A" * (50 * 2**20)).status_code == 413
+    assert of_ollama(client, *[letters(png(3, 32, 32))] * 65).status_code == 400
+    structure = b'{"images": ["a\\" "' + b",[]" * 2**20 + b"]}"
+    assert client.post("/api/chat", content=structure).status_code == 413

@@ -11,6 +11,8 @@ from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.turn import TurnOptions
 from pop_local.server.app import create_app
 from pop_local.server.bodies import ChatBody, Prompts
+from pop_local.server.doors.llama_server import DetokenizeBody, InfillBody
+from pop_local.server.doors.ollama import OllamaChat
 from pop_local.server.errors import ApiError
 from pop_local.server.metrics import Metrics
 from pop_local.server.worker import Task, Worker
@@ -18,6 +20,15 @@ from support.asked import BOMB, N_CTX, NAME, chat, complete, text_of
 from support.calls import opened
 from support.program import called
 from support.serving import asking
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    """For applications that are not started."""
+    model = opened(path)
+    yield model
+    model.close()
+
 
 REFERRING = {
     "type": "json_schema",
@@ -45,7 +56,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
             {"messages": [{"role": "user", "content": 5}]},
             "messages.0.content: give a text, or a list of parts",
         ),
-        (HELLO | {"n": 2}, "n must be 1"),
+        (HELLO | {"n": 0}, "n: Input should be greater"),
         (HELLO | {"add_generation_prompt": False}, "add_generation_prompt must be true"),
         (HELLO | {"mirostat": 2}, "mirostat is not supported"),
         (HELLO | {"n_cmpl": 2}, "n_cmpl must be 1"),
@@ -105,12 +116,16 @@ def test_bad_chats_are_400_with_a_reason(client, body, reason):
     [
         ({"prompt": 5}, "prompt: give a text or its tokens"),
         ({"prompt": ["a", 1]}, "prompt: give a text or its tokens"),
-        ({"prompt": ["a", "b"]}, "one prompt per request"),
+        ({"prompt": ["a", [1]]}, "prompt: give a text or its tokens"),
+        ({"prompt": ["a"] * 64, "n": 3}, "at most 128 answers"),
+        ({"prompt": "a", "n": 129}, "n: Input should be less"),
+        ({"prompt": [[1], []]}, "empty"),
         ({"prompt": [5, 384]}, "from 0 to 383"),
         ({"prompt": [-1]}, "from 0 to 383"),
         ({"prompt": []}, "empty"),
         ({"prompt": [[]]}, "empty"),
-        ({"prompt": "x", "suffix": "y"}, "suffix is not supported"),
+        ({"prompt": "x", "suffix": "y"}, "no tokens for filling in"),
+        ({"prompt": "x", "suffix": "y", "echo": True}, "the prompt is not echoed"),
         ({"prompt": "x", "best_of": 3}, "best_of must be 1"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "add_special_tokens": False}, "add_special_tokens must be true"),
@@ -131,6 +146,10 @@ def test_bad_completions_are_400_with_a_reason(client, body, reason):
         (Prompts, [0.5] * 20_000),
         (Prompts, [[0.5, 0.5]] * 20_000),
         (Prompts, [["a"]] * 20_000),
+        (OllamaChat, {"messages": [0] * 20_000}),
+        (OllamaChat, {"messages": [{"role": "user", "images": [0] * 60}] * 9_000}),
+        (InfillBody, {"input_extra": [0] * 900}),
+        (DetokenizeBody, {"tokens": ["a"] * 20_000}),
     ],
 )
 def test_of_many_errors_the_first_is_enough(kind, body):
@@ -164,13 +183,24 @@ def test_a_huge_body_is_413(client, declared):
     assert "100,000 bytes" in response.json()["error"]["message"]
 
 
-def test_an_unknown_model_is_404_and_names_the_one_that_is_there(client):
-    response = chat(client, model="gpt-4o")
+def test_another_model_is_answered_by_this_one_which_is_said(client, caplog):
+    caplog.set_level("INFO", "pop_local.server")
+    own = chat(client, model=NAME.upper())
+    assert "x-model" not in own.headers
+    other = chat(client, model="gpt-4o\n" + "x" * 200)
+    assert text_of(other) == text_of(own)
+    assert other.headers["x-model"] == other.json()["model"] == NAME
+    assert "asked for 'gpt-4o\\nxxx" in caplog.messages[-1]
+    assert len(caplog.messages[-1]) < 400
+    assert client.get("/v1/models/gpt-4o").status_code == 404
+
+
+def test_a_strict_server_refuses_other_models(model):
+    strict = asking(create_app(model, NAME, strict_model=True))
+    response = chat(strict, model="gpt-4o")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
     assert NAME in response.json()["error"]["message"]
-    assert client.get("/v1/models/gpt-4o").status_code == 404
-    assert text_of(chat(client, model=NAME.upper()))
 
 
 def test_other_paths_and_methods_have_the_same_shape(client):

@@ -181,3 +181,14 @@ def test_bombs_end_nothing(client):
     for body in hostile:
         assert chat(client, **body, max_tokens=2).status_code in (200, 400)
     assert message_of(chat(client))[0]["content"]
+
+
+def test_ollamas_chat_has_calls_as_objects(client):
+    asked = {"model": NAME, "messages": TURN[:1], "tools": [DOUBLE], "options": {"temperature": 0}}
+    answer = client.post("/api/chat", json=asked | {"stream": False, "options": {"num_predict": 4}})
+    assert "tool_calls" not in answer.json()["message"]
+    call = {"function": {"name": "double", "arguments": {"n": 1}}}
+    told = [TURN[0], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}]
+    for stream in (False, True):
+        answer = client.post("/api/chat", json=asked | {"messages": told, "stream": stream})
+        assert answer.status_code == 200, answer.text

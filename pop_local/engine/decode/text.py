@@ -42,10 +42,10 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.stopped = False
+        self.stop = ""
 
     def push(self, piece: bytes) -> str:
-        """The text that may be shown now; after a stop string, `stopped` is set."""
+        """The text that may be shown now; `stop` is the stop string that ended it."""
         self._held += self._decoder.decode(piece)
         return self._release()
 
@@ -58,10 +58,10 @@ class TextStream:
         return shown
 
     def _release(self) -> str:
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
-            self.stopped = True
+            at, self.stop = min(found)
+            shown, self._held = self._held[:at], ""
             return shown
         n_held = max((self._n_begun(stop) for stop in self._stops), default=0)
         shown = self._held[: len(self._held) - n_held]

@@ -197,4 +197,4 @@ def test_a_session_is_loaded_with_its_mode_and_its_cache(mode: Mode, tmp_path: P
 def test_the_server_reads_exactly_unless_asked_not_to(pop: bool | None, shared: Path) -> None:
     tasks = Tasks(opened(shared))
     body = CompletionBody.model_validate({"model": "m", "prompt": "a b c", "pop": pop})
-    assert tasks.completion(body).mode is (Mode.OFF if pop is False else Mode.CONTEXT)
+    assert tasks.completions(body)[0].mode is (Mode.OFF if pop is False else Mode.CONTEXT)

@@ -40,10 +40,10 @@ def test_chunks_cover_the_prompt_and_keep_the_tail_together(n_tokens, tail_token
         assert start <= plan.full_from - 7
 
 
-def shown(pieces: list[bytes], stops: tuple[str, ...] = ()) -> tuple[list[str], str, bool]:
+def shown(pieces: list[bytes], stops: tuple[str, ...] = ()) -> tuple[list[str], str, str]:
     stream = TextStream(stops)
     texts = [stream.push(piece) for piece in pieces]
-    return texts, stream.flush(), stream.stopped
+    return texts, stream.flush(), stream.stop
 
 
 def test_half_a_character_is_held_back():
@@ -59,19 +59,19 @@ def test_half_a_character_at_the_end_is_left_out():
 
 
 def test_a_stop_string_and_what_follows_is_never_shown():
-    texts, rest, stopped = shown([b"fine\nUs", b"er", b": no"], ("\nUser:",))
+    texts, rest, stop = shown([b"fine\nUs", b"er", b": no"], ("\nUser:",))
     assert "".join(texts) + rest == "fine"
     assert texts[0] == "fine"
-    assert stopped
+    assert stop == "\nUser:"
 
 
 def test_what_only_begins_like_a_stop_string_is_shown_in_the_end():
-    texts, rest, stopped = shown([b"fine\nUs", b"ual"], ("\nUser:",))
+    texts, rest, stop = shown([b"fine\nUs", b"ual"], ("\nUser:",))
     assert texts == ["fine", "\nUsual"]
-    assert (rest, stopped) == ("", False)
+    assert (rest, stop) == ("", "")
     assert shown([b"fine\nUs"], ("\nUser:",))[1] == "\nUs"
 
 
 def test_the_earliest_of_several_stop_strings_counts():
-    texts, _, stopped = shown([b"one two three"], ("three", "two"))
-    assert (texts, stopped) == (["one "], True)
+    texts, _, stop = shown([b"one two three"], ("three", "two"))
+    assert (texts, stop) == (["one "], "two")

@@ -1,0 +1,47 @@
+"""Prompts whose answer goes between two texts, for models that were trained to fill in code."""
+
+from collections.abc import Sequence
+
+from pop_local.base.errors import PopError
+from pop_local.engine.llama.backend import bindings
+from pop_local.engine.llama.context import Context
+
+_SNIPPET = "\n\n--- snippet ---\n\n"
+
+
+def can_infill(context: Context) -> bool:
+    """Whether the vocabulary has tokens for it."""
+    return min(_marks(context, "pre", "suf", "mid")) >= 0
+
+
+def infilling(
+    context: Context,
+    prefix: str | Sequence[int],
+    suffix: str,
+    begun: str = "",
+    files: Sequence[tuple[str, str]] = (),
+) -> list[int]:
+    """Return the tokens of a prompt, in the order of llama.cpp's server (format_prompt_infill).
+
+    `prefix`: a text or its tokens. `begun`: how the answer begins. `files`: names and texts that
+    are shown before. A special token that is spelled out is text. Raises PopError for a model that
+    cannot infill.
+    """
+    if not can_infill(context):
+        raise PopError("this model has no tokens for filling in between two texts")
+    pre, suf, mid, rep, sep = _marks(context, "pre", "suf", "mid", "rep", "sep")
+    split = context.tokenize
+    shown = [rep, *split("myproject\n")] if rep >= 0 and files else []
+    for name, text in files:
+        shown += [sep, *split(f"{name}\n")] if sep >= 0 else split(_SNIPPET)
+        shown += split(text)
+    if files and sep >= 0:
+        shown += [sep, *split("filename\n")]
+    before = split(prefix) if isinstance(prefix, str) else prefix
+    return [*context.bos, *shown, pre, *before, *split(begun), suf, *split(suffix), mid]
+
+
+def _marks(context: Context, *names: str) -> list[int]:
+    """The tokens of these names, -1 for those that the vocabulary lacks."""
+    api = bindings()
+    return [int(getattr(api, f"llama_vocab_fim_{name}")(context.vocab)) for name in names]

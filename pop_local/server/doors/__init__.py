@@ -1,0 +1,1 @@
+"""The APIs that others' programs speak: each file translates one to the server's own requests."""

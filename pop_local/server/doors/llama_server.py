@@ -1,0 +1,249 @@
+"""llama.cpp's own API (tools/server/README.md in its repository)."""
+
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pop_local import __version__
+from pop_local.base.errors import PopError
+from pop_local.engine.decode.text import Pieces
+from pop_local.engine.prompt.infill import infilling
+from pop_local.engine.tools.reader import Piece
+from pop_local.engine.turn import TokenLogprob, TurnOptions
+from pop_local.server.bodies import CompletionBody, Lenient, Named
+from pop_local.server.doors.house import House
+from pop_local.server.errors import ApiError
+from pop_local.server.replies import End, Json, Reply, chat_logprob, content_of
+from pop_local.server.worker import Task
+
+_MAX_FILES = 1000
+_UNSUPPORTED = ("return_tokens", "post_sampling_probs")
+# Editors send these for their own comfort: the same answer comes without them, perhaps longer.
+_HINTS = ("samplers", "n_indent", "t_max_predict_ms")
+
+
+class LlamaBody(CompletionBody):
+    """/completion: OpenAI's fields by other names. No tokens are asked for to fill the cache."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name in _UNSUPPORTED:
+            if given.get(name):
+                raise ValueError(f"{name} is not supported")
+        renamed = {"n": given.get("n_cmpl"), "logprobs": given.get("n_probs") or None}
+        if (schema := given.get("json_schema")) is not None:
+            form = {"type": "json_schema", "json_schema": {"schema": schema}}
+            renamed["response_format"] = form
+        renamed["n_predict"] = given.get("n_predict", -1) or 1
+        return {**given, **renamed, "n_cmpl": None, "json_schema": None}
+
+
+class ExtraFile(Lenient):
+    filename: str = "tmp"
+    text: str = ""
+
+
+class InfillBody(LlamaBody):
+    prompt: str = ""
+    input_prefix: str = ""
+    input_suffix: str = ""
+    input_extra: Annotated[
+        list[ExtraFile], Field(default_factory=list, fail_fast=True, max_length=_MAX_FILES)
+    ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_hints(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if name not in _HINTS}
+
+
+class TokenizeBody(Named):
+    content: str
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeBody(Named):
+    tokens: Annotated[list[int], Field(fail_fast=True)]
+
+
+class LlamaReply(Reply):
+    """Answers of /completion and /infill."""
+
+    def __init__(self, model: str, n_ctx: int) -> None:
+        super().__init__(model)
+        self._n_ctx = n_ctx
+
+    def begin(self, index: int, task: Task) -> tuple[Json, ...]:
+        self._options = task.options
+        return super().begin(index, task)
+
+    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
+        return (self._shown(piece.content, logprobs),)
+
+    def _shown(self, text: str, logprobs: Sequence[TokenLogprob]) -> Json:
+        found: Json = {"index": self._index, "content": text, "tokens": [], "stop": False}
+        if self._wants_logprobs:
+            found["completion_probabilities"] = [chat_logprob(token) for token in logprobs]
+        return found
+
+    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+        usage = end.usage
+        n_cached = usage["prompt_tokens_details"]["cached_tokens"]
+        n_prompt, n_predicted = usage["prompt_tokens"], usage["completion_tokens"]
+        kind = "limit" if end.reason == "length" else "word" if end.stop else "eos"
+        return self._shown(content_of(said), logprobs) | {
+            "stop": True,
+            "model": self._model,
+            "tokens_predicted": n_predicted,
+            "tokens_evaluated": n_prompt,
+            "tokens_cached": n_cached,
+            "truncated": False,
+            "stop_type": kind,
+            "stopping_word": end.stop,
+            "generation_settings": {"n_ctx": self._n_ctx, **_settings(self._options)},
+            "timings": {
+                "cache_n": n_cached,
+                **_timings("prompt", n_prompt - n_cached, usage["pop"]["prefill_s"]),
+                **_timings("predicted", n_predicted, usage["pop"]["decode_s"]),
+            },
+            "pop": usage["pop"],
+        }
+
+    def ending(self, end: End) -> tuple[Json, ...]:
+        return (self.whole((), (), end),)
+
+    def closing(self, ends: Sequence[End]) -> bytes:
+        return b""
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Any:
+        return wholes[0] if len(wholes) == 1 else wholes
+
+
+class LlamaServer:
+    """The endpoints that are not OpenAI's."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    @property
+    def routes(self) -> list[Route]:
+        return [
+            Route("/props", self.props),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/completion", self.complete, methods=["POST"]),
+            Route("/completions", self.complete, methods=["POST"]),
+            Route("/infill", self.infill, methods=["POST"]),
+        ]
+
+    async def props(self, request: Request) -> Response:
+        model = self._house.model
+        template = model.prompter.template
+        settings = _settings(TurnOptions(**model.recommended))  # type: ignore[arg-type]
+        return JSONResponse(
+            {
+                "default_generation_settings": {"n_ctx": model.n_ctx, "params": settings},
+                "total_slots": 1,
+                "model_alias": self._house.name,
+                "model_path": os.fsencode(model.path.name).decode(errors="replace"),
+                "modalities": {"vision": model.can_see, "audio": False},
+                "chat_template": template.source,
+                "bos_token": template.bos,
+                "eos_token": template.eos,
+                "build_info": f"pop-local {__version__}",
+                "is_sleeping": False,
+            }
+        )
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._house.read(request, TokenizeBody)
+        model = self._house.model
+
+        def work() -> list[Any]:
+            tokens = model.tokenize(
+                body.content, add_bos=body.add_special, special=body.parse_special
+            )
+            if not body.with_pieces:
+                return tokens
+            pieces = Pieces(model.context, range(model.context.n_vocab))
+            return [{"id": token, "piece": _text_or_bytes(pieces[token])} for token in tokens]
+
+        return JSONResponse({"tokens": await self._house.work(request, work)})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._house.read(request, DetokenizeBody)
+
+        def work() -> str:
+            self._house.tasks.check_tokens(body.tokens, "tokens")
+            context = self._house.model.context
+            pieces = Pieces(context, range(context.n_vocab))
+            return b"".join(pieces[token] for token in body.tokens).decode(errors="replace")
+
+        return JSONResponse({"content": await self._house.work(request, work)})
+
+    async def complete(self, request: Request) -> Response:
+        body = await self._house.read(request, LlamaBody)
+        return await self._house.answer(request, body, self._house.tasks.completions, self._reply)
+
+    async def infill(self, request: Request) -> Response:
+        body = await self._house.read(request, InfillBody)
+        return await self._house.answer(request, body, self._infilling, self._reply)
+
+    @property
+    def _reply(self) -> Reply:
+        return LlamaReply(self._house.name, self._house.model.n_ctx)
+
+    def _infilling(self, body: InfillBody) -> list[Task]:
+        files = [(file.filename, file.text) for file in body.input_extra]
+        try:
+            tokens = infilling(
+                self._house.model.context, body.input_prefix, body.input_suffix, body.prompt, files
+            )
+        except PopError as error:
+            raise ApiError(400, error.message) from error
+        return self._house.tasks.completions(
+            body.model_copy(update={"prompt": tokens, "suffix": None})
+        )
+
+
+def _settings(options: TurnOptions) -> Json:
+    return {
+        "n_predict": -1 if options.max_tokens is None else options.max_tokens,
+        "seed": -1 if options.seed is None else options.seed,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "repeat_penalty": options.repeat_penalty,
+        "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
+        "stop": list(options.stops),
+    }
+
+
+def _timings(kind: str, n: int, seconds: float) -> Json:
+    return {
+        f"{kind}_n": n,
+        f"{kind}_ms": seconds * 1e3,
+        f"{kind}_per_token_ms": seconds * 1e3 / n if n else 0.0,
+        f"{kind}_per_second": n / seconds if seconds else 0.0,
+    }
+
+
+def _text_or_bytes(piece: bytes) -> str | list[int]:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)

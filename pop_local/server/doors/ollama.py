@@ -1,0 +1,357 @@
+"""Ollama's API (docs/api.md in its repository), by its own client's types."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from functools import cached_property
+from math import isfinite
+from typing import Annotated, Any
+
+import gguf
+from pydantic import Field, model_validator
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from pop_converter.gguf.source import sampled_sha256
+from pop_local import __version__
+from pop_local.engine.prompt.infill import can_infill
+from pop_local.engine.tools.reader import Piece, calls_of
+from pop_local.engine.turn import TokenLogprob
+from pop_local.server.bodies import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    ChatBody,
+    CompletionBody,
+    Lenient,
+    Named,
+)
+from pop_local.server.doors.house import House
+from pop_local.server.errors import ApiError
+from pop_local.server.pictures import MAX_PICTURES
+from pop_local.server.replies import End, Json, Reply, chat_logprob, content_of, encoded
+
+# Clients ask for a version that has what they need; this one's API is what is here.
+_VERSION = "0.6.4"
+# Options that requests of ours have by the same name; all others are ignored.
+_OPTIONS = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop", "mirostat"),
+    *("repeat_penalty", "repeat_last_n", "frequency_penalty", "presence_penalty"),
+)
+_NEVER = "2999-12-31T23:59:59Z"
+_LONGEST_KEY = 1000  # characters of a key of the file that /api/show shows
+
+Images = Annotated[list[str], Field(fail_fast=True, max_length=MAX_PICTURES)]
+
+
+class Called(Lenient):
+    name: str
+    arguments: dict[str, Any]
+
+
+class SentCall(Lenient):
+    function: Called
+
+
+class OllamaMessage(Lenient):
+    role: str
+    content: str | None = None
+    images: Images | None = None
+    tool_calls: Annotated[list[SentCall] | None, Field(max_length=MAX_TOOLS)] = None
+
+    @property
+    def as_ours(self) -> Json:
+        shown = [_image(letters) for letters in self.images or ()]
+        said = {
+            "role": self.role,
+            "content": [*shown, {"type": "text", "text": self.content or ""}],
+        }
+        if self.tool_calls:
+            said["tool_calls"] = [_call(call.function) for call in self.tool_calls]
+        return said
+
+
+class OllamaBody(Named):
+    """The fields that both kinds of request share. `keep_alive` and `think` change nothing."""
+
+    stream: bool | None = None
+    options: dict[str, Any] | None = None
+    format: str | dict[str, Any] | None = None
+    keep_alive: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def is_unloading(self) -> bool:
+        return self.keep_alive in (0, "0", "0s")
+
+    @property
+    def as_ours(self) -> Json:
+        options = self.options or {}
+        found = {name: options[name] for name in _OPTIONS if name in options}
+        limit = options.get("num_predict", -1)
+        found["n_predict"] = -1 if isinstance(limit, int) and limit <= 0 else limit
+        if self.format == "json":
+            found["response_format"] = {"type": "json_object"}
+        elif isinstance(self.format, dict):
+            schema = {"schema": self.format}
+            found["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif self.format:
+            raise ApiError(400, 'format: give "json" or a schema', param="format")
+        return found | {"stream": self.stream is not False}
+
+    def chat(self, messages: Sequence[OllamaMessage], **more: Any) -> ChatBody:
+        said = [message.as_ours for message in messages]
+        asked = {"logprobs": self.logprobs, "top_logprobs": self.top_logprobs}
+        return ChatBody.model_validate(self.as_ours | asked | more | {"messages": said})
+
+
+class OllamaChat(OllamaBody):
+    messages: Annotated[
+        list[OllamaMessage] | None, Field(fail_fast=True, max_length=MAX_MESSAGES)
+    ] = None
+    tools: list[Any] | None = None
+
+
+class OllamaGenerate(OllamaBody):
+    prompt: str | None = None
+    system: str | None = None
+    suffix: str | None = None
+    images: Images | None = None
+    raw: bool | None = None
+    template: str | None = None
+    context: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _is_supported(self) -> "OllamaGenerate":
+        if self.template:
+            raise ValueError("template is not supported: the model's own is used")
+        if self.context:
+            raise ValueError("context is not supported: send messages to /api/chat")
+        if self.images and (self.raw or self.suffix):
+            raise ValueError("images need the model's template: neither raw nor suffix")
+        return self
+
+    def completion(self) -> CompletionBody:
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        asked = {"prompt": self.prompt or "", "suffix": self.suffix, "logprobs": logprobs}
+        return CompletionBody.model_validate(self.as_ours | asked)
+
+    def as_chat(self) -> ChatBody:
+        system = [OllamaMessage(role="system", content=self.system)] if self.system else []
+        asked = OllamaMessage(role="user", content=self.prompt, images=self.images)
+        return self.chat([*system, asked])
+
+
+class OllamaReply(Reply):
+    """Answers in lines of JSON: those of /api/generate."""
+
+    media_type, ping = "application/x-ndjson", b""
+
+    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
+        return (self._shown((piece,), logprobs),)
+
+    def _shown(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob]) -> Json:
+        found = {"model": self._model, "created_at": _now(), **self._told(said), "done": False}
+        if self._wants_logprobs:
+            found["logprobs"] = [chat_logprob(token) for token in logprobs]
+        return found
+
+    def _told(self, said: Sequence[Piece]) -> Json:
+        return {"response": content_of(said)}
+
+    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+        pop = end.usage["pop"]
+        times = {
+            "total_duration": pop["queued_s"] + pop["ttft_s"] + pop["decode_s"],
+            "load_duration": 0,
+            "prompt_eval_duration": pop["encode_s"] + pop["prefill_s"],
+            "eval_duration": pop["decode_s"],
+        }
+        figures = {name: round(seconds * 1e9) for name, seconds in times.items()} | {
+            "prompt_eval_count": end.usage["prompt_tokens"],
+            "eval_count": end.usage["completion_tokens"],
+            "pop": pop,
+        }
+        reason = "stop" if end.reason == "tool_calls" else end.reason
+        return self._shown(said, logprobs) | {"done": True, "done_reason": reason} | figures
+
+    def ending(self, end: End) -> tuple[Json, ...]:
+        return (self.whole((), (), end),)
+
+    def nothing(self, reason: str) -> Response:
+        """Answer a request that says nothing: elsewhere it loads the model, or unloads it."""
+        self._wants_logprobs = False
+        return JSONResponse(self._shown((), ()) | {"done": True, "done_reason": reason})
+
+    def closing(self, ends: Sequence[End]) -> bytes:
+        return b""
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
+        return wholes[0]
+
+    def failed(self, error: ApiError) -> Json:
+        return error.of_ollama
+
+    def frame(self, content: Json) -> bytes:
+        return f"{encoded(content)}\n".encode()
+
+
+class OllamaChatReply(OllamaReply):
+    """Answers of /api/chat. A call is told as a whole, with its arguments as an object."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self._called: list[Piece] = []
+
+    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
+        if piece.call is not None:
+            self._called.append(piece)
+            return ()
+        return super().pieces(piece, logprobs)
+
+    def ending(self, end: End) -> tuple[Json, ...]:
+        calls = [self._shown(self._called, ())] if self._called else []
+        return (*calls, *super().ending(end))
+
+    def _told(self, said: Sequence[Piece]) -> Json:
+        message: Json = {"role": "assistant", "content": content_of(said)}
+        if thinking := "".join(piece.reasoning for piece in said):
+            message["thinking"] = thinking
+        if calls := calls_of(said):
+            message["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": _arguments(call.arguments)}}
+                for call in calls
+            ]
+        return {"message": message}
+
+
+class Ollama:
+    """The endpoints."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    @property
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self.root),
+            Route("/api/version", self.version),
+            Route("/api/tags", self.tags),
+            Route("/api/ps", self.running),
+            Route("/api/show", self.show, methods=["POST"]),
+            Route("/api/chat", self.chat, methods=["POST"]),
+            Route("/api/generate", self.generate, methods=["POST"]),
+        ]
+
+    async def root(self, request: Request) -> Response:
+        return PlainTextResponse("Ollama is running")  # plug-ins look for these words
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": _VERSION, "pop_local": __version__})
+
+    async def tags(self, request: Request) -> Response:
+        return JSONResponse({"models": [await run_in_threadpool(lambda: self._card)]})
+
+    async def running(self, request: Request) -> Response:
+        more = {"expires_at": _NEVER, "size_vram": 0, "context_length": self._house.model.n_ctx}
+        card = await run_in_threadpool(lambda: self._card)
+        return JSONResponse({"models": [card | more]})
+
+    async def show(self, request: Request) -> Response:
+        await self._house.read(request, Named)
+        return JSONResponse(await run_in_threadpool(lambda: self._shown))
+
+    async def chat(self, request: Request) -> Response:
+        body, reply = await self._house.read(request, OllamaChat), OllamaChatReply(self._house.name)
+        if not body.messages:
+            return reply.nothing("unload" if body.is_unloading else "load")
+        ours = body.chat(body.messages, tools=body.tools)
+        return await self._house.answer(request, ours, self._house.tasks.chat, reply)
+
+    async def generate(self, request: Request) -> Response:
+        body, reply = await self._house.read(request, OllamaGenerate), OllamaReply(self._house.name)
+        if not (body.prompt or body.images or body.suffix):
+            return reply.nothing("unload" if body.is_unloading else "load")
+        tasks = self._house.tasks
+        if body.raw or body.suffix:
+            return await self._house.answer(request, body.completion(), tasks.completions, reply)
+        return await self._house.answer(request, body.as_chat(), tasks.chat, reply)
+
+    @cached_property
+    def _details(self) -> Json:
+        context = self._house.model.context
+        family = str(context.header.get("general.architecture"))
+        size = sum(tensor.n_elements for tensor in context.source.tensors)
+        kind = context.header.get("general.file_type")
+        kinds = {int(one): one.name.removeprefix("MOSTLY_") for one in gguf.LlamaFileType}
+        return {
+            "parent_model": "",
+            "format": "gguf",
+            "family": family,
+            "families": [family],
+            "parameter_size": f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.1f}M",
+            "quantization_level": next((kinds[one] for one in kinds if one == kind), "unknown"),
+        }
+
+    @cached_property
+    def _card(self) -> Json:
+        source, name = self._house.model.context.source, self._house.name
+        tagged = name if ":" in name else f"{name}:latest"
+        changed = datetime.fromtimestamp(source.first.path.stat().st_mtime, timezone.utc)
+        return {
+            "name": tagged,
+            "model": tagged,
+            "modified_at": changed.isoformat(),
+            "size": source.size_bytes,
+            "digest": sampled_sha256(source),
+            "details": self._details,
+        }
+
+    @cached_property
+    def _shown(self) -> Json:
+        model = self._house.model
+        header = model.context.header
+        keys = {
+            name: key.value
+            for name, key in header.keys.items()
+            if (isinstance(key.value, int | float) and isfinite(key.value))
+            or (isinstance(key.value, str) and len(key.value) <= _LONGEST_KEY)
+        }
+        # Clients cut their prompts by it.
+        keys[f"{self._details['family']}.context_length"] = model.n_ctx
+        parameters = {"num_ctx": model.n_ctx, **model.recommended}
+        can = {"vision": model.can_see, "insert": can_infill(model.context)}
+        return {
+            "license": str(header.get("general.license") or ""),
+            "modelfile": f"FROM {self._house.name}",
+            "parameters": "\n".join(f"{name} {value}" for name, value in parameters.items()),
+            "template": model.prompter.template.source,
+            "details": self._details,
+            "model_info": keys,
+            "capabilities": ["completion", *(name for name, has in can.items() if has)],
+            "modified_at": self._card["modified_at"],
+        }
+
+
+def _image(letters: str) -> Json:
+    url = {"url": f"data:image/any;base64,{letters}"}  # its kind is that of its first bytes
+    return {"type": "image_url", "image_url": url}
+
+
+def _call(called: Called) -> Json:
+    function = {"name": called.name, "arguments": encoded(called.arguments)}
+    return {"id": "", "type": "function", "function": function}
+
+
+def _arguments(text: str) -> Any:
+    """An object; none of a call that the limit cut short."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")

@@ -1,0 +1,190 @@
+"""Ollama's API, in this process: the same answers as OpenAI's, in its own shapes."""
+
+import json
+
+import pytest
+
+from pop_local.server.app import create_app
+from support.asked import LONG, N_CTX, NAME, chat, complete, text_of
+from support.serving import asking
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+EIGHT = {"temperature": 0, "num_predict": 8}
+FIGURES = {
+    *("total_duration", "load_duration", "prompt_eval_duration", "prompt_eval_count"),
+    *("eval_duration", "eval_count", "pop"),
+}
+
+
+def ask(client, path="chat", options=EIGHT, **body):
+    fixed = {"model": NAME, "options": options, "stream": False}
+    said = {"messages": [{"role": "user", "content": LONG}]} if path == "chat" else {}
+    return client.post(f"/api/{path}", json=fixed | said | body)
+
+
+def lines(response) -> list:
+    assert response.headers["content-type"] == "application/x-ndjson"
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def said(response) -> str:
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    return answer["message"]["content"] if "message" in answer else answer["response"]
+
+
+def test_it_says_that_it_is_there(client):
+    assert client.get("/").text == "Ollama is running"
+    assert client.head("/").status_code == 200
+    assert client.get("/api/version").json()["version"].count(".") == 2
+
+
+def test_the_model_is_listed_and_shown(client, path):
+    (model,) = client.get("/api/tags").json()["models"]
+    assert model["name"] == model["model"] == f"{NAME}:latest"
+    assert model["size"] == path.stat().st_size
+    assert len(model["digest"]) == 64
+    assert model["details"]["family"] == "llama"
+    (running,) = client.get("/api/ps").json()["models"]
+    assert running["digest"] == model["digest"]
+    assert running["context_length"] == N_CTX
+    for name in (NAME, f"{NAME}:latest", "llama3.2"):
+        response = client.post("/api/show", json={"model": name})
+        assert ("x-model" in response.headers) is (name == "llama3.2")
+    shown = response.json()
+    assert shown["capabilities"] == ["completion"]
+    assert shown["model_info"]["llama.context_length"] == N_CTX
+    assert shown["model_info"]["llama.block_count"] == 8
+    assert f"num_ctx {N_CTX}" in shown["parameters"]
+    assert "assistant:" in shown["template"]
+
+
+def test_a_chat_answers_as_openais(client):
+    expected = chat(client).json()
+    found = ask(client)
+    assert said(found) == text_of(chat(client))
+    answer = found.json()
+    assert answer.keys() >= FIGURES | {"model", "created_at", "done"}
+    assert (answer["done"], answer["done_reason"]) == (True, "length")
+    assert answer["message"]["role"] == "assistant"
+    assert answer["prompt_eval_count"] == expected["usage"]["prompt_tokens"]
+    assert answer["eval_count"] == 8
+    assert answer["pop"].keys() == expected["usage"]["pop"].keys()
+    assert answer["eval_duration"] == round(answer["pop"]["decode_s"] * 1e9)
+    assert answer["prompt_eval_duration"] <= answer["total_duration"]
+
+
+@pytest.mark.parametrize("door", ["chat", "generate"])
+def test_a_stream_is_the_default_and_says_the_same(client, door):
+    body = {"prompt": LONG} if door == "generate" else {}
+    *pieces, last = lines(ask(client, door, stream=None, **body))
+    texts = [piece.get("response") or piece["message"]["content"] for piece in pieces]
+    assert "".join(texts) == said(ask(client, door, **body))
+    assert not any(piece["done"] or FIGURES & piece.keys() for piece in pieces)
+    assert last["done"] and last.keys() >= FIGURES
+    assert last["eval_count"] == 8
+
+
+def test_what_is_generated_goes_through_the_template(client):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": LONG}]
+    expected = said(ask(client, messages=messages))
+    assert said(ask(client, "generate", prompt=LONG, system="be brief")) == expected
+    raw = ask(client, "generate", prompt=LONG, raw=True)
+    assert said(raw) == text_of(complete(client)) != expected
+
+
+def test_options_are_taken_by_their_names(client):
+    whole = said(ask(client))
+    stopped = ask(client, options=EIGHT | {"stop": [whole[3:5]]}).json()
+    assert stopped["message"]["content"] == whole[: whole.index(whole[3:5])]
+    assert stopped["done_reason"] == "stop"
+    ignored = {
+        "num_ctx": 4096,
+        "num_gpu": 1,
+        "num_thread": 4,
+        "tfs_z": 1.0,
+        "penalize_newline": True,
+    }
+    assert said(ask(client, options=EIGHT | ignored, keep_alive="5m", think=False)) == whole
+    warm = {"temperature": 1.5, "num_predict": 20, "seed": 5}
+    assert said(ask(client, options=warm)) == said(ask(client, options=warm))
+    assert said(ask(client, options=warm)) != said(ask(client, options=warm | {"seed": 6}))
+    unlimited = ask(client, format={"enum": ["a"]}, options={"num_predict": -1}).json()
+    assert unlimited["done_reason"] == "stop"
+
+
+def test_a_form_holds(client):
+    fixed = {"format": {"enum": [57]}, "options": {}}
+    assert said(ask(client, **fixed)) == "57"
+    assert said(ask(client, "generate", prompt="a", **fixed)) == "57"
+    anything = ask(client, format="json", options={"temperature": 0, "num_predict": 3})
+    assert said(anything).startswith("{")
+    assert said(ask(client, format="")) == said(ask(client))
+
+
+def test_log_probabilities(client):
+    found = ask(client, logprobs=True, top_logprobs=2).json()["logprobs"]
+    expected = chat(client, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]
+    assert [token["bytes"] for token in found] == [token["bytes"] for token in expected["content"]]
+    assert all(len(token["top_logprobs"]) == 2 for token in found)
+    assert len(ask(client, "generate", prompt="a", logprobs=True).json()["logprobs"]) == 8
+
+
+def test_an_empty_request_loads_nothing(client):
+    for door in ("chat", "generate"):
+        answer = ask(client, door, messages=[]).json()
+        assert (answer["done"], answer["done_reason"]) == (True, "load")
+        unloaded = ask(client, door, messages=[], keep_alive=0).json()
+        assert unloaded["done_reason"] == "unload"
+
+
+@pytest.mark.parametrize(
+    ("door", "body", "reason"),
+    [
+        ("chat", HELLO | {"tools": [{"type": "function"}]}, "tools.0.function"),
+        ("chat", {"messages": [{"role": "function", "content": "x"}]}, "role"),
+        (
+            "chat",
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
+            "messages.0.tool_calls.0.function.name: Field required",
+        ),
+        ("chat", HELLO | {"options": {"temperature": -1}}, "temperature"),
+        ("chat", HELLO | {"options": {"num_predict": "many"}}, "n_predict"),
+        ("chat", HELLO | {"options": {"mirostat": 2}}, "mirostat is not supported"),
+        ("chat", HELLO | {"options": []}, "options"),
+        ("chat", HELLO | {"format": "xml"}, 'give "json" or a schema'),
+        ("chat", HELLO | {"format": {"type": "string", "pattern": "(?=a)"}}, "pattern"),
+        ("chat", {"messages": [{"role": "user", "images": ["AAAA"]}]}, "reads no pictures"),
+        ("generate", {"prompt": "a", "template": "{{ .Prompt }}"}, "template is not supported"),
+        ("generate", {"prompt": "a", "context": [1, 2]}, "send messages to /api/chat"),
+        ("generate", {"prompt": "a", "suffix": "b"}, "no tokens for filling in"),
+        ("generate", {"prompt": "a", "raw": True, "images": ["AAAA"]}, "neither raw nor suffix"),
+        ("generate", {"prompt": "x" * 5000}, "the context of this server holds"),
+    ],
+)
+def test_refusals_have_ollamas_shape(client, door, body, reason):
+    response = client.post(f"/api/{door}", json=body)
+    assert response.status_code == 400
+    assert response.json().keys() == {"error"}
+    assert reason in response.json()["error"]
+
+
+def test_so_have_other_errors(client, full):
+    assert client.post("/api/pull", json={}).json() == {"error": "Not Found"}
+    assert client.get("/api/chat").json() == {"error": "Method Not Allowed"}
+    foreign = client.get("/api/tags", headers={"Host": "evil.example"})
+    assert (foreign.status_code, foreign.json().keys()) == (403, {"error"})
+    strict = asking(create_app(full, NAME, strict_model=True))
+    assert "no model named 'other'" in strict.post("/api/show", json={"model": "other"}).text
+    keyed = asking(create_app(full, NAME, api_key="secret"))
+    assert keyed.get("/api/tags").status_code == 401
+    assert "API key" in keyed.get("/api/tags").json()["error"]
+
+
+def test_an_error_in_a_stream_is_a_line(client, monkeypatch):
+    def broken(*_):
+        raise ValueError("on purpose")
+
+    monkeypatch.setattr("pop_local.server.worker.Worker._answer", broken)
+    (line,) = lines(ask(client, stream=True))
+    assert "on purpose" in line["error"]

@@ -1,0 +1,100 @@
+"""Several answers to one request, and answers between two texts."""
+
+import asyncio
+from collections.abc import Iterator
+
+from starlette.datastructures import State
+
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.turn import Chunk, TurnOptions
+from pop_local.server.answers import streamed_answer
+from pop_local.server.replies import Reply
+from pop_local.server.worker import Job, Task
+from support.asked import NAME, chat, complete, events, text_of
+from support.filling import by_hand
+
+PROMPTS = ["one and two", "three and four", "one and two"]
+
+
+def texts(response) -> list[str]:
+    assert response.status_code == 200, response.text
+    choices = response.json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(len(choices)))
+    return [choice["text"] for choice in choices]
+
+
+def test_a_list_of_prompts_gets_an_answer_each(client):
+    alone = [complete(client, prompt) for prompt in PROMPTS]
+    together = complete(client, PROMPTS)
+    assert texts(together) == [one.json()["choices"][0]["text"] for one in alone]
+    usage = together.json()["usage"]
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert usage[name] == sum(one.json()["usage"][name] for one in alone)
+    assert usage["pop"]["reason"] is None
+
+
+def test_n_answers_have_seeds_of_their_own(client):
+    warm = {"temperature": 1.5, "max_tokens": 12}
+    several = texts(complete(client, PROMPTS[:2], n=2, seed=5, **warm))
+    alone = [
+        texts(complete(client, prompt, seed=seed, **warm))[0]
+        for prompt in PROMPTS[:2]
+        for seed in (5, 6)
+    ]
+    assert several == alone
+    assert several[0] != several[1]
+
+
+def test_chats_have_several_answers_too(client):
+    warm = {"temperature": 1.5, "seed": 5}
+    choices = chat(client, n=2, **warm).json()["choices"]
+    said = [choice["message"]["content"] for choice in choices]
+    assert said == [text_of(chat(client, **warm | {"seed": seed})) for seed in (5, 6)]
+
+
+def test_streams_of_several_have_indexes_and_one_end(client):
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    *pieces, figures = events(complete(client, PROMPTS, **asked))
+    streamed = ["", "", ""]
+    for piece in pieces:
+        (choice,) = piece["choices"]
+        streamed[choice["index"]] += choice["text"]
+    assert streamed == texts(complete(client, PROMPTS))
+    reasons = [piece["choices"][0]["finish_reason"] for piece in pieces]
+    assert [reason for reason in reasons if reason] == ["length"] * 3
+    assert figures["usage"]["completion_tokens"] == 24
+    assert len({piece["id"] for piece in pieces}) == 1
+
+
+def test_the_others_are_not_begun_for_who_hung_up():
+    begun: list[Job] = []
+
+    def jobs() -> Iterator[Job]:
+        for _ in range(3):
+            begun.append(Job(Task(Prompt([1], ()), TurnOptions(), Mode.OFF)))
+            begun[-1].put(Chunk("a"))
+            yield begun[-1]
+
+    async def hang_up() -> None:
+        state = State()
+        stream = streamed_answer(state, jobs(), Reply(NAME))
+        while b'"a"' not in await anext(stream):
+            pass
+        await stream.aclose()  # as Starlette does
+        assert state.hung_up
+        assert [job.cancelled.is_set() for job in begun] == [True]
+
+    asyncio.run(asyncio.wait_for(hang_up(), timeout=20))
+
+
+def test_an_answer_goes_between_two_texts(filler):
+    model, client = filler
+    before, after = "def f(", "): <|fim_middle|>"  # which is text here
+    tokens = by_hand(model, before, after)
+    expected = texts(complete(client, tokens))
+    found = complete(client, before, suffix=after)
+    assert texts(found) == expected
+    assert found.json()["usage"]["prompt_tokens"] == len(tokens)
+    assert texts(complete(client, model.tokenize(before), suffix=after)) == expected
+    assert texts(complete(client, before, suffix="")) == texts(complete(client, before))
