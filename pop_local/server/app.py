@@ -33,7 +33,9 @@ from pop_local.server.bodies import ChatBody, CompletionBody
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
 from pop_local.server.doors.house import AnyBody, AnyNamed, Made
 from pop_local.server.doors.llama_server import LlamaServer
+from pop_local.server.doors.messages import Messages
 from pop_local.server.doors.ollama import Ollama
+from pop_local.server.doors.responses import Responses
 from pop_local.server.errors import ApiError, as_api_error, hung_up
 from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
 from pop_local.server.memory import return_large_blocks
@@ -87,6 +89,8 @@ def create_app(
         Route("/v1/completions", api.complete, methods=["POST"]),
         *Ollama(api).routes,
         *LlamaServer(api).routes,
+        *Responses(api).routes,
+        *Messages(api).routes,
     ]
     app = Starlette(
         routes=routes,

@@ -12,6 +12,7 @@ from pop_local.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
 
 HUNG_UP = 499  # what nginx logs where a client went before the answer was complete
+_KINDS = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 
 
@@ -35,9 +36,17 @@ class ApiError(HTTPException):
         """The body that Ollama's clients know."""
         return {"error": self.detail}
 
+    @property
+    def of_anthropic(self) -> dict[str, Any]:
+        """The body that Anthropic's clients know."""
+        kind = _KINDS.get(self.status_code, self.body["error"]["type"])
+        kind = "api_error" if kind == "server_error" else kind
+        return {"type": "error", "error": {"type": kind, "message": self.detail}}
+
     def response(self, path: str) -> JSONResponse:
         """Return the response to a request of this path."""
         body = self.of_ollama if path.startswith("/api/") else self.body
+        body = self.of_anthropic if path.startswith("/v1/messages") else body
         return JSONResponse(body, self.status_code, _HEADERS.get(self.status_code))
 
 

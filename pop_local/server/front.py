@@ -99,7 +99,8 @@ def refusal(scope: Scope, entry: Entry) -> ApiError | None:
     """
     headers = Headers(scope=scope)
     if entry.api_key:
-        given = headers.get("authorization", "").encode("latin-1")
+        key = headers.get("x-api-key")  # as Anthropic's clients send it
+        given = (f"Bearer {key}" if key else headers.get("authorization", "")).encode("latin-1")
         wanted = f"Bearer {entry.api_key}".encode()
         if scope["path"] in _HEALTH or hmac.compare_digest(given, wanted):
             return None

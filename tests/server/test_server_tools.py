@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pop_local.server.app import create_app
-from support.asked import NAME, chat, events
+from support.asked import NAME, chat, events, message_of
 from support.calls import opened
 from support.converted import tiny
 from support.serving import asking
@@ -37,12 +37,6 @@ def client(request, tmp_path_factory):
     path = tiny(tmp_path_factory.mktemp("tools"), chat_template=template)
     with opened(path, n_ctx=8192) as model, asking(create_app(model, NAME)) as client:
         yield client
-
-
-def message_of(response: Any) -> tuple[dict[str, Any], str]:
-    assert response.status_code == 200, response.text
-    choice = response.json()["choices"][0]
-    return choice["message"], choice["finish_reason"]
 
 
 def called(message: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -25,6 +25,13 @@ def text_of(response) -> str:
     return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
+def message_of(response) -> tuple[dict, str]:
+    """The message of a chat's answer, and why it ended."""
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    return choice["message"], choice["finish_reason"]
+
+
 def events(response) -> list:
     lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
     assert lines.pop() == "data: [DONE]"

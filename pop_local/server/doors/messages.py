@@ -1,0 +1,297 @@
+"""Anthropic's Messages API."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pop_local.engine.tools.reader import Piece
+from pop_local.engine.turn import TokenLogprob
+from pop_local.server.bodies import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_STOPS,
+    MAX_TOOLS,
+    ChatBody,
+    Lenient,
+    Named,
+)
+from pop_local.server.doors.house import House
+from pop_local.server.errors import ApiError
+from pop_local.server.replies import End, Json, Reply, encoded
+from pop_local.server.worker import Task
+
+_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+
+
+class Text(Lenient):
+    type: Literal["text"]
+    text: str
+
+
+class Base64(Lenient):
+    type: Literal["base64"]
+    media_type: str
+    data: str
+
+
+class Image(Lenient):
+    type: Literal["image"]
+    source: Base64
+
+
+class Use(Lenient):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class Thinking(Lenient):
+    type: Literal["thinking", "redacted_thinking"]
+
+
+def _as_blocks(content: Any) -> Any:
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _blocks(kind: Any) -> Any:
+    return Annotated[
+        list[Annotated[kind, Field(discriminator="type")]],
+        Field(fail_fast=True, max_length=MAX_PARTS),
+        BeforeValidator(_as_blocks),
+    ]
+
+
+class Result(Lenient):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: _blocks(Text | Image) = Field(default_factory=list)  # type: ignore[valid-type]
+
+
+class Said(Lenient):
+    role: Literal["user", "assistant"]
+    content: _blocks(Text | Image | Use | Result | Thinking)  # type: ignore[valid-type]
+
+    def as_ours(self) -> Iterator[Json]:
+        """A chat's messages: results come before the user's own words."""
+        shown = [block for block in self.content if isinstance(block, Text | Image)]
+        for block in self.content:
+            if isinstance(block, Result):
+                parts = [_part(one) for one in block.content]
+                yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": parts}
+        calls = [_call(block) for block in self.content if isinstance(block, Use)]
+        if shown or calls or not self.content:
+            message: Json = {"role": self.role, "content": [_part(block) for block in shown]}
+            yield message | ({"tool_calls": calls} if calls else {})
+
+
+class Tool(Lenient):
+    type: Literal["custom"] | None = None
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any]
+
+
+class Choice(Lenient):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class CountBody(Named):
+    """`thinking`, `metadata`, `cache_control` and other fields change nothing."""
+
+    messages: Annotated[list[Said], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    system: _blocks(Text) = Field(default_factory=list)  # type: ignore[valid-type]
+    tools: Annotated[list[Tool] | None, Field(fail_fast=True, max_length=MAX_TOOLS)] = None
+    tool_choice: Choice | None = None
+
+    def chat(self, **more: Any) -> ChatBody:
+        """The same as a chat."""
+        system = [{"role": "system", "content": [_part(block) for block in self.system]}]
+        said = [message for one in self.messages for message in one.as_ours()]
+        asked: Json = {"messages": [*system[: len(self.system)], *said], "model": self.model}
+        if self.tools:
+            asked["tools"] = [_function(tool) for tool in self.tools]
+        if self.tool_choice is not None:
+            asked["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
+            asked["tool_choice"] = {
+                "any": "required",
+                "tool": {"type": "function", "function": {"name": self.tool_choice.name or ""}},
+            }.get(self.tool_choice.type, self.tool_choice.type)
+        return ChatBody.model_validate(asked | more)
+
+
+class MessagesBody(CountBody):
+    max_tokens: int = Field(ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: Annotated[list[str] | None, Field(max_length=MAX_STOPS)] = None
+    stream: bool | None = None
+    pop: bool | None = None
+
+    @property
+    def as_chat(self) -> ChatBody:
+        names = {"max_tokens", "temperature", "top_p", "top_k", "stream", "pop"}
+        stops = [stop for stop in self.stop_sequences or () if stop]
+        return self.chat(**self.model_dump(include=names), stop=stops or None)
+
+
+class MessagesReply(Reply):
+    """A message, whole or as events. Reasoning is left out."""
+
+    id_prefix, ping = "msg", b'event: ping\ndata: {"type": "ping"}\n\n'
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self._content: list[Json] = []
+        self._arguments = ""
+
+    def begin(self, index: int, task: Task) -> tuple[Json, ...]:
+        super().begin(index, task)
+        usage = {"input_tokens": len(task.prompt), "output_tokens": 0}
+        return ({"type": "message_start", "message": self._message(None, "", usage)},)
+
+    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> list[Json]:
+        return [*self._told(piece)]
+
+    def _told(self, piece: Piece) -> Iterator[Json]:
+        if piece.call is not None and piece.call.id:
+            use = {"type": "tool_use", "id": piece.call.id, "name": piece.call.name, "input": {}}
+            yield from self._begun(use)
+        elif piece.content and (not self._content or self._content[-1]["type"] != "text"):
+            yield from self._begun({"type": "text", "text": ""})
+        if piece.call is not None and piece.call.arguments:
+            self._arguments += piece.call.arguments
+            yield self._delta({"type": "input_json_delta", "partial_json": piece.call.arguments})
+        elif piece.content:
+            self._content[-1]["text"] += piece.content
+            yield self._delta({"type": "text_delta", "text": piece.content})
+
+    def _begun(self, block: Json) -> Iterator[Json]:
+        yield from self._closed()
+        self._content.append(block)
+        index = len(self._content) - 1
+        yield {"type": "content_block_start", "index": index, "content_block": dict(block)}
+
+    def _delta(self, delta: Json) -> Json:
+        return {"type": "content_block_delta", "index": len(self._content) - 1, "delta": delta}
+
+    def _closed(self) -> Iterator[Json]:
+        if not self._content:
+            return
+        if self._content[-1]["type"] == "tool_use":
+            self._content[-1]["input"] = _json(self._arguments)
+            self._arguments = ""
+        yield {"type": "content_block_stop", "index": len(self._content) - 1}
+
+    def ending(self, end: End) -> list[Json]:
+        delta = {"stop_reason": _reason(end), "stop_sequence": end.stop or None}
+        return [
+            *self._closed(),
+            {"type": "message_delta", "delta": delta, "usage": _usage(end.usage)},
+            {"type": "message_stop"},
+        ]
+
+    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+        for piece in said:
+            self.pieces(piece, ())
+        self.ending(end)
+        return self._message(_reason(end), end.stop, _usage(end.usage))
+
+    def closing(self, ends: Sequence[End]) -> bytes:
+        return b""
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
+        return wholes[0]
+
+    def failed(self, error: ApiError) -> Json:
+        return error.of_anthropic
+
+    def frame(self, content: Json) -> bytes:
+        return f"event: {content['type']}\ndata: {encoded(content)}\n\n".encode()
+
+    def _message(self, reason: str | None, stop: str, usage: Json) -> Json:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": self._content,
+            "stop_reason": reason,
+            "stop_sequence": stop or None,
+            "usage": usage,
+        }
+
+
+class Messages:
+    """The endpoints."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    @property
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/messages", self.create, methods=["POST"]),
+            Route("/v1/messages/count_tokens", self.count, methods=["POST"]),
+        ]
+
+    async def create(self, request: Request) -> Response:
+        body = await self._house.read(request, MessagesBody)
+        reply = MessagesReply(self._house.name)
+        return await self._house.answer(request, body.as_chat, self._house.tasks.chat, reply)
+
+    async def count(self, request: Request) -> Response:
+        body = await self._house.read(request, CountBody)
+        chat = body.chat()
+        [task] = await self._house.work(request, lambda: self._house.tasks.chat(chat))
+        return JSONResponse({"input_tokens": len(task.prompt)})
+
+
+def _part(block: Text | Image) -> Json:
+    if isinstance(block, Text):
+        return {"type": "text", "text": block.text}
+    url = f"data:{block.source.media_type};base64,{block.source.data}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _call(block: Use) -> Json:
+    function = {"name": block.name, "arguments": encoded(block.input)}
+    return {"id": block.id, "type": "function", "function": function}
+
+
+def _function(tool: Tool) -> Json:
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
+    return {"type": "function", "function": function}
+
+
+def _reason(end: End) -> str:
+    return "stop_sequence" if end.stop else _REASONS.get(end.reason, "end_turn")
+
+
+def _usage(usage: Json) -> Json:
+    n_cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": usage["prompt_tokens"] - n_cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": n_cached,
+        "output_tokens": usage["completion_tokens"],
+        "pop": usage["pop"],
+    }
+
+
+def _json(arguments: str) -> Any:
+    """The arguments of a call; none of one that the limit cut short."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return {}

@@ -1,0 +1,381 @@
+"""OpenAI's Responses API, as its own clients and Codex speak it."""
+
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pop_local.engine.tools.reader import Piece
+from pop_local.engine.turn import TokenLogprob
+from pop_local.server.bodies import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, ChatBody, Lenient, Named
+from pop_local.server.doors.house import House
+from pop_local.server.errors import ApiError
+from pop_local.server.replies import End, Json, Reply, encoded
+from pop_local.server.worker import Task
+
+# Conversations that `previous_response_id` may go on from, in characters of their messages.
+_MOST_REMEMBERED = 1 << 25
+
+
+class Text(Lenient):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+    @property
+    def as_ours(self) -> Json:
+        return {"type": "text", "text": self.text}
+
+
+class Image(Lenient):
+    type: Literal["input_image"]
+    image_url: str
+
+    @property
+    def as_ours(self) -> Json:
+        return {"type": "image_url", "image_url": {"url": self.image_url}}
+
+
+def _as_list(content: Any) -> Any:
+    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
+
+
+Part = Annotated[Text | Image, Field(discriminator="type")]
+Parts = Annotated[
+    list[Part], Field(fail_fast=True, max_length=MAX_PARTS), BeforeValidator(_as_list)
+]
+
+
+class Said(Lenient):
+    type: Literal["message"]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Parts
+
+    @property
+    def as_ours(self) -> Json:
+        return {"role": self.role, "content": [part.as_ours for part in self.content]}
+
+
+class Called(Lenient):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class Result(Lenient):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Parts
+
+    @property
+    def as_ours(self) -> Json:
+        content = [part.as_ours for part in self.output]
+        return {"role": "tool", "tool_call_id": self.call_id, "content": content}
+
+
+class Thought(Lenient):
+    type: Literal["reasoning"]
+
+
+def _typed(item: Any) -> Any:
+    return {"type": "message", **item} if isinstance(item, dict) and "role" in item else item
+
+
+Item = Annotated[
+    Annotated[Said | Called | Result | Thought, Field(discriminator="type")],
+    BeforeValidator(_typed),
+]
+
+
+def _as_items(given: Any) -> Any:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+class Function(Lenient):
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Choice(Lenient):
+    type: Literal["function"]
+    name: str
+
+
+class Format(Lenient):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class Wanted(Lenient):
+    format: Format | None = None
+
+
+class ResponsesBody(Named):
+    """`metadata`, `user`, `store`, `reasoning` and other fields change nothing."""
+
+    input: Annotated[
+        list[Item], Field(fail_fast=True, max_length=MAX_MESSAGES), BeforeValidator(_as_items)
+    ]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    tools: Annotated[list[Function] | None, Field(fail_fast=True, max_length=MAX_TOOLS)] = None
+    tool_choice: Literal["auto", "none", "required"] | Choice | None = None
+    parallel_tool_calls: bool | None = None
+    text: Wanted = Wanted()
+    pop: bool | None = None
+
+    def chat(self, earlier: Sequence[Json]) -> ChatBody:
+        """The same as a chat that goes on from these messages."""
+        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        choice = self.tool_choice
+        form = self.text.format
+        more: Json = {}
+        if form is not None and form.type != "text":
+            wanted = {"schema": form.schema_ or {"type": "object"}}
+            more["response_format"] = {"type": "json_schema", "json_schema": wanted}
+        if self.tools:
+            more["tools"] = [
+                {"type": "function", "function": tool.model_dump()} for tool in self.tools
+            ]
+        if isinstance(choice, Choice):
+            more["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        elif choice:
+            more["tool_choice"] = choice
+        return ChatBody.model_validate(
+            {
+                "messages": [*system, *earlier, *self.messages()],
+                "max_tokens": self.max_output_tokens,
+                "parallel_tool_calls": self.parallel_tool_calls,
+                **self.model_dump(include={"model", "temperature", "top_p", "stream", "pop"}),
+                **more,
+            }
+        )
+
+    def messages(self) -> list[Json]:
+        """The input as messages of a chat: calls join what the assistant said before them."""
+        found: list[Json] = []
+        for item in self.input:
+            if isinstance(item, Called):
+                if not found or found[-1]["role"] != "assistant":
+                    found.append({"role": "assistant", "content": None})
+                call = {"name": item.name, "arguments": item.arguments}
+                calls = found[-1].setdefault("tool_calls", [])
+                calls.append({"id": item.call_id, "type": "function", "function": call})
+            elif not isinstance(item, Thought):
+                found.append(item.as_ours)
+        return found
+
+
+class Memory:
+    """The messages of the latest responses, by their ids."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, tuple[int, list[Json]]] = OrderedDict()
+        self._n_kept = 0
+        self._lock = threading.Lock()
+
+    def of(self, name: str | None) -> list[Json]:
+        """Raises ApiError for a response that is not kept."""
+        if name is None:
+            return []
+        with self._lock:
+            if name not in self._kept:
+                raise ApiError(
+                    400,
+                    f"there is no response {name!r} here, or no longer: send all messages",
+                    code="previous_response_not_found",
+                    param="previous_response_id",
+                )
+            self._kept.move_to_end(name)
+            return self._kept[name][1]
+
+    def keep(self, name: str, messages: list[Json]) -> None:
+        size = len(encoded(messages))
+        with self._lock:
+            self._kept[name] = (size, messages)
+            self._n_kept += size
+            while self._n_kept > _MOST_REMEMBERED:
+                _, (size, _) = self._kept.popitem(last=False)
+                self._n_kept -= size
+
+
+class ResponsesReply(Reply):
+    """A response, whole or as events. Reasoning is left out."""
+
+    id_prefix = "resp"
+
+    def __init__(
+        self, model: str, body: ResponsesBody, earlier: list[Json], memory: Memory
+    ) -> None:
+        super().__init__(model)
+        self._body, self._earlier, self._memory = body, earlier, memory
+        self._output: list[Json] = []
+        self._n_events = 0
+
+    def begin(self, index: int, task: Task) -> tuple[Json, ...]:
+        super().begin(index, task)
+        begun = self._response("in_progress")
+        return (self._event("created", response=begun), self._event("in_progress", response=begun))
+
+    def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> list[Json]:
+        return [*self._told(piece)]
+
+    def _told(self, piece: Piece) -> Iterator[Json]:
+        if piece.call is not None and piece.call.id:
+            yield from self._closed()
+            item = {"type": "function_call", "id": _new("fc"), "status": "in_progress"}
+            call = {"call_id": piece.call.id, "name": piece.call.name, "arguments": ""}
+            yield self._added(item | call)
+        elif piece.content and (not self._output or self._output[-1]["type"] != "message"):
+            yield from self._closed()
+            item = {"type": "message", "id": _new("msg"), "status": "in_progress"}
+            yield self._added(item | {"role": "assistant", "content": []})
+            part = {"type": "output_text", "text": "", "annotations": []}
+            yield self._of_item("content_part.added", content_index=0, part=part)
+            self._output[-1]["content"].append(dict(part))
+        if piece.call is not None and piece.call.arguments:
+            self._output[-1]["arguments"] += piece.call.arguments
+            yield self._of_item("function_call_arguments.delta", delta=piece.call.arguments)
+        elif piece.content:
+            self._output[-1]["content"][0]["text"] += piece.content
+            yield self._of_item(
+                "output_text.delta", content_index=0, delta=piece.content, logprobs=[]
+            )
+
+    def _added(self, item: Json) -> Json:
+        self._output.append(item)
+        return self._event("output_item.added", output_index=len(self._output) - 1, item=dict(item))
+
+    def _closed(self) -> Iterator[Json]:
+        """The events that end the last item, if there is one."""
+        if not self._output or self._output[-1]["status"] == "completed":
+            return
+        item = self._output[-1]
+        item["status"] = "completed"
+        if item["type"] == "message":
+            [part] = item["content"]
+            text = part["text"]
+            yield self._of_item("output_text.done", content_index=0, text=text, logprobs=[])
+            yield self._of_item("content_part.done", content_index=0, part=part)
+        else:
+            arguments = item["arguments"]
+            yield self._of_item(
+                "function_call_arguments.done", name=item["name"], arguments=arguments
+            )
+        index = len(self._output) - 1
+        yield self._event("output_item.done", output_index=index, item=item)
+
+    def ending(self, end: End) -> list[Json]:
+        closed = [*self._closed()]
+        if self._body.store is not False:
+            self._remember()
+        status = "incomplete" if end.reason == "length" else "completed"
+        response = self._response(status, end)
+        return [*closed, self._event(status, response=response)]
+
+    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+        for piece in said:
+            self.pieces(piece, ())
+        response: Json = self.ending(end)[-1]["response"]
+        return response
+
+    def _remember(self) -> None:
+        """Keep the conversation, with this answer as an input of the next one would have it."""
+        said = self._body.model_validate({"input": self._output})
+        messages = [*self._body.messages(), *said.messages()]
+        self._memory.keep(self._id, [*self._earlier, *messages])
+
+    def closing(self, ends: Sequence[End]) -> bytes:
+        return b""
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
+        return wholes[0]
+
+    def failed(self, error: ApiError) -> Json:
+        told = {"code": error.code or "server_error", "message": error.detail}
+        return self._event("failed", response=self._response("failed") | {"error": told})
+
+    def frame(self, content: Json) -> bytes:
+        return f"event: {content['type']}\ndata: {encoded(content)}\n\n".encode()
+
+    def _event(self, kind: str, **fields: Any) -> Json:
+        self._n_events += 1
+        return {"type": f"response.{kind}", "sequence_number": self._n_events - 1, **fields}
+
+    def _of_item(self, kind: str, **fields: Any) -> Json:
+        index = len(self._output) - 1
+        return self._event(kind, item_id=self._output[-1]["id"], output_index=index, **fields)
+
+    def _response(self, status: str, end: End | None = None) -> Json:
+        body = self._body
+        given = body.model_dump(
+            include={
+                *("instructions", "previous_response_id", "max_output_tokens", "temperature"),
+                *("top_p", "tool_choice", "text"),
+            },
+            by_alias=True,
+        )
+        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "model": self._model,
+            "status": status,
+            "error": None,
+            "incomplete_details": cut,
+            **given,
+            "tool_choice": given["tool_choice"] or "auto",
+            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "metadata": {},
+            "output": [dict(item) for item in self._output],
+            "usage": None if end is None else _usage(end.usage),
+        }
+
+
+class Responses:
+    """The endpoint."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._memory = Memory()
+
+    @property
+    def routes(self) -> list[Route]:
+        return [Route("/v1/responses", self.create, methods=["POST"])]
+
+    async def create(self, request: Request) -> Response:
+        body = await self._house.read(request, ResponsesBody)
+        earlier = self._memory.of(body.previous_response_id)
+        reply = ResponsesReply(self._house.name, body, earlier, self._memory)
+        chat = body.chat(earlier)
+        return await self._house.answer(request, chat, self._house.tasks.chat, reply)
+
+
+def _usage(usage: Json) -> Json:
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage["total_tokens"],
+        "pop": usage["pop"],
+    }
+
+
+def _new(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex}"

@@ -1,0 +1,140 @@
+"""Anthropic's Messages API, read by the types of its own client."""
+
+import json
+from typing import Any
+
+import pytest
+from anthropic.types import Message, RawMessageStreamEvent
+from pydantic import TypeAdapter
+
+from pop_local.server.app import create_app
+from support.asked import LONG, NAME, chat, message_of
+from support.calls import opened
+from support.converted import tiny
+from support.serving import asking
+from support.tooled import DOUBLE, QWEN, TEMPLATES
+
+EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+TOOL = {"name": "double", "input_schema": DOUBLE["function"]["parameters"]}
+FORCED = {"tools": [TOOL], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
+ASKED = {"role": "user", "content": LONG}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    path = tiny(tmp_path_factory.mktemp("api"), chat_template=TEMPLATES[QWEN].read_text())
+    with opened(path, n_ctx=8192) as model, asking(create_app(model, NAME)) as client:
+        yield client
+
+
+def create(client: Any, **body: Any) -> Any:
+    fixed = {"model": NAME, "messages": [ASKED], "temperature": 0, "max_tokens": 8}
+    return client.post("/v1/messages", json=fixed | body)
+
+
+def whole(response: Any) -> Message:
+    assert response.status_code == 200, response.text
+    return Message.model_validate_json(response.text)
+
+
+def events(response: Any) -> list[Any]:
+    found = []
+    for block in response.text.strip().split("\n\n"):
+        kind, data = block.split("\n")
+        if kind != "event: ping":
+            found.append(EVENT.validate_json(data.removeprefix("data: ")))
+            assert kind == f"event: {found[-1].type}"
+    return found
+
+
+def test_a_question_is_answered_as_in_a_chat(client):
+    found = whole(create(client))
+    [block] = found.content
+    assert block.type == "text" and block.text == message_of(chat(client))[0]["content"] != ""
+    assert (found.stop_reason, found.usage.output_tokens) == ("max_tokens", 8)
+
+
+def test_system_and_blocks_are_a_chats_messages(client):
+    said = [
+        {"role": "user", "content": [{"type": "text", "text": "one"}]},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "", "signature": ""}]},
+        {"role": "assistant", "content": "two"},
+        ASKED,
+    ]
+    roles = [("system", "Be\nbrief."), ("user", "one"), ("assistant", "two"), ("user", LONG)]
+    messages = [{"role": role, "content": content} for role, content in roles]
+    system = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
+    [block] = whole(create(client, messages=said, system=system)).content
+    assert block.type == "text"
+    assert block.text == message_of(chat(client, messages=messages))[0]["content"]
+
+
+def test_a_stream_builds_what_the_whole_answer_is(client):
+    streamed = events(create(client, stream=True))
+    kinds = [event.type for event in streamed]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    text = "".join(e.delta.text for e in streamed if e.type == "content_block_delta")
+    [block] = whole(create(client)).content
+    assert block.type == "text" and text == block.text
+    assert streamed[-2].delta.stop_reason == "max_tokens"
+    assert streamed[-2].usage.output_tokens == 8
+    assert streamed[0].message.usage.input_tokens > 0
+
+
+def test_tools_are_called_and_their_results_are_read(client):
+    body = FORCED | {"max_tokens": 400}
+    found = whole(create(client, **body))
+    [use] = found.content
+    assert use.type == "tool_use" and use.name == "double" and found.stop_reason == "tool_use"
+    arguments: Any = use.input
+    assert arguments["n"] in range(10)
+    streamed = events(create(client, **body, stream=True))
+    parts = [event.delta.partial_json for event in streamed if event.type == "content_block_delta"]
+    assert json.loads("".join(parts)) == arguments
+    assert streamed[-2].delta.stop_reason == "tool_use"
+    results = [
+        {"type": "tool_result", "tool_use_id": use.id, "content": [{"type": "text", "text": "8"}]},
+        {"type": "text", "text": "So?"},
+    ]
+    turn = [ASKED, {"role": "assistant", "content": [use.model_dump()]}]
+    again = whole(create(client, messages=[*turn, {"role": "user", "content": results}]))
+    assert again.content[0].type == "text"
+    assert again.usage.cache_read_input_tokens is not None
+    n_read = again.usage.input_tokens + again.usage.cache_read_input_tokens
+    assert n_read > found.usage.input_tokens
+
+
+def test_a_stop_sequence_is_named(client):
+    [block] = whole(create(client)).content
+    assert block.type == "text"
+    found = whole(create(client, stop_sequences=["never", block.text[2:4]]))
+    assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", block.text[2:4])
+
+
+def test_tokens_are_counted(client):
+    body = {"messages": [ASKED], "tools": [TOOL]}
+    counted = client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+    usage = whole(create(client, tools=[TOOL])).usage
+    assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages.0"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
+        (FORCED | {"tool_choice": {"type": "tool", "name": "x"}}, "not among the tools"),
+        ({"temperature": -1}, "temperature"),
+    ],
+)
+def test_refusals_have_anthropics_shape(client, body, reason):
+    response = create(client, **body)
+    assert response.status_code == 400
+    assert response.json()["type"] == "error"
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert reason in response.json()["error"]["message"]

@@ -1,0 +1,139 @@
+"""OpenAI's Responses API, read by the types of its own client."""
+
+import json
+from typing import Annotated, Any
+
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import Field, TypeAdapter
+
+from pop_local.server.app import create_app
+from support.asked import LONG, NAME, chat, message_of
+from support.calls import opened
+from support.converted import tiny
+from support.serving import asking
+from support.tooled import DOUBLE, QWEN, TEMPLATES
+
+EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[ResponseStreamEvent, Field(discriminator="type")])
+TOOL = {"type": "function", **DOUBLE["function"]}
+FORCED = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    path = tiny(tmp_path_factory.mktemp("api"), chat_template=TEMPLATES[QWEN].read_text())
+    with opened(path, n_ctx=8192) as model, asking(create_app(model, NAME)) as client:
+        yield client
+
+
+def create(client: Any, said: Any = LONG, **body: Any) -> Any:
+    fixed = {"model": NAME, "input": said, "temperature": 0, "max_output_tokens": 8}
+    return client.post("/v1/responses", json=fixed | body)
+
+
+def whole(response: Any) -> Response:
+    assert response.status_code == 200, response.text
+    found: Response = Response.model_validate_json(response.text)
+    return found
+
+
+def events(response: Any) -> list[Any]:
+    found = []
+    for block in response.text.strip().split("\n\n"):
+        if not block.startswith(":"):
+            kind, data = block.split("\n")
+            found.append(EVENT.validate_json(data.removeprefix("data: ")))
+            assert kind == f"event: {found[-1].type}"
+    assert [event.sequence_number for event in found] == [*range(len(found))]
+    return found
+
+
+def test_a_text_is_answered_as_in_a_chat(client):
+    found = whole(create(client))
+    assert found.output_text == message_of(chat(client))[0]["content"] != ""
+    assert (found.status, found.output[0].type) == ("incomplete", "message")
+    assert found.incomplete_details and found.incomplete_details.reason == "max_output_tokens"
+    assert found.usage and found.usage.output_tokens == 8
+    assert create(client).json()["usage"]["pop"]["reading"] in ("short", None)
+
+
+def test_instructions_parts_and_roles_are_a_chats_messages(client):
+    said = [
+        {"role": "user", "content": [{"type": "input_text", "text": "one"}]},
+        {"type": "message", "role": "assistant", "content": "two"},
+        {"type": "reasoning", "summary": []},
+        {"role": "user", "content": LONG},
+    ]
+    roles = [("system", "Be brief."), ("user", "one"), ("assistant", "two"), ("user", LONG)]
+    messages = [{"role": role, "content": content} for role, content in roles]
+    found = whole(create(client, said, instructions="Be brief."))
+    assert found.output_text == message_of(chat(client, messages=messages))[0]["content"]
+
+
+def test_a_stream_builds_what_the_whole_answer_is(client):
+    streamed = events(create(client, stream=True))
+    assert [event.type for event in streamed[:4]] == [
+        *("response.created", "response.in_progress"),
+        *("response.output_item.added", "response.content_part.added"),
+    ]
+    text = "".join(e.delta for e in streamed if e.type == "response.output_text.delta")
+    assert streamed[-1].type == "response.incomplete"
+    assert text == streamed[-1].response.output_text == whole(create(client)).output_text
+    assert streamed[-1].response.usage.output_tokens == 8
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "double"}])
+def test_tools_are_called(client, choice):
+    body = FORCED | {"tool_choice": choice, "max_output_tokens": 400}
+    [call] = whole(create(client, **body)).output
+    assert call.type == "function_call" and call.name == "double"
+    assert json.loads(call.arguments)["n"] in range(10)
+    streamed = events(create(client, **body, stream=True))
+    deltas = [e for e in streamed if e.type == "response.function_call_arguments.delta"]
+    assert "".join(event.delta for event in deltas) == call.arguments
+    done = next(event for event in streamed if event.type == "response.output_item.done")
+    assert done.item.arguments == call.arguments and done.item.call_id
+    assert streamed[-1].type == "response.completed"
+
+
+def test_it_goes_on_from_an_earlier_response(client):
+    body = FORCED | {"max_output_tokens": 400}
+    first = whole(create(client, **body))
+    call: Any = first.output[0]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "18"}
+    follow = {"tools": [TOOL], "max_output_tokens": 8}
+    second = whole(create(client, [result], previous_response_id=first.id, **follow))
+    sent = [{"role": "user", "content": LONG}, call.model_dump(), result]
+    assert second.output_text == whole(create(client, sent, **follow)).output_text != ""
+    assert second.usage and first.usage and second.usage.input_tokens > first.usage.input_tokens
+    third = whole(create(client, "And?", previous_response_id=second.id, **follow))
+    assert third.usage and third.usage.input_tokens > second.usage.input_tokens
+
+
+def test_a_schema_holds(client):
+    form = {"type": "json_schema", "name": "a", "schema": {"enum": ["57"]}}
+    assert whole(create(client, text={"format": form})).output_text == '"57"'
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"input": [{"type": "web_search_call"}]}, "input.0"),
+        ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input.0"),
+        ({"input": []}, "messages"),
+        ({"previous_response_id": "resp_0"}, "there is no response 'resp_0'"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": -1}, "temperature"),
+    ],
+)
+def test_refusals(client, body, reason):
+    response = create(client, **body)
+    assert response.status_code == 400
+    assert reason in response.json()["error"]["message"]
+
+
+def test_nothing_is_kept_that_should_not_be(client):
+    first = whole(create(client, store=False))
+    assert create(client, "And?", previous_response_id=first.id).status_code == 400
