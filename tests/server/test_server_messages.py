@@ -98,7 +98,8 @@ def test_tools_are_called_and_their_results_are_read(client):
         {"type": "text", "text": "So?"},
     ]
     turn = [ASKED, {"role": "assistant", "content": [use.model_dump()]}]
-    again = whole(create(client, messages=[*turn, {"role": "user", "content": results}]))
+    turn += [{"role": "user", "content": results}]
+    again = whole(create(client, messages=turn, tools=[TOOL]))
     assert again.content[0].type == "text"
     assert again.usage.cache_read_input_tokens is not None
     n_read = again.usage.input_tokens + again.usage.cache_read_input_tokens
