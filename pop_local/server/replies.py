@@ -69,7 +69,7 @@ def _added(one: Any, other: Any) -> Any:
     if isinstance(one, dict):
         return {key: _added(value, other[key]) for key, value in one.items()}
     is_number = isinstance(one, int | float) and isinstance(other, int | float)
-    return one + other if is_number else other
+    return round(one + other, 6) if is_number else other
 
 
 class Reply:
