@@ -179,6 +179,19 @@ class ChatReply(Reply):
         return {"content": [chat_logprob(token) for token in logprobs], "refusal": None}
 
 
+class OwnReply(Reply):
+    """The answers of other APIs: the last piece of a stream is a whole answer without its text."""
+
+    def last(self, end: End) -> Json:
+        return self.whole("", (), end)
+
+    def closing(self, ends: Sequence[End]) -> bytes:
+        return b""
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Any:
+        return wholes[0] if len(wholes) == 1 else wholes
+
+
 def _top(token: TokenLogprob) -> Json | None:
     """Return the likeliest tokens, and the token itself where it is none of them."""
     if token.logprob is None:
