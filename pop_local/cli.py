@@ -11,7 +11,11 @@ from pop_local.ui.lazy import HELP_OPTIONS, Entry, lazy_group
 COMMANDS = (
     Entry("chat", "pop_local.commands.chat", "Talk to a model in the terminal."),
     Entry("run", "pop_local.commands.run", "Ask one question, also about a file or piped text."),
-    Entry("serve", "pop_local.commands.serve", "Serve a model to programs, by OpenAI's API."),
+    Entry(
+        "serve",
+        "pop_local.commands.serve",
+        "Serve a model to programs, by OpenAI's and Ollama's API.",
+    ),
     Entry("rpc-server", "pop_local.commands.rpc_server", "Lend this machine to another one."),
     Entry("convert", "pop_local.commands.convert", "Make a pruned-prefill copy of a GGUF model."),
     Entry("strip", "pop_local.commands.strip", "Turn a converted file back into the original."),

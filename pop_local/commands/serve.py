@@ -1,4 +1,4 @@
-"""`pop-local serve MODEL`: the model behind OpenAI's HTTP API."""
+"""`pop-local serve MODEL`: the model behind the HTTP APIs that programs speak."""
 
 import errno
 import importlib.util
@@ -76,7 +76,7 @@ def serve(
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
 ) -> None:
-    """Serve a model to programs that speak OpenAI's API.
+    """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's.
 
     One request is answered at a time, the others wait in line. A request may carry "pop": false to
     be read in full. /health and /metrics (Prometheus) tell how the server is.

@@ -1,1 +1,1 @@
-"""The HTTP face of the engine: OpenAI's API, one model, one request at a time."""
+"""The HTTP face of the engine: the APIs that programs speak, one model, one request at a time."""

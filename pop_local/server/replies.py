@@ -70,7 +70,7 @@ def _added(one: Any, other: Any) -> Any:
     if isinstance(one, dict):
         return {key: _added(value, other[key]) for key, value in one.items()}
     is_number = isinstance(one, int | float) and isinstance(other, int | float)
-    return one + other if is_number else other
+    return round(one + other, 6) if is_number else other
 
 
 class Reply:
@@ -191,6 +191,26 @@ class ChatReply(Reply):
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
         return {"content": [chat_logprob(token) for token in logprobs], "refusal": None}
+
+
+class OwnReply(Reply):
+    """The answers of other APIs: the last piece of a stream is a whole answer without its text."""
+
+    def ending(self, end: End) -> Iterable[Json]:
+        return (self.whole((), (), end),)
+
+    def closing(self, ends: Sequence[End]) -> bytes:
+        return b""
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Any:
+        return wholes[0] if len(wholes) == 1 else wholes
+
+
+class EventReply(OwnReply):
+    """The answers of APIs whose events have names."""
+
+    def frame(self, content: Json) -> bytes:
+        return f"event: {content['type']}\ndata: {encoded(content)}\n\n".encode()
 
 
 def content_of(said: Sequence[Piece]) -> str:

@@ -115,12 +115,25 @@ def test_openai_errors(client, server):
     with pytest.raises(openai.BadRequestError, match="the prompt has 40"):
         ask(client, messages=[{"role": "user", "content": "word " * 4000}])
     with pytest.raises(openai.NotFoundError, match="this server has 'smol'"):
-        ask(client, model="gpt-4o")
+        client.models.retrieve("gpt-4o")
+    assert ask(client, model="gpt-4o").model == "smol"
     wrong = openai.OpenAI(base_url=server.api, api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError):
         ask(wrong)
     with pytest.raises(openai.APIError, match="no token"):
         list(ask(client, stream=True, extra_body={"grammar": 'root ::= "a" x\nx ::= x "c"'}))
+
+
+def test_openai_completes_lists(client):
+    asked = {"model": "smol", "prompt": ["One and", "Two and"], "max_tokens": 4, "n": 2}
+    whole = client.completions.create(**asked, temperature=0)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    texts = [choice.text for choice in whole.choices]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    streamed = ["", "", "", ""]
+    for event in client.completions.create(**asked, temperature=0, stream=True):
+        streamed[event.choices[0].index] += event.choices[0].text
+    assert streamed == texts
 
 
 # --- llm

@@ -1,4 +1,4 @@
-"""Harmful requests through each door are refused, and the next one is answered."""
+"""Harmful requests through each door: they are refused, and the next one is answered."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ import pytest
 from support.asked import BOMB, N_CTX, chat, text_of
 
 SAID = [{"role": "user", "content": "a"}]
-# Right, but for what a test puts in.
+# Right as they are.
 CHAT, PROMPT = {"messages": SAID}, {"prompt": "a"}
 DOORS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": CHAT,

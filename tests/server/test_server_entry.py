@@ -148,3 +148,19 @@ def test_the_command_takes_origins_only(origin):
     done = called("serve", "model.gguf", "--cors", origin)
     assert done.returncode == 1
     assert "no origin" in done.stderr
+
+
+def test_the_command_hands_over_origins_and_strictness(model, monkeypatch):
+    found: list[int] = []
+
+    def ask_instead(app, listening):
+        client = asking(app)
+        for origin in ("https://friend.example", "https://evil.example"):
+            found.append(client.get("/v1/models", headers={"Origin": origin}).status_code)
+        found.append(client.post("/api/show", json={"model": "other"}).status_code)
+
+    monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
+    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
+    options = ("--port", 0, "--cors", "https://FRIEND.example/", "--strict-model")
+    assert called("serve", model.path, *options).returncode == 0
+    assert found == [200, 403, 404]

@@ -195,6 +195,12 @@ def test_another_model_is_answered_by_this_one_which_is_said(client, caplog):
     assert client.get("/v1/models/gpt-4o").status_code == 404
 
 
+def test_a_name_of_any_letters_is_a_header(model):
+    named = asking(create_app(model, "a\nb \u20ac"))
+    other = named.post("/api/show", json={"model": "gpt-4o"})
+    assert other.headers["x-model"] == "a%0Ab %E2%82%AC"
+
+
 def test_a_strict_server_refuses_other_models(model):
     strict = asking(create_app(model, NAME, strict_model=True))
     response = chat(strict, model="gpt-4o")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 
+import pytest
 from starlette.datastructures import State
 
 from pop_local.engine.llama.backend import Mode
@@ -32,6 +33,18 @@ def test_a_list_of_prompts_gets_an_answer_each(client):
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert usage[name] == sum(one.json()["usage"][name] for one in alone)
     assert usage["pop"]["reason"] is None
+
+
+def test_a_list_is_echoed_with_log_probabilities(client):
+    """As evaluation harnesses ask, with offsets that begin anew."""
+    asked = {"echo": True, "logprobs": 1, "max_tokens": 1}
+    together = complete(client, PROMPTS, **asked).json()["choices"]
+    for prompt, choice in zip(PROMPTS, together, strict=True):
+        (alone,) = complete(client, prompt, **asked).json()["choices"]
+        for name in ("tokens", "text_offset"):
+            assert choice["logprobs"][name] == alone["logprobs"][name]
+        found = choice["logprobs"]["token_logprobs"][1:]
+        assert found == pytest.approx(alone["logprobs"]["token_logprobs"][1:], abs=0.01)
 
 
 def test_n_answers_have_seeds_of_their_own(client):

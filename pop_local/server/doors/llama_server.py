@@ -15,10 +15,10 @@ from pop_local.engine.decode.text import Pieces
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob, TurnOptions
-from pop_local.server.bodies import CompletionBody, Lenient, Named
+from pop_local.server.bodies import CompletionBody, Lenient, Named, Sampling
 from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
-from pop_local.server.replies import End, Json, Reply, chat_logprob, content_of
+from pop_local.server.replies import End, Json, OwnReply, chat_logprob, content_of
 from pop_local.server.worker import Task
 
 _MAX_FILES = 1000
@@ -78,7 +78,7 @@ class DetokenizeBody(Named):
     tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
-class LlamaReply(Reply):
+class LlamaReply(OwnReply):
     """Answers of /completion and /infill."""
 
     def __init__(self, model: str, n_ctx: int) -> None:
@@ -120,15 +120,6 @@ class LlamaReply(Reply):
             },
             "pop": usage["pop"],
         }
-
-    def ending(self, end: End) -> tuple[Json, ...]:
-        return (self.whole((), (), end),)
-
-    def closing(self, ends: Sequence[End]) -> bytes:
-        return b""
-
-    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Any:
-        return wholes[0] if len(wholes) == 1 else wholes
 
 
 class LlamaServer:
@@ -202,7 +193,7 @@ class LlamaServer:
         return await self._house.answer(request, body, self._infilling, self._reply)
 
     @property
-    def _reply(self) -> Reply:
+    def _reply(self) -> LlamaReply:
         return LlamaReply(self._house.name, self._house.model.n_ctx)
 
     def _infilling(self, body: InfillBody) -> list[Task]:
@@ -222,14 +213,8 @@ def _settings(options: TurnOptions) -> Json:
     return {
         "n_predict": -1 if options.max_tokens is None else options.max_tokens,
         "seed": -1 if options.seed is None else options.seed,
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "min_p": options.min_p,
-        "repeat_penalty": options.repeat_penalty,
-        "presence_penalty": options.presence_penalty,
-        "frequency_penalty": options.frequency_penalty,
         "stop": list(options.stops),
+        **{name: getattr(options, name) for name in Sampling.model_fields},
     }
 
 

@@ -22,7 +22,7 @@ from pop_local.server.bodies import (
 )
 from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
-from pop_local.server.replies import End, Json, Reply, encoded
+from pop_local.server.replies import End, EventReply, Json, encoded
 from pop_local.server.worker import Task
 
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
@@ -145,7 +145,7 @@ class MessagesBody(CountBody):
         return self.chat(**self.model_dump(include=names), stop=stops or None)
 
 
-class MessagesReply(Reply):
+class MessagesReply(EventReply):
     """A message, whole or as events. Reasoning is left out."""
 
     id_prefix, ping = "msg", b'event: ping\ndata: {"type": "ping"}\n\n'
@@ -207,17 +207,8 @@ class MessagesReply(Reply):
         self.ending(end)
         return self._message(_reason(end), end.stop, _usage(end.usage))
 
-    def closing(self, ends: Sequence[End]) -> bytes:
-        return b""
-
-    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
-        return wholes[0]
-
     def failed(self, error: ApiError) -> Json:
         return error.of_anthropic
-
-    def frame(self, content: Json) -> bytes:
-        return f"event: {content['type']}\ndata: {encoded(content)}\n\n".encode()
 
     def _message(self, reason: str | None, stop: str, usage: Json) -> Json:
         return {

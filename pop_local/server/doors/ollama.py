@@ -30,7 +30,14 @@ from pop_local.server.bodies import (
 from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
 from pop_local.server.pictures import MAX_PICTURES
-from pop_local.server.replies import End, Json, Reply, chat_logprob, content_of, encoded
+from pop_local.server.replies import (
+    End,
+    Json,
+    OwnReply,
+    chat_logprob,
+    content_of,
+    encoded,
+)
 
 # Clients ask for a version that has what they need; this one's API is what is here.
 _VERSION = "0.6.4"
@@ -63,10 +70,8 @@ class OllamaMessage(Lenient):
     @property
     def as_ours(self) -> Json:
         shown = [_image(letters) for letters in self.images or ()]
-        said = {
-            "role": self.role,
-            "content": [*shown, {"type": "text", "text": self.content or ""}],
-        }
+        text = {"type": "text", "text": self.content or ""}
+        said: Json = {"role": self.role, "content": [*shown, text]}
         if self.tool_calls:
             said["tool_calls"] = [_call(call.function) for call in self.tool_calls]
         return said
@@ -78,13 +83,8 @@ class OllamaBody(Named):
     stream: bool | None = None
     options: dict[str, Any] | None = None
     format: str | dict[str, Any] | None = None
-    keep_alive: Any = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-
-    @property
-    def is_unloading(self) -> bool:
-        return self.keep_alive in (0, "0", "0s")
 
     @property
     def as_ours(self) -> Json:
@@ -144,7 +144,7 @@ class OllamaGenerate(OllamaBody):
         return self.chat([*system, asked])
 
 
-class OllamaReply(Reply):
+class OllamaReply(OwnReply):
     """Answers in lines of JSON: those of /api/generate."""
 
     media_type, ping = "application/x-ndjson", b""
@@ -177,19 +177,10 @@ class OllamaReply(Reply):
         reason = "stop" if end.reason == "tool_calls" else end.reason
         return self._shown(said, logprobs) | {"done": True, "done_reason": reason} | figures
 
-    def ending(self, end: End) -> tuple[Json, ...]:
-        return (self.whole((), (), end),)
-
-    def nothing(self, reason: str) -> Response:
+    def nothing(self) -> Response:
         """Answer a request that says nothing: elsewhere it loads the model, or unloads it."""
         self._wants_logprobs = False
-        return JSONResponse(self._shown((), ()) | {"done": True, "done_reason": reason})
-
-    def closing(self, ends: Sequence[End]) -> bytes:
-        return b""
-
-    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
-        return wholes[0]
+        return JSONResponse(self._shown((), ()) | {"done": True, "done_reason": "load"})
 
     def failed(self, error: ApiError) -> Json:
         return error.of_ollama
@@ -266,14 +257,14 @@ class Ollama:
     async def chat(self, request: Request) -> Response:
         body, reply = await self._house.read(request, OllamaChat), OllamaChatReply(self._house.name)
         if not body.messages:
-            return reply.nothing("unload" if body.is_unloading else "load")
+            return reply.nothing()
         ours = body.chat(body.messages, tools=body.tools)
         return await self._house.answer(request, ours, self._house.tasks.chat, reply)
 
     async def generate(self, request: Request) -> Response:
         body, reply = await self._house.read(request, OllamaGenerate), OllamaReply(self._house.name)
         if not (body.prompt or body.images or body.suffix):
-            return reply.nothing("unload" if body.is_unloading else "load")
+            return reply.nothing()
         tasks = self._house.tasks
         if body.raw or body.suffix:
             return await self._house.answer(request, body.completion(), tasks.completions, reply)
@@ -324,7 +315,7 @@ class Ollama:
         parameters = {"num_ctx": model.n_ctx, **model.recommended}
         can = {"vision": model.can_see, "insert": can_infill(model.context)}
         return {
-            "license": str(header.get("general.license") or ""),
+            "license": keys.get("general.license", ""),
             "modelfile": f"FROM {self._house.name}",
             "parameters": "\n".join(f"{name} {value}" for name, value in parameters.items()),
             "template": model.prompter.template.source,

@@ -16,7 +16,7 @@ from pop_local.engine.turn import TokenLogprob
 from pop_local.server.bodies import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, ChatBody, Lenient, Named
 from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
-from pop_local.server.replies import End, Json, Reply, encoded
+from pop_local.server.replies import End, EventReply, Json, encoded
 from pop_local.server.worker import Task
 
 # Conversations that `previous_response_id` may go on from, in characters of their messages.
@@ -212,7 +212,7 @@ class Memory:
                 self._n_kept -= size
 
 
-class ResponsesReply(Reply):
+class ResponsesReply(EventReply):
     """A response, whole or as events. Reasoning is left out."""
 
     id_prefix = "resp"
@@ -298,18 +298,9 @@ class ResponsesReply(Reply):
         messages = [*self._body.messages(), *said.messages()]
         self._memory.keep(self._id, [*self._earlier, *messages])
 
-    def closing(self, ends: Sequence[End]) -> bytes:
-        return b""
-
-    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
-        return wholes[0]
-
     def failed(self, error: ApiError) -> Json:
         told = {"code": error.code or "server_error", "message": error.detail}
         return self._event("failed", response=self._response("failed") | {"error": told})
-
-    def frame(self, content: Json) -> bytes:
-        return f"event: {content['type']}\ndata: {encoded(content)}\n\n".encode()
 
     def _event(self, kind: str, **fields: Any) -> Json:
         self._n_events += 1
