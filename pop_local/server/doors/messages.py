@@ -76,7 +76,7 @@ class Result(Lenient):
 
 
 class Said(Lenient):
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: _blocks(Text | Image | Use | Result | Thinking)  # type: ignore[valid-type]
 
     def as_ours(self) -> Iterator[Json]:
