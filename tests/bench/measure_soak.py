@@ -1,32 +1,40 @@
 """Many clients at one server for minutes: nothing is lost, memory stays flat. Not a test.
 
-    python tests/bench/measure_soak.py MODEL.gguf [--seconds 1800] [--clients 8] [--cache-ram 64]
+    python tests/bench/measure_soak.py [MODEL.gguf] [--seconds 1800] [--clients 8] [--ends 20]
 
-Each client asks in turns of a random kind: a whole answer, a stream, one read in full, one with log
-probabilities; one in ten hangs up in the middle of an endless answer, one in ten is malformed, one
-in twenty has a grammar that would take all time or memory. A grammar makes the model repeat a mark,
-so that an answer meant for somebody else is seen. Memory, descriptors and /health are read all the
-while; memory grows until the cache of prompts is full. With --json one JSON object is printed.
-Exits with 1 if anything was lost. Linux only: it reads /proc.
+Each client asks in turns of a random kind: whole answers, streams, tools, pictures, other doors;
+some hang up in the middle of an endless answer, are malformed, or have a grammar that would take
+all time or memory. A grammar makes the model repeat a mark, so that an answer meant for somebody
+else is seen. Memory, descriptors and /health are read all the while; memory grows until the cache
+of prompts is full. Then as many servers as --ends says get a SIGTERM at a random moment. Without a
+MODEL it is a tiny random one that sees and is refilled between requests; others get no pictures.
+With --json one JSON object is printed. Exits with 1 if anything was lost. Linux only: it reads
+/proc.
 """
 
 import argparse
 import json
 import random
 import signal
+import tempfile
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import psutil
+from PIL import Image
 
-from shared import BOMB, Served, served
+from shared import BOMB, Served, make_seeing, served
 
 STORY = (
     "The ferry to the island leaves the stone pier at half past six. Old Mara sells coffee there, "
@@ -42,8 +50,9 @@ BOMBS: tuple[dict[str, Any], ...] = (
     ),
 )
 MALFORMED: tuple[dict[str, Any], ...] = (
-    *({"n": 3}, {"messages": []}, {"max_tokens": "many"}, {"temperature": -1}),
+    *({"n": 0}, {"messages": []}, {"max_tokens": "many"}, {"temperature": -1}),
     *({"grammar": "nonsense"}, {"stop": [""]}, {"tools": [{"type": "function"}]}),
+    *({"tool_choice": "required"}, {"tools": [{"type": "retrieval"}]}),
 )
 WATCH_EVERY_S = 5
 
@@ -66,19 +75,26 @@ class Tally:
 class Client:
     """One client; its turns follow from its number."""
 
-    def __init__(self, server: Served, number: int) -> None:
+    def __init__(self, server: Served, number: int, pictures: Sequence[str]) -> None:
+        self._root, self._pictures = server.root, pictures
         self._api = openai.OpenAI(base_url=server.api, api_key="none", max_retries=0, timeout=300)
         self._rng = random.Random(number)
         self._number = number
         # With their shares, in percent.
         self._kinds = {
-            "whole": (self._whole, 30),
-            "streamed": (self._streamed, 25),
-            "in full": (self._in_full, 10),
-            "log probabilities": (self._logprobs, 10),
+            "whole": (self._whole, 15),
+            "streamed": (self._streamed, 15),
+            "in full": (self._in_full, 8),
+            "log probabilities": (self._logprobs, 7),
+            "tools": (self._tools, 10),
+            "tools, streamed": (self._streamed_tools, 10),
+            "messages": (self._message, 5),
+            "responses": (self._response, 5),
+            "ollama": (self._ollama, 5),
+            "pictures": (self._picture, 10 if pictures else 0),
             "hung up": (self._hung_up, 10),
-            "malformed": (self._malformed, 10),
-            "bombs": (self._bomb, 5),
+            "malformed": (self._malformed, 8),
+            "bombs": (self._bomb, 2),
         }
 
     def run(self, end_s: float, tally: Tally) -> None:
@@ -117,6 +133,44 @@ class Client:
         reply = self._ask(request, mark, logprobs=True, top_logprobs=5)
         return "".join(one.token for one in reply.choices[0].logprobs.content)
 
+    def _tools(self, request: dict[str, Any], mark: str) -> str:
+        answer = self._api.chat.completions.create(**request, **calling(mark))
+        [call] = answer.choices[0].message.tool_calls or []
+        return str(json.loads(call.function.arguments)["mark"])
+
+    def _streamed_tools(self, request: dict[str, Any], mark: str) -> str:
+        with self._api.chat.completions.stream(**request, **calling(mark)) as stream:
+            said = stream.get_final_completion().choices[0].message
+        [call] = said.tool_calls or []
+        return str(json.loads(call.function.arguments)["mark"])
+
+    def _message(self, request: dict[str, Any], mark: str) -> str:
+        tool = {"name": "say", "input_schema": schema_of(mark)}
+        body = {**request, "max_tokens": 500, "tools": [tool], "tool_choice": {"type": "any"}}
+        return str(self._post("/v1/messages", body)["content"][0]["input"]["mark"])
+
+    def _response(self, request: dict[str, Any], mark: str) -> str:
+        form = {"type": "json_schema", "name": "a", "schema": {"const": mark}}
+        asked = request["messages"][0]["content"]
+        body = {"input": asked, "text": {"format": form}}
+        output = self._post("/v1/responses", body)["output"]
+        return str(json.loads(output[0]["content"][0]["text"]))
+
+    def _ollama(self, request: dict[str, Any], mark: str) -> str:
+        body = {**request, "format": {"const": mark}, "stream": False}
+        return str(json.loads(self._post("/api/chat", body)["message"]["content"]))
+
+    def _picture(self, request: dict[str, Any], mark: str) -> str:
+        url = {"type": "image_url", "image_url": {"url": self._rng.choice(self._pictures)}}
+        text = {"type": "text", "text": request["messages"][0]["content"]}
+        messages = [{"role": "user", "content": [url, text]}]
+        return str(self._ask(request | {"messages": messages}, mark).choices[0].message.content)
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        answer = httpx2.post(f"{self._root}{path}", json=body, timeout=300)
+        answer.raise_for_status()
+        return answer.json()
+
     def _hung_up(self, request: dict[str, Any], mark: str) -> str:
         body = {"grammar": ENDLESS}
         stream = self._api.chat.completions.create(**request, stream=True, extra_body=body)
@@ -139,6 +193,17 @@ class Client:
         except openai.BadRequestError:
             return mark
         return "no error"
+
+
+def schema_of(mark: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {"mark": {"const": mark}}, "required": ["mark"]}
+
+
+def calling(mark: str) -> dict[str, Any]:
+    """Make the model call a tool, with this mark."""
+    function = {"name": "say", "parameters": schema_of(mark)}
+    tools = [{"type": "function", "function": function}]
+    return {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
 
 
 @dataclass(frozen=True)
@@ -169,24 +234,57 @@ def look(server: Served, began_s: float) -> Seen:
     )
 
 
+def url_of(size: int) -> str:
+    """A picture of noise as a data URL."""
+    pixels = np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8)
+    encoded = BytesIO()
+    Image.fromarray(pixels).save(encoded, "JPEG")
+    return f"data:image/jpeg;base64,{b64encode(encoded.getvalue()).decode()}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--seconds", type=int, default=1800)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--cache-ram", type=int, default=64, help="MiB, as of pop-local serve")
+    parser.add_argument("--ends", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or make_seeing(Path(folder), "qwen2vl")
+        pictures = [] if options.model else [url_of(n) for n in (64, 200, 300)]
+        soak(model, pictures, options)
+
+
+def ended(model: Path, pictures: list[str], n_clients: int, rng: random.Random) -> float:
+    """Return how long a busy server takes to end, in seconds, from a random moment on."""
+    tally = Tally()
+    with served(model, "--ctx", 2048) as server:
+        for thread in asking(server, pictures, n_clients, time.monotonic() + 60, tally):
+            thread.daemon = True
+            thread.start()
+        time.sleep(rng.uniform(0, 8))
+        server.process.terminate()
+        began_s = time.monotonic()
+        server.process.wait(60)
+        return time.monotonic() - began_s
+
+
+def asking(
+    server: Served, pictures: list[str], n_clients: int, end_s: float, tally: Tally
+) -> list[threading.Thread]:
+    clients = (Client(server, number, pictures) for number in range(n_clients))
+    return [threading.Thread(target=client.run, args=(end_s, tally)) for client in clients]
+
+
+def soak(model: Path, pictures: list[str], options: argparse.Namespace) -> None:
     tally = Tally()
     seen: list[Seen] = []
-    with served(options.model, "--ctx", 2048, "--cache-ram", options.cache_ram) as server:
+    with served(model, "--ctx", 2048, "--cache-ram", options.cache_ram) as server:
         began_s = time.monotonic()
-        threads = [
-            threading.Thread(
-                target=Client(server, number).run, args=(began_s + options.seconds, tally)
-            )
-            for number in range(options.clients)
-        ]
+        end_s = began_s + options.seconds
+        threads = asking(server, pictures, options.clients, end_s, tally)
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
@@ -204,12 +302,17 @@ def main() -> None:
         if status != 128 + signal.SIGTERM:
             tally.lost.append(f"exit status {status}")
         last_words = server.log.splitlines()[-3:]
+    rng = random.Random(1)
+    ends_s = [ended(model, pictures, options.clients, rng) for _ in range(options.ends)]
+    tally.lost += [f"ended only after {seconds:.1f} s" for seconds in ends_s if seconds > 10]
     if options.json:
         figures = {"turns": tally.turns, "lost": tally.lost, "ended_s": ended_s, "log": last_words}
+        figures["ends_s"] = [round(seconds, 2) for seconds in ends_s]
         print(json.dumps(figures | {"seen": [asdict(one) for one in seen]}))
     else:
         print(*(f"{n:6} {kind}" for kind, n in tally.turns.items()), sep="\n")
         print(f"{len(tally.lost):6} lost", *tally.lost, f"ended within {ended_s} s", sep="\n")
+        print(f"{len(ends_s)} others ended within {max(ends_s, default=0):.2f} s")
         for one in seen[:: max(1, len(seen) // 20)]:
             print(one)
     if tally.lost:

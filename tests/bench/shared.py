@@ -10,6 +10,7 @@ from support.asked import BOMB
 from support.f32_copy import write_f32
 from support.recipes import Name, make
 from support.rpc import rpc_server
+from support.seeing import make_seeing
 from support.serving import Served, served
 from support.shared_kv import GEMMA4_E2B, add_keys, shapes
 from support.synthetic import Recipe, add_header
@@ -26,6 +27,7 @@ __all__ = [
     "add_header",
     "add_keys",
     "make",
+    "make_seeing",
     "rpc_server",
     "served",
     "shapes",
