@@ -1,8 +1,10 @@
 """The routes: `create_app` makes a Starlette application of a model, `run_app` serves it."""
 
 import asyncio
+import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -45,6 +47,7 @@ from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Job, Task, Worker
 
+_MAYBE_NO_NUMBER = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}")
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 32
 _LAST_WORDS_S = 5
@@ -245,6 +248,8 @@ class Api:
         if (n_other := len(raw) - n_in_pictures(raw)) > self._max_body_bytes:
             raise self._too_large(n_other)
         body = kind.model_validate_json(raw)
+        if _MAYBE_NO_NUMBER.search(raw):
+            _require_numbers(raw)
         if body.model and not self._is_here(body.model):
             if self._is_strict:
                 raise self._absent(body.model)
@@ -292,6 +297,14 @@ class Api:
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
         return watcher
+
+
+def _require_numbers(raw: bytes | bytearray) -> None:
+    """Raises ApiError for NaN, and for what is infinite; pydantic lets both through in schemas."""
+    try:
+        json.dumps(json.loads(raw), allow_nan=False)
+    except ValueError as error:
+        raise ApiError(400, "NaN, Infinity and numbers beyond 1e308 are no JSON") from error
 
 
 class _Server(uvicorn.Server):

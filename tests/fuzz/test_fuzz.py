@@ -1,17 +1,9 @@
-"""Damaged files and requests are refused by a PopError, or harmless: random ones, for each reader.
-
-Each takes FUZZ_SECONDS, or FUZZ_FILES however long they take: `make fuzz SECONDS=3600` goes on for
-an hour with each, with all at once where WORKERS=5 is given. FUZZ_SEED begins elsewhere.
-"""
+"""Damaged files are refused by a PopError, or harmless: random ones, for each reader."""
 
 import json
-import logging
-import os
 import random
-import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,32 +32,22 @@ from pop_local.engine.sessions.schema import (
 )
 from pop_local.engine.sessions.session_file import Sessions
 from pop_local.measure.depth import boundaries
-from pop_local.server.app import create_app
 from pop_local.workflows import inspect as inspection
 from pop_local.workflows.conversion.goals import LEAST_DIVISOR
 from pop_local.workflows.events import Watch
 from pop_local.workflows.inspect import inspect
 from support import recipes
 from support.architectures import MORE_KEYS
-from support.asked import NAME
-from support.calls import opened
+from support.campaign import CHILD_PATIENCE_S, campaign
 from support.converted import paired, tiny
 from support.mutants import IN_PLACE, mutated_bytes, mutated_json
 from support.native import Loader
-from support.serving import asking
 from support.shapes import read_shape
 from support.shared_kv import make_shared
-from support.synthetic import TEMPLATE, make_gguf
+from support.synthetic import make_gguf
 
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "8"))
-N_FILES = int(os.environ.get("FUZZ_FILES", "0"))
-SEED = int(os.environ.get("FUZZ_SEED", "0"))
-FEWEST = 100  # on a machine that is too busy for more
-# Limits for one file: processor time here, a child's on a busy machine. A reader that never ends is
-# to be ended from outside.
-PATIENCE_S, CHILD_PATIENCE_S = 5.0, 60.0
 SMALL: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "n_ff": 64}
 
 # Recipes of llama.cpp: experts, compressed K/V, recurrent states, shared K/V, and their mixtures.
@@ -74,30 +56,6 @@ OTHERS = (
     *("granitehybrid", "kimi-linear+experts", "lfm2", "mamba2", "minimax-01+experts"),
     *("mistral3", "nemotron_h", "olmo2", "qwen35", "qwen35moe+experts", "rwkv7", "smollm3"),
 )
-
-# Makes a damaged file from a source of chance, and reads it.
-Attempt = Callable[[random.Random], None]
-
-
-def campaign(attempt: Attempt) -> None:
-    """Raises what is no PopError, naming the seed that gives it again."""
-    deadline_s = time.monotonic() + SECONDS
-    n_attempts = n_refused = 0
-    try:
-        while n_attempts < (N_FILES or FEWEST) or (not N_FILES and time.monotonic() < deadline_s):
-            seed = SEED + n_attempts
-            began_s = time.process_time()
-            try:
-                attempt(random.Random(seed))
-            except PopError:
-                n_refused += 1
-            except Exception as error:
-                raise AssertionError(f"FUZZ_SEED={seed} escapes") from error
-            assert time.process_time() - began_s < PATIENCE_S, f"FUZZ_SEED={seed} takes too long"
-            n_attempts += 1
-    finally:  # with -s, Ctrl-C tells how far it came
-        print(f"{n_attempts:,} files, {n_refused:,} refused")
-    assert 0 < n_refused < n_attempts
 
 
 def others(folder: Path) -> list[Path]:
@@ -220,37 +178,3 @@ def test_what_llama_cpp_loads(tmp_path):
         loader.close()
         print(f"{said.total():,} opened: {dict(said)}, {loader.n_children} children")
     assert said[""] and said["refused"]
-
-
-def test_requests(tmp_path, caplog):
-    """Bodies of the server: a 4xx that says why, or an answer."""
-    asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "stop": ["x"]}
-    asked |= {"max_tokens": 2, "repeat_penalty": 1.1, "frequency_penalty": 0.5, "pop": True}
-    parts = [{"type": "text", "text": "who?"}]
-    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
-    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^a{2}$"}}}
-    kept = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
-    streamed = {"stream": True, "stream_options": {"include_usage": True}}
-    chat = {"model": NAME, "messages": said, "logprobs": True, "top_logprobs": 2} | asked
-    text = {"model": NAME, "prompt": "once", "logprobs": 2, "echo": True, "n": 1} | asked
-    bodies = [("chat/completions", chat | streamed), ("chat/completions", chat)] * 3
-    bodies += [("completions", text), ("completions", text | {"prompt": [5, 6, 7]})] * 3
-    bodies += [("chat/completions", chat | {"response_format": kept})]
-    bodies += [("completions", text | {"grammar": 'root ::= "a" | "b" root'})]
-    model = opened(tiny(tmp_path, boundary=1, chat_template=TEMPLATE, **SMALL), n_ctx=256)
-    with asking(create_app(model, NAME)) as client, caplog.at_level(logging.ERROR):
-
-        def attempt(rng: random.Random) -> None:
-            path, body = rng.choice(bodies)
-            content = json.dumps(mutated_json(rng, body)).encode()
-            if rng.random() < 0.2:
-                content = mutated_bytes(rng, content, 0, len(content))
-            reply = client.post(f"/v1/{path}", content=content)
-            assert not caplog.records and reply.status_code < 500, reply.text
-            if reply.status_code >= 400:
-                assert reply.json()["error"]["message"]
-                raise PopError("refused")
-            assert '"server_error"' not in reply.text
-
-        campaign(attempt)
-    model.close()

@@ -16,6 +16,7 @@ from support.tooled import DOUBLE, QWEN, TEMPLATES
 
 EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[ResponseStreamEvent, Field(discriminator="type")])
 TOOL = {"type": "function", **DOUBLE["function"]}
+NAN = float("nan")
 FORCED = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
 
 
@@ -125,11 +126,13 @@ def test_a_schema_holds(client):
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tool_choice": "required"}, "tool_choice needs tools"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"tools": [TOOL | {"description": "a", "parameters": {"default": NAN}}]}, "NaN"),
         ({"temperature": -1}, "temperature"),
     ],
 )
 def test_refusals(client, body, reason):
-    response = create(client, **body)
+    content = json.dumps({"model": NAME, "input": LONG} | body)  # which writes NaN
+    response = client.post("/v1/responses", content=content)
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]
 
