@@ -84,6 +84,8 @@ def test_fields_by_llama_cpps_names(client):
     (first, *_) = ask(client, prompt="a", n_probs=3)["completion_probabilities"]
     assert len(first["top_logprobs"]) == 3
     assert ask(client, prompt="a", n_predict=0)["tokens_predicted"] == 1
+    endless = ask(client, prompt="a", grammar='root ::= "b"', n_predict=None)
+    assert (endless["content"], endless["generation_settings"]["n_predict"]) == ("b", -1)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from pop_local import __version__
 from pop_local.base.errors import PopError
+from pop_local.config.settings import MOST
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.prompt.infill import infilling
 from pop_local.engine.tools.reader import Piece
@@ -28,7 +29,7 @@ _HINTS = ("samplers", "n_indent", "t_max_predict_ms")
 
 
 class LlamaBody(CompletionBody):
-    """/completion: OpenAI's fields by other names. No tokens are asked for to fill the cache."""
+    """/completion: OpenAI's fields by other names. `n_predict` 0 elsewhere only fills the cache."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,7 +43,8 @@ class LlamaBody(CompletionBody):
         if (schema := given.get("json_schema")) is not None:
             form = {"type": "json_schema", "json_schema": {"schema": schema}}
             renamed["response_format"] = form
-        renamed["n_predict"] = given.get("n_predict", -1) or 1
+        limit = given.get("n_predict")
+        renamed["n_predict"] = -1 if limit is None else limit or 1
         return {**given, **renamed, "n_cmpl": None, "json_schema": None}
 
 
@@ -211,7 +213,7 @@ class LlamaServer:
 
 def _settings(options: TurnOptions) -> Json:
     return {
-        "n_predict": -1 if options.max_tokens is None else options.max_tokens,
+        "n_predict": -1 if options.max_tokens in (None, MOST) else options.max_tokens,
         "seed": -1 if options.seed is None else options.seed,
         "stop": list(options.stops),
         **{name: getattr(options, name) for name in Sampling.model_fields},
