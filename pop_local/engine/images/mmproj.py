@@ -36,6 +36,12 @@ NO_TOKEN = -1
 _KNOWN_ROWS = 1 << 16
 # Each layer has the same of these.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
+# Projectors of libmtmd's clip.cpp that take no limit of tokens; those of old files have no name.
+_FIXED = re.compile(
+    r"|mlp|ldp|ldpv2|adapter|resampler|minicpmv4_6|internvl|nemotron_v2_vl|cogvlm|janus_pro|gemma3"
+    r"|gemma3nv|llama4|step3vl|yasa2|deepseekocr|deepseekocr2|granite4_vision|phi4|dots_ocr"
+    r"|dots3note_v|mimovl|paddleocr"
+)
 # Nodes of the encoder's graph between two questions whether to stop.
 _NODES_AT_ONCE = 32
 
@@ -122,6 +128,13 @@ class Mmproj:
         self._lock = threading.RLock()
         self._known: OrderedDict[str, Seen] = OrderedDict()
         self._last: _Cut | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether `max_tokens` changes nothing."""
+        header = read_source(self.path).first
+        kinds = map(header.get, ("clip.projector_type", "clip.vision.projector_type"))
+        return bool(_FIXED.fullmatch(next((str(kind) for kind in kinds if kind), "")))
 
     def open(self, model: Any, n_threads: int) -> "Self":
         """Load the file if it is not; `model`: a llama_model pointer.
