@@ -1,9 +1,12 @@
 """The keys of a model that its architecture names, `ARCH.*`, checked."""
 
 from pop_converter.architecture.names import (
+    DOUBLE_INNER,
+    HEADS_OF_STATES,
     LOOPS_KEY,
     PERIODS,
     SEVERAL_POSITIONS,
+    TURNS_ALL,
     WINDOWS,
     refusal,
 )
@@ -51,7 +54,10 @@ def require_loadable(header: Header) -> None:
     width = most("attention.key_length") or most("embedding_length") // (
         most("attention.head_count") or 1
     )
-    is_dense = n_expert <= 1 and header.get("general.architecture") in _DENSE_BY_COUNT
+    n_rot, n_inner = most("rope.dimension_count"), most("ssm.inner_size")
+    arch = str(header.get("general.architecture"))
+    is_dense = n_expert <= 1 and arch in _DENSE_BY_COUNT
+    is_mla = most("attention.key_length_mla") and most("attention.value_length_mla")
     wrong = {
         "block_count": n_layer > _MOST_LAYERS or numbers("block_count") == [0],
         "nextn_predict_layers": most("nextn_predict_layers") > n_layer,
@@ -60,14 +66,22 @@ def require_loadable(header: Header) -> None:
         "expert_group_count": n_group >= max(n_expert, 1)
         or (n_group > 1 and n_expert % n_group > 0),
         "expert_group_used_count": n_group > 1 and not 0 < n_group_used < n_group,
-        "rope.dimension_sections": sum(numbers("rope.dimension_sections")) > width,
+        "rope.dimension_sections": arch in SEVERAL_POSITIONS
+        and sum(numbers("rope.dimension_sections")) > width,
+        "rope.dimension_count": bool(TURNS_ALL.fullmatch(arch))
+        and numbers("rope.dimension_count") not in ([], [width]),
+        "attention.key_length": bool(is_mla) and width != most("attention.kv_lora_rank") + n_rot,
+        "ssm.inner_size": (arch in DOUBLE_INNER and n_inner != 2 * most("embedding_length"))
+        or (
+            arch in HEADS_OF_STATES
+            and n_inner != most("ssm.time_step_rank") * most("ssm.state_size")
+        ),
     }
     wrong |= {name: not all(eps >= 0 for eps in numbers(name)) for name in _EPSILONS}
     for name in filter(wrong.__getitem__, wrong):
         found = ", ".join(map(str, numbers(name))) or "nothing"
         raise FormatError(
-            f"{header.path} cannot be opened: its {header.get('general.architecture')}.{name} is"
-            f" {found}",
+            f"{header.path} cannot be opened: its {arch}.{name} is {found}",
             "download it again",
         )
 
