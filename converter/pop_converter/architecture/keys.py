@@ -5,6 +5,7 @@ from pop_converter.architecture.names import (
     HEADS_OF_STATES,
     LOOPS_KEY,
     PERIODS,
+    SAME_WIDTHS,
     SEVERAL_POSITIONS,
     TURNS_ALL,
     WINDOWS,
@@ -51,12 +52,13 @@ def require_loadable(header: Header) -> None:
 
     n_layer, n_expert, n_group = map(most, ("block_count", "expert_count", "expert_group_count"))
     n_used, n_group_used = most("expert_used_count"), most("expert_group_used_count")
-    width = most("attention.key_length") or most("embedding_length") // (
-        most("attention.head_count") or 1
-    )
+    usual = most("embedding_length") // (most("attention.head_count") or 1)
+    width, width_v = (most(f"attention.{kind}_length") or usual for kind in ("key", "value"))
     n_rot, n_inner = most("rope.dimension_count"), most("ssm.inner_size")
     arch = str(header.get("general.architecture"))
     is_dense = n_expert <= 1 and arch in _DENSE_BY_COUNT
+    turns_all = bool(TURNS_ALL.fullmatch(arch))
+    has_one_width = turns_all or SAME_WIDTHS.fullmatch(arch)
     is_mla = most("attention.key_length_mla") and most("attention.value_length_mla")
     wrong = {
         "block_count": n_layer > _MOST_LAYERS or numbers("block_count") == [0],
@@ -66,11 +68,11 @@ def require_loadable(header: Header) -> None:
         "expert_group_count": n_group >= max(n_expert, 1)
         or (n_group > 1 and n_expert % n_group > 0),
         "expert_group_used_count": n_group > 1 and not 0 < n_group_used < n_group,
+        "attention.key_length": (has_one_width and width != width_v)
+        or (is_mla and width != most("attention.kv_lora_rank") + n_rot),
         "rope.dimension_sections": arch in SEVERAL_POSITIONS
         and sum(numbers("rope.dimension_sections")) > width,
-        "rope.dimension_count": bool(TURNS_ALL.fullmatch(arch))
-        and numbers("rope.dimension_count") not in ([], [width]),
-        "attention.key_length": bool(is_mla) and width != most("attention.kv_lora_rank") + n_rot,
+        "rope.dimension_count": turns_all and numbers("rope.dimension_count") not in ([], [width]),
         "ssm.inner_size": (arch in DOUBLE_INNER and n_inner != 2 * most("embedding_length"))
         or (
             arch in HEADS_OF_STATES

@@ -181,6 +181,7 @@ def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):
         ("llama", "attention.layer_norm_rms_epsilon", "<f", float("nan")),
         ("qwen2vl", "rope.dimension_sections", "<I", 100),
         ("qwen2", "rope.dimension_count", "<I", 16),
+        ("qwen2", "attention.key_length", "<I", 16),
         ("qwen3moe", "rope.dimension_count", "<I", 0),
     ],
 )
