@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener
+from pop_local.commands.opening import Opener, without_refill
 from pop_local.commands.unfolding import unfolded
 from pop_local.models.names import DEFAULT_MODEL
 from pop_local.ui.chat.dialogue import Dialogue
@@ -19,6 +19,7 @@ from pop_local.ui.theme import look, note
 
 @unfolded
 def chat(
+    call: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -33,11 +34,12 @@ def chat(
     theme: opt.Theme = opt.DEFAULT_THEME,
 ) -> None:
     """Talk to a model; /help lists the commands inside. Piped lines are questions, one each."""
-    screen = Screen(look(theme))
+    screen, asked = Screen(look(theme)), opt.given_names(call)
     # A pipe does not wait: its next line is there already.
     if not sys.stdin.isatty() and opened.refill is opt.RefillName.IDLE:
-        opened = replace(opened, refill=opt.RefillName.OFF, learn=opt.Switch.OFF)
-    open_named = Opener(model, opened)
+        opened = without_refill(opened, "piped lines do not wait", asked)
+        opened = replace(opened, learn=opt.Switch.OFF)
+    open_named = Opener(model, opened, asked)
     begun = Dialogue(
         open_named(),
         open_named,

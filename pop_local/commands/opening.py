@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pop_local.commands.options import ModelOptions, RefillName, Switch, selected
@@ -16,15 +17,24 @@ if TYPE_CHECKING:
     from pop_local.workflows.learning import Lessons
 
 
+def without_refill(options: ModelOptions, why: str, asked: Collection[str]) -> ModelOptions:
+    """Switch refilling off, and tell whoever asked for it why it would have no effect."""
+    if options.refill is not RefillName.OFF and "refill" in asked:
+        warn(f"--refill {options.refill.value} has no effect: {why}")
+    return replace(options, refill=RefillName.OFF)
+
+
 @dataclass(frozen=True)
 class Opener:
     """Opens a model as the options say.
 
-    Called with a name, it opens that one, with the sidecar and mmproj beside it.
+    Called with a name, it opens that one, with the sidecar and mmproj beside it. `asked`: names of
+    the options that the command line has.
     """
 
     model: str | None
     options: ModelOptions
+    asked: Collection[str] = ()
 
     def __call__(self, name: str | None = None, n_ctx: int | None = None) -> PopModel:
         options = self.options
@@ -60,7 +70,10 @@ class Opener:
     def _warn(self, opened: PopModel) -> None:
         """Name the options that were given and change nothing."""
         options = self.options
-        if options.refill is RefillName.ANSWER and not opened.refills:
+        refills = opened.refills or opened.learner is not None  # which may prune it
+        if options.refill is not RefillName.OFF and "refill" in self.asked and not refills:
             warn(f"--refill has no effect: {opened.no_refill or 'this model is not pruned'}")
         if options.image_tokens and opened.eye is None:
             warn("--image-tokens has no effect: this model has no mmproj")
+        elif options.image_tokens and opened.eye is not None and opened.eye.is_fixed:
+            warn("--image-tokens has no effect: the mmproj of this model takes no limit")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener
+from pop_local.commands.opening import Opener, without_refill
 from pop_local.commands.unfolding import unfolded
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.images.pictures import read_picture
@@ -38,6 +38,7 @@ _PATIENCE_S = 5.0
 
 @unfolded
 def run(
+    call: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
     ],
@@ -71,7 +72,11 @@ def run(
         raise typer.BadParameter("give a question, a --file, or pipe some text in")
     messages = Conversation(system, (turn,)).messages
     screen = Screen(look(theme))
-    opened = Opener(model, how)()
+    asked = opt.given_names(call)
+    if how.full or how.refill is opt.RefillName.IDLE:
+        why = "--full prunes nothing" if how.full else "one question is asked"
+        how = without_refill(how, why, asked)
+    opened = Opener(model, how, asked)()
     for picture in pictures:
         screen.note(picture_line(picture, opened.count_picture(picture), opened.n_ctx))
     for document in turn.documents:

@@ -69,6 +69,7 @@ class ServerOptions(Group):
 
 @unfolded
 def serve(
+    call: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
     ],
@@ -89,7 +90,7 @@ def serve(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    open_named = Opener(model, how)
+    open_named = Opener(model, how, opt.given_names(call))
     opened = open_named()
     opened.cache.prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
     try:

@@ -19,6 +19,7 @@ from pop_local.cli import COMMANDS, app
 from pop_local.commands.options import finite, positive
 from pop_local.ui import errors
 from support.blocked import BLOCKER
+from support.converted import tiny
 from support.program import called, run
 from support.synthetic import make_gguf
 
@@ -175,6 +176,38 @@ def test_options_without_effect_get_a_word(tmp_path):
         "--image-tokens has no effect: this model has no mmproj",
     ):
         assert words in done.stderr
+
+
+PLAIN, ONCE, PIPED = "this model is not pruned", "one question is asked", "piped lines do not wait"
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "why"),
+    [
+        ("llama.gguf", "chat --refill answer --learn off", PLAIN),
+        ("llama.gguf", "chat --learn off", ""),
+        ("llama.gguf", "serve --refill idle --learn off", PLAIN),
+        ("llama.gguf", "serve --learn off", ""),
+        ("llama.gguf", "serve --refill idle", ""),  # it may learn to prune
+        ("llama.pop.gguf", "serve --refill idle", ""),
+        ("llama.pop.gguf", "run hi --refill idle", ONCE),
+        ("llama.pop.gguf", "run hi --refill answer", ""),
+        ("llama.pop.gguf", "run hi --refill answer --full", "--full prunes nothing"),
+        ("llama.gguf", "run hi --refill idle", ONCE),
+        ("llama.pop.gguf", "chat --refill idle", PIPED),
+        ("llama.pop.gguf", "chat", ""),
+    ],
+)
+def test_who_asks_for_refilling_hears_why_there_is_none(tmp_path, monkeypatch, file, words, why):
+    tiny(tmp_path, boundary=4)
+    monkeypatch.setattr("pop_local.server.app.run_app", lambda app, listening: None)
+    command, *options = words.split()
+    options += ["--port", "0"] if command == "serve" else ["--max-tokens", "1"]
+    done = called(command, tmp_path / file, *options, "--threads", 1, "--ctx", 1024, text="")
+    assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stderr.splitlines() if "has no effect" in line]
+    assert len(warned) == bool(why), warned
+    assert not why or warned[0].endswith(f" has no effect: {why}")
 
 
 def test_pull_into_what_is_no_folder(tmp_path):

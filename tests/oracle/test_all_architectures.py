@@ -5,6 +5,7 @@ rows come in calls of their own, so that all products have the same shapes in bo
 """
 
 import shutil
+import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pop_converter.architecture.keys import require_loadable
 from pop_converter.architecture.names import REFUSED
 from pop_converter.gguf.header import read_header
-from pop_local.base.errors import UnsupportedArchitectureError
+from pop_local.base.errors import FormatError, UnsupportedArchitectureError
 from support import recipes
 from support.architecture_table import DOCUMENT, row, written
 from support.architectures import (
@@ -183,6 +185,23 @@ def pruned(boundary: int) -> tuple[Step, ...]:
 @every
 def test_the_table_has_what_headers_say(subject: Subject) -> None:
     assert row(read_shape(subject.path)) in TABLE
+    require_loadable(read_header(subject.path))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *((name, "ssm.inner_size") for name in ("granitehybrid", "jamba", "qwen35")),
+        *((name, "attention.key_length") for name in ("deepseek2", "kimi-linear", "mistral4")),
+    ],
+)
+def test_numbers_that_end_the_process_are_named_before(name: str, key: str, tmp_path: Path) -> None:
+    found = next(each for each in NAMES if each.arch == name)
+    path = make(found, tmp_path / "model.gguf")
+    end, data = read_header(path).keys[f"{name}.{key}"].end, path.read_bytes()
+    path.write_bytes(data[: end - 4] + struct.pack("<I", 32) + data[end:])
+    with pytest.raises(FormatError, match=f"cannot be opened: its {name}.{key} is 32"):
+        require_loadable(read_header(path))
 
 
 @every

@@ -156,9 +156,9 @@ def test_pictures_after_one_that_does_not_fit_are_not_decoded(path, monkeypatch)
     seen: list[str] = []
     rgb = Picture.rgb
 
-    def noted(picture: Picture) -> Any:
+    def noted(picture: Picture, most: int) -> Any:
         seen.append(picture.name)
-        return rgb(picture)
+        return rgb(picture, most)
 
     monkeypatch.setattr(Picture, "rgb", noted)
     with asking(create_app(model, "tiny")) as client:
@@ -166,6 +166,20 @@ def test_pictures_after_one_that_does_not_fit_are_not_decoded(path, monkeypatch)
     model.close()
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert seen == [f"picture {number}" for number in range(1, 7)]  # of 50 tokens each
+
+
+def test_the_models_thread_decodes_none(client, monkeypatch):
+    """Whoever waits behind pictures does not wait for that."""
+    threads: list[str] = []
+    rgb = Picture.rgb
+
+    def noted(picture: Picture, most: int) -> Any:
+        threads.append(threading.current_thread().name)
+        return rgb(picture, most)
+
+    monkeypatch.setattr(Picture, "rgb", noted)
+    asked(client, *(image(data_url(png(seed))) for seed in (20, 21, 22)), text("a"))
+    assert len(threads) == 3 and "pop-local model" not in threads
 
 
 def test_pictures_and_grammars_do_not_wait_for_each_other(client, monkeypatch):

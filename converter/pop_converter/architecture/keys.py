@@ -1,9 +1,13 @@
 """The keys of a model that its architecture names, `ARCH.*`, checked."""
 
 from pop_converter.architecture.names import (
+    DOUBLE_INNER,
+    HEADS_OF_STATES,
     LOOPS_KEY,
     PERIODS,
+    SAME_WIDTHS,
     SEVERAL_POSITIONS,
+    TURNS_ALL,
     WINDOWS,
     refusal,
 )
@@ -48,10 +52,14 @@ def require_loadable(header: Header) -> None:
 
     n_layer, n_expert, n_group = map(most, ("block_count", "expert_count", "expert_group_count"))
     n_used, n_group_used = most("expert_used_count"), most("expert_group_used_count")
-    width = most("attention.key_length") or most("embedding_length") // (
-        most("attention.head_count") or 1
-    )
-    is_dense = n_expert <= 1 and header.get("general.architecture") in _DENSE_BY_COUNT
+    usual = most("embedding_length") // (most("attention.head_count") or 1)
+    width, width_v = (most(f"attention.{kind}_length") or usual for kind in ("key", "value"))
+    n_rot, n_inner = most("rope.dimension_count"), most("ssm.inner_size")
+    arch = str(header.get("general.architecture"))
+    is_dense = n_expert <= 1 and arch in _DENSE_BY_COUNT
+    turns_all = bool(TURNS_ALL.fullmatch(arch))
+    has_one_width = turns_all or SAME_WIDTHS.fullmatch(arch)
+    is_mla = most("attention.key_length_mla") and most("attention.value_length_mla")
     wrong = {
         "block_count": n_layer > _MOST_LAYERS or numbers("block_count") == [0],
         "nextn_predict_layers": most("nextn_predict_layers") > n_layer,
@@ -60,14 +68,22 @@ def require_loadable(header: Header) -> None:
         "expert_group_count": n_group >= max(n_expert, 1)
         or (n_group > 1 and n_expert % n_group > 0),
         "expert_group_used_count": n_group > 1 and not 0 < n_group_used < n_group,
-        "rope.dimension_sections": sum(numbers("rope.dimension_sections")) > width,
+        "attention.key_length": (has_one_width and width != width_v)
+        or (is_mla and width != most("attention.kv_lora_rank") + n_rot),
+        "rope.dimension_sections": arch in SEVERAL_POSITIONS
+        and sum(numbers("rope.dimension_sections")) > width,
+        "rope.dimension_count": turns_all and numbers("rope.dimension_count") not in ([], [width]),
+        "ssm.inner_size": (arch in DOUBLE_INNER and n_inner != 2 * most("embedding_length"))
+        or (
+            arch in HEADS_OF_STATES
+            and n_inner != most("ssm.time_step_rank") * most("ssm.state_size")
+        ),
     }
     wrong |= {name: not all(eps >= 0 for eps in numbers(name)) for name in _EPSILONS}
     for name in filter(wrong.__getitem__, wrong):
         found = ", ".join(map(str, numbers(name))) or "nothing"
         raise FormatError(
-            f"{header.path} cannot be opened: its {header.get('general.architecture')}.{name} is"
-            f" {found}",
+            f"{header.path} cannot be opened: its {arch}.{name} is {found}",
             "download it again",
         )
 

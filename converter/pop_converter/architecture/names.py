@@ -4,6 +4,8 @@ Everything else comes from a model's file (pop_converter.architecture.shape). Na
 llama.cpp's src/llama-arch.cpp; one that is missing here is taken for a decoder like any other.
 """
 
+import re
+
 _ENCODER = "an encoder, which writes no text"
 _DIFFUSION = "a diffusion model, which reads its whole text in every step"
 _DRAFT = "a draft for another model"
@@ -71,6 +73,22 @@ SEVERAL_POSITIONS = (
     "qwen3vlmoe",
     "qwen4exp",
 )
+# Those that turn all of a head by its position; llama.cpp asserts it.
+TURNS_ALL = re.compile(
+    "apertus|arcee|arctic|baichuan|codeshell|cogvlm|cohere2moe|dbrx|deepseek|dots1|ernie4_5"
+    "|ernie4_5-moe|exaone|exaone4|exaone-moe|granite|granitemoe|granite_swa|grok|grovemoe"
+    "|hunyuan-dense|hunyuan-moe|hunyuan_vl|hy_v3|internlm2|jais2|llama4|maincoder|mellum|minicpm"
+    "|mistral3|olmo|olmo2|olmoe|orion|paddleocr|pangu-embedded|plamo|qwen2|qwen2moe|qwen2vl|qwen3"
+    "|qwen3moe|qwen3tts|qwen3vl|qwen3vlmoe|seed_oss|smallthinker|smollm3|starcoder2|talkie|xverse"
+)
+# More of those whose heads have K and V of one width, as all of the above have.
+SAME_WIDTHS = re.compile(
+    "bailingmoe|bitnet|bloom|cohere2|command-r|deepseek2-ocr|falcon|gpt2|gpt-oss|gptneox|jais|jamba"
+    "|lfm2|lfm2moe|maple|mpt|nemotron|openelm|phi2|phimoe|qwen|starcoder"
+)
+# Those whose recurrent layers are twice as wide as the model, or have heads as wide as a state.
+DOUBLE_INNER = ("granitehybrid", "jamba")
+HEADS_OF_STATES = ("qwen35", "qwen35moe", "qwen3next", "qwen4exp")
 # Architectures whose gated FFN has GELU in the place of SiLU.
 GELU = ("gemma", "gemma2", "gemma3", "grok", "spark2_5")
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from pop_converter.gguf.source import read_source, sampled_sha256
 from pop_local.base.errors import PopError, StoppedError
-from pop_local.engine.images.pictures import Picture, require_pillow
+from pop_local.engine.images.pictures import MAX_SHOWN, Picture, require_pillow
 from pop_local.engine.llama import logs
 from pop_local.engine.llama.backend import INSTALL_HINT, bindings
 from pop_local.models.mmproj import ARCHITECTURE
@@ -36,6 +36,16 @@ NO_TOKEN = -1
 _KNOWN_ROWS = 1 << 16
 # Each layer has the same of these.
 _PART = re.compile(r"v\.blk\.(\d+)\.((?:attn_(?:q|k|v|qkv|out)|ffn_(?:up|down))\.weight)")
+# Projectors of libmtmd's clip.cpp that take no limit of tokens; those of old files have no name.
+_FIXED = re.compile(
+    r"|mlp|ldp|ldpv2|adapter|resampler|minicpmv4_6|internvl|nemotron_v2_vl|cogvlm|janus_pro|gemma3"
+    r"|gemma3nv|llama4|step3vl|yasa2|deepseekocr|deepseekocr2|granite4_vision|phi4|dots_ocr"
+    r"|dots3note_v|mimovl|paddleocr"
+)
+# Those that scale each picture to one square.
+_SQUARE = re.compile("gemma3|gemma3nv|nemotron_v2_vl")
+# Decoded pixels between the count of a picture's tokens and the encoding of its rows.
+_KEPT_BYTES = 1 << 26
 # Nodes of the encoder's graph between two questions whether to stop.
 _NODES_AT_ONCE = 32
 
@@ -74,6 +84,10 @@ class ImageRead:
 
     code: int
     encode_s: float
+
+
+# Width, height and bytes, as of Picture.rgb.
+_Pixels = tuple[int, int, bytes]
 
 
 class _Cut:
@@ -121,7 +135,15 @@ class Mmproj:
         self._ctx: Any = None
         self._lock = threading.RLock()
         self._known: OrderedDict[str, Seen] = OrderedDict()
+        self._kept: OrderedDict[str, _Pixels] = OrderedDict()
         self._last: _Cut | None = None
+        header = read_source(path).first
+        kinds = map(header.get, ("clip.projector_type", "clip.vision.projector_type"))
+        kind = next((str(kind) for kind in kinds if kind), "")
+        # Whether `max_tokens` changes nothing.
+        self.is_fixed = bool(_FIXED.fullmatch(kind))
+        side = header.get("clip.vision.image_size")
+        self._side = side if isinstance(side, int) and _SQUARE.fullmatch(kind) else 0
 
     def open(self, model: Any, n_threads: int) -> "Self":
         """Load the file if it is not; `model`: a llama_model pointer.
@@ -182,6 +204,8 @@ class Mmproj:
         mtmd = self._mtmd
         started_s = time.perf_counter()
         cut = self._cut_up(image.picture)
+        with self._lock:
+            self._kept.pop(image.picture.sha256, None)
         is_encoded = self._encode(cut[image.number])
         encode_s = time.perf_counter() - started_s
         if not is_encoded:
@@ -237,6 +261,7 @@ class Mmproj:
                 self._mtmd.mtmd_free(self._ctx)
             self._ctx = self._last = None
             self._known.clear()
+            self._kept.clear()
 
     def __del__(self) -> None:
         if getattr(self, "_ctx", None):
@@ -259,16 +284,25 @@ class Mmproj:
     def _cut_up(self, picture: Picture) -> _Cut:
         """The last picture is kept cut up: it is likely to be decoded next, piece by piece.
 
-        Pixels take seconds; other pictures are not held meanwhile.
+        Pixels take seconds; other pictures are not held meanwhile. They are kept until its rows are
+        decoded, so that a request's are not waited for twice.
         """
         if (last := self._last) is not None and last.sha256 == picture.sha256:
             return last
-        pixels = picture.rgb()
+        pixels = self._kept.get(picture.sha256) or picture.rgb(self._most_shown(picture))
         with self._lock:
             if self._ctx is None:
                 raise PopError(f"{self.path} is closed", "open the model again")
             self._last = self._newly_cut(picture, *pixels)
+            self._kept[picture.sha256] = pixels
+            while sum(len(rgb) for *_, rgb in self._kept.values()) > _KEPT_BYTES:
+                self._kept.popitem(last=False)
             return self._last
+
+    def _most_shown(self, picture: Picture) -> int:
+        """Return how many pixels to decode: twice a square's, along the shorter side."""
+        sides = sorted((picture.width, picture.height))
+        return min(MAX_SHOWN, 4 * self._side**2 * sides[1] // sides[0] or MAX_SHOWN)
 
     def _newly_cut(self, picture: Picture, width: int, height: int, rgb: bytes) -> _Cut:
         mtmd = self._mtmd

@@ -36,9 +36,9 @@ MAX_SCANNED = 20 * MAX_PIXELS
 MAX_ASPECT = 100
 _WHITE = (255, 255, 255, 255)
 # More than a model is shown; a larger picture is scaled down before anything else is made of it.
-_MAX_SHOWN = 8_000_000
+MAX_SHOWN = 8_000_000
 # Pillow decodes no WebP at a smaller size, and holds it several times.
-MAX_WEBP_PIXELS = 2 * _MAX_SHOWN
+MAX_WEBP_PIXELS = 2 * MAX_SHOWN
 # A WebP of more takes longer than starting a child.
 _MAX_HERE = 1_000_000
 LIMIT_S = 20.0
@@ -64,16 +64,16 @@ class Picture:
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    def rgb(self) -> tuple[int, int, bytes]:
+    def rgb(self, most: int = MAX_SHOWN) -> tuple[int, int, bytes]:
         """Return width, height and the pixels row by row, three bytes each: of the first frame,
-        upright, on white where transparent, and of some 8 million pixels at most.
+        upright, on white where transparent, and scaled down to some `most` pixels.
 
         Raises PopError for a damaged file.
         """
         is_webp = self.content[8:12] == b"WEBP"
         if is_webp and self.width * self.height > _MAX_HERE:
-            return _decoder.rgb(self)
-        return _rgb(self.content, self.name)
+            return _decoder.rgb(self, most)
+        return _rgb(self.content, self.name, most)
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
@@ -101,7 +101,7 @@ def picture_of(content: bytes, name: str) -> Picture:
     return Picture(name, content, width, height)
 
 
-def _rgb(content: bytes, name: str) -> tuple[int, int, bytes]:
+def _rgb(content: bytes, name: str, most: int) -> tuple[int, int, bytes]:
     from PIL import Image, ImageOps
 
     with _opened(content, name) as opened:
@@ -111,10 +111,10 @@ def _rgb(content: bytes, name: str) -> tuple[int, int, bytes]:
             shown = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             shown.info.pop("transparency", None)
         n_pixels = opened.width * opened.height
-        if n_pixels > _MAX_SHOWN:
+        if n_pixels > most:
             if shown.mode in ("1", "P"):  # which cannot be scaled smoothly
                 shown = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
-            share = (_MAX_SHOWN / n_pixels) ** 0.5
+            share = (most / n_pixels) ** 0.5
             size = opened.width * share, opened.height * share
             shown.thumbnail(size, reducing_gap=1.1)  # by a JPEG decoder what it can
         shown = ImageOps.exif_transpose(shown)
@@ -129,9 +129,9 @@ class Work:
     """The calls that the child answers."""
 
     @staticmethod
-    def rgb(content: str, name: str) -> tuple[int, int, str]:
+    def rgb(content: str, name: str, most: int) -> tuple[int, int, str]:
         """As Picture.rgb, with bytes as base64."""
-        width, height, pixels = _rgb(base64.b64decode(content), name)
+        width, height, pixels = _rgb(base64.b64decode(content), name, most)
         return width, height, base64.b64encode(pixels).decode()
 
 
@@ -143,10 +143,10 @@ def main(limit_s: float, limit_bytes: int) -> None:
 class _Decoder(KeptProcess):
     """The caller's side, which raises PopError beyond the limits."""
 
-    def rgb(self, picture: Picture) -> tuple[int, int, bytes]:
+    def rgb(self, picture: Picture, most: int) -> tuple[int, int, bytes]:
         content = base64.b64encode(picture.content).decode()
         try:
-            width, height, pixels = self.call("rgb", content, picture.name)
+            width, height, pixels = self.call("rgb", content, picture.name, most)
         except BeyondLimitsError as error:
             message = f"{picture.name} takes {self.limits} to decode"
             raise PopError(message, "scale the picture down") from error

@@ -180,6 +180,9 @@ def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):
         ("llama", "attention.layer_norm_rms_epsilon", "<f", -1.0),
         ("llama", "attention.layer_norm_rms_epsilon", "<f", float("nan")),
         ("qwen2vl", "rope.dimension_sections", "<I", 100),
+        ("qwen2", "rope.dimension_count", "<I", 16),
+        ("qwen2", "attention.key_length", "<I", 16),
+        ("qwen3moe", "rope.dimension_count", "<I", 0),
     ],
 )
 def test_numbers_that_end_the_process_are_named_before(tmp_path, arch, key, kind, value):
@@ -190,3 +193,9 @@ def test_numbers_that_end_the_process_are_named_before(tmp_path, arch, key, kind
     named = "expert" if "expert" in key else f"{key} is"
     with pytest.raises(FormatError, match=f"cannot be opened: its {arch}.{named}"):
         require_loadable(read_header(path))
+
+
+def test_numbers_that_nothing_reads_are_let_through(tmp_path):
+    path = make_gguf(tmp_path / "model.gguf", "llama")
+    for key in ("rope__dimension_sections", "ssm__inner_size"):
+        require_loadable(read_header(add_keys(path, tmp_path / "a.gguf", **{f"llama__{key}": 99})))

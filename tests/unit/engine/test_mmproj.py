@@ -106,11 +106,11 @@ def test_a_picture_that_is_decoded_holds_no_other(smol, monkeypatch):
     large, small = picture_of(png(3), "large"), picture_of(png(4), "small")
     is_begun, may_end = threading.Event(), threading.Event()
 
-    def slow(picture: Picture, real: Any = Picture.rgb) -> Any:
+    def slow(picture: Picture, *most: int, real: Any = Picture.rgb) -> Any:
         if picture is large:
             is_begun.set()
             assert may_end.wait(20)
-        return real(picture)
+        return real(picture, *most)
 
     monkeypatch.setattr(Picture, "rgb", slow)
     with smol.opened() as model:
@@ -175,3 +175,54 @@ def test_the_eye_of_a_model_that_nobody_has_is_freed(smol):
     del model
     gc.collect()
     assert len(freed) == 1
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[tuple[str, int, int]]:
+    """Name, width and height of each picture that is decoded from now on."""
+    found: list[tuple[str, int, int]] = []
+
+    def noted(picture: Picture, *most: int, real: Any = Picture.rgb) -> Any:
+        width, height, pixels = real(picture, *most)
+        found.append((picture.name, width, height))
+        return width, height, pixels
+
+    monkeypatch.setattr(Picture, "rgb", noted)
+    return found
+
+
+def asked(model: Any, images: list[Picture]) -> None:
+    for image in images:
+        model.count_picture(image)
+    model.chat("a", images=images, max_tokens=1)
+
+
+def test_no_picture_is_decoded_for_its_tokens_and_again_for_its_rows(smol, decoded):
+    images = [picture_of(png(seed), str(seed)) for seed in range(4)]
+    with smol.opened() as model:
+        asked(model, images)
+        assert [name for name, *_ in decoded] == ["0", "1", "2", "3"]
+        assert not model.eye._kept, "nothing needs them any more"
+
+
+def test_pixels_that_wait_have_a_limit(smol, decoded, monkeypatch):
+    images = [picture_of(png(seed, 100, 100), str(seed)) for seed in range(4)]
+    monkeypatch.setattr("pop_local.engine.images.mmproj._KEPT_BYTES", 2 * 3 * 100 * 100)
+    with smol.opened() as model:
+        for image in images:
+            model.count_picture(image)
+        assert len(model.eye._kept) == 2
+        model.chat("a", images=images, max_tokens=1)
+    assert len(decoded) > 4
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((1000, 500), (512, 256)), ((256, 2000), (256, 2000)), ((100, 90), (100, 90))],
+)
+def test_a_picture_is_decoded_as_large_as_the_encoder_can_use(tmp_path, decoded, size, shown):
+    """Twice its 128 pixels, the shorter side."""
+    seeing = Seeing("gemma3", make_seeing(tmp_path, "gemma3"))
+    with seeing.opened() as model:
+        model.count_picture(picture_of(png(3, *size), "a"))
+    assert decoded == [("a", *shown)]

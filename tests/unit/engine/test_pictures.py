@@ -52,15 +52,14 @@ def test_grey_of_16_bits_is_scaled_not_cut_off():
     ("kind", "mode"),
     [*(("PNG", mode) for mode in ("1", "P", "L", "RGB", "RGBA")), ("JPEG", "L"), ("JPEG", "RGB")],
 )
-def test_large_pictures_are_scaled_down_before_all_else(monkeypatch, kind, mode):
-    monkeypatch.setattr(pictures, "_MAX_SHOWN", 1200)
+def test_large_pictures_are_scaled_down_before_all_else(kind, mode):
     image = Image.new("L", (160, 120), 0)
     image.paste(255, (0, 0, 160, 40))
     exif = Image.Exif()
     exif[0x0112] = 6
     picture = picture_of(encoded(image.convert(mode), kind, exif=exif), "a")
     assert (picture.width, picture.height) == (120, 160)
-    width, height, rgb = picture.rgb()
+    width, height, rgb = picture.rgb(1200)
     assert (width, height) == (30, 40)
     pixels = np.frombuffer(rgb, np.uint8).reshape(40, 30, 3)
     assert (pixels[:, 22:] > 200).all() and (pixels[:, :18] < 50).all()

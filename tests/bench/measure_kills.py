@@ -1,0 +1,219 @@
+"""Kills at random moments of what writes files, and what is left then. Not a test.
+
+    python tests/bench/measure_kills.py [--kills 1000] [--only "a session"] [--seed 0] [--json]
+
+A session is saved, a model converted (to a copy, to a sidecar, and to a fit with --resume), pulled
+from a server, stripped, and sums of learning are added to their file: each in a forked process, at
+a file of before or none. SIGKILL comes at a random moment of a whole run's time. The old file or a
+whole new one must be there then; the same command must succeed, and leave that file alone.
+Exits with 1 if anything was lost. POSIX only: it forks.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+import numpy as np
+
+import shared  # noqa: F401
+from pop_converter.fit.least_squares import Gram
+from pop_local.calibration import job
+from pop_local.commands import convert, pull, strip  # noqa: F401  # not in each child
+from pop_local.engine.learning.store import SumsFile
+from pop_local.engine.learning.sums import Sums
+from pop_local.engine.sessions.conversation import Conversation, Turn
+from pop_local.engine.sessions.session_file import SUFFIX, Sessions
+from pop_local.measure import probes
+from pop_local.workflows.conversion import named
+from support.calibrating import words
+from support.calls import completed, opened
+from support.converted import converted, names
+from support.hub_server import Hub, serving
+from support.program import called
+from support.synthetic import TEMPLATE, make_gguf
+
+FORKS = multiprocessing.get_context("fork")
+SAID = Conversation("Be brief.", (Turn("who? " * 150),))
+MOMENTS = ("before", "amid", "after")  # what is written
+OLD = b"what was there before"
+
+
+@dataclass(frozen=True)
+class Work:
+    """`run` writes `name` into a folder where `old` may be.
+
+    `is_whole`: None for the same bytes each time. `kept`: what is beside it at the end.
+    """
+
+    run: Callable[[Path], None]
+    name: str = "out.gguf"
+    old: bytes = OLD
+    is_whole: Callable[[Path], bool] | None = None
+    kept: frozenset[str] = frozenset()
+
+
+@dataclass
+class Row:
+    """The kills of one work, by what was there then; `lost` says what went wrong."""
+
+    work: str
+    run_s: float
+    kills: Counter[str] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+
+
+def command(*arguments: object) -> None:
+    done = called(*arguments)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+
+
+def save(model: Path, folder: Path) -> None:
+    with opened(model, n_ctx=1024) as asked:
+        completed(asked, list(asked.chat_prompt(SAID.messages).tokens), max_tokens=1)
+        for _ in range(40):  # as long as it takes to open a model
+            Sessions(folder).save("talk", asked, SAID)
+
+
+def learn(folder: Path) -> None:
+    ones = np.ones((2000, 2000), np.float32)
+    SumsFile(folder / "sums.npz", "model").add(Sums(grams={1: Gram(ones, {2: ones}, 1)}), {1: []})
+
+
+def are_sums(path: Path) -> bool:
+    gram = SumsFile(path, "model").load().grams.get(1)
+    return gram is not None and {*np.unique(gram.xx), *np.unique(gram.xy[2])} == {gram.n_rows}
+
+
+def serve(content: bytes, urls: Any) -> None:
+    with serving(Hub(plain={"out.gguf": content})) as hub:
+        urls.put(hub.url("out.gguf"))
+        signal.pause()
+
+
+def works(folder: Path) -> dict[str, Work]:
+    """Nothing of llama.cpp runs in this process, whose threads a fork would lose."""
+    tiny = make_gguf(folder / "tiny.gguf", "llama", chat_template=TEMPLATE)
+    model = make_gguf(folder / "model.gguf", "llama", n_embd=512, n_ff=1024)
+    pop, content, urls = converted(model, folder, boundary=1), model.read_bytes(), FORKS.Queue()
+    FORKS.Process(target=serve, args=(content, urls), daemon=True).start()
+    url, sha256 = urls.get(), hashlib.sha256(content).hexdigest()
+    learn(folder)
+    # Measuring takes seconds, and writes nothing.
+    named.write_own = lambda run, plan: run.write(plan, None, None)
+    named.N_WINDOWS = probes.N_DRAWS = 1
+    job.SAVE_EVERY_S = 0.0
+    fit = ["--boundary", 4, "--text", words(folder), "--tokens", 2048, "--threads", 1, "--resume"]
+    own = ["--boundary", 1, "--projection", "own"]
+
+    def to(*words: object) -> Work:
+        return Work(lambda at: command(*words, at / "out.gguf", "--force"))
+
+    sums = folder / "sums.npz"
+    return {
+        "a session": Work(lambda at: save(tiny, at), f"talk{SUFFIX}"),
+        "convert to a copy": to("convert", *own, model),
+        "convert to a sidecar": to("convert", *own, "--sidecar", model),
+        "convert --resume": to("convert", *fit, tiny),
+        "pull": Work(lambda at: command("pull", url, "--sha256", sha256, "--force", "--dir", at)),
+        "strip": to("strip", pop),
+        "learn": Work(learn, sums.name, sums.read_bytes(), are_sums, frozenset({"sums.lock"})),
+    }
+
+
+def forked(work: Work, folder: Path, killed_after_s: float | None = None) -> int | None:
+    """Run it to its end, or kill it; return its exit code."""
+    child = FORKS.Process(target=work.run, args=(folder,))
+    child.start()
+    child.join(killed_after_s)
+    if killed_after_s is not None:
+        child.kill()
+        child.join()
+    return child.exitcode
+
+
+def killed(work: Work, row: Row, folder: Path, rng: random.Random, whole: bytes) -> None:
+    """Kill it once, and run it again; one that had ended by then does not count."""
+
+    def is_whole() -> bool:
+        return out.exists() and (work.is_whole(out) if work.is_whole else out.read_bytes() == whole)
+
+    def more() -> set[str]:
+        return names(folder) - {work.name} - work.kept
+
+    out, old = folder / work.name, rng.choice((work.old, None))
+    if old is not None:
+        out.write_bytes(old)
+    moment_s = rng.uniform(0, row.run_s)
+    code = forked(work, folder, moment_s)
+    if code == 0:
+        return
+    is_old = (out.read_bytes() if out.exists() else None) == old
+    row.kills["amid" if (left := more()) else "before" if is_old else "after"] += 1
+    wrongs = {
+        f"it ended by {code}": code != -signal.SIGKILL,
+        "the file was half there or gone": not is_old and not is_whole(),
+        "the next run failed": forked(work, folder) != 0,
+        "the file was not whole after the next run": not is_whole(),
+        f"the next run left {more()}": bool(more()),
+    }
+    said = f"{'old' if old else 'no'} file, killed after {moment_s:.4f} s, which left {left}"
+    row.lost += [f"{wrong} ({said})" for wrong, is_so in wrongs.items() if is_so]
+
+
+def measure(name: str, work: Work, folder: Path, n_kills: int, seed: int) -> Row:
+    taken_s = []
+    for number in range(3):
+        (at := folder / f"{name} {number}").mkdir()
+        began_s = time.monotonic()
+        assert forked(work, at) == 0, f"{name} fails undisturbed"
+        taken_s.append(time.monotonic() - began_s)
+    whole = (at / work.name).read_bytes()
+    row, rng = Row(name, statistics.median(taken_s)), random.Random(f"{name} {seed}")
+    while row.kills.total() < n_kills and len(row.lost) < 10:
+        with tempfile.TemporaryDirectory(dir=folder) as kept:
+            killed(work, row, Path(kept), rng, whole)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=1000, help="of all together")
+    parser.add_argument("--only", action="append", help="a kind of work; all without")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = works(Path(folder))
+        chosen = options.only or list(made)
+        for number, name in enumerate(chosen):
+            share = (options.kills + number) // len(chosen)
+            rows.append(row := measure(name, made[name], Path(folder), share, options.seed))
+            if not options.json:
+                moments = ", ".join(f"{row.kills[when]} {when}" for when in MOMENTS)
+                print(
+                    f"{name:22}{row.run_s:7.3f} s {row.kills.total():5} kills: {moments};", end=" "
+                )
+                print(f"{len(row.lost)} lost", *row.lost, sep="\n    ", flush=True)
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows]))
+    if any(row.lost for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
