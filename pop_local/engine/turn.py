@@ -225,12 +225,14 @@ class TokenLogprob:
 class Chunk:
     """A piece of the answer; the last one carries the figures, and perhaps no text.
 
-    `logprobs`: of the piece's tokens, where they were asked for.
+    `logprobs`: of the piece's tokens, where they were asked for. `embedding`: of the prompt, in the
+    place of an answer.
     """
 
     text: str
     stats: TurnStats | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()
 
 
 def _rate(n_tokens: int, seconds: float) -> float:

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from pop_local.engine.decode.grammar import Grammar
 from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.reader import CallReader, Piece
-from pop_local.engine.turn import Chunk, TokenLogprob, TurnStats
+from pop_local.engine.turn import Chunk, TokenLogprob
 from pop_local.server.errors import ApiError, as_api_error, hung_up
 from pop_local.server.replies import End, Json, Reply, usage
 from pop_local.server.worker import STOPPING, Job
@@ -30,7 +30,7 @@ async def whole_answer(state: State, jobs: Iterable[Job], reply: Reply) -> Respo
         chunks = [chunk async for batch in job.batches(_LONG_PAUSE_S) for chunk in batch]
         reading = _Reading(job)
         said = [*await reading.said("".join(chunk.text for chunk in chunks)), *await reading.rest()]
-        ends.append(_end(state, job, chunks[-1].stats, has_called=reading.has_called))
+        ends.append(_end(state, job, chunks[-1], has_called=reading.has_called))
         logprobs = [token for chunk in chunks for token in chunk.logprobs]
         wholes.append(reply.whole(said, logprobs, ends[-1]))
     return JSONResponse(reply.joined(wholes, ends))
@@ -56,7 +56,7 @@ async def streamed_answer(state: State, jobs: Iterable[Job], reply: Reply) -> As
                 parts = [reply.pieces(*part) for part in await reading.parts(batch)]
                 yield b"".join(map(framed, parts))
             rest = [reply.pieces(piece, ()) for piece in await reading.rest()]
-            ends.append(_end(state, job, batch[-1].stats, has_called=reading.has_called))
+            ends.append(_end(state, job, batch[-1], has_called=reading.has_called))
             last = b"".join(map(framed, [*rest, reply.ending(ends[-1])]))
         complete = True
         yield last + reply.closing(ends)
@@ -99,8 +99,9 @@ class _Reading:
         return [] if self._reader is None else await run_in_threadpool(self._reader.end)
 
 
-def _end(state: State, job: Job, stats: TurnStats | None, *, has_called: bool) -> End:
+def _end(state: State, job: Job, last: Chunk, *, has_called: bool) -> End:
     """Raises ApiError when the answer was cut off."""
+    stats = last.stats
     assert stats is not None, "the last chunk has them"
     state.note = (
         f", waited {job.queued_s:.2f} s, prompt {stats.n_prompt:,} tokens"
@@ -114,5 +115,6 @@ def _end(state: State, job: Job, stats: TurnStats | None, *, has_called: bool) -
     form = job.task.options.calls or job.task.options.grammar
     ignored = form.ignored if isinstance(form, CallForm | Grammar) else ()
     figures = usage(stats, job.queued_s, job.task.reason, ignored)
-    reason = stats.finish_reason
-    return End("tool_calls" if has_called and reason == "stop" else reason, stats.stop, figures)
+    reason: str = stats.finish_reason
+    reason = "tool_calls" if has_called and reason == "stop" else reason
+    return End(reason, stats.stop, figures, last.embedding)

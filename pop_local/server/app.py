@@ -33,6 +33,7 @@ from pop_local.engine.model import PopModel
 from pop_local.server.answers import streamed_answer, whole_answer
 from pop_local.server.bodies import ChatBody, CompletionBody
 from pop_local.server.connections import ACCEPTED_AT_ONCE, Connection, max_connections
+from pop_local.server.doors.embeddings import Embeddings
 from pop_local.server.doors.house import AnyBody, AnyNamed, Made
 from pop_local.server.doors.llama_server import LlamaServer
 from pop_local.server.doors.messages import Messages
@@ -94,6 +95,7 @@ def create_app(
         *LlamaServer(api).routes,
         *Responses(api).routes,
         *Messages(api).routes,
+        *Embeddings(api).routes,
     ]
     app = Starlette(
         routes=routes,

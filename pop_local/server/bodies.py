@@ -24,6 +24,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_MESSAGES = 10_000
 MAX_ANSWERS = 128  # to one request
+MAX_TEXTS = 2048
 MAX_PARTS = 1_000
 MAX_TOOLS = 256
 
@@ -326,12 +327,6 @@ class ChatBody(Body):
 
 
 Tokens = Annotated[list[int], Field(fail_fast=True)]
-Prompts = (
-    str
-    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_ANSWERS)]
-    | Tokens
-    | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_ANSWERS)]
-)
 
 
 def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -339,12 +334,35 @@ def _of_a_kind(prompt: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return handler(prompt)
     except ValidationError:
         raise ValueError(
-            f"give a text or its tokens, or a list of at most {MAX_ANSWERS} of these"
+            f"give a text or its tokens, or a list of at most {MAX_TEXTS} of these"
         ) from None
 
 
+Prompts = Annotated[
+    str
+    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_TEXTS)]
+    | Tokens
+    | Annotated[list[Tokens], Field(fail_fast=True, max_length=MAX_TEXTS)],
+    WrapValidator(_of_a_kind),
+]
+
+
+def each_of(prompt: Any) -> list[Any]:
+    """Return the texts, or lists of tokens, of one or several prompts."""
+    is_one = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+    return [prompt] if is_one else prompt
+
+
+class EmbeddingsBody(Body):
+    """`user` changes nothing; `dimensions` may be the model's alone."""
+
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
 class CompletionBody(Body):
-    prompt: Annotated[Prompts, WrapValidator(_of_a_kind)]
+    prompt: Prompts
     suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[
@@ -356,9 +374,7 @@ class CompletionBody(Body):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        several: Any = self.prompt
-        is_one = isinstance(several, str) or not several or isinstance(several[0], int)
-        return [several] if is_one else several
+        return each_of(self.prompt)
 
     @model_validator(mode="after")
     def _says_enough(self) -> "CompletionBody":

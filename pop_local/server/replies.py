@@ -21,11 +21,12 @@ encoded = json.JSONEncoder(ensure_ascii=False).encode
 @dataclass(frozen=True)
 class End:
     """How an answer ended: OpenAI's finish reason, the stop string that ended it ("" for none),
-    and its `usage`."""
+    and its `usage`. `embedding`: see Chunk."""
 
     reason: str
     stop: str
     usage: Json
+    embedding: tuple[float, ...] = ()
 
 
 def usage(stats: TurnStats, queued_s: float, reason: str | None, ignored: Sequence[str]) -> Json:

@@ -8,6 +8,7 @@ from pop_local.config.settings import MOST_SEED
 from pop_local.engine.decode.constraint import Constraint
 from pop_local.engine.decode.grammar import Grammar, GrammarError
 from pop_local.engine.decode.text import Pieces
+from pop_local.engine.embedding import require_pooling
 from pop_local.engine.images.pictures import Picture
 from pop_local.engine.limited.process import NoChildError
 from pop_local.engine.llama.backend import Mode
@@ -22,8 +23,10 @@ from pop_local.server.bodies import (
     ChatBody,
     ChatMessage,
     CompletionBody,
+    EmbeddingsBody,
     NamedTool,
     Sampling,
+    each_of,
 )
 from pop_local.server.errors import ApiError
 from pop_local.server.pictures import sent_pictures
@@ -36,6 +39,7 @@ _LOWEST_TEMPERATURE = 0.01
 
 NO_KEYS = "the model has no pruning keys"
 REQUESTED = "the request asks for it"
+EMBEDS = "embeddings need every layer"
 SERVER_OFF = "the server runs with --full"
 PROMPT_LOGPROBS = "log probabilities of the prompt need every layer"
 
@@ -92,6 +96,21 @@ class Tasks:
         options = replace(self._options(body, max_tokens, body.logprobs), has_end_logprob=True)
         tasks = [self._completion(body, each, options) for each in tokens]
         return [one for task in tasks for one in _seeded(task, body.n)]
+
+    def embeddings(self, body: EmbeddingsBody) -> list[Task]:
+        """Make a task for each text."""
+        if body.dimensions not in (None, n_embd := self._model.context.n_embd):
+            message = f"dimensions must be {n_embd}: the vectors of this model are not cut"
+            raise ApiError(400, message, param="dimensions")
+        try:
+            require_pooling(self._model.cache)
+        except PopError as error:
+            raise ApiError(400, error.message) from error
+        tokens = [self._tokens(prompt, None) for prompt in each_of(body.input)]
+        for each in tokens:
+            self._check_length(len(each), "input")
+        options = TurnOptions()
+        return [Task(Prompt(each), options, Mode.OFF, EMBEDS, embeds=True) for each in tokens]
 
     def _completion(self, body: CompletionBody, tokens: list[int], options: TurnOptions) -> Task:
         mode, reason = self._mode(body.pop)

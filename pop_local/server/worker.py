@@ -6,13 +6,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.decode.logprobs import prompt_logprobs
 from pop_local.engine.depth.power import RECHECK_S, on_battery
+from pop_local.engine.embedding import embedding
 from pop_local.engine.learning.lesson import Teacher
 from pop_local.engine.llama.backend import Mode
 from pop_local.engine.llama.interrupt import stopped_by
@@ -35,7 +36,7 @@ class Task:
 
     `echo` comes first in the answer. `n_prompt_logprobs`: alternatives to each of the prompt's
     tokens, None for no log probabilities. `n_written`: the characters of a prompt that is not
-    echoed, from which text offsets count.
+    echoed, from which text offsets count. `embeds`: its embedding is wanted, and no answer.
     """
 
     prompt: Prompt
@@ -45,6 +46,7 @@ class Task:
     echo: str = ""
     n_prompt_logprobs: int | None = None
     n_written: int = 0
+    embeds: bool = False
 
 
 class Job:
@@ -251,6 +253,16 @@ class Worker(threading.Thread):
         finally:
             self._seen_s = None
 
+    def _embedded(self, task: Task, should_stop: Callable[[], bool]) -> Chunk:
+        """The cached rows go to the cache of prompts first."""
+        started_s, n = time.perf_counter(), len(task.prompt)
+        self._model.cache.put_aside(task.prompt)
+        with stopped_by(should_stop):
+            vector = embedding(self._model.cache, task.prompt.tokens)
+        took_s = time.perf_counter() - started_s
+        stats = TurnStats(n, 0, 0, n, took_s, took_s, 0, 0.0, "stop")
+        return Chunk("", stats, embedding=tuple(vector.tolist()))
+
     def _answer(self, job: Job) -> Iterator[Chunk]:
         def should_stop() -> bool:
             self._seen_s = time.monotonic()
@@ -261,6 +273,9 @@ class Worker(threading.Thread):
         # Empties the KV cache where it changes: one cache never mixes full and pruned prompts.
         self._model.set_mode(task.mode)
         options = replace(task.options, should_stop=should_stop)
+        if task.embeds:
+            yield self._embedded(task, should_stop)
+            return
         read: list[TokenLogprob] = []
         started_s = time.perf_counter()
         if task.n_prompt_logprobs is not None:

@@ -145,6 +145,7 @@ class Context:
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
         params.n_threads, params.n_threads_batch = self.n_threads, self.n_threads_batch
+        params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
         flash_attn = options.flash_attn
         if flash_attn is None:
             # A server's device may lack it, and cannot be asked.
@@ -313,6 +314,11 @@ class Context:
         if code != 0:
             self.interrupt.check()
             raise logs.not_decoded(code)
+
+    @property
+    def n_embd(self) -> int:
+        """The width of a row's state."""
+        return int(self._api.llama_model_n_embd(self.model))
 
     def logits(self, n_rows: int = 1) -> np.ndarray:
         """Return the last batch's outputs, float32 [n_rows, n_vocab], until the next decode."""

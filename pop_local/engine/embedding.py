@@ -1,0 +1,58 @@
+"""Embeddings: the states behind the last layer, pooled as the model's file says."""
+
+from collections.abc import Sequence
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from pop_local.base.errors import PopError
+from pop_local.engine.cache.kv_cache import KvCache
+from pop_local.engine.llama import backend
+from pop_local.engine.llama.batch import Outputs
+
+_MAX_ROWS = 512
+
+
+def require_pooling(cache: KvCache) -> gguf.PoolingType:
+    """Return how rows become one vector: the file's way, else their mean.
+
+    Raises PopError for a way that is neither the mean nor the last row.
+    """
+    header = cache.context.header
+    kind = header.get(f"{header.get('general.architecture')}.pooling_type")
+    if kind in (None, gguf.PoolingType.NONE, gguf.PoolingType.MEAN):
+        return gguf.PoolingType.MEAN
+    if kind == gguf.PoolingType.LAST:
+        return gguf.PoolingType.LAST
+    raise PopError("this model pools its rows in a way that is not supported", "take another model")
+
+
+def embedding(cache: KvCache, tokens: Sequence[int]) -> NDArray[np.float32]:
+    """Return the vector of a text, float32 [n_embd] of length 1 (llama_get_embeddings_ith).
+
+    All rows run in full, and take the place of the KV cache, which is empty afterwards. Raises
+    PopError, and StoppedError or whatever Ctrl-C raises when interrupted.
+    """
+    pooling = require_pooling(cache)
+    context, api = cache.context, backend.bindings()
+    total = np.zeros(context.n_embd, np.float64)
+    step = min(_MAX_ROWS, context.n_batch)
+    cache.clear()
+    backend.set_reading(context.ctx, True)
+    api.llama_set_embeddings(context.ctx, True)
+    try:
+        with context.interrupt.watching(context.ctx):
+            for start in range(0, len(tokens), step):
+                piece = tokens[start : start + step]
+                cache.append(piece, Outputs.ALL, np.ones(len(piece), bool))
+                context.interrupt.check()
+                found = api.llama_get_embeddings(context.ctx)
+                rows = np.ctypeslib.as_array(found, (len(piece), context.n_embd))
+                is_last = pooling == gguf.PoolingType.LAST
+                total = rows[-1].astype(np.float64) if is_last else total + rows.sum(0)
+    finally:
+        api.llama_set_embeddings(context.ctx, False)
+        cache.clear()
+    vector: NDArray[np.float32] = (total / max(float(np.linalg.norm(total)), 1e-12)).astype("f4")
+    return vector

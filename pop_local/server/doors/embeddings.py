@@ -1,0 +1,72 @@
+"""OpenAI's embeddings, and Ollama's."""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pop_local.engine.tools.reader import Piece
+from pop_local.engine.turn import TokenLogprob
+from pop_local.server.bodies import EmbeddingsBody
+from pop_local.server.doors.house import House
+from pop_local.server.replies import End, Json, OwnReply, total
+
+
+class EmbeddingsReply(OwnReply):
+    def __init__(self, model: str, body: EmbeddingsBody) -> None:
+        super().__init__(model)
+        self._is_packed = body.encoding_format == "base64"
+
+    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+        found: Any = end.embedding
+        if self._is_packed:
+            found = b64encode(np.asarray(found, "<f4").tobytes()).decode()
+        return {"object": "embedding", "index": self._index, "embedding": found}
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
+        figures = total(ends)
+        n = figures["prompt_tokens"]
+        usage = {"prompt_tokens": n, "total_tokens": n, "pop": figures["pop"]}
+        return {"object": "list", "data": list(wholes), "model": self._model, "usage": usage}
+
+
+class OllamaReply(OwnReply):
+    def whole(self, said: Sequence[Piece], logprobs: Sequence[TokenLogprob], end: End) -> Json:
+        return {"embedding": end.embedding}
+
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
+        return {
+            "model": self._model,
+            "embeddings": [whole["embedding"] for whole in wholes],
+            "prompt_eval_count": total(ends)["prompt_tokens"],
+        }
+
+
+class Embeddings:
+    """The endpoints."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    @property
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/embeddings", self.create, methods=["POST"]),
+            Route("/api/embed", self.embed, methods=["POST"]),
+        ]
+
+    async def create(self, request: Request) -> Response:
+        body = await self._house.read(request, EmbeddingsBody)
+        return await self._answer(request, body, EmbeddingsReply(self._house.name, body))
+
+    async def embed(self, request: Request) -> Response:
+        body = await self._house.read(request, EmbeddingsBody)
+        return await self._answer(request, body, OllamaReply(self._house.name))
+
+    async def _answer(self, request: Request, body: EmbeddingsBody, reply: OwnReply) -> Response:
+        whole = body.model_copy(update={"stream": False})
+        return await self._house.answer(request, whole, self._house.tasks.embeddings, reply)

@@ -1,0 +1,60 @@
+"""Embeddings through OpenAI's API and Ollama's."""
+
+import base64
+
+import numpy as np
+import pytest
+
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.embedding import embedding
+from pop_local.server.app import create_app
+from support.asked import LONG, N_CTX, NAME, chat
+from support.calls import opened
+from support.serving import asking
+
+
+def test_embeddings(client, full):
+    texts = ["one", "two words", LONG]
+    asked = {"model": NAME, "input": texts}
+    found = client.post("/v1/embeddings", json=asked).json()
+    vectors = [np.array(one["embedding"]) for one in found["data"]]
+    assert [one["index"] for one in found["data"]] == [0, 1, 2]
+    tokens = [full.tokenize(text, add_bos=True, special=True) for text in texts]
+    assert found["usage"]["prompt_tokens"] == sum(map(len, tokens))
+    for vector, each in zip(vectors, tokens, strict=True):
+        assert np.allclose(vector, embedding(full.cache, each))
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    packed = client.post("/v1/embeddings", json=asked | {"encoding_format": "base64"}).json()
+    raw = base64.b64decode(packed["data"][2]["embedding"])
+    assert np.array_equal(np.frombuffer(raw, "<f4"), vectors[2].astype("f4"))
+    by_tokens = client.post("/v1/embeddings", json={"input": tokens[1]}).json()
+    assert np.allclose(by_tokens["data"][0]["embedding"], vectors[1])
+    of_ollama = client.post("/api/embed", json=asked).json()
+    assert np.allclose(of_ollama["embeddings"], vectors)
+
+
+def test_embeddings_leave_what_the_cache_of_prompts_has(path):
+    with opened(path, n_ctx=N_CTX) as model:
+        model.cache.prompts = PromptCache(1 << 24)
+        with asking(create_app(model, NAME)) as client:
+            chat(client)
+            client.post("/v1/embeddings", json={"input": "another text"})
+            usage = chat(client).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > usage["prompt_tokens"] / 2
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({}, "input: Field required"),
+        ({"input": "a", "dimensions": 3}, "dimensions must be 128"),
+        ({"input": [2**31]}, "token ids go from 0"),
+        ({"input": ["a"] * 2049}, "at most 2048"),
+        ({"input": LONG * 20}, "the context of this server holds"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
+    ],
+)
+def test_embeddings_that_are_refused(client, body, reason):
+    response = client.post("/v1/embeddings", json=body)
+    assert response.status_code == 400
+    assert reason in response.json()["error"]["message"]
