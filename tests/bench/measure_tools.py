@@ -1,15 +1,17 @@
 """Calls of tools by a real model, through the server. Not a test.
 
-    python tests/bench/measure_tools.py MODEL.gguf [--json]
+    python tests/bench/measure_tools.py MODEL.gguf [--turns] [--json]
 
 Forty requests with four tools, where a call is required, where it is named, and where the model
 chooses (twenty that need a tool and twenty that need none). A call is valid if its arguments are
 JSON under the tool's schema; llguidance made them, so a check of its own reads them again.
-Temperature 0, one thread.
+With --turns only an agent's two turns: a long system prompt, a call, and its result, which comes
+ten seconds later. Temperature 0, one thread.
 """
 
 import argparse
 import json
+import time
 from collections import Counter
 from typing import Any
 
@@ -52,6 +54,8 @@ NEEDED = [
     *((f"Show me what is in the file {name}.", "read_file") for name in FILES),
     *((f"Send {name} a mail that says hello.", "send_mail") for name in MAILS),
 ]
+RULE = "Before you change a file, read it, and say in one sentence what you are about to do."
+TOOL_S = 10.0
 NOT_NEEDED = [
     *("Who wrote Hamlet?", "What is a noun?", "Say hello in French.", "Name three colours."),
     *("What is the capital of Spain?", "Explain recursion in one sentence.", "Tell me a joke."),
@@ -94,13 +98,43 @@ def measured(client: openai.OpenAI, asked: list[tuple[str, str]], mode: str) -> 
     return found
 
 
+def turns(client: openai.OpenAI) -> dict[str, Any]:
+    """The figures of an agent's first and second request."""
+    rules = "\n".join(f"Rule {n}: {RULE}" for n in range(100))
+    messages: list[Any] = [{"role": "system", "content": rules}]
+    messages.append({"role": "user", "content": NEEDED[0][0]})
+    found: dict[str, Any] = {}
+    for name in ("first", "second"):
+        answer = client.chat.completions.create(
+            model="any",
+            messages=messages,
+            tools=TOOLS,
+            tool_choice="required" if name == "first" else "auto",
+            temperature=0,
+            max_tokens=60,
+        )
+        usage: Any = answer.usage
+        found[name] = usage.model_dump()
+        message = answer.choices[0].message
+        messages.append(message.model_dump(exclude_none=True))
+        for call in message.tool_calls or []:
+            time.sleep(TOOL_S)
+            content = "It is raining, 14 degrees."
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
+    parser.add_argument("--turns", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with served(options.model, "--name", "any") as server:
         client = openai.OpenAI(base_url=server.api, api_key="none", max_retries=0)
+        if options.turns:
+            print(json.dumps(turns(client), indent=None if options.json else 1))
+            return
         rows = {
             "required": measured(client, NEEDED, "required"),
             "named": measured(client, NEEDED, "named"),

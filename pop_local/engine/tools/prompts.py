@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -51,10 +52,8 @@ class _Native:
         self._context, self._prompter = context, prompter
         self._messages, self._tools = messages, tools
         self._rendered: Rendered | None = None
-        try:
-            self._rendered = self._render([each.content for each in messages], lambda text: text)
-        except ValueError as error:
-            self._refusal = str(error)
+        with suppress(ValueError):  # the text form may say it otherwise
+            self._rendered = self._render([each.content for each in messages], str)
 
     @property
     def is_known(self) -> bool:
@@ -91,7 +90,7 @@ class _Native:
         if tools.callable_ != tools.told:
             contents = [each.content for each in self._messages]
             one = _Native(self._context, self._prompter, self._messages, tools.only_callable)
-            made = one._render(contents, lambda text: text)
+            made = one._render(contents, str)
         instead = {f"tool-{one.rule}-schema": rules[one.name] for one in tools.callable_}
         grammar = Grammar.of_gbnf(made.grammar, instead)
         shown = frozenset(self._shown(made))
