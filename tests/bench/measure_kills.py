@@ -2,11 +2,9 @@
 
     python tests/bench/measure_kills.py [--kills 1000] [--only "a session"] [--seed 0] [--json]
 
-A session is saved, a model converted (to a copy, to a sidecar, and to a fit with --resume), pulled
-from a server, stripped, and sums of learning are added to their file: each in a forked process, at
-a file of before or none. SIGKILL comes at a random moment of a whole run's time. The old file or a
-whole new one must be there then; the same command must succeed, and leave that file alone.
-Exits with 1 if anything was lost. POSIX only: it forks.
+Each runs in a forked process, where an older file is or none, and gets SIGKILL at a random moment
+of a whole run's time. That file or a whole new one must be there then; the same command must
+succeed, and leave nothing else. Exits with 1 if anything was lost. POSIX only.
 """
 
 import argparse
@@ -47,22 +45,17 @@ from support.synthetic import TEMPLATE, make_gguf
 
 FORKS = multiprocessing.get_context("fork")
 SAID = Conversation("Be brief.", (Turn("who? " * 150),))
-MOMENTS = ("before", "amid", "after")  # what is written
-OLD = b"what was there before"
+MOMENTS = ("before", "amid", "after")  # the writing
 
 
 @dataclass(frozen=True)
 class Work:
-    """`run` writes `name` into a folder where `old` may be.
-
-    `is_whole`: None for the same bytes each time. `kept`: what is beside it at the end.
-    """
+    """`run` writes `name` where `old` may be; `is_whole` None: the same bytes each time."""
 
     run: Callable[[Path], None]
     name: str = "out.gguf"
-    old: bytes = OLD
+    old: bytes = b"what was there before"
     is_whole: Callable[[Path], bool] | None = None
-    kept: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -117,7 +110,6 @@ def works(folder: Path) -> dict[str, Work]:
     named.N_WINDOWS = probes.N_DRAWS = 1
     job.SAVE_EVERY_S = 0.0
     fit = ["--boundary", 4, "--text", words(folder), "--tokens", 2048, "--threads", 1, "--resume"]
-    own = ["--boundary", 1, "--projection", "own"]
 
     def to(*words: object) -> Work:
         return Work(lambda at: command(*words, at / "out.gguf", "--force"))
@@ -125,23 +117,22 @@ def works(folder: Path) -> dict[str, Work]:
     sums = folder / "sums.npz"
     return {
         "a session": Work(lambda at: save(tiny, at), f"talk{SUFFIX}"),
-        "convert to a copy": to("convert", *own, model),
-        "convert to a sidecar": to("convert", *own, "--sidecar", model),
+        "convert to a copy": to("convert", "--boundary", 1, "--projection", "own", model),
         "convert --resume": to("convert", *fit, tiny),
+        "convert to a sidecar": to("convert", *fit, "--sidecar", tiny),
         "pull": Work(lambda at: command("pull", url, "--sha256", sha256, "--force", "--dir", at)),
         "strip": to("strip", pop),
-        "learn": Work(learn, sums.name, sums.read_bytes(), are_sums, frozenset({"sums.lock"})),
+        "learn": Work(learn, sums.name, sums.read_bytes(), are_sums),
     }
 
 
 def forked(work: Work, folder: Path, killed_after_s: float | None = None) -> int | None:
     """Run it to its end, or kill it; return its exit code."""
-    child = FORKS.Process(target=work.run, args=(folder,))
-    child.start()
+    (child := FORKS.Process(target=work.run, args=(folder,))).start()
     child.join(killed_after_s)
     if killed_after_s is not None:
         child.kill()
-        child.join()
+    child.join()
     return child.exitcode
 
 
@@ -152,7 +143,7 @@ def killed(work: Work, row: Row, folder: Path, rng: random.Random, whole: bytes)
         return out.exists() and (work.is_whole(out) if work.is_whole else out.read_bytes() == whole)
 
     def more() -> set[str]:
-        return names(folder) - {work.name} - work.kept
+        return names(folder) - {work.name, "sums.lock"}
 
     out, old = folder / work.name, rng.choice((work.old, None))
     if old is not None:
@@ -204,11 +195,9 @@ def main() -> None:
             share = (options.kills + number) // len(chosen)
             rows.append(row := measure(name, made[name], Path(folder), share, options.seed))
             if not options.json:
-                moments = ", ".join(f"{row.kills[when]} {when}" for when in MOMENTS)
-                print(
-                    f"{name:22}{row.run_s:7.3f} s {row.kills.total():5} kills: {moments};", end=" "
-                )
-                print(f"{len(row.lost)} lost", *row.lost, sep="\n    ", flush=True)
+                kills = ", ".join(f"{row.kills[when]} {when}" for when in MOMENTS)
+                said = f"{name:22}{row.run_s:7.3f} s, kills: {kills}; {len(row.lost)} lost"
+                print(said, *row.lost, sep="\n    ", flush=True)
     if options.json:
         print(json.dumps([asdict(row) for row in rows]))
     if any(row.lost for row in rows):

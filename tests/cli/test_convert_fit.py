@@ -65,7 +65,7 @@ from pop_local.cli import main
 sys.argv = ["pop-local", "convert", *sys.argv[1:]]
 main()
 """
-N_KILLS = int(os.environ.get("POP_TEST_KILLS", "2"))
+N_KILLS = 2  # tests/bench/measure_kills.py has more
 
 
 def convert(*arguments: object):

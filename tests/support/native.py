@@ -19,7 +19,7 @@ TEXT = "The ferry leaves the pier at half past six, with nobody on board. "
 class Loader:
     """Opens files for the one who asks; the child goes on until one of them ends it."""
 
-    def __init__(self, patience_s: float, limit_bytes: int = 2 << 30) -> None:
+    def __init__(self, patience_s: float, limit_bytes: int = 4 << 30) -> None:
         self._limits = (patience_s, limit_bytes)
         self._child: LimitedProcess | None = None
         self.n_children = 0

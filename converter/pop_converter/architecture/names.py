@@ -78,13 +78,14 @@ TURNS_ALL = re.compile(
     "apertus|arcee|arctic|baichuan|codeshell|cogvlm|cohere2moe|dbrx|deepseek|dots1|ernie4_5"
     "|ernie4_5-moe|exaone|exaone4|exaone-moe|granite|granitemoe|granite_swa|grok|grovemoe"
     "|hunyuan-dense|hunyuan-moe|hunyuan_vl|hy_v3|internlm2|jais2|llama4|maincoder|mellum|minicpm"
-    "|mistral3|olmo|olmo2|olmoe|orion|paddleocr|pangu-embedded|plamo|qwen2|qwen2moe|qwen2vl|qwen3"
-    "|qwen3moe|qwen3tts|qwen3vl|qwen3vlmoe|seed_oss|smallthinker|smollm3|starcoder2|talkie|xverse"
+    "|mistral3|olmo|olmo2|olmoe|orion|paddleocr|pangu-embedded|plamo|pockettts|qwen2|qwen2moe"
+    "|qwen2vl|qwen3|qwen3moe|qwen3tts|qwen3vl|qwen3vlmoe|seed_oss|smallthinker|smollm3|starcoder2"
+    "|talkie|xverse"
 )
 # More of those whose heads have K and V of one width, as all of the above have.
 SAME_WIDTHS = re.compile(
-    "bailingmoe|bitnet|bloom|cohere2|command-r|deepseek2-ocr|falcon|gpt2|gpt-oss|gptneox|jais|jamba"
-    "|lfm2|lfm2moe|maple|mpt|nemotron|openelm|phi2|phimoe|qwen|starcoder"
+    "bailingmoe|bitnet|bloom|cohere2|command-r|deepseek2-ocr|deepseek4|falcon|gpt2|gpt-oss|gptneox"
+    "|jais|jamba|lfm2|lfm2moe|maple|mpt|nemotron|openelm|phi2|phimoe|qwen|starcoder"
 )
 # Those whose recurrent layers are twice as wide as the model, or have heads as wide as a state.
 DOUBLE_INNER = ("granitehybrid", "jamba")
