@@ -8,10 +8,10 @@ from typing import Any
 
 from pop_local.base.errors import PopError
 from pop_local.engine.decode.grammar import Grammar, JsonRule, json_rule, unchecked
-from pop_local.engine.llama.backend import bindings
+from pop_local.engine.decode.text import Pieces
 from pop_local.engine.llama.context import Context, tokenized
 from pop_local.engine.prompt.prompt import THINK, Prompt
-from pop_local.engine.prompt.prompter import Prompter
+from pop_local.engine.prompt.prompter import Prompter, is_end
 from pop_local.engine.tools import native, text_form
 from pop_local.engine.tools.form import CallForm, Trigger
 from pop_local.engine.tools.native import Rendered
@@ -103,11 +103,11 @@ class _Native:
         return CallForm(tuple(tools.names), triggers, grammar, shown, made.format)
 
     def _shown(self, made: Rendered) -> Iterator[int]:
-        """The special tokens that are part of the form, but for those that end an answer."""
-        vocab = self._context.vocab
+        """The tokens of the form that have no text otherwise, but for those that end an answer."""
+        vocab, pieces = self._context.vocab, Pieces(self._context)
         for text in made.shown:
             for token in tokenized(vocab, text, special=True):
-                if not bindings().llama_vocab_is_eog(vocab, token):
+                if not pieces[token] and not is_end(self._context, token):
                     yield token
 
 
