@@ -20,6 +20,11 @@ DOORS: dict[str, dict[str, Any]] = {
     "/api/show": {},
     "/completion": PROMPT,
     "/infill": {"input_prefix": "a", "input_suffix": "b"},
+    "/v1/responses": {"input": "a"},
+    "/v1/messages": CHAT | {"max_tokens": 1},
+    "/v1/messages/count_tokens": CHAT,
+    "/v1/embeddings": {"input": "a"},
+    "/api/embed": {"input": "a"},
     "/tokenize": {"content": "a"},
     "/detokenize": {"tokens": [5]},
 }
@@ -31,6 +36,11 @@ TEXTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "/api/generate": ("prompt", str),
     "/completion": ("prompt", str),
     "/infill": ("input_prefix", str),
+    "/v1/responses": ("input", str),
+    "/v1/messages": ("messages", lambda text: [{"role": "user", "content": text}]),
+    "/v1/messages/count_tokens": ("messages", lambda text: [{"role": "user", "content": text}]),
+    "/v1/embeddings": ("input", str),
+    "/api/embed": ("input", str),
 }
 SCHEMA = {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}}}
 DEEP = {"type": "string", "pattern": "(a?){1000}" * 20 + "(?=a)"}
@@ -92,6 +102,8 @@ def test_a_text_beyond_the_context_says_so(client, filler, door):
         ("/api/chat", {"format": DEEP}),
         ("/api/generate", {"format": SCHEMA}),
         ("/api/generate", {"format": SCHEMA, "raw": True}),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "schema": SCHEMA}}}),
+        ("/v1/messages", {"tools": [{"name": "a", "input_schema": DEEP}]}),
     ],
 )
 def test_a_form_that_would_take_all_memory_is_400(client, door, field):
