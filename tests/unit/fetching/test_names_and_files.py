@@ -292,6 +292,27 @@ def test_models_dir_is_the_variable_the_clone_or_the_users_data(tmp_path, monkey
     assert models_dir() == tmp_path / "elsewhere"
 
 
+def test_a_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):
+    clone, users = tmp_path / "clone", tmp_path / "data" / "models"
+    for part in (*models._CLONE, users):
+        (clone / part).mkdir(parents=True)
+    monkeypatch.chdir(clone)
+    monkeypatch.delenv(models.MODELS_VARIABLE, raising=False)
+    monkeypatch.setattr(models.platformdirs, "user_data_path", lambda name: users.parent)
+    for name in ("mine.gguf", find("smollm2").file):
+        (users / name).touch()
+    assert [resolve("mine"), resolve("smollm2")] == [users / "mine.gguf", users / name]
+    with pytest.raises(PopError, match="no model named") as failure:
+        resolve("mime")
+    assert "mine" in failure.value.hint
+    (clone / "models" / "mine.gguf").touch()
+    assert resolve("mine") == Path("models/mine.gguf")
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "elsewhere"))
+    for name in ("mine", "smollm2"):
+        with pytest.raises(PopError):
+            resolve(name)
+
+
 @pytest.mark.parametrize("name", ["hf:acme/tiny:Q4_K_M", "https://example.org/tiny.gguf"])
 def test_resolve_says_what_has_to_be_fetched_first(name):
     with pytest.raises(PopError, match="has to be fetched first") as failure:
