@@ -14,7 +14,8 @@ from pop_local.base.nearest import nearest_hint
 from pop_local.config import settings
 from pop_local.models.stored import known_name, models_by_name
 
-DEFAULT_MODEL = settings.find("model").default
+# Of the demo, and where the memory holds no larger one.
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _REMOTE = ("hf:", "https://", "http://")
 # A clone has these folders.
 _CLONE = ("models", "pop_local/models", "patches/llama.cpp")

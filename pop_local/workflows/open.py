@@ -7,6 +7,7 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import FormatError, PopError
 from pop_local.base.numbers import size
+from pop_local.calibration.needs import free_bytes
 from pop_local.fetching.catalog import fetch
 from pop_local.models.mmproj import mmproj_beside
 from pop_local.models.names import (
@@ -26,6 +27,16 @@ from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
+
+
+# The catalog's best models by the free memory that they want, in bytes.
+_BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
+
+
+def best_model() -> Model:
+    """Return the best model of the catalog that the free memory allows."""
+    n_free = free_bytes()
+    return find(next((name for name, least in _BEST if n_free >= least), DEFAULT_MODEL))
 
 
 def open_model(
