@@ -68,7 +68,6 @@ BY_CAUSE = {
         "measure other boundaries on the model itself, {model}, with --fit or without"
     ),
     "no-fit": "leave the layers their own: --projection own of convert, no --fit of eval",
-    "own-loses-more": "leave --projection own out",
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
     "recall-lost": "select more (--select), skip fewer layers, or write it all the same (--force)",
     "rpc-unreachable": "start it there, from the same version: pop-local rpc-server --host ...",
