@@ -14,7 +14,7 @@ from pop_local.base.nearest import nearest_hint
 from pop_local.config import settings
 from pop_local.models.stored import known_name, models_by_name
 
-# Of the demo, and where the memory holds no larger one.
+# The demo takes it, and so does a chat where the memory holds no larger one.
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _REMOTE = ("hf:", "https://", "http://")
 # A clone has these folders.
@@ -182,7 +182,7 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
         return path
     raise PopError(
         f"{entry.name} has not been fetched yet",
-        "fetch it first",
+        f"fetch it first: pop_local.fetching.catalog.fetch({entry.short_name!r})",
         cause="not-fetched",
         model=entry.name,
     )
