@@ -23,8 +23,8 @@ def list(  # noqa: A001
 ) -> None:
     """Show the models that are here, what is damaged, and those that can be fetched by name.
 
-    Any name shown here can be given wherever a command takes a model; not fetched, to `pull`,
-    `chat` and `run`.
+    Any name shown here can be given wherever a command takes a model. `chat` and `run` fetch it
+    first, and so does `pull`.
     """
     folders, catalog = models_dirs(), not_fetched()
     models = tuple(model for folder in folders for model in stock(folder))

@@ -53,7 +53,6 @@ def test_own_projections_are_measured_when_a_quality_is_asked_for(tiny, tmp_path
     assert "BROKEN" not in shown(tmp_path / "tiny.pop.gguf")
     limits = ("--max-kl", 50, "--max-ppl-ratio", 1000, "--max-copy-ratio", 1000)
     done = convert(tiny, "--projection", "own", "--boundary", 5, *limits, "--force")
-    print(done.stderr)
     meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
     assert meta is not None and meta.measured is not None
 
