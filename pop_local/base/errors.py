@@ -4,9 +4,10 @@
 class PopError(Exception):
     """A failure that the user can understand; `hint` says what to do, or is empty.
 
-    `hint` is for whoever calls this library: it names parameters, never a command. A program that
-    has better words for some failures tells these by `cause`, a short name, and builds its words
-    from `fields`: the numbers, names and paths that the remedy needs. Other failures have no cause.
+    `hint` is for whoever calls this library: it names parameters, never a command; a trace has it.
+    A program that has better words for some failures tells these by `cause`, a short name, and
+    builds its words from `fields`: the numbers, names and paths that the remedy needs. Other
+    failures have no cause.
     """
 
     def __init__(self, message: str, hint: str = "", *, cause: str = "", **fields: object) -> None:
@@ -15,6 +16,8 @@ class PopError(Exception):
         self.hint = hint
         self.cause = cause
         self.fields = fields
+        if hint and hasattr(self, "add_note"):  # from Python 3.11 on
+            self.add_note(f"hint: {hint}")
 
 
 class StoppedError(Exception):

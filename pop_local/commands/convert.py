@@ -133,6 +133,7 @@ def convert(
         typer.Argument(metavar="OUT.gguf", help="Default: IN.pop.gguf beside it."),
     ] = None,
     *,
+    out: opt.Output = None,
     at: opt.BoundaryOptions,
     how: HowOptions,
     json: opt.Json = False,
@@ -154,6 +155,7 @@ def convert(
     stored. With --projection own nothing is added, and stock llama.cpp opens the copy too, in full.
     With --sidecar the model itself stays the file to open.
     """
+    output = opt.one_output(output, out)
     named, own = at.named, opt.given(**vars(limits))
     if full.select is not None and (named is None or how.quality or own):
         raise typer.BadParameter(

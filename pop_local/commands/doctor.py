@@ -22,11 +22,12 @@ from pop_local.commands.options import Json
 from pop_local.config import settings
 from pop_local.engine.llama import backend, devices
 from pop_local.models.mmproj import mmproj_beside
-from pop_local.models.names import DEFAULT_MODEL, lookup, models_dir, resolve
+from pop_local.models.names import lookup, models_dir, resolve
 from pop_local.ui.hints import hint_of
 from pop_local.ui.printable import printable
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import out
+from pop_local.workflows.open import best_model
 
 Status = Literal["ok", "note", "fix"]
 MARKS = {"ok": ("ok  ", "good"), "note": ("note", "warn"), "fix": ("FIX ", "bad")}
@@ -180,7 +181,7 @@ def _as_read(path: Path) -> str:
 
 def _model() -> Check:
     try:
-        model, folder = str(settings.get("model") or DEFAULT_MODEL), models_dir()
+        model, folder = str(settings.get("model") or best_model().name), models_dir()
     except PopError as error:
         return Check("settings", "Settings", "fix", error.message, error.hint)
     try:

@@ -2,7 +2,7 @@
 
 from pop_local.base.numbers import size
 from pop_local.commands.options import Json
-from pop_local.models.names import models_dir
+from pop_local.models.names import models_dirs, not_fetched
 from pop_local.models.stored import Stored, stock
 from pop_local.ui.tables import Column, Table, print_json, print_table
 from pop_local.ui.theme import note
@@ -21,20 +21,26 @@ _COLUMNS = (
 def list(  # noqa: A001
     json: Json = False,
 ) -> None:
-    """Show the models folder: sizes, architectures, boundaries, what is damaged.
+    """Show the models that are here, what is damaged, and those that can be fetched by name.
 
-    Any name shown here can be given wherever a command takes a model.
+    Any name shown here can be given wherever a command takes a model. `chat` and `run` fetch it
+    first, and so does `pull`.
     """
-    folder = models_dir()
-    models = stock(folder)
+    folders, catalog = models_dirs(), not_fetched()
+    models = tuple(model for folder in folders for model in stock(folder))
+    absent = tuple(
+        Stored(each.short_name, (), size_bytes=each.size_bytes, problem="not fetched")
+        for each in catalog
+    )
     if json:
-        print_json({"folder": folder, "models": models})
-    elif models:
-        note(f"In {folder}:")
-        print_table(_table(models))
-    else:
-        note(f"No models in {folder} yet.")
-        note("`pop-local pull smollm2` fetches a small one.")
+        fetchable = [{"name": each.name, "size_bytes": each.size_bytes} for each in absent]
+        print_json({"folder": folders[0], "models": models, "not_fetched": fetchable})
+        return
+    where = " and ".join(map(str, folders))
+    note(f"In {where}:" if models else f"No models in {where} yet.")
+    if absent:
+        note(f"`pop-local pull {absent[0].name}` fetches one that is not here.")
+    print_table(_table(models + absent))
 
 
 def _table(models: tuple[Stored, ...]) -> Table:

@@ -40,6 +40,13 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
+def one_output(argument: Path | None, option: Path | None) -> Path | None:
+    """Return the output that was given in one of both places."""
+    if argument and option:
+        raise typer.BadParameter("OUT.gguf is given as an argument, too", param_hint="--output")
+    return argument or option
+
+
 def _no_more_than_cores(call: typer.Context, n_threads: int | None) -> int | None:
     n_cores = os.cpu_count()
     if n_threads is None or n_cores is None or n_threads <= n_cores:
@@ -72,6 +79,10 @@ SELECT = (
     " the file says."
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="OUT.gguf", help="The same as OUT.gguf after IN.gguf."),
+]
 Sidecar = Annotated[Path | None, typer.Option("--sidecar", metavar="PATH", help=_SIDECAR)]
 System = Annotated[str, typer.Option("--system", help="System prompt.")]
 Theme = Annotated[

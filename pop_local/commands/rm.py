@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from pop_local.base.errors import PopError
 from pop_local.base.numbers import size
 from pop_local.commands.options import Json
 from pop_local.models.mmproj import orphans
-from pop_local.models.names import lookup, models_dir
+from pop_local.models.names import lookup, models_dirs
 from pop_local.models.stored import parts_folder, removable, total_bytes
 from pop_local.ui.tables import print_json
 from pop_local.ui.theme import note, say
@@ -33,10 +34,9 @@ def rm(
     A model goes with its sidecar, and with the mmproj that has its name; its converted copy is a
     model of its own and stays, unless the name is one of the catalog, which stands for both.
     """
-    folder = models_dir()
     # All names are looked up before anything goes; one given twice goes once.
-    files = tuple(dict.fromkeys(file for name in names for file in _files(folder, name)))
-    files += orphans(folder, files)
+    files = tuple(dict.fromkeys(file for name in names for file in _found(name)))
+    files += tuple(file for folder in models_dirs() for file in orphans(folder, files))
     freed_bytes = total_bytes(files)
     if not yes:
         _ask(files, freed_bytes)
@@ -51,6 +51,18 @@ def rm(
     for file in files:
         say(f"Removed {file}")
     say(f"Freed {size(freed_bytes)}")
+
+
+def _found(name: str) -> tuple[Path, ...]:
+    """Return the files of that name in the first folder that has it; the first says it has not."""
+    first, *others = models_dirs()
+    try:
+        return _files(first, name)
+    except PopError:
+        for folder in others:
+            with suppress(PopError):
+                return _files(folder, name)
+        raise
 
 
 def _files(folder: Path, name: str) -> tuple[Path, ...]:

@@ -83,6 +83,7 @@ def run(
         n_tokens = len(opened.tokenize(document.text))
         screen.note(counted_line(document.name, n_tokens, opened.n_ctx))
     options = sampling.given
+    options["ends_repeats"] = True
     options["min_answer"] = least_answer(sampling.max_tokens, opened.n_ctx)
     with unechoed_keys(), deferred_interrupt() as interrupt:
         options["should_stop"] = lambda: interrupt.asked

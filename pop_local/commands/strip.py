@@ -11,7 +11,7 @@ from pop_converter.popfile.format import pop_meta
 from pop_converter.popfile.rewrite import strip as write_original
 from pop_local.base.errors import FormatError
 from pop_local.base.numbers import size
-from pop_local.commands.options import Json
+from pop_local.commands.options import Json, Output, one_output
 from pop_local.models.names import resolve
 from pop_local.ui.progress import bytes_progress
 from pop_local.ui.tables import print_facts, print_json
@@ -23,6 +23,7 @@ def strip(
         Path | None,
         typer.Argument(metavar="OUT.gguf", help="Default: the original's name, beside IN."),
     ] = None,
+    out: Output = None,
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace an existing output.")
     ] = False,
@@ -32,6 +33,7 @@ def strip(
 
     A model that came in several parts comes back as one file.
     """
+    output = one_output(output, out)
     path = resolve(model)
     header = read_header(path)
     if is_sidecar(header):

@@ -58,7 +58,7 @@ class Setting:
 SETTINGS = (
     Setting("models_dir", str, is_path=True),
     Setting("state_dir", str, is_path=True),
-    Setting("model", str, "SmolLM2-135M-Instruct"),
+    Setting("model", str, "the best of the catalog for the free memory"),
     Setting("threads", int, "the physical cores", least=1, most=MOST),
     Setting("ctx", int, "the model's, at most 8192", least=1, most=MOST),
     Setting("gpu_layers", int, "-1 (all)", least=-1, most=MOST),

@@ -11,6 +11,7 @@ from pop_local.base.errors import PopError
 from pop_local.engine.cache.kv_cache import KvCache
 from pop_local.engine.context_full import ContextFullError
 from pop_local.engine.decode.logprobs import Logprobs
+from pop_local.engine.decode.repeats import Repeats
 from pop_local.engine.decode.sampler import Allowed, Sampler
 from pop_local.engine.decode.text import Pieces, TextStream
 from pop_local.engine.depth.refiller import Refiller
@@ -118,6 +119,9 @@ class _Turn:
         self._pieces = Pieces(context, options.calls.shown if options.calls else ())
         n_top = options.n_top_logprobs
         self._logprobs = None if n_top is None else Logprobs(context, n_top)
+        has_form = options.grammar is not None or options.calls is not None
+        self._repeats = Repeats() if options.ends_repeats and not has_form else None
+        self._is_repeating = False
         self._n_shown = 0
         self._sampler = Sampler(context, options, constraint())
         self._sampled: Generator[int] | None = None
@@ -157,10 +161,13 @@ class _Turn:
         while True:
             self._n_decoded += 1
             at_end = is_end(self._context, token)
-            shown = "" if at_end else self._text.push(self._pieces[token])
+            piece = b"" if at_end else self._pieces[token]
+            shown = self._text.push(piece)
+            self._is_repeating = self._repeats is not None and self._repeats.push(token, piece)
             if self._logprobs is not None and (not at_end or self._options.has_end_logprob):
                 self._logprobs.push(token)
-            reason = "stop" if at_end or self._text.stop else self._cut_short()
+            is_over = at_end or self._text.stop or self._is_repeating
+            reason = "stop" if is_over else self._cut_short()
             if reason is not None:
                 yield self._chunk(shown + self._text.flush(), self._stats(reason))
                 return
@@ -215,4 +222,5 @@ class _Turn:
             is_short=found.is_short,
             fit=self._parts.cache.fit if counters.n_context else "",
             stop=self._text.stop,
+            is_repeating=self._is_repeating,
         )

@@ -47,6 +47,7 @@ class TurnOptions:
     "interrupted" and has its figures all the same. While a long text is split into tokens it raises
     StoppedError. `stops` end the answer and are not part of it.
     `grammar`: a text is GBNF. `calls`: how the answer may call tools, in the place of a grammar.
+    `ends_repeats`: an answer that comes to repeat one block ends, where it has no such form.
     `n_top_logprobs`: None for no log probabilities at all; `has_end_logprob`: whether the token
     that ends the answer has one, too. `repeatable`: the prompt is read as if it were new, and
     nothing is refilled meanwhile, so that the same options with a seed, or at temperature 0, give
@@ -69,6 +70,7 @@ class TurnOptions:
     has_end_logprob: bool = False
     calls: CallForm | None = None
     repeatable: bool = False
+    ends_repeats: bool = False
     on_prefill: Callable[[int, int], None] | None = None
     should_stop: Callable[[], bool] | None = None
 
@@ -89,6 +91,7 @@ class AnswerOptions(TypedDict, total=False):
     stops: tuple[str, ...]
     grammar: str | Grammar | None
     repeatable: bool
+    ends_repeats: bool
     on_prefill: Callable[[int, int], None] | None
     should_stop: Callable[[], bool] | None
 
@@ -109,7 +112,8 @@ class TurnStats:
     the prompt, without that. decode_s: from the first to the last sampled token, the reader's own
     time left out. is_short: pruning is on, and the prompt (what was not cached of it) too short to
     be pruned. fit: what the projections were fitted on that pruned tokens took, "" for none.
-    stop: the stop string that ended the answer, "" for none.
+    stop: the stop string that ended the answer, "" for none. is_repeating: it was ended since it
+    only repeated itself.
     """
 
     n_prompt: int
@@ -131,6 +135,7 @@ class TurnStats:
     encode_s: float = 0.0
     fit: str = ""
     stop: str = ""
+    is_repeating: bool = False
 
     @property
     def reading(self) -> Reading:

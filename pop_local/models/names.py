@@ -1,4 +1,4 @@
-"""Models by name: the catalog and the models folder."""
+"""Models by name: the catalog and the folders of models."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +14,8 @@ from pop_local.base.nearest import nearest_hint
 from pop_local.config import settings
 from pop_local.models.stored import known_name, models_by_name
 
-DEFAULT_MODEL = settings.find("model").default
+# The demo takes it, and so does a chat where the memory holds no larger one.
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _REMOTE = ("hf:", "https://", "http://")
 # A clone has these folders.
 _CLONE = ("models", "pop_local/models", "patches/llama.cpp")
@@ -89,12 +90,31 @@ def _parts(requirement: str, member: str, wheel_bytes: list[int]) -> Iterator[Pa
 
 
 def models_dir() -> Path:
-    """Return where models are kept: as set, else a clone's models/, else the user's data."""
+    """Return where models are put: as set, else a clone's models/, else the user's data."""
+    return models_dirs()[0]
+
+
+def models_dirs() -> tuple[Path, ...]:
+    """Return where models are looked for: the folder that is set, else the clone's and the user's.
+
+    A name means the first.
+    """
     if chosen := settings.get("models_dir"):
-        return Path(str(chosen))
-    if all(Path(part).is_dir() for part in _CLONE):
-        return Path("models")
-    return platformdirs.user_data_path("pop-local") / "models"
+        return (Path(str(chosen)),)
+    users = platformdirs.user_data_path("pop-local") / "models"
+    is_clone = all(Path(part).is_dir() for part in _CLONE)
+    return (Path("models"), users) if is_clone else (users,)
+
+
+def kept(*files: str) -> Path | None:
+    """Return the first of these files that is in a folder of models, None when none is."""
+    places = (folder / file for file in files for folder in models_dirs())
+    return next((path for path in places if path.is_file()), None)
+
+
+def not_fetched() -> tuple[Model, ...]:
+    """Return the models of the catalog that are in no folder of models."""
+    return tuple(each for each in load_catalog() if not kept(each.pop_file, each.file))
 
 
 def find(name: str) -> Model:
@@ -118,13 +138,20 @@ def lookup(name: str) -> Model | None:
 
 
 def stored(name: str) -> Path | None:
-    """Return the file of that name in the models folder, None when there is none.
+    """Return the file of that name in the folders of models, None when there is none.
 
     It takes precedence over the catalog's, since `list` and `rm` use that name.
     """
-    here = models_by_name(models_dir())
+    here = _here()
     known = known_name(name, here)
     return here[known][0] if known else None
+
+
+def _here() -> dict[str, tuple[Path, ...]]:
+    found: dict[str, tuple[Path, ...]] = {}
+    for folder in reversed(models_dirs()):
+        found |= models_by_name(folder)
+    return found
 
 
 def resolve(model: str) -> Path:
@@ -151,12 +178,11 @@ def _resolve(model: str, files: Callable[[Model], tuple[str, ...]]) -> Path:
     entry = lookup(model)
     if entry is None:
         raise _not_there(model)
-    for file in files(entry):
-        if (path := models_dir() / file).is_file():
-            return path
+    if path := kept(*files(entry)):
+        return path
     raise PopError(
         f"{entry.name} has not been fetched yet",
-        "fetch it first",
+        f"fetch it first: pop_local.fetching.catalog.fetch({entry.short_name!r})",
         cause="not-fetched",
         model=entry.name,
     )
@@ -177,7 +203,7 @@ def _not_there(model: str) -> PopError:
         )
     if os.sep in model or "/" in model:
         return PopError(f"there is no file {model}", _nearest_file_hint(Path(model)))
-    here = {name: name for name in models_by_name(models_dir())}
+    here = {name: name for name in _here()}
     if model.lower().endswith(".gguf"):
         beside = {file.name: file.name for file in Path().glob("*.gguf")}
         hint = nearest_hint(model, here | beside, "check the path")

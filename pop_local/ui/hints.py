@@ -68,7 +68,6 @@ BY_CAUSE = {
         "measure other boundaries on the model itself, {model}, with --fit or without"
     ),
     "no-fit": "leave the layers their own: --projection own of convert, no --fit of eval",
-    "own-loses-more": "leave --projection own out",
     "prompts-too-short": "give longer prompts: --prompt {n_least} or more",
     "recall-lost": "select more (--select), skip fewer layers, or write it all the same (--force)",
     "rpc-unreachable": "start it there, from the same version: pop-local rpc-server --host ...",
@@ -83,6 +82,28 @@ BY_CAUSE = {
     "windows-too-long": (
         "give shorter windows (--context, --continuation), or documents (--recall)"
     ),
+}
+
+# Words of Ollama, llm and llama.cpp, and what does the same here.
+FOREIGN_COMMANDS = {
+    "cp": "a model is a file, which `pop-local list --json` names: copy that",
+    "create": "`pop-local convert MODEL` makes a model",
+    "help": "`pop-local --help` shows the commands, `pop-local COMMAND --help` one",
+    "ls": "`pop-local list` shows the models",
+    "models": "`pop-local list` shows the models",
+    "prompt": "`pop-local run MODEL QUESTION` asks one question",
+    "ps": "a model stays loaded only while `chat` or `serve` runs",
+    "quantize": "llama-quantize of llama.cpp does that; `pop-local convert` adds the pruning",
+    "show": "`pop-local inspect MODEL` shows what is in a model",
+    "stop": "a model stays loaded only while `chat` or `serve` runs: Ctrl-C ends them",
+}
+FOREIGN_OPTIONS = {
+    "-c": "use --ctx N",
+    "-m": "give the model without an option, as the first argument",
+    "-n": "use --max-tokens N",
+    "-ngl": "use --gpu-layers N",
+    "-p": "give the question without an option, after the model",
+    "-t": "use --threads N",
 }
 
 TRACE = "`pop-local --debug COMMAND ...` shows where it happened"

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from pop_local.ui import hints
 from pop_local.ui.errors import guard
 
 HELP_OPTIONS = ["-h", "--help"]
@@ -50,7 +51,16 @@ class LazyCommand(TyperCommand):
         if wanted and not extra.get("resilient_parsing") and not {*args} & {*HELP_OPTIONS}:
             values = self._values().items()
             extra["default_map"] = {name: value for name, value in values if name in wanted}
-        return command.make_context(info_name, args, parent=parent, **extra)
+        given = [*args]  # which parsing takes apart
+        try:
+            return command.make_context(info_name, args, parent=parent, **extra)
+        except Exception as error:
+            if unknown := getattr(error, "option_name", ""):
+                known = (option for option in hints.FOREIGN_OPTIONS if option in given)
+                for option in filter(lambda option: option.startswith(unknown), known):
+                    message = f"No such option: {option}: {hints.FOREIGN_OPTIONS[option]}"
+                    error.message = message  # type: ignore[attr-defined]
+            raise
 
     def _load(self) -> Any:
         function = self._entry.function()
@@ -84,6 +94,11 @@ def lazy_group(
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes)
             self.commands = {entry.name: LazyCommand(entry, names, load) for entry in entries}
+
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            if words := not ctx.resilient_parsing and hints.FOREIGN_COMMANDS.get(args[0]):
+                ctx.fail(f"No such command {args[0]!r}: {words}")
+            return super().resolve_command(ctx, args)
 
         def invoke(self, ctx: Any) -> Any:
             with guard(debug=ctx.params["debug"]):

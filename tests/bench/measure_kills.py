@@ -105,8 +105,6 @@ def works(folder: Path) -> dict[str, Work]:
     FORKS.Process(target=serve, args=(content, urls), daemon=True).start()
     url, sha256 = urls.get(), hashlib.sha256(content).hexdigest()
     learn(folder)
-    # Measuring takes seconds, and writes nothing.
-    named.write_own = lambda run, plan: run.write(plan, None, None)
     named.N_WINDOWS = probes.N_DRAWS = 1
     job.SAVE_EVERY_S = 0.0
     fit = ["--boundary", 4, "--text", words(folder), "--tokens", 2048, "--threads", 1, "--resume"]

@@ -17,7 +17,7 @@ from pop_local import __version__
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.cli import COMMANDS, app
 from pop_local.commands.options import finite, positive
-from pop_local.ui import errors
+from pop_local.ui import errors, hints
 from support.blocked import BLOCKER
 from support.converted import tiny
 from support.program import called, run
@@ -52,6 +52,21 @@ def test_help_imports_neither_torch_nor_llama_cpp(command, help_without_heavy):
     assert raised in ("None", "SystemExit(0)")
     assert "Usage:" in printed
     assert command in printed
+
+
+@pytest.mark.parametrize("word", hints.FOREIGN_COMMANDS)
+def test_a_command_of_another_program_names_ours(word):
+    done = called(word, "model.gguf", COLUMNS="300")
+    assert done.returncode == 2
+    assert f"No such command '{word}': {hints.FOREIGN_COMMANDS[word]}" in done.stderr
+
+
+@pytest.mark.parametrize("option", hints.FOREIGN_OPTIONS)
+@pytest.mark.parametrize("command", ["chat", "run"])
+def test_an_option_of_another_program_names_ours(command, option):
+    done = called(command, "model.gguf", option, "7", COLUMNS="300")
+    assert done.returncode == 2
+    assert f"No such option: {option}: {hints.FOREIGN_OPTIONS[option]}" in done.stderr
 
 
 def test_top_help_imports_no_command():

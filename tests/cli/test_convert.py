@@ -235,10 +235,8 @@ def test_dry_run_writes_nothing_and_tells_the_same(tiny, tmp_path):
     assert planned.pop("source_sha256") is None
     written = json.loads(command(tiny, "--boundary", 3, "--tail", 4, "--json").stdout)
     assert written.pop("source_sha256") == hashlib.sha256(tiny.read_bytes()).hexdigest()
-    assert planned.pop("measured") is None
-    assert written.pop("measured")["kl_mean"] > 0
     phases = [(phase["name"], phase["seconds"] > 0) for phase in written.pop("phases")]
-    assert phases == [("Measuring", True), ("Writing, then reading back", True)]
+    assert phases == [("Writing, then reading back", True)]
     assert planned.pop("phases") == []
     assert planned == written
     assert planned["schedule"] == "FFFSSSSS"
@@ -246,7 +244,7 @@ def test_dry_run_writes_nothing_and_tells_the_same(tiny, tmp_path):
     assert planned["tail_tokens"] == 4
     assert planned["source_bytes"] == tiny.stat().st_size
     written_bytes = (tmp_path / "tiny.pop.gguf").stat().st_size
-    assert planned["output_bytes"] < written_bytes < planned["output_bytes"] + 1024
+    assert planned["output_bytes"] <= written_bytes < planned["output_bytes"] + 1024
     assert 1 < planned["speedup_limit"] < 8 / 3
 
 

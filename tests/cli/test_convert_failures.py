@@ -37,7 +37,6 @@ def read(stretch, free_buffer, real=content._read):
 
 content._read = read
 content.CHUNK_BYTES = 100_000
-named.write_own = lambda run, plan: run.write(plan, None, None)
 from pop_local.cli import main
 sys.argv = ["pop-local", "convert", "--projection", "own", "--skip", "1/3", *sys.argv[1:]]
 main()

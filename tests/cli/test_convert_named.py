@@ -30,10 +30,6 @@ def convert(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["convert", "--threads", "1", *map(str, arguments)])
 
 
-def own(*arguments: object) -> Result:
-    return convert("--projection", "own", *arguments)
-
-
 def allow(monkeypatch: pytest.MonkeyPatch, balanced: budget.Budget, fast: budget.Budget) -> None:
     # The command, which may be imported only now, has its choices from these names.
     fast = replace(fast, quality=budget.FAST.quality)
@@ -46,12 +42,19 @@ def shown(model: Path) -> str:
     return CliRunner().invoke(app, ["inspect", str(model)]).stdout
 
 
-def test_within_the_budget_nothing_is_said(tiny, tmp_path, monkeypatch):
-    allow(monkeypatch, ANYTHING, ANYTHING)
-    done = own(tiny, "--boundary", 5)
-    assert done.exit_code == 0
-    assert "Warning" not in done.stderr
+def test_own_projections_are_measured_when_a_quality_is_asked_for(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as unmeasured:
+        unmeasured.setattr(examining, "measure_prunings", None)
+        done = convert(tiny, "--projection", "own", "--boundary", 5, "--tail", 600)
+    assert done.exit_code == 0, done.stderr
+    assert "was not asked for, and is not measured" in " ".join(done.stderr.split())
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
     assert "BROKEN" not in shown(tmp_path / "tiny.pop.gguf")
+    limits = ("--max-kl", 50, "--max-ppl-ratio", 1000, "--max-copy-ratio", 1000)
+    done = convert(tiny, "--projection", "own", "--boundary", 5, *limits, "--force")
+    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
+    assert meta is not None and meta.measured is not None
 
 
 def test_a_fit_outside_the_budget_is_written_with_a_warning(tiny, words, tmp_path, monkeypatch):
@@ -75,26 +78,6 @@ def test_what_no_fit_brings_back_is_refused_before_the_fit(tiny, words, tmp_path
     forced = convert(*arguments, "--force")
     assert forced.exit_code == 0, forced.stderr
     assert (tmp_path / "tiny.pop.gguf").exists()
-
-
-def test_without_a_fit_a_broken_copy_is_written_with_a_warning(tiny, tmp_path, monkeypatch):
-    allow(monkeypatch, ANYTHING, replace(ANYTHING, max_copy_ratio=0.0))
-    done = own(tiny, "--boundary", 5, "--json")
-    assert done.exit_code == 0
-    assert "with boundary 5 the model can no longer copy from its prompt" in done.stderr
-    found = json.loads(done.stdout)["measured"]
-    assert found["copy_ppl_ratio"] > 0
-    monkeypatch.setattr("pop_local.ui.views.conversion.FAST", budget.FAST)
-    said = shown(tmp_path / "tiny.pop.gguf")
-    assert "BROKEN" in said and f"KL {found['kl_mean']:.4f}" in said
-
-
-def test_what_cannot_be_measured_is_written_all_the_same(tiny, tmp_path):
-    done = own(tiny, "--boundary", 5, "--tail", 600)
-    assert done.exit_code == 0
-    assert "not known: of 512 context tokens the first" in done.stderr
-    meta = read_pop_meta(tmp_path / "tiny.pop.gguf")
-    assert meta is not None and (meta.tail_tokens, meta.measured) == (600, None)
 
 
 def test_a_fit_that_could_not_be_measured_is_not_begun(tiny, words, tmp_path, monkeypatch):
@@ -126,7 +109,7 @@ def test_a_hopeless_depth_is_refused_unfitted_with_a_budget_too(tiny, words, mon
 
 def test_a_context_shorter_than_what_is_measured_is_warned_of(tmp_path):
     path = make_gguf(tmp_path / "short.gguf", "llama", n_ctx_train=256)
-    done = own(path, "--boundary", 5)
+    done = convert(path, "--projection", "own", "--boundary", 5)
     assert done.exit_code == 0, done.stderr
     assert "trained on 256 tokens, fewer than are read at once" in " ".join(done.stderr.split())
 
@@ -150,7 +133,6 @@ def test_without_a_backend_nothing_is_measured(tiny, tmp_path):
     arguments = ["convert", str(tiny), "--skip", "1", "--projection", "own"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "not known: pop-local-llama-cpp cannot be imported" in done.stderr
     assert (tmp_path / "tiny.pop.gguf").exists()
     told = [sys.executable, "-c", code, "convert", str(tiny), "--skip", "1", "--dry-run"]
     done = subprocess.run([*told, "--json"], capture_output=True, text=True, check=True)

@@ -15,6 +15,7 @@ from pop_local.cli import app
 from pop_local.engine.llama import backend, devices
 from pop_local.engine.llama.devices import BackendInfo, Device
 from pop_local.models import names as models
+from pop_local.workflows.open import best_model
 from support.shared_kv import make_shared
 
 FEATURES = "CUDA : ARCHS = 900 | CPU : SSE3 = 1 | AVX = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
@@ -221,7 +222,7 @@ def test_gpu_without_a_build_for_it_is_noted(install, monkeypatch):
 def test_default_model_is_looked_for(install, tmp_path):
     install()
     assert "pop-local pull" in checks()["model"]["to_do"]
-    file = tmp_path / models.find(models.DEFAULT_MODEL).file
+    file = tmp_path / best_model().file
     file.touch()
     assert checks()["model"]["found"] == str(file)
 

@@ -91,10 +91,6 @@ def command(*words: object) -> str:
 
 @pytest.mark.parametrize("form", ["copy", "sidecar"])
 def test_convert(model, tmp_path, number, form, monkeypatch):
-    monkeypatch.setattr(
-        "pop_local.workflows.conversion.named.write_own",
-        lambda run, plan: run.write(plan, None, None),
-    )  # takes seconds
     options = ["--boundary", 1, "--projection", "own", "--force"]
     options += ["--sidecar"] if form == "sidecar" else []
     assert not command("convert", model, tmp_path / NAME, *options)

@@ -82,7 +82,7 @@ def test_the_folder_is_shown_with_what_is_damaged(store):
         "Tiny.Q8_0": ["llama", "", ""],
         "Tiny.Q8_0.pop": ["llama", "6", "own"],
     }
-    problems = {row[0]: row[5] for row in body if row[5]}
+    problems = {row[0]: row[5] for row in body if row[5] and row[5] != "not fetched"}
     assert list(problems) == ["cut", "new.gguf.partial", "page"]
     assert problems["cut"].startswith("is cut short")
     assert "unfinished download" in problems["new.gguf.partial"]
@@ -102,6 +102,29 @@ def test_a_pipe_is_a_problem_and_is_not_read(store):
     writer.join()
     os.close(reader)
     assert problem == "is a pipe or a device, not a file"
+
+
+def test_the_catalogs_models_are_shown_that_are_not_here(store):
+    (store / models.find("gemma3").file).touch()
+    absent = ["smollm2", "qwen-0.5b", "qwen-1.5b"]
+    body = [row for row in rows(pop_local("list").stdout) if "not fetched" in row]
+    assert [row[0] for row in body] == absent
+    assert body[0][1] == "98.4 MB"
+    found = json.loads(pop_local("list", "--json").stdout)["not_fetched"]
+    assert [model["name"] for model in found] == absent
+    assert found[0]["size_bytes"] == models.find("smollm2").size_bytes
+
+
+def test_a_model_of_the_user_is_listed_and_removed_in_a_clone(store, monkeypatch):
+    for part in models._CLONE:
+        (store.parent / part).mkdir(parents=True)
+    users = store.rename(store.parent / "models" / "models")
+    monkeypatch.delenv(models.MODELS_VARIABLE)
+    monkeypatch.setattr(models.platformdirs, "user_data_path", lambda name: users.parent)
+    assert "Tiny.Q8_0" in pop_local("list").stdout
+    assert pop_local("rm", "--yes", "Tiny.Q8_0").exit_code == 0
+    assert not (users / "Tiny.Q8_0.gguf").exists()
+    assert "no model 'Tiny.Q8_0' in models" in pop_local("rm", "--yes", "Tiny.Q8_0").stderr
 
 
 def test_names_stay_whole_in_a_narrow_terminal(store, monkeypatch, capsys):
@@ -167,7 +190,8 @@ def test_an_empty_folder_says_what_to_do(tmp_path, monkeypatch, exists):
     if exists:
         (tmp_path / "none").mkdir()
     done = pop_local("list")
-    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.exit_code == 0
+    assert {row[-1] for row in rows(done.stdout)[2:]} == {"not fetched"}
     assert "pop-local pull" in done.stderr
     assert json.loads(pop_local("list", "--json").stdout)["models"] == []
 

@@ -4,7 +4,9 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -13,6 +15,7 @@ from pop_converter.popfile.format import read_binding
 from pop_converter.popfile.sidecar import sidecar_meta
 from pop_local.base.errors import PopError
 from pop_local.cli import app
+from pop_local.commands import chat
 from pop_local.engine.model import PopModel
 from pop_local.models import names as models
 from pop_local.models import sidecars
@@ -21,6 +24,7 @@ from pop_local.models.stored import ModelFiles, stock
 from pop_local.ui.watch import terminal_watch
 from pop_local.workflows import open as opening
 from support.converted import paired
+from support.program import called
 from support.synthetic import make_gguf
 
 
@@ -73,6 +77,34 @@ def test_first_time_it_is_fetched_and_opened_with_the_shipped_sidecar(store, shi
     assert pruning == f"Pruning by {shipped.name}, which comes with pop-local."
     assert files(name) == ModelFiles(store / "tiny.gguf", shipped)
     assert "Fetching" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "best"),
+    [(1.9, DEFAULT_MODEL), (2, "qwen-0.5b"), (3.9, "qwen-0.5b"), (4, "qwen-1.5b")],
+)
+def test_the_default_model_of_the_chat_is_the_best_for_the_memory(monkeypatch, free_gb, best):
+    def open_model(name: str, *_: object, **__: object) -> None:
+        raise PopError(f"it would be {name}")
+
+    monkeypatch.setattr("pop_local.commands.opening.open_model", open_model)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=free_gb * 10**9))
+    assert f"it would be {find(best).name}" in called("chat").stderr
+    monkeypatch.setenv("POP_LOCAL_MODEL", "gemma3")
+    assert "it would be gemma3" in called("chat").stderr
+
+
+def test_a_person_is_asked_before_the_default_model_is_fetched(store, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=0))
+    monkeypatch.setattr("sys.stdin", Mock(isatty=lambda: True))
+    asked = Mock(return_value=False)
+    monkeypatch.setattr("typer.confirm", asked)
+    with pytest.raises(PopError, match="no model was fetched"):
+        chat._best()
+    assert asked.call_args.args == (f"Fetch {DEFAULT_MODEL} (92.9 MB)?",)
+    (store / "tiny.gguf").touch()
+    assert chat._best() == DEFAULT_MODEL
+    assert asked.call_count == 1
 
 
 def test_a_copy_of_any_name_is_known_by_its_hash(shipped, tmp_path):

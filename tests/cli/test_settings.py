@@ -244,7 +244,7 @@ def test_config_shows_values_and_where_they_come_from(file, monkeypatch):
     assert list(shown) == list(settings.KEYS)
     assert shown["threads"] == ["4", "file"]
     assert shown["ctx"] == ["2048", "environment"]
-    assert shown["model"] == ["SmolLM2-135M-Instruct", "default"]
+    assert shown["model"] == ["the best of the catalog for the free memory", "default"]
     assert shown["top_p"][1] == "default"
     assert "POP_LOCAL_CTXX is set, but there is no such setting" in done.stderr
     assert str(file) in done.stderr

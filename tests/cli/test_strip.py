@@ -112,3 +112,12 @@ def test_name_from_the_file_does_not_leave_its_folder(tmp_path, tiny):
     failed = command(pop)
     assert failed.exit_code == 1
     assert "in/elsewhere.gguf exists" in failed.stderr.replace("\\", "/")
+
+
+def test_the_output_is_an_option_too(tiny, pop):
+    back = tiny.with_name("back.gguf")
+    assert command(pop, "-o", back).exit_code == 0
+    assert back.read_bytes() == tiny.read_bytes()
+    done = command(pop, back, "--output", back, "--force")
+    assert done.exit_code == 2
+    assert "given as an argument, too" in done.stderr

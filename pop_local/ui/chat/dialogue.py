@@ -228,6 +228,7 @@ class Dialogue:
                 on_prefill=advance,
                 should_stop=lambda: interrupt.asked,
                 min_answer=self.n_answer,
+                ends_repeats=True,
                 **self.sampling,
             )
             first = next(stream, "")

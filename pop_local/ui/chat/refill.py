@@ -114,12 +114,14 @@ def finish(chat: Dialogue) -> None:
 
 
 def status(chat: Dialogue) -> str:
-    """Tell how much of the cache is exact; "" where nothing can be refilled."""
+    """Tell how much of the cache is exact; "" where it is empty, or nothing can be refilled."""
     model = chat.model
-    if chat.refill == "off" or not model.boundary or model.no_refill:
+    nothing = not model.cache.n_tokens or not model.boundary or model.no_refill
+    if chat.refill == "off" or nothing:
         return ""
     waits = ", refilling waits for mains power" if on_battery() else ""
-    return f"{model.cache.n_exact:,} of {model.cache.n_tokens:,} cached tokens are exact{waits}"
+    cache = model.cache
+    return f"{cache.n_exact:,} of {cache.n_tokens:,} tokens are as if read in full{waits}"
 
 
 def _state(chat: Dialogue) -> str:

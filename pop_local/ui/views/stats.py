@@ -24,11 +24,12 @@ def stats_line(stats: TurnStats) -> str:
     if stats.n_image:
         encoded = f", encoded in {stats.encode_s:.2f} s" if stats.encode_s else ""
         pictures = f" · pictures {stats.n_image:,} tokens{encoded}"
+    ending = " · the answer repeated itself" if stats.is_repeating else ENDINGS[stats.finish_reason]
     return (
         f"prompt {stats.n_prompt:,} tokens ({stats.left}){pictures}"
         f" · TTFT {stats.ttft_s:.2f} s"
         f" · prefill {stats.prefill_tokens_per_s:,.0f} tokens/s"
-        f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{ENDINGS[stats.finish_reason]}"
+        f" · decode {stats.decode_tokens_per_s:,.1f} tokens/s{ending}"
     )
 
 

@@ -35,7 +35,7 @@ from pop_local.workflows.conversion.refusals import CopyingBrokenError, broken_c
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.measuring import measured
 
-# Windows for a fit. Without one the measuring should not take long, and is not as exact.
+# Windows for a fit. Looking for another boundary should not take long, and is not as exact.
 N_WINDOWS = 8
 N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
 
@@ -43,11 +43,15 @@ N_OWN_WINDOWS, N_OWN_DRAWS = 4, 2
 def write_named(run: ConversionRun) -> Outcome:
     """Write the boundary of a conversion. Raises CopyingBrokenError, PopError, StoppedError.
 
-    A fit that cannot copy is refused unless that is forced; own projections are only warned of.
+    A fit that cannot copy is refused unless that is forced; own projections are not measured.
     """
     [plan], output = run.conversion.plans, run.conversion.output
     if plan.projection == Projection.OWN:
-        return write_own(run, plan)
+        run.bench.watch.on_note(
+            "What own projections lose was not asked for, and is not measured:"
+            " a quality beside the boundary measures it"
+        )
+        return run.write(plan, None, None)
     examination = Examination(run.bench, plan, allow_broken_copy=run.force)
     examination.before_fit()
     with run.resumable():
@@ -60,17 +64,6 @@ def write_named(run: ConversionRun) -> Outcome:
             fitted,
             lambda written: examination.of_fit(output.files(run.bench.path, written)),
         )
-
-
-def write_own(run: ConversionRun, plan: Plan) -> Outcome:
-    """Write own projections, and the figures of what they lose where these can be measured."""
-    try:
-        found = Examination(run.bench, plan, allow_broken_copy=True).of_own()
-    except PopError as error:
-        message = f"what own projections lose is not known: {error.message}"
-        run.bench.watch.on_warning(PopError(message))
-        return run.write(plan, None, None)
-    return run.write_measured(plan, None, found)
 
 
 @dataclass(frozen=True)
@@ -107,22 +100,7 @@ class Examination:
         self._warn_outside(quality)
         return measured(quality)
 
-    def of_own(self) -> Measured:
-        """Measure own projections on few windows. Raises PopError when that cannot be done."""
-        self.bench.watch.on_note("Measuring what own projections lose on held-out text")
-        quality = self._measure(None, _own_settings())
-        self._warn_outside(quality)
-        if self.plan.shape.fits(quality.boundary) and not is_inside(BALANCED, quality):
-            self.bench.watch.on_warning(
-                PopError(
-                    "own projections lose more than fitted ones would",
-                    "fit them",
-                    cause="own-loses-more",
-                )
-            )
-        return measured(quality)
-
-    def _measure(self, files: ModelFiles | None, settings: QualitySettings) -> Quality:
+    def _measure(self, files: ModelFiles, settings: QualitySettings) -> Quality:
         with self.bench.opened(self.plan, files) as model:
             tokens, pruning = tokenize(model, shipped_text()), Pruning(self.plan.boundary)
             advance = self.bench.watch.stage("Measuring")

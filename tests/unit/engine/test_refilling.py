@@ -56,16 +56,15 @@ def wait_for(condition):
 
 def test_rows_get_their_depth_while_a_line_is_typed(chat):
     begun = chat()
+    assert refill.status(begun) == ""
     begun.ask(WORDS)
     assert begun.model.cache.n_exact == 0
     with refill.idling(begun):
         wait_for(lambda: begun.model.refiller.n_refillable == 0)
-    assert begun.model.cache.n_exact == begun.model.cache.n_tokens > 200
+    n_tokens = begun.model.cache.n_tokens
+    assert begun.model.cache.n_exact == n_tokens > 200
     assert begun.model.cache.key == FULL
-    assert (
-        refill.status(begun)
-        == f"{begun.model.cache.n_tokens} of {begun.model.cache.n_tokens} cached tokens are exact"
-    )
+    assert refill.status(begun) == f"{n_tokens} of {n_tokens} tokens are as if read in full"
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.002, 0.01, 0.03])
@@ -163,7 +162,7 @@ def test_a_session_is_refilled_before_it_is_saved(chat, tmp_path, monkeypatch):
 def test_the_command_says_how_far_it_is(chat):
     shown = talked(chat(WORDS, "/refill", "/refill answer", "/refill never", "/refill off"))
     assert "Pruned tokens run the skipped layers while you type; their states take" in shown
-    assert "cached tokens are exact" in shown
+    assert "tokens are as if read in full" in shown
     assert "with each token of an answer, some of them" in shown
     assert "/refill takes idle, answer, off, not never." in shown
     assert "Refilling is off" in shown

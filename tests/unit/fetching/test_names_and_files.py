@@ -4,12 +4,15 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
+import traceback
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from pop_local.base.errors import PopError
+from pop_local.engine.model import PopModel
 from pop_local.fetching import catalog
 from pop_local.fetching.catalog import fetch
 from pop_local.models import names as models
@@ -290,6 +293,36 @@ def test_models_dir_is_the_variable_the_clone_or_the_users_data(tmp_path, monkey
     assert models_dir() == Path("models")
     monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "elsewhere"))
     assert models_dir() == tmp_path / "elsewhere"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_the_trace_of_a_program_says_how_to_fetch(tmp_path, monkeypatch):
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path))
+    with pytest.raises(PopError) as failure:
+        PopModel.open("smollm2")
+    trace = "".join(traceback.format_exception(failure.value))
+    assert "fetch it first: pop_local.fetching.catalog.fetch('smollm2')" in trace
+
+
+def test_a_clone_does_not_hide_the_users_models(tmp_path, monkeypatch):
+    clone, users = tmp_path / "clone", tmp_path / "data" / "models"
+    for part in (*models._CLONE, users):
+        (clone / part).mkdir(parents=True)
+    monkeypatch.chdir(clone)
+    monkeypatch.delenv(models.MODELS_VARIABLE, raising=False)
+    monkeypatch.setattr(models.platformdirs, "user_data_path", lambda name: users.parent)
+    for name in ("mine.gguf", find("smollm2").file):
+        (users / name).touch()
+    assert [resolve("mine"), resolve("smollm2")] == [users / "mine.gguf", users / name]
+    with pytest.raises(PopError, match="no model named") as failure:
+        resolve("mime")
+    assert "mine" in failure.value.hint
+    (clone / "models" / "mine.gguf").touch()
+    assert resolve("mine") == Path("models/mine.gguf")
+    monkeypatch.setenv(models.MODELS_VARIABLE, str(tmp_path / "elsewhere"))
+    for name in ("mine", "smollm2"):
+        with pytest.raises(PopError):
+            resolve(name)
 
 
 @pytest.mark.parametrize("name", ["hf:acme/tiny:Q4_K_M", "https://example.org/tiny.gguf"])

@@ -158,10 +158,6 @@ def test_one_pair_has_no_spread(pop_file):
 
 
 def test_convert_writes_twice_the_full_rows_unless_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "pop_local.workflows.conversion.named.write_own",
-        lambda run, plan: run.write(plan, None, None),
-    )
     source = make_gguf(tmp_path / "m.gguf", "llama")
     runner = CliRunner()
     for options, name in (([], "a.gguf"), (["--min-prompt", "7"], "b.gguf")):
