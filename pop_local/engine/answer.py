@@ -20,6 +20,7 @@ from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prefill.read import OnPrefill, Read, ReadingStoppedError, read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import is_end
+from pop_local.engine.tools.form import Triggered
 from pop_local.engine.turn import Chunk, FinishReason, TurnOptions, TurnStats
 
 # Closing it ends the answer.
@@ -123,7 +124,8 @@ class _Turn:
         self._repeats = Repeats() if options.ends_repeats and not has_form else None
         self._is_repeating = False
         self._n_shown = 0
-        self._sampler = Sampler(context, options, constraint())
+        self._constraint = constraint()
+        self._sampler = Sampler(context, options, self._constraint)
         self._sampled: Generator[int] | None = None
         self._n_decoded = 0
         self._decode_s = 0.0
@@ -162,6 +164,8 @@ class _Turn:
             self._n_decoded += 1
             at_end = is_end(self._context, token)
             piece = b"" if at_end else self._pieces[token]
+            if isinstance(self._constraint, Triggered) and self._constraint.is_calling:
+                self._text.ignore_stops()  # they may be a part of its arguments
             shown = self._text.push(piece)
             self._is_repeating = self._repeats is not None and self._repeats.push(token, piece)
             if self._logprobs is not None and (not at_end or self._options.has_end_logprob):

@@ -212,9 +212,9 @@ class OpenModel:
         """The vocabulary for answers that show these special tokens; the last one is kept."""
         if not shown:
             return self.token_trie
-        if shown not in self._tries:
-            self._tries = {shown: tokenizer_of(self.context, shown)}
-        return self._tries[shown]
+        found = self._tries.get(shown) or tokenizer_of(self.context, shown)
+        self._tries = {shown: found}
+        return found
 
     @property
     def path(self) -> Path:

@@ -48,7 +48,7 @@ from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
 from pop_local.server.worker import Job, Task, Worker
 
-_MAYBE_NO_NUMBER = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}")
+_MAYBE_NO_NUMBER = re.compile(rb"[:,\[\s](?:NaN|-?Infinity|-?\d[\d.]*[eE]\+?\d{3})")
 _MIN_BODY_BYTES = 1024 * 1024
 _BODY_BYTES_PER_TOKEN = 32
 _LAST_WORDS_S = 5
@@ -215,6 +215,11 @@ class Api:
 
     async def work(self, request: Request, work: Callable[[], Made]) -> Made:
         return await self._done(work, self._gone(request))
+
+    async def made(
+        self, request: Request, body: AnyBody, make: Callable[[AnyBody], list[Task]]
+    ) -> list[Task]:
+        return await self._tasks_of(make, body, self._gone(request))
 
     async def _done(self, work: Callable[[], Made], gone: "asyncio.Task[None]") -> Made:
         """Return what is made in a thread until the client has hung up."""

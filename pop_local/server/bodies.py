@@ -5,6 +5,7 @@ length has a limit.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -83,6 +84,13 @@ class Named(Lenient):
     model: str | None = None
 
 
+def require_supported(body: Lenient, unsupported: Iterable[str]) -> None:
+    """Raises ValueError for a field that would change the answer, and cannot."""
+    for name in unsupported:
+        if (body.model_extra or {}).get(name):
+            raise ValueError(f"{name} is not supported")
+
+
 class StreamOptions(Lenient):
     include_usage: bool | None = None
 
@@ -140,13 +148,18 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Parts = Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)]
 
 
+def _or(usual: str) -> BeforeValidator:
+    """Some clients send null."""
+    return BeforeValidator(lambda value: usual if value is None else value)
+
+
 class Called(Lenient):
     name: str
-    arguments: str = "{}"
+    arguments: Annotated[str, _or("{}")] = "{}"
 
 
 class SentCall(Lenient):
-    id: str = ""
+    id: Annotated[str, _or("")] = ""
     type: Literal["function"] = "function"
     function: Called
 
@@ -177,7 +190,7 @@ class ChatMessage(Lenient):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Parts | None, BeforeValidator(_as_parts)] = None
     tool_calls: Annotated[list[SentCall] | None, Field(max_length=MAX_TOOLS)] = None
-    tool_call_id: str = ""
+    tool_call_id: Annotated[str, _or("")] = ""
 
     @property
     def text(self) -> str:
@@ -270,9 +283,7 @@ class Body(Named, Sampling):
     @model_validator(mode="after")
     def _is_supported(self) -> "Body":
         extra = self.model_extra or {}
-        for name in _UNSUPPORTED:
-            if extra.get(name):
-                raise ValueError(f"{name} is not supported")
+        require_supported(self, _UNSUPPORTED)
         for name, usual in _USUAL.items():
             if extra.get(name) not in (None, *usual):
                 raise ValueError(

@@ -99,10 +99,12 @@ def refusal(scope: Scope, entry: Entry) -> ApiError | None:
     """
     headers = Headers(scope=scope)
     if entry.api_key:
-        key = headers.get("x-api-key")  # as Anthropic's clients send it
-        given = (f"Bearer {key}" if key else headers.get("authorization", "")).encode("latin-1")
-        wanted = f"Bearer {entry.api_key}".encode()
-        if scope["path"] in _HEALTH or hmac.compare_digest(given, wanted):
+        _, _, bearer = headers.get("authorization", "").partition(" ")
+        wanted = entry.api_key.encode()
+        for given in (bearer, headers.get("x-api-key", "")):  # as Anthropic's clients send it
+            if hmac.compare_digest(given.encode("latin-1"), wanted):
+                return None
+        if scope["path"] in _HEALTH:
             return None
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
     asked, origin, host = headers.get("host", ""), headers.get("origin"), entry.host.lower()

@@ -16,7 +16,8 @@ MAX_REQUEST_PIXELS = 2 * MAX_PIXELS
 # The last one of a body that is still coming has no end. Ollama's clients send lists of base64,
 # whose end would be unclear with escapes in them.
 _URL = re.compile(
-    rb'"data:image[^"]*"?|"images"\s*:\s*\[(?:\s*"[^"\\]*"?\s*,?){0,%d}' % MAX_PICTURES,
+    rb'"data:image[^"]*"?|"data"\s*:\s*"[^"\\]*"?|"images"\s*:\s*\[(?:\s*"[^"\\]*"?\s*,?){0,%d}'
+    % MAX_PICTURES,
     re.IGNORECASE,
 )
 _HEAD = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)

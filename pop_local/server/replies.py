@@ -214,6 +214,14 @@ class EventReply(OwnReply):
         return f"event: {content['type']}\ndata: {encoded(content)}\n\n".encode()
 
 
+def arguments_of(text: str) -> Any:
+    """Return the arguments of a call as an object, None of one that was cut short."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def content_of(said: Sequence[Piece]) -> str:
     """Join the contents of an answer's pieces."""
     return "".join(piece.content for piece in said)

@@ -49,6 +49,10 @@ class TextStream:
         self._held += self._decoder.decode(piece)
         return self._release()
 
+    def ignore_stops(self) -> None:
+        """From now on no stop string ends the text."""
+        self._stops = ()
+
     def flush(self) -> str:
         """Return the text held back, at the end of an answer; nothing after a stop string.
 

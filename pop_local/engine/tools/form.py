@@ -2,6 +2,7 @@
 
 import codecs
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,21 +19,34 @@ _N_TRIGGER = 512
 
 @dataclass(frozen=True)
 class Trigger:
-    """A grammar for the rest of an answer, from where the first group of the match begins."""
+    """Grammars for the rest of an answer: by the group `name` of a match, "" without one.
+
+    The rest begins where the group `rest` does, or else the first group that matched.
+    """
 
     pattern: re.Pattern[str]
-    grammar: Grammar
+    grammars: Mapping[str, Grammar]
+
+    def grammar(self, match: re.Match[str]) -> Grammar:
+        return self.grammars[match["name"] if "name" in self.pattern.groupindex else ""]
+
+    def rest_from(self, match: re.Match[str]) -> int:
+        if "rest" in self.pattern.groupindex:
+            return match.start("rest")
+        return next(start for start, _ in match.regs[1:] if start >= 0)
 
 
 @dataclass(frozen=True)
 class CallForm:
     """How an answer calls tools.
 
-    `grammar` holds from the first token on, the triggers' ones from where they match. `shown`:
-    special tokens that are text here. `native`: llama.cpp's format, None for the text form.
+    `must_call`: an answer does not end before its call. `grammar` holds from the first token on if
+    there are no triggers, else theirs from where they match. `shown`: special tokens that are text
+    here. `native`: llama.cpp's format, None for the text form.
     """
 
     names: tuple[str, ...]
+    must_call: bool = False
     triggers: tuple[Trigger, ...] = ()
     grammar: Grammar | None = None
     shown: frozenset[int] = frozenset()
@@ -51,28 +65,38 @@ class Triggered:
         self._tokenizer, self._pieces, self._form = tokenizer, pieces, form
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self._text = ""
+        self._has_begun = False
+        self._unless_ended = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.eos_tokens)
         self._constraint: Constraint | None = None
         if form.grammar is not None and not form.triggers:
             self._constraint = Constraint(tokenizer, form.grammar)
 
+    @property
+    def is_calling(self) -> bool:
+        """Whether a call has begun."""
+        return self._constraint is not None
+
     def allowed(self) -> np.ndarray | None:
         """Return the ids of the tokens that may follow, in order; None for all."""
-        return None if self._constraint is None else self._constraint.allowed()
+        must_go_on = self._form.must_call and not self._has_begun
+        if self._constraint is None:
+            return self._unless_ended if must_go_on else None
+        ids = self._constraint.allowed()
+        return np.setdiff1d(ids, self._tokenizer.eos_tokens) if must_go_on else ids
 
     def accept(self, token: int) -> None:
         """Go on after a token."""
         if self._constraint is not None:
             self._constraint.accept(token)
+            self._has_begun |= bool(self._pieces[token].strip())
             return
         self._text += self._decoder.decode(self._pieces[token])
         if self._decoder.getstate()[0]:  # half a character
             return
         start = max(0, len(self._text) - _N_TRIGGER)
         for trigger in self._form.triggers:
-            match = trigger.pattern.search(self._text, start)
-            if match is not None:
-                at = next(span[0] for span in match.regs[1:] if span[0] >= 0)
-                self._begin(trigger.grammar, self._text[at:])
+            if match := trigger.pattern.search(self._text, start):
+                self._begin(trigger.grammar(match), self._text[trigger.rest_from(match) :])
                 return
 
     def _begin(self, grammar: Grammar, text: str) -> None:
@@ -84,3 +108,4 @@ class Triggered:
         except GrammarError:
             return
         self._constraint = constraint
+        self._has_begun = bool(text.strip())

@@ -70,8 +70,10 @@ def render(
     if not grammar:  # without a trigger there is none for `auto`
         required = _chat.asked("render", {**request, "tool_choice": "required"})
         grammar = required["grammar"] and _with_root(required["grammar"], "tool-call")
-    elif not how.several and _SEVERAL in grammar:
-        grammar = _with_root(grammar, "tool-call")
+    elif _SEVERAL in grammar:  # which may be nothing but spaces
+        grammar = _with_root(
+            grammar, "tool-call (space tool-call)*" if how.several else "tool-call"
+        )
     return Rendered(
         made["prompt"],
         made["takes_tools"],

@@ -18,6 +18,9 @@ from pop_local.engine.tools.native import Rendered
 from pop_local.engine.tools.tool import Tools
 from pop_local.engine.turn import Message
 
+_OWN_RULES = ("tool-call", "tool-calls", "tool-call-root", "tool-call-first")
+# Of the template of Mistral: the ids of calls that it takes.
+_PLAIN_ID = re.compile("[a-zA-Z0-9]{9}")
 # Behind it a call may begin where one has to come.
 _THOUGHT = re.compile(r"</think>\s*()")
 
@@ -35,8 +38,10 @@ def prompt_with_tools(
         raise PopError("the model has no chat template: it knows no tools", "send none")
     rules = {tool.name: json_rule(tool.schema) for tool in tools.told}
     own = _Native(context, prompter, messages, tools)
+    if own.is_known and tools.callable_:
+        return replace(own.prompt(), begun=""), own.form(rules)
     if own.is_known:
-        return own.prompt(), own.form(rules) if tools.callable_ else None
+        return own.prompt(), None
     prompt = prompter.conversation(text_form.with_tools(messages, tools.told))
     if not tools.callable_:
         return prompt, None
@@ -50,7 +55,7 @@ class _Native:
         self, context: Context, prompter: Prompter, messages: Sequence[Message], tools: Tools
     ) -> None:
         self._context, self._prompter = context, prompter
-        self._messages, self._tools = messages, tools
+        self._messages, self._tools = _numbered(messages), tools
         self._rendered: Rendered | None = None
         with suppress(ValueError):  # the text form may say it otherwise
             self._rendered = self._render([each.content for each in messages], str)
@@ -58,10 +63,12 @@ class _Native:
     @property
     def is_known(self) -> bool:
         """Whether the template shows tools, and there is a form of calls, if any may come."""
-        made = self._rendered
+        made, told = self._rendered, self._tools.told
         if made is None or not made.takes_tools:
             return False
-        return bool(made.grammar) or not self._tools.told
+        # llama.cpp has rules of its own for calls.
+        is_clear = all(f"tool-{tool.rule}" not in _OWN_RULES for tool in told)
+        return not told or (bool(made.grammar) and is_clear)
 
     def prompt(self) -> Prompt:
         """Render it, so that special tokens in texts are text."""
@@ -69,7 +76,7 @@ class _Native:
         others += _texts([tool.openai for tool in self._tools.told])
         made = self._prompter.written(self._messages, others, self._write)
         assert self._rendered is not None
-        return Prompt(made.tokens, (*made.stops, *self._rendered.stops), "", made.images)
+        return replace(made, stops=(*made.stops, *self._rendered.stops))
 
     def _write(self, contents: list[str], marked: Callable[[str], str]) -> str:
         try:
@@ -95,12 +102,12 @@ class _Native:
         grammar = Grammar.of_gbnf(made.grammar, instead)
         shown = frozenset(self._shown(made))
         if not tools.must_call:
-            triggers = tuple(Trigger(_pattern(*one), grammar) for one in made.triggers)
-            triggers += _in_json(tools, rules)
+            triggers = tuple(Trigger(_pattern(*one), {"": grammar}) for one in made.triggers)
+            triggers += (_in_json(tools, rules),)
         else:
             thinks = made.prompt.rstrip().endswith(THINK)
-            triggers = (Trigger(_THOUGHT, grammar),) if thinks else ()
-        return CallForm(tuple(tools.names), triggers, grammar, shown, made.format)
+            triggers = (Trigger(_THOUGHT, {"": grammar}),) if thinks else ()
+        return CallForm(tuple(tools.names), tools.must_call, triggers, grammar, shown, made.format)
 
     def _shown(self, made: Rendered) -> Iterator[int]:
         """The tokens of the form that have no text otherwise, but for those that end an answer."""
@@ -118,16 +125,15 @@ def _text_form(tools: Tools, rules: dict[str, JsonRule]) -> CallForm:
     grammar = Grammar.of_lark(lark, "a tool's schema", ignored)
     triggers: tuple[Trigger, ...] = ()
     if not tools.must_call:
-        triggers = (Trigger(re.compile("(<tool_call>)"), grammar), *_in_json(tools, rules))
-    return CallForm(tuple(tools.names), triggers, grammar)
+        tagged = Trigger(re.compile("(<tool_call>)"), {"": grammar})
+        triggers = (tagged, _in_json(tools, rules))
+    return CallForm(tuple(tools.names), tools.must_call, triggers, grammar)
 
 
-def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> tuple[Trigger, ...]:
+def _in_json(tools: Tools, rules: dict[str, JsonRule]) -> Trigger:
     """Qwen2.5-Coder and others write a fence with JSON, whatever the prompt says."""
-    return tuple(
-        Trigger(text_form.opening(name), unchecked(text_form.rest_of_json(rules[name].text)))
-        for name in tools.names
-    )
+    rest = {name: unchecked(text_form.rest_of_json(rules[name].text)) for name in tools.names}
+    return Trigger(text_form.opening(tools.names), rest)
 
 
 def _pattern(kind: str, value: str) -> re.Pattern[str]:
@@ -135,6 +141,29 @@ def _pattern(kind: str, value: str) -> re.Pattern[str]:
     source = value if kind.startswith("pattern") else re.escape(value)
     found = re.compile(source)
     return found if found.groups else re.compile(f"({source})")
+
+
+def _numbered(messages: Sequence[Message]) -> list[Message]:
+    """Give calls ids that every template takes, and results those of their calls.
+
+    A result without an id, as Ollama's clients send it, answers the first call that is open.
+    """
+    found: list[Message] = []
+    open_: dict[str, str] = {}
+    n_calls = 0
+    for message in messages:
+        calls = []
+        for call in message.calls:
+            n_calls += 1
+            plain = call.id if _PLAIN_ID.fullmatch(call.id) else f"call{n_calls:05d}"
+            open_[call.id or plain] = plain
+            calls.append(replace(call, id=plain))
+        answered = message.call_id
+        if message.role == "tool":
+            asked = answered if answered in open_ else next(iter(open_), answered)
+            answered = open_.pop(asked, asked)
+        found.append(replace(message, calls=tuple(calls), call_id=answered))
+    return found
 
 
 def _openai(message: Message, content: str, marked: Callable[[str], str]) -> dict[str, Any]:

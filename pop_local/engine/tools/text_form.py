@@ -82,11 +82,12 @@ def rest_of_json(rule: str) -> str:
     return f'start: {_SPACE} args {_SPACE} "}}" {_END}\nargs: {rule}'
 
 
-def opening(name: str) -> re.Pattern[str]:
-    """Match a call of the function up to its arguments, where the first group is."""
+def opening(names: Sequence[str]) -> re.Pattern[str]:
+    """Match a call of one of the functions, the group `name`, up to its arguments, `rest`."""
+    either = "|".join(map(re.escape, names))
     return re.compile(
-        rf'{_OPEN}\{{\s*"name"\s*:\s*{re.escape(json.dumps(name))}\s*,\s*'
-        r'"(?:arguments|parameters)"\s*:\s*()'
+        rf'{_OPEN}\{{\s*"name"\s*:\s*"(?P<name>{either})"\s*,\s*'
+        r'"(?:arguments|parameters)"\s*:\s*(?P<rest>)'
     )
 
 
@@ -98,17 +99,10 @@ def may_open(text: str) -> bool:
 def parse(text: str, names: Sequence[str], *, partial: bool) -> Parsed:
     """Read an answer, or its beginning; calls of other names are content."""
     content, calls, at = "", list[tuple[str, str]](), 0
-    openings = {name: opening(name) for name in names}
-    while True:
-        found = [
-            (match.start(), match.end(), name)
-            for name, pattern in openings.items()
-            if (match := pattern.search(text, at))
-        ]
-        if not found:
-            break
-        start, end, name = min(found)
-        content += text[at:start]
+    opens = opening(names)
+    while match := opens.search(text, at):
+        name, end = match["name"], match.end()
+        content += text[at : match.start()]
         try:
             _, at = json.JSONDecoder().raw_decode(text, end)
         except (RecursionError, ValueError):  # it goes on, or was cut short

@@ -7,6 +7,8 @@ from typing import Any
 
 from pop_local.base.errors import PopError
 
+# With these, properties may be named elsewhere.
+_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "dependentSchemas"}
 _NO_ARGUMENTS = {"type": "object", "properties": {}}
 
 
@@ -26,7 +28,9 @@ class Tool:
     @property
     def schema(self) -> dict[str, Any]:
         """The schema of arguments: none but those that are named, unless it says otherwise."""
-        return {"additionalProperties": False, **(self.parameters or _NO_ARGUMENTS)}
+        given = self.parameters or _NO_ARGUMENTS
+        is_plain = "properties" in given and not given.keys() & _COMBINED
+        return {"additionalProperties": False, **given} if is_plain else given
 
     @property
     def openai(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
-from pop_local.server.bodies import EmbeddingsBody
+from pop_local.server.bodies import EmbeddingsBody, Named
 from pop_local.server.doors.house import House
 from pop_local.server.replies import End, Json, OwnReply, total
 
@@ -46,6 +46,15 @@ class OllamaReply(OwnReply):
         }
 
 
+class OneText(Named):
+    prompt: str
+
+
+class OneReply(OllamaReply):
+    def joined(self, wholes: Sequence[Json], ends: Sequence[End]) -> Json:
+        return wholes[0]
+
+
 class Embeddings:
     """The endpoints."""
 
@@ -57,6 +66,7 @@ class Embeddings:
         return [
             Route("/v1/embeddings", self.create, methods=["POST"]),
             Route("/api/embed", self.embed, methods=["POST"]),
+            Route("/api/embeddings", self.embed_one, methods=["POST"]),
         ]
 
     async def create(self, request: Request) -> Response:
@@ -66,6 +76,12 @@ class Embeddings:
     async def embed(self, request: Request) -> Response:
         body = await self._house.read(request, EmbeddingsBody)
         return await self._answer(request, body, OllamaReply(self._house.name))
+
+    async def embed_one(self, request: Request) -> Response:
+        """Ollama's older endpoint."""
+        asked = await self._house.read(request, OneText)
+        body = EmbeddingsBody.model_validate({"model": asked.model, "input": asked.prompt})
+        return await self._answer(request, body, OneReply(self._house.name))
 
     async def _answer(self, request: Request, body: EmbeddingsBody, reply: OwnReply) -> Response:
         whole = body.model_copy(update={"stream": False})

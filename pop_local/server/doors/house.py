@@ -32,5 +32,10 @@ class House(Protocol):
     ) -> Response:
         """Answer tasks one after the other; others may be answered in between."""
 
+    async def made(
+        self, request: Request, body: AnyBody, make: Callable[[AnyBody], list[Task]]
+    ) -> list[Task]:
+        """Make the tasks of a request in a thread, those with grammars one after the other."""
+
     async def work(self, request: Request, work: Callable[[], Made]) -> Made:
         """Do it in a thread, until the client has hung up."""

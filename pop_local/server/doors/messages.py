@@ -1,10 +1,10 @@
 """Anthropic's Messages API."""
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -19,12 +19,14 @@ from pop_local.server.bodies import (
     ChatBody,
     Lenient,
     Named,
+    require_supported,
 )
 from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
-from pop_local.server.replies import End, EventReply, Json, encoded
+from pop_local.server.replies import End, EventReply, Json, arguments_of, encoded
 from pop_local.server.worker import Task
 
+_UNSUPPORTED = ("mcp_servers", "container")
 _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -99,10 +101,27 @@ class Tool(Lenient):
     input_schema: dict[str, Any]
 
 
+def _without_built_in(tools: Any) -> Any:
+    """Leave out tools that Anthropic's own machines would run."""
+    if not isinstance(tools, list):
+        return tools
+    own = (None, "custom")
+    return [tool for tool in tools if not isinstance(tool, dict) or tool.get("type") in own]
+
+
+class Form(Lenient):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class Output(Lenient):
+    format: Form | None = None
+
+
 class Choice(Lenient):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: bool | None = None
 
 
 class CountBody(Named):
@@ -110,8 +129,17 @@ class CountBody(Named):
 
     messages: Annotated[list[Said], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     system: _blocks(Text) = Field(default_factory=list)  # type: ignore[valid-type]
-    tools: Annotated[list[Tool] | None, Field(fail_fast=True, max_length=MAX_TOOLS)] = None
+    tools: Annotated[
+        list[Tool] | None,
+        Field(fail_fast=True, max_length=MAX_TOOLS),
+        BeforeValidator(_without_built_in),
+    ] = None
     tool_choice: Choice | None = None
+
+    @model_validator(mode="after")
+    def _is_supported(self) -> "CountBody":
+        require_supported(self, _UNSUPPORTED)
+        return self
 
     def chat(self, **more: Any) -> ChatBody:
         """The same as a chat."""
@@ -137,12 +165,17 @@ class MessagesBody(CountBody):
     stop_sequences: Annotated[list[str] | None, Field(max_length=MAX_STOPS)] = None
     stream: bool | None = None
     pop: bool | None = None
+    output_config: Output | None = None
 
     @property
     def as_chat(self) -> ChatBody:
         names = {"max_tokens", "temperature", "top_p", "top_k", "stream", "pop"}
         stops = [stop for stop in self.stop_sequences or () if stop]
-        return self.chat(**self.model_dump(include=names), stop=stops or None)
+        more: Json = {"stop": stops or None}
+        if self.output_config is not None and self.output_config.format is not None:
+            schema = {"schema": self.output_config.format.schema_}
+            more["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return self.chat(**self.model_dump(include=names), **more)
 
 
 class MessagesReply(EventReply):
@@ -189,7 +222,7 @@ class MessagesReply(EventReply):
         if not self._content:
             return
         if self._content[-1]["type"] == "tool_use":
-            self._content[-1]["input"] = _json(self._arguments)
+            self._content[-1]["input"] = arguments_of(self._arguments)
             self._arguments = ""
         yield {"type": "content_block_stop", "index": len(self._content) - 1}
 
@@ -205,6 +238,8 @@ class MessagesReply(EventReply):
         for piece in said:
             self.pieces(piece, ())
         self.ending(end)
+        # Of a call that the limit cut short nothing is told.
+        self._content = [block for block in self._content if block.get("input", {}) is not None]
         return self._message(_reason(end), end.stop, _usage(end.usage))
 
     def failed(self, error: ApiError) -> Json:
@@ -238,13 +273,14 @@ class Messages:
 
     async def create(self, request: Request) -> Response:
         body = await self._house.read(request, MessagesBody)
+        chat = await run_in_threadpool(lambda: body.as_chat)
         reply = MessagesReply(self._house.name)
-        return await self._house.answer(request, body.as_chat, self._house.tasks.chat, reply)
+        return await self._house.answer(request, chat, self._house.tasks.chat, reply)
 
     async def count(self, request: Request) -> Response:
         body = await self._house.read(request, CountBody)
-        chat = body.chat()
-        [task] = await self._house.work(request, lambda: self._house.tasks.chat(chat))
+        chat = await run_in_threadpool(body.chat)
+        [task] = await self._house.made(request, chat, self._house.tasks.chat)
         return JSONResponse({"input_tokens": len(task.prompt)})
 
 
@@ -278,11 +314,3 @@ def _usage(usage: Json) -> Json:
         "output_tokens": usage["completion_tokens"],
         "pop": usage["pop"],
     }
-
-
-def _json(arguments: str) -> Any:
-    """The arguments of a call; none of one that the limit cut short."""
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return {}

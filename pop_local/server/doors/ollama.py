@@ -1,6 +1,5 @@
 """Ollama's API (docs/api.md in its repository), by its own client's types."""
 
-import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cached_property
@@ -34,6 +33,7 @@ from pop_local.server.replies import (
     End,
     Json,
     OwnReply,
+    arguments_of,
     chat_logprob,
     content_of,
     encoded,
@@ -210,10 +210,10 @@ class OllamaChatReply(OllamaReply):
         message: Json = {"role": "assistant", "content": content_of(said)}
         if thinking := "".join(piece.reasoning for piece in said):
             message["thinking"] = thinking
-        if calls := calls_of(said):
+        called = [(call.name, arguments_of(call.arguments)) for call in calls_of(said)]
+        if whole := [(name, arguments) for name, arguments in called if arguments is not None]:
             message["tool_calls"] = [
-                {"function": {"name": call.name, "arguments": _arguments(call.arguments)}}
-                for call in calls
+                {"function": {"name": name, "arguments": arguments}} for name, arguments in whole
             ]
         return {"message": message}
 
@@ -313,7 +313,8 @@ class Ollama:
         # Clients cut their prompts by it.
         keys[f"{self._details['family']}.context_length"] = model.n_ctx
         parameters = {"num_ctx": model.n_ctx, **model.recommended}
-        can = {"vision": model.can_see, "insert": can_infill(model.context)}
+        has_tools = model.prompter.has_template
+        can = {"vision": model.can_see, "insert": can_infill(model.context), "tools": has_tools}
         return {
             "license": keys.get("general.license", ""),
             "modelfile": f"FROM {self._house.name}",
@@ -334,14 +335,6 @@ def _image(letters: str) -> Json:
 def _call(called: Called) -> Json:
     function = {"name": called.name, "arguments": encoded(called.arguments)}
     return {"id": "", "type": "function", "function": function}
-
-
-def _arguments(text: str) -> Any:
-    """An object; none of a call that the limit cut short."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {}
 
 
 def _now() -> str:

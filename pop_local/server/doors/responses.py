@@ -4,21 +4,35 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from pop_local.engine.tools.reader import Piece
 from pop_local.engine.turn import TokenLogprob
-from pop_local.server.bodies import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, ChatBody, Lenient, Named
+from pop_local.server.bodies import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TOOLS,
+    ChatBody,
+    Lenient,
+    Named,
+    require_supported,
+)
 from pop_local.server.doors.house import House
 from pop_local.server.errors import ApiError
-from pop_local.server.replies import End, EventReply, Json, encoded
+from pop_local.server.replies import End, EventReply, Json
 from pop_local.server.worker import Task
 
+_UNSUPPORTED = (
+    *("conversation", "background", "prompt", "max_tool_calls", "top_logprobs"),
+    *("stop", "seed", "logit_bias"),
+)
 # Conversations that `previous_response_id` may go on from, in characters of their messages.
 _MOST_REMEMBERED = 1 << 25
 
@@ -118,6 +132,13 @@ class Wanted(Lenient):
     format: Format | None = None
 
 
+def _without_built_in(tools: Any) -> Any:
+    """Leave out tools that OpenAI's own machines would run; Codex sends them."""
+    if not isinstance(tools, list):
+        return tools
+    return [one for one in tools if not isinstance(one, dict) or one.get("type") == "function"]
+
+
 class ResponsesBody(Named):
     """`metadata`, `user`, `store`, `reasoning` and other fields change nothing."""
 
@@ -131,17 +152,26 @@ class ResponsesBody(Named):
     top_p: float | None = None
     stream: bool | None = None
     store: bool | None = None
-    tools: Annotated[list[Function] | None, Field(fail_fast=True, max_length=MAX_TOOLS)] = None
+    tools: Annotated[
+        list[Function] | None,
+        Field(fail_fast=True, max_length=MAX_TOOLS),
+        BeforeValidator(_without_built_in),
+    ] = None
     tool_choice: Literal["auto", "none", "required"] | Choice | None = None
     parallel_tool_calls: bool | None = None
-    text: Wanted = Wanted()
+    text: Wanted | None = None
     pop: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_supported(self) -> "ResponsesBody":
+        require_supported(self, _UNSUPPORTED)
+        return self
 
     def chat(self, earlier: Sequence[Json]) -> ChatBody:
         """The same as a chat that goes on from these messages."""
         system = [{"role": "system", "content": self.instructions}] if self.instructions else []
         choice = self.tool_choice
-        form = self.text.format
+        form = self.text.format if self.text else None
         more: Json = {}
         if form is not None and form.type != "text":
             wanted = {"schema": form.schema_ or {"type": "object"}}
@@ -189,7 +219,7 @@ class Memory:
 
     def of(self, name: str | None) -> list[Json]:
         """Raises ApiError for a response that is not kept."""
-        if name is None:
+        if not name:
             return []
         with self._lock:
             if name not in self._kept:
@@ -203,7 +233,7 @@ class Memory:
             return self._kept[name][1]
 
     def keep(self, name: str, messages: list[Json]) -> None:
-        size = len(encoded(messages))
+        size = _size(messages)
         with self._lock:
             self._kept[name] = (size, messages)
             self._n_kept += size
@@ -257,7 +287,8 @@ class ResponsesReply(EventReply):
 
     def _added(self, item: Json) -> Json:
         self._output.append(item)
-        return self._event("output_item.added", output_index=len(self._output) - 1, item=dict(item))
+        index = len(self._output) - 1
+        return self._event("output_item.added", output_index=index, item=deepcopy(item))
 
     def _closed(self) -> Iterator[Json]:
         """The events that end the last item, if there is one."""
@@ -353,8 +384,15 @@ class Responses:
         body = await self._house.read(request, ResponsesBody)
         earlier = self._memory.of(body.previous_response_id)
         reply = ResponsesReply(self._house.name, body, earlier, self._memory)
-        chat = body.chat(earlier)
+        chat = await run_in_threadpool(body.chat, earlier)
         return await self._house.answer(request, chat, self._house.tasks.chat, reply)
+
+
+def _size(value: Any) -> int:
+    """About the bytes that JSON takes in memory."""
+    if isinstance(value, dict | list):
+        return 100 + sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return 100 + (len(value) if isinstance(value, str) else 0)
 
 
 def _usage(usage: Json) -> Json:
