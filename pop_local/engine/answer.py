@@ -20,7 +20,7 @@ from pop_local.engine.prefill.plan import RowRule
 from pop_local.engine.prefill.read import OnPrefill, Read, ReadingStoppedError, read
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import is_end
-from pop_local.engine.tools.form import Triggered
+from pop_local.engine.tools.triggered import Triggered
 from pop_local.engine.turn import Chunk, FinishReason, TurnOptions, TurnStats
 
 # Closing it ends the answer.

@@ -36,9 +36,10 @@ from pop_local.engine.prefill.read import Read
 from pop_local.engine.prompt import templates
 from pop_local.engine.prompt.prompt import Prompt
 from pop_local.engine.prompt.prompter import Prompter
-from pop_local.engine.tools.form import CallForm, Triggered
+from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.tool import Tools
+from pop_local.engine.tools.triggered import Triggered
 from pop_local.engine.turn import Message, TurnOptions
 
 if TYPE_CHECKING:

@@ -20,6 +20,11 @@ from pop_local.engine.llama.devices import GgmlLibrary
 from pop_local.server.worker import Worker
 Worker._answer = lambda *_: GgmlLibrary()("ggml_abort", None, b"ops.cpp", 1, b"chance")
 """
+# As with an assertion that no check of ours foresees.
+UNCHECKED = """
+from pop_local.engine.llama import loading
+loading.require_loadable = lambda _: None
+"""
 
 
 @pytest.fixture
@@ -54,13 +59,14 @@ def test_a_damaged_vocabulary_is_an_error(tmp_path, name, reason):
         ("serve", "--port", 0),
         ("bench", "--boundary", 5),
         ("convert", "--boundary", 5),
-        ("convert", "--boundary", 5, "--projection", "own"),
     ],
     ids=lambda command: "-".join(map(str, command)),
 )
 def test_the_reason_is_said_by_whatever_opens_it(tmp_path, path, command):
     name, *options = command
-    done = run(name, path, *options, "--threads", 1, text="hello\n")
+    program = f"{UNCHECKED}\nfrom pop_local.__main__ import main; main()"
+    words = [sys.executable, "-c", program, name, path, *options, "--threads", 1]
+    done = subprocess.run([*map(str, words)], input="hello\n", capture_output=True, text=True)
     assert done.returncode == 1
     assert "error: llama.cpp gave up: qwen2.cpp" in done.stderr
     assert "hint: the model's file may be damaged" in done.stderr
@@ -78,7 +84,8 @@ def test_a_request_to_the_server(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the exit status of POSIX")
 def test_a_program_is_told_too(path):
-    program = "import sys; from pop_local import PopModel; PopModel(sys.argv[1], n_threads=1)"
+    opens = "import sys; from pop_local import PopModel; PopModel(sys.argv[1], n_threads=1)"
+    program = UNCHECKED + opens
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
     assert done.returncode == -signal.SIGABRT
     assert done.stderr.startswith("llama.cpp gave up: qwen2.cpp:")

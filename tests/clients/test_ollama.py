@@ -81,7 +81,13 @@ def test_errors_are_its_own(client):
     with pytest.raises(ollama.ResponseError, match="context of this server"):
         list(client.generate("tiny", "x" * 5000, stream=True))
     with pytest.raises(ollama.ResponseError, match="Not Found"):
-        client.embed("tiny", "a")
+        client.pull("tiny")
+
+
+def test_embeds(client):
+    one, two = client.embed("tiny", ["a", "b"]).embeddings
+    assert len(one) == len(two) == 128 and one != two
+    assert client.embeddings("tiny", "a").embedding == pytest.approx(one, abs=1e-5)
 
 
 def test_another_models_name_is_answered(client):

@@ -106,6 +106,14 @@ def test_tools_are_called_and_their_results_are_read(client):
     assert n_read > found.usage.input_tokens
 
 
+def test_built_in_tools_are_left_out_and_a_schema_holds(client):
+    search = {"type": "web_search_20250305", "name": "web_search"}
+    assert whole(create(client, tools=[search])).content == whole(create(client)).content
+    form = {"format": {"type": "json_schema", "schema": {"enum": ["57"]}}}
+    [block] = whole(create(client, output_config=form)).content
+    assert block.type == "text" and block.text == '"57"'
+
+
 def test_a_stop_sequence_is_named(client):
     [block] = whole(create(client)).content
     assert block.type == "text"
@@ -127,7 +135,7 @@ def test_tokens_are_counted(client):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages.0"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0"),
+        ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
         (FORCED | {"tool_choice": {"type": "tool", "name": "x"}}, "not among the tools"),
         ({"temperature": -1}, "temperature"),

@@ -213,7 +213,7 @@ def test_other_paths_and_methods_have_the_same_shape(client):
     for response, status in (
         (client.get("/v2"), 404),
         (client.get("/v1/completions"), 405),
-        (client.post("/v1/embeddings", json={}), 404),
+        (client.post("/v1/audio/speech", json={}), 404),
     ):
         assert response.status_code == status
         assert response.json()["error"]["message"]

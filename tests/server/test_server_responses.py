@@ -77,6 +77,8 @@ def test_a_stream_builds_what_the_whole_answer_is(client):
         *("response.created", "response.in_progress"),
         *("response.output_item.added", "response.content_part.added"),
     ]
+    added = next(event for event in streamed if event.type == "response.output_item.added")
+    assert added.item.content == []
     text = "".join(e.delta for e in streamed if e.type == "response.output_text.delta")
     assert streamed[-1].type == "response.incomplete"
     assert text == streamed[-1].response.output_text == whole(create(client)).output_text
@@ -123,7 +125,7 @@ def test_a_schema_holds(client):
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input.0"),
         ({"input": []}, "messages"),
         ({"previous_response_id": "resp_0"}, "there is no response 'resp_0'"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"background": True}, "background is not supported"),
         ({"tool_choice": "required"}, "tool_choice needs tools"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"tools": [TOOL | {"description": "a", "parameters": {"default": NAN}}]}, "NaN"),
@@ -135,6 +137,13 @@ def test_refusals(client, body, reason):
     response = client.post("/v1/responses", content=content)
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]
+
+
+def test_built_in_tools_are_left_out(client):
+    tools = [{"type": "web_search"}, TOOL, {"type": "image_generation"}]
+    [call] = whole(create(client, **FORCED | {"tools": tools, "max_output_tokens": 400})).output
+    assert call.type == "function_call"
+    assert whole(create(client, tools=tools[:1])).output_text == whole(create(client)).output_text
 
 
 def test_nothing_is_kept_that_should_not_be(client):

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
+from pop_local.engine.llama.backend import Mode
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.engine.tools.reader import Piece
+from pop_local.engine.turn import ToolCall, TurnOptions
 from pop_local.server.app import create_app
+from pop_local.server.doors.ollama import OllamaChatReply
+from pop_local.server.replies import End
+from pop_local.server.worker import Task
 from support.asked import NAME, chat, events, message_of
 from support.calls import opened
 from support.converted import tiny
@@ -14,6 +21,8 @@ from support.synthetic import TEMPLATE
 from support.tooled import DOUBLE, QWEN, TEMPLATES, WEATHER, function
 
 TOOLS = [WEATHER, DOUBLE]
+TIMES = ("queued_s", "ttft_s", "encode_s", "prefill_s", "decode_s")
+SEALED = WEATHER["function"]["parameters"] | {"additionalProperties": False}
 FORCED = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 200}
 CALL = {
     "id": "abcdefgh1",
@@ -178,11 +187,69 @@ def test_bombs_end_nothing(client):
 
 
 def test_ollamas_chat_has_calls_as_objects(client):
-    asked = {"model": NAME, "messages": TURN[:1], "tools": [DOUBLE], "options": {"temperature": 0}}
-    answer = client.post("/api/chat", json=asked | {"stream": False, "options": {"num_predict": 4}})
+    few = {"temperature": 0, "num_predict": 4}
+    asked = {"model": NAME, "messages": TURN[:1], "tools": [DOUBLE], "options": few}
+    answer = client.post("/api/chat", json=asked | {"stream": False})
     assert "tool_calls" not in answer.json()["message"]
     call = {"function": {"name": "double", "arguments": {"n": 1}}}
     told = [TURN[0], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}]
     for stream in (False, True):
         answer = client.post("/api/chat", json=asked | {"messages": told, "stream": stream})
         assert answer.status_code == 200, answer.text
+
+
+def test_ollamas_calls_are_told_at_the_end_and_only_whole_ones():
+    said = [
+        Piece("Hm."),
+        Piece(call=ToolCall("a", "double", "")),
+        Piece(call=ToolCall("", "", '{"n":')),
+        Piece(call=ToolCall("", "", " 2}")),
+        Piece(call=ToolCall("b", "get_weather", '{"ci'), index=1),
+    ]
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "pop": dict.fromkeys(TIMES, 0.0)}
+    end = End("length", "", usage)
+    reply = OllamaChatReply(NAME)
+    reply.begin(0, Task(Prompt([1]), TurnOptions(), Mode.OFF))
+    calls = [{"function": {"name": "double", "arguments": {"n": 2}}}]
+    whole = reply.whole(said, (), end)["message"]
+    assert whole == {"role": "assistant", "content": "Hm.", "tool_calls": calls}
+    events = [event for piece in said for event in reply.pieces(piece, ())]
+    told, last = reply.ending(end)
+    assert [event["message"]["content"] for event in events] == ["Hm."]
+    assert told["message"]["tool_calls"] == calls and last["done_reason"] == "length"
+
+
+def test_a_stop_string_does_not_cut_a_call(client):
+    body = FORCED | {"parallel_tool_calls": False}
+    whole, _ = message_of(chat(client, **body))
+    message, reason = message_of(chat(client, **body, stop=['"name', "{", "arguments"]))
+    assert called(message) == called(whole) and reason == "tool_calls"
+
+
+def test_a_call_comes_however_the_model_is_inclined(client):
+    for seed in range(3):
+        body = FORCED | {"temperature": 10, "seed": seed, "max_tokens": 400}
+        message, _ = message_of(chat(client, **body))
+        assert "tool_calls" in message, message
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/$defs/A", "$defs": {"A": SEALED}},
+        {"anyOf": [SEALED]},
+        {"allOf": [SEALED], "required": ["city"]},
+    ],
+)
+def test_a_schema_may_refer_to_another(client, schema):
+    tool = {"type": "function", "function": {"name": "look", "parameters": schema}}
+    body = FORCED | {"tools": [tool], "parallel_tool_calls": False, "max_tokens": 600}
+    [(_, arguments)] = called(message_of(chat(client, **body))[0])
+    assert arguments["city"] in ("Paris", "Rome")
+
+
+@pytest.mark.parametrize("name", ["call", "calls"])
+def test_a_tool_may_be_named_as_llama_cpp_names_its_rules(client, name):
+    body = FORCED | {"tools": [function(name, n={"enum": [1, 2]})], "parallel_tool_calls": False}
+    [(given, arguments)] = called(message_of(chat(client, **body))[0])
+    assert (given, arguments["n"] in (1, 2)) == (name, True)

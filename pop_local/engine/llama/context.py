@@ -145,7 +145,9 @@ class Context:
         params.n_batch = min(n_ctx, options.n_batch)
         params.n_ubatch = min(params.n_batch, options.n_ubatch)
         params.n_threads, params.n_threads_batch = self.n_threads, self.n_threads_batch
-        params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
+        header = self.source.first
+        if header.get(f"{header.get('general.architecture')}.pooling_type") is not None:
+            params.pooling_type = api.LLAMA_POOLING_TYPE_NONE  # embeddings are pooled here
         flash_attn = options.flash_attn
         if flash_attn is None:
             # A server's device may lack it, and cannot be asked.

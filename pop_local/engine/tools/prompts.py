@@ -19,10 +19,11 @@ from pop_local.engine.tools.tool import Tools
 from pop_local.engine.turn import Message
 
 _OWN_RULES = ("tool-call", "tool-calls", "tool-call-root", "tool-call-first")
-# Of the template of Mistral: the ids of calls that it takes.
+# The ids of calls that the template of Mistral takes.
 _PLAIN_ID = re.compile("[a-zA-Z0-9]{9}")
 # Behind it a call may begin where one has to come.
-_THOUGHT = re.compile(r"</think>\s*()")
+_THOUGHT = re.compile(r"</think>()")
+_ROOT = re.compile(r"^root ::= (.*)$", re.MULTILINE)
 
 
 def prompt_with_tools(
@@ -99,13 +100,14 @@ class _Native:
             one = _Native(self._context, self._prompter, self._messages, tools.only_callable)
             made = one._render(contents, str)
         instead = {f"tool-{one.rule}-schema": rules[one.name] for one in tools.callable_}
-        grammar = Grammar.of_gbnf(made.grammar, instead)
+        thinks = tools.must_call and made.prompt.rstrip().endswith(THINK)
+        gbnf = _ROOT.sub(r"root ::= [ \\n]{0,4} (\1)", made.grammar) if thinks else made.grammar
+        grammar = Grammar.of_gbnf(gbnf, instead)
         shown = frozenset(self._shown(made))
         if not tools.must_call:
             triggers = tuple(Trigger(_pattern(*one), {"": grammar}) for one in made.triggers)
             triggers += (_in_json(tools, rules),)
         else:
-            thinks = made.prompt.rstrip().endswith(THINK)
             triggers = (Trigger(_THOUGHT, {"": grammar}),) if thinks else ()
         return CallForm(tuple(tools.names), tools.must_call, triggers, grammar, shown, made.format)
 

@@ -238,7 +238,7 @@ class MessagesReply(EventReply):
         for piece in said:
             self.pieces(piece, ())
         self.ending(end)
-        # Of a call that the limit cut short nothing is told.
+        # A call that the limit cut short is not told.
         self._content = [block for block in self._content if block.get("input", {}) is not None]
         return self._message(_reason(end), end.stop, _usage(end.usage))
 

@@ -7,12 +7,13 @@ grammar says where it ends.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from pop_local.engine.decode.text import Pieces
 from pop_local.engine.prompt.prompt import THINK, Prompt
 from pop_local.engine.prompt.prompter import Prompter, Write
 from pop_local.engine.prompt.templates import Template
@@ -20,6 +21,7 @@ from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.prompts import prompt_with_tools
 from pop_local.engine.tools.reader import CallReader, calls_of
 from pop_local.engine.tools.tool import Tool, Tools
+from pop_local.engine.tools.triggered import Triggered
 from pop_local.engine.turn import Message, ToolCall
 from support.calls import opened
 from support.converted import tiny
@@ -195,3 +197,31 @@ def test_the_prompt_tells_of_each_tool(model, name):
     _, form = prompt_with_tools(model.context, prompter, [ASKED], Tools(TOOLS, TOOLS))
     assert form is not None and (form.native is None) == (name in AS_TEXT)
     assert all(tool.name in prompter.shown for tool in TOOLS)
+
+
+@pytest.mark.parametrize("name", [name for name in TRIED if name != REFUSED])
+def test_an_answer_does_not_end_before_a_call_that_must_come(model, name):
+    prompter = prompter_of(model, name)
+    for several in (True, False):
+        tools = Tools(TOOLS, TOOLS, must_call=True, several=several)
+        _, form = prompt_with_tools(model.context, prompter, [ASKED], tools)
+        assert form is not None
+        trie = model.trie_with(form.shown)
+        constraint = Triggered(trie, Pieces(model.context, form.shown), form)
+        for text in ("", "\n", " "):
+            ids = constraint.allowed()
+            assert ids is not None and not set(trie.eos_tokens) & set(ids)
+            for token in trie.greedy_tokenize(text):
+                if token in ids:
+                    constraint.accept(token)
+
+
+@pytest.mark.parametrize("id_", ["", "call_0123456789"])
+def test_ids_of_other_servers_are_taken_by_mistrals_template(model, id_):
+    prompter = prompter_of(model, "mistralai-Mistral-Nemo-Instruct-2407")
+    calls = tuple(replace(call, id=id_ and f"{id_}{n}") for n, call in enumerate(CALLS))
+    results = [Message("tool", "rain", call_id=call.id) for call in calls]
+    messages = [ASKED, Message("assistant", "", calls=calls), *results]
+    _, form = prompt_with_tools(model.context, prompter, messages, Tools(TOOLS, TOOLS))
+    assert form is not None and form.native is not None
+    assert "call00001" in prompter.shown and "call00002" in prompter.shown

@@ -11,9 +11,10 @@ from pop_local.base.errors import PopError
 from pop_local.engine.decode.grammar import GrammarError
 from pop_local.engine.decode.text import Pieces
 from pop_local.engine.tools import text_form
-from pop_local.engine.tools.form import CallForm, Triggered
+from pop_local.engine.tools.form import CallForm
 from pop_local.engine.tools.reader import CallReader, calls_of
 from pop_local.engine.tools.tool import Tool, Tools
+from pop_local.engine.tools.triggered import Triggered
 from pop_local.engine.turn import Message, ToolCall
 from support.calls import opened, text_of
 from support.converted import tiny
