@@ -1,7 +1,10 @@
-"""Libraries over OpenAI's API call tools of `pop-local serve`: langchain-openai 1.7.4, litellm 1.110.2,
-pydantic-ai 2.68.0 and llm 0.36."""
+"""Libraries call tools by OpenAI's API.
+
+They are langchain-openai 1.7.4, litellm 1.110.2, pydantic-ai 2.68.0 and llm 0.36.
+"""
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from support.converted import tiny
 from support.serving import served
 from support.tooled import DOUBLE, QWEN, TEMPLATES
 
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks for prices in the internet
 langchain_openai = pytest.importorskip("langchain_openai", reason="pip install '.[clients]'")
 litellm = pytest.importorskip("litellm", reason="pip install '.[clients]'")
 llm = pytest.importorskip("llm", reason="pip install '.[clients]'")
