@@ -52,7 +52,7 @@ def test_the_model_is_listed_and_shown(client, path):
         response = client.post("/api/show", json={"model": name})
         assert ("x-model" in response.headers) is (name == "llama3.2")
     shown = response.json()
-    assert shown["capabilities"] == ["completion"]
+    assert shown["capabilities"] == ["completion", "tools"]
     assert shown["model_info"]["llama.context_length"] == N_CTX
     assert shown["model_info"]["llama.block_count"] == 8
     assert f"num_ctx {N_CTX}" in shown["parameters"]
