@@ -1,6 +1,7 @@
 """A template's own form of tool calls, by llama.cpp's chat code in a child process."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from pop_local.base.errors import PopError
@@ -9,6 +10,7 @@ from pop_local.engine.prompt.templates import LIMIT_BYTES, LIMIT_S, Template
 from pop_local.engine.tools import chat_child
 from pop_local.engine.tools.tool import Tools
 
+_UNKNOWN = "unknown key"  # of a format that the child process has not seen, or not lately
 _SEVERAL = "root ::= tool-call | tool-calls"
 
 
@@ -81,7 +83,7 @@ def render(
         tuple((one["type"], one["value"]) for one in made["triggers"]),
         tuple(made["shown"]),
         tuple(made["stops"]),
-        made["format"],
+        {**made["format"], "key": sha256(repr(made["format"]).encode()).hexdigest()},
     )
 
 
@@ -92,6 +94,12 @@ def _with_root(grammar: str, rule: str) -> str:
 
 def parse(form: dict[str, Any], text: str, *, partial: bool) -> Parsed:
     """Read an answer. Raises ValueError where it has not that form, PopError beyond limits."""
-    read = _chat.asked("parse", {"format": form, "text": text, "partial": partial})
+    request = {"key": form["key"], "text": text, "partial": partial}
+    try:
+        read = _chat.asked("parse", request)
+    except ValueError as error:
+        if str(error) != _UNKNOWN:
+            raise
+        read = _chat.asked("parse", {**request, "format": form})
     calls = tuple((call["name"], call["arguments"]) for call in read["calls"])
     return Parsed(read["content"], read["reasoning"], calls)

@@ -2,8 +2,10 @@
 //
 //   pop_chat_render {template, bos, eos, messages, tools, tool_choice, parallel}
 //                -> {prompt, start, grammar, triggers, shown, stops, takes_tools, format}
-//   pop_chat_parse  {format, text, partial}
+//   pop_chat_parse  {key, format, text, partial}
 //                -> {content, reasoning, calls}
+//
+// an answer is parsed many times while it grows: its format need come with the first time alone, under a key
 //
 // messages, tools and tool_choice are OpenAI's. grammar is GBNF, from the first token that is sampled on, and
 // triggers say where it begins otherwise. shown: special tokens that are part of the format. both answer {error} in
@@ -16,6 +18,8 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
+#include <stdexcept>
 #include <string>
 
 #ifdef _WIN32
@@ -27,11 +31,6 @@
 using json = common_json;
 
 namespace {
-
-struct format {
-    std::string               key;
-    common_chat_parser_params params;
-};
 
 const char * TRIGGERS[] = { "token", "word", "pattern", "pattern_full" };
 
@@ -86,11 +85,11 @@ json render(const json & request) {
 }
 
 json parse(const json & request) {
-    static format known; // one answer is parsed many times while it grows
+    static std::map<std::string, common_chat_parser_params> known;
 
-    const json & asked = request.at("format");
-    const std::string key = asked.dump();
-    if (known.key != key) {
+    const std::string key = text_of(request, "key");
+    if (request.contains("format")) {
+        const json & asked = request.at("format");
         common_chat_parser_params params;
         params.format            = (common_chat_format) asked.at("kind").get<int>();
         params.reasoning_format  = COMMON_REASONING_FORMAT_AUTO;
@@ -99,10 +98,17 @@ json parse(const json & request) {
         if (!parser.empty()) {
             params.parser.load(parser);
         }
-        known = { key, params };
+        if (known.size() == 16) {
+            known.clear();
+        }
+        known[key] = params;
+    }
+    const auto found = known.find(key);
+    if (found == known.end()) {
+        throw std::invalid_argument("unknown key");
     }
 
-    const auto message = common_chat_parse(text_of(request, "text"), flag_of(request, "partial"), known.params);
+    const auto message = common_chat_parse(text_of(request, "text"), flag_of(request, "partial"), found->second);
 
     json calls = json::array();
     for (const auto & call : message.tool_calls) {
