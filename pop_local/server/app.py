@@ -112,7 +112,7 @@ def create_app(
     app.add_middleware(
         CORSMiddleware,
         # With a key any page may ask: none has it unless its user gave it.
-        allow_origins=["*"] if api_key else list(origins),
+        allow_origins=["*"] if api_key else [origin.lower() for origin in origins],
         allow_origin_regex=LOCAL_ORIGIN,
         allow_methods=["*"],
         allow_headers=["*"],

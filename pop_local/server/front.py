@@ -19,7 +19,7 @@ from pop_local.server.worker import STOPPING
 log = logging.getLogger("pop_local.server")
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+LOCAL_ORIGIN = r"(?:https?|tauri)://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 # How containers call the machine that they run on; nobody can register a name that ends so.
 _DOCKER = "host.docker.internal"
 _HEALTH = ("/health", "/v1/health")

@@ -115,6 +115,7 @@ def test_a_web_page_that_has_the_key_is_answered(model):
 @pytest.mark.parametrize(
     ("origin", "is_allowed"),
     [
+        ("tauri://localhost", True),
         ("http://localhost:3000", True),
         ("https://localhost", True),
         ("http://127.0.0.1:5173", True),
