@@ -31,7 +31,7 @@ def client(server):
 
 
 def test_a_chat_calls_reads_the_result_and_goes_on(client):
-    forced = OPENAI | {"tools": [DOUBLE], "parallel_tool_calls": False, "max_tokens": 400}
+    forced = OPENAI | {"tools": [DOUBLE], "parallel_tool_calls": False, "max_tokens": 600}
     with client.chat.completions.stream(**forced, messages=ASKED, tool_choice="required") as stream:
         said = stream.get_final_completion().choices[0]
     [call] = said.message.tool_calls
@@ -49,7 +49,7 @@ def test_a_chat_calls_reads_the_result_and_goes_on(client):
 def test_a_response_calls_and_the_next_one_goes_on(client):
     forced = OPENAI | {"tools": [FUNCTION], "parallel_tool_calls": False}
     with client.responses.stream(
-        **forced, input=ASKED, tool_choice="required", max_output_tokens=400
+        **forced, input=ASKED, tool_choice="required", max_output_tokens=600
     ) as stream:
         first = stream.get_final_response()
     [call] = first.output
@@ -66,7 +66,7 @@ def test_a_message_uses_a_tool_and_reads_its_result(server):
     choice: Any = {"type": "any", "disable_parallel_tool_use": True}
     with anthropic.Anthropic(base_url=server.root, api_key="none", max_retries=0) as client:
         with client.messages.stream(
-            **asked, messages=ASKED, tool_choice=choice, max_tokens=400
+            **asked, messages=ASKED, tool_choice=choice, max_tokens=600
         ) as stream:
             said = stream.get_final_message()
         [use] = said.content

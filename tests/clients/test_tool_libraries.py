@@ -32,7 +32,7 @@ def server(tmp_path_factory):
 
 def test_langchain_binds_tools(server):
     chat = langchain_openai.ChatOpenAI(
-        base_url=server.api, api_key="none", model="tiny", temperature=0, max_tokens=400
+        base_url=server.api, api_key="none", model="tiny", temperature=0, max_tokens=600
     )
     bound = chat.bind_tools([DOUBLE], tool_choice="required", parallel_tool_calls=False)
     [call] = bound.invoke(ASKED).tool_calls
@@ -53,7 +53,7 @@ def test_litellm_calls(server):
         tool_choice="required",
         parallel_tool_calls=False,
         temperature=0,
-        max_tokens=400,
+        max_tokens=600,
     )
     [call] = answer.choices[0].message.tool_calls
     assert json.loads(call.function.arguments)["n"] in range(10)
@@ -68,7 +68,7 @@ def test_pydantic_ai_gets_an_object(server):
     from pydantic_ai.providers.openai import OpenAIProvider
 
     provider = OpenAIProvider(base_url=server.api, api_key="none")
-    settings: Any = {"temperature": 0, "max_tokens": 400, "parallel_tool_calls": False}
+    settings: Any = {"temperature": 0, "max_tokens": 600, "parallel_tool_calls": False}
     agent = pydantic_ai.Agent(
         OpenAIChatModel("tiny", provider=provider), output_type=Doubled, model_settings=settings
     )

@@ -83,7 +83,7 @@ def test_a_stream_builds_what_the_whole_answer_is(client):
 
 
 def test_tools_are_called_and_their_results_are_read(client):
-    body = FORCED | {"max_tokens": 400}
+    body = FORCED | {"max_tokens": 600}
     found = whole(create(client, **body))
     [use] = found.content
     assert use.type == "tool_use" and use.name == "double" and found.stop_reason == "tool_use"

@@ -87,7 +87,7 @@ def test_a_stream_builds_what_the_whole_answer_is(client):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "double"}])
 def test_tools_are_called(client, choice):
-    body = FORCED | {"tool_choice": choice, "max_output_tokens": 400}
+    body = FORCED | {"tool_choice": choice, "max_output_tokens": 600}
     [call] = whole(create(client, **body)).output
     assert call.type == "function_call" and call.name == "double"
     assert json.loads(call.arguments)["n"] in range(10)
@@ -100,7 +100,7 @@ def test_tools_are_called(client, choice):
 
 
 def test_it_goes_on_from_an_earlier_response(client):
-    body = FORCED | {"max_output_tokens": 400}
+    body = FORCED | {"max_output_tokens": 600}
     first = whole(create(client, **body))
     call: Any = first.output[0]
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "18"}
@@ -141,7 +141,7 @@ def test_refusals(client, body, reason):
 
 def test_built_in_tools_are_left_out(client):
     tools = [{"type": "web_search"}, TOOL, {"type": "image_generation"}]
-    [call] = whole(create(client, **FORCED | {"tools": tools, "max_output_tokens": 400})).output
+    [call] = whole(create(client, **FORCED | {"tools": tools, "max_output_tokens": 600})).output
     assert call.type == "function_call"
     assert whole(create(client, tools=tools[:1])).output_text == whole(create(client)).output_text
 

@@ -23,7 +23,7 @@ from support.tooled import DOUBLE, QWEN, TEMPLATES, WEATHER, function
 TOOLS = [WEATHER, DOUBLE]
 TIMES = ("queued_s", "ttft_s", "encode_s", "prefill_s", "decode_s")
 SEALED = WEATHER["function"]["parameters"] | {"additionalProperties": False}
-FORCED = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 200}
+FORCED = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 600}
 CALL = {
     "id": "abcdefgh1",
     "type": "function",
