@@ -40,7 +40,7 @@ def test_it_is_the_mean_of_all_rows_or_the_last_as_the_file_says(path, tmp_path)
         with opened(file, n_ctx=1024) as model:
             vector = embedding(model.cache, TOKENS)
         assert vector.dtype == np.float32
-        assert np.allclose(vector, own(file, pooling), atol=1e-3)
+        assert np.allclose(vector, own(file, pooling), atol=5e-3)
 
 
 def test_a_pruned_model_embeds_in_full_and_answers_afterwards(path, tmp_path):
