@@ -120,7 +120,7 @@ class _Turn:
         self._pieces = Pieces(context, options.calls.shown if options.calls else ())
         n_top = options.n_top_logprobs
         self._logprobs = None if n_top is None else Logprobs(context, n_top)
-        has_form = options.grammar is not None or options.calls is not None
+        has_form = options.grammar is not None
         self._repeats = Repeats() if options.ends_repeats and not has_form else None
         self._is_repeating = False
         self._n_shown = 0
@@ -165,7 +165,9 @@ class _Turn:
             at_end = is_end(self._context, token)
             piece = b"" if at_end else self._pieces[token]
             if isinstance(self._constraint, Triggered) and self._constraint.is_calling:
-                self._text.ignore_stops()  # they may be a part of its arguments
+                # Both may be parts of its arguments.
+                self._text.ignore_stops()
+                self._repeats = None
             shown = self._text.push(piece)
             self._is_repeating = self._repeats is not None and self._repeats.push(token, piece)
             if self._logprobs is not None and (not at_end or self._options.has_end_logprob):

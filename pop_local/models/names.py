@@ -130,7 +130,7 @@ def find(name: str) -> Model:
 
 def lookup(name: str) -> Model | None:
     """Return the model of that name or alias, in any case, None when there is none."""
-    wanted = name.lower()
+    wanted = name.lower().removesuffix(":latest")  # as Ollama's clients see it
     for model in load_catalog():
         if wanted in (model.name.lower(), *model.aliases):
             return model

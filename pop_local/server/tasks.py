@@ -76,7 +76,8 @@ class Tasks:
         self._check_length(len(prompt), "messages")
         n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = self._options(body, body.limit, n_top_logprobs)
-        task = Task(prompt, replace(options, calls=calls), *self._mode(body.pop))
+        options = replace(options, calls=calls, ends_repeats=True)
+        task = Task(prompt, options, *self._mode(body.pop))
         return _seeded(task, body.n)
 
     def _prompt(self, body: ChatBody, messages: list[Message]) -> tuple[Prompt, CallForm | None]:
@@ -239,5 +240,7 @@ def _tools(body: ChatBody) -> Tools:
         if not callable_:
             message = f"tool_choice names {choice.function.name!r}, which is not among the tools"
             raise ApiError(400, message, param="tool_choice")
-    several = body.parallel_tool_calls is not False
-    return Tools(told, callable_, choice not in (None, "auto"), several)
+    must_call = choice not in (None, "auto")
+    # A small model that has to call would go on calling.
+    several = not must_call if body.parallel_tool_calls is None else body.parallel_tool_calls
+    return Tools(told, callable_, must_call, several)

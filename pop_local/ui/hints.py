@@ -99,6 +99,9 @@ FOREIGN_COMMANDS = {
 }
 FOREIGN_OPTIONS = {
     "-c": "use --ctx N",
+    "--n-predict": "use --max-tokens N",
+    "--num-predict": "use --max-tokens N",
+    "--temp": "use --temperature T",
     "-m": "give the model without an option, as the first argument",
     "-n": "use --max-tokens N",
     "-ngl": "use --gpu-layers N",

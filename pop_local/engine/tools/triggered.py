@@ -22,6 +22,7 @@ class Triggered:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self._text = ""
         self._has_begun = False
+        self._call = self._last_call = b""
         self._unless_ended = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.eos_tokens)
         self._constraint: Constraint | None = None
         if form.grammar is not None and not form.triggers:
@@ -38,12 +39,20 @@ class Triggered:
         if self._constraint is None:
             return self._unless_ended if must_go_on else None
         ids = self._constraint.allowed()
-        return np.setdiff1d(ids, self._tokenizer.eos_tokens) if must_go_on else ids
+        if must_go_on:
+            return np.setdiff1d(ids, self._tokenizer.eos_tokens)
+        ends = np.intersect1d(ids, self._tokenizer.eos_tokens)
+        if len(ends) and (call := self._call.strip()):
+            if call == self._last_call:  # small models would go on with it
+                return ends
+            self._call, self._last_call = b"", call
+        return ids
 
     def accept(self, token: int) -> None:
         """Go on after a token."""
         if self._constraint is not None:
             self._constraint.accept(token)
+            self._call += self._pieces[token]
             self._has_begun |= bool(self._pieces[token].strip())
             return
         self._text += self._decoder.decode(self._pieces[token])
@@ -64,4 +73,5 @@ class Triggered:
         except GrammarError:
             return
         self._constraint = constraint
+        self._call = text.encode()
         self._has_begun = bool(text.strip())

@@ -204,3 +204,10 @@ def test_the_text_form_puts_calls_and_results_into_the_messages():
     assert (results.role, results.content.count("<tool_response>")) == ("user", 2)
     assert text_form.with_tools([ASKED], BOTH)[0].role == "system"
     assert text_form.with_tools([ASKED], ()) == [ASKED]
+
+
+def test_the_same_call_twice_in_a_row_ends_the_answer(model):
+    form = form_of(model, Tools(BOTH, BOTH))
+    other = NATIVE.replace("Rome", "Paris")
+    assert taken(model, form, "\n".join([NATIVE, other, NATIVE])).count("<tool_call>") == 3
+    assert taken(model, form, "\n".join([NATIVE, other, other, NATIVE])).count("<tool_call>") == 3
