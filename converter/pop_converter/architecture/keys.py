@@ -59,9 +59,12 @@ def require_loadable(header: Header) -> None:
     is_dense = n_expert <= 1 and arch in _DENSE_BY_COUNT
     turns_all = bool(TURNS_ALL.fullmatch(arch))
     has_one_width = turns_all or SAME_WIDTHS.fullmatch(arch)
+    # Some divide by the number of heads; recurrent models have none.
+    is_recurrent = any(name.startswith((f"{arch}.ssm.", f"{arch}.wkv.")) for name in header.keys)
     is_mla = most("attention.key_length_mla") and most("attention.value_length_mla")
     wrong = {
         "block_count": n_layer > _MOST_LAYERS or numbers("block_count") == [0],
+        "attention.head_count": not is_recurrent and most("attention.head_count") < 1,
         "nextn_predict_layers": most("nextn_predict_layers") > n_layer,
         "expert_count": n_expert > _MOST_EXPERTS,
         "expert_used_count": not is_dense and not (n_expert > 0) <= n_used <= n_expert,

@@ -173,6 +173,7 @@ def test_a_fit_is_refused_where_no_layer_takes_one(tmp_path):
     ("arch", "key", "kind", "value"),
     [
         ("llama", "block_count", "<I", 513),
+        ("llama", "attention.head_count", "<I", 0),
         ("qwen3moe", "expert_count", "<I", 1025),
         ("qwen3moe", "expert_count", "<I", 0),
         ("qwen3moe", "expert_used_count", "<I", 0),
