@@ -56,10 +56,9 @@ class Tools:
     def __post_init__(self) -> None:
         rules: dict[str, str] = {}
         for tool in self.told:
-            if (other := rules.setdefault(tool.rule, tool.name)) != tool.name or (
-                sum(one.name == tool.name for one in self.told) > 1
-            ):
+            if other := rules.get(tool.rule):
                 raise PopError(f"the tools {other!r} and {tool.name!r} are named alike")
+            rules[tool.rule] = tool.name
 
     @property
     def only_callable(self) -> "Tools":

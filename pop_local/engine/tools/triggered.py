@@ -21,7 +21,6 @@ class Triggered:
         self._tokenizer, self._pieces, self._form = tokenizer, pieces, form
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self._text = ""
-        self._has_begun = False
         self._call = self._last_call = b""
         self._unless_ended = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.eos_tokens)
         self._constraint: Constraint | None = None
@@ -35,7 +34,7 @@ class Triggered:
 
     def allowed(self) -> np.ndarray | None:
         """Return the ids of the tokens that may follow, in order; None for all."""
-        must_go_on = self._form.must_call and not self._has_begun
+        must_go_on = self._form.must_call and not (self._call.strip() or self._last_call)
         if self._constraint is None:
             return self._unless_ended if must_go_on else None
         ids = self._constraint.allowed()
@@ -53,7 +52,6 @@ class Triggered:
         if self._constraint is not None:
             self._constraint.accept(token)
             self._call += self._pieces[token]
-            self._has_begun |= bool(self._pieces[token].strip())
             return
         self._text += self._decoder.decode(self._pieces[token])
         if self._decoder.getstate()[0]:  # half a character
@@ -74,4 +72,3 @@ class Triggered:
             return
         self._constraint = constraint
         self._call = text.encode()
-        self._has_begun = bool(text.strip())

@@ -149,7 +149,8 @@ class CountBody(Named):
         if self.tools:
             asked["tools"] = [_function(tool) for tool in self.tools]
         if self.tool_choice is not None:
-            asked["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
+            if (is_one := self.tool_choice.disable_parallel_tool_use) is not None:
+                asked["parallel_tool_calls"] = not is_one
             asked["tool_choice"] = {
                 "any": "required",
                 "tool": {"type": "function", "function": {"name": self.tool_choice.name or ""}},

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API, as its own clients and Codex speak it."""
+"""OpenAI's Responses API, as its own clients speak it."""
 
 import threading
 import uuid
