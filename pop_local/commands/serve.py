@@ -57,6 +57,13 @@ class ServerOptions(Group):
         min=0,
         default=2048,
     )
+    parallel: int | None = option(
+        "Requests that are answered at once, each with a context of its own. Default: 2 with 8 GB of"
+        " free memory, else 1; 1 for a model that learns, and with --repeatable.",
+        "N",
+        min=1,
+        max=64,
+    )
     max_waiting: int = option(
         "Requests that may wait; those beyond are refused (503).", min=1, default=256
     )
@@ -79,7 +86,7 @@ def serve(
 ) -> None:
     """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's.
 
-    One request is answered at a time, the others wait in line. A request may carry "pop": false to
+    --parallel says how many requests are answered at once; others wait in line. A request may carry "pop": false to
     be read in full. /health and /metrics (Prometheus) tell how the server is.
     """
     _require_packages()
@@ -90,9 +97,9 @@ def serve(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    open_named = Opener(model, how, opt.given_names(call))
+    open_named = Opener(model, how, opt.given_names(call), _n_parallel(to, how))
     opened = open_named()
-    opened.cache.prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
+    opened.keep_prompts(PromptCache(to.cache_ram * 2**20) if to.cache_ram else None)
     try:
         name = to.name or _default_name(model, opened.path)
         app = create_app(
@@ -112,6 +119,20 @@ def serve(
     finally:
         listening.close()
         opened.close()
+
+
+def _n_parallel(to: ServerOptions, how: opt.ModelOptions) -> int | None:
+    """Return how many requests are answered at once, None where the model decides."""
+    reasons = {
+        "--repeatable": to.repeatable,
+        "--select": opt.selected(how.select),
+        "--refill answer": how.refill is opt.RefillName.ANSWER,
+    }
+    one = next((name for name, is_so in reasons.items() if is_so), None)
+    if one is not None and (to.parallel or 1) > 1:
+        message = f"{one} is for one request at a time: leave it out, or take --parallel 1"
+        raise typer.BadParameter(message, param_hint="--parallel")
+    return 1 if one else to.parallel
 
 
 def _default_name(model: str, path: Path) -> str:

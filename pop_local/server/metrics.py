@@ -43,6 +43,11 @@ class Metrics:
         self.queue = Gauge(
             "pop_queue_length", "Requests that wait for the model", registry=self._registry
         )
+        self.unread = Gauge(
+            "pop_unread_tokens",
+            "Tokens that are still to be read of the prompts that are being read",
+            registry=self._registry,
+        )
         for kind in ("pruned", "exact", "full", "cached"):
             self._prompt.labels(kind)
 

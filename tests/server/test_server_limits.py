@@ -52,7 +52,7 @@ def test_a_hung_model_is_reported_and_a_signal_ends_the_server(path):
     changed = """
 import ctypes
 from pop_local.server import worker
-worker.Worker._answer = lambda self, job: ctypes.CDLL(None).sleep(600)
+worker.Worker._answer = lambda self, *_: ctypes.CDLL(None).sleep(600)
 worker._HUNG_S = 0.1
 app._AT_LAST_S = 0.5
 """

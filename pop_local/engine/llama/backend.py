@@ -209,9 +209,9 @@ def set_boundary(ctx: Any, layer: int) -> None:
     _set("llama_pop_set_boundary", ctx, layer)
 
 
-def set_full_from(ctx: Any, position: int) -> None:
-    """Rows of the first sequence at or past the position are full; -1: none by position."""
-    _set("llama_pop_set_full_from", ctx, 0, position)
+def set_full_from(ctx: Any, sequence: int, position: int) -> None:
+    """Rows of a sequence at or past the position are full; -1: none by position."""
+    _set("llama_pop_set_full_from", ctx, sequence, position)
 
 
 def set_sink(ctx: Any, n_tokens: int) -> None:
@@ -229,15 +229,15 @@ def keep_size(ctx: Any) -> int:
     return int(require_patched().llama_pop_keep_size(ctx))
 
 
-def deepen(ctx: Any, positions: np.ndarray, *, logits: bool = False) -> bool:
-    """Run the layers from the boundary on for rows of sequence 0, at most a ubatch of them.
+def deepen(ctx: Any, sequence: int, positions: np.ndarray, *, logits: bool = False) -> bool:
+    """Run the layers from the boundary on for rows of a sequence, at most a ubatch of them.
 
     `positions`: int32, ascending. Returns False when the abort callback ended it: then it is to be
     done again. Raises PopError where the backend refuses, which names the reason.
     """
     logs.forget_errors()
     pointer = positions.ctypes.data_as(_POINTER)
-    status = require_patched().llama_pop_deepen(ctx, 0, pointer, len(positions), logits)
+    status = require_patched().llama_pop_deepen(ctx, sequence, pointer, len(positions), logits)
     if status not in (0, _ABORTED):
         raise PopError(logs.first_error() or f"the deep pass failed (code {status})")
     return bool(status == 0)

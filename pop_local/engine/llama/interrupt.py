@@ -26,6 +26,11 @@ def stopped_by(should_stop: Callable[[], bool] | None) -> Iterator[None]:
         _should_stop.reset(token)
 
 
+def whether_to_stop() -> Callable[[], bool]:
+    """Return what `stopped_by` asks now, for another thread that works for this one."""
+    return _should_stop.get() or (lambda: False)
+
+
 class DisplacedError(PopError):
     """Another prompt has taken the KV cache of an answer."""
 

@@ -182,12 +182,15 @@ class MessagesBody(CountBody):
 class MessagesReply(EventReply):
     """A message, whole or as events. Reasoning is left out."""
 
-    id_prefix, ping = "msg", b'event: ping\ndata: {"type": "ping"}\n\n'
+    id_prefix = "msg"
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
         self._content: list[Json] = []
         self._arguments = ""
+
+    def comment(self, progress: str) -> bytes:
+        return super().comment(progress) + b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def begin(self, index: int, task: Task) -> tuple[Json, ...]:
         super().begin(index, task)

@@ -147,7 +147,10 @@ class OllamaGenerate(OllamaBody):
 class OllamaReply(OwnReply):
     """Answers in lines of JSON: those of /api/generate."""
 
-    media_type, ping = "application/x-ndjson", b""
+    media_type = "application/x-ndjson"
+
+    def comment(self, progress: str) -> bytes:
+        return b""  # a line has no comments
 
     def pieces(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> tuple[Json, ...]:
         return (self._shown((piece,), logprobs),)

@@ -69,7 +69,7 @@ class Watched:
 
     def deepened(self, rows: range) -> set[tuple[str, int]]:
         self._marks.clear()
-        assert backend.deepen(self.ctx, np.asarray(rows, np.int32))
+        assert backend.deepen(self.ctx, 0, np.asarray(rows, np.int32))
         return set(self._marks)
 
 
