@@ -58,8 +58,8 @@ class ServerOptions(Group):
         default=2048,
     )
     parallel: int | None = option(
-        "Requests that are answered at once, each with a context of its own. Default: 2 with 8 GB of"
-        " free memory, else 1; 1 for a model that learns, and with --repeatable.",
+        "Requests that are answered at once, each with a context of its own. Default: 2 with 8 GB"
+        " of free memory, else 1; 1 for a model that learns, and with --repeatable.",
         "N",
         min=1,
         max=64,
@@ -86,8 +86,8 @@ def serve(
 ) -> None:
     """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's.
 
-    --parallel says how many requests are answered at once; others wait in line. A request may carry "pop": false to
-    be read in full. /health and /metrics (Prometheus) tell how the server is.
+    --parallel says how many requests are answered at once; others wait in line. A request may carry
+    "pop": false to be read in full. /health and /metrics (Prometheus) tell how the server is.
     """
     _require_packages()
     origins = [_origin(given) for given in to.cors or ()]

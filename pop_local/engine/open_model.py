@@ -54,8 +54,8 @@ class OpenModel:
 
     Its parts: `context` (llama.cpp's), `cache` (the KV cache), `prompter` (conversations to
     prompts), `refiller` (depth for pruned rows), `eye` (its mmproj, or None). `rule`: which rows of
-    a prompt are full. `sequences`: the caches, `n_parallel` of them, each with its refiller; `cache`
-    is the first. A converted model starts in mode CONTEXT. Raises PopError.
+    a prompt are full. `sequences`: `n_parallel` caches, the first of them `cache`, each with its
+    refiller. A converted model starts in mode CONTEXT. Raises PopError.
     """
 
     def __init__(

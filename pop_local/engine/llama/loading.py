@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from pop_converter.architecture.keys import require_loadable, trained_ctx
-from pop_converter.architecture.shape import source_shape
+from pop_converter.architecture.shape import ModelShape, source_shape
 from pop_converter.gguf.header import Header
 from pop_converter.gguf.source import Source
 from pop_converter.popfile.format import PopMeta
