@@ -168,7 +168,7 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
-def work(self, job):
+def work(self, job, *_):
     rng, cache, small, most, before = random.Random(0), PromptCache(1 << 26), {}, 0, resident()
     for number in range(200):
         size = rng.randrange(1 << 21, 1 << 24)

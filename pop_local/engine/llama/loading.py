@@ -68,7 +68,7 @@ def kv_bytes(shape: ModelShape, n_ctx: int, *, is_windowed: bool = False) -> int
     """Return the bytes of K and V in F16 of a context."""
     windows = shape.windows if is_windowed else [0] * shape.n_layer
     cells = [min(n_ctx, window or n_ctx) for window in windows]
-    return 2 * sum(map(mul, cells, map(shape.n_kv, range(shape.n_layer))))
+    return int(2 * sum(map(mul, cells, map(shape.n_kv, range(shape.n_layer)))))
 
 
 def require_room(
