@@ -13,7 +13,7 @@ import numpy as np
 
 from pop_local.base.errors import PopError, StoppedError
 from pop_local.engine.llama import backend, logs
-from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.context import Context
 from pop_local.engine.llama.interrupt import whether_to_stop
@@ -21,9 +21,10 @@ from pop_local.engine.llama.slot import Slot, bytes_at
 
 # Rows of a prompt beside answers, before it is known how long they take.
 _FIRST_ROWS = 64
-_FEWEST_ROWS = 8
-# The share of a batch's time that answers give to a prompt: they keep half of their speed.
-_SHARE = 0.45
+# For how long rows of a prompt may hold up an answer's token. Few of them take as long as many.
+_WAIT_S = 0.25
+# Answers keep this share of their speed while a prompt is read.
+_SHARE = 0.52
 _SMOOTHING = 0.3
 _NO_COUNTERS = Counters(0, 0)
 
@@ -54,38 +55,54 @@ class _Request:
 
 
 class Pace:
-    """How many rows of a prompt go beside `n` answers, by the time that earlier batches took."""
+    """How many rows of a prompt go beside answers, by the time that earlier batches took.
+
+    A batch takes as long as one of its answers alone, and something for having a prompt, and
+    something for each of its rows. After one that took long come others of answers alone.
+    """
 
     def __init__(self, n_batch: int) -> None:
         self._n_batch = n_batch
         self._step_s: dict[int, float] = {}
         self._row_s = 0.0
+        self._prompt_s = 0.0
+        self._owed_s = 0.0
 
     def rows_beside(self, n_answers: int) -> int:
         """Return so many rows that the answers keep half of their tokens per second."""
         if not n_answers:
             return self._n_batch
-        step_s = self._step_of(n_answers)
-        if not (step_s and self._row_s):
+        if self._owed_s > 0:
+            return 0
+        if not (self._step_s and self._row_s):
             return min(_FIRST_ROWS, self._n_batch - n_answers)
-        n_rows = int(_SHARE / (1 - _SHARE) * step_s / self._row_s)
-        return max(min(n_rows, self._n_batch - n_answers), _FEWEST_ROWS)
+        wait_s = max(_WAIT_S, self._step_of(n_answers)) - self._prompt_s
+        return min(max(int(wait_s / self._row_s), _FIRST_ROWS), self._n_batch - n_answers)
 
     def took(self, n_answers: int, n_rows: int, seconds: float) -> None:
         """Learn from a batch."""
-        if not n_rows:
-            known_s = self._step_s.get(n_answers, seconds)
-            self._step_s[n_answers] = known_s + _SMOOTHING * (seconds - known_s)
+        if not n_answers:
+            self._owed_s = 0.0
+            if n_rows >= _FIRST_ROWS:
+                self._row_s = _smoothed(self._row_s, seconds / n_rows)
             return
-        row_s = max(seconds - self._step_of(n_answers), 0.1 * seconds) / n_rows
-        known_s = self._row_s or row_s
-        self._row_s = known_s + _SMOOTHING * (row_s - known_s)
+        if n_rows:
+            rest_s = seconds - self._step_of(n_answers) - n_rows * self._row_s
+            self._prompt_s = max(0.0, _smoothed(self._prompt_s, rest_s))
+        else:
+            self._step_s[n_answers] = _smoothed(self._step_s.get(n_answers), seconds)
+        owed_s = self._owed_s + _SHARE * seconds - self._step_of(n_answers)
+        self._owed_s = max(0.0, owed_s)
 
     def _step_of(self, n_answers: int) -> float:
         """The seconds of a batch of so many answers, or of the nearest number that is known."""
-        if not (n_answers and self._step_s):
+        if not self._step_s:
             return 0.0
         return self._step_s[min(self._step_s, key=lambda n: abs(n - n_answers))]
+
+
+def _smoothed(known: float | None, seconds: float) -> float:
+    return known + _SMOOTHING * (seconds - known) if known else seconds
 
 
 class Batcher:
@@ -160,9 +177,10 @@ class Batcher:
     def _decode(self, steps: list[_Request], prompts: list[_Request]) -> None:
         ctx = self._context.ctx
         n_rows = self._pace.rows_beside(len(steps))
-        parts = [(one, min(one.n_left, n_rows)) for one in (*steps, *prompts)]
+        parts = [(one, 1) for one in steps]
+        parts += [(one, min(one.n_left, n_rows)) for one in prompts if n_rows]
         before = backend.get_counters(ctx)
-        backend.set_reading(ctx, bool(prompts))
+        backend.set_reading(ctx, _reading_of(parts))
         started_s = time.perf_counter()
         self._run(parts)
         n_read = sum(n for one, n in parts if one.slot.is_reading)
@@ -214,6 +232,14 @@ class Batcher:
                 one.slot.handed = np.ctypeslib.as_array(row, (self._context.n_vocab,)).copy()
 
 
+def _reading_of(parts: Sequence[tuple[_Request, int]]) -> Reading:
+    of_prompts = [(one, n) for one, n in parts if one.slot.is_reading]
+    if not of_prompts:
+        return Reading.NONE
+    are_context = all(one.slot.is_context(one.first + one.n_done, n) for one, n in of_prompts)
+    return Reading.CONTEXT if are_context else Reading.SOME
+
+
 def added(known: Counters, before: Counters, now: Counters) -> Counters:
     """Add what was counted since `before`."""
     return Counters(
@@ -236,6 +262,7 @@ class SharedSlot(Slot):
         self.sequence = sequence
         self.is_reading = False
         self.counted = _NO_COUNTERS
+        self._context_rows = range(0)
         self.handed = np.zeros(0, np.float32)
 
     def work(self) -> AbstractContextManager[None]:
@@ -248,7 +275,7 @@ class SharedSlot(Slot):
     def alone(self) -> Iterator[int]:
         with self.held(), super().watching():
             before = backend.get_counters(self._ctx)
-            backend.set_reading(self._ctx, True)
+            backend.set_reading(self._ctx, Reading.SOME)
             yield self.sequence
             self.counted = added(self.counted, before, backend.get_counters(self._ctx))
 
@@ -283,8 +310,14 @@ class SharedSlot(Slot):
         return self.counted
 
     def set_full(self, sink_tokens: int, full_from: int) -> None:
+        full_from = 0 if self._mode is Mode.OFF else full_from
+        self._context_rows = range(sink_tokens, full_from)
         with self.held():
-            super().set_full(sink_tokens, 0 if self._mode is Mode.OFF else full_from)
+            super().set_full(sink_tokens, full_from)
+
+    def is_context(self, first: int, n: int) -> bool:
+        """Whether none of the rows from a position on is full."""
+        return self._context_rows.start <= first and first + n <= self._context_rows.stop
 
     def decode(self, tokens: Sequence[int], first_position: int, outputs: Outputs) -> None:
         if self._batcher.is_held:

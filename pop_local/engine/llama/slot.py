@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pop_local.engine.llama import backend
-from pop_local.engine.llama.backend import Counters, Mode
+from pop_local.engine.llama.backend import Counters, Mode, Reading
 from pop_local.engine.llama.batch import Outputs
 from pop_local.engine.llama.context import Context
 
@@ -73,11 +73,11 @@ class Slot:
     def begin_reading(self) -> None:
         """Batches are of a prompt from now on, and counted anew."""
         backend.reset_counters(self._ctx)
-        backend.set_reading(self._ctx, True)
+        backend.set_reading(self._ctx, Reading.SOME)
 
     def begin_step(self) -> None:
         """Batches are of an answer from now on."""
-        backend.set_reading(self._ctx, False)
+        backend.set_reading(self._ctx, Reading.NONE)
 
     @property
     def counters(self) -> Counters:

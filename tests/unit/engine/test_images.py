@@ -102,7 +102,7 @@ def read_raw(model: PopModel, made: Prompt) -> None:
     model.cache.slot.forget_all()
     batch = TokenBatch(context.n_batch)
     pos = 0
-    backend.set_reading(context.ctx, True)
+    backend.set_reading(context.ctx, backend.Reading.SOME)
     for start, end in plan.chunks:
         if start in made.images:
             pos += decode_raw(model, made.images[start], pos)

@@ -255,18 +255,37 @@ def test_all_logits_are_of_one_sequence_alone(model, alone):
     np.testing.assert_allclose(last, alone.context.logits(50)[-1], atol=NOISE)
 
 
-def test_answers_keep_half_of_their_speed():
+@pytest.mark.parametrize("step_s", [0.02, 0.06, 0.5])
+def test_answers_keep_half_of_their_speed(step_s):
     pace = Pace(512)
     assert pace.rows_beside(0) == 512
+    pace.took(0, 8, 0.500)  # too few to tell
     assert pace.rows_beside(2) == 64
-    for _ in range(20):
-        pace.took(2, 0, 0.050)  # a step of two answers
-        pace.took(0, 512, 0.512)  # a millisecond a row
-    assert 35 <= pace.rows_beside(2) <= 45
-    for _ in range(20):
-        pace.took(2, 40, 0.050 + 40 * 0.002)
-    assert 15 <= pace.rows_beside(2) <= 25
-    for _ in range(20):
-        pace.took(2, 20, 10.0)  # a machine that is busy
-    assert pace.rows_beside(2) == 8
-    assert Pace(16).rows_beside(10) == 6
+
+    def seconds(n_rows: int) -> float:
+        return step_s + (0.010 + 0.0008 * n_rows if n_rows else 0.0)
+
+    pace.took(0, 512, 512 * 0.0008)
+    pace.took(2, 0, seconds(0))
+    taken = []
+    for _ in range(200):
+        n_rows = pace.rows_beside(2)
+        taken.append((n_rows, seconds(n_rows)))
+        pace.took(2, *taken[-1])
+    total_s = sum(each for _, each in taken)
+    assert 0.5 <= step_s * len(taken) / total_s <= 0.6
+    assert sum(n for n, _ in taken) / total_s > 0.4 / 0.0008  # rows per second
+    assert max(each for _, each in taken[20:]) <= step_s + max(0.25, step_s) + 0.02
+
+
+def test_a_step_alone_pays_back_what_a_prompt_took():
+    pace = Pace(512)
+    pace.took(0, 512, 0.4)
+    pace.took(1, 0, 0.05)
+    pace.took(1, 200, 0.25)
+    n_alone = 0
+    while not pace.rows_beside(1):
+        pace.took(1, 0, 0.05)
+        n_alone += 1
+    assert n_alone == 4
+    assert pace.rows_beside(600 - 90) == 2
