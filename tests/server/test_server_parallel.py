@@ -25,7 +25,7 @@ EAGER = "from pop_local.server import answers; answers._PROGRESS_S = 0.001"
 def several(path):
     """A server in another process: a test client here would wait for whole answers."""
     with (
-        served(path, "--parallel", SLOTS, "--ctx", 8192, changed=EAGER) as server,
+        served(path, "--parallel", SLOTS, "--ctx", 65536, changed=EAGER) as server,
         httpx2.Client(base_url=server.root, timeout=60) as client,
     ):
         yield client
@@ -37,7 +37,8 @@ def endless(client, content: str = LONG):
     messages = [{"role": "user", "content": content}]
     body = {"messages": messages, "grammar": ENDLESS, "temperature": 0, "stream": True}
     with client.stream("POST", "/v1/chat/completions", json=body) as stream:
-        yield stream.iter_lines()
+        lines = stream.iter_lines()  # whose end would hang up
+        yield lines
 
 
 def is_text(line: str) -> bool:
