@@ -43,6 +43,11 @@ class Metrics:
         self.queue = Gauge(
             "pop_queue_length", "Requests that wait for the model", registry=self._registry
         )
+        self.refillable = Gauge(
+            "pop_refillable_tokens",
+            "Cached tokens that are still to run the skipped layers",
+            registry=self._registry,
+        )
         for kind in ("pruned", "exact", "full", "cached"):
             self._prompt.labels(kind)
 

@@ -134,6 +134,7 @@ class Worker(threading.Thread):
         # One for each job, and one to stop. Its put may interrupt itself: signals stop the worker.
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
         metrics.queue.set_function(self.n_waiting)
+        metrics.refillable.set_function(lambda: model.refiller.n_refillable if model.refills else 0)
         # When the model last showed that it lives; None where it has nothing to do.
         self._seen_s: float | None = None
         self._stopping = threading.Event()
