@@ -1,5 +1,6 @@
 """Files of strangers, read in a child process with limits."""
 
+import base64
 from pathlib import Path
 
 from pop_local.base.errors import PopError
@@ -12,6 +13,7 @@ LIMIT_S = 60.0
 LIMIT_BYTES = 2**30
 # More than any context holds.
 MAX_CHARACTERS = 8_000_000
+_HINT = "save it as plain text first"
 
 
 class Work:
@@ -26,8 +28,9 @@ class Work:
         return text.encode(errors="replace").decode()  # a PDF may have halves of characters
 
     @staticmethod
-    def picture(path: str) -> None:
-        read_picture(path)
+    def picture(path: str) -> str:
+        """Return the file as base64; its pixels are decoded once the model is shown them."""
+        return base64.b64encode(read_picture(path).content).decode()
 
 
 def main(limit_s: float, limit_bytes: int) -> None:
@@ -36,22 +39,23 @@ def main(limit_s: float, limit_bytes: int) -> None:
 
 
 class _Reader(KeptProcess):
-    """The caller's side."""
+    """The caller's side. Messages call a file by its `name`; raises PopError."""
 
-    def read(self, path: Path, name: str, *, is_picture: bool) -> str | None:
-        """Return a document's text, or None of a picture that may be shown to a model.
+    def text(self, path: Path, name: str) -> str:
+        return self._read("text", path, name)
 
-        Messages call the file by its `name`. Raises PopError for what cannot be read.
-        """
+    def picture(self, path: Path, name: str) -> str:
+        return self._read("picture", path, name)
+
+    def _read(self, kind: str, path: Path, name: str) -> str:
         try:
-            text: str | None = self.call("picture" if is_picture else "text", str(path))
+            found: str = self.call(kind, str(path))
         except RefusedError as error:
             message = error.message.replace(str(path), name)
-            raise PopError(message, error.hint or "save it as plain text first") from error
+            raise PopError(message, error.hint or _HINT) from error
         except BeyondLimitsError as error:
-            message = f"reading {name} takes {self.limits}"
-            raise PopError(message, "save it as plain text first") from error
-        return text
+            raise PopError(f"reading {name} takes {self.limits}", _HINT) from error
+        return found
 
 
 reader = _Reader(__name__, limit_s=LIMIT_S, limit_bytes=LIMIT_BYTES)

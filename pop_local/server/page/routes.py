@@ -1,7 +1,7 @@
 """The page, its parts, and the endpoint that reads files for it.
 
 `/page/file?name=NAME` takes a file's bytes, of a picture where the content type says so. It answers
-with the text of a document; a picture's is null, since it was only looked at.
+with the `text` of a document, or a picture as the `url` that chats take.
 """
 
 import re
@@ -42,6 +42,7 @@ _TYPES = {
 }
 _FILES = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*.*")}
 _LONGEST_NAME = 200
+_PICTURE = re.compile(r"image/[\w.+-]{1,40}")
 
 
 def is_public(scope: Scope) -> bool:
@@ -82,25 +83,32 @@ def _shown(name: str) -> Response:
 
 async def _file(request: Request) -> Response:
     name = request.query_params.get("name", "")[-_LONGEST_NAME:] or "the file"
-    is_picture = request.headers.get("content-type", "").startswith("image/")
-    most = MAX_PICTURE_BYTES if is_picture else MAX_DOCUMENT_BYTES
-    too_large = ApiError(413, f"{name} is larger than {most // 10**6} MB", code="request_too_large")
-    if int(request.headers.get("content-length", 0)) > most:
-        raise too_large
+    picture = _PICTURE.match(request.headers.get("content-type", ""))
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         ending = re.search(r"\.[a-z0-9]{1,8}$", name.lower())
         path = Path(folder) / f"sent{ending[0] if ending else ''}"
-        n_bytes = 0
-        with path.open("wb") as file:
-            async for piece in request.stream():
-                n_bytes += len(piece)
-                if n_bytes > most:
-                    raise too_large
-                file.write(piece)
+        await _receive(request, path, MAX_PICTURE_BYTES if picture else MAX_DOCUMENT_BYTES, name)
         try:
-            text = await run_in_threadpool(reader.read, path, name, is_picture=is_picture)
+            if picture is None:
+                text = await run_in_threadpool(reader.text, path, name)
+                return JSONResponse({"name": name, "text": text})
+            letters = await run_in_threadpool(reader.picture, path, name)
+            return JSONResponse({"name": name, "url": f"data:{picture[0]};base64,{letters}"})
         except NoChildError:
             raise
         except PopError as error:
             raise ApiError(400, f"{error.message}; {error.hint}", code="unreadable") from error
-    return JSONResponse({"name": name, "text": text})
+
+
+async def _receive(request: Request, path: Path, most: int, name: str) -> None:
+    """Write a request's body to a file. Raises ApiError beyond `most` bytes."""
+    too_large = ApiError(413, f"{name} is larger than {most:,} bytes", code="request_too_large")
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_large
+    n_bytes = 0
+    with path.open("wb") as file:
+        async for piece in request.stream():
+            n_bytes += len(piece)
+            if n_bytes > most:
+                raise too_large
+            file.write(piece)

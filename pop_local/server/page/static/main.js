@@ -1,262 +1,199 @@
 // The page: its state, and what keys, buttons, drops and other tabs do to it.
 
 import * as chats from "./chats.js";
-import { answer, askKeyBy, call, readByServer, refillable } from "./server.js";
-import { button, fileView, h, megabytes, messageView } from "./view.js";
+import { answer, call, readByServer, refillable } from "./server.js";
+import { button, fileView, h, megabytes, messageView, number } from "./view.js";
 
-const MOST_BYTES = { document: 100_000_000, picture: 32 * 2 ** 20 };
+const MOST_DOCUMENT_BYTES = 100_000_000;
+const MOST_PICTURE_BYTES = 32 * 2 ** 20;
 const COMPARED_TOKENS = 400;
-const CUT = "Cut off: the page was left.";
 
 const $ = (id) => document.getElementById(id);
+const fresh = () => ({ id: chats.newId(), title: "", messages: [] });
 
 let models = [];
 let chat = fresh();
 let files = []; // to go with the next question
 let editing = -1; // the message that the next question replaces
-let running = null; // the answer that is being written: its chat, and how to stop it
-
-function fresh() {
-  return { id: chats.newId(), title: "", messages: [] };
-}
+let running = null; // the answer that is being written: its chat, how to stop it, its end
 
 const model = () => models.find(({ id }) => id === $("model").value);
-const isRunning = () => running?.chat === chat;
-
-function tell(words) {
-  $("notice").textContent = words;
-  $("notice").hidden = !words;
-}
-
-// Showing
+const tell = (words) => Object.assign($("notice"), { textContent: words, hidden: !words });
+const unkept = (error) => void tell(`This browser keeps no chat: ${error?.message || "it is full"}.`);
+const showEnd = () => ($("scroll").scrollTop = $("scroll").scrollHeight);
 
 function show() {
-  const last = chat.messages.length - 1;
   const views = chat.messages.map((message, index) => {
-    const actions = [];
-    if (!running && message.role === "user") actions.push(["Edit", () => edit(index)]);
-    if (!running && message.role !== "user" && index === last) {
-      actions.push(["Try again", () => again(message)]);
-    }
-    return messageView(message, actions, isRunning() && index === last);
+    const isMine = message.role === "user";
+    const isLast = index === chat.messages.length - 1;
+    const action = isMine ? ["Edit", () => edit(index)] : isLast && ["Try again", again];
+    return messageView(message, !running && action, running?.chat === chat && isLast);
   });
   $("log").replaceChildren(...views);
-  $("empty").hidden = chat.messages.length > 0;
-  document.title = chat.title ? `${chat.title} · pop-local` : "pop-local";
-  showComposer();
+  $("empty").hidden = views.length > 0;
+  document.title = chat.title || "pop-local";
+  showForm();
 }
 
 // Shows the answer that grows, and follows it unless somebody has scrolled up.
 function showLast() {
-  const view = $("scroll");
-  const follows = view.scrollHeight - view.scrollTop - view.clientHeight < 80;
-  $("log").lastElementChild.replaceWith(messageView(chat.messages.at(-1), [], true));
-  if (follows) view.scrollTop = view.scrollHeight;
+  const { scrollHeight, scrollTop, clientHeight } = $("scroll");
+  $("log").lastChild.replaceWith(messageView(chat.messages.at(-1), null, true));
+  if (scrollHeight - scrollTop - clientHeight < 80) showEnd();
 }
 
-function showComposer() {
-  $("files").replaceChildren(...files.map((file) => fileView(file, () => {
-    files = files.filter((one) => one !== file);
-    showComposer();
-    $("question").focus();
-  })));
-  const isWaiting = !model() || files.some(({ isBusy }) => isBusy);
-  $("send").disabled = $("compare").disabled = isWaiting;
+function showForm() {
+  $("files").replaceChildren(...files.map((file) => fileView(file, () => drop(file))));
+  $("send").disabled = $("compare").disabled = !model() || files.some(({ isBusy }) => isBusy);
   $("compare").hidden = $("send").hidden = running !== null;
   $("stop").hidden = running === null;
   $("editing").hidden = editing < 0;
 }
 
-function showBar(id, words, done, total) {
+function showBar(id, ariaLabel, done, total) {
   const [label, bar] = $(id).children;
-  if (words) label.textContent = words;
+  const counted = total && `${ariaLabel}: ${number(done)} of ${number(total)} tokens`;
+  label.textContent = counted || ariaLabel;
+  Object.assign(bar, { ariaLabel, max: total || 1, value: done || 0 });
+  if (!total) bar.removeAttribute("value");
   $(id).hidden = false;
-  if (total) Object.assign(bar, { value: done, max: total });
-  else bar.removeAttribute("value");
 }
 
-async function showList() {
-  const heads = await chats.list();
-  $("list").replaceChildren(...heads.map(({ id, title }) => {
-    const link = h("a", { href: `#${id}`, onclick: () => $("chats").hidePopover() }, title);
-    if (id === chat.id) link.ariaCurrent = "page";
-    return h("li", {}, link, button("×", () => forget(id, title), { ariaLabel: `Delete ${title}` }));
-  }));
-}
+const showList = async () => $("list").replaceChildren(
+  ...(await chats.list()).map(([id, title]) => h("li", {},
+    h("a", { href: `#${id}`, ariaCurrent: id === chat.id ? "page" : null }, title),
+    button("×", () => forget(id, title), `Delete ${title}`))));
 
 function showModel() {
   const pop = model()?.pop;
-  $("context").textContent = pop ? `context ${pop.n_ctx.toLocaleString("en")} tokens` : "";
-  const canPrune = Boolean(pop && (pop.boundary || pop.exact));
+  const canPrune = Boolean(pop?.boundary || pop?.exact);
+  $("context").textContent = pop ? `context of ${number(pop.n_ctx)} tokens` : "";
   $("pruning").disabled = !canPrune;
-  $("pruning").checked = canPrune && localStorage.getItem("pruning") !== "off";
-  $("compare").title = canPrune ? "Read in full, then pruned" : "This model is not pruned";
-  showComposer();
+  $("pruning").checked = canPrune && localStorage.pruning !== "off";
+  showForm();
 }
 
-// Chats
-
 async function keep(kept) {
-  try {
-    const before = kept.id;
-    await chats.save(kept);
-    if (kept === chat) history.replaceState(null, "", `#${kept.id}`);
-    if (kept.id !== before) tell("Another tab changed this chat: this is a copy of it.");
-    await showList();
-  } catch (error) {
-    tell(`This browser does not keep the chat: ${error?.message || "its storage is full"}.`);
-  }
+  const before = kept.id;
+  await chats.save(kept).catch(unkept);
+  if (kept === chat) history.replaceState(null, "", `#${kept.id}`);
+  if (kept.id !== before) tell("Another tab changed this chat: this is a copy of it.");
+  await showList().catch(unkept);
 }
 
 async function open(id) {
-  const found = running?.chat.id === id ? running.chat : id && (await chats.load(id));
+  const found = running?.chat.id === id ? running.chat : await chats.load(id).catch(unkept);
   if (id !== location.hash.slice(1)) return; // somebody has gone on meanwhile
-  chat = found || fresh();
+  chat = found ?? fresh();
   leave();
-  tell("");
   show();
-  $("scroll").scrollTop = $("scroll").scrollHeight;
-  await showList();
+  showEnd();
+  await showList().catch(unkept);
 }
 
 async function forget(id, title) {
   if (!confirm(`Delete "${title}"?`)) return;
   if (running?.chat.id === id) running.stop.abort();
   await running?.ended;
-  await chats.remove(id);
+  await chats.remove(id).then(showList).catch(unkept);
   if (chat.id === id) location.hash = "";
-  await showList();
 }
 
-// Questions and answers
-
+// Takes a message back into the form; -1 leaves it.
 function edit(index) {
-  const { text, files: sent } = chat.messages[index];
-  editing = index;
-  files = [...sent];
-  $("question").value = text;
-  showComposer();
+  const { text = "", files: sent = [] } = chat.messages[index] ?? {};
+  [editing, files, $("question").value] = [index, [...sent], text];
+  showForm();
   $("question").focus();
 }
 
-function leave() {
-  if (editing >= 0) {
-    files = [];
-    $("question").value = "";
-  }
-  editing = -1;
-  showComposer();
-  $("question").focus();
-}
+const leave = () => editing >= 0 && edit(-1);
+const again = () => reply(chat.messages.pop().sides ? compare : single);
 
-function again({ sides }) {
-  chat.messages.pop();
-  reply(Boolean(sides));
-}
-
-function ask(isCompared) {
+function ask(how) {
   const text = $("question").value.trim();
   if (running || $("send").disabled || !(text || files.length)) return;
   if (editing >= 0) chat.messages.length = editing;
   chat.messages.push({ role: "user", text, files });
   chat.title ||= (text || files[0].name).slice(0, 60);
-  [files, editing, $("question").value] = [[], -1, ""];
-  reply(isCompared);
+  edit(-1);
+  reply(how);
 }
 
-// Questions that got no answer are sent as one with the next.
-function conversation(messages) {
+// The messages as the server takes them; questions that got no answer are one with the next.
+function conversation() {
   const sent = [];
-  for (const { role, text, files: shown = [] } of messages) {
-    if (!text && !shown.length) continue;
-    const texts = shown.flatMap((file) => file.text ?? []);
-    const pictures = shown.filter(({ url }) => url);
-    const content = [
-      ...pictures.map(({ url }) => ({ type: "image_url", image_url: { url } })),
-      { type: "text", text: [...texts, text].join("\n\n") },
-    ];
+  for (const { role, text, files: shown = [] } of chat.messages) {
+    const texts = [...shown.map((file) => file.text), text].filter(Boolean);
+    const content = shown.filter(({ url }) => url)
+      .map(({ url }) => ({ type: "image_url", image_url: { url } }));
+    if (texts.length) content.push({ type: "text", text: texts.join("\n\n") });
     if (sent.at(-1)?.role === role) sent.at(-1).content.push(...content);
-    else sent.push({ role, content });
+    else if (content.length) sent.push({ role, content });
   }
   return sent;
 }
 
-async function reply(isCompared) {
-  const asked = chat;
-  const messages = conversation(asked.messages);
-  const message = { role: "assistant", text: "", note: CUT };
-  asked.messages.push(message);
-  const stop = new AbortController();
-  running = { chat: asked, stop };
-  running.ended = (async () => {
-    try {
-      await keep(asked);
-      message.note = await write(asked, message, messages, isCompared, stop.signal);
-    } catch (error) {
-      message.note = stop.signal.aborted ? "Stopped." : error.message;
-    }
-  })();
+async function reply(how) {
+  const asked = { model: $("model").value, messages: conversation() };
+  const message = { role: "assistant", text: "", note: "Unfinished." };
+  const mine = (running = { chat, stop: new AbortController() });
+  chat.messages.push(message);
   tell("");
   show();
-  $("scroll").scrollTop = $("scroll").scrollHeight;
-  await running.ended;
+  showEnd();
+  mine.ended = keep(mine.chat)
+    .then(() => how(mine, message, asked))
+    .catch((error) => (mine.stop.signal.aborted ? "Stopped." : error.message))
+    .then((note) => (message.note = note));
+  await mine.ended;
   running = null;
   $("reading").hidden = true;
-  await keep(asked);
+  await keep(mine.chat);
   show();
-  $("question").focus();
   watchRefilling();
 }
 
-// Writes an answer, or two side by side; resolves to a note for the reader, "" for none.
-async function write(asked, message, messages, isCompared, signal) {
-  const body = { model: $("model").value, messages };
+const single = (mine, message, asked) =>
+  stream(mine, message, { ...asked, pop: $("pruning").checked });
+
+// Reads as if each reading were new, and answers without chance: pruning is all that differs.
+async function compare(mine, message, asked) {
   const isOn = $("pruning").checked;
-  const pop = $("pruning").disabled ? {} : { pop: isOn };
-  if (!isCompared) return stream(asked, message, message, { ...body, ...pop }, signal);
-  // As if each were new, and without chance, so that pruning is all that differs.
-  const alike = { ...body, repeatable: true, temperature: 0, max_tokens: COMPARED_TOKENS };
-  message.sides = [
-    { name: "In full", text: "", pop: false },
-    { name: "Pruned", text: "", pop: true },
-  ];
+  const alike = { ...asked, repeatable: true, temperature: 0, max_tokens: COMPARED_TOKENS };
   // The first reading of all would wait for the disk.
-  const warm = { ...alike, messages: [{ role: "user", content: "Hi" }], max_tokens: 1, pop: false };
-  await stream(asked, message, { text: "" }, warm, signal);
-  for (const side of message.sides) {
-    await stream(asked, message, side, { ...alike, pop: side.pop }, signal);
-    if (side.pop === isOn) message.text = side.text; // the conversation goes on from it
+  const short = { messages: [{ role: "user", content: "Hi" }], max_tokens: 1, pop: false };
+  await stream(mine, { text: "" }, { ...alike, ...short });
+  message.sides = [{ name: "In full", text: "" }, { name: "Pruned", text: "" }];
+  for (const [pop, side] of [[false, message.sides[0]], [true, message.sides[1]]]) {
+    await stream(mine, side, { ...alike, pop });
+    if (pop === isOn) message.text = side.text; // with which the conversation goes on
   }
   return "";
 }
 
-// Streams into `target`, the message or a side of it.
-async function stream(asked, message, target, body, signal) {
-  let isDue = false;
-  let note = "";
+// Streams into a message, or a side of it; resolves to a note for the reader, "" for none.
+async function stream(mine, target, asked) {
+  let [note, due] = ["", 0];
   const paint = () => {
-    isDue = false;
-    if (running?.chat === asked && chat === asked) showLast();
+    due = 0;
+    if (running === mine && chat === mine.chat) showLast();
   };
-  const keeper = setInterval(() => keep(asked), 2000);
+  const keeper = setInterval(() => keep(mine.chat), 2000);
   showBar("reading", "Reading");
   try {
-    target.usage = await answer(body, signal, {
+    target.usage = await answer(asked, mine.stop.signal, {
       comment(words) {
-        const [, ahead] = /^queued (\d+)$/.exec(words) ?? [];
-        const [, done, total] = /^read (\d+) of (\d+)$/.exec(words) ?? [];
-        if (ahead) showBar("reading", `Waiting, ${ahead} before this`);
-        if (total) showBar("reading", `Reading, ${done} of ${total} tokens`, done, total);
+        const [kind, n, , total] = words.split(" ");
+        if (kind === "queued") showBar("reading", `Waiting for ${n} before this`);
+        if (kind === "read") showBar("reading", "Reading", Number(n), Number(total));
       },
       text(piece) {
         target.text += piece;
         $("reading").hidden = true;
-        if (!isDue) setTimeout(paint, 60);
-        isDue = true;
+        due ||= setTimeout(paint, 60);
       },
-      end(reason) {
-        if (reason === "length") note = "Ended at the limit of its length.";
-      },
+      end: (reason) => (note = reason === "length" ? "Ended at its limit of length." : ""),
     });
   } finally {
     clearInterval(keeper);
@@ -265,149 +202,91 @@ async function stream(asked, message, target, body, signal) {
   return note;
 }
 
-let watch = 0;
-
 async function watchRefilling() {
-  const mine = ++watch;
-  let total = 0;
-  try {
-    for (let n; !running && mine === watch && (n = await refillable()); ) {
-      total = Math.max(total, n);
-      showBar("refilling", "", total - n, total);
-      await new Promise((resolve) => setTimeout(resolve, 500));
-    }
-  } catch {
-    // The next question tells of it.
+  let most = 0;
+  // A server that is gone is told of with the next question.
+  for (let n; !running && (n = await refillable().catch(() => 0)); ) {
+    most = Math.max(most, n);
+    showBar("refilling", "Refilling what was pruned", most - n, most);
+    await new Promise((resolve) => setTimeout(resolve, 500));
   }
-  if (mine === watch) $("refilling").hidden = true;
+  $("refilling").hidden = true;
 }
 
-// Files
+function drop(file) {
+  files = files.filter((one) => one !== file);
+  showForm();
+  $("question").focus();
+}
 
 async function add(given) {
-  tell("");
-  for (const file of given) await addOne(file).catch((error) => tell(error.message));
+  const refused = [];
+  for (const file of given) await addOne(file).catch(({ message }) => refused.push(message));
+  tell(refused.join("\n"));
   $("question").focus();
 }
 
 async function addOne(given) {
-  const kind = given.type.startsWith("image/") ? "picture" : "document";
-  if (kind === "picture" && !model()?.pop.images) {
-    throw new Error(`${given.name}: this model reads no pictures.`);
-  }
-  if (given.size > MOST_BYTES[kind]) {
-    const most = megabytes(MOST_BYTES[kind]);
-    throw new Error(`${given.name} is too large: ${megabytes(given.size)} of at most ${most}.`);
-  }
-  const file = { name: given.name, isBusy: true };
-  files.push(file);
-  showComposer();
-  try {
-    const text = await readByServer(given);
-    if (kind === "document") file.text = text;
-    else file.url = await asUrl(given);
-    delete file.isBusy;
-  } finally {
-    if (file.isBusy) files = files.filter((one) => one !== file);
-    showComposer();
-  }
+  const { name, size, type } = given;
+  const isPicture = type.startsWith("image/");
+  const most = isPicture ? MOST_PICTURE_BYTES : MOST_DOCUMENT_BYTES;
+  const tooLarge = `${name} is too large: ${megabytes(size)}, of at most ${megabytes(most)}.`;
+  if (isPicture && !model()?.pop.images) throw new Error(`${name}: the model reads no pictures.`);
+  if (size > most) throw new Error(tooLarge);
+  const busy = { name, isBusy: true };
+  files.push(busy);
+  showForm();
+  const read = await readByServer(given).finally(() => drop(busy));
+  files.push(read);
+  showForm();
 }
-
-const asUrl = (file) => new Promise((resolve, reject) => {
-  const reader = new FileReader();
-  reader.onload = () => resolve(reader.result);
-  reader.onerror = () => reject(new Error(`${file.name} cannot be read.`));
-  reader.readAsDataURL(file);
-});
-
-// What a person does
 
 $("ask").onsubmit = (event) => {
   event.preventDefault();
-  ask(false);
+  ask(single);
 };
-$("compare").onclick = () => {
-  if ($("pruning").disabled) tell("This model is not pruned: there is nothing to compare.");
-  else ask(true);
-};
+$("compare").onclick = () =>
+  $("pruning").disabled ? tell("This model is not pruned: nothing to compare.") : ask(compare);
 $("stop").onclick = () => running?.stop.abort();
 $("leave").onclick = leave;
 $("question").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  ask(false);
+  ask(single);
 };
-document.onkeydown = (event) => {
-  if (event.key !== "Escape") return;
-  if (running) running.stop.abort();
-  else if (editing >= 0) leave();
-};
+document.onkeydown = ({ key }) => key === "Escape" && (running ? running.stop.abort() : leave());
 $("attach").onclick = () => $("file").click();
-$("file").onchange = async () => {
-  await add([...$("file").files]);
-  $("file").value = "";
-};
-const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
-document.ondragover = (event) => {
-  if (hasFiles(event)) event.preventDefault();
-  document.body.classList.toggle("dropping", hasFiles(event));
-};
-document.ondragleave = (event) => {
-  if (!event.relatedTarget) document.body.classList.remove("dropping");
-};
-document.ondrop = (event) => {
-  document.body.classList.remove("dropping");
-  if (!hasFiles(event)) return;
+$("file").onchange = () => add([...$("file").files]).then(() => ($("file").value = ""));
+document.ondragover = document.ondrop = (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();
-  add([...event.dataTransfer.files]);
+  if (event.type === "drop") add([...event.dataTransfer.files]);
 };
-document.onpaste = ({ clipboardData }) => add([...clipboardData.files]);
-$("pruning").onchange = () =>
-  localStorage.setItem("pruning", $("pruning").checked ? "on" : "off");
+$("pruning").onchange = () => (localStorage.pruning = $("pruning").checked ? "on" : "off");
 $("model").onchange = () => {
-  localStorage.setItem("model", $("model").value);
+  localStorage.model = $("model").value;
   showModel();
 };
-
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const isDark = () => (document.documentElement.dataset.theme || (dark.matches && "dark")) === "dark";
-const showTheme = () => ($("theme").textContent = isDark() ? "Light" : "Dark");
 $("theme").onclick = () => {
-  const theme = isDark() ? "light" : "dark";
-  localStorage.setItem("theme", theme);
-  document.documentElement.dataset.theme = theme;
-  showTheme();
+  const { style } = document.documentElement;
+  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  localStorage.theme = (style.colorScheme || system) === "dark" ? "light" : "dark";
+  style.colorScheme = localStorage.theme;
 };
-dark.onchange = showTheme;
-
-askKeyBy((wasWrong) => new Promise((resolve) => {
-  $("wanted").textContent = wasWrong ? "That key is wrong" : "This server asks for its API key";
-  $("entry").onclose = () => resolve($("key").value);
-  $("key").value = "";
-  if (!$("entry").open) $("entry").showModal();
-}));
-
+$("chats").onclick = ({ target }) => target.closest("a") && $("chats").hidePopover();
 window.onhashchange = () => open(location.hash.slice(1));
+
 chats.onChange(async (id) => {
-  if (id === chat.id && !isRunning() && editing < 0) {
+  if (id === chat.id && running?.chat !== chat && editing < 0) {
     chat = (await chats.load(id)) ?? chat;
     show();
   }
   await showList();
 });
 
-showTheme();
-try {
-  await open(location.hash.slice(1));
-} catch (error) {
-  tell(`This browser keeps no chats: ${error.message}.`);
-}
-try {
-  models = (await (await call("v1/models")).json()).data;
-  $("model").replaceChildren(...models.map(({ id }) => h("option", {}, id)));
-  const chosen = localStorage.getItem("model");
-  if (models.some(({ id }) => id === chosen)) $("model").value = chosen;
-} catch (error) {
-  tell(error.message);
-}
+await open(location.hash.slice(1));
+await call("v1/models").then(async (response) => (models = (await response.json()).data))
+  .catch(({ message }) => tell(message));
+$("model").replaceChildren(...models.map(({ id }) => h("option", {}, id)));
+if (models.some(({ id }) => id === localStorage.model)) $("model").value = localStorage.model;
 showModel();

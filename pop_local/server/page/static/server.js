@@ -1,53 +1,46 @@
 // Requests to the server, with its key where it has one, and the events of a stream.
 
-const KEY = "pop-local key";
-const CUT = "The answer was cut off: the connection ended.";
+let asking = null;
 
-let wantKey = null;
+const askKey = () => new Promise((resolve) => {
+  const entry = document.getElementById("entry");
+  entry.onclose = () => resolve(entry.querySelector("input").value);
+  entry.showModal();
+});
 
-// Names what asks a person for the key: it gets whether one was wrong, and promises the next.
-export function askKeyBy(ask) {
-  wantKey = ask;
-}
+const because = (words) => (error) => {
+  throw error?.name === "AbortError" ? error : new Error(words);
+};
 
 // Fetches. Throws an Error with the server's reason, or AbortError.
 export async function call(path, options = {}) {
   for (;;) {
-    const key = sessionStorage.getItem(KEY);
+    const key = sessionStorage.apiKey;
     const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
-    const response = await fetch(path, { ...options, headers }).catch((error) => {
-      throw isAbort(error) ? error : new Error("The server does not answer.");
-    });
+    const response = await fetch(path, { ...options, headers })
+      .catch(because("The server does not answer."));
     if (response.ok) return response;
-    if (response.status !== 401) throw new Error(await reasonOf(response));
-    sessionStorage.setItem(KEY, await wantKey(key !== null));
+    if (response.status !== 401) {
+      const told = await response.json().catch(() => null);
+      throw new Error(told?.error?.message ?? `The server refused: ${response.status}.`);
+    }
+    asking ??= askKey().finally(() => (asking = null));
+    sessionStorage.apiKey = await asking;
   }
 }
-
-async function reasonOf(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch {
-    return `The server refused: ${response.status}.`;
-  }
-}
-
-const isAbort = (error) => error.name === "AbortError";
 
 // Yields { comment } and { data }. Throws when the stream ends before its last word.
 async function* events(response) {
+  const cut = because("The answer was cut off: the connection ended.");
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read().catch((error) => {
-      throw isAbort(error) ? error : new Error(CUT);
-    });
-    if (done) throw new Error(CUT);
+  for (let rest = ""; ; ) {
+    const { value, done } = await reader.read().catch(cut);
+    if (done) cut();
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
       if (line === "data: [DONE]") return;
+      if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
       if (!line.startsWith("data: ")) continue;
       const data = JSON.parse(line.slice("data: ".length));
       if (data.error) throw new Error(data.error.message);
@@ -56,19 +49,15 @@ async function* events(response) {
   }
 }
 
-// Streams an answer: `on.comment`, `on.text` and `on.end` (finish reason), then its usage.
+// Streams an answer to `on.comment`, `on.text` and `on.end` (why it ended); resolves to its usage.
 export async function answer(asked, signal, on) {
-  const body = { ...asked, stream: true, stream_options: { include_usage: true } };
-  const response = await call("v1/chat/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
-    signal,
-  });
+  const body = JSON.stringify({ ...asked, stream: true, stream_options: { include_usage: true } });
+  const headers = { "Content-Type": "application/json" };
+  const response = await call("v1/chat/completions", { method: "POST", headers, body, signal });
   let usage = null;
   for await (const { comment, data } of events(response)) {
-    if (comment) on.comment(comment);
     const choice = data?.choices[0];
+    if (comment) on.comment(comment);
     if (choice?.delta.content) on.text(choice.delta.content);
     if (choice?.finish_reason) on.end(choice.finish_reason);
     usage = data?.usage ?? usage;
@@ -76,19 +65,17 @@ export async function answer(asked, signal, on) {
   return usage;
 }
 
-// Sends a file's bytes to the server's readers; resolves to a document's text, null of a picture.
+// Sends a file to the server's readers; resolves to a document's `text` or a picture's `url`.
 export async function readByServer(file) {
-  const body = await file.arrayBuffer().catch(() => {
-    throw new Error(`${file.name} cannot be read.`);
-  });
+  const body = await file.arrayBuffer().catch(because(`${file.name} cannot be read.`));
   const headers = { "Content-Type": file.type || "application/octet-stream" };
   const path = `page/file?name=${encodeURIComponent(file.name)}`;
-  return (await (await call(path, { method: "POST", headers, body })).json()).text;
+  return (await call(path, { method: "POST", headers, body })).json();
 }
 
-// The cached tokens that are still to be refilled.
+// Resolves to the number of cached tokens that are still to be refilled.
 export async function refillable() {
   const text = await (await call("metrics")).text();
-  const found = text.matchAll(/^pop_refillable_tokens(?:\{.*\})? (\S+)$/gm);
-  return [...found].reduce((sum, [, n]) => sum + Number(n), 0);
+  const found = [...text.matchAll(/^pop_refillable_tokens(?:\{.*\})? (\S+)$/gm)];
+  return found.reduce((sum, [, n]) => sum + Number(n), 0);
 }

@@ -1,2 +1,2 @@
 // Before anything is drawn, so that nothing flashes.
-document.documentElement.dataset.theme = localStorage.getItem("theme") ?? "";
+document.documentElement.style.colorScheme = localStorage.theme ?? "";
