@@ -4,8 +4,7 @@ import * as chats from "./chats.js";
 import { answer, call, readByServer, refillable } from "./server.js";
 import { button, fileView, h, megabytes, messageView, number } from "./view.js";
 
-const MOST_DOCUMENT_BYTES = 100_000_000;
-const MOST_PICTURE_BYTES = 32 * 2 ** 20;
+const MOST_BYTES = { document: 100_000_000, picture: 32 * 2 ** 20 };
 const COMPARED_TOKENS = 400;
 
 const $ = (id) => document.getElementById(id);
@@ -23,14 +22,12 @@ const unkept = (error) => void tell(`This browser keeps no chat: ${error?.messag
 const showEnd = () => ($("scroll").scrollTop = $("scroll").scrollHeight);
 
 function show() {
-  const views = chat.messages.map((message, index) => {
+  $("log").replaceChildren(...chat.messages.map((message, index) => {
     const isMine = message.role === "user";
     const isLast = index === chat.messages.length - 1;
     const action = isMine ? ["Edit", () => edit(index)] : isLast && ["Try again", again];
     return messageView(message, !running && action, running?.chat === chat && isLast);
-  });
-  $("log").replaceChildren(...views);
-  $("empty").hidden = views.length > 0;
+  }));
   document.title = chat.title || "pop-local";
   showForm();
 }
@@ -207,7 +204,7 @@ async function watchRefilling() {
   // A server that is gone is told of with the next question.
   for (let n; !running && (n = await refillable().catch(() => 0)); ) {
     most = Math.max(most, n);
-    showBar("refilling", "Refilling what was pruned", most - n, most);
+    showBar("refilling", "Refilling", most - n, most);
     await new Promise((resolve) => setTimeout(resolve, 500));
   }
   $("refilling").hidden = true;
@@ -228,11 +225,10 @@ async function add(given) {
 
 async function addOne(given) {
   const { name, size, type } = given;
-  const isPicture = type.startsWith("image/");
-  const most = isPicture ? MOST_PICTURE_BYTES : MOST_DOCUMENT_BYTES;
-  const tooLarge = `${name} is too large: ${megabytes(size)}, of at most ${megabytes(most)}.`;
-  if (isPicture && !model()?.pop.images) throw new Error(`${name}: the model reads no pictures.`);
-  if (size > most) throw new Error(tooLarge);
+  const most = MOST_BYTES[type.startsWith("image/") ? "picture" : "document"];
+  const cannotSee = type.startsWith("image/") && !model()?.pop.images;
+  if (cannotSee) throw new Error(`${name}: the model reads no pictures.`);
+  if (size > most) throw new Error(`${name} is too large: over ${megabytes(most)}.`);
   const busy = { name, isBusy: true };
   files.push(busy);
   showForm();
@@ -254,7 +250,10 @@ $("question").onkeydown = (event) => {
   event.preventDefault();
   ask(single);
 };
-document.onkeydown = ({ key }) => key === "Escape" && (running ? running.stop.abort() : leave());
+document.onkeydown = ({ key }) => {
+  if (key === "Escape" && running) running.stop.abort();
+  else if (key === "Escape") leave();
+};
 $("attach").onclick = () => $("file").click();
 $("file").onchange = () => add([...$("file").files]).then(() => ($("file").value = ""));
 document.ondragover = document.ondrop = (event) => {
@@ -268,10 +267,9 @@ $("model").onchange = () => {
   showModel();
 };
 $("theme").onclick = () => {
-  const { style } = document.documentElement;
   const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  localStorage.theme = (style.colorScheme || system) === "dark" ? "light" : "dark";
-  style.colorScheme = localStorage.theme;
+  localStorage.theme = (localStorage.theme || system) === "dark" ? "light" : "dark";
+  document.documentElement.style.colorScheme = localStorage.theme;
 };
 $("chats").onclick = ({ target }) => target.closest("a") && $("chats").hidePopover();
 window.onhashchange = () => open(location.hash.slice(1));
@@ -285,6 +283,7 @@ chats.onChange(async (id) => {
 });
 
 await open(location.hash.slice(1));
+$("question").focus();
 await call("v1/models").then(async (response) => (models = (await response.json()).data))
   .catch(({ message }) => tell(message));
 $("model").replaceChildren(...models.map(({ id }) => h("option", {}, id)));

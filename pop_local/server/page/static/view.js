@@ -90,7 +90,7 @@ const sideView = ({ name, text, usage }) => h("section", {},
 function comparedView(sides) {
   const [full, pruned] = sides.map(({ usage }) => usage?.pop.ttft_s);
   const ratio = full && pruned && `Pruned: ${(full / pruned).toFixed(2)} times as fast to the first`
-    + " token, in one reading each, with nothing cached.";
+    + " token (one reading each, nothing cached)";
   return h("div", { className: "body" },
     h("div", { className: "sides" }, ...sides.map(sideView)),
     ratio && h("p", { className: "ratio" }, ratio));
