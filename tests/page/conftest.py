@@ -71,9 +71,9 @@ def page(context: Any) -> Any:
 
 @pytest.fixture
 def fed(context: Any) -> Any:
-    """A page whose answers a test feeds."""
+    """A page whose answers a test feeds, as it does those of others in this profile."""
+    context.add_init_script(FED)
     page = context.new_page()
-    page.add_init_script(FED)
     page.goto("/")
     page.wait_for_selector("#send:enabled")
     return page

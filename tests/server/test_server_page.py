@@ -18,6 +18,7 @@ from pop_local.texts.documents import MAX_BYTES as MAX_DOCUMENT_BYTES
 from support.asked import NAME
 from support.calls import opened
 from support.paths import ROOT
+from support.program import called
 from support.serving import asking, counted
 
 STATIC = ROOT / "pop_local" / "server" / "page" / "static"
@@ -44,12 +45,11 @@ def test_a_browser_gets_the_page_and_others_their_words(client):
     assert client.head("/", headers=BROWSER).status_code == 200
 
 
-@pytest.mark.parametrize("path", sorted(STATIC.rglob("*.*")), ids=lambda path: path.name)
-def test_each_part_has_its_type_and_the_policy(client, path):
-    name = path.relative_to(STATIC).as_posix()
-    part = client.get(f"/page/{name}")
-    assert part.content == path.read_bytes()
-    if path.suffix in (".js", ".mjs"):  # a module of another type is not run
+@pytest.mark.parametrize("file", sorted(STATIC.rglob("*.*")), ids=lambda file: file.name)
+def test_each_part_has_its_type_and_the_policy(client, file):
+    part = client.get(f"/page/{file.relative_to(STATIC).as_posix()}")
+    assert part.content == file.read_bytes()
+    if file.suffix in (".js", ".mjs"):  # a module of another type is not run
         assert part.headers["content-type"].startswith("text/javascript")
     policy = part.headers["content-security-policy"]
     assert policy.startswith("default-src 'none';")
@@ -144,14 +144,18 @@ def test_each_bad_file_gets_one_clear_word(client, content, name, words):
 
 
 def test_a_file_too_large_is_refused_before_it_is_read(client):
-    async def never():
-        raise AssertionError("the body is read")
+    read = []
+
+    def body():
+        read.append(1)
+        yield b""
 
     headers = {"Content-Length": "500000000"}
-    words = refusal(sent(client, iter(()), "huge.pdf", **headers), 413)
+    words = refusal(sent(client, body(), "huge.pdf", **headers), 413)
     assert words == "huge.pdf is larger than 100,000,000 bytes"
     headers |= {"Content-Type": "image/png", "Content-Length": str(MAX_PICTURE_BYTES + 1)}
-    assert "huge.png is larger than" in refusal(sent(client, iter(()), "huge.png", **headers), 413)
+    assert "huge.png is larger than" in refusal(sent(client, body(), "huge.png", **headers), 413)
+    assert read == []
 
 
 def test_a_file_of_no_stated_length_is_refused_while_it_comes(client, monkeypatch, tmp_path):
@@ -178,7 +182,12 @@ def test_a_body_that_is_cut_off_leaves_nothing(client, monkeypatch, tmp_path):
         pass
 
     headers = [(b"host", b"localhost:8080")]
-    scope = {"type": "http", "method": "POST", "path": "/page/file", "headers": headers}
+    scope: dict[str, object] = {
+        "type": "http",
+        "method": "POST",
+        "path": "/page/file",
+        "headers": headers,
+    }
     scope |= {"query_string": b"name=a.txt", "http_version": "1.1"}
     asyncio.run(client.app(scope, receive, send))
     assert events == [] and [*tmp_path.iterdir()] == []
@@ -205,8 +214,6 @@ def test_no_document_is_longer_than_any_context(tmp_path):
 
 
 def test_the_browser_is_opened_at_the_page(path, monkeypatch):
-    from support.program import called
-
     opened_at: list[str] = []
     served_at: list[str] = []
 
@@ -223,8 +230,6 @@ def test_the_browser_is_opened_at_the_page(path, monkeypatch):
 
 @pytest.mark.parametrize("option", [("--temperature", "0"), ("--system", "x"), ("--seed", "1")])
 def test_options_that_the_page_lacks_are_refused(path, option):
-    from support.program import called
-
     done = called("chat", path, "--web", *option)
     assert done.returncode == 2
     assert f"does not take {option[0]}" in " ".join(done.stderr.split())
