@@ -92,7 +92,8 @@ test-wheels: | $(SMOLLM2).gguf
 	$(PYTHON) tests/smoke.py $(WHEELS) $(SMOLLM2).gguf
 
 test-page: $(VENV)/.tools | $(SMOLLM2).gguf
-	@$(BIN)/python -c "import playwright" && command -v chromium || { echo "install both first, as docs/server.md says"; exit 1; }
+	@{ command -v chromium && $(BIN)/python -c "import playwright"; } >/dev/null || \
+	{ echo "docs/server.md has the two commands that install the browser"; exit 1; }
 	$(BIN)/pytest tests/page $(ARGS)
 
 GPU_TESTS := POP_TEST_GPU_LAYERS=99 $(BIN)/pytest -rP tests/oracle/test_devices.py

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from support.paths import ROOT
+from support.paths import TESTS
 from support.serving import Served, served
 
-SHOTS = ROOT / "build" / "page"
+SHOTS = TESTS / "page" / "build"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # A stream that a test feeds, in the place of the server's.
 FED = """

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from support.converted import tiny
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
 from support.serving import served
 from support.synthetic import TEMPLATE
 
 pytestmark = pytest.mark.slow
 
-SHOTS = ROOT / "build" / "page"
+SHOTS = TESTS / "page" / "build"
 STORY = ROOT / "pop_local" / "data" / "document.md"
 QUESTION = "What rule was painted above the lamp-room door?"
 ANSWERED = "article.assistant[aria-busy=false] .actions"

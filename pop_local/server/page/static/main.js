@@ -226,7 +226,7 @@ async function add(given) {
 async function addOne(given) {
   const { name, size, type } = given;
   const most = MOST_BYTES[type.startsWith("image/") ? "picture" : "document"];
-  const cannotSee = type.startsWith("image/") && !model()?.pop.images;
+  const cannotSee = type.startsWith("image/") && !model()?.pop?.images;
   if (cannotSee) throw new Error(`${name}: the model reads no pictures.`);
   if (size > most) throw new Error(`${name} is too large: over ${megabytes(most)}.`);
   const busy = { name, isBusy: true };
