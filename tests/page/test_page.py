@@ -1,6 +1,7 @@
 """One chat in a browser: documents, streams, both readings, storage, and bad input."""
 
 import base64
+import io
 import json
 import struct
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from support.converted import tiny
 from support.paths import ROOT, TESTS
@@ -289,17 +291,26 @@ def _bomb() -> bytes:
     )
 
 
-def test_a_picture_bomb_is_refused_before_it_is_shown(page):
-    drop(page, "bomb.png", _bomb(), "image/png")
-    page.wait_for_selector("#notice:text('bomb.png: the model reads no pictures.')")
-    page.route("**/v1/models", lambda route: _with_eyes(route))
-    page.reload()
-    page.wait_for_selector("#send:enabled")
-    drop(page, "bomb.png", _bomb(), "image/png")
-    page.wait_for_selector("#notice:text('bomb.png has more than 50 million pixels')")
-    assert page.locator("img").count() == 0
-    drop(page, "broken.pdf", b"%PDF-1.7 nothing")
-    page.wait_for_selector("#notice:text('broken.pdf cannot be read as PDF')")
+def test_a_picture_is_shown_and_a_bomb_is_not(fed):
+    drop(fed, "bomb.png", _bomb(), "image/png")
+    fed.wait_for_selector("#notice:text('bomb.png: the model reads no pictures.')")
+    fed.route("**/v1/models", _with_eyes)
+    fed.reload()
+    fed.wait_for_selector("#send:enabled")
+    drop(fed, "bomb.png", _bomb(), "image/png")
+    fed.wait_for_selector("#notice:text('bomb.png has more than 50 million pixels')")
+    drop(fed, "broken.pdf", b"%PDF-1.7 nothing")
+    fed.wait_for_selector("#notice:text('broken.pdf cannot be read as PDF')")
+    assert fed.locator("img").count() == 0
+    content = io.BytesIO()
+    Image.new("RGB", (40, 30), "teal").save(content, "PNG")
+    drop(fed, "teal.png", content.getvalue(), "image/png")
+    fed.wait_for_selector("#files img")
+    ask(fed, "Which colour?")
+    answer(fed, "Teal.")
+    assert fed.locator(".user img").evaluate("(image) => image.naturalWidth") == 40
+    ((message,),) = [body["messages"] for body in fed.evaluate("asked")]
+    assert [part["type"] for part in message["content"]] == ["image_url", "text"]
 
 
 def _with_eyes(route: Any) -> None:
