@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,10 +85,23 @@ def serve(
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
 ) -> None:
-    """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's.
+    """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's, and a page.
 
     --parallel says how many requests are answered at once; others wait in line. A request may carry
     "pop": false to be read in full. /health and /metrics (Prometheus) tell how the server is.
+    """
+    serve_named(model, to, how, opt.given_names(call))
+
+
+def serve_named(
+    model: str,
+    to: ServerOptions,
+    how: opt.ModelOptions,
+    asked: Collection[str],
+    on_ready: Callable[[str], None] = lambda root: None,
+) -> None:
+    """Serve until a signal. `asked`: names of the options that the command line has. `on_ready`
+    gets the address once connections are taken.
     """
     _require_packages()
     origins = [_origin(given) for given in to.cors or ()]
@@ -97,7 +111,7 @@ def serve(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
-    open_named = Opener(model, how, opt.given_names(call), _n_parallel(to, how))
+    open_named = Opener(model, how, asked, _n_parallel(to, how))
     opened = open_named()
     opened.keep_prompts(PromptCache(to.cache_ram * 2**20) if to.cache_ram else None)
     try:
@@ -114,7 +128,9 @@ def serve(
             origins=origins,
         )
         listening.listen(128)
-        _announce(opened, name, listening, is_open=to.host not in LOOPBACK and not to.api_key)
+        root = _root(listening)
+        _announce(opened, name, root, is_open=to.host not in LOOPBACK and not to.api_key)
+        on_ready(root)
         run_app(app, listening)
     finally:
         listening.close()
@@ -192,9 +208,12 @@ def _bound(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _announce(opened: "PopModel", name: str, listening: socket.socket, is_open: bool) -> None:
+def _root(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(opened: "PopModel", name: str, root: str, is_open: bool) -> None:
     pruning = f"pruned from layer {opened.boundary} on" if opened.mode else "not pruned"
     if opened.mode and opened.exact:
         pruning = f"read exactly: context tokens leave at layer {opened.exact}"
@@ -205,7 +224,7 @@ def _announce(opened: "PopModel", name: str, listening: socket.socket, is_open: 
         note(f"Pictures are read, by {opened.mmproj.name}, out of data: URLs.")
     if is_open:
         warn("Anyone who reaches this machine can use the model: set --api-key.")
-    note(f"Serving at http://{shown}:{port}/v1 (Ctrl-C stops)")
+    note(f"Serving at {root}/v1, a page at {root}/ (Ctrl-C stops)")
 
 
 def _log_to_stderr() -> None:

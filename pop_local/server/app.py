@@ -43,6 +43,7 @@ from pop_local.server.errors import ApiError, as_api_error, hung_up
 from pop_local.server.front import LOCAL_ORIGIN, Entry, Front
 from pop_local.server.memory import return_large_blocks
 from pop_local.server.metrics import Metrics
+from pop_local.server.page import routes as page
 from pop_local.server.pictures import MAX_BYTES, MAX_DATA_URL, n_in_pictures
 from pop_local.server.replies import ChatReply, Reply
 from pop_local.server.tasks import Tasks
@@ -96,6 +97,7 @@ def create_app(
         *Responses(api).routes,
         *Messages(api).routes,
         *Embeddings(api).routes,
+        *page.routes(),
     ]
     app = Starlette(
         routes=routes,

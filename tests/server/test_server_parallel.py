@@ -183,3 +183,10 @@ def test_a_stopping_server_ends_all_answers(path):
         assert {one.result(timeout=30).status_code for one in asked} == {503}
     assert not app.state.worker.is_alive()
     model.close()
+
+
+def test_a_prompt_can_be_read_anew(several):
+    chat(several, "anew. " + LONG)
+    again = chat(several, "anew. " + LONG, cache_prompt=False).json()["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == 0
+    assert again["pop"]["n_pruned"] > 200
