@@ -48,7 +48,7 @@ def logits(model, index: int) -> np.ndarray:
 
 
 def logits_of(model, tokens: Sequence[int], answer: Sequence[int] = ()) -> np.ndarray:
-    """Of a prompt that is read anew, and of an answer to it."""
+    """The logits after a prompt that is read anew, and an answer to it."""
     model.cache.clear()
     model.read(Prompt(list(tokens)))
     for token in answer:
