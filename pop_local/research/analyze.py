@@ -30,7 +30,6 @@ from pop_local.measure.quality import (
     measure_against,
     read_reference,
 )
-from pop_local.models.names import resolve_base
 from pop_local.models.stored import ModelFiles
 from pop_local.research.depths import DepthCost, deepest_within, measure_cliff, worth_measuring
 from pop_local.research.importance import Importance, Windows, gates_device, importance
@@ -39,6 +38,7 @@ from pop_local.workflows.conversion.fits import measure_fits
 from pop_local.workflows.conversion.refusals import TooLittleMemoryError
 from pop_local.workflows.events import Watch
 from pop_local.workflows.measuring import opened
+from pop_local.workflows.open import base_file
 from pop_local.workflows.options import Hardware
 
 # Draws of random tokens, which give the retention to some percent.
@@ -82,7 +82,7 @@ def analyze(
     The model is given by path or name, and is not converted. Without torch, or for an architecture
     that it does not compute, the gates are left out with a warning. Raises PopError, StoppedError.
     """
-    source = read_source(resolve_base(os.fspath(model)))
+    source = read_source(base_file(os.fspath(model), watch))
     require_unconverted(source)
     shipped = Text("prose of pop-local", (shipped_part("prose"),))
     text = given_text(options.text) if options.text else shipped

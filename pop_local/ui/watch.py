@@ -1,8 +1,11 @@
 """A workflow's Watch on the terminal: bars, notes and warnings on stderr, Ctrl-C."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+
+import typer
 
 from pop_local.base.errors import PopError
 from pop_local.ui.hints import hint_of
@@ -12,6 +15,11 @@ from pop_local.ui.theme import note, warn
 from pop_local.workflows.events import Unit, Watch
 
 _BARS = {Unit.TOKENS: token_progress, Unit.BYTES: bytes_progress}
+
+
+def asked(question: str) -> bool:
+    """Ask whoever sits at the terminal; False where nobody does."""
+    return sys.stdin.isatty() and typer.confirm(question, default=True, err=True)
 
 
 class _Stages:
@@ -40,6 +48,10 @@ class _Stages:
         self.end()
         note(text)
 
+    def ask(self, question: str) -> bool:
+        self.end()
+        return asked(question)
+
     def warn(self, error: PopError) -> None:
         self.end()
         hint = hint_of(error)
@@ -51,7 +63,7 @@ def terminal_watch() -> Iterator[Watch]:
     """Show a workflow's progress; Ctrl-C raises KeyboardInterrupt at once."""
     stages = _Stages()
     try:
-        yield Watch(stages.begin, stages.advance, stages.tell, stages.warn)
+        yield Watch(stages.begin, stages.advance, stages.tell, stages.warn, may=stages.ask)
     finally:
         stages.end()
 

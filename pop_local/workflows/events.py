@@ -27,7 +27,7 @@ class Watch:
     `on_stage(name, unit)` begins a stage, `on_progress(done, total)` counts in its unit.
     `on_note(text)` gets what is worth knowing, `on_warning(error)` what is let through and might
     have been refused. A workflow asks `should_stop` as often as it counts, and while llama.cpp
-    reads; it then raises StoppedError and leaves nothing behind.
+    reads; it then raises StoppedError and leaves nothing behind. `may(question)` allows a download.
     """
 
     on_stage: Callable[[str, Unit], object] = _ignore
@@ -35,6 +35,7 @@ class Watch:
     on_note: Callable[[str], object] = _ignore
     on_warning: Callable[[PopError], object] = _ignore
     should_stop: Callable[[], bool] = _ignore
+    may: Callable[[str], bool] = _ignore
 
     def stage(self, name: str, unit: Unit = Unit.TOKENS) -> Progress:
         """Begin a stage; its work reports to what is returned, which may raise StoppedError."""

@@ -27,6 +27,7 @@ from pop_local.workflows.conversion.plan import (
 from pop_local.workflows.conversion.refusals import Trial
 from pop_local.workflows.conversion.workbench import Workbench
 from pop_local.workflows.events import Phase, Stopwatch, Watch
+from pop_local.workflows.open import base_file
 from pop_local.workflows.options import Hardware, RowOptions
 
 
@@ -72,7 +73,8 @@ def convert(
     output stays then, and nothing new is left. Raises StoppedError when the watch says so.
     """
     options = ConvertOptions(goal, fit, rows, output, resume, distiller, hardware)
-    return run_conversion(plan_conversion(model, out, options), force=force, watch=watch)
+    planned = plan_conversion(base_file(os.fspath(model), watch), out, options)
+    return run_conversion(planned, force=force, watch=watch)
 
 
 def run_conversion(
