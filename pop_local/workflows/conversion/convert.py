@@ -14,6 +14,7 @@ from pop_local.base.errors import PopError
 from pop_local.calibration.options import FitOptions
 from pop_local.calibration.texts import N_WINDOW
 from pop_local.measure.budget import BALANCED
+from pop_local.workflows.conversion.course import course
 from pop_local.workflows.conversion.distiller import MakeDistiller
 from pop_local.workflows.conversion.goals import Within
 from pop_local.workflows.conversion.output import OutputName
@@ -98,6 +99,7 @@ def run_conversion(
         )
     phases = Stopwatch()
     watched = replace(watch, on_warning=warned, on_stage=phases.before(watch.on_stage))
+    watch.on_course(course(conversion))
     bench = Workbench(conversion.source, conversion.options.hardware, watched)
     done = conversion.goal.carry_out(ConversionRun(conversion, force, bench))
     meta = done.meta
