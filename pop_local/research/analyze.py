@@ -49,7 +49,7 @@ _N_DRAWS = 2
 # The part of `convert`'s tokens that is enough to compare depths.
 _FIT_SHARE = 4
 # A window takes so many times as long by torch, forwards and backwards, as it is read.
-_GATES_COST = 12
+_GATES_COST = 4
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,9 @@ class _Run:
             Step("Reading in full", probes),
             Step("Looking for the cliff", n_tried * draws),
             *fit_steps(fit),
-            Step("Measuring boundary", probes, n_tried),
-            Step("Measuring with own projections", n_tried * probes),
+            Step("Measuring boundary", probes, n_tried)
+            if options.with_fit
+            else Step("Measuring with own projections", n_tried * probes),
             *([Step("Virtual gates", gates)] if n_gated else []),
         )
 
