@@ -23,8 +23,8 @@ from pop_local.engine.llama.devices import kernels_read_prompts
 _N_PRODUCT = 1024
 # Kernels of ours read faster than numpy multiplies: four times with AMX, of others less is known.
 _READING_GAIN = 2
-# Sampled tokens come a few at once: one took about eight times as long as one that is read.
-_SAMPLING_COST = 8
+# Sampled tokens come a few at once, and no kernel of ours reads them.
+_SAMPLING_COST = 3
 # Python with numpy and llama.cpp, before any model.
 _BASE_BYTES = 100 * 10**6
 # A search fits few boundaries where the sums of all would take more.
@@ -203,7 +203,7 @@ def fit_work(plans: Sequence[Plan], options: FitOptions, needs: Needs) -> FitWor
     adding = n_windows * N_WINDOW * n_inputs * (n_boundaries * n_inputs + sum(n_out))
     solving = 2 * sum(n_inputs**2 * (n_inputs // 3 + n) for n in n_out)
     return FitWork(
-        needs.n_sampled * window * _SAMPLING_COST,
+        needs.n_sampled * plans[0].macs(N_WINDOW, None, N_WINDOW) * _SAMPLING_COST,
         n_windows * len(needs.groups) * window,
         adding + solving,
     )

@@ -23,8 +23,8 @@ def chat(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A GGUF file or a name of the catalog. Default: the catalog's best for the free"
-            " memory.",
+            help="A GGUF file, a name (`pop-local pull` shows them), or hf:OWNER/REPO. Default: the"
+            " best of the catalog for the free memory.",
         ),
     ] = None,
     *,

@@ -74,7 +74,7 @@ def serve(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A GGUF file or a name. Default: the catalog's best for the free memory.",
+            help="A GGUF file, a name, or hf:OWNER/REPO. Default: the one that `chat` takes.",
         ),
     ] = None,
     *,

@@ -36,7 +36,7 @@ _SAID_EVERY_S = 20.0
 
 @dataclass
 class Pace:
-    """What bars that follow each other share: when a line was said, the course of all, if known."""
+    """Bars that follow each other share it: when a line was said, and the course, if known."""
 
     said_s: float = field(default_factory=lambda: time.monotonic())
     course: Course | None = None

@@ -12,7 +12,7 @@ from pop_local.workflows.events import Step
 _N_STAGES = 3
 # Documents of RecallSettings that a selection is tried on, and boundaries that are asked for facts.
 _N_ASKED, _N_TRIED = 24, 3
-# What writing takes by the byte.
+# Products in the time that a byte is written and read back.
 _WRITING = 100
 
 
