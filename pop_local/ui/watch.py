@@ -87,4 +87,12 @@ def terminal_watch() -> Iterator[Watch]:
 def stoppable_watch() -> Iterator[Watch]:
     """As `terminal_watch`, but the first Ctrl-C only asks to stop, so that a fit can be kept."""
     with deferred_interrupt() as interrupt, terminal_watch() as watch:
-        yield replace(watch, should_stop=lambda: interrupt.asked)
+
+        def may(question: str) -> bool:
+            interrupt.at_once = True
+            try:
+                return watch.may(question)
+            finally:
+                interrupt.at_once = False
+
+        yield replace(watch, should_stop=lambda: interrupt.asked, may=may)
