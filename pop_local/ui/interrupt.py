@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class CtrlC:
-    """`asked`: whether Ctrl-C has been pressed; `at_once`: it raises, as while a person is asked."""
+    """`asked`: whether Ctrl-C has been pressed; `at_once`: it raises, as at a question."""
 
     def __init__(self) -> None:
         self.asked = self.at_once = False

@@ -26,11 +26,15 @@ def _ignore(*_: object) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """Stages whose names begin with `name`: how many at most, and the work of each, in any unit."""
+    """Stages whose names begin with `name`: the work of each, in any unit, and how many at most.
+
+    Those of one name may come in `n_parts` that follow each other, and count as one then.
+    """
 
     name: str
     work: float
     n_most: int = 1
+    n_parts: int = 1
 
 
 class Course:
@@ -43,6 +47,7 @@ class Course:
         self._steps, self._began_s = steps, time.monotonic()
         self._n_left = [step.n_most for step in steps]
         self._at: int | None = None
+        self._name, self._n_parts = "", 0
         self._first = self._share = self._done = 0.0
 
     def begin(self, name: str) -> None:
@@ -55,7 +60,11 @@ class Course:
         is_last = self._at == len(self._steps) - 1
         for i, step in enumerate(self._steps[: self._at]):
             self._n_left[i] *= not (is_last or step.n_most == 1)
-        self._n_left[self._at] = max(0, self._n_left[self._at] - 1)
+        if name == self._name and self._n_parts:
+            self._n_parts -= 1
+        else:
+            self._name, self._n_parts = name, self._steps[self._at].n_parts - 1
+            self._n_left[self._at] = max(0, self._n_left[self._at] - 1)
 
     def advance(self, done: int, total: int) -> None:
         self._share = done / total if total else 0.0
@@ -67,9 +76,10 @@ class Course:
         elapsed_s, passed = time.monotonic() - self._began_s, self._passed
         if elapsed_s < _LEAST_S or not passed:
             return None
-        ahead = sum(n * step.work for n, step in zip(self._n_left, self._steps, strict=True))
+        steps = zip(self._n_left, self._steps, strict=True)
+        ahead = sum(n * step.n_parts * step.work for n, step in steps)
         if self._at is not None:
-            ahead += (1 - self._share) * self._steps[self._at].work
+            ahead += (self._n_parts + 1 - self._share) * self._steps[self._at].work
         return elapsed_s * ahead / passed
 
     @property

@@ -1,6 +1,6 @@
 """The stages of a conversion ahead, and the work of each, so that one time left is of them all."""
 
-from pop_local.calibration.needs import FitWork, reading_work
+from pop_local.calibration.needs import KINDS_OF_ONE, FitWork, reading_work
 from pop_local.measure.probes import N_REPEATED
 from pop_local.measure.quality import QualitySettings
 from pop_local.measure.recall import RecallSettings
@@ -9,7 +9,7 @@ from pop_local.workflows.conversion.within import N_DOCUMENTS, N_PAST, N_WINDOWS
 from pop_local.workflows.events import Step
 
 # A boundary is measured in so many stages at the most, each on twice as many windows.
-_N_STAGES = 3
+_N_PARTS = 3
 # Documents of RecallSettings that a selection is tried on, and boundaries that are asked for facts.
 _N_ASKED, _N_TRIED = 24, 3
 # Products in the time that a byte is written and read back.
@@ -37,16 +37,17 @@ def course(planned: Conversion) -> tuple[Step, ...]:
     asked = reading_work(plan, RecallSettings().n_tokens)
     is_searched = limits is not None and not planned.goal.is_named
     n_tried = len(planned.plans).bit_length() + N_PAST if is_searched else 1
+    n_tried *= 2 if planned.n_few else 1
     whole = N_WINDOWS * window + draws
-    n_measured = _N_STAGES * n_tried * (2 if planned.n_few else 1)
+    recipes = planned.plans if plan.select else ()
     return (
         Step("Trying the boundary without a fit", draws),
         *fit_steps(planned.fit_work, 2 if is_searched else 1),
         Step("Reading in full", whole),
-        Step("Measuring", whole / _N_STAGES, 2 * _N_STAGES + 1),
-        Step("Measuring boundary", whole / _N_STAGES, n_measured),
+        Step("Measuring", whole / _N_PARTS, len(KINDS_OF_ONE) + 1, _N_PARTS),
+        Step("Measuring boundary", whole / _N_PARTS, n_tried, _N_PARTS),
         Step("Asking for facts in full", N_DOCUMENTS * asked, 2),
         Step("Asking for facts, boundary", N_DOCUMENTS * asked, 2 * _N_TRIED),
-        Step("Trying boundary", _N_ASKED * asked, len(planned.plans)),
+        *[Step("Trying boundary", _N_ASKED * asked, len(recipes))] * bool(recipes),
         Step(planned.output.stage, _WRITING * planned.sizes.output_bytes),
     )

@@ -94,7 +94,7 @@ def test_what_a_run_goes_on_from_does_not_make_it_faster(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ["Fitting: 91%, 3:45 left"]
 
 
-COURSE = (Step("Reading", 10), Step("Fitting", 60), Step("Measuring", 10, 3), Step("Writing", 0))
+COURSE = (Step("Reading", 10), Step("Fitting", 60), Step("Measuring", 5, 3, 2), Step("Writing", 0))
 
 
 @pytest.fixture
@@ -123,6 +123,11 @@ def test_the_time_left_is_of_all_the_work_by_the_rate_so_far(clock):
     whole.begin("Measuring boundary 7")
     whole.begin("Measuring boundary 8")
     whole.advance(0, 2)
+    whole.advance(2, 2)
+    assert whole.left_s == pytest.approx(110 * 15 / 45)
+    whole.begin("Measuring boundary 8")
+    whole.advance(0, 2)
+    assert whole.left_s == pytest.approx(110 * 15 / 45)
     whole.advance(2, 2)
     assert whole.left_s == pytest.approx(110 * 10 / 50)
     whole.begin("Writing")
