@@ -44,7 +44,7 @@ def course(planned: Conversion) -> tuple[Step, ...]:
         Step("Trying the boundary without a fit", draws),
         *fit_steps(planned.fit_work, 2 if is_searched else 1),
         Step("Reading in full", whole),
-        Step("Measuring", whole / _N_PARTS, len(KINDS_OF_ONE) + 1, _N_PARTS),
+        Step("Measuring", whole / _N_PARTS, n_parts=(len(KINDS_OF_ONE) + 1) * _N_PARTS),
         Step("Measuring boundary", whole / _N_PARTS, n_tried, _N_PARTS),
         Step("Asking for facts in full", N_DOCUMENTS * asked, 2),
         Step("Asking for facts, boundary", N_DOCUMENTS * asked, 2 * _N_TRIED),
