@@ -16,7 +16,7 @@ import typer
 
 from pop_local.base.errors import PopError
 from pop_local.commands import options as opt
-from pop_local.commands.opening import Opener
+from pop_local.commands.opening import Opener, default_model
 from pop_local.commands.unfolding import Group, option, unfolded
 from pop_local.models.names import lookup
 from pop_local.ui.theme import note, warn
@@ -79,8 +79,12 @@ class ServerOptions(Group):
 def serve(
     call: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A GGUF file, a name, or hf:OWNER/REPO. Default: the one that `chat` takes.",
+        ),
+    ] = None,
     *,
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
@@ -94,7 +98,7 @@ def serve(
 
 
 def serve_named(
-    model: str,
+    model: str | None,
     to: ServerOptions,
     how: opt.ModelOptions,
     asked: Collection[str],
@@ -111,6 +115,7 @@ def serve_named(
     from pop_local.server.app import create_app, run_app
     from pop_local.server.front import LOOPBACK
 
+    model = model or default_model()
     open_named = Opener(model, how, asked, _n_parallel(to, how))
     opened = open_named()
     opened.keep_prompts(PromptCache(to.cache_ram * 2**20) if to.cache_ram else None)
