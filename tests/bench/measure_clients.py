@@ -3,6 +3,8 @@
     python tests/bench/measure_clients.py MODEL.gguf [--llama PATH/llama-server] [--clients 1,4,8]
         [--shared 2000] [--own 1000] [--decode 64] [--rounds 3] [--llama-args "--kv-unified"]
         [--cpu N] [--json]
+    python tests/bench/measure_clients.py MODEL.gguf --beside 4000 [--clients 1,2] [--cpu N]
+        [--json]
 
 Each client sends one prompt, all at the same moment: `--shared` tokens that all prompts begin with,
 then `--own` of its own, and `--decode` tokens are written, as a stream. In each round every server
@@ -10,6 +12,9 @@ is started anew, in an order that rotates, with a slot for each client and one t
 by a short prompt. TTFT is from the request to the first piece of text; tokens per second are those
 of all answers, from the first request to the last answer's end. An answer without tokens is lost.
 Rows pruned are from /metrics. Nothing is built here.
+
+With --beside so many answers are written as streams, and meanwhile one prompt of that many tokens
+is read: their tokens per second before and while it is read, their longest pause, and its TTFT.
 """
 
 import argparse
@@ -19,8 +24,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -34,7 +41,6 @@ from shared import Served, served
 
 PATIENCE_S = 1800
 ROOM = 256  # of a slot, beside what is asked
-HELDOUT = Path(__file__).parents[2] / "pop_local" / "data" / "heldout"
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ def ask(root: str, tokens: Sequence[int], n_decode: int, begin: Callable[[], obj
     started_s, ttft_s = time.perf_counter(), 0.0
     usage: dict[str, Any] = {}
     with httpx2.stream("POST", f"{root}/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+        answer.raise_for_status()
         for line in answer.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -166,15 +173,85 @@ def all_at_once(root: str, prompts: Sequence[Sequence[int]], n_decode: int) -> R
     return found
 
 
-def prompts_of(options: argparse.Namespace, n: int) -> list[list[int]]:
-    """Prompts of the held-out text, by the model's own tokens."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(HELDOUT.glob("*.txt")))
+@dataclass(frozen=True)
+class Beside:
+    """Streams beside one long prompt; `kept`: the share of their tokens per second, the least of
+    the streams, in each round."""
+
+    n_streams: int
+    n_prompt: int
+    kept: Spread
+    longest_pause_s: Spread
+    ttft_s: Spread
+
+
+def beside(options: argparse.Namespace, n: int) -> Beside:
+    """Measure what streams keep of their speed."""
+    prompt, *others = prompts_of(options, n + 1, options.beside)
+    kept, pauses, ttfts = [], [], []
+    for _ in range(options.rounds):
+        with ours(options, n + 1, options.beside + ROOM + 1000) as server:
+            ask(server.root, prompt[:600], 2, lambda: None)
+            streams = [Stream(server.root, tokens[-200:]) for tokens in others]
+            while min(len(one.times_s) for one in streams) < 20:
+                assert all(one.is_alive() for one in streams), server.log
+                time.sleep(0.01)
+            began_s = time.perf_counter()
+            ttfts.append(ask(server.root, prompt, 1, lambda: None).ttft_s)
+            ended_s = time.perf_counter()
+            found = [one.times_s.copy() for one in streams]
+        kept.append(min(_kept(times_s, began_s, ended_s) for times_s in found))
+        pauses.append(max(_longest(times_s, began_s, ended_s) for times_s in found))
+    return Beside(n, options.beside, spread(kept), spread(pauses), spread(ttfts))
+
+
+class Stream(threading.Thread):
+    """An answer that is written until the server ends; `times_s`: of its pieces."""
+
+    def __init__(self, root: str, tokens: Sequence[int]) -> None:
+        super().__init__(daemon=True)
+        self._root = root
+        self._body = {"prompt": list(tokens), "max_tokens": 900, "stream": True}
+        self._body["grammar"] = "root ::= [^!] root"  # which has no end
+        self.times_s: list[float] = []
+        self.start()
+
+    def run(self) -> None:
+        url = f"{self._root}/v1/completions"
+        with (
+            suppress(httpx2.HTTPError),
+            httpx2.stream("POST", url, json=self._body, timeout=PATIENCE_S) as answer,
+        ):
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    self.times_s.append(time.perf_counter())
+
+
+def _kept(times_s: Sequence[float], began_s: float, ended_s: float) -> float:
+    before = [each for each in times_s if each < began_s][5:]
+    during = [each for each in times_s if began_s <= each <= ended_s]
+    alone = (len(before) - 1) / (before[-1] - before[0])
+    return len(during) / (ended_s - began_s) / alone
+
+
+def _longest(times_s: Sequence[float], began_s: float, ended_s: float) -> float:
+    during = [each for each in times_s if began_s <= each <= ended_s]
+    return max(later - earlier for earlier, later in pairwise([began_s, *during]))
+
+
+def prompts_of(options: argparse.Namespace, n: int, n_tokens: int = 0) -> list[list[int]]:
+    """Prompts of the held-out text, by the model's own tokens; `n_tokens`: instead of shared ones
+    and own ones."""
+    kinds = ("prose", "code", "dialogue", "tables")
+    heldout = files("pop_local") / "data" / "heldout"
+    text = "\n".join((heldout / f"{kind}.txt").read_text(encoding="utf-8") for kind in kinds)
     with ours(options, 1, 512) as server:
         answer = httpx2.post(f"{server.root}/tokenize", json={"content": text}, timeout=60)
         tokens: list[int] = answer.json()["tokens"]
-    shared, rest = tokens[: options.shared], tokens[options.shared :]
-    step = max(1, (len(rest) - options.own) // n)
-    return [shared + rest[at * step : at * step + options.own] for at in range(n)]
+    n_shared, n_own = (0, n_tokens) if n_tokens else (options.shared, options.own)
+    shared, rest = tokens[:n_shared], tokens[n_shared:]
+    step = max(1, (len(rest) - n_own) // n)
+    return [shared + rest[at * step : at * step + n_own] for at in range(n)]
 
 
 def measured(options: argparse.Namespace, name: str, prompts: Sequence[Sequence[int]]) -> Round:
@@ -227,9 +304,19 @@ def main() -> None:
     options.add_argument("--clients", default="1,4,8")
     for name, default in (("shared", 2000), ("own", 1000), ("decode", 64), ("rounds", 3)):
         options.add_argument(f"--{name}", type=int, default=default)
+    options.add_argument("--beside", type=int, help="tokens of a prompt beside streams")
     options.add_argument("--cpu", type=int, help="pin servers to this CPU")
     options.add_argument("--json", action="store_true")
     parsed = options.parse_args()
+    if parsed.beside:
+        for n in map(int, parsed.clients.split(",")):
+            found = beside(parsed, n)
+            if parsed.json:
+                print(json.dumps({"machine": machine(), **asdict(found)}))
+            else:
+                figures = (found.kept, found.longest_pause_s, found.ttft_s)
+                print(f"| {n} | {' | '.join(map(shown, figures))} |", flush=True)
+        return
     rows = []
     if not parsed.json:
         print("| server | clients | tokens/s | TTFT p50, s | TTFT p95, s | pruned | lost |")
