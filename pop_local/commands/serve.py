@@ -9,11 +9,12 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pop_local.base.errors import PopError
+from pop_local.base.nearest import nearest_hint
 from pop_local.commands import options as opt
 from pop_local.commands.opening import Opener
 from pop_local.commands.unfolding import Group, option, unfolded
@@ -22,6 +23,7 @@ from pop_local.ui.theme import note, warn
 
 if TYPE_CHECKING:
     from pop_local.engine.model import PopModel
+    from pop_local.server.models import Models
 
 _PACKAGES = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
@@ -44,7 +46,22 @@ class ServerOptions(Group):
         default="",
     )
     strict_model: bool = option(
-        "Refuse requests for other models, which this one answers otherwise.", default=False
+        "Refuse requests for other models, which MODEL answers otherwise.", default=False
+    )
+    models: Path | None = option(
+        "Serve the models of this folder by the names that `list` shows, each opened when it is"
+        " asked for. MODEL is one of them, opened at the start; it answers where no name is given."
+        " Without it the one that was asked for last does, at first the first one.",
+        "FOLDER",
+        exists=True,
+        file_okay=False,
+    )
+    ram: float | None = option(
+        "With --models: memory for open models, idle ones are closed for others. Default: one at a"
+        " time is open.",
+        "GIB",
+        min=0.0,
+        callback=opt.finite,
     )
     cors: list[str] | None = option(
         "Web pages of this origin may ask without a key, as those of this machine may; again for"
@@ -71,47 +88,89 @@ class ServerOptions(Group):
 def serve(
     call: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
-    ],
+        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file, or a name of the catalog.")
+    ] = None,
     *,
     to: ServerOptions,
     how: opt.ModelOptions = opt.ModelOptions(refill=opt.RefillName.IDLE, learn=opt.Switch.ON),
 ) -> None:
     """Serve a model to programs that speak OpenAI's API, Ollama's or llama-server's.
 
-    One request is answered at a time, the others wait in line. A request may carry "pop": false to
-    be read in full. /health and /metrics (Prometheus) tell how the server is.
+    A model answers one request at a time, the others wait in line. A request may carry "pop": false
+    to be read in full. /health and /metrics (Prometheus) tell how the server is.
     """
+    _require_usage(model, to, how)
     _require_packages()
     origins = [_origin(given) for given in to.cors or ()]
     listening = _bound(to.host, to.port)
     _log_to_stderr()
-    from pop_local.engine.cache.prompt_cache import PromptCache
-    from pop_local.server.app import create_app, run_app
+    from pop_local.server.app import create_app_of, run_app
     from pop_local.server.front import LOOPBACK
 
-    open_named = Opener(model, how, opt.given_names(call))
-    opened = open_named()
-    opened.cache.prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
+    models = _models(model, to, Opener(model, how, opt.given_names(call)))
     try:
-        name = to.name or _default_name(model, opened.path)
-        app = create_app(
-            opened,
-            name,
+        app = create_app_of(
+            models,
             api_key=to.api_key,
             host=to.host,
-            max_waiting=to.max_waiting,
-            repeatable=to.repeatable,
-            teacher=open_named.lessons(opened),
             strict_model=to.strict_model,
             origins=origins,
         )
         listening.listen(128)
-        _announce(opened, name, listening, is_open=to.host not in LOOPBACK and not to.api_key)
+        _announce(models, to)
+        _announce_address(listening, is_open=to.host not in LOOPBACK and not to.api_key)
         run_app(app, listening)
     finally:
         listening.close()
-        opened.close()
+        models.close()
+
+
+def _require_usage(model: str | None, to: ServerOptions, how: opt.ModelOptions) -> None:
+    """Raises BadParameter for options that do not go together."""
+    if to.models is None:
+        if model is None:
+            raise typer.BadParameter("give a model, or a folder of models with --models")
+        if to.ram is not None:
+            raise typer.BadParameter("it is for several models: give --models", param_hint="--ram")
+        return
+    of_one = {"--name": to.name, "--sidecar": how.sidecar, "--mmproj": how.mmproj}
+    for name, value in of_one.items():
+        if value:
+            reason = "it belongs to one model, and --models serves several"
+            raise typer.BadParameter(reason, param_hint=name)
+
+
+def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
+    """Make the models of the server; MODEL is opened."""
+    from pop_local.engine.cache.prompt_cache import PromptCache
+    from pop_local.server.listing import File, find, models_in
+    from pop_local.server.models import Models, Opened, Shelf
+
+    prompts = PromptCache(to.cache_ram * 2**20) if to.cache_ram else None
+
+    def opened_by(name: str | None) -> Opened:
+        opened = opener(name)
+        opened.cache.prompts = prompts
+        return Opened(opened, opener.lessons(opened))
+
+    how: dict[str, Any] = {"max_waiting": to.max_waiting, "repeatable": to.repeatable}
+    if (folder := to.models) is None:
+        assert model is not None
+        one = opened_by(None)
+        name = to.name or _default_name(model, one.model.path)
+        return Models.of_one(File(name, one.model.path), one, **how)
+    n_ctx, ram_bytes = opener.options.ctx, int((to.ram or 0) * 2**30)
+    shelf = Shelf(lambda: models_in(folder), lambda path: opened_by(str(path)), n_ctx, can_see=True)
+    if model is None:
+        return Models(shelf, ram_bytes=ram_bytes, **how)
+    files = shelf.files()
+    file = find(model, files)
+    if file is None:
+        hint = nearest_hint(model, {name: name for name in files}, "give the name of one that is")
+        raise PopError(f"there is no model {model!r} in {folder}", hint)
+    models = Models(shelf, ram_bytes=ram_bytes, default=file.name, **how)
+    models.load(file)
+    return models
 
 
 def _default_name(model: str, path: Path) -> str:
@@ -171,9 +230,16 @@ def _bound(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _announce(opened: "PopModel", name: str, listening: socket.socket, is_open: bool) -> None:
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+def _announce(models: "Models", to: ServerOptions) -> None:
+    for seat in models.seats:
+        _announce_model(seat.name, seat.model)
+    if to.models is not None:
+        kept = f"within {to.ram:g} GiB of memory" if to.ram else "one at a time"
+        names = ", ".join(models.names) or "none yet"
+        note(f"Models of {to.models}, opened when they are asked for, {kept}: {names}.")
+
+
+def _announce_model(name: str, opened: "PopModel") -> None:
     pruning = f"pruned from layer {opened.boundary} on" if opened.mode else "not pruned"
     if opened.mode and opened.exact:
         pruning = f"read exactly: context tokens leave at layer {opened.exact}"
@@ -182,6 +248,11 @@ def _announce(opened: "PopModel", name: str, listening: socket.socket, is_open: 
         warn("No pictures are read, since Pillow is missing: pip install 'pop-local[images]'")
     elif opened.mmproj:
         note(f"Pictures are read, by {opened.mmproj.name}, out of data: URLs.")
+
+
+def _announce_address(listening: socket.socket, is_open: bool) -> None:
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
     if is_open:
         warn("Anyone who reaches this machine can use the model: set --api-key.")
     note(f"Serving at http://{shown}:{port}/v1 (Ctrl-C stops)")

@@ -1,5 +1,6 @@
 """The KV caches of prompts that another one drove out."""
 
+import threading
 from collections import OrderedDict
 
 from pop_local.engine.cache.state import SavedState
@@ -12,12 +13,13 @@ class PromptCache:
     """Saved states by key and tokens, up to `capacity_bytes` of cells; the oldest goes first.
 
     A prompt takes the place of those that it goes on from, and one that is too large drives no
-    others out. Several models may share one.
+    others out. Several models may share one, each in a thread of its own.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._states: OrderedDict[_Name, SavedState] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._states)
@@ -32,20 +34,22 @@ class PromptCache:
         if len(state.cells) > self.capacity_bytes:
             return
         name = (key, state.tokens.tobytes(), frozenset(state.images.items()))
-        for other in list(self._states):
-            if other[0] == key and name[1].startswith(other[1]) and other[2] <= name[2]:
-                del self._states[other]
-        self._states[name] = state
-        while self.size_bytes > self.capacity_bytes:
-            self._states.popitem(last=False)
+        with self._lock:
+            for other in list(self._states):
+                if other[0] == key and name[1].startswith(other[1]) and other[2] <= name[2]:
+                    del self._states[other]
+            self._states[name] = state
+            while self.size_bytes > self.capacity_bytes:
+                self._states.popitem(last=False)
 
     def longest(self, key: str, prompt: Prompt) -> tuple[SavedState | None, int]:
         """Find the state of a key that has the most rows in common with a prompt, and how many."""
         best, n_best = None, 0
-        for name, state in self._states.items():
-            if name[0] == key and (n := prompt.n_equal(state.tokens, state.images)) > n_best:
-                best, n_best = name, n
-        if best is None:
-            return None, 0
-        self._states.move_to_end(best)
-        return self._states[best], n_best
+        with self._lock:
+            for name, state in self._states.items():
+                if name[0] == key and (n := prompt.n_equal(state.tokens, state.images)) > n_best:
+                    best, n_best = name, n
+            if best is None:
+                return None, 0
+            self._states.move_to_end(best)
+            return self._states[best], n_best

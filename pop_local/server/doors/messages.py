@@ -275,13 +275,15 @@ class Messages:
     async def create(self, request: Request) -> Response:
         body = await self._house.read(request, MessagesBody)
         chat = await run_in_threadpool(lambda: body.as_chat)
-        reply = MessagesReply(self._house.name)
-        return await self._house.answer(request, chat, self._house.tasks.chat, reply)
+        seat = await self._house.seat(request, body.model)
+        reply = MessagesReply(seat.name)
+        return await self._house.answer(request, seat, chat, seat.tasks.chat, reply)
 
     async def count(self, request: Request) -> Response:
         body = await self._house.read(request, CountBody)
         chat = await run_in_threadpool(body.chat)
-        [task] = await self._house.made(request, chat, self._house.tasks.chat)
+        seat = await self._house.seat(request, body.model)
+        [task] = await self._house.made(request, seat, chat, seat.tasks.chat)
         return JSONResponse({"input_tokens": len(task.prompt)})
 
 

@@ -1,0 +1,365 @@
+"""The open models of a server: each request leases one, and idle ones make room for others."""
+
+import asyncio
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from pop_local.base.errors import PopError
+from pop_local.base.numbers import size
+from pop_local.engine.learning.lesson import Teacher
+from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.llama.loading import DEFAULT_CTX
+from pop_local.engine.model import PopModel
+from pop_local.engine.prompt.prompt import Prompt
+from pop_local.server.errors import ApiError, as_api_error
+from pop_local.server.listing import About, File, find
+from pop_local.server.metrics import Metrics
+from pop_local.server.tasks import Tasks
+from pop_local.server.worker import STOPPING, Worker
+
+log = logging.getLogger("pop_local.server")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was opened, and whoever makes fits of what it learns."""
+
+    model: PopModel
+    teacher: Teacher | None = None
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where models come from.
+
+    `files`: those that are there now, by name. `open` may raise PopError. `n_ctx`: the context of
+    each, None for its own. `can_see`: whether one might.
+    """
+
+    files: Callable[[], Mapping[str, Path]]
+    open: Callable[[Path], Opened]
+    n_ctx: int | None
+    can_see: bool
+
+    @property
+    def most_ctx(self) -> int:
+        return self.n_ctx or DEFAULT_CTX
+
+
+@dataclass(frozen=True)
+class Seat:
+    """An open model by its name in the API, what makes its tasks, and the thread that has it."""
+
+    name: str
+    path: Path
+    model: PopModel
+    tasks: Tasks
+    worker: Worker
+    needed_bytes: int
+
+    def leave(self) -> None:
+        """Close the model; what its KV cache holds is kept for when it is opened again."""
+        self.worker.stop()
+        if self.worker.is_alive():
+            self.worker.join()
+        try:
+            self.model.cache.put_aside(Prompt([]))
+        finally:
+            self.model.close()
+
+
+class Lease:
+    """A request's claim to a model: `seat` comes once that is open, and is kept until `end`."""
+
+    def __init__(self, file: File, needed_bytes: int, on_end: Callable[["Lease"], None]) -> None:
+        self.file, self.needed_bytes = file, needed_bytes
+        self.seat: asyncio.Future[Seat] = asyncio.get_running_loop().create_future()
+        self.is_granted = False
+        self._on_end = on_end
+
+    def grant(self, seat: Seat) -> None:
+        self.is_granted = True
+        self.seat.set_result(seat)
+
+    def refuse(self, error: ApiError) -> None:
+        """Without effect on one that is granted."""
+        if not self.seat.done():
+            self.seat.set_exception(error)
+
+    def end(self) -> None:
+        self.seat.cancel()
+        self._on_end(self)
+
+
+class Models:
+    """Opens models as they are asked for, one at a time, and closes idle ones before.
+
+    All but `load`, `stop`, `join` and `close` is for the event loop. `metrics` are of all models.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        *,
+        max_waiting: int = 256,
+        repeatable: bool = False,
+        ram_bytes: int = 0,
+        default: str = "",
+    ) -> None:
+        """`ram_bytes`: for all that are open; a model that takes more is the only one.
+
+        `default`: the model that answers where none is named, "" for the one that was asked for
+        last, at first the first one.
+        """
+        self.shelf = shelf
+        self.metrics = Metrics()
+        self._max_waiting, self._repeatable = max_waiting, repeatable
+        self._ram_bytes = ram_bytes
+        self._default, self._latest = default, ""
+        self._seats: dict[Path, Seat] = {}  # the least recently used first
+        self._n_leases: Counter[Path] = Counter()
+        self._waiting: deque[Lease] = deque()
+        self._change: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def of_one(cls, file: File, opened: Opened, **how: Any) -> "Models":
+        """Make models of a single one, which is open already; `how` as for the constructor."""
+        model, files = opened.model, {file.name: file.path}
+        models = cls(Shelf(lambda: files, lambda _: opened, model.n_ctx, model.can_see), **how)
+        models.load(file)
+        return models
+
+    # By name
+
+    def find(self, name: str | None) -> File | None:
+        """Return the model of that name, None for none."""
+        return find(name, self.shelf.files()) if name else None
+
+    @property
+    def default(self) -> File | None:
+        """The model that answers where none is named; None where there is none at all."""
+        files = self.shelf.files()
+        names = (self._default, self._latest, *files)
+        return next((File(name, files[name]) for name in names if name in files), None)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.shelf.files())
+
+    async def listed(self) -> list[About]:
+        """Describe all models; those whose files are damaged are left out, and named in the log."""
+        opened = self.opened
+        here = {about.name for about in opened}
+        files = [File(*each) for each in self.shelf.files().items() if each[0] not in here]
+        closed = await run_in_threadpool(lambda: [*filter(None, map(self._described, files))])
+        return sorted([*opened, *closed], key=lambda about: about.name.lower())
+
+    @property
+    def seats(self) -> list[Seat]:
+        """The open models, the one that was used last at the end."""
+        return list(self._seats.values())
+
+    @property
+    def opened(self) -> list[About]:
+        """Describe the open models."""
+        return [About.of_model(seat.name, seat.model) for seat in self.seats]
+
+    async def about(self, file: File) -> About:
+        """Describe a model. Raises PopError for a damaged file."""
+        if seat := self._seats.get(file.path):
+            return About.of_model(file.name, seat.model)
+        return await run_in_threadpool(About.of_file, file, self.shelf.n_ctx)
+
+    def _described(self, file: File) -> About | None:
+        try:
+            return About.of_file(file, self.shelf.n_ctx)
+        except (PopError, OSError) as error:
+            log.warning("%s is left out: %s", file.name, error)
+            return None
+
+    # Leases
+
+    async def lease(self, file: File) -> Lease:
+        """Begin a lease; whoever has it ends it. Raises ApiError when too many wait already."""
+        needed_bytes = 0
+        if file.path not in self._seats:
+            try:
+                needed_bytes = (await self.about(file)).needed_bytes
+            except (PopError, OSError) as error:
+                raise self._failed(file, error) from error
+        if self._stopping.is_set():
+            raise ApiError(503, STOPPING)
+        self._latest = file.name
+        lease = Lease(file, needed_bytes, self._ended)
+        seat = self._seats.get(file.path)
+        n_waiting = self._n_waiting
+        if seat is not None and (self._change is not None or not n_waiting):
+            self._grant(lease, seat)
+            return lease
+        # Those that ask for an open model wait as well: it might never be idle for the first one.
+        if n_waiting >= self._max_waiting:
+            raise ApiError(503, f"{n_waiting} requests wait for models already; try again later")
+        self._waiting.append(lease)
+        self._advance()
+        return lease
+
+    @property
+    def _n_waiting(self) -> int:
+        return sum(not lease.seat.done() for lease in list(self._waiting))
+
+    def n_waiting(self) -> int:
+        """Requests that wait for any model, open or not."""
+        return self._n_waiting + sum(seat.worker.n_waiting() for seat in self.seats)
+
+    def _grant(self, lease: Lease, seat: Seat) -> None:
+        self._seats[seat.path] = self._seats.pop(seat.path)
+        self._n_leases[seat.path] += 1
+        lease.grant(seat)
+
+    def _ended(self, lease: Lease) -> None:
+        if lease.is_granted:
+            self._n_leases[lease.file.path] -= 1
+        self._advance()
+
+    def _advance(self) -> None:
+        """Grant what waits, in order, and begin to open what the first one waits for."""
+        while self._waiting and self._change is None and not self._stopping.is_set():
+            first = self._waiting[0]
+            if first.seat.done():
+                self._waiting.popleft()
+            elif seat := self._seats.get(first.file.path):
+                for lease in self._pending(seat.path):  # a change for each would be slow
+                    self._grant(lease, seat)
+            elif (leaving := self._leaving(first.needed_bytes)) is None:
+                return
+            else:
+                self._begin(first, leaving)
+
+    def _pending(self, path: Path) -> list[Lease]:
+        return [
+            lease for lease in self._waiting if lease.file.path == path and not lease.seat.done()
+        ]
+
+    def _leaving(self, needed_bytes: int) -> list[Seat] | None:
+        """Choose idle models to close; None while busy ones leave no room."""
+        n_bytes = needed_bytes + sum(seat.needed_bytes for seat in self._seats.values())
+        leaving: list[Seat] = []
+        for seat in self.seats:
+            if n_bytes > self._ram_bytes and not self._n_leases[seat.path]:
+                leaving.append(seat)
+                n_bytes -= seat.needed_bytes
+        is_alone = len(leaving) == len(self._seats)
+        return leaving if is_alone or n_bytes <= self._ram_bytes else None
+
+    # Opening and closing
+
+    def load(self, file: File) -> Seat:
+        """Open a model; its thread is yet to be started. Raises PopError."""
+        with stopped_by(self._stopping.is_set):
+            opened = self.shelf.open(file.path)
+        model = opened.model
+        tasks = Tasks(model, repeatable=self._repeatable)
+        worker = Worker(model, self.metrics, self._max_waiting, opened.teacher)
+        self.metrics.queue.set_function(self.n_waiting)
+        needed_bytes = About.of_model(file.name, model).needed_bytes
+        seat = Seat(file.name, file.path, model, tasks, worker, needed_bytes)
+        self._seats[file.path] = seat
+        return seat
+
+    def _begin(self, lease: Lease, leaving: list[Seat]) -> None:
+        for seat in leaving:
+            del self._seats[seat.path]
+        loop = asyncio.get_running_loop()
+
+        def change() -> None:
+            error: Exception | None = None
+            try:
+                for seat in leaving:
+                    seat.leave()
+                    log.info("%s was closed", seat.name)
+                worker = self.load(lease.file).worker
+                if self._stopping.is_set():
+                    worker.stop()
+                worker.start()
+            except Exception as caught:
+                error = caught
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._changed, lease, error)
+
+        self._change = threading.Thread(target=change, name="pop-local loading", daemon=True)
+        self._change.start()
+
+    def _changed(self, lease: Lease, error: Exception | None) -> None:
+        self._change = None
+        if error is None:
+            log.info("%s was opened", lease.file.name)
+            if 0 < self._ram_bytes < lease.needed_bytes:
+                asked, given = size(lease.needed_bytes), size(self._ram_bytes)
+                log.warning(
+                    "%s takes about %s, more than the %s given", lease.file.name, asked, given
+                )
+        else:
+            for each in self._pending(lease.file.path):
+                each.refuse(self._failed(lease.file, error))
+        self._advance()
+
+    def _failed(self, file: File, error: Exception) -> ApiError:
+        """Return why a model is not there, once more for each request, and log it."""
+        if self._stopping.is_set():
+            return ApiError(503, STOPPING)
+        if not isinstance(error, PopError | OSError):
+            log.error("%s cannot be loaded", file.name, exc_info=error)
+        told = as_api_error(error).detail
+        log.error("%s cannot be loaded: %s", file.name, told)
+        return ApiError(500, f"{file.name} cannot be loaded: {told}", param="model")
+
+    # From start to end
+
+    def start(self) -> None:
+        """Let the models that are open work. Call it in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        for seat in self.seats:
+            seat.worker.start()
+
+    def stop(self) -> None:
+        """End running answers and loading, and refuse what waits. Call it anywhere."""
+        self._stopping.set()
+        for seat in self.seats:
+            seat.worker.stop()
+        if self._loop is not None:
+            with suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._refuse_all)
+
+    def _refuse_all(self) -> None:
+        for lease in self._waiting:
+            lease.refuse(ApiError(503, STOPPING))
+
+    def silent_s(self) -> float:
+        """Return for how many seconds a model has hung, 0 while none has."""
+        return max((seat.worker.silent_s() for seat in self.seats), default=0.0)
+
+    def join(self) -> None:
+        """Wait until no thread uses a model any more; `stop` comes before."""
+        if (change := self._change) is not None:
+            change.join()
+        for seat in self.seats:
+            if seat.worker.is_alive():
+                seat.worker.join()
+
+    def close(self) -> None:
+        """Stop, and close all models."""
+        self.stop()
+        self.join()
+        for seat in self.seats:
+            seat.model.close()
+        self._seats.clear()
