@@ -130,6 +130,7 @@ class Models:
         self._change: threading.Thread | None = None
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.metrics.open.set_function(lambda: len(self._seats))
 
     @classmethod
     def of_one(cls, file: File, opened: Opened, **how: Any) -> "Models":

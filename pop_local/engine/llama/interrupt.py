@@ -85,8 +85,9 @@ class Interrupt:
         The caller's wish to stop ends it as well; the model cannot be opened then.
         """
         self._put_off_signals()
+        should_stop = _should_stop.get() or (lambda: False)
         callback = self._api.llama_progress_callback(
-            lambda *_: not (self._pending or self._wanted())
+            lambda *_: not (self._pending or should_stop())
         )
         model_params.progress_callback = callback
         try:

@@ -250,12 +250,9 @@ class Ollama:
         return JSONResponse({"models": await run_in_threadpool(_cards, listed)})
 
     async def running(self, request: Request) -> Response:
-        opened = self._house.models.opened
-        cards = await run_in_threadpool(_cards, opened)
         more = {"expires_at": _NEVER, "size_vram": 0}
-        contexts = [{"context_length": one.n_ctx} for one in opened]
-        shown = [card | more | n_ctx for card, n_ctx in zip(cards, contexts, strict=True)]
-        return JSONResponse({"models": shown})
+        cards = await run_in_threadpool(_cards, self._house.models.opened)
+        return JSONResponse({"models": [card | more for card in cards]})
 
     async def show(self, request: Request) -> Response:
         body = await self._house.read(request, Named)
@@ -300,7 +297,8 @@ def _details(about: About) -> Json:
 
 
 def _cards(listed: Sequence[About]) -> list[Json]:
-    return list(map(_card, listed))
+    """Those whose files are there; an open model may have lost its own."""
+    return [_card(one) for one in listed if one.source.first.path.is_file()]
 
 
 def _card(about: About) -> Json:
@@ -313,6 +311,7 @@ def _card(about: About) -> Json:
         "size": about.source.size_bytes,
         "digest": _digest(path, path.stat().st_mtime_ns),
         "details": _details(about),
+        "context_length": about.n_ctx,
     }
 
 

@@ -1,0 +1,546 @@
+"""Several models by name: opened when asked for, leased, and closed for others."""
+
+import asyncio
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from pop_local.base.errors import PopError
+from pop_local.engine.cache.prompt_cache import PromptCache
+from pop_local.engine.learning.lesson import Lesson, Teacher
+from pop_local.engine.llama.interrupt import stopped_by
+from pop_local.engine.model import PopModel
+from pop_local.server.app import create_app, create_app_of
+from pop_local.server.errors import ApiError
+from pop_local.server.listing import File, models_in
+from pop_local.server.models import Lease, Models, Opened, Shelf
+from support.asked import LONG, N_CTX, chat, complete, text_of
+from support.calls import opened
+from support.converted import converted
+from support.program import called
+from support.serving import asking, counted
+from support.synthetic import TEMPLATE, make_gguf
+
+NAMES = ("one", "three", "two")
+
+
+@dataclass
+class Library:
+    """Opens the models of a folder; `models` are those that it has opened, in order."""
+
+    folder: Path
+    models: list[PopModel] = field(default_factory=list)
+    prompts: PromptCache | None = None
+    teacher: Teacher | None = None
+    may_open: threading.Event = field(default_factory=threading.Event)
+    problem: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.may_open.set()
+
+    def open(self, path: Path) -> Opened:
+        assert self.may_open.wait(60)
+        if self.problem is not None:
+            raise self.problem
+        model = opened(path, n_ctx=N_CTX)
+        model.cache.prompts = self.prompts
+        self.models.append(model)
+        return Opened(model, self.teacher)
+
+    @property
+    def open_ones(self) -> list[str]:
+        return [model.path.stem for model in self.models if not model.context.is_closed]
+
+    def shelf(self) -> Shelf:
+        return Shelf(lambda: models_in(self.folder), self.open, N_CTX, can_see=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    here = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(NAMES):
+        make_gguf(here / f"{name}.gguf", "llama", seed=seed, chat_template=TEMPLATE)
+    return here
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """The completion of each model alone."""
+    found = {}
+    for name in NAMES:
+        model = opened(folder / f"{name}.gguf", n_ctx=N_CTX)
+        with asking(create_app(model, name)) as client:
+            found[name] = text_of(complete(client))
+        model.close()
+    assert len(set(found.values())) == len(NAMES)
+    return found
+
+
+@pytest.fixture
+def library(folder):
+    return Library(folder)
+
+
+@contextmanager
+def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[TestClient]:
+    models = Models(library.shelf(), **how)
+    with asking(create_app_of(models, strict_model=strict_model)) as client:
+        yield client
+    assert not any(models._n_leases.values())
+    assert models.n_waiting() == 0
+    models.close()
+    assert library.open_ones == []
+
+
+def wait_for(condition):
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_each_name_has_its_own_model_and_one_is_open_at_a_time(library, expected):
+    with asked(library) as client:
+        for name in ("one", "two", "one", "TWO", "two:latest", "two.gguf"):
+            answer = complete(client, model=name).json()
+            known = name.lower().removesuffix(":latest").removesuffix(".gguf")
+            assert answer["model"] == known
+            assert answer["choices"][0]["text"] == expected[known]
+            assert "x-model" not in complete(client, model=name).headers
+            assert library.open_ones == [known]
+        assert [model.path.stem for model in library.models] == ["one", "two", "one", "two"]
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count("pop-local model") == 1
+
+
+def test_all_doors_lead_to_the_model_that_is_named(library):
+    said = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    requests = {
+        "/v1/chat/completions": said,
+        "/v1/messages": said,
+        "/v1/messages/count_tokens": said,
+        "/v1/responses": {"input": "hello", "max_output_tokens": 2},
+        "/v1/embeddings": {"input": "hello"},
+        "/api/embed": {"input": "hello"},
+        "/api/chat": said | {"stream": False, "options": {"num_predict": 2}},
+        "/api/generate": {"prompt": "a", "stream": False, "options": {"num_predict": 2}},
+        "/completion": {"prompt": "a", "n_predict": 2},
+        "/tokenize": {"content": "hello"},
+        "/detokenize": {"tokens": [5]},
+    }
+    with asked(library) as client:
+        for number, (path, body) in enumerate(requests.items()):
+            name = NAMES[number % 3]
+            response = client.post(path, json=body | {"model": name})
+            assert response.status_code == 200, response.text
+            assert response.json().get("model", name) == name
+            assert library.open_ones == [name]
+        assert client.get("/props", params={"model": "one"}).json()["model_alias"] == "one"
+
+
+def test_a_stream_keeps_its_model_to_its_end(library, expected):
+    body = {"model": "one", "prompt": LONG, "temperature": 0, "max_tokens": 200, "stream": True}
+    with asked(library) as client, ThreadPoolExecutor(1) as other:
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            answer = other.submit(complete, client, model="two")
+            said = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert len("".join(one["choices"][0]["text"] for one in said)) > len(expected["one"])
+        assert said[-1]["choices"][0]["finish_reason"] == "length"
+        assert text_of(answer.result()) == expected["two"]
+
+
+def test_as_many_stay_open_as_the_memory_holds(library, expected):
+    with asked(library, ram_bytes=1 << 40) as client:
+        for name in NAMES * 2:
+            assert text_of(complete(client, model=name)) == expected[name]
+        assert library.open_ones == list(NAMES)
+        (one, *_) = client.app.state.models.seats
+    library.models.clear()
+    with asked(library, ram_bytes=int(one.needed_bytes * 2.5)) as client:
+        for name in ("one", "two", "one", "three"):
+            assert text_of(complete(client, model=name)) == expected[name]
+        assert library.open_ones == ["one", "three"]  # two was used least recently
+        figures = counted(client)
+        assert (figures["pop_models_open"], figures["pop_queue_length"]) == (2, 0)
+
+
+def test_a_model_that_takes_more_is_open_alone(library, expected, caplog):
+    with asked(library, ram_bytes=1000) as client:
+        for name in ("one", "two"):
+            assert text_of(complete(client, model=name)) == expected[name]
+            assert library.open_ones == [name]
+    assert "one takes about" in caplog.text
+
+
+@pytest.mark.parametrize("ram_bytes", [0, 1 << 40])
+def test_eight_threads_that_ask_for_two_models_get_their_own_answers(library, expected, ram_bytes):
+    def ask(number: int) -> list[bool]:
+        found = []
+        for turn in range(8):
+            name = ("one", "two")[(number + turn) % 2]
+            found.append(text_of(complete(client, model=name)) == expected[name])
+        return found
+
+    with asked(library, ram_bytes=ram_bytes) as client, ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(ask, range(8))) == [[True] * 8] * 8
+    if ram_bytes:
+        assert len(library.models) == 2
+
+
+# --- whose turn it is
+
+
+@asynccontextmanager
+async def begun(models: Models) -> AsyncIterator[Models]:
+    models.start()
+    try:
+        yield models
+    finally:
+        models.stop()
+        await asyncio.to_thread(models.close)
+
+
+def file_of(library: Library, name: str) -> File:
+    return File(name, library.folder / f"{name}.gguf")
+
+
+def test_a_busy_model_cannot_keep_others_from_being_opened(library):
+    async def take_turns() -> None:
+        async with begun(Models(library.shelf(), max_waiting=2)) as models:
+
+            async def ask(name: str) -> Lease:
+                return await models.lease(file_of(library, name))
+
+            first = await ask("one")
+            assert (await first.seat).name == "one"
+            beside = await ask("one")  # nobody waits
+            second, third = await ask("two"), await ask("one")
+            with pytest.raises(ApiError, match="2 requests wait for models already"):
+                await ask("one")
+            first.end()
+            assert not second.seat.done() and library.open_ones == ["one"]
+            beside.end()
+            assert (await second.seat).name == "two"
+            assert not third.seat.done() and library.open_ones == ["two"]
+            second.end()
+            assert (await third.seat).name == "one"
+            third.end()
+
+    asyncio.run(asyncio.wait_for(take_turns(), 60))
+
+
+def test_all_that_wait_for_a_model_get_it_at_once(library):
+    library.may_open.clear()
+
+    async def wait() -> None:
+        async with begun(Models(library.shelf())) as models:
+            asked = ["one", "two", "one", "two", "one"]
+            leases = [await models.lease(file_of(library, name)) for name in asked]
+            library.may_open.set()
+            for lease in (leases[0], leases[2], leases[4], leases[1], leases[3]):
+                await lease.seat
+                lease.end()
+            assert [model.path.stem for model in library.models] == ["one", "two"]
+
+    asyncio.run(asyncio.wait_for(wait(), 60))
+
+
+async def sent(app: Starlette, gone: asyncio.Event, **body) -> int:
+    """The status of a completion, whose client hangs up once it is `gone`."""
+    statuses, is_sent = [], False
+
+    async def receive():
+        nonlocal is_sent
+        if not is_sent:
+            is_sent = True
+            return {"type": "http.request", "body": json.dumps(body).encode()}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        statuses.append(message.get("status"))
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    await app(scope | {"headers": [(b"host", b"localhost")]}, receive, send)
+    return statuses[0]
+
+
+def test_who_hangs_up_while_a_model_is_opened_waits_no_longer(library):
+    library.may_open.clear()
+    models = Models(library.shelf())
+    app = create_app_of(models)
+
+    async def hang_up() -> None:
+        async with app.router.lifespan_context(app):
+            gone, stays = asyncio.Event(), asyncio.Event()
+            first = asyncio.create_task(sent(app, gone, model="one", prompt="a"))
+            second = asyncio.create_task(sent(app, gone, model="two", prompt="a"))
+            while models._n_waiting < 2:
+                await asyncio.sleep(0.01)
+            gone.set()
+            assert await asyncio.gather(first, second) == [499, 499]
+            assert models._n_waiting == 0
+            library.may_open.set()
+            assert await sent(app, stays, model="three", prompt="a") == 200
+            assert library.open_ones == ["three"]
+            assert [model.path.stem for model in library.models] == ["one", "three"]
+            stays.set()
+
+    asyncio.run(asyncio.wait_for(hang_up(), 60))
+    models.close()
+
+
+def test_the_end_of_the_server_ends_all_waiting(library):
+    library.may_open.clear()
+    models = Models(library.shelf())
+
+    async def end() -> None:
+        models.start()
+        leases = [await models.lease(file_of(library, name)) for name in ("one", "two")]
+        models.stop()
+        for lease in leases:
+            with pytest.raises(ApiError, match="stopping"):
+                await lease.seat
+            lease.end()
+        library.may_open.set()
+        await asyncio.to_thread(models.join)
+        with pytest.raises(ApiError, match="stopping"):
+            await models.lease(file_of(library, "one"))
+
+    asyncio.run(asyncio.wait_for(end(), 60))
+    models.close()
+    assert library.open_ones == []
+
+
+def test_a_wish_to_stop_ends_the_loading_of_a_model(folder):
+    with stopped_by(lambda: True), pytest.raises(PopError, match="cannot be opened"):
+        opened(folder / "one.gguf")
+
+
+class Endless:
+    """A teacher that works until it is asked to stop."""
+
+    loss = None
+    has_work = True
+
+    def __init__(self) -> None:
+        self.works = threading.Event()
+
+    def idle(self, should_stop) -> Lesson | None:
+        self.works.set()
+        while not should_stop():
+            time.sleep(0.001)
+        return None
+
+
+def test_a_model_that_learns_makes_room(library, expected):
+    library.teacher = teacher = Endless()
+    with asked(library) as client:
+        for name in ("one", "two", "one"):
+            teacher.works.clear()
+            assert text_of(complete(client, model=name)) == expected[name]
+            assert teacher.works.wait(30)
+
+
+def test_a_model_that_is_refilled_makes_room(folder, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        converted(folder / f"{name}.gguf", tmp_path, boundary=4)
+    works = threading.Event()
+
+    def refill(self, should_stop):
+        works.set()
+        while not should_stop():
+            time.sleep(0.001)
+        return 0
+
+    monkeypatch.setattr(PopModel, "refill", refill)
+    library = Library(tmp_path)
+    monkeypatch.setattr(
+        library, "open", lambda path: Opened(opened(path, n_ctx=N_CTX, keep_states=True))
+    )
+    with asked(library) as client:
+        for name in ("one.pop", "two.pop", "one.pop"):
+            works.clear()
+            answer = complete(client, model=name).json()
+            assert answer["model"] == name
+            assert answer["usage"]["pop"]["n_pruned"] > 0
+            assert works.wait(30)
+
+
+def test_prompts_outlive_the_closing_of_their_model(library, expected):
+    library.prompts = PromptCache(1 << 26)
+    with asked(library) as client:
+        for name in ("one", "two", "one", "two"):
+            answer = complete(client, model=name)
+        assert text_of(answer) == expected["two"]
+        assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
+
+
+# --- what goes wrong
+
+
+def test_a_damaged_file_closes_nothing(folder, tmp_path, expected):
+    shutil.copy(folder / "one.gguf", tmp_path)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    library = Library(tmp_path)
+    with asked(library) as client:
+        assert text_of(complete(client, model="one")) == expected["one"]
+        for _ in range(2):
+            response = complete(client, model="broken")
+            assert response.status_code == 500
+            assert "broken cannot be loaded" in response.json()["error"]["message"]
+        assert library.open_ones == ["one"]
+        assert text_of(complete(client, model="one")) == expected["one"]
+        assert len(library.models) == 1
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, expected, caplog):
+    with asked(library) as client, ThreadPoolExecutor(3) as others:
+        assert text_of(complete(client, model="one")) == expected["one"]
+        library.problem = PopError("the memory is full", "take a smaller context")
+        library.may_open.clear()
+        waiting = [others.submit(chat, client, model="two") for _ in range(3)]
+        wait_for(lambda: client.app.state.models._n_waiting == 3)
+        library.may_open.set()
+        for each in waiting:
+            response = each.result()
+            assert response.status_code == 500
+            message = "two cannot be loaded: the memory is full; take a smaller context"
+            assert response.json()["error"]["message"] == message
+        assert message in caplog.text
+        library.problem = ValueError("on purpose")
+        assert "unexpected ValueError" in complete(client, model="two").text
+        library.problem = None
+        assert text_of(complete(client, model="one")) == expected["one"]
+        assert text_of(complete(client, model="two")) == expected["two"]
+
+
+def test_other_names_are_answered_by_the_default(library, expected):
+    with asked(library) as client:
+        answer = complete(client)
+        assert answer.json()["model"] == "one"  # the first
+        assert text_of(complete(client, model="two")) == expected["two"]
+        assert complete(client).json()["model"] == "two"  # the last
+        answer = complete(client, model="gpt-4o")
+        assert (answer.json()["model"], answer.headers["x-model"]) == ("two", "two")
+        assert client.get("/v1/models/gpt-4o").status_code == 404
+    with asked(library, default="three", strict_model=True) as client:
+        assert text_of(complete(client)) == expected["three"]
+        refused = complete(client, model="gpt-4o")
+        assert refused.status_code == 404
+        assert "'one', 'three', 'two'" in refused.json()["error"]["message"]
+        assert library.open_ones == ["three"]
+
+
+def test_names_of_the_catalog_find_its_files(folder, tmp_path, expected):
+    shutil.copy(folder / "one.gguf", tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    shutil.copy(folder / "two.gguf", tmp_path)
+    with asked(Library(tmp_path)) as client:
+        assert text_of(complete(client, model="smollm2")) == expected["one"]
+        assert text_of(complete(client, model="two")) == expected["two"]
+
+
+def test_a_folder_may_be_empty_at_first(folder, tmp_path, expected):
+    with asked(Library(tmp_path)) as client:
+        assert client.get("/v1/models").json()["data"] == []
+        assert complete(client, model="one").status_code == 404
+        assert complete(client).status_code == 404
+        shutil.copy(folder / "one.gguf", tmp_path)
+        assert text_of(complete(client)) == expected["one"]
+
+
+# --- listings
+
+
+def test_listings_open_nothing(folder, tmp_path, caplog):
+    for name in NAMES:
+        shutil.copy(folder / f"{name}.gguf", tmp_path)
+    converted(tmp_path / "one.gguf", tmp_path, boundary=4)
+    for name in ("broken", "mmproj-one", "gone.pop-sidecar", "part-00002-of-00002"):
+        (tmp_path / f"{name}.gguf").write_bytes(b"GGUF" + bytes(100))
+    library = Library(tmp_path)
+    names = ["one", "one.pop", "three", "two"]
+    caplog.set_level(logging.WARNING, "pop_local.server")
+    with asked(library) as client:
+        cards = client.get("/v1/models").json()["data"]
+        assert [card["id"] for card in cards] == names
+        assert not any(card["pop"]["loaded"] for card in cards)
+        assert [card["pop"]["boundary"] for card in cards] == [0, 4, 0, 0]
+        assert "broken is left out" in caplog.text
+        tags = client.get("/api/tags").json()["models"]
+        assert [tag["name"] for tag in tags] == [f"{name}:latest" for name in names]
+        assert len({tag["digest"] for tag in tags}) == 4
+        assert client.get("/api/ps").json() == {"models": []}
+        assert client.get("/v1/models/two").json() == cards[-1]
+        shown = client.post("/api/show", json={"model": "two"}).json()
+        assert shown["model_info"]["llama.context_length"] == N_CTX
+        assert shown["capabilities"] == ["completion", "tools"]
+        assert client.get("/v1/models/broken").status_code == 500
+        assert library.models == []
+        complete(client, model="one.pop", max_tokens=1)
+        cards = client.get("/v1/models").json()["data"]
+        assert [card["id"] for card in cards if card["pop"]["loaded"]] == ["one.pop"]
+        (running,) = client.get("/api/ps").json()["models"]
+        assert (running["name"], running["context_length"]) == ("one.pop:latest", N_CTX)
+        (tmp_path / "three.gguf").unlink()
+        assert len(client.get("/v1/models").json()["data"]) == 3
+        (tmp_path / "one.pop.gguf").unlink()  # open
+        for path in ("/v1/models", "/api/tags", "/api/ps"):
+            assert client.get(path).status_code == 200
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("", "give a model, or a folder of models"),
+        ("x.gguf --ram 2", "give --models"),
+        ("--models {folder} --name x", "belongs to one model"),
+        ("--models {folder} --sidecar x", "belongs to one model"),
+        ("--models {folder} --mmproj x", "belongs to one model"),
+        ("--models {folder}/nowhere", "does not exist"),
+        ("--models {folder} --ram inf", "finite"),
+    ],
+)
+def test_options_that_do_not_go_together(folder, words, reason):
+    done = called("serve", *words.format(folder=folder).split())
+    assert done.returncode == 2
+    assert reason in " ".join(done.stderr.replace("│", "").split())
+
+
+def test_the_command_serves_a_folder(folder, expected, monkeypatch):
+    found: list[str] = []
+
+    def ask_instead(app, listening):
+        found.append(",".join(seat.name for seat in app.state.models.seats))
+        with asking(app) as client:
+            found.append(text_of(complete(client)))
+            found.append(text_of(complete(client, model="two")))
+
+    monkeypatch.setattr("pop_local.server.app.run_app", ask_instead)
+    monkeypatch.setattr("pop_local.commands.serve._log_to_stderr", lambda: None)
+    options = ("--models", folder, "--port", 0, "--threads", 1, "--ctx", 1024, "--learn", "off")
+    done = called("serve", *options)
+    assert done.returncode == 0, done.stderr
+    assert "one at a time: one, three, two." in " ".join(done.stderr.split())
+    assert called("serve", "three.gguf", *options, "--ram", 4).returncode == 0
+    one, two, three = expected["one"], expected["two"], expected["three"]
+    assert found == ["", one, two, "three", three, two]
+    wrong = called("serve", "thre", *options)
+    assert wrong.returncode == 1
+    assert "did you mean three?" in wrong.stderr
