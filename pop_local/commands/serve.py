@@ -88,7 +88,7 @@ class ServerOptions(Group):
 def serve(
     call: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file, or a name of the catalog.")
+        str | None, typer.Argument(metavar="MODEL", help="A GGUF file, or a name of the catalog.")
     ] = None,
     *,
     to: ServerOptions,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +128,7 @@ class Models:
         self._n_leases: Counter[Path] = Counter()
         self._waiting: deque[Lease] = deque()
         self._change: threading.Thread | None = None
+        self._leaving: Sequence[Seat] = ()  # in the change
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.metrics.open.set_function(lambda: len(self._seats))
@@ -241,7 +242,7 @@ class Models:
             elif seat := self._seats.get(first.file.path):
                 for lease in self._pending(seat.path):  # a change for each would be slow
                     self._grant(lease, seat)
-            elif (leaving := self._leaving(first.needed_bytes)) is None:
+            elif (leaving := self._to_close(first.needed_bytes)) is None:
                 return
             else:
                 self._begin(first, leaving)
@@ -251,7 +252,7 @@ class Models:
             lease for lease in self._waiting if lease.file.path == path and not lease.seat.done()
         ]
 
-    def _leaving(self, needed_bytes: int) -> list[Seat] | None:
+    def _to_close(self, needed_bytes: int) -> list[Seat] | None:
         """Choose idle models to close; None while busy ones leave no room."""
         n_bytes = needed_bytes + sum(seat.needed_bytes for seat in self._seats.values())
         leaving: list[Seat] = []
@@ -280,6 +281,7 @@ class Models:
     def _begin(self, lease: Lease, leaving: list[Seat]) -> None:
         for seat in leaving:
             del self._seats[seat.path]
+        self._leaving = leaving
         loop = asyncio.get_running_loop()
 
         def change() -> None:
@@ -301,7 +303,7 @@ class Models:
         self._change.start()
 
     def _changed(self, lease: Lease, error: Exception | None) -> None:
-        self._change = None
+        self._change, self._leaving = None, ()
         if error is None:
             log.info("%s was opened", lease.file.name)
             if 0 < self._ram_bytes < lease.needed_bytes:
@@ -347,7 +349,8 @@ class Models:
 
     def silent_s(self) -> float:
         """Return for how many seconds a model has hung, 0 while none has."""
-        return max((seat.worker.silent_s() for seat in self.seats), default=0.0)
+        seats = [*self.seats, *self._leaving]
+        return max((seat.worker.silent_s() for seat in seats), default=0.0)
 
     def join(self) -> None:
         """Wait until no thread uses a model any more; `stop` comes before."""

@@ -4,6 +4,8 @@ import asyncio
 import json
 import logging
 import shutil
+import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -29,7 +32,7 @@ from support.asked import LONG, N_CTX, chat, complete, text_of
 from support.calls import opened
 from support.converted import converted
 from support.program import called
-from support.serving import asking, counted
+from support.serving import asking, counted, served
 from support.synthetic import TEMPLATE, make_gguf
 
 NAMES = ("one", "three", "two")
@@ -45,6 +48,7 @@ class Library:
     teacher: Teacher | None = None
     may_open: threading.Event = field(default_factory=threading.Event)
     problem: Exception | None = None
+    served: Any = None
 
     def __post_init__(self) -> None:
         self.may_open.set()
@@ -94,7 +98,7 @@ def library(folder):
 
 @contextmanager
 def asked(library: Library, *, strict_model: bool = False, **how) -> Iterator[TestClient]:
-    models = Models(library.shelf(), **how)
+    library.served = models = Models(library.shelf(), **how)
     with asking(create_app_of(models, strict_model=strict_model)) as client:
         yield client
     assert not any(models._n_leases.values())
@@ -126,7 +130,7 @@ def test_each_name_has_its_own_model_and_one_is_open_at_a_time(library, expected
 
 def test_all_doors_lead_to_the_model_that_is_named(library):
     said = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
-    requests = {
+    requests: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": said,
         "/v1/messages": said,
         "/v1/messages/count_tokens": said,
@@ -167,14 +171,14 @@ def test_as_many_stay_open_as_the_memory_holds(library, expected):
         for name in NAMES * 2:
             assert text_of(complete(client, model=name)) == expected[name]
         assert library.open_ones == list(NAMES)
-        (one, *_) = client.app.state.models.seats
+        (one, *_) = library.served.seats
     library.models.clear()
     with asked(library, ram_bytes=int(one.needed_bytes * 2.5)) as client:
         for name in ("one", "two", "one", "three"):
             assert text_of(complete(client, model=name)) == expected[name]
         assert library.open_ones == ["one", "three"]  # two was used least recently
         figures = counted(client)
-        assert (figures["pop_models_open"], figures["pop_queue_length"]) == (2, 0)
+        assert figures["pop_models_open"] == 2 and figures["pop_queue_length"] == 0
 
 
 def test_a_model_that_takes_more_is_open_alone(library, expected, caplog):
@@ -262,7 +266,7 @@ async def sent(app: Starlette, gone: asyncio.Event, **body) -> int:
     """The status of a completion, whose client hangs up once it is `gone`."""
     statuses, is_sent = [], False
 
-    async def receive():
+    async def receive() -> dict[str, Any]:
         nonlocal is_sent
         if not is_sent:
             is_sent = True
@@ -270,7 +274,7 @@ async def sent(app: Starlette, gone: asyncio.Event, **body) -> int:
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message):
+    async def send(message: Any) -> None:
         statuses.append(message.get("status"))
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
@@ -291,7 +295,7 @@ def test_who_hangs_up_while_a_model_is_opened_waits_no_longer(library):
             while models._n_waiting < 2:
                 await asyncio.sleep(0.01)
             gone.set()
-            assert await asyncio.gather(first, second) == [499, 499]
+            assert (await first, await second) == (499, 499)
             assert models._n_waiting == 0
             library.may_open.set()
             assert await sent(app, stays, model="three", prompt="a") == 200
@@ -328,6 +332,36 @@ def test_the_end_of_the_server_ends_all_waiting(library):
 def test_a_wish_to_stop_ends_the_loading_of_a_model(folder):
     with stopped_by(lambda: True), pytest.raises(PopError, match="cannot be opened"):
         opened(folder / "one.gguf")
+
+
+SLOW = """
+import time
+from pop_local.engine.llama.backend import bindings
+progress = bindings().llama_progress_callback
+
+def slow(callback):
+    def wait(*state):
+        print("a tensor", flush=True)
+        time.sleep(0.2)
+        return callback(*state)
+    return progress(wait)
+
+bindings().llama_progress_callback = slow
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_ends_the_loading_of_a_model(folder):
+    with served(f"--models={folder}", changed=SLOW) as server, ThreadPoolExecutor(1) as other:
+        waiting = other.submit(server.post, "completions", model="one", prompt="a")
+        wait_for(lambda: "a tensor" in server.log)
+        begun_s = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 143
+        assert time.monotonic() - begun_s < 6  # it would go on for 16
+        assert waiting.result().status_code == 503
+        assert "the server is stopping" in waiting.result().text
+        assert "Traceback" not in server.log and "ended without it" not in server.log
 
 
 class Endless:
@@ -413,7 +447,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, e
         library.problem = PopError("the memory is full", "take a smaller context")
         library.may_open.clear()
         waiting = [others.submit(chat, client, model="two") for _ in range(3)]
-        wait_for(lambda: client.app.state.models._n_waiting == 3)
+        wait_for(lambda: library.served._n_waiting == 3)
         library.may_open.set()
         for each in waiting:
             response = each.result()
