@@ -43,8 +43,8 @@ class Front:
     """ASGI middleware. The scope's state may say `hung_up`, and a `note` for the log.
 
     Where the state has a name as `asked`, the client asked for a model that is not here, and
-    `answering` is the name of the other one. What `held` has is given back at the end. `paths`:
-    those that are counted each for itself.
+    `answering` names the other one. The state's `held` is closed at the end. `paths`: those that
+    are counted each for itself.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, entry: Entry, paths: frozenset[str]) -> None:
