@@ -48,6 +48,7 @@ class Library:
     teacher: Teacher | None = None
     may_open: threading.Event = field(default_factory=threading.Event)
     problem: Exception | None = None
+    n_tried: int = 0
     served: Any = None
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ class Library:
 
     def open(self, path: Path) -> Opened:
         assert self.may_open.wait(60)
+        self.n_tried += 1
         if self.problem is not None:
             raise self.problem
         model = opened(path, n_ctx=N_CTX)
@@ -455,6 +457,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_for_all_that_asked(library, e
             message = "two cannot be loaded: the memory is full; take a smaller context"
             assert response.json()["error"]["message"] == message
         assert message in caplog.text
+        assert library.n_tried == 2
         library.problem = ValueError("on purpose")
         assert "unexpected ValueError" in complete(client, model="two").text
         library.problem = None
@@ -483,8 +486,8 @@ def test_names_of_the_catalog_find_its_files(folder, tmp_path, expected):
     shutil.copy(folder / "one.gguf", tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf")
     shutil.copy(folder / "two.gguf", tmp_path)
     with asked(Library(tmp_path)) as client:
-        assert text_of(complete(client, model="smollm2")) == expected["one"]
         assert text_of(complete(client, model="two")) == expected["two"]
+        assert text_of(complete(client, model="smollm2")) == expected["one"]
 
 
 def test_a_folder_may_be_empty_at_first(folder, tmp_path, expected):
