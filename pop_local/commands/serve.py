@@ -3,7 +3,6 @@
 import errno
 import importlib.util
 import logging
-import os
 import re
 import socket
 import sys
@@ -175,7 +174,9 @@ def _models(model: str | None, to: ServerOptions, opener: Opener) -> "Models":
 
 def _default_name(model: str, path: Path) -> str:
     """Return the name that was given if the catalog has it, as requests are likely to use it."""
-    return model if lookup(model) else os.fsencode(path.stem).decode(errors="replace")
+    from pop_local.server.listing import shown
+
+    return model if lookup(model) else shown(path.stem)
 
 
 def _origin(given: str) -> str:

@@ -91,9 +91,10 @@ class Api:
 
     def _absent(self, name: str | None) -> ApiError:
         here = ", ".join(map(repr, self.models.names)) or "none"
+        named = f" named {name!r}" if name else ""
         return ApiError(
             404,
-            f"there is no model named {name!r} here; this server has {here}",
+            f"there is no model{named} here; this server has {here}",
             code="model_not_found",
             param="model",
         )

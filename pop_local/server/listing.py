@@ -1,5 +1,6 @@
 """The models that a server has: found by name, and described from their headers."""
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -102,7 +103,12 @@ def _source(path: Path, _state: tuple[int, int]) -> Source:
 def models_in(folder: Path) -> dict[str, Path]:
     """Return the first file of each model in a folder, by the name that `list` shows."""
     found = sorted(models_by_name(folder).items(), key=lambda each: each[0].lower())
-    return {name: files[0] for name, files in found if "mmproj" not in name}
+    return {shown(name): files[0] for name, files in found if "mmproj" not in name}
+
+
+def shown(name: str) -> str:
+    """Return a file's name as text that can be sent."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def find(name: str, files: Mapping[str, Path]) -> File | None:

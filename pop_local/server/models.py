@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,11 +122,10 @@ class Models:
         self.shelf = shelf
         self.metrics = Metrics()
         self._max_waiting, self._repeatable = max_waiting, repeatable
-        self._ram_bytes = ram_bytes
-        self._default, self._latest = default, ""
+        self._ram_bytes, self._default = ram_bytes, default
         self._seats: dict[Path, Seat] = {}  # the least recently used first
         self._n_leases: Counter[Path] = Counter()
-        self._waiting: deque[Lease] = deque()
+        self._waiting: list[Lease] = []
         self._change: threading.Thread | None = None
         self._leaving: Sequence[Seat] = ()  # in the change
         self._stopping = threading.Event()
@@ -151,7 +150,9 @@ class Models:
     def default(self) -> File | None:
         """The model that answers where none is named; None where there is none at all."""
         files = self.shelf.files()
-        names = (self._default, self._latest, *files)
+        asked_for = [seat.name for seat in self.seats]
+        asked_for += [lease.file.name for lease in self._still_waiting()]
+        names = (self._default, *reversed(asked_for), *files)
         return next((File(name, files[name]) for name in names if name in files), None)
 
     @property
@@ -193,18 +194,16 @@ class Models:
 
     async def lease(self, file: File) -> Lease:
         """Begin a lease; whoever has it ends it. Raises ApiError when too many wait already."""
-        needed_bytes = 0
-        if file.path not in self._seats:
-            try:
-                needed_bytes = (await self.about(file)).needed_bytes
-            except (PopError, OSError) as error:
-                raise self._failed(file, error) from error
+        try:
+            needed_bytes = (await self.about(file)).needed_bytes
+        except (PopError, OSError) as error:
+            raise self._failed(file, error) from error
         if self._stopping.is_set():
             raise ApiError(503, STOPPING)
-        self._latest = file.name
         lease = Lease(file, needed_bytes, self._ended)
+        self._waiting = self._still_waiting()
+        n_waiting = len(self._waiting)
         seat = self._seats.get(file.path)
-        n_waiting = self._n_waiting
         if seat is not None and (self._change is not None or not n_waiting):
             self._grant(lease, seat)
             return lease
@@ -215,13 +214,12 @@ class Models:
         self._advance()
         return lease
 
-    @property
-    def _n_waiting(self) -> int:
-        return sum(not lease.seat.done() for lease in list(self._waiting))
+    def _still_waiting(self) -> list[Lease]:
+        return [lease for lease in self._waiting if not lease.seat.done()]
 
     def n_waiting(self) -> int:
         """Requests that wait for any model, open or not."""
-        return self._n_waiting + sum(seat.worker.n_waiting() for seat in self.seats)
+        return len(self._still_waiting()) + sum(seat.worker.n_waiting() for seat in self.seats)
 
     def _grant(self, lease: Lease, seat: Seat) -> None:
         self._seats[seat.path] = self._seats.pop(seat.path)
@@ -235,22 +233,21 @@ class Models:
 
     def _advance(self) -> None:
         """Grant what waits, in order, and begin to open what the first one waits for."""
-        while self._waiting and self._change is None and not self._stopping.is_set():
-            first = self._waiting[0]
-            if first.seat.done():
-                self._waiting.popleft()
-            elif seat := self._seats.get(first.file.path):
-                for lease in self._pending(seat.path):  # a change for each would be slow
-                    self._grant(lease, seat)
-            elif (leaving := self._to_close(first.needed_bytes)) is None:
+        while self._change is None and not self._stopping.is_set():
+            self._waiting = self._still_waiting()
+            if not self._waiting:
                 return
-            else:
+            first = self._waiting[0]
+            if seat := self._seats.get(first.file.path):
+                for lease in self._for_the_same(first):  # a change for each would be slow
+                    self._grant(lease, seat)
+            elif (leaving := self._to_close(first.needed_bytes)) is not None:
                 self._begin(first, leaving)
+            else:
+                return
 
-    def _pending(self, path: Path) -> list[Lease]:
-        return [
-            lease for lease in self._waiting if lease.file.path == path and not lease.seat.done()
-        ]
+    def _for_the_same(self, lease: Lease) -> list[Lease]:
+        return [one for one in self._still_waiting() if one.file.path == lease.file.path]
 
     def _to_close(self, needed_bytes: int) -> list[Seat] | None:
         """Choose idle models to close; None while busy ones leave no room."""
@@ -312,7 +309,7 @@ class Models:
                     "%s takes about %s, more than the %s given", lease.file.name, asked, given
                 )
         else:
-            for each in self._pending(lease.file.path):
+            for each in self._for_the_same(lease):
                 each.refuse(self._failed(lease.file, error))
         self._advance()
 
